@@ -1,0 +1,46 @@
+# One command for each habit. `make demo` and `make test` need Python 3.11 or later and nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The labelled drawings that the demo's encoder is measured on.
+LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
+
+.PHONY: demo test check format bench clean
+
+demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, write runs/demo/report.html
+	rm -rf runs/demo
+	$(BIN)/pixmim pretrain demo --out runs/demo $(DEMO)
+	$(BIN)/pixmim evaluate knn runs/demo $(LABELLED) --untrained
+	$(BIN)/pixmim evaluate linear runs/demo $(LABELLED) --untrained
+
+test: .venv/developing  ## the test suite
+	$(BIN)/python -m pytest
+
+check: .venv/developing  ## format, lint, types, floors, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: .venv/developing  ## mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/developing  ## speed against named peers, interleaved in one process
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/lowpass.py
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pixmim needs Python 3.11 or later: make PYTHON=...")'
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/developing: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

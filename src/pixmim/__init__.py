@@ -1,0 +1,56 @@
+"""Pre-train vision backbones on your own unlabelled images by masked image modelling, with PixMIM.
+
+The public names, each loaded when it is first used: `import pixmim` alone does not import torch, so that the command
+line answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pixmim.grid import patchify, unpatchify
+    from pixmim.losses import Objective
+    from pixmim.masking import Mask, RandomMask
+    from pixmim.models import create_model
+    from pixmim.targets import LowFrequency, Pixels, low_pass
+    from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+
+_HOME = {
+    "CentreCrop": "transforms",
+    "LowFrequency": "targets",
+    "Mask": "masking",
+    "Objective": "losses",
+    "Pixels": "targets",
+    "RandomMask": "masking",
+    "RandomResizedCrop": "transforms",
+    "SimpleResizedCrop": "transforms",
+    "create_model": "models",
+    "low_pass": "targets",
+    "patchify": "grid",
+    "unpatchify": "grid",
+}
+
+__all__ = [
+    "CentreCrop",
+    "LowFrequency",
+    "Mask",
+    "Objective",
+    "Pixels",
+    "RandomMask",
+    "RandomResizedCrop",
+    "SimpleResizedCrop",
+    "create_model",
+    "low_pass",
+    "patchify",
+    "unpatchify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pixmim' has no attribute '{name}'")
+    return getattr(import_module(f"pixmim.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

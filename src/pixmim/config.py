@@ -1,0 +1,265 @@
+"""A Run: everything that decides what a pre-training run computes, as frozen data, to and from JSON.
+
+Imports no torch, so that `pixmim pretrain --help` answers at once. The text under each field is its help; what is
+suppressed there belongs to the recipe.
+"""
+
+import dataclasses
+import json
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tyro.conf import Suppress
+
+from pixmim.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Model:
+    """Who predicts."""
+
+    name: str = "mae"
+    """Method: mae."""
+    backbone: str = "vit_base_patch16_224"
+    """Name of a plain timm VisionTransformer."""
+    decoder_dim: int = 512
+    """Width of the decoder."""
+    decoder_depth: int = 8
+    """Blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    options: dict[str, int | float | bool | str] = field(default_factory=dict)
+    """More keywords for timm, such as: embed_dim 128 depth 6 num_heads 4 patch_size 8."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """What the network sees of the picture."""
+
+    kind: Literal["src", "rrc", "cc"] = "src"
+    """src: simple resized crop (PixMIM). rrc: random resized crop (MAE). cc: centre crop."""
+    padding: int = 4
+    """src: pixels of reflection on each side."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """rrc: range of the share of the area."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Resampling of the resize, always with antialias."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is hidden."""
+
+    ratio: float = 0.75
+    """Share of the patches that is hidden."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What must be predicted, and how far off is measured."""
+
+    kind: Literal["low-frequency", "pixels"] = "low-frequency"
+    """low-frequency: PixMIM. pixels: the image as it is."""
+    radius: float | Literal["auto"] = "auto"
+    """Cut-off in frequency bins; auto: 40 at 224 pixels and in proportion elsewhere."""
+    form: Literal["exact", "released"] = "exact"
+    """exact: centred and real. released: half a bin off and absolute, as the paper's code."""
+    normalise_patches: bool = True
+    """Normalise each target patch by its own mean and deviation (norm_pix)."""
+    distance: Literal["mse", "l1", "smooth_l1"] = "mse"
+    """Distance between prediction and target."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule: linear warm-up, then cosine, step by step."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate per 256 images of a batch."""
+    lr: float | None = None
+    """The learning rate itself; otherwise base_lr x batch size / 256."""
+    final_lr: float = 0.0
+    """Where the cosine ends."""
+    warmup: float = 40.0
+    """Epochs of warm-up from zero; never more than a fifth of the run."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the moments."""
+    weight_decay: float = 0.05
+    """Not applied to norms, biases, positions and single tokens."""
+    clip: float | None = None
+    """Largest norm of the gradient; None: no clipping."""
+
+
+@dataclass(frozen=True)
+class Knn:
+    """Periodic k-NN while training, for the curve of accuracy against epochs."""
+
+    train: str = ""
+    """Labelled data that vote."""
+    test: str = ""
+    """Labelled data that are classified."""
+    every: float = 0.0
+    """Epochs between two measurements; 0: none. The start and the end are measured too."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the recipe was made for, so that a run far from it can be warned about."""
+
+    images: int = 1_281_167
+    """Images in the data set."""
+    steps: int = 0
+    """Updates of the weights; 0: unknown."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pre-training run."""
+
+    recipe: Annotated[str, Suppress] = ""
+    """Name of the recipe this run began as."""
+    data: str = ""
+    """A folder of images (searched through its subfolders), or shapes: for images drawn on the fly."""
+    out: str = ""
+    """Directory of the run; otherwise runs/RECIPE-TIME."""
+    epochs: float = 300.0
+    """Length in passes over the data."""
+    steps: int | None = None
+    """Length in updates of the weights, instead of epochs."""
+    batch_size: int = 4096
+    """Images per update of the weights."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after another, to fit into memory."""
+    size: str = "224"
+    """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
+    channels: Literal[1, 3] = 3
+    """Colour (3) or grey (1)."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, of values in [0, 1]; otherwise ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel; otherwise ImageNet's."""
+    seed: int = 0
+    """Decides weights, order, crops and masks."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    threads: int = 0
+    """Threads that read and decode images; 0: one for each core, at most 16."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: every ten minutes. One is always written at the end and on Ctrl-C."""
+    log_every: int = 0
+    """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
+    max_bad: float = 0.25
+    """The run stops when more than this share of the images cannot be read."""
+    model: Model = field(default_factory=Model)
+    crop: Crop = field(default_factory=Crop)
+    mask: Mask = field(default_factory=Mask)
+    target: Target = field(default_factory=Target)
+    optim: Optim = field(default_factory=Optim)
+    knn: Knn = field(default_factory=Knn)
+    made: Annotated[Made, Suppress] = field(default_factory=Made)
+
+    def __post_init__(self) -> None:
+        _parse_size(self.size)
+        for name in ("batch_size", "accumulate", "epochs", "seed", "threads", "checkpoint_every", "log_every"):
+            least = 1 if name in ("batch_size", "accumulate") else 0
+            if getattr(self, name) < least:
+                raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts")
+        if (self.steps is not None and self.steps < 1) or (self.steps is None and self.epochs <= 0):
+            raise UserError("a run needs at least one step: see --epochs and --steps")
+        if not 0 < self.mask.ratio < 1:
+            raise UserError(f"--mask.ratio lies between 0 and 1, not {self.mask.ratio}")
+        if self.target.radius != "auto" and self.target.radius < 0:
+            raise UserError(f"--target.radius is a number of frequency bins, not {self.target.radius}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise UserError(f"--{name} has {len(values)} values for {self.channels} channels")
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """Height and width of what the network sees, in pixels."""
+        return _parse_size(self.size)
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of this run's real batch."""
+        return self.optim.lr if self.optim.lr is not None else self.optim.base_lr * self.batch_size / 256
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel; ImageNet's for colour, their averages for grey."""
+        imagenet = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}[self.channels]
+        return self.mean or imagenet[0], self.std or imagenet[1]
+
+
+def to_json(run: Run) -> str:
+    """The run as JSON text that `from_json` takes back."""
+    return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
+
+
+def from_json(text: str, source: str | Path = "the configuration") -> Run:
+    """Read what `to_json` wrote. Raises UserError naming the key that is unknown or has a value of the wrong type."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{source} is not JSON: {error}") from error
+    run: Run = _build(Run, values, "", str(source))
+    return run
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) in (1, 2) and all(side.isdigit() and int(side) > 0 for side in sides):
+        return int(sides[0]), int(sides[-1])
+    raise UserError(f"--size is a number of pixels such as 224, or HEIGHTxWIDTH such as 192x384, not '{text}'")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _build(cls: Any, values: Any, where: str, source: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: '{where or 'the whole'}' must be an object of keys and values")
+    hints = get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{source}: unknown key '{where}{key}'{nearest(key, hints)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}", source) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
+    """`value` as the type `hint` asks for; JSON knows no tuples, and writes whole floats as integers at times."""
+    kind, options = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where + ".", source)
+    if kind is Literal:
+        if value in options:
+            return value
+    elif kind in (Union, types.UnionType):
+        for option in options:
+            try:
+                return _convert(option, value, where, source)
+            except UserError:
+                continue
+    elif kind is tuple and isinstance(value, list | tuple):
+        inner = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        if len(inner) == len(value):
+            return tuple(_convert(o, v, where, source) for o, v in zip(inner, value, strict=True))
+    elif kind is dict and isinstance(value, dict):
+        return dict(value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is type(None) and value is None:
+        return None
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    raise UserError(f"{source}: '{where}' cannot be {json.dumps(value)}")

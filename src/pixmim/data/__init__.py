@@ -1,0 +1,12 @@
+"""Where images come from, and how they reach the loop."""
+
+from pixmim.data.folder import Folder
+from pixmim.data.shapes import Shapes
+from pixmim.data.source import Source
+
+
+def open_data(spec: str, channels: int = 3) -> Source:
+    """The data set that `spec` names: a folder's path, or `shapes:` with options. Raises UserError if there is none."""
+    if spec.startswith("shapes:"):
+        return Shapes.from_spec(spec, channels)
+    return Folder(spec, channels)

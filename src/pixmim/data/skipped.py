@@ -1,0 +1,66 @@
+"""The account of images that cannot be read: a line each in skipped.csv; too many of them end the run."""
+
+import csv
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from pixmim.errors import UserError
+
+_ENOUGH = 50  # images to have seen before a share of them says something
+
+
+class Skipped:
+    """Safe to use from several threads. A file of an interrupted run is continued; no image stands in it twice.
+
+    path      skipped.csv (image, reason), made when the first image is skipped; None: keep no file
+    total     images in the data set
+    max_share  more than this share of unreadable images raises UserError
+    """
+
+    def __init__(self, path: Path | None, total: int, max_share: float) -> None:
+        self._path, self._max_share = path, max_share
+        self._seen = np.zeros(total, bool)
+        self._bad: dict[int, str] = {}
+        self._lock = Lock()
+        self._written: set[str] = set()
+        if path is not None and path.exists():
+            with path.open(newline="") as file:
+                self._written = {row[0] for row in csv.reader(file) if row}
+
+    def __len__(self) -> int:
+        return len(self._bad)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._bad
+
+    def passed(self, index: int) -> None:
+        """An image was read."""
+        self._seen[index] = True
+
+    def add(self, index: int, image: str, reason: str) -> None:
+        """An image cannot be read. Raises UserError if that makes too many."""
+        with self._lock:
+            if index in self._bad:
+                return
+            self._bad[index] = f"{image}: {reason}"
+            self._seen[index] = True
+            if self._path is not None and image not in self._written:
+                new = not self._path.exists()
+                with self._path.open("a", newline="") as file:
+                    writer = csv.writer(file)
+                    writer.writerows([["image", "reason"]] * new + [[image, " ".join(reason.split())]])
+                self._written.add(image)
+            seen = int(self._seen.sum())
+            if seen >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * seen:
+                raise self.too_many()
+
+    def too_many(self) -> UserError:
+        """The error that ends the run, with a few of the reasons."""
+        some = "\n".join(f"  {line}" for line in list(self._bad.values())[:3])
+        where = f" All are listed in {self._path}." if self._path else ""
+        return UserError(
+            f"{len(self._bad)} of the first {int(self._seen.sum())} images cannot be read, more than the share of "
+            f"{self._max_share:.0%} that --max-bad allows.{where}\n{some}"
+        )

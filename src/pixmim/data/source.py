@@ -1,0 +1,41 @@
+"""The contract of a data set: random access to uint8 images by index, and labels where there are any."""
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import UInt8
+from torch import Tensor
+
+
+class BadImage(Exception):  # noqa: N818 (a fact about a file, not a fault of the program)
+    """One image cannot be used. The message is the reason; it costs a line in skipped.csv, not the run."""
+
+
+class Source(Protocol):
+    """A data set. Reading is safe from several threads at once."""
+
+    @property
+    def spec(self) -> str:
+        """What the user wrote to get it."""
+        ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """Class number of each image (n), or None."""
+        ...
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; empty where there are no labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> UInt8[Tensor, "c h w"]:
+        """Read and decode one image. Raises BadImage."""
+        ...
+
+    def locate(self, index: int) -> str:
+        """Where an image comes from, for messages: a path."""
+        ...

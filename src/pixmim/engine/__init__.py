@@ -1,0 +1,1 @@
+"""The machinery around the loop: optimizer, schedule, device, checkpoints, log, signals."""

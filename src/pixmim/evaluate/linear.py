@@ -1,0 +1,113 @@
+"""Linear probes on frozen features: many learning rates at once, the best chosen on a part held out from train.
+
+DINOv2's sweep (arXiv 2304.07193, appendix), which suits small data: the global tokens of the last 1 or 4 blocks, with
+and without the mean of the patch tokens, at thirteen learning rates. Features are standardised first with the train
+set's statistics, as the parameter-free BatchNorm of MAE's probe does: the scale of MAE's features is far from one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from pixmim import rng
+from pixmim.evaluate.features import BLOCKS, Frozen, same_classes
+from pixmim.metrics import wilson_interval
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+"""Learning rates per 256 images of a batch."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One member of the sweep: blocks used, whether the mean of the patch tokens is added, and the learning rate."""
+
+    blocks: int
+    mean: bool
+    rate: float
+
+    def select(self, features: Frozen) -> Float[Tensor, "n d"]:
+        parts = [features.vector[:, -self.blocks :].flatten(1)]
+        return torch.cat(parts + [features.mean] * self.mean, dim=1)
+
+
+def linear(
+    train: Frozen, test: Frozen, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0
+) -> Iterator[tuple[str, float]]:
+    """Top-1 accuracy in per cent of the probe chosen on `held_out` of train, fitted anew on all of it, tested once.
+
+    Yields "top1", the ends of its 95 % interval, the accuracy on the held-out part, and the setting that won. Raises
+    UserError for a class that train lacks.
+    """
+    wanted = same_classes(train, test)
+    order = torch.from_numpy(rng.permutation(seed, 0, len(train.labels)))
+    held, kept = order.split([max(1, round(held_out * len(order))), len(order) - max(1, round(held_out * len(order)))])
+
+    best, chosen = -1.0, Setting(1, False, RATES[0])
+    for blocks in sorted({1, min(BLOCKS, train.vector.shape[1])}):
+        for mean in (False, True):
+            x = standardise(Setting(blocks, mean, 0).select(train))
+            weights = fit(x[kept], train.labels[kept], len(train.classes), RATES, epochs, batch, seed)
+            for rate, accuracy in zip(RATES, _accuracy(weights, x[held], train.labels[held]).tolist(), strict=True):
+                if accuracy > best:
+                    best, chosen = accuracy, Setting(blocks, mean, rate)
+
+    x, z = standardise(chosen.select(train), chosen.select(test))
+    weights = fit(x, train.labels, len(train.classes), (chosen.rate,), epochs, batch, seed)
+    share = float(_accuracy(weights, z, wanted)[0])
+    low, high = wilson_interval(round(share * len(wanted)), len(wanted))
+    yield "top1", 100 * share
+    yield "top1/low", 100 * low
+    yield "top1/high", 100 * high
+    yield "held_out", 100 * best
+    yield "setting/blocks", chosen.blocks
+    yield "setting/mean", float(chosen.mean)
+    yield "setting/rate", chosen.rate
+
+
+def fit(
+    x: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    classes: int,
+    rates: tuple[float, ...],
+    epochs: int,
+    batch: int,
+    seed: int,
+) -> Float[Tensor, "r c e"]:
+    """Softmax regression by SGD (momentum 0.9, no decay, cosine), one probe for each rate, all in the same batches.
+
+    Gives weights with the bias as last column, e = d + 1. Starts from zero, so that only the order is random.
+    """
+    x = F.pad(x, (0, 1), value=1.0)
+    weights = torch.zeros(len(rates), classes, x.shape[1])
+    momentum = torch.zeros_like(weights)
+    batch = min(batch, len(x))
+    lr = torch.tensor(rates).view(-1, 1, 1) * batch / 256
+    steps = max(1, epochs * len(x) // batch)
+    stream = np.concatenate([rng.permutation(seed, 1 + e, len(x)) for e in range(-(-steps * batch // len(x)))])
+    for step in range(steps):
+        rows = torch.from_numpy(stream[step * batch : (step + 1) * batch])
+        part = x[rows]
+        # The gradient of the mean cross-entropy: (softmax - one-hot)^T x / batch, for each probe.
+        error = (part @ weights.transpose(1, 2)).softmax(dim=2)
+        error -= F.one_hot(labels[rows], classes)
+        momentum.mul_(0.9).add_(error.transpose(1, 2) @ part / batch)
+        weights -= momentum * lr * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+    return weights
+
+
+def standardise(train: Float[Tensor, "n d"], *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """Zero mean and unit deviation in each feature, by the statistics of `train`, for it and for the others."""
+    deviation, mean = torch.std_mean(train, dim=0)
+    done = tuple((x - mean) / (deviation + 1e-6) for x in (train, *others))
+    return done if others else done[0]
+
+
+def _accuracy(weights: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+    """Share of right answers of each probe (r)."""
+    answers = (F.pad(x, (0, 1), value=1.0) @ weights.transpose(1, 2)).argmax(dim=2)
+    return (answers == labels).float().mean(dim=1)

@@ -1,0 +1,67 @@
+"""Images as grids of patches: patchify and its inverse, sin-cos positions, patch masks drawn on pixels.
+
+b batch, n patches, p patch size, c channels, h w image size in pixels, d width. Patches are numbered row by row.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def grid_of(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Rows and columns of patches in an image of `size` (h, w) pixels. Raises ValueError if they do not fit whole."""
+    h, w = size
+    if h % patch or w % patch:
+        raise ValueError(f"an image of {h}x{w} pixels does not divide into patches of {patch}x{patch}")
+    return h // patch, w // patch
+
+
+def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n d"]:
+    """Cut images into patches, d = p*p*c values each in the order (row, column, channel), as MAE does.
+
+    Raises ValueError if h or w is not a multiple of `patch`.
+    """
+    b, c, h, w = images.shape
+    rows, columns = grid_of((h, w), patch)
+    patches = images.reshape(b, c, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(b, rows * columns, patch * patch * c)
+
+
+def unpatchify(patches: Float[Tensor, "b n d"], patch: int, size: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+    """The inverse of `patchify` for images of `size` (h, w). Raises ValueError if n or d does not fit that size."""
+    b, n, d = patches.shape
+    rows, columns = grid_of(size, patch)
+    if n != rows * columns or d % (patch * patch):
+        raise ValueError(
+            f"{n} patches of {d} values do not make an image of {size[0]}x{size[1]} with patches of {patch}x{patch}"
+        )
+    images = patches.reshape(b, rows, columns, patch, patch, d // (patch * patch)).permute(0, 5, 1, 3, 2, 4)
+    return images.reshape(b, -1, *size)
+
+
+def hidden_pixels(hidden: Bool[Tensor, "b n"], patch: int, size: tuple[int, int]) -> Bool[Tensor, "b 1 h w"]:
+    """A mask over patches drawn on the pixels of an image of `size` (h, w): True where the pixel is hidden."""
+    rows, columns = grid_of(size, patch)
+    blocks = hidden.reshape(-1, 1, rows, 1, columns, 1)
+    return blocks.expand(-1, 1, rows, patch, columns, patch).reshape(-1, 1, *size)
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "n d"]:
+    """MAE's fixed 2-D sine-cosine table for a grid of (rows, columns) patches, computed in float64, given in float32.
+
+    Half of the `width` encodes the column (first) and half the row; within a half, sines come before cosines, with
+    frequencies 10000^(-k/m), k = 0..m-1, m = width/4. Raises ValueError if `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {width}")
+    m = width // 4
+    frequency = 10000.0 ** (-torch.arange(m, dtype=torch.float64) / m)
+
+    def along(count: int) -> Tensor:
+        angle = torch.arange(count, dtype=torch.float64)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    rows, columns = grid
+    by_column = along(columns)[None, :, :].expand(rows, -1, -1)
+    by_row = along(rows)[:, None, :].expand(-1, columns, -1)
+    return torch.cat([by_column, by_row], dim=2).reshape(rows * columns, width).float()

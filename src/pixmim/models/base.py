@@ -1,0 +1,36 @@
+"""The two contracts every model keeps: what pre-training asks of it, and what a finished encoder gives."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pixmim.masking import Mask
+
+
+class MaskedModel(nn.Module, ABC):
+    """A model that predicts what a mask hides."""
+
+    encoder: nn.Module
+    """The module that a run hands over; its state_dict is a timm checkpoint."""
+
+    patch: int
+    """Patch size in pixels."""
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
+        """Predict every patch, d = p*p*c values each, from the visible ones of normalised images."""
+
+
+class Features(NamedTuple):
+    """What an encoder says of images, block by block (the last `len` of them, each after the final norm).
+
+    vector  the global token of each block (b k d); the mean of the patch tokens where the encoder has no such token
+    mean    the mean of the last block's patch tokens (b d)
+    map     the last block's patch tokens on their grid (b d rows columns)
+    """
+
+    vector: Float[Tensor, "b k d"]
+    mean: Float[Tensor, "b d"]
+    map: Float[Tensor, "b d rows columns"]

@@ -1,0 +1,201 @@
+"""Pre-training, from a Run to an encoder. The loop below is the paper's algorithm."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from pixmim.config import Run
+from pixmim.data import open_data
+from pixmim.data.loader import Loader
+from pixmim.data.skipped import Skipped
+from pixmim.data.source import Source
+from pixmim.engine.checkpoint import Checkpoints
+from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
+from pixmim.engine.optim import Updater, adamw
+from pixmim.engine.runlog import RunLog
+from pixmim.engine.schedule import Schedule
+from pixmim.engine.signals import Interrupts
+from pixmim.errors import UserError
+from pixmim.parts import build_crop, build_masker, build_model, build_objective, mask_noise
+from pixmim.targets import auto_radius
+from pixmim.transforms import finish
+from pixmim.weights.export import save_encoder
+
+Watch = Callable[[nn.Module], dict[str, float]]
+"""Measures the encoder while it is trained: named values for the log."""
+
+_STREAK = 20  # updates in a row without a finite gradient, after which a run is lost
+_AUTOSAVE = 600.0  # seconds between checkpoints, unless steps are given
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: updates done, and whether those are all of them."""
+
+    step: int
+    finished: bool
+
+
+def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) -> Outcome:
+    """Train until the run is finished or interrupted, from the newest checkpoint in `out` if there is one.
+
+    Writes metrics.jsonl, skipped.csv, checkpoints/ and, at the end, encoder.safetensors into `out`. On a CPU, a run
+    that was interrupted and resumed ends with bitwise the weights of one that was not. Raises UserError.
+    """
+    device = choose_device(run.device)
+    precision = choose_precision(run.precision, device)
+    data = open_data(run.data, run.channels)
+    schedule = Schedule.of(run, len(data))
+
+    model = build_model(run).to(device)
+    objective = build_objective(run).to(device)
+    masker = build_masker(run)
+    choose_attention(model, device, precision)
+    optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay)
+    updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
+    checkpoints = Checkpoints(out / "checkpoints")
+    start = checkpoints.load(model, optimizer, updater, images=len(data))
+
+    patches = run.hw[0] * run.hw[1] // model.patch**2
+    part = run.batch_size // run.accumulate
+    mean, std = (torch.tensor(values, device=device) for values in run.statistics)
+    every = run.log_every or max(1, min(50, schedule.steps // 200))
+    watch_every = max(1, round(run.knn.every * len(data) / run.batch_size))
+    skipped = Skipped(out / "skipped.csv", len(data), run.max_bad)
+    saved_at = time.monotonic()
+
+    def save(step: int) -> None:
+        checkpoints.save(step, model, optimizer, updater, images=len(data))
+
+    def measure(step: int) -> None:
+        if watch is not None:
+            log.write({"step": step, "epoch": round(step * run.batch_size / len(data), 6), **watch(model.encoder)})
+            log.pause()
+
+    for line in describe(run, data, schedule, device, precision):
+        console.print(line, highlight=False, soft_wrap=True)
+    with (
+        Interrupts() as interrupts,
+        Loader(
+            data,
+            build_crop(run),
+            run.hw,
+            batch=part,
+            skipped=skipped,
+            channels=run.channels,
+            flip=run.crop.flip,
+            seed=run.seed,
+            start=start * run.batch_size,
+            threads=run.threads,
+            pin=device.type == "cuda",
+        ) as batches,
+        RunLog(
+            out / "metrics.jsonl",
+            steps=schedule.steps,
+            start=start,
+            every=every,
+            epoch=run.batch_size / len(data),
+            images=run.batch_size,
+            console=console,
+        ) as log,
+    ):
+        step = start
+        if step == 0:
+            measure(step)
+        while step < schedule.steps and not interrupts.asked:
+            total = torch.zeros((), device=device)
+            for first in range(0, run.batch_size, part):
+                batch = next(batches)
+                images = finish(_to(batch.images, device), _to(batch.flip, device), mean, std)
+                mask = masker.from_noise(mask_noise(run, step, range(first, first + part), patches)).to(device)
+                with autocast(device, precision):
+                    prediction = model(images, mask)
+                loss = objective(prediction, images, mask).loss / run.accumulate
+                updater.backward(loss)
+                total += loss.detach()
+            norm = updater.step(schedule.lr(step))
+
+            step += 1
+            log.add(step, loss=total, gradient=norm)
+            if log.due(step):
+                _stop_if_lost(updater, step)
+                log.line(step, batches.waited, lr=schedule.lr(step - 1), skipped=updater.state["skipped"].item())
+            if step == schedule.steps or (watch_every and run.knn.every > 0 and step % watch_every == 0):
+                measure(step)
+            due = step % run.checkpoint_every == 0 if run.checkpoint_every else time.monotonic() - saved_at > _AUTOSAVE
+            if due or interrupts.asked or step == schedule.steps:
+                save(step)
+                saved_at = time.monotonic()
+
+    if step < schedule.steps:
+        return Outcome(step, finished=False)
+    save_encoder(model.encoder, out / "encoder.safetensors", _metadata(run, step))
+    lost = int(updater.state["skipped"].item())
+    if lost:
+        console.print(f"{lost} of {step} updates were skipped because their gradient was not finite")
+    if len(skipped):
+        console.print(f"{len(skipped)} of {len(data)} images could not be read: see {out / 'skipped.csv'}")
+    return Outcome(step, finished=True)
+
+
+def describe(run: Run, data: Source, schedule: Schedule, device: torch.device, precision: str) -> list[str]:
+    """A summary of what is about to happen, and warnings where data or batch make the recipe meaningless."""
+    radius = auto_radius(run.hw) if run.target.radius == "auto" else run.target.radius
+    target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
+    height, width = run.hw
+    lines = [
+        f"{run.model.name} on {run.model.backbone} at {height}x{width}, predicting {target}, crop {run.crop.kind}",
+        f"{len(data):,} images; {schedule.steps:,} updates of {run.batch_size:,} images = "
+        f"{schedule.steps * run.batch_size / len(data):,.1f} epochs; "
+        f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up",
+        f"{device} in {precision}, seed {run.seed}",
+    ]
+    warnings = []
+    if run.made.steps and schedule.steps < run.made.steps / 10:
+        needed = round(run.made.steps / 10 * run.batch_size / len(data))
+        warnings.append(
+            f"{schedule.steps:,} updates are few: this recipe was made for {run.made.steps:,}. "
+            f"A smaller --batch-size or more --epochs (from {needed:,}) gives more."
+        )
+    if run.optim.lr is not None and not 0.25 < run.lr / (run.optim.base_lr * run.batch_size / 256) < 4:
+        warnings.append(
+            f"a learning rate of {run.lr:.3g} suits another batch than {run.batch_size:,}: "
+            f"the rule gives {run.optim.base_lr * run.batch_size / 256:.3g}. Leave --optim.lr out to follow it."
+        )
+    if len(data) < run.batch_size:
+        warnings.append(f"a batch of {run.batch_size:,} holds each of the {len(data):,} images more than once")
+    return lines + [f"[yellow]warning:[/yellow] {text}" for text in warnings]
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)
+
+
+def _stop_if_lost(updater: Updater, step: int) -> None:
+    streak = int(updater.state["streak"].item())
+    if streak >= _STREAK:
+        raise UserError(
+            f"the gradient was not finite in the last {streak} updates (up to step {step}). The weights are those "
+            "before it. Try a lower --optim.base-lr, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)."
+        )
+
+
+def _metadata(run: Run, step: int) -> dict[str, str]:
+    mean, std = run.statistics
+    values = {
+        "method": f"{run.model.name} with {run.target.kind} target and {run.crop.kind} crop",
+        "recipe": run.recipe,
+        "step": step,
+        "backbone": run.model.backbone,
+        "img_size": run.size,
+        "in_chans": run.channels,
+        "options": run.model.options,
+        "mean": mean,
+        "std": std,
+    }
+    return {key: str(value) for key, value in values.items()}

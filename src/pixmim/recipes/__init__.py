@@ -1,0 +1,44 @@
+"""A recipe is a function that returns a Run. One literal dict names them all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from pixmim.config import Run
+from pixmim.errors import UserError, nearest
+from pixmim.recipes.imagenet import mae_vit_base, mae_vit_large, pixmim_vit_base, pixmim_vit_large
+from pixmim.recipes.modest import demo, pixmim_vit_small, pixmim_vit_tiny
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes the Run, and what it aims at, in a line."""
+
+    build: Callable[[], Run]
+    aim: str
+
+
+RECIPES: dict[str, Recipe] = {
+    "demo": Recipe(demo, "drawn shapes, two CPU cores, minutes: the probe gains ten points and more"),
+    "pixmim-vit-tiny": Recipe(pixmim_vit_tiny, "a few thousand images of your own, a small GPU or a patient CPU"),
+    "pixmim-vit-small": Recipe(pixmim_vit_small, "tens of thousands of images of your own, one GPU"),
+    "pixmim-vit-base-300": Recipe(partial(pixmim_vit_base, 300), "ImageNet-1k: 63.3 linear, 83.1 fine-tuned"),
+    "pixmim-vit-base": Recipe(partial(pixmim_vit_base, 800), "ImageNet-1k: 67.5 linear, 83.5 fine-tuned"),
+    "pixmim-vit-base-1600": Recipe(partial(pixmim_vit_base, 1600), "ImageNet-1k: no number published"),
+    "pixmim-vit-large-300": Recipe(partial(pixmim_vit_large, 300), "ImageNet-1k: no number published"),
+    "pixmim-vit-large": Recipe(partial(pixmim_vit_large, 800), "ImageNet-1k: no number published"),
+    "pixmim-vit-large-1600": Recipe(partial(pixmim_vit_large, 1600), "ImageNet-1k: no number published"),
+    "mae-vit-base-300": Recipe(partial(mae_vit_base, 300), "ImageNet-1k: 60.8 linear, 82.8 fine-tuned"),
+    "mae-vit-base": Recipe(partial(mae_vit_base, 800), "ImageNet-1k: 65.1 linear, 83.3 fine-tuned"),
+    "mae-vit-base-1600": Recipe(partial(mae_vit_base, 1600), "ImageNet-1k: 67.1 linear, 83.5 fine-tuned"),
+    "mae-vit-large-300": Recipe(partial(mae_vit_large, 300), "ImageNet-1k: no number published"),
+    "mae-vit-large": Recipe(partial(mae_vit_large, 800), "ImageNet-1k: no number published"),
+    "mae-vit-large-1600": Recipe(partial(mae_vit_large, 1600), "ImageNet-1k: 75.8 linear, 85.9 fine-tuned"),
+}
+
+
+def get_recipe(name: str) -> Run:
+    """The Run of the recipe `name`. Raises UserError naming the nearest one."""
+    if name not in RECIPES:
+        raise UserError(f"there is no recipe '{name}'{nearest(name, RECIPES)} `pixmim list` shows all.")
+    return replace(RECIPES[name].build(), recipe=name)

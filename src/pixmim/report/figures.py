@@ -1,0 +1,92 @@
+"""Curves as SVG text, pictures as PNG data, both to stand inside the page."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLOURS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pixmim",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+}
+
+
+def curve(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    marker: str = "",
+    log: bool = False,
+    dashed: Sequence[str] = (),
+    line: tuple[float, str] | None = None,
+) -> str:
+    """Named series of (x, y) values as one SVG figure. `line`: a vertical mark (place, label)."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        axes: Axes = figure.add_subplot()
+        for i, (name, (xs, ys)) in enumerate(series.items()):
+            style = "--" if name in dashed else "-"
+            axes.plot(xs, ys, style, marker=marker, markersize=3, label=name, linewidth=1.6, color=_colour(i))
+        if line is not None:
+            axes.axvline(line[0], color="#888", linewidth=1, linestyle=":")
+            axes.annotate(
+                line[1], (line[0], 0.97), xycoords=("data", "axes fraction"), xytext=(4, 0),
+                textcoords="offset points", color="#666", fontsize=9, va="top",
+            )  # fmt: skip
+        axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
+        if log:  # what was filtered away is zero but for rounding; the eye needs four decades
+            axes.set_ylim(bottom=max(max(ys) for _, ys in series.values()) * 1e-5)
+        if len(series) > 1:
+            axes.legend()
+        return _svg(figure)
+
+
+def png(picture: npt.NDArray[np.uint8], shortest: int = 112) -> str:
+    """A picture (h w c) as a data URL, enlarged by a whole factor until its shorter edge has `shortest` pixels."""
+    image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+    factor = max(1, round(shortest / min(image.size)))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def sheet(columns: Mapping[str, npt.NDArray[np.uint8]], gap: int = 2) -> Image.Image:
+    """All pictures on one sheet: a row for each image, a column for each kind."""
+    first = next(iter(columns.values()))
+    n, h, w, c = first.shape
+    paper = np.full((n * (h + gap) - gap, len(columns) * (w + gap) - gap, c), 255, np.uint8)
+    for j, pictures in enumerate(columns.values()):
+        for i, picture in enumerate(pictures):
+            paper[i * (h + gap) : i * (h + gap) + h, j * (w + gap) : j * (w + gap) + w] = picture
+    return Image.fromarray(paper.squeeze(-1) if c == 1 else paper)
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

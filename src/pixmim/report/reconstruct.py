@@ -1,0 +1,125 @@
+"""Pictures of what a model predicts, honest about per-patch normalisation, and their radial spectra.
+
+With norm_pix the network predicts each patch's pattern only, not its brightness or contrast. To draw it, those two
+numbers must come from somewhere:
+- "prediction" and "pasted" take them from the target: sharp to look at, but hidden patches then hold information
+  that the network did not predict;
+- "unaided" gives every patch the same two numbers, the averages over the visible patches of that image, so that all
+  which differs from patch to patch was predicted.
+The loss counts hidden patches only; what a network gives for visible ones was never trained, so it is not drawn.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pixmim import rng
+from pixmim.config import Run
+from pixmim.data import open_data
+from pixmim.data.source import BadImage, Source
+from pixmim.engine.checkpoint import Checkpoints
+from pixmim.errors import UserError
+from pixmim.grid import hidden_pixels, unpatchify
+from pixmim.losses import statistics
+from pixmim.parts import build_masker, build_model, build_objective, mask_noise
+from pixmim.transforms import CentreCrop, finish
+
+Picture = npt.NDArray[np.uint8]
+
+COLUMNS = {
+    "image": "the crop",
+    "masked": "what the network sees",
+    "prediction": "of hidden patches, with the target's brightness and contrast",
+    "target": "what must be predicted",
+    "pasted": "hidden patches from the prediction, the others from the image",
+    "unaided": "pasted, with one brightness and contrast for all hidden patches",
+}
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Pictures by column, each uint8 (n h w c), and mean radial power spectra (radii) of some of them."""
+
+    step: int
+    columns: dict[str, Picture]
+    spectra: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def reconstruct(run: Run, folder: Path, count: int = 6) -> Reconstruction:
+    """What the run's newest checkpoint makes of `count` images of its own data (centre crop, masks of step -1).
+
+    Raises UserError if there is no checkpoint, or not one image can be read.
+    """
+    model = build_model(run)
+    step = Checkpoints(folder / "checkpoints").load_model(model)
+    model.eval()
+    objective = build_objective(run)
+    images = _some_images(run, open_data(run.data, run.channels), count)
+    mean, std = (torch.tensor(values) for values in run.statistics)
+    x = finish(images, None, mean, std)
+    n = run.hw[0] * run.hw[1] // model.patch**2
+    mask = build_masker(run).from_noise(mask_noise(run, -1, range(len(x)), n))
+
+    prediction = model(x, mask)
+    aided = unaided = prediction
+    if objective.normalise_patches:
+        objective.normalise_patches = False
+        centre, scale = statistics(objective.patches(x, model.patch))
+        aided = prediction * scale + centre
+        visible = (~mask.hidden)[..., None]
+        share = visible.sum(dim=1, keepdim=True)
+        unaided = (prediction * (scale * visible).sum(1, True) + (centre * visible).sum(1, True)) / share
+    hidden = hidden_pixels(mask.hidden, model.patch, run.hw)
+    drawn, target, grey = unpatchify(aided, model.patch, run.hw), objective.target(x), torch.zeros_like(x)
+    normalised = {
+        "image": x,
+        "masked": torch.where(hidden, grey, x),
+        "prediction": torch.where(hidden, drawn, grey),
+        "target": target,
+        "pasted": torch.where(hidden, drawn, x),
+        "unaided": torch.where(hidden, unpatchify(unaided, model.patch, run.hw), x),
+    }
+    pixels = {name: value * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) for name, value in normalised.items()}
+    # The prediction's spectrum is that of the target with its hidden patches predicted: no grey, no seams of its own.
+    compared = {"image": x, "target": target, "prediction": torch.where(hidden, drawn, target)}
+    spectra = {name: radial_spectrum(value * std.view(1, -1, 1, 1)) for name, value in compared.items()}
+    return Reconstruction(step, {name: _to_uint8(value) for name, value in pixels.items()}, spectra)
+
+
+def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]:
+    """Mean power of the frequencies at each whole distance from zero, averaged over images and channels; float64 (r).
+
+    Entry r is the mean of |DFT|^2 / (h w) over bins whose distance rounds to r; the constant (r = 0) included.
+    """
+    h, w = images.shape[-2:]
+    power = torch.fft.fft2(images.double()).abs().square().mean(dim=(0, 1)) / (h * w)
+    v, u = torch.fft.fftfreq(h, 1 / h), torch.fft.fftfreq(w, 1 / w)
+    radius = (v[:, None] ** 2 + u[None, :] ** 2).sqrt().round().long().flatten()
+    mean = torch.bincount(radius, power.flatten()) / torch.bincount(radius)
+    return np.asarray(mean[: min(h, w) // 2 + 1])
+
+
+def _some_images(run: Run, data: Source, count: int) -> Tensor:
+    """The first readable images of an order no training epoch uses."""
+    crop = CentreCrop(run.hw, interpolation=run.crop.interpolation)
+    found: list[Tensor] = []
+    for index in rng.permutation(run.seed, 2**31, len(data)).tolist():
+        try:
+            found.append(crop.crop(data.image(index)))
+        except BadImage:
+            continue
+        if len(found) == count:
+            break
+    if not found:
+        raise UserError(f"not one image of {run.data} can be read")
+    return torch.stack(found)
+
+
+def _to_uint8(images: Tensor) -> Picture:
+    return np.asarray((images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))

@@ -1,0 +1,54 @@
+"""Randomness as a function: (seed, stream, epoch or step, index) -> numbers.
+
+Nothing here has a state, so there is nothing to save in a checkpoint: a run that resumes in the middle of an epoch,
+or spreads its batch over other threads or machines, computes the very numbers it would have computed.
+
+Each number is a hash of its coordinates: a counter times the 64-bit golden ratio, through the finaliser of
+SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), vectorised in NumPy.
+"""
+
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+Bits = npt.NDArray[np.uint64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
+
+
+def _mix(x: Bits) -> Bits:
+    """SplitMix64's finaliser: every input bit moves every output bit. Multiplication wraps modulo 2^64 on purpose."""
+    x = (x ^ (x >> np.uint64(30))) * _MULTIPLY_1
+    x = (x ^ (x >> np.uint64(27))) * _MULTIPLY_2
+    return x ^ (x >> np.uint64(31))
+
+
+def _absorb(key: Bits, value: Bits) -> Bits:
+    return _mix((key ^ value) * _GOLDEN + _GOLDEN)
+
+
+def bits(seed: int, stream: str, epoch: npt.ArrayLike, indices: npt.ArrayLike, count: int) -> Bits:
+    """Uniform 64-bit integers of shape (len(indices), count); row i depends on nothing but its own epoch and index.
+
+    `stream` names the purpose ("order", "crop", "mask"), so that two uses of one seed share no numbers. `epoch` is
+    one for all rows, or one for each.
+    """
+    key = np.zeros(1, np.uint64)
+    for word in (np.uint64(seed % 2**64), np.uint64(zlib.crc32(stream.encode())), epoch, indices):
+        key = _absorb(key, np.asarray(word).astype(np.uint64))
+    return _absorb(key[:, None], np.arange(count, dtype=np.uint64)[None, :])
+
+
+def uniform(
+    seed: int, stream: str, epoch: npt.ArrayLike, indices: npt.ArrayLike, count: int
+) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1) of shape (len(indices), count), multiples of 2^-53."""
+    return np.multiply(bits(seed, stream, epoch, indices, count) >> np.uint64(11), 2.0**-53, dtype=np.float64)
+
+
+def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """The order of one epoch over `count` samples: int64 (count,)."""
+    return np.argsort(bits(seed, "order", epoch, np.arange(count), 1)[:, 0], kind="stable")

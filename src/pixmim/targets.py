@@ -1,0 +1,167 @@
+"""What must be predicted: the pixels themselves, or PixMIM's low frequencies of them.
+
+A target is a module from normalised images (b c h w) to normalised images of the same shape.
+"""
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Form = Literal["exact", "released"]
+Radius = float | tuple[float, float] | Literal["auto"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Pixels(nn.Module):
+    """MAE's and SimMIM's target: the image as it is."""
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return images
+
+
+class LowFrequency(nn.Module):
+    """PixMIM's target: the image without its high frequencies (arXiv 2303.02416, section 4.1).
+
+    radius  cut-off in frequency bins (40 at 224 px in the paper); (rows, columns) for an ellipse; or "auto", which
+            keeps the paper's relative cut-off, 40 at 224 px, at any image size
+    form    "exact" is centred on the zero frequency and real; "released" repeats the paper's code, whose circle is
+            half a bin off centre for even sizes and which takes the absolute value (see `low_pass`)
+    mean, std  per channel, of the normalisation the images went through, in units of [0, 1]. Only "released" needs
+            them, because its absolute value must be taken of un-normalised pixels; the exact filter is linear and
+            keeps constants, so it gives the same on normalised images.
+
+    Raises ValueError where form is "released" and the images' channels differ in number from mean and std.
+    """
+
+    def __init__(
+        self,
+        radius: Radius = 40,
+        form: Form = "exact",
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        _check(radius, form)
+        self.radius, self.form = radius, form
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        if self.form == "exact":
+            return low_pass(images, self.radius, "exact")
+        if images.shape[1] != self.mean.shape[1]:
+            raise ValueError(
+                f"images of {images.shape[1]} channels, but mean and std of {self.mean.shape[1]}: "
+                "give LowFrequency the mean and std that the images were normalised with"
+            )
+        return (low_pass(images * self.std + self.mean, self.radius, "released") - self.mean) / self.std
+
+
+def auto_radius(size: tuple[int, int]) -> float | tuple[float, float]:
+    """The paper's relative cut-off, 40 bins at 224 px, for an image of `size` (h, w): 64 -> 11, 448 -> 80.
+
+    For a non-square image this is an ellipse of bins, so that the cut-off in cycles per pixel is the same both ways.
+    """
+    down, across = (max(1, round(40 * side / 224)) for side in size)
+    return down if down == across else (down, across)
+
+
+def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, form: Form = "exact") -> Float[Tensor, "b c h w"]:
+    """Keep the frequencies of each channel that lie within `radius` bins of the zero frequency.
+
+    The "exact" form keeps bin (u, v) where u^2 + v^2 <= r^2; it is real, linear, and leaves constants alone.
+    The "released" form is the paper's code (mmselfsup 1.0.0): bin (i, j) of the shifted spectrum is kept where
+    (i - (h-1)/2)^2 + (j - (w-1)/2)^2 <= r^2, which for even sizes is centred half a bin beside the zero frequency;
+    the inverse is then complex, and its absolute value is taken. It expects un-normalised images, [0, 1].
+
+    Either is four small real matrix products with a cosine-sine basis of the lowest frequencies, because a bin's
+    fate depends on |u| and |v| alone. They run in float32 whatever the autocast (float64 images stay float64):
+    in TF32 or bfloat16 the error would be 1e-3 to 1e-2.
+
+    Raises ValueError for a negative radius or an unknown form.
+    """
+    _check(radius, form)
+    h, w = images.shape[-2:]
+    down, across = _radii(auto_radius((h, w)) if radius == "auto" else radius)
+    with torch.autocast(images.device.type, enabled=False):
+        x = images if images.dtype == torch.float64 else images.float()
+        shift_h, shift_w = (form == "released" and h % 2 == 0), (form == "released" and w % 2 == 0)
+        rows, row_bins = _basis(h, down, shift_h, x.dtype, x.device)
+        columns, column_bins = _basis(w, across, shift_w, x.dtype, x.device)
+        kept = _inside(row_bins, column_bins, down, across).to(x.dtype)
+
+        def project(y: Tensor) -> Tensor:
+            return rows.T @ (kept * (rows @ y @ columns.T)) @ columns
+
+        if form == "exact":
+            return project(x)
+        # Moving the spectrum by half a bin multiplies the image by a phase of modulus one, which the absolute value
+        # takes away again; so the complex filter is the real one on the two parts of the modulated image.
+        phase = _half_bin_phase(h, shift_h, x)[:, None] + _half_bin_phase(w, shift_w, x)[None, :]
+        return torch.hypot(project(x * phase.cos()), project(x * phase.sin()))
+
+
+def kept_bins(size: tuple[int, int], radius: Radius, form: Form = "exact") -> int:
+    """How many of the h*w frequency bins the filter keeps; 5025 of 50176 at 224 px and r = 40 (released: 5024)."""
+    _check(radius, form)
+    down, across = _radii(auto_radius(size) if radius == "auto" else radius)
+    shifts = [form == "released" and side % 2 == 0 for side in size]
+    row_bins, column_bins = (_bins(side, shift).abs() for side, shift in zip(size, shifts, strict=True))
+    return int(_inside(row_bins, column_bins, down, across).sum())
+
+
+def _check(radius: Radius, form: Form) -> None:
+    if form not in ("exact", "released"):
+        raise ValueError(f"a low-pass has the form 'exact' or 'released', not {form!r}")
+    if isinstance(radius, str):
+        if radius != "auto":
+            raise ValueError(f"a radius is a number of frequency bins, a pair of them, or 'auto', not {radius!r}")
+    elif (min(radius) <= 0) if isinstance(radius, tuple) else (radius < 0):
+        raise ValueError(f"a low-pass radius is not negative (a pair: positive), but got {radius}")
+
+
+def _radii(radius: float | tuple[float, float]) -> tuple[float, float]:
+    return radius if isinstance(radius, tuple) else (radius, radius)
+
+
+def _bins(size: int, half: bool) -> Tensor:
+    """Signed frequencies of the `size` bins of a shifted spectrum, measured from the filter's centre."""
+    return torch.arange(size, dtype=torch.float64) - (size - 1) / 2 if half else torch.arange(size).double() - size // 2
+
+
+def _inside(row_bins: Tensor, column_bins: Tensor, down: float, across: float) -> Tensor:
+    """Whether each pair of frequencies lies in the circle or ellipse; written without division, to be exact on it."""
+    y, x = row_bins[:, None], column_bins[None, :]
+    if down == across:
+        return y * y + x * x <= down * down
+    return (y * across) ** 2 + (x * down) ** 2 <= (down * across) ** 2
+
+
+@lru_cache(maxsize=32)
+def _basis(size: int, radius: float, half: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """An orthonormal real Fourier basis (k size) of the frequencies up to `radius`, and |frequency| of each row (k).
+
+    With `half`, the frequencies are 1/2, 3/2, ... instead of 0, 1, 2, ...
+    """
+    frequency = _bins(size, half).abs().unique()
+    frequency = frequency[frequency <= radius]
+    # Zero, and the highest of an even size, are their own mirror image: a cosine only, of half the weight.
+    alone = (frequency == 0) | (frequency * 2 == size)
+    angle = 2 * torch.pi / size * frequency[:, None] * torch.arange(size, dtype=torch.float64)
+    cosine = angle.cos() * (2 - alone.double()).sqrt()[:, None]
+    sine = angle.sin()[~alone] * 2**0.5
+    basis = torch.cat([cosine, sine]) / size**0.5
+    return basis.to(device, dtype), torch.cat([frequency, frequency[~alone]]).to(device)
+
+
+def _half_bin_phase(size: int, half: bool, like: Tensor) -> Tensor:
+    angle = torch.arange(size, dtype=torch.float64) * (torch.pi / size if half else 0.0)
+    return angle.to(like.device, like.dtype)

@@ -1,0 +1,1 @@
+"""How weights leave (and later enter) the house."""

@@ -1,0 +1,65 @@
+"""What the tests share: small pictures, a tiny run, and a loud skip where a GPU is missing."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixmim.config import Model, Optim, Run
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+
+TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="SKIPPED FOR WANT OF A CUDA DEVICE: run `make test` on a GPU"))
+
+
+@pytest.fixture
+def tiny_run() -> Callable[..., Run]:
+    """A Run that trains in a second; keywords replace its fields."""
+
+    def make(**changes: object) -> Run:
+        values: dict[str, object] = {
+            "recipe": "tiny",
+            "data": "shapes:count=40,size=32",
+            "steps": 6,
+            "batch_size": 8,
+            "size": "32",
+            "precision": "fp32",
+            "device": "cpu",
+            "threads": 2,
+            "model": Model(
+                backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=dict(TINY)
+            ),
+            "optim": Optim(base_lr=0.05, warmup=0.2),
+        }
+        return Run(**(values | changes))  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of two classes, five readable JPEGs each, of several sizes."""
+    generator = np.random.default_rng(0)
+    root = tmp_path / "pictures"
+    for name in ("cats", "dogs"):
+        (root / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = generator.integers(0, 255, (40 + i, 56 - i, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.jpg", quality=90)
+    return root

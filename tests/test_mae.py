@@ -1,0 +1,156 @@
+"""MAE against its published figures and against a slow form that embeds everything and then drops what is hidden."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from pixmim import Objective, Pixels, RandomMask, create_model
+from pixmim.errors import UserError
+from pixmim.grid import sincos_positions
+from pixmim.masking import Mask
+from pixmim.models import features
+from pixmim.models.mae import MAE
+
+TINY = {"backbone": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
+
+
+def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
+    """MAE row by row: timm's own embedding of the whole image, then a Python choice of tokens."""
+    encoder, prefix = model.encoder, model.encoder.num_prefix_tokens
+    tokens = encoder._pos_embed(encoder.patch_embed(images))
+    rows = []
+    for b, hidden in enumerate(mask.hidden.tolist()):
+        visible = [n for n, h in enumerate(hidden) if not h]
+        kept = tokens[b : b + 1, list(range(prefix)) + [prefix + n for n in visible]]
+        latent = encoder.norm(encoder.blocks(encoder.norm_pre(kept)))
+        latent = model.decoder_embed(latent)
+        full = model.mask_token.expand(1, prefix + len(hidden), -1).clone()
+        full[:, :prefix] = latent[:, :prefix]
+        for k, n in enumerate(visible):
+            full[:, prefix + n] = latent[:, prefix + k]
+        full = model.decoder_blocks(full + model.decoder_pos_embed)
+        rows.append(model.decoder_pred(model.decoder_norm(full))[:, prefix:])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"img_size": 16},
+        {"img_size": (16, 24), "in_chans": 5},
+        {"img_size": 16, "reg_tokens": 3},
+        {"img_size": 16, "no_embed_class": True, "reg_tokens": 2},
+        {"img_size": 16, "class_token": False, "global_pool": "avg"},
+        {"img_size": 16, "pre_norm": True},
+    ],
+)
+def test_forward_is_the_slow_form(options: dict[str, object]) -> None:
+    model = create_model("mae", **TINY, **DECODER, **options).double()
+    h, w = model.encoder.patch_embed.img_size
+    images = torch.randn(3, options.get("in_chans", 3), h, w, dtype=torch.float64)
+    mask = RandomMask(0.75)(3, h * w // 16)
+    prediction = model(images, mask)
+    assert prediction.shape == (3, h * w // 16, 16 * images.shape[1])
+    torch.testing.assert_close(prediction, slow_forward(model, images, mask), atol=1e-10, rtol=0)
+
+
+def test_hidden_pixels_change_nothing() -> None:
+    model = create_model("mae", **TINY, **DECODER, img_size=16)
+    images, mask = torch.randn(2, 3, 16, 16), RandomMask(0.5)(2, 16)
+    hidden = mask.hidden.view(2, 1, 4, 1, 4, 1).expand(2, 3, 4, 4, 4, 4).reshape(2, 3, 16, 16)
+    assert torch.equal(model(images, mask), model(torch.where(hidden, torch.randn_like(images), images), mask))
+
+
+def test_vit_base_has_the_official_number_of_values() -> None:
+    with torch.device("meta"):
+        model = create_model("mae", "vit_base_patch16_224")
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 111_907_840
+    assert sum(p.numel() for p in model.encoder.parameters()) == 85_798_656
+
+
+@pytest.mark.parametrize(
+    ("backbone", "millions"), [("vit_large_patch16_224", 329.542), ("vit_huge_patch14_224", 657.075)]
+)
+def test_larger_models_have_the_official_number_of_values(backbone: str, millions: float) -> None:
+    with torch.device("meta"):
+        model = create_model("mae", backbone)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=6e-4)
+
+
+def test_initial_weights_follow_the_paper() -> None:
+    model = create_model("mae", **TINY, **DECODER, img_size=16)
+    block = model.encoder.blocks[0]
+    for weight in (block.attn.qkv.weight, block.mlp.fc1.weight, model.decoder_pred.weight):
+        bound = (6 / sum(weight.shape)) ** 0.5  # Xavier-uniform over the fused matrix
+        assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    patch = model.encoder.patch_embed.proj.weight
+    assert patch.abs().max() <= (6 / (32 + 48)) ** 0.5
+    assert not block.attn.qkv.bias.any() and (block.norm1.weight == 1).all()
+    assert torch.equal(model.encoder.pos_embed[0, 1:], sincos_positions(32, (4, 4)))
+    assert not model.encoder.pos_embed[0, 0].any() and not model.encoder.pos_embed.requires_grad
+    assert block.norm1.eps == model.decoder_norm.eps == model.decoder_blocks[0].norm1.eps == 1e-6
+
+
+def test_initial_loss_on_noise_is_the_official_models() -> None:
+    """About 1.89 with norm_pix was measured with the official code; its expectation over weights is 1 + 2*512/1280."""
+    model = create_model("mae", "vit_tiny_patch16_224", decoder_depth=1, depth=1)
+    images, mask = torch.randn(2, 3, 224, 224), RandomMask()(2, 196)
+    with torch.no_grad():
+        loss = Objective(Pixels())(model(images, mask), images, mask).loss
+    assert loss.item() == pytest.approx(1.85, abs=0.15)
+
+
+def test_timm_loads_the_encoder_and_gives_the_same_features() -> None:
+    model = create_model("mae", **TINY, **DECODER, img_size=16).eval()
+    name = TINY["backbone"]
+    other = timm.create_model(name, num_classes=0, img_size=16, **{k: v for k, v in TINY.items() if k != "backbone"})
+    other.load_state_dict(model.encoder.state_dict(), strict=True)
+    images = torch.randn(2, 3, 16, 16)
+    tokens = other.eval().forward_features(images)
+    found = features(model.encoder, images, blocks=2)
+    torch.testing.assert_close(found.vector[:, -1], tokens[:, 0])
+    torch.testing.assert_close(found.mean, tokens[:, 1:].mean(dim=1))
+    assert found.vector.shape == (2, 2, 32) and found.map.shape == (2, 32, 4, 4)
+
+
+COMPILED = """
+import torch
+from pixmim import LowFrequency, Objective, RandomMask, create_model
+
+model = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=1, decoder_depth=1)
+objective = Objective(LowFrequency(3))
+
+def step(images, mask):
+    return objective(model(images, mask), images, mask).loss
+
+images, mask = torch.randn(2, 3, 32, 32), RandomMask()(2, 4)
+compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(images, mask), step(images, mask))
+"""
+
+
+def test_step_compiles_without_a_graph_break() -> None:
+    """In a process of its own: the suite's run-time shape checks are no part of what is compiled."""
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
+
+
+def test_wrong_choices_are_named() -> None:
+    with pytest.raises(UserError, match="did you mean 'mae'"):
+        create_model("mea")
+    with pytest.raises(UserError, match="did you mean 'vit_base_patch16_224'"):
+        create_model("mae", "vit_base_patch16_223")
+    with pytest.raises(UserError, match="plain VisionTransformer"):
+        create_model("mae", "resnet18")
+    with pytest.raises(UserError, match="embed_dimm"):
+        create_model("mae", **TINY | {"embed_dimm": 3})
+    with pytest.raises(UserError, match="multiples of 4"):
+        create_model("mae", **TINY, img_size=18)
+    model = create_model("mae", **TINY, **DECODER, img_size=16)
+    with pytest.raises(ValueError, match="made for"):
+        model(torch.zeros(1, 3, 24, 24), RandomMask()(1, 36))

@@ -1,0 +1,113 @@
+"""The low-pass against a plain FFT in float64, written here from the definition."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixmim.targets import LowFrequency, auto_radius, kept_bins, low_pass
+
+SIZES = [(8, 8), (9, 9), (8, 11), (11, 8), (32, 20), (33, 64)]
+RADII = [0, 0.5, 1, 2.9, 3, 5, 7, 100]
+
+
+def by_fft(images: Tensor, radius: float, form: str) -> Tensor:
+    h, w = images.shape[-2:]
+    spectrum = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
+    i, j = torch.arange(h).double()[:, None], torch.arange(w).double()[None, :]
+    if form == "released":
+        keep = (i - (h - 1) / 2) ** 2 + (j - (w - 1) / 2) ** 2 <= radius**2
+        return torch.fft.ifft2(spectrum * keep).abs()
+    keep = (i - h // 2) ** 2 + (j - w // 2) ** 2 <= radius**2
+    return torch.fft.ifft2(torch.fft.ifftshift(spectrum * keep, dim=(-2, -1))).real
+
+
+@pytest.mark.parametrize("form", ["exact", "released"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("radius", RADII)
+def test_low_pass_is_the_fft_form(size: tuple[int, int], radius: float, form: str) -> None:
+    images = torch.rand(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(low_pass(images, radius, form), by_fft(images, radius, form), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["exact", "released"])
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_any_number_of_channels(channels: int, form: str) -> None:
+    images = torch.rand(1, channels, 12, 10, dtype=torch.float64)
+    torch.testing.assert_close(low_pass(images, 3, form), by_fft(images, 3, form), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["exact", "released"])
+def test_float32_at_the_published_size(form: str) -> None:
+    images = torch.rand(2, 3, 224, 224)
+    error = (low_pass(images, 40, form).double() - by_fft(images.double(), 40, form)).abs().max()
+    assert error < 5e-6
+
+
+def test_autocast_does_not_reach_the_filter() -> None:
+    images = torch.rand(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = low_pass(images, 6)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, low_pass(images, 6))
+
+
+@pytest.mark.parametrize(("radius", "bins"), [(10, 316), (20, 1264), (30, 2828), (40, 5024), (60, 11304), (112, 39428)])
+def test_released_form_keeps_the_published_number_of_bins(radius: int, bins: int) -> None:
+    assert kept_bins((224, 224), radius, "released") == bins
+
+
+def test_exact_form_keeps_5025_bins_and_everything_beyond_the_corner() -> None:
+    assert kept_bins((224, 224), 40) == 5025
+    assert kept_bins((224, 224), 159) == 224 * 224
+
+
+def test_a_step_overshoots_by_the_measured_amount() -> None:
+    """A vertical step from 0 to 1 rings from -0.090 to 1.090, figures of the paper's release."""
+    step = (torch.arange(224) >= 112).double().expand(1, 1, 224, 224)
+    ringing = low_pass(step, 40)
+    assert ringing.min().item() == pytest.approx(-0.090, abs=2e-3)
+    assert ringing.max().item() == pytest.approx(1.090, abs=2e-3)
+
+
+def test_the_filter_is_a_projection_that_keeps_constants() -> None:
+    images = torch.rand(1, 2, 16, 24, dtype=torch.float64)
+    once = low_pass(images, 5)
+    torch.testing.assert_close(low_pass(once, 5), once)
+    torch.testing.assert_close(low_pass(images, 0), images.mean(dim=(2, 3), keepdim=True).expand_as(images))
+
+
+@pytest.mark.parametrize(("side", "radius"), [(32, 6), (64, 11), (96, 17), (128, 23), (192, 34), (224, 40), (448, 80)])
+def test_auto_radius_keeps_the_relative_cut_off(side: int, radius: int) -> None:
+    assert auto_radius((side, side)) == radius
+    images = torch.rand(1, 1, side, side)
+    assert torch.equal(low_pass(images, "auto"), low_pass(images, radius))
+
+
+def test_auto_radius_of_a_non_square_image_is_an_ellipse() -> None:
+    """The cut-off in cycles per pixel is the same both ways, so a wave is kept or lost whatever its direction."""
+    h, w = 56, 112
+    assert auto_radius((h, w)) == (10, 20)
+    y, x = torch.arange(h).double()[:, None], torch.arange(w).double()[None, :]
+    for frequency, share in ((0.16, 1.0), (0.2, 0.0)):  # cycles per pixel; the cut-off is 40/224 = 0.179
+        for wave in (
+            torch.cos(2 * torch.pi * round(frequency * h) / h * y).expand(h, w),
+            torch.cos(2 * torch.pi * round(frequency * w) / w * x).expand(h, w),
+        ):
+            kept = low_pass(wave[None, None], "auto")
+            assert (kept.norm() / wave.norm()).item() == pytest.approx(share, abs=1e-6)
+
+
+def test_module_filters_the_unnormalised_image() -> None:
+    mean, std = (0.3, 0.4, 0.5, 0.2), (0.2, 0.1, 0.3, 0.25)
+    m, s = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
+    images = torch.rand(2, 4, 16, 20, dtype=torch.float64)
+    for form in ("exact", "released"):
+        target = LowFrequency(4, form, mean, std).double()((images - m) / s)
+        torch.testing.assert_close(target, (by_fft(images, 4, form) - m) / s, atol=1e-6, rtol=0)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="4 channels, but mean and std of 3"):
+        LowFrequency(form="released")(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ValueError, match="not negative"):
+        LowFrequency(-1)
