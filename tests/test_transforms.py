@@ -19,7 +19,6 @@ from pixmim.transforms import (
 U8 = torch.uint8
 
 
- 
 def picture(h: int, w: int, c: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (c, h, w), dtype=U8)
 

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.config import Run, from_json, to_json
+from pixmim.config import Run, from_json
 from pixmim.errors import UserError, nearest
 from pixmim.recipes import RECIPES, get_recipe
 
@@ -96,8 +96,6 @@ def pretrain(args: list[str]) -> int:
 
     run = replace(run, out=str(out))
     watch = knn_watch(run)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(to_json(run))
     outcome = train(run, out, console, watch)
     if not outcome.finished:
         console.print(f"stopped after step {outcome.step}; go on with: pixmim pretrain --resume {out}", soft_wrap=True)

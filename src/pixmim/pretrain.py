@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.config import Run
+from pixmim.config import Run, to_json
 from pixmim.data import open_data
 from pixmim.data.loader import Loader
 from pixmim.data.skipped import Skipped
@@ -44,7 +44,7 @@ class Outcome:
 def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) -> Outcome:
     """Train until the run is finished or interrupted, from the newest checkpoint in `out` if there is one.
 
-    Writes metrics.jsonl, skipped.csv, checkpoints/ and, at the end, encoder.safetensors into `out`. On a CPU, a run
+    Writes config.json, metrics.jsonl, skipped.csv, checkpoints/ and, at the end, encoder.safetensors. On a CPU, a run
     that was interrupted and resumed ends with bitwise the weights of one that was not. Raises UserError.
     """
     device = choose_device(run.device)
@@ -58,6 +58,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     choose_attention(model, device, precision)
     optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay)
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
+    out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
+    (out / "config.json").write_text(to_json(run))
     checkpoints = Checkpoints(out / "checkpoints")
     start = checkpoints.load(model, optimizer, updater, images=len(data))
 
@@ -79,6 +81,9 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
 
     for line in describe(run, data, schedule, device, precision):
         console.print(line, highlight=False, soft_wrap=True)
+    if start:
+        done = "is complete" if start >= schedule.steps else "goes on"
+        console.print(f"the run {done}: {start:,} updates are done", highlight=False)
     with (
         Interrupts() as interrupts,
         Loader(

@@ -6,9 +6,10 @@ and gives a PIL image or a tensor, as torchvision's transforms do. No crop flips
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, overload
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -22,29 +23,24 @@ Interpolation = Literal["bicubic", "bilinear"]
 _MODES = {"bicubic": V.InterpolationMode.BICUBIC, "bilinear": V.InterpolationMode.BILINEAR}
 
 
-class Crop(Protocol):
+class Crop(ABC):
     """The contract of a crop: how many uniform numbers it takes, and what it makes of an image with them."""
 
     @property
-    def draws(self) -> int: ...
-    def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float]) -> Shaped[Tensor, "c h2 w2"]: ...
-
-
-class _Callable:
-    """Lets a crop be used like any torchvision transform, with randomness from torch's global generator."""
-
-    @property
+    @abstractmethod
     def draws(self) -> int:
-        raise NotImplementedError
+        """Uniform numbers that `crop` takes."""
 
-    def crop(self, image: Tensor, u: Sequence[float]) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float]) -> Shaped[Tensor, "c h2 w2"]:
+        """The crop that the numbers `u` in [0, 1) decide. Images of uint8, or of floating point."""
 
     @overload
     def __call__(self, image: Image.Image) -> Image.Image: ...
     @overload
     def __call__(self, image: Tensor) -> Tensor: ...
     def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        """Crop with numbers from torch's global generator, as a torchvision transform would."""
         u = torch.rand(self.draws, dtype=torch.float64).tolist()
         if isinstance(image, Image.Image):
             return V.to_pil_image(self.crop(V.pil_to_tensor(image), u))
@@ -52,7 +48,7 @@ class _Callable:
 
 
 @dataclass(frozen=True)
-class SimpleResizedCrop(_Callable):
+class SimpleResizedCrop(Crop):
     """PixMIM's crop, which keeps the object in the picture (arXiv 2303.02416, section 4.2; AlexNet's, DeiT III's).
 
     Resize until the image just covers `size`, aspect kept; pad by reflection; crop `size` at random.
@@ -83,7 +79,7 @@ class SimpleResizedCrop(_Callable):
 
 
 @dataclass(frozen=True)
-class RandomResizedCrop(_Callable):
+class RandomResizedCrop(Crop):
     """MAE's crop: a random part of the area at a random aspect ratio, resized to `size`.
 
     Follows torchvision: ten tries for a box inside the image, then the largest central box of an allowed ratio.
@@ -118,7 +114,7 @@ class RandomResizedCrop(_Callable):
 
 
 @dataclass(frozen=True)
-class CentreCrop(_Callable):
+class CentreCrop(Crop):
     """Resize until the image just covers `size` x `enlarge`, aspect kept, then take the middle.
 
     enlarge = 1 is the paper's ablation "CC"; 256/224 is the crop of the evaluation protocols.

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from pixmim.data.decode import decode
-from pixmim.data.source import BadImage
+from pixmim.data.source import BadImage, Source
 from pixmim.errors import UserError, nearest
 
 EXTENSIONS = frozenset(
@@ -18,7 +18,7 @@ EXTENSIONS = frozenset(
 )
 
 
-class Folder:
+class Folder(Source):
     """All pictures below a folder, in the order of their paths.
 
     Files are chosen by extension and decoded by content; hidden files and folders are left out; links are followed,
@@ -28,7 +28,7 @@ class Folder:
 
     def __init__(self, root: str | Path, channels: int = 3) -> None:
         self.root = Path(root).expanduser()
-        self.spec = str(root)
+        self._spec = str(root)
         self._channels = channels
         if not self.root.is_dir():
             raise UserError(_no_folder(self.root))
@@ -37,12 +37,24 @@ class Folder:
             found = f"{others} other files" if others else "nothing"
             raise UserError(f"no pictures in {self.root} (found {found}); known: {' '.join(sorted(EXTENSIONS))}")
         tops = [path.split(os.sep, 1)[0] if os.sep in path else None for path in self._paths]
-        self.classes: list[str] = []
-        self.labels: npt.NDArray[np.int64] | None = None
+        self._classes: list[str] = []
+        self._labels: npt.NDArray[np.int64] | None = None
         if None not in tops:
-            self.classes = sorted({top for top in tops if top is not None})
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = np.asarray([number[top] for top in tops if top is not None], np.int64)
+            self._classes = sorted({top for top in tops if top is not None})
+            number = {name: i for i, name in enumerate(self._classes)}
+            self._labels = np.asarray([number[top] for top in tops if top is not None], np.int64)
+
+    @property
+    def spec(self) -> str:
+        return self._spec
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        return self._labels
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes
 
     def __len__(self) -> int:
         return len(self._paths)

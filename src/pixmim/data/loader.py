@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +92,7 @@ class Loader:
         self.waited += perf_counter() - began
         return batch
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

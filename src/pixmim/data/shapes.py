@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from pixmim import rng
+from pixmim.data.source import Source
 from pixmim.errors import UserError, nearest
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
@@ -44,7 +45,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Shapes:
+class Shapes(Source):
     """The data set. `shapes:count=5000,seed=1,size=64,texture=conflict` spells its fields.
 
     count    samples in one epoch (there are always more: any index can be drawn)
@@ -107,7 +108,7 @@ class Shapes:
 
     def sample(self, index: int) -> Sample:
         """Draw sample `index`."""
-        (shape,), (texture,) = self._labels(np.asarray([index]))
+        shape, texture = (int(label[0]) for label in self._labels(np.asarray([index])))
         u = rng.uniform(self.seed, "shapes", 1, [index], _NUMBERS)[0].tolist()
         longer = self.size + int(u[0] * (self.size / 3 + 1))
         height, width = (self.size, longer) if u[1] < 0.5 else (longer, self.size)
@@ -127,14 +128,14 @@ class Shapes:
         ox = (dx * cos + dy * sin) / np.float32(radius * stretch)
         oy = (dy * cos - dx * sin) / np.float32(radius / stretch)
         # The level falls by about one over the object's radius, so this is the share of each edge pixel it covers.
-        cover = np.clip(_level(int(shape), ox, oy) * np.float32(radius * self.size / 2) + 0.5, 0, 1)
+        cover = np.clip(_level(shape, ox, oy) * np.float32(radius * self.size / 2) + 0.5, 0, 1)
 
         other = int(u[7] * (len(TEXTURES) - 1))
         behind = other + (other >= texture)
         front_colours, back_colours = _colours(u[8:14]), _colours(u[14:20])
         middle = back_colours.mean(axis=0)
         back_colours = middle + (back_colours - middle) * 0.4
-        front = _texture(int(texture), xx, yy, u[20:26])
+        front = _texture(texture, xx, yy, u[20:26])
         back = _texture(behind, xx, yy, u[26:32])
         light = 1 + (xx * np.float32(u[32] - 0.5) + yy * np.float32(u[33] - 0.5)) * np.float32(0.4)
         tone = cover * front, (1 - cover) * back
@@ -147,7 +148,7 @@ class Shapes:
         mask = cover > 0.5
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        return Sample(np.clip(image * 255, 0, 255).astype(np.uint8), int(shape), int(texture), mask, box)
+        return Sample(np.clip(image * 255, 0, 255).astype(np.uint8), shape, texture, mask, box)
 
     def _labels(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Shape and texture of the samples `indices`."""

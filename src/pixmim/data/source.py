@@ -1,6 +1,6 @@
 """The contract of a data set: random access to uint8 images by index, and labels where there are any."""
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 import numpy.typing as npt
@@ -12,30 +12,31 @@ class BadImage(Exception):  # noqa: N818 (a fact about a file, not a fault of th
     """One image cannot be used. The message is the reason; it costs a line in skipped.csv, not the run."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """A data set. Reading is safe from several threads at once."""
 
     @property
+    @abstractmethod
     def spec(self) -> str:
         """What the user wrote to get it."""
-        ...
 
     @property
+    @abstractmethod
     def labels(self) -> npt.NDArray[np.int64] | None:
         """Class number of each image (n), or None."""
-        ...
 
     @property
+    @abstractmethod
     def classes(self) -> list[str]:
         """Names of the classes; empty where there are no labels."""
-        ...
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def image(self, index: int) -> UInt8[Tensor, "c h w"]:
         """Read and decode one image. Raises BadImage."""
-        ...
 
+    @abstractmethod
     def locate(self, index: int) -> str:
         """Where an image comes from, for messages: a path."""
-        ...

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -57,7 +57,7 @@ class RunLog:
         self._began = self._since = time.perf_counter()
         self._first, self._waited, self._spoke = start, 0.0, 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         self._bar.start()
         return self
 

@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 
 class Interrupts:
@@ -11,7 +11,7 @@ class Interrupts:
 
     asked = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Interrupts":
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -44,7 +44,8 @@ def freeze(encoder: Encoder, data: Source, skipped: Skipped | None = None, batch
     """
     if data.labels is None:
         raise UserError(f"{data.spec} has no labels: an evaluation needs one subfolder for each class")
-    skipped = skipped or Skipped(None, len(data), 0.25)
+    if skipped is None:
+        skipped = Skipped(None, len(data), 0.25)
     vectors, means, labels = [], [], []
     training = encoder.module.training
     encoder.module.eval()

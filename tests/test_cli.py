@@ -1,0 +1,117 @@
+"""The commands as a person types them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pixmim import cli
+from pixmim.recipes import RECIPES
+
+TINY = ["--steps", "2", "--batch-size", "4", "--size", "48", "--precision", "fp32", "--device", "cpu"]
+
+
+def say(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
+    try:
+        status = cli.main([str(arg) for arg in args])
+    except SystemExit as stop:  # tyro ends the process on a wrong flag
+        status = int(stop.code or 0)
+    seen = capsys.readouterr()
+    return status, " ".join((seen.out + seen.err).split())
+
+
+def test_help_answers_without_torch() -> None:
+    """What makes it quick: no heavy import."""
+    code = (
+        "import sys\nfrom pixmim.cli import main\n"
+        "try: main(['pretrain', '--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'timm', 'matplotlib', 'numpy'} & set(sys.modules)"
+    )
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for flag in (
+        "--data", "--out", "--epochs", "--steps", "--batch-size", "--size", "--seed", "--precision", "--device",
+        "--checkpoint-every", "--resume", "--optim.lr", "--target.radius", "--knn.every",
+    ):  # fmt: skip
+        assert flag in text
+    assert "--made" not in text and "--recipe" not in text
+
+
+def test_list_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = say(capsys, "list")
+    assert status == 0 and all(name in text for name in RECIPES) and "63.3 linear" in text
+
+
+def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert say(capsys)[0] == say(capsys, "--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["pretrian"], "did you mean 'pretrain'"),
+        (["pretrain"], "which recipe?"),
+        (["pretrain", "demmo"], "did you mean 'demo'"),
+        (["pretrain", "demo", "--batchsize", "3"], "--batch-size"),
+        (["pretrain", "demo", "--optim.base_lrr", "3"], "--optim.base-lr"),
+        (["pretrain", "demo", "--steps", "many"], "invalid literal"),
+        (["pretrain", "pixmim-vit-tiny"], "which images?"),
+        (["pretrain", "pixmim-vit-tiny", "--data", "/no/such"], "no folder /no/such"),
+        (["pretrain", "demo", "--steps", "0"], "at least one step"),
+        (["pretrain", "demo", "--steps", "5", "--epochs", "5"], "not both"),
+        (["pretrain", "demo", "--size", "50"], "multiples of 8"),
+        (["pretrain", "demo", "--device", "cuda:99"], "no device 'cuda:99'"),
+        (["pretrain", "--resume", "/no/run"], "there is no /no/run/config.json"),
+        (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
+        (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "is not a run"),
+        (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "invalid choice"),
+        (["report"], "which run?"),
+        (["report", "/no/run"], "is not a run"),
+    ],
+)
+def test_mistakes_get_one_clear_line(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, text = say(capsys, *args)
+    assert status != 0 and message in text and "Traceback" not in text
+    assert not list(tmp_path.rglob("config.json"))  # a mistake leaves no run behind
+
+
+def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
+    out = tmp_path / "run"
+    status, text = say(capsys, "pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001")
+    assert status == 0 and f"encoder: {out}/encoder.safetensors" in text and f"report: {out}/report.html" in text
+    kept = json.loads((out / "config.json").read_text())
+    assert (kept["recipe"], kept["steps"], kept["optim"]["lr"]) == ("demo", 2, 0.001)
+
+    status, text = say(capsys, "pretrain", "demo", "--out", out, *TINY)
+    assert status == 1 and "holds a run already" in text
+
+    labelled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
+    for name in ("knn", "linear"):
+        status, text = say(capsys, "evaluate", name, out, *labelled, "--untrained")
+        assert status == 0 and "untrained" in text and "%" in text
+    assert len(list((out / "evaluations").glob("*.json"))) == 4
+
+    again = tmp_path / "again"
+    status, _ = say(capsys, "pretrain", out / "config.json", "--out", again)  # a run's config is a recipe
+    assert status == 0
+    one, two = (load_file(folder / "encoder.safetensors") for folder in (out, again))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    status, text = say(capsys, "report", out, again, "--out", tmp_path / "both.html")
+    assert status == 0 and (tmp_path / "both.html").exists()
+
+    status, text = say(capsys, "pretrain", "--resume", out, "--seed", "9")
+    assert status == 1 and "--seed cannot change" in text
+    status, text = say(capsys, "pretrain", "--resume", out)
+    assert status == 0 and "is complete" in text
+
+
+def test_epochs_replace_a_recipes_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    args = ["--data", "shapes:count=8,size=48", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
+    assert say(capsys, "pretrain", "demo", *args, "--out", tmp_path / "run")[0] == 0
+    assert '"step": 6, ' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]

@@ -1,0 +1,75 @@
+import dataclasses
+import json
+
+import pytest
+
+from pixmim.config import Crop, Optim, Run, Target, from_json, to_json
+from pixmim.errors import UserError
+from pixmim.recipes import RECIPES, get_recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json(name: str) -> None:
+    run = get_recipe(name)
+    assert from_json(to_json(run)) == run and run.recipe == name
+
+
+def test_odd_values_survive_json() -> None:
+    run = Run(steps=3, mean=(0.5, 0.1, 0.2), crop=Crop(scale=(0.3, 1)), target=Target(radius=7), optim=Optim(lr=1))
+    assert from_json(to_json(run)) == run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batchsize": 3}, "unknown key 'batchsize'; did you mean 'batch_size'"),
+        ({"optim": {"base_lrr": 1}}, "unknown key 'optim.base_lrr'; did you mean 'base_lr'"),
+        ({"batch_size": "many"}, "'batch_size' cannot be \"many\""),
+        ({"optim": {"betas": [0.9]}}, "'optim.betas' cannot be"),
+        ({"target": {"kind": "pixel"}}, "'target.kind' cannot be"),
+        ({"crop": 3}, "'crop.' must be an object"),
+        ({"steps": 0}, "at least one step"),
+        ({"size": "big"}, "HEIGHTxWIDTH"),
+        ({"batch_size": 10, "accumulate": 3}, "does not divide into 3"),
+        ({"mask": {"ratio": 1.0}}, "between 0 and 1"),
+        ({"mean": [0.5]}, "1 values for 3 channels"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        from_json(json.dumps(change), "config.json")
+
+
+def test_broken_json_names_the_file() -> None:
+    with pytest.raises(UserError, match=r"mine\.json is not JSON"):
+        from_json("{", "mine.json")
+
+
+def test_learning_rate_follows_the_real_batch() -> None:
+    assert get_recipe("pixmim-vit-base").lr == pytest.approx(2.4e-3)  # the paper's 1.5e-4 x 4096 / 256
+    assert dataclasses.replace(get_recipe("pixmim-vit-base"), batch_size=512).lr == pytest.approx(3e-4)
+    assert Run(optim=Optim(lr=0.1)).lr == 0.1
+
+
+def test_pixmim_is_two_values_of_mae() -> None:
+    mae, pixmim = get_recipe("mae-vit-base"), get_recipe("pixmim-vit-base")
+    changed = [f.name for f in dataclasses.fields(Run) if getattr(mae, f.name) != getattr(pixmim, f.name)]
+    assert changed == ["recipe", "crop", "target"]
+    assert (pixmim.crop.kind, pixmim.target.kind, pixmim.target.radius) == ("src", "low-frequency", 40)
+    assert (mae.crop.kind, mae.crop.scale, mae.target.kind, mae.target.normalise_patches) == (
+        "rrc",
+        (0.2, 1),
+        "pixels",
+        True,
+    )
+
+
+def test_size_and_statistics() -> None:
+    assert Run(size="192x384").hw == (192, 384) and Run(size="96").hw == (96, 96)
+    assert Run(channels=1).statistics == ((0.449,), (0.226,))
+    assert Run(mean=(0.1, 0.2, 0.3)).statistics == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'pixmim-vit-small'"):
+        get_recipe("pixmim-vit-smal")

@@ -1,0 +1,166 @@
+"""k-NN, the linear probe and their numbers against slow forms and closed ones."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pixmim.config import Run, to_json
+from pixmim.data import open_data
+from pixmim.engine.device import autocast
+from pixmim.errors import UserError
+from pixmim.evaluate import evaluate, knn_watch
+from pixmim.evaluate.encoder import in_training, of_run
+from pixmim.evaluate.features import Frozen, freeze
+from pixmim.evaluate.knn import classify, knn
+from pixmim.evaluate.linear import RATES, fit, linear, standardise
+from pixmim.evaluate.results import save
+from pixmim.metrics import wilson_interval
+from pixmim.parts import build_model
+from pixmim.transforms import evaluation_crop
+from pixmim.weights.export import save_encoder
+
+Make = Callable[..., Run]
+TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
+
+
+def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: list[str] | None = None) -> Frozen:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    centres = torch.eye(8)[:classes] * apart
+    mean = torch.randn(n, 8, generator=generator) + centres[labels]
+    return Frozen(mean[:, None].repeat(1, 4, 1), mean, labels, names or [f"class {i}" for i in range(classes)])
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 100])
+def test_knn_against_a_loop(k: int) -> None:
+    train, test = frozen(60, apart=1), frozen(40, apart=1, seed=1)
+    answers = classify(train.mean, train.labels, test.mean, 3, k=k, chunk=7)
+    for i in range(40):
+        similar = [float(F.cosine_similarity(test.mean[i], voter, dim=0)) for voter in train.mean]
+        first = sorted(range(60), key=lambda j: -similar[j])[:k]
+        votes = [sum(math.exp(similar[j] / 0.07) for j in first if train.labels[j] == c) for c in range(3)]
+        assert int(answers[i]) == votes.index(max(votes))
+
+
+def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
+    apart = dict(knn(frozen(90, apart=30), frozen(60, apart=30, seed=1)))
+    assert apart["top1/mean"] == apart["top1/cls"] == 100
+    noise = dict(knn(frozen(900), frozen(600, seed=1)))
+    assert noise["top1/mean/low"] < 100 / 3 < noise["top1/mean/high"]
+
+
+def test_probe_follows_autograd() -> None:
+    """The written-out gradient and momentum against torch.optim.SGD on cross-entropy, for every rate of the sweep."""
+    data = frozen(50, apart=1)
+    weights = fit(data.mean, data.labels, 3, RATES[6:9], epochs=3, batch=10, seed=4)
+    from pixmim import rng
+
+    order = torch.cat([torch.from_numpy(rng.permutation(4, 1 + e, 50)) for e in range(3)])
+    for row, rate in enumerate(RATES[6:9]):
+        layer = torch.nn.Linear(8, 3)
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.9)
+        for step in range(15):
+            optimizer.param_groups[0]["lr"] = rate * 10 / 256 * 0.5 * (1 + math.cos(math.pi * step / 15))
+            optimizer.zero_grad()
+            rows = order[step * 10 : step * 10 + 10]
+            F.cross_entropy(layer(data.mean[rows]), data.labels[rows]).backward()
+            optimizer.step()
+        torch.testing.assert_close(weights[row], torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach())
+
+
+def test_probe_separates_what_a_line_separates() -> None:
+    found = dict(linear(frozen(300, apart=12), frozen(90, apart=12, seed=1), epochs=20))
+    assert found["top1"] == 100 and found["held_out"] == 100
+    assert found["setting/rate"] in RATES and found["setting/blocks"] in (1, 4)
+
+
+def test_probe_does_not_look_at_the_test_set_to_choose() -> None:
+    train = frozen(300, apart=2)
+    chosen = [
+        {k: v for k, v in linear(train, frozen(50, apart=apart, seed=9), epochs=5) if k.startswith(("setting", "held"))}
+        for apart in (0.0, 30.0)
+    ]
+    assert chosen[0] == chosen[1]
+
+
+def test_standardising_uses_the_train_sets_statistics() -> None:
+    a, b = torch.randn(50, 3) * 7 + 2, torch.randn(20, 3)
+    x, y = standardise(a, b)
+    torch.testing.assert_close(x.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y, (b - a.mean(0)) / a.std(0), atol=1e-5, rtol=0)
+
+
+def test_interval_is_wilsons() -> None:
+    """Published example: 95 % of 81/263 is 0.2553 to 0.3662 (Newcombe 1998, table I)."""
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson_interval(0, 29) == pytest.approx((0.0, 0.1170), abs=1e-4)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_classes_are_matched_by_name() -> None:
+    train = frozen(60, apart=30, names=["a", "b", "c"])
+    test = frozen(30, classes=2, apart=30, seed=1, names=["b", "c"])  # its class 0 looks like train's class 0, "a"
+    assert dict(knn(train, test))["top1/mean"] == 0
+    with pytest.raises(UserError, match="a class 'bb' that the train data lack; did you mean 'b'"):
+        dict(knn(train, frozen(30, classes=2, names=["bb", "c"])))
+
+
+@pytest.fixture
+def product(tiny_run: Make, tmp_path: Path) -> Path:
+    """A run's folder with an encoder that was not trained at all, but says so in no way."""
+    run = tiny_run(seed=5)
+    (tmp_path / "config.json").write_text(to_json(run))
+    save_encoder(build_model(run).encoder, tmp_path / "encoder.safetensors", {"step": "7"})
+    return tmp_path
+
+
+def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path) -> None:
+    encoder = of_run(product, device="cpu", precision="fp32")
+    data = open_data(TEST)
+    one, two = freeze(encoder, data, batch=3), freeze(encoder, data, batch=20)
+    torch.testing.assert_close(one.vector, two.vector, atol=1e-5, rtol=0)
+    with torch.no_grad(), autocast(encoder.device, "fp32"):
+        image = evaluation_crop(encoder.size).crop(data.image(7))[None].float() / 255
+        image = (image - encoder.mean.view(1, 3, 1, 1)) / encoder.std.view(1, 3, 1, 1)
+        tokens = encoder.module.forward_features(image)[0]
+    torch.testing.assert_close(two.vector[7, -1], tokens[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(two.mean[7], tokens[1:].mean(dim=0), atol=1e-5, rtol=0)
+    low = freeze(of_run(product, device="cpu", precision="bf16"), data)
+    assert F.cosine_similarity(low.mean, one.mean).min() > 0.999
+
+
+def test_evaluation_is_repeatable_and_kept(product: Path) -> None:
+    results = [evaluate(name, product, TRAIN, TEST, device="cpu") for name in ("knn", "linear", "knn")]
+    assert results[0] == results[2] and results[0].step == 7
+    assert evaluate("knn", product, TRAIN, TEST, untrained=True, device="cpu").values == results[0].values
+    path = save(results[0], product)
+    assert save(results[2], product) == path and path.parent.name == "evaluations"
+
+
+def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_run: Make, pictures: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json"):
+        evaluate("knn", tmp_path / "nowhere", TRAIN, TEST)
+    with pytest.raises(UserError, match="did you mean 'linear'"):
+        evaluate("liner", product, TRAIN, TEST)
+    with pytest.raises(UserError, match="has no labels"):
+        evaluate("knn", product, str(pictures / "cats"), TEST, device="cpu")
+    with pytest.raises(UserError, match=r"--knn\.train and --knn\.test"):
+        knn_watch(tiny_run(knn=type(tiny_run().knn)(every=1.0)))
+    (product / "encoder.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="does not fit"):
+        of_run(product)
+    (product / "encoder.safetensors").unlink()
+    with pytest.raises(UserError, match="is the run finished"):
+        of_run(product)
+
+
+def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make) -> None:
+    module = build_model(tiny_run()).encoder.train()
+    freeze(in_training(tiny_run(), module, torch.device("cpu"), "fp32"), open_data(TEST))
+    assert module.training

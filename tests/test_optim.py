@@ -1,0 +1,117 @@
+"""The update against torch's own AdamW, clipping and GradScaler, and its refusal of bad gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from pixmim.engine.device import choose_device, choose_precision
+from pixmim.engine.optim import Updater, adamw
+from pixmim.engine.schedule import Schedule
+from pixmim.errors import UserError
+from pixmim.models import create_model
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def trained(steps: int, clip: float | None, scaling: bool = False, spoil: int = -1) -> tuple[nn.Module, Updater]:
+    model = network()
+    updater = Updater(adamw(model, 0.1, (0.9, 0.95), 0.05), clip, scaling, CPU)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(steps):
+        x = torch.randn(16, 4, generator=generator)
+        loss = model(x * (float("nan") if step == spoil else 1.0)).square().mean()
+        updater.backward(loss)
+        updater.step(0.01 * (step + 1))
+    return model, updater
+
+
+def reference(steps: int, clip: float | None) -> nn.Module:
+    """Plain, unfused AdamW with torch's own clipping."""
+    model = network()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 4, generator=generator)).square().mean().backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("clip", [None, 0.05, 100.0])
+@pytest.mark.parametrize("scaling", [False, True])
+def test_an_update_is_adamws(clip: float | None, scaling: bool) -> None:
+    mine, theirs = trained(6, clip, scaling)[0], reference(6, clip)
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_a_bad_gradient_changes_no_weight_and_no_moment(scaling: bool) -> None:
+    spoiled, updater = trained(4, None, scaling, spoil=3)
+    clean, _ = trained(3, None, scaling)
+    for a, b in zip(spoiled.parameters(), clean.parameters(), strict=True):
+        assert torch.equal(a, b)
+    states = list(updater._optimizer.state.values())
+    assert all(float(state["step"]) == 3 and torch.isfinite(state["exp_avg"]).all() for state in states)
+    assert updater.state["skipped"] == 1 and updater.state["streak"] == 1
+    assert updater.state["scale"] == (2.0**15 if scaling else 1.0)
+
+
+def test_the_streak_ends_with_a_good_step() -> None:
+    _, updater = trained(6, None, spoil=3)
+    assert updater.state["skipped"] == 1 and updater.state["streak"] == 0
+
+
+def test_the_loss_scale_doubles_after_2000_good_steps() -> None:
+    model = nn.Linear(1, 1)
+    updater = Updater(adamw(model, 0.0, (0.9, 0.95), 0.0), None, True, CPU)
+    for _ in range(2001):
+        updater.backward(model(torch.zeros(1, 1)).sum())
+        updater.step(0.0)
+    assert updater.state["scale"] == 2.0**17 and updater.state["good"] == 1
+
+
+def test_what_is_not_decayed() -> None:
+    model = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=1, decoder_depth=1)
+    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert {"encoder.cls_token", "mask_token", "encoder.norm.weight", "decoder_pred.bias"} <= plain
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    assert not {name for name in decayed | plain if "pos_embed" in name}  # fixed, not trained
+
+
+def test_schedule_is_linear_then_cosine() -> None:
+    schedule = Schedule(steps=110, warmup=10, peak=1.0, final=0.0)
+    assert [schedule.lr(s) for s in (0, 5, 10, 60)] == pytest.approx([0, 0.5, 1.0, 0.5])
+    assert 0 < schedule.lr(109) < 1e-3
+
+
+def test_schedule_of_the_published_recipe() -> None:
+    from pixmim.recipes import get_recipe
+
+    schedule = Schedule.of(get_recipe("pixmim-vit-base-300"), 1_281_167)
+    assert (schedule.steps, schedule.warmup) == (93_835, 12_511)  # 300 and 40 epochs of 312.78 batches
+    assert Schedule.of(get_recipe("demo"), 20_000).warmup <= 1200 // 5
+
+
+def test_devices_and_precisions() -> None:
+    assert choose_precision("fp32", CPU) == "fp32" and choose_precision("auto", CPU) in ("bf16", "fp32")
+    with pytest.raises(UserError, match="fp16 needs a CUDA device"):
+        choose_precision("fp16", CPU)
+    with pytest.raises(UserError, match="no device 'cuda:77' here"):
+        choose_device("cuda:77")
+    with pytest.raises(UserError, match="no device 'gpu' here"):
+        choose_device("gpu")

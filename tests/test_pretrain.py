@@ -1,0 +1,173 @@
+"""Whole runs in this process: what they compute, what they leave behind, and what they say."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pixmim.config import Knn, Made, Optim, Run
+from pixmim.engine.checkpoint import Checkpoints
+from pixmim.errors import UserError
+from pixmim.evaluate import evaluate, knn_watch
+from pixmim.models import features
+from pixmim.parts import build_model
+from pixmim.pretrain import pretrain
+from pixmim.recipes import get_recipe
+
+Make = Callable[..., Run]
+
+
+def train(run: Run, out: Path, watch: object = None) -> str:
+    console = Console(file=io.StringIO(), width=500)
+    pretrain(run, out, console, watch)  # type: ignore[arg-type]
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "encoder.safetensors")
+
+
+def equal(one: Path, two: Path) -> bool:
+    a, b = weights(one), weights(two)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_a_function_of_its_seed(tiny_run: Make, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tiny_run(seed=seed), tmp_path / name)
+    assert equal(tmp_path / "a", tmp_path / "b") and not equal(tmp_path / "a", tmp_path / "c")
+
+
+def test_the_loss_falls_and_the_curve_is_golden(tiny_run: Make, tmp_path: Path) -> None:
+    train(tiny_run(steps=60, log_every=20, optim=Optim(lr=3e-3, warmup=1)), tmp_path / "run")
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert losses == pytest.approx([1.005, 0.848, 0.755], abs=0.02)
+
+
+def test_accumulation_changes_rounding_only(tiny_run: Make, tmp_path: Path) -> None:
+    """Parts of a batch hold the same samples, crops and masks; sums are taken in another order."""
+    for parts in (1, 2, 4):
+        train(tiny_run(accumulate=parts, log_every=1, steps=3), tmp_path / str(parts))
+    whole = [line["loss"] for line in metrics(tmp_path / "1")]
+    for parts in ("2", "4"):
+        assert [line["loss"] for line in metrics(tmp_path / parts)] == pytest.approx(whole, rel=1e-4)
+
+
+def test_any_size_any_precision_grey(tiny_run: Make, tmp_path: Path) -> None:
+    text = train(tiny_run(size="16x48", channels=1, precision="bf16", steps=2), tmp_path / "run")
+    assert "at 16x48" in text and "bf16" in text
+    assert weights(tmp_path / "run")["patch_embed.proj.weight"].shape == (32, 1, 8, 8)
+
+
+def test_timm_loads_the_product_strictly(tiny_run: Make, tmp_path: Path) -> None:
+    run = tiny_run()
+    train(run, tmp_path / "run")
+    path = tmp_path / "run" / "encoder.safetensors"
+    encoder = timm.create_model(
+        run.model.backbone, checkpoint_path=str(path), num_classes=0, img_size=32, **run.model.options
+    )
+    trained = build_model(run)
+    Checkpoints(tmp_path / "run" / "checkpoints").load_model(trained)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(encoder.eval()(images), features(trained.encoder.eval(), images).vector[:, -1])
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    assert said["backbone"] == run.model.backbone and said["step"] == "6" and "0.485" in said["mean"]
+
+
+def test_a_recipes_backbone_loads_without_options(tmp_path: Path, tiny_run: Make) -> None:
+    """The README's line: timm.create_model("vit_small_patch16_224", checkpoint_path=..., num_classes=0)."""
+    run = replace(
+        get_recipe("pixmim-vit-small"), data="shapes:count=4,size=224", steps=1, batch_size=2, device="cpu", threads=1
+    )
+    train(run, tmp_path / "run")
+    path = str(tmp_path / "run" / "encoder.safetensors")
+    encoder = timm.create_model("vit_small_patch16_224", checkpoint_path=path, num_classes=0)
+    assert encoder(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
+
+
+def test_bad_files_cost_a_line_each(tiny_run: Make, tmp_path: Path, pictures: Path) -> None:
+    (pictures / "dogs" / "empty.jpg").write_bytes(b"")
+    (pictures / "dogs" / "page.png").write_text("<html>")
+    whole = (pictures / "dogs" / "0.jpg").read_bytes()
+    (pictures / "dogs" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    text = train(tiny_run(data=str(pictures)), tmp_path / "run")
+    assert "3 of 13 images could not be read" in text
+    rows = list(csv.reader((tmp_path / "run" / "skipped.csv").open()))
+    assert {Path(row[0]).name: bool(row[1]) for row in rows[1:]} == {
+        "empty.jpg": True,
+        "page.png": True,
+        "cut.jpg": True,
+    }
+
+
+def test_metrics_have_steps_and_rates(tiny_run: Make, tmp_path: Path) -> None:
+    train(tiny_run(log_every=2), tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[-1]["epoch"] == pytest.approx(6 * 8 / 40)
+    assert all(line["images_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["skipped"] == 0 for line in lines)
+
+
+def test_periodic_knn_draws_a_curve(tiny_run: Make, tmp_path: Path) -> None:
+    run = tiny_run(steps=10, knn=Knn("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1", every=1.0))
+    train(run, tmp_path / "run", knn_watch(run))
+    steps = [line["step"] for line in metrics(tmp_path / "run") if "knn/top1/mean" in line]
+    assert steps == [0, 5, 10]
+    quiet = replace(run, knn=Knn())
+    train(quiet, tmp_path / "quiet", knn_watch(quiet))
+    assert equal(tmp_path / "run", tmp_path / "quiet")  # looking changes nothing
+
+
+def test_a_run_that_diverges_stops_with_advice(tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixmim import pretrain as module
+
+    def spoil(*args: object) -> torch.Tensor:
+        return original(*args) * float("nan")  # type: ignore[arg-type]
+
+    original = module.finish
+    monkeypatch.setattr(module, "finish", spoil)
+    with pytest.raises(UserError, match=r"not finite in the last 2. updates.*--optim.clip"):
+        train(tiny_run(steps=100, log_every=5), tmp_path / "run")
+
+
+def test_warnings_for_runs_far_from_their_recipe(tiny_run: Make, tmp_path: Path) -> None:
+    text = train(tiny_run(batch_size=64, steps=2, made=Made(steps=1000), optim=Optim(lr=1.0)), tmp_path / "run")
+    assert "2 updates are few: this recipe was made for 1,000" in text
+    assert "a learning rate of 1 suits another batch" in text
+    assert "each of the 40 images more than once" in text
+
+
+def test_another_number_of_images_cannot_be_resumed(tiny_run: Make, tmp_path: Path) -> None:
+    train(tiny_run(), tmp_path / "run")
+    with pytest.raises(UserError, match="began with 40 images, and there are 41 now"):
+        train(tiny_run(data="shapes:count=41,size=32"), tmp_path / "run")
+
+
+@pytest.mark.skipif(
+    not os.environ.get("PIXMIM_LONG"), reason="the demo on two seeds takes minutes: PIXMIM_LONG=1 make test"
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_demo_gains_ten_points(seed: int, tmp_path: Path) -> None:
+    train(replace(get_recipe("demo"), seed=seed), tmp_path / "run")
+    labelled = ("shapes:count=4000,seed=101,size=48", "shapes:count=2000,seed=102,size=48")
+    before, after = (
+        evaluate("linear", tmp_path / "run", *labelled, untrained=untrained).values["top1"]
+        for untrained in (True, False)
+    )
+    assert after > before + 10

@@ -1,0 +1,90 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixmim.config import Run, Target
+from pixmim.errors import UserError
+from pixmim.evaluate import evaluate
+from pixmim.evaluate.results import save
+from pixmim.report import results_table, write_report
+from pixmim.report.reconstruct import radial_spectrum, reconstruct
+from test_pretrain import train
+
+Make = Callable[..., Run]
+LABELLED = ("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1")
+
+
+@pytest.fixture
+def runs(tiny_run: Make, tmp_path: Path) -> list[Path]:
+    train(tiny_run(log_every=1), tmp_path / "one")
+    train(tiny_run(log_every=1, seed=3, target=Target(kind="pixels", normalise_patches=False)), tmp_path / "two")
+    for name in ("knn", "linear"):
+        save(evaluate(name, tmp_path / "one", *LABELLED, device="cpu"), tmp_path / "one")
+    save(evaluate("knn", tmp_path / "two", *LABELLED, untrained=True, device="cpu"), tmp_path / "two")
+    return [tmp_path / "one", tmp_path / "two"]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Path) -> None:
+    html = write_report(runs, tmp_path / "page.html").read_text()
+    assert not re.search(r'(?:src|href)="(?!data:|#)', html) and "<script" not in html
+    assert html.count("data:image/png;base64,") == 2 * 6 * 6  # runs, images, columns
+    for text in ("linear probe", "k-NN, k = 20", "95 % interval", "target.kind", "Training loss", "one normalises"):
+        assert text in html
+    assert "two normalise" not in html  # it predicts pixels as they are, and nothing is borrowed
+    sheet = Image.open(next((runs[0] / "reconstructions").glob("step-*.png")))
+    assert sheet.size == (6 * 34 - 2, 6 * 34 - 2)
+
+
+def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None:
+    table = results_table(runs)
+    assert [str(column.header) for column in table.columns][1:] == [
+        "one: untrained", "one: trained", "two: untrained", "two: trained",
+    ]  # fmt: skip
+    assert [next(iter(column.cells)) != "-" for column in table.columns][1:] == [False, True, True, False]
+
+
+def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
+    found = reconstruct(tiny_run(), runs[0])
+    c = {name: picture.astype(int) for name, picture in found.columns.items()}
+    grey = np.round(np.asarray([0.485, 0.456, 0.406]) * 255)
+    hidden = (c["masked"] == grey).all(axis=-1)
+    assert 0.7 < hidden.mean() < 0.8
+    assert (c["masked"][~hidden] == c["image"][~hidden]).all()  # visible patches are shown as they are
+    for name in ("pasted", "unaided"):
+        assert (c[name][~hidden] == c["image"][~hidden]).all()  # and never taken from the prediction
+    assert (c["prediction"][hidden] == c["pasted"][hidden]).all()
+    assert (c["prediction"][~hidden] == grey).all()
+    # Borrowed statistics: each hidden patch of "prediction" has the target's mean, up to rounding and clipping.
+    patches = {n: c[n].reshape(6, 4, 8, 4, 8, 3).mean(axis=(2, 4, 5)) for n in ("prediction", "target", "unaided")}
+    dark = hidden.reshape(6, 4, 8, 4, 8).all(axis=(2, 4))
+    assert np.abs(patches["prediction"] - patches["target"])[dark].mean() < 16
+    assert (
+        np.abs(patches["prediction"] - patches["target"])[dark].mean()
+        < np.abs(patches["unaided"] - patches["target"])[dark].mean()
+    )
+
+
+def test_radial_spectrum_of_one_wave() -> None:
+    x = torch.arange(32)
+    wave = torch.cos(2 * torch.pi * 5 / 32 * x).expand(2, 3, 32, 32)
+    power = radial_spectrum(wave)
+    assert len(power) == 17 and power.argmax() == 5
+    assert power[np.arange(17) != 5].max() < 1e-9 < power[5]
+    noise = radial_spectrum(torch.randn(50, 3, 32, 32))
+    assert np.abs(noise - 1).max() < 0.1  # white noise of variance one has power one everywhere
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run"):
+        write_report([tmp_path], tmp_path / "page.html")
+
+
+def test_a_run_whose_data_moved_still_has_a_page(tiny_run: Make, tmp_path: Path, pictures: Path) -> None:
+    train(tiny_run(data=str(pictures)), tmp_path / "run")
+    pictures.rename(tmp_path / "moved")
+    assert "No pictures: there is no folder" in write_report([tmp_path / "run"], tmp_path / "p.html").read_text()
