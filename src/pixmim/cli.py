@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from tyro.conf import Positional, arg
 
 from pixmim.config import Run, from_json
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise UserError(f"there is no command '{args[0]}'{nearest(args[0], COMMANDS)}\n\n{OVERVIEW}")
         return COMMANDS[args[0]](args[1:])
-    except UserError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -98,10 +99,10 @@ def pretrain(args: list[str]) -> int:
     watch = knn_watch(run)
     outcome = train(run, out, console, watch)
     if not outcome.finished:
-        console.print(f"stopped after step {outcome.step}; go on with: pixmim pretrain --resume {out}", soft_wrap=True)
+        _say(console, f"stopped after step {outcome.step}; go on with: pixmim pretrain --resume {out}")
         return 130
     page = write_report([out], out / "report.html")
-    console.print(f"encoder: {out / 'encoder.safetensors'}\nreport:  {page}", highlight=False, soft_wrap=True)
+    _say(console, f"encoder: {out / 'encoder.safetensors'}\nreport:  {page}")
     return 0
 
 
@@ -140,7 +141,7 @@ def evaluate(args: list[str]) -> int:
         console = Console()
         console.print(results_table([run]))
         page = write_report([run], run / "report.html")
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        _say(console, f"report: {page}")
         return 0
 
     return tyro.cli(command, prog="pixmim evaluate", args=args)
@@ -163,7 +164,7 @@ def report(args: list[str]) -> int:
         page = write_report(list(runs), out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html")))
         console = Console()
         console.print(results_table(list(runs)))
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        _say(console, f"report: {page}")
         return 0
 
     return tyro.cli(command, prog="pixmim report", args=args)
@@ -200,6 +201,11 @@ def _load(path: Path) -> Run:
     if not path.is_file():
         raise UserError(f"there is no {path}")
     return from_json(path.read_text(), path)
+
+
+def _say(console: Console, text: str) -> None:
+    """Print plain text as it is: no wrapped paths, no colours, no markup in names."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _value_of(flag: str, args: list[str]) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from pixmim.config import Run, to_json
 from pixmim.data import open_data
-from pixmim.data.loader import Loader
+from pixmim.data.loader import Batch, Loader
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import Source
+from pixmim.engine.advice import describe
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
 from pixmim.engine.optim import Updater, adamw
@@ -22,7 +22,6 @@ from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
 from pixmim.parts import build_crop, build_masker, build_model, build_objective, mask_noise
-from pixmim.targets import auto_radius
 from pixmim.transforms import finish
 from pixmim.weights.export import save_encoder
 
@@ -71,6 +70,14 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     skipped = Skipped(out / "skipped.csv", len(data), run.max_bad)
     saved_at = time.monotonic()
 
+    def loss_of(batch: Batch, step: int, rows: range) -> Tensor:
+        """The method itself: finish the crops, hide patches, predict them, hold them against the target."""
+        images = finish(batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std)
+        mask = masker.from_noise(mask_noise(run, step, rows, patches)).to(device)
+        with autocast(device, precision):
+            prediction = model(images, mask)
+        return objective(prediction, images, mask).loss
+
     def save(step: int) -> None:
         checkpoints.save(step, model, optimizer, updater, images=len(data))
 
@@ -79,7 +86,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
             log.write({"step": step, "epoch": round(step * run.batch_size / len(data), 6), **watch(model.encoder)})
             log.pause()
 
-    for line in describe(run, data, schedule, device, precision):
+    for line in describe(run, len(data), schedule, device, precision):
         console.print(line, highlight=False, soft_wrap=True)
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
@@ -115,12 +122,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
         while step < schedule.steps and not interrupts.asked:
             total = torch.zeros((), device=device)
             for first in range(0, run.batch_size, part):
-                batch = next(batches)
-                images = finish(_to(batch.images, device), _to(batch.flip, device), mean, std)
-                mask = masker.from_noise(mask_noise(run, step, range(first, first + part), patches)).to(device)
-                with autocast(device, precision):
-                    prediction = model(images, mask)
-                loss = objective(prediction, images, mask).loss / run.accumulate
+                loss = loss_of(next(batches), step, range(first, first + part)) / run.accumulate
                 updater.backward(loss)
                 total += loss.detach()
             norm = updater.step(schedule.lr(step))
@@ -130,7 +132,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
             if log.due(step):
                 _stop_if_lost(updater, step)
                 log.line(step, batches.waited, lr=schedule.lr(step - 1), skipped=updater.state["skipped"].item())
-            if step == schedule.steps or (watch_every and run.knn.every > 0 and step % watch_every == 0):
+            if step == schedule.steps or (run.knn.every > 0 and step % watch_every == 0):
                 measure(step)
             due = step % run.checkpoint_every == 0 if run.checkpoint_every else time.monotonic() - saved_at > _AUTOSAVE
             if due or interrupts.asked or step == schedule.steps:
@@ -144,41 +146,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     if lost:
         console.print(f"{lost} of {step} updates were skipped because their gradient was not finite")
     if len(skipped):
-        console.print(f"{len(skipped)} of {len(data)} images could not be read: see {out / 'skipped.csv'}")
+        console.print(f"{len(skipped)} of {len(data)} images could not be read: see {out}/skipped.csv", markup=False)
     return Outcome(step, finished=True)
-
-
-def describe(run: Run, data: Source, schedule: Schedule, device: torch.device, precision: str) -> list[str]:
-    """A summary of what is about to happen, and warnings where data or batch make the recipe meaningless."""
-    radius = auto_radius(run.hw) if run.target.radius == "auto" else run.target.radius
-    target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
-    height, width = run.hw
-    lines = [
-        f"{run.model.name} on {run.model.backbone} at {height}x{width}, predicting {target}, crop {run.crop.kind}",
-        f"{len(data):,} images; {schedule.steps:,} updates of {run.batch_size:,} images = "
-        f"{schedule.steps * run.batch_size / len(data):,.1f} epochs; "
-        f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up",
-        f"{device} in {precision}, seed {run.seed}",
-    ]
-    warnings = []
-    if run.made.steps and schedule.steps < run.made.steps / 10:
-        needed = round(run.made.steps / 10 * run.batch_size / len(data))
-        warnings.append(
-            f"{schedule.steps:,} updates are few: this recipe was made for {run.made.steps:,}. "
-            f"A smaller --batch-size or more --epochs (from {needed:,}) gives more."
-        )
-    if run.optim.lr is not None and not 0.25 < run.lr / (run.optim.base_lr * run.batch_size / 256) < 4:
-        warnings.append(
-            f"a learning rate of {run.lr:.3g} suits another batch than {run.batch_size:,}: "
-            f"the rule gives {run.optim.base_lr * run.batch_size / 256:.3g}. Leave --optim.lr out to follow it."
-        )
-    if len(data) < run.batch_size:
-        warnings.append(f"a batch of {run.batch_size:,} holds each of the {len(data):,} images more than once")
-    return lines + [f"[yellow]warning:[/yellow] {text}" for text in warnings]
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True)
 
 
 def _stop_if_lost(updater: Updater, step: int) -> None:

@@ -4,7 +4,7 @@ A target is a module from normalised images (b c h w) to normalised images of th
 """
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -89,33 +89,20 @@ def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, form: Form = "exa
     Raises ValueError for a negative radius or an unknown form.
     """
     _check(radius, form)
-    h, w = images.shape[-2:]
-    down, across = _radii(auto_radius((h, w)) if radius == "auto" else radius)
+    size = (images.shape[-2], images.shape[-1])
     with torch.autocast(images.device.type, enabled=False):
         x = images if images.dtype == torch.float64 else images.float()
-        shift_h, shift_w = (form == "released" and h % 2 == 0), (form == "released" and w % 2 == 0)
-        rows, row_bins = _basis(h, down, shift_h, x.dtype, x.device)
-        columns, column_bins = _basis(w, across, shift_w, x.dtype, x.device)
-        kept = _inside(row_bins, column_bins, down, across).to(x.dtype)
-
-        def project(y: Tensor) -> Tensor:
-            return rows.T @ (kept * (rows @ y @ columns.T)) @ columns
-
+        f = _filter(size, *_radii(radius, size), form, x.dtype, x.device)
         if form == "exact":
-            return project(x)
-        # Moving the spectrum by half a bin multiplies the image by a phase of modulus one, which the absolute value
-        # takes away again; so the complex filter is the real one on the two parts of the modulated image.
-        phase = _half_bin_phase(h, shift_h, x)[:, None] + _half_bin_phase(w, shift_w, x)[None, :]
-        return torch.hypot(project(x * phase.cos()), project(x * phase.sin()))
+            return f.project(x)
+        return torch.hypot(f.project(x * f.cosine), f.project(x * f.sine))
 
 
 def kept_bins(size: tuple[int, int], radius: Radius, form: Form = "exact") -> int:
     """How many of the h*w frequency bins the filter keeps; 5025 of 50176 at 224 px and r = 40 (released: 5024)."""
     _check(radius, form)
-    down, across = _radii(auto_radius(size) if radius == "auto" else radius)
-    shifts = [form == "released" and side % 2 == 0 for side in size]
-    row_bins, column_bins = (_bins(side, shift).abs() for side, shift in zip(size, shifts, strict=True))
-    return int(_inside(row_bins, column_bins, down, across).sum())
+    rows, columns = (_bins(side, _is_shifted(side, form)) for side in size)
+    return int(_inside(rows, columns, *_radii(radius, size)).sum())
 
 
 def _check(radius: Radius, form: Form) -> None:
@@ -128,40 +115,71 @@ def _check(radius: Radius, form: Form) -> None:
         raise ValueError(f"a low-pass radius is not negative (a pair: positive), but got {radius}")
 
 
-def _radii(radius: float | tuple[float, float]) -> tuple[float, float]:
+def _radii(radius: Radius, size: tuple[int, int]) -> tuple[float, float]:
+    if isinstance(radius, str):
+        radius = auto_radius(size)
     return radius if isinstance(radius, tuple) else (radius, radius)
 
 
-def _bins(size: int, half: bool) -> Tensor:
-    """Signed frequencies of the `size` bins of a shifted spectrum, measured from the filter's centre."""
-    return torch.arange(size, dtype=torch.float64) - (size - 1) / 2 if half else torch.arange(size).double() - size // 2
+def _is_shifted(size: int, form: Form) -> bool:
+    """Whether the filter is centred half a bin beside the zero frequency along an axis."""
+    return form == "released" and size % 2 == 0
 
 
-def _inside(row_bins: Tensor, column_bins: Tensor, down: float, across: float) -> Tensor:
+def _bins(size: int, shifted: bool) -> Tensor:
+    """Frequencies of the `size` bins of an ordered spectrum, measured from the filter's centre; float64."""
+    return torch.arange(size, dtype=torch.float64) - ((size - 1) / 2 if shifted else size // 2)
+
+
+def _inside(rows: Tensor, columns: Tensor, down: float, across: float) -> Tensor:
     """Whether each pair of frequencies lies in the circle or ellipse; written without division, to be exact on it."""
-    y, x = row_bins[:, None], column_bins[None, :]
+    y, x = rows[:, None], columns[None, :]
     if down == across:
         return y * y + x * x <= down * down
     return (y * across) ** 2 + (x * down) ** 2 <= (down * across) ** 2
 
 
-@lru_cache(maxsize=32)
-def _basis(size: int, radius: float, half: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """An orthonormal real Fourier basis (k size) of the frequencies up to `radius`, and |frequency| of each row (k).
+class _Filter(NamedTuple):
+    """A low-pass for one image size: bases (k h) and (l w), which of their products stay (k l), and a phase (h w).
 
-    With `half`, the frequencies are 1/2, 3/2, ... instead of 0, 1, 2, ...
+    The phase is for the released form only. Moving the spectrum by half a bin multiplies the image by a phase of
+    modulus one, which the absolute value takes away again; so the complex filter is the real one, on the two parts of
+    the image times that phase.
     """
-    frequency = _bins(size, half).abs().unique()
+
+    rows: Tensor
+    columns: Tensor
+    kept: Tensor
+    cosine: Tensor
+    sine: Tensor
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.rows.T @ (self.kept * (self.rows @ x @ self.columns.T)) @ self.columns
+
+
+@lru_cache(maxsize=16)
+def _filter(
+    size: tuple[int, int], down: float, across: float, form: Form, dtype: torch.dtype, device: torch.device
+) -> _Filter:
+    shifted = [_is_shifted(side, form) for side in size]
+    rows, row_bins = _basis(size[0], down, shifted[0])
+    columns, column_bins = _basis(size[1], across, shifted[1])
+    kept = _inside(row_bins, column_bins, down, across)
+    angles = [torch.arange(n, dtype=torch.float64) * (torch.pi / n * s) for n, s in zip(size, shifted, strict=True)]
+    phase = angles[0][:, None] + angles[1][None, :]
+    return _Filter(*(t.to(device, dtype) for t in (rows, columns, kept, phase.cos(), phase.sin())))
+
+
+def _basis(size: int, radius: float, shifted: bool) -> tuple[Tensor, Tensor]:
+    """An orthonormal real Fourier basis (k size) of the frequencies up to `radius`, and each row's frequency (k).
+
+    Frequencies are 0, 1, 2, ..., or 1/2, 3/2, ... if `shifted`; float64.
+    """
+    frequency = _bins(size, shifted).abs().unique()
     frequency = frequency[frequency <= radius]
     # Zero, and the highest of an even size, are their own mirror image: a cosine only, of half the weight.
     alone = (frequency == 0) | (frequency * 2 == size)
     angle = 2 * torch.pi / size * frequency[:, None] * torch.arange(size, dtype=torch.float64)
     cosine = angle.cos() * (2 - alone.double()).sqrt()[:, None]
     sine = angle.sin()[~alone] * 2**0.5
-    basis = torch.cat([cosine, sine]) / size**0.5
-    return basis.to(device, dtype), torch.cat([frequency, frequency[~alone]]).to(device)
-
-
-def _half_bin_phase(size: int, half: bool, like: Tensor) -> Tensor:
-    angle = torch.arange(size, dtype=torch.float64) * (torch.pi / size if half else 0.0)
-    return angle.to(like.device, like.dtype)
+    return torch.cat([cosine, sine]) / size**0.5, torch.cat([frequency, frequency[~alone]])

@@ -1,1 +1,1 @@
-"""The machinery around the loop: optimizer, schedule, device, checkpoints, log, signals."""
+"""The machinery around the loop: optimizer, schedule, device, checkpoints, log, signals, advice."""

@@ -1,0 +1,36 @@
+"""What a run says before it begins: a summary, and warnings where data or batch make its recipe meaningless."""
+
+import torch
+
+from pixmim.config import Run
+from pixmim.engine.schedule import Schedule
+from pixmim.targets import auto_radius
+
+
+def describe(run: Run, images: int, schedule: Schedule, device: torch.device, precision: str) -> list[str]:
+    """Lines for a terminal, in rich's markup. `images` is the size of the data set."""
+    radius = auto_radius(run.hw) if run.target.radius == "auto" else run.target.radius
+    target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
+    height, width = run.hw
+    lines = [
+        f"{run.model.name} on {run.model.backbone} at {height}x{width}, predicting {target}, crop {run.crop.kind}",
+        f"{images:,} images; {schedule.steps:,} updates of {run.batch_size:,} images = "
+        f"{schedule.steps * run.batch_size / images:,.1f} epochs; "
+        f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up",
+        f"{device} in {precision}, seed {run.seed}",
+    ]
+    warnings = []
+    if run.made.steps and schedule.steps < run.made.steps / 10:
+        needed = round(run.made.steps / 10 * run.batch_size / images)
+        warnings.append(
+            f"{schedule.steps:,} updates are few: this recipe was made for {run.made.steps:,}. "
+            f"A smaller --batch-size or more --epochs (from {needed:,}) gives more."
+        )
+    if run.optim.lr is not None and not 0.25 < run.lr / (run.optim.base_lr * run.batch_size / 256) < 4:
+        warnings.append(
+            f"a learning rate of {run.lr:.3g} suits another batch than {run.batch_size:,}: "
+            f"the rule gives {run.optim.base_lr * run.batch_size / 256:.3g}. Leave --optim.lr out to follow it."
+        )
+    if images < run.batch_size:
+        warnings.append(f"a batch of {run.batch_size:,} holds each of the {images:,} images more than once")
+    return lines + [f"[yellow]warning:[/yellow] {text}" for text in warnings]
