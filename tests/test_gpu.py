@@ -1,0 +1,52 @@
+"""What only a CUDA device can show. Everything else in the suite runs on a CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pixmim import LowFrequency, Objective, RandomMask, create_model, low_pass
+from pixmim.config import Run
+from pixmim.engine.optim import Updater, adamw
+from test_pretrain import train
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_step_does_not_wait_for_the_device() -> None:
+    device = torch.device("cuda")
+    model = create_model("mae", "vit_tiny_patch16_224", img_size=64, decoder_depth=1).to(device)
+    objective, masker = Objective(LowFrequency(radius="auto")).to(device), RandomMask()
+    updater = Updater(adamw(model, 1e-3, (0.9, 0.95), 0.05), 1.0, True, device)
+    images = torch.randn(8, 3, 64, 64, device=device)
+
+    def step() -> None:
+        mask = masker.from_noise(torch.rand(8, 16)).to(device)
+        with torch.autocast("cuda", torch.float16):
+            prediction = model(images, mask)
+        updater.backward(objective(prediction, images, mask).loss)
+        updater.step(1e-3)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_low_pass_stays_exact_under_autocast() -> None:
+    images = torch.rand(4, 3, 224, 224, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        found = low_pass(images, 40)
+    assert (found.double() - low_pass(images.double(), 40)).abs().max() < 5e-6
+
+
+def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        train(tiny_run(device=device, steps=3), tmp_path / device)
+    one, two = (load_file(tmp_path / device / "encoder.safetensors") for device in ("cpu", "cuda"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)
