@@ -21,10 +21,9 @@ def describe(run: Run, images: int, schedule: Schedule, device: torch.device, pr
     ]
     warnings = []
     if run.made.steps and schedule.steps < run.made.steps / 10:
-        needed = round(run.made.steps / 10 * run.batch_size / images)
         warnings.append(
-            f"{schedule.steps:,} updates are few: this recipe was made for {run.made.steps:,}. "
-            f"A smaller --batch-size or more --epochs (from {needed:,}) gives more."
+            f"{schedule.steps:,} updates are few: this recipe was made for {run.made.steps:,}. Less than a tenth of "
+            "them teaches little; more --epochs or a smaller --batch-size give more."
         )
     if run.optim.lr is not None and not 0.25 < run.lr / (run.optim.base_lr * run.batch_size / 256) < 4:
         warnings.append(

@@ -1,6 +1,6 @@
 """Recipes for one's own images on one machine, and the demo. Their settings are ours; no paper stands behind them."""
 
-from pixmim.config import Made, Mask, Model, Optim, Run
+from pixmim.config import Knn, Made, Mask, Model, Optim, Run
 
 
 def pixmim_vit_small() -> Run:
@@ -50,5 +50,6 @@ def demo() -> Run:
         ),
         mask=Mask(ratio=0.6),  # of 36 patches; at 0.75 it learns more slowly
         optim=Optim(base_lr=3e-3, warmup=0.2),
+        knn=Knn("shapes:count=2000,seed=201,size=48", "shapes:count=1000,seed=202,size=48", every=0.128),
         made=Made(images=200_000, steps=1200),
     )

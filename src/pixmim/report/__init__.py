@@ -68,9 +68,11 @@ def write_report(folders: list[Path], page: Path) -> Path:
 def results_table(folders: list[Path]) -> Table:
     """The evaluations of these runs as a table for a terminal."""
     stories = [_read(folder, name, draw=False) for folder, name in zip(folders, _names(folders), strict=True)]
-    table = Table("evaluation", *(f"{s.name}: {w}" for s in stories for w in ("untrained", "trained")), box=None)
+    names = [f"{story.name}: " if len(stories) > 1 else "" for story in stories]
+    table = Table("top-1 accuracy", *(name + which for name in names for which in ("untrained", "trained")), box=None)
     for row in _rows(stories):
-        table.add_row(row["label"], *(cell["text"] or "-" for cell in row["cells"]))
+        cells = (f"{cell['text']} ({cell['range']})" if cell["text"] else "-" for cell in row["cells"])
+        table.add_row(row["label"], *cells)
     return table
 
 
