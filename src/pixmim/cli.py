@@ -135,10 +135,12 @@ def evaluate(args: list[str]) -> int:
         from pixmim.evaluate.results import save
         from pixmim.report import results_table, write_report
 
-        for before in [True, False] if untrained else [False]:
-            result = measure(name, run, train, test, untrained=before, device=device, precision=precision)
-            save(result, run)
         console = Console()
+        for before in [True, False] if untrained else [False]:
+            result = measure(
+                name, run, train, test, untrained=before, device=device, precision=precision, console=console
+            )
+            save(result, run)
         console.print(results_table([run]))
         page = write_report([run], run / "report.html")
         _say(console, f"report: {page}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rich.console import Console
 from torch import nn
 
 from pixmim.config import Run
@@ -28,6 +29,7 @@ def evaluate(
     untrained: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
+    console: Console | None = None,
 ) -> Result:
     """Measure a finished run's encoder, or the untrained one it began as, on two labelled data sets.
 
@@ -39,7 +41,9 @@ def evaluate(
     frozen = []
     for spec in (train, test):
         data = open_data(spec, encoder.channels)
-        frozen.append(freeze(encoder, data, Skipped(folder / "evaluations-skipped.csv", len(data), 0.25)))
+        frozen.append(
+            freeze(encoder, data, Skipped(folder / "evaluations-skipped.csv", len(data), 0.25), console=console)
+        )
     values = dict(EVALUATIONS[name](*frozen))
     which = "untrained" if untrained else "trained"
     return Result(name, which, encoder.step, train, test, values, versions())

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from pixmim.data.loader import in_order
@@ -37,10 +39,16 @@ class Frozen:
 
 
 @torch.no_grad()
-def freeze(encoder: Encoder, data: Source, skipped: Skipped | None = None, batch: int = 256) -> Frozen:
+def freeze(
+    encoder: Encoder,
+    data: Source,
+    skipped: Skipped | None = None,
+    batch: int = 256,
+    console: Console | None = None,
+) -> Frozen:
     """Run an encoder over all of a labelled data set: resize to 256/224 of its size, centre crop, no augmentation.
 
-    Raises UserError if the data have no labels.
+    Shows a bar if `console` is a terminal. Raises UserError if the data have no labels.
     """
     if data.labels is None:
         raise UserError(f"{data.spec} has no labels: an evaluation needs one subfolder for each class")
@@ -49,13 +57,18 @@ def freeze(encoder: Encoder, data: Source, skipped: Skipped | None = None, batch
     vectors, means, labels = [], [], []
     training = encoder.module.training
     encoder.module.eval()
-    for images, indices in in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
-        x = finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)
-        with autocast(encoder.device, encoder.precision):
-            found = features(encoder.module, x, BLOCKS)
-        vectors.append(found.vector.float().cpu())
-        means.append(found.mean.float().cpu())
-        labels.append(torch.from_numpy(data.labels[indices]))
+    columns = TextColumn(f"features of {data.spec}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    quiet = console is None or not console.is_terminal
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        task = bar.add_task("", total=len(data))
+        for images, indices in in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
+            x = finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)
+            with autocast(encoder.device, encoder.precision):
+                found = features(encoder.module, x, BLOCKS)
+            vectors.append(found.vector.float().cpu())
+            means.append(found.mean.float().cpu())
+            labels.append(torch.from_numpy(data.labels[indices]))
+            bar.update(task, completed=int(indices[-1]) + 1)
     encoder.module.train(training)
     return Frozen(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
 
