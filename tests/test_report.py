@@ -33,7 +33,14 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Pa
     html = write_report(runs, tmp_path / "page.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', html) and "<script" not in html
     assert html.count("data:image/png;base64,") == 2 * 6 * 6  # runs, images, columns
-    for text in ("linear probe", "k-NN, k = 20", "95 % interval", "target.kind", "Training loss", "one normalises"):
+    for text in (
+        "linear probe",
+        "k-NN, mean of patch tokens",
+        "95 % interval",
+        "target.kind",
+        "Training loss",
+        "one normalises",
+    ):
         assert text in html
     assert "two normalise" not in html  # it predicts pixels as they are, and nothing is borrowed
     sheet = Image.open(next((runs[0] / "reconstructions").glob("step-*.png")))

@@ -108,8 +108,8 @@ def _read(folder: Path, name: str, draw: bool = True) -> _Story:
 
 
 _LABELS = {
-    ("knn", "top1/mean"): "k-NN, k = 20, mean of patch tokens",
-    ("knn", "top1/cls"): "k-NN, k = 20, class token",
+    ("knn", "top1/mean"): "k-NN, mean of patch tokens",
+    ("knn", "top1/cls"): "k-NN, class token",
     ("linear", "top1"): "linear probe",
 }
 
