@@ -95,7 +95,8 @@ def pretrain(args: list[str]) -> int:
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
 
-    run = replace(run, out=str(out))
+    knn = replace(run.knn, train=_absolute(run.knn.train), test=_absolute(run.knn.test))
+    run = replace(run, out=str(out), data=_absolute(run.data), knn=knn)
     watch = knn_watch(run)
     outcome = train(run, out, console, watch)
     if not outcome.finished:
@@ -203,6 +204,11 @@ def _load(path: Path) -> Run:
     if not path.is_file():
         raise UserError(f"there is no {path}")
     return from_json(path.read_text(), path)
+
+
+def _absolute(data: str) -> str:
+    """A folder's whole path, so that a run finds its data from wherever it is resumed or reported on."""
+    return data if not data or data.startswith("shapes:") else str(Path(data).expanduser().resolve())
 
 
 def _say(console: Console, text: str) -> None:

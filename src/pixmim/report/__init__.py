@@ -71,8 +71,9 @@ def results_table(folders: list[Path]) -> Table:
     names = [f"{story.name}: " if len(stories) > 1 else "" for story in stories]
     table = Table("top-1 accuracy", *(name + which for name in names for which in ("untrained", "trained")), box=None)
     for row in _rows(stories):
-        cells = (f"{cell['text']} ({cell['range']})" if cell["text"] else "-" for cell in row["cells"])
-        table.add_row(row["label"], *cells)
+        # Side by side, several runs leave no room for the intervals; they stand in the page.
+        cells = [f"{c['text']} ({c['range']})" if len(stories) == 1 else c["text"] for c in row["cells"]]
+        table.add_row(row["label"], *(text if c["text"] else "-" for text, c in zip(cells, row["cells"], strict=True)))
     return table
 
 
@@ -130,16 +131,16 @@ def _rows(stories: list[_Story]) -> list[dict[str, Any]]:
                     ]
                     cells.append(_cell(found[0], key) if found else {"text": "", "range": "", "value": None})
             if any(cell["text"] for cell in cells):
-                best = max(cell["value"] for cell in cells if cell["value"] is not None)
-                for cell in cells:
-                    cell["best"] = cell["value"] == best
+                for cell in cells:  # marked only if no other value reaches into its interval
+                    others = [c["value"] for c in cells if c is not cell and c["value"] is not None]
+                    cell["best"] = bool(others) and cell["value"] is not None and cell["low"] > max(others)
                 rows.append({"label": label, "train": train, "test": test, "cells": cells})
     return rows
 
 
 def _cell(values: dict[str, float], key: str) -> dict[str, Any]:
     interval = f"{values[key + '/low']:.1f} to {values[key + '/high']:.1f}"
-    return {"value": values[key], "text": f"{values[key]:.1f} %", "range": interval}
+    return {"value": values[key], "low": values[key + "/low"], "text": f"{values[key]:.1f} %", "range": interval}
 
 
 def _settings(stories: list[_Story]) -> list[dict[str, Any]]:
