@@ -80,8 +80,8 @@ def ours_step(
     objective, masker = pixmim.Objective(target), pixmim.RandomMask(0.75)
 
     def step() -> None:
-        noise = rng.uniform(0, "mask", 0, np.arange(batch), (size // patch) ** 2).astype(np.float32)
-        mask = masker.from_noise(torch.from_numpy(noise)).to(images.device)
+        u = rng.uniform(0, "mask", 0, np.arange(batch), (size // patch) ** 2).astype(np.float32)
+        mask = masker.decide(torch.from_numpy(u), (size // patch, size // patch)).to(images.device)
         with autocast(images.device, precision):  # type: ignore[arg-type]
             prediction = model(images, mask)
         updater.backward(objective(prediction, images, mask).loss)

@@ -55,7 +55,7 @@ def test_pixmim_is_two_values_of_mae() -> None:
     mae, pixmim = get_recipe("mae-vit-base"), get_recipe("pixmim-vit-base")
     changed = [f.name for f in dataclasses.fields(Run) if getattr(mae, f.name) != getattr(pixmim, f.name)]
     assert changed == ["recipe", "crop", "target"]
-    assert (pixmim.crop.kind, pixmim.target.kind, pixmim.target.radius) == ("src", "low-frequency", 40)
+    assert (pixmim.crop.kind, pixmim.target.kind, pixmim.target.radius) == ("src", "low-frequency", "auto")
     assert (mae.crop.kind, mae.crop.scale, mae.target.kind, mae.target.normalise_patches) == (
         "rrc",
         (0.2, 1),

@@ -52,8 +52,9 @@ def translate(theirs: torch.nn.Module) -> dict[str, torch.Tensor]:
         "vit.embeddings.patch_embeddings.projection.": "encoder.patch_embed.proj.",
         "vit.layers.": "encoder.blocks.",
         "vit.layernorm.": "encoder.norm.",
-        "decoder.decoder_layers.": "decoder_blocks.",
-        "decoder.": "",
+        "decoder.decoder_layers.": "decoder.blocks.",
+        "decoder.decoder_pred.": "decoder.predict.",
+        "decoder.decoder_": "decoder.",
         "attention.o_proj": "attn.proj",
         "layernorm_before": "norm1",
         "layernorm_after": "norm2",
@@ -81,12 +82,12 @@ def test_our_mae_is_huggingfaces_vitmae() -> None:
     assert isinstance(ours, MAE)
     found = translate(theirs)
     torch.testing.assert_close(found["encoder.pos_embed"], ours.encoder.pos_embed.data, atol=1e-6, rtol=0)
-    torch.testing.assert_close(found["decoder_pos_embed"], ours.decoder_pos_embed.data, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found["decoder.pos_embed"], ours.decoder.pos_embed.data, atol=1e-6, rtol=0)
     ours.load_state_dict(found, strict=True)
 
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     output = theirs(images, noise=noise)
-    mask = pixmim.RandomMask(0.75).from_noise(noise)
+    mask = pixmim.RandomMask(0.75).decide(noise, (4, 4))
     assert torch.equal(mask.hidden, output.mask.bool())
     prediction = ours(images, mask)
     torch.testing.assert_close(prediction, output.logits, atol=1e-5, rtol=0)

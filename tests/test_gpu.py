@@ -23,7 +23,7 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     images = torch.randn(8, 3, 64, 64, device=device)
 
     def step() -> None:
-        mask = masker.from_noise(torch.rand(8, 16)).to(device)
+        mask = masker(8, 16).to(device)
         with torch.autocast("cuda", torch.float16):
             prediction = model(images, mask)
         updater.backward(objective(prediction, images, mask).loss)

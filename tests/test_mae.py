@@ -28,13 +28,13 @@ def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
         visible = [n for n, h in enumerate(hidden) if not h]
         kept = tokens[b : b + 1, list(range(prefix)) + [prefix + n for n in visible]]
         latent = encoder.norm(encoder.blocks(encoder.norm_pre(kept)))
-        latent = model.decoder_embed(latent)
-        full = model.mask_token.expand(1, prefix + len(hidden), -1).clone()
+        latent = model.decoder.embed(latent)
+        full = model.decoder.mask_token.expand(1, prefix + len(hidden), -1).clone()
         full[:, :prefix] = latent[:, :prefix]
         for k, n in enumerate(visible):
             full[:, prefix + n] = latent[:, prefix + k]
-        full = model.decoder_blocks(full + model.decoder_pos_embed)
-        rows.append(model.decoder_pred(model.decoder_norm(full))[:, prefix:])
+        full = model.decoder.blocks(full + model.decoder.pos_embed)
+        rows.append(model.decoder.predict(model.decoder.norm(full))[:, prefix:])
     return torch.cat(rows)
 
 
@@ -86,7 +86,7 @@ def test_larger_models_have_the_official_number_of_values(backbone: str, million
 def test_initial_weights_follow_the_paper() -> None:
     model = create_model("mae", **TINY, **DECODER, img_size=16)
     block = model.encoder.blocks[0]
-    for weight in (block.attn.qkv.weight, block.mlp.fc1.weight, model.decoder_pred.weight):
+    for weight in (block.attn.qkv.weight, block.mlp.fc1.weight, model.decoder.predict.weight):
         bound = (6 / sum(weight.shape)) ** 0.5  # Xavier-uniform over the fused matrix
         assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
     patch = model.encoder.patch_embed.proj.weight
@@ -94,7 +94,7 @@ def test_initial_weights_follow_the_paper() -> None:
     assert not block.attn.qkv.bias.any() and (block.norm1.weight == 1).all()
     assert torch.equal(model.encoder.pos_embed[0, 1:], sincos_positions(32, (4, 4)))
     assert not model.encoder.pos_embed[0, 0].any() and not model.encoder.pos_embed.requires_grad
-    assert block.norm1.eps == model.decoder_norm.eps == model.decoder_blocks[0].norm1.eps == 1e-6
+    assert block.norm1.eps == model.decoder.norm.eps == model.decoder.blocks[0].norm1.eps == 1e-6
 
 
 def test_initial_loss_on_noise_is_the_official_models() -> None:

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from pixmim.masking import Mask, RandomMask
+from pixmim.grid import hidden_pixels
+from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
+from pixmim.metrics import average_distance
 
 
 @pytest.mark.parametrize(("patches", "visible"), [(196, 49), (256, 64), (784, 196), (36, 9)])
@@ -38,11 +40,101 @@ def test_the_generator_decides() -> None:
 
 
 def test_masks_that_hide_nothing_everything_or_unevenly_are_refused() -> None:
-    with pytest.raises(ValueError, match="same number"):
-        Mask.from_hidden(torch.tensor([[True, False, False], [True, True, False]]))
+    uneven = Mask.from_hidden(torch.tensor([[True, False, False], [True, True, False]]))
+    with pytest.raises(ValueError, match="hide the same number"):
+        _ = uneven.tables
     with pytest.raises(ValueError, match="leave some"):
         Mask.from_hidden(torch.ones(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="0 visible"):
+    with pytest.raises(ValueError, match="leaves 0 visible"):
         RandomMask(0.9)(1, 4)
     with pytest.raises(ValueError, match="between 0 and 1"):
         RandomMask(1.0)
+
+
+def test_lsmae_units_keep_the_published_count_in_whole_units() -> None:
+    hidden = UnitMask(0.75, 2)(6, (28, 28)).hidden.view(6, 14, 2, 14, 2)
+    assert (~hidden).sum(dim=(1, 2, 3, 4)).tolist() == [196] * 6
+    whole = hidden.all(dim=4).all(dim=2)
+    assert torch.equal(whole, hidden.any(dim=4).any(dim=2)) and ((~whole).sum(dim=(1, 2)) == 49).all()
+
+
+def test_lsmae_units_against_a_loop() -> None:
+    """Units in random order, each expanded column by column, patches out of the grid dropped, the first ones kept."""
+    grid, d, ratio = (5, 7), 2, 0.6
+    masker = UnitMask(ratio, d)
+    u = torch.rand(8, masker.draws(grid))
+    hidden = masker.decide(u, grid).hidden.view(8, *grid)
+    for row in range(8):
+        order = [
+            (y, x)
+            for unit in u[row].argsort().tolist()
+            for x in range(unit % 4 * d, unit % 4 * d + d)
+            for y in range(unit // 4 * d, unit // 4 * d + d)
+            if y < grid[0] and x < grid[1]
+        ]
+        visible = set(order[: int(35 * (1 - ratio))])
+        assert {(y, x) for y in range(5) for x in range(7) if not hidden[row, y, x]} == visible
+
+
+@pytest.mark.parametrize(("size", "units", "hidden"), [(192, 36, 22), (224, 49, 30)])
+def test_simmim_hides_whole_units_by_the_ceiling(size: int, units: int, hidden: int) -> None:
+    mask = UnitMask(0.6, 8, whole=True)(4, (size // 4, size // 4))
+    side = size // 32
+    blocks = mask.hidden.view(4, side, 8, side, 8)
+    assert torch.equal(blocks.all(dim=4).all(dim=2), blocks.any(dim=4).any(dim=2))
+    assert (blocks.all(dim=4).all(dim=2).sum(dim=(1, 2)) == hidden).all() and side**2 == units
+
+
+def test_units_that_would_hide_everything_are_refused() -> None:
+    """SimMIM's trap: 64-px units at 192 px with ratio 0.9."""
+    with pytest.raises(ValueError, match="hides all 9 units"):
+        UnitMask(0.9, 16, whole=True)(1, (48, 48))
+
+
+def test_squares_stay_in_the_middle_or_move() -> None:
+    still = SquareMask(0.5)(3, (14, 14)).hidden.view(3, 14, 14)
+    assert still.sum(dim=(1, 2)).tolist() == [100] * 3 and still[:, 2:12, 2:12].all()
+    places = SquareMask(0.25, moving=True)(400, (12, 14)).hidden.view(400, 12, 14)
+    assert (places.sum(dim=(1, 2)) == 36).all()
+    tops = places.any(dim=2).int().argmax(dim=1)
+    assert set(tops.tolist()) == set(range(7))
+    with pytest.raises(ValueError, match="hides all"):
+        SquareMask(0.95)(1, (3, 3))
+
+
+def test_blocks_follow_beit() -> None:
+    """200 draws of at most 75 of 196 patches fell between 68 and 75 with BEiT's own generator."""
+    mask = BlockMask(75.5 / 196)(200, (14, 14))
+    counts = mask.hidden.sum(dim=1)
+    assert counts.max() == 75 and counts.min() >= 60 and (counts >= 68).float().mean() > 0.97
+    assert mask.keep is None
+    with pytest.raises(ValueError, match="hide the same number"):
+        _ = mask.tables
+    again = BlockMask(75.5 / 196)(200, (14, 14), torch.Generator().manual_seed(1)).hidden
+    assert torch.equal(again, BlockMask(75.5 / 196)(200, (14, 14), torch.Generator().manual_seed(1)).hidden)
+
+
+@pytest.mark.parametrize(
+    "masker", [RandomMask(), UnitMask(0.6, 2), UnitMask(0.6, 2, True), SquareMask(0.3, True), BlockMask()]
+)
+def test_a_row_depends_on_its_own_numbers_only(masker: Masker) -> None:
+    u = torch.rand(6, masker.draws((10, 12)))
+    whole = masker.decide(u, (10, 12)).hidden
+    for row in range(6):
+        assert torch.equal(masker.decide(u[row : row + 1], (10, 12)).hidden[0], whole[row])
+
+
+@pytest.mark.parametrize(("unit", "ratio", "distance"), [(32, 0.6, 15.5), (16, 0.6, 7.4), (8, 0.8, 6.0)])
+def test_average_distance_is_simmims(unit: int, ratio: float, distance: float) -> None:
+    hidden = UnitMask(ratio, unit // 4, whole=True)(150, (48, 48), torch.Generator().manual_seed(1)).hidden
+    found = average_distance(hidden_pixels(hidden, 4, (192, 192)))
+    assert found == pytest.approx(distance, abs=0.4)
+
+
+def test_average_distance_against_a_loop() -> None:
+    hidden = torch.rand(2, 1, 7, 9) < 0.7
+    distances = []
+    for b, _, y, x in hidden.nonzero().tolist():
+        visible = (~hidden[b, 0]).nonzero()
+        distances.append((visible - torch.tensor([y, x])).double().norm(dim=1).min().item())
+    assert average_distance(hidden) == pytest.approx(sum(distances) / len(distances), rel=1e-6)

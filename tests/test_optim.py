@@ -88,7 +88,7 @@ def test_what_is_not_decayed() -> None:
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
-    assert {"encoder.cls_token", "mask_token", "encoder.norm.weight", "decoder_pred.bias"} <= plain
+    assert {"encoder.cls_token", "decoder.mask_token", "encoder.norm.weight", "decoder.predict.bias"} <= plain
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
     assert not {name for name in decayed | plain if "pos_embed" in name}  # fixed, not trained
 

@@ -56,7 +56,7 @@ def test_a_run_is_a_function_of_its_seed(tiny_run: Make, tmp_path: Path) -> None
 def test_the_loss_falls_and_the_curve_is_golden(tiny_run: Make, tmp_path: Path) -> None:
     train(tiny_run(steps=60, log_every=20, optim=Optim(lr=3e-3, warmup=1)), tmp_path / "run")
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
-    assert losses == pytest.approx([1.005, 0.848, 0.755], abs=0.02)
+    assert losses == pytest.approx([1.008, 0.827, 0.755], abs=0.02)
 
 
 def test_accumulation_changes_rounding_only(tiny_run: Make, tmp_path: Path) -> None:

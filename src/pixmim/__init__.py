@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pixmim.grid import patchify, unpatchify
     from pixmim.losses import Objective
-    from pixmim.masking import Mask, RandomMask
+    from pixmim.masking import BlockMask, Mask, RandomMask, SquareMask, UnitMask
     from pixmim.models import create_model
     from pixmim.targets import LowFrequency, Pixels, low_pass
     from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 
 _HOME = {
+    "BlockMask": "masking",
     "CentreCrop": "transforms",
     "LowFrequency": "targets",
     "Mask": "masking",
@@ -24,6 +25,8 @@ _HOME = {
     "RandomMask": "masking",
     "RandomResizedCrop": "transforms",
     "SimpleResizedCrop": "transforms",
+    "SquareMask": "masking",
+    "UnitMask": "masking",
     "create_model": "models",
     "low_pass": "targets",
     "patchify": "grid",
@@ -31,6 +34,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BlockMask",
     "CentreCrop",
     "LowFrequency",
     "Mask",
@@ -39,6 +43,8 @@ __all__ = [
     "RandomMask",
     "RandomResizedCrop",
     "SimpleResizedCrop",
+    "SquareMask",
+    "UnitMask",
     "create_model",
     "low_pass",
     "patchify",

@@ -21,17 +21,19 @@ class Model:
     """Who predicts."""
 
     name: str = "mae"
-    """Method: mae."""
+    """Method: mae, lsmae, convmae, simmim."""
     backbone: str = "vit_base_patch16_224"
-    """Name of a plain timm VisionTransformer."""
+    """mae, lsmae: a plain timm ViT. simmim: a timm Swin, Beit or ViT. convmae: convmae_base or _tiny."""
     decoder_dim: int = 512
-    """Width of the decoder."""
+    """Width of the decoder (not for simmim)."""
     decoder_depth: int = 8
     """Blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
+    head: Literal["linear", "mlp"] = "linear"
+    """simmim: what predicts the pixels."""
     options: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """More keywords for timm, such as: embed_dim 128 depth 6 num_heads 4 patch_size 8."""
+    """More keywords for the backbone, such as: embed_dim 128 depth 6 num_heads 4 patch_size 8."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,14 @@ class Crop:
 class Mask:
     """What is hidden."""
 
+    kind: Literal["random", "units", "square", "moving-square", "blocks"] = "random"
+    """random: MAE. units: squares of several patches (LSMAE, SimMIM). square: one, in the middle. blocks: BEiT."""
     ratio: float = 0.75
-    """Share of the patches that is hidden."""
+    """Share that is hidden."""
+    unit: int = 32
+    """units: side in pixels, a multiple of the model's patch."""
+    whole_units: bool = False
+    """units: hide ceil(ratio x units) whole ones (SimMIM), instead of an exact number of patches (LSMAE)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ class Optim:
     """Learning rate per 256 images of a batch."""
     lr: float | None = None
     """The learning rate itself; otherwise base_lr x batch size / 256."""
+    first_lr: float = 0.0
+    """Where the warm-up begins."""
     final_lr: float = 0.0
     """Where the cosine ends."""
     warmup: float = 40.0
@@ -176,6 +186,8 @@ class Run:
             raise UserError("a run needs at least one step: see --epochs and --steps")
         if not 0 < self.mask.ratio < 1:
             raise UserError(f"--mask.ratio lies between 0 and 1, not {self.mask.ratio}")
+        if self.mask.kind == "units" and self.mask.unit < 1:
+            raise UserError(f"--mask.unit is a number of pixels, not {self.mask.unit}")
         if self.target.radius != "auto" and self.target.radius < 0:
             raise UserError(f"--target.radius is a number of frequency bins, not {self.target.radius}")
         for name in ("mean", "std"):

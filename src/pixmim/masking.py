@@ -1,10 +1,18 @@
-"""What is hidden from the network. A mask is a value made outside the model; models never draw random numbers."""
+"""What is hidden from the network. A mask is a value made outside the model; models never draw random numbers.
 
+Like a crop, a masker is a function of a grid and of uniform numbers, a fixed count for each image, so that a loop can
+compute the same mask again from (seed, step, row). Called with a generator it draws those numbers itself.
+"""
+
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -14,35 +22,72 @@ class Mask:
     hidden   bool (b n): True = hidden from the network, everywhere in pixmim
     keep     int64 (b k): the visible patches of each row, in rising order
     restore  int64 (b n): place of each patch in the sequence "visible patches, then hidden ones"
+
+    Where rows hide different numbers of patches there are no tables (None): a model that drops tokens needs rows of
+    one length, a model that replaces them does not.
     """
 
     hidden: Bool[Tensor, "b n"]
-    keep: Int[Tensor, "b k"]
-    restore: Int[Tensor, "b n"]
+    keep: Int[Tensor, "b k"] | None
+    restore: Int[Tensor, "b n"] | None
 
     @staticmethod
     def from_hidden(hidden: Bool[Tensor, "b n"], visible: int | None = None) -> "Mask":
         """Build a Mask. `visible` is the number of visible patches in each row; giving it spares a wait for the device.
 
-        Raises ValueError if the rows hide different numbers of patches, or all of them, or none.
+        Raises ValueError if a row hides all patches or none.
         """
         if visible is None:
             counts = (~hidden).sum(dim=1)
+            if not bool(((counts > 0) & (counts < hidden.shape[1])).all()):
+                raise ValueError("a mask must hide some patches and leave some, in every row")
+            if not bool((counts == counts[0]).all()):
+                return Mask(hidden, None, None)
             visible = int(counts[0])
-            if not bool((counts == visible).all()):
-                raise ValueError("every row of a mask must hide the same number of patches")
-            if not 0 < visible < hidden.shape[1]:
-                raise ValueError("a mask must hide some patches and leave some")
         order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)
         return Mask(hidden, order[:, :visible], torch.argsort(order, dim=1))
 
+    @property
+    def tables(self) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b n"]]:
+        """keep and restore. Raises ValueError if the rows hide different numbers of patches."""
+        if self.keep is None or self.restore is None:
+            raise ValueError(
+                "this model drops hidden patches, so each row of a mask must hide the same number of them; block-wise "
+                "masks, and whole units that do not divide the grid, do not: choose another mask, or SimMIM"
+            )
+        return self.keep, self.restore
+
     def to(self, device: torch.device | str) -> "Mask":
         """The same mask on another device, copied without waiting where that is possible."""
-        return Mask(*(t.to(device, non_blocking=True) for t in (self.hidden, self.keep, self.restore)))
+        tensors = (self.hidden, self.keep, self.restore)
+        hidden, keep, restore = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
+        assert hidden is not None
+        return Mask(hidden, keep, restore)
+
+
+class Masker(ABC):
+    """The contract of a masker: how many uniform numbers an image takes, and what mask they decide."""
+
+    @abstractmethod
+    def draws(self, grid: Grid) -> int:
+        """Uniform numbers that an image with a grid of (rows, columns) patches takes."""
+
+    @abstractmethod
+    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+        """The masks that the numbers `u` in [0, 1) decide, one for each row.
+
+        Raises ValueError if the masker's settings would hide every patch of this grid, or none.
+        """
+
+    def __call__(self, batch: int, grid: int | Grid, generator: torch.Generator | None = None) -> Mask:
+        """Masks for `batch` images, drawn from torch's `generator`. `grid`: (rows, columns), or their number alone."""
+        shape = (1, grid) if isinstance(grid, int) else grid
+        device = generator.device if generator is not None else None
+        return self.decide(torch.rand(batch, self.draws(shape), generator=generator, device=device), shape)
 
 
 @dataclass(frozen=True)
-class RandomMask:
+class RandomMask(Masker):
     """MAE's mask: each patch is as likely to be hidden as any other; int(n * (1 - ratio)) stay visible.
 
     Source: MAE (arXiv 2111.06377), section 3; 196 -> 49, 256 -> 64, 784 -> 196 at ratio 0.75.
@@ -51,23 +96,146 @@ class RandomMask:
     ratio: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"a mask ratio lies between 0 and 1, not {self.ratio}")
+        _check(self.ratio)
 
-    def visible(self, patches: int) -> int:
-        """Number of patches that stay visible out of `patches`. Raises ValueError if that is none or all."""
-        kept = int(patches * (1 - self.ratio))
-        if not 0 < kept < patches:
-            raise ValueError(f"a ratio of {self.ratio} over {patches} patches would leave {kept} visible")
-        return kept
+    def draws(self, grid: Grid) -> int:
+        return grid[0] * grid[1]
 
-    def __call__(self, batch: int, patches: int, generator: torch.Generator | None = None) -> Mask:
-        """Masks for `batch` images of `patches` patches each, drawn from torch's `generator`."""
-        device = generator.device if generator is not None else None
-        return self.from_noise(torch.rand(batch, patches, generator=generator, device=device))
+    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+        return _keep_first(_rank(u), self.ratio)
 
-    def from_noise(self, noise: Float[Tensor, "b n"]) -> Mask:
-        """The mask that noise in [0, 1) decides: in each row, the patches with the smallest numbers stay visible."""
-        visible = self.visible(noise.shape[1])
-        rank = torch.argsort(torch.argsort(noise, dim=1, stable=True), dim=1)
-        return Mask.from_hidden(rank >= visible, visible)
+
+@dataclass(frozen=True)
+class UnitMask(Masker):
+    """Units of `unit` x `unit` patches are hidden together. Units at the border may hold fewer patches.
+
+    whole  False, LSMAE's rule: int(n * (1 - ratio)) patches stay visible, the last unit cut if need be, its columns
+           one after another. True, SimMIM's: ceil(units * ratio) whole units are hidden.
+
+    Sources: LSMAE (arXiv 2210.07224); SimMIM (arXiv 2111.09886), section 3.2: in units of 32 px, 22 of 36 are hidden
+    at 192 px and 30 of 49 at 224 px, at ratio 0.6.
+    """
+
+    ratio: float
+    unit: int
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.ratio)
+        if self.unit < 1:
+            raise ValueError(f"a mask unit is at least one patch wide, not {self.unit}")
+
+    def draws(self, grid: Grid) -> int:
+        return math.ceil(grid[0] / self.unit) * math.ceil(grid[1] / self.unit)
+
+    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+        row = torch.arange(grid[0], device=u.device)[:, None]
+        column = torch.arange(grid[1], device=u.device)[None, :]
+        unit_of_patch = (row // self.unit * math.ceil(grid[1] / self.unit) + column // self.unit).flatten()
+        rank = _rank(u)[:, unit_of_patch]
+        if not self.whole:
+            within = (column % self.unit * self.unit + row % self.unit).flatten()
+            return _keep_first(_rank(rank * self.unit**2 + within), self.ratio)
+        units = self.draws(grid)
+        hidden = math.ceil(units * self.ratio)
+        if hidden >= units:
+            raise ValueError(f"a ratio of {self.ratio} hides all {units} units of {self.unit}x{self.unit} patches")
+        divides = grid[0] % self.unit == 0 and grid[1] % self.unit == 0
+        return Mask.from_hidden(rank < hidden, (units - hidden) * self.unit**2 if divides else None)
+
+
+@dataclass(frozen=True)
+class SquareMask(Masker):
+    """One square of about `ratio` of the area is hidden: in the middle, or anywhere if it is `moving`.
+
+    Its side is round(sqrt(ratio * n)) patches. Source: SimMIM, section 3.2 ("central region masking").
+    """
+
+    ratio: float
+    moving: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.ratio)
+
+    def draws(self, grid: Grid) -> int:
+        return 2
+
+    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+        rows, columns = grid
+        side = max(1, round(math.sqrt(self.ratio * rows * columns)))
+        h, w = min(side, rows), min(side, columns)
+        if h * w == rows * columns:
+            raise ValueError(f"a square of ratio {self.ratio} hides all of a grid of {rows}x{columns} patches")
+        place = u if self.moving else torch.full_like(u, 0.5)
+        top, left = (place[:, 0] * (rows - h + 1)).long(), (place[:, 1] * (columns - w + 1)).long()
+        size = torch.tensor([h, w], device=u.device).expand(len(u), 2)
+        return Mask.from_hidden(_rectangle(top, left, size[:, 0], size[:, 1], grid).flatten(1), rows * columns - h * w)
+
+
+@dataclass(frozen=True)
+class BlockMask(Masker):
+    """BEiT's block-wise mask: rectangles are hidden one after another, until int(n * ratio) patches are.
+
+    A block has up to ten tries. Each draws an area uniformly between `least` and what is still to hide, and an aspect
+    ratio log-uniformly between 0.3 and 1/0.3; it counts if the block is smaller than the grid both ways and adds at
+    least one patch and no more than is still to hide. When ten tries fail, the mask stays short of its number, so rows
+    may differ: only models that replace hidden patches take it.
+
+    Source: BEiT (arXiv 2106.08254), algorithm 1, with the tries of its code.
+    """
+
+    ratio: float = 0.4
+    least: int = 16
+
+    def __post_init__(self) -> None:
+        _check(self.ratio)
+
+    def draws(self, grid: Grid) -> int:
+        return 4 * 10 * _MOST_BLOCKS
+
+    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+        rows, columns = grid
+        hidden = torch.zeros(len(u), rows, columns, dtype=torch.bool, device=u.device)
+        failed = torch.zeros(len(u), dtype=torch.long, device=u.device)  # tries of the present block
+        for area_u, ratio_u, top_u, left_u in u.view(len(u), -1, 4).permute(1, 2, 0):
+            left_over = int(rows * columns * self.ratio) - hidden.sum(dim=(1, 2))
+            area = (self.least + area_u * (left_over - self.least)).clamp(min=0)
+            ratio = torch.exp((2 * ratio_u - 1) * math.log(1 / 0.3))
+            h, w = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+            top, left = (top_u * (rows - h + 1)).long(), (left_u * (columns - w + 1)).long()
+            block = _rectangle(top, left, h, w, grid)
+            adds = (block & ~hidden).sum(dim=(1, 2))
+            taken = (h < rows) & (w < columns) & (adds > 0) & (adds <= left_over) & (failed < 10)
+            hidden |= block & taken[:, None, None]
+            failed = torch.where(taken, 0, failed + 1)
+        return Mask.from_hidden(hidden.flatten(1))
+
+
+_MOST_BLOCKS = 24
+
+
+def _check(ratio: float) -> None:
+    if not 0 < ratio < 1:
+        raise ValueError(f"a mask ratio lies between 0 and 1, not {ratio}")
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Place of each value in its row's rising order; equal values keep their order, on every device alike."""
+    return torch.argsort(torch.argsort(values, dim=1, stable=True), dim=1)
+
+
+def _keep_first(rank: Tensor, ratio: float) -> Mask:
+    """Keep the patches of the lowest ranks visible, int(n * (1 - ratio)) of them."""
+    patches = rank.shape[1]
+    visible = int(patches * (1 - ratio))
+    if not 0 < visible < patches:
+        raise ValueError(f"a ratio of {ratio} over {patches} patches leaves {visible} visible")
+    return Mask.from_hidden(rank >= visible, visible)
+
+
+def _rectangle(top: Tensor, left: Tensor, h: Tensor, w: Tensor, grid: Grid) -> Bool[Tensor, "b rows columns"]:
+    """One filled rectangle for each row, from its corner and size (b)."""
+    y, x = torch.arange(grid[0], device=top.device), torch.arange(grid[1], device=top.device)
+    down = (y >= top[:, None]) & (y < (top + h)[:, None])
+    across = (x >= left[:, None]) & (x < (left + w)[:, None])
+    return down[:, :, None] & across[:, None, :]

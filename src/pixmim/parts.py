@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from pixmim import rng
 from pixmim.config import Run
+from pixmim.errors import UserError
+from pixmim.grid import grid_of
 from pixmim.losses import Objective
-from pixmim.masking import RandomMask
+from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
 from pixmim.models import create_model
 from pixmim.models.base import MaskedModel
 from pixmim.targets import LowFrequency, Pixels
@@ -26,23 +26,36 @@ def build_crop(run: Run) -> Crop:
     return CentreCrop(run.hw, interpolation=run.crop.interpolation)
 
 
-def build_masker(run: Run) -> RandomMask:
-    """What is hidden."""
-    return RandomMask(run.mask.ratio)
+def build_masker(run: Run, patch: int) -> Masker:
+    """What is hidden, for a model with patches of `patch` pixels. Raises UserError if the model cannot take it."""
+    m = run.mask
+    masker: Masker
+    if m.kind == "random":
+        masker = RandomMask(m.ratio)
+    elif m.kind == "units":
+        if m.unit % patch:
+            raise UserError(f"--mask.unit {m.unit} is no multiple of the model's patches of {patch} pixels")
+        masker = UnitMask(m.ratio, m.unit // patch, m.whole_units)
+    elif m.kind == "blocks":
+        masker = BlockMask(m.ratio)
+    else:
+        masker = SquareMask(m.ratio, moving=m.kind == "moving-square")
+    try:  # sixty-four masks show what a run would stumble over later
+        masks = draw_masks(run, masker, grid_of(run.hw, patch), step=0, rows=range(64))
+        if run.model.name != "simmim":
+            _ = masks.tables
+    except ValueError as error:
+        raise UserError(f"--mask.kind {m.kind}: {error}") from error
+    return masker
 
 
 def build_model(run: Run) -> MaskedModel:
     """Who predicts, with the initial weights that the run's seed decides."""
     torch.manual_seed(run.seed)
     m = run.model
-    return create_model(
-        m.name,
-        m.backbone,
-        decoder_dim=m.decoder_dim,
-        decoder_depth=m.decoder_depth,
-        decoder_heads=m.decoder_heads,
-        **{"img_size": run.hw, "in_chans": run.channels, **m.options},
-    )
+    decoder = {"decoder_dim": m.decoder_dim, "decoder_depth": m.decoder_depth, "decoder_heads": m.decoder_heads}
+    own = {"head": m.head} if m.name == "simmim" else decoder
+    return create_model(m.name, m.backbone, **{"img_size": run.hw, "in_chans": run.channels, **own, **m.options})
 
 
 def build_objective(run: Run) -> Objective:
@@ -53,6 +66,7 @@ def build_objective(run: Run) -> Objective:
     return Objective(target, t.normalise_patches, t.distance)
 
 
-def mask_noise(run: Run, step: int, rows: Sequence[int], patches: int) -> Float[Tensor, "b n"]:
-    """The numbers in [0, 1) that decide the masks of some rows of a step's batch: a function of (seed, step, row)."""
-    return torch.from_numpy(rng.uniform(run.seed, "mask", step, rows, patches).astype(np.float32))
+def draw_masks(run: Run, masker: Masker, grid: tuple[int, int], step: int, rows: Sequence[int]) -> Mask:
+    """The masks of some rows of a step's batch: a function of (seed, step, row)."""
+    u = rng.uniform(run.seed, "mask", step, rows, masker.draws(grid))
+    return masker.decide(torch.from_numpy(u.astype(np.float32)), grid)

@@ -21,7 +21,8 @@ from pixmim.engine.runlog import RunLog
 from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
-from pixmim.parts import build_crop, build_masker, build_model, build_objective, mask_noise
+from pixmim.grid import grid_of
+from pixmim.parts import build_crop, build_masker, build_model, build_objective, draw_masks
 from pixmim.transforms import finish
 from pixmim.weights.export import save_encoder
 
@@ -53,7 +54,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
 
     model = build_model(run).to(device)
     objective = build_objective(run).to(device)
-    masker = build_masker(run)
+    masker, grid = build_masker(run, model.patch), grid_of(run.hw, model.patch)
     choose_attention(model, device, precision)
     optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay)
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
@@ -62,7 +63,6 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     checkpoints = Checkpoints(out / "checkpoints")
     start = checkpoints.load(model, optimizer, updater, images=len(data))
 
-    patches = run.hw[0] * run.hw[1] // model.patch**2
     part = run.batch_size // run.accumulate
     mean, std = (torch.tensor(values, device=device) for values in run.statistics)
     every = run.log_every or max(1, min(50, schedule.steps // 200))
@@ -73,7 +73,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     def loss_of(batch: Batch, step: int, rows: range) -> Tensor:
         """The method itself: finish the crops, hide patches, predict them, hold them against the target."""
         images = finish(batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std)
-        mask = masker.from_noise(mask_noise(run, step, rows, patches)).to(device)
+        mask = draw_masks(run, masker, grid, step, rows).to(device)
         with autocast(device, precision):
             prediction = model(images, mask)
         return objective(prediction, images, mask).loss

@@ -8,17 +8,18 @@ from pixmim.config import Run
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from zero, then half a cosine down to `final`; both step by step (MAE, appendix A).
+    """Linear warm-up from `first`, then half a cosine down to `final`; both step by step (MAE, appendix A).
 
     steps   updates in the whole run
     warmup  updates of warm-up
-    peak, final  learning rates
+    peak, final, first  learning rates
     """
 
     steps: int
     warmup: int
     peak: float
     final: float
+    first: float = 0.0
 
     @staticmethod
     def of(run: Run, images: int) -> "Schedule":
@@ -26,11 +27,11 @@ class Schedule:
         steps_an_epoch = images / run.batch_size
         steps = run.steps if run.steps is not None else max(1, round(run.epochs * steps_an_epoch))
         warmup = min(round(run.optim.warmup * steps_an_epoch), steps // 5)
-        return Schedule(steps, warmup, run.lr, run.optim.final_lr)
+        return Schedule(steps, warmup, run.lr, run.optim.final_lr, run.optim.first_lr)
 
     def lr(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
         if step < self.warmup:
-            return self.peak * step / self.warmup
+            return self.first + (self.peak - self.first) * step / self.warmup
         through = (step - self.warmup) / (self.steps - self.warmup)
         return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * through))

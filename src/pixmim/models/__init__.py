@@ -3,39 +3,88 @@
 from collections.abc import Callable
 from typing import Any
 
+import timm
 from jaxtyping import Float
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pixmim.errors import UserError, nearest
-from pixmim.models import vit
+from pixmim.models import convmae, swin, vit
 from pixmim.models.base import Features, MaskedModel
 from pixmim.models.mae import MAE
+from pixmim.models.simmim import SimMIM
 
 
-def _mae(
+def _mae(backbone: str, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16, **options: Any) -> MAE:
+    _check_decoder(decoder_dim, decoder_heads)
+    encoder = vit.check_plain(_timm(backbone, **options), backbone)
+    return MAE(encoder, decoder_dim, decoder_depth, decoder_heads)
+
+
+def _lsmae(backbone: str, decoder_dim: int | None = None, decoder_heads: int | None = None, **options: Any) -> MAE:
+    """MAE for long sequences: 448 px, and for ViT-B a thinner decoder (LSMAE, arXiv 2210.07224)."""
+    thin = "base" in backbone
+    dim, heads = decoder_dim or (384 if thin else 512), decoder_heads or (12 if thin else 16)
+    return _mae(backbone, decoder_dim=dim, decoder_heads=heads, **{"img_size": 448, **options})
+
+
+def _convmae(
     backbone: str, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16, **options: Any
 ) -> MaskedModel:
-    if decoder_dim % decoder_heads or decoder_dim % 4:
-        raise UserError(f"a decoder of width {decoder_dim} does not divide into {decoder_heads} heads (and by 4)")
-    return MAE(vit.create_vit(backbone, **options), decoder_dim, decoder_depth, decoder_heads)
+    if backbone not in convmae.SIZES:
+        known = ", ".join(convmae.SIZES)
+        raise UserError(f"ConvMAE's encoders are {known}, and not '{backbone}'{nearest(backbone, convmae.SIZES)}")
+    _check_decoder(decoder_dim, decoder_heads)
+    size = options.get("img_size", 224)
+    _check_size(size if isinstance(size, tuple) else (size, size), convmae.PATCH, backbone)
+    try:
+        encoder = convmae.ConvMAEEncoder(**{**convmae.SIZES[backbone], **options})
+    except TypeError as error:
+        raise UserError(f"{backbone} refuses an option: {error}") from error
+    return convmae.ConvMAE(encoder, decoder_dim, decoder_depth, decoder_heads)
 
 
-BUILDERS: dict[str, Callable[..., MaskedModel]] = {"mae": _mae}
+def _simmim(backbone: str, head: str = "linear", **options: Any) -> MaskedModel:
+    if head not in ("linear", "mlp"):
+        raise UserError(f"SimMIM's head is 'linear' or 'mlp', not '{head}'")
+    if backbone.startswith("beit"):  # as SimMIM has it: one shared table of relative positions, no absolute ones
+        shared = {"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+        options = {"init_values": 0.1, **shared, **options}
+    if backbone.startswith("swin"):
+        options = {"drop_path_rate": 0.0, **options}
+    encoder = _timm(backbone, **options)
+    if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
+        raise UserError(f"SimMIM takes a swin_, beit_ or vit_ backbone of timm's, not '{backbone}'")
+    return SimMIM(encoder, head)  # type: ignore[arg-type]
 
 
-def create_model(name: str, backbone: str = "vit_base_patch16_224", **options: Any) -> MaskedModel:
-    """A model ready for pre-training: `model(images, mask) -> prediction (b n p*p*c)`, with the timm module `.encoder`.
+BUILDERS: dict[str, Callable[..., MaskedModel]] = {
+    "mae": _mae,
+    "lsmae": _lsmae,
+    "convmae": _convmae,
+    "simmim": _simmim,
+}
 
-    name      "mae"
-    backbone  the name of a plain timm ViT
-    options   decoder_dim, decoder_depth, decoder_heads; the others go to timm (img_size, in_chans, embed_dim ...)
+BACKBONES = {"convmae": "convmae_base", "simmim": "swin_base_patch4_window7_224"}
+"""Each method's own backbone, where it is not ViT-B/16."""
+
+
+def create_model(name: str, backbone: str | None = None, **options: Any) -> MaskedModel:
+    """A model ready for pre-training: `model(images, mask) -> prediction (b n p*p*c)`, with the module `.encoder`.
+
+    name      "mae", "lsmae", "convmae" or "simmim"
+    backbone  mae, lsmae: any plain timm ViT (vit_base_patch16_224); simmim: a timm Swin, Beit or ViT
+              (swin_base_patch4_window7_224); convmae: convmae_base, convmae_tiny
+    options   decoder_dim, decoder_depth, decoder_heads, or for simmim head ("linear", "mlp"); the others go to the
+              backbone (img_size, in_chans, embed_dim ...)
 
     Weights are drawn from torch's global generator. Raises UserError for an unknown name, backbone or option.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no model '{name}'{nearest(name, BUILDERS)} Known: {', '.join(BUILDERS)}")
-    return BUILDERS[name](backbone, **options)
+    return BUILDERS[name](backbone or BACKBONES.get(name, "vit_base_patch16_224"), **options)
 
 
 def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
@@ -43,6 +92,38 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
 
     Raises TypeError for a module that pixmim does not know as an encoder.
     """
-    if isinstance(encoder, VisionTransformer):
+    if isinstance(encoder, VisionTransformer | Beit):
         return vit.features(encoder, images, blocks)
+    if isinstance(encoder, SwinTransformer):
+        return swin.features(encoder, images)
+    if isinstance(encoder, convmae.ConvMAEEncoder):
+        return convmae.features(encoder, images, blocks)
     raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
+
+
+def _timm(backbone: str, **options: Any) -> nn.Module:
+    """A timm model without a head, whose image size its patches divide."""
+    if not timm.is_model(backbone):
+        known = timm.list_models(backbone.split("_")[0] + "_*") or timm.list_models("vit_*")
+        raise UserError(f"timm has no model '{backbone}'{nearest(backbone, known)}")
+    try:
+        encoder: nn.Module = timm.create_model(backbone, pretrained=False, num_classes=0, **options)
+    except TypeError as error:
+        raise UserError(f"timm's {backbone} refuses an option: {error}") from error
+    embed: Any = getattr(encoder, "patch_embed", None)
+    if hasattr(embed, "img_size") and hasattr(embed, "patch_size"):
+        _check_size(embed.img_size, embed.patch_size[0], backbone)
+    return encoder
+
+
+def _check_size(size: tuple[int, int], patch: int, backbone: str) -> None:
+    if size[0] % patch or size[1] % patch:
+        raise UserError(
+            f"an image of {size[0]}x{size[1]} pixels does not divide into the {patch}x{patch} patches of '{backbone}': "
+            f"choose multiples of {patch}"
+        )
+
+
+def _check_decoder(dim: int, heads: int) -> None:
+    if dim % heads or dim % 4:
+        raise UserError(f"a decoder of width {dim} does not divide into {heads} heads (and by 4)")

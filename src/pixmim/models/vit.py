@@ -1,46 +1,30 @@
-"""Driving a plain timm VisionTransformer from outside, so that its state_dict stays a timm checkpoint."""
+"""Driving a plain timm VisionTransformer (or Beit) from outside, so that its state_dict stays a timm checkpoint."""
 
-from typing import Any, cast
+from typing import cast
 
-import timm
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.errors import UserError, nearest
+from pixmim.errors import UserError
 from pixmim.grid import patchify, sincos_positions
 from pixmim.masking import Mask
 from pixmim.models.base import Features
 
+_PLAIN = "vit_base_patch16_224"
 
-def create_vit(backbone: str, **options: Any) -> VisionTransformer:
-    """A plain timm ViT without a head. `options` are timm's own keywords (img_size, in_chans, embed_dim, depth ...).
 
-    Raises UserError if timm has no such model, it is not a plain VisionTransformer, or it takes no such option.
-    """
-    if not timm.is_model(backbone):
-        known = timm.list_models("vit_*")
-        raise UserError(f"timm has no model '{backbone}'{nearest(backbone, known)}")
-    try:
-        encoder = timm.create_model(backbone, pretrained=False, num_classes=0, **options)
-    except TypeError as error:
-        raise UserError(f"timm's {backbone} refuses an option: {error}") from error
+def check_plain(encoder: nn.Module, name: str) -> VisionTransformer:
+    """The encoder, if MAE can drive it: a plain VisionTransformer with square patches. Raises UserError otherwise."""
     if type(encoder) is not VisionTransformer or type(encoder.patch_embed) is not PatchEmbed:
-        raise UserError(
-            f"'{backbone}' is not a plain VisionTransformer of timm's, which MAE needs: try vit_base_patch16_224"
-        )
+        raise UserError(f"'{name}' is not a plain VisionTransformer of timm's, which this method needs: try {_PLAIN}")
     down, across = encoder.patch_embed.patch_size
     if down != across:
-        raise UserError(f"'{backbone}' has patches of {down}x{across} pixels; pixmim needs square ones")
-    size = encoder.patch_embed.img_size
-    if size[0] % down or size[1] % across:
-        raise UserError(
-            f"an image of {size[0]}x{size[1]} pixels does not divide into the {down}x{across} patches of '{backbone}': "
-            f"choose multiples of {down}"
-        )
+        raise UserError(f"'{name}' has patches of {down}x{across} pixels; pixmim needs square ones")
     return encoder
 
 
@@ -90,14 +74,15 @@ def encode_visible(encoder: VisionTransformer, images: Float[Tensor, "b c h w"],
         raise ValueError(
             f"images of {tuple(images.shape[-2:])} pixels, but the model was made for {tuple(embed.img_size)}"
         )
-    patches = gather(patchify(images, patch), mask.keep)
+    keep, _ = mask.tables
+    patches = gather(patchify(images, patch), keep)
     weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channel last, as patchify lays values out
     tokens = embed.norm(F.linear(patches, weight, embed.proj.bias))
 
     prefix = prefix_tokens(encoder)
     positions = cast(Tensor, encoder.pos_embed)
     skipped = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    tokens = tokens + gather(positions[:, skipped:].expand(len(images), -1, -1), mask.keep)
+    tokens = tokens + gather(positions[:, skipped:].expand(len(images), -1, -1), keep)
     if prefix:
         head = torch.cat(prefix, dim=1)
         head = head + positions[:, :skipped] if skipped else head
@@ -105,12 +90,39 @@ def encode_visible(encoder: VisionTransformer, images: Float[Tensor, "b c h w"],
     return encoder.norm(encoder.blocks(encoder.norm_pre(encoder.pos_drop(tokens))))
 
 
+def encode_replaced(
+    encoder: VisionTransformer | Beit,
+    images: Float[Tensor, "b c h w"],
+    hidden: Bool[Tensor, "b n"],
+    mask_token: Float[Tensor, "1 1 d"],
+) -> Float[Tensor, "b d rows columns"]:
+    """The final patch tokens as a map, with `mask_token` in place of each hidden patch's embedding."""
+    patches = encoder.patch_embed(images)
+    patches = torch.where(hidden[..., None], mask_token.to(patches.dtype), patches)
+    if isinstance(encoder, Beit):
+        tokens = torch.cat([encoder.cls_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)
+        tokens = tokens if encoder.pos_embed is None else tokens + encoder.pos_embed
+        bias = encoder.rel_pos_bias() if encoder.rel_pos_bias is not None else None
+        for block in encoder.blocks:
+            tokens = block(tokens, shared_rel_pos_bias=bias)
+        tokens = encoder.norm(tokens)[:, 1:]
+    else:
+        prefix = torch.cat([t.expand(len(images), -1, -1) for t in prefix_tokens(encoder)] or [patches[:, :0]], dim=1)
+        skipped = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        if encoder.pos_embed is not None:
+            patches = patches + encoder.pos_embed[:, skipped:]
+            prefix = prefix + encoder.pos_embed[:, :skipped] if skipped else prefix
+        tokens = torch.cat([prefix.to(patches.dtype), patches], dim=1)
+        tokens = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))[:, encoder.num_prefix_tokens :]
+    return tokens.transpose(1, 2).unflatten(2, encoder.patch_embed.grid_size)
+
+
 def gather(tokens: Float[Tensor, "b n d"], index: Tensor) -> Float[Tensor, "b k d"]:
     """Choose tokens by an index (b k)."""
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def features(encoder: VisionTransformer, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
+def features(encoder: VisionTransformer | Beit, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
     """What a finished ViT says of whole images, from its last `blocks` blocks, each through the final norm."""
     found = encoder.forward_intermediates(
         images, indices=min(blocks, len(encoder.blocks)), return_prefix_tokens=True, norm=True, intermediates_only=True
@@ -118,5 +130,5 @@ def features(encoder: VisionTransformer, images: Float[Tensor, "b c h w"], block
     pairs = cast(list[tuple[Tensor, Tensor]], found)
     maps = [tokens for tokens, _ in pairs]
     means = [tokens.mean(dim=(2, 3)) for tokens in maps]
-    vectors = [prefix[:, 0] for _, prefix in pairs] if encoder.has_class_token else means
+    vectors = [prefix[:, 0] for _, prefix in pairs] if encoder.cls_token is not None else means
     return Features(torch.stack(vectors, dim=1), means[-1], maps[-1])

@@ -6,7 +6,17 @@ from functools import partial
 
 from pixmim.config import Run
 from pixmim.errors import UserError, nearest
-from pixmim.recipes.imagenet import mae_vit_base, mae_vit_large, pixmim_vit_base, pixmim_vit_large
+from pixmim.recipes.imagenet import (
+    convmae_base,
+    lsmae_base_448,
+    mae_vit_base,
+    mae_vit_large,
+    pixmim_vit_base,
+    pixmim_vit_large,
+    simmim_swin_base,
+    simmim_vit_base,
+    with_pixmim,
+)
 from pixmim.recipes.modest import demo, pixmim_vit_small, pixmim_vit_tiny
 
 
@@ -34,6 +44,14 @@ RECIPES: dict[str, Recipe] = {
     "mae-vit-large-300": Recipe(partial(mae_vit_large, 300), "ImageNet-1k: no number published"),
     "mae-vit-large": Recipe(partial(mae_vit_large, 800), "ImageNet-1k: no number published"),
     "mae-vit-large-1600": Recipe(partial(mae_vit_large, 1600), "ImageNet-1k: 75.8 linear, 85.9 fine-tuned"),
+    "lsmae-base-448": Recipe(lsmae_base_448, "ImageNet-1k at 448 px: no number at hand"),
+    "pixmim-lsmae-base-448": Recipe(lambda: with_pixmim(lsmae_base_448()), "ImageNet-1k at 448 px: no number at hand"),
+    "convmae-base": Recipe(convmae_base, "ImageNet-1k: 70.9 linear, 85.0 fine-tuned"),
+    "pixmim-convmae-base": Recipe(lambda: with_pixmim(convmae_base()), "ImageNet-1k: no number at hand"),
+    "simmim-swin-base": Recipe(simmim_swin_base, "ImageNet-1k: 82.8 fine-tuned at 192 px"),
+    "pixmim-simmim-swin-base": Recipe(lambda: with_pixmim(simmim_swin_base()), "ImageNet-1k: no number at hand"),
+    "simmim-vit-base": Recipe(simmim_vit_base, "ImageNet-1k: 83.8 fine-tuned, after 800 epochs"),
+    "pixmim-simmim-vit-base": Recipe(lambda: with_pixmim(simmim_vit_base()), "ImageNet-1k: no number at hand"),
 }
 
 

@@ -24,9 +24,9 @@ from pixmim.data import open_data
 from pixmim.data.source import BadImage, Source
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError
-from pixmim.grid import hidden_pixels, unpatchify
+from pixmim.grid import grid_of, hidden_pixels, unpatchify
 from pixmim.losses import statistics
-from pixmim.parts import build_masker, build_model, build_objective, mask_noise
+from pixmim.parts import build_masker, build_model, build_objective, draw_masks
 from pixmim.transforms import CentreCrop, finish
 
 Picture = npt.NDArray[np.uint8]
@@ -63,8 +63,8 @@ def reconstruct(run: Run, folder: Path, count: int = 6) -> Reconstruction:
     images = _some_images(run, open_data(run.data, run.channels), count)
     mean, std = (torch.tensor(values) for values in run.statistics)
     x = finish(images, None, mean, std)
-    n = run.hw[0] * run.hw[1] // model.patch**2
-    mask = build_masker(run).from_noise(mask_noise(run, -1, range(len(x)), n))
+    masker = build_masker(run, model.patch)
+    mask = draw_masks(run, masker, grid_of(run.hw, model.patch), step=-1, rows=range(len(x)))
 
     prediction = model(x, mask)
     aided = unaided = prediction

@@ -1,0 +1,186 @@
+"""ConvMAE (Gao et al., arXiv 2205.03892): two stages of masked convolutions before a ViT, decoded as MAE is.
+
+timm has no such encoder, so it is ours. The mask is drawn on the grid of the last stage and enlarged for the first
+two, where hidden places are set to zero before each depthwise convolution: nothing hidden ever reaches what is
+visible.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from pixmim.grid import sincos_positions
+from pixmim.masking import Mask
+from pixmim.models.base import Features, MaskedModel
+from pixmim.models.decoder import Decoder
+from pixmim.models.vit import gather, init_like_mae
+
+PATCH = 16
+"""Stride of the last stage, in pixels."""
+
+SIZES: dict[str, dict[str, Any]] = {
+    "convmae_base": {"embed_dim": (256, 384, 768), "depth": (2, 2, 11), "num_heads": 12},
+    "convmae_tiny": {"embed_dim": (48, 96, 192), "depth": (1, 1, 6), "num_heads": 3},
+}
+"""The published encoder, and one of ours for small machines."""
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map (b c h w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PatchStep(nn.Module):
+    """Convolution with stride = kernel, norm, GELU: from one stage's map to the next one's."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, stride, stride)
+        self.norm = ChannelNorm(width, eps=1e-5)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        return nn.functional.gelu(self.norm(self.proj(x)))
+
+
+class ConvMlp(nn.Module):
+    """An MLP over channels, as 1x1 convolutions."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(width, int(width * ratio), 1)
+        self.fc2 = nn.Conv2d(int(width * ratio), width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class ConvBlock(nn.Module):
+    """A residual block whose 5x5 depthwise convolution does not see what is hidden."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(width, eps=1e-5), ChannelNorm(width, eps=1e-5)
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.attn = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.mlp = ConvMlp(width, ratio)
+
+    def forward(self, x: Float[Tensor, "b d h w"], visible: Float[Tensor, "b 1 h w"] | None) -> Tensor:
+        y = self.conv1(self.norm1(x))
+        x = x + self.conv2(self.attn(y if visible is None else y * visible))
+        return x + self.mlp(self.norm2(x))
+
+
+class ConvMAEEncoder(nn.Module):
+    """Three stages at strides 4, 8 and 16: convolutions, convolutions, ViT blocks. No class token.
+
+    img_size  (h, w) or a side, in pixels; a multiple of 16
+    num_classes  0: features; otherwise a classifier, mean of the tokens -> fc_norm -> head
+
+    With the defaults and without classes it holds 84.606 million values, its final norm included.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        embed_dim: tuple[int, int, int] = (256, 384, 768),
+        depth: tuple[int, int, int] = (2, 2, 11),
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.grid = self.img_size[0] // PATCH, self.img_size[1] // PATCH
+        self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim[2]
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.patch_embed1 = PatchStep(in_chans, embed_dim[0], 4)
+        self.patch_embed2 = PatchStep(embed_dim[0], embed_dim[1], 2)
+        self.patch_embed3 = PatchStep(embed_dim[1], embed_dim[2], 2)
+        self.patch_embed4 = nn.Linear(embed_dim[2], embed_dim[2])
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim[2], self.grid)[None], requires_grad=False)
+        self.blocks1 = nn.ModuleList(ConvBlock(embed_dim[0], mlp_ratio) for _ in range(depth[0]))
+        self.blocks2 = nn.ModuleList(ConvBlock(embed_dim[1], mlp_ratio) for _ in range(depth[1]))
+        self.blocks3 = nn.Sequential(
+            *(Block(embed_dim[2], num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth[2]))
+        )
+        self.norm = norm(embed_dim[2]) if num_classes == 0 else nn.Identity()
+        self.fc_norm = norm(embed_dim[2]) if num_classes else nn.Identity()
+        self.head = nn.Linear(embed_dim[2], num_classes) if num_classes else nn.Identity()
+
+    def stages(
+        self, images: Float[Tensor, "b c h w"], hidden: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Tensor, Tensor, Float[Tensor, "b n d"]]:
+        """The maps of the first two stages, and the tokens that enter the third, all of them."""
+        if images.shape[-2:] != self.img_size:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, but the model was made for {self.img_size}")
+        visible = None if hidden is None else (~hidden).view(-1, 1, *self.grid).to(images.dtype)
+        first = self.patch_embed1(images)
+        for block in self.blocks1:
+            first = block(first, _enlarge(visible, 4))
+        second = self.patch_embed2(first)
+        for block in self.blocks2:
+            second = block(second, _enlarge(visible, 2))
+        tokens = self.patch_embed4(self.patch_embed3(second).flatten(2).transpose(1, 2))
+        return first, second, tokens + self.pos_embed
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """The mean of the tokens, through fc_norm and head where there are classes."""
+        *_, tokens = self.stages(images)
+        return self.head(self.fc_norm(self.norm(self.blocks3(tokens)).mean(dim=1)))
+
+
+class ConvMAE(MaskedModel):
+    """ConvMAE with its multi-scale decoder input: the first two stages, brought to stride 16, join the third.
+
+    115.041 million values with the published sizes.
+    """
+
+    def __init__(
+        self, encoder: ConvMAEEncoder, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16
+    ) -> None:
+        super().__init__()
+        self.encoder: ConvMAEEncoder = encoder
+        self.patch = PATCH
+        first, second, width = encoder.embed_dim
+        self.stage1_output_decode = nn.Conv2d(first, width, 4, 4)
+        self.stage2_output_decode = nn.Conv2d(second, width, 2, 2)
+        init_like_mae(encoder)
+        for step in (encoder.patch_embed1, encoder.patch_embed2, encoder.patch_embed3):
+            nn.init.xavier_uniform_(step.proj.weight.data.view(step.proj.weight.shape[0], -1))
+        values = PATCH**2 * encoder.in_chans
+        self.decoder = Decoder(width, encoder.grid, values, 0, decoder_dim, decoder_depth, decoder_heads)
+
+    def encode(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b k d"]:
+        """The visible tokens, all three scales summed, after the final norm."""
+        keep, _ = mask.tables
+        first, second, tokens = self.encoder.stages(images, mask.hidden)
+        scales = (self.stage1_output_decode(first), self.stage2_output_decode(second))
+        finer = [gather(scale.flatten(2).transpose(1, 2), keep) for scale in scales]
+        tokens = self.encoder.blocks3(gather(tokens, keep))
+        return self.encoder.norm(tokens + finer[0] + finer[1])
+
+    def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
+        """Predict all patches of normalised images, d = p*p*c in (row, column, channel) order."""
+        return self.decoder(self.encode(images, mask), mask)
+
+
+def features(encoder: ConvMAEEncoder, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
+    """What a finished ConvMAE says of whole images; a block's global vector is the mean of its tokens."""
+    *_, tokens = encoder.stages(images)
+    means = []
+    for block in encoder.blocks3:
+        tokens = block(tokens)
+        means.append(encoder.norm(tokens).mean(dim=1))
+    last = encoder.norm(tokens).transpose(1, 2).unflatten(2, encoder.grid)
+    return Features(torch.stack(means[-blocks:], dim=1), means[-1], last)
+
+
+def _enlarge(visible: Tensor | None, factor: int) -> Tensor | None:
+    return None if visible is None else visible.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
