@@ -138,3 +138,12 @@ def test_average_distance_against_a_loop() -> None:
         visible = (~hidden[b, 0]).nonzero()
         distances.append((visible - torch.tensor([y, x])).double().norm(dim=1).min().item())
     assert average_distance(hidden) == pytest.approx(sum(distances) / len(distances), rel=1e-6)
+
+
+def test_blocks_on_grids_that_hardly_hold_one() -> None:
+    for grid in ((2, 50), (1, 9), (3, 3), (4, 6)):
+        hidden = BlockMask(0.4)(100, grid).hidden
+        counts = hidden.sum(dim=1)
+        assert counts.min() >= 1 and counts.max() <= max(1, int(grid[0] * grid[1] * 0.4))
+    with pytest.raises(ValueError, match="hides no patch"):
+        BlockMask(0.1)(1, (3, 3))

@@ -8,7 +8,7 @@ from torch import Tensor
 from pixmim import Mask, Objective, Pixels, RandomMask, UnitMask, create_model
 from pixmim.errors import UserError
 from pixmim.grid import hidden_pixels, unpatchify
-from pixmim.models import features
+from pixmim.models import SIMMIM_BEIT, features
 from pixmim.models.simmim import SimMIM
 
 SWIN = {"backbone": "swin_tiny_patch4_window7_224", "embed_dim": 24, "window_size": 4, "img_size": (64, 96)}
@@ -111,12 +111,7 @@ def test_timm_loads_the_encoder(options: dict[str, object]) -> None:
     model = make(options)
     own = {k: v for k, v in options.items() if k != "backbone"}
     if options is BEIT:
-        own |= {
-            "use_abs_pos_emb": False,
-            "use_rel_pos_bias": False,
-            "use_shared_rel_pos_bias": True,
-            "init_values": 0.1,
-        }
+        own |= SIMMIM_BEIT
     other = timm.create_model(options["backbone"], num_classes=0, **own)
     other.load_state_dict(model.encoder.state_dict(), strict=True)
     images = torch.randn(1, 3, *options["img_size"])

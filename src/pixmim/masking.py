@@ -176,7 +176,8 @@ class SquareMask(Masker):
 class BlockMask(Masker):
     """BEiT's block-wise mask: rectangles are hidden one after another, until int(n * ratio) patches are.
 
-    A block has up to ten tries. Each draws an area uniformly between `least` and what is still to hide, and an aspect
+    A block has up to ten tries. Each draws an area uniformly between `least` patches (but no more than a quarter of the
+    whole number) and what is still to hide, and an aspect
     ratio log-uniformly between 0.3 and 1/0.3; it counts if the block is smaller than the grid both ways and adds at
     least one patch and no more than is still to hide. When ten tries fail, the mask stays short of its number, so rows
     may differ: only models that replace hidden patches take it.
@@ -195,11 +196,15 @@ class BlockMask(Masker):
 
     def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
         rows, columns = grid
+        wanted = int(rows * columns * self.ratio)
+        if wanted < 1:
+            raise ValueError(f"a ratio of {self.ratio} hides no patch of a grid of {rows}x{columns}")
+        least = min(self.least, wanted // 4)  # BEiT's 16 are of 196 patches; a small grid needs smaller blocks
         hidden = torch.zeros(len(u), rows, columns, dtype=torch.bool, device=u.device)
         failed = torch.zeros(len(u), dtype=torch.long, device=u.device)  # tries of the present block
         for area_u, ratio_u, top_u, left_u in u.view(len(u), -1, 4).permute(1, 2, 0):
-            left_over = int(rows * columns * self.ratio) - hidden.sum(dim=(1, 2))
-            area = (self.least + area_u * (left_over - self.least)).clamp(min=0)
+            left_over = wanted - hidden.sum(dim=(1, 2))
+            area = (least + area_u * (left_over - least)).clamp(min=0)
             ratio = torch.exp((2 * ratio_u - 1) * math.log(1 / 0.3))
             h, w = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
             top, left = (top_u * (rows - h + 1)).long(), (left_u * (columns - w + 1)).long()
@@ -208,7 +213,11 @@ class BlockMask(Masker):
             taken = (h < rows) & (w < columns) & (adds > 0) & (adds <= left_over) & (failed < 10)
             hidden |= block & taken[:, None, None]
             failed = torch.where(taken, 0, failed + 1)
-        return Mask.from_hidden(hidden.flatten(1))
+        patches = hidden.flatten(1)
+        one = torch.arange(patches.shape[1], device=u.device) == (u[:, :1] * patches.shape[1]).long()
+        patches = patches | (one & ~patches.any(dim=1, keepdim=True))  # a grid that no block fits loses one patch
+        # No tables, even where by chance all these rows agree: the next ones may not.
+        return Mask(patches, None, None)
 
 
 _MOST_BLOCKS = 24

@@ -40,10 +40,10 @@ def build_masker(run: Run, patch: int) -> Masker:
         masker = BlockMask(m.ratio)
     else:
         masker = SquareMask(m.ratio, moving=m.kind == "moving-square")
-    try:  # sixty-four masks show what a run would stumble over later
-        masks = draw_masks(run, masker, grid_of(run.hw, patch), step=0, rows=range(64))
+    try:  # a few masks show what a run would stumble over
+        mask = draw_masks(run, masker, grid_of(run.hw, patch), step=0, rows=range(64))
         if run.model.name != "simmim":
-            _ = masks.tables
+            _ = mask.tables
     except ValueError as error:
         raise UserError(f"--mask.kind {m.kind}: {error}") from error
     return masker

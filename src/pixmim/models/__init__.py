@@ -49,9 +49,8 @@ def _convmae(
 def _simmim(backbone: str, head: str = "linear", **options: Any) -> MaskedModel:
     if head not in ("linear", "mlp"):
         raise UserError(f"SimMIM's head is 'linear' or 'mlp', not '{head}'")
-    if backbone.startswith("beit"):  # as SimMIM has it: one shared table of relative positions, no absolute ones
-        shared = {"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
-        options = {"init_values": 0.1, **shared, **options}
+    if backbone.startswith("beit"):
+        options = {**SIMMIM_BEIT, **options}
     if backbone.startswith("swin"):
         options = {"drop_path_rate": 0.0, **options}
     encoder = _timm(backbone, **options)
@@ -66,6 +65,15 @@ BUILDERS: dict[str, Callable[..., MaskedModel]] = {
     "convmae": _convmae,
     "simmim": _simmim,
 }
+
+SIMMIM_BEIT = {
+    "global_pool": "token",  # with a final norm over all tokens
+    "use_abs_pos_emb": False,
+    "use_rel_pos_bias": False,
+    "use_shared_rel_pos_bias": True,
+    "init_values": 0.1,
+}
+"""timm's keywords that make a Beit SimMIM's ViT: one table of relative positions for all blocks, layer scale 0.1."""
 
 BACKBONES = {"convmae": "convmae_base", "simmim": "swin_base_patch4_window7_224"}
 """Each method's own backbone, where it is not ViT-B/16."""

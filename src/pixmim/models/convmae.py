@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pixmim.grid import sincos_positions
 from pixmim.masking import Mask
 from pixmim.models.base import Features, MaskedModel
-from pixmim.models.decoder import Decoder
+from pixmim.models.mae import Decoder
 from pixmim.models.vit import gather, init_like_mae
 
 PATCH = 16

@@ -9,9 +9,10 @@ from typing import Any
 import jinja2
 from rich.table import Table
 
-from pixmim.config import Run, from_json
+from pixmim.config import Model, Run, from_json
 from pixmim.engine.runlog import read_metrics
 from pixmim.errors import UserError
+from pixmim.models import SIMMIM_BEIT
 from pixmim.report.figures import curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
 from pixmim.targets import auto_radius
@@ -58,6 +59,7 @@ def write_report(folders: list[Path], page: Path) -> Path:
         columns=COLUMNS,
         png=png,
         spectrum=_spectrum,
+        timm_options=_timm_options,
         unnormalised=[story.name for story in stories if story.run.target.normalise_patches],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +162,13 @@ def _settings(stories: list[_Story]) -> list[dict[str, Any]]:
     for row in rows:
         row["differs"] = len({json.dumps(value) for value in row["values"]}) > 1
     return sorted(rows, key=lambda row: not row["differs"])
+
+
+def _timm_options(model: Model) -> dict[str, Any]:
+    """What timm must be told to make this backbone, besides its name, size and channels."""
+    if model.name == "simmim" and model.backbone.startswith("beit"):
+        return {**SIMMIM_BEIT, **model.options}
+    return model.options
 
 
 def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
