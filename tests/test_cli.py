@@ -115,3 +115,14 @@ def test_epochs_replace_a_recipes_steps(capsys: pytest.CaptureFixture[str], tmp_
     args = ["--data", "shapes:count=8,size=48", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
     assert say(capsys, "pretrain", "demo", *args, "--out", tmp_path / "run")[0] == 0
     assert '"step": 6, ' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+
+
+def test_options_for_the_backbone_join_the_recipes_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--model.options", "depth", "2", "embed_dim", "64", "qkv_bias", "False"]
+    status, _ = say(capsys, "pretrain", "demo", *TINY, *options, "--out", out, "--knn.every", "0")
+    kept = json.loads((out / "config.json").read_text())["model"]["options"]
+    assert status == 0
+    assert kept == {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "qkv_bias": False}
+    status, text = say(capsys, "pretrain", "demo", "--model.options", "depth")
+    assert status != 0 and "stands alone" in text

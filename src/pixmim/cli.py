@@ -75,6 +75,7 @@ def pretrain(args: list[str]) -> int:
         return resume, run
 
     _, run = tyro.cli(command, prog="pixmim pretrain", args=args)
+    run = replace(run, model=replace(run.model, options={**base.model.options, **run.model.options}))
     console = Console()
     if resumed:
         changed = [f.name for f in fields(Run) if getattr(run, f.name) != getattr(base, f.name)]

@@ -12,8 +12,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import Suppress
+from tyro.constructors import PrimitiveConstructorSpec
 
 from pixmim.errors import UserError, nearest
+
+Option = int | float | bool | str
+
+
+def _read_options(words: list[str]) -> dict[str, Option]:
+    """Pairs of names and values on the command line: each value is the JSON it spells, or else a word."""
+    if len(words) % 2:
+        raise ValueError(f"options come in pairs of a name and a value, but '{words[-1]}' stands alone")
+    options: dict[str, Option] = {}
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        try:
+            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+# Without this, tyro would make a flag of each option that a recipe happens to set, and take no others.
+OPTIONS = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[NAME VALUE ...]",
+    instance_from_str=_read_options,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda options: [str(word) for pair in options.items() for word in pair],
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +58,8 @@ class Model:
     """Attention heads of the decoder."""
     head: Literal["linear", "mlp"] = "linear"
     """simmim: what predicts the pixels."""
-    options: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """More keywords for the backbone, such as: embed_dim 128 depth 6 num_heads 4 patch_size 8."""
+    options: Annotated[dict[str, Option], OPTIONS] = field(default_factory=dict)
+    """More keywords for the backbone, such as: embed_dim 128 depth 6 num_heads 4. Added to the recipe's own."""
 
 
 @dataclass(frozen=True)
