@@ -74,6 +74,11 @@ def auto_radius(size: tuple[int, int]) -> float | tuple[float, float]:
     return down if down == across else (down, across)
 
 
+def in_bins(radius: Radius, size: tuple[int, int]) -> float | tuple[float, float]:
+    """A radius as numbers: what "auto" stands for at an image of `size` (h, w), any other as it is."""
+    return auto_radius(size) if isinstance(radius, str) else radius
+
+
 def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, form: Form = "exact") -> Float[Tensor, "b c h w"]:
     """Keep the frequencies of each channel that lie within `radius` bins of the zero frequency.
 
@@ -116,8 +121,7 @@ def _check(radius: Radius, form: Form) -> None:
 
 
 def _radii(radius: Radius, size: tuple[int, int]) -> tuple[float, float]:
-    if isinstance(radius, str):
-        radius = auto_radius(size)
+    radius = in_bins(radius, size)
     return radius if isinstance(radius, tuple) else (radius, radius)
 
 

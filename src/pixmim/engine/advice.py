@@ -4,12 +4,12 @@ import torch
 
 from pixmim.config import Run
 from pixmim.engine.schedule import Schedule
-from pixmim.targets import auto_radius
+from pixmim.targets import in_bins
 
 
 def describe(run: Run, images: int, schedule: Schedule, device: torch.device, precision: str) -> list[str]:
     """Lines for a terminal, in rich's markup. `images` is the size of the data set."""
-    radius = auto_radius(run.hw) if run.target.radius == "auto" else run.target.radius
+    radius = in_bins(run.target.radius, run.hw)
     target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
     height, width = run.hw
     lines = [

@@ -121,12 +121,13 @@ class ConvMAEEncoder(nn.Module):
         if images.shape[-2:] != self.img_size:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, but the model was made for {self.img_size}")
         visible = None if hidden is None else (~hidden).view(-1, 1, *self.grid).to(images.dtype)
+        visible1, visible2 = _enlarge(visible, 4), _enlarge(visible, 2)
         first = self.patch_embed1(images)
         for block in self.blocks1:
-            first = block(first, _enlarge(visible, 4))
+            first = block(first, visible1)
         second = self.patch_embed2(first)
         for block in self.blocks2:
-            second = block(second, _enlarge(visible, 2))
+            second = block(second, visible2)
         tokens = self.patch_embed4(self.patch_embed3(second).flatten(2).transpose(1, 2))
         return first, second, tokens + self.pos_embed
 
@@ -174,12 +175,13 @@ class ConvMAE(MaskedModel):
 def features(encoder: ConvMAEEncoder, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
     """What a finished ConvMAE says of whole images; a block's global vector is the mean of its tokens."""
     *_, tokens = encoder.stages(images)
-    means = []
+    outputs = []
     for block in encoder.blocks3:
         tokens = block(tokens)
-        means.append(encoder.norm(tokens).mean(dim=1))
-    last = encoder.norm(tokens).transpose(1, 2).unflatten(2, encoder.grid)
-    return Features(torch.stack(means[-blocks:], dim=1), means[-1], last)
+        outputs.append(tokens)
+    last = [encoder.norm(output) for output in outputs[-blocks:]]
+    means = [output.mean(dim=1) for output in last]
+    return Features(torch.stack(means, dim=1), means[-1], last[-1].transpose(1, 2).unflatten(2, encoder.grid))
 
 
 def _enlarge(visible: Tensor | None, factor: int) -> Tensor | None:

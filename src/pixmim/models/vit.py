@@ -79,15 +79,9 @@ def encode_visible(encoder: VisionTransformer, images: Float[Tensor, "b c h w"],
     weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channel last, as patchify lays values out
     tokens = embed.norm(F.linear(patches, weight, embed.proj.bias))
 
-    prefix = prefix_tokens(encoder)
-    positions = cast(Tensor, encoder.pos_embed)
-    skipped = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    tokens = tokens + gather(positions[:, skipped:].expand(len(images), -1, -1), keep)
-    if prefix:
-        head = torch.cat(prefix, dim=1)
-        head = head + positions[:, :skipped] if skipped else head
-        tokens = torch.cat([head.expand(len(images), -1, -1).to(tokens.dtype), tokens], dim=1)
-    return encoder.norm(encoder.blocks(encoder.norm_pre(encoder.pos_drop(tokens))))
+    positions = cast(Tensor, encoder.pos_embed)[:, _placed_prefix(encoder) :]
+    tokens = tokens + gather(positions.expand(len(images), -1, -1), keep)
+    return encoder.norm(encoder.blocks(encoder.norm_pre(encoder.pos_drop(_prepend_prefix(encoder, tokens)))))
 
 
 def encode_replaced(
@@ -107,14 +101,27 @@ def encode_replaced(
             tokens = block(tokens, shared_rel_pos_bias=bias)
         tokens = encoder.norm(tokens)[:, 1:]
     else:
-        prefix = torch.cat([t.expand(len(images), -1, -1) for t in prefix_tokens(encoder)] or [patches[:, :0]], dim=1)
-        skipped = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
         if encoder.pos_embed is not None:
-            patches = patches + encoder.pos_embed[:, skipped:]
-            prefix = prefix + encoder.pos_embed[:, :skipped] if skipped else prefix
-        tokens = torch.cat([prefix.to(patches.dtype), patches], dim=1)
+            patches = patches + encoder.pos_embed[:, _placed_prefix(encoder) :]
+        tokens = _prepend_prefix(encoder, patches)
         tokens = encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))[:, encoder.num_prefix_tokens :]
     return tokens.transpose(1, 2).unflatten(2, encoder.patch_embed.grid_size)
+
+
+def _placed_prefix(encoder: VisionTransformer) -> int:
+    """How many prefix tokens have places of their own in the table of positions, ahead of the patches'."""
+    return 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+
+
+def _prepend_prefix(encoder: VisionTransformer, patches: Float[Tensor, "b k d"]) -> Float[Tensor, "b m d"]:
+    """The prefix tokens, with their positions where they have any, ahead of the patches."""
+    prefix = prefix_tokens(encoder)
+    if not prefix:
+        return patches
+    head, placed = torch.cat(prefix, dim=1), _placed_prefix(encoder)
+    if encoder.pos_embed is not None and placed:
+        head = head + encoder.pos_embed[:, :placed]
+    return torch.cat([head.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
 
 
 def gather(tokens: Float[Tensor, "b n d"], index: Tensor) -> Float[Tensor, "b k d"]:

@@ -15,7 +15,7 @@ from pixmim.errors import UserError
 from pixmim.models import SIMMIM_BEIT
 from pixmim.report.figures import curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
-from pixmim.targets import auto_radius
+from pixmim.targets import in_bins
 
 _ENVIRONMENT = jinja2.Environment(loader=jinja2.PackageLoader("pixmim", "report"), autoescape=True, trim_blocks=True)
 
@@ -190,7 +190,7 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
 
 def _spectrum(story: _Story) -> str:
     assert story.pictures is not None
-    radius = auto_radius(story.run.hw) if story.run.target.radius == "auto" else story.run.target.radius
+    radius = in_bins(story.run.target.radius, story.run.hw)
     cut = min(radius) if isinstance(radius, tuple) else radius
     line = (cut, f"r = {cut:g}") if story.run.target.kind == "low-frequency" else None
     series = {
