@@ -66,7 +66,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--device", "cuda:99"], "no device 'cuda:99'"),
         (["pretrain", "--resume", "/no/run"], "there is no /no/run/config.json"),
         (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
-        (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "is not a run"),
+        (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "there is no /no/run"),
         (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "invalid choice"),
         (["report"], "which run?"),
         (["report", "/no/run"], "is not a run"),

@@ -13,7 +13,7 @@ from pixmim.data import open_data
 from pixmim.engine.device import autocast
 from pixmim.errors import UserError
 from pixmim.evaluate import evaluate, knn_watch
-from pixmim.evaluate.encoder import in_training, of_run
+from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import classify, knn
 from pixmim.evaluate.linear import RATES, fit, linear, standardise
@@ -21,7 +21,7 @@ from pixmim.evaluate.results import save
 from pixmim.metrics import wilson_interval
 from pixmim.parts import build_model
 from pixmim.transforms import evaluation_crop
-from pixmim.weights.export import save_encoder
+from pixmim.weights.own import save_tensors
 
 Make = Callable[..., Run]
 TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
@@ -116,12 +116,12 @@ def product(tiny_run: Make, tmp_path: Path) -> Path:
     """A run's folder with an encoder that was not trained at all, but says so in no way."""
     run = tiny_run(seed=5)
     (tmp_path / "config.json").write_text(to_json(run))
-    save_encoder(build_model(run).encoder, tmp_path / "encoder.safetensors", {"step": "7"})
+    save_tensors(build_model(run).encoder.state_dict(), tmp_path / "encoder.safetensors", run, step=7)
     return tmp_path
 
 
 def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path) -> None:
-    encoder = of_run(product, device="cpu", precision="fp32")
+    encoder = of_model(str(product), device="cpu", precision="fp32")
     data = open_data(TEST)
     one, two = freeze(encoder, data, batch=3), freeze(encoder, data, batch=20)
     torch.testing.assert_close(one.vector, two.vector, atol=1e-5, rtol=0)
@@ -131,7 +131,7 @@ def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path
         tokens = encoder.module.forward_features(image)[0]
     torch.testing.assert_close(two.vector[7, -1], tokens[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(two.mean[7], tokens[1:].mean(dim=0), atol=1e-5, rtol=0)
-    low = freeze(of_run(product, device="cpu", precision="bf16"), data)
+    low = freeze(of_model(str(product), device="cpu", precision="bf16"), data)
     assert F.cosine_similarity(low.mean, one.mean).min() > 0.999
 
 
@@ -144,7 +144,7 @@ def test_evaluation_is_repeatable_and_kept(product: Path) -> None:
 
 
 def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_run: Make, pictures: Path) -> None:
-    with pytest.raises(UserError, match=r"no config\.json"):
+    with pytest.raises(UserError, match="there is no"):
         evaluate("knn", tmp_path / "nowhere", TRAIN, TEST)
     with pytest.raises(UserError, match="did you mean 'linear'"):
         evaluate("liner", product, TRAIN, TEST)
@@ -153,11 +153,11 @@ def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_r
     with pytest.raises(UserError, match=r"--knn\.train and --knn\.test"):
         knn_watch(tiny_run(knn=type(tiny_run().knn)(every=1.0)))
     (product / "encoder.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="does not fit"):
-        of_run(product)
+    with pytest.raises(UserError, match="cannot be read"):
+        of_model(str(product))
     (product / "encoder.safetensors").unlink()
     with pytest.raises(UserError, match="is the run finished"):
-        of_run(product)
+        of_model(str(product))
 
 
 def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pixmim.losses import Objective
     from pixmim.masking import BlockMask, Mask, RandomMask, SquareMask, UnitMask
     from pixmim.models import create_model
+    from pixmim.pretrained import load_encoder, load_model
     from pixmim.targets import LowFrequency, Pixels, low_pass
     from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 
@@ -28,6 +29,8 @@ _HOME = {
     "SquareMask": "masking",
     "UnitMask": "masking",
     "create_model": "models",
+    "load_encoder": "pretrained",
+    "load_model": "pretrained",
     "low_pass": "targets",
     "patchify": "grid",
     "unpatchify": "grid",
@@ -46,6 +49,8 @@ __all__ = [
     "SquareMask",
     "UnitMask",
     "create_model",
+    "load_encoder",
+    "load_model",
     "low_pass",
     "patchify",
     "unpatchify",

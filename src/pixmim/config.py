@@ -16,7 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from pixmim.errors import UserError, nearest
 
-Option = int | float | bool | str
+Option = int | float | bool | str | list[int]
 
 
 def _read_options(words: list[str]) -> dict[str, Option]:
@@ -162,6 +162,8 @@ class Run:
     """A folder of images (searched through its subfolders), or shapes: for images drawn on the fly."""
     out: str = ""
     """Directory of the run; otherwise runs/RECIPE-TIME."""
+    init: str = ""
+    """Weights to begin from: a file, another run, or timm:NAME; otherwise random ones."""
     epochs: float = 300.0
     """Length in passes over the data."""
     steps: int | None = None
@@ -172,7 +174,7 @@ class Run:
     """Parts a batch is computed in, one after another, to fit into memory."""
     size: str = "224"
     """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
-    channels: Literal[1, 3] = 3
+    channels: int = 3
     """Colour (3) or grey (1)."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel, of values in [0, 1]; otherwise ImageNet's."""
@@ -202,8 +204,17 @@ class Run:
 
     def __post_init__(self) -> None:
         _parse_size(self.size)
-        for name in ("batch_size", "accumulate", "epochs", "seed", "threads", "checkpoint_every", "log_every"):
-            least = 1 if name in ("batch_size", "accumulate") else 0
+        for name in (
+            "batch_size",
+            "accumulate",
+            "channels",
+            "epochs",
+            "seed",
+            "threads",
+            "checkpoint_every",
+            "log_every",
+        ):
+            least = 1 if name in ("batch_size", "accumulate", "channels") else 0
             if getattr(self, name) < least:
                 raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
         if self.batch_size % self.accumulate:
@@ -233,9 +244,10 @@ class Run:
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel; ImageNet's for colour, their averages for grey."""
-        imagenet = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}[self.channels]
-        return self.mean or imagenet[0], self.std or imagenet[1]
+        """Mean and standard deviation per channel; ImageNet's for colour, their averages for other channels."""
+        if self.channels == 3:
+            return self.mean or (0.485, 0.456, 0.406), self.std or (0.229, 0.224, 0.225)
+        return self.mean or (0.449,) * self.channels, self.std or (0.226,) * self.channels
 
 
 def to_json(run: Run) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from pixmim import rng
 from pixmim.config import Run
@@ -11,7 +12,7 @@ from pixmim.errors import UserError
 from pixmim.grid import grid_of
 from pixmim.losses import Objective
 from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
-from pixmim.models import create_model
+from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
 from pixmim.targets import LowFrequency, Pixels
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
@@ -56,6 +57,12 @@ def build_model(run: Run) -> MaskedModel:
     decoder = {"decoder_dim": m.decoder_dim, "decoder_depth": m.decoder_depth, "decoder_heads": m.decoder_heads}
     own = {"head": m.head} if m.name == "simmim" else decoder
     return create_model(m.name, m.backbone, **{"img_size": run.hw, "in_chans": run.channels, **own, **m.options})
+
+
+def build_encoder(run: Run) -> nn.Module:
+    """The encoder alone, its weights at random."""
+    m = run.model
+    return create_encoder(m.name, m.backbone, **{"img_size": run.hw, "in_chans": run.channels, **m.options})
 
 
 def build_objective(run: Run) -> Objective:

@@ -23,8 +23,9 @@ from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
 from pixmim.grid import grid_of
 from pixmim.parts import build_crop, build_masker, build_model, build_objective, draw_masks
+from pixmim.pretrained import begin_from
 from pixmim.transforms import finish
-from pixmim.weights.export import save_encoder
+from pixmim.weights.own import save_tensors
 
 Watch = Callable[[nn.Module], dict[str, float]]
 """Measures the encoder while it is trained: named values for the log."""
@@ -52,7 +53,10 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     data = open_data(run.data, run.channels)
     schedule = Schedule.of(run, len(data))
 
-    model = build_model(run).to(device)
+    checkpoints = Checkpoints(out / "checkpoints")
+    model = build_model(run)
+    origin = begin_from(model, run) if run.init and not checkpoints.steps() else []
+    model = model.to(device)
     objective = build_objective(run).to(device)
     masker, grid = build_masker(run, model.patch), grid_of(run.hw, model.patch)
     choose_attention(model, device, precision)
@@ -60,7 +64,6 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
     out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
     (out / "config.json").write_text(to_json(run))
-    checkpoints = Checkpoints(out / "checkpoints")
     start = checkpoints.load(model, optimizer, updater, images=len(data))
 
     part = run.batch_size // run.accumulate
@@ -86,7 +89,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
             log.write({"step": step, "epoch": round(step * run.batch_size / len(data), 6), **watch(model.encoder)})
             log.pause()
 
-    for line in describe(run, len(data), schedule, device, precision):
+    for line in [*describe(run, len(data), schedule, device, precision), *origin]:
         console.print(line, highlight=False, soft_wrap=True)
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
@@ -141,7 +144,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
 
     if step < schedule.steps:
         return Outcome(step, finished=False)
-    save_encoder(model.encoder, out / "encoder.safetensors", _metadata(run, step))
+    save_tensors(model.encoder.state_dict(), out / "encoder.safetensors", run, step)
     lost = int(updater.state["skipped"].item())
     if lost:
         console.print(f"{lost} of {step} updates were skipped because their gradient was not finite")
@@ -157,19 +160,3 @@ def _stop_if_lost(updater: Updater, step: int) -> None:
             f"the gradient was not finite in the last {streak} updates (up to step {step}). The weights are those "
             "before it. Try a lower --optim.base-lr, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)."
         )
-
-
-def _metadata(run: Run, step: int) -> dict[str, str]:
-    mean, std = run.statistics
-    values = {
-        "method": f"{run.model.name} with {run.target.kind} target and {run.crop.kind} crop",
-        "recipe": run.recipe,
-        "step": step,
-        "backbone": run.model.backbone,
-        "img_size": run.size,
-        "in_chans": run.channels,
-        "options": run.model.options,
-        "mean": mean,
-        "std": std,
-    }
-    return {key: str(value) for key, value in values.items()}

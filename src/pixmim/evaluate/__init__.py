@@ -11,7 +11,7 @@ from pixmim.data import open_data
 from pixmim.data.skipped import Skipped
 from pixmim.engine.device import Precision, choose_device, choose_precision
 from pixmim.errors import UserError, nearest
-from pixmim.evaluate.encoder import in_training, of_run
+from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import knn
 from pixmim.evaluate.linear import linear
@@ -37,7 +37,7 @@ def evaluate(
     """
     if name not in EVALUATIONS:
         raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {', '.join(EVALUATIONS)}")
-    encoder = of_run(folder, device=device, precision=precision, untrained=untrained)
+    encoder = of_model(str(folder), device=device, precision=precision, untrained=untrained)
     frozen = []
     for spec in (train, test):
         data = open_data(spec, encoder.channels)

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pixmim.config import Run, from_json
+from pixmim.config import Run
 from pixmim.engine.device import Precision, choose_attention, choose_device, choose_precision
 from pixmim.errors import UserError
 from pixmim.parts import build_model
-from pixmim.weights.export import load_encoder
+from pixmim.pretrained import begin_from, load_encoder, open_model
+from pixmim.weights.recognise import read_run
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,22 @@ class Encoder:
     step: int
 
 
-def read_run(folder: Path) -> Run:
-    """The configuration of the run in `folder`. Raises UserError if that is no run."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run: it has no config.json")
-    return from_json(path.read_text(), path)
+def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", untrained: bool = False) -> Encoder:
+    """The encoder of a finished run, a file of weights or timm:NAME; with `untrained` the one a run began with.
 
-
-def of_run(folder: Path, *, device: str = "auto", precision: Precision = "auto", untrained: bool = False) -> Encoder:
-    """The encoder of a finished run, or with `untrained` the one it began with. Raises UserError."""
-    run = read_run(folder)
-    module = build_model(run).encoder
-    step = 0
-    if not untrained:
-        step = int(load_encoder(module, folder / "encoder.safetensors").get("step", "0"))
+    Raises UserError.
+    """
+    if untrained:
+        run = read_run(Path(name))
+        if run is None:
+            raise UserError(f"{name} is not a run, so what it was before training is not known")
+        model = build_model(run)
+        if run.init:
+            begin_from(model, run)
+        module, step = model.encoder, 0
+    else:
+        weights = open_model(name)
+        module, run, step = load_encoder(name), weights.run, weights.step
     where = choose_device(device)
     chosen = choose_precision(precision, where)
     choose_attention(module, where, chosen)

@@ -19,7 +19,7 @@ from pixmim.models.simmim import SimMIM
 
 def _mae(backbone: str, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16, **options: Any) -> MAE:
     _check_decoder(decoder_dim, decoder_heads)
-    encoder = vit.check_plain(_timm(backbone, **options), backbone)
+    encoder = vit.check_plain(create_encoder("mae", backbone, **options), backbone)
     return MAE(encoder, decoder_dim, decoder_depth, decoder_heads)
 
 
@@ -33,27 +33,15 @@ def _lsmae(backbone: str, decoder_dim: int | None = None, decoder_heads: int | N
 def _convmae(
     backbone: str, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16, **options: Any
 ) -> MaskedModel:
-    if backbone not in convmae.SIZES:
-        known = ", ".join(convmae.SIZES)
-        raise UserError(f"ConvMAE's encoders are {known}, and not '{backbone}'{nearest(backbone, convmae.SIZES)}")
     _check_decoder(decoder_dim, decoder_heads)
-    size = options.get("img_size", 224)
-    _check_size(size if isinstance(size, tuple) else (size, size), convmae.PATCH, backbone)
-    try:
-        encoder = convmae.ConvMAEEncoder(**{**convmae.SIZES[backbone], **options})
-    except TypeError as error:
-        raise UserError(f"{backbone} refuses an option: {error}") from error
-    return convmae.ConvMAE(encoder, decoder_dim, decoder_depth, decoder_heads)
+    encoder = create_encoder("convmae", backbone, **options)
+    return convmae.ConvMAE(encoder, decoder_dim, decoder_depth, decoder_heads)  # type: ignore[arg-type]
 
 
 def _simmim(backbone: str, head: str = "linear", **options: Any) -> MaskedModel:
     if head not in ("linear", "mlp"):
         raise UserError(f"SimMIM's head is 'linear' or 'mlp', not '{head}'")
-    if backbone.startswith("beit"):
-        options = {**SIMMIM_BEIT, **options}
-    if backbone.startswith("swin"):
-        options = {"drop_path_rate": 0.0, **options}
-    encoder = _timm(backbone, **options)
+    encoder = create_encoder("simmim", backbone, **options)
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
         raise UserError(f"SimMIM takes a swin_, beit_ or vit_ backbone of timm's, not '{backbone}'")
     return SimMIM(encoder, head)  # type: ignore[arg-type]
@@ -95,6 +83,19 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
     return BUILDERS[name](backbone or BACKBONES.get(name, "vit_base_patch16_224"), **options)
 
 
+def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
+    """The encoder alone of the method `name`, as that method makes it; for "timm", as timm does. No head, unless
+    options ask for num_classes. Raises UserError.
+    """
+    if name == "convmae":
+        return _convmae_encoder(backbone, **options)
+    if name == "simmim" and backbone.startswith("beit"):
+        options = {**SIMMIM_BEIT, **options}
+    if name == "simmim" and backbone.startswith("swin"):
+        options = {"drop_path_rate": 0.0, **options}
+    return _timm(backbone, **options)
+
+
 def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
     """What a finished encoder says of normalised images, from its last `blocks` blocks.
 
@@ -109,13 +110,26 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
     raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
 
 
+def _convmae_encoder(backbone: str, **options: Any) -> convmae.ConvMAEEncoder:
+    if backbone not in convmae.SIZES:
+        known = ", ".join(convmae.SIZES)
+        raise UserError(f"ConvMAE's encoders are {known}, and not '{backbone}'{nearest(backbone, convmae.SIZES)}")
+    size = options.get("img_size", 224)
+    _check_size(size if isinstance(size, tuple) else (size, size), convmae.PATCH, backbone)
+    try:
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+        return convmae.ConvMAEEncoder(**{**convmae.SIZES[backbone], **given})
+    except TypeError as error:
+        raise UserError(f"{backbone} refuses an option: {error}") from error
+
+
 def _timm(backbone: str, **options: Any) -> nn.Module:
-    """A timm model without a head, whose image size its patches divide."""
+    """A timm model, without a head unless asked for classes, whose image size its patches divide."""
     if not timm.is_model(backbone):
         known = timm.list_models(backbone.split("_")[0] + "_*") or timm.list_models("vit_*")
         raise UserError(f"timm has no model '{backbone}'{nearest(backbone, known)}")
     try:
-        encoder: nn.Module = timm.create_model(backbone, pretrained=False, num_classes=0, **options)
+        encoder: nn.Module = timm.create_model(backbone, **{"pretrained": False, "num_classes": 0, **options})
     except TypeError as error:
         raise UserError(f"timm's {backbone} refuses an option: {error}") from error
     embed: Any = getattr(encoder, "patch_embed", None)

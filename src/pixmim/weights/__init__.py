@@ -1,1 +1,1 @@
-"""How weights leave (and later enter) the house."""
+"""How weights enter the house and leave it, as data: no model is built here."""

@@ -1,0 +1,50 @@
+"""The commands. Thin: each reads its flags and calls one function. Imports torch only once there is work to do."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from pixmim.cli.measure import evaluate, report
+from pixmim.cli.pretrain import list_recipes, pretrain
+from pixmim.cli.transfer import export, import_
+from pixmim.errors import UserError, nearest
+
+OVERVIEW = """usage: pixmim COMMAND [...]
+
+  pretrain     train a backbone on your own images
+  list         the recipes, with what each aims at
+  evaluate     measure it: k-NN, linear probe
+  report       one page of settings, curves, reconstructions and results, for one run or several
+  import       take over weights that others published, and say what is in a file
+  export       hand a backbone to timm, Hugging Face, mmpretrain, detectron2 or ONNX
+
+`pixmim COMMAND --help` explains every flag. First steps: pixmim pretrain pixmim-vit-tiny --data FOLDER"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit status: 0 done, 1 something only the user can put right, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(OVERVIEW)
+            return 0
+        if args[0] not in COMMANDS:
+            raise UserError(f"there is no command '{args[0]}'{nearest(args[0], COMMANDS)}\n\n{OVERVIEW}")
+        return COMMANDS[args[0]](args[1:])
+    except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "pretrain": pretrain,
+    "list": list_recipes,
+    "evaluate": evaluate,
+    "report": report,
+    "import": import_,
+    "export": export,
+}

@@ -1,0 +1,74 @@
+"""How a backbone leaves the house: folders that other projects read strictly. One literal dict names them."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pixmim.errors import UserError
+from pixmim.handover.files import only_encoder
+from pixmim.handover.frameworks import to_detectron2, to_mmpretrain, to_timm
+from pixmim.handover.huggingface import to_hf
+from pixmim.handover.onnx import to_onnx
+from pixmim.parts import build_encoder
+from pixmim.pretrained import open_model
+from pixmim.weights.fit import fit
+from pixmim.weights.recognise import Weights
+
+FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
+    "timm": to_timm,
+    "hf": to_hf,
+    "mmpretrain": to_mmpretrain,
+    "detectron2": to_detectron2,
+    "onnx": to_onnx,
+}
+"""What writes a model for each project, into an empty folder; gives the lines that say how it is loaded there."""
+
+
+def hand_over(name: str, to: str, folder: Path | None = None, push: str = "") -> list[str]:
+    """Write the model that `name` means (see `open_model`) for one of FORMATS into a new folder; says how to load it.
+
+    push  a repository on the Hugging Face hub, to which the folder goes as well
+
+    Raises UserError where the other project has no such model, or lacks what writing it takes.
+    """
+    try:
+        weights = open_model(name, whole=True)
+    except UserError:
+        weights = open_model(name)  # a run whose checkpoints are gone still has its encoder
+    folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
+    if folder.exists():
+        raise UserError(f"{folder} is there already: choose another --out")
+    with torch.random.fork_rng(devices=[]):
+        encoder = build_encoder(weights.run)
+    holder = nn.ModuleDict({"encoder": encoder})
+    holder.load_state_dict(fit(replace(weights, tensors=only_encoder(weights)), holder.state_dict(), weights.run))
+    beside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        how = FORMATS[to](weights, encoder.eval(), beside)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    lines = [f"written to {folder}", *(f"  {line.replace('FOLDER', str(folder))}" for line in how)]
+    return [*lines, _push(folder, push)] if push else lines
+
+
+def _push(folder: Path, repository: str) -> str:
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise UserError("pushing needs huggingface_hub: pip install 'pixmim[hub]'") from error
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        url = api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder} is written, but could not be pushed to {repository}: {reason}") from error
+    return f"pushed to {url}"

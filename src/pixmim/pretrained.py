@@ -1,0 +1,202 @@
+"""From somebody's weights to a ready model: a run's, a file's, or one of timm's."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from pixmim.config import Model, Run, to_json
+from pixmim.engine.checkpoint import Checkpoints
+from pixmim.errors import UserError, nearest
+from pixmim.models import create_encoder
+from pixmim.models.base import MaskedModel
+from pixmim.parts import build_encoder, build_model
+from pixmim.weights.fit import fit, refit, shape, their_name
+from pixmim.weights.own import save_tensors
+from pixmim.weights.recognise import Weights, read_run, read_weights
+
+_DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token")
+"""How names begin that are not the encoder's."""
+
+
+def load_model(file: str | Path, **options: Any) -> MaskedModel:
+    """The ready model of a pre-training file, encoder and decoder, in evaluation mode on the CPU.
+
+    file     pixmim's, or of MAE, LSMAE, ConvMAE, SimMIM (official code), mmselfsup, mmpretrain, Hugging Face; or a
+             run's folder
+    options  what shapes don't tell (num_heads, decoder_heads, img_size), or any other keyword of `create_model`;
+             tables of positions are refitted to another img_size
+
+    `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch. Raises UserError.
+    """
+    weights = open_model(str(file), whole=True, known=options)
+    if not weights.whole:
+        raise UserError(
+            f"{file} ({weights.origin}) holds an encoder only, and no model in pre-training: see load_encoder"
+        )
+    run = _with_options(weights.run, options)
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(run)
+    model.load_state_dict(fit(weights, model.state_dict(), run))
+    return model.eval()
+
+
+def load_encoder(file: str | Path, **options: Any) -> nn.Module:
+    """The encoder in any file that pixmim reads, or of timm:NAME, as a timm module; fine-tuned ones with their head.
+
+    Otherwise as `load_model`.
+    """
+    weights = open_model(str(file), known=options)
+    run = _with_options(weights.run, options)
+    with torch.random.fork_rng(devices=[]):
+        encoder = build_encoder(run)
+    holder = nn.ModuleDict({"encoder": encoder})
+    only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
+    holder.load_state_dict(fit(replace(weights, tensors=only), holder.state_dict(), run))
+    return encoder.eval()
+
+
+def open_model(name: str, *, whole: bool = False, known: Mapping[str, Any] | None = None) -> Weights:
+    """The weights that `name` means: a run's folder, a file or folder of weights, or timm:NAME.
+
+    whole  of a run: everything, from its newest checkpoint, and not just its finished encoder
+
+    Raises UserError.
+    """
+    if name.startswith("timm:"):
+        return _of_timm(name.removeprefix("timm:"))
+    path = Path(name).expanduser()
+    run = read_run(path) if path.is_dir() else None
+    if run is None:
+        return read_weights(path, known)
+    if whole and not (path / "model.safetensors").is_file():
+        model = build_model(run)
+        step = Checkpoints(path / "checkpoints").load_model(model)
+        return Weights(run, dict(model.state_dict()), "pixmim", step=step)
+    product = path / ("model.safetensors" if whole else "encoder.safetensors")
+    if not product.is_file():
+        raise UserError(f"there is no {product}: is the run finished?")
+    return read_weights(product, known)
+
+
+@torch.no_grad()
+def begin_from(model: MaskedModel, run: Run) -> list[str]:
+    """Put the weights that `run.init` names into a model, as far as they fit; says in lines what was used and what not.
+
+    The encoder must fit as a whole, but for tables of positions, which are refitted, the first convolution, which is
+    adapted to the run's channels, and a classifier's head. What decodes is used as a whole or not at all.
+
+    Raises UserError.
+    """
+    heads = next((m.num_heads for m in model.encoder.modules() if hasattr(m, "num_heads")), None)
+    weights = open_model(run.init, whole=True, known={"num_heads": heads, "decoder_heads": run.model.decoder_heads})
+    state = model.state_dict()
+    fitted, refits = refit(weights, state, run)
+    lines = [f"begins from {run.init} ({weights.origin})", *refits]
+
+    encoder = {name: value for name, value in fitted.items() if name.startswith("encoder.")}
+    wrong = [n for n, v in encoder.items() if n in state and v.shape != state[n].shape]
+    if wrong:
+        n = wrong[0]
+        raise UserError(
+            f"--init {run.init}: its encoder is another one: {their_name(weights, n)} is {shape(encoder[n])} there "
+            f"and {shape(state[n])} in {run.model.backbone}"
+        )
+    missing = [n for n in state if n.startswith("encoder.") and n not in encoder]
+    if any(not n.startswith("encoder.norm.") for n in missing):
+        raise UserError(f"--init {run.init}: its encoder lacks {', '.join(missing[:4])} of {run.model.backbone}")
+    used = {n: v for n, v in encoder.items() if n in state}
+    lines.append(f"  the encoder: {len(used)} tensors")
+    if missing:
+        lines.append(f"  not in it, so at their start: {', '.join(missing)}")
+    unused = [n.removeprefix("encoder.") for n in encoder if n not in state]
+    if unused:
+        lines.append(f"  left out of the encoder: {', '.join(unused)}")
+
+    decoder = {n: v for n, v in fitted.items() if n.startswith(_DECODER)}
+    ours = [n for n in state if n.startswith(_DECODER)]
+    differ = [n for n in {*ours, *decoder} if n not in decoder or n not in state or decoder[n].shape != state[n].shape]
+    if decoder and not differ:
+        used |= decoder
+        lines.append(f"  what decodes: {len(decoder)} tensors")
+    elif decoder:
+        lines.append(f"  what decodes begins anew: it differs in {their_name(weights, sorted(differ)[0])}")
+    else:
+        lines.append("  what decodes begins anew: the file holds an encoder only")
+    model.load_state_dict(used, strict=False)
+    return lines
+
+
+def adopt(weights: Weights, folder: Path | None) -> list[str]:
+    """Check that weights make a whole model, say what was used and what not, and keep them in `folder` if it is given.
+
+    The folder is then like a finished run's: config.json, encoder.safetensors and, of a model in pre-training,
+    model.safetensors. Raises UserError.
+    """
+    run = weights.run
+    with torch.random.fork_rng(devices=[]):
+        module = build_model(run) if weights.whole else nn.ModuleDict({"encoder": build_encoder(run)})
+    module.load_state_dict(fit(weights, module.state_dict(), run))
+
+    rest = len(weights.tensors) - len(weights.encoder)
+    values = sum(value.numel() for value in weights.tensors.values())
+    classes = run.model.options.get("num_classes", 0)
+    lines = [
+        f"recognised as {weights.origin}",
+        f"  model: {run.model.name} on {run.model.backbone}, {run.size} pixels, channels: {run.channels}"
+        + (f", {classes} classes" if classes else ""),
+        f"  used: {len(weights.encoder)} tensors of the encoder"
+        + (f", {rest} of what decodes" if rest else "; it decodes nothing")
+        + f": {values:,} values",
+    ]
+    for why in dict.fromkeys(weights.left_out.values()):
+        keys = [key for key, reason in weights.left_out.items() if reason == why]
+        lines.append(f"  left out ({why}): {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+    if folder is None:
+        return [*lines, "nothing was written: --to FOLDER keeps it"]
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a run already: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(weights.encoder, folder / "encoder.safetensors", run, weights.step)
+    written = ["encoder.safetensors"]
+    if weights.whole:
+        save_tensors(weights.tensors, folder / "model.safetensors", run, weights.step)
+        written.append("model.safetensors")
+    (folder / "config.json").write_text(to_json(run))
+    return [*lines, f"written to {folder}: config.json, {', '.join(written)}"]
+
+
+def _of_timm(name: str) -> Weights:
+    """One of timm's pre-trained models, which timm downloads or finds in its cache."""
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+    try:
+        module: Any = create_encoder("timm", name, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # no network, no such weights: the kinds of exception are the hub's
+        raise UserError(f"timm:{name} cannot be had: {str(error).splitlines()[0]}") from error
+    made = module.pretrained_cfg
+    channels, h, w = made["input_size"]
+    run = Run(
+        model=Model("timm", name), size=f"{h}x{w}", channels=channels, mean=tuple(made["mean"]), std=tuple(made["std"])
+    )
+    return Weights(run, {f"encoder.{n}": v for n, v in module.state_dict().items()}, "timm's pre-trained weights")
+
+
+def _with_options(run: Run, options: Mapping[str, Any]) -> Run:
+    """A file's Run with the caller's keywords of `create_model` over it."""
+    own = {f.name for f in fields(Model)} - {"options"}
+    size = options.get("img_size", run.hw)
+    h, w = (size, size) if isinstance(size, int) else size
+    rest = {n: v for n, v in options.items() if n not in own | {"img_size", "in_chans"}}
+    model = replace(
+        run.model,
+        **{n: v for n, v in options.items() if n in own},
+        options={**run.model.options, **rest},
+    )
+    return replace(run, model=model, size=f"{h}x{w}", channels=options.get("in_chans", run.channels))

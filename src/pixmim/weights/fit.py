@@ -1,0 +1,96 @@
+"""Weights fitted to a model, given as its shapes: refitted where a rule exists, refused with the reason where not."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from pixmim.config import Run
+from pixmim.errors import UserError
+from pixmim.grid import grid_of
+from pixmim.weights import resize
+from pixmim.weights.recognise import Weights
+
+Tensors = Mapping[str, Tensor]
+
+
+def refit(weights: Weights, state: Tensors, run: Run) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors, with tables and first convolution refitted to the image size and channels of `run`; what was done.
+
+    state  the tensors of the model they are for, of which only the shapes count
+
+    Raises UserError for a table that cannot be refitted.
+    """
+    found, lines = dict(weights.tensors), []
+    for name, value in weights.tensors.items():
+        if name not in state or state[name].shape == value.shape:
+            continue
+        new = state[name].shape
+        if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
+            patch = _patch(weights.tensors)
+            old_grid, grid = grid_of(weights.run.hw, patch), grid_of(run.hw, patch)
+            found[name] = resize.positions(value, old_grid, grid)
+            lines.append(f"  {name}: positions of {_by(old_grid)} patches refitted to {_by(grid)}")
+        elif name.endswith("relative_position_bias_table") and new[-1] == value.shape[-1]:
+            old_window, window = _window(weights, name, value), _window(replace(weights, run=run), name, state[name])
+            if old_window is None or window is None:
+                raise UserError(f"{name} cannot be refitted: of what windows it was made is not known")
+            found[name] = resize.relative_biases(value, old_window, window)
+            lines.append(f"  {name}: biases in windows of {_by(old_window)} refitted to {_by(window)}")
+        elif "patch_embed" in name and value.ndim == 4 and (new[0], *new[2:]) == (value.shape[0], *value.shape[2:]):
+            found[name] = resize.channels(value, new[1])
+            lines.append(f"  {name}: {value.shape[1]} channels adapted to {new[1]}")
+    return found, lines
+
+
+def fit(weights: Weights, state: Tensors, run: Run) -> dict[str, Tensor]:
+    """The tensors for a model, each with its place and all places filled, once tables are refitted.
+
+    Raises UserError naming keys as the file does.
+    """
+    fitted, _ = refit(weights, state, run)
+    missing = [their_name(weights, n) for n in state if n not in fitted]
+    odd = [their_name(weights, n) for n in fitted if n not in state]
+    wrong = [n for n in fitted if n in state and fitted[n].shape != state[n].shape]
+    problems = []
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if odd:
+        problems.append(f"holds {_some(odd)}, which {run.model.backbone} does not have")
+    problems += [f"has {shape(fitted[n])} for {their_name(weights, n)}, not {shape(state[n])}" for n in wrong[:4]]
+    if problems:
+        raise UserError(f"the file ({weights.origin}) does not fit: it " + "; it ".join(problems))
+    return fitted
+
+
+def _window(weights: Weights, name: str, table: Tensor) -> tuple[int, int] | None:
+    """(rows, columns) of the window that a table of relative positions is for: the image's grid for a Beit."""
+    if ".layers." not in name:
+        return grid_of(weights.run.hw, _patch(weights.tensors))
+    side = (round(table.shape[0] ** 0.5) + 1) // 2
+    return (side, side) if (2 * side - 1) ** 2 == table.shape[0] else None
+
+
+def _patch(tensors: Mapping[str, Tensor]) -> int:
+    """Pixels that a row of the encoder's table of positions stands for; 16 for ConvMAE."""
+    first = tensors.get("encoder.patch_embed.proj.weight")
+    return 16 if first is None else int(first.shape[-1])
+
+
+def their_name(weights: Weights, name: str) -> str:
+    """What the file calls a tensor, in quotes."""
+    theirs = weights.source.names.theirs(name) if weights.source is not None else None
+    return f"'{theirs or name}'"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def shape(tensor: Tensor) -> str:
+    """A shape in words, 768x3x16x16."""
+    return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _by(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}x{pair[1]}"

@@ -1,0 +1,197 @@
+"""What a model's shapes tell of its sizes; and what they can't tell, from the published models or from the caller."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pixmim.config import Option
+from pixmim.errors import UserError
+
+Tensors = Mapping[str, Tensor]
+Options = dict[str, Option]
+
+VITS = {
+    (192, 12, 16): "vit_tiny_patch16_224",
+    (384, 12, 16): "vit_small_patch16_224",
+    (768, 12, 16): "vit_base_patch16_224",
+    (1024, 24, 16): "vit_large_patch16_224",
+    (1280, 32, 14): "vit_huge_patch14_224",
+}
+"""timm's name of a ViT of this (width, depth, patch)."""
+
+SWINS: dict[tuple[int, tuple[int, ...]], str] = {
+    (96, (2, 2, 6, 2)): "swin_tiny_patch4_window7_224",
+    (96, (2, 2, 18, 2)): "swin_small_patch4_window7_224",
+    (128, (2, 2, 18, 2)): "swin_base_patch4_window7_224",
+    (192, (2, 2, 18, 2)): "swin_large_patch4_window7_224",
+}
+"""timm's name of a Swin of this (width, depths)."""
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Attention heads of the published ViTs, by width."""
+
+DECODER_HEADS = {512: 16, 384: 12}
+"""Attention heads of the published decoders (MAE, ConvMAE; LSMAE-base), by width."""
+
+SWIN_SIDES = {6: 192, 7: 224, 12: 192, 14: 224}
+"""Image size that the published Swins with this window were trained at (12 for SimMIM's Swin-L)."""
+
+
+def vit(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple[int, int]]:
+    """timm's name, keywords and image size (h, w) of a plain ViT. `known` is what the caller or the file says."""
+    dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
+    depth, ratio = count(tensors, "encoder.blocks"), _mlp_ratio(tensors, "encoder.blocks.0", dim)
+    heads = _heads(dim, HEADS, known, "num_heads")
+    options: Options = {}
+    registers = tensors["encoder.reg_token"].shape[1] if "encoder.reg_token" in tensors else 0
+    prefix = int("encoder.cls_token" in tensors) + registers
+    grid = None
+    if "encoder.pos_embed" in tensors:
+        places = tensors["encoder.pos_embed"].shape[1]
+        placed = prefix if not registers or math.isqrt(places - prefix) ** 2 == places - prefix else 0
+        grid = _grid(places - placed, patch, known)
+        if registers:
+            options |= {"reg_tokens": registers, "no_embed_class": placed == 0}
+    else:
+        options["pos_embed"] = "none"
+    if "encoder.cls_token" not in tensors:
+        options |= {"class_token": False, "global_pool": "avg"}
+    name = VITS.get((dim, depth, patch))
+    if name is None or ratio != 4 or heads != HEADS.get(dim):
+        name = VITS[192, 12, 16]
+        options |= {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
+        options |= {} if ratio == 4 else {"mlp_ratio": ratio}
+    size = (grid[0] * patch, grid[1] * patch) if grid else _side(known, 224)
+    return name, options | _pooling(tensors), size
+
+
+def beit(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple[int, int]]:
+    """timm's name, keywords and image size of a Beit, SimMIM's ViT among them."""
+    dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
+    depth = count(tensors, "encoder.blocks")
+    shared = "encoder.rel_pos_bias.relative_position_bias_table" in tensors
+    where = "encoder.rel_pos_bias" if shared else "encoder.blocks.0.attn"
+    table = tensors.get(f"{where}.relative_position_bias_table")
+    absolute = "encoder.pos_embed" in tensors
+    options: Options = {
+        "use_abs_pos_emb": absolute,
+        "use_rel_pos_bias": table is not None and not shared,
+        "use_shared_rel_pos_bias": shared,
+        "init_values": 0.1 if "encoder.blocks.0.gamma_1" in tensors else 0,
+        "global_pool": "token",
+    }
+    if table is not None:
+        heads = table.shape[1]
+        side = (math.isqrt(table.shape[0] - 3) + 1) // 2  # (2h-1)(2w-1) distances, and three that touch the cls token
+        square = (2 * side - 1) ** 2 + 3 == table.shape[0]
+        size = (side * patch, side * patch) if square and "img_size" not in known else _side(known, 0)
+    else:
+        heads = _heads(dim, HEADS, known, "num_heads")
+        size = _side(known, 224)
+    if absolute and table is None:
+        grid = _grid(tensors["encoder.pos_embed"].shape[1] - 1, patch, known)
+        size = (grid[0] * patch, grid[1] * patch)
+    name = {(768, 12, 16): "beit_base_patch16_224", (1024, 24, 16): "beit_large_patch16_224"}.get((dim, depth, patch))
+    if name is None:
+        name = "beit_base_patch16_224"
+        options |= {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
+        ratio = _mlp_ratio(tensors, "encoder.blocks.0", dim)
+        options |= {} if ratio == 4 else {"mlp_ratio": ratio}
+    return name, options | _pooling(tensors), size
+
+
+def swin(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple[int, int]]:
+    """timm's name, keywords and image size of a Swin. Its largest window is the one it was made with."""
+    dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
+    stages = range(count(tensors, "encoder.layers"))
+    depths = tuple(count(tensors, f"encoder.layers.{stage}.blocks") for stage in stages)
+    tables = [tensors[f"encoder.layers.{s}.blocks.0.attn.relative_position_bias_table"] for s in stages]
+    window = max((math.isqrt(table.shape[0]) + 1) // 2 for table in tables)
+    options: Options = {"window_size": window}
+    name = SWINS.get((dim, depths))
+    if name is None:
+        name = SWINS[96, (2, 2, 6, 2)]
+        options |= {"embed_dim": dim, "depths": list(depths), "num_heads": [table.shape[1] for table in tables]}
+        options |= {} if patch == 4 else {"patch_size": patch}
+    if "encoder.head.fc.weight" in tensors:
+        options["num_classes"] = tensors["encoder.head.fc.weight"].shape[0]
+    # Otherwise the convention: the last stage's map is one window.
+    return name, options, _side(known, SWIN_SIDES.get(window, window * patch * 2 ** (len(depths) - 1)))
+
+
+def convmae(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple[int, int]]:
+    """pixmim's name, keywords and image size of a ConvMAE encoder."""
+    dims = [tensors[f"encoder.patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3)]
+    depths = [count(tensors, f"encoder.blocks{stage}") for stage in (1, 2, 3)]
+    grid = _grid(tensors["encoder.pos_embed"].shape[1], 16, known)
+    heads = _heads(dims[2], HEADS, known, "num_heads")
+    options: Options = {}
+    name = "convmae_base"
+    if (dims, depths) != ([256, 384, 768], [2, 2, 11]):
+        name, options = "convmae_tiny", {"embed_dim": dims, "depth": depths, "num_heads": heads}
+    if "encoder.head.weight" in tensors:
+        options["num_classes"] = tensors["encoder.head.weight"].shape[0]
+    return name, options, (grid[0] * 16, grid[1] * 16)
+
+
+def decoder(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, int]:
+    """decoder_dim, decoder_depth, decoder_heads of MAE's decoder; nothing where there is none."""
+    if "decoder.embed.weight" not in tensors:
+        return {}
+    dim = tensors["decoder.embed.weight"].shape[0]
+    heads = _heads(dim, DECODER_HEADS, known, "decoder_heads")
+    return {"decoder_dim": dim, "decoder_depth": count(tensors, "decoder.blocks"), "decoder_heads": heads}
+
+
+def count(tensors: Tensors, prefix: str) -> int:
+    """How many numbered parts there are under a name."""
+    found = (re.match(re.escape(prefix) + r"\.(\d+)\.", name) for name in tensors)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """A side, or (h, w), as (h, w)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _heads(dim: int, published: dict[int, int], known: Mapping[str, Any], keyword: str) -> int:
+    heads = known.get(keyword) or published.get(dim)
+    if heads is None:
+        raise UserError(f"shapes do not tell how many attention heads a width of {dim} has: give {keyword}")
+    return int(heads)
+
+
+def _grid(places: int, patch: int, known: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a table of positions: the caller's image size if it fits, or a square."""
+    if "img_size" in known:
+        h, w = pair(known["img_size"])
+        if (h // patch) * (w // patch) == places:
+            return h // patch, w // patch
+    side = math.isqrt(places)
+    if side * side != places:
+        raise UserError(f"{places} positions are no square of patches: give img_size, (height, width)")
+    return side, side
+
+
+def _side(known: Mapping[str, Any], default: int) -> tuple[int, int]:
+    size = known.get("img_size") or default
+    if not size:
+        raise UserError("shapes do not tell the image size: give img_size")
+    return pair(size)
+
+
+def _mlp_ratio(tensors: Tensors, block: str, dim: int) -> float:
+    return tensors[f"{block}.mlp.fc1.weight"].shape[0] / dim
+
+
+def _pooling(tensors: Tensors) -> Options:
+    """A classifier's keywords: its classes, and the pooling that its norms show."""
+    options: Options = {}
+    if "encoder.head.weight" in tensors:
+        options["num_classes"] = tensors["encoder.head.weight"].shape[0]
+    if "encoder.fc_norm.weight" in tensors:
+        options["global_pool"] = "avg"
+    return options

@@ -1,0 +1,163 @@
+"""What leaves the house is read strictly by those it is for, and does there what it does here."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import nn
+
+from pixmim import load_encoder, load_model, patchify
+from pixmim.config import Model, Run, to_json
+from pixmim.errors import UserError
+from pixmim.handover import hand_over
+from pixmim.masking import Mask
+from pixmim.models import features
+from pixmim.models.base import MaskedModel
+from pixmim.parts import build_model
+from pixmim.pretrained import adopt, open_model
+from pixmim.weights.recognise import Weights
+
+transformers = pytest.importorskip("transformers")
+
+Make = Callable[..., Run]
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+THIN: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+MODELS = {
+    "mae": (Model("mae", "vit_tiny_patch16_224", **THIN, options={**SMALL, "patch_size": 8}), "32"),
+    "mae-oblong": (Model("mae", "vit_tiny_patch16_224", **THIN, options={**SMALL, "patch_size": 8}), "32x64"),
+    "convmae": (Model("convmae", "convmae_tiny", **THIN, options={"embed_dim": [8, 16, 24], "num_heads": 2}), "32"),
+    "simmim-vit": (Model("simmim", "vit_tiny_patch16_224", options={**SMALL, "patch_size": 8}), "32"),
+    "simmim-beit": (Model("simmim", "beit_base_patch16_224", options={**SMALL, "patch_size": 8}), "32"),
+    "simmim-swin": (
+        Model(
+            "simmim", "swin_tiny_patch4_window7_224",
+            options={"embed_dim": 12, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
+        ),
+        "32",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def made(tiny_run: Make, tmp_path: Path) -> Callable[[str], tuple[str, MaskedModel]]:
+    """A folder with a random model of some kind, and the model."""
+
+    def make(name: str) -> tuple[str, MaskedModel]:
+        model, size = MODELS[name]
+        run = tiny_run(model=model, size=size)
+        module = build_model(run).eval()
+        for parameter in module.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        adopt(Weights(run, dict(module.state_dict()), "a test"), tmp_path / name)
+        return str(tmp_path / name), module
+
+    return make
+
+
+Made = Callable[[str], tuple[str, MaskedModel]]
+
+
+def pictures_for(name: str, count: int = 2) -> torch.Tensor:
+    h, _, w = MODELS[name][1].partition("x")
+    return torch.randn(count, 3, int(h), int(w or h))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "convmae"])
+def test_timm_reads_its_own_layout(name: str, made: Made, tmp_path: Path) -> None:
+    folder, module = made(name)
+    hand_over(folder, "timm", tmp_path / "out")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = pictures_for(name)
+    with torch.no_grad():
+        assert torch.equal(theirs.forward_features(images), module.encoder.forward_features(images))  # type: ignore[operator]
+    assert theirs.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize("name", ["mae", "mae-oblong", "simmim-vit", "simmim-beit", "simmim-swin"])
+def test_transformers_reads_its_own_layout(name: str, made: Made, tmp_path: Path) -> None:
+    folder, module = made(name)
+    lines = hand_over(folder, "hf", tmp_path / "out")
+    kind = lines[1].split("transformers.")[1].split(".")[0]
+    body = kind in ("BeitModel", "ViTModel")
+    bare = {"add_pooling_layer": False} if body else {}
+    theirs, found = getattr(transformers, kind).from_pretrained(tmp_path / "out", output_loading_info=True, **bare)
+    assert not any(found.values()), found
+    images = pictures_for(name)
+    n = images.shape[-2] // module.patch * (images.shape[-1] // module.patch)
+    hidden = torch.rand(2, n).argsort(dim=1) >= n // 4
+    with torch.no_grad():
+        ours = module(images, Mask.from_hidden(hidden))
+        if kind == "ViTMAEForPreTraining":
+            found = theirs.eval()(images, noise=hidden.float())
+            assert torch.equal(found.mask.bool(), hidden)
+            theirs_out = found.logits
+        elif body:
+            theirs_out = theirs.eval()(images).last_hidden_state
+            ours = module.encoder.forward_features(images)  # type: ignore[operator]
+        else:
+            theirs_out = patchify(theirs.eval()(images, bool_masked_pos=hidden).reconstruction, module.patch)
+    torch.testing.assert_close(theirs_out, ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["convmae", "simmim-beit", "simmim-swin", "mae-oblong"])
+def test_onnx_says_what_torch_says_for_any_batch(name: str, made: Made, tmp_path: Path) -> None:
+    folder, module = made(name)
+    hand_over(folder, "onnx", tmp_path / "out")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    images = pictures_for(name, 5)
+    vector, mean, grid = session.run(["vector", "mean", "map"], {"images": images.numpy()})
+    with torch.no_grad():
+        found = features(module.encoder, images)
+    for ours, theirs in ((found.vector[:, -1], vector), (found.mean, mean), (found.map, grid)):
+        torch.testing.assert_close(ours, torch.from_numpy(theirs), atol=1e-4, rtol=0)
+    assert session.get_modelmeta().custom_metadata_map["mean"] == "[0.485, 0.456, 0.406]"
+
+
+@pytest.mark.parametrize(("name", "to"), [("mae", "mmpretrain"), ("mae", "detectron2"), ("simmim-swin", "detectron2")])
+def test_what_others_read_pixmim_reads_back(name: str, to: str, made: Made, tmp_path: Path) -> None:
+    folder, module = made(name)
+    hand_over(folder, to, tmp_path / "out")
+    file = tmp_path / "out" / "model.pth"
+    known = {"img_size": 32} if name == "simmim-swin" else {"num_heads": 2, "decoder_heads": 2}
+    back: nn.Module = load_model(file, **known) if to == "mmpretrain" else load_encoder(file, **known)
+    state = module.state_dict() if to == "mmpretrain" else module.encoder.state_dict()
+    for (key, a), b in zip(state.items(), back.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    content = torch.load(file, weights_only=True)
+    assert content.get("matching_heuristics", to == "mmpretrain")
+    if name == "mae" and to == "mmpretrain":
+        assert "backbone.layers.1.ffn.layers.0.0.weight" in content["state_dict"]
+
+
+def test_what_the_other_side_does_not_have_is_refused_with_the_reason(
+    made: Made, tmp_path: Path, tiny_run: Make
+) -> None:
+    convmae, _ = made("convmae")
+    for to, message in (("timm", "timm has no ConvMAE"), ("hf", "no ConvMAE"), ("mmpretrain", "plain ViTs")):
+        with pytest.raises(UserError, match=message):
+            hand_over(convmae, to, tmp_path / "out")
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+    mae, _ = made("mae")
+    (tmp_path / "full").mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        hand_over(mae, "timm", tmp_path / "full")
+    run = tiny_run(model=replace(MODELS["simmim-vit"][0], head="mlp"))
+    adopt(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "mlp")
+    with pytest.raises(UserError, match="one convolution, and this one is an MLP"):
+        hand_over(str(tmp_path / "mlp"), "hf", tmp_path / "out")
+    with pytest.raises(UserError, match="there is no /no/such"):
+        hand_over("/no/such", "timm", tmp_path / "out")
+
+
+def test_a_run_without_its_checkpoints_still_hands_over_its_encoder(made: Made, tmp_path: Path) -> None:
+    folder, _ = made("mae")
+    (Path(folder) / "model.safetensors").unlink()
+    lines = hand_over(folder, "hf", tmp_path / "out")
+    assert "ViTModel" in lines[1]
+    assert open_model(folder).run == Run(**vars(open_model(folder).run))
+    assert (Path(folder) / "config.json").read_text() == to_json(open_model(folder).run)
