@@ -1,8 +1,10 @@
+import itertools
+
 import pytest
 import torch
 
-from pixmim.grid import patchify
-from pixmim.losses import Objective
+from pixmim.grid import patchify, unpatchify
+from pixmim.losses import Objective, normalise, patch_statistics
 from pixmim.masking import RandomMask
 from pixmim.targets import LowFrequency, Pixels, low_pass
 
@@ -33,6 +35,40 @@ def test_loss_against_a_loop_over_hidden_patches(distance: str, normalise: bool)
     assert value.loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_larger_patches_weigh_what_is_hidden_of_them() -> None:
+    """A loop over the hidden pixels: each brings the mean distance of the larger patch that it lies in."""
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    prediction = torch.randn(2, 6, 48, dtype=torch.float64)
+    mask = RandomMask(0.6)(2, (4, 6))  # patches of 2 pixels; those of the prediction have 4
+    value = Objective(Pixels(), False, "l1")(prediction, images, mask)
+    total = count = 0.0
+    for b, y, x in itertools.product(range(2), range(8), range(12)):
+        if mask.hidden[b, y // 2 * 6 + x // 2]:
+            top, left = y // 4 * 4, x // 4 * 4
+            predicted = prediction[b, top // 4 * 3 + left // 4].float().tolist()
+            places = itertools.product(range(top, top + 4), range(left, left + 4), range(3))
+            gaps = [abs(p - images[b, c, i, j].item()) for p, (i, j, c) in zip(predicted, places, strict=True)]
+            total, count = total + sum(gaps) / 48, count + 1
+    assert value.loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert value.per_patch.shape == (2, 6)
+
+
+def test_statistics_against_a_loop_over_seen_pixels() -> None:
+    images, seen = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.rand(2, 1, 4, 8) < 0.5
+    seen[0, 0, :, :4] = False
+    mean, scale = patch_statistics(images, 4, seen)
+    whole = patch_statistics(images, 4)
+    for b, left in itertools.product(range(2), (0, 4)):
+        block, chosen = images[b, :, :, left : left + 4], seen[b, :, :, left : left + 4].expand(3, -1, -1)
+        for (m, s), values in (((mean, scale), block[chosen].tolist()), (whole, block.flatten().tolist())):
+            average = sum(values) / max(len(values), 1)
+            variance = sum((v - average) ** 2 for v in values) / max(len(values) - 1, 1)
+            torch.testing.assert_close(m[b, :, :, left : left + 4], torch.full_like(block, average))
+            torch.testing.assert_close(s[b, :, :, left : left + 4], torch.full_like(block, (variance + 1e-6) ** 0.5))
+    taken = unpatchify(normalise(patchify(images, 4)), 4, (4, 8))
+    torch.testing.assert_close(taken * whole[1] + whole[0], images)
+
+
 def test_what_is_predicted_for_visible_patches_does_not_count() -> None:
     images, prediction, mask = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 48), RandomMask(0.5)(2, 4)
     objective = Objective(Pixels())
@@ -49,3 +85,5 @@ def test_no_gradient_flows_into_the_target() -> None:
 def test_a_prediction_that_does_not_cover_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match="does not cover images of 3x8x8"):
         Objective(Pixels())(torch.zeros(1, 5, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 5))
+    with pytest.raises(ValueError, match="a mask of 4 patches over 8x8 pixels does not go with patches of 2x2"):
+        Objective(Pixels())(torch.zeros(1, 16, 12), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4))

@@ -17,6 +17,10 @@ THIN = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 MODELS = {
     "mae": Model("mae", "vit_tiny_patch16_224", **THIN, options=dict(SMALL)),
     "lsmae": Model("lsmae", "vit_tiny_patch16_224", **THIN, options=dict(SMALL)),
+    "lsmae-coarser": Model("lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, options=dict(SMALL)),
+    "lsmae-larger": Model(
+        "lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, predict_patch=32, options=dict(SMALL)
+    ),
     "convmae": Model("convmae", "convmae_tiny", **THIN),
     "simmim-vit": Model("simmim", "vit_tiny_patch16_224", options=dict(SMALL)),
     "simmim-beit": Model("simmim", "beit_base_patch16_224", head="mlp", options=dict(SMALL)),
@@ -82,3 +86,17 @@ def test_the_grid(name: str) -> None:
 def test_masks_that_a_run_would_stumble_over_are_refused_before_it(mask: Mask, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_masker(Run(size="96x64", mask=mask), 16)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Model("mae", decoder_stride=5), "does not divide the encoder's 6x4 patches"),
+        (Model("mae", predict_patch=32), "goes with 16"),
+        (Model("simmim", "vit_tiny_patch16_224", decoder_stride=2), "has no decoder"),
+        (Model("simmim", "vit_tiny_patch16_224", predict_patch=32), "has no decoder"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused(model: Model, message: str) -> None:
+    with pytest.raises(UserError, match=message), torch.device("meta"):
+        build_model(Run(size="96x64", model=model))

@@ -1,5 +1,6 @@
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,12 @@ import torch
 from PIL import Image
 
 from pixmim.config import Run, Target
+from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError
 from pixmim.evaluate import evaluate
 from pixmim.evaluate.results import save
+from pixmim.models.base import MaskedModel
+from pixmim.models.mae import MAE
 from pixmim.report import results_table, write_report
 from pixmim.report.reconstruct import radial_spectrum, reconstruct
 from test_pretrain import train
@@ -74,6 +78,31 @@ def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
         np.abs(patches["prediction"] - patches["target"])[dark].mean()
         < np.abs(patches["unaided"] - patches["target"])[dark].mean()
     )
+
+
+def blank(model: MaskedModel) -> None:
+    """Let a model predict nothing but zeros: what is then drawn was put there by the drawing."""
+    layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+
+
+def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patches of 8 pixels hidden, of 16 predicted: borrowed means are a larger patch's; "unaided" has one for all."""
+    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
+    model = replace(tiny_run().model, decoder_stride=2, predict_patch=16)
+    c = reconstruct(tiny_run(model=model, size="32x48", target=Target(kind="pixels")), tmp_path).columns
+    mean, std = np.asarray([0.485, 0.456, 0.406]), np.asarray([0.229, 0.224, 0.225])
+    hidden = (c["masked"] == np.round(mean * 255)).all(axis=-1)
+    for i in range(6):
+        image = (c["image"][i] / 255 - mean) / std
+        blocks = image.reshape(2, 16, 3, 16, 3).mean(axis=(1, 3, 4)).repeat(16, 0).repeat(16, 1)
+        for name, value in (("pasted", blocks[hidden[i]]), ("unaided", image[~hidden[i]].mean())):
+            drawn = (c[name][i][hidden[i]] / 255 - mean) / std
+            assert np.abs(drawn - np.broadcast_to(np.asarray(value)[..., None], drawn.shape)).max() < 0.02
+            assert (c[name][i][~hidden[i]] == c["image"][i][~hidden[i]]).all()
 
 
 def test_radial_spectrum_of_one_wave() -> None:

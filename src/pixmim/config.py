@@ -56,6 +56,10 @@ class Model:
     """Blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
+    decoder_stride: int = 1
+    """Run the decoder on a grid this many times coarser than the encoder's (not for simmim)."""
+    predict_patch: int = 0
+    """Side of the predicted patches in pixels, up to decoder_stride times the encoder's; 0: the encoder's."""
     head: Literal["linear", "mlp"] = "linear"
     """simmim: what predicts the pixels."""
     options: Annotated[dict[str, Option], OPTIONS] = field(default_factory=dict)

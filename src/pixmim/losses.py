@@ -1,15 +1,18 @@
-"""From a prediction to a number: the target's patches, a distance per patch, the mean over the hidden ones."""
+"""From a prediction to a number: the target's patches, a distance per patch, the mean over the hidden ones.
+
+Predicted patches may be larger than those of the mask; one that is hidden in part then counts for its hidden share.
+"""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.grid import patchify
+from pixmim.grid import hidden_share, patchify, unpatchify
 from pixmim.masking import Mask
 
 Distance = Literal["mse", "l1", "smooth_l1"]
@@ -19,10 +22,10 @@ _DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 @dataclass(frozen=True)
 class Loss:
-    """loss: the mean of `per_patch` over hidden patches, a scalar. per_patch: the mean distance in each patch (b n)."""
+    """loss: the mean of `per_patch` over hidden patches, a scalar. per_patch: the mean distance in each patch (b m)."""
 
     loss: Float[Tensor, ""]
-    per_patch: Float[Tensor, "b n"]
+    per_patch: Float[Tensor, "b m"]
 
 
 class Objective(nn.Module):
@@ -40,14 +43,17 @@ class Objective(nn.Module):
             raise ValueError(f"a distance is one of {', '.join(_DISTANCES)}, not {distance!r}")
         self.target, self.normalise_patches, self.distance = target, normalise_patches, distance
 
-    def forward(self, prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h w"], mask: Mask) -> Loss:
-        """The loss of a prediction (b n p*p*c) for normalised images, over the patches that `mask` hides.
+    def forward(self, prediction: Float[Tensor, "b m d"], images: Float[Tensor, "b c h w"], mask: Mask) -> Loss:
+        """The loss of a prediction (b m p*p*c) for normalised images, over the patches that `mask` hides.
 
-        Computed in float32 whatever the autocast. Raises ValueError if the prediction does not fit the images.
+        A mask on a finer grid gives each predicted patch the weight of its hidden share; then all p*p*c values of a
+        patch count, its visible ones too (LSMAE's pred_downsampling). Computed in float32 whatever the autocast.
+        Raises ValueError if the prediction does not fit the images, or the mask the prediction.
         """
-        patches = self.patches(images, patch_size(prediction, images))
+        patch = patch_size(prediction, images)
+        patches = self.patches(images, patch)
         distance = _DISTANCES[self.distance](prediction.float(), patches, reduction="none").mean(dim=2)
-        hidden = mask.hidden.to(distance.dtype)
+        hidden = hidden_share(mask.hidden, patch, (images.shape[2], images.shape[3])).to(distance.dtype)
         return Loss((distance * hidden).sum() / hidden.sum(), distance)
 
     @torch.no_grad()
@@ -60,14 +66,32 @@ class Objective(nn.Module):
 
 def normalise(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     """MAE's norm_pix over the last axis, with the unbiased variance and 1e-6 under the root."""
-    mean, scale = statistics(patches)
-    return (patches - mean) / scale
-
-
-def statistics(patches: Float[Tensor, "b n d"]) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
-    """Mean and sqrt(variance + 1e-6) of each patch: what norm_pix takes away, and what a picture must put back."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return mean, (variance + 1e-6).sqrt()
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+Statistics = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
+"""The mean and sqrt(variance + 1e-6) around each pixel: what normalisation takes away and a picture must put back."""
+
+
+def patch_statistics(
+    images: Float[Tensor, "b c h w"], patch: int, seen: Bool[Tensor, "b 1 h w"] | None = None
+) -> Statistics:
+    """What norm_pix takes from each pixel's patch, over all its values or those of `seen` pixels alone.
+
+    Where no pixel of a patch is seen, the mean is 0 and the deviation that of a constant.
+    """
+    size = (images.shape[2], images.shape[3])
+    values, weights = patchify(images, patch), patchify(_weights(images, seen), patch)
+    count = weights.sum(dim=-1, keepdim=True)
+    mean = (values * weights).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    variance = ((values - mean).square() * weights).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+    scale = (variance + 1e-6).sqrt()
+    return unpatchify(mean.expand_as(values), patch, size), unpatchify(scale.expand_as(values), patch, size)
+
+
+def _weights(images: Float[Tensor, "b c h w"], seen: Bool[Tensor, "b 1 h w"] | None) -> Float[Tensor, "b c h w"]:
+    return torch.ones_like(images) if seen is None else seen.expand_as(images).to(images.dtype)
 
 
 def patch_size(prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h w"]) -> int:

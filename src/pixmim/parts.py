@@ -53,7 +53,15 @@ def build_model(run: Run) -> MaskedModel:
     """Who predicts, with the initial weights that the run's seed decides."""
     torch.manual_seed(run.seed)
     m = run.model
-    decoder = {"decoder_dim": m.decoder_dim, "decoder_depth": m.decoder_depth, "decoder_heads": m.decoder_heads}
+    if m.name == "simmim" and (m.decoder_stride != 1 or m.predict_patch):
+        raise UserError("simmim has no decoder: leave out --model.decoder-stride and --model.predict-patch")
+    decoder = {
+        "decoder_dim": m.decoder_dim,
+        "decoder_depth": m.decoder_depth,
+        "decoder_heads": m.decoder_heads,
+        "decoder_stride": m.decoder_stride,
+        "predict_patch": m.predict_patch,
+    }
     own = {"head": m.head} if m.name == "simmim" else decoder
     return create_model(m.name, m.backbone, **{"img_size": run.hw, "in_chans": run.channels, **own, **m.options})
 
