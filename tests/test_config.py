@@ -33,6 +33,8 @@ def test_odd_values_survive_json() -> None:
         ({"batch_size": 10, "accumulate": 3}, "does not divide into 3"),
         ({"mask": {"ratio": 1.0}}, "between 0 and 1"),
         ({"mean": [0.5]}, "1 values for 3 channels"),
+        ({"target": {"distance": "cross_entropy"}}, "no bins of .0, 1.: add --target.no-normalise-patches"),
+        ({"target": {"distance": "cross_entropy", "bins": 0}}, "--target.bins is 2 or more, not 0"),
     ],
 )
 def test_mistakes_in_a_file_are_named(change: dict[str, object], message: str) -> None:

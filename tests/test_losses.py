@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from pixmim.grid import patchify, unpatchify
 from pixmim.losses import Objective, normalise, patch_statistics
 from pixmim.masking import RandomMask
-from pixmim.targets import LowFrequency, Pixels, low_pass
+from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
 
 
 @pytest.mark.parametrize("distance", ["mse", "l1", "smooth_l1"])
@@ -67,6 +68,36 @@ def test_statistics_against_a_loop_over_seen_pixels() -> None:
             torch.testing.assert_close(s[b, :, :, left : left + 4], torch.full_like(block, (variance + 1e-6) ** 0.5))
     taken = unpatchify(normalise(patchify(images, 4)), 4, (4, 8))
     torch.testing.assert_close(taken * whole[1] + whole[0], images)
+
+
+def test_cross_entropy_against_a_loop_over_hidden_values() -> None:
+    bins, mean, std = 5, (0.4, 0.5), (0.2, 0.3)
+    pixels, mask = torch.rand(2, 2, 8, 12, dtype=torch.float64), RandomMask(0.5)(2, 6)
+    images = (pixels - torch.tensor(mean).view(1, 2, 1, 1)) / torch.tensor(std).view(1, 2, 1, 1)
+    scores = torch.randn(2, 6, 4 * 4 * 2 * bins)  # row, column, channel, bin
+    value = Objective(ColourBins(bins, Pixels(), mean, std), False, "cross_entropy")(scores, images, mask)
+    total, count = 0.0, 0
+    for b, c, y, x in itertools.product(range(2), range(2), range(8), range(12)):
+        n = y // 4 * 3 + x // 4
+        if mask.hidden[b, n]:
+            first = ((y % 4 * 4 + x % 4) * 2 + c) * bins
+            each = [math.exp(v) for v in scores[b, n, first : first + bins].tolist()]
+            total -= math.log(each[int(pixels[b, c, y, x] * bins)] / sum(each))
+            count += 1
+    assert value.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_choices_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="go with each other only"):
+        Objective(Pixels(), False, "cross_entropy")
+    with pytest.raises(ValueError, match="go with each other only"):
+        Objective(ColourBins(8), False, "l1")
+    with pytest.raises(ValueError, match=r"no bins of .0, 1.: give ColourBins with normalise_patches=False"):
+        Objective(ColourBins(8), distance="cross_entropy")
+    with pytest.raises(ValueError, match="does not cover images of 3x8x8 with 8 bins"):
+        Objective(ColourBins(8), False, "cross_entropy")(
+            torch.zeros(1, 4, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4)
+        )
 
 
 def test_what_is_predicted_for_visible_patches_does_not_count() -> None:

@@ -75,7 +75,7 @@ def slow_upsample(decoder: Decoder, tokens: Tensor) -> Tensor:
         {"img_size": 16, "reg_tokens": 3},
         {"img_size": 16, "no_embed_class": True, "reg_tokens": 2},
         {"img_size": 16, "class_token": False, "global_pool": "avg"},
-        {"img_size": 16, "pre_norm": True},
+        {"img_size": 16, "pre_norm": True, "outputs": 8},
         {"img_size": (16, 24), "decoder_stride": 2, "predict_patch": 8},
         {"img_size": (16, 24), "decoder_stride": 2, "reg_tokens": 1},
         {"img_size": (32, 16), "decoder_stride": 4, "predict_patch": 8, "class_token": False, "global_pool": "avg"},
@@ -87,7 +87,7 @@ def test_forward_is_the_slow_form(options: dict[str, object]) -> None:
     images = torch.randn(3, options.get("in_chans", 3), h, w, dtype=torch.float64)
     mask = RandomMask(0.75)(3, h * w // 16)
     prediction, patch = model(images, mask), options.get("predict_patch", 4)
-    assert prediction.shape == (3, h * w // patch**2, patch**2 * images.shape[1])
+    assert prediction.shape == (3, h * w // patch**2, patch**2 * images.shape[1] * options.get("outputs", 1))
     torch.testing.assert_close(prediction, slow_forward(model, images, mask), atol=1e-10, rtol=0)
 
 
@@ -162,12 +162,17 @@ def test_timm_loads_the_encoder_and_gives_the_same_features() -> None:
 
 COMPILED = """
 import torch
-from pixmim import LowFrequency, Objective, RandomMask, create_model
+from pixmim import ColourBins, LowFrequency, Objective, RandomMask, create_model
 
 images, mask = torch.randn(2, 3, 32, 32), RandomMask()(2, 4)
-for more in ({}, {"decoder_stride": 2, "predict_patch": 32}):
+for more, objective in (
+    ({}, Objective(LowFrequency(3))),
+    (
+        {"decoder_stride": 2, "predict_patch": 32, "outputs": 4},
+        Objective(ColourBins(4, LowFrequency(3)), normalise_patches=False, distance="cross_entropy"),
+    ),
+):
     model = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=1, decoder_depth=1, **more)
-    objective = Objective(LowFrequency(3))
 
     def step(images, mask):
         return objective(model(images, mask), images, mask).loss
@@ -201,6 +206,8 @@ def test_wrong_choices_are_named() -> None:
         create_model("mae", **TINY, img_size=16, predict_patch=8)
     with pytest.raises(UserError, match=r"patches of 12 pixels cannot be predicted .* goes with 4, 8, 16$"):
         create_model("mae", **TINY, img_size=16, decoder_stride=4, predict_patch=12)
+    with pytest.raises(UserError, match="at least 1 number for each value, not 0"):
+        create_model("mae", **TINY, outputs=0)
     with pytest.raises(UserError, match=r"refuses an option.*decoder_stride"):
         create_model("simmim", "vit_tiny_patch16_224", decoder_stride=2)
     model = create_model("mae", **TINY, **DECODER, img_size=16)

@@ -40,13 +40,17 @@ TARGETS = [
         ("low-frequency", "pixels"), (True, False), ("mse", "l1", "smooth_l1")
     )
 ]
+BINNED = [
+    Target(kind, normalise_patches=False, distance="cross_entropy", bins=3) for kind in ("low-frequency", "pixels")
+]
 CROPS = [Crop(kind) for kind in ("src", "rrc", "cc")]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_grid(name: str) -> None:
+@pytest.mark.parametrize("targets", [TARGETS, BINNED], ids=["values", "bins"])
+def test_the_grid(name: str, targets: list[Target]) -> None:
     """96 x 64 pixels; one drawn image through each crop, one mask of each kind, one loss of each target."""
-    base = Run(model=MODELS[name], size="96x64", batch_size=3)
+    base = Run(model=MODELS[name], size="96x64", batch_size=3, target=targets[0])
     model = build_model(base)
     mean, std = (torch.tensor(v) for v in base.statistics)
     drawn = [Shapes(size=64).image(i) for i in range(3)]
@@ -63,7 +67,7 @@ def test_the_grid(name: str) -> None:
             cut = build_crop(replace(run, crop=crop))
             images = finish(torch.stack([cut.crop(image, [0.3] * cut.draws) for image in drawn]), None, mean, std)
             prediction = model(images, mask)
-            for target in TARGETS:
+            for target in targets:
                 loss = build_objective(replace(run, target=target))(prediction, images, mask).loss
                 assert torch.isfinite(loss), (mask_choice, crop, target)
         loss.backward()

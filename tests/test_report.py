@@ -26,7 +26,8 @@ LABELLED = ("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1")
 @pytest.fixture
 def runs(tiny_run: Make, tmp_path: Path) -> list[Path]:
     train(tiny_run(log_every=1), tmp_path / "one")
-    train(tiny_run(log_every=1, seed=3, target=Target(kind="pixels", normalise_patches=False)), tmp_path / "two")
+    bins = Target(kind="pixels", normalise_patches=False, distance="cross_entropy")
+    train(tiny_run(log_every=1, seed=3, target=bins), tmp_path / "two")
     for name in ("knn", "linear"):
         save(evaluate(name, tmp_path / "one", *LABELLED, device="cpu"), tmp_path / "one")
     save(evaluate("knn", tmp_path / "two", *LABELLED, untrained=True, device="cpu"), tmp_path / "two")
@@ -44,6 +45,7 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Pa
         "target.kind",
         "Training loss",
         "one normalises",
+        "two predicts the probabilities of colour bins",
     ):
         assert text in html
     assert "two normalise" not in html  # it predicts pixels as they are, and nothing is borrowed
@@ -103,6 +105,20 @@ def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(
             drawn = (c[name][i][hidden[i]] / 255 - mean) / std
             assert np.abs(drawn - np.broadcast_to(np.asarray(value)[..., None], drawn.shape)).max() < 0.02
             assert (c[name][i][~hidden[i]] == c["image"][i][~hidden[i]]).all()
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_of_colour_bins_the_expected_colour_is_drawn(
+    name: str, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal scores expect the middle of [0, 1]; the target is the image in four steps."""
+    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
+    target = Target(kind="pixels", normalise_patches=False, distance="cross_entropy", bins=4)
+    c = reconstruct(tiny_run(target=target, model=replace(tiny_run().model, name=name)), tmp_path).columns
+    hidden = (c["masked"] != c["image"]).any(axis=-1)
+    assert (np.abs(c["prediction"][hidden] - 127.5) <= 1).all() and (c["unaided"] == c["pasted"]).all()
+    assert set(np.unique(c["target"])) <= {32, 96, 159, 223} and len(np.unique(c["target"])) == 4
+    assert (np.abs(c["target"].astype(int) - c["image"]) <= 33).all()
 
 
 def test_radial_spectrum_of_one_wave() -> None:

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from pixmim.losses import Objective
     from pixmim.masking import BlockMask, Mask, RandomMask, SquareMask, UnitMask
     from pixmim.models import create_model
-    from pixmim.targets import LowFrequency, Pixels, low_pass
+    from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
     from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 
 _HOME = {
     "BlockMask": "masking",
     "CentreCrop": "transforms",
+    "ColourBins": "targets",
     "LowFrequency": "targets",
     "Mask": "masking",
     "Objective": "losses",
@@ -36,6 +37,7 @@ _HOME = {
 __all__ = [
     "BlockMask",
     "CentreCrop",
+    "ColourBins",
     "LowFrequency",
     "Mask",
     "Objective",

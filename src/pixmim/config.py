@@ -108,8 +108,10 @@ class Target:
     """exact: centred and real. released: half a bin off and absolute, as the paper's code."""
     normalise_patches: bool = True
     """Normalise each target patch by its own mean and deviation (norm_pix)."""
-    distance: Literal["mse", "l1", "smooth_l1"] = "mse"
-    """Distance between prediction and target."""
+    distance: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
+    """Distance between prediction and target. cross_entropy: classify colours, each channel into one of `bins`."""
+    bins: int = 8
+    """cross_entropy: equal parts of [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,11 @@ class Run:
             raise UserError(f"--mask.unit is a number of pixels, not {self.mask.unit}")
         if self.target.radius != "auto" and self.target.radius < 0:
             raise UserError(f"--target.radius is a number of frequency bins, not {self.target.radius}")
+        if self.target.distance == "cross_entropy":
+            if self.target.bins < 2:
+                raise UserError(f"--target.bins is 2 or more, not {self.target.bins}")
+            if self.target.normalise_patches:
+                raise UserError("normalised patches have no bins of [0, 1]: add --target.no-normalise-patches")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:

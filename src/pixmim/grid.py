@@ -6,7 +6,7 @@ b batch, n patches, p patch size, c channels, h w image size in pixels, d width.
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 
@@ -18,7 +18,7 @@ def grid_of(size: tuple[int, int], patch: int) -> tuple[int, int]:
     return h // patch, w // patch
 
 
-def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n d"]:
+def patchify(images: Shaped[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
     """Cut images into patches, d = p*p*c values each in the order (row, column, channel), as MAE does.
 
     Raises ValueError if h or w is not a multiple of `patch`.

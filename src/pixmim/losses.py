@@ -4,20 +4,36 @@ Predicted patches may be larger than those of the mask; one that is hidden in pa
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.grid import hidden_share, patchify, unpatchify
 from pixmim.masking import Mask
+from pixmim.targets import ColourBins
 
-Distance = Literal["mse", "l1", "smooth_l1"]
+Distance = Literal["mse", "l1", "smooth_l1", "cross_entropy"]
 
-_DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+
+def _cross_entropy(
+    scores: Float[Tensor, "b m s"], bins: Int[Tensor, "b m d"], reduction: str
+) -> Float[Tensor, "b m d"]:
+    """-log of the probability that each value's s / d scores give its bin."""
+    each = scores.reshape(bins.numel(), -1)
+    return F.cross_entropy(each, bins.flatten(), reduction=reduction).view(bins.shape)
+
+
+_DISTANCES: dict[str, Callable[..., Tensor]] = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "cross_entropy": _cross_entropy,
+}
 
 
 @dataclass(frozen=True)
@@ -31,34 +47,46 @@ class Loss:
 class Objective(nn.Module):
     """The loss of one method: target, per-patch normalisation and distance are three independent choices.
 
-    target             module from normalised images to what must be predicted: Pixels() or LowFrequency()
+    target             module from normalised images to what must be predicted: Pixels(), LowFrequency(), or
+                       ColourBins() of either, which takes the distance "cross_entropy" and no normalisation
     normalise_patches  MAE's norm_pix: each target patch loses its mean and is divided by sqrt(variance + 1e-6),
                        with the unbiased variance over all its p*p*c values (arXiv 2111.06377, section 3)
-    distance           "mse" (MAE, PixMIM), "l1" (SimMIM) or "smooth_l1", averaged over the values of a patch
+    distance           "mse" (MAE, PixMIM), "l1" (SimMIM), "smooth_l1", averaged over the values of a patch; for
+                       ColourBins, and only for them, "cross_entropy"
+
+    Raises ValueError for choices that do not go together.
     """
 
     def __init__(self, target: nn.Module, normalise_patches: bool = True, distance: Distance = "mse") -> None:
         super().__init__()
         if distance not in _DISTANCES:
             raise ValueError(f"a distance is one of {', '.join(_DISTANCES)}, not {distance!r}")
+        if (distance == "cross_entropy") != isinstance(target, ColourBins):
+            raise ValueError("the distance 'cross_entropy' and the target ColourBins(...) go with each other only")
+        if isinstance(target, ColourBins) and normalise_patches:
+            raise ValueError("normalised patches have no bins of [0, 1]: give ColourBins with normalise_patches=False")
         self.target, self.normalise_patches, self.distance = target, normalise_patches, distance
+        self.outputs = target.bins if isinstance(target, ColourBins) else 1
+        """Numbers that are predicted for each value."""
 
     def forward(self, prediction: Float[Tensor, "b m d"], images: Float[Tensor, "b c h w"], mask: Mask) -> Loss:
-        """The loss of a prediction (b m p*p*c) for normalised images, over the patches that `mask` hides.
+        """The loss of a prediction (b m p*p*c*outputs) for normalised images, over the patches that `mask` hides.
 
         A mask on a finer grid gives each predicted patch the weight of its hidden share; then all p*p*c values of a
         patch count, its visible ones too (LSMAE's pred_downsampling). Computed in float32 whatever the autocast.
         Raises ValueError if the prediction does not fit the images, or the mask the prediction.
         """
-        patch = patch_size(prediction, images)
+        patch = patch_size(prediction, images, self.outputs)
         patches = self.patches(images, patch)
         distance = _DISTANCES[self.distance](prediction.float(), patches, reduction="none").mean(dim=2)
         hidden = hidden_share(mask.hidden, patch, (images.shape[2], images.shape[3])).to(distance.dtype)
         return Loss((distance * hidden).sum() / hidden.sum(), distance)
 
     @torch.no_grad()
-    def patches(self, images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n d"]:
-        """What must be predicted for each patch, float32 (float64 for float64 images)."""
+    def patches(self, images: Float[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
+        """What must be predicted for each patch, float32 (float64 for float64 images); of ColourBins, their numbers."""
+        if isinstance(self.target, ColourBins):
+            return patchify(self.target.numbers(images), patch)
         target = self.target(images)
         patches = patchify(target if target.dtype == torch.float64 else target.float(), patch)
         return normalise(patches) if self.normalise_patches else patches
@@ -94,11 +122,12 @@ def _weights(images: Float[Tensor, "b c h w"], seen: Bool[Tensor, "b 1 h w"] | N
     return torch.ones_like(images) if seen is None else seen.expand_as(images).to(images.dtype)
 
 
-def patch_size(prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h w"]) -> int:
-    """The patch size p for which a prediction (b n p*p*c) covers the images. Raises ValueError if there is none."""
+def patch_size(prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h w"], outputs: int = 1) -> int:
+    """The patch size p for which a prediction (b n p*p*c*outputs) covers the images. Raises ValueError for none."""
     _, n, d = prediction.shape
     _, c, h, w = images.shape
-    patch = math.isqrt(d // c)
-    if patch * patch * c != d or n * patch * patch != h * w:
-        raise ValueError(f"a prediction of {n} patches x {d} values does not cover images of {c}x{h}x{w}")
+    patch = math.isqrt(d // (c * outputs))
+    if patch * patch * c * outputs != d or n * patch * patch != h * w:
+        bins = f" with {outputs} bins" if outputs > 1 else ""
+        raise ValueError(f"a prediction of {n} patches x {d} values does not cover images of {c}x{h}x{w}{bins}")
     return patch

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from pixmim import rng
 from pixmim.config import Run
@@ -13,7 +14,7 @@ from pixmim.losses import Objective
 from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
 from pixmim.models import create_model
 from pixmim.models.base import MaskedModel
-from pixmim.targets import LowFrequency, Pixels
+from pixmim.targets import ColourBins, LowFrequency, Pixels
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 
 
@@ -63,14 +64,18 @@ def build_model(run: Run) -> MaskedModel:
         "predict_patch": m.predict_patch,
     }
     own = {"head": m.head} if m.name == "simmim" else decoder
-    return create_model(m.name, m.backbone, **{"img_size": run.hw, "in_chans": run.channels, **own, **m.options})
+    outputs = run.target.bins if run.target.distance == "cross_entropy" else 1
+    given = {"img_size": run.hw, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
+    return create_model(m.name, m.backbone, **given)
 
 
 def build_objective(run: Run) -> Objective:
     """What must be predicted, and the distance to it."""
     mean, std = run.statistics
     t = run.target
-    target = LowFrequency(t.radius, t.form, mean, std) if t.kind == "low-frequency" else Pixels()
+    target: nn.Module = LowFrequency(t.radius, t.form, mean, std) if t.kind == "low-frequency" else Pixels()
+    if t.distance == "cross_entropy":
+        target = ColourBins(t.bins, target, mean, std)
     return Objective(target, t.normalise_patches, t.distance)
 
 

@@ -11,6 +11,8 @@ def describe(run: Run, images: int, schedule: Schedule, device: torch.device, pr
     """Lines for a terminal, in rich's markup. `images` is the size of the data set."""
     radius = in_bins(run.target.radius, run.hw)
     target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
+    if run.target.distance == "cross_entropy":
+        target += f" in {run.target.bins} bins"
     height, width = run.hw
     lines = [
         f"{run.model.name} on {run.model.backbone} at {height}x{width}, predicting {target}, crop {run.crop.kind}",

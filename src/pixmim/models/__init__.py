@@ -43,7 +43,7 @@ def _convmae(backbone: str, **options: Any) -> MaskedModel:
     return convmae.ConvMAE(encoder, decoder)
 
 
-def _simmim(backbone: str, head: str = "linear", **options: Any) -> MaskedModel:
+def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: Any) -> MaskedModel:
     if head not in ("linear", "mlp"):
         raise UserError(f"SimMIM's head is 'linear' or 'mlp', not '{head}'")
     if backbone.startswith("beit"):
@@ -53,7 +53,7 @@ def _simmim(backbone: str, head: str = "linear", **options: Any) -> MaskedModel:
     encoder = _timm(backbone, **options)
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
         raise UserError(f"SimMIM takes a swin_, beit_ or vit_ backbone of timm's, not '{backbone}'")
-    return SimMIM(encoder, head)  # type: ignore[arg-type]
+    return SimMIM(encoder, head, outputs)  # type: ignore[arg-type]
 
 
 BUILDERS: dict[str, Callable[..., MaskedModel]] = {
@@ -83,12 +83,15 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
     backbone  mae, lsmae: any plain timm ViT (vit_base_patch16_224); simmim: a timm Swin, Beit or ViT
               (swin_base_patch4_window7_224); convmae: convmae_base, convmae_tiny
     options   decoder_dim, decoder_depth, decoder_heads, decoder_stride, predict_patch (see `DecoderOptions`), or for
-              simmim head ("linear", "mlp"); the others go to the backbone (img_size, in_chans, embed_dim ...)
+              simmim head ("linear", "mlp"); for all of them outputs, which is 1, or the bins of ColourBins: the
+              prediction is then (b n p*p*c*bins), bins last; the others go to the backbone (img_size, in_chans ...)
 
     Weights are drawn from torch's global generator. Raises UserError for an unknown name, backbone or option.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no model '{name}'{nearest(name, BUILDERS)} Known: {', '.join(BUILDERS)}")
+    if options.get("outputs", 1) < 1:
+        raise UserError(f"a model predicts at least 1 number for each value, not {options['outputs']}")
     return BUILDERS[name](backbone or BACKBONES.get(name, "vit_base_patch16_224"), **options)
 
 

@@ -22,7 +22,8 @@ class MaskedModel(nn.Module, ABC):
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
         """Predict every patch, d = p*p*c values each, from the visible ones of normalised images.
 
-        Its patches may be larger than the n of the mask: p says how large.
+        Its patches may be larger than the n of the mask: p says how large. A model made for colour bins predicts as
+        many scores in place of each value.
         """
 
 

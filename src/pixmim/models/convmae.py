@@ -165,7 +165,7 @@ class ConvMAE(MaskedModel):
         return self.encoder.norm(tokens + finer[0] + finer[1])
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
-        """Predict all patches of normalised images, d = p*p*c in (row, column, channel) order."""
+        """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
         return self.decoder(self.encode(images, mask), mask)
 
 

@@ -24,8 +24,9 @@ class DecoderOptions:
     decoder_dim, decoder_depth, decoder_heads  of its blocks; (512, 8, 16) in MAE's paper
     decoder_stride  n: its blocks run on a grid n times coarser than the encoder's, so on n^2 times fewer tokens
     predict_patch   side of the predicted patches in pixels, 0 for the encoder's; the encoder's times a divisor of n
+    outputs         numbers for each value of a patch, last in their order: 1, or the bins of ColourBins
 
-    The last two are options of LSMAE's code (arXiv 2210.07224), there decoder_downsampling and pred_downsampling.
+    Stride and patch are options of LSMAE's code (arXiv 2210.07224), there decoder_downsampling and pred_downsampling.
     """
 
     decoder_dim: int = 512
@@ -33,6 +34,7 @@ class DecoderOptions:
     decoder_heads: int = 16
     decoder_stride: int = 1
     predict_patch: int = 0
+    outputs: int = 1
 
     def coarser(self, patch: int, grid: tuple[int, int]) -> int:
         """How many times the side of the encoder's `patch` a predicted one has. Raises UserError where sizes clash."""
@@ -71,7 +73,7 @@ class MAE(MaskedModel):
         self.decoder = Decoder(encoder.embed_dim, encoder.num_prefix_tokens, grid, self.patch, channels, decoder)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
-        """Predict all patches of normalised images, d = p*p*c in (row, column, channel) order."""
+        """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
         return self.decoder(encode_visible(self.encoder, images, mask), mask)
 
 
@@ -108,7 +110,7 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.upsample = nn.ConvTranspose2d(dim, dim, n // coarser, n // coarser) if n > coarser else None
         self.norm = norm(dim)
-        self.predict = nn.Linear(dim, (patch * coarser) ** 2 * channels)
+        self.predict = nn.Linear(dim, (patch * coarser) ** 2 * channels * options.outputs)
         init_like_mae(self)
         nn.init.normal_(self.mask_token, std=0.02)
 

@@ -60,6 +60,7 @@ def write_report(folders: list[Path], page: Path) -> Path:
         png=png,
         spectrum=_spectrum,
         timm_options=_timm_options,
+        binned=[story.name for story in stories if story.run.target.distance == "cross_entropy"],
         unnormalised=[story.name for story in stories if story.run.target.normalise_patches],
     )
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ numbers must come from somewhere:
 - "unaided" gives every patch the same two numbers, the averages over the visible patches of that image, so that all
   which differs from patch to patch was predicted. Where predicted patches are larger than hidden ones, those of a
   patch that is visible in part are taken from its visible pixels, and count for as many.
+Of colour bins the expected colour is drawn, the mean of the bins' centres by their probabilities.
 The loss counts hidden patches only; what a network gives for visible ones was never trained, so it is not drawn.
 """
 
@@ -28,6 +29,7 @@ from pixmim.errors import UserError
 from pixmim.grid import grid_of, hidden_pixels, unpatchify
 from pixmim.losses import patch_size, patch_statistics
 from pixmim.parts import build_masker, build_model, build_objective, draw_masks
+from pixmim.targets import ColourBins
 from pixmim.transforms import CentreCrop, finish
 
 Picture = npt.NDArray[np.uint8]
@@ -68,7 +70,9 @@ def reconstruct(run: Run, folder: Path, count: int = 6) -> Reconstruction:
     mask = draw_masks(run, masker, grid_of(run.hw, model.patch), step=-1, rows=range(len(x)))
 
     prediction = model(x, mask)
-    patch = patch_size(prediction, x)
+    patch = patch_size(prediction, x, objective.outputs)
+    if isinstance(objective.target, ColourBins):
+        prediction = objective.target.expected(prediction)
     target, grey = objective.target(x), torch.zeros_like(x)
     hidden = hidden_pixels(mask.hidden, model.patch, run.hw)
     drawn = unaided = unpatchify(prediction, patch, run.hw)
