@@ -35,6 +35,8 @@ def test_odd_values_survive_json() -> None:
         ({"mean": [0.5]}, "1 values for 3 channels"),
         ({"target": {"distance": "cross_entropy"}}, "no bins of .0, 1.: add --target.no-normalise-patches"),
         ({"target": {"distance": "cross_entropy", "bins": 0}}, "--target.bins is 2 or more, not 0"),
+        ({"target": {"normalise_window": 47}}, "normalised once: with a window, add --target.no-normalise-patches"),
+        ({"target": {"normalise_window": 46}}, "odd side of 3 pixels or more, not 46"),
     ],
 )
 def test_mistakes_in_a_file_are_named(change: dict[str, object], message: str) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pixmim.grid import patchify, unpatchify
-from pixmim.losses import Objective, normalise, patch_statistics
+from pixmim.losses import Objective, normalise, patch_statistics, window_statistics
 from pixmim.masking import RandomMask
 from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
 
@@ -70,6 +70,31 @@ def test_statistics_against_a_loop_over_seen_pixels() -> None:
     torch.testing.assert_close(taken * whole[1] + whole[0], images)
 
 
+@pytest.mark.parametrize("window", [3, 7, 47])
+def test_window_normalisation_against_a_loop(window: int) -> None:
+    """Windows are cut at the border; the largest holds the whole image, wherever its middle is."""
+    images, seen = 100 + torch.randn(2, 3, 8, 12, dtype=torch.float64), torch.rand(2, 1, 8, 12) < 0.5
+    found = Objective(Pixels(), False, "l1", window).patches(images, 1).view(2, 8, 12, 3)
+    all_of, seen_of = window_statistics(images, window), window_statistics(images, window, seen)
+    reach = window // 2
+    for b, c, y, x in itertools.product(range(2), range(3), range(8), range(12)):
+        rows, columns = slice(max(0, y - reach), y + reach + 1), slice(max(0, x - reach), x + reach + 1)
+        block, chosen = images[b, c, rows, columns], seen[b, 0, rows, columns]
+        for (mean, scale), values in ((all_of, block.flatten().tolist()), (seen_of, block[chosen].tolist())):
+            if values:
+                average = sum(values) / len(values)
+                variance = sum((v - average) ** 2 for v in values) / max(len(values) - 1, 1)
+                assert mean[b, c, y, x].item() == pytest.approx(average, rel=1e-9)
+                assert scale[b, c, y, x].item() == pytest.approx((variance + 1e-6) ** 0.5, rel=1e-6)
+        mean, scale = (s[b, c, y, x].item() for s in all_of)
+        assert found[b, y, x, c].item() == pytest.approx((images[b, c, y, x].item() - mean) / scale, abs=1e-6)
+
+
+def test_window_normalisation_of_a_flat_image_is_zero() -> None:
+    flat = torch.full((1, 3, 32, 32), 2.2)
+    assert Objective(Pixels(), False, normalise_window=9).patches(flat, 16).abs().max() < 1e-3
+
+
 def test_cross_entropy_against_a_loop_over_hidden_values() -> None:
     bins, mean, std = 5, (0.4, 0.5), (0.2, 0.3)
     pixels, mask = torch.rand(2, 2, 8, 12, dtype=torch.float64), RandomMask(0.5)(2, 6)
@@ -94,6 +119,13 @@ def test_choices_that_do_not_go_together_are_refused() -> None:
         Objective(ColourBins(8), False, "l1")
     with pytest.raises(ValueError, match=r"no bins of .0, 1.: give ColourBins with normalise_patches=False"):
         Objective(ColourBins(8), distance="cross_entropy")
+    with pytest.raises(ValueError, match=r"no bins of .0, 1.: .* and no window"):
+        Objective(ColourBins(8), False, "cross_entropy", normalise_window=47)
+    with pytest.raises(ValueError, match="normalised once: with normalise_window, give normalise_patches=False"):
+        Objective(Pixels(), normalise_window=47)
+    for side in (1, 46, -3):
+        with pytest.raises(ValueError, match=f"odd side of 3 or more, not {side}"):
+            Objective(Pixels(), False, normalise_window=side)
     with pytest.raises(ValueError, match="does not cover images of 3x8x8 with 8 bins"):
         Objective(ColourBins(8), False, "cross_entropy")(
             torch.zeros(1, 4, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4)

@@ -35,9 +35,9 @@ MASKS = [
     Mask("blocks", 0.6),
 ]
 TARGETS = [
-    Target(kind, normalise_patches=normalise, distance=distance)
-    for kind, normalise, distance in itertools.product(
-        ("low-frequency", "pixels"), (True, False), ("mse", "l1", "smooth_l1")
+    Target(kind, normalise_patches=normalise, normalise_window=window, distance=distance)
+    for kind, (normalise, window), distance in itertools.product(
+        ("low-frequency", "pixels"), ((True, 0), (False, 0), (False, 47)), ("mse", "l1", "smooth_l1")
     )
 ]
 BINNED = [

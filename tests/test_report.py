@@ -107,6 +107,22 @@ def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(
             assert (c[name][i][~hidden[i]] == c["image"][i][~hidden[i]]).all()
 
 
+def test_what_a_window_took_is_borrowed_pixel_by_pixel(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prediction of nothing shows the means of windows; "unaided" has one colour, that of what is visible."""
+    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
+    target = Target(kind="pixels", normalise_patches=False, normalise_window=15)
+    c = reconstruct(tiny_run(target=target), tmp_path).columns
+    hidden = (c["masked"] == np.round(np.asarray([0.485, 0.456, 0.406]) * 255)).all(axis=-1)
+    for image, pasted, unaided, dark in zip(c["image"], c["pasted"], c["unaided"], hidden, strict=True):
+        around = [np.s_[max(0, y - 7) : y + 8, max(0, x - 7) : x + 8] for y, x in np.ndindex(32, 32)]
+        means = np.asarray([image[place].mean(axis=(0, 1)) for place in around]).reshape(32, 32, 3)
+        assert np.abs(pasted - means)[dark].max() < 1.5
+        seen = [image[place][~dark[place]].mean(axis=0) for place, d in zip(around, dark.flat, strict=True) if not d]
+        assert np.abs(unaided[dark] - np.mean(seen, axis=0)).max() < 1.5
+
+
 @pytest.mark.parametrize("name", ["mae", "simmim"])
 def test_of_colour_bins_the_expected_colour_is_drawn(
     name: str, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

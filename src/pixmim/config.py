@@ -108,6 +108,8 @@ class Target:
     """exact: centred and real. released: half a bin off and absolute, as the paper's code."""
     normalise_patches: bool = True
     """Normalise each target patch by its own mean and deviation (norm_pix)."""
+    normalise_window: int = 0
+    """Instead, normalise each value by those of a window of this odd side in pixels (later SimMIM: 47); 0: do not."""
     distance: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
     """Distance between prediction and target. cross_entropy: classify colours, each channel into one of `bins`."""
     bins: int = 8
@@ -222,11 +224,17 @@ class Run:
             raise UserError(f"--mask.unit is a number of pixels, not {self.mask.unit}")
         if self.target.radius != "auto" and self.target.radius < 0:
             raise UserError(f"--target.radius is a number of frequency bins, not {self.target.radius}")
-        if self.target.distance == "cross_entropy":
-            if self.target.bins < 2:
-                raise UserError(f"--target.bins is 2 or more, not {self.target.bins}")
-            if self.target.normalise_patches:
-                raise UserError("normalised patches have no bins of [0, 1]: add --target.no-normalise-patches")
+        window, binned = self.target.normalise_window, self.target.distance == "cross_entropy"
+        if binned and self.target.bins < 2:
+            raise UserError(f"--target.bins is 2 or more, not {self.target.bins}")
+        if window and (window < 3 or window % 2 == 0):
+            raise UserError(f"--target.normalise-window is an odd side of 3 pixels or more, not {window}")
+        if binned and (self.target.normalise_patches or window):
+            raise UserError(
+                "normalised values have no bins of [0, 1]: add --target.no-normalise-patches, and no window"
+            )
+        if self.target.normalise_patches and window:
+            raise UserError("a target is normalised once: with a window, add --target.no-normalise-patches")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:

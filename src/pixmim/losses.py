@@ -45,7 +45,7 @@ class Loss:
 
 
 class Objective(nn.Module):
-    """The loss of one method: target, per-patch normalisation and distance are three independent choices.
+    """The loss of one method: target, normalisation and distance are three independent choices.
 
     target             module from normalised images to what must be predicted: Pixels(), LowFrequency(), or
                        ColourBins() of either, which takes the distance "cross_entropy" and no normalisation
@@ -53,19 +53,30 @@ class Objective(nn.Module):
                        with the unbiased variance over all its p*p*c values (arXiv 2111.06377, section 3)
     distance           "mse" (MAE, PixMIM), "l1" (SimMIM), "smooth_l1", averaged over the values of a patch; for
                        ColourBins, and only for them, "cross_entropy"
+    normalise_window   in place of normalise_patches: each value loses the mean of its channel over a window of this
+                       odd side around it, and is divided by the deviation there (see `window_statistics`); 0: none
 
     Raises ValueError for choices that do not go together.
     """
 
-    def __init__(self, target: nn.Module, normalise_patches: bool = True, distance: Distance = "mse") -> None:
+    def __init__(
+        self, target: nn.Module, normalise_patches: bool = True, distance: Distance = "mse", normalise_window: int = 0
+    ) -> None:
         super().__init__()
         if distance not in _DISTANCES:
             raise ValueError(f"a distance is one of {', '.join(_DISTANCES)}, not {distance!r}")
         if (distance == "cross_entropy") != isinstance(target, ColourBins):
             raise ValueError("the distance 'cross_entropy' and the target ColourBins(...) go with each other only")
-        if isinstance(target, ColourBins) and normalise_patches:
-            raise ValueError("normalised patches have no bins of [0, 1]: give ColourBins with normalise_patches=False")
+        if isinstance(target, ColourBins) and (normalise_patches or normalise_window):
+            raise ValueError(
+                "normalised values have no bins of [0, 1]: give ColourBins with normalise_patches=False and no window"
+            )
+        if normalise_patches and normalise_window:
+            raise ValueError("a target is normalised once: with normalise_window, give normalise_patches=False")
+        if normalise_window and (normalise_window < 3 or normalise_window % 2 == 0):
+            raise ValueError(f"a window has a middle, so an odd side of 3 or more, not {normalise_window}")
         self.target, self.normalise_patches, self.distance = target, normalise_patches, distance
+        self.normalise_window = normalise_window
         self.outputs = target.bins if isinstance(target, ColourBins) else 1
         """Numbers that are predicted for each value."""
 
@@ -88,8 +99,20 @@ class Objective(nn.Module):
         if isinstance(self.target, ColourBins):
             return patchify(self.target.numbers(images), patch)
         target = self.target(images)
-        patches = patchify(target if target.dtype == torch.float64 else target.float(), patch)
+        target = target if target.dtype == torch.float64 else target.float()
+        if self.normalise_window:
+            mean, scale = window_statistics(target, self.normalise_window)
+            target = (target - mean) / scale
+        patches = patchify(target, patch)
         return normalise(patches) if self.normalise_patches else patches
+
+    def statistics(
+        self, target: Float[Tensor, "b c h w"], patch: int, seen: Bool[Tensor, "b 1 h w"] | None = None
+    ) -> "Statistics | None":
+        """What normalisation takes from a target around each of its pixels; None where it is not normalised."""
+        if self.normalise_window:
+            return window_statistics(target, self.normalise_window, seen)
+        return patch_statistics(target, patch, seen) if self.normalise_patches else None
 
 
 def normalise(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -116,6 +139,30 @@ def patch_statistics(
     variance = ((values - mean).square() * weights).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
     scale = (variance + 1e-6).sqrt()
     return unpatchify(mean.expand_as(values), patch, size), unpatchify(scale.expand_as(values), patch, size)
+
+
+def window_statistics(
+    images: Float[Tensor, "b c h w"], window: int = 47, seen: Bool[Tensor, "b 1 h w"] | None = None
+) -> Statistics:
+    """What window normalisation takes from each value: of its channel, over window x window pixels around it.
+
+    Only pixels of the image count, or those that are `seen`; the variance is the unbiased one. Source: the SimMIM of
+    Swin Transformer's repository, later than the paper, there NORM_TARGET, with windows of 47 pixels. Where no pixel
+    of a window is seen, the mean is that of the whole channel.
+    """
+    middle = images.mean(dim=(2, 3), keepdim=True)  # sums of squares lose digits far from zero
+    weights = _weights(images, seen)
+    values = (images - middle) * weights
+    count = _window_sum(weights, window).clamp(min=1)
+    mean = _window_sum(values, window) / count
+    variance = (_window_sum(values.square(), window) - count * mean.square()) / (count - 1).clamp(min=1)
+    return mean + middle, (variance.clamp(min=0) + 1e-6).sqrt()
+
+
+def _window_sum(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor, "b c h w"]:
+    """The sum over a window around each pixel, down the columns and then along the rows."""
+    down = F.avg_pool2d(images, (window, 1), 1, (window // 2, 0), divisor_override=1)
+    return F.avg_pool2d(down, (1, window), 1, (0, window // 2), divisor_override=1)
 
 
 def _weights(images: Float[Tensor, "b c h w"], seen: Bool[Tensor, "b 1 h w"] | None) -> Float[Tensor, "b c h w"]:

@@ -76,7 +76,7 @@ def build_objective(run: Run) -> Objective:
     target: nn.Module = LowFrequency(t.radius, t.form, mean, std) if t.kind == "low-frequency" else Pixels()
     if t.distance == "cross_entropy":
         target = ColourBins(t.bins, target, mean, std)
-    return Objective(target, t.normalise_patches, t.distance)
+    return Objective(target, t.normalise_patches, t.distance, t.normalise_window)
 
 
 def draw_masks(run: Run, masker: Masker, grid: tuple[int, int], step: int, rows: Sequence[int]) -> Mask:

@@ -61,7 +61,9 @@ def write_report(folders: list[Path], page: Path) -> Path:
         spectrum=_spectrum,
         timm_options=_timm_options,
         binned=[story.name for story in stories if story.run.target.distance == "cross_entropy"],
-        unnormalised=[story.name for story in stories if story.run.target.normalise_patches],
+        unnormalised=[
+            story.name for story in stories if story.run.target.normalise_patches or story.run.target.normalise_window
+        ],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(html)

@@ -7,6 +7,8 @@ numbers must come from somewhere:
 - "unaided" gives every patch the same two numbers, the averages over the visible patches of that image, so that all
   which differs from patch to patch was predicted. Where predicted patches are larger than hidden ones, those of a
   patch that is visible in part are taken from its visible pixels, and count for as many.
+With a window around each pixel (normalise_window) the two numbers are those of the pixel's own window and channel, so
+what is borrowed is a blurred image; "unaided" then has one pair for each channel.
 Of colour bins the expected colour is drawn, the mean of the bins' centres by their probabilities.
 The loss counts hidden patches only; what a network gives for visible ones was never trained, so it is not drawn.
 """
@@ -27,7 +29,7 @@ from pixmim.data.source import BadImage, Source
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError
 from pixmim.grid import grid_of, hidden_pixels, unpatchify
-from pixmim.losses import patch_size, patch_statistics
+from pixmim.losses import patch_size
 from pixmim.parts import build_masker, build_model, build_objective, draw_masks
 from pixmim.targets import ColourBins
 from pixmim.transforms import CentreCrop, finish
@@ -76,11 +78,10 @@ def reconstruct(run: Run, folder: Path, count: int = 6) -> Reconstruction:
     target, grey = objective.target(x), torch.zeros_like(x)
     hidden = hidden_pixels(mask.hidden, model.patch, run.hw)
     drawn = unaided = unpatchify(prediction, patch, run.hw)
-    if objective.normalise_patches:
-        mean_of, deviation_of = (_average(s, ~hidden) for s in patch_statistics(target, patch, seen=~hidden))
-        unaided = drawn * deviation_of + mean_of
-        centre, scale = patch_statistics(target, patch)
-        drawn = drawn * scale + centre
+    borrowed, own = (objective.statistics(target, patch, seen) for seen in (None, ~hidden))
+    if borrowed is not None and own is not None:
+        (mean_of, deviation_of), (local_mean, local_deviation) = (_average(s, ~hidden) for s in own), borrowed
+        drawn, unaided = drawn * local_deviation + local_mean, drawn * deviation_of + mean_of
     normalised = {
         "image": x,
         "masked": torch.where(hidden, grey, x),
