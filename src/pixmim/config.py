@@ -118,12 +118,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule: linear warm-up, then cosine, step by step."""
+    """AdamW and its schedule: linear warm-up, then a cosine or one step down, update by update."""
 
     base_lr: float = 1.5e-4
     """Learning rate per 256 images of a batch."""
     lr: float | None = None
     """The learning rate itself; otherwise base_lr x batch size / 256."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: down to final_lr. step: constant, then a tenth (SimMIM over 800 epochs)."""
+    drop_at: float = 0.875
+    """step: share of the run, however long, after which the learning rate drops; 7/8 is epoch 700 of 800."""
     first_lr: float = 0.0
     """Where the warm-up begins."""
     final_lr: float = 0.0
@@ -235,6 +239,10 @@ class Run:
             )
         if self.target.normalise_patches and window:
             raise UserError("a target is normalised once: with a window, add --target.no-normalise-patches")
+        if not 0.2 <= self.optim.drop_at <= 1:
+            raise UserError(
+                f"--optim.drop-at is a share between 0.2, where warm-up ends, and 1: not {self.optim.drop_at}"
+            )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:
