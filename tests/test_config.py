@@ -33,6 +33,11 @@ def test_odd_values_survive_json() -> None:
         ({"batch_size": 10, "accumulate": 3}, "does not divide into 3"),
         ({"mask": {"ratio": 1.0}}, "between 0 and 1"),
         ({"mean": [0.5]}, "1 values for 3 channels"),
+        ({"optim": {"drop_at": 700.0}}, "a share between 0.2, where warm-up ends, and 1: not 700.0"),
+        ({"target": {"distance": "cross_entropy"}}, "no bins of .0, 1.: add --target.no-normalise-patches"),
+        ({"target": {"distance": "cross_entropy", "bins": 0}}, "--target.bins is 2 or more, not 0"),
+        ({"target": {"normalise_window": 47}}, "normalised once: with a window, add --target.no-normalise-patches"),
+        ({"target": {"normalise_window": 46}}, "odd side of 3 pixels or more, not 46"),
     ],
 )
 def test_mistakes_in_a_file_are_named(change: dict[str, object], message: str) -> None:

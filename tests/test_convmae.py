@@ -39,6 +39,14 @@ def test_hidden_pixels_change_visible_latents_by_exactly_zero(size: tuple[int, i
     assert model(images, mask).shape == (3, n, 256 * channels)
 
 
+def test_a_coarser_decoder_predicts_patches_of_either_size() -> None:
+    images, mask = torch.randn(2, 3, 32, 64), RandomMask(0.5)(2, 8)
+    for patch, shape in ((16, (2, 8, 768)), (32, (2, 2, 3072))):
+        model = make(img_size=(32, 64), decoder_stride=2, predict_patch=patch)
+        assert model(images, mask).shape == shape
+        assert model.decoder.pos_embed.shape == (1, 2, 16)
+
+
 def test_visible_latents_against_a_masked_image() -> None:
     """A slow form without any gather: zero what is hidden before each depthwise convolution, by index arithmetic."""
     model = make(img_size=32).double()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pixmim.grid import hidden_pixels, patchify, sincos_positions, unpatchify
+from pixmim.grid import hidden_pixels, hidden_share, patchify, sincos_positions, unpatchify
 
 
 @pytest.mark.parametrize(("channels", "size", "patch"), [(1, (8, 8), 4), (3, (8, 12), 4), (13, (6, 9), 3)])
@@ -43,3 +43,13 @@ def test_hidden_pixels_cover_exactly_the_hidden_patches() -> None:
     hidden = torch.rand(2, 6) < 0.5
     drawn = hidden_pixels(hidden, 4, (8, 12))
     assert torch.equal(patchify(drawn.float(), 4), hidden[:, :, None].expand(-1, -1, 16).float())
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_hidden_share_is_that_of_the_pixels(patch: int) -> None:
+    hidden = torch.rand(3, 8 * 12) < 0.5
+    pixels = patchify(hidden_pixels(hidden, 2, (16, 24)).float(), patch)
+    assert torch.equal(hidden_share(hidden, patch, (16, 24)), pixels.mean(dim=2))
+    for wrong in (3, 1):
+        with pytest.raises(ValueError, match="does not go with"):
+            hidden_share(hidden, wrong, (16, 24))

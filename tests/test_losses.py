@@ -1,10 +1,13 @@
+import itertools
+import math
+
 import pytest
 import torch
 
-from pixmim.grid import patchify
-from pixmim.losses import Objective
+from pixmim.grid import patchify, unpatchify
+from pixmim.losses import Objective, normalise, patch_statistics, window_statistics
 from pixmim.masking import RandomMask
-from pixmim.targets import LowFrequency, Pixels, low_pass
+from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
 
 
 @pytest.mark.parametrize("distance", ["mse", "l1", "smooth_l1"])
@@ -33,6 +36,102 @@ def test_loss_against_a_loop_over_hidden_patches(distance: str, normalise: bool)
     assert value.loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_larger_patches_weigh_what_is_hidden_of_them() -> None:
+    """A loop over the hidden pixels: each brings the mean distance of the larger patch that it lies in."""
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    prediction = torch.randn(2, 6, 48, dtype=torch.float64)
+    mask = RandomMask(0.6)(2, (4, 6))  # patches of 2 pixels; those of the prediction have 4
+    value = Objective(Pixels(), False, "l1")(prediction, images, mask)
+    total = count = 0.0
+    for b, y, x in itertools.product(range(2), range(8), range(12)):
+        if mask.hidden[b, y // 2 * 6 + x // 2]:
+            top, left = y // 4 * 4, x // 4 * 4
+            predicted = prediction[b, top // 4 * 3 + left // 4].float().tolist()
+            places = itertools.product(range(top, top + 4), range(left, left + 4), range(3))
+            gaps = [abs(p - images[b, c, i, j].item()) for p, (i, j, c) in zip(predicted, places, strict=True)]
+            total, count = total + sum(gaps) / 48, count + 1
+    assert value.loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert value.per_patch.shape == (2, 6)
+
+
+def test_statistics_against_a_loop_over_seen_pixels() -> None:
+    images, seen = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.rand(2, 1, 4, 8) < 0.5
+    seen[0, 0, :, :4] = False
+    mean, scale = patch_statistics(images, 4, seen)
+    whole = patch_statistics(images, 4)
+    for b, left in itertools.product(range(2), (0, 4)):
+        block, chosen = images[b, :, :, left : left + 4], seen[b, :, :, left : left + 4].expand(3, -1, -1)
+        for (m, s), values in (((mean, scale), block[chosen].tolist()), (whole, block.flatten().tolist())):
+            average = sum(values) / max(len(values), 1)
+            variance = sum((v - average) ** 2 for v in values) / max(len(values) - 1, 1)
+            torch.testing.assert_close(m[b, :, :, left : left + 4], torch.full_like(block, average))
+            torch.testing.assert_close(s[b, :, :, left : left + 4], torch.full_like(block, (variance + 1e-6) ** 0.5))
+    taken = unpatchify(normalise(patchify(images, 4)), 4, (4, 8))
+    torch.testing.assert_close(taken * whole[1] + whole[0], images)
+
+
+@pytest.mark.parametrize("window", [3, 7, 47])
+def test_window_normalisation_against_a_loop(window: int) -> None:
+    """Windows are cut at the border; the largest holds the whole image, wherever its middle is."""
+    images, seen = 100 + torch.randn(2, 3, 8, 12, dtype=torch.float64), torch.rand(2, 1, 8, 12) < 0.5
+    found = Objective(Pixels(), False, "l1", window).patches(images, 1).view(2, 8, 12, 3)
+    all_of, seen_of = window_statistics(images, window), window_statistics(images, window, seen)
+    reach = window // 2
+    for b, c, y, x in itertools.product(range(2), range(3), range(8), range(12)):
+        rows, columns = slice(max(0, y - reach), y + reach + 1), slice(max(0, x - reach), x + reach + 1)
+        block, chosen = images[b, c, rows, columns], seen[b, 0, rows, columns]
+        for (mean, scale), values in ((all_of, block.flatten().tolist()), (seen_of, block[chosen].tolist())):
+            if values:
+                average = sum(values) / len(values)
+                variance = sum((v - average) ** 2 for v in values) / max(len(values) - 1, 1)
+                assert mean[b, c, y, x].item() == pytest.approx(average, rel=1e-9)
+                assert scale[b, c, y, x].item() == pytest.approx((variance + 1e-6) ** 0.5, rel=1e-6)
+        mean, scale = (s[b, c, y, x].item() for s in all_of)
+        assert found[b, y, x, c].item() == pytest.approx((images[b, c, y, x].item() - mean) / scale, abs=1e-6)
+
+
+def test_window_normalisation_of_a_flat_image_is_zero() -> None:
+    flat = torch.full((1, 3, 32, 32), 2.2)
+    assert Objective(Pixels(), False, normalise_window=9).patches(flat, 16).abs().max() < 1e-3
+
+
+def test_cross_entropy_against_a_loop_over_hidden_values() -> None:
+    bins, mean, std = 5, (0.4, 0.5), (0.2, 0.3)
+    pixels, mask = torch.rand(2, 2, 8, 12, dtype=torch.float64), RandomMask(0.5)(2, 6)
+    images = (pixels - torch.tensor(mean).view(1, 2, 1, 1)) / torch.tensor(std).view(1, 2, 1, 1)
+    scores = torch.randn(2, 6, 4 * 4 * 2 * bins)  # row, column, channel, bin
+    value = Objective(ColourBins(bins, Pixels(), mean, std), False, "cross_entropy")(scores, images, mask)
+    total, count = 0.0, 0
+    for b, c, y, x in itertools.product(range(2), range(2), range(8), range(12)):
+        n = y // 4 * 3 + x // 4
+        if mask.hidden[b, n]:
+            first = ((y % 4 * 4 + x % 4) * 2 + c) * bins
+            each = [math.exp(v) for v in scores[b, n, first : first + bins].tolist()]
+            total -= math.log(each[int(pixels[b, c, y, x] * bins)] / sum(each))
+            count += 1
+    assert value.loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_choices_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="go with each other only"):
+        Objective(Pixels(), False, "cross_entropy")
+    with pytest.raises(ValueError, match="go with each other only"):
+        Objective(ColourBins(8), False, "l1")
+    with pytest.raises(ValueError, match=r"no bins of .0, 1.: give ColourBins with normalise_patches=False"):
+        Objective(ColourBins(8), distance="cross_entropy")
+    with pytest.raises(ValueError, match=r"no bins of .0, 1.: .* and no window"):
+        Objective(ColourBins(8), False, "cross_entropy", normalise_window=47)
+    with pytest.raises(ValueError, match="normalised once: with normalise_window, give normalise_patches=False"):
+        Objective(Pixels(), normalise_window=47)
+    for side in (1, 46, -3):
+        with pytest.raises(ValueError, match=f"odd side of 3 or more, not {side}"):
+            Objective(Pixels(), False, normalise_window=side)
+    with pytest.raises(ValueError, match="does not cover images of 3x8x8 with 8 bins"):
+        Objective(ColourBins(8), False, "cross_entropy")(
+            torch.zeros(1, 4, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4)
+        )
+
+
 def test_what_is_predicted_for_visible_patches_does_not_count() -> None:
     images, prediction, mask = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 48), RandomMask(0.5)(2, 4)
     objective = Objective(Pixels())
@@ -49,3 +148,5 @@ def test_no_gradient_flows_into_the_target() -> None:
 def test_a_prediction_that_does_not_cover_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match="does not cover images of 3x8x8"):
         Objective(Pixels())(torch.zeros(1, 5, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 5))
+    with pytest.raises(ValueError, match="a mask of 4 patches over 8x8 pixels does not go with patches of 2x2"):
+        Objective(Pixels())(torch.zeros(1, 16, 12), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4))

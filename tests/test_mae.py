@@ -1,5 +1,6 @@
 """MAE against its published figures and against a slow form that embeds everything and then drops what is hidden."""
 
+import itertools
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from pixmim.errors import UserError
 from pixmim.grid import sincos_positions
 from pixmim.masking import Mask
 from pixmim.models import features
-from pixmim.models.mae import MAE
+from pixmim.models.mae import MAE, Decoder
 
 TINY = {"backbone": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
@@ -33,9 +34,37 @@ def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
         full[:, :prefix] = latent[:, :prefix]
         for k, n in enumerate(visible):
             full[:, prefix + n] = latent[:, prefix + k]
-        full = model.decoder.blocks(full + model.decoder.pos_embed)
-        rows.append(model.decoder.predict(model.decoder.norm(full))[:, prefix:])
+        full = torch.cat([full[:, :prefix], slow_downsample(model.decoder, full[0, prefix:])[None]], dim=1)
+        full = model.decoder.blocks(full + model.decoder.pos_embed)[:, prefix:]
+        rows.append(model.decoder.predict(model.decoder.norm(slow_upsample(model.decoder, full[0])))[None])
     return torch.cat(rows)
+
+
+def slow_downsample(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """One token for each n x n block of them: a sum of one matrix product for each place in the block."""
+    if decoder.downsample is None:
+        return tokens
+    (rows, columns), n = decoder.coarse, decoder.grid[0] // decoder.coarse[0]
+    weight, found = decoder.downsample.weight, []
+    for row, column in itertools.product(range(rows), range(columns)):
+        total = decoder.downsample.bias.clone()
+        for i, j in itertools.product(range(n), range(n)):
+            total += weight[:, :, i, j] @ tokens[(row * n + i) * columns * n + column * n + j]
+        found.append(total)
+    return torch.stack(found)
+
+
+def slow_upsample(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """A block of n x n tokens for each: one matrix product for each place in the block."""
+    if decoder.upsample is None:
+        return tokens
+    (rows, columns), n = decoder.coarse, decoder.upsample.stride[0]
+    weight, finer = decoder.upsample.weight, torch.zeros(rows * n, columns * n, tokens.shape[1], dtype=tokens.dtype)
+    for row, column in itertools.product(range(rows), range(columns)):
+        for i, j in itertools.product(range(n), range(n)):
+            token = tokens[row * columns + column]
+            finer[row * n + i, column * n + j] = weight[:, :, i, j].T @ token + decoder.upsample.bias
+    return finer.flatten(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +75,10 @@ def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
         {"img_size": 16, "reg_tokens": 3},
         {"img_size": 16, "no_embed_class": True, "reg_tokens": 2},
         {"img_size": 16, "class_token": False, "global_pool": "avg"},
-        {"img_size": 16, "pre_norm": True},
+        {"img_size": 16, "pre_norm": True, "outputs": 8},
+        {"img_size": (16, 24), "decoder_stride": 2, "predict_patch": 8},
+        {"img_size": (16, 24), "decoder_stride": 2, "reg_tokens": 1},
+        {"img_size": (32, 16), "decoder_stride": 4, "predict_patch": 8, "class_token": False, "global_pool": "avg"},
     ],
 )
 def test_forward_is_the_slow_form(options: dict[str, object]) -> None:
@@ -54,8 +86,8 @@ def test_forward_is_the_slow_form(options: dict[str, object]) -> None:
     h, w = model.encoder.patch_embed.img_size
     images = torch.randn(3, options.get("in_chans", 3), h, w, dtype=torch.float64)
     mask = RandomMask(0.75)(3, h * w // 16)
-    prediction = model(images, mask)
-    assert prediction.shape == (3, h * w // 16, 16 * images.shape[1])
+    prediction, patch = model(images, mask), options.get("predict_patch", 4)
+    assert prediction.shape == (3, h * w // patch**2, patch**2 * images.shape[1] * options.get("outputs", 1))
     torch.testing.assert_close(prediction, slow_forward(model, images, mask), atol=1e-10, rtol=0)
 
 
@@ -97,6 +129,15 @@ def test_initial_weights_follow_the_paper() -> None:
     assert block.norm1.eps == model.decoder.norm.eps == model.decoder.blocks[0].norm1.eps == 1e-6
 
 
+def test_a_coarser_decoder_has_positions_of_its_own_and_plain_convolutions() -> None:
+    """LSMAE leaves both convolutions as PyTorch makes them: uniform within 1/sqrt(fan-in), biases too."""
+    decoder = create_model("lsmae", **TINY, **DECODER, img_size=(32, 48), decoder_stride=4, predict_patch=8).decoder
+    assert torch.equal(decoder.pos_embed[0, 1:], sincos_positions(16, (2, 3)))
+    for layer, fan_in in ((decoder.downsample, 16 * 16), (decoder.upsample, 16 * 4)):
+        assert 0.95 < layer.weight.abs().max() * fan_in**0.5 <= 1 and layer.bias.any()
+    assert decoder.predict.out_features == 8 * 8 * 3
+
+
 def test_initial_loss_on_noise_is_the_official_models() -> None:
     """About 1.89 with norm_pix was measured with the official code; its expectation over weights is 1 + 2*512/1280."""
     model = create_model("mae", "vit_tiny_patch16_224", decoder_depth=1, depth=1)
@@ -121,17 +162,23 @@ def test_timm_loads_the_encoder_and_gives_the_same_features() -> None:
 
 COMPILED = """
 import torch
-from pixmim import LowFrequency, Objective, RandomMask, create_model
-
-model = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=1, decoder_depth=1)
-objective = Objective(LowFrequency(3))
-
-def step(images, mask):
-    return objective(model(images, mask), images, mask).loss
+from pixmim import ColourBins, LowFrequency, Objective, RandomMask, create_model
 
 images, mask = torch.randn(2, 3, 32, 32), RandomMask()(2, 4)
-compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-torch.testing.assert_close(compiled(images, mask), step(images, mask))
+for more, objective in (
+    ({}, Objective(LowFrequency(3))),
+    (
+        {"decoder_stride": 2, "predict_patch": 32, "outputs": 4},
+        Objective(ColourBins(4, LowFrequency(3)), normalise_patches=False, distance="cross_entropy"),
+    ),
+):
+    model = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=1, decoder_depth=1, **more)
+
+    def step(images, mask):
+        return objective(model(images, mask), images, mask).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, mask), step(images, mask))
 """
 
 
@@ -151,6 +198,18 @@ def test_wrong_choices_are_named() -> None:
         create_model("mae", **TINY | {"embed_dimm": 3})
     with pytest.raises(UserError, match="multiples of 4"):
         create_model("mae", **TINY, img_size=18)
+    with pytest.raises(UserError, match="width 18 does not divide into 2 heads"):
+        create_model("mae", **TINY, decoder_dim=18, decoder_heads=2)
+    with pytest.raises(UserError, match="stride of 3 does not divide the encoder's 4x6 patches"):
+        create_model("mae", **TINY, img_size=(16, 24), decoder_stride=3)
+    with pytest.raises(UserError, match=r"patches of 8 pixels cannot be predicted .* this stride goes with 4$"):
+        create_model("mae", **TINY, img_size=16, predict_patch=8)
+    with pytest.raises(UserError, match=r"patches of 12 pixels cannot be predicted .* goes with 4, 8, 16$"):
+        create_model("mae", **TINY, img_size=16, decoder_stride=4, predict_patch=12)
+    with pytest.raises(UserError, match="at least 1 number for each value, not 0"):
+        create_model("mae", **TINY, outputs=0)
+    with pytest.raises(UserError, match=r"refuses an option.*decoder_stride"):
+        create_model("simmim", "vit_tiny_patch16_224", decoder_stride=2)
     model = create_model("mae", **TINY, **DECODER, img_size=16)
     with pytest.raises(ValueError, match="made for"):
         model(torch.zeros(1, 3, 24, 24), RandomMask()(1, 36))

@@ -1,5 +1,7 @@
 """The update against torch's own AdamW, clipping and GradScaler, and its refusal of bad gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from pixmim.engine.optim import Updater, adamw
 from pixmim.engine.schedule import Schedule
 from pixmim.errors import UserError
 from pixmim.models import create_model
+from pixmim.recipes import get_recipe
 
 CPU = torch.device("cpu")
 
@@ -99,9 +102,32 @@ def test_schedule_is_linear_then_cosine() -> None:
     assert 0 < schedule.lr(109) < 1e-3
 
 
-def test_schedule_of_the_published_recipe() -> None:
-    from pixmim.recipes import get_recipe
+def test_schedule_is_linear_then_constant_then_a_tenth() -> None:
+    schedule = Schedule(steps=80, warmup=10, peak=1.0, final=0.3, first=0.2, drop=70)
+    assert [schedule.lr(s) for s in (0, 5, 10, 40, 69)] == pytest.approx([0.2, 0.6, 1.0, 1.0, 1.0])
+    assert [schedule.lr(s) for s in (70, 79)] == pytest.approx([0.1, 0.1])
 
+
+def test_simmims_800_epochs_as_published() -> None:
+    """1e-4 per 512 images at batch 2048, from 2e-6 over 10 epochs, and a tenth at epoch 700 of 800."""
+    for name in ("simmim-swin-base-800", "simmim-swin-large-800", "simmim-vit-base"):
+        schedule, epoch = Schedule.of(get_recipe(name), 1_281_167), 1_281_167 / 2048
+        assert schedule.lr(0) == 2e-6 and schedule.lr(round(10 * epoch)) == pytest.approx(4e-4)
+        assert schedule.lr(round(5 * epoch)) == pytest.approx((2e-6 + 4e-4) / 2, rel=1e-3)
+        assert [schedule.lr(round(e * epoch)) for e in (699.99, 700.01)] == pytest.approx([4e-4, 4e-5])
+        assert get_recipe(f"pixmim-{name}").optim == get_recipe(name).optim
+
+
+@pytest.mark.parametrize("length", [{"epochs": 20}, {"epochs": 1600}, {"steps": 16}, {"steps": 1}])
+def test_a_run_of_another_length_drops_after_the_same_share(length: dict[str, int]) -> None:
+    run = replace(get_recipe("simmim-swin-base-800"), **length)
+    schedule = Schedule.of(run, 100 * 2048)
+    assert schedule.drop == round(7 / 8 * schedule.steps) and schedule.warmup <= schedule.steps / 5 <= schedule.drop
+    low = [schedule.lr(s) for s in range(schedule.drop, schedule.steps)]
+    assert low == [pytest.approx(4e-5)] * (schedule.steps - schedule.drop)
+
+
+def test_schedule_of_the_published_recipe() -> None:
     schedule = Schedule.of(get_recipe("pixmim-vit-base-300"), 1_281_167)
     assert (schedule.steps, schedule.warmup) == (93_835, 12_511)  # 300 and 40 epochs of 312.78 batches
     assert Schedule.of(get_recipe("demo"), 20_000).warmup <= 1200 // 5

@@ -17,6 +17,10 @@ THIN = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 MODELS = {
     "mae": Model("mae", "vit_tiny_patch16_224", **THIN, options=dict(SMALL)),
     "lsmae": Model("lsmae", "vit_tiny_patch16_224", **THIN, options=dict(SMALL)),
+    "lsmae-coarser": Model("lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, options=dict(SMALL)),
+    "lsmae-larger": Model(
+        "lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, predict_patch=32, options=dict(SMALL)
+    ),
     "convmae": Model("convmae", "convmae_tiny", **THIN),
     "simmim-vit": Model("simmim", "vit_tiny_patch16_224", options=dict(SMALL)),
     "simmim-beit": Model("simmim", "beit_base_patch16_224", head="mlp", options=dict(SMALL)),
@@ -31,18 +35,22 @@ MASKS = [
     Mask("blocks", 0.6),
 ]
 TARGETS = [
-    Target(kind, normalise_patches=normalise, distance=distance)
-    for kind, normalise, distance in itertools.product(
-        ("low-frequency", "pixels"), (True, False), ("mse", "l1", "smooth_l1")
+    Target(kind, normalise_patches=normalise, normalise_window=window, distance=distance)
+    for kind, (normalise, window), distance in itertools.product(
+        ("low-frequency", "pixels"), ((True, 0), (False, 0), (False, 47)), ("mse", "l1", "smooth_l1")
     )
+]
+BINNED = [
+    Target(kind, normalise_patches=False, distance="cross_entropy", bins=3) for kind in ("low-frequency", "pixels")
 ]
 CROPS = [Crop(kind) for kind in ("src", "rrc", "cc")]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_grid(name: str) -> None:
+@pytest.mark.parametrize("targets", [TARGETS, BINNED], ids=["values", "bins"])
+def test_the_grid(name: str, targets: list[Target]) -> None:
     """96 x 64 pixels; one drawn image through each crop, one mask of each kind, one loss of each target."""
-    base = Run(model=MODELS[name], size="96x64", batch_size=3)
+    base = Run(model=MODELS[name], size="96x64", batch_size=3, target=targets[0])
     model = build_model(base)
     mean, std = (torch.tensor(v) for v in base.statistics)
     drawn = [Shapes(size=64).image(i) for i in range(3)]
@@ -59,7 +67,7 @@ def test_the_grid(name: str) -> None:
             cut = build_crop(replace(run, crop=crop))
             images = finish(torch.stack([cut.crop(image, [0.3] * cut.draws) for image in drawn]), None, mean, std)
             prediction = model(images, mask)
-            for target in TARGETS:
+            for target in targets:
                 loss = build_objective(replace(run, target=target))(prediction, images, mask).loss
                 assert torch.isfinite(loss), (mask_choice, crop, target)
         loss.backward()
@@ -82,3 +90,17 @@ def test_the_grid(name: str) -> None:
 def test_masks_that_a_run_would_stumble_over_are_refused_before_it(mask: Mask, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_masker(Run(size="96x64", mask=mask), 16)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Model("mae", decoder_stride=5), "does not divide the encoder's 6x4 patches"),
+        (Model("mae", predict_patch=32), "goes with 16"),
+        (Model("simmim", "vit_tiny_patch16_224", decoder_stride=2), "has no decoder"),
+        (Model("simmim", "vit_tiny_patch16_224", predict_patch=32), "has no decoder"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused(model: Model, message: str) -> None:
+    with pytest.raises(UserError, match=message), torch.device("meta"):
+        build_model(Run(size="96x64", model=model))

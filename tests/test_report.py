@@ -1,5 +1,6 @@
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,12 @@ import torch
 from PIL import Image
 
 from pixmim.config import Run, Target
+from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError
 from pixmim.evaluate import evaluate
 from pixmim.evaluate.results import save
+from pixmim.models.base import MaskedModel
+from pixmim.models.mae import MAE
 from pixmim.report import results_table, write_report
 from pixmim.report.reconstruct import radial_spectrum, reconstruct
 from test_pretrain import train
@@ -22,7 +26,8 @@ LABELLED = ("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1")
 @pytest.fixture
 def runs(tiny_run: Make, tmp_path: Path) -> list[Path]:
     train(tiny_run(log_every=1), tmp_path / "one")
-    train(tiny_run(log_every=1, seed=3, target=Target(kind="pixels", normalise_patches=False)), tmp_path / "two")
+    bins = Target(kind="pixels", normalise_patches=False, distance="cross_entropy")
+    train(tiny_run(log_every=1, seed=3, target=bins), tmp_path / "two")
     for name in ("knn", "linear"):
         save(evaluate(name, tmp_path / "one", *LABELLED, device="cpu"), tmp_path / "one")
     save(evaluate("knn", tmp_path / "two", *LABELLED, untrained=True, device="cpu"), tmp_path / "two")
@@ -40,6 +45,7 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Pa
         "target.kind",
         "Training loss",
         "one normalises",
+        "two predicts the probabilities of colour bins",
     ):
         assert text in html
     assert "two normalise" not in html  # it predicts pixels as they are, and nothing is borrowed
@@ -74,6 +80,61 @@ def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
         np.abs(patches["prediction"] - patches["target"])[dark].mean()
         < np.abs(patches["unaided"] - patches["target"])[dark].mean()
     )
+
+
+def blank(model: MaskedModel) -> None:
+    """Let a model predict nothing but zeros: what is then drawn was put there by the drawing."""
+    layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+
+
+def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patches of 8 pixels hidden, of 16 predicted: borrowed means are a larger patch's; "unaided" has one for all."""
+    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
+    model = replace(tiny_run().model, decoder_stride=2, predict_patch=16)
+    c = reconstruct(tiny_run(model=model, size="32x48", target=Target(kind="pixels")), tmp_path).columns
+    mean, std = np.asarray([0.485, 0.456, 0.406]), np.asarray([0.229, 0.224, 0.225])
+    hidden = (c["masked"] == np.round(mean * 255)).all(axis=-1)
+    for i in range(6):
+        image = (c["image"][i] / 255 - mean) / std
+        blocks = image.reshape(2, 16, 3, 16, 3).mean(axis=(1, 3, 4)).repeat(16, 0).repeat(16, 1)
+        for name, value in (("pasted", blocks[hidden[i]]), ("unaided", image[~hidden[i]].mean())):
+            drawn = (c[name][i][hidden[i]] / 255 - mean) / std
+            assert np.abs(drawn - np.broadcast_to(np.asarray(value)[..., None], drawn.shape)).max() < 0.02
+            assert (c[name][i][~hidden[i]] == c["image"][i][~hidden[i]]).all()
+
+
+def test_what_a_window_took_is_borrowed_pixel_by_pixel(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prediction of nothing shows the means of windows; "unaided" has one colour, that of what is visible."""
+    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
+    target = Target(kind="pixels", normalise_patches=False, normalise_window=15)
+    c = reconstruct(tiny_run(target=target), tmp_path).columns
+    hidden = (c["masked"] == np.round(np.asarray([0.485, 0.456, 0.406]) * 255)).all(axis=-1)
+    for image, pasted, unaided, dark in zip(c["image"], c["pasted"], c["unaided"], hidden, strict=True):
+        around = [np.s_[max(0, y - 7) : y + 8, max(0, x - 7) : x + 8] for y, x in np.ndindex(32, 32)]
+        means = np.asarray([image[place].mean(axis=(0, 1)) for place in around]).reshape(32, 32, 3)
+        assert np.abs(pasted - means)[dark].max() < 1.5
+        seen = [image[place][~dark[place]].mean(axis=0) for place, d in zip(around, dark.flat, strict=True) if not d]
+        assert np.abs(unaided[dark] - np.mean(seen, axis=0)).max() < 1.5
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_of_colour_bins_the_expected_colour_is_drawn(
+    name: str, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal scores expect the middle of [0, 1]; the target is the image in four steps."""
+    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
+    target = Target(kind="pixels", normalise_patches=False, distance="cross_entropy", bins=4)
+    c = reconstruct(tiny_run(target=target, model=replace(tiny_run().model, name=name)), tmp_path).columns
+    hidden = (c["masked"] != c["image"]).any(axis=-1)
+    assert (np.abs(c["prediction"][hidden] - 127.5) <= 1).all() and (c["unaided"] == c["pasted"]).all()
+    assert set(np.unique(c["target"])) <= {32, 96, 159, 223} and len(np.unique(c["target"])) == 4
+    assert (np.abs(c["target"].astype(int) - c["image"]) <= 33).all()
 
 
 def test_radial_spectrum_of_one_wave() -> None:

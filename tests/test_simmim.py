@@ -90,6 +90,20 @@ def test_head_lays_values_out_as_channel_row_column() -> None:
         assert image[channel, 16 + y, 32 + x] == channel * 256 + y * 16 + x
 
 
+@KINDS
+def test_scores_of_bins_stand_last(options: dict[str, object]) -> None:
+    """Value k of the head is score (k // stride^2) % bins of channel k // stride^2 // bins, at a pixel of the place."""
+    model = make(options, outputs=5)
+    size = options["img_size"]
+    torch.nn.init.zeros_(model.head[-1].weight)
+    model.head[-1].bias.data = torch.arange(float(model.stride**2 * 15))
+    scores = unpatchify(model(torch.zeros(1, 3, *size), masks(model, size, 1)), model.patch, size)
+    assert scores.shape == (1, 15, *size)
+    for channel, bin_, y, x in ((0, 0, 0, 0), (1, 4, 3, 5), (2, 1, 15, 15)):
+        expected = (channel * 5 + bin_) * model.stride**2 + y * model.stride + x
+        assert scores[0, channel * 5 + bin_, y, model.stride + x] == expected
+
+
 def test_rows_may_hide_different_numbers() -> None:
     model = make(VIT)
     hidden = torch.tensor([[True, False, False, False, False, False], [True, True, True, False, False, False]])

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from pixmim.masking import BlockMask, Mask, RandomMask, SquareMask, UnitMask
     from pixmim.models import create_model
     from pixmim.pretrained import load_encoder, load_model
-    from pixmim.targets import LowFrequency, Pixels, low_pass
+    from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
     from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 
 _HOME = {
     "BlockMask": "masking",
     "CentreCrop": "transforms",
+    "ColourBins": "targets",
     "LowFrequency": "targets",
     "Mask": "masking",
     "Objective": "losses",
@@ -39,6 +40,7 @@ _HOME = {
 __all__ = [
     "BlockMask",
     "CentreCrop",
+    "ColourBins",
     "LowFrequency",
     "Mask",
     "Objective",

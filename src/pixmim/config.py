@@ -56,6 +56,10 @@ class Model:
     """Blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
+    decoder_stride: int = 1
+    """Run the decoder on a grid this many times coarser than the encoder's (not for simmim)."""
+    predict_patch: int = 0
+    """Side of the predicted patches in pixels, up to decoder_stride times the encoder's; 0: the encoder's."""
     head: Literal["linear", "mlp"] = "linear"
     """simmim: what predicts the pixels."""
     options: Annotated[dict[str, Option], OPTIONS] = field(default_factory=dict)
@@ -104,18 +108,26 @@ class Target:
     """exact: centred and real. released: half a bin off and absolute, as the paper's code."""
     normalise_patches: bool = True
     """Normalise each target patch by its own mean and deviation (norm_pix)."""
-    distance: Literal["mse", "l1", "smooth_l1"] = "mse"
-    """Distance between prediction and target."""
+    normalise_window: int = 0
+    """Instead, normalise each value by those of a window of this odd side in pixels (later SimMIM: 47); 0: do not."""
+    distance: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
+    """Distance between prediction and target. cross_entropy: classify colours, each channel into one of `bins`."""
+    bins: int = 8
+    """cross_entropy: equal parts of [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule: linear warm-up, then cosine, step by step."""
+    """AdamW and its schedule: linear warm-up, then a cosine or one step down, update by update."""
 
     base_lr: float = 1.5e-4
     """Learning rate per 256 images of a batch."""
     lr: float | None = None
     """The learning rate itself; otherwise base_lr x batch size / 256."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: down to final_lr. step: constant, then a tenth (SimMIM over 800 epochs)."""
+    drop_at: float = 0.875
+    """step: share of the run, however long, after which the learning rate drops; 7/8 is epoch 700 of 800."""
     first_lr: float = 0.0
     """Where the warm-up begins."""
     final_lr: float = 0.0
@@ -227,6 +239,21 @@ class Run:
             raise UserError(f"--mask.unit is a number of pixels, not {self.mask.unit}")
         if self.target.radius != "auto" and self.target.radius < 0:
             raise UserError(f"--target.radius is a number of frequency bins, not {self.target.radius}")
+        window, binned = self.target.normalise_window, self.target.distance == "cross_entropy"
+        if binned and self.target.bins < 2:
+            raise UserError(f"--target.bins is 2 or more, not {self.target.bins}")
+        if window and (window < 3 or window % 2 == 0):
+            raise UserError(f"--target.normalise-window is an odd side of 3 pixels or more, not {window}")
+        if binned and (self.target.normalise_patches or window):
+            raise UserError(
+                "normalised values have no bins of [0, 1]: add --target.no-normalise-patches, and no window"
+            )
+        if self.target.normalise_patches and window:
+            raise UserError("a target is normalised once: with a window, add --target.no-normalise-patches")
+        if not 0.2 <= self.optim.drop_at <= 1:
+            raise UserError(
+                f"--optim.drop-at is a share between 0.2, where warm-up ends, and 1: not {self.optim.drop_at}"
+            )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:

@@ -3,8 +3,10 @@
 b batch, n patches, p patch size, c channels, h w image size in pixels, d width. Patches are numbered row by row.
 """
 
+import math
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 
@@ -16,7 +18,7 @@ def grid_of(size: tuple[int, int], patch: int) -> tuple[int, int]:
     return h // patch, w // patch
 
 
-def patchify(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n d"]:
+def patchify(images: Shaped[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
     """Cut images into patches, d = p*p*c values each in the order (row, column, channel), as MAE does.
 
     Raises ValueError if h or w is not a multiple of `patch`.
@@ -44,6 +46,19 @@ def hidden_pixels(hidden: Bool[Tensor, "b n"], patch: int, size: tuple[int, int]
     rows, columns = grid_of(size, patch)
     blocks = hidden.reshape(-1, 1, rows, 1, columns, 1)
     return blocks.expand(-1, 1, rows, patch, columns, patch).reshape(-1, 1, *size)
+
+
+def hidden_share(hidden: Bool[Tensor, "b n"], patch: int, size: tuple[int, int]) -> Float[Tensor, "b m"]:
+    """The share of each patch of `patch` pixels that is hidden, by a mask over patches of that size or finer ones.
+
+    Exactly 0 or 1 where the sizes are the same. Raises ValueError if the mask's patches do not fill larger ones whole.
+    """
+    n, (h, w) = hidden.shape[1], size
+    finer = math.isqrt(h * w // n)
+    if n * finer * finer != h * w or patch % finer:
+        raise ValueError(f"a mask of {n} patches over {h}x{w} pixels does not go with patches of {patch}x{patch}")
+    (rows, columns), times = grid_of(size, patch), patch // finer
+    return hidden.float().reshape(-1, rows, times, columns, times).mean(dim=(2, 4)).flatten(1)
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "n d"]:

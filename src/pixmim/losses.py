@@ -1,80 +1,180 @@
-"""From a prediction to a number: the target's patches, a distance per patch, the mean over the hidden ones."""
+"""From a prediction to a number: the target's patches, a distance per patch, the mean over the hidden ones.
+
+Predicted patches may be larger than those of the mask; one that is hidden in part then counts for its hidden share.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.grid import patchify
+from pixmim.grid import hidden_share, patchify, unpatchify
 from pixmim.masking import Mask
+from pixmim.targets import ColourBins
 
-Distance = Literal["mse", "l1", "smooth_l1"]
+Distance = Literal["mse", "l1", "smooth_l1", "cross_entropy"]
 
-_DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+
+def _cross_entropy(
+    scores: Float[Tensor, "b m s"], bins: Int[Tensor, "b m d"], reduction: str
+) -> Float[Tensor, "b m d"]:
+    """-log of the probability that each value's s / d scores give its bin."""
+    each = scores.reshape(bins.numel(), -1)
+    return F.cross_entropy(each, bins.flatten(), reduction=reduction).view(bins.shape)
+
+
+_DISTANCES: dict[str, Callable[..., Tensor]] = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "cross_entropy": _cross_entropy,
+}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """loss: the mean of `per_patch` over hidden patches, a scalar. per_patch: the mean distance in each patch (b n)."""
+    """loss: the mean of `per_patch` over hidden patches, a scalar. per_patch: the mean distance in each patch (b m)."""
 
     loss: Float[Tensor, ""]
-    per_patch: Float[Tensor, "b n"]
+    per_patch: Float[Tensor, "b m"]
 
 
 class Objective(nn.Module):
-    """The loss of one method: target, per-patch normalisation and distance are three independent choices.
+    """The loss of one method: target, normalisation and distance are three independent choices.
 
-    target             module from normalised images to what must be predicted: Pixels() or LowFrequency()
+    target             module from normalised images to what must be predicted: Pixels(), LowFrequency(), or
+                       ColourBins() of either, which takes the distance "cross_entropy" and no normalisation
     normalise_patches  MAE's norm_pix: each target patch loses its mean and is divided by sqrt(variance + 1e-6),
                        with the unbiased variance over all its p*p*c values (arXiv 2111.06377, section 3)
-    distance           "mse" (MAE, PixMIM), "l1" (SimMIM) or "smooth_l1", averaged over the values of a patch
+    distance           "mse" (MAE, PixMIM), "l1" (SimMIM), "smooth_l1", averaged over the values of a patch; for
+                       ColourBins, and only for them, "cross_entropy"
+    normalise_window   in place of normalise_patches: each value loses the mean of its channel over a window of this
+                       odd side around it, and is divided by the deviation there (see `window_statistics`); 0: none
+
+    Raises ValueError for choices that do not go together.
     """
 
-    def __init__(self, target: nn.Module, normalise_patches: bool = True, distance: Distance = "mse") -> None:
+    def __init__(
+        self, target: nn.Module, normalise_patches: bool = True, distance: Distance = "mse", normalise_window: int = 0
+    ) -> None:
         super().__init__()
         if distance not in _DISTANCES:
             raise ValueError(f"a distance is one of {', '.join(_DISTANCES)}, not {distance!r}")
+        if (distance == "cross_entropy") != isinstance(target, ColourBins):
+            raise ValueError("the distance 'cross_entropy' and the target ColourBins(...) go with each other only")
+        if isinstance(target, ColourBins) and (normalise_patches or normalise_window):
+            raise ValueError(
+                "normalised values have no bins of [0, 1]: give ColourBins with normalise_patches=False and no window"
+            )
+        if normalise_patches and normalise_window:
+            raise ValueError("a target is normalised once: with normalise_window, give normalise_patches=False")
+        if normalise_window and (normalise_window < 3 or normalise_window % 2 == 0):
+            raise ValueError(f"a window has a middle, so an odd side of 3 or more, not {normalise_window}")
         self.target, self.normalise_patches, self.distance = target, normalise_patches, distance
+        self.normalise_window = normalise_window
+        self.outputs = target.bins if isinstance(target, ColourBins) else 1
+        """Numbers that are predicted for each value."""
 
-    def forward(self, prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h w"], mask: Mask) -> Loss:
-        """The loss of a prediction (b n p*p*c) for normalised images, over the patches that `mask` hides.
+    def forward(self, prediction: Float[Tensor, "b m d"], images: Float[Tensor, "b c h w"], mask: Mask) -> Loss:
+        """The loss of a prediction (b m p*p*c*outputs) for normalised images, over the patches that `mask` hides.
 
-        Computed in float32 whatever the autocast. Raises ValueError if the prediction does not fit the images.
+        A mask on a finer grid gives each predicted patch the weight of its hidden share; then all p*p*c values of a
+        patch count, its visible ones too (LSMAE's pred_downsampling). Computed in float32 whatever the autocast.
+        Raises ValueError if the prediction does not fit the images, or the mask the prediction.
         """
-        patches = self.patches(images, patch_size(prediction, images))
+        patch = patch_size(prediction, images, self.outputs)
+        patches = self.patches(images, patch)
         distance = _DISTANCES[self.distance](prediction.float(), patches, reduction="none").mean(dim=2)
-        hidden = mask.hidden.to(distance.dtype)
+        hidden = hidden_share(mask.hidden, patch, (images.shape[2], images.shape[3])).to(distance.dtype)
         return Loss((distance * hidden).sum() / hidden.sum(), distance)
 
     @torch.no_grad()
-    def patches(self, images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n d"]:
-        """What must be predicted for each patch, float32 (float64 for float64 images)."""
+    def patches(self, images: Float[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
+        """What must be predicted for each patch, float32 (float64 for float64 images); of ColourBins, their numbers."""
+        if isinstance(self.target, ColourBins):
+            return patchify(self.target.numbers(images), patch)
         target = self.target(images)
-        patches = patchify(target if target.dtype == torch.float64 else target.float(), patch)
+        target = target if target.dtype == torch.float64 else target.float()
+        if self.normalise_window:
+            mean, scale = window_statistics(target, self.normalise_window)
+            target = (target - mean) / scale
+        patches = patchify(target, patch)
         return normalise(patches) if self.normalise_patches else patches
+
+    def statistics(
+        self, target: Float[Tensor, "b c h w"], patch: int, seen: Bool[Tensor, "b 1 h w"] | None = None
+    ) -> "Statistics | None":
+        """What normalisation takes from a target around each of its pixels; None where it is not normalised."""
+        if self.normalise_window:
+            return window_statistics(target, self.normalise_window, seen)
+        return patch_statistics(target, patch, seen) if self.normalise_patches else None
 
 
 def normalise(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     """MAE's norm_pix over the last axis, with the unbiased variance and 1e-6 under the root."""
-    mean, scale = statistics(patches)
-    return (patches - mean) / scale
-
-
-def statistics(patches: Float[Tensor, "b n d"]) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
-    """Mean and sqrt(variance + 1e-6) of each patch: what norm_pix takes away, and what a picture must put back."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return mean, (variance + 1e-6).sqrt()
+    return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def patch_size(prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h w"]) -> int:
-    """The patch size p for which a prediction (b n p*p*c) covers the images. Raises ValueError if there is none."""
+Statistics = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
+"""The mean and sqrt(variance + 1e-6) around each pixel: what normalisation takes away and a picture must put back."""
+
+
+def patch_statistics(
+    images: Float[Tensor, "b c h w"], patch: int, seen: Bool[Tensor, "b 1 h w"] | None = None
+) -> Statistics:
+    """What norm_pix takes from each pixel's patch, over all its values or those of `seen` pixels alone.
+
+    Where no pixel of a patch is seen, the mean is 0 and the deviation that of a constant.
+    """
+    size = (images.shape[2], images.shape[3])
+    values, weights = patchify(images, patch), patchify(_weights(images, seen), patch)
+    count = weights.sum(dim=-1, keepdim=True)
+    mean = (values * weights).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    variance = ((values - mean).square() * weights).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+    scale = (variance + 1e-6).sqrt()
+    return unpatchify(mean.expand_as(values), patch, size), unpatchify(scale.expand_as(values), patch, size)
+
+
+def window_statistics(
+    images: Float[Tensor, "b c h w"], window: int = 47, seen: Bool[Tensor, "b 1 h w"] | None = None
+) -> Statistics:
+    """What window normalisation takes from each value: of its channel, over window x window pixels around it.
+
+    Only pixels of the image count, or those that are `seen`; the variance is the unbiased one. Source: the SimMIM of
+    Swin Transformer's repository, later than the paper, there NORM_TARGET, with windows of 47 pixels. Where no pixel
+    of a window is seen, the mean is that of the whole channel.
+    """
+    middle = images.mean(dim=(2, 3), keepdim=True)  # sums of squares lose digits far from zero
+    weights = _weights(images, seen)
+    values = (images - middle) * weights
+    count = _window_sum(weights, window).clamp(min=1)
+    mean = _window_sum(values, window) / count
+    variance = (_window_sum(values.square(), window) - count * mean.square()) / (count - 1).clamp(min=1)
+    return mean + middle, (variance.clamp(min=0) + 1e-6).sqrt()
+
+
+def _window_sum(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor, "b c h w"]:
+    """The sum over a window around each pixel, down the columns and then along the rows."""
+    down = F.avg_pool2d(images, (window, 1), 1, (window // 2, 0), divisor_override=1)
+    return F.avg_pool2d(down, (1, window), 1, (0, window // 2), divisor_override=1)
+
+
+def _weights(images: Float[Tensor, "b c h w"], seen: Bool[Tensor, "b 1 h w"] | None) -> Float[Tensor, "b c h w"]:
+    return torch.ones_like(images) if seen is None else seen.expand_as(images).to(images.dtype)
+
+
+def patch_size(prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h w"], outputs: int = 1) -> int:
+    """The patch size p for which a prediction (b n p*p*c*outputs) covers the images. Raises ValueError for none."""
     _, n, d = prediction.shape
     _, c, h, w = images.shape
-    patch = math.isqrt(d // c)
-    if patch * patch * c != d or n * patch * patch != h * w:
-        raise ValueError(f"a prediction of {n} patches x {d} values does not cover images of {c}x{h}x{w}")
+    patch = math.isqrt(d // (c * outputs))
+    if patch * patch * c * outputs != d or n * patch * patch != h * w:
+        bins = f" with {outputs} bins" if outputs > 1 else ""
+        raise ValueError(f"a prediction of {n} patches x {d} values does not cover images of {c}x{h}x{w}{bins}")
     return patch

@@ -14,7 +14,7 @@ from pixmim.losses import Objective
 from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
 from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
-from pixmim.targets import LowFrequency, Pixels
+from pixmim.targets import ColourBins, LowFrequency, Pixels
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 
 
@@ -54,9 +54,19 @@ def build_model(run: Run) -> MaskedModel:
     """Who predicts, with the initial weights that the run's seed decides."""
     torch.manual_seed(run.seed)
     m = run.model
-    decoder = {"decoder_dim": m.decoder_dim, "decoder_depth": m.decoder_depth, "decoder_heads": m.decoder_heads}
+    if m.name == "simmim" and (m.decoder_stride != 1 or m.predict_patch):
+        raise UserError("simmim has no decoder: leave out --model.decoder-stride and --model.predict-patch")
+    decoder = {
+        "decoder_dim": m.decoder_dim,
+        "decoder_depth": m.decoder_depth,
+        "decoder_heads": m.decoder_heads,
+        "decoder_stride": m.decoder_stride,
+        "predict_patch": m.predict_patch,
+    }
     own = {"head": m.head} if m.name == "simmim" else decoder
-    return create_model(m.name, m.backbone, **{"img_size": run.hw, "in_chans": run.channels, **own, **m.options})
+    outputs = run.target.bins if run.target.distance == "cross_entropy" else 1
+    given = {"img_size": run.hw, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
+    return create_model(m.name, m.backbone, **given)
 
 
 def build_encoder(run: Run) -> nn.Module:
@@ -69,8 +79,10 @@ def build_objective(run: Run) -> Objective:
     """What must be predicted, and the distance to it."""
     mean, std = run.statistics
     t = run.target
-    target = LowFrequency(t.radius, t.form, mean, std) if t.kind == "low-frequency" else Pixels()
-    return Objective(target, t.normalise_patches, t.distance)
+    target: nn.Module = LowFrequency(t.radius, t.form, mean, std) if t.kind == "low-frequency" else Pixels()
+    if t.distance == "cross_entropy":
+        target = ColourBins(t.bins, target, mean, std)
+    return Objective(target, t.normalise_patches, t.distance, t.normalise_window)
 
 
 def draw_masks(run: Run, masker: Masker, grid: tuple[int, int], step: int, rows: Sequence[int]) -> Mask:

@@ -1,4 +1,4 @@
-"""What must be predicted: the pixels themselves, or PixMIM's low frequencies of them.
+"""What must be predicted: the pixels themselves, PixMIM's low frequencies of them, or bins that either falls into.
 
 A target is a module from normalised images (b c h w) to normalised images of the same shape.
 """
@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Form = Literal["exact", "released"]
@@ -63,6 +63,62 @@ class LowFrequency(nn.Module):
                 "give LowFrequency the mean and std that the images were normalised with"
             )
         return (low_pass(images * self.std + self.mean, self.radius, "released") - self.mean) / self.std
+
+
+class ColourBins(nn.Module):
+    """SimMIM's classes of colour: each channel of each pixel lies in one of equal parts of [0, 1] (section 3.4).
+
+    The target for `Objective`'s distance "cross_entropy": a model then predicts `bins` scores for each value, in the
+    order (row, column, channel, bin), as `create_model(..., outputs=bins)` does. As images it gives the bins' centres.
+
+    bins  how many parts; 8 and 256 in the paper (arXiv 2111.09886)
+    of    what is put into bins: Pixels() unless another target is given. Low frequencies overshoot [0, 1] at edges, by
+          0.09 beside a step; what lies outside belongs to the first bin or the last
+    mean, std  per channel, of the normalisation the images went through, in units of [0, 1]
+
+    Raises ValueError for less than 2 bins, and where the images' channels differ in number from mean and std.
+    """
+
+    def __init__(
+        self,
+        bins: int = 8,
+        of: nn.Module | None = None,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        if bins < 2:
+            raise ValueError(f"colours are told apart by 2 bins or more, not {bins}")
+        self.bins, self.of = bins, of or Pixels()
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    @torch.no_grad()
+    def numbers(self, images: Float[Tensor, "b c h w"]) -> Int[Tensor, "b c h w"]:
+        """The bin that each value lies in, 0 to bins - 1."""
+        if images.shape[1] != len(self.mean):
+            raise ValueError(
+                f"images of {images.shape[1]} channels, but mean and std of {len(self.mean)}: "
+                "give ColourBins the mean and std that the images were normalised with"
+            )
+        colours = self.of(images) * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+        # A NaN has no bin; any will do, since what a network predicts from it is NaN, too.
+        return (colours * self.bins).nan_to_num().floor().clamp(0, self.bins - 1).long()
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        colours = (self.numbers(images) + 0.5) / self.bins
+        return (colours - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+
+    def expected(self, scores: Float[Tensor, "b n s"]) -> Float[Tensor, "b n d"]:
+        """The mean colour that scores (s = p*p*c*bins) stand for, normalised, as patches (d = p*p*c).
+
+        It is the mean of the bins' centres, each weighted by its probability.
+        """
+        centres = (torch.arange(self.bins, device=scores.device) + 0.5) / self.bins
+        colours = scores.float().unflatten(2, (-1, len(self.mean), self.bins)).softmax(dim=-1) @ centres
+        return ((colours - self.mean) / self.std).flatten(2)
 
 
 def auto_radius(size: tuple[int, int]) -> float | tuple[float, float]:

@@ -86,7 +86,7 @@ def list_recipes(args: list[str]) -> int:
     for name, recipe in RECIPES.items():
         run = recipe.build()
         length = f"{run.steps:,} steps" if run.steps is not None else f"{run.epochs:.0f} epochs"
-        print(f"{name:<23}{length:>12}, batch {run.batch_size:>5,}   {recipe.aim}")
+        print(f"{name:<29}{length:>12}, batch {run.batch_size:>5,}   {recipe.aim}")
     return 0
 
 

@@ -11,12 +11,15 @@ def describe(run: Run, images: int, schedule: Schedule, device: torch.device, pr
     """Lines for a terminal, in rich's markup. `images` is the size of the data set."""
     radius = in_bins(run.target.radius, run.hw)
     target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
+    if run.target.distance == "cross_entropy":
+        target += f" in {run.target.bins} bins"
     height, width = run.hw
+    drop = f", and a tenth of it from update {schedule.drop:,} on" if schedule.drop is not None else ""
     lines = [
         f"{run.model.name} on {run.model.backbone} at {height}x{width}, predicting {target}, crop {run.crop.kind}",
         f"{images:,} images; {schedule.steps:,} updates of {run.batch_size:,} images = "
         f"{schedule.steps * run.batch_size / images:,.1f} epochs; "
-        f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up",
+        f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up{drop}",
         f"{device} in {precision}, seed {run.seed}",
     ]
     warnings = []

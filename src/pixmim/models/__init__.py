@@ -1,6 +1,7 @@
 """Who predicts. One literal dict of builders; `create_model` is the only door."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import timm
@@ -13,38 +14,33 @@ from torch import Tensor, nn
 from pixmim.errors import UserError, nearest
 from pixmim.models import convmae, swin, vit
 from pixmim.models.base import Features, MaskedModel
-from pixmim.models.mae import MAE
+from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM
 
 
-def _mae(backbone: str, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16, **options: Any) -> MAE:
-    _check_decoder(decoder_dim, decoder_heads)
-    encoder = vit.check_plain(create_encoder("mae", backbone, **options), backbone)
-    return MAE(encoder, decoder_dim, decoder_depth, decoder_heads)
+def _mae(backbone: str, **options: Any) -> MAE:
+    decoder, options = _split(options)
+    return MAE(vit.check_plain(create_encoder("mae", backbone, **options), backbone), decoder)
 
 
-def _lsmae(backbone: str, decoder_dim: int | None = None, decoder_heads: int | None = None, **options: Any) -> MAE:
+def _lsmae(backbone: str, **options: Any) -> MAE:
     """MAE for long sequences: 448 px, and for ViT-B a thinner decoder (LSMAE, arXiv 2210.07224)."""
-    thin = "base" in backbone
-    dim, heads = decoder_dim or (384 if thin else 512), decoder_heads or (12 if thin else 16)
-    return _mae(backbone, decoder_dim=dim, decoder_heads=heads, **{"img_size": 448, **options})
+    thinner = {"decoder_dim": 384, "decoder_heads": 12} if "base" in backbone else {}
+    return _mae(backbone, **{"img_size": 448, **thinner, **options})
 
 
-def _convmae(
-    backbone: str, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16, **options: Any
-) -> MaskedModel:
-    _check_decoder(decoder_dim, decoder_heads)
-    encoder = create_encoder("convmae", backbone, **options)
-    return convmae.ConvMAE(encoder, decoder_dim, decoder_depth, decoder_heads)  # type: ignore[arg-type]
+def _convmae(backbone: str, **options: Any) -> MaskedModel:
+    decoder, options = _split(options)
+    return convmae.ConvMAE(_convmae_encoder(backbone, **options), decoder)
 
 
-def _simmim(backbone: str, head: str = "linear", **options: Any) -> MaskedModel:
+def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: Any) -> MaskedModel:
     if head not in ("linear", "mlp"):
         raise UserError(f"SimMIM's head is 'linear' or 'mlp', not '{head}'")
     encoder = create_encoder("simmim", backbone, **options)
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
         raise UserError(f"SimMIM takes a swin_, beit_ or vit_ backbone of timm's, not '{backbone}'")
-    return SimMIM(encoder, head)  # type: ignore[arg-type]
+    return SimMIM(encoder, head, outputs)  # type: ignore[arg-type]
 
 
 BUILDERS: dict[str, Callable[..., MaskedModel]] = {
@@ -73,13 +69,16 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
     name      "mae", "lsmae", "convmae" or "simmim"
     backbone  mae, lsmae: any plain timm ViT (vit_base_patch16_224); simmim: a timm Swin, Beit or ViT
               (swin_base_patch4_window7_224); convmae: convmae_base, convmae_tiny
-    options   decoder_dim, decoder_depth, decoder_heads, or for simmim head ("linear", "mlp"); the others go to the
-              backbone (img_size, in_chans, embed_dim ...)
+    options   decoder_dim, decoder_depth, decoder_heads, decoder_stride, predict_patch (see `DecoderOptions`), or for
+              simmim head ("linear", "mlp"); for all of them outputs, which is 1, or the bins of ColourBins: the
+              prediction is then (b n p*p*c*bins), bins last; the others go to the backbone (img_size, in_chans ...)
 
     Weights are drawn from torch's global generator. Raises UserError for an unknown name, backbone or option.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no model '{name}'{nearest(name, BUILDERS)} Known: {', '.join(BUILDERS)}")
+    if options.get("outputs", 1) < 1:
+        raise UserError(f"a model predicts at least 1 number for each value, not {options['outputs']}")
     return BUILDERS[name](backbone or BACKBONES.get(name, "vit_base_patch16_224"), **options)
 
 
@@ -89,6 +88,8 @@ def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
     """
     if name == "convmae":
         return _convmae_encoder(backbone, **options)
+    if name == "lsmae":
+        options = {"img_size": 448, **options}
     if name == "simmim" and backbone.startswith("beit"):
         options = {**SIMMIM_BEIT, **options}
     if name == "simmim" and backbone.startswith("swin"):
@@ -146,6 +147,7 @@ def _check_size(size: tuple[int, int], patch: int, backbone: str) -> None:
         )
 
 
-def _check_decoder(dim: int, heads: int) -> None:
-    if dim % heads or dim % 4:
-        raise UserError(f"a decoder of width {dim} does not divide into {heads} heads (and by 4)")
+def _split(options: dict[str, Any]) -> tuple[DecoderOptions, dict[str, Any]]:
+    """The keywords that are the decoder's, and those for the backbone."""
+    own = {field.name: options[field.name] for field in fields(DecoderOptions) if field.name in options}
+    return DecoderOptions(**own), {name: value for name, value in options.items() if name not in own}

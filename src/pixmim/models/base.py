@@ -16,11 +16,15 @@ class MaskedModel(nn.Module, ABC):
     """The module that a run hands over; its state_dict is a timm checkpoint."""
 
     patch: int
-    """Patch size in pixels."""
+    """Side in pixels of the patches that a mask hides."""
 
     @abstractmethod
-    def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
-        """Predict every patch, d = p*p*c values each, from the visible ones of normalised images."""
+    def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
+        """Predict every patch, d = p*p*c values each, from the visible ones of normalised images.
+
+        Its patches may be larger than the n of the mask: p says how large. A model made for colour bins predicts as
+        many scores in place of each value.
+        """
 
 
 class Features(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pixmim.grid import sincos_positions
 from pixmim.masking import Mask
 from pixmim.models.base import Features, MaskedModel
-from pixmim.models.mae import Decoder
+from pixmim.models.mae import Decoder, DecoderOptions
 from pixmim.models.vit import gather, init_like_mae
 
 PATCH = 16
@@ -143,9 +143,7 @@ class ConvMAE(MaskedModel):
     115.041 million values with the published sizes.
     """
 
-    def __init__(
-        self, encoder: ConvMAEEncoder, decoder_dim: int = 512, decoder_depth: int = 8, decoder_heads: int = 16
-    ) -> None:
+    def __init__(self, encoder: ConvMAEEncoder, decoder: DecoderOptions) -> None:
         super().__init__()
         self.encoder: ConvMAEEncoder = encoder
         self.patch = PATCH
@@ -155,8 +153,7 @@ class ConvMAE(MaskedModel):
         init_like_mae(encoder)
         for step in (encoder.patch_embed1, encoder.patch_embed2, encoder.patch_embed3):
             nn.init.xavier_uniform_(step.proj.weight.data.view(step.proj.weight.shape[0], -1))
-        values = PATCH**2 * encoder.in_chans
-        self.decoder = Decoder(width, encoder.grid, values, 0, decoder_dim, decoder_depth, decoder_heads)
+        self.decoder = Decoder(width, 0, encoder.grid, PATCH, encoder.in_chans, decoder)
 
     def encode(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b k d"]:
         """The visible tokens, all three scales summed, after the final norm."""
@@ -167,8 +164,8 @@ class ConvMAE(MaskedModel):
         tokens = self.encoder.blocks3(gather(tokens, keep))
         return self.encoder.norm(tokens + finer[0] + finer[1])
 
-    def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
-        """Predict all patches of normalised images, d = p*p*c in (row, column, channel) order."""
+    def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
+        """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
         return self.decoder(self.encode(images, mask), mask)
 
 

@@ -26,12 +26,13 @@ class SimMIM(MaskedModel):
              deviation 0.02 cut at +-0.02, the last of each residual branch divided by sqrt(2 * layer)
     head     "linear": one 1x1 convolution; "mlp": two of them with a GELU between. It predicts the stride x stride
              pixels under each place of the encoder's final map (section 3.3)
+    outputs  numbers for each value, last in their order: 1, or the bins of ColourBins
 
     `patch` is the patch of the encoder's embedding, 4 px for Swin: masks are drawn on that grid, in units of 32 px.
     Values in all: 89.874 million on Swin-B at 192 px with window 6, 199.881 on Swin-L, 86.257 on the BEiT-like ViT-B.
     """
 
-    def __init__(self, encoder: SimMIMEncoder, head: Head = "linear") -> None:
+    def __init__(self, encoder: SimMIMEncoder, head: Head = "linear", outputs: int = 1) -> None:
         super().__init__()
         self.encoder: SimMIMEncoder = encoder
         embed: Any = encoder.patch_embed
@@ -39,7 +40,7 @@ class SimMIM(MaskedModel):
         width, channels = int(encoder.num_features), int(embed.proj.in_channels)
         self.stride = self.patch * (2 ** (len(encoder.layers) - 1) if isinstance(encoder, SwinTransformer) else 1)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed.proj.out_channels))
-        predict = nn.Conv2d(width, self.stride**2 * channels, 1)
+        predict = nn.Conv2d(width, self.stride**2 * channels * outputs, 1)
         hidden = [nn.Conv2d(width, width, 1), nn.GELU()] if head == "mlp" else []
         self.head = nn.Sequential(*hidden, predict)
         if not isinstance(encoder, SwinTransformer):
@@ -47,10 +48,10 @@ class SimMIM(MaskedModel):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
-        """Predict all patches of normalised images, d = p*p*c in (row, column, channel) order."""
+        """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
         drive = swin.encode_replaced if isinstance(self.encoder, SwinTransformer) else vit.encode_replaced
         found = drive(self.encoder, images, mask.hidden, self.mask_token)  # type: ignore[arg-type]
-        # PixelShuffle reads a place's values as (channel, row, column), SimMIM's layout; patchify then gives ours.
+        # PixelShuffle reads a place's values as (channel, output, row, column), SimMIM's layout; patchify gives ours.
         return patchify(F.pixel_shuffle(self.head(found), self.stride), self.patch)
 
 

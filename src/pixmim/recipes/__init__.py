@@ -14,6 +14,8 @@ from pixmim.recipes.imagenet import (
     pixmim_vit_base,
     pixmim_vit_large,
     simmim_swin_base,
+    simmim_swin_base_800,
+    simmim_swin_large_800,
     simmim_vit_base,
     with_pixmim,
 )
@@ -50,7 +52,15 @@ RECIPES: dict[str, Recipe] = {
     "pixmim-convmae-base": Recipe(lambda: with_pixmim(convmae_base()), "ImageNet-1k: no number at hand"),
     "simmim-swin-base": Recipe(simmim_swin_base, "ImageNet-1k: 82.8 fine-tuned at 192 px"),
     "pixmim-simmim-swin-base": Recipe(lambda: with_pixmim(simmim_swin_base()), "ImageNet-1k: no number at hand"),
-    "simmim-vit-base": Recipe(simmim_vit_base, "ImageNet-1k: 83.8 fine-tuned, after 800 epochs"),
+    "simmim-swin-base-800": Recipe(simmim_swin_base_800, "ImageNet-1k: 84.0 fine-tuned at 224 px"),
+    "pixmim-simmim-swin-base-800": Recipe(
+        lambda: with_pixmim(simmim_swin_base_800()), "ImageNet-1k: no number at hand"
+    ),
+    "simmim-swin-large-800": Recipe(simmim_swin_large_800, "ImageNet-1k: 85.4 fine-tuned at 224 px"),
+    "pixmim-simmim-swin-large-800": Recipe(
+        lambda: with_pixmim(simmim_swin_large_800()), "ImageNet-1k: no number at hand"
+    ),
+    "simmim-vit-base": Recipe(simmim_vit_base, "ImageNet-1k: 83.8 fine-tuned"),
     "pixmim-simmim-vit-base": Recipe(lambda: with_pixmim(simmim_vit_base()), "ImageNet-1k: no number at hand"),
 }
 

@@ -60,7 +60,10 @@ def write_report(folders: list[Path], page: Path) -> Path:
         png=png,
         spectrum=_spectrum,
         timm_options=_timm_options,
-        unnormalised=[story.name for story in stories if story.run.target.normalise_patches],
+        binned=[story.name for story in stories if story.run.target.distance == "cross_entropy"],
+        unnormalised=[
+            story.name for story in stories if story.run.target.normalise_patches or story.run.target.normalise_window
+        ],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(html)

@@ -5,7 +5,11 @@ numbers must come from somewhere:
 - "prediction" and "pasted" take them from the target: sharp to look at, but hidden patches then hold information
   that the network did not predict;
 - "unaided" gives every patch the same two numbers, the averages over the visible patches of that image, so that all
-  which differs from patch to patch was predicted.
+  which differs from patch to patch was predicted. Where predicted patches are larger than hidden ones, those of a
+  patch that is visible in part are taken from its visible pixels, and count for as many.
+With a window around each pixel (normalise_window) the two numbers are those of the pixel's own window and channel, so
+what is borrowed is a blurred image; "unaided" then has one pair for each channel.
+Of colour bins the expected colour is drawn, the mean of the bins' centres by their probabilities.
 The loss counts hidden patches only; what a network gives for visible ones was never trained, so it is not drawn.
 """
 
@@ -25,8 +29,9 @@ from pixmim.data.source import BadImage, Source
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError
 from pixmim.grid import grid_of, hidden_pixels, unpatchify
-from pixmim.losses import statistics
+from pixmim.losses import patch_size
 from pixmim.parts import build_masker, build_model, build_objective, draw_masks
+from pixmim.targets import ColourBins
 from pixmim.transforms import CentreCrop, finish
 
 Picture = npt.NDArray[np.uint8]
@@ -67,23 +72,23 @@ def reconstruct(run: Run, folder: Path, count: int = 6) -> Reconstruction:
     mask = draw_masks(run, masker, grid_of(run.hw, model.patch), step=-1, rows=range(len(x)))
 
     prediction = model(x, mask)
-    aided = unaided = prediction
-    if objective.normalise_patches:
-        objective.normalise_patches = False
-        centre, scale = statistics(objective.patches(x, model.patch))
-        aided = prediction * scale + centre
-        visible = (~mask.hidden)[..., None]
-        share = visible.sum(dim=1, keepdim=True)
-        unaided = (prediction * (scale * visible).sum(1, True) + (centre * visible).sum(1, True)) / share
+    patch = patch_size(prediction, x, objective.outputs)
+    if isinstance(objective.target, ColourBins):
+        prediction = objective.target.expected(prediction)
+    target, grey = objective.target(x), torch.zeros_like(x)
     hidden = hidden_pixels(mask.hidden, model.patch, run.hw)
-    drawn, target, grey = unpatchify(aided, model.patch, run.hw), objective.target(x), torch.zeros_like(x)
+    drawn = unaided = unpatchify(prediction, patch, run.hw)
+    borrowed, own = (objective.statistics(target, patch, seen) for seen in (None, ~hidden))
+    if borrowed is not None and own is not None:
+        (mean_of, deviation_of), (local_mean, local_deviation) = (_average(s, ~hidden) for s in own), borrowed
+        drawn, unaided = drawn * local_deviation + local_mean, drawn * deviation_of + mean_of
     normalised = {
         "image": x,
         "masked": torch.where(hidden, grey, x),
         "prediction": torch.where(hidden, drawn, grey),
         "target": target,
         "pasted": torch.where(hidden, drawn, x),
-        "unaided": torch.where(hidden, unpatchify(unaided, model.patch, run.hw), x),
+        "unaided": torch.where(hidden, unaided, x),
     }
     pixels = {name: value * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) for name, value in normalised.items()}
     # The prediction's spectrum is that of the target with its hidden patches predicted: no grey, no seams of its own.
@@ -103,6 +108,11 @@ def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]
     radius = (v[:, None] ** 2 + u[None, :] ** 2).sqrt().round().long().flatten()
     mean = torch.bincount(radius, power.flatten()) / torch.bincount(radius)
     return np.asarray(mean[: min(h, w) // 2 + 1])
+
+
+def _average(images: Tensor, over: Tensor) -> Tensor:
+    """The mean (b c 1 1) of each channel over the pixels where `over` (b 1 h w) is True."""
+    return (images * over).sum(dim=(2, 3), keepdim=True) / over.sum(dim=(2, 3), keepdim=True)
 
 
 def _some_images(run: Run, data: Source, count: int) -> Tensor:

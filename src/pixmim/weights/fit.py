@@ -28,7 +28,8 @@ def refit(weights: Weights, state: Tensors, run: Run) -> tuple[dict[str, Tensor]
         new = state[name].shape
         if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
             patch = _patch(weights.tensors)
-            old_grid, grid = grid_of(weights.run.hw, patch), grid_of(run.hw, patch)
+            strides = [r.model.decoder_stride if name.startswith("decoder.") else 1 for r in (weights.run, run)]
+            old_grid, grid = (grid_of(r.hw, patch * s) for r, s in zip((weights.run, run), strides, strict=True))
             found[name] = resize.positions(value, old_grid, grid)
             lines.append(f"  {name}: positions of {_by(old_grid)} patches refitted to {_by(grid)}")
         elif name.endswith("relative_position_bias_table") and new[-1] == value.shape[-1]:

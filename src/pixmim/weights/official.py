@@ -15,6 +15,8 @@ MAE = Source(
         ("decoder_blocks.**", "decoder.blocks.**"),
         ("decoder_norm.*", "decoder.norm.*"),
         ("decoder_pred.*", "decoder.predict.*"),
+        ("decoder_downsample.*", "decoder.downsample.*"),  # LSMAE's options, here and below
+        ("decoder_upsample.*", "decoder.upsample.*"),
         ("**", "encoder.**"),
     ),
     arrange=(fuse_qkv,),

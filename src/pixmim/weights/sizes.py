@@ -138,12 +138,17 @@ def convmae(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, t
 
 
 def decoder(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, int]:
-    """decoder_dim, decoder_depth, decoder_heads of MAE's decoder; nothing where there is none."""
+    """Keywords of MAE's decoder, LSMAE's coarser grid and larger patches among them; nothing where there is none."""
     if "decoder.embed.weight" not in tensors:
         return {}
     dim = tensors["decoder.embed.weight"].shape[0]
     heads = _heads(dim, DECODER_HEADS, known, "decoder_heads")
-    return {"decoder_dim": dim, "decoder_depth": count(tensors, "decoder.blocks"), "decoder_heads": heads}
+    found = {"decoder_dim": dim, "decoder_depth": count(tensors, "decoder.blocks"), "decoder_heads": heads}
+    if "decoder.downsample.weight" in tensors:
+        found["decoder_stride"] = tensors["decoder.downsample.weight"].shape[-1]
+        channels = tensors["encoder.patch_embed.proj.weight"].shape[1]
+        found["predict_patch"] = math.isqrt(tensors["decoder.predict.weight"].shape[0] // channels)
+    return found
 
 
 def count(tensors: Tensors, prefix: str) -> int:
