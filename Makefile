@@ -30,6 +30,7 @@ format: .venv/developing  ## mend what ruff can mend
 
 bench: .venv/developing  ## speed against named peers, interleaved in one process
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/family.py
 	$(BIN)/python benchmarks/lowpass.py
 
 .venv/installed: pyproject.toml constraints.txt

@@ -170,7 +170,10 @@ def test_in_order_gives_every_readable_image_once(pictures: Path) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
     data = open_data(str(pictures))
     parts = list(in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=4))
-    assert np.concatenate([indices for _, indices in parts]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
-    for images, indices in parts:
+    assert np.concatenate([indices for _, indices, _ in parts]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert [end for *_, end in parts] == [4, 8, 10]
+    rest = list(in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=1, first=7))
+    assert [indices.tolist() for _, indices, _ in rest] == [[7], [], [9]]  # a batch of nothing but a bad image
+    for images, indices, _ in parts:
         for image, index in zip(images, indices, strict=True):
             assert torch.equal(image, CentreCrop(16).crop(data.image(int(index))))

@@ -9,14 +9,16 @@ import torch
 from PIL import Image
 
 from pixmim.config import Run, Target
-from pixmim.engine.checkpoint import Checkpoints
+from pixmim.data import open_data
 from pixmim.errors import UserError
 from pixmim.evaluate import evaluate
 from pixmim.evaluate.results import save
-from pixmim.models.base import MaskedModel
 from pixmim.models.mae import MAE
+from pixmim.parts import build_model
+from pixmim.pretrained import open_model
 from pixmim.report import results_table, write_report
-from pixmim.report.reconstruct import radial_spectrum, reconstruct
+from pixmim.report.reconstruct import draw, radial_spectrum, reconstruct
+from pixmim.transforms import CentreCrop
 from test_pretrain import train
 
 Make = Callable[..., Run]
@@ -62,7 +64,7 @@ def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None
 
 
 def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
-    found = reconstruct(tiny_run(), runs[0])
+    found = reconstruct(open_model(str(runs[0]), whole=True), open_data(tiny_run().data))
     c = {name: picture.astype(int) for name, picture in found.columns.items()}
     grey = np.round(np.asarray([0.485, 0.456, 0.406]) * 255)
     hidden = (c["masked"] == grey).all(axis=-1)
@@ -82,20 +84,20 @@ def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
     )
 
 
-def blank(model: MaskedModel) -> None:
-    """Let a model predict nothing but zeros: what is then drawn was put there by the drawing."""
-    layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
+def drawn_blank(run: Run) -> dict[str, np.ndarray]:
+    """Pictures of a model that predicts nothing but zeros: what is then drawn was put there by the drawing."""
+    model = build_model(run).eval()
+    layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]  # type: ignore[index]
+    torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+    torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    crop, data = CentreCrop(run.hw), open_data(run.data)
+    return draw(model, run, torch.stack([crop.crop(data.image(i)) for i in range(6)])).columns
 
 
-def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(
-    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(tiny_run: Make) -> None:
     """Patches of 8 pixels hidden, of 16 predicted: borrowed means are a larger patch's; "unaided" has one for all."""
-    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
     model = replace(tiny_run().model, decoder_stride=2, predict_patch=16)
-    c = reconstruct(tiny_run(model=model, size="32x48", target=Target(kind="pixels")), tmp_path).columns
+    c = drawn_blank(tiny_run(model=model, size="32x48", target=Target(kind="pixels")))
     mean, std = np.asarray([0.485, 0.456, 0.406]), np.asarray([0.229, 0.224, 0.225])
     hidden = (c["masked"] == np.round(mean * 255)).all(axis=-1)
     for i in range(6):
@@ -107,13 +109,10 @@ def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(
             assert (c[name][i][~hidden[i]] == c["image"][i][~hidden[i]]).all()
 
 
-def test_what_a_window_took_is_borrowed_pixel_by_pixel(
-    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_window_took_is_borrowed_pixel_by_pixel(tiny_run: Make) -> None:
     """A prediction of nothing shows the means of windows; "unaided" has one colour, that of what is visible."""
-    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
     target = Target(kind="pixels", normalise_patches=False, normalise_window=15)
-    c = reconstruct(tiny_run(target=target), tmp_path).columns
+    c = drawn_blank(tiny_run(target=target))
     hidden = (c["masked"] == np.round(np.asarray([0.485, 0.456, 0.406]) * 255)).all(axis=-1)
     for image, pasted, unaided, dark in zip(c["image"], c["pasted"], c["unaided"], hidden, strict=True):
         around = [np.s_[max(0, y - 7) : y + 8, max(0, x - 7) : x + 8] for y, x in np.ndindex(32, 32)]
@@ -124,13 +123,10 @@ def test_what_a_window_took_is_borrowed_pixel_by_pixel(
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
-def test_of_colour_bins_the_expected_colour_is_drawn(
-    name: str, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_colour_bins_the_expected_colour_is_drawn(name: str, tiny_run: Make) -> None:
     """Equal scores expect the middle of [0, 1]; the target is the image in four steps."""
-    monkeypatch.setattr(Checkpoints, "load_model", lambda _, model: blank(model) or 0)
     target = Target(kind="pixels", normalise_patches=False, distance="cross_entropy", bins=4)
-    c = reconstruct(tiny_run(target=target, model=replace(tiny_run().model, name=name)), tmp_path).columns
+    c = drawn_blank(tiny_run(target=target, model=replace(tiny_run().model, name=name)))
     hidden = (c["masked"] != c["image"]).any(axis=-1)
     assert (np.abs(c["prediction"][hidden] - 127.5) <= 1).all() and (c["unaided"] == c["pasted"]).all()
     assert set(np.unique(c["target"])) <= {32, 96, 159, 223} and len(np.unique(c["target"])) == 4

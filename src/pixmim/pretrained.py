@@ -34,15 +34,33 @@ def load_model(file: str | Path, **options: Any) -> MaskedModel:
     `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch. Raises UserError.
     """
     weights = open_model(str(file), whole=True, known=options)
+    return assemble(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
+
+
+def assemble(weights: Weights, made: Run | None = None) -> MaskedModel:
+    """The whole model of such weights, in evaluation mode on the CPU.
+
+    made  the Run that the weights were made for, where `weights.run` asks for another size
+
+    Raises UserError if they are an encoder's only, or do not fit.
+    """
     if not weights.whole:
-        raise UserError(
-            f"{file} ({weights.origin}) holds an encoder only, and no model in pre-training: see load_encoder"
-        )
-    run = _with_options(weights.run, options)
+        raise UserError(f"this ({weights.origin}) holds an encoder only: it predicts nothing")
     with torch.random.fork_rng(devices=[]):
-        model = build_model(run)
-    model.load_state_dict(fit(weights, model.state_dict(), run))
+        model = build_model(weights.run)
+    model.load_state_dict(fit(replace(weights, run=made or weights.run), model.state_dict(), weights.run))
     return model.eval()
+
+
+def assemble_encoder(weights: Weights, made: Run | None = None) -> nn.Module:
+    """The encoder of such weights, with a classifier's head if they have one; otherwise as `assemble`."""
+    with torch.random.fork_rng(devices=[]):
+        encoder = build_encoder(weights.run)
+    holder = nn.ModuleDict({"encoder": encoder})
+    only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
+    given = replace(weights, tensors=only, run=made or weights.run)
+    holder.load_state_dict(fit(given, holder.state_dict(), weights.run))
+    return encoder.eval()
 
 
 def load_encoder(file: str | Path, **options: Any) -> nn.Module:
@@ -51,13 +69,7 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
     Otherwise as `load_model`.
     """
     weights = open_model(str(file), known=options)
-    run = _with_options(weights.run, options)
-    with torch.random.fork_rng(devices=[]):
-        encoder = build_encoder(run)
-    holder = nn.ModuleDict({"encoder": encoder})
-    only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
-    holder.load_state_dict(fit(replace(weights, tensors=only), holder.state_dict(), run))
-    return encoder.eval()
+    return assemble_encoder(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
 
 
 def open_model(name: str, *, whole: bool = False, known: Mapping[str, Any] | None = None) -> Weights:
@@ -80,7 +92,7 @@ def open_model(name: str, *, whole: bool = False, known: Mapping[str, Any] | Non
     product = path / ("model.safetensors" if whole else "encoder.safetensors")
     if not product.is_file():
         raise UserError(f"there is no {product}: is the run finished?")
-    return read_weights(product, known)
+    return replace(read_weights(product, known), run=run)  # the folder may have moved, and its data with it
 
 
 @torch.no_grad()

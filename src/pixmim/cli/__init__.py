@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
+from pixmim.cli.look import attention, embed, reconstruct
 from pixmim.cli.measure import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.transfer import export, import_
@@ -17,6 +18,9 @@ OVERVIEW = """usage: pixmim COMMAND [...]
   list         the recipes, with what each aims at
   evaluate     measure it: k-NN, linear probe
   report       one page of settings, curves, reconstructions and results, for one run or several
+  reconstruct  draw what a model predicts of hidden patches
+  attention    draw where a ViT looks
+  embed        write the features of a data set
   import       take over weights that others published, and say what is in a file
   export       hand a backbone to timm, Hugging Face, mmpretrain, detectron2 or ONNX
 
@@ -45,6 +49,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": list_recipes,
     "evaluate": evaluate,
     "report": report,
+    "reconstruct": reconstruct,
+    "attention": attention,
+    "embed": embed,
     "import": import_,
     "export": export,
 }

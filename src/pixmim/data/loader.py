@@ -145,11 +145,12 @@ class Loader:
 
 
 def in_order(
-    source: Source, crop: Crop, *, skipped: Skipped, batch: int, threads: int = 0
-) -> Iterator[tuple[UInt8[Tensor, "b c h w"], npt.NDArray[np.int64]]]:
-    """Every image of a data set once, in order, through a crop without randomness: batches and their indices.
+    source: Source, crop: Crop, *, skipped: Skipped, batch: int, threads: int = 0, first: int = 0
+) -> Iterator[tuple[UInt8[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
+    """Every image of a data set once, in order from `first` on, through a crop without randomness.
 
-    An image that cannot be read is left out. The last batch may be short.
+    Gives batches, their indices, and how far into the data set they reach. An image that cannot be read is left out,
+    so a batch may be short, or empty.
     """
 
     def read(index: int) -> Tensor | None:
@@ -159,19 +160,18 @@ def in_order(
             skipped.add(index, source.locate(index), str(error))
             return None
 
+    def collect(part: range, images: Iterator[Tensor | None]) -> tuple[Tensor, npt.NDArray[np.int64], int]:
+        found = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]
+        stack = torch.stack([image for _, image in found]) if found else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+        return stack, np.asarray([index for index, _ in found], np.int64), part.stop
+
     count = threads or min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(count, "pixmim-read", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        parts = (range(first, min(first + batch, len(source))) for first in range(0, len(source), batch))
+        parts = (range(start, min(start + batch, len(source))) for start in range(first, len(source), batch))
         ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()
         for part in parts:
             ahead.append((part, pool.map(read, part)))
             if len(ahead) > _AHEAD:
-                yield from _collect(*ahead.popleft())
+                yield collect(*ahead.popleft())
         while ahead:
-            yield from _collect(*ahead.popleft())
-
-
-def _collect(part: range, images: Iterator[Tensor | None]) -> Iterator[tuple[Tensor, npt.NDArray[np.int64]]]:
-    read = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]
-    if read:
-        yield torch.stack([image for _, image in read]), np.asarray([index for index, _ in read])
+            yield collect(*ahead.popleft())

@@ -10,8 +10,8 @@ from pixmim.config import Run
 from pixmim.engine.device import Precision, choose_attention, choose_device, choose_precision
 from pixmim.errors import UserError
 from pixmim.parts import build_model
-from pixmim.pretrained import begin_from, load_encoder, open_model
-from pixmim.weights.recognise import read_run
+from pixmim.pretrained import assemble_encoder, begin_from, open_model
+from pixmim.weights.recognise import Weights, read_run
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Encoder:
 
 
 def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", untrained: bool = False) -> Encoder:
-    """The encoder of a finished run, a file of weights or timm:NAME; with `untrained` the one a run began with.
+    """The encoder that `name` means (see `open_model`); with `untrained` the one that a run began with.
 
     Raises UserError.
     """
@@ -40,10 +40,16 @@ def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", 
         model = build_model(run)
         if run.init:
             begin_from(model, run)
-        module, step = model.encoder, 0
-    else:
-        weights = open_model(name)
-        module, run, step = load_encoder(name), weights.run, weights.step
+        return _on_device(run, model.encoder, 0, device, precision)
+    return of_weights(open_model(name), device=device, precision=precision)
+
+
+def of_weights(weights: Weights, *, device: str = "auto", precision: Precision = "auto") -> Encoder:
+    """The encoder of weights that are at hand. Raises UserError."""
+    return _on_device(weights.run, assemble_encoder(weights), weights.step, device, precision)
+
+
+def _on_device(run: Run, module: nn.Module, step: int, device: str, precision: Precision) -> Encoder:
     where = choose_device(device)
     chosen = choose_precision(precision, where)
     choose_attention(module, where, chosen)

@@ -1,5 +1,7 @@
 """Frozen features of a labelled data set: what every evaluation of a frozen encoder starts from."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,20 +59,28 @@ def freeze(
     vectors, means, labels = [], [], []
     training = encoder.module.training
     encoder.module.eval()
-    columns = TextColumn(f"features of {data.spec}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    quiet = console is None or not console.is_terminal
-    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
-        task = bar.add_task("", total=len(data))
-        for images, indices in in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
-            x = finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)
-            with autocast(encoder.device, encoder.precision):
-                found = features(encoder.module, x, BLOCKS)
-            vectors.append(found.vector.float().cpu())
-            means.append(found.mean.float().cpu())
-            labels.append(torch.from_numpy(data.labels[indices]))
-            bar.update(task, completed=int(indices[-1]) + 1)
+    with progress(f"features of {data.spec}", len(data), console) as advance:
+        for images, indices, end in in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
+            if len(indices):
+                x = finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)
+                with autocast(encoder.device, encoder.precision):
+                    found = features(encoder.module, x, BLOCKS)
+                vectors.append(found.vector.float().cpu())
+                means.append(found.mean.float().cpu())
+                labels.append(torch.from_numpy(data.labels[indices]))
+            advance(end)
     encoder.module.train(training)
     return Frozen(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
+
+
+@contextmanager
+def progress(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere; it is told how many are done."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    quiet = console is None or not console.is_terminal
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def same_classes(train: Frozen, test: Frozen) -> Int[Tensor, " n"]:

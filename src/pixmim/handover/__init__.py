@@ -2,20 +2,15 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from pixmim.errors import UserError
-from pixmim.handover.files import only_encoder
 from pixmim.handover.frameworks import to_detectron2, to_mmpretrain, to_timm
 from pixmim.handover.huggingface import to_hf
 from pixmim.handover.onnx import to_onnx
-from pixmim.parts import build_encoder
-from pixmim.pretrained import open_model
-from pixmim.weights.fit import fit
+from pixmim.pretrained import assemble_encoder, open_model
 from pixmim.weights.recognise import Weights
 
 FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
@@ -42,15 +37,12 @@ def hand_over(name: str, to: str, folder: Path | None = None, push: str = "") ->
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
     if folder.exists():
         raise UserError(f"{folder} is there already: choose another --out")
-    with torch.random.fork_rng(devices=[]):
-        encoder = build_encoder(weights.run)
-    holder = nn.ModuleDict({"encoder": encoder})
-    holder.load_state_dict(fit(replace(weights, tensors=only_encoder(weights)), holder.state_dict(), weights.run))
+    encoder = assemble_encoder(weights)
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        how = FORMATS[to](weights, encoder.eval(), beside)
+        how = FORMATS[to](weights, encoder, beside)
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Driving a plain timm VisionTransformer (or Beit) from outside, so that its state_dict stays a timm checkpoint."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -131,11 +131,11 @@ def gather(tokens: Float[Tensor, "b n d"], index: Tensor) -> Float[Tensor, "b k 
 
 def features(encoder: VisionTransformer | Beit, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
     """What a finished ViT says of whole images, from its last `blocks` blocks, each through the final norm."""
-    found = encoder.forward_intermediates(
+    found: Any = encoder.forward_intermediates(
         images, indices=min(blocks, len(encoder.blocks)), return_prefix_tokens=True, norm=True, intermediates_only=True
     )
-    pairs = cast(list[tuple[Tensor, Tensor]], found)
-    maps = [tokens for tokens, _ in pairs]
+    # timm gives pairs (map, prefix tokens), or maps alone where there are no prefix tokens.
+    maps: list[Tensor] = [item[0] if isinstance(item, tuple) else item for item in found]
     means = [tokens.mean(dim=(2, 3)) for tokens in maps]
-    vectors = [prefix[:, 0] for _, prefix in pairs] if encoder.cls_token is not None else means
+    vectors = [item[1][:, 0] for item in found] if encoder.cls_token is not None else means
     return Features(torch.stack(vectors, dim=1), means[-1], maps[-1])

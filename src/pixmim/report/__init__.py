@@ -10,9 +10,11 @@ import jinja2
 from rich.table import Table
 
 from pixmim.config import Model, Run, from_json
+from pixmim.data import open_data
 from pixmim.engine.runlog import read_metrics
 from pixmim.errors import UserError
 from pixmim.models import SIMMIM_BEIT
+from pixmim.pretrained import open_model
 from pixmim.report.figures import curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
 from pixmim.targets import in_bins
@@ -97,7 +99,7 @@ def _read(folder: Path, name: str, draw: bool = True) -> _Story:
     pictures, problem = None, ""
     if draw:
         try:
-            pictures = reconstruct(run, folder)
+            pictures = reconstruct(open_model(str(folder), whole=True), open_data(run.data, run.channels))
         except UserError as error:  # the data may be elsewhere by now; the rest of the page is as good
             problem = str(error)
     skipped = folder / "skipped.csv"

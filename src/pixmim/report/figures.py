@@ -11,7 +11,10 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+Picture = npt.NDArray[np.uint8]
+"""Pixels (h w c), or several pictures (n h w c)."""
 
 COLOURS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
 
@@ -60,7 +63,7 @@ def curve(
         return _svg(figure)
 
 
-def png(picture: npt.NDArray[np.uint8], shortest: int = 112) -> str:
+def png(picture: Picture, shortest: int = 112) -> str:
     """A picture (h w c) as a data URL, enlarged by a whole factor until its shorter edge has `shortest` pixels."""
     image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
     factor = max(1, round(shortest / min(image.size)))
@@ -70,7 +73,7 @@ def png(picture: npt.NDArray[np.uint8], shortest: int = 112) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def sheet(columns: Mapping[str, npt.NDArray[np.uint8]], gap: int = 2) -> Image.Image:
+def sheet(columns: Mapping[str, Picture], gap: int = 2) -> Image.Image:
     """All pictures on one sheet: a row for each image, a column for each kind."""
     first = next(iter(columns.values()))
     n, h, w, c = first.shape
@@ -79,6 +82,19 @@ def sheet(columns: Mapping[str, npt.NDArray[np.uint8]], gap: int = 2) -> Image.I
         for i, picture in enumerate(pictures):
             paper[i * (h + gap) : i * (h + gap) + h, j * (w + gap) : j * (w + gap) + w] = picture
     return Image.fromarray(paper.squeeze(-1) if c == 1 else paper)
+
+
+def titled_sheet(columns: Mapping[str, Picture], shortest: int = 112) -> Image.Image:
+    """The same with each column's name above it, small pictures enlarged by a whole factor."""
+    factor = max(1, round(shortest / min(next(iter(columns.values())).shape[1:3])))
+    larger = {name: pictures.repeat(factor, 1).repeat(factor, 2) for name, pictures in columns.items()}
+    body, strip, gap = sheet(larger, gap=4).convert("RGB"), 18, 4
+    paper = Image.new("RGB", (body.width, body.height + strip), "white")
+    paper.paste(body, (0, strip))
+    pen, width = ImageDraw.Draw(paper), (body.width + gap) // len(columns)
+    for j, name in enumerate(columns):
+        pen.text((j * width + 2, 3), name, fill="black", font=ImageFont.load_default(11))
+    return paper
 
 
 def _colour(i: int) -> str:

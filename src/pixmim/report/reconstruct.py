@@ -14,27 +14,26 @@ The loss counts hidden patches only; what a network gives for visible ones was n
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pixmim import rng
 from pixmim.config import Run
-from pixmim.data import open_data
 from pixmim.data.source import BadImage, Source
-from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError
 from pixmim.grid import grid_of, hidden_pixels, unpatchify
 from pixmim.losses import patch_size
-from pixmim.parts import build_masker, build_model, build_objective, draw_masks
+from pixmim.models.base import MaskedModel
+from pixmim.parts import build_masker, build_objective, draw_masks
+from pixmim.pretrained import assemble
+from pixmim.report.figures import Picture
 from pixmim.targets import ColourBins
 from pixmim.transforms import CentreCrop, finish
-
-Picture = npt.NDArray[np.uint8]
+from pixmim.weights.recognise import Weights
 
 COLUMNS = {
     "image": "the crop",
@@ -55,19 +54,22 @@ class Reconstruction:
     spectra: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
-@torch.no_grad()
-def reconstruct(run: Run, folder: Path, count: int = 6) -> Reconstruction:
-    """What the run's newest checkpoint makes of `count` images of its own data (centre crop, masks of step -1).
+def reconstruct(weights: Weights, data: Source, count: int = 6) -> Reconstruction:
+    """What a whole model makes of `count` pictures of a data set: their centre crops.
 
-    Raises UserError if there is no checkpoint, or not one image can be read.
+    Raises UserError if the weights are an encoder's only, or not one picture can be read.
     """
-    model = build_model(run)
-    step = Checkpoints(folder / "checkpoints").load_model(model)
-    model.eval()
+    return draw(assemble(weights), weights.run, _some_pictures(weights.run, data, count), weights.step)
+
+
+@torch.no_grad()
+def draw(model: MaskedModel, run: Run, pictures: UInt8[Tensor, "b c h w"], step: int = 0) -> Reconstruction:
+    """What a model makes of pictures of the run's size, with the run's target and masks of step -1, which no training
+    step uses.
+    """
     objective = build_objective(run)
-    images = _some_images(run, open_data(run.data, run.channels), count)
     mean, std = (torch.tensor(values) for values in run.statistics)
-    x = finish(images, None, mean, std)
+    x = finish(pictures, None, mean, std)
     masker = build_masker(run, model.patch)
     mask = draw_masks(run, masker, grid_of(run.hw, model.patch), step=-1, rows=range(len(x)))
 
@@ -115,19 +117,21 @@ def _average(images: Tensor, over: Tensor) -> Tensor:
     return (images * over).sum(dim=(2, 3), keepdim=True) / over.sum(dim=(2, 3), keepdim=True)
 
 
-def _some_images(run: Run, data: Source, count: int) -> Tensor:
-    """The first readable images of an order no training epoch uses."""
+def _some_pictures(run: Run, data: Source, count: int) -> Tensor:
+    """The first readable pictures of an order that no training epoch uses; all of them in order if they are few."""
     crop = CentreCrop(run.hw, interpolation=run.crop.interpolation)
     found: list[Tensor] = []
-    for index in rng.permutation(run.seed, 2**31, len(data)).tolist():
+    order = range(len(data)) if len(data) <= count else rng.permutation(run.seed, 2**31, len(data)).tolist()
+    for index in order:
         try:
             found.append(crop.crop(data.image(index)))
-        except BadImage:
+        except BadImage as error:
+            reason = f"{data.locate(index)}: {error}"
             continue
         if len(found) == count:
             break
     if not found:
-        raise UserError(f"not one image of {run.data} can be read")
+        raise UserError(f"not one image of {data.spec} can be read ({reason})")
     return torch.stack(found)
 
 

@@ -1,0 +1,129 @@
+"""pixmim reconstruct, attention and embed: what a model makes of somebody's pictures."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from pixmim.cli.terms import absolute, say
+from pixmim.errors import UserError
+
+
+def reconstruct(args: list[str]) -> int:
+    """Draw what a model predicts of hidden patches."""
+
+    def command(
+        model: Positional[str],
+        images: Positional[tuple[Path, ...]],
+        /,
+        *,
+        out: Path = Path("reconstruction.png"),
+        count: int = 16,
+    ) -> int:
+        """Hide patches of pictures and draw what a model predicts there, beside what it saw and should have predicted.
+
+        Args:
+            model: A run, an imported folder, or a file of weights with its decoder.
+            images: Pictures, or folders of them.
+            out: The PNG to write: a row for each picture.
+            count: Most pictures to draw; of more, a random choice.
+        """
+        from pixmim.data.files import named
+        from pixmim.pretrained import open_model
+        from pixmim.report.figures import titled_sheet
+        from pixmim.report.reconstruct import COLUMNS
+        from pixmim.report.reconstruct import reconstruct as predict
+
+        _some(images)
+        weights = open_model(model, whole=True)
+        found = predict(weights, named(images, weights.run.channels), count)
+        titled_sheet(found.columns).save(out)
+        say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
+        say(Console(), f"written to {out}")
+        return 0
+
+    return tyro.cli(command, prog="pixmim reconstruct", args=args)
+
+
+def attention(args: list[str]) -> int:
+    """Draw where the last block of a ViT looks."""
+
+    def command(
+        model: Positional[str],
+        images: Positional[tuple[Path, ...]],
+        /,
+        *,
+        out: Path = Path("attention.png"),
+        count: int = 8,
+    ) -> int:
+        """Draw the attention of the last block over pictures: of all heads together, and of each one.
+
+        Args:
+            model: A run, an imported folder, a file of weights, or timm:NAME.
+            images: Pictures, or folders of them.
+            out: The PNG to write: a row for each picture.
+            count: Most pictures to draw.
+        """
+        from pixmim.data.files import named
+        from pixmim.pretrained import open_model
+        from pixmim.report.attention import attention_sheet
+        from pixmim.report.figures import titled_sheet
+
+        _some(images)
+        weights = open_model(model)
+        columns, bad = attention_sheet(weights, named(images, weights.run.channels), count)
+        titled_sheet(columns).save(out)
+        for line in bad:
+            say(Console(stderr=True), f"left out: {line}")
+        say(Console(), f"written to {out}")
+        return 0
+
+    return tyro.cli(command, prog="pixmim attention", args=args)
+
+
+def embed(args: list[str]) -> int:
+    """Write the features of a data set."""
+
+    def command(
+        model: Positional[str],
+        /,
+        *,
+        data: str,
+        out: Path,
+        kind: Annotated[Literal["cls", "mean", "both"], arg(name="features")] = "both",
+        batch_size: int = 256,
+        device: str = "auto",
+        precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    ) -> int:
+        """Write the features of every image of a data set, with its file's name; goes on where it was interrupted.
+
+        Args:
+            model: A finished run, an imported folder, a file of weights, or timm:NAME.
+            data: A folder of images, or shapes:.
+            out: .npy (float32, a row for each image; names in a .csv beside it) or .parquet.
+            kind: cls: the global token. mean: the mean of the patch tokens. Without a global token both are the mean.
+            batch_size: Images at a time.
+            device: auto, cpu, cuda, cuda:1, mps.
+            precision: auto: bf16 where the device computes in it.
+        """
+        from pixmim.data import open_data
+        from pixmim.evaluate.embed import embed as write
+        from pixmim.pretrained import open_model
+
+        console = Console()
+        weights = open_model(model)
+        source = open_data(absolute(data), weights.run.channels)
+        for line in write(
+            model, weights, source, out, kind, batch=batch_size, device=device, precision=precision, console=console
+        ):
+            say(console, line)
+        return 0
+
+    return tyro.cli(command, prog="pixmim embed", args=args)
+
+
+def _some(images: tuple[Path, ...]) -> None:
+    if not images:
+        raise UserError("which pictures? Give files, or folders of them.")

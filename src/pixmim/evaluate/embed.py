@@ -1,0 +1,151 @@
+"""The features of every image of a data set, in a file: embeddings for search, clustering, or another's probe."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from pixmim.data.loader import in_order
+from pixmim.data.skipped import Skipped
+from pixmim.data.source import Source
+from pixmim.engine.device import Precision, autocast
+from pixmim.errors import UserError
+from pixmim.evaluate.encoder import of_weights
+from pixmim.evaluate.features import progress
+from pixmim.models import features
+from pixmim.transforms import evaluation_crop, finish
+from pixmim.weights.recognise import Weights
+
+Kind = Literal["cls", "mean", "both"]
+
+
+@torch.no_grad()
+def embed(
+    name: str,
+    weights: Weights,
+    data: Source,
+    out: Path,
+    kind: Kind = "both",
+    *,
+    batch: int = 256,
+    device: str = "auto",
+    precision: Precision = "auto",
+    console: Console | None = None,
+) -> list[str]:
+    """Write one row for each readable image, in the order of the data; says in lines what was written.
+
+    name  what the user calls the model, so that unfinished work on another one is not gone on with
+    out   .npy: float32 (n, d), or (n, 2 d) with the global vector first for "both", and beside it a .csv with each
+          row's file and class; .parquet: columns file, class (where there are classes), cls, mean
+    kind  cls: the global token after the final norm; mean: the mean of the patch tokens; both
+
+    What is done is kept in OUT.partial, batch by batch; the same call goes on from there. Raises UserError.
+    """
+    if out.suffix not in (".npy", ".parquet"):
+        raise UserError(f"--out ends with .npy or .parquet, and not with '{out.suffix}'")
+    if out.exists():
+        raise UserError(f"{out} is there already: choose another --out")
+    if out.suffix == ".parquet":
+        _parquet()  # before the work, not after it
+    encoder = of_weights(weights, device=device, precision=precision)
+    encoder.module.eval()
+    partial = out.with_name(out.name + ".partial")
+    state = _resume(partial, {"model": name, "step": encoder.step, "data": data.spec, "files": _fingerprint(data)})
+    first = state["done"]
+    skipped = Skipped(out.with_name(out.stem + "-skipped.csv"), len(data), 1.0)
+    with progress(f"features of {data.spec}", len(data), console) as advance:
+        advance(first)
+        for images, indices, end in in_order(
+            data, evaluation_crop(encoder.size), skipped=skipped, batch=batch, first=first
+        ):
+            if len(indices):
+                x = finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)
+                with autocast(encoder.device, encoder.precision):
+                    found = features(encoder.module, x)
+                rows = {"cls": found.vector[:, -1], "mean": found.mean}
+                arrays: dict[str, Any] = {"index": indices}
+                arrays |= {key: value.float().cpu().numpy() for key, value in rows.items() if kind in (key, "both")}
+                np.savez(partial / f"{first:09d}.tmp.npz", **arrays)
+                os.replace(partial / f"{first:09d}.tmp.npz", partial / f"{first:09d}.npz")
+            first = end
+            _note(partial, state | {"done": end})
+            advance(end)
+    parts = [np.load(path) for path in sorted(partial.glob("*.npz"))]
+    if not parts:
+        raise UserError(f"not one image of {data.spec} can be read: see {out.stem}-skipped.csv")
+    table = {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files}
+    written = _write(out, table, data)
+    shutil.rmtree(partial)
+    lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}"]
+    return lines + ([f"{len(skipped)} images could not be read: see {out.stem}-skipped.csv"] if len(skipped) else [])
+
+
+def _fingerprint(data: Source) -> str:
+    """Of all names in order, so that another set of files is not taken for the same."""
+    digest = hashlib.sha256()
+    for index in range(len(data)):
+        digest.update(data.locate(index).encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What is done already of the same work; nothing of other work that was left unfinished under this name."""
+    note = partial / "state.json"
+    if note.is_file():
+        state: dict[str, Any] = json.loads(note.read_text())
+        if {key: state.get(key) for key in wanted} != wanted:
+            raise UserError(f"{partial} holds unfinished work on another model or other images: remove it first")
+        for path in partial.glob("*.npz"):  # written, but not noted
+            if ".tmp" in path.name or int(path.stem) >= state["done"]:
+                path.unlink()
+        return state
+    partial.mkdir(parents=True, exist_ok=True)
+    _note(partial, wanted | {"done": 0})
+    return wanted | {"done": 0}
+
+
+def _note(partial: Path, state: dict[str, Any]) -> None:
+    beside = partial / "state.tmp"
+    beside.write_text(json.dumps(state))
+    os.replace(beside, partial / "state.json")
+
+
+def _write(out: Path, table: dict[str, np.ndarray], data: Source) -> list[Path]:
+    files = [data.locate(index) for index in table["index"].tolist()]
+    classes = None if data.labels is None else [data.classes[data.labels[index]] for index in table["index"].tolist()]
+    values = {key: value for key, value in table.items() if key != "index"}
+    beside = out.with_name(out.name + ".tmp")
+    if out.suffix == ".parquet":
+        arrow, parquet = _parquet()
+        columns: dict[str, Any] = {"file": files} | ({"class": classes} if classes is not None else {})
+        for key, value in values.items():
+            columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.array(value.reshape(-1)), value.shape[1])
+        parquet.write_table(arrow.table(columns), beside)
+        os.replace(beside, out)
+        return [out]
+    with beside.open("wb") as file:
+        np.save(file, np.concatenate(list(values.values()), axis=1))
+    names = out.with_suffix(".csv")
+    with names.open("w", newline="") as text:
+        writer = csv.writer(text)
+        writer.writerow(["row", "file"] + (["class"] if classes is not None else []))
+        for row, name in enumerate(files):
+            writer.writerow([row, name] + ([classes[row]] if classes is not None else []))
+    os.replace(beside, out)
+    return [out, names]
+
+
+def _parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("parquet needs pyarrow: pip install 'pixmim[parquet]'; or end --out with .npy") from error
+    return pyarrow, pyarrow.parquet
