@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pixmim.config import Run, to_json
+from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.engine.device import autocast
 from pixmim.errors import UserError
@@ -20,6 +20,7 @@ from pixmim.evaluate.linear import RATES, fit, linear, standardise
 from pixmim.evaluate.results import save
 from pixmim.metrics import wilson_interval
 from pixmim.parts import build_model
+from pixmim.runfile import to_json
 from pixmim.transforms import evaluation_crop
 from pixmim.weights.own import save_tensors
 

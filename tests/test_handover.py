@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pixmim import load_encoder, load_model, patchify
-from pixmim.config import Model, Run, to_json
+from pixmim.config import Model, Run
 from pixmim.errors import UserError
 from pixmim.handover import hand_over
 from pixmim.masking import Mask
@@ -20,6 +20,7 @@ from pixmim.models import features
 from pixmim.models.base import MaskedModel
 from pixmim.parts import build_model
 from pixmim.pretrained import adopt, open_model
+from pixmim.runfile import to_json
 from pixmim.weights.recognise import Weights
 
 transformers = pytest.importorskip("transformers")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pixmim.config import Run, to_json
+from pixmim.config import Run
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.parts import build_model
+from pixmim.runfile import to_json
 
 Make = Callable[..., Run]
 STEPS = 60  # the 64 images make an epoch of eight steps

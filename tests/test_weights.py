@@ -377,6 +377,8 @@ def test_a_model_of_another_size(tmp_path: Path) -> None:
     model = load_model(path, img_size=(32, 64), **BOTH)
     images = torch.randn(1, 3, 32, 64)
     assert model(images, Mask.from_hidden(torch.arange(32)[None] % 2 == 0)).shape == (1, 32, 192)
+    beit = saved(tmp_path / "beit.pth", official.simmim_vit())
+    assert load_encoder(beit, img_size=(32, 64))(torch.randn(1, 3, 32, 64)).shape == (1, DIM)
     swin = saved(tmp_path / "swin.pth", official.simmim_swin())
     assert load_encoder(swin, img_size=64, window_size=8)(torch.randn(1, 3, 64, 64)).shape == (1, 24)
 

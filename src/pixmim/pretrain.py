@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.config import Run, to_json
+from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.skipped import Skipped
@@ -24,6 +24,7 @@ from pixmim.errors import UserError
 from pixmim.grid import grid_of
 from pixmim.parts import build_crop, build_masker, build_model, build_objective, draw_masks
 from pixmim.pretrained import begin_from
+from pixmim.runfile import to_json
 from pixmim.transforms import finish
 from pixmim.weights.own import save_tensors
 

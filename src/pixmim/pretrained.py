@@ -9,12 +9,13 @@ import timm
 import torch
 from torch import nn
 
-from pixmim.config import Model, Run, to_json
+from pixmim.config import Model, Run
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError, nearest
 from pixmim.models import create_encoder
 from pixmim.models.base import MaskedModel
 from pixmim.parts import build_encoder, build_model
+from pixmim.runfile import to_json
 from pixmim.weights.fit import fit, refit, shape, their_name
 from pixmim.weights.own import save_tensors
 from pixmim.weights.recognise import Weights, read_run, read_weights

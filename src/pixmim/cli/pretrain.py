@@ -10,9 +10,10 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.terms import absolute, say
-from pixmim.config import Run, from_json
+from pixmim.config import Run
 from pixmim.errors import UserError
 from pixmim.recipes import RECIPES, get_recipe
+from pixmim.runfile import from_json
 
 _MAY_CHANGE = {"data", "out", "device", "threads", "checkpoint_every", "log_every", "max_bad"}
 """Fields that a resumed run may change: they do not decide what is computed (data: if the same images moved)."""

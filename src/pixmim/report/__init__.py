@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from rich.table import Table
 
-from pixmim.config import Model, Run, from_json
+from pixmim.config import Model, Run
 from pixmim.data import open_data
 from pixmim.engine.runlog import read_metrics
 from pixmim.errors import UserError
@@ -17,6 +17,7 @@ from pixmim.models import SIMMIM_BEIT
 from pixmim.pretrained import open_model
 from pixmim.report.figures import curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
+from pixmim.runfile import from_json
 from pixmim.targets import in_bins
 
 _ENVIRONMENT = jinja2.Environment(loader=jinja2.PackageLoader("pixmim", "report"), autoescape=True, trim_blocks=True)

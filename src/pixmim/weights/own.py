@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from pixmim.config import Run, to_json
+from pixmim.config import Run
+from pixmim.runfile import to_json
 
 KEY = "pixmim"
 """Where the metadata hold the Run, as JSON."""

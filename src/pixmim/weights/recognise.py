@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pixmim.config import Mask, Model, Run, Target, from_json
+from pixmim.config import Mask, Model, Run, Target
 from pixmim.errors import UserError
+from pixmim.runfile import from_json
 from pixmim.weights import sizes
 from pixmim.weights.own import KEY
 from pixmim.weights.read import Foreign, read

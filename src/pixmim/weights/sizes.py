@@ -85,9 +85,7 @@ def beit(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tupl
     }
     if table is not None:
         heads = table.shape[1]
-        side = (math.isqrt(table.shape[0] - 3) + 1) // 2  # (2h-1)(2w-1) distances, and three that touch the cls token
-        square = (2 * side - 1) ** 2 + 3 == table.shape[0]
-        size = (side * patch, side * patch) if square and "img_size" not in known else _side(known, 0)
+        size = _beit_size(table.shape[0], patch, known)
     else:
         heads = _heads(dim, HEADS, known, "num_heads")
         size = _side(known, 224)
@@ -179,6 +177,16 @@ def _grid(places: int, patch: int, known: Mapping[str, Any]) -> tuple[int, int]:
     if side * side != places:
         raise UserError(f"{places} positions are no square of patches: give img_size, (height, width)")
     return side, side
+
+
+def _beit_size(entries: int, patch: int, known: Mapping[str, Any]) -> tuple[int, int]:
+    """Of (2h-1)(2w-1) distances and three entries that touch the cls token: the size the caller gave, or a square."""
+    h, w = pair(known.get("img_size", 0))
+    side = (math.isqrt(entries - 3) + 1) // 2
+    for rows, columns in ((h // patch, w // patch), (side, side)):
+        if (2 * rows - 1) * (2 * columns - 1) + 3 == entries:
+            return rows * patch, columns * patch
+    raise UserError(f"a table of {entries} relative positions is for no square of patches: give img_size")
 
 
 def _side(known: Mapping[str, Any], default: int) -> tuple[int, int]:
