@@ -68,6 +68,14 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
         (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "there is no /no/run"),
         (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "invalid choice"),
+        (["import", "/no/such.pth"], "there is no /no/such.pth"),
+        (["import", "x.pth", "--known", "num_haeds", "3"], "did you mean 'num_heads'"),
+        (["import", "timm:vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),
+        (["export", "/no/run", "--to", "timm"], "there is no /no/run"),
+        (["export", "/no/run", "--to", "tensorflow"], "invalid choice"),
+        (["pretrain", "demo", "--init", "/no/such.pth"], "there is no /no/such.pth"),
+        (["pretrain", "demo", "--channels", "4"], "in 3 channels or 1"),
+        (["embed", "/no/run", "--data", "shapes:", "--out", "f.npy"], "there is no /no/run"),
         (["report"], "which run?"),
         (["report", "/no/run"], "is not a run"),
     ],
@@ -79,6 +87,24 @@ def test_mistakes_get_one_clear_line(
     status, text = say(capsys, *args)
     assert status != 0 and message in text and "Traceback" not in text
     assert not list(tmp_path.rglob("config.json"))  # a mistake leaves no run behind
+
+
+def test_a_run_goes_out_comes_in_and_is_gone_on_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Export to transformers' layout, import that, begin another run from it at another size."""
+    small = ["--model.decoder-dim", "16", "--model.decoder-depth", "1", "--model.decoder-heads", "2"]
+    assert say(capsys, "pretrain", "demo", *TINY, *small, "--out", tmp_path / "run")[0] == 0
+    status, text = say(capsys, "export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "hf")
+    assert status == 0 and "ViTMAEForPreTraining.from_pretrained" in text
+    status, text = say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "back")
+    assert status == 0 and "recognised as Hugging Face" in text and "of what decodes" in text
+    ours, back = (load_file(tmp_path / name / "encoder.safetensors") for name in ("run", "back"))
+    assert ours.keys() == back.keys() and all(torch.equal(ours[name], back[name]) for name in ours)
+    again = ["pretrain", "demo", *TINY, *small, "--size", "32x48", "--init", tmp_path / "back", "--out", tmp_path / "b"]
+    status, text = say(capsys, *again)
+    assert status == 0 and "positions of 6x6 patches refitted to 4x6" in text and "what decodes: 20 tensors" in text
+    status, text = say(capsys, "import", tmp_path / "run")
+    assert status == 0 and "nothing was written" in text
+    assert "holds a run already" in say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "run")[1]
 
 
 def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
