@@ -51,7 +51,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     """
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
-    data = open_data(run.data, run.channels)
+    data = open_data(run.data, run.channels, run.keep)
     schedule = Schedule.of(run, len(data))
 
     checkpoints = Checkpoints(out / "checkpoints")
@@ -90,7 +90,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
             log.write({"step": step, "epoch": round(step * run.batch_size / len(data), 6), **watch(model.encoder)})
             log.pause()
 
-    for line in [*describe(run, len(data), schedule, device, precision), *origin]:
+    about = [f"images: {data.about}"] if data.about else []
+    for line in [*describe(run, len(data), schedule, device, precision), *about, *origin]:
         console.print(line, highlight=False, soft_wrap=True)
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"

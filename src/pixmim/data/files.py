@@ -46,6 +46,10 @@ class Files(Source):
     def classes(self) -> list[str]:
         return self._classes
 
+    @property
+    def about(self) -> str:
+        return ""
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -99,6 +103,18 @@ def named(paths: Sequence[str | Path], channels: int = 3) -> Files:
     return Files(" ".join(map(str, paths)), Path(), found, channels)
 
 
+def listed(path: str | Path, channels: int = 3) -> Files:
+    """The pictures that a text file names, one in a line, from the text file's folder on. Raises UserError."""
+    text = Path(path).expanduser()
+    try:
+        names = [line for line in text.read_text("utf-8", "surrogateescape").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{text} cannot be read: {error.strerror}") from error
+    if not names:
+        raise UserError(f"{text} names no pictures")
+    return Files(str(path), text.parent, names, channels)
+
+
 def _list_pictures(root: Path) -> tuple[list[str], int]:
     """Paths relative to `root` of all pictures, sorted, and the number of other files."""
     pictures: list[str] = []
@@ -124,6 +140,6 @@ def _list_pictures(root: Path) -> tuple[list[str], int]:
 
 def _no_folder(root: Path) -> str:
     if root.exists():
-        return f"{root} is a file; --data takes a folder of images"
+        return f"{root} is a file; --data takes a folder of images, a cache, or a .txt that names images"
     siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     return f"there is no folder {root}{nearest(root.name, siblings)}"

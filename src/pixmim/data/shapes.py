@@ -96,6 +96,10 @@ class Shapes(Source):
         """The object's texture for each sample (n)."""
         return self._labels(np.arange(self.count))[1]
 
+    @property
+    def about(self) -> str:
+        return ""
+
     def __len__(self) -> int:
         return self.count
 

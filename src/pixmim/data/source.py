@@ -1,5 +1,6 @@
 """The contract of a data set: random access to uint8 images by index, and labels where there are any."""
 
+import hashlib
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -30,6 +31,11 @@ class Source(ABC):
     def classes(self) -> list[str]:
         """Names of the classes; empty where there are no labels."""
 
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """What a user should know of how it is read, in a line; empty where there is nothing to say."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -40,3 +46,10 @@ class Source(ABC):
     @abstractmethod
     def locate(self, index: int) -> str:
         """Where an image comes from, for messages: a path."""
+
+    def fingerprint(self) -> str:
+        """Of all places in order, so that unfinished work on other files is not taken for work on these."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(self.locate(index).encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()[:16]

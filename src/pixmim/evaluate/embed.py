@@ -1,7 +1,6 @@
 """The features of every image of a data set, in a file: embeddings for search, clustering, or another's probe."""
 
 import csv
-import hashlib
 import json
 import os
 import shutil
@@ -57,7 +56,7 @@ def embed(
     encoder = of_weights(weights, device=device, precision=precision)
     encoder.module.eval()
     partial = out.with_name(out.name + ".partial")
-    state = _resume(partial, {"model": name, "step": encoder.step, "data": data.spec, "files": _fingerprint(data)})
+    state = _resume(partial, {"model": name, "step": encoder.step, "data": data.spec, "files": data.fingerprint()})
     first = state["done"]
     skipped = Skipped(out.with_name(out.stem + "-skipped.csv"), len(data), 1.0)
     with progress(f"features of {data.spec}", len(data), console) as advance:
@@ -85,14 +84,6 @@ def embed(
     shutil.rmtree(partial)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}"]
     return lines + ([f"{len(skipped)} images could not be read: see {out.stem}-skipped.csv"] if len(skipped) else [])
-
-
-def _fingerprint(data: Source) -> str:
-    """Of all names in order, so that another set of files is not taken for the same."""
-    digest = hashlib.sha256()
-    for index in range(len(data)):
-        digest.update(data.locate(index).encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Images a second from a folder and from caches of it, against the official MAE pipeline, on this machine's cores.
+
+python benchmarks/data.py --data FOLDER        full-size photographs; makes its caches in a temporary folder
+
+official   DataLoader with a process for each core: PIL, torchvision's RandomResizedCrop (bicubic), ToTensor, Normalize
+pixmim     the Loader, uint8 out; flip and normalisation are the device's
+"""
+
+import argparse
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timing import interleaved, machine
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from pixmim.data import open_data
+from pixmim.data.cache import make_cache
+from pixmim.data.files import Files
+from pixmim.data.loader import Loader
+from pixmim.data.skipped import Skipped
+from pixmim.data.source import Source
+from pixmim.transforms import Crop, RandomResizedCrop, SimpleResizedCrop
+
+BATCH, SIZE = 64, 224
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=1920, help="images in a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    folder = open_data(options.data)
+    assert isinstance(folder, Files)
+    count = options.images // BATCH * BATCH
+    src, rrc = SimpleResizedCrop(SIZE), RandomResizedCrop(SIZE)
+    with tempfile.TemporaryDirectory() as where:
+        caches: dict[str, Source] = {}
+        settings: dict[str, dict[str, Any]] = {"4:4:4": {}, "4:2:0": {"chroma": "420"}, "raw": {"kind": "raw"}}
+        for name, kind in settings.items():
+            made = make_cache(folder, Path(where) / name, (SIZE, SIZE), **kind)
+            caches[name] = open_data(str(Path(where) / name), how="disk")
+            rate, size = made.images / made.seconds, made.bytes / made.images
+            print(f"cache {name}: made at {rate:.0f} images/s, {size:,.0f} bytes an image")
+        kept = open_data(str(Path(where) / "4:4:4"), how="memory")
+        candidates = {
+            "official, from the folder": official(folder, count),
+            "pixmim RRC, from the folder": ours(folder, rrc, count),
+            "pixmim SRC, from the folder": ours(folder, src, count),
+            **{f"pixmim SRC, cache {name}": ours(data, src, count) for name, data in caches.items()},
+            "pixmim SRC, cache 4:4:4 in memory": ours(kept, src, count),
+        }
+        seconds = interleaved(candidates, options.rounds)
+    print(f"{len(folder)} images at {SIZE} px; {machine()}, {os.cpu_count()} cores; median of {options.rounds}")
+    base = seconds["official, from the folder"]
+    for name, time in seconds.items():
+        print(f"{name:<36}{count / time:9.0f} images/s   {base / time:6.1f} x official")
+
+
+class Official(Dataset[torch.Tensor]):
+    """MAE's published transform."""
+
+    def __init__(self, folder: Files) -> None:
+        self.paths = [folder.locate(i) for i in range(len(folder))]
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=3),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(Image.open(self.paths[index % len(self.paths)]).convert("RGB"))
+
+
+def official(folder: Files, count: int) -> Callable[[], None]:
+    loader = DataLoader(Official(folder), batch_size=BATCH, num_workers=os.cpu_count() or 1)
+    return lambda: take(iter(loader), count)
+
+
+def ours(source: Source, crop: Crop, count: int) -> Callable[[], None]:
+    def run() -> None:
+        skipped = Skipped(None, len(source), 0.5)
+        with Loader(source, crop, (SIZE, SIZE), batch=BATCH, skipped=skipped) as loader:
+            take(loader, count)
+
+    return run
+
+
+def take(batches: Iterator[Any], count: int) -> None:
+    for _ in itertools.islice(batches, count // BATCH):
+        pass
+
+
+if __name__ == "__main__":
+    main()

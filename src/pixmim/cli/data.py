@@ -1,0 +1,78 @@
+"""pixmim cache: pictures resized once, for all epochs to come."""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional
+
+from pixmim.cli.terms import absolute, say
+
+
+def cache(args: list[str]) -> int:
+    """Make a cache, or go on with one."""
+
+    def command(
+        data: Positional[str],
+        out: Positional[Path],
+        /,
+        *,
+        size: str = "224",
+        quality: int = 95,
+        chroma: Literal["444", "420"] = "444",
+        raw: bool = False,
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+        channels: int = 3,
+        per_shard: int = 2000,
+        threads: int = 0,
+    ) -> int:
+        """Resize pictures once and keep them in indexed tar shards (WebDataset), for --data of the other commands.
+
+        PixMIM's crop begins with a resize that is the same in every epoch; a cache pays it once. Interrupt it as you
+        like and run it again: finished shards stay. Under torchrun or in a Slurm array each process makes its part.
+
+        Args:
+            data: A folder of images, a .txt that names images, or shapes:.
+            out: The folder of the cache.
+            size: Side of what the network will see, or HEIGHTxWIDTH: images just cover it, aspect kept.
+            quality: Of the JPEGs.
+            chroma: 444 keeps colours at full resolution; 420 is smaller and faster, and disturbs the target more.
+            raw: Pixels instead of JPEGs: no decoding later, four times the space.
+            interpolation: Resampling, always with antialias; the crop's of the run to come.
+            channels: Colour (3) or grey (1).
+            per_shard: Images in a tar.
+            threads: 0: one for each core, at most 16.
+        """
+        from pixmim.config import Run
+        from pixmim.data import open_data
+        from pixmim.data.cache import make_cache
+        from pixmim.evaluate.features import progress
+
+        console = Console()
+        source = open_data(absolute(data), channels)
+        with progress(f"caching {data}", len(source), console) as advance:
+            made = make_cache(
+                source,
+                out,
+                Run(size=size).hw,
+                channels=channels,
+                interpolation=interpolation,
+                kind="raw" if raw else "jpeg",
+                quality=quality,
+                chroma=chroma,
+                per_shard=per_shard,
+                threads=threads,
+                progress=advance,
+            )
+        if made.images:
+            rate = f"{made.seconds:.0f} s, {made.images / made.seconds:.0f} images/s"
+            say(console, f"{made.images:,} images written in {rate}; {made.bytes / 1e6:,.0f} MB")
+        elif not made.skipped:
+            say(console, "nothing was left to do")
+        if made.skipped:
+            say(console, f"{made.skipped} could not be read: see {out}/skipped*.csv")
+        say(console, f"whole: train with --data {out}" if made.whole else "not whole yet: other parts are to come")
+        return 0
+
+    return tyro.cli(command, prog="pixmim cache", args=args)
