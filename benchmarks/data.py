@@ -37,8 +37,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1920, help="images in a turn")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    print(f"{machine()}, {os.cpu_count()} cores; median of {options.rounds}")
     folder = open_data(options.data)
-    assert isinstance(folder, Files)
+    assert isinstance(folder, Files), "give full-size photographs in a folder, or a .txt that names them"
     count = options.images // BATCH * BATCH
     src, rrc = SimpleResizedCrop(SIZE), RandomResizedCrop(SIZE)
     with tempfile.TemporaryDirectory() as where:
@@ -58,7 +59,7 @@ def main() -> None:
             "pixmim SRC, cache 4:4:4 in memory": ours(kept, src, count),
         }
         seconds = interleaved(candidates, options.rounds)
-    print(f"{len(folder)} images at {SIZE} px; {machine()}, {os.cpu_count()} cores; median of {options.rounds}")
+    print(f"{len(folder)} images at {SIZE} px")
     base = seconds["official, from the folder"]
     for name, time in seconds.items():
         print(f"{name:<36}{count / time:9.0f} images/s   {base / time:6.1f} x official")

@@ -162,3 +162,26 @@ def test_a_run_without_its_checkpoints_still_hands_over_its_encoder(made: Made, 
     assert "ViTModel" in lines[1]
     assert open_model(folder).run == Run(**vars(open_model(folder).run))
     assert (Path(folder) / "config.json").read_text() == to_json(open_model(folder).run)
+
+
+def test_a_folder_is_pushed_and_a_failure_leaves_it_written(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Path]] = []
+
+    class Hub:
+        def create_repo(self, repository: str, exist_ok: bool) -> None:
+            if repository == "me/forbidden":
+                raise OSError("403: not yours")
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> str:
+            calls.append((repo_id, folder_path))
+            return f"hub://{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    folder, _ = made("mae")
+    assert hand_over(folder, "timm", tmp_path / "one", push="me/one")[-1] == "pushed to hub://me/one"
+    assert calls == [("me/one", tmp_path / "one")]
+    with pytest.raises(UserError, match="is written, but could not be pushed to me/forbidden: 403"):
+        hand_over(folder, "timm", tmp_path / "two", push="me/forbidden")
+    assert (tmp_path / "two" / "config.json").exists()

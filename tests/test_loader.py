@@ -22,7 +22,7 @@ from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 class Numbers(Source):
     """A data set whose picture i is i everywhere; some cannot be read."""
 
-    spec, classes, labels = "numbers", ["a"], np.zeros(10, np.int64)  # type: ignore[assignment]
+    spec, classes, labels, about = "numbers", ["a"], np.zeros(10, np.int64), ""  # type: ignore[assignment]
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad

@@ -417,6 +417,9 @@ def test_what_does_not_fit_is_refitted_or_begins_anew_and_is_said(tiny_run: Make
     wider = replace(base, model=replace(base.model, options=dict(base.model.options) | {"embed_dim": 64}), init=init)
     with pytest.raises(UserError, match=r"its encoder is another one: '.*' is 32 there and 64"):
         begin_from(build_model(wider), wider)
+    flatter = replace(base, model=replace(base.model, options=dict(base.model.options) | {"depth": 1}), init=init)
+    with pytest.raises(UserError, match=r"its encoder has blocks\.1\..*, which vit_tiny_patch16_224 does not"):
+        begin_from(build_model(flatter), flatter)
     deeper = replace(base, model=replace(base.model, options=dict(base.model.options) | {"depth": 3}), init=init)
     with pytest.raises(UserError, match=r"its encoder lacks encoder\.blocks\.2"):
         begin_from(build_model(deeper), deeper)

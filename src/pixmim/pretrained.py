@@ -23,6 +23,9 @@ from pixmim.weights.recognise import Weights, read_run, read_weights
 _DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token")
 """How names begin that are not the encoder's."""
 
+_CLASSIFIER = ("head.", "fc_norm.", "norm.")
+"""How names begin in which classifiers differ from encoders."""
+
 
 def load_model(file: str | Path, **options: Any) -> MaskedModel:
     """The ready model of a pre-training file, encoder and decoder, in evaluation mode on the CPU.
@@ -76,7 +79,7 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
 def open_model(name: str, *, whole: bool = False, known: Mapping[str, Any] | None = None) -> Weights:
     """The weights that `name` means: a run's folder, a file or folder of weights, or timm:NAME.
 
-    whole  of a run: everything, from its newest checkpoint, and not just its finished encoder
+    whole  of a run: everything, from its newest checkpoint if there is one, and not just its finished encoder
 
     Raises UserError.
     """
@@ -86,11 +89,13 @@ def open_model(name: str, *, whole: bool = False, known: Mapping[str, Any] | Non
     run = read_run(path) if path.is_dir() else None
     if run is None:
         return read_weights(path, known)
-    if whole and not (path / "model.safetensors").is_file():
-        model = build_model(run)
-        step = Checkpoints(path / "checkpoints").load_model(model)
+    imported, checkpoints = path / "model.safetensors", Checkpoints(path / "checkpoints")
+    if whole and not imported.is_file() and checkpoints.steps():
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(run)
+        step = checkpoints.load_model(model)
         return Weights(run, dict(model.state_dict()), "pixmim", step=step)
-    product = path / ("model.safetensors" if whole else "encoder.safetensors")
+    product = imported if whole and imported.is_file() else path / "encoder.safetensors"
     if not product.is_file():
         raise UserError(f"there is no {product}: is the run finished?")
     return replace(read_weights(product, known), run=run)  # the folder may have moved, and its data with it
@@ -127,6 +132,11 @@ def begin_from(model: MaskedModel, run: Run) -> list[str]:
     if missing:
         lines.append(f"  not in it, so at their start: {', '.join(missing)}")
     unused = [n.removeprefix("encoder.") for n in encoder if n not in state]
+    strange = [n for n in unused if not n.startswith(_CLASSIFIER)]
+    if strange:
+        raise UserError(
+            f"--init {run.init}: its encoder has {', '.join(strange[:4])}, which {run.model.backbone} does not"
+        )
     if unused:
         lines.append(f"  left out of the encoder: {', '.join(unused)}")
 

@@ -181,7 +181,15 @@ def _window(image: Tensor, size: int, padding: int, u: float, dim: int) -> Tenso
     """Crop `size` along one axis out of the image padded by reflection; only what the crop shows is ever copied."""
     length = image.shape[dim]
     start = int(u * (length + 2 * padding - size + 1)) - padding
-    if 0 <= start <= length - size:
+    over = max(-start, start + size - length)
+    if over <= 0:
         return image.narrow(dim, start, size)
-    index = torch.arange(start, start + size).abs()
-    return image.index_select(dim, torch.where(index < length, index, 2 * (length - 1) - index))
+    # Pixel -k is pixel k, and the last one + k the last one - k. Joined channels last, as decoders lay pixels out, so
+    # that rows are copied whole and nothing is transposed.
+    pixels, axis = image.permute(1, 2, 0), dim + 2
+    inside = pixels.narrow(axis, max(start, 0), size - over)
+    if start < 0:
+        parts = [pixels.narrow(axis, 1, over).flip(axis), inside]
+    else:
+        parts = [inside, pixels.narrow(axis, length - 1 - over, over).flip(axis)]
+    return torch.cat(parts, dim=axis).permute(2, 0, 1)

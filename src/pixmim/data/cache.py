@@ -108,7 +108,11 @@ def make_cache(
                     if sample is not None:
                         yield sample
 
-            count, size = write_shard(folder, shard, results())
+            try:
+                count, size = write_shard(folder, shard, results())
+            except BaseException:  # interrupted, or the disk is full: no need to compute the rest
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             images, written = images + count, written + size
 
         for shard in mine:

@@ -118,14 +118,21 @@ class Loader:
         self, images: Tensor, flip: Tensor, positions: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
     ) -> None:
         """Make some rows of a batch (b h w c)."""
-        for row in rows.tolist():
+        epochs, places = np.divmod(positions[rows], len(self._source))
+        wanted = [int(self._order(e)[p]) for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+        numbers = self._numbers(epochs, wanted)  # of all rows at once; a picture that stands in for another has its own
+        for i, row in enumerate(rows.tolist()):
             if self._closed:
                 return
-            epoch, place = divmod(int(positions[row]), len(self._source))
-            index, image = self._read(epoch, place)
-            u = rng.uniform(self._seed, "crop", epoch, [index], self._crop.draws + 1)[0].tolist()
+            index, image = self._read(int(epochs[i]), int(places[i]))
+            u = numbers[i] if index == wanted[i] else self._numbers(epochs[i : i + 1], [index])[0]
             images[row] = self._crop.crop(image, u[1:]).permute(1, 2, 0)
             flip[row] = u[0] < self._flip
+
+    def _numbers(self, epochs: npt.NDArray[np.int64], indices: list[int]) -> list[list[float]]:
+        """What decides the flip and the crop of each sample: a function of (seed, epoch, index)."""
+        found: list[list[float]] = rng.uniform(self._seed, "crop", epochs, indices, self._crop.draws + 1).tolist()
+        return found
 
     def _read(self, epoch: int, place: int) -> tuple[int, Tensor]:
         """The sample at a place of the epoch's order, or the next one after it that can be read."""

@@ -30,10 +30,7 @@ def hand_over(name: str, to: str, folder: Path | None = None, push: str = "") ->
 
     Raises UserError where the other project has no such model, or lacks what writing it takes.
     """
-    try:
-        weights = open_model(name, whole=True)
-    except UserError:
-        weights = open_model(name)  # a run whose checkpoints are gone still has its encoder
+    weights = open_model(name, whole=True)
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
     if folder.exists():
         raise UserError(f"{folder} is there already: choose another --out")
