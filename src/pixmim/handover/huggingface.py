@@ -67,19 +67,20 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     return [f'transformers.{kind}.from_pretrained("FOLDER"{more})']
 
 
-def _hf_vit(encoder: VisionTransformer, weights: Weights | None = None) -> dict[str, Any]:
+def _hf_blocks(encoder: VisionTransformer | Beit) -> dict[str, Any]:
     blocks: Any = encoder.blocks
-    block = blocks[0]
-    config: dict[str, Any] = {
-        "model_type": "vit",
+    return {
         "hidden_size": encoder.embed_dim,
-        "num_hidden_layers": len(encoder.blocks),
-        "num_attention_heads": block.attn.num_heads,
-        "intermediate_size": block.mlp.fc1.out_features,
-        "layer_norm_eps": block.norm1.eps,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "intermediate_size": blocks[0].mlp.fc1.out_features,
+        "layer_norm_eps": blocks[0].norm1.eps,
         "patch_size": encoder.patch_embed.patch_size[0],
-        "encoder_stride": encoder.patch_embed.patch_size[0],
     }
+
+
+def _hf_vit(encoder: VisionTransformer, weights: Weights | None = None) -> dict[str, Any]:
+    config = {"model_type": "vit", **_hf_blocks(encoder), "encoder_stride": encoder.patch_embed.patch_size[0]}
     if weights is not None:
         model = weights.run.model
         config |= {
@@ -118,12 +119,7 @@ def _hf_beit(encoder: Beit) -> dict[str, Any]:
     block = blocks[0]
     return {
         "model_type": "beit",
-        "hidden_size": encoder.embed_dim,
-        "num_hidden_layers": len(encoder.blocks),
-        "num_attention_heads": block.attn.num_heads,
-        "intermediate_size": block.mlp.fc1.out_features,
-        "layer_norm_eps": block.norm1.eps,
-        "patch_size": encoder.patch_embed.patch_size[0],
+        **_hf_blocks(encoder),
         "layer_scale_init_value": 0.1 if block.gamma_1 is not None else 0,
         "use_shared_relative_position_bias": encoder.rel_pos_bias is not None,
         "use_relative_position_bias": block.attn.relative_position_bias_table is not None,

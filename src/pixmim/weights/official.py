@@ -4,17 +4,22 @@ from pixmim.weights.arrange import fold_batch_norm, fuse_qkv, move_downsampling
 from pixmim.weights.names import Names
 from pixmim.weights.source import COMPUTED, Source
 
+_DECODER = (
+    ("mask_token", "decoder.mask_token"),
+    ("decoder_embed.*", "decoder.embed.*"),
+    ("decoder_pos_embed", "decoder.pos_embed"),
+    ("decoder_blocks.**", "decoder.blocks.**"),
+    ("decoder_norm.*", "decoder.norm.*"),
+    ("decoder_pred.*", "decoder.predict.*"),
+)
+"""MAE's decoder, which ConvMAE uses, too."""
+
 MAE = Source(
     "MAE (official code)",
     "vit",
     ("decoder_embed.weight", "patch_embed.proj.weight"),
     Names(
-        ("mask_token", "decoder.mask_token"),
-        ("decoder_embed.*", "decoder.embed.*"),
-        ("decoder_pos_embed", "decoder.pos_embed"),
-        ("decoder_blocks.**", "decoder.blocks.**"),
-        ("decoder_norm.*", "decoder.norm.*"),
-        ("decoder_pred.*", "decoder.predict.*"),
+        *_DECODER,
         ("decoder_downsample.*", "decoder.downsample.*"),  # LSMAE's options, here and below
         ("decoder_upsample.*", "decoder.upsample.*"),
         ("**", "encoder.**"),
@@ -27,12 +32,7 @@ CONVMAE = Source(
     "convmae",
     ("patch_embed1.proj.weight", "blocks1.0.conv1.weight"),
     Names(
-        ("mask_token", "decoder.mask_token"),
-        ("decoder_embed.*", "decoder.embed.*"),
-        ("decoder_pos_embed", "decoder.pos_embed"),
-        ("decoder_blocks.**", "decoder.blocks.**"),
-        ("decoder_norm.*", "decoder.norm.*"),
-        ("decoder_pred.*", "decoder.predict.*"),
+        *_DECODER,
         ("stage1_output_decode.*", "stage1_output_decode.*"),
         ("stage2_output_decode.*", "stage2_output_decode.*"),
         ("head.0.*", "probe.*"),
