@@ -20,7 +20,7 @@ from pixmim.data.kept import Kept, keep
 from pixmim.data.loader import Loader
 from pixmim.data.shards import Shards, shard_path
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage
+from pixmim.data.source import BadImage, Form
 from pixmim.errors import UserError
 from pixmim.transforms import SimpleResizedCrop, resize_to_cover
 from test_cli import say
@@ -121,15 +121,15 @@ def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="is not empty, and no cache"):
         make_cache(open_data(str(pictures)), pictures, SIZE)
     with pytest.raises(UserError, match="images of 3 channels, and not of 1"):
-        open_data(str(folder), channels=1)
+        open_data(str(folder), Form(1))
     (folder / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         open_data(str(folder))
 
 
 def test_grey_and_420(pictures: Path, tmp_path: Path) -> None:
-    make_cache(open_data(str(pictures), 1), tmp_path / "grey", SIZE, channels=1)
-    assert open_data(str(tmp_path / "grey"), 1).image(0).shape[0] == 1
+    make_cache(open_data(str(pictures), Form(1)), tmp_path / "grey", SIZE)
+    assert open_data(str(tmp_path / "grey"), Form(1)).image(0).shape[0] == 1
     sizes = []
     for chroma in ("420", "444"):
         make_cache(open_data(str(pictures)), tmp_path / chroma, SIZE, chroma=chroma)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pixmim.data import open_data
-from pixmim.data.source import BadImage
+from pixmim.data.source import BadImage, Form
 from pixmim.errors import UserError
 
 
@@ -48,7 +48,7 @@ def test_content_counts_not_the_extension(pictures: Path) -> None:
 
 
 def test_grey_channel(pictures: Path) -> None:
-    assert open_data(str(pictures), channels=1).image(0).shape == (1, 40, 56)
+    assert open_data(str(pictures), Form(1)).image(0).shape == (1, 40, 56)
 
 
 def test_a_picture_that_vanished_is_a_bad_image(pictures: Path) -> None:

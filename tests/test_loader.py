@@ -14,7 +14,7 @@ from pixmim.data import open_data
 from pixmim.data.loader import Batch, Loader, in_order
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import BadImage, Form, Source
 from pixmim.errors import UserError
 from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 
@@ -22,7 +22,7 @@ from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 class Numbers(Source):
     """A data set whose picture i is i everywhere; some cannot be read."""
 
-    spec, classes, labels, about = "numbers", ["a"], np.zeros(10, np.int64), ""  # type: ignore[assignment]
+    spec, form, classes, labels, about = "numbers", Form(), ["a"], np.zeros(10, np.int64), ""  # type: ignore[assignment]
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from pixmim.data.shapes import SHAPES, TEXTURES, Shapes
+from pixmim.data.source import Form
 from pixmim.errors import UserError
 
 
@@ -62,7 +63,7 @@ def test_spec_is_read_and_written_back() -> None:
     data = Shapes.from_spec("shapes:count=30,seed=5,size=32,texture=conflict")
     assert data == Shapes(30, 5, 32, "conflict") and Shapes.from_spec(data.spec) == data
     assert Shapes.from_spec("shapes:").count == 20_000
-    assert Shapes.from_spec("shapes:", channels=1).image(0).shape[0] == 1
+    assert Shapes.from_spec("shapes:", Form(1)).image(0).shape[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import nn
 
 from pixmim import rng
 from pixmim.config import Run
+from pixmim.data.source import Form
 from pixmim.errors import UserError
 from pixmim.grid import grid_of
 from pixmim.losses import Objective
@@ -16,6 +17,11 @@ from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
 from pixmim.targets import ColourBins, LowFrequency, Pixels
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
+
+
+def image_form(run: Run) -> Form:
+    """What every image is brought into before it is cropped."""
+    return Form(run.channels)
 
 
 def build_crop(run: Run) -> Crop:

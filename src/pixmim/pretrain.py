@@ -22,7 +22,7 @@ from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
 from pixmim.grid import grid_of
-from pixmim.parts import build_crop, build_masker, build_model, build_objective, draw_masks
+from pixmim.parts import build_crop, build_masker, build_model, build_objective, draw_masks, image_form
 from pixmim.pretrained import begin_from
 from pixmim.runfile import to_json
 from pixmim.transforms import finish
@@ -51,7 +51,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     """
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
-    data = open_data(run.data, run.channels, run.keep)
+    data = open_data(run.data, image_form(run), run.keep)
     schedule = Schedule.of(run, len(data))
 
     checkpoints = Checkpoints(out / "checkpoints")
@@ -104,7 +104,6 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
             run.hw,
             batch=part,
             skipped=skipped,
-            channels=run.channels,
             flip=run.crop.flip,
             seed=run.seed,
             start=start * run.batch_size,

@@ -47,16 +47,16 @@ def cache(args: list[str]) -> int:
         from pixmim.config import Run
         from pixmim.data import open_data
         from pixmim.data.cache import make_cache
+        from pixmim.data.source import Form
         from pixmim.evaluate.features import progress
 
         console = Console()
-        source = open_data(absolute(data), channels)
+        source = open_data(absolute(data), Form(channels))
         with progress(f"caching {data}", len(source), console) as advance:
             made = make_cache(
                 source,
                 out,
                 Run(size=size).hw,
-                channels=channels,
                 interpolation=interpolation,
                 kind="raw" if raw else "jpeg",
                 quality=quality,

@@ -31,6 +31,7 @@ def reconstruct(args: list[str]) -> int:
             count: Most pictures to draw; of more, a random choice.
         """
         from pixmim.data.files import named
+        from pixmim.parts import image_form
         from pixmim.pretrained import open_model
         from pixmim.report.figures import titled_sheet
         from pixmim.report.reconstruct import COLUMNS
@@ -38,7 +39,7 @@ def reconstruct(args: list[str]) -> int:
 
         _some(images)
         weights = open_model(model, whole=True)
-        found = predict(weights, named(images, weights.run.channels), count)
+        found = predict(weights, named(images, image_form(weights.run)), count)
         titled_sheet(found.columns).save(out)
         say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
         say(Console(), f"written to {out}")
@@ -67,13 +68,14 @@ def attention(args: list[str]) -> int:
             count: Most pictures to draw.
         """
         from pixmim.data.files import named
+        from pixmim.parts import image_form
         from pixmim.pretrained import open_model
         from pixmim.report.attention import attention_sheet
         from pixmim.report.figures import titled_sheet
 
         _some(images)
         weights = open_model(model)
-        columns, bad = attention_sheet(weights, named(images, weights.run.channels), count)
+        columns, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
         titled_sheet(columns).save(out)
         for line in bad:
             say(Console(stderr=True), f"left out: {line}")
@@ -110,11 +112,12 @@ def embed(args: list[str]) -> int:
         """
         from pixmim.data import open_data
         from pixmim.evaluate.embed import embed as write
+        from pixmim.parts import image_form
         from pixmim.pretrained import open_model
 
         console = Console()
         weights = open_model(model)
-        source = open_data(absolute(data), weights.run.channels)
+        source = open_data(absolute(data), image_form(weights.run))
         for line in write(
             model, weights, source, out, kind, batch=batch_size, device=device, precision=precision, console=console
         ):

@@ -52,7 +52,6 @@ def make_cache(
     folder: Path,
     size: tuple[int, int],
     *,
-    channels: int = 3,
     interpolation: Interpolation = "bicubic",
     kind: Kind = "jpeg",
     quality: int = 95,
@@ -83,7 +82,7 @@ def make_cache(
         kind=kind,
         quality=quality if kind == "jpeg" else 0,
         chroma=chroma if kind == "jpeg" else "",
-        channels=channels,
+        channels=source.form.channels,
         per_shard=per_shard,
     )
     _claim(folder, settings)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.errors import UserError, nearest
 
 EXTENSIONS = frozenset(
@@ -27,16 +27,20 @@ class Files(Source):
         spec: str,
         root: Path,
         paths: Sequence[str],
-        channels: int = 3,
+        form: Form = COLOUR,
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
     ) -> None:
-        self._spec, self._root, self._paths, self._channels = spec, root, paths, channels
+        self._spec, self._root, self._paths, self._form = spec, root, paths, form
         self._labels, self._classes = labels, list(classes)
 
     @property
     def spec(self) -> str:
         return self._spec
+
+    @property
+    def form(self) -> Form:
+        return self._form
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -56,17 +60,17 @@ class Files(Source):
     def locate(self, index: int) -> str:
         return str(self._root / self._paths[index])
 
-    def image(self, index: int) -> UInt8[Tensor, "c h w"]:
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         try:
             data = (self._root / self._paths[index]).read_bytes()
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
-        pixels = decode(data, self._channels)
+        pixels = decode(data, self._form.channels)
         writable = pixels if pixels.flags.writeable else pixels.copy()
         return torch.from_numpy(writable).permute(2, 0, 1)  # a view in channels-last memory, fast to resize
 
 
-def below(folder: str | Path, channels: int = 3) -> Files:
+def below(folder: str | Path, form: Form = COLOUR) -> Files:
     """All pictures below a folder, in the order of their paths.
 
     Files are chosen by extension and decoded by content; hidden files and folders are left out; links are followed,
@@ -82,28 +86,28 @@ def below(folder: str | Path, channels: int = 3) -> Files:
         raise UserError(f"no pictures in {root} (found {found}); known: {' '.join(sorted(EXTENSIONS))}")
     tops = [path.split(os.sep, 1)[0] for path in paths if os.sep in path]
     if len(tops) < len(paths):
-        return Files(str(folder), root, paths, channels)
+        return Files(str(folder), root, paths, form)
     classes = sorted(set(tops))
     number = {name: i for i, name in enumerate(classes)}
     labels = np.asarray([number[top] for top in tops], np.int64)
-    return Files(str(folder), root, paths, channels, labels, classes)
+    return Files(str(folder), root, paths, form, labels, classes)
 
 
-def named(paths: Sequence[str | Path], channels: int = 3) -> Files:
+def named(paths: Sequence[str | Path], form: Form = COLOUR) -> Files:
     """The pictures named, and all below the folders named. Raises UserError for what is not there."""
     found: list[str] = []
     for path in (Path(path).expanduser() for path in paths):
         if path.is_dir():
-            files = below(path, channels)
+            files = below(path, form)
             found += [files.locate(i) for i in range(len(files))]
         elif path.is_file():
             found.append(str(path))
         else:
             raise UserError(f"there is no {path}")
-    return Files(" ".join(map(str, paths)), Path(), found, channels)
+    return Files(" ".join(map(str, paths)), Path(), found, form)
 
 
-def listed(path: str | Path, channels: int = 3) -> Files:
+def listed(path: str | Path, form: Form = COLOUR) -> Files:
     """The pictures that a text file names, one in a line, from the text file's folder on. Raises UserError."""
     text = Path(path).expanduser()
     try:
@@ -112,7 +116,7 @@ def listed(path: str | Path, channels: int = 3) -> Files:
         raise UserError(f"{text} cannot be read: {error.strerror}") from error
     if not names:
         raise UserError(f"{text} names no pictures")
-    return Files(str(path), text.parent, names, channels)
+    return Files(str(path), text.parent, names, form)
 
 
 def _list_pictures(root: Path) -> tuple[list[str], int]:

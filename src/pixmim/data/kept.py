@@ -5,11 +5,11 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.shards import Shards
-from pixmim.data.source import Source
+from pixmim.data.source import Form, Source
 
 Keep = Literal["auto", "memory", "disk"]
 
@@ -29,6 +29,10 @@ class Kept(Source):
         return self._source.spec
 
     @property
+    def form(self) -> Form:
+        return self._source.form
+
+    @property
     def labels(self) -> npt.NDArray[np.int64] | None:
         return self._source.labels
 
@@ -46,7 +50,7 @@ class Kept(Source):
     def locate(self, index: int) -> str:
         return self._source.locate(index)
 
-    def image(self, index: int) -> UInt8[Tensor, "c h w"]:
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         found = self._images[index]
         if found is None:  # two threads may both read it; the second one's copy replaces an equal first
             found = self._images[index] = self._source.image(index)

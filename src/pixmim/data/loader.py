@@ -59,7 +59,6 @@ class Loader:
         *,
         batch: int,
         skipped: Skipped,
-        channels: int = 3,
         flip: float = 0.5,
         seed: int = 0,
         start: int = 0,
@@ -67,7 +66,7 @@ class Loader:
         pin: bool = False,
     ) -> None:
         self._source, self._crop, self._skipped = source, crop, skipped
-        self._shape = (batch, *size, channels)
+        self._shape = (batch, *size, source.form.channels)
         self._flip, self._seed, self._pin = flip, seed, pin
         self._next = start
         self._threads = threads or min(16, os.cpu_count() or 1)

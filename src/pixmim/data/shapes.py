@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from pixmim import rng
-from pixmim.data.source import Source
+from pixmim.data.source import COLOUR, Form, Source
 from pixmim.errors import UserError, nearest
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
@@ -58,12 +58,12 @@ class Shapes(Source):
     seed: int = 0
     size: int = 64
     texture: Literal["any", "match", "conflict"] = "any"
-    channels: int = 3
+    form: Form = COLOUR
 
     @staticmethod
-    def from_spec(spec: str, channels: int = 3) -> "Shapes":
+    def from_spec(spec: str, form: Form = COLOUR) -> "Shapes":
         """Read `shapes:` followed by comma-separated options. Raises UserError naming the option that is wrong."""
-        known = [f.name for f in fields(Shapes) if f.name != "channels"]
+        known = [f.name for f in fields(Shapes) if f.name != "form"]
         options: dict[str, int | str] = {}
         for part in filter(None, spec.removeprefix("shapes:").split(",")):
             key, _, value = part.partition("=")
@@ -77,7 +77,7 @@ class Shapes(Source):
                 raise UserError(f"shapes:{key} takes a whole number (count from 1, size from 8), not '{value}'")
             else:
                 options[key] = int(value)
-        return Shapes(**options, channels=channels)  # type: ignore[arg-type]
+        return Shapes(**options, form=form)  # type: ignore[arg-type]
 
     @property
     def spec(self) -> str:
@@ -108,7 +108,7 @@ class Shapes(Source):
 
     def image(self, index: int) -> UInt8[Tensor, "c h w"]:
         image = torch.from_numpy(self.sample(index).image).permute(2, 0, 1)
-        return image if self.channels == 3 else image.float().mean(dim=0, keepdim=True).to(torch.uint8)
+        return image if self.form.channels == 3 else image.float().mean(dim=0, keepdim=True).to(torch.uint8)
 
     def sample(self, index: int) -> Sample:
         """Draw sample `index`."""

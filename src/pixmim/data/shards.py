@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.errors import UserError
 
 ENTRY = np.dtype([("image", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("h", "<i4"), ("w", "<i4")])
@@ -150,13 +150,15 @@ class Shards(Source):
     Raises UserError for a folder without a cache, an unfinished cache, and an index that does not fit its tar.
     """
 
-    def __init__(self, folder: str | Path, channels: int = 3) -> None:
-        self._folder, self._channels = Path(folder).expanduser(), channels
+    def __init__(self, folder: str | Path, form: Form = COLOUR) -> None:
+        self._folder, self._form = Path(folder).expanduser(), form
         settings = read_settings(self._folder)
         if settings is None:
             raise UserError(f"{folder} holds no cache: it has no settings.json")
-        if settings.channels != channels:
-            raise UserError(f"the cache {folder} has images of {settings.channels} channels, and not of {channels}")
+        if settings.channels != form.channels:
+            raise UserError(
+                f"the cache {folder} has images of {settings.channels} channels, and not of {form.channels}"
+            )
         if not (self._folder / "index.json").is_file():
             raise UserError(f"the cache {folder} is not finished: run the same `pixmim cache` again")
         self.settings = settings
@@ -179,6 +181,10 @@ class Shards(Source):
         return str(self._folder)
 
     @property
+    def form(self) -> Form:
+        return self._form
+
+    @property
     def labels(self) -> npt.NDArray[np.int64] | None:
         return self._entries["label"].astype(np.int64) if self.settings.classes else None
 
@@ -193,7 +199,7 @@ class Shards(Source):
     @property
     def decoded_bytes(self) -> int:
         """Bytes of all images once decoded."""
-        return int((self._entries["h"].astype(np.int64) * self._entries["w"]).sum()) * self._channels
+        return int((self._entries["h"].astype(np.int64) * self._entries["w"]).sum()) * self._form.channels
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -202,7 +208,7 @@ class Shards(Source):
         shard = shard_path(self._folder, int(self._shard[index]), "tar")
         return f"{shard}:{int(self._entries[index]['image']):09d}"
 
-    def image(self, index: int) -> UInt8[Tensor, "c h w"]:
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         entry = self._entries[index]
         try:
             with self._lock:
@@ -211,12 +217,12 @@ class Shards(Source):
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
         if self.settings.kind == "raw":
-            shape = (int(entry["h"]), int(entry["w"]), self._channels)
+            shape = (int(entry["h"]), int(entry["w"]), self._form.channels)
             if len(data) != int(np.prod(shape)):
                 raise BadImage("cut off")
             pixels = np.frombuffer(data, np.uint8).reshape(shape).copy()
         else:
-            pixels = decode(data, self._channels)
+            pixels = decode(data, self._form.channels)
         writable = pixels if pixels.flags.writeable else pixels.copy()
         return torch.from_numpy(writable).permute(2, 0, 1)
 

@@ -1,12 +1,28 @@
-"""The contract of a data set: random access to uint8 images by index, and labels where there are any."""
+"""The contract of a data set: random access to images of one form by index, and labels where there are any."""
 
 import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor
+
+Pixels = Literal["uint8", "uint16", "float32"]
+"""How a pixel is held: 255 or 65535 count as one, or floating-point values are taken as they are."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What every image of a data set is brought into, whatever its file holds."""
+
+    channels: int = 3
+    pixels: Pixels = "uint8"
+
+
+COLOUR = Form()
 
 
 class BadImage(Exception):  # noqa: N818 (a fact about a file, not a fault of the program)
@@ -20,6 +36,11 @@ class Source(ABC):
     @abstractmethod
     def spec(self) -> str:
         """What the user wrote to get it."""
+
+    @property
+    @abstractmethod
+    def form(self) -> Form:
+        """What its images are brought into."""
 
     @property
     @abstractmethod
@@ -40,8 +61,8 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def image(self, index: int) -> UInt8[Tensor, "c h w"]:
-        """Read and decode one image. Raises BadImage."""
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        """Read and decode one image, in the data set's form. Raises BadImage."""
 
     @abstractmethod
     def locate(self, index: int) -> str:

@@ -16,6 +16,7 @@ from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import knn
 from pixmim.evaluate.linear import linear
 from pixmim.evaluate.results import Result, versions
+from pixmim.parts import image_form
 
 EVALUATIONS: dict[str, Callable[[Frozen, Frozen], Iterator[tuple[str, float]]]] = {"knn": knn, "linear": linear}
 
@@ -40,7 +41,7 @@ def evaluate(
     encoder = of_model(str(folder), device=device, precision=precision, untrained=untrained)
     frozen = []
     for spec in (train, test):
-        data = open_data(spec, encoder.channels)
+        data = open_data(spec, encoder.form)
         frozen.append(
             freeze(encoder, data, Skipped(folder / "evaluations-skipped.csv", len(data), 0.25), console=console)
         )
@@ -55,7 +56,7 @@ def knn_watch(run: Run) -> Callable[[nn.Module], dict[str, float]] | None:
         return None
     if not (run.knn.train and run.knn.test):
         raise UserError("--knn.every needs labelled data: give --knn.train and --knn.test")
-    sets = [open_data(spec, run.channels) for spec in (run.knn.train, run.knn.test)]
+    sets = [open_data(spec, image_form(run)) for spec in (run.knn.train, run.knn.test)]
     if any(data.labels is None for data in sets):
         raise UserError("--knn.train and --knn.test need one subfolder for each class")
     device = choose_device(run.device)

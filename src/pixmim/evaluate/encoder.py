@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from pixmim.config import Run
+from pixmim.data.source import Form
 from pixmim.engine.device import Precision, choose_attention, choose_device, choose_precision
 from pixmim.errors import UserError
-from pixmim.parts import build_model
+from pixmim.parts import build_model, image_form
 from pixmim.pretrained import assemble_encoder, begin_from, open_model
 from pixmim.weights.recognise import Weights, read_run
 
@@ -20,7 +21,7 @@ class Encoder:
 
     module: nn.Module
     size: tuple[int, int]
-    channels: int
+    form: Form
     mean: Tensor
     std: Tensor
     device: torch.device
@@ -59,4 +60,4 @@ def _on_device(run: Run, module: nn.Module, step: int, device: str, precision: P
 def in_training(run: Run, module: nn.Module, device: torch.device, precision: Precision, step: int = 0) -> Encoder:
     """Wrap a module that is on its device already."""
     mean, std = (torch.tensor(values, device=device) for values in run.statistics)
-    return Encoder(module, run.hw, run.channels, mean, std, device, precision, step)
+    return Encoder(module, run.hw, image_form(run), mean, std, device, precision, step)

@@ -14,6 +14,7 @@ from pixmim.data import open_data
 from pixmim.engine.runlog import read_metrics
 from pixmim.errors import UserError
 from pixmim.models import SIMMIM_BEIT
+from pixmim.parts import image_form
 from pixmim.pretrained import open_model
 from pixmim.report.figures import curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
@@ -100,7 +101,7 @@ def _read(folder: Path, name: str, draw: bool = True) -> _Story:
     pictures, problem = None, ""
     if draw:
         try:
-            pictures = reconstruct(open_model(str(folder), whole=True), open_data(run.data, run.channels))
+            pictures = reconstruct(open_model(str(folder), whole=True), open_data(run.data, image_form(run)))
         except UserError as error:  # the data may be elsewhere by now; the rest of the page is as good
             problem = str(error)
     skipped = folder / "skipped.csv"
