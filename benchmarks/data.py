@@ -94,7 +94,7 @@ def official(folder: Files, count: int) -> Callable[[], None]:
 def ours(source: Source, crop: Crop, count: int) -> Callable[[], None]:
     def run() -> None:
         skipped = Skipped(None, len(source), 0.5)
-        with Loader(source, crop, (SIZE, SIZE), batch=BATCH, skipped=skipped) as loader:
+        with Loader(source, crop, batch=BATCH, skipped=skipped) as loader:
             take(loader, count)
 
     return run

@@ -182,9 +182,7 @@ def test_what_fits_stays_in_memory(pictures: Path, tmp_path: Path, monkeypatch: 
     assert torch.equal(kept.image(3), shards.image(3)) and kept.image(3) is kept.image(3)
     batches = []
     for source in (shards, kept):
-        with Loader(
-            source, SimpleResizedCrop(SIZE), SIZE, batch=8, skipped=Skipped(None, 10, 0.5), threads=3
-        ) as loader:
+        with Loader(source, SimpleResizedCrop(SIZE), batch=8, skipped=Skipped(None, 10, 0.5), threads=3) as loader:
             batches.append([next(loader).images.clone() for _ in range(4)])
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
     assert threading.active_count() < 20

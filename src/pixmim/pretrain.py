@@ -101,7 +101,6 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
         Loader(
             data,
             build_crop(run),
-            run.hw,
             batch=part,
             skipped=skipped,
             flip=run.crop.flip,
