@@ -2,6 +2,7 @@
 
 import csv
 import threading
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 
 from pixmim import rng
 from pixmim.data import open_data
-from pixmim.data.loader import Batch, Loader, in_order
+from pixmim.data.batches import Batch, Portion
+from pixmim.data.loader import Loader, in_order
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Form, Source
@@ -27,6 +29,11 @@ class Numbers(Source):
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad
 
+    sizes, pieces = None, None  # type: ignore[assignment]
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
+
     def __len__(self) -> int:
         return self.count
 
@@ -40,10 +47,11 @@ class Numbers(Source):
 
 
 def loader(source: object, skipped: Skipped | None = None, **options: object) -> Loader:
-    size = options.pop("size", 8)
-    values = {"batch": 4, "crop": CentreCrop(size), "seed": 1, "threads": 2} | options
+    size, batch, start = (options.pop(name, default) for name, default in (("size", 8), ("batch", 4), ("start", 0)))
+    values = {"crop": CentreCrop(size), "seed": 1, "threads": 2} | options
     crop = values.pop("crop")
-    return Loader(source, crop, skipped=Skipped(None, len(source), 0.5) if skipped is None else skipped, **values)
+    skipped = Skipped(None, len(source), 0.5) if skipped is None else skipped
+    return Loader(source, crop, Portion(batch, start), skipped=skipped, **values)
 
 
 def take(count: int, **options: object) -> list[Batch]:

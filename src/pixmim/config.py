@@ -195,8 +195,8 @@ class Run:
     """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    keep: Literal["auto", "memory", "disk"] = "auto"
-    """Whether a cache's images stay in memory once decoded; auto: if they fit into a quarter of it."""
+    keep: Literal["auto", "device", "memory", "disk"] = "auto"
+    """Where a cache's images stay once decoded; auto: where they fit into a quarter of the memory."""
     threads: int = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
     checkpoint_every: int = 0

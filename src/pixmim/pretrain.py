@@ -10,8 +10,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pixmim.config import Run
-from pixmim.data import open_data
-from pixmim.data.loader import Batch, Loader
+from pixmim.data import open_batches, open_data
+from pixmim.data.batches import Batch, Portion
+from pixmim.data.keep import choose_place
 from pixmim.data.skipped import Skipped
 from pixmim.engine.advice import describe
 from pixmim.engine.checkpoint import Checkpoints
@@ -51,7 +52,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     """
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
-    data = open_data(run.data, image_form(run), run.keep)
+    data, crop = open_data(run.data, image_form(run)), build_crop(run)
+    place, kept = choose_place(data, crop, run.keep, device)
     schedule = Schedule.of(run, len(data))
 
     checkpoints = Checkpoints(out / "checkpoints")
@@ -90,7 +92,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
             log.write({"step": step, "epoch": round(step * run.batch_size / len(data), 6), **watch(model.encoder)})
             log.pause()
 
-    about = [f"images: {data.about}"] if data.about else []
+    about = [f"images: {line}" for line in (data.about, kept) if line]
     for line in [*describe(run, len(data), schedule, device, precision), *about, *origin]:
         console.print(line, highlight=False, soft_wrap=True)
     if start:
@@ -98,16 +100,16 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
         console.print(f"the run {done}: {start:,} updates are done", highlight=False)
     with (
         Interrupts() as interrupts,
-        Loader(
+        open_batches(
             data,
-            build_crop(run),
-            batch=part,
+            crop,
+            Portion(part, start * run.batch_size),
+            place,
+            device,
             skipped=skipped,
             flip=run.crop.flip,
             seed=run.seed,
-            start=start * run.batch_size,
             threads=run.threads,
-            pin=device.type == "cuda",
         ) as batches,
         RunLog(
             out / "metrics.jsonl",

@@ -43,6 +43,13 @@ class Crop(ABC):
         Both are of one dtype, and fastest where channels lie last in memory, as decoders lay pixels out.
         """
 
+    @abstractmethod
+    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+        """Where the crop of an image of `size` (h, w) begins, row and column, if it is only cut out of the image.
+
+        None if it is resized. Rows and columns beyond the image, -1 for one, are mirrored ones.
+        """
+
     def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float] = ()) -> Shaped[Tensor, "c h2 w2"]:
         """The crop that the numbers `u` in [0, 1) decide."""
         h, w = self.shape
@@ -93,14 +100,14 @@ class SimpleResizedCrop(Crop):
 
     def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
         image = resize_to_cover(image, self.shape, self.interpolation)
-        top, left = self.corner((image.shape[-2], image.shape[-1]), u)
-        _put_window(image, top, left, out)
+        _put_window(image, *self._corner((image.shape[-2], image.shape[-1]), u), out)
 
-    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int]:
-        """Where the crop of an image of `size` (h, w), once resized, begins: row and column, from -padding on."""
-        pairs = zip(size, self.shape, u, strict=True)
-        top, left = (int(x * (length + 2 * self.padding - side + 1)) - self.padding for length, side, x in pairs)
-        return top, left
+    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+        return self._corner(size, u) if cover(size, self.shape) == size else None
+
+    def _corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int]:
+        (height, width), (h, w), p = size, self.shape, self.padding
+        return int(u[0] * (height + 2 * p - h + 1)) - p, int(u[1] * (width + 2 * p - w + 1)) - p
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,9 @@ class RandomResizedCrop(Crop):
     def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
         top, left, h, w = self.box((image.shape[-2], image.shape[-1]), u)
         out.copy_(_resize(image[..., top : top + h, left : left + w], self.shape, self.interpolation))
+
+    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+        return None
 
     def box(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int, int, int]:
         """The crop (top, left, height, width) in pixels of an image of `size` (h, w)."""
@@ -162,10 +172,19 @@ class CentreCrop(Crop):
         return _pair(self.size)
 
     def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
-        h, w = self.shape
-        image = resize_to_cover(image, (round(h * self.enlarge), round(w * self.enlarge)), self.interpolation)
-        top, left = round((image.shape[-2] - h) / 2), round((image.shape[-1] - w) / 2)
+        image = resize_to_cover(image, self._covered, self.interpolation)
+        (top, left), (h, w) = self._corner((image.shape[-2], image.shape[-1])), self.shape
         out.copy_(image[..., top : top + h, left : left + w])
+
+    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+        return self._corner(size) if cover(size, self._covered) == size else None
+
+    def _corner(self, size: tuple[int, int]) -> tuple[int, int]:
+        return round((size[0] - self.shape[0]) / 2), round((size[1] - self.shape[1]) / 2)
+
+    @property
+    def _covered(self) -> tuple[int, int]:
+        return round(self.shape[0] * self.enlarge), round(self.shape[1] * self.enlarge)
 
 
 def evaluation_crop(size: Size) -> CentreCrop:
@@ -177,14 +196,16 @@ def resize_to_cover(
     image: Shaped[Tensor, "c h w"], size: tuple[int, int], interpolation: Interpolation = "bicubic"
 ) -> Shaped[Tensor, "c h2 w2"]:
     """Resize with antialias until the image just covers `size`, aspect kept; for a square, shortest edge to `size`."""
-    height, width = image.shape[-2:]
-    h, w = size
+    return _resize(image, cover((image.shape[-2], image.shape[-1]), size), interpolation)
+
+
+def cover(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The (h, w) of an image of (h, w) resized until it just covers `size`."""
+    (height, width), (h, w) = image, size
     # Integers on purpose, as torchvision rounds: the longer edge is cut, not rounded.
     if height * w >= width * h:
-        cover = max(h, height * w // width), w
-    else:
-        cover = h, max(w, width * h // height)
-    return _resize(image, cover, interpolation)
+        return max(h, height * w // width), w
+    return h, max(w, width * h // height)
 
 
 def finish(
@@ -236,7 +257,12 @@ def _put_window(image: Tensor, top: int, left: int, out: Tensor) -> None:
         target[below:] = target[below - 2 : 2 * below - h - 2 : -1]
 
 
-def mirrored(begin: int, count: int, length: int) -> Int[Tensor, " count"]:
+@overload
+def mirrored(begin: int, count: int, length: int) -> Int[Tensor, " count"]: ...
+@overload
+def mirrored(begin: Int[Tensor, "b 1"], count: int, length: Int[Tensor, "b 1"]) -> Int[Tensor, "b count"]: ...
+def mirrored(begin: int | Tensor, count: int, length: int | Tensor) -> Tensor:
     """The pixels that `count` places from `begin` on show, along an axis of `length` pixels padded by reflection."""
-    places = torch.arange(begin, begin + count).abs()
+    device = begin.device if isinstance(begin, Tensor) else None
+    places = (begin + torch.arange(count, device=device)).abs()
     return length - 1 - (length - 1 - places).abs()

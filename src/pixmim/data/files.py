@@ -54,6 +54,17 @@ class Files(Source):
     def about(self) -> str:
         return ""
 
+    @property
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
+
     def __len__(self) -> int:
         return len(self._paths)
 

@@ -5,6 +5,7 @@ light and aspect ratio vary. Since shape and texture are drawn apart, a network'
 Object and background differ by texture and colour, so nothing but the outline tells one shape from another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -99,6 +100,17 @@ class Shapes(Source):
     @property
     def about(self) -> str:
         return ""
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
 
     def __len__(self) -> int:
         return self.count

@@ -14,7 +14,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -197,9 +197,15 @@ class Shards(Source):
         return "read from a cache on disk"
 
     @property
-    def decoded_bytes(self) -> int:
-        """Bytes of all images once decoded."""
-        return int((self._entries["h"].astype(np.int64) * self._entries["w"]).sum()) * self._form.channels
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        return np.stack([self._entries["h"], self._entries["w"]], axis=1).astype(np.int64)
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
 
     def __len__(self) -> int:
         return len(self._entries)

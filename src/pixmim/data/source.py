@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,20 @@ class Source(ABC):
     @abstractmethod
     def about(self) -> str:
         """What a user should know of how it is read, in a line; empty where there is nothing to say."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        """(h, w) of each image in pixels (n 2); None where only reading them tells."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        """Images in each contiguous piece that is best read together; None where any image is as near as any other."""
+
+    @abstractmethod
+    def soon(self, pieces: Sequence[int]) -> None:
+        """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
 
     @abstractmethod
     def __len__(self) -> int: ...
