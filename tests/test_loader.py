@@ -1,6 +1,7 @@
 """The stream of crops as a pure function of (seed, position), and what happens around bad files and interruptions."""
 
 import csv
+import os
 import threading
 from collections.abc import Sequence
 from itertools import islice
@@ -183,3 +184,20 @@ def test_in_order_gives_every_readable_image_once(pictures: Path) -> None:
     for images, indices, _ in parts:
         for image, index in zip(images, indices, strict=True):
             assert torch.equal(image, CentreCrop(16).crop(data.image(int(index))))
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read as Linux gives it")
+def test_memory_does_not_grow_over_epochs(pictures: Path) -> None:
+    source = open_data(str(pictures))
+    with loader(source, size=96, batch=10, crop=RandomResizedCrop(96)) as batches:
+        sizes = []
+        for _ in range(4):
+            for _ in range(100):  # an epoch each
+                next(batches)
+            sizes.append(resident())
+    assert sizes[-1] - sizes[0] < 4 * 2**20  # one batch in a hundred left behind would be 8 MiB

@@ -18,7 +18,7 @@ from pixmim.engine.advice import describe
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
 from pixmim.engine.optim import Updater, adamw
-from pixmim.engine.runlog import RunLog
+from pixmim.engine.runlog import DATA_BOUND, RunLog
 from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
@@ -147,6 +147,13 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     if step < schedule.steps:
         return Outcome(step, finished=False)
     save_tensors(model.encoder.state_dict(), out / "encoder.safetensors", run, step)
+    if log.data_wait > DATA_BOUND:
+        console.print(
+            f"the run waited for data {log.data_wait:.0%} of its time: `pixmim bench-data {run.data}` says what helps",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
     lost = int(updater.state["skipped"].item())
     if lost:
         console.print(f"{lost} of {step} updates were skipped because their gradient was not finite")
