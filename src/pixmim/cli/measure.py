@@ -30,7 +30,7 @@ def evaluate(args: list[str]) -> int:
         Args:
             name: knn: 20 nearest neighbours vote. linear: a probe, its settings chosen on a held-out part of train.
             run: Directory of the run.
-            train: Labelled data to learn from: a folder with one subfolder for each class, or shapes:.
+            train: Labelled data to learn from: a folder with one subfolder for each class, hf:NAME, or shapes:.
             test: Labelled data to be measured on.
             untrained: Measure the encoder as it was before training as well, for comparison.
             device: auto, cpu, cuda, cuda:1, mps.

@@ -47,7 +47,9 @@ def open_hub(spec: str, form: Form = COLOUR) -> Table:
     splits, load = _find(wanted)
     split = wanted.split or ("train" if "train" in splits or len(splits) > 1 else splits[0])
     if split not in splits:
-        raise UserError(f"{wanted} has no split '{split}'{nearest(split, splits)} Its splits: {', '.join(splits)}")
+        raise UserError(
+            f"{wanted} has no split '{split}'{nearest(split, splits) or '.'} Its splits: {', '.join(splits)}"
+        )
     path = wanted.path
     return Table(
         _told(wanted, lambda: load(split)),

@@ -86,7 +86,7 @@ class HubSpec:
         for option in options:
             key, _, value = option.partition("=")
             if key not in known:
-                raise UserError(f"hf: has no option '{key}'{nearest(key, known)} Known: {', '.join(known)}")
+                raise UserError(f"hf: has no option '{key}'{nearest(key, known) or '.'} Known: {', '.join(known)}")
             if not value:
                 raise UserError(f"'{spec}' gives no value for {key}")
             values[key] = value
