@@ -41,6 +41,9 @@ class Numbers(Source):
     def locate(self, index: int) -> str:
         return f"numbers/{index}"
 
+    def fingerprint(self) -> str:
+        return f"{self.count} numbers"
+
     def image(self, index: int) -> torch.Tensor:
         if index in self.bad:
             raise BadImage("broken, on purpose")

@@ -168,7 +168,7 @@ class Run:
     recipe: Annotated[str, Suppress] = ""
     """Name of the recipe this run began as."""
     data: str = ""
-    """A folder of images (searched through its subfolders), or shapes: for images drawn on the fly."""
+    """A folder of images, a cache, hf:NAME, or shapes: for drawn ones; several as a*3+b (docs/data.md lists all)."""
     out: str = ""
     """Directory of the run; otherwise runs/RECIPE-TIME."""
     init: str = ""

@@ -33,7 +33,7 @@ def cache(args: list[str]) -> int:
         like and run it again: finished shards stay. Under torchrun or in a Slurm array each process makes its part.
 
         Args:
-            data: A folder of images, a .txt that names images, or shapes:.
+            data: Images, as pretrain's --data takes them.
             out: The folder of the cache.
             size: Side of what the network will see, or HEIGHTxWIDTH: images just cover it, aspect kept.
             quality: Of the JPEGs.

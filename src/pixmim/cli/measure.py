@@ -67,9 +67,8 @@ def evaluate(args: list[str]) -> int:
 
 def _overview() -> str:
     width = max(map(len, PROTOCOLS))
-    what = "\n".join(
-        f"  {name:<{width}}  {(p.settings.__doc__ or '').splitlines()[0]}" for name, p in PROTOCOLS.items()
-    )
+    about = {name: str(p.settings.__doc__).splitlines()[0] for name, p in PROTOCOLS.items()}
+    what = "\n".join(f"  {name:<{width}}  {line}" for name, line in about.items())
     needs = "\n".join(f"  {name:<{width}}  {p.needs}" for name, p in PROTOCOLS.items())
     return (
         f"usage: pixmim evaluate NAME MODEL [...]\n\n{what}\n\nWhat each needs:\n\n{needs}\n\n"

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
-from pixmim.data.source import COLOUR, BadImage, Form, Source
+from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 
 EXTENSIONS = frozenset(
@@ -70,6 +70,9 @@ class Files(Source):
 
     def locate(self, index: int) -> str:
         return str(self._root / self._paths[index])
+
+    def fingerprint(self) -> str:
+        return of_places(self)
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         try:

@@ -54,6 +54,9 @@ class Kept(Source):
     def locate(self, index: int) -> str:
         return self._source.locate(index)
 
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         found = self._images[index]
         if found is None:  # two threads may both read it; the second one's copy replaces an equal first

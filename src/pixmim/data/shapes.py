@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from pixmim import rng
-from pixmim.data.source import COLOUR, Form, Source
+from pixmim.data.source import COLOUR, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
@@ -117,6 +117,9 @@ class Shapes(Source):
 
     def locate(self, index: int) -> str:
         return f"{self.spec}#{index}"
+
+    def fingerprint(self) -> str:
+        return of_places(self)
 
     def image(self, index: int) -> UInt8[Tensor, "c h w"]:
         image = torch.from_numpy(self.sample(index).image).permute(2, 0, 1)

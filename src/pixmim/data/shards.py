@@ -28,7 +28,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
-from pixmim.data.source import COLOUR, BadImage, Form, Source
+from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
 from pixmim.errors import UserError
 
 ENTRY = np.dtype([("image", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("h", "<i4"), ("w", "<i4")])
@@ -213,6 +213,9 @@ class Shards(Source):
     def locate(self, index: int) -> str:
         shard = shard_path(self._folder, int(self._shard[index]), "tar")
         return f"{shard}:{int(self._entries[index]['image']):09d}"
+
+    def fingerprint(self) -> str:
+        return of_places(self)
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         entry = self._entries[index]

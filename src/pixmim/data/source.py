@@ -83,9 +83,14 @@ class Source(ABC):
     def locate(self, index: int) -> str:
         """Where an image comes from, for messages: a path."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Of all places in order, so that unfinished work on other files is not taken for work on these."""
-        digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(self.locate(index).encode("utf-8", "surrogateescape") + b"\0")
-        return digest.hexdigest()[:16]
+        """Of all images in order, so that unfinished work on others is not taken for work on these."""
+
+
+def of_places(source: Source) -> str:
+    """The fingerprint of a data set whose images are known by their places."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.locate(index).encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
