@@ -61,11 +61,14 @@ def loader(source: object, skipped: Skipped | None = None, **options: object) ->
 def take(count: int, **options: object) -> list[Batch]:
     source = options.pop("source", Shapes(count=50, size=24))
     with loader(source, **options) as batches:
-        return [Batch(b.images.clone(), b.flip.clone()) for b in islice(batches, count)]
+        return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(batches, count)]
 
 
 def same(one: list[Batch], two: list[Batch]) -> bool:
-    return all(torch.equal(a.images, b.images) and torch.equal(a.flip, b.flip) for a, b in zip(one, two, strict=True))
+    pairs = [
+        pair for a, b in zip(one, two, strict=True) for pair in zip(vars(a).values(), vars(b).values(), strict=True)
+    ]
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize("crop", [SimpleResizedCrop(16), RandomResizedCrop(16)])

@@ -6,19 +6,21 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Cropped images as they lie in memory, and which of them the device must still flip.
+    """Cropped images as they lie in memory, which of them the device must still flip, and which images they are.
 
     In memory that is not page-locked, a batch is overwritten once the next one is asked for: copy what shall last.
     """
 
     images: Shaped[Tensor, "b c h w"]
     flip: Bool[Tensor, " b"]
+    indices: Int[Tensor, " b"]
+    """Which image of the data set each is; on the host."""
 
 
 class Batches(ABC):

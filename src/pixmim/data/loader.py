@@ -86,6 +86,7 @@ class Loader(Batches):
         plan = self._stream.plan(self._portion.positions(self._submitted))
         self._source.soon(self._stream.soon(plan))
         batch.flip.copy_(torch.from_numpy(plan.flip))
+        batch.indices.copy_(torch.from_numpy(plan.indices))
         indices, u = plan.indices.tolist(), plan.u.tolist()
 
         def fill(rows: list[int]) -> None:
@@ -107,7 +108,8 @@ class Loader(Batches):
         count, form = self._portion.count, self._source.form
         shape = (count, *self._crop.shape, form.channels)
         images = torch.empty(shape, dtype=getattr(torch, form.pixels), pin_memory=self._pin)
-        return Batch(images.permute(0, 3, 1, 2), torch.empty(count, dtype=torch.bool, pin_memory=self._pin))
+        flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
+        return Batch(images.permute(0, 3, 1, 2), flip, torch.empty(count, dtype=torch.int64))
 
     def _read(self, index: int) -> Tensor | None:
         """An image, or None, with a line in the account, if it cannot be read."""
@@ -127,7 +129,7 @@ class Loader(Batches):
             other = self._stream.instead(plan, row, step)
             image = self._read(int(other.indices[0]))
             if image is not None:
-                batch.flip[row] = bool(other.flip[0])
+                batch.flip[row], batch.indices[row] = bool(other.flip[0]), int(other.indices[0])
                 return image, other.u[0].tolist()
         raise self._skipped.too_many()
 

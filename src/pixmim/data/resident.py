@@ -84,7 +84,7 @@ class Resident(Batches):
         images = torch.cat([self._cut(part) for part in where.split(_ROWS, dim=1)])
         flip = torch.tensor([flip for _, flip, _ in rows]).to(self._device, non_blocking=True)
         self._waited += perf_counter() - began
-        return Batch(images, flip)
+        return Batch(images, flip, torch.from_numpy(indices))
 
     def _readable(self, plan: Plan, row: int) -> tuple[int, bool, list[float]]:
         """The image, flip and numbers of a row, or those of the first image after it that could be read."""
