@@ -33,7 +33,7 @@ class Crop(ABC):
 
     @abstractmethod
     def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float]) -> Shaped[Tensor, "c h2 w2"]:
-        """The crop that the numbers `u` in [0, 1) decide. Images of uint8, or of floating point."""
+        """The crop that the numbers `u` in [0, 1) decide. Images of uint8, of uint16, or of floating point."""
 
     @overload
     def __call__(self, image: Image.Image) -> Image.Image: ...
@@ -159,12 +159,23 @@ def finish(
 ) -> Float[Tensor, "b c h w"]:
     """The last steps on the device, for a whole batch: flip rows where `flip`, scale to [0, 1], normalise.
 
-    uint8 images count 255 as one; floating-point images are taken as they are. mean and std have c values each.
+    uint8 images count 255 as one, uint16 images 65535; floating-point images are taken as they are. mean and std have
+    c values each.
     """
-    scale = 1.0 if images.is_floating_point() else 255.0
+    scale = 1.0 if images.is_floating_point() else float(torch.iinfo(images.dtype).max)
     shape = (1, -1, 1, 1)
     x = (images.float() - (mean * scale).view(shape)) / (std * scale).view(shape)
     return x if flip is None else torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+def stacked(images: Sequence[Shaped[Tensor, "c h w"]]) -> Shaped[Tensor, "n c h w"]:
+    """Images of one size as a batch."""
+    return torch.stack([_movable(image) for image in images]).view(images[0].dtype)
+
+
+def _movable(image: Tensor) -> Tensor:
+    """A view in which every torch can flip and join: uint16 came late, and has few operators."""
+    return image.view(torch.int16) if image.dtype == torch.uint16 else image
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -174,6 +185,9 @@ def _pair(size: Size) -> tuple[int, int]:
 def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
     if image.shape[-2:] == size:
         return image
+    if image.dtype == torch.uint16:  # bicubic overshoots at edges
+        resized = _resize(image.float(), size, interpolation)
+        return resized.round_().clamp_(0, 65535).to(torch.uint16)
     return V.resize(image, list(size), interpolation=_MODES[interpolation], antialias=True)
 
 
@@ -186,10 +200,10 @@ def _window(image: Tensor, size: int, padding: int, u: float, dim: int) -> Tenso
         return image.narrow(dim, start, size)
     # Pixel -k is pixel k, and the last one + k the last one - k. Joined channels last, as decoders lay pixels out, so
     # that rows are copied whole and nothing is transposed.
-    pixels, axis = image.permute(1, 2, 0), dim + 2
+    pixels, axis = _movable(image).permute(1, 2, 0), dim + 2
     inside = pixels.narrow(axis, max(start, 0), size - over)
     if start < 0:
         parts = [pixels.narrow(axis, 1, over).flip(axis), inside]
     else:
         parts = [inside, pixels.narrow(axis, length - 1 - over, over).flip(axis)]
-    return torch.cat(parts, dim=axis).permute(2, 0, 1)
+    return torch.cat(parts, dim=axis).permute(2, 0, 1).view(image.dtype)

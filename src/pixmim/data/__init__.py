@@ -20,8 +20,6 @@ def open_data(spec: str, form: Form = COLOUR, how: Keep = "auto") -> Source:
     """
     if not spec:
         raise UserError("which images? Give a folder, or shapes: for drawn ones")
-    if form.channels not in (1, 3):
-        raise UserError(f"images are read in 3 channels or 1, not in {form.channels}")
     if spec.startswith("shapes:"):
         return Shapes.from_spec(spec, form)
     path = Path(spec).expanduser()

@@ -1,4 +1,4 @@
-"""Batches of cropped uint8 images, made by threads ahead of the loop; a pure function of (seed, position).
+"""Batches of cropped images, made by threads ahead of the loop; a pure function of (seed, position).
 
 Positions count the samples of the whole run: position p belongs to epoch p // n and is place p % n of that epoch's
 order. Batches are cut from this one stream, so every sample comes exactly once an epoch and there is no short batch
@@ -18,13 +18,13 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from pixmim import rng
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Source
-from pixmim.transforms import Crop
+from pixmim.transforms import Crop, stacked
 
 _AHEAD = 2  # batches that are ready or in the making while the loop uses one: this bounds the memory
 
@@ -33,7 +33,7 @@ _AHEAD = 2  # batches that are ready or in the making while the loop uses one: t
 class Batch:
     """Cropped images as they lie in memory, and which of them the device must still flip."""
 
-    images: UInt8[Tensor, "b c h w"]
+    images: Shaped[Tensor, "b c h w"]
     flip: Bool[Tensor, " b"]
 
 
@@ -105,7 +105,7 @@ class Loader:
     def _submit(self) -> tuple[Batch, list[Future[None]]]:
         """Hand the next batch to the threads, in parts small enough that all of them stay busy."""
         count = self._shape[0]
-        images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin)
+        images = torch.empty(self._shape, dtype=self._source.form.dtype, pin_memory=self._pin)
         flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
         positions = np.arange(self._next, self._next + count)
         self._next += count
@@ -152,7 +152,7 @@ class Loader:
 
 def in_order(
     source: Source, crop: Crop, *, skipped: Skipped, batch: int, threads: int = 0, first: int = 0
-) -> Iterator[tuple[UInt8[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
+) -> Iterator[tuple[Shaped[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
     """Every image of a data set once, in order from `first` on, through a crop without randomness.
 
     Gives batches, their indices, and how far into the data set they reach. An image that cannot be read is left out,
@@ -168,7 +168,7 @@ def in_order(
 
     def collect(part: range, images: Iterator[Tensor | None]) -> tuple[Tensor, npt.NDArray[np.int64], int]:
         found = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]
-        stack = torch.stack([image for _, image in found]) if found else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+        stack = stacked([image for _, image in found]) if found else torch.empty(0, 1, 1, 1, dtype=source.form.dtype)
         return stack, np.asarray([index for index, _ in found], np.int64), part.stop
 
     count = threads or min(16, os.cpu_count() or 1)

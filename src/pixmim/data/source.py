@@ -7,11 +7,15 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 Pixels = Literal["uint8", "uint16", "float32"]
 """How a pixel is held: 255 or 65535 count as one, or floating-point values are taken as they are."""
+
+Pages = Literal["first", "channels"]
+"""What counts of a TIFF with several pages: the first one, or the channels of all of them, one after another."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,26 @@ class Form:
 
     channels: int = 3
     pixels: Pixels = "uint8"
+    pages: Pages = "first"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its images as tensors."""
+        return {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[self.pixels]
+
+    @property
+    def bytes(self) -> int:
+        """That one value takes."""
+        return self.dtype.itemsize
+
+    @property
+    def flags(self) -> str:
+        """How the command line is told of it."""
+        return f"--channels {self.channels} --pixels {self.pixels}" + " --pages channels" * (self.pages == "channels")
+
+    def __str__(self) -> str:
+        pages = ", pages as channels" if self.pages == "channels" else ""
+        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.pixels}{pages}"
 
 
 COLOUR = Form()
