@@ -39,7 +39,7 @@ def bring(pixels: Array, form: Form) -> Array:
         return _as(_luma(pixels), form.pixels)
     if (found, wanted) == (1, 3):
         return _as(pixels, form.pixels).repeat(3, axis=2)
-    raise OtherChannels(f"{found} channels, and not {wanted}: --channels {found}")
+    raise OtherChannels(f"{found} {'channel' if found == 1 else 'channels'}, and not {wanted}: --channels {found}")
 
 
 def turned(pixels: Array, orientation: int) -> Array:

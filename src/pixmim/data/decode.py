@@ -27,7 +27,7 @@ for _name in ("PIL", "tifffile"):  # what they say of damage belongs into skippe
     logging.getLogger(_name).addHandler(logging.NullHandler())
 
 _ORIENTATION = 0x0112
-_BITS, _SAMPLES, _EXTRA, _KIND, _PHOTOMETRIC = 258, 277, 338, 339, 262
+_BITS, _SAMPLES, _EXTRA, _KIND, _PHOTOMETRIC, _DEPTH = 258, 277, 338, 339, 262, 32997
 
 
 def decode(data: bytes, form: Form = COLOUR) -> Array:
@@ -125,7 +125,7 @@ def _pillow_reads(image: Image.Image, pages: Pages, deep: bool) -> bool:
     """Whether Pillow gives all of the samples of a TIFF, and of their bits, and understands them as they are meant."""
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
     samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA, ())
-    if pages == "channels" and getattr(image, "n_frames", 1) > 1:
+    if tags.get(_DEPTH, 1) != 1 or (pages == "channels" and getattr(image, "n_frames", 1) > 1):
         return False
     if any(kind != 1 for kind in tags.get(_KIND, (1,))) or samples != len(image.getbands()):
         return False

@@ -144,7 +144,7 @@ def to_keep(found: Measured, total: int) -> Stats:
 def report(source: Source, seen: Counter[tuple[int, str]], found: Measured) -> list[str]:
     """What was found, in lines for a terminal; `seen` is what `kinds` gave."""
     held = "; ".join(f"{n:,} of {c} {'channel' if c == 1 else 'channels'} in {p}" for (c, p), n in seen.most_common(5))
-    lines = [f"{len(source):,} images; of {seen.total():,} looked into: {held or 'none can be read'}"]
+    lines = [f"{len(source):,} images; of {seen.total():,} that could be read: {held or 'nothing'}"]
     if not isinstance(source, Files):
         lines = [f"{len(source):,} images of {source.form}"]
     if found.images:
