@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pixmim.data import open_data
+from pixmim.data.batches import Portion
 from pixmim.data.cache import make_cache
 from pixmim.data.files import Files
+from pixmim.data.kept import Kept
 from pixmim.data.loader import Loader
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
@@ -47,10 +49,10 @@ def main() -> None:
         settings: dict[str, dict[str, Any]] = {"4:4:4": {}, "4:2:0": {"chroma": "420"}, "raw": {"kind": "raw"}}
         for name, kind in settings.items():
             made = make_cache(folder, Path(where) / name, (SIZE, SIZE), **kind)
-            caches[name] = open_data(str(Path(where) / name), how="disk")
+            caches[name] = open_data(str(Path(where) / name))
             rate, size = made.images / made.seconds, made.bytes / made.images
             print(f"cache {name}: made at {rate:.0f} images/s, {size:,.0f} bytes an image")
-        kept = open_data(str(Path(where) / "4:4:4"), how="memory")
+        kept = Kept(caches["4:4:4"])
         candidates = {
             "official, from the folder": official(folder, count),
             "pixmim RRC, from the folder": ours(folder, rrc, count),
@@ -94,7 +96,7 @@ def official(folder: Files, count: int) -> Callable[[], None]:
 def ours(source: Source, crop: Crop, count: int) -> Callable[[], None]:
     def run() -> None:
         skipped = Skipped(None, len(source), 0.5)
-        with Loader(source, crop, (SIZE, SIZE), batch=BATCH, skipped=skipped) as loader:
+        with Loader(source, crop, Portion(BATCH), skipped=skipped) as loader:
             take(loader, count)
 
     return run

@@ -3,26 +3,20 @@
 import io
 import json
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pixmim.config import Run
-from pixmim.data import kept as kept_module
 from pixmim.data import open_data
 from pixmim.data.cache import make_cache, whose_part
-from pixmim.data.kept import Kept, keep
-from pixmim.data.loader import Loader
 from pixmim.data.shards import Shards, shard_path
-from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Form
 from pixmim.errors import UserError
-from pixmim.transforms import SimpleResizedCrop, resize_to_cover
+from pixmim.transforms import resize_to_cover
 from test_cli import say
 from test_pretrain import train
 
@@ -159,7 +153,7 @@ def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tm
             content[place:place] = generator.bytes(7)
         path.write_bytes(bytes(content))
         try:
-            data = open_data(str(folder), how="disk")
+            data = open_data(str(folder))
             for i in range(len(data)):
                 try:
                     data.image(i)
@@ -167,27 +161,6 @@ def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tm
                     continue
         except UserError:
             continue
-
-
-def test_what_fits_stays_in_memory(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_cache(open_data(str(pictures)), tmp_path / "cache", SIZE)
-    shards = Shards(tmp_path / "cache")
-    expected = sum(shards.image(i).numel() for i in range(len(shards)))
-    assert shards.decoded_bytes == expected
-    monkeypatch.setattr(kept_module, "_memory", lambda: 4 * expected)
-    assert isinstance(keep(shards), Kept) and keep(shards, "disk") is shards
-    monkeypatch.setattr(kept_module, "_memory", lambda: 4 * expected - 4)
-    assert keep(shards) is shards and isinstance(keep(shards, "memory"), Kept)
-    kept = keep(shards, "memory")
-    assert torch.equal(kept.image(3), shards.image(3)) and kept.image(3) is kept.image(3)
-    batches = []
-    for source in (shards, kept):
-        with Loader(
-            source, SimpleResizedCrop(SIZE), SIZE, batch=8, skipped=Skipped(None, 10, 0.5), threads=3
-        ) as loader:
-            batches.append([next(loader).images.clone() for _ in range(4)])
-    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
-    assert threading.active_count() < 20
 
 
 def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "--resume", "/no/run"], "there is no /no/run/config.json"),
         (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
         (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "there is no /no/run"),
-        (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "invalid choice"),
+        (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "did you mean 'knn'"),
         (["import", "/no/such.pth"], "there is no /no/such.pth"),
         (["import", "x.pth", "--known", "num_haeds", "3"], "did you mean 'num_heads'"),
         (["import", "timm:vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),

@@ -17,9 +17,10 @@ from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import classify, knn
 from pixmim.evaluate.linear import RATES, fit, linear, standardise
-from pixmim.evaluate.results import save
+from pixmim.evaluate.results import Result, save
 from pixmim.metrics import wilson_interval
 from pixmim.parts import build_model
+from pixmim.protocols import PROTOCOLS
 from pixmim.runfile import to_json
 from pixmim.transforms import evaluation_crop
 from pixmim.weights.own import save_tensors
@@ -112,6 +113,13 @@ def test_classes_are_matched_by_name() -> None:
         dict(knn(train, frozen(30, classes=2, names=["bb", "c"])))
 
 
+def measured(name: str, folder: Path, train: str, test: str, **options: object) -> Result:
+    """One evaluation of the encoder in a folder, on the CPU."""
+    settings = PROTOCOLS[name].settings(train, test)
+    (result,) = evaluate(str(folder), [(name, settings)], folder, device="cpu", **options)  # type: ignore[arg-type]
+    return result
+
+
 @pytest.fixture
 def product(tiny_run: Make, tmp_path: Path) -> Path:
     """A run's folder with an encoder that was not trained at all, but says so in no way."""
@@ -137,20 +145,20 @@ def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path
 
 
 def test_evaluation_is_repeatable_and_kept(product: Path) -> None:
-    results = [evaluate(name, product, TRAIN, TEST, device="cpu") for name in ("knn", "linear", "knn")]
-    assert results[0] == results[2] and results[0].step == 7
-    assert evaluate("knn", product, TRAIN, TEST, untrained=True, device="cpu").values == results[0].values
+    results = [measured(name, product, TRAIN, TEST) for name in ("knn", "linear", "knn")]
+    assert results[0].values == results[2].values and results[0].step == 7
+    assert measured("knn", product, TRAIN, TEST, untrained=True).values == results[0].values
     path = save(results[0], product)
     assert save(results[2], product) == path and path.parent.name == "evaluations"
 
 
 def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_run: Make, pictures: Path) -> None:
     with pytest.raises(UserError, match="there is no"):
-        evaluate("knn", tmp_path / "nowhere", TRAIN, TEST)
+        measured("knn", tmp_path / "nowhere", TRAIN, TEST)
     with pytest.raises(UserError, match="did you mean 'linear'"):
-        evaluate("liner", product, TRAIN, TEST)
+        list(evaluate(str(product), [("liner", None)], product))
     with pytest.raises(UserError, match="has no labels"):
-        evaluate("knn", product, str(pictures / "cats"), TEST, device="cpu")
+        measured("knn", product, str(pictures / "cats"), TEST)
     with pytest.raises(UserError, match=r"--knn\.train and --knn\.test"):
         knn_watch(tiny_run(knn=type(tiny_run().knn)(every=1.0)))
     (product / "encoder.safetensors").write_bytes(b"broken")

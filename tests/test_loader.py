@@ -1,7 +1,9 @@
 """The stream of crops as a pure function of (seed, position), and what happens around bad files and interruptions."""
 
 import csv
+import os
 import threading
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 
 from pixmim import rng
 from pixmim.data import open_data
-from pixmim.data.loader import Batch, Loader, in_order
+from pixmim.data.batches import Batch, Portion
+from pixmim.data.loader import Loader, in_order
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Form, Source
@@ -27,11 +30,19 @@ class Numbers(Source):
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad
 
+    sizes, pieces = None, None  # type: ignore[assignment]
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
+
     def __len__(self) -> int:
         return self.count
 
     def locate(self, index: int) -> str:
         return f"numbers/{index}"
+
+    def fingerprint(self) -> str:
+        return f"{self.count} numbers"
 
     def image(self, index: int) -> torch.Tensor:
         if index in self.bad:
@@ -40,22 +51,24 @@ class Numbers(Source):
 
 
 def loader(source: object, skipped: Skipped | None = None, **options: object) -> Loader:
-    size = options.pop("size", 8)
-    values = {"batch": 4, "crop": CentreCrop(size), "seed": 1, "threads": 2} | options
+    size, batch, start = (options.pop(name, default) for name, default in (("size", 8), ("batch", 4), ("start", 0)))
+    values = {"crop": CentreCrop(size), "seed": 1, "threads": 2} | options
     crop = values.pop("crop")
-    return Loader(
-        source, crop, (size, size), skipped=Skipped(None, len(source), 0.5) if skipped is None else skipped, **values
-    )
+    skipped = Skipped(None, len(source), 0.5) if skipped is None else skipped
+    return Loader(source, crop, Portion(batch, start), skipped=skipped, **values)
 
 
 def take(count: int, **options: object) -> list[Batch]:
     source = options.pop("source", Shapes(count=50, size=24))
     with loader(source, **options) as batches:
-        return [Batch(b.images.clone(), b.flip.clone()) for b in islice(batches, count)]
+        return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(batches, count)]
 
 
 def same(one: list[Batch], two: list[Batch]) -> bool:
-    return all(torch.equal(a.images, b.images) and torch.equal(a.flip, b.flip) for a, b in zip(one, two, strict=True))
+    pairs = [
+        pair for a, b in zip(one, two, strict=True) for pair in zip(vars(a).values(), vars(b).values(), strict=True)
+    ]
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize("crop", [SimpleResizedCrop(16), RandomResizedCrop(16)])
@@ -103,7 +116,7 @@ def test_bad_images_are_replaced_and_listed_once(tmp_path: Path) -> None:
     path = tmp_path / "skipped.csv"
     source = Numbers(10, bad=(2, 5))
     with loader(source, Skipped(path, 10, 0.5)) as batches:
-        seen = torch.cat([b.images[:, 0, 0, 0] for b in islice(batches, 10)])
+        seen = torch.cat([b.images[:, 0, 0, 0].clone() for b in islice(batches, 10)])
     assert not {2, 5} & set(seen.tolist())
     for epoch in range(4):  # the next one in the order stands in for each
         order = rng.permutation(1, epoch, 10).tolist()
@@ -177,3 +190,20 @@ def test_in_order_gives_every_readable_image_once(pictures: Path) -> None:
     for images, indices, _ in parts:
         for image, index in zip(images, indices, strict=True):
             assert torch.equal(image, CentreCrop(16).crop(data.image(int(index))))
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read as Linux gives it")
+def test_memory_does_not_grow_over_epochs(pictures: Path) -> None:
+    source = open_data(str(pictures))
+    with loader(source, size=96, batch=10, crop=RandomResizedCrop(96)) as batches:
+        sizes = []
+        for _ in range(4):
+            for _ in range(100):  # an epoch each
+                next(batches)
+            sizes.append(resident())
+    assert sizes[-1] - sizes[0] < 4 * 2**20  # one batch in a hundred left behind would be 8 MiB

@@ -164,6 +164,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
         assert say(capsys, "stats", spec)[0] == 0 and (spec / "stats.json").exists()
     run = tiny_run(data=str(spec), size="16x32", channels=channels, pixels=pixels, steps=3)
     run = replace(run, crop=replace(run.crop, kind="rrc" if how == "rrc" else "src"))
+    run = replace(run, keep="device" if how == "cache" else "auto")
     unknown = describe(replace(run, data="/other"), 12, Schedule.of(run, 12), torch.device("cpu"), "fp32")
     assert any("mean and std are not measured" in line for line in unknown)
     run, lines = measured(run)
@@ -174,7 +175,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     found = measure(open_data(str(spec), image_form(run)), sample(12, 0))
     assert kept.mean == tuple(found.mean) and kept.std == tuple(found.std)
     again = tmp_path / "again"  # threads and the place of the images change nothing
-    train(replace(run, threads=1, data=str(data)), again)
+    train(replace(run, threads=1, data=str(data), keep="disk"), again)
     ours, theirs = weights(tmp_path / "run"), weights(again)
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
 

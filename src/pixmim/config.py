@@ -168,7 +168,7 @@ class Run:
     recipe: Annotated[str, Suppress] = ""
     """Name of the recipe this run began as."""
     data: str = ""
-    """A folder of images (searched through its subfolders), or shapes: for images drawn on the fly."""
+    """A folder of images, a cache, hf:NAME, or shapes: for drawn ones; several as a*3+b (docs/data.md lists all)."""
     out: str = ""
     """Directory of the run; otherwise runs/RECIPE-TIME."""
     init: str = ""
@@ -199,8 +199,8 @@ class Run:
     """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    keep: Literal["auto", "memory", "disk"] = "auto"
-    """Whether a cache's images stay in memory once decoded; auto: if they fit into a quarter of it."""
+    keep: Literal["auto", "device", "memory", "disk"] = "auto"
+    """Where a cache's images stay once decoded; auto: where they fit into a quarter of the memory."""
     threads: int = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
     checkpoint_every: int = 0

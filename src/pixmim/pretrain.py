@@ -10,14 +10,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pixmim.config import Run
-from pixmim.data import open_data
-from pixmim.data.loader import Batch, Loader
+from pixmim.data import open_batches, open_data
+from pixmim.data.batches import Batch, Portion
+from pixmim.data.keep import choose_place
 from pixmim.data.skipped import Skipped
 from pixmim.engine.advice import describe
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
 from pixmim.engine.optim import Updater, adamw
-from pixmim.engine.runlog import RunLog
+from pixmim.engine.runlog import DATA_BOUND, RunLog
 from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
@@ -51,7 +52,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     """
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
-    data = open_data(run.data, image_form(run), run.keep)
+    data, crop = open_data(run.data, image_form(run)), build_crop(run)
+    place, kept = choose_place(data, crop, run.keep, device)
     schedule = Schedule.of(run, len(data))
 
     checkpoints = Checkpoints(out / "checkpoints")
@@ -90,7 +92,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
             log.write({"step": step, "epoch": round(step * run.batch_size / len(data), 6), **watch(model.encoder)})
             log.pause()
 
-    about = [f"images: {data.about}"] if data.about else []
+    about = [f"images: {line}" for line in (data.about, kept) if line]
     for line in [*describe(run, len(data), schedule, device, precision), *about, *origin]:
         console.print(line, highlight=False, soft_wrap=True)
     if start:
@@ -98,17 +100,16 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
         console.print(f"the run {done}: {start:,} updates are done", highlight=False)
     with (
         Interrupts() as interrupts,
-        Loader(
+        open_batches(
             data,
-            build_crop(run),
-            run.hw,
-            batch=part,
+            crop,
+            Portion(part, start * run.batch_size),
+            place,
+            device,
             skipped=skipped,
             flip=run.crop.flip,
             seed=run.seed,
-            start=start * run.batch_size,
             threads=run.threads,
-            pin=device.type == "cuda",
         ) as batches,
         RunLog(
             out / "metrics.jsonl",
@@ -146,6 +147,13 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     if step < schedule.steps:
         return Outcome(step, finished=False)
     save_tensors(model.encoder.state_dict(), out / "encoder.safetensors", run, step)
+    if log.data_wait > DATA_BOUND:
+        console.print(
+            f"the run waited for data {log.data_wait:.0%} of its time: `pixmim bench-data {run.data}` says what helps",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
     lost = int(updater.state["skipped"].item())
     if lost:
         console.print(f"{lost} of {step} updates were skipped because their gradient was not finite")

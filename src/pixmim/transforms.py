@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
@@ -31,9 +31,31 @@ class Crop(ABC):
     def draws(self) -> int:
         """Uniform numbers that `crop` takes."""
 
+    @property
     @abstractmethod
-    def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float]) -> Shaped[Tensor, "c h2 w2"]:
+    def shape(self) -> tuple[int, int]:
+        """(h, w) of the result in pixels."""
+
+    @abstractmethod
+    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
+        """Write into `out` the crop that the numbers `u` in [0, 1) decide.
+
+        Both are of one dtype, and fastest where channels lie last in memory, as decoders lay pixels out.
+        """
+
+    @abstractmethod
+    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+        """Where the crop of an image of `size` (h, w) begins, row and column, if it is only cut out of the image.
+
+        None if it is resized. Rows and columns beyond the image, -1 for one, are mirrored ones.
+        """
+
+    def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float] = ()) -> Shaped[Tensor, "c h2 w2"]:
         """The crop that the numbers `u` in [0, 1) decide. Images of uint8, of uint16, or of floating point."""
+        h, w = self.shape
+        out = image.new_empty(h, w, image.shape[0]).permute(2, 0, 1)
+        self.put(image, u, out)
+        return out
 
     @overload
     def __call__(self, image: Image.Image) -> Image.Image: ...
@@ -72,10 +94,20 @@ class SimpleResizedCrop(Crop):
     def draws(self) -> int:
         return 2
 
-    def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float]) -> Shaped[Tensor, "c h2 w2"]:
-        image = resize_to_cover(image, _pair(self.size), self.interpolation)
-        h, w = _pair(self.size)
-        return _window(_window(image, h, self.padding, u[0], -2), w, self.padding, u[1], -1)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return _pair(self.size)
+
+    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
+        image = resize_to_cover(image, self.shape, self.interpolation)
+        _put_window(image, *self._corner((image.shape[-2], image.shape[-1]), u), out)
+
+    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+        return self._corner(size, u) if cover(size, self.shape) == size else None
+
+    def _corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int]:
+        (height, width), (h, w), p = size, self.shape, self.padding
+        return int(u[0] * (height + 2 * p - h + 1)) - p, int(u[1] * (width + 2 * p - w + 1)) - p
 
 
 @dataclass(frozen=True)
@@ -94,9 +126,16 @@ class RandomResizedCrop(Crop):
     def draws(self) -> int:
         return 22  # area and ratio for each of ten tries, then two for the place
 
-    def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float]) -> Shaped[Tensor, "c h2 w2"]:
+    @property
+    def shape(self) -> tuple[int, int]:
+        return _pair(self.size)
+
+    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
         top, left, h, w = self.box((image.shape[-2], image.shape[-1]), u)
-        return _resize(image[..., top : top + h, left : left + w], _pair(self.size), self.interpolation)
+        out.copy_(_resize(image[..., top : top + h, left : left + w], self.shape, self.interpolation))
+
+    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+        return None
 
     def box(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int, int, int]:
         """The crop (top, left, height, width) in pixels of an image of `size` (h, w)."""
@@ -128,11 +167,24 @@ class CentreCrop(Crop):
     def draws(self) -> int:
         return 0
 
-    def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float] = ()) -> Shaped[Tensor, "c h2 w2"]:
-        h, w = _pair(self.size)
-        image = resize_to_cover(image, (round(h * self.enlarge), round(w * self.enlarge)), self.interpolation)
-        top, left = round((image.shape[-2] - h) / 2), round((image.shape[-1] - w) / 2)
-        return image[..., top : top + h, left : left + w]
+    @property
+    def shape(self) -> tuple[int, int]:
+        return _pair(self.size)
+
+    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
+        image = resize_to_cover(image, self._covered, self.interpolation)
+        (top, left), (h, w) = self._corner((image.shape[-2], image.shape[-1])), self.shape
+        out.copy_(image[..., top : top + h, left : left + w])
+
+    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+        return self._corner(size) if cover(size, self._covered) == size else None
+
+    def _corner(self, size: tuple[int, int]) -> tuple[int, int]:
+        return round((size[0] - self.shape[0]) / 2), round((size[1] - self.shape[1]) / 2)
+
+    @property
+    def _covered(self) -> tuple[int, int]:
+        return round(self.shape[0] * self.enlarge), round(self.shape[1] * self.enlarge)
 
 
 def evaluation_crop(size: Size) -> CentreCrop:
@@ -144,14 +196,16 @@ def resize_to_cover(
     image: Shaped[Tensor, "c h w"], size: tuple[int, int], interpolation: Interpolation = "bicubic"
 ) -> Shaped[Tensor, "c h2 w2"]:
     """Resize with antialias until the image just covers `size`, aspect kept; for a square, shortest edge to `size`."""
-    height, width = image.shape[-2:]
-    h, w = size
+    return _resize(image, cover((image.shape[-2], image.shape[-1]), size), interpolation)
+
+
+def cover(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The (h, w) of an image of (h, w) resized until it just covers `size`."""
+    (height, width), (h, w) = image, size
     # Integers on purpose, as torchvision rounds: the longer edge is cut, not rounded.
     if height * w >= width * h:
-        cover = max(h, height * w // width), w
-    else:
-        cover = h, max(w, width * h // height)
-    return _resize(image, cover, interpolation)
+        return max(h, height * w // width), w
+    return h, max(w, width * h // height)
 
 
 def finish(
@@ -170,11 +224,11 @@ def finish(
 
 def stacked(images: Sequence[Shaped[Tensor, "c h w"]]) -> Shaped[Tensor, "n c h w"]:
     """Images of one size as a batch."""
-    return torch.stack([_movable(image) for image in images]).view(images[0].dtype)
+    return torch.stack([movable(image) for image in images]).view(images[0].dtype)
 
 
-def _movable(image: Tensor) -> Tensor:
-    """A view in which every torch can flip and join: uint16 came late, and has few operators."""
+def movable(image: Tensor) -> Tensor:
+    """A view that every torch can index and join: uint16 came late, and has few operators."""
     return image.view(torch.int16) if image.dtype == torch.uint16 else image
 
 
@@ -191,19 +245,38 @@ def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) 
     return V.resize(image, list(size), interpolation=_MODES[interpolation], antialias=True)
 
 
-def _window(image: Tensor, size: int, padding: int, u: float, dim: int) -> Tensor:
-    """Crop `size` along one axis out of the image padded by reflection; only what the crop shows is ever copied."""
-    length = image.shape[dim]
-    start = int(u * (length + 2 * padding - size + 1)) - padding
-    over = max(-start, start + size - length)
-    if over <= 0:
-        return image.narrow(dim, start, size)
-    # Pixel -k is pixel k, and the last one + k the last one - k. Joined channels last, as decoders lay pixels out, so
-    # that rows are copied whole and nothing is transposed.
-    pixels, axis = _movable(image).permute(1, 2, 0), dim + 2
-    inside = pixels.narrow(axis, max(start, 0), size - over)
-    if start < 0:
-        parts = [pixels.narrow(axis, 1, over).flip(axis), inside]
-    else:
-        parts = [inside, pixels.narrow(axis, length - 1 - over, over).flip(axis)]
-    return torch.cat(parts, dim=axis).permute(2, 0, 1).view(image.dtype)
+def _put_window(image: Tensor, top: int, left: int, out: Tensor) -> None:
+    """Write into `out` the window of the image, padded by reflection, whose corner is (top, left).
+
+    Pixel -k is pixel k, and the last one + k the last one - k. On a CPU only what the window shows is copied, once:
+    first what lies in the image, and then, out of that, what is mirrored. NumPy's slices cost a tenth of torch's.
+    """
+    (height, width), (h, w) = image.shape[1:], out.shape[1:]
+    above, before = max(-top, 0), max(-left, 0)
+    below, after = min(h, height - top), min(w, width - left)  # where the image ends in the window
+    narrow = 2 * max(above, h - below) >= h - 1 or 2 * max(before, w - after) >= w - 1
+    if narrow or image.device.type != "cpu":
+        rows, columns = mirrored(top, h, height), mirrored(left, w, width)
+        movable(out).copy_(movable(image)[:, rows[:, None], columns])
+        return
+    source, target = image.permute(1, 2, 0).numpy(), out.permute(1, 2, 0).numpy()
+    target[above:below, before:after] = source[top + above : top + below, left + before : left + after]
+    if before:
+        target[above:below, :before] = target[above:below, 2 * before : before : -1]
+    if after < w:
+        target[above:below, after:] = target[above:below, after - 2 : 2 * after - w - 2 : -1]
+    if above:
+        target[:above] = target[2 * above : above : -1]
+    if below < h:
+        target[below:] = target[below - 2 : 2 * below - h - 2 : -1]
+
+
+@overload
+def mirrored(begin: int, count: int, length: int) -> Int[Tensor, " count"]: ...
+@overload
+def mirrored(begin: Int[Tensor, "b 1"], count: int, length: Int[Tensor, "b 1"]) -> Int[Tensor, "b count"]: ...
+def mirrored(begin: int | Tensor, count: int, length: int | Tensor) -> Tensor:
+    """The pixels that `count` places from `begin` on show, along an axis of `length` pixels padded by reflection."""
+    device = begin.device if isinstance(begin, Tensor) else None
+    places = (begin + torch.arange(count, device=device)).abs()
+    return length - 1 - (length - 1 - places).abs()

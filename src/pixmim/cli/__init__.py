@@ -19,7 +19,7 @@ OVERVIEW = """usage: pixmim COMMAND [...]
   cache        resize pictures once, for all epochs to come
   stats        measure mean and std, and say what a data set holds
   list         the recipes, with what each aims at
-  evaluate     measure it: k-NN, linear probe
+  evaluate     measure it; `pixmim evaluate list` shows how
   report       one page of settings, curves, reconstructions and results, for one run or several
   reconstruct  draw what a model predicts of hidden patches
   attention    draw where a ViT looks

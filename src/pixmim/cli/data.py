@@ -38,7 +38,7 @@ def cache(args: list[str]) -> int:
         like and run it again: finished shards stay. Under torchrun or in a Slurm array each process makes its part.
 
         Args:
-            data: A folder of images, a .txt that names images, or shapes:.
+            data: Images, as pretrain's --data takes them.
             out: The folder of the cache.
             size: Side of what the network will see, or HEIGHTxWIDTH: images just cover it, aspect kept.
             quality: Of the JPEGs.
@@ -122,12 +122,12 @@ def stats(args: list[str]) -> int:
         console, spec = Console(), absolute(data)
         settings = read_settings(Path(spec))
         form = settings.form if settings is not None else Form(pages=pages)
-        source = open_data(spec, form, "disk")
+        source = open_data(spec, form)
         kinds = look.kinds(source, look.sample(len(source), _LOOK), pages)
         likely = form if settings is not None else look.fitting(kinds, pages)
         form = Form(channels or likely.channels, likely.pixels if pixels == "auto" else pixels, likely.pages)
         if form != source.form:
-            source = open_data(spec, form, "disk")
+            source = open_data(spec, form)
         chosen, began = look.sample(len(source), images), time.monotonic()
         with progress(f"measuring {data}", len(chosen), console) as advance:
             found = look.measure(source, chosen, threads=threads, progress=advance)

@@ -103,7 +103,7 @@ def embed(args: list[str]) -> int:
 
         Args:
             model: A finished run, an imported folder, a file of weights, or timm:NAME.
-            data: A folder of images, or shapes:.
+            data: Images, as pretrain's --data takes them.
             out: .npy (float32, a row for each image; names in a .csv beside it) or .parquet.
             kind: cls: the global token. mean: the mean of the patch tokens. Without a global token both are the mean.
             batch_size: Images at a time.

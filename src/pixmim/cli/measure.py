@@ -1,57 +1,94 @@
 """pixmim evaluate and pixmim report."""
 
+import re
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import say
-from pixmim.errors import UserError
+from pixmim.cli.terms import absolute, say
+from pixmim.errors import UserError, nearest
+from pixmim.protocols import DATA, PROTOCOLS
 
 
 def evaluate(args: list[str]) -> int:
-    """Measure a run on labelled folders, and keep the result with the run."""
+    """Measure an encoder, and keep the result."""
+    if not args or args[0] in ("list", "-h", "--help"):
+        print(_overview())
+        return 0
+    name, known = args[0], [*PROTOCOLS, "list"]
+    if name not in PROTOCOLS:
+        raise UserError(f"there is no evaluation '{name}'{nearest(name, known)}\n\n{_overview()}")
+    settings_type = PROTOCOLS[name].settings
 
     def command(
-        name: Positional[Literal["knn", "linear"]],
-        run: Positional[Path],
+        model: Positional[str],
         /,
         *,
-        train: str,
-        test: str,
+        settings: Annotated[settings_type, arg(name="")],  # type: ignore[valid-type]
         untrained: bool = False,
+        out: Path | None = None,
         device: str = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-    ) -> int:
-        """Measure the frozen encoder of a finished run.
+    ) -> tuple[str, Any, bool, Path, str, Literal["auto", "bf16", "fp16", "fp32"]]:
+        """Measure an encoder.
 
         Args:
-            name: knn: 20 nearest neighbours vote. linear: a probe, its settings chosen on a held-out part of train.
-            run: Directory of the run.
-            train: Labelled data to learn from: a folder with one subfolder for each class, or shapes:.
-            test: Labelled data to be measured on.
-            untrained: Measure the encoder as it was before training as well, for comparison.
+            model: A finished run, an imported folder, a file of weights, or timm:NAME.
+            settings: Settings.
+            untrained: Of a run: measure the encoder as it was before training as well, for comparison.
+            out: Where results are kept; otherwise with the run, or in evaluations/MODEL.
             device: auto, cpu, cuda, cuda:1, mps.
             precision: auto: bf16 where the device computes in it.
         """
-        from pixmim.evaluate import evaluate as measure
-        from pixmim.evaluate.results import save
-        from pixmim.report import results_table, write_report
+        return model, settings, untrained, out or _home(model), device, precision
 
-        console = Console()
-        for before in [True, False] if untrained else [False]:
-            result = measure(
-                name, run, train, test, untrained=before, device=device, precision=precision, console=console
-            )
-            save(result, run)
-        console.print(results_table([run]))
-        page = write_report([run], run / "report.html")
-        say(console, f"report: {page}")
-        return 0
+    about = f"{settings_type.__doc__} Needs {PROTOCOLS[name].needs}."
+    model, settings, untrained, out, device, precision = tyro.cli(
+        command, prog=f"pixmim evaluate {name}", description=about, args=args[1:]
+    )
+    from pixmim.evaluate import evaluate as measure
+    from pixmim.evaluate.results import save
+    from pixmim.report import results_table, write_report
 
-    return tyro.cli(command, prog="pixmim evaluate", args=args)
+    console, settings = Console(), _with_whole_paths(settings)
+    for before in [True, False] if untrained else [False]:
+        for result in measure(
+            model, [(name, settings)], out, untrained=before, device=device, precision=precision, console=console
+        ):
+            save(result, out)
+    console.print(results_table([out]))
+    say(console, f"report: {write_report([out], out / 'report.html')}")
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, PROTOCOLS))
+    about = {name: str(p.settings.__doc__).splitlines()[0] for name, p in PROTOCOLS.items()}
+    what = "\n".join(f"  {name:<{width}}  {line}" for name, line in about.items())
+    needs = "\n".join(f"  {name:<{width}}  {p.needs}" for name, p in PROTOCOLS.items())
+    return (
+        f"usage: pixmim evaluate NAME MODEL [...]\n\n{what}\n\nWhat each needs:\n\n{needs}\n\n"
+        "MODEL is a run, an imported folder, a file of weights, or timm:NAME.\n"
+        "`pixmim evaluate NAME --help` explains every flag."
+    )
+
+
+def _home(model: str) -> Path:
+    """Where the results of a model are kept: with a run or an imported folder, or else by its name."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    return Path("evaluations") / re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
+
+
+def _with_whole_paths(settings: Any) -> Any:
+    """The settings with whole paths in place of those of data, so that results tell what they were measured on."""
+    data = [f.name for f in fields(settings) if f.name in DATA]
+    return replace(settings, **{name: absolute(getattr(settings, name)) for name in data})
 
 
 def report(args: list[str]) -> int:

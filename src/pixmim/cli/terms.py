@@ -1,13 +1,13 @@
-"""What the commands share: a folder's whole path, and plain text."""
-
-from pathlib import Path
+"""What the commands share: whole paths of data, and plain text."""
 
 from rich.console import Console
 
 
 def absolute(data: str) -> str:
-    """A folder's whole path, so that a run finds its data from wherever it is resumed or reported on."""
-    return data if not data or data.startswith("shapes:") else str(Path(data).expanduser().resolve())
+    """Whole paths instead of relative ones, so that a run finds its data from wherever it is resumed or reported on."""
+    from pixmim.data.spec import absolute as whole
+
+    return whole(data)
 
 
 def say(console: Console, text: str) -> None:

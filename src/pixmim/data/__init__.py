@@ -1,30 +1,76 @@
 """Where images come from, and how they reach the loop."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from pixmim.data.batches import Batches, Portion
 from pixmim.data.files import below, listed
-from pixmim.data.kept import Keep, keep
+from pixmim.data.hub import is_local, open_hub
+from pixmim.data.keep import Place
+from pixmim.data.kept import Kept
+from pixmim.data.loader import Loader
+from pixmim.data.mixture import Mixture
+from pixmim.data.resident import Resident
 from pixmim.data.shapes import Shapes
 from pixmim.data.shards import Shards, read_settings
+from pixmim.data.skipped import Skipped
 from pixmim.data.source import COLOUR, Form, Source
+from pixmim.data.spec import Part, read_parts
 from pixmim.errors import UserError
+from pixmim.transforms import Crop
 
 
-def open_data(spec: str, form: Form = COLOUR, how: Keep = "auto") -> Source:
-    """The data set that `spec` names: a folder, a cache, a .txt that names images, or `shapes:` with options.
+def open_data(spec: str, form: Form = COLOUR) -> Source:
+    """The data set that `spec` names: a folder, a cache, a .txt that names images, a Hugging Face data set (`hf:NAME`,
+    or a folder or file of parquet or Arrow), `shapes:` with options, or several of these with weights, `a*3+b`.
 
     form  what its images are brought into
-    how   whether a cache's images stay in memory once decoded: "memory", "disk", or "auto", if they fit
 
     Raises UserError if there is none.
     """
     if not spec:
         raise UserError("which images? Give a folder, or shapes: for drawn ones")
+    parts = read_parts(spec)
+    if parts == [Part(spec)]:
+        return _open_one(spec, form)
+    return Mixture(spec, [(_open_one(part.source, form), part.weight) for part in parts])
+
+
+def _open_one(spec: str, form: Form) -> Source:
     if spec.startswith("shapes:"):
         return Shapes.from_spec(spec, form)
+    if spec.startswith("hf:"):
+        return open_hub(spec, form)
     path = Path(spec).expanduser()
     if read_settings(path) is not None:
-        return keep(Shards(spec, form), how)
+        return Shards(spec, form)
     if path.is_file() and path.suffix == ".txt":
         return listed(spec, form)
+    if is_local(path):
+        return open_hub(spec, form)
     return below(spec, form)
+
+
+def open_batches(
+    source: Source,
+    crop: Crop,
+    portion: Portion,
+    place: Place,
+    device: torch.device,
+    *,
+    skipped: Skipped,
+    flip: float,
+    seed: int,
+    threads: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Batches:
+    """The batches of a run (see `Loader`), from where its decoded images stay (see `keep.choose_place`)."""
+    if place == "device":
+        return Resident(
+            source, crop, portion, device, skipped=skipped, flip=flip, seed=seed, threads=threads, progress=progress
+        )
+    kept = Kept(source) if place == "memory" else source
+    pin = device.type == "cuda"
+    return Loader(kept, crop, portion, skipped=skipped, flip=flip, seed=seed, threads=threads, pin=pin)

@@ -17,6 +17,7 @@ import numpy as np
 import simplejpeg
 import torch
 
+from pixmim.data.loader import how_many
 from pixmim.data.shards import (
     Sample,
     Settings,
@@ -94,7 +95,7 @@ def make_cache(
     skipped = Skipped(folder / (f"skipped-{rank}.csv" if ranks > 1 else "skipped.csv"), len(source), 1.0)
     mine = range(rank, settings.shards, ranks)
     with ThreadPoolExecutor(
-        threads or min(16, os.cpu_count() or 1), "pixmim-cache", initializer=torch.set_num_threads, initargs=(1,)
+        how_many(threads), "pixmim-cache", initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         ahead: deque[tuple[int, deque[Future[Sample | None]]]] = deque()
 

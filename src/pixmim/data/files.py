@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pixmim.data.decode import decode
 from pixmim.data.limits import check_bytes
-from pixmim.data.source import COLOUR, BadImage, Form, Source
+from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 
 EXTENSIONS = frozenset(
@@ -55,11 +55,25 @@ class Files(Source):
     def about(self) -> str:
         return ""
 
+    @property
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
+
     def __len__(self) -> int:
         return len(self._paths)
 
     def locate(self, index: int) -> str:
         return str(self._root / self._paths[index])
+
+    def fingerprint(self) -> str:
+        return of_places(self)
 
     def read(self, index: int) -> bytes:
         """What is in a file. Raises BadImage."""

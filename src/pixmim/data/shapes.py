@@ -5,6 +5,7 @@ light and aspect ratio vary. Since shape and texture are drawn apart, a network'
 Object and background differ by texture and colour, so nothing but the outline tells one shape from another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pixmim import rng
 from pixmim.data.convert import bring
-from pixmim.data.source import COLOUR, Form, Source
+from pixmim.data.source import COLOUR, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
@@ -101,11 +102,25 @@ class Shapes(Source):
     def about(self) -> str:
         return ""
 
+    @property
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
+
     def __len__(self) -> int:
         return self.count
 
     def locate(self, index: int) -> str:
         return f"{self.spec}#{index}"
+
+    def fingerprint(self) -> str:
+        return of_places(self)
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         image, count = self.sample(index).image, self.form.channels

@@ -15,7 +15,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
-from pixmim.data.source import COLOUR, BadImage, Form, Pages, Pixels, Source
+from pixmim.data.source import COLOUR, BadImage, Form, Pages, Pixels, Source, of_places
 from pixmim.errors import UserError
 
 ENTRY = np.dtype([("image", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("h", "<i4"), ("w", "<i4")])
@@ -207,13 +207,15 @@ class Shards(Source):
         return "read from a cache on disk"
 
     @property
-    def decoded_bytes(self) -> int:
-        """Bytes of all images once decoded."""
-        return (
-            int((self._entries["h"].astype(np.int64) * self._entries["w"]).sum())
-            * self._form.channels
-            * self._form.bytes
-        )
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        return np.stack([self._entries["h"], self._entries["w"]], axis=1).astype(np.int64)
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -221,6 +223,9 @@ class Shards(Source):
     def locate(self, index: int) -> str:
         shard = shard_path(self._folder, int(self._shard[index]), "tar")
         return f"{shard}:{int(self._entries[index]['image']):09d}"
+
+    def fingerprint(self) -> str:
+        return of_places(self)
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         entry = self._entries[index]

@@ -2,8 +2,9 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +82,20 @@ class Source(ABC):
     def about(self) -> str:
         """What a user should know of how it is read, in a line; empty where there is nothing to say."""
 
+    @property
+    @abstractmethod
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        """(h, w) of each image in pixels (n 2); None where only reading them tells."""
+
+    @property
+    @abstractmethod
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        """Images in each contiguous piece that is best read together; None where any image is as near as any other."""
+
+    @abstractmethod
+    def soon(self, pieces: Sequence[int]) -> None:
+        """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -92,9 +107,22 @@ class Source(ABC):
     def locate(self, index: int) -> str:
         """Where an image comes from, for messages: a path."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Of all places in order, so that unfinished work on other files is not taken for work on these."""
-        digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(self.locate(index).encode("utf-8", "surrogateescape") + b"\0")
-        return digest.hexdigest()[:16]
+        """Of all images in order, so that unfinished work on others is not taken for work on these."""
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """A data set of picture files, which gives their bytes to look into."""
+
+    def read(self, index: int) -> bytes:
+        """What is in the file of one image. Raises BadImage."""
+
+
+def of_places(source: Source) -> str:
+    """The fingerprint of a data set whose images are known by their places."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.locate(index).encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]

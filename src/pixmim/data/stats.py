@@ -22,10 +22,9 @@ import torch
 
 from pixmim import rng
 from pixmim.data.decode import read
-from pixmim.data.files import Files
 from pixmim.data.remembered import place
 from pixmim.data.shards import read_settings, write_json
-from pixmim.data.source import BadImage, Form, Pages, Source
+from pixmim.data.source import BadImage, Encoded, Form, Pages, Source
 
 _BLOCK = 2**20  # values that are in float64 at a time
 
@@ -79,7 +78,7 @@ def kinds(source: Source, indices: list[int], pages: Pages = "first") -> Counter
 
     Of other sources than files, only what they bring their images into is known.
     """
-    if not isinstance(source, Files):
+    if not isinstance(source, Encoded):
         return Counter({(source.form.channels, str(source.form.pixels)): len(indices)})
 
     def look(index: int) -> tuple[int, str] | None:
@@ -145,7 +144,7 @@ def report(source: Source, seen: Counter[tuple[int, str]], found: Measured) -> l
     """What was found, in lines for a terminal; `seen` is what `kinds` gave."""
     held = "; ".join(f"{n:,} of {c} {'channel' if c == 1 else 'channels'} in {p}" for (c, p), n in seen.most_common(5))
     lines = [f"{len(source):,} images; of {seen.total():,} that could be read: {held or 'nothing'}"]
-    if not isinstance(source, Files):
+    if not isinstance(source, Encoded):
         lines = [f"{len(source):,} images of {source.form}"]
     if found.images:
         sides = []

@@ -47,9 +47,12 @@ class Updater:
         (loss * self.state["scale"]).backward() if self._scaling else loss.backward()
 
     def step(self, lr: float) -> Tensor:
-        """Apply and clear the accumulated gradient at this learning rate; gives its norm, a scalar on the device."""
+        """Apply and clear the accumulated gradient at this learning rate, times a group's own "scale" if it has one.
+
+        Gives the gradient's norm, a scalar on the device.
+        """
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         s = self.state
         norm = total_norm(self._parameters) / s["scale"]
         finite = torch.isfinite(norm)

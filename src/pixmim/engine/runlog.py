@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+DATA_BOUND = 0.1
+"""Share of its time that a loop waits for data, from which on faster data would make a faster run."""
+
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
@@ -22,6 +25,11 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 return
+
+
+def bound_by(share: float) -> str:
+    """What limits a run whose loop waits for data that share of its time."""
+    return f"{'data' if share > DATA_BOUND else 'compute'}-bound: waits for data {share:.0%}"
 
 
 class RunLog:
@@ -55,7 +63,7 @@ class RunLog:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self._began = self._since = time.perf_counter()
-        self._first, self._waited, self._spoke = start, 0.0, 0.0
+        self._first, self._waited, self._spoke, self._seconds = start, 0.0, 0.0, 0.0
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
@@ -85,6 +93,7 @@ class RunLog:
             means[name] = total / count if count else float("nan")
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
+        self._seconds += seconds
         line = {
             "step": step,
             "epoch": round(step * self._epoch, 6),
@@ -96,7 +105,7 @@ class RunLog:
         self.write(line)
         text = (
             f"loss {means.get('loss', float('nan')):.4f} · {line['images_per_s']:,.0f} images/s"
-            f" · data wait {line['data_wait']:.0%}"
+            f" · {bound_by(line['data_wait'])}"
         )
         self._bar.update(self._task, text=text)
         if not self._console.is_terminal and (now - self._spoke > 5 or step == self._steps):
@@ -104,6 +113,11 @@ class RunLog:
             self._console.print(f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left", highlight=False)
             self._spoke = now
         self._sums, self._count, self._since, self._waited = {}, 0, now, waited
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time of all lines so far that the loop waited for data."""
+        return min(1.0, self._waited / self._seconds) if self._seconds else 0.0
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line as it is."""

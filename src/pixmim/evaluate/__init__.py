@@ -1,53 +1,60 @@
-"""Says how good an encoder is. One literal dict names the evaluations."""
+"""Says how good an encoder is. One literal dict names the evaluations; their settings stand in `protocols.py`."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import nn
 
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.skipped import Skipped
 from pixmim.engine.device import Precision, choose_device, choose_precision
 from pixmim.errors import UserError, nearest
+from pixmim.evaluate import knn, linear
+from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.encoder import in_training, of_model
-from pixmim.evaluate.features import Frozen, freeze
-from pixmim.evaluate.knn import knn
-from pixmim.evaluate.linear import linear
+from pixmim.evaluate.features import freeze
 from pixmim.evaluate.results import Result, versions
 from pixmim.parts import image_form
+from pixmim.protocols import PROTOCOLS
 
-EVALUATIONS: dict[str, Callable[[Frozen, Frozen], Iterator[tuple[str, float]]]] = {"knn": knn, "linear": linear}
+EVALUATIONS: dict[str, Callable[[Bench, Any], Values]] = {"knn": knn.measure, "linear": linear.measure}
 
 
 def evaluate(
-    name: str,
+    model: str,
+    evaluations: list[tuple[str, Any]],
     folder: Path,
-    train: str,
-    test: str,
     *,
     untrained: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
     console: Console | None = None,
-) -> Result:
-    """Measure a finished run's encoder, or the untrained one it began as, on two labelled data sets.
+) -> Iterator[Result]:
+    """Measure an encoder in one or several ways; features are computed once for all of them.
 
-    Raises UserError for an unknown evaluation, a folder that is no finished run, or data without labels.
+    model        a run, an imported folder, a file of weights, or timm:NAME
+    evaluations  (name, settings): a key of EVALUATIONS, and that protocol's settings
+    folder       where results and unfinished work are kept
+    untrained    measure the weights that a run began with instead
+
+    Yields each evaluation's result as soon as it is there. Raises UserError for an unknown evaluation, for what holds
+    no encoder, and for data that do not suit.
     """
-    if name not in EVALUATIONS:
-        raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {', '.join(EVALUATIONS)}")
-    encoder = of_model(str(folder), device=device, precision=precision, untrained=untrained)
-    frozen = []
-    for spec in (train, test):
-        data = open_data(spec, encoder.form)
-        frozen.append(
-            freeze(encoder, data, Skipped(folder / "evaluations-skipped.csv", len(data), 0.25), console=console)
+    for name, _ in evaluations:
+        if name not in EVALUATIONS:
+            known = ", ".join(EVALUATIONS)
+            raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {known}")
+    encoder = of_model(model, device=device, precision=precision, untrained=untrained)
+    bench = Bench(encoder, folder, "untrained" if untrained else "trained", console)
+    for name, settings in evaluations:
+        bench.pictures.clear()
+        values = dict(EVALUATIONS[name](bench, settings))
+        yield Result(
+            name, model, bench.which, encoder.step, asdict(settings), values, versions(), pictures=dict(bench.pictures)
         )
-    values = dict(EVALUATIONS[name](*frozen))
-    which = "untrained" if untrained else "trained"
-    return Result(name, which, encoder.step, train, test, values, versions())
 
 
 def knn_watch(run: Run) -> Callable[[nn.Module], dict[str, float]] | None:
@@ -58,13 +65,16 @@ def knn_watch(run: Run) -> Callable[[nn.Module], dict[str, float]] | None:
         raise UserError("--knn.every needs labelled data: give --knn.train and --knn.test")
     sets = [open_data(spec, image_form(run)) for spec in (run.knn.train, run.knn.test)]
     if any(data.labels is None for data in sets):
-        raise UserError("--knn.train and --knn.test need one subfolder for each class")
+        raise UserError("--knn.train and --knn.test need classes: one subfolder for each, or a column of them (label=)")
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
 
     def watch(module: nn.Module) -> dict[str, float]:
         encoder = in_training(run, module, device, precision)
         train, test = (freeze(encoder, data) for data in sets)
-        return {f"knn/{key}": value for key, value in knn(train, test) if key.count("/") == 1}
+        return {f"knn/{key}": value for key, value in knn.knn(train, test) if key.count("/") == 1}
 
     return watch
+
+
+__all__ = ["EVALUATIONS", "PROTOCOLS", "Result", "evaluate", "knn_watch"]

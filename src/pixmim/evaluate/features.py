@@ -53,7 +53,9 @@ def freeze(
     Shows a bar if `console` is a terminal. Raises UserError if the data have no labels.
     """
     if data.labels is None:
-        raise UserError(f"{data.spec} has no labels: an evaluation needs one subfolder for each class")
+        raise UserError(
+            f"{data.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=)"
+        )
     if skipped is None:
         skipped = Skipped(None, len(data), 0.25)
     vectors, means, labels = [], [], []

@@ -1,17 +1,22 @@
 """k-NN on frozen features, as DINO does it (arXiv 2104.14294, appendix; also used by DINOv2)."""
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.features import Frozen, same_classes
 from pixmim.metrics import wilson_interval
+from pixmim.protocols import Knn
 
 
-def knn(train: Frozen, test: Frozen, k: int = 20) -> Iterator[tuple[str, float]]:
+def measure(bench: Bench, settings: Knn) -> Values:
+    """Top-1 accuracy on the test data: see `knn`. Raises UserError."""
+    yield from knn(bench.frozen(settings.train), bench.frozen(settings.test), settings.k)
+
+
+def knn(train: Frozen, test: Frozen, k: int = 20) -> Values:
     """Top-1 accuracy in per cent, of the global token ("cls") and of the mean of the patch tokens ("mean").
 
     Yields each feature's accuracy and the ends of its 95 % interval. Raises UserError for a class train lacks.

@@ -5,7 +5,6 @@ and without the mean of the patch tokens, at thirteen learning rates. Features a
 set's statistics, as the parameter-free BatchNorm of MAE's probe does: the scale of MAE's features is far from one.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixmim import rng
+from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.features import BLOCKS, Frozen, same_classes
 from pixmim.metrics import wilson_interval
+from pixmim.protocols import Linear
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 """Learning rates per 256 images of a batch."""
@@ -35,9 +36,15 @@ class Setting:
         return torch.cat(parts + [features.mean] * self.mean, dim=1)
 
 
+def measure(bench: Bench, settings: Linear) -> Values:
+    """Top-1 accuracy on the test data: see `linear`. Raises UserError."""
+    train, test = bench.frozen(settings.train), bench.frozen(settings.test)
+    yield from linear(train, test, epochs=settings.epochs, seed=settings.seed)
+
+
 def linear(
     train: Frozen, test: Frozen, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0
-) -> Iterator[tuple[str, float]]:
+) -> Values:
     """Top-1 accuracy in per cent of the probe chosen on `held_out` of train, fitted anew on all of it, tested once.
 
     Yields "top1", the ends of its 95 % interval, the accuracy on the held-out part, and the setting that won. Raises

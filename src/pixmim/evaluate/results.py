@@ -1,4 +1,4 @@
-"""The one contract of evaluations: a function of (encoder's features, settings) yields named values; they end here."""
+"""The one contract of evaluations: a function of (bench, settings) yields named values; they end here, in JSON."""
 
 import json
 import os
@@ -6,33 +6,49 @@ import platform
 import re
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 
 @dataclass(frozen=True)
 class Result:
-    """Values of one evaluation of one encoder, and what it takes to repeat it."""
+    """Values of one evaluation of one encoder, what it drew, and what it takes to repeat it."""
 
     evaluation: str
+    model: str
     encoder: str
     """"trained" or "untrained"."""
     step: int
-    train: str
-    test: str
+    settings: dict[str, Any]
     values: dict[str, float]
     versions: dict[str, str]
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    """Pictures by caption; in the JSON, names of PNG files beside it by caption."""
 
 
 def save(result: Result, folder: Path) -> Path:
-    """Write a result into the run's `evaluations/`; the same evaluation on the same data replaces the one before."""
+    """Write a result into a folder's `evaluations/`, in place of an older one of the same settings.
+
+    Numbers that are not finite become null.
+    """
     folder = folder / "evaluations"
-    folder.mkdir(exist_ok=True)
-    data = re.sub(r"[^A-Za-z0-9]+", "-", result.test).strip("-")[-60:]
-    path = folder / f"{result.evaluation}-{result.encoder}-{data}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    key = sha256(json.dumps(result.settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    path = folder / f"{result.evaluation}-{result.encoder}-{key}.json"
+    names = {}
+    for caption, picture in result.pictures.items():
+        words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
+        names[caption] = f"{path.stem}-{words}.png"
+        picture.save(folder / names[caption])
+    content = asdict(replace(result, pictures={})) | {"pictures": names}
+    content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(beside, path)
     return path
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
+from PIL import Image
 from rich.table import Table
 
 from pixmim.config import Model, Run
@@ -18,6 +20,7 @@ from pixmim.parts import image_form
 from pixmim.pretrained import open_model
 from pixmim.report.figures import curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
+from pixmim.report.results import Measured, read_results, rows, table
 from pixmim.runfile import from_json
 from pixmim.targets import in_bins
 
@@ -26,11 +29,12 @@ _ENVIRONMENT = jinja2.Environment(loader=jinja2.PackageLoader("pixmim", "report"
 
 @dataclass(frozen=True)
 class _Story:
-    """All that is known of one run."""
+    """All that is known of one run, or of a model that was measured."""
 
     name: str
     folder: Path
-    run: Run
+    run: Run | None
+    """None for a model that was measured only."""
     metrics: list[dict[str, Any]]
     results: list[dict[str, Any]]
     pictures: Reconstruction | None
@@ -54,20 +58,22 @@ def write_report(folders: list[Path], page: Path) -> Path:
             folder = story.folder / "reconstructions"
             folder.mkdir(exist_ok=True)
             sheet(story.pictures.columns).save(folder / f"step-{story.pictures.step:09d}.png")
+    trained = [story for story in stories if story.run is not None]
+    targets = [(story.name, story.run.target) for story in stories if story.run is not None]
     html = _ENVIRONMENT.get_template("page.html.j2").render(
         title=" and ".join(story.name for story in stories) if len(stories) < 4 else f"{len(stories)} runs",
         stories=stories,
-        results=_rows(stories),
-        settings=_settings(stories),
+        trained=trained,
+        results=rows([Measured(story.name, story.results) for story in stories]),
+        drawn=_drawn(stories),
+        settings=_settings([story.run for story in stories if story.run is not None]),
         curves=_curves(stories),
         columns=COLUMNS,
         png=png,
         spectrum=_spectrum,
         timm_options=_timm_options,
-        binned=[story.name for story in stories if story.run.target.distance == "cross_entropy"],
-        unnormalised=[
-            story.name for story in stories if story.run.target.normalise_patches or story.run.target.normalise_window
-        ],
+        binned=[name for name, target in targets if target.distance == "cross_entropy"],
+        unnormalised=[name for name, target in targets if target.normalise_patches or target.normalise_window],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(html)
@@ -75,15 +81,8 @@ def write_report(folders: list[Path], page: Path) -> Path:
 
 
 def results_table(folders: list[Path]) -> Table:
-    """The evaluations of these runs as a table for a terminal."""
-    stories = [_read(folder, name, draw=False) for folder, name in zip(folders, _names(folders), strict=True)]
-    names = [f"{story.name}: " if len(stories) > 1 else "" for story in stories]
-    table = Table("top-1 accuracy", *(name + which for name in names for which in ("untrained", "trained")), box=None)
-    for row in _rows(stories):
-        # Side by side, several runs leave no room for the intervals; they stand in the page.
-        cells = [f"{c['text']} ({c['range']})" if len(stories) == 1 else c["text"] for c in row["cells"]]
-        table.add_row(row["label"], *(text if c["text"] else "-" for text, c in zip(cells, row["cells"], strict=True)))
-    return table
+    """What was measured of these models, as a table for a terminal."""
+    return table([Measured(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)])
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -93,66 +92,31 @@ def _names(folders: list[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str, draw: bool = True) -> _Story:
+def _read(folder: Path, name: str) -> _Story:
     config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"{folder} is not a run: it has no config.json")
-    run = from_json(config.read_text(), config)
-    pictures, problem = None, ""
-    if draw:
+    results, pictures, problem, run = read_results(folder), None, "", None
+    if config.is_file():
+        run = from_json(config.read_text(), config)
         try:
             pictures = reconstruct(open_model(str(folder), whole=True), open_data(run.data, image_form(run)))
         except UserError as error:  # the data may be elsewhere by now; the rest of the page is as good
             problem = str(error)
+    elif not results:
+        raise UserError(f"{folder} is not a run, and holds no evaluations: it has no config.json")
     skipped = folder / "skipped.csv"
     return _Story(
         name,
         folder,
         run,
         list(read_metrics(folder / "metrics.jsonl")),
-        [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/*.json"))],
+        results,
         pictures,
         problem,
         max(0, len(skipped.read_text().splitlines()) - 1) if skipped.exists() else 0,
     )
 
 
-_LABELS = {
-    ("knn", "top1/mean"): "k-NN, mean of patch tokens",
-    ("knn", "top1/cls"): "k-NN, class token",
-    ("linear", "top1"): "linear probe",
-}
-
-
-def _rows(stories: list[_Story]) -> list[dict[str, Any]]:
-    """One row for each measured value and test set; two cells for each run, untrained and trained."""
-    tests = sorted({(r["train"], r["test"]) for story in stories for r in story.results})
-    rows = []
-    for train, test in tests:
-        for (evaluation, key), label in _LABELS.items():
-            cells: list[dict[str, Any]] = []
-            for story in stories:
-                for which in ("untrained", "trained"):
-                    found = [
-                        r["values"]
-                        for r in story.results
-                        if (r["evaluation"], r["encoder"], r["train"], r["test"]) == (evaluation, which, train, test)
-                    ]
-                    cells.append(_cell(found[0], key) if found else {"text": "", "range": "", "value": None})
-            if any(cell["text"] for cell in cells):
-                for cell in cells:  # marked only if no other value reaches into its interval
-                    others = [c["value"] for c in cells if c is not cell and c["value"] is not None]
-                    cell["best"] = bool(others) and cell["value"] is not None and cell["low"] > max(others)
-                rows.append({"label": label, "train": train, "test": test, "cells": cells})
-    return rows
-
-
-def _cell(values: dict[str, float], key: str) -> dict[str, Any]:
-    interval = f"{values[key + '/low']:.1f} to {values[key + '/high']:.1f}"
-    return {"value": values[key], "low": values[key + "/low"], "text": f"{values[key]:.1f} %", "range": interval}
-
-
-def _settings(stories: list[_Story]) -> list[dict[str, Any]]:
+def _settings(runs: list[Run]) -> list[dict[str, Any]]:
     """Every field of the configurations, those that differ between the runs first."""
 
     def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -164,11 +128,12 @@ def _settings(stories: list[_Story]) -> list[dict[str, Any]]:
             }
         return {path: value}
 
-    columns = [flat(story.run) for story in stories]
-    rows: list[dict[str, Any]] = [{"name": name, "values": [column[name] for column in columns]} for name in columns[0]]
-    for row in rows:
-        row["differs"] = len({json.dumps(value) for value in row["values"]}) > 1
-    return sorted(rows, key=lambda row: not row["differs"])
+    columns = [flat(run) for run in runs]
+    names = columns[0] if columns else {}
+    fields: list[dict[str, Any]] = [{"name": name, "values": [column[name] for column in columns]} for name in names]
+    for field in fields:
+        field["differs"] = len({json.dumps(value) for value in field["values"]}) > 1
+    return sorted(fields, key=lambda field: not field["differs"])
 
 
 def _timm_options(model: Model) -> dict[str, Any]:
@@ -195,8 +160,19 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
     return figures
 
 
+def _drawn(stories: list[_Story]) -> list[tuple[str, str]]:
+    """(caption, picture as a data URL) of what evaluations drew."""
+    return [
+        (f"{story.name}, {result['encoder']}: {caption}", png(np.asarray(Image.open(path))))
+        for story in stories
+        for result in story.results
+        for caption, name in result.get("pictures", {}).items()
+        if (path := story.folder / "evaluations" / name).is_file()
+    ]
+
+
 def _spectrum(story: _Story) -> str:
-    assert story.pictures is not None
+    assert story.pictures is not None and story.run is not None
     radius = in_bins(story.run.target.radius, story.run.hw)
     cut = min(radius) if isinstance(radius, tuple) else radius
     line = (cut, f"r = {cut:g}") if story.run.target.kind == "low-frequency" else None

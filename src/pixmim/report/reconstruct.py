@@ -121,8 +121,9 @@ def _some_pictures(run: Run, data: Source, count: int) -> Tensor:
     """The first readable pictures of an order that no training epoch uses; all of them in order if they are few."""
     crop = CentreCrop(run.hw, interpolation=run.crop.interpolation)
     found: list[Tensor] = []
-    order = range(len(data)) if len(data) <= count else rng.permutation(run.seed, 2**31, len(data)).tolist()
-    for index in order:
+    few = len(data) <= count
+    for place in range(len(data)):
+        index = place if few else int(rng.shuffled(run.seed, "order", 2**31, len(data), [place])[0])
         try:
             found.append(crop.crop(data.image(index)))
         except BadImage as error:

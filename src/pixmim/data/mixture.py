@@ -1,0 +1,120 @@
+"""Several data sets as one: each image of a part comes as often in an epoch as the part's weight says.
+
+A mixture is a map of indices and nothing else: its n samples are the first part's images, weight times over, then the
+next part's. So order, crops, flips and resuming are those of any data set with n samples, each of which comes exactly
+once an epoch; and the copies of an image, having different indices, are cropped differently.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Shaped
+from torch import Tensor
+
+from pixmim.data.source import Form, Source
+
+_PIECE = 1000
+
+
+class Mixture(Source):
+    """The parts, each with its weight (at least 1), all of one form.
+
+    Labels: there are some if every part has them. Classes are joined by name: those of the first part, then those that
+    the next one adds, and so on.
+    """
+
+    def __init__(self, spec: str, parts: Sequence[tuple[Source, int]]) -> None:
+        self._spec, self._parts = spec, list(parts)
+        lengths = [len(part) * weight for part, weight in self._parts]
+        self._starts = [0, *np.cumsum(lengths).tolist()]
+
+    @property
+    def spec(self) -> str:
+        return self._spec
+
+    @property
+    def form(self) -> Form:
+        return self._parts[0][0].form
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        number = {name: i for i, name in enumerate(self.classes)}
+        if not number:
+            return None
+        found = []
+        for part, weight in self._parts:
+            assert part.labels is not None
+            ours = np.asarray([*(number[name] for name in part.classes), -1])  # -1, no class, stays -1
+            found.append(np.tile(ours[part.labels], weight))
+        return np.concatenate(found)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        if any(part.labels is None for part, _ in self._parts):
+            return []
+        return list(dict.fromkeys(name for part, _ in self._parts for name in part.classes))
+
+    @property
+    def about(self) -> str:
+        return "a mixture of " + ", ".join(
+            f"{len(part) * weight / len(self):.1%} {part.spec} ({len(part):,} images"
+            + (f", each {weight} times an epoch" if weight > 1 else "")
+            + (f"; {part.about})" if part.about else ")")
+            for part, weight in self._parts
+        )
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        found = [part.sizes for part, _ in self._parts]
+        known = [sizes for sizes in found if sizes is not None]
+        if len(known) < len(found):
+            return None
+        return np.concatenate([np.tile(s, (weight, 1)) for s, (_, weight) in zip(known, self._parts, strict=True)])
+
+    @cached_property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        if all(part.pieces is None for part, _ in self._parts):
+            return None
+        return np.concatenate([np.tile(_pieces(part), weight) for part, weight in self._parts])
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        counts = [len(_pieces(part)) * weight for part, weight in self._parts]
+        first = 0
+        for (part, _), count in zip(self._parts, counts, strict=True):
+            if part.pieces is not None:
+                inside = [(piece - first) % len(part.pieces) for piece in pieces if first <= piece < first + count]
+                part.soon(list(dict.fromkeys(inside)))
+            first += count
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        part, inside = self._find(index)
+        return part.image(inside)
+
+    def locate(self, index: int) -> str:
+        part, inside = self._find(index)
+        return part.locate(inside)
+
+    def fingerprint(self) -> str:
+        words = [f"{weight}*{part.fingerprint()}" for part, weight in self._parts]
+        return hashlib.sha256("+".join(words).encode()).hexdigest()[:16]
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        """The part that a sample belongs to, and its index there."""
+        number = bisect_right(self._starts, index) - 1
+        part, _ = self._parts[number]
+        return part, (index - self._starts[number]) % len(part)
+
+
+def _pieces(part: Source) -> npt.NDArray[np.int64]:
+    """A part's pieces; a part that is near is cut into some, so that it mixes with the others."""
+    if part.pieces is not None:
+        return part.pieces
+    full, rest = divmod(len(part), _PIECE)
+    return np.asarray([_PIECE] * full + [rest] * (rest > 0))

@@ -1,0 +1,143 @@
+"""Images in a column of a Hugging Face data set, read straight from its Arrow table.
+
+The table is memory-mapped and never changes, so any number of threads may read it. A row's bytes are copied out with
+the GIL released: a page that is not in memory yet makes one thread wait, and not all of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from pixmim.data.columns import cells, only_images, read_labels
+from pixmim.data.decode import decode
+from pixmim.data.source import COLOUR, BadImage, Form, Source
+from pixmim.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Table(Source):
+    """The images of a map-style `datasets.Dataset`, selected and shuffled as it may be.
+
+    spec    what the user wrote to get it
+    name    what stands before the row's number in messages
+    image   column of pictures: the library's Image, bytes, a struct of bytes and path, or paths; by default the only
+            column that holds pictures
+    label   column of classes: ClassLabel, whole numbers, strings or booleans; by default the only ClassLabel
+    folder  where paths without bytes begin
+
+    Raises UserError for an empty data set, a column that is not there or cannot serve, and a choice left open.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: str,
+        form: Form = COLOUR,
+        *,
+        name: str = "",
+        image: str = "",
+        label: str = "",
+        folder: Path = Path(),
+    ) -> None:
+        if not len(dataset):
+            raise UserError(f"{spec} holds no rows")
+        self._spec, self._form, self._name, self._folder = spec, form, name or spec, folder
+        indices = dataset._indices  # the rows left by a select or shuffle; there is no public name for them
+        self._rows = None if indices is None else indices.column(0).to_numpy()
+        self._length = len(dataset)
+        column = image or only_images(dataset, spec)
+        self._bytes, self._paths = cells(dataset, column, spec)
+        self._starts = [0, *np.cumsum([len(chunk) for chunk in dataset.data.column(column).chunks]).tolist()]
+        self._labels, self._classes, said = read_labels(dataset, label, self._rows, spec)
+        self._about = f"pictures from column '{column}', {said}"
+        self._fingerprint = f"{dataset._fingerprint}-{column}"  # the library's own, of all rows and what was done
+
+    @property
+    def spec(self) -> str:
+        return self._spec
+
+    @property
+    def form(self) -> Form:
+        return self._form
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        return self._labels
+
+    @property
+    def classes(self) -> list[str]:
+        return self._classes
+
+    @property
+    def about(self) -> str:
+        return self._about
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return self._length
+
+    def locate(self, index: int) -> str:
+        path = self._path(*self._find(index))
+        return f"{self._name}#{index}" + (f" ({path})" if path else "")
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def read(self, index: int) -> bytes:
+        """What is in a row's picture file. Raises BadImage."""
+        return self._read(*self._find(index))
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        pixels = decode(self.read(index), self._form)
+        writable = pixels if pixels.flags.writeable else pixels.copy()
+        return torch.from_numpy(writable).permute(2, 0, 1)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The chunk of the table that holds a row, and the row in it."""
+        row = index if self._rows is None else int(self._rows[index])
+        chunk = bisect_right(self._starts, row) - 1
+        return chunk, row - self._starts[chunk]
+
+    def _read(self, chunk: int, row: int) -> bytes:
+        import pyarrow
+
+        if self._bytes and (cell := self._bytes[chunk][row]).is_valid:
+            return pyarrow.BufferReader(cell.as_buffer()).read()  # as_py() would copy while it holds the GIL
+        path = self._path(chunk, row)
+        if not path:
+            raise BadImage("the row has neither bytes nor a path")
+        try:
+            if "://" in path:  # inside an archive, or far away
+                import fsspec
+
+                with fsspec.open(path, "rb") as file:
+                    return bytes(file.read())
+            return (self._folder / path).read_bytes()
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from None
+        except Exception as error:  # fsspec hands on what its many file systems raise
+            raise BadImage(f"{path}: {error}") from None
+
+    def _path(self, chunk: int, row: int) -> str:
+        return (self._paths[chunk][row].as_py() or "") if self._paths else ""

@@ -1,0 +1,56 @@
+"""What an evaluation works with: the encoder, features that are computed once, and a place for its files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+
+from pixmim.data import open_data
+from pixmim.data.skipped import Skipped
+from pixmim.data.source import Source
+from pixmim.evaluate.encoder import Encoder
+from pixmim.evaluate.features import Frozen, freeze
+
+Values = Iterator[tuple[str, float]]
+"""What an evaluation yields: named numbers, shares in per cent."""
+
+
+@dataclass
+class Bench:
+    """One encoder on the bench. An evaluation is a function of a Bench and its settings that yields Values.
+
+    folder    where results, pictures, and unfinished work that can be gone on with, are kept
+    which     "trained", or "untrained" for the weights that a run began with
+    pictures  what an evaluation drew, by caption: saved beside its result, and shown in the report
+    """
+
+    encoder: Encoder
+    folder: Path
+    which: str = "trained"
+    console: Console | None = None
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    _frozen: dict[str, Frozen] = field(default_factory=dict)
+
+    def data(self, spec: str) -> Source:
+        """A data set, read in the encoder's form. Raises UserError."""
+        return open_data(spec, self.encoder.form)
+
+    def skipped(self, data: Source) -> Skipped:
+        """The account of images that cannot be read, of a data set that is evaluated on."""
+        return Skipped(self.folder / "evaluations-skipped.csv", len(data), 0.25)
+
+    def frozen(self, spec: str) -> Frozen:
+        """The features of a labelled data set, computed the first time they are asked for. Raises UserError."""
+        if spec not in self._frozen:
+            data = self.data(spec)
+            self._frozen[spec] = freeze(self.encoder, data, self.skipped(data), console=self.console)
+        return self._frozen[spec]
+
+    def work(self, name: str, settings: Any) -> Path:
+        """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""
+        key = sha256(repr((self.which, self.encoder.step, settings)).encode()).hexdigest()[:12]
+        return self.folder / "unfinished" / f"{name}-{self.which}-{key}"

@@ -1,0 +1,102 @@
+"""Training with labels, for the evaluations that fine-tune: resumed exactly as pre-training is."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from pixmim.engine.checkpoint import Checkpoints
+from pixmim.engine.optim import Updater
+from pixmim.engine.runlog import RunLog
+from pixmim.engine.signals import Interrupts
+from pixmim.errors import UserError
+
+_AUTOSAVE = 600.0  # seconds between checkpoints
+_STREAK = 20  # updates in a row without a finite gradient, after which a run is lost
+
+T = TypeVar("T")
+
+
+def learn(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    rate: Callable[[int], float],
+    steps: int,
+    batches: Callable[[int], AbstractContextManager[Iterator[T]]],
+    loss_of: Callable[[T, int], Tensor],
+    folder: Path,
+    *,
+    images: int,
+    batch: int,
+    accumulate: int = 1,
+    clip: float | None = None,
+    scaling: bool = False,
+    after: Callable[[], None] = lambda: None,
+    console: Console | None = None,
+) -> None:
+    """Train `model` for `steps` updates, from the newest checkpoint in `folder` if there is one.
+
+    model    all that is trained or averaged, and so kept in checkpoints
+    rate     the learning rate of each update, counted from 0; a group's own "scale" multiplies it (layer decay)
+    batches  opens what feeds the loop, from a position on, counted in parts of batches
+    loss_of  of a part of a batch and the number of its update: a scalar; whatever is random in it is a function of that
+    images   in the data set; a checkpoint of another number is refused
+    batch    images in an update, in `accumulate` parts
+    scaling  multiply the loss against underflow, as float16 needs
+    after    called after each update, as an average of the weights needs
+
+    On Ctrl-C it writes a checkpoint and raises KeyboardInterrupt; the same call goes on from there, on a CPU to bitwise
+    the same weights. Raises UserError if the gradient is not finite many times in a row.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    device = next(model.parameters()).device
+    updater = Updater(optimizer, clip, scaling=scaling, device=device)
+    step = start = checkpoints.load(model, optimizer, updater, images=images)
+    saved_at = time.monotonic()
+    console = console or Console(quiet=True)
+    with (
+        Interrupts() as interrupts,
+        batches(start * accumulate) as feed,
+        RunLog(
+            folder / "metrics.jsonl",
+            steps=steps,
+            start=start,
+            every=max(1, min(50, steps // 200)),
+            epoch=batch / images,
+            images=batch,
+            console=console,
+        ) as log,
+    ):
+        while step < steps:
+            total = torch.zeros((), device=device)
+            for _ in range(accumulate):
+                loss = loss_of(next(feed), step) / accumulate
+                updater.backward(loss)
+                total += loss.detach()
+            norm = updater.step(rate(step))
+            after()
+            step += 1
+            log.add(step, loss=total, gradient=norm)
+            if log.due(step):
+                if updater.state["streak"].item() >= _STREAK:
+                    raise UserError(f"the gradient was not finite in the last {_STREAK} updates: lower the rate")
+                waited = getattr(feed, "waited", 0.0)
+                log.line(step, waited, lr=rate(step - 1), skipped=updater.state["skipped"].item())
+            if step == steps or interrupts.asked or time.monotonic() - saved_at > _AUTOSAVE:
+                checkpoints.save(step, model, optimizer, updater, images=images)
+                saved_at = time.monotonic()
+            if interrupts.asked and step < steps:
+                console.print(f"stopped after update {step:,} of {steps:,}; the same command goes on", highlight=False)
+                raise KeyboardInterrupt
+
+
+def forget(folder: Path) -> None:
+    """Remove the checkpoints of work that is finished, and measured."""
+    shutil.rmtree(folder, ignore_errors=True)
