@@ -114,7 +114,7 @@ def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -
         make_cache(open_data(str(pictures)), folder, SIZE)
     with pytest.raises(UserError, match="is not empty, and no cache"):
         make_cache(open_data(str(pictures)), pictures, SIZE)
-    with pytest.raises(UserError, match="images of 3 channels, and not of 1"):
+    with pytest.raises(UserError, match="images of 3 channels in uint8, and not of 1 channel in uint8: --channels 3"):
         open_data(str(folder), Form(1))
     (folder / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):

@@ -184,11 +184,15 @@ class Run:
     size: str = "224"
     """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
     channels: int = 3
-    """Colour (3) or grey (1)."""
+    """Colour (3), grey (1), or as many as the files have."""
+    pixels: Literal["uint8", "uint16", "float32"] = "uint8"
+    """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
+    pages: Literal["first", "channels"] = "first"
+    """Of a TIFF with several pages: the first one, or all of them as channels."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel, of values in [0, 1]; otherwise ImageNet's."""
+    """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each channel; otherwise ImageNet's."""
+    """Standard deviation of each channel; otherwise as the mean."""
     seed: int = 0
     """Decides weights, order, crops and masks."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -253,6 +257,12 @@ class Run:
             raise UserError(
                 f"--optim.drop-at is a share between 0.2, where warm-up ends, and 1: not {self.optim.drop_at}"
             )
+        if binned and self.pixels == "float32":
+            raise UserError(
+                "measured values (--pixels float32) have no bins of [0, 1]: choose another --target.distance"
+            )
+        if self.std is not None and min(self.std, default=0) <= 0:
+            raise UserError(f"--std is above zero in each channel, not {' '.join(map(str, self.std))}")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from pixmim.cli.data import cache
+from pixmim.cli.data import cache, stats
 from pixmim.cli.look import attention, embed, reconstruct
 from pixmim.cli.measure import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
@@ -17,6 +17,7 @@ OVERVIEW = """usage: pixmim COMMAND [...]
 
   pretrain     train a backbone on your own images
   cache        resize pictures once, for all epochs to come
+  stats        measure mean and std, and say what a data set holds
   list         the recipes, with what each aims at
   evaluate     measure it; `pixmim evaluate list` shows how
   report       one page of settings, curves, reconstructions and results, for one run or several
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "cache": cache,
+    "stats": stats,
     "list": list_recipes,
     "evaluate": evaluate,
     "report": report,

@@ -32,8 +32,6 @@ def open_data(spec: str, form: Form = COLOUR) -> Source:
     """
     if not spec:
         raise UserError("which images? Give a folder, or shapes: for drawn ones")
-    if form.channels not in (1, 3):
-        raise UserError(f"images are read in 3 channels or 1, not in {form.channels}")
     parts = read_parts(spec)
     if parts == [Part(spec)]:
         return _open_one(spec, form)

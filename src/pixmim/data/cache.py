@@ -70,8 +70,10 @@ def make_cache(
     progress  is told how many images are done
 
     Shards that are whole already stay; so the same call goes on where another was interrupted. Raises UserError if the
-    folder holds a cache of other images or settings.
+    folder holds a cache of other images or settings, and for JPEGs of a form that they cannot hold.
     """
+    if kind == "jpeg" and (source.form.channels not in (1, 3) or source.form.pixels != "uint8"):
+        raise UserError(f"JPEGs hold 1 or 3 channels in uint8, and not {source.form}: keep the pixels with --raw")
     rank, ranks = part or whose_part()
     settings = Settings(
         data=source.spec,
@@ -85,6 +87,8 @@ def make_cache(
         chroma=chroma if kind == "jpeg" else "",
         channels=source.form.channels,
         per_shard=per_shard,
+        pixels=source.form.pixels,
+        pages=source.form.pages,
     )
     _claim(folder, settings)
     began, images, written, done = time.monotonic(), 0, 0, 0
@@ -187,7 +191,7 @@ def _sample(source: Source, index: int, settings: Settings, skipped: Skipped) ->
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     files: dict[str, bytes] = {}
     if settings.kind == "raw":
-        files["raw"] = pixels.tobytes()
+        files["raw"] = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
     elif pixels.shape[2] == 1:
         files["jpg"] = simplejpeg.encode_jpeg(pixels, settings.quality, "GRAY", "Gray")
     else:

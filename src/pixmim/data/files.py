@@ -11,11 +11,12 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
+from pixmim.data.limits import check_bytes
 from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy")
 )
 
 
@@ -74,12 +75,17 @@ class Files(Source):
     def fingerprint(self) -> str:
         return of_places(self)
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+    def read(self, index: int) -> bytes:
+        """What is in a file. Raises BadImage."""
         try:
-            data = (self._root / self._paths[index]).read_bytes()
+            with open(self._root / self._paths[index], "rb") as file:
+                check_bytes(os.fstat(file.fileno()).st_size)
+                return file.read()
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
-        pixels = decode(data, self._form.channels)
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        pixels = decode(self.read(index), self._form)
         writable = pixels if pixels.flags.writeable else pixels.copy()
         return torch.from_numpy(writable).permute(2, 0, 1)  # a view in channels-last memory, fast to resize
 

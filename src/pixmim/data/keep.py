@@ -48,8 +48,7 @@ def decoded_bytes(source: Source) -> int | None:
     """Bytes of all images once decoded, or None where only reading them tells."""
     if source.sizes is None:
         return None
-    pixel = source.form.channels * getattr(torch, source.form.pixels).itemsize
-    return int(source.sizes.prod(axis=1).sum()) * pixel
+    return int(source.sizes.prod(axis=1).sum()) * source.form.channels * source.form.bytes
 
 
 def _of_machine() -> int:

@@ -1,7 +1,8 @@
 """A cache: pictures resized once, in plain tar files that any tool reads, with an index that gives random access.
 
     settings.json         of what it was made, and how; written first
-    shard-000000.tar      WebDataset: KEY.jpg (or KEY.raw), KEY.cls where there are labels, KEY.json (path, size)
+    shard-000000.tar      WebDataset: KEY.jpg (or KEY.raw: values h w c, the lowest byte first), KEY.cls where there
+                          are labels, KEY.json (path, size)
     shard-000000.index    the places in that shard, as records of ENTRY; a shard counts once this is there
     index.json            written last, when every shard is there
 
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
-from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
+from pixmim.data.source import COLOUR, BadImage, Form, Pages, Pixels, Source, of_places
 from pixmim.errors import UserError
 
 ENTRY = np.dtype([("image", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("h", "<i4"), ("w", "<i4")])
@@ -54,10 +55,17 @@ class Settings:
     chroma: str
     channels: int
     per_shard: int
+    pixels: Pixels = "uint8"
+    pages: Pages = "first"
 
     @property
     def shards(self) -> int:
         return -(-self.images // self.per_shard)
+
+    @property
+    def form(self) -> Form:
+        """Of the images in it."""
+        return Form(self.channels, self.pixels, self.pages)
 
 
 def shard_path(folder: Path, shard: int, suffix: str) -> Path:
@@ -134,6 +142,8 @@ def read_settings(folder: Path) -> Settings | None:
         settings = Settings(**json.loads(path.read_text()))
         if not (settings.images > 0 and settings.per_shard > 0):
             raise ValueError("no images")
+        if settings.pixels not in get_args(Pixels) or settings.pages not in get_args(Pages):
+            raise ValueError("no known form")
         return settings
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: make the cache anew") from error
@@ -155,9 +165,9 @@ class Shards(Source):
         settings = read_settings(self._folder)
         if settings is None:
             raise UserError(f"{folder} holds no cache: it has no settings.json")
-        if settings.channels != form.channels:
+        if settings.form != form:
             raise UserError(
-                f"the cache {folder} has images of {settings.channels} channels, and not of {form.channels}"
+                f"the cache {folder} has images of {settings.form}, and not of {form}: {settings.form.flags}"
             )
         if not (self._folder / "index.json").is_file():
             raise UserError(f"the cache {folder} is not finished: run the same `pixmim cache` again")
@@ -227,11 +237,12 @@ class Shards(Source):
             raise BadImage(error.strerror or str(error)) from None
         if self.settings.kind == "raw":
             shape = (int(entry["h"]), int(entry["w"]), self._form.channels)
-            if len(data) != int(np.prod(shape)):
+            if len(data) != int(np.prod(shape)) * self._form.bytes:
                 raise BadImage("cut off")
-            pixels = np.frombuffer(data, np.uint8).reshape(shape).copy()
+            stored = np.dtype(self._form.pixels).newbyteorder("<")
+            pixels = np.frombuffer(data, stored).reshape(shape).astype(self._form.pixels)
         else:
-            pixels = decode(data, self._form.channels)
+            pixels = decode(data, self._form)
         writable = pixels if pixels.flags.writeable else pixels.copy()
         return torch.from_numpy(writable).permute(2, 0, 1)
 
