@@ -79,6 +79,10 @@ class Files(Source):
     def fingerprint(self) -> str:
         return of_places(self)
 
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """Where an image's bytes lie: file, first byte, number of bytes (0: all that follow)."""
+        return self.locate(index), 0, 0
+
     def read(self, index: int) -> bytes:
         """What is in a file. Raises BadImage."""
         try:

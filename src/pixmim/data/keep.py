@@ -37,7 +37,7 @@ def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device) ->
     size = f"{need / 2**30:.1f} GiB decoded"
     if how == "device" or (how == "auto" and cuts and device.type != "cpu" and need <= SHARE * _of_device(device)):
         return "device", f"kept on the device, {size} (--keep memory or disk: not)"
-    if how == "memory" or (how == "auto" and need <= SHARE * _of_machine()):
+    if how == "memory" or (how == "auto" and need <= SHARE * of_machine()):
         return "memory", f"kept in memory once decoded, {size} (--keep disk: not)"
     if how == "auto":
         return "disk", f"read from disk each time: {size} are more than a quarter of the memory (--keep memory: kept)"
@@ -51,7 +51,7 @@ def decoded_bytes(source: Source) -> int | None:
     return int(source.sizes.prod(axis=1).sum()) * source.form.channels * source.form.bytes
 
 
-def _of_machine() -> int:
+def of_machine() -> int:
     """Bytes of memory of this machine; 0 where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

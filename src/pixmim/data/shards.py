@@ -227,6 +227,12 @@ class Shards(Source):
     def fingerprint(self) -> str:
         return of_places(self)
 
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """Where an image's bytes lie: file, first byte, number of bytes."""
+        entry = self._entries[index]
+        tar = shard_path(self._folder, int(self._shard[index]), "tar")
+        return str(tar), int(entry["offset"]), int(entry["length"])
+
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         entry = self._entries[index]
         try:
