@@ -32,9 +32,9 @@ from pixmim.data import open_data
 from pixmim.data.batches import Portion
 from pixmim.data.cache import make_cache
 from pixmim.data.loader import Loader
-from pixmim.data.subset import Subset
 from pixmim.data.shards import Shards
 from pixmim.data.skipped import Skipped
+from pixmim.data.subset import Subset
 from pixmim.transforms import SimpleResizedCrop
 
 BATCH, SIZE = 64, 224

@@ -9,9 +9,9 @@ import pytest
 from pixmim.data import open_data
 from pixmim.data.advice import advise, today
 from pixmim.data.cache import make_cache
-from pixmim.data.subset import Subset
 from pixmim.data.rates import Cached, Disk, Rates, _sample, measure
 from pixmim.data.shapes import Shapes
+from pixmim.data.subset import Subset
 from pixmim.data.turns import forget, rate, read
 from pixmim.errors import UserError
 from pixmim.transforms import RandomResizedCrop, SimpleResizedCrop
@@ -162,7 +162,7 @@ def test_a_sample_is_the_same_each_time_and_near_where_that_counts() -> None:
     few, many = _sample(source, 1e-6), _sample(source, 1e6)
     assert len(few) == 16 and len(set(many)) == 1024 == len(many) and many[:16] == few and max(many) < 5000
 
-    class Far(Part):
+    class Far(Subset):
         @property
         def pieces(self) -> np.ndarray:
             return np.full(50, 100)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pixmim.data import filesystem, listing, open_data, patience
-from pixmim.data.files import EXTENSIONS, listed
+from pixmim.data import filesystem, listing, patience
+from pixmim.data.files import EXTENSIONS, below, listed
 from pixmim.data.listing import list_pictures
 from pixmim.data.paths import Paths
 from pixmim.data.remembered import place
@@ -344,11 +344,11 @@ def test_a_tree_deeper_than_recursion_goes(tree: Path) -> None:
 def test_a_closed_folder_is_named(tree: Path) -> None:
     (tree / "b").chmod(0)
     try:
-        data = open_data(str(tree))
+        data = below(tree)
         assert len(data) == 2 and "cannot be read, left out: 1" in data.about and str(tree / "b") in data.about
     finally:
         (tree / "b").chmod(0o755)
-    assert len(open_data(str(tree))) == 6
+    assert len(below(tree)) == 6
 
 
 def test_a_closed_folder_is_left_out_and_looked_at_next_time(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,10 +360,10 @@ def test_a_closed_folder_is_left_out_and_looked_at_next_time(tree: Path, monkeyp
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    data = open_data(str(tree))
+    data = below(tree)
     assert len(data) == 2 and "cannot be read, left out: 1" in data.about and str(tree / "b") in data.about
     monkeypatch.setattr(os, "scandir", scandir)
-    data = open_data(str(tree))
+    data = below(tree)
     assert len(data) == 6 and not data.about
 
 
@@ -373,12 +373,12 @@ def test_a_root_that_is_closed_is_an_error(tree: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
-        open_data(str(tree))
+        below(tree)
 
 
 def test_labels_are_the_first_level(tree: Path) -> None:
     (tree / "z.tif").unlink()
-    data = open_data(str(tree))
+    data = below(tree)
     assert data.classes == ["b", "b-c"] and data.labels is not None
     assert [data.classes[label] for label in data.labels] == [plain_path.split("/")[0] for plain_path in plain(tree)]
 

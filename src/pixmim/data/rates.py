@@ -18,9 +18,9 @@ from pixmim.data.cache import Kind, make_cache
 from pixmim.data.keep import SHARE, decoded_bytes, of_machine
 from pixmim.data.kept import Kept
 from pixmim.data.loader import how_many
-from pixmim.data.subset import Subset
 from pixmim.data.shards import Shards
 from pixmim.data.source import BadImage, Source
+from pixmim.data.subset import Subset
 from pixmim.data.turns import Extent, forget, loader_rate, rate, read
 from pixmim.errors import UserError
 from pixmim.transforms import Crop
