@@ -66,7 +66,7 @@ def test_the_rule(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     def place(crop: Crop = src, how: keep.Keep = "auto", device: torch.device = gpu) -> str:
         return keep.choose_place(shards, crop, how, device)[0]
 
-    monkeypatch.setattr(keep, "_of_machine", lambda: 4 * need)
+    monkeypatch.setattr(keep, "of_machine", lambda: 4 * need)
     monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need)
     assert place() == "device" and place(device=CPU) == "memory" and place(RandomResizedCrop(SIZE)) == "memory"
     assert place(SimpleResizedCrop(16)) == "memory"  # of another size: resized, not only cut
@@ -75,7 +75,7 @@ def test_the_rule(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need - 4)
     assert place() == "memory"
-    monkeypatch.setattr(keep, "_of_machine", lambda: 4 * need - 4)
+    monkeypatch.setattr(keep, "of_machine", lambda: 4 * need - 4)
     assert place() == "disk" and place(how="memory") == "memory" and place(how="device") == "device"
     with pytest.raises(UserError, match="needs a cache of the run's own --size"):
         place(RandomResizedCrop(SIZE), how="device")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import torch
 
@@ -94,6 +95,7 @@ def make_cache(
     began, images, written, done = time.monotonic(), 0, 0, 0
     skipped = Skipped(folder / (f"skipped-{rank}.csv" if ranks > 1 else "skipped.csv"), len(source), 1.0)
     mine, come_to = range(rank, settings.shards, ranks), follow(source)
+    labels = source.labels  # once: some sources compute them all each time
     with ThreadPoolExecutor(
         how_many(threads), "pixmim-cache", initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -129,7 +131,7 @@ def make_cache(
                 continue
             for leftover in folder.glob(f"{shard_path(folder, shard, 'tar').name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
-            submitted = (pool.submit(_sample, source, i, settings, skipped) for i in range(first, last))
+            submitted = (pool.submit(_sample, source, labels, i, settings, skipped) for i in range(first, last))
             ahead.append((shard, deque(submitted)))
             if len(ahead) > 1:  # one shard is written while the next one is computed
                 finish_one()
@@ -182,7 +184,9 @@ def _finish(folder: Path, settings: Settings) -> bool:
     return True
 
 
-def _sample(source: Source, index: int, settings: Settings, skipped: Skipped) -> Sample | None:
+def _sample(
+    source: Source, labels: npt.NDArray[np.int64] | None, index: int, settings: Settings, skipped: Skipped
+) -> Sample | None:
     try:
         original = source.image(index)
     except BadImage as error:
@@ -198,7 +202,7 @@ def _sample(source: Source, index: int, settings: Settings, skipped: Skipped) ->
         files["jpg"] = simplejpeg.encode_jpeg(pixels, settings.quality, "GRAY", "Gray")
     else:
         files["jpg"] = simplejpeg.encode_jpeg(pixels, settings.quality, "RGB", settings.chroma)
-    label = -1 if source.labels is None else int(source.labels[index])
+    label = -1 if labels is None else int(labels[index])
     if label >= 0:
         files["cls"] = str(label).encode()
     about = {"path": source.locate(index), "height": original.shape[1], "width": original.shape[2]}

@@ -121,6 +121,16 @@ class Shards(Source):
     def fingerprint(self) -> str:
         return of_places(self)
 
+    @property
+    def raw(self) -> bool:
+        """Whether its images lie there as pixels, and not as picture files."""
+        return self._raw
+
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """Where an image's bytes lie: file or URL, first byte, number of bytes."""
+        entry = self._entries[index]
+        return self._names[self._shard(index)], int(entry["offset"]), int(entry["length"])
+
     def read(self, index: int) -> bytes:
         """The picture file of one image; of raw pixels, an .npy of them. Raises as `image` does."""
         data = self._bytes(index)
