@@ -27,6 +27,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def memory(_own_cache: None) -> Path:
+    """What pixmim remembers."""
+    return Path(os.environ["XDG_CACHE_HOME"]) / "pixmim"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

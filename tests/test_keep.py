@@ -14,8 +14,9 @@ from pixmim.config import Run
 from pixmim.data import keep, open_batches, open_data
 from pixmim.data.batches import Batch, Portion
 from pixmim.data.cache import make_cache
+from pixmim.data.cacheformat import open_cache, shard_path
 from pixmim.data.kept import Kept
-from pixmim.data.shards import Shards, shard_path
+from pixmim.data.shards import Shards
 from pixmim.data.skipped import Skipped
 from pixmim.errors import UserError
 from pixmim.pretrain import pretrain
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def shards(pictures: Path, tmp_path: Path) -> Shards:
     make_cache(open_data(str(pictures)), tmp_path / "cache", SIZE)
-    return Shards(tmp_path / "cache")
+    return open_cache(tmp_path / "cache")
 
 
 def batches(place: keep.Place, source: Shards, crop: Crop, count: int, portion: Portion) -> list[Batch]:

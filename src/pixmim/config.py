@@ -168,7 +168,8 @@ class Run:
     recipe: Annotated[str, Suppress] = ""
     """Name of the recipe this run began as."""
     data: str = ""
-    """A folder of images, a cache, hf:NAME, or shapes: for drawn ones; several as a*3+b (docs/data.md lists all)."""
+    """A folder of images, a cache, tar shards, a URL, hf:NAME, or shapes: for drawn ones; several as a*3+b
+    (docs/data.md lists all)."""
     out: str = ""
     """Directory of the run; otherwise runs/RECIPE-TIME."""
     init: str = ""
@@ -201,6 +202,8 @@ class Run:
     """auto, cpu, cuda, cuda:1, mps."""
     keep: Literal["auto", "device", "memory", "disk"] = "auto"
     """Where a cache's images stay once decoded; auto: where they fit into a quarter of the memory."""
+    local_copy: float = 50.0
+    """GiB on this machine for copies of shards from far away; those used longest ago make room for new ones."""
     threads: int = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
     checkpoint_every: int = 0
@@ -232,6 +235,8 @@ class Run:
             least = 1 if name in ("batch_size", "accumulate", "channels") else 0
             if getattr(self, name) < least:
                 raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
+        if self.local_copy <= 0:
+            raise UserError(f"--local-copy is a number of GiB above 0, not {self.local_copy:g}")
         if self.batch_size % self.accumulate:
             raise UserError(f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts")
         if (self.steps is not None and self.steps < 1) or (self.steps is None and self.epochs <= 0):

@@ -115,12 +115,12 @@ def stats(args: list[str]) -> int:
 
         from pixmim.data import open_data
         from pixmim.data import stats as look
-        from pixmim.data.shards import read_settings
+        from pixmim.data.cacheformat import read_settings
         from pixmim.data.source import Form
         from pixmim.evaluate.features import progress
 
         console, spec = Console(), absolute(data)
-        settings = read_settings(Path(spec))
+        settings = read_settings(spec)
         form = settings.form if settings is not None else Form(pages=pages)
         source = open_data(spec, form)
         kinds = look.kinds(source, look.sample(len(source), _LOOK), pages)

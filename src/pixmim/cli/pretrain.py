@@ -15,7 +15,7 @@ from pixmim.errors import UserError
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json
 
-_MAY_CHANGE = {"data", "out", "device", "keep", "threads", "checkpoint_every", "log_every", "max_bad"}
+_MAY_CHANGE = {"data", "out", "device", "keep", "local_copy", "threads", "checkpoint_every", "log_every", "max_bad"}
 """Fields that a resumed run may change: they do not decide what is computed (data: if the same images moved)."""
 
 

@@ -17,8 +17,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from pixmim.data.loader import how_many
-from pixmim.data.shards import (
+from pixmim.data.cacheformat import (
     Sample,
     Settings,
     read_index,
@@ -28,8 +27,9 @@ from pixmim.data.shards import (
     write_settings,
     write_shard,
 )
+from pixmim.data.loader import how_many
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import BadImage, Source, read_on
 from pixmim.errors import UserError
 from pixmim.transforms import Interpolation, resize_to_cover
 
@@ -127,6 +127,7 @@ def make_cache(
                 continue
             for leftover in folder.glob(f"{shard_path(folder, shard, 'tar').name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
+            read_on(source, first)
             submitted = (pool.submit(_sample, source, i, settings, skipped) for i in range(first, last))
             ahead.append((shard, deque(submitted)))
             if len(ahead) > 1:  # one shard is written while the next one is computed

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import BadImage, Source, read_on
 from pixmim.data.stream import Plan, Stream
 from pixmim.transforms import Crop, stacked
 
@@ -164,6 +164,7 @@ def in_order(
         parts = (range(start, min(start + batch, len(source))) for start in range(first, len(source), batch))
         ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()
         for part in parts:
+            read_on(source, part.start)
             ahead.append((part, pool.map(read, part)))
             if len(ahead) > _AHEAD:
                 yield collect(*ahead.popleft())

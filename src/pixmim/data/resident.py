@@ -11,7 +11,7 @@ from torch import Tensor
 from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.loader import how_many
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import BadImage, Source, read_on
 from pixmim.data.stream import Plan, Stream
 from pixmim.transforms import Crop, mirrored, movable
 
@@ -60,7 +60,9 @@ class Resident(Batches):
         with ThreadPoolExecutor(
             how_many(threads), "pixmim-keep", initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
+            read_on(source, 0)
             for done, _ in enumerate(pool.map(read, range(len(source))), 1):
+                read_on(source, done)
                 progress(done)
 
     @property

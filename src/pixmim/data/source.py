@@ -126,3 +126,13 @@ def of_places(source: Source) -> str:
     for index in range(len(source)):
         digest.update(source.locate(index).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()[:16]
+
+
+_ON = 16  # pieces that a reader in order is taken to need next
+
+
+def read_on(source: Source, index: int) -> None:
+    """Let a data set hear that its images from `index` on are read in order."""
+    if source.pieces is not None:
+        first = int(np.searchsorted(np.cumsum(source.pieces), index, side="right"))
+        source.soon(range(first, min(first + _ON, len(source.pieces))))

@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 
 from pixmim import rng
+from pixmim.data.cacheformat import read_settings, write_json
 from pixmim.data.decode import read
 from pixmim.data.remembered import place
-from pixmim.data.shards import read_settings, write_json
 from pixmim.data.source import BadImage, Encoded, Form, Pages, Source
 
 _BLOCK = 2**20  # values that are in float64 at a time
