@@ -22,11 +22,13 @@ from pixmim.data.batches import Portion
 from pixmim.data.cache import make_cache
 from pixmim.data.cacheformat import open_cache
 from pixmim.data.far import Far
+from pixmim.data.kept import Kept
 from pixmim.data.loader import Loader
 from pixmim.data.order import WINDOW
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import Source
+from pixmim.data.source import Form, Source
+from pixmim.data.stats import Stats, recall, remember
 from pixmim.errors import UserError
 from pixmim.transforms import SimpleResizedCrop
 from test_foreign import colours, keys, shard
@@ -378,9 +380,27 @@ def test_reading_in_order_fetches_ahead(many: tuple[str, Slow, int], tmp_path: P
     assert len(open_cache(tmp_path / "again")) == 80 and len(slow.begun) == 40
 
 
+def test_what_is_in_memory_is_not_fetched_again(many: tuple[str, Slow, int], memory: Path) -> None:
+    url, slow, size = many
+    for gate in slow.gates:
+        gate.set()
+    kept = Kept(open_cache(url, local_copy=2 * size / GIB))
+    for index in (2, 3, 0, 10):  # all of shard 1, which then has to go, and half of 0 and 5
+        kept.image(index)
+    kept.soon([1, 0, 6])
+    assert slow.wait(4) == [1, 0, 5, 6] and len(copies(memory)) == 2
+
+
 def test_a_run_from_far_away(server: Server, served: Path, tmp_path: Path, tiny_run: Make) -> None:
     train(tiny_run(data=f"{server.url}/cached", steps=3), tmp_path / "run")
     assert (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def test_what_was_measured_of_a_cache_goes_along(server: Server, served: Path) -> None:
+    assert recall(f"{server.url}/cached", Form()) is None and recall(f"{server.url}/shards/*.tar", Form()) is None
+    stats = Stats((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 18, 18)
+    remember(str(served / "cached"), Form(), stats)
+    assert recall(f"{server.url}/cached/", Form()) == stats
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,11 @@ from PIL import Image
 
 from pixmim.config import Run
 from pixmim.data import open_data, webdataset
+from pixmim.data.cache import make_cache
+from pixmim.data.cacheformat import open_cache
 from pixmim.data.shards import Shards
-from pixmim.data.source import BadImage
+from pixmim.data.source import BadImage, Form
+from pixmim.data.stats import kinds
 from pixmim.errors import UserError
 from test_cli import say
 from test_pretrain import train
@@ -216,6 +219,22 @@ def test_no_damage_shows_the_wrong_picture(tmp_path: Path) -> None:
             read += 1
             assert start <= place < end or (image.shape[2] == 20 + i and image[0].unique().tolist() == [i])
     assert read > 500
+
+
+def test_what_the_files_hold_is_known(tmp_path: Path) -> None:
+    deep = io.BytesIO()
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(deep, "PNG")
+    array = io.BytesIO()
+    np.save(array, np.arange(20 * 30, dtype=np.float32).reshape(20, 30, 1))
+    write(tmp_path / "x.tar", [("a.png", deep.getvalue()), ("b.png", deep.getvalue()), ("c.npy", array.getvalue())])
+    data = open_data(str(tmp_path / "x.tar"))
+    assert kinds(data, [0, 1, 2]) == {(1, "uint16"): 2, (1, "float32"): 1}
+    form = Form(1, "uint16")
+    assert open_data(str(tmp_path / "x.tar"), form).image(1).flatten().tolist() == list(range(600))
+    make_cache(open_data(str(tmp_path / "x.tar"), form), tmp_path / "cached", (20, 20), kind="raw")
+    cached = open_cache(tmp_path / "cached", form)
+    pixels = np.load(io.BytesIO(cached.read(0)))  # of raw pixels, too, there is a file to look into
+    assert np.array_equal(pixels.transpose(2, 0, 1), cached.image(0).numpy()) and pixels.dtype == np.uint16
 
 
 def test_training_from_a_pattern(

@@ -186,4 +186,5 @@ def open_cache(folder: str | Path, form: Form = COLOUR, local_copy: float = 50.0
         [Contents(entries[:-1]) for entries in indexes],
         classes=settings.classes,
         raw=settings.kind == "raw",
+        what="a cache",
     )

@@ -50,6 +50,7 @@ class Shards(Source):
     contents  the samples of each
     classes   their names; none if entries hold no classes
     raw       the bytes of a sample are pixels (h w c), the lowest byte first, instead of a picture file
+    what      the tars are called in messages
     note      what a user should know of what was left out
     """
 
@@ -63,10 +64,11 @@ class Shards(Source):
         *,
         classes: Sequence[str] = (),
         raw: bool = False,
+        what: str = "shards",
         note: str = "",
     ) -> None:
         self._spec, self._form, self._names, self._shelf, self._raw = spec, form, names, shelf, raw
-        self._classes, self._note = list(classes), note
+        self._classes, self._what, self._note = list(classes), what, note
         self._entries = np.concatenate([one.entries for one in contents])
         self._pieces = np.asarray([len(one.entries) for one in contents], np.int64)
         self._starts: list[int] = [0, *np.cumsum(self._pieces)[:-1].tolist()]
@@ -93,7 +95,7 @@ class Shards(Source):
 
     @property
     def about(self) -> str:
-        return f"read from shards {self._shelf.about}{self._note}"
+        return f"read from {self._what} {self._shelf.about}{self._note}"
 
     @property
     def sizes(self) -> npt.NDArray[np.int64] | None:

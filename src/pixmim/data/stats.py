@@ -21,9 +21,12 @@ import numpy.typing as npt
 import torch
 
 from pixmim import rng
+from pixmim.data import anywhere
 from pixmim.data.cacheformat import read_settings, write_json
 from pixmim.data.decode import read
+from pixmim.data.foreign import names_tars
 from pixmim.data.remembered import place
+from pixmim.data.remote import is_far
 from pixmim.data.source import BadImage, Encoded, Form, Pages, Source
 
 _BLOCK = 2**20  # values that are in float64 at a time
@@ -175,9 +178,13 @@ def remember(spec: str, form: Form, stats: Stats) -> Path:
 
 
 def recall(spec: str, form: Form) -> Stats | None:
-    """What was measured of a data set in this form, or None."""
+    """What was measured of a data set in this form, or None. Raises UserError if a far cache cannot be asked for it."""
     try:
-        kept = json.loads(_path(spec, form).read_text())
+        path = _path(spec, form)
+        text = path.read_bytes() if path.is_file() else _beside_far(spec)
+        if text is None:
+            return None
+        kept = json.loads(text)
         if kept["form"] != asdict(form):
             return None
         mean, std = (tuple(float(x) for x in kept[key]) for key in ("mean", "std"))
@@ -185,6 +192,11 @@ def recall(spec: str, form: Form) -> Stats | None:
         return stats if len(stats.mean) == len(stats.std) == form.channels else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _beside_far(spec: str) -> bytes | None:
+    """What was measured of a cache before it was put far away."""
+    return anywhere.read(f"{spec.rstrip('/')}/stats.json") if is_far(spec) and not names_tars(spec) else None
 
 
 def _path(spec: str, form: Form) -> Path:
