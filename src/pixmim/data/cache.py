@@ -29,7 +29,7 @@ from pixmim.data.cacheformat import (
 )
 from pixmim.data.loader import how_many
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source, read_on
+from pixmim.data.source import BadImage, Source, follow
 from pixmim.errors import UserError
 from pixmim.transforms import Interpolation, resize_to_cover
 
@@ -93,7 +93,7 @@ def make_cache(
     _claim(folder, settings)
     began, images, written, done = time.monotonic(), 0, 0, 0
     skipped = Skipped(folder / (f"skipped-{rank}.csv" if ranks > 1 else "skipped.csv"), len(source), 1.0)
-    mine = range(rank, settings.shards, ranks)
+    mine, come_to = range(rank, settings.shards, ranks), follow(source)
     with ThreadPoolExecutor(
         how_many(threads), "pixmim-cache", initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -105,7 +105,9 @@ def make_cache(
 
             def results() -> Iterator[Sample]:  # a result is let go of as soon as it is in the tar
                 nonlocal done
+                last = min((shard + 1) * per_shard, len(source))
                 while jobs:
+                    come_to(last - len(jobs))
                     sample = jobs.popleft().result()
                     done += 1
                     progress(done)
@@ -127,7 +129,6 @@ def make_cache(
                 continue
             for leftover in folder.glob(f"{shard_path(folder, shard, 'tar').name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
-            read_on(source, first)
             submitted = (pool.submit(_sample, source, i, settings, skipped) for i in range(first, last))
             ahead.append((shard, deque(submitted)))
             if len(ahead) > 1:  # one shard is written while the next one is computed

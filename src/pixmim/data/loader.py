@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source, read_on
+from pixmim.data.source import BadImage, Source, follow
 from pixmim.data.stream import Plan, Stream
 from pixmim.transforms import Crop, stacked
 
@@ -161,10 +161,11 @@ def in_order(
         return stack, np.asarray([index for index, _ in found], np.int64), part.stop
 
     with ThreadPoolExecutor(how_many(threads), "pixmim-read", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        come_to = follow(source)
         parts = (range(start, min(start + batch, len(source))) for start in range(first, len(source), batch))
         ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()
         for part in parts:
-            read_on(source, part.start)
+            come_to(part.start)
             ahead.append((part, pool.map(read, part)))
             if len(ahead) > _AHEAD:
                 yield collect(*ahead.popleft())

@@ -71,6 +71,33 @@ def matching(pattern: str) -> dict[str, Version | None]:
     return {name: _version(name, info) if name in told else None for name, info in names.items()}
 
 
+def read_part(url: str, of: Version, offset: int, length: int) -> bytes | None:
+    """Some bytes of a file of a known version; None if the server hands out nothing but whole files.
+
+    Raises UserError. That the file has not changed since is not looked after.
+    """
+    files, path = _files(url)
+
+    def once() -> tuple[bytes | None]:
+        if url.lower().startswith("http"):  # where asking for a part may begin to send the whole, which this notices
+            with files.open(path, "rb", cache_type="none", size=of.size) as file:
+                file.seek(offset)
+                try:
+                    data = file.read(length)
+                except ValueError:
+                    return (None,)
+        else:
+            data = files.cat_file(path, start=offset, end=offset + length)
+        if len(data) != length:
+            raise OSError(f"{len(data):,} of {length:,} bytes came")
+        return (data,)
+
+    found = _tried(url, once)
+    if found is None:
+        raise UserError(f"there is no {url} any more")
+    return found[0]
+
+
 def copy(url: str, to: Path, wanted: Version) -> None:
     """Copy a file whole. Raises UserError if it cannot be had, or is of another version than wanted."""
     files, path = _files(url)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.loader import how_many
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source, read_on
+from pixmim.data.source import BadImage, Source, follow
 from pixmim.data.stream import Plan, Stream
 from pixmim.transforms import Crop, mirrored, movable
 
@@ -60,9 +60,10 @@ class Resident(Batches):
         with ThreadPoolExecutor(
             how_many(threads), "pixmim-keep", initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            read_on(source, 0)
+            come_to = follow(source)
+            come_to(0)
             for done, _ in enumerate(pool.map(read, range(len(source))), 1):
-                read_on(source, done)
+                come_to(done)
                 progress(done)
 
     @property

@@ -139,10 +139,9 @@ class Shards(Source):
 
     def _bytes(self, index: int) -> bytes:
         entry = self._entries[index]
-        tar = self._shelf.open(self._shard(index))
         check_bytes(int(entry["length"]))
         try:
-            data = tar.read(int(entry["length"]), int(entry["offset"]))
+            data = self._shelf.read(self._shard(index), int(entry["length"]), int(entry["offset"]))
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
         if len(data) != entry["length"]:

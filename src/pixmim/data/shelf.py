@@ -5,6 +5,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -50,9 +51,10 @@ class Descriptor:
         return os.fstat(self._number).st_nlink == 0
 
     def touch(self) -> None:
-        """Note that it is in use now."""
+        """Note that it is in use now, if it is this user's file."""
         now = time.time_ns()  # finer than the system's own stamp, so that the order of two uses shows
-        os.utime(self._number, ns=(now, now))
+        with suppress(PermissionError):
+            os.utime(self._number, ns=(now, now))
 
 
 class Shelf(ABC):
@@ -71,6 +73,10 @@ class Shelf(ABC):
     @abstractmethod
     def open(self, shard: int) -> Descriptor:
         """A tar, fetched first if it must be. Raises UserError if it is not there, or not of the version expected."""
+
+    @abstractmethod
+    def read(self, shard: int, length: int, offset: int) -> bytes:
+        """Bytes of a tar at a place; fewer where it ends. Raises UserError as `open` does, and OSError."""
 
     @abstractmethod
     def soon(self, shards: Sequence[int]) -> None:
@@ -97,6 +103,9 @@ class Near(Shelf):
         if not self._versions[shard].fits(found.version):
             raise UserError(f"{self._names[shard]} has changed since the places in it were listed: start again")
         return found
+
+    def read(self, shard: int, length: int, offset: int) -> bytes:
+        return self.open(shard).read(length, offset)
 
     def soon(self, shards: Sequence[int]) -> None:
         """Nothing is fetched ahead: the system's own file cache serves."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -131,8 +131,17 @@ def of_places(source: Source) -> str:
 _ON = 16  # pieces that a reader in order is taken to need next
 
 
-def read_on(source: Source, index: int) -> None:
-    """Let a data set hear that its images from `index` on are read in order."""
-    if source.pieces is not None:
-        first = int(np.searchsorted(np.cumsum(source.pieces), index, side="right"))
-        source.soon(range(first, min(first + _ON, len(source.pieces))))
+def follow(source: Source) -> Callable[[int], None]:
+    """Gives a function that lets a data set hear which image a reader in order has come to."""
+    if source.pieces is None:
+        return lambda index: None
+    ends, before = np.cumsum(source.pieces), -1
+
+    def come_to(index: int) -> None:
+        nonlocal before
+        piece = int(np.searchsorted(ends, index, side="right"))
+        if before != piece < len(ends):
+            before = piece
+            source.soon(range(piece, min(piece + _ON, len(ends))))
+
+    return come_to
