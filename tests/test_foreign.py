@@ -127,8 +127,15 @@ def test_class_numbers_that_are_none(tmp_path: Path) -> None:
         assert open_data(str(tmp_path / "x.tar")).labels is None
 
 
+def test_a_long_list_and_a_folder_called_as_a_tar(shards: Path, tmp_path: Path) -> None:
+    names = ",".join(f"train-{i:03d}" for i in [0, 1, 2] * 30)
+    assert len(open_data(f"{shards}/{{{names}}}.tar")) == 12
+    make_cache(open_data(str(shards)), tmp_path / "cached.tar", (16, 16))
+    assert len(open_data(str(tmp_path / "cached.tar"))) == 12
+
+
 def test_what_cannot_be_read_as_shards(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no .*train-003.tar, nor 6 others of 10"):
+    with pytest.raises(UserError, match=r"there is no .*train-003.tar; 7 of 10 are missing"):
         open_data(f"{shards}/train-{{000..009}}.tar")
     with pytest.raises(UserError, match=r"nothing fits .*test-\*.tar"):
         open_data(f"{shards}/test-*.tar")

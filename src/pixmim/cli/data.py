@@ -104,7 +104,7 @@ def stats(args: list[str]) -> int:
         directory, by the data's whole path. Each image counts the same, whatever its size.
 
         Args:
-            data: A folder of images, a cache, a .txt that names images, or shapes:.
+            data: A folder of images, a cache, tars, a .txt that names images, a URL, or shapes:.
             channels: What images are brought into; 0: what most files hold.
             pixels: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
             pages: Of a TIFF with several pages: the first one, or all of them as channels.

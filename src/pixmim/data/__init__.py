@@ -49,7 +49,7 @@ def _open_one(spec: str, form: Form, local_copy: float) -> Source:
     if spec.startswith("hf:") and not is_far(spec):
         return open_hub(spec, form)
     place = spec.rstrip("/") if is_far(spec) else os.path.expanduser(spec)
-    if not names_tars(place) and read_settings(place) is not None:
+    if not (is_far(place) and names_tars(place)) and read_settings(place) is not None:
         return open_cache(place, form, local_copy)
     tars = tar_names(place)
     if tars is not None:

@@ -1,5 +1,6 @@
 """Files near or far: what differs between this machine's file system and a URL, in one place."""
 
+import errno
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -16,9 +17,9 @@ def read(name: str) -> bytes | None:
         return remote.read(name)
     try:
         return Path(name).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # the last one: a pattern
+            return None
         raise UserError(f"{name} cannot be read: {error.strerror}") from error
 
 

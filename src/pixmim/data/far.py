@@ -1,6 +1,6 @@
 """Tars that lie far away. What is known to be needed is copied whole, ahead of time; any other image is read alone."""
 
-import warnings
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -180,10 +180,10 @@ class Far(Shelf):
                 return
             self._warned = True
             need = sum(self._versions[shard].size for shard in self._wanted) / 2**30
-        warnings.warn(
-            f"--local-copy {self._local_copy:g} holds less than the far shards that are read together, {need:.3g} GiB: "
-            "images of the others are fetched one by one",
-            stacklevel=2,
+        print(
+            f"warning: --local-copy {self._local_copy:g} holds less than the far shards that are read together, "
+            f"{need:.3g} GiB: images of the others are fetched one by one",
+            file=sys.stderr,
         )
 
 

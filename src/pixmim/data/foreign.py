@@ -67,7 +67,7 @@ def open_tars(spec: str, names: dict[str, Version | None], form: Form = COLOUR, 
     asked = parallel("looking for shards", lambda i: names[tars[i]] or anywhere.version(tars[i]), len(tars))
     missing = [name for name, version in zip(tars, asked, strict=True) if version is None]
     if missing:
-        more = f", nor {len(missing) - 1} others of {len(tars)}" if len(missing) > 1 else ""
+        more = f"; {len(missing)} of {len(tars)} are missing" if len(missing) > 1 else ""
         raise UserError(f"there is no {missing[0]}{more}")
     versions = [version for version in asked if version is not None]
     shelf = anywhere.shelf(tars, versions, local_copy)

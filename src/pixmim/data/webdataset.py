@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pixmim.data.remembered import place
+from pixmim.data.remote import is_far
 from pixmim.data.shards import ENTRY, Contents
 from pixmim.data.shelf import Descriptor, Shelf, Version
 from pixmim.data.tar import members
@@ -47,7 +48,7 @@ class Found:
 
 def contents(name: str, version: Version, shelf: Shelf, shard: int) -> Found:
     """What is in a tar of a shelf: remembered, or else searched for and remembered. Raises UserError."""
-    memory = place("tars", name)
+    memory = place("tars", name if is_far(name) else os.path.abspath(name))
     found = _recall(memory, name, version)
     if found is None:
         found = search(shelf.open(shard), name)
