@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pixmim.data import open_data
-from pixmim.data.batches import Portion
-from pixmim.data.cache import make_cache
-from pixmim.data.files import Files
-from pixmim.data.kept import Kept
-from pixmim.data.loader import Loader
+from pixmim.data.feed.batches import Portion
+from pixmim.data.feed.kept import Kept
+from pixmim.data.feed.loader import Loader
+from pixmim.data.folders.files import Files
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
+from pixmim.data.tars.cache import make_cache
 from pixmim.transforms import Crop, RandomResizedCrop, SimpleResizedCrop
 
 BATCH, SIZE = 64, 224

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pixmim.data.listing import SETTLED
+from pixmim.data.folders.listing import SETTLED
 from pixmim.data.shapes import Shapes
 
 LINKS = 60_000  # to one file; ext4 takes 65,000
@@ -32,7 +32,7 @@ LINKS = 60_000  # to one file; ext4 takes 65,000
 CHILD = """
 import os, sys, time
 from pixmim import cli
-from pixmim.data.loader import Loader
+from pixmim.data.feed.loader import Loader
 given = Loader.__next__
 def first(self):
     batch = given(self)

@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixmim.data import open_data
-from pixmim.data.batches import Portion
-from pixmim.data.cache import make_cache
-from pixmim.data.cacheformat import open_cache
-from pixmim.data.loader import Loader
-from pixmim.data.shards import Shards
+from pixmim.data.bench.subset import Subset
+from pixmim.data.feed.batches import Portion
+from pixmim.data.feed.loader import Loader
 from pixmim.data.skipped import Skipped
-from pixmim.data.subset import Subset
+from pixmim.data.tars.cache import make_cache
+from pixmim.data.tars.cacheformat import open_cache
+from pixmim.data.tars.shards import Shards
 from pixmim.transforms import SimpleResizedCrop
 
 BATCH, SIZE = 64, 224

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from pixmim.data import open_data
-from pixmim.data.advice import advise, today
-from pixmim.data.cache import make_cache
-from pixmim.data.rates import Cached, Disk, Rates, _sample, measure
+from pixmim.data.bench.advice import advise, today
+from pixmim.data.bench.rates import Cached, Disk, Rates, _sample, measure
+from pixmim.data.bench.subset import Subset
+from pixmim.data.bench.turns import forget, rate, read
 from pixmim.data.shapes import Shapes
-from pixmim.data.subset import Subset
-from pixmim.data.turns import forget, rate, read
+from pixmim.data.tars.cache import make_cache
 from pixmim.errors import UserError
 from pixmim.transforms import RandomResizedCrop, SimpleResizedCrop
 from test_cli import say

@@ -12,9 +12,9 @@ from PIL import Image
 
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.cache import make_cache, whose_part
-from pixmim.data.cacheformat import open_cache, shard_path
 from pixmim.data.source import BadImage, Form
+from pixmim.data.tars.cache import make_cache, whose_part
+from pixmim.data.tars.cacheformat import open_cache, shard_path
 from pixmim.errors import UserError
 from pixmim.transforms import resize_to_cover
 from test_cli import say

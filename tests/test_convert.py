@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pixmim.data.convert import bring
-from pixmim.data.decode import decode, read
+from pixmim.data.pictures.convert import bring
+from pixmim.data.pictures.decode import decode, read
 from pixmim.data.shapes import Shapes
 from pixmim.data.source import BadImage, Form
 from pixmim.transforms import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pixmim.data.copies import Copies
+from pixmim.data.tars.copies import Copies
 
 CONTENT = os.urandom(100_000)
 

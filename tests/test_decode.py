@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixmim.data.decode import decode
+from pixmim.data.pictures.decode import decode
 from pixmim.data.source import BadImage, Form
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)

@@ -15,19 +15,20 @@ import pytest
 import torch
 
 from pixmim.config import Run
-from pixmim.data import far as far_module
-from pixmim.data import open_data, remote
-from pixmim.data.batches import Portion
-from pixmim.data.cache import make_cache
-from pixmim.data.cacheformat import open_cache
-from pixmim.data.far import Far
-from pixmim.data.kept import Kept
-from pixmim.data.loader import Loader
-from pixmim.data.order import WINDOW
+from pixmim.data import open_data
+from pixmim.data.feed.batches import Portion
+from pixmim.data.feed.kept import Kept
+from pixmim.data.feed.loader import Loader
+from pixmim.data.feed.order import WINDOW
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Form, Source
 from pixmim.data.stats import Stats, recall, remember
+from pixmim.data.tars import far as far_module
+from pixmim.data.tars import remote
+from pixmim.data.tars.cache import make_cache
+from pixmim.data.tars.cacheformat import open_cache
+from pixmim.data.tars.far import Far
 from pixmim.errors import UserError
 from pixmim.transforms import SimpleResizedCrop
 from test_foreign import colours, keys, shard

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from pixmim.config import Run
-from pixmim.data import open_data, webdataset
-from pixmim.data.cache import make_cache
-from pixmim.data.cacheformat import open_cache
-from pixmim.data.shards import Shards
+from pixmim.data import open_data
 from pixmim.data.source import BadImage, Form
 from pixmim.data.stats import kinds
+from pixmim.data.tars import webdataset
+from pixmim.data.tars.cache import make_cache
+from pixmim.data.tars.cacheformat import open_cache
+from pixmim.data.tars.shards import Shards
 from pixmim.errors import UserError
 from test_cli import say
 from test_pretrain import train

@@ -13,11 +13,11 @@ import torch
 
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.cache import make_cache
-from pixmim.data.files import Files
-from pixmim.data.hub import is_local
+from pixmim.data.folders.files import Files
 from pixmim.data.source import BadImage, Form, Source
-from pixmim.data.table import Table
+from pixmim.data.tables.hub import is_local
+from pixmim.data.tables.table import Table
+from pixmim.data.tars.cache import make_cache
 from pixmim.errors import UserError
 from test_cli import say
 from test_pretrain import equal, train

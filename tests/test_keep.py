@@ -11,13 +11,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pixmim.config import Run
-from pixmim.data import keep, open_batches, open_data
-from pixmim.data.batches import Batch, Portion
-from pixmim.data.cache import make_cache
-from pixmim.data.cacheformat import open_cache, shard_path
-from pixmim.data.kept import Kept
-from pixmim.data.shards import Shards
+from pixmim.data import open_batches, open_data
+from pixmim.data.feed import keep
+from pixmim.data.feed.batches import Batch, Portion
+from pixmim.data.feed.kept import Kept
 from pixmim.data.skipped import Skipped
+from pixmim.data.tars.cache import make_cache
+from pixmim.data.tars.cacheformat import open_cache, shard_path
+from pixmim.data.tars.shards import Shards
 from pixmim.errors import UserError
 from pixmim.pretrain import pretrain
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop

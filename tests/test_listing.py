@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pixmim.data import filesystem, listing, patience
-from pixmim.data.files import EXTENSIONS, below, listed
-from pixmim.data.listing import list_pictures
-from pixmim.data.paths import Paths
+from pixmim.data import patience
+from pixmim.data.folders import filesystem, listing
+from pixmim.data.folders.files import EXTENSIONS, below, listed
+from pixmim.data.folders.listing import list_pictures
+from pixmim.data.folders.paths import Paths
 from pixmim.data.remembered import place
 from pixmim.errors import UserError
 

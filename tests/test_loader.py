@@ -13,8 +13,8 @@ import torch
 
 from pixmim import rng
 from pixmim.data import open_data
-from pixmim.data.batches import Batch, Portion
-from pixmim.data.loader import Loader, in_order
+from pixmim.data.feed.batches import Batch, Portion
+from pixmim.data.feed.loader import Loader, in_order
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Form, Source

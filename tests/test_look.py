@@ -14,7 +14,7 @@ from torch import nn
 import pixmim.evaluate.embed as embedding
 from pixmim.config import Model, Run
 from pixmim.data import open_data
-from pixmim.data.files import named
+from pixmim.data.folders.files import named
 from pixmim.errors import UserError
 from pixmim.models import features
 from pixmim.parts import build_encoder, build_model

@@ -10,14 +10,14 @@ import torch
 
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.batches import Portion
-from pixmim.data.cache import make_cache
-from pixmim.data.kept import Kept
-from pixmim.data.loader import Loader
+from pixmim.data.feed.batches import Portion
+from pixmim.data.feed.kept import Kept
+from pixmim.data.feed.loader import Loader
 from pixmim.data.mixture import Mixture
 from pixmim.data.shapes import SHAPES, Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Form, Source
+from pixmim.data.tars.cache import make_cache
 from pixmim.errors import UserError
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from test_pretrain import train

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pixmim import rng
-from pixmim.data.order import WINDOW, Order
+from pixmim.data.feed.order import WINDOW, Order
 
 PIECES = np.asarray([7, 1, 30, 12, 5] * 9 + [3])  # 46 pieces in three windows
 

@@ -2,7 +2,7 @@ import subprocess
 
 import pytest
 
-from pixmim.data.patterns import expand
+from pixmim.data.tars.patterns import expand
 from pixmim.errors import UserError
 
 

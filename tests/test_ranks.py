@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pixmim.data import open_data
-from pixmim.data.batches import Portion
-from pixmim.data.loader import Loader
+from pixmim.data.feed.batches import Portion
+from pixmim.data.feed.loader import Loader
 from pixmim.data.skipped import Skipped
 from pixmim.transforms import SimpleResizedCrop
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.cache import make_cache
 from pixmim.data.remembered import place
 from pixmim.data.source import Form
 from pixmim.data.stats import Stats, fitting, kinds, measure, recall, remember, sample, to_keep
+from pixmim.data.tars.cache import make_cache
 from pixmim.engine.advice import describe
 from pixmim.engine.schedule import Schedule
 from pixmim.errors import UserError

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pixmim.data.shelf import Descriptor
-from pixmim.data.tar import members
+from pixmim.data.tars.shelf import Descriptor
+from pixmim.data.tars.tar import members
 from pixmim.errors import UserError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)

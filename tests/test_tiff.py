@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixmim.data.convert import turned
-from pixmim.data.decode import decode
+from pixmim.data.pictures.convert import turned
+from pixmim.data.pictures.decode import decode
 from pixmim.data.source import BadImage, Form
 from test_decode import encoded
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pixmim.config import Run
 from pixmim.data import open_batches, open_data
-from pixmim.data.batches import Batch, Portion
-from pixmim.data.keep import choose_place
+from pixmim.data.feed.batches import Batch, Portion
+from pixmim.data.feed.keep import choose_place
 from pixmim.data.skipped import Skipped
 from pixmim.engine.advice import describe
 from pixmim.engine.checkpoint import Checkpoints

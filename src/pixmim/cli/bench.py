@@ -13,7 +13,7 @@ from pixmim.cli.terms import absolute, say
 from pixmim.errors import UserError
 
 if TYPE_CHECKING:
-    from pixmim.data.rates import Rates
+    from pixmim.data.bench.rates import Rates
 
 
 def bench_data(args: list[str]) -> int:
@@ -49,8 +49,8 @@ def bench_data(args: list[str]) -> int:
         """
         from pixmim import config
         from pixmim.data import open_data
-        from pixmim.data.advice import advise
-        from pixmim.data.rates import measure
+        from pixmim.data.bench.advice import advise
+        from pixmim.data.bench.rates import measure
         from pixmim.data.source import COLOUR
         from pixmim.parts import build_crop, image_form
 
@@ -84,7 +84,7 @@ def bench_data(args: list[str]) -> int:
 
 def _table(rates: "Rates") -> Table:
     """What was measured, in images a second."""
-    from pixmim.data.rates import MANY
+    from pixmim.data.bench.rates import MANY
 
     threads = f"{rates.threads} thread" + "s" * (rates.threads > 1)
     title = f"{rates.images:,} images; {rates.sample:,} of them tried, on {threads}"

@@ -53,8 +53,8 @@ def cache(args: list[str]) -> int:
         """
         from pixmim.config import Run
         from pixmim.data import open_data
-        from pixmim.data.cache import make_cache
         from pixmim.data.source import Form
+        from pixmim.data.tars.cache import make_cache
         from pixmim.evaluate.features import progress
 
         console = Console()
@@ -115,8 +115,8 @@ def stats(args: list[str]) -> int:
 
         from pixmim.data import open_data
         from pixmim.data import stats as look
-        from pixmim.data.cacheformat import read_settings
         from pixmim.data.source import Form
+        from pixmim.data.tars.cacheformat import read_settings
         from pixmim.evaluate.features import progress
 
         console, spec = Console(), absolute(data)

@@ -30,7 +30,7 @@ def reconstruct(args: list[str]) -> int:
             out: The PNG to write: a row for each picture.
             count: Most pictures to draw; of more, a random choice.
         """
-        from pixmim.data.files import named
+        from pixmim.data.folders.files import named
         from pixmim.parts import image_form
         from pixmim.pretrained import open_model
         from pixmim.report.figures import titled_sheet
@@ -67,7 +67,7 @@ def attention(args: list[str]) -> int:
             out: The PNG to write: a row for each picture.
             count: Most pictures to draw.
         """
-        from pixmim.data.files import named
+        from pixmim.data.folders.files import named
         from pixmim.parts import image_form
         from pixmim.pretrained import open_model
         from pixmim.report.attention import attention_sheet

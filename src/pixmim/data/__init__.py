@@ -6,21 +6,21 @@ from pathlib import Path
 
 import torch
 
-from pixmim.data.batches import Batches, Portion
-from pixmim.data.cacheformat import open_cache, read_settings
-from pixmim.data.files import below, listed
-from pixmim.data.foreign import names_tars, open_tars, tar_names
-from pixmim.data.hub import is_local, open_hub
-from pixmim.data.keep import Place
-from pixmim.data.kept import Kept
-from pixmim.data.loader import Loader
+from pixmim.data.feed.batches import Batches, Portion
+from pixmim.data.feed.keep import Place
+from pixmim.data.feed.kept import Kept
+from pixmim.data.feed.loader import Loader
+from pixmim.data.feed.resident import Resident
+from pixmim.data.folders.files import below, listed
 from pixmim.data.mixture import Mixture
-from pixmim.data.remote import is_far
-from pixmim.data.resident import Resident
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import COLOUR, Form, Source
 from pixmim.data.spec import Part, read_parts
+from pixmim.data.tables.hub import is_local, open_hub
+from pixmim.data.tars.cacheformat import open_cache, read_settings
+from pixmim.data.tars.foreign import names_tars, open_tars, tar_names
+from pixmim.data.tars.remote import is_far
 from pixmim.errors import UserError
 from pixmim.transforms import Crop
 

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim import rng
-from pixmim.data.convert import bring
+from pixmim.data.pictures.convert import bring
 from pixmim.data.source import COLOUR, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 

@@ -21,13 +21,13 @@ import numpy.typing as npt
 import torch
 
 from pixmim import rng
-from pixmim.data import anywhere
-from pixmim.data.cacheformat import read_settings, write_json
-from pixmim.data.decode import read
-from pixmim.data.foreign import names_tars
+from pixmim.data.pictures.decode import read
 from pixmim.data.remembered import place
-from pixmim.data.remote import is_far
 from pixmim.data.source import BadImage, Encoded, Form, Pages, Source
+from pixmim.data.tars import anywhere
+from pixmim.data.tars.cacheformat import read_settings, write_json
+from pixmim.data.tars.foreign import names_tars
+from pixmim.data.tars.remote import is_far
 
 _BLOCK = 2**20  # values that are in float64 at a time
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pixmim.data.loader import in_order
+from pixmim.data.feed.loader import in_order
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.engine.device import Precision, autocast

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from pixmim.data.loader import in_order
+from pixmim.data.feed.loader import in_order
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.engine.device import autocast

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pixmim.data.convert import Array, on_white, turned
-from pixmim.data.limits import check_bytes, check_size
+from pixmim.data.pictures.convert import Array, on_white, turned
+from pixmim.data.pictures.limits import check_bytes, check_size
 from pixmim.data.source import BadImage, Pages
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim import rng
-from pixmim.data.order import Indices, Order
+from pixmim.data.feed.order import Indices, Order
 
 
 @dataclass(frozen=True)

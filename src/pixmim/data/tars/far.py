@@ -7,10 +7,10 @@ from concurrent.futures import Future
 from threading import Lock, Thread
 from time import monotonic
 
-from pixmim.data import remote
-from pixmim.data.copies import Copies
 from pixmim.data.remembered import place
-from pixmim.data.shelf import OPEN, Descriptor, Shelf, Version
+from pixmim.data.tars import remote
+from pixmim.data.tars.copies import Copies
+from pixmim.data.tars.shelf import OPEN, Descriptor, Shelf, Version
 from pixmim.errors import UserError
 
 _FETCHERS = 4  # threads that fetch ahead

@@ -18,7 +18,10 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 
-from pixmim.data.cacheformat import (
+from pixmim.data.feed.loader import how_many
+from pixmim.data.skipped import Skipped
+from pixmim.data.source import BadImage, Source, follow
+from pixmim.data.tars.cacheformat import (
     Sample,
     Settings,
     read_index,
@@ -28,9 +31,6 @@ from pixmim.data.cacheformat import (
     write_settings,
     write_shard,
 )
-from pixmim.data.loader import how_many
-from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source, follow
 from pixmim.errors import UserError
 from pixmim.transforms import Interpolation, resize_to_cover
 

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.columns import cells, only_images, read_labels
-from pixmim.data.decode import decode
+from pixmim.data.pictures.decode import decode
 from pixmim.data.source import COLOUR, BadImage, Form, Source
+from pixmim.data.tables.columns import cells, only_images, read_labels
 from pixmim.errors import UserError
 
 if TYPE_CHECKING:

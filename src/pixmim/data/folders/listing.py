@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pixmim.data.filesystem import folder_times_are_true
-from pixmim.data.paths import END, Paths
+from pixmim.data.folders.filesystem import folder_times_are_true
+from pixmim.data.folders.paths import END, Paths
 from pixmim.data.patience import patience
 from pixmim.data.remembered import place
 

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.decode import decode
-from pixmim.data.limits import check_bytes
-from pixmim.data.listing import list_pictures
-from pixmim.data.paths import Paths
+from pixmim.data.folders.listing import list_pictures
+from pixmim.data.folders.paths import Paths
+from pixmim.data.pictures.decode import decode
+from pixmim.data.pictures.limits import check_bytes
 from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from posixpath import dirname
 
-from pixmim.data import anywhere
 from pixmim.data.parallel import parallel
-from pixmim.data.patterns import expand
-from pixmim.data.remote import NoAccessError, is_far
-from pixmim.data.shards import Shards
-from pixmim.data.shelf import Version
 from pixmim.data.source import COLOUR, Form
-from pixmim.data.webdataset import PICTURES, Found, contents
+from pixmim.data.tars import anywhere
+from pixmim.data.tars.patterns import expand
+from pixmim.data.tars.remote import NoAccessError, is_far
+from pixmim.data.tars.shards import Shards
+from pixmim.data.tars.shelf import Version
+from pixmim.data.tars.webdataset import PICTURES, Found, contents
 from pixmim.errors import UserError
 
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)\}*$", re.IGNORECASE)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pixmim.data.files import EXTENSIONS
+from pixmim.data.folders.files import EXTENSIONS
 from pixmim.data.source import COLOUR, Form
 from pixmim.data.spec import HubSpec
-from pixmim.data.table import Table
+from pixmim.data.tables.table import Table
 from pixmim.errors import UserError, nearest
 
 _KINDS = {".parquet": "parquet", ".arrow": "arrow"}

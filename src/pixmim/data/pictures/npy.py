@@ -9,8 +9,8 @@ import math
 import numpy as np
 from numpy.lib import format as npy
 
-from pixmim.data.convert import Array
-from pixmim.data.limits import check_bytes, check_size
+from pixmim.data.pictures.convert import Array
+from pixmim.data.pictures.limits import check_bytes, check_size
 from pixmim.data.source import BadImage
 
 MAGIC = npy.MAGIC_PREFIX

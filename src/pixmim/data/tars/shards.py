@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.decode import decode
-from pixmim.data.limits import check_bytes
-from pixmim.data.shelf import Shelf
+from pixmim.data.pictures.decode import decode
+from pixmim.data.pictures.limits import check_bytes
 from pixmim.data.source import BadImage, Form, Source, of_places
+from pixmim.data.tars.shelf import Shelf
 
 ENTRY = np.dtype([("image", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("h", "<i4"), ("w", "<i4")])
 """A sample in a tar's index: its number, place and length in the tar, class (-1: none), pixels (0: not known)."""

@@ -14,15 +14,15 @@ import numpy as np
 from torch import Tensor
 
 from pixmim import rng
-from pixmim.data.cache import Kind, make_cache
-from pixmim.data.cacheformat import open_cache
-from pixmim.data.keep import SHARE, decoded_bytes, of_machine
-from pixmim.data.kept import Kept
-from pixmim.data.loader import how_many
-from pixmim.data.shards import Shards
+from pixmim.data.bench.subset import Subset
+from pixmim.data.bench.turns import Extent, forget, loader_rate, rate, read
+from pixmim.data.feed.keep import SHARE, decoded_bytes, of_machine
+from pixmim.data.feed.kept import Kept
+from pixmim.data.feed.loader import how_many
 from pixmim.data.source import BadImage, Source
-from pixmim.data.subset import Subset
-from pixmim.data.turns import Extent, forget, loader_rate, rate, read
+from pixmim.data.tars.cache import Kind, make_cache
+from pixmim.data.tars.cacheformat import open_cache
+from pixmim.data.tars.shards import Shards
 from pixmim.errors import UserError
 from pixmim.transforms import Crop
 

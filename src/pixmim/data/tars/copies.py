@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition
 
-from pixmim.data.shelf import Descriptor
+from pixmim.data.tars.shelf import Descriptor
 
 _DEAD = 600.0  # seconds without a byte, after which nobody writes a part any more
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixmim.data.batches import Batch, Batches, Portion
-from pixmim.data.loader import how_many
+from pixmim.data.feed.batches import Batch, Batches, Portion
+from pixmim.data.feed.loader import how_many
+from pixmim.data.feed.stream import Plan, Stream
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Source, follow
-from pixmim.data.stream import Plan, Stream
 from pixmim.transforms import Crop, mirrored, movable
 
 _ROWS = 64  # images that are cut at a time: this bounds the memory that their indices take

@@ -1,8 +1,8 @@
 """From measured rates to what a person should do: a pure function of numbers."""
 
-from pixmim.data.cache import Kind
-from pixmim.data.keep import SHARE
-from pixmim.data.rates import MANY, Cached, Disk, Rates
+from pixmim.data.bench.rates import MANY, Cached, Disk, Rates
+from pixmim.data.feed.keep import SHARE
+from pixmim.data.tars.cache import Kind
 
 FILES = 0.5
 """Share of the memory up to which files are reckoned to stay there after the first epoch, by the system's doing."""

@@ -22,12 +22,12 @@ from typing import get_args
 
 import numpy as np
 
-from pixmim.data import anywhere
 from pixmim.data.parallel import parallel
-from pixmim.data.remote import is_far
-from pixmim.data.shards import ENTRY, Contents, Entries, Shards
-from pixmim.data.shelf import Version
 from pixmim.data.source import COLOUR, Form, Pages, Pixels
+from pixmim.data.tars import anywhere
+from pixmim.data.tars.remote import is_far
+from pixmim.data.tars.shards import ENTRY, Contents, Entries, Shards
+from pixmim.data.tars.shelf import Version
 from pixmim.errors import UserError
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
-from pixmim.data import remote
-from pixmim.data.far import Far
-from pixmim.data.shelf import Near, Shelf, Version
+from pixmim.data.tars import remote
+from pixmim.data.tars.far import Far
+from pixmim.data.tars.shelf import Near, Shelf, Version
 from pixmim.errors import UserError
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from pixmim.data.remembered import place
-from pixmim.data.remote import is_far
-from pixmim.data.shards import ENTRY, Contents
-from pixmim.data.shelf import Descriptor, Shelf, Version
-from pixmim.data.tar import members
+from pixmim.data.tars.remote import is_far
+from pixmim.data.tars.shards import ENTRY, Contents
+from pixmim.data.tars.shelf import Descriptor, Shelf, Version
+from pixmim.data.tars.tar import members
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
 """Extensions of pictures. Of several in one sample, the first in this order is its image."""

@@ -7,7 +7,7 @@ between two files, and takes three times as long; a test holds one against the o
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pixmim.data.shelf import Descriptor
+from pixmim.data.tars.shelf import Descriptor
 from pixmim.errors import UserError
 
 BLOCK = 512

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pixmim.data.shelf import Version
+from pixmim.data.tars.shelf import Version
 from pixmim.errors import UserError
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from pixmim.data.batches import Portion
-from pixmim.data.loader import Loader
+from pixmim.data.feed.batches import Portion
+from pixmim.data.feed.loader import Loader
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.transforms import Crop

@@ -18,9 +18,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pixmim.data import npy, tiff
-from pixmim.data.convert import Array, OtherChannels, bring, on_white, turned
-from pixmim.data.limits import check_bytes, check_size
+from pixmim.data.pictures import npy, tiff
+from pixmim.data.pictures.convert import Array, OtherChannels, bring, on_white, turned
+from pixmim.data.pictures.limits import check_bytes, check_size
 from pixmim.data.source import COLOUR, BadImage, Form, Pages
 
 for _name in ("PIL", "tifffile"):  # what they say of damage belongs into skipped.csv, not onto the screen

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.batches import Batch, Batches, Portion
+from pixmim.data.feed.batches import Batch, Batches, Portion
+from pixmim.data.feed.stream import Plan, Stream
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Source, follow
-from pixmim.data.stream import Plan, Stream
 from pixmim.transforms import Crop, stacked
 
 _AHEAD = 2  # batches that are ready or in the making while the loop uses one: this bounds the memory

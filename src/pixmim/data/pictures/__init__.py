@@ -1,0 +1,1 @@
+"""Bytes to pixels: any picture file, in the form of a run."""

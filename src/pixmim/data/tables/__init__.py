@@ -1,0 +1,1 @@
+"""Images in tables: Hugging Face data sets, parquet and Arrow."""
