@@ -5,7 +5,7 @@ of each evaluation stands under its name in `evaluate/`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 DATA = ("train", "test", "data")
 """Names of settings that hold data, as --data takes them."""
@@ -38,6 +38,49 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Segmentation:
+    """A class for each pixel, by UPerNet end to end or by a linear head: mean IoU. The defaults are MAE's on ADE20K."""
+
+    train: str
+    """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both."""
+    test: str
+    """The same to be measured on; of ADE20K's layout, validation/ is taken."""
+    head: Literal["uper", "linear"] = "uper"
+    """uper: UPerNet with an auxiliary head. linear: BatchNorm and one linear map of the last map's places."""
+    frozen: bool | None = None
+    """Leave the encoder as it is; otherwise so with the linear head, and not with uper."""
+    size: str = "512"
+    """Side of the crops and of the test's windows in pixels, or HEIGHTxWIDTH."""
+    steps: int = 160_000
+    """Updates."""
+    batch: int = 16
+    """Images in an update."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after another, to fit into memory."""
+    lr: float | None = None
+    """Learning rate; otherwise 1e-4 with uper, and 1e-3 with the linear head."""
+    warmup: int = 1500
+    """Updates of warm-up, at most a fifth of all; then a straight line to zero."""
+    weight_decay: float = 0.05
+    """Of AdamW; not applied to norms, biases, positions and single tokens."""
+    layer_decay: float = 0.65
+    """Each layer of the encoder learns at this share of the rate of the one above it."""
+    drop_path: float = 0.1
+    """Rate at which the last block is left out in training; from zero at the first one it rises evenly."""
+    width: int = 512
+    """Channels of UPerNet."""
+    threads: int = 0
+    """Threads that read and decode images; 0: one for each core, at most 16."""
+    seed: int = 0
+    """Decides the head's first weights, order, crops and colours."""
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.lr if self.lr is not None else 1e-4 if self.head == "uper" else 1e-3
+
+
+@dataclass(frozen=True)
 class Protocol:
     """An evaluation: its settings, and what a reader is shown of its values.
 
@@ -59,4 +102,13 @@ PROTOCOLS: dict[str, Protocol] = {
         {"top1/mean": "k-NN, mean of patch tokens", "top1/cls": "k-NN, class token"},
     ),
     "linear": Protocol(Linear, "labelled images: --train, --test", {"top1": "linear probe"}),
+    "segmentation": Protocol(
+        Segmentation,
+        "images with masks: --train, --test",
+        {
+            "mIoU": "segmentation, mean IoU",
+            "aAcc": "segmentation, pixel accuracy",
+            "mAcc": "segmentation, mean class accuracy",
+        },
+    ),
 }
