@@ -13,7 +13,7 @@ from PIL import Image
 from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.data.cache import make_cache, whose_part
-from pixmim.data.shards import Shards, shard_path
+from pixmim.data.cacheformat import open_cache, shard_path
 from pixmim.data.source import BadImage, Form
 from pixmim.errors import UserError
 from pixmim.transforms import resize_to_cover
@@ -30,7 +30,7 @@ def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp
     made = make_cache(source, tmp_path / "cache", SIZE, per_shard=4)
     assert (made.images, made.skipped, made.whole) == (9, 1, True)
     assert "2.jpg" in (tmp_path / "cache" / "skipped.csv").read_text()
-    data = Shards(tmp_path / "cache")
+    data = open_cache(tmp_path / "cache")
     found: dict[str, bytes] = {}
     for shard in range(3):
         with tarfile.open(shard_path(tmp_path / "cache", shard, "tar")) as archive:
@@ -76,14 +76,14 @@ def test_it_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path) -> 
         make_cache(source, folder, SIZE, per_shard=3, progress=stop)
     assert shard_path(folder, 1, "index").exists() and not shard_path(folder, 2, "index").exists()
     with pytest.raises(UserError, match="not finished: run the same"):
-        Shards(folder)
+        open_cache(folder)
     before = shard_path(folder, 0, "tar").stat().st_mtime_ns
     tar = shard_path(folder, 1, "tar")
     tar.write_bytes(tar.read_bytes()[:-512])  # cut off by a full disk, say
     made = make_cache(source, folder, SIZE, per_shard=3)
     assert made.images == 3 + 3 + 1 and made.whole
     assert shard_path(folder, 0, "tar").stat().st_mtime_ns == before
-    assert len(Shards(folder)) == 10 and not list(folder.glob("*.tmp"))
+    assert len(open_cache(folder)) == 10 and not list(folder.glob("*.tmp"))
 
 
 def test_parts_make_the_same_files_as_one_process(
@@ -114,7 +114,7 @@ def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -
         make_cache(open_data(str(pictures)), folder, SIZE)
     with pytest.raises(UserError, match="is not empty, and no cache"):
         make_cache(open_data(str(pictures)), pictures, SIZE)
-    with pytest.raises(UserError, match="images of 3 channels, and not of 1"):
+    with pytest.raises(UserError, match="images of 3 channels in uint8, and not of 1 channel in uint8: --channels 3"):
         open_data(str(folder), Form(1))
     (folder / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
@@ -167,7 +167,7 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "cache"
     status, text = say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)
     assert status == 0 and "10 images written" in text and f"train with --data {out}" in text
-    assert Shards(out).image(0).shape[1:] in {(40, 56), (34, 48), (35, 48)}
+    assert open_cache(out).image(0).shape[1:] in {(40, 56), (34, 48), (35, 48)}
     assert "nothing was left to do" in say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)[1]
     names = tmp_path / "some.txt"
     names.write_text("pictures/cats/0.jpg\npictures/dogs/1.jpg\n")

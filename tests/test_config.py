@@ -30,6 +30,7 @@ def test_odd_values_survive_json() -> None:
         ({"target": {"kind": "pixel"}}, "'target.kind' cannot be"),
         ({"crop": 3}, "'crop.' must be an object"),
         ({"steps": 0}, "at least one step"),
+        ({"local_copy": 0.0}, "--local-copy is a number of GiB above 0, not 0"),
         ({"size": "big"}, "HEIGHTxWIDTH"),
         ({"batch_size": 10, "accumulate": 3}, "does not divide into 3"),
         ({"mask": {"ratio": 1.0}}, "between 0 and 1"),

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pixmim.data.decode import decode
-from pixmim.data.source import BadImage
+from pixmim.data.source import BadImage, Form
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 SMOOTH = np.linspace(0, 255, 20 * 30, dtype=np.uint8).reshape(20, 30)
@@ -42,10 +42,10 @@ def test_jpeg_gives_pillows_pixels(options: dict[str, object]) -> None:
 def test_grey_jpeg_becomes_colour_and_colour_becomes_grey() -> None:
     data = encoded(Image.fromarray(SMOOTH), "JPEG")
     assert decode(data).shape == (20, 30, 3)
-    assert decode(data, channels=1).shape == (20, 30, 1)
+    assert decode(data, Form(1)).shape == (20, 30, 1)
     colour = encoded(Image.merge("RGB", [Image.fromarray(p) for p in (SMOOTH, SMOOTH[::-1], SMOOTH)]), "JPEG")
     expected = np.asarray(Image.open(io.BytesIO(colour)).convert("L"), int)
-    assert abs(decode(colour, channels=1)[..., 0].astype(int) - expected).max() <= 1
+    assert abs(decode(colour, Form(1))[..., 0].astype(int) - expected).max() <= 1
 
 
 def test_cmyk_palette_bilevel() -> None:
@@ -122,7 +122,7 @@ JPEG, PNG = encoded(Image.fromarray(PIXELS), "JPEG"), encoded(Image.fromarray(PI
         (PNG[: len(PNG) // 2], "truncated|OSError|SyntaxError"),
         (bomb(), "exceeds limit"),
         (encoded(Image.new("RGB", (3000, 2)), "PNG"), "100 times as long"),
-        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "measurements.*--pixels float32"),
     ],
 )
 def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, reason: str) -> None:

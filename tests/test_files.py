@@ -64,6 +64,6 @@ def test_folders_that_cannot_serve_are_named(pictures: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="is a file"):
         open_data(str(pictures / "cats" / "0.jpg"))
     (tmp_path / "empty").mkdir()
-    np.save(tmp_path / "empty" / "x.npy", np.zeros(3))
+    np.savez(tmp_path / "empty" / "x.npz", np.zeros(3))
     with pytest.raises(UserError, match=r"no pictures in .* 1 other file"):
         open_data(str(tmp_path / "empty"))

@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 
 from pixmim import LowFrequency, Objective, RandomMask, create_model, low_pass
 from pixmim.config import Run
+from pixmim.data.shapes import Shapes
+from pixmim.data.source import Form
 from pixmim.engine.optim import Updater, adamw
+from pixmim.transforms import finish
 from test_pretrain import train
 
 pytestmark = pytest.mark.gpu
@@ -50,3 +53,14 @@ def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., Run], tmp_
     one, two = (load_file(tmp_path / device / "encoder.safetensors") for device in ("cpu", "cuda"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("pixels", ["uint16", "float32"])
+def test_deep_images_reach_the_gpu_whole(pixels: str, tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+    mean, std, flip = torch.rand(5), torch.rand(5) + 0.1, torch.tensor([True, False])
+    images = torch.stack([Shapes(form=Form(5, pixels)).image(i)[:, :32, :32].float() for i in range(2)])  # type: ignore[arg-type]
+    images = images.to(getattr(torch, pixels)).pin_memory()
+    done = finish(images.to("cuda", non_blocking=True), flip.to("cuda"), mean.to("cuda"), std.to("cuda"))
+    torch.testing.assert_close(done.cpu(), finish(images, flip, mean, std), atol=1e-5, rtol=1e-5)
+    train(tiny_run(device="cuda", steps=2, channels=5, pixels=pixels), tmp_path / "run")
+    assert (tmp_path / "run" / "encoder.safetensors").exists()

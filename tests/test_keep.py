@@ -14,8 +14,9 @@ from pixmim.config import Run
 from pixmim.data import keep, open_batches, open_data
 from pixmim.data.batches import Batch, Portion
 from pixmim.data.cache import make_cache
+from pixmim.data.cacheformat import open_cache, shard_path
 from pixmim.data.kept import Kept
-from pixmim.data.shards import Shards, shard_path
+from pixmim.data.shards import Shards
 from pixmim.data.skipped import Skipped
 from pixmim.errors import UserError
 from pixmim.pretrain import pretrain
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def shards(pictures: Path, tmp_path: Path) -> Shards:
     make_cache(open_data(str(pictures)), tmp_path / "cache", SIZE)
-    return Shards(tmp_path / "cache")
+    return open_cache(tmp_path / "cache")
 
 
 def batches(place: keep.Place, source: Shards, crop: Crop, count: int, portion: Portion) -> list[Batch]:
@@ -65,7 +66,7 @@ def test_the_rule(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     def place(crop: Crop = src, how: keep.Keep = "auto", device: torch.device = gpu) -> str:
         return keep.choose_place(shards, crop, how, device)[0]
 
-    monkeypatch.setattr(keep, "_of_machine", lambda: 4 * need)
+    monkeypatch.setattr(keep, "of_machine", lambda: 4 * need)
     monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need)
     assert place() == "device" and place(device=CPU) == "memory" and place(RandomResizedCrop(SIZE)) == "memory"
     assert place(SimpleResizedCrop(16)) == "memory"  # of another size: resized, not only cut
@@ -74,7 +75,7 @@ def test_the_rule(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need - 4)
     assert place() == "memory"
-    monkeypatch.setattr(keep, "_of_machine", lambda: 4 * need - 4)
+    monkeypatch.setattr(keep, "of_machine", lambda: 4 * need - 4)
     assert place() == "disk" and place(how="memory") == "memory" and place(how="device") == "device"
     with pytest.raises(UserError, match="needs a cache of the run's own --size"):
         place(RandomResizedCrop(SIZE), how="device")

@@ -168,7 +168,8 @@ class Run:
     recipe: Annotated[str, Suppress] = ""
     """Name of the recipe this run began as."""
     data: str = ""
-    """A folder of images, a cache, hf:NAME, or shapes: for drawn ones; several as a*3+b (docs/data.md lists all)."""
+    """A folder of images, a cache, tar shards, a URL, hf:NAME, or shapes: for drawn ones; several as a*3+b
+    (docs/data.md lists all)."""
     out: str = ""
     """Directory of the run; otherwise runs/RECIPE-TIME."""
     init: str = ""
@@ -184,11 +185,15 @@ class Run:
     size: str = "224"
     """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
     channels: int = 3
-    """Colour (3) or grey (1)."""
+    """Colour (3), grey (1), or as many as the files have."""
+    pixels: Literal["uint8", "uint16", "float32"] = "uint8"
+    """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
+    pages: Literal["first", "channels"] = "first"
+    """Of a TIFF with several pages: the first one, or all of them as channels."""
     mean: tuple[float, ...] | None = None
-    """Mean of each channel, of values in [0, 1]; otherwise ImageNet's."""
+    """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each channel; otherwise ImageNet's."""
+    """Standard deviation of each channel; otherwise as the mean."""
     seed: int = 0
     """Decides weights, order, crops and masks."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -197,6 +202,8 @@ class Run:
     """auto, cpu, cuda, cuda:1, mps."""
     keep: Literal["auto", "device", "memory", "disk"] = "auto"
     """Where a cache's images stay once decoded; auto: where they fit into a quarter of the memory."""
+    local_copy: float = 50.0
+    """GiB on this machine for copies of shards from far away; those used longest ago make room for new ones."""
     threads: int = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
     checkpoint_every: int = 0
@@ -228,6 +235,8 @@ class Run:
             least = 1 if name in ("batch_size", "accumulate", "channels") else 0
             if getattr(self, name) < least:
                 raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
+        if self.local_copy <= 0:
+            raise UserError(f"--local-copy is a number of GiB above 0, not {self.local_copy:g}")
         if self.batch_size % self.accumulate:
             raise UserError(f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts")
         if (self.steps is not None and self.steps < 1) or (self.steps is None and self.epochs <= 0):
@@ -253,6 +262,12 @@ class Run:
             raise UserError(
                 f"--optim.drop-at is a share between 0.2, where warm-up ends, and 1: not {self.optim.drop_at}"
             )
+        if binned and self.pixels == "float32":
+            raise UserError(
+                "measured values (--pixels float32) have no bins of [0, 1]: choose another --target.distance"
+            )
+        if self.std is not None and min(self.std, default=0) <= 0:
+            raise UserError(f"--std is above zero in each channel, not {' '.join(map(str, self.std))}")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:

@@ -1,6 +1,7 @@
 """From a Run to the four choices it names (crop, mask, model, target), and the numbers that drive them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from pixmim import rng
 from pixmim.config import Run
 from pixmim.data.source import Form
+from pixmim.data.stats import recall
 from pixmim.errors import UserError
 from pixmim.grid import grid_of
 from pixmim.losses import Objective
@@ -21,7 +23,20 @@ from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResized
 
 def image_form(run: Run) -> Form:
     """What every image is brought into before it is cropped."""
-    return Form(run.channels)
+    return Form(run.channels, run.pixels, run.pages)
+
+
+def measured(run: Run) -> tuple[Run, list[str]]:
+    """The run with the mean and std that `pixmim stats` has kept of its data, where it has none; and a line to say so.
+
+    A run then carries them in its configuration, whatever becomes of what was kept.
+    """
+    found = recall(run.data, image_form(run)) if run.mean is None or run.std is None else None
+    if found is None:
+        return run, []
+    count = f"{found.images:,} of {found.total:,}" if found.images < found.total else f"{found.total:,}"
+    known = replace(run, mean=run.mean or found.mean, std=run.std or found.std)
+    return known, [f"mean and std: measured on {count} images by `pixmim stats`"]
 
 
 def build_crop(run: Run) -> Crop:

@@ -52,7 +52,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
     """
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
-    data, crop = open_data(run.data, image_form(run)), build_crop(run)
+    data, crop = open_data(run.data, image_form(run), run.local_copy), build_crop(run)
     place, kept = choose_place(data, crop, run.keep, device)
     schedule = Schedule.of(run, len(data))
 

@@ -51,7 +51,7 @@ class Crop(ABC):
         """
 
     def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float] = ()) -> Shaped[Tensor, "c h2 w2"]:
-        """The crop that the numbers `u` in [0, 1) decide."""
+        """The crop that the numbers `u` in [0, 1) decide. Images of uint8, of uint16, or of floating point."""
         h, w = self.shape
         out = image.new_empty(h, w, image.shape[0]).permute(2, 0, 1)
         self.put(image, u, out)
@@ -213,12 +213,23 @@ def finish(
 ) -> Float[Tensor, "b c h w"]:
     """The last steps on the device, for a whole batch: flip rows where `flip`, scale to [0, 1], normalise.
 
-    uint8 images count 255 as one; floating-point images are taken as they are. mean and std have c values each.
+    uint8 images count 255 as one, uint16 images 65535; floating-point images are taken as they are. mean and std have
+    c values each.
     """
-    scale = 1.0 if images.is_floating_point() else 255.0
+    scale = 1.0 if images.is_floating_point() else float(torch.iinfo(images.dtype).max)
     shape = (1, -1, 1, 1)
     x = (images.float() - (mean * scale).view(shape)) / (std * scale).view(shape)
     return x if flip is None else torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+def stacked(images: Sequence[Shaped[Tensor, "c h w"]]) -> Shaped[Tensor, "n c h w"]:
+    """Images of one size as a batch."""
+    return torch.stack([movable(image) for image in images]).view(images[0].dtype)
+
+
+def movable(image: Tensor) -> Tensor:
+    """A view that every torch can index and join: uint16 came late, and has few operators."""
+    return image.view(torch.int16) if image.dtype == torch.uint16 else image
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -228,6 +239,9 @@ def _pair(size: Size) -> tuple[int, int]:
 def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
     if image.shape[-2:] == size:
         return image
+    if image.dtype == torch.uint16:  # bicubic overshoots at edges
+        resized = _resize(image.float(), size, interpolation)
+        return resized.round_().clamp_(0, 65535).to(torch.uint16)
     return V.resize(image, list(size), interpolation=_MODES[interpolation], antialias=True)
 
 
@@ -243,7 +257,7 @@ def _put_window(image: Tensor, top: int, left: int, out: Tensor) -> None:
     narrow = 2 * max(above, h - below) >= h - 1 or 2 * max(before, w - after) >= w - 1
     if narrow or image.device.type != "cpu":
         rows, columns = mirrored(top, h, height), mirrored(left, w, width)
-        out.copy_(image[:, rows[:, None], columns])
+        movable(out).copy_(movable(image)[:, rows[:, None], columns])
         return
     source, target = image.permute(1, 2, 0).numpy(), out.permute(1, 2, 0).numpy()
     target[above:below, before:after] = source[top + above : top + below, left + before : left + after]

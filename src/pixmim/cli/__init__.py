@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from pixmim.cli.data import cache
+from pixmim.cli.bench import bench_data
+from pixmim.cli.data import cache, stats
 from pixmim.cli.look import attention, embed, reconstruct
 from pixmim.cli.measure import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
@@ -17,6 +18,8 @@ OVERVIEW = """usage: pixmim COMMAND [...]
 
   pretrain     train a backbone on your own images
   cache        resize pictures once, for all epochs to come
+  stats        measure mean and std, and say what a data set holds
+  bench-data   what limits the way of your images to the network, and what to change
   list         the recipes, with what each aims at
   evaluate     measure it; `pixmim evaluate list` shows how
   report       one page of settings, curves, reconstructions and results, for one run or several
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "cache": cache,
+    "stats": stats,
+    "bench-data": bench_data,
     "list": list_recipes,
     "evaluate": evaluate,
     "report": report,

@@ -1,4 +1,4 @@
-"""pixmim cache: pictures resized once, for all epochs to come."""
+"""pixmim cache: pictures resized once, for all epochs to come. pixmim stats: what is in them."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,6 +8,9 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from pixmim.cli.terms import absolute, say
+from pixmim.errors import UserError
+
+_LOOK = 200  # images whose files are looked into for their channels and depth
 
 
 def cache(args: list[str]) -> int:
@@ -24,6 +27,8 @@ def cache(args: list[str]) -> int:
         raw: bool = False,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
         channels: int = 3,
+        pixels: Literal["uint8", "uint16", "float32"] = "uint8",
+        pages: Literal["first", "channels"] = "first",
         per_shard: int = 2000,
         threads: int = 0,
     ) -> int:
@@ -38,9 +43,11 @@ def cache(args: list[str]) -> int:
             size: Side of what the network will see, or HEIGHTxWIDTH: images just cover it, aspect kept.
             quality: Of the JPEGs.
             chroma: 444 keeps colours at full resolution; 420 is smaller and faster, and disturbs the target more.
-            raw: Pixels instead of JPEGs: no decoding later, four times the space.
+            raw: Pixels instead of JPEGs: no decoding later, four times the space. For all but uint8 in 1 or 3 channels.
             interpolation: Resampling, always with antialias; the crop's of the run to come.
-            channels: Colour (3) or grey (1).
+            channels: Colour (3), grey (1), or as many as the files have.
+            pixels: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
+            pages: Of a TIFF with several pages: the first one, or all of them as channels.
             per_shard: Images in a tar.
             threads: 0: one for each core, at most 16.
         """
@@ -51,7 +58,7 @@ def cache(args: list[str]) -> int:
         from pixmim.evaluate.features import progress
 
         console = Console()
-        source = open_data(absolute(data), Form(channels))
+        source = open_data(absolute(data), Form(channels, pixels, pages))
         with progress(f"caching {data}", len(source), console) as advance:
             made = make_cache(
                 source,
@@ -76,3 +83,63 @@ def cache(args: list[str]) -> int:
         return 0
 
     return tyro.cli(command, prog="pixmim cache", args=args)
+
+
+def stats(args: list[str]) -> int:
+    """Measure mean and std, and say what is in a data set."""
+
+    def command(
+        data: Positional[str],
+        /,
+        *,
+        channels: int = 0,
+        pixels: Literal["auto", "uint8", "uint16", "float32"] = "auto",
+        pages: Literal["first", "channels"] = "first",
+        images: int = 5000,
+        threads: int = 0,
+    ) -> int:
+        """Look at a data set: channels, depths, sizes, what cannot be read, mean and std of each channel.
+
+        Mean and std are kept where `pixmim pretrain` finds them: in the folder of a cache, or else in the user's cache
+        directory, by the data's whole path. Each image counts the same, whatever its size.
+
+        Args:
+            data: A folder of images, a cache, tars, a .txt that names images, a URL, or shapes:.
+            channels: What images are brought into; 0: what most files hold.
+            pixels: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
+            pages: Of a TIFF with several pages: the first one, or all of them as channels.
+            images: Images to measure, spread evenly over the data, the same ones each time; 0: all.
+            threads: 0: one for each core, at most 16.
+        """
+        import time
+
+        from pixmim.data import open_data
+        from pixmim.data import stats as look
+        from pixmim.data.cacheformat import read_settings
+        from pixmim.data.source import Form
+        from pixmim.evaluate.features import progress
+
+        console, spec = Console(), absolute(data)
+        settings = read_settings(spec)
+        form = settings.form if settings is not None else Form(pages=pages)
+        source = open_data(spec, form)
+        kinds = look.kinds(source, look.sample(len(source), _LOOK), pages)
+        likely = form if settings is not None else look.fitting(kinds, pages)
+        form = Form(channels or likely.channels, likely.pixels if pixels == "auto" else pixels, likely.pages)
+        if form != source.form:
+            source = open_data(spec, form)
+        chosen, began = look.sample(len(source), images), time.monotonic()
+        with progress(f"measuring {data}", len(chosen), console) as advance:
+            found = look.measure(source, chosen, threads=threads, progress=advance)
+        seconds = time.monotonic() - began
+        for line in look.report(source, kinds, found):
+            say(console, line)
+        if not found.images:
+            raise UserError(f"not one image of {data} can be brought into {form}")
+        say(console, f"measured in {seconds:.0f} s, {len(chosen) / seconds:.0f} images/s")
+        path = look.remember(spec, form, look.to_keep(found, len(source)))
+        say(console, f"kept in {path}")
+        say(console, f"train with --data {data} {form.flags}")
+        return 0
+
+    return tyro.cli(command, prog="pixmim stats", args=args)

@@ -15,7 +15,7 @@ from pixmim.errors import UserError
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json
 
-_MAY_CHANGE = {"data", "out", "device", "keep", "threads", "checkpoint_every", "log_every", "max_bad"}
+_MAY_CHANGE = {"data", "out", "device", "keep", "local_copy", "threads", "checkpoint_every", "log_every", "max_bad"}
 """Fields that a resumed run may change: they do not decide what is computed (data: if the same images moved)."""
 
 
@@ -66,11 +66,16 @@ def pretrain(args: list[str]) -> int:
             raise UserError(f"{out} holds a run already: go on with --resume {out}, or choose another --out")
 
     from pixmim.evaluate import knn_watch
+    from pixmim.parts import measured
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
 
     knn = replace(run.knn, train=absolute(run.knn.train), test=absolute(run.knn.test))
     run = replace(run, out=str(out), data=absolute(run.data), knn=knn)
+    if not resumed:
+        run, lines = measured(run)
+        for line in lines:
+            say(console, line)
     watch = knn_watch(run)
     outcome = train(run, out, console, watch)
     if not outcome.finished:

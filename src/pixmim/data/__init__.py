@@ -1,20 +1,23 @@
 """Where images come from, and how they reach the loop."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from pixmim.data.batches import Batches, Portion
+from pixmim.data.cacheformat import open_cache, read_settings
 from pixmim.data.files import below, listed
+from pixmim.data.foreign import names_tars, open_tars, tar_names
 from pixmim.data.hub import is_local, open_hub
 from pixmim.data.keep import Place
 from pixmim.data.kept import Kept
 from pixmim.data.loader import Loader
 from pixmim.data.mixture import Mixture
+from pixmim.data.remote import is_far
 from pixmim.data.resident import Resident
 from pixmim.data.shapes import Shapes
-from pixmim.data.shards import Shards, read_settings
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import COLOUR, Form, Source
 from pixmim.data.spec import Part, read_parts
@@ -22,32 +25,36 @@ from pixmim.errors import UserError
 from pixmim.transforms import Crop
 
 
-def open_data(spec: str, form: Form = COLOUR) -> Source:
-    """The data set that `spec` names: a folder, a cache, a .txt that names images, a Hugging Face data set (`hf:NAME`,
-    or a folder or file of parquet or Arrow), `shapes:` with options, or several of these with weights, `a*3+b`.
+def open_data(spec: str, form: Form = COLOUR, local_copy: float = 50.0) -> Source:
+    """The data set that `spec` names: a folder, a cache, tars, a .txt that names images, a Hugging Face data set
+    (`hf:NAME`, or a folder or file of parquet or Arrow), `shapes:` with options, or several of these with weights,
+    `a*3+b`. A cache and tars can also be far away, at a URL.
 
-    form  what its images are brought into
+    form        what its images are brought into
+    local_copy  GiB that copies of far shards may take on this machine
 
     Raises UserError if there is none.
     """
     if not spec:
         raise UserError("which images? Give a folder, or shapes: for drawn ones")
-    if form.channels not in (1, 3):
-        raise UserError(f"images are read in 3 channels or 1, not in {form.channels}")
     parts = read_parts(spec)
     if parts == [Part(spec)]:
-        return _open_one(spec, form)
-    return Mixture(spec, [(_open_one(part.source, form), part.weight) for part in parts])
+        return _open_one(spec, form, local_copy)
+    return Mixture(spec, [(_open_one(part.source, form, local_copy), part.weight) for part in parts])
 
 
-def _open_one(spec: str, form: Form) -> Source:
+def _open_one(spec: str, form: Form, local_copy: float) -> Source:
     if spec.startswith("shapes:"):
         return Shapes.from_spec(spec, form)
-    if spec.startswith("hf:"):
+    if spec.startswith("hf:") and not is_far(spec):
         return open_hub(spec, form)
-    path = Path(spec).expanduser()
-    if read_settings(path) is not None:
-        return Shards(spec, form)
+    place = spec.rstrip("/") if is_far(spec) else os.path.expanduser(spec)
+    if not (is_far(place) and names_tars(place)) and read_settings(place) is not None:
+        return open_cache(place, form, local_copy)
+    tars = tar_names(place)
+    if tars is not None:
+        return open_tars(place, tars, form, local_copy)
+    path = Path(place)
     if path.is_file() and path.suffix == ".txt":
         return listed(spec, form)
     if is_local(path):

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import torch
 
-from pixmim.data.loader import how_many
-from pixmim.data.shards import (
+from pixmim.data.cacheformat import (
     Sample,
     Settings,
     read_index,
@@ -28,8 +28,9 @@ from pixmim.data.shards import (
     write_settings,
     write_shard,
 )
+from pixmim.data.loader import how_many
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import BadImage, Source, follow
 from pixmim.errors import UserError
 from pixmim.transforms import Interpolation, resize_to_cover
 
@@ -70,8 +71,10 @@ def make_cache(
     progress  is told how many images are done
 
     Shards that are whole already stay; so the same call goes on where another was interrupted. Raises UserError if the
-    folder holds a cache of other images or settings.
+    folder holds a cache of other images or settings, and for JPEGs of a form that they cannot hold.
     """
+    if kind == "jpeg" and (source.form.channels not in (1, 3) or source.form.pixels != "uint8"):
+        raise UserError(f"JPEGs hold 1 or 3 channels in uint8, and not {source.form}: keep the pixels with --raw")
     rank, ranks = part or whose_part()
     settings = Settings(
         data=source.spec,
@@ -85,11 +88,14 @@ def make_cache(
         chroma=chroma if kind == "jpeg" else "",
         channels=source.form.channels,
         per_shard=per_shard,
+        pixels=source.form.pixels,
+        pages=source.form.pages,
     )
     _claim(folder, settings)
     began, images, written, done = time.monotonic(), 0, 0, 0
     skipped = Skipped(folder / (f"skipped-{rank}.csv" if ranks > 1 else "skipped.csv"), len(source), 1.0)
-    mine = range(rank, settings.shards, ranks)
+    mine, come_to = range(rank, settings.shards, ranks), follow(source)
+    labels = source.labels  # once: some sources compute them all each time
     with ThreadPoolExecutor(
         how_many(threads), "pixmim-cache", initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
@@ -101,7 +107,9 @@ def make_cache(
 
             def results() -> Iterator[Sample]:  # a result is let go of as soon as it is in the tar
                 nonlocal done
+                last = min((shard + 1) * per_shard, len(source))
                 while jobs:
+                    come_to(last - len(jobs))
                     sample = jobs.popleft().result()
                     done += 1
                     progress(done)
@@ -123,7 +131,7 @@ def make_cache(
                 continue
             for leftover in folder.glob(f"{shard_path(folder, shard, 'tar').name}.*.tmp"):
                 leftover.unlink(missing_ok=True)
-            submitted = (pool.submit(_sample, source, i, settings, skipped) for i in range(first, last))
+            submitted = (pool.submit(_sample, source, labels, i, settings, skipped) for i in range(first, last))
             ahead.append((shard, deque(submitted)))
             if len(ahead) > 1:  # one shard is written while the next one is computed
                 finish_one()
@@ -176,7 +184,9 @@ def _finish(folder: Path, settings: Settings) -> bool:
     return True
 
 
-def _sample(source: Source, index: int, settings: Settings, skipped: Skipped) -> Sample | None:
+def _sample(
+    source: Source, labels: npt.NDArray[np.int64] | None, index: int, settings: Settings, skipped: Skipped
+) -> Sample | None:
     try:
         original = source.image(index)
     except BadImage as error:
@@ -187,12 +197,12 @@ def _sample(source: Source, index: int, settings: Settings, skipped: Skipped) ->
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     files: dict[str, bytes] = {}
     if settings.kind == "raw":
-        files["raw"] = pixels.tobytes()
+        files["raw"] = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
     elif pixels.shape[2] == 1:
         files["jpg"] = simplejpeg.encode_jpeg(pixels, settings.quality, "GRAY", "Gray")
     else:
         files["jpg"] = simplejpeg.encode_jpeg(pixels, settings.quality, "RGB", settings.chroma)
-    label = -1 if source.labels is None else int(source.labels[index])
+    label = -1 if labels is None else int(labels[index])
     if label >= 0:
         files["cls"] = str(label).encode()
     about = {"path": source.locate(index), "height": original.shape[1], "width": original.shape[2]}

@@ -11,11 +11,14 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
+from pixmim.data.limits import check_bytes
+from pixmim.data.listing import list_pictures
+from pixmim.data.paths import Paths
 from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy")
 )
 
 
@@ -30,9 +33,11 @@ class Files(Source):
         form: Form = COLOUR,
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
+        about: str = "",
     ) -> None:
-        self._spec, self._root, self._paths, self._form = spec, root, paths, form
-        self._labels, self._classes = labels, list(classes)
+        self._spec, self._paths, self._form = spec, paths, form
+        self._root = "" if root == Path() else str(root)
+        self._labels, self._classes, self._about = labels, list(classes), about
 
     @property
     def spec(self) -> str:
@@ -52,7 +57,7 @@ class Files(Source):
 
     @property
     def about(self) -> str:
-        return ""
+        return self._about
 
     @property
     def sizes(self) -> npt.NDArray[np.int64] | None:
@@ -69,17 +74,26 @@ class Files(Source):
         return len(self._paths)
 
     def locate(self, index: int) -> str:
-        return str(self._root / self._paths[index])
+        return os.path.join(self._root, self._paths[index])
 
     def fingerprint(self) -> str:
         return of_places(self)
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """Where an image's bytes lie: file, first byte, number of bytes (0: all that follow)."""
+        return self.locate(index), 0, 0
+
+    def read(self, index: int) -> bytes:
+        """What is in a file. Raises BadImage."""
         try:
-            data = (self._root / self._paths[index]).read_bytes()
+            with open(self.locate(index), "rb", buffering=0) as file:
+                check_bytes(os.fstat(file.fileno()).st_size)
+                return file.read()
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
-        pixels = decode(data, self._form.channels)
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        pixels = decode(self.read(index), self._form)
         writable = pixels if pixels.flags.writeable else pixels.copy()
         return torch.from_numpy(writable).permute(2, 0, 1)  # a view in channels-last memory, fast to resize
 
@@ -88,23 +102,30 @@ def below(folder: str | Path, form: Form = COLOUR) -> Files:
     """All pictures below a folder, in the order of their paths.
 
     Files are chosen by extension and decoded by content; hidden files and folders are left out; links are followed,
-    each folder once. If every picture lies in a subfolder, the first-level subfolders are its classes. Raises
-    UserError if there is no such folder or no picture in it.
+    each folder once. If every picture lies in a subfolder, the first-level subfolders are its classes. What a large
+    folder holds is kept for next time (`listing.py`). Raises UserError if there is no such folder, it cannot be read,
+    or there is no picture in it.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(_no_folder(root))
-    paths, others = _list_pictures(root)
+    try:
+        listing = list_pictures(root, EXTENSIONS)
+    except OSError as error:
+        raise UserError(f"the folder {root} cannot be read: {error.strerror}") from error
+    paths, closed = listing.paths, listing.closed
+    about = f"folders that cannot be read, left out: {len(closed)}, such as {root / closed[0]}" if closed else ""
     if not paths:
-        found = f"{others} other files" if others else "nothing"
+        found = f"{listing.others} other files" if listing.others else about or "nothing"
         raise UserError(f"no pictures in {root} (found {found}); known: {' '.join(sorted(EXTENSIONS))}")
-    tops = [path.split(os.sep, 1)[0] for path in paths if os.sep in path]
-    if len(tops) < len(paths):
-        return Files(str(folder), root, paths, form)
+    runs = list(paths.runs())
+    tops = [inside.split("/", 1)[0] for inside, _ in runs]
+    if "" in tops:
+        return Files(str(folder), root, paths, form, about=about)
     classes = sorted(set(tops))
     number = {name: i for i, name in enumerate(classes)}
-    labels = np.asarray([number[top] for top in tops], np.int64)
-    return Files(str(folder), root, paths, form, labels, classes)
+    labels = np.repeat(np.asarray([number[top] for top in tops], np.int64), [count for _, count in runs])
+    return Files(str(folder), root, paths, form, labels, classes, about)
 
 
 def named(paths: Sequence[str | Path], form: Form = COLOUR) -> Files:
@@ -113,47 +134,24 @@ def named(paths: Sequence[str | Path], form: Form = COLOUR) -> Files:
     for path in (Path(path).expanduser() for path in paths):
         if path.is_dir():
             files = below(path, form)
-            found += [files.locate(i) for i in range(len(files))]
+            found += map(files.locate, range(len(files)))
         elif path.is_file():
             found.append(str(path))
         else:
             raise UserError(f"there is no {path}")
-    return Files(" ".join(map(str, paths)), Path(), found, form)
+    return Files(" ".join(map(str, paths)), Path(), Paths.of(found), form)
 
 
 def listed(path: str | Path, form: Form = COLOUR) -> Files:
     """The pictures that a text file names, one in a line, from the text file's folder on. Raises UserError."""
     text = Path(path).expanduser()
     try:
-        names = [line for line in text.read_text("utf-8", "surrogateescape").splitlines() if line.strip()]
+        paths = Paths.from_lines(text.read_bytes())
     except OSError as error:
         raise UserError(f"{text} cannot be read: {error.strerror}") from error
-    if not names:
+    if not paths:
         raise UserError(f"{text} names no pictures")
-    return Files(str(path), text.parent, names, form)
-
-
-def _list_pictures(root: Path) -> tuple[list[str], int]:
-    """Paths relative to `root` of all pictures, sorted, and the number of other files."""
-    pictures: list[str] = []
-    others = 0
-    seen: set[tuple[int, int]] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative = os.path.relpath(folder, root)
-        for name in names:
-            if name.startswith("."):
-                continue
-            if os.path.splitext(name)[1].lower() in EXTENSIONS:
-                pictures.append(name if relative == "." else os.path.join(relative, name))
-            else:
-                others += 1
-    return sorted(pictures), others
+    return Files(str(path), text.parent, paths, form)
 
 
 def _no_folder(root: Path) -> str:

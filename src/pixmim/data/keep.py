@@ -8,6 +8,7 @@ Only a cache says beforehand how large its images are, so only a cache is kept w
 import os
 from typing import Literal
 
+import numpy as np
 import torch
 
 from pixmim.data.source import Source
@@ -25,7 +26,7 @@ def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device) ->
     """Where decoded images stay, and why, in a line; empty where there is no choice. Raises UserError."""
     need = decoded_bytes(source)
     cuts = source.sizes is not None and all(
-        crop.corner((h, w), (0.0,) * crop.draws) is not None for h, w in {tuple(size) for size in source.sizes.tolist()}
+        crop.corner((h, w), (0.0,) * crop.draws) is not None for h, w in np.unique(source.sizes, axis=0).tolist()
     )
     if how == "device" and not cuts:
         raise UserError(
@@ -37,7 +38,7 @@ def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device) ->
     size = f"{need / 2**30:.1f} GiB decoded"
     if how == "device" or (how == "auto" and cuts and device.type != "cpu" and need <= SHARE * _of_device(device)):
         return "device", f"kept on the device, {size} (--keep memory or disk: not)"
-    if how == "memory" or (how == "auto" and need <= SHARE * _of_machine()):
+    if how == "memory" or (how == "auto" and need <= SHARE * of_machine()):
         return "memory", f"kept in memory once decoded, {size} (--keep disk: not)"
     if how == "auto":
         return "disk", f"read from disk each time: {size} are more than a quarter of the memory (--keep memory: kept)"
@@ -48,11 +49,10 @@ def decoded_bytes(source: Source) -> int | None:
     """Bytes of all images once decoded, or None where only reading them tells."""
     if source.sizes is None:
         return None
-    pixel = source.form.channels * getattr(torch, source.form.pixels).itemsize
-    return int(source.sizes.prod(axis=1).sum()) * pixel
+    return int(source.sizes.prod(axis=1).sum()) * source.form.channels * source.form.bytes
 
 
-def _of_machine() -> int:
+def of_machine() -> int:
     """Bytes of memory of this machine; 0 where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -16,6 +16,8 @@ class Kept(Source):
     def __init__(self, source: Source) -> None:
         self._source = source
         self._images: list[Tensor | None] = [None] * len(source)
+        self._there = np.zeros(len(source), np.bool_)
+        self._ends = np.cumsum(source.pieces if source.pieces is not None else [])
 
     @property
     def spec(self) -> str:
@@ -46,7 +48,8 @@ class Kept(Source):
         return self._source.pieces
 
     def soon(self, pieces: Sequence[int]) -> None:
-        self._source.soon(pieces)
+        """Only pieces of which something is not yet in memory are passed on."""
+        self._source.soon([piece for piece in pieces if not self._images_of(piece).all()])
 
     def __len__(self) -> int:
         return len(self._source)
@@ -61,4 +64,9 @@ class Kept(Source):
         found = self._images[index]
         if found is None:  # two threads may both read it; the second one's copy replaces an equal first
             found = self._images[index] = self._source.image(index)
+            self._there[index] = True
         return found
+
+    def _images_of(self, piece: int) -> npt.NDArray[np.bool_]:
+        """Which images of a piece are in memory."""
+        return self._there[self._ends[piece - 1] if piece else 0 : self._ends[piece]]

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import BadImage, Source, follow
 from pixmim.data.stream import Plan, Stream
-from pixmim.transforms import Crop
+from pixmim.transforms import Crop, stacked
 
 _AHEAD = 2  # batches that are ready or in the making while the loop uses one: this bounds the memory
 
@@ -107,7 +107,7 @@ class Loader(Batches):
         """A batch to fill. Memory is used again, because fresh pages cost as much as the copies into them."""
         count, form = self._portion.count, self._source.form
         shape = (count, *self._crop.shape, form.channels)
-        images = torch.empty(shape, dtype=getattr(torch, form.pixels), pin_memory=self._pin)
+        images = torch.empty(shape, dtype=form.dtype, pin_memory=self._pin)
         flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
         return Batch(images.permute(0, 3, 1, 2), flip, torch.empty(count, dtype=torch.int64))
 
@@ -157,13 +157,15 @@ def in_order(
 
     def collect(part: range, images: Iterator[Tensor | None]) -> tuple[Tensor, npt.NDArray[np.int64], int]:
         found = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]
-        stack = torch.stack([image for _, image in found]) if found else torch.empty(0, 1, 1, 1)
+        stack = stacked([image for _, image in found]) if found else torch.empty(0, 1, 1, 1)
         return stack, np.asarray([index for index, _ in found], np.int64), part.stop
 
     with ThreadPoolExecutor(how_many(threads), "pixmim-read", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        come_to = follow(source)
         parts = (range(start, min(start + batch, len(source))) for start in range(first, len(source), batch))
         ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()
         for part in parts:
+            come_to(part.start)
             ahead.append((part, pool.map(read, part)))
             if len(ahead) > _AHEAD:
                 yield collect(*ahead.popleft())

@@ -11,9 +11,9 @@ from torch import Tensor
 from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.loader import how_many
 from pixmim.data.skipped import Skipped
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import BadImage, Source, follow
 from pixmim.data.stream import Plan, Stream
-from pixmim.transforms import Crop, mirrored
+from pixmim.transforms import Crop, mirrored, movable
 
 _ROWS = 64  # images that are cut at a time: this bounds the memory that their indices take
 
@@ -43,8 +43,8 @@ class Resident(Batches):
         self._stream = Stream(seed, len(source), source.pieces, crop.draws, flip)
         self._sizes = source.sizes
         self._ends = np.cumsum(self._sizes.prod(axis=1))
-        dtype = getattr(torch, source.form.pixels)
-        self._pixels = torch.empty(int(self._ends[-1]), source.form.channels, dtype=dtype, device=device)
+        self._dtype = source.form.dtype
+        self._pixels = movable(torch.empty(int(self._ends[-1]), source.form.channels, dtype=self._dtype, device=device))
         self._number, self._waited = 0, 0.0
 
         def read(index: int) -> None:
@@ -54,13 +54,16 @@ class Resident(Batches):
                 skipped.add(index, source.locate(index), str(error))
                 return
             end, count = int(self._ends[index]), int(self._sizes[index].prod())
-            self._pixels[end - count : end] = image.permute(1, 2, 0).reshape(count, -1).to(device)
+            self._pixels[end - count : end] = movable(image).permute(1, 2, 0).reshape(count, -1).to(device)
             skipped.passed(index)
 
         with ThreadPoolExecutor(
             how_many(threads), "pixmim-keep", initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
+            come_to = follow(source)
+            come_to(0)
             for done, _ in enumerate(pool.map(read, range(len(source))), 1):
+                come_to(done)
                 progress(done)
 
     @property
@@ -81,7 +84,7 @@ class Resident(Batches):
         (heights, widths), (tops, lefts) = sizes.T, np.asarray(corners).T
         first = self._ends[indices] - heights * widths
         where = torch.from_numpy(np.stack([first, tops, lefts, heights, widths])).to(self._device, non_blocking=True)
-        images = torch.cat([self._cut(part) for part in where.split(_ROWS, dim=1)])
+        images = torch.cat([self._cut(part) for part in where.split(_ROWS, dim=1)]).view(self._dtype)
         flip = torch.tensor([flip for _, flip, _ in rows]).to(self._device, non_blocking=True)
         self._waited += perf_counter() - began
         return Batch(images, flip, torch.from_numpy(indices))

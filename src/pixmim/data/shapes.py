@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim import rng
+from pixmim.data.convert import bring
 from pixmim.data.source import COLOUR, Form, Source, of_places
 from pixmim.errors import UserError, nearest
 
@@ -121,9 +122,15 @@ class Shapes(Source):
     def fingerprint(self) -> str:
         return of_places(self)
 
-    def image(self, index: int) -> UInt8[Tensor, "c h w"]:
-        image = torch.from_numpy(self.sample(index).image).permute(2, 0, 1)
-        return image if self.form.channels == 3 else image.float().mean(dim=0, keepdim=True).to(torch.uint8)
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        image, count = self.sample(index).image, self.form.channels
+        if count == 1:
+            image = image.mean(axis=2, keepdims=True, dtype=np.float32).astype(np.uint8)
+        elif count != 3:  # the colours again and again, every second time as negatives
+            image = np.concatenate([image if k % 2 == 0 else 255 - image for k in range(-(-count // 3))], 2)[
+                ..., :count
+            ]
+        return torch.from_numpy(np.ascontiguousarray(bring(image, self.form))).permute(2, 0, 1)
 
     def sample(self, index: int) -> Sample:
         """Draw sample `index`."""

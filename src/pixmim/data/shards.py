@@ -1,24 +1,15 @@
-"""A cache: pictures resized once, in plain tar files that any tool reads, with an index that gives random access.
+"""Images in tars: each is one `pread` and one decoding away, by the tar's number, its place in there and its length.
 
-    settings.json         of what it was made, and how; written first
-    shard-000000.tar      WebDataset: KEY.jpg (or KEY.raw), KEY.cls where there are labels, KEY.json (path, size)
-    shard-000000.index    the places in that shard, as records of ENTRY; a shard counts once this is there
-    index.json            written last, when every shard is there
-
-Shard s holds the images s*n to (s+1)*n - 1 of the data set, those that could be read, so shards can be made in any
-order, by any number of processes, and made again.
+How places are known is another matter: a cache has them beside its tars (`cacheformat.py`), and the tars of others are
+searched through once (`webdataset.py`).
 """
 
 import io
-import json
-import os
-import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,157 +19,67 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.decode import decode
-from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
-from pixmim.errors import UserError
+from pixmim.data.limits import check_bytes
+from pixmim.data.shelf import Shelf
+from pixmim.data.source import BadImage, Form, Source, of_places
 
 ENTRY = np.dtype([("image", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("h", "<i4"), ("w", "<i4")])
-"""A sample in a shard's index: number in the data set, place and length in the tar, class (-1: none), pixels."""
-
+"""A sample in a tar's index: its number, place and length in the tar, class (-1: none), pixels (0: not known)."""
 
 Entries = npt.NDArray[Any]
 """Samples of dtype ENTRY."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a cache was made of, and how; two makers of one cache must agree."""
+class Contents:
+    """The samples of one tar.
 
-    data: str
-    fingerprint: str
-    images: int
-    classes: list[str]
-    size: list[int]
-    interpolation: str
-    kind: str
-    quality: int
-    chroma: str
-    channels: int
-    per_shard: int
-
-    @property
-    def shards(self) -> int:
-        return -(-self.images // self.per_shard)
-
-
-def shard_path(folder: Path, shard: int, suffix: str) -> Path:
-    """Where shard number `shard` lies; suffix: tar or index."""
-    return folder / f"shard-{shard:06d}.{suffix}"
-
-
-def read_index(folder: Path, shard: int) -> Entries | None:
-    """A shard's index, or None if the shard is not whole: no index, a damaged one, or a tar of another length.
-
-    The last entry stands for the tar itself: its offset is the tar's length, its length the check sum of the others.
+    entries  places, in order
+    keys     the samples' names, each ended by a zero byte, compressed; empty where the number of an entry is its name
     """
-    try:
-        data = shard_path(folder, shard, "index").read_bytes()
-        size = shard_path(folder, shard, "tar").stat().st_size
-    except OSError:
-        return None
-    if not data or len(data) % ENTRY.itemsize:
-        return None
-    entries = np.frombuffer(data, ENTRY)
-    last = entries[-1]
-    whole = int(last["offset"]) == size and int(last["length"]) == _check_sum(data[: -ENTRY.itemsize])
-    return entries if whole else None
 
-
-def _check_sum(data: bytes) -> int:
-    return zlib.crc32(data) & 0x7FFFFFFF
-
-
-Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
-"""Number in the data set; files by extension, the picture first; class, or -1; (h, w) of the picture."""
-
-
-def write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[int, int]:
-    """Write a shard and then its index, each whole or not at all; gives the number of samples and the tar's bytes."""
-    tar, index = shard_path(folder, shard, "tar"), shard_path(folder, shard, "index")
-    beside = folder / f"{tar.name}.{os.getpid()}.tmp"
-    entries: list[tuple[int, ...]] = []
-    with beside.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for number, files, label, (h, w) in samples:
-                for position, (extension, content) in enumerate(files.items()):
-                    member = tarfile.TarInfo(f"{number:09d}.{extension}")
-                    member.size = len(content)
-                    if position == 0:
-                        entries.append((number, archive.offset + tarfile.BLOCKSIZE, len(content), label, h, w))
-                    archive.addfile(member, io.BytesIO(content))
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    os.replace(beside, tar)
-    with beside.open("wb") as file:
-        content = np.asarray(entries, ENTRY).tobytes()
-        file.write(content + np.asarray((-1, size, _check_sum(content), -1, 0, 0), ENTRY).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, index)
-    return len(entries), size
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
-
-
-def read_settings(folder: Path) -> Settings | None:
-    """The settings of the cache in a folder, or None if there is no cache. Raises UserError if they are damaged."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        return None
-    try:
-        settings = Settings(**json.loads(path.read_text()))
-        if not (settings.images > 0 and settings.per_shard > 0):
-            raise ValueError("no images")
-        return settings
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: make the cache anew") from error
-
-
-def write_settings(folder: Path, settings: Settings) -> None:
-    """Write settings.json."""
-    write_json(folder / "settings.json", asdict(settings))
+    entries: Entries
+    keys: bytes = b""
 
 
 class Shards(Source):
-    """The images of a cache that is whole. Reading is one `pread` and one decoding.
+    """The images of several tars, one tar after the other.
 
-    Raises UserError for a folder without a cache, an unfinished cache, and an index that does not fit its tar.
+    names     of the tars, for messages
+    shelf     where they stand
+    contents  the samples of each
+    classes   their names; none if entries hold no classes
+    raw       the bytes of a sample are pixels (h w c), the lowest byte first, instead of a picture file
+    what      the tars are called in messages
+    note      what a user should know of what was left out
     """
 
-    def __init__(self, folder: str | Path, form: Form = COLOUR) -> None:
-        self._folder, self._form = Path(folder).expanduser(), form
-        settings = read_settings(self._folder)
-        if settings is None:
-            raise UserError(f"{folder} holds no cache: it has no settings.json")
-        if settings.channels != form.channels:
-            raise UserError(
-                f"the cache {folder} has images of {settings.channels} channels, and not of {form.channels}"
-            )
-        if not (self._folder / "index.json").is_file():
-            raise UserError(f"the cache {folder} is not finished: run the same `pixmim cache` again")
-        self.settings = settings
-        parts, numbers = [], []
-        for shard in range(settings.shards):
-            entries = read_index(self._folder, shard)
-            if entries is None:
-                path = shard_path(self._folder, shard, "tar")
-                raise UserError(f"{path} is missing, cut off or does not fit its index: run `pixmim cache` again")
-            parts.append(entries[:-1])
-            numbers.append(np.full(len(entries) - 1, shard, np.int32))
-        self._entries, self._shard = np.concatenate(parts), np.concatenate(numbers)
-        if not len(self._entries):
-            raise UserError(f"the cache {folder} holds no image")
-        self._open = lru_cache(maxsize=None)(self._descriptor)
-        self._lock = Lock()
+    def __init__(
+        self,
+        spec: str,
+        form: Form,
+        names: Sequence[str],
+        shelf: Shelf,
+        contents: Sequence[Contents],
+        *,
+        classes: Sequence[str] = (),
+        raw: bool = False,
+        what: str = "shards",
+        note: str = "",
+    ) -> None:
+        self._spec, self._form, self._names, self._shelf, self._raw = spec, form, names, shelf, raw
+        self._classes, self._what, self._note = list(classes), what, note
+        self._entries = np.concatenate([one.entries for one in contents])
+        self._pieces = np.asarray([len(one.entries) for one in contents], np.int64)
+        self._starts: list[int] = [0, *np.cumsum(self._pieces)[:-1].tolist()]
+        keys = [one.keys for one in contents]
+        self._keys = lru_cache(maxsize=2)(
+            lambda shard: zlib.decompress(keys[shard]).split(b"\0") if keys[shard] else []
+        )
 
     @property
     def spec(self) -> str:
-        return str(self._folder)
+        return self._spec
 
     @property
     def form(self) -> Form:
@@ -186,54 +87,85 @@ class Shards(Source):
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
-        return self._entries["label"].astype(np.int64) if self.settings.classes else None
+        return self._entries["label"].astype(np.int64) if self._classes else None
 
     @property
     def classes(self) -> list[str]:
-        return self.settings.classes
+        return self._classes
 
     @property
     def about(self) -> str:
-        return "read from a cache on disk"
+        return f"read from {self._what} {self._shelf.about}{self._note}"
 
     @property
     def sizes(self) -> npt.NDArray[np.int64] | None:
-        return np.stack([self._entries["h"], self._entries["w"]], axis=1).astype(np.int64)
+        found = np.stack([self._entries["h"], self._entries["w"]], axis=1).astype(np.int64)
+        return found if found.all() else None
 
     @property
     def pieces(self) -> npt.NDArray[np.int64] | None:
-        return None
+        return self._pieces if self._shelf.far else None
 
     def soon(self, pieces: Sequence[int]) -> None:
-        pass
+        self._shelf.soon(pieces)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def locate(self, index: int) -> str:
-        shard = shard_path(self._folder, int(self._shard[index]), "tar")
-        return f"{shard}:{int(self._entries[index]['image']):09d}"
+        shard = self._shard(index)
+        keys = self._keys(shard)
+        key = keys[index - self._starts[shard]] if keys else f"{self._entries[index]['image']:09d}".encode()
+        return f"{self._names[shard]}:{key.decode('utf-8', 'surrogateescape')}"
 
     def fingerprint(self) -> str:
         return of_places(self)
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+    @property
+    def raw(self) -> bool:
+        """Whether its images lie there as pixels, and not as picture files."""
+        return self._raw
+
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """Where an image's bytes lie: file or URL, first byte, number of bytes."""
         entry = self._entries[index]
-        try:
-            with self._lock:
-                descriptor = self._open(int(self._shard[index]))
-            data = os.pread(descriptor, int(entry["length"]), int(entry["offset"]))
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
-        if self.settings.kind == "raw":
-            shape = (int(entry["h"]), int(entry["w"]), self._form.channels)
-            if len(data) != int(np.prod(shape)):
-                raise BadImage("cut off")
-            pixels = np.frombuffer(data, np.uint8).reshape(shape).copy()
-        else:
-            pixels = decode(data, self._form.channels)
+        return self._names[self._shard(index)], int(entry["offset"]), int(entry["length"])
+
+    def read(self, index: int) -> bytes:
+        """The picture file of one image; of raw pixels, an .npy of them. Raises as `image` does."""
+        data = self._bytes(index)
+        if not self._raw:
+            return data
+        file = io.BytesIO()
+        np.save(file, self._pixels(index, data))
+        return file.getvalue()
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        """Read and decode one image. Raises BadImage; and UserError if its whole tar is not to be had."""
+        data = self._bytes(index)
+        pixels = self._pixels(index, data) if self._raw else decode(data, self._form)
         writable = pixels if pixels.flags.writeable else pixels.copy()
         return torch.from_numpy(writable).permute(2, 0, 1)
 
-    def _descriptor(self, shard: int) -> int:
-        return os.open(shard_path(self._folder, shard, "tar"), os.O_RDONLY)
+    def _bytes(self, index: int) -> bytes:
+        entry = self._entries[index]
+        check_bytes(int(entry["length"]))
+        try:
+            data = self._shelf.read(self._shard(index), int(entry["length"]), int(entry["offset"]))
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from None
+        if len(data) != entry["length"]:
+            raise BadImage("cut off")
+        return data
+
+    def _pixels(self, index: int, data: bytes) -> npt.NDArray[Any]:
+        """Raw pixels (h w c)."""
+        entry = self._entries[index]
+        shape = (int(entry["h"]), int(entry["w"]), self._form.channels)
+        if len(data) != int(np.prod(shape)) * self._form.bytes:
+            raise BadImage("of another size than its index says")
+        stored = np.dtype(self._form.pixels).newbyteorder("<")
+        return np.frombuffer(data, stored).reshape(shape).astype(self._form.pixels)
+
+    def _shard(self, index: int) -> int:
+        return bisect_right(self._starts, index) - 1

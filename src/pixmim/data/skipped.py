@@ -52,7 +52,7 @@ class Skipped:
                     writer = csv.writer(file)
                     writer.writerows([["image", "reason"]] * new + [[image, " ".join(reason.split())]])
                 self._written.add(image)
-            seen = int(self._seen.sum())
+            seen = np.count_nonzero(self._seen)
             if seen >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * seen:
                 raise self.too_many()
 
@@ -60,7 +60,8 @@ class Skipped:
         """The error that ends the run, with a few of the reasons."""
         some = "\n".join(f"  {line}" for line in list(self._bad.values())[:3])
         where = f" All are listed in {self._path}." if self._path else ""
+        seen = np.count_nonzero(self._seen)
         return UserError(
-            f"{len(self._bad)} of the first {int(self._seen.sum())} images cannot be read, more than the share of "
+            f"{len(self._bad)} of the first {seen} images cannot be read, more than the share of "
             f"{self._max_share:.0%} that --max-bad allows.{where}\n{some}"
         )

@@ -2,17 +2,21 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 Pixels = Literal["uint8", "uint16", "float32"]
 """How a pixel is held: 255 or 65535 count as one, or floating-point values are taken as they are."""
+
+Pages = Literal["first", "channels"]
+"""What counts of a TIFF with several pages: the first one, or the channels of all of them, one after another."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,26 @@ class Form:
 
     channels: int = 3
     pixels: Pixels = "uint8"
+    pages: Pages = "first"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its images as tensors."""
+        return {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[self.pixels]
+
+    @property
+    def bytes(self) -> int:
+        """That one value takes."""
+        return self.dtype.itemsize
+
+    @property
+    def flags(self) -> str:
+        """How the command line is told of it."""
+        return f"--channels {self.channels} --pixels {self.pixels}" + " --pages channels" * (self.pages == "channels")
+
+    def __str__(self) -> str:
+        pages = ", pages as channels" if self.pages == "channels" else ""
+        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.pixels}{pages}"
 
 
 COLOUR = Form()
@@ -88,9 +112,36 @@ class Source(ABC):
         """Of all images in order, so that unfinished work on others is not taken for work on these."""
 
 
+@runtime_checkable
+class Encoded(Protocol):
+    """A data set of picture files, which gives their bytes to look into."""
+
+    def read(self, index: int) -> bytes:
+        """What is in the file of one image. Raises BadImage."""
+
+
 def of_places(source: Source) -> str:
     """The fingerprint of a data set whose images are known by their places."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         digest.update(source.locate(index).encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()[:16]
+
+
+_ON = 16  # pieces that a reader in order is taken to need next
+
+
+def follow(source: Source) -> Callable[[int], None]:
+    """Gives a function that lets a data set hear which image a reader in order has come to."""
+    if source.pieces is None:
+        return lambda index: None
+    ends, before = np.cumsum(source.pieces), -1
+
+    def come_to(index: int) -> None:
+        nonlocal before
+        piece = int(np.searchsorted(ends, index, side="right"))
+        if before != piece < len(ends):
+            before = piece
+            source.soon(range(piece, min(piece + _ON, len(ends))))
+
+    return come_to

@@ -141,7 +141,7 @@ def _is_there(text: str) -> bool:
 
 
 def _absolute_source(source: str) -> str:
-    if source.startswith("hf:"):
+    if source.startswith("hf:") and not source.startswith("hf://"):
         wanted = HubSpec.read(source)
         return source if wanted.path is None else str(replace(wanted, place=str(wanted.path.resolve())))
     return source if _ADDRESS.match(source) else str(Path(source).expanduser().resolve())

@@ -104,8 +104,12 @@ class Table(Source):
     def fingerprint(self) -> str:
         return self._fingerprint
 
+    def read(self, index: int) -> bytes:
+        """What is in a row's picture file. Raises BadImage."""
+        return self._read(*self._find(index))
+
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        pixels = decode(self._read(*self._find(index)), self._form.channels)
+        pixels = decode(self.read(index), self._form)
         writable = pixels if pixels.flags.writeable else pixels.copy()
         return torch.from_numpy(writable).permute(2, 0, 1)
 

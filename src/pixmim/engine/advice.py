@@ -33,6 +33,9 @@ def describe(run: Run, images: int, schedule: Schedule, device: torch.device, pr
             f"a learning rate of {run.lr:.3g} suits another batch than {run.batch_size:,}: "
             f"the rule gives {run.optim.base_lr * run.batch_size / 256:.3g}. Leave --optim.lr out to follow it."
         )
+    usual = run.pixels == "uint8" and run.channels in (1, 3)
+    if not usual and (run.mean is None or run.std is None):
+        warnings.append("mean and std are not measured, so those of photographs stand in: pixmim stats DATA")
     if images < run.batch_size:
         warnings.append(f"a batch of {run.batch_size:,} holds each of the {images:,} images more than once")
     return lines + [f"[yellow]warning:[/yellow] {text}" for text in warnings]

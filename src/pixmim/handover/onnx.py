@@ -68,7 +68,14 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         )
     mean, std = run.statistics
     proto = onnx.load(str(path))
-    said = {"mean": mean, "std": std, "img_size": run.hw, "in_chans": run.channels, "backbone": run.model.backbone}
+    said = {
+        "mean": mean,
+        "std": std,
+        "img_size": run.hw,
+        "in_chans": run.channels,
+        "pixels": run.pixels,
+        "backbone": run.model.backbone,
+    }
     for key, value in said.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(proto, str(path))

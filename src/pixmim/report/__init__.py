@@ -98,7 +98,9 @@ def _read(folder: Path, name: str) -> _Story:
     if config.is_file():
         run = from_json(config.read_text(), config)
         try:
-            pictures = reconstruct(open_model(str(folder), whole=True), open_data(run.data, image_form(run)))
+            pictures = reconstruct(
+                open_model(str(folder), whole=True), open_data(run.data, image_form(run), run.local_copy)
+            )
         except UserError as error:  # the data may be elsewhere by now; the rest of the page is as good
             problem = str(error)
     elif not results:

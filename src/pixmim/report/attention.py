@@ -16,8 +16,8 @@ from pixmim.errors import UserError
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.pretrained import assemble_encoder
-from pixmim.report.figures import Picture
-from pixmim.transforms import CentreCrop, finish
+from pixmim.report.figures import Picture, drawn
+from pixmim.transforms import CentreCrop, finish, stacked
 from pixmim.weights.recognise import Weights
 
 
@@ -79,17 +79,14 @@ def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dic
             break
     if not pictures:
         raise UserError(f"not one image of {data.spec} can be read\n" + "\n".join(bad[:3]))
-    images = torch.stack(pictures)
     mean, std = (torch.tensor(values) for values in run.statistics)
-    maps = attention_maps(encoder, finish(images, None, mean, std))
+    images = finish(stacked(pictures), None, mean, std)
+    maps = attention_maps(encoder, images)
     maps = F.interpolate(maps, size=run.hw, mode="bilinear")
-    plain = images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy() if images.shape[1] == 1 else _rgb(images)
+    plain = drawn({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, run)["image"]
+    plain = np.broadcast_to(plain, (*plain.shape[:3], 3))
     columns = {"image": plain, "all heads": _over(plain, maps.mean(dim=1))}
     return columns | {f"head {i + 1}": _over(plain, maps[:, i]) for i in range(maps.shape[1])}, bad
-
-
-def _rgb(images: Tensor) -> Picture:
-    return np.asarray(images[:, :3].permute(0, 2, 3, 1))
 
 
 def _over(pictures: Picture, maps: Float[Tensor, "b h w"]) -> Picture:

@@ -8,10 +8,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+import torch
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from pixmim.config import Run
 
 Picture = npt.NDArray[np.uint8]
 """Pixels (h w c), or several pictures (n h w c)."""
@@ -71,6 +76,30 @@ def png(picture: Picture, shortest: int = 112) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def drawn(images: Mapping[str, Float[Tensor, "b c h w"]], run: Run) -> dict[str, Picture]:
+    """Images of values before normalisation as pictures to look at, by name; the first names the range for all.
+
+    1 and 3 channels are drawn as grey and colour, 2 as the grey of the first, and more as the colour of the first
+    three. In uint8, [0, 1] is black to white. Deep and measured images are rarely that, so each of them is drawn from
+    the 1st to the 99th percentile of its values under the first name: of all three together where three are all, and
+    of each channel by itself elsewhere, since each has a unit of its own. Less than the run's deviation is no range:
+    an image without contrast stays without.
+    """
+    shown = {name: values[:, : 3 if values.shape[1] >= 3 else 1] for name, values in images.items()}
+    first, whole = next(iter(shown.values())), next(iter(images.values()))
+    low, high = torch.zeros(len(first), 1, 1, 1), torch.ones(len(first), 1, 1, 1)
+    if run.pixels != "uint8":
+        values = first.flatten(1)[:, None] if whole.shape[1] == 3 else first.flatten(2)
+        # By numpy, since torch's quantile refuses large images.
+        ends = np.percentile(values.numpy(), (1, 99), axis=2).astype(np.float32)
+        low, high = torch.from_numpy(ends)[..., None, None]
+    span = torch.maximum(high - low, torch.tensor(run.statistics[1])[: first.shape[1]].view(1, -1, 1, 1))
+    return {
+        name: np.asarray((((values - low) / span).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+        for name, values in shown.items()
+    }
 
 
 def sheet(columns: Mapping[str, Picture], gap: int = 2) -> Image.Image:

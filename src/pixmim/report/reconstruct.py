@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pixmim import rng
@@ -30,9 +30,9 @@ from pixmim.losses import patch_size
 from pixmim.models.base import MaskedModel
 from pixmim.parts import build_masker, build_objective, draw_masks
 from pixmim.pretrained import assemble
-from pixmim.report.figures import Picture
+from pixmim.report.figures import Picture, drawn
 from pixmim.targets import ColourBins
-from pixmim.transforms import CentreCrop, finish
+from pixmim.transforms import CentreCrop, finish, stacked
 from pixmim.weights.recognise import Weights
 
 COLUMNS = {
@@ -63,7 +63,7 @@ def reconstruct(weights: Weights, data: Source, count: int = 6) -> Reconstructio
 
 
 @torch.no_grad()
-def draw(model: MaskedModel, run: Run, pictures: UInt8[Tensor, "b c h w"], step: int = 0) -> Reconstruction:
+def draw(model: MaskedModel, run: Run, pictures: Shaped[Tensor, "b c h w"], step: int = 0) -> Reconstruction:
     """What a model makes of pictures of the run's size, with the run's target and masks of step -1, which no training
     step uses.
     """
@@ -79,24 +79,24 @@ def draw(model: MaskedModel, run: Run, pictures: UInt8[Tensor, "b c h w"], step:
         prediction = objective.target.expected(prediction)
     target, grey = objective.target(x), torch.zeros_like(x)
     hidden = hidden_pixels(mask.hidden, model.patch, run.hw)
-    drawn = unaided = unpatchify(prediction, patch, run.hw)
+    filled = unaided = unpatchify(prediction, patch, run.hw)
     borrowed, own = (objective.statistics(target, patch, seen) for seen in (None, ~hidden))
     if borrowed is not None and own is not None:
         (mean_of, deviation_of), (local_mean, local_deviation) = (_average(s, ~hidden) for s in own), borrowed
-        drawn, unaided = drawn * local_deviation + local_mean, drawn * deviation_of + mean_of
+        filled, unaided = filled * local_deviation + local_mean, filled * deviation_of + mean_of
     normalised = {
         "image": x,
         "masked": torch.where(hidden, grey, x),
-        "prediction": torch.where(hidden, drawn, grey),
+        "prediction": torch.where(hidden, filled, grey),
         "target": target,
-        "pasted": torch.where(hidden, drawn, x),
+        "pasted": torch.where(hidden, filled, x),
         "unaided": torch.where(hidden, unaided, x),
     }
     pixels = {name: value * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) for name, value in normalised.items()}
     # The prediction's spectrum is that of the target with its hidden patches predicted: no grey, no seams of its own.
-    compared = {"image": x, "target": target, "prediction": torch.where(hidden, drawn, target)}
+    compared = {"image": x, "target": target, "prediction": torch.where(hidden, filled, target)}
     spectra = {name: radial_spectrum(value * std.view(1, -1, 1, 1)) for name, value in compared.items()}
-    return Reconstruction(step, {name: _to_uint8(value) for name, value in pixels.items()}, spectra)
+    return Reconstruction(step, drawn(pixels, run), spectra)
 
 
 def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]:
@@ -133,8 +133,4 @@ def _some_pictures(run: Run, data: Source, count: int) -> Tensor:
             break
     if not found:
         raise UserError(f"not one image of {data.spec} can be read ({reason})")
-    return torch.stack(found)
-
-
-def _to_uint8(images: Tensor) -> Picture:
-    return np.asarray((images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+    return stacked(found)

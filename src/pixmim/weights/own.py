@@ -30,6 +30,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, run: Run, step: int) ->
         "backbone": run.model.backbone,
         "img_size": json.dumps(run.hw),
         "in_chans": str(run.channels),
+        "pixels": run.pixels,
         "options": json.dumps(run.model.options),
         "mean": json.dumps(mean),
         "std": json.dumps(std),

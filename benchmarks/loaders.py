@@ -1,0 +1,196 @@
+"""The same resized pictures through pixmim's Loader and through the loaders that people use, on this machine's cores.
+
+pip install webdataset litdata datasets        what is not installed is left out
+python benchmarks/loaders.py --data FOLDER     photographs; all copies are made in a temporary folder
+
+Everyone gets the JPEGs of a cache (quality 95, shortest edge 224) in its own format, decodes them with simplejpeg, cuts
+them with pixmim's simple resized crop, shuffles, and hands over uint8 batches of 64. Everyone has a process, or a
+thread, for each core. A turn is an epoch.
+
+files       DataLoader over single files
+webdataset  WebLoader over tar shards, batches made in the workers
+litdata     StreamingDataLoader over its chunks
+datasets    DataLoader over a memory-mapped Arrow table, read batch by batch
+pixmim      the Loader over the cache
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import simplejpeg
+import torch
+from timing import interleaved, machine
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pixmim.data import open_data
+from pixmim.data.batches import Portion
+from pixmim.data.cache import make_cache
+from pixmim.data.cacheformat import open_cache
+from pixmim.data.loader import Loader
+from pixmim.data.shards import Shards
+from pixmim.data.skipped import Skipped
+from pixmim.data.subset import Subset
+from pixmim.transforms import SimpleResizedCrop
+
+BATCH, SIZE = 64, 224
+CROP = SimpleResizedCrop(SIZE)
+WORKERS = os.cpu_count() or 1
+PROCESSES = {"num_workers": WORKERS, "persistent_workers": True, "prefetch_factor": 4}
+
+Epoch = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=1920, help="images in an epoch")
+    parser.add_argument("--chroma", choices=["444", "420"], default="444")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    source = open_data(options.data)
+    count = min(options.images, len(source)) // BATCH * BATCH
+    assert count, f"give at least {BATCH} photographs"
+    chroma = ":".join(options.chroma)
+    print(f"{machine()}, {WORKERS} cores; {count} images, {chroma}, median of {options.rounds} epochs")
+    with tempfile.TemporaryDirectory() as where:
+        folder = Path(where)
+        part, shard = Subset(source, range(count)), -(-count // (4 * WORKERS))  # four shards for each worker
+        make_cache(part, folder / "cache", (SIZE, SIZE), chroma=options.chroma, per_shard=shard)
+        cache = open_cache(folder / "cache")
+        candidates: dict[str, Epoch] = {"files": files(cache, folder / "files")}
+        for name, prepare in PEERS.items():
+            try:
+                print(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                print(f"{name} is not installed, and left out")
+                continue
+            candidates[name] = prepare(cache, folder / name)
+        candidates["pixmim"] = pixmim(cache)
+        seconds = interleaved(candidates, options.rounds)
+    best = min(seconds, key=lambda name: seconds[name] if name != "pixmim" else float("inf"))
+    for name, time in seconds.items():
+        print(f"{name:<12}{count / time:8.0f} images/s   {seconds[best] / time:5.2f} x {best}")
+
+
+def ready(jpeg: bytes) -> Tensor:
+    """A crop, uint8 (h w c)."""
+    image = torch.from_numpy(simplejpeg.decode_jpeg(jpeg)).permute(2, 0, 1)
+    return CROP.crop(image, torch.rand(CROP.draws).tolist()).permute(1, 2, 0)
+
+
+def jpegs(cache: Shards) -> Iterable[bytes]:
+    """The files of a cache, as they lie in it."""
+    for index in range(len(cache)):
+        path, start, size = cache.extent(index)
+        with open(path, "rb") as tar:
+            tar.seek(start)
+            yield tar.read(size)
+
+
+def through(loader: Iterable[Any]) -> Epoch:
+    """One epoch of a loader that gives (b h w c) batches."""
+
+    def epoch() -> None:
+        for batch in loader:
+            assert batch.dtype == torch.uint8 and batch.shape[1:] == (SIZE, SIZE, 3)
+
+    return epoch
+
+
+def pixmim(cache: Shards) -> Epoch:
+    def epoch() -> None:
+        skipped = Skipped(None, len(cache), 0.5)
+        with Loader(cache, CROP, Portion(BATCH), skipped=skipped, threads=WORKERS) as batches:
+            for _ in range(len(cache) // BATCH):
+                next(batches)
+
+    return epoch
+
+
+class Folder(Dataset[Tensor]):
+    """JPEGs as single files."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with open(self.paths[index], "rb") as file:
+            return ready(file.read())
+
+
+def files(cache: Shards, folder: Path) -> Epoch:
+    folder.mkdir()
+    paths = [folder / f"{number:06d}.jpg" for number in range(len(cache))]
+    for path, jpeg in zip(paths, jpegs(cache), strict=True):
+        path.write_bytes(jpeg)
+    return through(DataLoader(Folder([str(path) for path in paths]), BATCH, shuffle=True, **PROCESSES))
+
+
+def webdataset(cache: Shards, folder: Path) -> Epoch:
+    import webdataset as wds
+
+    shards = sorted({cache.extent(index)[0] for index in range(len(cache))})  # they are WebDataset's own format
+    data = wds.WebDataset(shards, shardshuffle=len(shards), select_files=is_jpeg, empty_check=False)
+    data = data.shuffle(500).to_tuple("jpg").map_tuple(ready).batched(BATCH, collation_fn=stack_first)
+    return through(wds.WebLoader(data, batch_size=None, **PROCESSES))
+
+
+def is_jpeg(name: str) -> bool:
+    return name.endswith(".jpg")
+
+
+def stack_first(samples: list[tuple[Tensor]]) -> Tensor:
+    return torch.stack([image for (image,) in samples])
+
+
+def litdata(cache: Shards, folder: Path) -> Epoch:
+    from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming import Cache
+
+    writer = Cache(str(folder), chunk_bytes="16MB")
+    for index, jpeg in enumerate(jpegs(cache)):
+        writer[index] = jpeg
+    writer.done()
+    writer.merge()
+
+    class Streamed(StreamingDataset):  # its way to decode
+        def __getitem__(self, index: Any) -> Tensor:
+            return ready(super().__getitem__(index))
+
+    return through(StreamingDataLoader(Streamed(str(folder), shuffle=True), batch_size=BATCH, **PROCESSES))
+
+
+def datasets(cache: Shards, folder: Path) -> Epoch:
+    from datasets import Dataset as Table
+    from datasets import Features, Value, disable_progress_bars, load_from_disk
+
+    disable_progress_bars()
+    table = Table.from_dict({"jpg": list(jpegs(cache))}, features=Features({"jpg": Value("binary")}))
+    table.save_to_disk(folder)
+    table = load_from_disk(folder)
+    table.set_transform(crops)
+    return through(DataLoader(table, BATCH, shuffle=True, collate_fn=stack_rows, **PROCESSES))
+
+
+def crops(rows: dict[str, list[bytes]]) -> dict[str, list[Tensor]]:
+    return {"crop": [ready(jpeg) for jpeg in rows["jpg"]]}
+
+
+def stack_rows(rows: list[dict[str, Tensor]]) -> Tensor:
+    return torch.stack([row["crop"] for row in rows])
+
+
+PEERS: dict[str, Callable[[Shards, Path], Epoch]] = {"webdataset": webdataset, "litdata": litdata, "datasets": datasets}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Files near or far: what differs between this machine's file system and a URL, in one place."""
+
+import errno
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+
+from pixmim.data import remote
+from pixmim.data.far import Far
+from pixmim.data.shelf import Near, Shelf, Version
+from pixmim.errors import UserError
+
+
+def read(name: str) -> bytes | None:
+    """All of a small file; None if there is none. Raises UserError."""
+    if remote.is_far(name):
+        return remote.read(name)
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # the last one: a pattern
+            return None
+        raise UserError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def version(name: str) -> Version | None:
+    """A file's size and tag; None if there is no such file. Raises UserError."""
+    if remote.is_far(name):
+        return remote.version(name)
+    try:
+        status = Path(name).stat()
+    except OSError:
+        return None
+    return Version(status.st_size, str(status.st_mtime_ns))
+
+
+def matching(pattern: str) -> dict[str, Version | None]:
+    """The files that a pattern with `*` or `[...]` fits, sorted; with their versions where that costs nothing."""
+    if remote.is_far(pattern):
+        return remote.matching(pattern)
+    return dict.fromkeys(sorted(name for name in glob(pattern) if Path(name).is_file()))
+
+
+def shelf(names: Sequence[str], versions: Sequence[Version], local_copy: float) -> Shelf:
+    """Tars, all near or all far; of far ones at most `local_copy` GiB are copied. Raises UserError for a mixture."""
+    far = sum(map(remote.is_far, names))
+    if far not in (0, len(names)):
+        raise UserError(f"{far} of {len(names)} shards are far away, and the others are not: name them apart")
+    return Far(names, versions, local_copy) if far else Near(names, versions)

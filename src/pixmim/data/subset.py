@@ -1,0 +1,62 @@
+"""Some images of a data set, as a data set of their own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Shaped
+from torch import Tensor
+
+from pixmim.data.source import Form, Source, of_places
+
+
+class Subset(Source):
+    """The images of `source` with the numbers `indices`, in their order."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, list(indices)
+
+    @property
+    def spec(self) -> str:
+        return self._source.spec
+
+    @property
+    def form(self) -> Form:
+        return self._source.form
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        labels = self._source.labels
+        return None if labels is None else labels[self._indices]
+
+    @property
+    def classes(self) -> list[str]:
+        return self._source.classes
+
+    @property
+    def about(self) -> str:
+        return self._source.about
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        sizes = self._source.sizes
+        return None if sizes is None else sizes[self._indices]
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        return self._source.image(self._indices[index])
+
+    def locate(self, index: int) -> str:
+        return self._source.locate(self._indices[index])
+
+    def fingerprint(self) -> str:
+        return of_places(self)

@@ -1,0 +1,138 @@
+"""What is in a tar of WebDataset's format: files whose names differ only in extension are one sample.
+
+A tar has no list of what is in it, so each is searched through once, header by header. What was found is kept below
+the user's cache directory for next time, and holds as long as the tar is of the same size and time (far away: tag).
+"""
+
+import json
+import os
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pixmim.data.remembered import place
+from pixmim.data.remote import is_far
+from pixmim.data.shards import ENTRY, Contents
+from pixmim.data.shelf import Descriptor, Shelf, Version
+from pixmim.data.tar import members
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
+"""Extensions of pictures. Of several in one sample, the first in this order is its image."""
+
+_FORMAT = 1  # of what is remembered
+
+_MOST_BYTES = int(np.iinfo(np.int32).max)  # of a picture that an entry tells; so many are not read anyway
+
+_MOST_CLASSES = 1_000_000  # a larger number in a .cls is an identifier
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search through one tar found: samples, and what was left out.
+
+    several     samples with more than one picture
+    without     samples with none
+    unlabelled  samples with a picture and no class number
+    extensions  of the files of samples without a picture, with how often each came
+    """
+
+    contents: Contents
+    several: int = 0
+    without: int = 0
+    unlabelled: int = 0
+    extensions: dict[str, int] = field(default_factory=dict)
+
+
+def contents(name: str, version: Version, shelf: Shelf, shard: int) -> Found:
+    """What is in a tar of a shelf: remembered, or else searched for and remembered. Raises UserError."""
+    memory = place("tars", name if is_far(name) else os.path.abspath(name))
+    found = _recall(memory, name, version)
+    if found is None:
+        found = search(shelf.open(shard), name)
+        _remember(memory, name, version, found)
+    return found
+
+
+def search(tar: Descriptor, name: str) -> Found:
+    """Group the files of a tar into samples, in the order in which each sample's first file comes.
+
+    A key is all of a name up to the first dot after the last slash, the folder included. Files of one key need not
+    stand together; one whose extension its key has had already begins another sample. Names that begin with a dot are
+    left out. Raises UserError as `members` does.
+    """
+    samples: list[dict[str, tuple[int, int]]] = []
+    keys: list[str] = []
+    latest: dict[str, dict[str, tuple[int, int]]] = {}
+    for member in members(tar, name):
+        folder, slash, file = member.name.rpartition("/")
+        stem, dot, extension = file.partition(".")
+        if not stem or not dot:
+            continue
+        key, extension = folder + slash + stem, extension.lower()
+        sample = latest.get(key)
+        if sample is None or extension in sample:
+            sample = latest[key] = {}
+            samples.append(sample)
+            keys.append(key)
+        sample[extension] = member.offset, member.length
+
+    entries, kept, several, extensions, unlabelled = [], [], 0, Counter[str](), 0
+    for number, (key, sample) in enumerate(zip(keys, samples, strict=True)):
+        pictures = _pictures(sample)
+        if not pictures:
+            extensions.update(sample.keys())
+            continue
+        offset, length = sample[pictures[0]]
+        label = _label(tar, *sample["cls"]) if "cls" in sample else -1
+        entries.append((number, offset, min(length, _MOST_BYTES), label, 0, 0))
+        kept.append(key)
+        several += len(pictures) > 1
+        unlabelled += label < 0
+    names = zlib.compress("\0".join(kept).encode("utf-8", "surrogateescape"), 1)
+    contents = Contents(np.asarray(entries, ENTRY), names)
+    return Found(contents, several, len(samples) - len(entries), unlabelled, dict(extensions))
+
+
+def _pictures(sample: dict[str, tuple[int, int]]) -> list[str]:
+    """The extensions of a sample's pictures, the one to take first: jpg before png, and png before mask.png."""
+    known = [extension for extension in sample if extension.rpartition(".")[2] in PICTURES]
+    return sorted(known, key=lambda e: (e.count("."), PICTURES.index(e.rpartition(".")[2]), e))
+
+
+def _label(tar: Descriptor, offset: int, length: int) -> int:
+    """The class number that a .cls holds; -1 if it holds something else."""
+    text = tar.read(min(length, 32), offset).strip()
+    return int(text) if text.isdigit() and int(text) < _MOST_CLASSES else -1
+
+
+def _recall(memory: Path, name: str, version: Version) -> Found | None:
+    """What was remembered of a tar, if that is whole and of this version."""
+    try:
+        data = memory.read_bytes()
+        head, _, body = data[:-4].partition(b"\n")
+        if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+            return None
+        about = json.loads(head)
+        if about["of"] != [_FORMAT, name, *version]:
+            return None
+        size = about["samples"] * ENTRY.itemsize
+        return Found(Contents(np.frombuffer(body[:size], ENTRY), body[size:]), **about["found"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(memory: Path, name: str, version: Version, found: Found) -> None:
+    """Keep what was found, where there is a place to keep it."""
+    counts = {key: value for key, value in vars(found).items() if key != "contents"}
+    about = {"of": [_FORMAT, name, *version], "samples": len(found.contents.entries), "found": counts}
+    data = json.dumps(about).encode() + b"\n" + found.contents.entries.tobytes() + found.contents.keys
+    beside = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+        os.replace(beside, memory)
+    except OSError:  # a home that cannot be written to: the next run searches again
+        return
