@@ -17,8 +17,12 @@ from pixmim.weights.recognise import Weights, read_run
 
 @dataclass(frozen=True)
 class Encoder:
-    """A timm module with what is needed to feed it. size: (h, w) in pixels; mean, std: per channel, on the device."""
+    """A timm module with what is needed to feed it. size: (h, w) in pixels; mean, std: per channel, on the device.
 
+    run: what builds it.
+    """
+
+    run: Run
     module: nn.Module
     size: tuple[int, int]
     form: Form
@@ -60,4 +64,4 @@ def _on_device(run: Run, module: nn.Module, step: int, device: str, precision: P
 def in_training(run: Run, module: nn.Module, device: torch.device, precision: Precision, step: int = 0) -> Encoder:
     """Wrap a module that is on its device already."""
     mean, std = (torch.tensor(values, device=device) for values in run.statistics)
-    return Encoder(module, run.hw, image_form(run), mean, std, device, precision, step)
+    return Encoder(run, module, run.hw, image_form(run), mean, std, device, precision, step)

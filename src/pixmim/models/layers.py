@@ -1,11 +1,17 @@
 """How deep each parameter of an encoder lies, for learning rates that fall from the head down to the pixels."""
 
+from typing import Any, cast
+
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.models.convmae import ConvMAEEncoder
+
+_VIT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")
+_CONVMAE = ("patch_embed", "pos_embed", "blocks1", "blocks2")
+"""How the names of layer 0 begin."""
 
 
 def layer_ids(encoder: nn.Module) -> dict[str, int]:
@@ -17,13 +23,13 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
     Raises TypeError for a module that pixmim does not know as an encoder.
     """
     if isinstance(encoder, ConvMAEEncoder):
-        first = ("patch_embed", "pos_embed", "blocks1", "blocks2")
-        return {n: _of_vit(n, first, "blocks3", len(encoder.blocks3)) for n, _ in encoder.named_parameters()}
+        return {n: _of_vit(n, _CONVMAE, "blocks3", len(encoder.blocks3)) for n, _ in encoder.named_parameters()}
     if isinstance(encoder, VisionTransformer | Beit):
-        first = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")
-        return {n: _of_vit(n, first, "blocks", len(encoder.blocks)) for n, _ in encoder.named_parameters()}
+        depth = len(cast(nn.Sequential, encoder.blocks))
+        return {n: _of_vit(n, _VIT, "blocks", depth) for n, _ in encoder.named_parameters()}
     if isinstance(encoder, SwinTransformer):
-        depths = [len(stage.blocks) for stage in encoder.layers]
+        stages: Any = encoder.layers
+        depths = [len(stage.blocks) for stage in stages]
         return {n: _of_swin(n, depths) for n, _ in encoder.named_parameters()}
     raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
 
