@@ -37,7 +37,6 @@ def plan(run: Run, module: nn.Module, classes: int, pool: str, size: str) -> Run
         if pool == "cls" and getattr(module, "cls_token", None) is None:
             raise UserError(f"{run.model.backbone} has no class token: --pool mean")
         options["global_pool"] = "avg" if pool == "mean" else "token"
-        options.pop("use_fc_norm", None)
     elif isinstance(module, SwinTransformer | ConvMAEEncoder):
         if pool == "cls":
             raise UserError(f"{run.model.backbone} has no class token: --pool mean")

@@ -138,6 +138,10 @@ def resolve(recipe: Recipe, changes: Changes) -> Recipe:
         if not low <= getattr(recipe, name) <= high:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} lies between {low:g} and {high:g}, and is not {getattr(recipe, name):g}")
+    if not 0 < recipe.scale[0] <= recipe.scale[1] <= 1:
+        raise UserError(f"--scale is a range of shares of the area, such as 0.08 1, and not {recipe.scale}")
+    if recipe.loss == "bce" and recipe.smoothing:
+        raise UserError("a smoothed label counts every class as present: with --loss bce give --smoothing 0")
     return recipe
 
 
@@ -146,6 +150,8 @@ _RANGES = (
     ("warmup", 0, 1e6),
     ("batch_size", 2, 10**9),
     ("base_lr", 0, 1e3),
+    ("first_lr", 0, 1e3),
+    ("final_lr", 0, 1e3),
     ("layer_decay", 1e-3, 1),
     ("weight_decay", 0, 10),
     ("clip", 0, 1e6),
