@@ -377,6 +377,22 @@ def test_rate_is_maes() -> None:
     assert Segmentation("a", "b", head="linear").rate == 1e-3
 
 
+@pytest.mark.parametrize("pixels", ["uint16", "float32"])
+def test_deep_pictures_with_masks(pixels: str, tiny_run: Make, tmp_path: Path) -> None:
+    """Five channels of 16 bits or floating point, through crop, training and test."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(6):
+        values = generator.integers(0, 65535, (40, 36, 5)).astype(np.uint16)
+        np.save(tmp_path / "images" / f"{i}.npy", values if pixels == "uint16" else (values / 65535).astype(np.float32))
+        Image.fromarray(generator.integers(0, 3, (40, 36), np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+    run = tiny_run(channels=5, pixels=pixels)
+    bench = Bench(encoder_of(run), tmp_path / "out")
+    values = dict(measure(bench, replace(QUICK, train=str(tmp_path), test=str(tmp_path), steps=2)))
+    assert values["images"] == 6 and 0 <= values["mIoU"] <= 100
+
+
 # --- windows
 
 

@@ -8,7 +8,6 @@ visible.
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from timm.layers.drop import DropPath
@@ -67,11 +66,11 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width: int, ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.drop_path = DropPath(drop_path)
         self.norm1, self.norm2 = ChannelNorm(width, eps=1e-5), ChannelNorm(width, eps=1e-5)
         self.conv1, self.conv2 = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
         self.attn = nn.Conv2d(width, width, 5, padding=2, groups=width)
         self.mlp = ConvMlp(width, ratio)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b d h w"], visible: Float[Tensor, "b 1 h w"] | None) -> Tensor:
         y = self.conv1(self.norm1(x))
@@ -84,7 +83,7 @@ class ConvMAEEncoder(nn.Module):
 
     img_size  (h, w) or a side, in pixels; a multiple of 16
     num_classes  0: features; otherwise a classifier, mean of the tokens -> fc_norm -> head
-    drop_path_rate  of the last block, in training; from zero at the first one it rises evenly
+    drop_path_rate  of the last block in training, down to 0 for the first, through all stages
 
     With the defaults and without classes it holds 84.606 million values, its final norm included.
     """
@@ -110,14 +109,13 @@ class ConvMAEEncoder(nn.Module):
         self.patch_embed3 = PatchStep(embed_dim[1], embed_dim[2], 2)
         self.patch_embed4 = nn.Linear(embed_dim[2], embed_dim[2])
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim[2], self.grid)[None], requires_grad=False)
-        rates = np.split(np.linspace(0, drop_path_rate, sum(depth)), np.cumsum(depth)[:2])
-        self.blocks1, self.blocks2 = (
-            nn.ModuleList(ConvBlock(embed_dim[i], mlp_ratio, rate) for rate in rates[i].tolist()) for i in (0, 1)
-        )
+        drops = torch.linspace(0, drop_path_rate, sum(depth), device="cpu").split(depth)
+        self.blocks1 = nn.ModuleList(ConvBlock(embed_dim[0], mlp_ratio, float(drop)) for drop in drops[0])
+        self.blocks2 = nn.ModuleList(ConvBlock(embed_dim[1], mlp_ratio, float(drop)) for drop in drops[1])
         self.blocks3 = nn.Sequential(
             *(
-                Block(embed_dim[2], num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=rate)
-                for rate in rates[2].tolist()
+                Block(embed_dim[2], num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=float(drop))
+                for drop in drops[2]
             )
         )
         self.norm = norm(embed_dim[2]) if num_classes == 0 else nn.Identity()

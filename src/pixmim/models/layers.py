@@ -1,37 +1,51 @@
-"""Which layer of an encoder a parameter belongs to, for learning rates that fall from layer to layer."""
+"""How deep each parameter of an encoder lies, for learning rates that fall from the head down to the pixels."""
 
-from typing import Any
+from typing import Any, cast
 
+from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.models.convmae import ConvMAEEncoder
 
-
-def layers(encoder: nn.Module) -> int:
-    """The number of the last layer: that of the final norm and of all that stands on the encoder. The first is 0."""
-    if isinstance(encoder, SwinTransformer):
-        return sum(_depths(encoder)) + 1
-    known: Any = encoder
-    return len(known.blocks3 if isinstance(encoder, ConvMAEEncoder) else known.blocks) + 1
+_VIT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")
+_CONVMAE = ("patch_embed", "pos_embed", "blocks1", "blocks2")
+"""How the names of layer 0 begin."""
 
 
-def layer_of(encoder: nn.Module, name: str) -> int:
-    """The layer of the parameter `name` of the encoder's state_dict, as MAE, ConvMAE and SimMIM count them.
+def layer_ids(encoder: nn.Module) -> dict[str, int]:
+    """The layer of each parameter by name: 0 for what embeds patches, then block by block, the head's the greatest.
 
-    0 is the patch embedding, positions and tokens, and with ConvMAE all before the third stage; then each block counts
-    one, and what is left is the last. A Swin's downsampling counts to the block before it.
+    ViT (MAE's rule; BEiT's and SimMIM's for a Beit): block i is i + 1; a bias shared by all blocks counts as the head.
+    Swin (SimMIM's): its blocks counted through all stages; a downsampling belongs to the last block before it.
+    ConvMAE (its own): both stages of convolutions are 0, block i of the third i + 1.
+    Raises TypeError for a module that pixmim does not know as an encoder.
     """
-    parts = name.split(".")
-    if isinstance(encoder, SwinTransformer) and parts[0] == "layers":
-        before = sum(_depths(encoder)[: int(parts[1])])
-        return before + int(parts[3]) + 1 if parts[2] == "blocks" else before
-    if parts[0] == ("blocks3" if isinstance(encoder, ConvMAEEncoder) else "blocks"):
-        return int(parts[1]) + 1
-    last = parts[0] in ("norm", "fc_norm", "head") or parts[0] == "rel_pos_bias"
-    return layers(encoder) if last else 0
+    if isinstance(encoder, ConvMAEEncoder):
+        return {n: _of_vit(n, _CONVMAE, "blocks3", len(encoder.blocks3)) for n, _ in encoder.named_parameters()}
+    if isinstance(encoder, VisionTransformer | Beit):
+        depth = len(cast(nn.Sequential, encoder.blocks))
+        return {n: _of_vit(n, _VIT, "blocks", depth) for n, _ in encoder.named_parameters()}
+    if isinstance(encoder, SwinTransformer):
+        stages: Any = encoder.layers
+        depths = [len(stage.blocks) for stage in stages]
+        return {n: _of_swin(n, depths) for n, _ in encoder.named_parameters()}
+    raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
 
 
-def _depths(encoder: nn.Module) -> list[int]:
-    known: Any = encoder
-    return [len(stage.blocks) for stage in known.layers]
+def _of_vit(name: str, first: tuple[str, ...], blocks: str, depth: int) -> int:
+    if name.startswith(first):
+        return 0
+    part, *rest = name.split(".")
+    return int(rest[0]) + 1 if part == blocks else depth + 1
+
+
+def _of_swin(name: str, depths: list[int]) -> int:
+    if name.startswith("patch_embed"):
+        return 0
+    if not name.startswith("layers."):
+        return sum(depths) + 1
+    _, stage, part, *rest = name.split(".")
+    before = sum(depths[: int(stage)])
+    return before + int(rest[0]) + 1 if part == "blocks" else before  # timm's stages begin with their downsampling

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from pixmim.data.loader import Loader, how_many
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage
 from pixmim.engine.device import autocast
-from pixmim.engine.optim import adamw
+from pixmim.engine.optim import layer_groups
 from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.encoder import Encoder, anew
@@ -33,7 +34,7 @@ from pixmim.evaluate.segmentation.heads import Segmenter, loss_of
 from pixmim.evaluate.segmentation.pairs import Pairs, open_pairs
 from pixmim.evaluate.segmentation.windows import segment
 from pixmim.metrics import confusion, overlap
-from pixmim.models.layers import layer_of, layers
+from pixmim.models.layers import layer_ids
 from pixmim.protocols import Segmentation
 from pixmim.transforms import finish
 
@@ -110,13 +111,6 @@ def fit(
 ) -> None:
     """Train what is not frozen of a model; goes on from a checkpoint in `folder` if there is one. Raises UserError."""
     part = settings.batch // settings.accumulate
-    last = layers(model.encoder)
-
-    def scale(name: str) -> float:
-        inside = name.startswith("encoder.")
-        return (
-            settings.layer_decay ** (last - layer_of(model.encoder, name.removeprefix("encoder."))) if inside else 1.0
-        )
 
     def batches(position: int) -> Batches:
         return Loader(
@@ -140,7 +134,7 @@ def fit(
     model.train()
     learn(
         model,
-        adamw(model, settings.rate, (0.9, 0.999), settings.weight_decay, scale),
+        torch.optim.AdamW(groups(model, settings), lr=settings.rate, betas=(0.9, 0.999), fused=True),
         lambda step: rate(settings, step),
         settings.steps,
         batches,
@@ -152,6 +146,14 @@ def fit(
         scaling=encoder.precision == "fp16",
         console=console,
     )
+
+
+def groups(model: Segmenter, settings: Segmentation) -> list[dict[str, Any]]:
+    """What is trained: each layer of the encoder at its share of the learning rate, and what is new at the whole."""
+    ids = {f"encoder.{name}": layer for name, layer in layer_ids(model.encoder).items()}
+    top = max(ids.values())
+    found = {name: ids.get(name, top) for name, _ in model.named_parameters()}
+    return layer_groups(model, found, settings.layer_decay, settings.weight_decay, ("relative_position_bias_table",))
 
 
 def rate(settings: Segmentation, step: int) -> float:
