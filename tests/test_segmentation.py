@@ -20,11 +20,12 @@ from pixmim.errors import UserError
 from pixmim.evaluate import evaluate
 from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.encoder import Encoder, anew, in_training, of_model
-from pixmim.evaluate.segmentation import build, fit, measure, one_by_one, prepare, rate
+from pixmim.evaluate.segmentation import measure, one_by_one
 from pixmim.evaluate.segmentation.augment import JitteredCrop, distort, mirrored, nearest
 from pixmim.evaluate.segmentation.draw import colours, overlay
 from pixmim.evaluate.segmentation.heads import Segmenter, loss_of
 from pixmim.evaluate.segmentation.pairs import IGNORE, open_pairs
+from pixmim.evaluate.segmentation.training import build, fit, prepare, rate
 from pixmim.evaluate.segmentation.windows import largest, segment, starts
 from pixmim.metrics import confusion, overlap
 from pixmim.models import features
