@@ -573,3 +573,12 @@ def test_overlays_colour_classes_and_leave_the_ignored() -> None:
     assert drawn[1, 1].tolist() == [100] * 3 and drawn[0, 1].tolist() == drawn[1, 0].tolist()
     np.testing.assert_allclose(drawn[0, 0], 45 + 0.55 * palette[0], atol=1)
     assert len({tuple(c) for c in colours(150).tolist()}) == 150
+
+
+def test_a_window_of_two_is_refitted() -> None:
+    """Three distances lie on a parabola; refitted to a window of three, the known ones keep their values."""
+    from pixmim.weights.resize import relative_biases
+
+    table = torch.randn(9, 2)
+    fitted = relative_biases(table, (2, 2), (3, 3)).view(5, 5, 2)
+    torch.testing.assert_close(fitted[1:4, 1:4], table.view(3, 3, 2), atol=1e-5, rtol=0)

@@ -13,9 +13,9 @@ _LEGEND = 24  # classes named at most, the largest first
 
 
 def colours(count: int) -> Pixels:
-    """A colour for each class (count 3): hues a golden section of the circle apart, in three kinds of brightness."""
+    """A colour for each class (count 3): hues a golden section of the circle apart from blue on, in three tones."""
     tones = (0.85, 0.95), (0.55, 0.95), (0.9, 0.6)
-    found = [colorsys.hsv_to_rgb(0.618034 * i % 1, *tones[i % 3]) for i in range(count)]
+    found = [colorsys.hsv_to_rgb((0.6 + 0.618034 * i) % 1, *tones[i % 3]) for i in range(count)]
     return (np.asarray(found) * 255).astype(np.uint8)
 
 
