@@ -100,3 +100,16 @@ def test_finish_flips_scales_and_normalises() -> None:
 def test_a_padding_as_large_as_the_crop_is_refused() -> None:
     with pytest.raises(ValueError, match="smaller than the crop"):
         SimpleResizedCrop(8, padding=8)
+
+
+def test_a_single_try_is_cut_to_the_image() -> None:
+    """MAE's crop for its linear probe: what one try draws, no larger than the image, at any place in it."""
+    crop = RandomResizedCrop(16, scale=(0.08, 1.0), single=True)
+    assert crop.draws == 4
+    for h, w in ((40, 40), (30, 90), (90, 30)):
+        for u in np.random.default_rng(h).random((200, 4)):
+            area = h * w * (0.08 + 0.92 * u[0])
+            ratio = (3 / 4) ** (1 - 2 * u[1])
+            width, height = min(round((area * ratio) ** 0.5), w), min(round((area / ratio) ** 0.5), h)
+            top, left = int(u[2] * (h - height + 1)), int(u[3] * (w - width + 1))
+            assert crop.box((h, w), u.tolist()) == (top, left, height, width)

@@ -1,9 +1,10 @@
 """Numbers that say how good a prediction is."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -32,3 +33,39 @@ def average_distance(hidden: Bool[Tensor, "b 1 h w"]) -> float:
     across = (torch.arange(w)[:, None] - torch.arange(w)[None, :]).double().square()
     squared = torch.stack([(row[:, :, None] + across).amin(dim=1) for row in down])
     return float(squared.sqrt()[hidden[:, 0].cpu()].mean())
+
+
+def confusion(
+    predicted: Int[Tensor, "*shape"], true: Int[Tensor, "*shape"], classes: int, ignore: int = 255
+) -> Int[Tensor, "k k"]:
+    """Pixels of each true class (row) that were predicted as each class (column); those truly `ignore` do not count."""
+    counts = true != ignore
+    pairs = true[counts].long() * classes + predicted[counts].long()
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a confusion matrix says of a segmentation, as shares; NaN where nothing can be said.
+
+    iou             of each class (k): pixels in both truth and prediction / pixels in either; NaN for a class without
+                    a true pixel
+    mean_iou        mean over the classes with a true pixel (mIoU)
+    pixel_accuracy  share of right pixels (aAcc)
+    mean_accuracy   mean over those classes of the share of their pixels that were found (mAcc)
+    """
+
+    iou: Float[Tensor, " k"]
+    mean_iou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+
+
+def overlap(matrix: Int[Tensor, "k k"]) -> Overlap:
+    """The measures of a segmentation out of the confusion matrix of all its pixels (rows true, columns predicted)."""
+    m = matrix.double()
+    right, true, predicted = m.diagonal(), m.sum(dim=1), m.sum(dim=0)
+    there = true > 0
+    iou = torch.where(there, right / (true + predicted - right), math.nan)
+    found = torch.where(there, right / true, math.nan)
+    return Overlap(iou, float(iou.nanmean()), float(right.sum() / m.sum()), float(found.nanmean()))

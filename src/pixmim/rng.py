@@ -50,6 +50,11 @@ def uniform(
     return np.multiply(bits(seed, stream, epoch, indices, count) >> np.uint64(11), 2.0**-53, dtype=np.float64)
 
 
+def key(seed: int, stream: str, epoch: int) -> int:
+    """A seed, of 63 bits, for a generator of another library."""
+    return int(bits(seed, stream, epoch, [0], 1)[0, 0] >> np.uint64(1))
+
+
 def shuffled(
     seed: int, stream: str, epoch: npt.ArrayLike, count: npt.ArrayLike, places: npt.ArrayLike, part: npt.ArrayLike = 0
 ) -> npt.NDArray[np.int64]:

@@ -115,16 +115,19 @@ class RandomResizedCrop(Crop):
     """MAE's crop: a random part of the area at a random aspect ratio, resized to `size`.
 
     Follows torchvision: ten tries for a box inside the image, then the largest central box of an allowed ratio.
+
+    single  one try, cut to the image where it is larger: the crop of MAE's linear probe
     """
 
     size: Size
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bicubic"
+    single: bool = False
 
     @property
     def draws(self) -> int:
-        return 22  # area and ratio for each of ten tries, then two for the place
+        return 4 if self.single else 22  # area and ratio for each try, then two for the place
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -141,12 +144,14 @@ class RandomResizedCrop(Crop):
         """The crop (top, left, height, width) in pixels of an image of `size` (h, w)."""
         height, width = size
         low, high = (math.log(ratio) for ratio in self.ratio)
-        for k in range(10):
+        for k in range(1 if self.single else 10):
             area = height * width * (self.scale[0] + u[2 * k] * (self.scale[1] - self.scale[0]))
             ratio = math.exp(low + u[2 * k + 1] * (high - low))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if self.single:
+                w, h = min(max(w, 1), width), min(max(h, 1), height)
             if 0 < w <= width and 0 < h <= height:
-                return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
+                return int(u[-2] * (height - h + 1)), int(u[-1] * (width - w + 1)), h, w
         ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
         w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
         return (height - h) // 2, (width - w) // 2, h, w

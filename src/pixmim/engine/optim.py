@@ -1,6 +1,7 @@
 """AdamW as the papers use it, and one update that can be skipped without asking the device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +21,42 @@ def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay:
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def layer_groups(
+    model: nn.Module, layers: Mapping[str, int], decay: float, weight_decay: float, exempt: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """Groups of parameters for an optimizer: each layer's learning rate is `decay` of that of the layer above it.
+
+    layers  the layer of each parameter by name; the greatest gets the full rate
+    exempt  what is not decayed (pulled to zero) besides what `adamw` exempts: all whose name contains one of these
+
+    A group's "scale" is for `Updater`, which multiplies the learning rate with it.
+    """
+    top = max(layers.values())
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim < 2 or p.shape[0] == 1 or any(part in name for part in exempt)
+            groups.setdefault((layers[name], plain), []).append(p)
+    return [
+        {"params": params, "scale": decay ** (top - layer), "weight_decay": 0.0 if plain else weight_decay}
+        for (layer, plain), params in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
 class Updater:
     """Applies gradients to weights: unscales, clips, and leaves the weights untouched where the gradient is not finite.
 
     All three happen inside the fused AdamW kernel, which divides by `grad_scale` and does nothing when `found_inf`
-    is one (the two values torch's own GradScaler hands it); so no step waits for the device.
+    is one (the two values torch's own GradScaler hands it); so no step waits for the device. LARS and LAMB of
+    `layerwise` take the two values as well.
 
     clip     largest norm of the gradient, or None
     scaling  multiply the loss against underflow, as float16 needs: halved on a bad step, doubled after 2000 good ones
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, clip: float | None, scaling: bool, device: torch.device) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clip: float | None, scaling: bool, device: torch.device
+    ) -> None:
         self._optimizer, self._clip, self._scaling = optimizer, clip, scaling
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         zero = torch.zeros((), device=device)

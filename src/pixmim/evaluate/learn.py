@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 def learn(
     model: nn.Module,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     rate: Callable[[int], float],
     steps: int,
     batches: Callable[[int], AbstractContextManager[Iterator[T]]],
@@ -45,7 +45,9 @@ def learn(
     model    all that is trained or averaged, and so kept in checkpoints
     rate     the learning rate of each update, counted from 0; a group's own "scale" multiplies it (layer decay)
     batches  opens what feeds the loop, from a position on, counted in parts of batches
-    loss_of  of a part of a batch and the number of its update: a scalar; whatever is random in it is a function of that
+    optimizer  one that `Updater` can step: fused AdamW, or one of `layerwise`
+    loss_of  of a part of a batch and its number, counted in parts from the very first: a scalar; whatever is random in
+             it is a function of that number
     images   in the data set; a checkpoint of another number is refused
     batch    images in an update, in `accumulate` parts
     scaling  multiply the loss against underflow, as float16 needs
@@ -76,8 +78,8 @@ def learn(
     ):
         while step < steps:
             total = torch.zeros((), device=device)
-            for _ in range(accumulate):
-                loss = loss_of(next(feed), step) / accumulate
+            for part in range(accumulate):
+                loss = loss_of(next(feed), step * accumulate + part) / accumulate
                 updater.backward(loss)
                 total += loss.detach()
             norm = updater.step(rate(step))

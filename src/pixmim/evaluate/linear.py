@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixmim import rng
+from pixmim.evaluate import probe
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.features import BLOCKS, Frozen, same_classes
 from pixmim.metrics import wilson_interval
@@ -37,9 +38,12 @@ class Setting:
 
 
 def measure(bench: Bench, settings: Linear) -> Values:
-    """Top-1 accuracy on the test data: see `linear`. Raises UserError."""
+    """Top-1 accuracy on the test data: see `linear`, or `probe` for MAE's protocol. Raises UserError."""
+    if settings.protocol == "mae":
+        yield from probe.measure(bench, settings)
+        return
     train, test = bench.frozen(settings.train), bench.frozen(settings.test)
-    yield from linear(train, test, epochs=settings.epochs, seed=settings.seed)
+    yield from linear(train, test, epochs=100 if settings.epochs is None else settings.epochs, seed=settings.seed)
 
 
 def linear(

@@ -5,6 +5,7 @@ Both carry the Run that they came from in their metadata, so that each is enough
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save
@@ -17,11 +18,13 @@ KEY = "pixmim"
 """Where the metadata hold the Run, as JSON."""
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, run: Run, step: int) -> None:
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, run: Run, step: int, more: Mapping[str, str] | None = None
+) -> None:
     """Write tensors with what a reader must know to feed them, whole or not at all.
 
-    timm's `checkpoint_path` takes an encoder's file. The metadata are words: the Run, and its main points by
-    themselves for other programs.
+    timm's `checkpoint_path` takes an encoder's file. The metadata are words: the Run, its main points by themselves
+    for other programs, and `more` (a classifier's classes).
     """
     mean, std = run.statistics
     metadata = {
@@ -36,6 +39,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, run: Run, step: int) ->
         "std": json.dumps(std),
         "step": str(step),
         KEY: to_json(run),
+        **(more or {}),
     }
     beside = path.with_suffix(".tmp")
     beside.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata))

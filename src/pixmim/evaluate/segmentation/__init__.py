@@ -1,0 +1,100 @@
+"""Semantic segmentation: a head on an encoder learns from pictures with masks, and is measured by mean IoU.
+
+The defaults are MAE's protocol on ADE20K (arXiv 2111.06377, appendix A.4): UPerNet, end to end.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from pixmim.data.feed.loader import how_many
+from pixmim.data.skipped import Skipped
+from pixmim.data.source import BadImage
+from pixmim.evaluate.bench import Bench, Values
+from pixmim.evaluate.features import progress
+from pixmim.evaluate.learn import forget
+from pixmim.evaluate.segmentation.draw import Pixels, sheet
+from pixmim.evaluate.segmentation.pairs import Pairs, open_pairs
+from pixmim.evaluate.segmentation.training import build, fit
+from pixmim.evaluate.segmentation.windows import segment
+from pixmim.metrics import confusion, overlap
+from pixmim.protocols import Segmentation
+
+_SHOWN = 6  # test pictures in the report
+
+
+def measure(bench: Bench, settings: Segmentation) -> Values:
+    """Train a head, and yield mIoU, aAcc, mAcc and each class's IoU in per cent, over all test pixels together.
+
+    Classes without a pixel in the test masks have no IoU, and are left out of the means. Raises UserError for data or
+    settings that do not go together.
+    """
+    encoder = bench.encoder
+    train = open_pairs(settings.train, encoder.form, "training")
+    test = open_pairs(settings.test, encoder.form, "validation", train.classes)
+    model, size = build(encoder, settings, len(train.classes))
+    folder = bench.work("segmentation", settings)
+    fit(model, encoder, settings, train, size, folder=folder, skipped=bench.skipped(train), console=bench.console)
+    model.eval()
+
+    names, skipped, rows = train.classes, bench.skipped(test), []
+    wanted = set(np.linspace(0, len(test) - 1, _SHOWN).round().astype(int).tolist())
+    matrix = torch.zeros(len(names), len(names), dtype=torch.int64, device=encoder.device)
+    with progress(f"segments {test.spec}", len(test), bench.console) as advance:
+        for index, pair in one_by_one(test, skipped):
+            truth = pair[-1].to(encoder.device, torch.int64)
+            found = segment(model, encoder, pair[:-1], size)
+            matrix += confusion(found, truth, len(names))
+            if index in wanted:
+                rows.append((_visible(pair[:-1]), truth.cpu().numpy(), found.cpu().numpy()))
+            advance(index + 1)
+    if rows:
+        caption = f"Segmentation with the {settings.head} head: the image, its mask, the prediction"
+        bench.pictures[caption] = sheet(rows, names)
+    forget(folder)
+    measured = overlap(matrix.cpu())
+    yield "mIoU", 100 * measured.mean_iou
+    yield "aAcc", 100 * measured.pixel_accuracy
+    yield "mAcc", 100 * measured.mean_accuracy
+    for name, iou in zip(names, measured.iou.tolist(), strict=True):
+        yield f"iou/{name}", 100 * iou
+    yield "images", len(test) - len(skipped)
+
+
+def one_by_one(pairs: Pairs, skipped: Skipped, threads: int = 0) -> Iterator[tuple[int, Shaped[Tensor, "c h w"]]]:
+    """Every pair in order, read ahead by threads, with its index; what cannot be read is left out and accounted for."""
+
+    def read(index: int) -> Tensor | None:
+        try:
+            return pairs.image(index)
+        except BadImage as error:
+            skipped.add(index, pairs.locate(index), str(error))
+            return None
+
+    count = how_many(threads)
+    with ThreadPoolExecutor(count, "pixmim-read", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        ahead: deque[tuple[int, Future[Tensor | None]]] = deque()
+        for index in range(len(pairs) + 2 * count):
+            if index < len(pairs):
+                ahead.append((index, pool.submit(read, index)))
+            if index >= 2 * count and ahead:
+                which, future = ahead.popleft()
+                pair = future.result()
+                if pair is not None:
+                    skipped.passed(which)
+                    yield which, pair
+
+
+def _visible(picture: Shaped[Tensor, "c h w"]) -> Pixels:
+    """A picture as bytes in three channels, to be looked at: the first three, or the first one in grey."""
+    values = picture.permute(1, 2, 0).numpy()
+    shown = values[..., :3] if values.shape[2] >= 3 else values[..., :1].repeat(3, axis=2)
+    if shown.dtype == np.uint8:
+        return shown
+    top = np.iinfo(shown.dtype).max if np.issubdtype(shown.dtype, np.integer) else max(float(shown.max()), 1e-8)
+    return (shown.astype(np.float32) / top * 255).clip(0, 255).astype(np.uint8)
