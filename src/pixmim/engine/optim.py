@@ -1,23 +1,36 @@
 """AdamW as the papers use it, and one update that can be skipped without asking the device."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    scale: Callable[[str], float] = lambda name: 1.0,
+) -> torch.optim.AdamW:
     """Fused AdamW over the parameters that have a gradient.
 
     Norms, biases, position tables and single tokens are not decayed: everything of one axis, and everything whose
     leading axis counts one (`cls_token`, `mask_token`, `pos_embed` are 1 x n x d).
+
+    scale  of a parameter's name: what multiplies the learning rate for it, as layer decay asks
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    plain = [p for p in trained if p.ndim < 2 or p.shape[0] == 1]
-    exempt = {id(p) for p in plain}
-    decayed = [p for p in trained if id(p) not in exempt]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((scale(name), p.ndim >= 2 and p.shape[0] != 1), []).append(p)
+    order = sorted(groups, key=lambda key: (not key[1], key[0]))  # decayed ones first, as checkpoints know them
+    listed = [
+        {"params": groups[factor, decayed], "weight_decay": weight_decay if decayed else 0.0}
+        | ({"scale": factor} if factor != 1 else {})
+        for factor, decayed in order
+    ]
+    return torch.optim.AdamW(listed, lr=lr, betas=betas, fused=True)
 
 
 class Updater:

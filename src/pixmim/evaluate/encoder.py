@@ -1,7 +1,8 @@
 """The encoder that is measured, ready to use: a run's product, the same untrained, or one in training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,12 @@ from pixmim.weights.recognise import Weights, read_run
 
 @dataclass(frozen=True)
 class Encoder:
-    """A timm module with what is needed to feed it. size: (h, w) in pixels; mean, std: per channel, on the device."""
+    """A timm module with what is needed to feed it. size: (h, w) in pixels; mean, std: per channel, on the device.
 
+    run  what builds it
+    """
+
+    run: Run
     module: nn.Module
     size: tuple[int, int]
     form: Form
@@ -60,4 +65,18 @@ def _on_device(run: Run, module: nn.Module, step: int, device: str, precision: P
 def in_training(run: Run, module: nn.Module, device: torch.device, precision: Precision, step: int = 0) -> Encoder:
     """Wrap a module that is on its device already."""
     mean, std = (torch.tensor(values, device=device) for values in run.statistics)
-    return Encoder(module, run.hw, image_form(run), mean, std, device, precision, step)
+    return Encoder(run, module, run.hw, image_form(run), mean, std, device, precision, step)
+
+
+def anew(encoder: Encoder, size: str, **options: Any) -> nn.Module:
+    """A copy of an encoder made for images of another size ("512", "192x384"), on its device, to be trained further.
+
+    Tables of positions are refitted. options: more keywords for the backbone, such as drop_path_rate. Raises UserError
+    for a size that it cannot take.
+    """
+    run = replace(encoder.run, size=size)
+    run = replace(run, model=replace(run.model, options={**run.model.options, **options}))
+    tensors = {f"encoder.{name}": value.detach().cpu() for name, value in encoder.module.state_dict().items()}
+    module = assemble_encoder(Weights(run, tensors, "the encoder that is measured"), made=encoder.run)
+    choose_attention(module, encoder.device, encoder.precision)
+    return module.to(encoder.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from timm.layers.drop import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -63,8 +64,9 @@ class ConvMlp(nn.Module):
 class ConvBlock(nn.Module):
     """A residual block whose 5x5 depthwise convolution does not see what is hidden."""
 
-    def __init__(self, width: int, ratio: float) -> None:
+    def __init__(self, width: int, ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
+        self.drop_path = DropPath(drop_path)
         self.norm1, self.norm2 = ChannelNorm(width, eps=1e-5), ChannelNorm(width, eps=1e-5)
         self.conv1, self.conv2 = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
         self.attn = nn.Conv2d(width, width, 5, padding=2, groups=width)
@@ -72,8 +74,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b d h w"], visible: Float[Tensor, "b 1 h w"] | None) -> Tensor:
         y = self.conv1(self.norm1(x))
-        x = x + self.conv2(self.attn(y if visible is None else y * visible))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.conv2(self.attn(y if visible is None else y * visible)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ConvMAEEncoder(nn.Module):
@@ -81,6 +83,7 @@ class ConvMAEEncoder(nn.Module):
 
     img_size  (h, w) or a side, in pixels; a multiple of 16
     num_classes  0: features; otherwise a classifier, mean of the tokens -> fc_norm -> head
+    drop_path_rate  of the last block, in training; from zero at the first one it rises evenly
 
     With the defaults and without classes it holds 84.606 million values, its final norm included.
     """
@@ -94,6 +97,7 @@ class ConvMAEEncoder(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -105,10 +109,15 @@ class ConvMAEEncoder(nn.Module):
         self.patch_embed3 = PatchStep(embed_dim[1], embed_dim[2], 2)
         self.patch_embed4 = nn.Linear(embed_dim[2], embed_dim[2])
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim[2], self.grid)[None], requires_grad=False)
-        self.blocks1 = nn.ModuleList(ConvBlock(embed_dim[0], mlp_ratio) for _ in range(depth[0]))
-        self.blocks2 = nn.ModuleList(ConvBlock(embed_dim[1], mlp_ratio) for _ in range(depth[1]))
+        drop = torch.linspace(0, drop_path_rate, sum(depth)).split(depth)
+        self.blocks1, self.blocks2 = (
+            nn.ModuleList(ConvBlock(embed_dim[i], mlp_ratio, rate) for rate in drop[i].tolist()) for i in (0, 1)
+        )
         self.blocks3 = nn.Sequential(
-            *(Block(embed_dim[2], num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth[2]))
+            *(
+                Block(embed_dim[2], num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=rate)
+                for rate in drop[2].tolist()
+            )
         )
         self.norm = norm(embed_dim[2]) if num_classes == 0 else nn.Identity()
         self.fc_norm = norm(embed_dim[2]) if num_classes else nn.Identity()

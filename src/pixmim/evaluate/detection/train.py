@@ -1,0 +1,102 @@
+"""Training a detector on an encoder: ViTDet's recipe, resumed exactly."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+
+from pixmim import rng
+from pixmim.engine.optim import adamw
+from pixmim.errors import UserError
+from pixmim.evaluate.bench import Bench
+from pixmim.evaluate.detection.backbone import build_maps
+from pixmim.evaluate.detection.data import Annotated
+from pixmim.evaluate.detection.detector import build_detector, losses
+from pixmim.evaluate.detection.feed import Part, feeding
+from pixmim.evaluate.encoder import Encoder, anew
+from pixmim.evaluate.learn import learn
+from pixmim.models.layers import layer_of, layers
+from pixmim.protocols import Detection
+from pixmim.transforms import finish
+
+_ENCODER = "backbone.module.encoder."
+_POSITIONS = "backbone.module.windowed.positions."
+
+
+def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) -> FasterRCNN:
+    """A detector fine-tuned on annotated images; unfinished training is gone on with. Raises UserError."""
+    encoder = bench.encoder
+    model = build(encoder, settings, len(train.classes), masks).train()
+    module = model.backbone.module.encoder
+    steps = settings.steps or max(1, round(settings.epochs * len(train.images) / settings.batch_size))
+    if settings.batch_size % settings.accumulate:
+        raise UserError(f"a batch of {settings.batch_size} does not divide into {settings.accumulate} equal parts")
+    optimizer = adamw(
+        model,
+        settings.lr,
+        (0.9, 0.999),
+        settings.weight_decay,
+        lambda name: scale(module, settings.layer_decay, name),
+    )
+
+    def loss_of(part: Part, _: int) -> Tensor:
+        # torchvision draws regions, and timm's drop path rows, from the global generator.
+        torch.manual_seed(int(rng.bits(settings.seed, "detection", 0, [part.number], 1)[0, 0] >> np.uint64(1)))
+        images = finish(part.images.to(encoder.device), None, encoder.mean, encoder.std)
+        targets = [{key: value.to(encoder.device) for key, value in target.items()} for target in part.targets]
+        return torch.stack(list(losses(model, images, targets).values())).sum()
+
+    learn(
+        model,
+        optimizer,
+        lambda step: rate(settings, step, steps),
+        steps,
+        lambda first: feeding(
+            train,
+            bench.skipped(train.images),
+            size=settings.size,
+            scale=settings.jitter,
+            masks=masks,
+            fill=encoder.mean.tolist(),
+            batch=settings.batch_size // settings.accumulate,
+            seed=settings.seed,
+            first=first,
+            threads=settings.threads,
+        ),
+        loss_of,
+        bench.work("detection", settings),
+        images=len(train.images),
+        batch=settings.batch_size,
+        accumulate=settings.accumulate,
+        scaling=encoder.precision == "fp16",
+        console=bench.console,
+    )
+    return model
+
+
+def build(encoder: Encoder, settings: Detection, classes: int, masks: bool) -> FasterRCNN:
+    """The detector as it is before training: a function of the encoder, the settings and their seed."""
+    torch.manual_seed(settings.seed)
+    module = anew(encoder, str(settings.size), drop_path_rate=settings.drop_path)
+    maps = build_maps(module, settings.width, settings.window, settings.global_blocks, settings.relative_positions)
+    return build_detector(maps, classes, masks, settings.regions, encoder.device, encoder.precision)
+
+
+def rate(settings: Detection, step: int, steps: int) -> float:
+    """The learning rate of an update: linear warm-up from a thousandth, then a tenth less from each drop on."""
+    warmup = min(settings.warmup, steps // 5)
+    if step < warmup:
+        return settings.lr * (0.001 + 0.999 * step / warmup)
+    return settings.lr * 0.1 ** sum(step >= share * steps for share in settings.drops)
+
+
+def scale(encoder: nn.Module, decay: float, name: str) -> float:
+    """What multiplies the learning rate of a detector's parameter: `decay` for each layer from the encoder's top down.
+
+    A block's relative positions count as the block's.
+    """
+    if name.startswith(_ENCODER):
+        return decay ** (layers(encoder) - layer_of(encoder, name.removeprefix(_ENCODER)))
+    if name.startswith(_POSITIONS):
+        return decay ** (layers(encoder) - 1 - int(name.removeprefix(_POSITIONS).split(".")[0]))
+    return 1.0
