@@ -8,6 +8,7 @@ visible.
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from timm.layers.drop import DropPath
@@ -109,14 +110,14 @@ class ConvMAEEncoder(nn.Module):
         self.patch_embed3 = PatchStep(embed_dim[1], embed_dim[2], 2)
         self.patch_embed4 = nn.Linear(embed_dim[2], embed_dim[2])
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim[2], self.grid)[None], requires_grad=False)
-        drop = torch.linspace(0, drop_path_rate, sum(depth)).split(depth)
+        rates = np.split(np.linspace(0, drop_path_rate, sum(depth)), np.cumsum(depth)[:2])
         self.blocks1, self.blocks2 = (
-            nn.ModuleList(ConvBlock(embed_dim[i], mlp_ratio, rate) for rate in drop[i].tolist()) for i in (0, 1)
+            nn.ModuleList(ConvBlock(embed_dim[i], mlp_ratio, rate) for rate in rates[i].tolist()) for i in (0, 1)
         )
         self.blocks3 = nn.Sequential(
             *(
                 Block(embed_dim[2], num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=rate)
-                for rate in drop[2].tolist()
+                for rate in rates[2].tolist()
             )
         )
         self.norm = norm(embed_dim[2]) if num_classes == 0 else nn.Identity()

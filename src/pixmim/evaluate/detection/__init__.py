@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
@@ -49,7 +48,6 @@ def measure(bench: Bench, settings: Detection) -> Values:
     forget(bench.work("detection", settings))
 
 
-@torch.no_grad()
 def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterRCNN, masks: bool) -> Values:
     encoder, tally = bench.encoder, Tally(test.classes, masks)
     pictures: list[Image.Image] = []

@@ -26,7 +26,7 @@ from pixmim.evaluate.detection.windows import (
 from pixmim.models.convmae import PATCH, ChannelNorm, ConvMAEEncoder
 
 Maps = dict[str, Tensor]
-"""Maps (b width rows columns) by name, "0" the finest; each next one has half the rows and columns."""
+"""Maps (b width rows columns) named "0" to "3" and "pool", the finest first, each with half the rows and columns."""
 
 UNUSED = ("norm.", "fc_norm.", "head.", "cls_token", "reg_token")
 """How names begin of what a detector does not use of an encoder."""
@@ -108,8 +108,8 @@ class ViTMaps(nn.Module):
             x = encoder.norm_pre(x)
         x = x.unflatten(1, encoder.patch_embed.grid_size)
         x = self.windowed(encoder, list(encoder.blocks), x).permute(0, 3, 1, 2)
-        maps = [scale(x) for scale in self.scales]
-        return {str(i): m for i, m in enumerate([*maps, F.max_pool2d(maps[-1], 1, 2)])}
+        maps = {str(i): scale(x) for i, scale in enumerate(self.scales)}
+        return {**maps, "pool": F.max_pool2d(maps["3"], 1, 2)}
 
 
 class StageMaps(nn.Module):

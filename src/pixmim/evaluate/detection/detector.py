@@ -72,6 +72,7 @@ def losses(model: FasterRCNN, images: Float[Tensor, "b c h w"], targets: Targets
     return {**of_proposals, **of_regions}
 
 
+@torch.no_grad()
 def detect(model: FasterRCNN, images: Float[Tensor, "b c h w"]) -> Targets:
     """What a model in evaluation finds in normalised images, at most 100 objects in each, the surest first.
 

@@ -96,7 +96,8 @@ def join(windows: Float[Tensor, "b2 rows2 columns2 d"], window: Grid, grid: Grid
 
 def spread(depth: int, count: int) -> set[int]:
     """Which of `depth` blocks see the whole map: `count` of them, the last of each equal part; 2, 5, 8, 11 of 12."""
-    return {round((i + 1) * depth / count) - 1 for i in range(min(count, depth))}
+    count = min(count, depth)
+    return {round((i + 1) * depth / count) - 1 for i in range(count)}
 
 
 def check_blocks(blocks: list[nn.Module], relative: bool) -> None:
