@@ -62,7 +62,7 @@ def encoder_of(family: str) -> Encoder:
 
 
 def plain(**options: object) -> VisionTransformer:
-    made = create_encoder("timm", "vit_tiny_patch16_224", img_size=(32, 48), **{**VIT, **options})
+    made = create_encoder("timm", "vit_tiny_patch16_224", **{"img_size": (32, 48), **VIT, **options})
     assert isinstance(made, VisionTransformer)
     return made.eval()
 
@@ -165,6 +165,8 @@ def test_every_family_gives_five_maps_and_stays_timms(family: str, finest: int) 
 def test_encoders_that_cannot_be_driven_are_named() -> None:
     with pytest.raises(UserError, match="not ParallelThingsBlock"):
         build_maps(create_encoder("timm", "vit_small_patch16_18x2_224", depth=1, embed_dim=32, num_heads=2), 16)
+    with pytest.raises(UserError, match="multiple of 4 pixels, and this encoder's have 6"):
+        build_maps(plain(patch_size=6, img_size=36), 16)
     with pytest.raises(UserError, match="and not Linear"):
         build_maps(nn.Linear(2, 2), 16)
 
@@ -256,6 +258,9 @@ def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
         ({"data": "coco"}, "leave out --train"),
         ({"train": "", "test": "", "data": str(tmp_path / "coco")}, "instances_train2017.json cannot be read"),
         ({"batch_size": 3, "accumulate": 2}, "does not divide"),
+        ({"steps": 0}, "one step at least"),
+        ({"window": 0}, "--window is at least 1, not 0"),
+        ({"jitter": (0.0, 1.0)}, "--jitter takes"),
         ({"size": 60}, "does not divide into the 8x8 patches"),
     ):
         with pytest.raises(UserError, match=match):

@@ -66,7 +66,7 @@ class Detection:
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
-    """Of matrices; none on norms, biases and positions."""
+    """Of matrices; none on norms, biases and absolute positions."""
     layer_decay: float = 0.7
     """Each layer of the encoder learns at this share of the rate of the one above it."""
     drop_path: float = 0.1

@@ -179,5 +179,7 @@ def build_maps(
 
 
 def _strides(patch: int) -> list[int]:
-    """Pixels between the places of each map, for patches of `patch` pixels at the third scale."""
+    """Pixels between the places of each map, for patches of `patch` pixels at the third scale. Raises UserError."""
+    if patch % 4:
+        raise UserError(f"detection needs patches of a multiple of 4 pixels, and this encoder's have {patch}")
     return [patch // 4, patch // 2, patch, 2 * patch, 4 * patch]

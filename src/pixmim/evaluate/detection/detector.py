@@ -41,7 +41,7 @@ def build_detector(
     """Mask R-CNN if there are masks to learn, or else Faster R-CNN, with everything but the encoder at random.
 
     Anchors have sides of 8 strides of their map and ratios 1:2, 1:1, 2:1 (32 to 512 pixels with patches of 16).
-    Heads: 2 convolutions propose; 4 and a linear layer classify; 4 draw masks; with a LayerNorm after each.
+    Two convolutions propose; 4 and a linear layer classify, and 4 draw masks, with a LayerNorm after each of these 8.
 
     regions  of an image that the heads learn from in a step
     """

@@ -14,13 +14,13 @@ from pixmim.evaluate.detection.score import Found
 COLOURS = ((230, 60, 50), (40, 120, 230), (30, 160, 70), (240, 150, 20), (150, 70, 200), (20, 170, 180), (220, 60, 150))
 
 _LONGER = 320  # pixels of a picture's longer edge
-_SURE = 0.5  # scores from which on an object is drawn
+_SURE = 0.3  # scores from which on an object is drawn
 
 
 def draw(image: Shaped[Tensor, "c h w"], truth: Objects, found: Found, classes: Sequence[str]) -> Image.Image:
     """An image, uint8 or of [0, 1], with what was found in the colours of the classes, over what is there, in white.
 
-    Objects of a score from 0.5 are drawn. The image is brought to 320 pixels along its longer edge before lines and
+    Objects of a score from 0.3 are drawn. The image is brought to 320 pixels along its longer edge before lines and
     letters are; of many channels, the first three are seen.
     """
     colours = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)

@@ -7,7 +7,6 @@ from torchvision.models.detection import FasterRCNN
 
 from pixmim import rng
 from pixmim.engine.optim import adamw
-from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.detection.backbone import build_maps
 from pixmim.evaluate.detection.data import Annotated
@@ -24,13 +23,11 @@ _POSITIONS = "backbone.module.windowed.positions."
 
 
 def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) -> FasterRCNN:
-    """A detector fine-tuned on annotated images; unfinished training is gone on with. Raises UserError."""
+    """A detector fine-tuned on annotated images; unfinished training is gone on with."""
     encoder = bench.encoder
     model = build(encoder, settings, len(train.classes), masks).train()
     module = model.backbone.module.encoder
     steps = settings.steps or max(1, round(settings.epochs * len(train.images) / settings.batch_size))
-    if settings.batch_size % settings.accumulate:
-        raise UserError(f"a batch of {settings.batch_size} does not divide into {settings.accumulate} equal parts")
     optimizer = adamw(
         model,
         settings.lr,
