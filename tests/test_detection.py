@@ -43,13 +43,13 @@ MODELS = {
 TINY = Detection(
     "shapes:count=24,size=40",
     "shapes:count=4,size=40,seed=1",
-    size=64,
+    size=32,
     steps=4,
     batch_size=2,
     lr=1e-3,
     width=16,
     regions=16,
-    window=4,
+    window=2,
     jitter=(0.6, 1.4),
     threads=2,
     pictures=2,
@@ -222,7 +222,7 @@ def test_training_goes_on_bitwise_after_an_interruption(
 
 def test_loss_falls(tmp_path: Path) -> None:
     bench = Bench(encoder_of("vit"), tmp_path)
-    settings = replace(TINY, steps=30, masks="no", relative_positions=False, jitter=(1.0, 1.0), lr=3e-3)
+    settings = replace(TINY, steps=20, masks="no", relative_positions=False, jitter=(1.0, 1.0), lr=3e-3)
     training.trained(bench, settings, open_annotated(TINY.train, "", bench.encoder.form), False)
     lines = (bench.work("detection", settings) / "metrics.jsonl").read_text().splitlines()
     lost = [json.loads(line)["loss"] for line in lines]
@@ -246,7 +246,7 @@ def test_every_family_is_measured_and_drawn(family: str, tmp_path: Path) -> None
 def test_lower_precision_leaves_boxes_in_float32(tmp_path: Path) -> None:
     encoder = replace(encoder_of("vit"), precision="bf16")
     model = training.build(encoder, TINY, 10, True).eval()
-    assert all(m.dtype == torch.float32 for m in model.backbone(torch.randn(1, 3, 64, 64)).values())
+    assert all(m.dtype == torch.float32 for m in model.backbone(torch.randn(1, 3, 32, 32)).values())
     values = dict(detection.measure(Bench(encoder, tmp_path), replace(TINY, steps=1)))
     assert values["box/AP"] >= 0
 
@@ -261,7 +261,7 @@ def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
         ({"steps": 0}, "one step at least"),
         ({"window": 0}, "--window is at least 1, not 0"),
         ({"jitter": (0.0, 1.0)}, "--jitter takes"),
-        ({"size": 60}, "does not divide into the 8x8 patches"),
+        ({"size": 36}, "does not divide into the 8x8 patches"),
     ):
         with pytest.raises(UserError, match=match):
             dict(detection.measure(bench, replace(TINY, **changes)))  # type: ignore[arg-type]
