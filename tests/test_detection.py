@@ -11,16 +11,19 @@ import torch
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
 pytest.importorskip("faster_coco_eval")
 
 from pixmim.config import Model, Run
+from pixmim.data.source import COLOUR
 from pixmim.errors import UserError
 from pixmim.evaluate import detection, evaluate
 from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.detection import train as training
 from pixmim.evaluate.detection.backbone import build_maps
 from pixmim.evaluate.detection.data import open_annotated
+from pixmim.evaluate.detection.feed import fitted, target
 from pixmim.evaluate.detection.windows import RelativePositions, attend, beit_bias, cut, join, spread, through
 from pixmim.evaluate.encoder import Encoder, anew, in_training
 from pixmim.models import create_encoder
@@ -249,6 +252,26 @@ def test_lower_precision_leaves_boxes_in_float32(tmp_path: Path) -> None:
     assert all(m.dtype == torch.float32 for m in model.backbone(torch.randn(1, 3, 32, 32)).values())
     values = dict(detection.measure(Bench(encoder, tmp_path), replace(TINY, steps=1)))
     assert values["box/AP"] >= 0
+
+
+def test_what_is_found_exactly_is_worth_a_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way back from the square to the image: a detector that knows the truth gets all points for boxes."""
+    test = open_annotated(TINY.test, "", COLOUR)
+    shown = iter(range(len(test.images)))
+
+    def oracle(model: object, images: Tensor) -> list[dict[str, Tensor]]:
+        index = next(shown)
+        h, w = test.images.image(index).shape[-2:]
+        wanted = target(test.objects(index), fitted((h, w), 160), masks=True)
+        boxes = wanted["boxes"]
+        at = torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1)
+        masks = roi_align(wanted["masks"].float()[None], at, 28)
+        return [{"boxes": boxes, "labels": wanted["labels"], "scores": torch.ones(len(boxes)), "masks": masks}]
+
+    monkeypatch.setattr(detection, "detect", oracle)
+    bench = Bench(encoder_of("vit"), tmp_path)
+    values = dict(detection.measure(bench, replace(TINY, steps=1, size=160)))
+    assert values["box/AP75"] == values["mask/AP75"] == 100 and values["box/AP"] > 90 and values["mask/AP"] > 80
 
 
 def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
