@@ -70,7 +70,7 @@ def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterR
                 pictures.append(draw(image, there, seen, test.classes))
             advance(index + 1)
     if pictures:
-        caption = "detection: what was found, with scores from 0.3, and in white what is there"
+        caption = "detection: what was found, with scores from 0.5, and in white what is there"
         bench.pictures[caption] = sheet(pictures)
     yield from tally.values()
 
