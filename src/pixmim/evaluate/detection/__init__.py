@@ -1,0 +1,131 @@
+"""Detection: the encoder fine-tuned in Faster or Mask R-CNN as ViTDet is (arXiv 2203.16527), by average precision."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from pixmim.data.source import BadImage
+from pixmim.errors import UserError, nearest
+from pixmim.evaluate.bench import Bench, Values
+from pixmim.evaluate.detection.data import Annotated, Objects, open_annotated
+from pixmim.evaluate.detection.detector import detect
+from pixmim.evaluate.detection.draw import draw, sheet
+from pixmim.evaluate.detection.feed import fitted, picture, read
+from pixmim.evaluate.detection.masks import View, coco
+from pixmim.evaluate.detection.score import Found, Tally, pack
+from pixmim.evaluate.detection.train import trained
+from pixmim.evaluate.features import progress
+from pixmim.evaluate.learn import forget
+from pixmim.protocols import Detection
+from pixmim.transforms import finish
+
+_NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measured on
+
+
+def measure(bench: Bench, settings: Detection) -> Values:
+    """Fine-tune a detector and measure it: see `Tally.values`.
+
+    Unfinished training is gone on with. Raises UserError.
+    """
+    coco()
+    settings = _with_data(_checked(settings))
+    encoder = bench.encoder
+    train = open_annotated(settings.train, settings.train_images, encoder.form)
+    test = _same_classes(train, open_annotated(settings.test, settings.test_images, encoder.form))
+    for data in (train, test):
+        if data.about and bench.console is not None:
+            bench.console.print(data.about, highlight=False)
+    masks = settings.masks == "yes" or (settings.masks == "auto" and train.masks and test.masks)
+    if masks and not (train.masks and test.masks):
+        raise UserError(f"--masks yes, but not every object of {(test if train.masks else train).images.spec} has one")
+    model = trained(bench, settings, train, masks)
+    yield from _measured(bench, settings, test, model, masks)
+    forget(bench.work("detection", settings))
+
+
+def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterRCNN, masks: bool) -> Values:
+    encoder, tally = bench.encoder, Tally(test.classes, masks)
+    pictures: list[Image.Image] = []
+    skipped = bench.skipped(test.images)
+    model.eval()
+    with progress(f"objects of {test.images.spec}", len(test.images), bench.console) as advance:
+        for index in range(len(test.images)):
+            try:
+                image = read(test, index)
+            except BadImage as error:
+                skipped.add(index, test.images.locate(index), str(error))
+                continue
+            size = int(image.shape[-2]), int(image.shape[-1])
+            view = fitted(size, settings.size)
+            shown = picture(image, view, encoder.mean.tolist())[None].to(encoder.device)
+            (found,) = detect(model, finish(shown, None, encoder.mean, encoder.std))
+            there, seen = test.objects(index), _in_image(found, view)
+            tally.add(size, there, seen)
+            if len(pictures) < settings.pictures:
+                pictures.append(draw(image, there, seen, test.classes))
+            advance(index + 1)
+    if pictures:
+        caption = "detection: what was found, with scores from 0.5, and in white what is there"
+        bench.pictures[caption] = sheet(pictures)
+    yield from tally.values()
+
+
+def _in_image(found: dict[str, Tensor], view: View) -> Found:
+    """What was found in a view, in pixels of the image."""
+    down, across = view.scale
+    h, w = view.image
+    boxes = found["boxes"] / found["boxes"].new_tensor([across, down, across, down])
+    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([w, h, w, h]))
+    drawn = []
+    if "masks" in found:
+        for share, box in zip(found["masks"], boxes, strict=True):  # one by one: each is as large as the image
+            drawn.append(paste_masks_in_image(share[None], box[None], (h, w))[0, 0].cpu().numpy() >= 0.5)
+    return Found(boxes.cpu().numpy(), found["labels"].cpu().numpy() - 1, found["scores"].cpu().numpy(), pack(drawn))
+
+
+def _checked(settings: Detection) -> Detection:
+    """The settings, if their numbers make sense. Raises UserError."""
+    least = {"size": 1, "batch_size": 1, "accumulate": 1, "window": 1, "width": 1, "regions": 1, "global_blocks": 0}
+    for name, low in least.items():
+        if getattr(settings, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} is at least {low}, not {getattr(settings, name)}")
+    if settings.batch_size % settings.accumulate:
+        raise UserError(f"a batch of {settings.batch_size} does not divide into {settings.accumulate} equal parts")
+    if settings.epochs <= 0 or (settings.steps is not None and settings.steps < 1):
+        raise UserError("a detector is trained for one step at least: see --epochs and --steps")
+    if not 0 < settings.jitter[0] <= settings.jitter[1]:
+        raise UserError(f"--jitter takes the smallest scale, above 0, and the largest, not {settings.jitter}")
+    return settings
+
+
+def _with_data(settings: Detection) -> Detection:
+    """The settings with COCO's files in place of its folder. Raises UserError."""
+    if not settings.data:
+        if not (settings.train and settings.test):
+            raise UserError("which images? Give --data COCO, or --train and --test: files in COCO's format, or shapes:")
+        return settings
+    if settings.train or settings.test:
+        raise UserError("--data names both parts of COCO: leave out --train and --test")
+    files = [Path(settings.data).expanduser() / "annotations" / f"instances_{name}.json" for name in _NAMES]
+    return replace(settings, train=str(files[0]), test=str(files[1]))
+
+
+def _same_classes(train: Annotated, test: Annotated) -> Annotated:
+    """The test data with the train data's numbers of classes. Raises UserError for a class that those lack."""
+    for name in test.classes:
+        if name not in train.classes:
+            raise UserError(
+                f"the test data have a class '{name}' that the train data lack{nearest(name, train.classes)}"
+            )
+    number = np.asarray([train.classes.index(name) for name in test.classes], np.int64)
+
+    def objects(index: int) -> Objects:
+        found = test.objects(index)
+        return replace(found, labels=number[found.labels])
+
+    return replace(test, objects=objects, classes=train.classes)

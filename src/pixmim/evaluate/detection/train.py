@@ -1,0 +1,95 @@
+"""Training a detector on an encoder: ViTDet's recipe, resumed exactly."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+
+from pixmim import rng
+from pixmim.engine.optim import layer_groups
+from pixmim.evaluate.bench import Bench
+from pixmim.evaluate.detection.backbone import build_maps
+from pixmim.evaluate.detection.data import Annotated
+from pixmim.evaluate.detection.detector import build_detector, losses
+from pixmim.evaluate.detection.feed import Part, feeding
+from pixmim.evaluate.encoder import Encoder, anew
+from pixmim.evaluate.learn import learn
+from pixmim.models.layers import layer_ids
+from pixmim.protocols import Detection
+from pixmim.transforms import finish
+
+_ENCODER = "backbone.module.encoder."
+_POSITIONS = "backbone.module.windowed.positions."
+
+
+def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) -> FasterRCNN:
+    """A detector fine-tuned on annotated images; unfinished training is gone on with."""
+    encoder = bench.encoder
+    model = build(encoder, settings, len(train.classes), masks).train()
+    steps = settings.steps or max(1, round(settings.epochs * len(train.images) / settings.batch_size))
+    groups = layer_groups(model, layers(model), settings.layer_decay, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
+
+    def loss_of(part: Part, _: int) -> Tensor:
+        # torchvision draws regions, and timm's drop path rows, from the global generator.
+        torch.manual_seed(int(rng.bits(settings.seed, "detection", 0, [part.number], 1)[0, 0] >> np.uint64(1)))
+        images = finish(part.images.to(encoder.device), None, encoder.mean, encoder.std)
+        targets = [{key: value.to(encoder.device) for key, value in target.items()} for target in part.targets]
+        return torch.stack(list(losses(model, images, targets).values())).sum()
+
+    learn(
+        model,
+        optimizer,
+        lambda step: rate(settings, step, steps),
+        steps,
+        lambda first: feeding(
+            train,
+            bench.skipped(train.images),
+            size=settings.size,
+            scale=settings.jitter,
+            masks=masks,
+            fill=encoder.mean.tolist(),
+            batch=settings.batch_size // settings.accumulate,
+            seed=settings.seed,
+            first=first,
+            threads=settings.threads,
+        ),
+        loss_of,
+        bench.work("detection", settings),
+        images=len(train.images),
+        batch=settings.batch_size,
+        accumulate=settings.accumulate,
+        scaling=encoder.precision == "fp16",
+        console=bench.console,
+    )
+    return model
+
+
+def build(encoder: Encoder, settings: Detection, classes: int, masks: bool) -> FasterRCNN:
+    """The detector as it is before training: a function of the encoder, the settings and their seed."""
+    torch.manual_seed(settings.seed)
+    module = anew(encoder, str(settings.size), drop_path_rate=settings.drop_path)
+    maps = build_maps(module, settings.width, settings.window, settings.global_blocks, settings.relative_positions)
+    return build_detector(maps, classes, masks, settings.regions, encoder.device, encoder.precision)
+
+
+def rate(settings: Detection, step: int, steps: int) -> float:
+    """The learning rate of an update: linear warm-up from a thousandth, then a tenth less from each drop on."""
+    warmup = min(settings.warmup, steps // 5)
+    if step < warmup:
+        return settings.lr * (0.001 + 0.999 * step / warmup)
+    return settings.lr * 0.1 ** sum(step >= share * steps for share in settings.drops)
+
+
+def layers(model: FasterRCNN) -> dict[str, int]:
+    """The layer of each parameter of a detector, by name: the encoder's own, and its topmost for all that stands on it.
+
+    A block's relative positions count as the block's.
+    """
+    ids = layer_ids(model.backbone.module.encoder)
+    found = dict.fromkeys((name for name, _ in model.named_parameters()), max(ids.values()))
+    found |= {_ENCODER + name: layer for name, layer in ids.items()}
+    for name in found:
+        if name.startswith(_POSITIONS):
+            found[name] = int(name.removeprefix(_POSITIONS).split(".")[0]) + 1
+    return found
