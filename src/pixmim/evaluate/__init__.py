@@ -12,7 +12,7 @@ from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.engine.device import Precision, choose_device, choose_precision
 from pixmim.errors import UserError, nearest
-from pixmim.evaluate import knn, linear
+from pixmim.evaluate import knn, linear, robustness, shape_bias
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import freeze
@@ -20,7 +20,12 @@ from pixmim.evaluate.results import Result, versions
 from pixmim.parts import image_form
 from pixmim.protocols import PROTOCOLS
 
-EVALUATIONS: dict[str, Callable[[Bench, Any], Values]] = {"knn": knn.measure, "linear": linear.measure}
+EVALUATIONS: dict[str, Callable[[Bench, Any], Values]] = {
+    "knn": knn.measure,
+    "linear": linear.measure,
+    "robustness": robustness.measure,
+    "shape-bias": shape_bias.measure,
+}
 
 
 def evaluate(
