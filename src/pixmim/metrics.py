@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -86,3 +88,22 @@ def shape_decisions(
     if not total:
         return math.nan, math.nan, math.nan
     return by_shape / total, by_texture / total, by_shape / named if named else math.nan
+
+
+def window_cover(edge: npt.ArrayLike, window: npt.ArrayLike, length: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """How much of [0, edge] a random window covers in expectation, along one axis, in pixels.
+
+    The window, `window` of `length` pixels long, begins at any whole pixel where it lies inside, each as likely. So it
+    covers pixel j with probability min(j + 1, length - j, window, length - window + 1) / (length - window + 1). This
+    is the sum over what lies before `edge`, in [0, length], which may lie within a pixel. What is covered of [a, b] is
+    the difference of two. Arguments are broadcast against each other.
+    """
+    t, w, n = (np.asarray(value, np.float64) for value in (edge, window, length))
+    top = np.minimum(w, n - w + 1)  # starts that cover a pixel of the middle; also the pixels of either ramp
+    whole = np.floor(t)
+    up = np.minimum(whole, top)
+    risen = up * (up + 1) / 2 + (whole - up) * top + (t - whole) * np.minimum(whole + 1, top)
+    down = np.maximum(t - (n - top), 0)
+    whole = np.floor(down)
+    lost = whole * (whole - 1) / 2 + (down - whole) * whole
+    return np.asarray((risen - lost) / (n - w + 1))

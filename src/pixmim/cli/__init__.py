@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from pixmim.cli.data import cache
+from pixmim.cli.data import cache, coverage
 from pixmim.cli.look import attention, embed, reconstruct
 from pixmim.cli.measure import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
@@ -19,6 +19,7 @@ OVERVIEW = """usage: pixmim COMMAND [...]
   cache        resize pictures once, for all epochs to come
   list         the recipes, with what each aims at
   evaluate     measure it; `pixmim evaluate list` shows how
+  coverage     how much of the objects random crops keep
   report       one page of settings, curves, reconstructions and results, for one run or several
   reconstruct  draw what a model predicts of hidden patches
   attention    draw where a ViT looks
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
     "cache": cache,
+    "coverage": coverage,
     "list": list_recipes,
     "evaluate": evaluate,
     "report": report,
