@@ -111,8 +111,8 @@ def draw(each: dict[str, float], bias: float) -> Image.Image:
     axes = figure.add_subplot()
     rows = range(len(each))
     axes.hlines(rows, 0, 100, color="#e6e6e6", linewidth=1, zorder=0)
-    axes.scatter([100 * value for value in each.values()], rows, color="#1f5fbf", s=34)
-    axes.axvline(100 * bias, color="#d1495b", linewidth=1.6)
+    axes.scatter([100 * value for value in each.values()], rows, color="#1f5fbf", s=34, zorder=2)
+    axes.axvline(100 * bias, color="#d1495b", linewidth=1.6, zorder=1)
     axes.annotate(
         f"all: {100 * bias:.1f} %", (100 * bias, 1), xycoords=("data", "axes fraction"), xytext=(4, 3),
         textcoords="offset points", color="#d1495b", fontsize=9, annotation_clip=False,
