@@ -1,8 +1,11 @@
 """Numbers that say how good a prediction is."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -69,3 +72,75 @@ def overlap(matrix: Int[Tensor, "k k"]) -> Overlap:
     iou = torch.where(there, right / (true + predicted - right), math.nan)
     found = torch.where(there, right / true, math.nan)
     return Overlap(iou, float(iou.nanmean()), float(right.sum() / m.sum()), float(found.nanmean()))
+
+
+ALEXNET = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+"""AlexNet's error on each corruption of ImageNet-C, the mean of its five severities (arXiv 1903.12261)."""
+
+
+def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], float | None]:
+    """ImageNet-C's CE of each corruption and their mean, mCE, in per cent of AlexNet's errors.
+
+    errors  of corruptions by name, at each of the five severities, in [0, 1]
+
+    CE is the sum of the errors over the severities, divided by the same sum of AlexNet's. mCE is None unless all 15
+    are there: a mean of some of them is another number. Raises ValueError for other than five severities.
+    """
+    for name, each in errors.items():
+        if len(each) != 5:
+            raise ValueError(f"CE takes the errors of five severities, and {name} has {len(each)}")
+    found = {name: 100 * sum(each) / (5 * ALEXNET[name]) for name, each in errors.items()}
+    return found, sum(found.values()) / len(found) if found.keys() == ALEXNET.keys() else None
+
+
+def shape_decisions(
+    answers: Int[Tensor, " n"], shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]
+) -> tuple[float, float, float]:
+    """Shares of answers that name the shape and the texture, and shape bias: the first in their sum. All in [0, 1].
+
+    Stimuli whose shape and texture agree are left out. Shape bias is NaN where no answer names either; all three are
+    where no stimulus is left (arXiv 1811.12231).
+    """
+    conflict = shapes != textures
+    total = int(conflict.sum())
+    by_shape = int((conflict & (answers == shapes)).sum())
+    by_texture = int((conflict & (answers == textures)).sum())
+    named = by_shape + by_texture
+    if not total:
+        return math.nan, math.nan, math.nan
+    return by_shape / total, by_texture / total, by_shape / named if named else math.nan
+
+
+def window_cover(edge: npt.ArrayLike, window: npt.ArrayLike, length: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """How much of [0, edge] a random window covers in expectation, along one axis, in pixels.
+
+    The window, `window` of `length` pixels long, begins at any whole pixel where it lies inside, each as likely. So it
+    covers pixel j with probability min(j + 1, length - j, window, length - window + 1) / (length - window + 1). This
+    is the sum over what lies before `edge`, in [0, length], which may lie within a pixel. What is covered of [a, b] is
+    the difference of two. Arguments are broadcast against each other.
+    """
+    t, w, n = (np.asarray(value, np.float64) for value in (edge, window, length))
+    top = np.minimum(w, n - w + 1)  # starts that cover a pixel of the middle; also the pixels of either ramp
+    whole = np.floor(t)
+    up = np.minimum(whole, top)
+    risen = up * (up + 1) / 2 + (whole - up) * top + (t - whole) * np.minimum(whole + 1, top)
+    down = np.maximum(t - (n - top), 0)
+    whole = np.floor(down)
+    lost = whole * (whole - 1) / 2 + (down - whole) * whole
+    return np.asarray((risen - lost) / (n - w + 1))

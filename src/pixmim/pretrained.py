@@ -76,15 +76,18 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
     return assemble_encoder(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
 
 
-def open_model(name: str, *, whole: bool = False, known: Mapping[str, Any] | None = None) -> Weights:
+def open_model(
+    name: str, *, whole: bool = False, head: bool = False, known: Mapping[str, Any] | None = None
+) -> Weights:
     """The weights that `name` means: a run's folder, a file or folder of weights, or timm:NAME.
 
     whole  of a run: everything, from its newest checkpoint if there is one, and not just its finished encoder
+    head   of timm:NAME: with its classifier, if it has one; a file's classifier always comes along
 
     Raises UserError.
     """
     if name.startswith("timm:"):
-        return _of_timm(name.removeprefix("timm:"))
+        return _of_timm(name.removeprefix("timm:"), head)
     path = Path(name).expanduser()
     run = read_run(path) if path.is_dir() else None
     if run is None:
@@ -193,12 +196,15 @@ def adopt(weights: Weights, folder: Path | None) -> list[str]:
     return [*lines, f"written to {folder}: config.json, {', '.join(written)}"]
 
 
-def _of_timm(name: str) -> Weights:
+def _of_timm(name: str, head: bool) -> Weights:
     """One of timm's pre-trained models, which timm downloads or finds in its cache."""
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+    published = timm.get_pretrained_cfg(name)
+    classes = int(published.num_classes or 0) if head and published is not None else 0
+    options: dict[str, Any] = {"num_classes": classes} if classes else {}
     try:
-        module: Any = create_encoder("timm", name, pretrained=True)
+        module: Any = create_encoder("timm", name, pretrained=True, **options)
     except UserError:
         raise
     except Exception as error:  # no network, no such weights: the kinds of exception are the hub's
@@ -206,7 +212,11 @@ def _of_timm(name: str) -> Weights:
     made = module.pretrained_cfg
     channels, h, w = made["input_size"]
     run = Run(
-        model=Model("timm", name), size=f"{h}x{w}", channels=channels, mean=tuple(made["mean"]), std=tuple(made["std"])
+        model=Model("timm", name, options=options),
+        size=f"{h}x{w}",
+        channels=channels,
+        mean=tuple(made["mean"]),
+        std=tuple(made["std"]),
     )
     return Weights(run, {f"encoder.{n}": v for n, v in module.state_dict().items()}, "timm's pre-trained weights")
 

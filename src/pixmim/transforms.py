@@ -152,6 +152,11 @@ class RandomResizedCrop(Crop):
                 w, h = min(max(w, 1), width), min(max(h, 1), height)
             if 0 < w <= width and 0 < h <= height:
                 return int(u[-2] * (height - h + 1)), int(u[-1] * (width - w + 1)), h, w
+        return self.fallback(size)
+
+    def fallback(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The crop where all tries failed: the largest central box of an allowed ratio."""
+        height, width = size
         ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
         w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
         return (height - h) // 2, (width - w) // 2, h, w

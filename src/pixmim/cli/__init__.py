@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pixmim.cli.bench import bench_data
+from pixmim.cli.coverage import coverage
 from pixmim.cli.data import cache, stats
 from pixmim.cli.look import attention, embed, reconstruct
 from pixmim.cli.measure import evaluate, report
@@ -22,6 +23,7 @@ OVERVIEW = """usage: pixmim COMMAND [...]
   bench-data   what limits the way of your images to the network, and what to change
   list         the recipes, with what each aims at
   evaluate     measure it; `pixmim evaluate list` shows how
+  coverage     how much of the objects random crops keep
   report       one page of settings, curves, reconstructions and results, for one run or several
   reconstruct  draw what a model predicts of hidden patches
   attention    draw where a ViT looks
@@ -54,6 +56,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "cache": cache,
     "stats": stats,
     "bench-data": bench_data,
+    "coverage": coverage,
     "list": list_recipes,
     "evaluate": evaluate,
     "report": report,

@@ -12,7 +12,7 @@ from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.engine.device import Precision, choose_device, choose_precision
 from pixmim.errors import UserError, nearest
-from pixmim.evaluate import detection, finetune, knn, linear, segmentation
+from pixmim.evaluate import detection, finetune, knn, linear, robustness, segmentation, shape_bias
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import freeze
@@ -26,6 +26,8 @@ EVALUATIONS: dict[str, Callable[[Bench, Any], Values]] = {
     "finetune": finetune.measure,
     "segmentation": segmentation.measure,
     "detection": detection.measure,
+    "robustness": robustness.measure,
+    "shape-bias": shape_bias.measure,
 }
 
 

@@ -33,6 +33,13 @@ class Encoder:
     precision: Precision
     step: int
 
+    @property
+    def classes(self) -> int:
+        """What its own classifier tells apart: the outputs of its head, or 0 if it has none."""
+        head = getattr(self.module, "head", None)
+        layer = getattr(head, "fc", head)
+        return layer.out_features if isinstance(layer, nn.Linear) else 0
+
 
 def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", untrained: bool = False) -> Encoder:
     """The encoder that `name` means (see `open_model`); with `untrained` the one that a run began with.
@@ -47,7 +54,7 @@ def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", 
         if run.init:
             begin_from(model, run)
         return _on_device(run, model.encoder, 0, device, precision)
-    return of_weights(open_model(name), device=device, precision=precision)
+    return of_weights(open_model(name, head=True), device=device, precision=precision)
 
 
 def of_weights(weights: Weights, *, device: str = "auto", precision: Precision = "auto") -> Encoder:

@@ -1,0 +1,51 @@
+"""pixmim coverage: what crops keep of objects."""
+
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional
+
+from pixmim.cli.terms import say
+
+
+def coverage(args: list[str]) -> int:
+    """Say how much of the objects the crops keep."""
+
+    def command(
+        data: Positional[str],
+        /,
+        *,
+        size: str = "224",
+        mask_ratio: float = 0.75,
+        boxes: bool = False,
+        simulate: int = 0,
+        seed: int = 0,
+        out: Path = Path("coverage"),
+    ) -> int:
+        """Object coverage: which share of an object RRC, SRC and CC keep, and what masking leaves of it.
+
+        From sizes and boxes alone; no model and no pixels are needed. Writes a table of all objects, the means, and a
+        figure against the objects' size.
+
+        Args:
+            data: A .csv (width,height,x,y,w,h[,image]), COCO's .json, a folder of VOC's .xml or of masks, or shapes:.
+            size: Side of the crop, or HEIGHTxWIDTH.
+            mask_ratio: Share of the patches that is hidden.
+            boxes: Of masks: count their boxes instead.
+            simulate: Crops to draw for each object, as a check on the expectation; 0: none.
+            seed: Of these.
+            out: Folder for coverage.csv, coverage.json and coverage.png.
+        """
+        from pixmim.config import Run
+        from pixmim.evaluate.coverage import measure
+
+        console = Console()
+        report = measure(data, Run(size=size).hw, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
+        console.print(report.table())
+        if report.outside:
+            say(console, f"{report.outside} objects have no pixel inside their image, and were left out")
+        say(console, "written: " + ", ".join(map(str, report.save(out))))
+        return 0
+
+    return tyro.cli(command, prog="pixmim coverage", args=args)

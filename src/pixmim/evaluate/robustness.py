@@ -1,0 +1,272 @@
+"""What corruption costs: ImageNet-C, -A, -R and -Sketch as published, and corruptions made in memory on any images.
+
+ImageNet-C: arXiv 1903.12261. -A: 1907.07174. -R: 2006.16241. -Sketch: 1905.13549.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixmim.data.feed.loader import how_many, in_order
+from pixmim.data.source import Source
+from pixmim.errors import UserError, nearest
+from pixmim.evaluate import imagenet
+from pixmim.evaluate.bench import Bench, Values
+from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, check_channels, corrupt
+from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, own_head, probe
+from pixmim.evaluate.features import progress
+from pixmim.evaluate.learn import forget
+from pixmim.metrics import corruption_errors, wilson_interval
+from pixmim.protocols import Robustness
+from pixmim.transforms import CentreCrop, Crop, evaluation_crop
+
+Variant = tuple[str, int]
+"""A corruption and its severity."""
+
+_CLEAN: Variant = ("clean", 0)
+
+
+def measure(bench: Bench, settings: Robustness) -> Values:
+    """Everything whose data are given. What is done is kept, so that the same call goes on. Raises UserError."""
+    corruptions, severities = _chosen(settings)
+    relatives = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
+    if not (settings.imagenet_c or settings.test or any(relatives.values())):
+        raise UserError("robustness on which data? Give --test, --imagenet-c, --imagenet-a, -r or -sketch")
+    notes = _Notes(bench.work("robustness", settings))
+    if settings.imagenet_c:
+        yield from _imagenet_c(bench, settings.imagenet_c, corruptions, severities, notes)
+    for name, folder in relatives.items():
+        if folder:
+            yield from _relative(bench, name, folder, notes)
+    if settings.test:
+        yield from _in_memory(bench, settings, corruptions, severities, notes)
+    forget(notes.folder)
+
+
+def _chosen(settings: Robustness) -> tuple[list[str], list[int]]:
+    for name in settings.corruptions:
+        if name not in CORRUPTIONS:
+            known = ", ".join(CORRUPTIONS)
+            raise UserError(f"there is no corruption '{name}'{nearest(name, CORRUPTIONS)} Known: {known}")
+    if not settings.severities or not set(settings.severities) <= set(SEVERITIES):
+        raise UserError(f"severities are some of 1, 2, 3, 4 and 5, not {' '.join(map(str, settings.severities))}")
+    wanted = [name for name in CORRUPTIONS if name in (settings.corruptions or CORRUPTIONS)]
+    return wanted, sorted(set(settings.severities))
+
+
+def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: list[int], notes: "_Notes") -> Values:
+    """CE and mCE of the stored pictures, the whole picture at the encoder's size (CenterCrop(224) and no resize).
+
+    The errors are always given. CE needs five severities and all thousand classes, since AlexNet's were measured so;
+    mCE needs all 15 corruptions as well.
+    """
+    judge = imagenet_head(bench, "ImageNet-C")
+    root = Path(folder).expanduser()
+    missing = [f"{c}/{s}" for c in corruptions for s in severities if not (root / c / str(s)).is_dir()]
+    if missing:
+        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise UserError(
+            f"{folder} lacks {len(missing)} of {len(corruptions) * len(severities)} parts of ImageNet-C: {some}. "
+            "--corruptions and --severities measure a part; there is no mCE of a part"
+        )
+    errors: dict[str, list[float]] = {name: [] for name in corruptions}
+    whole = True
+    for name in corruptions:
+        for severity in severities:
+            data = bench.data(str(root / name / str(severity)))
+            labels = labels_among(data, judge.classes)
+            whole = whole and len(data.classes) == len(judge.classes)
+            right, total = _count(bench, data, CentreCrop(bench.encoder.size), judge, labels, None, notes)
+            errors[name].append(1 - right / total)
+            yield f"imagenet_c/severity/{name}/{severity}", 100 * errors[name][-1]
+    means = {name: sum(each) / len(each) for name, each in errors.items()}
+    yield "imagenet_c/error", 100 * sum(means.values()) / len(means)
+    for name, mean in means.items():
+        yield f"imagenet_c/corruption/{name}", 100 * mean
+    if whole and severities == list(SEVERITIES):
+        ces, mce = corruption_errors(errors)
+        for name, ce in ces.items():
+            yield f"imagenet_c/ce/{name}", ce
+        if mce is not None:
+            yield "imagenet_c/mce", mce
+
+
+def _relative(bench: Bench, name: str, folder: str, notes: "_Notes") -> Values:
+    """Top-1 on ImageNet-A, -R or -Sketch, at the evaluation crop; of A and R only the 200 outputs compete."""
+    title = f"ImageNet-{name.upper() if len(name) == 1 else name.title()}"
+    judge = imagenet_head(bench, title)
+    own = judge.classes if name == "sketch" else imagenet.part(name)
+    data = bench.data(folder)
+    labels = labels_among(data, own)
+    lacks = [wnid for wnid in own if wnid not in data.classes]
+    if lacks:
+        raise UserError(f"{folder} lacks {len(lacks)} of {title}'s {len(own)} class folders: {', '.join(lacks[:5])}")
+    among = [judge.classes.index(wnid) for wnid in own]
+    right, total = _count(bench, data, evaluation_crop(bench.encoder.size), judge, labels, among, notes)
+    low, high = wilson_interval(right, total)
+    yield f"imagenet_{name}/top1", 100 * right / total
+    yield f"imagenet_{name}/top1/low", 100 * low
+    yield f"imagenet_{name}/top1/high", 100 * high
+
+
+def _in_memory(
+    bench: Bench, settings: Robustness, corruptions: list[str], severities: list[int], notes: "_Notes"
+) -> Values:
+    """Errors on pictures that are corrupted after the evaluation crop, and on clean ones, in per cent.
+
+    Yields, under in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, the
+    mean of those; lost, error minus clean, in points; times, error over clean; severity/NAME/SEVERITY.
+    """
+    form = bench.encoder.form
+    check_channels(form.channels)
+    if form.pixels != "uint8":
+        raise UserError(f"the corruptions are made for pictures of 8 bits, and this encoder reads {form.pixels}")
+    data = bench.data(settings.test)
+    judge, labels, among = _judge(bench, data, settings)
+    variants = [_CLEAN, *((name, severity) for name in corruptions for severity in severities)]
+    right, total = _count_corrupted(bench, data, judge, labels, among, variants, settings.seed, notes)
+    errors = {variant: 100 * (1 - right[variant] / total) for variant in variants}
+    clean = errors[_CLEAN]
+    means = {name: sum(errors[name, s] for s in severities) / len(severities) for name in corruptions}
+    error = sum(means.values()) / len(means)
+    key = f"in_memory/{judge.kind}"
+    low, high = wilson_interval(total - right[_CLEAN], total)
+    yield f"{key}/clean", clean
+    yield f"{key}/clean/low", 100 * low
+    yield f"{key}/clean/high", 100 * high
+    yield f"{key}/error", error
+    yield f"{key}/lost", error - clean
+    yield f"{key}/times", error / clean if clean else float("inf")
+    for name, mean in means.items():
+        yield f"{key}/corruption/{name}", mean
+    for name, severity in variants[1:]:
+        yield f"{key}/severity/{name}/{severity}", errors[name, severity]
+
+
+def _judge(bench: Bench, data: Source, settings: Robustness) -> tuple[Judge, Tensor, list[int] | None]:
+    """Who classifies the test data, their labels in its numbers, and its outputs that compete (None: all)."""
+    if data.labels is None:
+        raise UserError(f"{data.spec} has no labels: one subfolder for each class is needed, or a column (label=)")
+    own, kind = own_head(bench), settings.classifier
+    known = bool(own.classes) and set(data.classes) <= set(own.classes)
+    if kind == "auto":
+        kind = "head" if known or not settings.train else "probe"
+    if kind == "probe":
+        if not settings.train:
+            raise UserError("a probe needs labelled clean data to be fitted to: --train")
+        judge = probe(bench, settings.train, epochs=settings.epochs, seed=settings.seed)
+        return judge, labels_among(data, judge.classes), None
+    if known:
+        return own, torch.from_numpy(data.labels), [own.classes.index(name) for name in data.classes]
+    if bench.encoder.classes != len(data.classes):
+        has = f"a classifier of {bench.encoder.classes}" if bench.encoder.classes else "no classifier"
+        raise UserError(
+            f"{data.spec} has {len(data.classes)} classes, and this encoder has {has}: give --train, labelled data of "
+            "the same classes that a probe is fitted to"
+        )
+    return own, torch.from_numpy(data.labels), None
+
+
+def _count(
+    bench: Bench,
+    data: Source,
+    crop: Crop,
+    judge: Judge,
+    labels: Tensor,
+    among: list[int] | None,
+    notes: "_Notes",
+) -> tuple[int, int]:
+    """How many pictures are classified rightly, and how many could be read. Raises UserError if none could."""
+    key = f"{data.spec} {data.fingerprint()}"
+    if key not in notes.done:
+        right = total = 0
+        with progress(data.spec, len(data), bench.console) as advance:
+            for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256):
+                if len(indices):
+                    right += int((judge.answers(images, among) == labels[indices]).sum())
+                    total += len(indices)
+                advance(end)
+        notes.keep(key, [right, total])
+    right, total = notes.done[key]
+    if not total:
+        raise UserError(f"not one picture of {data.spec} can be read")
+    return right, total
+
+
+def _count_corrupted(
+    bench: Bench,
+    data: Source,
+    judge: Judge,
+    labels: Tensor,
+    among: list[int] | None,
+    variants: list[Variant],
+    seed: int,
+    notes: "_Notes",
+) -> tuple[dict[Variant, int], int]:
+    """The same for each variant of every picture. Pictures are read once; what is done is kept batch by batch."""
+    key, crop = f"in memory {data.spec} {data.fingerprint()}", evaluation_crop(bench.encoder.size)
+    first, total, *counts = notes.done.get(key, [0] * (2 + len(variants)))
+    right = dict(zip(variants, counts, strict=True))
+    with (
+        progress(f"{len(variants) - 1} corruptions of {data.spec}", len(data), bench.console) as advance,
+        ThreadPoolExecutor(how_many(0), "pixmim-corrupt", initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256, first=first):
+            if len(indices):
+                wanted = labels[indices]
+                for variant, changed in _made(images, indices.tolist(), variants, seed, pool):
+                    right[variant] += int((judge.answers(changed, among) == wanted).sum())
+                total += len(indices)
+            notes.keep(key, [end, total, *right.values()])
+            advance(end)
+    if not total:
+        raise UserError(f"not one picture of {data.spec} can be read")
+    return right, total
+
+
+def _made(
+    images: Tensor, indices: list[int], variants: list[Variant], seed: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[Variant, Tensor]]:
+    """Each variant of a batch, made by threads while the one before is looked at."""
+
+    def start(variant: Variant) -> tuple[Variant, list[Future[Tensor]]]:
+        if variant == _CLEAN:
+            return variant, []
+        make = partial(_one, variant=variant, seed=seed)
+        return variant, [pool.submit(make, image, index) for image, index in zip(images, indices, strict=True)]
+
+    ahead: deque[tuple[Variant, list[Future[Tensor]]]] = deque()
+    for variant in variants:
+        ahead.append(start(variant))
+        if len(ahead) > 1:
+            done, parts = ahead.popleft()
+            yield done, torch.stack([part.result() for part in parts]) if parts else images
+    for done, parts in ahead:
+        yield done, torch.stack([part.result() for part in parts]) if parts else images
+
+
+def _one(image: Tensor, index: int, *, variant: Variant, seed: int) -> Tensor:
+    return corrupt(image, *variant, seed=seed, index=index)
+
+
+class _Notes:
+    """Counts of what is done, in a file, so that an interrupted evaluation goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._path = folder, folder / "counts.json"
+        self.done: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+
+    def keep(self, key: str, counts: list[int]) -> None:
+        self.done[key] = counts
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self._path.with_suffix(".tmp")
+        beside.write_text(json.dumps(self.done))
+        os.replace(beside, self._path)
