@@ -30,13 +30,13 @@ from pixmim.data.source import Source
 from pixmim.data.tars.cache import make_cache
 from pixmim.transforms import Crop, RandomResizedCrop, SimpleResizedCrop
 
-BATCH, SIZE = 64, 224
+BATCH, SIZE = 256, 224
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--images", type=int, default=1920, help="images in a turn")
+    parser.add_argument("--images", type=int, default=2048, help="images in a turn")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     print(f"{machine()}, {os.cpu_count()} cores; median of {options.rounds}")

@@ -20,7 +20,7 @@ from pixmim.evaluate.linear import RATES, fit, linear, standardise
 from pixmim.evaluate.results import Result, save
 from pixmim.metrics import wilson_interval
 from pixmim.parts import build_model
-from pixmim.protocols import PROTOCOLS
+from pixmim.protocols import PROTOCOLS, All
 from pixmim.runfile import to_json
 from pixmim.transforms import evaluation_crop
 from pixmim.weights.own import save_tensors
@@ -173,3 +173,16 @@ def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make)
     module = build_model(tiny_run()).encoder.train()
     freeze(in_training(tiny_run(), module, torch.device("cpu"), "fp32"), open_data(TEST))
     assert module.training
+
+
+def test_all_stands_for_what_the_data_allow(product: Path) -> None:
+    """One call, several results; on drawn data shape is set against texture by itself."""
+    assert [name for name, _ in All("/a", "/b").parts()] == ["knn", "linear", "robustness"]
+    more = All("/a", "/b", stimuli="/c", finetune=True, pairs="/ade", coco="/coco").parts()
+    assert [name for name, _ in more][3:] == ["shape-bias", "finetune", "segmentation", "detection"]
+    assert all(name in PROTOCOLS and isinstance(s, PROTOCOLS[name].settings) for name, s in more)
+    drawn = All(TRAIN, TEST, severities=(1,))
+    results = list(evaluate(str(product), drawn.parts(), product, device="cpu"))
+    assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
+    assert results[3].settings["data"] == f"{TEST},texture=conflict"
+    assert results[0].values == measured("knn", product, TRAIN, TEST).values

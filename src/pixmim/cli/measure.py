@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from pixmim.cli.terms import absolute, say
 from pixmim.errors import UserError, nearest
-from pixmim.protocols import DATA, PROTOCOLS
+from pixmim.protocols import DATA, PROTOCOLS, All
 
 
 def evaluate(args: list[str]) -> int:
@@ -19,10 +19,10 @@ def evaluate(args: list[str]) -> int:
     if not args or args[0] in ("list", "-h", "--help"):
         print(_overview())
         return 0
-    name, known = args[0], [*PROTOCOLS, "list"]
-    if name not in PROTOCOLS:
+    name, known = args[0], [*PROTOCOLS, "all", "list"]
+    if name not in known:
         raise UserError(f"there is no evaluation '{name}'{nearest(name, known)}\n\n{_overview()}")
-    settings_type = PROTOCOLS[name].settings
+    settings_type = All if name == "all" else PROTOCOLS[name].settings
 
     def command(
         model: Positional[str],
@@ -46,7 +46,7 @@ def evaluate(args: list[str]) -> int:
         """
         return model, settings, untrained, out or _home(model), device, precision
 
-    about = f"{settings_type.__doc__} Needs {PROTOCOLS[name].needs}."
+    about = str(settings_type.__doc__) + (f" Needs {PROTOCOLS[name].needs}." if name in PROTOCOLS else "")
     model, settings, untrained, out, device, precision = tyro.cli(
         command, prog=f"pixmim evaluate {name}", description=about, args=args[1:]
     )
@@ -55,9 +55,10 @@ def evaluate(args: list[str]) -> int:
     from pixmim.report import results_table, write_report
 
     console, settings = Console(), _with_whole_paths(settings)
+    evaluations = settings.parts() if isinstance(settings, All) else [(name, settings)]
     for before in [True, False] if untrained else [False]:
         for result in measure(
-            model, [(name, settings)], out, untrained=before, device=device, precision=precision, console=console
+            model, evaluations, out, untrained=before, device=device, precision=precision, console=console
         ):
             save(result, out)
     console.print(results_table([out]))
@@ -68,6 +69,7 @@ def evaluate(args: list[str]) -> int:
 def _overview() -> str:
     width = max(map(len, PROTOCOLS))
     about = {name: str(p.settings.__doc__).splitlines()[0] for name, p in PROTOCOLS.items()}
+    about["all"] = str(All.__doc__)
     what = "\n".join(f"  {name:<{width}}  {line}" for name, line in about.items())
     needs = "\n".join(f"  {name:<{width}}  {p.needs}" for name, p in PROTOCOLS.items())
     return (
