@@ -110,7 +110,9 @@ class RunLog:
         self._bar.update(self._task, text=text)
         if not self._console.is_terminal and (now - self._spoke > 5 or step == self._steps):
             left = (now - self._began) / max(1, step - self._first) * (self._steps - step)
-            self._console.print(f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left", highlight=False)
+            self._console.print(
+                f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left", highlight=False, soft_wrap=True
+            )
             self._spoke = now
         self._sums, self._count, self._since, self._waited = {}, 0, now, waited
 

@@ -1,4 +1,4 @@
-"""Says how good an encoder is. One literal dict names the evaluations; their settings stand in `protocols.py`."""
+"""Says how good an encoder is. One literal dict names the evaluations; their settings stand in `protocols/`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
