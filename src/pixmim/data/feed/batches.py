@@ -14,7 +14,7 @@ from torch import Tensor
 class Batch:
     """Cropped images as they lie in memory, which of them the device must still flip, and which images they are.
 
-    In memory that is not page-locked, a batch is overwritten once the next one is asked for: copy what shall last.
+    On a CPU, a batch may be overwritten once the next one is asked for: copy what shall last.
     """
 
     images: Shaped[Tensor, "b c h w"]

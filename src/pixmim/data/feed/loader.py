@@ -35,6 +35,8 @@ class Loader(Batches):
     skipped   keeps account of images that cannot be read; each is replaced by the next one of its epoch's order
     threads   of them, which read and decode
     pin       put batches into page-locked memory, for a copy to a GPU that does not wait
+    reuse     fill the memory of a batch again once the next one is asked for; not if it may still be on its way to
+              the device by then
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class Loader(Batches):
         seed: int = 0,
         threads: int = 0,
         pin: bool = False,
+        reuse: bool = True,
     ) -> None:
-        self._source, self._crop, self._portion, self._skipped, self._pin = source, crop, portion, skipped, pin
+        self._source, self._crop, self._portion, self._skipped = source, crop, portion, skipped
+        self._pin, self._reuse = pin, reuse and not pin
         self._stream = Stream(seed, len(source), source.pieces, crop.draws, flip)
         self._threads = how_many(threads)
         # Each decoding thread must not open a team of its own for every small resize.
@@ -64,7 +68,7 @@ class Loader(Batches):
         return self._waited
 
     def __next__(self) -> Batch:
-        if self._used is not None and not self._pin:  # page-locked memory may still be on its way to the device
+        if self._used is not None and self._reuse:
             self._free.append(self._used)
         while len(self._pending) <= _AHEAD:
             self._pending.append(self._submit())
