@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
-from pixmim import load_encoder, protocols
+from pixmim import load_encoder
 from pixmim.config import Model, Run
 from pixmim.data import open_data
 from pixmim.data.feed.batches import Batch
@@ -30,6 +30,7 @@ from pixmim.evaluate.results import Result
 from pixmim.evaluate.tuning import TUNINGS, Recipe, choose, resolve
 from pixmim.parts import build_encoder, build_model
 from pixmim.protocols import Changes, Finetune, Linear
+from pixmim.protocols import tuned as settings
 from pixmim.recipes import get_recipe
 from pixmim.runfile import to_json
 from pixmim.transforms import finish
@@ -275,7 +276,7 @@ def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], P
 
 def test_recipes_and_changes_name_the_same_numbers() -> None:
     assert [f.name for f in fields(Recipe)][1:] == [f.name for f in fields(Changes)]
-    assert all(name in Path(protocols.__file__).read_text() for name in TUNINGS)  # the help of --recipe
+    assert all(name in Path(settings.__file__).read_text() for name in TUNINGS)  # the help of --recipe
     changed = resolve(TUNINGS["mae-vit-base"], Changes(epochs=3, clip=1.0))
     assert (changed.epochs, changed.clip, changed.layer_decay) == (3, 1.0, 0.65)
     with pytest.raises(UserError, match=r"--layer-decay lies between 0.001 and 1, and is not 2"):

@@ -81,5 +81,4 @@ def open_batches(
             source, crop, portion, device, skipped=skipped, flip=flip, seed=seed, threads=threads, progress=progress
         )
     kept = Kept(source) if place == "memory" else source
-    pin, reuse = device.type == "cuda", device.type == "cpu"
-    return Loader(kept, crop, portion, skipped=skipped, flip=flip, seed=seed, threads=threads, pin=pin, reuse=reuse)
+    return Loader(kept, crop, portion, skipped=skipped, flip=flip, seed=seed, threads=threads, device=device)

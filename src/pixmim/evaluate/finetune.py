@@ -147,7 +147,7 @@ class Lesson:
             skipped=self.bench.skipped(self.data.train),
             seed=self.settings.seed,
             threads=self.settings.threads,
-            pin=self.bench.encoder.device.type == "cuda",
+            device=self.bench.encoder.device,
         )
 
     def loss(self, batch: Batch, number: int) -> Tensor:

@@ -109,7 +109,7 @@ class Lesson:
             skipped=self.bench.skipped(self.data.train),
             seed=self.settings.seed,
             threads=self.settings.threads,
-            pin=self.bench.encoder.device.type == "cuda",
+            device=self.bench.encoder.device,
         )
 
     @torch.no_grad()

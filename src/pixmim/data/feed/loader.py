@@ -22,6 +22,7 @@ from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Source, follow
 from pixmim.transforms import Crop, stacked
 
+_CPU = torch.device("cpu")
 _AHEAD = 2  # batches that are ready or in the making while the loop uses one: this bounds the memory
 
 
@@ -34,9 +35,8 @@ class Loader(Batches):
     flip      probability of a horizontal flip
     skipped   keeps account of images that cannot be read; each is replaced by the next one of its epoch's order
     threads   of them, which read and decode
-    pin       put batches into page-locked memory, for a copy to a GPU that does not wait
-    reuse     fill the memory of a batch again once the next one is asked for; not if it may still be on its way to
-              the device by then
+    device    where batches go. To a CUDA device, from page-locked memory: the copy need not be waited for. On a CPU,
+              the memory of a batch is filled again once the next one is asked for
     """
 
     def __init__(
@@ -49,11 +49,10 @@ class Loader(Batches):
         flip: float = 0.5,
         seed: int = 0,
         threads: int = 0,
-        pin: bool = False,
-        reuse: bool = True,
+        device: torch.device = _CPU,
     ) -> None:
         self._source, self._crop, self._portion, self._skipped = source, crop, portion, skipped
-        self._pin, self._reuse = pin, reuse and not pin
+        self._pin, self._reuse = device.type == "cuda", device.type == "cpu"
         self._stream = Stream(seed, len(source), source.pieces, crop.draws, flip)
         self._threads = how_many(threads)
         # Each decoding thread must not open a team of its own for every small resize.

@@ -66,7 +66,7 @@ def fit(
             skipped=skipped,
             seed=settings.seed,
             threads=settings.threads,
-            pin=encoder.device.type == "cuda",
+            device=encoder.device,
         )
 
     def loss(batch: Batch, step: int) -> Tensor:
