@@ -15,9 +15,9 @@ from pixmim.data.feed.batches import Batch, Portion
 from pixmim.data.feed.keep import choose_place
 from pixmim.data.skipped import Skipped
 from pixmim.engine.advice import describe
-from pixmim.engine.checkpoint import Checkpoints
+from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints
 from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
-from pixmim.engine.optim import Updater, adamw
+from pixmim.engine.optim import STREAK, Updater, adamw
 from pixmim.engine.runlog import DATA_BOUND, RunLog
 from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
@@ -31,9 +31,6 @@ from pixmim.weights.own import save_tensors
 
 Watch = Callable[[nn.Module], dict[str, float]]
 """Measures the encoder while it is trained: named values for the log."""
-
-_STREAK = 20  # updates in a row without a finite gradient, after which a run is lost
-_AUTOSAVE = 600.0  # seconds between checkpoints, unless steps are given
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
                 log.line(step, batches.waited, lr=schedule.lr(step - 1), skipped=updater.state["skipped"].item())
             if step == schedule.steps or (run.knn.every > 0 and step % watch_every == 0):
                 measure(step)
-            due = step % run.checkpoint_every == 0 if run.checkpoint_every else time.monotonic() - saved_at > _AUTOSAVE
+            due = step % run.checkpoint_every == 0 if run.checkpoint_every else time.monotonic() - saved_at > AUTOSAVE
             if due or interrupts.asked or step == schedule.steps:
                 save(step)
                 saved_at = time.monotonic()
@@ -164,7 +161,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
 
 def _stop_if_lost(updater: Updater, step: int) -> None:
     streak = int(updater.state["streak"].item())
-    if streak >= _STREAK:
+    if streak >= STREAK:
         raise UserError(
             f"the gradient was not finite in the last {streak} updates (up to step {step}). The weights are those "
             "before it. Try a lower --optim.base-lr, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)."

@@ -40,7 +40,7 @@ def bits(seed: int, stream: str, epoch: npt.ArrayLike, indices: npt.ArrayLike, c
     key = np.zeros(1, np.uint64)
     for word in (np.uint64(seed % 2**64), np.uint64(zlib.crc32(stream.encode())), epoch, indices):
         key = _absorb(key, np.asarray(word).astype(np.uint64))
-    return _absorb(key[:, None], np.arange(count, dtype=np.uint64)[None, :])
+    return _absorb(key[:, None], np.arange(count, dtype=np.uint64))
 
 
 def uniform(
@@ -69,10 +69,7 @@ def shuffled(
     """
     x = np.array(places, np.uint64)
     n = np.broadcast_to(np.asarray(count, np.uint64), x.shape)
-    key = np.zeros(1, np.uint64)
-    for word in (np.uint64(seed % 2**64), np.uint64(zlib.crc32(stream.encode())), epoch, part):
-        key = _absorb(key, np.asarray(word).astype(np.uint64))
-    keys = np.broadcast_to(_absorb(key[:, None], np.arange(_ROUNDS, dtype=np.uint64)), (len(x), _ROUNDS))
+    keys = np.broadcast_to(bits(seed, stream, epoch, part, _ROUNDS), (len(x), _ROUNDS))
     a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
     b = (n + a - np.uint64(1)) // a
     left = np.arange(len(x))  # rows that are not below their count yet

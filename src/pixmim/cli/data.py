@@ -53,9 +53,9 @@ def cache(args: list[str]) -> int:
         """
         from pixmim.config import Run
         from pixmim.data import open_data
+        from pixmim.data.patience import progress
         from pixmim.data.source import Form
         from pixmim.data.tars.cache import make_cache
-        from pixmim.evaluate.features import progress
 
         console = Console()
         source = open_data(absolute(data), Form(channels, pixels, pages))
@@ -115,9 +115,9 @@ def stats(args: list[str]) -> int:
 
         from pixmim.data import open_data
         from pixmim.data import stats as look
+        from pixmim.data.patience import progress
         from pixmim.data.source import Form
         from pixmim.data.tars.cacheformat import read_settings
-        from pixmim.evaluate.features import progress
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)

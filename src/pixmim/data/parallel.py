@@ -6,7 +6,8 @@ from time import monotonic
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pixmim.data.patience import bar
 
 T = TypeVar("T")
 
@@ -20,22 +21,20 @@ def parallel(what: str, function: Callable[[int], T], count: int, threads: int =
     """
     if not count:
         return []
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    task, patience, shown = bar.add_task(what, total=count), monotonic() + _PATIENCE, False
+    progress = bar(Console(stderr=True))
+    task, patience, shown = progress.add_task(what, total=count), monotonic() + _PATIENCE, False
     found: list[T] = []
     with ThreadPoolExecutor(min(threads, count), "pixmim-files") as pool:
         jobs = [pool.submit(function, i) for i in range(count)]
         try:
             for job in jobs:
                 if not shown and wait([job], max(0.0, patience - monotonic())).not_done:
-                    bar.start()
+                    progress.start()
                     shown = True
                 found.append(job.result())
-                bar.update(task, completed=len(found))
+                progress.update(task, completed=len(found))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             if shown:
-                bar.stop()
+                progress.stop()
     return found

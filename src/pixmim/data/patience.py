@@ -1,4 +1,4 @@
-"""A line on the terminal for work that takes longer than a moment."""
+"""What a terminal shows of work that takes longer than a moment: a bar where its end is known, else a line."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,9 +6,24 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _MOMENT = 1.0  # seconds that need no explanation
 _AGAIN = 0.1  # seconds between two looks of the line
+
+
+def bar(console: Console) -> Progress:
+    """A bar that leaves nothing behind; none if the console is no terminal. It is to be started."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+@contextmanager
+def progress(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere; it is told how many are done."""
+    with bar(console or Console(quiet=True, force_terminal=False)) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda done: shown.update(task, completed=done)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ light and aspect ratio vary. Since shape and texture are drawn apart, a network'
 Object and background differ by texture and colour, so nothing but the outline tells one shape from another.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pixmim import rng
 from pixmim.data.pictures.convert import bring
-from pixmim.data.source import COLOUR, Form, Source, of_places
+from pixmim.data.source import COLOUR, Form, NearSource, of_places
 from pixmim.errors import UserError, nearest
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
@@ -47,7 +46,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Shapes(Source):
+class Shapes(NearSource):
     """The data set. `shapes:count=5000,seed=1,size=64,texture=conflict` spells its fields.
 
     count    samples in one epoch (there are always more: any index can be drawn)
@@ -105,13 +104,6 @@ class Shapes(Source):
     @property
     def sizes(self) -> npt.NDArray[np.int64] | None:
         return None
-
-    @property
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        return None
-
-    def soon(self, pieces: Sequence[int]) -> None:
-        pass
 
     def __len__(self) -> int:
         return self.count

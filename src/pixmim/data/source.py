@@ -112,6 +112,17 @@ class Source(ABC):
         """Of all images in order, so that unfinished work on others is not taken for work on these."""
 
 
+class NearSource(Source):
+    """A data set any image of which is as near as any other."""
+
+    @property
+    def pieces(self) -> npt.NDArray[np.int64] | None:
+        return None
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        """There are no pieces to fetch."""
+
+
 @runtime_checkable
 class Encoded(Protocol):
     """A data set of picture files, which gives their bytes to look into."""

@@ -8,10 +8,8 @@ Whole images are measured, in float64. Crops, and resizing, show nearly the same
 """
 
 import json
-import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +26,7 @@ from pixmim.data.tars import anywhere
 from pixmim.data.tars.cacheformat import read_settings, write_json
 from pixmim.data.tars.foreign import names_tars
 from pixmim.data.tars.remote import is_far
+from pixmim.data.threads import how_many, in_turn, workers
 
 _BLOCK = 2**20  # values that are in float64 at a time
 
@@ -226,15 +225,8 @@ def _moments(pixels: npt.NDArray[np.generic]) -> Vector:
 
 def _threads(work: Callable[[int], T], indices: list[int], threads: int) -> Iterator[T]:
     """What `work` makes of each index, in order, by several threads that are never far ahead."""
-    count = threads or min(16, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(count, "pixmim-stats", initializer=torch.set_num_threads, initargs=(1,))
-    ahead: deque[Future[T]] = deque()
+    pool = workers(threads, "pixmim-stats")
     try:
-        for index in indices:
-            ahead.append(pool.submit(work, index))
-            if len(ahead) > 4 * count:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from in_turn(pool, work, indices, 4 * how_many(threads))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -21,6 +21,10 @@ from pixmim.errors import UserError
 _NAME = re.compile(r"step-(\d{9})")
 
 
+AUTOSAVE = 600.0
+"""Seconds between checkpoints, unless steps are given."""
+
+
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` of them, each a folder step-NNNNNNNNN.
 

@@ -43,6 +43,10 @@ def layer_groups(
     ]
 
 
+STREAK = 20
+"""Updates in a row without a finite gradient, after which a run is lost."""
+
+
 class Updater:
     """Applies gradients to weights: unscales, clips, and leaves the weights untouched where the gradient is not finite.
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pixmim import rng
+from pixmim.data.patience import progress
 from pixmim.errors import UserError
 from pixmim.evaluate.boxes import Object, read_objects
-from pixmim.evaluate.features import progress
 from pixmim.evaluate.results import versions
 from pixmim.metrics import window_cover
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop, cover

@@ -17,7 +17,6 @@ from pixmim.evaluate.features import BLOCKS
 from pixmim.evaluate.imagenet import wnids
 from pixmim.evaluate.linear import choose
 from pixmim.models import features
-from pixmim.transforms import finish
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def probe(bench: Bench, train: str, *, epochs: int, seed: int) -> Judge:
 
     def scores(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
-            return fitted.scores(features(encoder.module, _normalised(encoder, images), BLOCKS))
+            return fitted.scores(features(encoder.module, encoder.ready(images), BLOCKS))
 
     encoder.module.eval()
     return Judge("probe", fitted.classes, scores)
@@ -87,11 +86,7 @@ def labels_among(data: Source, classes: list[str]) -> Int[Tensor, " n"]:
 def _head(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     def scores(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
-            return encoder.module(_normalised(encoder, images)).float().cpu()
+            return encoder.module(encoder.ready(images)).float().cpu()
 
     encoder.module.eval()
     return scores
-
-
-def _normalised(encoder: Encoder, images: Tensor) -> Tensor:
-    return finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 
 from pixmim.data.feed.loader import in_order
+from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.engine.device import Precision, autocast
 from pixmim.errors import UserError
 from pixmim.evaluate.encoder import of_weights
-from pixmim.evaluate.features import progress
 from pixmim.models import features
-from pixmim.transforms import evaluation_crop, finish
+from pixmim.transforms import evaluation_crop
 from pixmim.weights.recognise import Weights
 
 Kind = Literal["cls", "mean", "both"]
@@ -65,7 +65,7 @@ def embed(
             data, evaluation_crop(encoder.size), skipped=skipped, batch=batch, first=first
         ):
             if len(indices):
-                x = finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)
+                x = encoder.ready(images)
                 with autocast(encoder.device, encoder.precision):
                     found = features(encoder.module, x)
                 rows = {"cls": found.vector[:, -1], "mean": found.mean}

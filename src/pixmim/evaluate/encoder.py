@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pixmim.config import Run
@@ -13,6 +14,7 @@ from pixmim.engine.device import Precision, choose_attention, choose_device, cho
 from pixmim.errors import UserError
 from pixmim.parts import build_model, image_form
 from pixmim.pretrained import assemble_encoder, begin_from, open_model
+from pixmim.transforms import finish
 from pixmim.weights.recognise import Weights, read_run
 
 
@@ -32,6 +34,10 @@ class Encoder:
     device: torch.device
     precision: Precision
     step: int
+
+    def ready(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Pictures as they come out of a crop, on the device and normalised."""
+        return finish(images.to(self.device, non_blocking=True), None, self.mean, self.std)
 
     @property
     def classes(self) -> int:

@@ -1,23 +1,21 @@
 """Frozen features of a labelled data set: what every evaluation of a frozen encoder starts from."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from pixmim.data.feed.loader import in_order
+from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.engine.device import autocast
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate.encoder import Encoder
 from pixmim.models import features
-from pixmim.transforms import evaluation_crop, finish
+from pixmim.transforms import evaluation_crop
 
 BLOCKS = 4
 """Blocks, counted from the end, whose global tokens are kept."""
@@ -58,38 +56,33 @@ def freeze(
         )
     if skipped is None:
         skipped = Skipped(None, len(data), 0.25)
+    wanted = torch.from_numpy(data.labels)  # once: some data sets compute them all each time
     vectors, means, labels = [], [], []
     training = encoder.module.training
     encoder.module.eval()
     with progress(f"features of {data.spec}", len(data), console) as advance:
         for images, indices, end in in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
             if len(indices):
-                x = finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)
+                x = encoder.ready(images)
                 with autocast(encoder.device, encoder.precision):
                     found = features(encoder.module, x, BLOCKS)
                 vectors.append(found.vector.float().cpu())
                 means.append(found.mean.float().cpu())
-                labels.append(torch.from_numpy(data.labels[indices]))
+                labels.append(wanted[torch.from_numpy(indices)])
             advance(end)
     encoder.module.train(training)
     return Frozen(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
 
 
-@contextmanager
-def progress(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere; it is told how many are done."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    quiet = console is None or not console.is_terminal
-    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
-
-
 def same_classes(train: Frozen, test: Frozen) -> Int[Tensor, " n"]:
     """The test labels in the numbers that the train set's classes have. Raises UserError for a class train has not."""
-    for name in test.classes:
-        if name not in train.classes:
-            raise UserError(
-                f"the test data have a class '{name}' that the train data lack{nearest(name, train.classes)}"
-            )
-    return torch.tensor([train.classes.index(name) for name in test.classes])[test.labels]
+    return numbers_among(test.classes, train.classes)[test.labels]
+
+
+def numbers_among(test: list[str], train: list[str]) -> Int[Tensor, " k"]:
+    """The number that each test class has among the train classes. Raises UserError for one that they lack."""
+    number = {name: i for i, name in enumerate(train)}
+    for name in test:
+        if name not in number:
+            raise UserError(f"the test data have a class '{name}' that the train data lack{nearest(name, train)}")
+    return torch.tensor([number[name] for name in test])

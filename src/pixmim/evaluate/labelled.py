@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixmim.data.feed.loader import in_order
+from pixmim.data.patience import progress
 from pixmim.data.source import Source
 from pixmim.engine.device import autocast
-from pixmim.errors import UserError, nearest
+from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.encoder import Encoder
-from pixmim.evaluate.features import progress
+from pixmim.evaluate.features import numbers_among
 from pixmim.metrics import wilson_interval
-from pixmim.transforms import evaluation_crop, finish
+from pixmim.transforms import evaluation_crop
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,12 @@ def open_labelled(bench: Bench, train: str, test: str) -> Labelled:
             )
     if len(learnt.classes) < 2:
         raise UserError(f"{learnt.spec} has a single class, '{learnt.classes[0]}': there is nothing to tell apart")
-    for name in measured.classes:
-        if name not in learnt.classes:
-            raise UserError(
-                f"the test data have a class '{name}' that the train data lack{nearest(name, learnt.classes)}"
-            )
+    number = numbers_among(measured.classes, learnt.classes)
     for name in learnt.classes:
         if name not in measured.classes:
             raise UserError(f"the test data {measured.spec} lack the class '{name}' of the train data")
-    number = np.asarray([learnt.classes.index(name) for name in measured.classes])
-    labels, wanted = cast(np.ndarray, learnt.labels), number[cast(np.ndarray, measured.labels)]
-    return Labelled(learnt, measured, torch.from_numpy(labels), torch.from_numpy(wanted), learnt.classes)
+    labels, wanted = (torch.from_numpy(cast(np.ndarray, data.labels)) for data in (learnt, measured))
+    return Labelled(learnt, measured, labels, number[wanted], learnt.classes)
 
 
 def grade(
@@ -71,7 +67,7 @@ def grade(
         skipped = bench.skipped(data.test)
         for images, indices, end in in_order(data.test, evaluation_crop(size), skipped=skipped, batch=256):
             if len(indices):
-                x = finish(images.to(encoder.device, non_blocking=True), None, encoder.mean, encoder.std)
+                x = encoder.ready(images)
                 with torch.no_grad(), autocast(encoder.device, encoder.precision):
                     scores = classify(x)
                 scores, wanted = scores.float().cpu(), data.wanted[torch.from_numpy(indices)]

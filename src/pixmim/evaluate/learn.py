@@ -11,14 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.engine.checkpoint import Checkpoints
-from pixmim.engine.optim import Updater
+from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints
+from pixmim.engine.optim import STREAK, Updater
 from pixmim.engine.runlog import RunLog
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
-
-_AUTOSAVE = 600.0  # seconds between checkpoints
-_STREAK = 20  # updates in a row without a finite gradient, after which a run is lost
 
 T = TypeVar("T")
 
@@ -87,11 +84,11 @@ def learn(
             step += 1
             log.add(step, loss=total, gradient=norm)
             if log.due(step):
-                if updater.state["streak"].item() >= _STREAK:
-                    raise UserError(f"the gradient was not finite in the last {_STREAK} updates: lower the rate")
+                if updater.state["streak"].item() >= STREAK:
+                    raise UserError(f"the gradient was not finite in the last {STREAK} updates: lower the rate")
                 waited = getattr(feed, "waited", 0.0)
                 log.line(step, waited, lr=rate(step - 1), skipped=updater.state["skipped"].item())
-            if step == steps or interrupts.asked or time.monotonic() - saved_at > _AUTOSAVE:
+            if step == steps or interrupts.asked or time.monotonic() - saved_at > AUTOSAVE:
                 checkpoints.save(step, model, optimizer, updater, images=images)
                 saved_at = time.monotonic()
             if interrupts.asked and step < steps:

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixmim.data.feed.loader import how_many, in_order
+from pixmim.data.feed.loader import in_order
+from pixmim.data.patience import progress
 from pixmim.data.source import Source
+from pixmim.data.threads import workers
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate import imagenet
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, check_channels, corrupt
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, own_head, probe
-from pixmim.evaluate.features import progress
 from pixmim.evaluate.learn import forget
 from pixmim.metrics import corruption_errors, wilson_interval
 from pixmim.protocols import Robustness
@@ -217,7 +218,7 @@ def _count_corrupted(
     right = dict(zip(variants, counts, strict=True))
     with (
         progress(f"{len(variants) - 1} corruptions of {data.spec}", len(data), bench.console) as advance,
-        ThreadPoolExecutor(how_many(0), "pixmim-corrupt", initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        workers(0, "pixmim-corrupt") as pool,
     ):
         for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256, first=first):
             if len(indices):

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from pixmim.data.feed.loader import in_order
+from pixmim.data.patience import progress
 from pixmim.data.shapes import Shapes
 from pixmim.data.source import Source
 from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, probe
-from pixmim.evaluate.features import progress
 from pixmim.evaluate.imagenet import CATEGORIES
 from pixmim.metrics import shape_decisions
 from pixmim.protocols import ShapeBias

@@ -18,11 +18,11 @@ from pixmim.data.bench.subset import Subset
 from pixmim.data.bench.turns import Extent, forget, loader_rate, rate, read
 from pixmim.data.feed.keep import SHARE, decoded_bytes, of_machine
 from pixmim.data.feed.kept import Kept
-from pixmim.data.feed.loader import how_many
 from pixmim.data.source import BadImage, Source
 from pixmim.data.tars.cache import Kind, make_cache
 from pixmim.data.tars.cacheformat import open_cache
 from pixmim.data.tars.shards import Shards
+from pixmim.data.threads import how_many
 from pixmim.errors import UserError
 from pixmim.transforms import Crop
 

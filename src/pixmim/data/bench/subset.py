@@ -7,10 +7,10 @@ import numpy.typing as npt
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.source import Form, Source, of_places
+from pixmim.data.source import Form, NearSource, Source, of_places
 
 
-class Subset(Source):
+class Subset(NearSource):
     """The images of `source` with the numbers `indices`, in their order."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
@@ -41,13 +41,6 @@ class Subset(Source):
     def sizes(self) -> npt.NDArray[np.int64] | None:
         sizes = self._source.sizes
         return None if sizes is None else sizes[self._indices]
-
-    @property
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        return None
-
-    def soon(self, pieces: Sequence[int]) -> None:
-        pass
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -3,17 +3,15 @@
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from time import perf_counter
 from typing import TypeVar
-
-import torch
 
 from pixmim.data.feed.batches import Portion
 from pixmim.data.feed.loader import Loader
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
+from pixmim.data.threads import workers
 from pixmim.transforms import Crop
 
 TURNS = 3
@@ -45,7 +43,7 @@ def rate(work: Callable[[T], object], things: Callable[[], Iterable[T]], threads
                 done += 1
             return done
 
-        with ThreadPoolExecutor(threads, "pixmim-bench", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with workers(threads, "pixmim-bench") as pool:
             done = sum(each.result() for each in [pool.submit(some) for _ in range(threads)])
         return done / (perf_counter() - began)
 

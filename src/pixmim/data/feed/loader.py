@@ -4,10 +4,9 @@ Which images, crops and flips a batch holds is decided by the stream, from nothi
 threads, ranks, or where a run was interrupted.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from time import perf_counter
 
 import numpy as np
@@ -20,6 +19,7 @@ from pixmim.data.feed.batches import Batch, Batches, Portion
 from pixmim.data.feed.stream import Plan, Stream
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Source, follow
+from pixmim.data.threads import how_many, workers
 from pixmim.transforms import Crop, stacked
 
 _CPU = torch.device("cpu")
@@ -55,8 +55,7 @@ class Loader(Batches):
         self._pin, self._reuse = device.type == "cuda", device.type == "cpu"
         self._stream = Stream(seed, len(source), source.pieces, crop.draws, flip)
         self._threads = how_many(threads)
-        # Each decoding thread must not open a team of its own for every small resize.
-        self._pool = ThreadPoolExecutor(self._threads, "pixmim-load", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = workers(threads, "pixmim-load")
         self._pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         self._free: list[Batch] = []
         self._used: Batch | None = None
@@ -137,11 +136,6 @@ class Loader(Batches):
         raise self._skipped.too_many()
 
 
-def how_many(threads: int) -> int:
-    """The number of threads meant: 0 is one for each core, at most 16."""
-    return threads or min(16, os.cpu_count() or 1)
-
-
 def in_order(
     source: Source, crop: Crop, *, skipped: Skipped, batch: int, threads: int = 0, first: int = 0
 ) -> Iterator[tuple[Shaped[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
@@ -163,7 +157,7 @@ def in_order(
         stack = stacked([image for _, image in found]) if found else torch.empty(0, 1, 1, 1)
         return stack, np.asarray([index for index, _ in found], np.int64), part.stop
 
-    with ThreadPoolExecutor(how_many(threads), "pixmim-read", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with workers(threads, "pixmim-read") as pool:
         come_to = follow(source)
         parts = (range(start, min(start + batch, len(source))) for start in range(first, len(source), batch))
         ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()

@@ -28,6 +28,8 @@ class Order:
         if pieces is not None and int(pieces.sum()) != count:
             raise ValueError(f"the pieces hold {int(pieces.sum())} images, and the data set {count}")
         self._seed, self._count, self._pieces = seed, count, pieces
+        if pieces is not None:
+            self._before = np.cumsum(pieces) - pieces  # images ahead of each piece in the data set
         self._shuffle = lru_cache(maxsize=2)(self._shuffle_pieces)
 
     def at(self, epoch: int, places: npt.ArrayLike) -> Indices:
@@ -39,8 +41,7 @@ class Order:
         window, first, last = self._window(ends, places)
         inside = rng.shuffled(self._seed, "order", epoch, last - first, places - first, window)
         k = np.searchsorted(ends, first + inside, side="right")
-        before = np.concatenate([[0], np.cumsum(self._pieces)[:-1]])  # images ahead of each piece in the data set
-        return before[pieces[k]] + first + inside - (ends[k] - self._pieces[pieces[k]])
+        return self._before[pieces[k]] + first + inside - (ends[k] - self._pieces[pieces[k]])
 
     def soon(self, epoch: int, place: int) -> list[int]:
         """The pieces that are read around a place, those of its window and then of the next; none if all is near."""

@@ -1,7 +1,6 @@
 """Small data sets on the device itself: decoded once, and cut there, without a copy from the host ever after."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pixmim.data.feed.batches import Batch, Batches, Portion
-from pixmim.data.feed.loader import how_many
 from pixmim.data.feed.stream import Plan, Stream
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Source, follow
+from pixmim.data.threads import workers
 from pixmim.transforms import Crop, mirrored, movable
 
 _ROWS = 64  # images that are cut at a time: this bounds the memory that their indices take
@@ -57,9 +56,7 @@ class Resident(Batches):
             self._pixels[end - count : end] = movable(image).permute(1, 2, 0).reshape(count, -1).to(device)
             skipped.passed(index)
 
-        with ThreadPoolExecutor(
-            how_many(threads), "pixmim-keep", initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with workers(threads, "pixmim-keep") as pool:
             come_to = follow(source)
             come_to(0)
             for done, _ in enumerate(pool.map(read, range(len(source))), 1):

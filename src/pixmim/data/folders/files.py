@@ -6,15 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.folders.listing import list_pictures
 from pixmim.data.folders.paths import Paths
-from pixmim.data.pictures.decode import decode
+from pixmim.data.pictures.decode import as_image, decode
 from pixmim.data.pictures.limits import check_bytes
-from pixmim.data.source import COLOUR, BadImage, Form, Source, of_places
+from pixmim.data.source import COLOUR, BadImage, Form, NearSource, of_places
 from pixmim.errors import UserError, nearest
 
 EXTENSIONS = frozenset(
@@ -22,7 +21,7 @@ EXTENSIONS = frozenset(
 )
 
 
-class Files(Source):
+class Files(NearSource):
     """Picture files at `root` / path, in the order given; `labels` are indices into `classes`."""
 
     def __init__(
@@ -63,13 +62,6 @@ class Files(Source):
     def sizes(self) -> npt.NDArray[np.int64] | None:
         return None
 
-    @property
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        return None
-
-    def soon(self, pieces: Sequence[int]) -> None:
-        pass
-
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -93,9 +85,7 @@ class Files(Source):
             raise BadImage(error.strerror or str(error)) from None
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        pixels = decode(self.read(index), self._form)
-        writable = pixels if pixels.flags.writeable else pixels.copy()
-        return torch.from_numpy(writable).permute(2, 0, 1)  # a view in channels-last memory, fast to resize
+        return as_image(decode(self.read(index), self._form))
 
 
 def below(folder: str | Path, form: Form = COLOUR) -> Files:

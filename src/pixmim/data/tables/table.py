@@ -7,18 +7,16 @@ the GIL released: a page that is not in memory yet makes one thread wait, and no
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.pictures.decode import decode
-from pixmim.data.source import COLOUR, BadImage, Form, Source
+from pixmim.data.pictures.decode import as_image, decode
+from pixmim.data.source import COLOUR, BadImage, Form, NearSource
 from pixmim.data.tables.columns import cells, only_images, read_labels
 from pixmim.errors import UserError
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Table(Source):
+class Table(NearSource):
     """The images of a map-style `datasets.Dataset`, selected and shuffled as it may be.
 
     spec    what the user wrote to get it
@@ -87,13 +85,6 @@ class Table(Source):
     def sizes(self) -> npt.NDArray[np.int64] | None:
         return None
 
-    @property
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        return None
-
-    def soon(self, pieces: Sequence[int]) -> None:
-        pass
-
     def __len__(self) -> int:
         return self._length
 
@@ -109,9 +100,7 @@ class Table(Source):
         return self._read(*self._find(index))
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        pixels = decode(self.read(index), self._form)
-        writable = pixels if pixels.flags.writeable else pixels.copy()
-        return torch.from_numpy(writable).permute(2, 0, 1)
+        return as_image(decode(self.read(index), self._form))
 
     def _find(self, index: int) -> tuple[int, int]:
         """The chunk of the table that holds a row, and the row in it."""

@@ -8,7 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,9 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-import torch
 
-from pixmim.data.feed.loader import how_many
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Source, follow
 from pixmim.data.tars.cacheformat import (
@@ -31,6 +29,7 @@ from pixmim.data.tars.cacheformat import (
     write_settings,
     write_shard,
 )
+from pixmim.data.threads import workers
 from pixmim.errors import UserError
 from pixmim.transforms import Interpolation, resize_to_cover
 
@@ -96,9 +95,7 @@ def make_cache(
     skipped = Skipped(folder / (f"skipped-{rank}.csv" if ranks > 1 else "skipped.csv"), len(source), 1.0)
     mine, come_to = range(rank, settings.shards, ranks), follow(source)
     labels = source.labels  # once: some sources compute them all each time
-    with ThreadPoolExecutor(
-        how_many(threads), "pixmim-cache", initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with workers(threads, "pixmim-cache") as pool:
         ahead: deque[tuple[int, deque[Future[Sample | None]]]] = deque()
 
         def finish_one() -> None:

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.pictures.decode import decode
+from pixmim.data.pictures.decode import as_image, decode
 from pixmim.data.pictures.limits import check_bytes
 from pixmim.data.source import BadImage, Form, Source, of_places
 from pixmim.data.tars.shelf import Shelf
@@ -143,9 +142,7 @@ class Shards(Source):
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         """Read and decode one image. Raises BadImage; and UserError if its whole tar is not to be had."""
         data = self._bytes(index)
-        pixels = self._pixels(index, data) if self._raw else decode(data, self._form)
-        writable = pixels if pixels.flags.writeable else pixels.copy()
-        return torch.from_numpy(writable).permute(2, 0, 1)
+        return as_image(self._pixels(index, data) if self._raw else decode(data, self._form))
 
     def _bytes(self, index: int) -> bytes:
         entry = self._entries[index]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from pixmim.data.patience import progress
 from pixmim.data.source import BadImage
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate.bench import Bench, Values
@@ -19,7 +20,6 @@ from pixmim.evaluate.detection.feed import fitted, picture, read
 from pixmim.evaluate.detection.masks import View, coco
 from pixmim.evaluate.detection.score import Found, Tally, pack
 from pixmim.evaluate.detection.train import trained
-from pixmim.evaluate.features import progress
 from pixmim.evaluate.learn import forget
 from pixmim.protocols import Detection
 from pixmim.transforms import finish

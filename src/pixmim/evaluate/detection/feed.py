@@ -13,10 +13,10 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from pixmim.data.feed.loader import how_many
 from pixmim.data.feed.stream import Plan, Stream
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage
+from pixmim.data.threads import workers
 from pixmim.evaluate.detection.data import Annotated, Objects
 from pixmim.evaluate.detection.masks import View, around
 
@@ -173,8 +173,7 @@ def feeding(
     size, scale  of the square and of the jitter, see `jitter`
     fill         each channel's value beyond an image, in [0, 1]
     """
-    workers = how_many(threads)
-    pool = ThreadPoolExecutor(workers, "pixmim-boxes", initializer=torch.set_num_threads, initargs=(1,))
+    pool = workers(threads, "pixmim-boxes")
     try:
         yield Feed(
             data, pool, skipped, size=size, scale=scale, masks=masks, fill=fill, batch=batch, seed=seed, first=first

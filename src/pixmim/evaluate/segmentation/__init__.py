@@ -3,20 +3,18 @@
 The defaults are MAE's protocol on ADE20K (arXiv 2111.06377, appendix A.4): UPerNet, end to end.
 """
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.feed.loader import how_many
+from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage
+from pixmim.data.threads import how_many, in_turn, workers
 from pixmim.evaluate.bench import Bench, Values
-from pixmim.evaluate.features import progress
 from pixmim.evaluate.learn import forget
 from pixmim.evaluate.segmentation.draw import Pixels, sheet
 from pixmim.evaluate.segmentation.pairs import Pairs, open_pairs
@@ -76,18 +74,11 @@ def one_by_one(pairs: Pairs, skipped: Skipped, threads: int = 0) -> Iterator[tup
             skipped.add(index, pairs.locate(index), str(error))
             return None
 
-    count = how_many(threads)
-    with ThreadPoolExecutor(count, "pixmim-read", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ahead: deque[tuple[int, Future[Tensor | None]]] = deque()
-        for index in range(len(pairs) + 2 * count):
-            if index < len(pairs):
-                ahead.append((index, pool.submit(read, index)))
-            if index >= 2 * count and ahead:
-                which, future = ahead.popleft()
-                pair = future.result()
-                if pair is not None:
-                    skipped.passed(which)
-                    yield which, pair
+    with workers(threads, "pixmim-read") as pool:
+        for index, pair in enumerate(in_turn(pool, read, range(len(pairs)), 2 * how_many(threads))):
+            if pair is not None:
+                skipped.passed(index)
+                yield index, pair
 
 
 def _visible(picture: Shaped[Tensor, "c h w"]) -> Pixels:
