@@ -1,6 +1,8 @@
 """k-NN, the linear probe and their numbers against slow forms and closed ones."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.engine.device import autocast
 from pixmim.errors import UserError
-from pixmim.evaluate import evaluate, knn_watch
+from pixmim.evaluate import EVALUATIONS, evaluate, knn_watch, side_by_side
 from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import classify, knn
@@ -186,3 +188,36 @@ def test_all_stands_for_what_the_data_allow(product: Path) -> None:
     assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
     assert results[3].settings["data"] == f"{TEST},texture=conflict"
     assert results[0].values == measured("knn", product, TRAIN, TEST).values
+
+
+def test_several_encoders_side_by_side(
+    product: Path, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is measured as by itself; what two runs of the same beginning were before training, once."""
+    folders = {str(tmp_path / name): tmp_path / name for name in ("a", "b")}
+    for folder in folders.values():
+        folder.mkdir()
+        for name in ("config.json", "encoder.safetensors"):
+            shutil.copy(product / name, folder)
+    calls = []
+    monkeypatch.setitem(EVALUATIONS, "knn", lambda bench, _: (calls.append(bench.which), iter([("top1/cls", 1.0)]))[1])
+    ways = [("knn", PROTOCOLS["knn"].settings(TRAIN, TEST))]
+    found = list(side_by_side(folders, ways, untrained=True, device="cpu"))
+    assert [(folder.name, Path(r.model).name, r.encoder) for r, folder in found] == [
+        ("a", "a", "untrained"), ("a", "a", "trained"), ("b", "b", "untrained"), ("b", "b", "trained")
+    ]  # fmt: skip
+    assert calls == ["untrained", "trained", "trained"]
+    (tmp_path / "b" / "config.json").write_text(to_json(tiny_run(seed=6)))
+    assert len(list(side_by_side(folders, ways, untrained=True, device="cpu"))) == 4
+    assert calls[3:] == ["untrained", "trained"] * 2
+    with pytest.raises(UserError, match="there is no"):
+        list(side_by_side({**folders, "/no/run": tmp_path}, ways, device="cpu"))
+    assert len(calls) == 7  # it was said before anything was measured
+
+
+def test_a_result_says_what_it_takes_to_repeat_it(product: Path) -> None:
+    result = json.loads(save(measured("knn", product, TRAIN, TEST, precision="fp32"), product).read_text())
+    assert result["settings"] == {"train": TRAIN, "test": TEST, "k": 20} and result["step"] == 7
+    assert result["config"] == json.loads((product / "config.json").read_text())
+    assert result["device"] == "cpu" and result["precision"] == "fp32"
+    assert {"pixmim", "torch", "timm", "python"} <= set(result["versions"])
