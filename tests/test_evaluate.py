@@ -42,7 +42,7 @@ def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: l
 @pytest.mark.parametrize("k", [1, 5, 20, 100])
 def test_knn_against_a_loop(k: int) -> None:
     train, test = frozen(60, apart=1), frozen(40, apart=1, seed=1)
-    answers = classify(train.mean, train.labels, test.mean, 3, k=k, chunk=7)
+    answers = classify(train.mean, train.labels, test.mean, 3, k=k, rows=7, block=16)
     for i in range(40):
         similar = [float(F.cosine_similarity(test.mean[i], voter, dim=0)) for voter in train.mean]
         first = sorted(range(60), key=lambda j: -similar[j])[:k]
