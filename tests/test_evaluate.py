@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from pixmim.config import Run
@@ -221,3 +222,22 @@ def test_a_result_says_what_it_takes_to_repeat_it(product: Path) -> None:
     assert result["config"] == json.loads((product / "config.json").read_text())
     assert result["device"] == "cpu" and result["precision"] == "fp32"
     assert {"pixmim", "torch", "timm", "python"} <= set(result["versions"])
+
+
+def test_a_few_unreadable_images_are_left_out_and_too_many_end_it(product: Path, tmp_path: Path) -> None:
+    """A share counts and not a number: 60 of 300 are few, and 80 of 200 are not."""
+    for readable, name in ((240, "few"), (120, "many")):
+        for i in range(readable + (60 if name == "few" else 80)):
+            path = tmp_path / name / str(i % 2) / f"{i * 7919 % 1000:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if i < readable:
+                Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(path)
+            else:
+                path.write_bytes(b"no picture")
+    settings = PROTOCOLS["knn"].settings(str(tmp_path / "few"), str(tmp_path / "few"))
+    (result,) = evaluate(str(product), [("knn", settings)], product, device="cpu")
+    assert result.values["top1/mean"] > 0
+    assert len((product / "evaluations-skipped.csv").read_text().splitlines()) == 61
+    with pytest.raises(UserError, match="the share of 25% that an evaluation may leave out: mend or remove them") as e:
+        measured("knn", product, TRAIN, str(tmp_path / "many"))
+    assert "--max-bad" not in str(e.value) and "All are listed in" in str(e.value)

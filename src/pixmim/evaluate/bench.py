@@ -13,7 +13,7 @@ from pixmim.data import open_data
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.evaluate.encoder import Encoder
-from pixmim.evaluate.features import Frozen, freeze
+from pixmim.evaluate.features import Frozen, account, freeze
 
 Values = Iterator[tuple[str, float]]
 """What an evaluation yields: named numbers, shares in per cent."""
@@ -41,7 +41,7 @@ class Bench:
 
     def skipped(self, data: Source) -> Skipped:
         """The account of images that cannot be read, of a data set that is evaluated on."""
-        return Skipped(self.folder / "evaluations-skipped.csv", len(data), 0.25)
+        return account(data, self.folder / "evaluations-skipped.csv")
 
     def frozen(self, spec: str) -> Frozen:
         """The features of a labelled data set, computed the first time they are asked for. Raises UserError."""
