@@ -19,7 +19,7 @@ from pixmim.evaluate import EVALUATIONS, evaluate, knn_watch, side_by_side
 from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import classify, knn
-from pixmim.evaluate.linear import RATES, fit, linear, standardise
+from pixmim.evaluate.linear import RATES, choose, fit, graded, standardise
 from pixmim.evaluate.results import Result, save
 from pixmim.metrics import wilson_interval
 from pixmim.parts import build_model
@@ -79,8 +79,12 @@ def test_probe_follows_autograd() -> None:
         torch.testing.assert_close(weights[row], torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach())
 
 
+def linear(train: Frozen, test: Frozen, epochs: int) -> dict[str, float]:
+    return dict(graded(choose(train, epochs=epochs), test, test.labels))
+
+
 def test_probe_separates_what_a_line_separates() -> None:
-    found = dict(linear(frozen(300, apart=12), frozen(90, apart=12, seed=1), epochs=20))
+    found = linear(frozen(300, apart=12), frozen(90, apart=12, seed=1), epochs=20)
     assert found["top1"] == 100 and found["held_out"] == 100
     assert found["setting/rate"] in RATES and found["setting/blocks"] in (1, 4)
 
@@ -88,7 +92,11 @@ def test_probe_separates_what_a_line_separates() -> None:
 def test_probe_does_not_look_at_the_test_set_to_choose() -> None:
     train = frozen(300, apart=2)
     chosen = [
-        {k: v for k, v in linear(train, frozen(50, apart=apart, seed=9), epochs=5) if k.startswith(("setting", "held"))}
+        {
+            k: v
+            for k, v in linear(train, frozen(50, apart=apart, seed=9), epochs=5).items()
+            if k.startswith(("setting", "held"))
+        }
         for apart in (0.0, 30.0)
     ]
     assert chosen[0] == chosen[1]
@@ -178,14 +186,17 @@ def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make)
     assert module.training
 
 
-def test_all_stands_for_what_the_data_allow(product: Path) -> None:
+def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call, several results; on drawn data shape is set against texture by itself."""
     assert [name for name, _ in All("/a", "/b").parts()] == ["knn", "linear", "robustness"]
     more = All("/a", "/b", stimuli="/c", finetune=True, pairs="/ade", coco="/coco").parts()
     assert [name for name, _ in more][3:] == ["shape-bias", "finetune", "segmentation", "detection"]
     assert all(name in PROTOCOLS and isinstance(s, PROTOCOLS[name].settings) for name, s in more)
     drawn = All(TRAIN, TEST, severities=(1,))
+    probes = []
+    monkeypatch.setattr("pixmim.evaluate.linear.choose", lambda *a, **b: (probes.append(1), choose(*a, **b))[1])
     results = list(evaluate(str(product), drawn.parts(), product, device="cpu"))
+    assert len(probes) == 2  # of clean pictures, for linear and robustness; and of those for shape bias
     assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
     assert results[3].settings["data"] == f"{TEST},texture=conflict"
     assert results[0].values == measured("knn", product, TRAIN, TEST).values

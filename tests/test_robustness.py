@@ -16,7 +16,7 @@ from pixmim.config import Model, Run
 from pixmim.data import open_data
 from pixmim.data.shapes import Shapes
 from pixmim.errors import UserError
-from pixmim.evaluate import imagenet, robustness, shape_bias
+from pixmim.evaluate import imagenet, knn, linear, robustness, shape_bias
 from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import freeze
@@ -24,7 +24,7 @@ from pixmim.evaluate.linear import choose
 from pixmim.metrics import ALEXNET, corruption_errors, shape_decisions
 from pixmim.parts import build_encoder
 from pixmim.pretrained import open_model
-from pixmim.protocols import Robustness, ShapeBias
+from pixmim.protocols import Knn, Linear, Robustness, ShapeBias
 from pixmim.transforms import evaluation_crop
 
 Make = Callable[..., Run]
@@ -184,6 +184,16 @@ def of_textures() -> nn.Module:
         optimizer.step()
         optimizer.zero_grad()
     return module.eval()
+
+
+def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_path: Path) -> None:
+    data = [f"shapes:count={count},size=32,seed={seed},texture=match" for count, seed in ((600, 2), (500, 3))]
+    found = []
+    for module in (of_textures, None):
+        bench = bench_of(TAUGHT, tmp_path, module)
+        found.append(dict(knn.measure(bench, Knn(*data))) | dict(linear.measure(bench, Linear(*data, epochs=20))))
+    for name in ("top1/mean", "top1"):  # their intervals do not touch
+        assert found[0][f"{name}/low"] > found[1][f"{name}/high"]
 
 
 def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> None:
