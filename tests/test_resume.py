@@ -1,7 +1,6 @@
 """Real processes, really killed: a run that was interrupted ends bitwise as one that was not."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -93,23 +92,3 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run: Run, tmp_path: Path) -> None:
     assert f"go on with: pixmim pretrain --resume {out}" in text and "Traceback" not in text
     (step,) = Checkpoints(out / "checkpoints").steps()
     assert f"stopped after step {step}" in text
-
-
-@pytest.mark.skipif(
-    not os.environ.get("PIXMIM_LONG"), reason="twenty random kills take minutes: PIXMIM_LONG=1 make test"
-)
-def test_killed_at_twenty_random_moments(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(to_json(run))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(tmp_path / "run.json", "--out", whole))
-    process = start(tmp_path / "run.json", "--out", broken)
-    wait_for((broken / "config.json").exists, process)
-    chance = random.Random(0)
-    for _ in range(20):
-        time.sleep(chance.uniform(0, 8))
-        process.kill()
-        process.wait()
-        process = start("--resume", broken)
-    finish(process)
-    one, two = state(run, whole), state(run, broken)
-    assert all(torch.equal(one[k], two[k]) for k in one)

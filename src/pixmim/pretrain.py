@@ -21,7 +21,7 @@ from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
 from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
 from pixmim.engine.loop import loop
 from pixmim.engine.optim import Updater, adamw
-from pixmim.engine.parallel import spread, way, whole_state
+from pixmim.engine.parallel import compiling, spread, way, whole_state
 from pixmim.engine.runlog import RunLog
 from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
@@ -56,7 +56,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
     data, crop = open_data(run.data, image_form(run), run.local_copy), build_crop(run)
-    _agree(world, data)
+    _agree(run, world, data)
     place, kept = choose_place(data, crop, run.keep, device)
     schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
     portion = Portion(run.batch_size // run.accumulate, 0, world.rank, world.size)
@@ -137,6 +137,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             total=world.total,
         ) as log,
         checkpoints,
+        compiling(run.scale),
     ):
         if start == 0:
             measure(0)
@@ -171,11 +172,14 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     return Outcome(step, finished=True)
 
 
-def _agree(world: World, data: Source) -> None:
-    """Raise UserError unless all processes see the same images: each finds its own in the one order of all."""
+def _agree(run: Run, world: World, data: Source) -> None:
+    """Raise UserError unless each process gets an equal share of every batch, out of the same images."""
+    if run.batch_size // run.accumulate % world.size:
+        parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
+        raise UserError(f"a batch of {run.batch_size:,}{parts} does not divide among {world.size} processes")
     counts = world.gather(len(data))
-    other = next((rank for rank, count in enumerate(counts) if count != counts[0]), None)
-    if other is not None:
+    other = next((rank for rank, count in enumerate(counts) if count != counts[0]), 0)
+    if other:
         raise UserError(
             f"process {other} sees {counts[other]:,} images and process 0 {counts[0]:,}: all need the same data"
         )

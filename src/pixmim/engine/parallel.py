@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Literal, cast
 
@@ -77,6 +77,21 @@ def spread(model: nn.Module, scale: Scale, world: World, device: torch.device, p
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+@contextmanager
+def compiling(scale: Scale) -> Iterator[None]:
+    """Around the steps of a model that may be compiled: raises UserError if it cannot be."""
+    if scale.compile == "none":
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"torch.compile fails here ({why}): leave out --scale.compile {scale.compile}") from error
 
 
 def accumulating(network: nn.Module, last: bool) -> AbstractContextManager[object]:
