@@ -121,12 +121,14 @@ def table(models: list[Measured], width: int) -> Table:
 
 def _table(comparison: Comparison, *, intervals: bool) -> Table:
     result = Table("", *comparison.columns, box=None)
-    sets = len({row.on for row in comparison.rows})
-    if sets > 1:
+    several = len({row.on for row in comparison.rows}) > 1
+    if several:
         result.add_column("on")
+    before = ""
     for row in comparison.rows:
         texts = ["-" if c is None else f"{c.text} ({c.range})" if intervals and c.range else c.text for c in row.cells]
-        result.add_row(row.label, *texts, *[row.on] * (sets > 1))
+        result.add_row(row.label, *texts, *["" if row.on == before else row.on] * several)
+        before = row.on
     return result
 
 
