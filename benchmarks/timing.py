@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each candidate over `rounds` turns, after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, run in candidates.items():
-            began = time.perf_counter()
+            began = clock()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
