@@ -19,8 +19,11 @@ _MAY_CHANGE = {"data", "out", "device", "keep", "local_copy", "threads", "checkp
 """Fields that a resumed run may change: they do not decide what is computed (data: if the same images moved)."""
 
 
-def pretrain(args: list[str]) -> int:
-    """Read the flags twice: the recipe (or the run to resume) decides the defaults of all the others."""
+def read_flags(args: list[str]) -> tuple[Run, str]:
+    """What the flags say: the Run, and the directory of the run to resume, if any. Starts nothing. Raises UserError.
+
+    Flags are read twice: the recipe (or the run to resume) decides the defaults of all the others.
+    """
     resumed = _value_of("--resume", args)
     named = args[0] if args and not args[0].startswith("-") else ""
     if resumed and named:
@@ -49,21 +52,25 @@ def pretrain(args: list[str]) -> int:
 
     _, run = tyro.cli(command, prog="pixmim pretrain", args=args)
     run = replace(run, model=replace(run.model, options={**base.model.options, **run.model.options}))
-    console = Console()
     if resumed:
         changed = [f.name for f in fields(Run) if getattr(run, f.name) != getattr(base, f.name)]
         for name in changed:
             if name not in _MAY_CHANGE:
                 raise UserError(f"--{name.replace('_', '-')} cannot change when a run is resumed; begin a new run")
-        out = Path(resumed)
-    else:
-        if not named:
-            raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
-        if not run.data:
-            raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
-        out = Path(run.out or f"runs/{run.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (out / "config.json").exists():
-            raise UserError(f"{out} holds a run already: go on with --resume {out}, or choose another --out")
+    elif not named:
+        raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
+    elif not run.data:
+        raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
+    return run, resumed
+
+
+def pretrain(args: list[str]) -> int:
+    """Train, or go on."""
+    run, resumed = read_flags(args)
+    console = Console()
+    out = Path(resumed or run.out or f"runs/{run.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not resumed and (out / "config.json").exists():
+        raise UserError(f"{out} holds a run already: go on with --resume {out}, or choose another --out")
 
     from pixmim.evaluate import knn_watch
     from pixmim.parts import measured
