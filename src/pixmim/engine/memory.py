@@ -1,9 +1,7 @@
 """How many images fit into memory at once: measured at two small numbers, and reckoned from there.
 
-What a step takes grows in a straight line with its images: fixed + images x per_image. On a CUDA device both are
-measured, and the number found is tried. On a CPU, where a step too large would end the process, the bytes that a step
-keeps for its backward pass are counted. What passes by is a tenth more for ViT-S at 224 px, and a third more for the
-smallest models; there is a margin for it.
+What a step takes grows in a straight line with its images: fixed + images x per_image. On a CUDA device the allocator
+tells it, and the number found is tried. On a CPU, where a step too large would end the process, tensors are counted.
 """
 
 import errno
@@ -12,8 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pixmim.engine.live import Live
 from pixmim.engine.room import free_memory
 from pixmim.errors import UserError
 
@@ -23,8 +22,8 @@ Step = Callable[[int], None]
 _SMALL = {"cuda": (8, 16), "cpu": (2, 4)}
 """Images that steps are measured with; where these do not fit, 1 and 2."""
 
-_MARGIN = {"cuda": 0.08, "cpu": 0.35}
-"""Share of the memory that stays free: allocators waste some, and on a CPU what passes by is not counted."""
+_MARGIN = {"cuda": 0.08, "cpu": 0.25}
+"""Share of the memory that stays free: allocators waste some, and on a CPU what kernels take is not counted."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +182,13 @@ def _cuda_room(device: torch.device) -> float:
 
 
 def _cpu_need(step: Step, parameters: list[nn.Parameter]) -> Callable[[int], float]:
-    """Gives the bytes that a step of so many images keeps, and those of weights, gradients and two moments."""
+    """Gives the bytes of the tensors of a step of so many images, and of weights, gradients and two moments."""
 
     def take(images: int) -> float:
-        return saved_bytes(lambda: step(images), parameters) + 4 * _bytes(parameters)
+        step(1)  # so that gradients are there
+        with Live([*parameters, *(p.grad for p in parameters if p.grad is not None)]) as live:
+            step(images)
+        return live.peak + 4 * _bytes(parameters)
 
     return take
 
@@ -197,25 +199,6 @@ def _cpu_room(parameters: list[nn.Parameter]) -> float:
     if free is None:
         raise UserError("how much memory is free cannot be told on this system: give --batch-size a number")
     return free + _bytes(parameters)
-
-
-def saved_bytes(step: Callable[[], None], parameters: Iterable[nn.Parameter] = ()) -> int:
-    """Bytes that a step keeps from its forward for its backward pass, `parameters` left out.
-
-    Each piece of memory counts once, however many tensors look at it.
-    """
-    known = {p.untyped_storage().data_ptr() for p in parameters}
-    sizes: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
-    return sum(sizes.values())
 
 
 def _or_none(take: Callable[[int], float], images: int) -> float | None:
