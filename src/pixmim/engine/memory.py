@@ -96,21 +96,18 @@ def measure(
 ) -> Footprint:
     """What training takes, from steps of a few images; arguments and errors as of `fits`."""
     trained = [p for p in parameters if p.requires_grad]
-    if device.type == "cuda":
-        take, room = _cuda_peak(step, device, trained), _cuda_room(device)
-    elif device.type == "cpu":
-        take, room = _cpu_need(step, trained), _cpu_room(trained)
-    else:
+    if device.type not in _MARGIN:
         raise UserError(f"how much memory is free on {device} cannot be told: give --batch-size a number")
+    take = (_cuda_peak if device.type == "cuda" else _cpu_need)(step, device, trained)
     _forget_gradients(trained, device)
     for few, more in (_SMALL[device.type], (1, 2)):
         low, high = _or_none(take, few), _or_none(take, more)
         if least(low is not None and high is not None):
             break
-    else:
-        raise UserError(f"a step of 2 images does not fit into {in_gib(room)} GiB of {device}: choose a smaller model")
-    assert low is not None and high is not None
     _forget_gradients(trained, device)
+    room = _room(device, trained)  # after the first steps, which load libraries
+    if low is None or high is None:
+        raise UserError(f"a step of 2 images does not fit into {in_gib(room)} GiB of {device}: choose a smaller model")
     return Footprint.through((few, low), (more, high), room, _MARGIN[device.type])
 
 
@@ -175,13 +172,7 @@ def _cuda_peak(step: Step, device: torch.device, parameters: list[nn.Parameter])
     return take
 
 
-def _cuda_room(device: torch.device) -> float:
-    """Bytes that torch has of a device and can get."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)
-
-
-def _cpu_need(step: Step, parameters: list[nn.Parameter]) -> Callable[[int], float]:
+def _cpu_need(step: Step, device: torch.device, parameters: list[nn.Parameter]) -> Callable[[int], float]:
     """Gives the bytes of the tensors of a step of so many images, and of weights, gradients and two moments."""
 
     def take(images: int) -> float:
@@ -193,8 +184,10 @@ def _cpu_need(step: Step, parameters: list[nn.Parameter]) -> Callable[[int], flo
     return take
 
 
-def _cpu_room(parameters: list[nn.Parameter]) -> float:
-    """Bytes that are free, and those that the weights already take."""
+def _room(device: torch.device, parameters: list[nn.Parameter]) -> float:
+    """Bytes that training may take, those that it already has among them: torch's, or on a CPU the weights'."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = free_memory()
     if free is None:
         raise UserError("how much memory is free cannot be told on this system: give --batch-size a number")
