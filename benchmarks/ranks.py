@@ -51,11 +51,11 @@ def main() -> None:
 
 def train(out: Path, processes: int, parts: int, *flags: str) -> Path:
     """Train on `parts` times as many images by so many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     length = ["--steps", str(STEPS), "--log-every", "1", "--batch-size", str(EACH * parts)]
+    where = ["--out", str(out), "--device", "cpu", "--precision", "fp32", "--threads", "1"]
     done = subprocess.run(
-        [*command, "-m", "pixmim.cli", "pretrain", "demo", "--out", str(out), *length, *flags]
-        + ["--device", "cpu", "--precision", "fp32", "--threads", "1"],
+        [*launch, "-m", "pixmim.cli", "pretrain", "demo", *length, *where, *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -76,19 +76,19 @@ def compare(alone: Path, out: Path, processes: int, way: str) -> None:
 
 def paper() -> None:
     """Bytes and operations of a step, from the models themselves; the seconds are arithmetic, not measured."""
-    print(f"batch {BATCH:,}; {MULTIPLIES / 1e12:,.0f} TFLOP/s; ms a step")
+    print(f"MAE, batch {BATCH:,}; {MULTIPLIES / 1e12:,.0f} TFLOP/s; share: of sending, if none of it were hidden")
     print(
-        f"{'':<10}{'weights':>10}{'GPUs':>6}{'images each':>13}{'sends':>11}{'computing':>11}{'sending':>9}{'at most':>10}"
+        f"{'':<6}{'values':>9}{'GPUs':>6}{'images each':>13}{'computing':>12}{'sends':>11}{'sending':>10}{'share':>7}"
     )
     for name, backbone in {"B/16": "base_patch16", "L/16": "large_patch16", "H/14": "huge_patch14"}.items():
         values, operations = model_of(backbone)
         for count, rate in SENDS.items():
-            # DDP: a ring passes each gradient (4 bytes) twice. FSDP2 as much: weights (2 bytes) come twice, gradients once.
+            # DDP: each gradient (4 bytes) goes round twice. FSDP2: weights (2 bytes) twice, and gradients once.
             sent = 8 * values * (count - 1) / count
             computing, sending = operations * BATCH / count / MULTIPLIES, sent / rate
             print(
-                f"{name:<10}{values / 1e6:>8,.0f} M{count:>6}{BATCH // count:>13}{sent / 1e6:>8,.0f} MB"
-                f"{computing * 1e3:>11.1f}{sending * 1e3:>9.1f}{sending / (computing + sending):>10.0%}"
+                f"{name:<6}{values / 1e6:>7,.0f} M{count:>6}{BATCH // count:>13}{computing * 1e3:>9.1f} ms"
+                f"{sent / 1e6:>8,.0f} MB{sending * 1e3:>7.1f} ms{sending / (computing + sending):>7.0%}"
             )
 
 

@@ -1,15 +1,20 @@
 """The script for a cluster's queue: read by bash and by Slurm's rules, and run with stand-ins for Slurm's programs."""
 
+import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pixmim.cli.sbatch import Job, script
 from pixmim.errors import UserError
+from pixmim.recipes import get_recipe
+from pixmim.runfile import to_json
 from test_cli import say
 
 STAND_INS = {
@@ -211,6 +216,71 @@ def test_a_run_that_is_there_is_gone_on_with(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
-    status, text = say(capsys, "slurm", "demo", "--out", "run")
+    run = replace(get_recipe("demo"), out="run", data="shapes:count=8", mean=(0.5, 0.5, 0.5))
+    (tmp_path / "run" / "config.json").write_text(to_json(run))
+    args = ["slurm", "demo", "--out", "run", "--data", "shapes:count=8"]
+    status, text = say(capsys, *args)
     assert status == 0 and "goes on with it" in text
+    status, text = say(capsys, *args, "--force", "--optim.base-lr", "1")
+    assert status == 1 and "holds a run with another --optim" in text
+
+
+SRUN = """#!/bin/bash
+# Starts two tasks as Slurm's srun does, and the first time tells them that the time is over, once they compute.
+for number in 0 1; do
+    SLURM_NTASKS=2 SLURM_PROCID=$number SLURM_LOCALID=$number "${@:5}" &
+    tasks[number]=$!
+done
+if [ ! -e "$NOTES/started" ]; then
+    touch "$NOTES/started"
+    until [ -s "$RUN/metrics.jsonl" ]; do sleep 0.05; kill -0 ${tasks[0]} || exit 1; done
+    kill -USR1 ${tasks[@]}
+fi
+highest=0
+for task in ${tasks[@]}; do
+    status=0
+    wait $task || status=$?
+    [ $status -le $highest ] || highest=$status
+done
+exit $highest
+"""
+
+
+def test_two_real_processes_stop_in_time_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way: the script, its processes meeting by Slurm's numbers, USR1, the queue, and the end of the run."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--size", "48", "--batch-size", "4", "--data", "shapes:count=40,size=48", "--model.decoder-depth", "1"]
+    args = [*small, "--steps", "120", "--log-every", "1", "--knn.every", "0", "--device", "cpu", "--precision", "fp32"]
+    assert say(capsys, "slurm", "demo", "--gpus", "2", "--cpus", "1", "--out", "run", *args)[0] == 0
+    text = (tmp_path / "run" / "slurm.sh").read_text()
+    monkeypatch.setitem(STAND_INS, "srun", SRUN)
+    monkeypatch.setitem(STAND_INS, "scontrol", STAND_INS["scontrol"].replace("node3", "127.0.0.1"))
+    job = {"RUN": str(tmp_path / "run"), "SLURM_JOB_ID": str(_free_port() - 10000), "SLURM_CPUS_PER_TASK": "1"}
+
+    def losses() -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    exited, _, said = _start(text, tmp_path, 0, **job)
+    assert exited == 0, said
+    assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]
+    stopped = losses()[-1]
+    assert 0 < stopped < 120 and not (tmp_path / "run" / "encoder.safetensors").exists()
+
+    exited, _, said = _start(text, tmp_path, 0, **job, SLURM_RESTART_COUNT="1")
+    assert exited == 0, said
+    assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # not again
+    assert losses() == list(range(1, 121)) and (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def _free_port() -> int:
+    """A port of those that scripts choose from."""
+    for port in range(10000, 30000):
+        with socket.socket() as attempt:
+            try:
+                attempt.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise AssertionError("no port is free")

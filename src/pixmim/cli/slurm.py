@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import arg
 
-from pixmim.cli.pretrain import read_flags
+from pixmim.cli.pretrain import going_on, read_flags, whole_paths
 from pixmim.cli.sbatch import Job, script
 from pixmim.cli.terms import say
 from pixmim.config import Run
@@ -43,13 +43,16 @@ def slurm(args: list[str]) -> int:
     if run.batch_size % (run.accumulate * job.tasks):
         parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
         raise UserError(f"a batch of {run.batch_size:,}{parts} does not divide among {job.tasks} GPUs")
-    _build(run)
     name = job.name or run.recipe or "run"
     if not run.out:
         words += ["--out", f"runs/{name}"]
     if not run.threads:
         words += ["--threads", str(job.cpus)]
     out = Path(run.out or f"runs/{name}")
+    there = (out / "config.json").exists()
+    if there:
+        going_on(whole_paths(run, out), out)
+    _build(run)
     file = file or out / "slurm.sh"
     if file.exists() and not force:
         raise UserError(f"{file} is there already: --force writes over it, --script FILE writes another")
@@ -64,7 +67,7 @@ def slurm(args: list[str]) -> int:
     say(console, f"{job.tasks} processes, one for each GPU; each computes {each:,} of the {run.batch_size:,} images")
     for path in _absent(run):
         say(console, f"there is no {path} here: the job's machines must have it")
-    if (out / "config.json").exists():
+    if there:
         say(console, f"{out} holds a run: the job goes on with it")
     say(console, f"wrote {file}; submit it with: sbatch {shlex.quote(str(file))}")
     return 0
