@@ -23,8 +23,11 @@ _MAY_CHANGE = {
 """Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 
 
-def pretrain(args: list[str]) -> int:
-    """Read the flags twice: the recipe (or the run to resume) decides the defaults of all the others."""
+def read_flags(args: list[str]) -> tuple[Run, str]:
+    """What the flags say: the Run, and the directory of the run to resume, if any. Starts nothing. Raises UserError.
+
+    Flags are read twice: the recipe (or the run to resume) decides the defaults of all the others.
+    """
     resumed = _value_of("--resume", args)
     named = args[0] if args and not args[0].startswith("-") else ""
     if resumed and named:
@@ -59,7 +62,12 @@ def pretrain(args: list[str]) -> int:
         raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
     elif not run.data:
         raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
-    return _train(run, resumed)
+    return run, resumed
+
+
+def pretrain(args: list[str]) -> int:
+    """Train, or go on."""
+    return _train(*read_flags(args))
 
 
 def _train(run: Run, resumed: str) -> int:
@@ -70,24 +78,18 @@ def _train(run: Run, resumed: str) -> int:
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
 
-    knn = replace(run.knn, train=absolute(run.knn.train), test=absolute(run.knn.test))
     with open_world(run.device, run.scale.timeout) as world:
         console = Console(quiet=not world.first)
         try:
             new = run.out or f"runs/{run.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
             out = Path(resumed or world.share(new))
-            run = replace(run, out=str(out), data=absolute(run.data), knn=knn)
-            there = _load(out / "config.json") if (out / "config.json").exists() else None
-            if there is None:
+            run = whole_paths(run, out)
+            if not (out / "config.json").exists():
                 run, lines = measured(run)
                 for line in lines:
                     say(console, line)
             elif not resumed:
-                run = replace(run, mean=run.mean or there.mean, std=run.std or there.std)
-                advice = f"choose another --out, or go on with that one by --resume {out}"
-                _same(
-                    run, there, _MAY_CHANGE - {"data"}, lambda flag: f"{out} holds a run with another {flag}: {advice}"
-                )
+                run = going_on(run, out)
             world.gather(None)  # all have looked before the first one writes
             outcome = train(run, out, console, knn_watch(run), world)
             if not outcome.finished:
@@ -101,6 +103,21 @@ def _train(run: Run, resumed: str) -> int:
                 raise
             return 1
     return 0
+
+
+def whole_paths(run: Run, out: Path) -> Run:
+    """The run that will be trained in `out`, its data found from everywhere."""
+    knn = replace(run.knn, train=absolute(run.knn.train), test=absolute(run.knn.test))
+    return replace(run, out=str(out), data=absolute(run.data), knn=knn)
+
+
+def going_on(run: Run, out: Path) -> Run:
+    """The run as the one in `out` was begun. Raises UserError unless it computes the same."""
+    there = _load(out / "config.json")
+    run = replace(run, mean=run.mean or there.mean, std=run.std or there.std)
+    advice = f"choose another --out, or go on with that one by --resume {out}"
+    _same(run, there, _MAY_CHANGE - {"data"}, lambda flag: f"{out} holds a run with another {flag}: {advice}")
+    return run
 
 
 def _same(run: Run, there: Run, but: set[str], text: Callable[[str], str]) -> None:
