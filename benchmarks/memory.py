@@ -16,7 +16,7 @@ import torch
 from timing import machine
 
 from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
-from pixmim.engine.memory import measure
+from pixmim.engine.memory.footprint import measure
 from pixmim.engine.optim import Updater, adamw
 from pixmim.grid import grid_of
 from pixmim.parts import build_masker, build_model, build_objective, draw_masks

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pixmim.engine.fitting import advice, largest_batch, parts_for
-from pixmim.engine.memory import Footprint
+from pixmim.engine.memory.fitting import advice, largest_batch, parts_for
+from pixmim.engine.memory.footprint import Footprint
 from pixmim.errors import UserError
 
 GIB = 2**30

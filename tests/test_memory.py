@@ -11,9 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from pixmim import Objective, Pixels, RandomMask, create_model
-from pixmim.engine import memory
-from pixmim.engine.live import Live
-from pixmim.engine.memory import Footprint, fits, is_out_of_memory, measure
+from pixmim.engine.memory.footprint import Footprint, fits, is_out_of_memory, measure
+from pixmim.engine.memory.live import Live
 from pixmim.errors import UserError
 from pixmim.models.base import MaskedModel
 
@@ -107,7 +106,7 @@ def test_recomputing_is_seen() -> None:
 def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model, step = _step()
     weights = 4 * sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr(memory, "free_memory", lambda: 200 * MB)
+    monkeypatch.setattr(footprint, "free_memory", lambda: 200 * MB)
     found = measure(step, CPU, model.parameters())
     assert found.room == 200 * MB + 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     step(1)
@@ -119,10 +118,10 @@ def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fits(step, CPU, model.parameters(), most=13) == 13
     assert all(p.grad is None for p in model.parameters())
 
-    monkeypatch.setattr(memory, "free_memory", lambda: 2 * MB)
+    monkeypatch.setattr(footprint, "free_memory", lambda: 2 * MB)
     with pytest.raises(UserError, match="not even one image fits"):
         fits(step, CPU, model.parameters())
-    monkeypatch.setattr(memory, "free_memory", lambda: None)
+    monkeypatch.setattr(footprint, "free_memory", lambda: None)
     with pytest.raises(UserError, match="cannot be told on this system"):
         fits(step, CPU, model.parameters())
     with pytest.raises(UserError, match="free on meta cannot be told"):
@@ -225,7 +224,7 @@ def test_errors_that_mean_there_is_no_memory(error: Exception, is_one: bool) -> 
 RUNS_OUT = """
 import os, resource
 from test_memory import CPU, _step
-from pixmim.engine.memory import fits, is_out_of_memory, measure
+from pixmim.engine.memory.footprint import fits, is_out_of_memory, measure
 model, step = _step()
 step(2)
 taken = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -37,10 +37,10 @@ def slurm(args: list[str]) -> int:
         return job, script, force
 
     (job, file, force), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
-    run, resumed = read_flags(words)
+    run, resumed, auto = read_flags(words)
     if resumed:
         raise UserError(f"leave out --resume: with --out {resumed} the script goes on with that run by itself")
-    if run.batch_size % (run.accumulate * job.tasks):
+    if not auto and run.batch_size % (run.accumulate * job.tasks):
         parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
         raise UserError(f"a batch of {run.batch_size:,}{parts} does not divide among {job.tasks} GPUs")
     name = job.name or run.recipe or "run"
@@ -51,7 +51,7 @@ def slurm(args: list[str]) -> int:
     out = Path(run.out or f"runs/{name}")
     there = (out / "config.json").exists()
     if there:
-        going_on(whole_paths(run, out), out)
+        going_on(whole_paths(run, out), out, auto)
     _build(run)
     file = file or out / "slurm.sh"
     if file.exists() and not force:
@@ -63,8 +63,8 @@ def slurm(args: list[str]) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     console = Console()
-    each = run.batch_size // job.tasks
-    say(console, f"{job.tasks} processes, one for each GPU; each computes {each:,} of the {run.batch_size:,} images")
+    share = f"{run.batch_size // job.tasks:,} of the {run.batch_size:,} images" if not auto else "as many images as fit"
+    say(console, f"{job.tasks} processes, one for each GPU; each computes {share}")
     for path in _absent(run):
         say(console, f"there is no {path} here: the job's machines must have it")
     if there:

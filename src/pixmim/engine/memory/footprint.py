@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pixmim.engine.live import Live
-from pixmim.engine.room import free_memory
+from pixmim.engine.memory.live import Live
+from pixmim.engine.memory.room import free_memory
 from pixmim.errors import UserError
 
 Step = Callable[[int], None]

@@ -2,7 +2,7 @@
 
 import torch
 
-from pixmim.engine.memory import Footprint, in_eights, in_gib
+from pixmim.engine.memory.footprint import Footprint, in_eights, in_gib
 from pixmim.errors import UserError
 
 
