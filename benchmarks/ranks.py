@@ -52,7 +52,7 @@ def main() -> None:
 def train(out: Path, processes: int, parts: int, *flags: str) -> Path:
     """Train on `parts` times as many images by so many processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    length = ["--steps", str(STEPS), "--log-every", "1", "--batch-size", str(EACH * parts)]
+    length = ["--steps", str(STEPS), "--log-every", "1", "--knn.every", "0", "--batch-size", str(EACH * parts)]
     where = ["--out", str(out), "--device", "cpu", "--precision", "fp32", "--threads", "1"]
     done = subprocess.run(
         [*launch, "-m", "pixmim.cli", "pretrain", "demo", *length, *where, *flags],
