@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from pixmim import Objective, Pixels, RandomMask, create_model
+from pixmim.engine.memory import footprint
 from pixmim.engine.memory.footprint import Footprint, fits, is_out_of_memory, measure
 from pixmim.engine.memory.live import Live
 from pixmim.errors import UserError
