@@ -205,7 +205,8 @@ class Run:
     steps: int | None = None
     """Length in updates of the weights, instead of epochs."""
     batch_size: int = 4096
-    """Images per update of the weights."""
+    """Images per update of the weights, over all processes; auto: as many as fit into memory at once, at most the
+    recipe's own."""
     accumulate: int = 1
     """Parts a batch is computed in, one after another, to fit into memory."""
     size: str = "224"

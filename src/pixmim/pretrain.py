@@ -1,4 +1,4 @@
-"""Pre-training, from a Run to an encoder. `loss_of` below is the paper's algorithm."""
+"""Pre-training, from a Run to an encoder: puts data, method, optimizer and log together, and lets the loop run."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from pixmim.data.source import Source
 from pixmim.dist import ALONE, World
 from pixmim.engine.advice import closing, describe
 from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
-from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
 from pixmim.engine.loop import loop
 from pixmim.engine.optim import Updater, adamw
 from pixmim.engine.parallel import compiling, spread, way, whole_state
@@ -26,9 +25,9 @@ from pixmim.engine.runlog import RunLog
 from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
-from pixmim.grid import grid_of
+from pixmim.method import Method
 from pixmim.models.base import MaskedModel
-from pixmim.parts import build_crop, build_masker, build_model, build_objective, draw_masks, image_form
+from pixmim.parts import build_crop, build_model, image_form
 from pixmim.pretrained import begin_from
 from pixmim.runfile import to_json
 from pixmim.transforms import finish
@@ -53,10 +52,10 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     checkpoints/ (all of them) and, at the end, encoder.safetensors. On a CPU, a run that was interrupted and resumed on
     as many processes ends with bitwise the weights of one that was not. Raises UserError.
     """
-    device = choose_device(run.device)
-    precision = choose_precision(run.precision, device)
     data, crop = open_data(run.data, image_form(run), run.local_copy), build_crop(run)
     _agree(run, world, data)
+    method = Method.of(run)
+    model, device, precision = method.model, method.device, method.precision
     place, kept = choose_place(data, crop, run.keep, device)
     schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
     portion = Portion(run.batch_size // run.accumulate, 0, world.rank, world.size)
@@ -68,12 +67,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         world=world,
         say=lambda text: console.print(text, highlight=False, markup=False),
     )
-    model = build_model(run)
     origin = begin_from(model, run) if run.init and not checkpoints.steps() else []
-    model = model.to(device)
-    objective = build_objective(run).to(device)
-    masker, grid = build_masker(run, model.patch), grid_of(run.hw, model.patch)
-    choose_attention(model, device, precision)
     network = spread(model, run.scale, world, device, precision)
     optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay)
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
@@ -93,14 +87,10 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     watch_every = max(1, round(run.knn.every / epoch))
 
     def loss_of(batch: Batch, number: int) -> Tensor:
-        """The method itself: finish the crops, hide patches, predict them, hold them against the target."""
+        """Of a part of a batch: its crops are finished on the device, and the method does the rest."""
         images = finish(batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std)
         step, part = divmod(number, run.accumulate)
-        rows = portion.positions(part)  # of the step's whole batch
-        mask = draw_masks(run, masker, grid, step, rows).to(device)
-        with autocast(device, precision):
-            prediction = network(images, mask)
-        return objective(prediction, images, mask).loss
+        return method.loss(network, images, step, portion.positions(part))
 
     def measure(step: int) -> None:
         """Where the run asks for it: at the start, every so often, and at the end."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -23,8 +23,23 @@ _MAY_CHANGE = {
 """Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 
 
-def pretrain(args: list[str]) -> int:
-    """Read the flags twice: the recipe (or the run to resume) decides the defaults of all the others."""
+class Flags(NamedTuple):
+    """What the flags say: the Run, the directory of the run to resume (if any), and whether to find the batch size."""
+
+    run: Run
+    resumed: str
+    auto: bool
+
+
+def read_flags(args: list[str]) -> Flags:
+    """Read the flags, and start nothing. Raises UserError.
+
+    They are read twice: the recipe (or the run to resume) decides the defaults of all the others.
+    """
+    auto = _value_of("--batch-size", args) == "auto"
+    if auto:
+        at = next(i for i, word in enumerate(args) if word.startswith("--batch-size"))
+        args = args[:at] + args[at + (1 if "=" in args[at] else 2) :]
     resumed = _value_of("--resume", args)
     named = args[0] if args and not args[0].startswith("-") else ""
     if resumed and named:
@@ -59,37 +74,50 @@ def pretrain(args: list[str]) -> int:
         raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
     elif not run.data:
         raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
-    return _train(run, resumed)
+    if auto and resumed:
+        raise UserError("--batch-size cannot change when a run is resumed; begin a new run")
+    return Flags(run, resumed, auto)
 
 
-def _train(run: Run, resumed: str) -> int:
+def pretrain(args: list[str]) -> int:
+    """Train, or go on."""
+    return _train(*read_flags(args))
+
+
+def _train(run: Run, resumed: str, auto: bool) -> int:
     """What each process of the run does; the first one speaks."""
     from pixmim.dist import open_world
+    from pixmim.engine.memory.footprint import is_out_of_memory
     from pixmim.evaluate import knn_watch
+    from pixmim.method import too_large, with_largest_batch
     from pixmim.parts import measured
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
 
-    knn = replace(run.knn, train=absolute(run.knn.train), test=absolute(run.knn.test))
     with open_world(run.device, run.scale.timeout) as world:
         console = Console(quiet=not world.first)
         try:
             new = run.out or f"runs/{run.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
             out = Path(resumed or world.share(new))
-            run = replace(run, out=str(out), data=absolute(run.data), knn=knn)
-            there = _load(out / "config.json") if (out / "config.json").exists() else None
-            if there is None:
+            run = whole_paths(run, out)
+            if not (out / "config.json").exists():
                 run, lines = measured(run)
+                if auto:
+                    run, line = with_largest_batch(run, world)
+                    lines.append(line)
                 for line in lines:
                     say(console, line)
             elif not resumed:
-                run = replace(run, mean=run.mean or there.mean, std=run.std or there.std)
-                advice = f"choose another --out, or go on with that one by --resume {out}"
-                _same(
-                    run, there, _MAY_CHANGE - {"data"}, lambda flag: f"{out} holds a run with another {flag}: {advice}"
-                )
+                run = going_on(run, out, auto)
             world.gather(None)  # all have looked before the first one writes
-            outcome = train(run, out, console, knn_watch(run), world)
+            outcome = None
+            try:
+                outcome = train(run, out, console, knn_watch(run), world)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            if outcome is None:  # said here, where nothing holds on to the run's memory any more
+                raise UserError(too_large(run, world))
             if not outcome.finished:
                 say(console, f"stopped after step {outcome.step}; go on with: pixmim pretrain --resume {out}")
                 return 130
@@ -101,6 +129,23 @@ def _train(run: Run, resumed: str) -> int:
                 raise
             return 1
     return 0
+
+
+def whole_paths(run: Run, out: Path) -> Run:
+    """The run that will be trained in `out`, its data found from everywhere."""
+    knn = replace(run.knn, train=absolute(run.knn.train), test=absolute(run.knn.test))
+    return replace(run, out=str(out), data=absolute(run.data), knn=knn)
+
+
+def going_on(run: Run, out: Path, auto: bool = False) -> Run:
+    """The run as the one in `out` was begun; with `auto`, of its batch size. Raises UserError for another run."""
+    there = _load(out / "config.json")
+    if auto:
+        run = replace(run, batch_size=there.batch_size, accumulate=there.accumulate)
+    run = replace(run, mean=run.mean or there.mean, std=run.std or there.std)
+    advice = f"choose another --out, or go on with that one by --resume {out}"
+    _same(run, there, _MAY_CHANGE - {"data"}, lambda flag: f"{out} holds a run with another {flag}: {advice}")
+    return run
 
 
 def _same(run: Run, there: Run, but: set[str], text: Callable[[str], str]) -> None:
