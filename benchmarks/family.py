@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
 
 from pixmim.engine.device import choose_device, choose_precision
+from pixmim.engine.malloc import keep_memory
 
 
 def main() -> None:
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     device, batch = choose_device("auto"), options.batch or (4 if options.full else 16)
+    keep_memory()  # for all alike
     steps = 10 if device.type == "cuda" else 1
     fast = choose_precision("auto", device)
     peaks = {precision: product_rate(device, precision) for precision in dict.fromkeys(("fp32", fast))}
