@@ -34,7 +34,7 @@ def test_help_answers_without_torch() -> None:
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for flag in (
         "--data", "--out", "--epochs", "--steps", "--batch-size", "--size", "--seed", "--precision", "--device",
-        "--checkpoint-every", "--resume", "--optim.lr", "--target.radius", "--knn.every",
+        "--saving.every", "--resume", "--optim.lr", "--target.radius", "--knn.every",
     ):  # fmt: skip
         assert flag in text
     assert "--made" not in text and "--recipe" not in text
@@ -117,7 +117,9 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert (kept["recipe"], kept["steps"], kept["optim"]["lr"]) == ("demo", 2, 0.001)
 
     status, text = say(capsys, "pretrain", "demo", "--out", out, *TINY)
-    assert status == 1 and "holds a run already" in text
+    assert status == 1 and "holds a run with another --data: choose another --out" in text
+    status, text = say(capsys, "pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001")
+    assert status == 0 and "the run is complete: 2 updates are done" in text  # the same command goes on
 
     labelled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
     for name in ("knn", "linear"):

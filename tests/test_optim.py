@@ -66,7 +66,7 @@ def test_a_bad_gradient_changes_no_weight_and_no_moment(scaling: bool) -> None:
     clean, _ = trained(3, None, scaling)
     for a, b in zip(spoiled.parameters(), clean.parameters(), strict=True):
         assert torch.equal(a, b)
-    states = list(updater._optimizer.state.values())
+    states = list(updater.optimizer.state.values())
     assert all(float(state["step"]) == 3 and torch.isfinite(state["exp_avg"]).all() for state in states)
     assert updater.state["skipped"] == 1 and updater.state["streak"] == 1
     assert updater.state["scale"] == (2.0**15 if scaling else 1.0)

@@ -487,7 +487,7 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
         @property
         def asked(self) -> bool:  # type: ignore[override]
             type(self).count += 1
-            return type(self).count > 4  # asked twice an update
+            return type(self).count > 2  # asked once an update
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Interrupts", Stops)

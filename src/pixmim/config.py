@@ -140,6 +140,32 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """How the work is spread over processes and made to fit. Changes nothing of what is computed but rounding."""
+
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: ddp keeps the whole model on each, fsdp a part of it (large ones). auto: ddp."""
+    compile: Literal["none", "blocks", "whole"] = "none"
+    """torch.compile of each transformer block, or of the whole model (not with fsdp)."""
+    recompute: bool = False
+    """Forget what blocks computed and compute it again for the gradient: less memory, a third more time."""
+    timeout: float = 600.0
+    """Seconds that processes wait for each other before the run ends and says who did not come."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written, and which stay."""
+
+    every: int = 0
+    """Steps between checkpoints; 0: every ten minutes. One is always written at the end and when interrupted."""
+    last: int = 2
+    """The newest ones that stay."""
+    epochs: float = 0.0
+    """Besides, one is written every so many epochs, and stays; 0: none."""
+
+
+@dataclass(frozen=True)
 class Knn:
     """Periodic k-NN while training, for the curve of accuracy against epochs."""
 
@@ -179,7 +205,8 @@ class Run:
     steps: int | None = None
     """Length in updates of the weights, instead of epochs."""
     batch_size: int = 4096
-    """Images per update of the weights."""
+    """Images per update of the weights, over all processes; auto: as many as fit into memory at once, at most the
+    recipe's own."""
     accumulate: int = 1
     """Parts a batch is computed in, one after another, to fit into memory."""
     size: str = "224"
@@ -206,8 +233,6 @@ class Run:
     """GiB on this machine for copies of shards from far away; those used longest ago make room for new ones."""
     threads: int = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: every ten minutes. One is always written at the end and on Ctrl-C."""
     log_every: int = 0
     """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
     max_bad: float = 0.25
@@ -218,6 +243,8 @@ class Run:
     target: Target = field(default_factory=Target)
     optim: Optim = field(default_factory=Optim)
     knn: Knn = field(default_factory=Knn)
+    scale: Scale = field(default_factory=Scale)
+    saving: Saving = field(default_factory=Saving)
     made: Annotated[Made, Suppress] = field(default_factory=Made)
 
     def __post_init__(self) -> None:
@@ -229,7 +256,6 @@ class Run:
             "epochs",
             "seed",
             "threads",
-            "checkpoint_every",
             "log_every",
         ):
             least = 1 if name in ("batch_size", "accumulate", "channels") else 0
@@ -237,6 +263,12 @@ class Run:
                 raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
         if self.local_copy <= 0:
             raise UserError(f"--local-copy is a number of GiB above 0, not {self.local_copy:g}")
+        if self.scale.timeout <= 0:
+            raise UserError(f"--scale.timeout is a number of seconds above 0, not {self.scale.timeout:g}")
+        if self.scale.compile == "whole" and self.scale.parallel == "fsdp":
+            raise UserError("with --scale.parallel fsdp, blocks are compiled one by one: --scale.compile blocks")
+        if self.saving.every < 0 or self.saving.last < 1 or self.saving.epochs < 0:
+            raise UserError("--saving.every and --saving.epochs are 0 or more, and --saving.last is at least 1")
         if self.batch_size % self.accumulate:
             raise UserError(f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts")
         if (self.steps is not None and self.steps < 1) or (self.steps is None and self.epochs <= 0):

@@ -1,9 +1,9 @@
 """From a Run to the four choices it names (crop, mask, model, target), and the numbers that drive them."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -106,7 +106,7 @@ def build_objective(run: Run) -> Objective:
     return Objective(target, t.normalise_patches, t.distance, t.normalise_window)
 
 
-def draw_masks(run: Run, masker: Masker, grid: tuple[int, int], step: int, rows: Sequence[int]) -> Mask:
+def draw_masks(run: Run, masker: Masker, grid: tuple[int, int], step: int, rows: npt.ArrayLike) -> Mask:
     """The masks of some rows of a step's batch: a function of (seed, step, row)."""
     u = rng.uniform(run.seed, "mask", step, rows, masker.draws(grid))
     return masker.decide(torch.from_numpy(u.astype(np.float32)), grid)

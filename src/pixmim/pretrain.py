@@ -1,8 +1,8 @@
-"""Pre-training, from a Run to an encoder. The loop below is the paper's algorithm."""
+"""Pre-training, from a Run to an encoder: puts data, method, optimizer and log together, and lets the loop run."""
 
-import time
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,17 +13,21 @@ from pixmim.config import Run
 from pixmim.data import open_batches, open_data
 from pixmim.data.feed.batches import Batch, Portion
 from pixmim.data.feed.keep import choose_place
-from pixmim.data.skipped import Skipped
-from pixmim.engine.advice import describe
-from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints
-from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
-from pixmim.engine.optim import STREAK, Updater, adamw
-from pixmim.engine.runlog import DATA_BOUND, RunLog
+from pixmim.data.skipped import Skipped, gather_accounts
+from pixmim.data.source import Source
+from pixmim.dist import ALONE, World
+from pixmim.engine.advice import closing, describe
+from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
+from pixmim.engine.loop import loop
+from pixmim.engine.optim import Updater, adamw
+from pixmim.engine.parallel import compiling, spread, way, whole_state
+from pixmim.engine.runlog import RunLog
 from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
-from pixmim.grid import grid_of
-from pixmim.parts import build_crop, build_masker, build_model, build_objective, draw_masks, image_form
+from pixmim.method import Method
+from pixmim.models.base import MaskedModel
+from pixmim.parts import build_crop, build_model, image_form
 from pixmim.pretrained import begin_from
 from pixmim.runfile import to_json
 from pixmim.transforms import finish
@@ -41,66 +45,70 @@ class Outcome:
     finished: bool
 
 
-def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) -> Outcome:
+def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, world: World = ALONE) -> Outcome:
     """Train until the run is finished or interrupted, from the newest checkpoint in `out` if there is one.
 
-    Writes config.json, metrics.jsonl, skipped.csv, checkpoints/ and, at the end, encoder.safetensors. On a CPU, a run
-    that was interrupted and resumed ends with bitwise the weights of one that was not. Raises UserError.
+    Every process of `world` calls this; the first one speaks and writes: config.json, metrics.jsonl, skipped.csv,
+    checkpoints/ (all of them) and, at the end, encoder.safetensors. On a CPU, a run that was interrupted and resumed on
+    as many processes ends with bitwise the weights of one that was not. Raises UserError.
     """
-    device = choose_device(run.device)
-    precision = choose_precision(run.precision, device)
     data, crop = open_data(run.data, image_form(run), run.local_copy), build_crop(run)
+    _agree(run, world, data)
+    method = Method.of(run)
+    model, device, precision = method.model, method.device, method.precision
     place, kept = choose_place(data, crop, run.keep, device)
-    schedule = Schedule.of(run, len(data))
+    schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
+    portion = Portion(run.batch_size // run.accumulate, 0, world.rank, world.size)
 
-    checkpoints = Checkpoints(out / "checkpoints")
-    model = build_model(run)
+    checkpoints = Checkpoints(
+        out / "checkpoints",
+        last=run.saving.last,
+        stays=lambda step: milestone(step, run.saving.epochs / epoch),
+        world=world,
+        say=lambda text: console.print(text, highlight=False, markup=False),
+    )
     origin = begin_from(model, run) if run.init and not checkpoints.steps() else []
-    model = model.to(device)
-    objective = build_objective(run).to(device)
-    masker, grid = build_masker(run, model.patch), grid_of(run.hw, model.patch)
-    choose_attention(model, device, precision)
+    network = spread(model, run.scale, world, device, precision)
     optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay)
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
-    out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
-    (out / "config.json").write_text(to_json(run))
-    start = checkpoints.load(model, optimizer, updater, images=len(data))
-
-    part = run.batch_size // run.accumulate
-    mean, std = (torch.tensor(values, device=device) for values in run.statistics)
-    every = run.log_every or max(1, min(50, schedule.steps // 200))
-    watch_every = max(1, round(run.knn.every * len(data) / run.batch_size))
-    skipped = Skipped(out / "skipped.csv", len(data), run.max_bad)
-    saved_at = time.monotonic()
-
-    def loss_of(batch: Batch, step: int, rows: range) -> Tensor:
-        """The method itself: finish the crops, hide patches, predict them, hold them against the target."""
-        images = finish(batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std)
-        mask = draw_masks(run, masker, grid, step, rows).to(device)
-        with autocast(device, precision):
-            prediction = model(images, mask)
-        return objective(prediction, images, mask).loss
-
-    def save(step: int) -> None:
-        checkpoints.save(step, model, optimizer, updater, images=len(data))
-
-    def measure(step: int) -> None:
-        if watch is not None:
-            log.write({"step": step, "epoch": round(step * run.batch_size / len(data), 6), **watch(model.encoder)})
-            log.pause()
+    if world.first:
+        out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
+        (out / "config.json").write_text(to_json(run))
 
     about = [f"images: {line}" for line in (data.about, kept) if line]
-    for line in [*describe(run, len(data), schedule, device, precision), *about, *origin]:
+    for line in [*describe(run, len(data), schedule, device, precision, world), *about, *origin]:
         console.print(line, highlight=False, soft_wrap=True)
+    start = checkpoints.load(model, updater, images=len(data))
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
         console.print(f"the run {done}: {start:,} updates are done", highlight=False)
+    mean, std = (torch.tensor(values, device=device) for values in run.statistics)
+    skipped = Skipped(out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv"), len(data), run.max_bad)
+    watch_every = max(1, round(run.knn.every / epoch))
+
+    def loss_of(batch: Batch, number: int) -> Tensor:
+        """Of a part of a batch: its crops are finished on the device, and the method does the rest."""
+        images = finish(batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std)
+        step, part = divmod(number, run.accumulate)
+        return method.loss(network, images, step, portion.positions(part))
+
+    def measure(step: int) -> None:
+        """Where the run asks for it: at the start, every so often, and at the end."""
+        if watch is not None and (step in (0, schedule.steps) or step % watch_every == 0):
+            log.write(
+                {"step": step, "epoch": round(step * epoch, 6), **watch(_whole(model, run, device, world).encoder)}
+            )
+            log.pause()
+
+    def planned(step: int) -> bool:
+        return milestone(step, run.saving.epochs / epoch) or (run.saving.every > 0 and step % run.saving.every == 0)
+
     with (
         Interrupts() as interrupts,
         open_batches(
             data,
             crop,
-            Portion(part, start * run.batch_size),
+            replace(portion, start=start * run.batch_size),
             place,
             device,
             skipped=skipped,
@@ -109,60 +117,69 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None) 
             threads=run.threads,
         ) as batches,
         RunLog(
-            out / "metrics.jsonl",
+            out / "metrics.jsonl" if world.first else None,
             steps=schedule.steps,
             start=start,
-            every=every,
-            epoch=run.batch_size / len(data),
+            every=run.log_every or max(1, min(50, schedule.steps // 200)),
+            epoch=epoch,
             images=run.batch_size,
             console=console,
+            total=world.total,
         ) as log,
+        checkpoints,
+        compiling(run.scale),
     ):
-        step = start
-        if step == 0:
-            measure(step)
-        while step < schedule.steps and not interrupts.asked:
-            total = torch.zeros((), device=device)
-            for first in range(0, run.batch_size, part):
-                loss = loss_of(next(batches), step, range(first, first + part)) / run.accumulate
-                updater.backward(loss)
-                total += loss.detach()
-            norm = updater.step(schedule.lr(step))
-
-            step += 1
-            log.add(step, loss=total, gradient=norm)
-            if log.due(step):
-                _stop_if_lost(updater, step)
-                log.line(step, batches.waited, lr=schedule.lr(step - 1), skipped=updater.state["skipped"].item())
-            if step == schedule.steps or (run.knn.every > 0 and step % watch_every == 0):
-                measure(step)
-            due = step % run.checkpoint_every == 0 if run.checkpoint_every else time.monotonic() - saved_at > AUTOSAVE
-            if due or interrupts.asked or step == schedule.steps:
-                save(step)
-                saved_at = time.monotonic()
+        if start == 0:
+            measure(0)
+        step = loop(
+            start,
+            schedule.steps,
+            batches,
+            loss_of,
+            network,
+            updater,
+            schedule.lr,
+            lambda step, wait: checkpoints.save(step, model, updater, images=len(data), wait=wait),
+            log=log,
+            interrupts=interrupts,
+            planned=planned,
+            autosave=math.inf if run.saving.every else AUTOSAVE,
+            accumulate=run.accumulate,
+            after=measure,
+            world=world,
+            timeout=run.scale.timeout,
+        )
 
     if step < schedule.steps:
         return Outcome(step, finished=False)
-    save_tensors(model.encoder.state_dict(), out / "encoder.safetensors", run, step)
-    if log.data_wait > DATA_BOUND:
-        console.print(
-            f"the run waited for data {log.data_wait:.0%} of its time: `pixmim bench-data {run.data}` says what helps",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
-    lost = int(updater.state["skipped"].item())
-    if lost:
-        console.print(f"{lost} of {step} updates were skipped because their gradient was not finite")
-    if len(skipped):
-        console.print(f"{len(skipped)} of {len(data)} images could not be read: see {out}/skipped.csv", markup=False)
+    product = _whole(model, run, device, world).encoder.state_dict()
+    world.gather(None)  # until then, others may still write to their accounts of skipped images
+    if world.first:
+        save_tensors(product, out / "encoder.safetensors", run, step)
+        lost, bad = int(updater.state["skipped"].item()), gather_accounts(out)
+        for line in closing(run, out, step, lost=lost, bad=bad, images=len(data), waited=log.data_wait):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     return Outcome(step, finished=True)
 
 
-def _stop_if_lost(updater: Updater, step: int) -> None:
-    streak = int(updater.state["streak"].item())
-    if streak >= STREAK:
+def _agree(run: Run, world: World, data: Source) -> None:
+    """Raise UserError unless each process gets an equal share of every batch, out of the same images."""
+    if run.batch_size // run.accumulate % world.size:
+        parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
+        raise UserError(f"a batch of {run.batch_size:,}{parts} does not divide among {world.size} processes")
+    counts = world.gather(len(data))
+    other = next((rank for rank, count in enumerate(counts) if count != counts[0]), 0)
+    if other:
         raise UserError(
-            f"the gradient was not finite in the last {streak} updates (up to step {step}). The weights are those "
-            "before it. Try a lower --optim.base-lr, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)."
+            f"process {other} sees {counts[other]:,} images and process 0 {counts[0]:,}: all need the same data"
         )
+
+
+def _whole(model: MaskedModel, run: Run, device: torch.device, world: World) -> MaskedModel:
+    """The model, or where it lies in shards a copy of all of it; every process must ask."""
+    if way(run.scale, world) != "fsdp":
+        return model
+    with torch.random.fork_rng(devices=[]):
+        copy = build_model(run).to(device)
+    copy.load_state_dict(whole_state(model))
+    return copy

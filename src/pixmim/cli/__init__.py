@@ -12,12 +12,14 @@ from pixmim.cli.data import cache, stats
 from pixmim.cli.look import attention, embed, reconstruct
 from pixmim.cli.measure import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
+from pixmim.cli.slurm import slurm
 from pixmim.cli.transfer import export, import_
 from pixmim.errors import UserError, nearest
 
 OVERVIEW = """usage: pixmim COMMAND [...]
 
   pretrain     train a backbone on your own images
+  slurm        write a script that trains on a cluster, for Slurm's sbatch
   cache        resize pictures once, for all epochs to come
   stats        measure mean and std, and say what a data set holds
   bench-data   what limits the way of your images to the network, and what to change
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,
+    "slurm": slurm,
     "cache": cache,
     "stats": stats,
     "bench-data": bench_data,

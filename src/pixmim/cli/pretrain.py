@@ -1,9 +1,10 @@
 """pixmim pretrain, and the recipes it takes."""
 
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -15,12 +16,30 @@ from pixmim.errors import UserError
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json
 
-_MAY_CHANGE = {"data", "out", "device", "keep", "local_copy", "threads", "checkpoint_every", "log_every", "max_bad"}
-"""Fields that a resumed run may change: they do not decide what is computed (data: if the same images moved)."""
+_MAY_CHANGE = {
+    *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),
+    *("accumulate", "scale", "saving"),
+}
+"""Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 
 
-def pretrain(args: list[str]) -> int:
-    """Read the flags twice: the recipe (or the run to resume) decides the defaults of all the others."""
+class Flags(NamedTuple):
+    """What the flags say: the Run, the directory of the run to resume (if any), and whether to find the batch size."""
+
+    run: Run
+    resumed: str
+    auto: bool
+
+
+def read_flags(args: list[str]) -> Flags:
+    """Read the flags, and start nothing. Raises UserError.
+
+    They are read twice: the recipe (or the run to resume) decides the defaults of all the others.
+    """
+    auto = _value_of("--batch-size", args) == "auto"
+    if auto:
+        at = next(i for i, word in enumerate(args) if word.startswith("--batch-size"))
+        args = args[:at] + args[at + (1 if "=" in args[at] else 2) :]
     resumed = _value_of("--resume", args)
     named = args[0] if args and not args[0].startswith("-") else ""
     if resumed and named:
@@ -49,41 +68,91 @@ def pretrain(args: list[str]) -> int:
 
     _, run = tyro.cli(command, prog="pixmim pretrain", args=args)
     run = replace(run, model=replace(run.model, options={**base.model.options, **run.model.options}))
-    console = Console()
     if resumed:
-        changed = [f.name for f in fields(Run) if getattr(run, f.name) != getattr(base, f.name)]
-        for name in changed:
-            if name not in _MAY_CHANGE:
-                raise UserError(f"--{name.replace('_', '-')} cannot change when a run is resumed; begin a new run")
-        out = Path(resumed)
-    else:
-        if not named:
-            raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
-        if not run.data:
-            raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
-        out = Path(run.out or f"runs/{run.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}")
-        if (out / "config.json").exists():
-            raise UserError(f"{out} holds a run already: go on with --resume {out}, or choose another --out")
+        _same(run, base, _MAY_CHANGE, lambda flag: f"{flag} cannot change when a run is resumed; begin a new run")
+    elif not named:
+        raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
+    elif not run.data:
+        raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
+    if auto and resumed:
+        raise UserError("--batch-size cannot change when a run is resumed; begin a new run")
+    return Flags(run, resumed, auto)
 
+
+def pretrain(args: list[str]) -> int:
+    """Train, or go on."""
+    return _train(*read_flags(args))
+
+
+def _train(run: Run, resumed: str, auto: bool) -> int:
+    """What each process of the run does; the first one speaks."""
+    from pixmim.dist import open_world
+    from pixmim.engine.memory.footprint import is_out_of_memory
     from pixmim.evaluate import knn_watch
+    from pixmim.method import too_large, with_largest_batch
     from pixmim.parts import measured
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
 
-    knn = replace(run.knn, train=absolute(run.knn.train), test=absolute(run.knn.test))
-    run = replace(run, out=str(out), data=absolute(run.data), knn=knn)
-    if not resumed:
-        run, lines = measured(run)
-        for line in lines:
-            say(console, line)
-    watch = knn_watch(run)
-    outcome = train(run, out, console, watch)
-    if not outcome.finished:
-        say(console, f"stopped after step {outcome.step}; go on with: pixmim pretrain --resume {out}")
-        return 130
-    page = write_report([out], out / "report.html")
-    say(console, f"encoder: {out / 'encoder.safetensors'}\nreport:  {page}")
+    with open_world(run.device, run.scale.timeout) as world:
+        console = Console(quiet=not world.first)
+        try:
+            new = run.out or f"runs/{run.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+            out = Path(resumed or world.share(new))
+            run = whole_paths(run, out)
+            if not (out / "config.json").exists():
+                run, lines = measured(run)
+                if auto:
+                    run, line = with_largest_batch(run, world)
+                    lines.append(line)
+                for line in lines:
+                    say(console, line)
+            elif not resumed:
+                run = going_on(run, out, auto)
+            world.gather(None)  # all have looked before the first one writes
+            outcome = None
+            try:
+                outcome = train(run, out, console, knn_watch(run), world)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            if outcome is None:  # said here, where nothing holds on to the run's memory any more
+                raise UserError(too_large(run, world))
+            if not outcome.finished:
+                say(console, f"stopped after step {outcome.step}; go on with: pixmim pretrain --resume {out}")
+                return 130
+            if world.first:
+                page = write_report([out], out / "report.html")
+                say(console, f"encoder: {out / 'encoder.safetensors'}\nreport:  {page}")
+        except UserError as error:
+            if world.first_to_say(str(error)):
+                raise
+            return 1
     return 0
+
+
+def whole_paths(run: Run, out: Path) -> Run:
+    """The run that will be trained in `out`, its data found from everywhere."""
+    knn = replace(run.knn, train=absolute(run.knn.train), test=absolute(run.knn.test))
+    return replace(run, out=str(out), data=absolute(run.data), knn=knn)
+
+
+def going_on(run: Run, out: Path, auto: bool = False) -> Run:
+    """The run as the one in `out` was begun; with `auto`, of its batch size. Raises UserError for another run."""
+    there = _load(out / "config.json")
+    if auto:
+        run = replace(run, batch_size=there.batch_size, accumulate=there.accumulate)
+    run = replace(run, mean=run.mean or there.mean, std=run.std or there.std)
+    advice = f"choose another --out, or go on with that one by --resume {out}"
+    _same(run, there, _MAY_CHANGE - {"data"}, lambda flag: f"{out} holds a run with another {flag}: {advice}")
+    return run
+
+
+def _same(run: Run, there: Run, but: set[str], text: Callable[[str], str]) -> None:
+    """Raise UserError, with a text about the flag, unless a run is the one that is there, but for some fields."""
+    for one in fields(Run):
+        if getattr(run, one.name) != getattr(there, one.name) and one.name not in but:
+            raise UserError(text(f"--{one.name.replace('_', '-')}"))
 
 
 def list_recipes(args: list[str]) -> int:

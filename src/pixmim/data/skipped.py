@@ -65,3 +65,19 @@ class Skipped:
             f"{len(self._bad)} of the first {seen} images cannot be read, more than the share of "
             f"{self._max_share:.0%} that --max-bad allows.{where}\n{some}"
         )
+
+
+def gather_accounts(folder: Path) -> int:
+    """Put what several processes skipped (skipped-1.csv and so on) into skipped.csv; gives how many images it names."""
+    whole, parts = folder / "skipped.csv", sorted(folder.glob("skipped-*.csv"))
+    rows: dict[str, list[str]] = {}
+    for path in [whole, *parts]:
+        if path.exists():
+            with path.open(newline="") as file:
+                rows |= {row[0]: row for row in csv.reader(file) if row} | rows
+    if parts:
+        with whole.open("w", newline="") as file:
+            csv.writer(file).writerows(rows.values())
+        for path in parts:
+            path.unlink()
+    return max(0, len(rows) - 1)  # the first one is the header

@@ -39,7 +39,7 @@ def read_parts(spec: str) -> list[Part]:
     pieces, found = spec.split("+"), list[str]()
     while pieces:
         joined = ("+".join(pieces[:count]) for count in range(1, len(pieces) + 1))
-        count = next((count for count, text in enumerate(joined, 1) if _is_there(text)), 0)
+        count = next((count for count, text in enumerate(joined, 1) if is_there(text)), 0)
         text = "+".join(pieces[: count or 1])
         if count or not (found and _ADDRESS.match(found[-1])):
             found.append(text)
@@ -130,7 +130,7 @@ def _split_weight(text: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (text, "1")
 
 
-def _is_there(text: str) -> bool:
+def is_there(text: str) -> bool:
     """Whether a part is an address or names something: a path, or a glob or brace pattern in a folder that exists."""
     source, _ = _split_weight(text)
     if _ADDRESS.match(source) or _exists(source):

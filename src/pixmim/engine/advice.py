@@ -1,13 +1,20 @@
-"""What a run says before it begins: a summary, and warnings where data or batch make its recipe meaningless."""
+"""What a run says before it begins and when it has ended, and what it warns about."""
+
+from pathlib import Path
 
 import torch
 
 from pixmim.config import Run
+from pixmim.dist import ALONE, World
+from pixmim.engine.parallel import way
+from pixmim.engine.runlog import DATA_BOUND
 from pixmim.engine.schedule import Schedule
 from pixmim.targets import in_bins
 
 
-def describe(run: Run, images: int, schedule: Schedule, device: torch.device, precision: str) -> list[str]:
+def describe(
+    run: Run, images: int, schedule: Schedule, device: torch.device, precision: str, world: World = ALONE
+) -> list[str]:
     """Lines for a terminal, in rich's markup. `images` is the size of the data set."""
     radius = in_bins(run.target.radius, run.hw)
     target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
@@ -20,7 +27,7 @@ def describe(run: Run, images: int, schedule: Schedule, device: torch.device, pr
         f"{images:,} images; {schedule.steps:,} updates of {run.batch_size:,} images = "
         f"{schedule.steps * run.batch_size / images:,.1f} epochs; "
         f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up{drop}",
-        f"{device} in {precision}, seed {run.seed}",
+        f"{_machines(run, device, world)} in {precision}, seed {run.seed}",
     ]
     warnings = []
     if run.made.steps and schedule.steps < run.made.steps / 10:
@@ -39,3 +46,26 @@ def describe(run: Run, images: int, schedule: Schedule, device: torch.device, pr
     if images < run.batch_size:
         warnings.append(f"a batch of {run.batch_size:,} holds each of the {images:,} images more than once")
     return lines + [f"[yellow]warning:[/yellow] {text}" for text in warnings]
+
+
+def closing(run: Run, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float) -> list[str]:
+    """What a finished run says of itself, as plain lines: updates lost, bad images, a share of its time waited."""
+    lines = []
+    if waited > DATA_BOUND:
+        lines.append(
+            f"the run waited for data {waited:.0%} of its time: `pixmim bench-data {run.data}` says what helps"
+        )
+    if lost:
+        lines.append(f"{lost} of {step} updates were skipped because their gradient was not finite")
+    if bad:
+        lines.append(f"{bad} of {images} images could not be read: see {out}/skipped.csv")
+    return lines
+
+
+def _machines(run: Run, device: torch.device, world: World) -> str:
+    """What computes: "cuda", or "8 processes on cuda (ddp), each 64 images of a batch in 2 parts"."""
+    if world.size == 1:
+        return str(device)
+    share = f"{run.batch_size // world.size:,} images of a batch"
+    parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
+    return f"{world.size} processes on {device.type} ({way(run.scale, world)}), each {share}{parts},"

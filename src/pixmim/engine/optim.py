@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
@@ -43,10 +44,6 @@ def layer_groups(
     ]
 
 
-STREAK = 20
-"""Updates in a row without a finite gradient, after which a run is lost."""
-
-
 class Updater:
     """Applies gradients to weights: unscales, clips, and leaves the weights untouched where the gradient is not finite.
 
@@ -61,7 +58,8 @@ class Updater:
     def __init__(
         self, optimizer: torch.optim.Optimizer, clip: float | None, scaling: bool, device: torch.device
     ) -> None:
-        self._optimizer, self._clip, self._scaling = optimizer, clip, scaling
+        self.optimizer, self.device = optimizer, device
+        self._clip, self._scaling = clip, scaling
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         zero = torch.zeros((), device=device)
         self.state: dict[str, Tensor] = {
@@ -81,16 +79,16 @@ class Updater:
 
         Gives the gradient's norm, a scalar on the device.
         """
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         s = self.state
         norm = total_norm(self._parameters) / s["scale"]
         finite = torch.isfinite(norm)
         over = norm / self._clip if self._clip is not None else torch.ones_like(norm)
-        self._optimizer.grad_scale = s["scale"] * over.clamp(min=1.0).nan_to_num()  # type: ignore[attr-defined]
-        self._optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.grad_scale = s["scale"] * over.clamp(min=1.0).nan_to_num()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         s["skipped"] += ~finite
         s["streak"].copy_(torch.where(finite, 0.0, s["streak"] + 1))
         if self._scaling:
@@ -102,5 +100,6 @@ class Updater:
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """The Euclidean norm of all gradients together, of all processes' shards where they are sharded."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,20 +36,32 @@ def bound_by(share: float) -> str:
 class RunLog:
     """Writes a line of metrics every `every` steps, and shows where the run stands.
 
-    path    metrics.jsonl; lines after step `start`, of a run that was interrupted, are removed
+    path    metrics.jsonl; lines after step `start`, of a run that was interrupted, are removed. None: no file, of a
+            process that only has a share in the means
     steps   updates in the whole run
     epoch   passes over the data that one step makes
     images  images in one step
+    total   sums a tensor over all processes of the run
     """
 
     def __init__(
-        self, path: Path, *, steps: int, start: int, every: int, epoch: float, images: int, console: Console
+        self,
+        path: Path | None,
+        *,
+        steps: int,
+        start: int,
+        every: int,
+        epoch: float,
+        images: int,
+        console: Console,
+        total: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, path)
-        self._file = path.open("a", buffering=1)
+        self._path, self._unwritten, self._total = path, "", total
+        if path is not None:
+            kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(beside, path)
         self._steps, self._every, self._epoch, self._images = steps, every, epoch, images
         self._console = console
         self._bar = Progress(
@@ -71,7 +84,7 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
-        self._file.close()
+        self._write_out()
 
     def due(self, step: int) -> bool:
         """Whether the step that made the count `step` closes a line; only then is the device asked for numbers."""
@@ -87,10 +100,10 @@ class RunLog:
 
     def line(self, step: int, waited: float, **values: float) -> None:
         """Write the means since the last line. `waited`: seconds spent waiting for data since the run began."""
-        means = {}
-        for name, both in self._sums.items():
-            total, count = both.tolist()
-            means[name] = total / count if count else float("nan")
+        sums = self._total(torch.stack(list(self._sums.values()))).tolist() if self._sums else []
+        means = {
+            n: total / count if count else float("nan") for n, (total, count) in zip(self._sums, sums, strict=True)
+        }
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         self._seconds += seconds
@@ -122,8 +135,23 @@ class RunLog:
         return min(1.0, self._waited / self._seconds) if self._seconds else 0.0
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line as it is."""
-        self._file.write(json.dumps(line) + "\n")
+        """Append a line as it is; on a full disk, as soon as there is space again."""
+        self._unwritten += json.dumps(line) + "\n"
+        self._write_out()
+
+    def _write_out(self) -> None:
+        if self._path is None or not self._unwritten:
+            return
+        size = 0
+        try:
+            with self._path.open("a") as file:
+                size = file.tell()
+                file.write(self._unwritten)
+            self._unwritten = ""
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._path, size)  # no part of a line stays
+            self._console.print(f"warning: {self._path} cannot be written now: {error}", markup=False, soft_wrap=True)
 
     def pause(self) -> None:
         """Leave out of the rate the time since the last line, which went to something else than training."""

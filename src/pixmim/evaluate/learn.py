@@ -1,7 +1,6 @@
 """Training with labels, for the evaluations that fine-tune: resumed exactly as pre-training is."""
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,11 +10,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints
-from pixmim.engine.optim import STREAK, Updater
+from pixmim.engine.checkpoint import Checkpoints
+from pixmim.engine.loop import loop
+from pixmim.engine.optim import Updater
 from pixmim.engine.runlog import RunLog
 from pixmim.engine.signals import Interrupts
-from pixmim.errors import UserError
 
 T = TypeVar("T")
 
@@ -54,46 +53,39 @@ def learn(
     the same weights. Raises UserError if the gradient is not finite many times in a row.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder / "checkpoints")
-    device = next(model.parameters()).device
-    updater = Updater(optimizer, clip, scaling=scaling, device=device)
-    step = start = checkpoints.load(model, optimizer, updater, images=images)
-    saved_at = time.monotonic()
+    updater = Updater(optimizer, clip, scaling=scaling, device=next(model.parameters()).device)
     console = console or Console(quiet=True)
-    with (
-        Interrupts() as interrupts,
-        batches(start * accumulate) as feed,
-        RunLog(
-            folder / "metrics.jsonl",
-            steps=steps,
-            start=start,
-            every=max(1, min(50, steps // 200)),
-            epoch=batch / images,
-            images=batch,
-            console=console,
-        ) as log,
-    ):
-        while step < steps:
-            total = torch.zeros((), device=device)
-            for part in range(accumulate):
-                loss = loss_of(next(feed), step * accumulate + part) / accumulate
-                updater.backward(loss)
-                total += loss.detach()
-            norm = updater.step(rate(step))
-            after()
-            step += 1
-            log.add(step, loss=total, gradient=norm)
-            if log.due(step):
-                if updater.state["streak"].item() >= STREAK:
-                    raise UserError(f"the gradient was not finite in the last {STREAK} updates: lower the rate")
-                waited = getattr(feed, "waited", 0.0)
-                log.line(step, waited, lr=rate(step - 1), skipped=updater.state["skipped"].item())
-            if step == steps or interrupts.asked or time.monotonic() - saved_at > AUTOSAVE:
-                checkpoints.save(step, model, optimizer, updater, images=images)
-                saved_at = time.monotonic()
-            if interrupts.asked and step < steps:
-                console.print(f"stopped after update {step:,} of {steps:,}; the same command goes on", highlight=False)
-                raise KeyboardInterrupt
+    with Checkpoints(folder / "checkpoints", say=console.print) as checkpoints, Interrupts() as interrupts:
+        start = checkpoints.load(model, updater, images=images)
+        with (
+            batches(start * accumulate) as feed,
+            RunLog(
+                folder / "metrics.jsonl",
+                steps=steps,
+                start=start,
+                every=max(1, min(50, steps // 200)),
+                epoch=batch / images,
+                images=batch,
+                console=console,
+            ) as log,
+        ):
+            step = loop(
+                start,
+                steps,
+                feed,
+                loss_of,
+                model,
+                updater,
+                rate,
+                lambda step, wait: checkpoints.save(step, model, updater, images=images, wait=wait),
+                log=log,
+                interrupts=interrupts,
+                accumulate=accumulate,
+                after=lambda step: after(),
+            )
+    if step < steps:
+        console.print(f"stopped after update {step:,} of {steps:,}; the same command goes on", highlight=False)
+        raise KeyboardInterrupt
 
 
 def forget(folder: Path) -> None:

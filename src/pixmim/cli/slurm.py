@@ -1,0 +1,97 @@
+"""pixmim slurm: a script for a cluster's queue, every mistake in it found before it waits there."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import arg
+
+from pixmim.cli.pretrain import going_on, read_flags, whole_paths
+from pixmim.cli.sbatch import Job, script
+from pixmim.cli.terms import say
+from pixmim.config import Run
+from pixmim.errors import UserError
+
+
+def slurm(args: list[str]) -> int:
+    """Write a script for sbatch."""
+
+    def command(
+        *, job: Annotated[Job, arg(name="")], script: Path | None = None, force: bool = False
+    ) -> tuple[Job, Path | None, bool]:
+        """Write a script for Slurm's sbatch that trains on any number of GPUs, and goes on after each interruption.
+
+        usage: pixmim slurm RECIPE --data FOLDER [flags of `pixmim pretrain`] [flags below]
+
+        What stands here and not below is for `pixmim pretrain`, and is checked now: a mistake would otherwise show
+        once the job has waited in the queue. The script says what each of its lines is for; change it as you like.
+
+        Args:
+            job: What is asked of Slurm.
+            script: Where to write it; otherwise slurm.sh in the run's folder.
+            force: Write over a script that is there.
+        """
+        return job, script, force
+
+    (job, file, force), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
+    run, resumed, auto = read_flags(words)
+    if resumed:
+        raise UserError(f"leave out --resume: with --out {resumed} the script goes on with that run by itself")
+    if not auto and run.batch_size % (run.accumulate * job.tasks):
+        parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
+        raise UserError(f"a batch of {run.batch_size:,}{parts} does not divide among {job.tasks} GPUs")
+    name = job.name or run.recipe or "run"
+    if not run.out:
+        words += ["--out", f"runs/{name}"]
+    if not run.threads:
+        words += ["--threads", str(job.cpus)]
+    out = Path(run.out or f"runs/{name}")
+    there = (out / "config.json").exists()
+    if there:
+        going_on(whole_paths(run, out), out, auto)
+    _build(run)
+    file = file or out / "slurm.sh"
+    if file.exists() and not force:
+        raise UserError(f"{file} is there already: --force writes over it, --script FILE writes another")
+
+    process = [sys.executable, "-m", "pixmim.cli", "pretrain", *words]
+    text = script(job, name, process, out.absolute(), Path.cwd(), file.absolute())
+    out.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a job's output
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    console = Console()
+    share = f"{run.batch_size // job.tasks:,} of the {run.batch_size:,} images" if not auto else "as many images as fit"
+    say(console, f"{job.tasks} processes, one for each GPU; each computes {share}")
+    for path in _absent(run):
+        say(console, f"there is no {path} here: the job's machines must have it")
+    if there:
+        say(console, f"{out} holds a run: the job goes on with it")
+    say(console, f"wrote {file}; submit it with: sbatch {shlex.quote(str(file))}")
+    return 0
+
+
+def _build(run: Run) -> None:
+    """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
+    import torch
+
+    from pixmim.parts import build_crop, build_masker, build_model, build_objective
+
+    with torch.device("meta"):
+        patch = build_model(run).patch
+    build_masker(run, patch)
+    build_crop(run)
+    build_objective(run)
+
+
+def _absent(run: Run) -> list[str]:
+    """Paths in the settings that are not on this machine."""
+    from pixmim.data.spec import is_there, read_parts
+
+    parts = [part.source for data in (run.data, run.knn.train, run.knn.test) if data for part in read_parts(data)]
+    absent = [source for source in parts if not is_there(source)]
+    if run.init and not run.init.startswith("timm:") and not Path(run.init).expanduser().exists():
+        absent.append(run.init)
+    return absent
