@@ -25,6 +25,7 @@ import torch
 from steps import training_flops
 
 import pixmim
+from pixmim.engine.parallel import blocks
 
 MODELS = {"ViT-B/16": "vit_base_patch16_224", "ViT-L/16": "vit_large_patch16_224", "ViT-H/14": "vit_huge_patch14_224"}
 BUCKET = 25 * 2**20
@@ -49,10 +50,10 @@ def main() -> None:
     }
     print(f"{'':<41}{'values':>9}{'compute':>11}{'moved':>10}{'takes':>11}{'hidden':>8}{'efficiency':>12}")
     for name, backbone in MODELS.items():
-        values, blocks, flops = sizes(backbone), depth(backbone), training_flops("mae", backbone, 224)
+        (values, count), flops = sizes(backbone), training_flops("mae", backbone, 224)
         for cluster, (gpus, rate) in clusters.items():
             compute = options.batch / gpus * flops / (options.mfu * options.peak * 1e12)
-            for kind, (moved, exposed) in {"DDP": ddp(values, gpus), "FSDP2": fsdp2(values, blocks, gpus)}.items():
+            for kind, (moved, exposed) in {"DDP": ddp(values, gpus), "FSDP2": fsdp2(values, count, gpus)}.items():
                 takes, shown = moved / (rate * 1e9), exposed / (rate * 1e9)
                 cover = compute * (2 / 3 if kind == "DDP" else 1)
                 shown = shown + max(0.0, takes - shown - cover)
@@ -63,18 +64,11 @@ def main() -> None:
                 )
 
 
-def sizes(backbone: str) -> int:
-    """Values of MAE that have a gradient, its decoder's too."""
+def sizes(backbone: str) -> tuple[int, int]:
+    """Values of MAE that have a gradient, and blocks that FSDP2 gathers one by one; the decoder's, too."""
     with torch.device("meta"):
         model = pixmim.create_model("mae", backbone)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def depth(backbone: str) -> int:
-    """Blocks that FSDP2 gathers one by one, encoder and decoder."""
-    with torch.device("meta"):
-        model = pixmim.create_model("mae", backbone)
-    return len(model.encoder.blocks) + len(model.decoder.blocks)  # type: ignore[union-attr, arg-type]
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), len(list(blocks(model)))
 
 
 def ddp(values: int, gpus: int) -> tuple[float, float]:
@@ -83,10 +77,10 @@ def ddp(values: int, gpus: int) -> tuple[float, float]:
     return ring * 4 * values, ring * min(BUCKET, 4 * values)
 
 
-def fsdp2(values: int, blocks: int, gpus: int) -> tuple[float, float]:
-    """The same for sharded weights: the first block's gathering and the last one's scattering are not covered."""
+def fsdp2(values: int, count: int, gpus: int) -> tuple[float, float]:
+    """The same for weights in `count` shards: the first one's gathering and the last one's scattering have no cover."""
     ring = (gpus - 1) / gpus
-    return ring * (2 * 2 + 4) * values, ring * (2 + 4) * values / blocks
+    return ring * (2 * 2 + 4) * values, ring * (2 + 4) * values / count
 
 
 if __name__ == "__main__":

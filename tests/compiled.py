@@ -4,14 +4,15 @@
 must be what the step gives without it. A graph break is an error (fullgraph).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixmim import BlockMask, ColourBins, LowFrequency, Objective, RandomMask, UnitMask, create_model, low_pass
 from pixmim.engine.device import autocast, choose_attention
+from pixmim.engine.parallel import blocks
 from pixmim.masking import Masker
 
 CPU = torch.device("cpu")
@@ -67,13 +68,6 @@ def check(method: str, backbone: str, options: dict[str, Any], masker: Masker, o
     for block in blocks(model):
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(outcome(loss), expected)
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The children of all that is called blocks, blocks1 ...: what is compiled, and sharded, one by one."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2].startswith("blocks"):
-            yield from module.children()
 
 
 def filter_is_constant() -> None:
