@@ -152,7 +152,7 @@ def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, form: Form = "exa
     _check(radius, form)
     with torch.autocast(images.device.type, enabled=False):
         x = images if images.dtype == torch.float64 else images.float()
-        f = _filter(images.shape[-2], images.shape[-1], radius, form, x.dtype, x.device)
+        f: _Filter = _filter(images.shape[-2], images.shape[-1], radius, form, x.dtype, x.device)
         if form == "exact":
             return f.project(x)
         return torch.hypot(f.project(x * f.cosine), f.project(x * f.sine))
@@ -216,7 +216,7 @@ class _Filter(NamedTuple):
         return self.rows.T @ (self.kept * (self.rows @ x @ self.columns.T)) @ self.columns
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _filter(h: int, w: int, radius: Radius, form: Form, dtype: torch.dtype, device: torch.device) -> _Filter:
     """A constant of torch.compile's graph, which then holds four products; traced, each step would make it anew."""
     return _make_filter((h, w), *_radii(radius, (h, w)), form, dtype, device)
