@@ -30,9 +30,12 @@ format: .venv/developing  ## mend what ruff can mend
 
 bench: .venv/developing  ## speed against named peers, interleaved in one process
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --backbone vit_base_patch16_224 --size 224 --patch 16 --batch 16 --rounds 3
 	$(BIN)/python benchmarks/family.py
+	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/lowpass.py
 	$(BIN)/python benchmarks/knn.py
+	$(BIN)/python benchmarks/scaling.py
 	@echo "and, with a folder of photographs: $(BIN)/python benchmarks/data.py (loaders.py, features.py) --data FOLDER"
 
 .venv/installed: pyproject.toml constraints.txt

@@ -52,7 +52,9 @@ def main() -> None:
         cache = open_data(f"{where}/cache")
         for backbone in BACKBONES:
             encoder = ready(backbone)
-            seconds = interleaved(candidates(encoder, cache, options.batch), options.rounds, CLOCKS[options.clock])
+            seconds = interleaved(
+                candidates(encoder, cache, options.batch), options.rounds, clock=CLOCKS[options.clock]
+            )
             print(f"{backbone}, {encoder.precision}")
             for name, time in seconds.items():
                 print(f"  {name:<10}{len(cache) / time:8.1f} images/s   {seconds['bare'] / time:6.3f} x bare")

@@ -46,7 +46,7 @@ def main() -> None:
             "pixmim": lambda: classify(voters, labels, asked, CLASSES, K, TEMPERATURE),
         },
         options.rounds,
-        clock,
+        clock=clock,
     )
     same = (at_once(voters, labels, asked) == classify(voters, labels, asked, CLASSES, K)).double().mean()
     print(

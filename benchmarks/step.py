@@ -1,25 +1,55 @@
-"""One training step (forward, backward, update) against a plain float32 MAE and transformers' ViTMAE, same sizes.
+"""One training step of MAE (forward, backward, update): pixmim's against other people's, and what real data cost it.
 
 python benchmarks/step.py                                     a tiny ViT at 64 px, batch 128
 python benchmarks/step.py --backbone vit_base_patch16_224 --size 224 --patch 16 --batch 16 --rounds 3
+
+and on a GPU, with all that there is to know:
+
+python benchmarks/step.py --backbone vit_base_patch16_224 --size 224 --patch 16 --batch 256 --data FOLDER \\
+    --compile --profile
+
+plain MAE     what one writes from the paper (plain_mae.py)
+transformers  its ViTMAEForPreTraining
+lightly       its modules for MAE; left out where it is not installed: pip install lightly
+
+MFU  model-FLOPs utilisation: the products that the model needs (of visible patches only, for all alike) over what one
+     large product reaches here in the same precision; on a GPU over what its maker states for bf16, as well
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from plain_mae import PlainMAE
-from timing import interleaved, machine
-from torch import Tensor
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from steps import Ours, Step, huggingface_mae, theirs, training_flops
+from timing import interleaved, machine, product_rate, stated_peak, wait
+from torch import Tensor, nn
 
 import pixmim
-from pixmim import rng
-from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
-from pixmim.engine.optim import Updater, adamw
+from pixmim.data import open_data
+from pixmim.data.feed.batches import Portion
+from pixmim.data.feed.loader import Loader
+from pixmim.data.skipped import Skipped
+from pixmim.data.tars.cache import make_cache
+from pixmim.data.tars.shards import Shards
+from pixmim.engine.device import choose_device, choose_precision
+from pixmim.engine.memory.malloc import keep_memory
+from pixmim.targets import IMAGENET_MEAN, IMAGENET_STD
+from pixmim.transforms import SimpleResizedCrop, finish
 
-DECODER = (512, 8, 16)
+PIXMIM = "pixmim PixMIM"
+
+
+class Row(NamedTuple):
+    """A candidate: its step, its precision, and the model that it trains."""
+
+    step: Step
+    precision: str
+    model: nn.Module
 
 
 def main() -> None:
@@ -28,100 +58,145 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--patch", type=int, default=8)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="in a turn; 10 on a GPU, otherwise 1")
+    parser.add_argument("--data", help="images or a cache of them; drawn ones if left out")
+    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="all that is not float32")
+    parser.add_argument("--profile", action="store_true", help="print what takes pixmim's time")
     options = parser.parse_args()
-    size, patch, batch = options.size, options.patch, options.batch
-    thin = (128, 4, 4) if "tiny" in options.backbone else DECODER
     device = choose_device("auto")
+    keep_memory()  # for all alike
     fast = choose_precision("auto", device)
-    images = torch.randn(batch, 3, size, size, device=device)
+    options.steps = options.steps or (10 if device.type == "cuda" else 1)
+    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
+    rows, target = candidates(options, device, fast), pixmim.LowFrequency("auto")
+    turns = {name: partial(row.step, images) for name, row in rows.items()}
+    seconds = interleaved({**turns, "target": lambda: target(images)}, options.rounds, options.steps)
 
-    ours = ours_step(images, options.backbone, patch, thin, "fp32", pixmim.Pixels())
-    encoder = ours.model.encoder  # type: ignore[attr-defined]
-    width, depth, heads = encoder.embed_dim, len(encoder.blocks), encoder.blocks[0].attn.num_heads
-    candidates = {
-        "plain PyTorch, fp32": theirs_step(PlainMAE(size, patch, width, depth, heads, thin).to(device), images),
-        "transformers ViTMAE, fp32": theirs_step(
-            huggingface(size, patch, width, depth, heads, thin).to(device), images
-        ),
-        "pixmim MAE, fp32": ours,
-        "pixmim PixMIM, fp32": ours_step(images, options.backbone, patch, thin, "fp32", low_frequency()),
-        f"pixmim PixMIM, {fast} (auto)": ours_step(images, options.backbone, patch, thin, fast, low_frequency()),
-        "the target alone": lambda: low_frequency()(images),
-    }
-    seconds = interleaved(candidates, options.rounds)
-    print(f"{options.backbone} at {size} px, patch {patch}, batch {batch}; {machine()}; median of {options.rounds}")
-    base = seconds["plain PyTorch, fp32"]
-    for name, time in seconds.items():
-        print(f"{name:<34}{time * 1e3:9.1f} ms {batch / time:9.1f} images/s   {base / time:5.2f} x plain")
-    for name in ("pixmim PixMIM, fp32", f"pixmim PixMIM, {fast} (auto)"):
-        print(f"PixMIM's target takes {seconds['the target alone'] / seconds[name]:.2%} of a step of {name}")
+    about = f"{options.backbone} at {options.size} px, patch {options.patch}, batch {options.batch}; {machine()}"
+    print(about + (f"; {fast} by torch.compile, mode {options.compile}" if options.compile else ""))
+    table(options, rows, seconds, images)
+    ours = f"{PIXMIM}, {fast}"
+    spent = seconds["target"] / seconds[ours]
+    print(f"PixMIM's target takes {seconds['target'] * 1e3:.1f} ms, {spent:.2%} of a step in {fast}")
+    verdict(seconds, fast)
+    with_data(options, rows[ours].step, images)
+    if options.profile:
+        profile(turns[ours], device)
 
 
-def low_frequency() -> pixmim.LowFrequency:
-    return pixmim.LowFrequency(radius="auto")
+def candidates(options: argparse.Namespace, device: torch.device, fast: str) -> dict[str, Row]:
+    """Everybody in float32 and in the precision that pixmim chooses here."""
+    rows: dict[str, Row] = {}
+    others, thin = peers(), decoder(options.backbone)
+    for precision in dict.fromkeys(("fp32", fast)):
+        mode = options.compile if precision == fast else None
+        for name, target in (("pixmim MAE", pixmim.Pixels()), (PIXMIM, None)):
+            ours = Ours("mae", options.backbone, options.size, precision, device, target, mode, **shape(options))
+            rows[f"{name}, {precision}"] = Row(ours, precision, ours.model)
+        vit: Any = ours.model.encoder
+        sizes = (options.size, options.patch, vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads, thin)
+        for name, build in others.items():
+            model = build(*sizes)
+            rows[f"{name}, {precision}"] = Row(theirs(model, precision, device, mode), precision, model)
+    return rows
 
 
-def ours_step(
-    images: Tensor, backbone: str, patch: int, thin: tuple[int, int, int], precision: str, target: torch.nn.Module
-) -> Callable[[], None]:
-    batch, _, size, _ = images.shape
-    model = pixmim.create_model(
-        "mae",
-        backbone,
-        img_size=size,
-        patch_size=patch,
-        decoder_dim=thin[0],
-        decoder_depth=thin[1],
-        decoder_heads=thin[2],
-    ).to(images.device)
-    choose_attention(model, images.device, precision)  # type: ignore[arg-type]
-    updater = Updater(adamw(model, 1e-4, (0.9, 0.95), 0.05), None, False, images.device)
-    objective, masker = pixmim.Objective(target), pixmim.RandomMask(0.75)
-
-    def step() -> None:
-        u = rng.uniform(0, "mask", 0, np.arange(batch), (size // patch) ** 2).astype(np.float32)
-        mask = masker.decide(torch.from_numpy(u), (size // patch, size // patch)).to(images.device)
-        with autocast(images.device, precision):  # type: ignore[arg-type]
-            prediction = model(images, mask)
-        updater.backward(objective(prediction, images, mask).loss)
-        updater.step(1e-4)
-
-    step.model = model  # type: ignore[attr-defined]
-    return step
+def peers() -> dict[str, Callable[..., nn.Module]]:
+    """Those that are installed, by name, each to be called with size, patch, width, depth, heads and decoder."""
+    found: dict[str, Callable[..., nn.Module]] = {"plain MAE": PlainMAE, "transformers": huggingface_mae}
+    try:
+        from lightly_mae import LightlyMAE
+    except ImportError as error:
+        print(f"lightly's row is left out ({error}): pip install lightly")
+        return found
+    return {**found, "lightly": LightlyMAE}
 
 
-def theirs_step(model: torch.nn.Module, images: Tensor) -> Callable[[], None]:
-    """What one writes without thinking about it: float32, torch's default AdamW."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def step() -> None:
-        output = model(images)
-        (output if isinstance(output, Tensor) else output.loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def shape(options: argparse.Namespace) -> dict[str, Any]:
+    """The model's own sizes, as options of `create_model`."""
+    width, depth, heads = decoder(options.backbone)
+    return {"patch_size": options.patch, "decoder_dim": width, "decoder_depth": depth, "decoder_heads": heads}
 
 
-def huggingface(
-    size: int, patch: int, width: int, depth: int, heads: int, thin: tuple[int, int, int]
-) -> ViTMAEForPreTraining:
-    return ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=size,
-            patch_size=patch,
-            hidden_size=width,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            decoder_hidden_size=thin[0],
-            decoder_num_hidden_layers=thin[1],
-            decoder_num_attention_heads=thin[2],
-            decoder_intermediate_size=4 * thin[0],
-            norm_pix_loss=True,
-        )
-    )
+def decoder(backbone: str) -> tuple[int, int, int]:
+    """Width, depth and heads: the published decoder, and a thin one for tiny encoders."""
+    return (128, 4, 4) if "tiny" in backbone else (512, 8, 16)
+
+
+def table(options: argparse.Namespace, rows: dict[str, Row], seconds: dict[str, float], images: Tensor) -> None:
+    flops = training_flops("mae", options.backbone, options.size, **shape(options))
+    peaks = {p: product_rate(images.device, p) for p in dict.fromkeys(row.precision for row in rows.values())}
+    reached = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {precision}" for precision, peak in peaks.items())
+    print(f"{flops / 1e9:.1f} GFLOP a training image; a large product reaches {reached}")
+    stated, base = stated_peak(), seconds["plain MAE, fp32"]
+    for name, row in rows.items():
+        rate = len(images) / seconds[name]
+        line = f"{name:<22}{seconds[name] * 1e3:9.1f} ms {rate:9.1f} images/s {base / seconds[name]:6.2f} x plain"
+        line += f"   MFU {flops * rate / peaks[row.precision]:4.0%}"
+        if stated:
+            line += f", {flops * rate / stated:.1%} of {stated / 1e12:.0f}"
+        if images.device.type == "cuda":
+            line += f"   {memory(row, images) / 2**30:5.1f} GiB"
+        print(line)
+
+
+def memory(row: Row, images: Tensor) -> float:
+    """Bytes at the worst moment of a step: weights and moments, and what the step takes beside them."""
+    kept = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in row.model.parameters())
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    row.step(images)
+    return kept + torch.cuda.max_memory_allocated() - before
+
+
+def verdict(seconds: dict[str, float], fast: str) -> None:
+    """pixmim's best against the best of the others."""
+    for ours, precision in dict.fromkeys((("fp32", "fp32"), (fast, fast), (fast, "fp32"))):
+        others = {name: time for name, time in seconds.items() if name.endswith(precision) and "pixmim" not in name}
+        best = min(others, key=others.__getitem__)
+        ratio = others[best] / seconds[f"{PIXMIM}, {ours}"]
+        print(f"{PIXMIM}, {ours}: {ratio:.2f} x the best of the others in {precision} ({best.split(',')[0]})")
+
+
+def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
+    """The same step on crops out of a cache, as `pretrain` gets them: how much of the rate is left."""
+    device = images.device
+    mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    count = max(512, 4 * options.batch)
+    source = open_data(options.data or f"shapes:count={count},size={options.size}")
+    with tempfile.TemporaryDirectory() as where:
+        if not isinstance(source, Shards):
+            make_cache(source, Path(where), (options.size, options.size))
+            source = open_data(where)
+        skipped = Skipped(None, len(source), 0.5)
+        with Loader(
+            source, SimpleResizedCrop(options.size), Portion(options.batch), skipped=skipped, device=device
+        ) as batches:
+
+            def fed() -> None:
+                batch = next(batches)
+                crops, flip = (t.to(device, non_blocking=True) for t in (batch.images, batch.flip))
+                step(finish(crops, flip, mean, std))
+
+            turns = {"synthetic": partial(step, images), "cached": fed}
+            # The loader is two batches ahead: what it did while the other's turn lasted must not count.
+            seconds = interleaved(turns, -(-options.rounds // 2), max(2, options.steps), warm=3)
+    rate, left = options.batch / seconds["cached"], seconds["synthetic"] / seconds["cached"]
+    print(f"from a cache of {options.data or 'drawn pictures'}: {rate:.1f} images/s, {left:.1%} of the synthetic rate")
+
+
+def profile(run: Callable[[], None], device: torch.device) -> None:
+    """What takes the time of three steps, by kernel or operator."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as found:
+        for _ in range(3):
+            run()
+        wait()
+    by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
 
 
 if __name__ == "__main__":

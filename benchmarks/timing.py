@@ -6,21 +6,63 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+STATED = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+"""Dense products in bf16, FLOP a second, as the makers state them (of H100 and H200, the SXM form)."""
+
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    steps: int = 1,
+    warm: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each candidate over `rounds` turns, after one that does not count."""
+    """Median seconds of one step of each candidate over `rounds` turns, after one that does not count.
+
+    A turn is `warm` steps that do not count either, and then `steps` together: what a step has others do ahead of it
+    must be counted, too.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, run in candidates.items():
+            for _ in range(warm):
+                run()
+            wait()
             began = clock()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            for _ in range(steps):
+                run()
+            wait()
             if turn:
-                seconds[name].append(clock() - began)
+                seconds[name].append((clock() - began) / steps)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def wait() -> None:
+    """Until a GPU, if there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def product_rate(device: torch.device, precision: str) -> float:
+    """FLOP a second of one large matrix product here: the best of eight. What a step could reach at most."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        wait()
+        began = time.perf_counter()
+        a @ b
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def stated_peak() -> float | None:
+    """FLOP a second in bf16 that the maker of this GPU states; None for another, or for a CPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for part, peak in STATED.items() if part in name), None)
 
 
 def machine() -> str:

@@ -199,6 +199,8 @@ def test_killed_at_twenty_random_moments(processes: int, killed: int, run: Run, 
     broken = Started(tmp_path, "broken", *length, processes=processes)
     while kills < 20:
         before = max(broken.checkpoints.steps(), default=0)
+        while processes > 1 and not broken.workers():
+            time.sleep(0.1)
         if chance.random() < 0.8:
             broken.reach(before + 3)
         time.sleep(chance.uniform(0, 1))
@@ -207,7 +209,7 @@ def test_killed_at_twenty_random_moments(processes: int, killed: int, run: Run, 
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
-        broken.process.communicate(timeout=60)
+        broken.process.communicate(timeout=120)
         writing += any((broken.out / "checkpoints").glob("*.tmp"))
         broken = Started(tmp_path, "broken", *length, processes=processes)
     broken.end()

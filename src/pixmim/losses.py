@@ -116,9 +116,13 @@ class Objective(nn.Module):
 
 
 def normalise(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """MAE's norm_pix over the last axis, with the unbiased variance and 1e-6 under the root."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+    """MAE's norm_pix over the last axis, with the unbiased variance and 1e-6 under the root.
+
+    Written out, because on a CPU torch.var_mean takes eight times as long as its parts.
+    """
+    centred = patches - patches.mean(dim=-1, keepdim=True)
+    variance = centred.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
+    return centred / (variance + 1e-6).sqrt()
 
 
 Statistics = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]

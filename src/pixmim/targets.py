@@ -150,10 +150,9 @@ def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, form: Form = "exa
     Raises ValueError for a negative radius or an unknown form.
     """
     _check(radius, form)
-    size = (images.shape[-2], images.shape[-1])
     with torch.autocast(images.device.type, enabled=False):
         x = images if images.dtype == torch.float64 else images.float()
-        f = _filter(size, *_radii(radius, size), form, x.dtype, x.device)
+        f: _Filter = _filter(images.shape[-2], images.shape[-1], radius, form, x.dtype, x.device)
         if form == "exact":
             return f.project(x)
         return torch.hypot(f.project(x * f.cosine), f.project(x * f.sine))
@@ -217,8 +216,14 @@ class _Filter(NamedTuple):
         return self.rows.T @ (self.kept * (self.rows @ x @ self.columns.T)) @ self.columns
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _filter(h: int, w: int, radius: Radius, form: Form, dtype: torch.dtype, device: torch.device) -> _Filter:
+    """A constant of torch.compile's graph, which then holds four products; traced, each step would make it anew."""
+    return _make_filter((h, w), *_radii(radius, (h, w)), form, dtype, device)
+
+
 @lru_cache(maxsize=16)
-def _filter(
+def _make_filter(
     size: tuple[int, int], down: float, across: float, form: Form, dtype: torch.dtype, device: torch.device
 ) -> _Filter:
     shifted = [_is_shifted(side, form) for side in size]

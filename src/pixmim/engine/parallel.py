@@ -54,11 +54,11 @@ def spread(model: nn.Module, scale: Scale, world: World, device: torch.device, p
     if scale.recompute:
         for block in blocks(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if scale.compile == "blocks":
-        for block in blocks(model):
-            block.compile(fullgraph=True)
-    elif scale.compile == "whole":
-        model.compile(fullgraph=True)
+    if scale.compile != "none":
+        # Each stage of a Swin, each training or measured, is a graph of its own: more than torch's limit of 8.
+        torch._dynamo.config.recompile_limit = 64
+        for part in blocks(model) if scale.compile == "blocks" else [model]:
+            part.compile(fullgraph=True, dynamic=False)
 
     how = way(scale, world)
     if how == "ddp":

@@ -1,1 +1,1 @@
-"""What fits into memory: how much of it there is, what training takes, and which batch follows."""
+"""Memory: how much there is, what training takes, which batch follows, and how it is kept."""

@@ -1,0 +1,38 @@
+"""Memory that is freed and asked for again costs no page faults once it is kept."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from pixmim.engine.memory.malloc import keep_memory
+
+FAULTS = """
+import resource
+import torch
+from pixmim.engine.memory.malloc import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.empty(2**26, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+assert keep_memory()
+faults(), faults()  # until the heap has found its size
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True)
+    by_default, kept = map(int, done.stdout.split())
+    assert kept <= by_default / 10, "ten times 64 MiB are 163,840 pages of 4 KiB"
+
+
+def test_elsewhere_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not keep_memory()
