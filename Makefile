@@ -35,7 +35,8 @@ bench: .venv/developing  ## speed against named peers, interleaved in one proces
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/lowpass.py
 	$(BIN)/python benchmarks/scaling.py
-	@echo "and, with a folder of photographs: $(BIN)/python benchmarks/data.py (and loaders.py) --data FOLDER"
+	$(BIN)/python benchmarks/knn.py
+	@echo "and, with a folder of photographs: $(BIN)/python benchmarks/data.py (loaders.py, features.py) --data FOLDER"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pixmim needs Python 3.11 or later: make PYTHON=...")'

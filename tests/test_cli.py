@@ -68,6 +68,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
         (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "there is no /no/run"),
         (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "did you mean 'knn'"),
+        (["evaluate", "knn", "--train", "shapes:", "--test", "shapes:"], "which encoder?"),
         (["import", "/no/such.pth"], "there is no /no/such.pth"),
         (["import", "x.pth", "--known", "num_haeds", "3"], "did you mean 'num_heads'"),
         (["import", "timm:vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),
@@ -134,6 +135,9 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert all(torch.equal(one[key], two[key]) for key in one)
     status, text = say(capsys, "report", out, again, "--out", tmp_path / "both.html")
     assert status == 0 and (tmp_path / "both.html").exists()
+    status, text = say(capsys, "evaluate", "knn", out, again, *labelled, "--untrained", "--out", tmp_path / "side")
+    assert status == 0 and f"report: {tmp_path}/side/report.html" in text
+    assert len(list((tmp_path / "side").glob("*/evaluations/*.json"))) == 4
 
     status, text = say(capsys, "pretrain", "--resume", out, "--seed", "9")
     assert status == 1 and "--seed cannot change" in text

@@ -1,22 +1,25 @@
 """k-NN, the linear probe and their numbers against slow forms and closed ones."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.engine.device import autocast
 from pixmim.errors import UserError
-from pixmim.evaluate import evaluate, knn_watch
+from pixmim.evaluate import EVALUATIONS, evaluate, knn_watch, side_by_side
 from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import classify, knn
-from pixmim.evaluate.linear import RATES, fit, linear, standardise
+from pixmim.evaluate.linear import RATES, choose, fit, graded, standardise
 from pixmim.evaluate.results import Result, save
 from pixmim.metrics import wilson_interval
 from pixmim.parts import build_model
@@ -40,7 +43,7 @@ def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: l
 @pytest.mark.parametrize("k", [1, 5, 20, 100])
 def test_knn_against_a_loop(k: int) -> None:
     train, test = frozen(60, apart=1), frozen(40, apart=1, seed=1)
-    answers = classify(train.mean, train.labels, test.mean, 3, k=k, chunk=7)
+    answers = classify(train.mean, train.labels, test.mean, 3, k=k, rows=7, block=16)
     for i in range(40):
         similar = [float(F.cosine_similarity(test.mean[i], voter, dim=0)) for voter in train.mean]
         first = sorted(range(60), key=lambda j: -similar[j])[:k]
@@ -76,8 +79,12 @@ def test_probe_follows_autograd() -> None:
         torch.testing.assert_close(weights[row], torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach())
 
 
+def linear(train: Frozen, test: Frozen, epochs: int) -> dict[str, float]:
+    return dict(graded(choose(train, epochs=epochs), test, test.labels))
+
+
 def test_probe_separates_what_a_line_separates() -> None:
-    found = dict(linear(frozen(300, apart=12), frozen(90, apart=12, seed=1), epochs=20))
+    found = linear(frozen(300, apart=12), frozen(90, apart=12, seed=1), epochs=20)
     assert found["top1"] == 100 and found["held_out"] == 100
     assert found["setting/rate"] in RATES and found["setting/blocks"] in (1, 4)
 
@@ -85,7 +92,11 @@ def test_probe_separates_what_a_line_separates() -> None:
 def test_probe_does_not_look_at_the_test_set_to_choose() -> None:
     train = frozen(300, apart=2)
     chosen = [
-        {k: v for k, v in linear(train, frozen(50, apart=apart, seed=9), epochs=5) if k.startswith(("setting", "held"))}
+        {
+            k: v
+            for k, v in linear(train, frozen(50, apart=apart, seed=9), epochs=5).items()
+            if k.startswith(("setting", "held"))
+        }
         for apart in (0.0, 30.0)
     ]
     assert chosen[0] == chosen[1]
@@ -175,14 +186,69 @@ def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make)
     assert module.training
 
 
-def test_all_stands_for_what_the_data_allow(product: Path) -> None:
+def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call, several results; on drawn data shape is set against texture by itself."""
     assert [name for name, _ in All("/a", "/b").parts()] == ["knn", "linear", "robustness"]
     more = All("/a", "/b", stimuli="/c", finetune=True, pairs="/ade", coco="/coco").parts()
     assert [name for name, _ in more][3:] == ["shape-bias", "finetune", "segmentation", "detection"]
     assert all(name in PROTOCOLS and isinstance(s, PROTOCOLS[name].settings) for name, s in more)
     drawn = All(TRAIN, TEST, severities=(1,))
+    probes = []
+    monkeypatch.setattr("pixmim.evaluate.linear.choose", lambda *a, **b: (probes.append(1), choose(*a, **b))[1])
     results = list(evaluate(str(product), drawn.parts(), product, device="cpu"))
+    assert len(probes) == 2  # of clean pictures, for linear and robustness; and of those for shape bias
     assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
     assert results[3].settings["data"] == f"{TEST},texture=conflict"
     assert results[0].values == measured("knn", product, TRAIN, TEST).values
+
+
+def test_several_encoders_side_by_side(
+    product: Path, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is measured as by itself; what two runs of the same beginning were before training, once."""
+    folders = {str(tmp_path / name): tmp_path / name for name in ("a", "b")}
+    for folder in folders.values():
+        folder.mkdir()
+        for name in ("config.json", "encoder.safetensors"):
+            shutil.copy(product / name, folder)
+    calls = []
+    monkeypatch.setitem(EVALUATIONS, "knn", lambda bench, _: (calls.append(bench.which), iter([("top1/cls", 1.0)]))[1])
+    ways = [("knn", PROTOCOLS["knn"].settings(TRAIN, TEST))]
+    found = list(side_by_side(folders, ways, untrained=True, device="cpu"))
+    assert [(folder.name, Path(r.model).name, r.encoder) for r, folder in found] == [
+        ("a", "a", "untrained"), ("a", "a", "trained"), ("b", "b", "untrained"), ("b", "b", "trained")
+    ]  # fmt: skip
+    assert calls == ["untrained", "trained", "trained"]
+    (tmp_path / "b" / "config.json").write_text(to_json(tiny_run(seed=6)))
+    assert len(list(side_by_side(folders, ways, untrained=True, device="cpu"))) == 4
+    assert calls[3:] == ["untrained", "trained"] * 2
+    with pytest.raises(UserError, match="there is no"):
+        list(side_by_side({**folders, "/no/run": tmp_path}, ways, device="cpu"))
+    assert len(calls) == 7  # it was said before anything was measured
+
+
+def test_a_result_says_what_it_takes_to_repeat_it(product: Path) -> None:
+    result = json.loads(save(measured("knn", product, TRAIN, TEST, precision="fp32"), product).read_text())
+    assert result["settings"] == {"train": TRAIN, "test": TEST, "k": 20} and result["step"] == 7
+    assert result["config"] == json.loads((product / "config.json").read_text())
+    assert result["device"] == "cpu" and result["precision"] == "fp32"
+    assert {"pixmim", "torch", "timm", "python"} <= set(result["versions"])
+
+
+def test_a_few_unreadable_images_are_left_out_and_too_many_end_it(product: Path, tmp_path: Path) -> None:
+    """A share counts and not a number: 60 of 300 are few, and 80 of 200 are not."""
+    for readable, name in ((240, "few"), (120, "many")):
+        for i in range(readable + (60 if name == "few" else 80)):
+            path = tmp_path / name / str(i % 2) / f"{i * 7919 % 1000:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if i < readable:
+                Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(path)
+            else:
+                path.write_bytes(b"no picture")
+    settings = PROTOCOLS["knn"].settings(str(tmp_path / "few"), str(tmp_path / "few"))
+    (result,) = evaluate(str(product), [("knn", settings)], product, device="cpu")
+    assert result.values["top1/mean"] > 0
+    assert len((product / "evaluations-skipped.csv").read_text().splitlines()) == 61
+    with pytest.raises(UserError, match="the share of 25% that an evaluation may leave out: mend or remove them") as e:
+        measured("knn", product, TRAIN, str(tmp_path / "many"))
+    assert "--max-bad" not in str(e.value) and "All are listed in" in str(e.value)

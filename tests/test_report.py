@@ -1,4 +1,5 @@
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,11 +57,22 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Pa
 
 
 def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None:
-    table = results_table(runs)
-    assert [str(column.header) for column in table.columns] == ["", "one: trained", "two: untrained"]
-    cells = [list(column.cells) for column in table.columns]
-    assert cells[0] == ["k-NN, mean of patch tokens", "k-NN, class token", "linear probe"]
-    assert "-" not in cells[1] and [text == "-" for text in cells[2]] == [False, False, True]
+    for width, interval in ((200, True), (60, False)):
+        table = results_table(runs, width)
+        assert [str(column.header) for column in table.columns] == ["", "one", "two, untrained"]
+        cells = [list(column.cells) for column in table.columns]
+        assert cells[0] == ["k-NN, mean of patch tokens", "k-NN, class token", "linear probe"]
+        assert "-" not in cells[1] and [text == "-" for text in cells[2]] == [False, False, True]
+        assert all((" to " in str(text)) == interval for text in cells[1])  # where the interval fits
+
+
+def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "three")
+    three = [*runs, tmp_path / "three"]
+    for name in ("one", "three"):
+        save(measured("knn", runs[0], *LABELLED, untrained=True), tmp_path / name)
+    headers = [str(column.header) for column in results_table(three, 200).columns]
+    assert headers == ["", "untrained", "one", "two, untrained", "three"]
 
 
 def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:

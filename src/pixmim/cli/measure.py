@@ -25,7 +25,7 @@ def evaluate(args: list[str]) -> int:
     settings_type = All if name == "all" else PROTOCOLS[name].settings
 
     def command(
-        model: Positional[str],
+        models: Positional[tuple[str, ...]],
         /,
         *,
         settings: Annotated[settings_type, arg(name="")],  # type: ignore[valid-type]
@@ -33,36 +33,37 @@ def evaluate(args: list[str]) -> int:
         out: Path | None = None,
         device: str = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-    ) -> tuple[str, Any, bool, Path, str, Literal["auto", "bf16", "fp16", "fp32"]]:
-        """Measure an encoder.
+    ) -> tuple[tuple[str, ...], Any, bool, Path | None, str, Literal["auto", "bf16", "fp16", "fp32"]]:
+        """Measure an encoder, or several side by side.
 
         Args:
-            model: A finished run, an imported folder, a file of weights, or timm:NAME.
+            models: Finished runs, imported folders, files of weights, or timm:NAME.
             settings: Settings.
-            untrained: Of a run: measure the encoder as it was before training as well, for comparison.
-            out: Where results are kept; otherwise with the run, or in evaluations/MODEL.
+            untrained: Of runs: measure the encoders as they were before training as well, for comparison.
+            out: Where results and the page are kept; otherwise with the run, or in evaluations/MODEL, and the page of
+                several in report.html.
             device: auto, cpu, cuda, cuda:1, mps.
             precision: auto: bf16 where the device computes in it.
         """
-        return model, settings, untrained, out or _home(model), device, precision
+        return models, settings, untrained, out, device, precision
 
     about = str(settings_type.__doc__) + (f" Needs {PROTOCOLS[name].needs}." if name in PROTOCOLS else "")
-    model, settings, untrained, out, device, precision = tyro.cli(
+    models, settings, untrained, out, device, precision = tyro.cli(
         command, prog=f"pixmim evaluate {name}", description=about, args=args[1:]
     )
-    from pixmim.evaluate import evaluate as measure
+    if not models:
+        raise UserError(f"which encoder? pixmim evaluate {name} MODEL [MODEL ...]")
+    from pixmim.evaluate import side_by_side
     from pixmim.evaluate.results import save
-    from pixmim.report import results_table, write_report
 
     console, settings = Console(), _with_whole_paths(settings)
     evaluations = settings.parts() if isinstance(settings, All) else [(name, settings)]
-    for before in [True, False] if untrained else [False]:
-        for result in measure(
-            model, evaluations, out, untrained=before, device=device, precision=precision, console=console
-        ):
-            save(result, out)
-    console.print(results_table([out]))
-    say(console, f"report: {write_report([out], out / 'report.html')}")
+    homes = {model: _home(model, out, several=len(set(models)) > 1) for model in models}
+    for result, home in side_by_side(
+        homes, evaluations, untrained=untrained, device=device, precision=precision, console=console
+    ):
+        save(result, home)
+    _show(list(homes.values()), out / "report.html" if out else None, console)
     return 0
 
 
@@ -73,18 +74,28 @@ def _overview() -> str:
     what = "\n".join(f"  {name:<{width}}  {line}" for name, line in about.items())
     needs = "\n".join(f"  {name:<{width}}  {p.needs}" for name, p in PROTOCOLS.items())
     return (
-        f"usage: pixmim evaluate NAME MODEL [...]\n\n{what}\n\nWhat each needs:\n\n{needs}\n\n"
-        "MODEL is a run, an imported folder, a file of weights, or timm:NAME.\n"
+        f"usage: pixmim evaluate NAME MODEL [MODEL ...] [--untrained] ...\n\n{what}\n\nWhat each needs:\n\n{needs}\n\n"
+        "MODEL is a run, an imported folder, a file of weights, or timm:NAME; of several, one table is made.\n"
         "`pixmim evaluate NAME --help` explains every flag."
     )
 
 
-def _home(model: str) -> Path:
-    """Where the results of a model are kept: with a run or an imported folder, or else by its name."""
+def _home(model: str, out: Path | None, *, several: bool) -> Path:
+    """Where the results of a model are kept: where it was asked for, or with a run, or else by the model's name."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
+    if out is not None:
+        return out / name if several else out
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    return Path("evaluations") / re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
+    return folder if folder.is_dir() else Path("evaluations") / name
+
+
+def _show(folders: list[Path], page: Path | None, console: Console) -> None:
+    """Write the page of what is in these folders, by default that of a single one into it, and print its table."""
+    from pixmim.report import results_table, write_report
+
+    page = write_report(folders, page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html")))
+    console.print(results_table(folders, console.width))
+    say(console, f"report: {page}")
 
 
 def _with_whole_paths(settings: Any) -> Any:
@@ -103,14 +114,9 @@ def report(args: list[str]) -> int:
             runs: Directories of runs, side by side on the page.
             out: Where to write it; otherwise RUN/report.html, or report.html for several runs.
         """
-        from pixmim.report import results_table, write_report
-
         if not runs:
             raise UserError("which run? pixmim report RUN [RUN ...]")
-        page = write_report(list(runs), out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html")))
-        console = Console()
-        console.print(results_table(list(runs)))
-        say(console, f"report: {page}")
+        _show(list(runs), out, Console())
         return 0
 
     return tyro.cli(command, prog="pixmim report", args=args)

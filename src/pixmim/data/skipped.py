@@ -17,10 +17,11 @@ class Skipped:
     path      skipped.csv (image, reason), made when the first image is skipped; None: keep no file
     total     images in the data set
     max_share  more than this share of unreadable images raises UserError
+    rule       who decided on that share, as the error says it
     """
 
-    def __init__(self, path: Path | None, total: int, max_share: float) -> None:
-        self._path, self._max_share = path, max_share
+    def __init__(self, path: Path | None, total: int, max_share: float, rule: str = "that --max-bad allows") -> None:
+        self._path, self._max_share, self._rule = path, max_share, rule
         self._seen = np.zeros(total, bool)
         self._bad: dict[int, str] = {}
         self._lock = Lock()
@@ -63,7 +64,7 @@ class Skipped:
         seen = np.count_nonzero(self._seen)
         return UserError(
             f"{len(self._bad)} of the first {seen} images cannot be read, more than the share of "
-            f"{self._max_share:.0%} that --max-bad allows.{where}\n{some}"
+            f"{self._max_share:.0%} {self._rule}.{where}\n{some}"
         )
 
 

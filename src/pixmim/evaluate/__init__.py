@@ -1,7 +1,7 @@
 """Says how good an encoder is. One literal dict names the evaluations; their settings stand in `protocols/`."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pixmim.engine.device import Precision, choose_device, choose_precision
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate import detection, finetune, knn, linear, robustness, segmentation, shape_bias
 from pixmim.evaluate.bench import Bench, Values
-from pixmim.evaluate.encoder import in_training, of_model
+from pixmim.evaluate.encoder import in_training, of_model, sameness
 from pixmim.evaluate.features import freeze
 from pixmim.evaluate.results import Result, versions
 from pixmim.parts import image_form
@@ -56,12 +56,61 @@ def evaluate(
             known = ", ".join(EVALUATIONS)
             raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {known}")
     encoder = of_model(model, device=device, precision=precision, untrained=untrained)
-    bench = Bench(encoder, folder, "untrained" if untrained else "trained", console)
+    yield from _measure(Bench(encoder, folder, "untrained" if untrained else "trained", console), model, evaluations)
+
+
+def side_by_side(
+    models: Mapping[str, Path],
+    evaluations: list[tuple[str, Any]],
+    *,
+    untrained: bool = False,
+    device: str = "auto",
+    precision: Precision = "auto",
+    console: Console | None = None,
+) -> Iterator[tuple[Result, Path]]:
+    """Measure several encoders in the same ways.
+
+    models     what is measured, each as for `evaluate`, with the folder where its results are kept
+    untrained  measure the weights that each run began with as well: once, where several began with the same
+
+    Yields each result, and its folder, as soon as it is there. Raises UserError as `evaluate` does; if one of several
+    models cannot be opened, before any is measured.
+    """
+    for model in models if len(models) > 1 else ():
+        of_model(model, device=device, precision=precision)
+    begun: dict[str, list[Result]] = {}
+    for model, folder in models.items():
+        if untrained:
+            encoder = of_model(model, device=device, precision=precision, untrained=True)
+            start = sameness(encoder)
+            for result in begun.get(start, []):
+                yield replace(result, model=model), folder
+            if start not in begun:
+                begun[start] = []
+                for result in _measure(Bench(encoder, folder, "untrained", console), model, evaluations):
+                    begun[start].append(result)
+                    yield result, folder
+        for result in evaluate(model, evaluations, folder, device=device, precision=precision, console=console):
+            yield result, folder
+
+
+def _measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
+    encoder = bench.encoder
     for name, settings in evaluations:
         bench.pictures.clear()
         values = dict(EVALUATIONS[name](bench, settings))
         yield Result(
-            name, model, bench.which, encoder.step, asdict(settings), values, versions(), pictures=dict(bench.pictures)
+            evaluation=name,
+            model=model,
+            encoder=bench.which,
+            step=encoder.step,
+            settings=asdict(settings),
+            values=values,
+            config=asdict(encoder.run),
+            device=str(encoder.device),
+            precision=encoder.precision,
+            versions=versions(),
+            pictures=dict(bench.pictures),
         )
 
 
@@ -85,4 +134,4 @@ def knn_watch(run: Run) -> Callable[[nn.Module], dict[str, float]] | None:
     return watch
 
 
-__all__ = ["EVALUATIONS", "PROTOCOLS", "Result", "evaluate", "knn_watch"]
+__all__ = ["EVALUATIONS", "PROTOCOLS", "Result", "evaluate", "knn_watch", "side_by_side"]

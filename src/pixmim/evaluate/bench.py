@@ -1,10 +1,10 @@
 """What an evaluation works with: the encoder, features that are computed once, and a place for its files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from rich.console import Console
@@ -13,7 +13,9 @@ from pixmim.data import open_data
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.evaluate.encoder import Encoder
-from pixmim.evaluate.features import Frozen, freeze
+from pixmim.evaluate.features import Frozen, account, freeze
+
+T = TypeVar("T")
 
 Values = Iterator[tuple[str, float]]
 """What an evaluation yields: named numbers, shares in per cent."""
@@ -33,7 +35,7 @@ class Bench:
     which: str = "trained"
     console: Console | None = None
     pictures: dict[str, Image.Image] = field(default_factory=dict)
-    _frozen: dict[str, Frozen] = field(default_factory=dict)
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def data(self, spec: str) -> Source:
         """A data set, read in the encoder's form. Raises UserError."""
@@ -41,14 +43,23 @@ class Bench:
 
     def skipped(self, data: Source) -> Skipped:
         """The account of images that cannot be read, of a data set that is evaluated on."""
-        return Skipped(self.folder / "evaluations-skipped.csv", len(data), 0.25)
+        return account(data, self.folder / "evaluations-skipped.csv")
 
     def frozen(self, spec: str) -> Frozen:
         """The features of a labelled data set, computed the first time they are asked for. Raises UserError."""
-        if spec not in self._frozen:
+
+        def make() -> Frozen:
             data = self.data(spec)
-            self._frozen[spec] = freeze(self.encoder, data, self.skipped(data), console=self.console)
-        return self._frozen[spec]
+            return freeze(self.encoder, data, self.skipped(data), console=self.console)
+
+        return self.once(("features", spec), make)
+
+    def once(self, what: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What several evaluations of one call need, made the first time it is asked for."""
+        if what not in self._made:
+            self._made[what] = make()
+        found: T = self._made[what]
+        return found
 
     def work(self, name: str, settings: Any) -> Path:
         """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""

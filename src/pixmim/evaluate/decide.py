@@ -15,7 +15,7 @@ from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.encoder import Encoder
 from pixmim.evaluate.features import BLOCKS
 from pixmim.evaluate.imagenet import wnids
-from pixmim.evaluate.linear import choose
+from pixmim.evaluate.linear import fitted
 from pixmim.models import features
 
 
@@ -58,15 +58,15 @@ def own_head(bench: Bench) -> Judge:
 
 def probe(bench: Bench, train: str, *, epochs: int, seed: int) -> Judge:
     """A linear probe of the frozen encoder, chosen and fitted on clean pictures: see `linear.choose`."""
-    fitted = choose(bench.frozen(train), epochs=epochs, seed=seed)
+    found = fitted(bench, train, epochs, seed)
     encoder = bench.encoder
 
     def scores(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
-            return fitted.scores(features(encoder.module, encoder.ready(images), BLOCKS))
+            return found.scores(features(encoder.module, encoder.ready(images), BLOCKS))
 
     encoder.module.eval()
-    return Judge("probe", fitted.classes, scores)
+    return Judge("probe", found.classes, scores)
 
 
 def labels_among(data: Source, classes: list[str]) -> Int[Tensor, " n"]:

@@ -1,6 +1,7 @@
 """The encoder that is measured, ready to use: a run's product, the same untrained, or one in training."""
 
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", 
 def of_weights(weights: Weights, *, device: str = "auto", precision: Precision = "auto") -> Encoder:
     """The encoder of weights that are at hand. Raises UserError."""
     return _on_device(weights.run, assemble_encoder(weights), weights.step, device, precision)
+
+
+def sameness(encoder: Encoder) -> str:
+    """A text that is the same for encoders of which every evaluation, and fine-tuning, must find the same."""
+    run = encoder.run
+    found = sha256(repr((run.model, run.hw, encoder.form, run.statistics, run.epochs)).encode())
+    for name, value in encoder.module.state_dict().items():
+        found.update(name.encode())
+        found.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _on_device(run: Run, module: nn.Module, step: int, device: str, precision: Precision) -> Encoder:

@@ -1,6 +1,7 @@
 """Frozen features of a labelled data set: what every evaluation of a frozen encoder starts from."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -55,7 +56,7 @@ def freeze(
             f"{data.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=)"
         )
     if skipped is None:
-        skipped = Skipped(None, len(data), 0.25)
+        skipped = account(data)
     wanted = torch.from_numpy(data.labels)  # once: some data sets compute them all each time
     vectors, means, labels = [], [], []
     training = encoder.module.training
@@ -72,6 +73,14 @@ def freeze(
             advance(end)
     encoder.module.train(training)
     return Frozen(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
+
+
+def account(data: Source, path: Path | None = None) -> Skipped:
+    """The account of images that cannot be read, of a data set that is evaluated on: a quarter may be left out.
+
+    path  where it is kept, if anywhere
+    """
+    return Skipped(path, len(data), 0.25, "that an evaluation may leave out: mend or remove them")
 
 
 def same_classes(train: Frozen, test: Frozen) -> Int[Tensor, " n"]:

@@ -10,13 +10,18 @@ from pixmim.evaluate.features import Frozen, same_classes
 from pixmim.metrics import wilson_interval
 from pixmim.protocols import Knn
 
+ROWS, BLOCK = 1024, 16384
+"""Asked features, and voters, that are compared at a time: 64 MiB of similarities, however many there are of each."""
+
+CPU = torch.device("cpu")
+
 
 def measure(bench: Bench, settings: Knn) -> Values:
     """Top-1 accuracy on the test data: see `knn`. Raises UserError."""
-    yield from knn(bench.frozen(settings.train), bench.frozen(settings.test), settings.k)
+    yield from knn(bench.frozen(settings.train), bench.frozen(settings.test), settings.k, bench.encoder.device)
 
 
-def knn(train: Frozen, test: Frozen, k: int = 20) -> Values:
+def knn(train: Frozen, test: Frozen, k: int = 20, device: torch.device = CPU) -> Values:
     """Top-1 accuracy in per cent, of the global token ("cls") and of the mean of the patch tokens ("mean").
 
     Yields each feature's accuracy and the ends of its 95 % interval. Raises UserError for a class train lacks.
@@ -26,7 +31,8 @@ def knn(train: Frozen, test: Frozen, k: int = 20) -> Values:
         ("cls", train.vector[:, -1], test.vector[:, -1]),
         ("mean", train.mean, test.mean),
     ):
-        correct = int((classify(voters, train.labels, asked, len(train.classes), k) == wanted).sum())
+        answers = classify(voters, train.labels, asked, len(train.classes), k, device=device)
+        correct = int((answers == wanted).sum())
         low, high = wilson_interval(correct, len(wanted))
         yield f"top1/{name}", 100 * correct / len(wanted)
         yield f"top1/{name}/low", 100 * low
@@ -40,17 +46,32 @@ def classify(
     classes: int,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int = 1024,
+    rows: int = ROWS,
+    block: int = BLOCK,
+    device: torch.device = CPU,
 ) -> Int[Tensor, " m"]:
     """The class of each asked feature: the k most cosine-similar voters vote with weight exp(similarity / temperature).
 
-    Takes `chunk` rows at a time, so memory is bounded at chunk x n; k is cut to the number of voters.
+    Of classes with equal votes, the first wins; of voters that are equally similar at the k-th place, any one votes.
+    k is cut to the number of voters. Each block of voters goes to the device once, and meets all who ask, `rows` at a
+    time; beside the features themselves, memory holds block x (d + rows) values, and the k best so far of each.
     """
-    voters, k = F.normalize(voters, dim=1), min(k, len(voters))
+    parts = asked.split(rows)
+    best: list[tuple[Tensor, Tensor]] = [
+        (torch.empty(len(part), 0, device=device), torch.empty(len(part), 0, dtype=torch.int64, device=device))
+        for part in parts
+    ]
+    for some, theirs in zip(voters.split(block), labels.split(block), strict=True):
+        some, theirs = F.normalize(some.to(device), dim=1), theirs.to(device)
+        for i, part in enumerate(parts):
+            found = (F.normalize(part.to(device), dim=1) @ some.T).topk(min(k, len(some)), dim=1)
+            similar = torch.cat([best[i][0], found.values], dim=1)
+            their_class = torch.cat([best[i][1], theirs[found.indices]], dim=1)
+            similar, places = similar.topk(min(k, similar.shape[1]), dim=1)
+            best[i] = similar, their_class.gather(1, places)
     answers = []
-    for part in F.normalize(asked, dim=1).split(chunk):
-        similarity, nearest = (part @ voters.T).topk(k, dim=1)
-        votes = torch.zeros(len(part), classes, dtype=similarity.dtype)
-        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
-        answers.append(votes.argmax(dim=1))
+    for similar, their_class in best:
+        votes = torch.zeros(len(similar), classes, dtype=similar.dtype, device=device)
+        votes.scatter_add_(1, their_class, (similar / temperature).exp())
+        answers.append(votes.argmax(dim=1).cpu())
     return torch.cat(answers)

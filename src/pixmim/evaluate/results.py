@@ -26,6 +26,10 @@ class Result:
     step: int
     settings: dict[str, Any]
     values: dict[str, float]
+    config: dict[str, Any]
+    """The Run that builds the encoder, and trained it if it is pixmim's."""
+    device: str
+    precision: str
     versions: dict[str, str]
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     """Pictures by caption; in the JSON, names of PNG files beside it by caption."""

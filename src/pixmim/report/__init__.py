@@ -20,7 +20,7 @@ from pixmim.parts import image_form
 from pixmim.pretrained import open_model
 from pixmim.report.figures import curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
-from pixmim.report.results import Measured, read_results, rows, table
+from pixmim.report.results import Measured, compare, read_results, table
 from pixmim.runfile import from_json
 from pixmim.targets import in_bins
 
@@ -64,7 +64,7 @@ def write_report(folders: list[Path], page: Path) -> Path:
         title=" and ".join(story.name for story in stories) if len(stories) < 4 else f"{len(stories)} runs",
         stories=stories,
         trained=trained,
-        results=rows([Measured(story.name, story.results) for story in stories]),
+        results=compare([Measured(story.name, story.results) for story in stories]),
         drawn=_drawn(stories),
         settings=_settings([story.run for story in stories if story.run is not None]),
         curves=_curves(stories),
@@ -80,9 +80,9 @@ def write_report(folders: list[Path], page: Path) -> Path:
     return page
 
 
-def results_table(folders: list[Path]) -> Table:
-    """What was measured of these models, as a table for a terminal."""
-    return table([Measured(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)])
+def results_table(folders: list[Path], width: int) -> Table:
+    """What was measured of these models, as a table for a terminal of so many columns."""
+    return table([Measured(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)], width)
 
 
 def _names(folders: list[Path]) -> list[str]:

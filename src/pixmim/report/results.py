@@ -1,15 +1,14 @@
 """What was measured of each model, as rows of values side by side, for the page and for a terminal."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from pixmim.protocols import PROTOCOLS
-
-WHICH = ("untrained", "trained")
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One value, of one evaluation with one set of settings, of every model.
+    """One value, of one evaluation with one set of settings, of every encoder.
 
     on     the data it was measured on
-    cells  for each model two, untrained and trained; None where that was not measured
+    cells  one for each column of the comparison; None where that was not measured
     """
 
     label: str
@@ -61,8 +60,20 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/*.json"))]
 
 
-def rows(models: list[Measured]) -> list[Row]:
-    """A row for each value that its protocol shows; values measured with the same settings share one."""
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured, side by side: a column for each encoder, by name, and a row for each value."""
+
+    columns: list[str]
+    rows: list[Row]
+
+
+def compare(models: list[Measured]) -> Comparison:
+    """A row for each value that its protocol shows; values measured with the same settings share one.
+
+    Encoders of which nothing was measured have no column; untrained ones with the same values throughout share one.
+    """
+    columns = [(model, which) for model in models for which in ("untrained", "trained")]
     found = []
     for name, protocol in PROTOCOLS.items():
         results = [(m, r) for m in models for r in m.results if r["evaluation"] == name]
@@ -72,27 +83,52 @@ def rows(models: list[Measured]) -> list[Row]:
             for shown, label in protocol.shown.items():
                 for key in [k for k in keys if _matches(k, shown)]:
                     cells = [
-                        next((_cell(r, key, protocol.unit) for m, r in mine if (m.name, r["encoder"]) == column), None)
-                        for column in ((model.name, which) for model in models for which in WHICH)
+                        next(
+                            (_cell(r, key, protocol.unit) for m, r in mine if m is model and r["encoder"] == which),
+                            None,
+                        )
+                        for model, which in columns
                     ]
                     rest = key[len(shown) - 1 :] if shown.endswith("*") else ""
                     found.append(Row(label.replace("*", rest.replace("_", " ")), _data(json.loads(settings)), cells))
-    return found
+    return _narrowed(columns, found)
 
 
-def table(models: list[Measured]) -> Table:
-    """The rows for a terminal: columns that hold nothing are left out."""
-    lines = rows(models)
-    names = [f"{model.name}: {which}" if len(models) > 1 else which for model in models for which in WHICH]
-    full = [i for i in range(len(names)) if any(line.cells[i] for line in lines)]
-    many = len(full) > 2 or len({line.on for line in lines}) > 1  # no room for intervals; they stand in the page
-    result = Table("", *(names[i] for i in full), box=None)
-    if len({line.on for line in lines}) > 1:
+def _narrowed(columns: list[tuple[Measured, str]], rows: list[Row]) -> Comparison:
+    """Without columns that hold nothing or repeat another untrained one, and with a name for each that stays."""
+    kept: dict[int, str] = {}
+    for i, (model, which) in enumerate(columns):
+        cells = [row.cells[i] for row in rows]
+        twins = [k for k in kept if columns[k][1] == which == "untrained" and [row.cells[k] for row in rows] == cells]
+        if not any(cells):
+            continue
+        if twins:
+            kept[twins[0]] = which
+        elif len(columns) == 2:
+            kept[i] = which
+        else:
+            kept[i] = model.name if which == "trained" else f"{model.name}, {which}"
+    return Comparison(list(kept.values()), [replace(row, cells=[row.cells[i] for i in kept]) for row in rows])
+
+
+def table(models: list[Measured], width: int) -> Table:
+    """The comparison for a terminal of so many columns: with intervals where they fit; they stand in the page too."""
+    comparison = compare(models)
+    whole = _table(comparison, intervals=True)
+    wants = Console(width=10_000).measure(whole).maximum  # a narrow one would not tell
+    return whole if wants <= width else _table(comparison, intervals=False)
+
+
+def _table(comparison: Comparison, *, intervals: bool) -> Table:
+    result = Table("", *comparison.columns, box=None)
+    several = len({row.on for row in comparison.rows}) > 1
+    if several:
         result.add_column("on")
-    for line in lines:
-        cells = [line.cells[i] for i in full]
-        texts = ["-" if c is None else c.text if many or not c.range else f"{c.text} ({c.range})" for c in cells]
-        result.add_row(line.label, *texts, *([line.on] if len(result.columns) > len(full) + 1 else []))
+    before = ""
+    for row in comparison.rows:
+        texts = ["-" if c is None else f"{c.text} ({c.range})" if intervals and c.range else c.text for c in row.cells]
+        result.add_row(row.label, *texts, *["" if row.on == before else row.on] * several)
+        before = row.on
     return result
 
 

@@ -147,10 +147,12 @@ def in_order(
 
     def read(index: int) -> Tensor | None:
         try:
-            return crop.crop(source.image(index))
+            image = source.image(index)
         except BadImage as error:
             skipped.add(index, source.locate(index), str(error))
             return None
+        skipped.passed(index)
+        return crop.crop(image)
 
     def collect(part: range, images: Iterator[Tensor | None]) -> tuple[Tensor, npt.NDArray[np.int64], int]:
         found = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]

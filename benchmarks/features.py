@@ -1,0 +1,95 @@
+"""Frozen features of cached images, as evaluations compute them, against a bare forward loop.
+
+python benchmarks/features.py --data FOLDER        labelled photographs; makes its cache in a temporary folder
+
+bare        the encoder's own forward pass over batches that lie ready in memory: decoded, cropped, normalised
+freeze      what evaluations call: reads, decodes, crops, normalises, and keeps what the last four blocks say
+reading     the same without the encoder
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from timing import CLOCKS, interleaved, machine
+from torch import Tensor
+
+from pixmim.config import Model, Run
+from pixmim.data import open_data
+from pixmim.data.bench.subset import Subset
+from pixmim.data.feed.loader import in_order
+from pixmim.data.skipped import Skipped
+from pixmim.data.source import Source
+from pixmim.data.tars.cache import make_cache
+from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
+from pixmim.evaluate.encoder import Encoder, in_training
+from pixmim.evaluate.features import freeze
+from pixmim.parts import build_encoder
+from pixmim.transforms import evaluation_crop
+
+BACKBONES = ("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a CPU that others use too")
+    options = parser.parse_args()
+    print(f"{machine()}, {os.cpu_count()} cores; {options.images} images at 224 px")
+    print(f"median of {options.rounds}, {options.clock} time; batches of {options.batch}")
+    source = open_data(options.data)
+    with tempfile.TemporaryDirectory() as where:
+        some = Subset(source, range(min(options.images, len(source))))
+        make_cache(some, Path(where) / "cache", (256, 256))  # as evaluations resize: 256/224 of the encoder's size
+        cache = open_data(f"{where}/cache")
+        for backbone in BACKBONES:
+            encoder = ready(backbone)
+            seconds = interleaved(candidates(encoder, cache, options.batch), options.rounds, CLOCKS[options.clock])
+            print(f"{backbone}, {encoder.precision}")
+            for name, time in seconds.items():
+                print(f"  {name:<10}{len(cache) / time:8.1f} images/s   {seconds['bare'] / time:6.3f} x bare")
+
+
+def ready(backbone: str) -> Encoder:
+    run = Run(model=Model("simmim" if "swin" in backbone else "mae", backbone))
+    device = choose_device("auto")
+    precision = choose_precision("auto", device)
+    module = build_encoder(run).to(device).eval()
+    choose_attention(module, device, precision)
+    return in_training(run, module, device, precision)
+
+
+def candidates(encoder: Encoder, cache: Source, batch: int) -> dict[str, Callable[[], None]]:
+    batches = [encoder.ready(images) for images in read(encoder, cache, batch)]
+
+    @torch.no_grad()
+    def bare() -> None:
+        with autocast(encoder.device, encoder.precision):
+            for images in batches:
+                encoder.module(images)
+
+    def frozen() -> None:
+        freeze(encoder, cache, batch=batch)
+
+    def reading() -> None:
+        for _ in read(encoder, cache, batch):
+            pass
+
+    return {"bare": bare, "freeze": frozen, "reading": reading}
+
+
+def read(encoder: Encoder, cache: Source, batch: int) -> Iterator[Tensor]:
+    for images, _, _ in in_order(
+        cache, evaluation_crop(encoder.size), skipped=Skipped(None, len(cache), 0.5), batch=batch
+    ):
+        yield images
+
+
+if __name__ == "__main__":
+    main()
