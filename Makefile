@@ -34,8 +34,8 @@ bench: .venv/developing  ## speed against named peers, interleaved in one proces
 	$(BIN)/python benchmarks/family.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/lowpass.py
-	$(BIN)/python benchmarks/knn.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/knn.py
 	@echo "and, with a folder of photographs: $(BIN)/python benchmarks/data.py (loaders.py, features.py) --data FOLDER"
 
 .venv/installed: pyproject.toml constraints.txt

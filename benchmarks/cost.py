@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from steps import Ours, training_flops
-from timing import interleaved, machine
+from timing import CLOCKS, interleaved, machine
 
 from pixmim.engine.device import choose_device, choose_precision
 from pixmim.engine.memory.malloc import keep_memory
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, help="128 on a GPU, otherwise 8")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a CPU that others use too")
     options = parser.parse_args()
     device = choose_device("auto")
     gpu = device.type == "cuda"
@@ -46,7 +47,7 @@ def main() -> None:
             turns[f"{backbone}, {size} px, batch {count}"] = partial(
                 step, torch.randn(count, 3, size, size, device=device)
             )
-        seconds = interleaved(turns, options.rounds, 10 if gpu else 1)
+        seconds = interleaved(turns, options.rounds, CLOCKS[options.clock], 10 if gpu else 1)
         for (backbone, size, count), (name, time) in zip(works, seconds.items(), strict=True):
             flops = training_flops("mae", backbone, size) / 1e9
             print(f"{name:<40}{flops:>16.1f}{count / time:>10.1f}{flops * count / time:>10.0f}", flush=True)

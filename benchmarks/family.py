@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from steps import Ours, huggingface_mae, theirs, training_flops
-from timing import interleaved, machine, product_rate
+from timing import CLOCKS, interleaved, machine, product_rate
 from torch import Tensor, nn
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
 
@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a CPU that others use too")
     options = parser.parse_args()
+    clock = CLOCKS[options.clock]
     device, batch = choose_device("auto"), options.batch or (4 if options.full else 16)
     keep_memory()  # for all alike
     steps = 10 if device.type == "cuda" else 1
     fast = choose_precision("auto", device)
-    peaks = {precision: product_rate(device, precision) for precision in dict.fromkeys(("fp32", fast))}
+    peaks = {precision: product_rate(device, precision, clock) for precision in dict.fromkeys(("fp32", fast))}
     print(f"{machine()}; batch {batch}, median of {options.rounds}; a step: forward, backward, update")
     print(f"{'':<22}{'peer, fp32':>12}{'pixmim, fp32':>19}{f'pixmim, {fast}':>19}{'GFLOP an image':>18}")
     for name, (build, ours) in (FULL if options.full else SMALL).items():
@@ -43,7 +45,7 @@ def main() -> None:
         candidates = {"peer": theirs(build(), "fp32", device)}
         candidates |= {precision: Ours(**ours, precision=precision, device=device) for precision in peaks}
         turns = {key: partial(step, images) for key, step in candidates.items()}
-        seconds, flops = interleaved(turns, options.rounds, steps), training_flops(**ours)
+        seconds, flops = interleaved(turns, options.rounds, clock, steps), training_flops(**ours)
         row = f"{name:<22}{seconds['peer'] * 1e3:>9.0f} ms"
         for precision, peak in peaks.items():
             used = flops * batch / seconds[precision] / peak

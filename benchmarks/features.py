@@ -10,12 +10,11 @@ reading     the same without the encoder
 import argparse
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from timing import interleaved, machine
+from timing import CLOCKS, interleaved, machine
 from torch import Tensor
 
 from pixmim.config import Model, Run
@@ -31,7 +30,6 @@ from pixmim.evaluate.features import freeze
 from pixmim.parts import build_encoder
 from pixmim.transforms import evaluation_crop
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 BACKBONES = ("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from plain_mae import PlainMAE
 from steps import Ours, Step, huggingface_mae, theirs, training_flops
-from timing import interleaved, machine, product_rate, stated_peak, wait
+from timing import CLOCKS, interleaved, machine, product_rate, stated_peak, wait
 from torch import Tensor, nn
 
 import pixmim
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="in a turn; 10 on a GPU, otherwise 1")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a CPU that others use too")
     parser.add_argument("--data", help="images or a cache of them; drawn ones if left out")
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="all that is not float32")
     parser.add_argument("--profile", action="store_true", help="print what takes pixmim's time")
@@ -70,8 +71,10 @@ def main() -> None:
     options.steps = options.steps or (10 if device.type == "cuda" else 1)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     rows, target = candidates(options, device, fast), pixmim.LowFrequency("auto")
-    turns = {name: partial(row.step, images) for name, row in rows.items()}
-    seconds = interleaved({**turns, "target": lambda: target(images)}, options.rounds, options.steps)
+    turns: dict[str, Callable[[], object]] = {name: partial(row.step, images) for name, row in rows.items()}
+    seconds = interleaved(
+        {**turns, "target": lambda: target(images)}, options.rounds, CLOCKS[options.clock], options.steps
+    )
 
     about = f"{options.backbone} at {options.size} px, patch {options.patch}, batch {options.batch}; {machine()}"
     print(about + (f"; {fast} by torch.compile, mode {options.compile}" if options.compile else ""))
@@ -126,7 +129,8 @@ def decoder(backbone: str) -> tuple[int, int, int]:
 
 def table(options: argparse.Namespace, rows: dict[str, Row], seconds: dict[str, float], images: Tensor) -> None:
     flops = training_flops("mae", options.backbone, options.size, **shape(options))
-    peaks = {p: product_rate(images.device, p) for p in dict.fromkeys(row.precision for row in rows.values())}
+    clock = CLOCKS[options.clock]
+    peaks = {p: product_rate(images.device, p, clock) for p in dict.fromkeys(row.precision for row in rows.values())}
     reached = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {precision}" for precision, peak in peaks.items())
     print(f"{flops / 1e9:.1f} GFLOP a training image; a large product reaches {reached}")
     stated, base = stated_peak(), seconds["plain MAE, fp32"]
@@ -181,7 +185,7 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
 
             turns = {"synthetic": partial(step, images), "cached": fed}
             # The loader is two batches ahead: what it did while the other's turn lasted must not count.
-            seconds = interleaved(turns, -(-options.rounds // 2), max(2, options.steps), warm=3)
+            seconds = interleaved(turns, -(-options.rounds // 2), CLOCKS[options.clock], max(2, options.steps), warm=3)
     rate, left = options.batch / seconds["cached"], seconds["synthetic"] / seconds["cached"]
     print(f"from a cache of {options.data or 'drawn pictures'}: {rate:.1f} images/s, {left:.1%} of the synthetic rate")
 
