@@ -1,10 +1,12 @@
 """What fits into memory: against needs that are known, a slow count of all live tensors, and memory that runs out."""
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,7 +244,8 @@ except RuntimeError as error:
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of addresses, as Linux keeps it")
 def test_what_was_found_fits_and_twice_that_runs_out() -> None:
     """In a process that may take 400 MB more than its start: there the CPU's allocator itself says no."""
-    done = subprocess.run([sys.executable, "-c", RUNS_OUT], capture_output=True, text=True)
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", RUNS_OUT], capture_output=True, text=True, env=here)
     assert done.returncode == 0, done.stderr
     images, recognised, said = done.stdout.split(maxsplit=2)
     assert int(images) > 8 and recognised == "True" and "allocate memory" in said

@@ -125,7 +125,7 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
     """Meet the other processes of the run, if there are any.
 
     device   "auto", "cuda" or "cpu", as the user asked: decides how processes talk, and gives each its own GPU
-    timeout  seconds that a process waits for the others
+    timeout  seconds after which a process that waits for the others may be given up; they part at twice as many
 
     Raises UserError where they cannot meet, and for an error that another process's end has caused.
     """
@@ -144,7 +144,7 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
                 f"process {here.local} of this machine finds {torch.cuda.device_count()} GPUs: start as many"
             )
         torch.cuda.set_device(here.local)
-    patience = timedelta(seconds=timeout)
+    patience = timedelta(seconds=2 * timeout)  # longer than a loop's watchdog, which can say who is missing
     try:
         store = _meet(here, patience)
         dist.init_process_group(
