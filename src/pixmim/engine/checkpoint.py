@@ -108,7 +108,7 @@ class Checkpoints:
             set_state_dict(
                 model, updater.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
             )
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             raise UserError(f"the checkpoint {path} does not fit this run: {_reason(error)}") from error
         if int(state["images"]) != images:
             raise UserError(
@@ -127,7 +127,10 @@ class Checkpoints:
         if damage:
             raise UserError(f"the checkpoint {self._path(step)} is damaged: {damage}")
         state = {"model": model.state_dict()}
-        load(state, checkpoint_id=self._path(step), no_dist=True)
+        try:
+            load(state, checkpoint_id=self._path(step), no_dist=True)
+        except CheckpointException as error:
+            raise UserError(f"the checkpoint {self._path(step)} holds another model: {_reason(error)}") from error
         model.load_state_dict(state["model"])
         return step
 
