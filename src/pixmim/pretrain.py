@@ -65,7 +65,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         last=run.saving.last,
         stays=lambda step: milestone(step, run.saving.epochs / epoch),
         world=world,
-        say=lambda text: console.print(text, highlight=False, markup=False),
+        say=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
     )
     origin = begin_from(model, run) if run.init and not checkpoints.steps() else []
     network = spread(model, run.scale, world, device, precision)

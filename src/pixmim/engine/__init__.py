@@ -1,1 +1,1 @@
-"""The machinery around the loop: optimizer, schedule, device, checkpoints, log, signals, advice."""
+"""The loop that all training goes through, and what stands around it: optimizer, processes, checkpoints, log, memory."""

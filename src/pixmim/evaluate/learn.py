@@ -55,7 +55,11 @@ def learn(
     folder.mkdir(parents=True, exist_ok=True)
     updater = Updater(optimizer, clip, scaling=scaling, device=next(model.parameters()).device)
     console = console or Console(quiet=True)
-    with Checkpoints(folder / "checkpoints", say=console.print) as checkpoints, Interrupts() as interrupts:
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with Checkpoints(folder / "checkpoints", say=say) as checkpoints, Interrupts() as interrupts:
         start = checkpoints.load(model, updater, images=images)
         with (
             batches(start * accumulate) as feed,
