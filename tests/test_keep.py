@@ -76,6 +76,8 @@ def test_the_rule(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need - 4)
     assert place() == "memory"
+    where, why = keep.choose_place(shards, src, "auto", CPU, processes=2)  # which would keep all images twice
+    assert where == "disk" and "a quarter of the memory, which 2 processes share (" in why
     monkeypatch.setattr(keep, "of_machine", lambda: 4 * need - 4)
     assert place() == "disk" and place(how="memory") == "memory" and place(how="device") == "device"
     with pytest.raises(UserError, match="needs a cache of the run's own --size"):

@@ -232,7 +232,7 @@ class Run:
     local_copy: float = 50.0
     """GiB on this machine for copies of shards from far away; those used longest ago make room for new ones."""
     threads: int = 0
-    """Threads that read and decode images; 0: one for each core, at most 16."""
+    """Threads that read and decode images, in each process; 0: one for each core, at most 16."""
     log_every: int = 0
     """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
     max_bad: float = 0.25

@@ -6,6 +6,7 @@ either there is one process, which talks to nobody. This is the only file that m
 
 import hashlib
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,6 +107,10 @@ class World:
     def share(self, value: T) -> T:
         """What the first process gives."""
         return self.gather(value)[0]
+
+    def here(self) -> int:
+        """How many of the processes share this one's machine; all of them must ask."""
+        return self.gather(platform.node()).count(platform.node())
 
     def first_to_say(self, text: str) -> bool:
         """Whether no other process has said the same before: what goes wrong for all is said once."""

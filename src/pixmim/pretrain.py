@@ -15,6 +15,7 @@ from pixmim.data.feed.batches import Batch, Portion
 from pixmim.data.feed.keep import choose_place
 from pixmim.data.skipped import Skipped, gather_accounts
 from pixmim.data.source import Source
+from pixmim.data.threads import how_many
 from pixmim.dist import ALONE, World
 from pixmim.engine.advice import closing, describe
 from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
@@ -56,7 +57,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     _agree(run, world, data)
     method = Method.of(run)
     model, device, precision = method.model, method.device, method.precision
-    place, kept = choose_place(data, crop, run.keep, device)
+    here = world.here()
+    place, kept = choose_place(data, crop, run.keep, device, processes=here)
     schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
     portion = Portion(run.batch_size // run.accumulate, 0, world.rank, world.size)
 
@@ -114,7 +116,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             skipped=skipped,
             flip=run.crop.flip,
             seed=run.seed,
-            threads=run.threads,
+            threads=how_many(run.threads, processes=here),
         ) as batches,
         RunLog(
             out / "metrics.jsonl" if world.first else None,

@@ -12,9 +12,9 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 
-def how_many(threads: int) -> int:
-    """The number of threads meant: 0 is one for each core, at most 16."""
-    return threads or min(16, os.cpu_count() or 1)
+def how_many(threads: int, processes: int = 1) -> int:
+    """The number of threads meant: 0 is one for each core, at most 16; `processes` of a run share the cores."""
+    return threads or min(16, max(1, (os.cpu_count() or 1) // processes))
 
 
 def workers(threads: int, name: str) -> ThreadPoolExecutor:

@@ -1,7 +1,8 @@
 """Where the images of a run stay once they are decoded: on the device, in memory, or nowhere.
 
 The rule, where the user does not decide: on the device, if that is a GPU, its memory holds all images in a quarter of
-it, and the crop only cuts them; else in memory, if all fit into a quarter of the machine's; else each is read again.
+it, and the crop only cuts them; else in memory, if all fit into a quarter of the machine's, which the processes of a
+run share; else each is read again.
 Only a cache says beforehand how large its images are, so only a cache is kept without being asked.
 """
 
@@ -22,8 +23,11 @@ SHARE = 0.25
 """Share of a memory that decoded images may take without being asked to."""
 
 
-def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device) -> tuple[Place, str]:
-    """Where decoded images stay, and why, in a line; empty where there is no choice. Raises UserError."""
+def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device, processes: int = 1) -> tuple[Place, str]:
+    """Where decoded images stay, and why, in a line; empty where there is no choice. Raises UserError.
+
+    processes  of the run on this machine: each keeps images of its own, and they share its memory
+    """
     need = decoded_bytes(source)
     cuts = source.sizes is not None and all(
         crop.corner((h, w), (0.0,) * crop.draws) is not None for h, w in np.unique(source.sizes, axis=0).tolist()
@@ -38,10 +42,13 @@ def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device) ->
     size = f"{need / 2**30:.1f} GiB decoded"
     if how == "device" or (how == "auto" and cuts and device.type != "cpu" and need <= SHARE * _of_device(device)):
         return "device", f"kept on the device, {size} (--keep memory or disk: not)"
-    if how == "memory" or (how == "auto" and need <= SHARE * of_machine()):
+    if how == "memory" or (how == "auto" and need <= SHARE * of_machine() / processes):
         return "memory", f"kept in memory once decoded, {size} (--keep disk: not)"
     if how == "auto":
-        return "disk", f"read from disk each time: {size} are more than a quarter of the memory (--keep memory: kept)"
+        shared = f", which {processes} processes share" * (processes > 1)
+        return "disk", (
+            f"read from disk each time: {size} are more than a quarter of the memory{shared} (--keep memory: kept)"
+        )
     return "disk", "read from disk each time"
 
 
