@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 import pixmim.pretrain
-from pixmim.dist import World, open_world
+from pixmim.dist import World, leave, open_world
 from pixmim.runfile import from_json
 from pixmim.transforms import finish
 
@@ -51,3 +51,4 @@ def poison(world: World, update: int | None, accumulate: int) -> object:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave(0)

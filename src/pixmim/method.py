@@ -13,6 +13,7 @@ from pixmim.dist import ALONE, World
 from pixmim.engine.device import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.engine.memory.fitting import advice, largest_batch
 from pixmim.engine.memory.footprint import fits, measure
+from pixmim.engine.memory.malloc import give_back
 from pixmim.engine.parallel import spread
 from pixmim.grid import grid_of
 from pixmim.losses import Objective
@@ -77,6 +78,7 @@ def with_largest_batch(run: Run, world: World) -> tuple[Run, str]:
 
 def too_large(run: Run, world: World) -> str:
     """What to say of a run that has run out of memory: which parts of its batch would fit."""
+    give_back()  # what the run's steps had taken
     method = Method.of(run)
     spread(method.model, replace(run.scale, compile="none"), ALONE, method.device, method.precision)
     footprint = measure(method.trial, method.device, method.model.parameters())

@@ -152,6 +152,7 @@ _SIGNS = (
     "can't allocate memory",  # the CPU's allocator
     "not enough memory",  # the same on Windows
     "bad_alloc",
+    "could not create a primitive",  # oneDNN, which multiplies in bf16 and convolves on a CPU
     "status_alloc_failed",  # cuDNN, cuBLAS and their like
 )
 

@@ -21,3 +21,9 @@ def keep_memory() -> bool:
     libc = ctypes.CDLL(None)
     settings = ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
     return all(libc.mallopt(which, value) == 1 for which, value in settings)
+
+
+def give_back() -> None:
+    """Return to the system, now, what is kept and not used."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
