@@ -41,7 +41,7 @@ from pixmim.transforms import SimpleResizedCrop
 BATCH, SIZE = 64, 224
 CROP = SimpleResizedCrop(SIZE)
 WORKERS = os.cpu_count() or 1
-PROCESSES = {"num_workers": WORKERS, "persistent_workers": True, "prefetch_factor": 4}
+PROCESSES: dict[str, Any] = {"num_workers": WORKERS, "persistent_workers": True, "prefetch_factor": 4}
 
 Epoch = Callable[[], None]
 
@@ -162,7 +162,7 @@ def litdata(cache: Shards, folder: Path) -> Epoch:
     writer.done()
     writer.merge()
 
-    class Streamed(StreamingDataset):  # its way to decode
+    class Streamed(StreamingDataset):  # type: ignore[misc]  # its way to decode
         def __getitem__(self, index: Any) -> Tensor:
             return ready(super().__getitem__(index))
 

@@ -8,18 +8,17 @@ process grew by at its fullest moment, the weights included.
 """
 
 import argparse
-import ctypes
 import subprocess
 import sys
 
 import torch
 from timing import machine
 
-from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
+from pixmim.engine.device import choose_device, choose_precision
 from pixmim.engine.memory.footprint import measure
+from pixmim.engine.memory.malloc import give_back
 from pixmim.engine.optim import Updater, adamw
-from pixmim.grid import grid_of
-from pixmim.parts import build_masker, build_model, build_objective, draw_masks
+from pixmim.method import Method
 from pixmim.recipes import get_recipe
 
 RECIPES = {
@@ -52,32 +51,21 @@ def main() -> None:
 
 def row(name: str, images: int) -> None:
     """Measure in this process, and print a line of the table."""
-    run, device = get_recipe(name), choose_device("auto")
-    precision = choose_precision("auto", device)
-    model, objective = build_model(run).to(device), build_objective(run).to(device)
-    masker, grid = build_masker(run, model.patch), grid_of(run.hw, model.patch)
-    choose_attention(model, device, precision)
-    optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay)
-    updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
+    run = get_recipe(name)
+    method = Method.of(run)
+    model, device = method.model, method.device
+    updater = Updater(adamw(model, run.lr, run.optim.betas, run.optim.weight_decay), run.optim.clip, False, device)
 
-    def step(count: int) -> None:
-        pixels = torch.randn(count, run.channels, *run.hw, device=device)
-        mask = draw_masks(run, masker, grid, 0, range(count)).to(device)
-        with autocast(device, precision):
-            prediction = model(pixels, mask)
-        updater.backward(objective(prediction, pixels, mask).loss)
-
-    found = measure(step, device, model.parameters())
-    if device.type == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # what the measurement has given back does not count as taken before
+    found = measure(method.trial, device, model.parameters())
+    give_back()  # what the measurement has given back does not count as taken before
     before = resident("VmRSS") - sum(p.numel() * p.element_size() for p in model.parameters())
     for _ in range(2):
-        step(images)
+        method.trial(images)
         updater.step(run.lr)
     taken = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM") - before
     sizes = found.fixed, found.per_image, found.needs(images), taken
-    fixed, each, reckoned, taken = (size / 2**20 for size in sizes)
-    print(f"{name:<26}{fixed:>8,.0f}{each:>10,.1f}{images:>8}{reckoned:>10,.0f}{taken:>8,.0f}", end="")
+    fixed, each, reckoned, grown = (size / 2**20 for size in sizes)
+    print(f"{name:<26}{fixed:>8,.0f}{each:>10,.1f}{images:>8}{reckoned:>10,.0f}{grown:>8,.0f}", end="")
     print(f"{found.fitting(1 << 20):>13,}", flush=True)
 
 

@@ -183,14 +183,14 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
                 crops, flip = (t.to(device, non_blocking=True) for t in (batch.images, batch.flip))
                 step(finish(crops, flip, mean, std))
 
-            turns = {"synthetic": partial(step, images), "cached": fed}
+            turns: dict[str, Callable[[], object]] = {"synthetic": partial(step, images), "cached": fed}
             # The loader is two batches ahead: what it did while the other's turn lasted must not count.
             seconds = interleaved(turns, -(-options.rounds // 2), CLOCKS[options.clock], max(2, options.steps), warm=3)
     rate, left = options.batch / seconds["cached"], seconds["synthetic"] / seconds["cached"]
     print(f"from a cache of {options.data or 'drawn pictures'}: {rate:.1f} images/s, {left:.1%} of the synthetic rate")
 
 
-def profile(run: Callable[[], None], device: torch.device) -> None:
+def profile(run: Callable[[], object], device: torch.device) -> None:
     """What takes the time of three steps, by kernel or operator."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -305,6 +305,12 @@ class Run:
             if values is not None and len(values) != self.channels:
                 raise UserError(f"--{name} has {len(values)} values for {self.channels} channels")
 
+    def check_shares(self, count: int, of: str) -> None:
+        """Raise UserError unless each of `count` processes (or GPUs: `of`) gets an equal share of a batch's parts."""
+        if self.batch_size % (self.accumulate * count):
+            parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""
+            raise UserError(f"a batch of {self.batch_size:,}{parts} does not divide among {count} {of}")
+
     @property
     def hw(self) -> tuple[int, int]:
         """Height and width of what the network sees, in pixels."""

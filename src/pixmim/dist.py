@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -161,16 +161,14 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
             timeout=patience,
         )
     except (RuntimeError, KeyError) as error:
-        raise UserError(
-            f"process {here.rank} of {here.size} could not meet the others: {_first_line(error)}"
-        ) from error
+        raise UserError(f"process {here.rank} of {here.size} could not meet the others: {first_line(error)}") from error
     world = World(here, store, dist.new_group(backend="gloo", timeout=patience))
     try:
         yield world
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise UserError(
-                f"another process of the run has ended ({_first_line(error)}), and what it printed says why. The same "
+                f"another process of the run has ended ({first_line(error)}), and what it printed says why. The same "
                 "command goes on from the newest checkpoint"
             ) from error
         raise
@@ -203,7 +201,3 @@ def _meet(here: Seat, patience: timedelta) -> Any:
     # torchrun's store outlives the processes that it starts again; what the last ones left there is not meant for them.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"pixmim/{again}", store)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

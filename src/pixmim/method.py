@@ -66,8 +66,7 @@ class Method:
 def with_largest_batch(run: Run, world: World) -> tuple[Run, str]:
     """The run with the batch that `--batch-size auto` means, and a line that says why. Raises UserError."""
     images = len(open_data(run.data, image_form(run), run.local_copy))
-    method = Method.of(run)
-    spread(method.model, replace(run.scale, compile="none"), ALONE, method.device, method.precision)
+    method = _alone(run)
     most = -(-min(run.batch_size, images) // world.size)
     fitting = fits(
         method.trial, method.device, method.model.parameters(), most, least=lambda number: min(world.gather(number))
@@ -79,7 +78,13 @@ def with_largest_batch(run: Run, world: World) -> tuple[Run, str]:
 def too_large(run: Run, world: World) -> str:
     """What to say of a run that has run out of memory: which parts of its batch would fit."""
     give_back()  # what the run's steps had taken
-    method = Method.of(run)
-    spread(method.model, replace(run.scale, compile="none"), ALONE, method.device, method.precision)
+    method = _alone(run)
     footprint = measure(method.trial, method.device, method.model.parameters())
     return advice(footprint, method.device, run.batch_size, run.accumulate, world.size)
+
+
+def _alone(run: Run) -> Method:
+    """The method as one process would compute it, not compiled: what its trials take is measured."""
+    method = Method.of(run)
+    spread(method.model, replace(run.scale, compile="none"), ALONE, method.device, method.precision)
+    return method

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from pixmim.models.base import MaskedModel
 from pixmim.parts import build_crop, build_model, image_form
 from pixmim.pretrained import begin_from
 from pixmim.runfile import to_json
+from pixmim.terminal import say
 from pixmim.transforms import finish
 from pixmim.weights.own import save_tensors
 
@@ -62,12 +64,15 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
     portion = Portion(run.batch_size // run.accumulate, 0, world.rank, world.size)
 
+    def stays(step: int) -> bool:
+        return milestone(step, run.saving.epochs / epoch)
+
     checkpoints = Checkpoints(
         out / "checkpoints",
         last=run.saving.last,
-        stays=lambda step: milestone(step, run.saving.epochs / epoch),
+        stays=stays,
         world=world,
-        say=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+        say=partial(say, console),
     )
     origin = begin_from(model, run) if run.init and not checkpoints.steps() else []
     network = spread(model, run.scale, world, device, precision)
@@ -103,7 +108,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             log.pause()
 
     def planned(step: int) -> bool:
-        return milestone(step, run.saving.epochs / epoch) or (run.saving.every > 0 and step % run.saving.every == 0)
+        return stays(step) or (run.saving.every > 0 and step % run.saving.every == 0)
 
     with (
         Interrupts() as interrupts,
@@ -160,15 +165,13 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         save_tensors(product, out / "encoder.safetensors", run, step)
         lost, bad = int(updater.state["skipped"].item()), gather_accounts(out)
         for line in closing(run, out, step, lost=lost, bad=bad, images=len(data), waited=log.data_wait):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            say(console, line)
     return Outcome(step, finished=True)
 
 
 def _agree(run: Run, world: World, data: Source) -> None:
     """Raise UserError unless each process gets an equal share of every batch, out of the same images."""
-    if run.batch_size // run.accumulate % world.size:
-        parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
-        raise UserError(f"a batch of {run.batch_size:,}{parts} does not divide among {world.size} processes")
+    run.check_shares(world.size, "processes")
     counts = world.gather(len(data))
     other = next((rank for rank, count in enumerate(counts) if count != counts[0]), 0)
     if other:

@@ -11,7 +11,7 @@ from torch import nn
 
 from pixmim.config import Model, Run
 from pixmim.engine.checkpoint import Checkpoints
-from pixmim.errors import UserError, nearest
+from pixmim.errors import UserError, first_line, nearest
 from pixmim.models import create_encoder
 from pixmim.models.base import MaskedModel
 from pixmim.parts import build_encoder, build_model
@@ -208,7 +208,7 @@ def _of_timm(name: str, head: bool) -> Weights:
     except UserError:
         raise
     except Exception as error:  # no network, no such weights: the kinds of exception are the hub's
-        raise UserError(f"timm:{name} cannot be had: {str(error).splitlines()[0]}") from error
+        raise UserError(f"timm:{name} cannot be had: {first_line(error)}") from error
     made = module.pretrained_cfg
     channels, h, w = made["input_size"]
     run = Run(

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from pixmim.cli.terms import absolute, say
+from pixmim.cli.terms import absolute
 from pixmim.errors import UserError
+from pixmim.terminal import say
 
 if TYPE_CHECKING:
     from pixmim.data.bench.rates import Rates

@@ -6,7 +6,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from pixmim.cli.terms import say
+from pixmim.terminal import say
 
 
 def coverage(args: list[str]) -> int:

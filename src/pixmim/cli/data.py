@@ -7,8 +7,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from pixmim.cli.terms import absolute, say
+from pixmim.cli.terms import absolute
 from pixmim.errors import UserError
+from pixmim.terminal import say
 
 _LOOK = 200  # images whose files are looked into for their channels and depth
 

@@ -7,8 +7,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import absolute, say
+from pixmim.cli.terms import absolute
 from pixmim.errors import UserError
+from pixmim.terminal import say
 
 
 def reconstruct(args: list[str]) -> int:

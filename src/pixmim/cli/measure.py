@@ -9,9 +9,10 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import absolute, say
+from pixmim.cli.terms import absolute
 from pixmim.errors import UserError, nearest
 from pixmim.protocols import DATA, PROTOCOLS, All
+from pixmim.terminal import say
 
 
 def evaluate(args: list[str]) -> int:

@@ -10,11 +10,12 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import absolute, say
+from pixmim.cli.terms import absolute
 from pixmim.config import Run
 from pixmim.errors import UserError
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json
+from pixmim.terminal import say
 
 _MAY_CHANGE = {
     *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),

@@ -11,9 +11,9 @@ from tyro.conf import arg
 
 from pixmim.cli.pretrain import going_on, read_flags, whole_paths
 from pixmim.cli.sbatch import Job, script
-from pixmim.cli.terms import say
 from pixmim.config import Run
 from pixmim.errors import UserError
+from pixmim.terminal import say
 
 
 def slurm(args: list[str]) -> int:
@@ -40,9 +40,8 @@ def slurm(args: list[str]) -> int:
     run, resumed, auto = read_flags(words)
     if resumed:
         raise UserError(f"leave out --resume: with --out {resumed} the script goes on with that run by itself")
-    if not auto and run.batch_size % (run.accumulate * job.tasks):
-        parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
-        raise UserError(f"a batch of {run.batch_size:,}{parts} does not divide among {job.tasks} GPUs")
+    if not auto:
+        run.check_shares(job.tasks, "GPUs")
     name = job.name or run.recipe or "run"
     if not run.out:
         words += ["--out", f"runs/{name}"]

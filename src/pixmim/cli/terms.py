@@ -1,6 +1,4 @@
-"""What the commands share: whole paths of data, and plain text."""
-
-from rich.console import Console
+"""What the commands share: whole paths of data."""
 
 
 def absolute(data: str) -> str:
@@ -8,8 +6,3 @@ def absolute(data: str) -> str:
     from pixmim.data.spec import absolute as whole
 
     return whole(data)
-
-
-def say(console: Console, text: str) -> None:
-    """Print plain text as it is: no wrapped paths, no colours, no markup in names."""
-    console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -7,9 +7,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from pixmim.cli.terms import say
 from pixmim.config import OPTIONS, Option
 from pixmim.errors import UserError, nearest
+from pixmim.terminal import say
 
 
 def import_(args: list[str]) -> int:

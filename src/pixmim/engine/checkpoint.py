@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from pixmim.dist import ALONE, World
 from pixmim.engine.optim import Updater
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 
 AUTOSAVE = 600.0
 """Seconds between checkpoints, unless steps are given."""
@@ -230,7 +230,7 @@ def _reason(error: BaseException) -> str:
     """The first thing that went wrong, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         return _reason(next(iter(error.failures.values()))[0])
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _sync(folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -19,7 +19,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device '{name}' here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"no device '{name}' here: {first_line(error)}") from error
     return device
 
 

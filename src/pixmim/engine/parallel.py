@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pixmim.config import Scale
 from pixmim.dist import World
 from pixmim.engine.device import Precision
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 
 Way = Literal["none", "ddp", "fsdp"]
 
@@ -90,8 +90,9 @@ def compiling(scale: Scale) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"torch.compile fails here ({why}): leave out --scale.compile {scale.compile}") from error
+        raise UserError(
+            f"torch.compile fails here ({first_line(error)}): leave out --scale.compile {scale.compile}"
+        ) from error
 
 
 def accumulating(network: nn.Module, last: bool) -> AbstractContextManager[object]:

@@ -4,8 +4,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
 from pixmim.dist import World
 
@@ -16,13 +16,12 @@ _ORDER = ("waiting for data", "computing", "saving")
 class Watchdog:
     """In a `with` statement, around a loop that says `at` each step where it is. A World of one is not watched.
 
-    patience  seconds without a step, after which somebody is to blame
-    end       called with the verdict; by default it is printed, and the process ends at once, since the loop's own
-              thread may never wake up again
+    patience  seconds without a step, after which somebody is to blame: that is printed, and the process ends at once,
+              since the loop's own thread may never wake up again
     """
 
-    def __init__(self, world: World, patience: float, end: Callable[[str], None] | None = None) -> None:
-        self._world, self._patience, self._end = world, patience, end or self._quit
+    def __init__(self, world: World, patience: float) -> None:
+        self._world, self._patience = world, patience
         self._place, self._since = (0, "measuring"), time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pixmim-watchdog", daemon=True)
@@ -51,8 +50,7 @@ class Watchdog:
                 if waited > self._patience:
                     verdict = self._verdict(ticks, waited)
                     if verdict:
-                        self._end(verdict)
-                        return
+                        self._quit(verdict)
             except RuntimeError:  # the store is gone, and with it another process: the loop will say so
                 return
 
@@ -72,7 +70,7 @@ class Watchdog:
         state = "does not answer" if silent else f"is still {doing}"
         return f"{who} {state} at update {int(step) + 1:,}, and the others have waited for {waited:.0f} s"
 
-    def _quit(self, verdict: str) -> None:
+    def _quit(self, verdict: str) -> NoReturn:
         if self._world.first_to_say("a process hangs"):
             print(
                 f"error: {verdict}. The run ends here; the same command goes on from the newest checkpoint "
@@ -80,4 +78,4 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-        os._exit(1)
+        os._exit(1)  # and not `leave`: the loop's thread may hang in a print, and hold what that would flush

@@ -33,6 +33,7 @@ from pixmim.evaluate.tuning import TUNINGS, Recipe, choose, describe, resolve
 from pixmim.mixing import erase, mix, soft_labels
 from pixmim.models.layers import layer_ids
 from pixmim.protocols import Finetune
+from pixmim.terminal import say
 from pixmim.transforms import Crop, RandomResizedCrop, SimpleResizedCrop, finish
 from pixmim.weights.own import save_tensors
 
@@ -65,7 +66,7 @@ def measure(bench: Bench, settings: Finetune) -> Values:
     begun = "random weights" if settings.from_scratch else f"the {bench.which} encoder"
     console = bench.console or Console(quiet=True)
     for line in [*describe(name, recipe, len(data.train), steps, warmup), f"  begins with {begun}", *lines]:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(console, line)
 
     lesson = Lesson(bench, settings, recipe, data, run.hw, trained)
     work = bench.work("finetune", settings)
@@ -89,7 +90,7 @@ def measure(bench: Bench, settings: Finetune) -> Values:
     which = "" if bench.which == "trained" else f"-{bench.which}"
     path = bench.folder / f"classifier{'-from-scratch' if settings.from_scratch else which}.safetensors"
     save_tensors(product.state_dict(), path, run, encoder.step, {"classes": json.dumps(data.classes)})
-    console.print(f"  the classifier: {path}", highlight=False, soft_wrap=True, markup=False)
+    say(console, f"  the classifier: {path}")
     yield from grade(bench, data, encoder, run.hw, product)
     forget(work)
 

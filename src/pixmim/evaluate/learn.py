@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from pixmim.engine.loop import loop
 from pixmim.engine.optim import Updater
 from pixmim.engine.runlog import RunLog
 from pixmim.engine.signals import Interrupts
+from pixmim.terminal import say
 
 T = TypeVar("T")
 
@@ -55,11 +57,7 @@ def learn(
     folder.mkdir(parents=True, exist_ok=True)
     updater = Updater(optimizer, clip, scaling=scaling, device=next(model.parameters()).device)
     console = console or Console(quiet=True)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    with Checkpoints(folder / "checkpoints", say=say) as checkpoints, Interrupts() as interrupts:
+    with Checkpoints(folder / "checkpoints", say=partial(say, console)) as checkpoints, Interrupts() as interrupts:
         start = checkpoints.load(model, updater, images=images)
         with (
             batches(start * accumulate) as feed,

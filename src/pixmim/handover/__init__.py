@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 from pixmim.handover.frameworks import to_detectron2, to_mmpretrain, to_timm
 from pixmim.handover.huggingface import to_hf
 from pixmim.handover.onnx import to_onnx
@@ -58,6 +58,5 @@ def _push(folder: Path, repository: str) -> str:
         api.create_repo(repository, exist_ok=True)
         url = api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder} is written, but could not be pushed to {repository}: {reason}") from error
+        raise UserError(f"{folder} is written, but could not be pushed to {repository}: {first_line(error)}") from error
     return f"pushed to {url}"

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 
 PARTS = (
     "model.safetensors",
@@ -104,7 +104,7 @@ def _read_torch(path: Path) -> Any:
             ) from error
         raise UserError(f"{path} cannot be read: {_guess(path) or 'it is damaged, or no file of weights'}") from error
     except Exception as error:  # torch raises many kinds over a damaged file
-        reason = _guess(path) or f"it is damaged, or no file of weights ({str(error).splitlines()[0].split('. ')[0]})"
+        reason = _guess(path) or f"it is damaged, or no file of weights ({first_line(error).split('. ')[0]})"
         raise UserError(f"{path} cannot be read: {reason}") from error
 
 

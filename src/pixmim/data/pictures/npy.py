@@ -12,6 +12,7 @@ from numpy.lib import format as npy
 from pixmim.data.pictures.convert import Array
 from pixmim.data.pictures.limits import check_bytes, check_size
 from pixmim.data.source import BadImage
+from pixmim.errors import first_line
 
 MAGIC = npy.MAGIC_PREFIX
 
@@ -27,7 +28,7 @@ def read_npy(data: bytes) -> Array:
         header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, columns_first, kind = header(stream)
     except Exception as error:  # a header is a Python literal: damage shows in many ways
-        raise BadImage(f"a damaged .npy: {str(error).splitlines()[0]}") from None
+        raise BadImage(f"a damaged .npy: {first_line(error)}") from None
     if kind.kind not in "buif":
         raise BadImage(f"an array of {kind}, and not of numbers")
     if len(shape) not in (2, 3):

@@ -2,10 +2,10 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass
 from time import perf_counter
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -101,12 +101,17 @@ def read(data: Annotated, index: int) -> Tensor:
 
 
 class Feed(Iterator[Part]):
-    """The parts of batches that training asks for; `waited` counts the seconds that it waited."""
+    """Batches of `batch` images from number `first` on; the end of its `with` statement lets go of its threads.
+
+    size, scale  of the square and of the jitter, see `jitter`
+    fill         each channel's value beyond an image, in [0, 1]
+
+    `waited` counts the seconds that it was waited for.
+    """
 
     def __init__(
         self,
         data: Annotated,
-        pool: ThreadPoolExecutor,
         skipped: Skipped,
         *,
         size: int,
@@ -115,14 +120,21 @@ class Feed(Iterator[Part]):
         fill: Sequence[float],
         batch: int,
         seed: int,
-        first: int,
+        first: int = 0,
+        threads: int = 0,
     ) -> None:
-        self._data, self._pool, self._skipped = data, pool, skipped
+        self._data, self._pool, self._skipped = data, workers(threads, "pixmim-boxes"), skipped
         self._size, self._scale, self._masks, self._fill, self._batch = size, scale, masks, fill, batch
         self._stream = Stream(seed, len(data.images), None, 3, 0.5)
         self._next = first
         self._pending: deque[tuple[int, list[Future[tuple[Tensor, dict[str, Tensor]]]]]] = deque()
         self.waited = 0.0
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __next__(self) -> Part:
         while len(self._pending) <= _AHEAD:
@@ -152,31 +164,3 @@ class Feed(Iterator[Part]):
             view = jitter(size, self._size, self._scale, here.u[0].tolist(), bool(here.flip[0]))
             return picture(image, view, self._fill), target(self._data.objects(index), view, self._masks)
         raise self._skipped.too_many()
-
-
-@contextmanager
-def feeding(
-    data: Annotated,
-    skipped: Skipped,
-    *,
-    size: int,
-    scale: tuple[float, float],
-    masks: bool,
-    fill: Sequence[float],
-    batch: int,
-    seed: int,
-    first: int = 0,
-    threads: int = 0,
-) -> Iterator[Feed]:
-    """Batches of `batch` images from number `first` on.
-
-    size, scale  of the square and of the jitter, see `jitter`
-    fill         each channel's value beyond an image, in [0, 1]
-    """
-    pool = workers(threads, "pixmim-boxes")
-    try:
-        yield Feed(
-            data, pool, skipped, size=size, scale=scale, masks=masks, fill=fill, batch=batch, seed=seed, first=first
-        )
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -11,7 +11,7 @@ from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.detection.backbone import build_maps
 from pixmim.evaluate.detection.data import Annotated
 from pixmim.evaluate.detection.detector import build_detector, losses
-from pixmim.evaluate.detection.feed import Part, feeding
+from pixmim.evaluate.detection.feed import Feed, Part
 from pixmim.evaluate.encoder import Encoder, anew
 from pixmim.evaluate.learn import learn
 from pixmim.models.layers import layer_ids
@@ -42,7 +42,7 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
         optimizer,
         lambda step: rate(settings, step, steps),
         steps,
-        lambda first: feeding(
+        lambda first: Feed(
             train,
             bench.skipped(train.images),
             size=settings.size,
