@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from pixmim import cli
 from pixmim.recipes import RECIPES
 
-TINY = ["--steps", "2", "--batch-size", "4", "--size", "48", "--precision", "fp32", "--device", "cpu"]
+QUICK = ["--batch-size", "4", "--precision", "fp32", "--device", "cpu", "--knn.every", "0"]
+TINY = ["--steps", "2", "--size", "48", *QUICK]
 
 
 def say(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
@@ -146,15 +147,15 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_epochs_replace_a_recipes_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    args = ["--data", "shapes:count=8,size=48", "--epochs", "3", "--batch-size", "4", "--device", "cpu"]
-    assert say(capsys, "pretrain", "demo", *args, "--out", tmp_path / "run")[0] == 0
+    args = ["--data", "shapes:count=8,size=48", "--epochs", "3"]
+    assert say(capsys, "pretrain", "demo", *args, *QUICK, "--out", tmp_path / "run")[0] == 0
     assert '"step": 6, ' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
 
 
 def test_options_for_the_backbone_join_the_recipes_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ["--model.options", "depth", "2", "embed_dim", "64", "qkv_bias", "False"]
-    status, _ = say(capsys, "pretrain", "demo", *TINY, *options, "--out", out, "--knn.every", "0")
+    status, _ = say(capsys, "pretrain", "demo", *TINY, *options, "--out", out)
     kept = json.loads((out / "config.json").read_text())["model"]["options"]
     assert status == 0
     assert kept == {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "qkv_bias": False}

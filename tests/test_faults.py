@@ -144,7 +144,7 @@ def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(run: Run, tmp_p
 @linux
 def test_a_batch_too_large_for_the_memory_says_what_fits(tmp_path: Path) -> None:
     """A limit of addresses stands for a small machine. What is advised is held against what fits in test_memory.py."""
-    small = lambda: resource.setrlimit(resource.RLIMIT_AS, (9 << 30, 9 << 30))  # noqa: E731
+    small = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
     flags = ["pixmim-vit-small", "--data", "shapes:count=512,size=32", "--steps", "1", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "pixmim.cli", "pretrain", *flags, "--size", "224", "--precision", "fp32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

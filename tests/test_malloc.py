@@ -33,6 +33,19 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     assert kept <= by_default / 10, "ten times 64 MiB are 163,840 pages of 4 KiB"
 
 
+LIMITED = """
+import resource
+from pixmim.engine.memory.malloc import keep_memory
+resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))
+assert not keep_memory()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_where_addresses_are_limited_they_are_not_kept() -> None:
+    subprocess.run([sys.executable, "-c", LIMITED], check=True)
+
+
 def test_elsewhere_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not keep_memory()

@@ -126,7 +126,7 @@ def test_a_row_depends_on_its_own_numbers_only(masker: Masker) -> None:
 
 @pytest.mark.parametrize(("unit", "ratio", "distance"), [(32, 0.6, 15.5), (16, 0.6, 7.4), (8, 0.8, 6.0)])
 def test_average_distance_is_simmims(unit: int, ratio: float, distance: float) -> None:
-    hidden = UnitMask(ratio, unit // 4, whole=True)(150, (48, 48), torch.Generator().manual_seed(1)).hidden
+    hidden = UnitMask(ratio, unit // 4, whole=True)(40, (48, 48), torch.Generator().manual_seed(1)).hidden
     found = average_distance(hidden_pixels(hidden, 4, (192, 192)))
     assert found == pytest.approx(distance, abs=0.4)
 

@@ -15,7 +15,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
     root  where /proc and /sys are
     """
-    found = [_available(root / "proc/meminfo"), _addresses(root / "proc/self/statm"), *_groups(root)]
+    found = [_available(root / "proc/meminfo"), addresses(root), *_groups(root)]
     return min((max(0, left) for left in found if left is not None), default=None)
 
 
@@ -24,13 +24,14 @@ def _available(meminfo: Path) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def _addresses(statm: Path) -> int | None:
+def addresses(root: Path = Path("/")) -> int | None:
+    """Bytes of addresses that this process can still take, or None where they are not limited."""
     try:
         import resource  # not on Windows
     except ImportError:
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    pages = _text(statm).split()
+    pages = _text(root / "proc/self/statm").split()
     if limit == resource.RLIM_INFINITY or not pages:
         return None
     return limit - int(pages[0]) * os.sysconf("SC_PAGE_SIZE")
