@@ -3,7 +3,6 @@
 import csv
 import os
 import threading
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -25,15 +24,9 @@ from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 class Numbers(Source):
     """A data set whose picture i is i everywhere; some cannot be read."""
 
-    spec, form, classes, labels, about = "numbers", Form(), ["a"], np.zeros(10, np.int64), ""  # type: ignore[assignment]
-
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
+        super().__init__("numbers", Form(), labels=np.zeros(10, np.int64), classes=["a"])
         self.count, self.bad = count, bad
-
-    sizes, pieces = None, None  # type: ignore[assignment]
-
-    def soon(self, pieces: Sequence[int]) -> None:
-        pass
 
     def __len__(self) -> int:
         return self.count

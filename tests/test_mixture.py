@@ -96,8 +96,11 @@ def test_sizes_are_those_of_its_parts_if_all_know_them(pictures: Path, tmp_path:
 class Far(Kept):
     """Pictures that pretend to lie far away, in pieces of three, two and one."""
 
-    pieces = np.asarray([3, 2, 1])  # type: ignore[assignment]
     heard: Sequence[int] = ()
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self.pieces = np.asarray([3, 2, 1])
 
     def soon(self, pieces: Sequence[int]) -> None:
         self.heard = list(pieces)

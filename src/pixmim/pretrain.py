@@ -17,6 +17,7 @@ from pixmim.data.feed.keep import choose_place
 from pixmim.data.skipped import Skipped, gather_accounts
 from pixmim.data.source import Source
 from pixmim.data.threads import how_many
+from pixmim.disk import write_whole
 from pixmim.dist import ALONE, World
 from pixmim.engine.advice import closing, describe
 from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
@@ -80,7 +81,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
-        (out / "config.json").write_text(to_json(run))
+        write_whole(out / "config.json", to_json(run))
 
     about = [f"images: {line}" for line in (data.about, kept) if line]
     for line in [*describe(run, len(data), schedule, device, precision, world), *about, *origin]:

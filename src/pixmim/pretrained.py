@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pixmim.config import Model, Run
+from pixmim.disk import write_whole
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError, first_line, nearest
 from pixmim.models import create_encoder
@@ -192,7 +193,7 @@ def adopt(weights: Weights, folder: Path | None) -> list[str]:
     if weights.whole:
         save_tensors(weights.tensors, folder / "model.safetensors", run, weights.step)
         written.append("model.safetensors")
-    (folder / "config.json").write_text(to_json(run))
+    write_whole(folder / "config.json", to_json(run))
     return [*lines, f"written to {folder}: config.json, {', '.join(written)}"]
 
 

@@ -8,14 +8,14 @@ once an epoch; and the copies of an image, having different indices, are cropped
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.source import Form, Source
+from pixmim.data.source import Source
 
 _PIECE = 1000
 
@@ -28,58 +28,21 @@ class Mixture(Source):
     """
 
     def __init__(self, spec: str, parts: Sequence[tuple[Source, int]]) -> None:
-        self._spec, self._parts = spec, list(parts)
-        lengths = [len(part) * weight for part, weight in self._parts]
+        self._parts = list(parts)
+        lengths = [len(part) * weight for part, weight in parts]
         self._starts = [0, *np.cumsum(lengths).tolist()]
-
-    @property
-    def spec(self) -> str:
-        return self._spec
-
-    @property
-    def form(self) -> Form:
-        return self._parts[0][0].form
-
-    @cached_property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        number = {name: i for i, name in enumerate(self.classes)}
-        if not number:
-            return None
-        found = []
-        for part, weight in self._parts:
-            assert part.labels is not None
-            ours = np.asarray([*(number[name] for name in part.classes), -1])  # -1, no class, stays -1
-            found.append(np.tile(ours[part.labels], weight))
-        return np.concatenate(found)
-
-    @cached_property
-    def classes(self) -> list[str]:
-        if any(part.labels is None for part, _ in self._parts):
-            return []
-        return list(dict.fromkeys(name for part, _ in self._parts for name in part.classes))
-
-    @property
-    def about(self) -> str:
-        return "a mixture of " + ", ".join(
-            f"{len(part) * weight / len(self):.1%} {part.spec} ({len(part):,} images"
-            + (f", each {weight} times an epoch" if weight > 1 else "")
-            + (f"; {part.about})" if part.about else ")")
-            for part, weight in self._parts
+        labels, classes = _labels(parts)
+        sizes = [part.sizes for part, _ in parts]
+        near = all(part.pieces is None for part, _ in parts)
+        super().__init__(
+            spec,
+            parts[0][0].form,
+            labels=labels,
+            classes=classes,
+            about="a mixture of " + ", ".join(_line(part, weight, sum(lengths)) for part, weight in parts),
+            sizes=None if any(size is None for size in sizes) else _woven(sizes, parts),
+            pieces=None if near else _woven([_pieces(part) for part, _ in parts], parts),
         )
-
-    @cached_property
-    def sizes(self) -> npt.NDArray[np.int64] | None:
-        found = [part.sizes for part, _ in self._parts]
-        known = [sizes for sizes in found if sizes is not None]
-        if len(known) < len(found):
-            return None
-        return np.concatenate([np.tile(s, (weight, 1)) for s, (_, weight) in zip(known, self._parts, strict=True)])
-
-    @cached_property
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        if all(part.pieces is None for part, _ in self._parts):
-            return None
-        return np.concatenate([np.tile(_pieces(part), weight) for part, weight in self._parts])
 
     def soon(self, pieces: Sequence[int]) -> None:
         counts = [len(_pieces(part)) * weight for part, weight in self._parts]
@@ -110,6 +73,29 @@ class Mixture(Source):
         number = bisect_right(self._starts, index) - 1
         part, _ = self._parts[number]
         return part, (index - self._starts[number]) % len(part)
+
+
+def _labels(parts: Sequence[tuple[Source, int]]) -> tuple[npt.NDArray[np.int64] | None, list[str]]:
+    """Labels and classes of a mixture; None and [] unless every part has some."""
+    if any(part.labels is None for part, _ in parts):
+        return None, []
+    classes = list(dict.fromkeys(name for part, _ in parts for name in part.classes))
+    number = {name: i for i, name in enumerate(classes)}
+    ours = [np.asarray([*(number[name] for name in part.classes), -1]) for part, _ in parts]  # -1, no class, stays -1
+    return _woven([to[part.labels] for to, (part, _) in zip(ours, parts, strict=True)], parts), classes
+
+
+def _woven(values: Sequence[Any], parts: Sequence[tuple[Source, int]]) -> npt.NDArray[Any]:
+    """What each part has for its images or pieces, as often as its weight says, one part after the other."""
+    repeated = zip(values, parts, strict=True)
+    return np.concatenate([np.concatenate([value] * weight) for value, (_, weight) in repeated])
+
+
+def _line(part: Source, weight: int, samples: int) -> str:
+    """What to say of a part."""
+    often = f", each {weight} times an epoch" if weight > 1 else ""
+    more = f"; {part.about}" if part.about else ""
+    return f"{len(part) * weight / samples:.1%} {part.spec} ({len(part):,} images{often}{more})"
 
 
 def _pieces(part: Source) -> npt.NDArray[np.int64]:

@@ -5,7 +5,7 @@ light and aspect ratio vary. Since shape and texture are drawn apart, a network'
 Object and background differ by texture and colour, so nothing but the outline tells one shape from another.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixmim import rng
 from pixmim.data.pictures.convert import bring
-from pixmim.data.source import COLOUR, Form, NearSource, of_places
+from pixmim.data.source import COLOUR, Form, Source
 from pixmim.errors import UserError, nearest
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
@@ -45,26 +45,34 @@ class Sample:
     box: tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class Shapes(NearSource):
-    """The data set. `shapes:count=5000,seed=1,size=64,texture=conflict` spells its fields.
+class Shapes(Source):
+    """The data set. `shapes:count=5000,seed=1,size=64,texture=conflict` spells its options.
 
     count    samples in one epoch (there are always more: any index can be drawn)
     seed     another seed, other pictures
     size     the shorter edge in pixels; the longer is up to a third longer
     texture  "any": independent of the shape; "match": the one with the shape's number; "conflict": any other
+
+    Its labels are the shapes; `texture_labels` are the objects' textures (n).
     """
 
-    count: int = 20_000
-    seed: int = 0
-    size: int = 64
-    texture: Literal["any", "match", "conflict"] = "any"
-    form: Form = COLOUR
+    def __init__(
+        self,
+        count: int = 20_000,
+        seed: int = 0,
+        size: int = 64,
+        texture: Literal["any", "match", "conflict"] = "any",
+        form: Form = COLOUR,
+    ) -> None:
+        self.count, self.seed, self.size, self.texture = count, seed, size, texture
+        labels, self.texture_labels = self._labels(np.arange(count))
+        spec = f"shapes:count={count},seed={seed},size={size},texture={texture}"
+        super().__init__(spec, form, labels=labels, classes=SHAPES)
 
     @staticmethod
     def from_spec(spec: str, form: Form = COLOUR) -> "Shapes":
         """Read `shapes:` followed by comma-separated options. Raises UserError naming the option that is wrong."""
-        known = [f.name for f in fields(Shapes) if f.name != "form"]
+        known = "count", "seed", "size", "texture"
         options: dict[str, int | str] = {}
         for part in filter(None, spec.removeprefix("shapes:").split(",")):
             key, _, value = part.partition("=")
@@ -80,39 +88,11 @@ class Shapes(NearSource):
                 options[key] = int(value)
         return Shapes(**options, form=form)  # type: ignore[arg-type]
 
-    @property
-    def spec(self) -> str:
-        return f"shapes:count={self.count},seed={self.seed},size={self.size},texture={self.texture}"
-
-    @property
-    def classes(self) -> list[str]:
-        return list(SHAPES)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        return self._labels(np.arange(self.count))[0]
-
-    @property
-    def texture_labels(self) -> npt.NDArray[np.int64]:
-        """The object's texture for each sample (n)."""
-        return self._labels(np.arange(self.count))[1]
-
-    @property
-    def about(self) -> str:
-        return ""
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64] | None:
-        return None
-
     def __len__(self) -> int:
         return self.count
 
     def locate(self, index: int) -> str:
         return f"{self.spec}#{index}"
-
-    def fingerprint(self) -> str:
-        return of_places(self)
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         image, count = self.sample(index).image, self.form.channels

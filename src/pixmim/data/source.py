@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -55,46 +55,30 @@ class BadImage(Exception):  # noqa: N818 (a fact about a file, not a fault of th
 
 
 class Source(ABC):
-    """A data set. Reading is safe from several threads at once."""
+    """A data set. Reading is safe from several threads at once.
 
-    @property
-    @abstractmethod
-    def spec(self) -> str:
-        """What the user wrote to get it."""
+    spec     what the user wrote to get it
+    form     what its images are brought into
+    labels   class number of each image (n), -1 for none; or None
+    classes  names of the classes; empty where there are no labels
+    about    what a user should know of how it is read, in a line; empty where there is nothing to say
+    sizes    (h, w) of each image in pixels (n 2); None where only reading them tells
+    pieces   images in each contiguous piece that is best read together; None where any image is as near as any other
+    """
 
-    @property
-    @abstractmethod
-    def form(self) -> Form:
-        """What its images are brought into."""
-
-    @property
-    @abstractmethod
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        """Class number of each image (n), or None."""
-
-    @property
-    @abstractmethod
-    def classes(self) -> list[str]:
-        """Names of the classes; empty where there are no labels."""
-
-    @property
-    @abstractmethod
-    def about(self) -> str:
-        """What a user should know of how it is read, in a line; empty where there is nothing to say."""
-
-    @property
-    @abstractmethod
-    def sizes(self) -> npt.NDArray[np.int64] | None:
-        """(h, w) of each image in pixels (n 2); None where only reading them tells."""
-
-    @property
-    @abstractmethod
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        """Images in each contiguous piece that is best read together; None where any image is as near as any other."""
-
-    @abstractmethod
-    def soon(self, pieces: Sequence[int]) -> None:
-        """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
+    def __init__(
+        self,
+        spec: str,
+        form: Form,
+        *,
+        labels: npt.NDArray[np.int64] | None = None,
+        classes: Sequence[str] = (),
+        about: str = "",
+        sizes: npt.NDArray[np.integer] | None = None,
+        pieces: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self.spec, self.form, self.labels, self.classes = spec, form, labels, list(classes)
+        self.about, self.sizes, self.pieces = about, sizes, pieces
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -107,20 +91,42 @@ class Source(ABC):
     def locate(self, index: int) -> str:
         """Where an image comes from, for messages: a path."""
 
-    @abstractmethod
     def fingerprint(self) -> str:
-        """Of all images in order, so that unfinished work on others is not taken for work on these."""
+        """Of all images in order, so that unfinished work on others is not taken for work on these.
+
+        Made of their places, unless a data set knows better.
+        """
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(self.locate(index).encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()[:16]
+
+    def soon(self, pieces: Sequence[int]) -> None:  # noqa: B027 (most data sets have nothing to fetch)
+        """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
 
 
-class NearSource(Source):
-    """A data set any image of which is as near as any other."""
+class Remade(Source):
+    """A data set made of another one: all is as there, but for what is given and what a subclass does otherwise."""
 
-    @property
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        return None
+    def __init__(self, source: Source, **changes: Any) -> None:
+        told = ("spec", "form", "labels", "classes", "about", "sizes", "pieces")
+        super().__init__(**({name: getattr(source, name) for name in told} | changes))
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        return self.source.image(index)
+
+    def locate(self, index: int) -> str:
+        return self.source.locate(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
 
     def soon(self, pieces: Sequence[int]) -> None:
-        """There are no pieces to fetch."""
+        self.source.soon(pieces)
 
 
 @runtime_checkable
@@ -129,14 +135,6 @@ class Encoded(Protocol):
 
     def read(self, index: int) -> bytes:
         """What is in the file of one image. Raises BadImage."""
-
-
-def of_places(source: Source) -> str:
-    """The fingerprint of a data set whose images are known by their places."""
-    digest = hashlib.sha256()
-    for index in range(len(source)):
-        digest.update(source.locate(index).encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()[:16]
 
 
 _ON = 16  # pieces that a reader in order is taken to need next

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from pixmim.disk import write_whole
+
 DATA_BOUND = 0.1
 """Share of its time that a loop waits for data, from which on faster data would make a faster run."""
 
@@ -59,9 +61,7 @@ class RunLog:
         self._path, self._unwritten, self._total = path, "", total
         if path is not None:
             kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-            beside = path.with_suffix(".tmp")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(beside, path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._steps, self._every, self._epoch, self._images = steps, every, epoch, images
         self._console = console
         self._bar = Progress(

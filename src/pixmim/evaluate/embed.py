@@ -15,6 +15,7 @@ from pixmim.data.feed.loader import in_order
 from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
+from pixmim.disk import write_whole
 from pixmim.engine.device import Precision, autocast
 from pixmim.errors import UserError
 from pixmim.evaluate.encoder import of_weights
@@ -74,7 +75,7 @@ def embed(
                 np.savez(partial / f"{first:09d}.tmp.npz", **arrays)
                 os.replace(partial / f"{first:09d}.tmp.npz", partial / f"{first:09d}.npz")
             first = end
-            _note(partial, state | {"done": end})
+            write_whole(partial / "state.json", json.dumps(state | {"done": end}))
             advance(end)
     parts = [np.load(path) for path in sorted(partial.glob("*.npz"))]
     if not parts:
@@ -98,14 +99,8 @@ def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:
                 path.unlink()
         return state
     partial.mkdir(parents=True, exist_ok=True)
-    _note(partial, wanted | {"done": 0})
+    write_whole(note, json.dumps(wanted | {"done": 0}))
     return wanted | {"done": 0}
-
-
-def _note(partial: Path, state: dict[str, Any]) -> None:
-    beside = partial / "state.tmp"
-    beside.write_text(json.dumps(state))
-    os.replace(beside, partial / "state.json")
 
 
 def _write(out: Path, table: dict[str, np.ndarray], data: Source) -> list[Path]:

@@ -1,7 +1,6 @@
 """The one contract of evaluations: a function of (bench, settings) yields named values; they end here, in JSON."""
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from pixmim.disk import write_whole
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ def save(result: Result, folder: Path) -> Path:
         picture.save(folder / names[caption])
     content = asdict(replace(result, pictures={})) | {"pictures": names}
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
     return path
 
 

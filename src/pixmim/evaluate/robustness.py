@@ -4,7 +4,6 @@ ImageNet-C: arXiv 1903.12261. -A: 1907.07174. -R: 2006.16241. -Sketch: 1905.1354
 """
 
 import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from pixmim.data.feed.loader import in_order
 from pixmim.data.patience import progress
 from pixmim.data.source import Source
 from pixmim.data.threads import workers
+from pixmim.disk import write_whole
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate import imagenet
 from pixmim.evaluate.bench import Bench, Values
@@ -268,6 +268,4 @@ class _Notes:
     def keep(self, key: str, counts: list[int]) -> None:
         self.done[key] = counts
         self.folder.mkdir(parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".tmp")
-        beside.write_text(json.dumps(self.done))
-        os.replace(beside, self._path)
+        write_whole(self._path, json.dumps(self.done))

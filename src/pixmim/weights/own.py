@@ -4,7 +4,6 @@ Both carry the Run that they came from in their metadata, so that each is enough
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pixmim.config import Run
+from pixmim.disk import write_whole
 from pixmim.runfile import to_json
 
 KEY = "pixmim"
@@ -41,6 +41,4 @@ def save_tensors(
         KEY: to_json(run),
         **(more or {}),
     }
-    beside = path.with_suffix(".tmp")
-    beside.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata))
-    os.replace(beside, path)
+    write_whole(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata))

@@ -2,45 +2,25 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 from jaxtyping import Shaped
 from torch import Tensor
 
-from pixmim.data.source import Form, NearSource, Source, of_places
+from pixmim.data.source import Source
 
 
-class Subset(NearSource):
+class Subset(Source):
     """The images of `source` with the numbers `indices`, in their order."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self._source, self._indices = source, list(indices)
-
-    @property
-    def spec(self) -> str:
-        return self._source.spec
-
-    @property
-    def form(self) -> Form:
-        return self._source.form
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        labels = self._source.labels
-        return None if labels is None else labels[self._indices]
-
-    @property
-    def classes(self) -> list[str]:
-        return self._source.classes
-
-    @property
-    def about(self) -> str:
-        return self._source.about
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64] | None:
-        sizes = self._source.sizes
-        return None if sizes is None else sizes[self._indices]
+        super().__init__(
+            source.spec,
+            source.form,
+            labels=None if source.labels is None else source.labels[self._indices],
+            classes=source.classes,
+            about=source.about,
+            sizes=None if source.sizes is None else source.sizes[self._indices],
+        )
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -50,6 +30,3 @@ class Subset(NearSource):
 
     def locate(self, index: int) -> str:
         return self._source.locate(self._indices[index])
-
-    def fingerprint(self) -> str:
-        return of_places(self)

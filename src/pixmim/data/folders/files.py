@@ -13,7 +13,7 @@ from pixmim.data.folders.listing import list_pictures
 from pixmim.data.folders.paths import Paths
 from pixmim.data.pictures.decode import as_image, decode
 from pixmim.data.pictures.limits import check_bytes
-from pixmim.data.source import COLOUR, BadImage, Form, NearSource, of_places
+from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.errors import UserError, nearest
 
 EXTENSIONS = frozenset(
@@ -21,7 +21,7 @@ EXTENSIONS = frozenset(
 )
 
 
-class Files(NearSource):
+class Files(Source):
     """Picture files at `root` / path, in the order given; `labels` are indices into `classes`."""
 
     def __init__(
@@ -34,42 +34,14 @@ class Files(NearSource):
         classes: Sequence[str] = (),
         about: str = "",
     ) -> None:
-        self._spec, self._paths, self._form = spec, paths, form
-        self._root = "" if root == Path() else str(root)
-        self._labels, self._classes, self._about = labels, list(classes), about
-
-    @property
-    def spec(self) -> str:
-        return self._spec
-
-    @property
-    def form(self) -> Form:
-        return self._form
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        return self._labels
-
-    @property
-    def classes(self) -> list[str]:
-        return self._classes
-
-    @property
-    def about(self) -> str:
-        return self._about
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64] | None:
-        return None
+        super().__init__(spec, form, labels=labels, classes=classes, about=about)
+        self._root, self._paths = "" if root == Path() else str(root), paths
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def locate(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])
-
-    def fingerprint(self) -> str:
-        return of_places(self)
 
     def extent(self, index: int) -> tuple[str, int, int]:
         """Where an image's bytes lie: file, first byte, number of bytes (0: all that follow)."""
@@ -85,7 +57,7 @@ class Files(NearSource):
             raise BadImage(error.strerror or str(error)) from None
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        return as_image(decode(self.read(index), self._form))
+        return as_image(decode(self.read(index), self.form))
 
 
 def below(folder: str | Path, form: Form = COLOUR) -> Files:

@@ -12,11 +12,11 @@ folder is enough, and only what changed is listed anew. What is kept is never tr
 """
 
 import os
-import tempfile
 import time
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from pixmim.data.folders.filesystem import folder_times_are_true
 from pixmim.data.folders.paths import END, Paths
 from pixmim.data.patience import patience
 from pixmim.data.remembered import place
+from pixmim.disk import write_whole
 
 SETTLED = 60.0
 """Seconds without a change before a folder is trusted: more than any file system's grain, and clocks that differ."""
@@ -222,16 +223,6 @@ def _write(file: Path, header: bytes, folders: dict[bytes, Folder]) -> None:
     records["others"] = [folder.others for folder in folders.values()]
     records["lengths"] = [[len(text) for text in of_one] for of_one in texts]
     body = b"".join([len(folders).to_bytes(8, "little"), records.tobytes(), *chain(*texts)])
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, beside = tempfile.mkstemp(prefix=file.name, suffix=".tmp", dir=file.parent)
-    except OSError:
-        return
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            out.write(header + zlib.crc32(body).to_bytes(4, "little") + body)
-        os.replace(beside, file)
-    except OSError:
-        pass
-    finally:
-        Path(beside).unlink(missing_ok=True)
+        write_whole(file, header + zlib.crc32(body).to_bytes(4, "little") + body)

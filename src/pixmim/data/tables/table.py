@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from jaxtyping import Shaped
 from torch import Tensor
 
 from pixmim.data.pictures.decode import as_image, decode
-from pixmim.data.source import COLOUR, BadImage, Form, NearSource
+from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.data.tables.columns import cells, only_images, read_labels
 from pixmim.errors import UserError
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class Table(NearSource):
+class Table(Source):
     """The images of a map-style `datasets.Dataset`, selected and shuffled as it may be.
 
     spec    what the user wrote to get it
@@ -50,40 +49,16 @@ class Table(NearSource):
     ) -> None:
         if not len(dataset):
             raise UserError(f"{spec} holds no rows")
-        self._spec, self._form, self._name, self._folder = spec, form, name or spec, folder
+        self._name, self._folder = name or spec, folder
         indices = dataset._indices  # the rows left by a select or shuffle; there is no public name for them
         self._rows = None if indices is None else indices.column(0).to_numpy()
         self._length = len(dataset)
         column = image or only_images(dataset, spec)
         self._bytes, self._paths = cells(dataset, column, spec)
         self._starts = [0, *np.cumsum([len(chunk) for chunk in dataset.data.column(column).chunks]).tolist()]
-        self._labels, self._classes, said = read_labels(dataset, label, self._rows, spec)
-        self._about = f"pictures from column '{column}', {said}"
+        labels, classes, said = read_labels(dataset, label, self._rows, spec)
+        super().__init__(spec, form, labels=labels, classes=classes, about=f"pictures from column '{column}', {said}")
         self._fingerprint = f"{dataset._fingerprint}-{column}"  # the library's own, of all rows and what was done
-
-    @property
-    def spec(self) -> str:
-        return self._spec
-
-    @property
-    def form(self) -> Form:
-        return self._form
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        return self._labels
-
-    @property
-    def classes(self) -> list[str]:
-        return self._classes
-
-    @property
-    def about(self) -> str:
-        return self._about
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64] | None:
-        return None
 
     def __len__(self) -> int:
         return self._length
@@ -100,7 +75,7 @@ class Table(NearSource):
         return self._read(*self._find(index))
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        return as_image(decode(self.read(index), self._form))
+        return as_image(decode(self.read(index), self.form))
 
     def _find(self, index: int) -> tuple[int, int]:
         """The chunk of the table that holds a row, and the row in it."""

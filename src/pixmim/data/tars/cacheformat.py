@@ -28,6 +28,7 @@ from pixmim.data.tars import anywhere
 from pixmim.data.tars.remote import is_far
 from pixmim.data.tars.shards import ENTRY, Contents, Entries, Shards
 from pixmim.data.tars.shelf import Version
+from pixmim.disk import write_whole
 from pixmim.errors import UserError
 
 
@@ -123,9 +124,7 @@ def write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[in
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_settings(folder: str | Path) -> Settings | None:

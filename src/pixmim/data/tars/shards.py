@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pixmim.data.pictures.decode import as_image, decode
 from pixmim.data.pictures.limits import check_bytes
-from pixmim.data.source import BadImage, Form, Source, of_places
+from pixmim.data.source import BadImage, Form, Source
 from pixmim.data.tars.shelf import Shelf
 
 ENTRY = np.dtype([("image", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("h", "<i4"), ("w", "<i4")])
@@ -66,44 +66,23 @@ class Shards(Source):
         what: str = "shards",
         note: str = "",
     ) -> None:
-        self._spec, self._form, self._names, self._shelf, self._raw = spec, form, names, shelf, raw
-        self._classes, self._what, self._note = list(classes), what, note
-        self._entries = np.concatenate([one.entries for one in contents])
-        self._pieces = np.asarray([len(one.entries) for one in contents], np.int64)
-        self._starts: list[int] = [0, *np.cumsum(self._pieces)[:-1].tolist()]
+        entries = np.concatenate([one.entries for one in contents])
+        pieces = np.asarray([len(one.entries) for one in contents], np.int64)
+        super().__init__(
+            spec,
+            form,
+            labels=entries["label"].astype(np.int64) if classes else None,
+            classes=classes,
+            about=f"read from {what} {shelf.about}{note}",
+            sizes=np.stack([entries["h"], entries["w"]], axis=1) if entries["h"].all() else None,
+            pieces=pieces if shelf.far else None,
+        )
+        self.raw, self._names, self._shelf, self._entries = raw, names, shelf, entries
+        self._starts: list[int] = [0, *np.cumsum(pieces)[:-1].tolist()]
         keys = [one.keys for one in contents]
         self._keys = lru_cache(maxsize=2)(
             lambda shard: zlib.decompress(keys[shard]).split(b"\0") if keys[shard] else []
         )
-
-    @property
-    def spec(self) -> str:
-        return self._spec
-
-    @property
-    def form(self) -> Form:
-        return self._form
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        return self._entries["label"].astype(np.int64) if self._classes else None
-
-    @property
-    def classes(self) -> list[str]:
-        return self._classes
-
-    @property
-    def about(self) -> str:
-        return f"read from {self._what} {self._shelf.about}{self._note}"
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64] | None:
-        found = np.stack([self._entries["h"], self._entries["w"]], axis=1).astype(np.int64)
-        return found if found.all() else None
-
-    @property
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        return self._pieces if self._shelf.far else None
 
     def soon(self, pieces: Sequence[int]) -> None:
         self._shelf.soon(pieces)
@@ -117,14 +96,6 @@ class Shards(Source):
         key = keys[index - self._starts[shard]] if keys else f"{self._entries[index]['image']:09d}".encode()
         return f"{self._names[shard]}:{key.decode('utf-8', 'surrogateescape')}"
 
-    def fingerprint(self) -> str:
-        return of_places(self)
-
-    @property
-    def raw(self) -> bool:
-        """Whether its images lie there as pixels, and not as picture files."""
-        return self._raw
-
     def extent(self, index: int) -> tuple[str, int, int]:
         """Where an image's bytes lie: file or URL, first byte, number of bytes."""
         entry = self._entries[index]
@@ -133,7 +104,7 @@ class Shards(Source):
     def read(self, index: int) -> bytes:
         """The picture file of one image; of raw pixels, an .npy of them. Raises as `image` does."""
         data = self._bytes(index)
-        if not self._raw:
+        if not self.raw:
             return data
         file = io.BytesIO()
         np.save(file, self._pixels(index, data))
@@ -142,7 +113,7 @@ class Shards(Source):
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         """Read and decode one image. Raises BadImage; and UserError if its whole tar is not to be had."""
         data = self._bytes(index)
-        return as_image(self._pixels(index, data) if self._raw else decode(data, self._form))
+        return as_image(self._pixels(index, data) if self.raw else decode(data, self.form))
 
     def _bytes(self, index: int) -> bytes:
         entry = self._entries[index]
@@ -158,11 +129,11 @@ class Shards(Source):
     def _pixels(self, index: int, data: bytes) -> npt.NDArray[Any]:
         """Raw pixels (h w c)."""
         entry = self._entries[index]
-        shape = (int(entry["h"]), int(entry["w"]), self._form.channels)
-        if len(data) != int(np.prod(shape)) * self._form.bytes:
+        shape = (int(entry["h"]), int(entry["w"]), self.form.channels)
+        if len(data) != int(np.prod(shape)) * self.form.bytes:
             raise BadImage("of another size than its index says")
-        stored = np.dtype(self._form.pixels).newbyteorder("<")
-        return np.frombuffer(data, stored).reshape(shape).astype(self._form.pixels)
+        stored = np.dtype(self.form.pixels).newbyteorder("<")
+        return np.frombuffer(data, stored).reshape(shape).astype(self.form.pixels)
 
     def _shard(self, index: int) -> int:
         return bisect_right(self._starts, index) - 1

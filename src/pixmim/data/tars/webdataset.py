@@ -18,6 +18,7 @@ from pixmim.data.tars.remote import is_far
 from pixmim.data.tars.shards import ENTRY, Contents
 from pixmim.data.tars.shelf import Descriptor, Shelf, Version
 from pixmim.data.tars.tar import members
+from pixmim.disk import write_whole
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
 """Extensions of pictures. Of several in one sample, the first in this order is its image."""
@@ -129,10 +130,8 @@ def _remember(memory: Path, name: str, version: Version, found: Found) -> None:
     counts = {key: value for key, value in vars(found).items() if key != "contents"}
     about = {"of": [_FORMAT, name, *version], "samples": len(found.contents.entries), "found": counts}
     data = json.dumps(about).encode() + b"\n" + found.contents.entries.tobytes() + found.contents.keys
-    beside = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
-        os.replace(beside, memory)
+        write_whole(memory, data + zlib.crc32(data).to_bytes(4, "little"))
     except OSError:  # a home that cannot be written to: the next run searches again
         return

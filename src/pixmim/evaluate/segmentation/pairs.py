@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixmim.data.folders.files import Files, below
 from pixmim.data.shapes import SHAPES, Shapes
-from pixmim.data.source import BadImage, Form, Source
+from pixmim.data.source import BadImage, Form, Remade, Source
 from pixmim.errors import UserError, nearest
 
 IGNORE = 255
@@ -31,7 +31,7 @@ _MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep 
 _FOLDERS = ("masks", "annotations")
 
 
-class Pairs(Source):
+class Pairs(Remade):
     """Pictures of a data set with their masks: `image` gives (c + 1, h, w), the mask last.
 
     mask     of an index: uint8 (h w), class numbers or IGNORE; raises BadImage
@@ -39,56 +39,18 @@ class Pairs(Source):
     """
 
     def __init__(self, pictures: Source, mask: Callable[[int], Mask], classes: Sequence[str]) -> None:
-        self._pictures, self._mask, self._classes = pictures, mask, list(classes)
-
-    @property
-    def spec(self) -> str:
-        return self._pictures.spec
-
-    @property
-    def form(self) -> Form:
-        return replace(self._pictures.form, channels=self._pictures.form.channels + 1)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        return None
-
-    @property
-    def classes(self) -> list[str]:
-        return self._classes
-
-    @property
-    def about(self) -> str:
-        return self._pictures.about
-
-    @property
-    def sizes(self) -> npt.NDArray[np.int64] | None:
-        return self._pictures.sizes
-
-    @property
-    def pieces(self) -> npt.NDArray[np.int64] | None:
-        return self._pictures.pieces
-
-    def soon(self, pieces: Sequence[int]) -> None:
-        self._pictures.soon(pieces)
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def locate(self, index: int) -> str:
-        return self._pictures.locate(index)
-
-    def fingerprint(self) -> str:
-        return self._pictures.fingerprint()
+        form = replace(pictures.form, channels=pictures.form.channels + 1)
+        super().__init__(pictures, form=form, labels=None, classes=classes)
+        self._mask = mask
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        picture, mask = self._pictures.image(index).permute(1, 2, 0).numpy(), self._mask(index)
+        picture, mask = self.source.image(index).permute(1, 2, 0).numpy(), self._mask(index)
         if picture.shape[:2] != mask.shape:
             sizes = [f"{w}x{h}" for h, w in (mask.shape, picture.shape[:2])]
             raise BadImage(f"its mask has {sizes[0]} pixels, and the picture {sizes[1]}")
-        odd = mask[(mask >= len(self._classes)) & (mask != IGNORE)]
+        odd = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
         if odd.size:
-            raise BadImage(f"its mask holds class {int(odd[0])}, and there are {len(self._classes)}, counted from 0")
+            raise BadImage(f"its mask holds class {int(odd[0])}, and there are {len(self.classes)}, counted from 0")
         return torch.from_numpy(np.concatenate([picture, mask[..., None].astype(picture.dtype)], axis=2)).permute(
             2, 0, 1
         )
