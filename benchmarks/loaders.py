@@ -3,9 +3,12 @@
 pip install webdataset litdata datasets        what is not installed is left out
 python benchmarks/loaders.py --data FOLDER     photographs; all copies are made in a temporary folder
 
-Everyone gets the JPEGs of a cache (quality 95, shortest edge 224) in its own format, decodes them with simplejpeg, cuts
-them with pixmim's simple resized crop, shuffles, and hands over uint8 batches of 64. Everyone has a process, or a
-thread, for each core. A turn is an epoch.
+Everyone gets the JPEGs of a cache (quality 95, shortest edge 224) in its own format, decodes them, cuts them with
+pixmim's simple resized crop, shuffles, and hands over uint8 batches of 64. Everyone has a process, or a thread, for
+each core. A turn is an epoch.
+
+--decoder own          the others decode as they do by themselves: files and litdata by torchvision, the rest by Pillow
+--decoder simplejpeg   the others are given pixmim's decoder
 
 files       DataLoader over single files
 webdataset  WebLoader over tar shards, batches made in the workers
@@ -24,9 +27,12 @@ from typing import Any
 
 import simplejpeg
 import torch
+from PIL import Image
 from timing import interleaved, machine
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import decode_image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pixmim.data import open_data
 from pixmim.data.bench.subset import Subset
@@ -51,6 +57,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=1920, help="images in an epoch")
     parser.add_argument("--chroma", choices=["444", "420"], default="444")
+    parser.add_argument("--decoder", choices=["own", "simplejpeg"], default="own")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     source = open_data(options.data)
@@ -58,19 +65,21 @@ def main() -> None:
     assert count, f"give at least {BATCH} photographs"
     chroma = ":".join(options.chroma)
     print(f"{machine()}, {WORKERS} cores; {count} images, {chroma}, median of {options.rounds} epochs")
+    own = options.decoder == "own"
+    print(f"the others decode by {'themselves' if own else 'simplejpeg, as pixmim does'}")
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         part, shard = Subset(source, range(count)), -(-count // (4 * WORKERS))  # four shards for each worker
         make_cache(part, folder / "cache", (SIZE, SIZE), chroma=options.chroma, per_shard=shard)
         cache = open_cache(folder / "cache")
-        candidates: dict[str, Epoch] = {"files": files(cache, folder / "files")}
+        candidates: dict[str, Epoch] = {"files": files(cache, folder / "files", own)}
         for name, prepare in PEERS.items():
             try:
                 print(f"{name} {version(name)}")
             except PackageNotFoundError:
                 print(f"{name} is not installed, and left out")
                 continue
-            candidates[name] = prepare(cache, folder / name)
+            candidates[name] = prepare(cache, folder / name, own)
         candidates["pixmim"] = pixmim(cache)
         seconds = interleaved(candidates, options.rounds)
     best = min(seconds, key=lambda name: seconds[name] if name != "pixmim" else float("inf"))
@@ -79,8 +88,12 @@ def main() -> None:
 
 
 def ready(jpeg: bytes) -> Tensor:
-    """A crop, uint8 (h w c)."""
-    image = torch.from_numpy(simplejpeg.decode_jpeg(jpeg)).permute(2, 0, 1)
+    """A crop, uint8 (h w c), decoded as pixmim decodes."""
+    return cut(torch.from_numpy(simplejpeg.decode_jpeg(jpeg)).permute(2, 0, 1))
+
+
+def cut(image: Tensor) -> Tensor:
+    """A crop, uint8 (h w c), of an image (c h w)."""
     return CROP.crop(image, torch.rand(CROP.draws).tolist()).permute(1, 2, 0)
 
 
@@ -116,31 +129,39 @@ def pixmim(cache: Shards) -> Epoch:
 class Folder(Dataset[Tensor]):
     """JPEGs as single files."""
 
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[str], own: bool) -> None:
+        self.paths, self.own = paths, own
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
+        if self.own:
+            return cut(decode_image(self.paths[index]))
         with open(self.paths[index], "rb") as file:
             return ready(file.read())
 
 
-def files(cache: Shards, folder: Path) -> Epoch:
+def files(cache: Shards, folder: Path, own: bool) -> Epoch:
+    return through(DataLoader(Folder(written(cache, folder), own), BATCH, shuffle=True, **PROCESSES))
+
+
+def written(cache: Shards, folder: Path) -> list[str]:
+    """The paths of a cache's JPEGs, each in a file of its own."""
     folder.mkdir()
     paths = [folder / f"{number:06d}.jpg" for number in range(len(cache))]
     for path, jpeg in zip(paths, jpegs(cache), strict=True):
         path.write_bytes(jpeg)
-    return through(DataLoader(Folder([str(path) for path in paths]), BATCH, shuffle=True, **PROCESSES))
+    return [str(path) for path in paths]
 
 
-def webdataset(cache: Shards, folder: Path) -> Epoch:
+def webdataset(cache: Shards, folder: Path, own: bool) -> Epoch:
     import webdataset as wds
 
     shards = sorted({cache.extent(index)[0] for index in range(len(cache))})  # they are WebDataset's own format
     data = wds.WebDataset(shards, shardshuffle=len(shards), select_files=is_jpeg, empty_check=False)
-    data = data.shuffle(500).to_tuple("jpg").map_tuple(ready).batched(BATCH, collation_fn=stack_first)
+    data = data.shuffle(500).decode("torchrgb8") if own else data.shuffle(500)
+    data = data.to_tuple("jpg").map_tuple(cut if own else ready).batched(BATCH, collation_fn=stack_first)
     return through(wds.WebLoader(data, batch_size=None, **PROCESSES))
 
 
@@ -152,44 +173,52 @@ def stack_first(samples: list[tuple[Tensor]]) -> Tensor:
     return torch.stack([image for (image,) in samples])
 
 
-def litdata(cache: Shards, folder: Path) -> Epoch:
+def litdata(cache: Shards, folder: Path, own: bool) -> Epoch:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming import Cache
 
     writer = Cache(str(folder), chunk_bytes="16MB")
-    for index, jpeg in enumerate(jpegs(cache)):
-        writer[index] = jpeg
+    samples = map(Image.open, written(cache, folder.with_name("jpegs"))) if own else jpegs(cache)
+    for index, sample in enumerate(samples):
+        writer[index] = sample  # of a picture, litdata keeps the file's bytes
     writer.done()
     writer.merge()
 
     class Streamed(StreamingDataset):  # type: ignore[misc]  # its way to decode
         def __getitem__(self, index: Any) -> Tensor:
-            return ready(super().__getitem__(index))
+            return (cut if own else ready)(super().__getitem__(index))
 
     return through(StreamingDataLoader(Streamed(str(folder), shuffle=True), batch_size=BATCH, **PROCESSES))
 
 
-def datasets(cache: Shards, folder: Path) -> Epoch:
+def datasets(cache: Shards, folder: Path, own: bool) -> Epoch:
     from datasets import Dataset as Table
     from datasets import Features, Value, disable_progress_bars, load_from_disk
+    from datasets import Image as Picture
 
     disable_progress_bars()
-    table = Table.from_dict({"jpg": list(jpegs(cache))}, features=Features({"jpg": Value("binary")}))
+    rows = [{"bytes": jpeg} if own else jpeg for jpeg in jpegs(cache)]
+    table = Table.from_dict({"jpg": rows}, features=Features({"jpg": Picture() if own else Value("binary")}))
     table.save_to_disk(folder)
     table = load_from_disk(folder)
     table.set_transform(crops)
     return through(DataLoader(table, BATCH, shuffle=True, collate_fn=stack_rows, **PROCESSES))
 
 
-def crops(rows: dict[str, list[bytes]]) -> dict[str, list[Tensor]]:
-    return {"crop": [ready(jpeg) for jpeg in rows["jpg"]]}
+def crops(rows: dict[str, list[Any]]) -> dict[str, list[Tensor]]:
+    """Of files, or of the pictures that datasets has made of them."""
+    return {"crop": [ready(one) if isinstance(one, bytes) else cut(pil_to_tensor(one)) for one in rows["jpg"]]}
 
 
 def stack_rows(rows: list[dict[str, Tensor]]) -> Tensor:
     return torch.stack([row["crop"] for row in rows])
 
 
-PEERS: dict[str, Callable[[Shards, Path], Epoch]] = {"webdataset": webdataset, "litdata": litdata, "datasets": datasets}
+PEERS: dict[str, Callable[[Shards, Path, bool], Epoch]] = {
+    "webdataset": webdataset,
+    "litdata": litdata,
+    "datasets": datasets,
+}
 
 
 if __name__ == "__main__":
