@@ -117,7 +117,7 @@ def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         step(64)
     assert found.needs(64) == pytest.approx(live.peak + 4 * weights, rel=0.01)
     images = fits(step, CPU, model.parameters())
-    assert images % 8 == 0 and found.needs(images) <= 0.75 * found.room < found.needs(images + 8)
+    assert images % 8 == 0 and found.needs(images) <= 0.7 * found.room < found.needs(images + 8)
     assert fits(step, CPU, model.parameters(), most=13) == 13
     assert all(p.grad is None for p in model.parameters())
 
