@@ -13,7 +13,6 @@ from steps import Ours, training_flops
 from timing import CLOCKS, interleaved, machine
 
 from pixmim.engine.device import choose_device, choose_precision
-from pixmim.engine.memory.malloc import keep_memory
 
 BACKBONES = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 SIZES = (96, 160, 224, 320, 448)
@@ -30,7 +29,6 @@ def main() -> None:
     device = choose_device("auto")
     gpu = device.type == "cuda"
     batch, precision = options.batch or (128 if gpu else 8), choose_precision("auto", device)
-    keep_memory()
     print(
         f"{machine()}, {precision}; {options.backbone} at {options.size} px, batch {batch}; median of {options.rounds}"
     )

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
 
 from pixmim.engine.device import choose_device, choose_precision
-from pixmim.engine.memory.malloc import keep_memory
 
 
 def main() -> None:
@@ -34,7 +33,6 @@ def main() -> None:
     options = parser.parse_args()
     clock = CLOCKS[options.clock]
     device, batch = choose_device("auto"), options.batch or (4 if options.full else 16)
-    keep_memory()  # for all alike
     steps = 10 if device.type == "cuda" else 1
     fast = choose_precision("auto", device)
     peaks = {precision: product_rate(device, precision, clock) for precision in dict.fromkeys(("fp32", fast))}

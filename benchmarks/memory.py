@@ -16,7 +16,7 @@ from timing import machine
 
 from pixmim.engine.device import choose_device, choose_precision
 from pixmim.engine.memory.footprint import measure
-from pixmim.engine.memory.malloc import give_back, keep_memory
+from pixmim.engine.memory.malloc import give_back
 from pixmim.engine.optim import Updater, adamw
 from pixmim.method import Method
 from pixmim.recipes import get_recipe
@@ -51,7 +51,6 @@ def main() -> None:
 
 def row(name: str, images: int) -> None:
     """Measure in this process, and print a line of the table."""
-    keep_memory()  # as the loop does
     run = get_recipe(name)
     method = Method.of(run)
     model, device = method.model, method.device

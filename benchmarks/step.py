@@ -37,7 +37,6 @@ from pixmim.data.skipped import Skipped
 from pixmim.data.tars.cache import make_cache
 from pixmim.data.tars.shards import Shards
 from pixmim.engine.device import choose_device, choose_precision
-from pixmim.engine.memory.malloc import keep_memory
 from pixmim.targets import IMAGENET_MEAN, IMAGENET_STD
 from pixmim.transforms import SimpleResizedCrop, finish
 
@@ -66,7 +65,6 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print what takes pixmim's time")
     options = parser.parse_args()
     device = choose_device("auto")
-    keep_memory()  # for all alike
     fast = choose_precision("auto", device)
     options.steps = options.steps or (10 if device.type == "cuda" else 1)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pixmim.engine import device
 from pixmim.engine.memory.malloc import keep_memory
 
 FAULTS = """
@@ -44,6 +45,13 @@ assert not keep_memory()
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
 def test_where_addresses_are_limited_they_are_not_kept() -> None:
     subprocess.run([sys.executable, "-c", LIMITED], check=True)
+
+
+def test_who_computes_on_a_cpu_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(device, "keep_memory", lambda: asked.append(True))
+    device.choose_device("cpu")
+    assert asked
 
 
 def test_elsewhere_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from pixmim.dist import ALONE, World
 from pixmim.engine.checkpoint import AUTOSAVE
-from pixmim.engine.memory.malloc import keep_memory
 from pixmim.engine.optim import Updater
 from pixmim.engine.parallel import accumulating
 from pixmim.engine.runlog import RunLog
@@ -60,8 +59,6 @@ def loop(
     and, one update late, whether any of them was interrupted. Raises UserError if the gradient is not finite many times
     in a row.
     """
-    if updater.device.type == "cpu":
-        keep_memory()
     step, stop, saved_at = start, False, time.monotonic()
     with Watchdog(world, timeout) as watchdog:
         while step < steps and not stop:

@@ -61,12 +61,11 @@ def freeze(
     vectors, means, labels = [], [], []
     training = encoder.module.training
     encoder.module.eval()
-    with progress(f"features of {data.spec}", len(data), console) as advance:
+    bar = progress(f"features of {data.spec}", len(data), console)
+    with bar as advance, autocast(encoder.device, encoder.precision):  # around all: weights are cast once
         for images, indices, end in in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
             if len(indices):
-                x = encoder.ready(images)
-                with autocast(encoder.device, encoder.precision):
-                    found = features(encoder.module, x, BLOCKS)
+                found = features(encoder.module, encoder.ready(images), BLOCKS)
                 vectors.append(found.vector.float().cpu())
                 means.append(found.mean.float().cpu())
                 labels.append(wanted[torch.from_numpy(indices)])
