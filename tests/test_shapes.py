@@ -64,6 +64,7 @@ def test_spec_is_read_and_written_back() -> None:
     assert data.spec == Shapes(30, 5, 32, "conflict").spec == Shapes.from_spec(data.spec).spec
     assert (data.count, data.seed, data.size, data.texture) == (30, 5, 32, "conflict")
     assert Shapes.from_spec("shapes:").count == 20_000
+    assert len(Shapes.from_spec("shapes:count=1000000000000")) == 10**12  # labels wait until they are asked for
     assert Shapes.from_spec("shapes:", Form(1)).image(0).shape[0] == 1
 
 

@@ -8,6 +8,7 @@ once an epoch; and the copies of an image, having different indices, are cropped
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,18 +32,25 @@ class Mixture(Source):
         self._parts = list(parts)
         lengths = [len(part) * weight for part, weight in parts]
         self._starts = [0, *np.cumsum(lengths).tolist()]
-        labels, classes = _labels(parts)
+        named = all(part.classes for part, _ in parts)
         sizes = [part.sizes for part, _ in parts]
         near = all(part.pieces is None for part, _ in parts)
         super().__init__(
             spec,
             parts[0][0].form,
-            labels=labels,
-            classes=classes,
+            classes=list(dict.fromkeys(name for part, _ in parts for name in part.classes)) if named else (),
             about="a mixture of " + ", ".join(_line(part, weight, sum(lengths)) for part, weight in parts),
             sizes=None if any(size is None for size in sizes) else _woven(sizes, parts),
             pieces=None if near else _woven([_pieces(part) for part, _ in parts], parts),
         )
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        if not self.classes:
+            return None
+        number = {name: i for i, name in enumerate(self.classes)}
+        ours = [np.asarray([*(number[name] for name in part.classes), -1]) for part, _ in self._parts]  # -1 stays -1
+        return _woven([to[part.labels] for to, (part, _) in zip(ours, self._parts, strict=True)], self._parts)
 
     def soon(self, pieces: Sequence[int]) -> None:
         counts = [len(_pieces(part)) * weight for part, weight in self._parts]
@@ -73,16 +81,6 @@ class Mixture(Source):
         number = bisect_right(self._starts, index) - 1
         part, _ = self._parts[number]
         return part, (index - self._starts[number]) % len(part)
-
-
-def _labels(parts: Sequence[tuple[Source, int]]) -> tuple[npt.NDArray[np.int64] | None, list[str]]:
-    """Labels and classes of a mixture; None and [] unless every part has some."""
-    if any(part.labels is None for part, _ in parts):
-        return None, []
-    classes = list(dict.fromkeys(name for part, _ in parts for name in part.classes))
-    number = {name: i for i, name in enumerate(classes)}
-    ours = [np.asarray([*(number[name] for name in part.classes), -1]) for part, _ in parts]  # -1, no class, stays -1
-    return _woven([to[part.labels] for to, (part, _) in zip(ours, parts, strict=True)], parts), classes
 
 
 def _woven(values: Sequence[Any], parts: Sequence[tuple[Source, int]]) -> npt.NDArray[Any]:

@@ -52,8 +52,6 @@ class Shapes(Source):
     seed     another seed, other pictures
     size     the shorter edge in pixels; the longer is up to a third longer
     texture  "any": independent of the shape; "match": the one with the shape's number; "conflict": any other
-
-    Its labels are the shapes; `texture_labels` are the objects' textures (n).
     """
 
     def __init__(
@@ -65,9 +63,8 @@ class Shapes(Source):
         form: Form = COLOUR,
     ) -> None:
         self.count, self.seed, self.size, self.texture = count, seed, size, texture
-        labels, self.texture_labels = self._labels(np.arange(count))
         spec = f"shapes:count={count},seed={seed},size={size},texture={texture}"
-        super().__init__(spec, form, labels=labels, classes=SHAPES)
+        super().__init__(spec, form, classes=SHAPES)
 
     @staticmethod
     def from_spec(spec: str, form: Form = COLOUR) -> "Shapes":
@@ -88,6 +85,15 @@ class Shapes(Source):
                 options[key] = int(value)
         return Shapes(**options, form=form)  # type: ignore[arg-type]
 
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return self._numbers(np.arange(self.count))[0]
+
+    @property
+    def texture_labels(self) -> npt.NDArray[np.int64]:
+        """The object's texture for each sample (n)."""
+        return self._numbers(np.arange(self.count))[1]
+
     def __len__(self) -> int:
         return self.count
 
@@ -106,7 +112,7 @@ class Shapes(Source):
 
     def sample(self, index: int) -> Sample:
         """Draw sample `index`."""
-        shape, texture = (int(label[0]) for label in self._labels(np.asarray([index])))
+        shape, texture = (int(label[0]) for label in self._numbers(np.asarray([index])))
         u = rng.uniform(self.seed, "shapes", 1, [index], _NUMBERS)[0].tolist()
         longer = self.size + int(u[0] * (self.size / 3 + 1))
         height, width = (self.size, longer) if u[1] < 0.5 else (longer, self.size)
@@ -148,7 +154,7 @@ class Shapes(Source):
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         return Sample(np.clip(image * 255, 0, 255).astype(np.uint8), shape, texture, mask, box)
 
-    def _labels(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _numbers(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Shape and texture of the samples `indices`."""
         u = rng.uniform(self.seed, "shapes", 0, indices, 2)
         shape = (u[:, 0] * len(SHAPES)).astype(np.int64)

@@ -59,7 +59,6 @@ class Source(ABC):
 
     spec     what the user wrote to get it
     form     what its images are brought into
-    labels   class number of each image (n), -1 for none; or None
     classes  names of the classes; empty where there are no labels
     about    what a user should know of how it is read, in a line; empty where there is nothing to say
     sizes    (h, w) of each image in pixels (n 2); None where only reading them tells
@@ -77,8 +76,14 @@ class Source(ABC):
         sizes: npt.NDArray[np.integer] | None = None,
         pieces: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self.spec, self.form, self.labels, self.classes = spec, form, labels, list(classes)
+        self.spec, self.form, self.classes = spec, form, list(classes)
         self.about, self.sizes, self.pieces = about, sizes, pieces
+        self._labels = labels
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """Class number of each image (n), -1 for none; or None. Computed when asked for, if that costs something."""
+        return self._labels
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -109,9 +114,13 @@ class Remade(Source):
     """A data set made of another one: all is as there, but for what is given and what a subclass does otherwise."""
 
     def __init__(self, source: Source, **changes: Any) -> None:
-        told = ("spec", "form", "labels", "classes", "about", "sizes", "pieces")
+        told = ("spec", "form", "classes", "about", "sizes", "pieces")
         super().__init__(**({name: getattr(source, name) for name in told} | changes))
         self.source = source
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        return self.source.labels
 
     def __len__(self) -> int:
         return len(self.source)

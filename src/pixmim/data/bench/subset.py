@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 from jaxtyping import Shaped
 from torch import Tensor
 
@@ -16,11 +18,15 @@ class Subset(Source):
         super().__init__(
             source.spec,
             source.form,
-            labels=None if source.labels is None else source.labels[self._indices],
             classes=source.classes,
             about=source.about,
             sizes=None if source.sizes is None else source.sizes[self._indices],
         )
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        labels = self._source.labels
+        return None if labels is None else labels[self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)

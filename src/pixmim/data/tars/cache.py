@@ -94,7 +94,7 @@ def make_cache(
     began, images, written, done = time.monotonic(), 0, 0, 0
     skipped = Skipped(folder / (f"skipped-{rank}.csv" if ranks > 1 else "skipped.csv"), len(source), 1.0)
     mine, come_to = range(rank, settings.shards, ranks), follow(source)
-    labels = source.labels
+    labels = source.labels  # once: some sources compute them all each time
     with workers(threads, "pixmim-cache") as pool:
         ahead: deque[tuple[int, deque[Future[Sample | None]]]] = deque()
 

@@ -71,7 +71,6 @@ class Shards(Source):
         super().__init__(
             spec,
             form,
-            labels=entries["label"].astype(np.int64) if classes else None,
             classes=classes,
             about=f"read from {what} {shelf.about}{note}",
             sizes=np.stack([entries["h"], entries["w"]], axis=1) if entries["h"].all() else None,
@@ -83,6 +82,10 @@ class Shards(Source):
         self._keys = lru_cache(maxsize=2)(
             lambda shard: zlib.decompress(keys[shard]).split(b"\0") if keys[shard] else []
         )
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        return self._entries["label"].astype(np.int64) if self.classes else None
 
     def soon(self, pieces: Sequence[int]) -> None:
         self._shelf.soon(pieces)

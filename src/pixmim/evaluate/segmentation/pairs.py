@@ -40,8 +40,12 @@ class Pairs(Remade):
 
     def __init__(self, pictures: Source, mask: Callable[[int], Mask], classes: Sequence[str]) -> None:
         form = replace(pictures.form, channels=pictures.form.channels + 1)
-        super().__init__(pictures, form=form, labels=None, classes=classes)
+        super().__init__(pictures, form=form, classes=classes)
         self._mask = mask
+
+    @property
+    def labels(self) -> None:
+        """Pictures as wholes have no class here."""
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         picture, mask = self.source.image(index).permute(1, 2, 0).numpy(), self._mask(index)
