@@ -4,8 +4,9 @@ pip install webdataset litdata datasets        what is not installed is left out
 python benchmarks/loaders.py --data FOLDER     photographs; all copies are made in a temporary folder
 
 Everyone gets the JPEGs of a cache (quality 95, shortest edge 224) in its own format, decodes them, cuts them with
-pixmim's simple resized crop, shuffles, and hands over uint8 batches of 64. Everyone has a process, or a thread, for
-each core. A turn is an epoch.
+pixmim's simple resized crop, shuffles, and hands over uint8 batches of 64, epoch after epoch. Everyone has a process,
+or a thread, for each core, and keeps them. A turn is as many batches as an epoch has, after some that do not count:
+twice as many as anyone may have made ready while others had their turn.
 
 --decoder own          the others decode as they do by themselves: files and litdata by torchvision, the rest by Pillow
 --decoder simplejpeg   the others are given pixmim's decoder
@@ -20,7 +21,8 @@ pixmim      the Loader over the cache
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,12 +46,13 @@ from pixmim.data.tars.cacheformat import open_cache
 from pixmim.data.tars.shards import Shards
 from pixmim.transforms import SimpleResizedCrop
 
-BATCH, SIZE = 64, 224
+BATCH, SIZE, AHEAD = 64, 224, 4  # AHEAD: batches that each process of the others may have ready
 CROP = SimpleResizedCrop(SIZE)
 WORKERS = os.cpu_count() or 1
-PROCESSES: dict[str, Any] = {"num_workers": WORKERS, "persistent_workers": True, "prefetch_factor": 4}
+PROCESSES: dict[str, Any] = {"num_workers": WORKERS, "persistent_workers": True, "prefetch_factor": AHEAD}
 
-Epoch = Callable[[], None]
+Batches = Iterator[Tensor]
+"""Without an end, (b h w c)."""
 
 
 def main() -> None:
@@ -64,7 +67,7 @@ def main() -> None:
     count = min(options.images, len(source)) // BATCH * BATCH
     assert count, f"give at least {BATCH} photographs"
     chroma = ":".join(options.chroma)
-    print(f"{machine()}, {WORKERS} cores; {count} images, {chroma}, median of {options.rounds} epochs")
+    print(f"{machine()}, {WORKERS} cores; {count} images, {chroma}, median of {options.rounds} turns")
     own = options.decoder == "own"
     print(f"the others decode by {'themselves' if own else 'simplejpeg, as pixmim does'}")
     with tempfile.TemporaryDirectory() as where:
@@ -72,7 +75,7 @@ def main() -> None:
         part, shard = Subset(source, range(count)), -(-count // (4 * WORKERS))  # four shards for each worker
         make_cache(part, folder / "cache", (SIZE, SIZE), chroma=options.chroma, per_shard=shard)
         cache = open_cache(folder / "cache")
-        candidates: dict[str, Epoch] = {"files": files(cache, folder / "files", own)}
+        candidates: dict[str, Batches] = {"files": files(cache, folder / "files", own)}
         for name, prepare in PEERS.items():
             try:
                 print(f"{name} {version(name)}")
@@ -81,10 +84,15 @@ def main() -> None:
                 continue
             candidates[name] = prepare(cache, folder / name, own)
         candidates["pixmim"] = pixmim(cache)
-        seconds = interleaved(candidates, options.rounds)
+        seconds = interleaved(
+            {name: partial(next, batches) for name, batches in candidates.items()},
+            options.rounds,
+            steps=count // BATCH,
+            warm=2 * AHEAD * WORKERS,
+        )
     best = min(seconds, key=lambda name: seconds[name] if name != "pixmim" else float("inf"))
     for name, time in seconds.items():
-        print(f"{name:<12}{count / time:8.0f} images/s   {seconds[best] / time:5.2f} x {best}")
+        print(f"{name:<12}{BATCH / time:8.0f} images/s   {seconds[best] / time:5.2f} x {best}")
 
 
 def ready(jpeg: bytes) -> Tensor:
@@ -106,24 +114,19 @@ def jpegs(cache: Shards) -> Iterable[bytes]:
             yield tar.read(size)
 
 
-def through(loader: Iterable[Any]) -> Epoch:
-    """One epoch of a loader that gives (b h w c) batches."""
-
-    def epoch() -> None:
+def through(loader: Iterable[Any]) -> Batches:
+    """The batches of one epoch after the other."""
+    while True:
         for batch in loader:
             assert batch.dtype == torch.uint8 and batch.shape[1:] == (SIZE, SIZE, 3)
+            yield batch
 
-    return epoch
 
-
-def pixmim(cache: Shards) -> Epoch:
-    def epoch() -> None:
-        skipped = Skipped(None, len(cache), 0.5)
-        with Loader(cache, CROP, Portion(BATCH), skipped=skipped, threads=WORKERS) as batches:
-            for _ in range(len(cache) // BATCH):
-                next(batches)
-
-    return epoch
+def pixmim(cache: Shards) -> Batches:
+    skipped = Skipped(None, len(cache), 0.5)
+    with Loader(cache, CROP, Portion(BATCH), skipped=skipped, threads=WORKERS) as batches:
+        for batch in batches:
+            yield batch.images.permute(0, 2, 3, 1)
 
 
 class Folder(Dataset[Tensor]):
@@ -142,7 +145,7 @@ class Folder(Dataset[Tensor]):
             return ready(file.read())
 
 
-def files(cache: Shards, folder: Path, own: bool) -> Epoch:
+def files(cache: Shards, folder: Path, own: bool) -> Batches:
     return through(DataLoader(Folder(written(cache, folder), own), BATCH, shuffle=True, **PROCESSES))
 
 
@@ -155,7 +158,7 @@ def written(cache: Shards, folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def webdataset(cache: Shards, folder: Path, own: bool) -> Epoch:
+def webdataset(cache: Shards, folder: Path, own: bool) -> Batches:
     import webdataset as wds
 
     shards = sorted({cache.extent(index)[0] for index in range(len(cache))})  # they are WebDataset's own format
@@ -173,7 +176,7 @@ def stack_first(samples: list[tuple[Tensor]]) -> Tensor:
     return torch.stack([image for (image,) in samples])
 
 
-def litdata(cache: Shards, folder: Path, own: bool) -> Epoch:
+def litdata(cache: Shards, folder: Path, own: bool) -> Batches:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming import Cache
 
@@ -191,7 +194,7 @@ def litdata(cache: Shards, folder: Path, own: bool) -> Epoch:
     return through(StreamingDataLoader(Streamed(str(folder), shuffle=True), batch_size=BATCH, **PROCESSES))
 
 
-def datasets(cache: Shards, folder: Path, own: bool) -> Epoch:
+def datasets(cache: Shards, folder: Path, own: bool) -> Batches:
     from datasets import Dataset as Table
     from datasets import Features, Value, disable_progress_bars, load_from_disk
     from datasets import Image as Picture
@@ -214,7 +217,7 @@ def stack_rows(rows: list[dict[str, Tensor]]) -> Tensor:
     return torch.stack([row["crop"] for row in rows])
 
 
-PEERS: dict[str, Callable[[Shards, Path, bool], Epoch]] = {
+PEERS: dict[str, Callable[[Shards, Path, bool], Batches]] = {
     "webdataset": webdataset,
     "litdata": litdata,
     "datasets": datasets,

@@ -94,7 +94,7 @@ def test_pictures_are_kept_only_if_asked(pictures: Path) -> None:
 
 def test_what_is_kept_is_decoded_once(shards: Shards) -> None:
     kept = Kept(shards)
-    assert torch.equal(kept.image(3), shards.image(3)) and kept.image(3) is kept.image(3)
+    assert torch.equal(kept.image(3), shards.image(3)) and kept.array(3) is kept.array(3)
 
 
 def test_a_run_from_the_device_ends_with_the_same_weights(

@@ -18,7 +18,7 @@ from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Form, Source
 from pixmim.errors import UserError
-from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.transforms import Array, CentreCrop, RandomResizedCrop, SimpleResizedCrop
 
 
 class Numbers(Source):
@@ -37,10 +37,10 @@ class Numbers(Source):
     def fingerprint(self) -> str:
         return f"{self.count} numbers"
 
-    def image(self, index: int) -> torch.Tensor:
+    def array(self, index: int) -> Array:
         if index in self.bad:
             raise BadImage("broken, on purpose")
-        return torch.full((3, 8, 8), index % 256, dtype=torch.uint8)
+        return np.full((8, 8, 3), index % 256, np.uint8)
 
 
 def loader(source: object, skipped: Skipped | None = None, **options: object) -> Loader:
@@ -153,7 +153,7 @@ def test_an_error_in_the_loop_leaves_no_thread_behind() -> None:
 
 def test_an_unexpected_error_in_a_thread_reaches_the_loop() -> None:
     class Broken(Numbers):
-        def image(self, index: int) -> torch.Tensor:
+        def array(self, index: int) -> Array:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), loader(Broken(5)) as batches:
@@ -164,8 +164,8 @@ def test_an_unexpected_error_in_a_thread_reaches_the_loop() -> None:
 def test_memory_is_bounded_by_the_batches_ahead() -> None:
     source = Numbers(1000)
     read: list[int] = []
-    original = source.image
-    source.image = lambda index: (read.append(index), original(index))[1]  # type: ignore[method-assign]
+    original = source.array
+    source.array = lambda index: (read.append(index), original(index))[1]  # type: ignore[method-assign]
     with loader(source, batch=10) as batches:
         next(batches)
         threading.Event().wait(0.2)

@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from timm.data import auto_augment as ops
 from torch import Tensor
 
-from pixmim.transforms import Crop
+from pixmim.transforms import Array, Crop
 
 Fill = int | tuple[int, ...]
 """What a place shows that lies outside the image once it is moved: a value for each channel, 0 to 255."""
@@ -63,18 +63,17 @@ class Augmented(Crop):
     def shape(self) -> tuple[int, int]:
         return self.base.shape
 
-    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
+    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         first = self.base.draws
         self.base.put(image, u[:first], out)
-        pixels = out.permute(1, 2, 0).numpy()
-        if pixels.dtype != np.uint8:
-            raise ValueError(f"images are augmented as uint8, not as {pixels.dtype}")
-        if pixels.shape[2] == 3:
-            pixels[:] = np.asarray(self._changed(Image.fromarray(pixels), u[first:], self.fill))
+        if out.dtype != np.uint8:
+            raise ValueError(f"images are augmented as uint8, not as {out.dtype}")
+        if out.shape[2] == 3:
+            out[:] = np.asarray(self._changed(Image.fromarray(out), u[first:], self.fill))
             return
         for channel, fill in enumerate(self.fill):
-            plane = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
-            pixels[..., channel] = np.asarray(self._changed(plane, u[first:], fill))
+            plane = Image.fromarray(np.ascontiguousarray(out[..., channel]))
+            out[..., channel] = np.asarray(self._changed(plane, u[first:], fill))
 
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return None

@@ -3,14 +3,19 @@
 A crop is a function of an image and a few uniform numbers, so that a loader can compute the same crop again from
 (seed, epoch, index). Called with an image alone it draws those numbers from torch's global generator, and then takes
 and gives a PIL image or a tensor, as torchvision's transforms do. No crop flips; `finish` does, on the device.
+
+Crops work on NumPy's arrays, as decoders lay images out: a slice of one costs a tenth of a tensor's, and no thread that
+decodes beside has to wait for it.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from PIL import Image
@@ -19,6 +24,9 @@ from torchvision.transforms.v2 import functional as V
 
 Size = int | tuple[int, int]
 Interpolation = Literal["bicubic", "bilinear"]
+
+Array = npt.NDArray[Any]
+"""An image as it is decoded: (h w c), in a data set of uint8, uint16 or float32."""
 
 _MODES = {"bicubic": V.InterpolationMode.BICUBIC, "bilinear": V.InterpolationMode.BILINEAR}
 
@@ -37,11 +45,8 @@ class Crop(ABC):
         """(h, w) of the result in pixels."""
 
     @abstractmethod
-    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
-        """Write into `out` the crop that the numbers `u` in [0, 1) decide.
-
-        Both are of one dtype, and fastest where channels lie last in memory, as decoders lay pixels out.
-        """
+    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+        """Write into `out`, of the image's dtype, the crop that the numbers `u` in [0, 1) decide."""
 
     @abstractmethod
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
@@ -51,11 +56,11 @@ class Crop(ABC):
         """
 
     def crop(self, image: Shaped[Tensor, "c h w"], u: Sequence[float] = ()) -> Shaped[Tensor, "c h2 w2"]:
-        """The crop that the numbers `u` in [0, 1) decide. Images of uint8, of uint16, or of floating point."""
-        h, w = self.shape
-        out = image.new_empty(h, w, image.shape[0]).permute(2, 0, 1)
-        self.put(image, u, out)
-        return out
+        """The crop that the numbers `u` in [0, 1) decide, computed on the CPU."""
+        array = image.cpu().permute(1, 2, 0).numpy()
+        out = np.empty((*self.shape, array.shape[2]), array.dtype)
+        self.put(array, u, out)
+        return as_image(out).to(image.device)
 
     @overload
     def __call__(self, image: Image.Image) -> Image.Image: ...
@@ -98,9 +103,9 @@ class SimpleResizedCrop(Crop):
     def shape(self) -> tuple[int, int]:
         return _pair(self.size)
 
-    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
-        image = resize_to_cover(image, self.shape, self.interpolation)
-        _put_window(image, *self._corner((image.shape[-2], image.shape[-1]), u), out)
+    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+        image = resized(image, cover(image.shape[:2], self.shape), self.interpolation)
+        _put_window(image, *self._corner(image.shape[:2], u), out)
 
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return self._corner(size, u) if cover(size, self.shape) == size else None
@@ -133,9 +138,9 @@ class RandomResizedCrop(Crop):
     def shape(self) -> tuple[int, int]:
         return _pair(self.size)
 
-    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
-        top, left, h, w = self.box((image.shape[-2], image.shape[-1]), u)
-        out.copy_(_resize(image[..., top : top + h, left : left + w], self.shape, self.interpolation))
+    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+        top, left, h, w = self.box(image.shape[:2], u)
+        out[...] = resized(image[top : top + h, left : left + w], self.shape, self.interpolation)
 
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return None
@@ -181,10 +186,10 @@ class CentreCrop(Crop):
     def shape(self) -> tuple[int, int]:
         return _pair(self.size)
 
-    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
-        image = resize_to_cover(image, self._covered, self.interpolation)
-        (top, left), (h, w) = self._corner((image.shape[-2], image.shape[-1])), self.shape
-        out.copy_(image[..., top : top + h, left : left + w])
+    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+        image = resized(image, cover(image.shape[:2], self._covered), self.interpolation)
+        (top, left), (h, w) = self._corner(image.shape[:2]), self.shape
+        out[...] = image[top : top + h, left : left + w]
 
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return self._corner(size) if cover(size, self._covered) == size else None
@@ -207,6 +212,22 @@ def resize_to_cover(
 ) -> Shaped[Tensor, "c h2 w2"]:
     """Resize with antialias until the image just covers `size`, aspect kept; for a square, shortest edge to `size`."""
     return _resize(image, cover((image.shape[-2], image.shape[-1]), size), interpolation)
+
+
+def resized(
+    image: Shaped[Array, "h w c"], size: tuple[int, int], interpolation: Interpolation
+) -> Shaped[Array, "h2 w2 c"]:
+    """Resize to `size` (h, w) with antialias; the image itself if it has that size."""
+    if image.shape[:2] == size:
+        return image
+    result: Array = _resize(as_image(image), size, interpolation).permute(1, 2, 0).numpy()
+    return result
+
+
+def as_image(array: Shaped[Array, "h w c"]) -> Shaped[Tensor, "c h w"]:
+    """An array as a tensor: a view in channels-last memory, fast to resize; a copy only if it must not be written."""
+    writable = array if array.flags.writeable else array.copy()
+    return torch.from_numpy(writable.transpose(2, 0, 1))
 
 
 def cover(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -255,30 +276,28 @@ def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) 
     return V.resize(image, list(size), interpolation=_MODES[interpolation], antialias=True)
 
 
-def _put_window(image: Tensor, top: int, left: int, out: Tensor) -> None:
+def _put_window(image: Array, top: int, left: int, out: Array) -> None:
     """Write into `out` the window of the image, padded by reflection, whose corner is (top, left).
 
-    Pixel -k is pixel k, and the last one + k the last one - k. On a CPU only what the window shows is copied, once:
-    first what lies in the image, and then, out of that, what is mirrored. NumPy's slices cost a tenth of torch's.
+    Pixel -k is pixel k, and the last one + k the last one - k. Only what the window shows is copied, once: first what
+    lies in the image, and then, out of that, what is mirrored.
     """
-    (height, width), (h, w) = image.shape[1:], out.shape[1:]
+    (height, width, _), (h, w, _) = image.shape, out.shape
     above, before = max(-top, 0), max(-left, 0)
     below, after = min(h, height - top), min(w, width - left)  # where the image ends in the window
-    narrow = 2 * max(above, h - below) >= h - 1 or 2 * max(before, w - after) >= w - 1
-    if narrow or image.device.type != "cpu":
-        rows, columns = mirrored(top, h, height), mirrored(left, w, width)
-        movable(out).copy_(movable(image)[:, rows[:, None], columns])
+    if 2 * max(above, h - below) >= h - 1 or 2 * max(before, w - after) >= w - 1:  # more is mirrored than is not
+        rows, columns = mirrored(top, h, height).numpy(), mirrored(left, w, width).numpy()
+        out[...] = image[rows[:, None], columns]
         return
-    source, target = image.permute(1, 2, 0).numpy(), out.permute(1, 2, 0).numpy()
-    target[above:below, before:after] = source[top + above : top + below, left + before : left + after]
+    out[above:below, before:after] = image[top + above : top + below, left + before : left + after]
     if before:
-        target[above:below, :before] = target[above:below, 2 * before : before : -1]
+        out[above:below, :before] = out[above:below, 2 * before : before : -1]
     if after < w:
-        target[above:below, after:] = target[above:below, after - 2 : 2 * after - w - 2 : -1]
+        out[above:below, after:] = out[above:below, after - 2 : 2 * after - w - 2 : -1]
     if above:
-        target[:above] = target[2 * above : above : -1]
+        out[:above] = out[2 * above : above : -1]
     if below < h:
-        target[below:] = target[below - 2 : 2 * below - h - 2 : -1]
+        out[below:] = out[below - 2 : 2 * below - h - 2 : -1]
 
 
 @overload

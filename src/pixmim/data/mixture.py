@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
-from torch import Tensor
 
 from pixmim.data.source import Source
+from pixmim.transforms import Array
 
 _PIECE = 1000
 
@@ -64,9 +64,9 @@ class Mixture(Source):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
         part, inside = self._find(index)
-        return part.image(inside)
+        return part.array(inside)
 
     def locate(self, index: int) -> str:
         part, inside = self._find(index)

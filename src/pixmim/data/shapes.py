@@ -10,14 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from jaxtyping import Shaped
-from torch import Tensor
 
 from pixmim import rng
 from pixmim.data.pictures.convert import bring
 from pixmim.data.source import COLOUR, Form, Source
 from pixmim.errors import UserError, nearest
+from pixmim.transforms import Array
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
 TEXTURES = ("plain", "stripes", "bars", "checks", "dots", "rings", "grain", "clouds", "waves", "mesh")
@@ -100,7 +99,7 @@ class Shapes(Source):
     def locate(self, index: int) -> str:
         return f"{self.spec}#{index}"
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
         image, count = self.sample(index).image, self.form.channels
         if count == 1:
             image = image.mean(axis=2, keepdims=True, dtype=np.float32).astype(np.uint8)
@@ -108,7 +107,7 @@ class Shapes(Source):
             image = np.concatenate([image if k % 2 == 0 else 255 - image for k in range(-(-count // 3))], 2)[
                 ..., :count
             ]
-        return torch.from_numpy(np.ascontiguousarray(bring(image, self.form))).permute(2, 0, 1)
+        return np.ascontiguousarray(bring(image, self.form))
 
     def sample(self, index: int) -> Sample:
         """Draw sample `index`."""

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from pixmim.transforms import Array, as_image
+
 Pixels = Literal["uint8", "uint16", "float32"]
 """How a pixel is held: 255 or 65535 count as one, or floating-point values are taken as they are."""
 
@@ -89,8 +91,12 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
         """Read and decode one image, in the data set's form. Raises BadImage."""
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        """The same as a tensor."""
+        return as_image(self.array(index))
 
     @abstractmethod
     def locate(self, index: int) -> str:
@@ -125,8 +131,8 @@ class Remade(Source):
     def __len__(self) -> int:
         return len(self.source)
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        return self.source.image(index)
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
+        return self.source.array(index)
 
     def locate(self, index: int) -> str:
         return self.source.locate(index)

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pixmim import rng
 from pixmim.data.pictures.decode import read
@@ -107,12 +106,12 @@ def measure(
 
     def one(index: int) -> tuple[tuple[int, int], Vector] | tuple[str, str]:
         try:
-            image = source.image(index)
+            image = source.array(index)
         except BadImage as error:
             return str(error), source.locate(index)
-        whole = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
-        moments = _moments(image.permute(1, 2, 0).numpy()) / [[whole], [whole**2], [whole], [whole]]
-        return (image.shape[1], image.shape[2]), moments
+        whole = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
+        moments = _moments(image) / [[whole], [whole**2], [whole], [whole]]
+        return image.shape[:2], moments
 
     sizes, moments, bad = [], [], dict[str, tuple[int, str]]()
     for done, (what, values) in enumerate(_threads(one, indices, threads)):

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
-from torch import Tensor
 
 from pixmim.data.source import Source
+from pixmim.transforms import Array
 
 
 class Subset(Source):
@@ -31,8 +31,8 @@ class Subset(Source):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        return self._source.image(self._indices[index])
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
+        return self._source.array(self._indices[index])
 
     def locate(self, index: int) -> str:
         return self._source.locate(self._indices[index])

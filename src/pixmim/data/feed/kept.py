@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
-from torch import Tensor
 
 from pixmim.data.source import Remade, Source
+from pixmim.transforms import Array
 
 
 class Kept(Remade):
@@ -15,7 +15,7 @@ class Kept(Remade):
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
-        self._images: list[Tensor | None] = [None] * len(source)
+        self._images: list[Array | None] = [None] * len(source)
         self._there = np.zeros(len(source), np.bool_)
         self._ends = np.cumsum(source.pieces if source.pieces is not None else [])
 
@@ -23,10 +23,10 @@ class Kept(Remade):
         """Only pieces of which something is not yet in memory are passed on."""
         self.source.soon([piece for piece in pieces if not self._images_of(piece).all()])
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
         found = self._images[index]
         if found is None:  # two threads may both read it; the second one's copy replaces an equal first
-            found = self._images[index] = self.source.image(index)
+            found = self._images[index] = self.source.array(index)
             self._there[index] = True
         return found
 

@@ -6,7 +6,7 @@ threads, ranks, or where a run was interrupted.
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from time import perf_counter
 
 import numpy as np
@@ -20,7 +20,7 @@ from pixmim.data.feed.stream import Plan, Stream
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage, Source, follow
 from pixmim.data.threads import how_many, workers
-from pixmim.transforms import Crop, stacked
+from pixmim.transforms import Array, Crop, stacked
 
 _CPU = torch.device("cpu")
 _AHEAD = 2  # batches that are ready or in the making while the loop uses one: this bounds the memory
@@ -72,6 +72,7 @@ class Loader(Batches):
             self._pending.append(self._submit())
         self._used, parts = self._pending.popleft()
         began = perf_counter()
+        wait(parts, return_when=FIRST_EXCEPTION)  # so the loop wakes once, and not for each part
         for part in parts:
             part.result()
         self._waited += perf_counter() - began
@@ -90,20 +91,21 @@ class Loader(Batches):
         batch.flip.copy_(torch.from_numpy(plan.flip))
         batch.indices.copy_(torch.from_numpy(plan.indices))
         indices, u = plan.indices.tolist(), plan.u.tolist()
+        windows = batch.images.permute(0, 2, 3, 1).numpy()
 
-        def fill(rows: list[int]) -> None:
+        def fill(rows: range) -> None:
             for row in rows:
                 if self._closed:
                     return
                 image, numbers = self._read(indices[row]), u[row]
                 if image is None:
                     image, numbers = self._instead(batch, plan, row)
-                self._crop.put(image, numbers, batch.images[row])
+                self._crop.put(image, numbers, windows[row])
 
         self._submitted += 1
         count = self._portion.count
-        parts = np.array_split(np.arange(count), min(count, 4 * self._threads))
-        return batch, [self._pool.submit(fill, rows.tolist()) for rows in parts]
+        part = -(-count // (4 * self._threads))
+        return batch, [self._pool.submit(fill, range(k, min(k + part, count))) for k in range(0, count, part)]
 
     def _empty(self) -> Batch:
         """A batch to fill. Memory is used again, because fresh pages cost as much as the copies into them."""
@@ -113,19 +115,19 @@ class Loader(Batches):
         flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
         return Batch(images.permute(0, 3, 1, 2), flip, torch.empty(count, dtype=torch.int64))
 
-    def _read(self, index: int) -> Tensor | None:
+    def _read(self, index: int) -> Array | None:
         """An image, or None, with a line in the account, if it cannot be read."""
         if index in self._skipped:
             return None
         try:
-            image = self._source.image(index)
+            image = self._source.array(index)
         except BadImage as error:
             self._skipped.add(index, self._source.locate(index), str(error))
             return None
         self._skipped.passed(index)
         return image
 
-    def _instead(self, batch: Batch, plan: Plan, row: int) -> tuple[Tensor, list[float]]:
+    def _instead(self, batch: Batch, plan: Plan, row: int) -> tuple[Array, list[float]]:
         """The first image after a row's own in the order that can be read, with its own flip and numbers."""
         for step in range(1, len(self._source)):
             other = self._stream.instead(plan, row, step)

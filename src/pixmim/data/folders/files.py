@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
-from torch import Tensor
 
 from pixmim.data.folders.listing import list_pictures
 from pixmim.data.folders.paths import Paths
-from pixmim.data.pictures.decode import as_image, decode
+from pixmim.data.pictures.decode import decode
 from pixmim.data.pictures.limits import check_bytes
 from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.errors import UserError, nearest
+from pixmim.transforms import Array
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy")
@@ -56,8 +56,8 @@ class Files(Source):
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        return as_image(decode(self.read(index), self.form))
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
+        return decode(self.read(index), self.form)
 
 
 def below(folder: str | Path, form: Form = COLOUR) -> Files:

@@ -9,15 +9,10 @@ number stands for one: only float32 takes them, as they are. In 8 or 16 bits the
 that are not finite.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from pixmim.data.source import BadImage, Form, Pixels
-
-Array = npt.NDArray[Any]
-"""A picture as its file holds it: (h w c), any kind of number."""
+from pixmim.transforms import Array
 
 _LUMA = np.asarray((19595, 38470, 7471), np.uint32)
 """ITU-R 601's weights of red, green and blue in parts of 65536, as Pillow rounds them."""

@@ -16,15 +16,13 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-import torch
-from jaxtyping import Shaped
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from pixmim.data.pictures import npy, tiff
-from pixmim.data.pictures.convert import Array, OtherChannels, bring, on_white, turned
+from pixmim.data.pictures.convert import OtherChannels, bring, on_white, turned
 from pixmim.data.pictures.limits import check_bytes, check_size
 from pixmim.data.source import COLOUR, BadImage, Form, Pages
+from pixmim.transforms import Array
 
 for _name in ("PIL", "tifffile"):  # what they say of damage belongs into skipped.csv, not onto the screen
     logging.getLogger(_name).addHandler(logging.NullHandler())
@@ -46,12 +44,6 @@ def decode(data: bytes, form: Form = COLOUR) -> Array:
         count = tiff.count_pages(data) if data[:4] in tiff.MAGIC and form.pages == "first" else 1
         more = f"; or --pages channels, for its {count} pages" if count > 1 else ""
         raise BadImage(f"{error}{more}") from None
-
-
-def as_image(pixels: Array) -> Shaped[Tensor, "c h w"]:
-    """Pixels (h w c) as an image: a view in channels-last memory, fast to resize, and copied only if it must be."""
-    writable = pixels if pixels.flags.writeable else pixels.copy()
-    return torch.from_numpy(writable).permute(2, 0, 1)
 
 
 def read(data: bytes, pages: Pages = "first", *, deep: bool = True) -> Array:

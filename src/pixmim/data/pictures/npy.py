@@ -9,10 +9,10 @@ import math
 import numpy as np
 from numpy.lib import format as npy
 
-from pixmim.data.pictures.convert import Array
 from pixmim.data.pictures.limits import check_bytes, check_size
 from pixmim.data.source import BadImage
 from pixmim.errors import first_line
+from pixmim.transforms import Array
 
 MAGIC = npy.MAGIC_PREFIX
 

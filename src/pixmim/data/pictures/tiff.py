@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from pixmim.data.pictures.convert import Array, on_white, turned
+from pixmim.data.pictures.convert import on_white, turned
 from pixmim.data.pictures.limits import check_bytes, check_size
 from pixmim.data.source import BadImage, Pages
+from pixmim.transforms import Array
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How a TIFF, or a BigTIFF, begins."""

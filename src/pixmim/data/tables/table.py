@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Shaped
-from torch import Tensor
 
-from pixmim.data.pictures.decode import as_image, decode
+from pixmim.data.pictures.decode import decode
 from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.data.tables.columns import cells, only_images, read_labels
 from pixmim.errors import UserError
+from pixmim.transforms import Array
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,8 +74,8 @@ class Table(Source):
         """What is in a row's picture file. Raises BadImage."""
         return self._read(*self._find(index))
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        return as_image(decode(self.read(index), self.form))
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
+        return decode(self.read(index), self.form)
 
     def _find(self, index: int) -> tuple[int, int]:
         """The chunk of the table that holds a row, and the row in it."""

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
-from torch import Tensor
 
-from pixmim.data.pictures.decode import as_image, decode
+from pixmim.data.pictures.decode import decode
 from pixmim.data.pictures.limits import check_bytes
 from pixmim.data.source import BadImage, Form, Source
 from pixmim.data.tars.shelf import Shelf
+from pixmim.transforms import Array
 
 ENTRY = np.dtype([("image", "<i8"), ("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("h", "<i4"), ("w", "<i4")])
 """A sample in a tar's index: its number, place and length in the tar, class (-1: none), pixels (0: not known)."""
@@ -113,19 +113,19 @@ class Shards(Source):
         np.save(file, self._pixels(index, data))
         return file.getvalue()
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
         """Read and decode one image. Raises BadImage; and UserError if its whole tar is not to be had."""
         data = self._bytes(index)
-        return as_image(self._pixels(index, data) if self.raw else decode(data, self.form))
+        return self._pixels(index, data) if self.raw else decode(data, self.form)
 
     def _bytes(self, index: int) -> bytes:
-        entry = self._entries[index]
-        check_bytes(int(entry["length"]))
+        _, offset, length, *_ = self._entries.item(index)  # as Python's numbers, at once
+        check_bytes(length)
         try:
-            data = self._shelf.read(self._shard(index), int(entry["length"]), int(entry["offset"]))
+            data = self._shelf.read(self._shard(index), length, offset)
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
-        if len(data) != entry["length"]:
+        if len(data) != length:
             raise BadImage("cut off")
         return data
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pixmim.evaluate.segmentation.pairs import IGNORE
-from pixmim.transforms import Crop, resize_to_cover
+from pixmim.transforms import Array, Crop, cover, resized
 
 _TRIES = 10
 
@@ -40,11 +40,11 @@ class JitteredCrop(Crop):
     def shape(self) -> tuple[int, int]:
         return self.size
 
-    def put(self, image: Shaped[Tensor, "c h w"], u: Sequence[float], out: Shaped[Tensor, "c h2 w2"]) -> None:
+    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         factor = self.scale[0] + u[0] * (self.scale[1] - self.scale[0])
         wanted = max(1, round(self.size[0] * factor)), max(1, round(self.size[1] * factor))
-        pixels = resize_to_cover(image[:-1], wanted, "bilinear").permute(1, 2, 0).numpy()
-        mask = nearest(image[-1].numpy(), pixels.shape[:2])
+        pixels = resized(image[..., :-1], cover(image.shape[:2], wanted), "bilinear")
+        mask = nearest(image[..., -1], pixels.shape[:2])
         (height, width), (h, w) = mask.shape, self.size
         for k in range(_TRIES):
             top, left = int(u[1 + 2 * k] * (max(0, height - h) + 1)), int(u[2 + 2 * k] * (max(0, width - w) + 1))
@@ -52,10 +52,9 @@ class JitteredCrop(Crop):
             if self._mixed(part):
                 break
         rows, columns = (mirrored(begin, count, n) for begin, count, n in ((top, h, height), (left, w, width)))
-        target = out.permute(1, 2, 0).numpy()
-        target[..., :-1] = pixels[rows[:, None], columns]
-        target[..., -1] = IGNORE
-        target[: part.shape[0], : part.shape[1], -1] = part
+        out[..., :-1] = pixels[rows[:, None], columns]
+        out[..., -1] = IGNORE
+        out[: part.shape[0], : part.shape[1], -1] = part
 
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return None

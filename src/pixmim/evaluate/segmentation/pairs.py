@@ -11,15 +11,14 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from jaxtyping import Shaped
 from PIL import Image
-from torch import Tensor
 
 from pixmim.data.folders.files import Files, below
 from pixmim.data.shapes import SHAPES, Shapes
 from pixmim.data.source import BadImage, Form, Remade, Source
 from pixmim.errors import UserError, nearest
+from pixmim.transforms import Array
 
 IGNORE = 255
 """The value of pixels that do not count."""
@@ -32,7 +31,7 @@ _FOLDERS = ("masks", "annotations")
 
 
 class Pairs(Remade):
-    """Pictures of a data set with their masks: `image` gives (c + 1, h, w), the mask last.
+    """Pictures of a data set with their masks: `array` gives (h, w, c + 1), the mask last.
 
     mask     of an index: uint8 (h w), class numbers or IGNORE; raises BadImage
     classes  names of the classes of pixels
@@ -47,17 +46,15 @@ class Pairs(Remade):
     def labels(self) -> None:
         """Pictures as wholes have no class here."""
 
-    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        picture, mask = self.source.image(index).permute(1, 2, 0).numpy(), self._mask(index)
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
+        picture, mask = self.source.array(index), self._mask(index)
         if picture.shape[:2] != mask.shape:
             sizes = [f"{w}x{h}" for h, w in (mask.shape, picture.shape[:2])]
             raise BadImage(f"its mask has {sizes[0]} pixels, and the picture {sizes[1]}")
         odd = mask[(mask >= len(self.classes)) & (mask != IGNORE)]
         if odd.size:
             raise BadImage(f"its mask holds class {int(odd[0])}, and there are {len(self.classes)}, counted from 0")
-        return torch.from_numpy(np.concatenate([picture, mask[..., None].astype(picture.dtype)], axis=2)).permute(
-            2, 0, 1
-        )
+        return np.concatenate([picture, mask[..., None].astype(picture.dtype)], axis=2)
 
 
 def open_pairs(spec: str, form: Form, split: Split, classes: Sequence[str] | None = None) -> Pairs:
