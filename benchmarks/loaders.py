@@ -5,8 +5,8 @@ python benchmarks/loaders.py --data FOLDER     photographs; all copies are made 
 
 Everyone gets the JPEGs of a cache (quality 95, shortest edge 224) in its own format, decodes them, cuts them with
 pixmim's simple resized crop, shuffles, and hands over uint8 batches of 64, epoch after epoch. Everyone has a process,
-or a thread, for each core, and keeps them. A turn is as many batches as an epoch has, after some that do not count:
-twice as many as anyone may have made ready while others had their turn.
+or a thread, for each core, and keeps them. A turn is 32 batches, after some that do not count: twice as many as anyone
+may have made ready while others had their turn. Turns are short because shared machines drift within a minute.
 
 --decoder own          the others decode as they do by themselves: files and litdata by torchvision, the rest by Pillow
 --decoder simplejpeg   the others are given pixmim's decoder
@@ -46,7 +46,7 @@ from pixmim.data.tars.cacheformat import open_cache
 from pixmim.data.tars.shards import Shards
 from pixmim.transforms import SimpleResizedCrop
 
-BATCH, SIZE, AHEAD = 64, 224, 4  # AHEAD: batches that each process of the others may have ready
+BATCH, SIZE, TURN, AHEAD = 64, 224, 32, 4  # AHEAD: batches that each process of the others may have ready
 CROP = SimpleResizedCrop(SIZE)
 WORKERS = os.cpu_count() or 1
 PROCESSES: dict[str, Any] = {"num_workers": WORKERS, "persistent_workers": True, "prefetch_factor": AHEAD}
@@ -58,10 +58,10 @@ Batches = Iterator[Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--images", type=int, default=1920, help="images in an epoch")
+    parser.add_argument("--images", type=int, default=8000, help="images in an epoch")
     parser.add_argument("--chroma", choices=["444", "420"], default="444")
     parser.add_argument("--decoder", choices=["own", "simplejpeg"], default="own")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     source = open_data(options.data)
     count = min(options.images, len(source)) // BATCH * BATCH
@@ -87,7 +87,7 @@ def main() -> None:
         seconds = interleaved(
             {name: partial(next, batches) for name, batches in candidates.items()},
             options.rounds,
-            steps=count // BATCH,
+            steps=TURN,
             warm=2 * AHEAD * WORKERS,
         )
     best = min(seconds, key=lambda name: seconds[name] if name != "pixmim" else float("inf"))

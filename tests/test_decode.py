@@ -83,6 +83,15 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     assert np.array_equal(decode(data), turned)
 
 
+@pytest.mark.parametrize("before", [b"\xff\xe2\xff\x00" + bytes(65278), b"\xff\xff", b"\xff\xdb\x00\x43" + bytes(65)])
+def test_exif_is_found_behind_a_profile_fill_bytes_and_tables(before: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(PIXELS), "JPEG", exif=exif)
+    assert np.array_equal(decode(data[:2] + before + data[2:]), decode(data))
+    assert decode(data).shape == (30, 20, 3)
+
+
 def test_sixteen_bits_are_scaled_not_cut() -> None:
     deep = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
     expected = np.round(deep / 257).astype(np.uint8)

@@ -185,7 +185,8 @@ def test_a_tar_is_searched_once(shards: Path, memory: Path, monkeypatch: pytest.
     assert len(open_data(str(shards))) == 13
 
 
-def test_a_tar_that_changes_or_goes_while_in_use(shards: Path) -> None:
+def test_a_tar_that_changes_or_goes_while_in_use(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pixmim.data.tars.shelf.LOOK", 0)
     open_data(str(shards))
     data = open_data(str(shards))  # from what is remembered, so that no tar is open
     assert int(data.image(4)[0, 0, 0]) == 4

@@ -220,7 +220,8 @@ def resized(
     """Resize to `size` (h, w) with antialias; the image itself if it has that size."""
     if image.shape[:2] == size:
         return image
-    result: Array = _resize(as_image(image), size, interpolation).permute(1, 2, 0).numpy()
+    whole = as_image(np.ascontiguousarray(image))  # torch is slower on parts, and then lays the result out otherwise
+    result: Array = _resize(whole, size, interpolation).permute(1, 2, 0).numpy()
     return result
 
 

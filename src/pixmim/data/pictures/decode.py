@@ -88,13 +88,25 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
     except ValueError:
         return None
     check_size(width, height)
-    # A rotated picture is left to Pillow; the search costs microseconds, reading all EXIF a tenth of the decoding.
-    if colours in ("CMYK", "YCCK") or (b"Exif\0\0" in data[:4096] and _orientation(data) != 1):
+    # A rotated picture is left to Pillow; the search costs a microsecond, reading all EXIF a tenth of the decoding.
+    if colours in ("CMYK", "YCCK") or (_has_exif(data) and _orientation(data) != 1):
         return None
     try:
         return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
     except ValueError:  # damaged, or unusual: Pillow decides which, and words the reason
         return None
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether EXIF stands before the pixels of a JPEG, or something that is not understood."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xDA:  # here the pixels begin
+            return False
+        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            return True
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return True
 
 
 def _orientation(data: bytes) -> int:

@@ -1,5 +1,6 @@
 """Where the tars of a data set stand: each is opened by its number, and read at any place."""
 
+import math
 import os
 import time
 import weakref
@@ -14,6 +15,9 @@ from pixmim.errors import UserError
 
 OPEN = 256
 """Files that are open at a time; most systems allow a process 1024."""
+
+LOOK = 1.0
+"""Seconds for which an open tar is trusted to be the one that was listed. To ask takes longer than to read."""
 
 
 class Version(NamedTuple):
@@ -84,10 +88,11 @@ class Shelf(ABC):
 
 
 class Near(Shelf):
-    """Tars in this machine's file system, of the versions given. Raises UserError, on opening, for one that is not."""
+    """Tars in this machine's file system, of the versions given. Raises UserError for one that is not, or no longer."""
 
     def __init__(self, names: Sequence[str], versions: Sequence[Version]) -> None:
         self._names, self._versions = names, versions
+        self._looked = [-math.inf] * len(names)  # when each was last seen to be of its version
         self._open = lru_cache(maxsize=OPEN)(self._opened)
 
     @property
@@ -99,9 +104,11 @@ class Near(Shelf):
         return False
 
     def open(self, shard: int) -> Descriptor:
-        found = self._open(shard)
-        if not self._versions[shard].fits(found.version):
-            raise UserError(f"{self._names[shard]} has changed since the places in it were listed: start again")
+        found, now = self._open(shard), time.monotonic()
+        if now - self._looked[shard] > LOOK:
+            if not self._versions[shard].fits(found.version):
+                raise UserError(f"{self._names[shard]} has changed since the places in it were listed: start again")
+            self._looked[shard] = now
         return found
 
     def read(self, shard: int, length: int, offset: int) -> bytes:
@@ -111,6 +118,7 @@ class Near(Shelf):
         """Nothing is fetched ahead: the system's own file cache serves."""
 
     def _opened(self, shard: int) -> Descriptor:
+        self._looked[shard] = -math.inf
         try:
             return Descriptor(Path(self._names[shard]))
         except OSError as error:
