@@ -31,7 +31,7 @@ from pixmim.data.tars.cacheformat import (
 )
 from pixmim.data.threads import workers
 from pixmim.errors import UserError
-from pixmim.transforms import Interpolation, resize_to_cover
+from pixmim.transforms import Interpolation, cover, resized
 
 Kind = Literal["jpeg", "raw"]
 Chroma = Literal["444", "420"]
@@ -185,13 +185,14 @@ def _sample(
     source: Source, labels: npt.NDArray[np.int64] | None, index: int, settings: Settings, skipped: Skipped
 ) -> Sample | None:
     try:
-        original = source.image(index)
+        original = source.array(index)
     except BadImage as error:
         skipped.add(index, source.locate(index), str(error))
         return None
+    height, width, _ = original.shape
     h, w = settings.size
-    image = resize_to_cover(original, (h, w), settings.interpolation)  # type: ignore[arg-type]
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    interpolation: Interpolation = settings.interpolation  # type: ignore[assignment]
+    pixels = np.ascontiguousarray(resized(original, cover((height, width), (h, w)), interpolation))
     files: dict[str, bytes] = {}
     if settings.kind == "raw":
         files["raw"] = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
@@ -202,6 +203,6 @@ def _sample(
     label = -1 if labels is None else int(labels[index])
     if label >= 0:
         files["cls"] = str(label).encode()
-    about = {"path": source.locate(index), "height": original.shape[1], "width": original.shape[2]}
+    about = {"path": source.locate(index), "height": height, "width": width}
     files["json"] = json.dumps(about).encode("utf-8", "surrogateescape")
     return index, files, label, (pixels.shape[0], pixels.shape[1])

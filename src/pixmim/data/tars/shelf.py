@@ -38,6 +38,7 @@ class Descriptor:
         self._number = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._number)
         self.size = os.fstat(self._number).st_size
+        self.looked = -math.inf  # when its version was last looked at, for those who look
 
     def read(self, length: int, offset: int) -> bytes:
         """Bytes at a place; fewer where the file ends."""
@@ -92,7 +93,6 @@ class Near(Shelf):
 
     def __init__(self, names: Sequence[str], versions: Sequence[Version]) -> None:
         self._names, self._versions = names, versions
-        self._looked = [-math.inf] * len(names)  # when each was last seen to be of its version
         self._open = lru_cache(maxsize=OPEN)(self._opened)
 
     @property
@@ -105,10 +105,10 @@ class Near(Shelf):
 
     def open(self, shard: int) -> Descriptor:
         found, now = self._open(shard), time.monotonic()
-        if now - self._looked[shard] > LOOK:
+        if now - found.looked > LOOK:
             if not self._versions[shard].fits(found.version):
                 raise UserError(f"{self._names[shard]} has changed since the places in it were listed: start again")
-            self._looked[shard] = now
+            found.looked = now
         return found
 
     def read(self, shard: int, length: int, offset: int) -> bytes:
@@ -118,7 +118,6 @@ class Near(Shelf):
         """Nothing is fetched ahead: the system's own file cache serves."""
 
     def _opened(self, shard: int) -> Descriptor:
-        self._looked[shard] = -math.inf
         try:
             return Descriptor(Path(self._names[shard]))
         except OSError as error:
