@@ -1,11 +1,16 @@
-"""A file is there whole or not at all."""
+"""Files: read only if regular and within a bound, written completely or not at all."""
 
+import json
 import os
+import socket
+import threading
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from pixmim.disk import write_whole
+from pixmim.disk import atomic_write, parse_json, read_file, read_json, read_text, write_whole
+from pixmim.errors import UserError
 
 
 def test_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
@@ -16,17 +21,83 @@ def test_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.bin"]
 
 
-def test_what_cannot_be_written_leaves_the_old_and_nothing_beside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_previous_content_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     write_whole(tmp_path / "a.json", "old")
 
-    def full(self: Path, content: bytes) -> None:
-        with open(self, "wb") as file:
-            file.write(content[:1])
+    def fail(file: IO[bytes]) -> None:
+        file.write(b"n")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "a.json", "new")
+        atomic_write(tmp_path / "a.json", fail)
     assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_link_at_the_target_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "a.json").symlink_to(tmp_path / "other")
+    write_whole(tmp_path / "a.json", "new")
+    assert (tmp_path / "other").read_text() == "mine" and (tmp_path / "a.json").read_text() == "new"
+
+
+def test_names_that_are_not_utf8_survive_a_text_file(tmp_path: Path) -> None:
+    name = os.fsdecode(b"M\xfcller.jpg")
+    write_whole(tmp_path / "names.txt", name)
+    assert (tmp_path / "names.txt").read_bytes() == b"M\xfcller.jpg" and read_text(tmp_path / "names.txt") == name
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [_fifo, _socket, _device, Path.mkdir])
+def test_only_regular_files_are_read_and_nothing_waits(make: object, tmp_path: Path) -> None:
+    make(tmp_path / "x")  # type: ignore[operator]
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file(tmp_path / "x")
+
+
+def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    assert read_file(tmp_path / "x", 5) == read_file(tmp_path / "link", 5) == b"12345"
+    with pytest.raises(OSError, match="5 bytes are more than the 4 allowed"):
+        read_file(tmp_path / "x", 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_file_that_holds_more_than_its_size_says_is_refused() -> None:
+    with pytest.raises(OSError, match="grew"):
+        read_file("/proc/self/status")
+
+
+def test_json_is_bounded_in_depth_and_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"a": [1, {"b": None}]}))
+    assert read_json(tmp_path / "x.json") == {"a": [1, {"b": None}]}
+    for text in ("[" * 100_000, "[" * 65 + "]" * 65, '{"a": ' * 65 + "1" + "}" * 65):
+        with pytest.raises(UserError, match="nested too deep"):
+            parse_json(text, "x.json")
+    for text in ("", "{", "9" * 5000, "\ud800"):
+        with pytest.raises(UserError, match=r"x\.json is not valid JSON"):
+            parse_json(text, "x.json")
+    assert parse_json("[" * 64 + "]" * 64, "x.json")
+
+
+def test_two_writers_of_one_file_leave_one_of_the_contents(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    contents = [bytes([number]) * 100_000 for number in range(8)]
+    threads = [threading.Thread(target=write_whole, args=(path, content)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents and os.listdir(tmp_path) == ["x"]

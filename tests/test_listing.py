@@ -15,7 +15,7 @@ from pixmim.data.folders import filesystem, listing
 from pixmim.data.folders.files import EXTENSIONS, below, listed
 from pixmim.data.folders.listing import list_pictures
 from pixmim.data.folders.paths import Paths
-from pixmim.data.remembered import place
+from pixmim.disk import cache_path
 from pixmim.errors import UserError
 
 LONG_AGO = 10**18  # a time in nanoseconds since 1970, years back
@@ -248,7 +248,7 @@ def test_what_lies_elsewhere_is_listed_each_time(tree: Path, monkeypatch: pytest
 
 
 def kept(tree: Path) -> Path:
-    return place("listings", str(tree))
+    return cache_path("listings", str(tree))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "version", "folder"])

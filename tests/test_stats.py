@@ -12,10 +12,10 @@ from PIL import Image
 
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.remembered import place
 from pixmim.data.source import Form
 from pixmim.data.stats import Stats, fitting, kinds, measure, recall, remember, sample, to_keep
 from pixmim.data.tars.cache import make_cache
+from pixmim.disk import cache_path
 from pixmim.engine.advice import describe
 from pixmim.engine.schedule import Schedule
 from pixmim.errors import UserError
@@ -111,7 +111,7 @@ def test_the_form_that_loses_nothing_of_most_images(pictures: Path, tmp_path: Pa
 def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Stats((0.5, 0.25), (1.0, 2.0), 7, 9)
     path = remember("/some/data", Form(2), kept)
-    assert recall("/some/data", Form(2)) == kept and path.is_relative_to(place("stats", "x").parent)
+    assert recall("/some/data", Form(2)) == kept and path.is_relative_to(cache_path("stats", "x").parent)
     assert recall("/some/data", Form(2, "uint16")) is None and recall("/other", Form(2)) is None
     for damage in (
         "",
@@ -129,7 +129,7 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
     assert len(open_data(str(tmp_path / "moved"))) == 10
     for home, expected in (("relative", Path.home() / ".cache"), ("/else", Path("/else"))):
         monkeypatch.setenv("XDG_CACHE_HOME", home)
-        assert place("stats", "x").parent == expected / "pixmim" / "stats"
+        assert cache_path("stats", "x").parent == expected / "pixmim" / "stats"
 
 
 def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:

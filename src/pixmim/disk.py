@@ -1,19 +1,151 @@
-"""Files that are there whole or not at all."""
+"""Files: read only if they are regular and within a bound, written completely or not at all.
 
+Every file may come from a stranger. A FIFO, a device or a file that grows while it is read would hang a command or fill
+the memory; a symbolic link placed where a temporary file will be would redirect a write. The functions here refuse all
+of them.
+"""
+
+import errno
+import hashlib
+import json
 import os
+import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
+
+from pixmim.errors import UserError
+
+MAX_TEXT_BYTES = 64 * 2**20
+"""Default bound of a text or JSON file that is read into memory."""
+
+_MAX_JSON_DEPTH = 64
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading and return its descriptor. Symbolic links are followed.
+
+    Never waits, whatever the path leads to.
+
+    Raises:
+        OSError: If the file cannot be opened, or is a FIFO, a device, a socket or a folder.
+    """
+    _check_regular(os.stat(path), path)  # opening a device may already have an effect
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_file(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: If it is not a regular file, is larger than `limit`, or grows while it is read.
+    """
+    descriptor = open_regular(path)
+    with open(descriptor, "rb", buffering=0) as file:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"{size:,} bytes are more than the {limit:,} allowed", str(path))
+        parts, left = [], size + 1  # one more than there is: a file that grows shows
+        while left and (part := file.read(left)):
+            parts.append(part)
+            left -= len(part)
+        if not left:
+            raise OSError(errno.EFBIG, "it grew while it was read", str(path))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a UTF-8 text file as `read_file` does. Invalid bytes become surrogates, as in file names."""
+    return read_file(path, limit).decode("utf-8", "surrogateescape")
+
+
+def read_json(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> Any:
+    """Read a JSON file as `read_file` does.
+
+    Raises:
+        OSError: As `read_file`.
+        UserError: If it is not JSON, or nested deeper than 64 levels.
+    """
+    return parse_json(read_text(path, limit), str(path))
+
+
+def parse_json(text: str, source: str) -> Any:
+    """Parse JSON from an untrusted `source`, which is its name in errors.
+
+    Raises:
+        UserError: If the text is not JSON, or nested deeper than 64 levels.
+    """
+    try:
+        content = json.loads(text)
+        _check_depth(content, _MAX_JSON_DEPTH)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{source} is not valid JSON: {reason}") from None
+    return content
+
+
+def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file through `write(file)` under a temporary name and move it into place once it is complete.
+
+    Until then the previous content stays. The temporary name is random and must not exist: neither another process nor
+    a symbolic link can stand there.
+
+    Raises:
+        OSError: As writing does. No temporary file is left behind.
+    """
+    temporary = path.with_name(f"{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(temporary, flags, 0o666), "w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, and move it there once it is complete: until then, what was there stays.
+    """Write `content` as `atomic_write` does; text as UTF-8, with the bytes that surrogates stand for in file names."""
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    atomic_write(path, lambda file: file.write(data))
 
-    The name beside is nobody else's: processes on other machines may write the same file, and have the same number.
-    Raises OSError as writing does; nothing unfinished is left then.
+
+def cache_path(kind: str, key: str) -> Path:
+    """Return where a fact about `key` is cached, without a suffix; its folder may not exist yet.
+
+    Below $XDG_CACHE_HOME/pixmim, or ~/.cache/pixmim. All of that may be removed at any time.
     """
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = base if base.is_absolute() else Path("~/.cache").expanduser()
+    return home / "pixmim" / kind / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"not a regular file, but {kind}", str(path))
+
+
+def _check_depth(content: Any, left: int) -> None:
+    if isinstance(content, dict | list):
+        if not left:
+            raise RecursionError
+        for value in content.values() if isinstance(content, dict) else content:
+            _check_depth(value, left - 1)

@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from pixmim import rng
 from pixmim.data.pictures.decode import read
-from pixmim.data.remembered import place
 from pixmim.data.source import BadImage, Encoded, Form, Pages, Source
 from pixmim.data.tars import anywhere
 from pixmim.data.tars.cacheformat import read_settings, write_json
 from pixmim.data.tars.foreign import names_tars
 from pixmim.data.tars.remote import is_far
 from pixmim.data.threads import how_many, in_turn, workers
+from pixmim.disk import cache_path
 
 _BLOCK = 2**20  # values that are in float64 at a time
 
@@ -202,7 +202,7 @@ def _path(spec: str, form: Form) -> Path:
     folder = Path(spec).expanduser()
     if read_settings(folder) is not None:
         return folder / "stats.json"
-    return place("stats", f"{spec}\n{form}").with_suffix(".json")
+    return cache_path("stats", f"{spec}\n{form}").with_suffix(".json")
 
 
 def _moments(pixels: npt.NDArray[np.generic]) -> Vector:

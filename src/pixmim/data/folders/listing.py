@@ -26,8 +26,7 @@ import numpy as np
 from pixmim.data.folders.filesystem import folder_times_are_true
 from pixmim.data.folders.paths import END, Paths
 from pixmim.data.patience import patience
-from pixmim.data.remembered import place
-from pixmim.disk import write_whole
+from pixmim.disk import cache_path, write_whole
 
 SETTLED = 60.0
 """Seconds without a change before a folder is trusted: more than any file system's grain, and clocks that differ."""
@@ -81,7 +80,7 @@ def list_pictures(root: Path, extensions: frozenset[str]) -> Listing:
     """
     endings = tuple(sorted(os.fsencode(extension) for extension in extensions))
     header = b"pixmim listing 1 " + b" ".join(endings) + b"\n"
-    file = place("listings", os.path.abspath(root))
+    file = cache_path("listings", os.path.abspath(root))
     known = _read(file, header)
     with patience(f"listing {root}", "pictures") as add:
         found, closed, others = _walk(os.path.join(os.fsencode(root), b""), known, endings, add)

@@ -7,10 +7,10 @@ from concurrent.futures import Future
 from threading import Lock, Thread
 from time import monotonic
 
-from pixmim.data.remembered import place
 from pixmim.data.tars import remote
 from pixmim.data.tars.copies import Copies
 from pixmim.data.tars.shelf import OPEN, Descriptor, Shelf, Version
+from pixmim.disk import cache_path
 from pixmim.errors import UserError
 
 _FETCHERS = 4  # threads that fetch ahead
@@ -26,7 +26,7 @@ class Far(Shelf):
 
     def __init__(self, urls: Sequence[str], versions: Sequence[Version], local_copy: float) -> None:
         self._urls, self._versions, self._local_copy = urls, list(versions), local_copy
-        self._copies = Copies(place("copies", "").parent, int(local_copy * 2**30))
+        self._copies = Copies(cache_path("copies", "").parent, int(local_copy * 2**30))
         self._lock = Lock()
         self._opened: OrderedDict[int, Descriptor] = OrderedDict()  # the least recently used first
         self._coming: dict[int, Future[Descriptor]] = {}
@@ -189,4 +189,4 @@ class Far(Shelf):
 
 def _name(url: str, version: Version) -> str:
     """Of a copy: another one for each version."""
-    return place("copies", f"{url}\0{version.size}\0{version.tag}").name
+    return cache_path("copies", f"{url}\0{version.size}\0{version.tag}").name

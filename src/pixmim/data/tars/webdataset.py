@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pixmim.data.remembered import place
 from pixmim.data.tars.remote import is_far
 from pixmim.data.tars.shards import ENTRY, Contents
 from pixmim.data.tars.shelf import Descriptor, Shelf, Version
 from pixmim.data.tars.tar import members
-from pixmim.disk import write_whole
+from pixmim.disk import cache_path, write_whole
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
 """Extensions of pictures. Of several in one sample, the first in this order is its image."""
@@ -49,7 +48,7 @@ class Found:
 
 def contents(name: str, version: Version, shelf: Shelf, shard: int) -> Found:
     """What is in a tar of a shelf: remembered, or else searched for and remembered. Raises UserError."""
-    memory = place("tars", name if is_far(name) else os.path.abspath(name))
+    memory = cache_path("tars", name if is_far(name) else os.path.abspath(name))
     found = _recall(memory, name, version)
     if found is None:
         found = search(shelf.open(shard), name)
