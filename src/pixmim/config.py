@@ -130,7 +130,9 @@ class Optim:
     final_lr: float = 0.0
     """Where the cosine ends."""
     warmup: float = 40.0
-    """Epochs of warm-up from zero; never more than a fifth of the run."""
+    """Epochs of warm-up; never more than a fifth of the run."""
+    warmup_prefix: bool = True
+    """True: the cosine begins after the warm-up (MAE). False: it counts from the first step (SimMIM)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     weight_decay: float = 0.05

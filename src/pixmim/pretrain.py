@@ -30,6 +30,7 @@ from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
 from pixmim.method import Method
 from pixmim.models.base import MaskedModel
+from pixmim.models.layers import not_decayed
 from pixmim.parts import build_crop, build_model, image_form
 from pixmim.pretrained import begin_from
 from pixmim.runfile import to_json
@@ -77,7 +78,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     )
     origin = begin_from(model, run) if run.init and not checkpoints.steps() else []
     network = spread(model, run.scale, world, device, precision)
-    optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay)
+    optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay, not_decayed(model.encoder))
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop

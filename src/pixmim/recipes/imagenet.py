@@ -99,7 +99,15 @@ def simmim_swin_base() -> Run:
         mask=Mask("units", ratio=0.6, unit=32, whole_units=True),
         target=Target(kind="pixels", normalise_patches=False, distance="l1"),
         # 2e-4 per 512 images; the ends of the schedule are not scaled
-        optim=Optim(base_lr=1e-4, first_lr=4e-6, final_lr=4e-5, warmup=10, betas=(0.9, 0.999), clip=5.0),
+        optim=Optim(
+            base_lr=1e-4,
+            first_lr=4e-6,
+            final_lr=4e-5,
+            warmup=10,
+            warmup_prefix=False,
+            betas=(0.9, 0.999),
+            clip=5.0,
+        ),
         made=Made(images=IMAGES, steps=100 * IMAGES // 2048),
     )
 
