@@ -18,7 +18,8 @@ def adamw(
 
     exempt  what is not decayed besides: all whose name contains one of these
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (plain if _is_exempt(name, p, exempt) else decayed).append(p)
