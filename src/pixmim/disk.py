@@ -9,13 +9,15 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pixmim.errors import UserError
+from pixmim.errors import UserError, shown
 
 MAX_TEXT_BYTES = 64 * 2**20
 """Default bound of a text or JSON file that is read into memory."""
@@ -85,14 +87,14 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> Any:
     return parse_json(read_text(path, limit), str(path))
 
 
-def parse_json(text: str, source: str) -> Any:
-    """Parse JSON from an untrusted `source`, which is its name in errors.
+def parse_json(text: str, source: str, unique: bool = False) -> Any:
+    """Parse JSON from an untrusted `source`, which is its name in errors. With `unique`, no key may be there twice.
 
     Raises:
         UserError: If the text is not JSON, or nested deeper than 64 levels.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unique if unique else None)
         _check_depth(content, _MAX_JSON_DEPTH)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
@@ -127,6 +129,35 @@ def write_whole(path: Path, content: str | bytes) -> None:
     atomic_write(path, lambda file: file.write(data))
 
 
+def check_new(folder: Path) -> None:
+    """Raise UserError unless a folder is absent, or empty and not the one that the process is in."""
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
+        raise UserError(f"{folder} is there already: choose another folder")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a new, empty folder to write into, which becomes `folder` once the block is left without an error.
+
+    `folder` must not exist, or be empty. The temporary folder is beside it, under a random name that must not exist.
+
+    Raises:
+        OSError: As writing does. Nothing is left behind.
+        UserError: If something is in `folder` already.
+    """
+    folder = folder.absolute()
+    check_new(folder)
+    beside = folder.with_name(f"{folder.name[:100]}.{uuid.uuid4().hex}.tmp")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.mkdir()
+    try:
+        yield beside
+        check_new(folder)
+        os.rename(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def cache_path(kind: str, key: str) -> Path:
     """Return where a fact about `key` is cached, without a suffix; its folder may not exist yet.
 
@@ -135,6 +166,15 @@ def cache_path(kind: str, key: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     home = base if base.is_absolute() else Path("~/.cache").expanduser()
     return home / "pixmim" / kind / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is there twice")
+        found[key] = value
+    return found
 
 
 def _check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:

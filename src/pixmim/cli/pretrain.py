@@ -14,7 +14,7 @@ from pixmim.cli.terms import absolute
 from pixmim.config import Run
 from pixmim.errors import UserError
 from pixmim.recipes import RECIPES, get_recipe
-from pixmim.runfile import from_json
+from pixmim.runfile import read_run_file
 from pixmim.terminal import say
 
 _MAY_CHANGE = {
@@ -176,9 +176,9 @@ def _base(named: str) -> Run:
 
 
 def _load(path: Path) -> Run:
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"there is no {path}")
-    return from_json(path.read_text(), path)
+    return read_run_file(path)
 
 
 def _value_of(flag: str, args: list[str]) -> str:
