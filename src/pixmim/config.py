@@ -5,6 +5,7 @@ suppressed there belongs to the recipe.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -312,6 +313,11 @@ class Run:
             raise UserError(f"a batch of {self.batch_size:,}{parts} does not divide among {count} {of}")
 
     @property
+    def named(self) -> dict[str, str]:
+        """Data and weights that this run opens, by flag; empty where it names none."""
+        return {"--data": self.data, "--init": self.init, "--knn.train": self.knn.train, "--knn.test": self.knn.test}
+
+    @property
     def hw(self) -> tuple[int, int]:
         """Height and width of what the network sees, in pixels."""
         return _parse_size(self.size)
@@ -331,7 +337,7 @@ class Run:
 
 def _parse_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
-    if len(sides) in (1, 2) and all(side.isdigit() and int(side) > 0 for side in sides):
+    if len(sides) in (1, 2) and all(re.fullmatch("0*[1-9][0-9]{0,5}", side) for side in sides):
         return int(sides[0]), int(sides[-1])
     raise UserError(f"--size is a number of pixels such as 224, or HEIGHTxWIDTH such as 192x384, not '{text}'")
 

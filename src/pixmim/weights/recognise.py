@@ -1,6 +1,5 @@
 """A model's tensors with all that it takes to build it, and how they come out of anybody's file."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from pixmim.config import Mask, Model, Run, Target
+from pixmim.disk import parse_json, read_text
 from pixmim.errors import UserError
 from pixmim.runfile import from_json
+from pixmim.trust import inside
 from pixmim.weights import sizes
 from pixmim.weights.own import KEY
 from pixmim.weights.read import Foreign, read
@@ -52,14 +53,26 @@ class Weights:
 
 def read_run(folder: Path) -> Run | None:
     """The settings of the run in a folder, or of weights that were imported into it; None if there is no such run."""
+    found = read_config(folder)
+    return None if found is None else found[0]
+
+
+def read_config(folder: Path) -> tuple[Run, str] | None:
+    """Read a run's settings, and the text that they were read from; None if there is no run in the folder.
+
+    Raises:
+        UserError: If config.json is not JSON, or a run's and not valid, or leads out of the folder.
+        OSError: If it cannot be read.
+    """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        keys = json.loads(path.read_text())
-    except ValueError:
-        keys = {}
-    return from_json(path.read_text(), path) if "recipe" in keys else None
+    text = read_text(path)
+    content = parse_json(text, str(path))
+    if not isinstance(content, dict) or "recipe" not in content:  # another project's
+        return None
+    inside(folder, path.name)
+    return from_json(text, path), text
 
 
 KNOWN = ("img_size", "num_heads", "decoder_heads")
