@@ -337,6 +337,11 @@ class Run:
             raise UserError(f"a batch of {self.batch_size:,}{parts} does not divide among {count} {of}")
 
     @property
+    def named(self) -> dict[str, str]:
+        """Data and weights that this run opens, by flag; empty where it names none."""
+        return {"--data": self.data, "--init": self.init, "--knn.train": self.knn.train, "--knn.test": self.knn.test}
+
+    @property
     def hw(self) -> tuple[int, int]:
         """Height and width of what the network sees, in pixels."""
         return _parse_size(self.size)

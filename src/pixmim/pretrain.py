@@ -36,7 +36,10 @@ from pixmim.pretrained import begin_from
 from pixmim.runfile import to_json
 from pixmim.terminal import say
 from pixmim.transforms import finish
+from pixmim.trust import inside, remember_run
 from pixmim.weights.own import save_tensors
+
+_FILES = ("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", "encoder.safetensors")
 
 Watch = Callable[[nn.Module], dict[str, float]]
 """Measures the encoder while it is trained: named values for the log."""
@@ -57,6 +60,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     checkpoints/ (all of them) and, at the end, encoder.safetensors. On a CPU, a run that was interrupted and resumed on
     as many processes ends with bitwise the weights of one that was not. Raises UserError.
     """
+    for name in _FILES:
+        inside(out, name)  # what is written must not go elsewhere by a link
     data, crop = open_data(run.data, image_form(run), run.local_copy), build_crop(run)
     _agree(run, world, data)
     method = Method.of(run)
@@ -83,14 +88,15 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
         write_whole(out / "config.json", to_json(run))
+    remember_run(to_json(run))
 
     about = [f"images: {line}" for line in (data.about, kept) if line]
     for line in [*describe(run, len(data), schedule, device, precision, world), *about, *origin]:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     start = checkpoints.load(model, updater, images=len(data))
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
-        console.print(f"the run {done}: {start:,} updates are done", highlight=False)
+        say(console, f"the run {done}: {start:,} updates are done")
     mean, std = (torch.tensor(values, device=device) for values in run.statistics)
     skipped = Skipped(out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv"), len(data), run.max_bad)
     watch_every = max(1, round(run.knn.every / epoch))

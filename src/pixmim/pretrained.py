@@ -20,6 +20,7 @@ from pixmim.models.base import MaskedModel
 from pixmim.options import check_name, check_options
 from pixmim.parts import Module, build_encoder, build_model, sketch
 from pixmim.runfile import portable, to_json
+from pixmim.trust import inside
 from pixmim.weights.fit import fit, refit, shape, their_name
 from pixmim.weights.own import save_tensors
 from pixmim.weights.recognise import Weights, read_run, read_weights
@@ -105,13 +106,13 @@ def open_model(
     run = read_run(path) if path.is_dir() else None
     if run is None:
         return _in_memory(read_weights(path, known))
-    imported, checkpoints = path / "model.safetensors", Checkpoints(path / "checkpoints")
+    imported, checkpoints = inside(path, "model.safetensors"), Checkpoints(inside(path, "checkpoints"))
     if whole and not imported.is_file() and checkpoints.steps():
         with torch.random.fork_rng(devices=[]):
             model = build_model(run)
         step = checkpoints.load_model(model)
         return Weights(run, dict(model.state_dict()), "pixmim", step=step)
-    product = imported if whole and imported.is_file() else path / "encoder.safetensors"
+    product = imported if whole and imported.is_file() else inside(path, "encoder.safetensors")
     if not product.is_file():
         raise UserError(f"there is no {product}: is the run finished?")
     weights = replace(read_weights(product, known), run=run)  # the folder may have moved, and its data with it

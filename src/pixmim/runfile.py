@@ -21,13 +21,12 @@ def to_json(run: Run) -> str:
     return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
 
 
-def read_run_file(path: Path) -> Run:
-    """Read a run's config.json. Raises UserError as `from_json`, and for a file that cannot be read."""
+def read_config_text(path: Path) -> str:
+    """Read the text of a config.json, within its bound. Raises UserError if it cannot be read."""
     try:
-        text = read_text(path, MAX_CHARACTERS)
+        return read_text(path, MAX_CHARACTERS)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return from_json(text, path)
 
 
 def from_json(text: str, source: str | Path = "the configuration") -> Run:

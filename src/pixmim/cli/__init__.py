@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 
 from pixmim.cli.bench import bench_data
 from pixmim.cli.coverage import coverage
@@ -15,6 +14,7 @@ from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
 from pixmim.cli.transfer import export, import_
 from pixmim.errors import UserError, nearest
+from pixmim.terminal import say
 
 OVERVIEW = """usage: pixmim COMMAND [...]
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no command '{args[0]}'{nearest(args[0], COMMANDS)}\n\n{OVERVIEW}")
         return COMMANDS[args[0]](args[1:])
     except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        say(Console(stderr=True), f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from pixmim.cli.terms import absolute
 from pixmim.errors import UserError
-from pixmim.terminal import say
+from pixmim.terminal import cell, say
 
 if TYPE_CHECKING:
     from pixmim.data.bench.rates import Rates
@@ -70,7 +70,7 @@ def bench_data(args: list[str]) -> int:
                 cover,
                 threads=threads,
                 seconds=seconds,
-                tell=lambda what: status.update(f"measuring: {what}"),
+                tell=lambda what: status.update(cell(f"measuring: {what}")),
             )
         console.print(_table(rates))
         side = "x".join(map(str, cover if cover[0] != cover[1] else cover[:1]))

@@ -8,6 +8,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from pixmim.data.patience import bar
+from pixmim.terminal import printable
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ def parallel(what: str, function: Callable[[int], T], count: int, threads: int =
     if not count:
         return []
     progress = bar(Console(stderr=True))
-    task, patience, shown = progress.add_task(what, total=count), monotonic() + _PATIENCE, False
+    task, patience, shown = progress.add_task(printable(what), total=count), monotonic() + _PATIENCE, False
     found: list[T] = []
     with ThreadPoolExecutor(min(threads, count), "pixmim-files") as pool:
         jobs = [pool.submit(function, i) for i in range(count)]

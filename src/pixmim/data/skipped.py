@@ -1,14 +1,21 @@
 """The account of images that cannot be read: a line each in skipped.csv; too many of them end the run."""
 
 import csv
+import io
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
+from pixmim.disk import append, read_text
 from pixmim.errors import UserError
+from pixmim.terminal import csv_cell
 
 _ENOUGH = 50  # images to have seen before a share of them says something
+
+_MAX_BYTES = 2**28
+
+_HEADER = ["image", "reason"]
 
 
 class Skipped:
@@ -27,8 +34,7 @@ class Skipped:
         self._lock = Lock()
         self._written: set[str] = set()
         if path is not None and path.exists():
-            with path.open(newline="") as file:
-                self._written = {row[0] for row in csv.reader(file) if row}
+            self._written = {row[0] for row in read_skipped(path)[0]}
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -47,12 +53,9 @@ class Skipped:
                 return
             self._bad[index] = f"{image}: {reason}"
             self._seen[index] = True
-            if self._path is not None and image not in self._written:
-                new = not self._path.exists()
-                with self._path.open("a", newline="") as file:
-                    writer = csv.writer(file)
-                    writer.writerows([["image", "reason"]] * new + [[image, " ".join(reason.split())]])
-                self._written.add(image)
+            if self._path is not None and csv_cell(image) not in self._written:
+                _append(self._path, [[image, " ".join(reason.split())]])
+                self._written.add(csv_cell(image))
             seen = np.count_nonzero(self._seen)
             if seen >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * seen:
                 raise self.too_many()
@@ -68,17 +71,42 @@ class Skipped:
         )
 
 
+def read_skipped(path: Path) -> tuple[list[list[str]], str]:
+    """Read the rows of a skipped.csv without its header, and what is wrong with the file; empty if nothing is.
+
+    Lines that are not CSV are left out.
+    """
+    try:
+        reader = csv.reader(io.StringIO(read_text(path, _MAX_BYTES), newline=""))
+    except OSError as error:
+        return [], f"{path} cannot be read: {error.strerror}"
+    rows, problem = list[list[str]](), ""
+    while True:
+        try:
+            rows += [row for row in [next(reader)] if row and row != _HEADER]
+        except StopIteration:
+            return rows, problem
+        except csv.Error as error:
+            problem = problem or f"{path}, line {reader.line_num}: {error}"
+
+
 def gather_accounts(folder: Path) -> int:
     """Put what several processes skipped (skipped-1.csv and so on) into skipped.csv; gives how many images it names."""
-    whole, parts = folder / "skipped.csv", sorted(folder.glob("skipped-*.csv"))
-    rows: dict[str, list[str]] = {}
-    for path in [whole, *parts]:
-        if path.exists():
-            with path.open(newline="") as file:
-                rows |= {row[0]: row for row in csv.reader(file) if row} | rows
-    if parts:
-        with whole.open("w", newline="") as file:
-            csv.writer(file).writerows(rows.values())
-        for path in parts:
+    whole = folder / "skipped.csv"
+    named = {row[0] for row in read_skipped(whole)[0]} if whole.exists() else set()
+    for path in sorted(folder.glob("skipped-*.csv")):
+        found, problem = read_skipped(path)
+        rows = {row[0]: row for row in found if row[0] not in named}
+        if rows:
+            _append(whole, list(rows.values()))
+        named |= rows.keys()
+        if not problem:
             path.unlink()
-    return max(0, len(rows) - 1)  # the first one is the header
+    return len(named)
+
+
+def _append(path: Path, rows: list[list[str]]) -> None:
+    text = io.StringIO(newline="")
+    cells = [[csv_cell(cell) for cell in row] for row in ([] if path.exists() else [_HEADER]) + rows]
+    csv.writer(text).writerows(cells)
+    append(path, text.getvalue())

@@ -86,7 +86,7 @@ def learn(
                 after=lambda step: after(),
             )
     if step < steps:
-        console.print(f"stopped after update {step:,} of {steps:,}; the same command goes on", highlight=False)
+        say(console, f"stopped after update {step:,} of {steps:,}; the same command goes on")
         raise KeyboardInterrupt
 
 

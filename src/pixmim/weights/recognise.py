@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from pixmim.config import Mask, Model, Run, Target
-from pixmim.disk import parse_json, read_text
+from pixmim.disk import parse_json
 from pixmim.errors import UserError, first_line, shown
 from pixmim.options import check_options
-from pixmim.runfile import MAX_CHARACTERS, from_json
+from pixmim.runfile import from_json, read_config_text
+from pixmim.trust import inside
 from pixmim.weights import sizes
 from pixmim.weights.own import KEY
 from pixmim.weights.read import Foreign, read
@@ -54,17 +55,26 @@ class Weights:
 
 def read_run(folder: Path) -> Run | None:
     """The settings of the run in a folder, or of weights that were imported into it; None if there is no such run."""
+    found = read_config(folder)
+    return None if found is None else found[0]
+
+
+def read_config(folder: Path) -> tuple[Run, str] | None:
+    """Read a run's settings, and the text that they were read from; None if there is no run in the folder.
+
+    Raises:
+        UserError: If config.json is not JSON, or a run's and not valid, or leads out of the folder.
+        OSError: If it cannot be read.
+    """
     path = folder / "config.json"
     if not path.exists():
         return None
-    try:
-        text = read_text(path, MAX_CHARACTERS)
-        keys = parse_json(text, str(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UserError:
+    text = read_config_text(path)
+    content = parse_json(text, str(path))
+    if not isinstance(content, dict) or "recipe" not in content:  # another project's
         return None
-    return from_json(text, path) if isinstance(keys, dict) and "recipe" in keys else None
+    inside(folder, path.name)
+    return from_json(text, path), text
 
 
 KNOWN = ("img_size", "num_heads", "decoder_heads")

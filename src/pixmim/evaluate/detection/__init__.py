@@ -22,6 +22,7 @@ from pixmim.evaluate.detection.score import Found, Tally, pack
 from pixmim.evaluate.detection.train import trained
 from pixmim.evaluate.learn import forget
 from pixmim.protocols import Detection
+from pixmim.terminal import say
 from pixmim.transforms import finish
 
 _NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measured on
@@ -39,7 +40,7 @@ def measure(bench: Bench, settings: Detection) -> Values:
     test = _same_classes(train, open_annotated(settings.test, settings.test_images, encoder.form))
     for data in (train, test):
         if data.about and bench.console is not None:
-            bench.console.print(data.about, highlight=False)
+            say(bench.console, data.about)
     masks = settings.masks == "yes" or (settings.masks == "auto" and train.masks and test.masks)
     if masks and not (train.masks and test.masks):
         raise UserError(f"--masks yes, but not every object of {(test if train.masks else train).images.spec} has one")
