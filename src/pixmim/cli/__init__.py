@@ -15,6 +15,7 @@ from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
 from pixmim.cli.transfer import export, import_
 from pixmim.errors import UserError, nearest
+from pixmim.process import as_process
 
 OVERVIEW = """usage: pixmim COMMAND [...]
 
@@ -37,8 +38,13 @@ OVERVIEW = """usage: pixmim COMMAND [...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; gives the exit status: 0 done, 1 something only the user can put right, 130 interrupted."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command and return the exit status: 0 done, 1 something only the user can put right, 130 interrupted.
+
+    Without arguments, the command is the process's own: signals and standard streams are made its own as well.
+    """
+    if argv is None:
+        return as_process(lambda: main(sys.argv[1:]))
+    args = list(argv)
     try:
         if not args or args[0] in ("-h", "--help"):
             print(OVERVIEW)
