@@ -20,6 +20,8 @@ LIMIT = 2.0
 
 _MARGIN = 0.3  # of them, kept for a busy machine
 
+_WAKE = signal.SIGURG  # interrupts the system call of a thread, and is ignored by default
+
 deferring: list[Callable[[int], bool]] = []
 """Functions that return True for a signal after which the process ends by itself, in its own time."""
 
@@ -99,6 +101,7 @@ class Guard:
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in heeded():
             self._before[number] = signal.signal(number, self._end)
+        self._before[_WAKE] = signal.signal(_WAKE, lambda number, frame: None)
         self.thread.start()
         return self
 
@@ -123,7 +126,11 @@ class Guard:
     def _watch(self) -> None:
         while heard := os.read(self._read, 1):
             number = heard[0]
-            if number in self._before and not any([defers(number) for defers in list(deferring)]):
+            if number == _WAKE or number not in self._before:
+                continue
+            # Of two signals at once, another thread may take both. The main thread then sleeps on, and runs no handler.
+            signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+            if not any([defers(number) for defers in list(deferring)]):
                 if not self._over.wait(LIMIT - _MARGIN):
                     os._exit(exit_status(number))
                 break

@@ -14,7 +14,7 @@ from pixmim.cli.measure import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
 from pixmim.cli.transfer import export, import_
-from pixmim.errors import UserError, nearest
+from pixmim.errors import UserError, first_line, nearest
 from pixmim.process import as_process
 
 OVERVIEW = """usage: pixmim COMMAND [...]
@@ -55,8 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        text = (
+            f"error: the memory is not enough ({first_line(error)}). Use fewer --threads, or a smaller model or --size"
+        )
+        print(text, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    if "torch" not in sys.modules:  # whose errors are RuntimeErrors
+        return isinstance(error, MemoryError)
+    from pixmim.engine.memory.footprint import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
