@@ -115,7 +115,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     a symbolic link can stand there.
 
     Raises:
-        OSError: As writing does. No temporary file is left behind.
+        OSError: As writing does; it names `path`. No temporary file is left behind.
     """
     temporary = _temporary(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -125,6 +125,10 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):  # a full disk names no file at all
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

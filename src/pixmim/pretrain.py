@@ -24,9 +24,9 @@ from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
 from pixmim.engine.loop import loop
 from pixmim.engine.optim import Updater, adamw
 from pixmim.engine.parallel import compiling, spread, way, whole_state
-from pixmim.engine.runlog import RunLog
+from pixmim.engine.runlog import RunLog, read_metrics
 from pixmim.engine.schedule import Schedule
-from pixmim.engine.signals import Interrupts
+from pixmim.engine.signals import Interrupted, Interrupts
 from pixmim.errors import UserError
 from pixmim.method import Method
 from pixmim.models.base import MaskedModel
@@ -107,19 +107,25 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         step, part = divmod(number, run.accumulate)
         return method.loss(network, images, step, portion.positions(part))
 
+    measured = True
+
     def measure(step: int) -> None:
         """Where the run asks for it: at the start, every so often, and at the end."""
+        nonlocal measured
         if watch is not None and (step in (0, schedule.steps) or step % watch_every == 0):
-            log.write(
-                {"step": step, "epoch": round(step * epoch, 6), **watch(_whole(model, run, device, world).encoder)}
-            )
+            try:
+                with interrupts.waiting(world.size == 1):
+                    values = watch(_whole(model, run, device, world).encoder)
+            except Interrupted:
+                measured = False  # the resumed run measures it
+                return
+            log.write({"step": step, "epoch": round(step * epoch, 6), **values})
             log.pause()
 
     def planned(step: int) -> bool:
         return stays(step) or (run.saving.every > 0 and step % run.saving.every == 0)
 
     with (
-        Interrupts() as interrupts,
         open_batches(
             data,
             crop,
@@ -131,6 +137,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             seed=run.seed,
             threads=how_many(run.threads, processes=here),
         ) as batches,
+        Interrupts(speaks=world.first) as interrupts,
         RunLog(
             out / "metrics.jsonl" if world.first else None,
             steps=schedule.steps,
@@ -144,8 +151,9 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         checkpoints,
         compiling(run.scale),
     ):
-        if start == 0:
-            measure(0)
+        noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
+        if world.share(start not in noted):
+            measure(start)
         step = loop(
             start,
             schedule.steps,
@@ -165,7 +173,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             timeout=run.scale.timeout,
         )
 
-    if step < schedule.steps:
+    if step < schedule.steps or not measured:
         return Outcome(step, finished=False)
     product = _whole(model, run, device, world).encoder.state_dict()
     world.gather(None)  # until then, others may still write to their accounts of skipped images

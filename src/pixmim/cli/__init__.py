@@ -13,7 +13,8 @@ from pixmim.cli.measure import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
 from pixmim.cli.transfer import export, import_
-from pixmim.errors import UserError, nearest
+from pixmim.errors import UserError, first_line, nearest
+from pixmim.process import as_process
 from pixmim.terminal import say
 
 OVERVIEW = """usage: pixmim COMMAND [...]
@@ -37,8 +38,13 @@ OVERVIEW = """usage: pixmim COMMAND [...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; gives the exit status: 0 done, 1 something only the user can put right, 130 interrupted."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command and return the exit status: 0 done, 1 something only the user can put right, 130 interrupted.
+
+    Without arguments, the command is the process's own: signals and standard streams are made its own as well.
+    """
+    if argv is None:
+        return as_process(lambda: main(sys.argv[1:]))
+    args = list(argv)
     try:
         if not args or args[0] in ("-h", "--help"):
             print(OVERVIEW)
@@ -49,8 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
         say(Console(stderr=True), f"error: {error}")
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        text = (
+            f"error: the memory is not enough ({first_line(error)}). Use fewer --threads, or a smaller model or --size"
+        )
+        print(text, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    if "torch" not in sys.modules:  # whose errors are RuntimeErrors
+        return isinstance(error, MemoryError)
+    from pixmim.engine.memory.footprint import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

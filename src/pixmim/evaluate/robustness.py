@@ -6,7 +6,7 @@ ImageNet-C: arXiv 1903.12261. -A: 1907.07174. -R: 2006.16241. -Sketch: 1905.1354
 import json
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -241,7 +241,7 @@ def _count_corrupted(
 
 
 def _made(
-    images: Tensor, indices: list[int], variants: list[Variant], seed: int, pool: ThreadPoolExecutor
+    images: Tensor, indices: list[int], variants: list[Variant], seed: int, pool: Executor
 ) -> Iterator[tuple[Variant, Tensor]]:
     """Each variant of a batch, made by threads while the one before is looked at."""
 
