@@ -5,7 +5,6 @@ suppressed there belongs to the recipe.
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -337,7 +336,7 @@ class Run:
 
 def _parse_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
-    if len(sides) in (1, 2) and all(re.fullmatch("0*[1-9][0-9]{0,5}", side) for side in sides):
+    if len(sides) in (1, 2) and all(side.isdigit() and int(side) > 0 for side in sides):
         return int(sides[0]), int(sides[-1])
     raise UserError(f"--size is a number of pixels such as 224, or HEIGHTxWIDTH such as 192x384, not '{text}'")
 
