@@ -204,12 +204,14 @@ def append(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a file to be written, and raise an OSError now if writing it later cannot work."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Raise an OSError now, before the work, if writing `path` later cannot work. Makes no folder and no file."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    probe = _temporary(path)
-    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    probe = _temporary(next(folder for folder in path.absolute().parents if folder.exists()) / path.name)
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     probe.unlink()
 
 

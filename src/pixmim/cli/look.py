@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -12,6 +12,9 @@ from pixmim.cli.terms import absolute
 from pixmim.disk import atomic_write, check_writable
 from pixmim.errors import UserError
 from pixmim.terminal import say
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def reconstruct(args: list[str]) -> int:
@@ -44,7 +47,7 @@ def reconstruct(args: list[str]) -> int:
         kind = _kind(out)
         weights = open_model(model, whole=True)
         found = predict(weights, named(images, image_form(weights.run)), count)
-        atomic_write(out, partial(titled_sheet(found.columns).save, format=kind))
+        _save(titled_sheet(found.columns), out, kind)
         say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
         say(Console(), f"written to {out}")
         return 0
@@ -81,7 +84,7 @@ def attention(args: list[str]) -> int:
         kind = _kind(out)
         weights = open_model(model)
         columns, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
-        atomic_write(out, partial(titled_sheet(columns).save, format=kind))
+        _save(titled_sheet(columns), out, kind)
         for line in bad:
             say(Console(stderr=True), f"left out: {line}")
         say(Console(), f"written to {out}")
@@ -139,10 +142,15 @@ def _some(images: tuple[Path, ...]) -> None:
 
 def _kind(out: Path) -> str:
     """The format of a picture to be written, by its suffix. Raises UserError or OSError now if that cannot work."""
-    from PIL import Image
+    from PIL.Image import SAVE, registered_extensions
 
-    kind = Image.registered_extensions().get(out.suffix.lower(), "")
-    if kind not in Image.SAVE:
+    kind = registered_extensions().get(out.suffix.lower(), "")
+    if kind not in SAVE:
         raise UserError(f"--out ends with .png, and not with '{out.suffix}'")
     check_writable(out)
     return kind
+
+
+def _save(picture: "Image", out: Path, kind: str) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, partial(picture.save, format=kind))

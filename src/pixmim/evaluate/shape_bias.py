@@ -126,6 +126,6 @@ def draw(each: dict[str, float], bias: float) -> Image.Image:
     axes.tick_params(left=False)
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        warnings.simplefilter("ignore", UserWarning)  # a glyph is missing, or names are long
         canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -38,6 +38,7 @@ from pixmim.weights.recognise import read_config
 
 _MAX_PICTURES = 100  # of one run
 _MAX_PICTURE_BYTES = 2**25
+_MAX_PIXELS = 2**25  # of all pictures of one run together
 
 Warn = Callable[[str], None]
 
@@ -81,6 +82,9 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         UserError: If a folder holds no run.
         OSError: If the page cannot be written.
     """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a run: there is no such folder")
     check_writable(page)
     stories = [_read(folder, name, data) for folder, name in zip(folders, _names(folders), strict=True)]
     for story in stories:
@@ -108,6 +112,7 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         binned=[name for name, target in targets if target.distance == "cross_entropy"],
         unnormalised=[name for name, target in targets if target.normalise_patches or target.normalise_window],
     )
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_whole(page, html)
     return page
 
@@ -245,26 +250,31 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
 def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -> Iterator[tuple[str, str]]:
     """(caption, picture as a data URL) of what evaluations drew."""
     named = [(result["encoder"], *item) for result in results for item in result["pictures"].items()]
+    left = _MAX_PIXELS
     for encoder, caption, file in named[:_MAX_PICTURES]:
         try:
             if Path(file).name != file:
                 raise UserError(f"'{file}' is not the name of a file in {folder / 'evaluations'}")
             path = inside(folder, f"evaluations/{file}")
             if path.exists():
-                yield f"{name}, {encoder}: {caption}", png(_picture(path))
+                picture = _picture(path, left)
+                left -= picture.shape[0] * picture.shape[1]
+                yield f"{name}, {encoder}: {caption}", png(picture)
         except (UserError, OSError, BadImage) as error:
             warn(f"a picture of {name} is left out: {error}")
     if len(named) > _MAX_PICTURES:
         warn(f"only the first {_MAX_PICTURES} of the {len(named):,} pictures of {name} are shown")
 
 
-def _picture(path: Path) -> Picture:
-    """Read a PNG of a run. Raises OSError or BadImage."""
+def _picture(path: Path, most: int) -> Picture:
+    """Read a PNG of a run, of so many pixels at most. Raises OSError or BadImage."""
     try:
         with Image.open(io.BytesIO(read_file(path, _MAX_PICTURE_BYTES)), formats=["PNG"]) as image:
             check_size(*image.size)
+            if image.width * image.height > most:
+                raise BadImage(f"{path} has {image.width * image.height:,} pixels, and {most:,} more are shown")
             return np.asarray(image.convert("RGB"))
-    except (ValueError, SyntaxError, EOFError, struct.error) as error:  # what a damaged PNG may raise
+    except (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise BadImage(f"{path} is damaged: {error}") from error
 
 
