@@ -188,6 +188,8 @@ def adopt(weights: Weights, folder: Path | None) -> list[str]:
     """
     run = weights.run
     if folder is not None:
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a run already: choose another folder")
         check_new(folder)
     _filled(weights, build_model if weights.whole else _holder, None)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pixmim.config import Knn, Run
 from pixmim.disk import parse_json, read_text
 from pixmim.errors import UserError, nearest, shown
+from pixmim.options import check_options
 
 MAX_CHARACTERS = 2**20
 """Longest configuration that is read. One that pixmim writes has about 3,000 characters."""
@@ -79,7 +80,11 @@ def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
         if len(inner) == len(value):
             return tuple(_convert(o, v, where, source) for o, v in zip(inner, value, strict=True))
     elif kind is dict and isinstance(value, dict):
-        return dict(value)
+        try:
+            check_options(value)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        return value
     elif hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # neither NaN nor infinite
         return float(value)
     elif hint is type(None) and value is None:

@@ -6,6 +6,7 @@ same hash is the same text, so it names nothing that this user did not name befo
 """
 
 import hashlib
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -53,8 +54,8 @@ def inside(folder: Path, name: str) -> Path:
         UserError: If the name, or a symbolic link on the way, leads out of the folder.
     """
     path = folder / name
-    root = folder.resolve()
-    if "\0" in name or not path.resolve().is_relative_to(root):
+    root = os.path.realpath(folder)  # Path.resolve raises over links that form a loop
+    if "\0" in name or not Path(os.path.realpath(path)).is_relative_to(root):
         raise UserError(f"'{name}' leads out of {folder}: a folder's files must be inside it")
     return path
 

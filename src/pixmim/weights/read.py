@@ -121,10 +121,11 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
         raise UserError(f"{index} names {len(parts):,} files of weights: at least 1, at most {MAX_FILES}")
     tensors: dict[str, Tensor] = {}
     for part in parts:
-        if Path(part).name != part or part.endswith(".json"):
+        if Path(part).name != part or "\0" in part or part.endswith(".json"):
             raise UserError(f"{index} names {shown(part)}, which is no file of weights beside it")
         path = index.parent / part
-        if path.resolve().parent != index.resolve().parent:  # in the hub's cache, all are links to one other folder
+        real, beside = (os.path.dirname(os.path.realpath(one)) for one in (path, index))
+        if real != beside:  # in the hub's cache, all are links to one other folder
             path = inside(index.parent, part)
         tensors |= _read_one(path)[0]
     return tensors
