@@ -8,6 +8,7 @@ Whole images are measured, in float64. Crops, and resizing, show nearly the same
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -207,7 +208,7 @@ def _beside_far(spec: str) -> bytes | None:
 
 def _path(spec: str, form: Form) -> Path:
     """Beside a cache's images, so that it goes where they go; for all other data in the user's cache directory."""
-    folder = Path(spec).expanduser()
+    folder = Path(os.path.expanduser(spec))
     if read_settings(folder) is not None:
         return folder / "stats.json"
     return cache_path("stats", f"{spec}\n{form}").with_suffix(".json")

@@ -122,7 +122,11 @@ def _recall(memory: Path, name: str, version: Version) -> Found | None:
             return None
         size, counts = about["samples"] * ENTRY.itemsize, about["found"]
         entries = np.frombuffer(body[:size], ENTRY)
-        if len(entries) != about["samples"] or outside(entries, version.size, _MOST_CLASSES):
+        if (
+            type(about["samples"]) is not int
+            or len(entries) != about["samples"]
+            or outside(entries, version.size, _MOST_CLASSES)
+        ):
             return None
         if any(type(n) is not int for key, n in counts.items() if key != "extensions"):
             return None

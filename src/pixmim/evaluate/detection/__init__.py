@@ -17,7 +17,7 @@ from pixmim.evaluate.detection.data import Annotated, Objects, open_annotated
 from pixmim.evaluate.detection.detector import detect
 from pixmim.evaluate.detection.draw import draw, sheet
 from pixmim.evaluate.detection.feed import fitted, picture, read
-from pixmim.evaluate.detection.masks import View, coco
+from pixmim.evaluate.detection.masks import View, bitmap, coco
 from pixmim.evaluate.detection.score import Found, Tally, pack
 from pixmim.evaluate.detection.train import trained
 from pixmim.evaluate.learn import forget
@@ -57,15 +57,17 @@ def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterR
     with progress(f"objects of {test.images.spec}", len(test.images), bench.console) as advance:
         for index in range(len(test.images)):
             try:
-                image = read(test, index)
+                image, there = read(test, index), test.objects(index)
+                size = int(image.shape[-2]), int(image.shape[-1])
+                if masks:
+                    there = replace(there, masks=[bitmap(mask, size) for mask in there.masks])
             except BadImage as error:
                 skipped.add(index, test.images.locate(index), str(error))
                 continue
-            size = int(image.shape[-2]), int(image.shape[-1])
             view = fitted(size, settings.size)
             shown = picture(image, view, encoder.mean.tolist())[None].to(encoder.device)
             (found,) = detect(model, finish(shown, None, encoder.mean, encoder.std))
-            there, seen = test.objects(index), _in_image(found, view)
+            seen = _in_image(found, view)
             tally.add(size, there, seen)
             if len(pictures) < settings.pictures:
                 pictures.append(draw(image, there, seen, test.classes))
