@@ -1,13 +1,17 @@
 """The account of images that cannot be read: a line each in skipped.csv; too many of them end the run."""
 
 import csv
+import io
+import os
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
+from pixmim.disk import read_text
 from pixmim.errors import UserError
 
+_MAX_BYTES = 2**30
 _ENOUGH = 50  # images to have seen before a share of them says something
 
 
@@ -26,9 +30,8 @@ class Skipped:
         self._bad: dict[int, str] = {}
         self._lock = Lock()
         self._written: set[str] = set()
-        if path is not None and path.exists():
-            with path.open(newline="") as file:
-                self._written = {row[0] for row in csv.reader(file) if row}
+        if path is not None and os.path.lexists(path):
+            self._written = {row[0] for row in _rows(path)}
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -73,12 +76,22 @@ def gather_accounts(folder: Path) -> int:
     whole, parts = folder / "skipped.csv", sorted(folder.glob("skipped-*.csv"))
     rows: dict[str, list[str]] = {}
     for path in [whole, *parts]:
-        if path.exists():
-            with path.open(newline="") as file:
-                rows |= {row[0]: row for row in csv.reader(file) if row} | rows
+        if os.path.lexists(path):
+            rows |= {row[0]: row for row in _rows(path)} | rows
     if parts:
         with whole.open("w", newline="") as file:
             csv.writer(file).writerows(rows.values())
         for path in parts:
             path.unlink()
     return max(0, len(rows) - 1)  # the first one is the header
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """Read the rows of a file that may come from elsewhere, and that is appended to afterwards."""
+    try:
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link: what it leads to would be changed. Remove it first")
+        return [row for row in csv.reader(io.StringIO(read_text(path, _MAX_BYTES), newline="")) if row]
+    except (OSError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}. Remove it, or move it elsewhere") from error

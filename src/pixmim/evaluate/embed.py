@@ -1,9 +1,11 @@
 """The features of every image of a data set, in a file: embeddings for search, clustering, or another's probe."""
 
 import csv
+import io
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +17,9 @@ from pixmim.data.feed.loader import in_order
 from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
-from pixmim.disk import write_whole
+from pixmim.disk import read_file, write_whole
 from pixmim.engine.device import Precision, autocast
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 from pixmim.evaluate.encoder import of_weights
 from pixmim.models import features
 from pixmim.transforms import evaluation_crop
@@ -77,10 +79,10 @@ def embed(
             first = end
             write_whole(partial / "state.json", json.dumps(state | {"done": end}))
             advance(end)
-    parts = [np.load(path) for path in sorted(partial.glob("*.npz"))]
+    parts = [_part(path) for path in sorted(partial.glob("*.npz"))]
     if not parts:
         raise UserError(f"not one image of {data.spec} can be read: see {out.stem}-skipped.csv")
-    table = {key: np.concatenate([part[key] for part in parts]) for key in parts[0].files}
+    table = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     written = _write(out, table, data)
     shutil.rmtree(partial)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}"]
@@ -101,6 +103,19 @@ def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     partial.mkdir(parents=True, exist_ok=True)
     write_whole(note, json.dumps(wanted | {"done": 0}))
     return wanted | {"done": 0}
+
+
+def _part(path: Path) -> dict[str, np.ndarray]:
+    """Read some rows of an unfinished table."""
+    try:
+        data = io.BytesIO(read_file(path, 2**30))
+        with zipfile.ZipFile(data) as members:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+                raise ValueError("it is compressed")
+        with np.load(data, allow_pickle=False) as part:
+            return {key: part[key] for key in part.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}. Remove {path.parent} to begin again") from error
 
 
 def _write(out: Path, table: dict[str, np.ndarray], data: Source) -> list[Path]:

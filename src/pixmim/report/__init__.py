@@ -8,11 +8,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 from rich.table import Table
 
 from pixmim.config import Model, Run
 from pixmim.data import open_data
+from pixmim.data.pictures.decode import open_image
+from pixmim.disk import read_file
 from pixmim.engine.runlog import read_metrics
 from pixmim.errors import UserError
 from pixmim.models import SIMMIM_BEIT
@@ -165,7 +166,7 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
 def _drawn(stories: list[_Story]) -> list[tuple[str, str]]:
     """(caption, picture as a data URL) of what evaluations drew."""
     return [
-        (f"{story.name}, {result['encoder']}: {caption}", png(np.asarray(Image.open(path))))
+        (f"{story.name}, {result['encoder']}: {caption}", png(np.asarray(open_image(read_file(path), ("PNG",)))))
         for story in stories
         for result in story.results
         for caption, name in result.get("pictures", {}).items()
