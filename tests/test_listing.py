@@ -263,7 +263,7 @@ def test_a_damaged_listing_is_as_good_as_none(tree: Path, damage: str) -> None:
     elif damage == "empty":
         file.write_bytes(b"")
     elif damage == "version":
-        file.write_bytes(data.replace(b"listing 1", b"listing 0"))
+        file.write_bytes(data.replace(b"listing 2", b"listing 1"))
     else:
         file.unlink()
         file.mkdir()

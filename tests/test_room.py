@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pixmim.engine.memory.room import free_memory
+from pixmim.room import free_memory
 
 GIB = 2**30
 
@@ -72,7 +72,7 @@ def test_unknown_is_not_a_number(tmp_path: Path) -> None:
 def test_a_limit_of_the_process_counts() -> None:
     """A limit of 100 MB above what is taken leaves no more, and no less than a little."""
     code = (
-        "import os, resource\nfrom pixmim.engine.memory.room import free_memory\n"
+        "import os, resource\nfrom pixmim.room import free_memory\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * os.sysconf('SC_PAGE_SIZE')\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + 100_000_000,) * 2)\nprint(free_memory())"
     )

@@ -30,6 +30,8 @@ NAMES = "pixmim-names"
 
 _MAX_JSON_DEPTH = 64
 
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a character device",
@@ -47,15 +49,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     Raises:
         OSError: If the file cannot be opened, or is a FIFO, a device, a socket or a folder.
     """
-    _check_regular(os.stat(path), path)  # opening a device may already have an effect
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
-    try:
-        _check_regular(os.fstat(descriptor), path)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return _open(path)[0]
 
 
 def read_file(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
@@ -64,18 +58,19 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> byte
     Raises:
         OSError: If it is not a regular file, is larger than `limit`, or grows while it is read.
     """
-    descriptor = open_regular(path)
-    with open(descriptor, "rb", buffering=0) as file:
-        size = os.fstat(descriptor).st_size
+    descriptor, size = _open(path)
+    try:
         if size > limit:
             raise OSError(errno.EFBIG, f"{size:,} bytes are more than the {limit:,} allowed", str(path))
         parts, left = [], size + 1  # one more than there is: a file that grows shows
-        while left and (part := file.read(left)):
+        while left and (part := os.read(descriptor, left)):
             parts.append(part)
             left -= len(part)
         if not left:
             raise OSError(errno.EFBIG, "it grew while it was read", str(path))
         return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> str:
@@ -237,6 +232,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {shown(key)} is there twice")
         found[key] = value
     return found
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Open a regular file for reading; return its descriptor and its size."""
+    _check_regular(os.stat(path), path)  # opening a device may already have an effect
+    descriptor = os.open(path, _FLAGS)
+    try:
+        status = os.fstat(descriptor)
+        _check_regular(status, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor, status.st_size
 
 
 def _check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:

@@ -14,13 +14,13 @@ from pixmim.config import Run
 from pixmim.data.source import Form
 from pixmim.data.stats import recall
 from pixmim.engine.memory.footprint import in_gib
-from pixmim.engine.memory.room import free_memory
 from pixmim.errors import UserError, first_line
 from pixmim.grid import grid_of
 from pixmim.losses import Objective
 from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
 from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
+from pixmim.room import free_memory
 from pixmim.targets import ColourBins, LowFrequency, Pixels
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 

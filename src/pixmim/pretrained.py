@@ -13,12 +13,12 @@ from pixmim.config import Model, Run
 from pixmim.disk import check_new, whole_folder, write_whole
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.engine.memory.footprint import in_gib
-from pixmim.engine.memory.room import free_memory
 from pixmim.errors import UserError, first_line, nearest
 from pixmim.models import published
 from pixmim.models.base import MaskedModel
 from pixmim.options import check_name, check_options
 from pixmim.parts import Module, build_encoder, build_model, sketch
+from pixmim.room import free_memory
 from pixmim.runfile import portable, to_json
 from pixmim.trust import inside
 from pixmim.weights.fit import fit, refit, shape, their_name

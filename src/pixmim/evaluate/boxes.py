@@ -1,7 +1,7 @@
 """Where objects lie in images, from whatever says so: a table, COCO or VOC annotations, masks, or drawn shapes."""
 
 import csv
-import json
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from pixmim.data.folders.files import EXTENSIONS
+from pixmim.data.pictures.decode import read_numbers
+from pixmim.data.pictures.limits import max_bytes
 from pixmim.data.shapes import Shapes
+from pixmim.data.source import BadImage
+from pixmim.disk import parse_json, read_file, read_text
 from pixmim.errors import UserError
 
 _COLUMNS = ("width", "height", "x", "y", "w", "h")
+_MAX_BYTES = 2**30  # of a file of annotations
+_MAX_SIDE = 2**20  # of an image, in pixels
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def _cut(
     (width, height), (x, y), (w, h) = size, corner, extent
     if not all(np.isfinite([width, height, x, y, w, h])):
         raise UserError(f"{where}: a size or a box is not finite")
-    if width < 1 or height < 1:
+    if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
         raise UserError(f"{where}: an image of {width:g}x{height:g} pixels")
     if w < 0 or h < 0:
         raise UserError(f"{where}: a box of {w:g}x{h:g} pixels")
@@ -82,8 +87,8 @@ def _cut(
 
 
 def _csv(path: Path) -> Iterator[Object | None]:
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
         lacks = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
         if lacks:
             raise UserError(f"{path} lacks the columns {', '.join(lacks)}; needed: {', '.join(_COLUMNS)}[, image]")
@@ -94,18 +99,27 @@ def _csv(path: Path) -> Iterator[Object | None]:
             except (TypeError, ValueError):
                 raise UserError(f"{where}: six numbers are needed: {', '.join(_COLUMNS)}") from None
             yield _cut(row.get("image") or f"line {line}", (width, height), (x, y), (w, h), where)
+    except csv.Error as error:
+        raise UserError(f"{path} is not a CSV file: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path, _MAX_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _coco(path: Path) -> Iterator[Object | None]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = parse_json(_text(path), str(path))
         images = {each["id"]: each for each in content["images"]}
         for each in content["annotations"]:
             if not each.get("iscrowd"):
                 image, (x, y, w, h) = images[each["image_id"]], map(float, each["bbox"])
                 where, name = f"{path}, annotation {each.get('id')}", str(image.get("file_name", image["id"]))
                 yield _cut(name, (image["width"], image["height"]), (x, y), (w, h), where)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is no COCO file of images and annotations with boxes: {error!r}") from error
 
 
@@ -120,18 +134,21 @@ def _folder(path: Path) -> Iterator[Object | None]:
         raise UserError(f"{path} holds neither VOC's .xml nor masks")
     for file in masks:
         try:
-            with Image.open(file) as picture:
-                mask = (
-                    np.asarray(picture if picture.mode in ("1", "L", "P", "I;16", "I") else picture.convert("L")) != 0
-                )
-        except OSError as error:
-            raise UserError(f"the mask {file} cannot be read: {error}") from error
+            mask = read_numbers(read_file(file, max_bytes()), colour=True) != 0
+        except (OSError, BadImage) as error:
+            raise UserError(f"the mask {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         yield _masked(str(file.relative_to(path)), mask)
 
 
 def _voc(note: Path) -> Iterator[Object | None]:
     try:
-        root = ElementTree.parse(note).getroot()
+        text = read_file(note)
+    except OSError as error:
+        raise UserError(f"{note} cannot be read: {error.strerror}") from error
+    if b"<!ENTITY" in text.replace(b"\0", b""):  # in UTF-16 as well; entities expand to any length
+        raise UserError(f"{note} is refused: it defines entities, which VOC annotations do not need")
+    try:
+        root = ElementTree.fromstring(text)
         width, height = (float(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
         for box in root.iterfind("object/bndbox"):
             left, top, right, bottom = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))

@@ -1,7 +1,6 @@
 """One self-contained HTML page for one run or several side by side."""
 
 import dataclasses
-import io
 import json
 import shlex
 import struct
@@ -14,12 +13,11 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 from rich.table import Table
 
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.pictures.limits import check_size
+from pixmim.data.pictures.decode import open_image
 from pixmim.data.skipped import read_skipped
 from pixmim.data.source import BadImage, Source
 from pixmim.disk import atomic_write, check_writable, read_file, write_whole
@@ -268,13 +266,12 @@ def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -
 
 def _picture(path: Path, most: int) -> Picture:
     """Read a PNG of a run, of so many pixels at most. Raises OSError or BadImage."""
+    image = open_image(read_file(path, _MAX_PICTURE_BYTES), ("PNG",))
+    if image.width * image.height > most:
+        raise BadImage(f"{path} has {image.width * image.height:,} pixels, and {most:,} more are shown")
     try:
-        with Image.open(io.BytesIO(read_file(path, _MAX_PICTURE_BYTES)), formats=["PNG"]) as image:
-            check_size(*image.size)
-            if image.width * image.height > most:
-                raise BadImage(f"{path} has {image.width * image.height:,} pixels, and {most:,} more are shown")
-            return np.asarray(image.convert("RGB"))
-    except (ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise BadImage(f"{path} is damaged: {error}") from error
 
 

@@ -9,9 +9,11 @@ from typing import TypeVar
 
 from pixmim.data.feed.batches import Portion
 from pixmim.data.feed.loader import Loader
+from pixmim.data.pictures.limits import max_bytes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.data.threads import workers
+from pixmim.disk import open_regular, read_file
 from pixmim.transforms import Crop
 
 TURNS = 3
@@ -77,9 +79,11 @@ def read(extent: Extent) -> int:
     """Read the bytes; gives their number, or 0 where they cannot be read."""
     path, start, count = extent
     try:
-        with open(path, "rb", buffering=0) as file:
+        if not count:
+            return len(read_file(path, max_bytes()))
+        with open(open_regular(path), "rb", buffering=0) as file:
             file.seek(start)
-            return len(file.read(count or -1))
+            return len(file.read(min(count, max_bytes())))
     except OSError:
         return 0
 
@@ -94,7 +98,7 @@ def forget(extent: Extent) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_regular(path)
     except OSError:
         return
     try:

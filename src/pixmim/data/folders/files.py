@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from pixmim.data.folders.listing import list_pictures
 from pixmim.data.folders.paths import Paths
 from pixmim.data.pictures.decode import decode
-from pixmim.data.pictures.limits import check_bytes
+from pixmim.data.pictures.limits import max_bytes
 from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.data.spec import split_root
 from pixmim.disk import read_file
@@ -26,6 +26,9 @@ MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy")
 )
+
+MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
+"""A text file that names images is refused if it has more."""
 
 
 class Files(Source):
@@ -57,11 +60,9 @@ class Files(Source):
     def read(self, index: int) -> bytes:
         """What is in a file. Raises BadImage."""
         try:
-            with open(self.locate(index), "rb", buffering=0) as file:
-                check_bytes(os.fstat(file.fileno()).st_size)
-                return file.read()
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
+            return read_file(self.locate(index), max_bytes())
+        except (OSError, ValueError) as error:  # a name may hold what no file system takes, such as a zero byte
+            raise BadImage(getattr(error, "strerror", None) or str(error)) from None
 
     def array(self, index: int) -> Shaped[Array, "h w c"]:
         return decode(self.read(index), self.form)

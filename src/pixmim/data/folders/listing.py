@@ -26,13 +26,15 @@ import numpy as np
 from pixmim.data.folders.filesystem import folder_times_are_true
 from pixmim.data.folders.paths import END, Paths
 from pixmim.data.patience import patience
-from pixmim.disk import cache_path, write_whole
+from pixmim.disk import cache_path, read_file, write_whole
 
 SETTLED = 60.0
 """Seconds without a change before a folder is trusted: more than any file system's grain, and clocks that differ."""
 
 WORTH_KEEPING = 10_000
 """Pictures; fewer are listed in a moment, and leave nothing in the cache directory."""
+
+_MAX_BYTES = 2**32  # of a kept listing
 
 _RECORD = np.dtype([("state", "<i8", 4), ("others", "<i8"), ("lengths", "<i8", 4)])
 
@@ -45,7 +47,8 @@ class Folder:
     """What one folder holds itself. Names are bytes in order, END after each.
 
     state     when it was like this; None: not to be trusted next time
-    pictures  files with a picture's extension, and links with one, wherever they lead
+    pictures  whatever has a picture's extension and is no folder: links wherever they lead, and FIFOs and the like,
+              which reading refuses, so that they are accounted for
     folders   names of subfolders
     links     names of all other links; they may lead to folders
     others    other files
@@ -79,7 +82,7 @@ def list_pictures(root: Path, extensions: frozenset[str]) -> Listing:
     in alphabetical order meets it. Raises OSError if `root` itself cannot be read.
     """
     endings = tuple(sorted(os.fsencode(extension) for extension in extensions))
-    header = b"pixmim listing 1 " + b" ".join(endings) + b"\n"
+    header = b"pixmim listing 2 " + b" ".join(endings) + b"\n"
     file = cache_path("listings", os.path.abspath(root))
     known = _read(file, header)
     with patience(f"listing {root}", "pictures") as add:
@@ -146,7 +149,7 @@ def _look(
             if name.startswith(b"."):
                 continue
             link = entry.is_symlink()
-            if (link or entry.is_file(follow_symlinks=False)) and name.lower().endswith(endings):
+            if name.lower().endswith(endings) and (link or not entry.is_dir(follow_symlinks=False)):
                 pictures.append(name)
             elif link:
                 links.append(name)
@@ -196,7 +199,7 @@ def _names(joined: bytes) -> list[bytes]:
 def _read(file: Path, header: bytes) -> dict[bytes, Folder]:
     """Folders as they were kept; none if there is nothing to rely on."""
     try:
-        data = memoryview(file.read_bytes())
+        data = memoryview(read_file(file, _MAX_BYTES))
     except OSError:
         return {}
     body = data[len(header) + 4 :]

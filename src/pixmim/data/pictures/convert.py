@@ -9,13 +9,19 @@ number stands for one: only float32 takes them, as they are. In 8 or 16 bits the
 that are not finite.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
+from pixmim.data.pictures.limits import check_bytes
 from pixmim.data.source import BadImage, Form, Pixels
 from pixmim.transforms import Array
 
 _LUMA = np.asarray((19595, 38470, 7471), np.uint32)
 """ITU-R 601's weights of red, green and blue in parts of 65536, as Pillow rounds them."""
+
+
+_BLOCK = 2**20  # values that are converted at a time
 
 
 class OtherChannels(BadImage):
@@ -28,13 +34,20 @@ def bring(pixels: Array, form: Form) -> Array:
     Raises BadImage where no rule says how, and OtherChannels for a number of channels that the run has not.
     """
     found, wanted = pixels.shape[2], form.channels
-    if found == wanted:
-        return _as(pixels, form.pixels)
-    if (found, wanted) == (3, 1):
-        return _as(_luma(pixels), form.pixels)
-    if (found, wanted) == (1, 3):
-        return _as(pixels, form.pixels).repeat(3, axis=2)
-    raise OtherChannels(f"{found} {'channel' if found == 1 else 'channels'}, and not {wanted}: --channels {found}")
+    if found != wanted and (found, wanted) not in ((3, 1), (1, 3)):
+        raise OtherChannels(f"{found} {'channel' if found == 1 else 'channels'}, and not {wanted}: --channels {found}")
+    if found == wanted and pixels.dtype == form.pixels and form.pixels != "float32":
+        return pixels
+    check_bytes(pixels[..., 0].size * wanted * form.bytes)
+    result, wrong = np.empty((*pixels.shape[:2], wanted), form.pixels), 0
+    for rows in _blocks(pixels):
+        part = _as(_luma(pixels[rows]) if found > wanted else pixels[rows], form.pixels)
+        if part.dtype == np.float32:
+            wrong += part.size - int(np.isfinite(part).sum())
+        result[rows] = part
+    if wrong:
+        raise BadImage(f"{wrong:,} of its values are not finite numbers: fill or cut them out first")
+    return result
 
 
 def turned(pixels: Array, orientation: int) -> Array:
@@ -53,10 +66,18 @@ def on_white(pixels: Array, alpha: Array, multiplied: bool) -> Array:
 
     multiplied  whether the pixels hold their own share of the sum already (associated alpha)
     """
-    most = np.iinfo(pixels.dtype).max
-    share = (alpha.astype(np.float64) / most)[..., None]
-    own = pixels if multiplied else pixels * share
-    return np.minimum(np.rint(own + (1 - share) * most), most).astype(pixels.dtype)
+    most, result = np.iinfo(pixels.dtype).max, np.empty(pixels.shape, pixels.dtype)
+    for rows in _blocks(pixels):
+        share = (alpha[rows].astype(np.float64) / most)[..., None]
+        own = pixels[rows] if multiplied else pixels[rows] * share
+        result[rows] = np.minimum(np.rint(own + (1 - share) * most), most)
+    return result
+
+
+def _blocks(pixels: Array) -> Iterator[slice]:
+    """Rows of (h w c), some at a time, so that what is made in between takes little memory."""
+    height, step = len(pixels), max(1, _BLOCK * len(pixels) // pixels.size)
+    return (slice(first, first + step) for first in range(0, height, step))
 
 
 def _luma(pixels: Array) -> Array:
@@ -83,8 +104,4 @@ def _as(values: Array, pixels: Pixels) -> Array:
             "as they are (have mean and std measured: pixmim stats)"
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
-        values = values.astype(np.float32)
-    wrong = values.size - int(np.isfinite(values).sum())
-    if wrong:
-        raise BadImage(f"{wrong:,} of its values are not finite numbers: fill or cut them out first")
-    return values
+        return values.astype(np.float32)

@@ -9,25 +9,24 @@ imagecodecs 16-bit colour PNG; Pillow everything else. Rules:
   float32; in a run of uint8, Pillow takes their upper byte. Grey of 16 bits is rounded to 8.
 """
 
-import io
-import logging
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from pixmim.data.pictures import npy, tiff
+from pixmim.data.pictures import ifd, jpeg, npy, tiff
 from pixmim.data.pictures.convert import OtherChannels, bring, on_white, turned
 from pixmim.data.pictures.limits import check_bytes, check_size
+from pixmim.data.pictures.opening import FORMATS, open_image, open_plain
+from pixmim.data.pictures.timing import limited
 from pixmim.data.source import COLOUR, BadImage, Form, Pages
 from pixmim.transforms import Array
 
-for _name in ("PIL", "tifffile"):  # what they say of damage belongs into skipped.csv, not onto the screen
-    logging.getLogger(_name).addHandler(logging.NullHandler())
+__all__ = ["decode", "open_image", "read", "read_numbers"]
 
-_ORIENTATION = 0x0112
+_BLOCK = 2**20  # pixels that Pillow converts at a time
 _BITS, _SAMPLES, _EXTRA, _KIND, _PHOTOMETRIC, _DEPTH = 258, 277, 338, 339, 262, 32997
 
 
@@ -41,7 +40,7 @@ def decode(data: bytes, form: Form = COLOUR) -> Array:
     try:
         return np.ascontiguousarray(bring(pixels, form))
     except OtherChannels as error:
-        count = tiff.count_pages(data) if data[:4] in tiff.MAGIC and form.pages == "first" else 1
+        count = ifd.count_pages(data) if data[:4] in ifd.MAGIC and form.pages == "first" else 1
         more = f"; or --pages channels, for its {count} pages" if count > 1 else ""
         raise BadImage(f"{error}{more}") from None
 
@@ -51,6 +50,23 @@ def read(data: bytes, pages: Pages = "first", *, deep: bool = True) -> Array:
 
     deep  keep the 16 bits of colour; otherwise Pillow gives 8 of them, and nothing else is needed to read them
     """
+    return limited(lambda: _read(data, pages, deep))
+
+
+def read_numbers(data: bytes, *, colour: bool = False) -> Array:
+    """Return the numbers (h w) that a mask holds: of a palette image the indices.
+
+    Args:
+        data: The file's content.
+        colour: Take the luma of a colour image, instead of refusing it.
+
+    Raises:
+        BadImage: If it cannot be read.
+    """
+    return limited(lambda: _read_numbers(data, colour))
+
+
+def _read(data: bytes, pages: Pages, deep: bool) -> Array:
     if not data:
         raise BadImage("the file is empty")
     if data[:6] == npy.MAGIC:
@@ -58,87 +74,119 @@ def read(data: bytes, pages: Pages = "first", *, deep: bool = True) -> Array:
     # The header comes first in a PNG; bit depth and colour type are bytes 24 and 25, and type 0 is grey.
     if deep and data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10" and data[25:26] != b"\0":
         return _read_deep_png(data)
+    if data[:4] in ifd.MAGIC:
+        return _read_tiff(ifd.checked(data, pages), pages, deep)
+    with open_image(data, FORMATS) as image:
+        if image.format == "PPM" and deep and image.mode == "RGB" and _most(image) > 255:
+            raise BadImage("Pillow reads 8 bits of 16-bit colour PPM: save it as PNG or TIFF")
+        _load(image)
+        if image.format == "PPM" and image.mode == "I":  # 16-bit grey, which Pillow holds in 32 bits
+            return _in_blocks(lambda rows: np.asarray(rows, np.uint16)[..., None], image)
+        return turned(_to_array(image), _orientation(image))
+
+
+def _read_tiff(data: bytes, pages: Pages, deep: bool) -> Array:
+    """The pixels of a TIFF that was checked: by Pillow, where that gives all of them as they are meant."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs; the check below refuses them
-            with Image.open(io.BytesIO(data)) as image:
-                check_size(*image.size)
-                if image.format == "TIFF" and not _pillow_reads(image, pages, deep):
-                    return tiff.read_tiff(data, pages)
-                if image.format == "PPM" and deep and image.mode == "RGB" and _most(image) > 255:
-                    raise BadImage("Pillow reads 8 bits of 16-bit colour PPM: save it as PNG or TIFF")
-                image.load()
-                if image.format == "PPM" and image.mode == "I":  # 16-bit grey, which Pillow holds in 32 bits
-                    return np.asarray(image).astype(np.uint16)[..., None]
-                return _to_array(ImageOps.exif_transpose(image))
-    except BadImage:
-        raise
-    except UnidentifiedImageError:
-        if data[:4] in tiff.MAGIC:
+        image = open_plain(data, ("TIFF",))
+    except BadImage as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
             return tiff.read_tiff(data, pages)
-        raise BadImage("not a picture in a known format") from None
+        raise
+    with image:
+        if not _pillow_reads(image, deep) or (pages == "channels" and ifd.count_pages(data) > 1):
+            return tiff.read_tiff(data, pages)
+        _load(image)
+        return _to_array(image)  # Pillow has turned it already
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise BadImage(f"{type(error).__name__}: {error}") from None
 
 
+def _read_numbers(data: bytes, colour: bool) -> Array:
+    with open_image(data) as image:
+        _load(image)
+        if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
+            return _in_blocks(np.asarray, image)
+        if not colour:
+            raise BadImage(f"it holds no class numbers but a picture in mode {image.mode}")
+        return _in_blocks(lambda rows: np.asarray(rows.convert("L")), image)
+
+
 def _decode_jpeg(data: bytes, channels: int) -> Array | None:
     """The pixels of a plain JPEG, or None if Pillow should have a look at it."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    check_size(width, height)
-    # A rotated picture is left to Pillow; the search costs a microsecond, reading all EXIF a tenth of the decoding.
-    if colours in ("CMYK", "YCCK") or (_has_exif(data) and _orientation(data) != 1):
+    head = jpeg.look(data)
+    check_size(head.width, head.height)
+    if head.channels == 4:
         return None
     try:
-        return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
+        pixels: Array = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
     except ValueError:  # damaged, or unusual: Pillow decides which, and words the reason
         return None
+    return pixels if head.orientation == 1 else np.ascontiguousarray(turned(pixels, head.orientation))
 
 
-def _has_exif(data: bytes) -> bool:
-    """Whether EXIF stands before the pixels of a JPEG, or something that is not understood."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        if data[at + 1] == 0xDA:  # here the pixels begin
-            return False
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            return True
-        at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return True
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation of an image that is open: a broken block says nothing about the pixels."""
+    exif = image.info.get("exif")
+    if not exif and "Raw profile type exif" in image.info:  # ImageMagick's way in PNG: hexadecimal, after three lines
+        try:
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+        except (AttributeError, ValueError):
+            return 1
+    return ifd.orientation(exif) if isinstance(exif, bytes) else 1
 
 
-def _orientation(data: bytes) -> int:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        return 1
+def _in_blocks(convert: Callable[[Image.Image], Array], image: Image.Image) -> Array:
+    """Return what `convert` makes of an image. It gets some rows at a time, since Pillow makes several copies."""
+    step = max(1, _BLOCK // image.width)
+    if image.height <= step:
+        return convert(image)
+    result: Array | None = None
+    for top in range(0, image.height, step):
+        part = convert(image.crop((0, top, image.width, min(top + step, image.height))))
+        if result is None:
+            result = np.empty((image.height, *part.shape[1:]), part.dtype)
+        result[top : top + len(part)] = part
+    assert result is not None
+    return result
 
 
 def _to_array(image: Image.Image) -> Array:
     """What Pillow has loaded, as (h w c) without transparency: uint8, uint16, or measured values as they are."""
     if image.mode.startswith("I") or image.mode == "F":
-        values: Array = np.asarray(image)
-        if "transparency" in image.info:
-            values = np.where(values == image.info["transparency"], np.iinfo(values.dtype).max, values)
-        return values[..., None]
+        return _in_blocks(_values, image)
+    return _in_blocks(_colours, image)
+
+
+def _values(image: Image.Image) -> Array:
+    values: Array = np.asarray(image)
+    if "transparency" in image.info:
+        values = np.where(values == image.info["transparency"], np.iinfo(values.dtype).max, values)
+    return values[..., None]
+
+
+def _colours(image: Image.Image) -> Array:
     bands = image.getbands()
     if "A" in bands or "a" in bands or "transparency" in image.info:
         picture = image.convert("RGBA")
         grey = bands[0] == "L"
         image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         image = image.convert("L" if grey else "RGB")
-    pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _pillow_reads(image: Image.Image, pages: Pages, deep: bool) -> bool:
+def _pillow_reads(image: Image.Image, deep: bool) -> bool:
     """Whether Pillow gives all of the samples of a TIFF, and of their bits, and understands them as they are meant."""
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
     samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA, ())
-    if tags.get(_DEPTH, 1) != 1 or (pages == "channels" and getattr(image, "n_frames", 1) > 1):
+    if tags.get(_DEPTH, 1) != 1:
         return False
     if any(kind != 1 for kind in tags.get(_KIND, (1,))) or samples != len(image.getbands()):
         return False
@@ -163,8 +211,9 @@ def _read_deep_png(data: bytes) -> Array:
         import imagecodecs
     except ImportError:
         raise BadImage("16-bit colour PNG needs imagecodecs: pip install 'pixmim[tiff]'") from None
-    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-    check_size(width, height)
+    with open_image(data, ("PNG",)) as image:  # its chunks before the pixels: size and EXIF
+        width, height = image.size
+        orientation = _orientation(image)
     check_bytes(width * height * 8)
     try:
         pixels: Array = imagecodecs.png_decode(data)
@@ -172,4 +221,4 @@ def _read_deep_png(data: bytes) -> Array:
         raise BadImage(f"{type(error).__name__}: {error}") from None
     if pixels.shape[2] in (2, 4):
         pixels = on_white(pixels[..., :-1], pixels[..., -1], multiplied=False)
-    return turned(pixels, _orientation(data))
+    return turned(pixels, orientation)

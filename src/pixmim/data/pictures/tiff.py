@@ -15,31 +15,24 @@ import numpy as np
 
 from pixmim.data.pictures.convert import on_white, turned
 from pixmim.data.pictures.limits import check_bytes, check_size
+from pixmim.data.pictures.sizes import CHECKED, check_segment
 from pixmim.data.source import BadImage, Pages
 from pixmim.transforms import Array
-
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""How a TIFF, or a BigTIFF, begins."""
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _ASSOCIATED, _UNASSOCIATED = 1, 2
 _ORIENTATION, _NO_DATA = 274, 42113
+_OLD_JPEG = 6
 
 
 def read_tiff(data: bytes, pages: Pages) -> Array:
-    """The first page, or all pages one after another, as (h w c). Raises BadImage."""
+    """The first page, or all pages one after another, as (h w c). The TIFF is one of `ifd.checked`. Raises BadImage."""
     with _opened(data) as file:
         first = file.pages.first
         chosen = [first] if pages == "first" else [page for page in file.pages if _alike(page, first)]
         _check(first, len(chosen))
-        parts = [_pixels(page, len(data)) for page in chosen]
+        parts = [_pixels(page, data) for page in chosen]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
-
-
-def count_pages(data: bytes) -> int:
-    """Pages of a TIFF. Raises BadImage."""
-    with _opened(data) as file:
-        return len(file.pages)
 
 
 @contextmanager
@@ -65,6 +58,8 @@ def _alike(page: Any, first: Any) -> bool:
 def _check(page: Any, count: int) -> None:
     """Refuse a page, or `count` pages like it, before memory is taken for what it claims."""
     check_size(page.imagewidth, page.imagelength)
+    if page.compression == _OLD_JPEG:
+        raise BadImage("a TIFF of old JPEG: save it with JPEG, deflate or LZW")
     if page.axes not in ("YX", "YXS", "SYX"):
         raise BadImage(f"axes {page.axes}, and not one picture")
     if page.photometric is not None and int(page.photometric) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
@@ -74,10 +69,12 @@ def _check(page: Any, count: int) -> None:
     check_bytes(page.nbytes * count)
 
 
-def _pixels(page: Any, length: int) -> Array:
-    """One page as (h w c), upright and on white, of a file of `length` bytes."""
-    if any(at + count > length for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)):
-        raise BadImage("a TIFF that is cut off")
+def _pixels(page: Any, data: bytes) -> Array:
+    """One page of a file as (h w c), upright and on white."""
+    pixels_each = page.tilewidth * page.tilelength if page.is_tiled else page.imagewidth * page.rowsperstrip
+    for at, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        if count and page.compression in CHECKED:
+            check_segment(data[at : at + count], page.compression, pixels_each)
     pixels: Array = page.asarray(maxworkers=1)  # the loader has threads of its own
     if page.axes == "YX":
         pixels = pixels[..., None]

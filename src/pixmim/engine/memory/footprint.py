@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pixmim.engine.memory.live import Live
-from pixmim.engine.memory.room import free_memory
 from pixmim.errors import UserError
+from pixmim.room import free_memory
 
 Step = Callable[[int], None]
 """Forward and backward of so many images on the device, any number of them; the gradients stay."""

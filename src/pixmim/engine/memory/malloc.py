@@ -7,7 +7,7 @@ of its tensors for the first time again: 50,000 page faults in a step of a tiny 
 import ctypes
 import platform
 
-from pixmim.engine.memory.room import addresses
+from pixmim.room import addresses
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 

@@ -44,7 +44,7 @@ def jpeg(
     """Through a JPEG, colours at half resolution. constants: its quality."""
     buffer = io.BytesIO()
     _picture(x).save(buffer, "JPEG", quality=int(constants[0]))
-    with Image.open(buffer) as picture:
+    with Image.open(buffer, formats=("JPEG",)) as picture:
         return _tensor(picture)
 
 

@@ -3,7 +3,7 @@
 A pair is a picture whose last channel is its mask, so that all that feeds a loop with pictures feeds it with pairs.
 """
 
-import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
-from PIL import Image
 
 from pixmim.data.folders.files import Files, below
+from pixmim.data.pictures.decode import read_numbers
+from pixmim.data.pictures.limits import max_bytes
 from pixmim.data.shapes import SHAPES, Shapes
 from pixmim.data.source import BadImage, Form, Remade, Source
+from pixmim.disk import read_file, read_text
 from pixmim.errors import UserError, nearest
 from pixmim.transforms import Array
 
@@ -28,6 +30,7 @@ Mask = npt.NDArray[np.uint8]
 
 _MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 _FOLDERS = ("masks", "annotations")
+_MAX_NAMES_BYTES = 2**20
 
 
 class Pairs(Remade):
@@ -128,12 +131,9 @@ def _reader(pictures: Files, layout: _Layout) -> Callable[[int], Mask]:
 def _decode(path: Path, zero: bool) -> Mask:
     """The class numbers in a file: of a palette picture, the numbers and not the colours. Raises BadImage."""
     try:
-        with Image.open(io.BytesIO(path.read_bytes())) as picture:
-            mode, values = picture.mode, np.asarray(picture)
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise BadImage(f"its mask {path} cannot be read: {type(error).__name__}: {error}") from None
-    if values.ndim != 2 or mode == "F":
-        raise BadImage(f"its mask {path} holds no class numbers but a picture in mode {mode}")
+        values = read_numbers(read_file(path, max_bytes()))
+    except (OSError, BadImage) as error:
+        raise BadImage(f"its mask {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if values.min() < 0 or values.max() > IGNORE:
         raise BadImage(f"its mask {path} holds class {values.max()}; numbers up to 254 can be told, and 255 is ignored")
     mask = values.astype(np.uint8)
@@ -144,16 +144,19 @@ def _decode(path: Path, zero: bool) -> Mask:
 
 def _names(root: Path) -> list[str] | None:
     """The names of the classes, where a file tells them. Raises UserError for a file that tells none."""
-    plain, ade = root / "classes.txt", root / "objectInfo150.txt"
-    if plain.is_file():
-        names = [line.strip() for line in plain.read_text().splitlines() if line.strip()]
-    elif ade.is_file():  # a table whose last column, NAME, lists synonyms
-        rows = [line.split("\t") for line in ade.read_text().splitlines()[1:] if line.strip()]
-        names = [row[-1].split(",")[0].strip() for row in rows]
-    else:
+    file = next((root / name for name in ("classes.txt", "objectInfo150.txt") if os.path.lexists(root / name)), None)
+    if file is None:
         return None
+    try:
+        lines = read_text(file, _MAX_NAMES_BYTES).splitlines()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    if file.name == "classes.txt":
+        names = [line.strip() for line in lines if line.strip()]
+    else:  # a table whose last column, NAME, lists synonyms
+        names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:] if line.strip()]
     if not 0 < len(names) < IGNORE:
-        raise UserError(f"{plain if plain.is_file() else ade} names {len(names)} classes; 1 to 254 can be told apart")
+        raise UserError(f"{file} names {len(names)} classes; 1 to 254 can be told apart")
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
