@@ -17,6 +17,7 @@ from pixmim.errors import UserError, nearest
 
 _ADDRESS = re.compile(r"hf:|shapes:|[a-z][a-z0-9]*://")
 _WEIGHTED = re.compile(r"(.+)\*([0-9]+\.?[0-9]*|\.[0-9]+)", re.DOTALL)
+_MOST_DIGITS = 6  # of a weight
 _WILDCARD = re.compile(r"[*?\[{]")
 _ROOTED = re.compile(r"(.+?),root=(.+)", re.DOTALL)
 
@@ -132,6 +133,10 @@ def _read_part(text: str, spec: str) -> Part:
     source, weight = _split_weight(text)
     if not source:
         raise UserError(f"nothing stands on one side of a + in '{spec}'")
+    if len(weight) > _MOST_DIGITS:
+        raise UserError(
+            f"the weight {weight[:20]} in '{text[:200]}' is too large: it has more than {_MOST_DIGITS} digits"
+        )
     if not weight.isdigit() or int(weight) < 1:
         raise UserError(
             f"the weight {weight} in '{text}' is no whole number of at least 1: it says how often each image comes in "
