@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from pixmim.disk import open_regular, read_json
+from pixmim.disk import open_regular, parse_json, read_text
 from pixmim.errors import UserError, first_line
 from pixmim.trust import inside
 
@@ -155,7 +155,8 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: If its format is not this one.
     """
     try:
-        found = read_json(inside(inside(folder.parent, folder.name), MANIFEST))
+        path = inside(inside(folder.parent, folder.name), MANIFEST)
+        found = parse_json(read_text(path), MANIFEST)
     except (OSError, UserError) as error:
         raise DamagedError(first_line(error)) from error
     if not isinstance(found, dict) or "format" not in found:
