@@ -23,7 +23,7 @@ from pixmim.runfile import from_json, to_json
 from pixmim.weights.own import KEY
 
 FUZZ = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,

@@ -617,6 +617,16 @@ def test_a_zip_unpacks_to_no_more_than_it_holds(how: str, tmp_path: Path) -> Non
         read_weights(tmp_path / "x.pth")
 
 
+def test_a_zip_without_sums_is_read(tmp_path: Path) -> None:
+    """torch can be told to leave them out."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": official.mae()}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_model(tmp_path / "x.pth", **BOTH) is not None
+
+
 def test_a_zips_table_of_contents_is_not_read_beyond_a_bound(tmp_path: Path) -> None:
     """The file has a hole of 4 GiB, said to be the table."""
     size = 4 * 2**30

@@ -75,12 +75,9 @@ def slurm(args: list[str]) -> int:
 
 def _build(run: Run) -> None:
     """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
-    import torch
+    from pixmim.parts import build_crop, build_masker, build_model, build_objective, sketch
 
-    from pixmim.parts import build_crop, build_masker, build_model, build_objective
-
-    with torch.device("meta"):
-        patch = build_model(run).patch
+    patch = sketch(lambda: build_model(run), run.model.backbone).patch
     build_masker(run, patch)
     build_crop(run)
     build_objective(run)
