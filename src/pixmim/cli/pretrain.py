@@ -21,7 +21,7 @@ from pixmim.trust import closed, refusal
 
 _MAY_CHANGE = {
     *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),
-    *("accumulate", "scale", "saving"),
+    *("accumulate", "scale", "saving", "knn"),
 }
 """Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 
