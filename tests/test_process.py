@@ -449,8 +449,8 @@ FULL_AFTER_MERGING = {
     "embed": ("embed RUN --data shapes:count=40,size=32 --out OUT/features.npy --device cpu", "OUT/features.npy"),
     "reconstruct": ("reconstruct RUN PICTURES --out OUT/r.png", "OUT/r.png"),
     "attention": ("attention RUN PICTURES --out OUT/a.png", "OUT/a.png"),
-    "report": ("report RUN --out OUT/report.html", "OUT/report.html"),
-    "coverage": ("coverage shapes:count=40,size=48 --size 48 --out OUT/coverage", "OUT/coverage"),
+    "report": ("report RUN --out OUT/report.html", "RUN/reconstructions"),
+    "coverage": ("coverage shapes:count=40,size=48 --size 48 --out OUT/coverage", "OUT/coverage/coverage.csv"),
     "slurm": ("slurm demo --out OUT/s --gpus 1", "OUT/s/slurm.sh"),
 }
 """The same, once each of these files is written whole or not at all: FULL | FULL_AFTER_MERGING."""
@@ -467,7 +467,7 @@ def test_a_full_disk_gives_one_line_and_no_half_file(
     for word, place in places.items():
         command, named = command.replace(word, str(place)), named.replace(word, str(place))
     capsys.readouterr()
-    with full_disk(100 if name in ("slurm", "stats", "evaluate") else 3000):
+    with full_disk({"slurm": 100, "stats": 100, "evaluate": 100}.get(name, 3000)):
         status, text = say(capsys, *command.split())
     assert status == 1 and text.count("error: ") == 1 and named in text and "File too large" in text, text
     written = [path for path in [Path(named), *Path(named).rglob("*"), *out.rglob("*.tmp")] if path.is_file()]

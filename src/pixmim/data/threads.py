@@ -76,7 +76,8 @@ class Workers(Executor):
         self.shutdown(cancel_futures=kind is not None)
 
     def __del__(self) -> None:
-        self.shutdown(wait=False)
+        for _ in self._threads:
+            self._jobs.put(None)
 
 
 def _work(jobs: "SimpleQueue[_Job | None]") -> None:
