@@ -33,8 +33,11 @@ def inside(folder: Path, name: str) -> Path:
         UserError: If the name, or a symbolic link on the way, leads out of the folder.
     """
     path = folder / name
-    root = folder.resolve()
-    if "\0" in name or not path.resolve().is_relative_to(root):
+    try:
+        within = "\0" not in name and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a loop of links
+        within = False
+    if not within:
         raise UserError(f"'{name}' leads out of {folder}: a folder's files must be inside it")
     return path
 
