@@ -141,8 +141,9 @@ def write_manifest(folder: Path, step: int, images: int, shares: Iterable[Mappin
             tensor = tensors.setdefault(name, {"dtype": entry.dtype, "shape": entry.shape, "pieces": []})
             tensor["pieces"] += entry.pieces
     content = {"step": step, "images": images, "tensors": tensors}
+    text = _text(content)
     with (folder / MANIFEST).open("x") as file:
-        json.dump({"format": FORMAT, "crc32": _sum(content), "content": content}, file)
+        file.write(f'{{"format":{FORMAT},"crc32":{_sum(text)},"content":{text}}}')
         file.flush()
         os.fsync(file.fileno())
 
@@ -168,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         content = found["content"]
-        if _sum(content) != found["crc32"]:
+        if _sum(_text(content)) != found["crc32"]:
             raise DamagedError(f"{MANIFEST} is not what was written")
         tensors = {name: _entry(value) for name, value in content["tensors"].items()}
         return Manifest(_count(content["step"]), _count(content["images"]), tensors)
@@ -290,5 +291,9 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _sum(content: object) -> int:
-    return zlib.crc32(json.dumps(content).encode())
+def _text(content: object) -> str:
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _sum(text: str) -> int:
+    return zlib.crc32(text.encode())
