@@ -78,6 +78,12 @@ def test_a_list_that_leads_out(secret: Path, line: str) -> None:
         open_data(f"{given}/list.txt")
 
 
+def test_a_zero_byte_hides_no_line(secret: Path) -> None:
+    (secret.parent / "given" / "list.txt").write_bytes(b"a.png\0" + os.fsencode(secret) + b"\n")
+    with pytest.raises(UserError, match="zero byte"):
+        open_data(f"{secret.parent}/given/list.txt")
+
+
 def test_a_root_lets_a_list_lead_elsewhere(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = secret.parent / "given"
     (given / "list.txt").write_text(f"a.png\n../secret.png\n{secret}\n{given}/a.png\n./a.png\na..b.png\n")

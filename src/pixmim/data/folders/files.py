@@ -128,22 +128,28 @@ def listed(spec: str | Path, form: Form = COLOUR) -> Files:
         raise UserError(f"{text} cannot be read: {error.strerror}") from error
     if lines.count(b"\n") > MAX_LINES:
         raise UserError(f"{text} has more than {MAX_LINES:,} lines: put the images into a cache or into tars")
+    if b"\0" in lines:
+        raise UserError(f"{text} is not a text file: it holds a zero byte")
     paths = Paths.from_lines(lines)
     if not paths:
         raise UserError(f"{text} names no pictures")
-    if os.sep != "/" or b".." in lines or re.search(rb"(?m)^/", lines):  # all other lines stay in the folder
-        folders = [text.parent] if root is None else [text.parent, root]
-        check_inside(paths, folders, str(text), f"--data '{path},root=FOLDER' allows those below a folder")
+    folders = [text.parent] if root is None else [text.parent, root]
+    tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
+    odd = re.compile(rb"(?m)^(?:(?=/)(?!" + tops + rb").*|.*\.\..*)$")  # all other lines plainly stay below a folder
+    names: Iterable[str] = paths
+    if os.sep == "/":
+        names = (os.fsdecode(match[0].removesuffix(b"\r")) for match in odd.finditer(lines))
+    check_inside(names, folders, str(text), len(paths), f"--data '{path},root=FOLDER' allows those below a folder")
     return Files(str(spec), text.parent, paths, form)
 
 
-def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, way_out: str) -> None:
+def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, total: int, way_out: str) -> None:
     """Check that names of files, written by anybody, stay below folders; the first is where relative names begin.
 
     As everywhere in a folder of images, links inside it are followed, so a name without `..` is taken as it is written.
 
     Raises:
-        UserError: If any leads out, with the first one, how many there are, and the `way_out`.
+        UserError: If any leads out, with the first one, how many of the `total` do, and the `way_out`.
     """
     tops = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
     real = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
@@ -156,9 +162,8 @@ def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, way
         folder, file = os.path.split(path)
         return below(path if file in ("", ".", "..") else folder)
 
-    count, total, first = 0, 0, ""
+    count, first = 0, ""
     for name in names:
-        total += 1
         plain = ".." not in name and (name.startswith(tops) or not os.path.isabs(name))
         if not _is_name(name) or not (plain or inside(os.path.join(tops[0], name))):
             count, first = count + 1, first or name

@@ -105,7 +105,8 @@ def _coco(spec: str, file: Path, root: Path, form: Form) -> Annotated:
     if not images or not categories:
         raise UserError(f"{file} names no {'categories' if images else 'images'}")
     names = [entry["file_name"] for entry in images]
-    check_inside(names, [root], str(file), "name the folder that holds them all as --test-images or --train-images")
+    way_out = "name the folder that holds them all as --test-images or --train-images"
+    check_inside(names, [root], str(file), len(names), way_out)
     sizes = [(int(entry["height"]), int(entry["width"])) for entry in images]
 
     found: list[list[tuple[dict[str, Any], list[float]]]] = [[] for _ in images]
