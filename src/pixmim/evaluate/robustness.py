@@ -22,7 +22,7 @@ from pixmim.disk import write_whole
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate import imagenet
 from pixmim.evaluate.bench import Bench, Values
-from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, check_channels, corrupt
+from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, VERSION, check_channels, corrupt
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, own_head, probe
 from pixmim.evaluate.learn import forget
 from pixmim.metrics import corruption_errors, wilson_interval
@@ -213,7 +213,8 @@ def _count_corrupted(
     notes: "_Notes",
 ) -> tuple[dict[Variant, int], int]:
     """The same for each variant of every picture. Pictures are read once; what is done is kept batch by batch."""
-    key, crop = f"in memory {data.spec} {data.fingerprint()}", evaluation_crop(bench.encoder.size)
+    key = f"in memory, version {VERSION}: {data.spec} {data.fingerprint()}"
+    crop = evaluation_crop(bench.encoder.size)
     first, total, *counts = notes.done.get(key, [0] * (2 + len(variants)))
     right = dict(zip(variants, counts, strict=True))
     with (
