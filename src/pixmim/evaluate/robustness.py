@@ -23,7 +23,7 @@ from pixmim.disk import read_json, write_whole
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate import imagenet
 from pixmim.evaluate.bench import Bench, Values
-from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, check_channels, corrupt
+from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, VERSION, check_channels, corrupt
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, own_head, probe
 from pixmim.evaluate.learn import forget
 from pixmim.metrics import corruption_errors, wilson_interval
@@ -219,8 +219,8 @@ def _count_corrupted(
     notes: "_Notes",
 ) -> tuple[dict[Variant, int], int]:
     """The same for each variant of every picture. Pictures are read once; what is done is kept batch by batch."""
-    key, crop = f"in memory {data.spec} {data.fingerprint()}", evaluation_crop(bench.encoder.size)
-    kept = 2 + len(variants)
+    key = f"in memory, version {VERSION}: {data.spec} {data.fingerprint()}"
+    crop, kept = evaluation_crop(bench.encoder.size), 2 + len(variants)
     first, total, *counts = notes.counts(key, kept, len(data)) or [0] * kept
     right = dict(zip(variants, counts, strict=True))
     with (
