@@ -558,6 +558,7 @@ def test_numpys_numbers_are_never_unpickled(plain: bool, tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("plain", [False, True], ids=["zip", "before 1.6"])
 def test_a_pickle_takes_no_more_memory_than_it_has(
     plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

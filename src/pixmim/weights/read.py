@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -161,7 +162,8 @@ def _read_plain(path: Path) -> Any:
 
 
 def _unpickle(source: "Path | io.BytesIO", mmap: bool) -> Any:
-    with torch.serialization.safe_globals(_HARMLESS):
+    with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, over damaged files
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
 
