@@ -297,7 +297,7 @@ def test_malformed_counts_are_measured_again(text: str, tmp_path: Path) -> None:
     assert _Notes(tmp_path, console).counts("key", 2, 10) == [1, 10]
 
 
-@pytest.mark.parametrize("text", ["", "x", "[]", "3", '{"recipe": 3}', '{"recipe": "", "x": 1}', "\0"])
+@pytest.mark.parametrize("text", ["", "x", "[]", "3", '{"recipe": 3}', '{"recipe": "", "x": 1}', "\0", "[" * 100_000])
 def test_a_broken_configuration_is_one_line(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from pixmim.errors import UserError
 from pixmim.evaluate.boxes import Object, read_objects
 from pixmim.evaluate.results import versions
 from pixmim.metrics import window_cover
+from pixmim.plotting import Figure
 from pixmim.terminal import csv_cell
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop, cover
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, probe
 from pixmim.evaluate.imagenet import CATEGORIES
 from pixmim.metrics import shape_decisions
+from pixmim.plotting import Figure, FigureCanvasAgg
 from pixmim.protocols import ShapeBias
 from pixmim.terminal import plot_label
 from pixmim.transforms import CentreCrop, evaluation_crop

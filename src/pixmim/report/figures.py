@@ -6,18 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pixmim.config import Run
+from pixmim.plotting import Axes, Figure, FigureCanvasSVG, matplotlib
 from pixmim.terminal import plot_label
 
 Picture = npt.NDArray[np.uint8]
