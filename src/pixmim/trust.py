@@ -55,7 +55,8 @@ def inside(folder: Path, name: str) -> Path:
     """
     path = folder / name
     root = os.path.realpath(folder)  # Path.resolve raises over links that form a loop
-    if "\0" in name or not Path(os.path.realpath(path)).is_relative_to(root):
+    real = "" if "\0" in name else os.path.realpath(path)
+    if os.path.islink(real) or not Path(real).is_relative_to(root):  # still a link: a loop
         raise UserError(f"'{name}' leads out of {folder}: a folder's files must be inside it")
     return path
 
