@@ -409,6 +409,6 @@ def test_a_long_listing_says_where_it_stands(tree: Path, monkeypatch: pytest.Mon
     said: list[str] = []
     console = Console(force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr(patience, "Console", lambda stderr: console)
-    monkeypatch.setattr("rich.status.Status.update", lambda self, text: said.append(text))
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: said.append(str(text)))
     list_pictures(tree, EXTENSIONS)
     assert said and said[0].startswith(f"listing {tree}: ") and said[0].endswith("pictures")
