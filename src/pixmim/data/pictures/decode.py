@@ -165,6 +165,7 @@ def _to_array(image: Image.Image) -> Array:
 
 def _values(image: Image.Image) -> Array:
     values: Array = np.asarray(image)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)  # of a TIFF, Pillow keeps the file's order
     if "transparency" in image.info:
         values = np.where(values == image.info["transparency"], np.iinfo(values.dtype).max, values)
     return values[..., None]

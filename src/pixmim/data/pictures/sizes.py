@@ -5,8 +5,8 @@ import struct
 from pixmim.data.pictures import jpeg
 from pixmim.data.source import BadImage
 
-_JPEG, _LERC, _WEBP = 7, 34887, 50001
-CHECKED = (_JPEG, _LERC, _WEBP)
+_JPEG, _LERC = 7, 34887
+CHECKED = (_JPEG, _LERC)
 """Compressions of TIFF whose strips and tiles state their size themselves."""
 
 
@@ -35,10 +35,7 @@ def check_segment(data: bytes, compression: int, pixels: int) -> None:
     Raises:
         BadImage: If it does.
     """
-    if compression == _JPEG:
-        width, height = jpeg.look(data)[:2]
-    else:
-        width, height = lerc(data) if compression == _LERC else webp(data)
+    width, height = jpeg.look(data)[:2] if compression == _JPEG else lerc(data)
     if width * height > 2 * pixels + 2**16:
         raise BadImage(f"a TIFF with a strip or tile of {width}x{height} pixels instead of {pixels:,}")
 
