@@ -127,7 +127,7 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
         pixels: Array = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
     except ValueError:  # damaged, or unusual: Pillow decides which, and words the reason
         return None
-    return pixels if head.orientation == 1 else np.ascontiguousarray(turned(pixels, head.orientation))
+    return turned(pixels, head.orientation)
 
 
 def _orientation(image: Image.Image) -> int:
