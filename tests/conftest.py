@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="SKIPPED FOR WANT OF A CUDA DEVICE: run `make test` on a GPU"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., Run]:
     """A Run that trains in a second; keywords replace its fields."""
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from torch import Tensor
 
 import pixmim.pretrain
-from pixmim.dist import World, leave, open_world
+from pixmim.dist import World, open_world
+from pixmim.process import leave
 from pixmim.runfile import from_json
 from pixmim.transforms import finish
 

@@ -48,7 +48,7 @@ def test_mistakes_in_a_file_are_named(change: dict[str, object], message: str) -
 
 
 def test_broken_json_names_the_file() -> None:
-    with pytest.raises(UserError, match=r"mine\.json is not JSON"):
+    with pytest.raises(UserError, match=r"mine\.json is not valid JSON"):
         from_json("{", "mine.json")
 
 

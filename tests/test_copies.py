@@ -100,3 +100,16 @@ def test_a_copy_of_another_size_is_none(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
         copies.get("b", 10, lambda to: (_ for _ in ()).throw(OSError("gone")))
     assert there(copies) == "a" and not list(tmp_path.glob("*.part"))
+
+
+def test_links_and_pipes_among_the_copies(tmp_path: Path) -> None:
+    """What stands in the folder under a copy's name is no copy, and a lock is not opened through a link."""
+    copies = Copies(tmp_path / "copies", 30)
+    copies.folder.mkdir()
+    os.mkfifo(copies.folder / "a")
+    fill(copies, "a")
+    assert (copies.folder / "a").read_bytes() == b"0123456789"
+    (copies.folder / "b.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError):
+        fill(copies, "b")
+    assert not (tmp_path / "victim").exists()

@@ -15,11 +15,13 @@ from torch import Tensor
 from pixmim.data.shapes import Shapes
 from pixmim.errors import UserError
 from pixmim.evaluate.corruptions import CORRUPTIONS, corrupt
-from pixmim.evaluate.corruptions.blur import disk
-from pixmim.evaluate.corruptions.fields import enlarge, plasma, smear, smooth
+from pixmim.evaluate.corruptions.blur import disk, glass
+from pixmim.evaluate.corruptions.fields import crystals, enlarge, plasma, smear, smooth
+from pixmim.evaluate.corruptions.weather import PANES
 from pixmim.transforms import evaluation_crop
 
-RELATIVE = {"elastic_transform", "frost"}  # whose published constants trade one disturbance for another
+# Corruptions whose published constants do not grow stronger with each severity: glass has three rounds at 3, two at 4.
+RELATIVE = {"elastic_transform", "frost", "glass_blur"}
 
 
 def pictures(size: int, count: int = 4) -> list[Tensor]:
@@ -29,6 +31,64 @@ def pictures(size: int, count: int = 4) -> list[Tensor]:
 
 def grey(value: int, size: int = 224, channels: int = 3) -> Tensor:
     return torch.full((channels, size, size), value, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def dozen() -> list[Tensor]:
+    """Draw twelve colored images of 224 px: shapes, and waves that weaken with frequency as in photographs."""
+    draw = np.random.default_rng(12)
+    y, x = np.mgrid[:224, :224] / 224
+    images = []
+    for _ in range(12):
+        image = draw.uniform(0.2, 0.8, 3) + np.zeros((224, 224, 3))
+        for _ in range(40):
+            frequency, angle, phase = 60 ** draw.random(), draw.uniform(0, np.pi), draw.uniform(0, 2 * np.pi)
+            wave = np.cos(2 * np.pi * frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+            image += (0.15 / frequency**0.7) * wave[..., None] * draw.uniform(0.5, 1, 3)
+        for _ in range(8):
+            (down, right), size, ratio = draw.random(2), draw.uniform(0.05, 0.2), draw.uniform(0.5, 2)
+            inside = np.hypot(y - down, (x - right) * ratio) < size
+            image[inside] = 0.5 * image[inside] + 0.5 * draw.random(3)
+        images.append(torch.from_numpy((image.clip(0, 1) * 255).round().astype(np.uint8)).permute(2, 0, 1).contiguous())
+    return images
+
+
+# PSNR in dB, mean over the dozen images above, at severities 1 to 5, of the code that made ImageNet-C
+# (hendrycks/robustness, create_c/make_imagenet_c.py), before the result is stored as a JPEG. Run once on scikit-image
+# 0.26, scipy 1.17, OpenCV 5.0 and ImageMagick 6.9.11 with names of arguments brought up to date, and up to 40 draws
+# per image where the result is random.
+PUBLISHED = {
+    "gaussian_noise": (22.18, 18.78, 15.52, 12.81, 10.45),
+    "shot_noise": (21.3, 17.69, 14.8, 11.6, 9.86),
+    "impulse_noise": (20.33, 17.32, 15.59, 12.81, 10.8),
+    "defocus_blur": (32.31, 30.6, 28.21, 26.72, 25.47),
+    "glass_blur": (29.57, 30.04, 25.15, 26.03, 25.27),
+    "motion_blur": (28.3, 25.2, 22.57, 20.54, 19.44),
+    "zoom_blur": (24.3, 22.6, 21.59, 20.65, 19.83),
+    "snow": (14.67, 10.62, 10.61, 9.08, 7.87),
+    "frost": (12.34, 10.96, 10.28, 10.71, 10.33),
+    "fog": (15.18, 14.27, 13.51, 13.4, 12.95),
+    "brightness": (22.53, 16.68, 13.64, 11.81, 10.76),
+    "contrast": (18.3, 16.96, 15.8, 14.78, 14.31),
+    "elastic_transform": (15.27, 12.71, 23.15, 22.94, 22.25),
+    "pixelate": (34.89, 34.02, 31.97, 30.23, 29.27),
+    "jpeg_compression": (31.23, 30.17, 29.49, 27.88, 26.27),
+}
+DRAWS = {"frost": 3, "elastic_transform": 2, "fog": 2}  # of each image, where single draws differ much
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_psnr_agrees_with_the_authors_code(name: str, dozen: list[Tensor]) -> None:
+    for severity, wanted in zip((1, 2, 3, 4, 5), PUBLISHED[name], strict=True):
+        found = [
+            10
+            * math.log10(
+                255**2 / float((corrupt(image, name, severity, seed=s, index=i) - image.double()).pow(2).mean())
+            )
+            for i, image in enumerate(dozen)
+            for s in range(DRAWS.get(name, 1))
+        ]
+        assert np.mean(found) == pytest.approx(wanted, rel=0.05), severity
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -42,7 +102,8 @@ def test_pure_uint8_and_stronger_with_severity(name: str) -> None:
         change.append(np.mean([(a.float() - b.float()).abs().mean() for a, b in zip(made, images, strict=True)]))
     assert change[0] > 1
     if name not in RELATIVE:
-        assert all(later >= 0.99 * sooner for sooner, later in itertools.pairwise(change)), change
+        # The published constants make severities 2 and 3 of snow about equal.
+        assert all(later >= 0.97 * sooner for sooner, later in itertools.pairwise(change)), change
     elif name == "elastic_transform":  # two kinds: a shear of up to 24 px and 49 px, then waves of few pixels
         assert change[0] < change[1] and change[2] < change[3] < change[4]
 
@@ -162,6 +223,66 @@ def test_zoom_blur_of_the_middle_stays_and_of_a_point_points_outwards() -> None:
     assert columns[columns > 120].min() >= 179 and columns.max() <= 112 + 68 * 1.2 + 2
 
 
+def test_zoom_blur_has_the_published_number_of_enlargements(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors: list[float] = []
+
+    def enlarge_nothing(x: Tensor, factor: float) -> Tensor:
+        factors.append(factor)
+        return x
+
+    monkeypatch.setattr("pixmim.evaluate.corruptions.blur.enlarge", enlarge_nothing)
+    counts = []
+    for severity in (1, 2, 3, 4, 5):
+        factors.clear()
+        assert torch.equal(corrupt(grey(90, 16), "zoom_blur", severity), grey(90, 16))
+        counts.append((len(factors), round(max(factors), 6)))
+    assert counts == [(12, 1.11), (16, 1.15), (11, 1.2), (13, 1.24), (11, 1.3)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_glass_copies_as_a_loop_over_pixels_does(scale: float) -> None:
+    x, reach, rounds = torch.rand(3, 20, 31), 2, 3
+    made = glass(x, (0, reach, rounds), np.random.default_rng(4), scale)
+    draw, wanted, edge = np.random.default_rng(4), x.clone(), math.ceil(reach * scale)
+    rows, columns = range(edge + 1, 20 - edge + 1), range(edge + 1, 31 - edge + 1)
+    for _ in range(rounds):
+        own, down, right = (draw.random((len(rows), len(columns))) for _ in range(3))
+        for i, j in itertools.product(reversed(range(len(rows))), reversed(range(len(columns)))):
+            most = math.floor(reach * scale) + (own[i, j] < reach * scale % 1)
+            there = (
+                rows[i] + math.floor(down[i, j] * 2 * most) - most,
+                columns[j] + math.floor(right[i, j] * 2 * most) - most,
+            )
+            wanted[:, rows[i], columns[j]] = wanted[:, there[0], there[1]]
+    assert torch.equal(made, wanted) and not torch.equal(made, x)
+
+
+def test_ice_has_the_light_of_the_photographs_and_the_spectrum_of_crystals() -> None:
+    mean, deviation = (np.array(values) for values in zip(*PANES, strict=True))
+    seen = set()
+    for seed in range(20):
+        ice = corrupt(grey(0), "frost", 5, seed=seed).double().numpy() / 255 / 0.75
+        pane = int(np.abs(ice.mean(axis=(1, 2)) - mean).sum(axis=1).argmin())
+        np.testing.assert_allclose(ice.mean(axis=(1, 2)), mean[pane], atol=0.005)
+        np.testing.assert_allclose(ice.std(axis=(1, 2)), deviation[pane], rtol=0.05)
+        seen.add(pane)
+    assert seen >= {0, 3, 4} and seen & {1, 2}  # two of the five photographs show the same pane
+
+    frequency = np.hypot(np.fft.fftfreq(224)[:, None], np.fft.fftfreq(224)) * 224
+    power, bright, steps = [], [], []
+    for seed in range(8):
+        layer = crystals((224, 224), np.random.default_rng(seed)).double().numpy()
+        spectrum = np.abs(np.fft.fft2(layer)) ** 2 / layer.size**2
+        power.append([spectrum[(frequency >= f) & (frequency < 2 * f)].sum() for f in (1, 2, 4, 8, 16, 32, 64)])
+        bright.append((layer > 1).mean())
+        steps.append(np.abs(np.diff(layer)).mean())
+    # In crops of the photographs an octave holds 5 to 35 % of the power; 13 to 17 % of pixels are brighter than a
+    # deviation above the mean; and neighboring pixels differ by 0.42 to 0.56 deviations.
+    assert np.mean(power, axis=0).min() > 0.05 and np.mean(power, axis=0).max() < 0.35
+    assert 0.13 < np.mean(bright) < 0.18
+    assert 0.42 < np.mean(steps) < 0.60
+
+
 def test_fields_and_glass_keep_what_they_should() -> None:
     field = plasma((40, 64), 2.0, np.random.default_rng(0))
     assert field.shape == (1, 40, 64) and float(field.min()) >= 0 and float(field.max()) <= 1
@@ -171,7 +292,7 @@ def test_fields_and_glass_keep_what_they_should() -> None:
     assert torch.equal(corrupt(grey(90), "elastic_transform", 5), grey(90))
     image = pictures(224, 1)[0]
     moved = corrupt(image, "glass_blur", 3).float()
-    assert float(moved.mean()) == pytest.approx(float(image.float().mean()), abs=1)  # pixels change places only
+    assert float(moved.mean()) == pytest.approx(float(image.float().mean()), abs=1)  # pixels are copied, none is made
 
 
 def test_what_is_not_defined_is_refused() -> None:

@@ -9,7 +9,17 @@ from typing import IO
 
 import pytest
 
-from pixmim.disk import atomic_write, parse_json, read_file, read_json, read_text, write_whole
+from pixmim.disk import (
+    append,
+    atomic_write,
+    check_writable,
+    parse_json,
+    read_file,
+    read_json,
+    read_text,
+    write_csv,
+    write_whole,
+)
 from pixmim.errors import UserError
 
 
@@ -101,3 +111,50 @@ def test_two_writers_of_one_file_leave_one_of_the_contents(tmp_path: Path) -> No
     for thread in threads:
         thread.join()
     assert path.read_bytes() in contents and os.listdir(tmp_path) == ["x"]
+
+
+def test_text_is_added_to_regular_files_only_and_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    append(path, "a\n")
+    append(path, os.fsdecode(b"\xfc") + "\ud800\n")
+    assert path.read_bytes() == b"a\n\xfc?\n"
+    (tmp_path / "link").symlink_to(path)
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(OSError):
+            append(tmp_path / name, "b")
+    real, calls = os.write, list[int]()
+
+    def full(descriptor: int, data: bytes) -> int:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data[:3])
+
+    monkeypatch.setattr("pixmim.disk.os.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        append(path, "a long line\n")
+    assert path.read_bytes() == b"a\n\xfc?\n" and len(calls) == 2
+
+
+def test_rows_of_any_names_become_csv(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", [["name"], [os.fsdecode(b"\xfc"), 3], ["a,\n", "\ud800"]])
+    assert (tmp_path / "a.csv").read_bytes() == b'name\r\n\xfc,3\r\n"a,\n",?\r\n'
+
+
+def test_names_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
+    for name in ("n" * 255, "\U0001f600" * 63):
+        write_whole(tmp_path / name, "x")
+        check_writable(tmp_path / name)
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_what_cannot_be_written_is_known_before_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new" / "newer" / "x.png")
+    for path in (tmp_path, tmp_path / "file" / "x.png"):
+        with pytest.raises(OSError, match=str(path)):
+            check_writable(path)
+    assert os.listdir(tmp_path) == ["file"]

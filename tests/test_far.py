@@ -29,6 +29,7 @@ from pixmim.data.tars import remote
 from pixmim.data.tars.cache import make_cache
 from pixmim.data.tars.cacheformat import open_cache
 from pixmim.data.tars.far import Far
+from pixmim.disk import cache_path
 from pixmim.errors import UserError
 from pixmim.transforms import SimpleResizedCrop
 from test_foreign import colours, keys, shard
@@ -205,7 +206,7 @@ def test_a_server_that_fails_for_good(server: Server, served: Path, memory: Path
 
 def test_what_changed_on_the_server_is_noticed(server: Server, served: Path) -> None:
     tars, cached = open_data(f"{server.url}/shards"), open_data(f"{server.url}/cached")
-    fetched = sorted((far_module.place("copies", "").parent).iterdir())
+    fetched = sorted((cache_path("copies", "").parent).iterdir())
     for path in fetched:
         path.unlink()
     tars, again = open_data(f"{server.url}/shards"), open_data(f"{server.url}/shards")
@@ -312,7 +313,7 @@ class Slow:
 def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Slow, int]]:
     """A far cache of 40 shards of one size each, on a slow file system; the bytes of a shard."""
     files = fsspec.filesystem("memory")
-    folder = Path(str(far_module.place("made", ""))) / "many"
+    folder = Path(str(cache_path("made", ""))) / "many"
     make_cache(Shapes(count=80, size=16, seed=3), folder, (16, 16), per_shard=2, kind="raw")
     files.put(str(folder), "/many", recursive=True)
     yield "memory://many", Slow(monkeypatch), (folder / "shard-000000.tar").stat().st_size
@@ -393,7 +394,7 @@ def test_batches_do_not_depend_on_the_bound(many: tuple[str, Slow, int], shards:
         with Loader(source, crop, portion, skipped=Skipped(None, len(source), 0.5), threads=3) as loader:
             return torch.cat([next(loader).images.clone() for _ in range(9)])
 
-    near = open_cache(far_module.place("made", "") / "many")
+    near = open_cache(cache_path("made", "") / "many")
     expected = {near.image(i)[:, :16, :16].numpy().tobytes() for i in range(80)}
     first = batches(open_cache(url, local_copy=shards * size / GIB))
     assert torch.equal(first, batches(open_cache(url)))
@@ -441,6 +442,7 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match="pip install s3fs"):
         open_data("s3://bucket/cached")
+    monkeypatch.delitem(sys.modules, "pixmim.data.tars.http", raising=False)
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(UserError, match=r"pip install 'pixmim\[remote\]'"):
         open_data("https://host/cached")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,9 @@ class Stopped(Interrupts):
     def asked(self) -> bool:  # type: ignore[override]
         self.asked_for += 1
         return self.asked_for > Stopped.after  # asked once an update
+
+    def waiting(self, alone: bool = True) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @pytest.mark.parametrize(

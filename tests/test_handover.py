@@ -1,5 +1,8 @@
 """What leaves the house is read strictly by those it is for, and does there what it does here."""
 
+import errno
+import os
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +14,9 @@ import torch
 from torch import nn
 
 from pixmim import load_encoder, load_model, patchify
-from pixmim.config import Model, Run
+from pixmim.config import Knn, Model, Run
 from pixmim.errors import UserError
-from pixmim.handover import hand_over
+from pixmim.handover import FORMATS, hand_over
 from pixmim.masking import Mask
 from pixmim.models import features
 from pixmim.models.base import MaskedModel
@@ -21,6 +24,7 @@ from pixmim.parts import build_model
 from pixmim.pretrained import adopt, open_model
 from pixmim.runfile import to_json
 from pixmim.weights.recognise import Weights
+from test_cli import say
 
 transformers = pytest.importorskip("transformers")
 
@@ -162,6 +166,104 @@ def test_a_run_without_its_checkpoints_still_hands_over_its_encoder(made: Made, 
     assert "ViTModel" in lines[1]
     assert open_model(folder).run == Run(**vars(open_model(folder).run))
     assert (Path(folder) / "config.json").read_text() == to_json(open_model(folder).run)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_no_export_names_anything_of_this_machine(to: str, made: Made, tmp_path: Path) -> None:
+    """Every byte of every file: no folder of the run, of its data, of the code that wrote it, or of its user."""
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    folder, _ = made("mae")
+    config = Path(folder) / "config.json"
+    run = replace(open_model(folder).run, data=f"{tmp_path}/pictures", out=folder, init=f"{tmp_path}/weights.pth")
+    config.write_text(to_json(replace(run, knn=Knn(f"{tmp_path}/train", f"{tmp_path}/test", 1.0))))
+    hand_over(folder, to, tmp_path / "out")
+    adopt(open_model(folder, whole=True), tmp_path / "imported")
+    words = [str(tmp_path), tmp_path.name, str(Path.home()), str(Path(__file__).parents[1]), "site-packages", ".py"]
+    files = [path for root in ("out", "imported") for path in (tmp_path / root).rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    for path in files:
+        content = path.read_bytes()
+        assert not [word for word in words if len(word) > 2 and word.encode() in content], path
+
+
+@pytest.mark.parametrize("to", [*FORMATS, "import"])
+def test_a_full_disk_leaves_nothing(to: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each write of a file, the first, the second ..., meets the end of the disk, with half of it written."""
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+    folder, _ = made("mae")
+    weights, real, done = open_model(folder, whole=True), os.fsync, 0
+
+    def write() -> object:
+        return adopt(weights, tmp_path / "out") if to == "import" else hand_over(folder, to, tmp_path / "out")
+
+    def full(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for allowed in range(4):
+        left = allowed
+        before = sorted(path.name for path in tmp_path.iterdir())
+        try:
+            write()
+        except (UserError, OSError) as error:
+            assert "No space left" in str(error) and sorted(path.name for path in tmp_path.iterdir()) == before
+        else:
+            done = allowed
+            break
+    assert done and (tmp_path / "out").is_dir() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_may_be_no_larger_than_the_limit(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on the size of files stands for a full disk: the system refuses in the middle of a file."""
+    folder, _ = made("mae")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        for to in (to for to in FORMATS if to != "onnx"):
+            assert say(capsys, "export", folder, "--to", to, "--out", tmp_path / "out")[0] == 1
+        status, text = say(capsys, "import", folder, "--to", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1 and "File too large" in text and "Traceback" not in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mae"]
+
+
+def test_a_link_in_the_place_of_a_temporary_folder_is_not_followed(made: Made, tmp_path: Path) -> None:
+    folder, _ = made("mae")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    (tmp_path / "out.tmp").symlink_to(tmp_path / "precious")
+    hand_over(folder, "timm", tmp_path / "out")
+    adopt(open_model(folder, whole=True), tmp_path / "imported")
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
+    for name in ("dangling", "filled"):
+        (tmp_path / name).symlink_to(tmp_path / ("nowhere" if name == "dangling" else "precious"))
+        with pytest.raises(UserError, match="is there already"):
+            hand_over(folder, "timm", tmp_path / name)
+        with pytest.raises(UserError, match="is there already"):
+            adopt(open_model(folder, whole=True), tmp_path / name)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_empty_folder_may_be_imported_into_and_another_one_not(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = made("mae")
+    weights = open_model(folder, whole=True)
+    (tmp_path / "empty").mkdir()
+    adopt(weights, tmp_path / "empty")
+    assert open_model(str(tmp_path / "empty")).run == weights.run
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "..", "/", tmp_path / "empty" / "config.json"):
+        with pytest.raises(UserError, match=r"is there already|holds a run"):
+            adopt(weights, Path(name))
 
 
 def test_a_folder_is_pushed_and_a_failure_leaves_it_written(

@@ -396,7 +396,7 @@ def test_paths_are_a_sequence() -> None:
 
 def test_a_list_of_lines(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes("a.jpg\r\n\n  \nb c.jpg\nd\x85\u2028.jpg".encode() + b"\n\xff.jpg\n/abs.jpg")
-    data = listed(tmp_path / "list.txt")
+    data = listed(f"{tmp_path}/list.txt,root=/")
     names = ["a.jpg", "b c.jpg", "d\x85\u2028.jpg", os.fsdecode(b"\xff.jpg")]
     assert [data.locate(i) for i in range(5)] == [*(str(tmp_path / name) for name in names), "/abs.jpg"]
     (tmp_path / "list.txt").write_text("\n \n")
@@ -409,6 +409,6 @@ def test_a_long_listing_says_where_it_stands(tree: Path, monkeypatch: pytest.Mon
     said: list[str] = []
     console = Console(force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr(patience, "Console", lambda stderr: console)
-    monkeypatch.setattr("rich.status.Status.update", lambda self, text: said.append(text))
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: said.append(str(text)))
     list_pictures(tree, EXTENSIONS)
     assert said and said[0].startswith(f"listing {tree}: ") and said[0].endswith("pictures")

@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from pixmim.engine.device import choose_device, choose_precision
 from pixmim.engine.optim import Updater, adamw
 from pixmim.engine.schedule import Schedule
 from pixmim.errors import UserError
+from pixmim.evaluate.tuning import TUNINGS
 from pixmim.models import create_model
+from pixmim.models.layers import not_decayed
 from pixmim.recipes import get_recipe
 
 CPU = torch.device("cpu")
@@ -94,6 +97,41 @@ def test_what_is_not_decayed() -> None:
     assert {"encoder.cls_token", "decoder.mask_token", "encoder.norm.weight", "decoder.predict.bias"} <= plain
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
     assert not {name for name in decayed | plain if "pos_embed" in name}  # fixed, not trained
+
+
+def test_simmim_decays_the_bias_tables_of_its_vit_and_not_those_of_a_swin() -> None:
+    small = {"img_size": 64, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4}
+    swin = create_model("simmim", "swin_tiny_patch4_window7_224", **small)
+    beit = create_model("simmim", "beit_base_patch16_224", img_size=32, embed_dim=16, depth=1, num_heads=1)
+    for model, decays in ((swin, False), (beit, True)):
+        optimizer = adamw(model, 1e-3, (0.9, 0.999), 0.05, not_decayed(model.encoder))
+        decay = {id(p): group["weight_decay"] > 0 for group in optimizer.param_groups for p in group["params"]}
+        tables = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
+        assert tables and all(decay[id(p)] is decays for p in tables)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_cosine_equals_timms_with_and_without_warmup_prefix(prefix: bool) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    timms = CosineLRScheduler(
+        optimizer, 100, lr_min=0.01, warmup_t=20, warmup_lr_init=0.002, warmup_prefix=prefix, t_in_epochs=False
+    )
+    # timm's cycle ends after t_initial steps of cosine, with a prefix 20 steps later.
+    ours = Schedule(steps=100 + 20 * prefix, warmup=20, peak=0.5, final=0.01, first=0.002, warmup_prefix=prefix)
+    for step in range(100 + 20 * prefix):
+        timms.step_update(step)
+        assert ours.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+
+
+def test_simmims_cosine_is_below_its_peak_when_the_warmup_ends() -> None:
+    schedule, epoch = Schedule.of(get_recipe("simmim-swin-base"), 1_281_167), 1_281_167 / 2048
+    assert schedule.lr(schedule.warmup) == pytest.approx(4e-5 + 7.6e-4 * 0.97553, rel=1e-3)  # (1 + cos(pi / 10)) / 2
+    assert schedule.lr(round(50 * epoch)) == pytest.approx(4.2e-4, rel=1e-3)
+    tuning = TUNINGS["simmim-swin-base-100"]
+    assert not tuning.warmup_prefix and (tuning.epochs, tuning.warmup) == (100, 20)
+    finetune = Schedule(1000, 200, 1.0, 0.0, warmup_prefix=tuning.warmup_prefix)
+    assert finetune.lr(200) == pytest.approx(0.9045, abs=1e-4)
+    assert all(TUNINGS[name].warmup_prefix == name.startswith(("mae", "convmae")) for name in TUNINGS)
 
 
 def test_schedule_is_linear_then_cosine() -> None:

@@ -33,3 +33,10 @@ def test_as_a_shell_writes_them(pattern: str) -> None:
 def test_a_slip_of_the_pen_is_refused() -> None:
     with pytest.raises(UserError, match="more than 1,000,000 files"):
         expand("{0..99999999999}.tar")
+
+
+def test_patterns_beyond_all_measure() -> None:
+    long = "{1.." + "9" * 5000 + "}"
+    assert expand(long) == [long]  # no number: it stays as it is
+    with pytest.raises(UserError, match="too many braces"):
+        expand("{a}{b,c}" * 3000)

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from pixmim.config import Knn, Made, Optim, Run
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError
-from pixmim.evaluate import knn_watch
+from pixmim.evaluate import evaluate, knn_watch
 from pixmim.models import features
 from pixmim.parts import build_model
 from pixmim.pretrain import pretrain
+from pixmim.protocols import Linear
 from pixmim.recipes import get_recipe
 
 Make = Callable[..., Run]
@@ -167,7 +168,11 @@ def test_the_demo_gains_ten_points(seed: int, tmp_path: Path) -> None:
     train(replace(get_recipe("demo"), seed=seed), tmp_path / "run")
     labelled = ("shapes:count=4000,seed=101,size=48", "shapes:count=2000,seed=102,size=48")
     before, after = (
-        measured("linear", tmp_path / "run", *labelled, untrained=untrained).values["top1"]
+        next(
+            evaluate(
+                str(tmp_path / "run"), [("linear", Linear(*labelled))], tmp_path, untrained=untrained, device="cpu"
+            )
+        ).values["top1"]
         for untrained in (True, False)
     )
     assert after > before + 10

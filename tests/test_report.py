@@ -60,7 +60,7 @@ def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None
     for width, interval in ((200, True), (60, False)):
         table = results_table(runs, width)
         assert [str(column.header) for column in table.columns] == ["", "one", "two, untrained"]
-        cells = [list(column.cells) for column in table.columns]
+        cells = [list(map(str, column.cells)) for column in table.columns]
         assert cells[0] == ["k-NN, mean of patch tokens", "k-NN, class token", "linear probe"]
         assert "-" not in cells[1] and [text == "-" for text in cells[2]] == [False, False, True]
         assert all((" to " in str(text)) == interval for text in cells[1])  # where the interval fits

@@ -39,7 +39,7 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline

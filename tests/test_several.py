@@ -194,4 +194,4 @@ def test_what_is_not_finite_on_one_process_is_skipped_on_all(name: str, trained:
 
 def test_checkpoints_of_several_processes_are_written_by_several(trained: Path) -> None:
     for name, files in (("one", 1), ("ddp-2", 2), ("fsdp-4", 4)):
-        assert len(list((trained / name / "checkpoints" / f"step-{HALF:09d}").glob("*.distcp"))) == files
+        assert len(list((trained / name / "checkpoints" / f"step-{HALF:09d}").glob("*.safetensors"))) == files

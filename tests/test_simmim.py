@@ -133,7 +133,7 @@ def test_timm_loads_the_encoder(options: dict[str, object]) -> None:
 
 
 def test_wrong_choices_are_named() -> None:
-    with pytest.raises(UserError, match="'linear' or 'mlp'"):
+    with pytest.raises(UserError, match="'linear', 'mlp', not 'deep'"):
         create_model("simmim", **VIT, head="deep")
     with pytest.raises(UserError, match="takes a swin_, beit_ or vit_"):
         create_model("simmim", "resnet18")

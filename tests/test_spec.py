@@ -89,3 +89,12 @@ def test_the_wrong_field_is_named(spec: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         HubSpec.read(spec)
     assert message in str(caught.value)
+
+
+def test_numbers_beyond_all_measure() -> None:
+    for digits in (7, 5000):
+        with pytest.raises(UserError, match="too large"):
+            read_parts(f"a*{'9' * digits}+b")
+    with pytest.raises(UserError, match="zero byte"):
+        absolute("a\0b")
+    assert absolute("~nosuchuser/x") == f"{Path.cwd()}/~nosuchuser/x"

@@ -6,12 +6,17 @@ suppressed there belongs to the recipe.
 
 import json
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
-from pixmim.errors import UserError
+from pixmim.errors import UserError, shown
+from pixmim.options import MAX_CHANNELS, MAX_SIDE, check_name, check_options
+
+MAX_VALUES = 2**28
+"""Most values (pixels times channels) of what the network sees; in float32 they take a GiB."""
 
 Option = int | float | bool | str | list[int]
 
@@ -24,7 +29,7 @@ def _read_options(words: list[str]) -> dict[str, Option]:
     for name, value in zip(words[::2], words[1::2], strict=True):
         try:
             options[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options
 
@@ -61,6 +66,12 @@ class Model:
     """simmim: what predicts the pixels."""
     options: Annotated[dict[str, Option], OPTIONS] = field(default_factory=dict)
     """More keywords for the backbone, such as: embed_dim 128 depth 6 num_heads 4. Added to the recipe's own."""
+
+    def __post_init__(self) -> None:
+        check_name(self.backbone)
+        decoder = ("decoder_dim", "decoder_depth", "decoder_heads", "decoder_stride", "predict_patch")
+        check_options({name: getattr(self, name) for name in decoder})
+        check_options(self.options)
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,9 @@ class Optim:
     final_lr: float = 0.0
     """Where the cosine ends."""
     warmup: float = 40.0
-    """Epochs of warm-up from zero; never more than a fifth of the run."""
+    """Epochs of warm-up; never more than a fifth of the run."""
+    warmup_prefix: bool = True
+    """True: the cosine begins after the warm-up (MAE). False: it counts from the first step (SimMIM)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     weight_decay: float = 0.05
@@ -248,7 +261,7 @@ class Run:
     made: Annotated[Made, Suppress] = field(default_factory=Made)
 
     def __post_init__(self) -> None:
-        _parse_size(self.size)
+        h, w = _parse_size(self.size)
         for name in (
             "batch_size",
             "accumulate",
@@ -304,12 +317,29 @@ class Run:
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:
                 raise UserError(f"--{name} has {len(values)} values for {self.channels} channels")
+        for name, (low, high) in _BOUNDS.items():
+            value = attrgetter(name)(self)
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, int | float) and not low <= one <= high:  # not a number fails, too
+                    raise UserError(f"{_flag(name)} must be from {low:,} to {high:,}, not {shown(one)}")
+        if h * w * self.channels > MAX_VALUES:
+            raise UserError(
+                f"--size {self.size} with --channels {self.channels} makes {h * w * self.channels:,} values of an "
+                f"image: at most {MAX_VALUES:,}"
+            )
+        if not 0 < self.crop.scale[0] <= self.crop.scale[1]:
+            raise UserError(f"--crop.scale is two shares above 0, the smaller one first, not {self.crop.scale}")
 
     def check_shares(self, count: int, of: str) -> None:
         """Raise UserError unless each of `count` processes (or GPUs: `of`) gets an equal share of a batch's parts."""
         if self.batch_size % (self.accumulate * count):
             parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""
             raise UserError(f"a batch of {self.batch_size:,}{parts} does not divide among {count} {of}")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Data and weights that this run opens, by flag; empty where it names none."""
+        return {"--data": self.data, "--init": self.init, "--knn.train": self.knn.train, "--knn.test": self.knn.test}
 
     @property
     def hw(self) -> tuple[int, int]:
@@ -329,11 +359,55 @@ class Run:
         return self.mean or (0.449,) * self.channels, self.std or (0.226,) * self.channels
 
 
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "epochs": (0, 1e9),
+    "steps": (1, 999_999_999),
+    "batch_size": (1, 2**20),
+    "accumulate": (1, 2**20),
+    "channels": (1, MAX_CHANNELS),
+    "mean": (-1e9, 1e9),
+    "std": (0, 1e9),
+    "seed": (0, 2**63 - 1),
+    "local_copy": (0, 1e9),
+    "threads": (0, 1_024),
+    "log_every": (0, 1e9),
+    "max_bad": (0, 1),
+    "crop.padding": (0, MAX_SIDE),
+    "crop.scale": (0, 1),
+    "crop.flip": (0, 1),
+    "mask.unit": (0, MAX_SIDE),
+    "target.radius": (0, 1e9),
+    "target.normalise_window": (0, MAX_SIDE),
+    "target.bins": (0, 4_096),
+    "optim.base_lr": (0, 1e9),
+    "optim.lr": (0, 1e9),
+    "optim.first_lr": (0, 1e9),
+    "optim.final_lr": (0, 1e9),
+    "optim.warmup": (0, 1e9),
+    "optim.betas": (0, 1),
+    "optim.weight_decay": (0, 1e9),
+    "optim.clip": (0, 1e9),
+    "scale.timeout": (0, 1e9),
+    "saving.every": (0, 1e9),
+    "saving.last": (1, 1e9),
+    "saving.epochs": (0, 1e9),
+    "knn.every": (0, 1e9),
+    "made.images": (0, 1e18),
+    "made.steps": (0, 1e18),
+}
+"""Least and greatest value of every number in a Run whose size a file, or a slip of the hand, could make absurd."""
+
+
 def _parse_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
-    if len(sides) in (1, 2) and all(side.isdigit() and int(side) > 0 for side in sides):
-        return int(sides[0]), int(sides[-1])
-    raise UserError(f"--size is a number of pixels such as 224, or HEIGHTxWIDTH such as 192x384, not '{text}'")
+    if len(sides) in (1, 2) and all(side.isascii() and side.isdigit() and len(side) < 9 for side in sides):
+        h, w = int(sides[0]), int(sides[-1])
+        if min(h, w) >= 1 and max(h, w) <= MAX_SIDE:
+            return h, w
+    raise UserError(
+        f"--size is a number of pixels such as 224, or HEIGHTxWIDTH such as 192x384, at most {MAX_SIDE:,} each, "
+        f"not {shown(text)}"
+    )
 
 
 def _flag(name: str) -> str:

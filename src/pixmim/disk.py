@@ -5,20 +5,28 @@ the memory; a symbolic link placed where a temporary file will be would redirect
 of them.
 """
 
+import codecs
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
+import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from pixmim.errors import UserError
+from pixmim.errors import UserError, shown
 
 MAX_TEXT_BYTES = 64 * 2**20
 """Default bound of a text or JSON file that is read into memory."""
+
+NAMES = "pixmim-names"
+"""Error handler of text files that hold names: writes bytes that are not UTF-8 as they are in the file's name."""
 
 _MAX_JSON_DEPTH = 64
 
@@ -80,14 +88,14 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> Any:
     return parse_json(read_text(path, limit), str(path))
 
 
-def parse_json(text: str, source: str) -> Any:
-    """Parse JSON from an untrusted `source`, which is its name in errors.
+def parse_json(text: str, source: str, unique: bool = False) -> Any:
+    """Parse JSON from an untrusted `source`, which is its name in errors. With `unique`, no key may be there twice.
 
     Raises:
         UserError: If the text is not JSON, or nested deeper than 64 levels.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unique if unique else None)
         _check_depth(content, _MAX_JSON_DEPTH)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
@@ -102,9 +110,9 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     a symbolic link can stand there.
 
     Raises:
-        OSError: As writing does. No temporary file is left behind.
+        OSError: As writing does; it names `path`. No temporary file is left behind.
     """
-    temporary = path.with_name(f"{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(path)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
         with open(os.open(temporary, flags, 0o666), "w+b") as file:
@@ -112,14 +120,94 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):  # a full disk names no file at all
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write `content` as `atomic_write` does; text as UTF-8, with the bytes that surrogates stand for in file names."""
-    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    data = content.encode("utf-8", NAMES) if isinstance(content, str) else content
     atomic_write(path, lambda file: file.write(data))
+
+
+def check_new(folder: Path) -> None:
+    """Raise UserError unless a folder is absent, or empty and not the one that the process is in."""
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
+        raise UserError(f"{folder} is there already: choose another folder")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a new, empty folder to write into, which becomes `folder` once the block is left without an error.
+
+    `folder` must not exist, or be empty. The temporary folder is beside it, under a random name that must not exist.
+
+    Raises:
+        OSError: As writing does. Nothing is left behind.
+        UserError: If something is in `folder` already.
+    """
+    folder = folder.absolute()
+    check_new(folder)
+    beside = folder.with_name(f"{folder.name[:100]}.{uuid.uuid4().hex}.tmp")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.mkdir()
+    try:
+        yield beside
+        check_new(folder)
+        os.rename(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Write rows as CSV, as `write_whole` does with their text."""
+
+    def write(file: IO[bytes]) -> None:
+        text = io.TextIOWrapper(file, "utf-8", NAMES, newline="")
+        csv.writer(text).writerows(rows)
+        text.detach()  # flushes, and leaves the file open
+
+    atomic_write(path, write)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text at the end of a regular file, made if need be. A symbolic link in its place is not followed.
+
+    Raises:
+        OSError: As writing does, or if `path` is a link or not a regular file. No part of the text is added.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        status = os.fstat(descriptor)
+        _check_regular(status, path)
+        left = memoryview(text.encode("utf-8", NAMES))
+        try:
+            while left:
+                left = left[os.write(descriptor, left) :]
+        except OSError:
+            with suppress(OSError):
+                os.truncate(descriptor, status.st_size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(path: Path) -> None:
+    """Raise an OSError now, before the work, if writing `path` later cannot work. Makes no folder and no file."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    probe = _temporary(next(folder for folder in path.absolute().parents if folder.exists()) / path.name)
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    probe.unlink()
 
 
 def cache_path(kind: str, key: str) -> Path:
@@ -130,6 +218,20 @@ def cache_path(kind: str, key: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     home = base if base.is_absolute() else Path("~/.cache").expanduser()
     return home / "pixmim" / kind / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _temporary(path: Path) -> Path:
+    """Return a random name beside `path`; no name of a file is longer than 255 bytes."""
+    return path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex}.tmp")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is there twice")
+        found[key] = value
+    return found
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -157,3 +259,14 @@ def _check_depth(content: Any, left: int) -> None:
             raise RecursionError
         for value in content.values() if isinstance(content, dict) else content:
             _check_depth(value, left - 1)
+
+
+def _name_bytes(error: UnicodeError) -> tuple[bytes, int]:
+    """Encode surrogates: those that stand for a byte of a file's name as that byte, all others as "?"."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    codes = map(ord, error.object[error.start : error.end])
+    return b"".join(bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else b"?" for code in codes), error.end
+
+
+codecs.register_error(NAMES, _name_bytes)

@@ -7,12 +7,11 @@ either there is one process, which talks to nobody. This is the only file that m
 import hashlib
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -128,7 +127,7 @@ ALONE = World()
 
 @contextmanager
 def open_world(device: str, timeout: float) -> Iterator[World]:
-    """Meet the other processes of the run, if there are any; once in a process, which ends by `leave`.
+    """Meet the other processes of the run, if there are any; once in a process, which ends by `process.leave`.
 
     device   "auto", "cuda" or "cpu", as the user asked: decides how processes talk, and gives each its own GPU
     timeout  seconds after which a process that waits for the others may be given up; they part at twice as many
@@ -175,17 +174,6 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
     for _, work in world._asked:
         work.wait()
     world.gather(None)  # nobody leaves while another one still has work to do
-
-
-def leave(status: int) -> NoReturn:
-    """End a process of several without taking the interpreter down piece by piece.
-
-    Threads of a process group that meet an interpreter half gone may abort, and torchrun then takes a run that is
-    complete for one that failed. So the group is not taken down either.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _meet(here: Seat, patience: timedelta) -> Any:

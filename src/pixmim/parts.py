@@ -1,6 +1,8 @@
 """From a Run to the four choices it names (crop, mask, model, target), and the numbers that drive them."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +13,18 @@ from pixmim import rng
 from pixmim.config import Run
 from pixmim.data.source import Form
 from pixmim.data.stats import recall
-from pixmim.errors import UserError
+from pixmim.engine.memory.footprint import in_gib
+from pixmim.errors import UserError, first_line
 from pixmim.grid import grid_of
 from pixmim.losses import Objective
 from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
 from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
+from pixmim.room import free_memory
 from pixmim.targets import ColourBins, LowFrequency, Pixels
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def image_form(run: Run) -> Form:
@@ -72,8 +78,7 @@ def build_masker(run: Run, patch: int) -> Masker:
 
 
 def build_model(run: Run) -> MaskedModel:
-    """Who predicts, with the initial weights that the run's seed decides."""
-    torch.manual_seed(run.seed)
+    """Who predicts, with the initial weights that the run's seed decides. Raises UserError."""
     m = run.model
     if m.name == "simmim" and (m.decoder_stride != 1 or m.predict_patch):
         raise UserError("simmim has no decoder: leave out --model.decoder-stride and --model.predict-patch")
@@ -87,13 +92,40 @@ def build_model(run: Run) -> MaskedModel:
     own = {"head": m.head} if m.name == "simmim" else decoder
     outputs = run.target.bins if run.target.distance == "cross_entropy" else 1
     given = {"img_size": run.hw, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
+    check_room(lambda: create_model(m.name, m.backbone, **given), m.backbone)
+    torch.manual_seed(run.seed)
     return create_model(m.name, m.backbone, **given)
 
 
 def build_encoder(run: Run) -> nn.Module:
-    """The encoder alone, its weights at random."""
+    """The encoder alone, its weights at random. Raises UserError."""
     m = run.model
-    return create_encoder(m.name, m.backbone, **{"img_size": run.hw, "in_chans": run.channels, **m.options})
+    given = {"img_size": run.hw, "in_chans": run.channels, **m.options}
+    check_room(lambda: create_encoder(m.name, m.backbone, **given), m.backbone)
+    return create_encoder(m.name, m.backbone, **given)
+
+
+def sketch(make: Callable[[], Module], name: str) -> Module:
+    """Build a module without memory for its weights, on PyTorch's meta device: its tensors have only shapes.
+
+    Raises UserError, with the model's `name`, for sizes that do not go together.
+    """
+    with torch.device("meta"):
+        try:
+            return make()
+        except RuntimeError as error:
+            raise UserError(f"{name} cannot be built: {first_line(error)}") from error
+
+
+def check_room(make: Callable[[], nn.Module], name: str) -> None:
+    """Raise UserError unless the weights of what `make` builds fit into the free memory. Takes none to find out."""
+    if torch.empty(0).device.type == "meta":  # the caller takes none either
+        return
+    module = sketch(make, name)
+    size = sum(value.nbytes for value in [*module.parameters(), *module.buffers()])
+    free = free_memory()
+    if free is not None and size > free:
+        raise UserError(f"{name} needs {in_gib(size)} GiB for its weights as asked for, and {in_gib(free)} are free")
 
 
 def build_objective(run: Run) -> Objective:

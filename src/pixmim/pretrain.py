@@ -24,18 +24,22 @@ from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
 from pixmim.engine.loop import loop
 from pixmim.engine.optim import Updater, adamw
 from pixmim.engine.parallel import compiling, spread, way, whole_state
-from pixmim.engine.runlog import RunLog
+from pixmim.engine.runlog import RunLog, read_metrics
 from pixmim.engine.schedule import Schedule
-from pixmim.engine.signals import Interrupts
+from pixmim.engine.signals import Interrupted, Interrupts
 from pixmim.errors import UserError
 from pixmim.method import Method
 from pixmim.models.base import MaskedModel
+from pixmim.models.layers import not_decayed
 from pixmim.parts import build_crop, build_model, image_form
 from pixmim.pretrained import begin_from
 from pixmim.runfile import to_json
 from pixmim.terminal import say
 from pixmim.transforms import finish
+from pixmim.trust import inside, remember_run
 from pixmim.weights.own import save_tensors
+
+_FILES = ("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", "encoder.safetensors")
 
 Watch = Callable[[nn.Module], dict[str, float]]
 """Measures the encoder while it is trained: named values for the log."""
@@ -56,6 +60,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     checkpoints/ (all of them) and, at the end, encoder.safetensors. On a CPU, a run that was interrupted and resumed on
     as many processes ends with bitwise the weights of one that was not. Raises UserError.
     """
+    for name in _FILES:
+        inside(out, name)  # what is written must not go elsewhere by a link
     data, crop = open_data(run.data, image_form(run), run.local_copy), build_crop(run)
     _agree(run, world, data)
     method = Method.of(run)
@@ -77,19 +83,20 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     )
     origin = begin_from(model, run) if run.init and not checkpoints.steps() else []
     network = spread(model, run.scale, world, device, precision)
-    optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay)
+    optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay, not_decayed(model.encoder))
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
         write_whole(out / "config.json", to_json(run))
+    remember_run(to_json(run))
 
     about = [f"images: {line}" for line in (data.about, kept) if line]
     for line in [*describe(run, len(data), schedule, device, precision, world), *about, *origin]:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     start = checkpoints.load(model, updater, images=len(data))
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
-        console.print(f"the run {done}: {start:,} updates are done", highlight=False)
+        say(console, f"the run {done}: {start:,} updates are done")
     mean, std = (torch.tensor(values, device=device) for values in run.statistics)
     skipped = Skipped(out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv"), len(data), run.max_bad)
     watch_every = max(1, round(run.knn.every / epoch))
@@ -100,19 +107,25 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         step, part = divmod(number, run.accumulate)
         return method.loss(network, images, step, portion.positions(part))
 
+    measured = True
+
     def measure(step: int) -> None:
         """Where the run asks for it: at the start, every so often, and at the end."""
+        nonlocal measured
         if watch is not None and (step in (0, schedule.steps) or step % watch_every == 0):
-            log.write(
-                {"step": step, "epoch": round(step * epoch, 6), **watch(_whole(model, run, device, world).encoder)}
-            )
+            try:
+                with interrupts.waiting(world.size == 1):
+                    values = watch(_whole(model, run, device, world).encoder)
+            except Interrupted:
+                measured = False  # the resumed run measures it
+                return
+            log.write({"step": step, "epoch": round(step * epoch, 6), **values})
             log.pause()
 
     def planned(step: int) -> bool:
         return stays(step) or (run.saving.every > 0 and step % run.saving.every == 0)
 
     with (
-        Interrupts() as interrupts,
         open_batches(
             data,
             crop,
@@ -124,6 +137,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             seed=run.seed,
             threads=how_many(run.threads, processes=here),
         ) as batches,
+        Interrupts(speaks=world.first) as interrupts,
         RunLog(
             out / "metrics.jsonl" if world.first else None,
             steps=schedule.steps,
@@ -137,8 +151,9 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         checkpoints,
         compiling(run.scale),
     ):
-        if start == 0:
-            measure(0)
+        noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
+        if world.share(start not in noted):
+            measure(start)
         step = loop(
             start,
             schedule.steps,
@@ -158,7 +173,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             timeout=run.scale.timeout,
         )
 
-    if step < schedule.steps:
+    if step < schedule.steps or not measured:
         return Outcome(step, finished=False)
     product = _whole(model, run, device, world).encoder.state_dict()
     world.gather(None)  # until then, others may still write to their accounts of skipped images

@@ -1,6 +1,6 @@
 """From somebody's weights to a ready model: a run's, a file's, or one of timm's."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from pixmim.config import Model, Run
-from pixmim.disk import write_whole
+from pixmim.disk import check_new, whole_folder, write_whole
 from pixmim.engine.checkpoint import Checkpoints
+from pixmim.engine.memory.footprint import in_gib
 from pixmim.errors import UserError, first_line, nearest
-from pixmim.models import create_encoder
+from pixmim.models import published
 from pixmim.models.base import MaskedModel
-from pixmim.parts import build_encoder, build_model
-from pixmim.runfile import to_json
+from pixmim.options import check_name, check_options
+from pixmim.parts import Module, build_encoder, build_model, sketch
+from pixmim.room import free_memory
+from pixmim.runfile import portable, to_json
+from pixmim.trust import inside
 from pixmim.weights.fit import fit, refit, shape, their_name
 from pixmim.weights.own import save_tensors
 from pixmim.weights.recognise import Weights, read_run, read_weights
@@ -51,21 +55,30 @@ def assemble(weights: Weights, made: Run | None = None) -> MaskedModel:
     """
     if not weights.whole:
         raise UserError(f"this ({weights.origin}) holds an encoder only: it predicts nothing")
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(weights.run)
-    model.load_state_dict(fit(replace(weights, run=made or weights.run), model.state_dict(), weights.run))
-    return model.eval()
+    return _filled(weights, build_model, made).eval()
 
 
 def assemble_encoder(weights: Weights, made: Run | None = None) -> nn.Module:
     """The encoder of such weights, with a classifier's head if they have one; otherwise as `assemble`."""
-    with torch.random.fork_rng(devices=[]):
-        encoder = build_encoder(weights.run)
-    holder = nn.ModuleDict({"encoder": encoder})
     only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
-    given = replace(weights, tensors=only, run=made or weights.run)
-    holder.load_state_dict(fit(given, holder.state_dict(), weights.run))
-    return encoder.eval()
+    return _filled(replace(weights, tensors=only), _holder, made)["encoder"].eval()
+
+
+def _holder(run: Run) -> nn.ModuleDict:
+    return nn.ModuleDict({"encoder": build_encoder(run)})
+
+
+def _filled(weights: Weights, build: Callable[[Run], Module], made: Run | None) -> Module:
+    """What `build` makes of the weights' Run, with their tensors.
+
+    A file may say what it likes of sizes: memory is taken only once its tensors are known to have them.
+    """
+    shapes = sketch(lambda: build(weights.run), weights.run.model.backbone).state_dict()
+    state = fit(replace(weights, run=made or weights.run), shapes, weights.run)
+    with torch.random.fork_rng(devices=[]):
+        module = build(weights.run)
+    module.load_state_dict(state)
+    return module
 
 
 def load_encoder(file: str | Path, **options: Any) -> nn.Module:
@@ -92,17 +105,26 @@ def open_model(
     path = Path(name).expanduser()
     run = read_run(path) if path.is_dir() else None
     if run is None:
-        return read_weights(path, known)
-    imported, checkpoints = path / "model.safetensors", Checkpoints(path / "checkpoints")
+        return _in_memory(read_weights(path, known))
+    imported, checkpoints = inside(path, "model.safetensors"), Checkpoints(inside(path, "checkpoints"))
     if whole and not imported.is_file() and checkpoints.steps():
         with torch.random.fork_rng(devices=[]):
             model = build_model(run)
         step = checkpoints.load_model(model)
         return Weights(run, dict(model.state_dict()), "pixmim", step=step)
-    product = imported if whole and imported.is_file() else path / "encoder.safetensors"
+    product = imported if whole and imported.is_file() else inside(path, "encoder.safetensors")
     if not product.is_file():
         raise UserError(f"there is no {product}: is the run finished?")
-    return replace(read_weights(product, known), run=run)  # the folder may have moved, and its data with it
+    weights = replace(read_weights(product, known), run=run)  # the folder may have moved, and its data with it
+    return _in_memory(weights)
+
+
+def _in_memory(weights: Weights) -> Weights:
+    """Weights whose file may change or vanish: mapped bytes that are gone would end the process. Raises UserError."""
+    size, free = sum(value.nbytes for value in weights.tensors.values()), free_memory()
+    if free is not None and size > free:
+        raise UserError(f"the weights ({weights.origin}) take {in_gib(size)} GiB, and {in_gib(free)} are free")
+    return replace(weights, tensors={name: value.clone() for name, value in weights.tensors.items()})
 
 
 @torch.no_grad()
@@ -165,9 +187,11 @@ def adopt(weights: Weights, folder: Path | None) -> list[str]:
     model.safetensors. Raises UserError.
     """
     run = weights.run
-    with torch.random.fork_rng(devices=[]):
-        module = build_model(run) if weights.whole else nn.ModuleDict({"encoder": build_encoder(run)})
-    module.load_state_dict(fit(weights, module.state_dict(), run))
+    if folder is not None:
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} holds a run already: choose another folder")
+        check_new(folder)
+    _filled(weights, build_model if weights.whole else _holder, None)
 
     rest = len(weights.tensors) - len(weights.encoder)
     values = sum(value.numel() for value in weights.tensors.values())
@@ -185,27 +209,26 @@ def adopt(weights: Weights, folder: Path | None) -> list[str]:
         lines.append(f"  left out ({why}): {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
     if folder is None:
         return [*lines, "nothing was written: --to FOLDER keeps it"]
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder} holds a run already: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(weights.encoder, folder / "encoder.safetensors", run, weights.step)
     written = ["encoder.safetensors"]
-    if weights.whole:
-        save_tensors(weights.tensors, folder / "model.safetensors", run, weights.step)
-        written.append("model.safetensors")
-    write_whole(folder / "config.json", to_json(run))
+    with whole_folder(folder) as beside:
+        save_tensors(weights.encoder, beside / "encoder.safetensors", run, weights.step)
+        if weights.whole:
+            save_tensors(weights.tensors, beside / "model.safetensors", run, weights.step)
+            written.append("model.safetensors")
+        write_whole(beside / "config.json", to_json(portable(run)))
     return [*lines, f"written to {folder}: config.json, {', '.join(written)}"]
 
 
 def _of_timm(name: str, head: bool) -> Weights:
     """One of timm's pre-trained models, which timm downloads or finds in its cache."""
+    check_name(name)
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
-    published = timm.get_pretrained_cfg(name)
-    classes = int(published.num_classes or 0) if head and published is not None else 0
+    config = timm.get_pretrained_cfg(name)
+    classes = int(config.num_classes or 0) if head and config is not None else 0
     options: dict[str, Any] = {"num_classes": classes} if classes else {}
     try:
-        module: Any = create_encoder("timm", name, pretrained=True, **options)
+        module: Any = published(name, classes)
     except UserError:
         raise
     except Exception as error:  # no network, no such weights: the kinds of exception are the hub's
@@ -225,8 +248,9 @@ def _of_timm(name: str, head: bool) -> Weights:
 def _with_options(run: Run, options: Mapping[str, Any]) -> Run:
     """A file's Run with the caller's keywords of `create_model` over it."""
     own = {f.name for f in fields(Model)} - {"options"}
+    check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})
     size = options.get("img_size", run.hw)
-    h, w = (size, size) if isinstance(size, int) else size
+    h, w = (size, size) if isinstance(size, int) else (size[0], size[-1])
     rest = {n: v for n, v in options.items() if n not in own | {"img_size", "in_chans"}}
     model = replace(
         run.model,

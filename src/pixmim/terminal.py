@@ -1,13 +1,16 @@
-"""Text that came from files, made safe for the place where it is shown: a terminal, a spreadsheet."""
+"""Text that came from files, made safe for the place where it is shown: a terminal, a spreadsheet, a figure."""
 
 import re
 
 from rich.console import Console
+from rich.text import Text
 
 _ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters (escape sequences begin with one), line separators, marks that reorder text, lone surrogates."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+_LEVELS = {"error:": "red", "warning:": "yellow"}
 
 
 def printable(name: str) -> str:
@@ -23,10 +26,42 @@ def csv_cell(text: str) -> str:
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
+def utf8(name: str) -> str:
+    r"""Return a name as valid Unicode: bytes that are not UTF-8 become escapes, "M\xfcller.jpg"."""
+    return re.sub("[\ud800-\udfff]", lambda match: _escape(ord(match[0])), name)
+
+
+def printable_lines(text: str) -> str:
+    """Return text of several lines with each of them as `printable` does."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def cell(text: str) -> Text:
+    """Return a name for a table, a bar or a status: rich reads no markup and no emoji codes in it."""
+    return Text(printable(text))
+
+
+def label(name: str, most: int = 48) -> str:
+    """Return a name to be drawn into an image: printable and of at most `most` characters, cut in the middle."""
+    shown = printable(name)
+    return shown if len(shown) <= most else f"{shown[: most // 2]}…{shown[-(most - most // 2 - 1) :]}"
+
+
+def plot_label(name: str) -> str:
+    """Return a name to be drawn by matplotlib, which would take what is between two dollar signs for mathematics."""
+    return label(name).replace("$", r"\$")
+
+
 def say(console: Console, text: str) -> None:
-    """Print plain text: paths do not wrap, names have no colours or markup, control characters are escaped."""
-    lines = (printable(line) for line in text.split("\n"))
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    """Print plain text: paths do not wrap, names have no colours or markup, control characters are escaped.
+
+    A leading "error:" or "warning:" is coloured.
+    """
+    shown = Text(printable_lines(text))
+    for level, style in _LEVELS.items():
+        if text.startswith(level):
+            shown.stylize(style, 0, len(level))
+    console.print(shown, highlight=False, soft_wrap=True)
 
 
 def _escape(code: int) -> str:

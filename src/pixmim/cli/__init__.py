@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 
 from pixmim.cli.bench import bench_data
 from pixmim.cli.coverage import coverage
@@ -14,7 +13,9 @@ from pixmim.cli.measure import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
 from pixmim.cli.transfer import export, import_
-from pixmim.errors import UserError, nearest
+from pixmim.errors import UserError, first_line, nearest
+from pixmim.process import as_process
+from pixmim.terminal import say
 
 OVERVIEW = """usage: pixmim COMMAND [...]
 
@@ -37,8 +38,13 @@ OVERVIEW = """usage: pixmim COMMAND [...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; gives the exit status: 0 done, 1 something only the user can put right, 130 interrupted."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command and return the exit status: 0 done, 1 something only the user can put right, 130 interrupted.
+
+    Without arguments, the command is the process's own: signals and standard streams are made its own as well.
+    """
+    if argv is None:
+        return as_process(lambda: main(sys.argv[1:]))
+    args = list(argv)
     try:
         if not args or args[0] in ("-h", "--help"):
             print(OVERVIEW)
@@ -47,10 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no command '{args[0]}'{nearest(args[0], COMMANDS)}\n\n{OVERVIEW}")
         return COMMANDS[args[0]](args[1:])
     except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        say(Console(stderr=True), f"error: {error}")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        text = (
+            f"error: the memory is not enough ({first_line(error)}). Use fewer --threads, or a smaller model or --size"
+        )
+        print(text, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    if "torch" not in sys.modules:  # whose errors are RuntimeErrors
+        return isinstance(error, MemoryError)
+    from pixmim.engine.memory.footprint import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

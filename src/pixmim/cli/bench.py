@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from pixmim.cli.terms import absolute
 from pixmim.errors import UserError
-from pixmim.terminal import say
+from pixmim.terminal import cell, say
 
 if TYPE_CHECKING:
     from pixmim.data.bench.rates import Rates
@@ -70,7 +70,7 @@ def bench_data(args: list[str]) -> int:
                 cover,
                 threads=threads,
                 seconds=seconds,
-                tell=lambda what: status.update(f"measuring: {what}"),
+                tell=lambda what: status.update(cell(f"measuring: {what}")),
             )
         console.print(_table(rates))
         side = "x".join(map(str, cover if cover[0] != cover[1] else cover[:1]))
@@ -102,8 +102,8 @@ def _table(rates: "Rates") -> Table:
         row(f"  by {MANY} times the threads", rates.disk.many, f"{rates.disk.many * mega:,.0f} MB/s")
         row("  from memory", rates.disk.again, f"{rates.disk.again * mega:,.0f} MB/s")
     row("decoding from memory", rates.decode_all)
-    row("  by 1 thread", rates.decode, f"{1e3 / rates.decode:.1f} ms an image")
-    row("crop by 1 thread", rates.crop, f"{1e3 / rates.crop:.1f} ms an image")
+    for name, rate in (("  by 1 thread", rates.decode), ("crop by 1 thread", rates.crop)):
+        row(name, rate, f"{1e3 / rate:.1f} ms an image" if rate else "")  # 0: no image was done in time
     row("loader, from the disk", rates.loader_first)
     row("  from memory", rates.loader)
     for kind, cached in rates.caches.items():

@@ -6,6 +6,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
+from pixmim.disk import check_writable
 from pixmim.terminal import say
 
 
@@ -40,6 +41,7 @@ def coverage(args: list[str]) -> int:
         from pixmim.config import Run
         from pixmim.evaluate.coverage import measure
 
+        check_writable(out / "coverage.json")
         console = Console()
         report = measure(data, Run(size=size).hw, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
         console.print(report.table())

@@ -1,5 +1,6 @@
 """pixmim cache: pictures resized once, for all epochs to come. pixmim stats: what is in them."""
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -80,7 +81,12 @@ def cache(args: list[str]) -> int:
             say(console, "nothing was left to do")
         if made.skipped:
             say(console, f"{made.skipped} could not be read: see {out}/skipped*.csv")
-        say(console, f"whole: train with --data {out}" if made.whole else "not whole yet: other parts are to come")
+        say(
+            console,
+            f"whole: train with --data {shlex.quote(str(out))}"
+            if made.whole
+            else "not whole yet: other parts are to come",
+        )
         return 0
 
     return tyro.cli(command, prog="pixmim cache", args=args)
@@ -140,7 +146,7 @@ def stats(args: list[str]) -> int:
         say(console, f"measured in {seconds:.0f} s, {len(chosen) / seconds:.0f} images/s")
         path = look.remember(spec, form, look.to_keep(found, len(source)))
         say(console, f"kept in {path}")
-        say(console, f"train with --data {data} {form.flags}")
+        say(console, f"train with --data {shlex.quote(data)} {form.flags}")
         return 0
 
     return tyro.cli(command, prog="pixmim stats", args=args)

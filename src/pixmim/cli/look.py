@@ -1,15 +1,20 @@
 """pixmim reconstruct, attention and embed: what a model makes of somebody's pictures."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.terms import absolute
+from pixmim.disk import atomic_write, check_writable
 from pixmim.errors import UserError
 from pixmim.terminal import say
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def reconstruct(args: list[str]) -> int:
@@ -39,9 +44,10 @@ def reconstruct(args: list[str]) -> int:
         from pixmim.report.reconstruct import reconstruct as predict
 
         _some(images)
+        kind = _kind(out)
         weights = open_model(model, whole=True)
         found = predict(weights, named(images, image_form(weights.run)), count)
-        titled_sheet(found.columns).save(out)
+        _save(titled_sheet(found.columns), out, kind)
         say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
         say(Console(), f"written to {out}")
         return 0
@@ -75,9 +81,10 @@ def attention(args: list[str]) -> int:
         from pixmim.report.figures import titled_sheet
 
         _some(images)
+        kind = _kind(out)
         weights = open_model(model)
         columns, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
-        titled_sheet(columns).save(out)
+        _save(titled_sheet(columns), out, kind)
         for line in bad:
             say(Console(stderr=True), f"left out: {line}")
         say(Console(), f"written to {out}")
@@ -131,3 +138,19 @@ def embed(args: list[str]) -> int:
 def _some(images: tuple[Path, ...]) -> None:
     if not images:
         raise UserError("which pictures? Give files, or folders of them.")
+
+
+def _kind(out: Path) -> str:
+    """The format of a picture to be written, by its suffix. Raises UserError or OSError now if that cannot work."""
+    from PIL.Image import SAVE, registered_extensions
+
+    kind = registered_extensions().get(out.suffix.lower(), "")
+    if kind not in SAVE:
+        raise UserError(f"--out ends with .png, and not with '{out.suffix}'")
+    check_writable(out)
+    return kind
+
+
+def _save(picture: "Image", out: Path, kind: str) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, partial(picture.save, format=kind))

@@ -90,11 +90,12 @@ def _home(model: str, out: Path | None, *, several: bool) -> Path:
     return folder if folder.is_dir() else Path("evaluations") / name
 
 
-def _show(folders: list[Path], page: Path | None, console: Console) -> None:
+def _show(folders: list[Path], page: Path | None, console: Console, data: str | None = None) -> None:
     """Write the page of what is in these folders, by default that of a single one into it, and print its table."""
     from pixmim.report import results_table, write_report
 
-    page = write_report(folders, page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html")))
+    page = page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    write_report(folders, page, data, lambda line: say(console, f"warning: {line}"))
     console.print(results_table(folders, console.width))
     say(console, f"report: {page}")
 
@@ -108,16 +109,18 @@ def _with_whole_paths(settings: Any) -> Any:
 def report(args: list[str]) -> int:
     """Write the page of one run, or of several side by side."""
 
-    def command(runs: Positional[tuple[Path, ...]], /, *, out: Path | None = None) -> int:
+    def command(runs: Positional[tuple[Path, ...]], /, *, data: str | None = None, out: Path | None = None) -> int:
         """Write one self-contained HTML page.
 
         Args:
             runs: Directories of runs, side by side on the page.
+            data: Images to draw reconstructions of, as pretrain's --data takes them; otherwise each run's own. Those
+                that a run from elsewhere names are not opened.
             out: Where to write it; otherwise RUN/report.html, or report.html for several runs.
         """
         if not runs:
             raise UserError("which run? pixmim report RUN [RUN ...]")
-        _show(list(runs), out, Console())
+        _show(list(runs), out, Console(), None if data is None else absolute(data))
         return 0
 
     return tyro.cli(command, prog="pixmim report", args=args)

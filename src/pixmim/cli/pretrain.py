@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, NamedTuple
 
 import tyro
@@ -14,12 +15,13 @@ from pixmim.cli.terms import absolute
 from pixmim.config import Run
 from pixmim.errors import UserError
 from pixmim.recipes import RECIPES, get_recipe
-from pixmim.runfile import from_json
+from pixmim.runfile import from_json, read_config_text
 from pixmim.terminal import say
+from pixmim.trust import closed, refusal
 
 _MAY_CHANGE = {
     *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),
-    *("accumulate", "scale", "saving"),
+    *("accumulate", "scale", "saving", "knn"),
 }
 """Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 
@@ -45,7 +47,7 @@ def read_flags(args: list[str]) -> Flags:
     named = args[0] if args and not args[0].startswith("-") else ""
     if resumed and named:
         raise UserError(f"--resume goes on with the recipe of {resumed}: leave out '{named}'")
-    base = _load(Path(resumed) / "config.json") if resumed else _base(named)
+    base, config = _load(Path(resumed) / "config.json") if resumed else _base(named)
     if _value_of("--epochs", args):  # a length in epochs replaces a recipe's length in steps
         if _value_of("--steps", args):
             raise UserError("a run has a length in --epochs or in --steps, not both")
@@ -77,6 +79,12 @@ def read_flags(args: list[str]) -> Flags:
         raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
     if auto and resumed:
         raise UserError("--batch-size cannot change when a run is resumed; begin a new run")
+    typed = {flag for flag in run.named if any(word.split("=")[0] == flag for word in args)}
+    strange = closed(config, {flag: value for flag, value in run.named.items() if flag not in typed})
+    if strange:
+        raise UserError(
+            f"{refusal(resumed or named, strange)}. If it may be, add these flags, or others in their place"
+        )
     return Flags(run, resumed, auto)
 
 
@@ -120,10 +128,13 @@ def _train(run: Run, resumed: str, auto: bool) -> int:
             if outcome is None:  # said here, where nothing holds on to the run's memory any more
                 raise UserError(too_large(run, world))
             if not outcome.finished:
-                say(console, f"stopped after step {outcome.step}; go on with: pixmim pretrain --resume {out}")
+                say(
+                    console,
+                    f"stopped after step {outcome.step}; go on with: pixmim pretrain --resume {quote(str(out))}",
+                )
                 return 130
             if world.first:
-                page = write_report([out], out / "report.html")
+                page = write_report([out], out / "report.html", run.data, lambda line: say(console, f"warning: {line}"))
                 say(console, f"encoder: {out / 'encoder.safetensors'}\nreport:  {page}")
         except UserError as error:
             if world.first_to_say(str(error)):
@@ -140,11 +151,11 @@ def whole_paths(run: Run, out: Path) -> Run:
 
 def going_on(run: Run, out: Path, auto: bool = False) -> Run:
     """The run as the one in `out` was begun; with `auto`, of its batch size. Raises UserError for another run."""
-    there = _load(out / "config.json")
+    there, _ = _load(out / "config.json")
     if auto:
         run = replace(run, batch_size=there.batch_size, accumulate=there.accumulate)
     run = replace(run, mean=run.mean or there.mean, std=run.std or there.std)
-    advice = f"choose another --out, or go on with that one by --resume {out}"
+    advice = f"choose another --out, or go on with that one by --resume {quote(str(out))}"
     _same(run, there, _MAY_CHANGE - {"data"}, lambda flag: f"{out} holds a run with another {flag}: {advice}")
     return run
 
@@ -166,19 +177,25 @@ def list_recipes(args: list[str]) -> int:
     return 0
 
 
-def _base(named: str) -> Run:
-    """The Run that the flags start from: a recipe's, a file's, or, for --help alone, the defaults."""
+def _base(named: str) -> tuple[Run, str]:
+    """The Run that the flags start from: a recipe's, a file's, or, for --help alone, the defaults.
+
+    And the text of the file, if it is one's.
+    """
     if not named:
-        return Run()
+        return Run(), ""
     if named.endswith(".json") or Path(named).is_file():
-        return replace(_load(Path(named)), out="")
-    return get_recipe(named)
+        run, text = _load(Path(named))
+        return replace(run, out=""), text
+    return get_recipe(named), ""
 
 
-def _load(path: Path) -> Run:
-    if not path.is_file():
+def _load(path: Path) -> tuple[Run, str]:
+    """The Run in a file, and the file's text."""
+    if not path.exists():
         raise UserError(f"there is no {path}")
-    return from_json(path.read_text(), path)
+    text = read_config_text(path)
+    return from_json(text, path), text
 
 
 def _value_of(flag: str, args: list[str]) -> str:

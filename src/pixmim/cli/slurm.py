@@ -12,6 +12,7 @@ from tyro.conf import arg
 from pixmim.cli.pretrain import going_on, read_flags, whole_paths
 from pixmim.cli.sbatch import Job, script
 from pixmim.config import Run
+from pixmim.disk import write_whole
 from pixmim.errors import UserError
 from pixmim.terminal import say
 
@@ -60,7 +61,7 @@ def slurm(args: list[str]) -> int:
     text = script(job, name, process, out.absolute(), Path.cwd(), file.absolute())
     out.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a job's output
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    write_whole(file, text)
     console = Console()
     share = f"{run.batch_size // job.tasks:,} of the {run.batch_size:,} images" if not auto else "as many images as fit"
     say(console, f"{job.tasks} processes, one for each GPU; each computes {share}")
@@ -74,12 +75,9 @@ def slurm(args: list[str]) -> int:
 
 def _build(run: Run) -> None:
     """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
-    import torch
+    from pixmim.parts import build_crop, build_masker, build_model, build_objective, sketch
 
-    from pixmim.parts import build_crop, build_masker, build_model, build_objective
-
-    with torch.device("meta"):
-        patch = build_model(run).patch
+    patch = sketch(lambda: build_model(run), run.model.backbone).patch
     build_masker(run, patch)
     build_crop(run)
     build_objective(run)

@@ -16,7 +16,7 @@ from pixmim.data.mixture import Mixture
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import COLOUR, Form, Source
-from pixmim.data.spec import Part, read_parts
+from pixmim.data.spec import Part, read_parts, split_root
 from pixmim.data.tables.hub import is_local, open_hub
 from pixmim.data.tars.cacheformat import open_cache, read_settings
 from pixmim.data.tars.foreign import names_tars, open_tars, tar_names
@@ -48,17 +48,22 @@ def _open_one(spec: str, form: Form, local_copy: float) -> Source:
         return Shapes.from_spec(spec, form)
     if spec.startswith("hf:") and not is_far(spec):
         return open_hub(spec, form)
-    place = spec.rstrip("/") if is_far(spec) else os.path.expanduser(spec)
-    if not (is_far(place) and names_tars(place)) and read_settings(place) is not None:
+    path, root = split_root(spec)
+    place = path.rstrip("/") if is_far(path) else os.path.expanduser(path)
+    if root is not None and not root.is_dir():
+        raise UserError(f"there is no folder {root}, which '{spec}' names as root=")
+    if root is None and not (is_far(place) and names_tars(place)) and read_settings(place) is not None:
         return open_cache(place, form, local_copy)
-    tars = tar_names(place)
+    tars = tar_names(place) if root is None else None
     if tars is not None:
         return open_tars(place, tars, form, local_copy)
-    path = Path(place)
-    if path.is_file() and path.suffix == ".txt":
+    file = Path(place)
+    if file.is_file() and file.suffix == ".txt":
         return listed(spec, form)
-    if is_local(path):
+    if is_local(file):
         return open_hub(spec, form)
+    if root is not None:
+        raise UserError(f"root= is for a .txt that names images and for tables, and {place} is neither")
     return below(spec, form)
 
 

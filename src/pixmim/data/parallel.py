@@ -1,13 +1,15 @@
 """The same work on many files by threads, with a bar once it takes long enough to be asked about."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from time import monotonic
 from typing import TypeVar
 
 from rich.console import Console
 
 from pixmim.data.patience import bar
+from pixmim.data.threads import workers
+from pixmim.terminal import printable
 
 T = TypeVar("T")
 
@@ -22,9 +24,9 @@ def parallel(what: str, function: Callable[[int], T], count: int, threads: int =
     if not count:
         return []
     progress = bar(Console(stderr=True))
-    task, patience, shown = progress.add_task(what, total=count), monotonic() + _PATIENCE, False
+    task, patience, shown = progress.add_task(printable(what), total=count), monotonic() + _PATIENCE, False
     found: list[T] = []
-    with ThreadPoolExecutor(min(threads, count), "pixmim-files") as pool:
+    with workers(min(threads, count), "pixmim-files") as pool:
         jobs = [pool.submit(function, i) for i in range(count)]
         try:
             for job in jobs:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pixmim.terminal import cell, printable
 
 _MOMENT = 1.0  # seconds that need no explanation
 _AGAIN = 0.1  # seconds between two looks of the line
@@ -22,7 +23,7 @@ def bar(console: Console) -> Progress:
 def progress(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, nothing elsewhere; it is told how many are done."""
     with bar(console or Console(quiet=True, force_terminal=False)) as shown:
-        task = shown.add_task(what, total=total)
+        task = shown.add_task(printable(what), total=total)
         yield lambda done: shown.update(task, completed=done)
 
 
@@ -42,7 +43,7 @@ def patience(what: str, things: str) -> Iterator[Callable[[int], None]]:
         done += more
         now = time.monotonic()
         if now >= due and console.is_terminal:
-            status.update(escape(f"{what}: {done:,} {things}"))
+            status.update(cell(f"{what}: {done:,} {things}"))
             status.start()
             due = now + _AGAIN
 

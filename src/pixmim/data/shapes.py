@@ -5,6 +5,7 @@ light and aspect ratio vary. Since shape and texture are drawn apart, a network'
 Object and background differ by texture and colour, so nothing but the outline tells one shape from another.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ TEXTURES = ("plain", "stripes", "bars", "checks", "dots", "rings", "grain", "clo
 Plane = npt.NDArray[np.floating[Any]]
 
 _NUMBERS = 40  # uniform numbers a sample takes, with some to spare
+
+_LIMITS = {"count": (1, 10**13), "seed": (0, 10**13), "size": (8, 4096)}
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Shapes(Source):
                 if value not in ("any", "match", "conflict"):
                     raise UserError(f"shapes:texture is any, match or conflict, not '{value}'")
                 options[key] = value
-            elif not value.isdigit() or (key != "seed" and int(value) < (8 if key == "size" else 1)):
-                raise UserError(f"shapes:{key} takes a whole number (count from 1, size from 8), not '{value}'")
+            elif not re.fullmatch("[0-9]{1,14}", value) or not _LIMITS[key][0] <= int(value) <= _LIMITS[key][1]:
+                raise UserError(f"shapes:{key} takes a whole number (count from 1, size from 8 to 4096), not '{value}'")
             else:
                 options[key] = int(value)
         return Shapes(**options, form=form)  # type: ignore[arg-type]

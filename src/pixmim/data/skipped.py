@@ -2,17 +2,20 @@
 
 import csv
 import io
-import os
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
-from pixmim.disk import read_text
+from pixmim.disk import append, read_text
 from pixmim.errors import UserError
+from pixmim.terminal import csv_cell
 
-_MAX_BYTES = 2**30
 _ENOUGH = 50  # images to have seen before a share of them says something
+
+_MAX_BYTES = 2**28
+
+_HEADER = ["image", "reason"]
 
 
 class Skipped:
@@ -30,8 +33,8 @@ class Skipped:
         self._bad: dict[int, str] = {}
         self._lock = Lock()
         self._written: set[str] = set()
-        if path is not None and os.path.lexists(path):
-            self._written = {row[0] for row in _rows(path)}
+        if path is not None and path.exists():
+            self._written = {row[0] for row in read_skipped(path)[0]}
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -50,12 +53,9 @@ class Skipped:
                 return
             self._bad[index] = f"{image}: {reason}"
             self._seen[index] = True
-            if self._path is not None and image not in self._written:
-                new = not self._path.exists()
-                with self._path.open("a", newline="") as file:
-                    writer = csv.writer(file)
-                    writer.writerows([["image", "reason"]] * new + [[image, " ".join(reason.split())]])
-                self._written.add(image)
+            if self._path is not None and csv_cell(image) not in self._written:
+                _append(self._path, [[image, " ".join(reason.split())]])
+                self._written.add(csv_cell(image))
             seen = np.count_nonzero(self._seen)
             if seen >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * seen:
                 raise self.too_many()
@@ -71,27 +71,42 @@ class Skipped:
         )
 
 
+def read_skipped(path: Path) -> tuple[list[list[str]], str]:
+    """Read the rows of a skipped.csv without its header, and what is wrong with the file; empty if nothing is.
+
+    Lines that are not CSV are left out.
+    """
+    try:
+        reader = csv.reader(io.StringIO(read_text(path, _MAX_BYTES), newline=""))
+    except OSError as error:
+        return [], f"{path} cannot be read: {error.strerror}"
+    rows, problem = list[list[str]](), ""
+    while True:
+        try:
+            rows += [row for row in [next(reader)] if row and row != _HEADER]
+        except StopIteration:
+            return rows, problem
+        except csv.Error as error:
+            problem = problem or f"{path}, line {reader.line_num}: {error}"
+
+
 def gather_accounts(folder: Path) -> int:
     """Put what several processes skipped (skipped-1.csv and so on) into skipped.csv; gives how many images it names."""
-    whole, parts = folder / "skipped.csv", sorted(folder.glob("skipped-*.csv"))
-    rows: dict[str, list[str]] = {}
-    for path in [whole, *parts]:
-        if os.path.lexists(path):
-            rows |= {row[0]: row for row in _rows(path)} | rows
-    if parts:
-        with whole.open("w", newline="") as file:
-            csv.writer(file).writerows(rows.values())
-        for path in parts:
+    whole = folder / "skipped.csv"
+    named = {row[0] for row in read_skipped(whole)[0]} if whole.exists() else set()
+    for path in sorted(folder.glob("skipped-*.csv")):
+        found, problem = read_skipped(path)
+        rows = {row[0]: row for row in found if row[0] not in named}
+        if rows:
+            _append(whole, list(rows.values()))
+        named |= rows.keys()
+        if not problem:
             path.unlink()
-    return max(0, len(rows) - 1)  # the first one is the header
+    return len(named)
 
 
-def _rows(path: Path) -> list[list[str]]:
-    """Read the rows of a file that may come from elsewhere, and that is appended to afterwards."""
-    try:
-        if path.is_symlink():
-            raise UserError(f"{path} is a symbolic link: what it leads to would be changed. Remove it first")
-        return [row for row in csv.reader(io.StringIO(read_text(path, _MAX_BYTES), newline="")) if row]
-    except (OSError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read: {reason}. Remove it, or move it elsewhere") from error
+def _append(path: Path, rows: list[list[str]]) -> None:
+    text = io.StringIO(newline="")
+    cells = [[csv_cell(cell) for cell in row] for row in ([] if path.exists() else [_HEADER]) + rows]
+    csv.writer(text).writerows(cells)
+    append(path, text.getvalue())

@@ -2,9 +2,10 @@
 
     data     = part {"+" part}
     part     = source ["*" weight]          weight: a whole number of at least 1
-    source   = path | glob | address | "shapes:" ... | "hf:" place [":" split] {"," option "=" value}
+    source   = path [",root=" folder] | glob | address | "shapes:" ... | "hf:" place [":" split] {"," option "=" value}
 
-A path that is there is taken whole, whatever characters are in it. Imports no torch, for the command line.
+A path that is there is taken whole, whatever characters are in it. `root=` belongs to a list of images and to tables,
+and names a folder that the paths in them may lead to. Imports no torch, for the command line.
 """
 
 import os
@@ -16,7 +17,9 @@ from pixmim.errors import UserError, nearest
 
 _ADDRESS = re.compile(r"hf:|shapes:|[a-z][a-z0-9]*://")
 _WEIGHTED = re.compile(r"(.+)\*([0-9]+\.?[0-9]*|\.[0-9]+)", re.DOTALL)
+_MOST_DIGITS = 6  # of a weight
 _WILDCARD = re.compile(r"[*?\[{]")
+_ROOTED = re.compile(r"(.+?),root=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ def read_parts(spec: str) -> list[Part]:
     a path may hold a `+`, a part ends at the first one before which something is there. What follows an address and
     is not there itself belongs to the address.
     """
+    if "\0" in spec:
+        raise UserError(f"{spec!r} is not the name of any data: it holds a zero byte")
     if _exists(spec):
         return [Part(spec)]
     pieces, found = spec.split("+"), list[str]()
@@ -58,9 +63,18 @@ def absolute(spec: str) -> str:
     )
 
 
+def split_root(source: str) -> tuple[str, Path | None]:
+    """Split `PATH,root=FOLDER`, the source of a list or a table, into path and folder; None if no folder is named.
+
+    A path that exists is taken literally, whatever it holds.
+    """
+    match = None if _exists(source) or _ADDRESS.match(source) else _ROOTED.fullmatch(source)
+    return (match[1], Path(os.path.expanduser(match[2]))) if match else (source, None)
+
+
 @dataclass(frozen=True)
 class HubSpec:
-    """`hf:PLACE[:SPLIT][,config=NAME][,revision=NAME][,image=COLUMN][,label=COLUMN]`; what is empty was not said.
+    """`hf:PLACE[:SPLIT][,config=NAME][,revision=NAME][,image=COLUMN][,label=COLUMN][,root=FOLDER]`; empty: not said.
 
     place     a folder or file, if there is one; otherwise the name of a data set on the hub
     split     such as train
@@ -68,6 +82,7 @@ class HubSpec:
     revision  a branch, tag or commit on the hub
     image     the column of pictures
     label     the column of classes
+    root      a folder that paths in the table may lead to, besides the table's own
     """
 
     place: str
@@ -76,6 +91,7 @@ class HubSpec:
     revision: str = ""
     image: str = ""
     label: str = ""
+    root: str = ""
 
     @staticmethod
     def read(spec: str) -> "HubSpec":
@@ -106,7 +122,7 @@ class HubSpec:
     @property
     def path(self) -> Path | None:
         """The place as a path, if it is there on this machine."""
-        return Path(self.place).expanduser() if _exists(self.place) else None
+        return Path(os.path.expanduser(self.place)) if _exists(self.place) else None
 
     def __str__(self) -> str:
         options = "".join(f",{f.name}={value}" for f in fields(self)[2:] if (value := getattr(self, f.name)))
@@ -117,6 +133,10 @@ def _read_part(text: str, spec: str) -> Part:
     source, weight = _split_weight(text)
     if not source:
         raise UserError(f"nothing stands on one side of a + in '{spec}'")
+    if len(weight) > _MOST_DIGITS:
+        raise UserError(
+            f"the weight {weight[:20]} in '{text[:200]}' is too large: it has more than {_MOST_DIGITS} digits"
+        )
     if not weight.isdigit() or int(weight) < 1:
         raise UserError(
             f"the weight {weight} in '{text}' is no whole number of at least 1: it says how often each image comes in "
@@ -135,6 +155,9 @@ def is_there(text: str) -> bool:
     source, _ = _split_weight(text)
     if _ADDRESS.match(source) or _exists(source):
         return True
+    path, root = split_root(source)
+    if root is not None:
+        return _exists(path) and root.exists()
     fixed = _WILDCARD.split(source, maxsplit=1)[0]
     folder = os.path.dirname(fixed)
     return fixed != source and (_exists(folder) if folder else "+" not in source)
@@ -143,8 +166,18 @@ def is_there(text: str) -> bool:
 def _absolute_source(source: str) -> str:
     if source.startswith("hf:") and not source.startswith("hf://"):
         wanted = HubSpec.read(source)
-        return source if wanted.path is None else str(replace(wanted, place=str(wanted.path.resolve())))
-    return source if _ADDRESS.match(source) else str(Path(source).expanduser().resolve())
+        root = _absolute_root(Path(os.path.expanduser(wanted.root))) if wanted.root else ""
+        place = wanted.place if wanted.path is None else str(wanted.path.resolve())
+        return str(replace(wanted, place=place, root=root)) if wanted.path or root else source
+    if _ADDRESS.match(source):
+        return source
+    path, named = split_root(source)
+    return os.path.realpath(os.path.expanduser(path)) + (f",root={_absolute_root(named)}" if named else "")
+
+
+def _absolute_root(root: Path) -> str:
+    """The whole path of a root, with links as they are: paths in a list may spell it so."""
+    return os.path.abspath(root)
 
 
 def _exists(path: str) -> bool:

@@ -8,6 +8,7 @@ Whole images are measured, in float64. Crops, and resizing, show nearly the same
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,9 +26,10 @@ from pixmim.data.tars.cacheformat import read_settings, write_json
 from pixmim.data.tars.foreign import names_tars
 from pixmim.data.tars.remote import is_far
 from pixmim.data.threads import how_many, in_turn, workers
-from pixmim.disk import cache_path
+from pixmim.disk import cache_path, read_file
 
 _BLOCK = 2**20  # values that are in float64 at a time
+_MOST_BYTES = 2**20  # of a file of statistics
 
 T = TypeVar("T")
 Vector = npt.NDArray[np.float64]
@@ -176,10 +178,14 @@ def remember(spec: str, form: Form, stats: Stats) -> Path:
 
 
 def recall(spec: str, form: Form) -> Stats | None:
-    """What was measured of a data set in this form, or None. Raises UserError if a far cache cannot be asked for it."""
+    """Return what was measured of a data set in this form, or None if nothing was, or it is damaged.
+
+    Raises:
+        UserError: If a remote cache cannot be asked for it.
+    """
     try:
         path = _path(spec, form)
-        text = path.read_bytes() if path.is_file() else _beside_far(spec)
+        text = read_file(path, _MOST_BYTES) if path.exists() else _beside_far(spec)
         if text is None:
             return None
         kept = json.loads(text)
@@ -187,19 +193,22 @@ def recall(spec: str, form: Form) -> Stats | None:
             return None
         mean, std = (tuple(float(x) for x in kept[key]) for key in ("mean", "std"))
         stats = Stats(mean, std, int(kept["images"]), int(kept["total"]))
-        return stats if len(stats.mean) == len(stats.std) == form.channels else None
-    except (OSError, ValueError, KeyError, TypeError):
+        right = len(stats.mean) == len(stats.std) == form.channels and all(np.isfinite(mean + std)) and min(std) > 0
+        return stats if right else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def _beside_far(spec: str) -> bytes | None:
     """What was measured of a cache before it was put far away."""
-    return anywhere.read(f"{spec.rstrip('/')}/stats.json") if is_far(spec) and not names_tars(spec) else None
+    return (
+        anywhere.read(f"{spec.rstrip('/')}/stats.json", _MOST_BYTES) if is_far(spec) and not names_tars(spec) else None
+    )
 
 
 def _path(spec: str, form: Form) -> Path:
     """Beside a cache's images, so that it goes where they go; for all other data in the user's cache directory."""
-    folder = Path(spec).expanduser()
+    folder = Path(os.path.expanduser(spec))
     if read_settings(folder) is not None:
         return folder / "stats.json"
     return cache_path("stats", f"{spec}\n{form}").with_suffix(".json")

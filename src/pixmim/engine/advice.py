@@ -1,5 +1,6 @@
 """What a run says before it begins and when it has ended, and what it warns about."""
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from pixmim.targets import in_bins
 def describe(
     run: Run, images: int, schedule: Schedule, device: torch.device, precision: str, world: World = ALONE
 ) -> list[str]:
-    """Lines for a terminal, in rich's markup. `images` is the size of the data set."""
+    """Lines for a terminal, as plain text. `images` is the size of the data set."""
     radius = in_bins(run.target.radius, run.hw)
     target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
     if run.target.distance == "cross_entropy":
@@ -45,16 +46,15 @@ def describe(
         warnings.append("mean and std are not measured, so those of photographs stand in: pixmim stats DATA")
     if images < run.batch_size:
         warnings.append(f"a batch of {run.batch_size:,} holds each of the {images:,} images more than once")
-    return lines + [f"[yellow]warning:[/yellow] {text}" for text in warnings]
+    return lines + [f"warning: {text}" for text in warnings]
 
 
 def closing(run: Run, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float) -> list[str]:
     """What a finished run says of itself, as plain lines: updates lost, bad images, a share of its time waited."""
     lines = []
     if waited > DATA_BOUND:
-        lines.append(
-            f"the run waited for data {waited:.0%} of its time: `pixmim bench-data {run.data}` says what helps"
-        )
+        command = f"pixmim bench-data {shlex.quote(run.data)}"
+        lines.append(f"the run waited for data {waited:.0%} of its time: `{command}` says what helps")
     if lost:
         lines.append(f"{lost} of {step} updates were skipped because their gradient was not finite")
     if bad:

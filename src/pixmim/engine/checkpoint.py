@@ -1,37 +1,38 @@
 """The state of training on disk: written beside and renamed, so that a kill at any moment leaves a good one."""
 
-import json
 import os
 import re
 import shutil
-import warnings
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TypeVar, cast
 
-import torch
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from pixmim.dist import ALONE, World
 from pixmim.engine.optim import Updater
+from pixmim.engine.shards import (
+    DamagedError,
+    Part,
+    difference,
+    own_share,
+    read_manifest,
+    restore,
+    write_manifest,
+    write_share,
+)
 from pixmim.errors import UserError, first_line
+from pixmim.trust import inside
+
+T = TypeVar("T")
 
 AUTOSAVE = 600.0
 """Seconds between checkpoints, unless steps are given."""
 
 _NAME = re.compile(r"step-(\d{9})")
-_SUMS = "sums.json"
-
-# A World of one saves by itself, and that is meant.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class Checkpoints:
@@ -44,8 +45,9 @@ class Checkpoints:
     say     told of what went wrong and was put right
 
     A checkpoint holds weights, moments, counts and the number of steps done, whole or in shards, for any number of
-    processes to go on from. Nothing about the data is in it: order, crops and masks are functions of (seed, step). A
-    sum of each file tells a damaged one.
+    processes to go on from; see `engine.shards` for its files. Nothing about the data is in it: order, crops and masks
+    are functions of (seed, step). Neither are settings of the optimizer, which the run's configuration has. Checksums
+    tell a damaged one. It may come from a stranger: none is read outside the folder that holds `folder`.
     """
 
     def __init__(
@@ -87,78 +89,121 @@ class Checkpoints:
         """
         self._finish(must=False)
         if not self._path(step).exists():
-            state = _state(model, updater) | {"step": torch.tensor(step), "images": torch.tensor(images)}
-            copy = DefaultStager(StagingOptions(False, False, False, False)).stage(state)
-            self._writing = self._writer.submit(self._write, step, cast(dict[str, Any], copy))
+            share = own_share(_state(model, updater), self._world.rank, self._world.size)
+            self._writing = self._writer.submit(self._write, step, images, share)
         if wait:
             self._finish(must=True)
 
     def load(self, model: nn.Module, updater: Updater, *, images: int) -> int:
-        """Restore the newest whole checkpoint in place, and give the number of updates done; 0 if there is none.
+        """Restore the newest undamaged checkpoint in place and return its step; 0 if there is no checkpoint.
 
-        A damaged one is set aside, which is said, and the one before is used. Raises UserError if all are damaged, or
-        if one does not fit the model, or was made over another number of images.
+        A damaged one is renamed, with a warning, and the one before is used. Collective: call on every rank.
+
+        Raises:
+            UserError: If all are damaged, or if one does not fit the model, or was made over another number of images.
         """
-        path = self._newest_whole()
-        if path is None:
-            return 0
-        state = _state(model, updater) | {"step": torch.tensor(0), "images": torch.tensor(0)}
-        try:
-            load(state, checkpoint_id=path, process_group=self._world.saving, no_dist=self._world.size == 1)
-            set_state_dict(
-                model, updater.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        steps = self._world.share(self._inside())
+        state = _state(model, updater)
+        for step in reversed(steps):
+            path, damage = self._path(step), ""
+            try:
+                self._restore(step, state, images)
+            except DamagedError as error:
+                damage = first_line(error)
+            damage = next(filter(None, self._world.gather(damage, self._world.saving)), "")
+            if not damage:
+                return step
+            aside = path.with_name(f"damaged-{path.name}")
+            if self._world.first:
+                _move_aside(path, aside)
+            self._say(
+                f"warning: the checkpoint of update {step:,} is damaged ({damage}); it was renamed to {aside.name}"
             )
-        except (Exception, CheckpointException) as error:  # the latter is no Exception
-            raise UserError(f"the checkpoint {path} does not fit this run: {_reason(error)}") from error
-        if int(state["images"]) != images:
-            raise UserError(
-                f"the run began with {int(state['images']):,} images, and there are {images:,} now: their order would "
-                "be another. Restore the data, or begin a new run."
-            )
-        updater.state.update(state["updater"])
-        return int(state["step"])
+        if steps:
+            raise UserError(f"no checkpoint in {self._folder} is whole. To begin anew, remove {self._folder}")
+        return 0
 
     def load_model(self, model: nn.Module) -> int:
         """Restore only the weights of the newest checkpoint, to look at; gives its step. Raises UserError."""
-        if not self.steps():
+        steps = self._inside()
+        if not steps:
             raise UserError(f"there is no checkpoint in {self._folder}")
-        step = self.steps()[-1]
-        damage = _damage(self._path(step), 0, 1)
-        if damage:
-            raise UserError(f"the checkpoint {self._path(step)} is damaged: {damage}")
-        state = {"model": model.state_dict()}
+        path = self._path(steps[-1])
+        state = _named("model", model.state_dict())
         try:
-            load(state, checkpoint_id=self._path(step), no_dist=True)
-        except CheckpointException as error:
-            raise UserError(f"the checkpoint {self._path(step)} holds another model: {_reason(error)}") from error
-        model.load_state_dict(state["model"])
-        return step
+            there = {name: entry for name, entry in read_manifest(path).tensors.items() if name.startswith("model.")}
+            wrong = difference(there, state)
+            if wrong:
+                raise UserError(f"the checkpoint {path} holds another model: {wrong}")
+            restore(path, there, state)
+        except DamagedError as error:
+            raise UserError(f"the checkpoint {path} is damaged: {first_line(error)}") from error
+        return steps[-1]
+
+    def _inside(self) -> list[int]:
+        """Return `steps()`. Raises UserError if a symbolic link in their place leads out of the run."""
+        inside(self._folder.parent, self._folder.name)
+        return self.steps()
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:09d}"
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
-        """What every process does of a save, in a thread of its own and over a process group of its own."""
-        world, final = self._world, self._path(step)
+    def _restore(self, step: int, state: dict[str, Tensor], images: int) -> None:
+        """Restore a state in place. Raises DamagedError, after which it may be partly restored, or UserError."""
+        path = self._path(step)
+        there = read_manifest(path)
+        if there.step != step:
+            raise DamagedError(f"it is that of update {there.step:,}")
+        wrong = difference(there.tensors, state)
+        if wrong:
+            raise UserError(f"the checkpoint {path} does not fit this run: {wrong}")
+        if there.images != images:
+            raise UserError(
+                f"the run began with {there.images:,} images, and there are {images:,} now: their order would be "
+                "another. Restore the data, or begin a new run."
+            )
+        restore(path, there.tensors, state)
+        if not all(value.isfinite() and value >= 0 for name, value in state.items() if name.startswith("updater.")):
+            raise DamagedError("a count is not a number")
+
+    def _write(self, step: int, images: int, share: Mapping[str, Part]) -> None:
+        """Write a checkpoint: on every rank, in a thread of its own and over a process group of its own."""
+        final = self._path(step)
         beside = final.with_suffix(".tmp")
-        if world.first:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob("*.tmp"):  # of a save that was killed
-                shutil.rmtree(leftover)
-        world.gather(None, world.saving)  # the others write once that is done
-        save(state, checkpoint_id=beside, process_group=world.saving, no_dist=world.size == 1)
-        own = [*beside.glob(f"__{world.rank}_*")] + [beside / ".metadata"] * world.first
-        sums = world.gather({path.name: _sum(path) for path in own}, world.saving)
-        if world.first:
-            with (beside / _SUMS).open("w") as file:
-                json.dump({name: value for part in sums for name, value in part.items()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, final)
-            _sync(self._folder)
-            for old in self.steps()[: -self._last]:
-                if not self._stays(old):
-                    shutil.rmtree(self._path(old))
+
+        def prepare() -> None:
+            if self._world.first:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self._folder.glob("*.tmp"):  # of a save that was killed
+                    _remove(leftover)
+                beside.mkdir()
+
+        def publish() -> None:
+            if self._world.first:
+                write_manifest(beside, step, images, shares)
+                _sync(beside)
+                os.replace(beside, final)
+                _sync(self._folder)
+                for old in self.steps()[: -self._last]:
+                    if not self._stays(old):
+                        _remove(self._path(old))
+
+        self._together(prepare)
+        shares = self._together(lambda: write_share(beside, share, self._world.rank))
+        self._together(publish)
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """Do the same work on every rank and return all results. Raises OSError on all ranks if it fails on one."""
+        result, failure = None, ""
+        try:
+            result = work()
+        except OSError as error:
+            failure = f"{type(error).__name__}: {first_line(error)}"
+        done = self._world.gather((result, failure), self._world.saving)
+        failure = next(filter(None, (text for _, text in done)), "")
+        if failure:
+            raise OSError(failure)
+        return cast(list[T], [result for result, _ in done])
 
     def _finish(self, must: bool) -> None:
         """Wait for the save that is being written, if there is one."""
@@ -166,33 +211,13 @@ class Checkpoints:
             return
         try:
             self._writing.result()
-        except (OSError, CheckpointException) as error:
-            text = f"a checkpoint could not be written to {self._folder}: {_reason(error)}"
+        except OSError as error:
+            text = f"a checkpoint could not be written to {self._folder}: {first_line(error)}"
             if must:
                 raise UserError(f"{text}. Those before it are whole: the same command goes on from them") from error
             self._say(f"warning: {text}; training goes on, and the next one tries again")
         finally:
             self._writing = None
-
-    def _newest_whole(self) -> Path | None:
-        """The newest checkpoint whose files are what was written; damaged ones before it are set aside."""
-        steps = self._world.share(self.steps())
-        for step in reversed(steps):
-            path = self._path(step)
-            found = self._world.gather(_damage(path, self._world.rank, self._world.size), self._world.saving)
-            damage = next((text for text in found if text), "")
-            if not damage:
-                return path
-            aside = path.with_name(f"damaged-{path.name}")
-            if self._world.first:
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(path, aside)
-            self._say(
-                f"warning: the checkpoint of update {step:,} is damaged ({damage}); it was renamed to {aside.name}"
-            )
-        if steps:
-            raise UserError(f"no checkpoint in {self._folder} is whole. To begin anew, remove {self._folder}")
-        return None
 
 
 def milestone(step: int, every: float) -> bool:
@@ -200,37 +225,34 @@ def milestone(step: int, every: float) -> bool:
     return every > 0 and step == round(max(1, round(step / every)) * every)
 
 
-def _state(model: nn.Module, updater: Updater) -> dict[str, Any]:
-    weights, moments = get_state_dict(model, updater.optimizer)
-    return {"model": weights, "optimizer": moments, "updater": dict(updater.state)}
+def _state(model: nn.Module, updater: Updater) -> dict[str, Tensor]:
+    """All that a checkpoint holds, by name: the tensors that training changes in place, not copies of them."""
+    weights, moments = get_state_dict(model, updater.optimizer)  # of an optimizer before its first step, zeros
+    state = _named("model", weights) | _named("updater", updater.state)
+    for name, values in cast(dict[str, dict[str, Tensor]], moments["state"]).items():
+        state |= _named(f"optimizer.{name}", values)
+    return state
 
 
-def _sum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
+def _named(kind: str, tensors: Mapping[str, object]) -> dict[str, Tensor]:
+    return {f"{kind}.{name}": cast(Tensor, value) for name, value in tensors.items()}
 
 
-def _damage(path: Path, rank: int, ranks: int) -> str:
-    """What is wrong with a checkpoint, as far as this process looks: at each of `ranks` files one; empty if nothing."""
+def _remove(path: Path) -> None:
+    """Remove whatever is at a path; of a symbolic link, only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _move_aside(path: Path, aside: Path) -> None:
+    """Rename a checkpoint that cannot be used, in place of one that was renamed before."""
     try:
-        sums = json.loads((path / _SUMS).read_text())
-        for name, value in sorted(sums.items())[rank::ranks]:
-            if _sum(path / name) != value:
-                return f"{name} is not what was written"
-    except (OSError, ValueError) as error:
-        return _reason(error)
-    return ""
-
-
-def _reason(error: BaseException) -> str:
-    """The first thing that went wrong, in one line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return _reason(next(iter(error.failures.values()))[0])
-    return f"{type(error).__name__}: {first_line(error)}"
+        _remove(aside)
+        os.replace(path, aside)
+    except OSError as error:
+        raise UserError(f"{path} is damaged and cannot be renamed ({first_line(error)}): remove it") from error
 
 
 def _sync(folder: Path) -> None:

@@ -12,7 +12,7 @@ from pixmim.engine.checkpoint import AUTOSAVE
 from pixmim.engine.optim import Updater
 from pixmim.engine.parallel import accumulating
 from pixmim.engine.runlog import RunLog
-from pixmim.engine.signals import Interrupts
+from pixmim.engine.signals import Interrupted, Interrupts
 from pixmim.engine.watchdog import Watchdog
 from pixmim.errors import UserError
 
@@ -58,19 +58,33 @@ def loop(
     On any number of processes, all that decides what happens next is the same on each: whether the gradient was finite,
     and, one update late, whether any of them was interrupted. Raises UserError if the gradient is not finite many times
     in a row.
+
+    A single process that waits for data when it is interrupted, or has to wait for another part of a batch after that,
+    saves the state after the last complete update: the data may never come.
     """
     step, stop, saved_at = start, False, time.monotonic()
+    alone = world.size == 1
+    buffers = list(network.buffers()) if alone and accumulate > 1 else []  # a forward pass may change them
     with Watchdog(world, timeout) as watchdog:
         while step < steps and not stop:
             total = torch.zeros((), device=updater.device)
-            for part in range(accumulate):
-                watchdog.at(step, "waiting for data")
-                batch = next(feed)
-                watchdog.at(step, "computing")
-                with accumulating(network, last=part == accumulate - 1):
-                    loss = loss_of(batch, step * accumulate + part) / accumulate
-                    updater.backward(loss)
-                total += loss.detach()
+            before = [buffer.clone() for buffer in buffers]
+            try:
+                for part in range(accumulate):
+                    watchdog.at(step, "waiting for data")
+                    with interrupts.waiting(alone):
+                        batch = next(feed)
+                    watchdog.at(step, "computing")
+                    with accumulating(network, last=part == accumulate - 1):
+                        loss = loss_of(batch, step * accumulate + part) / accumulate
+                        updater.backward(loss)
+                    total += loss.detach()
+            except Interrupted:
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+                if step > start:
+                    save(step, True)
+                return step
             norm = updater.step(rate(step))
 
             step += 1

@@ -8,16 +8,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, exempt: tuple[str, ...] = ()
+) -> torch.optim.AdamW:
     """Fused AdamW over the parameters that have a gradient.
 
     Norms, biases, position tables and single tokens are not decayed: everything of one axis, and everything whose
     leading axis counts one (`cls_token`, `mask_token`, `pos_embed` are 1 x n x d).
+
+    exempt  what is not decayed besides: all whose name contains one of these
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    plain = [p for p in trained if p.ndim < 2 or p.shape[0] == 1]
-    exempt = {id(p) for p in plain}
-    decayed = [p for p in trained if id(p) not in exempt]
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (plain if _is_exempt(name, p, exempt) else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
@@ -36,12 +41,15 @@ def layer_groups(
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            plain = p.ndim < 2 or p.shape[0] == 1 or any(part in name for part in exempt)
-            groups.setdefault((layers[name], plain), []).append(p)
+            groups.setdefault((layers[name], _is_exempt(name, p, exempt)), []).append(p)
     return [
         {"params": params, "scale": decay ** (top - layer), "weight_decay": 0.0 if plain else weight_decay}
         for (layer, plain), params in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _is_exempt(name: str, p: nn.Parameter, exempt: tuple[str, ...]) -> bool:
+    return p.ndim < 2 or p.shape[0] == 1 or any(part in name for part in exempt)
 
 
 class Updater:

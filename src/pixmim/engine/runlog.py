@@ -1,10 +1,8 @@
 """What a run says while it goes: metrics.jsonl for machines, a bar or plain lines for people."""
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,20 +12,67 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from pixmim.disk import write_whole
+from pixmim.disk import append, parse_json, read_text, write_whole
+from pixmim.errors import UserError
+from pixmim.terminal import say
 
 DATA_BOUND = 0.1
 """Share of its time that a loop waits for data, from which on faster data would make a faster run."""
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return
+_MAX_BYTES = 2**28
+_MAX_LINES = 1_000_000
+_MAX_STEP = 2**53
+
+
+def read_metrics(path: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl that hold a step, an epoch and numbers; other lines are left out.
+
+    Args:
+        path: The file, which need not exist.
+        warn: Called at most once, with what was left out. A last line that a kill cut short is not worth a warning.
+
+    Raises:
+        OSError: If there is something that is not a regular file, or is larger than 256 MiB.
+    """
+    if not path.exists():
+        return []
+    lines = read_text(path, _MAX_BYTES).split("\n")
+    good, bad = list[dict[str, Any]](), list[str]()
+    for number, line in enumerate(lines[:_MAX_LINES], 1):
+        try:
+            if line.strip():
+                good.append(_metrics(line, f"line {number}"))
+        except UserError as error:
+            if number < len(lines):
+                bad.append(str(error))
+    if len(lines) > _MAX_LINES:
+        bad.append(f"only the first {_MAX_LINES:,} lines are read")
+    if bad:
+        more = f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+        warn(f"{path}: {bad[0]}{more}")
+    return good
+
+
+def _metrics(text: str, source: str) -> dict[str, Any]:
+    """One line of metrics. Raises UserError."""
+    line = parse_json(text, source)
+    if not isinstance(line, dict):
+        raise UserError(f"{source} is not an object")
+    step, epoch = line.get("step"), line.get("epoch")
+    if type(step) is not int or not 0 <= step <= _MAX_STEP:
+        raise UserError(f"{source} has no step that is a number of 0 or more")
+    if epoch is None or not is_number(epoch) or not 0 <= epoch <= _MAX_STEP:
+        raise UserError(f"{source} has no epoch that is a number of 0 or more")
+    for name, value in line.items():
+        if value is not None and not isinstance(value, float) and not is_number(value):
+            raise UserError(f"{source} has a '{name[:40]}' that is not a number")
+    return line
+
+
+def is_number(value: object) -> bool:
+    """Return True for a finite number that a figure can show."""
+    return type(value) in (int, float) and abs(value) < 1e100  # type: ignore[arg-type]
 
 
 def bound_by(share: float) -> str:
@@ -60,14 +105,14 @@ class RunLog:
     ) -> None:
         self._path, self._unwritten, self._total = path, "", total
         if path is not None:
-            kept = [line for line in read_metrics(path) if line["step"] <= start] if start else []
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            lines = read_metrics(path, lambda text: say(console, f"warning: {text}")) if start else []
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
         self._steps, self._every, self._epoch, self._images = steps, every, epoch, images
         self._console = console
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -123,9 +168,7 @@ class RunLog:
         self._bar.update(self._task, text=text)
         if not self._console.is_terminal and (now - self._spoke > 5 or step == self._steps):
             left = (now - self._began) / max(1, step - self._first) * (self._steps - step)
-            self._console.print(
-                f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left", highlight=False, soft_wrap=True
-            )
+            say(self._console, f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left")
             self._spoke = now
         self._sums, self._count, self._since, self._waited = {}, 0, now, waited
 
@@ -142,16 +185,11 @@ class RunLog:
     def _write_out(self) -> None:
         if self._path is None or not self._unwritten:
             return
-        size = 0
         try:
-            with self._path.open("a") as file:
-                size = file.tell()
-                file.write(self._unwritten)
+            append(self._path, self._unwritten)
             self._unwritten = ""
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(self._path, size)  # no part of a line stays
-            self._console.print(f"warning: {self._path} cannot be written now: {error}", markup=False, soft_wrap=True)
+            say(self._console, f"warning: {self._path} cannot be written now: {error}")
 
     def pause(self) -> None:
         """Leave out of the rate the time since the last line, which went to something else than training."""

@@ -8,14 +8,17 @@ from pixmim.config import Run
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from `first`, then half a cosine down to `final`; both step by step (MAE, appendix A).
+    """Compute the learning rate of each step: linear warm-up from `first`, then half a cosine down to `final`.
 
-    Or with a `drop`, as SimMIM's 800 epochs: constant after the warm-up, and a tenth of that from `drop` on.
+    MAE's cosine begins at the end of the warm-up (arXiv 2111.06377, appendix A). SimMIM's and DeiT III's counts from
+    the first step, so the warm-up replaces its beginning (timm's CosineLRScheduler with `warmup_prefix=False`).
+    With a `drop`, as in SimMIM's 800 epochs, the rate is constant after the warm-up, and a tenth from `drop` on.
 
-    steps   updates in the whole run
-    warmup  updates of warm-up
+    steps   steps of the whole run
+    warmup  steps of warm-up
     peak, final, first  learning rates
-    drop    update from which on the rate is a tenth of the peak; None: a cosine
+    drop    step from which on the rate is a tenth of the peak; None: a cosine
+    warmup_prefix  True: the cosine begins after the warm-up. False: at step 0
     """
 
     steps: int
@@ -24,6 +27,7 @@ class Schedule:
     final: float
     first: float = 0.0
     drop: int | None = None
+    warmup_prefix: bool = True
 
     @staticmethod
     def of(run: Run, images: int) -> "Schedule":
@@ -32,7 +36,7 @@ class Schedule:
         steps = run.steps if run.steps is not None else max(1, round(run.epochs * steps_an_epoch))
         warmup = min(round(run.optim.warmup * steps_an_epoch), steps // 5)
         drop = round(run.optim.drop_at * steps) if run.optim.schedule == "step" else None
-        return Schedule(steps, warmup, run.lr, run.optim.final_lr, run.optim.first_lr, drop)
+        return Schedule(steps, warmup, run.lr, run.optim.final_lr, run.optim.first_lr, drop, run.optim.warmup_prefix)
 
     def lr(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
@@ -40,5 +44,6 @@ class Schedule:
             return self.first + (self.peak - self.first) * step / self.warmup
         if self.drop is not None:
             return self.peak if step < self.drop else self.peak / 10
-        through = (step - self.warmup) / (self.steps - self.warmup)
+        begin = self.warmup if self.warmup_prefix else 0
+        through = (step - begin) / (self.steps - begin)
         return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * through))

@@ -14,6 +14,7 @@ from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.evaluate.encoder import Encoder
 from pixmim.evaluate.features import Frozen, account, freeze
+from pixmim.trust import inside
 
 T = TypeVar("T")
 
@@ -64,4 +65,4 @@ class Bench:
     def work(self, name: str, settings: Any) -> Path:
         """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""
         key = sha256(repr((self.which, self.encoder.step, settings)).encode()).hexdigest()[:12]
-        return self.folder / "unfinished" / f"{name}-{self.which}-{key}"
+        return inside(self.folder, f"unfinished/{name}-{self.which}-{key}")

@@ -48,8 +48,9 @@ def plan(run: Run, module: nn.Module, classes: int, pool: str, size: str) -> Run
         # SimMIM's fine-tuning gives each block a table of its own, which begins as the shared one.
         options |= {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
     resized = replace(run, size=size or run.size)
-    if isinstance(module, SwinTransformer) and resized.hw != run.hw and "window_size" in options:
-        options["window_size"] = max(1, round(options["window_size"] * resized.hw[0] / run.hw[0]))
+    window = options.get("window_size")
+    if isinstance(module, SwinTransformer) and resized.hw != run.hw and isinstance(window, int):
+        options["window_size"] = max(1, round(window * resized.hw[0] / run.hw[0]))
     return replace(resized, model=replace(run.model, options=options))
 
 

@@ -4,27 +4,28 @@ A1 is the object's area in the image, A2 what of it lies inside the crop; pixels
 count. Random masking that hides a share r of the patches leaves (1 - r) J in expectation, whatever the object.
 """
 
-import csv
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from pixmim import rng
 from pixmim.data.patience import progress
+from pixmim.disk import atomic_write, write_csv, write_whole
 from pixmim.errors import UserError
 from pixmim.evaluate.boxes import Object, read_objects
 from pixmim.evaluate.results import versions
 from pixmim.metrics import window_cover
+from pixmim.plotting import Figure
+from pixmim.terminal import csv_cell
 from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop, cover
 
 Values = npt.NDArray[np.float64]
@@ -179,13 +180,12 @@ class Coverage:
         about = {"data": self.spec, "size": self.size, "mask_ratio": self.mask_ratio, "outside": self.outside}
         counts = {"objects": len(self.objects), "images": len({o.image for o in self.objects})}
         content = {**about, **counts, "means": self.means(), "versions": versions()}
-        paths[0].write_text(json.dumps(content, indent=2) + "\n")
-        with paths[1].open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "share_of_image", *self.values])
-            for i, thing in enumerate(self.objects):
-                writer.writerow([thing.image, f"{_share(thing):.6f}", *(f"{v[i]:.6f}" for v in self.values.values())])
-        draw(self).savefig(paths[2], dpi=110)
+        rows: list[list[str]] = [["image", "share_of_image", *self.values]]
+        for i, thing in enumerate(self.objects):
+            rows.append([csv_cell(thing.image), f"{_share(thing):.6f}", *(f"{v[i]:.6f}" for v in self.values.values())])
+        write_whole(paths[0], json.dumps(content, indent=2) + "\n")
+        write_csv(paths[1], rows)
+        atomic_write(paths[2], partial(draw(self).savefig, dpi=110, format="png"))
         return paths
 
 

@@ -1,11 +1,15 @@
 """The features of every image of a data set, in a file: embeddings for search, clustering, or another's probe."""
 
-import csv
+import fcntl
 import io
 import json
 import os
 import shutil
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial as part_of
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +21,18 @@ from pixmim.data.feed.loader import in_order
 from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
-from pixmim.disk import read_file, write_whole
+from pixmim.disk import atomic_write, read_file, read_json, write_csv, write_whole
 from pixmim.engine.device import Precision, autocast
-from pixmim.errors import UserError, first_line
+from pixmim.errors import UserError
 from pixmim.evaluate.encoder import of_weights
 from pixmim.models import features
+from pixmim.terminal import csv_cell, utf8
 from pixmim.transforms import evaluation_crop
 from pixmim.weights.recognise import Weights
 
 Kind = Literal["cls", "mean", "both"]
+
+_MAX_BYTES = 2**31  # of a batch that is kept
 
 
 @torch.no_grad()
@@ -48,7 +55,8 @@ def embed(
           row's file and class; .parquet: columns file, class (where there are classes), cls, mean
     kind  cls: the global token after the final norm; mean: the mean of the patch tokens; both
 
-    What is done is kept in OUT.partial, batch by batch; the same call goes on from there. Raises UserError.
+    What is done is kept in OUT.partial, batch by batch; the same call goes on from there. Raises UserError, also while
+    another process writes the same file.
     """
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out ends with .npy or .parquet, and not with '{out.suffix}'")
@@ -56,9 +64,25 @@ def embed(
         raise UserError(f"{out} is there already: choose another --out")
     if out.suffix == ".parquet":
         _parquet()  # before the work, not after it
+    partial = out.with_name(out.name + ".partial")
+    with _alone(out, partial):
+        return _embed(name, weights, data, out, partial, kind, batch, device, precision, console)
+
+
+def _embed(
+    name: str,
+    weights: Weights,
+    data: Source,
+    out: Path,
+    partial: Path,
+    kind: Kind,
+    batch: int,
+    device: str,
+    precision: Precision,
+    console: Console | None,
+) -> list[str]:
     encoder = of_weights(weights, device=device, precision=precision)
     encoder.module.eval()
-    partial = out.with_name(out.name + ".partial")
     state = _resume(partial, {"model": name, "step": encoder.step, "data": data.spec, "files": data.fingerprint()})
     first = state["done"]
     skipped = Skipped(out.with_name(out.stem + "-skipped.csv"), len(data), 1.0)
@@ -74,72 +98,95 @@ def embed(
                 rows = {"cls": found.vector[:, -1], "mean": found.mean}
                 arrays: dict[str, Any] = {"index": indices}
                 arrays |= {key: value.float().cpu().numpy() for key, value in rows.items() if kind in (key, "both")}
-                np.savez(partial / f"{first:09d}.tmp.npz", **arrays)
-                os.replace(partial / f"{first:09d}.tmp.npz", partial / f"{first:09d}.npz")
+                atomic_write(partial / f"{first:09d}.npz", part_of(np.savez, **arrays))
             first = end
             write_whole(partial / "state.json", json.dumps(state | {"done": end}))
             advance(end)
-    parts = [_part(path) for path in sorted(partial.glob("*.npz"))]
-    if not parts:
+    if not any(partial.glob("*.npz")):
         raise UserError(f"not one image of {data.spec} can be read: see {out.stem}-skipped.csv")
-    table = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    table = _gathered(partial, len(data))
     written = _write(out, table, data)
     shutil.rmtree(partial)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}"]
     return lines + ([f"{len(skipped)} images could not be read: see {out.stem}-skipped.csv"] if len(skipped) else [])
 
 
+@contextmanager
+def _alone(out: Path, partial: Path) -> Iterator[None]:
+    """Hold the folder of unfinished work. Raises UserError if another process does, or if the work is done.
+
+    The lock ends with the process, however it ends. Where the file system has no locks, there is none.
+    """
+    if partial.is_symlink():
+        raise UserError(f"{partial} is a symbolic link: remove it first")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is writing {out}: wait for it") from None
+        if out.exists():
+            raise UserError(f"{out} is there already: choose another --out")
+        yield
+    finally:
+        os.close(lock)
+
+
 def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """What is done already of the same work; nothing of other work that was left unfinished under this name."""
     note = partial / "state.json"
-    if note.is_file():
-        state: dict[str, Any] = json.loads(note.read_text())
+    if note.exists():
+        state = read_json(note)
+        done = state.get("done") if isinstance(state, dict) else None
+        if type(done) is not int or done < 0:
+            raise UserError(f"{note} is damaged: remove {partial} first")
         if {key: state.get(key) for key in wanted} != wanted:
             raise UserError(f"{partial} holds unfinished work on another model or other images: remove it first")
         for path in partial.glob("*.npz"):  # written, but not noted
-            if ".tmp" in path.name or int(path.stem) >= state["done"]:
+            if not path.stem.isdecimal() or int(path.stem) >= done:
                 path.unlink()
-        return state
-    partial.mkdir(parents=True, exist_ok=True)
+        return wanted | {"done": done}
     write_whole(note, json.dumps(wanted | {"done": 0}))
     return wanted | {"done": 0}
 
 
-def _part(path: Path) -> dict[str, np.ndarray]:
-    """Read some rows of an unfinished table."""
+def _gathered(partial: Path, images: int) -> dict[str, np.ndarray]:
+    """All rows that were kept. Raises UserError if a file of them is damaged."""
     try:
-        data = io.BytesIO(read_file(path, 2**30))
-        with zipfile.ZipFile(data) as members:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
-                raise ValueError("it is compressed")
-        with np.load(data, allow_pickle=False) as part:
-            return {key: part[key] for key in part.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}. Remove {path.parent} to begin again") from error
+        files = [io.BytesIO(read_file(path, _MAX_BYTES)) for path in sorted(partial.glob("*.npz"))]
+        parts = [dict(np.load(file, allow_pickle=False)) for file in files]
+        table = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        index = table["index"]
+        if index.dtype != np.int64 or not ((index >= 0) & (index < images)).all():
+            raise ValueError("it has rows of images that are not there")
+        if any(len(value) != len(index) or (key != "index" and value.ndim != 2) for key, value in table.items()):
+            raise ValueError("it has more rows of one kind than of another")
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{partial} holds unfinished work that is damaged ({error}): remove it first") from error
+    return table
 
 
 def _write(out: Path, table: dict[str, np.ndarray], data: Source) -> list[Path]:
     files = [data.locate(index) for index in table["index"].tolist()]
     classes = None if data.labels is None else [data.classes[data.labels[index]] for index in table["index"].tolist()]
     values = {key: value for key, value in table.items() if key != "index"}
-    beside = out.with_name(out.name + ".tmp")
     if out.suffix == ".parquet":
         arrow, parquet = _parquet()
-        columns: dict[str, Any] = {"file": files} | ({"class": classes} if classes is not None else {})
+        columns: dict[str, Any] = {"file": [utf8(name) for name in files]}
+        columns |= {"class": [utf8(name) for name in classes]} if classes is not None else {}
         for key, value in values.items():
             columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.array(value.reshape(-1)), value.shape[1])
-        parquet.write_table(arrow.table(columns), beside)
-        os.replace(beside, out)
+        atomic_write(out, part_of(parquet.write_table, arrow.table(columns)))
         return [out]
-    with beside.open("wb") as file:
-        np.save(file, np.concatenate(list(values.values()), axis=1))
     names = out.with_suffix(".csv")
-    with names.open("w", newline="") as text:
-        writer = csv.writer(text)
-        writer.writerow(["row", "file"] + (["class"] if classes is not None else []))
-        for row, name in enumerate(files):
-            writer.writerow([row, name] + ([classes[row]] if classes is not None else []))
-    os.replace(beside, out)
+    rows = [["row", "file"] + (["class"] if classes is not None else [])]
+    for row, name in enumerate(files):
+        rows.append([str(row), csv_cell(name)] + ([csv_cell(classes[row])] if classes is not None else []))
+    write_csv(names, rows)
+    whole = np.concatenate(list(values.values()), axis=1)
+    atomic_write(out, lambda file: np.save(file, whole))
     return [out, names]
 
 

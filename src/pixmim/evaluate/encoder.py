@@ -16,7 +16,8 @@ from pixmim.errors import UserError
 from pixmim.parts import build_model, image_form
 from pixmim.pretrained import assemble_encoder, begin_from, open_model
 from pixmim.transforms import finish
-from pixmim.weights.recognise import Weights, read_run
+from pixmim.trust import closed, refusal
+from pixmim.weights.recognise import Weights, read_config
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,13 @@ def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", 
     Raises UserError.
     """
     if untrained:
-        run = read_run(Path(name))
-        if run is None:
+        found = read_config(Path(name).expanduser())
+        if found is None:
             raise UserError(f"{name} is not a run, so what it was before training is not known")
+        run, text = found
+        strange = closed(text, {"--init": run.init})
+        if strange:
+            raise UserError(f"{refusal(name, strange)}. Without --untrained, those weights can be measured themselves")
         model = build_model(run)
         if run.init:
             begin_from(model, run)

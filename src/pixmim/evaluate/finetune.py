@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from rich.console import Console
-from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +30,7 @@ from pixmim.evaluate.labelled import Labelled, grade, open_labelled
 from pixmim.evaluate.learn import forget, learn
 from pixmim.evaluate.tuning import TUNINGS, Recipe, choose, describe, resolve
 from pixmim.mixing import erase, mix, soft_labels
-from pixmim.models.layers import layer_ids
+from pixmim.models.layers import layer_ids, not_decayed
 from pixmim.protocols import Finetune
 from pixmim.terminal import say
 from pixmim.transforms import Crop, RandomResizedCrop, SimpleResizedCrop, finish
@@ -62,7 +61,7 @@ def measure(bench: Bench, settings: Finetune) -> Values:
     steps = max(1, round(recipe.epochs * per_epoch))
     warmup = min(round(recipe.warmup * per_epoch), steps // 5)
     peak = recipe.base_lr * recipe.batch_size / 256
-    schedule = Schedule(steps, warmup, peak, recipe.final_lr, recipe.first_lr)
+    schedule = Schedule(steps, warmup, peak, recipe.final_lr, recipe.first_lr, warmup_prefix=recipe.warmup_prefix)
     begun = "random weights" if settings.from_scratch else f"the {bench.which} encoder"
     console = bench.console or Console(quiet=True)
     for line in [*describe(name, recipe, len(data.train), steps, warmup), f"  begins with {begun}", *lines]:
@@ -175,9 +174,7 @@ def loss_of(scores: Float[Tensor, "b classes"], targets: Float[Tensor, "b classe
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    # SimMIM does not decay a Swin's tables of relative positions, but those of its ViT.
-    exempt = ("relative_position_bias_table",) if isinstance(model, SwinTransformer) else ()
-    groups = layer_groups(model, layer_ids(model), recipe.layer_decay, recipe.weight_decay, exempt)
+    groups = layer_groups(model, layer_ids(model), recipe.layer_decay, recipe.weight_decay, not_decayed(model))
     if recipe.optimizer == "lamb":
         return LAMB(groups, lr=recipe.base_lr)
     return torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(0.9, 0.999), fused=True)

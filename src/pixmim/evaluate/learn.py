@@ -57,10 +57,11 @@ def learn(
     folder.mkdir(parents=True, exist_ok=True)
     updater = Updater(optimizer, clip, scaling=scaling, device=next(model.parameters()).device)
     console = console or Console(quiet=True)
-    with Checkpoints(folder / "checkpoints", say=partial(say, console)) as checkpoints, Interrupts() as interrupts:
+    with Checkpoints(folder / "checkpoints", say=partial(say, console)) as checkpoints:
         start = checkpoints.load(model, updater, images=images)
         with (
             batches(start * accumulate) as feed,
+            Interrupts() as interrupts,
             RunLog(
                 folder / "metrics.jsonl",
                 steps=steps,
@@ -86,7 +87,7 @@ def learn(
                 after=lambda step: after(),
             )
     if step < steps:
-        console.print(f"stopped after update {step:,} of {steps:,}; the same command goes on", highlight=False)
+        say(console, f"stopped after update {step:,} of {steps:,}; the same command goes on")
         raise KeyboardInterrupt
 
 

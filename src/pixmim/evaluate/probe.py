@@ -24,6 +24,7 @@ from pixmim.evaluate.labelled import Labelled, grade, open_labelled
 from pixmim.evaluate.learn import forget, learn
 from pixmim.models import features
 from pixmim.protocols import Linear
+from pixmim.terminal import say
 from pixmim.transforms import RandomResizedCrop, finish
 
 PART = 512
@@ -54,13 +55,11 @@ def measure(bench: Bench, settings: Linear) -> Iterator[tuple[str, float]]:
 
     console = bench.console or Console(quiet=True)
     cut = f" (cut from {settings.batch_size:,}: there are {images:,} images)" if batch < settings.batch_size else ""
-    console.print(
+    say(
+        console,
         f"linear probe by MAE's protocol: {epochs} epochs of {images:,} images, {steps:,} updates of {batch:,}{cut}; "
         f"LARS, rate {schedule.peak:.3g} after {warmup} updates of warm-up, to 0; "
         + ("class token" if kind == "cls" else "mean of the patch tokens"),
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
     )
     torch.manual_seed(settings.seed)
     width = int(encoder.module.num_features)  # type: ignore[arg-type]

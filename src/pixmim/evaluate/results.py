@@ -6,6 +6,7 @@ import re
 import subprocess
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from pixmim.disk import write_whole
+from pixmim.disk import atomic_write, write_whole
+from pixmim.trust import inside
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def save(result: Result, folder: Path) -> Path:
 
     Numbers that are not finite become null.
     """
-    folder = folder / "evaluations"
+    folder = inside(folder, "evaluations")
     folder.mkdir(parents=True, exist_ok=True)
     key = sha256(json.dumps(result.settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
     path = folder / f"{result.evaluation}-{result.encoder}-{key}.json"
@@ -49,7 +51,7 @@ def save(result: Result, folder: Path) -> Path:
     for caption, picture in result.pictures.items():
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
         names[caption] = f"{path.stem}-{words}.png"
-        picture.save(folder / names[caption])
+        atomic_write(folder / names[caption], partial(picture.save, format="PNG"))
     content = asdict(replace(result, pictures={})) | {"pictures": names}
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
     write_whole(path, json.dumps(content, indent=2) + "\n")
@@ -58,9 +60,11 @@ def save(result: Result, folder: Path) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of what computes, and the commit if pixmim runs from a checkout."""
-    here = Path(__file__).parent
+    checkout = Path(__file__).parents[3]
     found = {name: version(name) for name in ("pixmim", "torch", "timm")} | {"python": platform.python_version()}
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    if not (checkout / ".git").exists():  # git would look further up, and obey what a stranger's repository configures
+        return found
     with suppress(OSError, subprocess.SubprocessError):
         found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     return found

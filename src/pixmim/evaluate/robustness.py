@@ -6,28 +6,32 @@ ImageNet-C: arXiv 1903.12261. -A: 1907.07174. -R: 2006.16241. -Sketch: 1905.1354
 import json
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from pixmim.data.feed.loader import in_order
 from pixmim.data.patience import progress
 from pixmim.data.source import Source
 from pixmim.data.threads import workers
-from pixmim.disk import write_whole
+from pixmim.disk import read_json, write_whole
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate import imagenet
 from pixmim.evaluate.bench import Bench, Values
-from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, check_channels, corrupt
+from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, VERSION, check_channels, corrupt
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, own_head, probe
 from pixmim.evaluate.learn import forget
 from pixmim.metrics import corruption_errors, wilson_interval
 from pixmim.protocols import Robustness
+from pixmim.terminal import say
 from pixmim.transforms import CentreCrop, Crop, evaluation_crop
+
+T = TypeVar("T")
 
 Variant = tuple[str, int]
 """A corruption and its severity."""
@@ -41,7 +45,7 @@ def measure(bench: Bench, settings: Robustness) -> Values:
     relatives = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
     if not (settings.imagenet_c or settings.test or any(relatives.values())):
         raise UserError("robustness on which data? Give --test, --imagenet-c, --imagenet-a, -r or -sketch")
-    notes = _Notes(bench.work("robustness", settings))
+    notes = _Notes(bench.work("robustness", settings), bench.console)
     if settings.imagenet_c:
         yield from _imagenet_c(bench, settings.imagenet_c, corruptions, severities, notes)
     for name, folder in relatives.items():
@@ -187,7 +191,8 @@ def _count(
 ) -> tuple[int, int]:
     """How many pictures are classified rightly, and how many could be read. Raises UserError if none could."""
     key = f"{data.spec} {data.fingerprint()}"
-    if key not in notes.done:
+    counts = notes.counts(key, 2, len(data))
+    if counts is None:
         right = total = 0
         with progress(data.spec, len(data), bench.console) as advance:
             for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256):
@@ -195,8 +200,9 @@ def _count(
                     right += int((judge.answers(images, among) == labels[indices]).sum())
                     total += len(indices)
                 advance(end)
-        notes.keep(key, [right, total])
-    right, total = notes.done[key]
+        counts = [right, total]
+        notes.keep(key, counts)
+    right, total = counts
     if not total:
         raise UserError(f"not one picture of {data.spec} can be read")
     return right, total
@@ -213,8 +219,9 @@ def _count_corrupted(
     notes: "_Notes",
 ) -> tuple[dict[Variant, int], int]:
     """The same for each variant of every picture. Pictures are read once; what is done is kept batch by batch."""
-    key, crop = f"in memory {data.spec} {data.fingerprint()}", evaluation_crop(bench.encoder.size)
-    first, total, *counts = notes.done.get(key, [0] * (2 + len(variants)))
+    key = f"in memory, version {VERSION}: {data.spec} {data.fingerprint()}"
+    crop, kept = evaluation_crop(bench.encoder.size), 2 + len(variants)
+    first, total, *counts = notes.counts(key, kept, len(data)) or [0] * kept
     right = dict(zip(variants, counts, strict=True))
     with (
         progress(f"{len(variants) - 1} corruptions of {data.spec}", len(data), bench.console) as advance,
@@ -234,7 +241,7 @@ def _count_corrupted(
 
 
 def _made(
-    images: Tensor, indices: list[int], variants: list[Variant], seed: int, pool: ThreadPoolExecutor
+    images: Tensor, indices: list[int], variants: list[Variant], seed: int, pool: Executor
 ) -> Iterator[tuple[Variant, Tensor]]:
     """Each variant of a batch, made by threads while the one before is looked at."""
 
@@ -261,11 +268,31 @@ def _one(image: Tensor, index: int, *, variant: Variant, seed: int) -> Tensor:
 class _Notes:
     """Counts of what is done, in a file, so that an interrupted evaluation goes on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._path = folder, folder / "counts.json"
-        self.done: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+    def __init__(self, folder: Path, console: Console | None) -> None:
+        self.folder, self._path, self._console = folder, folder / "counts.json", console or Console(quiet=True)
+        self._done: dict[str, Any] = {}
+        if self._path.exists():
+            try:
+                content = read_json(self._path)
+                self._done = content if isinstance(content, dict) else self._warn("is not an object", {})
+            except UserError:
+                self._warn("is not valid JSON", None)
+
+    def counts(self, key: str, length: int, most: int) -> list[int] | None:
+        """So many counts, from 0 to `most` each, that are kept under a key; None if there are none."""
+        counts = self._done.get(key)
+        if counts is None:
+            return None
+        fits = isinstance(counts, list) and len(counts) == length
+        if fits and all(type(count) is int and 0 <= count <= most for count in counts):
+            return list(counts)
+        return self._warn("holds counts that cannot be", None)
 
     def keep(self, key: str, counts: list[int]) -> None:
-        self.done[key] = counts
+        self._done[key] = counts
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, json.dumps(self.done))
+        write_whole(self._path, json.dumps(self._done))
+
+    def _warn(self, what: str, instead: T) -> T:
+        say(self._console, f"warning: {self._path} {what}: that part is measured again")
+        return instead

@@ -1,13 +1,12 @@
 """Shape bias on stimuli with the shape of one class and the texture of another (Geirhos et al., arXiv 1811.12231)."""
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +19,9 @@ from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, probe
 from pixmim.evaluate.imagenet import CATEGORIES
 from pixmim.metrics import shape_decisions
+from pixmim.plotting import Figure, FigureCanvasAgg
 from pixmim.protocols import ShapeBias
+from pixmim.terminal import plot_label
 from pixmim.transforms import CentreCrop, evaluation_crop
 
 _STIMULUS = re.compile(r"([a-z]+)\d*-([a-z]+)\d*", re.IGNORECASE)
@@ -118,10 +119,12 @@ def draw(each: dict[str, float], bias: float) -> Image.Image:
         textcoords="offset points", color="#d1495b", fontsize=9, annotation_clip=False,
     )  # fmt: skip
     axes.set(xlim=(-2, 102), xlabel="share of shape in decisions for shape or texture (%)", yticks=list(rows))
-    axes.set_yticklabels(list(each))
+    axes.set_yticklabels([plot_label(name) for name in each])
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a glyph is missing, or names are long
+        canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -21,6 +21,7 @@ class Recipe:
     """Source, and the accuracy it reached."""
     epochs: float = 100
     warmup: float = 5
+    warmup_prefix: bool = True
     batch_size: int = 1024
     optimizer: Literal["adamw", "lamb"] = "adamw"
     base_lr: float = 5e-4
@@ -47,6 +48,7 @@ class Recipe:
 _SIMMIM = Recipe(
     "",
     warmup=20,
+    warmup_prefix=False,
     batch_size=2048,
     base_lr=6.25e-4,  # 1.25e-3 per 512 images
     first_lr=1e-6,  # this and the next 2.5e-7 per 512 images
@@ -84,6 +86,7 @@ TUNINGS: dict[str, Recipe] = {
         "DeiT III (arXiv 2204.07118), from random weights: ViT-B/16 at 192 px, and 20 epochs more at 224 px: 83.8 %. "
         "Its repeated augmentation (each image three times in a batch) is left out",
         epochs=800,
+        warmup_prefix=False,
         batch_size=2048,
         optimizer="lamb",
         base_lr=3.75e-4,  # 3e-3 at this batch

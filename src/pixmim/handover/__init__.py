@@ -1,11 +1,12 @@
 """How a backbone leaves the house: folders that other projects read strictly. One literal dict names them."""
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
+from pixmim.disk import whole_folder
 from pixmim.errors import UserError, first_line
 from pixmim.handover.frameworks import to_detectron2, to_mmpretrain, to_timm
 from pixmim.handover.huggingface import to_hf
@@ -32,17 +33,14 @@ def hand_over(name: str, to: str, folder: Path | None = None, push: str = "") ->
     """
     weights = open_model(name, whole=True)
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"{folder} is there already: choose another --out")
     encoder = assemble_encoder(weights)
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     try:
-        how = FORMATS[to](weights, encoder, beside)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with whole_folder(folder) as beside:
+            how = FORMATS[to](weights, encoder, beside)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
     lines = [f"written to {folder}", *(f"  {line.replace('FOLDER', str(folder))}" for line in how)]
     return [*lines, _push(folder, push)] if push else lines
 

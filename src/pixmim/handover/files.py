@@ -1,12 +1,15 @@
 """Tensors under another project's names, and the files they go into."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import save
 from torch import Tensor
 
+from pixmim.disk import write_whole
 from pixmim.errors import UserError
 from pixmim.weights.arrange import move_downsampling_back, split_qkv
 from pixmim.weights.huggingface import HF_BEIT, HF_SWIN, HF_SWIN_BODY
@@ -39,9 +42,17 @@ def named(source: Source, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON that a person can read."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write safetensors as torch's libraries expect them."""
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt"})
+    plain = {key: value.detach().contiguous() for key, value in tensors.items()}
+    write_whole(path, save(plain, metadata={"format": "pt"}))
+
+
+def write_torch(path: Path, content: dict[str, Any]) -> None:
+    """Write what torch.load reads. torch itself would not raise OSError where the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())

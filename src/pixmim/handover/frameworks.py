@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.errors import UserError
-from pixmim.handover.files import named, write_json, write_tensors
+from pixmim.handover.files import named, write_json, write_tensors, write_torch
 from pixmim.weights.arrange import move_downsampling_back
 from pixmim.weights.openmmlab import MM
 from pixmim.weights.recognise import Weights
@@ -71,7 +70,7 @@ def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
     mean, std = weights.run.statistics
     state = named(MM, weights.tensors)
     meta = {"made_by": "pixmim", "img_size": weights.run.hw, "mean": mean, "std": std, "step": weights.step}
-    torch.save({"state_dict": state, "meta": meta}, folder / "model.pth")
+    write_torch(folder / "model.pth", {"state_dict": state, "meta": meta})
     return [
         "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",
         f"  with img_size={weights.run.hw}",
@@ -83,5 +82,5 @@ def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     if isinstance(encoder, SwinTransformer):
         state = move_downsampling_back(state)
-    torch.save({"model": state, "matching_heuristics": True, "__author__": "pixmim"}, folder / "model.pth")
+    write_torch(folder / "model.pth", {"model": state, "matching_heuristics": True, "__author__": "pixmim"})
     return ['train.init_checkpoint = "FOLDER/model.pth"']

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixmim.disk import write_whole
 from pixmim.errors import UserError
 from pixmim.models import features
 from pixmim.weights.recognise import Weights
@@ -36,13 +37,12 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     or the two disagree.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'pixmim[onnx]'") from error
     run = weights.run
-    path = folder / "model.onnx"
     classifies = bool(run.model.options.get("num_classes"))
     model = _Outputs(encoder, classifies)
     generator = torch.Generator().manual_seed(0)
@@ -55,19 +55,18 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     batch = torch.export.Dim("batch", min=1, max=65536)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
-        torch.onnx.export(
+        program = torch.onnx.export(
             model,
             (images[:2],),
-            str(path),
             input_names=["images"],
             output_names=names,
             dynamo=True,
-            external_data=False,
             dynamic_shapes={"images": {0: batch}},
             verbose=False,
         )
     mean, std = run.statistics
-    proto = onnx.load(str(path))
+    proto = program.model_proto  # type: ignore[union-attr]
+    _strip(proto)
     said = {
         "mean": mean,
         "std": std,
@@ -78,9 +77,9 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     }
     for key, value in said.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
-    onnx.save(proto, str(path))
+    write_whole(folder / "model.onnx", proto.SerializeToString())
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     worst = 0.0
     for count in (1, 3):
         with torch.no_grad():
@@ -95,3 +94,13 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         "  -> " + ("logits" if classifies else "vector, mean (batch, width), map (batch, width, rows, columns)"),
         f"checked in onnxruntime with batches of 1 and 3: within {worst:.1e} of torch's largest value",
     ]
+
+
+def _strip(message: Any) -> None:
+    """Clear what the exporter notes of the code: the files and lines of this machine that each node comes from."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for one in value if isinstance(value, Iterable) else (value,):
+                _strip(one)

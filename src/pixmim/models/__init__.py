@@ -1,6 +1,7 @@
 """Who predicts. One literal dict of builders; `create_model` is the only door."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -11,11 +12,12 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pixmim.errors import UserError, nearest
+from pixmim.errors import UserError, first_line, nearest, shown
 from pixmim.models import convmae, swin, vit
 from pixmim.models.base import Features, MaskedModel
 from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM
+from pixmim.options import check_name, check_options
 
 
 def _mae(backbone: str, **options: Any) -> MAE:
@@ -35,8 +37,6 @@ def _convmae(backbone: str, **options: Any) -> MaskedModel:
 
 
 def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: Any) -> MaskedModel:
-    if head not in ("linear", "mlp"):
-        raise UserError(f"SimMIM's head is 'linear' or 'mlp', not '{head}'")
     encoder = create_encoder("simmim", backbone, **options)
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
         raise UserError(f"SimMIM takes a swin_, beit_ or vit_ backbone of timm's, not '{backbone}'")
@@ -73,28 +73,36 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
               simmim head ("linear", "mlp"); for all of them outputs, which is 1, or the bins of ColourBins: the
               prediction is then (b n p*p*c*bins), bins last; the others go to the backbone (img_size, in_chans ...)
 
-    Weights are drawn from torch's global generator. Raises UserError for an unknown name, backbone or option.
+    Weights are drawn from torch's global generator. Raises UserError for an unknown name, backbone or option, and for a
+    value that is out of bounds (see `pixmim.options`).
     """
-    if name not in BUILDERS:
-        raise UserError(f"there is no model '{name}'{nearest(name, BUILDERS)} Known: {', '.join(BUILDERS)}")
-    if options.get("outputs", 1) < 1:
-        raise UserError(f"a model predicts at least 1 number for each value, not {options['outputs']}")
-    return BUILDERS[name](backbone or BACKBONES.get(name, "vit_base_patch16_224"), **options)
+    backbone = backbone or BACKBONES.get(name, "vit_base_patch16_224")
+    _check(name, BUILDERS, backbone, options)
+    with _refusing(backbone):
+        return BUILDERS[name](backbone, **options)
 
 
 def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
     """The encoder alone of the method `name`, as that method makes it; for "timm", as timm does. No head, unless
-    options ask for num_classes. Raises UserError.
+    options ask for num_classes. Raises UserError as `create_model`.
     """
-    if name == "convmae":
-        return _convmae_encoder(backbone, **options)
-    if name == "lsmae":
-        options = {"img_size": 448, **options}
-    if name == "simmim" and backbone.startswith("beit"):
-        options = {**SIMMIM_BEIT, **options}
-    if name == "simmim" and backbone.startswith("swin"):
-        options = {"drop_path_rate": 0.0, **options}
-    return _timm(backbone, **options)
+    _check(name, (*BUILDERS, "timm"), backbone, options)
+    with _refusing(backbone):
+        if name == "convmae":
+            return _convmae_encoder(backbone, **options)
+        if name == "lsmae":
+            options = {"img_size": 448, **options}
+        if name == "simmim" and backbone.startswith("beit"):
+            options = {**SIMMIM_BEIT, **options}
+        if name == "simmim" and backbone.startswith("swin"):
+            options = {"drop_path_rate": 0.0, **options}
+        return _timm(backbone, **options)
+
+
+def published(name: str, classes: int = 0) -> nn.Module:
+    """One of timm's models with its published weights, which timm downloads or finds in its cache. Raises UserError."""
+    check_name(name)
+    return _timm(name, pretrained=True, num_classes=classes)
 
 
 def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
@@ -115,28 +123,39 @@ def _convmae_encoder(backbone: str, **options: Any) -> convmae.ConvMAEEncoder:
     if backbone not in convmae.SIZES:
         known = ", ".join(convmae.SIZES)
         raise UserError(f"ConvMAE's encoders are {known}, and not '{backbone}'{nearest(backbone, convmae.SIZES)}")
-    size = options.get("img_size", 224)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    size = given.get("img_size", 224)
     _check_size(size if isinstance(size, tuple) else (size, size), convmae.PATCH, backbone)
-    try:
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-        return convmae.ConvMAEEncoder(**{**convmae.SIZES[backbone], **given})
-    except TypeError as error:
-        raise UserError(f"{backbone} refuses an option: {error}") from error
+    return convmae.ConvMAEEncoder(**{**convmae.SIZES[backbone], **given})
 
 
-def _timm(backbone: str, **options: Any) -> nn.Module:
+def _timm(backbone: str, pretrained: bool = False, num_classes: int = 0, **options: Any) -> nn.Module:
     """A timm model, without a head unless asked for classes, whose image size its patches divide."""
     if not timm.is_model(backbone):
         known = timm.list_models(backbone.split("_")[0] + "_*") or timm.list_models("vit_*")
         raise UserError(f"timm has no model '{backbone}'{nearest(backbone, known)}")
-    try:
-        encoder: nn.Module = timm.create_model(backbone, **{"pretrained": False, "num_classes": 0, **options})
-    except TypeError as error:
-        raise UserError(f"timm's {backbone} refuses an option: {error}") from error
+    encoder: nn.Module = timm.create_model(backbone, pretrained=pretrained, num_classes=num_classes, **options)
     embed: Any = getattr(encoder, "patch_embed", None)
     if hasattr(embed, "img_size") and hasattr(embed, "patch_size"):
         _check_size(embed.img_size, embed.patch_size[0], backbone)
     return encoder
+
+
+def _check(name: str, known: Collection[str], backbone: str, options: dict[str, Any]) -> None:
+    """Raise UserError unless a method, a backbone and its options may be handed to a constructor."""
+    if name not in known:
+        raise UserError(f"there is no model {shown(name)}{nearest(name, known)} Known: {', '.join(known)}")
+    check_name(backbone)
+    check_options(options)
+
+
+@contextmanager
+def _refusing(backbone: str) -> Iterator[None]:
+    """Raise UserError for what constructors raise over options that do not go together."""
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError, LookupError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{backbone} refuses an option: {first_line(error)}") from error
 
 
 def _check_size(size: tuple[int, int], patch: int, backbone: str) -> None:

@@ -34,6 +34,14 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
     raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
 
 
+def not_decayed(encoder: nn.Module) -> tuple[str, ...]:
+    """Return what weight decay leaves out besides norms, biases and single tokens, as parts of parameter names.
+
+    SimMIM declares so for a Swin's tables of relative positions, and not for those of its ViT.
+    """
+    return ("relative_position_bias_table",) if isinstance(encoder, SwinTransformer) else ()
+
+
 def _of_vit(name: str, first: tuple[str, ...], blocks: str, depth: int) -> int:
     if name.startswith(first):
         return 0

@@ -14,6 +14,8 @@ class Changes:
     """Passes over the train data."""
     warmup: float | None = None
     """Epochs of warm-up; never more than a fifth of the run."""
+    warmup_prefix: bool | None = None
+    """True: the cosine begins after the warm-up (MAE). False: it counts from the first step (SimMIM, DeiT III)."""
     batch_size: int | None = None
     """Images in an update of the weights."""
     optimizer: Literal["adamw", "lamb"] | None = None

@@ -2,30 +2,43 @@
 
 import dataclasses
 import json
+import shlex
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from rich.table import Table
 
-from pixmim.config import Model, Run
+from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.data.pictures.decode import open_image
-from pixmim.disk import read_file
-from pixmim.engine.runlog import read_metrics
+from pixmim.data.skipped import read_skipped
+from pixmim.data.source import BadImage, Source
+from pixmim.disk import atomic_write, check_writable, read_file, write_whole
+from pixmim.engine.runlog import is_number, read_metrics
 from pixmim.errors import UserError
 from pixmim.models import SIMMIM_BEIT
 from pixmim.parts import image_form
 from pixmim.pretrained import open_model
-from pixmim.report.figures import curve, png, sheet
+from pixmim.report.figures import Picture, curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
 from pixmim.report.results import Measured, compare, read_results, table
-from pixmim.runfile import from_json
 from pixmim.targets import in_bins
+from pixmim.terminal import printable_lines
+from pixmim.trust import closed, inside, refusal
+from pixmim.weights.recognise import read_config
 
-_ENVIRONMENT = jinja2.Environment(loader=jinja2.PackageLoader("pixmim", "report"), autoescape=True, trim_blocks=True)
+_MAX_PICTURES = 100  # of one run
+_MAX_PICTURE_BYTES = 2**25
+_MAX_PIXELS = 2**25  # of all pictures of one run together
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,27 +51,48 @@ class _Story:
     """None for a model that was measured only."""
     metrics: list[dict[str, Any]]
     results: list[dict[str, Any]]
+    drawn: list[tuple[str, str]]
+    """(caption, picture as a data URL) of what evaluations drew."""
     pictures: Reconstruction | None
     problem: str
+    """Why there are no pictures."""
     skipped: int
+    warnings: list[str]
+    """What of the folder could not be read."""
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Epochs and values of one metric."""
-        lines = [line for line in self.metrics if key in line]
+        lines = [line for line in self.metrics if is_number(line.get(key))]
         return [line["epoch"] for line in lines], [line[key] for line in lines]
 
 
-def write_report(folders: list[Path], page: Path) -> Path:
+def write_report(folders: list[Path], page: Path, data: str | None = None, warn: Warn = lambda text: None) -> Path:
     """Write the page of these runs; their reconstructions are drawn anew, and kept beside them as PNG.
 
-    Raises UserError if a folder holds no run.
+    Args:
+        folders: Runs, or folders with evaluations.
+        page: The HTML file.
+        data: Images to draw reconstructions of. Otherwise those of each run, if this user made it on this machine: a
+            folder from elsewhere may name any file or URL.
+        warn: Called with a line for everything that is left out.
+
+    Raises:
+        UserError: If a folder holds no run.
+        OSError: If the page cannot be written.
     """
-    stories = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a run: there is no such folder")
+    check_writable(page)
+    stories = [_read(folder, name, data) for folder, name in zip(folders, _names(folders), strict=True)]
     for story in stories:
+        for line in [*story.warnings, *[f"no reconstructions: {story.problem}"] * bool(story.problem)]:
+            warn(line)
         if story.pictures is not None:
-            folder = story.folder / "reconstructions"
+            folder = inside(story.folder, "reconstructions")
             folder.mkdir(exist_ok=True)
-            sheet(story.pictures.columns).save(folder / f"step-{story.pictures.step:09d}.png")
+            picture = sheet(story.pictures.columns)
+            atomic_write(folder / f"step-{story.pictures.step:09d}.png", partial(picture.save, format="PNG"))
     trained = [story for story in stories if story.run is not None]
     targets = [(story.name, story.run.target) for story in stories if story.run is not None]
     html = _ENVIRONMENT.get_template("page.html.j2").render(
@@ -66,18 +100,18 @@ def write_report(folders: list[Path], page: Path) -> Path:
         stories=stories,
         trained=trained,
         results=compare([Measured(story.name, story.results) for story in stories]),
-        drawn=_drawn(stories),
+        drawn=[drawn for story in stories for drawn in story.drawn],
         settings=_settings([story.run for story in stories if story.run is not None]),
         curves=_curves(stories),
         columns=COLUMNS,
         png=png,
         spectrum=_spectrum,
-        timm_options=_timm_options,
+        usage=_usage,
         binned=[name for name, target in targets if target.distance == "cross_entropy"],
         unnormalised=[name for name, target in targets if target.normalise_patches or target.normalise_window],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(html)
+    write_whole(page, html)
     return page
 
 
@@ -93,30 +127,63 @@ def _names(folders: list[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str) -> _Story:
-    config = folder / "config.json"
-    results, pictures, problem, run = read_results(folder), None, "", None
-    if config.is_file():
-        run = from_json(config.read_text(), config)
+def _read(folder: Path, name: str, data: str | None) -> _Story:
+    """Read what there is in a folder: what cannot be read costs a warning, and the rest of the page is as good."""
+    warnings: list[str] = []
+    run, config, pictures, problem = None, "", None, ""
+    try:
+        found = read_config(folder)
+        if found is not None:
+            run, config = found
+    except (UserError, OSError) as error:
+        warnings.append(str(error))
+    results = read_results(folder, warnings.append)
+    metrics = _metrics(folder, warnings.append)
+    if run is None and not results:
+        reason = warnings[0] if warnings else f"{folder} is not a run, and holds no evaluations: it has no config.json"
+        raise UserError(reason)
+    if run is not None:
         try:
-            pictures = reconstruct(
-                open_model(str(folder), whole=True), open_data(run.data, image_form(run), run.local_copy)
-            )
-        except UserError as error:  # the data may be elsewhere by now; the rest of the page is as good
-            problem = str(error)
-    elif not results:
-        raise UserError(f"{folder} is not a run, and holds no evaluations: it has no config.json")
-    skipped = folder / "skipped.csv"
-    return _Story(
-        name,
-        folder,
-        run,
-        list(read_metrics(folder / "metrics.jsonl")),
-        results,
-        pictures,
-        problem,
-        max(0, len(skipped.read_text().splitlines()) - 1) if skipped.exists() else 0,
-    )
+            pictures = reconstruct(open_model(str(folder), whole=True), _data(folder, run, config, data))
+        except (UserError, OSError) as error:  # the data may be elsewhere by now
+            problem = "; ".join(str(error).splitlines())
+    skipped = _skipped(folder, warnings.append)
+    drawn = list(_drawn(folder, name, results, warnings.append))
+    return _Story(name, folder, run, metrics, results, drawn, pictures, problem, skipped, warnings)
+
+
+def _data(folder: Path, run: Run, config: str, data: str | None) -> Source:
+    """The images to draw. Raises UserError where nobody has said that they may be opened."""
+    strange = closed(config, {"--data": run.data})
+    if data is None and strange:
+        raise UserError(
+            f"{refusal(folder, strange)}. `pixmim report {shlex.quote(str(folder))} --data DATA` draws them"
+        )
+    return open_data(run.data if data is None else data, image_form(run), *[] if strange else [run.local_copy])
+
+
+def _metrics(folder: Path, warn: Warn) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    try:
+        return read_metrics(inside(folder, path.name), warn)
+    except UserError as error:
+        warn(str(error))
+    except OSError as error:
+        warn(f"{path} cannot be read: {error.strerror}")
+    return []
+
+
+def _skipped(folder: Path, warn: Warn) -> int:
+    """How many images skipped.csv names."""
+    try:
+        path = inside(folder, "skipped.csv")
+    except UserError as error:
+        warn(str(error))
+        return 0
+    rows, problem = read_skipped(path) if path.exists() else ([], "")
+    if problem:
+        warn(problem)
+    return len(rows)
 
 
 def _settings(runs: list[Run]) -> list[dict[str, Any]]:
@@ -139,11 +206,26 @@ def _settings(runs: list[Run]) -> list[dict[str, Any]]:
     return sorted(fields, key=lambda field: not field["differs"])
 
 
-def _timm_options(model: Model) -> dict[str, Any]:
-    """What timm must be told to make this backbone, besides its name, size and channels."""
-    if model.name == "simmim" and model.backbone.startswith("beit"):
-        return {**SIMMIM_BEIT, **model.options}
-    return model.options
+def _usage(story: _Story) -> str:
+    """The Python line that makes a run's encoder. Every name in it is a literal: none can end its string."""
+    run, file = story.run, str(story.folder / "encoder.safetensors")
+    assert run is not None
+    if run.model.name == "convmae":
+        made = f"{run.model.backbone!r}, img_size={run.hw!r}, in_chans={run.channels!r}"
+        return (
+            f"encoder = pixmim.create_model('convmae', {made}).encoder\n"
+            f"encoder.load_state_dict(safetensors.torch.load_file({file!r}))"
+        )
+    options: dict[str, Any] = {"num_classes": 0}
+    if run.hw != (224, 224):
+        options["img_size"] = run.hw
+    if run.channels != 3:
+        options["in_chans"] = run.channels
+    if run.model.name == "simmim" and run.model.backbone.startswith("beit"):
+        options |= SIMMIM_BEIT
+    options |= run.model.options
+    words = [f"{key}={value!r}" if key.isidentifier() else f"**{ {key: value}!r}" for key, value in options.items()]
+    return f"encoder = timm.create_model({run.model.backbone!r}, checkpoint_path={file!r}, {', '.join(words)})"
 
 
 def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
@@ -163,15 +245,34 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
     return figures
 
 
-def _drawn(stories: list[_Story]) -> list[tuple[str, str]]:
+def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -> Iterator[tuple[str, str]]:
     """(caption, picture as a data URL) of what evaluations drew."""
-    return [
-        (f"{story.name}, {result['encoder']}: {caption}", png(np.asarray(open_image(read_file(path), ("PNG",)))))
-        for story in stories
-        for result in story.results
-        for caption, name in result.get("pictures", {}).items()
-        if (path := story.folder / "evaluations" / name).is_file()
-    ]
+    named = [(result["encoder"], *item) for result in results for item in result["pictures"].items()]
+    left = _MAX_PIXELS
+    for encoder, caption, file in named[:_MAX_PICTURES]:
+        try:
+            if Path(file).name != file:
+                raise UserError(f"'{file}' is not the name of a file in {folder / 'evaluations'}")
+            path = inside(folder, f"evaluations/{file}")
+            if path.exists():
+                picture = _picture(path, left)
+                left -= picture.shape[0] * picture.shape[1]
+                yield f"{name}, {encoder}: {caption}", png(picture)
+        except (UserError, OSError, BadImage) as error:
+            warn(f"a picture of {name} is left out: {error}")
+    if len(named) > _MAX_PICTURES:
+        warn(f"only the first {_MAX_PICTURES} of the {len(named):,} pictures of {name} are shown")
+
+
+def _picture(path: Path, most: int) -> Picture:
+    """Read a PNG of a run, of so many pixels at most. Raises OSError or BadImage."""
+    image = open_image(read_file(path, _MAX_PICTURE_BYTES), ("PNG",))
+    if image.width * image.height > most:
+        raise BadImage(f"{path} has {image.width * image.height:,} pixels, and {most:,} more are shown")
+    try:
+        return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        raise BadImage(f"{path} is damaged: {error}") from error
 
 
 def _spectrum(story: _Story) -> str:
@@ -184,3 +285,13 @@ def _spectrum(story: _Story) -> str:
         for name, power in story.pictures.spectra.items()
     }
     return curve(series, x="frequency (cycles per image)", y="power", log=True, dashed=("prediction",), line=line)
+
+
+def _shown(value: Any) -> Any:
+    """Anything that the page shows as plain text, whatever characters it holds."""
+    return value if isinstance(value, Markup) else printable_lines(str(value))
+
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("pixmim", "report"), autoescape=True, trim_blocks=True, finalize=_shown
+)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -15,6 +14,7 @@ from pixmim.data.source import BadImage, Source
 from pixmim.errors import UserError
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
+from pixmim.plotting import matplotlib
 from pixmim.pretrained import assemble_encoder
 from pixmim.report.figures import Picture, drawn
 from pixmim.transforms import CentreCrop, finish, stacked

@@ -2,26 +2,30 @@
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pixmim.config import Run
+from pixmim.plotting import Axes, Figure, FigureCanvasSVG, matplotlib
+from pixmim.terminal import plot_label
 
 Picture = npt.NDArray[np.uint8]
 """Pixels (h w c), or several pictures (n h w c)."""
 
 COLOURS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
+
+_MOST_POINTS = 2000
+
+_LARGEST = 1024
+"""Pixels of the longer edge up to which a picture is enlarged."""
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -47,13 +51,16 @@ def curve(
     dashed: Sequence[str] = (),
     line: tuple[float, str] | None = None,
 ) -> str:
-    """Named series of (x, y) values as one SVG figure. `line`: a vertical mark (place, label)."""
+    """Named series of (x, y) values as one SVG figure. `line`: a vertical mark (place, label).
+
+    Of very long series, some points are drawn.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axes: Axes = figure.add_subplot()
         for i, (name, (xs, ys)) in enumerate(series.items()):
-            style = "--" if name in dashed else "-"
-            axes.plot(xs, ys, style, marker=marker, markersize=3, label=name, linewidth=1.6, color=_colour(i))
+            style, some = "--" if name in dashed else "-", slice(None, None, -(-len(xs) // _MOST_POINTS) or 1)
+            axes.plot(xs[some], ys[some], style, marker=marker, markersize=3, linewidth=1.6, color=_colour(i))
         if line is not None:
             axes.axvline(line[0], color="#888", linewidth=1, linestyle=":")
             axes.annotate(
@@ -64,14 +71,17 @@ def curve(
         if log:  # what was filtered away is zero but for rounding; the eye needs four decades
             axes.set_ylim(bottom=max(max(ys) for _, ys in series.values()) * 1e-5)
         if len(series) > 1:
-            axes.legend()
+            axes.legend(axes.get_lines()[: len(series)], [plot_label(name) for name in series])
         return _svg(figure)
 
 
 def png(picture: Picture, shortest: int = 112) -> str:
-    """A picture (h w c) as a data URL, enlarged by a whole factor until its shorter edge has `shortest` pixels."""
+    """A picture (h w c) as a data URL, enlarged by a whole factor until its shorter edge has `shortest` pixels.
+
+    A narrow one is enlarged less.
+    """
     image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-    factor = max(1, round(shortest / min(image.size)))
+    factor = max(1, min(round(shortest / min(image.size)), _LARGEST // max(image.size)))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
@@ -132,6 +142,8 @@ def _colour(i: int) -> str:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a glyph is missing (the browser has it), or names are long
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -1,6 +1,7 @@
 """What was measured of each model, as rows of values side by side, for the page and for a terminal."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pixmim.disk import parse_json, read_text
+from pixmim.errors import UserError
 from pixmim.protocols import PROTOCOLS
+from pixmim.terminal import cell, label
+from pixmim.trust import inside
+
+_MAX_FILES = 1000
+_MAX_BYTES = 4 * 2**20  # of one file
+_MAX_VALUES = 50_000  # of all files together
+_LARGEST = 1e15
+_LONGEST = 300  # characters of a name that stands in every row
 
 
 @dataclass(frozen=True)
@@ -55,9 +66,57 @@ class Row:
         return cell is not None and cell.low is not None and bool(others) and cell.low > max(others)
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The results that a folder's `evaluations/` hold."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("evaluations/*.json"))]
+def read_results(folder: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """The results that a folder's `evaluations/` hold, as far as they can be read.
+
+    warn  called with each file that cannot, and with what of a file is left out
+    """
+    paths, found, count = sorted(folder.glob("evaluations/*.json")), list[dict[str, Any]](), 0
+    for path in paths[:_MAX_FILES]:
+        try:
+            text = read_text(inside(folder, f"evaluations/{path.name}"), _MAX_BYTES)
+            result, bad = _checked(parse_json(text, str(path)))
+        except UserError as error:
+            warn(str(error) if str(path) in str(error) else f"{path}: {error}")
+            continue
+        except OSError as error:
+            warn(f"{path} cannot be read: {error.strerror}")
+            continue
+        if count + len(result["values"]) > _MAX_VALUES:
+            warn(f"{folder / 'evaluations'}: after {_MAX_VALUES:,} values, the rest is left out from {path.name} on")
+            break
+        count += len(result["values"])
+        if bad:
+            warn(f"{path}: {bad[0]}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""))
+        found.append(result)
+    if len(paths) > _MAX_FILES:
+        warn(f"{folder / 'evaluations'}: only the first {_MAX_FILES:,} of {len(paths):,} files are read")
+    return found
+
+
+def _checked(content: Any) -> tuple[dict[str, Any], list[str]]:
+    """A result with only what the page can show, and what was left out of it. Raises UserError."""
+    if not isinstance(content, dict):
+        raise UserError("it is not an object")
+    name, encoder = content.get("evaluation"), content.get("encoder")
+    if not isinstance(name, str) or name not in PROTOCOLS:
+        raise UserError(f"its evaluation is {str(name)[:40]!r}, and not one of {', '.join(PROTOCOLS)}")
+    if encoder not in ("trained", "untrained"):
+        raise UserError(f"its encoder is {str(encoder)[:40]!r}, and not trained or untrained")
+    parts = {key: content.get(key, {}) for key in ("settings", "values", "pictures")}
+    for key, part in parts.items():
+        if not isinstance(part, dict):
+            raise UserError(f"its {key} are not an object")
+    good = {"evaluation": name, "encoder": encoder, "settings": parts["settings"]}
+    bad, kinds = list[str](), {"values": _is_value, "pictures": lambda value: isinstance(value, str)}
+    for part, fits in kinds.items():
+        good[part] = {key: value for key, value in parts[part].items() if fits(value)}
+        bad += [f"{part} '{key[:40]}' is {str(value)[:40]!r}" for key, value in parts[part].items() if not fits(value)]
+    return good, bad
+
+
+def _is_value(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < _LARGEST)
 
 
 @dataclass(frozen=True)
@@ -76,11 +135,14 @@ def compare(models: list[Measured]) -> Comparison:
     columns = [(model, which) for model in models for which in ("untrained", "trained")]
     found = []
     for name, protocol in PROTOCOLS.items():
-        results = [(m, r) for m in models for r in m.results if r["evaluation"] == name]
-        for settings in sorted({_key(r) for _, r in results}):
-            mine = [(m, r) for m, r in results if _key(r) == settings]
+        groups: dict[str, list[tuple[Measured, dict[str, Any]]]] = {}
+        for m in models:
+            for r in (r for r in m.results if r["evaluation"] == name):
+                groups.setdefault(_key(r), []).append((m, r))
+        for settings, mine in sorted(groups.items(), key=lambda group: group[0]):
             keys = list(dict.fromkeys(key for _, r in mine for key in r["values"]))
-            for shown, label in protocol.shown.items():
+            on = label(_data(json.loads(settings)), _LONGEST)
+            for shown, title in protocol.shown.items():
                 for key in [k for k in keys if _matches(k, shown)]:
                     cells = [
                         next(
@@ -89,8 +151,8 @@ def compare(models: list[Measured]) -> Comparison:
                         )
                         for model, which in columns
                     ]
-                    rest = key[len(shown) - 1 :] if shown.endswith("*") else ""
-                    found.append(Row(label.replace("*", rest.replace("_", " ")), _data(json.loads(settings)), cells))
+                    rest = label(key[len(shown) - 1 :], _LONGEST) if shown.endswith("*") else ""
+                    found.append(Row(title.replace("*", rest.replace("_", " ")), on, cells))
     return _narrowed(columns, found)
 
 
@@ -120,14 +182,17 @@ def table(models: list[Measured], width: int) -> Table:
 
 
 def _table(comparison: Comparison, *, intervals: bool) -> Table:
-    result = Table("", *comparison.columns, box=None)
+    result = Table("", box=None)
+    for name in comparison.columns:
+        result.add_column(cell(name))
     several = len({row.on for row in comparison.rows}) > 1
     if several:
         result.add_column("on")
     before = ""
     for row in comparison.rows:
         texts = ["-" if c is None else f"{c.text} ({c.range})" if intervals and c.range else c.text for c in row.cells]
-        result.add_row(row.label, *texts, *["" if row.on == before else row.on] * several)
+        on = "" if row.on == before else row.on
+        result.add_row(cell(row.label), *texts, *[cell(on)] * several)
         before = row.on
     return result
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from numpy.linalg import LinAlgError
 from torch import Tensor
 
 from pixmim.config import Run
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 from pixmim.grid import grid_of
 from pixmim.weights import resize
 from pixmim.weights.recognise import Weights
@@ -25,23 +26,35 @@ def refit(weights: Weights, state: Tensors, run: Run) -> tuple[dict[str, Tensor]
     for name, value in weights.tensors.items():
         if name not in state or state[name].shape == value.shape:
             continue
-        new = state[name].shape
-        if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
-            patch = _patch(weights.tensors)
-            strides = [r.model.decoder_stride if name.startswith("decoder.") else 1 for r in (weights.run, run)]
-            old_grid, grid = (grid_of(r.hw, patch * s) for r, s in zip((weights.run, run), strides, strict=True))
-            found[name] = resize.positions(value, old_grid, grid)
-            lines.append(f"  {name}: positions of {_by(old_grid)} patches refitted to {_by(grid)}")
-        elif name.endswith("relative_position_bias_table") and new[-1] == value.shape[-1]:
-            old_window, window = _window(weights, name, value), _window(replace(weights, run=run), name, state[name])
-            if old_window is None or window is None:
-                raise UserError(f"{name} cannot be refitted: of what windows it was made is not known")
-            found[name] = resize.relative_biases(value, old_window, window)
-            lines.append(f"  {name}: biases in windows of {_by(old_window)} refitted to {_by(window)}")
-        elif "patch_embed" in name and value.ndim == 4 and (new[0], *new[2:]) == (value.shape[0], *value.shape[2:]):
-            found[name] = resize.channels(value, new[1])
-            lines.append(f"  {name}: {value.shape[1]} channels adapted to {new[1]}")
+        try:
+            fitted, line = _refitted(weights, name, value, state[name], run)
+        except (ValueError, IndexError, ArithmeticError, RuntimeError, LinAlgError) as error:  # shapes out of the way
+            raise UserError(f"{name} cannot be refitted: {first_line(error)}") from error
+        if line:
+            found[name] = fitted
+            lines.append(f"  {name}: {line}")
     return found, lines
+
+
+def _refitted(weights: Weights, name: str, value: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, str]:
+    """One tensor as the model wants it, and what was done; no words where no rule exists."""
+    new = wanted.shape
+    if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
+        patch = _patch(weights.tensors)
+        strides = [r.model.decoder_stride if name.startswith("decoder.") else 1 for r in (weights.run, run)]
+        old_grid, grid = (grid_of(r.hw, patch * s) for r, s in zip((weights.run, run), strides, strict=True))
+        return resize.positions(value, old_grid, grid), f"positions of {_by(old_grid)} patches refitted to {_by(grid)}"
+    if name.endswith("relative_position_bias_table") and new[-1] == value.shape[-1]:
+        old_window, window = _window(weights, name, value), _window(replace(weights, run=run), name, wanted)
+        if old_window is None or window is None:
+            raise UserError(f"{name} cannot be refitted: of what windows it was made is not known")
+        return (
+            resize.relative_biases(value, old_window, window),
+            f"biases in windows of {_by(old_window)} refitted to {_by(window)}",
+        )
+    if "patch_embed" in name and value.ndim == 4 and (new[0], *new[2:]) == (value.shape[0], *value.shape[2:]):
+        return resize.channels(value, new[1]), f"{value.shape[1]} channels adapted to {new[1]}"
+    return value, ""
 
 
 def fit(weights: Weights, state: Tensors, run: Run) -> dict[str, Tensor]:

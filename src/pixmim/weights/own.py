@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pixmim.config import Run
 from pixmim.disk import write_whole
-from pixmim.runfile import to_json
+from pixmim.runfile import portable, to_json
 
 KEY = "pixmim"
 """Where the metadata hold the Run, as JSON."""
@@ -24,7 +24,7 @@ def save_tensors(
     """Write tensors with what a reader must know to feed them, whole or not at all.
 
     timm's `checkpoint_path` takes an encoder's file. The metadata are words: the Run, its main points by themselves
-    for other programs, and `more` (a classifier's classes).
+    for other programs, and `more` (a classifier's classes). They name nothing of the machine they are written on.
     """
     mean, std = run.statistics
     metadata = {
@@ -38,7 +38,7 @@ def save_tensors(
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "step": str(step),
-        KEY: to_json(run),
+        KEY: to_json(portable(run)),
         **(more or {}),
     }
     write_whole(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata))

@@ -1,8 +1,9 @@
 """Reading weights that others wrote, without running anything of theirs."""
 
-import json
-import pickle
+import io
+import os
 import re
+import warnings
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -11,12 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from pixmim.errors import UserError, first_line
+from pixmim.disk import open_regular, read_file, read_json
+from pixmim.errors import UserError, first_line, shown
+from pixmim.trust import inside
+
+MAX_FILES = 512
+"""Most files that an index may name."""
+
+MAX_TENSORS = 65_536
+MAX_NAME = 512
+"""Most tensors of a model, and most characters of a tensor's name."""
+
+MAX_PICKLE_BYTES = 32 * 2**20
+"""Largest pickle in a torch file; tensors are beside it, and the rest of a training run takes less than a MiB."""
+
+MAX_PLAIN_BYTES = 8 * 2**30
+"""Largest file of torch before 1.6, which is read into memory. All others are mapped."""
 
 PARTS = (
     "model.safetensors",
@@ -55,62 +70,160 @@ def read(path: Path) -> Foreign:
     anything else that a pickle asks for is refused, and nothing of it runs. Raises UserError.
     """
     if path.is_dir():
-        found = [path / name for name in PARTS if (path / name).is_file()]
+        found = [path / name for name in PARTS if (path / name).exists()]
         if not found:
             raise UserError(f"{path} holds no weights: none of {', '.join(PARTS)} is in it")
         path = found[0]
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"there is no {path}")
     settings: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     if path.name.endswith(".index.json"):
         tensors = _read_parts(path)
-    elif path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
     else:
-        content = _read_torch(path)
-        tensors, settings = _find_tensors(content, path), _flat(content)
+        tensors, settings, metadata = _read_one(path)
     beside = path.parent / "config.json"
-    config = _json(beside) if beside.is_file() else {}
+    config = _json(beside) if beside.exists() else {}
     return Foreign(path, _unwrap(tensors), settings, config, metadata)
 
 
+def _read_one(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """A file's tensors, settings and metadata."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            start, size = file.read(64), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    settings: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            tensors, metadata = _read_safetensors(path)
+        else:
+            content = _read_zip(path) if start.startswith(b"PK\x03\x04") else _read_plain(path)
+            tensors, settings = _find_tensors(content, path), _flat(content)
+        return _checked(tensors, size), settings, metadata
+    except UserError:
+        raise
+    except Exception as error:  # torch and safetensors raise many kinds over a damaged file
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted and not _guess(start):
+            raise _refusal(path, wanted[1]) from error
+        reason = _guess(start) or f"it is damaged, or no file of weights ({first_line(error).split('. ')[0]})"
+        raise UserError(f"{path} cannot be read: {reason}") from error
+
+
 def _read_parts(index: Path) -> dict[str, Tensor]:
-    parts = sorted(set(_json(index).get("weight_map", {}).values()))
+    """The tensors of all files that an index names, which are beside it."""
+    named = _json(index).get("weight_map")
+    values = named.values() if isinstance(named, dict) else ()
+    parts = sorted({shown(value) if not isinstance(value, str) else value for value in values})
+    if not 1 <= len(parts) <= MAX_FILES:
+        raise UserError(f"{index} names {len(parts):,} files of weights: at least 1, at most {MAX_FILES}")
     tensors: dict[str, Tensor] = {}
     for part in parts:
-        tensors |= read(index.parent / part).tensors
+        if Path(part).name != part or "\0" in part or part.endswith(".json"):
+            raise UserError(f"{index} names {shown(part)}, which is no file of weights beside it")
+        path = index.parent / part
+        real, beside = (os.path.dirname(os.path.realpath(one)) for one in (path, index))
+        if real != beside:  # in the hub's cache, all are links to one other folder
+            path = inside(index.parent, part)
+        tensors |= _read_one(path)[0]
     return tensors
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read: {_guess(path) or error}") from error
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        if len(names) > MAX_TENSORS:
+            raise ValueError(f"{len(names):,} tensors, at most {MAX_TENSORS:,}")
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
-def _read_torch(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted and not _guess(path):
-            raise UserError(
-                f"{path} is a pickle that asks for {wanted[1]}, which could run any code: it is refused, and nothing "
-                "of it was run. If you trust who made it, save its tensors alone as safetensors where it came from."
-            ) from error
-        raise UserError(f"{path} cannot be read: {_guess(path) or 'it is damaged, or no file of weights'}") from error
-    except Exception as error:  # torch raises many kinds over a damaged file
-        reason = _guess(path) or f"it is damaged, or no file of weights ({first_line(error).split('. ')[0]})"
-        raise UserError(f"{path} cannot be read: {reason}") from error
+def _read_zip(path: Path) -> Any:
+    """What torch saves: a zip whose files are not compressed, of which data.pkl is a pickle."""
+    with open(open_regular(path), "rb", buffering=0) as raw, zipfile.ZipFile(_Capped(raw)) as archive:
+        entries = archive.infolist()
+        total, size = sum(entry.file_size for entry in entries), os.fstat(raw.fileno()).st_size
+        if total > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError(f"its parts would unpack to {total:,} bytes, and torch does not pack them")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                del entry.CRC  # torch can be told to write none
+                _check_pickle(archive.read(entry), path)
+    return _unpickle(path, mmap=True)
 
 
-def _guess(path: Path) -> str:
+def _read_plain(path: Path) -> Any:
+    """What torch saved before 1.6: pickles, and the tensors' bytes after them."""
+    data = read_file(path, MAX_PLAIN_BYTES)
+    _check_pickle(data, path)
+    return _unpickle(_Counted(data), mmap=False)
+
+
+def _unpickle(source: "Path | io.BytesIO", mmap: bool) -> Any:
+    with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, over damaged files
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _check_pickle(data: bytes, path: Path) -> None:
+    if b"bytearray\n" in data:  # torch allows it: a few bytes would ask for all of the memory
+        raise _refusal(path, "bytearray")
+
+
+def _refusal(path: Path, wanted: str) -> UserError:
+    return UserError(
+        f"{path} is a pickle that asks for {wanted}, which could run any code: it is refused, and nothing "
+        "of it was run. If you trust who made it, save its tensors alone as safetensors where it came from."
+    )
+
+
+class _Capped(io.BufferedReader):
+    """A file that gives no more at once than a pickle may have: a zip's own table of contents is read whole."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        wanted = MAX_PICKLE_BYTES + 1
+        data = super().read(wanted if size is None or size < 0 else min(size, wanted))
+        if len(data) == wanted:
+            raise OSError(f"a part of more than {MAX_PICKLE_BYTES:,} bytes")
+        return data
+
+
+class _Counted(io.BytesIO):
+    """Bytes of which pickles may take a bounded part; tensors are read by `readinto`."""
+
+    _left = MAX_PICKLE_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._count(super().read(size))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._count(super().readline(size))
+
+    def _count(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(f"a pickle of more than {MAX_PICKLE_BYTES:,} bytes")
+        return data
+
+
+def _checked(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """The tensors, if they are plain ones that hold no more than their file of `size` bytes (shared ones twice)."""
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"{len(tensors):,} tensors, at most {MAX_TENSORS:,}")
+    for name, value in tensors.items():
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.dtype not in _DTYPES or len(name) > MAX_NAME:
+            raise ValueError(f"{shown(name)} is no plain tensor")
+    held = sum(value.numel() * value.element_size() for value in tensors.values())
+    if held > 2 * size:
+        raise ValueError(f"tensors of {held:,} bytes in a file of {size:,}")
+    return {name: value.detach() for name, value in tensors.items()}
+
+
+def _guess(start: bytes) -> str:
     """What a file is that is not what its name says, as far as its first bytes tell."""
-    start = path.read_bytes()[:64] if path.stat().st_size < 64 else path.open("rb").read(64)
     if not start:
         return "it is empty"
     if start.startswith(b"version https://git-lfs"):
@@ -128,7 +241,7 @@ def _find_tensors(content: Any, path: Path) -> dict[str, Tensor]:
                 return _tensors(content[key])
         if any(isinstance(value, Tensor) for value in content.values()):
             return _tensors(content)
-    keys = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
+    keys = [str(key)[:40] for key in list(content)[:8]] if isinstance(content, Mapping) else type(content).__name__
     raise UserError(f"{path} holds no model: it has {keys}, and under none of {', '.join(_STATES)} are there tensors")
 
 
@@ -147,27 +260,31 @@ def _unwrap(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _flat(content: Any) -> dict[str, Any]:
     """The training arguments of a file, `args` of argparse or `config` of yacs, nested names joined by dots."""
     found: dict[str, Any] = {}
+    left = 10_000  # a pickle can hold itself, and one dict in many places
 
-    def walk(value: Any, name: str) -> None:
+    def walk(value: Any, name: str, depth: int) -> None:
+        nonlocal left
+        left -= 1
         if isinstance(value, Namespace):
             value = vars(value)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and depth < 8:
             for key, inner in value.items():
-                walk(inner, f"{name}.{key}" if name else str(key))
+                if left > 0 and isinstance(key, str) and len(key) <= MAX_NAME:
+                    walk(inner, f"{name}.{key}" if name else key, depth + 1)
         elif isinstance(value, str | int | float | bool | list | tuple):
             found[name] = value
 
     if isinstance(content, Mapping):
         for key in ("args", "config"):
-            walk(content.get(key), "")
+            walk(content.get(key), "", 0)
     return found
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        content = read_json(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -196,12 +313,16 @@ _HARMLESS: list[Any] = [
     (_Inert, "pathlib._local.PosixPath"),  # the same, of Python 3.13
     (_nothing, "getattr"),  # a HistoryBuffer's table of its own methods
     (_nothing, "builtins.getattr"),
-    # numpy's scalars and arrays, of accuracies and losses
-    np.dtype,
-    np.ndarray,
-    (np.empty(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
-    (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
-    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float16", "float32", "float64")),
+    # numpy's scalars and arrays, of accuracies and losses: numpy itself would trust what a file says of their memory
+    (_Inert, "numpy.dtype"),
+    (_Inert, "numpy.ndarray"),
+    (_Inert, "numpy.core.multiarray._reconstruct"),
+    (_Inert, "numpy._core.multiarray._reconstruct"),
+    (_Inert, "numpy.core.multiarray.scalar"),
+    (_Inert, "numpy._core.multiarray.scalar"),
 ]
+
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}

@@ -1,6 +1,6 @@
 """A model's tensors with all that it takes to build it, and how they come out of anybody's file."""
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,8 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from pixmim.config import Mask, Model, Run, Target
-from pixmim.errors import UserError
-from pixmim.runfile import from_json
+from pixmim.disk import parse_json
+from pixmim.errors import UserError, first_line, shown
+from pixmim.options import check_options
+from pixmim.runfile import from_json, read_config_text
+from pixmim.trust import inside
 from pixmim.weights import sizes
 from pixmim.weights.own import KEY
 from pixmim.weights.read import Foreign, read
@@ -52,14 +55,26 @@ class Weights:
 
 def read_run(folder: Path) -> Run | None:
     """The settings of the run in a folder, or of weights that were imported into it; None if there is no such run."""
+    found = read_config(folder)
+    return None if found is None else found[0]
+
+
+def read_config(folder: Path) -> tuple[Run, str] | None:
+    """Read a run's settings, and the text that they were read from; None if there is no run in the folder.
+
+    Raises:
+        UserError: If config.json is not JSON, or a run's and not valid, or leads out of the folder.
+        OSError: If it cannot be read.
+    """
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        keys = json.loads(path.read_text())
-    except ValueError:
-        keys = {}
-    return from_json(path.read_text(), path) if "recipe" in keys else None
+    text = read_config_text(path)
+    content = parse_json(text, str(path))
+    if not isinstance(content, dict) or "recipe" not in content:  # another project's
+        return None
+    inside(folder, path.name)
+    return from_json(text, path), text
 
 
 KNOWN = ("img_size", "num_heads", "decoder_heads")
@@ -76,7 +91,11 @@ def read_weights(path: Path, known: Mapping[str, Any] | None = None) -> Weights:
     file = read(path)
     if KEY in file.metadata:
         return _own(file)
-    known = {**_said(file), **(known or {})}
+    known = {**_said(file), **{name: value for name, value in (known or {}).items() if value is not None}}
+    try:
+        check_options({name: known[name] for name in KNOWN if name in known})
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from error
     source = source_of(file.tensors)
     if source is None:
         some = ", ".join(list(file.tensors)[:6])
@@ -90,6 +109,13 @@ def read_weights(path: Path, known: Mapping[str, Any] | None = None) -> Weights:
                 left[key] = "a probe of the first token, which in ConvMAE is a corner's"
                 tensors.pop(source.names.ours(key) or "", None)
         model, size = _model(source, tensors, known)
+        run = Run(
+            model=model,
+            size=f"{size[0]}x{size[1]}",
+            channels=tensors[_first(source)].shape[1],
+            target=_target(file, model, source),
+            mask=_mask(file, model),
+        )
     except KeyError as error:
         name = str(error.args[0])
         raise UserError(
@@ -97,16 +123,21 @@ def read_weights(path: Path, known: Mapping[str, Any] | None = None) -> Weights:
         ) from error
     except UserError as error:
         raise UserError(f"{file.path} ({source.name}): {error}") from error
-    channels = tensors[_first(source)].shape[1]
-    run = Run(model=model, size=f"{size[0]}x{size[1]}", channels=channels, target=_target(file, model, source))
-    return Weights(replace(run, mask=_mask(file, model)), tensors, source.name, left, source)
+    except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:  # of shapes that are no model's
+        raise UserError(
+            f"{file.path} looks like {source.name}, but the shapes of its tensors do not: {first_line(error)}"
+        ) from error
+    return Weights(run, tensors, source.name, left, source)
 
 
 def _own(file: Foreign) -> Weights:
     run = from_json(file.metadata[KEY], file.path)
     whole = any(name.startswith("encoder.") for name in file.tensors)
     tensors = file.tensors if whole else {f"encoder.{name}": value for name, value in file.tensors.items()}
-    return Weights(run, tensors, "pixmim", step=int(file.metadata.get("step", "0")))
+    step = file.metadata.get("step", "0")
+    if not re.fullmatch(r"[0-9]{1,15}", step):
+        raise UserError(f"{file.path}: its metadata's 'step' is {shown(step)}, which is no number of updates")
+    return Weights(run, tensors, "pixmim", step=int(step))
 
 
 def _first(source: Source) -> str:
@@ -134,7 +165,7 @@ def _said(file: Foreign) -> dict[str, Any]:
         "decoder_num_attention_heads": "decoder_heads",
     }
     said = {**file.settings, **file.config}
-    return {ours: said[theirs] for theirs, ours in names.items() if isinstance(said.get(theirs), int)}
+    return {ours: said[theirs] for theirs, ours in names.items() if type(said.get(theirs)) is int}
 
 
 def _target(file: Foreign, model: Model, source: Source) -> Target:
@@ -151,4 +182,6 @@ def _mask(file: Foreign, model: Model) -> Mask:
     if model.name == "simmim":
         return Mask("units", ratio=0.6, unit=32, whole_units=True)
     ratio = file.settings.get("mask_ratio", file.config.get("mask_ratio", 0.75))
+    if type(ratio) not in (int, float) or not 0 < ratio < 1:
+        raise UserError(f"its settings' mask_ratio is {shown(ratio)}, and must be between 0 and 1")
     return Mask("units", ratio=ratio, unit=32) if model.name == "lsmae" else Mask(ratio=ratio)

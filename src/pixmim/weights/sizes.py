@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pixmim.config import Option
 from pixmim.errors import UserError
+from pixmim.options import MAX_DEPTH
 
 Tensors = Mapping[str, Tensor]
 Options = dict[str, Option]
@@ -150,9 +151,13 @@ def decoder(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count(tensors: Tensors, prefix: str) -> int:
-    """How many numbered parts there are under a name."""
-    found = (re.match(re.escape(prefix) + r"\.(\d+)\.", name) for name in tensors)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    """How many numbered parts there are under a name. Raises UserError for more than a model can have."""
+    pattern = re.compile(re.escape(prefix) + r"\.([0-9]{1,9})\.")
+    found = (pattern.match(name) for name in tensors)
+    most = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if most > MAX_DEPTH:
+        raise UserError(f"it counts its {prefix} up to {most:,}: at most {MAX_DEPTH}")
+    return most
 
 
 def pair(size: Any) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def rate(work: Callable[[T], object], things: Callable[[], Iterable[T]], threads
 
         def some() -> int:
             done = 0
-            while perf_counter() - began < seconds:
+            while not done or perf_counter() - began < seconds:
                 try:
                     with lock:
                         thing = next(left)

@@ -36,7 +36,7 @@ class Batches(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop what works in the background, and wait for it. Can be called twice."""
+        """Stop what works in the background, and wait for it for a moment. Can be called twice."""
 
     def __iter__(self) -> Iterator[Batch]:
         return self

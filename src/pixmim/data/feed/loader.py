@@ -79,7 +79,7 @@ class Loader(Batches):
         return self._used
 
     def close(self) -> None:
-        """Stop the threads and wait for them; each ends after the image in its hands."""
+        """Stop the threads, each after the image in its hands; one that is stuck is left behind."""
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,7 +1,9 @@
 """Picture files: those below a folder, searched through all its subfolders, or those that were named."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ from pixmim.data.folders.paths import Paths
 from pixmim.data.pictures.decode import decode
 from pixmim.data.pictures.limits import max_bytes
 from pixmim.data.source import COLOUR, BadImage, Form, Source
+from pixmim.data.spec import split_root
 from pixmim.disk import read_file
 from pixmim.errors import UserError, nearest
 from pixmim.transforms import Array
+
+MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
+"""A text file that names images is refused if it has more."""
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy")
@@ -70,7 +76,7 @@ def below(folder: str | Path, form: Form = COLOUR) -> Files:
     folder holds is kept for next time (`listing.py`). Raises UserError if there is no such folder, it cannot be read,
     or there is no picture in it.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise UserError(_no_folder(root))
     try:
@@ -95,7 +101,7 @@ def below(folder: str | Path, form: Form = COLOUR) -> Files:
 def named(paths: Sequence[str | Path], form: Form = COLOUR) -> Files:
     """The pictures named, and all below the folders named. Raises UserError for what is not there."""
     found: list[str] = []
-    for path in (Path(path).expanduser() for path in paths):
+    for path in (Path(os.path.expanduser(path)) for path in paths):
         if path.is_dir():
             files = below(path, form)
             found += map(files.locate, range(len(files)))
@@ -106,19 +112,74 @@ def named(paths: Sequence[str | Path], form: Form = COLOUR) -> Files:
     return Files(" ".join(map(str, paths)), Path(), Paths.of(found), form)
 
 
-def listed(path: str | Path, form: Form = COLOUR) -> Files:
-    """The pictures that a text file names, one in a line, from the text file's folder on. Raises UserError."""
-    text = Path(path).expanduser()
+def listed(spec: str | Path, form: Form = COLOUR) -> Files:
+    """Open the images that a text file names, one in a line, from the text file's folder on.
+
+    They are below that folder, or below FOLDER if the spec is `LIST.txt,root=FOLDER`.
+
+    Raises:
+        UserError: If it cannot be read, names no image, or names one elsewhere.
+    """
+    path, root = split_root(str(spec))
+    text = Path(os.path.expanduser(path))
     try:
         lines = read_file(text, MAX_LIST_BYTES)
     except OSError as error:
         raise UserError(f"{text} cannot be read: {error.strerror}") from error
     if lines.count(b"\n") > MAX_LINES:
         raise UserError(f"{text} has more than {MAX_LINES:,} lines: put the images into a cache or into tars")
+    if b"\0" in lines:
+        raise UserError(f"{text} is not a text file: it holds a zero byte")
     paths = Paths.from_lines(lines)
     if not paths:
         raise UserError(f"{text} names no pictures")
-    return Files(str(path), text.parent, paths, form)
+    folders = [text.parent] if root is None else [text.parent, root]
+    tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
+    odd = re.compile(rb"(?m)^(?:(?=/)(?!" + tops + rb").*|.*\.\..*)$")  # all other lines plainly stay below a folder
+    names: Iterable[str] = paths
+    if os.sep == "/":
+        names = (os.fsdecode(match[0].removesuffix(b"\r")) for match in odd.finditer(lines))
+    check_inside(names, folders, str(text), len(paths), f"--data '{path},root=FOLDER' allows those below a folder")
+    return Files(str(spec), text.parent, paths, form)
+
+
+def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, total: int, way_out: str) -> None:
+    """Check that names of files, written by anybody, stay below folders; the first is where relative names begin.
+
+    As everywhere in a folder of images, links inside it are followed, so a name without `..` is taken as it is written.
+
+    Raises:
+        UserError: If any leads out, with the first one, how many of the `total` do, and the `way_out`.
+    """
+    tops = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+    real = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+
+    @lru_cache(maxsize=1024)
+    def below(folder: str) -> bool:
+        return os.path.join(os.path.realpath(folder), "").startswith(real)
+
+    def inside(path: str) -> bool:
+        folder, file = os.path.split(path)
+        return below(path if file in ("", ".", "..") else folder)
+
+    count, first = 0, ""
+    for name in names:
+        plain = ".." not in name and (name.startswith(tops) or not os.path.isabs(name))
+        if not _is_name(name) or not (plain or inside(os.path.join(tops[0], name))):
+            count, first = count + 1, first or name
+    if count:
+        raise UserError(
+            f"{count:,} of the {total:,} paths in {source} lead out of {' and '.join(map(str, folders))}, such as "
+            f"{first!r}: {way_out}"
+        )
+
+
+def _is_name(name: str) -> bool:
+    """Return True if a file can have this name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _no_folder(root: Path) -> str:

@@ -53,7 +53,7 @@ def _begin(thread: int) -> None:
     if _watcher is None or not _watcher.is_alive():  # after a fork it is gone
         with _starting:
             if _watcher is None or not _watcher.is_alive():
-                _watcher = threading.Thread(target=_watch, name="pixmim-timing", daemon=True)
+                _watcher = threading.Thread(target=_watch, name="decoding-time-limit", daemon=True)
                 _watcher.start()
 
 

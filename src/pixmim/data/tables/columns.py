@@ -32,12 +32,15 @@ def only_images(dataset: Dataset, spec: str) -> str:
 def cells(dataset: Dataset, column: str, spec: str) -> list[list[Any]]:
     """Chunk by chunk, the bytes and the paths of a column; an empty list for what it does not have.
 
-    Raises UserError if there is no such column, or one of another kind.
+    Raises UserError if there is no such column, or one of another kind; pyarrow.ArrowInvalid for damaged data, which
+    would be read from elsewhere in the memory.
     """
     from pyarrow import types
 
     _check(column, dataset, spec)
     chunks, kind = dataset.data.column(column).chunks, dataset.data.schema.field(column).type
+    for chunk in chunks:
+        chunk.validate(full=True)
     if _is_bytes(kind):
         return [chunks, []]
     if _is_text(kind):
@@ -76,6 +79,7 @@ def read_labels(
     column = wanted or named[0]
     _check(column, dataset, spec)
     feature, values = dataset.features[column], dataset.data.column(column)
+    values.validate(full=True)
     values = values if rows is None else values.take(pyarrow.array(rows))
     if column in named:
         classes, numbers = list(feature.names), values
@@ -88,6 +92,8 @@ def read_labels(
     else:
         raise UserError(f"column '{column}' of {spec} holds {_kind(feature)}; classes are ClassLabel, numbers or words")
     labels = numbers.cast(pyarrow.int64()).fill_null(-1).to_numpy()
+    if len(labels) and labels.max() >= len(classes):
+        raise UserError(f"{spec}: column '{column}' holds the class {labels.max()}, and there are {len(classes):,}")
     without = np.flatnonzero(labels < 0)  # the library's own sets write -1 where a test set keeps its labels back
     if not len(without):
         return labels, classes, f"classes from '{column}'"

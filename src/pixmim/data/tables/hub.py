@@ -2,8 +2,10 @@
 
 The `datasets` library finds, downloads and prepares them. What it prepares lies in its own cache (HF_HOME) as Arrow
 files, which is also where a local parquet set is unpacked to, once; what `save_to_disk` wrote is read where it lies.
+Of a local folder, it is handed the files that `local` finds, and nothing in there can name others.
 """
 
+import glob
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any
 
 from pixmim.data.folders.files import EXTENSIONS
 from pixmim.data.source import COLOUR, Form
-from pixmim.data.spec import HubSpec
+from pixmim.data.spec import HubSpec, split_root
+from pixmim.data.tables.local import KINDS, check_parquet, check_saved, find_files
 from pixmim.data.tables.table import Table
 from pixmim.errors import UserError, nearest
 
-_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
+_BATCH = 256  # rows of a parquet file that are unpacked at a time
 
 
 def is_local(path: Path) -> bool:
@@ -25,14 +28,14 @@ def is_local(path: Path) -> bool:
     pictures may well hold a table of their features.
     """
     if path.is_file():
-        return path.suffix in _KINDS
+        return path.suffix in KINDS
     if _is_saved(path):
         return True
     tables = False
     for suffix in (suffix for folder in (path, path / "data") for suffix in _suffixes(folder)):
         if suffix in EXTENSIONS:
             return False
-        tables |= suffix in _KINDS
+        tables |= suffix in KINDS
     return tables and not any(
         suffix in EXTENSIONS for folder, *_ in os.walk(path) for suffix in _suffixes(Path(folder))
     )
@@ -43,26 +46,39 @@ def open_hub(spec: str, form: Form = COLOUR) -> Table:
 
     Raises UserError if there is none, if it cannot be loaded, and for a split or column that it does not have.
     """
-    wanted = HubSpec.read(spec) if spec.startswith("hf:") else HubSpec(spec)
-    splits, load = _find(wanted)
+    if spec.startswith("hf:"):
+        wanted = HubSpec.read(spec)
+    else:
+        place, named = split_root(spec)
+        wanted = HubSpec(place, root=str(named or ""))
+    root = [Path(os.path.expanduser(wanted.root))] if wanted.root else []
+    if root and not root[0].is_dir():
+        raise UserError(f"there is no folder {root[0]}, which '{spec}' names as root=")
+    splits, load = _find(wanted, root)
     split = wanted.split or ("train" if "train" in splits or len(splits) > 1 else splits[0])
     if split not in splits:
         raise UserError(
             f"{wanted} has no split '{split}'{nearest(split, splits) or '.'} Its splits: {', '.join(splits)}"
         )
     path = wanted.path
-    return Table(
-        _told(wanted, lambda: load(split)),
-        spec,
-        form,
-        name=f"hf:{wanted.place}:{split}",
-        image=wanted.image,
-        label=wanted.label,
-        folder=Path() if path is None else path if path.is_dir() else path.parent,
+    folders = _caches() if path is None else [path if path.is_dir() else path.parent]
+    return _told(
+        wanted,
+        lambda: Table(
+            load(split),
+            spec,
+            form,
+            name=f"hf:{wanted.place}:{split}",
+            image=wanted.image,
+            label=wanted.label,
+            folder=folders[0],
+            roots=[*folders[1:], *root],
+            address=f"hf://datasets/{wanted.place}" if path is None else "",
+        ),
     )
 
 
-def _find(wanted: HubSpec) -> tuple[list[str], Callable[[str], Any]]:
+def _find(wanted: HubSpec, roots: list[Path]) -> tuple[list[str], Callable[[str], Any]]:
     """The names of the splits, and what opens one."""
     try:
         import datasets
@@ -71,26 +87,45 @@ def _find(wanted: HubSpec) -> tuple[list[str], Callable[[str], Any]]:
     path = wanted.path
     if path and wanted.revision:
         raise UserError(f"revision= is for data sets on the hub, and {path} is on this machine")
-    if path and wanted.config and (path.is_file() or _is_saved(path)):
-        raise UserError(f"{path} has no configurations: leave out config={wanted.config}")
-    if path and path.is_file() and path.suffix not in _KINDS:
-        raise UserError(f"{path} is neither a {' nor a '.join(_KINDS)} file")
+    if path and wanted.config:
+        raise UserError(f"{path} has no configurations: leave out config={wanted.config}, or name the folder of one")
+    if path and path.is_file() and path.suffix not in KINDS:
+        raise UserError(f"{path} is neither a {' nor a '.join(KINDS)} file")
     if path and _is_saved(path):
-        saved = _told(wanted, lambda: datasets.load_from_disk(str(path)))
-        parts = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
-        return list(parts), parts.__getitem__
+        names = check_saved(path, roots)
+        if names:
+            return names, lambda split: datasets.Dataset.load_from_disk(str(path / split))
+        saved = _told(wanted, lambda: datasets.Dataset.load_from_disk(str(path)))
+        return [str(saved.split or "train")], lambda split: saved
 
     def prepare() -> Any:
-        if path and path.is_file():
-            builder = datasets.load_dataset_builder(_KINDS[path.suffix], data_files=str(path.resolve()))
+        if path is None:
+            builder = datasets.load_dataset_builder(
+                wanted.place, wanted.config or None, revision=wanted.revision or None
+            )
         else:
-            place = wanted.place if path is None else str(path.resolve())
-            builder = datasets.load_dataset_builder(place, wanted.config or None, revision=wanted.revision or None)
+            kind, files = find_files(path, roots)
+            options: dict[str, Any] = {}
+            if kind == "parquet":
+                check_parquet([file for names in files.values() for file in names])
+                options["batch_size"] = _BATCH
+            literal = {split: [glob.escape(name) for name in names] for split, names in files.items()}
+            builder = datasets.load_dataset_builder(kind, data_files=literal, **options)
         builder.download_and_prepare()
         return builder
 
     builder = _told(wanted, prepare)
     return list(builder.info.splits), lambda split: builder.as_dataset(split=split)
+
+
+def _caches() -> list[Path]:
+    """Return the folders that the library keeps what it downloads and prepares in."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    return [
+        Path(folder) for folder in (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    ]
 
 
 def _suffixes(folder: Path) -> Iterator[str]:
@@ -113,6 +148,8 @@ def _told(wanted: HubSpec, load: Callable[[], Any]) -> Any:
 
     try:
         return load()
+    except UserError:
+        raise
     except Exception as error:  # the library hands on what networks, disks, parsers and its own checks raise
         cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
         reason = " ".join(str(cause).split())

@@ -6,7 +6,10 @@ the GIL released: a page that is not in memory yet makes one thread wait, and no
 
 from __future__ import annotations
 
+import re
+import zipfile
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +17,20 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pixmim.data.pictures.decode import decode
+from pixmim.data.pictures.limits import check_bytes
 from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.data.tables.columns import cells, only_images, read_labels
+from pixmim.disk import open_regular, read_file
 from pixmim.errors import UserError
 from pixmim.transforms import Array
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+_MOST_BYTES = 2**30  # of a picture file
+
+_ZIPPED = re.compile(r"zip://([^:]+)::(.+)", re.DOTALL)
 
 
 class Table(Source):
@@ -31,7 +41,9 @@ class Table(Source):
     image   column of pictures: the library's Image, bytes, a struct of bytes and path, or paths; by default the only
             column that holds pictures
     label   column of classes: ClassLabel, whole numbers, strings or booleans; by default the only ClassLabel
-    folder  where paths without bytes begin
+    folder  where paths without bytes begin, and what they stay below, links resolved
+    roots   more folders that they may lead to
+    address a URL that they may begin with: that of the data set itself on the hub; empty: no URL is opened
 
     Raises UserError for an empty data set, a column that is not there or cannot serve, and a choice left open.
     """
@@ -46,10 +58,13 @@ class Table(Source):
         image: str = "",
         label: str = "",
         folder: Path = Path(),
+        roots: Sequence[Path] = (),
+        address: str = "",
     ) -> None:
         if not len(dataset):
             raise UserError(f"{spec} holds no rows")
-        self._name, self._folder = name or spec, folder
+        self._name, self._folder, self._address = name or spec, folder, address
+        self._roots = [root.resolve() for root in (folder, *roots)]
         indices = dataset._indices  # the rows left by a select or shuffle; there is no public name for them
         self._rows = None if indices is None else indices.column(0).to_numpy()
         self._length = len(dataset)
@@ -87,21 +102,44 @@ class Table(Source):
         import pyarrow
 
         if self._bytes and (cell := self._bytes[chunk][row]).is_valid:
-            return pyarrow.BufferReader(cell.as_buffer()).read()  # as_py() would copy while it holds the GIL
+            buffer = cell.as_buffer()
+            check_bytes(buffer.size)
+            return pyarrow.BufferReader(buffer).read()  # as_py() would copy while it holds the GIL
         path = self._path(chunk, row)
         if not path:
             raise BadImage("the row has neither bytes nor a path")
         try:
-            if "://" in path:  # inside an archive, or far away
-                import fsspec
-
-                with fsspec.open(path, "rb") as file:
-                    return bytes(file.read())
-            return (self._folder / path).read_bytes()
+            data = self._file(path)
+        except BadImage:
+            raise
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from None
-        except Exception as error:  # fsspec hands on what its many file systems raise
+        except Exception as error:  # of archives, file systems, and names that no file can have
             raise BadImage(f"{path}: {error}") from None
+        check_bytes(len(data))
+        return data
+
+    def _file(self, path: str) -> bytes:
+        """What is in the file that a row names. Raises BadImage for one that it may not name, and much else."""
+        zipped = _ZIPPED.fullmatch(path)
+        if zipped is not None:
+            with open(open_regular(self._inside(zipped[2])), "rb") as file, zipfile.ZipFile(file) as archive:
+                return archive.open(zipped[1]).read(_MOST_BYTES + 1)
+        if self._address and re.match(re.escape(self._address) + "[@/]", path) and "::" not in path:
+            import fsspec
+
+            with fsspec.open(path, "rb") as remote:
+                return bytes(remote.read(_MOST_BYTES + 1))
+        return read_file(self._inside(path), _MOST_BYTES)
+
+    def _inside(self, path: str) -> Path:
+        """The whole path of a file, if that is below the folders. Raises BadImage."""
+        if "://" in path:
+            raise BadImage(f"{path}: paths in a table are those of files, without a protocol")
+        real = (self._folder / path).resolve()
+        if not any(real.is_relative_to(root) for root in self._roots):
+            raise BadImage(f"{path} leads out of {self._roots[0]}: a spec with ,root=FOLDER allows it")
+        return real
 
     def _path(self, chunk: int, row: int) -> str:
         return (self._paths[chunk][row].as_py() or "") if self._paths else ""

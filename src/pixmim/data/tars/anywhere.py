@@ -1,6 +1,7 @@
 """Files near or far: what differs between this machine's file system and a URL, in one place."""
 
 import errno
+import stat
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -8,15 +9,23 @@ from pathlib import Path
 from pixmim.data.tars import remote
 from pixmim.data.tars.far import Far
 from pixmim.data.tars.shelf import Near, Shelf, Version
+from pixmim.disk import MAX_TEXT_BYTES, read_file
 from pixmim.errors import UserError
 
 
-def read(name: str) -> bytes | None:
-    """All of a small file; None if there is none. Raises UserError."""
+def read(name: str, limit: int = MAX_TEXT_BYTES) -> bytes | None:
+    """Read a small file.
+
+    Returns:
+        Its content, or None if there is no such file.
+
+    Raises:
+        UserError: If it cannot be read, is not a regular file, or is larger than `limit` bytes.
+    """
     if remote.is_far(name):
-        return remote.read(name)
+        return remote.read(name, limit)
     try:
-        return Path(name).read_bytes()
+        return read_file(name, limit)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # the last one: a pattern
             return None
@@ -24,13 +33,19 @@ def read(name: str) -> bytes | None:
 
 
 def version(name: str) -> Version | None:
-    """A file's size and tag; None if there is no such file. Raises UserError."""
+    """Return a file's size and tag, or None if there is no such file.
+
+    Raises:
+        UserError: If the server cannot be asked, or it is not a regular file.
+    """
     if remote.is_far(name):
         return remote.version(name)
     try:
         status = Path(name).stat()
     except OSError:
         return None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{name} is not a regular file")
     return Version(status.st_size, str(status.st_mtime_ns))
 
 

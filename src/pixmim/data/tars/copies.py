@@ -59,7 +59,7 @@ class Copies:
             found = self.find(name, size)
             if found is not None:
                 return found
-            part = self.folder / f"{name}.{uuid.uuid4().hex}.part"
+            part = self.folder / f"{name}.{uuid.uuid4().hex}.part"  # a name that nobody can have guessed
             _PARTS.add(part)
             with self._change:
                 self._change.wait_for(lambda: not self._coming or sum(self._coming.values()) + size <= self.bound)
@@ -109,7 +109,8 @@ class Copies:
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """While one fetches a copy, others wait for it. Where the file system has no locks, each fetches its own."""
-        lock = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        lock = os.open(self.folder / f"{name}.lock", flags, 0o644)
         try:
             with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)

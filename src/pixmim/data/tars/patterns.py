@@ -9,7 +9,7 @@ from pixmim.errors import UserError
 MOST = 1_000_000
 """More names than this are a slip of the pen."""
 
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?", re.ASCII)
 
 
 def expand(pattern: str) -> list[str]:
@@ -19,7 +19,10 @@ def expand(pattern: str) -> list[str]:
     last number has some; {0..10..2} counts in steps. Braces that hold neither stay as they are. Raises UserError for
     more than MOST names.
     """
-    found = list(itertools.islice(_expand(pattern), MOST + 1))
+    try:
+        found = list(itertools.islice(_expand(pattern), MOST + 1))
+    except RecursionError:
+        raise UserError(f"{pattern[:200]}... has too many braces") from None
     if len(found) > MOST:
         raise _too_many(pattern)
     return found

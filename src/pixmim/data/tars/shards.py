@@ -29,6 +29,27 @@ Entries = npt.NDArray[Any]
 """Samples of dtype ENTRY."""
 
 
+_MOST_NAMES = 2**30  # bytes of the names of one tar's samples
+
+
+def outside(entries: Entries, size: int, classes: int) -> str:
+    """Describe the first entry that no tar of `size` bytes with `classes` classes can have; empty if there is none."""
+    first, length, label = entries["offset"], entries["length"].astype(np.int64), entries["label"]
+    h, w = entries["h"], entries["w"]
+    for text, wrong in (
+        (
+            "{length:,} bytes at byte {offset:,} of a tar of {size:,} bytes",
+            (first < 0) | (length < 0) | (first > size - length),
+        ),
+        ("class {label} of {classes:,} classes", (label < -1) | (label >= classes)),
+        ("a size of {h}x{w} pixels", (h < 0) | (w < 0) | ((h == 0) != (w == 0))),
+    ):
+        if wrong.any():
+            values = zip(ENTRY.names or (), entries[int(wrong.argmax())].item(), strict=True)
+            return f"image {{image}} has {text}".format(size=size, classes=classes, **dict(values))
+    return ""
+
+
 @dataclass(frozen=True)
 class Contents:
     """The samples of one tar.
@@ -79,9 +100,7 @@ class Shards(Source):
         self.raw, self._names, self._shelf, self._entries = raw, names, shelf, entries
         self._starts: list[int] = [0, *np.cumsum(pieces)[:-1].tolist()]
         keys = [one.keys for one in contents]
-        self._keys = lru_cache(maxsize=2)(
-            lambda shard: zlib.decompress(keys[shard]).split(b"\0") if keys[shard] else []
-        )
+        self._keys = lru_cache(maxsize=2)(lambda shard: _names(keys[shard], len(contents[shard].entries)))
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -116,7 +135,12 @@ class Shards(Source):
     def array(self, index: int) -> Shaped[Array, "h w c"]:
         """Read and decode one image. Raises BadImage; and UserError if its whole tar is not to be had."""
         data = self._bytes(index)
-        return self._pixels(index, data) if self.raw else decode(data, self.form)
+        if self.raw:
+            return self._pixels(index, data)
+        pixels = decode(data, self.form)
+        if self.sizes is not None and pixels.shape[:2] != self._entries.item(index)[-2:]:
+            raise BadImage("of another size than its index says")
+        return pixels
 
     def _bytes(self, index: int) -> bytes:
         _, offset, length, *_ = self._entries.item(index)  # as Python's numbers, at once
@@ -140,3 +164,13 @@ class Shards(Source):
 
     def _shard(self, index: int) -> int:
         return bisect_right(self._starts, index) - 1
+
+
+def _names(keys: bytes, count: int) -> list[bytes]:
+    """Unpack the names of `count` samples; empty, so that numbers serve as names, if there are others."""
+    unpack = zlib.decompressobj()
+    try:
+        names = unpack.decompress(keys, _MOST_NAMES).split(b"\0") if keys else []
+    except zlib.error:
+        return []
+    return names if len(names) == count else []

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from pixmim.disk import open_regular
 from pixmim.errors import UserError
 
 OPEN = 256
@@ -32,10 +33,16 @@ class Version(NamedTuple):
 
 
 class Descriptor:
-    """An open file. It is closed when nobody holds it any more: one thread may let go of what another one reads."""
+    """A read-only descriptor of a regular file, closed when the last reference is dropped.
+
+    So one thread may evict it while another one still reads.
+
+    Raises:
+        OSError: If the file cannot be opened or is not a regular one. Nothing is waited for.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._number = os.open(path, os.O_RDONLY)
+        self._number = open_regular(path)
         weakref.finalize(self, os.close, self._number)
         self.size = os.fstat(self._number).st_size
         self.looked = -math.inf  # when its version was last looked at, for those who look

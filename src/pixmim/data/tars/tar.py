@@ -20,7 +20,10 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 
-_LONGEST_NAME = 1 << 20  # bytes of an extended header: more than any name takes
+_LONGEST_HEADER = 1 << 20  # bytes of an extended header, which may hold more than a name
+_LONGEST_NAME = 1 << 15  # bytes: eight times what file systems take
+_MOST_BYTES = 1 << 63  # no file is longer
+_MOST_ZEROS = 1 << 30  # bytes of zeros between and after members, in all
 
 
 class Member(NamedTuple):
@@ -32,19 +35,26 @@ class Member(NamedTuple):
 
 
 def members(tar: Descriptor, where: str) -> Iterator[Member]:
-    """The regular files of a tar in order, `where` being its name in messages.
+    """Yield the regular files of a tar in order, `where` being its name in messages.
 
-    Links, folders and devices are left out. Tars that were joined, one after another, are read as one. Raises UserError
-    for what is compressed, cut off, damaged or no tar, with the byte where it shows.
+    Links, folders and devices are left out. Tars that were joined, one after another, are read as one. Each step moves
+    forward in the file, so reading ends. A file that is mostly zeros is refused: it may be sparse, and of any size.
+
+    Raises:
+        UserError: If it is compressed, cut off, damaged or not a tar, with the byte where that shows.
     """
-    size, at, ended = tar.size, 0, False
+    size, at, ended, zeros = tar.size, 0, False, 0
     if not size:
         raise UserError(f"{where} is empty. {_REMEDY}")
     said: dict[str, str] = {}  # by extended headers, of the member after them
     while at < size:
         block = tar.read(BLOCK, at)
         if not block.strip(b"\0"):
-            at, ended = _after_zeros(tar, at), not said
+            after = _after_zeros(tar, at, at + _MOST_ZEROS - zeros)
+            zeros += after - at
+            if zeros >= _MOST_ZEROS:
+                raise UserError(f"{where} holds {zeros:,} bytes of zeros up to byte {after:,}. {_REMEDY}")
+            at, ended = after, not said
             continue
         ended = False
         try:
@@ -52,7 +62,7 @@ def members(tar: Descriptor, where: str) -> Iterator[Member]:
                 break
             kind, name, length = _header(block)
             if kind in b"xXL":
-                if length > _LONGEST_NAME:
+                if length > _LONGEST_HEADER:
                     raise ValueError("an absurd length")
                 content = tar.read(length, at + BLOCK)
                 if len(content) < length:
@@ -60,7 +70,9 @@ def members(tar: Descriptor, where: str) -> Iterator[Member]:
                 said |= {"path": _text(content)} if kind == b"L" else _pax(content)
             elif kind not in b"gK":
                 name, length = said.get("path", name), int(said.get("size", length))
-                if kind == b"S" or any(key.startswith("GNU.sparse") for key in said):
+                if len(name) > _LONGEST_NAME or length >= _MOST_BYTES:
+                    raise ValueError("an absurd name or length")
+                if kind == b"S" or "GNU.sparse" in said:
                     raise UserError(f"{where}: {name} is stored as a sparse file; pack it without --sparse")
                 if kind in b"123456":
                     length = 0  # links, devices and folders have none, whatever their headers say
@@ -109,15 +121,19 @@ def _number(field: bytes) -> int:
 def _pax(content: bytes) -> dict[str, str]:
     """The path, size and signs of sparse storage in the records "LENGTH KEY=VALUE\\n" of a pax header."""
     found: dict[str, str] = {}
-    while content.strip(b"\0"):
-        digits, _, _ = content.partition(b" ")
-        length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
-        key, equals, value = content[len(digits) + 1 : length].partition(b"=")
-        if not equals or length > len(content) or not value.endswith(b"\n"):
+    at, end = 0, len(content.rstrip(b"\0"))
+    while at < end:
+        blank = content.find(b" ", at, at + 8)
+        digits = content[at:blank] if blank >= 0 else b""
+        length = int(digits) if digits.isdigit() else 0
+        key, equals, value = content[blank + 1 : at + length].partition(b"=")
+        if not equals or at + length > len(content) or not value.endswith(b"\n"):
             raise ValueError("no record")
-        if key == b"path" or key.startswith(b"GNU.sparse") or (key == b"size" and value[:-1].isdigit()):
+        if key.startswith(b"GNU.sparse"):
+            found["GNU.sparse"] = ""
+        elif key == b"path" or (key == b"size" and value[:-1].isdigit()):
             found[_text(key)] = _text(value[:-1])
-        content = content[length:]
+        at += length
     return found
 
 
@@ -125,15 +141,16 @@ def _text(name: bytes) -> str:
     return name.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
-def _after_zeros(tar: Descriptor, at: int) -> int:
-    """The first block from `at` on that is not all zeros, or the tar's size."""
-    while at < tar.size:
+def _after_zeros(tar: Descriptor, at: int, end: int) -> int:
+    """The first block from `at` on that is not all zeros, or `end` or the tar's size if that comes first."""
+    end = min(end, tar.size)
+    while at < end:
         piece = tar.read(1 << 16, at)
         rest = piece.lstrip(b"\0")
         if rest:
             return at + (len(piece) - len(rest)) // BLOCK * BLOCK
         at += len(piece) or BLOCK
-    return tar.size
+    return end
 
 
 def _unreadable(tar: Descriptor, where: str, at: int) -> str:

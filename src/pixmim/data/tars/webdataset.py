@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from pixmim.data.tars.remote import is_far
-from pixmim.data.tars.shards import ENTRY, Contents
+from pixmim.data.tars.shards import ENTRY, Contents, outside
 from pixmim.data.tars.shelf import Descriptor, Shelf, Version
 from pixmim.data.tars.tar import members
-from pixmim.disk import cache_path, write_whole
+from pixmim.disk import cache_path, read_file, write_whole
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
 """Extensions of pictures. Of several in one sample, the first in this order is its image."""
 
 _FORMAT = 1  # of what is remembered
+
+_MOST_REMEMBERED = 2**30  # bytes of what is remembered of one tar
 
 _MOST_BYTES = int(np.iinfo(np.int32).max)  # of a picture that an entry tells; so many are not read anyway
 
@@ -109,18 +111,27 @@ def _label(tar: Descriptor, offset: int, length: int) -> int:
 
 
 def _recall(memory: Path, name: str, version: Version) -> Found | None:
-    """What was remembered of a tar, if that is whole and of this version."""
+    """Return what was remembered of a tar, or None if that is damaged, of another version, or does not fit the tar."""
     try:
-        data = memory.read_bytes()
+        data = read_file(memory, _MOST_REMEMBERED)
         head, _, body = data[:-4].partition(b"\n")
         if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
             return None
         about = json.loads(head)
         if about["of"] != [_FORMAT, name, *version]:
             return None
-        size = about["samples"] * ENTRY.itemsize
-        return Found(Contents(np.frombuffer(body[:size], ENTRY), body[size:]), **about["found"])
-    except (OSError, ValueError, KeyError, TypeError):
+        size, counts = about["samples"] * ENTRY.itemsize, about["found"]
+        entries = np.frombuffer(body[:size], ENTRY)
+        if (
+            type(about["samples"]) is not int
+            or len(entries) != about["samples"]
+            or outside(entries, version.size, _MOST_CLASSES)
+        ):
+            return None
+        if any(type(n) is not int for key, n in counts.items() if key != "extensions"):
+            return None
+        return Found(Contents(entries, body[size:]), **counts | {"extensions": Counter[str](counts["extensions"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -33,28 +33,30 @@ def disk(radius: float, sigma: float) -> Float[Tensor, "k k"]:
 def glass(
     x: Float[Tensor, "c h w"], constants: tuple[float, ...], draw: np.random.Generator, scale: float
 ) -> Float[Tensor, "c h w"]:
-    """Pixels change places with near ones. constants: sigma of a Gaussian before and after, reach, rounds.
+    """Copy nearby pixels over each other, between two Gaussian blurs. constants: sigma of the blurs, reach, rounds.
 
-    A reach that is not whole is for each pixel one of the two whole numbers beside it, at odds that keep the mean.
+    The authors' loop visits pixels from the last to the first and means to swap each with a neighbor. Its swap of two
+    array views copies instead: each pixel takes its neighbor's current value, which the neighbor itself may have
+    copied earlier in the same round. Following these chains by pointer doubling gives the same result without a loop.
+    A reach that is not an integer is rounded up or down at random for each pixel, with its mean preserved.
     """
     (sigma, reach, rounds), (h, w) = constants, x.shape[1:]
     reach *= scale
     most = math.ceil(reach)
-    place = np.arange(h * w).reshape(h, w)
-    stride = 2 * most  # pixels so far apart cannot meet
+    rows, columns = np.mgrid[most + 1 : h - most + 1, most + 1 : w - most + 1]
+    itself = np.arange(h * w)
+    place = itself
     for _ in range(int(rounds)):
-        for start in range(stride * stride):
-            rows, columns = np.meshgrid(
-                np.arange(most + start // stride, h - most, stride),
-                np.arange(most + start % stride, w - most, stride),
-                indexing="ij",
-            )
-            own = math.floor(reach) + (draw.random(rows.shape) < reach % 1)
-            down, right = (np.floor(draw.random(rows.shape) * 2 * own).astype(np.int64) - own for _ in range(2))
-            here, there = (rows, columns), (rows + down, columns + right)
-            place[here], place[there] = place[there], place[here]
+        own = math.floor(reach) + (draw.random(rows.shape) < reach % 1)
+        down, right = (np.floor(draw.random(rows.shape) * 2 * own).astype(np.int64) - own for _ in range(2))
+        source = itself.copy()
+        source[rows * w + columns] = (rows + down) * w + columns + right
+        last = np.maximum(source, itself)  # a later pixel has already changed in this round
+        while not np.array_equal(last, further := last[last]):
+            last = further
+        place = place[source[last]]
     blurred = smooth(x, sigma * scale).flatten(1)
-    return smooth(blurred[:, torch.from_numpy(place.reshape(-1))].view_as(x), sigma * scale)
+    return smooth(blurred[:, torch.from_numpy(place)].view_as(x), sigma * scale)
 
 
 def motion(
@@ -67,9 +69,9 @@ def motion(
 def zoom(
     x: Float[Tensor, "c h w"], constants: tuple[float, ...], draw: np.random.Generator, scale: float
 ) -> Float[Tensor, "c h w"]:
-    """The mean of the image and of its enlargements. constants: the largest (not reached), and the step."""
+    """Average the image and its enlargements. constants: where the factors end, and their step from 1."""
     most, step = constants
-    factors = [1 + step * i for i in range(math.ceil((most - 1) / step - 1e-6))]
+    factors = np.arange(1, most, step).tolist()  # rounding lets severity 1 reach its end: 12 factors
     total = x.clone()
     for factor in factors:
         total += enlarge(x, factor)

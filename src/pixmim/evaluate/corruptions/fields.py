@@ -5,6 +5,7 @@ Smoothing and zooming act on rows and columns apart, so each is two products wit
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,17 +68,30 @@ def plasma(size: tuple[int, int], decay: float, draw: np.random.Generator) -> Fl
     return torch.from_numpy((field / field.max()).astype(np.float32)[None, : size[0], : size[1]])
 
 
-def ridges(size: tuple[int, int], draw: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Thin bright veins on dark, in [0, 1], over (h, w): where smooth noise of several scales crosses its mean."""
-    total = np.zeros(size)
-    y, x = np.fft.fftfreq(size[0])[:, None] * size[0], np.fft.rfftfreq(size[1])[None, :] * size[1]
-    frequency = np.hypot(y, x)
-    for octave in (4.0, 8.0, 16.0, 32.0):
-        band = np.exp(-(((frequency - octave) / (0.5 * octave)) ** 2))
-        waves = np.fft.irfft2(np.fft.rfft2(draw.standard_normal(size)) * band, s=size)
-        total += np.exp(-np.abs(waves) / (0.8 * waves.std() + 1e-9)) / math.sqrt(octave)
-    total -= total.min()
-    return (total / total.max()).astype(np.float32)
+def crystals(size: tuple[int, int], draw: np.random.Generator) -> Float[Tensor, "h w"]:
+    """Draw feathers of ice: needles in six directions, over clouds, with mean 0 and standard deviation 1.
+
+    All are filtered from the same noise of equal power in each octave, as in photographs of frost, up to the finest
+    detail of 224 px. Each direction has its own shift of the clouds: its needles grow over the others where they are
+    bright.
+    """
+    y, x = np.fft.fftfreq(size[0])[:, None].astype(np.float32), np.fft.rfftfreq(size[1]).astype(np.float32)
+    frequency, angle = np.hypot(y, x) * min(size), np.arctan2(y, x)  # periods along the shorter edge
+    noise = np.fft.rfft2(draw.standard_normal(size, np.float32)) * (frequency < 160) / np.maximum(frequency, 1)
+    coarse = np.exp(-((frequency / 5) ** 2))
+    clouds = _standardize(np.fft.irfft2(noise * coarse, s=size))
+    needles = np.full(size, -np.inf, np.float32)
+    turn = draw.uniform(0, math.pi)
+    for i in range(6):
+        beam = np.exp(-8 * np.sin(angle - turn - i * math.pi / 6) ** 2)
+        grown = _standardize(np.fft.irfft2(noise * (1 - coarse) * beam, s=size))
+        region = np.roll(clouds, (i * size[0] // 6, i * size[1] // 3), axis=(0, 1))
+        needles = np.maximum(needles, grown + 0.6 * region)
+    return torch.from_numpy(_standardize(0.6 * clouds + _standardize(needles)))
+
+
+def _standardize(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return (values - values.mean()) / (values.std() + 1e-9)
 
 
 @lru_cache(64)

@@ -17,11 +17,12 @@ from pixmim.evaluate.detection.data import Annotated, Objects, open_annotated
 from pixmim.evaluate.detection.detector import detect
 from pixmim.evaluate.detection.draw import draw, sheet
 from pixmim.evaluate.detection.feed import fitted, picture, read
-from pixmim.evaluate.detection.masks import View, coco
+from pixmim.evaluate.detection.masks import View, bitmap, coco
 from pixmim.evaluate.detection.score import Found, Tally, pack
 from pixmim.evaluate.detection.train import trained
 from pixmim.evaluate.learn import forget
 from pixmim.protocols import Detection
+from pixmim.terminal import say
 from pixmim.transforms import finish
 
 _NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measured on
@@ -39,7 +40,7 @@ def measure(bench: Bench, settings: Detection) -> Values:
     test = _same_classes(train, open_annotated(settings.test, settings.test_images, encoder.form))
     for data in (train, test):
         if data.about and bench.console is not None:
-            bench.console.print(data.about, highlight=False)
+            say(bench.console, data.about)
     masks = settings.masks == "yes" or (settings.masks == "auto" and train.masks and test.masks)
     if masks and not (train.masks and test.masks):
         raise UserError(f"--masks yes, but not every object of {(test if train.masks else train).images.spec} has one")
@@ -56,15 +57,17 @@ def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterR
     with progress(f"objects of {test.images.spec}", len(test.images), bench.console) as advance:
         for index in range(len(test.images)):
             try:
-                image = read(test, index)
+                image, there = read(test, index), test.objects(index)
+                size = int(image.shape[-2]), int(image.shape[-1])
+                if masks:
+                    there = replace(there, masks=[bitmap(mask, size) for mask in there.masks])
             except BadImage as error:
                 skipped.add(index, test.images.locate(index), str(error))
                 continue
-            size = int(image.shape[-2]), int(image.shape[-1])
             view = fitted(size, settings.size)
             shown = picture(image, view, encoder.mean.tolist())[None].to(encoder.device)
             (found,) = detect(model, finish(shown, None, encoder.mean, encoder.std))
-            there, seen = test.objects(index), _in_image(found, view)
+            seen = _in_image(found, view)
             tally.add(size, there, seen)
             if len(pictures) < settings.pictures:
                 pictures.append(draw(image, there, seen, test.classes))

@@ -10,6 +10,7 @@ from torch import Tensor
 from pixmim.evaluate.detection.data import Objects
 from pixmim.evaluate.detection.masks import bitmap
 from pixmim.evaluate.detection.score import Found
+from pixmim.terminal import label
 
 COLOURS = ((230, 60, 50), (40, 120, 230), (30, 160, 70), (240, 150, 20), (150, 70, 200), (20, 170, 180), (220, 60, 150))
 
@@ -40,7 +41,7 @@ def draw(image: Shaped[Tensor, "c h w"], truth: Objects, found: Found, classes: 
     for i in reversed(shown):
         box, colour = (found.boxes[i] * scale).tolist(), _colour(int(found.labels[i]))
         canvas.rectangle(box, outline=colour, width=3)
-        text = f"{classes[int(found.labels[i])]} {found.scores[i]:.2f}"
+        text = f"{label(classes[int(found.labels[i])])} {found.scores[i]:.2f}"
         left, top, right, bottom = canvas.textbbox((0, 0), text, font)
         x = min(max(box[0], 0), max(picture.width - (right - left) - 6, 0))
         y = min(max(box[1], 0), picture.height - (bottom - top) - 6)

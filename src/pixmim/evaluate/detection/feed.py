@@ -156,11 +156,12 @@ class Feed(Iterator[Part]):
                 continue
             try:
                 image = read(self._data, index)
+                size = int(image.shape[-2]), int(image.shape[-1])
+                view = jitter(size, self._size, self._scale, here.u[0].tolist(), bool(here.flip[0]))
+                wanted = target(self._data.objects(index), view, self._masks)
             except BadImage as error:
                 self._skipped.add(index, self._data.images.locate(index), str(error))
                 continue
             self._skipped.passed(index)
-            size = int(image.shape[-2]), int(image.shape[-1])
-            view = jitter(size, self._size, self._scale, here.u[0].tolist(), bool(here.flip[0]))
-            return picture(image, view, self._fill), target(self._data.objects(index), view, self._masks)
+            return picture(image, view, self._fill), wanted
         raise self._skipped.too_many()

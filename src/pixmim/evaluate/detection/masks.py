@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pixmim.data.source import BadImage
 from pixmim.errors import UserError
 
 Mask = npt.NDArray[np.bool_]
@@ -72,21 +73,35 @@ class View:
 
 
 def bitmap(segmentation: Segmentation, size: tuple[int, int]) -> Mask:
-    """The pixels of a mask of an image of (h, w)."""
+    """Return the pixels of a mask of an image of (h, w).
+
+    Raises:
+        BadImage: If its code is damaged.
+    """
     if isinstance(segmentation, np.ndarray):
         return segmentation
     if isinstance(segmentation, list):
         return filled(segmentation, size)
     tools = coco().mask
     counts = segmentation["counts"]
-    packed = tools.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
-    return np.asarray(tools.decode(packed), bool)
+    try:
+        packed = tools.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
+        return np.asarray(tools.decode(packed), bool)
+    except (ValueError, RuntimeError) as error:
+        raise BadImage(f"one of its masks is damaged: {error}") from None
 
 
 def filled(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Mask:
-    """The pixels inside any of some polygons, in an image of (h, w), by COCO's rule for edges."""
+    """Return the pixels inside any of some polygons, in an image of (h, w), by COCO's rule for edges.
+
+    Raises:
+        BadImage: If they cannot be drawn.
+    """
     tools = coco().mask
-    return np.asarray(tools.decode(tools.merge(tools.frPyObjects(list(polygons), *size))), bool)
+    try:
+        return np.asarray(tools.decode(tools.merge(tools.frPyObjects(list(polygons), *size))), bool)
+    except (ValueError, RuntimeError) as error:
+        raise BadImage(f"one of its masks cannot be drawn: {error}") from None
 
 
 def packed(mask: Mask) -> dict[str, Any]:

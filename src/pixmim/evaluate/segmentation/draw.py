@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from pixmim.terminal import label
+
 Pixels = npt.NDArray[np.uint8]
 
 _HEIGHT, _GAP, _STRIP, _LINE = 160, 6, 20, 20
@@ -34,7 +36,8 @@ def sheet(rows: list[tuple[Pixels, npt.NDArray[np.integer], npt.NDArray[np.integ
     counts = sum(np.bincount(m.ravel(), minlength=256)[: len(names)] for _, t, q in rows for m in (t, q))
     seen = [int(i) for i in np.argsort(-np.asarray(counts), kind="stable") if np.asarray(counts)[i]][:_LEGEND]
     width = max(part.width for row in drawn for part in row) + _GAP
-    cell = max((int(font.getlength(names[i])) for i in seen), default=0) + 30
+    labels = {i: label(names[i]) for i in seen}
+    cell = max((int(font.getlength(text)) for text in labels.values()), default=0) + 30
     across = max(1, 3 * width // cell)
     top = _STRIP + len(drawn) * (_HEIGHT + _GAP)
     paper = Image.new("RGB", (max(3 * width, cell), top + -(-len(seen) // across) * _LINE + _GAP), "white")
@@ -46,7 +49,7 @@ def sheet(rows: list[tuple[Pixels, npt.NDArray[np.integer], npt.NDArray[np.integ
     for place, i in enumerate(seen):
         x, y = place % across * cell, top + place // across * _LINE
         pen.rectangle((x + 2, y + 3, x + 16, y + 15), fill=tuple(palette[i].tolist()))
-        pen.text((x + 22, y + 1), names[i], fill="black", font=font)
+        pen.text((x + 22, y + 1), labels[i], fill="black", font=font)
     return paper
 
 
