@@ -52,13 +52,17 @@ def bring(pixels: Array, form: Form) -> Array:
 
 def turned(pixels: Array, orientation: int) -> Array:
     """Pixels (h w c) as EXIF's orientation, 1 to 8, wants them shown; any other number changes nothing."""
+    if orientation not in range(2, 9):
+        return pixels
+    channels, kind = pixels.shape[2], pixels.dtype
+    whole = np.ascontiguousarray(pixels).view(f"V{channels * kind.itemsize}")[..., 0]  # a pixel is copied as one piece
     if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
+        whole = whole.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
+        whole = whole[:, ::-1]
     if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
+        whole = whole[::-1]
+    return np.ascontiguousarray(whole)[..., None].view(kind)
 
 
 def on_white(pixels: Array, alpha: Array, multiplied: bool) -> Array:

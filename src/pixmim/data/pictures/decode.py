@@ -127,7 +127,7 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
         pixels: Array = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
     except ValueError:  # damaged, or unusual: Pillow decides which, and words the reason
         return None
-    return pixels if head.orientation == 1 else np.ascontiguousarray(turned(pixels, head.orientation))
+    return turned(pixels, head.orientation)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -165,6 +165,7 @@ def _to_array(image: Image.Image) -> Array:
 
 def _values(image: Image.Image) -> Array:
     values: Array = np.asarray(image)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)  # of a TIFF, Pillow keeps the file's order
     if "transparency" in image.info:
         values = np.where(values == image.info["transparency"], np.iinfo(values.dtype).max, values)
     return values[..., None]

@@ -37,7 +37,7 @@ _SINGLE = (256, 257, 259, 262, 277, 284, 317, 322, 323, 32997, 32998)
 
 _COMPRESSIONS = {
     1: "none", 2: "CCITT RLE", 3: "CCITT fax 3", 4: "CCITT fax 4", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate",
-    32773: "PackBits", 32946: "deflate", 34887: "LERC", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP",
+    32773: "PackBits", 32946: "deflate", 34887: "LERC", 34925: "LZMA", 50000: "Zstandard",
 }  # fmt: skip
 """Compressions whose decoders write no more than the tags say, or state the size of what they write."""
 

@@ -15,6 +15,7 @@ from pixmim.errors import first_line
 from pixmim.transforms import Array
 
 MAGIC = npy.MAGIC_PREFIX
+_MAX_SIDE = 2**40
 
 
 def read_npy(data: bytes) -> Array:
@@ -28,11 +29,13 @@ def read_npy(data: bytes) -> Array:
         header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, columns_first, kind = header(stream)
     except Exception as error:  # a header is a Python literal: damage shows in many ways
-        raise BadImage(f"a damaged .npy: {first_line(error)}") from None
+        raise BadImage(f"a damaged .npy: {first_line(error)[:200]}") from None
     if kind.kind not in "buif":
         raise BadImage(f"an array of {kind}, and not of numbers")
     if len(shape) not in (2, 3):
         raise BadImage(f"an array of {len(shape)} dimensions, and not (h w), (h w c) or (c h w)")
+    if max(shape) > _MAX_SIDE:
+        raise BadImage("an array with a dimension of more than 2^40")
     first = len(shape) == 3 and shape[0] < shape[2]
     height, width = shape[1:] if first else shape[:2]
     check_size(width, height)

@@ -5,8 +5,8 @@ import struct
 from pixmim.data.pictures import jpeg
 from pixmim.data.source import BadImage
 
-_JPEG, _LERC, _WEBP = 7, 34887, 50001
-CHECKED = (_JPEG, _LERC, _WEBP)
+_JPEG, _LERC = 7, 34887
+CHECKED = (_JPEG, _LERC)
 """Compressions of TIFF whose strips and tiles state their size themselves."""
 
 
@@ -20,27 +20,23 @@ def webp(data: bytes) -> tuple[int, int]:
     return _number(data, 26, 2) & 0x3FFF, _number(data, 28, 2) & 0x3FFF
 
 
-def lerc(data: bytes) -> tuple[int, int]:
-    """Return width and height of a LERC block. Raises BadImage for the first version of the format."""
-    if data[:6] != b"Lerc2 " or len(data) < 22:
+def lerc(data: bytes) -> tuple[int, int, int]:
+    """Return width, height and channels of a LERC block. Raises BadImage for old versions of the format."""
+    if data[:6] != b"Lerc2 " or len(data) < 26 or _number(data, 6, 4) < 4:
         raise BadImage("LERC of an old version: save it with deflate or LZW")
-    (version,) = struct.unpack_from("<i", data, 6)
-    height, width = struct.unpack_from("<II", data, 14 if version > 2 else 10)
-    return width, height
+    height, width, channels = struct.unpack_from("<III", data, 14)
+    return width, height, channels
 
 
-def check_segment(data: bytes, compression: int, pixels: int) -> None:
-    """Refuse a strip or tile of a TIFF, of a compression in CHECKED, that states many more pixels than it should have.
+def check_segment(data: bytes, compression: int, values: int) -> None:
+    """Refuse a strip or tile of a TIFF, of a compression in CHECKED, that states many more values than it should have.
 
     Raises:
         BadImage: If it does.
     """
-    if compression == _JPEG:
-        width, height = jpeg.look(data)[:2]
-    else:
-        width, height = lerc(data) if compression == _LERC else webp(data)
-    if width * height > 2 * pixels + 2**16:
-        raise BadImage(f"a TIFF with a strip or tile of {width}x{height} pixels instead of {pixels:,}")
+    width, height, channels = jpeg.look(data)[:3] if compression == _JPEG else lerc(data)
+    if width * height * channels > 2 * values + 2**16:
+        raise BadImage(f"a TIFF with a strip or tile of {width}x{height} pixels, {channels} channels: far too many")
 
 
 def _number(data: bytes, at: int, count: int) -> int:

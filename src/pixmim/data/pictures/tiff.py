@@ -71,10 +71,10 @@ def _check(page: Any, count: int) -> None:
 
 def _pixels(page: Any, data: bytes) -> Array:
     """One page of a file as (h w c), upright and on white."""
-    pixels_each = page.tilewidth * page.tilelength if page.is_tiled else page.imagewidth * page.rowsperstrip
+    each = page.tilewidth * page.tilelength if page.is_tiled else page.imagewidth * page.rowsperstrip
     for at, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         if count and page.compression in CHECKED:
-            check_segment(data[at : at + count], page.compression, pixels_each)
+            check_segment(data[at : at + count], page.compression, each * page.samplesperpixel)
     pixels: Array = page.asarray(maxworkers=1)  # the loader has threads of its own
     if page.axes == "YX":
         pixels = pixels[..., None]
