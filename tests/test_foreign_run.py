@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from pixmim import cli
 from pixmim.config import Run
 from pixmim.data.skipped import Skipped, gather_accounts, read_skipped
 from pixmim.engine.runlog import RunLog, read_metrics
@@ -24,6 +25,7 @@ from pixmim.evaluate.robustness import _Notes
 from pixmim.pretrained import open_model
 from pixmim.report import write_report
 from pixmim.report.results import read_results
+from pixmim.runfile import to_json
 from test_cli import say
 from test_pretrain import train
 
@@ -376,3 +378,33 @@ def test_damaged_unfinished_work_is_named(
     partial.symlink_to(tmp_path)
     status, text = say(capsys, "embed", foreign, "--data", "shapes:count=9,size=16", "--out", tmp_path / "f.npy")
     assert status == 1 and "symbolic link" in text
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", ".hidden", "a/b", "a b", "x" * 101, "\x1b[2J"])
+def test_a_recipe_is_a_name_and_no_path(name: str, tiny_run: Make) -> None:
+    with pytest.raises(UserError, match="a recipe's name is a word"):
+        tiny_run(recipe=name)
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu:3", "cuda:x", "vulkan", "cpu:0\n"])
+def test_a_device_is_one_of_those_known(device: str, tiny_run: Make) -> None:
+    with pytest.raises(UserError, match="--device is auto, cpu, cuda"):
+        tiny_run(device=device)
+
+
+def test_a_run_folder_called_like_a_model_of_timm_is_a_folder(
+    foreign: Path, opened: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign.rename(tmp_path / "timm:vit_tiny_patch16_224")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pixmim.pretrained._of_timm", lambda *_: pytest.fail("timm was asked"))
+    write_report([Path("timm:vit_tiny_patch16_224")], tmp_path / "page.html", warn=lambda line: None)
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_a_recipe_file_with_control_characters_is_refused(
+    tiny_run: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text(to_json(tiny_run(data="\x1b]0;pwned\x07")))
+    assert cli.main(["pretrain", str(tmp_path / "run.json"), "--help"]) == 1
+    assert "\x1b" not in "".join(capsys.readouterr())

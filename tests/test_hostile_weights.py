@@ -5,6 +5,7 @@ import os
 import pickle
 import zipfile
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ from safetensors.torch import save_file
 import official
 from pixmim import create_model, load_encoder, load_model, parts, pretrained
 from pixmim.config import Run
-from pixmim.errors import UserError
+from pixmim.errors import UserError, shown
+from pixmim.evaluate.encoder import of_weights
 from pixmim.models import create_encoder
-from pixmim.parts import build_encoder, build_model
+from pixmim.parts import build_encoder, build_masker, build_model
 from pixmim.pretrained import open_model
 from pixmim.runfile import from_json, to_json
 from pixmim.weights import read as reading
 from pixmim.weights.own import KEY, save_tensors
-from pixmim.weights.recognise import read_weights
+from pixmim.weights.recognise import Weights, read_weights
 from test_cli import say
 
 Make = Callable[..., Run]
@@ -676,3 +678,58 @@ def test_a_products_metadata_name_nothing_of_this_machine(tiny_run: Make, tmp_pa
     assert open_model(str(tmp_path / "e.safetensors")).run.model == run.model
     save_tensors({}, tmp_path / "e.safetensors", tiny_run(init="timm:vit_tiny_patch16_224"), 3)
     assert b"timm:vit_tiny_patch16_224" in (tmp_path / "e.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_tuple_nested_without_end_is_never_hashed(plain: bool, tmp_path: Path) -> None:
+    """As a key it would take 2^60 steps inside of compiled code, which no signal interrupts."""
+    nested: tuple[Any, ...] = ()
+    for _ in range(60):
+        nested = (nested, nested)
+
+    class Key:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return OrderedDict, ([[nested, 1]],)
+
+    torch.save({"model": official.mae(), "more": Key()}, tmp_path / "x.pth", _use_new_zipfile_serialization=not plain)
+    with pytest.raises(UserError, match="a tuple of more than 1,000,000 parts"):
+        read_weights(tmp_path / "x.pth", BOTH)
+
+
+def test_nested_values_are_cut_by_depth_before_they_are_written_out() -> None:
+    nested: list[Any] = []
+    for _ in range(60):  # written out, it would take 2^60 brackets
+        nested = [nested, nested]
+    assert len(shown(nested)) <= 80
+    assert len(shown("x" * 1000)) <= 80 and shown([1, "a", None]) == "[1, 'a', None]"
+
+
+def test_zips_that_torch_could_read_otherwise_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": official.mae()}, tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    for number, changed in enumerate(
+        (
+            content.replace(b"whole/data.pkl", b"whole/DATA.PKL"),
+            content + b"x",
+            b"x" + content,
+            content[:-22] + b"between" + content[-22:],
+        )
+    ):
+        path = tmp_path / f"{number}.pth"
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_weights(path, BOTH)
+    assert read_weights(tmp_path / "whole.pth", BOTH).whole
+
+
+def test_an_image_without_end_is_refused_before_a_batch_is_made(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"encoder.{name}": value for name, value in build_encoder(tiny_run()).state_dict().items()}
+    encoder = of_weights(Weights(tiny_run(), tensors, "x"), device="cpu")
+    monkeypatch.setattr("pixmim.evaluate.encoder.free_memory", lambda: 10 * 32 * 32 * 3 * 5)
+    encoder.check_batch(10)
+    with pytest.raises(UserError, match="a batch of 11 images of 32x32 pixels"):
+        encoder.check_batch(11)
+    with pytest.raises(UserError, match="at most 262,144 are allowed"):
+        build_masker(tiny_run(size="4096"), 4)

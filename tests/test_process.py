@@ -500,3 +500,22 @@ def test_memory_that_is_not_enough_gives_one_line(
     monkeypatch.setitem(cli.COMMANDS, "test", command)
     status, text = say(capsys, "test")
     assert status == 1 and text.count("\n") == 1 and "--threads" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_holds_pythons_lock_is_ended_by_the_system(number: int) -> None:
+    body = """
+from pixmim.process import killable
+mutex = ctypes.create_string_buffer(256)
+with killable():
+    pass
+assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # as it was
+with killable():
+    ready()
+    for _ in range(2):
+        ctypes.PyDLL(None).pthread_mutex_lock(mutex)  # a PyDLL keeps Python's lock: no other thread runs
+"""
+    one = start("import signal" + body)
+    heard(one)
+    one.send_signal(number)
+    assert ended(one, -number) == ""

@@ -5,6 +5,7 @@ suppressed there belongs to the recipe.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Annotated, Literal
@@ -262,6 +263,10 @@ class Run:
 
     def __post_init__(self) -> None:
         h, w = _parse_size(self.size)
+        if not re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,99})?", self.recipe):  # it becomes a part of paths
+            raise UserError(f"a recipe's name is a word such as pixmim-vit-small, not {shown(self.recipe)}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
+            raise UserError(f"--device is auto, cpu, cuda, cuda:1 or mps, not {shown(self.device)}")
         for name in (
             "batch_size",
             "accumulate",
