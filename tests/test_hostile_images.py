@@ -311,6 +311,7 @@ def test_further_lists_and_foreign_headers_are_left_out() -> None:
         assert np.array_equal(decode(data, DEEP), np.zeros((16, 16, 1), np.uint16))
 
 
+@pytest.mark.usefixtures("usual_bounds")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
