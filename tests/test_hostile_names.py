@@ -120,6 +120,7 @@ def command(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str
         warnings.filterwarnings("error", message="Glyph|.*constrained_layout")
         status = cli.main([str(arg) for arg in args])
     seen = capsys.readouterr()
+    seen = type(seen)(seen.out, re.sub(r"\rGenerating [^\r\n]*", "", seen.err))  # a bar of the library's own
     assert not _ACTIVE.search(seen.out + seen.err), repr(seen.out + seen.err)
     return status, seen.out + seen.err
 

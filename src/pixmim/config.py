@@ -15,8 +15,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from pixmim.errors import UserError, shown
 from pixmim.options import MAX_CHANNELS, MAX_SIDE, check_name, check_options
 
-MAX_VALUES = 2**28
-"""Most values (pixels times channels) of what the network sees; in float32 they take a GiB."""
+MAX_VALUES = 2**26
+"""Most values (pixels times channels) of what the network sees; in float32 they take 256 MiB."""
 
 Option = int | float | bool | str | list[int]
 
@@ -366,7 +366,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "accumulate": (1, 2**20),
     "channels": (1, MAX_CHANNELS),
     "mean": (-1e9, 1e9),
-    "std": (0, 1e9),
+    "std": (1e-12, 1e9),
     "seed": (0, 2**63 - 1),
     "local_copy": (0, 1e9),
     "threads": (0, 1_024),
@@ -384,7 +384,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optim.first_lr": (0, 1e9),
     "optim.final_lr": (0, 1e9),
     "optim.warmup": (0, 1e9),
-    "optim.betas": (0, 1),
+    "optim.betas": (0, 0.999999),
     "optim.weight_decay": (0, 1e9),
     "optim.clip": (0, 1e9),
     "scale.timeout": (0, 1e9),

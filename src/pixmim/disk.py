@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pixmim.errors import UserError, shown
+from pixmim.process import killable
 
 MAX_TEXT_BYTES = 64 * 2**20
 """Default bound of a text or JSON file that is read into memory."""
@@ -95,7 +96,8 @@ def parse_json(text: str, source: str, unique: bool = False) -> Any:
         UserError: If the text is not JSON, or nested deeper than 64 levels.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_unique if unique else None)
+        with killable():
+            content = json.loads(text, object_pairs_hook=_unique if unique else None)
         _check_depth(content, _MAX_JSON_DEPTH)
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)

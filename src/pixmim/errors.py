@@ -1,6 +1,7 @@
 """What pixmim raises when the mistake is in its input, so that the command line can print one line and no traceback."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -21,7 +22,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 100, 100
+
+
 def shown(value: object) -> str:
-    """Return an untrusted value for a message, cut after 80 characters."""
-    text = repr(value)
+    """Return an untrusted value for a message, cut after 80 characters. It may be nested without end."""
+    text = _BRIEF.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -27,6 +27,10 @@ from pixmim.transforms import CentreCrop, Crop, RandomResizedCrop, SimpleResized
 Module = TypeVar("Module", bound=nn.Module)
 
 
+MAX_PATCHES = 2**18
+"""Most patches of an image; attention between so many takes more memory than any machine has."""
+
+
 def image_form(run: Run) -> Form:
     """What every image is brought into before it is cropped."""
     return Form(run.channels, run.pixels, run.pages)
@@ -69,7 +73,12 @@ def build_masker(run: Run, patch: int) -> Masker:
     else:
         masker = SquareMask(m.ratio, moving=m.kind == "moving-square")
     try:  # a few masks show what a run would stumble over
-        mask = draw_masks(run, masker, grid_of(run.hw, patch), step=0, rows=range(64))
+        grid = grid_of(run.hw, patch)
+        if grid[0] * grid[1] > MAX_PATCHES:
+            raise UserError(
+                f"{grid[0] * grid[1]:,} patches of {patch} pixels are more than the {MAX_PATCHES:,} allowed"
+            )
+        mask = draw_masks(run, masker, grid, step=0, rows=range(max(1, min(64, 2**20 // (grid[0] * grid[1])))))
         if run.model.name != "simmim":
             _ = mask.tables
     except ValueError as error:

@@ -10,8 +10,8 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -76,6 +76,27 @@ def exit_status(number: int) -> int:
     return 130 if number == getattr(signal, "SIGUSR1", 0) else 128 + number
 
 
+@contextmanager
+def killable() -> Iterator[None]:
+    """In a `with` statement: a signal ends a command without Python's help.
+
+    For compiled code that holds Python's lock for long, such as a parser of text: no handler and no thread runs then.
+    Does nothing outside a command, in other threads than the main one, and while the process ends in its own time.
+    """
+    if not _guarded or deferring or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heeded()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_guarded: list["Guard"] = []
+
+
 class Guard:
     """In a `with` statement: a signal raises KeyboardInterrupt. If that does not end the process in time, it is ended.
 
@@ -103,11 +124,13 @@ class Guard:
             self._before[number] = signal.signal(number, self._end)
         self._before[_WAKE] = signal.signal(_WAKE, lambda number, frame: None)
         self.thread.start()
+        _guarded.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self._before:
             return
+        _guarded.remove(self)
         self._over.set()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():

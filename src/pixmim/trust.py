@@ -55,7 +55,10 @@ def inside(folder: Path, name: str) -> Path:
     """
     path = folder / name
     root = os.path.realpath(folder)  # Path.resolve raises over links that form a loop
-    real = "" if "\0" in name else os.path.realpath(path)
+    try:
+        real = os.path.realpath(path)
+    except ValueError:  # a zero byte, or what no name of a file can be
+        real = ""
     if os.path.islink(real) or not Path(real).is_relative_to(root):  # still a link: a loop
         raise UserError(f"'{name}' leads out of {folder}: a folder's files must be inside it")
     return path

@@ -1,8 +1,8 @@
 """pixmim pretrain, and the recipes it takes."""
 
 import time
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, NamedTuple
@@ -13,11 +13,11 @@ from tyro.conf import Positional, arg
 
 from pixmim.cli.terms import absolute
 from pixmim.config import Run
-from pixmim.errors import UserError
+from pixmim.errors import UserError, shown
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json, read_config_text
-from pixmim.terminal import say
-from pixmim.trust import closed, refusal
+from pixmim.terminal import printable, say
+from pixmim.trust import closed, made_here, refusal
 
 _MAY_CHANGE = {
     *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),
@@ -186,8 +186,20 @@ def _base(named: str) -> tuple[Run, str]:
         return Run(), ""
     if named.endswith(".json") or Path(named).is_file():
         run, text = _load(Path(named))
+        odd = [word for word in _words(asdict(run)) if printable(word) != word]
+        if odd and not made_here(text):  # the defaults that --help shows come from it
+            raise UserError(f"{named} holds control characters: {shown(odd[0])}")
         return replace(run, out=""), text
     return get_recipe(named), ""
+
+
+def _words(value: object) -> Iterator[str]:
+    """All texts in nested settings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _words(inner)
 
 
 def _load(path: Path) -> tuple[Run, str]:

@@ -18,6 +18,8 @@ from pixmim.data.shapes import Shapes
 from pixmim.data.source import BadImage
 from pixmim.disk import parse_json, read_file, read_text
 from pixmim.errors import UserError
+from pixmim.process import killable
+from pixmim.room import free_memory
 
 _COLUMNS = ("width", "height", "x", "y", "w", "h")
 _MAX_BYTES = 2**30  # of a file of annotations
@@ -132,11 +134,15 @@ def _folder(path: Path) -> Iterator[Object | None]:
     masks = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS]
     if not masks:
         raise UserError(f"{path} holds neither VOC's .xml nor masks")
+    left = (free_memory() or 2**62) // 2
     for file in masks:
         try:
             mask = read_numbers(read_file(file, max_bytes()), colour=True) != 0
         except (OSError, BadImage) as error:
             raise UserError(f"the mask {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        left -= mask.nbytes
+        if left < 0:
+            raise UserError(f"the masks in {path} take more than half of the memory: measure them in parts")
         yield _masked(str(file.relative_to(path)), mask)
 
 
@@ -148,13 +154,14 @@ def _voc(note: Path) -> Iterator[Object | None]:
     if b"<!ENTITY" in text.replace(b"\0", b""):  # in UTF-16 as well; entities expand to any length
         raise UserError(f"{note} is refused: it defines entities, which VOC annotations do not need")
     try:
-        root = ElementTree.fromstring(text)
+        with killable():
+            root = ElementTree.fromstring(text)
         width, height = (float(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
         for box in root.iterfind("object/bndbox"):
             left, top, right, bottom = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
             extent = right - left + 1, bottom - top + 1
             yield _cut(root.findtext("filename", note.stem), (width, height), (left - 1, top - 1), extent, str(note))
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, OverflowError, RecursionError) as error:
         raise UserError(f"{note} is no VOC annotation with a size and boxes: {error}") from error
 
 

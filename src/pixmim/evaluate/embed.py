@@ -62,6 +62,9 @@ def embed(
         raise UserError(f"--out ends with .npy or .parquet, and not with '{out.suffix}'")
     if out.exists():
         raise UserError(f"{out} is there already: choose another --out")
+    names = out.with_suffix(".csv")
+    if out.suffix == ".npy" and os.path.lexists(names):
+        raise UserError(f"{names} is there already, and the names of the rows go there: choose another --out")
     if out.suffix == ".parquet":
         _parquet()  # before the work, not after it
     partial = out.with_name(out.name + ".partial")
@@ -83,6 +86,7 @@ def _embed(
 ) -> list[str]:
     encoder = of_weights(weights, device=device, precision=precision)
     encoder.module.eval()
+    encoder.check_batch(min(batch, len(data)))
     state = _resume(partial, {"model": name, "step": encoder.step, "data": data.spec, "files": data.fingerprint()})
     first = state["done"]
     skipped = Skipped(out.with_name(out.stem + "-skipped.csv"), len(data), 1.0)
@@ -156,14 +160,23 @@ def _gathered(partial: Path, images: int) -> dict[str, np.ndarray]:
     """All rows that were kept. Raises UserError if a file of them is damaged."""
     try:
         files = [io.BytesIO(read_file(path, _MAX_BYTES)) for path in sorted(partial.glob("*.npz"))]
+        for file in files:
+            with zipfile.ZipFile(file) as members:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+                    raise ValueError("it is compressed")
+            file.seek(0)
         parts = [dict(np.load(file, allow_pickle=False)) for file in files]
         table = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         index = table["index"]
         if index.dtype != np.int64 or not ((index >= 0) & (index < images)).all():
             raise ValueError("it has rows of images that are not there")
-        if any(len(value) != len(index) or (key != "index" and value.ndim != 2) for key, value in table.items()):
+        rows = [value for key, value in table.items() if key != "index"]
+        if not rows or any(len(v) != len(index) or v.ndim != 2 or v.dtype != np.float32 for v in rows):
             raise ValueError("it has more rows of one kind than of another")
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        *(OSError, ValueError, KeyError, EOFError, MemoryError, TypeError, RuntimeError),  # NotImplementedError as well
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise UserError(f"{partial} holds unfinished work that is damaged ({error}): remove it first") from error
     return table
 

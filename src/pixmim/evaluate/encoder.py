@@ -15,6 +15,7 @@ from pixmim.engine.device import Precision, choose_attention, choose_device, cho
 from pixmim.errors import UserError
 from pixmim.parts import build_model, image_form
 from pixmim.pretrained import assemble_encoder, begin_from, open_model
+from pixmim.room import free_memory
 from pixmim.transforms import finish
 from pixmim.trust import closed, refusal
 from pixmim.weights.recognise import Weights, read_config
@@ -40,6 +41,16 @@ class Encoder:
     def ready(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Pictures as they come out of a crop, on the device and normalised."""
         return finish(images.to(self.device, non_blocking=True), None, self.mean, self.std)
+
+    def check_batch(self, images: int) -> None:
+        """Raise UserError if so many images take more memory than is free: their size may come from a file."""
+        (h, w), free = self.size, free_memory()
+        size = images * h * w * self.form.channels * (self.form.bytes + 4)
+        if free is not None and size > free:
+            raise UserError(
+                f"a batch of {images} images of {h}x{w} pixels takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+                "are free: give fewer at once, or another size"
+            )
 
     @property
     def classes(self) -> int:

@@ -57,6 +57,7 @@ def freeze(
         )
     if skipped is None:
         skipped = account(data)
+    encoder.check_batch(min(batch, len(data)))
     wanted = torch.from_numpy(data.labels)  # once: some data sets compute them all each time
     vectors, means, labels = [], [], []
     training = encoder.module.training

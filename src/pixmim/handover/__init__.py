@@ -1,5 +1,6 @@
 """How a backbone leaves the house: folders that other projects read strictly. One literal dict names them."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +42,13 @@ def hand_over(name: str, to: str, folder: Path | None = None, push: str = "") ->
             how = FORMATS[to](weights, encoder, beside)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
-    lines = [f"written to {folder}", *(f"  {line.replace('FOLDER', str(folder))}" for line in how)]
+    lines = [f"written to {folder}", *(f"  {line.replace('FOLDER', _literal(folder))}" for line in how)]
     return [*lines, _push(folder, push)] if push else lines
+
+
+def _literal(folder: Path) -> str:
+    """A folder's name as it stands between the quotes of a Python string, of either kind."""
+    return json.dumps(str(folder))[1:-1].replace("'", "\\'")
 
 
 def _push(folder: Path, repository: str) -> str:

@@ -144,7 +144,7 @@ def _read(folder: Path, name: str, data: str | None) -> _Story:
         raise UserError(reason)
     if run is not None:
         try:
-            pictures = reconstruct(open_model(str(folder), whole=True), _data(folder, run, config, data))
+            pictures = reconstruct(open_model(str(folder.absolute()), whole=True), _data(folder, run, config, data))
         except (UserError, OSError) as error:  # the data may be elsewhere by now
             problem = "; ".join(str(error).splitlines())
     skipped = _skipped(folder, warnings.append)

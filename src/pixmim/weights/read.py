@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import struct
 import warnings
 import zipfile
 from argparse import Namespace
@@ -10,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from pickletools import genops, markobject
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -22,6 +24,8 @@ from pixmim.trust import inside
 
 MAX_FILES = 512
 """Most files that an index may name."""
+
+_MAX_TUPLE = 1_000_000
 
 MAX_TENSORS = 65_536
 MAX_NAME = 512
@@ -141,10 +145,21 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_zip(path: Path) -> Any:
-    """What torch saves: a zip whose files are not compressed, of which data.pkl is a pickle."""
+    """What torch saves: a zip whose files are not compressed, of which data.pkl is a pickle.
+
+    torch reads zips by another library. Files of which the two could think differently are refused: with anything
+    before, between or after the tables at the end, or with names that differ in case only.
+    """
     with open(open_regular(path), "rb", buffering=0) as raw, zipfile.ZipFile(_Capped(raw)) as archive:
         entries = archive.infolist()
         total, size = sum(entry.file_size for entry in entries), os.fstat(raw.fileno()).st_size
+        names = [entry.filename.casefold() for entry in entries]
+        if len(set(names)) < len(names) or any(
+            ".pkl" in name and not entry.filename.endswith("/data.pkl")
+            for name, entry in zip(names, entries, strict=True)
+        ):
+            raise ValueError("names that torch does not write")
+        _check_end(raw, size)
         if total > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError(f"its parts would unpack to {total:,} bytes, and torch does not pack them")
         for entry in entries:
@@ -152,6 +167,22 @@ def _read_zip(path: Path) -> Any:
                 del entry.CRC  # torch can be told to write none
                 _check_pickle(archive.read(entry), path)
     return _unpickle(path, mmap=True)
+
+
+def _check_end(raw: IO[bytes], size: int) -> None:
+    """Refuse a zip unless its table of contents ends where the record of that table begins, at the file's end."""
+    end = size - 22
+    raw.seek(max(0, end))
+    sign, *_, length, offset, comment = struct.unpack("<4s4H2LH", raw.read(22).ljust(22, b"\0"))
+    if sign != b"PK\5\6" or comment:
+        raise ValueError("something after its table of contents")
+    raw.seek(max(0, end - 76))
+    long = raw.read(76).ljust(76, b"\0")
+    if long[:4] == b"PK\6\6" and long[56:60] == b"PK\6\7":  # the records of large zips, between the two
+        length, offset = struct.unpack("<2Q", long[40:56])
+        end -= 76
+    if offset + length != end:
+        raise ValueError("something beside its table of contents")
 
 
 def _read_plain(path: Path) -> Any:
@@ -168,8 +199,28 @@ def _unpickle(source: "Path | io.BytesIO", mmap: bool) -> Any:
 
 
 def _check_pickle(data: bytes, path: Path) -> None:
+    """Refuse a pickle that would take memory or time without end. Reads its instructions, and carries out none."""
     if b"bytearray\n" in data:  # torch allows it: a few bytes would ask for all of the memory
         raise _refusal(path, "bytearray")
+    stack: list[int] = []  # of each object, how many a tuple holds in all its depth; of a mark, 0
+    memo: dict[int, int] = {}
+    for code, argument, _ in genops(data):
+        name = code.name
+        if name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo.get(int(argument or 0), 1))
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else int(argument or 0)] = stack[-1] if stack else 1
+        else:
+            held = [stack.pop() for _ in code.stack_before if stack and markobject not in code.stack_before]
+            if markobject in code.stack_before:
+                while stack and (top := stack.pop()):
+                    held.append(top)
+                if name in ("APPENDS", "SETITEMS", "ADDITEMS", "BUILD") and stack:
+                    stack.pop()
+            size = 1 + sum(held) if name.startswith("TUPLE") else 1
+            if size > _MAX_TUPLE:  # hashing it, as a key, would take years inside of compiled code
+                raise ValueError(f"a tuple of more than {_MAX_TUPLE:,} parts")
+            stack += [0 if what is markobject else size for what in code.stack_after]
 
 
 def _refusal(path: Path, wanted: str) -> UserError:

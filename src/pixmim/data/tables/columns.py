@@ -83,6 +83,8 @@ def read_labels(
     values = values if rows is None else values.take(pyarrow.array(rows))
     if column in named:
         classes, numbers = list(feature.names), values
+        if not all(isinstance(name, str) for name in classes):
+            raise UserError(f"column '{column}' of {spec} names a class that is not a text")
     elif isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool")):
         different = sorted(value for value in values.unique().to_pylist() if value is not None)
         classes, numbers = (

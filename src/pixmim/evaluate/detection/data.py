@@ -17,6 +17,7 @@ from pixmim.data.source import Form, Source
 from pixmim.disk import read_file
 from pixmim.errors import UserError
 from pixmim.evaluate.detection.masks import Segmentation
+from pixmim.process import killable
 
 _MOST_BYTES = 2**32  # of a file of annotations
 _MOST_SIDE = 2**20  # of an image, in pixels
@@ -155,7 +156,9 @@ def _coco(spec: str, file: Path, root: Path, form: Form) -> Annotated:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_file(file, _MOST_BYTES))
+        data = read_file(file, _MOST_BYTES)
+        with killable():
+            content = json.loads(data)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

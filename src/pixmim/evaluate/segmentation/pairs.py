@@ -120,7 +120,7 @@ def _reader(pictures: Files, layout: _Layout) -> Callable[[int], Mask]:
 
     def read(index: int) -> Mask:
         place = layout.masks / Path(pictures.locate(index)).relative_to(layout.images)
-        path = next((p for ending in _MASKS if (p := place.with_suffix(ending)).is_file()), None)
+        path = next((p for ending in _MASKS if os.path.isfile(p := place.with_suffix(ending))), None)
         if path is None:
             raise BadImage(f"there is no mask {place.with_suffix('.png')}")
         return _decode(path, layout.zero)
