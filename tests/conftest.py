@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pixmim.config import Model, Optim, Run
+from pixmim.data.pictures import limits
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="SKIPPED FOR WANT OF A CUDA DEVICE: run `make test` on a GPU"))
+
+
+@pytest.fixture
+def usual_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds of images on a machine with enough memory, whichever one the tests run on."""
+    monkeypatch.setattr(limits, "_here", lambda: (120_000_000, 2**30))
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,7 @@ def test_npy_that_is_no_picture(data: bytes, reason: str) -> None:
         decode(data, Form(1, "float32"))
 
 
+@pytest.mark.usefixtures("usual_bounds")
 def test_a_header_that_claims_too_much_takes_no_memory() -> None:
     small = saved(np.zeros((10, 10, 4)))
     for shape, reason in (

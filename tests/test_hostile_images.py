@@ -27,7 +27,6 @@ from pixmim.data.folders import files
 from pixmim.data.pictures import ifd, jpeg, limits, timing
 from pixmim.data.pictures.decode import decode, open_image, read
 from pixmim.data.pictures.opening import FORMATS
-from pixmim.data.skipped import Skipped, gather_accounts
 from pixmim.data.source import BadImage, Form
 from pixmim.errors import UserError
 from pixmim.evaluate.boxes import read_objects
@@ -88,14 +87,11 @@ def test_stats_account_for_a_fifo(pictures: Path, capsys: pytest.CaptureFixture[
     assert "not a regular file" in capsys.readouterr().out
 
 
-def test_files_too_large_growing_or_of_impossible_names(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_too_large_growing_or_of_impossible_names(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = open_data(str(pictures))
-    (tmp_path / "list.txt").write_text("/proc/self/status\n")
     if Path("/proc/self/status").exists():
         with pytest.raises(BadImage, match="grew"):
-            open_data(str(tmp_path / "list.txt")).array(0)
+            files.Files("", Path("/proc/self"), ["status"]).array(0)
     for name in ("a\0b.jpg", "\ud800.jpg", "a" * 5000 + ".jpg"):
         with pytest.raises(BadImage):
             files.Files("", pictures, [name]).array(0)
@@ -152,21 +148,6 @@ def test_masks_and_names_of_classes_are_regular_files(make: Callable[[Path], Non
         ):
             open_pairs(str(tmp_path), Form(), "training")
         os.rename(tmp_path / name, tmp_path / "names" / "x")
-
-
-@pytest.mark.parametrize("make", NOT_REGULAR)
-def test_accounts_of_skipped_images_are_regular_files(make: Callable[[Path], None], tmp_path: Path) -> None:
-    make(tmp_path / "skipped.csv")
-    with pytest.raises(UserError, match=r"skipped\.csv (cannot be read: not a regular file|is a symbolic link)"):
-        Skipped(tmp_path / "skipped.csv", 10, 0.5)
-    with pytest.raises(UserError, match=r"skipped\.csv"):
-        gather_accounts(tmp_path)
-
-
-def test_a_damaged_account_of_skipped_images_is_named(tmp_path: Path) -> None:
-    (tmp_path / "skipped.csv").write_text("image,reason\n" + "a" * 200_000)
-    with pytest.raises(UserError, match=r"skipped\.csv cannot be read: field larger"):
-        Skipped(tmp_path / "skipped.csv", 10, 0.5)
 
 
 def test_annotations_without_bombs(tmp_path: Path) -> None:
@@ -330,6 +311,7 @@ def test_further_lists_and_foreign_headers_are_left_out() -> None:
         assert np.array_equal(decode(data, DEEP), np.zeros((16, 16, 1), np.uint16))
 
 
+@pytest.mark.usefixtures("usual_bounds")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pixmim.room import free_memory
+from pixmim.room import free_memory, total_memory
 
 GIB = 2**30
 
@@ -62,6 +62,14 @@ ONE = {"proc/self/cgroup": "3:cpuset:/x\n4:memory,hugetlb:/slurm/job\n0::/"}
 )
 def test_the_tightest_limit_counts(files: dict[str, object], gib: int, tmp_path: Path) -> None:
     assert free_memory(_system(tmp_path, files)) == gib * GIB
+
+
+def test_all_memory_is_the_machines_or_the_least_limit(tmp_path: Path) -> None:
+    machine = {"proc/meminfo": f"MemTotal: {9 * GIB // 1024} kB\nMemAvailable: 5 kB\n"}
+    assert total_memory(_system(tmp_path / "one", machine)) == 9 * GIB
+    limit = {"sys/fs/cgroup/slurm/memory.max": 3 * GIB, "sys/fs/cgroup/slurm/memory.current": 2 * GIB}
+    assert total_memory(_system(tmp_path / "two", machine | TWO | limit)) == 3 * GIB
+    assert total_memory(tmp_path / "none") is None
 
 
 def test_unknown_is_not_a_number(tmp_path: Path) -> None:

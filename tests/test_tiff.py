@@ -144,6 +144,7 @@ def test_orientation_is_applied(orientation: int) -> None:
     assert np.array_equal(turned(COLOUR, orientation), decode(data, Form(3, "uint16")))
 
 
+@pytest.mark.usefixtures("usual_bounds")
 def test_what_is_refused_before_memory_is_taken() -> None:
     for pixels, options, reason in (
         (np.zeros((4, 1000), np.uint16), {"photometric": "minisblack"}, "100 times as long"),
