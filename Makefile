@@ -15,14 +15,14 @@ demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, w
 	$(BIN)/pixmim evaluate linear runs/demo $(LABELLED) --untrained
 
 test: .venv/developing  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: .venv/developing  ## format, lint, types, floors, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 format: .venv/developing  ## mend what ruff can mend
 	$(BIN)/ruff format .
