@@ -386,7 +386,7 @@ def planted(
             suffix, content = next(kinds)
             (copy / path).write_bytes(content)
             raised += tracebacks(name, path, command)
-            shutil.rmtree(copy)
+            shutil.rmtree(copy.parent)  # with what the command wrote beside it
             shutil.rmtree(out, ignore_errors=True)
             assert not marker.exists(), (path, suffix, name)
     assert raised == []
