@@ -67,8 +67,11 @@ sys.exit(cli.main())
 def start(body: str, **options: object) -> "subprocess.Popen[str]":
     """Start a process whose command is `body`."""
     code = BEGIN.replace("BODY", body.strip().replace("\n", "\n    "))
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)  # type: ignore[call-overload]
+    given: dict[str, object] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    given |= {
+        "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    } | options  # the suite may run under nohup
+    return subprocess.Popen([sys.executable, "-c", code], text=True, **given)  # type: ignore[call-overload]
 
 
 def heard(started: "subprocess.Popen[str]", word: str = "ready") -> None:
