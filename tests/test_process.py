@@ -68,9 +68,7 @@ def start(body: str, **options: object) -> "subprocess.Popen[str]":
     """Start a process whose command is `body`."""
     code = BEGIN.replace("BODY", body.strip().replace("\n", "\n    "))
     given: dict[str, object] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    given |= {
-        "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    } | options  # the suite may run under nohup
+    given |= {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)} | options  # nohup ignores it
     return subprocess.Popen([sys.executable, "-c", code], text=True, **given)  # type: ignore[call-overload]
 
 
