@@ -7,12 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from pixmim.config import Model, Optim, Run
 from pixmim.data.pictures import limits
 
+settings.register_profile(
+    "pixmim",  # the same examples each time, and nothing that measures the machine
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("pixmim")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, here and in the processes that tests start
+torch.set_num_threads(1)
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

@@ -27,7 +27,7 @@ FORMS = [
     Form(), Form(1), Form(3, "uint16"), Form(1, "float32"), Form(13, "uint16"), Form(2, "uint8", "channels"),
     Form(3, "float32", "channels"),
 ]  # fmt: skip
-bounded = settings(derandomize=True, deadline=None, max_examples=60, database=None, phases=[Phase.generate])
+bounded = settings(max_examples=60, phases=[Phase.generate])
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -22,13 +22,7 @@ from pixmim.pretrained import open_model
 from pixmim.runfile import from_json, to_json
 from pixmim.weights.own import KEY
 
-FUZZ = settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+FUZZ = settings(max_examples=100)
 
 NUMBERS = st.one_of(
     st.integers(-3, 70), st.sampled_from([2**31, 2**63, 10**30, 1e308, -0.0, float("nan"), float("inf"), 0.5])

@@ -732,5 +732,5 @@ def test_an_image_without_end_is_refused_before_a_batch_is_made(
     encoder.check_batch(10)
     with pytest.raises(UserError, match="a batch of 11 images of 32x32 pixels"):
         encoder.check_batch(11)
-    with pytest.raises(UserError, match="at most 262,144 are allowed"):
+    with pytest.raises(UserError, match="more than the 262,144 allowed"):
         build_masker(tiny_run(size="4096"), 4)

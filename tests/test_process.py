@@ -298,7 +298,6 @@ def stuck_data(folder: Path, images: int, *args: object) -> "subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 120
     while not (folder / "stuck").exists():

@@ -154,7 +154,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.absolute()
     check_new(folder)
-    beside = folder.with_name(f"{folder.name[:100]}.{uuid.uuid4().hex}.tmp")
+    beside = _temporary(folder)
     beside.parent.mkdir(parents=True, exist_ok=True)
     beside.mkdir()
     try:

@@ -20,7 +20,7 @@ LIMIT = 2.0
 
 _MARGIN = 0.3  # of them, kept for a busy machine
 
-_WAKE = signal.SIGURG  # interrupts the system call of a thread, and is ignored by default
+_WAKE: int = getattr(signal, "SIGURG", 0)  # interrupts a thread's system call, and is ignored by default
 
 deferring: list[Callable[[int], bool]] = []
 """Functions that return True for a signal after which the process ends by itself, in its own time."""
@@ -86,7 +86,8 @@ def killable() -> Iterator[None]:
     if not _guarded or deferring or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in heeded()}
+    ending = [number for number in heeded() if exit_status(number) == 128 + number]  # what the system gives as well
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ending}
     try:
         yield
     finally:
@@ -114,7 +115,7 @@ class Guard:
         self._over = threading.Event()
 
     def __enter__(self) -> "Guard":
-        if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is not threading.main_thread() or not _WAKE:  # elsewhere there are no handlers
             return self
         self._hook = sys.unraisablehook
         self._read, self._write = os.pipe()

@@ -186,9 +186,6 @@ def _base(named: str) -> tuple[Run, str]:
         return Run(), ""
     if named.endswith(".json") or Path(named).is_file():
         run, text = _load(Path(named))
-        odd = [word for word in _words(asdict(run)) if printable(word) != word]
-        if odd and not made_here(text):  # the defaults that --help shows come from it
-            raise UserError(f"{named} holds control characters: {shown(odd[0])}")
         return replace(run, out=""), text
     return get_recipe(named), ""
 
@@ -207,7 +204,11 @@ def _load(path: Path) -> tuple[Run, str]:
     if not path.exists():
         raise UserError(f"there is no {path}")
     text = read_config_text(path)
-    return from_json(text, path), text
+    run = from_json(text, path)
+    odd = [word for word in _words(asdict(run)) if printable(word) != word]
+    if odd and not made_here(text):  # the defaults that --help shows come from it
+        raise UserError(f"{path} holds control characters: {shown(odd[0])}")
+    return run, text
 
 
 def _value_of(flag: str, args: list[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickletools import genops, markobject
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,6 +26,8 @@ MAX_FILES = 512
 """Most files that an index may name."""
 
 _MAX_TUPLE = 1_000_000
+
+_PICKLES = 5  # that torch wrote one after another before 1.6: what the file is, a model, and its storages' names
 
 MAX_TENSORS = 65_536
 MAX_NAME = 512
@@ -150,26 +152,28 @@ def _read_zip(path: Path) -> Any:
     torch reads zips by another library. Files of which the two could think differently are refused: with anything
     before, between or after the tables at the end, or with names that differ in case only.
     """
-    with open(open_regular(path), "rb", buffering=0) as raw, zipfile.ZipFile(_Capped(raw)) as archive:
-        entries = archive.infolist()
-        total, size = sum(entry.file_size for entry in entries), os.fstat(raw.fileno()).st_size
-        names = [entry.filename.casefold() for entry in entries]
-        if len(set(names)) < len(names) or any(
-            ".pkl" in name and not entry.filename.endswith("/data.pkl")
-            for name, entry in zip(names, entries, strict=True)
-        ):
-            raise ValueError("names that torch does not write")
+    with open(open_regular(path), "rb", buffering=0) as raw:
+        size = os.fstat(raw.fileno()).st_size
         _check_end(raw, size)
-        if total > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError(f"its parts would unpack to {total:,} bytes, and torch does not pack them")
-        for entry in entries:
-            if entry.filename.endswith(".pkl"):
-                del entry.CRC  # torch can be told to write none
-                _check_pickle(archive.read(entry), path)
+        with zipfile.ZipFile(_Capped(raw)) as archive:
+            entries = archive.infolist()
+            total = sum(entry.file_size for entry in entries)
+            names = [entry.filename.casefold() for entry in entries]
+            if len(set(names)) < len(names) or any(
+                ".pkl" in name and not entry.filename.endswith("/data.pkl")
+                for name, entry in zip(names, entries, strict=True)
+            ):
+                raise ValueError("names that torch does not write")
+            if total > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError(f"its parts would unpack to {total:,} bytes, and torch does not pack them")
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    del entry.CRC  # torch can be told to write none
+                    _check_pickle(archive.read(entry), path)
     return _unpickle(path, mmap=True)
 
 
-def _check_end(raw: IO[bytes], size: int) -> None:
+def _check_end(raw: io.FileIO, size: int) -> None:
     """Refuse a zip unless its table of contents ends where the record of that table begins, at the file's end."""
     end = size - 22
     raw.seek(max(0, end))
@@ -199,12 +203,20 @@ def _unpickle(source: "Path | io.BytesIO", mmap: bool) -> Any:
 
 
 def _check_pickle(data: bytes, path: Path) -> None:
-    """Refuse a pickle that would take memory or time without end. Reads its instructions, and carries out none."""
+    """Refuse pickles that would take memory or time without end. Reads their instructions, and carries out none."""
     if b"bytearray\n" in data:  # torch allows it: a few bytes would ask for all of the memory
         raise _refusal(path, "bytearray")
+    stream = io.BytesIO(data)
+    for _ in range(_PICKLES):
+        if stream.tell() < len(data):
+            _check_tuples(stream)
+
+
+def _check_tuples(stream: io.BytesIO) -> None:
+    """Read one pickle. Raises ValueError for a tuple that is nested without end, or a pickle that is none."""
     stack: list[int] = []  # of each object, how many a tuple holds in all its depth; of a mark, 0
     memo: dict[int, int] = {}
-    for code, argument, _ in genops(data):
+    for code, argument, _ in genops(stream):
         name = code.name
         if name in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo.get(int(argument or 0), 1))
@@ -215,7 +227,7 @@ def _check_pickle(data: bytes, path: Path) -> None:
             if markobject in code.stack_before:
                 while stack and (top := stack.pop()):
                     held.append(top)
-                if name in ("APPENDS", "SETITEMS", "ADDITEMS", "BUILD") and stack:
+                if name in ("APPENDS", "SETITEMS", "ADDITEMS") and stack:
                     stack.pop()
             size = 1 + sum(held) if name.startswith("TUPLE") else 1
             if size > _MAX_TUPLE:  # hashing it, as a key, would take years inside of compiled code
