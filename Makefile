@@ -6,7 +6,7 @@ BIN := .venv/bin
 # The labelled drawings that the demo's encoder is measured on.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-lowest check format bench clean
 
 demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, write runs/demo/report.html
 	rm -rf runs/demo
@@ -17,10 +17,20 @@ demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, w
 test: .venv/developing  ## the test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
+# With the oldest versions that pyproject.toml promises, and the Python of most rented GPU machines.
+test-lowest: LOWEST := .venv-lowest/bin/python
+test-lowest: PYTHON := python3.12
+test-lowest:  ## the test suite with the lowest versions that pyproject.toml allows, in an environment of its own
+	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
+	grep -o '"[A-Za-z_-]\+\(\[[^]]*\]\)\?>=[0-9.]*"' pyproject.toml | sed 's/"//g; s/\[[^]]*\]//; s/>=/==/' > .venv-lowest/constraints.txt
+	$(LOWEST) -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
+	$(LOWEST) -m pytest -n auto --maxprocesses 4
+
 check: .venv/developing  ## format, lint, types, floors, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
@@ -49,4 +59,4 @@ bench: .venv/developing  ## speed against named peers, interleaved in one proces
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

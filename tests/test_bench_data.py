@@ -164,8 +164,8 @@ def test_a_sample_is_the_same_each_time_and_near_where_that_counts() -> None:
 
     far = Subset(source, range(5000))
     far.pieces = np.full(50, 100)
-    far = _sample(far, 1e6)
-    assert len(set(far)) == 1024 and len({index // 100 for index in far}) == 11
+    taken = _sample(far, 1e6)
+    assert len(set(taken)) == 1024 and len({index // 100 for index in taken}) == 11
 
 
 def test_a_part_is_a_data_set(pictures: Path) -> None:

@@ -139,8 +139,8 @@ def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tm
     whole = {path: path.read_bytes() for path in folder.iterdir()}
     generator = np.random.default_rng(0)
     for _ in range(150):
-        for path, content in whole.items():
-            path.write_bytes(content)
+        for path, sound in whole.items():
+            path.write_bytes(sound)
         path = list(whole)[generator.integers(len(whole))]
         content = bytearray(whole[path])
         place = int(generator.integers(len(content)))

@@ -28,7 +28,7 @@ def reader(folder: Path, log: Path, pause: float) -> None:
     os._exit(0 if found.read(len(CONTENT), 0) == CONTENT else 1)
 
 
-def start(*arguments: object) -> multiprocessing.Process:
+def start(*arguments: object) -> multiprocessing.process.BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=reader, args=arguments)
     process.start()
     return process

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,8 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(SimpleHTTPRequestHandler):
+    server: Any
+
     def do_GET(self) -> None:
         name = self.path.rsplit("/", 1)[1]
         if "Range" in self.headers:
@@ -251,7 +254,7 @@ def test_the_bound_on_copies_is_kept(server: Server, served: Path, memory: Path)
     size = max(path.stat().st_size for path in (served / "shards").iterdir())
     open_data(f"{server.url}/shards")
     shutil.rmtree(memory / "copies")
-    data = open_data(f"{server.url}/shards", local_copy=2 * size / GIB)
+    data: Any = open_data(f"{server.url}/shards", local_copy=2 * size / GIB)
     server.asked.clear()
     for index in (0, 5, 9, 1, 4, 5, 8, 0, 11, 6, 2):
         assert int(data.image(index)[0, 0, 0]) == index
@@ -457,5 +460,5 @@ def test_near_and_far_do_not_mix(served: Path, server: Server) -> None:
 
 def test_few_files_stay_open(server: Server, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(far_module, "OPEN", 2)
-    data = open_data(f"{server.url}/shards")
+    data: Any = open_data(f"{server.url}/shards")
     assert colours(data) == list(range(12)) and isinstance(data._shelf, Far) and len(data._shelf._opened) == 2

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class Stopped(Interrupts):
         self.asked_for += 1
         return self.asked_for > Stopped.after  # asked once an update
 
-    def waiting(self, alone: bool = True) -> AbstractContextManager[None]:
+    def waiting(self, alone: bool = True) -> Any:
         return nullcontext()
 
 

@@ -5,6 +5,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,11 +62,11 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def colours(data: object) -> list[int]:
+def colours(data: Any) -> list[int]:
     return [int(data.image(i)[0, 0, 0]) for i in range(len(data))]
 
 
-def keys(data: object) -> list[str]:
+def keys(data: Any) -> list[str]:
     return [data.locate(i).rsplit(":", 1)[1] for i in range(len(data))]
 
 

@@ -60,7 +60,7 @@ def server() -> Iterator[Any]:
 
     with HTTPServer(("127.0.0.1", 0), Handler) as found:
         threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
-        found.asked, found.url = asked, f"http://127.0.0.1:{found.server_port}"
+        vars(found).update(asked=asked, url=f"http://127.0.0.1:{found.server_port}")
         yield found
         found.shutdown()
 
@@ -294,7 +294,7 @@ def test_a_bomb_in_a_zip_and_a_fifo_in_a_table(tmp_path: Path, monkeypatch: pyte
     os.mkfifo(given / "f.png")
     (given / "b.png").write_bytes(bytes(10**6))
     spec = cells(given, [{"bytes": None, "path": path} for path in ("zip://s.png::z.zip", "f.png", "b.png")])
-    data = open_data(spec)
+    data: Any = open_data(spec)
     assert len(data._file("zip://s.png::z.zip")) == 10**5 + 1
     for index, reason in ((0, "not a picture"), (1, "not a regular file"), (2, "allowed")):
         with pytest.raises(BadImage, match=reason):

@@ -219,7 +219,7 @@ def test_a_loop_that_waits_for_data_saves_the_last_complete_update(stopped: int,
             torch.optim.AdamW(net.parameters(), fused=True), None, scaling=False, device=torch.device("cpu")
         )
 
-        def feed():
+        def feed() -> Iterator[torch.Tensor]:
             for number in range(100):
                 if number == stop:
                     signal.raise_signal(signal.SIGTERM)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,8 @@ yarl = pytest.importorskip("yarl")
 
 class Handler(BaseHTTPRequestHandler):
     """Answers by the functions in `server.answers`, and with the files in `server.files`."""
+
+    server: Any
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
