@@ -43,7 +43,7 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Pa
     assert html.count("data:image/png;base64,") == 2 * 6 * 6  # runs, images, columns
     for text in (
         "linear probe",
-        "k-NN, mean of patch tokens",
+        "k-NN (k = 20), mean of patch tokens",
         "95 % interval",
         "target.kind",
         "Training loss",
@@ -61,9 +61,14 @@ def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None
         table = results_table(runs, width)
         assert [str(column.header) for column in table.columns] == ["", "one", "two, untrained"]
         cells = [list(map(str, column.cells)) for column in table.columns]
-        assert cells[0] == ["k-NN, mean of patch tokens", "k-NN, class token", "linear probe"]
-        assert "-" not in cells[1] and [text == "-" for text in cells[2]] == [False, False, True]
-        assert all((" to " in str(text)) == interval for text in cells[1])  # where the interval fits
+        knn = [f"k-NN (k = {k}), {what}" for what in ("mean of patch tokens", "class token") for k in (1, 20)]
+        knn = [name + more for i in (0, 2) for more in ("", ", balanced") for name in knn[i : i + 2]]
+        assert cells[0] == ["majority (always the largest class)", *knn, "linear probe", "linear probe, balanced"]
+        assert "-" not in cells[1] and [text == "-" for text in cells[2]] == [False] * 9 + [True] * 2
+        top1 = [
+            text for name, text in zip(cells[0], cells[1], strict=True) if not name.endswith(("balanced", "class)"))
+        ]
+        assert len(top1) == 5 and all((" to " in text) == interval for text in top1)  # where the interval fits
 
 
 def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: list[Path], tmp_path: Path) -> None:

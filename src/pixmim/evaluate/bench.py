@@ -13,7 +13,7 @@ from pixmim.data import open_data
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.evaluate.encoder import Encoder
-from pixmim.evaluate.features import Frozen, account, freeze
+from pixmim.evaluate.features import Frozen, account, check_finite, freeze
 from pixmim.trust import inside
 
 T = TypeVar("T")
@@ -51,7 +51,9 @@ class Bench:
 
         def make() -> Frozen:
             data = self.data(spec)
-            return freeze(self.encoder, data, self.skipped(data), console=self.console)
+            found = freeze(self.encoder, data, self.skipped(data), console=self.console)
+            check_finite(found.mean, f"features of {spec}")
+            return found
 
         return self.once(("features", spec), make)
 
