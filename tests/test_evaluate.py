@@ -207,6 +207,11 @@ def test_the_first_lines_tell_classes_and_what_is_the_same(sets: Callable[..., s
     assert "warning" not in said("shapes:count=30", "shapes:count=20,seed=1")
 
 
+def test_labels_hold_as_many_stars_as_their_keys() -> None:
+    shown = [item for protocol in PROTOCOLS.values() for item in [*protocol.shown.items(), *protocol.each.items()]]
+    assert [key for key, title in shown if key.count("*") != title.count("*")] == []
+
+
 def test_rows_of_other_settings_have_other_labels() -> None:
     def result(values: dict[str, float], name: str = "linear", **settings: object) -> dict[str, Any]:
         settings = {"train": "/a", "test": "/b", **settings}

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 from threading import Lock
 
@@ -25,12 +26,15 @@ class Skipped:
     total     images in the data set
     max_share  more than this share of unreadable images raises UserError
     rule       who decided on that share, as the error says it
+
+    `kinds` counts the reasons, each up to its first colon.
     """
 
     def __init__(self, path: Path | None, total: int, max_share: float, rule: str = "that --max-bad allows") -> None:
         self._path, self._max_share, self._rule = path, max_share, rule
         self._seen = np.zeros(total, bool)
         self._bad: dict[int, str] = {}
+        self.kinds: Counter[str] = Counter()
         self._lock = Lock()
         self._written: set[str] = set()
         if path is not None and path.exists():
@@ -52,6 +56,7 @@ class Skipped:
             if index in self._bad:
                 return
             self._bad[index] = f"{image}: {reason}"
+            self.kinds[reason.split(": ")[0]] += 1
             self._seen[index] = True
             if self._path is not None and csv_cell(image) not in self._written:
                 _append(self._path, [[image, " ".join(reason.split())]])

@@ -25,7 +25,7 @@ from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.encoder import Encoder
 from pixmim.evaluate.features import check_finite, numbers_among
 from pixmim.metrics import recalls, wilson_interval
-from pixmim.terminal import say
+from pixmim.terminal import label, say
 from pixmim.transforms import evaluation_crop
 
 _LISTED = 12  # classes named in a line
@@ -106,9 +106,9 @@ def check_several(spec: str, names: Sequence[str]) -> None:
 def shares(names: Sequence[str], counts: Sequence[int]) -> str:
     """Return "3 classes: a 50.0 %, b 30.0 %, c 20.0 %", the largest first; of very many, some."""
     total, order = max(1, sum(counts)), sorted(range(len(names)), key=lambda i: -counts[i])
-    listed = [f"{names[i]} {100 * counts[i] / total:.1f} %" for i in islice(order, _LISTED)]
+    listed = [f"{label(names[i])} {100 * counts[i] / total:.1f} %" for i in islice(order, _LISTED)]
     if len(names) > _LISTED:
-        listed.append(f"... {names[order[-1]]} {100 * counts[order[-1]] / total:.2g} %")
+        listed.append(f"... {label(names[order[-1]])} {100 * counts[order[-1]] / total:.2g} %")
     return f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {', '.join(listed)}"
 
 

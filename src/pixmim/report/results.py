@@ -180,15 +180,16 @@ def compare(models: list[Measured]) -> Comparison:
 
 
 def _marks(settings: list[dict[str, Any]]) -> list[str]:
-    """What tells each of several settings from the others, in words; the test data stand in a column of their own."""
+    """What tells each of several settings from others of the same test data, in words."""
+    alike: dict[str, list[dict[str, Any]]] = {}
     flat = [{**each, **(each["changes"] if isinstance(each.get("changes"), dict) else {})} for each in settings]
-    names = [
-        name for name in dict.fromkeys(n for each in flat for n in each) if name not in ("changes", "test", "data")
-    ]
-    differ = [name for name in names if len({json.dumps(each.get(name)) for each in flat}) > 1]
-    return [
-        "".join(f", {n} {label(str(each[n]))}" for n in differ if each.get(n) not in (None, "", [])) for each in flat
-    ]
+    for each in flat:
+        alike.setdefault(_data(each), []).append(each)
+    marks = []
+    for each in flat:
+        names = [n for n in each if n != "changes" and any(other.get(n) != each[n] for other in alike[_data(each)])]
+        marks.append("".join(f", {n} {label(str(each[n]))}" for n in names if each[n] not in (None, "", [])))
+    return marks
 
 
 def _filled(title: str, words: tuple[str, ...]) -> str:
