@@ -30,7 +30,7 @@ from pixmim.evaluate.results import Result, save
 from pixmim.metrics import wilson_interval
 from pixmim.parts import build_model
 from pixmim.protocols import PROTOCOLS, All
-from pixmim.report.results import Measured, compare
+from pixmim.report.results import Measured, circumstances, compare
 from pixmim.runfile import to_json
 from pixmim.transforms import evaluation_crop
 from pixmim.weights.own import save_tensors
@@ -63,6 +63,8 @@ def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
     apart = dict(knn(frozen(90, apart=30), frozen(60, apart=30, seed=1)))
     assert {apart[f"k{k}/{name}/top1"] for k in (1, 20) for name in ("mean", "cls")} == {100}
     noise = dict(knn(frozen(900), frozen(600, seed=1)))
+    with pytest.raises(UserError, match="--k takes numbers of neighbours from 1 on, such as 1 20, not 5 0"):
+        dict(knn(frozen(9), frozen(9), (5, 0)))
     assert noise["k20/mean/top1/low"] < 100 / 3 < noise["k20/mean/top1/high"]
 
 
@@ -234,6 +236,11 @@ def test_rows_of_other_settings_have_other_labels() -> None:
         ("linear probe, epochs 10, train /a", 1.0),
         ("linear probe, epochs 100, train /a", 2.0),
         ("linear probe, epochs 100, train /c", 3.0),
+    ]
+    assert circumstances(runs)[:3] == [
+        "/b, epochs 10, train /a",
+        "/b, epochs 100, train /a",
+        "/b, epochs 100, train /c",
     ]
     assert [row.label for row in found.each] == ["recall, linear probe: a, epochs 10, train /a", "IoU: sky"]
 

@@ -348,6 +348,18 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     assert found["head/shape"] == 50 and found["head/texture"] == 25
     assert found["head/category/cat/shape_bias"] == 50 and found["head/category/elephant/shape_bias"] == 100
     assert math.isnan(found["head/category/truck/shape_bias"])
+    order = torch.arange(1000).flip(0)
+
+    class Flipped(Reds):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)[:, order]
+
+    flipped = bench_of(tiny_run(), tmp_path, Flipped())
+    flipped.encoder = replace(flipped.encoder, names=tuple(reversed(imagenet.wnids())))  # its outputs, by its own names
+    assert dict(shape_bias.measure(flipped, ShapeBias(str(root)))) == pytest.approx(found, nan_ok=True)
+    flipped.encoder = replace(flipped.encoder, names=tuple(f"class {i}" for i in range(1000)))
+    with pytest.raises(UserError, match="ImageNet's classes by their WordNet ids, and one here is 'class 0'"):
+        dict(shape_bias.measure(flipped, ShapeBias(str(root))))
     (picture,) = bench.pictures.values()
     assert picture.width > 300
     for name, message in (
@@ -373,12 +385,16 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     textural = dict(shape_bias.measure(bench, settings))
     assert textural["probe/shape_bias"] < 40 and textural["probe/texture"] > 20
     assert bench.pictures
+    each = [value for name, value in textural.items() if name.endswith("/shape_bias") and "/category/" in name]
+    known = [value for value in each if value == value]  # of a category none of whose answers names a cue there is none
+    assert textural["probe/balanced"] == pytest.approx(sum(known) / len(known))
 
     train = open_data("shapes:count=500,size=32")
     stimuli = open_data("shapes:count=200,size=32,texture=conflict,seed=2")
     assert isinstance(train, Shapes) and isinstance(stimuli, Shapes)
     known, asked = freeze(bench.encoder, train), freeze(bench.encoder, stimuli)
     shapes, textures = shape_bias.cues(stimuli, known.classes)
+    assert textural["probe/majority"] == pytest.approx(100 * max(torch.bincount(shapes).tolist()) / 200)
     biases = [
         shape_decisions(choose(replace(known, labels=labels), epochs=20).scores(asked).argmax(dim=1), shapes, textures)[
             2

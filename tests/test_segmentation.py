@@ -194,11 +194,11 @@ def test_what_makes_no_pair_is_named(tmp_path: Path) -> None:
     assert "mode RGB" in said["colour"] and "cannot be read" in said["broken"]
     skipped = Skipped(tmp_path / "skipped.csv", len(pairs), 1.0)
     assert [index for index, _ in one_by_one(pairs, skipped, threads=2)] == [6] and len(skipped) == 6
-    assert dict(skipped.kinds) == {
-        "there is no mask": 1,
-        "its mask is of another size": 1,
-        "its mask holds a value that is no class": 2,
-        "its mask cannot be read": 2,
+    assert set(skipped.reasons.split("; ")) == {
+        "1 x there is no mask",
+        "1 x its mask is of another size",
+        "2 x its mask holds a value that is no class",
+        "2 x its mask cannot be read",
     }
 
 
@@ -260,7 +260,7 @@ def test_binary_masks_in_ade20ks_layout_and_names_without_pixels(tmp_path: Path)
     console = Console(file=io.StringIO(), width=500)
     check_masks(train, Skipped(None, 5, 0.25), "train", console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "train masks: 4 of 3 classes: road 50.0 %, car 50.0 %, rider 0.0 %" in said
+    assert "train masks: 4 images of 3 classes: road 50.0 %, car 50.0 %, rider 0.0 %" in said
     assert "1 of 5 pairs are left out: 1 x there is no mask" in said
     assert "warning: 1 classes without a pixel, they cannot be learned: rider" in said
     for name in "de":

@@ -26,15 +26,13 @@ class Skipped:
     total     images in the data set
     max_share  more than this share of unreadable images raises UserError
     rule       who decided on that share, as the error says it
-
-    `kinds` counts the reasons, each up to its first colon.
     """
 
     def __init__(self, path: Path | None, total: int, max_share: float, rule: str = "that --max-bad allows") -> None:
         self._path, self._max_share, self._rule = path, max_share, rule
         self._seen = np.zeros(total, bool)
         self._bad: dict[int, str] = {}
-        self.kinds: Counter[str] = Counter()
+        self._kinds: Counter[str] = Counter()
         self._lock = Lock()
         self._written: set[str] = set()
         if path is not None and path.exists():
@@ -56,7 +54,7 @@ class Skipped:
             if index in self._bad:
                 return
             self._bad[index] = f"{image}: {reason}"
-            self.kinds[reason.split(": ")[0]] += 1
+            self._kinds[reason.split(": ")[0]] += 1
             self._seen[index] = True
             if self._path is not None and csv_cell(image) not in self._written:
                 _append(self._path, [[image, " ".join(reason.split())]])
@@ -64,6 +62,11 @@ class Skipped:
             seen = np.count_nonzero(self._seen)
             if seen >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * seen:
                 raise self.too_many()
+
+    @property
+    def reasons(self) -> str:
+        """Reasons with how many images each has, in a line: what stands before the first colon of each."""
+        return "; ".join(f"{count:,} x {kind}" for kind, count in self._kinds.most_common(20))
 
     def too_many(self) -> UserError:
         """The error that ends the run, with a few of the reasons."""

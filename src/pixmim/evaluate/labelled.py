@@ -72,10 +72,13 @@ def check_labelled(train: Source, test: Source, console: Console | None = None) 
     labels, wanted = (torch.from_numpy(cast(np.ndarray, data.labels)) for data in (train, test))
     for what, line in zip(("train", "test"), lines, strict=True):
         say(out, f"{what} data: {line}")
-    warn_shared(train, test, out)
+    if not out.quiet:
+        warn_shared(train, test, out)
     wanted = number[wanted]
-    for place in sorted(set(wanted.tolist()) - set(labels.tolist())):
-        raise UserError(f"the train data {train.spec} have no image of the class '{train.classes[place]}' of the test")
+    without = sorted(set(wanted.tolist()) - set(labels.tolist()))
+    if without:
+        some = ", ".join(label(train.classes[place]) for place in without[:6]) + (", ..." if len(without) > 6 else "")
+        say(out, f"warning: the train data have no image of {len(without)} test classes, whose recall is 0: {some}")
     return Labelled(train, test, labels, wanted, train.classes)
 
 
@@ -160,13 +163,13 @@ def _places(data: Source, each: bool) -> Iterator[object]:
 
 
 def _lengths(data: Source) -> list[int]:
-    """The bytes of each image's file; 0 where that is not known."""
+    """The bytes of each image's file; 0 where that is not known, or it is not on this machine."""
     if not isinstance(data, Placed):
         return []
     found = []
     for file, _, length in map(data.extent, range(len(data))):
         try:
-            found.append(length or os.stat(file).st_size)
+            found.append(0 if "://" in file else length or os.stat(file).st_size)
         except (OSError, ValueError):
             found.append(0)
     return found

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from pixmim.parts import image_form
 from pixmim.pretrained import open_model
 from pixmim.report.figures import Picture, curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
-from pixmim.report.results import Measured, compare, read_results, table
+from pixmim.report.results import Measured, circumstances, compare, read_results, table
 from pixmim.targets import in_bins
 from pixmim.terminal import label, printable_lines
 from pixmim.trust import closed, inside, refusal
@@ -236,7 +237,12 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
     kinds: list[tuple[dict[str, str], str, str, Callable[[Run], str]]] = [
         ({"loss": ""}, "loss", f"Training loss. {compares}", lambda run: run.data),
         (_knn("top1"), "k-NN top-1 (%)", "k-NN accuracy while training, mean of patch tokens.", _measured_on),
-        (_knn("balanced"), "k-NN balanced (%)", "The same with each class counting the same.", _measured_on),
+        (
+            _knn("balanced"),
+            "k-NN balanced (%)",
+            "k-NN accuracy while training, each class counting the same.",
+            _measured_on,
+        ),
         ({"lr": ""}, "learning rate", "Learning rate.", lambda run: ""),
         ({"images_per_s": ""}, "images/s", "Throughput.", lambda run: ""),
     ]
@@ -267,9 +273,13 @@ def _measured_on(run: Run) -> str:
 
 def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -> Iterator[tuple[str, str]]:
     """(caption, picture as a data URL) of what evaluations drew."""
-    named = [(result["encoder"], *item) for result in results for item in result["pictures"].items()]
-    left = _MAX_PIXELS
-    for encoder, caption, file in named[:_MAX_PICTURES]:
+    named = [
+        (result["encoder"], where, *item)
+        for result, where in zip(results, circumstances(results), strict=True)
+        for item in result["pictures"].items()
+    ]
+    left, count = _MAX_PIXELS, Counter((encoder, caption) for encoder, _, caption, _ in named)
+    for encoder, where, caption, file in named[:_MAX_PICTURES]:
         try:
             if Path(file).name != file:
                 raise UserError(f"'{file}' is not the name of a file in {folder / 'evaluations'}")
@@ -277,7 +287,10 @@ def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -
             if path.exists():
                 picture = _picture(path, left)
                 left -= picture.shape[0] * picture.shape[1]
-                yield f"{name}, {encoder}: {caption}", png(picture)
+                yield (
+                    f"{name}, {encoder}: {caption}{f' ({where})' if count[encoder, caption] > 1 else ''}",
+                    png(picture),
+                )
         except (UserError, OSError, BadImage) as error:
             warn(f"a picture of {name} is left out: {error}")
     if len(named) > _MAX_PICTURES:

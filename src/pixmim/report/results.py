@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,16 @@ def compare(models: list[Measured]) -> Comparison:
     return _narrowed(columns, [row for same in found.values() for row in same])
 
 
+def circumstances(results: list[dict[str, Any]]) -> list[str]:
+    """Return what each result was measured on, and what tells its settings from others of the same evaluation."""
+    found = [""] * len(results)
+    for name in {result["evaluation"] for result in results}:
+        mine = [i for i, result in enumerate(results) if result["evaluation"] == name]
+        for i, mark in zip(mine, _marks([results[i]["settings"] for i in mine]), strict=True):
+            found[i] = label(_data(results[i]["settings"]) + mark, _LONGEST)
+    return found
+
+
 def _marks(settings: list[dict[str, Any]]) -> list[str]:
     """What tells each of several settings from others of the same test data, in words."""
     alike: dict[str, list[dict[str, Any]]] = {}
@@ -187,7 +198,9 @@ def _marks(settings: list[dict[str, Any]]) -> list[str]:
         alike.setdefault(_data(each), []).append(each)
     marks = []
     for each in flat:
-        names = [n for n in each if n != "changes" and any(other.get(n) != each[n] for other in alike[_data(each)])]
+        names = [
+            n for n in sorted(each) if n != "changes" and any(other.get(n) != each[n] for other in alike[_data(each)])
+        ]
         marks.append("".join(f", {n} {label(str(each[n]))}" for n in names if each[n] not in (None, "", [])))
     return marks
 
@@ -247,8 +260,13 @@ def _key(result: dict[str, Any]) -> str:
 
 def _matched(key: str, shown: str) -> tuple[str, ...] | None:
     """What the stars of a pattern stand for in a key; None if it does not match."""
-    found = re.fullmatch("(.+?)".join(map(re.escape, shown.split("*"))), key, re.DOTALL)
+    found = _pattern(shown).fullmatch(key)
     return found.groups() if found else None
+
+
+@cache
+def _pattern(shown: str) -> re.Pattern[str]:
+    return re.compile("(.+?)".join(map(re.escape, shown.split("*"))), re.DOTALL)
 
 
 def _cell(result: dict[str, Any], key: str, unit: str) -> Cell | None:

@@ -65,6 +65,7 @@ def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterR
             except BadImage as error:
                 skipped.add(index, test.images.locate(index), str(error))
                 continue
+            skipped.passed(index)
             view = fitted(size, settings.size)
             shown = picture(image, view, encoder.mean.tolist())[None].to(encoder.device)
             (found,) = detect(model, finish(shown, None, encoder.mean, encoder.std))

@@ -159,6 +159,8 @@ def _coco(spec: str, file: Path, root: Path, form: Form, flag: str) -> Annotated
         if twin is not one and (twin.mask, twin.crowd) == (one.mask, one.crowd):
             problems.add("objects are listed twice", name, "the second is left out")
             continue
+        if one.crowd:
+            problems.add("objects are crowds", name, "neither learned nor measured")
         found[index].append(one)
 
     if problems.broken > len(annotations) / 4:

@@ -87,10 +87,9 @@ def check_masks(pairs: Pairs, skipped: Skipped, what: str, console: Console) -> 
             advance(index + 1)
     found, ignored = counts[: len(pairs.classes)].tolist(), int(counts[IGNORE])
     share = f"; {100 * ignored / int(counts.sum()):.1f} % of the pixels do not count" if ignored else ""
-    say(console, f"{what} masks: {len(pairs) - len(skipped):,} of {shares(pairs.classes, found)}{share}")
-    if skipped.kinds:
-        reasons = "; ".join(f"{count:,} x {kind}" for kind, count in skipped.kinds.most_common())
-        say(console, f"  {len(skipped):,} of {len(pairs):,} pairs are left out: {reasons}")
+    say(console, f"{what} masks: {len(pairs) - len(skipped):,} images of {shares(pairs.classes, found)}{share}")
+    if len(skipped):
+        say(console, f"  {len(skipped):,} of {len(pairs):,} pairs are left out: {skipped.reasons}")
     there = [name for name, count in zip(pairs.classes, found, strict=True) if count]
     if len(there) < 2:
         held = f" They hold {pairs.values()}." if pairs.values is not None else ""
