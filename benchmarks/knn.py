@@ -31,7 +31,7 @@ def main() -> None:
 
     voters, labels, asked = features(options.voters, options.asked)
     before, began = peak(), clock()  # first, before anything else could raise the peak
-    classify(voters, labels, asked, CLASSES, K, TEMPERATURE)
+    classify(voters, labels, asked, CLASSES, (K,), TEMPERATURE)[K]
     seconds, grown = clock() - began, peak() - before
     minutes = seconds / 60 * IMAGENET[0] * IMAGENET[1] / (len(voters) * len(asked))
     print(f"{len(asked):,} against {len(voters):,}: {seconds:.1f} s; memory grew by {grown:.0f} MiB")
@@ -41,12 +41,12 @@ def main() -> None:
     times = interleaved(
         {
             "one matrix": lambda: at_once(voters, labels, asked),
-            "pixmim": lambda: classify(voters, labels, asked, CLASSES, K, TEMPERATURE),
+            "pixmim": lambda: classify(voters, labels, asked, CLASSES, (K,), TEMPERATURE)[K],
         },
         options.rounds,
         clock=clock,
     )
-    same = (at_once(voters, labels, asked) == classify(voters, labels, asked, CLASSES, K)).double().mean()
+    same = (at_once(voters, labels, asked) == classify(voters, labels, asked, CLASSES, (K,))[K]).double().mean()
     print(
         f"{len(asked):,} against {len(voters):,}, median of {options.rounds}; {float(same):.2%} of answers are the same"
     )

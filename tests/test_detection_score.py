@@ -1,7 +1,10 @@
 """COCO's average precision against a slow formula, and the files it is measured on."""
 
+import io
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 pytest.importorskip("faster_coco_eval")
 
 from pixmim.data.source import COLOUR, BadImage
 from pixmim.errors import UserError
+from pixmim.evaluate.detection import _masks, _only_masked, _tell
 from pixmim.evaluate.detection.data import Objects, open_annotated
 from pixmim.evaluate.detection.feed import fitted, jitter, picture, read, target
 from pixmim.evaluate.detection.masks import around, bitmap, packed
 from pixmim.evaluate.detection.score import Found, Tally
+from pixmim.protocols import Detection
 
 SIDE = 40
 Image_ = tuple[Objects, Found]
@@ -194,12 +200,12 @@ def test_what_is_wrong_with_a_coco_file_is_named(coco_set: Path) -> None:
             open_annotated(str(file), "", COLOUR)
 
     fails("lacks 'annotations'", annotations=None)
-    fails("number 0 of its annotations lacks 'bbox'", annotations=[{"image_id": 7, "category_id": 2}])
     fails("number 0 of its images lacks 'height'", images=[{"id": 7, "file_name": "7.png"}])
-    fails("annotation 0 has category_id 4, which", annotations=[annotation(category_id=4)])
-    fails("annotation 0 has image_id 9, which", annotations=[annotation(image_id=9)])
-    fails("has the bbox", annotations=[annotation(bbox=[1, 2, 3])])
-    fails("has a mask of", annotations=[annotation(segmentation={"size": [4, 4], "counts": [16]})])
+    image = whole["images"][0]
+    fails("two images have the id 7: 7.png and 3.png", images=[image, image | {"file_name": "3.png"}])
+    fails("two categories have the id 2: 'a' and 'b'", categories=[{"id": 2, "name": name} for name in "ab"])
+    gone = [image, *({"id": i, "file_name": f"{i}.jpg", "height": 20, "width": 30} for i in (3, 5))]
+    fails(r"2 of the 3 images .* are not in .*few, such as 3.jpg: .* as --train-images FOLDER", images=gone)
     fails("names no images", images=[], annotations=[])
     file.write_text("{")
     with pytest.raises(UserError, match="no JSON"):
@@ -207,8 +213,8 @@ def test_what_is_wrong_with_a_coco_file_is_named(coco_set: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: No such file"):
         open_annotated(str(coco_set / "none.json"), "", COLOUR)
     file.write_text(json.dumps(whole))
-    with pytest.raises(UserError, match=r"should be in .*nowhere"):
-        open_annotated(str(file), str(coco_set / "nowhere"), COLOUR)
+    with pytest.raises(UserError, match=r"should be in .*nowhere, .*: name it as --test-images FOLDER"):
+        open_annotated(str(file), str(coco_set / "nowhere"), COLOUR, "--test-images")
     Image.new("RGB", (20, 30)).save(coco_set / "few" / "3.png")
     data = open_annotated(str(file), str(coco_set / "few"), COLOUR)
     with pytest.raises(BadImage, match="30x20 pixels, and its boxes were made for 20x30"):
@@ -218,14 +224,104 @@ def test_what_is_wrong_with_a_coco_file_is_named(coco_set: Path) -> None:
         read(data, 1)
 
 
-def test_objects_without_masks_leave_boxes_alone(coco_set: Path) -> None:
+SPUR = [2, 2, 12, 2, 7, 2]
+RUNS = {"size": [20, 30], "counts": [0, 20, 580]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "masked"),
+    [
+        ({"image_id": 9}, "1 annotations have a image_id that the file does not list: left out", None),
+        ({"image_id": [7]}, "annotations have a image_id that the file does not list", None),
+        ({"category_id": 4}, "1 annotations have a category_id that the file does not list: left out", None),
+        ({"category_id": None}, "annotations have a category_id", None),
+        ({"bbox": [1, 2, 3]}, "1 annotations have a bbox that is not four numbers: left out", None),
+        ({"bbox": [1, 2, math.nan, 3]}, "bbox that is not four numbers", None),
+        ({"bbox": [40, 1, 5, 5]}, "1 boxes are empty, or outside their image: left out", None),
+        ({"bbox": [4, 4, -2, 5]}, "1 boxes are empty, or outside their image: left out", None),
+        ({"bbox": [-5, 4, 15, 40]}, "1 boxes reach beyond their image: cut", True),
+        ({"area": "large"}, "1 areas are not numbers from 0 on: the box's is taken", True),
+        ({"id": 1}, "1 annotations have the id of another one: all are used", True),
+        ({"bbox": [2, 2, 10, 10]}, "1 objects are listed twice: the second is left out", None),
+        ({"segmentation": None}, "", False),
+        ({"segmentation": []}, "", False),
+        ({"segmentation": "x"}, "1 masks are neither polygons nor a run-length code: no mask", False),
+        ({"segmentation": [[2, 2, 12, 12]]}, "1 masks have a polygon of fewer than three corners", False),
+        ({"segmentation": [SPUR]}, "1 masks have a polygon without an area: no mask", False),
+        ({"segmentation": [[1, 1, 9, 1, 9, 9], SPUR]}, "without an area: a part is left out", True),
+        ({"segmentation": [[2, 2, "x", 2, 7, 9]]}, "1 masks have a polygon that is not of numbers: no mask", False),
+        ({"segmentation": [[2, 2, 1e6, 2, 7, 9]]}, "that reaches 10 times as far as its image: no mask", False),
+        ({"segmentation": {"size": [4, 4], "counts": [16]}}, "1 masks are of another size than their image", False),
+        ({"segmentation": {"size": [20, 30], "counts": [600]}}, "1 masks have no pixel: no mask", False),
+        ({"segmentation": {"size": [20, 30], "counts": [3, 4]}}, "counts that are not those of their pixels", False),
+        ({"segmentation": {"size": [20, 30]}}, "1 masks have no counts that can be read: no mask", False),
+        ({"segmentation": {"size": [20, 30], "counts": "oh no"}}, "masks have", False),
+        ({"segmentation": RUNS}, "", True),
+    ],
+)
+def test_one_odd_annotation_is_counted_and_costs_itself(
+    changes: dict[str, Any], said: str, masked: bool | None, coco_set: Path
+) -> None:
+    """Told with the first one's id and what follows. masked: whether it is an object with a mask; None: no object."""
+    file = coco_set / "annotations" / "instances_few.json"
+    good, odd = annotation(), {**annotation(), "id": 17, "bbox": [3, 3, 9, 9], **changes}
+    more = [annotation(id=i, image_id=3, bbox=[i, 2, 10, 10]) for i in (2, 3)]
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"annotations": [good, *more, odd]}))
+    data = open_annotated(str(file), "", COLOUR)
+    assert said in data.about and len(data.about.splitlines()) == bool(said)
+    assert not said or f"(the first is annotation {odd['id']})" in data.about
+    assert sum(data.counts) == 3 + (masked is not None)
+    assert data.unmasked == ["annotation 17"] * (masked is False)
+    masks = data.objects(0).masks
+    assert [mask is None for mask in masks] == [False, *[not masked] * (masked is not None)]
+    for mask in masks:
+        assert mask is None or bitmap(mask, (20, 30)).any()
+    file.write_text(json.dumps(content | {"annotations": [good, *[odd | {"id": i} for i in (17, 18)]]}))
+    if "annotations have a" in said or "masks have" in said:
+        with pytest.raises(UserError, match=f"more than a quarter of its 3 annotations are broken:\n2 .*{said[2:40]}"):
+            open_annotated(str(file), "", COLOUR)
+
+
+def test_one_object_without_a_mask_leaves_masks_to_be_learned(coco_set: Path) -> None:
     file = coco_set / "annotations" / "instances_few.json"
     content = json.loads(file.read_text())
-    del content["annotations"][0]["segmentation"]
-    file.write_text(json.dumps(content))
-    data = open_annotated(str(file), "", COLOUR)
-    assert not data.masks and data.objects(0).masks == []
-    assert "masks" not in target(data.objects(0), fitted((20, 30), 60), masks=False)
+    odd = annotation(id=5, bbox=[3, 3, 9, 9], segmentation=None)
+    most = [annotation(id=2), annotation(id=3, image_id=3), odd]
+    few = [annotation(id=2), odd, odd | {"id": 6, "image_id": 3}]
+    for annotations, masks, expected, words in (
+        (most, "auto", True, "1 of the 3 objects .* usable mask .*annotation 5.*: these are treated as crowds"),
+        (few, "auto", False, "2 of the 3 objects .* usable mask .*annotation 5.*: --masks yes learns the masks of"),
+        (few, "yes", True, "these are treated as crowds"),
+        (few, "no", False, "boxes only"),
+        ([odd], "auto", False, "1 of the 1 objects .* usable mask"),
+    ):
+        file.write_text(json.dumps(content | {"annotations": annotations}))
+        data = open_annotated(str(file), "", COLOUR)
+        console = Console(file=io.StringIO(), width=500)
+        settings = Detection(masks=masks)  # type: ignore[arg-type]
+        assert _masks(settings, data, data, console) == expected
+        assert re.search(words, console.file.getvalue())  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="--masks yes, but no object of"):
+        _masks(Detection(masks="yes"), data, data, console)
+    file.write_text(json.dumps(content | {"annotations": most}))
+    data = _only_masked(open_annotated(str(file), "", COLOUR))
+    assert data.objects(0).crowd.tolist() == [False, True]
+    assert len(target(data.objects(0), fitted((20, 30), 60), masks=True)["masks"]) == 1
+
+
+def test_first_lines_tell_classes_and_what_is_left_out(coco_set: Path) -> None:
+    file = coco_set / "annotations" / "instances_few.json"
+    data, console = open_annotated(str(file), "", COLOUR), Console(file=io.StringIO(), width=500)
+    _tell(data, replace(data, counts=[1, 0]), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "train data: 2 objects in 3 images of 2 classes: bicycle 50.0 %, tooth 50.0 %" in said
+    assert "  2 boxes are empty, or outside their image: left out" in said
+    assert "warning: all 3 test images" in said
+    _tell(replace(data, counts=[0, 1]), data, console)
+    assert "warning: 1 test classes have no train object, and an AP of 0: bicycle" in console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="has no object to be found"):
+        _tell(data, replace(data, counts=[0, 0]), console)
 
 
 @pytest.mark.parametrize("numbers", [(0.0, 0.5, 0.5), (0.4, 0.1, 0.9), (0.99, 0.7, 0.2)])

@@ -1,14 +1,19 @@
 """k-NN, the linear probe and their numbers against slow forms and closed ones."""
 
+import io
 import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch.nn import functional as F
 
 from pixmim.config import Run
@@ -19,11 +24,13 @@ from pixmim.evaluate import EVALUATIONS, evaluate, knn_watch, side_by_side
 from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import classify, knn
+from pixmim.evaluate.labelled import check_labelled, majority, rated, tally
 from pixmim.evaluate.linear import RATES, choose, fit, graded, standardise
 from pixmim.evaluate.results import Result, save
 from pixmim.metrics import wilson_interval
 from pixmim.parts import build_model
 from pixmim.protocols import PROTOCOLS, All
+from pixmim.report.results import Measured, circumstances, compare
 from pixmim.runfile import to_json
 from pixmim.transforms import evaluation_crop
 from pixmim.weights.own import save_tensors
@@ -40,22 +47,25 @@ def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: l
     return Frozen(mean[:, None].repeat(1, 4, 1), mean, labels, names or [f"class {i}" for i in range(classes)])
 
 
-@pytest.mark.parametrize("k", [1, 5, 20, 100])
-def test_knn_against_a_loop(k: int) -> None:
+def test_knn_against_a_loop() -> None:
+    """Several k in one pass; the last is more than there are voters."""
     train, test = frozen(60, apart=1), frozen(40, apart=1, seed=1)
-    answers = classify(train.mean, train.labels, test.mean, 3, k=k, rows=7, block=16)
+    answers = classify(train.mean, train.labels, test.mean, 3, k=(1, 5, 20, 100), rows=7, block=16)
     for i in range(40):
         similar = [float(F.cosine_similarity(test.mean[i], voter, dim=0)) for voter in train.mean]
-        first = sorted(range(60), key=lambda j: -similar[j])[:k]
-        votes = [sum(math.exp(similar[j] / 0.07) for j in first if train.labels[j] == c) for c in range(3)]
-        assert int(answers[i]) == votes.index(max(votes))
+        for k, answer in answers.items():
+            first = sorted(range(60), key=lambda j: -similar[j])[:k]
+            votes = [sum(math.exp(similar[j] / 0.07) for j in first if train.labels[j] == c) for c in range(3)]
+            assert int(answer[i]) == votes.index(max(votes))
 
 
 def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
     apart = dict(knn(frozen(90, apart=30), frozen(60, apart=30, seed=1)))
-    assert apart["top1/mean"] == apart["top1/cls"] == 100
+    assert {apart[f"k{k}/{name}/top1"] for k in (1, 20) for name in ("mean", "cls")} == {100}
     noise = dict(knn(frozen(900), frozen(600, seed=1)))
-    assert noise["top1/mean/low"] < 100 / 3 < noise["top1/mean/high"]
+    with pytest.raises(UserError, match="--k takes numbers of neighbours from 1 on, such as 1 20, not 5 0"):
+        dict(knn(frozen(9), frozen(9), (5, 0)))
+    assert noise["k20/mean/top1/low"] < 100 / 3 < noise["k20/mean/top1/high"]
 
 
 def test_probe_follows_autograd() -> None:
@@ -119,9 +129,120 @@ def test_interval_is_wilsons() -> None:
 def test_classes_are_matched_by_name() -> None:
     train = frozen(60, apart=30, names=["a", "b", "c"])
     test = frozen(30, classes=2, apart=30, seed=1, names=["b", "c"])  # its class 0 looks like train's class 0, "a"
-    assert dict(knn(train, test))["top1/mean"] == 0
+    assert dict(knn(train, test))["k20/mean/top1"] == 0
     with pytest.raises(UserError, match="a class 'bb' that the train data lack; did you mean 'b'"):
         dict(knn(train, frozen(30, classes=2, names=["bb", "c"])))
+
+
+def test_unbalanced_data_against_loops() -> None:
+    """Balanced accuracy, recalls and the majority: sums in float64 over lists; a class without images has none."""
+    wanted = torch.tensor([0] * 72 + [1] * 20 + [3] * 8)
+    answers = torch.where(torch.arange(100) % 7 == 0, 2, torch.where(torch.arange(100) % 3 == 0, 0, wanted))
+    counts = tally(answers, wanted, 4)
+    found = dict(rated(counts, ["a", "b", "c", "d"], "x/"))
+    pairs = list(zip(answers.tolist(), wanted.tolist(), strict=True))
+    recall = {c: sum(a == w == c for a, w in pairs) / sum(w == c for _, w in pairs) for c in (0, 1, 3)}
+    assert found["x/top1"] == pytest.approx(sum(a == w for a, w in pairs))
+    assert {k: v for k, v in found.items() if "recall" in k} == pytest.approx(
+        {f"x/recall/{'abcd'[c]}": 100 * value for c, value in recall.items()}
+    )
+    assert found["x/balanced"] == pytest.approx(100 * sum(recall.values()) / 3) and majority(counts) == 72
+    with pytest.raises(UserError, match="a single class, 'b'"):
+        dict(rated(tally(answers[72:92], wanted[72:92], 4), ["a", "b", "c", "d"]))
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Callable[..., str]:
+    """Folders of classes: colour noise, other for each seed."""
+
+    def make(name: str, seed: int = 0, **classes: int) -> str:
+        draw = np.random.default_rng(seed)
+        for label, count in classes.items():
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(
+                    tmp_path / name / label / f"{seed}-{i}.png"
+                )
+        return str(tmp_path / name)
+
+    return make
+
+
+EVERY = [("knn", {}), ("linear", {}), ("linear", {"protocol": "mae"}), ("finetune", {}), ("robustness", {})]
+
+
+@pytest.mark.parametrize(("name", "more"), EVERY)
+def test_what_cannot_mean_anything_is_refused_by_every_measure(
+    name: str, more: dict[str, str], product: Path, sets: Callable[..., str]
+) -> None:
+    good = sets("good", a=3, b=2)
+    for train, test, words in (
+        (sets("one", a=3), good, "has a single class, 'a'"),
+        (good, sets("alone", seed=1, b=3), "has a single class, 'b'"),
+        (sets("less", a=2, c=2), good, "a class 'b'"),
+    ):
+        settings = PROTOCOLS[name].settings(**{"train": train, "test": test, **more})
+        with pytest.raises(UserError, match=words):
+            list(evaluate(str(product), [(name, settings)], product, device="cpu"))
+    if name in ("knn", "linear"):
+        run = of_model(str(product)).run
+        with pytest.raises(UserError, match=r"--knn\.train and --knn\.test: .* has a single class, 'b'"):
+            knn_watch(replace(run, knn=replace(run.knn, every=1.0, train=good, test=str(Path(good).parent / "alone"))))
+
+
+def test_the_first_lines_tell_classes_and_what_is_the_same(sets: Callable[..., str], tmp_path: Path) -> None:
+    """The same place, another name for the same bytes, and a link; drawn images by their seed."""
+    train, test = sets("train", a=6, b=2), sets("test", seed=1, a=3, b=1)
+
+    def said(train: str, test: str) -> str:
+        console = Console(file=io.StringIO(), width=300)
+        check_labelled(open_data(train), open_data(test), console)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "train data: 8 images of 2 classes: a 75.0 %, b 25.0 %\n" in said(train, test)
+    assert "warning" not in said(train, test)
+    shutil.copy(Path(train) / "b" / "0-1.png", Path(test) / "b" / "other.png")
+    (Path(test) / "a" / "link.png").symlink_to(Path(train) / "a" / "0-3.png")
+    assert "warning: 2 of the 6 test images" in said(train, test)
+    assert "warning: all 8 test images" in said(train, train)
+    assert "warning: all 20 test images" in said("shapes:count=30", "shapes:count=20")
+    assert "warning" not in said("shapes:count=30", "shapes:count=20,seed=1")
+
+
+def test_labels_hold_as_many_stars_as_their_keys() -> None:
+    shown = [item for protocol in PROTOCOLS.values() for item in [*protocol.shown.items(), *protocol.each.items()]]
+    assert [key for key, title in shown if key.count("*") != title.count("*")] == []
+
+
+def test_rows_of_other_settings_have_other_labels() -> None:
+    def result(values: dict[str, float], name: str = "linear", **settings: object) -> dict[str, Any]:
+        settings = {"train": "/a", "test": "/b", **settings}
+        return {"evaluation": name, "encoder": "trained", "settings": settings, "values": values, "pictures": {}}
+
+    runs = [
+        result({"top1": 1.0, "majority": 9.0, "recall/a": 5.0}, epochs=10),
+        result({"top1": 2.0, "majority": 9.0}, epochs=100),
+        result({"top1": 3.0, "majority": 9.0}, epochs=100, train="/c"),
+        result({"k1/mean/top1": 4.0, "k20/mean/top1": 5.0, "majority": 9.0}, "knn", k=[1, 20]),
+        result({"k5/mean/top1": 6.0}, "knn", k=[5]),
+        result({"iou/sky": 7.0}, "segmentation"),
+    ]
+    found = compare([Measured("run", runs)])
+    assert [(row.label, row.cells[0].value) for row in found.rows if row.cells[0]] == [
+        ("majority (always the largest class)", 9.0),
+        ("k-NN (k = 1), mean of patch tokens", 4.0),
+        ("k-NN (k = 20), mean of patch tokens", 5.0),
+        ("k-NN (k = 5), mean of patch tokens", 6.0),
+        ("linear probe, epochs 10, train /a", 1.0),
+        ("linear probe, epochs 100, train /a", 2.0),
+        ("linear probe, epochs 100, train /c", 3.0),
+    ]
+    assert circumstances(runs)[:3] == [
+        "/b, epochs 10, train /a",
+        "/b, epochs 100, train /a",
+        "/b, epochs 100, train /c",
+    ]
+    assert [row.label for row in found.each] == ["recall, linear probe: a, epochs 10, train /a", "IoU: sky"]
 
 
 def measured(name: str, folder: Path, train: str, test: str, **options: object) -> Result:
@@ -212,7 +333,9 @@ def test_several_encoders_side_by_side(
         for name in ("config.json", "encoder.safetensors"):
             shutil.copy(product / name, folder)
     calls = []
-    monkeypatch.setitem(EVALUATIONS, "knn", lambda bench, _: (calls.append(bench.which), iter([("top1/cls", 1.0)]))[1])
+    monkeypatch.setitem(
+        EVALUATIONS, "knn", lambda bench, _: (calls.append(bench.which), iter([("k1/cls/top1", 1.0)]))[1]
+    )
     ways = [("knn", PROTOCOLS["knn"].settings(TRAIN, TEST))]
     found = list(side_by_side(folders, ways, untrained=True, device="cpu"))
     assert [(folder.name, Path(r.model).name, r.encoder) for r, folder in found] == [
@@ -229,7 +352,7 @@ def test_several_encoders_side_by_side(
 
 def test_a_result_says_what_it_takes_to_repeat_it(product: Path) -> None:
     result = json.loads(save(measured("knn", product, TRAIN, TEST, precision="fp32"), product).read_text())
-    assert result["settings"] == {"train": TRAIN, "test": TEST, "k": 20} and result["step"] == 7
+    assert result["settings"] == {"train": TRAIN, "test": TEST, "k": [1, 20]} and result["step"] == 7
     assert result["config"] == json.loads((product / "config.json").read_text())
     assert result["device"] == "cpu" and result["precision"] == "fp32"
     assert {"pixmim", "torch", "timm", "python"} <= set(result["versions"])
@@ -247,8 +370,8 @@ def test_a_few_unreadable_images_are_left_out_and_too_many_end_it(product: Path,
                 path.write_bytes(b"no picture")
     settings = PROTOCOLS["knn"].settings(str(tmp_path / "few"), str(tmp_path / "few"))
     (result,) = evaluate(str(product), [("knn", settings)], product, device="cpu")
-    assert result.values["top1/mean"] > 0
+    assert result.values["k1/mean/top1"] > 0
     assert len((product / "evaluations-skipped.csv").read_text().splitlines()) == 61
     with pytest.raises(UserError, match="the share of 25% that an evaluation may leave out: mend or remove them") as e:
-        measured("knn", product, TRAIN, str(tmp_path / "many"))
+        measured("knn", product, str(tmp_path / "few"), str(tmp_path / "many"))
     assert "--max-bad" not in str(e.value) and "All are listed in" in str(e.value)

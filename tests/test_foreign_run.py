@@ -30,7 +30,7 @@ from test_cli import say
 from test_pretrain import train
 
 Make = Callable[..., Run]
-RESULT = {"evaluation": "knn", "encoder": "trained", "settings": {"test": "x"}, "values": {"top1/mean": 12.5}}
+RESULT = {"evaluation": "knn", "encoder": "trained", "settings": {"test": "x"}, "values": {"k1/mean/top1": 12.5}}
 
 
 @pytest.fixture
@@ -190,11 +190,11 @@ def test_malformed_results_cost_a_line_each(tmp_path: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "broken.json").write_bytes(b"\xff{")
     (folder / "deep.json").write_text("[" * 100_000)
-    (folder / "large.json").write_text(json.dumps(RESULT | {"x": "y" * 5_000_000}))
+    (folder / "large.json").write_text(json.dumps(RESULT | {"x": "y" * 20_000_000}))
     os.mkfifo(folder / "fifo.json")
     (folder / "link.json").symlink_to("/etc/passwd")
     (folder / "good.json").write_text(json.dumps(RESULT))
-    values = {"top1/mean": "12", "top1/cls": 3, "a": None, "b": {"c": 1}, "d": True}
+    values = {"k1/mean/top1": "12", "k20/cls/top1": 3, "a": None, "b": {"c": 1}, "d": True}
     text = json.dumps(RESULT | {"values": values, "settings": {"test": ["x"], "data": None}})
     (folder / "part.json").write_text(text[:-2] + ', "e": 1e999, "f": 1' + "0" * 400 + "}}")
     lines: list[str] = []

@@ -297,7 +297,7 @@ def test_figures_draw_every_name() -> None:
 
 
 def test_a_table_on_a_terminal_has_no_colours_of_a_name() -> None:
-    result = {"evaluation": "knn", "encoder": "trained", "values": {"top1/mean": 50.0}, "pictures": {}}
+    result = {"evaluation": "knn", "encoder": "trained", "values": {"k1/mean/top1": 50.0}, "pictures": {}}
     models = [Measured(name, [result | {"settings": {"test": name}}]) for name in NAMES]
     for width in (80, 20_000):
         console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system="truecolor")

@@ -128,7 +128,7 @@ def test_metrics_have_steps_and_rates(tiny_run: Make, tmp_path: Path) -> None:
 def test_periodic_knn_draws_a_curve(tiny_run: Make, tmp_path: Path) -> None:
     run = tiny_run(steps=10, knn=Knn("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1", every=1.0))
     train(run, tmp_path / "run", knn_watch(run))
-    steps = [line["step"] for line in metrics(tmp_path / "run") if "knn/top1/mean" in line]
+    steps = [line["step"] for line in metrics(tmp_path / "run") if "knn/k20/mean/top1" in line]
     assert steps == [0, 5, 10]
     quiet = replace(run, knn=Knn())
     train(quiet, tmp_path / "quiet", knn_watch(quiet))

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Pa
     assert html.count("data:image/png;base64,") == 2 * 6 * 6  # runs, images, columns
     for text in (
         "linear probe",
-        "k-NN, mean of patch tokens",
+        "k-NN (k = 20), mean of patch tokens",
         "95 % interval",
         "target.kind",
         "Training loss",
@@ -61,9 +62,29 @@ def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None
         table = results_table(runs, width)
         assert [str(column.header) for column in table.columns] == ["", "one", "two, untrained"]
         cells = [list(map(str, column.cells)) for column in table.columns]
-        assert cells[0] == ["k-NN, mean of patch tokens", "k-NN, class token", "linear probe"]
-        assert "-" not in cells[1] and [text == "-" for text in cells[2]] == [False, False, True]
-        assert all((" to " in str(text)) == interval for text in cells[1])  # where the interval fits
+        knn = [f"k-NN (k = {k}), {what}" for what in ("mean of patch tokens", "class token") for k in (1, 20)]
+        knn = [name + more for i in (0, 2) for more in ("", ", balanced") for name in knn[i : i + 2]]
+        assert cells[0] == ["majority (always the largest class)", *knn, "linear probe", "linear probe, balanced"]
+        assert "-" not in cells[1] and [text == "-" for text in cells[2]] == [False] * 9 + [True] * 2
+        top1 = [
+            text for name, text in zip(cells[0], cells[1], strict=True) if not name.endswith(("balanced", "class)"))
+        ]
+        assert len(top1) == 5 and all((" to " in text) == interval for text in top1)  # where the interval fits
+
+
+def test_curves_of_other_data_have_other_figures(runs: list[Path], tmp_path: Path) -> None:
+    for run, test, value in ((runs[0], "first", 10.0), (runs[1], "second", 20.0)):
+        config = json.loads((run / "config.json").read_text())
+        config["knn"] |= {"train": "labelled", "test": test}
+        (run / "config.json").write_text(json.dumps(config))
+        keys = {f"knn/k{k}/mean/{name}": value + k for k in (1, 20) for name in ("top1", "balanced")}
+        lines = [json.dumps({"step": i, "epoch": i, **keys, "knn/majority": 72.4}) + "\n" for i in (1, 2)]
+        (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "".join(lines))
+    html = write_report(runs, tmp_path / "page.html").read_text()
+    for caption in ("mean of patch tokens. Measured on", "each class counting the same. Measured on"):
+        assert [html.count(f"{caption} {test} (train labelled).") for test in ("first", "second")] == [1, 1]
+    assert all(html.count(f">one, {mark}<") == count for mark, count in (("k = 1", 2), ("k = 20", 2), ("majority", 1)))
+    assert html.count("Training loss.") == 1  # the same data, and one axis
 
 
 def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: list[Path], tmp_path: Path) -> None:

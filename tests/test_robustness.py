@@ -1,5 +1,6 @@
 """Robustness and shape bias: published normalisers, the layouts of the public sets, and encoders that were trained."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,9 +24,10 @@ from pixmim.evaluate.features import freeze
 from pixmim.evaluate.linear import choose
 from pixmim.metrics import ALEXNET, corruption_errors, shape_decisions
 from pixmim.parts import build_encoder
-from pixmim.pretrained import open_model
+from pixmim.pretrained import adopt, open_model
 from pixmim.protocols import Knn, Linear, Robustness, ShapeBias
 from pixmim.transforms import evaluation_crop
+from pixmim.weights.own import save_tensors
 
 Make = Callable[..., Run]
 TRAIN, TEST = "shapes:count=400,size=32", "shapes:count=150,size=32,seed=1"
@@ -192,7 +194,7 @@ def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_pa
     for module in (of_textures, None):
         bench = bench_of(TAUGHT, tmp_path, module)
         found.append(dict(knn.measure(bench, Knn(*data))) | dict(linear.measure(bench, Linear(*data, epochs=20))))
-    for name in ("top1/mean", "top1"):  # their intervals do not touch
+    for name in ("k20/mean/top1", "top1"):  # their intervals do not touch
         assert found[0][f"{name}/low"] > found[1][f"{name}/high"]
 
 
@@ -259,6 +261,45 @@ def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> Non
             dict(robustness.measure(bench, settings))
 
 
+def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
+    """Outputs in any order of names give the same; a folder that is no name is an error, also after an import."""
+    run, names = classifier(tiny_run(), 3), ["c", "a", "b"]
+    module = build_encoder(run)
+    module.head.weight.data.normal_(std=1.0)  # type: ignore[union-attr, operator]
+    found = []
+    draw = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "test" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (32, 32, 3), np.uint8) // (1 + i % 4)).save(path)
+    settings = Robustness(test=str(tmp_path / "test"), corruptions=("contrast",), severities=(1,))
+
+    def measured(file: Path) -> dict[str, float]:
+        encoder = of_model(str(file), device="cpu", precision="fp32")
+        return dict(robustness.measure(Bench(encoder, tmp_path), settings))
+
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        state = module.state_dict() | {f"head.{k}": v[order] for k, v in module.head.state_dict().items()}  # type: ignore[union-attr]
+        file = tmp_path / f"{order}.safetensors"
+        save_tensors(state, file, run, 3, {"classes": json.dumps([names[i] for i in order])})
+        found.append(measured(file))
+    adopt(open_model(str(file)), tmp_path / "imported")
+    found.append(measured(tmp_path / "imported"))
+    assert all(other == pytest.approx(found[0]) for other in found)
+    answers = module(of_model(str(file), device="cpu").ready(torch.stack([
+        evaluation_crop((32, 32)).crop(image) for image in map(open_data(settings.test).image, range(24))
+    ]))).argmax(dim=1)  # fmt: skip
+    wanted = torch.from_numpy(open_data(settings.test).labels)
+    right = sum(names[a] == "abc"[w] for a, w in zip(answers.tolist(), wanted.tolist(), strict=True))
+    assert found[0]["in_memory/head/clean"] == pytest.approx(100 - 100 * right / 24)
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "bee")
+    with pytest.raises(UserError, match="a class 'bee', which is none of the 3"):
+        measured(file)
+    save_tensors(module.state_dict(), file, run, 3, {"classes": '["a", "b"]'})
+    with pytest.raises(UserError, match="names 2 classes, and its classifier has 3"):
+        of_model(str(file), device="cpu")
+
+
 def test_shape_decisions_against_a_loop() -> None:
     generator = np.random.default_rng(0)
     answers, shapes, textures = (torch.from_numpy(generator.integers(0, 4, 200)) for _ in range(3))
@@ -307,6 +348,18 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     assert found["head/shape"] == 50 and found["head/texture"] == 25
     assert found["head/category/cat/shape_bias"] == 50 and found["head/category/elephant/shape_bias"] == 100
     assert math.isnan(found["head/category/truck/shape_bias"])
+    order = torch.arange(1000).flip(0)
+
+    class Flipped(Reds):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)[:, order]
+
+    flipped = bench_of(tiny_run(), tmp_path, Flipped())
+    flipped.encoder = replace(flipped.encoder, names=tuple(reversed(imagenet.wnids())))  # its outputs, by its own names
+    assert dict(shape_bias.measure(flipped, ShapeBias(str(root)))) == pytest.approx(found, nan_ok=True)
+    flipped.encoder = replace(flipped.encoder, names=tuple(f"class {i}" for i in range(1000)))
+    with pytest.raises(UserError, match="ImageNet's classes by their WordNet ids, and one here is 'class 0'"):
+        dict(shape_bias.measure(flipped, ShapeBias(str(root))))
     (picture,) = bench.pictures.values()
     assert picture.width > 300
     for name, message in (
@@ -332,12 +385,16 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     textural = dict(shape_bias.measure(bench, settings))
     assert textural["probe/shape_bias"] < 40 and textural["probe/texture"] > 20
     assert bench.pictures
+    each = [value for name, value in textural.items() if name.endswith("/shape_bias") and "/category/" in name]
+    known = [value for value in each if value == value]  # of a category none of whose answers names a cue there is none
+    assert textural["probe/balanced"] == pytest.approx(sum(known) / len(known))
 
     train = open_data("shapes:count=500,size=32")
     stimuli = open_data("shapes:count=200,size=32,texture=conflict,seed=2")
     assert isinstance(train, Shapes) and isinstance(stimuli, Shapes)
     known, asked = freeze(bench.encoder, train), freeze(bench.encoder, stimuli)
     shapes, textures = shape_bias.cues(stimuli, known.classes)
+    assert textural["probe/majority"] == pytest.approx(100 * max(torch.bincount(shapes).tolist()) / 200)
     biases = [
         shape_decisions(choose(replace(known, labels=labels), epochs=20).scores(asked).argmax(dim=1), shapes, textures)[
             2

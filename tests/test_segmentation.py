@@ -1,15 +1,19 @@
 """Semantic segmentation: pairs, crops, colours, heads, windows, measures, each against a slow or second form."""
 
 import colorsys
+import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +24,7 @@ from pixmim.errors import UserError
 from pixmim.evaluate import evaluate
 from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.encoder import Encoder, anew, in_training, of_model
-from pixmim.evaluate.segmentation import measure, one_by_one
+from pixmim.evaluate.segmentation import check_masks, measure, one_by_one
 from pixmim.evaluate.segmentation.augment import JitteredCrop, distort, mirrored, nearest
 from pixmim.evaluate.segmentation.draw import colours, overlay
 from pixmim.evaluate.segmentation.heads import Segmenter, loss_of
@@ -38,7 +42,7 @@ from pixmim.weights.own import save_tensors
 
 Make = Callable[..., Run]
 TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=12,size=32,seed=1"
-QUICK = Segmentation(TRAIN, TEST, size="32", steps=6, batch=4, width=16, threads=2, lr=3e-3, warmup=2)
+QUICK = Segmentation(TRAIN, TEST, size="32", steps=6, batch_size=4, width=16, threads=2, lr=3e-3, warmup=2)
 
 FAMILIES = {
     "vit": Model(
@@ -185,11 +189,84 @@ def test_what_makes_no_pair_is_named(tmp_path: Path) -> None:
         except BadImage as error:
             said[Path(pairs.locate(index)).stem] = str(error)
     assert said.keys() == {"lonely", "small", "many", "deep", "colour", "broken"}
-    assert "there is no mask" in said["lonely"] and "its mask has 5x4 pixels, and the picture 4x4" in said["small"]
-    assert "holds class 2, and there are 2" in said["many"] and "holds class 999" in said["deep"]
+    assert "there is no mask" in said["lonely"] and "of another size: 5x4 pixels, and the picture 4x4" in said["small"]
+    assert "no class: 2, and there are 2" in said["many"] and "no class: 999" in said["deep"]
     assert "mode RGB" in said["colour"] and "cannot be read" in said["broken"]
     skipped = Skipped(tmp_path / "skipped.csv", len(pairs), 1.0)
     assert [index for index, _ in one_by_one(pairs, skipped, threads=2)] == [6] and len(skipped) == 6
+    assert set(skipped.reasons.split("; ")) == {
+        "1 x there is no mask",
+        "1 x its mask is of another size",
+        "2 x its mask holds a value that is no class",
+        "2 x its mask cannot be read",
+    }
+
+
+def mask_of(*values: int) -> np.ndarray:
+    """Stripes of 8 rows, one for each value."""
+    return np.repeat(np.asarray(values, np.uint8), 8)[:, None].repeat(16, axis=1)
+
+
+SMOOTHED = np.concatenate(
+    [mask_of(0), np.arange(15, 255, 15, dtype=np.uint8)[:, None].repeat(16, 1)[::2], mask_of(255)]
+)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "found"),
+    [
+        (mask_of(0, 255), {}, r"255 does not count|2 values, 0 \(50.0 %\), 255 .*--foreground 255 makes"),
+        (mask_of(0, 255), {"foreground": 255}, "background 50.0 %, foreground 50.0 %"),
+        (mask_of(0, 255), {"ignore": "none"}, "value 0 50.0 %, value 255 50.0 %"),
+        (mask_of(0, 0, 0, 1, 255), {}, r"class 0 75.0 %, class 1 25.0 %; 20.0 % of the pixels do not count"),
+        (mask_of(0, 100, 200), {}, "3 values.*no class numbers counted from 0: --ignore none"),
+        (mask_of(0, 100, 200, 200), {"ignore": "none"}, "3 classes: value 200 50.0 %, value 0 25.0 %"),
+        (mask_of(0, 100, 200), {"ignore": "200"}, "value 0 50.0 %, value 100 50.0 %; 33.3 % of the pixels"),
+        (mask_of(0, 100, 200), {"foreground": 200}, "background 66.7 %, foreground 33.3 %"),
+        (SMOOTHED, {}, "never fill even 2 x 2 pixels"),
+        (SMOOTHED, {"ignore": "none"}, "never fill even 2 x 2 pixels"),
+        (SMOOTHED, {"foreground": 255}, "foreground 33.3 %"),
+        (mask_of(1), {}, "has pixels of 1 class|have pixels of 1 class"),
+        (mask_of(255), {}, "255 does not count: --foreground 255 if that"),
+        (mask_of(0, 1), {"foreground": 7}, "pixels of 1 class.*0 .50.0 %., 1 .50.0 %."),
+        (mask_of(0, 1), {"foreground": 7, "ignore": "0"}, "--foreground takes a value"),
+        (mask_of(0, 1), {"ignore": "white"}, "--ignore takes auto, none, or a value from 0 to 255, not 'white'"),
+    ],
+)
+def test_what_values_of_masks_mean(mask: np.ndarray, options: dict[str, Any], found: str, tmp_path: Path) -> None:
+    """Told in the first lines, or refused with the values found and the way out; never learned in silence."""
+    for name in "ab":
+        save_pair(tmp_path, name, mask.shape, mask)  # type: ignore[arg-type]
+    console = Console(file=io.StringIO(), width=500)
+    try:
+        pairs = open_pairs(str(tmp_path), Form(), "training", **options)
+        check_masks(pairs, Skipped(None, 2, 0.25), "train", console)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+    except UserError as error:
+        said = str(error)
+        assert "--foreground" in said or "--ignore" in said
+    assert re.search(found, said)
+
+
+def test_binary_masks_in_ade20ks_layout_and_names_without_pixels(tmp_path: Path) -> None:
+    for part in ("training", "validation"):
+        for name in "abcde":
+            save_pair(tmp_path, f"{part}/{name}", (16, 16), mask_of(0, 1))
+    with pytest.raises(UserError, match="--ignore none every value a class"):
+        check_masks(open_pairs(str(tmp_path), Form(), "training"), Skipped(None, 5, 0.25), "train", Console(quiet=True))
+    (tmp_path / "classes.txt").write_text("road\ncar\nrider\n")
+    (tmp_path / "masks" / "training" / "c.png").unlink()
+    train = open_pairs(str(tmp_path), Form(), "training", ignore="none")
+    console = Console(file=io.StringIO(), width=500)
+    check_masks(train, Skipped(None, 5, 0.25), "train", console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "train masks: 4 images of 3 classes: road 50.0 %, car 50.0 %, rider 0.0 %" in said
+    assert "1 of 5 pairs are left out: 1 x there is no mask" in said
+    assert "warning: 1 classes without a pixel, they cannot be learned: rider" in said
+    for name in "de":
+        (tmp_path / "masks" / "training" / f"{name}.png").unlink()
+    with pytest.raises(UserError, match="3 of the first 5 images cannot be read"):
+        check_masks(train, Skipped(None, 5, 0.25), "train", Console(quiet=True))
 
 
 def test_drawn_masks_are_the_objects_pixels() -> None:
@@ -519,7 +596,7 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
             mask[0] = 0
             save_pair(made, f"{part}/{i}", (36, 44), mask, "annotations")
             Image.fromarray(pixels.astype(np.uint8)).save(made / "images" / part / f"{i}.png")
-    settings = replace(QUICK, train=str(made), test=str(made), steps=40, batch=8, head="uper", lr=1e-3)
+    settings = replace(QUICK, train=str(made), test=str(made), steps=40, batch_size=8, head="uper", lr=1e-3)
     values = dict(measure(bench, settings))
     true = torch.cat(
         [
@@ -541,7 +618,7 @@ def test_loss_falls(tiny_run: Make, tmp_path: Path) -> None:
     from pixmim.engine.runlog import read_metrics
 
     encoder = encoder_of(tiny_run())
-    settings = replace(QUICK, head="uper", steps=60, batch=8, lr=3e-3)
+    settings = replace(QUICK, head="uper", steps=60, batch_size=8, lr=3e-3)
     model, size = build(encoder, settings, 11)
     fit(
         model,

@@ -21,6 +21,11 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     return (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
 
 
+def recalls(right: Int[Tensor, " k"], total: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Return the share of each class's images that are answered rightly, in float64; NaN for a class without images."""
+    return torch.where(total > 0, right.double() / total.double(), math.nan)
+
+
 def average_distance(hidden: Bool[Tensor, "b 1 h w"]) -> float:
     """SimMIM's AvgDist: the mean Euclidean distance, in pixels, from each hidden pixel to the nearest visible one.
 

@@ -1,5 +1,6 @@
 """From somebody's weights to a ready model: a run's, a file's, or one of timm's."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -211,7 +212,8 @@ def adopt(weights: Weights, folder: Path | None) -> list[str]:
         return [*lines, "nothing was written: --to FOLDER keeps it"]
     written = ["encoder.safetensors"]
     with whole_folder(folder) as beside:
-        save_tensors(weights.encoder, beside / "encoder.safetensors", run, weights.step)
+        named = {"classes": json.dumps(weights.classes)} if weights.classes else {}
+        save_tensors(weights.encoder, beside / "encoder.safetensors", run, weights.step, named)
         if weights.whole:
             save_tensors(weights.tensors, beside / "model.safetensors", run, weights.step)
             written.append("model.safetensors")

@@ -121,7 +121,7 @@ def _train(run: Run, resumed: str, auto: bool) -> int:
             world.gather(None)  # all have looked before the first one writes
             outcome = None
             try:
-                outcome = train(run, out, console, knn_watch(run), world)
+                outcome = train(run, out, console, knn_watch(run, console), world)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 from threading import Lock
 
@@ -31,6 +32,7 @@ class Skipped:
         self._path, self._max_share, self._rule = path, max_share, rule
         self._seen = np.zeros(total, bool)
         self._bad: dict[int, str] = {}
+        self._kinds: Counter[str] = Counter()
         self._lock = Lock()
         self._written: set[str] = set()
         if path is not None and path.exists():
@@ -52,6 +54,7 @@ class Skipped:
             if index in self._bad:
                 return
             self._bad[index] = f"{image}: {reason}"
+            self._kinds[reason.split(": ")[0]] += 1
             self._seen[index] = True
             if self._path is not None and csv_cell(image) not in self._written:
                 _append(self._path, [[image, " ".join(reason.split())]])
@@ -59,6 +62,11 @@ class Skipped:
             seen = np.count_nonzero(self._seen)
             if seen >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * seen:
                 raise self.too_many()
+
+    @property
+    def reasons(self) -> str:
+        """Reasons with how many images each has, in a line: what stands before the first colon of each."""
+        return "; ".join(f"{count:,} x {kind}" for kind, count in self._kinds.most_common(20))
 
     def too_many(self) -> UserError:
         """The error that ends the run, with a few of the reasons."""

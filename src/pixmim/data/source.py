@@ -152,6 +152,14 @@ class Encoded(Protocol):
         """What is in the file of one image. Raises BadImage."""
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """A data set of files, or of parts of them."""
+
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """Where an image's bytes lie: file or URL, first byte, number of bytes (0: all that follow)."""
+
+
 _ON = 16  # pieces that a reader in order is taken to need next
 
 

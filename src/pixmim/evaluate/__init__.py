@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -16,6 +17,7 @@ from pixmim.evaluate import detection, finetune, knn, linear, robustness, segmen
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.encoder import in_training, of_model, sameness
 from pixmim.evaluate.features import freeze
+from pixmim.evaluate.labelled import check_labelled
 from pixmim.evaluate.results import Result, versions
 from pixmim.parts import image_form
 from pixmim.protocols import PROTOCOLS
@@ -114,22 +116,34 @@ def _measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> It
         )
 
 
-def knn_watch(run: Run) -> Callable[[nn.Module], dict[str, float]] | None:
-    """What measures k-NN while a run trains, for `pretrain`; None if the run does not ask for it. Raises UserError."""
+def knn_watch(run: Run, console: Console | None = None) -> Callable[[nn.Module], dict[str, float]] | None:
+    """What measures k-NN while a run trains, for `pretrain`; None if the run does not ask for it. Raises UserError.
+
+    Without a number for features that are not finite.
+    """
     if not run.knn.every:
         return None
     if not (run.knn.train and run.knn.test):
         raise UserError("--knn.every needs labelled data: give --knn.train and --knn.test")
-    sets = [open_data(spec, image_form(run), run.local_copy) for spec in (run.knn.train, run.knn.test)]
-    if any(data.labels is None for data in sets):
-        raise UserError("--knn.train and --knn.test need classes: one subfolder for each, or a column of them (label=)")
+    sets = tuple(open_data(spec, image_form(run), run.local_copy) for spec in (run.knn.train, run.knn.test))
+    try:
+        check_labelled(sets[0], sets[1], console)
+    except UserError as error:
+        raise UserError(f"--knn.train and --knn.test: {error}") from None
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
 
     def watch(module: nn.Module) -> dict[str, float]:
         encoder = in_training(run, module, device, precision)
         train, test = (freeze(encoder, data) for data in sets)
-        return {f"knn/{key}": value for key, value in knn.knn(train, test) if key.count("/") == 1}
+        if not all(bool(torch.isfinite(part.mean).all()) for part in (train, test)):
+            return {}
+        names = ("top1", "balanced", "majority")
+        return {
+            f"knn/{key}": value
+            for key, value in knn.knn(train, test)
+            if key.count("/") < 3 and key.split("/")[-1] in names
+        }
 
     return watch
 

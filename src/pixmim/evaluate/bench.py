@@ -13,7 +13,8 @@ from pixmim.data import open_data
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
 from pixmim.evaluate.encoder import Encoder
-from pixmim.evaluate.features import Frozen, account, freeze
+from pixmim.evaluate.features import Frozen, account, check_finite, freeze
+from pixmim.terminal import say
 from pixmim.trust import inside
 
 T = TypeVar("T")
@@ -51,7 +52,15 @@ class Bench:
 
         def make() -> Frozen:
             data = self.data(spec)
-            return freeze(self.encoder, data, self.skipped(data), console=self.console)
+            skipped = self.skipped(data)
+            found = freeze(self.encoder, data, skipped, console=self.console)
+            if len(skipped) and self.console is not None:
+                say(
+                    self.console,
+                    f"{len(skipped):,} of the {len(data):,} images of {spec} are left out: {skipped.reasons}",
+                )
+            check_finite(found.mean, f"features of {spec}")
+            return found
 
         return self.once(("features", spec), make)
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,6 +16,7 @@ from pixmim.evaluate.bench import Bench
 from pixmim.evaluate.encoder import Encoder
 from pixmim.evaluate.features import BLOCKS
 from pixmim.evaluate.imagenet import wnids
+from pixmim.evaluate.labelled import check_classes
 from pixmim.evaluate.linear import fitted
 from pixmim.models import features
 
@@ -24,7 +26,8 @@ class Judge:
     """A classifier of pictures.
 
     kind     "head": the encoder's own; "probe": fitted here
-    classes  names of what it tells apart, in the order of its scores; empty if nobody knows them
+    classes  names of what it tells apart, in the order of its scores; empty if nobody knows them. Data are matched to
+             them by name
     scores   a score of each class (b c) for pictures as they come out of the evaluation crop; a softmax makes
              probabilities of them
     """
@@ -48,16 +51,24 @@ def imagenet_head(bench: Bench, what: str) -> Judge:
             f"{what} needs a classifier of ImageNet's 1000 classes, and this encoder has {has}: give fine-tuned "
             "weights, or a classifier of timm's (timm:NAME)"
         )
-    return Judge("head", wnids(), _head(bench.encoder))
+    names, own = wnids(), list(bench.encoder.names)
+    if own and set(own) != set(names):
+        odd = next(name for name in own if name not in set(names))
+        raise UserError(
+            f"{what} needs a classifier of ImageNet's classes by their WordNet ids, and one here is '{odd}'"
+        )
+    return Judge("head", own or names, _head(bench.encoder))
 
 
 def own_head(bench: Bench) -> Judge:
-    """The encoder's own classifier; what its classes are called is known for ImageNet's alone."""
-    return Judge("head", wnids() if bench.encoder.classes == 1000 else [], _head(bench.encoder))
+    """The encoder's own classifier. Its file names its classes, or 1000 of them are taken for ImageNet's."""
+    names = list(bench.encoder.names) or (wnids() if bench.encoder.classes == 1000 else [])
+    return Judge("head", names, _head(bench.encoder))
 
 
 def probe(bench: Bench, train: str, *, epochs: int, seed: int) -> Judge:
     """A linear probe of the frozen encoder, chosen and fitted on clean pictures: see `linear.choose`."""
+    check_classes(bench.data(train))
     found = fitted(bench, train, epochs, seed)
     encoder = bench.encoder
 
@@ -70,17 +81,20 @@ def probe(bench: Bench, train: str, *, epochs: int, seed: int) -> Judge:
 
 
 def labels_among(data: Source, classes: list[str]) -> Int[Tensor, " n"]:
-    """The label of each picture in the numbers of `classes`. Raises UserError for a class that is not among them."""
-    if data.labels is None:
-        raise UserError(f"{data.spec} has no labels: one subfolder for each class is needed, or a column (label=)")
+    """The label of each picture in the numbers of `classes`.
+
+    Raises UserError for data that `check_classes` refuses, and for classes that are not among them.
+    """
+    check_classes(data)
     place = {name: i for i, name in enumerate(classes)}
-    for name in data.classes:
-        if name not in place:
-            raise UserError(
-                f"{data.spec} has a class '{name}', which is none of the {len(classes)} that are told apart"
-                f"{nearest(name, classes)}"
-            )
-    return torch.tensor([place[name] for name in data.classes])[torch.from_numpy(data.labels)]
+    odd = [name for name in data.classes if name not in place]
+    if odd:
+        more = f" and {len(odd) - 1:,} more" if len(odd) > 1 else ""
+        raise UserError(
+            f"{data.spec} has a class '{odd[0]}'{more}, which is none of the {len(classes)} that are told apart"
+            f"{nearest(odd[0], classes)}"
+        )
+    return torch.tensor([place[name] for name in data.classes])[torch.from_numpy(cast(np.ndarray, data.labels))]
 
 
 def _head(encoder: Encoder) -> Callable[[Tensor], Tensor]:

@@ -25,7 +25,8 @@ from pixmim.weights.recognise import Weights, read_config
 class Encoder:
     """A timm module with what is needed to feed it. size: (h, w) in pixels; mean, std: per channel, on the device.
 
-    run  what builds it
+    run    what builds it
+    names  of the outputs of its own classifier, in their order; empty where its file does not name them
     """
 
     run: Run
@@ -37,6 +38,7 @@ class Encoder:
     device: torch.device
     precision: Precision
     step: int
+    names: tuple[str, ...] = ()
 
     def ready(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Pictures as they come out of a crop, on the device and normalised."""
@@ -82,7 +84,10 @@ def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", 
 
 def of_weights(weights: Weights, *, device: str = "auto", precision: Precision = "auto") -> Encoder:
     """The encoder of weights that are at hand. Raises UserError."""
-    return _on_device(weights.run, assemble_encoder(weights), weights.step, device, precision)
+    found = _on_device(weights.run, assemble_encoder(weights), weights.step, device, precision)
+    if len(weights.classes) not in (0, found.classes):
+        raise UserError(f"the file names {len(weights.classes)} classes, and its classifier has {found.classes}")
+    return replace(found, names=weights.classes)
 
 
 def sameness(encoder: Encoder) -> str:

@@ -83,6 +83,13 @@ def account(data: Source, path: Path | None = None) -> Skipped:
     return Skipped(path, len(data), 0.25, "that an evaluation may leave out: mend or remove them")
 
 
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise UserError if any value is infinite or not a number: the largest of such values is an arbitrary one."""
+    odd = int((~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)).sum())
+    if odd:
+        raise UserError(f"the {what} are not finite for {odd:,} of {len(values):,} images: try --precision fp32")
+
+
 def same_classes(train: Frozen, test: Frozen) -> Int[Tensor, " n"]:
     """The test labels in the numbers that the train set's classes have. Raises UserError for a class train has not."""
     return numbers_among(test.classes, train.classes)[test.labels]

@@ -42,7 +42,7 @@ def measure(bench: Bench, settings: Finetune) -> Values:
 
     Raises UserError for data, settings or an encoder that do not suit.
     """
-    encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test)
+    encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test, all_classes=True)
     name = choose(settings.recipe, encoder.run, encoder.module, settings.from_scratch)
     recipe = resolve(TUNINGS[name], settings.changes)
     if recipe.batch_size % settings.accumulate:

@@ -17,7 +17,7 @@ from pixmim import rng
 from pixmim.evaluate import probe
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.features import BLOCKS, Frozen, same_classes
-from pixmim.metrics import wilson_interval
+from pixmim.evaluate.labelled import majority, open_labelled, rated, tally
 from pixmim.models.base import Features
 from pixmim.protocols import Linear
 
@@ -66,8 +66,9 @@ def measure(bench: Bench, settings: Linear) -> Values:
     if settings.protocol == "mae":
         yield from probe.measure(bench, settings)
         return
+    open_labelled(bench, settings.train, settings.test)
     test = bench.frozen(settings.test)
-    wanted = same_classes(bench.frozen(settings.train), test)  # before the probe is fitted
+    wanted = same_classes(bench.frozen(settings.train), test)
     epochs = 100 if settings.epochs is None else settings.epochs
     yield from graded(fitted(bench, settings.train, epochs, settings.seed), test, wanted)
 
@@ -78,15 +79,13 @@ def fitted(bench: Bench, train: str, epochs: int, seed: int) -> Probe:
 
 
 def graded(probe: Probe, test: Frozen, wanted: Int[Tensor, " n"]) -> Values:
-    """Top-1 accuracy in per cent of a probe. wanted: the test labels in the numbers of the probe's classes.
+    """How good a probe is, in per cent. wanted: the test labels in the numbers of the probe's classes.
 
-    Yields "top1", the ends of its 95 % interval, the accuracy on the held-out part, and the setting that won.
+    Yields what `labelled.rated` does, "majority", the accuracy on the held-out part, and the setting that won.
     """
-    correct = int((probe.scores(test).argmax(dim=1) == wanted).sum())
-    low, high = wilson_interval(correct, len(wanted))
-    yield "top1", 100 * correct / len(wanted)
-    yield "top1/low", 100 * low
-    yield "top1/high", 100 * high
+    counts = tally(probe.scores(test).argmax(dim=1), wanted, len(probe.classes))
+    yield from rated(counts, probe.classes)
+    yield "majority", majority(counts)
     yield "held_out", 100 * probe.held_out
     yield "setting/blocks", probe.setting.blocks
     yield "setting/mean", float(probe.setting.mean)

@@ -41,7 +41,7 @@ def measure(bench: Bench, settings: Linear) -> Iterator[tuple[str, float]]:
 
     Yields "mae/top1" and the rest of `labelled.grade`. Raises UserError for data and settings that do not suit.
     """
-    encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test)
+    encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test, all_classes=True)
     encoder.module.eval()
     kind = _kind(encoder.module, settings.feature)
     images, epochs = len(data.train), 90 if settings.epochs is None else settings.epochs

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -25,6 +26,7 @@ from pixmim.evaluate import imagenet
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.corruptions import CORRUPTIONS, SEVERITIES, VERSION, check_channels, corrupt
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, own_head, probe
+from pixmim.evaluate.labelled import check_classes, majority, open_labelled, rated, tally
 from pixmim.evaluate.learn import forget
 from pixmim.metrics import corruption_errors, wilson_interval
 from pixmim.protocols import Robustness
@@ -83,15 +85,17 @@ def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: l
             "--corruptions and --severities measure a part; there is no mCE of a part"
         )
     errors: dict[str, list[float]] = {name: [] for name in corruptions}
-    whole = True
+    counts, whole = torch.zeros(2, len(judge.classes), dtype=torch.int64), True
     for name in corruptions:
         for severity in severities:
             data = bench.data(str(root / name / str(severity)))
             labels = labels_among(data, judge.classes)
             whole = whole and len(data.classes) == len(judge.classes)
-            right, total = _count(bench, data, CentreCrop(bench.encoder.size), judge, labels, None, notes)
-            errors[name].append(1 - right / total)
+            found = _count(bench, data, CentreCrop(bench.encoder.size), judge, labels, None, notes, judge.classes)
+            errors[name].append(1 - float(found[0].sum() / found[1].sum()))
+            counts += found
             yield f"imagenet_c/severity/{name}/{severity}", 100 * errors[name][-1]
+    yield from _classes(counts, judge.classes, "imagenet_c/")
     means = {name: sum(each) / len(each) for name, each in errors.items()}
     yield "imagenet_c/error", 100 * sum(means.values()) / len(means)
     for name, mean in means.items():
@@ -115,11 +119,19 @@ def _relative(bench: Bench, name: str, folder: str, notes: "_Notes") -> Values:
     if lacks:
         raise UserError(f"{folder} lacks {len(lacks)} of {title}'s {len(own)} class folders: {', '.join(lacks[:5])}")
     among = [judge.classes.index(wnid) for wnid in own]
-    right, total = _count(bench, data, evaluation_crop(bench.encoder.size), judge, labels, among, notes)
-    low, high = wilson_interval(right, total)
-    yield f"imagenet_{name}/top1", 100 * right / total
-    yield f"imagenet_{name}/top1/low", 100 * low
-    yield f"imagenet_{name}/top1/high", 100 * high
+    counts = _count(bench, data, evaluation_crop(bench.encoder.size), judge, labels, among, notes, own)
+    yield from rated(counts, own, f"imagenet_{name}/")
+    yield f"imagenet_{name}/majority", majority(counts)
+
+
+def _classes(counts: Tensor, names: list[str], key: str) -> Values:
+    """The error when each class counts the same, the recall of each, and the share of the largest, in per cent."""
+    for name, value in rated(counts, names, key):
+        if name == f"{key}balanced":
+            yield name, 100 - value
+        elif not name.startswith(f"{key}top1"):
+            yield name, value
+    yield f"{key}majority", majority(counts)
 
 
 def _in_memory(
@@ -135,18 +147,22 @@ def _in_memory(
     if form.pixels != "uint8":
         raise UserError(f"the corruptions are made for pictures of 8 bits, and this encoder reads {form.pixels}")
     data = bench.data(settings.test)
-    judge, labels, among = _judge(bench, data, settings)
+    judge, labels, among, names = _judge(bench, data, settings)
     variants = [_CLEAN, *((name, severity) for name in corruptions for severity in severities)]
-    right, total = _count_corrupted(bench, data, judge, labels, among, variants, settings.seed, notes)
-    errors = {variant: 100 * (1 - right[variant] / total) for variant in variants}
+    right, total = _count_corrupted(bench, data, judge, labels, among, variants, settings.seed, notes, len(names))
+    images = int(total.sum())
+    errors = {variant: 100 * (1 - int(right[variant].sum()) / images) for variant in variants}
     clean = errors[_CLEAN]
     means = {name: sum(errors[name, s] for s in severities) / len(severities) for name in corruptions}
     error = sum(means.values()) / len(means)
     key = f"in_memory/{judge.kind}"
-    low, high = wilson_interval(total - right[_CLEAN], total)
+    low, high = wilson_interval(images - int(right[_CLEAN].sum()), images)
     yield f"{key}/clean", clean
     yield f"{key}/clean/low", 100 * low
     yield f"{key}/clean/high", 100 * high
+    corrupted = torch.stack([torch.stack([right[v] for v in variants[1:]]).sum(dim=0), total * (len(variants) - 1)])
+    yield from _classes(torch.stack([right[_CLEAN], total]), names, f"{key}/clean/")
+    yield from _classes(corrupted, names, f"{key}/corrupted/")
     yield f"{key}/error", error
     yield f"{key}/lost", error - clean
     yield f"{key}/times", error / clean if clean else float("inf")
@@ -156,10 +172,8 @@ def _in_memory(
         yield f"{key}/severity/{name}/{severity}", errors[name, severity]
 
 
-def _judge(bench: Bench, data: Source, settings: Robustness) -> tuple[Judge, Tensor, list[int] | None]:
-    """Who classifies the test data, their labels in its numbers, and its outputs that compete (None: all)."""
-    if data.labels is None:
-        raise UserError(f"{data.spec} has no labels: one subfolder for each class is needed, or a column (label=)")
+def _judge(bench: Bench, data: Source, settings: Robustness) -> tuple[Judge, Tensor, list[int] | None, list[str]]:
+    """Who classifies the test data, their labels, its outputs that compete (None: all), and the labels' names."""
     own, kind = own_head(bench), settings.classifier
     known = bool(own.classes) and set(data.classes) <= set(own.classes)
     if kind == "auto":
@@ -167,17 +181,30 @@ def _judge(bench: Bench, data: Source, settings: Robustness) -> tuple[Judge, Ten
     if kind == "probe":
         if not settings.train:
             raise UserError("a probe needs labelled clean data to be fitted to: --train")
-        judge = probe(bench, settings.train, epochs=settings.epochs, seed=settings.seed)
-        return judge, labels_among(data, judge.classes), None
+        found = open_labelled(bench, settings.train, settings.test)
+        return (
+            probe(bench, settings.train, epochs=settings.epochs, seed=settings.seed),
+            found.wanted,
+            None,
+            found.classes,
+        )
+    line, console = check_classes(data), bench.console or Console(quiet=True)
+    say(console, f"test data: {line}")
+    labels = torch.from_numpy(cast(np.ndarray, data.labels))
     if known:
-        return own, torch.from_numpy(data.labels), [own.classes.index(name) for name in data.classes]
+        if len(data.classes) < len(own.classes):
+            say(console, f"of the classifier's {len(own.classes):,} outputs only those of these classes compete")
+        return own, labels, [own.classes.index(name) for name in data.classes], data.classes
+    if bench.encoder.names:
+        labels_among(data, own.classes)  # names what is missing
     if bench.encoder.classes != len(data.classes):
         has = f"a classifier of {bench.encoder.classes}" if bench.encoder.classes else "no classifier"
         raise UserError(
             f"{data.spec} has {len(data.classes)} classes, and this encoder has {has}: give --train, labelled data of "
             "the same classes that a probe is fitted to"
         )
-    return own, torch.from_numpy(data.labels), None
+    say(console, "warning: the classifier does not name its classes: its outputs are taken for these in sorted order")
+    return own, labels, None, data.classes
 
 
 def _count(
@@ -188,24 +215,26 @@ def _count(
     labels: Tensor,
     among: list[int] | None,
     notes: "_Notes",
-) -> tuple[int, int]:
-    """How many pictures are classified rightly, and how many could be read. Raises UserError if none could."""
-    key = f"{data.spec} {data.fingerprint()}"
-    counts = notes.counts(key, 2, len(data))
-    if counts is None:
-        right = total = 0
-        with progress(data.spec, len(data), bench.console) as advance:
-            for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256):
-                if len(indices):
-                    right += int((judge.answers(images, among) == labels[indices]).sum())
-                    total += len(indices)
-                advance(end)
-        counts = [right, total]
-        notes.keep(key, counts)
-    right, total = counts
-    if not total:
+    names: list[str],
+) -> Tensor:
+    """Pictures of each class that are classified rightly, and that could be read (2 k). Raises UserError if none could.
+
+    names  of the labels
+    """
+    key, shape = f"{data.spec} {data.fingerprint()}", (2, len(names))
+    kept = notes.counts(key, 2 * len(names), len(data))
+    if kept is not None:
+        return torch.tensor(kept).view(shape)
+    counts = torch.zeros(shape, dtype=torch.int64)
+    with progress(data.spec, len(data), bench.console) as advance:
+        for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256):
+            if len(indices):
+                counts += tally(judge.answers(images, among), labels[indices], len(names))
+            advance(end)
+    if not bool(counts[1].any()):
         raise UserError(f"not one picture of {data.spec} can be read")
-    return right, total
+    notes.keep(key, counts.flatten().tolist())
+    return counts
 
 
 def _count_corrupted(
@@ -217,12 +246,14 @@ def _count_corrupted(
     variants: list[Variant],
     seed: int,
     notes: "_Notes",
-) -> tuple[dict[Variant, int], int]:
+    classes: int,
+) -> tuple[dict[Variant, Tensor], Tensor]:
     """The same for each variant of every picture. Pictures are read once; what is done is kept batch by batch."""
     key = f"in memory, version {VERSION}: {data.spec} {data.fingerprint()}"
-    crop, kept = evaluation_crop(bench.encoder.size), 2 + len(variants)
-    first, total, *counts = notes.counts(key, kept, len(data)) or [0] * kept
-    right = dict(zip(variants, counts, strict=True))
+    crop, kept = evaluation_crop(bench.encoder.size), 1 + (1 + len(variants)) * classes
+    first, *flat = notes.counts(key, kept, len(data)) or [0] * kept
+    total, *rows = torch.tensor(flat).view(-1, classes)
+    right = dict(zip(variants, rows, strict=True))
     with (
         progress(f"{len(variants) - 1} corruptions of {data.spec}", len(data), bench.console) as advance,
         workers(0, "pixmim-corrupt") as pool,
@@ -231,11 +262,11 @@ def _count_corrupted(
             if len(indices):
                 wanted = labels[indices]
                 for variant, changed in _made(images, indices.tolist(), variants, seed, pool):
-                    right[variant] += int((judge.answers(changed, among) == wanted).sum())
-                total += len(indices)
-            notes.keep(key, [end, total, *right.values()])
+                    right[variant] += tally(judge.answers(changed, among), wanted, classes)[0]
+                total += torch.bincount(wanted, minlength=classes)
+            notes.keep(key, [end, *torch.stack([total, *rows]).flatten().tolist()])
             advance(end)
-    if not total:
+    if not bool(total.any()):
         raise UserError(f"not one picture of {data.spec} can be read")
     return right, total
 

@@ -17,7 +17,7 @@ from pixmim.data.source import Source
 from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.decide import Judge, imagenet_head, labels_among, probe
-from pixmim.evaluate.imagenet import CATEGORIES
+from pixmim.evaluate.imagenet import CATEGORIES, wnids
 from pixmim.metrics import shape_decisions
 from pixmim.plotting import Figure, FigureCanvasAgg
 from pixmim.protocols import ShapeBias
@@ -40,7 +40,10 @@ def measure(bench: Bench, settings: ShapeBias) -> Values:
         names, groups, crop = judge.classes, None, evaluation_crop(bench.encoder.size)
     else:
         judge = imagenet_head(bench, "shape bias without --train")
-        names, groups, crop = list(CATEGORIES), list(CATEGORIES.values()), CentreCrop(bench.encoder.size)
+        place = {name: i for i, name in enumerate(judge.classes)}
+        ours = [place[wnid] for wnid in wnids()]
+        groups = [tuple(ours[number] for number in group) for group in CATEGORIES.values()]
+        names, crop = list(CATEGORIES), CentreCrop(bench.encoder.size)
     shapes, textures = cues(data, names)
     seen, answers = [], []
     with progress(data.spec, len(data), bench.console) as advance:
@@ -60,6 +63,8 @@ def measure(bench: Bench, settings: ShapeBias) -> Values:
     yield f"{judge.kind}/shape", 100 * by_shape
     yield f"{judge.kind}/texture", 100 * by_texture
     yield f"{judge.kind}/stimuli", float((shapes != textures).sum())
+    counts = torch.bincount(shapes[shapes != textures])
+    yield f"{judge.kind}/majority", 100 * float(counts.max() / counts.sum())
     each: dict[str, float] = {}
     for i, name in enumerate(names):
         mine = shapes == i
@@ -68,6 +73,7 @@ def measure(bench: Bench, settings: ShapeBias) -> Values:
             yield f"{judge.kind}/category/{name}/shape_bias", 100 * each[name]
             yield f"{judge.kind}/category/{name}/shape", 100 * by_shape
             yield f"{judge.kind}/category/{name}/texture", 100 * by_texture
+    yield f"{judge.kind}/balanced", 100 * float(torch.tensor(list(each.values()), dtype=torch.float64).nanmean())
     who = "its own classifier" if judge.kind == "head" else "a linear probe"
     bench.pictures[f"Shape bias by category, {who}"] = draw(each, bias)
 

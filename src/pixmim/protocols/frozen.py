@@ -12,8 +12,8 @@ class Knn:
     """Labelled data that vote: a folder with one subfolder for each class, or whatever else --data takes."""
     test: str
     """Labelled data to be measured on."""
-    k: int = 20
-    """Neighbours that vote."""
+    k: tuple[int, ...] = (1, 20)
+    """Neighbours that vote; each number is a measure of its own."""
 
 
 @dataclass(frozen=True)

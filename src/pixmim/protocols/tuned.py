@@ -93,6 +93,11 @@ class Segmentation:
     """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both."""
     test: str
     """The same to be measured on; of ADE20K's layout, validation/ is taken."""
+    foreground: int | None = None
+    """For masks of an object and all else: this value (often 255) is the class foreground, every other background."""
+    ignore: str = "auto"
+    """auto: a mask's values are class numbers, but 255 (in ADE20K's layout 0 as well) does not count. none, or a value
+    that does not count: all (other) values found in the train masks are the classes, in their order."""
     head: Literal["uper", "linear"] = "uper"
     """uper: UPerNet with an auxiliary head. linear: BatchNorm and one linear map of the last map's places."""
     frozen: bool | None = None
@@ -101,7 +106,7 @@ class Segmentation:
     """Side of the crops and of the test's windows in pixels, or HEIGHTxWIDTH."""
     steps: int = 160_000
     """Updates."""
-    batch: int = 16
+    batch_size: int = 16
     """Images in an update."""
     accumulate: int = 1
     """Parts a batch is computed in, one after another, to fit into memory."""
@@ -143,7 +148,7 @@ class Detection:
     test_images: str = ""
     """Folder of the test images, likewise."""
     masks: Literal["auto", "yes", "no"] = "auto"
-    """Learn masks as well (Mask R-CNN); auto: if every object has one."""
+    """Learn masks as well (Mask R-CNN), and leave out objects without one; auto: if more than half have one."""
     size: int = 1024
     """Side in pixels of the square that the network sees."""
     epochs: float = 100.0

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,15 +29,17 @@ from pixmim.parts import image_form
 from pixmim.pretrained import open_model
 from pixmim.report.figures import Picture, curve, png, sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
-from pixmim.report.results import Measured, compare, read_results, table
+from pixmim.report.results import Measured, circumstances, compare, read_results, table
 from pixmim.targets import in_bins
-from pixmim.terminal import printable_lines
+from pixmim.terminal import label, printable_lines
 from pixmim.trust import closed, inside, refusal
 from pixmim.weights.recognise import read_config
 
 _MAX_PICTURES = 100  # of one run
 _MAX_PICTURE_BYTES = 2**25
 _MAX_PIXELS = 2**25  # of all pictures of one run together
+
+_MAJORITY = ", majority"
 
 Warn = Callable[[str], None]
 
@@ -229,27 +232,54 @@ def _usage(story: _Story) -> str:
 
 
 def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
-    """(caption, SVG) of each curve that has something to show."""
-    kinds = [
-        ("loss", "loss", "Training loss. Losses compare only between runs with the same target and normalisation."),
-        ("knn/top1/mean", "k-NN top-1 (%)", "k-NN accuracy while training, mean of patch tokens."),
-        ("lr", "learning rate", "Learning rate."),
-        ("images_per_s", "images/s", "Throughput."),
+    """(caption, SVG) of each curve that has something to show. What was measured on other data has its own figure."""
+    compares = "Losses compare only between runs with the same target and normalisation."
+    kinds: list[tuple[dict[str, str], str, str, Callable[[Run], str]]] = [
+        ({"loss": ""}, "loss", f"Training loss. {compares}", lambda run: run.data),
+        (_knn("top1"), "k-NN top-1 (%)", "k-NN accuracy while training, mean of patch tokens.", _measured_on),
+        (
+            _knn("balanced"),
+            "k-NN balanced (%)",
+            "k-NN accuracy while training, each class counting the same.",
+            _measured_on,
+        ),
+        ({"lr": ""}, "learning rate", "Learning rate.", lambda run: ""),
+        ({"images_per_s": ""}, "images/s", "Throughput.", lambda run: ""),
     ]
     figures = []
-    for key, label, caption in kinds:
-        series = {story.name: story.series(key) for story in stories}
-        series = {name: xy for name, xy in series.items() if len(xy[0]) > 1}
-        if series:
-            figures.append((caption, curve(series, x="epoch", y=label, marker="o" if key.startswith("knn") else "")))
+    for keys, axis, caption, on in kinds:
+        groups: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        for story in stories:
+            for key, mark in keys.items() if story.run is not None else ():
+                found = story.series(key)
+                if story.run is not None and len(found[0]) > 1:
+                    groups.setdefault(on(story.run), {})[story.name + mark] = found
+        for data, series in groups.items():
+            said = f" Measured on {label(data, 120)}." if data else ""
+            marker, dashed = "o" if "k-NN" in axis else "", [name for name in series if name.endswith(_MAJORITY)]
+            figures.append((caption + said, curve(series, x="epoch", y=axis, marker=marker, dashed=dashed)))
     return figures
+
+
+def _knn(value: str) -> dict[str, str]:
+    """The keys of a value of periodic k-NN, with what each adds to a run's name; top-1 has a baseline."""
+    keys = {f"knn/k{k}/mean/{value}": f", k = {k}" for k in (1, 20)}
+    return keys | ({"knn/majority": _MAJORITY} if value == "top1" else {})
+
+
+def _measured_on(run: Run) -> str:
+    return f"{run.knn.test} (train {run.knn.train})"
 
 
 def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -> Iterator[tuple[str, str]]:
     """(caption, picture as a data URL) of what evaluations drew."""
-    named = [(result["encoder"], *item) for result in results for item in result["pictures"].items()]
-    left = _MAX_PIXELS
-    for encoder, caption, file in named[:_MAX_PICTURES]:
+    named = [
+        (result["encoder"], where, *item)
+        for result, where in zip(results, circumstances(results), strict=True)
+        for item in result["pictures"].items()
+    ]
+    left, count = _MAX_PIXELS, Counter((encoder, caption) for encoder, _, caption, _ in named)
+    for encoder, where, caption, file in named[:_MAX_PICTURES]:
         try:
             if Path(file).name != file:
                 raise UserError(f"'{file}' is not the name of a file in {folder / 'evaluations'}")
@@ -257,7 +287,10 @@ def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -
             if path.exists():
                 picture = _picture(path, left)
                 left -= picture.shape[0] * picture.shape[1]
-                yield f"{name}, {encoder}: {caption}", png(picture)
+                yield (
+                    f"{name}, {encoder}: {caption}{f' ({where})' if count[encoder, caption] > 1 else ''}",
+                    png(picture),
+                )
         except (UserError, OSError, BadImage) as error:
             warn(f"a picture of {name} is left out: {error}")
     if len(named) > _MAX_PICTURES:

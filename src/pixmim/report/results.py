@@ -1,8 +1,10 @@
 """What was measured of each model, as rows of values side by side, for the page and for a terminal."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,13 @@ from rich.table import Table
 
 from pixmim.disk import parse_json, read_text
 from pixmim.errors import UserError
-from pixmim.protocols import PROTOCOLS
+from pixmim.protocols import MAJORITY, PROTOCOLS
 from pixmim.terminal import cell, label
 from pixmim.trust import inside
 
 _MAX_FILES = 1000
-_MAX_BYTES = 4 * 2**20  # of one file
-_MAX_VALUES = 50_000  # of all files together
+_MAX_BYTES = 16 * 2**20  # of one file
+_MAX_VALUES = 200_000  # of all files together
 _LARGEST = 1e15
 _LONGEST = 300  # characters of a name that stands in every row
 
@@ -54,11 +56,13 @@ class Row:
 
     on     the data it was measured on
     cells  one for each column of the comparison; None where that was not measured
+    each   whether it is the value of one class
     """
 
     label: str
     on: str
     cells: list[Cell | None]
+    each: bool = False
 
     def stands_out(self, cell: Cell | None) -> bool:
         """Whether no other value reaches into this one's interval."""
@@ -121,39 +125,90 @@ def _is_value(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured, side by side: a column for each encoder, by name, and a row for each value."""
+    """What was measured, side by side: a column for each encoder, by name, and a row for each value.
+
+    each  the values of each class
+    """
 
     columns: list[str]
     rows: list[Row]
+    each: list[Row]
 
 
 def compare(models: list[Measured]) -> Comparison:
     """A row for each value that its protocol shows; values measured with the same settings share one.
 
-    Encoders of which nothing was measured have no column; untrained ones with the same values throughout share one.
+    Rows of different settings have different labels. A baseline that several evaluations give has one row. Encoders of
+    which nothing was measured have no column; untrained ones with the same values throughout share one.
     """
     columns = [(model, which) for model in models for which in ("untrained", "trained")]
-    found = []
+    found: dict[tuple[str, str, bool], list[Row]] = {}
     for name, protocol in PROTOCOLS.items():
         groups: dict[str, list[tuple[Measured, dict[str, Any]]]] = {}
         for m in models:
             for r in (r for r in m.results if r["evaluation"] == name):
                 groups.setdefault(_key(r), []).append((m, r))
-        for settings, mine in sorted(groups.items(), key=lambda group: group[0]):
+        ordered = sorted(groups.items())
+        marks = _marks([json.loads(settings) for settings, _ in ordered])
+        for (settings, mine), mark in zip(ordered, marks, strict=True):
             keys = list(dict.fromkeys(key for _, r in mine for key in r["values"]))
             on = label(_data(json.loads(settings)), _LONGEST)
-            for shown, title in protocol.shown.items():
-                for key in [k for k in keys if _matches(k, shown)]:
+            for shown, title in [*protocol.shown.items(), *protocol.each.items()]:
+                for key, words in ((key, _matched(key, shown)) for key in keys):
+                    if words is None:
+                        continue
                     cells = [
                         next(
-                            (_cell(r, key, protocol.unit) for m, r in mine if m is model and r["encoder"] == which),
+                            (
+                                cell
+                                for m, r in mine
+                                if m is model and r["encoder"] == which and (cell := _cell(r, key, protocol.unit))
+                            ),
                             None,
                         )
                         for model, which in columns
                     ]
-                    rest = label(key[len(shown) - 1 :], _LONGEST) if shown.endswith("*") else ""
-                    found.append(Row(title.replace("*", rest.replace("_", " ")), on, cells))
-    return _narrowed(columns, found)
+                    told = label(_filled(title, words) + mark * (MAJORITY not in title), _LONGEST)
+                    row = Row(told, on, cells, shown in protocol.each)
+                    same = found.setdefault((told, on, row.each), [])
+                    for i, other in enumerate(same):
+                        if all(a is None or b is None or a == b for a, b in zip(cells, other.cells, strict=True)):
+                            same[i] = replace(row, cells=[a or b for a, b in zip(cells, other.cells, strict=True)])
+                            break
+                    else:
+                        same.append(row)
+    return _narrowed(columns, [row for same in found.values() for row in same])
+
+
+def circumstances(results: list[dict[str, Any]]) -> list[str]:
+    """Return what each result was measured on, and what tells its settings from others of the same evaluation."""
+    found = [""] * len(results)
+    for name in {result["evaluation"] for result in results}:
+        mine = [i for i, result in enumerate(results) if result["evaluation"] == name]
+        for i, mark in zip(mine, _marks([results[i]["settings"] for i in mine]), strict=True):
+            found[i] = label(_data(results[i]["settings"]) + mark, _LONGEST)
+    return found
+
+
+def _marks(settings: list[dict[str, Any]]) -> list[str]:
+    """What tells each of several settings from others of the same test data, in words."""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    flat = [{**each, **(each["changes"] if isinstance(each.get("changes"), dict) else {})} for each in settings]
+    for each in flat:
+        alike.setdefault(_data(each), []).append(each)
+    marks = []
+    for each in flat:
+        names = [
+            n for n in sorted(each) if n != "changes" and any(other.get(n) != each[n] for other in alike[_data(each)])
+        ]
+        marks.append("".join(f", {n} {label(str(each[n]))}" for n in names if each[n] not in (None, "", [])))
+    return marks
+
+
+def _filled(title: str, words: tuple[str, ...]) -> str:
+    """A title with what its stars stand for, in order."""
+    first, *rest = title.split("*")
+    return first + "".join(word.replace("_", " ") + part for word, part in zip(words, rest, strict=True))
 
 
 def _narrowed(columns: list[tuple[Measured, str]], rows: list[Row]) -> Comparison:
@@ -170,7 +225,8 @@ def _narrowed(columns: list[tuple[Measured, str]], rows: list[Row]) -> Compariso
             kept[i] = which
         else:
             kept[i] = model.name if which == "trained" else f"{model.name}, {which}"
-    return Comparison(list(kept.values()), [replace(row, cells=[row.cells[i] for i in kept]) for row in rows])
+    rows = [replace(row, cells=[row.cells[i] for i in kept]) for row in rows]
+    return Comparison(list(kept.values()), [r for r in rows if not r.each], [r for r in rows if r.each])
 
 
 def table(models: list[Measured], width: int) -> Table:
@@ -198,13 +254,19 @@ def _table(comparison: Comparison, *, intervals: bool) -> Table:
 
 
 def _key(result: dict[str, Any]) -> str:
-    return json.dumps(result["settings"], sort_keys=True)
+    """What must be the same for values to share a row. The names of k-NN's values tell k already."""
+    return json.dumps({name: value for name, value in result["settings"].items() if name != "k"}, sort_keys=True)
 
 
-def _matches(key: str, shown: str) -> bool:
-    if shown.endswith("*"):
-        return key.startswith(shown[:-1]) and not key.endswith(("/low", "/high"))
-    return key == shown
+def _matched(key: str, shown: str) -> tuple[str, ...] | None:
+    """What the stars of a pattern stand for in a key; None if it does not match."""
+    found = _pattern(shown).fullmatch(key)
+    return found.groups() if found else None
+
+
+@cache
+def _pattern(shown: str) -> re.Pattern[str]:
+    return re.compile("(.+?)".join(map(re.escape, shown.split("*"))), re.DOTALL)
 
 
 def _cell(result: dict[str, Any], key: str, unit: str) -> Cell | None:

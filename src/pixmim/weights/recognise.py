@@ -31,6 +31,7 @@ class Weights:
     left_out  keys of the file that no model needs, each with the reason
     source    the table its names came through, to speak of them as the file does; None for pixmim's own
     step      updates of the weights in pixmim's training; 0 for others' files
+    classes   names of a classifier's outputs, in their order; empty where the file does not name them
     """
 
     run: Run
@@ -39,6 +40,7 @@ class Weights:
     left_out: dict[str, str] = field(default_factory=dict)
     source: Source | None = None
     step: int = 0
+    classes: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -137,7 +139,12 @@ def _own(file: Foreign) -> Weights:
     step = file.metadata.get("step", "0")
     if not re.fullmatch(r"[0-9]{1,15}", step):
         raise UserError(f"{file.path}: its metadata's 'step' is {shown(step)}, which is no number of updates")
-    return Weights(run, tensors, "pixmim", step=int(step))
+    classes = parse_json(file.metadata.get("classes", "[]"), f"{file.path}: its metadata's 'classes'")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{file.path}: its metadata's 'classes' are {shown(classes)}, and not a list of names")
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{file.path}: its metadata's 'classes' hold a name twice")
+    return Weights(run, tensors, "pixmim", step=int(step), classes=tuple(classes))
 
 
 def _first(source: Source) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +17,7 @@ from pixmim.data.bench.subset import Subset
 from pixmim.data.bench.turns import Extent, forget, loader_rate, rate, read
 from pixmim.data.feed.keep import SHARE, decoded_bytes, of_machine
 from pixmim.data.feed.kept import Kept
-from pixmim.data.source import BadImage, Source
+from pixmim.data.source import BadImage, Placed, Source
 from pixmim.data.tars.cache import Kind, make_cache
 from pixmim.data.tars.cacheformat import open_cache
 from pixmim.data.tars.shards import Shards
@@ -33,13 +32,6 @@ _SAMPLE = 16, 1024  # images, at least and at most
 _CACHED = 256  # of them, at most, in a cache that is tried out
 _HELD = 64  # of them, at most, on which the crop is tried out,
 _HELD_BYTES = 2**28  # with so many bytes at most
-
-
-@runtime_checkable
-class Placed(Protocol):
-    """A data set that can say where the bytes of an image lie."""
-
-    def extent(self, index: int) -> Extent: ...
 
 
 @dataclass(frozen=True)

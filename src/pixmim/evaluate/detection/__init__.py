@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -13,13 +14,14 @@ from pixmim.data.patience import progress
 from pixmim.data.source import BadImage
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate.bench import Bench, Values
-from pixmim.evaluate.detection.data import Annotated, Objects, open_annotated
+from pixmim.evaluate.detection.data import Annotated, Objects, open_annotated, rectangle
 from pixmim.evaluate.detection.detector import detect
 from pixmim.evaluate.detection.draw import draw, sheet
 from pixmim.evaluate.detection.feed import fitted, picture, read
 from pixmim.evaluate.detection.masks import View, bitmap, coco
 from pixmim.evaluate.detection.score import Found, Tally, pack
 from pixmim.evaluate.detection.train import trained
+from pixmim.evaluate.labelled import shares, warn_shared
 from pixmim.evaluate.learn import forget
 from pixmim.protocols import Detection
 from pixmim.terminal import say
@@ -36,14 +38,13 @@ def measure(bench: Bench, settings: Detection) -> Values:
     coco()
     settings = _with_data(_checked(settings))
     encoder = bench.encoder
-    train = open_annotated(settings.train, settings.train_images, encoder.form)
-    test = _same_classes(train, open_annotated(settings.test, settings.test_images, encoder.form))
-    for data in (train, test):
-        if data.about and bench.console is not None:
-            say(bench.console, data.about)
-    masks = settings.masks == "yes" or (settings.masks == "auto" and train.masks and test.masks)
-    if masks and not (train.masks and test.masks):
-        raise UserError(f"--masks yes, but not every object of {(test if train.masks else train).images.spec} has one")
+    train = open_annotated(settings.train, settings.train_images, encoder.form, "--train-images")
+    test = _same_classes(train, open_annotated(settings.test, settings.test_images, encoder.form, "--test-images"))
+    console = bench.console or Console(quiet=True)
+    _tell(train, test, console)
+    masks = _masks(settings, train, test, console)
+    if masks:
+        train, test = _only_masked(train), _only_masked(test)
     model = trained(bench, settings, train, masks)
     yield from _measured(bench, settings, test, model, masks)
     forget(bench.work("detection", settings))
@@ -64,6 +65,7 @@ def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterR
             except BadImage as error:
                 skipped.add(index, test.images.locate(index), str(error))
                 continue
+            skipped.passed(index)
             view = fitted(size, settings.size)
             shown = picture(image, view, encoder.mean.tolist())[None].to(encoder.device)
             (found,) = detect(model, finish(shown, None, encoder.mean, encoder.std))
@@ -89,6 +91,63 @@ def _in_image(found: dict[str, Tensor], view: View) -> Found:
         for share, box in zip(found["masks"], boxes, strict=True):  # one by one: each is as large as the image
             drawn.append(paste_masks_in_image(share[None], box[None], (h, w))[0, 0].cpu().numpy() >= 0.5)
     return Found(boxes.cpu().numpy(), found["labels"].cpu().numpy() - 1, found["scores"].cpu().numpy(), pack(drawn))
+
+
+def _tell(train: Annotated, test: Annotated, console: Console) -> None:
+    """Print the classes of train and test data, and what is wrong with them. Raises UserError where nothing is left."""
+    for what, data in (("train", train), ("test", test)):
+        total, spec = sum(data.counts), data.images.spec
+        found = f"{total:,} objects in {len(data.images):,} images of {shares(data.classes, data.counts)}"
+        for line in [f"{what} data: {found}", *[f"  {line}" for line in data.about.splitlines()]]:
+            say(console, line)
+        if not total:
+            raise UserError(
+                f"{spec} has no object to {'learn from' if what == 'train' else 'be found'} (crowds do not count)"
+            )
+    unknown = [name for name, a, b in zip(train.classes, train.counts, test.counts, strict=True) if b and not a]
+    if unknown:
+        some = ", ".join(unknown[:6]) + (", ..." if len(unknown) > 6 else "")
+        say(console, f"warning: {len(unknown)} test classes have no train object, and an AP of 0: {some}")
+    warn_shared(train.images, test.images, console)
+
+
+def _masks(settings: Detection, train: Annotated, test: Annotated, console: Console) -> bool:
+    """Whether masks are learned, and what that means for objects without one, in lines. Raises UserError."""
+    both = train, test
+    lacking = [data for data in both if len(data.unmasked) == sum(data.counts)]
+    if settings.masks == "yes" and lacking:
+        raise UserError(f"--masks yes, but no object of {lacking[0].images.spec} has a mask that can be used")
+    most = all(2 * len(data.unmasked) < sum(data.counts) for data in both)
+    masks = settings.masks == "yes" or (settings.masks == "auto" and most)
+    say(console, "learns boxes and masks (Mask R-CNN)" if masks else "learns boxes only (Faster R-CNN)")
+    for data in both if settings.masks != "no" else ():
+        if data.unmasked:
+            follows = (
+                "these are treated as crowds, neither learned nor measured; --masks no takes all boxes"
+                if masks
+                else "--masks yes learns the masks of the others" * (not lacking)
+            )
+            say(
+                console,
+                f"warning: {len(data.unmasked):,} of the {sum(data.counts):,} objects of {data.images.spec} have no "
+                f"usable mask (the first is {data.unmasked[0]})" + f": {follows}" * bool(follows),
+            )
+    return masks
+
+
+def _only_masked(data: Annotated) -> Annotated:
+    """The data with objects without a mask as crowds."""
+
+    def objects(index: int) -> Objects:
+        found = data.objects(index)
+        without = np.asarray([mask is None for mask in found.masks], bool)
+        masks = [
+            rectangle(box) if mask is None else mask
+            for mask, box in zip(found.masks, found.boxes.tolist(), strict=True)
+        ]
+        return replace(found, crowd=found.crowd | without, masks=masks)
+
+    return replace(data, objects=objects)
 
 
 def _checked(settings: Detection) -> Detection:
@@ -131,4 +190,5 @@ def _same_classes(train: Annotated, test: Annotated) -> Annotated:
         found = test.objects(index)
         return replace(found, labels=number[found.labels])
 
-    return replace(test, objects=objects, classes=train.classes)
+    counts = [test.counts[test.classes.index(name)] if name in test.classes else 0 for name in train.classes]
+    return replace(test, objects=objects, classes=train.classes, counts=counts)

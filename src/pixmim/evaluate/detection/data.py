@@ -1,9 +1,9 @@
 """Images with boxes, and masks where there are any: COCO's JSON, or the drawn shapes."""
 
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.folders.files import Files, check_inside
+from pixmim.data.pictures.limits import max_pixels
 from pixmim.data.shapes import SHAPES, Shapes
-from pixmim.data.source import Form, Source
+from pixmim.data.source import BadImage, Form, Source
 from pixmim.disk import read_file
 from pixmim.errors import UserError
-from pixmim.evaluate.detection.masks import Segmentation
+from pixmim.evaluate.detection.masks import Segmentation, bitmap
 from pixmim.process import killable
 
 _MOST_BYTES = 2**32  # of a file of annotations
@@ -32,40 +33,48 @@ class Objects:
     labels  int64 (k): indices into the classes
     crowd   bool (k): a region of many, which is neither learnt nor to be found
     areas   float64 (k) in square pixels, as COCO states them
-    masks   k segmentations; empty where there are none
+    masks   k segmentations, None for an object without one that can be used; or none at all
     """
 
     boxes: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     crowd: npt.NDArray[np.bool_]
     areas: npt.NDArray[np.float64]
-    masks: list[Segmentation]
+    masks: list[Segmentation | None]
 
 
 @dataclass(frozen=True)
 class Annotated:
     """A data set of images with objects.
 
-    sizes    (h, w) of each image that its boxes were made for; None where any size is right
-    objects  of the image with an index
-    masks    whether every object has one
-    about    what a user should know of how it was read, in a line, or nothing
+    sizes     (h, w) of each image that its boxes were made for; None where any size is right
+    objects   of the image with an index
+    counts    objects of each class, without crowds
+    unmasked  ids of those without a mask that can be used
+    about     what was found wrong, and what follows, in lines
     """
 
     images: Source
     sizes: list[tuple[int, int]] | None
     objects: Callable[[int], Objects]
     classes: list[str]
-    masks: bool
+    counts: list[int]
+    unmasked: list[Any]
     about: str = ""
 
+    @property
+    def masks(self) -> bool:
+        """Whether every object has a mask."""
+        return not self.unmasked and sum(self.counts) > 0
 
-def open_annotated(spec: str, folder: str, form: Form) -> Annotated:
+
+def open_annotated(spec: str, folder: str, form: Form, flag: str = "--train-images") -> Annotated:
     """The data set that `spec` names: a JSON file in COCO's format, or `shapes:`.
 
     folder  of the images; if empty, ROOT/NAME for ROOT/annotations/instances_NAME.json, and otherwise the file's own
+    flag    that names another one
 
-    Raises UserError.
+    All of a file is checked here; what cannot be used is left out, and counted in `about`. Raises UserError.
     """
     if spec.startswith("shapes:"):
         return _shapes(Shapes.from_spec(spec, form))
@@ -77,8 +86,10 @@ def open_annotated(spec: str, folder: str, form: Form) -> Annotated:
     else:
         root = file.parent
     if file.is_file() and not root.is_dir():
-        raise UserError(f"the images of {file} should be in {root}, and there is no such folder")
-    return _coco(spec, file, root, form)
+        raise UserError(
+            f"the images of {file} should be in {root}, and there is no such folder: name it as {flag} FOLDER"
+        )
+    return _coco(spec, file, root, form, flag)
 
 
 def _shapes(shapes: Shapes) -> Annotated:
@@ -92,66 +103,176 @@ def _shapes(shapes: Shapes) -> Annotated:
             [sample.mask],
         )
 
-    return Annotated(shapes, None, objects, list(SHAPES), True)
+    counts = np.bincount(shapes.labels, minlength=len(SHAPES)).tolist()
+    return Annotated(shapes, None, objects, list(SHAPES), counts, [])
 
 
-def _coco(spec: str, file: Path, root: Path, form: Form) -> Annotated:
-    content = _read(file)
-    categories = _entries(file, content, "categories", {"id": _name, "name": _text})
-    categories = sorted(categories, key=lambda entry: (isinstance(entry["id"], str), entry["id"]))
-    label = {entry["id"]: number for number, entry in enumerate(categories)}
-    keys = {"id": _name, "file_name": _text, "height": _side, "width": _side}
-    images = _entries(file, content, "images", keys)
+class _Problems:
+    """What is wrong with annotations: for each kind how many, the first one, and what follows.
+
+    `broken` counts what cannot have been meant, unlike a box that reaches beyond its image.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str, str]] = {}
+        self.broken = 0
+
+    def add(self, kind: str, first: object, follows: str, *, broken: bool = False) -> None:
+        self.broken += broken
+        count, before, _ = self._found.get(kind, (0, str(first)[:60], ""))
+        self._found[kind] = count + 1, before, follows
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{count:,} {kind}: {follows} (the first is {first})"
+            for kind, (count, first, follows) in self._found.items()
+        )
+
+
+def _coco(spec: str, file: Path, root: Path, form: Form, flag: str) -> Annotated:
+    content, problems = _read(file), _Problems()
+    names, label = _categories(file, content, problems)
+    images = _images(file, content, root, problems, flag)
     place = {entry["id"]: index for index, entry in enumerate(images)}
-    if not images or not categories:
-        raise UserError(f"{file} names no {'categories' if images else 'images'}")
-    names = [entry["file_name"] for entry in images]
-    way_out = "name the folder that holds them all as --test-images or --train-images"
-    check_inside(names, [root], str(file), len(names), way_out)
     sizes = [(int(entry["height"]), int(entry["width"])) for entry in images]
 
-    found: list[list[tuple[dict[str, Any], list[float]]]] = [[] for _ in images]
-    clipped, dropped = 0, 0
-    keys = {"image_id": _name, "category_id": _name, "bbox": _box}
-    for number, entry in enumerate(_entries(file, content, "annotations", keys)):
-        for key, known in (("image_id", place), ("category_id", label)):
-            if entry[key] not in known:
-                raise UserError(f"{file}: annotation {number} has {key} {entry[key]}, which the file does not list")
-        index, box, mask = place[entry["image_id"]], entry["bbox"], entry.get("segmentation")
-        if isinstance(mask, dict) and mask.get("size") != list(sizes[index]):
-            raise UserError(
-                f"{file}: annotation {number} has a mask of {mask.get('size')}, and its image {sizes[index]}"
-            )
-        wrong = _wrong_mask(mask, sizes[index])
-        if not wrong and not _number(entry.get("area") or 0):
-            wrong = f"the area {str(entry['area'])[:60]}"
+    annotations = content.get("annotations")
+    if not isinstance(annotations, list):
+        raise UserError(f"{file} is no COCO file: it lacks 'annotations'")
+    found: list[list[_Object]] = [[] for _ in images]
+    seen, twins = set[str](), dict[tuple[Any, ...], _Object]()
+    for number, entry in enumerate(annotations):
+        name = f"annotation {entry.get('id', number)}" if isinstance(entry, dict) else f"number {number}"
+        wrong = _unusable(entry, place, label)
         if wrong:
-            raise UserError(f"{file}: annotation {number} has {wrong}")
-        (height, width), (x, y, w, h) = sizes[index], box
-        cut = [max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))]
-        if cut[2] <= cut[0] or cut[3] <= cut[1]:
-            dropped += 1
+            problems.add(wrong, name, "left out", broken=True)
             continue
-        clipped += x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1  # rounding is no news
-        found[index].append((entry, cut))
+        if "id" in entry:
+            if repr(entry["id"]) in seen:
+                problems.add("annotations have the id of another one", name, "all are used")
+            seen.add(repr(entry["id"]))
+        index = place[entry["image_id"]]
+        one = _object(entry, label[entry["category_id"]], sizes[index], name, problems)
+        if one is None:
+            continue
+        twin = twins.setdefault((index, one.box, one.label), one)
+        if twin is not one and (twin.mask, twin.crowd) == (one.mask, one.crowd):
+            problems.add("objects are listed twice", name, "the second is left out")
+            continue
+        if one.crowd:
+            problems.add("objects are crowds", name, "neither learned nor measured")
+        found[index].append(one)
 
-    everything = [entry for entries in found for entry, _ in entries if not entry.get("iscrowd")]
-    masks = bool(everything) and all(_is_mask(entry.get("segmentation")) for entry in everything)
+    if problems.broken > len(annotations) / 4:
+        raise UserError(f"{file}: more than a quarter of its {len(annotations):,} annotations are broken:\n{problems}")
+    everything = [one for objects in found for one in objects]
+    unmasked = [one.name for one in everything if not one.crowd and one.mask is None]
+    counts = np.bincount([one.label for one in everything if not one.crowd], minlength=len(names)).tolist()
     objects = [
         Objects(
-            np.asarray([box for _, box in entries], np.float32).reshape(-1, 4),
-            np.asarray([label[entry["category_id"]] for entry, _ in entries], np.int64),
-            np.asarray([bool(entry.get("iscrowd")) for entry, _ in entries], bool),
-            np.asarray([_area(entry.get("area"), box) for entry, box in entries], np.float64),
-            [entry.get("segmentation") or _rectangle(box) for entry, box in entries] if masks else [],
+            np.asarray([one.box for one in mine], np.float32).reshape(-1, 4),
+            np.asarray([one.label for one in mine], np.int64),
+            np.asarray([one.crowd for one in mine], bool),
+            np.asarray([one.area for one in mine], np.float64),
+            [one.mask for one in mine],
         )
-        for entries in found
+        for mine in found
     ]
-    said = [f"{clipped} boxes reach beyond their image and were cut"] * bool(clipped)
-    said += [f"{dropped} boxes are empty, or outside their image, and were left out"] * bool(dropped)
-    about = f"{file.name}: {'; '.join(said)}" if said else ""
-    files = Files(spec, root, names, form)
-    return Annotated(files, sizes, objects.__getitem__, [entry["name"] for entry in categories], masks, about)
+    files = Files(spec, root, [entry["file_name"] for entry in images], form)
+    return Annotated(files, sizes, objects.__getitem__, names, counts, unmasked, str(problems))
+
+
+@dataclass(frozen=True)
+class _Object:
+    name: str
+    box: tuple[float, ...]
+    label: int
+    crowd: bool
+    area: float
+    mask: Segmentation | None
+
+
+def _categories(file: Path, content: dict[str, Any], problems: _Problems) -> tuple[list[str], dict[Any, int]]:
+    """The classes, and the number of each category's id. Raises UserError."""
+    entries = _entries(file, content, "categories", {"id": _name, "name": _text})
+    entries = sorted(entries, key=lambda entry: (isinstance(entry["id"], str), entry["id"]))
+    if not entries:
+        raise UserError(f"{file} names no categories")
+    names, label = list[str](), dict[Any, int]()
+    for entry in entries:
+        number, name = entry["id"], entry["name"]
+        if number in label and names[label[number]] != name:
+            raise UserError(f"{file}: two categories have the id {number}: '{names[label[number]]}' and '{name}'")
+        if name in names and number not in label:
+            problems.add("categories have the name of another one", f"{number}, '{name}'", "they are one class")
+        elif name not in names:
+            names.append(name)
+        label[number] = names.index(name)
+    return names, label
+
+
+def _images(file: Path, content: dict[str, Any], root: Path, problems: _Problems, flag: str) -> list[dict[str, Any]]:
+    """The images, each once. Raises UserError, also if more than a quarter are not there."""
+    keys = {"id": _name, "file_name": _text, "height": _side, "width": _side}
+    entries = _entries(file, content, "images", keys)
+    if not entries:
+        raise UserError(f"{file} names no images")
+    kept, names = dict[Any, dict[str, Any]](), set[str]()
+    for entry in entries:
+        number, name = entry["id"], entry["file_name"]
+        if number in kept:
+            if kept[number]["file_name"] != name:
+                raise UserError(f"{file}: two images have the id {number}: {kept[number]['file_name']} and {name}")
+            problems.add("images are listed twice", name, "once is enough")
+            continue
+        if name in names:
+            problems.add("images have the file of another one", name, "each is an image of its own")
+        kept[number] = entry
+        names.add(name)
+    paths = [entry["file_name"] for entry in kept.values()]
+    check_inside(paths, [root], str(file), len(paths), f"name the folder that holds them all as {flag}")
+    missing = [path for path in paths if not os.path.isfile(root / path)]
+    if len(missing) > len(paths) / 4:
+        raise UserError(
+            f"{len(missing):,} of the {len(paths):,} images of {file} are not in {root}, such as {missing[0]}: name "
+            f"the folder that they are in as {flag} FOLDER"
+        )
+    for path in missing:
+        problems.add(f"images are not in {root}", path, "left out")
+    return list(kept.values())
+
+
+def _unusable(entry: Any, place: Mapping[Any, int], label: Mapping[Any, int]) -> str:
+    """Why nothing can be made of an annotation, as the name of a kind; empty if something can."""
+    if not isinstance(entry, dict):
+        return "annotations are no objects of JSON"
+    for key, known in (("image_id", place), ("category_id", label)):
+        if not _name(entry.get(key)) or entry[key] not in known:
+            return f"annotations have a {key} that the file does not list"
+    if not _box(entry.get("bbox")):
+        return "annotations have a bbox that is not four numbers"
+    return ""
+
+
+def _object(entry: dict[str, Any], label: int, size: tuple[int, int], name: str, problems: _Problems) -> _Object | None:
+    """An annotation as an object; None if it has no box in its image."""
+    (height, width), (x, y, w, h) = size, entry["bbox"]
+    box = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    if box[2] <= box[0] or box[3] <= box[1]:
+        problems.add("boxes are empty, or outside their image", name, "left out")
+        return None
+    if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:  # rounding is no news
+        problems.add("boxes reach beyond their image", name, "cut")
+    area, crowd = entry.get("area"), bool(entry.get("iscrowd"))
+    if area is not None and not (_number(area) and area >= 0):
+        problems.add("areas are not numbers from 0 on", name, "the box's is taken", broken=True)
+        area = None
+    mask, wrong = _usable(entry.get("segmentation"), size)
+    if wrong:
+        problems.add(wrong, name, "a part is left out" if mask else "no mask", broken=True)
+    if crowd and mask is None:
+        mask = rectangle(box)
+    return _Object(name, box, label, crowd, (box[2] - box[0]) * (box[3] - box[1]) if area is None else area, mask)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -210,38 +331,50 @@ def _box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_number, value))
 
 
-def _wrong_mask(mask: Any, size: tuple[int, int]) -> str:
-    """Describe a mask that cannot be drawn, or only with a memory beyond all measure; empty if there is none."""
+def _usable(mask: Any, size: tuple[int, int]) -> tuple[Segmentation | None, str]:
+    """What can be drawn of a mask, within a bound of memory, and what is wrong with the rest as the name of a kind."""
+    if mask is None or mask == []:
+        return None, ""
     if isinstance(mask, list):
-        most = _NEAR * max(size)
+        wrong, parts = Counter[str](), []
         for part in mask:
-            try:
-                inside = not part or (math.isfinite(sum(part)) and -most <= min(part) and max(part) <= most)
-            except (TypeError, OverflowError):
-                return "a polygon that is not of numbers"
-            if not inside:
-                return f"a polygon that reaches {_NEAR} times as far as its image"
-    if isinstance(mask, dict) and isinstance(counts := mask.get("counts"), list):
+            reason = _wrong_polygon(part, _NEAR * max(size))
+            wrong[reason] += 1
+            if not reason:
+                parts.append(part)
+        del wrong[""]
+        return parts or None, f"masks have a polygon {next(iter(wrong))}" if wrong else ""
+    if not isinstance(mask, dict):
+        return None, "masks are neither polygons nor a run-length code"
+    if mask.get("size") != list(size):
+        return None, "masks are of another size than their image"
+    counts = mask.get("counts")
+    if isinstance(counts, list):
         if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
-            return "a mask whose counts are not those of its pixels"
-    elif isinstance(mask, dict) and not isinstance(counts, str):
-        return "a mask without counts"
+            return None, "masks have counts that are not those of their pixels"
+        return (mask, "") if any(counts[1::2]) else (None, "masks have no pixel")
+    if not isinstance(counts, str) or size[0] * size[1] > max_pixels():
+        return None, "masks have no counts that can be read"
+    try:
+        return (mask, "") if bitmap(mask, size).any() else (None, "masks have no pixel")
+    except BadImage:
+        return None, "masks have counts that are not those of their pixels"
+
+
+def _wrong_polygon(part: Any, most: float) -> str:
+    """What is wrong with a polygon [x, y, x, y ...]; empty if nothing is."""
+    if not isinstance(part, list) or not all(map(_number, part)):
+        return "that is not of numbers"
+    if len(part) < 6 or len(part) % 2:
+        return "of fewer than three corners, or of half a one"
+    if min(part) < -most or max(part) > most:
+        return f"that reaches {_NEAR} times as far as its image"
+    if min(part[::2]) == max(part[::2]) or min(part[1::2]) == max(part[1::2]):
+        return "without an area"
     return ""
 
 
-def _is_mask(segmentation: Any) -> bool:
-    if isinstance(segmentation, dict):
-        return "counts" in segmentation and "size" in segmentation
-    if not isinstance(segmentation, list) or not segmentation:
-        return False
-    return all(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in segmentation)
-
-
-def _area(stated: float | None, box: list[float]) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1]) if stated is None else stated
-
-
-def _rectangle(box: list[float]) -> list[list[float]]:
+def rectangle(box: Sequence[float]) -> list[list[float]]:
     """A box as a polygon: for a crowd without a mask."""
     left, top, right, bottom = box
     return [[left, top, right, top, right, bottom, left, bottom]]

@@ -62,18 +62,18 @@ class Tally:
 
     def values(self) -> Iterator[tuple[str, float]]:
         """Average precision in per cent: box/AP (the mean over overlaps of 0.5 to 0.95), box/AP50, box/AP75, the same
-        of masks, and each class's box/AP as ap/NAME.
+        of masks, and each class's box/AP as ap/NAME and mask/AP as mask_ap/NAME.
 
         Where there is nothing to find (no object, or none but crowds), it is not a number; where there is, and
         nothing is found, it is 0.
         """
-        boxes = self._precision("bbox")
-        for kind, precision in [("box", boxes)] + ([("mask", self._precision("segm"))] if self.masks else []):
+        for kind, each, iou in (("box", "ap", "bbox"), ("mask", "mask_ap", "segm"))[: 1 + self.masks]:
+            precision = self._precision(iou)
             yield f"{kind}/AP", _mean(precision)
             yield f"{kind}/AP50", _mean(precision[0])
             yield f"{kind}/AP75", _mean(precision[5])
-        for label, name in enumerate(self.classes):
-            yield f"ap/{name}", _mean(boxes[:, :, label])
+            for label, name in enumerate(self.classes):
+                yield f"{each}/{name}", _mean(precision[:, :, label])
 
     def _precision(self, kind: str) -> npt.NDArray[np.float64]:
         """Precision (10 overlaps, 101 recalls, classes) of objects of any area; -1 where there is nothing to find."""

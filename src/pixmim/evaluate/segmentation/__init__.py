@@ -8,20 +8,24 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Shaped
+from rich.console import Console
 from torch import Tensor
 
 from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage
 from pixmim.data.threads import how_many, in_turn, workers
+from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench, Values
+from pixmim.evaluate.labelled import shares, warn_shared
 from pixmim.evaluate.learn import forget
 from pixmim.evaluate.segmentation.draw import Pixels, sheet
-from pixmim.evaluate.segmentation.pairs import Pairs, open_pairs
+from pixmim.evaluate.segmentation.pairs import IGNORE, Pairs, open_pairs
 from pixmim.evaluate.segmentation.training import build, fit
 from pixmim.evaluate.segmentation.windows import segment
 from pixmim.metrics import confusion, overlap
 from pixmim.protocols import Segmentation
+from pixmim.terminal import say
 
 _SHOWN = 6  # test pictures in the report
 
@@ -33,14 +37,20 @@ def measure(bench: Bench, settings: Segmentation) -> Values:
     settings that do not go together.
     """
     encoder = bench.encoder
-    train = open_pairs(settings.train, encoder.form, "training")
-    test = open_pairs(settings.test, encoder.form, "validation", train.classes)
+    form = encoder.form
+    train = open_pairs(settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground)
+    test = open_pairs(settings.test, form, "validation", train.classes, table=train.table)
     model, size = build(encoder, settings, len(train.classes))
+    console = bench.console or Console(quiet=True)
+    warn_shared(train.source, test.source, console)
+    learnt, skipped = bench.skipped(train), bench.skipped(test)
+    for pairs, account, what in ((train, learnt, "train"), (test, skipped, "test")):
+        check_masks(pairs, account, what, console)
     folder = bench.work("segmentation", settings)
-    fit(model, encoder, settings, train, size, folder=folder, skipped=bench.skipped(train), console=bench.console)
+    fit(model, encoder, settings, train, size, folder=folder, skipped=learnt, console=bench.console)
     model.eval()
 
-    names, skipped, rows = train.classes, bench.skipped(test), []
+    names, rows = train.classes, []
     wanted = set(np.linspace(0, len(test) - 1, _SHOWN).round().astype(int).tolist())
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64, device=encoder.device)
     with progress(f"segments {test.spec}", len(test), bench.console) as advance:
@@ -59,9 +69,42 @@ def measure(bench: Bench, settings: Segmentation) -> Values:
     yield "mIoU", 100 * measured.mean_iou
     yield "aAcc", 100 * measured.pixel_accuracy
     yield "mAcc", 100 * measured.mean_accuracy
+    yield "majority", 100 * float(matrix.sum(dim=1).max() / matrix.sum())
     for name, iou in zip(names, measured.iou.tolist(), strict=True):
         yield f"iou/{name}", 100 * iou
     yield "images", len(test) - len(skipped)
+
+
+def check_masks(pairs: Pairs, skipped: Skipped, what: str, console: Console) -> None:
+    """Read all pairs before training, and print the classes, their shares of the pixels, and what is left out.
+
+    Raises UserError if fewer than two classes have pixels, or too many pairs cannot be used.
+    """
+    counts = torch.zeros(256, dtype=torch.int64)
+    with progress(f"checks {pairs.spec}", len(pairs), console) as advance:
+        for index, pair in one_by_one(pairs, skipped):
+            counts += torch.bincount(pair[-1].to(torch.int64).flatten(), minlength=256)
+            advance(index + 1)
+    found, ignored = counts[: len(pairs.classes)].tolist(), int(counts[IGNORE])
+    share = f"; {100 * ignored / int(counts.sum()):.1f} % of the pixels do not count" if ignored else ""
+    say(console, f"{what} masks: {len(pairs) - len(skipped):,} images of {shares(pairs.classes, found)}{share}")
+    if len(skipped):
+        say(console, f"  {len(skipped):,} of {len(pairs):,} pairs are left out: {skipped.reasons}")
+    there = [name for name, count in zip(pairs.classes, found, strict=True) if count]
+    if len(there) < 2:
+        held = f" They hold {pairs.values()}." if pairs.values is not None else ""
+        raise UserError(
+            f"the masks of {pairs.spec} have pixels of {len(there)} class: there is nothing to tell apart{share}."
+            f"{held} --foreground 255 makes 255 the object, and --ignore none every value a class"
+        )
+    without = [name for name in pairs.classes if name not in there]
+    if without:
+        some = ", ".join(without[:6]) + (", ..." if len(without) > 6 else "")
+        follows = "they cannot be learned" if what == "train" else "they have no IoU"
+        say(
+            console,
+            f"{'warning: ' if what == 'train' else '  '}{len(without)} classes without a pixel, {follows}: {some}",
+        )
 
 
 def one_by_one(pairs: Pairs, skipped: Skipped, threads: int = 0) -> Iterator[tuple[int, Shaped[Tensor, "c h w"]]]:

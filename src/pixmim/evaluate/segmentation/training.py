@@ -30,9 +30,10 @@ def build(encoder: Encoder, settings: Segmentation, classes: int) -> tuple[Segme
     """The encoder with a fresh head, on its device, and the size of its crops. Raises UserError."""
     frozen = settings.head == "linear" if settings.frozen is None else settings.frozen
     size = replace(encoder.run, size=settings.size).hw
-    if settings.batch % settings.accumulate or settings.batch // settings.accumulate < 2:
+    if settings.batch_size % settings.accumulate or settings.batch_size // settings.accumulate < 2:
         raise UserError(
-            f"--batch {settings.batch} does not make --accumulate {settings.accumulate} equal parts of 2 images or more"
+            f"--batch-size {settings.batch_size} does not make --accumulate {settings.accumulate} equal parts of "
+            "2 images or more"
         )
     module = anew(encoder, settings.size, **({} if frozen else {"drop_path_rate": settings.drop_path}))
     with torch.random.fork_rng(devices=[]):
@@ -56,7 +57,7 @@ def fit(
     console: Console | None = None,
 ) -> None:
     """Train what is not frozen of a model; goes on from a checkpoint in `folder` if there is one. Raises UserError."""
-    part = settings.batch // settings.accumulate
+    part = settings.batch_size // settings.accumulate
 
     def batches(position: int) -> Batches:
         return Loader(
@@ -87,7 +88,7 @@ def fit(
         loss,
         folder,
         images=len(train),
-        batch=settings.batch,
+        batch=settings.batch_size,
         accumulate=settings.accumulate,
         scaling=encoder.precision == "fp16",
         console=console,
