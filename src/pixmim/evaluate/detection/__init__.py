@@ -34,7 +34,7 @@ def measure(bench: Bench, settings: Detection) -> Values:
     Unfinished training is gone on with. Raises UserError.
     """
     coco()
-    settings = _with_data(_checked(settings))
+    settings = _with_data(settings)
     encoder = bench.encoder
     train = open_annotated(settings.train, settings.train_images, encoder.form)
     test = _same_classes(train, open_annotated(settings.test, settings.test_images, encoder.form))
@@ -89,21 +89,6 @@ def _in_image(found: dict[str, Tensor], view: View) -> Found:
         for share, box in zip(found["masks"], boxes, strict=True):  # one by one: each is as large as the image
             drawn.append(paste_masks_in_image(share[None], box[None], (h, w))[0, 0].cpu().numpy() >= 0.5)
     return Found(boxes.cpu().numpy(), found["labels"].cpu().numpy() - 1, found["scores"].cpu().numpy(), pack(drawn))
-
-
-def _checked(settings: Detection) -> Detection:
-    """The settings, if their numbers make sense. Raises UserError."""
-    least = {"size": 1, "batch_size": 1, "accumulate": 1, "window": 1, "width": 1, "regions": 1, "global_blocks": 0}
-    for name, low in least.items():
-        if getattr(settings, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} is at least {low}, not {getattr(settings, name)}")
-    if settings.batch_size % settings.accumulate:
-        raise UserError(f"a batch of {settings.batch_size} does not divide into {settings.accumulate} equal parts")
-    if settings.epochs <= 0 or (settings.steps is not None and settings.steps < 1):
-        raise UserError("a detector is trained for one step at least: see --epochs and --steps")
-    if not 0 < settings.jitter[0] <= settings.jitter[1]:
-        raise UserError(f"--jitter takes the smallest scale, above 0, and the largest, not {settings.jitter}")
-    return settings
 
 
 def _with_data(settings: Detection) -> Detection:
