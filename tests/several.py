@@ -32,7 +32,7 @@ def main(jobs: str) -> None:
             if goes_on and world.first:
                 shutil.copytree(goes_on, out / "checkpoints" / Path(goes_on).name)
             world.gather(None)
-            pixmim.pretrain.finish = poison(world, job["poisoned"], run.accumulate)  # type: ignore[attr-defined]
+            pixmim.pretrain.finish = poison(world, job["poisoned"], max(1, run.accumulate))  # type: ignore[attr-defined]
             pixmim.pretrain.pretrain(run, out, Console(quiet=not world.first), world=world)
 
 

@@ -196,6 +196,6 @@ def test_the_command(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None
     for words in ("reading from the disk", "decoding", "crop", "loader, from the disk", "4:4:4 cache", "kept decoded"):
         assert words in text
     status, text = say(capsys, "bench-data", pictures, "--seconds", "0")
-    assert status == 1 and "--seconds and --eats are numbers above 0" in text
+    assert status == 1 and "--seconds must be a number above 0" in text
     status, text = say(capsys, "bench-data", "/no/such")
     assert status == 1 and "no folder /no/such" in text

@@ -1,16 +1,21 @@
 """The commands as a person types them."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import pixmim
 from pixmim import cli
-from pixmim.recipes import RECIPES
+from pixmim.recipes import RECIPES, get_recipe
+from pixmim.runfile import to_json
 
 QUICK = ["--batch-size", "4", "--precision", "fp32", "--device", "cpu", "--knn.every", "0"]
 TINY = ["--steps", "2", "--size", "48", *QUICK]
@@ -23,6 +28,30 @@ def say(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
         status = int(stop.code or 0)
     seen = capsys.readouterr()
     return status, " ".join((seen.out + seen.err).split())
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert say(capsys, "--version") == (0, f"pixmim {pixmim.__version__}") and pixmim.__version__[0].isdigit()
+
+
+def test_only_the_command_line_lets_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "as_process", lambda command: 0)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # what a person has set stays
+    assert cli.main() == 0 and os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert cli.main(["--version"]) == 0 and "OMP_WAIT_POLICY" not in os.environ
+    assert cli.main() == 0 and os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_printed_commands_are_quoted_for_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "it's mine"
+    out.mkdir()
+    (out / "config.json").write_text(to_json(replace(get_recipe("demo"), seed=1)))
+    for command, flag in (("pretrain", "--resume"), ("slurm", "--resume")):
+        status, text = say(capsys, command, "demo", "--out", out)
+        assert status == 1
+        words = shlex.split(text[text.index(flag) :])
+        assert words[:2] == [flag, str(out)]
 
 
 def test_help_answers_without_torch() -> None:
@@ -61,7 +90,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--steps", "many"], "invalid literal"),
         (["pretrain", "pixmim-vit-tiny"], "which images?"),
         (["pretrain", "pixmim-vit-tiny", "--data", "/no/such"], "no folder /no/such"),
-        (["pretrain", "demo", "--steps", "0"], "at least one step"),
+        (["pretrain", "demo", "--steps", "0"], "--steps must be a whole number from 1"),
         (["pretrain", "demo", "--steps", "5", "--epochs", "5"], "not both"),
         (["pretrain", "demo", "--size", "50"], "multiples of 8"),
         (["pretrain", "demo", "--device", "cuda:99"], "no device 'cuda:99'"),
@@ -76,7 +105,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["export", "/no/run", "--to", "timm"], "there is no /no/run"),
         (["export", "/no/run", "--to", "tensorflow"], "invalid choice"),
         (["pretrain", "demo", "--init", "/no/such.pth"], "there is no /no/such.pth"),
-        (["pretrain", "demo", "--std", "1", "0", "1"], "--std is above zero"),
+        (["pretrain", "demo", "--std", "1", "0", "1"], "--std must be a number from 1e-12"),
         (["stats", "/no/such"], "no folder /no/such"),
         (["cache", "shapes:count=2", "c", "--pixels", "uint16"], "keep the pixels with --raw"),
         (["embed", "/no/run", "--data", "shapes:", "--out", "f.npy"], "there is no /no/run"),

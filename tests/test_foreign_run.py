@@ -382,13 +382,13 @@ def test_damaged_unfinished_work_is_named(
 
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", ".hidden", "a/b", "a b", "x" * 101, "\x1b[2J"])
 def test_a_recipe_is_a_name_and_no_path(name: str, tiny_run: Make) -> None:
-    with pytest.raises(UserError, match="a recipe's name is a word"):
+    with pytest.raises(UserError, match="--recipe must be a word"):
         tiny_run(recipe=name)
 
 
 @pytest.mark.parametrize("device", ["meta", "hpu:3", "cuda:x", "vulkan", "cpu:0\n"])
 def test_a_device_is_one_of_those_known(device: str, tiny_run: Make) -> None:
-    with pytest.raises(UserError, match="--device is auto, cpu, cuda"):
+    with pytest.raises(UserError, match="--device must be auto, cpu, cuda"):
         tiny_run(device=device)
 
 

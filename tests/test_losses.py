@@ -1,3 +1,4 @@
+import inspect
 import itertools
 import math
 
@@ -34,6 +35,17 @@ def test_loss_against_a_loop_over_hidden_patches(distance: str, normalise: bool)
         losses.append(sum(map(apart, gaps)) / 48)
         assert value.per_patch[b, n].item() == pytest.approx(losses[-1], rel=1e-5)
     assert value.loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize(("predictions", "images", "masks"), [(1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 2, 3), (3, 2, 2)])
+def test_another_batch_is_refused(predictions: int, images: int, masks: int) -> None:
+    """Of one image, torch would make as many as there are of the others, in silence."""
+    given = torch.randn(predictions, 6, 48), torch.randn(images, 3, 12, 8), RandomMask(0.5)(masks, 6)
+    forward = inspect.unwrap(Objective.forward)  # without the shapes that tests check
+    with pytest.raises(
+        ValueError, match=f"for {predictions} images does not go with {images} images and masks of {masks}"
+    ):
+        forward(Objective(Pixels()), *given)
 
 
 def test_larger_patches_weigh_what_is_hidden_of_them() -> None:

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from pixmim.engine import device
-from pixmim.engine.memory.malloc import keep_memory
+from pixmim.engine.memory import keep_memory
 
 FAULTS = """
 import resource
 import torch
-from pixmim.engine.memory.malloc import keep_memory
+from pixmim.engine.memory import keep_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,7 +36,7 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
 
 LIMITED = """
 import resource
-from pixmim.engine.memory.malloc import keep_memory
+from pixmim.engine.memory import keep_memory
 resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))
 assert not keep_memory()
 """

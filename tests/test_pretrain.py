@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pixmim.config import Knn, Made, Optim, Run
+from pixmim.config import Knn, Made, Optim, Run, Saving
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.errors import UserError
 from pixmim.evaluate import evaluate, knn_watch
@@ -62,11 +63,26 @@ def test_the_loss_falls_and_the_curve_is_golden(tiny_run: Make, tmp_path: Path) 
 
 def test_accumulation_changes_rounding_only(tiny_run: Make, tmp_path: Path) -> None:
     """Parts of a batch hold the same samples, crops and masks; sums are taken in another order."""
-    for parts in (1, 2, 4):
+    for parts in (1, 2, 3, 8):
         train(tiny_run(accumulate=parts, log_every=1, steps=3), tmp_path / str(parts))
     whole = [line["loss"] for line in metrics(tmp_path / "1")]
-    for parts in ("2", "4"):
+    for parts in ("2", "3", "8"):
         assert [line["loss"] for line in metrics(tmp_path / parts)] == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_cpu_takes_parts_by_itself_and_resumes_bitwise(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut, again = (tmp_path / name for name in ("whole", "cut", "again"))
+    run = tiny_run(log_every=1, saving=Saving(every=3, last=9))
+    assert "parts" not in train(run, whole)
+    monkeypatch.setattr("pixmim.pretrain.images_at_once", lambda pixels, width: 3)
+    assert "cpu, each batch in 3 parts of up to 3, in fp32" in train(run, cut)
+    losses = [[line["loss"] for line in metrics(out)] for out in (whole, cut)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    shutil.copytree(cut / "checkpoints" / "step-000000003", again / "checkpoints" / "step-000000003")
+    train(run, again)
+    assert equal(cut, again) and not equal(cut, whole)
 
 
 def test_any_size_any_precision_grey(tiny_run: Make, tmp_path: Path) -> None:

@@ -170,6 +170,18 @@ def test_training_may_end_its_step_and_the_second_signal_ends_it() -> None:
     assert text.count("once more to stop now") == 1
 
 
+def test_a_signal_is_answered_while_a_step_computes() -> None:
+    """At once, though the main thread runs no handler before its call into C returns."""
+    one = start("with Interrupts():\n    ready()\n    deaf()")
+    heard(one)
+    one.send_signal(signal.SIGINT)
+    assert one.stderr is not None and one.stderr.readline() == "\n"
+    assert "once more to stop now" in one.stderr.readline() and one.poll() is None
+    time.sleep(1.2)  # what comes sooner is the same press
+    one.send_signal(signal.SIGINT)
+    ended(one, 130)
+
+
 def test_signals_are_as_before_once_a_command_is_over() -> None:
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
     before, hook = [signal.getsignal(number) for number in numbers], sys.unraisablehook
@@ -208,6 +220,36 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x).square().mean()
+
+
+class Ready(list[Tensor]):
+    """Parts of batches that need not be waited for."""
+
+    ready = True
+
+    def __next__(self) -> Tensor:
+        return self.pop(0)
+
+
+def test_a_loop_finishes_the_step_whose_data_are_there() -> None:
+    net, saved, parts = nn.Linear(4, 1), list[int](), list[int]()
+    updater = Updater(torch.optim.AdamW(net.parameters(), fused=True), None, scaling=False, device=torch.device("cpu"))
+
+    def loss(x: Tensor, number: int) -> Tensor:
+        parts.append(number)
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return net(x).mean()
+
+    with (
+        Interrupts(speaks=False) as interrupts,
+        RunLog(None, steps=4, start=0, every=1, epoch=1, images=8, console=Console(quiet=True)) as log,
+    ):
+        step = loop(
+            0, 4, Ready(torch.ones(9, 2, 4)), loss, net, updater, lambda _: 0.1, lambda step, _: saved.append(step),
+            log=log, interrupts=interrupts, accumulate=3,
+        )  # fmt: skip
+    assert step == 2 and parts == [0, 1, 2, 3, 4, 5] and saved == [2]
 
 
 @pytest.mark.parametrize("stopped", [0, 4, 5])  # a part of a batch for which the loop waits

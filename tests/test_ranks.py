@@ -19,7 +19,7 @@ BATCH, STEPS, SIZE = 12, 4, 16
 def _batches(data: str, rank: int, ranks: int, accumulate: int = 1, start: int = 0) -> list[torch.Tensor]:
     """This rank's images and flips of each step, as one uint8 tensor (b, numbers)."""
     source, found = open_data(data), []
-    portion = Portion(BATCH // accumulate, start * BATCH, rank, ranks)
+    portion = Portion(BATCH, start * BATCH, rank, ranks, accumulate)
     with Loader(source, SimpleResizedCrop(SIZE), portion, skipped=Skipped(None, len(source), 0.5), seed=5) as loader:
         for _ in range((STEPS - start) * accumulate):
             batch = next(loader)
@@ -49,7 +49,8 @@ def test_several_processes_see_what_one_sees(ranks: int, pictures: Path, tmp_pat
 
 def test_accumulation_and_resuming_change_nothing(pictures: Path) -> None:
     alone = torch.cat(_batches(str(pictures), 0, 1))
-    assert torch.equal(torch.cat(_batches(str(pictures), 0, 1, accumulate=4)), alone)
+    for parts in (4, 5):
+        assert torch.equal(torch.cat(_batches(str(pictures), 0, 1, accumulate=parts)), alone)
     assert torch.equal(torch.cat(_batches(str(pictures), 0, 1, start=3)), alone[3 * BATCH :])
 
 

@@ -255,7 +255,7 @@ def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> Non
         (Robustness(test=TEST), "has no classifier: give --train"),
         (Robustness(test=TEST, classifier="probe"), "--train"),
         (Robustness(test=TEST, train=TRAIN, corruptions=("frosst",)), "did you mean 'frost'"),
-        (Robustness(test=TEST, train=TRAIN, severities=(0,)), "severities are some of"),
+        (Robustness(test=TEST, train=TRAIN, severities=()), "--severities takes some of"),
     ):
         with pytest.raises(UserError, match=message):
             dict(robustness.measure(bench, settings))

@@ -638,7 +638,7 @@ def test_settings_that_do_not_go_together_are_named(tiny_run: Make, tmp_path: Pa
     with pytest.raises(UserError, match="choose multiples of 8"):
         build(encoder, replace(QUICK, size="30"), 3)
     with pytest.raises(UserError, match="equal parts of 2 images or more"):
-        build(encoder, replace(QUICK, accumulate=4), 3)
+        replace(QUICK, accumulate=4)
     with pytest.raises(UserError, match="holds no weights"):
         list(evaluate(str(tmp_path), [("segmentation", QUICK)], tmp_path))
 

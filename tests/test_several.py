@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pixmim.config import Model, Optim, Run, Saving, Scale
+from pixmim.config import Mask, Model, Optim, Run, Saving, Scale
 from pixmim.engine.runlog import read_metrics
 from pixmim.pretrain import pretrain
 
@@ -81,6 +81,10 @@ OTHERS = {
 }
 
 
+UNEVEN = {"blocks": (OTHERS["vit"][0], 64)}
+"""With masks that hide different numbers of patches."""
+
+
 def make(**changes: Any) -> Run:
     """Eight updates; the five of an epoch end between the fourth, where checkpoints are, and the last."""
     values: dict[str, Any] = {
@@ -101,8 +105,9 @@ def make(**changes: Any) -> Run:
 
 def other(name: str, **changes: Any) -> Run:
     """Another model, for a few updates."""
-    model, size = OTHERS[name]
-    return make(model=model, size=str(size), steps=3, **changes)
+    model, size = (OTHERS | UNEVEN)[name]
+    mask = Mask("blocks", 0.4) if name in UNEVEN else Mask()
+    return make(model=model, size=str(size), steps=3, mask=mask, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +128,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with threads(1):
         pretrain(make(), root / "one", Console(quiet=True))
-        for name in OTHERS:
+        for name in OTHERS | UNEVEN:
             pretrain(other(name), root / name, Console(quiet=True))
     launch(4, [job("ddp-4", make()), job("fsdp-4", make(scale=FSDP))], root)
     launch(
@@ -131,8 +136,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             job("ddp-2", make()),
             job("fsdp-2", make(scale=FSDP)),
-            job("parts-2", make(accumulate=2)),
-            job("fsdp-parts-2", make(accumulate=2, scale=FSDP)),
+            job("parts-2", make(accumulate=3)),  # of 1, 1 and 2 images
+            job("fsdp-parts-2", make(accumulate=3, scale=FSDP)),
+            job("blocks-2", other("blocks", accumulate=3)),
             job("recomputed-2", make(scale=Scale(recompute=True))),
             job("ddp-bf16", make(precision="bf16")),
             job("fsdp-bf16", make(precision="bf16", scale=FSDP)),
@@ -157,6 +163,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_number_of_processes_trains_what_one_trains(name: str, trained: Path) -> None:
     assert losses(trained / name) == pytest.approx(losses(trained / "one"), rel=2e-5)
     assert largest_difference(trained / name, trained / "one") < 1e-4
+
+
+def test_masks_of_several_sizes_weigh_what_they_weigh_in_the_batch(trained: Path) -> None:
+    assert losses(trained / "blocks-2") == pytest.approx(losses(trained / "blocks"), rel=2e-5)
+    assert largest_difference(trained / "blocks-2", trained / "blocks") < 1e-4
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])

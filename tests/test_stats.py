@@ -138,7 +138,7 @@ def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
     found = measure(open_data(str(tmp_path / "d"), Form(2, "float32")), [0])
     kept = to_keep(found, 1)
     assert kept.std[0] == 1 and kept.std[1] == found.std[1] and kept.mean[0] == 7
-    with pytest.raises(UserError, match="above zero"):
+    with pytest.raises(UserError, match="--std must be a number from 1e-12"):
         Run(std=(1.0, 0.0, 1.0))
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
     from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
 
+__version__ = "0.1.0"
+
 _HOME = {
     "BlockMask": "masking",
     "CentreCrop": "transforms",

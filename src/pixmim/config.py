@@ -5,16 +5,34 @@ suppressed there belongs to the recipe.
 """
 
 import json
-import re
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
-from pixmim.errors import UserError, shown
-from pixmim.options import MAX_CHANNELS, MAX_SIDE, check_name, check_options
+from pixmim.errors import UserError
+from pixmim.options import (
+    KEYWORDS,
+    MAX_CHANNELS,
+    MAX_SIDE,
+    Count,
+    Device,
+    LearningRate,
+    Positive,
+    Rate,
+    Real,
+    Seed,
+    Share,
+    Size,
+    Some,
+    Text,
+    Threads,
+    Whole,
+    check,
+    check_name,
+    parse_size,
+)
 
 MAX_VALUES = 2**26
 """Most values (pixels times channels) of what the network sees; in float32 they take 256 MiB."""
@@ -53,15 +71,15 @@ class Model:
     """Method: mae, lsmae, convmae, simmim."""
     backbone: str = "vit_base_patch16_224"
     """mae, lsmae: a plain timm ViT. simmim: a timm Swin, Beit or ViT. convmae: convmae_base or _tiny."""
-    decoder_dim: int = 512
+    decoder_dim: Annotated[int, KEYWORDS["decoder_dim"]] = 512
     """Width of the decoder (not for simmim)."""
-    decoder_depth: int = 8
+    decoder_depth: Annotated[int, KEYWORDS["decoder_depth"]] = 8
     """Blocks of the decoder."""
-    decoder_heads: int = 16
+    decoder_heads: Annotated[int, KEYWORDS["decoder_heads"]] = 16
     """Attention heads of the decoder."""
-    decoder_stride: int = 1
+    decoder_stride: Annotated[int, KEYWORDS["decoder_stride"]] = 1
     """Run the decoder on a grid this many times coarser than the encoder's (not for simmim)."""
-    predict_patch: int = 0
+    predict_patch: Annotated[int, KEYWORDS["predict_patch"]] = 0
     """Side of the predicted patches in pixels, up to decoder_stride times the encoder's; 0: the encoder's."""
     head: Literal["linear", "mlp"] = "linear"
     """simmim: what predicts the pixels."""
@@ -70,9 +88,7 @@ class Model:
 
     def __post_init__(self) -> None:
         check_name(self.backbone)
-        decoder = ("decoder_dim", "decoder_depth", "decoder_heads", "decoder_stride", "predict_patch")
-        check_options({name: getattr(self, name) for name in decoder})
-        check_options(self.options)
+        check(self, "--model.")
 
 
 @dataclass(frozen=True)
@@ -81,13 +97,13 @@ class Crop:
 
     kind: Literal["src", "rrc", "cc"] = "src"
     """src: simple resized crop (PixMIM). rrc: random resized crop (MAE). cc: centre crop."""
-    padding: int = 4
+    padding: Annotated[int, Whole(0, MAX_SIDE)] = 4
     """src: pixels of reflection on each side."""
-    scale: tuple[float, float] = (0.2, 1.0)
+    scale: Annotated[tuple[float, float], Real(0, 1, above=True)] = (0.2, 1.0)
     """rrc: range of the share of the area."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Resampling of the resize, always with antialias."""
-    flip: float = 0.5
+    flip: Share = 0.5
     """Probability of a horizontal flip."""
 
 
@@ -97,9 +113,9 @@ class Mask:
 
     kind: Literal["random", "units", "square", "moving-square", "blocks"] = "random"
     """random: MAE. units: squares of several patches (LSMAE, SimMIM). square: one, in the middle. blocks: BEiT."""
-    ratio: float = 0.75
+    ratio: Annotated[float, Real(0, 1, above=True, below=True)] = 0.75
     """Share that is hidden."""
-    unit: int = 32
+    unit: Annotated[int, Whole(1, MAX_SIDE)] = 32
     """units: side in pixels, a multiple of the model's patch."""
     whole_units: bool = False
     """units: hide ceil(ratio x units) whole ones (SimMIM), instead of an exact number of patches (LSMAE)."""
@@ -111,17 +127,17 @@ class Target:
 
     kind: Literal["low-frequency", "pixels"] = "low-frequency"
     """low-frequency: PixMIM. pixels: the image as it is."""
-    radius: float | Literal["auto"] = "auto"
+    radius: Annotated[float | Literal["auto"], Real(0, MAX_SIDE)] = "auto"
     """Cut-off in frequency bins; auto: 40 at 224 pixels and in proportion elsewhere."""
     form: Literal["exact", "released"] = "exact"
     """exact: centred and real. released: half a bin off and absolute, as the paper's code."""
     normalise_patches: bool = True
     """Normalise each target patch by its own mean and deviation (norm_pix)."""
-    normalise_window: int = 0
+    normalise_window: Annotated[int, Whole(0, MAX_SIDE)] = 0
     """Instead, normalise each value by those of a window of this odd side in pixels (later SimMIM: 47); 0: do not."""
     distance: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
     """Distance between prediction and target. cross_entropy: classify colours, each channel into one of `bins`."""
-    bins: int = 8
+    bins: Annotated[int, Whole(2, 4_096)] = 8
     """cross_entropy: equal parts of [0, 1]."""
 
 
@@ -129,27 +145,27 @@ class Target:
 class Optim:
     """AdamW and its schedule: linear warm-up, then a cosine or one step down, update by update."""
 
-    base_lr: float = 1.5e-4
+    base_lr: LearningRate = 1.5e-4
     """Learning rate per 256 images of a batch."""
-    lr: float | None = None
+    lr: Annotated[float | None, Real(0, 100, above=True)] = None
     """The learning rate itself; otherwise base_lr x batch size / 256."""
     schedule: Literal["cosine", "step"] = "cosine"
     """cosine: down to final_lr. step: constant, then a tenth (SimMIM over 800 epochs)."""
-    drop_at: float = 0.875
+    drop_at: Annotated[float, Real(0.2, 1)] = 0.875
     """step: share of the run, however long, after which the learning rate drops; 7/8 is epoch 700 of 800."""
-    first_lr: float = 0.0
+    first_lr: Rate = 0.0
     """Where the warm-up begins."""
-    final_lr: float = 0.0
+    final_lr: Rate = 0.0
     """Where the cosine ends."""
-    warmup: float = 40.0
+    warmup: Annotated[float, Real(0, 1e9)] = 40.0
     """Epochs of warm-up; never more than a fifth of the run."""
     warmup_prefix: bool = True
     """True: the cosine begins after the warm-up (MAE). False: it counts from the first step (SimMIM)."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Real(0, 0.999999)] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, Real(0, 10)] = 0.05
     """Not applied to norms, biases, positions and single tokens."""
-    clip: float | None = None
+    clip: Annotated[float | None, Real(0, 1e9, above=True)] = None
     """Largest norm of the gradient; None: no clipping."""
 
 
@@ -163,7 +179,7 @@ class Scale:
     """torch.compile of each transformer block, or of the whole model (not with fsdp)."""
     recompute: bool = False
     """Forget what blocks computed and compute it again for the gradient: less memory, a third more time."""
-    timeout: float = 600.0
+    timeout: Positive = 600.0
     """Seconds that processes wait for each other before the run ends and says who did not come."""
 
 
@@ -171,11 +187,11 @@ class Scale:
 class Saving:
     """When checkpoints are written, and which stay."""
 
-    every: int = 0
+    every: Some = 0
     """Steps between checkpoints; 0: every ten minutes. One is always written at the end and when interrupted."""
-    last: int = 2
+    last: Count = 2
     """The newest ones that stay."""
-    epochs: float = 0.0
+    epochs: Annotated[float, Real(0, 1e9)] = 0.0
     """Besides, one is written every so many epochs, and stays; 0: none."""
 
 
@@ -187,17 +203,20 @@ class Knn:
     """Labelled data that vote."""
     test: str = ""
     """Labelled data that are classified."""
-    every: float = 0.0
+    every: Annotated[float, Real(0, 1e9)] = 0.0
     """Epochs between two measurements; 0: none. The start and the end are measured too."""
+
+
+_WORD = Text(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,99})?", "a word such as pixmim-vit-small")  # it becomes a part of paths
 
 
 @dataclass(frozen=True)
 class Made:
     """What the recipe was made for, so that a run far from it can be warned about."""
 
-    images: int = 1_281_167
+    images: Annotated[int, Whole(0, 10**18)] = 1_281_167
     """Images in the data set."""
-    steps: int = 0
+    steps: Annotated[int, Whole(0, 10**18)] = 0
     """Updates of the weights; 0: unknown."""
 
 
@@ -205,7 +224,7 @@ class Made:
 class Run:
     """One pre-training run."""
 
-    recipe: Annotated[str, Suppress] = ""
+    recipe: Annotated[str, Suppress, _WORD] = ""
     """Name of the recipe this run began as."""
     data: str = ""
     """A folder of images, a cache, tar shards, a URL, hf:NAME, or shapes: for drawn ones; several as a*3+b
@@ -214,42 +233,42 @@ class Run:
     """Directory of the run; otherwise runs/RECIPE-TIME."""
     init: str = ""
     """Weights to begin from: a file, another run, or timm:NAME; otherwise random ones."""
-    epochs: float = 300.0
+    epochs: Positive = 300.0
     """Length in passes over the data."""
-    steps: int | None = None
+    steps: Annotated[int | None, Whole(1, 999_999_999)] = None
     """Length in updates of the weights, instead of epochs."""
-    batch_size: int = 4096
-    """Images per update of the weights, over all processes; auto: as many as fit into memory at once, at most the
-    recipe's own."""
-    accumulate: int = 1
-    """Parts a batch is computed in, one after another, to fit into memory."""
-    size: str = "224"
+    batch_size: Annotated[int, Whole(1, 2**20)] = 4096
+    """Images per update of the weights, over all processes; how many of them are computed at once is another matter."""
+    accumulate: Annotated[int, Whole(0, 2**20)] = 0
+    """Parts a batch is computed in, one after another: the result is the same but for rounding. 0: on a CPU of a size
+    that suits a laptop, on a GPU one, or as many as it takes to fit."""
+    size: Size = "224"
     """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
-    channels: int = 3
+    channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3
     """Colour (3), grey (1), or as many as the files have."""
     pixels: Literal["uint8", "uint16", "float32"] = "uint8"
     """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
     pages: Literal["first", "channels"] = "first"
     """Of a TIFF with several pages: the first one, or all of them as channels."""
-    mean: tuple[float, ...] | None = None
+    mean: Annotated[tuple[float, ...] | None, Real(-1e9, 1e9)] = None
     """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
-    std: tuple[float, ...] | None = None
+    std: Annotated[tuple[float, ...] | None, Real(1e-12, 1e9)] = None
     """Standard deviation of each channel; otherwise as the mean."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides weights, order, crops and masks."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
-    device: str = "auto"
+    device: Device = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     keep: Literal["auto", "device", "memory", "disk"] = "auto"
     """Where a cache's images stay once decoded; auto: where they fit into a quarter of the memory."""
-    local_copy: float = 50.0
+    local_copy: Positive = 50.0
     """GiB on this machine for copies of shards from far away; those used longest ago make room for new ones."""
-    threads: int = 0
+    threads: Threads = 0
     """Threads that read and decode images, in each process; 0: one for each core, at most 16."""
-    log_every: int = 0
+    log_every: Some = 0
     """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
-    max_bad: float = 0.25
+    max_bad: Share = 0.25
     """The run stops when more than this share of the images cannot be read."""
     model: Model = field(default_factory=Model)
     crop: Crop = field(default_factory=Crop)
@@ -262,84 +281,49 @@ class Run:
     made: Annotated[Made, Suppress] = field(default_factory=Made)
 
     def __post_init__(self) -> None:
-        h, w = _parse_size(self.size)
-        if not re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,99})?", self.recipe):  # it becomes a part of paths
-            raise UserError(f"a recipe's name is a word such as pixmim-vit-small, not {shown(self.recipe)}")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
-            raise UserError(f"--device is auto, cpu, cuda, cuda:1 or mps, not {shown(self.device)}")
-        for name in (
-            "batch_size",
-            "accumulate",
-            "channels",
-            "epochs",
-            "seed",
-            "threads",
-            "log_every",
-        ):
-            least = 1 if name in ("batch_size", "accumulate", "channels") else 0
-            if getattr(self, name) < least:
-                raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(self, name)}")
-        if self.local_copy <= 0:
-            raise UserError(f"--local-copy is a number of GiB above 0, not {self.local_copy:g}")
-        if self.scale.timeout <= 0:
-            raise UserError(f"--scale.timeout is a number of seconds above 0, not {self.scale.timeout:g}")
+        check(self)
+        (h, w), target = self.hw, self.target
+        window, binned = target.normalise_window, target.distance == "cross_entropy"
+        if self.accumulate > self.batch_size:
+            raise UserError(f"--accumulate {self.accumulate} makes more parts than a batch of {self.batch_size} images")
+        low, high = self.crop.scale
+        if low > high:
+            raise UserError(f"--crop.scale is two shares, the smaller one first, not {low:g} {high:g}")
+        for name, own in (("img_size", "--size"), ("in_chans", "--channels"), ("outputs", "--target.bins")):
+            if name in self.model.options:
+                raise UserError(f"--model.options takes no {name}: that is {own}")
+        if self.crop.kind == "src" and self.crop.padding >= min(h, w):
+            raise UserError(f"--crop.padding {self.crop.padding} must be less than each side of --size {self.size}")
         if self.scale.compile == "whole" and self.scale.parallel == "fsdp":
             raise UserError("with --scale.parallel fsdp, blocks are compiled one by one: --scale.compile blocks")
-        if self.saving.every < 0 or self.saving.last < 1 or self.saving.epochs < 0:
-            raise UserError("--saving.every and --saving.epochs are 0 or more, and --saving.last is at least 1")
-        if self.batch_size % self.accumulate:
-            raise UserError(f"a batch of {self.batch_size} does not divide into {self.accumulate} equal parts")
-        if (self.steps is not None and self.steps < 1) or (self.steps is None and self.epochs <= 0):
-            raise UserError("a run needs at least one step: see --epochs and --steps")
-        if not 0 < self.mask.ratio < 1:
-            raise UserError(f"--mask.ratio lies between 0 and 1, not {self.mask.ratio}")
-        if self.mask.kind == "units" and self.mask.unit < 1:
-            raise UserError(f"--mask.unit is a number of pixels, not {self.mask.unit}")
-        if self.target.radius != "auto" and self.target.radius < 0:
-            raise UserError(f"--target.radius is a number of frequency bins, not {self.target.radius}")
-        window, binned = self.target.normalise_window, self.target.distance == "cross_entropy"
-        if binned and self.target.bins < 2:
-            raise UserError(f"--target.bins is 2 or more, not {self.target.bins}")
         if window and (window < 3 or window % 2 == 0):
-            raise UserError(f"--target.normalise-window is an odd side of 3 pixels or more, not {window}")
-        if binned and (self.target.normalise_patches or window):
+            raise UserError(f"--target.normalise-window must be an odd side of 3 pixels or more, not {window}")
+        if binned and (target.normalise_patches or window):
             raise UserError(
                 "normalised values have no bins of [0, 1]: add --target.no-normalise-patches, and no window"
             )
-        if self.target.normalise_patches and window:
+        if target.normalise_patches and window:
             raise UserError("a target is normalised once: with a window, add --target.no-normalise-patches")
-        if not 0.2 <= self.optim.drop_at <= 1:
-            raise UserError(
-                f"--optim.drop-at is a share between 0.2, where warm-up ends, and 1: not {self.optim.drop_at}"
-            )
         if binned and self.pixels == "float32":
             raise UserError(
                 "measured values (--pixels float32) have no bins of [0, 1]: choose another --target.distance"
             )
-        if self.std is not None and min(self.std, default=0) <= 0:
-            raise UserError(f"--std is above zero in each channel, not {' '.join(map(str, self.std))}")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.channels:
-                raise UserError(f"--{name} has {len(values)} values for {self.channels} channels")
-        for name, (low, high) in _BOUNDS.items():
-            value = attrgetter(name)(self)
-            for one in value if isinstance(value, tuple) else (value,):
-                if isinstance(one, int | float) and not low <= one <= high:  # not a number fails, too
-                    raise UserError(f"{_flag(name)} must be from {low:,} to {high:,}, not {shown(one)}")
+        check_statistics(self.mean, self.std, self.channels, self.pixels)
         if h * w * self.channels > MAX_VALUES:
             raise UserError(
                 f"--size {self.size} with --channels {self.channels} makes {h * w * self.channels:,} values of an "
                 f"image: at most {MAX_VALUES:,}"
             )
-        if not 0 < self.crop.scale[0] <= self.crop.scale[1]:
-            raise UserError(f"--crop.scale is two shares above 0, the smaller one first, not {self.crop.scale}")
 
     def check_shares(self, count: int, of: str) -> None:
-        """Raise UserError unless each of `count` processes (or GPUs: `of`) gets an equal share of a batch's parts."""
-        if self.batch_size % (self.accumulate * count):
-            parts = f" in {self.accumulate} parts" if self.accumulate > 1 else ""
-            raise UserError(f"a batch of {self.batch_size:,}{parts} does not divide among {count} {of}")
+        """Raise UserError unless each of `count` processes (or GPUs: `of`) gets an equal share, of enough images."""
+        if self.batch_size % count:
+            raise UserError(f"a batch of {self.batch_size:,} does not divide among {count} {of}: --batch-size")
+        if self.accumulate > self.batch_size // count:
+            raise UserError(
+                f"--accumulate {self.accumulate} makes more parts than the {self.batch_size // count:,} images of a "
+                f"batch that each of {count} {of} computes"
+            )
 
     @property
     def named(self) -> dict[str, str]:
@@ -349,7 +333,7 @@ class Run:
     @property
     def hw(self) -> tuple[int, int]:
         """Height and width of what the network sees, in pixels."""
-        return _parse_size(self.size)
+        return parse_size(self.size) or (0, 0)
 
     @property
     def lr(self) -> float:
@@ -364,56 +348,17 @@ class Run:
         return self.mean or (0.449,) * self.channels, self.std or (0.226,) * self.channels
 
 
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "epochs": (0, 1e9),
-    "steps": (1, 999_999_999),
-    "batch_size": (1, 2**20),
-    "accumulate": (1, 2**20),
-    "channels": (1, MAX_CHANNELS),
-    "mean": (-1e9, 1e9),
-    "std": (1e-12, 1e9),
-    "seed": (0, 2**63 - 1),
-    "local_copy": (0, 1e9),
-    "threads": (0, 1_024),
-    "log_every": (0, 1e9),
-    "max_bad": (0, 1),
-    "crop.padding": (0, MAX_SIDE),
-    "crop.scale": (0, 1),
-    "crop.flip": (0, 1),
-    "mask.unit": (0, MAX_SIDE),
-    "target.radius": (0, 1e9),
-    "target.normalise_window": (0, MAX_SIDE),
-    "target.bins": (0, 4_096),
-    "optim.base_lr": (0, 1e9),
-    "optim.lr": (0, 1e9),
-    "optim.first_lr": (0, 1e9),
-    "optim.final_lr": (0, 1e9),
-    "optim.warmup": (0, 1e9),
-    "optim.betas": (0, 0.999999),
-    "optim.weight_decay": (0, 1e9),
-    "optim.clip": (0, 1e9),
-    "scale.timeout": (0, 1e9),
-    "saving.every": (0, 1e9),
-    "saving.last": (1, 1e9),
-    "saving.epochs": (0, 1e9),
-    "knn.every": (0, 1e9),
-    "made.images": (0, 1e18),
-    "made.steps": (0, 1e18),
-}
-"""Least and greatest value of every number in a Run whose size a file, or a slip of the hand, could make absurd."""
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) in (1, 2) and all(side.isascii() and side.isdigit() and len(side) < 9 for side in sides):
-        h, w = int(sides[0]), int(sides[-1])
-        if min(h, w) >= 1 and max(h, w) <= MAX_SIDE:
-            return h, w
-    raise UserError(
-        f"--size is a number of pixels such as 224, or HEIGHTxWIDTH such as 192x384, at most {MAX_SIDE:,} each, "
-        f"not {shown(text)}"
-    )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def check_statistics(mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int, pixels: str) -> None:
+    """Raise UserError unless mean and std have a value for each channel, in units in which the brightest pixel is 1."""
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        words = " ".join(f"{value:g}" for value in values)
+        if len(values) != channels:
+            raise UserError(f"--{name} {words} has {len(values)} values for {channels} channels")
+        if pixels != "float32" and not all(0 <= value <= 1 for value in values):
+            most = 255 if pixels == "uint8" else 65_535
+            scaled = " ".join(f"{value / most:.4g}" for value in values)
+            inside = all(0 <= value <= most for value in values)
+            advice = f": of 0 to {most}, that is --{name} {scaled}" if inside else ""
+            raise UserError(f"--{name} {words} must be from 0 to 1, as pixels are (--pixels {pixels}){advice}")

@@ -84,12 +84,19 @@ class Objective(nn.Module):
         """The loss of a prediction (b m p*p*c*outputs) for normalised images, over the patches that `mask` hides.
 
         A mask on a finer grid gives each predicted patch the weight of its hidden share; then all p*p*c values of a
-        patch count, its visible ones too (LSMAE's pred_downsampling). Computed in float32 whatever the autocast.
-        Raises ValueError if the prediction does not fit the images, or the mask the prediction.
+        patch count, its visible ones too (LSMAE's pred_downsampling). Computed in float32 whatever the autocast
+        (in float64 for a prediction in it). Raises ValueError if prediction, images and mask are not of one batch, if
+        the prediction does not fit the images, or the mask the prediction.
         """
+        if not len(prediction) == len(images) == len(mask.hidden):
+            raise ValueError(
+                f"a prediction for {len(prediction)} images does not go with {len(images)} images and masks of "
+                f"{len(mask.hidden)}: all three are of one batch"
+            )
         patch = patch_size(prediction, images, self.outputs)
         patches = self.patches(images, patch)
-        distance = _DISTANCES[self.distance](prediction.float(), patches, reduction="none").mean(dim=2)
+        prediction = prediction if prediction.dtype == torch.float64 else prediction.float()
+        distance = _DISTANCES[self.distance](prediction, patches, reduction="none").mean(dim=2)
         hidden = hidden_share(mask.hidden, patch, (images.shape[2], images.shape[3])).to(distance.dtype)
         return Loss((distance * hidden).sum() / hidden.sum(), distance)
 

@@ -79,6 +79,10 @@ class Masker(ABC):
         Raises ValueError if the masker's settings would hide every patch of this grid, or none.
         """
 
+    def even(self, grid: Grid) -> bool:
+        """Return True if all masks of a grid hide the same number of patches."""
+        return True
+
     def __call__(self, batch: int, grid: int | Grid, generator: torch.Generator | None = None) -> Mask:
         """Masks for `batch` images, drawn from torch's `generator`. `grid`: (rows, columns), or their number alone."""
         shape = (1, grid) if isinstance(grid, int) else grid
@@ -128,6 +132,9 @@ class UnitMask(Masker):
     def draws(self, grid: Grid) -> int:
         return math.ceil(grid[0] / self.unit) * math.ceil(grid[1] / self.unit)
 
+    def even(self, grid: Grid) -> bool:
+        return not self.whole or (grid[0] % self.unit == 0 and grid[1] % self.unit == 0)
+
     def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
         row = torch.arange(grid[0], device=u.device)[:, None]
         column = torch.arange(grid[1], device=u.device)[None, :]
@@ -140,8 +147,7 @@ class UnitMask(Masker):
         hidden = math.ceil(units * self.ratio)
         if hidden >= units:
             raise ValueError(f"a ratio of {self.ratio} hides all {units} units of {self.unit}x{self.unit} patches")
-        divides = grid[0] % self.unit == 0 and grid[1] % self.unit == 0
-        return Mask.from_hidden(rank < hidden, (units - hidden) * self.unit**2 if divides else None)
+        return Mask.from_hidden(rank < hidden, (units - hidden) * self.unit**2 if self.even(grid) else None)
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,9 @@ class BlockMask(Masker):
 
     def draws(self, grid: Grid) -> int:
         return 4 * 10 * _MOST_BLOCKS
+
+    def even(self, grid: Grid) -> bool:
+        return False
 
     def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
         rows, columns = grid

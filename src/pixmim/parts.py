@@ -13,7 +13,7 @@ from pixmim import rng
 from pixmim.config import Run
 from pixmim.data.source import Form
 from pixmim.data.stats import recall
-from pixmim.engine.memory.footprint import in_gib
+from pixmim.engine.memory import in_gib
 from pixmim.errors import UserError, first_line
 from pixmim.grid import grid_of
 from pixmim.losses import Objective

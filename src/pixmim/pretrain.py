@@ -1,7 +1,8 @@
 """Pre-training, from a Run to an encoder: puts data, method, optimizer and log together, and lets the loop run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,13 @@ from pixmim.dist import ALONE, World
 from pixmim.engine.advice import closing, describe
 from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
 from pixmim.engine.loop import loop
+from pixmim.engine.memory import halve, images_at_once, is_out_of_memory
 from pixmim.engine.optim import Updater, adamw
-from pixmim.engine.parallel import compiling, spread, way, whole_state
+from pixmim.engine.parallel import accumulating, compiling, spread, way, whole_state
 from pixmim.engine.runlog import RunLog, read_metrics
 from pixmim.engine.schedule import Schedule
 from pixmim.engine.signals import Interrupted, Interrupts
-from pixmim.errors import UserError
+from pixmim.errors import UserError, first_line
 from pixmim.method import Method
 from pixmim.models.base import MaskedModel
 from pixmim.models.layers import not_decayed
@@ -69,7 +71,6 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     here = world.here()
     place, kept = choose_place(data, crop, run.keep, device, processes=here)
     schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
-    portion = Portion(run.batch_size // run.accumulate, 0, world.rank, world.size)
 
     def stays(step: int) -> bool:
         return milestone(step, run.saving.epochs / epoch)
@@ -85,13 +86,16 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     network = spread(model, run.scale, world, device, precision)
     optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay, not_decayed(model.encoder))
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
+    with compiling(run.scale):
+        parts = _parts(run, method, network, updater, world, beside=data if place == "device" else None)
+    portion = Portion(run.batch_size, 0, world.rank, world.size, parts)
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
         write_whole(out / "config.json", to_json(run))
     remember_run(to_json(run))
 
     about = [f"images: {line}" for line in (data.about, kept) if line]
-    for line in [*describe(run, len(data), schedule, device, precision, world), *about, *origin]:
+    for line in [*describe(run, len(data), schedule, device, precision, world, parts), *about, *origin]:
         say(console, line)
     start = checkpoints.load(model, updater, images=len(data))
     if start:
@@ -102,10 +106,12 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     watch_every = max(1, round(run.knn.every / epoch))
 
     def loss_of(batch: Batch, number: int) -> Tensor:
-        """Of a part of a batch: its crops are finished on the device, and the method does the rest."""
+        """Return what a part of a batch adds to its loss: finish its crops on the device, and apply the method."""
         images = finish(batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std)
-        step, part = divmod(number, run.accumulate)
-        return method.loss(network, images, step, portion.positions(part))
+        step, part = divmod(number, parts)
+        rows = portion.positions(part)
+        # Gradients are averaged over the ranks, and summed over the parts.
+        return method.loss(network, images, step, rows) * (method.share(step, rows) * world.size)
 
     measured = True
 
@@ -150,6 +156,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         ) as log,
         checkpoints,
         compiling(run.scale),
+        _short_of_memory(portion),
     ):
         noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
         if world.share(start not in noted):
@@ -167,7 +174,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             interrupts=interrupts,
             planned=planned,
             autosave=math.inf if run.saving.every else AUTOSAVE,
-            accumulate=run.accumulate,
+            accumulate=parts,
             after=measure,
             world=world,
             timeout=run.scale.timeout,
@@ -183,6 +190,52 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         for line in closing(run, out, step, lost=lost, bad=bad, images=len(data), waited=log.data_wait):
             say(console, line)
     return Outcome(step, finished=True)
+
+
+def _parts(run: Run, method: Method, network: nn.Module, updater: Updater, world: World, beside: Source | None) -> int:
+    """Return the number of parts in which this rank computes its share of a batch. Collective.
+
+    beside: The data set that will be kept on the device as well.
+    """
+    share, device = run.batch_size // world.size, method.device
+    if run.accumulate:
+        return run.accumulate
+    if device.type == "cpu":
+        width = int(method.model.encoder.num_features)  # type: ignore[arg-type]
+        at_once = images_at_once(math.prod(run.hw), width) // world.here()
+        return -(-share // max(1, at_once))
+    if way(run.scale, world) == "fsdp":  # an all-gather that one rank cannot finish would leave the others waiting
+        return 1
+    spare = 2 * sum(p.nbytes for p in method.model.parameters() if p.requires_grad)  # the optimizer's moments
+    if beside is not None and beside.sizes is not None:
+        spare += int(beside.sizes.prod(axis=1).sum()) * run.channels * beside.form.dtype.itemsize
+
+    def attempt(images: int) -> None:
+        try:
+            taken = torch.empty(spare, dtype=torch.uint8, device=device)
+            noise = torch.randn(images, run.channels, *run.hw, device=device)
+            with accumulating(network, last=False):
+                updater.backward(method.loss(network, noise, 0, range(images)))
+            del taken
+        finally:
+            updater.optimizer.zero_grad(set_to_none=True)
+
+    return -(-share // halve(attempt, share, lambda fits: all(world.gather(fits))))
+
+
+@contextmanager
+def _short_of_memory(portion: Portion) -> Iterator[None]:
+    """Raise UserError with the way out when memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"--accumulate {2 * portion.parts} halves them" if portion.count > 1 else "choose a smaller model"
+        raise UserError(
+            f"memory ran out, with {portion.count:,} images computed at once ({first_line(error)}): {advice}, a "
+            "smaller --size takes less as well"
+        ) from None
 
 
 def _agree(run: Run, world: World, data: Source) -> None:

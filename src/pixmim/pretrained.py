@@ -13,7 +13,7 @@ from torch import nn
 from pixmim.config import Model, Run
 from pixmim.disk import check_new, whole_folder, write_whole
 from pixmim.engine.checkpoint import Checkpoints
-from pixmim.engine.memory.footprint import in_gib
+from pixmim.engine.memory import in_gib
 from pixmim.errors import UserError, first_line, nearest
 from pixmim.models import published
 from pixmim.models.base import MaskedModel

@@ -1,10 +1,12 @@
 """The commands. Thin: each reads its flags and calls one function. Imports torch only once there is work to do."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
+from pixmim import __version__
 from pixmim.cli.bench import bench_data
 from pixmim.cli.coverage import coverage
 from pixmim.cli.data import cache, stats
@@ -43,11 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without arguments, the command is the process's own: signals and standard streams are made its own as well.
     """
     if argv is None:
+        # Before torch is imported. Threads that wait spinning take the cores from those that compute: on shared cores,
+        # training was up to twenty times slower (docs/performance.md).
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         return as_process(lambda: main(sys.argv[1:]))
     args = list(argv)
     try:
         if not args or args[0] in ("-h", "--help"):
             print(OVERVIEW)
+            return 0
+        if args == ["--version"]:
+            print(f"pixmim {__version__}")
             return 0
         if args[0] not in COMMANDS:
             raise UserError(f"there is no command '{args[0]}'{nearest(args[0], COMMANDS)}\n\n{OVERVIEW}")
@@ -59,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _out_of_memory(error):
             raise
         text = (
-            f"error: the memory is not enough ({first_line(error)}). Use fewer --threads, or a smaller model or --size"
+            f"error: the memory is not enough ({first_line(error)}). Use a larger --accumulate where there is one, "
+            "fewer --threads, or a smaller model or --size"
         )
         print(text, file=sys.stderr)
         return 1
@@ -70,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
     if "torch" not in sys.modules:  # whose errors are RuntimeErrors
         return isinstance(error, MemoryError)
-    from pixmim.engine.memory.footprint import is_out_of_memory
+    from pixmim.engine.memory import is_out_of_memory
 
     return is_out_of_memory(error)
 

@@ -1,7 +1,7 @@
 """pixmim bench-data: what limits the way of images to the network."""
 
 import shlex
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.box import SIMPLE
@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional
 
-from pixmim.cli.terms import absolute
-from pixmim.errors import UserError
+from pixmim.cli.terms import absolute, checked
+from pixmim.options import MAX_CHANNELS, Real, Size, Threads, Whole
 from pixmim.terminal import cell, say
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ def bench_data(args: list[str]) -> int:
         data: Positional[str],
         /,
         *,
-        size: str = "224",
+        size: Size = "224",
         crop: Literal["src", "rrc", "cc"] = "src",
-        channels: int = 3,
+        channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3,
         pixels: Literal["uint8", "uint16", "float32"] = "uint8",
         pages: Literal["first", "channels"] = "first",
-        threads: int = 0,
-        eats: float | None = None,
-        seconds: float = 1.0,
+        threads: Threads = 0,
+        eats: Annotated[float | None, Real(0, 1e9, above=True)] = None,
+        seconds: Annotated[float, Real(0, 3_600, above=True)] = 1.0,
     ) -> int:
         """Measure in a minute what this machine's disk, decoding and loader do with images, and say what would help.
 
@@ -55,8 +55,6 @@ def bench_data(args: list[str]) -> int:
         from pixmim.data.source import COLOUR
         from pixmim.parts import build_crop, image_form
 
-        if seconds <= 0 or (eats is not None and eats <= 0):
-            raise UserError("--seconds and --eats are numbers above 0")
         run = config.Run(size=size, channels=channels, pixels=pixels, pages=pages, crop=config.Crop(kind=crop))
         form = image_form(run)
         source = open_data(absolute(data), form)
@@ -80,7 +78,7 @@ def bench_data(args: list[str]) -> int:
             say(console, line)
         return 0
 
-    return tyro.cli(command, prog="pixmim bench-data", args=args)
+    return tyro.cli(checked(command), prog="pixmim bench-data", args=args)
 
 
 def _table(rates: "Rates") -> Table:

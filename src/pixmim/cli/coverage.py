@@ -1,12 +1,15 @@
 """pixmim coverage: what crops keep of objects."""
 
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
+from pixmim.cli.terms import checked
 from pixmim.disk import check_writable
+from pixmim.options import Real, Seed, Size, Whole
 from pixmim.terminal import say
 
 
@@ -17,11 +20,11 @@ def coverage(args: list[str]) -> int:
         data: Positional[str],
         /,
         *,
-        size: str = "224",
-        mask_ratio: float = 0.75,
+        size: Size = "224",
+        mask_ratio: Annotated[float, Real(0, 1, below=True)] = 0.75,
         boxes: bool = False,
-        simulate: int = 0,
-        seed: int = 0,
+        simulate: Annotated[int, Whole(0, 1_000_000)] = 0,
+        seed: Seed = 0,
         out: Path = Path("coverage"),
     ) -> int:
         """Object coverage: which share of an object RRC, SRC and CC keep, and what masking leaves of it.
@@ -50,4 +53,4 @@ def coverage(args: list[str]) -> int:
         say(console, "written: " + ", ".join(map(str, report.save(out))))
         return 0
 
-    return tyro.cli(command, prog="pixmim coverage", args=args)
+    return tyro.cli(checked(command), prog="pixmim coverage", args=args)

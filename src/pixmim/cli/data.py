@@ -2,14 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from pixmim.cli.terms import absolute
+from pixmim.cli.terms import absolute, checked
 from pixmim.errors import UserError
+from pixmim.options import MAX_CHANNELS, Count, Size, Some, Threads, Whole
 from pixmim.terminal import say
 
 _LOOK = 200  # images whose files are looked into for their channels and depth
@@ -23,16 +24,16 @@ def cache(args: list[str]) -> int:
         out: Positional[Path],
         /,
         *,
-        size: str = "224",
-        quality: int = 95,
+        size: Size = "224",
+        quality: Annotated[int, Whole(1, 100)] = 95,
         chroma: Literal["444", "420"] = "444",
         raw: bool = False,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-        channels: int = 3,
+        channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3,
         pixels: Literal["uint8", "uint16", "float32"] = "uint8",
         pages: Literal["first", "channels"] = "first",
-        per_shard: int = 2000,
-        threads: int = 0,
+        per_shard: Count = 2000,
+        threads: Threads = 0,
     ) -> int:
         """Resize pictures once and keep them in indexed tar shards (WebDataset), for --data of the other commands.
 
@@ -89,7 +90,7 @@ def cache(args: list[str]) -> int:
         )
         return 0
 
-    return tyro.cli(command, prog="pixmim cache", args=args)
+    return tyro.cli(checked(command), prog="pixmim cache", args=args)
 
 
 def stats(args: list[str]) -> int:
@@ -99,11 +100,11 @@ def stats(args: list[str]) -> int:
         data: Positional[str],
         /,
         *,
-        channels: int = 0,
+        channels: Annotated[int, Whole(0, MAX_CHANNELS)] = 0,
         pixels: Literal["auto", "uint8", "uint16", "float32"] = "auto",
         pages: Literal["first", "channels"] = "first",
-        images: int = 5000,
-        threads: int = 0,
+        images: Some = 5000,
+        threads: Threads = 0,
     ) -> int:
         """Look at a data set: channels, depths, sizes, what cannot be read, mean and std of each channel.
 
@@ -149,4 +150,4 @@ def stats(args: list[str]) -> int:
         say(console, f"train with --data {shlex.quote(data)} {form.flags}")
         return 0
 
-    return tyro.cli(command, prog="pixmim stats", args=args)
+    return tyro.cli(checked(command), prog="pixmim stats", args=args)

@@ -8,9 +8,10 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import absolute
+from pixmim.cli.terms import absolute, checked
 from pixmim.disk import atomic_write, check_writable
 from pixmim.errors import UserError
+from pixmim.options import Data, Device, Whole
 from pixmim.terminal import say
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def reconstruct(args: list[str]) -> int:
         /,
         *,
         out: Path = Path("reconstruction.png"),
-        count: int = 16,
+        count: Annotated[int, Whole(1, 10_000)] = 16,
     ) -> int:
         """Hide patches of pictures and draw what a model predicts there, beside what it saw and should have predicted.
 
@@ -52,7 +53,7 @@ def reconstruct(args: list[str]) -> int:
         say(Console(), f"written to {out}")
         return 0
 
-    return tyro.cli(command, prog="pixmim reconstruct", args=args)
+    return tyro.cli(checked(command), prog="pixmim reconstruct", args=args)
 
 
 def attention(args: list[str]) -> int:
@@ -64,7 +65,7 @@ def attention(args: list[str]) -> int:
         /,
         *,
         out: Path = Path("attention.png"),
-        count: int = 8,
+        count: Annotated[int, Whole(1, 10_000)] = 8,
     ) -> int:
         """Draw the attention of the last block over pictures: of all heads together, and of each one.
 
@@ -90,7 +91,7 @@ def attention(args: list[str]) -> int:
         say(Console(), f"written to {out}")
         return 0
 
-    return tyro.cli(command, prog="pixmim attention", args=args)
+    return tyro.cli(checked(command), prog="pixmim attention", args=args)
 
 
 def embed(args: list[str]) -> int:
@@ -100,11 +101,11 @@ def embed(args: list[str]) -> int:
         model: Positional[str],
         /,
         *,
-        data: str,
+        data: Data,
         out: Path,
         kind: Annotated[Literal["cls", "mean", "both"], arg(name="features")] = "both",
-        batch_size: int = 256,
-        device: str = "auto",
+        batch_size: Annotated[int, Whole(1, 1_000_000)] = 256,
+        device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     ) -> int:
         """Write the features of every image of a data set, with its file's name; goes on where it was interrupted.
@@ -132,7 +133,7 @@ def embed(args: list[str]) -> int:
             say(console, line)
         return 0
 
-    return tyro.cli(command, prog="pixmim embed", args=args)
+    return tyro.cli(checked(command), prog="pixmim embed", args=args)
 
 
 def _some(images: tuple[Path, ...]) -> None:

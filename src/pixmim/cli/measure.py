@@ -9,8 +9,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import absolute
+from pixmim.cli.terms import absolute, checked
 from pixmim.errors import UserError, nearest
+from pixmim.options import Device
 from pixmim.protocols import DATA, PROTOCOLS, All
 from pixmim.terminal import say
 
@@ -32,7 +33,7 @@ def evaluate(args: list[str]) -> int:
         settings: Annotated[settings_type, arg(name="")],  # type: ignore[valid-type]
         untrained: bool = False,
         out: Path | None = None,
-        device: str = "auto",
+        device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     ) -> tuple[tuple[str, ...], Any, bool, Path | None, str, Literal["auto", "bf16", "fp16", "fp32"]]:
         """Measure an encoder, or several side by side.
@@ -50,7 +51,7 @@ def evaluate(args: list[str]) -> int:
 
     about = str(settings_type.__doc__) + (f" Needs {PROTOCOLS[name].needs}." if name in PROTOCOLS else "")
     models, settings, untrained, out, device, precision = tyro.cli(
-        command, prog=f"pixmim evaluate {name}", description=about, args=args[1:]
+        checked(command), prog=f"pixmim evaluate {name}", description=about, args=args[1:]
     )
     if not models:
         raise UserError(f"which encoder? pixmim evaluate {name} MODEL [MODEL ...]")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -26,23 +26,11 @@ _MAY_CHANGE = {
 """Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 
 
-class Flags(NamedTuple):
-    """What the flags say: the Run, the directory of the run to resume (if any), and whether to find the batch size."""
-
-    run: Run
-    resumed: str
-    auto: bool
-
-
-def read_flags(args: list[str]) -> Flags:
-    """Read the flags, and start nothing. Raises UserError.
+def read_flags(args: list[str]) -> tuple[Run, str]:
+    """Return the Run that the flags ask for, and the directory of the run to resume, if any. Raises UserError.
 
     They are read twice: the recipe (or the run to resume) decides the defaults of all the others.
     """
-    auto = _value_of("--batch-size", args) == "auto"
-    if auto:
-        at = next(i for i, word in enumerate(args) if word.startswith("--batch-size"))
-        args = args[:at] + args[at + (1 if "=" in args[at] else 2) :]
     resumed = _value_of("--resume", args)
     named = args[0] if args and not args[0].startswith("-") else ""
     if resumed and named:
@@ -77,15 +65,13 @@ def read_flags(args: list[str]) -> Flags:
         raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
     elif not run.data:
         raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
-    if auto and resumed:
-        raise UserError("--batch-size cannot change when a run is resumed; begin a new run")
     typed = {flag for flag in run.named if any(word.split("=")[0] == flag for word in args)}
     strange = closed(config, {flag: value for flag, value in run.named.items() if flag not in typed})
     if strange:
         raise UserError(
             f"{refusal(resumed or named, strange)}. If it may be, add these flags, or others in their place"
         )
-    return Flags(run, resumed, auto)
+    return run, resumed
 
 
 def pretrain(args: list[str]) -> int:
@@ -93,12 +79,10 @@ def pretrain(args: list[str]) -> int:
     return _train(*read_flags(args))
 
 
-def _train(run: Run, resumed: str, auto: bool) -> int:
+def _train(run: Run, resumed: str) -> int:
     """What each process of the run does; the first one speaks."""
     from pixmim.dist import open_world
-    from pixmim.engine.memory.footprint import is_out_of_memory
     from pixmim.evaluate import knn_watch
-    from pixmim.method import too_large, with_largest_batch
     from pixmim.parts import measured
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
@@ -111,22 +95,12 @@ def _train(run: Run, resumed: str, auto: bool) -> int:
             run = whole_paths(run, out)
             if not (out / "config.json").exists():
                 run, lines = measured(run)
-                if auto:
-                    run, line = with_largest_batch(run, world)
-                    lines.append(line)
                 for line in lines:
                     say(console, line)
             elif not resumed:
-                run = going_on(run, out, auto)
+                run = going_on(run, out)
             world.gather(None)  # all have looked before the first one writes
-            outcome = None
-            try:
-                outcome = train(run, out, console, knn_watch(run, console), world)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            if outcome is None:  # said here, where nothing holds on to the run's memory any more
-                raise UserError(too_large(run, world))
+            outcome = train(run, out, console, knn_watch(run, console), world)
             if not outcome.finished:
                 say(
                     console,
@@ -149,11 +123,9 @@ def whole_paths(run: Run, out: Path) -> Run:
     return replace(run, out=str(out), data=absolute(run.data), knn=knn)
 
 
-def going_on(run: Run, out: Path, auto: bool = False) -> Run:
-    """The run as the one in `out` was begun; with `auto`, of its batch size. Raises UserError for another run."""
+def going_on(run: Run, out: Path) -> Run:
+    """The run as the one in `out` was begun. Raises UserError for another run."""
     there, _ = _load(out / "config.json")
-    if auto:
-        run = replace(run, batch_size=there.batch_size, accumulate=there.accumulate)
     run = replace(run, mean=run.mean or there.mean, std=run.std or there.std)
     advice = f"choose another --out, or go on with that one by --resume {quote(str(out))}"
     _same(run, there, _MAY_CHANGE - {"data"}, lambda flag: f"{out} holds a run with another {flag}: {advice}")

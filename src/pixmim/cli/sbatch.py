@@ -1,24 +1,25 @@
 """A job for Slurm, as the text of a script for sbatch."""
 
-import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pixmim.errors import UserError
+from pixmim.options import Count, Positive, Settings, Some, Whole
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Settings):
     """What is asked of Slurm."""
 
-    nodes: int = 1
+    nodes: Count = 1
     """Machines."""
-    gpus: int = 1
+    gpus: Count = 1
     """GPUs of each machine; each gets a process of its own."""
-    cpus: int = 8
+    cpus: Count = 8
     """Cores for each GPU; they read and decode images."""
-    hours: float = 24.0
+    hours: Positive = 24.0
     """Time limit. A run that needs longer stops in time, and is queued again."""
     mem: str = ""
     """Memory of each machine, such as 400G; 0: all of it. Otherwise the cluster's default."""
@@ -30,21 +31,13 @@ class Job:
     """Slurm's --qos."""
     name: str = ""
     """Name of the job; otherwise the recipe's."""
-    signal: int = 300
+    signal: Annotated[int, Whole(1, 65_535)] = 300
     """Seconds before the time limit at which the run is told to finish its step, save and stop."""
-    restarts: int = 100
+    restarts: Some = 100
     """Times the job may be started again; the run needs at most this many times --hours, and one more."""
 
     def __post_init__(self) -> None:
-        for flag, value in (("nodes", self.nodes), ("gpus", self.gpus), ("cpus", self.cpus)):
-            if value < 1:
-                raise UserError(f"--{flag} must be at least 1, not {value}")
-        if self.restarts < 0:
-            raise UserError(f"--restarts must be at least 0, not {self.restarts}")
-        if not 0 < self.hours < math.inf:
-            raise UserError(f"--hours is a number above 0, not {self.hours:g}")
-        if not 0 < self.signal <= 65535:  # Slurm's own range
-            raise UserError(f"--signal is a number of seconds from 1 to 65535, not {self.signal}")
+        super().__post_init__()
         if self.signal >= self.hours * 3600:
             raise UserError(f"--signal {self.signal} seconds before the end leaves nothing of --hours {self.hours:g}")
 

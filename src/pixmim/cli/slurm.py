@@ -38,11 +38,12 @@ def slurm(args: list[str]) -> int:
         return job, script, force
 
     (job, file, force), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
-    run, resumed, auto = read_flags(words)
+    run, resumed = read_flags(words)
     if resumed:
-        raise UserError(f"leave out --resume: with --out {resumed} the script goes on with that run by itself")
-    if not auto:
-        run.check_shares(job.tasks, "GPUs")
+        raise UserError(
+            f"leave out --resume: with --out {shlex.quote(resumed)} the script goes on with that run by itself"
+        )
+    run.check_shares(job.tasks, "GPUs")
     name = job.name or run.recipe or "run"
     if not run.out:
         words += ["--out", f"runs/{name}"]
@@ -51,7 +52,7 @@ def slurm(args: list[str]) -> int:
     out = Path(run.out or f"runs/{name}")
     there = (out / "config.json").exists()
     if there:
-        going_on(whole_paths(run, out), out, auto)
+        going_on(whole_paths(run, out), out)
     _build(run)
     file = file or out / "slurm.sh"
     if file.exists() and not force:
@@ -63,7 +64,7 @@ def slurm(args: list[str]) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, text)
     console = Console()
-    share = f"{run.batch_size // job.tasks:,} of the {run.batch_size:,} images" if not auto else "as many images as fit"
+    share = f"{run.batch_size // job.tasks:,} of the {run.batch_size:,} images"
     say(console, f"{job.tasks} processes, one for each GPU; each computes {share}")
     for path in _absent(run):
         say(console, f"there is no {path} here: the job's machines must have it")

@@ -1,4 +1,26 @@
-"""What the commands share: whole paths of data."""
+"""What the commands share: whole paths of data, and flags that are checked."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar, get_type_hints
+
+from pixmim.options import check_value
+
+T = TypeVar("T")
+
+
+def checked(command: Callable[..., T]) -> Callable[..., T]:
+    """Let a command check its flags by the rules that annotate them, before anything else. It raises UserError."""
+
+    @wraps(command)
+    def run(*args: object, **kwargs: object) -> T:
+        hints = get_type_hints(command, include_extras=True)
+        for name, value in inspect.signature(command).bind(*args, **kwargs).arguments.items():
+            check_value("--" + name.replace("_", "-"), value, hints[name])
+        return command(*args, **kwargs)
+
+    return run
 
 
 def absolute(data: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pixmim.config import Run
-from pixmim.dist import ALONE, World
+from pixmim.dist import World
 from pixmim.engine.parallel import way
 from pixmim.engine.runlog import DATA_BOUND
 from pixmim.engine.schedule import Schedule
@@ -14,7 +14,13 @@ from pixmim.targets import in_bins
 
 
 def describe(
-    run: Run, images: int, schedule: Schedule, device: torch.device, precision: str, world: World = ALONE
+    run: Run,
+    images: int,
+    schedule: Schedule,
+    device: torch.device,
+    precision: str,
+    world: World,
+    parts: int,
 ) -> list[str]:
     """Lines for a terminal, as plain text. `images` is the size of the data set."""
     radius = in_bins(run.target.radius, run.hw)
@@ -28,7 +34,7 @@ def describe(
         f"{images:,} images; {schedule.steps:,} updates of {run.batch_size:,} images = "
         f"{schedule.steps * run.batch_size / images:,.1f} epochs; "
         f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up{drop}",
-        f"{_machines(run, device, world)} in {precision}, seed {run.seed}",
+        f"{_machines(run, device, world, parts)} in {precision}, seed {run.seed}",
     ]
     warnings = []
     if run.made.steps and schedule.steps < run.made.steps / 10:
@@ -62,10 +68,11 @@ def closing(run: Run, out: Path, step: int, *, lost: int, bad: int, images: int,
     return lines
 
 
-def _machines(run: Run, device: torch.device, world: World) -> str:
-    """What computes: "cuda", or "8 processes on cuda (ddp), each 64 images of a batch in 2 parts"."""
+def _machines(run: Run, device: torch.device, world: World, parts: int) -> str:
+    """Describe what computes, such as "8 processes on cuda (ddp), each 64 images of a batch in 2 parts of 32,"."""
+    images = run.batch_size // world.size
+    cut = f" in {parts} parts of {'' if images % parts == 0 else 'up to '}{-(-images // parts):,}" if parts > 1 else ""
     if world.size == 1:
-        return str(device)
-    share = f"{run.batch_size // world.size:,} images of a batch"
-    parts = f" in {run.accumulate} parts" if run.accumulate > 1 else ""
-    return f"{world.size} processes on {device.type} ({way(run.scale, world)}), each {share}{parts},"
+        return f"{device}, each batch{cut}," if cut else str(device)
+    share = f"{images:,} images of a batch"
+    return f"{world.size} processes on {device.type} ({way(run.scale, world)}), each {share}{cut},"

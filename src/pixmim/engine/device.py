@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pixmim.engine.memory.malloc import keep_memory
+from pixmim.engine.memory import keep_memory
 from pixmim.errors import UserError, first_line
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]

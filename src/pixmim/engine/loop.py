@@ -43,9 +43,10 @@ def loop(
 ) -> int:
     """Update weights from `start` updates done up to `steps`, or until interrupted; gives how many are done then.
 
-    feed       endless parts of batches; its `waited` says how many seconds they were waited for, if it knows
-    loss_of    of a part and its number, counted in parts from the very first: a scalar; whatever is random in it is a
-               function of that number
+    feed       endless parts of batches; if it knows, its `waited` is how many seconds they were waited for, and `ready`
+               whether the next one is there
+    loss_of    of a part and its number, counted in parts from the very first: its share of the batch's loss, a scalar;
+               whatever is random in it is a function of that number
     network    what computes: see `engine.parallel`
     rate       the learning rate of each update, counted from 0
     save       writes a checkpoint of the state after so many updates; True: and waits until it is on disk
@@ -59,8 +60,8 @@ def loop(
     and, one update late, whether any of them was interrupted. Raises UserError if the gradient is not finite many times
     in a row.
 
-    A single process that waits for data when it is interrupted, or has to wait for another part of a batch after that,
-    saves the state after the last complete update: the data may never come.
+    A single process that waits for data when it is interrupted, or would have to for another part of the batch, saves
+    the state after the last complete update: the data may never come.
     """
     step, stop, saved_at = start, False, time.monotonic()
     alone = world.size == 1
@@ -72,11 +73,12 @@ def loop(
             try:
                 for part in range(accumulate):
                     watchdog.at(step, "waiting for data")
-                    with interrupts.waiting(alone):
+                    there = part > 0 and getattr(feed, "ready", False)  # then an interrupt lets the step be finished
+                    with interrupts.waiting(alone and not there):
                         batch = next(feed)
                     watchdog.at(step, "computing")
                     with accumulating(network, last=part == accumulate - 1):
-                        loss = loss_of(batch, step * accumulate + part) / accumulate
+                        loss = loss_of(batch, step * accumulate + part)
                         updater.backward(loss)
                     total += loss.detach()
             except Interrupted:

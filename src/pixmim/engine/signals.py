@@ -47,6 +47,7 @@ class Interrupts:
 
     def __init__(self, speaks: bool = True) -> None:
         self._speaks = speaks
+        self._unsaid = threading.Lock()  # taken once, by whoever answers first
 
     def __enter__(self) -> "Interrupts":
         self._before: dict[int, Any] = {}
@@ -84,16 +85,20 @@ class Interrupts:
             self._restore()
             signal.raise_signal(number)
             return
-        if not self.asked:
-            self.asked = True
-            if self._speaks:
-                with suppress(OSError):  # not through a stream: the loop may be writing to it at this moment
-                    os.write(2, b"\nfinishing this step, then saving; once more to stop now\n")
+        self.asked = True
+        self._answer()
         if self._waiting:
             self._waiting = False
             raise Interrupted
 
+    def _answer(self) -> None:
+        """Say at the first signal what happens now."""
+        if self._speaks and self._unsaid.acquire(blocking=False):
+            with suppress(OSError):  # not through a stream: the loop may be writing to it at this moment
+                os.write(2, b"\nfinishing this step, then saving; once more to stop now\n")
+
     def _defers(self, number: int) -> bool:
+        self._answer()  # here, since the main thread runs no handler before torch gives it back its hands
         return not self._guard(number)
 
     def _restore(self) -> None:

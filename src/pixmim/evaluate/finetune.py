@@ -6,7 +6,7 @@ The classifier is kept beside the results, in timm's names, with its classes in 
 import json
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.classifier import build, inherit, plan
 from pixmim.evaluate.labelled import Labelled, grade, open_labelled
-from pixmim.evaluate.learn import forget, learn
+from pixmim.evaluate.learn import equal_parts, forget, learn
 from pixmim.evaluate.tuning import TUNINGS, Recipe, choose, describe, resolve
 from pixmim.mixing import erase, mix, soft_labels
 from pixmim.models.layers import layer_ids, not_decayed
@@ -45,14 +45,15 @@ def measure(bench: Bench, settings: Finetune) -> Values:
     encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test, all_classes=True)
     name = choose(settings.recipe, encoder.run, encoder.module, settings.from_scratch)
     recipe = resolve(TUNINGS[name], settings.changes)
-    if recipe.batch_size % settings.accumulate:
-        raise UserError(f"a batch of {recipe.batch_size} does not divide into {settings.accumulate} equal parts")
     if data.train.form.pixels != "uint8" and (recipe.augment != "none" or recipe.jitter):
         raise UserError("only images of 8 bits are augmented: add --augment none --jitter 0")
 
     run = plan(encoder.run, encoder.module, len(data.classes), recipe.pool, settings.size)
     model = build(run, recipe.drop_path, recipe.head_std, settings.seed)
     lines = [] if settings.from_scratch else inherit(model, run, encoder.module, encoder.run)
+    width = int(model.num_features)  # type: ignore[arg-type]
+    parts = equal_parts(recipe.batch_size, settings.accumulate, encoder.device, run.hw, width)
+    settings = replace(settings, accumulate=parts)
     model = model.to(encoder.device)
     choose_attention(model, encoder.device, encoder.precision)
     trained = Averaged(model, recipe.average)
@@ -64,7 +65,7 @@ def measure(bench: Bench, settings: Finetune) -> Values:
     schedule = Schedule(steps, warmup, peak, recipe.final_lr, recipe.first_lr, warmup_prefix=recipe.warmup_prefix)
     begun = "random weights" if settings.from_scratch else f"the {bench.which} encoder"
     console = bench.console or Console(quiet=True)
-    for line in [*describe(name, recipe, len(data.train), steps, warmup), f"  begins with {begun}", *lines]:
+    for line in [*describe(name, recipe, len(data.train), steps, warmup, parts), f"  begins with {begun}", *lines]:
         say(console, line)
 
     lesson = Lesson(bench, settings, recipe, data, run.hw, trained)

@@ -1,5 +1,6 @@
 """Training with labels, for the evaluations that fine-tune: resumed exactly as pre-training is."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.engine.loop import loop
+from pixmim.engine.memory import images_at_once
 from pixmim.engine.optim import Updater
 from pixmim.engine.runlog import RunLog
 from pixmim.engine.signals import Interrupts
+from pixmim.errors import UserError
 from pixmim.terminal import say
 
 T = TypeVar("T")
@@ -76,7 +79,7 @@ def learn(
                 start,
                 steps,
                 feed,
-                loss_of,
+                lambda part, number: loss_of(part, number) / accumulate,
                 model,
                 updater,
                 rate,
@@ -89,6 +92,20 @@ def learn(
     if step < steps:
         say(console, f"stopped after update {step:,} of {steps:,}; the same command goes on")
         raise KeyboardInterrupt
+
+
+def equal_parts(batch: int, asked: int, device: torch.device, size: tuple[int, int], width: int) -> int:
+    """Return the number of equal parts to compute a batch in: `asked`, or for 0 what a CPU's memory suits.
+
+    Raises:
+        UserError: If the batch does not divide into as many as were asked for.
+    """
+    if asked and batch % asked:
+        raise UserError(f"a batch of {batch} does not divide into --accumulate {asked} equal parts")
+    if asked or device.type != "cpu":
+        return asked or 1
+    fewest = -(-batch // images_at_once(math.prod(size), width))
+    return next(parts for parts in range(fewest, batch + 1) if batch % parts == 0)
 
 
 def forget(folder: Path) -> None:

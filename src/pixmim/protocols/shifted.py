@@ -1,11 +1,15 @@
 """Settings of what shows an encoder other pictures than it learnt from."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pixmim.options import Count, Data, Seed, Settings, Whole
+
+Severities = Annotated[tuple[int, ...], Whole(1, 5)]
 
 
 @dataclass(frozen=True)
-class Robustness:
+class Robustness(Settings):
     """What corruption costs: ImageNet-C, -A, -R, -Sketch, and any labelled images with corruptions made in memory."""
 
     imagenet_c: str = ""
@@ -25,24 +29,24 @@ class Robustness:
     own if it is one of ImageNet and the folders are named by WordNet ids, or if no train data are given."""
     corruptions: tuple[str, ...] = ()
     """Some of the 15, by name: gaussian_noise, jpeg_compression ...; otherwise all."""
-    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    severities: Severities = (1, 2, 3, 4, 5)
     """Some of the 5."""
-    epochs: int = 100
+    epochs: Count = 100
     """Passes over the train data for each member of the probe's sweep."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the part held out, the order, and what is random in the corruptions."""
 
 
 @dataclass(frozen=True)
-class ShapeBias:
+class ShapeBias(Settings):
     """Whether shape or texture decides, where a picture has the shape of one class and the texture of another."""
 
-    data: str
+    data: Data
     """Cue-conflict stimuli: SHAPE/SHAPE1-TEXTURE2.png; or shapes:texture=conflict."""
     train: str = ""
     """Labelled data of the same classes that a linear probe is fitted to; without, the encoder's own classifier of
     ImageNet decides. For shapes: shapes:texture=match."""
-    epochs: int = 100
+    epochs: Count = 100
     """Passes over the train data for each member of the probe's sweep."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the part held out, and the order."""

@@ -3,20 +3,21 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pixmim.options import Data, Settings
 from pixmim.protocols.frozen import Knn, Linear
-from pixmim.protocols.shifted import Robustness, ShapeBias
+from pixmim.protocols.shifted import Robustness, Severities, ShapeBias
 from pixmim.protocols.tuned import Detection, Finetune, Segmentation
 
 
 @dataclass(frozen=True)
-class All:
+class All(Settings):
     """All that the data given allow: k-NN, linear probe, robustness, and what the other flags ask for, on one page."""
 
-    train: str
+    train: Data
     """Labelled data to learn from."""
-    test: str
+    test: Data
     """Labelled data to be measured on."""
-    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    severities: Severities = (1, 2, 3, 4, 5)
     """Of the corruptions made in memory: some of the 5."""
     stimuli: str = ""
     """Cue-conflict stimuli for shape bias; with drawn data (shapes:) they are drawn as well."""

@@ -5,95 +5,115 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from pixmim.errors import UserError
+from pixmim.options import (
+    MAX_DEPTH,
+    MAX_SIDE,
+    MAX_WIDTH,
+    Count,
+    Data,
+    LearningRate,
+    Positive,
+    Real,
+    Seed,
+    Settings,
+    Sides,
+    Size,
+    Some,
+    Threads,
+    Whole,
+)
+
 
 @dataclass(frozen=True)
-class Changes:
+class Changes(Settings):
     """Numbers that replace a fine-tuning recipe's own."""
 
-    epochs: float | None = None
+    epochs: Annotated[float | None, Real(0.001, 1e06)] = None
     """Passes over the train data."""
-    warmup: float | None = None
+    warmup: Annotated[float | None, Real(0, 1e06)] = None
     """Epochs of warm-up; never more than a fifth of the run."""
     warmup_prefix: bool | None = None
     """True: the cosine begins after the warm-up (MAE). False: it counts from the first step (SimMIM, DeiT III)."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, Whole(2, 999_999_999)] = None
     """Images in an update of the weights."""
     optimizer: Literal["adamw", "lamb"] | None = None
     """AdamW, or LAMB (DeiT III)."""
-    base_lr: float | None = None
+    base_lr: Annotated[float | None, Real(0, 100, above=True)] = None
     """Learning rate per 256 images of a batch, of the head."""
-    first_lr: float | None = None
+    first_lr: Annotated[float | None, Real(0, 100)] = None
     """Learning rate at which the warm-up begins."""
-    final_lr: float | None = None
+    final_lr: Annotated[float | None, Real(0, 100)] = None
     """Learning rate at which the cosine ends."""
-    layer_decay: float | None = None
+    layer_decay: Annotated[float | None, Real(0.001, 1)] = None
     """Learning rate of each layer, as a share of that of the layer above it."""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, Real(0, 10)] = None
     """Not applied to norms, biases, positions and single tokens."""
-    clip: float | None = None
+    clip: Annotated[float | None, Real(0, 1e06)] = None
     """Largest norm of the gradient; 0: any."""
-    drop_path: float | None = None
+    drop_path: Annotated[float | None, Real(0, 0.99)] = None
     """Probability at which the last block is left out in training; less for those before it."""
     crop: Literal["rrc", "src"] | None = None
     """rrc: random resized crop. src: simple resized crop (AlexNet, DeiT III, PixMIM)."""
-    scale: tuple[float, float] | None = None
+    scale: Annotated[tuple[float, float] | None, Real(0, 1, above=True)] = None
     """rrc: range of the share of the area."""
     augment: Literal["rand", "three", "none"] | None = None
     """rand: RandAugment m9-mstd0.5-inc1. three: 3-Augment (DeiT III)."""
-    jitter: float | None = None
+    jitter: Annotated[float | None, Real(0, 1)] = None
     """Strength of the jitter of brightness, contrast and saturation."""
-    erase: float | None = None
+    erase: Annotated[float | None, Real(0, 1)] = None
     """Probability that a box of an image becomes noise."""
-    mixup: float | None = None
+    mixup: Annotated[float | None, Real(0, 100)] = None
     """Alpha of mixup; 0: none."""
-    cutmix: float | None = None
+    cutmix: Annotated[float | None, Real(0, 100)] = None
     """Alpha of CutMix; 0: none."""
-    smoothing: float | None = None
+    smoothing: Annotated[float | None, Real(0, 0.99)] = None
     """Share of a label that is spread over all classes."""
     loss: Literal["ce", "bce"] | None = None
     """ce: cross-entropy. bce: binary, for each class by itself (DeiT III)."""
     pool: Literal["mean", "cls"] | None = None
     """What the head sees: the mean of the patch tokens, or the class token."""
-    head_std: float | None = None
+    head_std: Annotated[float | None, Real(0, 10)] = None
     """Standard deviation of the head's initial weights."""
-    average: float | None = None
+    average: Annotated[float | None, Real(0, 0.999999)] = None
     """Decay, an update, of an average of the weights (EMA) that is measured in their place, 0.9999 for one; 0: none."""
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(Settings):
     """Fine-tune the whole encoder with labels, by its method's published recipe, and keep the classifier."""
 
-    train: str
+    train: Data
     """Labelled data to learn from."""
-    test: str
+    test: Data
     """Labelled data to be measured on."""
     recipe: str = "auto"
     """auto: by the encoder's kind and size; or mae-vit-base, mae-vit-large, mae-vit-huge, convmae-base,
     simmim-swin-base-100, simmim-swin-base-800, simmim-swin-large, simmim-vit-base, deit3-vit-base."""
     from_scratch: bool = False
     """Begin with random weights of the same architecture; auto is then DeiT III's recipe."""
-    size: str = ""
+    size: Annotated[str, Sides(empty=True)] = ""
     """Side in pixels, or HEIGHTxWIDTH, if not the encoder's own; tables of positions are refitted."""
-    accumulate: int = 1
-    """Parts a batch is computed in, one after another, to fit into memory; each is mixed by itself."""
-    seed: int = 0
+    accumulate: Some = 0
+    """Parts a batch is computed in, one after another, to fit into memory; each is mixed by itself. 0: on a CPU of a
+    size that suits a laptop, on a GPU one."""
+    seed: Seed = 0
     """Decides the head, the order, and all that is random in training."""
-    threads: int = 0
+    threads: Threads = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
     changes: Annotated[Changes, arg(name="")] = field(default_factory=Changes)
     """Numbers in place of the recipe's."""
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class Segmentation(Settings):
     """A class for each pixel, by UPerNet end to end or by a linear head: mean IoU. The defaults are MAE's on ADE20K."""
 
-    train: str
+    train: Data
     """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both."""
-    test: str
+    test: Data
     """The same to be measured on; of ADE20K's layout, validation/ is taken."""
-    foreground: int | None = None
+    foreground: Annotated[int | None, Whole(0, 255)] = None
     """For masks of an object and all else: this value (often 255) is the class foreground, every other background."""
     ignore: str = "auto"
     """auto: a mask's values are class numbers, but 255 (in ADE20K's layout 0 as well) does not count. none, or a value
@@ -102,30 +122,38 @@ class Segmentation:
     """uper: UPerNet with an auxiliary head. linear: BatchNorm and one linear map of the last map's places."""
     frozen: bool | None = None
     """Leave the encoder as it is; otherwise so with the linear head, and not with uper."""
-    size: str = "512"
+    size: Size = "512"
     """Side of the crops and of the test's windows in pixels, or HEIGHTxWIDTH."""
-    steps: int = 160_000
+    steps: Count = 160_000
     """Updates."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images in an update."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts a batch is computed in, one after another, to fit into memory."""
-    lr: float | None = None
+    lr: Annotated[float | None, Real(0, 100, above=True)] = None
     """Learning rate; otherwise 1e-4 with uper, and 1e-3 with the linear head."""
-    warmup: int = 1500
+    warmup: Some = 1500
     """Updates of warm-up, at most a fifth of all; then a straight line to zero."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, Real(0, 10)] = 0.05
     """Of AdamW; not applied to norms, biases, positions and single tokens."""
-    layer_decay: float = 0.65
+    layer_decay: Annotated[float, Real(1e-3, 1)] = 0.65
     """Each layer of the encoder learns at this share of the rate of the one above it."""
-    drop_path: float = 0.1
+    drop_path: Annotated[float, Real(0, 0.99)] = 0.1
     """Rate at which the last block is left out in training; from zero at the first one it rises evenly."""
-    width: int = 512
+    width: Annotated[int, Whole(1, MAX_WIDTH)] = 512
     """Channels of UPerNet."""
-    threads: int = 0
+    threads: Threads = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the head's first weights, order, crops and colours."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
+            raise UserError(
+                f"--batch-size {self.batch_size} does not make --accumulate {self.accumulate} equal parts of 2 images "
+                "or more"
+            )
 
     @property
     def rate(self) -> float:
@@ -134,7 +162,7 @@ class Segmentation:
 
 
 @dataclass(frozen=True)
-class Detection:
+class Detection(Settings):
     """Average precision of boxes and masks: Faster or Mask R-CNN on the encoder, fine-tuned as ViTDet on COCO."""
 
     train: str = ""
@@ -149,43 +177,49 @@ class Detection:
     """Folder of the test images, likewise."""
     masks: Literal["auto", "yes", "no"] = "auto"
     """Learn masks as well (Mask R-CNN), and leave out objects without one; auto: if more than half have one."""
-    size: int = 1024
+    size: Annotated[int, Whole(1, MAX_SIDE)] = 1024
     """Side in pixels of the square that the network sees."""
-    epochs: float = 100.0
+    epochs: Positive = 100.0
     """Passes over the train data."""
-    steps: int | None = None
+    steps: Annotated[int | None, Whole(1, 999_999_999)] = None
     """Updates, in place of epochs."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images in an update."""
-    accumulate: int = 1
-    """Parts a batch is computed in, one after another, to fit into memory."""
-    lr: float = 1e-4
+    accumulate: Some = 0
+    """Parts a batch is computed in, one after another, to fit into memory; 0: on a CPU of a size that suits a laptop,
+    on a GPU one."""
+    lr: LearningRate = 1e-4
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Real(0, 10)] = 0.1
     """Of matrices; none on norms, biases and absolute positions."""
-    layer_decay: float = 0.7
+    layer_decay: Annotated[float, Real(1e-3, 1)] = 0.7
     """Each layer of the encoder learns at this share of the rate of the one above it."""
-    drop_path: float = 0.1
+    drop_path: Annotated[float, Real(0, 0.99)] = 0.1
     """Stochastic depth of the encoder's last block; 0 at the first."""
-    warmup: int = 250
+    warmup: Some = 250
     """Updates of linear warm-up, at most a fifth of all."""
-    drops: tuple[float, float] = (0.889, 0.963)
+    drops: Annotated[tuple[float, float], Real(0, 1)] = (0.889, 0.963)
     """Shares of the training after which the rate is a tenth of what it was."""
-    jitter: tuple[float, float] = (0.1, 2.0)
+    jitter: Annotated[tuple[float, float], Real(0.01, 100)] = (0.1, 2.0)
     """Smallest and largest scale of a train image: 1 fits it into the square."""
-    window: int = 14
+    window: Annotated[int, Whole(1, 1_024)] = 14
     """Side in patches of the windows that most of a ViT's blocks attend in."""
-    global_blocks: int = 4
+    global_blocks: Annotated[int, Whole(0, MAX_DEPTH)] = 4
     """Blocks of a ViT that attend to the whole image, evenly spread."""
     relative_positions: bool = True
     """Add relative positions to a ViT that has none; they begin at zero."""
-    width: int = 256
+    width: Annotated[int, Whole(1, MAX_WIDTH)] = 256
     """Channels of pyramid and heads."""
-    regions: int = 512
+    regions: Annotated[int, Whole(1, 100_000)] = 512
     """Regions of an image that the heads learn from in an update."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides heads, order, jitter and the regions learnt from."""
-    threads: int = 0
+    threads: Threads = 0
     """Threads that read images; 0: one for each core, at most 16."""
-    pictures: int = 8
+    pictures: Annotated[int, Whole(0, 10_000)] = 8
     """Test images that are drawn with what was found in them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.jitter[0] > self.jitter[1]:
+            raise UserError("--jitter takes the smallest scale and the largest, not {:g} {:g}".format(*self.jitter))

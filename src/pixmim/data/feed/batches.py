@@ -31,6 +31,11 @@ class Batches(ABC):
     def waited(self) -> float:
         """Seconds the loop has waited for batches so far."""
 
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Return True if the next batch need not be waited for."""
+
     @abstractmethod
     def __next__(self) -> Batch: ...
 
@@ -54,7 +59,8 @@ class Portion:
 
     batch  images in a batch, of all ranks together
     start  position in the run of the first sample; a resumed run starts where it was interrupted
-    rank, ranks  of each batch, this process has part number `rank` of `ranks` equal ones
+    rank, ranks  of each batch, this process has share number `rank` of `ranks` equal ones
+    parts  a share comes in so many parts, one after another, which differ by at most one image
 
     Raises ValueError for a batch that does not divide among the ranks.
     """
@@ -63,6 +69,7 @@ class Portion:
     start: int = 0
     rank: int = 0
     ranks: int = 1
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.batch % self.ranks:
@@ -70,10 +77,12 @@ class Portion:
 
     @property
     def count(self) -> int:
-        """Images of each batch that are this process's."""
-        return self.batch // self.ranks
+        """Most images of a part."""
+        return -(-self.batch // self.ranks // self.parts)
 
     def positions(self, number: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        """The positions of this process's samples in batch `number`, counted from `start`."""
-        first = self.start + number * self.batch + self.rank * self.count
-        return np.arange(first, first + self.count)
+        """Return the positions of this process's samples in part `number`, counted from `start` on."""
+        batch, part = divmod(number, self.parts)
+        share = self.batch // self.ranks
+        first = self.start + batch * self.batch + self.rank * share
+        return np.arange(first + part * share // self.parts, first + (part + 1) * share // self.parts)

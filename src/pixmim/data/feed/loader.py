@@ -56,7 +56,7 @@ class Loader(Batches):
         self._stream = Stream(seed, len(source), source.pieces, crop.draws, flip)
         self._threads = how_many(threads)
         self._pool = workers(threads, "pixmim-load")
-        self._pending: deque[tuple[Batch, list[Future[None]]]] = deque()
+        self._pending: deque[tuple[Batch, Batch, list[Future[None]]]] = deque()
         self._free: list[Batch] = []
         self._used: Batch | None = None
         self._submitted, self._waited, self._closed = 0, 0.0, False
@@ -65,28 +65,34 @@ class Loader(Batches):
     def waited(self) -> float:
         return self._waited
 
+    @property
+    def ready(self) -> bool:
+        return bool(self._pending) and all(part.done() for part in self._pending[0][2])
+
     def __next__(self) -> Batch:
         if self._used is not None and self._reuse:
             self._free.append(self._used)
         while len(self._pending) <= _AHEAD:
             self._pending.append(self._submit())
-        self._used, parts = self._pending.popleft()
+        self._used, batch, parts = self._pending.popleft()
         began = perf_counter()
         wait(parts, return_when=FIRST_EXCEPTION)  # so the loop wakes once, and not for each part
         for part in parts:
             part.result()
         self._waited += perf_counter() - began
-        return self._used
+        return batch
 
     def close(self) -> None:
         """Stop the threads, each after the image in its hands; one that is stuck is left behind."""
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self) -> tuple[Batch, list[Future[None]]]:
-        """Hand the next batch to the threads, in parts small enough that all of them stay busy."""
-        batch = self._free.pop() if self._free else self._empty()
+    def _submit(self) -> tuple[Batch, Batch, list[Future[None]]]:
+        """Hand the next batch to the threads, in parts small enough that all of them stay busy; and its memory."""
+        whole = self._free.pop() if self._free else self._empty()
         plan = self._stream.plan(self._portion.positions(self._submitted))
+        count = len(plan.indices)
+        batch = Batch(whole.images[:count], whole.flip[:count], whole.indices[:count])
         self._source.soon(self._stream.soon(plan))
         batch.flip.copy_(torch.from_numpy(plan.flip))
         batch.indices.copy_(torch.from_numpy(plan.indices))
@@ -103,9 +109,8 @@ class Loader(Batches):
                 self._crop.put(image, numbers, windows[row])
 
         self._submitted += 1
-        count = self._portion.count
         part = -(-count // (4 * self._threads))
-        return batch, [self._pool.submit(fill, range(k, min(k + part, count))) for k in range(0, count, part)]
+        return whole, batch, [self._pool.submit(fill, range(k, min(k + part, count))) for k in range(0, count, part)]
 
     def _empty(self) -> Batch:
         """A batch to fill. Memory is used again, because fresh pages cost as much as the copies into them."""

@@ -67,6 +67,10 @@ class Resident(Batches):
     def waited(self) -> float:
         return self._waited
 
+    @property
+    def ready(self) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 

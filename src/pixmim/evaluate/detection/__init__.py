@@ -36,7 +36,7 @@ def measure(bench: Bench, settings: Detection) -> Values:
     Unfinished training is gone on with. Raises UserError.
     """
     coco()
-    settings = _with_data(_checked(settings))
+    settings = _with_data(settings)
     encoder = bench.encoder
     train = open_annotated(settings.train, settings.train_images, encoder.form, "--train-images")
     test = _same_classes(train, open_annotated(settings.test, settings.test_images, encoder.form, "--test-images"))
@@ -148,21 +148,6 @@ def _only_masked(data: Annotated) -> Annotated:
         return replace(found, crowd=found.crowd | without, masks=masks)
 
     return replace(data, objects=objects)
-
-
-def _checked(settings: Detection) -> Detection:
-    """The settings, if their numbers make sense. Raises UserError."""
-    least = {"size": 1, "batch_size": 1, "accumulate": 1, "window": 1, "width": 1, "regions": 1, "global_blocks": 0}
-    for name, low in least.items():
-        if getattr(settings, name) < low:
-            raise UserError(f"--{name.replace('_', '-')} is at least {low}, not {getattr(settings, name)}")
-    if settings.batch_size % settings.accumulate:
-        raise UserError(f"a batch of {settings.batch_size} does not divide into {settings.accumulate} equal parts")
-    if settings.epochs <= 0 or (settings.steps is not None and settings.steps < 1):
-        raise UserError("a detector is trained for one step at least: see --epochs and --steps")
-    if not 0 < settings.jitter[0] <= settings.jitter[1]:
-        raise UserError(f"--jitter takes the smallest scale, above 0, and the largest, not {settings.jitter}")
-    return settings
 
 
 def _with_data(settings: Detection) -> Detection:

@@ -13,7 +13,7 @@ from pixmim.evaluate.detection.data import Annotated
 from pixmim.evaluate.detection.detector import build_detector, losses
 from pixmim.evaluate.detection.feed import Feed, Part
 from pixmim.evaluate.encoder import Encoder, anew
-from pixmim.evaluate.learn import learn
+from pixmim.evaluate.learn import equal_parts, learn
 from pixmim.models.layers import layer_ids
 from pixmim.protocols import Detection
 from pixmim.transforms import finish
@@ -26,6 +26,8 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
     """A detector fine-tuned on annotated images; unfinished training is gone on with."""
     encoder = bench.encoder
     model = build(encoder, settings, len(train.classes), masks).train()
+    width = int(encoder.module.num_features)  # type: ignore[arg-type]
+    parts = equal_parts(settings.batch_size, settings.accumulate, encoder.device, (settings.size,) * 2, width)
     steps = settings.steps or max(1, round(settings.epochs * len(train.images) / settings.batch_size))
     groups = layer_groups(model, layers(model), settings.layer_decay, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
@@ -49,7 +51,7 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
             scale=settings.jitter,
             masks=masks,
             fill=encoder.mean.tolist(),
-            batch=settings.batch_size // settings.accumulate,
+            batch=settings.batch_size // parts,
             seed=settings.seed,
             first=first,
             threads=settings.threads,
@@ -58,7 +60,7 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
         bench.work("detection", settings),
         images=len(train.images),
         batch=settings.batch_size,
-        accumulate=settings.accumulate,
+        accumulate=parts,
         scaling=encoder.precision == "fp16",
         console=bench.console,
     )

@@ -30,11 +30,6 @@ def build(encoder: Encoder, settings: Segmentation, classes: int) -> tuple[Segme
     """The encoder with a fresh head, on its device, and the size of its crops. Raises UserError."""
     frozen = settings.head == "linear" if settings.frozen is None else settings.frozen
     size = replace(encoder.run, size=settings.size).hw
-    if settings.batch_size % settings.accumulate or settings.batch_size // settings.accumulate < 2:
-        raise UserError(
-            f"--batch-size {settings.batch_size} does not make --accumulate {settings.accumulate} equal parts of "
-            "2 images or more"
-        )
     module = anew(encoder, settings.size, **({} if frozen else {"drop_path_rate": settings.drop_path}))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

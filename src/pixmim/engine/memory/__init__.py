@@ -1,1 +1,0 @@
-"""Memory: how much there is, what training takes, which batch follows, and how it is kept."""
