@@ -262,7 +262,7 @@ class Run:
     made: Annotated[Made, Suppress] = field(default_factory=Made)
 
     def __post_init__(self) -> None:
-        h, w = _parse_size(self.size)
+        h, w = parse_size(self.size)
         if not re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,99})?", self.recipe):  # it becomes a part of paths
             raise UserError(f"a recipe's name is a word such as pixmim-vit-small, not {shown(self.recipe)}")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", self.device):
@@ -349,7 +349,7 @@ class Run:
     @property
     def hw(self) -> tuple[int, int]:
         """Height and width of what the network sees, in pixels."""
-        return _parse_size(self.size)
+        return parse_size(self.size)
 
     @property
     def lr(self) -> float:
@@ -403,7 +403,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 """Least and greatest value of every number in a Run whose size a file, or a slip of the hand, could make absurd."""
 
 
-def _parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Return the height and width that "224" or "192x384" means. Raises UserError for anything else."""
     sides = text.lower().split("x")
     if len(sides) in (1, 2) and all(side.isascii() and side.isdigit() and len(side) < 9 for side in sides):
         h, w = int(sides[0]), int(sides[-1])

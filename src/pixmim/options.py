@@ -83,6 +83,7 @@ KEYWORDS: dict[str, _Whole | _Real | _Choice] = {
     "head_dim": _Whole(1, 1_024),
     "window_size": _Whole(1, 1_024, many=5),
     "mlp_ratio": _Real(0.01, 64),
+    "norm_eps": _Real(0, 0.1),
     "init_values": _Real(0, 100),
     "head_init_scale": _Real(0, 100),
     "reg_tokens": _Whole(0, 1_024),
@@ -104,6 +105,10 @@ KEYWORDS: dict[str, _Whole | _Real | _Choice] = {
     "outputs": _Whole(1, 4_096),
     "head": _Choice(("linear", "mlp")),
 }
+
+
+NOT_OF_TIMM = ("norm_eps",)
+"""Keywords that pixmim carries out itself, since no constructor of timm's takes them."""
 
 
 def check_options(options: Mapping[str, object]) -> None:

@@ -27,11 +27,14 @@ _MAY_CHANGE = {
 
 
 class Flags(NamedTuple):
-    """What the flags say: the Run, the directory of the run to resume (if any), and whether to find the batch size."""
+    """What the flags say: the Run, the directory of the run to resume (if any), whether to find the batch size, and
+    whether to end the run instead.
+    """
 
     run: Run
     resumed: str
     auto: bool
+    finish: bool
 
 
 def read_flags(args: list[str]) -> Flags:
@@ -51,28 +54,38 @@ def read_flags(args: list[str]) -> Flags:
     if _value_of("--epochs", args):  # a length in epochs replaces a recipe's length in steps
         if _value_of("--steps", args):
             raise UserError("a run has a length in --epochs or in --steps, not both")
-        base = replace(base, steps=None) if not resumed else base
+        base = replace(base, steps=None)
 
     def command(
         name: Annotated[Positional[str], arg(metavar="RECIPE")] = "",
         /,
         *,
         resume: str = "",
+        finish: bool = False,
         run: Annotated[Run, arg(name="")] = base,
-    ) -> tuple[str, Run]:
+    ) -> tuple[bool, Run]:
         """Pre-train a backbone on unlabelled images.
 
         Args:
             name: A recipe's name (see `pixmim list`), or the config.json of another run.
-            resume: Directory of an interrupted run, to go on with exactly where its newest checkpoint stands.
+            resume: Directory of a run, to go on with exactly where its newest checkpoint stands; of a finished one with
+                more --epochs (or --steps).
+            finish: With --resume: end the run now, with the encoder of its newest checkpoint.
             run: Settings.
         """
-        return resume, run
+        return finish, run
 
-    _, run = tyro.cli(command, prog="pixmim pretrain", args=args)
+    finish, run = tyro.cli(command, prog="pixmim pretrain", args=args)
     run = replace(run, model=replace(run.model, options={**base.model.options, **run.model.options}))
     if resumed:
-        _same(run, base, _MAY_CHANGE, lambda flag: f"{flag} cannot change when a run is resumed; begin a new run")
+        _same(
+            run,
+            base,
+            _MAY_CHANGE | {"epochs", "steps"},
+            lambda flag: f"{flag} cannot change when a run is resumed; begin a new run",
+        )
+    elif finish:
+        raise UserError("--finish ends a run that is there: pixmim pretrain --resume RUN --finish")
     elif not named:
         raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
     elif not run.data:
@@ -81,16 +94,29 @@ def read_flags(args: list[str]) -> Flags:
         raise UserError("--batch-size cannot change when a run is resumed; begin a new run")
     typed = {flag for flag in run.named if any(word.split("=")[0] == flag for word in args)}
     strange = closed(config, {flag: value for flag, value in run.named.items() if flag not in typed})
-    if strange:
+    if strange and not finish:
         raise UserError(
             f"{refusal(resumed or named, strange)}. If it may be, add these flags, or others in their place"
         )
-    return Flags(run, resumed, auto)
+    return Flags(run, resumed, auto, finish)
 
 
 def pretrain(args: list[str]) -> int:
     """Train, or go on."""
-    return _train(*read_flags(args))
+    run, resumed, auto, finish = read_flags(args)
+    return _finish(Path(resumed)) if finish else _train(run, resumed, auto)
+
+
+def _finish(out: Path) -> int:
+    """End a run where it is."""
+    from pixmim.pretrain import end_now
+    from pixmim.report import write_report
+
+    console, outcome = Console(), end_now(out)
+    say(console, f"ended after step {outcome.step:,}")
+    page = write_report([out], out / "report.html", None, lambda line: say(console, f"warning: {line}"))
+    say(console, f"encoder: {out / 'encoder'}\nreport:  {page}")
+    return 0
 
 
 def _train(run: Run, resumed: str, auto: bool) -> int:
@@ -135,7 +161,7 @@ def _train(run: Run, resumed: str, auto: bool) -> int:
                 return 130
             if world.first:
                 page = write_report([out], out / "report.html", run.data, lambda line: say(console, f"warning: {line}"))
-                say(console, f"encoder: {out / 'encoder.safetensors'}\nreport:  {page}")
+                say(console, f"encoder: {out / 'encoder'}\nreport:  {page}")
         except UserError as error:
             if world.first_to_say(str(error)):
                 raise

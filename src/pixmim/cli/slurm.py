@@ -38,8 +38,8 @@ def slurm(args: list[str]) -> int:
         return job, script, force
 
     (job, file, force), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
-    run, resumed, auto = read_flags(words)
-    if resumed:
+    run, resumed, auto, finish = read_flags(words)
+    if resumed or finish:
         raise UserError(f"leave out --resume: with --out {resumed} the script goes on with that run by itself")
     if not auto:
         run.check_shares(job.tasks, "GPUs")
