@@ -240,6 +240,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "MoCo v3": (
         {"state_dict": behind("module.momentum_encoder.", ENCODER, 1) | behind("module.base_encoder.", ENCODER)}, {}, 0
     ),
+    "I-JEPA": ({"encoder": behind("module.", ENCODER), "target_encoder": behind("module.", ENCODER, 1)}, {}, 1),
     "timm": ({"state_dict": ENCODER, "state_dict_ema": behind("", ENCODER, 1), "epoch": 3}, {}, 0),
     "timm's average": ({"state_dict": ENCODER, "state_dict_ema": behind("", ENCODER, 1)}, {"ema": True}, 1),
     "DeiT's average": ({"model": ENCODER, "model_ema": behind("module.", ENCODER, 1)}, {"ema": True}, 1),
@@ -253,7 +254,7 @@ def test_a_model_is_found_behind_what_training_code_puts_around_it(name: str, tm
     weights = open_model(str(tmp_path / "x.ckpt"), known={**VIT, **known})
     assert weights.encoder.keys() == ENCODER.keys()
     assert all(torch.equal(weights.encoder[key], ENCODER[key] + shift) for key in ENCODER)
-    noted = ("solo-learn", "DINO", "MoCo v3", "timm", "timm's average", "DeiT's average")
+    noted = ("solo-learn", "DINO", "I-JEPA", "MoCo v3", "timm", "timm's average", "DeiT's average")
     assert name not in noted or any("taken: " in note for note in weights.notes)
     load_encoder(tmp_path / "x.ckpt", **VIT, **known)
 

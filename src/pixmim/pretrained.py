@@ -176,7 +176,8 @@ def begin_from(model: MaskedModel, run: Run) -> list[str]:
     Raises UserError.
     """
     heads = next((m.num_heads for m in model.encoder.modules() if hasattr(m, "num_heads")), None)
-    weights = open_model(run.init, whole=True, known={"num_heads": heads, "decoder_heads": run.model.decoder_heads})
+    known = {"num_heads": heads, "decoder_heads": run.model.decoder_heads, "wanted": run.hw}
+    weights = open_model(run.init, whole=True, known=known)
     state = model.state_dict()
     fitted, refits = refit(weights, state, run)
     about = ", ".join(filter(None, (weights.origin, weights.progress)))

@@ -35,11 +35,12 @@ class MaskedModel(nn.Module, ABC):
 
     def check_mask(self, images: Float[Tensor, "b c h w"], mask: Mask) -> None:
         """Raise ValueError unless a mask is of as many patches as the images have."""
-        rows, columns = (side // self.patch for side in images.shape[-2:])
-        if mask.hidden.shape[1] != rows * columns:
+        (h, w), n = images.shape[-2:], mask.hidden.shape[1]
+        rows, columns = h // self.patch, w // self.patch
+        if n != rows * columns:
             raise ValueError(
-                f"the mask is of {mask.hidden.shape[1]} patches, and images of {images.shape[-2]}x{images.shape[-1]} "
-                f"pixels have {rows}x{columns} = {rows * columns} of the model's patches of {self.patch} pixels"
+                f"the mask is of {n} patches, and images of {h}x{w} pixels have {rows}x{columns} = {rows * columns} of "
+                f"the model's patches of {self.patch} pixels"
             )
 
 

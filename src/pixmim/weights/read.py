@@ -48,8 +48,14 @@ PARTS = (
 )
 """What holds the weights in a folder (Hugging Face's and timm's names, and what `pixmim export` writes), best first."""
 
-_STATES = ("model", "state_dict", "module", "model_state_dict", "model_state", "network", "teacher", "student")
-"""Under what key training files keep a model's tensors, the likeliest first (DINO evaluates its teacher)."""
+_STATES = (
+    *("model", "state_dict", "module", "model_state_dict", "model_state", "network", "backbone"),
+    *("teacher", "student", "target_encoder", "encoder"),
+)
+"""Under what key training files keep a model's tensors, the likeliest first.
+
+DINO evaluates its teacher; MSN and I-JEPA their target encoder.
+"""
 
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
 """Under what key they keep an average of it over steps."""

@@ -208,13 +208,16 @@ def _grid(places: int, patch: int, known: Known) -> tuple[int, int]:
     return h // patch, w // patch
 
 
+_IMPORT = "give --size HEIGHTxWIDTH (to `pixmim import`, where --size is another thing)"
+
+
 def _size_of_table(
     square: tuple[int, int] | None, patch: int, known: Known, table: str, fits: Callable[[int, int], bool]
 ) -> tuple[int, int]:
     """Return the image size (h, w) that a table is for: the one that was said, or a square, or the wanted one."""
     said = known.img_size or (None if square else known.wanted)
     if said is None and square is None:
-        raise UserError(f"it has {table}, which is for no square of patches: give --size HEIGHTxWIDTH")
+        raise UserError(f"it has {table}, which is for no square of patches: {_IMPORT}")
     if said is None:
         assert square is not None
         known.assumed.append(f"--size {square[0]}x{square[1]}")
@@ -222,7 +225,7 @@ def _size_of_table(
     h, w = pair(said)
     if h % patch or w % patch or not fits(h // patch, w // patch):
         made = f"{h / patch:g}x{w / patch:g} patches of {patch} pixels"
-        raise UserError(f"an image size of {h}x{w} makes {made}, and it has {table}: give its own --size HEIGHTxWIDTH")
+        raise UserError(f"an image size of {h}x{w} makes {made}, and it has {table}: {_IMPORT}")
     return h, w
 
 

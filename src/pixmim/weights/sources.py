@@ -42,7 +42,7 @@ def source_of(keys: Collection[str], prefix: str = "") -> Source | None:
 _WRAPPER = re.compile(
     r"((base|ema|image|momentum|online|student|target|teacher|vision)_)?"
     r"(backbone|encoder|encoder_[qk]|method|model|module|net|network|trunk|vit|swin|visual)|"
-    r"_orig_mod|_forward_module|ema|momentum|online|student|target|teacher|feature_extractor"
+    r"_orig_mod|_forward_module|model_ema|ema|momentum|online|student|target|teacher|feature_extractor"
 )
 """Parts of names that training code puts before a model's own (Lightning, solo-learn, lightly, DINO, torch)."""
 
