@@ -48,7 +48,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 def state(run: Run, out: Path) -> dict[str, torch.Tensor]:
     model = build_model(run)
-    assert Checkpoints(out / "checkpoints").load_model(model) == STEPS
+    assert Checkpoints(out / "checkpoints").load_model(model)[0] == STEPS
     return {f"model.{k}": v for k, v in model.state_dict().items()} | load_file(out / "encoder/model.safetensors")
 
 
