@@ -52,7 +52,7 @@ def compare(alone: Path, out: Path, processes: int, way: str) -> None:
     one, several = ([line["loss"] for line in read_metrics(run / "metrics.jsonl")] for run in (alone, out))
     assert len(one) == len(several) == STEPS
     loss = max(abs(a - b) for a, b in zip(one, several, strict=True))
-    a, b = (load_file(run / "encoder.safetensors") for run in (alone, out))
+    a, b = (load_file(run / "encoder/model.safetensors") for run in (alone, out))
     weights = max(float((a[name] - b[name]).abs().max()) for name in a)
     print(f"{processes:>9}{EACH * processes:>7}  {way:<6}{several[-1]:>10.6f}{loss:>12.1e}{weights:>19.1e}", flush=True)
 

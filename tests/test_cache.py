@@ -59,10 +59,10 @@ def test_a_raw_cache_trains_exactly_as_the_pictures_do(pictures: Path, tmp_path:
     runs = [tiny_run(data=str(path), steps=3, keep="disk") for path in (pictures, tmp_path / "cache")]
     for name, run in zip("ab", runs, strict=True):
         train(run, tmp_path / name)
-    a, b = ((tmp_path / name / "encoder.safetensors").read_bytes() for name in "ab")
+    a, b = ((tmp_path / name / "encoder/model.safetensors").read_bytes() for name in "ab")
     assert a[-100_000:] == b[-100_000:]
     train(tiny_run(data=str(tmp_path / "cache"), steps=3, keep="memory"), tmp_path / "c")
-    assert (tmp_path / "c" / "encoder.safetensors").read_bytes()[-100_000:] == a[-100_000:]
+    assert (tmp_path / "c" / "encoder/model.safetensors").read_bytes()[-100_000:] == a[-100_000:]
 
 
 def test_it_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path) -> None:

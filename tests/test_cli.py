@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -100,7 +101,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "did you mean 'knn'"),
         (["evaluate", "knn", "--train", "shapes:", "--test", "shapes:"], "which encoder?"),
         (["import", "/no/such.pth"], "there is no /no/such.pth"),
-        (["import", "x.pth", "--known", "num_haeds", "3"], "did you mean 'num_heads'"),
+        (["import", "x.pth", "--haeds", "3"], "--heads"),
         (["import", "timm:vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),
         (["export", "/no/run", "--to", "timm"], "there is no /no/run"),
         (["export", "/no/run", "--to", "tensorflow"], "invalid choice"),
@@ -130,7 +131,7 @@ def test_a_run_goes_out_comes_in_and_is_gone_on_from(capsys: pytest.CaptureFixtu
     assert status == 0 and "ViTMAEForPreTraining.from_pretrained" in text
     status, text = say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "back")
     assert status == 0 and "recognised as Hugging Face" in text and "of what decodes" in text
-    ours, back = (load_file(tmp_path / name / "encoder.safetensors") for name in ("run", "back"))
+    ours, back = (load_file(tmp_path / name / "encoder/model.safetensors") for name in ("run", "back"))
     assert ours.keys() == back.keys() and all(torch.equal(ours[name], back[name]) for name in ours)
     again = ["pretrain", "demo", *TINY, *small, "--size", "32x48", "--init", tmp_path / "back", "--out", tmp_path / "b"]
     status, text = say(capsys, *again)
@@ -143,7 +144,7 @@ def test_a_run_goes_out_comes_in_and_is_gone_on_from(capsys: pytest.CaptureFixtu
 def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
     out = tmp_path / "run"
     status, text = say(capsys, "pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001")
-    assert status == 0 and f"encoder: {out}/encoder.safetensors" in text and f"report: {out}/report.html" in text
+    assert status == 0 and f"encoder: {out}/encoder" in text and f"report: {out}/report.html" in text
     kept = json.loads((out / "config.json").read_text())
     assert (kept["recipe"], kept["steps"], kept["optim"]["lr"]) == ("demo", 2, 0.001)
 
@@ -161,7 +162,7 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     again = tmp_path / "again"
     status, _ = say(capsys, "pretrain", out / "config.json", "--out", again)  # a run's config is a recipe
     assert status == 0
-    one, two = (load_file(folder / "encoder.safetensors") for folder in (out, again))
+    one, two = (load_file(folder / "encoder/model.safetensors") for folder in (out, again))
     assert all(torch.equal(one[key], two[key]) for key in one)
     status, text = say(capsys, "report", out, again, "--out", tmp_path / "both.html")
     assert status == 0 and (tmp_path / "both.html").exists()
@@ -190,3 +191,44 @@ def test_options_for_the_backbone_join_the_recipes_own(capsys: pytest.CaptureFix
     assert kept == {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "qkv_bias": False}
     status, text = say(capsys, "pretrain", "demo", "--model.options", "depth")
     assert status != 0 and "stands alone" in text
+
+
+def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
+    """Every command takes its newest checkpoint and says how far it is; it can be ended, and gone on with."""
+    run = tmp_path / "run"
+    small: list[object] = ["--model.decoder-dim", "16", "--model.decoder-depth", "1"]
+    small += ["--model.decoder-heads", "2", "--data", pictures]
+    assert say(capsys, "pretrain", "demo", *TINY, *small, "--saving.every", "1", "--out", run)[0] == 0
+    shutil.rmtree(run / "encoder")
+    shutil.rmtree(run / "checkpoints" / "step-000000002")
+    labelled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
+    commands = [
+        ("evaluate", "knn", run, *labelled),
+        ("embed", run, "--data", pictures, "--out", tmp_path / "f.npy"),
+        ("attention", run, pictures, "--count", "1", "--out", tmp_path / "a.png"),
+        ("reconstruct", run, pictures, "--count", "1", "--out", tmp_path / "r.png"),
+        ("export", run, "--to", "timm", "--out", tmp_path / "timm"),
+        ("import", run),
+        ("report", run),
+        ("pretrain", "demo", *TINY, *small, "--init", run, "--out", tmp_path / "next"),
+    ]
+    for command in commands:
+        status, text = say(capsys, *command)
+        assert status == 0 and "step 1 of 2" in text, (command, text)
+    page = (run / "report.html").read_text()
+    assert "is unfinished" in page and "local-dir:" not in page
+
+    status, text = say(capsys, "pretrain", "--resume", run, "--finish")
+    assert status == 0 and "ended after step 1" in text and f"encoder: {run}/encoder" in text
+    assert "local-dir:" in (run / "report.html").read_text()
+    ended, exported = (load_file(folder / "model.safetensors") for folder in (run / "encoder", tmp_path / "timm"))
+    assert all(torch.equal(ended[name], exported[name]) for name in exported)
+    status, text = say(capsys, "pretrain", "--resume", run, "--steps", "4")
+    assert status == 0 and "goes on to step 4 instead of 2: from step 1 on, the learning rate is that of a run" in text
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 4
+    assert "step 4 of 4" in say(capsys, "import", run)[1]
+    status, text = say(capsys, "pretrain", "--resume", run, "--steps", "3")
+    assert status == 1 and "is at step 4 already" in text
+    shutil.rmtree(run / "checkpoints")
+    status, text = say(capsys, "pretrain", "--resume", run)
+    assert status == 1 and "no checkpoint to go on from" in text and (run / "encoder" / "model.safetensors").exists()

@@ -52,7 +52,7 @@ def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -
     for line in shown(section):
         assert cli.main(shlex.split(line)[1:]) == 0
     runs = ["runs/pixmim", "runs/mae"]
-    tuned = [f"{run}/classifier.safetensors" for run in runs]
+    tuned = [f"{run}/classifier" for run in runs]
     robust = Robustness("imagenet-c", "imagenet-a", "imagenet-r", "sketch")
     scratch = [
         Finetune(*IMAGENET, from_scratch=True, size="192", changes=Changes(crop=crop)) for crop in ("rrc", "src")

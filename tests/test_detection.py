@@ -30,7 +30,7 @@ from pixmim.models import create_encoder
 from pixmim.parts import build_model
 from pixmim.protocols import Detection
 from pixmim.runfile import to_json
-from pixmim.weights.own import save_tensors
+from pixmim.weights.own import save_encoder
 
 CPU = torch.device("cpu")
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -233,7 +233,7 @@ def test_loss_falls(tmp_path: Path) -> None:
 def test_every_family_is_measured_and_drawn(family: str, tmp_path: Path) -> None:
     run = Run(data="shapes:", size="32", model=MODELS[family], seed=2)
     (tmp_path / "config.json").write_text(to_json(run))
-    save_tensors(build_model(run).encoder.state_dict(), tmp_path / "encoder.safetensors", run, step=7)
+    save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
     settings = replace(TINY, steps=2, accumulate=2, masks="auto" if family == "vit" else "no")
     (result,) = evaluate(str(tmp_path), [("detection", settings)], tmp_path, device="cpu", precision="fp32")
     assert ("mask/AP" in result.values) == (family == "vit")

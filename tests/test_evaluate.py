@@ -33,7 +33,7 @@ from pixmim.protocols import PROTOCOLS, All
 from pixmim.report.results import Measured, circumstances, compare
 from pixmim.runfile import to_json
 from pixmim.transforms import evaluation_crop
-from pixmim.weights.own import save_tensors
+from pixmim.weights.own import save_encoder
 
 Make = Callable[..., Run]
 TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
@@ -257,7 +257,7 @@ def product(tiny_run: Make, tmp_path: Path) -> Path:
     """A run's folder with an encoder that was not trained at all, but says so in no way."""
     run = tiny_run(seed=5)
     (tmp_path / "config.json").write_text(to_json(run))
-    save_tensors(build_model(run).encoder.state_dict(), tmp_path / "encoder.safetensors", run, step=7)
+    save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
     return tmp_path
 
 
@@ -293,11 +293,11 @@ def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_r
         measured("knn", product, str(pictures / "cats"), TEST)
     with pytest.raises(UserError, match=r"--knn\.train and --knn\.test"):
         knn_watch(tiny_run(knn=type(tiny_run().knn)(every=1.0)))
-    (product / "encoder.safetensors").write_bytes(b"broken")
+    (product / "encoder/model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read"):
         of_model(str(product))
-    (product / "encoder.safetensors").unlink()
-    with pytest.raises(UserError, match="is the run finished"):
+    (product / "encoder/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"neither a checkpoint nor encoder/model\.safetensors"):
         of_model(str(product))
 
 
@@ -329,9 +329,7 @@ def test_several_encoders_side_by_side(
     """Each is measured as by itself; what two runs of the same beginning were before training, once."""
     folders = {str(tmp_path / name): tmp_path / name for name in ("a", "b")}
     for folder in folders.values():
-        folder.mkdir()
-        for name in ("config.json", "encoder.safetensors"):
-            shutil.copy(product / name, folder)
+        shutil.copytree(product, folder)
     calls = []
     monkeypatch.setitem(
         EVALUATIONS, "knn", lambda bench, _: (calls.append(bench.which), iter([("k1/cls/top1", 1.0)]))[1]

@@ -431,7 +431,7 @@ def test_what_is_in_memory_is_not_fetched_again(many: tuple[str, Slow, int], mem
 
 def test_a_run_from_far_away(server: Server, served: Path, tmp_path: Path, tiny_run: Make) -> None:
     train(tiny_run(data=f"{server.url}/cached", steps=3), tmp_path / "run")
-    assert (tmp_path / "run" / "encoder.safetensors").exists()
+    assert (tmp_path / "run" / "encoder/model.safetensors").exists()
 
 
 def test_what_was_measured_of_a_cache_goes_along(server: Server, served: Path) -> None:

@@ -82,7 +82,7 @@ class Started:
 
 
 def same(one: Path, other: Path) -> bool:
-    a, b = (load_file(out / "encoder.safetensors") for out in (one, other))
+    a, b = (load_file(out / "encoder/model.safetensors") for out in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -177,14 +177,14 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, run: Run, tmp_path: Path) -
 
     short = dataclasses.replace(run, steps=8)
     pretrain(short, tmp_path / "run", Console(quiet=True))
-    before = load_file(tmp_path / "run" / "encoder.safetensors")
+    before = load_file(tmp_path / "run" / "encoder/model.safetensors")
     damage(tmp_path / "run" / "checkpoints" / "step-000000008", how)
     with (tmp_path / "said.txt").open("w") as file:
         pretrain(short, tmp_path / "run", Console(file=file, width=500))
     text = (tmp_path / "said.txt").read_text()
     assert "the checkpoint of update 8 is damaged (" in text and "the run goes on: 4 updates are done" in text
     assert (tmp_path / "run" / "checkpoints" / "damaged-step-000000008").is_dir()
-    after = load_file(tmp_path / "run" / "encoder.safetensors")
+    after = load_file(tmp_path / "run" / "encoder/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -36,7 +36,7 @@ from pixmim.protocols import tuned as settings
 from pixmim.recipes import get_recipe
 from pixmim.runfile import to_json
 from pixmim.transforms import finish
-from pixmim.weights.own import save_tensors
+from pixmim.weights.own import save_encoder
 
 Make = Callable[..., Run]
 TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=40,size=32,seed=1"
@@ -65,7 +65,7 @@ def product(tiny_run: Make, tmp_path: Path) -> Callable[[str], Path]:
         folder = tmp_path / method
         folder.mkdir()
         (folder / "config.json").write_text(to_json(run))
-        save_tensors(build_model(run).encoder.state_dict(), folder / "encoder.safetensors", run, step=7)
+        save_encoder(build_model(run).encoder, folder / "encoder", run, step=7)
         return folder
 
     return make
@@ -90,10 +90,10 @@ def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> N
     assert result.values["top5"] >= result.values["top1"] >= result.values["top1/low"]
     assert not list((folder / "unfinished").iterdir())  # what is measured needs no checkpoint
 
-    with safe_open(folder / "classifier.safetensors", "pt") as file:
+    with safe_open(folder / "classifier/model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == open_data(TRAIN).classes
     bench = bench_of(folder)
-    again = load_encoder(folder / "classifier.safetensors")
+    again = load_encoder(folder / "classifier/model.safetensors")
     data = open_labelled(bench, TRAIN, TEST)
     assert dict(grade(bench, data, bench.encoder, (32, 32), again)) == pytest.approx(result.values)
 
@@ -101,16 +101,10 @@ def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> N
 def test_timm_loads_the_classifier_strictly(product: Callable[[str], Path]) -> None:
     folder = product("mae")
     measured(folder, Finetune(TRAIN, TEST, changes=SHORT))
-    with safe_open(folder / "classifier.safetensors", "pt") as file:
-        metadata = file.metadata()
-    model = timm.create_model(
-        metadata["backbone"],
-        img_size=tuple(json.loads(metadata["img_size"])),
-        checkpoint_path=str(folder / "classifier.safetensors"),
-        **json.loads(metadata["options"]),
-    )
+    model: Any = timm.create_model(f"local-dir:{folder}/classifier", pretrained=True)
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(model.eval()(x), load_encoder(folder / "classifier.safetensors")(x))
+    assert torch.equal(model.eval()(x), load_encoder(folder / "classifier")(x))
+    assert model.pretrained_cfg["label_names"] == open_data(TRAIN).classes
 
 
 def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_path: Path) -> None:
@@ -275,8 +269,8 @@ def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], P
         for crop in ("rrc", "src")
     ]
     assert found[0].values != found[1].values
-    assert (folder / "classifier-from-scratch.safetensors").exists() and not (
-        folder / "classifier.safetensors"
+    assert (folder / "classifier-from-scratch/model.safetensors").exists() and not (
+        folder / "classifier/model.safetensors"
     ).exists()
 
 

@@ -251,7 +251,7 @@ def test_training_from_a_pattern(
     shards: Path, tmp_path: Path, tiny_run: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny_run(data=f"{shards}/*.tar", steps=3), tmp_path / "run")
-    assert (tmp_path / "run" / "encoder.safetensors").exists()
+    assert (tmp_path / "run" / "encoder/model.safetensors").exists()
     status, text = say(capsys, "cache", f"{shards}/*.tar", tmp_path / "cached", "--size", 16)
     assert status == 0 and "12 images written" in text
     assert open_data(str(tmp_path / "cached")).classes == ["0", "1", "2"]

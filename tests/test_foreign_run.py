@@ -122,10 +122,12 @@ def test_an_untrained_encoder_opens_no_weights_that_a_stranger_named(foreign: Pa
     assert not opened
 
 
-@pytest.mark.parametrize("name", ["config.json", "encoder.safetensors", "checkpoints", "metrics.jsonl", "skipped.csv"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "encoder", "encoder/model.safetensors", "checkpoints", "metrics.jsonl", "skipped.csv"]
+)
 def test_a_link_that_leads_out_of_a_run_is_not_followed(name: str, foreign: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside" / name
-    outside.parent.mkdir()
+    outside.parent.mkdir(parents=True)
     (foreign / "skipped.csv").touch()
     (foreign / name).rename(outside)
     (foreign / name).symlink_to(outside)
@@ -136,8 +138,8 @@ def test_a_link_that_leads_out_of_a_run_is_not_followed(name: str, foreign: Path
             write_report([foreign], foreign / "report.html", warn=lines.append)
     else:
         write_report([foreign], foreign / "report.html", "shapes:count=3,size=16", lines.append)
-        assert name == "encoder.safetensors" or any("leads out of" in line and name in line for line in lines)
-    if name in ("config.json", "encoder.safetensors", "checkpoints"):
+        assert "encoder" in name or any("leads out of" in line and name in line for line in lines)
+    if name in ("config.json", "encoder", "encoder/model.safetensors", "checkpoints"):
         with pytest.raises(UserError, match="leads out of"):
             open_model(str(foreign), whole=name == "checkpoints")
     run = Run(data="shapes:count=3,size=16")

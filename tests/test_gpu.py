@@ -50,7 +50,7 @@ def test_the_low_pass_stays_exact_under_autocast() -> None:
 def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         train(tiny_run(device=device, steps=3), tmp_path / device)
-    one, two = (load_file(tmp_path / device / "encoder.safetensors") for device in ("cpu", "cuda"))
+    one, two = (load_file(tmp_path / device / "encoder/model.safetensors") for device in ("cpu", "cuda"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)
 
@@ -63,4 +63,4 @@ def test_deep_images_reach_the_gpu_whole(pixels: str, tiny_run: Callable[..., Ru
     done = finish(images.to("cuda", non_blocking=True), flip.to("cuda"), mean.to("cuda"), std.to("cuda"))
     torch.testing.assert_close(done.cpu(), finish(images, flip, mean, std), atol=1e-5, rtol=1e-5)
     train(tiny_run(device="cuda", steps=2, channels=5, pixels=pixels), tmp_path / "run")
-    assert (tmp_path / "run" / "encoder.safetensors").exists()
+    assert (tmp_path / "run" / "encoder/model.safetensors").exists()

@@ -11,17 +11,24 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pixmim import load_encoder, load_model, patchify
-from pixmim.config import Knn, Model, Run
+from pixmim.config import Knn as Watched
+from pixmim.config import Model, Run
 from pixmim.errors import UserError
+from pixmim.evaluate import evaluate
+from pixmim.evaluate.encoder import of_model
+from pixmim.evaluate.results import save
 from pixmim.handover import FORMATS, hand_over
 from pixmim.masking import Mask
 from pixmim.models import features
 from pixmim.models.base import MaskedModel
 from pixmim.parts import build_model
 from pixmim.pretrained import adopt, open_model
+from pixmim.protocols import Knn
+from pixmim.report import write_report
 from pixmim.runfile import to_json
 from pixmim.weights.recognise import Weights
 from test_cli import say
@@ -29,6 +36,7 @@ from test_cli import say
 transformers = pytest.importorskip("transformers")
 
 Make = Callable[..., Run]
+DRAWN = "shapes:count=20,size=48"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 THIN: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 MODELS = {
@@ -80,6 +88,58 @@ def test_timm_reads_its_own_layout(name: str, made: Made, tmp_path: Path) -> Non
     with torch.no_grad():
         assert torch.equal(theirs.forward_features(images), module.encoder.forward_features(images))  # type: ignore[operator]
     assert theirs.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6, 13])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "convmae"])
+def test_timm_knows_all_of_a_product_with_nothing_to_repeat(
+    name: str, channels: int, tiny_run: Make, tmp_path: Path
+) -> None:
+    """Options, size, channels, mean and std: timm's model after timm's own normalization gives our features of ours."""
+    model, size = MODELS[name]
+    mean, std = (tuple(a + 0.01 * i for i in range(channels)) for a in (0.3, 0.2))
+    run = tiny_run(model=model, size=size, channels=channels, mean=mean, std=std)
+    module = build_model(run).eval()
+    adopt(Weights(run, dict(module.state_dict()), "a test"), tmp_path / "run")
+    theirs = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True).eval()
+    said = timm.data.resolve_model_data_config(theirs)
+    assert said["input_size"] == (channels, *run.hw)
+    pixels = torch.rand(2, *said["input_size"])
+    a = (pixels - torch.tensor(said["mean"]).view(-1, 1, 1)) / torch.tensor(said["std"]).view(-1, 1, 1)
+    encoder = of_model(str(tmp_path / "run"), device="cpu", precision="fp32")
+    b = (pixels - encoder.mean.view(-1, 1, 1)) / encoder.std.view(-1, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.forward_features(a), encoder.module.forward_features(b))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        *((name, to) for name in MODELS if name != "convmae" for to in ("timm", "hf", "detectron2")),
+        ("mae", "mmpretrain"),
+        ("mae-oblong", "mmpretrain"),
+    ],
+)
+def test_every_export_comes_back_as_it_was(name: str, to: str, tiny_run: Make, tmp_path: Path) -> None:
+    """Square or not, with nothing said: size, heads, mean and std are in the folder. timm's as others write it."""
+    model, size = MODELS[name]
+    run = tiny_run(model=model, size=size, mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.5))
+    module = build_model(run).eval()
+    adopt(Weights(run, dict(module.state_dict()), "a test"), tmp_path / "run")
+    hand_over(str(tmp_path / "run"), to, tmp_path / "out")
+    if to == "timm":
+        save_file(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "model.safetensors")
+    weights = open_model(str(tmp_path / "out"))
+    assert (weights.run.hw, weights.run.statistics) == (run.hw, run.statistics) and not weights.notes
+    images = pictures_for(name)
+    with torch.no_grad():
+        ours = module.encoder.forward_features(images)  # type: ignore[operator]
+        back = load_encoder(tmp_path / "out").forward_features(images)  # type: ignore[operator]
+    torch.testing.assert_close(back, ours, atol=1e-6, rtol=0)
+    if name == "mae-oblong" and to in ("timm", "hf"):
+        (result,) = evaluate(str(tmp_path / "out"), [("knn", Knn(DRAWN, DRAWN))], tmp_path / "out", device="cpu")
+        save(result, tmp_path / "out")
+        assert "k-NN" in write_report([tmp_path / "out"], tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["mae", "mae-oblong", "simmim-vit", "simmim-beit", "simmim-swin"])
@@ -176,7 +236,7 @@ def test_no_export_names_anything_of_this_machine(to: str, made: Made, tmp_path:
     folder, _ = made("mae")
     config = Path(folder) / "config.json"
     run = replace(open_model(folder).run, data=f"{tmp_path}/pictures", out=folder, init=f"{tmp_path}/weights.pth")
-    config.write_text(to_json(replace(run, knn=Knn(f"{tmp_path}/train", f"{tmp_path}/test", 1.0))))
+    config.write_text(to_json(replace(run, knn=Watched(f"{tmp_path}/train", f"{tmp_path}/test", 1.0))))
     hand_over(folder, to, tmp_path / "out")
     adopt(open_model(folder, whole=True), tmp_path / "imported")
     words = [str(tmp_path), tmp_path.name, str(Path.home()), str(Path(__file__).parents[1]), "site-packages", ".py"]
@@ -206,7 +266,7 @@ def test_a_full_disk_leaves_nothing(to: str, made: Made, tmp_path: Path, monkeyp
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    for allowed in range(4):
+    for allowed in range(6):
         left = allowed
         before = sorted(path.name for path in tmp_path.iterdir())
         try:

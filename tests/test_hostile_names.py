@@ -171,7 +171,7 @@ def test_data_commands(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None
 def test_training_lists_every_image_once_and_goes_on(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     run = stage.runs[0]
     before = (run / "skipped.csv").read_bytes()
-    (run / "encoder.safetensors").unlink()
+    (run / "encoder/model.safetensors").unlink()
     shutil.rmtree(run / "checkpoints")
     status, text = command(capsys, "pretrain", "--resume", run)
     assert status == 0 and "images could not be read" in text and run.name in text
@@ -204,10 +204,9 @@ def test_the_python_line_of_a_page_is_one_string_per_name(stage: Stage) -> None:
     from pixmim.report import _read, _usage
 
     for run in stage.runs:
-        story = _read(run, run.name, None)
+        story = _read(run, run.name, None, lambda line: None)
         call = ast.parse(_usage(story)).body[0].value  # type: ignore[attr-defined]
-        given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-        assert given["checkpoint_path"] == str(run / "encoder.safetensors")
+        assert ast.literal_eval(call.args[0]) == f"local-dir:{run / 'encoder'}"
 
 
 def test_what_a_model_makes_of_pictures(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from pixmim.runfile import from_json, to_json
 from pixmim.weights import read as reading
 from pixmim.weights.own import KEY, save_tensors
 from pixmim.weights.recognise import Weights, read_weights
+from pixmim.weights.sizes import Known
 from test_cli import say
 
 Make = Callable[..., Run]
@@ -48,9 +49,9 @@ def hostile(tiny_run: Make, tmp_path: Path) -> Callable[..., Path]:
             content["model"] |= model or {}
             content["model"]["options"] |= options or {}
         folder = tmp_path / "elsewhere"
-        folder.mkdir(exist_ok=True)
+        (folder / "encoder").mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(content))
-        save_file(tensors, folder / "encoder.safetensors", {KEY: json.dumps(content), "step": "6"})
+        save_file(tensors, folder / "encoder/model.safetensors", {KEY: json.dumps(content), "step": "6"})
         return folder
 
     return make
@@ -102,7 +103,7 @@ def test_an_option_that_is_no_size_reaches_timm_on_no_way(
 ) -> None:
     folder, named = hostile(options={name: FOREIGN[name]}), f"no option '{name}'"
     ways: list[Callable[[], object]] = [
-        lambda: load_encoder(folder / "encoder.safetensors"),
+        lambda: load_encoder(folder / "encoder/model.safetensors"),
         lambda: load_encoder(folder),
         lambda: open_model(str(folder), whole=True),
         lambda: from_json((folder / "config.json").read_text()),
@@ -160,7 +161,7 @@ NAMES = [
 def test_a_backbone_has_a_plain_name(name: str, hostile: Callable[..., Path], no_timm: None) -> None:
     folder = hostile(model={"backbone": name})
     for way in (
-        lambda: load_encoder(folder / "encoder.safetensors"),
+        lambda: load_encoder(folder / "encoder/model.safetensors"),
         lambda: load_encoder(folder),
         lambda: create_encoder("timm", name),
         lambda: create_model("mae", name) if name else load_encoder(folder),
@@ -221,7 +222,7 @@ ABSURD: list[dict[str, Any]] = [
 def test_absurd_options_are_named(options: dict[str, Any], hostile: Callable[..., Path], no_timm: None) -> None:
     (name,) = options
     folder = hostile(options=options)
-    for way in (lambda: load_encoder(folder / "encoder.safetensors"), lambda: create_model("mae", **options)):
+    for way in (lambda: load_encoder(folder / "encoder/model.safetensors"), lambda: create_model("mae", **options)):
         with pytest.raises(UserError, match=f"option '{name}' must be"):
             way()
 
@@ -243,7 +244,7 @@ def test_sizes_that_the_tensors_do_not_have_take_no_memory(
     """Building the model would be refused with other words, for want of memory."""
     monkeypatch.setattr(parts, "free_memory", lambda: 0)
     folder = hostile(options=options, **fields)
-    for name in (folder, folder / "encoder.safetensors"):
+    for name in (folder, folder / "encoder/model.safetensors"):
         with pytest.raises(
             UserError, match=r"fit: it (has|lacks)|a table of 17 positions does not|values of an im|no img_size"
         ):
@@ -317,7 +318,7 @@ def test_options_that_do_not_go_together_are_one_line(options: dict[str, Any], h
 )
 def test_absurd_settings_are_named(fields: dict[str, Any], named: str, hostile: Callable[..., Path]) -> None:
     folder = hostile(**fields)
-    for path in (folder / "encoder.safetensors", folder):
+    for path in (folder / "encoder/model.safetensors", folder):
         with pytest.raises(UserError) as caught:
             load_encoder(path)
         assert named in str(caught.value) and len(str(caught.value)) < 600
@@ -357,7 +358,7 @@ def test_a_folder_whose_config_is_no_runs_is_one_line(text: str, tmp_path: Path,
 
 @pytest.mark.parametrize("step", ["x", "-1", "1e9", "9" * 50, "", "٣"])
 def test_a_step_that_is_none_is_named(step: str, hostile: Callable[..., Path], tiny_run: Make) -> None:
-    path = hostile() / "encoder.safetensors"
+    path = hostile() / "encoder/model.safetensors"
     save_file({"a": torch.zeros(1)}, path, {KEY: to_json(tiny_run()), "step": step})
     with pytest.raises(UserError, match="'step' is"):
         read_weights(path)
@@ -367,12 +368,20 @@ def test_a_step_that_is_none_is_named(step: str, hostile: Callable[..., Path], t
     ("settings", "named"),
     [
         ({"mask_ratio": "x"}, "mask_ratio"),
-        ({"mask_ratio": 0}, "mask_ratio"),
         ({"mask_ratio": -1.0}, "mask_ratio"),
         ({"mask_ratio": True}, "mask_ratio"),
         ({"mask_ratio": [0.5]}, "mask_ratio"),
         ({"mask_ratio": float("nan")}, "mask_ratio"),
         ({"image_size": -5}, "img_size"),
+        ({"image_size": [32, 64]}, "--size HEIGHTxWIDTH"),
+        ({"layer_norm_eps": 1.0}, "norm_eps"),
+        ({"mean": ["x"]}, "mean"),
+        ({"mean": [float("inf")] * 3}, "mean"),
+        ({"std": [0, 1, 1]}, "std"),
+        ({"architecture": "local-dir:/etc", "pretrained_cfg": {}}, "plain name"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"checkpoint_path": "x"}}, "no option"),
+        ({"architecture": "vit_tiny_patch16_224", "input_size": [3, -1, 10**9]}, "img_size"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": 3}, "must be objects"),
         ({"image_size": 10**12}, "img_size"),
         ({"num_attention_heads": 0}, "num_heads"),
         ({"num_attention_heads": 10**9}, "num_heads"),
@@ -387,14 +396,25 @@ def test_what_a_config_beside_says_is_checked(settings: dict[str, Any], named: s
 
 
 @pytest.mark.parametrize(
-    "known", [{"num_heads": "x"}, {"img_size": -1}, {"img_size": [8, 8, 8]}, {"decoder_heads": 10**9}]
+    ("words", "named"),
+    [
+        (["--size", "-1"], "--size is"),
+        (["--size", "8x8x8"], "--size is"),
+        (["--size", "32x64"], "--size HEIGHTxWIDTH"),
+        (["--decoder-heads", "1000000000"], "decoder_heads"),
+        (["--heads", "0"], "num_heads"),
+        (["--mean", "1", "--std", "1"], "--mean has 1 values for 3 channels"),
+        (["--mean", "nan", "0", "0"], "--mean must be from"),
+        (["--std", "0", "1", "1"], "--std"),
+        (["--prefix", "no.such"], "--prefix no.such: no tensor's name begins so"),
+        (["--ema"], "--ema"),
+    ],
 )
-def test_what_is_typed_passes_the_same_gate(known: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+def test_what_is_typed_passes_the_same_gate(words: list[str], named: str, tmp_path: Path, capsys: Any) -> None:
     torch.save({"model": official.mae()}, tmp_path / "mae.pth")
-    (name,) = known
-    words = [name, json.dumps(known[name])]
-    status, text = say(capsys, "import", tmp_path / "mae.pth", "--known", *words)
-    assert status == 1 and name in text and "Traceback" not in text
+    known = ["--heads", "3", "--decoder-heads", "4", *words]
+    status, text = say(capsys, "import", tmp_path / "mae.pth", *known)
+    assert status == 1 and named in text and "Traceback" not in text
 
 
 PARTS = [*reading.PARTS, "config.json"]
@@ -446,7 +466,7 @@ def test_an_index_names_files_beside_it(parts: list[Any], tmp_path: Path) -> Non
     content = {"weight_map": {str(i): part for i, part in enumerate(parts)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(UserError):
-        read_weights(folder, BOTH)
+        read_weights(folder, Known(**BOTH))
 
 
 def test_parts_are_found_in_the_hubs_cache_where_all_files_are_links(tmp_path: Path) -> None:
@@ -461,7 +481,7 @@ def test_parts_are_found_in_the_hubs_cache_where_all_files_are_links(tmp_path: P
     index = {"weight_map": {name: f"{int(i >= half)}.safetensors" for i, name in enumerate(tensors)}}
     (tmp_path / "blobs" / "index").write_text(json.dumps(index))
     (folder / "model.safetensors.index.json").symlink_to("../../blobs/index")
-    assert read_weights(folder, BOTH).tensors.keys() == read_weights(folder, BOTH).tensors.keys()
+    assert read_weights(folder, Known(**BOTH)).tensors.keys() == read_weights(folder, Known(**BOTH)).tensors.keys()
 
 
 def header(**tensors: Any) -> bytes:
@@ -590,7 +610,7 @@ def test_a_pickle_takes_no_more_memory_than_it_has(
     with pytest.raises(UserError, match="bytes in a file of"):
         read_weights(path)
     written({"model": official.mae(), "args": looped, "config": shared})
-    assert read_weights(path, BOTH).run.mask.ratio == 0.6
+    assert read_weights(path, Known(**BOTH)).run.mask.ratio == 0.6
     written({"model": official.mae() | {"pos_embed": torch.zeros(1, 17, 48, device="meta")}})
     with pytest.raises(UserError, match=r"no plain tensor|damaged"):
         read_weights(path)
@@ -697,7 +717,7 @@ def test_a_tuple_nested_without_end_is_never_hashed(plain: bool, tmp_path: Path)
 
     torch.save({"model": official.mae(), "more": Key()}, tmp_path / "x.pth", _use_new_zipfile_serialization=not plain)
     with pytest.raises(UserError, match="a tuple of more than 1,000,000 parts"):
-        read_weights(tmp_path / "x.pth", BOTH)
+        read_weights(tmp_path / "x.pth", Known(**BOTH))
 
 
 def test_nested_values_are_cut_by_depth_before_they_are_written_out() -> None:
@@ -721,8 +741,8 @@ def test_zips_that_torch_could_read_otherwise_are_refused(tmp_path: Path) -> Non
         path = tmp_path / f"{number}.pth"
         path.write_bytes(changed)
         with pytest.raises(UserError, match="cannot be read"):
-            read_weights(path, BOTH)
-    assert read_weights(tmp_path / "whole.pth", BOTH).whole
+            read_weights(path, Known(**BOTH))
+    assert read_weights(tmp_path / "whole.pth", Known(**BOTH)).whole
 
 
 def test_an_image_without_end_is_refused_before_a_batch_is_made(

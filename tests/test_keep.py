@@ -104,5 +104,5 @@ def test_a_run_from_the_device_ends_with_the_same_weights(
     for place in ("disk", "device"):
         run = tiny_run(data=str(tmp_path / "cache"), size="32x48", steps=3, keep=place)
         pretrain(run, tmp_path / place, console)
-    disk, device = (load_file(tmp_path / place / "encoder.safetensors") for place in ("disk", "device"))
+    disk, device = (load_file(tmp_path / place / "encoder/model.safetensors") for place in ("disk", "device"))
     assert all(torch.equal(disk[name], device[name]) for name in disk)

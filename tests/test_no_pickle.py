@@ -351,7 +351,7 @@ def test_checkpoints_of_torch_are_not_opened(home: Path, tmp_path: Path, marker:
 
 SLOW = {
     "report": ("config.json", "metrics.jsonl", "knn.json", "step-000000004/"),
-    "finetune": ("unfinished/", "encoder.safetensors"),
+    "finetune": ("unfinished/", "encoder/model.safetensors"),
     "init": ("step-000000002", "config.json", "model.safetensors"),
     "out": ("step-000000002", "config.json", "metrics.jsonl"),
     "resume": ("step-000000002", "config.json", "metrics.jsonl"),

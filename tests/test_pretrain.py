@@ -37,7 +37,7 @@ def train(run: Run, out: Path, watch: object = None) -> str:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "encoder.safetensors")
+    return load_file(out / "encoder/model.safetensors")
 
 
 def equal(one: Path, two: Path) -> bool:
@@ -94,10 +94,8 @@ def test_any_size_any_precision_grey(tiny_run: Make, tmp_path: Path) -> None:
 def test_timm_loads_the_product_strictly(tiny_run: Make, tmp_path: Path) -> None:
     run = tiny_run()
     train(run, tmp_path / "run")
-    path = tmp_path / "run" / "encoder.safetensors"
-    encoder = timm.create_model(
-        run.model.backbone, checkpoint_path=str(path), num_classes=0, img_size=32, **run.model.options
-    )
+    path = tmp_path / "run" / "encoder" / "model.safetensors"
+    encoder = timm.create_model(f"local-dir:{path.parent}", pretrained=True)
     trained = build_model(run)
     Checkpoints(tmp_path / "run" / "checkpoints").load_model(trained)
     images = torch.randn(2, 3, 32, 32)
@@ -108,13 +106,12 @@ def test_timm_loads_the_product_strictly(tiny_run: Make, tmp_path: Path) -> None
 
 
 def test_a_recipes_backbone_loads_without_options(tmp_path: Path, tiny_run: Make) -> None:
-    """The README's line: timm.create_model("vit_small_patch16_224", checkpoint_path=..., num_classes=0)."""
+    """The README's line: timm.create_model("local-dir:runs/photos/encoder", pretrained=True)."""
     run = replace(
         get_recipe("pixmim-vit-small"), data="shapes:count=4,size=224", steps=1, batch_size=2, device="cpu", threads=1
     )
     train(run, tmp_path / "run")
-    path = str(tmp_path / "run" / "encoder.safetensors")
-    encoder = timm.create_model("vit_small_patch16_224", checkpoint_path=path, num_classes=0)
+    encoder = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True)
     assert encoder(torch.zeros(1, 3, 224, 224)).shape == (1, 384)
 
 

@@ -313,7 +313,7 @@ def test_a_measurement_that_is_interrupted_is_made_when_the_run_is_resumed(
     assert (outcome.step, outcome.finished) == (at, False)
     assert pretraining.pretrain(run, tmp_path, Console(quiet=True), watch).finished
     noted = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "knn/top1" in line]
-    assert noted == list(range(7)) and (tmp_path / "encoder.safetensors").exists()
+    assert noted == list(range(7)) and (tmp_path / "encoder/model.safetensors").exists()
 
 
 STUCK_DATA = """
@@ -364,7 +364,7 @@ def test_a_run_whose_data_never_come_saves_and_ends_at_the_first_signal(tiny_run
     assert f"stopped after step {step}; go on with: pixmim pretrain --resume" in out and "Traceback" not in err
     for folder in ("run", "quiet"):
         assert pretraining.pretrain(run, tmp_path / folder, Console(quiet=True)).finished
-    one_end, other = (load_file(tmp_path / folder / "encoder.safetensors") for folder in ("run", "quiet"))
+    one_end, other = (load_file(tmp_path / folder / "encoder/model.safetensors") for folder in ("run", "quiet"))
     assert all(torch.equal(one_end[name], other[name]) for name in other)
 
 
@@ -442,7 +442,7 @@ def test_a_run_that_nobody_listens_to_goes_on_to_its_end(tiny_run: Make, tmp_pat
         done = subprocess.run(words, stdin=zero, stdout=write, stderr=full, timeout=180)
     os.close(write)
     assert done.returncode == 0
-    assert (tmp_path / "run" / "encoder.safetensors").exists() and (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "encoder/model.safetensors").exists() and (tmp_path / "run" / "report.html").exists()
 
 
 def say(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
@@ -525,8 +525,8 @@ def test_a_run_whose_last_file_does_not_fit_is_ended_by_the_same_command(
     command = "pretrain", tmp_path / "run.json", "--out", tmp_path / "run"
     monkeypatch.setattr(own, "write_whole", full)
     status, text = say(capsys, *command)
-    assert status == 1 and f"File too large: '{tmp_path}/run/encoder.safetensors'" in text
-    assert not (tmp_path / "run" / "encoder.safetensors").exists()
+    assert status == 1 and f"File too large: '{tmp_path}/run/encoder/model.safetensors'" in text
+    assert not (tmp_path / "run" / "encoder/model.safetensors").exists()
     monkeypatch.setattr(own, "write_whole", write)
     status, text = say(capsys, *command)
     assert status == 0 and "the run is complete: 6 updates are done" in text

@@ -48,8 +48,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 def state(run: Run, out: Path) -> dict[str, torch.Tensor]:
     model = build_model(run)
-    assert Checkpoints(out / "checkpoints").load_model(model) == STEPS
-    return {f"model.{k}": v for k, v in model.state_dict().items()} | load_file(out / "encoder.safetensors")
+    assert Checkpoints(out / "checkpoints").load_model(model)[0] == STEPS
+    return {f"model.{k}": v for k, v in model.state_dict().items()} | load_file(out / "encoder/model.safetensors")
 
 
 def test_killed_and_resumed_is_bitwise_the_same(run: Run, tmp_path: Path) -> None:

@@ -392,14 +392,14 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     train = open_data("shapes:count=500,size=32")
     stimuli = open_data("shapes:count=200,size=32,texture=conflict,seed=2")
     assert isinstance(train, Shapes) and isinstance(stimuli, Shapes)
-    known, asked = freeze(bench.encoder, train), freeze(bench.encoder, stimuli)
-    shapes, textures = shape_bias.cues(stimuli, known.classes)
+    voters, asked = freeze(bench.encoder, train), freeze(bench.encoder, stimuli)
+    shapes, textures = shape_bias.cues(stimuli, voters.classes)
     assert textural["probe/majority"] == pytest.approx(100 * max(torch.bincount(shapes).tolist()) / 200)
     biases = [
-        shape_decisions(choose(replace(known, labels=labels), epochs=20).scores(asked).argmax(dim=1), shapes, textures)[
-            2
-        ]
-        for labels in (known.labels, torch.from_numpy(train.texture_labels))
+        shape_decisions(
+            choose(replace(voters, labels=labels), epochs=20).scores(asked).argmax(dim=1), shapes, textures
+        )[2]
+        for labels in (voters.labels, torch.from_numpy(train.texture_labels))
     ]
     assert biases[0] > biases[1] + 0.2
 

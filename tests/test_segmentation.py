@@ -38,7 +38,7 @@ from pixmim.parts import build_model
 from pixmim.protocols import Segmentation
 from pixmim.runfile import to_json
 from pixmim.transforms import finish
-from pixmim.weights.own import save_tensors
+from pixmim.weights.own import save_encoder
 
 Make = Callable[..., Run]
 TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=12,size=32,seed=1"
@@ -581,7 +581,7 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
     """Found objects against a plain background, by textures and colours; and pictures, values and files are as said."""
     run = tiny_run()
     (tmp_path / "config.json").write_text(to_json(run))
-    save_tensors(build_model(run).encoder.state_dict(), tmp_path / "encoder.safetensors", run, step=7)
+    save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
     bench = Bench(of_model(str(tmp_path), device="cpu", precision="fp32"), tmp_path)
     made = tmp_path / "pairs"
     for part, count in (("training", 40), ("validation", 10)):

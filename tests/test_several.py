@@ -54,7 +54,7 @@ def losses(out: Path) -> list[float]:
 
 
 def product(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "encoder.safetensors")
+    return load_file(out / "encoder/model.safetensors")
 
 
 def largest_difference(one: Path, other: Path) -> float:

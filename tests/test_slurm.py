@@ -266,12 +266,12 @@ def test_two_real_processes_stop_in_time_and_go_on(
     assert exited == 0, said
     assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]
     stopped = losses()[-1]
-    assert 0 < stopped < 120 and not (tmp_path / "run" / "encoder.safetensors").exists()
+    assert 0 < stopped < 120 and not (tmp_path / "run" / "encoder/model.safetensors").exists()
 
     exited, _, said = _start(text, tmp_path, 0, **job, SLURM_RESTART_COUNT="1")
     assert exited == 0, said
     assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # not again
-    assert losses() == list(range(1, 121)) and (tmp_path / "run" / "encoder.safetensors").exists()
+    assert losses() == list(range(1, 121)) and (tmp_path / "run" / "encoder/model.safetensors").exists()
 
 
 def _free_port() -> int:

@@ -16,6 +16,7 @@ from pixmim.data.source import Form
 from pixmim.data.stats import Stats, fitting, kinds, measure, recall, remember, sample, to_keep
 from pixmim.data.tars.cache import make_cache
 from pixmim.disk import cache_path
+from pixmim.dist import ALONE
 from pixmim.engine.advice import describe
 from pixmim.engine.schedule import Schedule
 from pixmim.errors import UserError
@@ -165,7 +166,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     run = tiny_run(data=str(spec), size="16x32", channels=channels, pixels=pixels, steps=3)
     run = replace(run, crop=replace(run.crop, kind="rrc" if how == "rrc" else "src"))
     run = replace(run, keep="device" if how == "cache" else "auto")
-    unknown = describe(replace(run, data="/other"), 12, Schedule.of(run, 12), torch.device("cpu"), "fp32")
+    unknown = describe(replace(run, data="/other"), 12, Schedule.of(run, 12), torch.device("cpu"), "fp32", ALONE, 1)
     assert any("mean and std are not measured" in line for line in unknown)
     run, lines = measured(run)
     assert lines == ["mean and std: measured on 12 images by `pixmim stats`"]

@@ -108,6 +108,7 @@ KEYWORDS: dict[str, Whole | Real | Choice] = {
     "head_dim": Whole(1, 1_024),
     "window_size": Whole(1, 1_024, many=5),
     "mlp_ratio": Real(0.01, 64),
+    "norm_eps": Real(0, 0.1),
     "init_values": Real(0, 100),
     "head_init_scale": Real(0, 100),
     "reg_tokens": Whole(0, 1_024),
@@ -129,6 +130,10 @@ KEYWORDS: dict[str, Whole | Real | Choice] = {
     "outputs": Whole(1, 4_096),
     "head": Choice(("linear", "mlp")),
 }
+
+
+NOT_OF_TIMM = ("norm_eps",)
+"""Keywords that pixmim carries out itself, since no constructor of timm's takes them."""
 
 
 @dataclass(frozen=True)

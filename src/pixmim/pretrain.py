@@ -1,6 +1,7 @@
 """Pre-training, from a Run to an encoder: puts data, method, optimizer and log together, and lets the loop run."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,14 +35,15 @@ from pixmim.method import Method
 from pixmim.models.base import MaskedModel
 from pixmim.models.layers import not_decayed
 from pixmim.parts import build_crop, build_model, image_form
-from pixmim.pretrained import begin_from
+from pixmim.pretrained import assemble_encoder, begin_from, open_model
 from pixmim.runfile import to_json
 from pixmim.terminal import say
 from pixmim.transforms import finish
 from pixmim.trust import inside, remember_run
-from pixmim.weights.own import save_tensors
+from pixmim.weights.own import ENCODER, WEIGHTS, save_encoder
+from pixmim.weights.recognise import read_run
 
-_FILES = ("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", "encoder.safetensors")
+_FILES = ("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ENCODER, f"{ENCODER}/config.json", WEIGHTS)
 
 Watch = Callable[[nn.Module], dict[str, float]]
 """Measures the encoder while it is trained: named values for the log."""
@@ -59,7 +61,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     """Train until the run is finished or interrupted, from the newest checkpoint in `out` if there is one.
 
     Every process of `world` calls this; the first one speaks and writes: config.json, metrics.jsonl, skipped.csv,
-    checkpoints/ (all of them) and, at the end, encoder.safetensors. On a CPU, a run that was interrupted and resumed on
+    checkpoints/ (all of them) and, at the end, encoder/. On a CPU, a run that was interrupted and resumed on
     as many processes ends with bitwise the weights of one that was not. Raises UserError.
     """
     for name in _FILES:
@@ -82,7 +84,19 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         world=world,
         say=partial(say, console),
     )
-    origin = begin_from(model, run) if run.init and not checkpoints.steps() else []
+    begun = max(checkpoints.steps(), default=0)
+    if not begun and (out / WEIGHTS).exists():
+        raise UserError(
+            f"{out} holds a finished encoder, and no checkpoint to go on from: `--init {shlex.quote(str(out))}` begins "
+            "a new run with it, in another --out"
+        )
+    if begun > schedule.steps:
+        raise UserError(
+            f"{out} is at step {begun:,} already, and the length asked for ends at step {schedule.steps:,}: give more "
+            "--epochs (or --steps), or --finish, which ends it where it is"
+        )
+    lines = _longer(out, schedule, begun, len(data))
+    origin = begin_from(model, run) if run.init and not begun else []
     network = spread(model, run.scale, world, device, precision)
     optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay, not_decayed(model.encoder))
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
@@ -95,7 +109,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     remember_run(to_json(run))
 
     about = [f"images: {line}" for line in (data.about, kept) if line]
-    for line in [*describe(run, len(data), schedule, device, precision, world, parts), *about, *origin]:
+    for line in [*describe(run, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
         say(console, line)
     start = checkpoints.load(model, updater, images=len(data))
     if start:
@@ -182,14 +196,35 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
 
     if step < schedule.steps or not measured:
         return Outcome(step, finished=False)
-    product = _whole(model, run, device, world).encoder.state_dict()
+    product = _whole(model, run, device, world).encoder
     world.gather(None)  # until then, others may still write to their accounts of skipped images
     if world.first:
-        save_tensors(product, out / "encoder.safetensors", run, step)
+        save_encoder(product, out / ENCODER, run, step, schedule.steps)
         lost, bad = int(updater.state["skipped"].item()), gather_accounts(out)
         for line in closing(run, out, step, lost=lost, bad=bad, images=len(data), waited=log.data_wait):
             say(console, line)
     return Outcome(step, finished=True)
+
+
+def end_now(out: Path) -> Outcome:
+    """End a run where its newest checkpoint is: write its encoder. The same run can go on later. Raises UserError."""
+    for name in _FILES:
+        inside(out, name)
+    weights = open_model(str(out), whole=True)
+    save_encoder(assemble_encoder(weights), out / ENCODER, weights.run, weights.step, weights.steps)
+    return Outcome(weights.step, finished=True)
+
+
+def _longer(out: Path, schedule: Schedule, done: int, images: int) -> list[str]:
+    """Say what becomes of the learning rate where a run goes on that was begun with another length."""
+    before = read_run(out) if done else None
+    planned = schedule.steps if before is None else Schedule.of(before, images).steps
+    if planned == schedule.steps:
+        return []
+    return [
+        f"the run goes on to step {schedule.steps:,} instead of {planned:,}: from step {done:,} on, the learning rate "
+        f"is that of a run of {schedule.steps:,} steps, {schedule.lr(min(done, schedule.steps - 1)):.3g} at first"
+    ]
 
 
 def _parts(run: Run, method: Method, network: nn.Module, updater: Updater, world: World, beside: Source | None) -> int:

@@ -1,6 +1,5 @@
 """From somebody's weights to a ready model: a run's, a file's, or one of timm's."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,17 +13,19 @@ from pixmim.config import Model, Run
 from pixmim.disk import check_new, whole_folder, write_whole
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.engine.memory import in_gib
-from pixmim.errors import UserError, first_line, nearest
+from pixmim.engine.schedule import Schedule
+from pixmim.errors import UserError, first_line, nearest, shown
 from pixmim.models import published
 from pixmim.models.base import MaskedModel
-from pixmim.options import check_name, check_options
+from pixmim.options import Sides, check_name, check_options, parse_size
 from pixmim.parts import Module, build_encoder, build_model, sketch
 from pixmim.room import free_memory
 from pixmim.runfile import portable, to_json
 from pixmim.trust import inside
 from pixmim.weights.fit import fit, refit, shape, their_name
-from pixmim.weights.own import save_tensors
-from pixmim.weights.recognise import Weights, read_run, read_weights
+from pixmim.weights.own import ENCODER, WEIGHTS, save_encoder, save_tensors
+from pixmim.weights.recognise import Weights, feed, read_run, read_weights
+from pixmim.weights.sizes import Known
 
 _DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token")
 """How names begin that are not the encoder's."""
@@ -38,13 +39,21 @@ def load_model(file: str | Path, **options: Any) -> MaskedModel:
 
     file     pixmim's, or of MAE, LSMAE, ConvMAE, SimMIM (official code), mmselfsup, mmpretrain, Hugging Face; or a
              run's folder
-    options  what shapes don't tell (num_heads, decoder_heads, img_size), or any other keyword of `create_model`;
-             tables of positions are refitted to another img_size
+    options  what the file does not tell: size ("192x384", which its tables are for), num_heads, decoder_heads, prefix,
+             ema; or any other keyword of `create_model`: tables of positions are refitted to another img_size
 
     `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch. Raises UserError.
     """
-    weights = open_model(str(file), whole=True, known=options)
+    weights, options = _opened(file, options, whole=True)
     return assemble(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
+
+
+def _opened(file: str | Path, options: dict[str, Any], whole: bool = False) -> tuple[Weights, dict[str, Any]]:
+    """The weights in a file, and those of the options that are for a model's constructor."""
+    known = {**options, "wanted": options.get("img_size")}
+    known.pop("img_size", None)
+    of_file = {"size", "prefix", "ema"}
+    return open_model(str(file), whole=whole, known=known), {k: v for k, v in options.items() if k not in of_file}
 
 
 def assemble(weights: Weights, made: Run | None = None) -> MaskedModel:
@@ -87,37 +96,69 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
 
     Otherwise as `load_model`.
     """
-    weights = open_model(str(file), known=options)
+    weights, options = _opened(file, options)
     return assemble_encoder(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
 
 
 def open_model(
     name: str, *, whole: bool = False, head: bool = False, known: Mapping[str, Any] | None = None
 ) -> Weights:
-    """The weights that `name` means: a run's folder, a file or folder of weights, or timm:NAME.
+    """Open the weights that `name` means: a run's folder, a file or folder of weights, or timm:NAME.
 
-    whole  of a run: everything, from its newest checkpoint if there is one, and not just its finished encoder
-    head   of timm:NAME: with its classifier, if it has one; a file's classifier always comes along
+    Args:
+        name: Of a run, finished or not, its newest weights are meant.
+        whole: Of a run: everything, and not just its encoder, if there is more.
+        head: Of timm:NAME: with its classifier, if it has one; a file's classifier always comes along.
+        known: Fields of `Known`: what a file does not say of its model.
 
-    Raises UserError.
+    Raises:
+        UserError: If there is no such model, or it cannot be used.
     """
+    said = _known(known or {})
     if name.startswith("timm:"):
-        return _of_timm(name.removeprefix("timm:"), head)
+        return feed(_of_timm(name.removeprefix("timm:"), head), said)
     path = Path(name).expanduser()
     run = read_run(path) if path.is_dir() else None
     if run is None:
-        return _in_memory(read_weights(path, known))
-    imported, checkpoints = inside(path, "model.safetensors"), Checkpoints(inside(path, "checkpoints"))
-    if whole and not imported.is_file() and checkpoints.steps():
+        return _in_memory(read_weights(path, said))
+    return feed(_newest(path, run, whole, said), said)
+
+
+def _known(values: Mapping[str, Any]) -> Known:
+    """Return what a caller says, checked; `size` is HEIGHTxWIDTH or a side, as on the command line."""
+    given = {
+        key: value for key, value in values.items() if key in {f.name for f in fields(Known)} and value is not None
+    }
+    if values.get("size"):
+        sides = parse_size(values["size"])
+        if sides is None:
+            raise UserError(f"--size must be {Sides()}, not {shown(values['size'])}")
+        given["img_size"] = list(sides)
+    check_options({key: given[key] for key in ("num_heads", "decoder_heads") if key in given})
+    return Known(**given)
+
+
+def _newest(path: Path, run: Run, whole: bool, known: Known) -> Weights:
+    """Return the newest weights of a run, finished or not, or those of an import. Raises UserError."""
+    imported, product = inside(path, "model.safetensors"), inside(path, WEIGHTS)
+    file = imported if whole and imported.is_file() else product
+    checkpoints = Checkpoints(inside(path, "checkpoints"))
+    newest = max(checkpoints.steps(), default=0)
+    weights = replace(read_weights(file, known), run=run) if file.is_file() else None  # the folder may have moved
+    if newest and (weights is None or newest > weights.step or (whole and file is product)):
         with torch.random.fork_rng(devices=[]):
             model = build_model(run)
-        step = checkpoints.load_model(model)
-        return Weights(run, dict(model.state_dict()), "pixmim", step=step)
-    product = imported if whole and imported.is_file() else inside(path, "encoder.safetensors")
-    if not product.is_file():
-        raise UserError(f"there is no {product}: is the run finished?")
-    weights = replace(read_weights(product, known), run=run)  # the folder may have moved, and its data with it
+        step, images = checkpoints.load_model(model)
+        tensors = {n: value for n, value in model.state_dict().items() if whole or n.startswith("encoder.")}
+        return Weights(run, tensors, "pixmim", step=step, steps=Schedule.of(run, images).steps)
+    if weights is None:
+        raise UserError(f"{path} holds a run without weights: there is neither a checkpoint nor {WEIGHTS} in it")
     return _in_memory(weights)
+
+
+def describe(name: str, weights: Weights) -> list[str]:
+    """Return lines to print of a model that was opened: how far its training is, and what was chosen or assumed."""
+    return [f"{name}: {line}" for line in (weights.progress, *weights.notes) if line]
 
 
 def _in_memory(weights: Weights) -> Weights:
@@ -138,10 +179,12 @@ def begin_from(model: MaskedModel, run: Run) -> list[str]:
     Raises UserError.
     """
     heads = next((m.num_heads for m in model.encoder.modules() if hasattr(m, "num_heads")), None)
-    weights = open_model(run.init, whole=True, known={"num_heads": heads, "decoder_heads": run.model.decoder_heads})
+    known = {"num_heads": heads, "decoder_heads": run.model.decoder_heads, "wanted": run.hw}
+    weights = open_model(run.init, whole=True, known=known)
     state = model.state_dict()
     fitted, refits = refit(weights, state, run)
-    lines = [f"begins from {run.init} ({weights.origin})", *refits]
+    about = ", ".join(filter(None, (weights.origin, weights.progress)))
+    lines = [f"begins from {run.init} ({about})", *(f"  {note}" for note in weights.notes), *refits]
 
     encoder = {name: value for name, value in fitted.items() if name.startswith("encoder.")}
     wrong = [n for n, v in encoder.items() if n in state and v.shape != state[n].shape]
@@ -182,40 +225,40 @@ def begin_from(model: MaskedModel, run: Run) -> list[str]:
 
 
 def adopt(weights: Weights, folder: Path | None) -> list[str]:
-    """Check that weights make a whole model, say what was used and what not, and keep them in `folder` if it is given.
+    """Check that weights make a model, say what was used and what not, and keep them in `folder` if it is given.
 
-    The folder is then like a finished run's: config.json, encoder.safetensors and, of a model in pre-training,
-    model.safetensors. Raises UserError.
+    The folder is then like a finished run's: config.json, encoder/ and, of a model in pre-training, model.safetensors.
+    Raises UserError.
     """
     run = weights.run
     if folder is not None:
         if (folder / "config.json").exists():
             raise UserError(f"{folder} holds a run already: choose another folder")
         check_new(folder)
-    _filled(weights, build_model if weights.whole else _holder, None)
+    encoder = assemble(weights).encoder if weights.whole else assemble_encoder(weights)
 
     rest = len(weights.tensors) - len(weights.encoder)
     values = sum(value.numel() for value in weights.tensors.values())
     classes = run.model.options.get("num_classes", 0)
     lines = [
-        f"recognised as {weights.origin}",
+        f"recognised as {weights.origin}" + (f", {weights.progress}" if weights.progress else ""),
         f"  model: {run.model.name} on {run.model.backbone}, {run.size} pixels, channels: {run.channels}"
         + (f", {classes} classes" if classes else ""),
         f"  used: {len(weights.encoder)} tensors of the encoder"
         + (f", {rest} of what decodes" if rest else "; it decodes nothing")
         + f": {values:,} values",
+        *(f"  {note}" for note in weights.notes),
     ]
     for why in dict.fromkeys(weights.left_out.values()):
         keys = [key for key, reason in weights.left_out.items() if reason == why]
         lines.append(f"  left out ({why}): {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
     if folder is None:
         return [*lines, "nothing was written: --to FOLDER keeps it"]
-    written = ["encoder.safetensors"]
+    written = [f"{ENCODER}/"]
     with whole_folder(folder) as beside:
-        named = {"classes": json.dumps(weights.classes)} if weights.classes else {}
-        save_tensors(weights.encoder, beside / "encoder.safetensors", run, weights.step, named)
+        save_encoder(encoder, beside / ENCODER, run, weights.step, weights.steps, list(weights.classes))
         if weights.whole:
-            save_tensors(weights.tensors, beside / "model.safetensors", run, weights.step)
+            save_tensors(weights.tensors, beside / "model.safetensors", run, weights.step, weights.steps)
             written.append("model.safetensors")
         write_whole(beside / "config.json", to_json(portable(run)))
     return [*lines, f"written to {folder}: config.json, {', '.join(written)}"]

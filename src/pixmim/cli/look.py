@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import absolute, checked
+from pixmim.cli.terms import Said, absolute, checked
 from pixmim.disk import atomic_write, check_writable
 from pixmim.errors import UserError
 from pixmim.options import Data, Device, Whole
@@ -16,6 +16,8 @@ from pixmim.terminal import say
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from pixmim.weights.recognise import Weights
 
 
 def reconstruct(args: list[str]) -> int:
@@ -28,25 +30,26 @@ def reconstruct(args: list[str]) -> int:
         *,
         out: Path = Path("reconstruction.png"),
         count: Annotated[int, Whole(1, 10_000)] = 16,
+        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
     ) -> int:
         """Hide patches of pictures and draw what a model predicts there, beside what it saw and should have predicted.
 
         Args:
-            model: A run, an imported folder, or a file of weights with its decoder.
+            model: A run, finished or not, an imported folder, or a file of weights with its decoder.
             images: Pictures, or folders of them.
             out: The PNG to write: a row for each picture.
             count: Most pictures to draw; of more, a random choice.
+            said: What the file does not say.
         """
         from pixmim.data.folders.files import named
         from pixmim.parts import image_form
-        from pixmim.pretrained import open_model
         from pixmim.report.figures import titled_sheet
         from pixmim.report.reconstruct import COLUMNS
         from pixmim.report.reconstruct import reconstruct as predict
 
         _some(images)
         kind = _kind(out)
-        weights = open_model(model, whole=True)
+        weights = _opened(model, said, whole=True)
         found = predict(weights, named(images, image_form(weights.run)), count)
         _save(titled_sheet(found.columns), out, kind)
         say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
@@ -66,24 +69,25 @@ def attention(args: list[str]) -> int:
         *,
         out: Path = Path("attention.png"),
         count: Annotated[int, Whole(1, 10_000)] = 8,
+        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
     ) -> int:
         """Draw the attention of the last block over pictures: of all heads together, and of each one.
 
         Args:
-            model: A run, an imported folder, a file of weights, or timm:NAME.
+            model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
             images: Pictures, or folders of them.
             out: The PNG to write: a row for each picture.
             count: Most pictures to draw.
+            said: What the file does not say.
         """
         from pixmim.data.folders.files import named
         from pixmim.parts import image_form
-        from pixmim.pretrained import open_model
         from pixmim.report.attention import attention_sheet
         from pixmim.report.figures import titled_sheet
 
         _some(images)
         kind = _kind(out)
-        weights = open_model(model)
+        weights = _opened(model, said)
         columns, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
         _save(titled_sheet(columns), out, kind)
         for line in bad:
@@ -107,25 +111,26 @@ def embed(args: list[str]) -> int:
         batch_size: Annotated[int, Whole(1, 1_000_000)] = 256,
         device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
     ) -> int:
         """Write the features of every image of a data set, with its file's name; goes on where it was interrupted.
 
         Args:
-            model: A finished run, an imported folder, a file of weights, or timm:NAME.
+            model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
             data: Images, as pretrain's --data takes them.
             out: .npy (float32, a row for each image; names in a .csv beside it) or .parquet.
             kind: cls: the global token. mean: the mean of the patch tokens. Without a global token both are the mean.
             batch_size: Images at a time.
             device: auto, cpu, cuda, cuda:1, mps.
             precision: auto: bf16 where the device computes in it.
+            said: What the file does not say.
         """
         from pixmim.data import open_data
         from pixmim.evaluate.embed import embed as write
         from pixmim.parts import image_form
-        from pixmim.pretrained import open_model
 
         console = Console()
-        weights = open_model(model)
+        weights = _opened(model, said)
         source = open_data(absolute(data), image_form(weights.run))
         for line in write(
             model, weights, source, out, kind, batch=batch_size, device=device, precision=precision, console=console
@@ -134,6 +139,16 @@ def embed(args: list[str]) -> int:
         return 0
 
     return tyro.cli(checked(command), prog="pixmim embed", args=args)
+
+
+def _opened(model: str, said: Said, whole: bool = False) -> "Weights":
+    """Open a model and print how far its training is, and what was assumed of it."""
+    from pixmim.pretrained import describe, open_model
+
+    weights = open_model(model, whole=whole, known=said.known)
+    for line in describe(model, weights):
+        say(Console(), line)
+    return weights
 
 
 def _some(images: tuple[Path, ...]) -> None:

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import absolute, checked
+from pixmim.cli.terms import Said, SaidButSize, absolute, checked
 from pixmim.errors import UserError, nearest
 from pixmim.options import Device
 from pixmim.protocols import DATA, PROTOCOLS, All
@@ -25,6 +25,7 @@ def evaluate(args: list[str]) -> int:
     if name not in known:
         raise UserError(f"there is no evaluation '{name}'{nearest(name, known)}\n\n{_overview()}")
     settings_type = All if name == "all" else PROTOCOLS[name].settings
+    said_type = SaidButSize if any(f.name == "size" for f in fields(settings_type)) else Said
 
     def command(
         models: Positional[tuple[str, ...]],
@@ -35,22 +36,25 @@ def evaluate(args: list[str]) -> int:
         out: Path | None = None,
         device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-    ) -> tuple[tuple[str, ...], Any, bool, Path | None, str, Literal["auto", "bf16", "fp16", "fp32"]]:
+        said: Annotated[said_type, arg(name="")] = said_type(),  # type: ignore[valid-type]  # noqa: B008
+    ) -> tuple[tuple[str, ...], Any, Path | None, dict[str, Any]]:
         """Measure an encoder, or several side by side.
 
         Args:
-            models: Finished runs, imported folders, files of weights, or timm:NAME.
+            models: Runs, finished or not, imported folders, files of weights, or timm:NAME.
             settings: Settings.
             untrained: Of runs: measure the encoders as they were before training as well, for comparison.
             out: Where results and the page are kept; otherwise with the run, or in evaluations/MODEL, and the page of
                 several in report.html.
             device: auto, cpu, cuda, cuda:1, mps.
             precision: auto: bf16 where the device computes in it.
+            said: What a file does not say.
         """
-        return models, settings, untrained, out, device, precision
+        how = {"untrained": untrained, "device": device, "precision": precision, "known": said.known}  # type: ignore[attr-defined]
+        return models, settings, out, how
 
     about = str(settings_type.__doc__) + (f" Needs {PROTOCOLS[name].needs}." if name in PROTOCOLS else "")
-    models, settings, untrained, out, device, precision = tyro.cli(
+    models, settings, out, how = tyro.cli(
         checked(command), prog=f"pixmim evaluate {name}", description=about, args=args[1:]
     )
     if not models:
@@ -61,9 +65,7 @@ def evaluate(args: list[str]) -> int:
     console, settings = Console(), _with_whole_paths(settings)
     evaluations = settings.parts() if isinstance(settings, All) else [(name, settings)]
     homes = {model: _home(model, out, several=len(set(models)) > 1) for model in models}
-    for result, home in side_by_side(
-        homes, evaluations, untrained=untrained, device=device, precision=precision, console=console
-    ):
+    for result, home in side_by_side(homes, evaluations, console=console, **how):
         save(result, home)
     _show(list(homes.values()), out / "report.html" if out else None, console)
     return 0

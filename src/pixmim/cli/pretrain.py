@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -26,8 +26,16 @@ _MAY_CHANGE = {
 """Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 
 
-def read_flags(args: list[str]) -> tuple[Run, str]:
-    """Return the Run that the flags ask for, and the directory of the run to resume, if any. Raises UserError.
+class Flags(NamedTuple):
+    """What the flags ask for: the Run, the directory of the run to resume (if any), and whether to end it instead."""
+
+    run: Run
+    resumed: str
+    finish: bool
+
+
+def read_flags(args: list[str]) -> Flags:
+    """Read the flags, and start nothing. Raises UserError.
 
     They are read twice: the recipe (or the run to resume) decides the defaults of all the others.
     """
@@ -39,44 +47,67 @@ def read_flags(args: list[str]) -> tuple[Run, str]:
     if _value_of("--epochs", args):  # a length in epochs replaces a recipe's length in steps
         if _value_of("--steps", args):
             raise UserError("a run has a length in --epochs or in --steps, not both")
-        base = replace(base, steps=None) if not resumed else base
+        base = replace(base, steps=None)
 
     def command(
         name: Annotated[Positional[str], arg(metavar="RECIPE")] = "",
         /,
         *,
         resume: str = "",
+        finish: bool = False,
         run: Annotated[Run, arg(name="")] = base,
-    ) -> tuple[str, Run]:
+    ) -> tuple[bool, Run]:
         """Pre-train a backbone on unlabelled images.
 
         Args:
             name: A recipe's name (see `pixmim list`), or the config.json of another run.
-            resume: Directory of an interrupted run, to go on with exactly where its newest checkpoint stands.
+            resume: Directory of a run, to go on with exactly where its newest checkpoint stands; of a finished one with
+                more --epochs (or --steps).
+            finish: With --resume: end the run now, with the encoder of its newest checkpoint.
             run: Settings.
         """
-        return resume, run
+        return finish, run
 
-    _, run = tyro.cli(command, prog="pixmim pretrain", args=args)
+    finish, run = tyro.cli(command, prog="pixmim pretrain", args=args)
     run = replace(run, model=replace(run.model, options={**base.model.options, **run.model.options}))
     if resumed:
-        _same(run, base, _MAY_CHANGE, lambda flag: f"{flag} cannot change when a run is resumed; begin a new run")
+        _same(
+            run,
+            base,
+            _MAY_CHANGE | {"epochs", "steps"},
+            lambda flag: f"{flag} cannot change when a run is resumed; begin a new run",
+        )
+    elif finish:
+        raise UserError("--finish ends a run that is there: pixmim pretrain --resume RUN --finish")
     elif not named:
         raise UserError("which recipe? For one's own images: pixmim-vit-small. `pixmim list` shows all.")
     elif not run.data:
         raise UserError("which images? Give --data FOLDER, or --data shapes: for drawn ones.")
     typed = {flag for flag in run.named if any(word.split("=")[0] == flag for word in args)}
     strange = closed(config, {flag: value for flag, value in run.named.items() if flag not in typed})
-    if strange:
+    if strange and not finish:
         raise UserError(
             f"{refusal(resumed or named, strange)}. If it may be, add these flags, or others in their place"
         )
-    return run, resumed
+    return Flags(run, resumed, finish)
 
 
 def pretrain(args: list[str]) -> int:
     """Train, or go on."""
-    return _train(*read_flags(args))
+    run, resumed, finish = read_flags(args)
+    return _finish(Path(resumed)) if finish else _train(run, resumed)
+
+
+def _finish(out: Path) -> int:
+    """End a run where it is."""
+    from pixmim.pretrain import end_now
+    from pixmim.report import write_report
+
+    console, outcome = Console(), end_now(out)
+    say(console, f"ended after step {outcome.step:,}")
+    page = write_report([out], out / "report.html", None, lambda line: say(console, f"warning: {line}"))
+    say(console, f"encoder: {out / 'encoder'}\nreport:  {page}")
+    return 0
 
 
 def _train(run: Run, resumed: str) -> int:
@@ -109,7 +140,7 @@ def _train(run: Run, resumed: str) -> int:
                 return 130
             if world.first:
                 page = write_report([out], out / "report.html", run.data, lambda line: say(console, f"warning: {line}"))
-                say(console, f"encoder: {out / 'encoder.safetensors'}\nreport:  {page}")
+                say(console, f"encoder: {out / 'encoder'}\nreport:  {page}")
         except UserError as error:
             if world.first_to_say(str(error)):
                 raise

@@ -38,8 +38,8 @@ def slurm(args: list[str]) -> int:
         return job, script, force
 
     (job, file, force), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
-    run, resumed = read_flags(words)
-    if resumed:
+    run, resumed, finish = read_flags(words)
+    if resumed or finish:
         raise UserError(
             f"leave out --resume: with --out {shlex.quote(resumed)} the script goes on with that run by itself"
         )

@@ -5,10 +5,9 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from pixmim.config import OPTIONS, Option
-from pixmim.errors import UserError, nearest
+from pixmim.cli.terms import Said
 from pixmim.terminal import say
 
 
@@ -20,22 +19,18 @@ def import_(args: list[str]) -> int:
         /,
         *,
         to: Path | None = None,
-        known: Annotated[dict[str, Option], OPTIONS] = {},  # noqa: B006
+        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
     ) -> int:
         """Take over weights: of MAE, LSMAE, ConvMAE, SimMIM, mmselfsup, mmpretrain, timm, Hugging Face.
 
         Args:
             file: A file, a folder that holds one, or timm:NAME. Nothing that is in it is run.
             to: A new folder, for the other commands; otherwise only the report is given.
-            known: What shapes do not tell, such as: num_heads 6 decoder_heads 8 img_size 64.
+            said: What the file does not say.
         """
         from pixmim.pretrained import adopt, open_model
-        from pixmim.weights.recognise import KNOWN
 
-        for name in known:
-            if name not in KNOWN:
-                raise UserError(f"--known takes {', '.join(KNOWN)}, and not '{name}'{nearest(name, KNOWN)}")
-        for line in adopt(open_model(file, whole=True, known=known), to):
+        for line in adopt(open_model(file, whole=True, known=said.known), to):
             say(Console(), line)
         return 0
 
@@ -52,18 +47,20 @@ def export(args: list[str]) -> int:
         to: Literal["timm", "hf", "mmpretrain", "detectron2", "onnx"],
         out: Path | None = None,
         push: str = "",
+        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
     ) -> int:
         """Hand a backbone over.
 
         Args:
-            model: A run, an imported folder, a file of weights, or timm:NAME.
+            model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
             to: Who is to read it. hf takes the decoder along, where transformers has the same model.
             out: A new folder; otherwise MODEL-FORMAT.
             push: Name of a repository on the Hugging Face hub, to put the folder there as well (timm, hf, onnx).
+            said: What the file does not say.
         """
         from pixmim.handover import hand_over
 
-        for line in hand_over(model, to, out, push):
+        for line in hand_over(model, to, out, push, said.known):
             say(Console(), line)
         return 0
 

@@ -123,22 +123,27 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self._folder} is whole. To begin anew, remove {self._folder}")
         return 0
 
-    def load_model(self, model: nn.Module) -> int:
-        """Restore only the weights of the newest checkpoint, to look at; gives its step. Raises UserError."""
+    def load_model(self, model: nn.Module) -> tuple[int, int]:
+        """Restore only the weights of the newest checkpoint, to look at; return its step and its number of images.
+
+        Raises:
+            UserError: If there is none, or it is damaged, or of another model.
+        """
         steps = self._inside()
         if not steps:
             raise UserError(f"there is no checkpoint in {self._folder}")
         path = self._path(steps[-1])
         state = _named("model", model.state_dict())
         try:
-            there = {name: entry for name, entry in read_manifest(path).tensors.items() if name.startswith("model.")}
+            manifest = read_manifest(path)
+            there = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
             wrong = difference(there, state)
             if wrong:
                 raise UserError(f"the checkpoint {path} holds another model: {wrong}")
             restore(path, there, state)
         except DamagedError as error:
             raise UserError(f"the checkpoint {path} is damaged: {first_line(error)}") from error
-        return steps[-1]
+        return steps[-1], manifest.images
 
     def _inside(self) -> list[int]:
         """Return `steps()`. Raises UserError if a symbolic link in their place leads out of the run."""

@@ -21,6 +21,7 @@ from pixmim.evaluate.labelled import check_labelled
 from pixmim.evaluate.results import Result, versions
 from pixmim.parts import image_form
 from pixmim.protocols import PROTOCOLS
+from pixmim.terminal import say
 
 EVALUATIONS: dict[str, Callable[[Bench, Any], Values]] = {
     "knn": knn.measure,
@@ -42,6 +43,7 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "auto",
     console: Console | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> Iterator[Result]:
     """Measure an encoder in one or several ways; features are computed once for all of them.
 
@@ -49,15 +51,18 @@ def evaluate(
     evaluations  (name, settings): a key of EVALUATIONS, and that protocol's settings
     folder       where results and unfinished work are kept
     untrained    measure the weights that a run began with instead
+    known        what a file does not say of its model: see `pretrained.open_model`
 
     Yields each evaluation's result as soon as it is there. Raises UserError for an unknown evaluation, for what holds
     no encoder, and for data that do not suit.
     """
     for name, _ in evaluations:
         if name not in EVALUATIONS:
-            known = ", ".join(EVALUATIONS)
-            raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {known}")
-    encoder = of_model(model, device=device, precision=precision, untrained=untrained)
+            names = ", ".join(EVALUATIONS)
+            raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {names}")
+    encoder = of_model(model, device=device, precision=precision, untrained=untrained, known=known)
+    for line in encoder.notes:
+        say(console or Console(quiet=True), line)
     yield from _measure(Bench(encoder, folder, "untrained" if untrained else "trained", console), model, evaluations)
 
 
@@ -69,17 +74,19 @@ def side_by_side(
     device: str = "auto",
     precision: Precision = "auto",
     console: Console | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[Result, Path]]:
     """Measure several encoders in the same ways.
 
     models     what is measured, each as for `evaluate`, with the folder where its results are kept
     untrained  measure the weights that each run began with as well: once, where several began with the same
+    known      what their files do not say of them: see `pretrained.open_model`
 
     Yields each result, and its folder, as soon as it is there. Raises UserError as `evaluate` does; if one of several
     models cannot be opened, before any is measured.
     """
     for model in models if len(models) > 1 else ():
-        of_model(model, device=device, precision=precision)
+        of_model(model, device=device, precision=precision, known=known)
     begun: dict[str, list[Result]] = {}
     for model, folder in models.items():
         if untrained:
@@ -92,7 +99,8 @@ def side_by_side(
                 for result in _measure(Bench(encoder, folder, "untrained", console), model, evaluations):
                     begun[start].append(result)
                     yield result, folder
-        for result in evaluate(model, evaluations, folder, device=device, precision=precision, console=console):
+        how: Any = {"device": device, "precision": precision, "console": console, "known": known}
+        for result in evaluate(model, evaluations, folder, **how):
             yield result, folder
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from pixmim.data import open_data
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
-from pixmim.evaluate.encoder import Encoder
+from pixmim.evaluate.encoder import Encoder, sameness
 from pixmim.evaluate.features import Frozen, account, check_finite, freeze
 from pixmim.terminal import say
 from pixmim.trust import inside
@@ -73,5 +73,5 @@ class Bench:
 
     def work(self, name: str, settings: Any) -> Path:
         """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""
-        key = sha256(repr((self.which, self.encoder.step, settings)).encode()).hexdigest()[:12]
+        key = sha256(repr((self.which, sameness(self.encoder), settings)).encode()).hexdigest()[:12]
         return inside(self.folder, f"unfinished/{name}-{self.which}-{key}")

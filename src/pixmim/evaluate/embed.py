@@ -24,7 +24,7 @@ from pixmim.data.source import Source
 from pixmim.disk import atomic_write, read_file, read_json, write_csv, write_whole
 from pixmim.engine.device import Precision, autocast
 from pixmim.errors import UserError
-from pixmim.evaluate.encoder import of_weights
+from pixmim.evaluate.encoder import of_weights, sameness
 from pixmim.models import features
 from pixmim.terminal import csv_cell, utf8
 from pixmim.transforms import evaluation_crop
@@ -87,7 +87,9 @@ def _embed(
     encoder = of_weights(weights, device=device, precision=precision)
     encoder.module.eval()
     encoder.check_batch(min(batch, len(data)))
-    state = _resume(partial, {"model": name, "step": encoder.step, "data": data.spec, "files": data.fingerprint()})
+    state = _resume(
+        partial, {"model": name, "encoder": sameness(encoder), "data": data.spec, "files": data.fingerprint()}
+    )
     first = state["done"]
     skipped = Skipped(out.with_name(out.stem + "-skipped.csv"), len(data), 1.0)
     with progress(f"features of {data.spec}", len(data), console) as advance:

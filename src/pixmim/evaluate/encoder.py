@@ -1,5 +1,6 @@
 """The encoder that is measured, ready to use: a run's product, the same untrained, or one in training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ from pixmim.data.source import Form
 from pixmim.engine.device import Precision, choose_attention, choose_device, choose_precision
 from pixmim.errors import UserError
 from pixmim.parts import build_model, image_form
-from pixmim.pretrained import assemble_encoder, begin_from, open_model
+from pixmim.pretrained import assemble_encoder, begin_from, describe, open_model
 from pixmim.room import free_memory
 from pixmim.transforms import finish
 from pixmim.trust import closed, refusal
@@ -27,6 +28,7 @@ class Encoder:
 
     run    what builds it
     names  of the outputs of its own classifier, in their order; empty where its file does not name them
+    notes  lines to print: how far its training is, and what was assumed of it
     """
 
     run: Run
@@ -39,6 +41,7 @@ class Encoder:
     precision: Precision
     step: int
     names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def ready(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Pictures as they come out of a crop, on the device and normalised."""
@@ -62,8 +65,15 @@ class Encoder:
         return layer.out_features if isinstance(layer, nn.Linear) else 0
 
 
-def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", untrained: bool = False) -> Encoder:
-    """The encoder that `name` means (see `open_model`); with `untrained` the one that a run began with.
+def of_model(
+    name: str,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    untrained: bool = False,
+    known: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """The encoder that `name` means (see `open_model`, also for `known`); with `untrained` the one a run began with.
 
     Raises UserError.
     """
@@ -79,7 +89,9 @@ def of_model(name: str, *, device: str = "auto", precision: Precision = "auto", 
         if run.init:
             begin_from(model, run)
         return _on_device(run, model.encoder, 0, device, precision)
-    return of_weights(open_model(name, head=True), device=device, precision=precision)
+    weights = open_model(name, head=True, known=known)
+    encoder = of_weights(weights, device=device, precision=precision)
+    return replace(encoder, notes=tuple(describe(name, weights)))
 
 
 def of_weights(weights: Weights, *, device: str = "auto", precision: Precision = "auto") -> Encoder:

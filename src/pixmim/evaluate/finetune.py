@@ -3,7 +3,6 @@
 The classifier is kept beside the results, in timm's names, with its classes in the metadata.
 """
 
-import json
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -34,7 +33,8 @@ from pixmim.models.layers import layer_ids, not_decayed
 from pixmim.protocols import Finetune
 from pixmim.terminal import say
 from pixmim.transforms import Crop, RandomResizedCrop, SimpleResizedCrop, finish
-from pixmim.weights.own import save_tensors
+from pixmim.trust import inside
+from pixmim.weights.own import save_encoder
 
 
 def measure(bench: Bench, settings: Finetune) -> Values:
@@ -88,8 +88,10 @@ def measure(bench: Bench, settings: Finetune) -> Values:
     )
     product = trained.result.eval()
     which = "" if bench.which == "trained" else f"-{bench.which}"
-    path = bench.folder / f"classifier{'-from-scratch' if settings.from_scratch else which}.safetensors"
-    save_tensors(product.state_dict(), path, run, encoder.step, {"classes": json.dumps(data.classes)})
+    path = inside(bench.folder, f"classifier{'-from-scratch' if settings.from_scratch else which}")
+    for name in ("config.json", "model.safetensors"):
+        inside(path, name)
+    save_encoder(product, path, run, encoder.step, classes=data.classes)
     say(console, f"  the classifier: {path}")
     yield from grade(bench, data, encoder, run.hw, product)
     forget(work)

@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from pixmim.errors import UserError, first_line
 from pixmim.handover.frameworks import to_detectron2, to_mmpretrain, to_timm
 from pixmim.handover.huggingface import to_hf
 from pixmim.handover.onnx import to_onnx
-from pixmim.pretrained import assemble_encoder, open_model
+from pixmim.pretrained import assemble_encoder, describe, open_model
 from pixmim.weights.recognise import Weights
 
 FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
@@ -25,14 +26,17 @@ FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
 """What writes a model for each project, into an empty folder; gives the lines that say how it is loaded there."""
 
 
-def hand_over(name: str, to: str, folder: Path | None = None, push: str = "") -> list[str]:
+def hand_over(
+    name: str, to: str, folder: Path | None = None, push: str = "", known: Mapping[str, Any] | None = None
+) -> list[str]:
     """Write the model that `name` means (see `open_model`) for one of FORMATS into a new folder; says how to load it.
 
-    push  a repository on the Hugging Face hub, to which the folder goes as well
+    push   a repository on the Hugging Face hub, to which the folder goes as well
+    known  what a file does not say of its model: see `open_model`
 
     Raises UserError where the other project has no such model, or lacks what writing it takes.
     """
-    weights = open_model(name, whole=True)
+    weights = open_model(name, whole=True, known=known)
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
     if os.path.lexists(folder):
         raise UserError(f"{folder} is there already: choose another --out")
@@ -42,7 +46,14 @@ def hand_over(name: str, to: str, folder: Path | None = None, push: str = "") ->
             how = FORMATS[to](weights, encoder, beside)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
-    lines = [f"written to {folder}", *(f"  {line.replace('FOLDER', _literal(folder))}" for line in how)]
+    lines = [
+        *describe(name, weights),
+        f"written to {folder}",
+        *(f"  {line.replace('FOLDER', _literal(folder))}" for line in how),
+    ]
+    eps = weights.run.model.options.get("norm_eps")
+    if eps is not None and to in ("timm", "mmpretrain", "detectron2"):
+        lines.append(f"  {to} adds another value than {eps:g} in its layer norms: features differ by a few thousandths")
     return [*lines, _push(folder, push)] if push else lines
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pixmim.errors import UserError, first_line, nearest, shown
 from pixmim.models import convmae, swin, vit
-from pixmim.models.base import Features, MaskedModel
+from pixmim.models.base import Features, MaskedModel, not_used
 from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM
 from pixmim.options import check_name, check_options
@@ -42,6 +42,8 @@ def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: An
         raise UserError(f"SimMIM takes a swin_, beit_ or vit_ backbone of timm's, not '{backbone}'")
     return SimMIM(encoder, head, outputs)  # type: ignore[arg-type]
 
+
+Module = TypeVar("Module", bound=nn.Module)
 
 BUILDERS: dict[str, Callable[..., MaskedModel]] = {
     "mae": _mae,
@@ -78,8 +80,9 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
     """
     backbone = backbone or BACKBONES.get(name, "vit_base_patch16_224")
     _check(name, BUILDERS, backbone, options)
+    eps = options.pop("norm_eps", None)
     with _refusing(backbone):
-        return BUILDERS[name](backbone, **options)
+        return _with_eps(BUILDERS[name](backbone, **options), eps)
 
 
 def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
@@ -87,16 +90,17 @@ def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
     options ask for num_classes. Raises UserError as `create_model`.
     """
     _check(name, (*BUILDERS, "timm"), backbone, options)
+    eps = options.pop("norm_eps", None)
     with _refusing(backbone):
         if name == "convmae":
-            return _convmae_encoder(backbone, **options)
+            return _with_eps(_convmae_encoder(backbone, **options), eps)
         if name == "lsmae":
             options = {"img_size": 448, **options}
         if name == "simmim" and backbone.startswith("beit"):
             options = {**SIMMIM_BEIT, **options}
         if name == "simmim" and backbone.startswith("swin"):
             options = {"drop_path_rate": 0.0, **options}
-        return _timm(backbone, **options)
+        return _with_eps(_timm(backbone, **options), eps)
 
 
 def published(name: str, classes: int = 0) -> nn.Module:
@@ -108,7 +112,7 @@ def published(name: str, classes: int = 0) -> nn.Module:
 def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
     """What a finished encoder says of normalised images, from its last `blocks` blocks.
 
-    Raises TypeError for a module that pixmim does not know as an encoder.
+    Raises UserError for a module that pixmim does not know as an encoder.
     """
     if isinstance(encoder, VisionTransformer | Beit):
         return vit.features(encoder, images, blocks)
@@ -116,7 +120,7 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
         return swin.features(encoder, images)
     if isinstance(encoder, convmae.ConvMAEEncoder):
         return convmae.features(encoder, images, blocks)
-    raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
+    raise not_used(encoder)
 
 
 def _convmae_encoder(backbone: str, **options: Any) -> convmae.ConvMAEEncoder:
@@ -139,6 +143,18 @@ def _timm(backbone: str, pretrained: bool = False, num_classes: int = 0, **optio
     if hasattr(embed, "img_size") and hasattr(embed, "patch_size"):
         _check_size(embed.img_size, embed.patch_size[0], backbone)
     return encoder
+
+
+def _with_eps(module: Module, eps: float | None) -> Module:
+    """Set what the layer norms of blocks and outputs add to the variance, if not the published 1e-6 (Swin: 1e-5).
+
+    A Swin's norms where patches are embedded or merged keep theirs, as in transformers, whose layer_norm_eps this is.
+    """
+    for name, layer in module.named_modules():
+        fixed = "patch_embed" in name or "downsample" in name
+        if eps is not None and isinstance(layer, nn.LayerNorm) and not fixed:
+            layer.eps = eps
+    return module
 
 
 def _check(name: str, known: Collection[str], backbone: str, options: dict[str, Any]) -> None:

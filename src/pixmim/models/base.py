@@ -6,7 +6,14 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pixmim.errors import UserError
 from pixmim.masking import Mask
+
+
+def not_used(encoder: nn.Module) -> UserError:
+    """Return the error for a module that is none of the encoders that pixmim drives."""
+    kind = type(encoder).__name__
+    return UserError(f"{kind} is not an encoder that pixmim uses: it takes timm's ViT, Beit and Swin, and ConvMAE")
 
 
 class MaskedModel(nn.Module, ABC):
@@ -23,8 +30,18 @@ class MaskedModel(nn.Module, ABC):
         """Predict every patch, d = p*p*c values each, from the visible ones of normalised images.
 
         Its patches may be larger than the n of the mask: p says how large. A model made for colour bins predicts as
-        many scores in place of each value.
+        many scores in place of each value. Raises ValueError for a mask of another grid.
         """
+
+    def check_mask(self, images: Float[Tensor, "b c h w"], mask: Mask) -> None:
+        """Raise ValueError unless a mask is of as many patches as the images have."""
+        (h, w), n = images.shape[-2:], mask.hidden.shape[1]
+        rows, columns = h // self.patch, w // self.patch
+        if n != rows * columns:
+            raise ValueError(
+                f"the mask is of {n} patches, and images of {h}x{w} pixels have {rows}x{columns} = {rows * columns} of "
+                f"the model's patches of {self.patch} pixels"
+            )
 
 
 class Features(NamedTuple):

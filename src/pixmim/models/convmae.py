@@ -174,6 +174,7 @@ class ConvMAE(MaskedModel):
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
         """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
+        self.check_mask(images, mask)
         return self.decoder(self.encode(images, mask), mask)
 
 

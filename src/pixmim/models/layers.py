@@ -7,6 +7,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from pixmim.models.base import not_used
 from pixmim.models.convmae import ConvMAEEncoder
 
 _VIT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")
@@ -20,7 +21,7 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
     ViT (MAE's rule; BEiT's and SimMIM's for a Beit): block i is i + 1; a bias shared by all blocks counts as the head.
     Swin (SimMIM's): its blocks counted through all stages; a downsampling belongs to the last block before it.
     ConvMAE (its own): both stages of convolutions are 0, block i of the third i + 1.
-    Raises TypeError for a module that pixmim does not know as an encoder.
+    Raises UserError for a module that pixmim does not know as an encoder.
     """
     if isinstance(encoder, ConvMAEEncoder):
         return {n: _of_vit(n, _CONVMAE, "blocks3", len(encoder.blocks3)) for n, _ in encoder.named_parameters()}
@@ -31,7 +32,7 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
         stages: Any = encoder.layers
         depths = [len(stage.blocks) for stage in stages]
         return {n: _of_swin(n, depths) for n, _ in encoder.named_parameters()}
-    raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
+    raise not_used(encoder)
 
 
 def not_decayed(encoder: nn.Module) -> tuple[str, ...]:

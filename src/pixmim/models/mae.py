@@ -74,6 +74,7 @@ class MAE(MaskedModel):
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
         """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
+        self.check_mask(images, mask)
         return self.decoder(encode_visible(self.encoder, images, mask), mask)
 
 

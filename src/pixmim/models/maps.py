@@ -8,6 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from pixmim.models.base import not_used
 from pixmim.models.convmae import ConvMAEEncoder
 
 
@@ -19,7 +20,7 @@ def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Ten
     Swin        each stage's, at strides 4 to 32
     ConvMAE     each stage's at strides 4 to 16, and the last one pooled to stride 32
 
-    Raises TypeError for a module that pixmim does not know as an encoder.
+    Raises UserError for a module that pixmim does not know as an encoder.
     """
     if isinstance(encoder, VisionTransformer | Beit):
         count = len(encoder.blocks)
@@ -34,15 +35,15 @@ def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Ten
         first, second, tokens = encoder.stages(images)
         third = encoder.blocks3(tokens).transpose(1, 2).unflatten(2, encoder.grid)
         return [first, second, third, nn.functional.max_pool2d(third, 2, ceil_mode=True)]
-    raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
+    raise not_used(encoder)
 
 
 def widths(encoder: nn.Module) -> list[int]:
-    """Channels of the four maps. Raises TypeError as `maps` does."""
+    """Channels of the four maps. Raises UserError as `maps` does."""
     if isinstance(encoder, VisionTransformer | Beit):
         return [encoder.embed_dim] * 4
     if isinstance(encoder, SwinTransformer):
         return [stage["num_chs"] for stage in encoder.feature_info]
     if isinstance(encoder, ConvMAEEncoder):
         return [*encoder.embed_dim, encoder.embed_dim[2]]
-    raise TypeError(f"{type(encoder).__name__} is no encoder that pixmim knows")
+    raise not_used(encoder)

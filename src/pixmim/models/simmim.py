@@ -49,6 +49,7 @@ class SimMIM(MaskedModel):
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
         """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
+        self.check_mask(images, mask)
         drive = swin.encode_replaced if isinstance(self.encoder, SwinTransformer) else vit.encode_replaced
         found = drive(self.encoder, images, mask.hidden, self.mask_token)  # type: ignore[arg-type]
         # PixelShuffle reads a place's values as (channel, output, row, column), SimMIM's layout; patchify gives ours.

@@ -24,7 +24,7 @@ from pixmim.data.source import BadImage, Source
 from pixmim.disk import atomic_write, check_writable, read_file, write_whole
 from pixmim.engine.runlog import is_number, read_metrics
 from pixmim.errors import UserError
-from pixmim.models import SIMMIM_BEIT
+from pixmim.options import NOT_OF_TIMM
 from pixmim.parts import image_form
 from pixmim.pretrained import open_model
 from pixmim.report.figures import Picture, curve, png, sheet
@@ -33,6 +33,7 @@ from pixmim.report.results import Measured, circumstances, compare, read_results
 from pixmim.targets import in_bins
 from pixmim.terminal import label, printable_lines
 from pixmim.trust import closed, inside, refusal
+from pixmim.weights.own import ENCODER, WEIGHTS
 from pixmim.weights.recognise import read_config
 
 _MAX_PICTURES = 100  # of one run
@@ -56,6 +57,10 @@ class _Story:
     results: list[dict[str, Any]]
     drawn: list[tuple[str, str]]
     """(caption, picture as a data URL) of what evaluations drew."""
+    progress: str
+    """How far its training is, such as "step 8 of 295"."""
+    unfinished: str
+    """How to go on with a run that has no encoder yet; empty if it has one."""
     pictures: Reconstruction | None
     problem: str
     """Why there are no pictures."""
@@ -87,7 +92,7 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a run: there is no such folder")
     check_writable(page)
-    stories = [_read(folder, name, data) for folder, name in zip(folders, _names(folders), strict=True)]
+    stories = [_read(folder, name, data, warn) for folder, name in zip(folders, _names(folders), strict=True)]
     for story in stories:
         for line in [*story.warnings, *[f"no reconstructions: {story.problem}"] * bool(story.problem)]:
             warn(line)
@@ -130,10 +135,10 @@ def _names(folders: list[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str, data: str | None) -> _Story:
+def _read(folder: Path, name: str, data: str | None, warn: Warn) -> _Story:
     """Read what there is in a folder: what cannot be read costs a warning, and the rest of the page is as good."""
     warnings: list[str] = []
-    run, config, pictures, problem = None, "", None, ""
+    run, config, pictures, problem, progress, unfinished = None, "", None, "", "", ""
     try:
         found = read_config(folder)
         if found is not None:
@@ -147,12 +152,20 @@ def _read(folder: Path, name: str, data: str | None) -> _Story:
         raise UserError(reason)
     if run is not None:
         try:
-            pictures = reconstruct(open_model(str(folder.absolute()), whole=True), _data(folder, run, config, data))
+            weights = open_model(str(folder.absolute()), whole=True)
+            progress = weights.progress
+            pictures = reconstruct(weights, _data(folder, run, config, data))
         except (UserError, OSError) as error:  # the data may be elsewhere by now
             problem = "; ".join(str(error).splitlines())
+        if not (folder / WEIGHTS).is_file():
+            resume = f"pixmim pretrain --resume {shlex.quote(str(folder))}"
+            unfinished = f"{resume} goes on with it; with --finish it ends now, with its encoder"
+            warn(f"{name} is unfinished{': ' * bool(progress)}{progress}")
     skipped = _skipped(folder, warnings.append)
     drawn = list(_drawn(folder, name, results, warnings.append))
-    return _Story(name, folder, run, metrics, results, drawn, pictures, problem, skipped, warnings)
+    return _Story(
+        name, folder, run, metrics, results, drawn, progress, unfinished, pictures, problem, skipped, warnings
+    )
 
 
 def _data(folder: Path, run: Run, config: str, data: str | None) -> Source:
@@ -210,25 +223,12 @@ def _settings(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _usage(story: _Story) -> str:
-    """The Python line that makes a run's encoder. Every name in it is a literal: none can end its string."""
-    run, file = story.run, str(story.folder / "encoder.safetensors")
+    """The Python line that opens a run's encoder. Its folder is a literal: no name can end the string."""
+    run, folder = story.run, str(story.folder / ENCODER)
     assert run is not None
-    if run.model.name == "convmae":
-        made = f"{run.model.backbone!r}, img_size={run.hw!r}, in_chans={run.channels!r}"
-        return (
-            f"encoder = pixmim.create_model('convmae', {made}).encoder\n"
-            f"encoder.load_state_dict(safetensors.torch.load_file({file!r}))"
-        )
-    options: dict[str, Any] = {"num_classes": 0}
-    if run.hw != (224, 224):
-        options["img_size"] = run.hw
-    if run.channels != 3:
-        options["in_chans"] = run.channels
-    if run.model.name == "simmim" and run.model.backbone.startswith("beit"):
-        options |= SIMMIM_BEIT
-    options |= run.model.options
-    words = [f"{key}={value!r}" if key.isidentifier() else f"**{ {key: value}!r}" for key, value in options.items()]
-    return f"encoder = timm.create_model({run.model.backbone!r}, checkpoint_path={file!r}, {', '.join(words)})"
+    if run.model.name == "convmae" or any(name in run.model.options for name in NOT_OF_TIMM):
+        return f"encoder = pixmim.load_encoder({folder!r})"
+    return f"encoder = timm.create_model({'local-dir:' + folder!r}, pretrained=True)"
 
 
 def _curves(stories: list[_Story]) -> list[tuple[str, str]]:

@@ -56,6 +56,17 @@ def move_downsampling_back(tensors: Tensors) -> Tensors:
     return _shift(tensors, -1)
 
 
+def order_merged(tensors: Tensors) -> Tensors:
+    """Swin's step between two stages joins four neighbours' values: here channel by channel in the order of rows
+    (mmcv's unfold), in timm neighbour by neighbour in the order of columns.
+    """
+    found = dict(tensors)
+    for name, value in tensors.items():
+        if ".downsample.norm." in name or name.endswith(".downsample.reduction.weight"):
+            found[name] = value.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
+    return found
+
+
 def _shift(tensors: Tensors, by: int) -> Tensors:
     found: Tensors = {}
     for name, value in tensors.items():

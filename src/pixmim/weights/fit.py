@@ -24,8 +24,8 @@ def refit(weights: Weights, state: Tensors, run: Run) -> tuple[dict[str, Tensor]
     """
     found, lines = dict(weights.tensors), []
     for name, value in weights.tensors.items():
-        if name not in state or state[name].shape == value.shape:
-            continue
+        if name not in state or (state[name].shape == value.shape and weights.run.hw == run.hw):
+            continue  # at another size, a table of as many rows may be for another grid: 6x6 and 4x9
         try:
             fitted, line = _refitted(weights, name, value, state[name], run)
         except (ValueError, IndexError, ArithmeticError, RuntimeError, LinAlgError) as error:  # shapes out of the way
@@ -43,16 +43,21 @@ def _refitted(weights: Weights, name: str, value: Tensor, wanted: Tensor, run: R
         patch = _patch(weights.tensors)
         strides = [r.model.decoder_stride if name.startswith("decoder.") else 1 for r in (weights.run, run)]
         old_grid, grid = (grid_of(r.hw, patch * s) for r, s in zip((weights.run, run), strides, strict=True))
+        if old_grid == grid:
+            return value, ""
         return resize.positions(value, old_grid, grid), f"positions of {_by(old_grid)} patches refitted to {_by(grid)}"
     if name.endswith("relative_position_bias_table") and new[-1] == value.shape[-1]:
         old_window, window = _window(weights, name, value), _window(replace(weights, run=run), name, wanted)
+        if old_window == window and new == value.shape:
+            return value, ""
         if old_window is None or window is None:
             raise UserError(f"{name} cannot be refitted: of what windows it was made is not known")
         return (
             resize.relative_biases(value, old_window, window),
             f"biases in windows of {_by(old_window)} refitted to {_by(window)}",
         )
-    if "patch_embed" in name and value.ndim == 4 and (new[0], *new[2:]) == (value.shape[0], *value.shape[2:]):
+    same = (new[0], *new[2:]) == (value.shape[0], *value.shape[2:])
+    if "patch_embed" in name and value.ndim == 4 and same and new != value.shape:
         return resize.channels(value, new[1]), f"{value.shape[1]} channels adapted to {new[1]}"
     return value, ""
 

@@ -79,6 +79,7 @@ def _swin(prefix: str) -> Source:
             *rows(f"{prefix}encoder.layers.*.blocks.*", "encoder.layers.*.blocks.*", _SWIN_BLOCK),
             (f"{prefix}encoder.layers.*.downsample.**", "encoder.layers.*.downsample.**"),
             (f"{prefix}layernorm.*", "encoder.norm.*"),
+            ("classifier.*", "encoder.head.fc.*"),
             ("decoder.*.*", "head.*.*"),
         ),
         unused=COMPUTED,
@@ -88,27 +89,33 @@ def _swin(prefix: str) -> Source:
 
 HF_SWIN, HF_SWIN_BODY = _swin("swin."), _swin("")
 
-HF_BEIT = Source(
-    "Hugging Face Beit",
-    "beit",
-    ("encoder.layer.0.lambda_1", "embeddings.patch_embeddings.projection.weight"),
-    Names(
-        ("embeddings.cls_token", "encoder.cls_token"),
-        ("embeddings.position_embeddings", "encoder.pos_embed"),
-        ("embeddings.patch_embeddings.projection.*", "encoder.patch_embed.proj.*"),
-        ("encoder.layer.*.lambda_1", "encoder.blocks.*.gamma_1"),
-        ("encoder.layer.*.lambda_2", "encoder.blocks.*.gamma_2"),
-        ("encoder.layer.*.attention.attention.query.bias", "encoder.blocks.*.attn.q_bias"),
-        ("encoder.layer.*.attention.attention.value.bias", "encoder.blocks.*.attn.v_bias"),
-        (
-            "encoder.layer.*.attention.attention.relative_position_bias.relative_position_bias_table",
-            "encoder.blocks.*.attn.relative_position_bias_table",
+
+def _beit(prefix: str) -> Source:
+    return Source(
+        "Hugging Face Beit",
+        "beit",
+        (f"{prefix}encoder.layer.0.lambda_1", f"{prefix}embeddings.patch_embeddings.projection.weight"),
+        Names(
+            (f"{prefix}embeddings.cls_token", "encoder.cls_token"),
+            (f"{prefix}embeddings.position_embeddings", "encoder.pos_embed"),
+            (f"{prefix}embeddings.patch_embeddings.projection.*", "encoder.patch_embed.proj.*"),
+            (f"{prefix}encoder.layer.*.lambda_1", "encoder.blocks.*.gamma_1"),
+            (f"{prefix}encoder.layer.*.lambda_2", "encoder.blocks.*.gamma_2"),
+            (f"{prefix}encoder.layer.*.attention.attention.query.bias", "encoder.blocks.*.attn.q_bias"),
+            (f"{prefix}encoder.layer.*.attention.attention.value.bias", "encoder.blocks.*.attn.v_bias"),
+            (
+                f"{prefix}encoder.layer.*.attention.attention.relative_position_bias.relative_position_bias_table",
+                "encoder.blocks.*.attn.relative_position_bias_table",
+            ),
+            *rows(f"{prefix}encoder.layer.*", "encoder.blocks.*", _BLOCK),
+            (f"{prefix}encoder.relative_position_bias.*", "encoder.rel_pos_bias.*"),
+            (f"{prefix}layernorm.*", "encoder.norm.*"),
+            (f"{prefix}pooler.layernorm.*", "encoder.fc_norm.*"),
+            ("classifier.*", "encoder.head.*"),
         ),
-        *rows("encoder.layer.*", "encoder.blocks.*", _BLOCK),
-        ("encoder.relative_position_bias.*", "encoder.rel_pos_bias.*"),
-        ("layernorm.*", "encoder.norm.*"),
-        ("pooler.layernorm.*", "encoder.fc_norm.*"),
-    ),
-    unused=(*COMPUTED, ("embeddings.mask_token", "of pre-training on visual words")),
-    arrange=(fuse_qkv,),
-)
+        unused=(*COMPUTED, ("*embeddings.mask_token", "of pre-training on visual words")),
+        arrange=(fuse_qkv,),
+    )
+
+
+HF_BEIT, HF_BEIT_BODY = _beit("beit."), _beit("")

@@ -1,8 +1,8 @@
 """The names of mmselfsup and mmpretrain, which PixMIM's own release was made with."""
 
-from pixmim.weights.arrange import fold_batch_norm
+from pixmim.weights.arrange import fold_batch_norm, move_downsampling, order_merged
 from pixmim.weights.names import Names
-from pixmim.weights.source import Source, rows
+from pixmim.weights.source import COMPUTED, Source, rows
 
 _MM_BLOCK = (
     ("ln1.*", "norm1.*"),
@@ -48,3 +48,31 @@ def _vit(prefix: str) -> Source:
 
 
 MM, MM_BODY = _vit("backbone."), _vit("")
+
+
+def _swin(prefix: str) -> Source:
+    """SimMIM of mmselfsup and mmpretrain, classifiers, or with no prefix the backbone alone."""
+    block = f"{prefix}stages.*.blocks.*"
+    return Source(
+        "mmselfsup or mmpretrain (Swin)",
+        "swin",
+        (f"{prefix}stages.0.blocks.0.attn.w_msa.qkv.weight", f"{prefix}patch_embed.projection.weight"),
+        Names(
+            (f"{prefix}mask_token", "mask_token"),
+            (f"{prefix}patch_embed.projection.*", "encoder.patch_embed.proj.*"),
+            (f"{prefix}patch_embed.norm.*", "encoder.patch_embed.norm.*"),
+            (f"{block}.attn.w_msa.**", "encoder.layers.*.blocks.*.attn.**"),
+            (f"{block}.ffn.layers.0.0.*", "encoder.layers.*.blocks.*.mlp.fc1.*"),
+            (f"{block}.ffn.layers.1.*", "encoder.layers.*.blocks.*.mlp.fc2.*"),
+            (f"{block}.norm*.*", "encoder.layers.*.blocks.*.norm*.*"),
+            (f"{prefix}stages.*.downsample.**", "encoder.layers.*.downsample.**"),
+            (f"{prefix}norm3.*", "encoder.norm.*"),
+            ("neck.decoder.*.*", "head.*.*"),
+            ("head.fc.*", "encoder.head.fc.*"),
+        ),
+        unused=(*COMPUTED, ("data_preprocessor.*", "of the loader")),
+        arrange=(move_downsampling, order_merged),
+    )
+
+
+MM_SWIN, MM_SWIN_BODY = _swin("backbone."), _swin("")

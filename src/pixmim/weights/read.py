@@ -9,7 +9,7 @@ import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickletools import genops, markobject
 from typing import Any
@@ -44,36 +44,59 @@ PARTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-    "encoder.safetensors",
+    "model.pth",
 )
-"""What holds the weights in a folder (Hugging Face's, timm's and pixmim's names), the best first."""
+"""What holds the weights in a folder (Hugging Face's and timm's names, and what `pixmim export` writes), best first."""
 
-_STATES = ("model", "state_dict", "module", "model_state_dict", "model_state", "network", "student", "teacher")
-"""Under what key training files keep a model's tensors, the likeliest first."""
+_STATES = (
+    *("model", "state_dict", "module", "model_state_dict", "model_state", "network", "backbone"),
+    *("teacher", "student", "target_encoder", "encoder"),
+)
+"""Under what key training files keep a model's tensors, the likeliest first.
+
+DINO evaluates its teacher; MSN and I-JEPA their target encoder.
+"""
+
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
+"""Under what key they keep an average of it over steps."""
 
 
 @dataclass(frozen=True)
 class Foreign:
     """What a file holds.
 
-    tensors   the model's, by the file's own names; wrappers' prefixes (module., _orig_mod.) are gone
+    tensors   the model's, by the file's own names
     settings  the training arguments it came with, flat: {"input_size": 224, "DATA.IMG_SIZE": 192, ...}
     config    config.json beside it (Hugging Face's, timm's), or nothing
+    prepared  preprocessor_config.json beside it (Hugging Face's), or nothing
     metadata  a safetensors file's own strings
+    state     key of a training file under which the tensors were
+    choice    of a file that holds several models: which one this is, in words
     """
 
     path: Path
     tensors: dict[str, Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    prepared: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    state: str = ""
+    choice: str = ""
 
 
-def read(path: Path) -> Foreign:
+def read(path: Path, state: str = "", ema: bool = False) -> Foreign:
     """Read a file of weights, or a folder that holds one, onto the CPU.
 
     safetensors, whole or in parts, and torch's files, these with `weights_only=True` and a list of harmless classes:
-    anything else that a pickle asks for is refused, and nothing of it runs. Raises UserError.
+    anything else that a pickle asks for is refused, and nothing of it runs.
+
+    Args:
+        path: The file or folder.
+        state: Key of a training file's model, such as student; if there is no such key, the likeliest one.
+        ema: Take the average that a training file holds besides the model.
+
+    Raises:
+        UserError: For what cannot be read, or holds no model, or with `ema` no average.
     """
     if path.is_dir():
         found = [path / name for name in PARTS if (path / name).exists()]
@@ -82,33 +105,35 @@ def read(path: Path) -> Foreign:
         path = found[0]
     if not path.exists():
         raise UserError(f"there is no {path}")
-    settings: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
     if path.name.endswith(".index.json"):
-        tensors = _read_parts(path)
+        file = Foreign(path, _read_parts(path))
     else:
-        tensors, settings, metadata = _read_one(path)
-    beside = path.parent / "config.json"
-    config = _json(beside) if beside.exists() else {}
-    return Foreign(path, _unwrap(tensors), settings, config, metadata)
+        file = _read_one(path, state, ema)
+    if ema and not file.choice:
+        raise UserError(f"--ema: {path} holds no average of its model: none of {', '.join(_AVERAGES)}")
+    config, prepared = (_beside(path, name) for name in ("config.json", "preprocessor_config.json"))
+    return replace(file, config=config, prepared=prepared)
 
 
-def _read_one(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+def _beside(path: Path, name: str) -> dict[str, Any]:
+    beside = path.parent / name
+    return _json(beside) if beside.exists() else {}
+
+
+def _read_one(path: Path, state: str = "", ema: bool = False) -> Foreign:
     """A file's tensors, settings and metadata."""
     try:
         with open(open_regular(path), "rb") as file:
             start, size = file.read(64), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    settings: dict[str, Any] = {}
-    metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
             tensors, metadata = _read_safetensors(path)
-        else:
-            content = _read_zip(path) if start.startswith(b"PK\x03\x04") else _read_plain(path)
-            tensors, settings = _find_tensors(content, path), _flat(content)
-        return _checked(tensors, size), settings, metadata
+            return Foreign(path, _checked(tensors, size), metadata=metadata)
+        content = _read_zip(path) if start.startswith(b"PK\x03\x04") else _read_plain(path)
+        tensors, state, choice = _find_tensors(content, path, state, ema)
+        return Foreign(path, _checked(tensors, size), _flat(content), state=state, choice=choice)
     except UserError:
         raise
     except Exception as error:  # torch and safetensors raise many kinds over a damaged file
@@ -134,7 +159,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
         real, beside = (os.path.dirname(os.path.realpath(one)) for one in (path, index))
         if real != beside:  # in the hub's cache, all are links to one other folder
             path = inside(index.parent, part)
-        tensors |= _read_one(path)[0]
+        tensors |= _read_one(path).tensors
     return tensors
 
 
@@ -296,32 +321,32 @@ def _guess(start: bytes) -> str:
     return ""
 
 
-def _find_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """The model's tensors in what a training run saved."""
+def _find_tensors(content: Any, path: Path, state: str, ema: bool) -> tuple[dict[str, Tensor], str, str]:
+    """The model's tensors in what a training run saved, under what key, and of several models which one, in words."""
     if isinstance(content, Mapping):
-        for key in _STATES:
-            if isinstance(content.get(key), Mapping) and any(isinstance(v, Tensor) for v in content[key].values()):
-                return _tensors(content[key])
+        keys = dict.fromkeys((*((state,) if state else ()), *_STATES, *_AVERAGES))
+        found = [key for key in keys if isinstance(content.get(key), Mapping) and _tensors(content[key])]
+        averages = [key for key in found if key in _AVERAGES]
+        if ema and not averages:
+            return {}, "", ""
+        if found:
+            key = averages[0] if ema else found[0]
+            others = " and ".join(f"'{other}'" for other in found if other != key)
+            how = "--ema takes the average" if averages and not ema else "--prefix names another one"
+            also = f"; it also holds {others}: {how}" if others else ""
+            return _tensors(content[key]), key, f"taken: '{key}'{also}" if also or ema else ""
         if any(isinstance(value, Tensor) for value in content.values()):
-            return _tensors(content)
-    keys = [str(key)[:40] for key in list(content)[:8]] if isinstance(content, Mapping) else type(content).__name__
-    raise UserError(f"{path} holds no model: it has {keys}, and under none of {', '.join(_STATES)} are there tensors")
+            return _tensors(content), "", ""
+    there = [str(key)[:40] for key in list(content)[:8]] if isinstance(content, Mapping) else type(content).__name__
+    raise UserError(f"{path} holds no model: it has {there}, and under none of {', '.join(_STATES)} are there tensors")
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _unwrap(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that DistributedDataParallel and torch.compile add."""
-    for prefix in ("module.", "_orig_mod."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return _unwrap({name.removeprefix(prefix): value for name, value in tensors.items()})
-    return tensors
-
-
 def _flat(content: Any) -> dict[str, Any]:
-    """The training arguments of a file, `args` of argparse or `config` of yacs, nested names joined by dots."""
+    """The training arguments of a file, nested names joined by dots: `args` of argparse, `config` of yacs, `meta`."""
     found: dict[str, Any] = {}
     left = 10_000  # a pickle can hold itself, and one dict in many places
 
@@ -338,7 +363,7 @@ def _flat(content: Any) -> dict[str, Any]:
             found[name] = value
 
     if isinstance(content, Mapping):
-        for key in ("args", "config"):
+        for key in ("args", "config", "meta"):
             walk(content.get(key), "", 0)
     return found
 
@@ -370,6 +395,9 @@ _HARMLESS: list[Any] = [
     Namespace,  # of MAE's, ConvMAE's and timm's training scripts
     (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's
     (OrderedDict, "mmengine.config.config.ConfigDict"),
+    (OrderedDict, "lightning.fabric.utilities.data.AttributeDict"),  # Lightning's hyper_parameters, here and below
+    (OrderedDict, "lightning_fabric.utilities.data.AttributeDict"),
+    (OrderedDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
     (_Inert, "mmengine.config.config.Config"),
     (_Inert, "mmengine.logging.history_buffer.HistoryBuffer"),
     (_Inert, "pathlib.PosixPath"),

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,6 +13,29 @@ from pixmim.options import MAX_DEPTH
 
 Tensors = Mapping[str, Tensor]
 Options = dict[str, Option]
+
+
+@dataclass
+class Known:
+    """What the caller, or a file's own settings, say of a model; what nobody says is taken from the published ones.
+
+    img_size  (h, w) of the images that the weights were made for; it must fit their tables
+    wanted    (h, w) that they are wanted for: taken for theirs where their tables are for no square
+    mean, std, prefix, ema  not of sizes: see `recognise.read_weights`
+    assumed   collects, in words, what was taken since nobody said it
+    """
+
+    img_size: object = None
+    wanted: object = None
+    num_heads: object = None
+    decoder_heads: object = None
+    norm_eps: object = None
+    mean: object = None
+    std: object = None
+    prefix: str = ""
+    ema: bool = False
+    assumed: list[str] = field(default_factory=list)
+
 
 VITS = {
     (192, 12, 16): "vit_tiny_patch16_224",
@@ -41,11 +64,11 @@ SWIN_SIDES = {6: 192, 7: 224, 12: 192, 14: 224}
 """Image size that the published Swins with this window were trained at (12 for SimMIM's Swin-L)."""
 
 
-def vit(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple[int, int]]:
+def vit(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
     """timm's name, keywords and image size (h, w) of a plain ViT. `known` is what the caller or the file says."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
     depth, ratio = count(tensors, "encoder.blocks"), _mlp_ratio(tensors, "encoder.blocks.0", dim)
-    heads = _heads(dim, HEADS, known, "num_heads")
+    heads = _heads(dim, HEADS, known)
     options: Options = {}
     registers = tensors["encoder.reg_token"].shape[1] if "encoder.reg_token" in tensors else 0
     prefix = int("encoder.cls_token" in tensors) + registers
@@ -69,7 +92,7 @@ def vit(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple
     return name, options | _pooling(tensors), size
 
 
-def beit(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple[int, int]]:
+def beit(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
     """timm's name, keywords and image size of a Beit, SimMIM's ViT among them."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
     depth = count(tensors, "encoder.blocks")
@@ -88,7 +111,7 @@ def beit(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tupl
         heads = table.shape[1]
         size = _beit_size(table.shape[0], patch, known)
     else:
-        heads = _heads(dim, HEADS, known, "num_heads")
+        heads = _heads(dim, HEADS, known)
         size = _side(known, 224)
     if absolute and table is None:
         grid = _grid(tensors["encoder.pos_embed"].shape[1] - 1, patch, known)
@@ -102,7 +125,7 @@ def beit(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tupl
     return name, options | _pooling(tensors), size
 
 
-def swin(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple[int, int]]:
+def swin(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
     """timm's name, keywords and image size of a Swin. Its largest window is the one it was made with."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
     stages = range(count(tensors, "encoder.layers"))
@@ -121,7 +144,7 @@ def swin(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tupl
     return name, options, _side(known, SWIN_SIDES.get(window, window * patch * 2 ** (len(depths) - 1)))
 
 
-def convmae(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, tuple[int, int]]:
+def convmae(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
     """pixmim's name, keywords and image size of a ConvMAE encoder."""
     dims = [tensors[f"encoder.patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3)]
     depths = [count(tensors, f"encoder.blocks{stage}") for stage in (1, 2, 3)]
@@ -136,12 +159,12 @@ def convmae(tensors: Tensors, known: Mapping[str, Any]) -> tuple[str, Options, t
     return name, options, (grid[0] * 16, grid[1] * 16)
 
 
-def decoder(tensors: Tensors, known: Mapping[str, Any]) -> dict[str, int]:
+def decoder(tensors: Tensors, known: Known) -> dict[str, int]:
     """Keywords of MAE's decoder, LSMAE's coarser grid and larger patches among them; nothing where there is none."""
     if "decoder.embed.weight" not in tensors:
         return {}
     dim = tensors["decoder.embed.weight"].shape[0]
-    heads = _heads(dim, DECODER_HEADS, known, "decoder_heads")
+    heads = _heads(dim, DECODER_HEADS, known, "decoder_heads", "--decoder-heads")
     found = {"decoder_dim": dim, "decoder_depth": count(tensors, "decoder.blocks"), "decoder_heads": heads}
     if "decoder.downsample.weight" in tensors:
         found["decoder_stride"] = tensors["decoder.downsample.weight"].shape[-1]
@@ -160,45 +183,68 @@ def count(tensors: Tensors, prefix: str) -> int:
     return most
 
 
-def pair(size: Any) -> tuple[int, int]:
+def pair(size: object) -> tuple[int, int]:
     """A side, or (h, w), as (h, w)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if isinstance(size, list | tuple):
+        return int(size[0]), int(size[-1])
+    return int(str(size)), int(str(size))
 
 
-def _heads(dim: int, published: dict[int, int], known: Mapping[str, Any], keyword: str) -> int:
-    heads = known.get(keyword) or published.get(dim)
-    if heads is None:
-        raise UserError(f"shapes do not tell how many attention heads a width of {dim} has: give {keyword}")
-    return int(heads)
+def _heads(dim: int, published: dict[int, int], known: Known, keyword: str = "num_heads", flag: str = "--heads") -> int:
+    said = getattr(known, keyword)
+    if said is not None:
+        return int(said)
+    if dim not in published:
+        raise UserError(f"shapes do not tell how many attention heads a width of {dim} has: give {flag} ({keyword})")
+    known.assumed.append(f"{flag} {published[dim]}")
+    return published[dim]
 
 
-def _grid(places: int, patch: int, known: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a table of positions: the caller's image size if it fits, or a square."""
-    if "img_size" in known:
-        h, w = pair(known["img_size"])
-        if (h // patch) * (w // patch) == places:
-            return h // patch, w // patch
+def _grid(places: int, patch: int, known: Known) -> tuple[int, int]:
+    """Rows and columns of a table of positions: those of the image size that was said, or else of a square."""
     side = math.isqrt(places)
-    if side * side != places:
-        raise UserError(f"{places} positions are no square of patches: give img_size, (height, width)")
-    return side, side
+    square = (side * patch, side * patch) if side * side == places else None
+    h, w = _size_of_table(square, patch, known, f"a table of {places} positions", lambda h, w: h * w == places)
+    return h // patch, w // patch
 
 
-def _beit_size(entries: int, patch: int, known: Mapping[str, Any]) -> tuple[int, int]:
+_IMPORT = "give --size HEIGHTxWIDTH (to `pixmim import`, where --size is another thing)"
+
+
+def _size_of_table(
+    square: tuple[int, int] | None, patch: int, known: Known, table: str, fits: Callable[[int, int], bool]
+) -> tuple[int, int]:
+    """Return the image size (h, w) that a table is for: the one that was said, or a square, or the wanted one."""
+    said = known.img_size or (None if square else known.wanted)
+    if said is None and square is None:
+        raise UserError(f"it has {table}, which is for no square of patches: {_IMPORT}")
+    if said is None:
+        assert square is not None
+        known.assumed.append(f"--size {square[0]}x{square[1]}")
+        return square
+    h, w = pair(said)
+    if h % patch or w % patch or not fits(h // patch, w // patch):
+        made = f"{h / patch:g}x{w / patch:g} patches of {patch} pixels"
+        raise UserError(f"an image size of {h}x{w} makes {made}, and it has {table}: {_IMPORT}")
+    return h, w
+
+
+def _beit_size(entries: int, patch: int, known: Known) -> tuple[int, int]:
     """Of (2h-1)(2w-1) distances and three entries that touch the cls token: the size the caller gave, or a square."""
-    h, w = pair(known.get("img_size", 0))
-    side = (math.isqrt(entries - 3) + 1) // 2
-    for rows, columns in ((h // patch, w // patch), (side, side)):
-        if (2 * rows - 1) * (2 * columns - 1) + 3 == entries:
-            return rows * patch, columns * patch
-    raise UserError(f"a table of {entries} relative positions is for no square of patches: give img_size")
+    side = (math.isqrt(max(0, entries - 3)) + 1) // 2
+    square = (side * patch, side * patch) if (2 * side - 1) ** 2 + 3 == entries else None
+    table = f"a table of {entries} relative positions"
+    return _size_of_table(square, patch, known, table, lambda h, w: (2 * h - 1) * (2 * w - 1) + 3 == entries)
 
 
-def _side(known: Mapping[str, Any], default: int) -> tuple[int, int]:
-    size = known.get("img_size") or default
-    if not size:
-        raise UserError("shapes do not tell the image size: give img_size")
-    return pair(size)
+def _side(known: Known, default: int) -> tuple[int, int]:
+    said = known.img_size or known.wanted
+    if said is not None:
+        return pair(said)
+    if not default:
+        raise UserError("shapes do not tell the image size: give --size HEIGHTxWIDTH")
+    known.assumed.append(f"--size {default}x{default}")
+    return default, default
 
 
 def _mlp_ratio(tensors: Tensors, block: str, dim: int) -> float:
