@@ -6,7 +6,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from pixmim.disk import check_writable
+from pixmim.disk import check_output
 from pixmim.terminal import say
 
 
@@ -23,6 +23,7 @@ def coverage(args: list[str]) -> int:
         simulate: int = 0,
         seed: int = 0,
         out: Path = Path("coverage"),
+        overwrite: bool = False,
     ) -> int:
         """Object coverage: which share of an object RRC, SRC and CC keep, and what masking leaves of it.
 
@@ -37,11 +38,13 @@ def coverage(args: list[str]) -> int:
             simulate: Crops to draw for each object, as a check on the expectation; 0: none.
             seed: Of these.
             out: Folder for coverage.csv, coverage.json and coverage.png.
+            overwrite: Replace those that are there.
         """
         from pixmim.config import Run
         from pixmim.evaluate.coverage import measure
 
-        check_writable(out / "coverage.json")
+        for end in ("json", "csv", "png"):
+            check_output(out / f"coverage.{end}", overwrite)
         console = Console()
         report = measure(data, Run(size=size).hw, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
         console.print(report.table())

@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.terms import absolute
-from pixmim.disk import atomic_write, check_writable
+from pixmim.disk import atomic_write, check_output
 from pixmim.errors import UserError
 from pixmim.terminal import say
 
@@ -26,6 +26,7 @@ def reconstruct(args: list[str]) -> int:
         /,
         *,
         out: Path = Path("reconstruction.png"),
+        overwrite: bool = False,
         count: int = 16,
     ) -> int:
         """Hide patches of pictures and draw what a model predicts there, beside what it saw and should have predicted.
@@ -34,6 +35,7 @@ def reconstruct(args: list[str]) -> int:
             model: A run, an imported folder, or a file of weights with its decoder.
             images: Pictures, or folders of them.
             out: The PNG to write: a row for each picture.
+            overwrite: Replace a file that is there.
             count: Most pictures to draw; of more, a random choice.
         """
         from pixmim.data.folders.files import named
@@ -44,7 +46,7 @@ def reconstruct(args: list[str]) -> int:
         from pixmim.report.reconstruct import reconstruct as predict
 
         _some(images)
-        kind = _kind(out)
+        kind = _kind(out, overwrite)
         weights = open_model(model, whole=True)
         found = predict(weights, named(images, image_form(weights.run)), count)
         _save(titled_sheet(found.columns), out, kind)
@@ -64,6 +66,7 @@ def attention(args: list[str]) -> int:
         /,
         *,
         out: Path = Path("attention.png"),
+        overwrite: bool = False,
         count: int = 8,
     ) -> int:
         """Draw the attention of the last block over pictures: of all heads together, and of each one.
@@ -72,6 +75,7 @@ def attention(args: list[str]) -> int:
             model: A run, an imported folder, a file of weights, or timm:NAME.
             images: Pictures, or folders of them.
             out: The PNG to write: a row for each picture.
+            overwrite: Replace a file that is there.
             count: Most pictures to draw.
         """
         from pixmim.data.folders.files import named
@@ -81,7 +85,7 @@ def attention(args: list[str]) -> int:
         from pixmim.report.figures import titled_sheet
 
         _some(images)
-        kind = _kind(out)
+        kind = _kind(out, overwrite)
         weights = open_model(model)
         columns, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
         _save(titled_sheet(columns), out, kind)
@@ -102,6 +106,7 @@ def embed(args: list[str]) -> int:
         *,
         data: str,
         out: Path,
+        overwrite: bool = False,
         kind: Annotated[Literal["cls", "mean", "both"], arg(name="features")] = "both",
         batch_size: int = 256,
         device: str = "auto",
@@ -113,6 +118,7 @@ def embed(args: list[str]) -> int:
             model: A finished run, an imported folder, a file of weights, or timm:NAME.
             data: Images, as pretrain's --data takes them.
             out: .npy (float32, a row for each image; names in a .csv beside it) or .parquet.
+            overwrite: Replace files that are there.
             kind: cls: the global token. mean: the mean of the patch tokens. Without a global token both are the mean.
             batch_size: Images at a time.
             device: auto, cpu, cuda, cuda:1, mps.
@@ -127,7 +133,15 @@ def embed(args: list[str]) -> int:
         weights = open_model(model)
         source = open_data(absolute(data), image_form(weights.run))
         for line in write(
-            model, weights, source, out, kind, batch=batch_size, device=device, precision=precision, console=console
+            weights,
+            source,
+            out,
+            kind,
+            batch=batch_size,
+            device=device,
+            precision=precision,
+            overwrite=overwrite,
+            console=console,
         ):
             say(console, line)
         return 0
@@ -140,14 +154,14 @@ def _some(images: tuple[Path, ...]) -> None:
         raise UserError("which pictures? Give files, or folders of them.")
 
 
-def _kind(out: Path) -> str:
+def _kind(out: Path, overwrite: bool) -> str:
     """The format of a picture to be written, by its suffix. Raises UserError or OSError now if that cannot work."""
     from PIL.Image import SAVE, registered_extensions
 
     kind = registered_extensions().get(out.suffix.lower(), "")
     if kind not in SAVE:
         raise UserError(f"--out ends with .png, and not with '{out.suffix}'")
-    check_writable(out)
+    check_output(out, overwrite)
     return kind
 
 

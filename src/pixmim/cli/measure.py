@@ -10,6 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.terms import absolute
+from pixmim.disk import check_output, check_writable
 from pixmim.errors import UserError, nearest
 from pixmim.protocols import DATA, PROTOCOLS, All
 from pixmim.terminal import say
@@ -56,15 +57,20 @@ def evaluate(args: list[str]) -> int:
         raise UserError(f"which encoder? pixmim evaluate {name} MODEL [MODEL ...]")
     from pixmim.evaluate import side_by_side
     from pixmim.evaluate.results import save
+    from pixmim.report import MARK
 
     console, settings = Console(), _with_whole_paths(settings)
     evaluations = settings.parts() if isinstance(settings, All) else [(name, settings)]
     homes = {model: _home(model, out, several=len(set(models)) > 1) for model in models}
+    page = _page(list(homes.values()), out / "report.html" if out else None)
+    check_output(page, mark=MARK)
+    for home in homes.values():
+        check_writable(home / "evaluations" / "results.json")
     for result, home in side_by_side(
         homes, evaluations, untrained=untrained, device=device, precision=precision, console=console
     ):
         save(result, home)
-    _show(list(homes.values()), out / "report.html" if out else None, console)
+    _show(list(homes.values()), page, console)
     return 0
 
 
@@ -90,11 +96,15 @@ def _home(model: str, out: Path | None, *, several: bool) -> Path:
     return folder if folder.is_dir() else Path("evaluations") / name
 
 
+def _page(folders: list[Path], page: Path | None) -> Path:
+    return page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+
+
 def _show(folders: list[Path], page: Path | None, console: Console, data: str | None = None) -> None:
     """Write the page of what is in these folders, by default that of a single one into it, and print its table."""
     from pixmim.report import results_table, write_report
 
-    page = page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    page = _page(folders, page)
     write_report(folders, page, data, lambda line: say(console, f"warning: {line}"))
     console.print(results_table(folders, console.width))
     say(console, f"report: {page}")

@@ -20,7 +20,7 @@ from pixmim.data import open_data
 from pixmim.data.pictures.decode import open_image
 from pixmim.data.skipped import read_skipped
 from pixmim.data.source import BadImage, Source
-from pixmim.disk import atomic_write, check_writable, read_file, write_whole
+from pixmim.disk import atomic_write, check_output, read_file, write_whole
 from pixmim.engine.runlog import is_number, read_metrics
 from pixmim.errors import UserError
 from pixmim.models import SIMMIM_BEIT
@@ -37,6 +37,9 @@ from pixmim.weights.recognise import read_config
 _MAX_PICTURES = 100  # of one run
 _MAX_PICTURE_BYTES = 2**25
 _MAX_PIXELS = 2**25  # of all pictures of one run together
+
+MARK = " · pixmim</title>".encode()
+"""In the first lines of a page: one that pixmim wrote may be written again."""
 
 Warn = Callable[[str], None]
 
@@ -77,13 +80,13 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         warn: Called with a line for everything that is left out.
 
     Raises:
-        UserError: If a folder holds no run.
+        UserError: If a folder holds no run, or the page is a file that pixmim did not write.
         OSError: If the page cannot be written.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a run: there is no such folder")
-    check_writable(page)
+    check_output(page, mark=MARK)
     stories = [_read(folder, name, data) for folder, name in zip(folders, _names(folders), strict=True)]
     for story in stories:
         for line in [*story.warnings, *[f"no reconstructions: {story.problem}"] * bool(story.problem)]:
