@@ -81,7 +81,7 @@ def test_pictures_are_drawn_from_files_and_folders(
     out = tmp_path / "new" / "r.png"
     status, text = say(capsys, "reconstruct", model, one, pictures / "dogs", "--out", out)
     assert status == 0 and "unaided" in text
-    assert Image.open(out).size == (6 * (128 + 4) - 4, 6 * (128 + 4) - 4 + 18)  # 32 px enlarged four times
+    assert Image.open(out).size == (6 * (128 + 4) - 4, 6 * (128 + 18 + 4) - 4 + 18)  # 32 px enlarged four times
     assert "is there already" in say(capsys, "attention", model, one, "--out", out)[1]
     assert "Not a directory" in say(capsys, "attention", model, one, "--out", out / "a.png")[1]
     assert say(capsys, "attention", model, one, "--out", out, "--overwrite")[0] == 0

@@ -231,6 +231,9 @@ class Run:
     """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
     pages: Literal["first", "channels"] = "first"
     """Of a TIFF with several pages: the first one, or all of them as channels."""
+    bands: str = ""
+    """Channels that pictures show as red, green and blue, counted from 1, such as 4,3,2, or one as grey; otherwise the
+    first three, or of fewer the first."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
     std: tuple[float, ...] | None = None
@@ -327,6 +330,7 @@ class Run:
             for one in value if isinstance(value, tuple) else (value,):
                 if isinstance(one, int | float) and not low <= one <= high:  # not a number fails, too
                     raise UserError(f"{_flag(name)} must be from {low:,} to {high:,}, not {shown(one)}")
+        self.drawn  # noqa: B018 (raises)
         if h * w * self.channels > MAX_VALUES:
             raise UserError(
                 f"--size {self.size} with --channels {self.channels} makes {h * w * self.channels:,} values of an "
@@ -345,6 +349,19 @@ class Run:
     def named(self) -> dict[str, str]:
         """Data and weights that this run opens, by flag; empty where it names none."""
         return {"--data": self.data, "--init": self.init, "--knn.train": self.knn.train, "--knn.test": self.knn.test}
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Indices of the channels that pictures show. Raises UserError if `bands` names others."""
+        if not self.bands:
+            return tuple(range(3 if self.channels >= 3 else 1))
+        words = self.bands.split(",")
+        if len(words) not in (1, 3) or not all(w.isascii() and w.isdigit() and len(w) < 6 for w in words):
+            raise UserError(f"--bands is one channel or three, such as 4,3,2, and not {shown(self.bands)}")
+        found = tuple(int(word) - 1 for word in words)
+        if not all(0 <= index < self.channels for index in found):
+            raise UserError(f"--bands {self.bands} names a channel that is not among the {self.channels}: count from 1")
+        return found
 
     @property
     def hw(self) -> tuple[int, int]:

@@ -28,6 +28,7 @@ def reconstruct(args: list[str]) -> int:
         out: Path = Path("reconstruction.png"),
         overwrite: bool = False,
         count: int = 16,
+        bands: str = "",
     ) -> int:
         """Hide patches of pictures and draw what a model predicts there, beside what it saw and should have predicted.
 
@@ -37,19 +38,20 @@ def reconstruct(args: list[str]) -> int:
             out: The PNG to write: a row for each picture.
             overwrite: Replace a file that is there.
             count: Most pictures to draw; of more, a random choice.
+            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
         """
         from pixmim.data.folders.files import named
         from pixmim.parts import image_form
         from pixmim.pretrained import open_model
         from pixmim.report.figures import titled_sheet
-        from pixmim.report.reconstruct import COLUMNS
+        from pixmim.report.reconstruct import COLUMNS, with_bands
         from pixmim.report.reconstruct import reconstruct as predict
 
         _some(images)
         kind = _kind(out, overwrite)
-        weights = open_model(model, whole=True)
+        weights = with_bands(open_model(model, whole=True), bands)
         found = predict(weights, named(images, image_form(weights.run)), count)
-        _save(titled_sheet(found.columns), out, kind)
+        _save(titled_sheet(found.columns, found.names), out, kind)
         say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
         say(Console(), f"written to {out}")
         return 0
@@ -68,6 +70,7 @@ def attention(args: list[str]) -> int:
         out: Path = Path("attention.png"),
         overwrite: bool = False,
         count: int = 8,
+        bands: str = "",
     ) -> int:
         """Draw the attention of the last block over pictures: of all heads together, and of each one.
 
@@ -77,18 +80,20 @@ def attention(args: list[str]) -> int:
             out: The PNG to write: a row for each picture.
             overwrite: Replace a file that is there.
             count: Most pictures to draw.
+            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
         """
         from pixmim.data.folders.files import named
         from pixmim.parts import image_form
         from pixmim.pretrained import open_model
         from pixmim.report.attention import attention_sheet
         from pixmim.report.figures import titled_sheet
+        from pixmim.report.reconstruct import with_bands
 
         _some(images)
         kind = _kind(out, overwrite)
-        weights = open_model(model)
-        columns, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
-        _save(titled_sheet(columns), out, kind)
+        weights = with_bands(open_model(model), bands)
+        columns, names, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
+        _save(titled_sheet(columns, names), out, kind)
         for line in bad:
             say(Console(stderr=True), f"left out: {line}")
         say(Console(), f"written to {out}")

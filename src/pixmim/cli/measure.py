@@ -100,12 +100,12 @@ def _page(folders: list[Path], page: Path | None) -> Path:
     return page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
 
 
-def _show(folders: list[Path], page: Path | None, console: Console, data: str | None = None) -> None:
+def _show(folders: list[Path], page: Path | None, console: Console, data: str | None = None, bands: str = "") -> None:
     """Write the page of what is in these folders, by default that of a single one into it, and print its table."""
     from pixmim.report import results_table, write_report
 
     page = _page(folders, page)
-    write_report(folders, page, data, lambda line: say(console, f"warning: {line}"))
+    write_report(folders, page, data, lambda line: say(console, f"warning: {line}"), bands)
     console.print(results_table(folders, console.width))
     say(console, f"report: {page}")
 
@@ -119,7 +119,9 @@ def _with_whole_paths(settings: Any) -> Any:
 def report(args: list[str]) -> int:
     """Write the page of one run, or of several side by side."""
 
-    def command(runs: Positional[tuple[Path, ...]], /, *, data: str | None = None, out: Path | None = None) -> int:
+    def command(
+        runs: Positional[tuple[Path, ...]], /, *, data: str | None = None, out: Path | None = None, bands: str = ""
+    ) -> int:
         """Write one self-contained HTML page.
 
         Args:
@@ -127,10 +129,11 @@ def report(args: list[str]) -> int:
             data: Images to draw reconstructions of, as pretrain's --data takes them; otherwise each run's own. Those
                 that a run from elsewhere names are not opened.
             out: Where to write it; otherwise RUN/report.html, or report.html for several runs.
+            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise each run's.
         """
         if not runs:
             raise UserError("which run? pixmim report RUN [RUN ...]")
-        _show(list(runs), out, Console(), None if data is None else absolute(data))
+        _show(list(runs), out, Console(), None if data is None else absolute(data), bands)
         return 0
 
     return tyro.cli(command, prog="pixmim report", args=args)

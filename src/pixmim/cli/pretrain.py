@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = {
     *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),
-    *("accumulate", "scale", "saving", "knn"),
+    *("accumulate", "scale", "saving", "knn", "bands"),
 }
 """Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 

@@ -21,16 +21,17 @@ from pixmim.data.pictures.decode import open_image
 from pixmim.data.skipped import read_skipped
 from pixmim.data.source import BadImage, Source
 from pixmim.disk import atomic_write, check_output, read_file, write_whole
+from pixmim.drawing import Picture
 from pixmim.engine.runlog import is_number, read_metrics
 from pixmim.errors import UserError
 from pixmim.models import SIMMIM_BEIT
 from pixmim.parts import image_form
 from pixmim.pretrained import open_model
-from pixmim.report.figures import Picture, curve, png, sheet
-from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
+from pixmim.report.figures import curve, png, titled_sheet
+from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
 from pixmim.report.results import Measured, compare, read_results, table
 from pixmim.targets import in_bins
-from pixmim.terminal import printable_lines
+from pixmim.terminal import label, printable_lines
 from pixmim.trust import closed, inside, refusal
 from pixmim.weights.recognise import read_config
 
@@ -69,7 +70,9 @@ class _Story:
         return [line["epoch"] for line in lines], [line[key] for line in lines]
 
 
-def write_report(folders: list[Path], page: Path, data: str | None = None, warn: Warn = lambda text: None) -> Path:
+def write_report(
+    folders: list[Path], page: Path, data: str | None = None, warn: Warn = lambda text: None, bands: str = ""
+) -> Path:
     """Write the page of these runs; their reconstructions are drawn anew, and kept beside them as PNG.
 
     Args:
@@ -78,6 +81,7 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         data: Images to draw reconstructions of. Otherwise those of each run, if this user made it on this machine: a
             folder from elsewhere may name any file or URL.
         warn: Called with a line for everything that is left out.
+        bands: The channels to draw as red, green and blue, such as "4,3,2"; otherwise those of each run.
 
     Raises:
         UserError: If a folder holds no run, or the page is a file that pixmim did not write.
@@ -87,14 +91,14 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a run: there is no such folder")
     check_output(page, mark=MARK)
-    stories = [_read(folder, name, data) for folder, name in zip(folders, _names(folders), strict=True)]
+    stories = [_read(folder, name, data, bands) for folder, name in zip(folders, _names(folders), strict=True)]
     for story in stories:
         for line in [*story.warnings, *[f"no reconstructions: {story.problem}"] * bool(story.problem)]:
             warn(line)
         if story.pictures is not None:
             folder = inside(story.folder, "reconstructions")
             folder.mkdir(exist_ok=True)
-            picture = sheet(story.pictures.columns)
+            picture = titled_sheet(story.pictures.columns, story.pictures.names)
             atomic_write(folder / f"step-{story.pictures.step:09d}.png", partial(picture.save, format="PNG"))
     trained = [story for story in stories if story.run is not None]
     targets = [(story.name, story.run.target) for story in stories if story.run is not None]
@@ -108,6 +112,7 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         curves=_curves(stories),
         columns=COLUMNS,
         png=png,
+        label=label,
         spectrum=_spectrum,
         usage=_usage,
         binned=[name for name, target in targets if target.distance == "cross_entropy"],
@@ -130,7 +135,7 @@ def _names(folders: list[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str, data: str | None) -> _Story:
+def _read(folder: Path, name: str, data: str | None, bands: str) -> _Story:
     """Read what there is in a folder: what cannot be read costs a warning, and the rest of the page is as good."""
     warnings: list[str] = []
     run, config, pictures, problem = None, "", None, ""
@@ -147,7 +152,8 @@ def _read(folder: Path, name: str, data: str | None) -> _Story:
         raise UserError(reason)
     if run is not None:
         try:
-            pictures = reconstruct(open_model(str(folder.absolute()), whole=True), _data(folder, run, config, data))
+            weights = with_bands(open_model(str(folder.absolute()), whole=True), bands)
+            pictures = reconstruct(weights, _data(folder, run, config, data))
         except (UserError, OSError) as error:  # the data may be elsewhere by now
             problem = "; ".join(str(error).splitlines())
     skipped = _skipped(folder, warnings.append)
@@ -240,11 +246,11 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
         ("images_per_s", "images/s", "Throughput."),
     ]
     figures = []
-    for key, label, caption in kinds:
+    for key, axis, caption in kinds:
         series = {story.name: story.series(key) for story in stories}
         series = {name: xy for name, xy in series.items() if len(xy[0]) > 1}
         if series:
-            figures.append((caption, curve(series, x="epoch", y=label, marker="o" if key.startswith("knn") else "")))
+            figures.append((caption, curve(series, x="epoch", y=axis, marker="o" if key.startswith("knn") else "")))
     return figures
 
 
