@@ -121,8 +121,9 @@ def knn_watch(run: Run) -> Callable[[nn.Module], dict[str, float]] | None:
     if not (run.knn.train and run.knn.test):
         raise UserError("--knn.every needs labelled data: give --knn.train and --knn.test")
     sets = [open_data(spec, image_form(run), run.local_copy) for spec in (run.knn.train, run.knn.test)]
-    if any(data.labels is None for data in sets):
-        raise UserError("--knn.train and --knn.test need classes: one subfolder for each, or a column of them (label=)")
+    for data in sets:
+        if data.labels is None:
+            raise UserError(data.no_labels)
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
 

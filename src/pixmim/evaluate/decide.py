@@ -72,7 +72,7 @@ def probe(bench: Bench, train: str, *, epochs: int, seed: int) -> Judge:
 def labels_among(data: Source, classes: list[str]) -> Int[Tensor, " n"]:
     """The label of each picture in the numbers of `classes`. Raises UserError for a class that is not among them."""
     if data.labels is None:
-        raise UserError(f"{data.spec} has no labels: one subfolder for each class is needed, or a column (label=)")
+        raise UserError(data.no_labels)
     place = {name: i for i, name in enumerate(classes)}
     for name in data.classes:
         if name not in place:

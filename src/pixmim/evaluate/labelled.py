@@ -38,9 +38,7 @@ def open_labelled(bench: Bench, train: str, test: str) -> Labelled:
     learnt, measured = bench.data(train), bench.data(test)
     for data in (learnt, measured):
         if data.labels is None:
-            raise UserError(
-                f"{data.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=)"
-            )
+            raise UserError(data.no_labels)
     if len(learnt.classes) < 2:
         raise UserError(f"{learnt.spec} has a single class, '{learnt.classes[0]}': there is nothing to tell apart")
     number = numbers_among(measured.classes, learnt.classes)

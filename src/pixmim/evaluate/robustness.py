@@ -159,7 +159,7 @@ def _in_memory(
 def _judge(bench: Bench, data: Source, settings: Robustness) -> tuple[Judge, Tensor, list[int] | None]:
     """Who classifies the test data, their labels in its numbers, and its outputs that compete (None: all)."""
     if data.labels is None:
-        raise UserError(f"{data.spec} has no labels: one subfolder for each class is needed, or a column (label=)")
+        raise UserError(data.no_labels)
     own, kind = own_head(bench), settings.classifier
     known = bool(own.classes) and set(data.classes) <= set(own.classes)
     if kind == "auto":

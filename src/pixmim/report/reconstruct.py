@@ -133,7 +133,7 @@ def _average(images: Tensor, over: Tensor) -> Tensor:
 
 
 def _some_pictures(run: Run, data: Source, count: int) -> tuple[Tensor, list[str]]:
-    """The first readable pictures of an order that no training epoch uses, in order if they are few; and their files."""
+    """The first readable pictures of an order that no training epoch uses, in order if there are few; their files."""
     crop = CentreCrop(run.hw, interpolation=run.crop.interpolation)
     found, names = list[Tensor](), list[str]()
     few = len(data) <= count
