@@ -221,6 +221,10 @@ def test_pretrain_finds_what_stats_measured(
     assert kept is not None and tuple(config["mean"]) == kept.mean and config["std"] == [1, 2, 3]
     status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "b", "--channels", 1)
     assert status == 0 and "measured" not in text  # of another form, nothing is known
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("XDG_CACHE_HOME", str(pictures / "cats" / "0.jpg"))
+        status, text = say(capsys, "stats", "pictures")
+    assert status == 1 and "Not a directory" in text and "measured" not in text  # before the work
     for path in pictures.rglob("*.jpg"):
         path.write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures")

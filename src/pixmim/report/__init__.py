@@ -135,7 +135,7 @@ def _names(folders: list[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str, data: str | None, bands: str) -> _Story:
+def _read(folder: Path, name: str, data: str | None, bands: str = "") -> _Story:
     """Read what there is in a folder: what cannot be read costs a warning, and the rest of the page is as good."""
     warnings: list[str] = []
     run, config, pictures, problem = None, "", None, ""
