@@ -45,12 +45,12 @@ def test_a_folder_is_held_until_its_process_ends(tmp_path: Path) -> None:
     assert first.stdout is not None and first.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"{run} is in use by process {first.pid} on .*remove {run}/lock"), alone(run):
         pass
-    first.kill()  # it may stay a zombie for a while
+    first.kill()
+    first.wait()
     with alone(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
         with pytest.raises(UserError, match="in use"), alone(run):
             pass
-    first.wait()
     assert os.listdir(run) == []
     with pytest.raises(FileExistsError), alone(run, new=True):
         pass
