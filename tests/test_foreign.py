@@ -15,7 +15,7 @@ from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.data.source import BadImage, Form
 from pixmim.data.stats import kinds
-from pixmim.data.tars import webdataset
+from pixmim.data.tars import foreign, webdataset
 from pixmim.data.tars.cache import make_cache
 from pixmim.data.tars.cacheformat import open_cache
 from pixmim.data.tars.shards import Shards
@@ -119,14 +119,58 @@ def test_what_makes_a_sample(tmp_path: Path, form: int) -> None:
     assert colours(data)[:6] == [1, 2, 3, 4, 6, 8] and colours(data)[7:] == [11]
     assert keys(data) == ["v1.0/one", "v1.0/two", "other/one", "v1.0/one", "both", "depth", long, "ünï"]
     assert data.labels is None and data.classes == []
-    assert "1 samples hold several pictures" in data.about and "1 samples without a picture" in data.about
-    assert "7 of 8 have no class number" in data.about
+    assert (
+        "1 samples hold several pictures" in data.about
+        and "2 are left out" in data.about
+        and "1 samples without a picture" in data.about
+    )
+    assert "7 of 8 have no class in a" in data.about
 
 
 def test_class_numbers_that_are_none(tmp_path: Path) -> None:
-    for text in (b"cat", b"", b"-1", b"123456789012"):
+    for text in (b"", b"-1", b"123456789012", b"a long caption, " * 9):
         write(tmp_path / "x.tar", [("a.png", picture(1)), ("a.cls", text)])
         assert open_data(str(tmp_path / "x.tar")).labels is None
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        (f"scan.2024.{v:03d}.{end}", picture(v) if end == "png" else b"x") for v in range(9) for end in ("png", "txt")
+    ]
+    path = write(tmp_path / "dots.tar", files)
+    with tarfile.open(path, "a") as archive:
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE), ("soft.txt", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, files[0][0]
+            archive.addfile(link)
+    for _ in range(1 + again):  # what is remembered says the same
+        foreign._warned.clear()
+        assert "8 are left out" in open_data(str(path)).about
+        text = capsys.readouterr().err
+        assert (
+            "8 of 9 images are left out" in text and f"'{path},key=last-dot'" in text and "2 images are links" in text
+        )
+    data = open_data(f"{path},key=last-dot")
+    assert colours(data) == list(range(9)) and keys(data)[8] == "scan.2024.008"
+    assert len(open_data(f"{path},key=last-dot*2+{path}")) == 2 * 9 + 1
+    assert colours(open_data(f"{tmp_path}/*.tar,key=last-dot")) == list(range(9))
+    with pytest.raises(UserError, match="only key=last-dot is known"):
+        open_data(f"{path},key=first")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="key=last-dot is for tars"):
+        open_data(f"{tmp_path / 'folder'},key=last-dot")
+
+
+def test_classes_in_words(tmp_path: Path) -> None:
+    for _ in range(2):  # searched, and remembered
+        for name, words in (("a", ["dog", "cat"]), ("b", ["7", "owl"]), ("c", ["3", "3"])):
+            files = [(f"{i}.{end}", picture(i) if end == "png" else word.encode()) for i, word in enumerate(words)
+                     for end in ("png", "cls")]  # fmt: skip
+            write(tmp_path / f"{name}.tar", files)
+        data = open_data(f"{tmp_path}/*.tar")
+        assert data.classes == ["3", "7", "cat", "dog", "owl"] and data.labels is not None
+        assert data.labels.tolist() == [3, 2, 1, 4, 0, 0]
 
 
 def test_a_long_list_and_a_folder_called_as_a_tar(shards: Path, tmp_path: Path) -> None:
@@ -169,7 +213,9 @@ def test_a_tar_is_searched_once(shards: Path, memory: Path, monkeypatch: pytest.
     before = open_data(str(shards))
     searched: list[str] = []
     search = webdataset.search
-    monkeypatch.setattr(webdataset, "search", lambda tar, name: searched.append(Path(name).name) or search(tar, name))
+    monkeypatch.setattr(
+        webdataset, "search", lambda tar, name, *more: searched.append(Path(name).name) or search(tar, name)
+    )
     again = open_data(str(shards))
     assert not searched and colours(again) == colours(before) and keys(again) == keys(before)
     assert again.fingerprint() == before.fingerprint() and np.array_equal(again.labels, before.labels)

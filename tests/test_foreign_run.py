@@ -363,7 +363,7 @@ def test_two_embed_into_one_file_do_not_mix(
 
     monkeypatch.setattr("pixmim.evaluate.embed.np.savez", meanwhile)
     assert say(capsys, *args)[0] == 0
-    assert seen[1][0] == 1 and "another process is writing" in seen[1][1]
+    assert seen[1][0] == 1 and "is in use by process" in seen[1][1]
     assert np.load(out).shape[0] == 9 and not out.with_name("f.npy.partial").exists()
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from conftest import TINY
 from pixmim import cli
@@ -292,7 +291,7 @@ def test_figures_draw_every_name() -> None:
     boxes = np.tile(np.asarray([[1, 1, 9, 9]], np.float32), (len(NAMES), 1))
     found = Found(boxes, np.arange(len(NAMES)), np.full(len(NAMES), 0.9, np.float32), [])
     truth = Objects(boxes[:0], np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0), [])
-    assert draw_found(Tensor(3, 16, 16).zero_(), truth, found, NAMES).width == 320
+    assert draw_found(np.zeros((16, 16, 3), np.uint8), truth, found, NAMES).width == 320
 
 
 def test_a_table_on_a_terminal_has_no_colours_of_a_name() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,13 @@ def test_pictures_are_drawn_from_files_and_folders(
 ) -> None:
     (pictures / "cats" / "bad.jpg").write_bytes(b"no")
     one = str(pictures / "cats" / "0.jpg")
-    out = tmp_path / "r.png"
+    out = tmp_path / "new" / "r.png"
     status, text = say(capsys, "reconstruct", model, one, pictures / "dogs", "--out", out)
     assert status == 0 and "unaided" in text
-    assert Image.open(out).size == (6 * (128 + 4) - 4, 6 * (128 + 4) - 4 + 18)  # 32 px enlarged four times
+    assert Image.open(out).size == (6 * (128 + 4) - 4, 6 * (128 + 18 + 4) - 4 + 18)  # 32 px enlarged four times
+    assert "is there already" in say(capsys, "attention", model, one, "--out", out)[1]
+    assert "Not a directory" in say(capsys, "attention", model, one, "--out", out / "a.png")[1]
+    assert say(capsys, "attention", model, one, "--out", out, "--overwrite")[0] == 0
     status, text = say(capsys, "attention", model, pictures, "--out", tmp_path / "a.png", "--count", 3)
     assert status == 0 and Image.open(tmp_path / "a.png").size[0] == 4 * (128 + 4) - 4
     status, text = say(capsys, "attention", model, pictures / "cats" / "bad.jpg")
@@ -119,7 +123,15 @@ def test_embeddings_are_the_features_with_their_files(
         both = torch.cat([expected.vector[0, -1], expected.mean[0]])
         torch.testing.assert_close(torch.from_numpy(found[row]), both, atol=1e-5, rtol=0)
 
+    for name in ("g.npy", "g.csv", "g.npy.skipped.csv", "g.npy.partial/mine"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        assert "is there already" in say(capsys, *args, "--out", tmp_path / "g.npy")[1]
+        assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "g.npy.partial/lock").exists()
+        (tmp_path / name).unlink()
     assert "is there already" in say(capsys, *args, "--out", tmp_path / "f.npy")[1]
+    assert say(capsys, *args, "--out", tmp_path / "f.npy", "--overwrite", "--features", "cls")[0] == 0
+    assert np.array_equal(np.load(tmp_path / "f.npy"), found[:, :32]) and len(rows_of(tmp_path / "f.csv")) == 9
     assert "ends with .npy or .parquet" in say(capsys, *args, "--out", tmp_path / "f.csv")[1]
 
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -134,8 +146,8 @@ def test_embedding_goes_on_where_it_was_interrupted(
 ) -> None:
     weights, data, out = open_model(model), open_data(str(pictures)), tmp_path / "f.npy"
 
-    def run(name: str = "m", path: Path = out) -> None:
-        embedding.embed(name, weights, data, path, batch=3, device="cpu", precision="fp32")
+    def run(weights: Weights = weights, path: Path = out) -> None:
+        embedding.embed(weights, data, path, batch=3, device="cpu", precision="fp32")
 
     run(path=tmp_path / "whole.npy")
     calls: list[int] = []
@@ -150,8 +162,8 @@ def test_embedding_goes_on_where_it_was_interrupted(
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not out.exists() and len(list((tmp_path / "f.npy.partial").glob("*.npz"))) == 2
-    with pytest.raises(UserError, match="unfinished work on another model"):
-        run("another")
+    with pytest.raises(UserError, match="unfinished work of another model"):
+        run(replace(weights, tensors={key: value + 1 for key, value in weights.tensors.items()}))
     run()
     assert len(calls) == 3 + 2  # four batches, two of them done before
     assert np.array_equal(np.load(out), np.load(tmp_path / "whole.npy"))

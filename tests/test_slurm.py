@@ -175,9 +175,9 @@ def test_the_command_writes_what_the_same_command_line_would_train(
 
     file.write_text("mine")
     status, text = say(capsys, *args)
-    assert status == 1 and "--force" in text and file.read_text() == "mine"
+    assert status == 1 and "--overwrite" in text and file.read_text() == "mine"
     assert say(capsys, *args, "--script", "elsewhere/job.sh")[0] == 0 and (tmp_path / "elsewhere" / "job.sh").exists()
-    assert say(capsys, *args, "--force", "--threads", "3", "--out", "out")[0] == 0
+    assert say(capsys, *args, "--overwrite", "--threads", "3", "--out", "out")[0] == 0
     assert "--threads 3" in (tmp_path / "out" / "slurm.sh").read_text() and file.read_text() == "mine"
 
 
@@ -221,7 +221,7 @@ def test_a_run_that_is_there_is_gone_on_with(
     args = ["slurm", "demo", "--out", "run", "--data", "shapes:count=8"]
     status, text = say(capsys, *args)
     assert status == 0 and "goes on with it" in text
-    status, text = say(capsys, *args, "--force", "--optim.base-lr", "1")
+    status, text = say(capsys, *args, "--overwrite", "--optim.base-lr", "1")
     assert status == 1 and "holds a run with another --optim" in text
 
 

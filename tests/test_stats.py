@@ -17,6 +17,7 @@ from pixmim.data.stats import Stats, fitting, kinds, measure, recall, remember, 
 from pixmim.data.tars.cache import make_cache
 from pixmim.disk import cache_path
 from pixmim.dist import ALONE
+from pixmim.drawing import drawn, visible
 from pixmim.engine.advice import describe
 from pixmim.engine.schedule import Schedule
 from pixmim.errors import UserError
@@ -25,7 +26,6 @@ from pixmim.parts import image_form, measured
 from pixmim.pretrained import open_model
 from pixmim.report import write_report
 from pixmim.report.attention import attention_sheet
-from pixmim.report.figures import drawn
 from pixmim.runfile import from_json
 from test_cli import say
 from test_pretrain import train, weights
@@ -184,9 +184,11 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     files = open_data(str(data), image_form(run))
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
     assert "cannot be read" not in page and page.count("data:image/png") >= 6
-    columns, bad = attention_sheet(model, files, 2)
-    assert not bad and columns["image"].shape == (2, 16, 32, 3)
-    embed("run", open_model(str(tmp_path / "run")), files, tmp_path / "f.npy", device="cpu")
+    columns, names, bad = attention_sheet(model, files, 2)
+    assert (
+        not bad and names == [Path(files.locate(i)).name for i in range(2)] and columns["image"].shape == (2, 16, 32, 3)
+    )
+    embed(open_model(str(tmp_path / "run")), files, tmp_path / "f.npy", device="cpu")
     rows = np.load(tmp_path / "f.npy")
     assert rows.shape == (12, 64) and np.isfinite(rows).all()
 
@@ -220,28 +222,51 @@ def test_pretrain_finds_what_stats_measured(
     assert kept is not None and tuple(config["mean"]) == kept.mean and config["std"] == [1, 2, 3]
     status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "b", "--channels", 1)
     assert status == 0 and "measured" not in text  # of another form, nothing is known
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("XDG_CACHE_HOME", str(pictures / "cats" / "0.jpg"))
+        status, text = say(capsys, "stats", "pictures")
+    assert status == 1 and "Not a directory" in text and "measured" not in text  # before the work
     for path in pictures.rglob("*.jpg"):
         path.write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures")
     assert status == 1 and "10: not a picture" in text and "not one image" in text
 
 
-def test_pictures_are_drawn_over_the_range_of_the_first() -> None:
-    run = Run(channels=13, pixels="float32", std=(1.0,) * 13)
+def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
+    run = Run(channels=13, pixels="float32", bands="5,3,2")
     image = torch.linspace(-50, 950, 13 * 2 * 101).reshape(2, 13, 101, 1)
-    shown = drawn({"image": image, "other": image + 1000}, run)
+    shown = drawn({"image": image, "other": image + 1000, "target": image * 2}, run)
     assert shown["image"].shape == (2, 101, 1, 3)
     for b in range(2):
-        for k in range(3):
-            values = image[b, k, :, 0].numpy()
+        for k, band in enumerate((4, 2, 1)):
+            values = torch.cat([image, 2 * image], dim=2)[b, band, :, 0].numpy()
             low, high = np.percentile(values, (1, 99))
             expected = np.clip((values - low) / (high - low), 0, 1) * 255
-            assert abs(shown["image"][b, :, 0, k] - expected).max() <= 0.51
+            assert abs(shown["image"][b, :, 0, k] - expected[:101]).max() <= 0.51
+            assert abs(shown["target"][b, :, 0, k] - expected[101:]).max() <= 0.51
     assert (shown["other"] == 255).all()
-    flat = drawn({"image": torch.full((1, 2, 4, 4), 7.0)}, Run(channels=2, pixels="uint16", std=(1.0, 1.0)))["image"]
-    assert flat.shape == (1, 4, 4, 1) and (flat == 0).all()
+    flat = drawn({"image": torch.full((1, 2, 4, 4), 7.0)}, Run(channels=2, pixels="uint16"))["image"]
+    assert flat.shape == (1, 4, 4, 1) and (flat == 128).all()
     three = torch.stack([torch.full((10, 10), v) for v in (0.0, 1.0, 2.0)])[None] * 100
     together = drawn({"image": three}, Run(channels=3, pixels="float32", std=(1.0, 1.0, 1.0)))["image"]
     assert together[0, 0, 0].tolist() == [0, 128, 255]
     eight = drawn({"image": torch.full((1, 3, 2, 2), 0.5)}, Run())["image"]
     assert (eight == 128).all()
+    ramp = torch.linspace(0, 1, 101).reshape(1, 1, 101, 1)
+    for channels, pixels, most, span in (
+        (1, "uint8", 1, 255),  # as it is
+        (1, "uint8", 0.5, 128),
+        (1, "uint8", 16 / 255, 255),  # 12 bits in 16, read as 8
+        (1, "uint16", 4095 / 65535, 255),
+        (6, "uint8", 0.5, 255),  # six bands have no black and white of their own
+        (1, "float32", 5000, 255),
+    ):
+        run = Run(channels=channels, pixels=pixels)  # type: ignore[arg-type]
+        image = (most * ramp).expand(1, channels, 101, 1)
+        assert drawn({"image": image}, run)["image"].max() == span
+        scale = {"uint8": 255, "uint16": 65535, "float32": 1}[pixels]
+        stored = (image[0] * scale).round().to(Form(channels, pixels).dtype)  # type: ignore[arg-type]
+        assert visible(stored, run).shape == (101, 1, 3) and abs(int(visible(stored, run).max()) - span) <= 1
+    for bands in ("4,5", "0", "1,2,14", "a,b,c", "1,2,-3"):
+        with pytest.raises(UserError, match="--bands"):
+            Run(channels=13, bands=bands)

@@ -133,6 +133,70 @@ def test_pages_as_channels() -> None:
     assert np.array_equal(decode(buffer.getvalue(), Form(2, "uint16", "channels")), BANDS[..., :2])
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite", "rgb", "rgb separate", "bands", "bands separate"])
+@pytest.mark.parametrize(
+    "kind", ["1", "2", "4", "6", "u8", "10", "12", "14", "u16", "u32", "i8", "i16", "i32", "f16", "f32", "f64"]
+)
+def test_every_kind_of_sample_is_what_tifffile_reads(kind: str, photometric: str, order: str) -> None:
+    name, _, planar = photometric.partition(" ")
+    channels = {"rgb": 3, "bands": 5}.get(name, 1)
+    options: dict[str, Any] = {"photometric": "minisblack" if name == "bands" else name, "byteorder": order}
+    if channels > 1:
+        options["planarconfig"] = planar or "contig"
+    if kind.isdigit():
+        if channels > 1:
+            return  # tifffile writes packed values of one channel only
+        most = 2 ** int(kind) - 1
+        values = RNG.integers(0, most + 1, (20, 32)).astype(np.uint8 if most < 256 else np.uint16)
+        values = values.astype(bool) if most == 1 else values
+        options |= {"bitspersample": int(kind)} if most > 1 else {}
+    else:
+        dtype = np.dtype(f"{kind[0]}{int(kind[1:]) // 8}")
+        most = np.iinfo(dtype).max if dtype.kind == "u" else 1
+        values = (RNG.random((20, 32, channels)) * 120 * (257 if dtype == np.uint16 else 1)).astype(dtype)
+        values = np.moveaxis(values, 2, 0) if planar else values[..., 0] if channels == 1 else values
+    data = written(values, **options)
+    truth = tifffile.imread(io.BytesIO(data)).astype(np.float64)
+    truth = np.moveaxis(truth, 0, 2) if planar else truth
+    if kind.isdigit() or dtype in (np.uint8, np.uint16):
+        truth = (most - truth if name == "miniswhite" else truth) / most
+    found = decode(data, Form(channels, "float32"))
+    if channels == 1:
+        truth = truth[..., None]
+    assert abs(found - truth).max() < (1e-5 if kind != "6" else 0.5 / 255)  # six bits are rounded to eight
+
+
+def test_lab_keeps_its_colours() -> None:
+    """By the formulas of CIE and sRGB, D50 adapted to D65."""
+    colours = np.asarray([[200, 60, 50], [60, 200, 70], [40, 50, 160], [128, 128, 128], [200, 150, 20], [20, 30, 90]])
+    share = colours / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    to_d50 = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+    ratio = linear @ np.asarray(to_d50).T / [0.96422, 1, 0.82521]
+    f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
+    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+    stored = np.concatenate([lab[:, :1] * 2.55, lab[:, 1:] % 256], axis=1).round() % 256
+    pixels = np.tile(stored.astype(np.uint8)[None], (20, 1, 1))
+    found = decode(written(pixels, photometric="cielab"))
+    assert abs(found[0].astype(int) - colours).max() <= 8
+    with pytest.raises(BadImage, match="save it as grey or RGB"):
+        decode(written(np.moveaxis(pixels, 2, 0), photometric="cielab", planarconfig="separate"))
+
+
+def test_a_thumbnail_is_not_the_image() -> None:
+    image, small = (RNG.integers(0, 256, (side, side, 3), np.uint8) for side in (32, 8))
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as file:
+        file.write(small, photometric="rgb", subfiletype=1)
+        file.write(image, photometric="rgb")
+        file.write(image[::2, ::2], photometric="rgb", subfiletype=1)
+    for pages in ("first", "channels"):
+        assert np.array_equal(decode(buffer.getvalue(), Form(3, "uint8", pages)), image)  # type: ignore[arg-type]
+    with pytest.raises(BadImage, match=r"3 channels, and not 4: --channels 3$"):
+        decode(buffer.getvalue(), Form(4))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(orientation: int) -> None:
     tag = [(274, "H", 1, orientation, True)]

@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 from pixmim import rng
 from pixmim.transforms import (
     CentreCrop,
+    Crop,
     RandomResizedCrop,
     SimpleResizedCrop,
     evaluation_crop,
@@ -113,3 +114,17 @@ def test_a_single_try_is_cut_to_the_image() -> None:
             width, height = min(round((area * ratio) ** 0.5), w), min(round((area / ratio) ** 0.5), h)
             top, left = int(u[2] * (h - height + 1)), int(u[3] * (w - width + 1))
             assert crop.box((h, w), u.tolist()) == (top, left, height, width)
+
+
+@pytest.mark.parametrize("crop", [SimpleResizedCrop((8, 12)), RandomResizedCrop((8, 12)), CentreCrop((8, 12))])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_an_array_is_cropped_as_the_tensor_of_it(crop: Crop, kind: type) -> None:
+    array = (np.random.default_rng(0).random((20, 30, 5)) * 200).astype(kind)
+    seen = []
+    for image in (array, torch.from_numpy(array.transpose(2, 0, 1).copy()), np.ascontiguousarray(array[..., 0])):
+        torch.manual_seed(1)
+        seen.append(np.asarray(crop(image)))
+    assert seen[0].shape == (8, 12, 5) and seen[0].dtype == kind
+    assert np.array_equal(seen[0], seen[1].transpose(1, 2, 0)) and np.array_equal(seen[2], seen[0][..., 0])
+    with pytest.raises(ValueError, match="not one of 4 dimensions"):
+        crop(array[None])

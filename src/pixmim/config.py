@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
-from pixmim.errors import UserError
+from pixmim.errors import UserError, shown
 from pixmim.options import (
     KEYWORDS,
     MAX_CHANNELS,
@@ -250,6 +250,9 @@ class Run:
     """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
     pages: Literal["first", "channels"] = "first"
     """Of a TIFF with several pages: the first one, or all of them as channels."""
+    bands: str = ""
+    """Channels that pictures show as red, green and blue, counted from 1, such as 4,3,2, or one as grey; otherwise the
+    first three, or of fewer the first."""
     mean: Annotated[tuple[float, ...] | None, Real(-1e9, 1e9)] = None
     """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
     std: Annotated[tuple[float, ...] | None, Real(1e-12, 1e9)] = None
@@ -309,6 +312,7 @@ class Run:
                 "measured values (--pixels float32) have no bins of [0, 1]: choose another --target.distance"
             )
         check_statistics(self.mean, self.std, self.channels, self.pixels)
+        self.drawn  # noqa: B018 (raises)
         if h * w * self.channels > MAX_VALUES:
             raise UserError(
                 f"--size {self.size} with --channels {self.channels} makes {h * w * self.channels:,} values of an "
@@ -329,6 +333,19 @@ class Run:
     def named(self) -> dict[str, str]:
         """Data and weights that this run opens, by flag; empty where it names none."""
         return {"--data": self.data, "--init": self.init, "--knn.train": self.knn.train, "--knn.test": self.knn.test}
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Indices of the channels that pictures show. Raises UserError if `bands` names others."""
+        if not self.bands:
+            return tuple(range(3 if self.channels >= 3 else 1))
+        words = self.bands.split(",")
+        if len(words) not in (1, 3) or not all(w.isascii() and w.isdigit() and len(w) < 6 for w in words):
+            raise UserError(f"--bands is one channel or three, such as 4,3,2, and not {shown(self.bands)}")
+        found = tuple(int(word) - 1 for word in words)
+        if not all(0 <= index < self.channels for index in found):
+            raise UserError(f"--bands {self.bands} names a channel that is not among the {self.channels}: count from 1")
+        return found
 
     @property
     def hw(self) -> tuple[int, int]:

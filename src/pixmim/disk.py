@@ -137,9 +137,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Raise UserError unless a folder is absent, or empty and not the one that the process is in."""
+    """Raise UserError unless a folder is absent, or empty and not the one that the process is in.
+
+    Raises OSError if it cannot be made.
+    """
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
         raise UserError(f"{folder} is there already: choose another folder")
+    if not os.path.lexists(folder):
+        check_writable(folder)
 
 
 @contextmanager
@@ -210,6 +215,32 @@ def check_writable(path: Path) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     probe.unlink()
+
+
+def check_output(path: Path, overwrite: bool = False, mark: bytes = b"") -> None:
+    """Check, before the work, that a file which the user named can be written, and takes no other file's place.
+
+    Args:
+        path: The file to be written.
+        overwrite: Whether the user has said that what is there may go (--overwrite).
+        mark: What the beginning of a file holds that pixmim itself made and may renew.
+
+    Raises:
+        UserError: If another file is there.
+        OSError: As `check_writable`.
+    """
+    check_writable(path)
+    if overwrite or not os.path.lexists(path):
+        return
+    descriptor = open_regular(path)
+    try:
+        head = os.read(descriptor, 2**16)
+    finally:
+        os.close(descriptor)
+    if not mark:
+        raise UserError(f"{path} is there already: choose another name, or add --overwrite to replace it")
+    if mark not in head:
+        raise UserError(f"{path} is there already, and pixmim did not write it: move it, or choose another name")
 
 
 def cache_path(kind: str, key: str) -> Path:

@@ -1,6 +1,7 @@
 """Pre-training, from a Run to an encoder: puts data, method, optimizer and log together, and lets the loop run."""
 
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,8 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     """
     for name in _FILES:
         inside(out, name)  # what is written must not go elsewhere by a link
+    if not (out / "config.json").exists():
+        check_new_run(out)
     data, crop = open_data(run.data, image_form(run), run.local_copy), build_crop(run)
     _agree(run, world, data)
     method = Method.of(run)
@@ -271,6 +274,13 @@ def _short_of_memory(portion: Portion) -> Iterator[None]:
             f"memory ran out, with {portion.count:,} images computed at once ({first_line(error)}): {advice}, a "
             "smaller --size takes less as well"
         ) from None
+
+
+def check_new_run(out: Path) -> None:
+    """Raise UserError if a folder without a run holds anything that a new run there would write over."""
+    for name in (*_FILES, "report.html", "reconstructions"):
+        if os.path.lexists(out / name):
+            raise UserError(f"{out / name} is there already, and belongs to no run: choose another --out")
 
 
 def _agree(run: Run, world: World, data: Source) -> None:

@@ -66,12 +66,27 @@ class Crop(ABC):
     def __call__(self, image: Image.Image) -> Image.Image: ...
     @overload
     def __call__(self, image: Tensor) -> Tensor: ...
-    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
-        """Crop with numbers from torch's global generator, as a torchvision transform would."""
+    @overload
+    def __call__(self, image: Array) -> Array: ...
+    def __call__(self, image: Image.Image | Tensor | Array) -> Image.Image | Tensor | Array:
+        """Crop with numbers from torch's global generator, as a torchvision transform would.
+
+        A tensor is (c h w), an array (h w c) or (h w).
+        """
+        if not isinstance(image, Image.Image | Tensor | np.ndarray):
+            raise TypeError(
+                f"a crop takes a PIL image, a tensor (c h w) or an array (h w c), not {type(image).__name__}"
+            )
         u = torch.rand(self.draws, dtype=torch.float64).tolist()
         if isinstance(image, Image.Image):
             return V.to_pil_image(self.crop(V.pil_to_tensor(image), u))
-        return self.crop(image, u)
+        if isinstance(image, Tensor):
+            return self.crop(image, u)
+        if image.ndim not in (2, 3):
+            raise ValueError(f"a crop takes an array (h w c) or (h w), not one of {image.ndim} dimensions")
+        out = np.empty((*self.shape, *image.shape[2:]), image.dtype)
+        self.put(image.reshape(*image.shape[:2], -1), u, out.reshape(*self.shape, -1))
+        return out
 
 
 @dataclass(frozen=True)

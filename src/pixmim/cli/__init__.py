@@ -1,6 +1,7 @@
 """The commands. Thin: each reads its flags and calls one function. Imports torch only once there is work to do."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # training was up to twenty times slower (docs/performance.md).
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         return as_process(lambda: main(sys.argv[1:]))
-    args = list(argv)
+    args = [_HOME.sub(lambda match: f"{match[1]}{os.path.expanduser('~')}", word) for word in argv]
     try:
         if not args or args[0] in ("-h", "--help"):
             print(OVERVIEW)
@@ -83,6 +84,9 @@ def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
     return is_out_of_memory(error)
 
+
+_HOME = re.compile(r"^((?:--[\w.-]+=)?)~(?=/|$)")
+"""A word that is, or a flag whose value is, a path below the home folder. Shells expand only some of these."""
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,

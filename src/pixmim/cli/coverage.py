@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from pixmim.cli.terms import checked
-from pixmim.disk import check_writable
+from pixmim.disk import check_output
 from pixmim.options import Real, Seed, Size, Whole
 from pixmim.terminal import say
 
@@ -26,6 +26,7 @@ def coverage(args: list[str]) -> int:
         simulate: Annotated[int, Whole(0, 1_000_000)] = 0,
         seed: Seed = 0,
         out: Path = Path("coverage"),
+        overwrite: bool = False,
     ) -> int:
         """Object coverage: which share of an object RRC, SRC and CC keep, and what masking leaves of it.
 
@@ -40,11 +41,13 @@ def coverage(args: list[str]) -> int:
             simulate: Crops to draw for each object, as a check on the expectation; 0: none.
             seed: Of these.
             out: Folder for coverage.csv, coverage.json and coverage.png.
+            overwrite: Replace those that are there.
         """
         from pixmim.config import Run
         from pixmim.evaluate.coverage import measure
 
-        check_writable(out / "coverage.json")
+        for end in ("json", "csv", "png"):
+            check_output(out / f"coverage.{end}", overwrite)
         console = Console()
         report = measure(data, Run(size=size).hw, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
         console.print(report.table())

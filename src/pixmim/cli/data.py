@@ -9,6 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from pixmim.cli.terms import absolute, checked
+from pixmim.disk import check_writable
 from pixmim.errors import UserError
 from pixmim.options import MAX_CHANNELS, Count, Size, Some, Threads, Whole
 from pixmim.terminal import say
@@ -136,6 +137,7 @@ def stats(args: list[str]) -> int:
         form = Form(channels or likely.channels, likely.pixels if pixels == "auto" else pixels, likely.pages)
         if form != source.form:
             source = open_data(spec, form)
+        check_writable(look.place(spec, form))
         chosen, began = look.sample(len(source), images), time.monotonic()
         with progress(f"measuring {data}", len(chosen), console) as advance:
             found = look.measure(source, chosen, threads=threads, progress=advance)

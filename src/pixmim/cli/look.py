@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.terms import Said, absolute, checked
-from pixmim.disk import atomic_write, check_writable
+from pixmim.disk import atomic_write, check_output
 from pixmim.errors import UserError
 from pixmim.options import Data, Device, Whole
 from pixmim.terminal import say
@@ -29,8 +29,10 @@ def reconstruct(args: list[str]) -> int:
         /,
         *,
         out: Path = Path("reconstruction.png"),
+        overwrite: bool = False,
         count: Annotated[int, Whole(1, 10_000)] = 16,
         said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+        bands: str = "",
     ) -> int:
         """Hide patches of pictures and draw what a model predicts there, beside what it saw and should have predicted.
 
@@ -38,20 +40,22 @@ def reconstruct(args: list[str]) -> int:
             model: A run, finished or not, an imported folder, or a file of weights with its decoder.
             images: Pictures, or folders of them.
             out: The PNG to write: a row for each picture.
+            overwrite: Replace a file that is there.
             count: Most pictures to draw; of more, a random choice.
             said: What the file does not say.
+            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
         """
         from pixmim.data.folders.files import named
         from pixmim.parts import image_form
         from pixmim.report.figures import titled_sheet
-        from pixmim.report.reconstruct import COLUMNS
+        from pixmim.report.reconstruct import COLUMNS, with_bands
         from pixmim.report.reconstruct import reconstruct as predict
 
         _some(images)
-        kind = _kind(out)
-        weights = _opened(model, said, whole=True)
+        kind = _kind(out, overwrite)
+        weights = with_bands(_opened(model, said, whole=True), bands)
         found = predict(weights, named(images, image_form(weights.run)), count)
-        _save(titled_sheet(found.columns), out, kind)
+        _save(titled_sheet(found.columns, found.names), out, kind)
         say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
         say(Console(), f"written to {out}")
         return 0
@@ -68,8 +72,10 @@ def attention(args: list[str]) -> int:
         /,
         *,
         out: Path = Path("attention.png"),
+        overwrite: bool = False,
         count: Annotated[int, Whole(1, 10_000)] = 8,
         said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+        bands: str = "",
     ) -> int:
         """Draw the attention of the last block over pictures: of all heads together, and of each one.
 
@@ -77,19 +83,22 @@ def attention(args: list[str]) -> int:
             model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
             images: Pictures, or folders of them.
             out: The PNG to write: a row for each picture.
+            overwrite: Replace a file that is there.
             count: Most pictures to draw.
             said: What the file does not say.
+            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
         """
         from pixmim.data.folders.files import named
         from pixmim.parts import image_form
         from pixmim.report.attention import attention_sheet
         from pixmim.report.figures import titled_sheet
+        from pixmim.report.reconstruct import with_bands
 
         _some(images)
-        kind = _kind(out)
-        weights = _opened(model, said)
-        columns, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
-        _save(titled_sheet(columns), out, kind)
+        kind = _kind(out, overwrite)
+        weights = with_bands(_opened(model, said), bands)
+        columns, names, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
+        _save(titled_sheet(columns, names), out, kind)
         for line in bad:
             say(Console(stderr=True), f"left out: {line}")
         say(Console(), f"written to {out}")
@@ -107,6 +116,7 @@ def embed(args: list[str]) -> int:
         *,
         data: Data,
         out: Path,
+        overwrite: bool = False,
         kind: Annotated[Literal["cls", "mean", "both"], arg(name="features")] = "both",
         batch_size: Annotated[int, Whole(1, 1_000_000)] = 256,
         device: Device = "auto",
@@ -119,6 +129,7 @@ def embed(args: list[str]) -> int:
             model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
             data: Images, as pretrain's --data takes them.
             out: .npy (float32, a row for each image; names in a .csv beside it) or .parquet.
+            overwrite: Replace files that are there.
             kind: cls: the global token. mean: the mean of the patch tokens. Without a global token both are the mean.
             batch_size: Images at a time.
             device: auto, cpu, cuda, cuda:1, mps.
@@ -133,7 +144,15 @@ def embed(args: list[str]) -> int:
         weights = _opened(model, said)
         source = open_data(absolute(data), image_form(weights.run))
         for line in write(
-            model, weights, source, out, kind, batch=batch_size, device=device, precision=precision, console=console
+            weights,
+            source,
+            out,
+            kind,
+            batch=batch_size,
+            device=device,
+            precision=precision,
+            overwrite=overwrite,
+            console=console,
         ):
             say(console, line)
         return 0
@@ -156,14 +175,14 @@ def _some(images: tuple[Path, ...]) -> None:
         raise UserError("which pictures? Give files, or folders of them.")
 
 
-def _kind(out: Path) -> str:
+def _kind(out: Path, overwrite: bool) -> str:
     """The format of a picture to be written, by its suffix. Raises UserError or OSError now if that cannot work."""
     from PIL.Image import SAVE, registered_extensions
 
     kind = registered_extensions().get(out.suffix.lower(), "")
     if kind not in SAVE:
         raise UserError(f"--out ends with .png, and not with '{out.suffix}'")
-    check_writable(out)
+    check_output(out, overwrite)
     return kind
 
 

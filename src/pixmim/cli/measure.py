@@ -10,6 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.terms import Said, SaidButSize, absolute, checked
+from pixmim.disk import check_output, check_writable
 from pixmim.errors import UserError, nearest
 from pixmim.options import Device
 from pixmim.protocols import DATA, PROTOCOLS, All
@@ -61,13 +62,18 @@ def evaluate(args: list[str]) -> int:
         raise UserError(f"which encoder? pixmim evaluate {name} MODEL [MODEL ...]")
     from pixmim.evaluate import side_by_side
     from pixmim.evaluate.results import save
+    from pixmim.report import MARK
 
     console, settings = Console(), _with_whole_paths(settings)
     evaluations = settings.parts() if isinstance(settings, All) else [(name, settings)]
     homes = {model: _home(model, out, several=len(set(models)) > 1) for model in models}
+    page = _page(list(homes.values()), out / "report.html" if out else None)
+    check_output(page, mark=MARK)
+    for home in homes.values():
+        check_writable(home / "evaluations" / "results.json")
     for result, home in side_by_side(homes, evaluations, console=console, **how):
         save(result, home)
-    _show(list(homes.values()), out / "report.html" if out else None, console)
+    _show(list(homes.values()), page, console)
     return 0
 
 
@@ -93,12 +99,16 @@ def _home(model: str, out: Path | None, *, several: bool) -> Path:
     return folder if folder.is_dir() else Path("evaluations") / name
 
 
-def _show(folders: list[Path], page: Path | None, console: Console, data: str | None = None) -> None:
+def _page(folders: list[Path], page: Path | None) -> Path:
+    return page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+
+
+def _show(folders: list[Path], page: Path | None, console: Console, data: str | None = None, bands: str = "") -> None:
     """Write the page of what is in these folders, by default that of a single one into it, and print its table."""
     from pixmim.report import results_table, write_report
 
-    page = page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-    write_report(folders, page, data, lambda line: say(console, f"warning: {line}"))
+    page = _page(folders, page)
+    write_report(folders, page, data, lambda line: say(console, f"warning: {line}"), bands)
     console.print(results_table(folders, console.width))
     say(console, f"report: {page}")
 
@@ -112,7 +122,9 @@ def _with_whole_paths(settings: Any) -> Any:
 def report(args: list[str]) -> int:
     """Write the page of one run, or of several side by side."""
 
-    def command(runs: Positional[tuple[Path, ...]], /, *, data: str | None = None, out: Path | None = None) -> int:
+    def command(
+        runs: Positional[tuple[Path, ...]], /, *, data: str | None = None, out: Path | None = None, bands: str = ""
+    ) -> int:
         """Write one self-contained HTML page.
 
         Args:
@@ -120,10 +132,11 @@ def report(args: list[str]) -> int:
             data: Images to draw reconstructions of, as pretrain's --data takes them; otherwise each run's own. Those
                 that a run from elsewhere names are not opened.
             out: Where to write it; otherwise RUN/report.html, or report.html for several runs.
+            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise each run's.
         """
         if not runs:
             raise UserError("which run? pixmim report RUN [RUN ...]")
-        _show(list(runs), out, Console(), None if data is None else absolute(data))
+        _show(list(runs), out, Console(), None if data is None else absolute(data), bands)
         return 0
 
     return tyro.cli(command, prog="pixmim report", args=args)

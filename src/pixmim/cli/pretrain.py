@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -14,14 +17,18 @@ from tyro.conf import Positional, arg
 from pixmim.cli.terms import absolute
 from pixmim.config import Run
 from pixmim.errors import UserError, shown
+from pixmim.lock import alone
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json, read_config_text
 from pixmim.terminal import printable, say
 from pixmim.trust import closed, made_here, refusal
 
+if TYPE_CHECKING:
+    from pixmim.dist import World
+
 _MAY_CHANGE = {
     *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),
-    *("accumulate", "scale", "saving", "knn"),
+    *("accumulate", "scale", "saving", "knn", "bands"),
 }
 """Fields that a resumed run may change: they do not decide what is computed, but for rounding (data: if it moved)."""
 
@@ -103,9 +110,10 @@ def _finish(out: Path) -> int:
     from pixmim.pretrain import end_now
     from pixmim.report import write_report
 
-    console, outcome = Console(), end_now(out)
-    say(console, f"ended after step {outcome.step:,}")
-    page = write_report([out], out / "report.html", None, lambda line: say(console, f"warning: {line}"))
+    console = Console()
+    with alone(out, partial(say, console)):
+        say(console, f"ended after step {end_now(out).step:,}")
+        page = write_report([out], out / "report.html", None, lambda line: say(console, f"warning: {line}"))
     say(console, f"encoder: {out / 'encoder'}\nreport:  {page}")
     return 0
 
@@ -115,16 +123,17 @@ def _train(run: Run, resumed: str) -> int:
     from pixmim.dist import open_world
     from pixmim.evaluate import knn_watch
     from pixmim.parts import measured
+    from pixmim.pretrain import check_new_run
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
 
-    with open_world(run.device, run.scale.timeout) as world:
+    with open_world(run.device, run.scale.timeout) as world, ExitStack() as stack:
         console = Console(quiet=not world.first)
         try:
-            new = run.out or f"runs/{run.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-            out = Path(resumed or world.share(new))
+            out = _claim(resumed or run.out, run.recipe or "run", world, stack, console)
             run = whole_paths(run, out)
             if not (out / "config.json").exists():
+                check_new_run(out)
                 run, lines = measured(run)
                 for line in lines:
                     say(console, line)
@@ -146,6 +155,32 @@ def _train(run: Run, resumed: str) -> int:
                 raise
             return 1
     return 0
+
+
+def _claim(named: str, recipe: str, world: "World", stack: ExitStack, console: Console) -> Path:
+    """Lock the run's folder for as long as `stack` lasts, and return it. Collective: call on every rank.
+
+    Without a name, it is a new one of the recipe's and the time's. Raises UserError if another process trains in it.
+    """
+    folder, problem = named, ""
+    if world.first:
+        stem = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = (f"{stem}-{number}" if number > 1 else stem for number in count(1))
+        while True:
+            folder = named or next(names)
+            try:
+                stack.enter_context(alone(Path(folder), partial(say, console), new=not named))
+            except FileExistsError:
+                if not named:  # begun in the same second
+                    continue
+                problem = f"{folder} is a file: choose another --out"
+            except (UserError, OSError) as error:
+                problem = str(error)
+            break
+    folder, problem = world.share((folder, problem))
+    if problem:
+        raise UserError(problem)
+    return Path(folder)
 
 
 def whole_paths(run: Run, out: Path) -> Run:

@@ -12,7 +12,7 @@ from tyro.conf import arg
 from pixmim.cli.pretrain import going_on, read_flags, whole_paths
 from pixmim.cli.sbatch import Job, script
 from pixmim.config import Run
-from pixmim.disk import write_whole
+from pixmim.disk import check_output, write_whole
 from pixmim.errors import UserError
 from pixmim.terminal import say
 
@@ -21,7 +21,7 @@ def slurm(args: list[str]) -> int:
     """Write a script for sbatch."""
 
     def command(
-        *, job: Annotated[Job, arg(name="")], script: Path | None = None, force: bool = False
+        *, job: Annotated[Job, arg(name="")], script: Path | None = None, overwrite: bool = False
     ) -> tuple[Job, Path | None, bool]:
         """Write a script for Slurm's sbatch that trains on any number of GPUs, and goes on after each interruption.
 
@@ -33,11 +33,11 @@ def slurm(args: list[str]) -> int:
         Args:
             job: What is asked of Slurm.
             script: Where to write it; otherwise slurm.sh in the run's folder.
-            force: Write over a script that is there.
+            overwrite: Replace a script that is there.
         """
-        return job, script, force
+        return job, script, overwrite
 
-    (job, file, force), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
+    (job, file, overwrite), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
     run, resumed, finish = read_flags(words)
     if resumed or finish:
         raise UserError(
@@ -55,8 +55,7 @@ def slurm(args: list[str]) -> int:
         going_on(whole_paths(run, out), out)
     _build(run)
     file = file or out / "slurm.sh"
-    if file.exists() and not force:
-        raise UserError(f"{file} is there already: --force writes over it, --script FILE writes another")
+    check_output(file, overwrite)
 
     process = [sys.executable, "-m", "pixmim.cli", "pretrain", *words]
     text = script(job, name, process, out.absolute(), Path.cwd(), file.absolute())

@@ -16,7 +16,7 @@ from pixmim.data.mixture import Mixture
 from pixmim.data.shapes import Shapes
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import COLOUR, Form, Source
-from pixmim.data.spec import Part, read_parts, split_root
+from pixmim.data.spec import Part, read_parts, split_key, split_root
 from pixmim.data.tables.hub import is_local, open_hub
 from pixmim.data.tars.cacheformat import open_cache, read_settings
 from pixmim.data.tars.foreign import names_tars, open_tars, tar_names
@@ -48,15 +48,18 @@ def _open_one(spec: str, form: Form, local_copy: float) -> Source:
         return Shapes.from_spec(spec, form)
     if spec.startswith("hf:") and not is_far(spec):
         return open_hub(spec, form)
-    path, root = split_root(spec)
+    bare, last_dot = split_key(spec)
+    path, root = split_root(bare)
     place = path.rstrip("/") if is_far(path) else os.path.expanduser(path)
     if root is not None and not root.is_dir():
         raise UserError(f"there is no folder {root}, which '{spec}' names as root=")
-    if root is None and not (is_far(place) and names_tars(place)) and read_settings(place) is not None:
+    if root is None and not (is_far(place) and names_tars(place)) and read_settings(place) is not None and not last_dot:
         return open_cache(place, form, local_copy)
     tars = tar_names(place) if root is None else None
     if tars is not None:
-        return open_tars(place, tars, form, local_copy)
+        return open_tars(spec, tars, form, local_copy, last_dot)
+    if last_dot:
+        raise UserError(f"key=last-dot is for tars, and {place} is none")
     file = Path(place)
     if file.is_file() and file.suffix == ".txt":
         return listed(spec, form)

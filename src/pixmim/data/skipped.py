@@ -117,4 +117,5 @@ def _append(path: Path, rows: list[list[str]]) -> None:
     text = io.StringIO(newline="")
     cells = [[csv_cell(cell) for cell in row] for row in ([] if path.exists() else [_HEADER]) + rows]
     csv.writer(text).writerows(cells)
+    path.parent.mkdir(parents=True, exist_ok=True)  # the first line may come before any result
     append(path, text.getvalue())

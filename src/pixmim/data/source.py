@@ -65,7 +65,10 @@ class Source(ABC):
     about    what a user should know of how it is read, in a line; empty where there is nothing to say
     sizes    (h, w) of each image in pixels (n 2); None where only reading them tells
     pieces   images in each contiguous piece that is best read together; None where any image is as near as any other
+    stray    the image whose place leaves a folder without classes; empty where there is none
     """
+
+    stray = ""
 
     def __init__(
         self,
@@ -86,6 +89,12 @@ class Source(ABC):
     def labels(self) -> npt.NDArray[np.int64] | None:
         """Class number of each image (n), -1 for none; or None. Computed when asked for, if that costs something."""
         return self._labels
+
+    @property
+    def no_labels(self) -> str:
+        """What an evaluation says where there are no labels."""
+        why = f". It has subfolders, but {self.stray} is beside them: move it into one, or away" if self.stray else ""
+        return f"{self.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=){why}"
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -122,7 +131,7 @@ class Remade(Source):
     def __init__(self, source: Source, **changes: Any) -> None:
         told = ("spec", "form", "classes", "about", "sizes", "pieces")
         super().__init__(**({name: getattr(source, name) for name in told} | changes))
-        self.source = source
+        self.source, self.stray = source, source.stray
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:

@@ -2,7 +2,8 @@
 
     data     = part {"+" part}
     part     = source ["*" weight]          weight: a whole number of at least 1
-    source   = path [",root=" folder] | glob | address | "shapes:" ... | "hf:" place [":" split] {"," option "=" value}
+    source   = path [",root=" folder] | tars [",key=last-dot"] | glob | address | "shapes:" ...
+             | "hf:" place [":" split] {"," option "=" value}
 
 A path that is there is taken whole, whatever characters are in it. `root=` belongs to a list of images and to tables,
 and names a folder that the paths in them may lead to. Imports no torch, for the command line.
@@ -70,6 +71,16 @@ def split_root(source: str) -> tuple[str, Path | None]:
     """
     match = None if _exists(source) or _ADDRESS.match(source) else _ROOTED.fullmatch(source)
     return (match[1], Path(os.path.expanduser(match[2]))) if match else (source, None)
+
+
+def split_key(source: str) -> tuple[str, bool]:
+    """Split `TARS,key=last-dot`: the tars, and whether names count up to their last dot. Raises UserError."""
+    tars, comma, key = source.rpartition(",key=")
+    if not comma or _exists(source) or source.startswith(("hf:", "shapes:")):
+        return source, False
+    if key != "last-dot":
+        raise UserError(f"key={key} in '{source}': only key=last-dot is known")
+    return tars, True
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,7 @@ def _split_weight(text: str) -> tuple[str, str]:
 def is_there(text: str) -> bool:
     """Whether a part is an address or names something: a path, or a glob or brace pattern in a folder that exists."""
     source, _ = _split_weight(text)
+    source, _, _ = source.partition(",key=") if not _exists(source) else (source, "", "")
     if _ADDRESS.match(source) or _exists(source):
         return True
     path, root = split_root(source)

@@ -171,7 +171,7 @@ def report(source: Source, seen: Counter[tuple[int, str]], found: Measured) -> l
 
 def remember(spec: str, form: Form, stats: Stats) -> Path:
     """Keep what was measured where `recall` finds it; gives the file."""
-    path = _path(spec, form)
+    path = place(spec, form)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"data": spec, "form": asdict(form), **asdict(stats)})
     return path
@@ -184,7 +184,7 @@ def recall(spec: str, form: Form) -> Stats | None:
         UserError: If a remote cache cannot be asked for it.
     """
     try:
-        path = _path(spec, form)
+        path = place(spec, form)
         text = read_file(path, _MOST_BYTES) if path.exists() else _beside_far(spec)
         if text is None:
             return None
@@ -206,7 +206,7 @@ def _beside_far(spec: str) -> bytes | None:
     )
 
 
-def _path(spec: str, form: Form) -> Path:
+def place(spec: str, form: Form) -> Path:
     """Beside a cache's images, so that it goes where they go; for all other data in the user's cache directory."""
     folder = Path(os.path.expanduser(spec))
     if read_settings(folder) is not None:

@@ -1,14 +1,10 @@
 """The features of every image of a data set, in a file: embeddings for search, clustering, or another's probe."""
 
-import fcntl
 import io
 import json
-import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial as part_of
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +17,13 @@ from pixmim.data.feed.loader import in_order
 from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import Source
-from pixmim.disk import atomic_write, read_file, read_json, write_csv, write_whole
+from pixmim.disk import atomic_write, check_output, read_file, read_json, write_csv, write_whole
 from pixmim.engine.device import Precision, autocast
 from pixmim.errors import UserError
 from pixmim.evaluate.encoder import of_weights, sameness
+from pixmim.lock import NAME, alone
 from pixmim.models import features
-from pixmim.terminal import csv_cell, utf8
+from pixmim.terminal import csv_cell, say, utf8
 from pixmim.transforms import evaluation_crop
 from pixmim.weights.recognise import Weights
 
@@ -37,7 +34,6 @@ _MAX_BYTES = 2**31  # of a batch that is kept
 
 @torch.no_grad()
 def embed(
-    name: str,
     weights: Weights,
     data: Source,
     out: Path,
@@ -46,34 +42,38 @@ def embed(
     batch: int = 256,
     device: str = "auto",
     precision: Precision = "auto",
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> list[str]:
     """Write one row for each readable image, in the order of the data; says in lines what was written.
 
-    name  what the user calls the model, so that unfinished work on another one is not gone on with
     out   .npy: float32 (n, d), or (n, 2 d) with the global vector first for "both", and beside it a .csv with each
           row's file and class; .parquet: columns file, class (where there are classes), cls, mean
     kind  cls: the global token after the final norm; mean: the mean of the patch tokens; both
+    overwrite  replace files of these names
 
     What is done is kept in OUT.partial, batch by batch; the same call goes on from there. Raises UserError, also while
     another process writes the same file.
     """
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out ends with .npy or .parquet, and not with '{out.suffix}'")
-    if out.exists():
-        raise UserError(f"{out} is there already: choose another --out")
-    names = out.with_suffix(".csv")
-    if out.suffix == ".npy" and os.path.lexists(names):
-        raise UserError(f"{names} is there already, and the names of the rows go there: choose another --out")
     if out.suffix == ".parquet":
         _parquet()  # before the work, not after it
     partial = out.with_name(out.name + ".partial")
-    with _alone(out, partial):
-        return _embed(name, weights, data, out, partial, kind, batch, device, precision, console)
+    if partial.is_symlink():
+        raise UserError(f"{partial} is a symbolic link: remove it first")
+    with alone(partial, part_of(say, console or Console(quiet=True))):
+        begun, left_out = (partial / "state.json").exists(), _left_out(out)
+        if not begun and any(path.name != NAME for path in partial.iterdir()):
+            raise UserError(f"{partial} is there already, and holds no unfinished work: choose another --out")
+        for path in [out, *[out.with_suffix(".csv")] * (out.suffix == ".npy"), *[left_out] * (not begun)]:
+            check_output(path, overwrite)
+        if overwrite and not begun:
+            left_out.unlink(missing_ok=True)
+        return _embed(weights, data, out, partial, kind, batch, device, precision, console)
 
 
 def _embed(
-    name: str,
     weights: Weights,
     data: Source,
     out: Path,
@@ -88,10 +88,10 @@ def _embed(
     encoder.module.eval()
     encoder.check_batch(min(batch, len(data)))
     state = _resume(
-        partial, {"model": name, "encoder": sameness(encoder), "data": data.spec, "files": data.fingerprint()}
+        partial, {"model": sameness(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
     )
     first = state["done"]
-    skipped = Skipped(out.with_name(out.stem + "-skipped.csv"), len(data), 1.0)
+    skipped = Skipped(_left_out(out), len(data), 1.0)
     with progress(f"features of {data.spec}", len(data), console) as advance:
         advance(first)
         for images, indices, end in in_order(
@@ -109,35 +109,17 @@ def _embed(
             write_whole(partial / "state.json", json.dumps(state | {"done": end}))
             advance(end)
     if not any(partial.glob("*.npz")):
-        raise UserError(f"not one image of {data.spec} can be read: see {out.stem}-skipped.csv")
+        raise UserError(f"not one image of {data.spec} can be read: see {_left_out(out)}")
     table = _gathered(partial, len(data))
     written = _write(out, table, data)
     shutil.rmtree(partial)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}"]
-    return lines + ([f"{len(skipped)} images could not be read: see {out.stem}-skipped.csv"] if len(skipped) else [])
+    return lines + ([f"{len(skipped)} images could not be read: see {_left_out(out)}"] if len(skipped) else [])
 
 
-@contextmanager
-def _alone(out: Path, partial: Path) -> Iterator[None]:
-    """Hold the folder of unfinished work. Raises UserError if another process does, or if the work is done.
-
-    The lock ends with the process, however it ends. Where the file system has no locks, there is none.
-    """
-    if partial.is_symlink():
-        raise UserError(f"{partial} is a symbolic link: remove it first")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is writing {out}: wait for it") from None
-        if out.exists():
-            raise UserError(f"{out} is there already: choose another --out")
-        yield
-    finally:
-        os.close(lock)
+def _left_out(out: Path) -> Path:
+    """The account of images that could not be read."""
+    return out.with_name(f"{out.name}.skipped.csv")
 
 
 def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +131,9 @@ def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         if type(done) is not int or done < 0:
             raise UserError(f"{note} is damaged: remove {partial} first")
         if {key: state.get(key) for key in wanted} != wanted:
-            raise UserError(f"{partial} holds unfinished work on another model or other images: remove it first")
+            raise UserError(
+                f"{partial} holds unfinished work of another model, other images or --features: remove it first"
+            )
         for path in partial.glob("*.npz"):  # written, but not noted
             if not path.stem.isdecimal() or int(path.stem) >= done:
                 path.unlink()

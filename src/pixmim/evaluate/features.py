@@ -52,9 +52,7 @@ def freeze(
     Shows a bar if `console` is a terminal. Raises UserError if the data have no labels.
     """
     if data.labels is None:
-        raise UserError(
-            f"{data.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=)"
-        )
+        raise UserError(data.no_labels)
     if skipped is None:
         skipped = account(data)
     encoder.check_batch(min(batch, len(data)))

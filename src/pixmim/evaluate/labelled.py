@@ -85,9 +85,7 @@ def check_labelled(train: Source, test: Source, console: Console | None = None) 
 def check_classes(data: Source) -> str:
     """Return a line about the classes of labelled data. Raises UserError if there are fewer than two with images."""
     if data.labels is None:
-        raise UserError(
-            f"{data.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=)"
-        )
+        raise UserError(data.no_labels)
     without = np.flatnonzero(data.labels < 0)
     if len(without):
         raise UserError(

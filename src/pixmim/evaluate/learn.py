@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,7 @@ from pixmim.engine.optim import Updater
 from pixmim.engine.runlog import RunLog
 from pixmim.engine.signals import Interrupts
 from pixmim.errors import UserError
+from pixmim.lock import alone
 from pixmim.terminal import say
 
 T = TypeVar("T")
@@ -57,10 +58,12 @@ def learn(
     On Ctrl-C it writes a checkpoint and raises KeyboardInterrupt; the same call goes on from there, on a CPU to bitwise
     the same weights. Raises UserError if the gradient is not finite many times in a row.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     updater = Updater(optimizer, clip, scaling=scaling, device=next(model.parameters()).device)
     console = console or Console(quiet=True)
-    with Checkpoints(folder / "checkpoints", say=partial(say, console)) as checkpoints:
+    with (
+        alone(folder, partial(say, console)),
+        Checkpoints(folder / "checkpoints", say=partial(say, console)) as checkpoints,
+    ):
         start = checkpoints.load(model, updater, images=images)
         with (
             batches(start * accumulate) as feed,
@@ -109,5 +112,7 @@ def equal_parts(batch: int, asked: int, device: torch.device, size: tuple[int, i
 
 
 def forget(folder: Path) -> None:
-    """Remove the checkpoints of work that is finished, and measured."""
+    """Remove the folder of work that is finished and measured, and the one above it when that is empty."""
     shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()

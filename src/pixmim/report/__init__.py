@@ -21,14 +21,15 @@ from pixmim.data import open_data
 from pixmim.data.pictures.decode import open_image
 from pixmim.data.skipped import read_skipped
 from pixmim.data.source import BadImage, Source
-from pixmim.disk import atomic_write, check_writable, read_file, write_whole
+from pixmim.disk import atomic_write, check_output, read_file, write_whole
+from pixmim.drawing import Picture
 from pixmim.engine.runlog import is_number, read_metrics
 from pixmim.errors import UserError
 from pixmim.options import NOT_OF_TIMM
 from pixmim.parts import image_form
 from pixmim.pretrained import open_model
-from pixmim.report.figures import Picture, curve, png, sheet
-from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct
+from pixmim.report.figures import curve, png, titled_sheet
+from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
 from pixmim.report.results import Measured, circumstances, compare, read_results, table
 from pixmim.targets import in_bins
 from pixmim.terminal import label, printable_lines
@@ -41,6 +42,8 @@ _MAX_PICTURE_BYTES = 2**25
 _MAX_PIXELS = 2**25  # of all pictures of one run together
 
 _MAJORITY = ", majority"
+MARK = " · pixmim</title>".encode()
+"""In the first lines of a page: one that pixmim wrote may be written again."""
 
 Warn = Callable[[str], None]
 
@@ -74,7 +77,9 @@ class _Story:
         return [line["epoch"] for line in lines], [line[key] for line in lines]
 
 
-def write_report(folders: list[Path], page: Path, data: str | None = None, warn: Warn = lambda text: None) -> Path:
+def write_report(
+    folders: list[Path], page: Path, data: str | None = None, warn: Warn = lambda text: None, bands: str = ""
+) -> Path:
     """Write the page of these runs; their reconstructions are drawn anew, and kept beside them as PNG.
 
     Args:
@@ -83,23 +88,24 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         data: Images to draw reconstructions of. Otherwise those of each run, if this user made it on this machine: a
             folder from elsewhere may name any file or URL.
         warn: Called with a line for everything that is left out.
+        bands: The channels to draw as red, green and blue, such as "4,3,2"; otherwise those of each run.
 
     Raises:
-        UserError: If a folder holds no run.
+        UserError: If a folder holds no run, or the page is a file that pixmim did not write.
         OSError: If the page cannot be written.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a run: there is no such folder")
-    check_writable(page)
-    stories = [_read(folder, name, data, warn) for folder, name in zip(folders, _names(folders), strict=True)]
+    check_output(page, mark=MARK)
+    stories = [_read(folder, name, data, warn, bands) for folder, name in zip(folders, _names(folders), strict=True)]
     for story in stories:
         for line in [*story.warnings, *[f"no reconstructions: {story.problem}"] * bool(story.problem)]:
             warn(line)
         if story.pictures is not None:
             folder = inside(story.folder, "reconstructions")
             folder.mkdir(exist_ok=True)
-            picture = sheet(story.pictures.columns)
+            picture = titled_sheet(story.pictures.columns, story.pictures.names)
             atomic_write(folder / f"step-{story.pictures.step:09d}.png", partial(picture.save, format="PNG"))
     trained = [story for story in stories if story.run is not None]
     targets = [(story.name, story.run.target) for story in stories if story.run is not None]
@@ -113,6 +119,7 @@ def write_report(folders: list[Path], page: Path, data: str | None = None, warn:
         curves=_curves(stories),
         columns=COLUMNS,
         png=png,
+        label=label,
         spectrum=_spectrum,
         usage=_usage,
         binned=[name for name, target in targets if target.distance == "cross_entropy"],
@@ -135,7 +142,7 @@ def _names(folders: list[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str, data: str | None, warn: Warn) -> _Story:
+def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = "") -> _Story:
     """Read what there is in a folder: what cannot be read costs a warning, and the rest of the page is as good."""
     warnings: list[str] = []
     run, config, pictures, problem, progress, unfinished = None, "", None, "", "", ""
@@ -152,7 +159,7 @@ def _read(folder: Path, name: str, data: str | None, warn: Warn) -> _Story:
         raise UserError(reason)
     if run is not None:
         try:
-            weights = open_model(str(folder.absolute()), whole=True)
+            weights = with_bands(open_model(str(folder.absolute()), whole=True), bands)
             progress = weights.progress
             pictures = reconstruct(weights, _data(folder, run, config, data))
         except (UserError, OSError) as error:  # the data may be elsewhere by now

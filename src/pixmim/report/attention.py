@@ -1,5 +1,6 @@
 """Where the last block of a ViT looks: its attention, drawn over the pictures."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.data.source import BadImage, Source
+from pixmim.drawing import Picture, drawn
 from pixmim.errors import UserError
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.plotting import matplotlib
 from pixmim.pretrained import assemble_encoder
-from pixmim.report.figures import Picture, drawn
 from pixmim.transforms import CentreCrop, finish, stacked
 from pixmim.weights.recognise import Weights
 
@@ -63,16 +64,17 @@ def _weights(encoder: nn.Module, layer: Any, tokens: Float[Tensor, "b n d"]) -> 
     return products.softmax(dim=-1)
 
 
-def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dict[str, Picture], list[str]]:
+def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dict[str, Picture], list[str], list[str]]:
     """Pictures by column: the image, the attention of all heads together and of each one, over the first `count`.
 
-    Also gives what could not be read, a line each. Raises UserError.
+    Also gives the names of their files, and what could not be read, a line each. Raises UserError.
     """
     run, encoder = weights.run, assemble_encoder(weights)
-    crop, pictures, bad = CentreCrop(run.hw, interpolation=run.crop.interpolation), [], []
+    crop, pictures, names, bad = CentreCrop(run.hw, interpolation=run.crop.interpolation), [], list[str](), []
     for index in range(len(data)):
         try:
             pictures.append(crop.crop(data.image(index)))
+            names.append(os.path.basename(data.locate(index)))
         except BadImage as error:
             bad.append(f"{data.locate(index)}: {error}")
         if len(pictures) == count:
@@ -86,7 +88,7 @@ def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dic
     plain = drawn({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, run)["image"]
     plain = np.broadcast_to(plain, (*plain.shape[:3], 3))
     columns = {"image": plain, "all heads": _over(plain, maps.mean(dim=1))}
-    return columns | {f"head {i + 1}": _over(plain, maps[:, i]) for i in range(maps.shape[1])}, bad
+    return columns | {f"head {i + 1}": _over(plain, maps[:, i]) for i in range(maps.shape[1])}, names, bad
 
 
 def _over(pictures: Picture, maps: Float[Tensor, "b h w"]) -> Picture:

@@ -7,18 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from pixmim.config import Run
+from pixmim.drawing import Picture
 from pixmim.plotting import Axes, Figure, FigureCanvasSVG, matplotlib
-from pixmim.terminal import plot_label
-
-Picture = npt.NDArray[np.uint8]
-"""Pixels (h w c), or several pictures (n h w c)."""
+from pixmim.terminal import label, plot_label
 
 COLOURS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
 
@@ -88,51 +81,32 @@ def png(picture: Picture, shortest: int = 112) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def drawn(images: Mapping[str, Float[Tensor, "b c h w"]], run: Run) -> dict[str, Picture]:
-    """Images of values before normalisation as pictures to look at, by name; the first names the range for all.
-
-    1 and 3 channels are drawn as grey and colour, 2 as the grey of the first, and more as the colour of the first
-    three. In uint8, [0, 1] is black to white. Deep and measured images are rarely that, so each of them is drawn from
-    the 1st to the 99th percentile of its values under the first name: of all three together where three are all, and
-    of each channel by itself elsewhere, since each has a unit of its own. Less than the run's deviation is no range:
-    an image without contrast stays without.
-    """
-    shown = {name: values[:, : 3 if values.shape[1] >= 3 else 1] for name, values in images.items()}
-    first, whole = next(iter(shown.values())), next(iter(images.values()))
-    low, high = torch.zeros(len(first), 1, 1, 1), torch.ones(len(first), 1, 1, 1)
-    if run.pixels != "uint8":
-        values = first.flatten(1)[:, None] if whole.shape[1] == 3 else first.flatten(2)
-        # By numpy, since torch's quantile refuses large images.
-        ends = np.percentile(values.numpy(), (1, 99), axis=2).astype(np.float32)
-        low, high = torch.from_numpy(ends)[..., None, None]
-    span = torch.maximum(high - low, torch.tensor(run.statistics[1])[: first.shape[1]].view(1, -1, 1, 1))
-    return {
-        name: np.asarray((((values - low) / span).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
-        for name, values in shown.items()
-    }
-
-
-def sheet(columns: Mapping[str, Picture], gap: int = 2) -> Image.Image:
-    """All pictures on one sheet: a row for each image, a column for each kind."""
+def sheet(columns: Mapping[str, Picture], gap: int = 2, below: int = 0) -> Image.Image:
+    """All pictures on one sheet: a row for each image, a column for each kind, and room below each row."""
     first = next(iter(columns.values()))
     n, h, w, c = first.shape
-    paper = np.full((n * (h + gap) - gap, len(columns) * (w + gap) - gap, c), 255, np.uint8)
+    down = h + below + gap
+    paper = np.full((n * down - gap, len(columns) * (w + gap) - gap, c), 255, np.uint8)
     for j, pictures in enumerate(columns.values()):
         for i, picture in enumerate(pictures):
-            paper[i * (h + gap) : i * (h + gap) + h, j * (w + gap) : j * (w + gap) + w] = picture
+            paper[i * down : i * down + h, j * (w + gap) : j * (w + gap) + w] = picture
     return Image.fromarray(paper.squeeze(-1) if c == 1 else paper)
 
 
-def titled_sheet(columns: Mapping[str, Picture], shortest: int = 112) -> Image.Image:
-    """The same with each column's name above it, small pictures enlarged by a whole factor."""
+def titled_sheet(columns: Mapping[str, Picture], names: Sequence[str], shortest: int = 112) -> Image.Image:
+    """The same with each column's name above it and each row's below it, small pictures enlarged by a whole factor."""
     factor = max(1, round(shortest / min(next(iter(columns.values())).shape[1:3])))
     larger = {name: pictures.repeat(factor, 1).repeat(factor, 2) for name, pictures in columns.items()}
-    body, strip, gap = sheet(larger, gap=4).convert("RGB"), 18, 4
+    strip, gap = 18, 4
+    body = sheet(larger, gap=gap, below=strip).convert("RGB")
     paper = Image.new("RGB", (body.width, body.height + strip), "white")
     paper.paste(body, (0, strip))
-    pen, width = ImageDraw.Draw(paper), (body.width + gap) // len(columns)
-    for j, name in enumerate(columns):
-        pen.text((j * width + 2, 3), name, fill="black", font=ImageFont.load_default(11))
+    pen, font = ImageDraw.Draw(paper), ImageFont.load_default(11)
+    width, height = (body.width + gap) // len(columns), (body.height + gap) // len(names)
+    for j, title in enumerate(columns):
+        pen.text((j * width + 2, 3), title, fill="black", font=font)
+    for i, name in enumerate(names):
+        pen.text((2, (i + 1) * height), label(name, max(12, body.width // 7)), fill="#666", font=font)
     return paper
 
 

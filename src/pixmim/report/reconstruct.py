@@ -13,7 +13,9 @@ Of colour bins the expected colour is drawn, the mean of the bins' centres by th
 The loss counts hidden patches only; what a network gives for visible ones was never trained, so it is not drawn.
 """
 
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +26,13 @@ from torch import Tensor
 from pixmim import rng
 from pixmim.config import Run
 from pixmim.data.source import BadImage, Source
+from pixmim.drawing import Picture, drawn, hatch
 from pixmim.errors import UserError
 from pixmim.grid import grid_of, hidden_pixels, unpatchify
 from pixmim.losses import patch_size
 from pixmim.models.base import MaskedModel
 from pixmim.parts import build_masker, build_objective, draw_masks
 from pixmim.pretrained import assemble
-from pixmim.report.figures import Picture, drawn
 from pixmim.targets import ColourBins
 from pixmim.transforms import CentreCrop, finish, stacked
 from pixmim.weights.recognise import Weights
@@ -51,7 +53,14 @@ class Reconstruction:
 
     step: int
     columns: dict[str, Picture]
+    names: list[str]
+    """Files of the rows."""
     spectra: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+
+
+def with_bands(weights: Weights, bands: str) -> Weights:
+    """Weights whose run draws these channels as red, green and blue; as they are if none are named."""
+    return replace(weights, run=replace(weights.run, bands=bands)) if bands else weights
 
 
 def reconstruct(weights: Weights, data: Source, count: int = 6) -> Reconstruction:
@@ -59,11 +68,14 @@ def reconstruct(weights: Weights, data: Source, count: int = 6) -> Reconstructio
 
     Raises UserError if the weights are an encoder's only, or not one picture can be read.
     """
-    return draw(assemble(weights), weights.run, _some_pictures(weights.run, data, count), weights.step)
+    pictures, names = _some_pictures(weights.run, data, count)
+    return draw(assemble(weights), weights.run, pictures, weights.step, names)
 
 
 @torch.no_grad()
-def draw(model: MaskedModel, run: Run, pictures: Shaped[Tensor, "b c h w"], step: int = 0) -> Reconstruction:
+def draw(
+    model: MaskedModel, run: Run, pictures: Shaped[Tensor, "b c h w"], step: int = 0, names: Sequence[str] = ()
+) -> Reconstruction:
     """What a model makes of pictures of the run's size, with the run's target and masks of step -1, which no training
     step uses.
     """
@@ -77,7 +89,7 @@ def draw(model: MaskedModel, run: Run, pictures: Shaped[Tensor, "b c h w"], step
     patch = patch_size(prediction, x, objective.outputs)
     if isinstance(objective.target, ColourBins):
         prediction = objective.target.expected(prediction)
-    target, grey = objective.target(x), torch.zeros_like(x)
+    target = objective.target(x)
     hidden = hidden_pixels(mask.hidden, model.patch, run.hw)
     filled = unaided = unpatchify(prediction, patch, run.hw)
     borrowed, own = (objective.statistics(target, patch, seen) for seen in (None, ~hidden))
@@ -86,8 +98,8 @@ def draw(model: MaskedModel, run: Run, pictures: Shaped[Tensor, "b c h w"], step
         filled, unaided = filled * local_deviation + local_mean, filled * deviation_of + mean_of
     normalised = {
         "image": x,
-        "masked": torch.where(hidden, grey, x),
-        "prediction": torch.where(hidden, filled, grey),
+        "masked": x,
+        "prediction": filled,
         "target": target,
         "pasted": torch.where(hidden, filled, x),
         "unaided": torch.where(hidden, unaided, x),
@@ -96,7 +108,10 @@ def draw(model: MaskedModel, run: Run, pictures: Shaped[Tensor, "b c h w"], step
     # The prediction's spectrum is that of the target with its hidden patches predicted: no grey, no seams of its own.
     compared = {"image": x, "target": target, "prediction": torch.where(hidden, filled, target)}
     spectra = {name: radial_spectrum(value * std.view(1, -1, 1, 1)) for name, value in compared.items()}
-    return Reconstruction(step, drawn(pixels, run), spectra)
+    columns, blank, gone = drawn(pixels, run), hatch(*run.hw), hidden.numpy()[:, 0, ..., None]
+    columns["masked"] = np.where(gone, blank, columns["masked"])
+    columns["prediction"] = np.where(gone, columns["prediction"], blank)
+    return Reconstruction(step, columns, list(names), spectra)
 
 
 def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]:
@@ -117,15 +132,16 @@ def _average(images: Tensor, over: Tensor) -> Tensor:
     return (images * over).sum(dim=(2, 3), keepdim=True) / over.sum(dim=(2, 3), keepdim=True)
 
 
-def _some_pictures(run: Run, data: Source, count: int) -> Tensor:
-    """The first readable pictures of an order that no training epoch uses; all of them in order if they are few."""
+def _some_pictures(run: Run, data: Source, count: int) -> tuple[Tensor, list[str]]:
+    """The first readable pictures of an order that no training epoch uses, in order if there are few; their files."""
     crop = CentreCrop(run.hw, interpolation=run.crop.interpolation)
-    found: list[Tensor] = []
+    found, names = list[Tensor](), list[str]()
     few = len(data) <= count
     for place in range(len(data)):
         index = place if few else int(rng.shuffled(run.seed, "order", 2**31, len(data), [place])[0])
         try:
             found.append(crop.crop(data.image(index)))
+            names.append(os.path.basename(data.locate(index)))
         except BadImage as error:
             reason = f"{data.locate(index)}: {error}"
             continue
@@ -133,4 +149,4 @@ def _some_pictures(run: Run, data: Source, count: int) -> Tensor:
             break
     if not found:
         raise UserError(f"not one image of {data.spec} can be read ({reason})")
-    return stacked(found)
+    return stacked(found), names

@@ -1,5 +1,6 @@
 """Picture files: those below a folder, searched through all its subfolders, or those that were named."""
 
+import codecs
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from jaxtyping import Shaped
 from pixmim.data.folders.listing import list_pictures
 from pixmim.data.folders.paths import Paths
 from pixmim.data.pictures.decode import decode
+from pixmim.data.pictures.kinds import about_file, about_others
 from pixmim.data.pictures.limits import max_bytes
 from pixmim.data.source import COLOUR, BadImage, Form, Source
 from pixmim.data.spec import split_root
@@ -26,9 +28,6 @@ MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy")
 )
-
-MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
-"""A text file that names images is refused if it has more."""
 
 
 class Files(Source):
@@ -87,11 +86,17 @@ def below(folder: str | Path, form: Form = COLOUR) -> Files:
     about = f"folders that cannot be read, left out: {len(closed)}, such as {root / closed[0]}" if closed else ""
     if not paths:
         found = f"{listing.others} other files" if listing.others else about or "nothing"
-        raise UserError(f"no pictures in {root} (found {found}); known: {' '.join(sorted(EXTENSIONS))}")
+        kind = about_others(root) if listing.others else ""
+        raise UserError(
+            f"no pictures in {root} (found {found}); known: {' '.join(sorted(EXTENSIONS))}" + f". {kind}" * bool(kind)
+        )
     runs = list(paths.runs())
     tops = [inside.split("/", 1)[0] for inside, _ in runs]
     if "" in tops:
-        return Files(str(folder), root, paths, form, about=about)
+        files = Files(str(folder), root, paths, form, about=about)
+        if len(set(tops)) > 1:
+            files.stray = files.locate(sum(count for _, count in runs[: tops.index("")]))
+        return files
     classes = sorted(set(tops))
     number = {name: i for i, name in enumerate(classes)}
     labels = np.repeat(np.asarray([number[top] for top in tops], np.int64), [count for _, count in runs])
@@ -126,10 +131,17 @@ def listed(spec: str | Path, form: Form = COLOUR) -> Files:
         lines = read_file(text, MAX_LIST_BYTES)
     except OSError as error:
         raise UserError(f"{text} cannot be read: {error.strerror}") from error
+    for mark, coding in ((codecs.BOM_UTF8, ""), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
+        if lines.startswith(mark):
+            try:
+                lines = lines.decode(coding).encode() if coding else lines.removeprefix(mark)
+            except UnicodeError as error:
+                raise UserError(f"{text} begins as UTF-16 and is not: {error}") from None
     if lines.count(b"\n") > MAX_LINES:
         raise UserError(f"{text} has more than {MAX_LINES:,} lines: put the images into a cache or into tars")
     if b"\0" in lines:
-        raise UserError(f"{text} is not a text file: it holds a zero byte")
+        raise UserError(f"{text} is not a text file: it holds a zero byte. Save it as UTF-8")
+    lines = _trimmed(lines, text.parent)
     paths = Paths.from_lines(lines)
     if not paths:
         raise UserError(f"{text} names no pictures")
@@ -141,6 +153,23 @@ def listed(spec: str | Path, form: Form = COLOUR) -> Files:
         names = (os.fsdecode(match[0].removesuffix(b"\r")) for match in odd.finditer(lines))
     check_inside(names, folders, str(text), len(paths), f"--data '{path},root=FOLDER' allows those below a folder")
     return Files(str(spec), text.parent, paths, form)
+
+
+def _trimmed(lines: bytes, folder: Path) -> bytes:
+    """Leave out blanks at the ends of lines, but of names that are there with them."""
+    if not re.search(rb"(?m)^[ \t]|[ \t]\r?$", lines):
+        return lines
+    return b"\n".join(
+        line if (bare := line.strip(b" \t\r")) == line or (bare and _is_there(folder, line)) else bare
+        for line in lines.split(b"\n")
+    )
+
+
+def _is_there(folder: Path, line: bytes) -> bool:
+    try:
+        return os.path.exists(os.path.join(os.fsencode(folder), line.removesuffix(b"\r")))
+    except ValueError:
+        return False
 
 
 def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, total: int, way_out: str) -> None:
@@ -184,6 +213,6 @@ def _is_name(name: str) -> bool:
 
 def _no_folder(root: Path) -> str:
     if root.exists():
-        return f"{root} is a file; --data takes a folder of images, a cache, or a .txt that names images"
+        return f"{root} {about_file(root)}. Data are a folder of images, a cache, tars, or a .txt that names images"
     siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     return f"there is no folder {root}{nearest(root.name, siblings)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from pixmim.data.pictures import ifd, jpeg, npy, tiff
 from pixmim.data.pictures.convert import OtherChannels, bring, on_white, turned
@@ -27,7 +27,8 @@ from pixmim.transforms import Array
 __all__ = ["decode", "open_image", "read", "read_numbers"]
 
 _BLOCK = 2**20  # pixels that Pillow converts at a time
-_BITS, _SAMPLES, _EXTRA, _KIND, _PHOTOMETRIC, _DEPTH = 258, 277, 338, 339, 262, 32997
+_BITS, _SAMPLES, _EXTRA, _KIND, _PHOTOMETRIC, _DEPTH, _PLANAR = 258, 277, 338, 339, 262, 32997, 284
+_APART = 2  # a plane for each channel
 
 
 def decode(data: bytes, form: Form = COLOUR) -> Array:
@@ -172,6 +173,9 @@ def _values(image: Image.Image) -> Array:
 
 
 def _colours(image: Image.Image) -> Array:
+    if image.mode == "LAB":
+        lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(name)) for name in ("LAB", "sRGB"))
+        image = ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB", ImageCms.Intent.PERCEPTUAL).apply(image)
     bands = image.getbands()
     if "A" in bands or "a" in bands or "transparency" in image.info:
         picture = image.convert("RGBA")
@@ -187,7 +191,7 @@ def _pillow_reads(image: Image.Image, deep: bool) -> bool:
     """Whether Pillow gives all of the samples of a TIFF, and of their bits, and understands them as they are meant."""
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
     samples, extra = tags.get(_SAMPLES, 1), tags.get(_EXTRA, ())
-    if tags.get(_DEPTH, 1) != 1:
+    if tags.get(_DEPTH, 1) != 1 or (tags.get(_PLANAR) == _APART and image.mode in ("YCbCr", "LAB")):
         return False
     if any(kind != 1 for kind in tags.get(_KIND, (1,))) or samples != len(image.getbands()):
         return False

@@ -24,7 +24,7 @@ _MAX_SEGMENTS = 2**20
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _PLANAR, _DEPTH = 256, 257, 258, 259, 277, 284, 32997
 _STRIPS, _ROWS, _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 273, 278, 279, 322, 323, 324, 325
-_ORIENTATION = 274
+_ORIENTATION, _SUBFILE, _OLD_SUBFILE = 274, 254, 255
 
 _TAGS = frozenset((
     254, 255, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332,
@@ -104,6 +104,12 @@ class Tiff:
         if at and most == MAX_PAGES:
             raise BadImage(f"a TIFF of more than {MAX_PAGES:,} pages")
         return found
+
+    def whole(self, pages: Sequence[Page]) -> list[Page]:
+        """The pages that are neither reduced copies (thumbnails, overviews) nor masks of another one."""
+        return [
+            page for page in pages if not self.number(page, _SUBFILE, 0) & 5 and self.number(page, _OLD_SUBFILE, 1) != 2
+        ]
 
     def _page(self, at: int) -> tuple[Page, int]:
         """One page, and where the offset of the next one is."""
@@ -217,6 +223,10 @@ def checked(data: bytes, pages: Pages = "first") -> bytes:
     """
     tiff = Tiff(data)
     found = tiff.pages(1 if pages == "first" else MAX_PAGES)
+    if pages == "first" and not tiff.whole(found):
+        found = tiff.whole(tiff.pages())[:1] or found  # a thumbnail comes first
+    elif pages == "channels":
+        found = tiff.whole(found) or found
     if not found:
         raise BadImage("a TIFF without a page")
     for page in found:
@@ -225,8 +235,9 @@ def checked(data: bytes, pages: Pages = "first") -> bytes:
 
 
 def count_pages(data: bytes) -> int:
-    """Return the number of pages of a TIFF. Raises BadImage as `Tiff.pages` does."""
-    return len(Tiff(data).pages())
+    """Return the number of pages of a TIFF, without reduced copies and masks. Raises BadImage as `Tiff.pages` does."""
+    tiff = Tiff(data)
+    return len(tiff.whole(tiff.pages()))
 
 
 def orientation(exif: bytes) -> int:

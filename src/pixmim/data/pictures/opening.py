@@ -17,6 +17,7 @@ from PIL import (
 )
 
 from pixmim.data.pictures import ifd, jpeg, sizes
+from pixmim.data.pictures.kinds import HEAD, about
 from pixmim.data.pictures.limits import VARIABLE, check_size, max_pixels
 from pixmim.data.source import BadImage
 
@@ -57,14 +58,15 @@ def open_plain(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     Raises:
         BadImage: As `open_image`. UnidentifiedImageError, which is Pillow's, is its cause if no format was recognised.
     """
-    if data[:4] == b"RIFF":
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         check_size(*sizes.webp(data))  # Pillow takes memory for it when it opens the file
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels() > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow refuses twice as many
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        raise BadImage("not a picture in a known format") from error
+        kind = about(data[:HEAD])
+        raise BadImage("not a picture in a known format" + f", but {kind}" * bool(kind)) from error
     except Image.DecompressionBombError:
         raise BadImage(f"more than the {max_pixels():,} pixels allowed on this machine (see {VARIABLE})") from None
     except Exception as error:  # Pillow raises almost anything on damaged files

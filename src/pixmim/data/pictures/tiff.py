@@ -2,6 +2,7 @@
 
 - The samples of a page are its channels, chunky or planar. A further sample is transparency only if it is tagged so.
 - As channels count all pages of the first one's size and kind, but for reduced copies (overviews).
+- Packed values, such as of 12 bits, are shares of their greatest one; 12 bits stored in 16 are shares of 65535.
 - Where black is the greatest value (MinIsWhite), unsigned values are turned round.
 - A measured value that GDAL's tag declares as "no data" is treated as what it is: a missing one.
 """
@@ -64,7 +65,8 @@ def _check(page: Any, count: int) -> None:
         raise BadImage(f"axes {page.axes}, and not one picture")
     if page.photometric is not None and int(page.photometric) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
         raise BadImage(f"{page.photometric.name} of {page.bitspersample} bits: save it as grey or RGB")
-    if page.dtype is None or page.dtype.kind not in "buif" or page.bitspersample not in (1, 8, 16, 32, 64):
+    packed = page.dtype is not None and page.dtype.kind == "u" and page.bitspersample in range(2, 17)
+    if page.dtype is None or page.dtype.kind not in "buif" or not (packed or page.bitspersample in (1, 8, 16, 32, 64)):
         raise BadImage(f"{page.bitspersample} bits a value: save it with 8, 16 or 32")
     check_bytes(page.nbytes * count)
 
@@ -82,7 +84,10 @@ def _pixels(page: Any, data: bytes) -> Array:
         pixels = pixels.transpose(1, 2, 0)
     unsigned = pixels.dtype in (np.bool_, np.uint8, np.uint16)
     if unsigned and page.photometric is not None and int(page.photometric) == _WHITE_IS_ZERO:
-        pixels = ~pixels
+        pixels = ~pixels if page.bitspersample in (1, 8, 16) else 2**page.bitspersample - 1 - pixels
+    if unsigned and page.bitspersample not in (1, 8, 16):  # packed: its greatest value is white
+        white = np.iinfo(pixels.dtype).max
+        pixels = np.rint(pixels * (white / (2**page.bitspersample - 1))).astype(pixels.dtype)
     if not unsigned and _NO_DATA in page.tags:
         missing = int((pixels == page.nodata).sum())
         if missing:

@@ -4,17 +4,22 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from posixpath import dirname
+
+import numpy as np
+from rich.console import Console
 
 from pixmim.data.parallel import parallel
 from pixmim.data.source import COLOUR, Form
 from pixmim.data.tars import anywhere
 from pixmim.data.tars.patterns import expand
 from pixmim.data.tars.remote import NoAccessError, is_far
-from pixmim.data.tars.shards import Shards
+from pixmim.data.tars.shards import Contents, Shards
 from pixmim.data.tars.shelf import Version
 from pixmim.data.tars.webdataset import PICTURES, Found, contents
 from pixmim.errors import UserError
+from pixmim.terminal import say
 
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)\}*$", re.IGNORECASE)
 
@@ -57,7 +62,13 @@ def _named(pattern: str) -> dict[str, Version | None]:
     return found
 
 
-def open_tars(spec: str, names: dict[str, Version | None], form: Form = COLOUR, local_copy: float = 50.0) -> Shards:
+def open_tars(
+    spec: str,
+    names: dict[str, Version | None],
+    form: Form = COLOUR,
+    local_copy: float = 50.0,
+    last_dot: bool = False,
+) -> Shards:
     """The samples of tars in the order of the names, searched through first where that was not yet done.
 
     A tar that is cut off or damaged is an error, not a loss: its samples before the damage are not used either. Raises
@@ -71,15 +82,64 @@ def open_tars(spec: str, names: dict[str, Version | None], form: Form = COLOUR, 
         raise UserError(f"there is no {missing[0]}{more}")
     versions = [version for version in asked if version is not None]
     shelf = anywhere.shelf(tars, versions, local_copy)
-    found = parallel("searching shards", lambda i: contents(tars[i], versions[i], shelf, i), len(tars), threads=8)
+    found = parallel(
+        "searching shards", lambda i: contents(tars[i], versions[i], shelf, i, last_dot), len(tars), threads=8
+    )
     if not any(len(one.contents.entries) for one in found):
         extensions = sum((Counter(one.extensions) for one in found), Counter[str]())
         what = " ".join(f".{extension}" for extension, _ in extensions.most_common(8)) or "no files"
         raise UserError(f"no pictures in {spec} (found {what}); known: {' '.join('.' + name for name in PICTURES)}")
-    classes = _classes(tars, found)
-    return Shards(
-        spec, form, tars, shelf, [one.contents for one in found], classes=classes, note=_note(found, bool(classes))
-    )
+    _warn(spec, found)
+    if any(one.words for one in found) and not any(one.unlabelled for one in found):
+        classes, held = _words(found)
+    else:
+        classes, held = _classes(tars, found), [one.contents for one in found]
+    return Shards(spec, form, tars, shelf, held, classes=classes, note=_note(found, bool(classes)))
+
+
+def _warn(spec: str, found: Sequence[Found]) -> None:
+    """Say on the terminal, once and by one process, how many images are not read: that is seldom meant."""
+    lost, links = sum(one.lost for one in found), sum(one.links for one in found)
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if spec in _warned or not first:
+        return
+    _warned.add(spec)
+    images = sum(len(one.contents.entries) for one in found) + lost
+    if lost:
+        say(
+            Console(stderr=True),
+            f"warning: {spec}: {lost:,} of {images:,} images are left out. Files whose names are the same up to "
+            f"the first dot are one sample, of which one image counts (the first of {', '.join(PICTURES[:4])}...). If "
+            f"the dots belong to the names, give '{spec},key=last-dot'",
+        )
+    if links:
+        say(
+            Console(stderr=True),
+            f"warning: {spec}: {links:,} images are links, which are left out: pack them with --dereference "
+            "--hard-dereference",
+        )
+
+
+_warned: set[str] = set()
+
+
+def _words(found: Sequence[Found]) -> tuple[list[str], list[Contents]]:
+    """Names of the classes where .cls files hold words, sorted, and each tar's samples with labels to match."""
+    own = [
+        one.words or [str(n) for n in range(int(one.contents.entries["label"].max(initial=-1)) + 1)] for one in found
+    ]
+    used = [
+        {words[label] for label in np.unique(one.contents.entries["label"])}
+        for one, words in zip(found, own, strict=True)
+    ]
+    classes = sorted(set().union(*used))
+    place = {word: i for i, word in enumerate(classes)}
+    held = []
+    for one, words in zip(found, own, strict=True):
+        entries = one.contents.entries.copy()
+        entries["label"] = np.asarray([place.get(word, -1) for word in words], np.int32)[entries["label"]]
+        held.append(replace(one.contents, entries=entries))
+    return classes, held
 
 
 def _classes(tars: Sequence[str], found: Sequence[Found]) -> list[str]:
@@ -105,16 +165,19 @@ def _classes(tars: Sequence[str], found: Sequence[Found]) -> list[str]:
 def _note(found: Sequence[Found], labelled: bool) -> str:
     """What a user should know of what was left out."""
     samples = sum(len(one.contents.entries) for one in found)
-    several, without, unlabelled = (
-        sum(getattr(one, name) for one in found) for name in ("several", "without", "unlabelled")
+    several, without, unlabelled, lost, links = (
+        sum(getattr(one, name) for one in found) for name in ("several", "without", "unlabelled", "lost", "links")
     )
     notes = []
     if several:
         notes.append(
-            f"{several:,} samples hold several pictures, of which the first of {', '.join(PICTURES[:4])}... counts"
+            f"{several:,} samples hold several pictures, of which the first of {', '.join(PICTURES[:4])}... counts: "
+            f"{lost:,} are left out"
         )
+    if links:
+        notes.append(f"{links:,} links are left out")
     if without:
         notes.append(f"{without:,} samples without a picture are left out")
     if not labelled and unlabelled < samples:
-        notes.append(f"{unlabelled:,} of {samples:,} have no class number in a .cls, so there are no labels")
+        notes.append(f"{unlabelled:,} of {samples:,} have no class in a .cls, so there are no labels")
     return "".join(f"; {note}" for note in notes)

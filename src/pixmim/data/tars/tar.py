@@ -4,7 +4,7 @@ Old (V7), POSIX (ustar, pax) and GNU tars. Python's tarfile knows them too, but 
 between two files, and takes three times as long; a test holds one against the other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pixmim.data.tars.shelf import Descriptor
@@ -34,11 +34,12 @@ class Member(NamedTuple):
     length: int
 
 
-def members(tar: Descriptor, where: str) -> Iterator[Member]:
+def members(tar: Descriptor, where: str, link: Callable[[str], object] = lambda name: None) -> Iterator[Member]:
     """Yield the regular files of a tar in order, `where` being its name in messages.
 
-    Links, folders and devices are left out. Tars that were joined, one after another, are read as one. Each step moves
-    forward in the file, so reading ends. A file that is mostly zeros is refused: it may be sparse, and of any size.
+    Links, folders and devices are left out; `link` is called with the name of each link. Tars that were joined, one
+    after another, are read as one. Each step moves forward in the file, so reading ends. A file that is mostly zeros is
+    refused: it may be sparse, and of any size.
 
     Raises:
         UserError: If it is compressed, cut off, damaged or not a tar, with the byte where that shows.
@@ -86,6 +87,8 @@ def members(tar: Descriptor, where: str) -> Iterator[Member]:
             )
         if kind in b"0\x007" and not name.endswith("/"):
             yield Member(name, at + BLOCK, length)
+        if kind in b"12":
+            link(name)
         if kind not in b"xXLgK":
             said = {}
         at = after

@@ -6,6 +6,7 @@ the user's cache directory for next time, and holds as long as the tar is of the
 
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pixmim.disk import cache_path, read_file, write_whole
 PICTURES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
 """Extensions of pictures. Of several in one sample, the first in this order is its image."""
 
-_FORMAT = 1  # of what is remembered
+_FORMAT = 2  # of what is remembered
 
 _MOST_REMEMBERED = 2**30  # bytes of what is remembered of one tar
 
@@ -30,48 +31,57 @@ _MOST_BYTES = int(np.iinfo(np.int32).max)  # of a picture that an entry tells; s
 
 _MOST_CLASSES = 1_000_000  # a larger number in a .cls is an identifier
 
+_LONGEST_WORD = 100  # bytes of a class's name in a .cls; more is a caption
+
 
 @dataclass(frozen=True)
 class Found:
     """What the search through one tar found: samples, and what was left out.
 
     several     samples with more than one picture
+    lost        pictures of these beyond the first
+    links       links whose names are pictures'
     without     samples with none
-    unlabelled  samples with a picture and no class number
+    unlabelled  samples with a picture and no class
+    words       the classes' names, where every .cls holds words instead of a number; labels are their places
     extensions  of the files of samples without a picture, with how often each came
     """
 
     contents: Contents
     several: int = 0
+    lost: int = 0
+    links: int = 0
     without: int = 0
     unlabelled: int = 0
+    words: list[str] = field(default_factory=list)
     extensions: dict[str, int] = field(default_factory=dict)
 
 
-def contents(name: str, version: Version, shelf: Shelf, shard: int) -> Found:
+def contents(name: str, version: Version, shelf: Shelf, shard: int, last_dot: bool = False) -> Found:
     """What is in a tar of a shelf: remembered, or else searched for and remembered. Raises UserError."""
-    memory = cache_path("tars", name if is_far(name) else os.path.abspath(name))
+    memory = cache_path("tars", (name if is_far(name) else os.path.abspath(name)) + "\0last" * last_dot)
     found = _recall(memory, name, version)
     if found is None:
-        found = search(shelf.open(shard), name)
+        found = search(shelf.open(shard), name, last_dot)
         _remember(memory, name, version, found)
     return found
 
 
-def search(tar: Descriptor, name: str) -> Found:
+def search(tar: Descriptor, name: str, last_dot: bool = False) -> Found:
     """Group the files of a tar into samples, in the order in which each sample's first file comes.
 
-    A key is all of a name up to the first dot after the last slash, the folder included. Files of one key need not
-    stand together; one whose extension its key has had already begins another sample. Names that begin with a dot are
-    left out. Raises UserError as `members` does.
+    A key is all of a name up to the first dot (or the last) behind the last slash, the folder included. Files of one
+    key need not stand together; one whose extension its key has had already begins another sample. Names that begin
+    with a dot are left out. Raises UserError as `members` does.
     """
     samples: list[dict[str, tuple[int, int]]] = []
     keys: list[str] = []
     latest: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in members(tar, name):
+    links: list[str] = []
+    for member in members(tar, name, links.append):
         folder, slash, file = member.name.rpartition("/")
-        stem, dot, extension = file.partition(".")
-        if not stem or not dot:
+        stem, dot, extension = file.rpartition(".") if last_dot else file.partition(".")
+        if not stem or not dot or stem.startswith("."):
             continue
         key, extension = folder + slash + stem, extension.lower()
         sample = latest.get(key)
@@ -81,21 +91,25 @@ def search(tar: Descriptor, name: str) -> Found:
             keys.append(key)
         sample[extension] = member.offset, member.length
 
-    entries, kept, several, extensions, unlabelled = [], [], 0, Counter[str](), 0
+    entries, kept, texts, several, lost, extensions = [], [], list[bytes](), 0, 0, Counter[str]()
     for number, (key, sample) in enumerate(zip(keys, samples, strict=True)):
         pictures = _pictures(sample)
         if not pictures:
             extensions.update(sample.keys())
             continue
         offset, length = sample[pictures[0]]
-        label = _label(tar, *sample["cls"]) if "cls" in sample else -1
-        entries.append((number, offset, min(length, _MOST_BYTES), label, 0, 0))
+        texts.append(_text(tar, *sample["cls"]) if "cls" in sample else b"")
+        entries.append((number, offset, min(length, _MOST_BYTES), -1, 0, 0))
         kept.append(key)
         several += len(pictures) > 1
-        unlabelled += label < 0
+        lost += len(pictures) - 1
     names = zlib.compress("\0".join(kept).encode("utf-8", "surrogateescape"), 1)
     contents = Contents(np.asarray(entries, ENTRY), names)
-    return Found(contents, several, len(samples) - len(entries), unlabelled, dict(extensions))
+    labels, words = _labels(texts)
+    contents.entries["label"] = labels
+    linked = sum(link.rpartition(".")[2].lower() in PICTURES for link in links)
+    without, unlabelled = len(samples) - len(entries), labels.count(-1)
+    return Found(contents, several, lost, linked, without, unlabelled, words, dict(extensions))
 
 
 def _pictures(sample: dict[str, tuple[int, int]]) -> list[str]:
@@ -104,10 +118,25 @@ def _pictures(sample: dict[str, tuple[int, int]]) -> list[str]:
     return sorted(known, key=lambda e: (e.count("."), PICTURES.index(e.rpartition(".")[2]), e))
 
 
-def _label(tar: Descriptor, offset: int, length: int) -> int:
-    """The class number that a .cls holds; -1 if it holds something else."""
-    text = tar.read(min(length, 32), offset).strip()
-    return int(text) if text.isdigit() and int(text) < _MOST_CLASSES else -1
+def _text(tar: Descriptor, offset: int, length: int) -> bytes:
+    """What a .cls holds; nothing if that is too long for a class."""
+    return tar.read(length, offset).strip() if length <= _LONGEST_WORD else b""
+
+
+def _labels(texts: list[bytes]) -> tuple[list[int], list[str]]:
+    """The class of each sample, -1 for none, from what its .cls holds; and the classes' names, if those are words.
+
+    They are words if every sample has one and not all are numbers.
+    """
+    numbers = [int(text) if text.isdigit() and int(text) < _MOST_CLASSES else -1 for text in texts]
+    if -1 not in numbers or not all(
+        re.search(rb"[^\d+.-]", text) for text, n in zip(texts, numbers, strict=True) if n < 0
+    ):
+        return numbers, []
+    words = [text.decode("utf-8", "replace") for text in texts]
+    classes = sorted(set(words))
+    place = {word: i for i, word in enumerate(classes)}
+    return [place[word] for word in words], classes
 
 
 def _recall(memory: Path, name: str, version: Version) -> Found | None:
@@ -125,10 +154,12 @@ def _recall(memory: Path, name: str, version: Version) -> Found | None:
         if (
             type(about["samples"]) is not int
             or len(entries) != about["samples"]
-            or outside(entries, version.size, _MOST_CLASSES)
+            or outside(entries, version.size, len(counts["words"]) or _MOST_CLASSES)
         ):
             return None
-        if any(type(n) is not int for key, n in counts.items() if key != "extensions"):
+        if any(type(n) is not int for key, n in counts.items() if key not in ("extensions", "words")):
+            return None
+        if type(counts["words"]) is not list or any(type(word) is not str for word in counts["words"]):
             return None
         return Found(Contents(entries, body[size:]), **counts | {"extensions": Counter[str](counts["extensions"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

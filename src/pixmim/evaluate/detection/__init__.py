@@ -12,6 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from pixmim.data.patience import progress
 from pixmim.data.source import BadImage
+from pixmim.drawing import visible
 from pixmim.errors import UserError, nearest
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.detection.data import Annotated, Objects, open_annotated, rectangle
@@ -72,7 +73,7 @@ def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterR
             seen = _in_image(found, view)
             tally.add(size, there, seen)
             if len(pictures) < settings.pictures:
-                pictures.append(draw(image, there, seen, test.classes))
+                pictures.append(draw(visible(image, encoder.run), there, seen, test.classes))
             advance(index + 1)
     if pictures:
         caption = "detection: what was found, with scores from 0.5, and in white what is there"

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Shaped
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
+from pixmim.drawing import Picture
 from pixmim.evaluate.detection.data import Objects
 from pixmim.evaluate.detection.masks import bitmap
 from pixmim.evaluate.detection.score import Found
@@ -18,14 +17,13 @@ _LONGER = 320  # pixels of a picture's longer edge
 _SURE = 0.5  # scores from which on an object is drawn
 
 
-def draw(image: Shaped[Tensor, "c h w"], truth: Objects, found: Found, classes: Sequence[str]) -> Image.Image:
-    """An image, uint8 or of [0, 1], with what was found in the colours of the classes, over what is there, in white.
+def draw(image: Picture, truth: Objects, found: Found, classes: Sequence[str]) -> Image.Image:
+    """A picture (h w 3) with what was found in the colours of the classes, over what is there, in white.
 
     Objects of a score from 0.5 are drawn. The image is brought to 320 pixels along its longer edge before lines and
-    letters are; of many channels, the first three are seen.
+    letters are.
     """
-    colours = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    pixels = (colours.float() * (255 if image.is_floating_point() else 1)).clamp(0, 255).permute(1, 2, 0).numpy().copy()
+    pixels = image.astype(np.float64)
     shown = [i for i in range(len(found.boxes)) if found.scores[i] >= _SURE]
     tint = pixels.copy()
     for i in reversed(shown) if found.masks else ():  # the surest on top

@@ -15,11 +15,12 @@ from pixmim.data.patience import progress
 from pixmim.data.skipped import Skipped
 from pixmim.data.source import BadImage
 from pixmim.data.threads import how_many, in_turn, workers
+from pixmim.drawing import visible
 from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench, Values
 from pixmim.evaluate.labelled import shares, warn_shared
 from pixmim.evaluate.learn import forget
-from pixmim.evaluate.segmentation.draw import Pixels, sheet
+from pixmim.evaluate.segmentation.draw import sheet
 from pixmim.evaluate.segmentation.pairs import IGNORE, Pairs, open_pairs
 from pixmim.evaluate.segmentation.training import build, fit
 from pixmim.evaluate.segmentation.windows import segment
@@ -59,7 +60,7 @@ def measure(bench: Bench, settings: Segmentation) -> Values:
             found = segment(model, encoder, pair[:-1], size)
             matrix += confusion(found, truth, len(names))
             if index in wanted:
-                rows.append((_visible(pair[:-1]), truth.cpu().numpy(), found.cpu().numpy()))
+                rows.append((visible(pair[:-1], encoder.run), truth.cpu().numpy(), found.cpu().numpy()))
             advance(index + 1)
     if rows:
         caption = f"Segmentation with the {settings.head} head: the image, its mask, the prediction"
@@ -122,13 +123,3 @@ def one_by_one(pairs: Pairs, skipped: Skipped, threads: int = 0) -> Iterator[tup
             if pair is not None:
                 skipped.passed(index)
                 yield index, pair
-
-
-def _visible(picture: Shaped[Tensor, "c h w"]) -> Pixels:
-    """A picture as bytes in three channels, to be looked at: the first three, or the first one in grey."""
-    values = picture.permute(1, 2, 0).numpy()
-    shown = values[..., :3] if values.shape[2] >= 3 else values[..., :1].repeat(3, axis=2)
-    if shown.dtype == np.uint8:
-        return shown
-    top = np.iinfo(shown.dtype).max if np.issubdtype(shown.dtype, np.integer) else max(float(shown.max()), 1e-8)
-    return (shown.astype(np.float32) / top * 255).clip(0, 255).astype(np.uint8)
