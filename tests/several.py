@@ -31,6 +31,7 @@ def main(jobs: str) -> None:
             run, out, goes_on = from_json(json.dumps(job["run"])), Path(job["out"]), job["goes_on"]
             if goes_on and world.first:
                 shutil.copytree(goes_on, out / "checkpoints" / Path(goes_on).name)
+                shutil.copy(Path(goes_on).parents[1] / "config.json", out)
             world.gather(None)
             pixmim.pretrain.finish = poison(world, job["poisoned"], max(1, run.accumulate))  # type: ignore[attr-defined]
             pixmim.pretrain.pretrain(run, out, Console(quiet=not world.first), world=world)

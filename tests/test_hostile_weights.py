@@ -398,13 +398,13 @@ def test_what_a_config_beside_says_is_checked(settings: dict[str, Any], named: s
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--size", "-1"], "--size is"),
-        (["--size", "8x8x8"], "--size is"),
+        (["--size", "-1"], "--size must be"),
+        (["--size", "8x8x8"], "--size must be"),
         (["--size", "32x64"], "--size HEIGHTxWIDTH"),
-        (["--decoder-heads", "1000000000"], "decoder_heads"),
-        (["--heads", "0"], "num_heads"),
+        (["--decoder-heads", "1000000000"], "--decoder-heads must be"),
+        (["--heads", "0"], "--heads must be"),
         (["--mean", "1", "--std", "1"], "--mean has 1 values for 3 channels"),
-        (["--mean", "nan", "0", "0"], "--mean must be from"),
+        (["--mean", "nan", "0", "0"], "--mean must be a number"),
         (["--std", "0", "1", "1"], "--std"),
         (["--prefix", "no.such"], "--prefix no.such: no tensor's name begins so"),
         (["--ema"], "--ema"),

@@ -7,6 +7,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from pixmim.engine.optim import layer_groups
+from pixmim.errors import UserError
 from pixmim.models import create_encoder
 from pixmim.models.layers import layer_ids
 
@@ -68,7 +69,7 @@ def test_simmims_vit() -> None:
         "simmim", "beit_base_patch16_224", **options, use_shared_rel_pos_bias=False, use_rel_pos_bias=True
     )
     assert layer_ids(own)["blocks.4.attn.relative_position_bias_table"] == 5
-    with pytest.raises(TypeError, match="Linear"):
+    with pytest.raises(UserError, match="Linear"):
         layer_ids(nn.Linear(2, 2))
 
 

@@ -1,6 +1,5 @@
 """A batch in parts: the same update as the batch as a whole, for every family of models, target and mask."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,7 +70,8 @@ def test_a_device_that_runs_out_of_memory_gets_parts_that_fit(batch: int, fittin
         return weight.sum()
 
     model = torch.nn.ParameterList([weight])
-    method: Any = SimpleNamespace(device=torch.device("meta"), model=model, loss=loss)
+    method = object.__new__(Method)
+    vars(method).update(device=torch.device("meta"), model=model, loss=loss)
     updater = Updater(torch.optim.AdamW([weight]), None, scaling=False, device=torch.device("cpu"))
     run = Run(batch_size=batch, size="32")
     assert _parts(run, method, model, updater, ALONE, None) == parts

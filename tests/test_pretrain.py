@@ -81,6 +81,7 @@ def test_a_cpu_takes_parts_by_itself_and_resumes_bitwise(
     losses = [[line["loss"] for line in metrics(out)] for out in (whole, cut)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     shutil.copytree(cut / "checkpoints" / "step-000000003", again / "checkpoints" / "step-000000003")
+    shutil.copy(cut / "config.json", again)
     train(run, again)
     assert equal(cut, again) and not equal(cut, whole)
 

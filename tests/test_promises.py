@@ -325,7 +325,9 @@ def test_what_is_remembered_and_cannot_be_counts_for_nothing(
     remembered(memory, edit, body)
     searched: list[str] = []
     search = webdataset.search
-    monkeypatch.setattr(webdataset, "search", lambda tar, name: searched.append(name) or search(tar, name))
+    monkeypatch.setattr(
+        webdataset, "search", lambda tar, name, *rest: searched.append(name) or search(tar, name, *rest)
+    )
     data = open_data(str(tmp_path / "x.tar"))
     assert len(data) == 2 and data.image(1).shape[2] == 21 and len(searched) == 1
 

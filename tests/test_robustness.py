@@ -281,7 +281,7 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         state = module.state_dict() | {f"head.{k}": v[order] for k, v in module.head.state_dict().items()}  # type: ignore[union-attr]
         file = tmp_path / f"{order}.safetensors"
-        save_tensors(state, file, run, 3, {"classes": json.dumps([names[i] for i in order])})
+        save_tensors(state, file, run, 3, 3, {"classes": json.dumps([names[i] for i in order])})
         found.append(measured(file))
     adopt(open_model(str(file)), tmp_path / "imported")
     found.append(measured(tmp_path / "imported"))
@@ -295,7 +295,7 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "bee")
     with pytest.raises(UserError, match="a class 'bee', which is none of the 3"):
         measured(file)
-    save_tensors(module.state_dict(), file, run, 3, {"classes": '["a", "b"]'})
+    save_tensors(module.state_dict(), file, run, 3, 3, {"classes": '["a", "b"]'})
     with pytest.raises(UserError, match="names 2 classes, and its classifier has 3"):
         of_model(str(file), device="cpu")
 

@@ -154,6 +154,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root,
     )
     shutil.copytree(half_of("fsdp-4"), half_of("fsdp-4-then-one"))
+    shutil.copy(root / "fsdp-4" / "config.json", root / "fsdp-4-then-one")
     with threads(1):
         pretrain(make(), root / "fsdp-4-then-one", Console(quiet=True))
     return root

@@ -215,11 +215,11 @@ def test_pretrain_finds_what_stats_measured(
         "--data",
         "pictures",
     ]
-    status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "a", "--std", "1", "2", "3")
+    status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "a", "--std", "0.1", "0.2", "0.3")
     assert status == 0 and "mean and std: measured on 4 of 10 images" in text
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     kept = recall(str(pictures), Form())
-    assert kept is not None and tuple(config["mean"]) == kept.mean and config["std"] == [1, 2, 3]
+    assert kept is not None and tuple(config["mean"]) == kept.mean and config["std"] == [0.1, 0.2, 0.3]
     status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "b", "--channels", 1)
     assert status == 0 and "measured" not in text  # of another form, nothing is known
     with monkeypatch.context() as elsewhere:

@@ -326,7 +326,7 @@ def test_positions_are_refitted_where_the_grid_differs_though_their_number_does_
 
 def test_what_the_caller_says_of_mean_and_std_counts(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pth", ENCODER)
-    said = {**VIT, "size": "32", "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0)}
+    said = {**VIT, "size": "32", "mean": (0.1, 0.2, 0.3), "std": (0.1, 0.2, 0.3)}
     weights = open_model(str(path), known=said)
     assert weights.run.statistics == (said["mean"], said["std"]) and not weights.notes
     adopt(weights, tmp_path / "kept")
@@ -371,13 +371,18 @@ def test_hugging_faces_classifiers_with_their_norms(
     for parameter in theirs.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     theirs.save_pretrained(tmp_path)
-    prepared = {"do_rescale": True, "rescale_factor": 1 / 255, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
+    prepared = {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.2, 0.3, 1],
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(prepared))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(load_encoder(tmp_path)(images), theirs(images).logits, atol=6e-6, rtol=0)
     weights = open_model(str(tmp_path))
-    assert weights.run.statistics == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)) and weights.notes == ()
+    assert weights.run.statistics == ((0.1, 0.2, 0.3), (0.2, 0.3, 1.0)) and weights.notes == ()
 
 
 # ---- Hugging Face

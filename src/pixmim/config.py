@@ -370,9 +370,9 @@ def check_statistics(mean: tuple[float, ...] | None, std: tuple[float, ...] | No
     for name, values in (("mean", mean), ("std", std)):
         if values is None:
             continue
-        words = " ".join(f"{value:g}" for value in values)
         if len(values) != channels:
-            raise UserError(f"--{name} {words} has {len(values)} values for {channels} channels")
+            raise UserError(f"--{name} has {len(values)} values for {channels} channels")
+        words = " ".join(f"{value:g}" for value in values)
         if pixels != "float32" and not all(0 <= value <= 1 for value in values):
             most = 255 if pixels == "uint8" else 65_535
             scaled = " ".join(f"{value / most:.4g}" for value in values)

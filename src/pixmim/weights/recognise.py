@@ -236,6 +236,7 @@ def _of_timm(file: Foreign) -> Weights:
         raise UserError("its config.json is not timm's: pretrained_cfg and model_args must be objects")
     check_name(config["architecture"])
     check_options(arguments)
+    arguments = dict(arguments)
     size = about.get("input_size", [3, 224, 224])
     if not isinstance(size, list) or len(size) != 3:
         raise UserError(f"its config.json's input_size is {shown(size)}, which is not [channels, height, width]")
@@ -245,15 +246,14 @@ def _of_timm(file: Foreign) -> Weights:
     own: dict[str, Option] = {"num_classes": 0 if classifier is None else classifier.shape[0]}
     pool = arguments.get("global_pool", about.get("global_pool", config.get("global_pool")))
     own |= {"global_pool": pool} if pool is not None else {}
+    sides, channels = pair(arguments.pop("img_size", size[1:])), arguments.pop("in_chans", size[0])
     run = Run(
         model=Model("timm", config["architecture"], options={**arguments, **own}),
-        size="x".join(map(str, pair(arguments.get("img_size", size[1:])))),
-        channels=cast(int, arguments.get("in_chans", size[0])),
+        size="x".join(map(str, sides)),
+        channels=cast(int, channels),
         mean=_numbers(about, "mean"),
         std=_numbers(about, "std"),
     )
-    for name in ("img_size", "in_chans"):
-        run.model.options.pop(name, None)
     return Weights(run, tensors, "timm", left, _TIMM)
 
 
