@@ -15,7 +15,7 @@ demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, w
 	$(BIN)/pixmim evaluate linear runs/demo $(LABELLED) --untrained
 
 test: .venv/developing  ## the test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # With the oldest versions that pyproject.toml promises, and the Python of most rented GPU machines.
 test-lowest: LOWEST := .venv-lowest/bin/python
@@ -24,7 +24,7 @@ test-lowest:  ## the test suite with the lowest versions that pyproject.toml all
 	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
 	grep -o '"[A-Za-z_-]\+\(\[[^]]*\]\)\?>=[0-9.]*"' pyproject.toml | sed 's/"//g; s/\[[^]]*\]//; s/>=/==/' > .venv-lowest/constraints.txt
 	$(LOWEST) -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
-	$(LOWEST) -m pytest -n auto --maxprocesses 4
+	$(LOWEST) -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 check: .venv/developing  ## format, lint, types, floors, tests
 	$(BIN)/ruff format --check .
@@ -32,7 +32,7 @@ check: .venv/developing  ## format, lint, types, floors, tests
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 format: .venv/developing  ## mend what ruff can mend
 	$(BIN)/ruff format .

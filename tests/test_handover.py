@@ -79,15 +79,21 @@ def pictures_for(name: str, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, int(h), int(w or h))
 
 
+def _check_timm(name: str) -> None:
+    if name == "simmim-swin" and tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31):
+        pytest.skip(f"timm {timm.__version__} takes its own Swin without a classifier for an older layout")
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "convmae"])
 def test_timm_reads_its_own_layout(name: str, made: Made, tmp_path: Path) -> None:
+    _check_timm(name)
     folder, module = made(name)
     hand_over(folder, "timm", tmp_path / "out")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = pictures_for(name)
     with torch.no_grad():
         assert torch.equal(theirs.forward_features(images), module.encoder.forward_features(images))  # type: ignore[operator]
-    assert theirs.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+    assert tuple(theirs.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 6, 13])
@@ -96,6 +102,7 @@ def test_timm_knows_all_of_a_product_with_nothing_to_repeat(
     name: str, channels: int, tiny_run: Make, tmp_path: Path
 ) -> None:
     """Options, size, channels, mean and std: timm's model after timm's own normalization gives our features of ours."""
+    _check_timm(name)
     model, size = MODELS[name]
     mean, std = (tuple(a + 0.01 * i for i in range(channels)) for a in (0.3, 0.2))
     run = tiny_run(model=model, size=size, channels=channels, mean=mean, std=std)
@@ -103,7 +110,7 @@ def test_timm_knows_all_of_a_product_with_nothing_to_repeat(
     adopt(Weights(run, dict(module.state_dict()), "a test"), tmp_path / "run")
     theirs = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True).eval()
     said = timm.data.resolve_model_data_config(theirs)
-    assert said["input_size"] == (channels, *run.hw)
+    assert tuple(said["input_size"]) == (channels, *run.hw)
     pixels = torch.rand(2, *said["input_size"])
     a = (pixels - torch.tensor(said["mean"]).view(-1, 1, 1)) / torch.tensor(said["std"]).view(-1, 1, 1)
     encoder = of_model(str(tmp_path / "run"), device="cpu", precision="fp32")

@@ -20,6 +20,8 @@ from pixmim.config import Mask, Model, Optim, Run, Saving, Scale
 from pixmim.engine.runlog import read_metrics
 from pixmim.pretrain import pretrain
 
+pytestmark = pytest.mark.xdist_group("several")  # one process makes what all of these read
+
 STEPS, HALF = 8, 4
 FSDP = Scale("fsdp")
 
