@@ -125,6 +125,15 @@ def test_bad_images_are_replaced_and_listed_once(tmp_path: Path) -> None:
     assert sorted(rows[1:]) == [["numbers/2", "broken, on purpose"], ["numbers/5", "broken, on purpose"]]
 
 
+@pytest.mark.parametrize("bad", [range(3), range(2, 5)])
+def test_too_many_bad_images_of_a_few_are_too_many_in_any_order(bad: range) -> None:
+    """Threads may read the good ones last: then the share is known once those are read."""
+    skipped = Skipped(None, 5, 0.25)
+    with pytest.raises(UserError, match="3 of the first 5 images cannot be read"):
+        for index in range(5):
+            skipped.add(index, str(index), "broken") if index in bad else skipped.passed(index)
+
+
 def test_too_many_bad_images_stop_the_run() -> None:
     source = Numbers(100, bad=tuple(range(0, 100, 2)))
     with (

@@ -177,7 +177,7 @@ def test_a_file_with_absurd_values_is_refused_by_its_keys(text: str) -> None:
         ({"pixels": "uint16", "channels": 1, "mean": (30_000.0,)}, "of 0 to 65535, that is --mean 0.4578"),
         ({"mean": (-1.0, 0.0, 0.0)}, "--mean -1 0 0 must be from 0 to 1, as pixels are (--pixels uint8)"),
         ({"std": (0.2, 0.2, 0.0)}, "--std must be a number from 1e-12"),
-        ({"mean": (0.5,)}, "--mean 0.5 has 1 values for 3 channels"),
+        ({"mean": (0.5,)}, "--mean has 1 values for 3 channels"),
     ],
 )
 def test_statistics_are_in_units_of_the_brightest_pixel(given: dict[str, Any], expected: str) -> None:

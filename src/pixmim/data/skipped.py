@@ -31,6 +31,7 @@ class Skipped:
     def __init__(self, path: Path | None, total: int, max_share: float, rule: str = "that --max-bad allows") -> None:
         self._path, self._max_share, self._rule = path, max_share, rule
         self._seen = np.zeros(total, bool)
+        self._count = 0  # of them
         self._bad: dict[int, str] = {}
         self._kinds: Counter[str] = Counter()
         self._lock = Lock()
@@ -45,8 +46,10 @@ class Skipped:
         return index in self._bad
 
     def passed(self, index: int) -> None:
-        """An image was read."""
-        self._seen[index] = True
+        """An image was read. Raises UserError as `add` does: threads may come to the unreadable ones first."""
+        if not self._seen[index]:
+            with self._lock:
+                self._see(index)
 
     def add(self, index: int, image: str, reason: str) -> None:
         """An image cannot be read. Raises UserError if that makes too many."""
@@ -55,13 +58,16 @@ class Skipped:
                 return
             self._bad[index] = f"{image}: {reason}"
             self._kinds[reason.split(": ")[0]] += 1
-            self._seen[index] = True
             if self._path is not None and csv_cell(image) not in self._written:
                 _append(self._path, [[image, " ".join(reason.split())]])
                 self._written.add(csv_cell(image))
-            seen = np.count_nonzero(self._seen)
-            if seen >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * seen:
-                raise self.too_many()
+            self._see(index)
+
+    def _see(self, index: int) -> None:
+        self._count += not self._seen[index]
+        self._seen[index] = True
+        if self._count >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * self._count:
+            raise self.too_many()
 
     @property
     def reasons(self) -> str:
@@ -72,9 +78,8 @@ class Skipped:
         """The error that ends the run, with a few of the reasons."""
         some = "\n".join(f"  {line}" for line in list(self._bad.values())[:3])
         where = f" All are listed in {self._path}." if self._path else ""
-        seen = np.count_nonzero(self._seen)
         return UserError(
-            f"{len(self._bad)} of the first {seen} images cannot be read, more than the share of "
+            f"{len(self._bad)} of the first {self._count} images cannot be read, more than the share of "
             f"{self._max_share:.0%} {self._rule}.{where}\n{some}"
         )
 
