@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # The labelled drawings that the demo's encoder is measured on.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
@@ -15,7 +16,7 @@ demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, w
 	$(BIN)/pixmim evaluate linear runs/demo $(LABELLED) --untrained
 
 test: .venv/developing  ## the test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python $(PYTEST)
 
 # With the oldest versions that pyproject.toml promises, and the Python of most rented GPU machines.
 test-lowest: LOWEST := .venv-lowest/bin/python
@@ -24,7 +25,7 @@ test-lowest:  ## the test suite with the lowest versions that pyproject.toml all
 	test -d .venv-lowest || $(PYTHON) -m venv .venv-lowest
 	grep -o '"[A-Za-z_-]\+\(\[[^]]*\]\)\?>=[0-9.]*"' pyproject.toml | sed 's/"//g; s/\[[^]]*\]//; s/>=/==/' > .venv-lowest/constraints.txt
 	$(LOWEST) -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
-	$(LOWEST) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(LOWEST) $(PYTEST)
 
 check: .venv/developing  ## format, lint, types, floors, tests
 	$(BIN)/ruff format --check .
@@ -32,7 +33,7 @@ check: .venv/developing  ## format, lint, types, floors, tests
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python $(PYTEST)
 
 format: .venv/developing  ## mend what ruff can mend
 	$(BIN)/ruff format .

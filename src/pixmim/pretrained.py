@@ -14,10 +14,10 @@ from pixmim.disk import check_new, whole_folder, write_whole
 from pixmim.engine.checkpoint import Checkpoints
 from pixmim.engine.memory import in_gib
 from pixmim.engine.schedule import Schedule
-from pixmim.errors import UserError, first_line, nearest, shown
+from pixmim.errors import UserError, first_line, nearest
 from pixmim.models import published
 from pixmim.models.base import MaskedModel
-from pixmim.options import Sides, check_name, check_options, parse_size
+from pixmim.options import Size, check_name, check_options, check_value, parse_size
 from pixmim.parts import Module, build_encoder, build_model, sketch
 from pixmim.room import free_memory
 from pixmim.runfile import portable, to_json
@@ -129,11 +129,9 @@ def _known(values: Mapping[str, Any]) -> Known:
     given = {
         key: value for key, value in values.items() if key in {f.name for f in fields(Known)} and value is not None
     }
-    if values.get("size"):
-        sides = parse_size(values["size"])
-        if sides is None:
-            raise UserError(f"--size must be {Sides()}, not {shown(values['size'])}")
-        given["img_size"] = list(sides)
+    if size := values.get("size"):
+        check_value("--size", size, Size)
+        given["img_size"] = list(parse_size(size) or ())
     check_options({key: given[key] for key in ("num_heads", "decoder_heads") if key in given})
     return Known(**given)
 

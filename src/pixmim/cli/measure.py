@@ -100,14 +100,14 @@ def _home(model: str, out: Path | None, *, several: bool) -> Path:
 
 
 def _page(folders: list[Path], page: Path | None) -> Path:
+    """Return where the page of these folders goes; that of a single one by default into it."""
     return page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
 
 
-def _show(folders: list[Path], page: Path | None, console: Console, data: str | None = None, bands: str = "") -> None:
-    """Write the page of what is in these folders, by default that of a single one into it, and print its table."""
+def _show(folders: list[Path], page: Path, console: Console, data: str | None = None, bands: str = "") -> None:
+    """Write the page of what is in these folders, and print its table."""
     from pixmim.report import results_table, write_report
 
-    page = _page(folders, page)
     write_report(folders, page, data, lambda line: say(console, f"warning: {line}"), bands)
     console.print(results_table(folders, console.width))
     say(console, f"report: {page}")
@@ -136,7 +136,7 @@ def report(args: list[str]) -> int:
         """
         if not runs:
             raise UserError("which run? pixmim report RUN [RUN ...]")
-        _show(list(runs), out, Console(), None if data is None else absolute(data), bands)
+        _show(list(runs), _page(list(runs), out), Console(), None if data is None else absolute(data), bands)
         return 0
 
     return tyro.cli(command, prog="pixmim report", args=args)

@@ -77,7 +77,7 @@ def check_labelled(train: Source, test: Source, console: Console | None = None) 
     wanted = number[wanted]
     without = sorted(set(wanted.tolist()) - set(labels.tolist()))
     if without:
-        some = ", ".join(label(train.classes[place]) for place in without[:6]) + (", ..." if len(without) > 6 else "")
+        some = a_few([label(train.classes[place]) for place in without])
         say(out, f"warning: the train data have no image of {len(without)} test classes, whose recall is 0: {some}")
     return Labelled(train, test, labels, wanted, train.classes)
 
@@ -102,6 +102,11 @@ def check_several(spec: str, names: Sequence[str]) -> None:
     if len(names) < 2:
         only = f"a single class, '{names[0]}'" if names else "no class"
         raise UserError(f"{spec} has {only}: there is nothing to tell apart, and every answer would be right")
+
+
+def a_few(names: Sequence[str]) -> str:
+    """Return the first six names, and dots for more."""
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def shares(names: Sequence[str], counts: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ from pixmim.evaluate.detection.feed import fitted, picture, read
 from pixmim.evaluate.detection.masks import View, bitmap, coco
 from pixmim.evaluate.detection.score import Found, Tally, pack
 from pixmim.evaluate.detection.train import trained
-from pixmim.evaluate.labelled import shares, warn_shared
+from pixmim.evaluate.labelled import a_few, shares, warn_shared
 from pixmim.evaluate.learn import forget
 from pixmim.protocols import Detection
 from pixmim.terminal import say
@@ -107,8 +107,7 @@ def _tell(train: Annotated, test: Annotated, console: Console) -> None:
             )
     unknown = [name for name, a, b in zip(train.classes, train.counts, test.counts, strict=True) if b and not a]
     if unknown:
-        some = ", ".join(unknown[:6]) + (", ..." if len(unknown) > 6 else "")
-        say(console, f"warning: {len(unknown)} test classes have no train object, and an AP of 0: {some}")
+        say(console, f"warning: {len(unknown)} test classes have no train object, and an AP of 0: {a_few(unknown)}")
     warn_shared(train.images, test.images, console)
 
 

@@ -18,7 +18,7 @@ from pixmim.data.threads import how_many, in_turn, workers
 from pixmim.drawing import visible
 from pixmim.errors import UserError
 from pixmim.evaluate.bench import Bench, Values
-from pixmim.evaluate.labelled import shares, warn_shared
+from pixmim.evaluate.labelled import a_few, shares, warn_shared
 from pixmim.evaluate.learn import forget
 from pixmim.evaluate.segmentation.draw import sheet
 from pixmim.evaluate.segmentation.pairs import IGNORE, Pairs, open_pairs
@@ -100,11 +100,11 @@ def check_masks(pairs: Pairs, skipped: Skipped, what: str, console: Console) -> 
         )
     without = [name for name in pairs.classes if name not in there]
     if without:
-        some = ", ".join(without[:6]) + (", ..." if len(without) > 6 else "")
         follows = "they cannot be learned" if what == "train" else "they have no IoU"
         say(
             console,
-            f"{'warning: ' if what == 'train' else '  '}{len(without)} classes without a pixel, {follows}: {some}",
+            f"{'warning: ' if what == 'train' else '  '}{len(without)} classes without a pixel, {follows}: "
+            f"{a_few(without)}",
         )
 
 
