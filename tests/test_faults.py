@@ -47,7 +47,6 @@ class Started:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
             preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
         )
 
@@ -147,9 +146,8 @@ def test_a_batch_too_large_for_the_memory_says_what_to_do(tmp_path: Path) -> Non
     small = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
     flags = ["pixmim-vit-small", "--data", "shapes:count=512,size=32", "--steps", "1", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "pixmim.cli", "pretrain", *flags, "--size", "224", "--precision", "fp32"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--batch-size", "8192", "--accumulate", "1"], capture_output=True, preexec_fn=small, env=environment
+        [*command, "--batch-size", "8192", "--accumulate", "1"], capture_output=True, preexec_fn=small
     )
     text = done.stderr.decode()
     assert done.returncode == 1 and "Traceback" not in text

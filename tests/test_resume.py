@@ -1,6 +1,5 @@
 """Real processes, really killed: a run that was interrupted ends bitwise as one that was not."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -28,8 +27,7 @@ def run(tiny_run: Make) -> Run:
 
 def start(*args: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pixmim.cli", "pretrain", *map(str, args)]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # two of them run side by side
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:

@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +23,6 @@ STEPS, HALF = 8, 4
 FSDP = Scale("fsdp")
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Sums are the same to the last bit only for one number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
-
-
 def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     """Train each job's run in turn over so many processes."""
     path = folder / f"jobs-{processes}.json"
@@ -42,7 +30,6 @@ def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "several.py"), str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -128,10 +115,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "poisoned": poisoned,
         }
 
-    with threads(1):
-        pretrain(make(), root / "one", Console(quiet=True))
-        for name in OTHERS | UNEVEN:
-            pretrain(other(name), root / name, Console(quiet=True))
+    pretrain(make(), root / "one", Console(quiet=True))
+    for name in OTHERS | UNEVEN:
+        pretrain(other(name), root / name, Console(quiet=True))
     launch(4, [job("ddp-4", make()), job("fsdp-4", make(scale=FSDP))], root)
     launch(
         2,
@@ -157,8 +143,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.copytree(half_of("fsdp-4"), half_of("fsdp-4-then-one"))
     shutil.copy(root / "fsdp-4" / "config.json", root / "fsdp-4-then-one")
-    with threads(1):
-        pretrain(make(), root / "fsdp-4-then-one", Console(quiet=True))
+    pretrain(make(), root / "fsdp-4-then-one", Console(quiet=True))
     return root
 
 
