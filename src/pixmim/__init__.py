@@ -8,35 +8,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pixmim.grid import patchify, unpatchify
     from pixmim.losses import Objective
     from pixmim.masking import BlockMask, Mask, RandomMask, SquareMask, UnitMask
     from pixmim.models import create_model
-    from pixmim.pretrained import load_encoder, load_model
     from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
-    from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+    from pixmim.transforms.crops import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+    from pixmim.utils.patches import patchify, unpatchify
+    from pixmim.weights.load import load_encoder, load_model
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BlockMask": "masking",
-    "CentreCrop": "transforms",
+    "CentreCrop": "transforms.crops",
     "ColourBins": "targets",
     "LowFrequency": "targets",
     "Mask": "masking",
     "Objective": "losses",
     "Pixels": "targets",
     "RandomMask": "masking",
-    "RandomResizedCrop": "transforms",
-    "SimpleResizedCrop": "transforms",
+    "RandomResizedCrop": "transforms.crops",
+    "SimpleResizedCrop": "transforms.crops",
     "SquareMask": "masking",
     "UnitMask": "masking",
     "create_model": "models",
-    "load_encoder": "pretrained",
-    "load_model": "pretrained",
+    "load_encoder": "weights.load",
+    "load_model": "weights.load",
     "low_pass": "targets",
-    "patchify": "grid",
-    "unpatchify": "grid",
+    "patchify": "utils.patches",
+    "unpatchify": "utils.patches",
 }
 
 __all__ = [
