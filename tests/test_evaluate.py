@@ -68,6 +68,34 @@ def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
     assert noise["k20/mean/top1/low"] < 100 / 3 < noise["k20/mean/top1/high"]
 
 
+def test_knn_is_labelled_with_the_number_of_neighbours_that_voted(
+    product: Path, sets: Callable[..., str], tiny_run: Make
+) -> None:
+    """No value of a k that was cut stands under the larger one, in one evaluation and while training."""
+    train, test = frozen(12), frozen(40, seed=1)
+    values = dict(knn(train, test, (1, 20, 30)))
+    assert {key.split("/")[0] for key in values} == {"k1", "k12", "majority"}
+    wanted = dict(knn(train, test, (12,)))
+    assert {key: values[key] for key in wanted} == wanted
+    answer = classify(train.mean, train.labels, test.mean, 3, k=(12,))[12]
+    assert values["k12/mean/top1"] == pytest.approx(100 * float((answer == test.labels).double().mean()))
+
+    few, others = sets("few", a=4, b=3), sets("others", seed=1, a=3, b=3)
+    line = "warning: k = 20 exceeds the 7 train images; measured with k = 7\n"
+    console = Console(file=io.StringIO(), width=300)
+    found = measured("knn", product, few, others, console=console)
+    assert line in console.file.getvalue()  # type: ignore[attr-defined]
+    assert {key.split("/")[0] for key in found.values} == {"k1", "k7", "majority"}
+
+    console = Console(file=io.StringIO(), width=300)
+    run = replace(of_model(str(product)).run, device="cpu")
+    watch = knn_watch(replace(run, knn=replace(run.knn, every=1.0, train=few, test=others)), console)
+    assert watch is not None
+    twice = [watch(build_model(tiny_run(seed=5)).encoder) for _ in range(2)]
+    assert {key for key in twice[1] if "top1" in key} == {f"knn/k{k}/{f}/top1" for k in (1, 7) for f in ("cls", "mean")}
+    assert console.file.getvalue().count(line) == 1  # type: ignore[attr-defined]
+
+
 def test_probe_follows_autograd() -> None:
     """The written-out gradient and momentum against torch.optim.SGD on cross-entropy, for every rate of the sweep."""
     data = frozen(50, apart=1)

@@ -140,12 +140,17 @@ def knn_watch(run: Run, console: Console | None = None) -> Callable[[nn.Module],
         raise UserError(f"--knn.train and --knn.test: {error}") from None
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
+    warned: set[str] = set()
 
     def watch(module: nn.Module) -> dict[str, float]:
         encoder = in_training(run, module, device, precision)
         train, test = (freeze(encoder, data) for data in sets)
         if not all(bool(torch.isfinite(part.mean).all()) for part in (train, test)):
             return {}
+        _, line = knn.usable(knn.DEFAULT, len(train.labels))
+        if line and line not in warned:
+            warned.add(line)
+            say(console or Console(quiet=True), line)
         names = ("top1", "balanced", "majority")
         return {
             f"knn/{key}": value
