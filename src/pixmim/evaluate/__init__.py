@@ -44,6 +44,7 @@ def evaluate(
     precision: Precision = "auto",
     console: Console | None = None,
     known: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Iterator[Result]:
     """Measure an encoder in one or several ways; features are computed once for all of them.
 
@@ -52,6 +53,7 @@ def evaluate(
     folder       where results and unfinished work are kept
     untrained    measure the weights that a run began with instead
     known        what a file does not say of its model: see `pretrained.open_model`
+    overwrite    replace a classifier that was fine-tuned with other settings, and train one again that is there
 
     Yields each evaluation's result as soon as it is there. Raises UserError for an unknown evaluation, for what holds
     no encoder, and for data that do not suit.
@@ -63,7 +65,8 @@ def evaluate(
     encoder = of_model(model, device=device, precision=precision, untrained=untrained, known=known)
     for line in encoder.notes:
         say(console or Console(quiet=True), line)
-    yield from _measure(Bench(encoder, folder, "untrained" if untrained else "trained", console), model, evaluations)
+    which = "untrained" if untrained else "trained"
+    yield from _measure(Bench(encoder, folder, which, console, overwrite), model, evaluations)
 
 
 def side_by_side(
@@ -75,12 +78,14 @@ def side_by_side(
     precision: Precision = "auto",
     console: Console | None = None,
     known: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Iterator[tuple[Result, Path]]:
     """Measure several encoders in the same ways.
 
     models     what is measured, each as for `evaluate`, with the folder where its results are kept
     untrained  measure the weights that each run began with as well: once, where several began with the same
     known      what their files do not say of them: see `pretrained.open_model`
+    overwrite  as for `evaluate`
 
     Yields each result, and its folder, as soon as it is there. Raises UserError as `evaluate` does; if one of several
     models cannot be opened, before any is measured.
@@ -96,10 +101,11 @@ def side_by_side(
                 yield replace(result, model=model), folder
             if start not in begun:
                 begun[start] = []
-                for result in _measure(Bench(encoder, folder, "untrained", console), model, evaluations):
+                for result in _measure(Bench(encoder, folder, "untrained", console, overwrite), model, evaluations):
                     begun[start].append(result)
                     yield result, folder
         how: Any = {"device": device, "precision": precision, "console": console, "known": known}
+        how["overwrite"] = overwrite
         for result in evaluate(model, evaluations, folder, **how):
             yield result, folder
 
