@@ -20,7 +20,7 @@ from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.engine.device import autocast
 from pixmim.errors import UserError
-from pixmim.evaluate import EVALUATIONS, evaluate, knn_watch, side_by_side
+from pixmim.evaluate import CHECKS, EVALUATIONS, evaluate, knn_watch, side_by_side
 from pixmim.evaluate.encoder import in_training, of_model
 from pixmim.evaluate.features import Frozen, freeze
 from pixmim.evaluate.knn import classify, knn
@@ -349,6 +349,51 @@ def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.M
     assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
     assert results[3].settings["data"] == f"{TEST},texture=conflict"
     assert results[0].values == measured("knn", product, TRAIN, TEST).values
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"pairs": "/no/ade"}, "segmentation: .*/no/ade"),
+        ({"coco": "/no/coco"}, "detection: .*/no/coco"),
+        ({"stimuli": "/no/stimuli"}, "shape-bias: .*/no/stimuli"),
+        ({"imagenet_c": "/no/c"}, "robustness: ImageNet-C needs a classifier"),
+        ({"imagenet_sketch": "/no/sketch"}, "robustness: ImageNet-Sketch needs a classifier"),
+    ],
+)
+@pytest.mark.parametrize("untrained", [False, True])
+def test_all_checks_every_evaluation_before_the_first_one_starts(
+    product: Path, more: dict[str, str], words: str, untrained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing for the last of a list is said before anything is computed, of one model and of several."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something is computed")
+
+    monkeypatch.setattr("pixmim.evaluate.bench.freeze", never)
+    monkeypatch.setattr("pixmim.evaluate.finetune.learn", never)
+    parts = All(TRAIN, TEST, finetune=True, **more).parts()  # type: ignore[arg-type]
+    for evaluations in (parts, sorted(parts, key=lambda part: part[0] != "finetune")):
+        with pytest.raises(UserError, match=words):
+            list(side_by_side({str(product): product}, evaluations, untrained=untrained, device="cpu"))
+    with pytest.raises(AssertionError, match="something is computed"):
+        list(side_by_side({str(product): product}, All(TRAIN, TEST, finetune=True).parts(), device="cpu"))
+
+
+def test_every_evaluation_has_a_check() -> None:
+    assert list(CHECKS) == list(EVALUATIONS) == list(PROTOCOLS)
+
+
+def test_a_standing_classifier_is_found_before_other_evaluations(product: Path) -> None:
+    """Of the untrained encoder as well, whose turn comes first or last."""
+    (product / "classifier-untrained").mkdir()
+    (product / "classifier-untrained/mine.txt").write_text("mine")
+    calls: list[str] = []
+    parts = All(TRAIN, TEST, finetune=True).parts()
+    with pytest.raises(UserError, match="classifier-untrained is there already"):
+        for result, _ in side_by_side({str(product): product}, parts, untrained=True, device="cpu"):
+            calls.append(result.evaluation)
+    assert calls == []
 
 
 def test_several_encoders_side_by_side(

@@ -33,6 +33,17 @@ EVALUATIONS: dict[str, Callable[[Bench, Any], Values]] = {
     "shape-bias": shape_bias.measure,
 }
 
+CHECKS: dict[str, Callable[[Bench, Any], object]] = {
+    "knn": knn.check,
+    "linear": linear.check,
+    "finetune": finetune.check,
+    "segmentation": segmentation.check,
+    "detection": detection.check,
+    "robustness": robustness.check,
+    "shape-bias": shape_bias.check,
+}
+"""What refuses data and settings of each evaluation before the first one starts: all that can be known by then."""
+
 
 def evaluate(
     model: str,
@@ -56,12 +67,9 @@ def evaluate(
     overwrite    replace a classifier that was fine-tuned with other settings, and train one again that is there
 
     Yields each evaluation's result as soon as it is there. Raises UserError for an unknown evaluation, for what holds
-    no encoder, and for data that do not suit.
+    no encoder, and for data that do not suit: before the first evaluation starts.
     """
-    for name, _ in evaluations:
-        if name not in EVALUATIONS:
-            names = ", ".join(EVALUATIONS)
-            raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {names}")
+    _known(evaluations)
     encoder = of_model(model, device=device, precision=precision, untrained=untrained, known=known)
     for line in encoder.notes:
         say(console or Console(quiet=True), line)
@@ -87,11 +95,17 @@ def side_by_side(
     known      what their files do not say of them: see `pretrained.open_model`
     overwrite  as for `evaluate`
 
-    Yields each result, and its folder, as soon as it is there. Raises UserError as `evaluate` does; if one of several
-    models cannot be opened, before any is measured.
+    Yields each result, and its folder, as soon as it is there. Raises UserError as `evaluate` does, for each of several
+    models before any is measured.
     """
-    for model in models if len(models) > 1 else ():
-        of_model(model, device=device, precision=precision, known=known)
+    _known(evaluations)
+    for model, folder in models.items() if len(models) > 1 or untrained else ():
+        encoder = of_model(model, device=device, precision=precision, known=known)
+        _check(Bench(encoder, folder, overwrite=overwrite), evaluations)
+        if untrained:
+            encoder = of_model(model, device=device, precision=precision, untrained=True)
+            tunings = [each for each in evaluations if each[0] == "finetune"]  # these keep a classifier of their own
+            _check(Bench(encoder, folder, "untrained", overwrite=overwrite), tunings)
     begun: dict[str, list[Result]] = {}
     for model, folder in models.items():
         if untrained:
@@ -110,8 +124,26 @@ def side_by_side(
             yield result, folder
 
 
+def _known(evaluations: list[tuple[str, Any]]) -> None:
+    """Raise UserError for an unknown evaluation."""
+    for name, _ in evaluations:
+        if name not in EVALUATIONS:
+            names = ", ".join(EVALUATIONS)
+            raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {names}")
+
+
+def _check(bench: Bench, evaluations: list[tuple[str, Any]]) -> None:
+    """Raise UserError for data and settings of any of these evaluations. Measures nothing."""
+    for name, settings in evaluations:
+        try:
+            CHECKS[name](bench, settings)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if len(evaluations) > 1 else str(error)) from error
+
+
 def _measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
     encoder = bench.encoder
+    _check(bench, evaluations)
     for name, settings in evaluations:
         bench.pictures.clear()
         values = dict(EVALUATIONS[name](bench, settings))

@@ -23,9 +23,15 @@ ROWS, BLOCK = 1024, 16384
 CPU = torch.device("cpu")
 
 
+def check(bench: Bench, settings: Knn) -> None:
+    """Raise UserError now for data or settings that `measure` would refuse."""
+    data = open_labelled(bench, settings.train, settings.test)
+    usable(settings.k, len(data.train))
+
+
 def measure(bench: Bench, settings: Knn) -> Values:
     """Top-1 accuracy on the test data: see `knn`. Raises UserError."""
-    open_labelled(bench, settings.train, settings.test)
+    check(bench, settings)
     train = bench.frozen(settings.train)
     _, line = usable(settings.k, len(train.labels))
     if line and bench.console is not None:
