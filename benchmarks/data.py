@@ -21,14 +21,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pixmim.data import open_data
-from pixmim.data.feed.batches import Portion
-from pixmim.data.feed.kept import Kept
-from pixmim.data.feed.loader import Loader
-from pixmim.data.folders.files import Files
-from pixmim.data.skipped import Skipped
-from pixmim.data.source import Source
-from pixmim.data.tars.cache import make_cache
-from pixmim.transforms import Crop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Portion
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import Source
+from pixmim.data.image_folder import Files
+from pixmim.data.in_memory import Kept
+from pixmim.data.loader import Loader
+from pixmim.transforms.crops import Crop, RandomResizedCrop, SimpleResizedCrop
 
 BATCH, SIZE = 256, 224
 

@@ -21,7 +21,7 @@ from timing import CLOCKS, interleaved, machine, product_rate
 from torch import Tensor, nn
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
 
-from pixmim.engine.device import choose_device, choose_precision
+from pixmim.training.precision import choose_device, choose_precision
 
 
 def main() -> None:

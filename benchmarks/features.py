@@ -17,18 +17,18 @@ import torch
 from timing import CLOCKS, interleaved, machine
 from torch import Tensor
 
+from pixmim.build import build_encoder
 from pixmim.config import Model, Run
 from pixmim.data import open_data
-from pixmim.data.bench.subset import Subset
-from pixmim.data.feed.loader import in_order
-from pixmim.data.skipped import Skipped
-from pixmim.data.source import Source
-from pixmim.data.tars.cache import make_cache
-from pixmim.engine.device import autocast, choose_attention, choose_device, choose_precision
-from pixmim.evaluate.encoder import Encoder, in_training
-from pixmim.evaluate.features import freeze
-from pixmim.parts import build_encoder
-from pixmim.transforms import evaluation_crop
+from pixmim.data.bad_images import Skipped
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import Source
+from pixmim.data.loader import in_order
+from pixmim.data.throughput.subset import Subset
+from pixmim.evaluation.features import freeze
+from pixmim.evaluation.frozen_encoder import Encoder, in_training
+from pixmim.training.precision import autocast, choose_attention, choose_device, choose_precision
+from pixmim.transforms.crops import evaluation_crop
 
 BACKBONES = ("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
 

@@ -13,7 +13,7 @@ from timing import CLOCKS, interleaved, machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluate.knn import classify
+from pixmim.evaluation.knn import classify
 
 WIDTH, CLASSES, K, TEMPERATURE = 768, 1000, 20, 0.07
 IMAGENET = 1_281_167, 50_000

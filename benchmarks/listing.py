@@ -25,14 +25,14 @@ from pathlib import Path
 from PIL import Image
 
 from pixmim.data.folders.listing import SETTLED
-from pixmim.data.shapes import Shapes
+from pixmim.data.synthetic import Shapes
 
 LINKS = 60_000  # to one file; ext4 takes 65,000
 
 CHILD = """
 import os, sys, time
 from pixmim import cli
-from pixmim.data.feed.loader import Loader
+from pixmim.data.loader import Loader
 given = Loader.__next__
 def first(self):
     batch = given(self)

@@ -37,14 +37,14 @@ from torchvision.io import decode_image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pixmim.data import open_data
-from pixmim.data.bench.subset import Subset
-from pixmim.data.feed.batches import Portion
-from pixmim.data.feed.loader import Loader
-from pixmim.data.skipped import Skipped
-from pixmim.data.tars.cache import make_cache
-from pixmim.data.tars.cacheformat import open_cache
-from pixmim.data.tars.shards import Shards
-from pixmim.transforms import SimpleResizedCrop
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Portion
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.loader import Loader
+from pixmim.data.resized_cache import open_cache
+from pixmim.data.shards.dataset import Shards
+from pixmim.data.throughput.subset import Subset
+from pixmim.transforms.crops import SimpleResizedCrop
 
 BATCH, SIZE, TURN, AHEAD = 64, 224, 32, 4  # AHEAD: batches that each process of the others may have ready
 CROP = SimpleResizedCrop(SIZE)

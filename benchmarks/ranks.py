@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from pixmim.engine.runlog import read_metrics
+from pixmim.training.metric_logger import read_metrics
 
 EACH, STEPS = 16, 8
 

@@ -25,7 +25,7 @@ import torch
 from steps import training_flops
 
 import pixmim
-from pixmim.engine.parallel import blocks
+from pixmim.training.parallelize import blocks
 
 MODELS = {"ViT-B/16": "vit_base_patch16_224", "ViT-L/16": "vit_large_patch16_224", "ViT-H/14": "vit_huge_patch14_224"}
 BUCKET = 25 * 2**20

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 import pixmim
 from pixmim.data import open_data
-from pixmim.data.feed.batches import Portion
-from pixmim.data.feed.loader import Loader
-from pixmim.data.skipped import Skipped
-from pixmim.data.tars.cache import make_cache
-from pixmim.data.tars.shards import Shards
-from pixmim.engine.device import choose_device, choose_precision
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Portion
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.loader import Loader
+from pixmim.data.shards.dataset import Shards
 from pixmim.targets import IMAGENET_MEAN, IMAGENET_STD
-from pixmim.transforms import SimpleResizedCrop, finish
+from pixmim.training.precision import choose_device, choose_precision
+from pixmim.transforms.crops import SimpleResizedCrop, finish
 
 PIXMIM = "pixmim PixMIM"
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pixmim
-from pixmim import rng
-from pixmim.engine.device import autocast, choose_attention
-from pixmim.engine.optim import Updater, adamw
 from pixmim.masking import Mask, Masker
 from pixmim.models.base import MaskedModel
+from pixmim.training.optim import Updater, adamw
+from pixmim.training.precision import autocast, choose_attention
+from pixmim.utils import rng
 
 Step = Callable[[Tensor], None]
 """Forward, backward and update for normalised images (b c h w)."""

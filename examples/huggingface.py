@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import pixmim
-from pixmim.grid import sincos_positions
+from pixmim.utils.patches import sincos_positions
 
 
 def train(paths: list[Path], config: ViTMAEConfig, steps: int, batch: int = 8) -> list[float]:

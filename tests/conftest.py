@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+from helpers.tiny import TINY
 from pixmim.config import Model, Optim, Run
-from pixmim.data.pictures import limits
+from pixmim.data.decode import limits
 
 settings.register_profile(
     "pixmim",  # the same examples each time, and nothing that measures the machine
@@ -25,8 +26,6 @@ settings.load_profile("pixmim")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, here and in the processes that tests start
 torch.set_num_threads(1)
-
-TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ import json
 import pytest
 
 from pixmim.config import Crop, Optim, Run, Target
-from pixmim.errors import UserError
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json, to_json
+from pixmim.utils.errors import UserError
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.runs import train
 from pixmim import LowFrequency, Objective, RandomMask, create_model, low_pass
 from pixmim.config import Run
-from pixmim.data.shapes import Shapes
-from pixmim.data.source import Form
-from pixmim.engine.optim import Updater, adamw
-from pixmim.transforms import finish
-from test_pretrain import train
+from pixmim.data.dataset import Form
+from pixmim.data.synthetic import Shapes
+from pixmim.training.optim import Updater, adamw
+from pixmim.transforms.crops import finish
 
 pytestmark = pytest.mark.gpu
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from pixmim.grid import patchify, unpatchify
 from pixmim.losses import Objective, normalise, patch_statistics, window_statistics
 from pixmim.masking import RandomMask
 from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
+from pixmim.utils.patches import patchify, unpatchify
 
 
 @pytest.mark.parametrize("distance", ["mse", "l1", "smooth_l1"])

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from pixmim.grid import hidden_pixels
+from pixmim.evaluation.metrics import average_distance
 from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
-from pixmim.metrics import average_distance
+from pixmim.utils.patches import hidden_pixels
 
 
 @pytest.mark.parametrize(("patches", "visible"), [(196, 49), (256, 64), (784, 196), (36, 9)])

@@ -1,7 +1,6 @@
 """Whole runs in this process: what they compute, what they leave behind, and what they say."""
 
 import csv
-import io
 import json
 import os
 import shutil
@@ -12,37 +11,19 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import load_file
 
+from helpers.runs import equal, train, weights
+from pixmim.build import build_model
 from pixmim.config import Knn, Made, Optim, Run, Saving
-from pixmim.engine.checkpoint import Checkpoints
-from pixmim.errors import UserError
-from pixmim.evaluate import evaluate, knn_watch
+from pixmim.evaluation.evaluate import evaluate, knn_watch
+from pixmim.evaluation.settings import Linear
 from pixmim.models import features
-from pixmim.parts import build_model
-from pixmim.pretrain import pretrain
-from pixmim.protocols import Linear
 from pixmim.recipes import get_recipe
+from pixmim.training.checkpoint import Checkpoints
+from pixmim.utils.errors import UserError
 
 Make = Callable[..., Run]
-
-
-def train(run: Run, out: Path, watch: object = None) -> str:
-    console = Console(file=io.StringIO(), width=500)
-    pretrain(run, out, console, watch)  # type: ignore[arg-type]
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "encoder/model.safetensors")
-
-
-def equal(one: Path, two: Path) -> bool:
-    a, b = weights(one), weights(two)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def metrics(out: Path) -> list[dict[str, float]]:

@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pixmim.grid import patchify, unpatchify
     from pixmim.losses import Objective
     from pixmim.masking import BlockMask, Mask, RandomMask, SquareMask, UnitMask
     from pixmim.models import create_model
-    from pixmim.pretrained import load_encoder, load_model
     from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
-    from pixmim.transforms import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+    from pixmim.transforms.crops import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+    from pixmim.utils.patches import patchify, unpatchify
+    from pixmim.weights.load import load_encoder, load_model
 
 __version__ = "0.1.0"
 

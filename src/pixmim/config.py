@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
-from pixmim.errors import UserError, shown
-from pixmim.options import (
+from pixmim.utils.errors import UserError, shown
+from pixmim.utils.validation import (
     KEYWORDS,
     MAX_CHANNELS,
     MAX_SIDE,

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.grid import hidden_share, patchify, unpatchify
 from pixmim.masking import Mask
 from pixmim.targets import ColourBins
+from pixmim.utils.patches import hidden_share, patchify, unpatchify
 
 Distance = Literal["mse", "l1", "smooth_l1", "cross_entropy"]
 

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from pixmim.build import build_masker, build_model, build_objective, draw_masks
 from pixmim.config import Run
-from pixmim.engine.device import Precision, autocast, choose_attention, choose_device, choose_precision
-from pixmim.grid import grid_of
 from pixmim.losses import Objective
 from pixmim.masking import Mask, Masker
 from pixmim.models.base import MaskedModel
-from pixmim.parts import build_masker, build_model, build_objective, draw_masks
+from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
+from pixmim.utils.patches import grid_of
 
 
 @dataclass(frozen=True)

@@ -13,36 +13,36 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from pixmim.build import build_crop, build_model, image_form
 from pixmim.config import Run
 from pixmim.data import open_batches, open_data
-from pixmim.data.feed.batches import Batch, Portion
-from pixmim.data.feed.keep import choose_place
-from pixmim.data.skipped import Skipped, gather_accounts
-from pixmim.data.source import Source
-from pixmim.data.threads import how_many
-from pixmim.disk import write_whole
-from pixmim.dist import ALONE, World
-from pixmim.engine.advice import closing, describe
-from pixmim.engine.checkpoint import AUTOSAVE, Checkpoints, milestone
-from pixmim.engine.loop import loop
-from pixmim.engine.memory import halve, images_at_once, is_out_of_memory
-from pixmim.engine.optim import Updater, adamw
-from pixmim.engine.parallel import accumulating, compiling, spread, way, whole_state
-from pixmim.engine.runlog import RunLog, read_metrics
-from pixmim.engine.schedule import Schedule
-from pixmim.engine.signals import Interrupted, Interrupts
-from pixmim.errors import UserError, first_line
+from pixmim.data.bad_images import Skipped, gather_accounts
+from pixmim.data.batches import Batch, Portion
+from pixmim.data.caching import choose_place
+from pixmim.data.dataset import Source
 from pixmim.method import Method
 from pixmim.models.base import MaskedModel
-from pixmim.models.layers import not_decayed
-from pixmim.parts import build_crop, build_model, image_form
-from pixmim.pretrained import assemble_encoder, begin_from, open_model
+from pixmim.models.layer_decay import not_decayed
 from pixmim.runfile import to_json
-from pixmim.terminal import say
-from pixmim.transforms import finish
-from pixmim.trust import inside, remember_run
-from pixmim.weights.own import ENCODER, WEIGHTS, save_encoder
-from pixmim.weights.recognise import read_run
+from pixmim.training.checkpoint import AUTOSAVE, Checkpoints, milestone
+from pixmim.training.distributed import ALONE, World
+from pixmim.training.find_batch_size import halve, images_at_once, is_out_of_memory
+from pixmim.training.metric_logger import RunLog, read_metrics
+from pixmim.training.optim import Updater, adamw
+from pixmim.training.parallelize import accumulating, compiling, spread, way, whole_state
+from pixmim.training.preemption import Interrupted, Interrupts
+from pixmim.training.schedule import Schedule
+from pixmim.training.summary import closing, describe
+from pixmim.training.trainer import loop
+from pixmim.transforms.crops import finish
+from pixmim.utils.console import say
+from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.files import write_whole
+from pixmim.utils.threads import how_many
+from pixmim.utils.trust import inside, remember_run
+from pixmim.weights.detect import read_run
+from pixmim.weights.load import assemble_encoder, begin_from, open_model
+from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder
 
 _FILES = ("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ENCODER, f"{ENCODER}/config.json", WEIGHTS)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pixmim.config import Knn, Run
-from pixmim.disk import parse_json, read_text
-from pixmim.errors import UserError, nearest, shown
-from pixmim.options import check_options
+from pixmim.utils.errors import UserError, nearest, shown
+from pixmim.utils.files import parse_json, read_text
+from pixmim.utils.validation import check_options
 
 MAX_CHARACTERS = 2**20
 """Longest configuration that is read. One that pixmim writes has about 3,000 characters."""

@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from pixmim import __version__
-from pixmim.cli.bench import bench_data
 from pixmim.cli.coverage import coverage
 from pixmim.cli.data import cache, stats
-from pixmim.cli.look import attention, embed, reconstruct
-from pixmim.cli.measure import evaluate, report
+from pixmim.cli.evaluate import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
-from pixmim.cli.transfer import export, import_
-from pixmim.errors import UserError, first_line, nearest
-from pixmim.process import as_process
-from pixmim.terminal import say
+from pixmim.cli.throughput import bench_data
+from pixmim.cli.visualize import attention, embed, reconstruct
+from pixmim.cli.weights import export, import_
+from pixmim.utils.console import say
+from pixmim.utils.errors import UserError, first_line, nearest
+from pixmim.utils.process import as_process
 
 OVERVIEW = """usage: pixmim COMMAND [...]
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
     if "torch" not in sys.modules:  # whose errors are RuntimeErrors
         return isinstance(error, MemoryError)
-    from pixmim.engine.memory import is_out_of_memory
+    from pixmim.training.find_batch_size import is_out_of_memory
 
     return is_out_of_memory(error)
 

@@ -7,10 +7,10 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from pixmim.cli.terms import checked
-from pixmim.disk import check_output
-from pixmim.options import Real, Seed, Size, Whole
-from pixmim.terminal import say
+from pixmim.cli.flags import checked
+from pixmim.utils.console import say
+from pixmim.utils.files import check_output
+from pixmim.utils.validation import Real, Seed, Size, Whole
 
 
 def coverage(args: list[str]) -> int:
@@ -44,7 +44,7 @@ def coverage(args: list[str]) -> int:
             overwrite: Replace those that are there.
         """
         from pixmim.config import Run
-        from pixmim.evaluate.coverage import measure
+        from pixmim.evaluation.object_coverage import measure
 
         for end in ("json", "csv", "png"):
             check_output(out / f"coverage.{end}", overwrite)

@@ -8,11 +8,11 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from pixmim.cli.terms import absolute, checked
-from pixmim.disk import check_writable
-from pixmim.errors import UserError
-from pixmim.options import MAX_CHANNELS, Count, Size, Some, Threads, Whole
-from pixmim.terminal import say
+from pixmim.cli.flags import absolute, checked
+from pixmim.utils.console import say
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import check_writable
+from pixmim.utils.validation import MAX_CHANNELS, Count, Size, Some, Threads, Whole
 
 _LOOK = 200  # images whose files are looked into for their channels and depth
 
@@ -57,9 +57,9 @@ def cache(args: list[str]) -> int:
         """
         from pixmim.config import Run
         from pixmim.data import open_data
-        from pixmim.data.patience import progress
-        from pixmim.data.source import Form
-        from pixmim.data.tars.cache import make_cache
+        from pixmim.data.build_resized_cache import make_cache
+        from pixmim.data.dataset import Form
+        from pixmim.utils.progress import progress
 
         console = Console()
         source = open_data(absolute(data), Form(channels, pixels, pages))
@@ -123,10 +123,10 @@ def stats(args: list[str]) -> int:
         import time
 
         from pixmim.data import open_data
-        from pixmim.data import stats as look
-        from pixmim.data.patience import progress
-        from pixmim.data.source import Form
-        from pixmim.data.tars.cacheformat import read_settings
+        from pixmim.data import statistics as look
+        from pixmim.data.dataset import Form
+        from pixmim.data.resized_cache import read_settings
+        from pixmim.utils.progress import progress
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)

@@ -14,17 +14,17 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.terms import absolute
+from pixmim.cli.flags import absolute
 from pixmim.config import Run
-from pixmim.errors import UserError, shown
-from pixmim.lock import alone
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json, read_config_text
-from pixmim.terminal import printable, say
-from pixmim.trust import closed, made_here, refusal
+from pixmim.utils.console import printable, say
+from pixmim.utils.errors import UserError, shown
+from pixmim.utils.lock import alone
+from pixmim.utils.trust import closed, made_here, refusal
 
 if TYPE_CHECKING:
-    from pixmim.dist import World
+    from pixmim.training.distributed import World
 
 _MAY_CHANGE = {
     *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),
@@ -120,12 +120,12 @@ def _finish(out: Path) -> int:
 
 def _train(run: Run, resumed: str) -> int:
     """What each process of the run does; the first one speaks."""
-    from pixmim.dist import open_world
-    from pixmim.evaluate import knn_watch
-    from pixmim.parts import measured
+    from pixmim.build import measured
+    from pixmim.evaluation.evaluate import knn_watch
     from pixmim.pretrain import check_new_run
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
+    from pixmim.training.distributed import open_world
 
     with open_world(run.device, run.scale.timeout) as world, ExitStack() as stack:
         console = Console(quiet=not world.first)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pixmim.errors import UserError
-from pixmim.options import Count, Positive, Settings, Some, Whole
+from pixmim.utils.errors import UserError
+from pixmim.utils.validation import Count, Positive, Settings, Some, Whole
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from tyro.conf import arg
 from pixmim.cli.pretrain import going_on, read_flags, whole_paths
 from pixmim.cli.sbatch import Job, script
 from pixmim.config import Run
-from pixmim.disk import check_output, write_whole
-from pixmim.errors import UserError
-from pixmim.terminal import say
+from pixmim.utils.console import say
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import check_output, write_whole
 
 
 def slurm(args: list[str]) -> int:
@@ -75,7 +75,7 @@ def slurm(args: list[str]) -> int:
 
 def _build(run: Run) -> None:
     """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
-    from pixmim.parts import build_crop, build_masker, build_model, build_objective, sketch
+    from pixmim.build import build_crop, build_masker, build_model, build_objective, sketch
 
     patch = sketch(lambda: build_model(run), run.model.backbone).patch
     build_masker(run, patch)
@@ -85,7 +85,7 @@ def _build(run: Run) -> None:
 
 def _absent(run: Run) -> list[str]:
     """Paths in the settings that are not on this machine."""
-    from pixmim.data.spec import is_there, read_parts
+    from pixmim.data.uri import is_there, read_parts
 
     parts = [part.source for data in (run.data, run.knn.train, run.knn.test) if data for part in read_parts(data)]
     absent = [source for source in parts if not is_there(source)]

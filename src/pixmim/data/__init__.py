@@ -6,23 +6,23 @@ from pathlib import Path
 
 import torch
 
-from pixmim.data.feed.batches import Batches, Portion
-from pixmim.data.feed.keep import Place
-from pixmim.data.feed.kept import Kept
-from pixmim.data.feed.loader import Loader
-from pixmim.data.feed.resident import Resident
-from pixmim.data.folders.files import below, listed
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Batches, Portion
+from pixmim.data.caching import Place
+from pixmim.data.dataset import COLOUR, Form, Source
+from pixmim.data.gpu_loader import Resident
+from pixmim.data.huggingface.hub import is_local, open_hub
+from pixmim.data.image_folder import below, listed
+from pixmim.data.in_memory import Kept
+from pixmim.data.loader import Loader
 from pixmim.data.mixture import Mixture
-from pixmim.data.shapes import Shapes
-from pixmim.data.skipped import Skipped
-from pixmim.data.source import COLOUR, Form, Source
-from pixmim.data.spec import Part, read_parts, split_key, split_root
-from pixmim.data.tables.hub import is_local, open_hub
-from pixmim.data.tars.cacheformat import open_cache, read_settings
-from pixmim.data.tars.foreign import names_tars, open_tars, tar_names
-from pixmim.data.tars.remote import is_far
-from pixmim.errors import UserError
-from pixmim.transforms import Crop
+from pixmim.data.resized_cache import open_cache, read_settings
+from pixmim.data.shards.fsspec_io import is_far
+from pixmim.data.shards.webdataset import names_tars, open_tars, tar_names
+from pixmim.data.synthetic import Shapes
+from pixmim.data.uri import Part, read_parts, split_key, split_root
+from pixmim.transforms.crops import Crop
+from pixmim.utils.errors import UserError
 
 
 def open_data(spec: str, form: Form = COLOUR, local_copy: float = 50.0) -> Source:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.source import Source
-from pixmim.transforms import Array
+from pixmim.data.dataset import Source
+from pixmim.transforms.crops import Array
 
 _PIECE = 1000
 

@@ -12,12 +12,12 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pixmim.errors import UserError, first_line, nearest, shown
 from pixmim.models import convmae, swin, vit
 from pixmim.models.base import Features, MaskedModel, not_used
 from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM
-from pixmim.options import check_name, check_options
+from pixmim.utils.errors import UserError, first_line, nearest, shown
+from pixmim.utils.validation import check_name, check_options
 
 
 def _mae(backbone: str, **options: Any) -> MAE:
@@ -76,7 +76,7 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
               prediction is then (b n p*p*c*bins), bins last; the others go to the backbone (img_size, in_chans ...)
 
     Weights are drawn from torch's global generator. Raises UserError for an unknown name, backbone or option, and for a
-    value that is out of bounds (see `pixmim.options`).
+    value that is out of bounds (see `pixmim.utils.validation`).
     """
     backbone = backbone or BACKBONES.get(name, "vit_base_patch16_224")
     _check(name, BUILDERS, backbone, options)

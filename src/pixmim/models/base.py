@@ -6,8 +6,8 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pixmim.errors import UserError
 from pixmim.masking import Mask
+from pixmim.utils.errors import UserError
 
 
 def not_used(encoder: nn.Module) -> UserError:

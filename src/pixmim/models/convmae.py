@@ -14,11 +14,11 @@ from timm.layers.drop import DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from pixmim.grid import sincos_positions
 from pixmim.masking import Mask
 from pixmim.models.base import Features, MaskedModel
 from pixmim.models.mae import Decoder, DecoderOptions
 from pixmim.models.vit import gather, init_like_mae
+from pixmim.utils.patches import sincos_positions
 
 PATCH = 16
 """Stride of the last stage, in pixels."""

@@ -10,11 +10,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.errors import UserError
-from pixmim.grid import sincos_positions
 from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
 from pixmim.models.vit import encode_visible, fix_sincos_positions, gather, init_like_mae, prefix_tokens
+from pixmim.utils.errors import UserError
+from pixmim.utils.patches import sincos_positions
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.grid import patchify
 from pixmim.masking import Mask
 from pixmim.models import swin, vit
 from pixmim.models.base import MaskedModel
+from pixmim.utils.patches import patchify
 
 SimMIMEncoder = SwinTransformer | Beit | VisionTransformer
 Head = Literal["linear", "mlp"]

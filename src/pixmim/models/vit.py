@@ -10,10 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.errors import UserError
-from pixmim.grid import patchify, sincos_positions
 from pixmim.masking import Mask
 from pixmim.models.base import Features
+from pixmim.utils.errors import UserError
+from pixmim.utils.patches import patchify, sincos_positions
 
 _PLAIN = "vit_base_patch16_224"
 

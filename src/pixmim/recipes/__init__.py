@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from pixmim.config import Run
-from pixmim.errors import UserError, nearest
 from pixmim.recipes.imagenet import (
     convmae_base,
     lsmae_base_448,
@@ -19,7 +18,8 @@ from pixmim.recipes.imagenet import (
     simmim_vit_base,
     with_pixmim,
 )
-from pixmim.recipes.modest import demo, pixmim_vit_small, pixmim_vit_tiny
+from pixmim.recipes.small import demo, pixmim_vit_small, pixmim_vit_tiny
+from pixmim.utils.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,26 @@ import numpy as np
 from markupsafe import Markup
 from rich.table import Table
 
+from pixmim.build import image_form
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.pictures.decode import open_image
-from pixmim.data.skipped import read_skipped
-from pixmim.data.source import BadImage, Source
-from pixmim.disk import atomic_write, check_output, read_file, write_whole
-from pixmim.drawing import Picture
-from pixmim.engine.runlog import is_number, read_metrics
-from pixmim.errors import UserError
-from pixmim.options import NOT_OF_TIMM
-from pixmim.parts import image_form
-from pixmim.pretrained import open_model
+from pixmim.data.bad_images import read_skipped
+from pixmim.data.dataset import BadImage, Source
+from pixmim.data.decode.image import open_image
+from pixmim.evaluation.visualize import Picture
 from pixmim.report.figures import curve, png, titled_sheet
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
 from pixmim.report.results import Measured, circumstances, compare, read_results, table
 from pixmim.targets import in_bins
-from pixmim.terminal import label, printable_lines
-from pixmim.trust import closed, inside, refusal
-from pixmim.weights.own import ENCODER, WEIGHTS
-from pixmim.weights.recognise import read_config
+from pixmim.training.metric_logger import is_number, read_metrics
+from pixmim.utils.console import label, printable_lines
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import atomic_write, check_output, read_file, write_whole
+from pixmim.utils.trust import closed, inside, refusal
+from pixmim.utils.validation import NOT_OF_TIMM
+from pixmim.weights.detect import read_config
+from pixmim.weights.load import open_model
+from pixmim.weights.save import ENCODER, WEIGHTS
 
 _MAX_NEIGHBOURS = 8  # numbers of neighbours with a curve
 _MAX_PICTURES = 100  # of one run

@@ -11,15 +11,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.data.source import BadImage, Source
-from pixmim.drawing import Picture, drawn
-from pixmim.errors import UserError
+from pixmim.data.dataset import BadImage, Source
+from pixmim.evaluation.visualize import Picture, drawn
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
-from pixmim.plotting import matplotlib
-from pixmim.pretrained import assemble_encoder
-from pixmim.transforms import CentreCrop, finish, stacked
-from pixmim.weights.recognise import Weights
+from pixmim.transforms.crops import CentreCrop, finish, stacked
+from pixmim.utils.errors import UserError
+from pixmim.utils.plotting import matplotlib
+from pixmim.weights.detect import Weights
+from pixmim.weights.load import assemble_encoder
 
 
 @torch.no_grad()

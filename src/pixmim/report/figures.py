@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pixmim.drawing import Picture
-from pixmim.plotting import Axes, Figure, FigureCanvasSVG, matplotlib
-from pixmim.terminal import label, plot_label
+from pixmim.evaluation.visualize import Picture
+from pixmim.utils.console import label, plot_label
+from pixmim.utils.plotting import Axes, Figure, FigureCanvasSVG, matplotlib
 
 COLOURS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
 

@@ -23,19 +23,19 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from pixmim import rng
+from pixmim.build import build_masker, build_objective, draw_masks
 from pixmim.config import Run
-from pixmim.data.source import BadImage, Source
-from pixmim.drawing import Picture, drawn, hatch
-from pixmim.errors import UserError
-from pixmim.grid import grid_of, hidden_pixels, unpatchify
+from pixmim.data.dataset import BadImage, Source
+from pixmim.evaluation.visualize import Picture, drawn, hatch
 from pixmim.losses import patch_size
 from pixmim.models.base import MaskedModel
-from pixmim.parts import build_masker, build_objective, draw_masks
-from pixmim.pretrained import assemble
 from pixmim.targets import ColourBins
-from pixmim.transforms import CentreCrop, finish, stacked
-from pixmim.weights.recognise import Weights
+from pixmim.transforms.crops import CentreCrop, finish, stacked
+from pixmim.utils import rng
+from pixmim.utils.errors import UserError
+from pixmim.utils.patches import grid_of, hidden_pixels, unpatchify
+from pixmim.weights.detect import Weights
+from pixmim.weights.load import assemble
 
 COLUMNS = {
     "image": "the crop",

@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pixmim.disk import parse_json, read_text
-from pixmim.errors import UserError
-from pixmim.protocols import MAJORITY, PROTOCOLS
-from pixmim.terminal import cell, label
-from pixmim.trust import inside
+from pixmim.evaluation.settings import MAJORITY, PROTOCOLS
+from pixmim.utils.console import cell, label
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import parse_json, read_text
+from pixmim.utils.trust import inside
 
 _MAX_FILES = 1000
 _MAX_BYTES = 16 * 2**20  # of one file

@@ -25,8 +25,8 @@ import numpy as np
 
 from pixmim.data.folders.filesystem import folder_times_are_true
 from pixmim.data.folders.paths import END, Paths
-from pixmim.data.patience import patience
-from pixmim.disk import cache_path, read_file, write_whole
+from pixmim.utils.files import cache_path, read_file, write_whole
+from pixmim.utils.progress import patience
 
 SETTLED = 60.0
 """Seconds without a change before a folder is trusted: more than any file system's grain, and clocks that differ."""

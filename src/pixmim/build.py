@@ -1,0 +1,153 @@
+"""From a Run to the four choices it names (crop, mask, model, target), and the numbers that drive them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from pixmim.config import Run
+from pixmim.data.dataset import Form
+from pixmim.data.statistics import recall
+from pixmim.losses import Objective
+from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
+from pixmim.models import create_encoder, create_model
+from pixmim.models.base import MaskedModel
+from pixmim.targets import ColourBins, LowFrequency, Pixels
+from pixmim.training.find_batch_size import in_gib
+from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.utils import rng
+from pixmim.utils.available_memory import free_memory
+from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.patches import grid_of
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+MAX_PATCHES = 2**18
+"""Most patches of an image; attention between so many takes more memory than any machine has."""
+
+
+def image_form(run: Run) -> Form:
+    """What every image is brought into before it is cropped."""
+    return Form(run.channels, run.pixels, run.pages)
+
+
+def measured(run: Run) -> tuple[Run, list[str]]:
+    """The run with the mean and std that `pixmim stats` has kept of its data, where it has none; and a line to say so.
+
+    A run then carries them in its configuration, whatever becomes of what was kept.
+    """
+    found = recall(run.data, image_form(run)) if run.mean is None or run.std is None else None
+    if found is None:
+        return run, []
+    count = f"{found.images:,} of {found.total:,}" if found.images < found.total else f"{found.total:,}"
+    known = replace(run, mean=run.mean or found.mean, std=run.std or found.std)
+    return known, [f"mean and std: measured on {count} images by `pixmim stats`"]
+
+
+def build_crop(run: Run) -> Crop:
+    """What the network sees of a picture."""
+    if run.crop.kind == "src":
+        return SimpleResizedCrop(run.hw, run.crop.padding, run.crop.interpolation)
+    if run.crop.kind == "rrc":
+        return RandomResizedCrop(run.hw, run.crop.scale, interpolation=run.crop.interpolation)
+    return CentreCrop(run.hw, interpolation=run.crop.interpolation)
+
+
+def build_masker(run: Run, patch: int) -> Masker:
+    """What is hidden, for a model with patches of `patch` pixels. Raises UserError if the model cannot take it."""
+    m = run.mask
+    masker: Masker
+    if m.kind == "random":
+        masker = RandomMask(m.ratio)
+    elif m.kind == "units":
+        if m.unit % patch:
+            raise UserError(f"--mask.unit {m.unit} is no multiple of the model's patches of {patch} pixels")
+        masker = UnitMask(m.ratio, m.unit // patch, m.whole_units)
+    elif m.kind == "blocks":
+        masker = BlockMask(m.ratio)
+    else:
+        masker = SquareMask(m.ratio, moving=m.kind == "moving-square")
+    try:  # a few masks show what a run would stumble over
+        grid = grid_of(run.hw, patch)
+        if grid[0] * grid[1] > MAX_PATCHES:
+            raise UserError(
+                f"{grid[0] * grid[1]:,} patches of {patch} pixels are more than the {MAX_PATCHES:,} allowed"
+            )
+        mask = draw_masks(run, masker, grid, step=0, rows=range(max(1, min(64, 2**20 // (grid[0] * grid[1])))))
+        if run.model.name != "simmim":
+            _ = mask.tables
+    except ValueError as error:
+        raise UserError(f"--mask.kind {m.kind}: {error}") from error
+    return masker
+
+
+def build_model(run: Run) -> MaskedModel:
+    """Who predicts, with the initial weights that the run's seed decides. Raises UserError."""
+    m = run.model
+    if m.name == "simmim" and (m.decoder_stride != 1 or m.predict_patch):
+        raise UserError("simmim has no decoder: leave out --model.decoder-stride and --model.predict-patch")
+    decoder = {
+        "decoder_dim": m.decoder_dim,
+        "decoder_depth": m.decoder_depth,
+        "decoder_heads": m.decoder_heads,
+        "decoder_stride": m.decoder_stride,
+        "predict_patch": m.predict_patch,
+    }
+    own = {"head": m.head} if m.name == "simmim" else decoder
+    outputs = run.target.bins if run.target.distance == "cross_entropy" else 1
+    given = {"img_size": run.hw, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
+    check_room(lambda: create_model(m.name, m.backbone, **given), m.backbone)
+    torch.manual_seed(run.seed)
+    return create_model(m.name, m.backbone, **given)
+
+
+def build_encoder(run: Run) -> nn.Module:
+    """The encoder alone, its weights at random. Raises UserError."""
+    m = run.model
+    given = {"img_size": run.hw, "in_chans": run.channels, **m.options}
+    check_room(lambda: create_encoder(m.name, m.backbone, **given), m.backbone)
+    return create_encoder(m.name, m.backbone, **given)
+
+
+def sketch(make: Callable[[], Module], name: str) -> Module:
+    """Build a module without memory for its weights, on PyTorch's meta device: its tensors have only shapes.
+
+    Raises UserError, with the model's `name`, for sizes that do not go together.
+    """
+    with torch.device("meta"):
+        try:
+            return make()
+        except RuntimeError as error:
+            raise UserError(f"{name} cannot be built: {first_line(error)}") from error
+
+
+def check_room(make: Callable[[], nn.Module], name: str) -> None:
+    """Raise UserError unless the weights of what `make` builds fit into the free memory. Takes none to find out."""
+    if torch.empty(0).device.type == "meta":  # the caller takes none either
+        return
+    module = sketch(make, name)
+    size = sum(value.nbytes for value in [*module.parameters(), *module.buffers()])
+    free = free_memory()
+    if free is not None and size > free:
+        raise UserError(f"{name} needs {in_gib(size)} GiB for its weights as asked for, and {in_gib(free)} are free")
+
+
+def build_objective(run: Run) -> Objective:
+    """What must be predicted, and the distance to it."""
+    mean, std = run.statistics
+    t = run.target
+    target: nn.Module = LowFrequency(t.radius, t.form, mean, std) if t.kind == "low-frequency" else Pixels()
+    if t.distance == "cross_entropy":
+        target = ColourBins(t.bins, target, mean, std)
+    return Objective(target, t.normalise_patches, t.distance, t.normalise_window)
+
+
+def draw_masks(run: Run, masker: Masker, grid: tuple[int, int], step: int, rows: npt.ArrayLike) -> Mask:
+    """The masks of some rows of a step's batch: a function of (seed, step, row)."""
+    u = rng.uniform(run.seed, "mask", step, rows, masker.draws(grid))
+    return masker.decide(torch.from_numpy(u.astype(np.float32)), grid)

@@ -1,0 +1,67 @@
+"""pixmim import and pixmim export: how weights enter the house, and leave it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from pixmim.cli.flags import Said
+from pixmim.utils.console import say
+
+
+def import_(args: list[str]) -> int:
+    """Recognise a file of weights, say what is in it, and keep it as a folder that the other commands take."""
+
+    def command(
+        file: Positional[str],
+        /,
+        *,
+        to: Path | None = None,
+        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+    ) -> int:
+        """Take over weights: of MAE, LSMAE, ConvMAE, SimMIM, mmselfsup, mmpretrain, timm, Hugging Face.
+
+        Args:
+            file: A file, a folder that holds one, or timm:NAME. Nothing that is in it is run.
+            to: A new folder, for the other commands; otherwise only the report is given.
+            said: What the file does not say.
+        """
+        from pixmim.weights.load import adopt, open_model
+
+        for line in adopt(open_model(file, whole=True, known=said.known), to):
+            say(Console(), line)
+        return 0
+
+    return tyro.cli(command, prog="pixmim import", args=args)
+
+
+def export(args: list[str]) -> int:
+    """Write a model as another project reads it."""
+
+    def command(
+        model: Positional[str],
+        /,
+        *,
+        to: Literal["timm", "hf", "mmpretrain", "detectron2", "onnx"],
+        out: Path | None = None,
+        push: str = "",
+        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+    ) -> int:
+        """Hand a backbone over.
+
+        Args:
+            model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
+            to: Who is to read it. hf takes the decoder along, where transformers has the same model.
+            out: A new folder; otherwise MODEL-FORMAT.
+            push: Name of a repository on the Hugging Face hub, to put the folder there as well (timm, hf, onnx).
+            said: What the file does not say.
+        """
+        from pixmim.export import hand_over
+
+        for line in hand_over(model, to, out, push, said.known):
+            say(Console(), line)
+        return 0
+
+    return tyro.cli(command, prog="pixmim export", args=args)

@@ -1,0 +1,72 @@
+"""Where the images of a run stay once they are decoded: on the device, in memory, or nowhere.
+
+The rule, where the user does not decide: on the device, if that is a GPU, its memory holds all images in a quarter of
+it, and the crop only cuts them; else in memory, if all fit into a quarter of the machine's, which the processes of a
+run share; else each is read again.
+Only a cache says beforehand how large its images are, so only a cache is kept without being asked.
+"""
+
+import os
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pixmim.data.dataset import Source
+from pixmim.transforms.crops import Crop
+from pixmim.utils.errors import UserError
+
+Keep = Literal["auto", "device", "memory", "disk"]
+Place = Literal["device", "memory", "disk"]
+
+SHARE = 0.25
+"""Share of a memory that decoded images may take without being asked to."""
+
+
+def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device, processes: int = 1) -> tuple[Place, str]:
+    """Where decoded images stay, and why, in a line; empty where there is no choice. Raises UserError.
+
+    processes  of the run on this machine: each keeps images of its own, and they share its memory
+    """
+    need = decoded_bytes(source)
+    cuts = source.sizes is not None and all(
+        crop.corner((h, w), (0.0,) * crop.draws) is not None for h, w in np.unique(source.sizes, axis=0).tolist()
+    )
+    if how == "device" and not cuts:
+        raise UserError(
+            "--keep device needs a cache of the run's own --size, and --crop.kind src or cc: on the device, images are "
+            "cut and not resized"
+        )
+    if need is None:
+        return ("memory", "kept in memory once decoded, however many they are") if how == "memory" else ("disk", "")
+    size = f"{need / 2**30:.1f} GiB decoded"
+    if how == "device" or (how == "auto" and cuts and device.type != "cpu" and need <= SHARE * _of_device(device)):
+        return "device", f"kept on the device, {size} (--keep memory or disk: not)"
+    if how == "memory" or (how == "auto" and need <= SHARE * of_machine() / processes):
+        return "memory", f"kept in memory once decoded, {size} (--keep disk: not)"
+    if how == "auto":
+        shared = f", which {processes} processes share" * (processes > 1)
+        return "disk", (
+            f"read from disk each time: {size} are more than a quarter of the memory{shared} (--keep memory: kept)"
+        )
+    return "disk", "read from disk each time"
+
+
+def decoded_bytes(source: Source) -> int | None:
+    """Bytes of all images once decoded, or None where only reading them tells."""
+    if source.sizes is None:
+        return None
+    return int(source.sizes.prod(axis=1).sum()) * source.form.channels * source.form.bytes
+
+
+def of_machine() -> int:
+    """Bytes of memory of this machine; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def _of_device(device: torch.device) -> int:
+    """Bytes of memory of a GPU of its own; 0 for one that shares the machine's."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

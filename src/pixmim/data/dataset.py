@@ -1,0 +1,188 @@
+"""The contract of a data set: random access to images of one form by index, and labels where there are any."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from pixmim.transforms.crops import Array, as_image
+
+Pixels = Literal["uint8", "uint16", "float32"]
+"""How a pixel is held: 255 or 65535 count as one, or floating-point values are taken as they are."""
+
+Pages = Literal["first", "channels"]
+"""What counts of a TIFF with several pages: the first one, or the channels of all of them, one after another."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What every image of a data set is brought into, whatever its file holds."""
+
+    channels: int = 3
+    pixels: Pixels = "uint8"
+    pages: Pages = "first"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its images as tensors."""
+        return {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[self.pixels]
+
+    @property
+    def bytes(self) -> int:
+        """That one value takes."""
+        return self.dtype.itemsize
+
+    @property
+    def flags(self) -> str:
+        """How the command line is told of it."""
+        return f"--channels {self.channels} --pixels {self.pixels}" + " --pages channels" * (self.pages == "channels")
+
+    def __str__(self) -> str:
+        pages = ", pages as channels" if self.pages == "channels" else ""
+        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.pixels}{pages}"
+
+
+COLOUR = Form()
+
+
+class BadImage(Exception):  # noqa: N818 (a fact about a file, not a fault of the program)
+    """One image cannot be used. The message is the reason; it costs a line in skipped.csv, not the run."""
+
+
+class Source(ABC):
+    """A data set. Reading is safe from several threads at once.
+
+    spec     what the user wrote to get it
+    form     what its images are brought into
+    classes  names of the classes; empty where there are no labels
+    about    what a user should know of how it is read, in a line; empty where there is nothing to say
+    sizes    (h, w) of each image in pixels (n 2); None where only reading them tells
+    pieces   images in each contiguous piece that is best read together; None where any image is as near as any other
+    stray    the image whose place leaves a folder without classes; empty where there is none
+    """
+
+    stray = ""
+
+    def __init__(
+        self,
+        spec: str,
+        form: Form,
+        *,
+        labels: npt.NDArray[np.int64] | None = None,
+        classes: Sequence[str] = (),
+        about: str = "",
+        sizes: npt.NDArray[np.integer] | None = None,
+        pieces: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self.spec, self.form, self.classes = spec, form, list(classes)
+        self.about, self.sizes, self.pieces = about, sizes, pieces
+        self._labels = labels
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """Class number of each image (n), -1 for none; or None. Computed when asked for, if that costs something."""
+        return self._labels
+
+    @property
+    def no_labels(self) -> str:
+        """What an evaluation says where there are no labels."""
+        why = f". It has subfolders, but {self.stray} is beside them: move it into one, or away" if self.stray else ""
+        return f"{self.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=){why}"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
+        """Read and decode one image, in the data set's form. Raises BadImage."""
+
+    def image(self, index: int) -> Shaped[Tensor, "c h w"]:
+        """The same as a tensor."""
+        return as_image(self.array(index))
+
+    @abstractmethod
+    def locate(self, index: int) -> str:
+        """Where an image comes from, for messages: a path."""
+
+    def fingerprint(self) -> str:
+        """Of all images in order, so that unfinished work on others is not taken for work on these.
+
+        Made of their places, unless a data set knows better.
+        """
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(self.locate(index).encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()[:16]
+
+    def soon(self, pieces: Sequence[int]) -> None:  # noqa: B027 (most data sets have nothing to fetch)
+        """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
+
+
+class Remade(Source):
+    """A data set made of another one: all is as there, but for what is given and what a subclass does otherwise."""
+
+    def __init__(self, source: Source, **changes: Any) -> None:
+        told = ("spec", "form", "classes", "about", "sizes", "pieces")
+        super().__init__(**({name: getattr(source, name) for name in told} | changes))
+        self.source, self.stray = source, source.stray
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        return self.source.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
+        return self.source.array(index)
+
+    def locate(self, index: int) -> str:
+        return self.source.locate(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        self.source.soon(pieces)
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """A data set of picture files, which gives their bytes to look into."""
+
+    def read(self, index: int) -> bytes:
+        """What is in the file of one image. Raises BadImage."""
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A data set of files, or of parts of them."""
+
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """Where an image's bytes lie: file or URL, first byte, number of bytes (0: all that follow)."""
+
+
+_ON = 16  # pieces that a reader in order is taken to need next
+
+
+def follow(source: Source) -> Callable[[int], None]:
+    """Gives a function that lets a data set hear which image a reader in order has come to."""
+    if source.pieces is None:
+        return lambda index: None
+    ends, before = np.cumsum(source.pieces), -1
+
+    def come_to(index: int) -> None:
+        nonlocal before
+        piece = int(np.searchsorted(ends, index, side="right"))
+        if before != piece < len(ends):
+            before = piece
+            source.soon(range(piece, min(piece + _ON, len(ends))))
+
+    return come_to

@@ -1,0 +1,1 @@
+"""Evaluations of encoders. `evaluate.EVALUATIONS` names them all."""

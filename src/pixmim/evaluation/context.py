@@ -1,0 +1,79 @@
+"""What an evaluation works with: the encoder, features that are computed once, and a place for its files."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+from rich.console import Console
+
+from pixmim.data import open_data
+from pixmim.data.bad_images import Skipped
+from pixmim.data.dataset import Source
+from pixmim.evaluation.features import Frozen, account, check_finite, freeze
+from pixmim.evaluation.frozen_encoder import Encoder, sameness
+from pixmim.utils.console import say
+from pixmim.utils.trust import inside
+
+T = TypeVar("T")
+
+Values = Iterator[tuple[str, float]]
+"""What an evaluation yields: named numbers, shares in per cent."""
+
+
+@dataclass
+class Bench:
+    """One encoder on the bench. An evaluation is a function of a Bench and its settings that yields Values.
+
+    folder    where results, pictures, and unfinished work that can be gone on with, are kept
+    which     "trained", or "untrained" for the weights that a run began with
+    overwrite  whether the user has said that a classifier with other settings may be replaced (--overwrite)
+    pictures  what an evaluation drew, by caption: saved beside its result, and shown in the report
+    """
+
+    encoder: Encoder
+    folder: Path
+    which: str = "trained"
+    console: Console | None = None
+    overwrite: bool = False
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def data(self, spec: str) -> Source:
+        """A data set, read in the encoder's form. Raises UserError."""
+        return open_data(spec, self.encoder.form)
+
+    def skipped(self, data: Source) -> Skipped:
+        """The account of images that cannot be read, of a data set that is evaluated on."""
+        return account(data, self.folder / "evaluations-skipped.csv")
+
+    def frozen(self, spec: str) -> Frozen:
+        """The features of a labelled data set, computed the first time they are asked for. Raises UserError."""
+
+        def make() -> Frozen:
+            data = self.data(spec)
+            skipped = self.skipped(data)
+            found = freeze(self.encoder, data, skipped, console=self.console)
+            if len(skipped) and self.console is not None:
+                say(
+                    self.console,
+                    f"{len(skipped):,} of the {len(data):,} images of {spec} are left out: {skipped.reasons}",
+                )
+            check_finite(found.mean, f"features of {spec}")
+            return found
+
+        return self.once(("features", spec), make)
+
+    def once(self, what: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What several evaluations of one call need, made the first time it is asked for."""
+        if what not in self._made:
+            self._made[what] = make()
+        found: T = self._made[what]
+        return found
+
+    def work(self, name: str, settings: Any) -> Path:
+        """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""
+        key = sha256(repr((self.which, sameness(self.encoder), settings)).encode()).hexdigest()[:12]
+        return inside(self.folder, f"unfinished/{name}-{self.which}-{key}")

@@ -1,0 +1,97 @@
+"""Training a detector on an encoder: ViTDet's recipe, resumed exactly."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+
+from pixmim.evaluation.context import Bench
+from pixmim.evaluation.detection.backbone import build_maps
+from pixmim.evaluation.detection.dataset import Annotated
+from pixmim.evaluation.detection.detector import build_detector, losses
+from pixmim.evaluation.detection.loader import Feed, Part
+from pixmim.evaluation.frozen_encoder import Encoder, anew
+from pixmim.evaluation.learn import equal_parts, learn
+from pixmim.evaluation.settings import Detection
+from pixmim.models.layer_decay import layer_ids
+from pixmim.training.optim import layer_groups
+from pixmim.transforms.crops import finish
+from pixmim.utils import rng
+
+_ENCODER = "backbone.module.encoder."
+_POSITIONS = "backbone.module.windowed.positions."
+
+
+def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) -> FasterRCNN:
+    """A detector fine-tuned on annotated images; unfinished training is gone on with."""
+    encoder = bench.encoder
+    model = build(encoder, settings, len(train.classes), masks).train()
+    width = int(encoder.module.num_features)  # type: ignore[arg-type]
+    parts = equal_parts(settings.batch_size, settings.accumulate, encoder.device, (settings.size,) * 2, width)
+    steps = settings.steps or max(1, round(settings.epochs * len(train.images) / settings.batch_size))
+    groups = layer_groups(model, layers(model), settings.layer_decay, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
+
+    def loss_of(part: Part, _: int) -> Tensor:
+        # torchvision draws regions, and timm's drop path rows, from the global generator.
+        torch.manual_seed(int(rng.bits(settings.seed, "detection", 0, [part.number], 1)[0, 0] >> np.uint64(1)))
+        images = finish(part.images.to(encoder.device), None, encoder.mean, encoder.std)
+        targets = [{key: value.to(encoder.device) for key, value in target.items()} for target in part.targets]
+        return torch.stack(list(losses(model, images, targets).values())).sum()
+
+    learn(
+        model,
+        optimizer,
+        lambda step: rate(settings, step, steps),
+        steps,
+        lambda first: Feed(
+            train,
+            bench.skipped(train.images),
+            size=settings.size,
+            scale=settings.jitter,
+            masks=masks,
+            fill=encoder.mean.tolist(),
+            batch=settings.batch_size // parts,
+            seed=settings.seed,
+            first=first,
+            threads=settings.threads,
+        ),
+        loss_of,
+        bench.work("detection", settings),
+        images=len(train.images),
+        batch=settings.batch_size,
+        accumulate=parts,
+        scaling=encoder.precision == "fp16",
+        console=bench.console,
+    )
+    return model
+
+
+def build(encoder: Encoder, settings: Detection, classes: int, masks: bool) -> FasterRCNN:
+    """The detector as it is before training: a function of the encoder, the settings and their seed."""
+    torch.manual_seed(settings.seed)
+    module = anew(encoder, str(settings.size), drop_path_rate=settings.drop_path)
+    maps = build_maps(module, settings.width, settings.window, settings.global_blocks, settings.relative_positions)
+    return build_detector(maps, classes, masks, settings.regions, encoder.device, encoder.precision)
+
+
+def rate(settings: Detection, step: int, steps: int) -> float:
+    """The learning rate of an update: linear warm-up from a thousandth, then a tenth less from each drop on."""
+    warmup = min(settings.warmup, steps // 5)
+    if step < warmup:
+        return settings.lr * (0.001 + 0.999 * step / warmup)
+    return settings.lr * 0.1 ** sum(step >= share * steps for share in settings.drops)
+
+
+def layers(model: FasterRCNN) -> dict[str, int]:
+    """The layer of each parameter of a detector, by name: the encoder's own, and its topmost for all that stands on it.
+
+    A block's relative positions count as the block's.
+    """
+    ids = layer_ids(model.backbone.module.encoder)
+    found = dict.fromkeys((name for name, _ in model.named_parameters()), max(ids.values()))
+    found |= {_ENCODER + name: layer for name, layer in ids.items()}
+    for name in found:
+        if name.startswith(_POSITIONS):
+            found[name] = int(name.removeprefix(_POSITIONS).split(".")[0]) + 1
+    return found

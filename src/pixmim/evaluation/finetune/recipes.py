@@ -1,0 +1,177 @@
+"""How published backbones were fine-tuned: recipes as data, one of which suits a given encoder."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from pixmim.config import Run
+from pixmim.evaluation.settings import Changes
+from pixmim.models.convmae import ConvMAEEncoder
+from pixmim.utils.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a fine-tuning; what each means stands in `protocols.Changes`. The defaults are MAE's for ViT-B."""
+
+    about: str
+    """Source, and the accuracy it reached."""
+    epochs: float = 100
+    warmup: float = 5
+    warmup_prefix: bool = True
+    batch_size: int = 1024
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    base_lr: float = 5e-4
+    first_lr: float = 0.0
+    final_lr: float = 1e-6
+    layer_decay: float = 0.65
+    weight_decay: float = 0.05
+    clip: float = 0.0
+    drop_path: float = 0.1
+    crop: Literal["rrc", "src"] = "rrc"
+    scale: tuple[float, float] = (0.08, 1.0)
+    augment: Literal["rand", "three", "none"] = "rand"
+    jitter: float = 0.0
+    erase: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    loss: Literal["ce", "bce"] = "ce"
+    pool: Literal["mean", "cls"] = "mean"
+    head_std: float = 2e-5
+    average: float = 0.0
+
+
+_SIMMIM = Recipe(
+    "",
+    warmup=20,
+    warmup_prefix=False,
+    batch_size=2048,
+    base_lr=6.25e-4,  # 1.25e-3 per 512 images
+    first_lr=1e-6,  # this and the next 2.5e-7 per 512 images
+    final_lr=1e-6,
+    clip=5.0,
+)
+
+TUNINGS: dict[str, Recipe] = {
+    "mae-vit-base": Recipe(
+        "MAE (arXiv 2111.06377, table 9) with ViT-B/16: 83.6 % after 1600 epochs; PixMIM's release uses the same "
+        "(arXiv 2303.02416): 83.1 % after 300 epochs, 83.5 % after 800"
+    ),
+    "mae-vit-large": Recipe(
+        "MAE with ViT-L/16: 85.9 % after 1600 epochs", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2
+    ),
+    "mae-vit-huge": Recipe("MAE with ViT-H/14: 86.9 %", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3),
+    "convmae-base": Recipe("ConvMAE-Base (arXiv 2205.03892): 85.0 % after 1600 epochs, 84.4 % after 200"),
+    "simmim-swin-base-100": replace(
+        _SIMMIM,
+        about="SimMIM (arXiv 2111.09886) with Swin-B, pre-trained for 100 epochs: 82.8 % at 192 px, 83.5 % at 224 px",
+        layer_decay=0.9,
+        head_std=0.02,
+    ),
+    "simmim-swin-base-800": replace(
+        _SIMMIM,
+        about="SimMIM with Swin-B, pre-trained for 800 epochs: 84.0 % at 224 px",
+        layer_decay=0.8,
+        head_std=0.02,
+    ),
+    "simmim-swin-large": replace(
+        _SIMMIM, about="SimMIM with Swin-L: 85.4 % at 224 px", layer_decay=0.7, drop_path=0.2, head_std=0.02
+    ),
+    "simmim-vit-base": replace(_SIMMIM, about="SimMIM with the BEiT-like ViT-B: 83.8 % at 224 px"),
+    "deit3-vit-base": Recipe(
+        "DeiT III (arXiv 2204.07118), from random weights: ViT-B/16 at 192 px, and 20 epochs more at 224 px: 83.8 %. "
+        "Its repeated augmentation (each image three times in a batch) is left out",
+        epochs=800,
+        warmup_prefix=False,
+        batch_size=2048,
+        optimizer="lamb",
+        base_lr=3.75e-4,  # 3e-3 at this batch
+        first_lr=1e-6,
+        final_lr=1e-5,
+        layer_decay=1.0,
+        clip=1.0,
+        drop_path=0.2,
+        augment="three",
+        jitter=0.3,
+        erase=0.0,
+        smoothing=0.0,
+        loss="bce",
+        pool="cls",
+        head_std=0.02,
+    ),
+}
+"""By name. All are for ImageNet-1k; nothing in them is scaled to smaller data."""
+
+
+def choose(name: str, run: Run, encoder: nn.Module, from_scratch: bool) -> str:
+    """The name of the recipe meant: "auto" goes by the encoder's kind and size, and how long it was trained.
+
+    Raises UserError for an unknown name.
+    """
+    if name != "auto":
+        if name not in TUNINGS:
+            raise UserError(
+                f"there is no fine-tuning recipe '{name}'{nearest(name, TUNINGS)} Known: auto, {', '.join(TUNINGS)}"
+            )
+        return name
+    if from_scratch:
+        return "deit3-vit-base"
+    if isinstance(encoder, ConvMAEEncoder):
+        return "convmae-base"
+    if isinstance(encoder, SwinTransformer):
+        if encoder.embed_dim >= 192:
+            return "simmim-swin-large"
+        return "simmim-swin-base-100" if run.epochs <= 300 else "simmim-swin-base-800"
+    if isinstance(encoder, Beit) or run.model.name == "simmim":
+        return "simmim-vit-base"
+    width = int(encoder.num_features)  # type: ignore[arg-type]
+    return "mae-vit-huge" if width >= 1280 else "mae-vit-large" if width >= 1024 else "mae-vit-base"
+
+
+def resolve(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with what the user changed. Raises UserError for what does not go together."""
+    given = {f.name: getattr(changes, f.name) for f in fields(changes)}
+    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    recipe = replace(recipe, **changed)
+    if recipe.scale[0] > recipe.scale[1]:
+        raise UserError("--scale is two shares of the area, the smaller one first, not {:g} {:g}".format(*recipe.scale))
+    if recipe.loss == "bce" and recipe.smoothing:
+        raise UserError("a smoothed label counts every class as present: with --loss bce give --smoothing 0")
+    return recipe
+
+
+def describe(name: str, recipe: Recipe, images: int, steps: int, warmup: int, parts: int = 1) -> list[str]:
+    """What is used, in lines."""
+    batch, peak = recipe.batch_size, recipe.base_lr * recipe.batch_size / 256
+    crop = f"random resized crop {recipe.scale[0]:g}-{recipe.scale[1]:g}" if recipe.crop == "rrc" else "SRC"
+    augment = {"rand": "RandAugment m9-mstd0.5-inc1", "three": "3-Augment", "none": ""}[recipe.augment]
+    more = {
+        "jitter": recipe.jitter,
+        "erasing": recipe.erase,
+        "mixup": recipe.mixup,
+        "CutMix": recipe.cutmix,
+        "smoothing": recipe.smoothing,
+        "drop path": recipe.drop_path,
+        "average of weights": recipe.average,
+        "clip": recipe.clip,
+    }
+    lines = [
+        f"fine-tunes as {name}: {recipe.epochs:g} epochs of {images:,} images, {steps:,} updates of {batch:,}"
+        f"{f' in {parts} parts of {batch // parts:,}' if parts > 1 else ''}; "
+        f"{'AdamW' if recipe.optimizer == 'adamw' else 'LAMB'}, rate {peak:.3g} ({recipe.base_lr:g} x {batch:,}/256) "
+        f"after {warmup:,} updates of warm-up, to {recipe.final_lr:g}; layer decay {recipe.layer_decay:g}, "
+        f"weight decay {recipe.weight_decay:g}",
+        "  "
+        + ", ".join([crop, *([augment] if augment else []), *(f"{word} {x:g}" for word, x in more.items() if x)])
+        + f"; {'binary ' if recipe.loss == 'bce' else ''}cross-entropy on the "
+        + ("mean of the patch tokens" if recipe.pool == "mean" else "class token"),
+    ]
+    if warmup < round(recipe.warmup * images / batch):
+        lines.append(f"  the warm-up of {recipe.warmup:g} epochs is cut to a fifth of the run")
+    if steps < 500:
+        lines.append(f"  {steps:,} updates are few: a smaller --batch-size or more --epochs make more of them")
+    return lines

@@ -1,0 +1,139 @@
+"""The encoder that is measured, ready to use: a run's product, the same untrained, or one in training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from pixmim.build import build_model, image_form
+from pixmim.config import Run
+from pixmim.data.dataset import Form
+from pixmim.training.precision import Precision, choose_attention, choose_device, choose_precision
+from pixmim.transforms.crops import finish
+from pixmim.utils.available_memory import free_memory
+from pixmim.utils.errors import UserError
+from pixmim.utils.trust import closed, refusal
+from pixmim.weights.detect import Weights, read_config
+from pixmim.weights.load import assemble_encoder, begin_from, describe, open_model
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A timm module with what is needed to feed it. size: (h, w) in pixels; mean, std: per channel, on the device.
+
+    run    what builds it
+    names  of the outputs of its own classifier, in their order; empty where its file does not name them
+    notes  lines to print: how far its training is, and what was assumed of it
+    """
+
+    run: Run
+    module: nn.Module
+    size: tuple[int, int]
+    form: Form
+    mean: Tensor
+    std: Tensor
+    device: torch.device
+    precision: Precision
+    step: int
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def ready(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Pictures as they come out of a crop, on the device and normalised."""
+        return finish(images.to(self.device, non_blocking=True), None, self.mean, self.std)
+
+    def check_batch(self, images: int) -> None:
+        """Raise UserError if so many images take more memory than is free: their size may come from a file."""
+        (h, w), free = self.size, free_memory()
+        size = images * h * w * self.form.channels * (self.form.bytes + 4)
+        if free is not None and size > free:
+            raise UserError(
+                f"a batch of {images} images of {h}x{w} pixels takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+                "are free: give fewer at once, or another size"
+            )
+
+    @property
+    def classes(self) -> int:
+        """What its own classifier tells apart: the outputs of its head, or 0 if it has none."""
+        head = getattr(self.module, "head", None)
+        layer = getattr(head, "fc", head)
+        return layer.out_features if isinstance(layer, nn.Linear) else 0
+
+
+def of_model(
+    name: str,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    untrained: bool = False,
+    known: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """The encoder that `name` means (see `open_model`, also for `known`); with `untrained` the one a run began with.
+
+    Raises UserError.
+    """
+    if untrained:
+        found = read_config(Path(name).expanduser())
+        if found is None:
+            raise UserError(f"{name} is not a run, so what it was before training is not known")
+        run, text = found
+        strange = closed(text, {"--init": run.init})
+        if strange:
+            raise UserError(f"{refusal(name, strange)}. Without --untrained, those weights can be measured themselves")
+        model = build_model(run)
+        if run.init:
+            begin_from(model, run)
+        return _on_device(run, model.encoder, 0, device, precision)
+    weights = open_model(name, head=True, known=known)
+    encoder = of_weights(weights, device=device, precision=precision)
+    return replace(encoder, notes=tuple(describe(name, weights)))
+
+
+def of_weights(weights: Weights, *, device: str = "auto", precision: Precision = "auto") -> Encoder:
+    """The encoder of weights that are at hand. Raises UserError."""
+    found = _on_device(weights.run, assemble_encoder(weights), weights.step, device, precision)
+    if len(weights.classes) not in (0, found.classes):
+        raise UserError(f"the file names {len(weights.classes)} classes, and its classifier has {found.classes}")
+    return replace(found, names=weights.classes)
+
+
+def sameness(encoder: Encoder) -> str:
+    """A text that is the same for encoders of which every evaluation, and fine-tuning, must find the same."""
+    run = encoder.run
+    found = sha256(repr((run.model, run.hw, encoder.form, run.statistics, run.epochs)).encode())
+    for name, value in encoder.module.state_dict().items():
+        found.update(name.encode())
+        found.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _on_device(run: Run, module: nn.Module, step: int, device: str, precision: Precision) -> Encoder:
+    where = choose_device(device)
+    chosen = choose_precision(precision, where)
+    choose_attention(module, where, chosen)
+    return in_training(run, module.to(where), where, chosen, step)
+
+
+def in_training(run: Run, module: nn.Module, device: torch.device, precision: Precision, step: int = 0) -> Encoder:
+    """Wrap a module that is on its device already."""
+    mean, std = (torch.tensor(values, device=device) for values in run.statistics)
+    return Encoder(run, module, run.hw, image_form(run), mean, std, device, precision, step)
+
+
+def anew(encoder: Encoder, size: str, **options: Any) -> nn.Module:
+    """A copy of an encoder made for images of another size ("512", "192x384"), on its device, to be trained further.
+
+    Tables of positions are refitted. options: more keywords for the backbone, such as drop_path_rate. Raises UserError
+    for a size that it cannot take.
+    """
+    run = replace(encoder.run, size=size)
+    run = replace(run, model=replace(run.model, options={**run.model.options, **options}))
+    tensors = {f"encoder.{name}": value.detach().cpu() for name, value in encoder.module.state_dict().items()}
+    module = assemble_encoder(Weights(run, tensors, "the encoder that is measured"), made=encoder.run)
+    choose_attention(module, encoder.device, encoder.precision)
+    return module.to(encoder.device)

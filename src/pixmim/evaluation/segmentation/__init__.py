@@ -1,0 +1,151 @@
+"""Semantic segmentation: a head on an encoder learns from pictures with masks, and is measured by mean IoU.
+
+The defaults are MAE's protocol on ADE20K (arXiv 2111.06377, appendix A.4): UPerNet, end to end.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from rich.console import Console
+from torch import Tensor
+
+from pixmim.data.bad_images import Skipped
+from pixmim.data.dataset import BadImage
+from pixmim.evaluation.classification import a_few, shares, warn_shared
+from pixmim.evaluation.context import Bench, Values
+from pixmim.evaluation.learn import forget
+from pixmim.evaluation.metrics import confusion, overlap
+from pixmim.evaluation.segmentation.dataset import IGNORE, Pairs, open_pairs
+from pixmim.evaluation.segmentation.sliding_window import segment
+from pixmim.evaluation.segmentation.train import build, fit
+from pixmim.evaluation.segmentation.visualize import sheet
+from pixmim.evaluation.settings import Segmentation
+from pixmim.evaluation.visualize import visible
+from pixmim.utils.console import say
+from pixmim.utils.errors import UserError
+from pixmim.utils.progress import progress
+from pixmim.utils.threads import how_many, in_turn, workers
+
+_SHOWN = 6  # test pictures in the report
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Pairs to learn from and to be measured on, all of them read once, and the accounts of those left out."""
+
+    train: Pairs
+    test: Pairs
+    learnt: Skipped
+    skipped: Skipped
+
+
+def check(bench: Bench, settings: Segmentation) -> Checked:
+    """Open and read all pairs, and build the model, once for a bench; trains nothing.
+
+    Raises:
+        UserError: For data or settings that do not go together.
+    """
+
+    def make() -> Checked:
+        form = bench.encoder.form
+        train = open_pairs(settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground)
+        test = open_pairs(settings.test, form, "validation", train.classes, table=train.table)
+        build(bench.encoder, settings, len(train.classes))
+        console = bench.console or Console(quiet=True)
+        warn_shared(train.source, test.source, console)
+        found = Checked(train, test, bench.skipped(train), bench.skipped(test))
+        for pairs, account, what in ((train, found.learnt, "train"), (test, found.skipped, "test")):
+            check_masks(pairs, account, what, console)
+        return found
+
+    return bench.once(("segmentation", repr(settings)), make)
+
+
+def measure(bench: Bench, settings: Segmentation) -> Values:
+    """Train a head, and yield mIoU, aAcc, mAcc and each class's IoU in per cent, over all test pixels together.
+
+    Classes without a pixel in the test masks have no IoU, and are left out of the means. Raises UserError for data or
+    settings that do not go together.
+    """
+    encoder, checked = bench.encoder, check(bench, settings)
+    train, test, learnt, skipped = checked.train, checked.test, checked.learnt, checked.skipped
+    model, size = build(encoder, settings, len(train.classes))
+    folder = bench.work("segmentation", settings)
+    fit(model, encoder, settings, train, size, folder=folder, skipped=learnt, console=bench.console)
+    model.eval()
+
+    names, rows = train.classes, []
+    wanted = set(np.linspace(0, len(test) - 1, _SHOWN).round().astype(int).tolist())
+    matrix = torch.zeros(len(names), len(names), dtype=torch.int64, device=encoder.device)
+    with progress(f"segments {test.spec}", len(test), bench.console) as advance:
+        for index, pair in one_by_one(test, skipped):
+            truth = pair[-1].to(encoder.device, torch.int64)
+            found = segment(model, encoder, pair[:-1], size)
+            matrix += confusion(found, truth, len(names))
+            if index in wanted:
+                rows.append((visible(pair[:-1], encoder.run), truth.cpu().numpy(), found.cpu().numpy()))
+            advance(index + 1)
+    if rows:
+        caption = f"Segmentation with the {settings.head} head: the image, its mask, the prediction"
+        bench.pictures[caption] = sheet(rows, names)
+    forget(folder)
+    measured = overlap(matrix.cpu())
+    yield "mIoU", 100 * measured.mean_iou
+    yield "aAcc", 100 * measured.pixel_accuracy
+    yield "mAcc", 100 * measured.mean_accuracy
+    yield "majority", 100 * float(matrix.sum(dim=1).max() / matrix.sum())
+    for name, iou in zip(names, measured.iou.tolist(), strict=True):
+        yield f"iou/{name}", 100 * iou
+    yield "images", len(test) - len(skipped)
+
+
+def check_masks(pairs: Pairs, skipped: Skipped, what: str, console: Console) -> None:
+    """Read all pairs before training, and print the classes, their shares of the pixels, and what is left out.
+
+    Raises UserError if fewer than two classes have pixels, or too many pairs cannot be used.
+    """
+    counts = torch.zeros(256, dtype=torch.int64)
+    with progress(f"checks {pairs.spec}", len(pairs), console) as advance:
+        for index, pair in one_by_one(pairs, skipped):
+            counts += torch.bincount(pair[-1].to(torch.int64).flatten(), minlength=256)
+            advance(index + 1)
+    found, ignored = counts[: len(pairs.classes)].tolist(), int(counts[IGNORE])
+    share = f"; {100 * ignored / int(counts.sum()):.1f} % of the pixels do not count" if ignored else ""
+    say(console, f"{what} masks: {len(pairs) - len(skipped):,} images of {shares(pairs.classes, found)}{share}")
+    if len(skipped):
+        say(console, f"  {len(skipped):,} of {len(pairs):,} pairs are left out: {skipped.reasons}")
+    there = [name for name, count in zip(pairs.classes, found, strict=True) if count]
+    if len(there) < 2:
+        held = f" They hold {pairs.values()}." if pairs.values is not None else ""
+        raise UserError(
+            f"the masks of {pairs.spec} have pixels of {len(there)} class: there is nothing to tell apart{share}."
+            f"{held} --foreground 255 makes 255 the object, and --ignore none every value a class"
+        )
+    without = [name for name in pairs.classes if name not in there]
+    if without:
+        follows = "they cannot be learned" if what == "train" else "they have no IoU"
+        say(
+            console,
+            f"{'warning: ' if what == 'train' else '  '}{len(without)} classes without a pixel, {follows}: "
+            f"{a_few(without)}",
+        )
+
+
+def one_by_one(pairs: Pairs, skipped: Skipped, threads: int = 0) -> Iterator[tuple[int, Shaped[Tensor, "c h w"]]]:
+    """Every pair in order, read ahead by threads, with its index; what cannot be read is left out and accounted for."""
+
+    def read(index: int) -> Tensor | None:
+        try:
+            return pairs.image(index)
+        except BadImage as error:
+            skipped.add(index, pairs.locate(index), str(error))
+            return None
+
+    with workers(threads, "pixmim-read") as pool:
+        for index, pair in enumerate(in_turn(pool, read, range(len(pairs)), 2 * how_many(threads))):
+            if pair is not None:
+                skipped.passed(index)
+                yield index, pair

@@ -1,0 +1,118 @@
+"""Training of a head for segmentation, and of the encoder under it: resumed exactly, by the protocol's schedule."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Batch, Batches, Portion
+from pixmim.data.loader import Loader
+from pixmim.evaluation.frozen_encoder import Encoder, anew
+from pixmim.evaluation.learn import learn
+from pixmim.evaluation.segmentation.augment import DISTORTIONS, JitteredCrop, distort
+from pixmim.evaluation.segmentation.dataset import Pairs
+from pixmim.evaluation.segmentation.heads import Segmenter, loss_of
+from pixmim.evaluation.settings import Segmentation
+from pixmim.models.layer_decay import layer_ids
+from pixmim.training.optim import layer_groups
+from pixmim.training.precision import autocast
+from pixmim.transforms.crops import finish
+from pixmim.utils import rng
+from pixmim.utils.errors import UserError
+
+
+def build(encoder: Encoder, settings: Segmentation, classes: int) -> tuple[Segmenter, tuple[int, int]]:
+    """The encoder with a fresh head, on its device, and the size of its crops. Raises UserError."""
+    frozen = settings.head == "linear" if settings.frozen is None else settings.frozen
+    size = replace(encoder.run, size=settings.size).hw
+    module = anew(encoder, settings.size, **({} if frozen else {"drop_path_rate": settings.drop_path}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        try:
+            model = Segmenter(module, settings.head, classes, settings.width, frozen)
+        except TypeError as error:
+            raise UserError(f"segmentation takes a ViT, Beit, Swin or ConvMAE: {error}") from error
+    return model.to(encoder.device), size
+
+
+def fit(
+    model: Segmenter,
+    encoder: Encoder,
+    settings: Segmentation,
+    train: Pairs,
+    size: tuple[int, int],
+    *,
+    folder: Path,
+    skipped: Skipped,
+    console: Console | None = None,
+) -> None:
+    """Train what is not frozen of a model; goes on from a checkpoint in `folder` if there is one. Raises UserError."""
+    part = settings.batch_size // settings.accumulate
+
+    def batches(position: int) -> Batches:
+        return Loader(
+            train,
+            JitteredCrop(size),
+            Portion(part, position * part),
+            skipped=skipped,
+            seed=settings.seed,
+            threads=settings.threads,
+            device=encoder.device,
+        )
+
+    def loss(batch: Batch, step: int) -> Tensor:
+        x, masks = prepare(batch, encoder, settings.seed, step)
+        # What dropout draws belongs to the update and the images, so that a resumed training draws the same.
+        torch.manual_seed(int(rng.bits(settings.seed, "dropout", step, batch.indices[:1].numpy(), 1)[0, 0]))
+        with autocast(encoder.device, encoder.precision):
+            scores = model(x)
+        return loss_of(scores, masks)
+
+    model.train()
+    learn(
+        model,
+        torch.optim.AdamW(groups(model, settings), lr=settings.rate, betas=(0.9, 0.999), fused=True),
+        lambda step: rate(settings, step),
+        settings.steps,
+        batches,
+        loss,
+        folder,
+        images=len(train),
+        batch=settings.batch_size,
+        accumulate=settings.accumulate,
+        scaling=encoder.precision == "fp16",
+        console=console,
+    )
+
+
+def groups(model: Segmenter, settings: Segmentation) -> list[dict[str, Any]]:
+    """What is trained: each layer of the encoder at its share of the learning rate, and what is new at the whole."""
+    ids = {f"encoder.{name}": layer for name, layer in layer_ids(model.encoder).items()}
+    top = max(ids.values())
+    found = {name: ids.get(name, top) for name, _ in model.named_parameters()}
+    return layer_groups(model, found, settings.layer_decay, settings.weight_decay, ("relative_position_bias_table",))
+
+
+def rate(settings: Segmentation, step: int) -> float:
+    """The learning rate of update `step`, counted from 0: a straight line to zero, times the warm-up's rise to one.
+
+    Warm-up takes at most a fifth of the updates.
+    """
+    warmup = min(settings.warmup, settings.steps // 5)
+    return settings.rate * (1 - step / settings.steps) * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+
+
+def prepare(batch: Batch, encoder: Encoder, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Images (b c h w), their colours distorted, flipped and normalised, and their masks (b h w), on the device."""
+    pairs, flip = (t.to(encoder.device, non_blocking=True) for t in (batch.images, batch.flip))
+    images, masks = pairs[:, :-1], pairs[:, -1].to(torch.int64)
+    masks = torch.where(flip.view(-1, 1, 1), masks.flip(-1), masks)
+    if not images.is_floating_point():  # those have no known range
+        u = rng.uniform(seed, "colours", step, batch.indices.numpy(), DISTORTIONS).astype(np.float32)
+        images = distort(images.float() / torch.iinfo(images.dtype).max, torch.from_numpy(u).to(encoder.device))
+    return finish(images, flip, encoder.mean, encoder.std), masks

@@ -1,0 +1,57 @@
+"""Files for timm, mmpretrain and detectron2."""
+
+from pathlib import Path
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from pixmim.export.io import named, write_torch
+from pixmim.utils.errors import UserError
+from pixmim.weights.detect import Weights
+from pixmim.weights.formats.openmmlab import MM
+from pixmim.weights.save import save_encoder
+from pixmim.weights.tensor_ops import move_downsampling_back
+
+
+def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
+    """timm's hub layout, as a run's own encoder/ has it."""
+    if weights.run.model.name == "convmae":
+        raise UserError("timm has no ConvMAE: its encoder is pixmim's own (pixmim.load_encoder, or --to onnx)")
+    save_encoder(encoder, folder, weights.run, weights.step, weights.steps)
+    return ['timm.create_model("local-dir:FOLDER", pretrained=True)']
+
+
+def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
+    """mmpretrain's names for a plain ViT, with MAE's decoder where there is one."""
+    if type(encoder) is not VisionTransformer or weights.run.model.name == "simmim":
+        raise UserError("for mmpretrain pixmim writes plain ViTs (MAE, LSMAE)")
+    state = named(MM, weights.tensors)
+    write_torch(folder / "model.pth", {"state_dict": state, "meta": _meta(weights, encoder)})
+    return [
+        "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",
+        f"  with img_size={weights.run.hw}",
+    ]
+
+
+def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
+    """{"model": names of the encoder's own code}, which detectron2 matches by their ends without being asked to."""
+    state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+    if isinstance(encoder, SwinTransformer):
+        state = move_downsampling_back(state)
+    content = {"model": state, "matching_heuristics": True, "__author__": "pixmim", "meta": _meta(weights, encoder)}
+    write_torch(folder / "model.pth", content)
+    return ['train.init_checkpoint = "FOLDER/model.pth"']
+
+
+def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
+    """Return what a file must tell besides its tensors, as `weights.recognise` reads it."""
+    mean, std = weights.run.statistics
+    blocks: Any = getattr(encoder, "blocks", None)
+    meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.run.hw, "mean": mean, "std": std}
+    if blocks is not None and hasattr(blocks[0].attn, "num_heads"):
+        meta |= {"num_attention_heads": blocks[0].attn.num_heads, "layer_norm_eps": blocks[0].norm1.eps}
+    if weights.whole:
+        meta["decoder_num_attention_heads"] = weights.run.model.decoder_heads
+    return meta | {"step": weights.step}

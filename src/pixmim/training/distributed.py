@@ -1,0 +1,191 @@
+"""The processes of a run: which of them this one is, and what they tell each other.
+
+Each computes on its own device. torchrun or Slurm's srun starts them and says in the environment who is who; without
+either there is one process, which talks to nobody. This is the only file that makes process groups.
+"""
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+
+from pixmim.utils.errors import UserError, first_line
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a process sits: number `rank` of `size`, and number `local` of those on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+
+def seat() -> Seat:
+    """What the environment says of this process.
+
+    Slurm numbers every process, those that do not belong together as well, so its numbers count only where
+    MASTER_ADDR says that they meet.
+    """
+    known = [("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if "MASTER_ADDR" in os.environ:
+        known.append(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    for names in known:
+        if all(name in os.environ for name in names):
+            return Seat(*(int(os.environ[name]) for name in names))
+    return Seat()
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them. A World of one does all it is asked for without any other.
+
+    store   where processes leave notes for each other; works while they wait in a collective
+    saving  a group apart for what is saved behind the loop's back
+    """
+
+    seat: Seat = Seat()
+    store: Any = None
+    saving: Any = None
+    _asked: list[tuple[Tensor, Any]] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        return self.seat.rank
+
+    @property
+    def size(self) -> int:
+        return self.seat.size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that speaks and writes for all."""
+        return self.rank == 0
+
+    def any(self, *wishes: bool) -> list[bool]:
+        """Give this process's wishes, and hear which any process had at the call before.
+
+        A step late, so that nobody waits for the answer, and all hear the same in the same step. A World of one
+        hears its wishes at once.
+        """
+        if self.size == 1:
+            return list(wishes)
+        votes = torch.tensor(wishes, dtype=torch.int32)
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
+        self._asked.append((votes, work))
+        if len(self._asked) == 1:
+            return [False] * len(wishes)
+        before, done = self._asked.pop(0)
+        done.wait()
+        return before.bool().tolist()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, of tensors of one shape."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T, group: Any = None) -> list[T]:
+        """What each process gives, in their order; on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group)
+        return values
+
+    def share(self, value: T) -> T:
+        """What the first process gives."""
+        return self.gather(value)[0]
+
+    def here(self) -> int:
+        """How many of the processes share this one's machine; all of them must ask."""
+        return self.gather(platform.node()).count(platform.node())
+
+    def first_to_say(self, text: str) -> bool:
+        """Whether no other process has said the same before: what goes wrong for all is said once."""
+        if self.size == 1:
+            return True
+        try:
+            return int(self.store.add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1)) == 1
+        except RuntimeError:  # the process that kept the notes is gone
+            return True
+
+
+ALONE = World()
+
+
+@contextmanager
+def open_world(device: str, timeout: float) -> Iterator[World]:
+    """Meet the other processes of the run, if there are any; once in a process, which ends by `process.leave`.
+
+    device   "auto", "cuda" or "cpu", as the user asked: decides how processes talk, and gives each its own GPU
+    timeout  seconds after which a process that waits for the others may be given up; they part at twice as many
+
+    Raises UserError where they cannot meet, and for an error that another process's end has caused.
+    """
+    here = seat()
+    if here.size == 1:
+        yield ALONE
+        return
+    gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if gpu:
+        if device not in ("auto", "cuda"):
+            raise UserError(
+                f"--device {device} is one GPU for {here.size} processes: leave it out, and each gets its own"
+            )
+        if here.local >= torch.cuda.device_count():
+            raise UserError(
+                f"process {here.local} of this machine finds {torch.cuda.device_count()} GPUs: start as many"
+            )
+        torch.cuda.set_device(here.local)
+    patience = timedelta(seconds=2 * timeout)  # longer than a loop's watchdog, which can say who is missing
+    try:
+        store = _meet(here, patience)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            store=PrefixStore("group", store),
+            rank=here.rank,
+            world_size=here.size,
+            timeout=patience,
+        )
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"process {here.rank} of {here.size} could not meet the others: {first_line(error)}") from error
+    world = World(here, store, dist.new_group(backend="gloo", timeout=patience))
+    try:
+        yield world
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise UserError(
+                f"another process of the run has ended ({first_line(error)}), and what it printed says why. The same "
+                "command goes on from the newest checkpoint"
+            ) from error
+        raise
+    for _, work in world._asked:
+        work.wait()
+    world.gather(None)  # nobody leaves while another one still has work to do
+
+
+def _meet(here: Seat, patience: timedelta) -> Any:
+    """The store that the processes share; kept by torchrun, or else by the first process."""
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        here.size,
+        is_master=here.rank == 0 and not kept,
+        timeout=patience,
+    )
+    # torchrun's store outlives the processes that it starts again; what the last ones left there is not meant for them.
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"pixmim/{again}", store)

@@ -1,0 +1,110 @@
+"""How a model is made to compute: recomputed, compiled, replicated or sharded; composed here, in this order."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Literal, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from pixmim.config import Scale
+from pixmim.training.distributed import World
+from pixmim.training.precision import Precision
+from pixmim.utils.errors import UserError, first_line
+
+Way = Literal["none", "ddp", "fsdp"]
+
+# Predictions are a slice of what the decoder gives, and nobody writes into them.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+# Its successor does not exist in all releases that are supported.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+
+
+def way(scale: Scale, world: World) -> Way:
+    """How a model is spread over the processes of a run; one process keeps it whole whatever `scale` says."""
+    if world.size == 1:
+        return "none"
+    return "ddp" if scale.parallel == "auto" else scale.parallel
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The transformer blocks of encoder and decoder: what is inside a child called `blocks`, or `blocks1` and so on."""
+    for name, child in model.named_modules():
+        if name.rpartition(".")[2].startswith("blocks"):
+            yield from child.children()
+
+
+def spread(model: nn.Module, scale: Scale, world: World, device: torch.device, precision: Precision) -> nn.Module:
+    """The module that a step calls in place of `model`, which stays the one whose weights are trained and saved.
+
+    1. recompute  each block forgets its activations
+    2. compile    each block, or the whole model: in place, so that names in checkpoints stay
+    3. shard or replicate  FSDP2 shards block by block, so that one is gathered while another computes; weights travel
+       in the run's precision and gradients in float32. DDP sums gradients while others are still computed
+
+    To be called before the optimizer is made, which must see the shards. Raises UserError.
+    """
+    if scale.recompute:
+        for block in blocks(model):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if scale.compile != "none":
+        # Each stage of a Swin, each training or measured, is a graph of its own: more than torch's limit of 8.
+        torch._dynamo.config.recompile_limit = 64
+        for part in blocks(model) if scale.compile == "blocks" else [model]:
+            part.compile(fullgraph=True, dynamic=False)
+
+    how = way(scale, world)
+    if how == "ddp":
+        # Buffers are constants (masks of windows, indices): they need not be sent about in each step.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if how == "fsdp":
+        if precision == "fp16":
+            raise UserError("--scale.parallel fsdp computes in bf16 or fp32: choose a --precision, or ddp")
+        mesh = init_device_mesh(device.type, (world.size,))
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # autocast decides what is computed in which precision
+        )
+        for block in blocks(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+@contextmanager
+def compiling(scale: Scale) -> Iterator[None]:
+    """Around the steps of a model that may be compiled: raises UserError if it cannot be."""
+    if scale.compile == "none":
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise UserError(
+            f"torch.compile fails here ({first_line(error)}): leave out --scale.compile {scale.compile}"
+        ) from error
+
+
+def accumulating(network: nn.Module, last: bool) -> AbstractContextManager[object]:
+    """What a part of a batch is computed in: gradients are summed over the processes with the last part only."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+    elif isinstance(network, DistributedDataParallel) and not last:
+        return cast(AbstractContextManager[object], network.no_sync())
+    return nullcontext()
+
+
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model, in full on every process, whether or not it is sharded; all of them must ask."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return cast(dict[str, torch.Tensor], state)

@@ -1,0 +1,299 @@
+"""Store tensors as data only and restore them on any number of processes: safetensors files and a JSON manifest.
+
+A folder holds one `rank-NNNNN.safetensors` per process that wrote it, with the tensors, or slices along dimension 0, of
+that process, and `checkpoint.json`, which lists the pieces of each tensor. Nothing is ever unpickled. The folder may
+come from a stranger: names, shapes and dtypes are those of the model being restored, and a folder that differs is
+refused before a byte of a tensor is read.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.files import open_regular, parse_json, read_text
+from pixmim.utils.trust import inside
+
+MANIFEST = "checkpoint.json"
+FORMAT = 1
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class DamagedError(Exception):
+    """A folder is not what was written: incomplete, changed, or not ours."""
+
+
+class Piece(NamedTuple):
+    """Rows `start` to `end` of a tensor: `offset` bytes into the file of process `rank`, with this checksum."""
+
+    rank: int
+    start: int
+    end: int
+    offset: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a manifest: dtype as safetensors names it, shape, and the pieces that make it up, in order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of a checkpoint: number of steps, number of images of the dataset, and tensors by name."""
+
+    step: int
+    images: int
+    tensors: dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a tensor that this process holds, from row `start` on; `shape` is that of the full tensor."""
+
+    rows: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + _rows(self.rows.shape)
+
+
+def own_share(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Part]:
+    """Copy to the CPU what this process writes of a state: its shards, and a fair share of what all processes hold."""
+    mine, loads = {}, [0] * size
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        part = _part(tensor)
+        writer = rank
+        if not isinstance(tensor, DTensor):
+            writer = loads.index(min(loads))
+            loads[writer] += tensor.nbytes
+        if writer == rank:
+            mine[name] = Part(part.rows.to("cpu", copy=True).contiguous(), part.start, part.shape)
+    return mine
+
+
+def write_share(folder: Path, parts: Mapping[str, Part], rank: int) -> dict[str, Entry]:
+    """Write the file of one process and return the entries of its tensors: one piece each, or none without rows.
+
+    Raises:
+        OSError: If it cannot be written, or is there already.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ordered = sorted(parts.items(), key=lambda item: -item[1].rows.element_size())  # so that all are aligned
+    at = 0
+    for name, part in ordered:
+        size = part.rows.nbytes
+        dtype = _DTYPES[part.rows.dtype]
+        header[name] = {"dtype": dtype, "shape": list(part.rows.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    entries = {}
+    with (folder / _file(rank)).open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, part in ordered:
+            content = _bytes(part.rows)
+            piece = Piece(rank, part.start, part.end, file.tell(), zlib.crc32(content))
+            file.write(content)
+            entries[name] = Entry(_DTYPES[part.rows.dtype], part.shape, (piece,) if part.end > part.start else ())
+        file.flush()
+        os.fsync(file.fileno())
+    return entries
+
+
+def write_manifest(folder: Path, step: int, images: int, shares: Iterable[Mapping[str, Entry]]) -> None:
+    """Write the manifest over what all processes wrote, which makes a folder complete.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    for share in shares:
+        for name, entry in share.items():
+            tensor = tensors.setdefault(name, {"dtype": entry.dtype, "shape": entry.shape, "pieces": []})
+            tensor["pieces"] += entry.pieces
+    content = {"step": step, "images": images, "tensors": tensors}
+    text = _text(content)
+    with (folder / MANIFEST).open("x") as file:
+        file.write(f'{{"format":{FORMAT},"crc32":{_sum(text)},"content":{text}}}')
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest. It need not fit any model, nor the files beside it.
+
+    Raises:
+        DamagedError: If it is not a manifest whose pieces cover each tensor exactly once.
+        UserError: If its format is not this one.
+    """
+    try:
+        path = inside(inside(folder.parent, folder.name), MANIFEST)
+        found = parse_json(read_text(path), MANIFEST)
+    except (OSError, UserError) as error:
+        raise DamagedError(first_line(error)) from error
+    if not isinstance(found, dict) or "format" not in found:
+        raise DamagedError(f"{MANIFEST} is not a manifest")
+    if found["format"] != FORMAT:
+        raise UserError(
+            f"{folder / MANIFEST} has format {json.dumps(found['format'])[:40]}, and this pixmim reads {FORMAT}: "
+            "use the pixmim that wrote it"
+        )
+    try:
+        content = found["content"]
+        if _sum(_text(content)) != found["crc32"]:
+            raise DamagedError(f"{MANIFEST} is not what was written")
+        tensors = {name: _entry(value) for name, value in content["tensors"].items()}
+        return Manifest(_count(content["step"]), _count(content["images"]), tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{MANIFEST} is not a manifest: {first_line(error)}") from error
+
+
+def difference(tensors: Mapping[str, Entry], state: Mapping[str, Tensor]) -> str:
+    """Return the first point in which the tensors of a manifest are not those of a state; empty if there is none."""
+    for name in state:
+        if name not in tensors:
+            return f"it lacks {name}"
+        entry, part = tensors[name], _part(state[name])
+        there, here = (entry.dtype, entry.shape), (_DTYPES[part.rows.dtype], part.shape)
+        if there != here:
+            return f"{name} is {_describe(*there)} there and {_describe(*here)} here"
+    more = next((name for name in tensors if name not in state), None)
+    return "" if more is None else f"it has {more[:100]}, which is not here"
+
+
+def restore(folder: Path, tensors: Mapping[str, Entry], state: Mapping[str, Tensor]) -> None:
+    """Copy tensors that fit a state (see `difference`) into it, in place; of a shard, only its rows.
+
+    Raises:
+        DamagedError: If a file is not what was written. The state may be partly restored then.
+    """
+    parts = {name: _part(tensor) for name, tensor in state.items()}
+    wanted = [
+        (piece, name)
+        for name, part in parts.items()
+        for piece in tensors[name].pieces
+        if piece.start < part.end and part.start < piece.end
+    ]
+    for rank, group in groupby(sorted(wanted), key=lambda item: item[0].rank):
+        try:
+            with open(open_regular(inside(folder, _file(rank))), "rb", buffering=0) as file:
+                for piece, name in group:
+                    _copy(piece, _read(file, piece, parts[name]), parts[name])
+        except (OSError, UserError) as error:
+            raise DamagedError(f"{_file(rank)}: {first_line(error)}") from error
+
+
+def _part(tensor: Tensor) -> Part:
+    """The rows of a tensor that this process holds: all of them, unless FSDP2 sharded it."""
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return Part(tensor.detach(), 0, shape)
+    if tuple(tensor.placements) != (Shard(0),):
+        raise NotImplementedError(f"only shards along dimension 0 can be stored, not {tensor.placements}")
+    mesh = tensor.device_mesh
+    start = min(-(-shape[0] // mesh.size()) * mesh.get_local_rank(), shape[0])  # as torch.chunk does
+    return Part(tensor.to_local().detach(), start, shape)
+
+
+def _read(file: IO[bytes], piece: Piece, part: Part) -> Tensor:
+    """Read a piece of the tensor that `part` belongs to, and check it."""
+    shape = (piece.end - piece.start, *part.shape[1:]) if part.shape else ()
+    rows = torch.empty(shape, dtype=part.rows.dtype)
+    content = _bytes(rows)
+    file.seek(piece.offset)
+    at = 0
+    while at < len(content):
+        count = file.readinto(content[at:])  # type: ignore[attr-defined]
+        if not count:
+            raise DamagedError(f"{_file(piece.rank)} ends early")
+        at += count
+    if zlib.crc32(content) != piece.crc32:
+        raise DamagedError(f"{_file(piece.rank)} is not what was written")
+    return rows
+
+
+def _copy(piece: Piece, rows: Tensor, part: Part) -> None:
+    """Copy the rows that a piece and a part have in common."""
+    if part.shape:
+        low, high = max(piece.start, part.start), min(piece.end, part.end)
+        part.rows[low - part.start : high - part.start].copy_(rows[low - piece.start : high - piece.start])
+    else:
+        part.rows.copy_(rows)
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    """An entry of an untrusted manifest. Raises ValueError, or what wrong types raise."""
+    shape = tuple(_count(size) for size in value["shape"])
+    pieces = [Piece(*map(_count, piece)) for piece in value["pieces"]]
+    pieces.sort(key=lambda piece: piece.start)
+    at = 0
+    for piece in pieces:
+        if piece.start != at or piece.end <= at:
+            raise ValueError("pieces overlap or leave a gap")
+        at = piece.end
+    if at != _rows(shape):
+        raise ValueError("pieces do not make up a tensor")
+    return Entry(str(value["dtype"]), shape, tuple(pieces))
+
+
+def _count(value: object) -> int:
+    """A number that a file may hold: not negative, and within 63 bits."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("a number is out of range")
+    return value
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    """Length along dimension 0; a scalar is one row."""
+    return shape[0] if shape else 1
+
+
+def _describe(dtype: str, shape: tuple[int, ...]) -> str:
+    """A tensor in a few words, also where a stranger wrote them."""
+    return f"{dtype[:8]} {'x'.join(map(str, shape[:8])) or 'scalar'}"
+
+
+def _file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without copying."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _text(content: object) -> str:
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _sum(text: str) -> int:
+    return zlib.crc32(text.encode())

@@ -1,0 +1,78 @@
+"""What a run says before it begins and when it has ended, and what it warns about."""
+
+import shlex
+from pathlib import Path
+
+import torch
+
+from pixmim.config import Run
+from pixmim.targets import in_bins
+from pixmim.training.distributed import World
+from pixmim.training.metric_logger import DATA_BOUND
+from pixmim.training.parallelize import way
+from pixmim.training.schedule import Schedule
+
+
+def describe(
+    run: Run,
+    images: int,
+    schedule: Schedule,
+    device: torch.device,
+    precision: str,
+    world: World,
+    parts: int,
+) -> list[str]:
+    """Lines for a terminal, as plain text. `images` is the size of the data set."""
+    radius = in_bins(run.target.radius, run.hw)
+    target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
+    if run.target.distance == "cross_entropy":
+        target += f" in {run.target.bins} bins"
+    height, width = run.hw
+    drop = f", and a tenth of it from update {schedule.drop:,} on" if schedule.drop is not None else ""
+    lines = [
+        f"{run.model.name} on {run.model.backbone} at {height}x{width}, predicting {target}, crop {run.crop.kind}",
+        f"{images:,} images; {schedule.steps:,} updates of {run.batch_size:,} images = "
+        f"{schedule.steps * run.batch_size / images:,.1f} epochs; "
+        f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up{drop}",
+        f"{_machines(run, device, world, parts)} in {precision}, seed {run.seed}",
+    ]
+    warnings = []
+    if run.made.steps and schedule.steps < run.made.steps / 10:
+        warnings.append(
+            f"{schedule.steps:,} updates are few: this recipe was made for {run.made.steps:,}. Less than a tenth of "
+            "them teaches little; more --epochs or a smaller --batch-size give more."
+        )
+    if run.optim.lr is not None and not 0.25 < run.lr / (run.optim.base_lr * run.batch_size / 256) < 4:
+        warnings.append(
+            f"a learning rate of {run.lr:.3g} suits another batch than {run.batch_size:,}: "
+            f"the rule gives {run.optim.base_lr * run.batch_size / 256:.3g}. Leave --optim.lr out to follow it."
+        )
+    usual = run.pixels == "uint8" and run.channels in (1, 3)
+    if not usual and (run.mean is None or run.std is None):
+        warnings.append("mean and std are not measured, so those of photographs stand in: pixmim stats DATA")
+    if images < run.batch_size:
+        warnings.append(f"a batch of {run.batch_size:,} holds each of the {images:,} images more than once")
+    return lines + [f"warning: {text}" for text in warnings]
+
+
+def closing(run: Run, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float) -> list[str]:
+    """What a finished run says of itself, as plain lines: updates lost, bad images, a share of its time waited."""
+    lines = []
+    if waited > DATA_BOUND:
+        command = f"pixmim bench-data {shlex.quote(run.data)}"
+        lines.append(f"the run waited for data {waited:.0%} of its time: `{command}` says what helps")
+    if lost:
+        lines.append(f"{lost} of {step} updates were skipped because their gradient was not finite")
+    if bad:
+        lines.append(f"{bad} of {images} images could not be read: see {out}/skipped.csv")
+    return lines
+
+
+def _machines(run: Run, device: torch.device, world: World, parts: int) -> str:
+    """Describe what computes, such as "8 processes on cuda (ddp), each 64 images of a batch in 2 parts of 32,"."""
+    images = run.batch_size // world.size
+    cut = f" in {parts} parts of {'' if images % parts == 0 else 'up to '}{-(-images // parts):,}" if parts > 1 else ""
+    if world.size == 1:
+        return f"{device}, each batch{cut}," if cut else str(device)
+    share = f"{images:,} images of a batch"
+    return f"{world.size} processes on {device.type} ({way(run.scale, world)}), each {share}{cut},"

@@ -1,0 +1,1 @@
+"""Crops, augmentation and mixing."""

@@ -1,0 +1,87 @@
+"""The commands that the documentation shows are commands that pixmim takes."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pixmim import cli
+from pixmim.cli import evaluate as measure
+from pixmim.evaluation import evaluate
+from pixmim.evaluation.settings import Changes, Detection, Finetune, Linear, Robustness, Segmentation, ShapeBias
+
+ROOT = Path(__file__).parents[2]
+IMAGENET = ("imagenet/train", "imagenet/val")
+ADE = "ADEChallengeData2016"
+
+
+def shown(text: str, command: str = "evaluate") -> list[str]:
+    """The whole commands of a kind in the code of a page; forms with [parts] to be left out are none."""
+    found = re.findall(rf"(?m)^(?: {{4}})?(?:\$ )?(pixmim {command} (?:.*\\\n)*.*)", text)
+    return [re.sub(r"\\\n *", "", line) for line in found if not re.search(r"\[|\.\.\.|NAME|\$", line)]
+
+
+PAGES = {path.name: shown(path.read_text()) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the evaluations would be told, in place of carrying them out."""
+    calls: list[Any] = []
+
+    def instead(models: dict[str, Path], evaluations: list[Any], **_: Any) -> list[Any]:
+        calls.append((list(models), evaluations))
+        return []
+
+    monkeypatch.setattr(evaluate, "side_by_side", instead)
+    monkeypatch.setattr(measure, "_show", lambda *_: None)
+    monkeypatch.setattr(measure, "absolute", lambda data: data)
+    return calls
+
+
+@pytest.mark.parametrize("line", sorted({line for lines in PAGES.values() for line in lines if "--" in line}))
+def test_every_evaluation_in_the_documentation_can_be_typed(line: str, asked: list[Any]) -> None:
+    assert cli.main(shlex.split(line, comments=True)[1:]) == 0 and len(asked) == 1
+
+
+def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -> None:
+    """Which are the defaults, tested against the published numbers where each protocol is."""
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    section = page.split("## The paper's tables, each in one line\n")[1].split("\n## ")[0]
+    for line in shown(section):
+        assert cli.main(shlex.split(line)[1:]) == 0
+    runs = ["runs/pixmim", "runs/mae"]
+    tuned = [f"{run}/classifier" for run in runs]
+    robust = Robustness("imagenet-c", "imagenet-a", "imagenet-r", "sketch")
+    scratch = [
+        Finetune(*IMAGENET, from_scratch=True, size="192", changes=Changes(crop=crop)) for crop in ("rrc", "src")
+    ]
+    assert asked == [
+        (runs, [("linear", Linear(*IMAGENET, protocol="mae"))]),
+        (runs, [("finetune", Finetune(*IMAGENET))]),
+        (runs, [("segmentation", Segmentation(ADE, ADE))]),
+        (runs, [("detection", Detection(data="coco"))]),
+        (tuned, [("robustness", robust)]),
+        (tuned, [("shape-bias", ShapeBias("cue-conflict"))]),
+        (["runs/pixmim-300", *runs[:1], "runs/pixmim-1600"], [("linear", Linear(*IMAGENET, protocol="mae"))]),
+        *[(runs[:1], [("finetune", settings)]) for settings in scratch],
+    ]
+
+
+def test_coverage_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ReachedError(Exception):
+        pass
+
+    def instead(data: str, size: tuple[int, int], mask_ratio: float, **_: Any) -> None:
+        raise ReachedError(data, size, mask_ratio)
+
+    monkeypatch.setattr("pixmim.evaluation.object_coverage.measure", instead)
+    lines = shown((ROOT / "docs" / "evaluate.md").read_text(), "coverage")
+    reached = []
+    for line in lines:
+        with pytest.raises(ReachedError) as stop:
+            cli.main(shlex.split(line)[1:])
+        reached.append(stop.value.args)
+    assert ("imagenet/boxes", (224, 224), 0.75) in reached

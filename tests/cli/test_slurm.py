@@ -1,0 +1,286 @@
+"""The script for a cluster's queue: read by bash and by Slurm's rules, and run with stand-ins for Slurm's programs."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.cli import say
+from pixmim.cli.sbatch import Job, script
+from pixmim.recipes import get_recipe
+from pixmim.runfile import to_json
+from pixmim.utils.errors import UserError
+
+STAND_INS = {
+    # Writes down what it was given, and ends as the test wants; `cancelled` tells the script first, as scancel does.
+    "srun": """#!/bin/bash
+printf '%s\\0' "$@" > "$NOTES/srun"
+echo "$MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS" > "$NOTES/env"
+[ -z "$CANCELLED" ] || kill -TERM $PPID
+exit "$STATUS"
+""",
+    "scontrol": """#!/bin/bash
+[ "$*" != "show hostnames node[3-4]" ] || printf 'node3\\nnode4\\n'
+[ "$1" != requeue ] || echo "$2" >> "$NOTES/requeued"
+""",
+}
+
+
+def _start(text: str, folder: Path, status: int, **environment: str) -> tuple[int, bool, str]:
+    """Run a script as Slurm would: its exit status, whether it queued itself again, and what it said of errors."""
+    notes, programs = folder / "notes", folder / "bin"
+    for path in (notes, programs):
+        path.mkdir(exist_ok=True)
+    for name, lines in STAND_INS.items():
+        (programs / name).write_text(lines)
+        (programs / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_CPUS_PER_TASK": "12"}
+    path = {"PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(notes), "STATUS": str(status), "CANCELLED": ""}
+    done = subprocess.run(["bash", "-c", text], env=job | path | environment, capture_output=True, text=True)
+    requeued = notes / "requeued"
+    return done.returncode, requeued.exists() and requeued.read_text() == "123456\n", done.stderr
+
+
+def _slurm_reads(text: str) -> dict[str, str]:
+    """The options behind #SBATCH; Slurm, too, lets quotes hold blanks together and ends at a #."""
+    lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    words = [word for line in lines for word in shlex.split(line, comments=True)]
+    return dict(word.removeprefix("--").partition("=")[::2] for word in words)
+
+
+def _job(folder: Path, **changes: object) -> str:
+    job = Job(**{"nodes": 2, "gpus": 8, "cpus": 12} | changes)  # type: ignore[arg-type]
+    return script(job, "name", ["pixmim", "pretrain", "demo"], folder / "run", folder, folder / "job.sh")
+
+
+@pytest.mark.parametrize(
+    ("status", "environment", "requeued"),
+    [
+        (130, {}, True),  # stopped before the limit
+        (130, {"SLURM_RESTART_COUNT": "2"}, True),
+        (130, {"SLURM_RESTART_COUNT": "3"}, False),  # as often as it may
+        (130, {"CANCELLED": "yes"}, False),  # cancelled, or preempted, after which Slurm itself queues it again
+        (0, {}, False),  # complete
+        (1, {}, False),  # a mistake of the user's
+        (137, {}, False),  # killed
+    ],
+)
+def test_queued_again_exactly_when_the_run_stopped_before_the_limit(
+    status: int, environment: dict[str, str], requeued: bool, tmp_path: Path
+) -> None:
+    exited, again, said = _start(_job(tmp_path, restarts=3), tmp_path, status, **environment)
+    assert again == requeued and exited == (0 if requeued else status)
+    assert ("started again 3 times" in said) == (environment.get("SLURM_RESTART_COUNT") == "3")
+
+
+def test_processes_are_told_where_to_meet(tmp_path: Path) -> None:
+    _start(_job(tmp_path), tmp_path, 0)
+    assert (tmp_path / "notes" / "env").read_text() == f"node3 {10000 + 123456 % 20000} 12\n"
+
+
+def test_a_machine_list_that_slurm_cannot_read_ends_the_script(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    text = _job(tmp_path).replace("machines=$(", f"echo 'exit 1' > {programs}/scontrol\nmachines=$(")
+    exited, again, _ = _start(text, tmp_path, 0)
+    assert exited == 1 and not again and not (tmp_path / "notes" / "srun").exists()
+
+
+def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
+    asked = _slurm_reads(_job(tmp_path, hours=36.5, partition="gpu", account="a", qos="q", mem="0", signal=120))
+    assert asked == {
+        "job-name": "name",
+        "chdir": str(tmp_path),
+        "output": f"{tmp_path}/run/slurm-%j.out",
+        "open-mode": "append",
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gres": "gpu:8",
+        "cpus-per-task": "12",
+        "partition": "gpu",
+        "account": "a",
+        "qos": "q",
+        "mem": "0",
+        "time": "36:30:00",
+        "signal": "USR1@120",
+        "requeue": "",
+    }
+    assert not {"partition", "account", "qos", "mem"} & _slurm_reads(_job(tmp_path)).keys()
+
+
+def test_names_with_blanks_and_signs_stay_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "a b#c" / '50% of "it\'s" $HOME é'
+    folder.mkdir(parents=True)
+    words = [
+        "pixmim",
+        "pretrain",
+        "demo",
+        "--data",
+        f"{folder}/x*3+y",
+        "--model.options",
+        "name",
+        "a 'b' $(c)",
+        "--out=",
+    ]
+    text = script(Job(), "my run", words, folder, folder, folder / "job.sh")
+    asked = _slurm_reads(text)
+    assert asked["job-name"] == "my run" and asked["chdir"] == str(folder)
+    assert asked["output"] == str(folder).replace("%", "%%") + "/slurm-%j.out"
+    assert _start(text, tmp_path, 0)[0] == 0
+    given = (tmp_path / "notes" / "srun").read_text().rstrip("\0").split("\0")
+    assert given[-len(words) :] == words and "--cpus-per-task=12" in given
+    again = _start(text, tmp_path, 130, SLURM_RESTART_COUNT="100")[2].strip()
+    assert shlex.split(again.partition("To go on: ")[2]) == ["sbatch", str(folder / "job.sh")]
+
+
+@pytest.mark.parametrize("path", ["two\nlines", "back\\slash"])
+def test_a_path_that_slurm_would_change_is_refused(path: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Slurm cannot be told"):
+        script(Job(), "name", ["pixmim"], tmp_path / path, tmp_path, tmp_path / "job.sh")
+
+
+def test_the_command_writes_what_the_same_command_line_would_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = [
+        "slurm",
+        "demo",
+        "--nodes",
+        "2",
+        "--optim.base_lr",
+        "0.002",
+        "--gpus=4",
+        "--data",
+        "no such",
+        "--name",
+        "a b",
+    ]
+    status, text = say(capsys, *args)
+    file = tmp_path / "runs" / "a b" / "slurm.sh"
+    assert status == 0 and "sbatch 'runs/a b/slurm.sh'" in text
+    assert "each computes 16 of the 128 images" in text and "there is no no such here" in text
+    subprocess.run(["bash", "-n", file], check=True)
+    assert _start(file.read_text(), tmp_path, 0)[0] == 0
+    given = (tmp_path / "notes" / "srun").read_text().rstrip("\0").split("\0")
+    assert given[given.index(sys.executable) :] == [
+        *(sys.executable, "-m", "pixmim.cli", "pretrain", "demo"),
+        *("--optim.base_lr", "0.002", "--data", "no such", "--out", "runs/a b", "--threads", "8"),
+    ]
+
+    file.write_text("mine")
+    status, text = say(capsys, *args)
+    assert status == 1 and "--overwrite" in text and file.read_text() == "mine"
+    assert say(capsys, *args, "--script", "elsewhere/job.sh")[0] == 0 and (tmp_path / "elsewhere" / "job.sh").exists()
+    assert say(capsys, *args, "--overwrite", "--threads", "3", "--out", "out")[0] == 0
+    assert "--threads 3" in (tmp_path / "out" / "slurm.sh").read_text() and file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "which recipe?"),
+        (["demmo"], "did you mean 'demo'"),
+        (["demo", "--batchsize", "3"], "--batch-size"),
+        (["demo", "--node", "3"], "--node"),
+        (["demo", "--nodes", "three"], "--nodes"),
+        (["demo", "--gpus", "0"], "--gpus must be a whole number from 1"),
+        (["demo", "--hours", "0"], "--hours must be a number above 0"),
+        (["demo", "--hours", "0.05"], "leaves nothing of --hours 0.05"),
+        (["demo", "--signal", "70000"], "--signal must be a whole number from 1 to 65,535"),
+        (["demo", "--restarts", "-1"], "--restarts must be a whole number from 0"),
+        (["demo", "--gpus", "3"], "a batch of 128 does not divide among 3 GPUs"),
+        (["demo", "--gpus", "8", "--accumulate", "32"], "--accumulate 32 makes more parts than the 16 images"),
+        (["demo", "--size", "50"], "multiples of 8"),
+        (["demo", "--model.backbone", "vit_tiny_patch16_225"], "did you mean"),
+        (["demo", "--mask.kind", "units", "--mask.unit", "12"], "no multiple"),
+        (["pixmim-vit-base"], "which images?"),
+    ],
+)
+def test_mistakes_are_found_before_the_queue(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, text = say(capsys, "slurm", *args)
+    assert status != 0 and message in text and "Traceback" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_there_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    run = replace(get_recipe("demo"), out="run", data="shapes:count=8", mean=(0.5, 0.5, 0.5))
+    (tmp_path / "run" / "config.json").write_text(to_json(run))
+    args = ["slurm", "demo", "--out", "run", "--data", "shapes:count=8"]
+    status, text = say(capsys, *args)
+    assert status == 0 and "goes on with it" in text
+    status, text = say(capsys, *args, "--overwrite", "--optim.base-lr", "1")
+    assert status == 1 and "holds a run with another --optim" in text
+
+
+SRUN = """#!/bin/bash
+# Starts two tasks as Slurm's srun does, and the first time tells them that the time is over, once they compute.
+for number in 0 1; do
+    SLURM_NTASKS=2 SLURM_PROCID=$number SLURM_LOCALID=$number "${@:5}" &
+    tasks[number]=$!
+done
+if [ ! -e "$NOTES/started" ]; then
+    touch "$NOTES/started"
+    until [ -s "$RUN/metrics.jsonl" ]; do sleep 0.05; kill -0 ${tasks[0]} || exit 1; done
+    kill -USR1 ${tasks[@]}
+fi
+highest=0
+for task in ${tasks[@]}; do
+    status=0
+    wait $task || status=$?
+    [ $status -le $highest ] || highest=$status
+done
+exit $highest
+"""
+
+
+def test_two_real_processes_stop_in_time_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way: the script, its processes meeting by Slurm's numbers, USR1, the queue, and the end of the run."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--size", "48", "--batch-size", "4", "--data", "shapes:count=40,size=48", "--model.decoder-depth", "1"]
+    args = [*small, "--steps", "120", "--log-every", "1", "--knn.every", "0", "--device", "cpu", "--precision", "fp32"]
+    assert say(capsys, "slurm", "demo", "--gpus", "2", "--cpus", "1", "--out", "run", *args)[0] == 0
+    text = (tmp_path / "run" / "slurm.sh").read_text()
+    monkeypatch.setitem(STAND_INS, "srun", SRUN)
+    monkeypatch.setitem(STAND_INS, "scontrol", STAND_INS["scontrol"].replace("node3", "127.0.0.1"))
+    job = {"RUN": str(tmp_path / "run"), "SLURM_JOB_ID": str(_free_port() - 10000), "SLURM_CPUS_PER_TASK": "1"}
+
+    def losses() -> list[int]:
+        return [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    exited, _, said = _start(text, tmp_path, 0, **job)
+    assert exited == 0, said
+    assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]
+    stopped = losses()[-1]
+    assert 0 < stopped < 120 and not (tmp_path / "run" / "encoder/model.safetensors").exists()
+
+    exited, _, said = _start(text, tmp_path, 0, **job, SLURM_RESTART_COUNT="1")
+    assert exited == 0, said
+    assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # not again
+    assert losses() == list(range(1, 121)) and (tmp_path / "run" / "encoder/model.safetensors").exists()
+
+
+def _free_port() -> int:
+    """A port of those that scripts choose from."""
+    for port in range(10000, 30000):
+        with socket.socket() as attempt:
+            try:
+                attempt.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise AssertionError("no port is free")

@@ -1,0 +1,170 @@
+"""Pictures and embeddings that a person makes of a model."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import pixmim.evaluation.embed as embedding
+from helpers.cli import say
+from pixmim.build import build_encoder, build_model
+from pixmim.config import Model, Run
+from pixmim.data import open_data
+from pixmim.data.image_folder import named
+from pixmim.models import features
+from pixmim.report.attention import attention_maps
+from pixmim.transforms.crops import evaluation_crop
+from pixmim.utils.errors import UserError
+from pixmim.weights.detect import Weights
+from pixmim.weights.load import adopt, open_model
+
+Make = Callable[..., Run]
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+
+
+@pytest.fixture
+def model(tiny_run: Make, tmp_path: Path) -> str:
+    """A folder with a random whole model."""
+    run = tiny_run(seed=2)
+    adopt(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("vit_tiny_patch16_224", SMALL),
+        ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 3, "qk_norm": True}),
+        ("vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}),
+        ("beit_base_patch16_224", SMALL),
+        ("beit_base_patch16_224", SMALL | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
+    ],
+)
+def test_attention_is_what_timm_computes_when_it_does_not_fuse(backbone: str, options: dict[str, object]) -> None:
+    encoder = timm.create_model(backbone, num_classes=0, img_size=(32, 48), **options).eval()
+    for parameter in encoder.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        maps = attention_maps(encoder, images)
+        seen: list[torch.Tensor] = []
+        layer = encoder.blocks[-1].attn
+        layer.fused_attn = False
+        layer.attn_drop.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        encoder(images)
+    prefix = seen[0].shape[-1] - 24
+    rows = seen[0][:, :, :1] if options.get("class_token", True) else seen[0][:, :, prefix:]
+    expected = rows[..., prefix:].mean(dim=2)
+    torch.testing.assert_close(maps.flatten(2), expected / expected.sum(-1, keepdim=True), atol=1e-5, rtol=0)
+    assert maps.shape == (2, 2, 4, 6)
+
+
+def test_attention_of_convmae_and_of_what_has_none(tiny_run: Make) -> None:
+    run = tiny_run(model=Model("convmae", "convmae_tiny"))
+    assert attention_maps(build_encoder(run), torch.randn(1, 3, 32, 32)).shape == (1, 3, 2, 2)
+    with pytest.raises(UserError, match="no block that looks at the whole image"):
+        attention_maps(nn.Conv2d(3, 3, 1), torch.randn(1, 3, 8, 8))
+
+
+def test_pictures_are_drawn_from_files_and_folders(
+    model: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "cats" / "bad.jpg").write_bytes(b"no")
+    one = str(pictures / "cats" / "0.jpg")
+    out = tmp_path / "new" / "r.png"
+    status, text = say(capsys, "reconstruct", model, one, pictures / "dogs", "--out", out)
+    assert status == 0 and "unaided" in text
+    assert Image.open(out).size == (6 * (128 + 4) - 4, 6 * (128 + 18 + 4) - 4 + 18)  # 32 px enlarged four times
+    assert "is there already" in say(capsys, "attention", model, one, "--out", out)[1]
+    assert "Not a directory" in say(capsys, "attention", model, one, "--out", out / "a.png")[1]
+    assert say(capsys, "attention", model, one, "--out", out, "--overwrite")[0] == 0
+    status, text = say(capsys, "attention", model, pictures, "--out", tmp_path / "a.png", "--count", 3)
+    assert status == 0 and Image.open(tmp_path / "a.png").size[0] == 4 * (128 + 4) - 4
+    status, text = say(capsys, "attention", model, pictures / "cats" / "bad.jpg")
+    assert status == 1 and "not one image" in text
+    status, text = say(capsys, "reconstruct", model, pictures / "nothing.jpg")
+    assert status == 1 and "there is no" in text
+    assert "which pictures?" in say(capsys, "reconstruct", model)[1]
+    (Path(model) / "model.safetensors").unlink()
+    assert say(capsys, "reconstruct", model, one)[0] == 1
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_embeddings_are_the_features_with_their_files(
+    model: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "cats" / "2.jpg").write_bytes(b"broken")
+    args = ["embed", model, "--data", pictures, "--batch-size", 3, "--device", "cpu", "--precision", "fp32"]
+    status, text = say(capsys, *args, "--out", tmp_path / "f.npy")
+    assert status == 0 and "9 rows" in text and "1 images could not be read" in text
+    found, rows = np.load(tmp_path / "f.npy"), rows_of(tmp_path / "f.csv")
+    assert found.shape == (9, 64) and found.dtype == np.float32
+    assert [row["class"] for row in rows] == ["cats"] * 4 + ["dogs"] * 5
+    weights = open_model(model)
+    encoder = build_encoder(weights.run).eval()
+    encoder.load_state_dict(weights.encoder)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in weights.run.statistics)
+    for row in (0, 2, 8):
+        data = named([rows[row]["file"]])
+        image = (evaluation_crop((32, 32)).crop(data.image(0)).float() / 255 - mean) / std
+        with torch.no_grad():
+            expected = features(encoder, image[None])
+        both = torch.cat([expected.vector[0, -1], expected.mean[0]])
+        torch.testing.assert_close(torch.from_numpy(found[row]), both, atol=1e-5, rtol=0)
+
+    for name in ("g.npy", "g.csv", "g.npy.skipped.csv", "g.npy.partial/mine"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+        assert "is there already" in say(capsys, *args, "--out", tmp_path / "g.npy")[1]
+        assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "g.npy.partial/lock").exists()
+        (tmp_path / name).unlink()
+    assert "is there already" in say(capsys, *args, "--out", tmp_path / "f.npy")[1]
+    assert say(capsys, *args, "--out", tmp_path / "f.npy", "--overwrite", "--features", "cls")[0] == 0
+    assert np.array_equal(np.load(tmp_path / "f.npy"), found[:, :32]) and len(rows_of(tmp_path / "f.csv")) == 9
+    assert "ends with .npy or .parquet" in say(capsys, *args, "--out", tmp_path / "f.csv")[1]
+
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert say(capsys, *args, "--out", tmp_path / "f.parquet", "--features", "mean")[0] == 0
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table.column_names == ["file", "class", "mean"] and table["file"].to_pylist() == [r["file"] for r in rows]
+    assert np.array_equal(np.stack(table["mean"].to_numpy()), found[:, 32:])
+
+
+def test_embedding_goes_on_where_it_was_interrupted(
+    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, data, out = open_model(model), open_data(str(pictures)), tmp_path / "f.npy"
+
+    def run(weights: Weights = weights, path: Path = out) -> None:
+        embedding.embed(weights, data, path, batch=3, device="cpu", precision="fp32")
+
+    run(path=tmp_path / "whole.npy")
+    calls: list[int] = []
+
+    def interrupted(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return features(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embedding, "features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not out.exists() and len(list((tmp_path / "f.npy.partial").glob("*.npz"))) == 2
+    with pytest.raises(UserError, match="unfinished work of another model"):
+        run(replace(weights, tensors={key: value + 1 for key, value in weights.tensors.items()}))
+    run()
+    assert len(calls) == 3 + 2  # four batches, two of them done before
+    assert np.array_equal(np.load(out), np.load(tmp_path / "whole.npy"))
+    assert not (tmp_path / "f.npy.partial").exists()

@@ -1,0 +1,183 @@
+"""Values of any kind in the form of a run, and the files that hold nothing but values."""
+
+import io
+import sys
+import tracemalloc
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.images import encoded
+from pixmim.data.dataset import BadImage, Form
+from pixmim.data.decode.channels import bring
+from pixmim.data.decode.image import decode, read
+from pixmim.data.synthetic import Shapes
+from pixmim.transforms.crops import (
+    CentreCrop,
+    Crop,
+    RandomResizedCrop,
+    SimpleResizedCrop,
+    finish,
+    resize_to_cover,
+    stacked,
+)
+
+RNG = np.random.default_rng(0)
+DEEP = RNG.integers(0, 65536, (20, 30, 3), np.uint16)
+
+
+def saved(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_shares_turn_into_each_other() -> None:
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    deep = bring(eight, Form(1, "uint16"))
+    assert np.array_equal(deep, eight.astype(np.uint16) * 257)
+    assert np.array_equal(bring(deep, Form(1)), eight)
+    assert np.array_equal(bring(eight, Form(1, "float32")), eight.astype(np.float32) / np.float32(255))
+    assert np.array_equal(bring(deep, Form(1, "float32")), bring(eight, Form(1, "float32")))
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1)
+    assert np.array_equal(bring(every, Form(1)), np.round(every / 257).astype(np.uint8))
+    assert np.array_equal(bring(every > 99, Form(1)), np.where(every > 99, 255, 0))
+
+
+def test_luma_is_pillows() -> None:
+    colour = RNG.integers(0, 256, (40, 40, 3), np.uint8)
+    assert np.array_equal(bring(colour, Form(1))[..., 0], np.asarray(Image.fromarray(colour).convert("L")))
+    exact = colour @ (np.asarray([19595, 38470, 7471]) / 65536)
+    assert abs(bring(colour.astype(np.uint16) * 257, Form(1, "uint16"))[..., 0] - exact * 257).max() <= 0.5
+    assert np.allclose(bring(colour.astype(np.float64), Form(1, "float32"))[..., 0], exact)
+    white = np.full((2, 2, 3), 65535, np.uint16)
+    assert (bring(white, Form(1, "uint16")) == 65535).all()
+
+
+def test_other_numbers_of_channels_are_named() -> None:
+    for found, wanted in ((2, 3), (4, 3), (13, 1), (3, 13), (1, 2)):
+        with pytest.raises(BadImage, match=f"^{found} channels?, and not {wanted}: --channels {found}$"):
+            bring(np.zeros((4, 4, found), np.uint8), Form(wanted))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32, np.float64, ">u2", ">f4", bool])
+def test_npy_of_each_layout(kind: object) -> None:
+    pixels = (RNG.random((20, 30, 5)) * 200).astype(kind)  # type: ignore[call-overload]
+    form = Form(5, "float32")
+    expected = bring(pixels.astype(pixels.dtype.newbyteorder("=")), form)
+    for array in (pixels, pixels.transpose(2, 0, 1), np.asfortranarray(pixels), pixels[:, ::-1][:, ::-1]):
+        assert np.array_equal(decode(saved(array), form), expected)
+    assert np.array_equal(decode(saved(pixels[..., 0]), Form(1, "float32")), expected[..., :1])
+    assert read(saved(np.zeros((7, 9, 7), np.uint8))).shape == (7, 9, 7)  # equal: the last holds the channels
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (saved(np.zeros(5)), "1 dimensions"),
+        (saved(np.zeros((2, 2, 2, 2))), "4 dimensions"),
+        (saved(np.asarray([["a"]])), "not of numbers"),
+        (saved(np.zeros((3, 3), complex)), "not of numbers"),
+        (saved(np.zeros((3, 3), [("x", "f4")])), "not of numbers"),
+        (saved(np.asarray([[{}]], object)), "not of numbers"),
+        (saved(np.zeros((20, 20)))[:-1], "cut off"),
+        (saved(np.zeros((0, 20))), "nothing in it"),
+        (saved(np.zeros((20, 20, 0))), "nothing in it|without channels"),
+        (saved(np.zeros((1, 200))), "100 times as long"),
+        (saved(np.zeros((4, 4)))[:20], "damaged"),
+        (b"\x93NUMPY\x09\x00", "damaged"),
+        (saved(np.full((4, 4), np.nan, np.float32)), "16 of its values are not finite"),
+    ],
+)
+def test_npy_that_is_no_picture(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImage, match=reason):
+        decode(data, Form(1, "float32"))
+
+
+@pytest.mark.usefixtures("usual_bounds")
+def test_a_header_that_claims_too_much_takes_no_memory() -> None:
+    small = saved(np.zeros((10, 10, 4)))
+    for shape, reason in (
+        (b"(99999, 99999, 4)", "allowed"),
+        (b"(9999, 9999, 4)", "3.0 GiB"),
+        (b"(999, 999, 4)", "cut"),
+    ):
+        claim = small.replace(b"(10, 10, 4), }" + b" " * (len(shape) - 11), shape + b", }")
+        assert claim != small and len(claim) == len(small)
+        tracemalloc.start()
+        with pytest.raises(BadImage, match=reason):
+            decode(claim, Form(4, "float32"))
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+        tracemalloc.stop()
+
+
+def test_damaged_npy_gives_values_or_a_reason() -> None:
+    whole = saved(RNG.random((12, 10, 4)).astype(np.float32))
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for at in RNG.integers(0, 128, 2):
+            damaged[at] ^= int(RNG.integers(1, 256))
+        with suppress(BadImage):
+            assert decode(bytes(damaged), Form(4, "float32")).shape[2] == 4
+
+
+def test_sixteen_bit_png_and_ppm(monkeypatch: pytest.MonkeyPatch) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    data = imagecodecs.png_encode(DEEP)
+    assert np.array_equal(decode(data, Form(3, "uint16")), DEEP)
+    assert np.array_equal(decode(data), DEEP >> 8)  # Pillow's upper byte
+    clear = imagecodecs.png_encode(np.dstack([DEEP, np.zeros((20, 30), np.uint16)]))
+    assert (decode(clear, Form(3, "uint16")) == 65535).all()
+    for cut in (40, len(data) // 2):
+        with pytest.raises(BadImage, match=r"Png|OSError|SyntaxError|not a picture"):
+            decode(data[:cut], Form(3, "uint16"))
+    grey = encoded(Image.fromarray(DEEP[..., 0]), "PNG")
+    assert np.array_equal(decode(grey, Form(3, "uint16"))[..., 2], DEEP[..., 0])
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    assert np.array_equal(decode(grey, Form(1, "uint16"))[..., 0], DEEP[..., 0])
+    assert decode(data).shape == (20, 30, 3)
+    with pytest.raises(BadImage, match=r"16-bit colour PNG needs imagecodecs: pip install 'pixmim\[tiff\]'"):
+        decode(data, Form(3, "uint16"))
+    grey = b"P5 30 20 65535\n" + DEEP[..., 0].astype(">u2").tobytes()
+    assert np.array_equal(decode(grey, Form(1, "uint16"))[..., 0], DEEP[..., 0])
+    colour = b"P6 30 20 65535\n" + DEEP.astype(">u2").tobytes()
+    assert abs(decode(colour).astype(int) - DEEP / 257).max() <= 1
+    with pytest.raises(BadImage, match="save it as PNG or TIFF"):
+        decode(colour, Form(3, "uint16"))
+
+
+@pytest.mark.parametrize(
+    "form", [Form(1, "uint16"), Form(3, "float32"), Form(13), Form(5, "uint16"), Form(2, "float32")]
+)
+def test_drawn_shapes_in_any_form(form: Form) -> None:
+    image, plain = Shapes(form=form).image(3), Shapes().image(3)
+    assert image.dtype == form.dtype and image.shape == (form.channels, *plain.shape[1:])
+    assert len({tuple(plane.flatten().tolist()) for plane in image}) == min(form.channels, 6)
+    if form.channels >= 3:
+        whole = 1 if form.pixels == "float32" else torch.iinfo(form.dtype).max
+        torch.testing.assert_close(image[:3].float() / whole, plain.float() / 255)
+
+
+@pytest.mark.parametrize("crop", [SimpleResizedCrop((24, 16), 3), RandomResizedCrop((24, 16)), CentreCrop((24, 16))])
+@pytest.mark.parametrize("size", [(40, 50), (24, 16)])
+def test_crops_of_deep_images_are_those_of_their_values(crop: Crop, size: tuple[int, int]) -> None:
+    """A crop of uint16 is the crop of the same values in float32, rounded and kept within 16 bits."""
+    image = torch.from_numpy(RNG.choice([0, 1, 255, 32768, 65535], (*size, 5)).astype(np.uint16)).permute(2, 0, 1)
+    for u in RNG.random((6, crop.draws)).tolist():
+        deep, values = crop.crop(image, u), crop.crop(image.float(), u)
+        assert deep.dtype == torch.uint16 and deep.shape == (5, 24, 16)
+        assert torch.equal(deep.float(), values.round().clamp(0, 65535))
+    assert resize_to_cover(image, size) is image
+
+
+def test_finish_counts_65535_as_one() -> None:
+    images = torch.from_numpy(RNG.integers(0, 65536, (3, 2, 4, 5)).astype(np.uint16))
+    mean, std, flip = torch.tensor([0.1, 0.6]), torch.tensor([0.02, 0.5]), torch.tensor([True, False, True])
+    done = finish(images, flip, mean, std).double()
+    expected = (images.double() / 65535 - mean.double().view(-1, 1, 1)) / std.double().view(-1, 1, 1)
+    expected[flip] = expected[flip].flip(-1)
+    torch.testing.assert_close(done, expected, atol=2e-6, rtol=1e-6)
+    assert torch.equal(stacked(list(images)), images) and stacked(list(images)).dtype == torch.uint16

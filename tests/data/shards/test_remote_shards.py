@@ -1,0 +1,464 @@
+"""Shards far away: the same images as near, whole copies within a bound, and patience with a server that fails."""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.runs import train
+from helpers.shards import colours, keys, shard
+from pixmim.config import Run
+from pixmim.data import open_data
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Portion
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import Form, Source
+from pixmim.data.in_memory import Kept
+from pixmim.data.loader import Loader
+from pixmim.data.order import WINDOW
+from pixmim.data.resized_cache import open_cache
+from pixmim.data.shards import fsspec_io as remote
+from pixmim.data.shards import remote as far_module
+from pixmim.data.shards.remote import Far
+from pixmim.data.statistics import Stats, recall, remember
+from pixmim.data.synthetic import Shapes
+from pixmim.transforms.crops import SimpleResizedCrop
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import cache_path
+
+pytest.importorskip("aiohttp")
+fsspec = pytest.importorskip("fsspec")
+
+Make = Callable[..., Run]
+GIB = 2**30
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder, counts the files and the parts of files it is asked for, and fails as often as told."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.asked: Counter[str] = Counter()
+        self.parts: Counter[str] = Counter()
+        self.in_parts = False  # as Python's own server, which hands out whole files only
+        self.failures: dict[str, list[int]] = {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(SimpleHTTPRequestHandler):
+    server: Any
+
+    def do_GET(self) -> None:
+        name = self.path.rsplit("/", 1)[1]
+        if "Range" in self.headers:
+            self.server.parts[name] += 1
+            self.part() if self.server.in_parts else super().do_GET()
+            return
+        self.server.asked[name] += 1
+        failures = self.server.failures.get(name, [])
+        status = failures.pop(0) if failures else 200
+        if status == 200:
+            super().do_GET()
+        elif status == 206:  # the connection breaks in the middle
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+        else:
+            self.send_error(status)
+
+    def part(self) -> None:
+        first, last = (int(number) for number in self.headers["Range"].removeprefix("bytes=").split("-"))
+        content = Path(self.translate_path(self.path)).read_bytes()[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0, 0.0))
+    (tmp_path / "served").mkdir()
+    with Server(tmp_path / "served") as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def served(tmp_path: Path, server: Server) -> Path:
+    """The folder behind the server, with a cache of three shards, and three tars of others."""
+    folder = tmp_path / "served"
+    make_cache(Shapes(count=18, size=24), folder / "cached", (24, 24), per_shard=6)
+    for i in range(3):
+        shard(folder / "shards" / f"train-{i:03d}.tar", range(4 * i, 4 * i + 4))
+    return folder
+
+
+def copies(memory: Path) -> list[Path]:
+    """The whole copies; asserts that no part of one is left behind."""
+    names = list((memory / "copies").iterdir())
+    assert not [path for path in names if path.suffix == ".part"]
+    return [path for path in names if not path.suffix]
+
+
+def copies_begun(memory: Path) -> bool:
+    return (memory / "copies").exists()
+
+
+def same(one: Source, two: Source) -> bool:
+    return len(one) == len(two) and all(torch.equal(one.image(i), two.image(i)) for i in range(len(one)))
+
+
+def test_a_cache_is_the_same_near_and_far(server: Server, served: Path, memory: Path) -> None:
+    near, far = open_data(str(served / "cached")), open_data(f"{server.url}/cached/")
+    assert not any(name.endswith(".tar") for name in server.asked)
+    assert same(near, far) and len(copies(memory)) == 3
+    assert far.pieces is not None and far.pieces.tolist() == [6, 6, 6] and near.pieces is None
+    assert near.labels is not None and (near.labels == far.labels).all() and near.classes == far.classes
+    assert near.sizes is not None and (near.sizes == far.sizes).all()
+    assert far.locate(7) == f"{server.url}/cached/shard-000001.tar:000000007"
+    assert "at most 50 GiB (--local-copy)" in far.about and str(memory) in far.about
+    before = Counter(server.asked)
+    assert same(near, open_data(f"{server.url}/cached"))  # later runs find the copies
+    assert {name for name in server.asked - before} == {"settings.json", "index.json"} | {
+        f"shard-{i:06d}.index" for i in range(3)
+    }
+
+
+def test_tars_of_others_far_away(server: Server, served: Path) -> None:
+    near = open_data(str(served / "shards"))
+    for spec in ("shards/train-{000..002}.tar", "shards/*.tar", "shards", "shards/"):
+        far = open_data(f"{server.url}/{spec}")
+        assert same(near, far) and keys(near) == keys(far) and far.classes == near.classes
+        assert far.pieces is not None and far.pieces.tolist() == [4, 4, 4]
+    assert all(server.asked[f"train-{i:03d}.tar"] == 1 for i in range(3))  # searched and copied in one go
+    (served / "shards" / "classes.txt").write_text("cat\ndog\nbird")
+    assert open_data(f"{server.url}/shards").classes == ["cat", "dog", "bird"]
+    server.failures["classes.txt"] = [403]  # what a bucket without listing answers where there is nothing
+    assert open_data(f"{server.url}/shards").classes == ["0", "1", "2"]
+
+
+def test_other_file_systems(served: Path) -> None:
+    files = fsspec.filesystem("memory")
+    files.put(str(served / "cached"), "/far/cached", recursive=True)
+    files.put(str(served / "shards"), "/far/shards", recursive=True)
+    try:
+        assert same(open_data(str(served / "cached")), open_data("memory://far/cached"))
+        for spec in ("shards", "shards/train-*.tar", "shards/train-{000..002}.tar"):
+            assert colours(open_data(f"memory://far/{spec}")) == list(range(12))
+        with pytest.raises(UserError, match=r"nothing fits memory://far/\*.tar"):
+            open_data("memory://far")
+    finally:
+        files.rm("/far", recursive=True)
+
+
+def test_a_server_that_fails_for_a_while(server: Server, served: Path, memory: Path) -> None:
+    server.failures = {
+        "settings.json": [503, 500],
+        "shard-000001.index": [429],
+        "shard-000000.tar": [500, 206, 503],
+        "shard-000001.tar": [206, 206, 206],
+    }
+    assert same(open_data(str(served / "cached")), open_data(f"{server.url}/cached"))
+    assert len(copies(memory)) == 3 and server.asked["shard-000000.tar"] == 4
+
+
+def test_a_server_that_fails_for_good(server: Server, served: Path, memory: Path) -> None:
+    data = open_data(f"{server.url}/cached")
+    tar = "shard-000000.tar"
+    for statuses, reason in {
+        (500,) * 4: "cannot be read, tried 4 times: ClientResponseError: 500",
+        (206,) * 4: "cannot be read, tried 4 times: Client",
+        (400,): "cannot be read: ClientResponseError: 400",
+        (403,): "may not be read: .*403.* Are the keys",
+        (404,): "there is no .* any more",
+    }.items():
+        server.failures[tar] = list(statuses)
+        with pytest.raises(UserError, match=f"{server.url}/cached/{tar}.*{reason}|{reason}"):
+            data.image(0)
+        assert not copies(memory)
+    assert data.image(0) is not None
+    with pytest.raises(UserError, match=r"there is no .*train-003.tar"):
+        open_data(f"{server.url}/shards/train-{{000..003}}.tar")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match=r"settings.json cannot be read, tried 4 times: ClientConnectorError"):
+        open_data(f"{server.url}/cached")
+
+
+def test_what_changed_on_the_server_is_noticed(server: Server, served: Path) -> None:
+    tars, cached = open_data(f"{server.url}/shards"), open_data(f"{server.url}/cached")
+    fetched = sorted((cache_path("copies", "").parent).iterdir())
+    for path in fetched:
+        path.unlink()
+    tars, again = open_data(f"{server.url}/shards"), open_data(f"{server.url}/shards")
+    os.utime(shard(served / "shards" / "train-001.tar", range(20, 24)), (0, 0))  # this server's tag is the time
+    assert int(tars.image(0)[0, 0, 0]) == 0
+    for data in (tars, again):
+        with pytest.raises(UserError, match=r"train-001.tar has changed on the server"):
+            data.image(5)
+    assert colours(open_data(f"{server.url}/shards"))[4:8] == list(range(20, 24))
+    tar = served / "cached" / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    with pytest.raises(UserError, match=r"shard-000002.tar has [\d,]+ bytes, and [\d,]+ by its index"):
+        cached.image(17)
+
+
+def test_what_was_searched_is_not_fetched_again(server: Server, served: Path, memory: Path) -> None:
+    open_data(f"{server.url}/shards")
+    shutil.rmtree(memory / "copies")
+    data = open_data(f"{server.url}/shards")
+    assert server.asked["train-000.tar"] == 1 and not (memory / "copies").exists()
+    assert colours(data) == list(range(12)) and server.asked["train-000.tar"] == 2
+
+
+def test_damaged_tars_and_caches_far_away(server: Server, served: Path) -> None:
+    tar = served / "shards" / "train-001.tar"
+    tar.write_bytes(tar.read_bytes()[:3000])
+    with pytest.raises(UserError, match=rf"{server.url}/shards/train-001.tar is cut off"):
+        open_data(f"{server.url}/shards")
+    index = served / "cached" / "shard-000001.index"
+    index.write_bytes(index.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"shard-000001.tar is missing, cut off or does not fit its index"):
+        open_data(f"{server.url}/cached")
+    (served / "cached" / "index.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        open_data(f"{server.url}/cached")
+    (served / "empty").mkdir()
+    with pytest.raises(UserError, match=r"nothing fits .*/empty/\*.tar, or the server lists no files"):
+        open_data(f"{server.url}/empty")
+
+
+def test_the_bound_on_copies_is_kept(server: Server, served: Path, memory: Path) -> None:
+    size = max(path.stat().st_size for path in (served / "shards").iterdir())
+    open_data(f"{server.url}/shards")
+    shutil.rmtree(memory / "copies")
+    data: Any = open_data(f"{server.url}/shards", local_copy=2 * size / GIB)
+    server.asked.clear()
+    for index in (0, 5, 9, 1, 4, 5, 8, 0, 11, 6, 2):
+        assert int(data.image(index)[0, 0, 0]) == index
+        assert sum(path.stat().st_size for path in copies(memory)) <= 2 * size
+        assert isinstance(data._shelf, Far) and len(data._shelf._opened) <= 2  # what is deleted is let go of
+    # Shards 0 1 2 0 1 1 2 0 2 1 0: with room for two, all must be fetched but the second of 1 1 and of 2 0 2.
+    assert server.asked == {"train-000.tar": 4, "train-001.tar": 3, "train-002.tar": 2}
+    assert int(data.image(3)[0, 0, 0]) == 3 and int(data.image(7)[0, 0, 0]) == 7  # 0 and 1 were used last
+    assert sum(server.asked.values()) == 9
+
+
+def test_a_bound_below_one_shard(server: Server, served: Path, memory: Path) -> None:
+    data = open_data(f"{server.url}/shards", local_copy=1e-6)
+    assert colours(data) == list(range(12)) and len(copies(memory)) == 1
+
+
+def test_only_what_was_announced_is_copied_whole(server: Server, served: Path, memory: Path) -> None:
+    """A few images here and there cost no whole shards, where the server hands out parts of files."""
+    server.in_parts = True
+    data, near = open_data(f"{server.url}/cached"), open_data(str(served / "cached"))
+    assert torch.equal(data.image(8), near.image(8)) and torch.equal(data.image(9), near.image(9))
+    assert not copies_begun(memory) and server.parts == {"shard-000001.tar": 2}
+    data.soon([1])
+    assert torch.equal(data.image(10), near.image(10)) and len(copies(memory)) == 1
+    again = open_data(f"{server.url}/cached")
+    assert torch.equal(again.image(7), near.image(7))  # from the copy that is there
+    assert server.parts == {"shard-000001.tar": 2} and server.asked["shard-000001.tar"] == 1
+    (served / "cached" / "shard-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"there is no .*shard-000002.tar any more"):
+        data.image(17)
+
+
+class Slow:
+    """A far file system whose copies wait to be let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[int] = []
+        self.gates = [threading.Event() for _ in range(100)]
+        self._copy, self._lock = remote.copy, threading.Lock()
+        monkeypatch.setattr(remote, "copy", self.copy)
+
+    def copy(self, url: str, to: Path, wanted: object) -> None:
+        number = int(url.rsplit("-", 1)[1].removesuffix(".tar"))
+        with self._lock:
+            self.begun.append(number)
+        assert self.gates[number].wait(20)
+        self._copy(url, to, wanted)
+
+    def wait(self, count: int) -> list[int]:
+        """What is begun once so many copies are, and no more within a moment."""
+        until = time.monotonic() + 20
+        while len(self.begun) < count and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(0.05)
+        return self.begun
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Slow, int]]:
+    """A far cache of 40 shards of one size each, on a slow file system; the bytes of a shard."""
+    files = fsspec.filesystem("memory")
+    folder = Path(str(cache_path("made", ""))) / "many"
+    make_cache(Shapes(count=80, size=16, seed=3), folder, (16, 16), per_shard=2, kind="raw")
+    files.put(str(folder), "/many", recursive=True)
+    yield "memory://many", Slow(monkeypatch), (folder / "shard-000000.tar").stat().st_size
+    files.rm("/many", recursive=True)
+
+
+def test_what_is_needed_soon_is_fetched_in_order_in_the_background(many: tuple[str, Slow, int]) -> None:
+    url, slow, _ = many
+    data = open_cache(url)
+    data.soon([5, 3, 9, 7, 1, 2])
+    assert sorted(slow.wait(4)) == [3, 5, 7, 9]
+    results: list[int] = []
+    readers = [threading.Thread(target=lambda: results.append(data.image(10).numel())) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    slow.gates[5].set()
+    for reader in readers:
+        reader.join()
+    assert len(results) == 3 and slow.wait(5).count(5) == 1  # what is on its way is waited for, not fetched twice
+    assert slow.begun[4:] == [1]
+    data.soon([8, 1])  # 2 is wanted no more
+    for gate in slow.gates:
+        gate.set()
+    assert slow.wait(6)[5:] == [8]
+    assert data.image(4).shape[0] == 3 and len(slow.begun) == 6  # what was not announced is read alone
+
+
+def test_fetching_ahead_stays_within_the_bound(
+    many: tuple[str, Slow, int], memory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, slow, size = many
+    for gate in slow.gates:
+        gate.set()
+    data = open_cache(url, local_copy=3.9 * size / GIB)
+    data.soon([0, 1, 2, 3, 4, 5])
+    assert sorted(slow.wait(3)) == [0, 1, 2]
+    data.soon([1, 2, 3, 4, 5])
+    assert slow.wait(4)[3:] == [3]  # in place of 0
+    data.image(2), data.image(4), data.image(6)
+    assert len(slow.begun) == 4 and len(copies(memory)) == 3 and not capsys.readouterr().err
+    data.image(10), data.image(11)  # read alone, because 1, 2 and 3 are needed before them
+    assert capsys.readouterr().err.count("holds less than the far shards that are read together") == 1
+    data.image(2), data.image(4)
+    assert len(slow.begun) == 4 and len(copies(memory)) == 3
+
+
+def test_a_background_failure_is_left_to_the_reader(
+    many: tuple[str, Slow, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _, _ = many
+    data = open_cache(url)
+    failed = threading.Event()
+
+    def fail(url: str, to: Path, wanted: object) -> None:
+        failed.set()
+        raise UserError("down")
+
+    working = remote.copy
+    monkeypatch.setattr(remote, "copy", fail)
+    data.soon([1])
+    assert failed.wait(10)
+    with pytest.raises(UserError, match="down"):
+        data.image(2)
+    monkeypatch.setattr(remote, "copy", lambda url, to, wanted: remote._files(url)[0].get_file(url, str(to)))
+    assert data.image(2).shape[0] == 3
+    monkeypatch.setattr(remote, "copy", working)
+
+
+@pytest.mark.parametrize("shards", [100, 2.5])
+def test_batches_do_not_depend_on_the_bound(many: tuple[str, Slow, int], shards: float, memory: Path) -> None:
+    """The order is one of windows of shards; a bound below one window makes it slow, and nothing else."""
+    url, slow, size = many
+    for gate in slow.gates:
+        gate.set()
+
+    def batches(source: Source) -> torch.Tensor:
+        crop, portion = SimpleResizedCrop(16), Portion(10, 0)
+        with Loader(source, crop, portion, skipped=Skipped(None, len(source), 0.5), threads=3) as loader:
+            return torch.cat([next(loader).images.clone() for _ in range(9)])
+
+    near = open_cache(cache_path("made", "") / "many")
+    expected = {near.image(i)[:, :16, :16].numpy().tobytes() for i in range(80)}
+    first = batches(open_cache(url, local_copy=shards * size / GIB))
+    assert torch.equal(first, batches(open_cache(url)))
+    assert len(expected) == 80 and len(copies(memory)) > WINDOW
+
+
+def test_reading_in_order_fetches_ahead(many: tuple[str, Slow, int], tmp_path: Path) -> None:
+    url, slow, _ = many
+    making = threading.Thread(target=make_cache, args=(open_cache(url), tmp_path / "again", (16, 16)))
+    making.start()
+    assert {0, 1, 2, 3} <= set(slow.wait(4))  # while the first is waited for, others come
+    for gate in slow.gates:
+        gate.set()
+    making.join()
+    assert len(open_cache(tmp_path / "again")) == 80 and len(slow.begun) == 40
+
+
+def test_what_is_in_memory_is_not_fetched_again(many: tuple[str, Slow, int], memory: Path) -> None:
+    url, slow, size = many
+    for gate in slow.gates:
+        gate.set()
+    kept = Kept(open_cache(url, local_copy=2 * size / GIB))
+    kept.soon([1, 0])
+    for index in (2, 3, 0):  # all of shard 1, and half of 0
+        kept.image(index)
+    kept.soon([0, 5])
+    assert slow.wait(3)[2:] == [5]  # in place of 1
+    kept.soon([1, 0, 6])
+    assert slow.wait(4)[3:] == [6] and len(copies(memory)) == 2
+
+
+def test_a_run_from_far_away(server: Server, served: Path, tmp_path: Path, tiny_run: Make) -> None:
+    train(tiny_run(data=f"{server.url}/cached", steps=3), tmp_path / "run")
+    assert (tmp_path / "run" / "encoder/model.safetensors").exists()
+
+
+def test_what_was_measured_of_a_cache_goes_along(server: Server, served: Path) -> None:
+    assert recall(f"{server.url}/cached", Form()) is None and recall(f"{server.url}/shards/*.tar", Form()) is None
+    stats = Stats((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 18, 18)
+    remember(str(served / "cached"), Form(), stats)
+    assert recall(f"{server.url}/cached/", Form()) == stats
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match="pip install s3fs"):
+        open_data("s3://bucket/cached")
+    monkeypatch.delitem(sys.modules, "pixmim.data.shards.http", raising=False)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(UserError, match=r"pip install 'pixmim\[remote\]'"):
+        open_data("https://host/cached")
+    with pytest.raises(UserError, match="nosuch"):
+        open_data("nosuch://bucket/cached")
+
+
+def test_near_and_far_do_not_mix(served: Path, server: Server) -> None:
+    with pytest.raises(UserError, match="1 of 2 shards are far away"):
+        open_data(f"{{{served}/shards/train-000.tar,{server.url}/shards/train-001.tar}}")
+
+
+def test_few_files_stay_open(server: Server, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(far_module, "OPEN", 2)
+    data: Any = open_data(f"{server.url}/shards")
+    assert colours(data) == list(range(12)) and isinstance(data._shelf, Far) and len(data._shelf._opened) == 2

@@ -1,0 +1,147 @@
+"""Hopping through tars: what tarfile finds in whole ones, and an error that says where for all others."""
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pixmim.data.shards.local import Descriptor
+from pixmim.data.shards.tar_reader import members
+from pixmim.utils.errors import UserError
+
+FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+
+
+def write(path: Path, names: dict[str, int], form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, size in names.items():
+            member = tarfile.TarInfo(name)
+            member.size = size
+            archive.addfile(member, io.BytesIO(bytes(size)))
+    return path
+
+
+def found(path: Path) -> list[tuple[str, int, int]]:
+    return [tuple(member) for member in members(Descriptor(path), str(path))]
+
+
+def by_tarfile(path: Path, **options: object) -> list[tuple[str, int, int]]:
+    with tarfile.open(path, "r:", errors="surrogateescape", **options) as archive:
+        return [(member.name, member.offset_data, member.size) for member in archive if member.isreg()]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_whole_tars_hold_what_tarfile_finds(tmp_path: Path, form: int) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, size in {
+            "a.jpg": 0,
+            "a.cls": 1,
+            "exact.jpg": 512,
+            "more.jpg": 513,
+            "folder/" * 25 + "deep.jpg": 700,
+            "ünïcode 图片.jpg": 5,
+            "a.dotted.folder/b.c.d": 3,
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = size
+            member.mtime = 1.5 if form == tarfile.PAX_FORMAT else 1
+            archive.addfile(member, io.BytesIO(b"x" * size))
+        if form != tarfile.USTAR_FORMAT:
+            long = tarfile.TarInfo("l" * 300 + ".jpg")
+            long.size = 5
+            archive.addfile(long, io.BytesIO(b"12345"))
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            special = tarfile.TarInfo("special.jpg")
+            special.type, special.linkname = kind, "a.jpg"
+            if form != tarfile.USTAR_FORMAT:
+                special.linkname = "t" * 200
+            archive.addfile(special)
+        last = tarfile.TarInfo("last.jpg")
+        archive.addfile(last)
+    assert found(path) == by_tarfile(path) and len(found(path)) == (8 if form == tarfile.USTAR_FORMAT else 9)
+
+
+def test_old_tars(tmp_path: Path) -> None:
+    """V7: no magic, a zero byte for the type, folders by their last slash."""
+    content = bytearray(
+        write(tmp_path / "x.tar", {"a.jpg": 10, "b/": 0, "c.jpg": 3}, tarfile.USTAR_FORMAT).read_bytes()
+    )
+    for block in (0, 1024, 1536):
+        content[block + 156] = 0
+        content[block + 257 : block + 512] = bytes(255)
+        content[block + 148 : block + 156] = b"        "
+        content[block + 148 : block + 156] = b"%06o\0 " % sum(content[block : block + 512])
+    (tmp_path / "old.tar").write_bytes(content)
+    assert found(tmp_path / "old.tar") == by_tarfile(tmp_path / "old.tar") == [("a.jpg", 512, 10), ("c.jpg", 2048, 3)]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_lengths_that_octal_digits_cannot_hold(tmp_path: Path, form: int) -> None:
+    large, path = 9 * 2**30 + 5, tmp_path / "x.tar"
+    member = tarfile.TarInfo("large.bin")
+    member.size = large
+    with path.open("wb") as file:
+        header = member.tobuf(form)
+        file.write(header)
+        file.seek(len(header) + -(-large // 512) * 512)  # the file has holes, and takes no space
+        file.write(bytes(1024))
+    assert found(path) == by_tarfile(path) == [("large.bin", len(header), large)]
+
+
+def test_joined_tars_are_read_as_one(tmp_path: Path) -> None:
+    one = write(tmp_path / "1.tar", {"a.jpg": 10}).read_bytes()
+    two = write(tmp_path / "2.tar", {"b.jpg": 20}).read_bytes()
+    both = tmp_path / "both.tar"
+    both.write_bytes(one + two)
+    assert found(both) == by_tarfile(both, ignore_zeros=True)
+    assert [name for name, *_ in found(both)] == ["a.jpg", "b.jpg"]
+
+
+def test_what_is_no_plain_tar_is_refused_with_the_reason(tmp_path: Path) -> None:
+    whole = write(tmp_path / "x.tar", {"a.jpg": 2000}).read_bytes()
+    path = tmp_path / "bad.tar"
+    for content, reason in {
+        gzip.compress(whole): r"compressed \(gzip\): one image alone",
+        b"<html>404</html>" * 100: "bad.tar is no tar file",
+        b"": "bad.tar is empty",
+        whole[:1000]: r"cut off: a.jpg at byte 0 takes 2,000 bytes, and the file ends at byte 1,000",
+        whole[:2560]: "cut off at byte 2,560: the blocks that end a tar are missing",
+        whole[:2560] + whole[:300]: "cut off at byte 2,860",
+        whole[:2560] + b"x" * 512 + bytes(1024): "damaged at byte 2,560, where a file's header must be",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=reason):
+            found(path)
+    sparse = tarfile.TarInfo("holes.jpg")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    path.write_bytes(sparse.tobuf() + bytes(1024))
+    with pytest.raises(UserError, match=r"holes\.jpg is stored as a sparse file"):
+        found(path)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_damage_is_more_than_a_clear_error(tmp_path: Path, form: int) -> None:
+    """A fuzz. In plain headers no changed byte stays unseen; names in extended ones are guarded by nothing."""
+    long = "n" * 120 + "/" + "m" * 80 + ".jpg"
+    whole = write(tmp_path / "x.tar", {"a.jpg": 600, long: 10, "c.jpg": 0}, form).read_bytes()
+    before, path, generator = found(tmp_path / "x.tar"), tmp_path / "bad.tar", np.random.default_rng(form)
+    ends = before[-1][1]
+    for trial in range(600):
+        content = bytearray(whole)
+        place = int(generator.integers(ends))
+        if trial % 2:
+            content[place] ^= int(generator.integers(1, 256))
+        else:
+            del content[place:]
+        path.write_bytes(content)
+        try:
+            after = found(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:
+            assert trial % 2
+            assert form != tarfile.USTAR_FORMAT or after == before

@@ -1,0 +1,108 @@
+"""Where decoded images stay: by a stated rule, and without any difference to what a run sees."""
+
+import threading
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from helpers.batches import same
+from pixmim.config import Run
+from pixmim.data import caching as keep
+from pixmim.data import open_batches, open_data
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Batch, Portion
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.in_memory import Kept
+from pixmim.data.resized_cache import open_cache, shard_path
+from pixmim.data.shards.dataset import Shards
+from pixmim.pretrain import pretrain
+from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.utils.errors import UserError
+
+SIZE = (32, 48)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def shards(pictures: Path, tmp_path: Path) -> Shards:
+    make_cache(open_data(str(pictures)), tmp_path / "cache", SIZE)
+    return open_cache(tmp_path / "cache")
+
+
+def batches(place: keep.Place, source: Shards, crop: Crop, count: int, portion: Portion) -> list[Batch]:
+    skipped = Skipped(None, len(source), 0.5)
+    with open_batches(source, crop, portion, place, CPU, skipped=skipped, flip=0.5, seed=3, threads=3) as found:
+        return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(found, count)]
+
+
+@pytest.mark.parametrize("crop", [SimpleResizedCrop(SIZE), SimpleResizedCrop(SIZE, padding=0), CentreCrop(SIZE)])
+def test_the_place_changes_no_bit(shards: Shards, crop: Crop) -> None:
+    for portion in (Portion(8), Portion(6, start=31, rank=1, ranks=3)):
+        disk, memory, device = (batches(place, shards, crop, 9, portion) for place in ("disk", "memory", "device"))
+        assert same(disk, memory) and same(disk, device)
+    assert not any(thread.name.startswith("pixmim") for thread in threading.enumerate())
+
+
+def test_nor_do_images_that_cannot_be_read(shards: Shards, tmp_path: Path) -> None:
+    tar = shard_path(tmp_path / "cache", 0, "tar")
+    data = bytearray(tar.read_bytes())
+    for index in (2, 7):  # two pictures lose their beginning
+        data[(start := int(shards._entries[index]["offset"])) : start + 40] = bytes(40)
+    tar.write_bytes(data)
+    crop = SimpleResizedCrop(SIZE)
+    disk, device = (batches(place, shards, crop, 12, Portion(5)) for place in ("disk", "device"))
+    assert same(disk, device)
+
+
+def test_the_rule(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, src = torch.device("cuda"), SimpleResizedCrop(SIZE)
+    need = sum(shards.image(i).numel() for i in range(len(shards)))
+    assert keep.decoded_bytes(shards) == need
+
+    def place(crop: Crop = src, how: keep.Keep = "auto", device: torch.device = gpu) -> str:
+        return keep.choose_place(shards, crop, how, device)[0]
+
+    monkeypatch.setattr(keep, "of_machine", lambda: 4 * need)
+    monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need)
+    assert place() == "device" and place(device=CPU) == "memory" and place(RandomResizedCrop(SIZE)) == "memory"
+    assert place(SimpleResizedCrop(16)) == "memory"  # of another size: resized, not only cut
+    assert (
+        place(how="disk") == "disk" and place(how="memory") == "memory" and place(how="device", device=CPU) == "device"
+    )
+    monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need - 4)
+    assert place() == "memory"
+    where, why = keep.choose_place(shards, src, "auto", CPU, processes=2)  # which would keep all images twice
+    assert where == "disk" and "a quarter of the memory, which 2 processes share (" in why
+    monkeypatch.setattr(keep, "of_machine", lambda: 4 * need - 4)
+    assert place() == "disk" and place(how="memory") == "memory" and place(how="device") == "device"
+    with pytest.raises(UserError, match="needs a cache of the run's own --size"):
+        place(RandomResizedCrop(SIZE), how="device")
+
+
+def test_pictures_are_kept_only_if_asked(pictures: Path) -> None:
+    folder, crop = open_data(str(pictures)), SimpleResizedCrop(SIZE)
+    assert keep.choose_place(folder, crop, "auto", CPU) == ("disk", "")
+    assert keep.choose_place(folder, crop, "memory", CPU)[0] == "memory"
+    with pytest.raises(UserError, match="needs a cache"):
+        keep.choose_place(folder, crop, "device", CPU)
+
+
+def test_what_is_kept_is_decoded_once(shards: Shards) -> None:
+    kept = Kept(shards)
+    assert torch.equal(kept.image(3), shards.image(3)) and kept.array(3) is kept.array(3)
+
+
+def test_a_run_from_the_device_ends_with_the_same_weights(
+    shards: Shards, tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    console = Console(quiet=True)
+    for place in ("disk", "device"):
+        run = tiny_run(data=str(tmp_path / "cache"), size="32x48", steps=3, keep=place)
+        pretrain(run, tmp_path / place, console)
+    disk, device = (load_file(tmp_path / place / "encoder/model.safetensors") for place in ("disk", "device"))
+    assert all(torch.equal(disk[name], device[name]) for name in disk)

@@ -1,0 +1,316 @@
+"""Hugging Face data sets, as the library writes them: the same pixels as from files, from any thread and any layout."""
+
+import sys
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.cli import say
+from helpers.runs import equal, train
+from pixmim.config import Run
+from pixmim.data import open_data
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import BadImage, Form, Source
+from pixmim.data.huggingface.hub import is_local
+from pixmim.data.huggingface.table import Table
+from pixmim.data.image_folder import Files
+from pixmim.utils.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+arrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+Make = Callable[..., Run]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "library"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def files(pictures: Path) -> Files:
+    """The pictures as files, in the order of the data sets below."""
+    data = open_data(str(pictures))
+    assert isinstance(data, Files)
+    return data
+
+
+@pytest.fixture
+def library(files: Files) -> Any:
+    """The ten pictures with their bytes, and columns of several kinds."""
+    paths = [Path(files.locate(i)) for i in range(len(files))]
+    columns = {
+        "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+        "label": [path.parent.name for path in paths],
+        "number": [7 if i % 2 else 30 for i in range(10)],
+        "word": ["b" if i % 2 else "a" for i in range(10)],
+        "share": [i / 10 for i in range(10)],
+    }
+    kinds = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["cats", "dogs"]),
+        "number": datasets.Value("int32"),
+        "word": datasets.Value("string"),
+        "share": datasets.Value("float32"),
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+def same(data: Source, files: Source, order: list[int] | None = None) -> bool:
+    """Whether a data set holds the pictures and classes of the files, in an order."""
+    order = list(range(len(files))) if order is None else order
+    assert data.labels is not None and files.labels is not None and data.classes == ["cats", "dogs"]
+    return (
+        len(data) == len(order)
+        and all(torch.equal(data.image(i), files.image(j)) for i, j in enumerate(order))
+        and data.labels.tolist() == files.labels[order].tolist()
+    )
+
+
+def shards(library: Any, folder: Path, split: str, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        library.shard(count, i, contiguous=True).to_parquet(folder / f"{split}-{i:05d}-of-{count:05d}.parquet")
+
+
+def test_parquet_in_shards_and_splits(library: Any, files: Files, tmp_path: Path) -> None:
+    shards(library, tmp_path / "set" / "data", "train", 3)
+    shards(library.select([8, 2]), tmp_path / "set" / "data", "test", 1)
+    for spec in (f"{tmp_path}/set", f"hf:{tmp_path}/set", f"hf:{tmp_path}/set:train,image=image,label=label"):
+        data = open_data(spec)
+        assert same(data, files) and data.spec == spec
+        assert data.about == "pictures from column 'image', classes from 'label'"
+    assert data.locate(6) == f"hf:{tmp_path}/set:train#6 (1.jpg)"
+    assert same(open_data(f"hf:{tmp_path}/set:test"), files, [8, 2])
+    assert open_data(f"{tmp_path}/set", Form(1)).image(0).shape[0] == 1
+
+
+def test_one_file_and_a_folder_of_files(library: Any, files: Files, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    library.to_parquet(tmp_path / "flat" / "birds.parquet")
+    assert same(open_data(f"{tmp_path}/flat"), files) and same(open_data(f"{tmp_path}/flat/birds.parquet"), files)
+    library.save_to_disk(tmp_path / "saved", num_shards=2)
+    (tmp_path / "loose").mkdir()
+    for path in (tmp_path / "saved").glob("*.arrow"):
+        (tmp_path / "loose" / path.name).write_bytes(path.read_bytes())
+    assert same(open_data(f"{tmp_path}/loose"), files)
+    one = open_data(f"{tmp_path}/loose/data-00000-of-00002.arrow")
+    assert same(one, files, [0, 1, 2, 3, 4])
+
+
+def test_saved_to_disk_with_and_without_splits(library: Any, files: Files, tmp_path: Path) -> None:
+    library.save_to_disk(tmp_path / "one", num_shards=3)
+    assert same(open_data(f"{tmp_path}/one"), files)
+    mixed = library.shuffle(seed=1)
+    order = [int(np.flatnonzero([row == other for other in library["share"]])[0]) for row in mixed["share"]]
+    datasets.DatasetDict(train=mixed, test=library.select([3])).save_to_disk(tmp_path / "two")
+    assert same(open_data(f"{tmp_path}/two"), files, order) and order != sorted(order)
+    assert same(open_data(f"hf:{tmp_path}/two:test"), files, [3])
+    with pytest.raises(UserError, match=r"no split 'tests'; did you mean 'test'\? Its splits: train, test"):
+        open_data(f"hf:{tmp_path}/two:tests")
+
+
+@pytest.mark.parametrize(
+    ("change", "order"),
+    [
+        (lambda d: d.select([9, 0, 4]), [9, 0, 4]),
+        (lambda d: d.select(range(3, 8)), [3, 4, 5, 6, 7]),
+        (lambda d: d.shard(3, 1, contiguous=False), [1, 4, 7]),
+        (lambda d: d.select(range(2, 9)).select([6, 1]), [8, 3]),
+        (lambda d: datasets.concatenate_datasets([d.select([5]), d.select(range(4)), d]), [5, 0, 1, 2, 3, *range(10)]),
+        (lambda d: d.filter(lambda row: row["word"] == "b"), [1, 3, 5, 7, 9]),
+    ],
+)
+def test_selections_of_any_kind(change: Callable[[Any], Any], order: list[int], library: Any, files: Files) -> None:
+    data = Table(change(library), "some rows")
+    assert same(data, files, order)
+    assert data.locate(0).startswith("some rows#0 (")
+
+
+def test_eight_threads_read_what_one_does(library: Any, files: Files, tmp_path: Path) -> None:
+    library.save_to_disk(tmp_path / "set", num_shards=4)
+    data = open_data(f"{tmp_path}/set")
+    wanted = [files.image(i) for i in range(10)]
+    order = np.random.default_rng(0).integers(0, 10, 2000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(image, wanted[i]) for i, image in zip(order, pool.map(data.image, order), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "large", "paths"])
+def test_plain_parquet_of_any_tool(kind: str, files: Files, tmp_path: Path) -> None:
+    paths = [Path(files.locate(i)) for i in range(10)]
+    contents = [path.read_bytes() for path in paths]
+    (tmp_path / "set").mkdir()
+    column = {
+        "bytes": lambda: arrow.array(contents),
+        "large": lambda: arrow.array(contents, arrow.large_binary()),
+        "struct": lambda: arrow.array([{"bytes": content, "path": None} for content in contents]),
+        "paths": lambda: arrow.array([str(path.relative_to(tmp_path)) for path in paths]),
+    }[kind]()
+    table = arrow.table({"picture": column, "kind": [path.parent.name for path in paths], "n": list(range(10))})
+    parquet.write_table(table, tmp_path / "set.parquet", row_group_size=4)
+    spec = f"hf:{tmp_path}/set.parquet,label=kind"
+    if kind == "paths":
+        with pytest.raises(UserError, match=r"no column of pictures; its columns: picture \(string\), kind \(string\)"):
+            open_data(spec)
+        spec += ",image=picture"
+    assert same(open_data(spec), files)
+
+
+def test_paths_without_bytes_and_inside_an_archive(files: Files, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(files.locate(1), "one.jpg")
+    rows = [
+        {"path": files.locate(0)},
+        {"path": f"zip://one.jpg::{tmp_path}/all.zip"},
+        {"path": "zip://no::x"},
+        None,
+        {},
+    ]
+    cells = [row if row is None else {"bytes": None, "path": None} | row for row in rows] + [{"path": "/no/such"}]
+    column = arrow.array(cells, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+    table = datasets.Dataset(arrow.table({"x": column}))
+    data = Table(table, "rows", image="x", folder=tmp_path)
+    assert torch.equal(data.image(0), files.image(0)) and torch.equal(data.image(1), files.image(1))
+    for index, reason in ((2, "No such file"), (3, "neither bytes nor a path"), (4, "neither"), (5, "leads out of")):
+        with pytest.raises(BadImage, match=reason):
+            data.image(index)
+    assert data.locate(0) == f"rows#0 ({files.locate(0)})" and data.locate(3) == "rows#3"
+
+
+def test_labels_only_where_they_are_meant(library: Any, files: Files) -> None:
+    by_number, by_word = Table(library, "set", label="number"), Table(library.select([3, 2, 1]), "set", label="word")
+    assert by_number.classes == ["7", "30"] and by_number.labels is not None and by_number.labels.tolist() == [1, 0] * 5
+    assert by_word.classes == ["a", "b"] and by_word.labels is not None and by_word.labels.tolist() == [1, 0, 1]
+    two = library.add_column("fine", [0] * 10).cast_column("fine", datasets.ClassLabel(names=["all"]))
+    assert (Table(two, "set").labels, Table(two, "set").classes) == (None, [])
+    assert Table(two, "set").about.endswith("no classes chosen: add ,label= and one of label, fine")
+    assert Table(two, "set", label="fine").classes == ["all"]
+    assert Table(library.remove_columns("label"), "set").about.endswith("'image', no classes")
+    hidden = library.remove_columns("label").add_column("label", [0, -1, None, 1] + [1] * 6)
+    hidden = hidden.cast_column("label", datasets.ClassLabel(names=["cats", "dogs"]))
+    assert Table(hidden, "set").labels is None and "names no class in 2 of 10 rows" in Table(hidden, "set").about
+    with pytest.raises(UserError, match="names no class in 2 of 10 rows, the first of them 1"):
+        Table(hidden, "set", label="label")
+
+
+def test_what_cannot_serve_is_named(library: Any, tmp_path: Path) -> None:
+    library.save_to_disk(tmp_path / "set")
+    for options, message in (
+        ("image=imgae", "no column 'imgae'; did you mean 'image'"),
+        ("image=number", r"column 'number' of .* holds int32 and no pictures"),
+        ("label=labels", "no column 'labels'; did you mean 'label'"),
+        ("label=share", "holds float32; classes are"),
+        ("config=en", "has no configurations"),
+        ("revision=main", "is on this machine"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_data(f"hf:{tmp_path}/set,{options}")
+    two = library.add_column("second", library["word"]).cast_column("second", datasets.Image())
+    with pytest.raises(UserError, match="several columns of pictures: add ,image= and one of image, second"):
+        Table(two, "set")
+    with pytest.raises(UserError, match="holds no rows"):
+        Table(library.select([]), "set")
+    (tmp_path / "table.csv").write_text("a\n1\n")
+    with pytest.raises(UserError, match=r"neither a \.parquet nor a \.arrow file"):
+        open_data(f"hf:{tmp_path}/table.csv")
+
+
+def test_a_set_that_cannot_be_loaded_says_why(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"hf:nosuch/set cannot be loaded: .*HF_HUB_OFFLINE.* there is none at"):
+        open_data("hf:nosuch/set")
+
+    def gated(*args: object, **options: object) -> None:
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.\nAsk for access.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "load_dataset_builder", gated)
+        with pytest.raises(UserError, match=r"gated dataset on the Hub. Ask for access.*`hf auth login`"):
+            open_data("hf:a/b")
+    library.save_to_disk(tmp_path / "saved")
+    shards(library, tmp_path / "set", "train", 2)
+    for path in (tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "set" / "train-00001-of-00002.parquet"):
+        path.write_bytes(path.read_bytes()[:-2000])
+        with pytest.raises(UserError, match=f"{path.parent.name} cannot be loaded: "):
+            open_data(str(path.parent))
+    with pytest.raises(UserError, match=r"has no configurations: leave out config=en, or name the folder of one"):
+        open_data(f"hf:{tmp_path}/set,config=en")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'pixmim\[hub\]'"):
+        open_data("hf:a/b")
+
+
+def test_a_broken_picture_is_one_bad_image() -> None:
+    rows = [{"bytes": b"<html>", "path": "x.jpg"}, {"bytes": b"", "path": "y.jpg"}]
+    data = Table(datasets.Dataset.from_dict({"image": rows}, features=datasets.Features(image=datasets.Image())), "set")
+    with pytest.raises(BadImage, match="not a picture"):
+        data.image(0)
+    with pytest.raises(BadImage, match="empty"):
+        data.image(1)
+
+
+def test_its_fingerprint_stays_and_follows_the_rows(library: Any, tmp_path: Path) -> None:
+    shards(library, tmp_path / "set", "train", 2)
+    library.save_to_disk(tmp_path / "saved")
+    for spec in (f"{tmp_path}/set", f"{tmp_path}/saved"):
+        assert open_data(spec).fingerprint() == open_data(spec).fingerprint()
+    prints = [Table(data, "set").fingerprint() for data in (library, library.select([1, 2]), library.select([1, 3]))]
+    assert len(set(prints)) == 3
+
+
+def test_which_folders_are_tables(library: Any, files: Files, pictures: Path, tmp_path: Path) -> None:
+    """A table of features beside pictures, or above them, does not hide the pictures."""
+    shards(library, pictures, "features", 1)
+    assert not is_local(pictures) and len(open_data(str(pictures))) == 10
+    shards(library, pictures / "cats", "features", 1)
+    assert not is_local(pictures / "cats")
+    shards(library, tmp_path / "set" / "data", "train", 1)
+    assert is_local(tmp_path / "set") and is_local(tmp_path / "set" / "data") and not is_local(tmp_path / "nosuch")
+
+
+def test_an_image_folder_by_our_own_reading_and_by_the_librarys(pictures: Path, files: Files, tmp_path: Path) -> None:
+    """Class folders below train/ are a folder of images; metadata.csv is the library's business."""
+    (tmp_path / "set").mkdir()
+    pictures.rename(tmp_path / "set" / "train")
+    own = open_data(f"{tmp_path}/set/train")
+    lines = ["file_name,species"] + [
+        f"{Path(own.locate(i)).relative_to(tmp_path / 'set' / 'train')},s{i % 3}" for i in range(10)
+    ]
+    assert isinstance(own, Files) and own.classes == ["cats", "dogs"] and same(open_data(f"hf:{tmp_path}/set"), own)
+    (tmp_path / "set" / "train" / "metadata.csv").write_text("\n".join(lines))
+    data = open_data(f"hf:{tmp_path}/set:train,label=species")
+    assert isinstance(data, Table) and len(data) == 10 and data.classes == ["s0", "s1", "s2"]
+    assert data.labels is not None
+    found = sorted((data.locate(i).split("(")[1].rstrip(")"), int(data.labels[i])) for i in range(10))
+    assert found == [(own.locate(i), i % 3) for i in range(10)]
+    assert {data.image(i).numpy().tobytes() for i in range(10)} == {own.image(i).numpy().tobytes() for i in range(10)}
+
+
+def test_a_run_from_parquet_is_the_run_from_the_files(
+    library: Any, pictures: Path, tmp_path: Path, tiny_run: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bitwise; and a cache, an embedding and an evaluation take the same spec."""
+    shards(library, tmp_path / "set", "train", 3)
+    spec = f"hf:{tmp_path}/set:train"
+    text = train(tiny_run(data=spec), tmp_path / "table")
+    train(tiny_run(data=str(pictures)), tmp_path / "files")
+    assert "images: pictures from column 'image', classes from 'label'" in text
+    assert equal(tmp_path / "table", tmp_path / "files")
+
+    assert make_cache(open_data(spec), tmp_path / "cache", (32, 32)).images == 10
+    assert open_data(f"{tmp_path}/cache").classes == ["cats", "dogs"]
+    run = tmp_path / "table"
+    assert say(capsys, "embed", run, "--data", spec, "--out", tmp_path / "f.npy", "--device", "cpu")[0] == 0
+    assert "set:train#9 (4.jpg),dogs" in (tmp_path / "f.csv").read_text()
+    status, text = say(
+        capsys, "evaluate", "knn", run, "--train", f"{spec}*2+{pictures}", "--test", spec, "--device", "cpu"
+    )
+    assert status == 0 and "k-NN" in text

@@ -1,0 +1,205 @@
+"""The stream of crops as a pure function of (seed, position), and what happens around bad files and interruptions."""
+
+import csv
+import os
+import threading
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.batches import same
+from pixmim.data import open_data
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Batch, Portion
+from pixmim.data.dataset import BadImage, Form, Source
+from pixmim.data.loader import Loader, in_order
+from pixmim.data.synthetic import Shapes
+from pixmim.transforms.crops import Array, CentreCrop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.utils import rng
+from pixmim.utils.errors import UserError
+
+
+class Numbers(Source):
+    """A data set whose picture i is i everywhere; some cannot be read."""
+
+    def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
+        super().__init__("numbers", Form(), labels=np.zeros(10, np.int64), classes=["a"])
+        self.count, self.bad = count, bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def locate(self, index: int) -> str:
+        return f"numbers/{index}"
+
+    def fingerprint(self) -> str:
+        return f"{self.count} numbers"
+
+    def array(self, index: int) -> Array:
+        if index in self.bad:
+            raise BadImage("broken, on purpose")
+        return np.full((8, 8, 3), index % 256, np.uint8)
+
+
+def loader(source: object, skipped: Skipped | None = None, **options: object) -> Loader:
+    size, batch, start = (options.pop(name, default) for name, default in (("size", 8), ("batch", 4), ("start", 0)))
+    values = {"crop": CentreCrop(size), "seed": 1, "threads": 2} | options
+    crop = values.pop("crop")
+    skipped = Skipped(None, len(source), 0.5) if skipped is None else skipped
+    return Loader(source, crop, Portion(batch, start), skipped=skipped, **values)
+
+
+def take(count: int, **options: object) -> list[Batch]:
+    source = options.pop("source", Shapes(count=50, size=24))
+    with loader(source, **options) as batches:
+        return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(batches, count)]
+
+
+@pytest.mark.parametrize("crop", [SimpleResizedCrop(16), RandomResizedCrop(16)])
+def test_threads_change_nothing(crop: object) -> None:
+    assert same(take(20, size=16, crop=crop, threads=1), take(20, size=16, crop=crop, threads=8))
+
+
+def test_a_stream_resumes_anywhere() -> None:
+    whole = take(30, size=16, crop=SimpleResizedCrop(16))
+    for step in (1, 7, 12, 13, 26):  # 12.5 batches make an epoch
+        assert same(whole[step:], take(30 - step, size=16, crop=SimpleResizedCrop(16), start=4 * step))
+
+
+def test_parts_of_a_batch_make_the_whole() -> None:
+    whole, parts = take(3, batch=8), take(6, batch=4)
+    joined = [torch.cat([parts[2 * i].images, parts[2 * i + 1].images]) for i in range(3)]
+    assert all(torch.equal(a.images, b) for a, b in zip(whole, joined, strict=True))
+
+
+def test_every_sample_once_an_epoch_in_the_documented_order() -> None:
+    batches = take(15, source=Numbers(10))  # six epochs of ten, in batches of four
+    seen = torch.cat([b.images[:, 0, 0, 0] for b in batches]).reshape(6, 10)
+    for epoch in range(6):
+        assert seen[epoch].tolist() == rng.permutation(1, epoch, 10).tolist()
+
+
+def test_crops_and_flips_are_the_documented_functions() -> None:
+    source, crop = Shapes(count=50, size=24), SimpleResizedCrop(16)
+    for position, (image, flip) in enumerate(
+        (image, flip) for b in take(15, size=16, crop=crop) for image, flip in zip(b.images, b.flip, strict=True)
+    ):
+        epoch, place = divmod(position, 50)
+        index = int(rng.permutation(1, epoch, 50)[place])
+        u = rng.uniform(1, "crop", epoch, [index], 3)[0].tolist()
+        assert bool(flip) == (u[0] < 0.5)
+        assert torch.equal(image, crop.crop(source.image(index), u[1:]))
+
+
+def test_a_data_set_smaller_than_a_batch_is_gone_through_again() -> None:
+    (batch,) = take(1, source=Numbers(3), batch=9)
+    assert sorted(batch.images[:, 0, 0, 0].tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_bad_images_are_replaced_and_listed_once(tmp_path: Path) -> None:
+    path = tmp_path / "skipped.csv"
+    source = Numbers(10, bad=(2, 5))
+    with loader(source, Skipped(path, 10, 0.5)) as batches:
+        seen = torch.cat([b.images[:, 0, 0, 0].clone() for b in islice(batches, 10)])
+    assert not {2, 5} & set(seen.tolist())
+    for epoch in range(4):  # the next one in the order stands in for each
+        order = rng.permutation(1, epoch, 10).tolist()
+        expected = []
+        for place in range(10):
+            good = (order[(place + step) % 10] for step in range(10))
+            expected.append(next(i for i in good if i not in (2, 5)))
+        assert seen[10 * epoch : 10 * epoch + 10].tolist() == expected
+    with loader(source, Skipped(path, 10, 0.5), start=12) as batches:  # an interrupted run goes on with its list
+        list(islice(batches, 10))
+    rows = list(csv.reader(path.open()))
+    assert rows[0] == ["image", "reason"]
+    assert sorted(rows[1:]) == [["numbers/2", "broken, on purpose"], ["numbers/5", "broken, on purpose"]]
+
+
+@pytest.mark.parametrize("bad", [range(3), range(2, 5)])
+def test_too_many_bad_images_of_a_few_are_too_many_in_any_order(bad: range) -> None:
+    """Threads may read the good ones last: then the share is known once those are read."""
+    skipped = Skipped(None, 5, 0.25)
+    with pytest.raises(UserError, match="3 of the first 5 images cannot be read"):
+        for index in range(5):
+            skipped.add(index, str(index), "broken") if index in bad else skipped.passed(index)
+
+
+def test_too_many_bad_images_stop_the_run() -> None:
+    source = Numbers(100, bad=tuple(range(0, 100, 2)))
+    with (
+        pytest.raises(UserError, match=r"(?s)more than the share of 25%.*broken, on purpose"),
+        loader(source, Skipped(None, 100, 0.25)) as batches,
+    ):
+        list(islice(batches, 100))
+
+
+def test_nothing_readable_at_all_is_an_error_not_a_hang() -> None:
+    with pytest.raises(UserError, match="cannot be read"), loader(Numbers(5, bad=tuple(range(5)))) as batches:
+        next(batches)
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("pixmim")}
+
+
+def test_an_error_in_the_loop_leaves_no_thread_behind() -> None:
+    with pytest.raises(KeyboardInterrupt), loader(Shapes(count=1000), size=64, batch=256) as batches:
+        next(batches)
+        assert threads()
+        raise KeyboardInterrupt
+    assert not threads()
+
+
+def test_an_unexpected_error_in_a_thread_reaches_the_loop() -> None:
+    class Broken(Numbers):
+        def array(self, index: int) -> Array:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), loader(Broken(5)) as batches:
+        next(batches)
+    assert not threads()
+
+
+def test_memory_is_bounded_by_the_batches_ahead() -> None:
+    source = Numbers(1000)
+    read: list[int] = []
+    original = source.array
+    source.array = lambda index: (read.append(index), original(index))[1]  # type: ignore[method-assign]
+    with loader(source, batch=10) as batches:
+        next(batches)
+        threading.Event().wait(0.2)
+        assert len(read) <= 40  # the one in use, and three ahead
+
+
+def test_in_order_gives_every_readable_image_once(pictures: Path) -> None:
+    (pictures / "dogs" / "3.jpg").write_bytes(b"")
+    data = open_data(str(pictures))
+    parts = list(in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=4))
+    assert np.concatenate([indices for _, indices, _ in parts]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert [end for *_, end in parts] == [4, 8, 10]
+    rest = list(in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=1, first=7))
+    assert [indices.tolist() for _, indices, _ in rest] == [[7], [], [9]]  # a batch of nothing but a bad image
+    for images, indices, _ in parts:
+        for image, index in zip(images, indices, strict=True):
+            assert torch.equal(image, CentreCrop(16).crop(data.image(int(index))))
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read as Linux gives it")
+def test_memory_does_not_grow_over_epochs(pictures: Path) -> None:
+    source = open_data(str(pictures))
+    with loader(source, size=96, batch=10, crop=RandomResizedCrop(96)) as batches:
+        sizes = []
+        for _ in range(4):
+            for _ in range(100):  # an epoch each
+                next(batches)
+            sizes.append(resident())
+    assert sizes[-1] - sizes[0] < 4 * 2**20  # one batch in a hundred left behind would be 8 MiB

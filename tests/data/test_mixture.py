@@ -1,0 +1,131 @@
+"""Mixtures: each image as often an epoch as its weight says, with crops of its own each time."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.runs import train
+from pixmim.config import Run
+from pixmim.data import open_data
+from pixmim.data.bad_images import Skipped
+from pixmim.data.batches import Portion
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import Form, Source
+from pixmim.data.in_memory import Kept
+from pixmim.data.loader import Loader
+from pixmim.data.mixture import Mixture
+from pixmim.data.synthetic import SHAPES, Shapes
+from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.utils.errors import UserError
+
+Make = Callable[..., Run]
+
+
+def test_every_image_comes_as_often_as_its_weight_says(pictures: Path) -> None:
+    data = open_data(f"{pictures}*3+shapes:count=4,size=32*2")
+    assert isinstance(data, Mixture) and len(data) == 10 * 3 + 4 * 2
+    photos, drawn = open_data(str(pictures)), Shapes(count=4, size=32)
+    expected = {photos.locate(i): 3 for i in range(10)} | {drawn.locate(i): 2 for i in range(4)}
+    assert Counter(data.locate(i) for i in range(len(data))) == expected
+    for index in (0, 9, 10, 29):
+        assert torch.equal(data.image(index), photos.image(index % 10))
+    for index in (30, 33, 34, 37):
+        assert torch.equal(data.image(index), drawn.image((index - 30) % 4))
+
+
+def crops(data: Source, crop: Crop, count: int, *, batch: int = 4, start: int = 0, threads: int = 2) -> list[bytes]:
+    """The crops of `count` samples from position `start` on."""
+    skipped = Skipped(None, len(data), 0.0)
+    with Loader(data, crop, Portion(batch, start), skipped=skipped, seed=3, threads=threads) as batches:
+        images = torch.cat([next(batches).images.clone() for _ in range(count // batch)])
+    return [image.numpy().tobytes() for image in images]
+
+
+def test_an_epoch_holds_all_and_the_copies_are_cropped_differently(pictures: Path) -> None:
+    spec = f"{pictures}*3+shapes:count=6,size=32"
+    data, alone = open_data(spec), open_data(f"{pictures}+shapes:count=6,size=32")
+    centre = CentreCrop((24, 24))
+    expected = {centre.crop(alone.image(i), ()).numpy().tobytes(): 3 if i < 10 else 1 for i in range(16)}
+    found = crops(data, centre, 72)
+    assert Counter(found[:36]) == Counter(found[36:]) == expected
+    assert len(set(crops(data, RandomResizedCrop((24, 24)), 36))) == 36
+
+
+def test_the_stream_resumes_anywhere_and_threads_change_nothing(pictures: Path) -> None:
+    data, crop = open_data(f"{pictures}*2+shapes:count=3,size=32"), SimpleResizedCrop((24, 24))
+    whole = crops(data, crop, 60)  # an epoch holds 23
+    assert whole == crops(data, crop, 60, threads=8) == crops(data, crop, 60, batch=20)
+    for start in (4, 20, 24, 48):
+        assert whole[start:] == crops(data, crop, 60 - start, start=start)
+
+
+def test_classes_are_joined_by_name(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "dogs").rename(pictures / "star")
+    data = open_data(f"shapes:count=6*2+{pictures}")
+    assert data.labels is not None and data.classes == [*SHAPES, "cats"]
+    names = [data.classes[label] for label in data.labels.tolist()]
+    drawn = [SHAPES[label] for label in Shapes(count=6).labels.tolist()]
+    assert names == drawn * 2 + ["cats"] * 5 + ["star"] * 5
+    (pictures / "loose.jpg").write_bytes((pictures / "cats" / "0.jpg").read_bytes())
+    unlabelled = open_data(f"shapes:count=6+{pictures}")
+    assert unlabelled.labels is None and unlabelled.classes == []
+
+
+def test_what_it_says_of_itself(pictures: Path, tmp_path: Path) -> None:
+    make_cache(open_data(str(pictures)), tmp_path / "cache", (24, 24))
+    data = open_data(f"{tmp_path}/cache*3+shapes:count=10")
+    assert "75.0% " in data.about and "(10 images, each 3 times an epoch; read from a cache on disk)" in data.about
+    assert "25.0% shapes:count=10" in data.about and "(10 images)" in data.about
+    others = [f"{tmp_path}/cache*2+shapes:count=10", f"{tmp_path}/cache*3+shapes:count=11"]
+    prints = {open_data(spec).fingerprint() for spec in (data.spec, *others)}
+    assert len(prints) == 3 and open_data(data.spec).fingerprint() == data.fingerprint()
+
+
+def test_sizes_are_those_of_its_parts_if_all_know_them(pictures: Path, tmp_path: Path) -> None:
+    make_cache(open_data(str(pictures)), tmp_path / "cache", (24, 32))
+    data = open_data(f"{tmp_path}/cache*2+{tmp_path}/cache")
+    assert data.sizes is not None
+    assert data.sizes.tolist() == [list(data.image(i).shape[1:]) for i in range(30)]
+    assert open_data(f"{tmp_path}/cache+{pictures}").sizes is None
+
+
+class Far(Kept):
+    """Pictures that pretend to lie far away, in pieces of three, two and one."""
+
+    heard: Sequence[int] = ()
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self.pieces = np.asarray([3, 2, 1])
+
+    def soon(self, pieces: Sequence[int]) -> None:
+        self.heard = list(pieces)
+
+
+def test_parts_that_are_far_keep_their_pieces() -> None:
+    far, near = Far(Shapes(count=6, size=8)), Shapes(count=2500, size=8)
+    assert Mixture("near", [(near, 2)]).pieces is None
+    data = Mixture("both", [(near, 1), (far, 2)])
+    assert data.pieces is not None
+    assert data.pieces.tolist() == [1000, 1000, 500] + [3, 2, 1] * 2 and data.pieces.sum() == len(data)
+    data.soon([4, 0, 8, 3, 7, 6])  # a near one among the far ones' two rounds: 1, 2, 0, 1, 0
+    assert far.heard == [1, 2, 0]
+
+
+def test_one_part_with_a_weight_and_a_missing_part(pictures: Path) -> None:
+    assert len(open_data(f"{pictures}*2")) == 20
+    assert open_data(f"{pictures}+shapes:count=2", Form(1)).image(0).shape[0] == 1
+    with pytest.raises(UserError, match=r"no folder .*nosuch"):
+        open_data(f"{pictures}+{pictures.parent}/nosuch")
+
+
+def test_a_run_from_a_mixture_and_a_cache_of_it(pictures: Path, tmp_path: Path, tiny_run: Make) -> None:
+    spec = f"{pictures}*2+shapes:count=6,size=32"
+    assert "images: a mixture of 76.9%" in train(tiny_run(data=spec, steps=4), tmp_path / "run")
+    made = make_cache(open_data(spec), tmp_path / "cache", (32, 32))
+    cached = open_data(str(tmp_path / "cache")).labels
+    assert made.images == 26 and cached is not None and np.array_equal(cached, open_data(spec).labels)

@@ -1,0 +1,177 @@
+"""A cache: plain tar files with an index, whole or not counted, and the same pictures from it as without it."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.cli import say
+from helpers.runs import train
+from pixmim.config import Run
+from pixmim.data import open_data
+from pixmim.data.build_resized_cache import make_cache, whose_part
+from pixmim.data.dataset import BadImage, Form
+from pixmim.data.resized_cache import open_cache, shard_path
+from pixmim.transforms.crops import resize_to_cover
+from pixmim.utils.errors import UserError
+
+Make = Callable[..., Run]
+SIZE = (24, 24)
+
+
+def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "cats" / "2.jpg").write_bytes(b"broken")
+    source = open_data(str(pictures))
+    made = make_cache(source, tmp_path / "cache", SIZE, per_shard=4)
+    assert (made.images, made.skipped, made.whole) == (9, 1, True)
+    assert "2.jpg" in (tmp_path / "cache" / "skipped.csv").read_text()
+    data = open_cache(tmp_path / "cache")
+    found: dict[str, bytes] = {}
+    for shard in range(3):
+        with tarfile.open(shard_path(tmp_path / "cache", shard, "tar")) as archive:
+            for member in archive:
+                content = archive.extractfile(member)
+                assert content is not None
+                found[member.name] = content.read()
+    assert len(data) == 9 and len(found) == 27 and data.classes == ["cats", "dogs"]
+    assert data.labels is not None and data.labels.tolist() == [0] * 4 + [1] * 5
+    for i in range(9):
+        key = data.locate(i).rsplit(":", 1)[1]
+        pixels = np.asarray(Image.open(io.BytesIO(found[f"{key}.jpg"])))
+        assert np.array_equal(data.image(i).permute(1, 2, 0).numpy(), pixels)
+        assert int(found[f"{key}.cls"]) == data.labels[i]
+        about = json.loads(found[f"{key}.json"])
+        original = source.image(int(key))
+        assert about == {"path": source.locate(int(key)), "height": original.shape[1], "width": original.shape[2]}
+        assert min(data.image(i).shape[1:]) == 24
+        resized = resize_to_cover(original, SIZE).float()
+        assert (data.image(i).float() - resized).abs().mean() < 12  # noise is the hardest of pictures for a JPEG
+
+
+def test_a_raw_cache_trains_exactly_as_the_pictures_do(pictures: Path, tmp_path: Path, tiny_run: Make) -> None:
+    """The resize is the one that the crop begins with, so losses and weights are bitwise the same."""
+    make_cache(open_data(str(pictures)), tmp_path / "cache", (32, 32), kind="raw")
+    runs = [tiny_run(data=str(path), steps=3, keep="disk") for path in (pictures, tmp_path / "cache")]
+    for name, run in zip("ab", runs, strict=True):
+        train(run, tmp_path / name)
+    a, b = ((tmp_path / name / "encoder/model.safetensors").read_bytes() for name in "ab")
+    assert a[-100_000:] == b[-100_000:]
+    train(tiny_run(data=str(tmp_path / "cache"), steps=3, keep="memory"), tmp_path / "c")
+    assert (tmp_path / "c" / "encoder/model.safetensors").read_bytes()[-100_000:] == a[-100_000:]
+
+
+def test_it_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path) -> None:
+    source, folder = open_data(str(pictures)), tmp_path / "cache"
+
+    def stop(done: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(source, folder, SIZE, per_shard=3, progress=stop)
+    assert shard_path(folder, 1, "index").exists() and not shard_path(folder, 2, "index").exists()
+    with pytest.raises(UserError, match="not finished: run the same"):
+        open_cache(folder)
+    before = shard_path(folder, 0, "tar").stat().st_mtime_ns
+    tar = shard_path(folder, 1, "tar")
+    tar.write_bytes(tar.read_bytes()[:-512])  # cut off by a full disk, say
+    made = make_cache(source, folder, SIZE, per_shard=3)
+    assert made.images == 3 + 3 + 1 and made.whole
+    assert shard_path(folder, 0, "tar").stat().st_mtime_ns == before
+    assert len(open_cache(folder)) == 10 and not list(folder.glob("*.tmp"))
+
+
+def test_parts_make_the_same_files_as_one_process(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_data(str(pictures))
+    make_cache(source, tmp_path / "one", SIZE, per_shard=2, threads=1)
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        made = make_cache(source, tmp_path / "three", SIZE, per_shard=2)
+        assert made.whole == (rank == 1)
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
+    monkeypatch.delenv("RANK")
+    for name, value in (("TASK_ID", "7"), ("TASK_MIN", "5"), ("TASK_COUNT", "4")):
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
+    assert whose_part() == (2, 4)
+
+
+def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    make_cache(open_data(str(pictures)), folder, SIZE)
+    with pytest.raises(UserError, match=r"another quality \(95, not 90\)"):
+        make_cache(open_data(str(pictures)), folder, SIZE, quality=90)
+    Image.new("RGB", (30, 30)).save(pictures / "cats" / "new.png")
+    with pytest.raises(UserError, match="another fingerprint"):
+        make_cache(open_data(str(pictures)), folder, SIZE)
+    with pytest.raises(UserError, match="is not empty, and no cache"):
+        make_cache(open_data(str(pictures)), pictures, SIZE)
+    with pytest.raises(UserError, match="images of 3 channels in uint8, and not of 1 channel in uint8: --channels 3"):
+        open_data(str(folder), Form(1))
+    (folder / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        open_data(str(folder))
+
+
+def test_grey_and_420(pictures: Path, tmp_path: Path) -> None:
+    make_cache(open_data(str(pictures), Form(1)), tmp_path / "grey", SIZE)
+    assert open_data(str(tmp_path / "grey"), Form(1)).image(0).shape[0] == 1
+    sizes = []
+    for chroma in ("420", "444"):
+        make_cache(open_data(str(pictures)), tmp_path / chroma, SIZE, chroma=chroma)  # type: ignore[arg-type]
+        with tarfile.open(shard_path(tmp_path / chroma, 0, "tar")) as archive:
+            sizes.append(sum(member.size for member in archive if member.name.endswith("jpg")))
+    assert sizes[0] < sizes[1]
+
+
+def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tmp_path: Path) -> None:
+    """A fuzz: bytes flipped, cut off or put in at random places."""
+    folder = tmp_path / "cache"
+    make_cache(open_data(str(pictures)), folder, SIZE, per_shard=5)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    generator = np.random.default_rng(0)
+    for _ in range(150):
+        for path, sound in whole.items():
+            path.write_bytes(sound)
+        path = list(whole)[generator.integers(len(whole))]
+        content = bytearray(whole[path])
+        place = int(generator.integers(len(content)))
+        kind = generator.integers(3)
+        if kind == 0:
+            content[place] ^= int(generator.integers(1, 256))
+        elif kind == 1:
+            del content[place:]
+        else:
+            content[place:place] = generator.bytes(7)
+        path.write_bytes(bytes(content))
+        try:
+            data = open_data(str(folder))
+            for i in range(len(data)):
+                try:
+                    data.image(i)
+                except BadImage:
+                    continue
+        except UserError:
+            continue
+
+
+def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cache"
+    status, text = say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)
+    assert status == 0 and "10 images written" in text and f"train with --data {out}" in text
+    assert open_cache(out).image(0).shape[1:] in {(40, 56), (34, 48), (35, 48)}
+    assert "nothing was left to do" in say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)[1]
+    names = tmp_path / "some.txt"
+    names.write_text("pictures/cats/0.jpg\npictures/dogs/1.jpg\n")
+    assert "2 images written" in say(capsys, "cache", names, tmp_path / "two")[1]
+    tiny = ["--steps", 1, "--batch-size", 2, "--size", 48, "--device", "cpu", "--knn.every", 0]
+    status, text = say(capsys, "pretrain", "demo", "--data", tmp_path / "two", *tiny, "--out", tmp_path / "run")
+    assert status == 0 and "kept in memory once decoded" in text

@@ -1,0 +1,272 @@
+"""Mean and deviation against numpy, where they are kept, and runs of every form that find them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.cli import say
+from helpers.runs import train, weights
+from pixmim.build import image_form, measured
+from pixmim.config import Run
+from pixmim.data import open_data
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import Form
+from pixmim.data.statistics import Stats, fitting, kinds, measure, recall, remember, sample, to_keep
+from pixmim.evaluation.embed import embed
+from pixmim.evaluation.visualize import drawn, visible
+from pixmim.report import write_report
+from pixmim.report.attention import attention_sheet
+from pixmim.runfile import from_json
+from pixmim.training.distributed import ALONE
+from pixmim.training.schedule import Schedule
+from pixmim.training.summary import describe
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import cache_path
+from pixmim.weights.load import open_model
+
+Make = Callable[..., Run]
+RNG = np.random.default_rng(0)
+
+
+def bands(folder: Path, kind: type, channels: int, count: int = 12) -> Path:
+    """A folder of .npy or, of 16 bits, TIFF, of several sizes."""
+    folder.mkdir()
+    for i in range(count):
+        shape = (40 + i, 70 - i, channels)
+        smooth = np.kron(RNG.random((2, 2, channels)), np.ones((40, 40, 1)))[: shape[0], : shape[1]]
+        if kind is np.uint16:
+            tifffile = pytest.importorskip("tifffile")
+            path = folder / f"{i}.tif"
+            tifffile.imwrite(path, (smooth * 10_000).astype(kind), photometric="minisblack", planarconfig="contig")
+        else:
+            np.save(folder / f"{i}.npy", (smooth * 3000 - 500).astype(kind))
+    return folder
+
+
+@pytest.mark.parametrize("form", [Form(), Form(1), Form(3, "uint16"), Form(3, "float32")])
+def test_mean_and_deviation_are_numpys(pictures: Path, form: Form) -> None:
+    (pictures / "dogs" / "3.jpg").write_bytes(b"")
+    data = open_data(str(pictures), form)
+    whole = {"uint8": 255, "uint16": 65535, "float32": 1}[form.pixels]
+    images = [data.image(i).numpy().astype(np.float64) / whole for i in range(10) if i != 8]
+    mean = np.mean([image.mean(axis=(1, 2)) for image in images], axis=0)
+    std = np.sqrt(np.mean([((image - mean[:, None, None]) ** 2).mean(axis=(1, 2)) for image in images], axis=0))
+    seen: list[int] = []
+    for threads in (1, 5):
+        found = measure(data, sample(10, 0), threads=threads, progress=seen.append)
+        np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
+        np.testing.assert_allclose(found.std, std, rtol=1e-12)
+        np.testing.assert_allclose(found.greatest, np.max([image.max(axis=(1, 2)) for image in images], axis=0))
+        np.testing.assert_allclose(found.least, np.min([image.min(axis=(1, 2)) for image in images], axis=0))
+        assert found.images == 9 and sorted(found.heights)[-1] == 44
+        assert found.bad == {"the file is empty": (1, data.locate(8))}
+    assert seen == [*range(1, 11)] * 2
+
+
+def test_images_of_one_size_give_the_statistics_of_all_pixels(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    pixels = RNG.normal(1000, 300, (6, 90, 80, 4)).astype(np.float32)
+    for i, image in enumerate(pixels):
+        np.save(tmp_path / "d" / f"{i}.npy", image)
+    found = measure(open_data(str(tmp_path / "d"), Form(4, "float32")), sample(6, 0))
+    np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(found.std, pixels.astype(np.float64).std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def test_a_large_image_is_measured_in_blocks(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    pixels = RNG.integers(0, 256, (1300, 1700, 1), np.uint8)
+    np.save(tmp_path / "d" / "0.npy", pixels)
+    found = measure(open_data(str(tmp_path / "d"), Form(1)), [0])
+    np.testing.assert_allclose([found.mean[0], found.std[0]], [pixels.mean() / 255, pixels.std() / 255], rtol=1e-12)
+
+
+def test_a_sample_is_spread_evenly() -> None:
+    assert sample(5, 0) == sample(5, 9) == [0, 1, 2, 3, 4]
+    for total, count in ((10, 3), (10, 9), (1000, 333), (10**9, 1000)):
+        chosen = sample(total, count)
+        assert chosen == sample(total, count) and len(set(chosen)) == count
+        assert all(k * total // count <= i < (k + 1) * total // count for k, i in enumerate(chosen))
+
+
+def test_the_form_that_loses_nothing_of_most_images(pictures: Path, tmp_path: Path) -> None:
+    Image.new("L", (30, 30)).save(pictures / "cats" / "grey.png")
+    (pictures / "cats" / "bad.png").write_bytes(b"x")
+    data = open_data(str(pictures))
+    found = kinds(data, sample(len(data), 0))
+    assert found == {(3, "uint8"): 10, (1, "uint8"): 1} and fitting(found) == Form()
+    deep = open_data(str(bands(tmp_path / "deep", np.uint16, 13)))
+    assert fitting(kinds(deep, [0, 3])) == Form(13, "uint16")
+    heights = open_data(str(bands(tmp_path / "heights", np.int16, 1)))
+    assert fitting(kinds(heights, [0, 3])) == Form(1, "float32")
+    shapes = open_data("shapes:count=4", Form(5))
+    assert fitting(kinds(shapes, [0, 3])) == Form(5)
+
+
+def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Stats((0.5, 0.25), (1.0, 2.0), 7, 9)
+    path = remember("/some/data", Form(2), kept)
+    assert recall("/some/data", Form(2)) == kept and path.is_relative_to(cache_path("stats", "x").parent)
+    assert recall("/some/data", Form(2, "uint16")) is None and recall("/other", Form(2)) is None
+    for damage in (
+        "",
+        "{}",
+        '{"form": 3}',
+        path.read_text().replace("0.25", '"x"'),
+        path.read_text().replace("0.25", "0.25, 1"),
+    ):
+        path.write_text(damage)
+        assert recall("/some/data", Form(2)) is None
+    make_cache(open_data(str(pictures)), tmp_path / "cache", (24, 24))
+    assert remember(str(tmp_path / "cache"), Form(), kept) == tmp_path / "cache" / "stats.json"
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    assert recall(str(tmp_path / "moved"), Form(2)) is None  # it holds what was measured of three channels
+    assert len(open_data(str(tmp_path / "moved"))) == 10
+    for home, expected in (("relative", Path.home() / ".cache"), ("/else", Path("/else"))):
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+        assert cache_path("stats", "x").parent == expected / "pixmim" / "stats"
+
+
+def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    np.save(tmp_path / "d" / "0.npy", np.dstack([np.full((9, 9), 7.0), np.eye(9)]))
+    found = measure(open_data(str(tmp_path / "d"), Form(2, "float32")), [0])
+    kept = to_keep(found, 1)
+    assert kept.std[0] == 1 and kept.std[1] == found.std[1] and kept.mean[0] == 7
+    with pytest.raises(UserError, match="--std must be a number from 1e-12"):
+        Run(std=(1.0, 0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "how"), [(np.uint16, 13, "cache"), (np.float32, 1, "files"), (np.int16, 2, "rrc")]
+)
+def test_a_run_of_any_form_from_stats_to_pictures(
+    kind: type, channels: int, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_run: Make
+) -> None:
+    data = bands(tmp_path / "bands", kind, channels)
+    pixels = "uint16" if kind is np.uint16 else "float32"
+    status, text = say(capsys, "stats", data)
+    form = f"--channels {channels} --pixels {pixels}"
+    assert status == 0 and "height 40 to 51" in text and text.endswith(f"train with --data {data} {form}")
+    spec = data
+    if how == "cache":
+        spec = tmp_path / "cache"
+        status, text = say(capsys, "cache", data, spec, "--size", "16x32", *form.split())
+        assert status == 1 and "keep the pixels with --raw" in text and not spec.exists()
+        assert say(capsys, "cache", data, spec, "--size", "16x32", "--raw", *form.split())[0] == 0
+        status, text = say(capsys, "stats", spec, "--channels", 3)
+        assert status == 1 and f"images of 13 channels in uint16, and not of 3 channels in uint16: {form}" in text
+        assert say(capsys, "stats", spec)[0] == 0 and (spec / "stats.json").exists()
+    run = tiny_run(data=str(spec), size="16x32", channels=channels, pixels=pixels, steps=3)
+    run = replace(run, crop=replace(run.crop, kind="rrc" if how == "rrc" else "src"))
+    run = replace(run, keep="device" if how == "cache" else "auto")
+    unknown = describe(replace(run, data="/other"), 12, Schedule.of(run, 12), torch.device("cpu"), "fp32", ALONE, 1)
+    assert any("mean and std are not measured" in line for line in unknown)
+    run, lines = measured(run)
+    assert lines == ["mean and std: measured on 12 images by `pixmim stats`"]
+    text = train(run, tmp_path / "run")
+    assert "not measured" not in text
+    kept = from_json((tmp_path / "run" / "config.json").read_text())
+    found = measure(open_data(str(spec), image_form(run)), sample(12, 0))
+    assert kept.mean == tuple(found.mean) and kept.std == tuple(found.std)
+    again = tmp_path / "again"  # threads and the place of the images change nothing
+    train(replace(run, threads=1, data=str(data), keep="disk"), again)
+    ours, theirs = weights(tmp_path / "run"), weights(again)
+    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+
+    model = open_model(str(tmp_path / "run"), whole=True)
+    files = open_data(str(data), image_form(run))
+    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
+    assert "cannot be read" not in page and page.count("data:image/png") >= 6
+    columns, names, bad = attention_sheet(model, files, 2)
+    assert (
+        not bad and names == [Path(files.locate(i)).name for i in range(2)] and columns["image"].shape == (2, 16, 32, 3)
+    )
+    embed(open_model(str(tmp_path / "run")), files, tmp_path / "f.npy", device="cpu")
+    rows = np.load(tmp_path / "f.npy")
+    assert rows.shape == (12, 64) and np.isfinite(rows).all()
+
+
+def test_pretrain_finds_what_stats_measured(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures.parent)
+    (pictures / "cats" / "0.jpg").write_bytes(b"<html>")
+    status, text = say(capsys, "stats", "pictures", "--images", 5)
+    assert status == 0 and "10 images; of 9 that could be read: 9 of 3 channels in uint8" in text
+    assert "1 cannot be read so: 1: not a picture in a known format" in text
+    tiny = [
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--size",
+        "48",
+        "--device",
+        "cpu",
+        "--knn.every",
+        "0",
+        "--data",
+        "pictures",
+    ]
+    status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "a", "--std", "0.1", "0.2", "0.3")
+    assert status == 0 and "mean and std: measured on 4 of 10 images" in text
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    kept = recall(str(pictures), Form())
+    assert kept is not None and tuple(config["mean"]) == kept.mean and config["std"] == [0.1, 0.2, 0.3]
+    status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "b", "--channels", 1)
+    assert status == 0 and "measured" not in text  # of another form, nothing is known
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("XDG_CACHE_HOME", str(pictures / "cats" / "0.jpg"))
+        status, text = say(capsys, "stats", "pictures")
+    assert status == 1 and "Not a directory" in text and "measured" not in text  # before the work
+    for path in pictures.rglob("*.jpg"):
+        path.write_bytes(b"<html>")
+    status, text = say(capsys, "stats", "pictures")
+    assert status == 1 and "10: not a picture" in text and "not one image" in text
+
+
+def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
+    run = Run(channels=13, pixels="float32", bands="5,3,2")
+    image = torch.linspace(-50, 950, 13 * 2 * 101).reshape(2, 13, 101, 1)
+    shown = drawn({"image": image, "other": image + 1000, "target": image * 2}, run)
+    assert shown["image"].shape == (2, 101, 1, 3)
+    for b in range(2):
+        for k, band in enumerate((4, 2, 1)):
+            values = torch.cat([image, 2 * image], dim=2)[b, band, :, 0].numpy()
+            low, high = np.percentile(values, (1, 99))
+            expected = np.clip((values - low) / (high - low), 0, 1) * 255
+            assert abs(shown["image"][b, :, 0, k] - expected[:101]).max() <= 0.51
+            assert abs(shown["target"][b, :, 0, k] - expected[101:]).max() <= 0.51
+    assert (shown["other"] == 255).all()
+    flat = drawn({"image": torch.full((1, 2, 4, 4), 7.0)}, Run(channels=2, pixels="uint16"))["image"]
+    assert flat.shape == (1, 4, 4, 1) and (flat == 128).all()
+    three = torch.stack([torch.full((10, 10), v) for v in (0.0, 1.0, 2.0)])[None] * 100
+    together = drawn({"image": three}, Run(channels=3, pixels="float32", std=(1.0, 1.0, 1.0)))["image"]
+    assert together[0, 0, 0].tolist() == [0, 128, 255]
+    eight = drawn({"image": torch.full((1, 3, 2, 2), 0.5)}, Run())["image"]
+    assert (eight == 128).all()
+    ramp = torch.linspace(0, 1, 101).reshape(1, 1, 101, 1)
+    for channels, pixels, most, span in (
+        (1, "uint8", 1, 255),  # as it is
+        (1, "uint8", 0.5, 128),
+        (1, "uint8", 16 / 255, 255),  # 12 bits in 16, read as 8
+        (1, "uint16", 4095 / 65535, 255),
+        (6, "uint8", 0.5, 255),  # six bands have no black and white of their own
+        (1, "float32", 5000, 255),
+    ):
+        run = Run(channels=channels, pixels=pixels)  # type: ignore[arg-type]
+        image = (most * ramp).expand(1, channels, 101, 1)
+        assert drawn({"image": image}, run)["image"].max() == span
+        scale = {"uint8": 255, "uint16": 65535, "float32": 1}[pixels]
+        stored = (image[0] * scale).round().to(Form(channels, pixels).dtype)  # type: ignore[arg-type]
+        assert visible(stored, run).shape == (101, 1, 3) and abs(int(visible(stored, run).max()) - span) <= 1
+    for bands in ("4,5", "0", "1,2,14", "a,b,c", "1,2,-3"):
+        with pytest.raises(UserError, match="--bands"):
+            Run(channels=13, bands=bands)

@@ -1,0 +1,100 @@
+"""What --data may say: parts and weights, whole paths, and the fields of a Hugging Face data set."""
+
+from pathlib import Path
+
+import pytest
+
+from pixmim.cli.flags import absolute
+from pixmim.data.uri import HubSpec, Part, read_parts
+from pixmim.utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a plus in its path, and folders of which some have signs in their names."""
+    here = tmp_path / "x+y"
+    for name in ("a", "b", "a+b", "c*2", "a,b", "shards"):
+        (here / name).mkdir(parents=True)
+    monkeypatch.chdir(here)
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("a", [("a", 1)]),
+        ("a*3+b", [("a", 3), ("b", 1)]),
+        ("a+b", [("a+b", 1)]),  # a folder of that name
+        ("a+b*2", [("a", 1), ("b", 2)]),
+        ("c*2", [("c*2", 1)]),  # a folder of that name
+        ("c*2*3+a", [("c*2", 3), ("a", 1)]),
+        ("nosuch*2+b", [("nosuch", 2), ("b", 1)]),
+        ("shards/*.tar", [("shards/*.tar", 1)]),
+        ("shards/*.tar*2+a", [("shards/*.tar", 2), ("a", 1)]),
+        ("a*2+shards/{00..09}.tar*12", [("a", 2), ("shards/{00..09}.tar", 12)]),
+        ("*.tar+a", [("*.tar", 1), ("a", 1)]),
+        ("shapes:count=10*2+a", [("shapes:count=10", 2), ("a", 1)]),
+        ("hf:u/s:train,label=x*2+shapes:", [("hf:u/s:train,label=x", 2), ("shapes:", 1)]),
+        ("s3://bucket/x+y/*.tar*2+a", [("s3://bucket/x+y/*.tar", 2), ("a", 1)]),
+        ("https://host/a.tar+https://host/b.tar", [("https://host/a.tar", 1), ("https://host/b.tar", 1)]),
+    ],
+)
+def test_parts_and_weights(spec: str, parts: list[tuple[str, int]]) -> None:
+    assert read_parts(spec) == [Part(*part) for part in parts]
+
+
+def test_whole_paths_and_nothing_else_is_changed() -> None:
+    here = Path.cwd()
+    whole = absolute("a*3+hf:u/s:train,label=x+shards/*.tar*2+shapes:count=10+hf:b:test,image=i+s3://x/*.tar+a,b")
+    assert whole == (
+        f"{here}/a*3+hf:u/s:train,label=x+{here}/shards/*.tar*2+shapes:count=10+hf:{here}/b:test,image=i+s3://x/*.tar"
+        f"+{here}/a,b"
+    )
+    assert absolute(whole) == whole  # the plus in the folder's own name is no end of a part
+    assert absolute("a+b") == f"{here}/a+b" and absolute("") == "" and absolute("~") == str(Path.home())
+
+
+@pytest.mark.parametrize("weight", ["0", "1.5", ".5", "3."])
+def test_a_weight_is_a_whole_number(weight: str) -> None:
+    with pytest.raises(UserError, match=rf"weight {weight} in 'a\*{weight}' is no whole number.*multiply"):
+        read_parts(f"a*{weight}+b")
+
+
+@pytest.mark.parametrize("spec", ["a*2+", "+a*2", "a*2++b"])
+def test_an_empty_part_is_named(spec: str) -> None:
+    with pytest.raises(UserError, match="nothing stands on one side"):
+        read_parts(spec)
+
+
+def test_the_fields_of_a_hugging_face_data_set() -> None:
+    spec = "hf:user/set:train,config=en,revision=v1.0,image=picture,label=fine label"
+    assert HubSpec.read(spec) == HubSpec("user/set", "train", "en", "v1.0", "picture", "fine label")
+    assert str(HubSpec.read(spec)) == spec
+    assert HubSpec.read("hf:cifar10") == HubSpec("cifar10") and HubSpec.read("hf:cifar10").path is None
+    assert HubSpec.read("hf:a,b:test,label=x") == HubSpec("a,b", "test", label="x")
+    assert HubSpec.read("hf:./a").path == Path("a")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("hf:", "'' in 'hf:' is neither a path nor the name"),
+        ("hf:u/s/t", "'u/s/t' in 'hf:u/s/t' is neither"),
+        ("hf:u/s,label", "neither"),
+        ("hf:u/s,lable=x", "no option 'lable'; did you mean 'label'"),
+        ("hf:u/s,label=", "no value for label"),
+        ("hf:./nosuch:train", "there is no ./nosuch"),
+    ],
+)
+def test_the_wrong_field_is_named(spec: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        HubSpec.read(spec)
+    assert message in str(caught.value)
+
+
+def test_numbers_beyond_all_measure() -> None:
+    for digits in (7, 5000):
+        with pytest.raises(UserError, match="too large"):
+            read_parts(f"a*{'9' * digits}+b")
+    with pytest.raises(UserError, match="zero byte"):
+        absolute("a\0b")
+    assert absolute("~nosuchuser/x") == f"{Path.cwd()}/~nosuchuser/x"

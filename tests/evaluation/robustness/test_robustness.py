@@ -1,0 +1,427 @@
+"""Robustness and shape bias: published normalisers, the layouts of the public sets, and encoders that were trained."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from pixmim.build import build_encoder
+from pixmim.config import Model, Run
+from pixmim.data import open_data
+from pixmim.data.synthetic import Shapes
+from pixmim.evaluation import imagenet_classes as imagenet
+from pixmim.evaluation import knn, robustness, shape_bias
+from pixmim.evaluation import linear_probe as linear
+from pixmim.evaluation.context import Bench
+from pixmim.evaluation.features import freeze
+from pixmim.evaluation.frozen_encoder import in_training, of_model
+from pixmim.evaluation.linear_probe import choose
+from pixmim.evaluation.metrics import ALEXNET, corruption_errors, shape_decisions
+from pixmim.evaluation.settings import Knn, Linear, Robustness, ShapeBias
+from pixmim.transforms.crops import evaluation_crop
+from pixmim.utils.errors import UserError
+from pixmim.weights.load import adopt, open_model
+from pixmim.weights.save import save_tensors
+
+Make = Callable[..., Run]
+TRAIN, TEST = "shapes:count=400,size=32", "shapes:count=150,size=32,seed=1"
+
+
+def bench_of(run: Run, folder: Path, module: nn.Module | None = None) -> Bench:
+    module = (module or build_encoder(run)).eval()
+    return Bench(in_training(run, module, torch.device("cpu"), "fp32"), folder)
+
+
+def classifier(run: Run, classes: int) -> Run:
+    return replace(run, model=replace(run.model, options={**run.model.options, "num_classes": classes}))
+
+
+class Always(nn.Module):
+    """A classifier of 1000 classes that looks at nothing but the mean red of a picture: its score is highest for the
+    class whose number is that mean, in steps of a quarter of a grey level; and higher still for class 7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        red = (x[:, 0].mean(dim=(1, 2)) * 0.229 + 0.485) * 255 * 4  # undoes the normalisation
+        scores = -(torch.arange(1000) - red[:, None]).abs()
+        scores[:, 7] = 1.0
+        return scores
+
+
+def write(path: Path, red: int, size: int = 32) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (red, 0, 0)).save(path)
+
+
+def test_alexnets_own_errors_give_a_hundred() -> None:
+    spread = (-0.02, -0.01, 0.0, 0.01, 0.02)
+    ces, mce = corruption_errors({name: [mean + s for s in spread] for name, mean in ALEXNET.items()})
+    assert mce == pytest.approx(100.0, abs=1e-9) and all(ce == pytest.approx(100.0) for ce in ces.values())
+    halved = {name: [mean / 2] * 5 for name, mean in reversed(ALEXNET.items())}  # by name, in any order
+    assert corruption_errors(halved)[1] == pytest.approx(50.0)
+    part = corruption_errors({"snow": [0.9] * 5})
+    assert part[1] is None and part[0]["snow"] == pytest.approx(100 * 0.9 / 0.866816)
+    with pytest.raises(ValueError, match="five severities"):
+        corruption_errors({"snow": [0.9] * 4})
+
+
+def test_the_tables_of_imagenet() -> None:
+    assert sum(map(len, imagenet.CATEGORIES.values())) == 207 and len(imagenet.CATEGORIES) == 16
+    assert len({i for each in imagenet.CATEGORIES.values() for i in each}) == 207
+    assert len(imagenet.CATEGORIES["bird"]) == 49 and len(imagenet.CATEGORIES["dog"]) == 109
+    every = imagenet.wnids()
+    assert len(every) == 1000 and every == sorted(every) and every[0] == "n01440764"
+    a, r = imagenet.part("a"), imagenet.part("r")
+    assert len(a) == len(r) == 200 and len(set(a) & set(r)) == 86 and a == sorted(a) and r == sorted(r)
+
+
+class RunnerUp(nn.Module):
+    """A classifier of ImageNet whose first choice is always class `first`, and whose second the one whose number is
+    painted into the picture: four times its red, and its green in steps of 60."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.head, self.first = nn.Linear(1, 1000), first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        red, green = (x[:, 0].mean(dim=(1, 2)) * 0.229 + 0.485) * 255, (x[:, 1].mean(dim=(1, 2)) * 0.224 + 0.456) * 255
+        scores = torch.zeros(len(x), 1000)
+        scores[torch.arange(len(x)), (red.round() * 4 + (green / 60).round()).long()] = 1.0
+        scores[:, self.first] = 2.0
+        return scores
+
+
+@pytest.mark.parametrize("name", ["a", "r"])
+def test_a_part_of_imagenet_is_cut_out_before_the_decision(name: str, tiny_run: Make, tmp_path: Path) -> None:
+    """Among the thousand a class that is none of the 200 always wins, so only who leaves it out first finds those
+    three quarters of the pictures whose second choice is right."""
+    part, every = imagenet.part(name), imagenet.wnids()
+    first = next(i for i, wnid in enumerate(every) if wnid not in part)
+    for place, wnid in enumerate(part):
+        painted = every.index(part[place - 1] if place % 4 == 0 else wnid)
+        path = tmp_path / name / wnid / "1.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (painted // 4, painted % 4 * 60, 0)).save(path)
+    bench = bench_of(tiny_run(), tmp_path, RunnerUp(first))
+    settings = Robustness(**{f"imagenet_{name}": str(tmp_path / name)})
+    found = dict(robustness.measure(bench, settings))
+    assert found[f"imagenet_{name}/top1"] == 75
+    (tmp_path / name / part[3] / "1.png").unlink()
+    with pytest.raises(UserError, match=f"lacks 1 of ImageNet-{name.upper()}'s 200 class folders"):
+        dict(robustness.measure(bench, settings))
+
+
+def test_imagenet_c_trees(tiny_run: Make, tmp_path: Path) -> None:
+    bench, every = bench_of(tiny_run(), tmp_path, Always()), imagenet.wnids()
+    for severity in (1, 2, 3, 4, 5):
+        write(tmp_path / f"c/snow/{severity}/{every[7]}/1.png", 10)
+        write(tmp_path / f"c/snow/{severity}/{every[8]}/1.png", 20)
+    with pytest.raises(UserError, match=r"lacks 70 of 75 parts of ImageNet-C: gaussian_noise/1, .* no mCE of a part"):
+        dict(robustness.measure(bench, Robustness(imagenet_c=str(tmp_path / "c"))))
+    some = dict(robustness.measure(bench, Robustness(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))))
+    assert some["imagenet_c/error"] == some["imagenet_c/severity/snow/4"] == 50  # all are taken for class 7
+    assert not any("ce" in key.split("/") or "mce" in key for key in some)  # two classes are not a thousand
+    write(tmp_path / "c/snow/5/unknown/1.png", 10)
+    with pytest.raises(UserError, match="a class 'unknown', which is none of the 1000"):
+        dict(robustness.measure(bench, Robustness(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))))
+
+
+def test_whole_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imagenet, "wnids", lambda: [f"n{i}" for i in range(4)])
+    monkeypatch.setattr("pixmim.evaluation.classifiers.wnids", imagenet.wnids)
+    for severity in (1, 2, 3, 4, 5):
+        for i in range(4):
+            write(tmp_path / f"c/fog/{severity}/n{i}/1.png", 0)
+    found = dict(
+        robustness.measure(
+            bench_of(tiny_run(), tmp_path, Always()), Robustness(imagenet_c=str(tmp_path / "c"), corruptions=("fog",))
+        )
+    )
+    assert "imagenet_c/mce" not in found
+    assert found["imagenet_c/ce/fog"] == pytest.approx(100 / 0.819324)
+
+
+@pytest.mark.parametrize("name", ["imagenet_c", "imagenet_a", "imagenet_r", "imagenet_sketch"])
+def test_public_sets_need_a_classifier_of_imagenet(name: str, tiny_run: Make, tmp_path: Path) -> None:
+    for run in (tiny_run(), classifier(tiny_run(), 10)):
+        with pytest.raises(UserError, match=r"1000 classes, and this encoder has (none|one of 10)"):
+            dict(robustness.measure(bench_of(run, tmp_path), Robustness(**{name: str(tmp_path)})))
+
+
+TAUGHT = Run(
+    size="32",
+    model=Model(
+        "convmae",
+        "convmae_tiny",
+        options={"embed_dim": [24, 48, 64], "depth": [1, 1, 1], "num_heads": 2, "mlp_ratio": 2.0, "num_classes": 10},
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def of_textures() -> nn.Module:
+    """A tiny classifier, taught in seconds to name textures; convolutions learn them sooner than a ViT does."""
+    torch.manual_seed(0)
+    data, crop = Shapes(count=2000, size=32), evaluation_crop(32)
+    images = torch.stack([crop.crop(data.image(i)) for i in range(len(data))]).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in TAUGHT.statistics)
+    images, labels = (images - mean) / std, torch.from_numpy(data.texture_labels)
+    module = build_encoder(TAUGHT)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=4e-3)
+    for step in range(300):
+        rows = torch.from_numpy(np.random.default_rng(step).integers(0, len(data), 64))
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / 300)
+        F.cross_entropy(module(images[rows]), labels[rows]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module.eval()
+
+
+def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_path: Path) -> None:
+    data = [f"shapes:count={count},size=32,seed={seed},texture=match" for count, seed in ((600, 2), (500, 3))]
+    found = []
+    for module in (of_textures, None):
+        bench = bench_of(TAUGHT, tmp_path, module)
+        found.append(dict(knn.measure(bench, Knn(*data))) | dict(linear.measure(bench, Linear(*data, epochs=20))))
+    for name in ("k20/mean/top1", "top1"):  # their intervals do not touch
+        assert found[0][f"{name}/low"] > found[1][f"{name}/high"]
+
+
+def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> None:
+    """Pictures that are named by their texture, which noise and blur destroy; by its own head, and by a probe."""
+    bench = bench_of(TAUGHT, tmp_path, of_textures)
+    data = "shapes:count=200,size=32,seed=1,texture=match"  # shape and texture have the same number
+    some = ("gaussian_noise", "defocus_blur", "contrast")
+    settings = Robustness(test=data, corruptions=some)
+    found = dict(robustness.measure(bench, settings))
+    assert found["in_memory/head/clean"] < 75
+    for name in some:
+        one, five = (found[f"in_memory/head/severity/{name}/{s}"] for s in (1, 5))
+        assert found["in_memory/head/clean"] - 3 <= one < five
+        mean = sum(found[f"in_memory/head/severity/{name}/{s}"] for s in (1, 2, 3, 4, 5)) / 5
+        assert found[f"in_memory/head/corruption/{name}"] == pytest.approx(mean)
+    error = sum(found[f"in_memory/head/corruption/{name}"] for name in some) / 3
+    assert found["in_memory/head/error"] == pytest.approx(error)
+    assert found["in_memory/head/lost"] == pytest.approx(error - found["in_memory/head/clean"])
+    assert found["in_memory/head/times"] == pytest.approx(error / found["in_memory/head/clean"])
+
+    train = "shapes:count=300,size=32,texture=match"
+    both = replace(settings, train=train, severities=(1, 5), epochs=20)
+    found = dict(robustness.measure(bench, both))
+    assert found["in_memory/probe/clean"] < 80 and found["in_memory/probe/lost"] > 3
+    assert "in_memory/probe/severity/contrast/3" not in found
+    assert dict(robustness.measure(bench, both)) == found
+    other = dict(robustness.measure(bench, replace(both, corruptions=("contrast",))))
+    assert other["in_memory/probe/corruption/contrast"] == found["in_memory/probe/corruption/contrast"]
+
+
+def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of(TAUGHT, tmp_path, of_textures)
+    settings = Robustness(test="shapes:count=300,size=32", corruptions=("contrast", "fog"), severities=(2,))
+    whole = dict(robustness.measure(bench, settings))
+    seen = []
+
+    def failing(*args: object) -> Iterator[object]:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return made(*args)  # type: ignore[arg-type]
+
+    made = robustness._made
+    monkeypatch.setattr(robustness, "_made", failing)
+    with pytest.raises(KeyboardInterrupt):
+        dict(robustness.measure(bench, settings))
+    assert len(list(tmp_path.rglob("counts.json"))) == 1
+    monkeypatch.setattr(robustness, "_made", lambda images, *rest: (seen.append(len(images)), made(images, *rest))[1])
+    assert dict(robustness.measure(bench, settings)) == whole
+    assert seen[1:] == [44] and not list(tmp_path.rglob("counts.json"))
+
+
+def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> None:
+    bench = bench_of(tiny_run(), tmp_path)
+    for settings, message in (
+        (Robustness(), "no data given: robustness needs --test"),
+        (Robustness(test=TEST), "has no classifier: give --train"),
+        (Robustness(test=TEST, classifier="probe"), "--train"),
+        (Robustness(test=TEST, train=TRAIN, corruptions=("frosst",)), "did you mean 'frost'"),
+        (Robustness(test=TEST, train=TRAIN, severities=()), "--severities takes some of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dict(robustness.measure(bench, settings))
+
+
+def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
+    """Outputs in any order of names give the same; a folder that is no name is an error, also after an import."""
+    run, names = classifier(tiny_run(), 3), ["c", "a", "b"]
+    module = build_encoder(run)
+    module.head.weight.data.normal_(std=1.0)  # type: ignore[union-attr, operator]
+    found = []
+    draw = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "test" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (32, 32, 3), np.uint8) // (1 + i % 4)).save(path)
+    settings = Robustness(test=str(tmp_path / "test"), corruptions=("contrast",), severities=(1,))
+
+    def measured(file: Path) -> dict[str, float]:
+        encoder = of_model(str(file), device="cpu", precision="fp32")
+        return dict(robustness.measure(Bench(encoder, tmp_path), settings))
+
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        state = module.state_dict() | {f"head.{k}": v[order] for k, v in module.head.state_dict().items()}  # type: ignore[union-attr]
+        file = tmp_path / f"{order}.safetensors"
+        save_tensors(state, file, run, 3, 3, {"classes": json.dumps([names[i] for i in order])})
+        found.append(measured(file))
+    adopt(open_model(str(file)), tmp_path / "imported")
+    found.append(measured(tmp_path / "imported"))
+    assert all(other == pytest.approx(found[0]) for other in found)
+    answers = module(of_model(str(file), device="cpu").ready(torch.stack([
+        evaluation_crop((32, 32)).crop(image) for image in map(open_data(settings.test).image, range(24))
+    ]))).argmax(dim=1)  # fmt: skip
+    wanted = torch.from_numpy(open_data(settings.test).labels)
+    right = sum(names[a] == "abc"[w] for a, w in zip(answers.tolist(), wanted.tolist(), strict=True))
+    assert found[0]["in_memory/head/clean"] == pytest.approx(100 - 100 * right / 24)
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "bee")
+    with pytest.raises(UserError, match="a class 'bee', which is none of the 3"):
+        measured(file)
+    save_tensors(module.state_dict(), file, run, 3, 3, {"classes": '["a", "b"]'})
+    with pytest.raises(UserError, match="names 2 classes, and its classifier has 3"):
+        of_model(str(file), device="cpu")
+
+
+def test_shape_decisions_against_a_loop() -> None:
+    generator = np.random.default_rng(0)
+    answers, shapes, textures = (torch.from_numpy(generator.integers(0, 4, 200)) for _ in range(3))
+    rows = [(a, s, t) for a, s, t in zip(answers.tolist(), shapes.tolist(), textures.tolist(), strict=True) if s != t]
+    by_shape, by_texture = sum(a == s for a, s, _ in rows), sum(a == t for a, _, t in rows)
+    found = shape_decisions(answers, shapes, textures)
+    assert found == pytest.approx((by_shape / len(rows), by_texture / len(rows), by_shape / (by_shape + by_texture)))
+    three, four = torch.tensor([3, 3]), torch.tensor([0, 1])
+    assert math.isnan(shape_decisions(three, four, four.flip(0))[2])
+    assert all(map(math.isnan, shape_decisions(four, three, three)))
+
+
+def test_categories_take_the_mean_of_probabilities() -> None:
+    scores = torch.randn(5, 1000)
+    groups = list(imagenet.CATEGORIES.values())
+    found = shape_bias.categories(scores, groups)
+    wanted = scores.double().exp() / scores.double().exp().sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found[:, 10], wanted[:, list(groups[10])].mean(dim=1).float(), atol=1e-6, rtol=1e-4)
+
+
+class Reds(nn.Module):
+    """A classifier of ImageNet for which dark red is an elephant (385) and bright red a tabby cat (281)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.zeros(len(x), 1000)
+        bright = x[:, 0].mean(dim=(1, 2)) > 0
+        scores[:, 385], scores[:, 281] = (~bright) * 20.0, bright * 20.0
+        return scores
+
+
+def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
+    root = tmp_path / "stimuli"
+    write(root / "cat/cat1-elephant2.png", 250)  # shape
+    write(root / "cat/cat2-elephant1.png", 5)  # texture
+    write(root / "cat/cat4-cat1.png", 5)  # no conflict: left out
+    write(root / "elephant/elephant1-dog3.png", 5)  # shape
+    write(root / "truck/truck2-dog3.png", 5)  # neither
+    bench = bench_of(tiny_run(), tmp_path, Reds())
+    found = dict(shape_bias.measure(bench, ShapeBias(str(root))))
+    assert found["head/stimuli"] == 4
+    assert found["head/shape_bias"] == pytest.approx(200 / 3)
+    assert found["head/shape"] == 50 and found["head/texture"] == 25
+    assert found["head/category/cat/shape_bias"] == 50 and found["head/category/elephant/shape_bias"] == 100
+    assert math.isnan(found["head/category/truck/shape_bias"])
+    order = torch.arange(1000).flip(0)
+
+    class Flipped(Reds):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)[:, order]
+
+    flipped = bench_of(tiny_run(), tmp_path, Flipped())
+    flipped.encoder = replace(flipped.encoder, names=tuple(reversed(imagenet.wnids())))  # its outputs, by its own names
+    assert dict(shape_bias.measure(flipped, ShapeBias(str(root)))) == pytest.approx(found, nan_ok=True)
+    flipped.encoder = replace(flipped.encoder, names=tuple(f"class {i}" for i in range(1000)))
+    with pytest.raises(UserError, match="ImageNet's classes by their WordNet ids, and one here is 'class 0'"):
+        dict(shape_bias.measure(flipped, ShapeBias(str(root))))
+    (picture,) = bench.pictures.values()
+    assert picture.width > 300
+    for name, message in (
+        ("cat/cat1-zebra2.png", "the texture zebra is none"),
+        ("cat/dog1-cat2.png", "the shape is dog, and its folder cat"),
+        ("cat/photo.png", "is named SHAPE1-TEXTURE2.png"),
+    ):
+        write(root / name, 5)
+        with pytest.raises(UserError, match=message):
+            dict(shape_bias.measure(bench, ShapeBias(str(root))))
+        (root / name).unlink()
+    with pytest.raises(UserError, match=r"1000 classes, and this encoder has none"):
+        dict(shape_bias.measure(bench_of(tiny_run(), tmp_path), ShapeBias(str(root))))
+
+
+def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
+    """Over an encoder that was taught textures, a probe that may use either cue decides by them; and one that was
+    fitted to textures has a lower shape bias than one that was fitted to shapes."""
+    settings = ShapeBias(
+        "shapes:count=200,size=32,texture=conflict,seed=2", "shapes:count=300,size=32,texture=match", epochs=20
+    )
+    bench = bench_of(TAUGHT, tmp_path, of_textures)
+    textural = dict(shape_bias.measure(bench, settings))
+    assert textural["probe/shape_bias"] < 40 and textural["probe/texture"] > 20
+    assert bench.pictures
+    each = [value for name, value in textural.items() if name.endswith("/shape_bias") and "/category/" in name]
+    known = [value for value in each if value == value]  # of a category none of whose answers names a cue there is none
+    assert textural["probe/balanced"] == pytest.approx(sum(known) / len(known))
+
+    train = open_data("shapes:count=500,size=32")
+    stimuli = open_data("shapes:count=200,size=32,texture=conflict,seed=2")
+    assert isinstance(train, Shapes) and isinstance(stimuli, Shapes)
+    voters, asked = freeze(bench.encoder, train), freeze(bench.encoder, stimuli)
+    shapes, textures = shape_bias.cues(stimuli, voters.classes)
+    assert textural["probe/majority"] == pytest.approx(100 * max(torch.bincount(shapes).tolist()) / 200)
+    biases = [
+        shape_decisions(
+            choose(replace(voters, labels=labels), epochs=20).scores(asked).argmax(dim=1), shapes, textures
+        )[2]
+        for labels in (voters.labels, torch.from_numpy(train.texture_labels))
+    ]
+    assert biases[0] > biases[1] + 0.2
+
+    with pytest.raises(UserError, match="agree in every stimulus"):
+        dict(shape_bias.measure(bench, replace(settings, data=settings.train)))
+
+
+def test_classifiers_keep_their_heads(tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    from pixmim.weights.save import save_tensors
+
+    run = classifier(tiny_run(), 10)
+    module = build_encoder(run)
+    save_tensors(module.state_dict(), tmp_path / "fine-tuned.safetensors", run, 3)
+    assert of_model(str(tmp_path / "fine-tuned.safetensors"), device="cpu").classes == 10
+    assert bench_of(tiny_run(), tmp_path).encoder.classes == 0
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))
+    name = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert of_model(name, device="cpu").classes == 1000
+    assert "encoder.head.weight" not in open_model(name).tensors

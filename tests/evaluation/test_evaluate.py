@@ -1,0 +1,442 @@
+"""k-NN, the linear probe and their numbers against slow forms and closed ones."""
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch.nn import functional as F
+
+from helpers.evaluated import measured
+from pixmim.build import build_model
+from pixmim.config import Run
+from pixmim.data import open_data
+from pixmim.evaluation.classification import check_labelled, majority, rated, tally
+from pixmim.evaluation.evaluate import CHECKS, EVALUATIONS, evaluate, knn_watch, side_by_side
+from pixmim.evaluation.features import Frozen, freeze
+from pixmim.evaluation.frozen_encoder import in_training, of_model
+from pixmim.evaluation.knn import classify, knn
+from pixmim.evaluation.linear_probe import RATES, choose, fit, graded, standardise
+from pixmim.evaluation.metrics import wilson_interval
+from pixmim.evaluation.results import save
+from pixmim.evaluation.settings import PROTOCOLS, All
+from pixmim.report.results import Measured, circumstances, compare
+from pixmim.runfile import to_json
+from pixmim.training.precision import autocast
+from pixmim.transforms.crops import evaluation_crop
+from pixmim.utils.errors import UserError
+from pixmim.weights.save import save_encoder
+
+Make = Callable[..., Run]
+TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
+
+
+def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: list[str] | None = None) -> Frozen:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    centres = torch.eye(8)[:classes] * apart
+    mean = torch.randn(n, 8, generator=generator) + centres[labels]
+    return Frozen(mean[:, None].repeat(1, 4, 1), mean, labels, names or [f"class {i}" for i in range(classes)])
+
+
+def test_knn_against_a_loop() -> None:
+    """Several k in one pass; the last is more than there are voters."""
+    train, test = frozen(60, apart=1), frozen(40, apart=1, seed=1)
+    answers = classify(train.mean, train.labels, test.mean, 3, k=(1, 5, 20, 100), rows=7, block=16)
+    for i in range(40):
+        similar = [float(F.cosine_similarity(test.mean[i], voter, dim=0)) for voter in train.mean]
+        for k, answer in answers.items():
+            first = sorted(range(60), key=lambda j: -similar[j])[:k]
+            votes = [sum(math.exp(similar[j] / 0.07) for j in first if train.labels[j] == c) for c in range(3)]
+            assert int(answer[i]) == votes.index(max(votes))
+
+
+def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
+    apart = dict(knn(frozen(90, apart=30), frozen(60, apart=30, seed=1)))
+    assert {apart[f"k{k}/{name}/top1"] for k in (1, 20) for name in ("mean", "cls")} == {100}
+    noise = dict(knn(frozen(900), frozen(600, seed=1)))
+    with pytest.raises(UserError, match="--k takes numbers of neighbours from 1 on, such as 1 20, not 5 0"):
+        dict(knn(frozen(9), frozen(9), (5, 0)))
+    assert noise["k20/mean/top1/low"] < 100 / 3 < noise["k20/mean/top1/high"]
+
+
+def test_knn_is_labelled_with_the_number_of_neighbours_that_voted(
+    product: Path, sets: Callable[..., str], tiny_run: Make
+) -> None:
+    """No value of a k that was cut stands under the larger one, in one evaluation and while training."""
+    train, test = frozen(12), frozen(40, seed=1)
+    values = dict(knn(train, test, (1, 20, 30)))
+    assert {key.split("/")[0] for key in values} == {"k1", "k12", "majority"}
+    wanted = dict(knn(train, test, (12,)))
+    assert {key: values[key] for key in wanted} == wanted
+    answer = classify(train.mean, train.labels, test.mean, 3, k=(12,))[12]
+    assert values["k12/mean/top1"] == pytest.approx(100 * float((answer == test.labels).double().mean()))
+
+    few, others = sets("few", a=4, b=3), sets("others", seed=1, a=3, b=3)
+    line = "warning: k = 20 exceeds the 7 train images; measured with k = 7\n"
+    console = Console(file=io.StringIO(), width=300)
+    found = measured("knn", product, few, others, console=console)
+    assert line in console.file.getvalue()  # type: ignore[attr-defined]
+    assert {key.split("/")[0] for key in found.values} == {"k1", "k7", "majority"}
+
+    console = Console(file=io.StringIO(), width=300)
+    run = replace(of_model(str(product)).run, device="cpu")
+    watch = knn_watch(replace(run, knn=replace(run.knn, every=1.0, train=few, test=others)), console)
+    assert watch is not None
+    twice = [watch(build_model(tiny_run(seed=5)).encoder) for _ in range(2)]
+    assert {key for key in twice[1] if "top1" in key} == {f"knn/k{k}/{f}/top1" for k in (1, 7) for f in ("cls", "mean")}
+    assert console.file.getvalue().count(line) == 1  # type: ignore[attr-defined]
+
+
+def test_probe_follows_autograd() -> None:
+    """The written-out gradient and momentum against torch.optim.SGD on cross-entropy, for every rate of the sweep."""
+    data = frozen(50, apart=1)
+    weights = fit(data.mean, data.labels, 3, RATES[6:9], epochs=3, batch=10, seed=4)
+    from pixmim.utils import rng
+
+    order = torch.cat([torch.from_numpy(rng.permutation(4, 1 + e, 50)) for e in range(3)])
+    for row, rate in enumerate(RATES[6:9]):
+        layer = torch.nn.Linear(8, 3)
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, momentum=0.9)
+        for step in range(15):
+            optimizer.param_groups[0]["lr"] = rate * 10 / 256 * 0.5 * (1 + math.cos(math.pi * step / 15))
+            optimizer.zero_grad()
+            rows = order[step * 10 : step * 10 + 10]
+            F.cross_entropy(layer(data.mean[rows]), data.labels[rows]).backward()
+            optimizer.step()
+        torch.testing.assert_close(weights[row], torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach())
+
+
+def linear(train: Frozen, test: Frozen, epochs: int) -> dict[str, float]:
+    return dict(graded(choose(train, epochs=epochs), test, test.labels))
+
+
+def test_probe_separates_what_a_line_separates() -> None:
+    found = linear(frozen(300, apart=12), frozen(90, apart=12, seed=1), epochs=20)
+    assert found["top1"] == 100 and found["held_out"] == 100
+    assert found["setting/rate"] in RATES and found["setting/blocks"] in (1, 4)
+
+
+def test_probe_does_not_look_at_the_test_set_to_choose() -> None:
+    train = frozen(300, apart=2)
+    chosen = [
+        {
+            k: v
+            for k, v in linear(train, frozen(50, apart=apart, seed=9), epochs=5).items()
+            if k.startswith(("setting", "held"))
+        }
+        for apart in (0.0, 30.0)
+    ]
+    assert chosen[0] == chosen[1]
+
+
+def test_standardising_uses_the_train_sets_statistics() -> None:
+    a, b = torch.randn(50, 3) * 7 + 2, torch.randn(20, 3)
+    x, y = standardise(a, b)
+    torch.testing.assert_close(x.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y, (b - a.mean(0)) / a.std(0), atol=1e-5, rtol=0)
+
+
+def test_interval_is_wilsons() -> None:
+    """Published example: 95 % of 81/263 is 0.2553 to 0.3662 (Newcombe 1998, table I)."""
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson_interval(0, 29) == pytest.approx((0.0, 0.1170), abs=1e-4)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_classes_are_matched_by_name() -> None:
+    train = frozen(60, apart=30, names=["a", "b", "c"])
+    test = frozen(30, classes=2, apart=30, seed=1, names=["b", "c"])  # its class 0 looks like train's class 0, "a"
+    assert dict(knn(train, test))["k20/mean/top1"] == 0
+    with pytest.raises(UserError, match="a class 'bb' that the train data lack; did you mean 'b'"):
+        dict(knn(train, frozen(30, classes=2, names=["bb", "c"])))
+
+
+def test_unbalanced_data_against_loops() -> None:
+    """Balanced accuracy, recalls and the majority: sums in float64 over lists; a class without images has none."""
+    wanted = torch.tensor([0] * 72 + [1] * 20 + [3] * 8)
+    answers = torch.where(torch.arange(100) % 7 == 0, 2, torch.where(torch.arange(100) % 3 == 0, 0, wanted))
+    counts = tally(answers, wanted, 4)
+    found = dict(rated(counts, ["a", "b", "c", "d"], "x/"))
+    pairs = list(zip(answers.tolist(), wanted.tolist(), strict=True))
+    recall = {c: sum(a == w == c for a, w in pairs) / sum(w == c for _, w in pairs) for c in (0, 1, 3)}
+    assert found["x/top1"] == pytest.approx(sum(a == w for a, w in pairs))
+    assert {k: v for k, v in found.items() if "recall" in k} == pytest.approx(
+        {f"x/recall/{'abcd'[c]}": 100 * value for c, value in recall.items()}
+    )
+    assert found["x/balanced"] == pytest.approx(100 * sum(recall.values()) / 3) and majority(counts) == 72
+    with pytest.raises(UserError, match="a single class, 'b'"):
+        dict(rated(tally(answers[72:92], wanted[72:92], 4), ["a", "b", "c", "d"]))
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Callable[..., str]:
+    """Folders of classes: colour noise, other for each seed."""
+
+    def make(name: str, seed: int = 0, **classes: int) -> str:
+        draw = np.random.default_rng(seed)
+        for label, count in classes.items():
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(
+                    tmp_path / name / label / f"{seed}-{i}.png"
+                )
+        return str(tmp_path / name)
+
+    return make
+
+
+EVERY = [("knn", {}), ("linear", {}), ("linear", {"protocol": "mae"}), ("finetune", {}), ("robustness", {})]
+
+
+@pytest.mark.parametrize(("name", "more"), EVERY)
+def test_what_cannot_mean_anything_is_refused_by_every_measure(
+    name: str, more: dict[str, str], product: Path, sets: Callable[..., str]
+) -> None:
+    good = sets("good", a=3, b=2)
+    for train, test, words in (
+        (sets("one", a=3), good, "has a single class, 'a'"),
+        (good, sets("alone", seed=1, b=3), "has a single class, 'b'"),
+        (sets("less", a=2, c=2), good, "a class 'b'"),
+    ):
+        settings = PROTOCOLS[name].settings(**{"train": train, "test": test, **more})
+        with pytest.raises(UserError, match=words):
+            list(evaluate(str(product), [(name, settings)], product, device="cpu"))
+    if name in ("knn", "linear"):
+        run = of_model(str(product)).run
+        with pytest.raises(UserError, match=r"--knn\.train and --knn\.test: .* has a single class, 'b'"):
+            knn_watch(replace(run, knn=replace(run.knn, every=1.0, train=good, test=str(Path(good).parent / "alone"))))
+
+
+def test_the_first_lines_tell_classes_and_what_is_the_same(sets: Callable[..., str], tmp_path: Path) -> None:
+    """The same place, another name for the same bytes, and a link; drawn images by their seed."""
+    train, test = sets("train", a=6, b=2), sets("test", seed=1, a=3, b=1)
+
+    def said(train: str, test: str) -> str:
+        console = Console(file=io.StringIO(), width=300)
+        check_labelled(open_data(train), open_data(test), console)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "train data: 8 images of 2 classes: a 75.0 %, b 25.0 %\n" in said(train, test)
+    assert "warning" not in said(train, test)
+    shutil.copy(Path(train) / "b" / "0-1.png", Path(test) / "b" / "other.png")
+    (Path(test) / "a" / "link.png").symlink_to(Path(train) / "a" / "0-3.png")
+    assert "warning: 2 of the 6 test images" in said(train, test)
+    assert "warning: all 8 test images" in said(train, train)
+    assert "warning: all 20 test images" in said("shapes:count=30", "shapes:count=20")
+    assert "warning" not in said("shapes:count=30", "shapes:count=20,seed=1")
+
+
+def test_labels_hold_as_many_stars_as_their_keys() -> None:
+    shown = [item for protocol in PROTOCOLS.values() for item in [*protocol.shown.items(), *protocol.each.items()]]
+    assert [key for key, title in shown if key.count("*") != title.count("*")] == []
+
+
+def test_rows_of_other_settings_have_other_labels() -> None:
+    def result(values: dict[str, float], name: str = "linear", **settings: object) -> dict[str, Any]:
+        settings = {"train": "/a", "test": "/b", **settings}
+        return {"evaluation": name, "encoder": "trained", "settings": settings, "values": values, "pictures": {}}
+
+    runs = [
+        result({"top1": 1.0, "majority": 9.0, "recall/a": 5.0}, epochs=10),
+        result({"top1": 2.0, "majority": 9.0}, epochs=100),
+        result({"top1": 3.0, "majority": 9.0}, epochs=100, train="/c"),
+        result({"k1/mean/top1": 4.0, "k20/mean/top1": 5.0, "majority": 9.0}, "knn", k=[1, 20]),
+        result({"k5/mean/top1": 6.0}, "knn", k=[5]),
+        result({"iou/sky": 7.0}, "segmentation"),
+    ]
+    found = compare([Measured("run", runs)])
+    assert [(row.label, row.cells[0].value) for row in found.rows if row.cells[0]] == [
+        ("majority (always the largest class)", 9.0),
+        ("k-NN (k = 1), mean of patch tokens", 4.0),
+        ("k-NN (k = 20), mean of patch tokens", 5.0),
+        ("k-NN (k = 5), mean of patch tokens", 6.0),
+        ("linear probe, epochs 10, train /a", 1.0),
+        ("linear probe, epochs 100, train /a", 2.0),
+        ("linear probe, epochs 100, train /c", 3.0),
+    ]
+    assert circumstances(runs)[:3] == [
+        "/b, epochs 10, train /a",
+        "/b, epochs 100, train /a",
+        "/b, epochs 100, train /c",
+    ]
+    assert [row.label for row in found.each] == ["recall, linear probe: a, epochs 10, train /a", "IoU: sky"]
+
+
+@pytest.fixture
+def product(tiny_run: Make, tmp_path: Path) -> Path:
+    """A run's folder with an encoder that was not trained at all, but says so in no way."""
+    run = tiny_run(seed=5)
+    (tmp_path / "config.json").write_text(to_json(run))
+    save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
+    return tmp_path
+
+
+def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path) -> None:
+    encoder = of_model(str(product), device="cpu", precision="fp32")
+    data = open_data(TEST)
+    one, two = freeze(encoder, data, batch=3), freeze(encoder, data, batch=20)
+    torch.testing.assert_close(one.vector, two.vector, atol=1e-5, rtol=0)
+    with torch.no_grad(), autocast(encoder.device, "fp32"):
+        image = evaluation_crop(encoder.size).crop(data.image(7))[None].float() / 255
+        image = (image - encoder.mean.view(1, 3, 1, 1)) / encoder.std.view(1, 3, 1, 1)
+        tokens = encoder.module.forward_features(image)[0]
+    torch.testing.assert_close(two.vector[7, -1], tokens[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(two.mean[7], tokens[1:].mean(dim=0), atol=1e-5, rtol=0)
+    low = freeze(of_model(str(product), device="cpu", precision="bf16"), data)
+    assert F.cosine_similarity(low.mean, one.mean).min() > 0.999
+
+
+def test_evaluation_is_repeatable_and_kept(product: Path) -> None:
+    results = [measured(name, product, TRAIN, TEST) for name in ("knn", "linear", "knn")]
+    assert results[0].values == results[2].values and results[0].step == 7
+    assert measured("knn", product, TRAIN, TEST, untrained=True).values == results[0].values
+    path = save(results[0], product)
+    assert save(results[2], product) == path and path.parent.name == "evaluations"
+
+
+def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_run: Make, pictures: Path) -> None:
+    with pytest.raises(UserError, match="there is no"):
+        measured("knn", tmp_path / "nowhere", TRAIN, TEST)
+    with pytest.raises(UserError, match="did you mean 'linear'"):
+        list(evaluate(str(product), [("liner", None)], product))
+    with pytest.raises(UserError, match="has no labels"):
+        measured("knn", product, str(pictures / "cats"), TEST)
+    with pytest.raises(UserError, match=r"--knn\.train and --knn\.test"):
+        knn_watch(tiny_run(knn=type(tiny_run().knn)(every=1.0)))
+    (product / "encoder/model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot be read"):
+        of_model(str(product))
+    (product / "encoder/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"neither a checkpoint nor encoder/model\.safetensors"):
+        of_model(str(product))
+
+
+def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make) -> None:
+    module = build_model(tiny_run()).encoder.train()
+    freeze(in_training(tiny_run(), module, torch.device("cpu"), "fp32"), open_data(TEST))
+    assert module.training
+
+
+def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call, several results; on drawn data shape is set against texture by itself."""
+    assert [name for name, _ in All("/a", "/b").parts()] == ["knn", "linear", "robustness"]
+    more = All("/a", "/b", stimuli="/c", finetune=True, pairs="/ade", coco="/coco").parts()
+    assert [name for name, _ in more][3:] == ["shape-bias", "finetune", "segmentation", "detection"]
+    assert all(name in PROTOCOLS and isinstance(s, PROTOCOLS[name].settings) for name, s in more)
+    drawn = All(TRAIN, TEST, severities=(1,))
+    probes = []
+    monkeypatch.setattr("pixmim.evaluation.linear_probe.choose", lambda *a, **b: (probes.append(1), choose(*a, **b))[1])
+    results = list(evaluate(str(product), drawn.parts(), product, device="cpu"))
+    assert len(probes) == 2  # of clean pictures, for linear and robustness; and of those for shape bias
+    assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
+    assert results[3].settings["data"] == f"{TEST},texture=conflict"
+    assert results[0].values == measured("knn", product, TRAIN, TEST).values
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"pairs": "/no/ade"}, "segmentation: .*/no/ade"),
+        ({"coco": "/no/coco"}, "detection: .*/no/coco"),
+        ({"stimuli": "/no/stimuli"}, "shape-bias: .*/no/stimuli"),
+        ({"imagenet_c": "/no/c"}, "robustness: ImageNet-C needs a classifier"),
+        ({"imagenet_sketch": "/no/sketch"}, "robustness: ImageNet-Sketch needs a classifier"),
+    ],
+)
+@pytest.mark.parametrize("untrained", [False, True])
+def test_all_checks_every_evaluation_before_the_first_one_starts(
+    product: Path, more: dict[str, str], words: str, untrained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing for the last of a list is said before anything is computed, of one model and of several."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something is computed")
+
+    monkeypatch.setattr("pixmim.evaluation.context.freeze", never)
+    monkeypatch.setattr("pixmim.evaluation.finetune.learn", never)
+    parts = All(TRAIN, TEST, finetune=True, **more).parts()  # type: ignore[arg-type]
+    for evaluations in (parts, sorted(parts, key=lambda part: part[0] != "finetune")):
+        with pytest.raises(UserError, match=words):
+            list(side_by_side({str(product): product}, evaluations, untrained=untrained, device="cpu"))
+    with pytest.raises(AssertionError, match="something is computed"):
+        list(side_by_side({str(product): product}, All(TRAIN, TEST, finetune=True).parts(), device="cpu"))
+
+
+def test_every_evaluation_has_a_check() -> None:
+    assert list(CHECKS) == list(EVALUATIONS) == list(PROTOCOLS)
+
+
+def test_a_standing_classifier_is_found_before_other_evaluations(product: Path) -> None:
+    """Of the untrained encoder as well, whose turn comes first or last."""
+    (product / "classifier-untrained").mkdir()
+    (product / "classifier-untrained/mine.txt").write_text("mine")
+    calls: list[str] = []
+    parts = All(TRAIN, TEST, finetune=True).parts()
+    with pytest.raises(UserError, match="classifier-untrained is there already"):
+        for result, _ in side_by_side({str(product): product}, parts, untrained=True, device="cpu"):
+            calls.append(result.evaluation)
+    assert calls == []
+
+
+def test_several_encoders_side_by_side(
+    product: Path, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is measured as by itself; what two runs of the same beginning were before training, once."""
+    folders = {str(tmp_path / name): tmp_path / name for name in ("a", "b")}
+    for folder in folders.values():
+        shutil.copytree(product, folder)
+    calls = []
+    monkeypatch.setitem(
+        EVALUATIONS, "knn", lambda bench, _: (calls.append(bench.which), iter([("k1/cls/top1", 1.0)]))[1]
+    )
+    ways = [("knn", PROTOCOLS["knn"].settings(TRAIN, TEST))]
+    found = list(side_by_side(folders, ways, untrained=True, device="cpu"))
+    assert [(folder.name, Path(r.model).name, r.encoder) for r, folder in found] == [
+        ("a", "a", "untrained"), ("a", "a", "trained"), ("b", "b", "untrained"), ("b", "b", "trained")
+    ]  # fmt: skip
+    assert calls == ["untrained", "trained", "trained"]
+    (tmp_path / "b" / "config.json").write_text(to_json(tiny_run(seed=6)))
+    assert len(list(side_by_side(folders, ways, untrained=True, device="cpu"))) == 4
+    assert calls[3:] == ["untrained", "trained"] * 2
+    with pytest.raises(UserError, match="there is no"):
+        list(side_by_side({**folders, "/no/run": tmp_path}, ways, device="cpu"))
+    assert len(calls) == 7  # it was said before anything was measured
+
+
+def test_a_result_says_what_it_takes_to_repeat_it(product: Path) -> None:
+    result = json.loads(save(measured("knn", product, TRAIN, TEST, precision="fp32"), product).read_text())
+    assert result["settings"] == {"train": TRAIN, "test": TEST, "k": [1, 20]} and result["step"] == 7
+    assert result["config"] == json.loads((product / "config.json").read_text())
+    assert result["device"] == "cpu" and result["precision"] == "fp32"
+    assert {"pixmim", "torch", "timm", "python"} <= set(result["versions"])
+
+
+def test_a_few_unreadable_images_are_left_out_and_too_many_end_it(product: Path, tmp_path: Path) -> None:
+    """A share counts and not a number: 60 of 300 are few, and 80 of 200 are not."""
+    for readable, name in ((240, "few"), (120, "many")):
+        for i in range(readable + (60 if name == "few" else 80)):
+            path = tmp_path / name / str(i % 2) / f"{i * 7919 % 1000:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if i < readable:
+                Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(path)
+            else:
+                path.write_bytes(b"no picture")
+    settings = PROTOCOLS["knn"].settings(str(tmp_path / "few"), str(tmp_path / "few"))
+    (result,) = evaluate(str(product), [("knn", settings)], product, device="cpu")
+    assert result.values["k1/mean/top1"] > 0
+    assert len((product / "evaluations-skipped.csv").read_text().splitlines()) == 61
+    with pytest.raises(UserError, match="the share of 25% that an evaluation may leave out: mend or remove them") as e:
+        measured("knn", product, str(tmp_path / "few"), str(tmp_path / "many"))
+    assert "--max-bad" not in str(e.value) and "All are listed in" in str(e.value)

@@ -1,0 +1,407 @@
+"""Fine-tuning and MAE's probe on drawn shapes with real, tiny encoders; and their resumption, bit by bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
+
+from helpers.interrupt import Stopped
+from pixmim import load_encoder
+from pixmim.build import build_encoder, build_model
+from pixmim.config import Model, Run
+from pixmim.data import open_data
+from pixmim.data.batches import Batch
+from pixmim.evaluation import finetune, learn
+from pixmim.evaluation import linear_probe_mae as probe
+from pixmim.evaluation.classification import grade, open_labelled
+from pixmim.evaluation.context import Bench
+from pixmim.evaluation.evaluate import evaluate
+from pixmim.evaluation.finetune.model import build, inherit, plan
+from pixmim.evaluation.finetune.recipes import TUNINGS, Recipe, choose, resolve
+from pixmim.evaluation.frozen_encoder import of_model
+from pixmim.evaluation.results import Result
+from pixmim.evaluation.settings import Changes, Finetune, Linear
+from pixmim.evaluation.settings import finetune as settings
+from pixmim.recipes import get_recipe
+from pixmim.runfile import to_json
+from pixmim.transforms.crops import finish
+from pixmim.utils.errors import UserError
+from pixmim.weights.save import save_encoder
+
+Make = Callable[..., Run]
+TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=40,size=32,seed=1"
+SHORT = Changes(epochs=1, batch_size=20, base_lr=0.01)
+
+METHODS = {
+    "mae": Model(backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2),
+    "convmae": Model("convmae", "convmae_tiny", 16, 1, 2),
+    "simmim-vit": Model("simmim", "beit_base_patch16_224"),
+    "simmim-swin": Model("simmim", "swin_tiny_patch4_window7_224"),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mae": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "convmae": {"embed_dim": [8, 12, 24], "depth": [1, 1, 2], "num_heads": 2},
+    "simmim-vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "simmim-swin": {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4},
+}
+
+
+@pytest.fixture
+def product(tiny_run: Make, tmp_path: Path) -> Callable[[str], Path]:
+    """The folder of a finished run of a method, its encoder as it was at first."""
+
+    def make(method: str = "mae") -> Path:
+        run = tiny_run(seed=5, model=replace(METHODS[method], options=OPTIONS[method]))
+        folder = tmp_path / method
+        folder.mkdir()
+        (folder / "config.json").write_text(to_json(run))
+        save_encoder(build_model(run).encoder, folder / "encoder", run, step=7)
+        return folder
+
+    return make
+
+
+def measured(folder: Path, settings: Finetune | Linear, **options: Any) -> Result:
+    name = "finetune" if isinstance(settings, Finetune) else "linear"
+    (result,) = evaluate(str(folder), [(name, settings)], folder, device="cpu", precision="fp32", **options)
+    return result
+
+
+def bench_of(folder: Path) -> Bench:
+    return Bench(of_model(str(folder), device="cpu", precision="fp32"), folder)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> None:
+    folder = product(method)
+    result = measured(folder, Finetune(TRAIN, TEST, changes=SHORT))
+    names = [name for name in result.values if not name.startswith("recall/")]
+    assert names == ["top1", "top1/low", "top1/high", "balanced", "top5", "loss", "majority"]
+    assert result.values["top5"] >= result.values["top1"] >= result.values["top1/low"]
+    assert not (folder / "unfinished").exists()  # what is measured needs no checkpoint
+
+    with safe_open(folder / "classifier/model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == open_data(TRAIN).classes
+    bench = bench_of(folder)
+    again = load_encoder(folder / "classifier/model.safetensors")
+    data = open_labelled(bench, TRAIN, TEST)
+    assert dict(grade(bench, data, bench.encoder, (32, 32), again)) == pytest.approx(result.values)
+
+
+def test_a_classifier_is_replaced_only_when_told(
+    product: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same settings train nothing again; others are refused before training, with what differs and what to do."""
+    folder, calls, really = product("mae"), list[int](), learn.learn
+    monkeypatch.setattr(finetune, "learn", lambda *a, **b: (calls.append(1), really(*a, **b))[1])
+    same = Finetune(TRAIN, TEST, changes=SHORT)
+    weights = folder / "classifier/model.safetensors"
+    first, kept = measured(folder, same).values, weights.read_bytes()
+    assert measured(folder, same).values == first and calls == [1]
+    fewer = measured(folder, replace(same, test="shapes:count=30,size=32,seed=2", threads=1))
+    assert calls == [1] and fewer.values["loss"] != first["loss"]  # other test data, the same classifier
+    for other, words in (
+        (replace(same, seed=1, changes=replace(SHORT, epochs=2)), "--epochs, --seed"),
+        (replace(same, train="shapes:count=50,size=32"), "--train"),
+        (replace(same, recipe="convmae-base", changes=replace(SHORT, mixup=0)), "--mixup"),
+    ):
+        with pytest.raises(
+            UserError, match=f"is there already, fine-tuned with another {words}: .* or add --overwrite"
+        ):
+            measured(folder, other)
+    assert calls == [1] and weights.read_bytes() == kept and not (folder / "unfinished").exists()
+    measured(folder, replace(same, seed=1), overwrite=True)
+    assert len(calls) == 2 and weights.read_bytes() != kept
+    with pytest.raises(UserError, match="another --seed"):
+        measured(folder, same)
+    assert measured(folder, same, overwrite=True).values == first
+    for _ in range(2):
+        measured(folder, same, untrained=True)  # in a folder of its own
+    assert len(calls) == 4
+    assert {path.name for path in folder.glob("classifier*")} == {"classifier", "classifier-untrained"}
+
+
+def test_what_is_no_classifier_of_ours_is_refused_too(product: Callable[[str], Path]) -> None:
+    folder, settings = product("mae"), Finetune(TRAIN, TEST, changes=SHORT)
+    classifier = folder / "classifier"
+    classifier.mkdir()
+    measured(folder, settings)  # an empty folder is free
+    plain = (folder / "encoder/model.safetensors").read_bytes()
+    for name, content, words in (
+        ("notes.txt", b"mine", "holds no finished classifier"),
+        ("config.json", b"{}", "holds no finished classifier"),
+        ("model.safetensors", plain, "does not say how it was fine-tuned"),
+        ("model.safetensors", b"?", "cannot be read.* is there already"),
+    ):
+        shutil.rmtree(classifier)
+        classifier.mkdir()
+        (classifier / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"(?s){words}.*--overwrite"):
+            measured(folder, settings)
+        assert [(path.name, path.read_bytes()) for path in classifier.iterdir()] == [(name, content)]
+    work = finetune.check(replace(bench_of(folder), overwrite=True), settings).work
+    shutil.rmtree(classifier)
+    classifier.mkdir()
+    (classifier / "config.json").write_text("{}")
+    work.mkdir(parents=True)  # interrupted after config.json, before the weights
+    assert measured(folder, settings).values and (classifier / "model.safetensors").is_file()
+
+
+def test_timm_loads_the_classifier_strictly(product: Callable[[str], Path]) -> None:
+    folder = product("mae")
+    measured(folder, Finetune(TRAIN, TEST, changes=SHORT))
+    model: Any = timm.create_model(f"local-dir:{folder}/classifier", pretrained=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), load_encoder(folder / "classifier")(x))
+    assert model.pretrained_cfg["label_names"] == open_data(TRAIN).classes
+
+
+def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_path: Path) -> None:
+    """Drawn shapes in three colours, which are the classes: fine-tuning and MAE's probe learn them in seconds, through
+    all that the recipe does to images but what changes colours."""
+    for part, seed in (("train", 0), ("test", 1)):
+        drawn = open_data(f"shapes:count=60,size=32,seed={seed}")
+        for index in range(len(drawn)):
+            colour = index % 3
+            pixels = drawn.image(index).float()
+            pixels[[c for c in range(3) if c != colour]] *= 0.5
+            folder = tmp_path / part / ("red", "green", "blue")[colour]
+            folder.mkdir(parents=True, exist_ok=True)
+            to_pil_image(pixels.to(torch.uint8)).save(folder / f"{index}.png")
+    sets = str(tmp_path / "train"), str(tmp_path / "test")
+    folder = product("mae")
+    changes = Changes(epochs=15, batch_size=12, base_lr=0.04, augment="none")
+    tuned = measured(folder, Finetune(*sets, changes=changes)).values
+    assert tuned["top1/low"] > 60 and "top5" not in tuned
+    probe = Linear(*sets, protocol="mae", epochs=25, batch_size=12, base_lr=20.0, feature="mean")
+    assert measured(folder, probe).values["mae/top1/low"] > 100 / 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "after"),
+    [
+        (Finetune(TRAIN, TEST, accumulate=2, changes=replace(SHORT, epochs=3, average=0.9, drop_path=0.3)), 4),
+        (Finetune(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, epochs=3)), 4),
+        (Linear(TRAIN, TEST, protocol="mae", epochs=3, batch_size=20), 4),
+    ],
+)
+def test_interrupted_and_gone_on_is_bitwise_the_same(
+    product: Callable[[str], Path], tmp_path: Path, settings: Any, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the end of an epoch, with drop path, mixing, erasing, an average of weights, AdamW, LAMB and LARS."""
+    folder = product("mae")
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    whole = measured(folder, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(learn, "Interrupts", Stopped)
+        patch.setattr(Stopped, "after", after)
+        with pytest.raises(KeyboardInterrupt):
+            measured(broken, settings)
+    (checkpoint,) = (broken / "unfinished").glob("*/checkpoints/step-*")
+    assert 3 < int(checkpoint.name.removeprefix("step-")) < 9
+    assert measured(broken, settings).values == whole.values
+    for path in folder.glob("classifier/model.safetensors"):
+        mine, theirs = load_file(path), load_file(broken / path.relative_to(folder))
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_lesson_by_hand(product: Callable[[str], Path]) -> None:
+    """Without mixing, the loss is cross-entropy with smoothed labels; with it, it is pure in (seed, number)."""
+    bench = bench_of(product("mae"))
+    settings = Finetune(TRAIN, TEST, accumulate=1)
+    data = open_labelled(bench, TRAIN, TEST)
+    plain = replace(TUNINGS["mae-vit-base"], mixup=0, cutmix=0, erase=0, batch_size=8, drop_path=0)
+    model = build(plan(bench.encoder.run, bench.encoder.module, 10, "mean", ""), 0.0, 0.02, seed=0)
+    lesson = finetune.Lesson(bench, settings, plain, data, (32, 32), model)
+    with lesson.batches(2) as batches:
+        batch = next(batches)
+        x = finish(batch.images, batch.flip, bench.encoder.mean, bench.encoder.std)
+        labels = torch.from_numpy(data.train.labels)[batch.indices]  # type: ignore[arg-type]
+        expected = F.cross_entropy(model(x), labels, label_smoothing=0.1)
+        torch.testing.assert_close(lesson.loss(batch, 2), expected)
+        copy = Batch(batch.images.clone(), batch.flip.clone(), batch.indices.clone())
+    mixed = replace(lesson, recipe=replace(plain, mixup=0.8, cutmix=1.0, erase=0.5))
+    assert torch.equal(mixed.loss(copy, 2), mixed.loss(copy, 2)) and not torch.equal(
+        mixed.loss(copy, 2), mixed.loss(copy, 3)
+    )
+
+
+def test_binary_cross_entropy_counts_every_class_present() -> None:
+    scores, targets = torch.randn(2, 3), torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    present = [[1, 1, 0], [0, 0, 1]]
+    slow = -sum(
+        float(F.logsigmoid(s if y else -s)) for ss, ys in zip(scores, present, strict=True)
+        for s, y in zip(ss, ys, strict=True)
+    )  # fmt: skip
+    assert float(finetune.loss_of(scores, targets, "bce")) == pytest.approx(slow / 6)
+
+
+def test_the_average_follows_the_weights() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    averaged = finetune.Averaged(model, 0.75)
+    for value in (1.0, 2.0):
+        nn.init.constant_(model.weight, value)
+        averaged.follow()
+    assert averaged.result.weight.tolist() == [[0.25 * 0.75 + 0.5] * 2]  # type: ignore[union-attr, operator]
+    assert finetune.Averaged(model, 0.0).result is model
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_classifier_begins_as_the_encoder(product: Callable[[str], Path], method: str) -> None:
+    encoder = of_model(str(product(method)), device="cpu", precision="fp32")
+    run = plan(encoder.run, encoder.module, 10, "mean", "")
+    classifier = build(run, 0.1, 2e-5, seed=0)
+    assert inherit(classifier, run, encoder.module, encoder.run) == []
+    theirs, mine = encoder.module.state_dict(), classifier.state_dict()
+    new = {name for name in mine if name not in theirs}
+    tables = {name for name in new if "relative_position_bias_table" in name}
+    assert all(name.startswith(("head.", "fc_norm.")) for name in new - tables)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine.keys() & theirs.keys())
+    if method == "simmim-vit":  # the shared table, once for each block
+        assert len(tables) == 2
+        shared = theirs["rel_pos_bias.relative_position_bias_table"]
+        assert all(torch.equal(mine[name], shared) for name in tables)
+    head = next(value for name, value in mine.items() if name.startswith("head.") and value.ndim == 2)
+    assert 1e-5 < head.std() < 3e-5 and all(p.requires_grad for p in classifier.parameters())
+    drops = [m.drop_prob for m in classifier.modules() if type(m).__name__ == "DropPath"]
+    assert max(drops) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_another_size(product: Callable[[str], Path], method: str) -> None:
+    encoder = of_model(str(product(method)), device="cpu", precision="fp32")
+    run = plan(encoder.run, encoder.module, 10, "mean", "64")
+    classifier = build(run, 0.0, 2e-5, seed=0)
+    lines = inherit(classifier, run, encoder.module, encoder.run)
+    assert any("refitted" in line for line in lines)
+    assert classifier(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    if method == "simmim-swin":
+        assert run.model.options["window_size"] == 8
+
+
+def test_what_the_class_token_needs(product: Callable[[str], Path]) -> None:
+    vit, swin = (of_model(str(product(m)), device="cpu") for m in ("mae", "simmim-swin"))
+    run = plan(vit.run, vit.module, 10, "cls", "")
+    classifier = build(run, 0.0, 2e-5, seed=0)
+    inherit(classifier, run, vit.module, vit.run)
+    assert torch.equal(classifier.norm.weight, vit.module.norm.weight)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(UserError, match="no class token"):
+        plan(swin.run, swin.module, 10, "cls", "")
+
+
+def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], Path]) -> None:
+    folder = product("mae")
+    found = [
+        measured(folder, Finetune(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, crop=crop)), overwrite=True)
+        for crop in ("rrc", "src")
+    ]
+    assert found[0].values != found[1].values
+    assert (folder / "classifier-from-scratch/model.safetensors").exists() and not (
+        folder / "classifier/model.safetensors"
+    ).exists()
+
+
+def test_recipes_and_changes_name_the_same_numbers() -> None:
+    assert [f.name for f in fields(Recipe)][1:] == [f.name for f in fields(Changes)]
+    assert all(name in Path(settings.__file__).read_text() for name in TUNINGS)  # the help of --recipe
+    changed = resolve(TUNINGS["mae-vit-base"], Changes(epochs=3, clip=1.0))
+    assert (changed.epochs, changed.clip, changed.layer_decay) == (3, 1.0, 0.65)
+    with pytest.raises(UserError, match=r"--layer-decay must be a number from 0.001 to 1, not 2"):
+        Changes(layer_decay=2)
+    with pytest.raises(UserError, match="with --loss bce give --smoothing 0"):
+        resolve(changed, Changes(loss="bce"))
+    with pytest.raises(UserError, match="--scale is two shares"):
+        resolve(changed, Changes(scale=(1.0, 0.5)))
+
+
+def test_published_numbers() -> None:
+    peak = {name: r.base_lr * r.batch_size / 256 for name, r in TUNINGS.items()}
+    assert peak["mae-vit-base"] == 2e-3 and peak["simmim-vit-base"] == 5e-3 and peak["deit3-vit-base"] == 3e-3
+    table = {name: (r.epochs, r.warmup, r.layer_decay, r.drop_path, r.clip) for name, r in TUNINGS.items()}
+    assert table == {
+        "mae-vit-base": (100, 5, 0.65, 0.1, 0),
+        "mae-vit-large": (50, 5, 0.75, 0.2, 0),
+        "mae-vit-huge": (50, 5, 0.75, 0.3, 0),
+        "convmae-base": (100, 5, 0.65, 0.1, 0),
+        "simmim-swin-base-100": (100, 20, 0.9, 0.1, 5),
+        "simmim-swin-base-800": (100, 20, 0.8, 0.1, 5),
+        "simmim-swin-large": (100, 20, 0.7, 0.2, 5),
+        "simmim-vit-base": (100, 20, 0.65, 0.1, 5),
+        "deit3-vit-base": (800, 5, 1, 0.2, 1),
+    }
+    assert {r.weight_decay for r in TUNINGS.values()} == {0.05}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tuning"),
+    [
+        ("pixmim-vit-base-300", "mae-vit-base"),
+        ("mae-vit-large", "mae-vit-large"),
+        ("convmae-base", "convmae-base"),
+        ("simmim-swin-base", "simmim-swin-base-100"),
+        ("pixmim-simmim-swin-base-800", "simmim-swin-base-800"),
+        ("simmim-swin-large-800", "simmim-swin-large"),
+        ("simmim-vit-base", "simmim-vit-base"),
+    ],
+)
+def test_auto_goes_by_method_and_backbone(recipe: str, tuning: str) -> None:
+    run = get_recipe(recipe)
+    with torch.device("meta"):
+        encoder = build_encoder(run)
+    assert choose("auto", run, encoder, from_scratch=False) == tuning
+    assert choose("auto", run, encoder, from_scratch=True) == "deit3-vit-base"
+    assert choose("mae-vit-huge", run, encoder, from_scratch=True) == "mae-vit-huge"
+    with pytest.raises(UserError, match="did you mean 'convmae-base'"):
+        choose("convmae", run, encoder, from_scratch=False)
+
+
+def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -> None:
+    folder = product("mae")
+
+    def run(train: Path, test: Path, **changes: Any) -> None:
+        measured(folder, Finetune(str(train), str(test), **changes))
+
+    less, more = Path(shutil.copytree(pictures, folder / "less")), Path(shutil.copytree(pictures, folder / "more"))
+    shutil.rmtree(less / "dogs")
+    shutil.copytree(more / "dogs", more / "cows")
+    with pytest.raises(UserError, match="lack the class 'cats' of the train data"):
+        run(more, shutil.copytree(more, folder / "some", ignore=shutil.ignore_patterns("cats")))
+    with pytest.raises(UserError, match="a class 'cows' that the train data lack"):
+        run(pictures, more)
+    with pytest.raises(UserError, match="a single class, 'cats'"):
+        run(less, less)
+    with pytest.raises(UserError, match="has no labels"):
+        run(pictures / "cats", pictures)
+    with pytest.raises(UserError, match="does not divide into --accumulate 3 equal parts"):
+        run(pictures, pictures, accumulate=3)
+    with pytest.raises(UserError, match="does not divide into"):
+        run(pictures, pictures, size="36")
+    measured(folder, Linear(str(pictures), str(pictures), protocol="mae", epochs=1))  # a batch is cut to 10 images
+    with pytest.raises(UserError, match="--batch-size must be a whole number from 2"):
+        measured(folder, Linear(str(pictures), str(pictures), protocol="mae", batch_size=1))
+
+
+def test_the_probe_sees_the_final_norm_of_the_frozen_encoder(product: Callable[[str], Path]) -> None:
+    bench = bench_of(product("mae"))
+    data = open_labelled(bench, TRAIN, TEST)
+    x = torch.randn(3, 3, 32, 32)
+    tokens = bench.encoder.module.forward_features(x)  # type: ignore[operator]
+    for kind, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(dim=1))):
+        lesson = probe.Lesson(bench, Linear(TRAIN, TEST), data, kind, 20, nn.Identity())
+        torch.testing.assert_close(lesson.feature(x), expected)
+        assert not lesson.feature(x).requires_grad
+    assert probe._parts(16384) == (512, 32) and probe._parts(300) == (300, 1) and probe._parts(1500) == (512, 2)
+    with pytest.raises(UserError, match="no class token"):
+        probe._kind(of_model(str(product("convmae")), device="cpu").module, "cls")

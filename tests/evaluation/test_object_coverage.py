@@ -1,0 +1,158 @@
+"""Object coverage: expectations against enumeration, a second library's crop, and simulation; and what is read."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop as Theirs
+
+from pixmim import cli
+from pixmim.evaluation.boxes import Object, read_objects
+from pixmim.evaluation.metrics import window_cover
+from pixmim.evaluation.object_coverage import crops, draw, expected, measure, simulated
+from pixmim.transforms.crops import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.utils.errors import UserError
+
+BOXES = [
+    ((375, 500), (100.0, 60.0, 380.0, 300.0)),
+    ((375, 500), (3.0, 5.0, 9.0, 8.0)),  # tiny, in the corner
+    ((500, 333), (0.0, 0.0, 333.0, 500.0)),  # the whole image
+    ((120, 600), (10.5, 20.25, 580.0, 100.0)),  # five times as long as wide: RRC's tries fail, often
+    ((64, 64), (20.0, 20.0, 21.0, 64.0)),
+]
+
+
+def test_window_cover_against_enumeration() -> None:
+    for length, window in ((10, 3), (10, 8), (7, 7), (9, 1), (11, 6)):
+        for edge in np.linspace(0, length, 23):
+            inside = [np.clip(edge - start, 0, window) for start in range(length - window + 1)]
+            assert window_cover(edge, window, length) == pytest.approx(np.mean(inside), abs=1e-12)
+    assert window_cover([[0.0, 4.0]], [[2], [4]], 4).shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", crops((224, 224)))
+@pytest.mark.parametrize(("size", "box"), BOXES)
+def test_expectation_is_what_drawing_gives(
+    name: str, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> None:
+    thing, crop = Object("a", size, box), crops((224, 224))[name]
+    each = simulated(thing, crop, 3000)
+    assert each.min() >= 0 and each.max() <= 1 + 1e-9
+    error = each.std(ddof=1) / len(each) ** 0.5
+    assert abs(each.mean() - expected(thing, crop)) <= 4 * error + 2e-4
+
+
+def test_rrc_against_torchvisions_own_boxes() -> None:
+    torch.manual_seed(0)
+    for size, (left, top, right, bottom) in BOXES[:1] + BOXES[3:4]:
+        image, found = torch.zeros(1, *size), []
+        for _ in range(4000):
+            i, j, h, w = Theirs.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3])
+            down, across = min(bottom, i + h) - max(top, i), min(right, j + w) - max(left, j)
+            found.append(max(down, 0) * max(across, 0) / (bottom - top) / (right - left))
+        error = np.std(found) / len(found) ** 0.5
+        wanted = expected(Object("a", size, (left, top, right, bottom)), RandomResizedCrop(224))
+        assert abs(np.mean(found) - wanted) <= 4 * error + 2e-4
+
+
+def test_src_against_all_its_crops_and_without_what_is_mirrored() -> None:
+    whole = Object("a", (40, 60), (0.0, 0.0, 60.0, 40.0))
+    crop = SimpleResizedCrop(40, padding=4)
+    kept = []
+    for top in range(-4, 5):  # rows of the image that the crop holds, and columns
+        for left in range(-4, 25):
+            kept.append((40 - abs(top)) * (min(60, left + 40) - max(0, left)) / (40 * 60))
+    assert expected(whole, crop) == pytest.approx(np.mean(kept), abs=1e-12)
+    square = Object("a", (40, 40), (0.0, 0.0, 40.0, 40.0))
+    assert expected(square, CentreCrop(40)) == 1 and expected(square, crop) < 1
+    assert expected(Object("a", (40, 80), (0.0, 0.0, 80.0, 40.0)), CentreCrop(40)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", crops((32, 32)))
+def test_a_mask_that_fills_its_box_counts_as_the_box(name: str) -> None:
+    mask = np.zeros((48, 60), bool)
+    mask[10:30, 5:44] = True
+    thing, crop = Object("a", (48, 60), (5.0, 10.0, 44.0, 30.0), mask), crops((32, 32))[name]
+    assert expected(thing, crop) == pytest.approx(expected(Object("a", (48, 60), thing.box), crop), abs=1e-9)
+    mask = np.random.default_rng(0).random((48, 60)) < 0.2
+    each = simulated(Object("a", (48, 60), (0.0, 0.0, 60.0, 48.0), mask), crop, 1000)
+    wanted = expected(Object("a", (48, 60), (0.0, 0.0, 60.0, 48.0), mask), crop)
+    assert abs(each.mean() - wanted) <= 4 * each.std() / 1000**0.5 + 5e-4
+
+
+def test_means_of_images_and_of_objects(tmp_path: Path) -> None:
+    table = tmp_path / "boxes.csv"
+    table.write_text(
+        "image,width,height,x,y,w,h\na,80,40,0,0,80,40\na,80,40,30,10,20,20\nb,40,40,0,0,40,40\nb,40,40,50,50,9,9\n"
+    )
+    found = measure(str(table), (40, 40), 0.75, draws=400)
+    assert found.outside == 1 and len(found.objects) == 3
+    assert found.values["CC"] == pytest.approx([0.5, 1, 1])
+    means = found.means()
+    assert means["CC"]["object"] == pytest.approx(2.5 / 3) and means["CC"]["image"] == pytest.approx((0.75 + 1) / 2)
+    assert means["CC"]["masked/image"] == pytest.approx(means["CC"]["image"] / 4)
+    for mean in means.values():
+        assert abs(mean["simulated/object"] - mean["object"]) <= 4 * mean["simulated/error"] + 5e-4
+    assert means["RRC (0.67, 1)"]["object"] > means["RRC (0.2, 1)"]["object"]
+
+
+def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("width,height,x,y,w,h\n60,40,10,5,20,30\n60,40,-5,-5,15,15\n")
+    images = [{"id": i, "width": 60, "height": 40, "file_name": f"{i}.jpg"} for i in (1, 2)]
+    notes = [{"id": 1, "image_id": 1, "bbox": [10, 5, 20, 30]}, {"id": 2, "image_id": 2, "bbox": [-5, -5, 15, 15]}]
+    crowd = {"id": 3, "image_id": 2, "bbox": [0, 0, 60, 40], "iscrowd": 1}
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": [*notes, crowd]}))
+    for i, (left, top, right, bottom) in enumerate([(11, 6, 30, 35), (-4, -4, 10, 10)]):
+        (tmp_path / "voc").mkdir(exist_ok=True)
+        (tmp_path / f"voc/{i}.xml").write_text(
+            f"<annotation><filename>{i}.jpg</filename><size><width>60</width><height>40</height></size><object><bndbox>"
+            f"<xmin>{left}</xmin><ymin>{top}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object></annotation>"
+        )
+        mask = np.zeros((40, 60), np.uint8)
+        mask[max(top - 1, 0) : bottom, max(left - 1, 0) : right] = 7
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+    for name in ("a.csv", "a.json", "voc", "masks"):
+        found, outside = read_objects(str(tmp_path / name))
+        assert [(o.size, o.box) for o in found] == [((40, 60), (10, 5, 30, 35)), ((40, 60), (0, 0, 10, 10))]
+        assert outside == 0 and all((o.mask is not None) == (name == "masks") for o in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "width,height,x,y\n1,2,3,4\n", "lacks the columns w, h"),
+        ("a.csv", "width,height,x,y,w,h\n10,10,1,1,x,2\n", "line 2: six numbers"),
+        ("a.csv", "width,height,x,y,w,h\n10,10,1,1,-3,2\n", "line 2: a box of -3x2"),
+        ("a.csv", "width,height,x,y,w,h\n0,10,1,1,3,2\n", "line 2: an image of 0x10"),
+        ("a.csv", "width,height,x,y,w,h\n10,10,nan,1,3,2\n", "not finite"),
+        ("a.csv", "width,height,x,y,w,h\n10,10,20,20,3,2\n", "tells of no object"),
+        ("a.json", "{}", "no COCO file"),
+        ("a.xml", "<annotation/>", "no .csv, COCO .json"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_objects(str(tmp_path / name))
+    with pytest.raises(UserError, match="holds neither VOC's"):
+        (tmp_path / "empty").mkdir()
+        read_objects(str(tmp_path / "empty"))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["coverage", "shapes:count=30,size=48", "--size", "48", "--out", str(out), "--simulate", "50"]) == 0
+    text = capsys.readouterr().out
+    assert "SRC" in text and "±" in text and "written" in text
+    kept = json.loads((out / "coverage.json").read_text())
+    assert kept["objects"] == kept["images"] == 30 and set(kept["means"]) == set(crops((48, 48)))
+    assert len((out / "coverage.csv").read_text().splitlines()) == 31
+    assert Image.open(out / "coverage.png").width > 400
+    assert cli.main(["coverage", "/no/such.csv"]) == 1 and cli.main(["coverage", "shapes:", "--mask-ratio", "1"]) == 1
+    boxes, masks = (measure("shapes:count=5,size=48", (48, 48), boxes=flag) for flag in (True, False))
+    assert boxes.objects[0].mask is None and masks.objects[0].mask is not None
+    assert draw(boxes) is not None

@@ -1,0 +1,56 @@
+"""What a test starts in several processes: python -m torch.distributed.run --nproc-per-node N several.py JOBS.json
+
+JOBS.json holds a list of jobs, which go one after another through the same processes:
+
+    run       a configuration
+    out       where to train it
+    goes_on   a checkpoint of another run to go on from, or an empty string
+    poisoned  the number of the update whose images are NaN on the last process, or null
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import pixmim.pretrain
+from pixmim.runfile import from_json
+from pixmim.training.distributed import World, open_world
+from pixmim.transforms.crops import finish
+from pixmim.utils.process import leave
+
+
+def main(jobs: str) -> None:
+    torch.set_num_threads(1)
+    with open_world("cpu", timeout=60) as world:
+        for job in json.loads(Path(jobs).read_text()):
+            run, out, goes_on = from_json(json.dumps(job["run"])), Path(job["out"]), job["goes_on"]
+            if goes_on and world.first:
+                shutil.copytree(goes_on, out / "checkpoints" / Path(goes_on).name)
+                shutil.copy(Path(goes_on).parents[1] / "config.json", out)
+            world.gather(None)
+            pixmim.pretrain.finish = poison(world, job["poisoned"], max(1, run.accumulate))  # type: ignore[attr-defined]
+            pixmim.pretrain.pretrain(run, out, Console(quiet=not world.first), world=world)
+
+
+def poison(world: World, update: int | None, accumulate: int) -> object:
+    """`finish`, whose images are not finite once on one process."""
+    calls = -1
+
+    def spoiled(*given: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        images = finish(*given)
+        spoil = update is not None and calls == update * accumulate and world.rank == world.size - 1
+        return images * float("nan") if spoil else images
+
+    return spoiled
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    leave(0)

@@ -1,0 +1,188 @@
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.evaluated import measured
+from helpers.runs import train
+from pixmim.build import build_model
+from pixmim.config import Run, Target
+from pixmim.data import open_data
+from pixmim.evaluation.results import save
+from pixmim.evaluation.visualize import hatch
+from pixmim.models.mae import MAE
+from pixmim.report import results_table, write_report
+from pixmim.report.reconstruct import draw, radial_spectrum, reconstruct
+from pixmim.transforms.crops import CentreCrop
+from pixmim.utils.errors import UserError
+from pixmim.weights.load import open_model
+
+Make = Callable[..., Run]
+LABELLED = ("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1")
+
+
+@pytest.fixture
+def runs(tiny_run: Make, tmp_path: Path) -> list[Path]:
+    train(tiny_run(log_every=1), tmp_path / "one")
+    bins = Target(kind="pixels", normalise_patches=False, distance="cross_entropy")
+    train(tiny_run(log_every=1, seed=3, target=bins), tmp_path / "two")
+    for name in ("knn", "linear"):
+        save(measured(name, tmp_path / "one", *LABELLED), tmp_path / "one")
+    save(measured("knn", tmp_path / "two", *LABELLED, untrained=True), tmp_path / "two")
+    return [tmp_path / "one", tmp_path / "two"]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Path) -> None:
+    html = write_report(runs, tmp_path / "page.html").read_text()
+    assert not re.search(r'(?:src|href)="(?!data:|#)', html) and "<script" not in html
+    assert html.count("data:image/png;base64,") == 2 * 6 * 6  # runs, images, columns
+    for text in (
+        "linear probe",
+        "k-NN (k = 20), mean of patch tokens",
+        "95 % interval",
+        "target.kind",
+        "Training loss",
+        "one normalises",
+        "two predicts the probabilities of colour bins",
+    ):
+        assert text in html
+    assert "two normalise" not in html  # it predicts pixels as they are, and nothing is borrowed
+    sheet = Image.open(next((runs[0] / "reconstructions").glob("step-*.png")))
+    assert sheet.size == (6 * 132 - 4, 6 * 150 - 4 + 18)
+
+
+def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None:
+    for width, interval in ((200, True), (60, False)):
+        table = results_table(runs, width)
+        assert [str(column.header) for column in table.columns] == ["", "one", "two, untrained"]
+        cells = [list(map(str, column.cells)) for column in table.columns]
+        knn = [f"k-NN (k = {k}), {what}" for what in ("mean of patch tokens", "class token") for k in (1, 20)]
+        knn = [name + more for i in (0, 2) for more in ("", ", balanced") for name in knn[i : i + 2]]
+        assert cells[0] == ["majority (always the largest class)", *knn, "linear probe", "linear probe, balanced"]
+        assert "-" not in cells[1] and [text == "-" for text in cells[2]] == [False] * 9 + [True] * 2
+        top1 = [
+            text for name, text in zip(cells[0], cells[1], strict=True) if not name.endswith(("balanced", "class)"))
+        ]
+        assert len(top1) == 5 and all((" to " in text) == interval for text in top1)  # where the interval fits
+
+
+def test_curves_of_other_data_have_other_figures(runs: list[Path], tmp_path: Path) -> None:
+    for run, test, value in ((runs[0], "first", 10.0), (runs[1], "second", 20.0)):
+        config = json.loads((run / "config.json").read_text())
+        config["knn"] |= {"train": "labelled", "test": test}
+        (run / "config.json").write_text(json.dumps(config))
+        keys = {f"knn/k{k}/mean/{name}": value + k for k in (1, 7) for name in ("top1", "balanced")}
+        lines = [json.dumps({"step": i, "epoch": i, **keys, "knn/majority": 72.4}) + "\n" for i in (1, 2)]
+        (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "".join(lines))
+    html = write_report(runs, tmp_path / "page.html").read_text()
+    for caption in ("mean of patch tokens. Measured on", "each class counting the same. Measured on"):
+        assert [html.count(f"{caption} {test} (train labelled).") for test in ("first", "second")] == [1, 1]
+    assert all(html.count(f">one, {mark}<") == count for mark, count in (("k = 1", 2), ("k = 7", 2), ("majority", 1)))
+    assert html.count("Training loss.") == 1  # the same data, and one axis
+
+
+def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "three")
+    three = [*runs, tmp_path / "three"]
+    for name in ("one", "three"):
+        save(measured("knn", runs[0], *LABELLED, untrained=True), tmp_path / name)
+    headers = [str(column.header) for column in results_table(three, 200).columns]
+    assert headers == ["", "untrained", "one", "two, untrained", "three"]
+
+
+def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
+    found = reconstruct(open_model(str(runs[0]), whole=True), open_data(tiny_run().data))
+    c = {name: picture.astype(int) for name, picture in found.columns.items()}
+    blank = hatch(32, 32)
+    hidden = (c["masked"] == blank).all(axis=-1)
+    assert 0.7 < hidden.mean() < 0.8
+    assert (c["masked"][~hidden] == c["image"][~hidden]).all()  # visible patches are shown as they are
+    for name in ("pasted", "unaided"):
+        assert (c[name][~hidden] == c["image"][~hidden]).all()  # and never taken from the prediction
+    assert (c["prediction"][hidden] == c["pasted"][hidden]).all()
+    assert (c["prediction"] == blank)[~hidden].all()
+    # Borrowed statistics: each hidden patch of "prediction" has the target's mean, up to rounding and clipping.
+    patches = {n: c[n].reshape(6, 4, 8, 4, 8, 3).mean(axis=(2, 4, 5)) for n in ("prediction", "target", "unaided")}
+    dark = hidden.reshape(6, 4, 8, 4, 8).all(axis=(2, 4))
+    assert np.abs(patches["prediction"] - patches["target"])[dark].mean() < 16
+    assert (
+        np.abs(patches["prediction"] - patches["target"])[dark].mean()
+        < np.abs(patches["unaided"] - patches["target"])[dark].mean()
+    )
+
+
+def drawn_blank(run: Run) -> dict[str, np.ndarray]:
+    """Pictures of a model that predicts nothing but zeros: what is then drawn was put there by the drawing."""
+    model = build_model(run).eval()
+    layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]  # type: ignore[index]
+    torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+    torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    crop, data = CentreCrop(run.hw), open_data(run.data)
+    return draw(model, run, torch.stack([crop.crop(data.image(i)) for i in range(6)])).columns
+
+
+def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(tiny_run: Make) -> None:
+    """Patches of 8 pixels hidden, of 16 predicted: borrowed means are a larger patch's; "unaided" has one for all."""
+    model = replace(tiny_run().model, decoder_stride=2, predict_patch=16)
+    c = drawn_blank(tiny_run(model=model, size="32x48", target=Target(kind="pixels")))
+    mean, std = np.asarray([0.485, 0.456, 0.406]), np.asarray([0.229, 0.224, 0.225])
+    hidden = (c["masked"] == hatch(32, 48)).all(axis=-1)
+    for i in range(6):
+        image = (c["image"][i] / 255 - mean) / std
+        blocks = image.reshape(2, 16, 3, 16, 3).mean(axis=(1, 3, 4)).repeat(16, 0).repeat(16, 1)
+        for name, value in (("pasted", blocks[hidden[i]]), ("unaided", image[~hidden[i]].mean())):
+            drawn = (c[name][i][hidden[i]] / 255 - mean) / std
+            assert np.abs(drawn - np.broadcast_to(np.asarray(value)[..., None], drawn.shape)).max() < 0.02
+            assert (c[name][i][~hidden[i]] == c["image"][i][~hidden[i]]).all()
+
+
+def test_what_a_window_took_is_borrowed_pixel_by_pixel(tiny_run: Make) -> None:
+    """A prediction of nothing shows the means of windows; "unaided" has one colour, that of what is visible."""
+    target = Target(kind="pixels", normalise_patches=False, normalise_window=15)
+    c = drawn_blank(tiny_run(target=target))
+    hidden = (c["masked"] == hatch(32, 32)).all(axis=-1)
+    for image, pasted, unaided, dark in zip(c["image"], c["pasted"], c["unaided"], hidden, strict=True):
+        around = [np.s_[max(0, y - 7) : y + 8, max(0, x - 7) : x + 8] for y, x in np.ndindex(32, 32)]
+        means = np.asarray([image[place].mean(axis=(0, 1)) for place in around]).reshape(32, 32, 3)
+        assert np.abs(pasted - means)[dark].max() < 1.5
+        seen = [image[place][~dark[place]].mean(axis=0) for place, d in zip(around, dark.flat, strict=True) if not d]
+        assert np.abs(unaided[dark] - np.mean(seen, axis=0)).max() < 1.5
+
+
+@pytest.mark.parametrize("name", ["mae", "simmim"])
+def test_of_colour_bins_the_expected_colour_is_drawn(name: str, tiny_run: Make) -> None:
+    """Equal scores expect the middle of [0, 1]; the target is the image in four steps."""
+    target = Target(kind="pixels", normalise_patches=False, distance="cross_entropy", bins=4)
+    c = drawn_blank(tiny_run(target=target, model=replace(tiny_run().model, name=name)))
+    hidden = (c["masked"] != c["image"]).any(axis=-1)
+    assert (np.abs(c["prediction"][hidden] - 127.5) <= 1).all() and (c["unaided"] == c["pasted"]).all()
+    assert set(np.unique(c["target"])) <= {32, 96, 159, 223} and len(np.unique(c["target"])) == 4
+    assert (np.abs(c["target"].astype(int) - c["image"]) <= 33).all()
+
+
+def test_radial_spectrum_of_one_wave() -> None:
+    x = torch.arange(32)
+    wave = torch.cos(2 * torch.pi * 5 / 32 * x).expand(2, 3, 32, 32)
+    power = radial_spectrum(wave)
+    assert len(power) == 17 and power.argmax() == 5
+    assert power[np.arange(17) != 5].max() < 1e-9 < power[5]
+    noise = radial_spectrum(torch.randn(50, 3, 32, 32))
+    assert np.abs(noise - 1).max() < 0.1  # white noise of variance one has power one everywhere
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run"):
+        write_report([tmp_path], tmp_path / "page.html")
+
+
+def test_a_run_whose_data_moved_still_has_a_page(tiny_run: Make, tmp_path: Path, pictures: Path) -> None:
+    train(tiny_run(data=str(pictures)), tmp_path / "run")
+    pictures.rename(tmp_path / "moved")
+    assert "No pictures: there is no folder" in write_report([tmp_path / "run"], tmp_path / "p.html").read_text()

@@ -1,0 +1,513 @@
+"""What a list, a table or annotations may name: files below their own folder, and no URL; all else is refused."""
+
+import json
+import os
+import pickle
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixmim.cli.flags import absolute
+from pixmim.data import open_data
+from pixmim.data.dataset import BadImage, Form
+from pixmim.data.image_folder import listed
+from pixmim.data.uri import HubSpec, Part, read_parts, split_root
+from pixmim.evaluation.detection.dataset import open_annotated
+from pixmim.utils.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+arrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "library"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """A picture beside the folder that a stranger filled."""
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "secret.png")
+    (tmp_path / "given").mkdir()
+    Image.new("RGB", (8, 8), (1, 0, 0)).save(tmp_path / "given" / "a.png")
+    return tmp_path / "secret.png"
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """Counts who asks."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
+        vars(found).update(asked=asked, url=f"http://127.0.0.1:{found.server_port}")
+        yield found
+        found.shutdown()
+
+
+# Lists
+
+
+@pytest.mark.parametrize(
+    "line", ["../secret.png", "{}/secret.png", "x/../../secret.png", "/etc/passwd", "//etc/passwd"]
+)
+def test_a_list_that_leads_out(secret: Path, line: str) -> None:
+    given = secret.parent / "given"
+    (given / "list.txt").write_text("a.png\n" + line.format(secret.parent) + "\n")
+    with pytest.raises(UserError, match=rf"1 of the 2 paths in {given}/list.txt lead out .*,root=FOLDER"):
+        open_data(f"{given}/list.txt")
+
+
+def test_a_zero_byte_hides_no_line(secret: Path) -> None:
+    (secret.parent / "given" / "list.txt").write_bytes(b"a.png\0" + os.fsencode(secret) + b"\n")
+    with pytest.raises(UserError, match="zero byte"):
+        open_data(f"{secret.parent}/given/list.txt")
+
+
+def test_a_root_lets_a_list_lead_elsewhere(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = secret.parent / "given"
+    (given / "list.txt").write_text(f"a.png\n../secret.png\n{secret}\n{given}/a.png\n./a.png\na..b.png\n")
+    for root in (secret.parent, "/", f"{given}/.."):
+        data = open_data(f"{given}/list.txt,root={root}")
+        assert [int(data.image(i)[0, 0, 0]) for i in range(5)] == [1, 200, 200, 1, 1]
+    with pytest.raises(UserError, match=r"2 of the 6 paths .* lead out"):
+        open_data(f"{given}/list.txt,root={given}")
+    with pytest.raises(UserError, match=r"there is no folder .*/nosuch"):
+        open_data(f"{given}/list.txt,root=/nosuch")
+    with pytest.raises(UserError, match=r"root= is for a .txt"):
+        open_data(f"{given},root=/")
+    (secret.parent / "link").symlink_to(given)  # a list may spell its own folder by any name
+    (given / "list.txt").write_text(f"{secret.parent}/link/a.png\n")
+    assert len(open_data(f"{given}/list.txt")) == 1 and len(open_data(f"{secret.parent}/link/list.txt")) == 1
+    (given / "out").symlink_to("/etc")
+    (given / "list.txt").write_text("out/../etc/passwd\n")
+    with pytest.raises(UserError, match="lead out"):
+        listed(given / "list.txt")
+
+
+def test_a_root_in_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x", "a+b"):
+        (tmp_path / name).mkdir()
+    for name in ("l.txt", "l.txt,root=x", "t.parquet"):
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert split_root("l.txt,root=x") == ("l.txt,root=x", None)  # a file of that name
+    assert split_root("l.txt,root=a+b") == ("l.txt", Path("a+b")) and split_root("hf:a/b,root=x") == (
+        "hf:a/b,root=x",
+        None,
+    )
+    assert read_parts("l.txt,root=a+b*2+t.parquet,root=/") == [Part("l.txt,root=a+b", 2), Part("t.parquet,root=/")]
+    whole = absolute("l.txt,root=a+b*2+t.parquet,root=x+hf:t.parquet:train,root=x+hf:u/s,root=a,b+hf:u/s")
+    assert whole == (
+        f"{tmp_path}/l.txt,root={tmp_path}/a+b*2+{tmp_path}/t.parquet,root={tmp_path}/x+"
+        f"hf:{tmp_path}/t.parquet:train,root={tmp_path}/x+hf:u/s,root={tmp_path}/a,b+hf:u/s"
+    )
+    assert absolute(whole) == whole
+    assert HubSpec.read("hf:t.parquet,root=/a,b,image=c") == HubSpec("t.parquet", image="c", root="/a,b")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero"])
+def test_lists_and_annotations_that_are_no_files(tmp_path: Path, kind: str) -> None:
+    for name in ("l.txt", "l.json", "t.parquet", "t.arrow"):
+        os.mkfifo(tmp_path / name) if kind == "fifo" else (tmp_path / name).symlink_to("/dev/zero")
+    for spec in (
+        f"{tmp_path}/l.txt",
+        f"{tmp_path}/t.parquet",
+        f"hf:{tmp_path}/t.arrow",
+        f"hf:{tmp_path}",
+        str(tmp_path),
+    ):
+        with pytest.raises(UserError):
+            open_data(spec)
+    with pytest.raises(UserError, match="not a regular file"):
+        listed(tmp_path / "l.txt")
+    with pytest.raises(UserError, match="not a regular file"):
+        open_annotated(f"{tmp_path}/l.json", "", Form())
+
+
+# Annotations in COCO's format
+
+
+def coco(**changes: Any) -> dict[str, Any]:
+    annotation = {
+        "image_id": 1,
+        "category_id": 1,
+        "bbox": [1, 1, 4, 4],
+        "area": 16,
+        "segmentation": [[1, 1, 5, 1, 5, 5]],
+    }
+    image = {"id": 1, "file_name": "a.png", "height": 8, "width": 8}
+    entry = {"id": 1, "name": "cat"}
+    parts = {"images": image, "annotations": annotation, "categories": entry}
+    return {kind: [part | changes.get(kind, {})] for kind, part in parts.items()}
+
+
+def test_annotations_that_are_right(secret: Path) -> None:
+    (secret.parent / "given" / "x.json").write_text(json.dumps(coco()))
+    data = open_annotated(f"{secret.parent}/given/x.json", "", Form())
+    assert data.masks and data.images.image(0).shape == (3, 8, 8) and data.objects(0).areas.tolist() == [16]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "/etc/passwd", "x\0.png", "\ud800.png", ""])
+def test_images_of_annotations_that_lead_out(secret: Path, name: str) -> None:
+    given = secret.parent / "given"
+    name = name.format(secret.parent)
+    (given / "x.json").write_text(json.dumps(coco(images={"file_name": name})))
+    if not name:
+        with pytest.raises(UserError, match=r"1 of the 1 images .* are not in"):
+            open_annotated(f"{given}/x.json", "", Form())
+        return
+    with pytest.raises(UserError, match=r"1 of the 1 paths in .*x.json lead out"):
+        open_annotated(f"{given}/x.json", "", Form())
+    if name == str(secret):
+        assert len(open_annotated(f"{given}/x.json", str(secret.parent), Form()).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("images", {"file_name": 3}),
+        ("images", {"id": [1]}),
+        ("images", {"id": None}),
+        ("images", {"height": 0}),
+        ("images", {"height": -8}),
+        ("images", {"width": 10**9}),
+        ("images", {"width": "8"}),
+        ("images", {"width": 10**400}),
+        ("images", {"width": float("nan")}),
+        ("categories", {"id": {}}),
+        ("categories", {"name": None}),
+        ("annotations", {"bbox": [1, 2, 3]}),
+        ("annotations", {"bbox": [1, 2, 3, 10**400]}),
+        ("annotations", {"bbox": [1, 2, 3, float("inf")]}),
+        ("annotations", {"bbox": "abcd"}),
+        ("annotations", {"image_id": [1]}),
+        ("annotations", {"image_id": 2}),
+        ("annotations", {"category_id": 9}),
+        ("annotations", {"area": "large"}),
+        ("annotations", {"area": float("nan")}),
+        ("annotations", {"segmentation": [[1, 1, 1e12, 1, 5, 5]]}),
+        ("annotations", {"segmentation": [[1, 1, float("nan"), 1, 5, 5]]}),
+        ("annotations", {"segmentation": [[1, 1, "x", 1, 5, 5]]}),
+        ("annotations", {"segmentation": [[1, 1, 10**400, 1, 5, 5]]}),
+        ("annotations", {"segmentation": {"size": [8, 8], "counts": [0, 10**12]}}),
+        ("annotations", {"segmentation": {"size": [8, 8], "counts": [-64, 128]}}),
+        ("annotations", {"segmentation": {"size": [8, 8], "counts": 5}}),
+        ("annotations", {"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}}),
+        ("annotations", {"segmentation": {"size": 8, "counts": [64]}}),
+    ],
+)
+def test_annotations_that_cannot_be(secret: Path, kind: str, change: dict[str, Any]) -> None:
+    file = secret.parent / "given" / "x.json"
+    file.write_text(json.dumps(coco(**{kind: change})))
+    with pytest.raises(UserError, match=r"x.json") as caught:
+        open_annotated(str(file), "", Form())
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", '{"images": 3}', '{"images": [3], "categories": [], "annotations": []}']
+)
+def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=r"x.json"):
+        open_annotated(f"{tmp_path}/x.json", "", Form())
+
+
+# Tables
+
+
+def cells(folder: Path, rows: list[Any], name: str = "t.parquet") -> str:
+    """A table with paths, written as a stranger may."""
+    folder.mkdir(exist_ok=True)
+    column = arrow.array(rows, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+    parquet.write_table(arrow.table({"image": column}), folder / name)
+    return f"{folder}/{name}"
+
+
+def test_paths_in_a_table_stay_below_it(secret: Path, server: Any, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    (given / "link.png").symlink_to(secret)
+    with zipfile.ZipFile(tmp_path / "out.zip", "w") as archive:
+        archive.write(secret, "s.png")
+    paths = {
+        "a.png": "",
+        f"{given}/a.png": "",
+        "../secret.png": "leads out",
+        str(secret): "leads out",
+        "link.png": "leads out",
+        "/dev/zero": "leads out",
+        f"file://{secret}": "without a protocol",
+        f"local://{secret}": "without a protocol",
+        f"{server.url}/x.png": "without a protocol",
+        "s3://bucket/x.png": "without a protocol",
+        "hf://datasets/u/s/x.png": "without a protocol",
+        f"simplecache::{server.url}/x.png": "without a protocol",
+        f"zip://s.png::{tmp_path}/out.zip": "leads out",
+        f"zip://s.png::{server.url}/x.zip": "without a protocol",
+        "a\0.png": "null byte|null character",
+        "x" * 5000: "too long",
+        ".": "not a regular file",
+    }
+    spec = cells(given, [{"bytes": None, "path": path} for path in paths])
+    data = open_data(spec)
+    for index, reason in enumerate(paths.values()):
+        if not reason:
+            assert int(data.image(index)[0, 0, 0]) == 1
+            continue
+        with pytest.raises(BadImage, match=reason):
+            data.image(index)
+    assert not server.asked
+    wider = open_data(f"{spec},root={tmp_path}")
+    assert [int(wider.image(i)[0, 0, 0]) for i in (2, 3, 4, 12)] == [200] * 4
+    assert int(open_data(f"hf:{spec},root=/").image(3)[0, 0, 0]) == 200
+    with pytest.raises(BadImage, match="without a protocol"):
+        wider.image(8)
+
+
+def test_a_bomb_in_a_zip_and_a_fifo_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    monkeypatch.setattr("pixmim.data.huggingface.table._MOST_BYTES", 10**5)
+    with zipfile.ZipFile(given / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("s.png", bytes(10**7))
+    os.mkfifo(given / "f.png")
+    (given / "b.png").write_bytes(bytes(10**6))
+    spec = cells(given, [{"bytes": None, "path": path} for path in ("zip://s.png::z.zip", "f.png", "b.png")])
+    data: Any = open_data(spec)
+    assert len(data._file("zip://s.png::z.zip")) == 10**5 + 1
+    for index, reason in ((0, "not a picture"), (1, "not a regular file"), (2, "allowed")):
+        with pytest.raises(BadImage, match=reason):
+            data.image(index)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A folder with a table of two grey pictures, in which a stranger may write more."""
+    rows = []
+    for value in (10, 20):
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "p.png")
+        rows.append({"bytes": (tmp_path / "p.png").read_bytes(), "path": None})
+    cells(tmp_path / "set", rows, "train.parquet")
+    return tmp_path / "set"
+
+
+README = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "{}"
+dataset_info:
+  features:
+  - name: image
+    dtype: string
+---
+"""
+
+
+def test_a_readme_has_no_effect(table: Path, secret: Path, server: Any) -> None:
+    cells(secret.parent, [{"bytes": None, "path": str(secret)}] * 5, "outside.parquet")
+    for path in (
+        f"{server.url}/x.parquet",
+        "../outside.parquet",
+        f"{secret.parent}/outside.parquet",
+        "hf://datasets/u/s",
+    ):
+        for name in ("README.md", ".huggingface.yaml"):
+            (table / name).write_text(README.format(path) if name == "README.md" else README.format(path).strip("-\n"))
+        (table / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+        (table / f"{table.name}.py").write_text("import os; os.mkdir('PWNED')")
+        for spec in (f"{table}", f"hf:{table}", f"hf:{table}:train"):
+            data = open_data(spec)
+            assert [int(data.image(i)[0, 0, 0]) for i in range(len(data))] == [10, 20]
+    assert not server.asked and not Path("PWNED").exists()
+
+
+def test_files_of_a_set_that_lead_out(table: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    cells(other, [{"bytes": b"x", "path": None}])
+    (table / "train-more.parquet").symlink_to(other / "t.parquet")
+    with pytest.raises(UserError, match=r"train-more.parquet leads out of .*root=FOLDER"):
+        open_data(str(table))
+    assert len(open_data(f"hf:{table},root={tmp_path}")) == 3
+    (table / "train-more.parquet").unlink()
+    os.mkfifo(table / "train-more.parquet")
+    with pytest.raises(UserError, match="not a regular file"):
+        open_data(str(table))
+    (table / "train-more.parquet").unlink()
+    (table / "train ::x.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="take its name for an address"):
+        open_data(str(table))
+
+
+def test_names_of_splits(table: Path, tmp_path: Path) -> None:
+    content = (table / "train.parquet").read_bytes()
+    for layout, splits in {
+        ("a.parquet", "b.parquet"): "train",
+        ("data/x-00000-of-00002.parquet", "data/x-00001-of-00002.parquet", "test.parquet"): "x",
+        ("my-train-set.parquet", "val.parquet", "test_1.parquet", "notes.parquet"): "train, validation, test",
+        ("dev/1.parquet", "eval-2/1.parquet", "train.parquet"): "validation, test",
+        ("[a]*?.parquet",): "train",
+    }.items():
+        folder = tmp_path / f"set{len(list(tmp_path.iterdir()))} [x]"
+        for name in layout:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"Its splits: {splits}$"):
+            open_data(f"hf:{folder}:nosuch")
+        assert len(open_data(f"hf:{folder}:{splits.split(',')[0]}")) in (2, 4)
+
+
+def test_saved_sets_that_name_other_files(table: Path, tmp_path: Path) -> None:
+    library = datasets.Dataset.from_dict({"image": [b"x"]})
+    library.save_to_disk(tmp_path / "other")
+    library.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=library).save_to_disk(tmp_path / "two")
+    state = tmp_path / "one" / "state.json"
+    before = json.loads(state.read_text())
+    for name in (
+        "../other/data-00000-of-00001.arrow",
+        f"{tmp_path}/other/data-00000-of-00001.arrow",
+        "..",
+        "",
+        None,
+        "a\0",
+    ):
+        state.write_text(json.dumps(before | {"_data_files": [{"filename": name}]}))
+        with pytest.raises(UserError, match="not a file of its own"):
+            open_data(f"hf:{tmp_path}/one")
+    for files in (None, "x", [3], [["filename"]], {"filename": 1}):
+        state.write_text(json.dumps(before | {"_data_files": files}))
+        with pytest.raises(UserError):
+            open_data(f"hf:{tmp_path}/one")
+    state.write_text("[" * 10_000)
+    with pytest.raises(UserError, match=r"state.json is not valid JSON"):
+        open_data(f"hf:{tmp_path}/one")
+    state.write_text(json.dumps(before))
+    data = tmp_path / "one" / "data-00000-of-00001.arrow"
+    data.unlink()
+    data.symlink_to(tmp_path / "other" / data.name)
+    with pytest.raises(UserError, match="leads out"):
+        open_data(f"hf:{tmp_path}/one")
+    for splits in (["../other"], ["/etc"], ["file://x"], "train", [3]):
+        (tmp_path / "two" / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+        with pytest.raises(UserError, match=r"not a file of its own|lists no files"):
+            open_data(f"hf:{tmp_path}/two")
+    (tmp_path / "one" / "dataset_info.json").unlink()
+    os.mkfifo(tmp_path / "one" / "dataset_info.json")
+    with pytest.raises(UserError):
+        open_data(f"hf:{tmp_path}/one")
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("PWNED",)
+
+
+def test_no_pickle_of_an_extension_type_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    about = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Payload())}
+    schema = arrow.schema([arrow.field("image", arrow.binary(), metadata=about)])
+    rows = arrow.table([arrow.array([b"x"])], schema=schema)
+    (tmp_path / "set").mkdir()
+    with arrow.OSFile("set/t.arrow", "wb") as sink, arrow.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(rows)
+    parquet.write_table(rows, "t.parquet")
+    datasets.Dataset.from_dict({"image": [b"x"]}).save_to_disk("saved")
+    Path("saved/data-00000-of-00001.arrow").write_bytes(Path("set/t.arrow").read_bytes())
+    for spec in ("set", "t.parquet", "saved", "set/t.arrow"):
+        with pytest.raises((UserError, BadImage)):
+            open_data(spec).image(0)
+    assert not Path("PWNED").exists()
+
+
+def test_features_that_name_files_or_run_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library makes features from what a file's schema says; none reads a file, and none decodes."""
+    for kind in (
+        {"_type": "ClassLabel", "names_file": "/etc/passwd"},
+        {"_type": "ClassLabel", "num_classes": 10**9},
+        {"_type": "Pdf"},
+        {"_type": "Audio"},
+        {"_type": "os.system"},
+        [[[[]]]],
+    ):
+        said = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "l": kind}}}).encode()}
+        rows = arrow.table({"image": arrow.array([b"x"]), "l": arrow.array([0])}).replace_schema_metadata(said)
+        parquet.write_table(rows, tmp_path / "t.parquet")
+        with pytest.raises((UserError, BadImage)):
+            open_data(f"{tmp_path}/t.parquet").image(0)
+
+
+def test_classes_out_of_range_in_a_table(tmp_path: Path) -> None:
+    features = {"image": {"_type": "Image"}, "l": {"_type": "ClassLabel", "names": ["a", "b"]}}
+    kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    for numbers, reason in (([0, 2], "holds the class 2, and there are 2"), ([0, 2**40], "holds the class")):
+        columns = {"image": arrow.array([{"bytes": b"x", "path": None}] * 2, kind), "l": arrow.array(numbers)}
+        said = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        parquet.write_table(arrow.table(columns).replace_schema_metadata(said), tmp_path / "t.parquet")
+        with pytest.raises(UserError, match=reason):
+            open_data(f"{tmp_path}/t.parquet")
+
+
+def test_arrow_data_that_point_out_of_their_buffers(tmp_path: Path) -> None:
+    """Else a row would be read from anywhere in the process's memory."""
+    datasets.Dataset.from_dict({"image": [b"x" * 100, b"y" * 100]}).save_to_disk(tmp_path / "set")
+    path = tmp_path / "set" / "data-00000-of-00001.arrow"
+    content = path.read_bytes()
+    offsets = np.asarray([0, 100, 200], "<i4").tobytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, np.asarray([0, 100, 2**30], "<i4").tobytes()))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        open_data(f"{tmp_path}/set")
+
+
+def test_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pixmim.data.huggingface.local._MOST_EXPANDED", 10**6)
+    rows = arrow.table({"image": arrow.array([bytes(10**6), bytes(10**6) + b"x"])})
+    parquet.write_table(rows, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 10_000
+    with pytest.raises(UserError, match=r"t.parquet expands from"):
+        open_data(f"{tmp_path}/t.parquet")
+
+
+def test_metadata_of_a_folder_of_pictures(tmp_path: Path, secret: Path, server: Any) -> None:
+    given = secret.parent / "given"
+    for name in ("../secret.png", str(secret), f"file://{secret}", f"{server.url}/x.png"):
+        (given / "metadata.csv").write_text(f"file_name,kind\n{name},a\n")
+        try:
+            data = open_data(f"hf:{given}")
+        except UserError:
+            continue
+        with pytest.raises(BadImage):
+            data.image(0)
+    assert not server.asked
+
+
+def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind("set/t.parquet")
+        with pytest.raises(UserError, match="not a regular file"):
+            open_data("set")

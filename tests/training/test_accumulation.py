@@ -1,0 +1,79 @@
+"""A batch in parts: the same update as the batch as a whole, for every family of models, target and mask."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.models import MAE, OTHERS, THIN
+from pixmim.config import Mask, Model, Run, Target
+from pixmim.data.batches import Portion
+from pixmim.method import Method
+from pixmim.pretrain import _parts
+from pixmim.training.distributed import ALONE
+from pixmim.training.optim import Updater
+
+VIT, SWIN = OTHERS["vit"][0], OTHERS["swin"][0]
+LSMAE = Model("lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, predict_patch=16, options=MAE.options)
+BINS = Target(distance="cross_entropy", normalise_patches=False)
+RUNS: dict[str, dict[str, Any]] = {
+    "mae": {"model": MAE},
+    "mae, pixels, not normalised": {"model": MAE, "target": Target("pixels", normalise_patches=False)},
+    "lsmae": {"model": LSMAE, "mask": Mask("units", unit=16)},
+    "convmae": {"model": OTHERS["convmae"][0]},
+    "vit, block-wise masks of several sizes": {"model": VIT, "size": "64", "mask": Mask("blocks", 0.4)},
+    "beit, a window": {"model": OTHERS["beit"][0], "target": Target(normalise_patches=False, normalise_window=5)},
+    "swin": {"model": SWIN, "size": "64", "mask": Mask("units", 0.6, 32, True), "target": Target("pixels")},
+    "vit, cut units": {"model": VIT, "size": "40", "mask": Mask("units", 0.6, 16, True), "target": BINS},
+}
+
+
+def gradients(method: Method, images: torch.Tensor, parts: int) -> dict[str, torch.Tensor]:
+    portion = Portion(len(images), parts=parts)
+    for part in range(parts):
+        rows = portion.positions(part)
+        (method.loss(method.model, images[rows], 7, rows) * method.share(7, rows)).backward()
+    found = {name: p.grad for name, p in method.model.named_parameters() if p.grad is not None}
+    method.model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_parts_make_the_update_of_the_batch(name: str) -> None:
+    values = {"size": "32", "batch_size": 8, "precision": "fp32", "device": "cpu"} | RUNS[name]
+    method = Method.of(Run(**values))
+    method.model.double(), method.objective.double()
+    images = torch.randn(8, 3, *method.run.hw, dtype=torch.float64)
+    whole = gradients(method, images, 1)
+    assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-4
+    for parts in (2, 3, 8):
+        for key, gradient in gradients(method, images, parts).items():
+            torch.testing.assert_close(gradient, whole[key], rtol=1e-7, atol=1e-11, msg=f"{key} in {parts} parts")
+
+
+def test_shares_of_a_batch_sum_to_one_where_masks_differ() -> None:
+    method = Method.of(Run(model=VIT, size="64", batch_size=8, device="cpu", mask=Mask("blocks", 0.4)))
+    portion = Portion(8, parts=8)
+    shares = [method.share(3, portion.positions(part)) for part in range(8)]
+    assert sum(shares) == pytest.approx(1) and len(set(shares)) > 1 and method.share(3, range(8)) == 1
+
+
+@pytest.mark.parametrize(("batch", "fitting", "parts"), [(64, 64, 1), (64, 40, 2), (64, 9, 8), (50, 12, 8)])
+def test_a_device_that_runs_out_of_memory_gets_parts_that_fit(batch: int, fitting: int, parts: int) -> None:
+    """Halves of 50 are 25, 13 and 7 images; eight parts of 7 and 6 are computed."""
+    weight = torch.nn.Parameter(torch.ones(1))
+
+    def loss(network: object, images: torch.Tensor, step: int, rows: range) -> torch.Tensor:
+        assert len(images) == len(rows)
+        if len(images) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return weight.sum()
+
+    model = torch.nn.ParameterList([weight])
+    method = object.__new__(Method)
+    vars(method).update(device=torch.device("meta"), model=model, loss=loss)
+    updater = Updater(torch.optim.AdamW([weight]), None, scaling=False, device=torch.device("cpu"))
+    run = Run(batch_size=batch, size="32")
+    assert _parts(run, method, model, updater, ALONE, None) == parts
+    assert Portion(batch, parts=parts).count <= fitting and weight.grad is None
+    assert _parts(Run(batch_size=batch, size="32", accumulate=5), method, model, updater, ALONE, None) == 5

@@ -1,0 +1,179 @@
+"""Several processes train what one trains: DDP and FSDP2 over gloo, any accumulation, from each other's checkpoints."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from helpers.models import MAE, OTHERS
+from pixmim.config import Mask, Optim, Run, Saving, Scale
+from pixmim.pretrain import pretrain
+from pixmim.training.metric_logger import read_metrics
+
+pytestmark = pytest.mark.xdist_group("several")  # one process makes what all of these read
+
+STEPS, HALF = 8, 4
+FSDP = Scale("fsdp")
+
+
+def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Train each job's run in turn over so many processes."""
+    path = folder / f"jobs-{processes}.json"
+    path.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent / "several.py"), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
+
+
+def product(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "encoder/model.safetensors")
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    a, b = product(one), product(other)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+UNEVEN = {"blocks": (OTHERS["vit"][0], 64)}
+"""With masks that hide different numbers of patches."""
+
+
+def make(**changes: Any) -> Run:
+    """Eight updates; the five of an epoch end between the fourth, where checkpoints are, and the last."""
+    values: dict[str, Any] = {
+        "data": "shapes:count=40,size=32",
+        "steps": STEPS,
+        "batch_size": 8,
+        "size": "32",
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 1,
+        "log_every": 1,
+        "saving": Saving(every=HALF, last=9),
+        "model": MAE,
+        "optim": Optim(base_lr=0.05, warmup=0.2),
+    }
+    return Run(**(values | changes))
+
+
+def other(name: str, **changes: Any) -> Run:
+    """Another model, for a few updates."""
+    model, size = (OTHERS | UNEVEN)[name]
+    mask = Mask("blocks", 0.4) if name in UNEVEN else Mask()
+    return make(model=model, size=str(size), steps=3, mask=mask, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs by 1, 2 and 4 processes, begun by some and gone on with by others, each in the folder of its name."""
+    root = tmp_path_factory.mktemp("several")
+
+    def half_of(name: str) -> Path:
+        return root / name / "checkpoints" / f"step-{HALF:09d}"
+
+    def job(name: str, run: Run, goes_on: str = "", poisoned: int | None = None) -> dict[str, Any]:
+        return {
+            "run": dataclasses.asdict(run),
+            "out": str(root / name),
+            "goes_on": str(half_of(goes_on)) if goes_on else "",
+            "poisoned": poisoned,
+        }
+
+    pretrain(make(), root / "one", Console(quiet=True))
+    for name in OTHERS | UNEVEN:
+        pretrain(other(name), root / name, Console(quiet=True))
+    launch(4, [job("ddp-4", make()), job("fsdp-4", make(scale=FSDP))], root)
+    launch(
+        2,
+        [
+            job("ddp-2", make()),
+            job("fsdp-2", make(scale=FSDP)),
+            job("parts-2", make(accumulate=3)),  # of 1, 1 and 2 images
+            job("fsdp-parts-2", make(accumulate=3, scale=FSDP)),
+            job("blocks-2", other("blocks", accumulate=3)),
+            job("recomputed-2", make(scale=Scale(recompute=True))),
+            job("ddp-bf16", make(precision="bf16")),
+            job("fsdp-bf16", make(precision="bf16", scale=FSDP)),
+            job("poisoned", make(), poisoned=3),
+            job("fsdp-poisoned", make(scale=FSDP), poisoned=3),
+            job("ddp-2-again", make(), goes_on="ddp-2"),
+            job("fsdp-2-again", make(scale=FSDP), goes_on="fsdp-2"),
+            job("ddp-4-then-fsdp-2", make(scale=FSDP), goes_on="ddp-4"),
+            job("fsdp-4-then-ddp-2", make(), goes_on="fsdp-4"),
+            *(job(f"{name}-ddp", other(name)) for name in OTHERS),
+            *(job(f"{name}-fsdp", other(name, scale=FSDP)) for name in OTHERS),
+        ],
+        root,
+    )
+    shutil.copytree(half_of("fsdp-4"), half_of("fsdp-4-then-one"))
+    shutil.copy(root / "fsdp-4" / "config.json", root / "fsdp-4-then-one")
+    pretrain(make(), root / "fsdp-4-then-one", Console(quiet=True))
+    return root
+
+
+@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "parts-2", "fsdp-parts-2", "recomputed-2", "ddp-4", "fsdp-4"])
+def test_any_number_of_processes_trains_what_one_trains(name: str, trained: Path) -> None:
+    assert losses(trained / name) == pytest.approx(losses(trained / "one"), rel=2e-5)
+    assert largest_difference(trained / name, trained / "one") < 1e-4
+
+
+def test_masks_of_several_sizes_weigh_what_they_weigh_in_the_batch(trained: Path) -> None:
+    assert losses(trained / "blocks-2") == pytest.approx(losses(trained / "blocks"), rel=2e-5)
+    assert largest_difference(trained / "blocks-2", trained / "blocks") < 1e-4
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_model_can_be_spread(name: str, way: str, trained: Path) -> None:
+    assert losses(trained / f"{name}-{way}") == pytest.approx(losses(trained / name), rel=2e-4)
+
+
+def test_weights_in_bf16_cost_no_more_than_bf16_does(trained: Path) -> None:
+    one, ddp, fsdp = (losses(trained / name) for name in ("one", "ddp-bf16", "fsdp-bf16"))
+    assert ddp == pytest.approx(one, rel=5e-3) and fsdp == pytest.approx(one, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2"])
+def test_the_same_processes_go_on_bitwise(name: str, trained: Path) -> None:
+    assert largest_difference(trained / name, trained / f"{name}-again") == 0
+    assert losses(trained / f"{name}-again") == losses(trained / name)[HALF:]
+
+
+@pytest.mark.parametrize("name", ["fsdp-4-then-one", "fsdp-4-then-ddp-2", "ddp-4-then-fsdp-2"])
+def test_other_processes_go_on_with_a_run(name: str, trained: Path) -> None:
+    assert losses(trained / name) == pytest.approx(losses(trained / "one")[HALF:], rel=2e-5)
+    assert largest_difference(trained / name, trained / "one") < 1e-4
+
+
+@pytest.mark.parametrize("name", ["poisoned", "fsdp-poisoned"])
+def test_what_is_not_finite_on_one_process_is_skipped_on_all(name: str, trained: Path) -> None:
+    lines = list(read_metrics(trained / name / "metrics.jsonl"))
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
+    clean = losses(trained / "one")
+    assert losses(trained / name)[:3] == pytest.approx(clean[:3], rel=2e-5)
+    assert all(torch.isfinite(value).all() for value in product(trained / name).values())
+    assert largest_difference(trained / name, trained / "one") > 1e-3  # the update is missing
+
+
+def test_checkpoints_of_several_processes_are_written_by_several(trained: Path) -> None:
+    for name, files in (("one", 1), ("ddp-2", 2), ("fsdp-4", 4)):
+        assert len(list((trained / name / "checkpoints" / f"step-{HALF:09d}").glob("*.safetensors"))) == files

@@ -1,0 +1,77 @@
+"""LARS against a slow formula, LAMB against timm's, and both under Updater."""
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+
+from pixmim.training.layerwise import LAMB, LARS
+from pixmim.training.optim import Updater
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+
+
+def trained(optimizer: type, steps: int, scaling: bool = False, spoil: int = -1, **options: object) -> nn.Module:
+    model = network()
+    updater = Updater(optimizer(model.parameters(), lr=1.0, **options), None, scaling, CPU)
+    for step in range(steps):
+        x = batch(step) * (float("nan") if step == spoil else 1.0)
+        updater.backward(model(x).square().mean())
+        updater.step(0.5 * (step + 1))
+    return model
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_lars_by_hand(scaling: bool) -> None:
+    """Momentum over a gradient whose length is 0.001 of the matrix's; biases and norms take the gradient as it is."""
+    model = network().double()
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    for step in range(6):
+        model.zero_grad()
+        model(batch(step).double()).square().mean().backward()
+        for p, v in zip(model.parameters(), velocity, strict=True):
+            assert p.grad is not None
+            g = p.grad.clone()
+            if p.ndim == 2:
+                g *= 0.001 * sum(float(x) ** 2 for x in p.detach().flatten()) ** 0.5
+                g /= sum(float(x) ** 2 for x in p.grad.flatten()) ** 0.5
+            v.mul_(0.9).add_(g)
+            p.data -= 0.5 * (step + 1) * v
+    for mine, theirs in zip(trained(LARS, 6, scaling).parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs.float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [False, True])
+def test_lamb_is_timms(scaling: bool) -> None:
+    def groups(model: nn.Module) -> list[dict[str, object]]:
+        decayed, plain = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        return [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+
+    mine, theirs = network(), network()
+    updater = Updater(LAMB(groups(mine), lr=1.0), None, scaling, CPU)
+    other = timm.optim.Lamb(groups(theirs), lr=1.0, eps=1e-8, max_grad_norm=None)
+    for step in range(6):
+        updater.backward(mine(batch(step)).square().mean())
+        updater.step(0.01)
+        other.zero_grad()
+        theirs(batch(step)).square().mean().backward()
+        for group in other.param_groups:
+            group["lr"] = 0.01
+        other.step()
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [LARS, LAMB])
+def test_a_bad_gradient_changes_nothing(optimizer: type) -> None:
+    for a, b in zip(trained(optimizer, 4, spoil=3).parameters(), trained(optimizer, 3).parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,130 @@
+"""Crops against torchvision's own transforms and against slow pixel arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from pixmim.transforms.crops import (
+    CentreCrop,
+    Crop,
+    RandomResizedCrop,
+    SimpleResizedCrop,
+    evaluation_crop,
+    finish,
+    resize_to_cover,
+)
+from pixmim.utils import rng
+
+U8 = torch.uint8
+
+
+def picture(h: int, w: int, c: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (c, h, w), dtype=U8)
+
+
+@pytest.mark.parametrize("size", [(50, 70), (70, 50), (33, 33), (20, 90)])
+def test_src_is_resize_reflect_pad_crop(size: tuple[int, int]) -> None:
+    image, crop = picture(*size), SimpleResizedCrop(32)
+    resized = v2.functional.resize(image, 32, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    padded = torch.from_numpy(np.pad(resized.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect"))
+    for u in [(0.0, 0.0), (0.999, 0.999), (0.5, 0.1), (0.2, 0.7)]:
+        top, left = int(u[0] * (padded.shape[1] - 31)), int(u[1] * (padded.shape[2] - 31))
+        assert torch.equal(crop.crop(image, u), padded[:, top : top + 32, left : left + 32])
+
+
+def test_src_reaches_every_offset_evenly() -> None:
+    columns = torch.arange(32, dtype=U8).expand(1, 32, 32).contiguous()
+    u = rng.uniform(0, "test", 0, np.arange(1800), 2)
+    lefts = [int(SimpleResizedCrop(32).crop(columns, row)[0, 0, 16]) - 16 for row in u.tolist()]
+    counts = np.bincount(np.asarray(lefts) + 4, minlength=9)
+    assert len(counts) == 9 and counts.min() > 140  # 200 expected each
+
+
+def test_rrc_boxes_follow_torchvision_in_distribution() -> None:
+    """Same law, other random numbers: means of area, ratio and place agree within four standard errors."""
+    h, w, n = 60, 90, 4000
+    mine = np.asarray([RandomResizedCrop(32).box((h, w), u) for u in rng.uniform(0, "t", 0, np.arange(n), 22).tolist()])
+    image = torch.zeros(3, h, w)
+    other = v2.RandomResizedCrop(32, scale=(0.2, 1.0))
+    theirs = np.asarray([[p[k] for k in ("top", "left", "height", "width")] for p in
+                         (other.make_params([image]) for _ in range(n))])  # fmt: skip
+    for values in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+        a, b = values(mine), values(theirs)
+        assert abs(a.mean() - b.mean()) < 4 * np.hypot(a.std(), b.std()) / n**0.5
+
+
+def test_rrc_falls_back_to_the_centre_for_a_strip() -> None:
+    top, left, h, w = RandomResizedCrop(8).box((10, 1000), [0.999] * 22)
+    assert (h, w) == (10, 13) and top == 0 and left == (1000 - 13) // 2
+
+
+def test_evaluation_crop_is_torchvisions_resize_256_centre_224() -> None:
+    image = picture(300, 421)
+    reference = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])(image)
+    assert torch.equal(evaluation_crop(224).crop(image), reference)
+
+
+@pytest.mark.parametrize("size", [(16, 48), (48, 16)])
+def test_non_square_targets_are_covered_with_the_aspect_kept(size: tuple[int, int]) -> None:
+    for source in ((30, 100), (100, 30), (5, 5)):
+        image = resize_to_cover(picture(*source), size)
+        h, w = image.shape[-2:]
+        assert (h == size[0] and w >= size[1]) or (w == size[1] and h >= size[0])
+        assert h / w == pytest.approx(source[0] / source[1], rel=0.07)
+        for crop in (SimpleResizedCrop(size), RandomResizedCrop(size), CentreCrop(size)):
+            assert crop(picture(*source)).shape == (3, *size)
+
+
+def test_crops_take_and_give_pil_images_too() -> None:
+    image = Image.fromarray(picture(40, 60).permute(1, 2, 0).numpy())
+    for crop in (SimpleResizedCrop(32), RandomResizedCrop(32), CentreCrop(32)):
+        assert crop(image).size == (32, 32)
+    torch.manual_seed(5)
+    one = SimpleResizedCrop(32)(image)
+    torch.manual_seed(5)
+    assert np.array_equal(one, SimpleResizedCrop(32)(image))
+
+
+def test_finish_flips_scales_and_normalises() -> None:
+    images, flip = torch.randint(0, 256, (3, 2, 4, 5), dtype=U8), torch.tensor([True, False, True])
+    mean, std = torch.tensor([0.3, 0.6]), torch.tensor([0.2, 0.5])
+    done = finish(images, flip, mean, std)
+    for b in range(3):
+        for c in range(2):
+            expected = (images[b, c].double() / 255 - mean[c].double()) / std[c].double()
+            expected = expected.flip(-1) if flip[b] else expected
+            torch.testing.assert_close(done[b, c].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_padding_as_large_as_the_crop_is_refused() -> None:
+    with pytest.raises(ValueError, match="smaller than the crop"):
+        SimpleResizedCrop(8, padding=8)
+
+
+def test_a_single_try_is_cut_to_the_image() -> None:
+    """MAE's crop for its linear probe: what one try draws, no larger than the image, at any place in it."""
+    crop = RandomResizedCrop(16, scale=(0.08, 1.0), single=True)
+    assert crop.draws == 4
+    for h, w in ((40, 40), (30, 90), (90, 30)):
+        for u in np.random.default_rng(h).random((200, 4)):
+            area = h * w * (0.08 + 0.92 * u[0])
+            ratio = (3 / 4) ** (1 - 2 * u[1])
+            width, height = min(round((area * ratio) ** 0.5), w), min(round((area / ratio) ** 0.5), h)
+            top, left = int(u[2] * (h - height + 1)), int(u[3] * (w - width + 1))
+            assert crop.box((h, w), u.tolist()) == (top, left, height, width)
+
+
+@pytest.mark.parametrize("crop", [SimpleResizedCrop((8, 12)), RandomResizedCrop((8, 12)), CentreCrop((8, 12))])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_an_array_is_cropped_as_the_tensor_of_it(crop: Crop, kind: type) -> None:
+    array = (np.random.default_rng(0).random((20, 30, 5)) * 200).astype(kind)
+    seen = []
+    for image in (array, torch.from_numpy(array.transpose(2, 0, 1).copy()), np.ascontiguousarray(array[..., 0])):
+        torch.manual_seed(1)
+        seen.append(np.asarray(crop(image)))
+    assert seen[0].shape == (8, 12, 5) and seen[0].dtype == kind
+    assert np.array_equal(seen[0], seen[1].transpose(1, 2, 0)) and np.array_equal(seen[2], seen[0][..., 0])
+    with pytest.raises(ValueError, match="not one of 4 dimensions"):
+        crop(array[None])

@@ -1,0 +1,160 @@
+"""Files: read only if regular and within a bound, written completely or not at all."""
+
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import (
+    append,
+    atomic_write,
+    check_writable,
+    parse_json,
+    read_file,
+    read_json,
+    read_text,
+    write_csv,
+    write_whole,
+)
+
+
+def test_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a.json", "old")
+    write_whole(tmp_path / "a.json", "größer")
+    write_whole(tmp_path / "b.bin", b"\x00\xff")
+    assert (tmp_path / "a.json").read_bytes() == "größer".encode() and (tmp_path / "b.bin").read_bytes() == b"\x00\xff"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.bin"]
+
+
+def test_a_failed_write_keeps_the_previous_content_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a.json", "old")
+
+    def fail(file: IO[bytes]) -> None:
+        file.write(b"n")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(tmp_path / "a.json", fail)
+    assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_link_at_the_target_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "a.json").symlink_to(tmp_path / "other")
+    write_whole(tmp_path / "a.json", "new")
+    assert (tmp_path / "other").read_text() == "mine" and (tmp_path / "a.json").read_text() == "new"
+
+
+def test_names_that_are_not_utf8_survive_a_text_file(tmp_path: Path) -> None:
+    name = os.fsdecode(b"M\xfcller.jpg")
+    write_whole(tmp_path / "names.txt", name)
+    assert (tmp_path / "names.txt").read_bytes() == b"M\xfcller.jpg" and read_text(tmp_path / "names.txt") == name
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [_fifo, _socket, _device, Path.mkdir])
+def test_only_regular_files_are_read_and_nothing_waits(make: object, tmp_path: Path) -> None:
+    make(tmp_path / "x")  # type: ignore[operator]
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file(tmp_path / "x")
+
+
+def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    assert read_file(tmp_path / "x", 5) == read_file(tmp_path / "link", 5) == b"12345"
+    with pytest.raises(OSError, match="5 bytes are more than the 4 allowed"):
+        read_file(tmp_path / "x", 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_file_that_holds_more_than_its_size_says_is_refused() -> None:
+    with pytest.raises(OSError, match="grew"):
+        read_file("/proc/self/status")
+
+
+def test_json_is_bounded_in_depth_and_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"a": [1, {"b": None}]}))
+    assert read_json(tmp_path / "x.json") == {"a": [1, {"b": None}]}
+    for text in ("[" * 100_000, "[" * 65 + "]" * 65, '{"a": ' * 65 + "1" + "}" * 65):
+        with pytest.raises(UserError, match="nested too deep"):
+            parse_json(text, "x.json")
+    for text in ("", "{", "9" * 5000, "\ud800"):
+        with pytest.raises(UserError, match=r"x\.json is not valid JSON"):
+            parse_json(text, "x.json")
+    assert parse_json("[" * 64 + "]" * 64, "x.json")
+
+
+def test_two_writers_of_one_file_leave_one_of_the_contents(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    contents = [bytes([number]) * 100_000 for number in range(8)]
+    threads = [threading.Thread(target=write_whole, args=(path, content)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents and os.listdir(tmp_path) == ["x"]
+
+
+def test_text_is_added_to_regular_files_only_and_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.csv"
+    append(path, "a\n")
+    append(path, os.fsdecode(b"\xfc") + "\ud800\n")
+    assert path.read_bytes() == b"a\n\xfc?\n"
+    (tmp_path / "link").symlink_to(path)
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(OSError):
+            append(tmp_path / name, "b")
+    real, calls = os.write, list[int]()
+
+    def full(descriptor: int, data: bytes) -> int:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data[:3])
+
+    monkeypatch.setattr("pixmim.utils.files.os.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        append(path, "a long line\n")
+    assert path.read_bytes() == b"a\n\xfc?\n" and len(calls) == 2
+
+
+def test_rows_of_any_names_become_csv(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", [["name"], [os.fsdecode(b"\xfc"), 3], ["a,\n", "\ud800"]])
+    assert (tmp_path / "a.csv").read_bytes() == b'name\r\n\xfc,3\r\n"a,\n",?\r\n'
+
+
+def test_names_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
+    for name in ("n" * 255, "\U0001f600" * 63):
+        write_whole(tmp_path / name, "x")
+        check_writable(tmp_path / name)
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_what_cannot_be_written_is_known_before_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "new" / "newer" / "x.png")
+    for path in (tmp_path, tmp_path / "file" / "x.png"):
+        with pytest.raises(OSError, match=str(path)):
+            check_writable(path)
+    assert os.listdir(tmp_path) == ["file"]

@@ -1,0 +1,190 @@
+"""Every field of every settings class refuses what makes no sense, by the name of its flag."""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+
+from pixmim import cli
+from pixmim.cli.pretrain import read_flags
+from pixmim.cli.sbatch import Job
+from pixmim.config import Run
+from pixmim.evaluation.settings import PROTOCOLS, All
+from pixmim.recipes import RECIPES, get_recipe
+from pixmim.runfile import from_json
+from pixmim.utils.errors import UserError
+from pixmim.utils.validation import Rule, hints_of
+
+SETTINGS = {"pretrain": Run, "slurm": Job, "all": All} | {name: one.settings for name, one in PROTOCOLS.items()}
+
+NUMBERS = [math.nan, math.inf, -math.inf, -1e30, 1e30, -(10**40), 10**40]
+ABSURD: dict[Any, list[Any]] = {
+    int: [*NUMBERS, 0.5, True, "3", b"3", [], {}],
+    float: [*NUMBERS, True, "0.5", [], 1j],
+    bool: [0, 1, "true", None, math.nan],
+    str: [0, None, math.nan, b"x", [], "a\0b"],
+    tuple: [1, 0.5, "1", None, [1], (None,), ({},)],
+}
+
+
+def walk(cls: type[Any], prefix: str = "--") -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    """Each field: the names that lead to it, its flag, and its type with its rules."""
+    for name, hint in hints_of(cls).items():
+        inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        flag = prefix + name.replace("_", "-")
+        if is_dataclass(inner):
+            own = any(getattr(mark, "name", None) == "" for mark in getattr(hint, "__metadata__", ()))
+            for path, below, kind in walk(inner, prefix=prefix if own else f"{flag}."):  # type: ignore[arg-type]
+                yield (name, *path), below, kind
+        else:
+            yield (name,), flag, hint
+
+
+def absurd(hint: Any) -> list[Any]:
+    """Values that no field of this type may have."""
+    plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if get_origin(plain) is Literal:
+        return ["nonsense", "", 3, None, math.nan, ["mae"]]
+    kinds = [one for one in get_args(plain) if one is not type(None)] if get_args(plain) else [plain]
+    if get_origin(plain) is tuple:
+        inside = absurd(get_args(plain)[0])
+        pair = len(get_args(plain)) == 2 and get_args(plain)[1] is not Ellipsis
+        values = ABSURD[tuple] + [(one,) * 2 for one in inside] + ([(0.5,), (0.1,) * 3] if pair else [])
+        return values if get_args(plain)[0] is str else [*values, ("a",)]
+    if get_origin(plain) is dict:
+        return [{"weights": "x"}, {"depth": 10**9}, {"depth": math.nan}, {"drop_rate": "1"}]
+    first = kinds[0]
+    values = absurd(first) if get_args(first) else ABSURD[first]
+    optional = type(None) in get_args(plain)
+    return [value for value in values if not (optional and value is None)] + ([] if optional else [None])
+
+
+def changed(settings: Any, path: tuple[str, ...], value: Any) -> Any:
+    """The settings with another value, made past the type checker that tests put before every `__init__`."""
+    name, *more = path
+    made = copy.copy(settings)
+    object.__setattr__(made, name, changed(getattr(settings, name), tuple(more), value) if more else value)
+    return made
+
+
+def default(cls: type[Any]) -> Any:
+    return cls(**{one.name: "x" for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING})
+
+
+@pytest.mark.parametrize("command", SETTINGS)
+def test_absurd_values_are_refused_by_their_flags(command: str) -> None:
+    settings, count = default(SETTINGS[command]), 0
+    for path, flag, hint in walk(SETTINGS[command]):
+        for value in absurd(hint):
+            with pytest.raises(UserError) as raised:
+                changed(settings, path, value).__post_init__()
+            text = str(raised.value)
+            assert flag in text or path[-1] in ("options", "backbone"), f"{flag} {value!r}: {text}"
+            assert "\n" not in text and len(text) < 400
+            count += 1
+    assert count > 20
+
+
+def test_every_number_has_a_rule() -> None:
+    for cls in SETTINGS.values():
+        for _, flag, hint in walk(cls):
+            numbers = {int, float} & {hint, *get_args(hint), *(x for one in get_args(hint) for x in get_args(one))}
+            ruled = any(isinstance(mark, Rule) for mark in getattr(hint, "__metadata__", ()))
+            assert ruled or not numbers, f"{cls.__name__}: {flag} {hint}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_keep_the_rules(name: str) -> None:
+    assert get_recipe(name).recipe == name
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *(
+            "--epochs=nan",
+            "--steps=0",
+            "--batch-size=99999999999999999999",
+            "--seed=-1",
+            "--channels=0",
+            "--device=gpu",
+        ),
+        *("--optim.lr=1e400", "--mask.ratio=1", "--target.radius=-1", "--model.decoder-dim=0", "--saving.last=0"),
+    ],
+)
+def test_absurd_values_on_the_command_line(word: str) -> None:
+    with pytest.raises(UserError, match=f"^{word.split('=')[0]} must be .*, not "):
+        read_flags(["demo", word])
+
+
+def test_what_is_no_number_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_flags(["demo", "--batch-size=1e3"])
+    assert "--batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["pretrain", "demo", "--mean", "123.675", "116.28", "103.53"],
+        ["pretrain", "demo", "--size", "224x"],
+        ["evaluate", "knn", "run", "--train", "", "--test", "x"],
+        ["evaluate", "finetune", "run", "--train", "a", "--test", "b", "--drop-path", "1"],
+        ["evaluate", "robustness", "run", "--severities", "6"],
+        ["evaluate", "knn", "run", "--train", "a", "--test", "b", "--device", "gpu"],
+        ["cache", "a", "b", "--quality", "101"],
+        ["cache", "a", "b", "--threads", "-1"],
+        ["stats", "a", "--images", "-5"],
+        ["bench-data", "a", "--seconds", "nan"],
+        ["coverage", "a", "--mask-ratio", "1"],
+        ["reconstruct", "run", "a.png", "--count", "0"],
+        ["embed", "run", "--data", "a", "--out", "b.npy", "--batch-size", "0"],
+        ["slurm", "demo", "--data", "shapes:", "--hours", "inf"],
+    ],
+)
+def test_commands_name_the_flag(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args) == 1
+    text = " ".join(capsys.readouterr().err.split())
+    flag = next((word for word in args if text.startswith(f"error: {word} ")), "")
+    assert flag.startswith("--") and "must be" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["NaN", "Infinity", "-1e999", "1" * 400, "null", "[]", "{}", "true", '""', '"\\ud800"', "[[1]]", "0.5"]
+)
+def test_a_file_with_absurd_values_is_refused_by_its_keys(text: str) -> None:
+    for path, _, hint in walk(Run):
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if plain is int or (plain is float and text not in ("0.5",)):
+            nested = text
+            for name in reversed(path):
+                nested = json.dumps({name: "HERE"}).replace('"HERE"', nested)
+            with pytest.raises(UserError) as raised:
+                from_json(nested, "config.json")
+            named = (".".join(path), "--" + ".".join(path).replace("_", "-"), "config.json")
+            assert any(name in str(raised.value) for name in named)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"mean": (123.675, 116.28, 103.53)}, "of 0 to 255, that is --mean 0.485 0.456 0.406"),
+        ({"std": (58.4, 57.1, 57.4)}, "of 0 to 255, that is --std 0.229 0.2239 0.2251"),
+        ({"pixels": "uint16", "channels": 1, "mean": (30_000.0,)}, "of 0 to 65535, that is --mean 0.4578"),
+        ({"mean": (-1.0, 0.0, 0.0)}, "--mean -1 0 0 must be from 0 to 1, as pixels are (--pixels uint8)"),
+        ({"std": (0.2, 0.2, 0.0)}, "--std must be a number from 1e-12"),
+        ({"mean": (0.5,)}, "--mean has 1 values for 3 channels"),
+    ],
+)
+def test_statistics_are_in_units_of_the_brightest_pixel(given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Run(**given)
+    assert expected in str(raised.value)
+
+
+def test_measured_values_have_any_mean() -> None:
+    assert Run(pixels="float32", channels=1, mean=(-40.0,), std=(273.0,)).statistics == ((-40.0,), (273.0,))
