@@ -21,7 +21,7 @@ from pixmim.build import build_model
 from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.evaluation.classification import check_labelled, majority, rated, tally
-from pixmim.evaluation.evaluate import EVALUATIONS, evaluate, knn_watch, side_by_side
+from pixmim.evaluation.evaluate import CHECKS, EVALUATIONS, evaluate, knn_watch, side_by_side
 from pixmim.evaluation.features import Frozen, freeze
 from pixmim.evaluation.frozen_encoder import in_training, of_model
 from pixmim.evaluation.knn import classify, knn
@@ -67,6 +67,34 @@ def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
     with pytest.raises(UserError, match="--k takes numbers of neighbours from 1 on, such as 1 20, not 5 0"):
         dict(knn(frozen(9), frozen(9), (5, 0)))
     assert noise["k20/mean/top1/low"] < 100 / 3 < noise["k20/mean/top1/high"]
+
+
+def test_knn_is_labelled_with_the_number_of_neighbours_that_voted(
+    product: Path, sets: Callable[..., str], tiny_run: Make
+) -> None:
+    """No value of a k that was cut stands under the larger one, in one evaluation and while training."""
+    train, test = frozen(12), frozen(40, seed=1)
+    values = dict(knn(train, test, (1, 20, 30)))
+    assert {key.split("/")[0] for key in values} == {"k1", "k12", "majority"}
+    wanted = dict(knn(train, test, (12,)))
+    assert {key: values[key] for key in wanted} == wanted
+    answer = classify(train.mean, train.labels, test.mean, 3, k=(12,))[12]
+    assert values["k12/mean/top1"] == pytest.approx(100 * float((answer == test.labels).double().mean()))
+
+    few, others = sets("few", a=4, b=3), sets("others", seed=1, a=3, b=3)
+    line = "warning: k = 20 exceeds the 7 train images; measured with k = 7\n"
+    console = Console(file=io.StringIO(), width=300)
+    found = measured("knn", product, few, others, console=console)
+    assert line in console.file.getvalue()  # type: ignore[attr-defined]
+    assert {key.split("/")[0] for key in found.values} == {"k1", "k7", "majority"}
+
+    console = Console(file=io.StringIO(), width=300)
+    run = replace(of_model(str(product)).run, device="cpu")
+    watch = knn_watch(replace(run, knn=replace(run.knn, every=1.0, train=few, test=others)), console)
+    assert watch is not None
+    twice = [watch(build_model(tiny_run(seed=5)).encoder) for _ in range(2)]
+    assert {key for key in twice[1] if "top1" in key} == {f"knn/k{k}/{f}/top1" for k in (1, 7) for f in ("cls", "mean")}
+    assert console.file.getvalue().count(line) == 1  # type: ignore[attr-defined]
 
 
 def test_probe_follows_autograd() -> None:
@@ -315,6 +343,51 @@ def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.M
     assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
     assert results[3].settings["data"] == f"{TEST},texture=conflict"
     assert results[0].values == measured("knn", product, TRAIN, TEST).values
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"pairs": "/no/ade"}, "segmentation: .*/no/ade"),
+        ({"coco": "/no/coco"}, "detection: .*/no/coco"),
+        ({"stimuli": "/no/stimuli"}, "shape-bias: .*/no/stimuli"),
+        ({"imagenet_c": "/no/c"}, "robustness: ImageNet-C needs a classifier"),
+        ({"imagenet_sketch": "/no/sketch"}, "robustness: ImageNet-Sketch needs a classifier"),
+    ],
+)
+@pytest.mark.parametrize("untrained", [False, True])
+def test_all_checks_every_evaluation_before_the_first_one_starts(
+    product: Path, more: dict[str, str], words: str, untrained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing for the last of a list is said before anything is computed, of one model and of several."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something is computed")
+
+    monkeypatch.setattr("pixmim.evaluation.context.freeze", never)
+    monkeypatch.setattr("pixmim.evaluation.finetune.learn", never)
+    parts = All(TRAIN, TEST, finetune=True, **more).parts()  # type: ignore[arg-type]
+    for evaluations in (parts, sorted(parts, key=lambda part: part[0] != "finetune")):
+        with pytest.raises(UserError, match=words):
+            list(side_by_side({str(product): product}, evaluations, untrained=untrained, device="cpu"))
+    with pytest.raises(AssertionError, match="something is computed"):
+        list(side_by_side({str(product): product}, All(TRAIN, TEST, finetune=True).parts(), device="cpu"))
+
+
+def test_every_evaluation_has_a_check() -> None:
+    assert list(CHECKS) == list(EVALUATIONS) == list(PROTOCOLS)
+
+
+def test_a_standing_classifier_is_found_before_other_evaluations(product: Path) -> None:
+    """Of the untrained encoder as well, whose turn comes first or last."""
+    (product / "classifier-untrained").mkdir()
+    (product / "classifier-untrained/mine.txt").write_text("mine")
+    calls: list[str] = []
+    parts = All(TRAIN, TEST, finetune=True).parts()
+    with pytest.raises(UserError, match="classifier-untrained is there already"):
+        for result, _ in side_by_side({str(product): product}, parts, untrained=True, device="cpu"):
+            calls.append(result.evaluation)
+    assert calls == []
 
 
 def test_several_encoders_side_by_side(

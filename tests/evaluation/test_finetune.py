@@ -99,6 +99,65 @@ def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> N
     assert dict(grade(bench, data, bench.encoder, (32, 32), again)) == pytest.approx(result.values)
 
 
+def test_a_classifier_is_replaced_only_when_told(
+    product: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same settings train nothing again; others are refused before training, with what differs and what to do."""
+    folder, calls, really = product("mae"), list[int](), learn.learn
+    monkeypatch.setattr(finetune, "learn", lambda *a, **b: (calls.append(1), really(*a, **b))[1])
+    same = Finetune(TRAIN, TEST, changes=SHORT)
+    weights = folder / "classifier/model.safetensors"
+    first, kept = measured(folder, same).values, weights.read_bytes()
+    assert measured(folder, same).values == first and calls == [1]
+    fewer = measured(folder, replace(same, test="shapes:count=30,size=32,seed=2", threads=1))
+    assert calls == [1] and fewer.values["loss"] != first["loss"]  # other test data, the same classifier
+    for other, words in (
+        (replace(same, seed=1, changes=replace(SHORT, epochs=2)), "--epochs, --seed"),
+        (replace(same, train="shapes:count=50,size=32"), "--train"),
+        (replace(same, recipe="convmae-base", changes=replace(SHORT, mixup=0)), "--mixup"),
+    ):
+        with pytest.raises(
+            UserError, match=f"is there already, fine-tuned with another {words}: .* or add --overwrite"
+        ):
+            measured(folder, other)
+    assert calls == [1] and weights.read_bytes() == kept and not (folder / "unfinished").exists()
+    measured(folder, replace(same, seed=1), overwrite=True)
+    assert len(calls) == 2 and weights.read_bytes() != kept
+    with pytest.raises(UserError, match="another --seed"):
+        measured(folder, same)
+    assert measured(folder, same, overwrite=True).values == first
+    for _ in range(2):
+        measured(folder, same, untrained=True)  # in a folder of its own
+    assert len(calls) == 4
+    assert {path.name for path in folder.glob("classifier*")} == {"classifier", "classifier-untrained"}
+
+
+def test_what_is_no_classifier_of_ours_is_refused_too(product: Callable[[str], Path]) -> None:
+    folder, settings = product("mae"), Finetune(TRAIN, TEST, changes=SHORT)
+    classifier = folder / "classifier"
+    classifier.mkdir()
+    measured(folder, settings)  # an empty folder is free
+    plain = (folder / "encoder/model.safetensors").read_bytes()
+    for name, content, words in (
+        ("notes.txt", b"mine", "holds no finished classifier"),
+        ("config.json", b"{}", "holds no finished classifier"),
+        ("model.safetensors", plain, "does not say how it was fine-tuned"),
+        ("model.safetensors", b"?", "cannot be read.* is there already"),
+    ):
+        shutil.rmtree(classifier)
+        classifier.mkdir()
+        (classifier / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"(?s){words}.*--overwrite"):
+            measured(folder, settings)
+        assert [(path.name, path.read_bytes()) for path in classifier.iterdir()] == [(name, content)]
+    work = finetune.check(replace(bench_of(folder), overwrite=True), settings).work
+    shutil.rmtree(classifier)
+    classifier.mkdir()
+    (classifier / "config.json").write_text("{}")
+    work.mkdir(parents=True)  # interrupted after config.json, before the weights
+    assert measured(folder, settings).values and (classifier / "model.safetensors").is_file()
+
+
 def test_timm_loads_the_classifier_strictly(product: Callable[[str], Path]) -> None:
     folder = product("mae")
     measured(folder, Finetune(TRAIN, TEST, changes=SHORT))
@@ -245,7 +304,7 @@ def test_what_the_class_token_needs(product: Callable[[str], Path]) -> None:
 def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], Path]) -> None:
     folder = product("mae")
     found = [
-        measured(folder, Finetune(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, crop=crop)))
+        measured(folder, Finetune(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, crop=crop)), overwrite=True)
         for crop in ("rrc", "src")
     ]
     assert found[0].values != found[1].values

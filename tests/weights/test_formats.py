@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -625,6 +626,20 @@ def test_what_does_not_fit_is_refitted_or_begins_anew_and_is_said(tiny_run: Make
     deeper = replace(base, model=replace(base.model, options=dict(base.model.options) | {"depth": 3}), init=init)
     with pytest.raises(UserError, match=r"its encoder lacks encoder\.blocks\.2"):
         begin_from(build_model(deeper), deeper)
+
+
+def test_init_says_how_another_model_of_a_file_is_taken(tiny_run: Make, tmp_path: Path) -> None:
+    """A file of teacher and student, and one of unknown names: `import` takes the prefix that pretrain lacks."""
+    run = tiny_run()
+    state = build_model(run).encoder.state_dict()
+    both = {f"{who}.{name}": value for who in ("teacher", "student") for name, value in state.items()}
+    file, strange = tmp_path / "my both.safetensors", tmp_path / "strange.safetensors"
+    save_file({name: value.contiguous().clone() for name, value in both.items()}, file)
+    save_file({"a.b": torch.zeros(2)}, strange)
+    way = f"`pixmim import '{file}' --prefix NAME --to FOLDER` (or --ema) first, then --init FOLDER"
+    assert way in "\n".join(begin_from(build_model(run), replace(run, init=str(file))))
+    with pytest.raises(UserError, match=r"no project .*--prefix NAME --to FOLDER.* then --init FOLDER"):
+        begin_from(build_model(run), replace(run, init=str(strange)))
 
 
 def test_an_encoder_alone_and_a_classifier_are_good_to_begin_from(tiny_run: Make, tmp_path: Path) -> None:

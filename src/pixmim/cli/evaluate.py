@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from pixmim.cli.flags import Said, SaidButSize, absolute, checked
 from pixmim.evaluation.settings import DATA, PROTOCOLS, All
@@ -26,6 +26,7 @@ def evaluate(args: list[str]) -> int:
     if name not in known:
         raise UserError(f"there is no evaluation '{name}'{nearest(name, known)}\n\n{_overview()}")
     settings_type = All if name == "all" else PROTOCOLS[name].settings
+    overwrite_type = bool if name in ("finetune", "all") else Suppress[bool]
     said_type = SaidButSize if any(f.name == "size" for f in fields(settings_type)) else Said
 
     def command(
@@ -34,6 +35,7 @@ def evaluate(args: list[str]) -> int:
         *,
         settings: Annotated[settings_type, arg(name="")],  # type: ignore[valid-type]
         untrained: bool = False,
+        overwrite: overwrite_type = False,  # type: ignore[valid-type]
         out: Path | None = None,
         device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
@@ -45,14 +47,15 @@ def evaluate(args: list[str]) -> int:
             models: Runs, finished or not, imported folders, files of weights, or timm:NAME.
             settings: Settings.
             untrained: Of runs: measure the encoders as they were before training as well, for comparison.
+            overwrite: Replace a classifier that was fine-tuned with other settings; train one of the same again.
             out: Where results and the page are kept; otherwise with the run, or in evaluations/MODEL, and the page of
                 several in report.html.
             device: auto, cpu, cuda, cuda:1, mps.
             precision: auto: bf16 where the device computes in it.
             said: What a file does not say.
         """
-        how = {"untrained": untrained, "device": device, "precision": precision, "known": said.known}  # type: ignore[attr-defined]
-        return models, settings, out, how
+        how = {"untrained": untrained, "overwrite": overwrite, "device": device, "precision": precision}
+        return models, settings, out, {**how, "known": said.known}  # type: ignore[attr-defined]
 
     about = str(settings_type.__doc__) + (f" Needs {PROTOCOLS[name].needs}." if name in PROTOCOLS else "")
     models, settings, out, how = tyro.cli(

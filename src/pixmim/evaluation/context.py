@@ -29,6 +29,7 @@ class Bench:
 
     folder    where results, pictures, and unfinished work that can be gone on with, are kept
     which     "trained", or "untrained" for the weights that a run began with
+    overwrite  whether the user has said that a classifier with other settings may be replaced (--overwrite)
     pictures  what an evaluation drew, by caption: saved beside its result, and shown in the report
     """
 
@@ -36,6 +37,7 @@ class Bench:
     folder: Path
     which: str = "trained"
     console: Console | None = None
+    overwrite: bool = False
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 

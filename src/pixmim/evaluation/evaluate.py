@@ -34,6 +34,17 @@ EVALUATIONS: dict[str, Callable[[Bench, Any], Values]] = {
     "shape-bias": shape_bias.measure,
 }
 
+CHECKS: dict[str, Callable[[Bench, Any], object]] = {
+    "knn": knn.check,
+    "linear": linear.check,
+    "finetune": finetune.check,
+    "segmentation": segmentation.check,
+    "detection": detection.check,
+    "robustness": robustness.check,
+    "shape-bias": shape_bias.check,
+}
+"""What refuses data and settings of each evaluation before the first one starts: all that can be known by then."""
+
 
 def evaluate(
     model: str,
@@ -45,6 +56,7 @@ def evaluate(
     precision: Precision = "auto",
     console: Console | None = None,
     known: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Iterator[Result]:
     """Measure an encoder in one or several ways; features are computed once for all of them.
 
@@ -53,18 +65,17 @@ def evaluate(
     folder       where results and unfinished work are kept
     untrained    measure the weights that a run began with instead
     known        what a file does not say of its model: see `pretrained.open_model`
+    overwrite    replace a classifier that was fine-tuned with other settings, and train one again that is there
 
     Yields each evaluation's result as soon as it is there. Raises UserError for an unknown evaluation, for what holds
-    no encoder, and for data that do not suit.
+    no encoder, and for data that do not suit: before the first evaluation starts.
     """
-    for name, _ in evaluations:
-        if name not in EVALUATIONS:
-            names = ", ".join(EVALUATIONS)
-            raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {names}")
+    _known(evaluations)
     encoder = of_model(model, device=device, precision=precision, untrained=untrained, known=known)
     for line in encoder.notes:
         say(console or Console(quiet=True), line)
-    yield from _measure(Bench(encoder, folder, "untrained" if untrained else "trained", console), model, evaluations)
+    which = "untrained" if untrained else "trained"
+    yield from _measure(Bench(encoder, folder, which, console, overwrite), model, evaluations)
 
 
 def side_by_side(
@@ -76,18 +87,26 @@ def side_by_side(
     precision: Precision = "auto",
     console: Console | None = None,
     known: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Iterator[tuple[Result, Path]]:
     """Measure several encoders in the same ways.
 
     models     what is measured, each as for `evaluate`, with the folder where its results are kept
     untrained  measure the weights that each run began with as well: once, where several began with the same
     known      what their files do not say of them: see `pretrained.open_model`
+    overwrite  as for `evaluate`
 
-    Yields each result, and its folder, as soon as it is there. Raises UserError as `evaluate` does; if one of several
-    models cannot be opened, before any is measured.
+    Yields each result, and its folder, as soon as it is there. Raises UserError as `evaluate` does, for each of several
+    models before any is measured.
     """
-    for model in models if len(models) > 1 else ():
-        of_model(model, device=device, precision=precision, known=known)
+    _known(evaluations)
+    for model, folder in models.items() if len(models) > 1 or untrained else ():
+        encoder = of_model(model, device=device, precision=precision, known=known)
+        _check(Bench(encoder, folder, overwrite=overwrite), evaluations)
+        if untrained:
+            encoder = of_model(model, device=device, precision=precision, untrained=True)
+            tunings = [each for each in evaluations if each[0] == "finetune"]  # these keep a classifier of their own
+            _check(Bench(encoder, folder, "untrained", overwrite=overwrite), tunings)
     begun: dict[str, list[Result]] = {}
     for model, folder in models.items():
         if untrained:
@@ -97,16 +116,35 @@ def side_by_side(
                 yield replace(result, model=model), folder
             if start not in begun:
                 begun[start] = []
-                for result in _measure(Bench(encoder, folder, "untrained", console), model, evaluations):
+                for result in _measure(Bench(encoder, folder, "untrained", console, overwrite), model, evaluations):
                     begun[start].append(result)
                     yield result, folder
         how: Any = {"device": device, "precision": precision, "console": console, "known": known}
+        how["overwrite"] = overwrite
         for result in evaluate(model, evaluations, folder, **how):
             yield result, folder
 
 
+def _known(evaluations: list[tuple[str, Any]]) -> None:
+    """Raise UserError for an unknown evaluation."""
+    for name, _ in evaluations:
+        if name not in EVALUATIONS:
+            names = ", ".join(EVALUATIONS)
+            raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {names}")
+
+
+def _check(bench: Bench, evaluations: list[tuple[str, Any]]) -> None:
+    """Raise UserError for data and settings of any of these evaluations. Measures nothing."""
+    for name, settings in evaluations:
+        try:
+            CHECKS[name](bench, settings)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if len(evaluations) > 1 else str(error)) from error
+
+
 def _measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
     encoder = bench.encoder
+    _check(bench, evaluations)
     for name, settings in evaluations:
         bench.pictures.clear()
         values = dict(EVALUATIONS[name](bench, settings))
@@ -141,12 +179,17 @@ def knn_watch(run: Run, console: Console | None = None) -> Callable[[nn.Module],
         raise UserError(f"--knn.train and --knn.test: {error}") from None
     device = choose_device(run.device)
     precision = choose_precision(run.precision, device)
+    warned: set[str] = set()
 
     def watch(module: nn.Module) -> dict[str, float]:
         encoder = in_training(run, module, device, precision)
         train, test = (freeze(encoder, data) for data in sets)
         if not all(bool(torch.isfinite(part.mean).all()) for part in (train, test)):
             return {}
+        _, line = knn.usable(knn.DEFAULT, len(train.labels))
+        if line and line not in warned:
+            warned.add(line)
+            say(console or Console(quiet=True), line)
         names = ("top1", "balanced", "majority")
         return {
             f"knn/{key}": value

@@ -14,27 +14,51 @@ from pixmim.evaluation.settings import Knn
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
 
+DEFAULT = (1, 20)
+"""Numbers of neighbours that vote, each a measure of its own."""
+
 ROWS, BLOCK = 1024, 16384
 """Asked features, and voters, that are compared at a time: 64 MiB of similarities, however many there are of each."""
 
 CPU = torch.device("cpu")
 
 
+def check(bench: Bench, settings: Knn) -> None:
+    """Raise UserError now for data or settings that `measure` would refuse."""
+    data = open_labelled(bench, settings.train, settings.test)
+    usable(settings.k, len(data.train))
+
+
 def measure(bench: Bench, settings: Knn) -> Values:
     """Top-1 accuracy on the test data: see `knn`. Raises UserError."""
-    data = open_labelled(bench, settings.train, settings.test)
-    if bench.console is not None and max(settings.k, default=0) > len(data.train):
-        say(bench.console, f"warning: k is cut to {len(data.train):,}, the number of train images")
-    yield from knn(bench.frozen(settings.train), bench.frozen(settings.test), settings.k, bench.encoder.device)
+    check(bench, settings)
+    train = bench.frozen(settings.train)
+    _, line = usable(settings.k, len(train.labels))
+    if line and bench.console is not None:
+        say(bench.console, line)
+    yield from knn(train, bench.frozen(settings.test), settings.k, bench.encoder.device)
 
 
-def knn(train: Frozen, test: Frozen, k: Sequence[int] = (1, 20), device: torch.device = CPU) -> Values:
-    """How good k-NN is with the global token ("cls") and the mean of the patch tokens ("mean"), in per cent.
+def usable(k: Sequence[int], voters: int) -> tuple[list[int], str]:
+    """Return the k that so many voters allow, each once, and a warning about those that are larger.
 
-    Yields what `labelled.rated` does, as kK/FEATURE/..., and "majority". Raises UserError for a class that train lacks.
+    Raises:
+        UserError: If there is no k, or one is less than 1.
     """
     if not k or min(k) < 1:
         raise UserError(f"--k takes numbers of neighbours from 1 on, such as 1 20, not {' '.join(map(str, k))}")
+    large = [f"{each:,}" for each in k if each > voters]
+    line = f"warning: k = {' and '.join(large)} exceeds the {voters:,} train images; measured with k = {voters:,}"
+    return list(dict.fromkeys(min(each, voters) for each in k)), line if large else ""
+
+
+def knn(train: Frozen, test: Frozen, k: Sequence[int] = DEFAULT, device: torch.device = CPU) -> Values:
+    """How good k-NN is with the global token ("cls") and the mean of the patch tokens ("mean"), in per cent.
+
+    Yields what `labelled.rated` does, as kK/FEATURE/..., and "majority". K is the number that voted: see `usable`.
+    Raises UserError for a class that train lacks.
+    """
+    k, _ = usable(k, len(train.labels))
     wanted = same_classes(train, test)
     for name, voters, asked in (
         ("cls", train.vector[:, -1], test.vector[:, -1]),

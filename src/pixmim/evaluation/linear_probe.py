@@ -61,6 +61,14 @@ class Probe:
         return F.pad(x, (0, 1), value=1.0) @ self.weights.T
 
 
+def check(bench: Bench, settings: Linear) -> None:
+    """Raise UserError now for data or settings that `measure` would refuse."""
+    if settings.protocol == "mae":
+        probe.check(bench, settings)
+    else:
+        open_labelled(bench, settings.train, settings.test)
+
+
 def measure(bench: Bench, settings: Linear) -> Values:
     """Top-1 accuracy on the test data: see `graded`, or `probe` for MAE's protocol. Raises UserError."""
     if settings.protocol == "mae":

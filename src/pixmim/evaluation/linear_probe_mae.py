@@ -33,6 +33,15 @@ PART = 512
 _WARMUP = 10  # epochs
 
 
+def check(bench: Bench, settings: Linear) -> tuple[Labelled, str]:
+    """Return the data and the kind of feature. Raises UserError for what `measure` would refuse."""
+    data = open_labelled(bench, settings.train, settings.test, all_classes=True)
+    kind = _kind(bench.encoder.module, settings.feature)
+    if settings.batch_size < 2 or len(data.train) < 2:
+        raise UserError("BatchNorm needs a batch of at least 2 images")
+    return data, kind
+
+
 def measure(bench: Bench, settings: Linear) -> Iterator[tuple[str, float]]:
     """Fit BatchNorm without parameters and one linear layer to the frozen encoder's features, and measure them.
 
@@ -41,12 +50,9 @@ def measure(bench: Bench, settings: Linear) -> Iterator[tuple[str, float]]:
 
     Yields "mae/top1" and the rest of `labelled.grade`. Raises UserError for data and settings that do not suit.
     """
-    encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test, all_classes=True)
+    encoder, (data, kind) = bench.encoder, check(bench, settings)
     encoder.module.eval()
-    kind = _kind(encoder.module, settings.feature)
     images, epochs = len(data.train), 90 if settings.epochs is None else settings.epochs
-    if settings.batch_size < 2 or images < 2:
-        raise UserError("BatchNorm needs a batch of at least 2 images")
     part, parts = _parts(min(settings.batch_size, images))
     batch = part * parts
     steps = max(1, round(epochs * images / batch))

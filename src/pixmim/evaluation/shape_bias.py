@@ -13,6 +13,7 @@ from torch import Tensor
 from pixmim.data.dataset import Source
 from pixmim.data.loader import in_order
 from pixmim.data.synthetic import Shapes
+from pixmim.evaluation.classification import check_classes
 from pixmim.evaluation.classifiers import Judge, imagenet_head, labels_among, probe
 from pixmim.evaluation.context import Bench, Values
 from pixmim.evaluation.imagenet_classes import CATEGORIES, wnids
@@ -24,7 +25,27 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.plotting import Figure, FigureCanvasAgg
 from pixmim.utils.progress import progress
 
+_ITSELF = "shape bias without --train"
 _STIMULUS = re.compile(r"([a-z]+)\d*-([a-z]+)\d*", re.IGNORECASE)
+
+
+def check(bench: Bench, settings: ShapeBias) -> None:
+    """Raise UserError now for stimuli, train data or an encoder that `measure` would refuse. Fits nothing."""
+    data = bench.data(settings.data)
+    if settings.train:
+        train = bench.data(settings.train)
+        check_classes(train)
+        names = train.classes
+    else:
+        imagenet_head(bench, _ITSELF)
+        names = list(CATEGORIES)
+    shapes, textures = cues(data, names)
+    _check_conflict(data, shapes, textures)
+
+
+def _check_conflict(data: Source, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:
+    if not bool((shapes != textures).any()):
+        raise UserError(f"in {data.spec} shape and texture agree in every stimulus: there is nothing to decide")
 
 
 def measure(bench: Bench, settings: ShapeBias) -> Values:
@@ -39,7 +60,7 @@ def measure(bench: Bench, settings: ShapeBias) -> Values:
         judge = probe(bench, settings.train, epochs=settings.epochs, seed=settings.seed)
         names, groups, crop = judge.classes, None, evaluation_crop(bench.encoder.size)
     else:
-        judge = imagenet_head(bench, "shape bias without --train")
+        judge = imagenet_head(bench, _ITSELF)
         place = {name: i for i, name in enumerate(judge.classes)}
         ours = [place[wnid] for wnid in wnids()]
         groups = [tuple(ours[number] for number in group) for group in CATEGORIES.values()]
@@ -56,8 +77,7 @@ def measure(bench: Bench, settings: ShapeBias) -> Values:
         raise UserError(f"not one stimulus of {data.spec} can be read")
     order, given = torch.cat(seen), torch.cat(answers)
     shapes, textures = shapes[order], textures[order]
-    if not bool((shapes != textures).any()):
-        raise UserError(f"in {data.spec} shape and texture agree in every stimulus: there is nothing to decide")
+    _check_conflict(data, shapes, textures)
     by_shape, by_texture, bias = shape_decisions(given, shapes, textures)
     yield f"{judge.kind}/shape_bias", 100 * bias
     yield f"{judge.kind}/shape", 100 * by_shape

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import struct
 from collections import Counter
@@ -37,6 +38,7 @@ from pixmim.weights.detect import read_config
 from pixmim.weights.load import open_model
 from pixmim.weights.save import ENCODER, WEIGHTS
 
+_MAX_NEIGHBOURS = 8  # numbers of neighbours with a curve
 _MAX_PICTURES = 100  # of one run
 _MAX_PICTURE_BYTES = 2**25
 _MAX_PIXELS = 2**25  # of all pictures of one run together
@@ -243,9 +245,9 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
     compares = "Losses compare only between runs with the same target and normalisation."
     kinds: list[tuple[dict[str, str], str, str, Callable[[Run], str]]] = [
         ({"loss": ""}, "loss", f"Training loss. {compares}", lambda run: run.data),
-        (_knn("top1"), "k-NN top-1 (%)", "k-NN accuracy while training, mean of patch tokens.", _measured_on),
+        (_knn("top1", stories), "k-NN top-1 (%)", "k-NN accuracy while training, mean of patch tokens.", _measured_on),
         (
-            _knn("balanced"),
+            _knn("balanced", stories),
             "k-NN balanced (%)",
             "k-NN accuracy while training, each class counting the same.",
             _measured_on,
@@ -268,9 +270,12 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
     return figures
 
 
-def _knn(value: str) -> dict[str, str]:
+def _knn(value: str, stories: list[_Story]) -> dict[str, str]:
     """The keys of a value of periodic k-NN, with what each adds to a run's name; top-1 has a baseline."""
-    keys = {f"knn/k{k}/mean/{value}": f", k = {k}" for k in (1, 20)}
+    logged = {key for story in stories for line in story.metrics for key in line}
+    found = filter(None, (re.fullmatch(f"knn/k([0-9]{{1,9}})/mean/{value}", key) for key in logged))
+    ordered = sorted(found, key=lambda each: int(each[1]))[:_MAX_NEIGHBOURS]
+    keys = {each[0]: f", k = {each[1]}" for each in ordered}
     return keys | ({"knn/majority": _MAJORITY} if value == "top1" else {})
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import timm
@@ -178,11 +179,19 @@ def begin_from(model: MaskedModel, run: Run) -> list[str]:
     """
     heads = next((m.num_heads for m in model.encoder.modules() if hasattr(m, "num_heads")), None)
     known = {"num_heads": heads, "decoder_heads": run.model.decoder_heads, "wanted": run.hw}
-    weights = open_model(run.init, whole=True, known=known)
+    first = f"`pixmim import {quote(run.init)} --prefix NAME --to FOLDER` (or --ema) first, then --init FOLDER"
+    try:
+        weights = open_model(run.init, whole=True, known=known)
+    except UserError as error:
+        if not Path(run.init).expanduser().is_file():
+            raise
+        raise UserError(f"--init {error}. If its model is behind another prefix: {first}") from error
     state = model.state_dict()
     fitted, refits = refit(weights, state, run)
     about = ", ".join(filter(None, (weights.origin, weights.progress)))
     lines = [f"begins from {run.init} ({about})", *(f"  {note}" for note in weights.notes), *refits]
+    if any("--prefix" in note or "--ema" in note for note in weights.notes):
+        lines.append(f"  for another model of this file: {first}")
 
     encoder = {name: value for name, value in fitted.items() if name.startswith("encoder.")}
     wrong = [n for n, v in encoder.items() if n in state and v.shape != state[n].shape]

@@ -29,7 +29,13 @@ WEIGHTS = f"{ENCODER}/model.safetensors"
 
 
 def save_encoder(
-    encoder: nn.Module, folder: Path, run: Run, step: int, steps: int = 0, classes: list[str] | None = None
+    encoder: nn.Module,
+    folder: Path,
+    run: Run,
+    step: int,
+    steps: int = 0,
+    classes: list[str] | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write an encoder, or a classifier, as a folder that timm reads with nothing to repeat.
 
@@ -43,14 +49,15 @@ def save_encoder(
         step: Steps of training done.
         steps: Steps of the complete run; 0 if unknown.
         classes: Names of what a classifier tells apart, in the order of its outputs.
+        more: Further metadata of the weights.
 
     Raises:
         OSError: As writing does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.json", json.dumps(timm_config(encoder, run, classes), indent=2) + "\n")
-    more = {"classes": json.dumps(classes)} if classes else {}
-    save_tensors(encoder.state_dict(), folder / "model.safetensors", run, step, steps, more)
+    about = {**(more or {}), **({"classes": json.dumps(classes)} if classes else {})}
+    save_tensors(encoder.state_dict(), folder / "model.safetensors", run, step, steps, about)
 
 
 def timm_config(encoder: nn.Module, run: Run, classes: list[str] | None = None) -> dict[str, Any]:

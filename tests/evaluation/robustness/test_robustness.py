@@ -253,7 +253,7 @@ def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypa
 def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> None:
     bench = bench_of(tiny_run(), tmp_path)
     for settings, message in (
-        (Robustness(), "robustness on which data"),
+        (Robustness(), "no data given: robustness needs --test"),
         (Robustness(test=TEST), "has no classifier: give --train"),
         (Robustness(test=TEST, classifier="probe"), "--train"),
         (Robustness(test=TEST, train=TRAIN, corruptions=("frosst",)), "did you mean 'frost'"),

@@ -18,7 +18,7 @@ from pixmim.evaluation.detection.dataset import Annotated, Objects, open_annotat
 from pixmim.evaluation.detection.detector import detect
 from pixmim.evaluation.detection.loader import fitted, picture, read
 from pixmim.evaluation.detection.masks import View, bitmap, coco
-from pixmim.evaluation.detection.train import trained
+from pixmim.evaluation.detection.train import build, trained
 from pixmim.evaluation.detection.visualize import draw, sheet
 from pixmim.evaluation.learn import forget
 from pixmim.evaluation.settings import Detection
@@ -31,21 +31,38 @@ from pixmim.utils.progress import progress
 _NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measured on
 
 
+def check(bench: Bench, settings: Detection) -> tuple[Detection, Annotated, Annotated, bool]:
+    """Read all annotations and build the detector, once for a bench; trains nothing.
+
+    Returns:
+        The settings with the files of COCO, train and test data, and whether masks are learned.
+
+    Raises:
+        UserError: For data or settings that do not suit.
+    """
+
+    def make() -> tuple[Detection, Annotated, Annotated, bool]:
+        coco()
+        found, encoder = _with_data(settings), bench.encoder
+        train = open_annotated(found.train, found.train_images, encoder.form, "--train-images")
+        test = _same_classes(train, open_annotated(found.test, found.test_images, encoder.form, "--test-images"))
+        console = bench.console or Console(quiet=True)
+        _tell(train, test, console)
+        masks = _masks(found, train, test, console)
+        build(encoder, found, len(train.classes), masks)
+        if masks:
+            train, test = _only_masked(train), _only_masked(test)
+        return found, train, test, masks
+
+    return bench.once(("detection", repr(settings)), make)
+
+
 def measure(bench: Bench, settings: Detection) -> Values:
     """Fine-tune a detector and measure it: see `Tally.values`.
 
     Unfinished training is gone on with. Raises UserError.
     """
-    coco()
-    settings = _with_data(settings)
-    encoder = bench.encoder
-    train = open_annotated(settings.train, settings.train_images, encoder.form, "--train-images")
-    test = _same_classes(train, open_annotated(settings.test, settings.test_images, encoder.form, "--test-images"))
-    console = bench.console or Console(quiet=True)
-    _tell(train, test, console)
-    masks = _masks(settings, train, test, console)
-    if masks:
-        train, test = _only_masked(train), _only_masked(test)
+    settings, train, test, masks = check(bench, settings)
     model = trained(bench, settings, train, masks)
     yield from _measured(bench, settings, test, model, masks)
     forget(bench.work("detection", settings))

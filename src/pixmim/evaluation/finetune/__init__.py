@@ -3,9 +3,13 @@
 The classifier is kept beside the results, in timm's names, with its classes in the metadata.
 """
 
+import json
+import os
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +18,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixmim.config import Run
 from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.loader import Loader
-from pixmim.evaluation.classification import Labelled, grade, open_labelled
+from pixmim.evaluation.classification import Labelled, a_few, grade, open_labelled
 from pixmim.evaluation.context import Bench, Values
 from pixmim.evaluation.finetune.model import build, inherit, plan
 from pixmim.evaluation.finetune.recipes import TUNINGS, Recipe, choose, describe, resolve
+from pixmim.evaluation.frozen_encoder import Encoder, sameness
 from pixmim.evaluation.learn import equal_parts, forget, learn
 from pixmim.evaluation.settings import Finetune
 from pixmim.models.layer_decay import layer_ids, not_decayed
@@ -33,27 +39,94 @@ from pixmim.transforms.mixup import erase, mix, soft_labels
 from pixmim.utils import rng
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
+from pixmim.utils.files import parse_json
 from pixmim.utils.trust import inside
+from pixmim.weights.detect import read_weights
+from pixmim.weights.load import assemble_encoder
+from pixmim.weights.safe_load import read
 from pixmim.weights.save import save_encoder
+
+_SETTINGS = "finetune"
+"""Where a classifier's metadata hold what decided its weights, as JSON."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fine-tuning will do, decided before any of it.
+
+    name      of the recipe
+    parts     of a batch
+    run       builds the classifier
+    folder    where the classifier is kept
+    work      where unfinished work is kept
+    settings  what decides its weights, by flag: kept with it, so that it is not taken for another one
+    reused    whether it is there already
+    """
+
+    data: Labelled
+    name: str
+    recipe: Recipe
+    parts: int
+    run: Run
+    folder: Path
+    work: Path
+    settings: dict[str, Any]
+    reused: bool
+
+
+def check(bench: Bench, settings: Finetune) -> Plan:
+    """Check data, settings and the classifier's folder, and train nothing.
+
+    Raises:
+        UserError: If data, settings or the encoder do not suit, or another classifier is in the folder.
+    """
+
+    def make() -> Plan:
+        encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test, all_classes=True)
+        name = choose(settings.recipe, encoder.run, encoder.module, settings.from_scratch)
+        recipe = resolve(TUNINGS[name], settings.changes)
+        if data.train.form.pixels != "uint8" and (recipe.augment != "none" or recipe.jitter):
+            raise UserError("only images of 8 bits are augmented: add --augment none --jitter 0")
+        run = plan(encoder.run, encoder.module, len(data.classes), recipe.pool, settings.size)
+        width = int(encoder.module.num_features)  # type: ignore[arg-type]
+        parts = equal_parts(recipe.batch_size, settings.accumulate, encoder.device, run.hw, width)
+        _begun(encoder, settings, recipe, run)
+        which = "" if bench.which == "trained" else f"-{bench.which}"
+        folder = inside(bench.folder, f"classifier{'-from-scratch' if settings.from_scratch else which}")
+        decides = _decides(bench, settings, recipe, parts, run, data)
+        work = bench.work("finetune", replace(settings, accumulate=parts))
+        reused = not bench.overwrite and _finished(folder, decides, work)
+        return Plan(data, name, recipe, parts, run, folder, work, decides, reused)
+
+    return bench.once(("finetune", repr(settings)), make)
 
 
 def measure(bench: Bench, settings: Finetune) -> Values:
     """Train a classifier, keep it, and measure it: see `labelled.grade` for what is yielded.
 
-    Raises UserError for data, settings or an encoder that do not suit.
+    A finished classifier of the same settings is not trained again. Raises UserError: see `check`.
     """
-    encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test, all_classes=True)
-    name = choose(settings.recipe, encoder.run, encoder.module, settings.from_scratch)
-    recipe = resolve(TUNINGS[name], settings.changes)
-    if data.train.form.pixels != "uint8" and (recipe.augment != "none" or recipe.jitter):
-        raise UserError("only images of 8 bits are augmented: add --augment none --jitter 0")
+    todo, encoder, console = check(bench, settings), bench.encoder, bench.console or Console(quiet=True)
+    settings = replace(settings, accumulate=todo.parts)
+    if todo.reused:
+        say(console, f"the classifier of these settings is there: {todo.folder} (--overwrite trains it again)")
+        product = assemble_encoder(read_weights(todo.folder)).to(encoder.device)
+        choose_attention(product, encoder.device, encoder.precision)
+    else:
+        product = _trained(bench, settings, todo).eval()
+        if not bench.overwrite:  # another process may have kept one meanwhile
+            _finished(todo.folder, todo.settings, todo.work)
+        about = {_SETTINGS: json.dumps(todo.settings)}
+        save_encoder(product, todo.folder, todo.run, encoder.step, classes=todo.data.classes, more=about)
+        say(console, f"  the classifier: {todo.folder}")
+    yield from grade(bench, todo.data, encoder, todo.run.hw, product)
+    forget(todo.work)
 
-    run = plan(encoder.run, encoder.module, len(data.classes), recipe.pool, settings.size)
-    model = build(run, recipe.drop_path, recipe.head_std, settings.seed)
-    lines = [] if settings.from_scratch else inherit(model, run, encoder.module, encoder.run)
-    width = int(model.num_features)  # type: ignore[arg-type]
-    parts = equal_parts(recipe.batch_size, settings.accumulate, encoder.device, run.hw, width)
-    settings = replace(settings, accumulate=parts)
+
+def _trained(bench: Bench, settings: Finetune, todo: Plan) -> nn.Module:
+    """Train a classifier, from where it was interrupted if it was."""
+    encoder, data, recipe, run, parts = bench.encoder, todo.data, todo.recipe, todo.run, todo.parts
+    model, lines = _begun(encoder, settings, recipe, run)
     model = model.to(encoder.device)
     choose_attention(model, encoder.device, encoder.precision)
     trained = Averaged(model, recipe.average)
@@ -65,11 +138,11 @@ def measure(bench: Bench, settings: Finetune) -> Values:
     schedule = Schedule(steps, warmup, peak, recipe.final_lr, recipe.first_lr, warmup_prefix=recipe.warmup_prefix)
     begun = "random weights" if settings.from_scratch else f"the {bench.which} encoder"
     console = bench.console or Console(quiet=True)
-    for line in [*describe(name, recipe, len(data.train), steps, warmup, parts), f"  begins with {begun}", *lines]:
+    about = describe(todo.name, recipe, len(data.train), steps, warmup, parts)
+    for line in [*about, f"  begins with {begun}", *lines]:
         say(console, line)
 
     lesson = Lesson(bench, settings, recipe, data, run.hw, trained)
-    work = bench.work("finetune", settings)
     learn(
         trained,
         _optimizer(trained.model, recipe),
@@ -77,24 +150,64 @@ def measure(bench: Bench, settings: Finetune) -> Values:
         steps,
         lesson.batches,
         lesson.loss,
-        work,
+        todo.work,
         images=len(data.train),
         batch=recipe.batch_size,
-        accumulate=settings.accumulate,
+        accumulate=parts,
         clip=recipe.clip or None,
         scaling=encoder.precision == "fp16",
         after=trained.follow,
         console=bench.console,
     )
-    product = trained.result.eval()
-    which = "" if bench.which == "trained" else f"-{bench.which}"
-    path = inside(bench.folder, f"classifier{'-from-scratch' if settings.from_scratch else which}")
-    for name in ("config.json", "model.safetensors"):
-        inside(path, name)
-    save_encoder(product, path, run, encoder.step, classes=data.classes)
-    say(console, f"  the classifier: {path}")
-    yield from grade(bench, data, encoder, run.hw, product)
-    forget(work)
+    return trained.result
+
+
+def _begun(encoder: Encoder, settings: Finetune, recipe: Recipe, run: Run) -> tuple[nn.Module, list[str]]:
+    """Return the classifier as it is before training, and lines about what had to be refitted. Raises UserError."""
+    model = build(run, recipe.drop_path, recipe.head_std, settings.seed)
+    return model, [] if settings.from_scratch else inherit(model, run, encoder.module, encoder.run)
+
+
+def _decides(bench: Bench, settings: Finetune, recipe: Recipe, parts: int, run: Run, data: Labelled) -> dict[str, Any]:
+    """Return what decides the weights of a classifier, by flag. Data and encoder are digests: files name no places."""
+    encoder = bench.encoder
+    begun = repr((run.model, run.hw, encoder.form, run.statistics)) if settings.from_scratch else sameness(encoder)
+    images = f"{data.train.spec} {data.train.fingerprint()} {len(data.train)} {data.classes}"
+    digests = {
+        name: sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        for name, text in (("MODEL", begun), ("--train", images))
+    }
+    numbers = {f"--{name.replace('_', '-')}": value for name, value in asdict(recipe).items() if name != "about"}
+    own = {"--size": run.size, "--accumulate": parts, "--seed": settings.seed, "--precision": encoder.precision}
+    found: dict[str, Any] = json.loads(json.dumps({**digests, **numbers, **own}))  # as it is read again
+    return found
+
+
+def _finished(folder: Path, decides: dict[str, Any], work: Path) -> bool:
+    """Return whether the finished classifier of these settings is in a folder.
+
+    Raises:
+        UserError: If anything else is there, but for what writing the same classifier left when it was interrupted.
+    """
+    config, weights = (inside(folder, name) for name in ("config.json", "model.safetensors"))
+    if not os.path.lexists(folder):
+        return False
+    instead = "move it, choose another --out, or add --overwrite to replace it"
+    if not weights.is_file():
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if not names or (names == {config.name} and work.exists()):
+            return False
+        raise UserError(f"{folder} is there already, and holds no finished classifier: {instead}")
+    try:
+        before = parse_json(read(weights).metadata.get(_SETTINGS, "null"), str(weights))
+    except UserError as error:
+        raise UserError(f"{error}. {folder} is there already: {instead}") from error
+    if not isinstance(before, dict):
+        raise UserError(f"{folder} is there already, and its file does not say how it was fine-tuned: {instead}")
+    others = [flag for flag, value in decides.items() if before.get(flag) != value]
+    if others:
+        raise UserError(f"{folder} is there already, fine-tuned with another {a_few(others)}: {instead}")
+    return True
 
 
 class Averaged(nn.Module):

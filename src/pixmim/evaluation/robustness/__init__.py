@@ -43,19 +43,48 @@ _CLEAN: Variant = ("clean", 0)
 
 def measure(bench: Bench, settings: Robustness) -> Values:
     """Everything whose data are given. What is done is kept, so that the same call goes on. Raises UserError."""
+    check(bench, settings)
     corruptions, severities = _chosen(settings)
-    relatives = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
-    if not (settings.imagenet_c or settings.test or any(relatives.values())):
-        raise UserError("robustness on which data? Give --test, --imagenet-c, --imagenet-a, -r or -sketch")
     notes = _Notes(bench.work("robustness", settings), bench.console)
     if settings.imagenet_c:
         yield from _imagenet_c(bench, settings.imagenet_c, corruptions, severities, notes)
-    for name, folder in relatives.items():
-        if folder:
-            yield from _relative(bench, name, folder, notes)
+    for name, folder in _relatives(settings).items():
+        yield from _relative(bench, name, folder, notes)
     if settings.test:
         yield from _in_memory(bench, settings, corruptions, severities, notes)
     forget(notes.folder)
+
+
+def check(bench: Bench, settings: Robustness) -> None:
+    """Raise UserError now for data, settings or an encoder that `measure` would refuse. Fits nothing.
+
+    Of ImageNet-C it looks for the folders, and lists no images.
+    """
+
+    def make() -> None:
+        corruptions, severities = _chosen(settings)
+        relatives = _relatives(settings)
+        if not (settings.imagenet_c or settings.test or relatives):
+            raise UserError("no data given: robustness needs --test, --imagenet-c, --imagenet-a, -r or -sketch")
+        if settings.imagenet_c:
+            _parts(bench, settings.imagenet_c, corruptions, severities)
+        for name, folder in relatives.items():
+            _opened(bench, name, folder)
+        if settings.test:
+            _check_form(bench)
+            data = bench.data(settings.test)
+            if _kind(bench, data, settings) == "probe":
+                open_labelled(bench, settings.train, settings.test)
+            else:
+                _own(bench, data)
+
+    bench.once(("robustness", repr(settings)), make)
+
+
+def _relatives(settings: Robustness) -> dict[str, str]:
+    """Folders of ImageNet-A, -R and -Sketch, of those that are given."""
+    given = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
+    return {name: folder for name, folder in given.items() if folder}
 
 
 def _chosen(settings: Robustness) -> tuple[list[str], list[int]]:
@@ -75,15 +104,7 @@ def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: l
     The errors are always given. CE needs five severities and all thousand classes, since AlexNet's were measured so;
     mCE needs all 15 corruptions as well.
     """
-    judge = imagenet_head(bench, "ImageNet-C")
-    root = Path(folder).expanduser()
-    missing = [f"{c}/{s}" for c in corruptions for s in severities if not (root / c / str(s)).is_dir()]
-    if missing:
-        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise UserError(
-            f"{folder} lacks {len(missing)} of {len(corruptions) * len(severities)} parts of ImageNet-C: {some}. "
-            "--corruptions and --severities measure a part; there is no mCE of a part"
-        )
+    judge, root = _parts(bench, folder, corruptions, severities)
     errors: dict[str, list[float]] = {name: [] for name in corruptions}
     counts, whole = torch.zeros(2, len(judge.classes), dtype=torch.int64), True
     for name in corruptions:
@@ -108,8 +129,31 @@ def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: l
             yield "imagenet_c/mce", mce
 
 
+def _parts(bench: Bench, folder: str, corruptions: list[str], severities: list[int]) -> tuple[Judge, Path]:
+    """Return the classifier and the root of ImageNet-C. Raises UserError for a part that is missing."""
+    judge = imagenet_head(bench, "ImageNet-C")
+    root = Path(folder).expanduser()
+    missing = [f"{c}/{s}" for c in corruptions for s in severities if not (root / c / str(s)).is_dir()]
+    if missing:
+        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise UserError(
+            f"{folder} lacks {len(missing)} of {len(corruptions) * len(severities)} parts of ImageNet-C: {some}. "
+            "--corruptions and --severities measure a part; there is no mCE of a part"
+        )
+    return judge, root
+
+
 def _relative(bench: Bench, name: str, folder: str, notes: "_Notes") -> Values:
     """Top-1 on ImageNet-A, -R or -Sketch, at the evaluation crop; of A and R only the 200 outputs compete."""
+    judge, own, data, labels = _opened(bench, name, folder)
+    among = [judge.classes.index(wnid) for wnid in own]
+    counts = _count(bench, data, evaluation_crop(bench.encoder.size), judge, labels, among, notes, own)
+    yield from rated(counts, own, f"imagenet_{name}/")
+    yield f"imagenet_{name}/majority", majority(counts)
+
+
+def _opened(bench: Bench, name: str, folder: str) -> tuple[Judge, list[str], Source, Tensor]:
+    """Return the classifier, the classes, the data and their labels. Raises UserError."""
     title = f"ImageNet-{name.upper() if len(name) == 1 else name.title()}"
     judge = imagenet_head(bench, title)
     own = judge.classes if name == "sketch" else imagenet.part(name)
@@ -118,10 +162,7 @@ def _relative(bench: Bench, name: str, folder: str, notes: "_Notes") -> Values:
     lacks = [wnid for wnid in own if wnid not in data.classes]
     if lacks:
         raise UserError(f"{folder} lacks {len(lacks)} of {title}'s {len(own)} class folders: {', '.join(lacks[:5])}")
-    among = [judge.classes.index(wnid) for wnid in own]
-    counts = _count(bench, data, evaluation_crop(bench.encoder.size), judge, labels, among, notes, own)
-    yield from rated(counts, own, f"imagenet_{name}/")
-    yield f"imagenet_{name}/majority", majority(counts)
+    return judge, own, data, labels
 
 
 def _classes(counts: Tensor, names: list[str], key: str) -> Values:
@@ -142,10 +183,7 @@ def _in_memory(
     Yields, under in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, the
     mean of those; lost, error minus clean, in points; times, error over clean; severity/NAME/SEVERITY.
     """
-    form = bench.encoder.form
-    check_channels(form.channels)
-    if form.pixels != "uint8":
-        raise UserError(f"the corruptions are made for pictures of 8 bits, and this encoder reads {form.pixels}")
+    _check_form(bench)
     data = bench.data(settings.test)
     judge, labels, among, names = _judge(bench, data, settings)
     variants = [_CLEAN, *((name, severity) for name in corruptions for severity in severities)]
@@ -172,15 +210,32 @@ def _in_memory(
         yield f"{key}/severity/{name}/{severity}", errors[name, severity]
 
 
+def _check_form(bench: Bench) -> None:
+    form = bench.encoder.form
+    check_channels(form.channels)
+    if form.pixels != "uint8":
+        raise UserError(f"the corruptions are made for pictures of 8 bits, and this encoder reads {form.pixels}")
+
+
+def _kind(bench: Bench, data: Source, settings: Robustness) -> str:
+    """Whether the encoder's own classifier ("head") or a probe classifies the test data. Raises UserError."""
+    kind = settings.classifier
+    if kind == "auto":
+        kind = "head" if _named(bench, data) or not settings.train else "probe"
+    if kind == "probe" and not settings.train:
+        raise UserError("a probe needs labelled clean data to be fitted to: --train")
+    return kind
+
+
+def _named(bench: Bench, data: Source) -> bool:
+    """Whether the encoder's own classifier has all classes of the data by name."""
+    own = own_head(bench)
+    return bool(own.classes) and set(data.classes) <= set(own.classes)
+
+
 def _judge(bench: Bench, data: Source, settings: Robustness) -> tuple[Judge, Tensor, list[int] | None, list[str]]:
     """Who classifies the test data, their labels, its outputs that compete (None: all), and the labels' names."""
-    own, kind = own_head(bench), settings.classifier
-    known = bool(own.classes) and set(data.classes) <= set(own.classes)
-    if kind == "auto":
-        kind = "head" if known or not settings.train else "probe"
-    if kind == "probe":
-        if not settings.train:
-            raise UserError("a probe needs labelled clean data to be fitted to: --train")
+    if _kind(bench, data, settings) == "probe":
         found = open_labelled(bench, settings.train, settings.test)
         return (
             probe(bench, settings.train, epochs=settings.epochs, seed=settings.seed),
@@ -188,23 +243,33 @@ def _judge(bench: Bench, data: Source, settings: Robustness) -> tuple[Judge, Ten
             None,
             found.classes,
         )
-    line, console = check_classes(data), bench.console or Console(quiet=True)
+    labels, line = _own(bench, data)
+    own, console = own_head(bench), bench.console or Console(quiet=True)
     say(console, f"test data: {line}")
-    labels = torch.from_numpy(cast(np.ndarray, data.labels))
-    if known:
+    if _named(bench, data):
         if len(data.classes) < len(own.classes):
             say(console, f"of the classifier's {len(own.classes):,} outputs only those of these classes compete")
         return own, labels, [own.classes.index(name) for name in data.classes], data.classes
-    if bench.encoder.names:
-        labels_among(data, own.classes)  # names what is missing
-    if bench.encoder.classes != len(data.classes):
-        has = f"a classifier of {bench.encoder.classes}" if bench.encoder.classes else "no classifier"
-        raise UserError(
-            f"{data.spec} has {len(data.classes)} classes, and this encoder has {has}: give --train, labelled data of "
-            "the same classes that a probe is fitted to"
-        )
     say(console, "warning: the classifier does not name its classes: its outputs are taken for these in sorted order")
     return own, labels, None, data.classes
+
+
+def _own(bench: Bench, data: Source) -> tuple[Tensor, str]:
+    """Return the labels of data that the encoder's own classifier answers to, and a line about their classes.
+
+    Raises UserError if it does not know their classes.
+    """
+    line = check_classes(data)
+    if not _named(bench, data):
+        if bench.encoder.names:
+            labels_among(data, own_head(bench).classes)  # names what is missing
+        if bench.encoder.classes != len(data.classes):
+            has = f"a classifier of {bench.encoder.classes}" if bench.encoder.classes else "no classifier"
+            raise UserError(
+                f"{data.spec} has {len(data.classes)} classes, and this encoder has {has}: give --train, labelled data "
+                "of the same classes that a probe is fitted to"
+            )
+    return torch.from_numpy(cast(np.ndarray, data.labels)), line
 
 
 def _count(

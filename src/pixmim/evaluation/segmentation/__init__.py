@@ -4,6 +4,7 @@ The defaults are MAE's protocol on ADE20K (arXiv 2111.06377, appendix A.4): UPer
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,22 +32,47 @@ from pixmim.utils.threads import how_many, in_turn, workers
 _SHOWN = 6  # test pictures in the report
 
 
+@dataclass(frozen=True)
+class Checked:
+    """Pairs to learn from and to be measured on, all of them read once, and the accounts of those left out."""
+
+    train: Pairs
+    test: Pairs
+    learnt: Skipped
+    skipped: Skipped
+
+
+def check(bench: Bench, settings: Segmentation) -> Checked:
+    """Open and read all pairs, and build the model, once for a bench; trains nothing.
+
+    Raises:
+        UserError: For data or settings that do not go together.
+    """
+
+    def make() -> Checked:
+        form = bench.encoder.form
+        train = open_pairs(settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground)
+        test = open_pairs(settings.test, form, "validation", train.classes, table=train.table)
+        build(bench.encoder, settings, len(train.classes))
+        console = bench.console or Console(quiet=True)
+        warn_shared(train.source, test.source, console)
+        found = Checked(train, test, bench.skipped(train), bench.skipped(test))
+        for pairs, account, what in ((train, found.learnt, "train"), (test, found.skipped, "test")):
+            check_masks(pairs, account, what, console)
+        return found
+
+    return bench.once(("segmentation", repr(settings)), make)
+
+
 def measure(bench: Bench, settings: Segmentation) -> Values:
     """Train a head, and yield mIoU, aAcc, mAcc and each class's IoU in per cent, over all test pixels together.
 
     Classes without a pixel in the test masks have no IoU, and are left out of the means. Raises UserError for data or
     settings that do not go together.
     """
-    encoder = bench.encoder
-    form = encoder.form
-    train = open_pairs(settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground)
-    test = open_pairs(settings.test, form, "validation", train.classes, table=train.table)
+    encoder, checked = bench.encoder, check(bench, settings)
+    train, test, learnt, skipped = checked.train, checked.test, checked.learnt, checked.skipped
     model, size = build(encoder, settings, len(train.classes))
-    console = bench.console or Console(quiet=True)
-    warn_shared(train.source, test.source, console)
-    learnt, skipped = bench.skipped(train), bench.skipped(test)
-    for pairs, account, what in ((train, learnt, "train"), (test, skipped, "test")):
-        check_masks(pairs, account, what, console)
     folder = bench.work("segmentation", settings)
     fit(model, encoder, settings, train, size, folder=folder, skipped=learnt, console=bench.console)
     model.eval()
