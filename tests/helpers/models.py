@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import timm
+
 from pixmim.config import Model
 
 SMALL: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -20,3 +22,8 @@ OTHERS = {
         64,
     ),
 }
+
+
+def old_swin_layout() -> bool:
+    """Return True if this timm takes its own Swin without a classifier for an older layout, and cannot reload it."""
+    return tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31)

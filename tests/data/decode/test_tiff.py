@@ -156,7 +156,10 @@ def test_every_kind_of_sample_is_what_tifffile_reads(kind: str, photometric: str
         most = np.iinfo(dtype).max if dtype.kind == "u" else 1
         values = (RNG.random((20, 32, channels)) * 120 * (257 if dtype == np.uint16 else 1)).astype(dtype)
         values = np.moveaxis(values, 2, 0) if planar else values[..., 0] if channels == 1 else values
-    data = written(values, **options)
+    try:
+        data = written(values, **options)
+    except NotImplementedError:
+        pytest.skip(f"this imagecodecs does not write integers of {kind} bits")
     truth = tifffile.imread(io.BytesIO(data)).astype(np.float64)
     truth = np.moveaxis(truth, 0, 2) if planar else truth
     if kind.isdigit() or dtype in (np.uint8, np.uint16):
