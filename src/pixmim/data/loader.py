@@ -166,8 +166,7 @@ class BatchLoader(ABC, Generic[T, B]):
     def _read_row(self, samples: SampleBatch, row: int) -> tuple[T, int, bool, list[float]]:
         """Return the image of a row, its index, flip and crop numbers; those of a replacement if it is unreadable."""
         for offset in range(len(self._dataset)):
-            one, at = (self._sampler.replacement(samples, row, offset), 0) if offset else (samples, row)
-            index, flip, u = int(one.indices[at]), bool(one.flip[at]), one.u[at].tolist()
+            index, flip, u = self._sampler.replacement(samples, row, offset).rows[0] if offset else samples.rows[row]
             if index in self._skipped:
                 continue
             try:

@@ -5,7 +5,7 @@ comes exactly once an epoch and no batch is short; a batch may span two epochs.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,11 @@ class SampleBatch:
     indices: Indices
     flip: npt.NDArray[np.bool_]
     u: npt.NDArray[np.float64]
+
+    @cached_property
+    def rows(self) -> list[tuple[int, bool, list[float]]]:
+        """Index, flip and crop numbers of each sample, as Python's numbers: those of NumPy are slow one by one."""
+        return list(zip(self.indices.tolist(), self.flip.tolist(), self.u.tolist(), strict=True))
 
 
 class CropSampler:

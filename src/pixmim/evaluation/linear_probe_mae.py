@@ -4,7 +4,6 @@ The frozen encoder sees another crop of each image in every epoch, so its featur
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +98,7 @@ class Lesson:
     part: int
     head: nn.Module
 
-    def batches(self, first: int) -> AbstractContextManager[Loader]:
+    def batches(self, first: int) -> Loader:
         """The parts of batches from number `first` on."""
         return Loader(
             self.data.train,

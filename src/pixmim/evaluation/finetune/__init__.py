@@ -3,7 +3,6 @@
 The classifier is kept beside the results, in timm's names, with its classes in the metadata.
 """
 
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,7 +139,7 @@ class Lesson:
         base = RandomResizedCrop(self.size, r.scale) if r.crop == "rrc" else SimpleResizedCrop(self.size)
         return augmented(base, r.augment, r.jitter, self.bench.encoder.mean.tolist())
 
-    def batches(self, first: int) -> AbstractContextManager[Loader]:
+    def batches(self, first: int) -> Loader:
         """The parts of batches from number `first` on."""
         part = self.recipe.batch_size // self.settings.accumulate
         return Loader(
