@@ -22,12 +22,12 @@ from torchvision import transforms
 
 from pixmim.data import open_data
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Portion
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Source
 from pixmim.data.image_folder import Files
-from pixmim.data.in_memory import Kept
 from pixmim.data.loader import Loader
+from pixmim.data.sampler import BatchShard
+from pixmim.data.wrappers import InMemoryDataset
 from pixmim.transforms.crops import Crop, RandomResizedCrop, SimpleResizedCrop
 
 BATCH, SIZE = 256, 224
@@ -52,7 +52,7 @@ def main() -> None:
             caches[name] = open_data(str(Path(where) / name))
             rate, size = made.images / made.seconds, made.bytes / made.images
             print(f"cache {name}: made at {rate:.0f} images/s, {size:,.0f} bytes an image")
-        kept = Kept(caches["4:4:4"])
+        kept = InMemoryDataset(caches["4:4:4"])
         long = 10 * count  # a turn of what is fast, so that its start does not count for much
         candidates = {
             "official, from the folder": (official(folder, count), count),
@@ -98,7 +98,7 @@ def official(folder: Files, count: int) -> Callable[[], None]:
 def ours(source: Source, crop: Crop, count: int) -> Callable[[], None]:
     def run() -> None:
         skipped = Skipped(None, len(source), 0.5)
-        with Loader(source, crop, Portion(BATCH), skipped=skipped) as loader:
+        with Loader(source, crop, BatchShard(BATCH), skipped=skipped) as loader:
             take(loader, count)
 
     return run

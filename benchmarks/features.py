@@ -23,8 +23,8 @@ from pixmim.data import open_data
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Source
-from pixmim.data.loader import in_order
-from pixmim.data.throughput.subset import Subset
+from pixmim.data.loader import iterate_in_order
+from pixmim.data.wrappers import Subset
 from pixmim.evaluation.features import freeze
 from pixmim.evaluation.frozen_encoder import Encoder, in_training
 from pixmim.training.precision import autocast, choose_attention, choose_device, choose_precision
@@ -87,7 +87,7 @@ def candidates(encoder: Encoder, cache: Source, batch: int) -> dict[str, Callabl
 
 
 def read(encoder: Encoder, cache: Source, batch: int) -> Iterator[Tensor]:
-    for images, _, _ in in_order(
+    for images, _, _ in iterate_in_order(
         cache, evaluation_crop(encoder.size), skipped=Skipped(None, len(cache), 0.5), batch=batch
     ):
         yield images

@@ -38,12 +38,12 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pixmim.data import open_data
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Portion
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import open_cache
+from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import Shards
-from pixmim.data.throughput.subset import Subset
+from pixmim.data.wrappers import Subset
 from pixmim.transforms.crops import SimpleResizedCrop
 
 BATCH, SIZE, TURN, AHEAD = 64, 224, 32, 4  # AHEAD: batches that each process of the others may have ready
@@ -124,7 +124,7 @@ def through(loader: Iterable[Any]) -> Batches:
 
 def pixmim(cache: Shards) -> Batches:
     skipped = Skipped(None, len(cache), 0.5)
-    with Loader(cache, CROP, Portion(BATCH), skipped=skipped, threads=WORKERS) as batches:
+    with Loader(cache, CROP, BatchShard(BATCH), skipped=skipped, threads=WORKERS) as batches:
         for batch in batches:
             yield batch.images.permute(0, 2, 3, 1)
 

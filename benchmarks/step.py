@@ -32,9 +32,9 @@ from torch import Tensor, nn
 import pixmim
 from pixmim.data import open_data
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Portion
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Loader
+from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import Shards
 from pixmim.targets import IMAGENET_MEAN, IMAGENET_STD
 from pixmim.training.precision import choose_device, choose_precision
@@ -173,7 +173,7 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
             source = open_data(where)
         skipped = Skipped(None, len(source), 0.5)
         with Loader(
-            source, SimpleResizedCrop(options.size), Portion(options.batch), skipped=skipped, device=device
+            source, SimpleResizedCrop(options.size), BatchShard(options.batch), skipped=skipped, device=device
         ) as batches:
 
             def fed() -> None:

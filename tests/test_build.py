@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pixmim.build import build_crop, build_masker, build_model, build_objective, draw_masks
+from pixmim.build import build_crop, build_mask_sampler, build_model, build_objective
 from pixmim.config import Crop, Mask, Model, Run, Target
 from pixmim.data.synthetic import Shapes
 from pixmim.transforms.crops import finish
@@ -58,11 +58,11 @@ def test_the_grid(name: str, targets: list[Target]) -> None:
     for mask_choice in MASKS:
         run = replace(base, mask=mask_choice)
         try:
-            masker = build_masker(run, model.patch)
+            masks = build_mask_sampler(run, model.patch)
         except UserError as error:
             refused.append((mask_choice.kind, str(error)))
             continue
-        mask = draw_masks(run, masker, (96 // model.patch, 64 // model.patch), 0, range(3))
+        mask = masks(0, range(3))
         for crop in CROPS:
             cut = build_crop(replace(run, crop=crop))
             images = finish(torch.stack([cut.crop(image, [0.3] * cut.draws) for image in drawn]), None, mean, std)
@@ -89,7 +89,7 @@ def test_the_grid(name: str, targets: list[Target]) -> None:
 )
 def test_masks_that_a_run_would_stumble_over_are_refused_before_it(mask: Mask, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_masker(Run(size="96x64", mask=mask), 16)
+        build_mask_sampler(Run(size="96x64", mask=mask), 16)
 
 
 @pytest.mark.parametrize(

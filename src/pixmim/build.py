@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -13,13 +11,12 @@ from pixmim.config import Run
 from pixmim.data.dataset import Form
 from pixmim.data.statistics import recall
 from pixmim.losses import Objective
-from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
+from pixmim.masking import BlockMask, Masker, MaskSampler, RandomMask, SquareMask, UnitMask
 from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
 from pixmim.targets import ColourBins, LowFrequency, Pixels
 from pixmim.training.find_batch_size import in_gib
 from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
-from pixmim.utils import rng
 from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.patches import grid_of
@@ -58,8 +55,8 @@ def build_crop(run: Run) -> Crop:
     return CentreCrop(run.hw, interpolation=run.crop.interpolation)
 
 
-def build_masker(run: Run, patch: int) -> Masker:
-    """What is hidden, for a model with patches of `patch` pixels. Raises UserError if the model cannot take it."""
+def build_mask_sampler(run: Run, patch: int) -> MaskSampler:
+    """Build the masks for a model with patches of `patch` pixels. Raises UserError if the model cannot take them."""
     m = run.mask
     masker: Masker
     if m.kind == "random":
@@ -78,12 +75,13 @@ def build_masker(run: Run, patch: int) -> Masker:
             raise UserError(
                 f"{grid[0] * grid[1]:,} patches of {patch} pixels are more than the {MAX_PATCHES:,} allowed"
             )
-        mask = draw_masks(run, masker, grid, step=0, rows=range(max(1, min(64, 2**20 // (grid[0] * grid[1])))))
+        sampler = MaskSampler(masker, grid, run.seed, run.batch_size)
+        mask = sampler(step=0, rows=range(max(1, min(64, 2**20 // (grid[0] * grid[1])))))
         if run.model.name != "simmim":
             _ = mask.tables
     except ValueError as error:
         raise UserError(f"--mask.kind {m.kind}: {error}") from error
-    return masker
+    return sampler
 
 
 def build_model(run: Run) -> MaskedModel:
@@ -145,9 +143,3 @@ def build_objective(run: Run) -> Objective:
     if t.distance == "cross_entropy":
         target = ColourBins(t.bins, target, mean, std)
     return Objective(target, t.normalise_patches, t.distance, t.normalise_window)
-
-
-def draw_masks(run: Run, masker: Masker, grid: tuple[int, int], step: int, rows: npt.ArrayLike) -> Mask:
-    """The masks of some rows of a step's batch: a function of (seed, step, row)."""
-    u = rng.uniform(run.seed, "mask", step, rows, masker.draws(grid))
-    return masker.decide(torch.from_numpy(u.astype(np.float32)), grid)

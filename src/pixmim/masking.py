@@ -6,11 +6,17 @@ compute the same mask again from (seed, step, row). Called with a generator it d
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from pixmim.utils import rng
 
 Grid = tuple[int, int]
 
@@ -44,8 +50,10 @@ class Mask:
             if not bool((counts == counts[0]).all()):
                 return Mask(hidden, None, None)
             visible = int(counts[0])
-        order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)
-        return Mask(hidden, order[:, :visible], torch.argsort(order, dim=1))
+        # Patches keep their order among the visible ones and among the hidden ones, so counting places them.
+        seen = (~hidden).cumsum(dim=1)
+        restore = torch.where(hidden, visible + hidden.cumsum(dim=1), seen) - 1
+        return Mask(hidden, _inverse(restore)[:, :visible], restore)
 
     @property
     def tables(self) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b n"]]:
@@ -58,11 +66,16 @@ class Mask:
         return self.keep, self.restore
 
     def to(self, device: torch.device | str) -> "Mask":
-        """The same mask on another device, copied without waiting where that is possible."""
-        tensors = (self.hidden, self.keep, self.restore)
-        hidden, keep, restore = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
-        assert hidden is not None
-        return Mask(hidden, keep, restore)
+        """Copy to another device, without waiting where that is possible."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Mask":
+        """Copy to page-locked memory."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Mask":
+        keep, restore = (None if t is None else function(t) for t in (self.keep, self.restore))
+        return Mask(function(self.hidden), keep, restore)
 
 
 class Masker(ABC):
@@ -232,14 +245,56 @@ class BlockMask(Masker):
 _MOST_BLOCKS = 24
 
 
+class MaskSampler:
+    """The masks of a run, as a function of (seed, step, row of the batch).
+
+    Args:
+        generator: Kind of mask.
+        grid: Rows and columns of patches.
+        seed: Seed of the run.
+        batch_size: Images in a batch, over all ranks.
+    """
+
+    def __init__(self, generator: Masker, grid: Grid, seed: int, batch_size: int) -> None:
+        self._generator, self._grid, self._seed, self._batch_size = generator, grid, seed, batch_size
+        self._count_hidden = lru_cache(maxsize=4)(self._count_hidden_patches)
+
+    def __call__(self, step: int, rows: npt.ArrayLike) -> Mask:
+        """Sample the masks of some rows of a step's batch."""
+        u = rng.uniform(self._seed, "mask", step, rows, self._generator.draws(self._grid))
+        return self._generator.decide(torch.from_numpy(u.astype(np.float32)), self._grid)
+
+    def at(self, positions: npt.NDArray[np.int64]) -> tuple[Mask, float]:
+        """Sample the masks at positions of a run, all in one batch.
+
+        Returns:
+            The masks, and their share of the hidden patches of the batch: the weight of these rows in its loss, which
+            is a mean over hidden patches.
+        """
+        step, rows = int(positions[0]) // self._batch_size, positions % self._batch_size
+        mask = self(step, rows)
+        if self._generator.even(self._grid):
+            return mask, len(rows) / self._batch_size
+        return mask, int(mask.hidden.sum()) / self._count_hidden(step)
+
+    def _count_hidden_patches(self, step: int) -> int:
+        return int(self(step, range(self._batch_size)).hidden.sum())
+
+
 def _check(ratio: float) -> None:
     if not 0 < ratio < 1:
         raise ValueError(f"a mask ratio lies between 0 and 1, not {ratio}")
 
 
 def _rank(values: Tensor) -> Tensor:
-    """Place of each value in its row's rising order; equal values keep their order, on every device alike."""
-    return torch.argsort(torch.argsort(values, dim=1, stable=True), dim=1)
+    """Return the rank of each value in its row. Equal values keep their order, on every device alike."""
+    return _inverse(torch.argsort(values, dim=1, stable=True))
+
+
+def _inverse(permutation: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """Return the inverse of the permutation in each row."""
+    numbers = torch.arange(permutation.shape[1], device=permutation.device).expand_as(permutation)
+    return torch.empty_like(permutation).scatter_(1, permutation, numbers)
 
 
 def _keep_first(rank: Tensor, ratio: float) -> Mask:

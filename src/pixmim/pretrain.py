@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from pixmim.build import build_crop, build_model, image_form
 from pixmim.config import Run
-from pixmim.data import open_batches, open_data
+from pixmim.data import create_loader, open_data
 from pixmim.data.bad_images import Skipped, gather_accounts
-from pixmim.data.batches import Batch, Portion
 from pixmim.data.caching import choose_place
 from pixmim.data.dataset import Source
+from pixmim.data.loader import Batch
+from pixmim.data.sampler import BatchShard
 from pixmim.method import Method
 from pixmim.models.base import MaskedModel
 from pixmim.models.layer_decay import not_decayed
@@ -105,7 +106,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
     with compiling(run.scale):
         parts = _parts(run, method, network, updater, world, beside=data if place == "device" else None)
-    portion = Portion(run.batch_size, 0, world.rank, world.size, parts)
+    shard = BatchShard(run.batch_size, 0, world.rank, world.size, parts)
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
         write_whole(out / "config.json", to_json(run))
@@ -123,12 +124,11 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     watch_every = max(1, round(run.knn.every / epoch))
 
     def loss_of(batch: Batch, number: int) -> Tensor:
-        """Return what a part of a batch adds to its loss: finish its crops on the device, and apply the method."""
+        """Return what a part of a batch adds to the loss of its step."""
         images = finish(batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std)
-        step, part = divmod(number, parts)
-        rows = portion.positions(part)
+        assert batch.mask is not None
         # Gradients are averaged over the ranks, and summed over the parts.
-        return method.loss(network, images, step, rows) * (method.share(step, rows) * world.size)
+        return method.loss(network, images, batch.mask) * (batch.weight * world.size)
 
     measured = True
 
@@ -149,15 +149,16 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         return stays(step) or (run.saving.every > 0 and step % run.saving.every == 0)
 
     with (
-        open_batches(
+        create_loader(
             data,
             crop,
-            replace(portion, start=start * run.batch_size),
+            replace(shard, start=start * run.batch_size),
             place,
-            device,
+            device=device,
             skipped=skipped,
             flip=run.crop.flip,
             seed=run.seed,
+            masks=method.masks.at,
             threads=how_many(run.threads, processes=here),
         ) as batches,
         Interrupts(speaks=world.first) as interrupts,
@@ -173,7 +174,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         ) as log,
         checkpoints,
         compiling(run.scale),
-        _short_of_memory(portion),
+        _short_of_memory(shard),
     ):
         noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
         if world.share(start not in noted):
@@ -253,7 +254,7 @@ def _parts(run: Run, method: Method, network: nn.Module, updater: Updater, world
             taken = torch.empty(spare, dtype=torch.uint8, device=device)
             noise = torch.randn(images, run.channels, *run.hw, device=device)
             with accumulating(network, last=False):
-                updater.backward(method.loss(network, noise, 0, range(images)))
+                updater.backward(method.loss(network, noise, method.masks(0, range(images))))
             del taken
         finally:
             updater.optimizer.zero_grad(set_to_none=True)
@@ -262,17 +263,19 @@ def _parts(run: Run, method: Method, network: nn.Module, updater: Updater, world
 
 
 @contextmanager
-def _short_of_memory(portion: Portion) -> Iterator[None]:
+def _short_of_memory(shard: BatchShard) -> Iterator[None]:
     """Raise UserError with the way out when memory runs out."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        advice = f"--accumulate {2 * portion.parts} halves them" if portion.count > 1 else "choose a smaller model"
+        advice = (
+            f"--accumulate {2 * shard.parts} halves them" if shard.local_batch_size > 1 else "choose a smaller model"
+        )
         raise UserError(
-            f"memory ran out, with {portion.count:,} images computed at once ({first_line(error)}): {advice}, a "
-            "smaller --size takes less as well"
+            f"memory ran out, with {shard.local_batch_size:,} images computed at once ({first_line(error)}): "
+            f"{advice}, a smaller --size takes less as well"
         ) from None
 
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from helpers.batches import same
 from pixmim.config import Run
 from pixmim.data import caching as keep
-from pixmim.data import open_batches, open_data
+from pixmim.data import create_loader, open_data
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Batch, Portion
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.in_memory import Kept
+from pixmim.data.loader import Batch
 from pixmim.data.resized_cache import open_cache, shard_path
+from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import Shards
+from pixmim.data.wrappers import InMemoryDataset
 from pixmim.pretrain import pretrain
 from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
@@ -34,16 +35,16 @@ def shards(pictures: Path, tmp_path: Path) -> Shards:
     return open_cache(tmp_path / "cache")
 
 
-def batches(place: keep.Place, source: Shards, crop: Crop, count: int, portion: Portion) -> list[Batch]:
+def batches(place: keep.Place, source: Shards, crop: Crop, count: int, shard: BatchShard) -> list[Batch]:
     skipped = Skipped(None, len(source), 0.5)
-    with open_batches(source, crop, portion, place, CPU, skipped=skipped, flip=0.5, seed=3, threads=3) as found:
+    with create_loader(source, crop, shard, place, device=CPU, skipped=skipped, flip=0.5, seed=3, threads=3) as found:
         return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(found, count)]
 
 
 @pytest.mark.parametrize("crop", [SimpleResizedCrop(SIZE), SimpleResizedCrop(SIZE, padding=0), CentreCrop(SIZE)])
 def test_the_place_changes_no_bit(shards: Shards, crop: Crop) -> None:
-    for portion in (Portion(8), Portion(6, start=31, rank=1, ranks=3)):
-        disk, memory, device = (batches(place, shards, crop, 9, portion) for place in ("disk", "memory", "device"))
+    for shard in (BatchShard(8), BatchShard(6, start=31, rank=1, world_size=3)):
+        disk, memory, device = (batches(place, shards, crop, 9, shard) for place in ("disk", "memory", "device"))
         assert same(disk, memory) and same(disk, device)
     assert not any(thread.name.startswith("pixmim") for thread in threading.enumerate())
 
@@ -55,7 +56,7 @@ def test_nor_do_images_that_cannot_be_read(shards: Shards, tmp_path: Path) -> No
         data[(start := int(shards._entries[index]["offset"])) : start + 40] = bytes(40)
     tar.write_bytes(data)
     crop = SimpleResizedCrop(SIZE)
-    disk, device = (batches(place, shards, crop, 12, Portion(5)) for place in ("disk", "device"))
+    disk, device = (batches(place, shards, crop, 12, BatchShard(5)) for place in ("disk", "device"))
     assert same(disk, device)
 
 
@@ -93,7 +94,7 @@ def test_pictures_are_kept_only_if_asked(pictures: Path) -> None:
 
 
 def test_what_is_kept_is_decoded_once(shards: Shards) -> None:
-    kept = Kept(shards)
+    kept = InMemoryDataset(shards)
     assert torch.equal(kept.image(3), shards.image(3)) and kept.array(3) is kept.array(3)
 
 

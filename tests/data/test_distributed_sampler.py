@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 
 from pixmim.data import open_data
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Portion
 from pixmim.data.loader import Loader
+from pixmim.data.sampler import BatchShard
 from pixmim.transforms.crops import SimpleResizedCrop
 
 BATCH, STEPS, SIZE = 12, 4, 16
@@ -19,8 +19,8 @@ BATCH, STEPS, SIZE = 12, 4, 16
 def _batches(data: str, rank: int, ranks: int, accumulate: int = 1, start: int = 0) -> list[torch.Tensor]:
     """This rank's images and flips of each step, as one uint8 tensor (b, numbers)."""
     source, found = open_data(data), []
-    portion = Portion(BATCH, start * BATCH, rank, ranks, accumulate)
-    with Loader(source, SimpleResizedCrop(SIZE), portion, skipped=Skipped(None, len(source), 0.5), seed=5) as loader:
+    shard = BatchShard(BATCH, start * BATCH, rank, ranks, accumulate)
+    with Loader(source, SimpleResizedCrop(SIZE), shard, skipped=Skipped(None, len(source), 0.5), seed=5) as loader:
         for _ in range((STEPS - start) * accumulate):
             batch = next(loader)
             found.append(torch.cat([batch.images.flatten(1), batch.flip[:, None].to(torch.uint8)], dim=1))
@@ -56,4 +56,4 @@ def test_accumulation_and_resuming_change_nothing(pictures: Path) -> None:
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="does not divide among 3 ranks"):
-        Portion(8, ranks=3)
+        BatchShard(8, world_size=3)

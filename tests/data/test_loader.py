@@ -13,9 +13,9 @@ import torch
 from helpers.batches import same
 from pixmim.data import open_data
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Batch, Portion
 from pixmim.data.dataset import BadImage, Form, Source
-from pixmim.data.loader import Loader, in_order
+from pixmim.data.loader import Batch, Loader, iterate_in_order
+from pixmim.data.sampler import BatchShard
 from pixmim.data.synthetic import Shapes
 from pixmim.transforms.crops import Array, CentreCrop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils import rng
@@ -49,7 +49,7 @@ def loader(source: object, skipped: Skipped | None = None, **options: object) ->
     values = {"crop": CentreCrop(size), "seed": 1, "threads": 2} | options
     crop = values.pop("crop")
     skipped = Skipped(None, len(source), 0.5) if skipped is None else skipped
-    return Loader(source, crop, Portion(batch, start), skipped=skipped, **values)
+    return Loader(source, crop, BatchShard(batch, start), skipped=skipped, **values)
 
 
 def take(count: int, **options: object) -> list[Batch]:
@@ -178,10 +178,10 @@ def test_memory_is_bounded_by_the_batches_ahead() -> None:
 def test_in_order_gives_every_readable_image_once(pictures: Path) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
     data = open_data(str(pictures))
-    parts = list(in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=4))
+    parts = list(iterate_in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=4))
     assert np.concatenate([indices for _, indices, _ in parts]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
     assert [end for *_, end in parts] == [4, 8, 10]
-    rest = list(in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=1, first=7))
+    rest = list(iterate_in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=1, first=7))
     assert [indices.tolist() for _, indices, _ in rest] == [[7], [], [9]]  # a batch of nothing but a bad image
     for images, indices, _ in parts:
         for image, index in zip(images, indices, strict=True):

@@ -21,7 +21,7 @@ from pixmim import load_encoder
 from pixmim.build import build_encoder, build_model
 from pixmim.config import Model, Run
 from pixmim.data import open_data
-from pixmim.data.batches import Batch
+from pixmim.data.loader import Batch
 from pixmim.evaluation import finetune, learn
 from pixmim.evaluation import linear_probe_mae as probe
 from pixmim.evaluation.classification import grade, open_labelled

@@ -1,12 +1,20 @@
 """Compare batches bit by bit."""
 
 import torch
+from torch import Tensor
 
-from pixmim.data.batches import Batch
+from pixmim.data.loader import Batch
 
 
 def same(one: list[Batch], two: list[Batch]) -> bool:
-    pairs = [
-        pair for a, b in zip(one, two, strict=True) for pair in zip(vars(a).values(), vars(b).values(), strict=True)
-    ]
-    return all(torch.equal(x, y) for x, y in pairs)
+    return len(one) == len(two) and all(
+        len(parts := tensors(a)) == len(tensors(b))
+        and all(torch.equal(x, y) for x, y in zip(parts, tensors(b), strict=True))
+        and a.weight == b.weight
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    mask = [] if batch.mask is None else [t for t in vars(batch.mask).values() if t is not None]
+    return [batch.images, batch.flip, batch.indices, *mask]

@@ -22,7 +22,7 @@ from helpers import official
 from helpers.cli import say
 from pixmim import build as parts
 from pixmim import create_model, load_encoder, load_model
-from pixmim.build import build_encoder, build_masker, build_model
+from pixmim.build import build_encoder, build_mask_sampler, build_model
 from pixmim.config import Run
 from pixmim.evaluation.frozen_encoder import of_weights
 from pixmim.models import create_encoder
@@ -757,4 +757,4 @@ def test_an_image_without_end_is_refused_before_a_batch_is_made(
     with pytest.raises(UserError, match="a batch of 11 images of 32x32 pixels"):
         encoder.check_batch(11)
     with pytest.raises(UserError, match="more than the 262,144 allowed"):
-        build_masker(tiny_run(size="4096"), 4)
+        build_mask_sampler(tiny_run(size="4096"), 4)

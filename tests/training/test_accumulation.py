@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.models import MAE, OTHERS, THIN
 from pixmim.config import Mask, Model, Run, Target
-from pixmim.data.batches import Portion
+from pixmim.data.sampler import BatchShard
 from pixmim.method import Method
 from pixmim.pretrain import _parts
 from pixmim.training.distributed import ALONE
@@ -29,10 +30,11 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def gradients(method: Method, images: torch.Tensor, parts: int) -> dict[str, torch.Tensor]:
-    portion = Portion(len(images), parts=parts)
+    shard = BatchShard(len(images), start=7 * len(images), parts=parts)
     for part in range(parts):
-        rows = portion.positions(part)
-        (method.loss(method.model, images[rows], 7, rows) * method.share(7, rows)).backward()
+        positions = shard.positions(part)
+        mask, weight = method.masks.at(positions)
+        (method.loss(method.model, images[positions % len(images)], mask) * weight).backward()
     found = {name: p.grad for name, p in method.model.named_parameters() if p.grad is not None}
     method.model.zero_grad(set_to_none=True)
     return found
@@ -53,9 +55,10 @@ def test_parts_make_the_update_of_the_batch(name: str) -> None:
 
 def test_shares_of_a_batch_sum_to_one_where_masks_differ() -> None:
     method = Method.of(Run(model=VIT, size="64", batch_size=8, device="cpu", mask=Mask("blocks", 0.4)))
-    portion = Portion(8, parts=8)
-    shares = [method.share(3, portion.positions(part)) for part in range(8)]
-    assert sum(shares) == pytest.approx(1) and len(set(shares)) > 1 and method.share(3, range(8)) == 1
+    shard = BatchShard(8, start=24, parts=8)
+    weights = [method.masks.at(shard.positions(part))[1] for part in range(8)]
+    assert sum(weights) == pytest.approx(1) and len(set(weights)) > 1
+    assert method.masks.at(np.arange(24, 32))[1] == 1
 
 
 @pytest.mark.parametrize(("batch", "fitting", "parts"), [(64, 64, 1), (64, 40, 2), (64, 9, 8), (50, 12, 8)])
@@ -63,17 +66,17 @@ def test_a_device_that_runs_out_of_memory_gets_parts_that_fit(batch: int, fittin
     """Halves of 50 are 25, 13 and 7 images; eight parts of 7 and 6 are computed."""
     weight = torch.nn.Parameter(torch.ones(1))
 
-    def loss(network: object, images: torch.Tensor, step: int, rows: range) -> torch.Tensor:
-        assert len(images) == len(rows)
+    def loss(network: object, images: torch.Tensor, mask: range) -> torch.Tensor:
+        assert len(images) == len(mask)
         if len(images) > fitting:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return weight.sum()
 
     model = torch.nn.ParameterList([weight])
     method = object.__new__(Method)
-    vars(method).update(device=torch.device("meta"), model=model, loss=loss)
+    vars(method).update(device=torch.device("meta"), model=model, loss=loss, masks=lambda step, rows: rows)
     updater = Updater(torch.optim.AdamW([weight]), None, scaling=False, device=torch.device("cpu"))
     run = Run(batch_size=batch, size="32")
     assert _parts(run, method, model, updater, ALONE, None) == parts
-    assert Portion(batch, parts=parts).count <= fitting and weight.grad is None
+    assert BatchShard(batch, parts=parts).local_batch_size <= fitting and weight.grad is None
     assert _parts(Run(batch_size=batch, size="32", accumulate=5), method, model, updater, ALONE, None) == 5

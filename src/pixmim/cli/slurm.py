@@ -75,10 +75,10 @@ def slurm(args: list[str]) -> int:
 
 def _build(run: Run) -> None:
     """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
-    from pixmim.build import build_crop, build_masker, build_model, build_objective, sketch
+    from pixmim.build import build_crop, build_mask_sampler, build_model, build_objective, sketch
 
     patch = sketch(lambda: build_model(run), run.model.backbone).patch
-    build_masker(run, patch)
+    build_mask_sampler(run, patch)
     build_crop(run)
     build_objective(run)
 

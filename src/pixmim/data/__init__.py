@@ -1,26 +1,22 @@
 """Where images come from, and how they reach the loop."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Unpack
 
-import torch
-
-from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Batches, Portion
 from pixmim.data.caching import Place
 from pixmim.data.dataset import COLOUR, Form, Source
-from pixmim.data.gpu_loader import Resident
+from pixmim.data.gpu_loader import GpuLoader
 from pixmim.data.huggingface.hub import is_local, open_hub
 from pixmim.data.image_folder import below, listed
-from pixmim.data.in_memory import Kept
-from pixmim.data.loader import Loader
-from pixmim.data.mixture import Mixture
+from pixmim.data.loader import Batch, BatchLoader, Loader, LoaderOptions
 from pixmim.data.resized_cache import open_cache, read_settings
+from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.fsspec_io import is_far
 from pixmim.data.shards.webdataset import names_tars, open_tars, tar_names
 from pixmim.data.synthetic import Shapes
 from pixmim.data.uri import Part, read_parts, split_key, split_root
+from pixmim.data.wrappers import ConcatDataset, InMemoryDataset
 from pixmim.transforms.crops import Crop
 from pixmim.utils.errors import UserError
 
@@ -40,7 +36,7 @@ def open_data(spec: str, form: Form = COLOUR, local_copy: float = 50.0) -> Sourc
     parts = read_parts(spec)
     if parts == [Part(spec)]:
         return _open_one(spec, form, local_copy)
-    return Mixture(spec, [(_open_one(part.source, form, local_copy), part.weight) for part in parts])
+    return ConcatDataset(spec, [(_open_one(part.source, form, local_copy), part.weight) for part in parts])
 
 
 def _open_one(spec: str, form: Form, local_copy: float) -> Source:
@@ -70,23 +66,22 @@ def _open_one(spec: str, form: Form, local_copy: float) -> Source:
     return below(spec, form)
 
 
-def open_batches(
+def create_loader(
     source: Source,
     crop: Crop,
-    portion: Portion,
+    shard: BatchShard,
     place: Place,
-    device: torch.device,
-    *,
-    skipped: Skipped,
-    flip: float,
-    seed: int,
-    threads: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Batches:
-    """The batches of a run (see `Loader`), from where its decoded images stay (see `keep.choose_place`)."""
+    **options: Unpack[LoaderOptions],
+) -> BatchLoader[Any, Batch]:
+    """Create the loader for a place to cache decoded images, as `caching.choose_place` returns it.
+
+    Args:
+        source: The images.
+        crop: What the network sees of an image.
+        shard: Positions of this rank.
+        place: Where decoded images are cached.
+        options: See `BatchLoader`.
+    """
     if place == "device":
-        return Resident(
-            source, crop, portion, device, skipped=skipped, flip=flip, seed=seed, threads=threads, progress=progress
-        )
-    kept = Kept(source) if place == "memory" else source
-    return Loader(kept, crop, portion, skipped=skipped, flip=flip, seed=seed, threads=threads, device=device)
+        return GpuLoader(source, crop, shard, **options)
+    return Loader(InMemoryDataset(source) if place == "memory" else source, crop, shard, **options)

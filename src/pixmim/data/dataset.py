@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -123,34 +123,6 @@ class Source(ABC):
 
     def soon(self, pieces: Sequence[int]) -> None:  # noqa: B027 (most data sets have nothing to fetch)
         """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
-
-
-class Remade(Source):
-    """A data set made of another one: all is as there, but for what is given and what a subclass does otherwise."""
-
-    def __init__(self, source: Source, **changes: Any) -> None:
-        told = ("spec", "form", "classes", "about", "sizes", "pieces")
-        super().__init__(**({name: getattr(source, name) for name in told} | changes))
-        self.source, self.stray = source, source.stray
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        return self.source.labels
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
-        return self.source.array(index)
-
-    def locate(self, index: int) -> str:
-        return self.source.locate(index)
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    def soon(self, pieces: Sequence[int]) -> None:
-        self.source.soon(pieces)
 
 
 @runtime_checkable

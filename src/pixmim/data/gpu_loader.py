@@ -1,107 +1,87 @@
-"""Small data sets on the device itself: decoded once, and cut there, without a copy from the host ever after."""
+"""Batches from a small dataset that stays decoded in GPU memory."""
 
 from collections.abc import Callable
-from time import perf_counter
+from typing import Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.dataset import BadImage, Source, follow
-from pixmim.data.sampler import Plan, Stream
+from pixmim.data.loader import Batch, BatchLoader, Finish, LoaderOptions
+from pixmim.data.sampler import BatchShard, SampleBatch
+from pixmim.masking import Mask
 from pixmim.transforms.crops import Crop, mirrored, movable
-from pixmim.utils.threads import workers
 
-_ROWS = 64  # images that are cut at a time: this bounds the memory that their indices take
+_ROWS = 64  # images to crop at a time; this bounds the memory of their pixel indices
 
 
-class Resident(Batches):
-    """Batches out of images that lie decoded on a device; bit for bit those of a Loader.
+class GpuLoader(BatchLoader[None, Batch]):
+    """Read all images onto the device once, and crop them there. Yields bitwise the batches of `Loader`.
 
-    The source must know its images' sizes, and the crop only cut them, without resizing: see `Crop.corner`.
-    `progress` is told how many images are there; the other parameters are a Loader's.
+    Args:
+        dataset: One that knows the sizes of its images.
+        crop: One that does not resize them: see `Crop.corner`.
+        shard: Positions of this rank.
+        options: See `BatchLoader`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        crop: Crop,
-        portion: Portion,
-        device: torch.device,
-        *,
-        skipped: Skipped,
-        flip: float = 0.5,
-        seed: int = 0,
-        threads: int = 0,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> None:
-        assert source.sizes is not None
-        self._crop, self._portion, self._device, self._skipped = crop, portion, device, skipped
-        self._stream = Stream(seed, len(source), source.pieces, crop.draws, flip)
-        self._sizes = source.sizes
+    def __init__(self, dataset: Source, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
+        super().__init__(dataset, crop.draws, shard, **options)
+        assert dataset.sizes is not None
+        self._crop, self._sizes, self._dtype = crop, dataset.sizes, dataset.form.dtype
         self._ends = np.cumsum(self._sizes.prod(axis=1))
-        self._dtype = source.form.dtype
-        self._pixels = movable(torch.empty(int(self._ends[-1]), source.form.channels, dtype=self._dtype, device=device))
-        self._number, self._waited = 0, 0.0
+        shape = int(self._ends[-1]), dataset.form.channels
+        self._pixels = movable(torch.empty(shape, dtype=self._dtype, device=self._device))
+        advance = follow(dataset)
+        advance(0)
+        try:
+            for done, _ in enumerate(self._pool.map(self._keep, range(len(dataset))), 1):
+                advance(done)
+        except BaseException:
+            self.close()
+            raise
 
-        def read(index: int) -> None:
-            try:
-                image = source.image(index)
-            except BadImage as error:
-                skipped.add(index, source.locate(index), str(error))
-                return
-            end, count = int(self._ends[index]), int(self._sizes[index].prod())
-            self._pixels[end - count : end] = movable(image).permute(1, 2, 0).reshape(count, -1).to(device)
-            skipped.passed(index)
+    def _keep(self, index: int) -> None:
+        """Copy one image to the device."""
+        try:
+            image = self._dataset.image(index)
+        except BadImage as error:
+            self._skipped.add(index, self._dataset.locate(index), str(error))
+            return
+        end, count = int(self._ends[index]), int(self._sizes[index].prod())
+        self._pixels[end - count : end] = movable(image).permute(1, 2, 0).reshape(count, -1).to(self._device)
+        self._skipped.passed(index)
 
-        with workers(threads, "pixmim-keep") as pool:
-            come_to = follow(source)
-            come_to(0)
-            for done, _ in enumerate(pool.map(read, range(len(source))), 1):
-                come_to(done)
-                progress(done)
+    def _read(self, index: int, flip: bool, u: list[float]) -> None:
+        """Do nothing: the image is on the device."""
 
-    @property
-    def waited(self) -> float:
-        return self._waited
+    def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[Batch]]:
+        count = len(samples.indices)
+        indices = torch.empty(count, dtype=torch.int64)
+        flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
+        windows = torch.empty(5, count, dtype=torch.int64, pin_memory=self._pin)
+        numbers, flips, columns = indices.numpy(), flip.numpy(), windows.numpy()
 
-    @property
-    def ready(self) -> bool:
-        return True
+        def prepare(row: int) -> None:
+            _, index, flips[row], u = self._read_row(samples, row)
+            h, w = self._sizes[index].tolist()
+            corner = self._crop.corner((h, w), u)
+            assert corner is not None
+            numbers[row] = index
+            columns[:, row] = self._ends[index] - h * w, *corner, h, w
 
-    def close(self) -> None:
-        pass
+        def finish(mask: Mask | None, weight: float) -> Batch:
+            on_device = windows.to(self._device, non_blocking=True)
+            images = torch.cat([self._cut(part) for part in on_device.split(_ROWS, dim=1)]).view(self._dtype)
+            return Batch(images, flip, indices, mask, weight)
 
-    def __next__(self) -> Batch:
-        began = perf_counter()
-        plan = self._stream.plan(self._portion.positions(self._number))
-        self._number += 1
-        rows = [self._readable(plan, row) for row in range(len(plan.indices))]
-        indices = np.asarray([index for index, _, _ in rows])
-        sizes = self._sizes[indices]
-        corners = [self._crop.corner((h, w), u) for (h, w), (_, _, u) in zip(sizes.tolist(), rows, strict=True)]
-        (heights, widths), (tops, lefts) = sizes.T, np.asarray(corners).T
-        first = self._ends[indices] - heights * widths
-        where = torch.from_numpy(np.stack([first, tops, lefts, heights, widths])).to(self._device, non_blocking=True)
-        images = torch.cat([self._cut(part) for part in where.split(_ROWS, dim=1)]).view(self._dtype)
-        flip = torch.tensor([flip for _, flip, _ in rows]).to(self._device, non_blocking=True)
-        self._waited += perf_counter() - began
-        return Batch(images, flip, torch.from_numpy(indices))
+        return prepare, finish
 
-    def _readable(self, plan: Plan, row: int) -> tuple[int, bool, list[float]]:
-        """The image, flip and numbers of a row, or those of the first image after it that could be read."""
-        for step in range(len(self._sizes)):
-            one, at = (self._stream.instead(plan, row, step), 0) if step else (plan, row)
-            if int(one.indices[at]) not in self._skipped:
-                return int(one.indices[at]), bool(one.flip[at]), one.u[at].tolist()
-        raise self._skipped.too_many()
-
-    def _cut(self, where: Tensor) -> Tensor:
-        """The crops (b c h w) of images whose first pixel, corner and size the five rows of `where` (5 b) give."""
-        first, tops, lefts, heights, widths = where[:, :, None].unbind()
+    def _cut(self, windows: Tensor) -> Tensor:
+        """Return crops (b c h w) of images, given their first pixel, top, left, height and width as rows (5 b)."""
+        first, tops, lefts, heights, widths = windows[:, :, None].unbind()
         h, w = self._crop.shape
         rows, columns = mirrored(tops, h, heights), mirrored(lefts, w, widths)
-        places = (first + rows * widths)[:, :, None] + columns[:, None, :]
-        return self._pixels[places].permute(0, 3, 1, 2)
+        pixels = (first + rows * widths)[:, :, None] + columns[:, None, :]
+        return self._pixels[pixels].permute(0, 3, 1, 2)

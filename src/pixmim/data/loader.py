@@ -1,177 +1,272 @@
-"""Batches of cropped images, made by threads ahead of the loop.
+"""Batches that threads prepare ahead of the training loop.
 
-Which images, crops and flips a batch holds is decided by the stream, from nothing but seed and position: not by
-threads, ranks, or where a run was interrupted.
+Which images, crops, flips and masks a batch holds is a function of seed and position, whatever the number of threads
+or ranks, and wherever a run was interrupted.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
 from time import perf_counter
+from types import TracebackType
+from typing import Any, Generic, Required, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Batch, Batches, Portion
 from pixmim.data.dataset import BadImage, Source, follow
-from pixmim.data.sampler import Plan, Stream
+from pixmim.data.sampler import BatchShard, CropSampler, Indices, SampleBatch
+from pixmim.masking import Mask
 from pixmim.transforms.crops import Array, Crop, stacked
 from pixmim.utils.threads import how_many, workers
 
+T = TypeVar("T")  # an image, as a loader reads it
+B = TypeVar("B", covariant=True)
+
+SampleMasks = Callable[[Indices], tuple[Mask | None, float]]
+"""Sample the masks at positions of a run, and the weight of these rows in the loss: see `MaskSampler.at`."""
+
+Finish = Callable[[Mask | None, float], B]
+"""Complete a batch, given its masks and weight."""
+
 _CPU = torch.device("cpu")
-_AHEAD = 2  # batches that are ready or in the making while the loop uses one: this bounds the memory
+_AHEAD = 2  # batches that are ready or in progress while the loop uses one; this bounds the memory
 
 
-class Loader(Batches):
-    """Batches out of images that are read and decoded as they are needed.
+@dataclass(frozen=True)
+class Batch:
+    """Cropped images, with the flips still to be applied on the device.
 
-    source    the data set
-    crop      what the network sees; given the numbers that belong to (seed, epoch, index)
-    portion   which samples are this process's
-    flip      probability of a horizontal flip
-    skipped   keeps account of images that cannot be read; each is replaced by the next one of its epoch's order
-    threads   of them, which read and decode
-    device    where batches go. To a CUDA device, from page-locked memory: the copy need not be waited for. On a CPU,
-              the memory of a batch is filled again once the next one is asked for
+    On a CPU the loader reuses this memory once the next batch is requested: copy what must last.
+
+    Args:
+        images: Pixels in the dtype of the dataset.
+        flip: Images to mirror.
+        indices: Dataset index of each image, on the host.
+        mask: Masks for pre-training; in page-locked memory for a CUDA device.
+        weight: Weight of these images in the loss of their step. The weights of all parts and ranks sum to one.
+    """
+
+    images: Shaped[Tensor, "b c h w"]
+    flip: Bool[Tensor, " b"]
+    indices: Int[Tensor, " b"]
+    mask: Mask | None = None
+    weight: float = 1.0
+
+
+class BatchLoader(ABC, Generic[T, B]):
+    """Endless iterator over batches that threads prepare ahead of the loop. Use it in a `with` statement.
+
+    A subclass defines how an image is read and how a batch is made of them.
+
+    Args:
+        dataset: The images.
+        crop_uniforms: Uniform numbers that the crop of an image takes.
+        shard: Positions of this rank.
+        skipped: Log of unreadable images. The next readable image of the epoch replaces each.
+        flip: Probability of a horizontal flip.
+        seed: Seed of order, crops and flips.
+        masks: Samples the masks of a batch, in a thread.
+        threads: Number of threads; 0 means one for each core, at most 16.
+        device: Where batches go. For CUDA they are in page-locked memory, so copies need not be waited for.
     """
 
     def __init__(
         self,
-        source: Source,
-        crop: Crop,
-        portion: Portion,
+        dataset: Source,
+        crop_uniforms: int,
+        shard: BatchShard,
         *,
         skipped: Skipped,
         flip: float = 0.5,
         seed: int = 0,
+        masks: SampleMasks = lambda positions: (None, 1.0),
         threads: int = 0,
         device: torch.device = _CPU,
     ) -> None:
-        self._source, self._crop, self._portion, self._skipped = source, crop, portion, skipped
-        self._pin, self._reuse = device.type == "cuda", device.type == "cpu"
-        self._stream = Stream(seed, len(source), source.pieces, crop.draws, flip)
-        self._threads = how_many(threads)
-        self._pool = workers(threads, "pixmim-load")
-        self._pending: deque[tuple[Batch, Batch, list[Future[None]]]] = deque()
-        self._free: list[Batch] = []
-        self._used: Batch | None = None
-        self._submitted, self._waited, self._closed = 0, 0.0, False
+        self._dataset, self._shard, self._skipped, self._masks = dataset, shard, skipped, masks
+        self._sampler = CropSampler(seed, len(dataset), dataset.pieces, crop_uniforms, flip)
+        self._device, self._pin = device, device.type == "cuda"
+        self._threads, self._pool = how_many(threads), workers(threads, "pixmim-load")
+        self._pending: deque[tuple[list[Future[Any]], Callable[[], B]]] = deque()
+        self._submitted, self._closed = 0, False
+        self.wait_seconds = 0.0
+        """Seconds that the loop has waited for batches so far."""
 
-    @property
-    def waited(self) -> float:
-        return self._waited
+    @abstractmethod
+    def _read(self, index: int, flip: bool, u: list[float]) -> T:
+        """Read one image, to be flipped and cropped by the numbers `u`. Raises BadImage."""
+
+    @abstractmethod
+    def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[B]]:
+        """Start batch `number`: return a function that threads call for each row, and one that returns the batch."""
 
     @property
     def ready(self) -> bool:
-        return bool(self._pending) and all(part.done() for part in self._pending[0][2])
+        """Return True if the next batch is complete."""
+        return bool(self._pending) and all(job.done() for job in self._pending[0][0])
 
-    def __next__(self) -> Batch:
-        if self._used is not None and self._reuse:
-            self._free.append(self._used)
+    def __iter__(self) -> Iterator[B]:
+        return self
+
+    def __next__(self) -> B:
         while len(self._pending) <= _AHEAD:
             self._pending.append(self._submit())
-        self._used, batch, parts = self._pending.popleft()
+        jobs, complete = self._pending.popleft()
         began = perf_counter()
-        wait(parts, return_when=FIRST_EXCEPTION)  # so the loop wakes once, and not for each part
-        for part in parts:
-            part.result()
-        self._waited += perf_counter() - began
+        wait(jobs, return_when=FIRST_EXCEPTION)  # wakes the loop once, not for each job
+        for job in jobs:
+            job.result()
+        batch = complete()
+        self.wait_seconds += perf_counter() - began
         return batch
 
+    def __enter__(self) -> "BatchLoader[T, B]":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Stop the threads, each after the image in its hands; one that is stuck is left behind."""
+        """Stop the threads, each after its current image. A stuck thread is abandoned. Can be called twice."""
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self) -> tuple[Batch, Batch, list[Future[None]]]:
-        """Hand the next batch to the threads, in parts small enough that all of them stay busy; and its memory."""
-        whole = self._free.pop() if self._free else self._empty()
-        plan = self._stream.plan(self._portion.positions(self._submitted))
-        count = len(plan.indices)
-        batch = Batch(whole.images[:count], whole.flip[:count], whole.indices[:count])
-        self._source.soon(self._stream.soon(plan))
-        batch.flip.copy_(torch.from_numpy(plan.flip))
-        batch.indices.copy_(torch.from_numpy(plan.indices))
-        indices, u = plan.indices.tolist(), plan.u.tolist()
-        windows = batch.images.permute(0, 2, 3, 1).numpy()
+    def _submit(self) -> tuple[list[Future[Any]], Callable[[], B]]:
+        """Start the next batch, in jobs small enough to keep all threads busy."""
+        positions = self._shard.positions(self._submitted)
+        samples = self._sampler.samples(positions)
+        self._dataset.soon(self._sampler.upcoming_shards(samples))
+        prepare, finish = self._start(samples, self._submitted)
+        self._submitted += 1
 
-        def fill(rows: range) -> None:
+        def sample_masks() -> tuple[Mask | None, float]:
+            mask, weight = self._masks(positions)
+            return mask.pin_memory() if mask is not None and self._pin else mask, weight
+
+        def prepare_rows(rows: range) -> None:
             for row in rows:
                 if self._closed:
                     return
-                image, numbers = self._read(indices[row]), u[row]
-                if image is None:
-                    image, numbers = self._instead(batch, plan, row)
-                self._crop.put(image, numbers, windows[row])
+                prepare(row)
 
-        self._submitted += 1
-        part = -(-count // (4 * self._threads))
-        return whole, batch, [self._pool.submit(fill, range(k, min(k + part, count))) for k in range(0, count, part)]
+        count = len(positions)
+        size = -(-count // (4 * self._threads))
+        masks = self._pool.submit(sample_masks)
+        parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        jobs = [self._pool.submit(prepare_rows, part) for part in parts]
+        return [masks, *jobs], lambda: finish(*masks.result())
 
-    def _empty(self) -> Batch:
-        """A batch to fill. Memory is used again, because fresh pages cost as much as the copies into them."""
-        count, form = self._portion.count, self._source.form
-        shape = (count, *self._crop.shape, form.channels)
-        images = torch.empty(shape, dtype=form.dtype, pin_memory=self._pin)
-        flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
-        return Batch(images.permute(0, 3, 1, 2), flip, torch.empty(count, dtype=torch.int64))
-
-    def _read(self, index: int) -> Array | None:
-        """An image, or None, with a line in the account, if it cannot be read."""
-        if index in self._skipped:
-            return None
-        try:
-            image = self._source.array(index)
-        except BadImage as error:
-            self._skipped.add(index, self._source.locate(index), str(error))
-            return None
-        self._skipped.passed(index)
-        return image
-
-    def _instead(self, batch: Batch, plan: Plan, row: int) -> tuple[Array, list[float]]:
-        """The first image after a row's own in the order that can be read, with its own flip and numbers."""
-        for step in range(1, len(self._source)):
-            other = self._stream.instead(plan, row, step)
-            image = self._read(int(other.indices[0]))
-            if image is not None:
-                batch.flip[row], batch.indices[row] = bool(other.flip[0]), int(other.indices[0])
-                return image, other.u[0].tolist()
+    def _read_row(self, samples: SampleBatch, row: int) -> tuple[T, int, bool, list[float]]:
+        """Return the image of a row, its index, flip and crop numbers; those of a replacement if it is unreadable."""
+        for offset in range(len(self._dataset)):
+            index, flip, u = self._sampler.replacement(samples, row, offset).rows[0] if offset else samples.rows[row]
+            if index in self._skipped:
+                continue
+            try:
+                image = self._read(index, flip, u)
+            except BadImage as error:
+                self._skipped.add(index, self._dataset.locate(index), str(error))
+                continue
+            self._skipped.passed(index)
+            return image, index, flip, u
         raise self._skipped.too_many()
 
 
-def in_order(
-    source: Source, crop: Crop, *, skipped: Skipped, batch: int, threads: int = 0, first: int = 0
-) -> Iterator[tuple[Shaped[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
-    """Every image of a data set once, in order from `first` on, through a crop without randomness.
+class LoaderOptions(TypedDict, total=False):
+    """Keyword arguments of every `BatchLoader`."""
 
-    Gives batches, their indices, and how far into the data set they reach. An image that cannot be read is left out,
-    so a batch may be short, or empty.
+    skipped: Required[Skipped]
+    flip: float
+    seed: int
+    masks: SampleMasks
+    threads: int
+    device: torch.device
+
+
+class Loader(BatchLoader[Array, Batch]):
+    """Batches of images that are read and decoded when they are needed.
+
+    Args:
+        crop: What the network sees of an image.
+        options: See `BatchLoader`.
+    """
+
+    def __init__(self, dataset: Source, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
+        super().__init__(dataset, crop.draws, shard, **options)
+        self._crop, self._reuse = crop, self._device.type == "cpu"
+        self._memory: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def _read(self, index: int, flip: bool, u: list[float]) -> Array:
+        return self._dataset.array(index)
+
+    def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[Batch]]:
+        count = len(samples.indices)
+        images, flip, indices = (values[:count] for values in self._allocate(number))
+        windows, flips, numbers = images.numpy(), flip.numpy(), indices.numpy()
+
+        def prepare(row: int) -> None:
+            image, numbers[row], flips[row], u = self._read_row(samples, row)
+            self._crop.put(image, u, windows[row])
+
+        return prepare, lambda mask, weight: Batch(images.permute(0, 3, 1, 2), flip, indices, mask, weight)
+
+    def _allocate(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return memory for a batch. It is reused on a CPU, where fresh pages cost as much as the copies into them."""
+        if number > _AHEAD and self._reuse:
+            return self._memory[number % (_AHEAD + 1)]  # of the batch that the loop has just finished with
+        count, form = self._shard.local_batch_size, self._dataset.form
+        images = torch.empty(count, *self._crop.shape, form.channels, dtype=form.dtype, pin_memory=self._pin)
+        flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
+        memory = images, flip, torch.empty(count, dtype=torch.int64)
+        if self._reuse:
+            self._memory.append(memory)
+        return memory
+
+
+def iterate_in_order(
+    dataset: Source, crop: Crop, *, skipped: Skipped, batch: int, threads: int = 0, first: int = 0
+) -> Iterator[tuple[Shaped[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
+    """Yield every image of a dataset once, in order, through a crop without randomness.
+
+    Args:
+        dataset: The images.
+        crop: What is seen of each.
+        skipped: Log of unreadable images, which are left out.
+        batch: Images to read for a batch. Fewer are yielded, or none, where some are unreadable.
+        threads: Number of threads; 0 means one for each core, at most 16.
+        first: Index to start at.
+
+    Yields:
+        Images, their indices, and the index after the last one that was read.
     """
 
     def read(index: int) -> Tensor | None:
         try:
-            image = source.image(index)
+            image = dataset.image(index)
         except BadImage as error:
-            skipped.add(index, source.locate(index), str(error))
+            skipped.add(index, dataset.locate(index), str(error))
             return None
         skipped.passed(index)
         return crop.crop(image)
 
     def collect(part: range, images: Iterator[Tensor | None]) -> tuple[Tensor, npt.NDArray[np.int64], int]:
-        found = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]
-        stack = stacked([image for _, image in found]) if found else torch.empty(0, 1, 1, 1)
-        return stack, np.asarray([index for index, _ in found], np.int64), part.stop
+        readable = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]
+        stack = stacked([image for _, image in readable]) if readable else torch.empty(0, 1, 1, 1)
+        return stack, np.asarray([index for index, _ in readable], np.int64), part.stop
 
     with workers(threads, "pixmim-read") as pool:
-        come_to = follow(source)
-        parts = (range(start, min(start + batch, len(source))) for start in range(first, len(source), batch))
+        advance = follow(dataset)
         ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()
-        for part in parts:
-            come_to(part.start)
+        for start in range(first, len(dataset), batch):
+            advance(start)
+            part = range(start, min(start + batch, len(dataset)))
             ahead.append((part, pool.map(read, part)))
             if len(ahead) > _AHEAD:
                 yield collect(*ahead.popleft())

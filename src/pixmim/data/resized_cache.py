@@ -30,7 +30,7 @@ from pixmim.data.shards.local import Version
 from pixmim.transforms.crops import Interpolation
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, parse_json, write_whole
-from pixmim.utils.parallel import parallel
+from pixmim.utils.progress import parallel_map
 
 _MOST_INDEX = 2**30  # bytes of a shard's index: 32 million images
 
@@ -235,7 +235,7 @@ def open_cache(folder: str | Path, form: Form = COLOUR, local_copy: float = 50.0
             raise UserError(f"{where}/{_shard_name(shard, 'index')} is damaged ({wrong}): make the cache anew")
         return entries
 
-    indexes = parallel("reading indexes", index, settings.shards)
+    indexes = parallel_map("reading indexes", index, settings.shards)
     versions = [Version(int(entries[-1]["offset"])) for entries in indexes]
     if not any(len(entries) > 1 for entries in indexes):
         raise UserError(f"the cache {where} holds no image")

@@ -1,59 +1,167 @@
-"""Which image, with which numbers for its flip and crop, stands at each position of a run: a pure function.
+"""Order, crop and flip of every sample of a run, as a pure function of (seed, position).
 
-Positions count the samples of the whole run: position p belongs to epoch p // n and is place p % n of that epoch's
-order. Batches are cut from this one stream, so every sample comes exactly once an epoch and there is no short batch
-(a batch may span two epochs).
+Position p of a run is in epoch p // n, at epoch position p % n. Batches are cut from this one sequence, so each image
+comes exactly once an epoch and no batch is short; a batch may span two epochs.
 """
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.order import Indices, Order
 from pixmim.utils import rng
+
+WINDOW = 16
+"""Shards whose images are mixed. With 2,000 images in a shard, an image is mixed with 32,000 others."""
+
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What some positions hold: of each its epoch and place, the image, its flip, and the numbers u of its crop."""
+class BatchShard:
+    """The positions of a run that one rank computes, batch by batch.
+
+    Args:
+        batch_size: Images in a batch, over all ranks.
+        start: Position of the first sample. A resumed run starts where it was interrupted.
+        rank: This process.
+        world_size: Number of processes. Each gets an equal share of every batch.
+        parts: Number of parts in which a share is computed. Their sizes differ by at most one image.
+
+    Raises:
+        ValueError: If the batch does not divide evenly among the ranks.
+    """
+
+    batch_size: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
+            raise ValueError(f"a batch of {self.batch_size} does not divide among {self.world_size} ranks")
+
+    @property
+    def local_batch_size(self) -> int:
+        """Largest number of images in a part."""
+        return -(-self.batch_size // self.world_size // self.parts)
+
+    def positions(self, number: int) -> Indices:
+        """Return this rank's positions in part `number`, counted from `start`."""
+        batch, part = divmod(number, self.parts)
+        share = self.batch_size // self.world_size
+        first = self.start + batch * self.batch_size + self.rank * share
+        return np.arange(first + part * share // self.parts, first + (part + 1) * share // self.parts)
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Samples at some positions: their epoch, image index, flip, and uniform numbers `u` of the crop."""
 
     epochs: Indices
-    places: Indices
+    epoch_positions: Indices
     indices: Indices
     flip: npt.NDArray[np.bool_]
     u: npt.NDArray[np.float64]
 
+    @cached_property
+    def rows(self) -> list[tuple[int, bool, list[float]]]:
+        """Index, flip and crop numbers of each sample, as Python's numbers: those of NumPy are slow one by one."""
+        return list(zip(self.indices.tolist(), self.flip.tolist(), self.u.tolist(), strict=True))
 
-class Stream:
-    """The samples of a run over `count` images.
 
-    pieces  number of images in each contiguous piece that is best read together; None: any image is near
-    draws   uniform numbers in [0, 1) that a crop takes
-    flip    probability of a horizontal flip
+class CropSampler:
+    """Map positions of a run to samples.
+
+    Args:
+        seed: Seed of the run.
+        count: Images in the dataset.
+        shard_sizes: Images in each shard, for a dataset that is best read shard by shard; otherwise None.
+        num_uniforms: Uniform numbers in [0, 1) that a crop takes.
+        flip: Probability of a horizontal flip.
     """
 
-    def __init__(self, seed: int, count: int, pieces: Indices | None, draws: int, flip: float) -> None:
-        self._seed, self._count, self._draws, self._flip = seed, count, draws, flip
-        self._order = Order(seed, count, pieces)
+    def __init__(self, seed: int, count: int, shard_sizes: Indices | None, num_uniforms: int, flip: float) -> None:
+        self._seed, self._count, self._num_uniforms, self._flip = seed, count, num_uniforms, flip
+        self._order = ShuffledOrder(seed, count, shard_sizes)
 
-    def plan(self, positions: npt.ArrayLike) -> Plan:
-        """What the positions hold."""
-        epochs, places = np.divmod(np.asarray(positions, np.int64), self._count)
-        return self._at(epochs, places, places)
+    def samples(self, positions: npt.ArrayLike) -> SampleBatch:
+        """Return the samples at `positions`."""
+        epochs, epoch_positions = np.divmod(np.asarray(positions, np.int64), self._count)
+        return self._at(epochs, epoch_positions, epoch_positions)
 
-    def instead(self, plan: Plan, row: int, step: int) -> Plan:
-        """What row `row` of a plan holds if its image, and the step - 1 after it in the order, cannot be read."""
-        one = slice(row, row + 1)
-        return self._at(plan.epochs[one], plan.places[one], (plan.places[one] + step) % self._count)
+    def replacement(self, samples: SampleBatch, row: int, offset: int) -> SampleBatch:
+        """Return the one sample that replaces `row` if its image and the next `offset - 1` are unreadable."""
+        epochs, positions = samples.epochs[row : row + 1], samples.epoch_positions[row : row + 1]
+        return self._at(epochs, positions, (positions + offset) % self._count)
 
-    def soon(self, plan: Plan) -> list[int]:
-        """The pieces that are read around a plan's end, and next."""
-        return self._order.soon(int(plan.epochs[-1]), int(plan.places[-1]))
+    def upcoming_shards(self, samples: SampleBatch) -> list[int]:
+        """Return the shards that are read around the last of `samples` and next."""
+        return self._order.upcoming_shards(int(samples.epochs[-1]), int(samples.epoch_positions[-1]))
 
-    def _at(self, epochs: Indices, places: Indices, read: Indices) -> Plan:
+    def _at(self, epochs: Indices, epoch_positions: Indices, read: Indices) -> SampleBatch:
         indices = np.empty_like(read)
         for epoch in np.unique(epochs).tolist():
             indices[epochs == epoch] = self._order.at(epoch, read[epochs == epoch])
-        numbers = rng.uniform(self._seed, "crop", epochs, indices, self._draws + 1)
-        return Plan(epochs, places, indices, numbers[:, 0] < self._flip, numbers[:, 1:])
+        numbers = rng.uniform(self._seed, "crop", epochs, indices, self._num_uniforms + 1)
+        return SampleBatch(epochs, epoch_positions, indices, numbers[:, 0] < self._flip, numbers[:, 1:])
+
+
+class ShuffledOrder:
+    """Random order of each epoch, computed only where it is needed, however large the dataset.
+
+    Without shards, an epoch is one permutation of all images. With shards, as on object storage, the shards are
+    permuted, and then the images within each window of `WINDOW` shards, so a stretch of an epoch needs few shards.
+
+    Args:
+        seed: Seed of the run.
+        count: Images in the dataset.
+        shard_sizes: Images in each shard, or None.
+
+    Raises:
+        ValueError: If the shards do not hold `count` images.
+    """
+
+    def __init__(self, seed: int, count: int, shard_sizes: Indices | None = None) -> None:
+        if shard_sizes is not None and int(shard_sizes.sum()) != count:
+            raise ValueError(f"the shards hold {int(shard_sizes.sum())} images, the dataset {count}")
+        self._seed, self._count, self._sizes = seed, count, shard_sizes
+        if shard_sizes is not None:
+            self._first_of = np.cumsum(shard_sizes) - shard_sizes
+        self._shuffle = lru_cache(maxsize=2)(self._shuffle_shards)
+
+    def at(self, epoch: int, positions: npt.ArrayLike) -> Indices:
+        """Return the image at each of these positions (0 to count - 1) of an epoch."""
+        positions = np.asarray(positions, np.int64)
+        if self._sizes is None:
+            return rng.shuffled(self._seed, "order", epoch, self._count, positions)
+        shards, ends = self._shuffle(epoch)
+        window, first, last = self._window(ends, positions)
+        inside = rng.shuffled(self._seed, "order", epoch, last - first, positions - first, window)
+        k = np.searchsorted(ends, first + inside, side="right")
+        return self._first_of[shards[k]] + first + inside - (ends[k] - self._sizes[shards[k]])
+
+    def upcoming_shards(self, epoch: int, position: int) -> list[int]:
+        """Return the shards of the window around a position, then of the next window. Empty without shards."""
+        if self._sizes is None:
+            return []
+        shards, ends = self._shuffle(epoch)
+        window = int(self._window(ends, np.asarray([position]))[0][0])
+        upcoming = shards[window * WINDOW : (window + 2) * WINDOW].tolist()
+        if (window + 1) * WINDOW >= len(shards):  # the next window is the first of the next epoch
+            upcoming += self._shuffle(epoch + 1)[0][:WINDOW].tolist()
+        return list(dict.fromkeys(upcoming))
+
+    def _shuffle_shards(self, epoch: int) -> tuple[Indices, Indices]:
+        """Return the shards in the order of an epoch, and the number of images up to the end of each."""
+        assert self._sizes is not None
+        shards = rng.shuffled(self._seed, "pieces", epoch, len(self._sizes), np.arange(len(self._sizes)))
+        return shards, np.cumsum(self._sizes[shards])
+
+    def _window(self, ends: Indices, positions: Indices) -> tuple[Indices, Indices, Indices]:
+        """Return the window of each position, its first position, and the one after its last."""
+        borders = np.concatenate([ends[WINDOW - 1 : -1 : WINDOW], ends[-1:]])
+        window = np.searchsorted(borders, positions, side="right")
+        return window, np.concatenate([[0], borders])[window], borders[window]

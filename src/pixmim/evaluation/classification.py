@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixmim.data.dataset import BadImage, Encoded, Placed, Source
-from pixmim.data.loader import in_order
+from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import Shapes
 from pixmim.evaluation.context import Bench, Values
 from pixmim.evaluation.features import check_finite, numbers_among
@@ -229,7 +229,7 @@ def grade(
     counts, among, loss = torch.zeros(2, len(data.classes), dtype=torch.int64), 0, 0.0
     with progress(f"answers to {data.test.spec}", len(data.test), bench.console) as advance:
         skipped = bench.skipped(data.test)
-        for images, indices, end in in_order(data.test, evaluation_crop(size), skipped=skipped, batch=256):
+        for images, indices, end in iterate_in_order(data.test, evaluation_crop(size), skipped=skipped, batch=256):
             if len(indices):
                 x = encoder.ready(images)
                 with torch.no_grad(), autocast(encoder.device, encoder.precision):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import Source
-from pixmim.data.loader import in_order
+from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.frozen_encoder import of_weights, sameness
 from pixmim.models import features
 from pixmim.training.precision import Precision, autocast
@@ -94,7 +94,7 @@ def _embed(
     skipped = Skipped(_left_out(out), len(data), 1.0)
     with progress(f"features of {data.spec}", len(data), console) as advance:
         advance(first)
-        for images, indices, end in in_order(
+        for images, indices, end in iterate_in_order(
             data, evaluation_crop(encoder.size), skipped=skipped, batch=batch, first=first
         ):
             if len(indices):

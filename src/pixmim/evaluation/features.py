@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import Source
-from pixmim.data.loader import in_order
+from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.frozen_encoder import Encoder
 from pixmim.models import features
 from pixmim.training.precision import autocast
@@ -62,7 +62,7 @@ def freeze(
     encoder.module.eval()
     bar = progress(f"features of {data.spec}", len(data), console)
     with bar as advance, autocast(encoder.device, encoder.precision):  # around all: weights are cast once
-        for images, indices, end in in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
+        for images, indices, end in iterate_in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
             if len(indices):
                 found = features(encoder.module, encoder.ready(images), BLOCKS)
                 vectors.append(found.vector.float().cpu())

@@ -4,7 +4,6 @@ The frozen encoder sees another crop of each image in every epoch, so its featur
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.data.batches import Batch, Batches, Portion
-from pixmim.data.loader import Loader
+from pixmim.data.loader import Batch, Loader
+from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import Labelled, grade, open_labelled
 from pixmim.evaluation.context import Bench
 from pixmim.evaluation.learn import forget, learn
@@ -105,12 +104,12 @@ class Lesson:
     part: int
     head: nn.Module
 
-    def batches(self, first: int) -> AbstractContextManager[Batches]:
+    def batches(self, first: int) -> Loader:
         """The parts of batches from number `first` on."""
         return Loader(
             self.data.train,
             RandomResizedCrop(self.bench.encoder.size, (0.08, 1.0), single=True),
-            Portion(self.part, first * self.part),
+            BatchShard(self.part, first * self.part),
             skipped=self.bench.skipped(self.data.train),
             seed=self.settings.seed,
             threads=self.settings.threads,

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixmim.data.dataset import Source
-from pixmim.data.loader import in_order
+from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import Shapes
 from pixmim.evaluation.classification import check_classes
 from pixmim.evaluation.classifiers import Judge, imagenet_head, labels_among, probe
@@ -68,7 +68,7 @@ def measure(bench: Bench, settings: ShapeBias) -> Values:
     shapes, textures = cues(data, names)
     seen, answers = [], []
     with progress(data.spec, len(data), bench.console) as advance:
-        for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256):
+        for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256):
             if len(indices):
                 answers.append(_answers(judge, images, groups))
                 seen.append(torch.from_numpy(indices))

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from pixmim.build import build_masker, build_objective, draw_masks
+from pixmim.build import build_mask_sampler, build_objective
 from pixmim.config import Run
 from pixmim.data.dataset import BadImage, Source
 from pixmim.evaluation.visualize import Picture, drawn, hatch
@@ -33,7 +33,7 @@ from pixmim.targets import ColourBins
 from pixmim.transforms.crops import CentreCrop, finish, stacked
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
-from pixmim.utils.patches import grid_of, hidden_pixels, unpatchify
+from pixmim.utils.patches import hidden_pixels, unpatchify
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import assemble
 
@@ -82,8 +82,7 @@ def draw(
     objective = build_objective(run)
     mean, std = (torch.tensor(values) for values in run.statistics)
     x = finish(pictures, None, mean, std)
-    masker = build_masker(run, model.patch)
-    mask = draw_masks(run, masker, grid_of(run.hw, model.patch), step=-1, rows=range(len(x)))
+    mask = build_mask_sampler(run, model.patch)(step=-1, rows=range(len(x)))
 
     prediction = model(x, mask)
     patch = patch_size(prediction, x, objective.outputs)

@@ -43,8 +43,8 @@ def loop(
 ) -> int:
     """Update weights from `start` updates done up to `steps`, or until interrupted; gives how many are done then.
 
-    feed       endless parts of batches; if it knows, its `waited` is how many seconds they were waited for, and `ready`
-               whether the next one is there
+    feed       endless parts of batches; `wait_seconds`, if any, is how long they were waited for, and `ready` whether
+               the next one is there
     loss_of    of a part and its number, counted in parts from the very first: its share of the batch's loss, a scalar;
                whatever is random in it is a function of that number
     network    what computes: see `engine.parallel`
@@ -93,7 +93,7 @@ def loop(
             log.add(step, loss=total, gradient=norm)
             if log.due(step):
                 _stop_if_lost(updater, step)
-                waited = getattr(feed, "waited", 0.0)
+                waited = getattr(feed, "wait_seconds", 0.0)
                 log.line(step, waited, lr=rate(step - 1), skipped=updater.state["skipped"].item())
             watchdog.at(step, "measuring")
             after(step)

@@ -1,37 +1,37 @@
-"""What a terminal shows of work that takes longer than a moment: a bar where its end is known, else a line."""
+"""Show progress on a terminal for work that takes longer than a moment: a bar if its length is known, or a count."""
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pixmim.utils.console import cell, printable
+from pixmim.utils.threads import workers
 
-_MOMENT = 1.0  # seconds that need no explanation
-_AGAIN = 0.1  # seconds between two looks of the line
+T = TypeVar("T")
 
-
-def bar(console: Console) -> Progress:
-    """A bar that leaves nothing behind; none if the console is no terminal. It is to be started."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+_MOMENT = 1.0  # seconds until a count is shown
+_AGAIN = 0.1  # seconds between its updates
+_SECONDS_TO_BAR = 2.0  # seconds until `parallel_map` shows a bar
 
 
 @contextmanager
 def progress(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere; it is told how many are done."""
-    with bar(console or Console(quiet=True, force_terminal=False)) as shown:
-        task = shown.add_task(printable(what), total=total)
-        yield lambda done: shown.update(task, completed=done)
+    """Show a bar on a terminal. Yields a function to call with the number of items done."""
+    with _bar(console or Console(quiet=True, force_terminal=False)) as bar:
+        task = bar.add_task(printable(what), total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 @contextmanager
 def patience(what: str, things: str) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told of every few more things that are done; most calls cost a look at the clock.
+    """Show a count on the terminal if the work takes longer than a second: "`what`: 12,345 `things`".
 
-    After a second, "`what`: 12,345 `things`" stands on the terminal until the work ends; elsewhere nothing does.
+    Yields a function to call with the number of further items done. Most calls cost a look at the clock.
     """
     console = Console(stderr=True)
     status = console.status("")
@@ -51,3 +51,36 @@ def patience(what: str, things: str) -> Iterator[Callable[[int], None]]:
         yield add
     finally:
         status.stop()
+
+
+def parallel_map(what: str, function: Callable[[int], T], count: int, threads: int = 16) -> list[T]:
+    """Call `function` with 0 to `count - 1` in threads, with a bar named `what` on a terminal after two seconds.
+
+    Returns:
+        The results in order. The first error is raised once the calls in progress end; the others are not made.
+    """
+    if not count:
+        return []
+    bar = _bar(Console(stderr=True))
+    task, due, shown = bar.add_task(printable(what), total=count), time.monotonic() + _SECONDS_TO_BAR, False
+    results: list[T] = []
+    with workers(min(threads, count), "pixmim-files") as pool:
+        jobs = [pool.submit(function, i) for i in range(count)]
+        try:
+            for job in jobs:
+                if not shown and wait([job], max(0.0, due - time.monotonic())).not_done:
+                    bar.start()
+                    shown = True
+                results.append(job.result())
+                bar.update(task, completed=len(results))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if shown:
+                bar.stop()
+    return results
+
+
+def _bar(console: Console) -> Progress:
+    """Create a bar that disappears at the end; it is disabled where the console is not a terminal."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)

@@ -20,18 +20,17 @@ from helpers.shards import colours, keys, shard
 from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Portion
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Form, Source
-from pixmim.data.in_memory import Kept
 from pixmim.data.loader import Loader
-from pixmim.data.order import WINDOW
 from pixmim.data.resized_cache import open_cache
+from pixmim.data.sampler import WINDOW, BatchShard
 from pixmim.data.shards import fsspec_io as remote
 from pixmim.data.shards import remote as far_module
 from pixmim.data.shards.remote import Far
 from pixmim.data.statistics import Stats, recall, remember
 from pixmim.data.synthetic import Shapes
+from pixmim.data.wrappers import InMemoryDataset
 from pixmim.transforms.crops import SimpleResizedCrop
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path
@@ -393,8 +392,8 @@ def test_batches_do_not_depend_on_the_bound(many: tuple[str, Slow, int], shards:
         gate.set()
 
     def batches(source: Source) -> torch.Tensor:
-        crop, portion = SimpleResizedCrop(16), Portion(10, 0)
-        with Loader(source, crop, portion, skipped=Skipped(None, len(source), 0.5), threads=3) as loader:
+        crop, shard = SimpleResizedCrop(16), BatchShard(10, 0)
+        with Loader(source, crop, shard, skipped=Skipped(None, len(source), 0.5), threads=3) as loader:
             return torch.cat([next(loader).images.clone() for _ in range(9)])
 
     near = open_cache(cache_path("made", "") / "many")
@@ -419,7 +418,7 @@ def test_what_is_in_memory_is_not_fetched_again(many: tuple[str, Slow, int], mem
     url, slow, size = many
     for gate in slow.gates:
         gate.set()
-    kept = Kept(open_cache(url, local_copy=2 * size / GIB))
+    kept = InMemoryDataset(open_cache(url, local_copy=2 * size / GIB))
     kept.soon([1, 0])
     for index in (2, 3, 0):  # all of shard 1, and half of 0
         kept.image(index)

@@ -532,7 +532,7 @@ def test_largest_score_in_parts() -> None:
 
 
 def test_batches_are_flipped_with_their_masks(tiny_run: Make) -> None:
-    from pixmim.data.batches import Batch
+    from pixmim.data.loader import Batch
 
     encoder = encoder_of(tiny_run())
     pair = torch.randint(0, 255, (4, 8, 8), dtype=torch.uint8)

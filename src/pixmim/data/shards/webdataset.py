@@ -19,7 +19,7 @@ from pixmim.data.shards.local import Version
 from pixmim.data.shards.patterns import expand
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
-from pixmim.utils.parallel import parallel
+from pixmim.utils.progress import parallel_map
 
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)\}*$", re.IGNORECASE)
 
@@ -75,14 +75,14 @@ def open_tars(
     UserError for that, for tars that are not there, and if there is no picture in any.
     """
     tars = list(names)
-    asked = parallel("looking for shards", lambda i: names[tars[i]] or anywhere.version(tars[i]), len(tars))
+    asked = parallel_map("looking for shards", lambda i: names[tars[i]] or anywhere.version(tars[i]), len(tars))
     missing = [name for name, version in zip(tars, asked, strict=True) if version is None]
     if missing:
         more = f"; {len(missing)} of {len(tars)} are missing" if len(missing) > 1 else ""
         raise UserError(f"there is no {missing[0]}{more}")
     versions = [version for version in asked if version is not None]
     shelf = anywhere.shelf(tars, versions, local_copy)
-    found = parallel(
+    found = parallel_map(
         "searching shards", lambda i: contents(tars[i], versions[i], shelf, i, last_dot), len(tars), threads=8
     )
     if not any(len(one.contents.entries) for one in found):

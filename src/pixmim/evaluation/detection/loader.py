@@ -1,11 +1,8 @@
-"""Batches of images with their objects, made by threads ahead of the loop; a function of (seed, position) alone."""
+"""Batches of images with their objects, as a function of (seed, position)."""
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
-from types import TracebackType
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -13,24 +10,21 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import BadImage
-from pixmim.data.sampler import Plan, Stream
+from pixmim.data.loader import BatchLoader, Finish, LoaderOptions
+from pixmim.data.sampler import BatchShard, SampleBatch
 from pixmim.evaluation.detection.dataset import Annotated, Objects
 from pixmim.evaluation.detection.masks import View, around
-from pixmim.utils.threads import workers
-
-_AHEAD = 2  # batches that are in the making while the loop uses one
+from pixmim.masking import Mask
 
 
 @dataclass(frozen=True)
-class Part:
-    """Part number `number` of all batches: images, and what torchvision's detectors call their targets.
+class DetectionBatch:
+    """Images with the targets of torchvision's detectors.
 
-    Of each target: boxes float (k 4), labels int64 (k) from 1, and masks uint8 (k h w) where they are learnt.
+    Each target has boxes float (k 4), labels int64 (k) from 1, and masks uint8 (k h w) where they are learned.
     """
 
-    number: int
     images: Shaped[Tensor, "b c h w"]
     targets: list[dict[str, Tensor]]
 
@@ -100,68 +94,46 @@ def read(data: Annotated, index: int) -> Tensor:
     return image
 
 
-class Feed(Iterator[Part]):
-    """Batches of `batch` images from number `first` on; the end of its `with` statement lets go of its threads.
+class DetectionLoader(BatchLoader[tuple[Tensor, dict[str, Tensor]], DetectionBatch]):
+    """Batches of jittered images with their objects.
 
-    size, scale  of the square and of the jitter, see `jitter`
-    fill         each channel's value beyond an image, in [0, 1]
-
-    `waited` counts the seconds that it was waited for.
+    Args:
+        data: Annotated images.
+        shard: Positions to train on.
+        size: Side of the square, see `jitter`.
+        scale: Range of the jitter, see `jitter`.
+        instances: Whether masks are learned besides boxes.
+        fill: Value of each channel beyond an image, in [0, 1].
+        options: See `BatchLoader`.
     """
 
     def __init__(
         self,
         data: Annotated,
-        skipped: Skipped,
+        shard: BatchShard,
         *,
         size: int,
         scale: tuple[float, float],
-        masks: bool,
+        instances: bool,
         fill: Sequence[float],
-        batch: int,
-        seed: int,
-        first: int = 0,
-        threads: int = 0,
+        **options: Unpack[LoaderOptions],
     ) -> None:
-        self._data, self._pool, self._skipped = data, workers(threads, "pixmim-boxes"), skipped
-        self._size, self._scale, self._masks, self._fill, self._batch = size, scale, masks, fill, batch
-        self._stream = Stream(seed, len(data.images), None, 3, 0.5)
-        self._next = first
-        self._pending: deque[tuple[int, list[Future[tuple[Tensor, dict[str, Tensor]]]]]] = deque()
-        self.waited = 0.0
+        super().__init__(data.images, 3, shard, **options)
+        self._data, self._size, self._scale, self._instances, self._fill = data, size, scale, instances, fill
 
-    def __enter__(self) -> "Feed":
-        return self
+    def _read(self, index: int, flip: bool, u: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
+        image = read(self._data, index)
+        view = jitter((int(image.shape[-2]), int(image.shape[-1])), self._size, self._scale, u, flip)
+        return picture(image, view, self._fill), target(self._data.objects(index), view, self._instances)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[DetectionBatch]]:
+        views: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
-    def __next__(self) -> Part:
-        while len(self._pending) <= _AHEAD:
-            plan = self._stream.plan(np.arange(self._next * self._batch, (self._next + 1) * self._batch))
-            self._pending.append((self._next, [self._pool.submit(self._one, plan, i) for i in range(self._batch)]))
-            self._next += 1
-        number, futures = self._pending.popleft()
-        began = perf_counter()
-        made = [future.result() for future in futures]
-        self.waited += perf_counter() - began
-        return Part(number, torch.stack([image for image, _ in made]), [wanted for _, wanted in made])
+        def prepare(row: int) -> None:
+            views[row] = self._read_row(samples, row)[0]
 
-    def _one(self, plan: Plan, row: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The image of a row, or the first after it in the order that can be read."""
-        for step in range(len(self._data.images)):
-            here = self._stream.instead(plan, row, step)
-            index = int(here.indices[0])
-            if index in self._skipped:
-                continue
-            try:
-                image = read(self._data, index)
-                size = int(image.shape[-2]), int(image.shape[-1])
-                view = jitter(size, self._size, self._scale, here.u[0].tolist(), bool(here.flip[0]))
-                wanted = target(self._data.objects(index), view, self._masks)
-            except BadImage as error:
-                self._skipped.add(index, self._data.images.locate(index), str(error))
-                continue
-            self._skipped.passed(index)
-            return picture(image, view, self._fill), wanted
-        raise self._skipped.too_many()
+        def finish(mask: Mask | None, weight: float) -> DetectionBatch:
+            images, targets = zip(*(views[row] for row in range(len(views))), strict=True)
+            return DetectionBatch(torch.stack(images), list(targets))
+
+        return prepare, finish

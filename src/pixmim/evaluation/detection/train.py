@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
+from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.context import Bench
 from pixmim.evaluation.detection.backbone import build_maps
 from pixmim.evaluation.detection.dataset import Annotated
 from pixmim.evaluation.detection.detector import build_detector, losses
-from pixmim.evaluation.detection.loader import Feed, Part
+from pixmim.evaluation.detection.loader import DetectionBatch, DetectionLoader
 from pixmim.evaluation.frozen_encoder import Encoder, anew
 from pixmim.evaluation.learn import equal_parts, learn
 from pixmim.evaluation.settings import Detection
@@ -28,15 +29,16 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
     model = build(encoder, settings, len(train.classes), masks).train()
     width = int(encoder.module.num_features)  # type: ignore[arg-type]
     parts = equal_parts(settings.batch_size, settings.accumulate, encoder.device, (settings.size,) * 2, width)
+    part = settings.batch_size // parts
     steps = settings.steps or max(1, round(settings.epochs * len(train.images) / settings.batch_size))
     groups = layer_groups(model, layers(model), settings.layer_decay, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
 
-    def loss_of(part: Part, _: int) -> Tensor:
+    def loss_of(batch: DetectionBatch, number: int) -> Tensor:
         # torchvision draws regions, and timm's drop path rows, from the global generator.
-        torch.manual_seed(int(rng.bits(settings.seed, "detection", 0, [part.number], 1)[0, 0] >> np.uint64(1)))
-        images = finish(part.images.to(encoder.device), None, encoder.mean, encoder.std)
-        targets = [{key: value.to(encoder.device) for key, value in target.items()} for target in part.targets]
+        torch.manual_seed(int(rng.bits(settings.seed, "detection", 0, [number], 1)[0, 0] >> np.uint64(1)))
+        images = finish(batch.images.to(encoder.device), None, encoder.mean, encoder.std)
+        targets = [{key: value.to(encoder.device) for key, value in target.items()} for target in batch.targets]
         return torch.stack(list(losses(model, images, targets).values())).sum()
 
     learn(
@@ -44,16 +46,15 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
         optimizer,
         lambda step: rate(settings, step, steps),
         steps,
-        lambda first: Feed(
+        lambda first: DetectionLoader(
             train,
-            bench.skipped(train.images),
+            BatchShard(part, first * part),
+            skipped=bench.skipped(train.images),
             size=settings.size,
             scale=settings.jitter,
-            masks=masks,
+            instances=masks,
             fill=encoder.mean.tolist(),
-            batch=settings.batch_size // parts,
             seed=settings.seed,
-            first=first,
             threads=settings.threads,
         ),
         loss_of,

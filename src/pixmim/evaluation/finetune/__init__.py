@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.config import Run
-from pixmim.data.batches import Batch, Batches, Portion
-from pixmim.data.loader import Loader
+from pixmim.data.loader import Batch, Loader
+from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import Labelled, a_few, grade, open_labelled
 from pixmim.evaluation.context import Bench, Values
 from pixmim.evaluation.finetune.model import build, inherit, plan
@@ -253,13 +253,13 @@ class Lesson:
         base = RandomResizedCrop(self.size, r.scale) if r.crop == "rrc" else SimpleResizedCrop(self.size)
         return augmented(base, r.augment, r.jitter, self.bench.encoder.mean.tolist())
 
-    def batches(self, first: int) -> AbstractContextManager[Batches]:
+    def batches(self, first: int) -> Loader:
         """The parts of batches from number `first` on."""
         part = self.recipe.batch_size // self.settings.accumulate
         return Loader(
             self.data.train,
             self.crop,
-            Portion(part, first * part),
+            BatchShard(part, first * part),
             skipped=self.bench.skipped(self.data.train),
             seed=self.settings.seed,
             threads=self.settings.threads,

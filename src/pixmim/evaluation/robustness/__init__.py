@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pixmim.data.dataset import Source
-from pixmim.data.loader import in_order
+from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation import imagenet_classes as imagenet
 from pixmim.evaluation.classification import check_classes, majority, open_labelled, rated, tally
 from pixmim.evaluation.classifiers import Judge, imagenet_head, labels_among, own_head, probe
@@ -292,7 +292,7 @@ def _count(
         return torch.tensor(kept).view(shape)
     counts = torch.zeros(shape, dtype=torch.int64)
     with progress(data.spec, len(data), bench.console) as advance:
-        for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256):
+        for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256):
             if len(indices):
                 counts += tally(judge.answers(images, among), labels[indices], len(names))
             advance(end)
@@ -323,7 +323,7 @@ def _count_corrupted(
         progress(f"{len(variants) - 1} corruptions of {data.spec}", len(data), bench.console) as advance,
         workers(0, "pixmim-corrupt") as pool,
     ):
-        for images, indices, end in in_order(data, crop, skipped=bench.skipped(data), batch=256, first=first):
+        for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256, first=first):
             if len(indices):
                 wanted = labels[indices]
                 for variant, changed in _made(images, indices.tolist(), variants, seed, pool):

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import BadImage, Form, Remade, Source
+from pixmim.data.dataset import BadImage, Form, Source
 from pixmim.data.decode.image import read_numbers
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import Files, below
 from pixmim.data.synthetic import SHAPES, Shapes
+from pixmim.data.wrappers import DatasetWrapper
 from pixmim.transforms.crops import Array
 from pixmim.utils.errors import UserError, nearest
 from pixmim.utils.files import read_file, read_text
@@ -39,7 +40,7 @@ _FOLDERS = ("masks", "annotations")
 _MAX_NAMES_BYTES = 2**20
 
 
-class Pairs(Remade):
+class Pairs(DatasetWrapper):
     """Pictures of a data set with their masks: `array` gives (h, w, c + 1), the mask last.
 
     mask     of an index: uint8 (h w), class numbers or IGNORE; raises BadImage

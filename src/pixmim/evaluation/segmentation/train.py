@@ -10,8 +10,8 @@ from rich.console import Console
 from torch import Tensor
 
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Batch, Batches, Portion
-from pixmim.data.loader import Loader
+from pixmim.data.loader import Batch, Loader
+from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.frozen_encoder import Encoder, anew
 from pixmim.evaluation.learn import learn
 from pixmim.evaluation.segmentation.augment import DISTORTIONS, JitteredCrop, distort
@@ -54,11 +54,11 @@ def fit(
     """Train what is not frozen of a model; goes on from a checkpoint in `folder` if there is one. Raises UserError."""
     part = settings.batch_size // settings.accumulate
 
-    def batches(position: int) -> Batches:
+    def batches(position: int) -> Loader:
         return Loader(
             train,
             JitteredCrop(size),
-            Portion(part, position * part),
+            BatchShard(part, position * part),
             skipped=skipped,
             seed=settings.seed,
             threads=settings.threads,

@@ -1,4 +1,4 @@
-"""Mixtures: each image as often an epoch as its weight says, with crops of its own each time."""
+"""Datasets made of others: concatenated with weights, a subset."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,13 +12,12 @@ from helpers.runs import train
 from pixmim.config import Run
 from pixmim.data import open_data
 from pixmim.data.bad_images import Skipped
-from pixmim.data.batches import Portion
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Form, Source
-from pixmim.data.in_memory import Kept
 from pixmim.data.loader import Loader
-from pixmim.data.mixture import Mixture
+from pixmim.data.sampler import BatchShard
 from pixmim.data.synthetic import SHAPES, Shapes
+from pixmim.data.wrappers import ConcatDataset, InMemoryDataset, Subset
 from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
 
@@ -27,7 +26,7 @@ Make = Callable[..., Run]
 
 def test_every_image_comes_as_often_as_its_weight_says(pictures: Path) -> None:
     data = open_data(f"{pictures}*3+shapes:count=4,size=32*2")
-    assert isinstance(data, Mixture) and len(data) == 10 * 3 + 4 * 2
+    assert isinstance(data, ConcatDataset) and len(data) == 10 * 3 + 4 * 2
     photos, drawn = open_data(str(pictures)), Shapes(count=4, size=32)
     expected = {photos.locate(i): 3 for i in range(10)} | {drawn.locate(i): 2 for i in range(4)}
     assert Counter(data.locate(i) for i in range(len(data))) == expected
@@ -40,7 +39,7 @@ def test_every_image_comes_as_often_as_its_weight_says(pictures: Path) -> None:
 def crops(data: Source, crop: Crop, count: int, *, batch: int = 4, start: int = 0, threads: int = 2) -> list[bytes]:
     """The crops of `count` samples from position `start` on."""
     skipped = Skipped(None, len(data), 0.0)
-    with Loader(data, crop, Portion(batch, start), skipped=skipped, seed=3, threads=threads) as batches:
+    with Loader(data, crop, BatchShard(batch, start), skipped=skipped, seed=3, threads=threads) as batches:
         images = torch.cat([next(batches).images.clone() for _ in range(count // batch)])
     return [image.numpy().tobytes() for image in images]
 
@@ -93,7 +92,7 @@ def test_sizes_are_those_of_its_parts_if_all_know_them(pictures: Path, tmp_path:
     assert open_data(f"{tmp_path}/cache+{pictures}").sizes is None
 
 
-class Far(Kept):
+class Far(InMemoryDataset):
     """Pictures that pretend to lie far away, in pieces of three, two and one."""
 
     heard: Sequence[int] = ()
@@ -108,12 +107,20 @@ class Far(Kept):
 
 def test_parts_that_are_far_keep_their_pieces() -> None:
     far, near = Far(Shapes(count=6, size=8)), Shapes(count=2500, size=8)
-    assert Mixture("near", [(near, 2)]).pieces is None
-    data = Mixture("both", [(near, 1), (far, 2)])
+    assert ConcatDataset("near", [(near, 2)]).pieces is None
+    data = ConcatDataset("both", [(near, 1), (far, 2)])
     assert data.pieces is not None
     assert data.pieces.tolist() == [1000, 1000, 500] + [3, 2, 1] * 2 and data.pieces.sum() == len(data)
     data.soon([4, 0, 8, 3, 7, 6])  # a near one among the far ones' two rounds: 1, 2, 0, 1, 0
     assert far.heard == [1, 2, 0]
+
+
+def test_a_subset_is_a_dataset(pictures: Path) -> None:
+    whole = open_data(str(pictures))
+    part = Subset(whole, [7, 2])
+    assert len(part) == 2 and part.labels is not None and part.labels.tolist() == [1, 0]
+    assert part.locate(0) == whole.locate(7) and part.image(1).equal(whole.image(2)) and part.classes == whole.classes
+    assert Subset(Shapes(count=9), [3]).sizes is None and part.fingerprint() != whole.fingerprint()
 
 
 def test_one_part_with_a_weight_and_a_missing_part(pictures: Path) -> None:

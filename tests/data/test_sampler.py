@@ -5,20 +5,20 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pixmim.data.order import WINDOW, Order
+from pixmim.data.sampler import WINDOW, ShuffledOrder
 from pixmim.utils import rng
 
 PIECES = np.asarray([7, 1, 30, 12, 5] * 9 + [3])  # 46 pieces in three windows
 
 
 def test_without_pieces_it_is_one_permutation() -> None:
-    assert Order(3, 100).at(2, np.arange(100)).tolist() == rng.permutation(3, 2, 100).tolist()
-    assert Order(3, 100).soon(2, 50) == []
+    assert ShuffledOrder(3, 100).at(2, np.arange(100)).tolist() == rng.permutation(3, 2, 100).tolist()
+    assert ShuffledOrder(3, 100).upcoming_shards(2, 50) == []
 
 
 def test_with_pieces_every_image_comes_once_an_epoch_window_by_window() -> None:
     count, ends = int(PIECES.sum()), np.cumsum(PIECES)
-    order = Order(3, count, PIECES)
+    order = ShuffledOrder(3, count, PIECES)
     seen = []
     for epoch in range(3):
         found = order.at(epoch, np.arange(count))
@@ -31,34 +31,34 @@ def test_with_pieces_every_image_comes_once_an_epoch_window_by_window() -> None:
         windows = [shuffled[k : k + WINDOW] for k in range(0, len(shuffled), WINDOW)]
         for one, two in pairwise(windows):
             assert max(last[piece] for piece in one) < min(first[piece] for piece in two)
-            assert order.soon(epoch, first[one[0]]) == one + two
+            assert order.upcoming_shards(epoch, first[one[0]]) == one + two
         # In the last window the next epoch's first one is asked for.
         ahead = rng.shuffled(3, "pieces", epoch + 1, len(PIECES), np.arange(WINDOW)).tolist()
-        assert order.soon(epoch, count - 1) == list(dict.fromkeys(windows[-1] + ahead))
+        assert order.upcoming_shards(epoch, count - 1) == list(dict.fromkeys(windows[-1] + ahead))
         seen.append(found.tolist())
     assert seen[0] != seen[1] != seen[2]
 
 
 def test_images_of_a_window_are_mixed() -> None:
-    order = Order(0, 1600, np.full(16, 100))
+    order = ShuffledOrder(0, 1600, np.full(16, 100))
     pieces = order.at(0, np.arange(1600)) // 100
     share = (pieces[1:] == pieces[:-1]).mean()
     assert 0.03 < share < 0.1  # a sixteenth of neighbours are of one piece
 
 
 def test_a_place_is_known_by_itself() -> None:
-    order, whole = Order(3, int(PIECES.sum()), PIECES), Order(3, int(PIECES.sum()), PIECES)
+    order, whole = ShuffledOrder(3, int(PIECES.sum()), PIECES), ShuffledOrder(3, int(PIECES.sum()), PIECES)
     together = whole.at(1, np.arange(PIECES.sum()))
     for place in (400, 0, 17, 250):
         assert order.at(1, [place]).tolist() == [together[place]]
 
 
 def test_a_hundred_million_images_need_no_memory() -> None:
-    far = Order(0, 10**8, np.full(50_000, 2_000))
+    far = ShuffledOrder(0, 10**8, np.full(50_000, 2_000))
     found = far.at(7, np.arange(10**8 - 1000, 10**8))
     assert len(set(found.tolist())) == 1000 and found.min() >= 0 and found.max() < 10**8
 
 
-def test_pieces_that_do_not_add_up_are_refused() -> None:
-    with pytest.raises(ValueError, match="hold 98 images, and the data set 100"):
-        Order(0, 100, np.asarray([90, 8]))
+def test_shards_that_do_not_add_up_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"98 .*100"):
+        ShuffledOrder(0, 100, np.asarray([90, 8]))

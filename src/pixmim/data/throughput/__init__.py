@@ -1,1 +1,0 @@
-"""What limits the way of somebody's images to the network, measured, and what would help."""
