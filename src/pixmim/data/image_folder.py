@@ -33,7 +33,7 @@ EXTENSIONS = frozenset(
 
 
 class PathList(Sequence[str]):
-    """An immutable list of paths as one block of bytes: a path takes its own bytes and 4 (from 4 GiB on, 8) more.
+    """An immutable list of paths as one block of bytes: a path takes its own bytes and 5 (from 4 GiB on, 9) more.
 
     Args:
         paths: Paths without zero bytes, encoded as the file system does.
