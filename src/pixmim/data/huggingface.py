@@ -329,9 +329,12 @@ def _saved_files(path: Path, roots: list[Path]) -> dict[str, list[str]]:
     splits = {}
     for folder in [path] if single else sorted(file.parent for file in path.glob("*/state.json")):
         files = sorted(folder.glob("data*.arrow"))
-        total = re.search(r"-of-([0-9]{1,9})\.arrow", files[-1].name) if files else None
-        if not files or (total and int(total[1]) != len(files)):
-            raise UserError(f"{folder} holds {len(files)} of {int(total[1]) if total else 1} data files: copy it again")
+        names = [file.name for file in files]
+        complete = [f"data-{i:05d}-of-{len(names):05d}.arrow" for i in range(len(names))]
+        if not names or names not in (complete, ["dataset.arrow"]):  # the latter by old versions of the library
+            raise UserError(
+                f"{folder} does not hold one complete set of shards: {', '.join(names[:5]) or 'none'}: save it again"
+            )
         splits["train" if single else folder.name] = [_checked(file, [path, *roots]) for file in files]
     if not splits:
         raise UserError(f"{path} is incomplete: no folder in it has a state.json")
