@@ -1,13 +1,175 @@
+"""Images in files: which a folder or a list holds, in which order, and what is said of those that cannot be used."""
+
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from pixmim.data import open_data
 from pixmim.data.dataset import BadImage, Form
+from pixmim.data.image_folder import EXTENSIONS, Files, PathList, below, listed
+from pixmim.utils import progress
 from pixmim.utils.errors import UserError
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder of empty files, two levels deep."""
+    root = tmp_path / "tree"
+    for name in ("b/2.jpg", "b/10.JPG", "b/1/x.png", "b/1.jpg", "b-c/0.jpg", "b/notes.txt", "z.tif", ".hidden/0.jpg"):
+        put(root / name)
+    put(root / "b" / ".0.jpg")
+    return root
+
+
+def put(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def paths(data: Files, root: Path) -> list[str]:
+    return [os.path.relpath(data.locate(i), root) for i in range(len(data))]
+
+
+def slow_walk(root: Path) -> list[str]:
+    """A reference: the images below a folder, each folder once, sorted as str."""
+    found, seen = [], set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            inside.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        images = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
+        found += [os.path.relpath(os.path.join(folder, name), root) for name in images if not name.startswith(".")]
+    return sorted(found)
+
+
+def test_the_order_is_that_of_complete_paths(tree: Path) -> None:
+    wanted = ["b-c/0.jpg", "b/1.jpg", "b/1/x.png", "b/10.JPG", "b/2.jpg", "z.tif"]
+    assert paths(below(tree), tree) == wanted == slow_walk(tree)
+
+
+def test_labels_are_the_first_level(tree: Path) -> None:
+    (tree / "z.tif").unlink()
+    data = below(tree)
+    assert data.classes == ["b", "b-c"] and data.labels is not None
+    assert [data.classes[label] for label in data.labels] == [path.split("/")[0] for path in slow_walk(tree)]
+
+
+def test_random_trees(tree: Path) -> None:
+    """Names that begin alike are where an order by folders and one by paths differ."""
+    generator = np.random.default_rng(0)
+    words = ["a", "a-", "a.jpg", "a0", "b.png", "ü", "图.jpg", "\U0001f600.gif", "new\nline.jpg", "a b", "x.txt"]
+    for _ in range(60):
+        path = tree.joinpath(*generator.choice(words, generator.integers(1, 4)))
+        if path.is_dir() or any(above.is_file() for above in path.parents):
+            continue
+        if path.is_file():
+            path.unlink()
+        else:
+            put(path)
+        assert paths(below(tree), tree) == slow_walk(tree)
+
+
+def test_links_are_followed_and_each_folder_is_read_once(tree: Path) -> None:
+    os.symlink(tree, tree / "b" / "1" / "loop")
+    os.symlink("self", tree / "b" / "self")
+    os.symlink(tree / "nowhere.jpg", tree / "b" / "broken.jpg")
+    os.symlink(tree / "nowhere", tree / "b" / "broken")
+    os.symlink(tree / "b", tree / "a")  # comes first, so it gives the paths
+    os.symlink(tree / "b-c", tree / "c")
+    outside = tree.parent / "outside"
+    put(outside / "0.jpg")
+    os.symlink(outside, tree / "b" / "link")
+    found = paths(below(tree), tree)
+    assert {"a/link/0.jpg", "a/broken.jpg", "b-c/0.jpg"} <= set(found) and not any(p.startswith("c/") for p in found)
+    assert sorted({*found, "a/broken.jpg"}) == found and set(found) - {"a/broken.jpg"} == set(slow_walk(tree)) - {
+        "a/broken.jpg"
+    }
+
+
+def test_a_folder_named_like_an_image_is_a_folder(tree: Path) -> None:
+    (tree / "z.tif").unlink()
+    put(tree / "z.tif" / "0.jpg")
+    assert paths(below(tree), tree) == slow_walk(tree) and "z.tif/0.jpg" in slow_walk(tree)
+
+
+def test_names_that_are_not_utf8_sort_by_their_bytes(tree: Path) -> None:
+    names = [b"caf\xe9.jpg", "caf\U0001f600.jpg".encode(), b"cafz.jpg"]
+    for name in names:
+        (tree / os.fsdecode(name)).touch()
+    found = [os.fsencode(path) for path in paths(below(tree), tree)]
+    assert found == sorted(found) and set(names) <= set(found)
+
+
+def test_a_tree_deeper_than_recursion_goes(tree: Path) -> None:
+    deep = [str(tree) + "/d" * depth for depth in range(1, 1051)]
+    for folder in deep:
+        os.mkdir(folder)
+    put(Path(deep[-1], "0.jpg"))
+    assert paths(below(tree), tree)[-2] == "d/" * 1050 + "0.jpg"
+    os.unlink(deep[-1] + "/0.jpg")
+    for folder in reversed(deep):  # pytest's own removal is recursive
+        os.rmdir(folder)
+
+
+def test_an_unreadable_folder_is_left_out_and_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def closed(path: bytes) -> object:
+        if path.endswith(b"tree/b/"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", closed)
+        data = below(tree)
+    assert len(data) == 2 and "cannot be read, left out: 1" in data.about and str(tree / "b") in data.about
+    assert len(below(tree)) == 6 and not below(tree).about
+
+
+def test_an_unreadable_root_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: bytes) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        below(tree)
+
+
+def test_a_long_walk_shows_how_far_it_is(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_MOMENT", 0.0)
+    shown: list[str] = []
+    console = Console(force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: shown.append(str(text)))
+    below(tree)
+    assert str(tree) in shown[0] and "1 images" in shown[0]
+
+
+def test_paths_are_a_sequence() -> None:
+    words = ["a/b.jpg", "ü.png", "new\nline", os.fsdecode(b"\xff.jpg"), "", "/abs/x.jpg"]
+    found = PathList(map(os.fsencode, words))
+    assert list(found) == words == found[:] and found[-1] == words[-1] and found[1:3] == words[1:3]
+    assert len(found) == 6 and not PathList([])
+    for wrong in (6, -7):
+        with pytest.raises(IndexError):
+            found[wrong]
+
+
+def test_a_list_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("a.jpg\r\n\n  \nb c.jpg\nd\x85\u2028.jpg".encode() + b"\n\xff.jpg\n/abs.jpg")
+    data = listed(f"{tmp_path}/list.txt,root=/")
+    names = ["a.jpg", "b c.jpg", "d\x85\u2028.jpg", os.fsdecode(b"\xff.jpg")]
+    assert [data.locate(i) for i in range(5)] == [*(str(tmp_path / name) for name in names), "/abs.jpg"]
+    (tmp_path / "list.txt").write_text("\n \n")
+    with pytest.raises(UserError, match=r"list.txt"):
+        listed(tmp_path / "list.txt")
 
 
 def test_nested_folders_of_two_classes(pictures: Path) -> None:
@@ -69,7 +231,7 @@ def test_files_that_are_no_images_are_called_what_they_are(content: bytes, kind:
     file.write_bytes(content)
     with pytest.raises(UserError, match=f"{file} is {kind or 'a file of a kind'}"):
         open_data(str(file))
-    with pytest.raises(UserError, match=f"no pictures in .*1 other files.*{file} is {kind or 'a file of a kind'}"):
+    with pytest.raises(UserError, match=f"no images in .*1 other files.*{file} is {kind or 'a file of a kind'}"):
         open_data(str(tmp_path / "all"))
     file.rename(file.with_suffix(".jpg"))
     with pytest.raises(BadImage, match=f"not a picture in a known format{', but ' * bool(kind)}{kind}"):
@@ -114,5 +276,5 @@ def test_folders_that_cannot_serve_are_named(pictures: Path, tmp_path: Path) -> 
         open_data(str(pictures / "cats" / "0.jpg"))
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "empty" / "x.npz", np.zeros(3))
-    with pytest.raises(UserError, match=r"no pictures in .* 1 other file"):
+    with pytest.raises(UserError, match=r"no images in .* 1 other file"):
         open_data(str(tmp_path / "empty"))

@@ -1,11 +1,12 @@
 """What --data may say: parts and weights, whole paths, and the fields of a Hugging Face data set."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from pixmim.cli.flags import absolute
-from pixmim.data.uri import HubSpec, Part, read_parts
+from pixmim.data.uri import HubSpec, Part, expand_braces, read_parts
 from pixmim.utils.errors import UserError
 
 
@@ -98,3 +99,58 @@ def test_numbers_beyond_all_measure() -> None:
     with pytest.raises(UserError, match="zero byte"):
         absolute("a\0b")
     assert absolute("~nosuchuser/x") == f"{Path.cwd()}/~nosuchuser/x"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "train-{000000..000146}.tar",
+        "{8..11}",
+        "{08..11}",
+        "{3..-2}",
+        "{0..10..3}",
+        "{10..1..4}",
+        "{a,b,c}/x{1,2}.tar",
+        "{a,b{1..3},{c,d}}.tar",
+        "{a..e}-{x..v..2}",
+        "plain.tar",
+        "{}.tar",
+        "{one}.tar",
+        "{x,}y",
+        "{a}{b,c}",
+    ],
+)
+def test_braces_expand_as_in_bash(pattern: str) -> None:
+    by_bash = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True)
+    assert expand_braces(pattern) == by_bash.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..99999999999}.tar",
+        "{0..99999999999999999999}",
+        "{0..99999999999\n}",
+        "{0..\uff19\uff19\uff19\uff19\uff19\uff19\uff19}",
+        "{a,b}" * 40,
+        "{x," + "{a,b}" * 40 + "}",
+        "{a..z}" * 5,
+        "{a{0..999999},b}{c,d}",
+    ],
+)
+def test_more_than_a_million_names_are_refused_before_they_are_made(pattern: str) -> None:
+    with pytest.raises(UserError, match="more than 1,000,000 files"):
+        expand_braces(pattern)
+
+
+def test_many_names_in_alternatives_are_few_together() -> None:
+    assert len(expand_braces("{a/{0..999},b/{0..999},c/{0..999}}")) == 3000
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a{b{1,2}c", "x}", "{1..1000}}{" * 5, "{" * 3000 + "}" * 3000, "{1.." + "9" * 5000 + "}"]
+)
+def test_a_pattern_that_cannot_be_expanded_is_named(pattern: str) -> None:
+    with pytest.raises(UserError) as caught:
+        expand_braces(pattern)
+    assert pattern[:200] in str(caught.value)

@@ -27,8 +27,7 @@ from pixmim.data import image_folder as files
 from pixmim.data import open_data
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.decode import ifd, jpeg, limits, timing
-from pixmim.data.decode.image import decode, open_image, read
-from pixmim.data.decode.opening import FORMATS
+from pixmim.data.decode.image import FORMATS, decode, open_image, read
 from pixmim.data.throughput import drop_from_page_cache
 from pixmim.evaluation.boxes import read_objects
 from pixmim.evaluation.segmentation.dataset import open_pairs
@@ -224,7 +223,7 @@ def test_pillow_opens_files_in_one_place_only() -> None:
                     found.append(path.name)
                 if named in ("np.load", "numpy.load"):
                     assert "allow_pickle=False" in ast.unparse(node), f"{path}:{node.lineno}"
-    assert found == ["opening.py", "colour.py"]
+    assert found == ["image.py", "color.py"]
 
 
 def test_a_phones_picture_of_several_frames_is_a_jpeg() -> None:

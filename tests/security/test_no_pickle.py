@@ -33,7 +33,6 @@ from pixmim.build import build_model
 from pixmim.config import Run, Saving
 from pixmim.data import open_data
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.folders import listing
 from pixmim.evaluation import embed as embedding
 from pixmim.evaluation import learn
 from pixmim.evaluation.evaluate import evaluate
@@ -205,8 +204,6 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     quiet, shapes = Console(quiet=True), "shapes:count=12,size=32"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "memory"))
-        patch.setattr(listing, "WORTH_KEEPING", 1)
-        patch.setattr(listing, "SETTLED", 0.0)
         patch.setattr(learn, "Interrupts", Stopped)
         patch.setattr(Stopped, "after", 1)
         draw(root / "pictures")
@@ -491,11 +488,10 @@ def test_what_tars_hold(home: Path, tmp_path: Path, marker: Path) -> None:
 
 
 def test_each_file_in_the_users_cache_directory(home: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Listings, indexes of tars, statistics, and which runs were made here."""
+    """Indexes of tars, statistics, and which runs were made here."""
     known = {path.parent.name for path in (home / "memory" / "pixmim").rglob("*") if path.is_file()}
-    assert {"listings", "tars", "stats"} <= known
+    assert {"tars", "stats"} <= known
     monkeypatch.setenv("XDG_CACHE_HOME", str(marker.parent / "copy" / "memory"))
-    monkeypatch.setattr(listing, "WORTH_KEEPING", 1)
 
     def called(copy: Path, out: Path) -> dict[str, list[object]]:
         kinds = {name: data_commands(home / name, home, out) for name in ("pictures", "tars")}

@@ -288,14 +288,14 @@ def test_paths_in_a_table_stay_below_it(secret: Path, server: Any, tmp_path: Pat
 def test_a_bomb_in_a_zip_and_a_fifo_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = tmp_path / "given"
     given.mkdir()
-    monkeypatch.setattr("pixmim.data.huggingface.table._MOST_BYTES", 10**5)
+    monkeypatch.setattr("pixmim.data.huggingface._MAX_IMAGE_BYTES", 10**5)
     with zipfile.ZipFile(given / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("s.png", bytes(10**7))
     os.mkfifo(given / "f.png")
     (given / "b.png").write_bytes(bytes(10**6))
     spec = cells(given, [{"bytes": None, "path": path} for path in ("zip://s.png::z.zip", "f.png", "b.png")])
     data: Any = open_data(spec)
-    assert len(data._file("zip://s.png::z.zip")) == 10**5 + 1
+    assert len(data._read_file("zip://s.png::z.zip")) == 10**5 + 1
     for index, reason in ((0, "not a picture"), (1, "not a regular file"), (2, "allowed")):
         with pytest.raises(BadImage, match=reason):
             data.image(index)
@@ -379,45 +379,39 @@ def test_names_of_splits(table: Path, tmp_path: Path) -> None:
         assert len(open_data(f"hf:{folder}:{splits.split(',')[0]}")) in (2, 4)
 
 
-def test_saved_sets_that_name_other_files(table: Path, tmp_path: Path) -> None:
+def test_saved_sets_are_their_own_files(table: Path, tmp_path: Path) -> None:
+    """Whatever their JSON files name."""
     library = datasets.Dataset.from_dict({"image": [b"x"]})
     library.save_to_disk(tmp_path / "other")
     library.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=library).save_to_disk(tmp_path / "two")
-    state = tmp_path / "one" / "state.json"
-    before = json.loads(state.read_text())
-    for name in (
-        "../other/data-00000-of-00001.arrow",
-        f"{tmp_path}/other/data-00000-of-00001.arrow",
-        "..",
-        "",
-        None,
-        "a\0",
-    ):
-        state.write_text(json.dumps(before | {"_data_files": [{"filename": name}]}))
-        with pytest.raises(UserError, match="not a file of its own"):
-            open_data(f"hf:{tmp_path}/one")
-    for files in (None, "x", [3], [["filename"]], {"filename": 1}):
-        state.write_text(json.dumps(before | {"_data_files": files}))
-        with pytest.raises(UserError):
-            open_data(f"hf:{tmp_path}/one")
-    state.write_text("[" * 10_000)
-    with pytest.raises(UserError, match=r"state.json is not valid JSON"):
-        open_data(f"hf:{tmp_path}/one")
-    state.write_text(json.dumps(before))
-    data = tmp_path / "one" / "data-00000-of-00001.arrow"
-    data.unlink()
-    data.symlink_to(tmp_path / "other" / data.name)
-    with pytest.raises(UserError, match="leads out"):
-        open_data(f"hf:{tmp_path}/one")
+    files: Any
+    for files in ([{"filename": "../other/data-00000-of-00001.arrow"}], [{"filename": None}], None, [3], {}):
+        (tmp_path / "one" / "state.json").write_text(json.dumps({"_data_files": files}))
+        assert len(open_data(f"hf:{tmp_path}/one")) == 1
+    (tmp_path / "one" / "state.json").write_text("[" * 10_000)
     for splits in (["../other"], ["/etc"], ["file://x"], "train", [3]):
         (tmp_path / "two" / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
-        with pytest.raises(UserError, match=r"not a file of its own|lists no files"):
-            open_data(f"hf:{tmp_path}/two")
-    (tmp_path / "one" / "dataset_info.json").unlink()
-    os.mkfifo(tmp_path / "one" / "dataset_info.json")
-    with pytest.raises(UserError):
-        open_data(f"hf:{tmp_path}/one")
+        assert len(open_data(f"hf:{tmp_path}/two")) == 1
+        with pytest.raises(UserError, match=r"no split 'x'.*: train$"):
+            open_data(f"hf:{tmp_path}/two:x")
+    (tmp_path / "two" / "more").symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match="leads out"):
+        open_data(f"hf:{tmp_path}/two")
+    data = tmp_path / "one" / "data-00000-of-00001.arrow"
+    data.unlink()
+    for make, reason in (
+        (lambda: data.symlink_to(tmp_path / "other" / data.name), "leads out"),
+        (lambda: os.mkfifo(data), "not a regular file"),
+        (
+            lambda: os.rename(tmp_path / "other" / data.name, data.with_name("data-00000-of-00002.arrow")),
+            r"complete.* data-00000-of-00002\.arrow",
+        ),
+    ):
+        make()
+        with pytest.raises(UserError, match=reason):
+            open_data(f"hf:{tmp_path}/one")
+        data.unlink(missing_ok=True)
 
 
 class Payload:
@@ -483,25 +477,12 @@ def test_arrow_data_that_point_out_of_their_buffers(tmp_path: Path) -> None:
 
 
 def test_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pixmim.data.huggingface.local._MOST_EXPANDED", 10**6)
+    monkeypatch.setattr("pixmim.data.huggingface._MAX_EXPANDED", 10**6)
     rows = arrow.table({"image": arrow.array([bytes(10**6), bytes(10**6) + b"x"])})
     parquet.write_table(rows, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
     assert (tmp_path / "t.parquet").stat().st_size < 10_000
     with pytest.raises(UserError, match=r"t.parquet expands from"):
         open_data(f"{tmp_path}/t.parquet")
-
-
-def test_metadata_of_a_folder_of_pictures(tmp_path: Path, secret: Path, server: Any) -> None:
-    given = secret.parent / "given"
-    for name in ("../secret.png", str(secret), f"file://{secret}", f"{server.url}/x.png"):
-        (given / "metadata.csv").write_text(f"file_name,kind\n{name},a\n")
-        try:
-            data = open_data(f"hf:{given}")
-        except UserError:
-            continue
-        with pytest.raises(BadImage):
-            data.image(0)
-    assert not server.asked
 
 
 def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

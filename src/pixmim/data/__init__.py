@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from pixmim.data.caching import Place
 from pixmim.data.dataset import COLOUR, Form, Source
 from pixmim.data.gpu_loader import GpuLoader
-from pixmim.data.huggingface.hub import is_local, open_hub
+from pixmim.data.huggingface import is_arrow_dataset, open_huggingface
 from pixmim.data.image_folder import below, listed
 from pixmim.data.loader import Batch, BatchLoader, Loader, LoaderOptions
 from pixmim.data.resized_cache import open_cache, read_settings
@@ -43,7 +43,7 @@ def _open_one(spec: str, form: Form, local_copy: float) -> Source:
     if spec.startswith("shapes:"):
         return Shapes.from_spec(spec, form)
     if spec.startswith("hf:") and not is_far(spec):
-        return open_hub(spec, form)
+        return open_huggingface(spec, form)
     bare, last_dot = split_key(spec)
     path, root = split_root(bare)
     place = path.rstrip("/") if is_far(path) else os.path.expanduser(path)
@@ -59,8 +59,8 @@ def _open_one(spec: str, form: Form, local_copy: float) -> Source:
     file = Path(place)
     if file.is_file() and file.suffix == ".txt":
         return listed(spec, form)
-    if is_local(file):
-        return open_hub(spec, form)
+    if is_arrow_dataset(file):
+        return open_huggingface(spec, form)
     if root is not None:
         raise UserError(f"root= is for a .txt that names images and for tables, and {place} is neither")
     return below(spec, form)

@@ -1,11 +1,14 @@
-"""Picture files: those below a folder, searched through all its subfolders, or those that were named."""
+"""Read images from files: all below a folder, or those that a text file or the caller names."""
 
 import codecs
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +18,11 @@ from pixmim.data.dataset import COLOUR, BadImage, Form, Source
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.kinds import about_file, about_others
 from pixmim.data.decode.limits import max_bytes
-from pixmim.data.folders.listing import list_pictures
-from pixmim.data.folders.paths import Paths
 from pixmim.data.uri import split_root
 from pixmim.transforms.crops import Array
 from pixmim.utils.errors import UserError, nearest
 from pixmim.utils.files import read_file
+from pixmim.utils.progress import patience
 
 MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
 """A text file that names images is refused if it has more."""
@@ -30,8 +32,45 @@ EXTENSIONS = frozenset(
 )
 
 
+class PathList(Sequence[str]):
+    """An immutable list of paths as one block of bytes: a path takes its own bytes and 5 (from 4 GiB on, 9) more.
+
+    Args:
+        paths: Paths without zero bytes, encoded as the file system does.
+    """
+
+    def __init__(self, paths: Iterable[bytes]) -> None:
+        self._text = b"\0".join(chain(paths, [b""]))
+        ends = np.flatnonzero(np.frombuffer(self._text, np.uint8) == 0)
+        self._ends = ends.astype(np.min_scalar_type(len(self._text)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start = int(self._ends[index - 1]) + 1 if index else 0
+        return os.fsdecode(self._text[start : int(self._ends[index])])
+
+
 class Files(Source):
-    """Picture files at `root` / path, in the order given; `labels` are indices into `classes`."""
+    """Image files, in the order given.
+
+    Args:
+        spec: What the user wrote to get them.
+        root: Folder that the paths start from.
+        paths: Path of each image.
+        form: Channels and dtype of the images.
+        labels: Index into `classes` of each image (n).
+        classes: Names of the classes.
+        about: A note for the user on how the data are read.
+    """
 
     def __init__(
         self,
@@ -53,11 +92,11 @@ class Files(Source):
         return os.path.join(self._root, self._paths[index])
 
     def extent(self, index: int) -> tuple[str, int, int]:
-        """Where an image's bytes lie: file, first byte, number of bytes (0: all that follow)."""
+        """Return the file, first byte and number of bytes of an image; 0 bytes mean all that follow."""
         return self.locate(index), 0, 0
 
     def read(self, index: int) -> bytes:
-        """What is in a file. Raises BadImage."""
+        """Return the content of a file. Raises BadImage."""
         try:
             return read_file(self.locate(index), max_bytes())
         except (OSError, ValueError) as error:  # a name may hold what no file system takes, such as a zero byte
@@ -68,43 +107,106 @@ class Files(Source):
 
 
 def below(folder: str | Path, form: Form = COLOUR) -> Files:
-    """All pictures below a folder, in the order of their paths.
+    """Open all images below a folder, in the byte order of their paths.
 
-    Files are chosen by extension and decoded by content; hidden files and folders are left out; links are followed,
-    each folder once. If every picture lies in a subfolder, the first-level subfolders are its classes. What a large
-    folder holds is kept for next time (`listing.py`). Raises UserError if there is no such folder, it cannot be read,
-    or there is no picture in it.
+    Files are chosen by extension and decoded by content. Hidden files and folders are left out. Links are followed,
+    each folder once. If every image is in a subfolder, the first-level subfolders are the classes.
+
+    Raises:
+        UserError: If there is no such folder, it cannot be read, or it holds no images.
     """
     root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise UserError(_no_folder(root))
     try:
-        listing = list_pictures(root, EXTENSIONS)
+        found, counts, others, unreadable = _walk(root)
     except OSError as error:
         raise UserError(f"the folder {root} cannot be read: {error.strerror}") from error
-    paths, closed = listing.paths, listing.closed
-    about = f"folders that cannot be read, left out: {len(closed)}, such as {root / closed[0]}" if closed else ""
-    if not paths:
-        found = f"{listing.others} other files" if listing.others else about or "nothing"
-        kind = about_others(root) if listing.others else ""
+    about = ""
+    if unreadable:
+        first = os.fsdecode(unreadable[0])
+        about = f"folders that cannot be read, left out: {len(unreadable)}, such as {root / first}"
+    if not found:
+        content = f"{others} other files" if others else about or "nothing"
+        kind = about_others(root) if others else ""
         raise UserError(
-            f"no pictures in {root} (found {found}); known: {' '.join(sorted(EXTENSIONS))}" + f". {kind}" * bool(kind)
+            f"no images in {root} (found {content}); known: {' '.join(sorted(EXTENSIONS))}" + f". {kind}" * bool(kind)
         )
-    runs = list(paths.runs())
-    tops = [inside.split("/", 1)[0] for inside, _ in runs]
-    if "" in tops:
+    paths = PathList(found)
+    if b"" in counts:
         files = Files(str(folder), root, paths, form, about=about)
-        if len(set(tops)) > 1:
-            files.stray = files.locate(sum(count for _, count in runs[: tops.index("")]))
+        if len(counts) > 1:
+            files.stray = files.locate(next(i for i, path in enumerate(found) if b"/" not in path))
         return files
-    classes = sorted(set(tops))
+    tops = {os.fsdecode(top[:-1]): count for top, count in sorted(counts.items())}  # in the order of the paths
+    classes = sorted(tops)
     number = {name: i for i, name in enumerate(classes)}
-    labels = np.repeat(np.asarray([number[top] for top in tops], np.int64), [count for _, count in runs])
+    labels = np.repeat(np.asarray([number[top] for top in tops], np.int64), list(tops.values()))
     return Files(str(folder), root, paths, form, labels, classes, about)
 
 
+def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
+    """Find the image files below a folder.
+
+    A folder that several links lead to is read under the path that comes first in alphabetical order. A link with the
+    extension of an image counts as an image without a look at its target, which would cost a `stat` for each.
+
+    Returns:
+        Paths relative to `root` in the order of their bytes, the number of images of each first-level folder (with a
+        slash; empty for `root` itself), the number of other files, and the folders that cannot be read.
+
+    Raises:
+        OSError: If `root` itself cannot be read.
+    """
+    extensions = tuple(map(os.fsencode, EXTENSIONS))
+    images: list[bytes] = []
+    counts: Counter[bytes] = Counter()
+    unreadable: list[bytes] = []
+    seen: set[tuple[int, int]] = set()
+    others, top, stack = 0, os.path.join(os.fsencode(root), b""), [b""]
+    with patience(f"listing {root}", "images") as add:
+        while stack:
+            folder = stack.pop()
+            names: list[bytes] = []
+            subfolders: list[bytes] = []
+            rest = 0
+            try:
+                status = os.stat(top + folder)
+                if (status.st_dev, status.st_ino) in seen:  # a link back up, or to a folder met before
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(top + folder) as entries:
+                    for entry in entries:
+                        name = entry.name
+                        if name.startswith(b"."):
+                            continue
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                        if not is_folder and name.lower().endswith(extensions):
+                            names.append(folder + name)
+                            if not len(names) % 4096:  # `add` looks at the clock
+                                add(4096)
+                        elif is_folder or (entry.is_symlink() and os.path.isdir(entry.path)):
+                            subfolders.append(folder + name)
+                        else:
+                            rest += 1
+            except OSError as error:
+                if not folder:
+                    raise
+                if not isinstance(error, FileNotFoundError | NotADirectoryError):  # these vanished meanwhile
+                    unreadable.append(folder)
+                continue
+            add(len(names) % 4096)
+            if names:
+                images += sorted(names)  # runs, which make the sort below fast
+                counts[folder[: folder.find(b"/") + 1]] += len(names)
+            others += rest
+            stack += [path + b"/" for path in sorted(subfolders, reverse=True)]
+    images.sort()
+    return images, counts, others, unreadable
+
+
 def named(paths: Sequence[str | Path], form: Form = COLOUR) -> Files:
-    """The pictures named, and all below the folders named. Raises UserError for what is not there."""
+    """Open the images named, and all below the folders named. Raises UserError for a path that does not exist."""
     found: list[str] = []
     for path in (Path(os.path.expanduser(path)) for path in paths):
         if path.is_dir():
@@ -114,7 +216,7 @@ def named(paths: Sequence[str | Path], form: Form = COLOUR) -> Files:
             found.append(str(path))
         else:
             raise UserError(f"there is no {path}")
-    return Files(" ".join(map(str, paths)), Path(), Paths.of(found), form)
+    return Files(" ".join(map(str, paths)), Path(), PathList(map(os.fsencode, found)), form)
 
 
 def listed(spec: str | Path, form: Form = COLOUR) -> Files:
@@ -142,9 +244,9 @@ def listed(spec: str | Path, form: Form = COLOUR) -> Files:
     if b"\0" in lines:
         raise UserError(f"{text} is not a text file: it holds a zero byte. Save it as UTF-8")
     lines = _trimmed(lines, text.parent)
-    paths = Paths.from_lines(lines)
+    paths = PathList(line for line in lines.replace(b"\r\n", b"\n").split(b"\n") if line.strip())
     if not paths:
-        raise UserError(f"{text} names no pictures")
+        raise UserError(f"{text} names no images")
     folders = [text.parent] if root is None else [text.parent, root]
     tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
     odd = re.compile(rb"(?m)^(?:(?=/)(?!" + tops + rb").*|.*\.\..*)$")  # all other lines plainly stay below a folder

@@ -14,12 +14,16 @@ import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from braceexpand import braceexpand
+
 from pixmim.utils.errors import UserError, nearest
 
 _ADDRESS = re.compile(r"hf:|shapes:|[a-z][a-z0-9]*://")
 _WEIGHTED = re.compile(r"(.+)\*([0-9]+\.?[0-9]*|\.[0-9]+)", re.DOTALL)
 _MOST_DIGITS = 6  # of a weight
 _WILDCARD = re.compile(r"[*?\[{]")
+_BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.(-?\d+))?\n?\}|[{,}]")
+_MAX_NAMES = 1_000_000  # that braces may stand for
 _ROOTED = re.compile(r"(.+?),root=(.+)", re.DOTALL)
 
 
@@ -81,6 +85,46 @@ def split_key(source: str) -> tuple[str, bool]:
     if key != "last-dot":
         raise UserError(f"key={key} in '{source}': only key=last-dot is known")
     return tars, True
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern such as `{a,b}-{000..146}.tar` stands for, in the order of a shell.
+
+    Raises:
+        UserError: If there are more than a million, or the braces are not balanced.
+    """
+    try:
+        if _count_names(pattern) <= _MAX_NAMES:
+            return list(braceexpand(pattern, escape=False))
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise UserError(f"{pattern[:200]} cannot be expanded: {str(error)[:200]}") from None
+    raise UserError(f"{pattern[:200]} stands for more than {_MAX_NAMES:,} files")
+
+
+def _count_names(pattern: str) -> int:
+    """Bound the number of names, which `braceexpand` makes (in parts) before it returns the first."""
+    count, before = 1, 0  # of the alternative at hand up to here, and of the alternatives before it
+    outer: list[tuple[int, int]] = []
+    for token in _BRACES.finditer(pattern):
+        first, last, letter, other, step = token.groups()
+        if first:
+            count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
+        elif letter:
+            count *= abs(ord(other) - ord(letter)) + 1
+        elif token[0] == "{":
+            outer.append((count, before))
+            count, before = 1, 0
+        elif token[0] == "," and outer:
+            count, before = 1, before + count
+        elif token[0] == "}":
+            if not outer:
+                raise ValueError("unbalanced braces")
+            inside = before + count
+            count, before = outer.pop()
+            count *= inside
+    if outer:
+        raise ValueError("unbalanced braces")
+    return count
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def test_what_cannot_be_read_as_shards(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no pictures in .*sound.tar \(found .flac .txt\)"):
         open_data(str(tmp_path / "sound.tar"))
     (shards / "notes.md").write_text("not only tars")
-    with pytest.raises(UserError, match=r"no pictures in .* 4 other files"):
+    with pytest.raises(UserError, match=r"no images in .* 4 other files"):
         open_data(str(shards))
     (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "x.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))

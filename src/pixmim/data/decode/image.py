@@ -9,22 +9,45 @@ imagecodecs 16-bit colour PNG; Pillow everything else. Rules:
   float32; in a run of uint8, Pillow takes their upper byte. Grey of 16 bits is rounded to 8.
 """
 
+import io
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from pixmim.data.dataset import COLOUR, BadImage, Form, Pages
 from pixmim.data.decode import ifd, jpeg, npy, tiff
 from pixmim.data.decode.channels import OtherChannels, bring, on_white, turned
-from pixmim.data.decode.limits import check_bytes, check_size
-from pixmim.data.decode.opening import FORMATS, open_image, open_plain
+from pixmim.data.decode.kinds import HEAD, about
+from pixmim.data.decode.limits import VARIABLE, check_bytes, check_size, max_pixels
 from pixmim.data.decode.timing import limited
 from pixmim.transforms.crops import Array
 
-__all__ = ["decode", "open_image", "read", "read_numbers"]
+for _name in ("PIL", "tifffile"):  # what they say of damage belongs into skipped.csv, not onto the screen
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+    warnings.filterwarnings("ignore", module=_name)
+
+_PLUGINS = (  # imported, so that Pillow need not look for them among all the others
+    BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin,
+)  # fmt: skip
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
+"""Every format that an image may have. Nothing else is ever opened, whatever a file is called or begins with."""
 
 _BLOCK = 2**20  # pixels that Pillow converts at a time
 _BITS, _SAMPLES, _EXTRA, _KIND, _PHOTOMETRIC, _DEPTH, _PLANAR = 258, 277, 338, 339, 262, 32997, 284
@@ -67,6 +90,61 @@ def read_numbers(data: bytes, *, colour: bool = False) -> Array:
     return limited(lambda: _read_numbers(data, colour))
 
 
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image file as `Image.open` does: only its header is read, the caller loads the pixels.
+
+    The format is decided by content, among `formats`. Decode pixels under `timing.limited`.
+
+    Args:
+        data: The file's content.
+        formats: Some of FORMATS.
+
+    Raises:
+        BadImage: If it has none of these formats, is damaged, or claims more than is allowed.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        data = jpeg.look(data).stripped(data)
+    elif data[:4] in ifd.MAGIC and "TIFF" in formats:
+        return _open_checked(ifd.checked(data), ("TIFF",))
+    return _open_checked(data, tuple(name for name in formats if name != "TIFF"))
+
+
+def _open_checked(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Open an image file that was looked at before: a TIFF by `ifd.checked`, a JPEG by `jpeg.look`.
+
+    Raises:
+        BadImage: As `open_image`. UnidentifiedImageError, which is Pillow's, is its cause if no format was recognised.
+    """
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        check_size(*_webp_size(data))  # Pillow takes memory for it when it opens the file
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels() > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels()  # Pillow refuses twice as many
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError as error:
+        kind = about(data[:HEAD])
+        raise BadImage("not a picture in a known format" + f", but {kind}" * bool(kind)) from error
+    except Image.DecompressionBombError:
+        raise BadImage(f"more than the {max_pixels():,} pixels allowed on this machine (see {VARIABLE})") from None
+    except Exception as error:  # Pillow raises almost anything on damaged files
+        raise BadImage(f"{type(error).__name__}: {error}") from None
+    check_size(*image.size)
+    return image
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of a WebP; of an animation, those of its canvas."""
+
+    def number(at: int, count: int) -> int:
+        return int.from_bytes(data[at : at + count], "little")
+
+    if data[12:16] == b"VP8X":
+        return number(24, 3) + 1, number(27, 3) + 1
+    if data[12:16] == b"VP8L":
+        return (number(21, 4) & 0x3FFF) + 1, (number(21, 4) >> 14 & 0x3FFF) + 1
+    return number(26, 2) & 0x3FFF, number(28, 2) & 0x3FFF
+
+
 def _read(data: bytes, pages: Pages, deep: bool) -> Array:
     if not data:
         raise BadImage("the file is empty")
@@ -89,7 +167,7 @@ def _read(data: bytes, pages: Pages, deep: bool) -> Array:
 def _read_tiff(data: bytes, pages: Pages, deep: bool) -> Array:
     """The pixels of a TIFF that was checked: by Pillow, where that gives all of them as they are meant."""
     try:
-        image = open_plain(data, ("TIFF",))
+        image = _open_checked(data, ("TIFF",))
     except BadImage as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
             return tiff.read_tiff(data, pages)

@@ -8,6 +8,7 @@
 """
 
 import io
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from pixmim.data.dataset import BadImage, Pages
+from pixmim.data.decode import jpeg
 from pixmim.data.decode.channels import on_white, turned
 from pixmim.data.decode.limits import check_bytes, check_size
-from pixmim.data.decode.sizes import CHECKED, check_segment
 from pixmim.transforms.crops import Array
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _ASSOCIATED, _UNASSOCIATED = 1, 2
 _ORIENTATION, _NO_DATA = 274, 42113
-_OLD_JPEG = 6
+_OLD_JPEG, _JPEG, _LERC = 6, 7, 34887
 
 
 def read_tiff(data: bytes, pages: Pages) -> Array:
@@ -73,10 +74,10 @@ def _check(page: Any, count: int) -> None:
 
 def _pixels(page: Any, data: bytes) -> Array:
     """One page of a file as (h w c), upright and on white."""
-    each = page.tilewidth * page.tilelength if page.is_tiled else page.imagewidth * page.rowsperstrip
+    per_segment = page.tilewidth * page.tilelength if page.is_tiled else page.imagewidth * page.rowsperstrip
     for at, count in zip(page.dataoffsets, page.databytecounts, strict=True):
-        if count and page.compression in CHECKED:
-            check_segment(data[at : at + count], page.compression, each * page.samplesperpixel)
+        if count and page.compression in (_JPEG, _LERC):
+            _check_segment(data[at : at + count], page.compression, per_segment * page.samplesperpixel)
     pixels: Array = page.asarray(maxworkers=1)  # the loader has threads of its own
     if page.axes == "YX":
         pixels = pixels[..., None]
@@ -103,3 +104,15 @@ def _pixels(page: Any, data: bytes) -> Array:
         pixels = on_white(np.delete(pixels, at, axis=2), pixels[..., at], kinds[alpha] == _ASSOCIATED)
     orientation = page.tags.get(_ORIENTATION)
     return turned(pixels, int(orientation.value)) if orientation is not None else pixels
+
+
+def _check_segment(data: bytes, compression: int, values: int) -> None:
+    """Refuse a strip or tile of JPEG or LERC whose own header states many more values than the TIFF's tags."""
+    if compression == _JPEG:
+        width, height, channels = jpeg.look(data)[:3]
+    elif data[:6] == b"Lerc2 " and len(data) >= 26 and int.from_bytes(data[6:10], "little") >= 4:
+        height, width, channels = struct.unpack_from("<III", data, 14)
+    else:
+        raise BadImage("LERC of an old version: save it with deflate or LZW")
+    if width * height * channels > 2 * values + 2**16:
+        raise BadImage(f"a TIFF with a strip or tile of {width}x{height} pixels, {channels} channels: far too many")

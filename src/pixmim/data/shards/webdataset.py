@@ -16,7 +16,7 @@ from pixmim.data.shards.dataset import Contents, Shards
 from pixmim.data.shards.fsspec_io import NoAccessError, is_far
 from pixmim.data.shards.index import PICTURES, Found, contents
 from pixmim.data.shards.local import Version
-from pixmim.data.shards.patterns import expand
+from pixmim.data.uri import expand_braces
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
 from pixmim.utils.progress import parallel_map
@@ -50,7 +50,7 @@ def tar_names(spec: str) -> dict[str, Version | None] | None:
 
 def _named(pattern: str) -> dict[str, Version | None]:
     found: dict[str, Version | None] = {}
-    for name in expand(pattern):
+    for name in expand_braces(pattern):
         if any(character in name for character in ("*" if is_far(name) else "*?[")):
             fitting = anywhere.matching(name)
             if not fitting:

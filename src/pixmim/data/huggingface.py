@@ -1,0 +1,487 @@
+"""Read images from Hugging Face datasets: parquet, Arrow and `save_to_disk` folders, and names on the hub.
+
+The `datasets` library downloads and prepares the files. A local folder may come from a stranger, so the library gets a
+list of regular files inside it; nothing else in the folder has an effect. Bytes are copied out of the memory-mapped
+table with the GIL released, so a page that must come from disk stalls one thread instead of all of them.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import zipfile
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Shaped
+
+from pixmim.data.dataset import COLOUR, BadImage, Form, Source
+from pixmim.data.decode.image import decode
+from pixmim.data.decode.limits import check_bytes
+from pixmim.data.image_folder import EXTENSIONS
+from pixmim.data.uri import HubSpec, split_root
+from pixmim.transforms.crops import Array
+from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.files import open_regular, read_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_READERS = {".parquet": "parquet", ".arrow": "arrow"}
+"""Extensions of tables, and the library's names of their readers."""
+
+_MAX_IMAGE_BYTES = 2**30
+_MAX_EXPANDED, _MAX_RATIO = 2**30, 200
+"""A parquet column chunk larger than this must not expand by more than this ratio."""
+
+_ROWS_PER_BATCH = 256  # of parquet, unpacked at a time
+_ZIPPED = re.compile(r"zip://([^:]+)::(.+)", re.DOTALL)
+_SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}[^/]*\.[^/]*")
+_SPLITS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
+
+
+class ArrowDataset(Source):
+    """Images in one column of a `datasets.Dataset`.
+
+    Args:
+        dataset: A map-style dataset, with or without a selection or shuffle.
+        spec: What the user wrote to get it.
+        form: Channels and dtype of its images.
+        name: Prefix of row numbers in messages; `spec` by default.
+        image: Column of the library's Image, bytes, structs of bytes and path, or paths. By default the only Image
+            column, or else the only column of bytes.
+        label: Column of ClassLabel, integers, strings or booleans. By default the only ClassLabel.
+        folder: Folder where relative paths start, and which paths must not leave after links are resolved.
+        roots: Further folders that paths may lead to.
+        address: URL prefix that paths may have. If empty, no URL is opened.
+
+    Raises:
+        UserError: If there are no rows, a column is missing or of another type, or the choice of a column is open.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: str,
+        form: Form = COLOUR,
+        *,
+        name: str = "",
+        image: str = "",
+        label: str = "",
+        folder: Path = Path(),
+        roots: Sequence[Path] = (),
+        address: str = "",
+    ) -> None:
+        if not len(dataset):
+            raise UserError(f"{spec} holds no rows")
+        self._name, self._address = name or spec, address
+        self._folder, self._roots = folder.absolute(), [root.resolve() for root in (folder, *roots)]
+        indices = dataset._indices  # the library has no public access to the rows of a selection
+        self._rows = None if indices is None else indices.column(0).to_numpy()
+        self._length = len(dataset)
+        column = image or _find_image_column(dataset, spec)
+        self._bytes, self._paths = _image_chunks(dataset, column, spec)
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in dataset.data.column(column).chunks]).tolist()
+        labels, classes, note = _read_labels(dataset, label, self._rows, spec)
+        super().__init__(spec, form, labels=labels, classes=classes, about=f"images from column '{column}', {note}")
+        self._fingerprint = f"{dataset._fingerprint}-{column}"  # covers all rows and every change of the dataset
+
+    def __len__(self) -> int:
+        return self._length
+
+    def locate(self, index: int) -> str:
+        path = self._path(*self._find(index))
+        return f"{self._name}#{index}" + (f" ({path})" if path else "")
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def read(self, index: int) -> bytes:
+        """Return the bytes of a row's image file. Raises BadImage."""
+        import pyarrow
+
+        chunk, row = self._find(index)
+        if self._bytes and (cell := self._bytes[chunk][row]).is_valid:
+            buffer = cell.as_buffer()
+            check_bytes(buffer.size)
+            return pyarrow.BufferReader(buffer).read()  # unlike as_py(), releases the GIL
+        path = self._path(chunk, row)
+        if not path:
+            raise BadImage("the row has neither bytes nor a path")
+        try:
+            data = self._read_file(path)
+        except BadImage:
+            raise
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from None
+        except Exception as error:  # archives, remote file systems and invalid names raise almost anything
+            raise BadImage(f"{path}: {error}") from None
+        check_bytes(len(data))
+        return data
+
+    def array(self, index: int) -> Shaped[Array, "h w c"]:
+        return decode(self.read(index), self.form)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Return the chunk of the table that holds a row, and the row's place in it."""
+        row = index if self._rows is None else int(self._rows[index])
+        chunk = bisect_right(self._starts, row) - 1
+        return chunk, row - self._starts[chunk]
+
+    def _path(self, chunk: int, row: int) -> str:
+        return (self._paths[chunk][row].as_py() or "") if self._paths else ""
+
+    def _read_file(self, path: str) -> bytes:
+        """Read the file that a row names, or the file inside a zip archive."""
+        if zipped := _ZIPPED.fullmatch(path):
+            with open(open_regular(self._inside(zipped[2])), "rb") as file, zipfile.ZipFile(file) as archive:
+                return archive.open(zipped[1]).read(_MAX_IMAGE_BYTES + 1)
+        if self._address and re.match(re.escape(self._address) + "[@/]", path) and "::" not in path:
+            import fsspec
+
+            with fsspec.open(path, "rb") as remote:
+                return bytes(remote.read(_MAX_IMAGE_BYTES + 1))
+        return read_file(self._inside(path), _MAX_IMAGE_BYTES)
+
+    def _inside(self, path: str) -> Path:
+        if "://" in path:
+            raise BadImage(f"{path}: paths in a table are those of files, without a protocol")
+        real = (self._folder / path).resolve()
+        if not any(real.is_relative_to(root) for root in self._roots):
+            raise BadImage(f"{path} leads out of {self._roots[0]}: a spec with ,root=FOLDER allows it")
+        return real
+
+
+def is_arrow_dataset(path: Path) -> bool:
+    """Return True if a path is a parquet or Arrow file, a `save_to_disk` folder, or a folder of tables.
+
+    A folder of tables has them at its top or in its data/, and no image file at any depth: a folder of images may also
+    hold a table of their features.
+    """
+    if path.is_file():
+        return path.suffix in _READERS
+    if _is_saved(path):
+        return True
+    tables = False
+    for folder in filter(Path.is_dir, (path, path / "data")):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _suffix(entry.name) in EXTENSIONS:
+                    return False
+                tables |= _suffix(entry.name) in _READERS
+    return tables and not any(_suffix(name) in EXTENSIONS for *_, names in os.walk(path) for name in names)
+
+
+def open_huggingface(spec: str, form: Form = COLOUR) -> ArrowDataset:
+    """Open the dataset that `hf:...` or a path names (see `HubSpec`). The default split is "train", or the only one.
+
+    Raises:
+        UserError: If it does not exist, cannot be loaded, or lacks the split or column.
+    """
+    if spec.startswith("hf:"):
+        wanted = HubSpec.read(spec)
+    else:
+        place, root = split_root(spec)
+        wanted = HubSpec(place, root=str(root or ""))
+    roots = [Path(os.path.expanduser(wanted.root))] if wanted.root else []
+    if roots and not roots[0].is_dir():
+        raise UserError(f"there is no folder {roots[0]}, which '{spec}' names as root=")
+    try:
+        import datasets
+        from huggingface_hub import constants
+    except ImportError as error:
+        raise UserError(f"{wanted} needs the library datasets: pip install 'pixmim[hub]'") from error
+    with _errors_explained(wanted):
+        if wanted.path is None:
+            builder = datasets.load_dataset_builder(
+                wanted.place, wanted.config or None, revision=wanted.revision or None
+            )
+            splits, load = _prepare(builder)
+            config = datasets.config
+            caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+            folders, address = [Path(folder) for folder in caches], f"hf://datasets/{wanted.place}"
+        else:
+            splits, load = _find_local(wanted.path, roots, wanted)
+            folders, address = [wanted.path if wanted.path.is_dir() else wanted.path.parent], ""
+        split = wanted.split or ("train" if "train" in splits or len(splits) > 1 else splits[0])
+        if split not in splits:
+            raise UserError(
+                f"{wanted} has no split '{split}'{nearest(split, splits) or '.'} Its splits: {', '.join(splits)}"
+            )
+        return ArrowDataset(
+            load(split),
+            spec,
+            form,
+            name=f"hf:{wanted.place}:{split}",
+            image=wanted.image,
+            label=wanted.label,
+            folder=folders[0],
+            roots=[*folders[1:], *roots],
+            address=address,
+        )
+
+
+@contextmanager
+def _errors_explained(wanted: HubSpec) -> Iterator[None]:
+    """Raise whatever the library raises as one UserError with advice."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # networks, disks, parsers and the library's own checks
+        cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
+        advice = ""
+        if isinstance(error, DatasetNotFoundError):
+            advice = "; check the name, and log in with `hf auth login` if the dataset is private or gated"
+        elif isinstance(error, ConnectionError):
+            advice = (
+                "; without a network (or with HF_HUB_OFFLINE set) only datasets loaded before are available. There is "
+                f"no folder {Path(wanted.place).absolute()} either"
+            )
+        raise UserError(f"{wanted} cannot be loaded: {' '.join(str(cause).split())[:500]}{advice}") from error
+
+
+def _prepare(builder: Any) -> tuple[list[str], Callable[[str], Dataset]]:
+    """Download and unpack into the library's cache; return the names of the splits, and a function that opens one."""
+    builder.download_and_prepare()
+    return list(builder.info.splits), lambda split: builder.as_dataset(split=split)
+
+
+def _find_local(path: Path, roots: list[Path], wanted: HubSpec) -> tuple[list[str], Callable[[str], Dataset]]:
+    """Do the same as `_prepare` for a local file or folder, after a check of each file that the library will open."""
+    import datasets
+
+    if wanted.config or wanted.revision:
+        raise UserError(f"{wanted}: config= and revision= are for datasets on the hub, and {path} is a local path")
+    if _is_saved(path):
+        saved = _saved_files(path, roots)
+        return list(saved), lambda split: datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(file) for file in saved[split]]
+        )
+    suffix, splits = _find_tables(path, roots)
+    options: dict[str, Any] = {}
+    if suffix == ".parquet":
+        _check_parquet([file for files in splits.values() for file in files])
+        options["batch_size"] = _ROWS_PER_BATCH
+    literal = {split: [glob.escape(file) for file in files] for split, files in splits.items()}
+    return _prepare(datasets.load_dataset_builder(_READERS[suffix], data_files=literal, **options))
+
+
+def _find_tables(path: Path, roots: list[Path]) -> tuple[str, dict[str, list[str]]]:
+    """Return the extension of a dataset's tables, and the files of each split, chosen by names as the library does.
+
+    A split is the NAME in `data/NAME-00000-of-00004`, or else train, validation or test in the name of a folder or
+    file. Names that start with a dot or two underscores are left out.
+    """
+    if path.is_file():
+        if path.suffix not in _READERS:
+            raise UserError(f"{path} is neither a {' nor a '.join(_READERS)} file")
+        return path.suffix, {"train": [_checked(path, [path.parent, *roots])]}
+    found: dict[str, list[str]] = defaultdict(list)
+    for folder, subfolders, files in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
+        for name in files:
+            if _suffix(name) in _READERS and not name.startswith((".", "__")):
+                found[_suffix(name)].append(Path(folder, name).relative_to(path).as_posix())
+    if not found:
+        raise UserError(f"{path} holds no parquet and no Arrow files; a folder of images is given without hf:")
+    suffix = Counter({suffix: len(names) for suffix, names in found.items()}).most_common(1)[0][0]
+    splits = _group_by_split(sorted(found[suffix]))
+    return suffix, {split: [_checked(path / name, [path, *roots]) for name in names] for split, names in splits.items()}
+
+
+def _group_by_split(names: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            found[match[1]].append(name)
+    edge = "[-._ 0-9]"
+    for end in (f"{edge}.*|$", f"{edge}.*"):  # of a folder's name, and of a file's
+        if found:
+            break
+        for split, words in _SPLITS.items():
+            word = re.compile(f"(?:^|.*{edge})(?:{words})(?:{end})")
+            for name in names:
+                *folders, file = name.split("/")
+                if any(map(word.fullmatch, folders if "$" in end else [file])):
+                    found[split].append(name)
+    return dict(found) or {"train": names}
+
+
+def _is_saved(path: Path) -> bool:
+    """Return True if `save_to_disk` wrote a folder."""
+    one = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return one or (path / "dataset_dict.json").is_file()
+
+
+def _saved_files(path: Path, roots: list[Path]) -> dict[str, list[str]]:
+    """Return the Arrow files of each split of a `save_to_disk` folder. What its JSON files name has no effect."""
+    single = (path / "state.json").is_file()
+    splits = {}
+    for folder in [path] if single else sorted(file.parent for file in path.glob("*/state.json")):
+        files = sorted(folder.glob("data*.arrow"))
+        names = [file.name for file in files]
+        complete = [f"data-{i:05d}-of-{len(names):05d}.arrow" for i in range(len(names))]
+        if not names or names not in (complete, ["dataset.arrow"]):  # the latter by old versions of the library
+            raise UserError(
+                f"{folder} does not hold one complete set of shards: {', '.join(names[:5]) or 'none'}: save it again"
+            )
+        splits["train" if single else folder.name] = [_checked(file, [path, *roots]) for file in files]
+    if not splits:
+        raise UserError(f"{path} is incomplete: no folder in it has a state.json")
+    return splits
+
+
+def _check_parquet(files: Sequence[str]) -> None:
+    """Refuse decompression bombs."""
+    import pyarrow
+    from pyarrow import parquet
+
+    for file in files:
+        try:
+            metadata = parquet.read_metadata(file)
+        except (OSError, pyarrow.ArrowException):
+            continue  # the library reports it
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(metadata.num_columns)):
+                large, small = column.total_uncompressed_size, column.total_compressed_size
+                if large > max(_MAX_EXPANDED, _MAX_RATIO * small):
+                    raise UserError(f"{file} expands from {small:,} bytes to {large:,} in one column: refused")
+
+
+def _checked(path: Path, roots: Sequence[Path]) -> str:
+    """Return the absolute path of a regular file that is inside one of `roots`, links resolved."""
+    if path.is_symlink() or path.parent != roots[0]:
+        real = path.resolve()
+        if not any(real.is_relative_to(root.resolve()) for root in roots):
+            raise UserError(
+                f"{path} leads out of {roots[0]}, to {real}: hf:{roots[0]},root=FOLDER allows files inside a folder"
+            )
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file")
+    if "::" in path.name:
+        raise UserError(f"{path}: the library would take its name for an address; rename it")
+    return os.path.abspath(path)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+# Columns
+
+
+def _find_image_column(dataset: Dataset, spec: str) -> str:
+    """Return the only column of the library's Image feature, or else the only one of bytes."""
+    from datasets import Image
+    from pyarrow import types
+
+    def holds_bytes(kind: Any) -> bool:
+        field = kind.get_field_index("bytes") if types.is_struct(kind) else -1
+        return _is(kind.field(field).type if field >= 0 else kind, "binary")
+
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    found = found or [name for name in dataset.column_names if holds_bytes(dataset.data.schema.field(name).type)]
+    if len(found) > 1:
+        raise UserError(f"{spec} has several image columns: add ,image= and one of {', '.join(found)}")
+    if not found:
+        raise UserError(f"{spec} has no image column; its columns: {', '.join(dataset.column_names)}")
+    return found[0]
+
+
+def _image_chunks(dataset: Dataset, column: str, spec: str) -> list[list[Any]]:
+    """Return the chunks of a column's bytes, and of its paths; an empty list for what the column does not have.
+
+    Raises:
+        UserError: If there is no such column, or it has another type.
+        pyarrow.ArrowInvalid: If offsets in the data point outside of their buffers.
+    """
+    from pyarrow import types
+
+    chunks, kind = _column(dataset, column, spec).chunks, dataset.data.schema.field(column).type
+    if _is(kind, "binary"):
+        return [chunks, []]
+    if _is(kind, "string"):
+        return [[], chunks]
+    if types.is_struct(kind):
+        flat = [chunk.flatten() for chunk in chunks]  # views; a null struct is null in each field
+        places = [
+            next((i for i in range(kind.num_fields) if kind[i].name == name and _is(kind[i].type, type_)), None)
+            for name, type_ in (("bytes", "binary"), ("path", "string"))
+        ]
+        if places != [None, None]:
+            return [[] if i is None else [arrays[i] for arrays in flat] for i in places]
+    raise UserError(
+        f"column '{column}' of {spec} holds {dataset.data.schema.field(column).type} instead of images, which are the "
+        f"library's Image, bytes, structs of bytes and path, or paths; its columns: {', '.join(dataset.column_names)}"
+    )
+
+
+def _read_labels(
+    dataset: Dataset, wanted: str, rows: npt.NDArray[Any] | None, spec: str
+) -> tuple[npt.NDArray[np.int64] | None, list[str], str]:
+    """Return the class of each row, the names of the classes, and a note on the column.
+
+    Args:
+        dataset: Its `rows` count, in their order; all of them if None.
+        wanted: The column. If empty, the only ClassLabel, or no labels.
+        rows: Rows of a selection.
+        spec: The dataset's name in errors.
+
+    Raises:
+        UserError: If there is no such column, it has another type, or a row of a `wanted` column has no class.
+    """
+    import pyarrow
+    from datasets import ClassLabel, Value
+    from pyarrow import compute
+
+    named = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    if not wanted and len(named) != 1:
+        choice = f" chosen: add ,label= and one of {', '.join(named)}" if named else ""
+        return None, [], f"no classes{choice}"
+    column = wanted or named[0]
+    values = _column(dataset, column, spec)
+    feature, values = dataset.features[column], values if rows is None else values.take(pyarrow.array(rows))
+    if column in named:
+        classes, numbers = list(feature.names), values
+        if not all(isinstance(name, str) for name in classes):
+            raise UserError(f"column '{column}' of {spec} names a class that is not a text")
+    elif isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool")):
+        different = sorted(value for value in values.unique().to_pylist() if value is not None)
+        classes, numbers = list(map(str, different)), compute.index_in(values, pyarrow.array(different, values.type))
+    else:
+        raise UserError(f"column '{column}' of {spec} holds {values.type}; classes are ClassLabel, numbers or words")
+    labels = numbers.cast(pyarrow.int64()).fill_null(-1).to_numpy().copy()
+    if len(labels) and labels.max() >= len(classes):
+        raise UserError(f"{spec}: column '{column}' holds the class {labels.max()}, and there are {len(classes):,}")
+    missing = np.flatnonzero(labels < 0)  # datasets write -1 where they keep the labels of a test split back
+    if not len(missing):
+        return labels, classes, f"classes from '{column}'"
+    reason = f"column '{column}' names no class in {len(missing):,} of {len(labels):,} rows"
+    if wanted:
+        raise UserError(f"{spec}: {reason}, the first of them {missing[0]}")
+    return None, [], f"no classes ({reason})"
+
+
+def _column(dataset: Dataset, name: str, spec: str) -> Any:
+    """Return a column's data after a check that it stays inside its buffers."""
+    if name not in dataset.column_names:
+        hint = nearest(name, dataset.column_names) or "."
+        raise UserError(f"{spec} has no column '{name}'{hint} Its columns: {', '.join(dataset.column_names)}")
+    column = dataset.data.column(name)
+    column.validate(full=True)
+    return column
+
+
+def _is(kind: Any, name: str) -> bool:
+    """Return True for an Arrow type `name`, or its large or view form; `name` is binary or string."""
+    return str(kind) in (name, f"large_{name}", f"{name}_view")

@@ -1,1 +1,0 @@
-"""Images in tables: Hugging Face data sets, parquet and Arrow."""
