@@ -12,12 +12,12 @@ from time import perf_counter
 import numpy as np
 from torch import Tensor
 
-from pixmim.data.build_resized_cache import Kind, make_cache
+from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.caching import SHARE, decoded_bytes, of_machine
 from pixmim.data.dataset import BadImage, Placed, Source
 from pixmim.data.in_memory import Kept
-from pixmim.data.resized_cache import open_cache
-from pixmim.data.shards.dataset import Shards
+from pixmim.data.resized_cache import Kind, open_cache
+from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.throughput.subset import Subset
 from pixmim.data.throughput.timing import Extent, forget, loader_rate, rate, read
 from pixmim.transforms.crops import Crop
@@ -240,7 +240,7 @@ def _dropped(extents: Sequence[Extent]) -> Iterator[Extent]:
 
 def _kinds(source: Source) -> list[Kind]:
     """Kinds of caches that would be something else than the source is."""
-    if isinstance(source, Shards) and source.sizes is not None:  # it is a cache
+    if isinstance(source, ShardDataset) and source.sizes is not None:  # it is a cache
         return [] if source.raw else ["raw"]
     pixels, channels = source.form.pixels, source.form.channels
     return ["jpeg", "raw"] if pixels == "uint8" and channels in (1, 3) else ["raw"]

@@ -1,7 +1,7 @@
 """From measured rates to what a person should do: a pure function of numbers."""
 
-from pixmim.data.build_resized_cache import Kind
 from pixmim.data.caching import SHARE
+from pixmim.data.resized_cache import Kind
 from pixmim.data.throughput.measure import MANY, Cached, Disk, Rates
 
 FILES = 0.5
