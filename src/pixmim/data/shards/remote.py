@@ -64,7 +64,8 @@ class RemoteShards(ShardStore):
 
     @property
     def description(self) -> str:
-        return f"remote, cached in {self._cache.folder}, at most {self._cache_gib:g} GiB (--local-copy)"
+        limit = f"at most {self._cache_gib:g} GiB (--local-copy)"
+        return f"at a URL, with a disk cache in {self._cache.folder}, {limit}"
 
     def open(self, shard: int) -> OpenFile:
         file = self._already_open(shard)
