@@ -138,6 +138,8 @@ def make_cache(
                 continue
             for leftover in folder.glob(f"{shard_name(shard, 'tar')}.*.tmp"):
                 leftover.unlink(missing_ok=True)
+            if previous is None:
+                advance(settings.images_of(shard)[0])  # start to prefetch before the first image is read
             current = shard, submit(shard)  # computed while the previous one is written
             if previous is not None:
                 write(*previous)

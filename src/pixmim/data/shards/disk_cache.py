@@ -66,11 +66,13 @@ class DiskCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock(name):
-            while (file := self.lookup(name, size)) is None:  # repeated if another process evicts it at once
-                self._download(name, size, download, keep)
-            return file
+            for _ in range(3):  # another process may evict the file as soon as it is there
+                file = self.lookup(name, size) or self._download(name, size, download, keep)
+                if file is not None:
+                    return file
+            return OpenFile(self.folder / name)
 
-    def _download(self, name: str, size: int, download: Callable[[Path], None], keep: Sequence[str]) -> None:
+    def _download(self, name: str, size: int, download: Callable[[Path], None], keep: Sequence[str]) -> OpenFile | None:
         part = self.folder / f"{name}.{uuid.uuid4().hex}.part"  # unguessable: no link can be waiting there
         _PARTS.add(part)
         with self._changed:
@@ -86,9 +88,10 @@ class DiskCache:
                 os.fsync(file.fileno())
                 if os.fstat(file.fileno()).st_size != size:
                     raise OSError(f"{part.name} does not have the {size:,} bytes expected")
-            with self._changed:  # one step: never counted both as downloading and as cached
+            with self._changed:  # one step: never counted twice, nor evicted by this process before it is open
                 os.replace(part, self.folder / name)
                 del self._downloading[name]
+                return self.lookup(name, size)
         finally:
             part.unlink(missing_ok=True)
             _PARTS.discard(part)
