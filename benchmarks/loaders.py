@@ -42,7 +42,7 @@ from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.sampler import BatchShard
-from pixmim.data.shards.dataset import Shards
+from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.wrappers import Subset
 from pixmim.transforms.crops import SimpleResizedCrop
 
@@ -105,7 +105,7 @@ def cut(image: Tensor) -> Tensor:
     return CROP.crop(image, torch.rand(CROP.draws).tolist()).permute(1, 2, 0)
 
 
-def jpegs(cache: Shards) -> Iterable[bytes]:
+def jpegs(cache: ShardDataset) -> Iterable[bytes]:
     """The files of a cache, as they lie in it."""
     for index in range(len(cache)):
         path, start, size = cache.extent(index)
@@ -122,7 +122,7 @@ def through(loader: Iterable[Any]) -> Batches:
             yield batch
 
 
-def pixmim(cache: Shards) -> Batches:
+def pixmim(cache: ShardDataset) -> Batches:
     skipped = Skipped(None, len(cache), 0.5)
     with Loader(cache, CROP, BatchShard(BATCH), skipped=skipped, threads=WORKERS) as batches:
         for batch in batches:
@@ -145,11 +145,11 @@ class Folder(Dataset[Tensor]):
             return ready(file.read())
 
 
-def files(cache: Shards, folder: Path, own: bool) -> Batches:
+def files(cache: ShardDataset, folder: Path, own: bool) -> Batches:
     return through(DataLoader(Folder(written(cache, folder), own), BATCH, shuffle=True, **PROCESSES))
 
 
-def written(cache: Shards, folder: Path) -> list[str]:
+def written(cache: ShardDataset, folder: Path) -> list[str]:
     """The paths of a cache's JPEGs, each in a file of its own."""
     folder.mkdir()
     paths = [folder / f"{number:06d}.jpg" for number in range(len(cache))]
@@ -158,7 +158,7 @@ def written(cache: Shards, folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def webdataset(cache: Shards, folder: Path, own: bool) -> Batches:
+def webdataset(cache: ShardDataset, folder: Path, own: bool) -> Batches:
     import webdataset as wds
 
     shards = sorted({cache.extent(index)[0] for index in range(len(cache))})  # they are WebDataset's own format
@@ -176,7 +176,7 @@ def stack_first(samples: list[tuple[Tensor]]) -> Tensor:
     return torch.stack([image for (image,) in samples])
 
 
-def litdata(cache: Shards, folder: Path, own: bool) -> Batches:
+def litdata(cache: ShardDataset, folder: Path, own: bool) -> Batches:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming import Cache
 
@@ -194,7 +194,7 @@ def litdata(cache: Shards, folder: Path, own: bool) -> Batches:
     return through(StreamingDataLoader(Streamed(str(folder), shuffle=True), batch_size=BATCH, **PROCESSES))
 
 
-def datasets(cache: Shards, folder: Path, own: bool) -> Batches:
+def datasets(cache: ShardDataset, folder: Path, own: bool) -> Batches:
     from datasets import Dataset as Table
     from datasets import Features, Value, disable_progress_bars, load_from_disk
     from datasets import Image as Picture
@@ -217,7 +217,7 @@ def stack_rows(rows: list[dict[str, Tensor]]) -> Tensor:
     return torch.stack([row["crop"] for row in rows])
 
 
-PEERS: dict[str, Callable[[Shards, Path, bool], Batches]] = {
+PEERS: dict[str, Callable[[ShardDataset, Path, bool], Batches]] = {
     "webdataset": webdataset,
     "litdata": litdata,
     "datasets": datasets,

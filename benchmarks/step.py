@@ -35,7 +35,7 @@ from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.data.shards.dataset import Shards
+from pixmim.data.shards.dataset import ShardDataset
 from pixmim.targets import IMAGENET_MEAN, IMAGENET_STD
 from pixmim.training.precision import choose_device, choose_precision
 from pixmim.transforms.crops import SimpleResizedCrop, finish
@@ -168,7 +168,7 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
     count = max(512, 4 * options.batch)
     source = open_data(options.data or f"shapes:count={count},size={options.size}")
     with tempfile.TemporaryDirectory() as where:
-        if not isinstance(source, Shards):
+        if not isinstance(source, ShardDataset):
             make_cache(source, Path(where), (options.size, options.size))
             source = open_data(where)
         skipped = Skipped(None, len(source), 0.5)

@@ -100,7 +100,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--init", "/no/such.pth"], "there is no /no/such.pth"),
         (["pretrain", "demo", "--std", "1", "0", "1"], "--std must be a number from 1e-12"),
         (["stats", "/no/such"], "no folder /no/such"),
-        (["cache", "shapes:count=2", "c", "--pixels", "uint16"], "keep the pixels with --raw"),
+        (["cache", "shapes:count=2", "c", "--pixels", "uint16"], "--raw"),
         (["embed", "/no/run", "--data", "shapes:", "--out", "f.npy"], "there is no /no/run"),
         (["report"], "which run?"),
         (["report", "/no/run"], "is not a run"),

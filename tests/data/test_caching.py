@@ -17,9 +17,9 @@ from pixmim.data import create_loader, open_data
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Batch
-from pixmim.data.resized_cache import open_cache, shard_path
+from pixmim.data.resized_cache import open_cache, shard_name
 from pixmim.data.sampler import BatchShard
-from pixmim.data.shards.dataset import Shards
+from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.wrappers import InMemoryDataset
 from pixmim.pretrain import pretrain
 from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
@@ -30,27 +30,27 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def shards(pictures: Path, tmp_path: Path) -> Shards:
+def shards(pictures: Path, tmp_path: Path) -> ShardDataset:
     make_cache(open_data(str(pictures)), tmp_path / "cache", SIZE)
     return open_cache(tmp_path / "cache")
 
 
-def batches(place: keep.Place, source: Shards, crop: Crop, count: int, shard: BatchShard) -> list[Batch]:
+def batches(place: keep.Place, source: ShardDataset, crop: Crop, count: int, shard: BatchShard) -> list[Batch]:
     skipped = Skipped(None, len(source), 0.5)
     with create_loader(source, crop, shard, place, device=CPU, skipped=skipped, flip=0.5, seed=3, threads=3) as found:
         return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(found, count)]
 
 
 @pytest.mark.parametrize("crop", [SimpleResizedCrop(SIZE), SimpleResizedCrop(SIZE, padding=0), CentreCrop(SIZE)])
-def test_the_place_changes_no_bit(shards: Shards, crop: Crop) -> None:
+def test_the_place_changes_no_bit(shards: ShardDataset, crop: Crop) -> None:
     for shard in (BatchShard(8), BatchShard(6, start=31, rank=1, world_size=3)):
         disk, memory, device = (batches(place, shards, crop, 9, shard) for place in ("disk", "memory", "device"))
         assert same(disk, memory) and same(disk, device)
     assert not any(thread.name.startswith("pixmim") for thread in threading.enumerate())
 
 
-def test_nor_do_images_that_cannot_be_read(shards: Shards, tmp_path: Path) -> None:
-    tar = shard_path(tmp_path / "cache", 0, "tar")
+def test_nor_do_images_that_cannot_be_read(shards: ShardDataset, tmp_path: Path) -> None:
+    tar = tmp_path / "cache" / shard_name(0, "tar")
     data = bytearray(tar.read_bytes())
     for index in (2, 7):  # two pictures lose their beginning
         data[(start := int(shards._entries[index]["offset"])) : start + 40] = bytes(40)
@@ -60,7 +60,7 @@ def test_nor_do_images_that_cannot_be_read(shards: Shards, tmp_path: Path) -> No
     assert same(disk, device)
 
 
-def test_the_rule(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rule(shards: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, src = torch.device("cuda"), SimpleResizedCrop(SIZE)
     need = sum(shards.image(i).numel() for i in range(len(shards)))
     assert keep.decoded_bytes(shards) == need
@@ -93,13 +93,13 @@ def test_pictures_are_kept_only_if_asked(pictures: Path) -> None:
         keep.choose_place(folder, crop, "device", CPU)
 
 
-def test_what_is_kept_is_decoded_once(shards: Shards) -> None:
+def test_what_is_kept_is_decoded_once(shards: ShardDataset) -> None:
     kept = InMemoryDataset(shards)
     assert torch.equal(kept.image(3), shards.image(3)) and kept.array(3) is kept.array(3)
 
 
 def test_a_run_from_the_device_ends_with_the_same_weights(
-    shards: Shards, tiny_run: Callable[..., Run], tmp_path: Path
+    shards: ShardDataset, tiny_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     console = Console(quiet=True)
     for place in ("disk", "device"):

@@ -14,9 +14,9 @@ from helpers.cli import say
 from helpers.runs import train
 from pixmim.config import Run
 from pixmim.data import open_data
-from pixmim.data.build_resized_cache import make_cache, whose_part
+from pixmim.data.build_resized_cache import make_cache, shard_assignment
 from pixmim.data.dataset import BadImage, Form
-from pixmim.data.resized_cache import open_cache, shard_path
+from pixmim.data.resized_cache import open_cache, shard_name
 from pixmim.transforms.crops import resize_to_cover
 from pixmim.utils.errors import UserError
 
@@ -28,12 +28,12 @@ def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp
     (pictures / "cats" / "2.jpg").write_bytes(b"broken")
     source = open_data(str(pictures))
     made = make_cache(source, tmp_path / "cache", SIZE, per_shard=4)
-    assert (made.images, made.skipped, made.whole) == (9, 1, True)
+    assert (made.images, made.skipped, made.complete) == (9, 1, True)
     assert "2.jpg" in (tmp_path / "cache" / "skipped.csv").read_text()
     data = open_cache(tmp_path / "cache")
     found: dict[str, bytes] = {}
     for shard in range(3):
-        with tarfile.open(shard_path(tmp_path / "cache", shard, "tar")) as archive:
+        with tarfile.open(tmp_path / "cache" / shard_name(shard, "tar")) as archive:
             for member in archive:
                 content = archive.extractfile(member)
                 assert content is not None
@@ -74,15 +74,15 @@ def test_it_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         make_cache(source, folder, SIZE, per_shard=3, progress=stop)
-    assert shard_path(folder, 1, "index").exists() and not shard_path(folder, 2, "index").exists()
+    assert (folder / shard_name(1, "index")).exists() and not (folder / shard_name(2, "index")).exists()
     with pytest.raises(UserError, match="not finished: run the same"):
         open_cache(folder)
-    before = shard_path(folder, 0, "tar").stat().st_mtime_ns
-    tar = shard_path(folder, 1, "tar")
+    before = (folder / shard_name(0, "tar")).stat().st_mtime_ns
+    tar = folder / shard_name(1, "tar")
     tar.write_bytes(tar.read_bytes()[:-512])  # cut off by a full disk, say
     made = make_cache(source, folder, SIZE, per_shard=3)
-    assert made.images == 3 + 3 + 1 and made.whole
-    assert shard_path(folder, 0, "tar").stat().st_mtime_ns == before
+    assert made.images == 3 + 3 + 1 and made.complete
+    assert (folder / shard_name(0, "tar")).stat().st_mtime_ns == before
     assert len(open_cache(folder)) == 10 and not list(folder.glob("*.tmp"))
 
 
@@ -95,13 +95,13 @@ def test_parts_make_the_same_files_as_one_process(
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "3")
         made = make_cache(source, tmp_path / "three", SIZE, per_shard=2)
-        assert made.whole == (rank == 1)
+        assert made.complete == (rank == 1)
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "three" / path.name).read_bytes() == path.read_bytes(), path.name
     monkeypatch.delenv("RANK")
     for name, value in (("TASK_ID", "7"), ("TASK_MIN", "5"), ("TASK_COUNT", "4")):
         monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
-    assert whose_part() == (2, 4)
+    assert shard_assignment() == (2, 4)
 
 
 def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -
     Image.new("RGB", (30, 30)).save(pictures / "cats" / "new.png")
     with pytest.raises(UserError, match="another fingerprint"):
         make_cache(open_data(str(pictures)), folder, SIZE)
-    with pytest.raises(UserError, match="is not empty, and no cache"):
+    with pytest.raises(UserError, match="is not empty"):
         make_cache(open_data(str(pictures)), pictures, SIZE)
-    with pytest.raises(UserError, match="images of 3 channels in uint8, and not of 1 channel in uint8: --channels 3"):
+    with pytest.raises(UserError, match="images of 3 channels in uint8, not 1 channel in uint8: pass --channels 3"):
         open_data(str(folder), Form(1))
     (folder / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
@@ -127,7 +127,7 @@ def test_grey_and_420(pictures: Path, tmp_path: Path) -> None:
     sizes = []
     for chroma in ("420", "444"):
         make_cache(open_data(str(pictures)), tmp_path / chroma, SIZE, chroma=chroma)  # type: ignore[arg-type]
-        with tarfile.open(shard_path(tmp_path / chroma, 0, "tar")) as archive:
+        with tarfile.open(tmp_path / chroma / shard_name(0, "tar")) as archive:
             sizes.append(sum(member.size for member in archive if member.name.endswith("jpg")))
     assert sizes[0] < sizes[1]
 
@@ -139,8 +139,6 @@ def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tm
     whole = {path: path.read_bytes() for path in folder.iterdir()}
     generator = np.random.default_rng(0)
     for _ in range(150):
-        for path, sound in whole.items():
-            path.write_bytes(sound)
         path = list(whole)[generator.integers(len(whole))]
         content = bytearray(whole[path])
         place = int(generator.integers(len(content)))
@@ -160,7 +158,8 @@ def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tm
                 except BadImage:
                     continue
         except UserError:
-            continue
+            pass
+        path.write_bytes(whole[path])
 
 
 def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +171,3 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     names = tmp_path / "some.txt"
     names.write_text("pictures/cats/0.jpg\npictures/dogs/1.jpg\n")
     assert "2 images written" in say(capsys, "cache", names, tmp_path / "two")[1]
-    tiny = ["--steps", 1, "--batch-size", 2, "--size", 48, "--device", "cpu", "--knn.every", 0]
-    status, text = say(capsys, "pretrain", "demo", "--data", tmp_path / "two", *tiny, "--out", tmp_path / "run")
-    assert status == 0 and "kept in memory once decoded" in text

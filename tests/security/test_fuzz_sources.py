@@ -19,9 +19,9 @@ from pixmim.data import open_data
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.image_folder import listed
-from pixmim.data.shards.dataset import ENTRY
-from pixmim.data.shards.local import Descriptor
-from pixmim.data.shards.tar_reader import members
+from pixmim.data.shards.dataset import INDEX_DTYPE
+from pixmim.data.shards.local import OpenFile
+from pixmim.data.shards.tar_reader import iter_members
 from pixmim.data.synthetic import Shapes
 from pixmim.data.uri import HubSpec, read_parts, split_root
 from pixmim.evaluation.detection.dataset import open_annotated
@@ -94,7 +94,7 @@ def tars(draw: st.DrawFn) -> bytes:
 def test_tars(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(content)
-    found = tried(lambda: list(members(Descriptor(path), "x.tar")))
+    found = tried(lambda: list(iter_members(OpenFile(path), "x.tar")))
     for member in found or []:
         assert member.offset > 0 and member.length >= 0 and member.offset + member.length <= len(content)
     data = tried(lambda: open_data(str(path)))
@@ -123,9 +123,9 @@ def test_settings_and_indexes_of_a_cache(cache: Path, data: st.DataObject) -> No
             whole = data.draw(st.just(content | edit) | anything)
             path.write_text(json.dumps(whole))
         elif name.endswith(".index"):
-            entries = np.frombuffer(before[path], ENTRY).copy()
-            field = data.draw(st.sampled_from(ENTRY.names))
-            low, high = np.iinfo(ENTRY[field]).min, np.iinfo(ENTRY[field]).max
+            entries = np.frombuffer(before[path], INDEX_DTYPE).copy()
+            field = data.draw(st.sampled_from(INDEX_DTYPE.names))
+            low, high = np.iinfo(INDEX_DTYPE[field]).min, np.iinfo(INDEX_DTYPE[field]).max
             value = data.draw(st.integers(-3, 70) | st.integers(int(low), int(high)))
             entries[data.draw(st.integers(0, len(entries) - 1))][field] = value
             entries[-1]["length"] = zlib.crc32(entries[:-1].tobytes()) & 0x7FFFFFFF

@@ -15,7 +15,7 @@ from pixmim.data import open_data
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.shards import fsspec_io as remote
 from pixmim.data.shards import http as client
-from pixmim.data.shards.local import Version
+from pixmim.data.shards.local import FileVersion
 from pixmim.data.synthetic import Shapes
 from pixmim.utils.errors import UserError
 
@@ -81,7 +81,7 @@ class Server(ThreadingHTTPServer):
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, Server]]:
     """Two hosts: another port is another host."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(remote, "BACKOFF_SECONDS", (0.0, 0.0))
     found = Server(), Server()
     for server in found:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -129,24 +129,24 @@ def test_every_kind_of_request_is_held_to_its_host(servers: tuple[Server, Server
     here.redirect("/x", there.url + "/x")
     here.redirect("/list/", there.url + "/x")
     for ask in (
-        lambda: remote.read(f"{here.url}/x"),
-        lambda: remote.version(f"{here.url}/x"),
-        lambda: remote.read_part(f"{here.url}/x", Version(100), 10, 10),
-        lambda: remote.copy(f"{here.url}/x", tmp_path / "x", Version(100)),
-        lambda: remote.matching(f"{here.url}/list/*.tar"),
+        lambda: remote.read_small_file(f"{here.url}/x"),
+        lambda: remote.file_version(f"{here.url}/x"),
+        lambda: remote.read_range(f"{here.url}/x", FileVersion(100), 10, 10),
+        lambda: remote.download(f"{here.url}/x", tmp_path / "x", FileVersion(100)),
+        lambda: remote.find_matching(f"{here.url}/list/*.tar"),
     ):
         with pytest.raises(UserError, match="redirects to another host"):
             ask()
     assert not there.asked and not (tmp_path / "x").exists()
     here.redirect("/file", "file:///etc/passwd")
     with pytest.raises(UserError, match="not an http"):
-        remote.read(f"{here.url}/file")
+        remote.read_small_file(f"{here.url}/file")
     here.redirect("/a", "/b")
     here.files["/b"] = b"here"
-    assert remote.read(f"{here.url}/a") == b"here"
+    assert remote.read_small_file(f"{here.url}/a") == b"here"
     here.redirect("/loop", "/loop")
     with pytest.raises(UserError, match="TooManyRedirects"):
-        remote.read(f"{here.url}/loop")
+        remote.read_small_file(f"{here.url}/loop")
 
 
 @pytest.mark.parametrize(
@@ -180,34 +180,34 @@ def test_an_answer_without_an_end_is_not_read(
     here, _ = servers
     monkeypatch.setattr(client, "MAX_LISTING_BYTES", 10**6)
     here.answers = {"/c/settings.json": endless, "/x": endless, "/list/": endless, "/list": endless}
-    with pytest.raises(UserError, match=r"settings.json has more than the [\d,]+ bytes allowed"):
+    with pytest.raises(UserError, match=r"settings.json is larger than the [\d,]+ bytes allowed"):
         open_data(f"{here.url}/c")
-    with pytest.raises(UserError, match=r"more than the 100 bytes allowed"):
-        remote.read(f"{here.url}/x", 100)
+    with pytest.raises(UserError, match=r"larger than the 100 bytes allowed"):
+        remote.read_small_file(f"{here.url}/x", 100)
     with pytest.raises(UserError, match="lists more than 1,000,000 bytes"):
-        remote.matching(f"{here.url}/list/*.tar")
-    monkeypatch.setattr(remote, "version", lambda url: Version(10**6))
-    with pytest.raises(UserError, match="more than the 1,000,000 bytes that it has"):
-        remote.copy(f"{here.url}/x", tmp_path / "x", Version(10**6))
+        remote.find_matching(f"{here.url}/list/*.tar")
+    monkeypatch.setattr(remote, "file_version", lambda url: FileVersion(10**6))
+    with pytest.raises(UserError, match="more than the 1,000,000 bytes"):
+        remote.download(f"{here.url}/x", tmp_path / "x", FileVersion(10**6))
     assert (tmp_path / "x").stat().st_size < 10**7
     here.answers["/x"] = lambda handler: handler.begin(206) or [handler.wfile.write(bytes(2**16)) for _ in range(10**6)]
-    with pytest.raises(UserError, match="10 bytes came"):
-        remote.read_part(f"{here.url}/x", Version(10**6), 5, 10)
+    with pytest.raises(UserError, match="of 10 bytes"):
+        remote.read_range(f"{here.url}/x", FileVersion(10**6), 5, 10)
 
 
 def test_a_server_that_drips_is_left(
     servers: tuple[Server, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, _ = servers
-    monkeypatch.setattr(remote, "SECONDS", 0.3)
-    monkeypatch.setattr(remote, "LONGEST", 0.3)
+    monkeypatch.setattr(remote, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.3)
     here.answers = {"/x": dripping}
     began = time.monotonic()
     with pytest.raises(UserError, match="cannot be read: FSTimeoutError"):
-        remote.read(f"{here.url}/x")
-    monkeypatch.setattr(remote, "version", lambda url: Version(10_000))
-    with pytest.raises(UserError, match=r"comes too slowly: .* bytes"):
-        remote.copy(f"{here.url}/x", tmp_path / "x", Version(10_000))
+        remote.read_small_file(f"{here.url}/x")
+    monkeypatch.setattr(remote, "file_version", lambda url: FileVersion(10_000))
+    with pytest.raises(UserError, match=r"is too slow: .* bytes"):
+        remote.download(f"{here.url}/x", tmp_path / "x", FileVersion(10_000))
     assert time.monotonic() - began < 20
 
 
@@ -219,16 +219,16 @@ def test_a_listing_leads_nowhere_else(servers: tuple[Server, Server], tmp_path: 
         handler.begin(200, len(here.files["/list/"]), Content_Type="text/html"),
         handler.wfile.write(here.files["/list/"]),
     )
-    assert list(remote.matching(f"{here.url}/list/*.tar")) == [f"{here.url}/list/a.tar"]
-    assert all(".." not in name for name in remote.matching(f"{here.url}/list/**/*.tar"))
+    assert list(remote.find_matching(f"{here.url}/list/*.tar")) == [f"{here.url}/list/a.tar"]
+    assert all(".." not in name for name in remote.find_matching(f"{here.url}/list/**/*.tar"))
     assert not there.asked
 
 
 def test_a_copy_larger_than_the_disk_is_refused_at_once(servers: tuple[Server, Server], tmp_path: Path) -> None:
     here, _ = servers
     here.answers["/x"] = lambda handler: handler.begin(200, 10**17)
-    with pytest.raises(UserError, match="no space for a copy"):
-        remote.copy(f"{here.url}/x", tmp_path / "x", Version(10**17))
+    with pytest.raises(UserError, match="no space to cache"):
+        remote.download(f"{here.url}/x", tmp_path / "x", FileVersion(10**17))
 
 
 def test_what_a_far_cache_promises_is_checked(servers: tuple[Server, Server], tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def cache(args: list[str]) -> int:
         say(
             console,
             f"whole: train with --data {shlex.quote(str(out))}"
-            if made.whole
+            if made.complete
             else "not whole yet: other parts are to come",
         )
         return 0

@@ -12,8 +12,8 @@ from pixmim.data.image_folder import below, listed
 from pixmim.data.loader import Batch, BatchLoader, Loader, LoaderOptions
 from pixmim.data.resized_cache import open_cache, read_settings
 from pixmim.data.sampler import BatchShard
-from pixmim.data.shards.fsspec_io import is_far
-from pixmim.data.shards.webdataset import names_tars, open_tars, tar_names
+from pixmim.data.shards.fsspec_io import is_url
+from pixmim.data.shards.webdataset import find_tars, is_tar, open_webdataset
 from pixmim.data.synthetic import Shapes
 from pixmim.data.uri import Part, read_parts, split_key, split_root
 from pixmim.data.wrappers import ConcatDataset, InMemoryDataset
@@ -42,18 +42,18 @@ def open_data(spec: str, form: Form = COLOUR, local_copy: float = 50.0) -> Sourc
 def _open_one(spec: str, form: Form, local_copy: float) -> Source:
     if spec.startswith("shapes:"):
         return Shapes.from_spec(spec, form)
-    if spec.startswith("hf:") and not is_far(spec):
+    if spec.startswith("hf:") and not is_url(spec):
         return open_huggingface(spec, form)
     bare, last_dot = split_key(spec)
     path, root = split_root(bare)
-    place = path.rstrip("/") if is_far(path) else os.path.expanduser(path)
+    place = path.rstrip("/") if is_url(path) else os.path.expanduser(path)
     if root is not None and not root.is_dir():
         raise UserError(f"there is no folder {root}, which '{spec}' names as root=")
-    if root is None and not (is_far(place) and names_tars(place)) and read_settings(place) is not None and not last_dot:
+    if root is None and not (is_url(place) and is_tar(place)) and read_settings(place) is not None and not last_dot:
         return open_cache(place, form, local_copy)
-    tars = tar_names(place) if root is None else None
+    tars = find_tars(place) if root is None else None
     if tars is not None:
-        return open_tars(spec, tars, form, local_copy, last_dot)
+        return open_webdataset(spec, tars, form, local_copy, last_dot)
     if last_dot:
         raise UserError(f"key=last-dot is for tars, and {place} is none")
     file = Path(place)

@@ -1,17 +1,19 @@
-"""Making a cache: each picture decoded and resized once, so that a later epoch costs a small decoding, or a copy.
+"""Create a resized cache, so that a later epoch costs a small decode or a copy.
 
-PixMIM's simple resized crop begins with a resize that does not change from epoch to epoch. It is paid here.
+PixMIM's simple resized crop begins with a resize that is the same in each epoch; it is done here once.
 """
 
+import io
 import json
 import os
+import tarfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -19,33 +21,34 @@ import simplejpeg
 
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import BadImage, Source, follow
-from pixmim.data.resized_cache import (
-    Sample,
-    Settings,
-    read_index,
-    read_settings,
-    shard_path,
-    write_json,
-    write_settings,
-    write_shard,
-)
+from pixmim.data.resized_cache import CacheSettings, Chroma, Kind, checksum, read_index, read_settings, shard_name
+from pixmim.data.shards.dataset import INDEX_DTYPE
 from pixmim.transforms.crops import Interpolation, cover, resized
 from pixmim.utils.errors import UserError
+from pixmim.utils.files import atomic_write, write_json, write_whole
 from pixmim.utils.threads import workers
 
-Kind = Literal["jpeg", "raw"]
-Chroma = Literal["444", "420"]
+Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
+"""Number in the dataset; files by extension, the image first; class or -1; (h, w) of the image."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """What one process did: images written and skipped, bytes, seconds, and whether the cache is whole now."""
+class CacheResult:
+    """What one process did.
+
+    Args:
+        images: Images written.
+        skipped: Images that could not be read.
+        bytes: Bytes written.
+        seconds: Duration.
+        complete: Whether all shards of the cache exist now.
+    """
 
     images: int
     skipped: int
     bytes: int
     seconds: float
-    whole: bool
+    complete: bool
 
 
 def make_cache(
@@ -61,21 +64,33 @@ def make_cache(
     threads: int = 0,
     part: tuple[int, int] | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> Made:
-    """Write the images of `source`, resized until they just cover `size` (h, w), aspect kept, into `folder`.
+) -> CacheResult:
+    """Write the images of a dataset to a cache, resized until they just cover `size`. Resumes an interrupted cache.
 
-    kind      "jpeg", or "raw" pixels: no decoding later, four times the space
-    quality, chroma  of the JPEGs; 95 and 4:4:4 disturb PixMIM's target least for their size
-    part      (rank, ranks): make every `ranks`-th shard only; by default read off torchrun's or Slurm's environment
-    progress  is told how many images are done
+    Args:
+        source: The dataset.
+        folder: Where to write.
+        size: (h, w) to cover; the aspect ratio is kept.
+        interpolation: As in the crop of the runs to come.
+        kind: "jpeg", or "raw" pixels, which need no decoding and four times the space.
+        quality: Of JPEGs.
+        chroma: Subsampling of JPEGs. The default disturbs PixMIM's low-frequency target least for its size.
+        per_shard: Images in a shard.
+        threads: Decoding threads; 0: one per core, at most 16.
+        part: (rank, world size): write every world-size-th shard. Default: from torchrun's or Slurm's environment.
+        progress: Called with the number of images done.
 
-    Shards that are whole already stay; so the same call goes on where another was interrupted. Raises UserError if the
-    folder holds a cache of other images or settings, and for JPEGs of a form that they cannot hold.
+    Returns:
+        What this process did.
+
+    Raises:
+        UserError: If the folder has other content, or a cache of other images or settings; or if JPEG cannot hold
+            the images.
     """
     if kind == "jpeg" and (source.form.channels not in (1, 3) or source.form.pixels != "uint8"):
-        raise UserError(f"JPEGs hold 1 or 3 channels in uint8, and not {source.form}: keep the pixels with --raw")
-    rank, ranks = part or whose_part()
-    settings = Settings(
+        raise UserError(f"JPEG cannot hold {source.form}, only 1 or 3 channels in uint8: pass --raw")
+    rank, world_size = part or shard_assignment()
+    settings = CacheSettings(
         data=source.spec,
         fingerprint=source.fingerprint(),
         images=len(source),
@@ -90,56 +105,53 @@ def make_cache(
         pixels=source.form.pixels,
         pages=source.form.pages,
     )
-    _claim(folder, settings)
-    began, images, written, done = time.monotonic(), 0, 0, 0
-    skipped = Skipped(folder / (f"skipped-{rank}.csv" if ranks > 1 else "skipped.csv"), len(source), 1.0)
-    mine, come_to = range(rank, settings.shards, ranks), follow(source)
-    labels = source.labels  # once: some sources compute them all each time
+    _write_or_check_settings(folder, settings)
+    start, images, written, done = time.monotonic(), 0, 0, 0
+    skipped = Skipped(folder / (f"skipped-{rank}.csv" if world_size > 1 else "skipped.csv"), len(source), 1.0)
+    advance, labels = follow(source), source.labels  # labels once: some datasets compute them each time
     with workers(threads, "pixmim-cache") as pool:
-        ahead: deque[tuple[int, deque[Future[Sample | None]]]] = deque()
 
-        def finish_one() -> None:
-            nonlocal images, written, done
-            shard, jobs = ahead.popleft()
+        def submit(shard: int) -> deque[Future[Sample | None]]:
+            numbers = settings.images_of(shard)
+            return deque(pool.submit(_make_sample, source, labels, i, settings, skipped) for i in numbers)
 
-            def results() -> Iterator[Sample]:  # a result is let go of as soon as it is in the tar
-                nonlocal done
-                last = min((shard + 1) * per_shard, len(source))
-                while jobs:
-                    come_to(last - len(jobs))
-                    sample = jobs.popleft().result()
-                    done += 1
-                    progress(done)
-                    if sample is not None:
-                        yield sample
+        def samples(shard: int, jobs: deque[Future[Sample | None]]) -> Iterator[Sample]:
+            nonlocal done
+            for number in settings.images_of(shard):
+                advance(number)
+                sample = jobs.popleft().result()  # not kept: it is freed once it is in the tar
+                done += 1
+                progress(done)
+                if sample is not None:
+                    yield sample
 
-            try:
-                count, size = write_shard(folder, shard, results())
-            except BaseException:  # interrupted, or the disk is full: no need to compute the rest
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        def write(shard: int, jobs: deque[Future[Sample | None]]) -> None:
+            nonlocal images, written
+            count, size = _write_shard(folder, shard, samples(shard, jobs))
             images, written = images + count, written + size
 
-        for shard in mine:
-            first, last = shard * per_shard, min((shard + 1) * per_shard, len(source))
+        previous: tuple[int, deque[Future[Sample | None]]] | None = None
+        for shard in range(rank, settings.num_shards, world_size):
             if read_index(folder, shard) is not None:
-                done += last - first
+                done += len(settings.images_of(shard))
                 progress(done)
                 continue
-            for leftover in folder.glob(f"{shard_path(folder, shard, 'tar').name}.*.tmp"):
+            for leftover in folder.glob(f"{shard_name(shard, 'tar')}.*.tmp"):
                 leftover.unlink(missing_ok=True)
-            submitted = (pool.submit(_sample, source, labels, i, settings, skipped) for i in range(first, last))
-            ahead.append((shard, deque(submitted)))
-            if len(ahead) > 1:  # one shard is written while the next one is computed
-                finish_one()
-        while ahead:
-            finish_one()
-    whole = _finish(folder, settings)
-    return Made(images, len(skipped), written, time.monotonic() - began, whole)
+            if previous is None:
+                advance(settings.images_of(shard)[0])  # start to prefetch before the first image is read
+            current = shard, submit(shard)  # computed while the previous one is written
+            if previous is not None:
+                write(*previous)
+            previous = current
+        if previous is not None:
+            write(*previous)
+    complete = _write_index(folder, settings)
+    return CacheResult(images, len(skipped), written, time.monotonic() - start, complete)
 
 
-def whose_part() -> tuple[int, int]:
-    """(rank, ranks) of this process under torchrun or in a Slurm array; (0, 1) otherwise."""
+def shard_assignment() -> tuple[int, int]:
+    """Return (rank, world size) under torchrun or in a Slurm array; (0, 1) otherwise."""
     environment = os.environ
     for rank, ranks in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
         if rank in environment and ranks in environment:
@@ -148,51 +160,72 @@ def whose_part() -> tuple[int, int]:
     return 0, 1
 
 
-def _claim(folder: Path, settings: Settings) -> None:
-    """Write the settings, or find the same ones there."""
-    there = read_settings(folder)
-    if there is None:
+def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
+    """Write settings.json, or raise UserError if the folder has another one, or other content."""
+    existing = read_settings(folder)
+    if existing is None:
         folder.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in folder.iterdir() if not path.name.endswith(".tmp")]
-        if others and others != ["settings.json"]:  # another rank may just have claimed it
-            raise UserError(f"{folder} is not empty, and no cache: choose a new folder")
-        write_settings(folder, settings)
+        if others and others != ["settings.json"]:  # another rank may just have written it
+            raise UserError(f"{folder} is not empty and not a cache: choose a new folder")
+        write_json(folder / "settings.json", asdict(settings))
         return
     for name, value in vars(settings).items():
-        if name != "data" and getattr(there, name) != value:
-            raise UserError(
-                f"{folder} holds a cache with another {name}"
-                + (f" ({getattr(there, name)}, not {value})" if name not in ("fingerprint", "classes") else "")
-                + ": choose another folder, or remove it"
-            )
+        other = getattr(existing, name)
+        if name != "data" and other != value:
+            values = "" if name in ("fingerprint", "classes") else f" ({other}, not {value})"
+            raise UserError(f"{folder} is a cache with another {name}{values}: choose another folder, or remove it")
 
 
-def _finish(folder: Path, settings: Settings) -> bool:
-    """Write index.json if every shard is there, whoever made it."""
-    counts = [read_index(folder, shard) for shard in range(settings.shards)]
-    if any(entries is None for entries in counts):
-        return False
-    shards = [
-        {"name": shard_path(folder, shard, "tar").name, "images": len(entries) - 1, "bytes": int(entries[-1]["offset"])}
-        for shard, entries in enumerate(counts)
-        if entries is not None
-    ]
+def _write_index(folder: Path, settings: CacheSettings) -> bool:
+    """Write index.json if all shards exist, whoever wrote them; return whether they do."""
+    shards = []
+    for shard in range(settings.num_shards):
+        entries = read_index(folder, shard)
+        if entries is None:
+            return False
+        name = shard_name(shard, "tar")
+        shards.append({"name": name, "images": len(entries) - 1, "bytes": int(entries[-1]["offset"])})
     write_json(folder / "index.json", {"shards": shards, "images": sum(int(str(s["images"])) for s in shards)})
     return True
 
 
-def _sample(
-    source: Source, labels: npt.NDArray[np.int64] | None, index: int, settings: Settings, skipped: Skipped
+def _write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[int, int]:
+    """Write a tar and then its index, both atomically; return the number of samples and the tar's size."""
+    entries: list[tuple[int, ...]] = []
+    size = 0
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal size
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for number, files, label, (h, w) in samples:
+                for position, (extension, content) in enumerate(files.items()):
+                    member = tarfile.TarInfo(f"{number:09d}.{extension}")
+                    member.size = len(content)
+                    if position == 0:
+                        entries.append((number, archive.offset + tarfile.BLOCKSIZE, len(content), label, h, w))
+                    archive.addfile(member, io.BytesIO(content))
+        size = file.tell()
+
+    atomic_write(folder / shard_name(shard, "tar"), write)
+    content = np.asarray(entries, INDEX_DTYPE).tobytes()
+    last = np.asarray((-1, size, checksum(content), -1, 0, 0), INDEX_DTYPE).tobytes()
+    write_whole(folder / shard_name(shard, "index"), content + last)
+    return len(entries), size
+
+
+def _make_sample(
+    source: Source, labels: npt.NDArray[np.int64] | None, index: int, settings: CacheSettings, skipped: Skipped
 ) -> Sample | None:
+    """Return an image resized and encoded, or None if it cannot be read."""
     try:
         original = source.array(index)
     except BadImage as error:
         skipped.add(index, source.locate(index), str(error))
         return None
     height, width, _ = original.shape
-    h, w = settings.size
-    interpolation: Interpolation = settings.interpolation  # type: ignore[assignment]
-    pixels = np.ascontiguousarray(resized(original, cover((height, width), (h, w)), interpolation))
+    to = cover((height, width), (settings.size[0], settings.size[1]))
+    pixels = np.ascontiguousarray(resized(original, to, settings.interpolation))
     files: dict[str, bytes] = {}
     if settings.kind == "raw":
         files["raw"] = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
@@ -203,6 +236,6 @@ def _sample(
     label = -1 if labels is None else int(labels[index])
     if label >= 0:
         files["cls"] = str(label).encode()
-    about = {"path": source.locate(index), "height": height, "width": width}
-    files["json"] = json.dumps(about).encode("utf-8", "surrogateescape")
+    facts = {"path": source.locate(index), "height": height, "width": width}
+    files["json"] = json.dumps(facts).encode("utf-8", "surrogateescape")
     return index, files, label, (pixels.shape[0], pixels.shape[1])

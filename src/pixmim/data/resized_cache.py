@@ -1,45 +1,42 @@
-"""The files of a cache: pictures resized once, in plain tars that any tool reads, with indexes that give random access.
+"""A cache of images resized once, in plain tars with an index that gives random access.
 
-    settings.json         of what it was made, and how; written first
-    shard-000000.tar      WebDataset: KEY.jpg (or KEY.raw: values h w c, the lowest byte first), KEY.cls where there
-                          are labels, KEY.json (path, size)
-    shard-000000.index    the places in that shard, as records of ENTRY; a shard counts once this is there
-    index.json            written last, when every shard is there
+    settings.json         what it was made of, and how; written first
+    shard-000000.tar      WebDataset: KEY.jpg (or KEY.raw: h w c, little-endian), KEY.cls if there are labels,
+                          KEY.json (path, size)
+    shard-000000.index    records of INDEX_DTYPE, one per sample, and one for the tar: its size as `offset`, and the
+                          CRC-32 of the other records as `length`. A shard is complete once this file exists
+    index.json            written last, when all shards exist
 
-Shard s holds the images s*n to (s+1)*n - 1 of the data set, those that could be read, so shards can be made in any
-order, by any number of processes, and made again. A cache is read where it lies, near or far; it is made near.
+Shard s holds those of the images s*n to (s+1)*n - 1 that could be read, so shards can be written in any order, by any
+number of processes, and again. A cache is written locally, and read locally or from a URL.
 """
 
-import io
-import json
-import tarfile
 import zlib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from pixmim.data.dataset import COLOUR, BadImage, Form, Pages, Pixels
 from pixmim.data.decode.limits import check_size
-from pixmim.data.shards import anywhere
-from pixmim.data.shards.dataset import ENTRY, Contents, Entries, Shards, outside
-from pixmim.data.shards.fsspec_io import is_far
-from pixmim.data.shards.local import Version
+from pixmim.data.shards.dataset import INDEX_DTYPE, IndexEntries, ShardDataset, ShardIndex, find_invalid_entry
+from pixmim.data.shards.fsspec_io import file_version, is_url, read_small_file
+from pixmim.data.shards.local import FileVersion
+from pixmim.data.shards.remote import open_shards
 from pixmim.transforms.crops import Interpolation
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, parse_json, write_whole
+from pixmim.utils.files import parse_json
 from pixmim.utils.progress import parallel_map
 
-_MOST_INDEX = 2**30  # bytes of a shard's index: 32 million images
+Kind = Literal["jpeg", "raw"]
+Chroma = Literal["444", "420"]
 
-_MOST = {"images": 10**11, "per_shard": 10**11, "channels": 2**16, "quality": 100}
-"""Numbers in settings that are larger are a mistake, or an attack."""
-
+_MAX_INDEX_BYTES = 2**30  # 32 million images in a shard
+_MAX_VALUE = {"images": 10**11, "per_shard": 10**11, "channels": 2**16, "quality": 100}
 _CHOICES = {
-    "kind": ("jpeg", "raw"),
-    "chroma": ("444", "420", ""),
+    "kind": get_args(Kind),
+    "chroma": (*get_args(Chroma), ""),
     "interpolation": get_args(Interpolation),
     "pixels": get_args(Pixels),
     "pages": get_args(Pages),
@@ -47,16 +44,16 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a cache was made of, and how; two makers of one cache must agree."""
+class CacheSettings:
+    """What a cache was made of, and how. All processes that write one cache must agree."""
 
     data: str
     fingerprint: str
     images: int
     classes: list[str]
     size: list[int]
-    interpolation: str
-    kind: str
+    interpolation: Interpolation
+    kind: Kind
     quality: int
     chroma: str
     channels: int
@@ -65,198 +62,165 @@ class Settings:
     pages: Pages = "first"
 
     @property
-    def shards(self) -> int:
+    def num_shards(self) -> int:
         return -(-self.images // self.per_shard)
 
     @property
     def form(self) -> Form:
-        """Of the images in it."""
+        """Channels and dtype of the images."""
         return Form(self.channels, self.pixels, self.pages)
 
-
-def shard_path(folder: Path, shard: int, suffix: str) -> Path:
-    """Where shard number `shard` lies; suffix: tar or index."""
-    return folder / _shard_name(shard, suffix)
-
-
-def read_index(folder: str | Path, shard: int) -> Entries | None:
-    """Read a shard's index, or return None if the shard is not complete: no index, a damaged one, or another tar.
-
-    The last entry stands for the tar itself: its offset is the tar's length, its length the check sum of the others.
-    The length of a tar far away is left to be looked at when it is fetched.
-    """
-    data = anywhere.read(f"{folder}/{_shard_name(shard, 'index')}", _MOST_INDEX)
-    if not data or len(data) % ENTRY.itemsize:
-        return None
-    entries = np.frombuffer(data, ENTRY)
-    if int(entries[-1]["length"]) != _check_sum(data[: -ENTRY.itemsize]):
-        return None
-    if is_far(str(folder)):
-        return entries
-    tar = anywhere.version(f"{folder}/{_shard_name(shard, 'tar')}")
-    return entries if tar is not None and tar.size == entries[-1]["offset"] else None
+    def images_of(self, shard: int) -> range:
+        """Return the numbers of the images that a shard is made of."""
+        return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.images))
 
 
-def _wrong(entries: Entries, shard: int, settings: Settings) -> str:
-    """Describe what the entries of a shard's index cannot be in a cache of these settings; empty if all is right."""
-    images, size = entries[:-1], int(entries[-1]["offset"])
-    found = outside(images, size, len(settings.classes))
-    numbers, (h, w) = images["image"], (images["h"].astype(np.int64), images["w"].astype(np.int64))
-    first, last = shard * settings.per_shard, min((shard + 1) * settings.per_shard, settings.images)
-    if found or not len(images):
-        return found
-    if numbers[0] < first or numbers[-1] >= last or (numbers[1:] <= numbers[:-1]).any():
-        return f"images other than {first:,} to {last - 1:,} in their order"
-    try:
-        height, width = images[["h", "w"]][int((h * w).argmax())].item()
-        check_size(width, height)
-        check_size(*images[["w", "h"]][int((h * w).argmin())].item())
-    except BadImage as error:
-        return str(error)
-    if settings.kind == "raw" and (h * w * (settings.channels * settings.form.bytes) != images["length"]).any():
-        return "pixels of other lengths than their sizes say"
-    return ""
-
-
-def _check_sum(data: bytes) -> int:
-    return zlib.crc32(data) & 0x7FFFFFFF
-
-
-def _shard_name(shard: int, suffix: str) -> str:
+def shard_name(shard: int, suffix: str) -> str:
+    """Return the file name of a shard's "tar" or "index"."""
     return f"shard-{shard:06d}.{suffix}"
 
 
-Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
-"""Number in the data set; files by extension, the picture first; class, or -1; (h, w) of the picture."""
+def checksum(entries: bytes) -> int:
+    """Return the CRC-32 of an index, as a positive int32."""
+    return zlib.crc32(entries) & 0x7FFFFFFF
 
 
-def write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[int, int]:
-    """Write a shard and then its index, each whole or not at all; gives the number of samples and the tar's bytes."""
-    tar, index = shard_path(folder, shard, "tar"), shard_path(folder, shard, "index")
-    entries: list[tuple[int, ...]] = []
-    size = 0
-
-    def write(file: IO[bytes]) -> None:
-        nonlocal size
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for number, files, label, (h, w) in samples:
-                for position, (extension, content) in enumerate(files.items()):
-                    member = tarfile.TarInfo(f"{number:09d}.{extension}")
-                    member.size = len(content)
-                    if position == 0:
-                        entries.append((number, archive.offset + tarfile.BLOCKSIZE, len(content), label, h, w))
-                    archive.addfile(member, io.BytesIO(content))
-        size = file.tell()
-
-    atomic_write(tar, write)
-    content = np.asarray(entries, ENTRY).tobytes()
-    write_whole(index, content + np.asarray((-1, size, _check_sum(content), -1, 0, 0), ENTRY).tobytes())
-    return len(entries), size
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def read_settings(folder: str | Path) -> Settings | None:
+def read_settings(folder: str | Path) -> CacheSettings | None:
     """Read the settings of the cache in a folder or at a URL, or return None if there is no cache.
 
     Raises:
-        UserError: If the file cannot be read, or holds anything but settings that a cache can have.
+        UserError: If the file cannot be read or its values are invalid.
     """
     name = f"{folder}/settings.json"
-    text = anywhere.read(name)
+    text = read_small_file(name)
     if text is None:
         return None
     content = parse_json(text.decode("utf-8", "surrogateescape"), name)
-    wrong = _wrong_settings(content)
-    if wrong:
-        raise UserError(f"{name} is damaged ({wrong}): make the cache anew")
-    return Settings(**content)
+    damage = _find_invalid_setting(content)
+    if damage:
+        raise UserError(f"{name} is damaged ({damage}): remove the cache and create it again")
+    return CacheSettings(**content)
 
 
-def _wrong_settings(content: Any) -> str:
-    """Describe what is wrong in the content of a settings.json; empty if it is right."""
-    if not isinstance(content, dict):
-        return "no object"
-    known = {field.name: field for field in fields(Settings)}
-    for name in content:
-        if name not in known:
-            return f"unknown: {name!r}"
-    for name in known:
-        value = content.get(name, getattr(Settings, name, None))
-        if name in _MOST:
-            right = type(value) is int and (name == "quality" or value > 0) and 0 <= value <= _MOST[name]
-        elif name in _CHOICES:
-            right = isinstance(value, str) and value in _CHOICES[name]
-        elif name == "size":
-            right = isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 2**16 for n in value)
-        elif name == "classes":
-            right = isinstance(value, list) and all(isinstance(each, str) for each in value)
-        else:
-            right = isinstance(value, str)
-        if not right:
-            return f"{name} is {repr(value)[:50]}"
-    return ""
+def read_index(folder: str | Path, shard: int) -> IndexEntries | None:
+    """Read a shard's index, or return None if it is missing or damaged, or the tar has another size.
+
+    The size of a remote tar is compared when it is first read.
+    """
+    data = read_small_file(f"{folder}/{shard_name(shard, 'index')}", _MAX_INDEX_BYTES)
+    if not data or len(data) % INDEX_DTYPE.itemsize:
+        return None
+    entries = np.frombuffer(data, INDEX_DTYPE)
+    if entries[-1]["length"] != checksum(data[: -INDEX_DTYPE.itemsize]):
+        return None
+    if not is_url(str(folder)):
+        tar = file_version(f"{folder}/{shard_name(shard, 'tar')}")
+        if tar is None or tar.size != entries[-1]["offset"]:
+            return None
+    return entries
 
 
-def write_settings(folder: Path, settings: Settings) -> None:
-    """Write settings.json."""
-    write_json(folder / "settings.json", asdict(settings))
+def open_cache(folder: str | Path, form: Form = COLOUR, local_copy: float = 50.0) -> ShardDataset:
+    """Open a complete cache.
 
+    Args:
+        folder: A folder or a URL.
+        form: Channels and dtype of the images, which must be those of the cache.
+        local_copy: Bound of the disk cache for remote shards, in GiB.
 
-def open_cache(folder: str | Path, form: Form = COLOUR, local_copy: float = 50.0) -> Shards:
-    """The images of a cache that is whole, in a folder or at a URL.
-
-    local_copy  GiB that the copies of far shards may take on this machine
-
-    Raises UserError for a folder without a cache, an unfinished cache, and an index that does not fit its tar.
+    Raises:
+        UserError: If there is no cache, it is incomplete or damaged, or has images of another form.
     """
     where = str(folder)
     settings = read_settings(where)
     if settings is None:
-        raise UserError(f"{where} holds no cache: it has no settings.json")
+        raise UserError(f"{where} is not a cache: it has no settings.json")
     if settings.form != form:
-        raise UserError(f"the cache {where} has images of {settings.form}, and not of {form}: {settings.form.flags}")
-    listed = anywhere.read(f"{where}/index.json")
-    if listed is None:
-        raise UserError(f"the cache {where} is not finished: run the same `pixmim cache` again")
-    _check_list(parse_json(listed.decode("utf-8", "surrogateescape"), f"{where}/index.json"), settings, where)
+        raise UserError(f"the cache {where} has images of {settings.form}, not {form}: pass {settings.form.flags}")
+    _check_shard_list(where, settings)
+    tars = [f"{where}/{shard_name(shard, 'tar')}" for shard in range(settings.num_shards)]
 
-    names = [f"{where}/{_shard_name(shard, 'tar')}" for shard in range(settings.shards)]
-
-    def index(shard: int) -> Entries:
+    def load_index(shard: int) -> IndexEntries:
         entries = read_index(where, shard)
         if entries is None:
-            raise UserError(f"{names[shard]} is missing, cut off or does not fit its index: run `pixmim cache` again")
-        wrong = _wrong(entries, shard, settings)
-        if wrong:
-            raise UserError(f"{where}/{_shard_name(shard, 'index')} is damaged ({wrong}): make the cache anew")
+            raise UserError(f"{tars[shard]} is missing, truncated or not that of its index: run `pixmim cache` again")
+        damage = _find_damage(entries, shard, settings)
+        if damage:
+            name = f"{where}/{shard_name(shard, 'index')}"
+            raise UserError(f"{name} is damaged ({damage}): remove the cache and create it again")
         return entries
 
-    indexes = parallel_map("reading indexes", index, settings.shards)
-    versions = [Version(int(entries[-1]["offset"])) for entries in indexes]
+    indexes = parallel_map("reading indexes", load_index, settings.num_shards)
     if not any(len(entries) > 1 for entries in indexes):
-        raise UserError(f"the cache {where} holds no image")
-    return Shards(
+        raise UserError(f"the cache {where} is empty: none of its images could be read")
+    return ShardDataset(
         where,
         form,
-        names,
-        anywhere.shelf(names, versions, local_copy),
-        [Contents(entries[:-1]) for entries in indexes],
+        tars,
+        open_shards(tars, [FileVersion(int(entries[-1]["offset"])) for entries in indexes], local_copy),
+        [ShardIndex(entries[:-1]) for entries in indexes],
         classes=settings.classes,
         raw=settings.kind == "raw",
-        what="a cache",
+        kind="a cache",
     )
 
 
-def _check_list(content: Any, settings: Settings, where: str) -> None:
-    """Raise UserError if an index.json lists other shards than the settings promise, before any is looked for."""
+def _check_shard_list(where: str, settings: CacheSettings) -> None:
+    """Raise UserError unless index.json lists as many shards as the settings require, before any is opened."""
+    name = f"{where}/index.json"
+    text = read_small_file(name)
+    if text is None:
+        raise UserError(f"the cache {where} is not finished: run the same `pixmim cache` again")
+    content = parse_json(text.decode("utf-8", "surrogateescape"), name)
     shards = content.get("shards") if isinstance(content, dict) else None
-    if not isinstance(shards, list) or len(shards) != settings.shards:
-        found = f"lists {len(shards):,} shards" if isinstance(shards, list) else "lists no shards"
+    if not isinstance(shards, list) or len(shards) != settings.num_shards:
+        count = f"{len(shards):,}" if isinstance(shards, list) else "no"
         raise UserError(
-            f"{where}/index.json {found}, and settings.json promises {settings.images:,} images in "
-            f"{settings.shards:,}: make the cache anew"
+            f"{name} lists {count} shards, but settings.json requires {settings.num_shards:,} for "
+            f"{settings.images:,} images: remove the cache and create it again"
         )
+
+
+def _find_damage(entries: IndexEntries, shard: int, settings: CacheSettings) -> str:
+    """Describe why a shard's index does not fit the settings; "" if it does."""
+    samples, tar_bytes = entries[:-1], int(entries[-1]["offset"])
+    damage = find_invalid_entry(samples, tar_bytes, len(settings.classes))
+    if damage or not len(samples):
+        return damage
+    numbers, expected = samples["image"], settings.images_of(shard)
+    if numbers[0] < expected[0] or numbers[-1] > expected[-1] or (numbers[1:] <= numbers[:-1]).any():
+        return f"images other than {expected[0]:,} to {expected[-1]:,} in order"
+    pixels = samples["h"].astype(np.int64) * samples["w"]
+    try:
+        for extreme in (pixels.argmax(), pixels.argmin()):
+            check_size(int(samples["w"][extreme]), int(samples["h"][extreme]))
+    except BadImage as error:
+        return str(error)
+    if settings.kind == "raw" and (pixels * (settings.channels * settings.form.bytes) != samples["length"]).any():
+        return "byte counts that differ from the image sizes"
+    return ""
+
+
+def _find_invalid_setting(content: Any) -> str:
+    """Describe what is wrong in the content of a settings.json; "" if nothing is."""
+    if not isinstance(content, dict):
+        return "not an object"
+    known = {field.name for field in fields(CacheSettings)}
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        return f"unknown: {unknown[0]!r}"
+    for name in known:
+        value = content.get(name, getattr(CacheSettings, name, None))
+        if name in _MAX_VALUE:
+            valid = type(value) is int and int(name != "quality") <= value <= _MAX_VALUE[name]
+        elif name in _CHOICES:
+            valid = isinstance(value, str) and value in _CHOICES[name]
+        elif name == "size":
+            valid = isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 2**16 for n in value)
+        elif name == "classes":
+            valid = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        else:
+            valid = isinstance(value, str)
+        if not valid:
+            return f"{name} is {repr(value)[:50]}"
+    return ""

@@ -20,12 +20,11 @@ import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage, Encoded, Form, Pages, Source
 from pixmim.data.decode.image import read
-from pixmim.data.resized_cache import read_settings, write_json
-from pixmim.data.shards import anywhere
-from pixmim.data.shards.fsspec_io import is_far
-from pixmim.data.shards.webdataset import names_tars
+from pixmim.data.resized_cache import read_settings
+from pixmim.data.shards.fsspec_io import is_url, read_small_file
+from pixmim.data.shards.webdataset import is_tar
 from pixmim.utils import rng
-from pixmim.utils.files import cache_path, read_file
+from pixmim.utils.files import cache_path, read_file, write_json
 from pixmim.utils.threads import how_many, in_turn, workers
 
 _BLOCK = 2**20  # values that are in float64 at a time
@@ -201,9 +200,7 @@ def recall(spec: str, form: Form) -> Stats | None:
 
 def _beside_far(spec: str) -> bytes | None:
     """What was measured of a cache before it was put far away."""
-    return (
-        anywhere.read(f"{spec.rstrip('/')}/stats.json", _MOST_BYTES) if is_far(spec) and not names_tars(spec) else None
-    )
+    return read_small_file(f"{spec.rstrip('/')}/stats.json", _MOST_BYTES) if is_url(spec) and not is_tar(spec) else None
 
 
 def place(spec: str, form: Form) -> Path:

@@ -11,13 +11,13 @@ from time import perf_counter
 import numpy as np
 
 from pixmim.data.bad_images import Skipped
-from pixmim.data.build_resized_cache import Kind, make_cache
+from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.caching import SHARE, decoded_bytes, of_machine
 from pixmim.data.dataset import Placed, Source
 from pixmim.data.loader import Loader
-from pixmim.data.resized_cache import open_cache
+from pixmim.data.resized_cache import Kind, open_cache
 from pixmim.data.sampler import BatchShard, ShuffledOrder
-from pixmim.data.shards.dataset import Shards
+from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.wrappers import InMemoryDataset, Subset
 from pixmim.transforms.crops import Crop
 from pixmim.utils.files import open_regular
@@ -195,7 +195,7 @@ def _rate(
 
 def _kinds(source: Source) -> list[tuple[Kind, str]]:
     """Return the kinds of caches to try, with their flags: those that the dataset is not yet."""
-    if isinstance(source, Shards) and source.sizes is not None:  # it is a cache
+    if isinstance(source, ShardDataset) and source.sizes is not None:  # it is a cache
         return [] if source.raw else [("raw", " --raw")]
     jpeg = source.form.pixels == "uint8" and source.form.channels in (1, 3)
     return [("jpeg", ""), ("raw", " --raw")] if jpeg else [("raw", " --raw")]

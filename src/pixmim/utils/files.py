@@ -136,6 +136,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
     atomic_write(path, lambda file: file.write(data))
 
 
+def write_json(path: Path, content: object) -> None:
+    """Write indented JSON atomically."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
 def check_new(folder: Path) -> None:
     """Raise UserError unless a folder is absent, or empty and not the one that the process is in.
 

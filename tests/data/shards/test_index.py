@@ -19,9 +19,9 @@ from pixmim.data.dataset import BadImage, Form
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.shards import index as webdataset
 from pixmim.data.shards import tar_reader as tar_module
-from pixmim.data.shards.dataset import ENTRY, Shards
-from pixmim.data.shards.local import Descriptor
-from pixmim.data.shards.tar_reader import members
+from pixmim.data.shards.dataset import INDEX_DTYPE, ShardDataset
+from pixmim.data.shards.local import OpenFile
+from pixmim.data.shards.tar_reader import iter_members
 from pixmim.data.statistics import recall
 from pixmim.data.synthetic import Shapes
 from pixmim.utils.errors import UserError
@@ -43,7 +43,7 @@ def edit_json(path: Path, **changes: object) -> None:
 
 def edit_index(path: Path, edit: Callable[[Any], None]) -> None:
     """Change a shard's index and put its check sum right, as an attacker does."""
-    entries = np.frombuffer(path.read_bytes(), ENTRY).copy()
+    entries = np.frombuffer(path.read_bytes(), INDEX_DTYPE).copy()
     edit(entries)
     entries[-1]["length"] = zlib.crc32(entries[:-1].tobytes()) & 0x7FFFFFFF
     path.write_bytes(entries.tobytes())
@@ -142,7 +142,7 @@ def test_labels_without_classes(cache: Path) -> None:
 def test_an_index_of_too_many_images_or_shards(cache: Path) -> None:
     content = (cache / "shard-000000.index").read_bytes()
     edit_index(cache / "shard-000000.index", lambda entries: None)
-    entries = np.frombuffer(content, ENTRY)
+    entries = np.frombuffer(content, INDEX_DTYPE)
     more = np.concatenate([entries[:1], entries])
     (cache / "shard-000000.index").write_bytes(more.tobytes())
     edit_index(cache / "shard-000000.index", lambda entries: None)
@@ -152,7 +152,7 @@ def test_an_index_of_too_many_images_or_shards(cache: Path) -> None:
     listed = json.loads((cache / "index.json").read_text())["shards"]
     for shards in (listed[:1], listed * 1000, "ab", None):
         edit_json(cache / "index.json", shards=shards)
-        with pytest.raises(UserError, match=r"index.json lists .* promises 4 images in 2"):
+        with pytest.raises(UserError, match=r"index.json lists .* requires 2 for 4 images"):
             open_data(str(cache))
 
 
@@ -165,7 +165,7 @@ def test_a_picture_of_another_size_than_its_index_says(tmp_path: Path) -> None:
 
     edit_index(tmp_path / "cached" / "shard-000000.index", edit)
     data = open_data(str(tmp_path / "cached"))
-    with pytest.raises(BadImage, match="another size than its index says"):
+    with pytest.raises(BadImage, match="size differs from the index"):
         data.image(0)
     assert data.image(1).shape[0] == 3
 
@@ -222,16 +222,17 @@ def test_a_link_where_a_temporary_file_will_be(tmp_path: Path) -> None:
 
 
 def found(path: Path) -> list[str]:
-    return [member.name for member in members(Descriptor(path), str(path))]
+    return [member.name for member in iter_members(OpenFile(path), str(path))]
 
 
 def test_zeros_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_module, "_MAX_ZEROS", 2**24)
     path = tmp_path / "x.tar"
     shard(path, range(1))
     os.truncate(path, 10 * 2**40)  # takes no space
     with pytest.raises(UserError, match=r"bytes of zeros up to byte"):
         open_data(str(path))
-    monkeypatch.setattr(tar_module, "_MOST_ZEROS", 30_000)  # in all: many short runs are no way around
+    monkeypatch.setattr(tar_module, "_MAX_ZEROS", 30_000)  # in all: many short runs are no way around
     one = shard(tmp_path / "one.tar", range(1)).read_bytes()
     (tmp_path / "two.tar").write_bytes(one * 2)
     assert len(found(tmp_path / "two.tar")) == 4
@@ -256,15 +257,15 @@ def one_file(name: str = "a.jpg", size: int = 0) -> bytes:
     ("content", "message"),
     [
         (pax(b"11 size=-5\n") + one_file(), ""),  # no number: not listened to
-        (pax(b"9 size=9" + b"9" * 50), "damaged|no tar file"),
-        (pax(b"%d size=%s\n" % (5011, b"9" * 5000)) + one_file(), "damaged|no tar file"),
-        (pax(b"30 size=99999999999999999999999\n") + one_file(), "damaged|no tar file"),
-        (pax(b"%d path=%s\n" % (40_012, b"n" * 40_000)) + one_file(), "damaged|no tar file"),
-        (pax(b"n" * 40_000, b"L") + one_file(), "damaged|no tar file"),
+        (pax(b"9 size=9" + b"9" * 50), "damaged|not a tar file"),
+        (pax(b"%d size=%s\n" % (5011, b"9" * 5000)) + one_file(), "damaged|not a tar file"),
+        (pax(b"30 size=99999999999999999999999\n") + one_file(), "damaged|not a tar file"),
+        (pax(b"%d path=%s\n" % (40_012, b"n" * 40_000)) + one_file(), "damaged|not a tar file"),
+        (pax(b"n" * 40_000, b"L") + one_file(), "damaged|not a tar file"),
         (pax(b"n" * 100, b"L", 2000) + one_file(), ""),
-        (pax(b"0 path=x\n") + one_file(), "damaged|no tar file"),
-        (pax(b"99999999 path=x\n") + one_file(), "damaged|no tar file"),
-        (pax(b"x", b"L", 3), "cut off"),
+        (pax(b"0 path=x\n") + one_file(), "damaged|not a tar file"),
+        (pax(b"99999999 path=x\n") + one_file(), "damaged|not a tar file"),
+        (pax(b"x", b"L", 3), "truncated"),
     ],
 )
 def test_headers_that_promise_too_much(tmp_path: Path, content: bytes, message: str) -> None:
@@ -293,7 +294,7 @@ def test_a_size_in_base_256_that_is_negative_or_beyond_all_files(tmp_path: Path)
         block[148:156] = b"        "
         block[148:156] = b"%06o\0 " % sum(block)
         (tmp_path / "x.tar").write_bytes(bytes(block) + bytes(1024))
-        with pytest.raises(UserError, match="no tar file"):
+        with pytest.raises(UserError, match="not a tar file"):
             found(tmp_path / "x.tar")
 
 
@@ -311,8 +312,8 @@ def remembered(memory: Path, edit: Edit, body: Callable[[bytes], bytes] = lambda
         (lambda about: about | {"samples": 10**15}, lambda body: body),
         (lambda about: about | {"samples": -1}, lambda body: body),
         (lambda about: about | {"samples": "2"}, lambda body: body),
-        (lambda about: about | {"found": about["found"] | {"several": "x"}}, lambda body: body),
-        (lambda about: about | {"found": {"more": 1}}, lambda body: body),
+        (lambda about: about | {"facts": about["facts"] | {"links": "x"}}, lambda body: body),
+        (lambda about: about | {"facts": {"more": 1}}, lambda body: body),
         (lambda about: [], lambda body: body),
         (lambda about: about, lambda body: b"\xff" * 64 + body[64:]),
     ],
@@ -324,10 +325,8 @@ def test_what_is_remembered_and_cannot_be_counts_for_nothing(
     open_data(str(tmp_path / "x.tar"))
     remembered(memory, edit, body)
     searched: list[str] = []
-    search = webdataset.search
-    monkeypatch.setattr(
-        webdataset, "search", lambda tar, name, *rest: searched.append(name) or search(tar, name, *rest)
-    )
+    search = webdataset.scan
+    monkeypatch.setattr(webdataset, "scan", lambda tar, name, *rest: searched.append(name) or search(tar, name, *rest))
     data = open_data(str(tmp_path / "x.tar"))
     assert len(data) == 2 and data.image(1).shape[2] == 21 and len(searched) == 1
 
@@ -339,9 +338,9 @@ def test_names_that_unpack_to_more_than_there_can_be(
     before = open_data(str(tmp_path / "x.tar"))
     assert before.locate(1).endswith(":0001")
     remembered(memory, lambda about: about, lambda body: body[:64] + zlib.compress(bytes(10**7)))
-    monkeypatch.setattr("pixmim.data.shards.dataset._MOST_NAMES", 10**5)
+    monkeypatch.setattr("pixmim.data.shards.dataset._MAX_KEY_BYTES", 10**5)
     data = open_data(str(tmp_path / "x.tar"))
-    assert isinstance(data, Shards) and data.locate(1).endswith("x.tar:000000001")
+    assert isinstance(data, ShardDataset) and data.locate(1).endswith("x.tar:000000001")
 
 
 def test_a_high_class_number_is_an_identifier(tmp_path: Path) -> None:

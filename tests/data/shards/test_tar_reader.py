@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pixmim.data.shards.local import Descriptor
-from pixmim.data.shards.tar_reader import members
+from pixmim.data.shards.local import OpenFile
+from pixmim.data.shards.tar_reader import iter_members
 from pixmim.utils.errors import UserError
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -25,7 +25,7 @@ def write(path: Path, names: dict[str, int], form: int = tarfile.PAX_FORMAT) -> 
 
 
 def found(path: Path) -> list[tuple[str, int, int]]:
-    return [tuple(member) for member in members(Descriptor(path), str(path))]
+    return [tuple(member) for member in iter_members(OpenFile(path), str(path))]
 
 
 def by_tarfile(path: Path, **options: object) -> list[tuple[str, int, int]]:
@@ -105,12 +105,12 @@ def test_what_is_no_plain_tar_is_refused_with_the_reason(tmp_path: Path) -> None
     whole = write(tmp_path / "x.tar", {"a.jpg": 2000}).read_bytes()
     path = tmp_path / "bad.tar"
     for content, reason in {
-        gzip.compress(whole): r"compressed \(gzip\): one image alone",
-        b"<html>404</html>" * 100: "bad.tar is no tar file",
+        gzip.compress(whole): r"gzip-compressed",
+        b"<html>404</html>" * 100: "bad.tar is not a tar file",
         b"": "bad.tar is empty",
-        whole[:1000]: r"cut off: a.jpg at byte 0 takes 2,000 bytes, and the file ends at byte 1,000",
-        whole[:2560]: "cut off at byte 2,560: the blocks that end a tar are missing",
-        whole[:2560] + whole[:300]: "cut off at byte 2,860",
+        whole[:1000]: r"truncated: a.jpg at byte 0 needs 2,000 bytes, but the file ends at byte 1,000",
+        whole[:2560]: "truncated at byte 2,560: the blocks that end a tar are missing",
+        whole[:2560] + whole[:300]: "truncated at byte 2,860",
         whole[:2560] + b"x" * 512 + bytes(1024): "damaged at byte 2,560, where a file's header must be",
     }.items():
         path.write_bytes(content)

@@ -20,7 +20,7 @@ from pixmim.data.dataset import BadImage, Form
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.shards import index as webdataset
 from pixmim.data.shards import webdataset as foreign
-from pixmim.data.shards.dataset import Shards
+from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.statistics import kinds
 from pixmim.utils.errors import UserError
 
@@ -50,7 +50,7 @@ def test_one_tar_and_names_of_classes(shards: Path) -> None:
     (shards / "classes.txt").write_text("cat\ndog\nbird\n")
     assert open_data(str(shards / "train-001.tar")).classes == open_data(str(shards)).classes == ["cat", "dog", "bird"]
     (shards / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(UserError, match=r"names 2 classes, and there is a class number 2"):
+    with pytest.raises(UserError, match=r"names 2 classes, but a sample has class number 2"):
         open_data(str(shards))
 
 
@@ -84,12 +84,8 @@ def test_what_makes_a_sample(tmp_path: Path, form: int) -> None:
     assert colours(data)[:6] == [1, 2, 3, 4, 6, 8] and colours(data)[7:] == [11]
     assert keys(data) == ["v1.0/one", "v1.0/two", "other/one", "v1.0/one", "both", "depth", long, "ünï"]
     assert data.labels is None and data.classes == []
-    assert (
-        "1 samples hold several pictures" in data.about
-        and "2 are left out" in data.about
-        and "1 samples without a picture" in data.about
-    )
-    assert "7 of 8 have no class in a" in data.about
+    assert "2 images are ignored" in data.about and "1 samples without an image" in data.about
+    assert "7 of 8 samples have no class" in data.about
 
 
 def test_class_numbers_that_are_none(tmp_path: Path) -> None:
@@ -111,11 +107,9 @@ def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys:
             archive.addfile(link)
     for _ in range(1 + again):  # what is remembered says the same
         foreign._warned.clear()
-        assert "8 are left out" in open_data(str(path)).about
+        assert "10 images are ignored" in open_data(str(path)).about
         text = capsys.readouterr().err
-        assert (
-            "8 of 9 images are left out" in text and f"'{path},key=last-dot'" in text and "2 images are links" in text
-        )
+        assert "8 of 9 images are ignored" in text and f"'{path},key=last-dot'" in text and "2 images are links" in text
     data = open_data(f"{path},key=last-dot")
     assert colours(data) == list(range(9)) and keys(data)[8] == "scan.2024.008"
     assert len(open_data(f"{path},key=last-dot*2+{path}")) == 2 * 9 + 1
@@ -146,19 +140,19 @@ def test_a_long_list_and_a_folder_called_as_a_tar(shards: Path, tmp_path: Path) 
 
 
 def test_what_cannot_be_read_as_shards(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no .*train-003.tar; 7 of 10 are missing"):
+    with pytest.raises(UserError, match=r"train-003.tar does not exist \(7 of 10"):
         open_data(f"{shards}/train-{{000..009}}.tar")
-    with pytest.raises(UserError, match=r"nothing fits .*test-\*.tar"):
+    with pytest.raises(UserError, match=r"nothing matches .*test-\*.tar"):
         open_data(f"{shards}/test-*.tar")
     write(tmp_path / "sound.tar", [("a.flac", b"x"), ("a.txt", b"y"), ("b.flac", b"z")])
-    with pytest.raises(UserError, match=r"no pictures in .*sound.tar \(found .flac .txt\)"):
+    with pytest.raises(UserError, match=r"no images in .*sound.tar \(found .flac .txt\)"):
         open_data(str(tmp_path / "sound.tar"))
     (shards / "notes.md").write_text("not only tars")
     with pytest.raises(UserError, match=r"no images in .* 4 other files"):
         open_data(str(shards))
     (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "x.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
-    with pytest.raises(UserError, match=r"compressed \(gzip\)"):
+    with pytest.raises(UserError, match=r"gzip-compressed"):
         open_data(str(tmp_path / "zipped"))
 
 
@@ -167,9 +161,7 @@ def test_a_tar_cut_off_is_an_error_not_a_loss(shards: Path) -> None:
     content = path.read_bytes()
     for end in (len(content) // 2, 1024):  # in a file, and between two
         path.write_bytes(content[:end])
-        with pytest.raises(
-            UserError, match=rf"train-001.tar is cut off.*{end:,}.*Copy or make it again, or leave it out"
-        ):
+        with pytest.raises(UserError, match=rf"train-001.tar is truncated.*{end:,}"):
             open_data(str(shards))
     assert len(open_data(f"{shards}/train-{{000,002}}.tar")) == 8
 
@@ -177,9 +169,9 @@ def test_a_tar_cut_off_is_an_error_not_a_loss(shards: Path) -> None:
 def test_a_tar_is_searched_once(shards: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_data(str(shards))
     searched: list[str] = []
-    search = webdataset.search
+    search = webdataset.scan
     monkeypatch.setattr(
-        webdataset, "search", lambda tar, name, *more: searched.append(Path(name).name) or search(tar, name)
+        webdataset, "scan", lambda tar, name, *more: searched.append(Path(name).name) or search(tar, name)
     )
     again = open_data(str(shards))
     assert not searched and colours(again) == colours(before) and keys(again) == keys(before)
@@ -198,14 +190,14 @@ def test_a_tar_is_searched_once(shards: Path, memory: Path, monkeypatch: pytest.
 
 
 def test_a_tar_that_changes_or_goes_while_in_use(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pixmim.data.shards.local.LOOK", 0)
+    monkeypatch.setattr("pixmim.data.shards.local.RECHECK_SECONDS", 0)
     open_data(str(shards))
     data = open_data(str(shards))  # from what is remembered, so that no tar is open
     assert int(data.image(4)[0, 0, 0]) == 4
     shard(shards / "train-001.tar", range(20, 25))
     (shards / "train-002.tar").unlink()
     assert int(data.image(0)[0, 0, 0]) == 0
-    with pytest.raises(UserError, match=r"train-001.tar has changed"):
+    with pytest.raises(UserError, match=r"train-001.tar changed"):
         data.image(4)
     with pytest.raises(UserError, match=r"train-002.tar cannot be opened: No such file"):
         data.image(8)
@@ -215,10 +207,10 @@ def test_no_damage_shows_the_wrong_picture(tmp_path: Path) -> None:
     """A fuzz: a picture whose bytes were spared is the same, or there is an error."""
     whole = shard(tmp_path / "x.tar", range(6)).read_bytes()
     data = open_data(str(tmp_path / "x.tar"))
-    assert isinstance(data, Shards)
+    assert isinstance(data, ShardDataset)
     spans = [(int(e["offset"]), int(e["offset"] + e["length"])) for e in data._entries]
     path, generator, read = tmp_path / "bad.tar", np.random.default_rng(0), 0
-    for trial in range(300):
+    for trial in range(150):
         content = bytearray(whole)
         place = int(generator.integers(spans[-1][1]))
         if trial % 3:
@@ -239,7 +231,7 @@ def test_no_damage_shows_the_wrong_picture(tmp_path: Path) -> None:
                 continue
             read += 1
             assert start <= place < end or (image.shape[2] == 20 + i and image[0].unique().tolist() == [i])
-    assert read > 500
+    assert read > 250
 
 
 def test_what_the_files_hold_is_known(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Images in tars, near and far: caches of our own, and the WebDataset shards of others."""
+"""Tar shards, local and remote: resized caches and WebDataset tars."""

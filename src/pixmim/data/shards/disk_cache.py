@@ -1,119 +1,130 @@
-"""Whole copies of far files, in a folder that processes may share; the least recently used make room for new ones.
+"""A bounded LRU disk cache of complete remote files, shared by the processes of a machine.
 
-A copy is written beside and renamed, and of the size expected, or it is none. Time of last use is the file's own time.
+A file is downloaded under a temporary name and renamed once it has the expected size. Its modification time is the time
+of its last use.
 """
 
 import atexit
-import fcntl
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Condition
 
-from pixmim.data.shards.local import Descriptor
+from filelock import FileLock
 
-_DEAD = 600.0  # seconds without a byte, after which nobody writes a part any more
+from pixmim.data.shards.local import OpenFile
 
-_PARTS: set[Path] = set()  # that this process is writing
+_STALE_SECONDS = 600.0
+"""A partial download that has not grown for so long was left behind by a process that was killed."""
+
+_PARTS: set[Path] = set()  # partial downloads of this process
 
 
 @atexit.register
 def _remove_parts() -> None:
-    """A process that ends does not wait for what it was fetching ahead."""
+    """Remove partial downloads: daemon threads may still be writing them when the process exits."""
     for part in list(_PARTS):
         part.unlink(missing_ok=True)
 
 
-class Copies:
-    """A folder of copies that holds at most `bound` bytes, or a single larger copy.
+class DiskCache:
+    """A folder of at most `max_bytes` bytes, or of one larger file. Thread-safe.
 
-    What other processes are just fetching comes on top. Safe to use from several threads.
+    Downloads in progress in other processes are not counted.
     """
 
-    def __init__(self, folder: Path, bound: int) -> None:
-        self.folder, self.bound = folder, bound
-        self._change = Condition()
-        self._coming: dict[str, int] = {}  # bytes of the copies that this process is fetching
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._changed = Condition()
+        self._downloading: dict[str, int] = {}  # sizes of this process's downloads in progress
 
-    def find(self, name: str, size: int) -> Descriptor | None:
-        """A whole copy, opened and marked as used now; None if there is none."""
+    def lookup(self, name: str, size: int) -> OpenFile | None:
+        """Open a cached file and mark it as used, or return None if it is missing or of another size."""
         try:
-            found = Descriptor(self.folder / name)
-            if found.size != size:
-                return None
-            found.touch()
-            return found
+            file = OpenFile(self.folder / name)
         except OSError:
             return None
+        if file.size != size:
+            return None
+        file.touch()
+        return file
 
-    def get(self, name: str, size: int, fetch: Callable[[Path], None], keep: Sequence[str] = ()) -> Descriptor:
-        """A copy, opened; `fetch` writes it to a path if there is none yet.
+    def fetch(self, name: str, size: int, download: Callable[[Path], None], keep: Sequence[str] = ()) -> OpenFile:
+        """Open a cached file, calling `download(path)` first if it is missing.
 
-        keep  copies that will be needed, the first first: others make room before them, and of them the last
+        Args:
+            name: Name in the cache.
+            size: Expected size in bytes.
+            download: Writes the file to the given path.
+            keep: Names needed soon, in order of need. Other files are evicted before them, the last of them first.
+
+        Raises:
+            OSError: If the file cannot be written or has another size; and whatever `download` raises.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone(name):
-            found = self.find(name, size)
-            if found is not None:
-                return found
-            part = self.folder / f"{name}.{uuid.uuid4().hex}.part"  # a name that nobody can have guessed
-            _PARTS.add(part)
-            with self._change:
-                self._change.wait_for(lambda: not self._coming or sum(self._coming.values()) + size <= self.bound)
-                self._coming[name] = size
-            try:
-                with self._change:
-                    self._make_room(keep)
-                fetch(part)
-                with part.open("rb+") as file:
-                    os.fsync(file.fileno())
-                found = Descriptor(part)  # open before others can see it, and delete it
-                found.touch()
-                with self._change:  # at no time counted both as coming and as there
-                    os.replace(part, self.folder / name)
-                    del self._coming[name]
-            finally:
-                part.unlink(missing_ok=True)
-                _PARTS.discard(part)
-                with self._change:
-                    self._coming.pop(name, None)
-                    self._change.notify_all()
-            return found
+        with self._lock(name):
+            for _ in range(3):  # another process may evict the file as soon as it is there
+                file = self.lookup(name, size) or self._download(name, size, download, keep)
+                if file is not None:
+                    return file
+            return OpenFile(self.folder / name)
 
-    def _make_room(self, keep: Sequence[str]) -> None:
-        """Delete copies until those left and those coming are within the bound."""
-        need = {name: place for place, name in enumerate(keep)}
-        there: list[tuple[int, float, Path, int]] = []
+    def _download(self, name: str, size: int, download: Callable[[Path], None], keep: Sequence[str]) -> OpenFile | None:
+        part = self.folder / f"{name}.{uuid.uuid4().hex}.part"  # unguessable: no link can be waiting there
+        _PARTS.add(part)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._downloading or sum(self._downloading.values()) + size <= self.max_bytes
+            )
+            self._downloading[name] = size
+        try:
+            with self._changed:
+                self._evict(keep)
+            download(part)
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+                if os.fstat(file.fileno()).st_size != size:
+                    raise OSError(f"{part.name} does not have the {size:,} bytes expected")
+            with self._changed:  # one step: never counted twice, nor evicted by this process before it is open
+                os.replace(part, self.folder / name)
+                del self._downloading[name]
+                return self.lookup(name, size)
+        finally:
+            part.unlink(missing_ok=True)
+            _PARTS.discard(part)
+            with self._changed:
+                self._downloading.pop(name, None)
+                self._changed.notify_all()
+
+    def _evict(self, keep: Sequence[str]) -> None:
+        """Delete files until the rest and the downloads in progress are within the bound."""
+        rank = {name: position for position, name in enumerate(keep)}
+        cached: list[tuple[int, float, Path, int]] = []
         for entry in os.scandir(self.folder):
-            try:
+            with suppress(FileNotFoundError):
                 status = entry.stat()
-            except FileNotFoundError:
-                continue
-            if entry.name.endswith(".part"):
-                if time.time() - status.st_mtime > _DEAD:
-                    Path(entry.path).unlink(missing_ok=True)
-            elif "." not in entry.name:  # no lock, and nothing that a file system keeps here for itself
-                there.append((-need.get(entry.name, len(need)), status.st_mtime, Path(entry.path), status.st_size))
-        there.sort()
-        total = sum(size for *_, size in there) + sum(self._coming.values())
-        for _, _, path, size in there:
-            if total <= self.bound:
+                if entry.name.endswith(".part"):
+                    if time.time() - status.st_mtime > _STALE_SECONDS:
+                        os.unlink(entry.path)
+                elif "." not in entry.name:  # neither a lock nor a hidden file of the file system
+                    need = -rank.get(entry.name, len(rank))
+                    cached.append((need, status.st_mtime, Path(entry.path), status.st_size))
+        total = sum(size for *_, size in cached) + sum(self._downloading.values())
+        for _, _, path, size in sorted(cached):
+            if total <= self.max_bytes:
                 break
-            path.unlink(missing_ok=True)
-            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-            total -= size
+            with suppress(PermissionError):  # Windows keeps files that are open
+                path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+                total -= size
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """While one fetches a copy, others wait for it. Where the file system has no locks, each fetches its own."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        lock = os.open(self.folder / f"{name}.lock", flags, 0o644)
-        try:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    def _lock(self, name: str) -> Iterator[None]:
+        """Let one process at a time download a file; on file systems without locks each downloads its own copy."""
+        with ExitStack() as stack:
+            with suppress(OSError, NotImplementedError):
+                stack.enter_context(FileLock(self.folder / f"{name}.lock"))
             yield
-        finally:
-            os.close(lock)

@@ -1,264 +1,289 @@
-"""Files that lie far away (http, s3, gs, hf, ...), through fsspec; what fails for a while is tried again.
+"""Files at a path or a URL (http, s3, gs, hf, ...), read with bounds on size and time, and with retries.
 
-How a storage is reached (keys, endpoints, anonymous access) is fsspec's matter: its own variables and files say so.
+URLs are read through fsspec: credentials, endpoints and anonymous access are set in its own environment variables and
+configuration files.
 """
 
 import errno
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pixmim.data.shards.local import Version
+from pixmim.data.shards.local import FileVersion
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import MAX_TEXT_BYTES
+from pixmim.utils.files import MAX_TEXT_BYTES, read_file
 
 T = TypeVar("T")
 
-PAUSES = (1, 2, 4, 8, 16, 32, 64)
-"""Seconds between tries; a server has two minutes to come back."""
+BACKOFF_SECONDS = (1, 2, 4, 8, 16, 32, 64)
+"""Pauses between attempts; a server has two minutes to come back."""
 
-SECONDS = 60.0
-"""Seconds that one answer about a file, or a small file itself, may take, however the server spreads its bytes."""
+REQUEST_SECONDS = 60.0
+"""Bound of one request for a small file or for facts about a file, however slowly the server sends."""
 
-LONGEST = 300.0
-"""Seconds after which a small file is not tried again."""
+RETRY_SECONDS = 300.0
+"""Such a request is not repeated after this time."""
 
-SLOWEST = 16 * 2**10
-"""Bytes a second that a copy must come with on average, once `SECONDS` have passed."""
+MIN_BYTES_PER_SECOND = 16 * 2**10
+"""Average rate below which a download is abandoned, once `REQUEST_SECONDS` have passed."""
 
-_PACKAGES = {
-    "http": "'pixmim[remote]'",
-    "https": "'pixmim[remote]'",
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "abfs": "adlfs",
-    "az": "adlfs",
-    "hf": "'pixmim[hub]'",
-}
+# What fsspec's file systems call the properties that change with a file's content.
+_CONTENT_TAGS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id")
+_TIME_TAGS = ("LastModified", "Last-Modified", "last_modified", "mtime", "created")
 
-_CONTENT = ("ETag", "etag", "md5Hash", "crc32c", "blob_id")
-_TIME = ("LastModified", "Last-Modified", "last_modified", "mtime", "created")
-"""What file systems call that which changes with a file's content."""
-
-_FINAL = (FileNotFoundError, IsADirectoryError, PermissionError, NotImplementedError, ImportError)
-
-_AGAIN = frozenset((408, 425, 429))  # answers of 400 to 499 that ask for patience
+_PERMANENT_ERRORS = (FileNotFoundError, IsADirectoryError, PermissionError, NotImplementedError, ImportError)
+_RETRY_STATUS = frozenset((408, 425, 429))
 
 
 class NoAccessError(UserError):
-    """The server refuses to hand a file out."""
+    """The server denies access to a file."""
 
 
-def is_far(spec: str) -> bool:
-    """Whether a name is a URL."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", spec, re.IGNORECASE) is not None
+def is_url(name: str) -> bool:
+    """Return True if a name is a URL."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", name, re.IGNORECASE) is not None
 
 
-def read(url: str, limit: int = MAX_TEXT_BYTES) -> bytes | None:
-    """Read a small file.
+def read_small_file(name: str, limit: int = MAX_TEXT_BYTES) -> bytes | None:
+    """Read a complete file.
 
     Returns:
-        Its content, or None if there is no such file.
+        Its content, or None if it does not exist.
 
     Raises:
-        UserError: If it cannot be read, or is larger than `limit` bytes.
+        UserError: If it cannot be read, is not a regular file, or is larger than `limit` bytes.
     """
-    files, path = _files(url)
+    if not is_url(name):
+        try:
+            return read_file(name, limit)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):  # the last one: a long pattern
+                return None
+            raise UserError(f"{name} cannot be read: {error.strerror}") from error
+    filesystem, path = _filesystem(name)
 
-    def once() -> bytes:
-        if _is_http(url):
-            return _fetch(files, path, limit + 1, {}, SECONDS)[2]
-        content: bytes = files.cat_file(path, start=0, end=limit + 1)
+    def read_once() -> bytes:
+        if _is_http(name):
+            return _http_get(filesystem, path, limit + 1, {}, REQUEST_SECONDS)[2]
+        content: bytes = filesystem.cat_file(path, start=0, end=limit + 1)
         return content
 
-    content = _tried(url, once, LONGEST)
+    content = with_retries(name, read_once, RETRY_SECONDS)
     if content is not None and len(content) > limit:
-        raise UserError(f"{url} has more than the {limit:,} bytes allowed")
+        raise UserError(f"{name} is larger than the {limit:,} bytes allowed")
     return content
 
 
-def version(url: str) -> Version | None:
-    """A file's size and tag, asked for now; None if there is no such file. Raises UserError."""
-    files, path = _files(url)
-    info: dict[str, Any] | None = _tried(url, lambda: files.info(path, **_bounded(url)), LONGEST)
-    return None if info is None else _version(url, info)
+def file_version(name: str) -> FileVersion | None:
+    """Return the current version of a file, or None if it does not exist.
 
-
-def matching(pattern: str) -> dict[str, Version | None]:
-    """Return the files that a pattern with `*` or `[...]` fits, sorted; with their versions where the listing has them.
-
-    Whatever the server lists, only files below the folder that the pattern begins with are returned.
+    Raises:
+        UserError: If the server cannot be asked, or it is not a regular file.
     """
-    files, path = _files(pattern)
+    if not is_url(name):
+        try:
+            status = Path(name).stat()
+        except OSError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{name} is not a regular file")
+        return FileVersion(status.st_size, str(status.st_mtime_ns))
+    filesystem, path = _filesystem(name)
+    info: dict[str, Any] | None = with_retries(name, lambda: filesystem.info(path, **_time_limit(name)), RETRY_SECONDS)
+    return None if info is None else _version_from(name, info)
+
+
+def find_matching(pattern: str) -> dict[str, FileVersion | None]:
+    """Find the files that match a glob pattern, sorted, with their versions where a server's listing has them.
+
+    Whatever a server lists, only files below the folder that the pattern begins with are returned.
+    """
+    if not is_url(pattern):
+        return dict.fromkeys(sorted(name for name in glob(pattern) if Path(name).is_file()))
+    filesystem, path = _filesystem(pattern)
     found: dict[str, dict[str, Any]] = (
-        _tried(pattern, lambda: files.glob(path, detail=True, **_bounded(pattern, LONGEST)), LONGEST) or {}
+        with_retries(
+            pattern,
+            lambda: filesystem.glob(path, detail=True, **_time_limit(pattern, RETRY_SECONDS)),
+            RETRY_SECONDS,
+        )
+        or {}
     )
-    fixed = str(files.unstrip_protocol(re.split(r"[*\[]", path, maxsplit=1)[0].rpartition("/")[0])) + "/"
-    names = {str(files.unstrip_protocol(name)): info for name, info in sorted(found.items()) if info["type"] == "file"}
-    names = {name: info for name, info in names.items() if name.startswith(fixed) and ".." not in name.split("/")}
-    # Times are written differently in a list and for one file, so those are asked for one by one.
-    told = {name for name, info in names.items() if info.get("size") and any(info.get(tag) for tag in _CONTENT)}
-    return {name: _version(name, info) if name in told else None for name, info in names.items()}
+    folder = str(filesystem.unstrip_protocol(re.split(r"[*\[]", path, maxsplit=1)[0].rpartition("/")[0])) + "/"
+    files: dict[str, FileVersion | None] = {}
+    for listed, info in sorted(found.items()):
+        url = str(filesystem.unstrip_protocol(listed))
+        if info["type"] == "file" and url.startswith(folder) and ".." not in url.split("/"):
+            # Times are formatted differently in a listing and for one file: such files are asked for one by one.
+            complete = info.get("size") and any(info.get(tag) for tag in _CONTENT_TAGS)
+            files[url] = _version_from(url, info) if complete else None
+    return files
 
 
-def read_part(url: str, of: Version, offset: int, length: int) -> bytes | None:
-    """Some bytes of a file of a known version; None if the server hands out nothing but whole files.
+def read_range(url: str, version: FileVersion, offset: int, length: int) -> bytes | None:
+    """Read a part of a remote file whose version is known; it is not checked again.
 
-    Raises UserError. That the file has not changed since is not looked after.
+    Returns:
+        The bytes, or None if the server sends only complete files.
+
+    Raises:
+        UserError: If the file cannot be read or no longer exists.
     """
-    files, path = _files(url)
+    filesystem, path = _filesystem(url)
 
-    def once() -> tuple[bytes | None]:
-        if _is_http(url):  # where asking for a part may begin to send the whole
+    def read_once() -> tuple[bytes | None]:
+        if _is_http(url):  # fsspec would read all that a server without ranges sends
             headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-            status, place, data = _fetch(files, path, length + 1, headers, SECONDS + length / SLOWEST)
+            limit = REQUEST_SECONDS + length / MIN_BYTES_PER_SECOND
+            status, content_range, data = _http_get(filesystem, path, length + 1, headers, limit)
             if status != 206:
                 return (None,)
-            if place and not place.startswith(f"bytes {offset}-"):
-                raise OSError(f"another part came: {place[:100]}")
+            if content_range and not content_range.startswith(f"bytes {offset}-"):
+                raise OSError(f"another range was sent: {content_range[:100]}")
         else:
-            data = files.cat_file(path, start=offset, end=offset + length)
+            data = filesystem.cat_file(path, start=offset, end=offset + length)
         if len(data) != length:
-            raise OSError(f"{len(data):,} of {length:,} bytes came")
+            raise OSError(f"received {len(data):,} of {length:,} bytes")
         return (data,)
 
-    found = _tried(url, once)
+    found = with_retries(url, read_once)
     if found is None:
-        raise UserError(f"there is no {url} any more")
+        raise UserError(f"{url} no longer exists")
     return found[0]
 
 
-def copy(url: str, to: Path, wanted: Version) -> None:
-    """Copy a complete file of the version wanted.
+def download(url: str, to: Path, expected: FileVersion) -> None:
+    """Download a complete file of the expected version.
 
     Raises:
-        UserError: If it cannot be had, is of another version, is longer than that, or comes too slowly.
+        UserError: If that fails, the version is another, or the server sends more bytes or too slowly.
     """
-    files, path = _files(url)
+    filesystem, path = _filesystem(url)
 
-    def once() -> bool:
-        found = version(url)
-        if found is not None and not wanted.fits(found):
-            raise UserError(f"{url} has changed on the server since the places in it were listed: start again")
-        if wanted.size > shutil.disk_usage(to.parent).free:
+    def download_once() -> bool:
+        found = file_version(url)
+        if found is not None and not expected.matches(found):
+            raise UserError(f"{url} changed on the server since it was indexed: restart the command")
+        if expected.size > shutil.disk_usage(to.parent).free:
             raise OSError(errno.ENOSPC, "No space left on device")
-        files.get_file(
-            path, str(to), callback=_watch(url, wanted.size), **_bounded(url, SECONDS + wanted.size / SLOWEST)
-        )
-        if to.stat().st_size != wanted.size:
-            raise OSError(f"{to.stat().st_size:,} of {wanted.size:,} bytes came")
+        limit = REQUEST_SECONDS + expected.size / MIN_BYTES_PER_SECOND
+        filesystem.get_file(path, str(to), callback=_download_guard(url, expected.size), **_time_limit(url, limit))
+        if to.stat().st_size != expected.size:
+            raise OSError(f"received {to.stat().st_size:,} of {expected.size:,} bytes")
         return True
 
-    if _tried(url, once) is None:
-        raise UserError(f"there is no {url} any more")
+    if with_retries(url, download_once) is None:
+        raise UserError(f"{url} no longer exists")
 
 
-def _files(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
-    protocol = url.split("://", 1)[0].lower()
-    try:
-        from fsspec.core import url_to_fs
-
-        options: dict[str, Any] = {"use_listings_cache": False}  # what has changed must show
-        if protocol in ("http", "https"):
-            from pixmim.data.shards.http import OPTIONS
-
-            options |= OPTIONS
-        files, path = url_to_fs(url, **options)
-        return files, str(path)
-    except ImportError as error:
-        package = _PACKAGES.get(protocol, "")
-        help_ = f"pip install {package}" if package else str(error)
-        raise UserError(f"{protocol}:// is read through fsspec and a package that is not installed: {help_}") from error
-    except ValueError as error:
-        raise UserError(f"{url}: {error}. Known are http, https, s3, gs, az, hf and what else fsspec reads") from error
-
-
-def _is_http(url: str) -> bool:
-    return url.lower().startswith(("http://", "https://"))
-
-
-def _bounded(url: str, seconds: float | None = None) -> dict[str, float]:
-    """Return the argument that bounds the time of one of fsspec's calls, where the server may be anybody's."""
-    return {"timeout": seconds or SECONDS} if _is_http(url) else {}
-
-
-def _fetch(files: Any, path: str, limit: int, headers: dict[str, str], seconds: float) -> tuple[int, str, bytes]:
-    """Call `http.fetch` in fsspec's event loop."""
-    from fsspec.asyn import sync
-
-    from pixmim.data.shards.http import fetch
-
-    found: tuple[int, str, bytes] = sync(files.loop, fetch, files, path, limit, headers, timeout=seconds)
-    return found
-
-
-def _watch(url: str, size: int) -> Any:
-    """Return a callback for a copy that ends it once more bytes come than there are, or too few a second."""
-    from fsspec.callbacks import Callback
-
-    began = time.monotonic()
-
-    class Watch(Callback):  # type: ignore[misc]
-        """Counts bytes."""
-
-        def relative_update(self, inc: int = 1) -> None:
-            super().relative_update(inc)
-            if self.value > size:
-                raise UserError(f"{url} sends more than the {size:,} bytes that it has")
-            seconds = time.monotonic() - began
-            if seconds > SECONDS and self.value < (seconds - SECONDS) * SLOWEST:
-                raise UserError(f"{url} comes too slowly: {self.value:,} bytes in {seconds:.0f} s")
-
-    return Watch()
-
-
-def _version(url: str, info: dict[str, Any]) -> Version:
-    if info.get("size") is None:
-        raise UserError(f"the server does not tell how large {url} is, so a copy could not be known to be whole")
-    return Version(int(info["size"]), next((str(info[tag]) for tag in (*_CONTENT, *_TIME) if info.get(tag)), ""))
-
-
-def _tried(url: str, action: Callable[[], T], longest: float = float("inf")) -> T | None:
-    """Return what an action returns, tried again after growing pauses for up to `longest` seconds.
+def with_retries(url: str, action: Callable[[], T], max_seconds: float = float("inf")) -> T | None:
+    """Call `action`, repeating it with growing pauses for up to `max_seconds` while it fails with a transient error.
 
     Returns:
-        None if there is no such file.
+        Its result, or None if the file does not exist.
 
     Raises:
-        UserError: If the last try fails, or another one would be of no use.
+        NoAccessError: If the server denies access.
+        UserError: If the last attempt fails, or a repetition cannot help.
     """
-    began = time.monotonic()
-    for tries, pause in enumerate((*PAUSES, None), 1):
+    start = time.monotonic()
+    for attempt, pause in enumerate((*BACKOFF_SECONDS, None), 1):
         try:
             return action()
         except UserError:
             raise
-        except Exception as error:  # each storage raises errors of its own
+        except Exception as error:  # each storage has exceptions of its own
             cause: BaseException = error
             if isinstance(error, FileNotFoundError) and _is_http(url):
-                cause = error.__cause__ or error  # fsspec calls any trouble over http "not found"
-            if isinstance(cause, UserError):  # raised in the client, such as for a redirect
+                cause = error.__cause__ or error  # fsspec reports every HTTP error as "not found"
+            if isinstance(cause, UserError):  # from the HTTP client, such as for a redirect
                 raise UserError(str(cause)) from None
             status = getattr(cause, "status", None)
             if status in (404, 410) or (isinstance(cause, FileNotFoundError) and status is None):
                 return None
             reason = f"{type(cause).__name__}: {cause}".removesuffix(": ")
             if status in (401, 403) or isinstance(cause, PermissionError):
-                raise NoAccessError(f"{url} may not be read: {reason}. Are the keys of this storage set?") from error
+                raise NoAccessError(f"access to {url} denied: {reason}. Set the credentials of this storage") from error
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
-                    f"no space for a copy of {url}: {cause}. Lower --local-copy, or set XDG_CACHE_HOME to a larger disk"
+                    f"no space to cache {url}: {cause}. Lower --local-copy, or set XDG_CACHE_HOME to a larger disk"
                 ) from error
-            refused = isinstance(status, int) and 400 <= status < 500 and status not in _AGAIN
-            over = pause is None or time.monotonic() - began > longest
-            if over or refused or isinstance(cause, _FINAL):
-                often = f", tried {tries} times" if tries > 1 and not refused else ""
-                raise UserError(f"{url} cannot be read{often}: {reason}") from error
+            refused = isinstance(status, int) and 400 <= status < 500 and status not in _RETRY_STATUS
+            expired = pause is None or time.monotonic() - start > max_seconds
+            if expired or refused or isinstance(cause, _PERMANENT_ERRORS):
+                attempts = f" after {attempt} attempts" if attempt > 1 else ""
+                raise UserError(f"{url} cannot be read{attempts}: {reason}") from error
             assert pause is not None
             time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, and the path in it."""
+    protocol = url.split("://", 1)[0].lower()
+    try:
+        from fsspec.core import url_to_fs
+
+        options: dict[str, Any] = {"use_listings_cache": False}  # changes on the server must show
+        if _is_http(url):
+            from pixmim.data.shards.http import OPTIONS
+
+            options |= OPTIONS
+        filesystem, path = url_to_fs(url, **options)
+        return filesystem, str(path)
+    except ImportError as error:
+        help_ = "pip install 'pixmim[remote]'" if _is_http(url) or error.name == "fsspec" else str(error)
+        raise UserError(f"{protocol}:// URLs need a package that is not installed: {help_}") from error
+    except ValueError as error:
+        raise UserError(f"{url}: {error}. Use http, https, s3, gs, az, hf or another protocol of fsspec") from error
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
+def _time_limit(url: str, seconds: float | None = None) -> dict[str, float]:
+    """Return the argument that bounds one of fsspec's calls over HTTP, where the server may be anybody's."""
+    return {"timeout": seconds or REQUEST_SECONDS} if _is_http(url) else {}
+
+
+def _http_get(
+    filesystem: Any, path: str, limit: int, headers: dict[str, str], seconds: float
+) -> tuple[int, str, bytes]:
+    """Call `http.get` in fsspec's event loop."""
+    from fsspec.asyn import sync
+
+    from pixmim.data.shards.http import get
+
+    response: tuple[int, str, bytes] = sync(filesystem.loop, get, filesystem, path, limit, headers, timeout=seconds)
+    return response
+
+
+def _download_guard(url: str, size: int) -> Any:
+    """Return an fsspec callback that aborts a download with more bytes than expected, or with too few a second."""
+    from fsspec.callbacks import Callback
+
+    start = time.monotonic()
+
+    class DownloadGuard(Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > size:
+                raise UserError(f"{url} sends more than the {size:,} bytes expected")
+            seconds = time.monotonic() - start
+            if seconds > REQUEST_SECONDS and self.value < (seconds - REQUEST_SECONDS) * MIN_BYTES_PER_SECOND:
+                raise UserError(f"{url} is too slow: {self.value:,} bytes in {seconds:.0f} s")
+
+    return DownloadGuard()
+
+
+def _version_from(url: str, info: dict[str, Any]) -> FileVersion:
+    if info.get("size") is None:
+        raise UserError(f"the server does not report the size of {url}, so a complete download cannot be recognized")
+    tag = next((str(info[name]) for name in (*_CONTENT_TAGS, *_TIME_TAGS) if info.get(name)), "")
+    return FileVersion(int(info["size"]), tag)

@@ -1,4 +1,4 @@
-"""Where the tars of a data set stand: each is opened by its number, and read at any place."""
+"""Random access to a dataset's tar shards by shard index and byte offset."""
 
 import math
 import os
@@ -9,123 +9,135 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import open_regular
 
-OPEN = 256
-"""Files that are open at a time; most systems allow a process 1024."""
+MAX_OPEN_FILES = 256
+"""Shards a store keeps open; most systems allow a process 1024 files."""
 
-LOOK = 1.0
-"""Seconds for which an open tar is trusted to be the one that was listed. To ask takes longer than to read."""
+RECHECK_SECONDS = 1.0
+"""An open shard is checked for changes this often: `fstat` takes longer than the read itself."""
+
+_HAS_PREAD = hasattr(os, "pread")  # not on Windows
 
 
-class Version(NamedTuple):
-    """What tells one content of a file from another: bytes, and its time or the server's tag (empty: not known)."""
+class FileVersion(NamedTuple):
+    """Size of a file, with its modification time or the server's ETag ("" if unknown)."""
 
     size: int
     tag: str = ""
 
-    def fits(self, found: "Version") -> bool:
-        """Whether a file found is of this version, so far as is known."""
+    def matches(self, found: "FileVersion") -> bool:
+        """Return True if `found` is this version, as far as is known."""
         return self.size == found.size and self.tag in ("", found.tag)
 
 
-class Descriptor:
-    """A read-only descriptor of a regular file, closed when the last reference is dropped.
+class OpenFile:
+    """A read-only file descriptor, closed when the last reference is dropped.
 
-    So one thread may evict it while another one still reads.
+    One thread may evict it while another still reads.
 
     Raises:
-        OSError: If the file cannot be opened or is not a regular one. Nothing is waited for.
+        OSError: If the file cannot be opened or is not a regular file.
     """
 
     def __init__(self, path: Path) -> None:
-        self._number = open_regular(path)
-        weakref.finalize(self, os.close, self._number)
-        self.size = os.fstat(self._number).st_size
-        self.looked = -math.inf  # when its version was last looked at, for those who look
+        self._path, self._descriptor, self._lock = path, open_regular(path), Lock()
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+        self.checked_at = -math.inf
 
     def read(self, length: int, offset: int) -> bytes:
-        """Bytes at a place; fewer where the file ends."""
-        return os.pread(self._number, length, offset)
+        """Read `length` bytes at `offset`; fewer at the end of the file. Thread-safe."""
+        if _HAS_PREAD:
+            return os.pread(self._descriptor, length, offset)
+        with self._lock:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.read(self._descriptor, length)
 
     @property
-    def version(self) -> Version:
-        """Its size and the time of its last change."""
-        status = os.fstat(self._number)
-        return Version(status.st_size, str(status.st_mtime_ns))
+    def version(self) -> FileVersion:
+        """The current size and modification time."""
+        status = os.fstat(self._descriptor)
+        return FileVersion(status.st_size, str(status.st_mtime_ns))
 
     @property
-    def deleted(self) -> bool:
-        """Whether no name leads to the file any more. Its space is free once it is closed."""
-        return os.fstat(self._number).st_nlink == 0
+    def is_deleted(self) -> bool:
+        """True once the file has no name any more; closing it frees its disk space."""
+        return os.fstat(self._descriptor).st_nlink == 0
 
     def touch(self) -> None:
-        """Note that it is in use now, if it is this user's file."""
-        now = time.time_ns()  # finer than the system's own stamp, so that the order of two uses shows
-        with suppress(PermissionError):
-            os.utime(self._number, ns=(now, now))
+        """Set the modification time to now. Files of other users stay as they are."""
+        now = time.time_ns()  # finer than the kernel's own timestamps, so that the order of two uses is recorded
+        with suppress(OSError):
+            os.utime(self._descriptor if os.utime in os.supports_fd else self._path, ns=(now, now))
 
 
-class Shelf(ABC):
-    """Tars, by number. Safe to use from several threads."""
+class ShardStore(ABC):
+    """Random access to shards by index. Thread-safe."""
 
-    @property
-    @abstractmethod
-    def about(self) -> str:
-        """Where they are read, in a few words."""
+    is_remote: bool
+    """True if shards are downloaded before they are read, so that images of one shard are best read together."""
 
     @property
     @abstractmethod
-    def far(self) -> bool:
-        """Whether a tar is fetched whole before it is read, so that its images are best read together."""
+    def description(self) -> str:
+        """Where the shards are, for the summary of a run."""
 
     @abstractmethod
-    def open(self, shard: int) -> Descriptor:
-        """A tar, fetched first if it must be. Raises UserError if it is not there, or not of the version expected."""
+    def open(self, shard: int) -> OpenFile:
+        """Open a shard, downloading it first if necessary.
+
+        Raises:
+            UserError: If it is missing, unreadable, or not of the expected version.
+        """
 
     @abstractmethod
     def read(self, shard: int, length: int, offset: int) -> bytes:
-        """Bytes of a tar at a place; fewer where it ends. Raises UserError as `open` does, and OSError."""
+        """Read `length` bytes of a shard at `offset`; fewer at its end.
+
+        Raises:
+            UserError: As `open`.
+            OSError: If reading fails.
+        """
 
     @abstractmethod
-    def soon(self, shards: Sequence[int]) -> None:
-        """Take notice of the tars that will be read next, in order of need, those in use included."""
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Download shards in the background, in this order. Replaces the previous list."""
 
 
-class Near(Shelf):
-    """Tars in this machine's file system, of the versions given. Raises UserError for one that is not, or no longer."""
+class LocalShards(ShardStore):
+    """Shards in the file system, each of the version given."""
 
-    def __init__(self, names: Sequence[str], versions: Sequence[Version]) -> None:
-        self._names, self._versions = names, versions
-        self._open = lru_cache(maxsize=OPEN)(self._opened)
+    is_remote = False
+
+    def __init__(self, paths: Sequence[str], versions: Sequence[FileVersion]) -> None:
+        self._paths, self._versions = paths, versions
+        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(self._open_uncached)
 
     @property
-    def about(self) -> str:
+    def description(self) -> str:
         return "on disk"
 
-    @property
-    def far(self) -> bool:
-        return False
-
-    def open(self, shard: int) -> Descriptor:
-        found, now = self._open(shard), time.monotonic()
-        if now - found.looked > LOOK:
-            if not self._versions[shard].fits(found.version):
-                raise UserError(f"{self._names[shard]} has changed since the places in it were listed: start again")
-            found.looked = now
-        return found
+    def open(self, shard: int) -> OpenFile:
+        file, now = self._open(shard), time.monotonic()
+        if now - file.checked_at > RECHECK_SECONDS:
+            if not self._versions[shard].matches(file.version):
+                raise UserError(f"{self._paths[shard]} changed while in use: restart the command to index it again")
+            file.checked_at = now
+        return file
 
     def read(self, shard: int, length: int, offset: int) -> bytes:
         return self.open(shard).read(length, offset)
 
-    def soon(self, shards: Sequence[int]) -> None:
-        """Nothing is fetched ahead: the system's own file cache serves."""
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Do nothing: the operating system's page cache serves."""
 
-    def _opened(self, shard: int) -> Descriptor:
+    def _open_uncached(self, shard: int) -> OpenFile:
         try:
-            return Descriptor(Path(self._names[shard]))
+            return OpenFile(Path(self._paths[shard]))
         except OSError as error:
-            raise UserError(f"{self._names[shard]} cannot be opened: {error.strerror}") from error
+            raise UserError(f"{self._paths[shard]} cannot be opened: {error.strerror}") from error

@@ -1,192 +1,200 @@
-"""Tars that lie far away. What is known to be needed is copied whole, ahead of time; any other image is read alone."""
+"""Remote tar shards. Prefetched shards are downloaded and cached on disk; other images are read by range requests."""
 
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from threading import Lock, Thread
+from threading import Lock
 from time import monotonic
 
-from pixmim.data.shards import fsspec_io as remote
-from pixmim.data.shards.disk_cache import Copies
-from pixmim.data.shards.local import OPEN, Descriptor, Shelf, Version
+from pixmim.data.shards import fsspec_io
+from pixmim.data.shards.disk_cache import DiskCache
+from pixmim.data.shards.fsspec_io import is_url
+from pixmim.data.shards.local import MAX_OPEN_FILES, FileVersion, LocalShards, OpenFile, ShardStore
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path
+from pixmim.utils.threads import Workers
 
-_FETCHERS = 4  # threads that fetch ahead
-_TOUCH = 60.0  # seconds between two notes of what is in use, for other processes
+_PREFETCH_THREADS = 4
+_TOUCH_SECONDS = 60.0  # between two records of which cached files are in use, for other processes
 
 
-class Far(Shelf):
-    """Tars at URLs. Raises UserError, on opening, for one that cannot be fetched or has changed on the server.
+def open_shards(names: Sequence[str], versions: Sequence[FileVersion], cache_gib: float) -> ShardStore:
+    """Return a store of shards that are all local or all at URLs.
 
-    versions    as the places in each tar were listed for; a tag that is not known is taken as it is found first
-    local_copy  GiB of copies on this machine, together with those of other data sets
+    Args:
+        names: Paths or URLs.
+        versions: The version of each that its index was made for.
+        cache_gib: Bound of the disk cache for remote shards.
+
+    Raises:
+        UserError: If some are local and others remote.
+    """
+    remote = sum(map(is_url, names))
+    if remote not in (0, len(names)):
+        raise UserError(f"{remote} of {len(names)} shards are remote and the others local: pass them as two datasets")
+    return RemoteShards(names, versions, cache_gib) if remote else LocalShards(names, versions)
+
+
+class RemoteShards(ShardStore):
+    """Shards at URLs.
+
+    Args:
+        urls: Where they are.
+        versions: The version of each that its index was made for. A tag that is not known is asked for once.
+        cache_gib: Bound of the disk cache, which all datasets of the user share.
     """
 
-    def __init__(self, urls: Sequence[str], versions: Sequence[Version], local_copy: float) -> None:
-        self._urls, self._versions, self._local_copy = urls, list(versions), local_copy
-        self._copies = Copies(cache_path("copies", "").parent, int(local_copy * 2**30))
+    is_remote = True
+
+    def __init__(self, urls: Sequence[str], versions: Sequence[FileVersion], cache_gib: float) -> None:
+        self._urls, self._versions, self._cache_gib = urls, list(versions), cache_gib
+        self._cache = DiskCache(cache_path("copies", "").parent, int(cache_gib * 2**30))
         self._lock = Lock()
-        self._opened: OrderedDict[int, Descriptor] = OrderedDict()  # the least recently used first
-        self._coming: dict[int, Future[Descriptor]] = {}
-        self._wanted: list[int] = []
-        self._fitting: list[int] = []  # the first of those wanted, as far as the bound allows
-        self._fetchers = 0
-        self._looked: set[int] = set()  # whose version was compared with the server's
-        self._in_parts = True  # until a server is found to hand out whole files only
-        self._used: set[int] = set()  # since that was noted last
-        self._noted = monotonic()
+        self._open_files: OrderedDict[int, OpenFile] = OrderedDict()  # least recently used first
+        self._downloads: dict[int, Future[OpenFile]] = {}  # pending or running
+        self._upcoming: list[int] = []  # in order of need
+        self._prefetched: frozenset[int] = frozenset()  # the first of them, as many as the cache can hold
+        self._pool: Workers | None = None
+        self._verified: set[int] = set()  # whose version was compared with the server's
+        self._accepts_ranges = True  # until a server returns a complete file instead
+        self._used: set[int] = set()  # since `_touch_used`
+        self._touched_at = monotonic()
         self._warned = False
 
     @property
-    def about(self) -> str:
-        return f"far away, copied to {self._copies.folder}, at most {self._local_copy:g} GiB (--local-copy)"
+    def description(self) -> str:
+        limit = f"at most {self._cache_gib:g} GiB (--local-copy)"
+        return f"at a URL, with a disk cache in {self._cache.folder}, {limit}"
 
-    @property
-    def far(self) -> bool:
-        return True
-
-    def open(self, shard: int) -> Descriptor:
-        found = self._held(shard)
-        if found is not None:
-            return found
+    def open(self, shard: int) -> OpenFile:
+        file = self._already_open(shard)
+        if file is not None:
+            return file
         with self._lock:
-            coming, mine = self._coming.get(shard), shard not in self._coming
-            if coming is None:
-                coming = self._coming[shard] = Future()
-        if mine:
-            self._fetch(shard, coming)
-        return coming.result()
+            running = self._downloads.get(shard)
+            if running is not None and running.cancel():  # needed now: do not wait for a thread of the pool
+                running = None
+            if running is None:
+                download = self._downloads[shard] = Future()
+                download.set_running_or_notify_cancel()
+        if running is not None:
+            return running.result()
+        self._download(shard, download)
+        return download.result()
 
     def read(self, shard: int, length: int, offset: int) -> bytes:
-        held = self._held(shard)
-        if held is None and (shard in self._coming or shard in self._fitting or not self._in_parts):
-            held = self.open(shard)
-        if held is None:
-            version = self._current(shard)
-            held = self._copies.find(_name(self._urls[shard], version), version.size)
-            if held is not None:
-                self._keep(shard, held)
-        if shard in self._wanted and shard not in self._fitting:
-            self._warn()
-        if held is None:
-            data = remote.read_part(self._urls[shard], version, offset, length)
-            if data is not None:
-                return data
-            self._in_parts = False
-            held = self.open(shard)
-        return held.read(length, offset)
-
-    def soon(self, shards: Sequence[int]) -> None:
-        with self._lock:
-            self._wanted = list(dict.fromkeys(shards))[: OPEN // 2]
-            total, count = 0, 0
-            for shard in self._wanted:
-                total += self._versions[shard].size
-                count += total <= self._copies.bound
-            self._fitting = self._wanted[:count]
-            more = _FETCHERS - self._fetchers if self._next() is not None else 0
-            self._fetchers += more
-        for _ in range(more):
-            Thread(target=self._fetch_ahead, name="pixmim-fetch", daemon=True).start()
-
-    def _held(self, shard: int) -> Descriptor | None:
-        """A copy that is open, noted as used."""
-        with self._lock:
-            found = self._opened.get(shard)
-            if found is not None:
-                self._opened.move_to_end(shard)
-                self._used.add(shard)
-                if monotonic() - self._noted > _TOUCH:
-                    self._note()
-            return found
-
-    def _keep(self, shard: int, found: Descriptor) -> None:
-        """Hold a copy open, and let go of what was used long ago, and of what is deleted, so that its space is free."""
-        with self._lock:
-            self._opened[shard] = found
-            while len(self._opened) > OPEN:
-                self._opened.popitem(last=False)
-            for other in [s for s, descriptor in self._opened.items() if s != shard and descriptor.deleted]:
-                del self._opened[other]
-
-    def _fetch_ahead(self) -> None:
-        """Fetch what is wanted, in order, until as much of it is there as the bound allows."""
-        while True:
-            with self._lock:
-                shard = self._next()
-                if shard is None:
-                    self._fetchers -= 1
-                    return
-                coming = self._coming[shard] = Future()
-            self._fetch(shard, coming)
-            if coming.exception() is not None:  # whoever needs it tries again, and tells
+        file = self._already_open(shard)
+        if file is None and shard in self._upcoming and shard not in self._prefetched:
+            self._warn_cache_too_small()
+        if file is None and self._accepts_ranges and shard not in self._prefetched and shard not in self._downloads:
+            url, version = self._urls[shard], self._verified_version(shard)
+            file = self._cache.lookup(_cache_name(url, version), version.size)
+            if file is None:
+                data = fsspec_io.read_range(url, version, offset, length)
+                if data is not None:
+                    return data
+                self._accepts_ranges = False
+            else:
                 with self._lock:
-                    self._fetchers -= 1
-                return
+                    self._add_open_file(shard, file)
+        return (file or self.open(shard)).read(length, offset)
 
-    def _next(self) -> int | None:
-        return next((s for s in self._fitting if s not in self._opened and s not in self._coming), None)
-
-    def _fetch(self, shard: int, coming: "Future[Descriptor]") -> None:
-        """Open a shard's copy, and fetch it before if there is none."""
-        try:
-            url, version = self._urls[shard], self._current(shard)
-            with self._lock:
-                self._note()
-                keep = [_name(self._urls[s], self._versions[s]) for s in self._wanted]
-            name = _name(url, version)
-            found = self._copies.get(name, version.size, lambda to: remote.copy(url, to, version), keep)
-        except BaseException as error:
-            with self._lock:
-                del self._coming[shard]
-            coming.set_exception(error)
-            return
-        self._keep(shard, found)
+    def prefetch(self, shards: Sequence[int]) -> None:
         with self._lock:
-            del self._coming[shard]
-        coming.set_result(found)
+            self._upcoming = list(dict.fromkeys(shards))[: MAX_OPEN_FILES // 2]
+            total, fitting = 0, []
+            for shard in self._upcoming:
+                total += self._versions[shard].size
+                if total > self._cache.max_bytes:
+                    break
+                fitting.append(shard)
+            self._prefetched = frozenset(fitting)
+            self._downloads = {shard: job for shard, job in self._downloads.items() if not job.cancel()}
+            for shard in fitting:
+                if shard not in self._open_files and shard not in self._downloads:
+                    self._pool = self._pool or Workers(_PREFETCH_THREADS, "pixmim-prefetch")
+                    self._downloads[shard] = Future()
+                    self._pool.submit(self._prefetch_one, shard, self._downloads[shard])
 
-    def _current(self, shard: int) -> Version:
-        """A shard's version, compared with the server's once."""
-        if shard not in self._looked:
+    def _already_open(self, shard: int) -> OpenFile | None:
+        with self._lock:
+            file = self._open_files.get(shard)
+            if file is not None:
+                self._open_files.move_to_end(shard)
+                self._used.add(shard)
+                if monotonic() - self._touched_at > _TOUCH_SECONDS:
+                    self._touch_used()
+            return file
+
+    def _add_open_file(self, shard: int, file: OpenFile) -> None:
+        """Keep a file open, and close files that were evicted from the cache, which frees their space."""
+        self._open_files[shard] = file
+        for other in [s for s, held in self._open_files.items() if s != shard and held.is_deleted]:
+            del self._open_files[other]
+        while len(self._open_files) > MAX_OPEN_FILES:
+            self._open_files.popitem(last=False)
+
+    def _prefetch_one(self, shard: int, download: "Future[OpenFile]") -> None:
+        if download.set_running_or_notify_cancel():
+            self._download(shard, download)
+
+    def _download(self, shard: int, download: "Future[OpenFile]") -> None:
+        """Resolve `download` with the open file of a shard, from the cache or the server."""
+        try:
+            url, version = self._urls[shard], self._verified_version(shard)
+            with self._lock:
+                self._touch_used()
+                keep = [_cache_name(self._urls[s], self._versions[s]) for s in self._upcoming]
+            name = _cache_name(url, version)
+            file = self._cache.fetch(name, version.size, lambda to: fsspec_io.download(url, to, version), keep)
+        except BaseException as error:  # whoever reads the shard tries again, and raises it there
+            with self._lock:
+                del self._downloads[shard]
+            download.set_exception(error)
+            return
+        with self._lock:
+            self._add_open_file(shard, file)
+            del self._downloads[shard]
+        download.set_result(file)
+
+    def _verified_version(self, shard: int) -> FileVersion:
+        """Return a shard's version, compared with the server's on first use."""
+        if shard not in self._verified:
             url, expected = self._urls[shard], self._versions[shard]
-            found = remote.version(url)
+            found = fsspec_io.file_version(url)
             if found is None:
-                raise UserError(f"there is no {url} any more")
+                raise UserError(f"{url} no longer exists")
             if not expected.tag and found.size != expected.size:
                 raise UserError(
-                    f"{url} has {found.size:,} bytes, and {expected.size:,} by its index: copy the cache there again"
+                    f"{url} has {found.size:,} bytes, but {expected.size:,} in its index: upload the cache again"
                 )
-            if not expected.fits(found):
-                raise UserError(f"{url} has changed on the server since the places in it were listed: start again")
+            if not expected.matches(found):
+                raise UserError(f"{url} changed on the server since it was indexed: restart the command")
             self._versions[shard] = found
-            self._looked.add(shard)
+            self._verified.add(shard)
         return self._versions[shard]
 
-    def _note(self) -> None:
-        """Mark the copies that were used, in order of their last use."""
-        for shard in self._opened:
+    def _touch_used(self) -> None:
+        """Record which cached files were used, in order of their last use."""
+        for shard, file in self._open_files.items():
             if shard in self._used:
-                self._opened[shard].touch()
+                file.touch()
         self._used.clear()
-        self._noted = monotonic()
+        self._touched_at = monotonic()
 
-    def _warn(self) -> None:
-        """Say once that the bound is too small."""
+    def _warn_cache_too_small(self) -> None:
         with self._lock:
             if self._warned:
                 return
             self._warned = True
-            need = sum(self._versions[shard].size for shard in self._wanted) / 2**30
+            need = sum(self._versions[shard].size for shard in self._upcoming) / 2**30
         print(
-            f"warning: --local-copy {self._local_copy:g} holds less than the far shards that are read together, "
-            f"{need:.3g} GiB: images of the others are fetched one by one",
+            f"warning: --local-copy {self._cache_gib:g} is smaller than the {need:.3g} GiB of remote shards that are "
+            "read together: images of the others are fetched one by one",
             file=sys.stderr,
         )
 
 
-def _name(url: str, version: Version) -> str:
-    """Of a copy: another one for each version."""
+def _cache_name(url: str, version: FileVersion) -> str:
     return cache_path("copies", f"{url}\0{version.size}\0{version.tag}").name

@@ -1,4 +1,4 @@
-"""Opening the tars of others: which are meant, what is in each, and what their classes are called."""
+"""Open WebDataset tars: find them, index them, and read the names of their classes."""
 
 import os
 import re
@@ -11,11 +11,12 @@ import numpy as np
 from rich.console import Console
 
 from pixmim.data.dataset import COLOUR, Form
-from pixmim.data.shards import anywhere
-from pixmim.data.shards.dataset import Contents, Shards
-from pixmim.data.shards.fsspec_io import NoAccessError, is_far
-from pixmim.data.shards.index import PICTURES, Found, contents
-from pixmim.data.shards.local import Version
+from pixmim.data.shards import fsspec_io
+from pixmim.data.shards.dataset import ShardDataset, ShardIndex
+from pixmim.data.shards.fsspec_io import NoAccessError, is_url
+from pixmim.data.shards.index import IMAGE_EXTENSIONS, ScanResult, load_or_scan
+from pixmim.data.shards.local import FileVersion
+from pixmim.data.shards.remote import open_shards
 from pixmim.data.uri import expand_braces
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
@@ -23,161 +24,155 @@ from pixmim.utils.progress import parallel_map
 
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)\}*$", re.IGNORECASE)
 
+_warned: set[str] = set()  # datasets whose ignored images were reported
 
-def names_tars(spec: str) -> bool:
-    """Whether a name or a pattern ends as a tar's does; a compressed one's too, which is refused later."""
-    name = spec.split("?", 1)[0] if is_far(spec) else spec  # a URL may be signed
+
+def is_tar(spec: str) -> bool:
+    """Return True if a name or pattern ends like a tar's, compressed or not."""
+    name = spec.split("?", 1)[0] if is_url(spec) else spec  # a URL may be signed
     return _TAR.search(name) is not None
 
 
-def tar_names(spec: str) -> dict[str, Version | None] | None:
-    """The tars that `spec` names: one, several by pattern, or all of a folder; near only if that holds no other files.
+def find_tars(spec: str) -> dict[str, FileVersion | None] | None:
+    """Find the tars of a path, a URL, a pattern, or a folder (a local one must contain only tars).
 
-    None if it names something else. Versions are given where finding the names told them. Raises UserError where
-    nothing fits a pattern, and for a URL that leads to no tars.
+    Returns:
+        Their names, with their versions where those are known; None if `spec` is something else.
+
+    Raises:
+        UserError: If nothing matches a pattern, or a URL leads to no tars.
     """
-    if is_far(spec):
-        return _named(spec if names_tars(spec) else f"{spec}/*.tar")
+    if is_url(spec):
+        return _expand(spec if is_tar(spec) else f"{spec}/*.tar")
     if os.path.isdir(spec):
         names = sorted(name for name in os.listdir(spec) if not name.startswith("."))
-        tars = [name for name in names if names_tars(name)]
+        tars = [name for name in names if is_tar(name)]
         others = set(names) - {*tars, "classes.txt"}
         return dict.fromkeys(f"{spec}/{name}" for name in tars) if tars and not others else None
-    if not names_tars(spec):
+    if not is_tar(spec):
         return None
-    return {spec: None} if os.path.isfile(spec) else _named(spec)
+    return {spec: None} if os.path.isfile(spec) else _expand(spec)
 
 
-def _named(pattern: str) -> dict[str, Version | None]:
-    found: dict[str, Version | None] = {}
+def _expand(pattern: str) -> dict[str, FileVersion | None]:
+    found: dict[str, FileVersion | None] = {}
     for name in expand_braces(pattern):
-        if any(character in name for character in ("*" if is_far(name) else "*?[")):
-            fitting = anywhere.matching(name)
-            if not fitting:
-                lists = ", or the server lists no files" if is_far(name) else ""
-                raise UserError(f"nothing fits {name}{lists}")
-            found |= fitting
+        if any(character in name for character in ("*" if is_url(name) else "*?[")):
+            matching = fsspec_io.find_matching(name)
+            if not matching:
+                raise UserError(f"nothing matches {name}" + ", or the server does not list files" * is_url(name))
+            found |= matching
         else:
             found[name] = None
     return found
 
 
-def open_tars(
+def open_webdataset(
     spec: str,
-    names: dict[str, Version | None],
+    tars: dict[str, FileVersion | None],
     form: Form = COLOUR,
     local_copy: float = 50.0,
     last_dot: bool = False,
-) -> Shards:
-    """The samples of tars in the order of the names, searched through first where that was not yet done.
+) -> ShardDataset:
+    """Open the samples of tars, scanning those whose index is not cached.
 
-    A tar that is cut off or damaged is an error, not a loss: its samples before the damage are not used either. Raises
-    UserError for that, for tars that are not there, and if there is no picture in any.
+    A truncated or damaged tar is an error: samples before the damage are not used either.
+
+    Args:
+        spec: What the user passed.
+        tars: What `find_tars` returned.
+        form: Channels and dtype that images are converted to.
+        local_copy: Bound of the disk cache for remote shards, in GiB.
+        last_dot: Whether keys end at the last dot of a file name instead of the first.
+
+    Raises:
+        UserError: If a tar is missing or damaged, or none contains an image.
     """
-    tars = list(names)
-    asked = parallel_map("looking for shards", lambda i: names[tars[i]] or anywhere.version(tars[i]), len(tars))
-    missing = [name for name, version in zip(tars, asked, strict=True) if version is None]
+    names = list(tars)
+    found = parallel_map("looking for shards", lambda i: tars[names[i]] or fsspec_io.file_version(names[i]), len(names))
+    missing = [name for name, version in zip(names, found, strict=True) if version is None]
     if missing:
-        more = f"; {len(missing)} of {len(tars)} are missing" if len(missing) > 1 else ""
-        raise UserError(f"there is no {missing[0]}{more}")
-    versions = [version for version in asked if version is not None]
-    shelf = anywhere.shelf(tars, versions, local_copy)
-    found = parallel_map(
-        "searching shards", lambda i: contents(tars[i], versions[i], shelf, i, last_dot), len(tars), threads=8
+        count = f" ({len(missing)} of {len(names)} are missing)" * (len(missing) > 1)
+        raise UserError(f"{missing[0]} does not exist{count}")
+    versions = [version for version in found if version is not None]
+    store = open_shards(names, versions, local_copy)
+    scans = parallel_map(
+        "indexing shards", lambda i: load_or_scan(names[i], versions[i], store, i, last_dot), len(names), threads=8
     )
-    if not any(len(one.contents.entries) for one in found):
-        extensions = sum((Counter(one.extensions) for one in found), Counter[str]())
+    if not any(len(scan.index.entries) for scan in scans):
+        extensions = sum((Counter(scan.extensions) for scan in scans), Counter[str]())
         what = " ".join(f".{extension}" for extension, _ in extensions.most_common(8)) or "no files"
-        raise UserError(f"no pictures in {spec} (found {what}); known: {' '.join('.' + name for name in PICTURES)}")
-    _warn(spec, found)
-    if any(one.words for one in found) and not any(one.unlabelled for one in found):
-        classes, held = _words(found)
-    else:
-        classes, held = _classes(tars, found), [one.contents for one in found]
-    return Shards(spec, form, tars, shelf, held, classes=classes, note=_note(found, bool(classes)))
+        known = " ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
+        raise UserError(f"no images in {spec} (found {what}); supported: {known}")
+    _warn_ignored(spec, scans)
+    classes, indexes = _merge_labels(names, scans)
+    return ShardDataset(spec, form, names, store, indexes, classes=classes, note=_note(scans, bool(classes)))
 
 
-def _warn(spec: str, found: Sequence[Found]) -> None:
-    """Say on the terminal, once and by one process, how many images are not read: that is seldom meant."""
-    lost, links = sum(one.lost for one in found), sum(one.links for one in found)
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    if spec in _warned or not first:
+def _warn_ignored(spec: str, scans: Sequence[ScanResult]) -> None:
+    """Warn once, on rank 0, about images that are ignored, which is rarely intended."""
+    extra, links = sum(scan.extra_images for scan in scans), sum(scan.links for scan in scans)
+    if spec in _warned or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return
     _warned.add(spec)
-    images = sum(len(one.contents.entries) for one in found) + lost
-    if lost:
+    images = sum(len(scan.index.entries) for scan in scans) + extra
+    if extra:
         say(
             Console(stderr=True),
-            f"warning: {spec}: {lost:,} of {images:,} images are left out. Files whose names are the same up to "
-            f"the first dot are one sample, of which one image counts (the first of {', '.join(PICTURES[:4])}...). If "
-            f"the dots belong to the names, give '{spec},key=last-dot'",
+            f"warning: {spec}: {extra:,} of {images:,} images are ignored. Files with the same name up to the first "
+            f"dot are one sample, of which one image is used. If names contain dots, pass '{spec},key=last-dot'",
         )
     if links:
         say(
             Console(stderr=True),
-            f"warning: {spec}: {links:,} images are links, which are left out: pack them with --dereference "
+            f"warning: {spec}: {links:,} images are links, which are ignored. Pack them with --dereference "
             "--hard-dereference",
         )
 
 
-_warned: set[str] = set()
+def _merge_labels(tars: Sequence[str], scans: Sequence[ScanResult]) -> tuple[list[str], list[ShardIndex]]:
+    """Return the names of all classes, and each tar's samples with labels by them; no names if a class is missing."""
+    indexes = [scan.index for scan in scans]
+    if any(scan.unlabelled for scan in scans):
+        return [], indexes
+    names = sorted({name for scan in scans for name in scan.class_names})
+    if all(name.isascii() and name.isdecimal() for name in names):
+        label_of = {name: int(name) for name in names}
+        classes = _read_class_names(tars, max(label_of.values()))
+    else:
+        label_of = {name: label for label, name in enumerate(names)}
+        classes = names
+    for i, scan in enumerate(scans):
+        entries = scan.index.entries.copy()
+        entries["label"] = np.asarray([label_of[name] for name in scan.class_names], np.int32)[entries["label"]]
+        indexes[i] = replace(scan.index, entries=entries)
+    return classes, indexes
 
 
-def _words(found: Sequence[Found]) -> tuple[list[str], list[Contents]]:
-    """Names of the classes where .cls files hold words, sorted, and each tar's samples with labels to match."""
-    own = [
-        one.words or [str(n) for n in range(int(one.contents.entries["label"].max(initial=-1)) + 1)] for one in found
-    ]
-    used = [
-        {words[label] for label in np.unique(one.contents.entries["label"])}
-        for one, words in zip(found, own, strict=True)
-    ]
-    classes = sorted(set().union(*used))
-    place = {word: i for i, word in enumerate(classes)}
-    held = []
-    for one, words in zip(found, own, strict=True):
-        entries = one.contents.entries.copy()
-        entries["label"] = np.asarray([place.get(word, -1) for word in words], np.int32)[entries["label"]]
-        held.append(replace(one.contents, entries=entries))
-    return classes, held
-
-
-def _classes(tars: Sequence[str], found: Sequence[Found]) -> list[str]:
-    """Names of the classes: the lines of a classes.txt beside the tars, or else their numbers. Empty: no labels."""
-    if any(one.unlabelled for one in found):
-        return []
-    highest = max(int(one.contents.entries["label"].max(initial=-1)) for one in found)
+def _read_class_names(tars: Sequence[str], highest: int) -> list[str]:
+    """Return the lines of classes.txt in the tars' folder, or the numbers up to `highest`."""
     folders = {dirname(name) for name in tars}
-    beside = os.path.join(folders.pop(), "classes.txt") if len(folders) == 1 else ""
+    path = os.path.join(folders.pop(), "classes.txt") if len(folders) == 1 else ""
     try:
-        text = anywhere.read(beside) if beside else None
-    except NoAccessError:  # what some storages answer where there is nothing
+        text = fsspec_io.read_small_file(path) if path else None
+    except NoAccessError:  # what some storages answer if there is no such file
         text = None
     if text is None:
         return [str(number) for number in range(highest + 1)]
-    names = text.decode("utf-8", "replace").split("\n")
-    names = [line.strip() for line in names[: -1 if not names[-1].strip() else None]]
+    names = [line.strip() for line in text.decode("utf-8", "replace").rstrip().split("\n")]
     if highest >= len(names):
-        raise UserError(f"{beside} names {len(names)} classes, and there is a class number {highest}")
+        raise UserError(f"{path} names {len(names)} classes, but a sample has class number {highest}")
     return names
 
 
-def _note(found: Sequence[Found], labelled: bool) -> str:
-    """What a user should know of what was left out."""
-    samples = sum(len(one.contents.entries) for one in found)
-    several, without, unlabelled, lost, links = (
-        sum(getattr(one, name) for one in found) for name in ("several", "without", "unlabelled", "lost", "links")
-    )
-    notes = []
-    if several:
-        notes.append(
-            f"{several:,} samples hold several pictures, of which the first of {', '.join(PICTURES[:4])}... counts: "
-            f"{lost:,} are left out"
-        )
-    if links:
-        notes.append(f"{links:,} links are left out")
-    if without:
-        notes.append(f"{without:,} samples without a picture are left out")
-    if not labelled and unlabelled < samples:
-        notes.append(f"{unlabelled:,} of {samples:,} have no class in a .cls, so there are no labels")
-    return "".join(f"; {note}" for note in notes)
+def _note(scans: Sequence[ScanResult], labelled: bool) -> str:
+    """Describe the samples that are left out."""
+    samples = sum(len(scan.index.entries) for scan in scans)
+    ignored = sum(scan.extra_images + scan.links for scan in scans)
+    without_image, unlabelled = sum(scan.without_image for scan in scans), sum(scan.unlabelled for scan in scans)
+    notes = {
+        f"{ignored:,} images are ignored": ignored,
+        f"{without_image:,} samples without an image are ignored": without_image,
+        f"no labels: {unlabelled:,} of {samples:,} samples have no class": not labelled and unlabelled < samples,
+    }
+    return "".join(f"; {note}" for note, applies in notes.items() if applies)

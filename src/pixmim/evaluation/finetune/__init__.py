@@ -5,7 +5,6 @@ The classifier is kept beside the results, in timm's names, with its classes in 
 
 import json
 import os
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
