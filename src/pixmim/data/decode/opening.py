@@ -1,8 +1,6 @@
 """Open image files with Pillow: only of the formats that are promised, and only once their claims were checked."""
 
 import io
-import logging
-import warnings
 
 from PIL import (
     BmpImagePlugin,
@@ -20,10 +18,6 @@ from pixmim.data.dataset import BadImage
 from pixmim.data.decode import ifd, jpeg, sizes
 from pixmim.data.decode.kinds import HEAD, about
 from pixmim.data.decode.limits import VARIABLE, check_size, max_pixels
-
-for _name in ("PIL", "tifffile"):  # what they say of damage belongs into skipped.csv, not onto the screen
-    logging.getLogger(_name).addHandler(logging.NullHandler())
-    warnings.filterwarnings("ignore", module=_name)
 
 _PLUGINS = (  # imported, so that Pillow need not look for them among all the others
     BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin,
