@@ -13,6 +13,7 @@ from steps import Ours, training_flops
 from timing import CLOCKS, interleaved, machine
 
 from pixmim.training.precision import choose_device, choose_precision
+from pixmim.utils.allocator import retain_freed_memory
 
 BACKBONES = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 SIZES = (96, 160, 224, 320, 448)
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a CPU that others use too")
     options = parser.parse_args()
+    retain_freed_memory()
     device = choose_device("auto")
     gpu = device.type == "cuda"
     batch, precision = options.batch or (128 if gpu else 8), choose_precision("auto", device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
 
 from pixmim.training.precision import choose_device, choose_precision
+from pixmim.utils.allocator import retain_freed_memory
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a CPU that others use too")
     options = parser.parse_args()
     clock = CLOCKS[options.clock]
+    retain_freed_memory()
     device, batch = choose_device("auto"), options.batch or (4 if options.full else 16)
     steps = 10 if device.type == "cuda" else 1
     fast = choose_precision("auto", device)

@@ -29,6 +29,7 @@ from pixmim.evaluation.features import freeze
 from pixmim.evaluation.frozen_encoder import Encoder, in_training
 from pixmim.training.precision import autocast, choose_attention, choose_device, choose_precision
 from pixmim.transforms.crops import evaluation_crop
+from pixmim.utils.allocator import retain_freed_memory
 
 BACKBONES = ("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
 
@@ -60,6 +61,7 @@ def main() -> None:
 
 def ready(backbone: str) -> Encoder:
     run = Run(model=Model("simmim" if "swin" in backbone else "mae", backbone))
+    retain_freed_memory()
     device = choose_device("auto")
     precision = choose_precision("auto", device)
     module = build_encoder(run).to(device).eval()

@@ -39,6 +39,7 @@ from pixmim.data.shards.dataset import ShardDataset
 from pixmim.targets import IMAGENET_MEAN, IMAGENET_STD
 from pixmim.training.precision import choose_device, choose_precision
 from pixmim.transforms.crops import SimpleResizedCrop, finish
+from pixmim.utils.allocator import retain_freed_memory
 
 PIXMIM = "pixmim PixMIM"
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="all that is not float32")
     parser.add_argument("--profile", action="store_true", help="print what takes pixmim's time")
     options = parser.parse_args()
+    retain_freed_memory()
     device = choose_device("auto")
     fast = choose_precision("auto", device)
     options.steps = options.steps or (10 if device.type == "cuda" else 1)

@@ -138,7 +138,7 @@ def test_a_run_that_diverges_stops_with_advice(tiny_run: Make, tmp_path: Path, m
 
     original = module.finish
     monkeypatch.setattr(module, "finish", spoil)
-    with pytest.raises(UserError, match=r"not finite in the last 2. updates.*--optim.clip"):
+    with pytest.raises(UserError, match=r"not finite in the last 2. steps.*--optim.clip"):
         train(tiny_run(steps=100, log_every=5), tmp_path / "run")
 
 

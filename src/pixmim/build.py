@@ -1,6 +1,7 @@
 """From a Run to the four choices it names (crop, mask, model, target), and the numbers that drive them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -100,8 +101,19 @@ def build_model(run: Run) -> MaskedModel:
     outputs = run.target.bins if run.target.distance == "cross_entropy" else 1
     given = {"img_size": run.hw, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
     check_room(lambda: create_model(m.name, m.backbone, **given), m.backbone)
-    torch.manual_seed(run.seed)
-    return create_model(m.name, m.backbone, **given)
+    with seeded(run.seed):
+        return create_model(m.name, m.backbone, **given)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator within a `with` statement. The caller's generators stay as they are."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def build_encoder(run: Run) -> nn.Module:

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,16 +24,16 @@ from pixmim.method import Method
 from pixmim.models.base import MaskedModel
 from pixmim.models.layer_decay import not_decayed
 from pixmim.runfile import to_json
-from pixmim.training.checkpoint import AUTOSAVE, Checkpoints, milestone
+from pixmim.training.checkpoint import Checkpoints
 from pixmim.training.distributed import ALONE, World
 from pixmim.training.find_batch_size import halve, images_at_once, is_out_of_memory
-from pixmim.training.metric_logger import RunLog, read_metrics
+from pixmim.training.metric_logger import read_metrics
 from pixmim.training.optim import Updater, adamw
-from pixmim.training.parallelize import accumulating, compiling, spread, way, whole_state
-from pixmim.training.preemption import Interrupted, Interrupts
+from pixmim.training.parallelize import accumulating, spread, step_context, way, whole_state
+from pixmim.training.preemption import Interrupted
 from pixmim.training.schedule import Schedule
 from pixmim.training.summary import closing, describe
-from pixmim.training.trainer import loop
+from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import finish
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError, first_line
@@ -78,17 +77,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     place, kept = choose_place(data, crop, run.keep, device, processes=here)
     schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
 
-    def stays(step: int) -> bool:
-        return milestone(step, run.saving.epochs / epoch)
-
-    checkpoints = Checkpoints(
-        out / "checkpoints",
-        last=run.saving.last,
-        stays=stays,
-        world=world,
-        say=partial(say, console),
-    )
-    begun = max(checkpoints.steps(), default=0)
+    begun = max(Checkpoints(out / "checkpoints").steps(), default=0)
     if not begun and (out / WEIGHTS).exists():
         raise UserError(
             f"{out} holds a finished encoder, and no checkpoint to go on from: `--init {shlex.quote(str(out))}` begins "
@@ -104,7 +93,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     network = spread(model, run.scale, world, device, precision)
     optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay, not_decayed(model.encoder))
     updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
-    with compiling(run.scale):
+    with step_context(run.scale):
         parts = _parts(run, method, network, updater, world, beside=data if place == "device" else None)
     shard = BatchShard(run.batch_size, 0, world.rank, world.size, parts)
     if world.first:
@@ -115,7 +104,22 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     about = [f"images: {line}" for line in (data.about, kept) if line]
     for line in [*describe(run, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
         say(console, line)
-    start = checkpoints.load(model, updater, images=len(data))
+    trainer = Trainer(
+        model,
+        updater,
+        schedule.lr,
+        schedule.steps,
+        out,
+        images=len(data),
+        batch_size=run.batch_size,
+        accumulate=parts,
+        network=network,
+        world=world,
+        saving=run.saving,
+        log_every=run.log_every,
+        console=console,
+    )
+    start = trainer.resume()
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
         say(console, f"the run {done}: {start:,} updates are done")
@@ -137,16 +141,13 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         nonlocal measured
         if watch is not None and (step in (0, schedule.steps) or step % watch_every == 0):
             try:
-                with interrupts.waiting(world.size == 1):
+                with trainer.interrupts.waiting(world.size == 1):
                     values = watch(_whole(model, run, device, world).encoder)
             except Interrupted:
                 measured = False  # the resumed run measures it
                 return
-            log.write({"step": step, "epoch": round(step * epoch, 6), **values})
-            log.pause()
-
-    def planned(step: int) -> bool:
-        return stays(step) or (run.saving.every > 0 and step % run.saving.every == 0)
+            trainer.log.write({"step": step, "epoch": round(step * epoch, 6), **values})
+            trainer.log.pause()
 
     with (
         create_loader(
@@ -161,42 +162,14 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
             masks=method.masks.at,
             threads=how_many(run.threads, processes=here),
         ) as batches,
-        Interrupts(speaks=world.first) as interrupts,
-        RunLog(
-            out / "metrics.jsonl" if world.first else None,
-            steps=schedule.steps,
-            start=start,
-            every=run.log_every or max(1, min(50, schedule.steps // 200)),
-            epoch=epoch,
-            images=run.batch_size,
-            console=console,
-            total=world.total,
-        ) as log,
-        checkpoints,
-        compiling(run.scale),
+        trainer,
+        step_context(run.scale),
         _short_of_memory(shard),
     ):
         noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
         if world.share(start not in noted):
             measure(start)
-        step = loop(
-            start,
-            schedule.steps,
-            batches,
-            loss_of,
-            network,
-            updater,
-            schedule.lr,
-            lambda step, wait: checkpoints.save(step, model, updater, images=len(data), wait=wait),
-            log=log,
-            interrupts=interrupts,
-            planned=planned,
-            autosave=math.inf if run.saving.every else AUTOSAVE,
-            accumulate=parts,
-            after=measure,
-            world=world,
-            timeout=run.scale.timeout,
-        )
+        step = trainer.fit(batches, loss_of, measure)
 
     if step < schedule.steps or not measured:
         return Outcome(step, finished=False)
@@ -205,7 +178,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
     if world.first:
         save_encoder(product, out / ENCODER, run, step, schedule.steps)
         lost, bad = int(updater.state["skipped"].item()), gather_accounts(out)
-        for line in closing(run, out, step, lost=lost, bad=bad, images=len(data), waited=log.data_wait):
+        for line in closing(run, out, step, lost=lost, bad=bad, images=len(data), waited=trainer.log.data_wait):
             say(console, line)
     return Outcome(step, finished=True)
 
@@ -301,7 +274,6 @@ def _whole(model: MaskedModel, run: Run, device: torch.device, world: World) -> 
     """The model, or where it lies in shards a copy of all of it; every process must ask."""
     if way(run.scale, world) != "fsdp":
         return model
-    with torch.random.fork_rng(devices=[]):
-        copy = build_model(run).to(device)
+    copy = build_model(run).to(device)
     copy.load_state_dict(whole_state(model))
     return copy

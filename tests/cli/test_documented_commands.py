@@ -10,7 +10,15 @@ import pytest
 from pixmim import cli
 from pixmim.cli import evaluate as measure
 from pixmim.evaluation import evaluate
-from pixmim.evaluation.settings import Changes, Detection, Finetune, Linear, Robustness, Segmentation, ShapeBias
+from pixmim.evaluation.settings import (
+    Detection,
+    Finetune,
+    FinetuneOverrides,
+    Linear,
+    Robustness,
+    Segmentation,
+    ShapeBias,
+)
 
 ROOT = Path(__file__).parents[2]
 IMAGENET = ("imagenet/train", "imagenet/val")
@@ -56,7 +64,8 @@ def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -
     tuned = [f"{run}/classifier" for run in runs]
     robust = Robustness("imagenet-c", "imagenet-a", "imagenet-r", "sketch")
     scratch = [
-        Finetune(*IMAGENET, from_scratch=True, size="192", changes=Changes(crop=crop)) for crop in ("rrc", "src")
+        Finetune(*IMAGENET, from_scratch=True, size="192", changes=FinetuneOverrides(crop=crop))
+        for crop in ("rrc", "src")
     ]
     assert asked == [
         (runs, [("linear", Linear(*IMAGENET, protocol="mae"))]),

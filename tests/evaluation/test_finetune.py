@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pixmim.build import build_encoder, build_model
 from pixmim.config import Model, Run
 from pixmim.data import open_data
 from pixmim.data.loader import Batch
-from pixmim.evaluation import finetune, learn
+from pixmim.evaluation import finetune
 from pixmim.evaluation import linear_probe_mae as probe
 from pixmim.evaluation.classification import grade, open_labelled
 from pixmim.evaluation.context import Bench
@@ -31,17 +31,18 @@ from pixmim.evaluation.finetune.model import build, inherit, plan
 from pixmim.evaluation.finetune.recipes import TUNINGS, Recipe, choose, resolve
 from pixmim.evaluation.frozen_encoder import of_model
 from pixmim.evaluation.results import Result
-from pixmim.evaluation.settings import Changes, Finetune, Linear
+from pixmim.evaluation.settings import Finetune, FinetuneOverrides, Linear
 from pixmim.evaluation.settings import finetune as settings
 from pixmim.recipes import get_recipe
 from pixmim.runfile import to_json
+from pixmim.training import trainer
 from pixmim.transforms.crops import finish
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 
 Make = Callable[..., Run]
 TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=40,size=32,seed=1"
-SHORT = Changes(epochs=1, batch_size=20, base_lr=0.01)
+SHORT = FinetuneOverrides(epochs=1, batch_size=20, base_lr=0.01)
 
 METHODS = {
     "mae": Model(backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2),
@@ -103,8 +104,8 @@ def test_a_classifier_is_replaced_only_when_told(
     product: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same settings train nothing again; others are refused before training, with what differs and what to do."""
-    folder, calls, really = product("mae"), list[int](), learn.learn
-    monkeypatch.setattr(finetune, "learn", lambda *a, **b: (calls.append(1), really(*a, **b))[1])
+    folder, calls, really = product("mae"), list[int](), finetune.Trainer
+    monkeypatch.setattr(finetune, "Trainer", lambda *a, **b: (calls.append(1), really(*a, **b))[1])
     same = Finetune(TRAIN, TEST, changes=SHORT)
     weights = folder / "classifier/model.safetensors"
     first, kept = measured(folder, same).values, weights.read_bytes()
@@ -181,7 +182,7 @@ def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_p
             to_pil_image(pixels.to(torch.uint8)).save(folder / f"{index}.png")
     sets = str(tmp_path / "train"), str(tmp_path / "test")
     folder = product("mae")
-    changes = Changes(epochs=15, batch_size=12, base_lr=0.04, augment="none")
+    changes = FinetuneOverrides(epochs=15, batch_size=12, base_lr=0.04, augment="none")
     tuned = measured(folder, Finetune(*sets, changes=changes)).values
     assert tuned["top1/low"] > 60 and "top5" not in tuned
     probe = Linear(*sets, protocol="mae", epochs=25, batch_size=12, base_lr=20.0, feature="mean")
@@ -204,7 +205,7 @@ def test_interrupted_and_gone_on_is_bitwise_the_same(
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     whole = measured(folder, settings)
     with monkeypatch.context() as patch:
-        patch.setattr(learn, "Interrupts", Stopped)
+        patch.setattr(trainer, "Interrupts", Stopped)
         patch.setattr(Stopped, "after", after)
         with pytest.raises(KeyboardInterrupt):
             measured(broken, settings)
@@ -216,25 +217,27 @@ def test_interrupted_and_gone_on_is_bitwise_the_same(
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_a_lesson_by_hand(product: Callable[[str], Path]) -> None:
+def test_the_loss_by_hand(product: Callable[[str], Path]) -> None:
     """Without mixing, the loss is cross-entropy with smoothed labels; with it, it is pure in (seed, number)."""
     bench = bench_of(product("mae"))
     settings = Finetune(TRAIN, TEST, accumulate=1)
     data = open_labelled(bench, TRAIN, TEST)
     plain = replace(TUNINGS["mae-vit-base"], mixup=0, cutmix=0, erase=0, batch_size=8, drop_path=0)
     model = build(plan(bench.encoder.run, bench.encoder.module, 10, "mean", ""), 0.0, 0.02, seed=0)
-    lesson = finetune.Lesson(bench, settings, plain, data, (32, 32), model)
-    with lesson.batches(2) as batches:
-        batch = next(batches)
+
+    def loss(batch: Batch, number: int, recipe: Recipe = plain) -> torch.Tensor:
+        return finetune.compute_loss(model, batch, number, bench.encoder, recipe, data, settings.seed)
+
+    with finetune.open_loader(bench, settings, plain, data.train, (32, 32), 2) as loader:
+        batch = next(loader)
         x = finish(batch.images, batch.flip, bench.encoder.mean, bench.encoder.std)
         labels = torch.from_numpy(data.train.labels)[batch.indices]  # type: ignore[arg-type]
         expected = F.cross_entropy(model(x), labels, label_smoothing=0.1)
-        torch.testing.assert_close(lesson.loss(batch, 2), expected)
+        torch.testing.assert_close(loss(batch, 2), expected)
         copy = Batch(batch.images.clone(), batch.flip.clone(), batch.indices.clone())
-    mixed = replace(lesson, recipe=replace(plain, mixup=0.8, cutmix=1.0, erase=0.5))
-    assert torch.equal(mixed.loss(copy, 2), mixed.loss(copy, 2)) and not torch.equal(
-        mixed.loss(copy, 2), mixed.loss(copy, 3)
-    )
+    mixed = replace(plain, mixup=0.8, cutmix=1.0, erase=0.5)
+    assert torch.equal(loss(copy, 2, mixed), loss(copy, 2, mixed))
+    assert not torch.equal(loss(copy, 2, mixed), loss(copy, 3, mixed))
 
 
 def test_binary_cross_entropy_counts_every_class_present() -> None:
@@ -313,17 +316,17 @@ def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], P
     ).exists()
 
 
-def test_recipes_and_changes_name_the_same_numbers() -> None:
-    assert [f.name for f in fields(Recipe)][1:] == [f.name for f in fields(Changes)]
+def test_overrides_replace_the_values_of_a_recipe() -> None:
+    assert all(value is not None for recipe in TUNINGS.values() for value in vars(recipe).values())
     assert all(name in Path(settings.__file__).read_text() for name in TUNINGS)  # the help of --recipe
-    changed = resolve(TUNINGS["mae-vit-base"], Changes(epochs=3, clip=1.0))
+    changed = resolve(TUNINGS["mae-vit-base"], FinetuneOverrides(epochs=3, clip=1.0))
     assert (changed.epochs, changed.clip, changed.layer_decay) == (3, 1.0, 0.65)
     with pytest.raises(UserError, match=r"--layer-decay must be a number from 0.001 to 1, not 2"):
-        Changes(layer_decay=2)
+        FinetuneOverrides(layer_decay=2)
     with pytest.raises(UserError, match="with --loss bce give --smoothing 0"):
-        resolve(changed, Changes(loss="bce"))
+        resolve(changed, FinetuneOverrides(loss="bce"))
     with pytest.raises(UserError, match="--scale is two shares"):
-        resolve(changed, Changes(scale=(1.0, 0.5)))
+        resolve(changed, FinetuneOverrides(scale=(1.0, 0.5)))
 
 
 def test_published_numbers() -> None:
@@ -395,13 +398,12 @@ def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -
 
 def test_the_probe_sees_the_final_norm_of_the_frozen_encoder(product: Callable[[str], Path]) -> None:
     bench = bench_of(product("mae"))
-    data = open_labelled(bench, TRAIN, TEST)
     x = torch.randn(3, 3, 32, 32)
     tokens = bench.encoder.module.forward_features(x)  # type: ignore[operator]
     for kind, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(dim=1))):
-        lesson = probe.Lesson(bench, Linear(TRAIN, TEST), data, kind, 20, nn.Identity())
-        torch.testing.assert_close(lesson.feature(x), expected)
-        assert not lesson.feature(x).requires_grad
+        feature = probe.frozen_feature(bench.encoder, kind, x)
+        torch.testing.assert_close(feature, expected)
+        assert not feature.requires_grad
     assert probe._parts(16384) == (512, 32) and probe._parts(300) == (300, 1) and probe._parts(1500) == (512, 2)
     with pytest.raises(UserError, match="no class token"):
         probe._kind(of_model(str(product("convmae")), device="cpu").module, "cls")

@@ -83,7 +83,3 @@ def filter_is_constant() -> None:
     assert torch.equal(found, low_pass(images, "auto"))
     products = [name for name in called if "matmul" in name]
     assert len(products) == 4 and not any("arange" in name or "cos" in name for name in called), called
-
-
-if __name__ == "__main__":
-    main()

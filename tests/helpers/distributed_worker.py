@@ -1,6 +1,6 @@
-"""Train jobs in several processes: torchrun --nproc-per-node N distributed_worker.py JOBS.json.
+"""Train jobs in several processes, each of which calls `main` with a file of jobs.
 
-JOBS.json holds a list of jobs, which go one after another through the same processes:
+The file holds a list of jobs, which go one after another through the same processes:
 
     run       a configuration
     out       where to train it
@@ -10,10 +10,8 @@ JOBS.json holds a list of jobs, which go one after another through the same proc
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -25,7 +23,6 @@ from pixmim.utils.process import leave
 
 
 def main(jobs: str) -> None:
-    torch.set_num_threads(1)
     with open_world("cpu", timeout=60) as world:
         for job in json.loads(Path(jobs).read_text()):
             run, out, goes_on = from_json(json.dumps(job["run"])), Path(job["out"]), job["goes_on"]
@@ -35,6 +32,7 @@ def main(jobs: str) -> None:
             world.gather(None)
             pixmim.pretrain.finish = poison(world, job["poisoned"], max(1, run.accumulate))  # type: ignore[attr-defined]
             pixmim.pretrain.pretrain(run, out, Console(quiet=not world.first), world=world)
+    leave(0)
 
 
 def poison(world: World, update: int | None, accumulate: int) -> object:
@@ -49,8 +47,3 @@ def poison(world: World, update: int | None, accumulate: int) -> object:
         return images * float("nan") if spoil else images
 
     return spoiled
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
-    leave(0)

@@ -34,12 +34,12 @@ from pixmim.config import Run, Saving
 from pixmim.data import open_data
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.evaluation import embed as embedding
-from pixmim.evaluation import learn
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import Knn
 from pixmim.pretrain import pretrain
 from pixmim.runfile import to_json
+from pixmim.training import trainer
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import adopt
 
@@ -204,8 +204,6 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     quiet, shapes = Console(quiet=True), "shapes:count=12,size=32"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "memory"))
-        patch.setattr(learn, "Interrupts", Stopped)
-        patch.setattr(Stopped, "after", 1)
         draw(root / "pictures")
         make_cache(open_data(str(root / "pictures")), root / "cache", (32, 32), per_shard=4)
         tar(root / "tars" / "0.tar", {path.name: path.read_bytes() for path in (root / "pictures" / "cats").iterdir()})
@@ -223,6 +221,8 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "run.json").write_text(to_json(run))
 
         adopt(Weights(run, dict(build_model(run).state_dict()), "a test"), root / "imported")
+        patch.setattr(trainer, "Interrupts", Stopped)
+        patch.setattr(Stopped, "after", 1)
         assert call(*commands(root / "imported", root, root)["finetune"]) == 130
         patch.setattr(embedding, "features", stopping(embedding.features))
         assert call(*commands(root / "imported", root, root)["embed"]) == 130

@@ -1,12 +1,11 @@
 """A whole training step of each model is one graph, and so is each block: no break, the same loss and gradients."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 from helpers import compile_worker
+from helpers.commands import Started
 
 
-def test_every_model_compiles_whole_and_block_by_block() -> None:
-    done = subprocess.run([sys.executable, compile_worker.__file__], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(compile_worker.CASES)
+def test_every_model_compiles_whole_and_block_by_block(tmp_path: Path) -> None:
+    text = Started(tmp_path / "output.txt", compile_worker.main).end()
+    assert [line.split(":")[0] for line in text.splitlines()] == list(compile_worker.CASES)

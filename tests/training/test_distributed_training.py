@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from helpers import distributed_worker
+from helpers.commands import Started
 from helpers.models import MAE, OTHERS
 from pixmim.config import Mask, Optim, Run, Saving, Scale
 from pixmim.pretrain import pretrain
@@ -28,15 +28,7 @@ def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     """Train each job's run in turn over so many processes."""
     path = folder / f"jobs-{processes}.json"
     path.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parents[1] / "helpers" / "distributed_worker.py"), str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
+    Started(folder / f"{processes}.txt", distributed_worker.main, str(path), ranks=processes).end()
 
 
 def losses(out: Path) -> list[float]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.commands import Pretraining, Started, launch
 from pixmim.config import Run, Saving
 from pixmim.runfile import to_json
 from pixmim.training.checkpoint import Checkpoints
@@ -33,51 +34,30 @@ def run(tiny_run: Make, tmp_path: Path) -> Run:
     return made
 
 
-class Started:
-    """`pixmim pretrain` of the run in `folder`, by so many processes, into `folder/name`; gathers what they print."""
+def torchrun(folder: Path, out: Path, *flags: object) -> Started:
+    """Train `folder/run.json` in two processes that torchrun starts, and starts again once."""
+    launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
+    command = [*launcher, "-m", "pixmim.cli", "pretrain", folder / "run.json", "--out", out, *flags]
+    return Started(folder / f"{out.name}.txt", launch, *map(str, command))
 
-    def __init__(self, folder: Path, name: str, *flags: object, processes: int = 1, restarts: int = 0, limit: int = 0):
-        self.out = folder / name
-        self.checkpoints = Checkpoints(self.out / "checkpoints")
-        many = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        many += ["--max-restarts", str(restarts), "--monitor-interval", "0.1", "-m"]
-        command = [sys.executable, "-m", *(many if processes > 1 else []), "pixmim.cli", "pretrain"]
-        self.process = subprocess.Popen(
-            [*command, str(folder / "run.json"), "--out", str(self.out), *map(str, flags)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
-        )
 
-    def reach(self, step: int) -> None:
-        """Wait until a checkpoint of `step` or later is there."""
-        deadline = time.monotonic() + 120
-        while not any(there >= step for there in self.checkpoints.steps()):
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+def workers(launcher: Started) -> list[int]:
+    """Process numbers of the workers that torchrun started, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = dict(pair.split("=", 1) for pair in (path / "environ").read_text().split("\0") if "=" in pair)
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == launcher.pids[0] and "RANK" in environment:
+            found[int(environment["RANK"])] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
 
-    def workers(self) -> list[int]:
-        """Process numbers of the workers that torchrun started, by rank."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = dict(
-                    pair.split("=", 1) for pair in (path / "environ").read_text().split("\0") if "=" in pair
-                )
-                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, ValueError):
-                continue
-            if parent == self.process.pid and "RANK" in environment:
-                found[int(environment["RANK"])] = int(path.name)
-        return [found[rank] for rank in sorted(found)]
 
-    def end(self, status: int | None = 0) -> str:
-        """What was printed, once it has ended with this status; None: any but 0."""
-        text, _ = self.process.communicate(timeout=180)
-        assert (self.process.returncode != 0) if status is None else (self.process.returncode == status), text
-        return text
+def started(folder: Path, name: str, *flags: object, ranks: int = 1, limit: int = 0) -> Pretraining:
+    out = folder / name
+    return Pretraining(out, folder / "run.json", "--out", out, *flags, ranks=ranks, limit=limit)
 
 
 def same(one: Path, other: Path) -> bool:
@@ -91,51 +71,50 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="look
 @linux
 def test_one_of_two_processes_is_killed(run: Run, tmp_path: Path) -> None:
     """torchrun starts both again, and they go on from the newest checkpoint by themselves."""
-    quiet = Started(tmp_path, "quiet", processes=2)
-    broken = Started(tmp_path, "broken", processes=2, restarts=1)
-    broken.reach(8)
-    os.kill(broken.workers()[1], signal.SIGKILL)
+    out = tmp_path / "broken"
+    broken = torchrun(tmp_path, out)
+    checkpoints = Checkpoints(out / "checkpoints")
+    broken.until(lambda: any(step >= 8 for step in checkpoints.steps()))
+    os.kill(workers(broken)[1], signal.SIGKILL)
     text = broken.end()
     assert "goes on: " in text and "another process of the run has ended" in text
+    quiet = started(tmp_path, "quiet", ranks=2)
     quiet.end()
-    assert same(quiet.out, broken.out)
+    assert same(quiet.out, out)
 
 
 @linux
-def test_a_process_that_hangs_is_named(run: Run, tmp_path: Path) -> None:
-    broken = Started(tmp_path, "broken", "--scale.timeout", 3, "--steps", 100_000, processes=2)
+def test_a_stuck_rank_ends_the_run_and_is_named(run: Run, tmp_path: Path) -> None:
+    broken = started(tmp_path, "broken", "--scale.timeout", 3, "--steps", 100_000, "--batch-size", 9, ranks=3)
     broken.reach(8)
-    waiting, hanging = broken.workers()
-    os.kill(hanging, signal.SIGSTOP)
-    while waiting in broken.workers():  # it ends by itself
-        time.sleep(0.1)
-    os.kill(hanging, signal.SIGKILL)
-    text = broken.end(status=None)
-    assert text.count("error: process 1 does not answer at update ") == 1
+    os.kill(broken.pids[1], signal.SIGSTOP)
+    for rank in (0, 2):
+        broken.processes[rank].join(timeout=60)
+        assert broken.processes[rank].exitcode == 1, broken.text
+    os.kill(broken.pids[1], signal.SIGKILL)
+    broken.processes[1].join()
+    assert broken.text.count("error: stuck ranks: 1 ") == 1 and "--scale.timeout" in broken.text
 
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(number: int, run: Run, tmp_path: Path) -> None:
-    broken = Started(tmp_path, "broken", "--steps", 100_000, "--saving.every", 0, processes=2)
-    metrics = broken.out / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert broken.process.poll() is None, broken.end()
-        time.sleep(0.01)
-    os.kill(broken.workers()[1], number)
-    text = broken.end(status=None)  # torchrun's own, for workers that left with 130
+    broken = started(tmp_path, "broken", "--steps", 100_000, "--saving.every", 0, ranks=2)
+    broken.log()
+    os.kill(broken.pids[1], number)
+    text = broken.end(130)
     (step,) = broken.checkpoints.steps()
     assert f"stopped after step {step}; go on with: pixmim pretrain --resume {broken.out}" in text
 
 
 def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(run: Run, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: writing fails in the same place, in the same way."""
-    broken = Started(tmp_path, "broken", limit=100_000)
+    broken = started(tmp_path, "broken", limit=100_000)
     text = broken.end(status=1)
     assert text.count("warning: a checkpoint could not be written") == STEPS // 4 - 1
     assert "error: a checkpoint could not be written" in text and "the same command goes on" in text
     assert broken.checkpoints.steps() == [] and "Traceback" not in text
-    with_space, quiet = Started(tmp_path, "broken"), Started(tmp_path, "quiet")
+    with_space, quiet = started(tmp_path, "broken"), started(tmp_path, "quiet")
     with_space.end(), quiet.end()
     assert same(quiet.out, broken.out)
 
@@ -147,12 +126,12 @@ def test_a_batch_too_large_for_the_memory_says_what_to_do(tmp_path: Path) -> Non
     flags = ["pixmim-vit-small", "--data", "shapes:count=512,size=32", "--steps", "1", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "pixmim.cli", "pretrain", *flags, "--size", "224", "--precision", "fp32"]
     done = subprocess.run(
-        [*command, "--batch-size", "8192", "--accumulate", "1"], capture_output=True, preexec_fn=small
+        [*command, "--batch-size", "2048", "--accumulate", "1"], capture_output=True, preexec_fn=small
     )
     text = done.stderr.decode()
     assert done.returncode == 1 and "Traceback" not in text
     text = " ".join(text.split())
-    assert re.search(r"memory ran out, with 8,192 images computed at once \(.*\): --accumulate 2 halves them", text), (
+    assert re.search(r"memory ran out, with 2,048 images computed at once \(.*\): --accumulate 2 halves them", text), (
         text
     )
 
@@ -194,25 +173,22 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, run: Run, tmp_path: Path) -
 def test_killed_at_twenty_random_moments(processes: int, killed: int, run: Run, tmp_path: Path) -> None:
     """While it starts, trains, or writes one of its many checkpoints."""
     length = ("--steps", 1500, "--saving.every", 3)
-    quiet = Started(tmp_path, "quiet", *length, processes=processes)
+    quiet = started(tmp_path, "quiet", *length, ranks=processes)
     quiet.end()
     chance, kills, writing = random.Random(0), 0, 0
-    broken = Started(tmp_path, "broken", *length, processes=processes)
+    broken = started(tmp_path, "broken", *length, ranks=processes)
     while kills < 20:
         before = max(broken.checkpoints.steps(), default=0)
-        while processes > 1 and not broken.workers():
-            time.sleep(0.1)
         if chance.random() < 0.8:
             broken.reach(before + 3)
         time.sleep(chance.uniform(0, 1))
-        victims = broken.workers() if processes > 1 else [broken.process.pid]
-        for victim in chance.sample(victims, min(killed, len(victims))):
+        for victim in chance.sample(broken.pids, killed):
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
                 kills += 1
-        broken.process.communicate(timeout=120)
+        broken.end(status=None)
         writing += any((broken.out / "checkpoints").glob("*.tmp"))
-        broken = Started(tmp_path, "broken", *length, processes=processes)
+        broken = started(tmp_path, "broken", *length, ranks=processes)
     broken.end()
     assert writing and same(quiet.out, broken.out)
     print(f"{processes} processes, {kills} kills of {killed} at once, {writing} in the middle of a checkpoint")

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from pixmim.training import precision as device
-from pixmim.training.find_batch_size import keep_memory
+from pixmim import cli
+from pixmim.utils.allocator import retain_freed_memory
 
 FAULTS = """
 import resource
 import torch
-from pixmim.training.find_batch_size import keep_memory
+from pixmim.utils.allocator import retain_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -21,7 +21,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 print(faults())
-assert keep_memory()
+assert retain_freed_memory()
 faults(), faults()  # until the heap has found its size
 print(faults())
 """
@@ -36,9 +36,9 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
 
 LIMITED = """
 import resource
-from pixmim.training.find_batch_size import keep_memory
+from pixmim.utils.allocator import retain_freed_memory
 resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))
-assert not keep_memory()
+assert not retain_freed_memory()
 """
 
 
@@ -47,13 +47,14 @@ def test_where_addresses_are_limited_they_are_not_kept() -> None:
     subprocess.run([sys.executable, "-c", LIMITED], check=True)
 
 
-def test_who_computes_on_a_cpu_keeps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(device, "keep_memory", lambda: asked.append(True))
-    device.choose_device("cpu")
-    assert asked
+def test_a_command_retains_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(cli, "retain_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(cli, "as_process", lambda command: command())
+    monkeypatch.setattr("sys.argv", ["pixmim", "--version"])
+    assert cli.main() == 0 and calls == [True]
 
 
 def test_elsewhere_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert not keep_memory()
+    assert not retain_freed_memory()

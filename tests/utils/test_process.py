@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from helpers.tiny import TINY
 from pixmim import cli
@@ -23,10 +23,8 @@ from pixmim import pretrain as pretraining
 from pixmim.config import Model, Run, Saving
 from pixmim.runfile import to_json
 from pixmim.training.checkpoint import Checkpoints
-from pixmim.training.metric_logger import RunLog, read_metrics
-from pixmim.training.optim import Updater
+from pixmim.training.metric_logger import read_metrics
 from pixmim.training.preemption import Interrupted, Interrupts
-from pixmim.training.trainer import loop
 from pixmim.utils import process
 from pixmim.utils.threads import workers
 from pixmim.weights import save as own
@@ -210,82 +208,6 @@ def test_a_pool_that_is_closed_early_leaves_a_stuck_thread_behind(monkeypatch: p
         for i in range(10):
             pool.submit(done.append, i)
     assert sorted(done) == list(range(10))
-
-
-class Net(nn.Module):
-    """A network whose forward pass changes its state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x).square().mean()
-
-
-class Ready(list[Tensor]):
-    """Parts of batches that need not be waited for."""
-
-    ready = True
-
-    def __next__(self) -> Tensor:
-        return self.pop(0)
-
-
-def test_a_loop_finishes_the_step_whose_data_are_there() -> None:
-    net, saved, parts = nn.Linear(4, 1), list[int](), list[int]()
-    updater = Updater(torch.optim.AdamW(net.parameters(), fused=True), None, scaling=False, device=torch.device("cpu"))
-
-    def loss(x: Tensor, number: int) -> Tensor:
-        parts.append(number)
-        if number == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return net(x).mean()
-
-    with (
-        Interrupts(speaks=False) as interrupts,
-        RunLog(None, steps=4, start=0, every=1, epoch=1, images=8, console=Console(quiet=True)) as log,
-    ):
-        step = loop(
-            0, 4, Ready(torch.ones(9, 2, 4)), loss, net, updater, lambda _: 0.1, lambda step, _: saved.append(step),
-            log=log, interrupts=interrupts, accumulate=3,
-        )  # fmt: skip
-    assert step == 2 and parts == [0, 1, 2, 3, 4, 5] and saved == [2]
-
-
-@pytest.mark.parametrize("stopped", [0, 4, 5])  # a part of a batch for which the loop waits
-def test_a_loop_that_waits_for_data_saves_the_last_complete_update(stopped: int, tmp_path: Path) -> None:
-    def run(stop: int) -> tuple[int, list[tuple[int, dict[str, Tensor]]]]:
-        torch.manual_seed(0)
-        net, saved = Net(), []
-        updater = Updater(
-            torch.optim.AdamW(net.parameters(), fused=True), None, scaling=False, device=torch.device("cpu")
-        )
-
-        def feed() -> Iterator[torch.Tensor]:
-            for number in range(100):
-                if number == stop:
-                    signal.raise_signal(signal.SIGTERM)
-                yield torch.randn(8, 4, generator=torch.Generator().manual_seed(number))
-
-        def keep(step: int, last: bool) -> None:
-            saved.append((step, {name: value.clone() for name, value in net.state_dict().items()}))
-
-        with (
-            Interrupts(speaks=False) as interrupts,
-            RunLog(None, steps=4, start=0, every=1, epoch=1, images=8, console=Console(quiet=True)) as log,
-        ):
-            step = loop(
-                0, 4, feed(), lambda x, _: net(x), net, updater, lambda _: 0.1, keep,
-                log=log, interrupts=interrupts, accumulate=2, planned=lambda _: True,
-            )  # fmt: skip
-        return step, saved
-
-    _, whole = run(-1)
-    step, saved = run(stopped)
-    assert step == stopped // 2 and len(saved) == (step and step + 1)
-    for at, state in saved:
-        assert all(torch.equal(state[name], value) for name, value in dict(whole)[at].items())
 
 
 def test_several_processes_are_not_parted_by_a_signal() -> None:

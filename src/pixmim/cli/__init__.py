@@ -1,8 +1,10 @@
 """The commands. Thin: each reads its flags and calls one function. Imports torch only once there is work to do."""
 
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from pixmim.cli.slurm import slurm
 from pixmim.cli.throughput import bench_data
 from pixmim.cli.visualize import attention, embed, reconstruct
 from pixmim.cli.weights import export, import_
+from pixmim.utils.allocator import retain_freed_memory
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError, first_line, nearest
 from pixmim.utils.process import as_process
@@ -49,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before torch is imported. Threads that wait spinning take the cores from those that compute: on shared cores,
         # training was up to twenty times slower (docs/performance.md).
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        retain_freed_memory()
+        for library in ("PIL", "tifffile"):  # damaged images belong in skipped.csv, not on the terminal
+            logging.getLogger(library).addHandler(logging.NullHandler())
+            warnings.filterwarnings("ignore", module=library)
         return as_process(lambda: main(sys.argv[1:]))
     args = [_HOME.sub(lambda match: f"{match[1]}{os.path.expanduser('~')}", word) for word in argv]
     try:

@@ -1,6 +1,8 @@
 """What an evaluation works with: the encoder, features that are computed once, and a place for its files."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -77,3 +79,10 @@ class Bench:
         """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""
         key = sha256(repr((self.which, sameness(self.encoder), settings)).encode()).hexdigest()[:12]
         return inside(self.folder, f"unfinished/{name}-{self.which}-{key}")
+
+
+def discard(work: Path) -> None:
+    """Remove the folder of work that is finished, and the one above it if that is empty then."""
+    shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):
+        work.parent.rmdir()

@@ -4,24 +4,26 @@ The frozen encoder sees another crop of each image in every epoch, so its featur
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixmim.build import seeded
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import Labelled, grade, open_labelled
-from pixmim.evaluation.context import Bench
-from pixmim.evaluation.learn import forget, learn
+from pixmim.evaluation.context import Bench, discard
+from pixmim.evaluation.frozen_encoder import Encoder
 from pixmim.evaluation.settings import Linear
 from pixmim.models import features
-from pixmim.training.layerwise import LARS
+from pixmim.training.optim import LARS, Updater
 from pixmim.training.precision import autocast
 from pixmim.training.schedule import Schedule
+from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import RandomResizedCrop, finish
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
@@ -66,70 +68,58 @@ def measure(bench: Bench, settings: Linear) -> Iterator[tuple[str, float]]:
         f"LARS, rate {schedule.peak:.3g} after {warmup} updates of warm-up, to 0; "
         + ("class token" if kind == "cls" else "mean of the patch tokens"),
     )
-    torch.manual_seed(settings.seed)
-    width = int(encoder.module.num_features)  # type: ignore[arg-type]
-    head = nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), nn.Linear(width, len(data.classes)))
-    nn.init.normal_(head[1].weight, std=0.01)  # type: ignore[arg-type]
-    nn.init.zeros_(head[1].bias)  # type: ignore[arg-type]
-    lesson = Lesson(bench, settings, data, kind, part, head.to(encoder.device))
-    work = bench.work("linear-mae", settings)
-    learn(
-        head,
-        LARS(head.parameters(), lr=schedule.peak),
-        schedule.lr,
-        steps,
-        lesson.batches,
-        lesson.loss,
-        work,
-        images=images,
-        batch=batch,
-        accumulate=parts,
-        scaling=False,
-        console=bench.console,
-    )
-    head.eval()
-    for name, value in grade(bench, data, encoder, encoder.size, lambda x: head(lesson.feature(x))):
-        yield f"mae/{name}", value
-    forget(work)
+    head = _head(int(encoder.module.num_features), len(data.classes), settings.seed)  # type: ignore[arg-type]
+    head = head.to(encoder.device)
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """What the probe learns from. part: images in a part of a batch."""
-
-    bench: Bench
-    settings: Linear
-    data: Labelled
-    kind: str
-    part: int
-    head: nn.Module
-
-    def batches(self, first: int) -> Loader:
-        """The parts of batches from number `first` on."""
+    def open_loader(first: int) -> Loader:
         return Loader(
-            self.data.train,
-            RandomResizedCrop(self.bench.encoder.size, (0.08, 1.0), single=True),
-            BatchShard(self.part, first * self.part),
-            skipped=self.bench.skipped(self.data.train),
-            seed=self.settings.seed,
-            threads=self.settings.threads,
-            device=self.bench.encoder.device,
+            data.train,
+            RandomResizedCrop(encoder.size, (0.08, 1.0), single=True),
+            BatchShard(part, first * part),
+            skipped=bench.skipped(data.train),
+            seed=settings.seed,
+            threads=settings.threads,
+            device=encoder.device,
         )
 
-    @torch.no_grad()
-    def feature(self, images: Tensor) -> Tensor:
-        """What the frozen encoder says of normalised images, (b d) float32."""
-        encoder = self.bench.encoder
-        with autocast(encoder.device, encoder.precision):
-            found = features(encoder.module, images)
-        return (found.vector[:, -1] if self.kind == "cls" else found.mean).float()
-
-    def loss(self, batch: Batch, number: int) -> Tensor:
-        """The loss of a part of a batch."""
-        encoder = self.bench.encoder
+    def compute_loss(batch: Batch, number: int) -> Tensor:
         to: Any = {"device": encoder.device, "non_blocking": True}
         images = finish(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
-        return F.cross_entropy(self.head(self.feature(images)), self.data.labels[batch.indices].to(**to))
+        return F.cross_entropy(head(frozen_feature(encoder, kind, images)), data.labels[batch.indices].to(**to))
+
+    work = bench.work("linear-mae", settings)
+    trainer = Trainer(
+        head,
+        Updater(LARS(head.parameters(), lr=schedule.peak), None, scaling=False, device=encoder.device),
+        schedule.lr,
+        steps,
+        work,
+        images=images,
+        batch_size=batch,
+        accumulate=parts,
+        console=bench.console,
+    )
+    trainer.resume_and_fit(open_loader, compute_loss)
+    head.eval()
+    for name, value in grade(bench, data, encoder, encoder.size, lambda x: head(frozen_feature(encoder, kind, x))):
+        yield f"mae/{name}", value
+    discard(work)
+
+
+@torch.no_grad()
+def frozen_feature(encoder: Encoder, kind: str, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    """Compute the frozen encoder's feature of normalized images: "cls", its class token, or "mean" of the patches."""
+    with autocast(encoder.device, encoder.precision):
+        found = features(encoder.module, images)
+    return (found.vector[:, -1] if kind == "cls" else found.mean).float()
+
+
+def _head(width: int, classes: int, seed: int) -> nn.Sequential:
+    with seeded(seed):
+        linear = nn.Linear(width, classes)
+        nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
 
 
 def _kind(module: nn.Module, feature: str) -> str:

@@ -7,8 +7,9 @@ either there is one process, which talks to nobody. This is the only file that m
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from pixmim.utils.errors import UserError, first_line
 
 T = TypeVar("T")
+
+_GRACE = 10.0
+"""Seconds within which all ranks that wait for the same one give up."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,15 @@ class World:
 
     store   where processes leave notes for each other; works while they wait in a collective
     saving  a group apart for what is saved behind the loop's back
+    host    a group over which the loops agree, on the host whatever computes
+    timeout  seconds that a collective of the last two waits
     """
 
     seat: Seat = Seat()
     store: Any = None
     saving: Any = None
+    host: Any = None
+    timeout: float = 0.0
     _asked: list[tuple[Tensor, Any]] = field(default_factory=list)
 
     @property
@@ -82,13 +90,42 @@ class World:
         if self.size == 1:
             return list(wishes)
         votes = torch.tensor(wishes, dtype=torch.int32)
-        work = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True)
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, self.host, async_op=True)
         self._asked.append((votes, work))
         if len(self._asked) == 1:
             return [False] * len(wishes)
         before, done = self._asked.pop(0)
         done.wait()
         return before.bool().tolist()
+
+    def meet(self) -> None:
+        """Wait on the host until every rank has called this."""
+        if self.size > 1:
+            dist.barrier(self.host)
+
+    @contextmanager
+    def naming_stuck_ranks(self) -> Iterator[None]:
+        """Raise UserError, with the ranks that are stuck, for a collective that times out.
+
+        Every rank that waited in vain leaves a note in the store. The ranks without one are stuck.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or "timed out" not in str(error).lower():
+                raise
+            stuck, deadline = [0], time.monotonic() + min(self.timeout, _GRACE)
+            with suppress(RuntimeError):  # rank 0 may keep the store
+                self.store.set(f"waited/{self.rank}", "")
+                while True:
+                    stuck = [rank for rank in range(self.size) if not self.store.check([f"waited/{rank}"])]
+                    if len(stuck) <= 1 or time.monotonic() > deadline:
+                        break
+                    time.sleep(0.05)
+            raise UserError(
+                f"stuck ranks: {', '.join(map(str, stuck)) or 'all'} (the others waited for {self.timeout:g} s, see "
+                "--scale.timeout). The same command resumes the run from the newest checkpoint"
+            ) from error
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes, of tensors of one shape."""
@@ -130,7 +167,7 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
     """Meet the other processes of the run, if there are any; once in a process, which ends by `process.leave`.
 
     device   "auto", "cuda" or "cpu", as the user asked: decides how processes talk, and gives each its own GPU
-    timeout  seconds after which a process that waits for the others may be given up; they part at twice as many
+    timeout  seconds after which a process that waits for the others gives up
 
     Raises UserError where they cannot meet, and for an error that another process's end has caused.
     """
@@ -149,7 +186,7 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
                 f"process {here.local} of this machine finds {torch.cuda.device_count()} GPUs: start as many"
             )
         torch.cuda.set_device(here.local)
-    patience = timedelta(seconds=2 * timeout)  # longer than a loop's watchdog, which can say who is missing
+    patience = timedelta(seconds=timeout)
     try:
         store = _meet(here, patience)
         dist.init_process_group(
@@ -157,11 +194,13 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
             store=PrefixStore("group", store),
             rank=here.rank,
             world_size=here.size,
-            timeout=patience,
+            # NCCL ends the process without naming a rank, so the host's groups must give up first.
+            timeout=2 * patience if gpu else patience,
         )
     except (RuntimeError, KeyError) as error:
         raise UserError(f"process {here.rank} of {here.size} could not meet the others: {first_line(error)}") from error
-    world = World(here, store, dist.new_group(backend="gloo", timeout=patience))
+    saving, host = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
+    world = World(here, store, saving, host, timeout)
     try:
         yield world
     except RuntimeError as error:

@@ -1,41 +1,32 @@
-"""Memory of a training: how many images are computed at once, what running out of it looks like, and how it is kept."""
+"""Find out how many images fit into memory at once, and recognize errors that mean it ran out."""
 
-import ctypes
 import errno
 import gc
-import platform
+import math
 from collections.abc import Callable
 
 import torch
 
-from pixmim.utils.available_memory import addresses
 from pixmim.utils.errors import UserError
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
-
-
-def keep_memory() -> bool:
-    """Let this process keep freed memory for itself, up to what it held at most, from now on.
-
-    By default glibc asks the kernel for each large block and returns it when it is freed, so every step touches every
-    page of its tensors for the first time again: 50,000 page faults in a step of a tiny ViT, and none once memory is
-    kept.
-
-    Gives whether that was done: with glibc (Linux) it is, and elsewhere nothing is changed; nor is it where the
-    process's addresses are limited (`ulimit -v`), since what is kept could give back its memory, but not its addresses,
-    and others need some, too: libraries that compile at run time, new threads. GPU memory is not concerned: torch keeps
-    that anyway.
-    """
-    if platform.libc_ver()[0] != "glibc" or addresses() is not None:
-        return False
-    libc = ctypes.CDLL(None)
-    settings = ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
-    return all(libc.mallopt(which, value) == 1 for which, value in settings)
 
 
 def images_at_once(pixels: int, width: int) -> int:
     """Return how many images a CPU computes at once: 16 of ViT-S at 224 pixels, 1,000 of a small one at 48."""
     return max(1, 320_000_000 // (pixels * width))
+
+
+def equal_parts(batch: int, asked: int, device: torch.device, size: tuple[int, int], width: int) -> int:
+    """Return the number of equal parts to compute a batch in: `asked`, or for 0 what a CPU's memory suits.
+
+    Raises:
+        UserError: If the batch does not divide into as many as were asked for.
+    """
+    if asked and batch % asked:
+        raise UserError(f"a batch of {batch} does not divide into --accumulate {asked} equal parts")
+    if asked or device.type != "cpu":
+        return asked or 1
+    fewest = -(-batch // images_at_once(math.prod(size), width))
+    return next(parts for parts in range(fewest, batch + 1) if batch % parts == 0)
 
 
 def halve(attempt: Callable[[int], None], images: int, agree: Callable[[bool], bool] = bool) -> int:

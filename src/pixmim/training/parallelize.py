@@ -21,11 +21,6 @@ from pixmim.utils.errors import UserError, first_line
 
 Way = Literal["none", "ddp", "fsdp"]
 
-# Predictions are a slice of what the decoder gives, and nobody writes into them.
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-# Its successor does not exist in all releases that are supported.
-warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-
 
 def way(scale: Scale, world: World) -> Way:
     """How a model is spread over the processes of a run; one process keeps it whole whatever `scale` says."""
@@ -55,15 +50,16 @@ def spread(model: nn.Module, scale: Scale, world: World, device: torch.device, p
         for block in blocks(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if scale.compile != "none":
-        # Each stage of a Swin, each training or measured, is a graph of its own: more than torch's limit of 8.
-        torch._dynamo.config.recompile_limit = 64
         for part in blocks(model) if scale.compile == "blocks" else [model]:
             part.compile(fullgraph=True, dynamic=False)
 
     how = way(scale, world)
     if how == "ddp":
         # Buffers are constants (masks of windows, indices): they need not be sent about in each step.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # Its successor does not exist in all releases that are supported.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if how == "fsdp":
         if precision == "fp16":
             raise UserError("--scale.parallel fsdp computes in bf16 or fp32: choose a --precision, or ddp")
@@ -80,19 +76,24 @@ def spread(model: nn.Module, scale: Scale, world: World, device: torch.device, p
 
 
 @contextmanager
-def compiling(scale: Scale) -> Iterator[None]:
-    """Around the steps of a model that may be compiled: raises UserError if it cannot be."""
-    if scale.compile == "none":
-        yield
-        return
-    from torch._dynamo.exc import TorchDynamoException  # takes seconds
+def step_context(scale: Scale) -> Iterator[None]:
+    """Run the steps of a model that `spread` has prepared. Raises UserError if it cannot be compiled."""
+    with warnings.catch_warnings():
+        # Predictions are a slice of what the decoder returns, and nothing writes into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        if scale.compile == "none":
+            yield
+            return
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds
 
-    try:
-        yield
-    except TorchDynamoException as error:
-        raise UserError(
-            f"torch.compile fails here ({first_line(error)}): leave out --scale.compile {scale.compile}"
-        ) from error
+        try:
+            # Each stage of a Swin, in training and in evaluation, is a graph of its own: more than torch's limit of 8.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                yield
+        except TorchDynamoException as error:
+            raise UserError(
+                f"torch.compile fails here ({first_line(error)}): leave out --scale.compile {scale.compile}"
+            ) from error
 
 
 def accumulating(network: nn.Module, last: bool) -> AbstractContextManager[object]:

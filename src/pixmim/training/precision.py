@@ -6,17 +6,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pixmim.training.find_batch_size import keep_memory
 from pixmim.utils.errors import UserError, first_line
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `name` asks for; "auto" takes a GPU where there is one. Raises UserError if it is not there.
-
-    A CPU is made ready for work of many steps: from here on the process keeps its memory (see `keep_memory`).
-    """
+    """Return a device by name; "auto" takes a GPU where there is one. Raises UserError if it does not exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -24,8 +20,6 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device '{name}' here: {first_line(error)}") from error
-    if device.type == "cpu":
-        keep_memory()
     return device
 
 

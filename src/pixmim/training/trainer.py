@@ -1,116 +1,246 @@
-"""The loop that every training here goes through, with labels or without: gradients, update, log, checkpoint."""
+"""The training loop that pre-training, fine-tuning, segmentation, detection and MAE's probe share."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.training.checkpoint import AUTOSAVE
+from pixmim.config import Saving
+from pixmim.training.checkpoint import AUTOSAVE, Checkpoints, milestone
 from pixmim.training.distributed import ALONE, World
 from pixmim.training.metric_logger import RunLog
 from pixmim.training.optim import Updater
 from pixmim.training.parallelize import accumulating
 from pixmim.training.preemption import Interrupted, Interrupts
-from pixmim.training.watchdog import Watchdog
+from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
+from pixmim.utils.lock import alone
 
-T = TypeVar("T")
+Batch = TypeVar("Batch")
 
-STREAK = 20
-"""Updates in a row without a finite gradient, after which a run is lost."""
+MAX_BAD_STEPS = 20
+"""Abort after this many consecutive gradients that are not finite."""
 
 
-def loop(
-    start: int,
-    steps: int,
-    feed: Iterator[T],
-    loss_of: Callable[[T, int], Tensor],
-    network: nn.Module,
-    updater: Updater,
-    rate: Callable[[int], float],
-    save: Callable[[int, bool], None],
-    *,
-    log: RunLog,
-    interrupts: Interrupts,
-    planned: Callable[[int], bool] = lambda step: False,
-    autosave: float = AUTOSAVE,
-    accumulate: int = 1,
-    after: Callable[[int], None] = lambda step: None,
-    world: World = ALONE,
-    timeout: float = 600.0,
-) -> int:
-    """Update weights from `start` updates done up to `steps`, or until interrupted; gives how many are done then.
+class Trainer:
+    """Train a model: gradients, optimizer steps, learning rate, checkpoints, metrics and preemption.
 
-    feed       endless parts of batches; `wait_seconds`, if any, is how long they were waited for, and `ready` whether
-               the next one is there
-    loss_of    of a part and its number, counted in parts from the very first: its share of the batch's loss, a scalar;
-               whatever is random in it is a function of that number
-    network    what computes: see `engine.parallel`
-    rate       the learning rate of each update, counted from 0
-    save       writes a checkpoint of the state after so many updates; True: and waits until it is on disk
-    planned    whether one is due after so many updates
-    autosave   seconds after which one is due besides
-    accumulate  parts of a batch
-    after      called after each update, with their number
-    timeout    seconds that the processes of `world` wait for each other
+    Whether a step is skipped, saved or the last one is decided alike on all ranks. On a CPU, a training that was
+    interrupted and resumed on as many ranks ends with bitwise the weights of one that was not.
 
-    On any number of processes, all that decides what happens next is the same on each: whether the gradient was finite,
-    and, one update late, whether any of them was interrupted. Raises UserError if the gradient is not finite many times
-    in a row.
+        trainer = Trainer(model, updater, schedule.lr, steps, folder, images=len(data), batch_size=256)
+        start = trainer.resume()
+        with open_loader(start) as loader, trainer:
+            step = trainer.fit(loader, compute_loss)
 
-    A single process that waits for data when it is interrupted, or would have to for another part of the batch, saves
-    the state after the last complete update: the data may never come.
+    Args:
+        model: What checkpoints hold.
+        updater: Takes the optimizer steps.
+        rate: Return the learning rate of a step, counted from 0.
+        steps: Length of the training.
+        folder: Where metrics.jsonl and checkpoints/ are written.
+        images: Size of the dataset. A checkpoint made with another one is refused.
+        batch_size: Images per step, over all ranks.
+        accumulate: Parts that each rank computes its share of a batch in.
+        network: The module that computes, if not the model itself: see `parallelize.spread`.
+        world: The ranks of the run.
+        saving: When checkpoints are written, and which are kept.
+        log_every: Steps between two lines of metrics; 0: a two-hundredth of the training, at most 50.
+        console: Where progress is shown; None: nowhere.
     """
-    step, stop, saved_at = start, False, time.monotonic()
-    alone = world.size == 1
-    buffers = list(network.buffers()) if alone and accumulate > 1 else []  # a forward pass may change them
-    with Watchdog(world, timeout) as watchdog:
-        while step < steps and not stop:
-            total = torch.zeros((), device=updater.device)
-            before = [buffer.clone() for buffer in buffers]
-            try:
-                for part in range(accumulate):
-                    watchdog.at(step, "waiting for data")
-                    there = part > 0 and getattr(feed, "ready", False)  # then an interrupt lets the step be finished
-                    with interrupts.waiting(alone and not there):
-                        batch = next(feed)
-                    watchdog.at(step, "computing")
-                    with accumulating(network, last=part == accumulate - 1):
-                        loss = loss_of(batch, step * accumulate + part)
-                        updater.backward(loss)
-                    total += loss.detach()
-            except Interrupted:
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
-                if step > start:
-                    save(step, True)
-                return step
-            norm = updater.step(rate(step))
 
-            step += 1
-            log.add(step, loss=total, gradient=norm)
-            if log.due(step):
-                _stop_if_lost(updater, step)
-                waited = getattr(feed, "wait_seconds", 0.0)
-                log.line(step, waited, lr=rate(step - 1), skipped=updater.state["skipped"].item())
-            watchdog.at(step, "measuring")
-            after(step)
-            watchdog.at(step, "saving")
-            stop, late = world.any(interrupts.asked, world.first and time.monotonic() - saved_at > autosave)
-            last = stop or step == steps
-            if last or late or planned(step):
-                save(step, last)
-                saved_at = time.monotonic()
-    return step
-
-
-def _stop_if_lost(updater: Updater, step: int) -> None:
-    streak = int(updater.state["streak"].item())
-    if streak >= STREAK:
-        raise UserError(
-            f"the gradient was not finite in the last {streak} updates (up to step {step}). The weights are those "
-            "before it. Try a lower learning rate, clipping the gradient (--optim.clip 1), or --precision fp32 "
-            "(or bf16 instead of fp16)."
+    def __init__(
+        self,
+        model: nn.Module,
+        updater: Updater,
+        rate: Callable[[int], float],
+        steps: int,
+        folder: Path,
+        *,
+        images: int,
+        batch_size: int,
+        accumulate: int = 1,
+        network: nn.Module | None = None,
+        world: World = ALONE,
+        saving: Saving = Saving(),  # noqa: B008 (frozen)
+        log_every: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.model, self.updater, self.rate, self.steps, self.folder = model, updater, rate, steps, folder
+        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
+        self.network, self.world = network if network is not None else model, world
+        self.epoch = batch_size / images
+        """Passes over the dataset that a step makes."""
+        self.start = 0
+        """Steps that were done when this process began."""
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints", last=saving.last, stays=self._is_milestone, world=world, say=self._say
         )
+        self._saving, self._console = saving, console or Console(quiet=True)
+        self._log_every = log_every or max(1, min(50, steps // 200))
+
+    def resume(self) -> int:
+        """Restore the newest valid checkpoint, if there is one. Collective: call on every rank.
+
+        Returns:
+            The number of steps done.
+
+        Raises:
+            UserError: If no checkpoint is valid, or it does not fit the model or the dataset.
+        """
+        self.start = self.checkpoints.load(self.model, self.updater, images=self.images)
+        return self.start
+
+    def __enter__(self) -> "Trainer":
+        with ExitStack() as stack:
+            self.interrupts = stack.enter_context(Interrupts(speaks=self.world.first))
+            self.log = stack.enter_context(
+                RunLog(
+                    self.folder / "metrics.jsonl" if self.world.first else None,
+                    steps=self.steps,
+                    start=self.start,
+                    every=self._log_every,
+                    epoch=self.epoch,
+                    images=self.batch_size,
+                    console=self._console,
+                    total=self.world.total,
+                )
+            )
+            stack.enter_context(self.checkpoints)
+            self._exits = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._exits.__exit__(kind, error, at)
+
+    def fit(
+        self,
+        loader: Iterator[Batch],
+        compute_loss: Callable[[Batch, int], Tensor],
+        on_step_end: Callable[[int], None] = lambda step: None,
+    ) -> int:
+        """Train until the last step, or until interrupted; a checkpoint is written at the end of either.
+
+        A single process that waits for data when it is interrupted saves the state after the last complete step: the
+        data may never come.
+
+        Args:
+            loader: Endless parts of batches, from `start` on. If it has them, `wait_seconds` counts the seconds it was
+                waited for, and `ready` is True if the next part is there.
+            compute_loss: Return the share that a part has of its batch's loss, a scalar. The part comes with its
+                number, counted from the first part of step 0; all randomness is a function of that number.
+            on_step_end: Called after each step with the number of steps done.
+
+        Returns:
+            The number of steps done.
+
+        Raises:
+            UserError: If the gradient is not finite in many consecutive steps, or a rank is stuck.
+        """
+        step, saved_at = self.start, time.monotonic()
+        autosave = math.inf if self._saving.every else AUTOSAVE
+        with self.world.naming_stuck_ranks():
+            while step < self.steps:
+                try:
+                    loss, norm = self._step(step, loader, compute_loss)
+                except Interrupted:
+                    if step > self.start:
+                        self._save(step, wait=True)
+                    break
+                step += 1
+                self._log(step, loss, norm, getattr(loader, "wait_seconds", 0.0))
+                on_step_end(step)
+                late = self.world.first and time.monotonic() - saved_at > autosave
+                stop, late = self.world.any(self.interrupts.asked, late)
+                last = stop or step == self.steps
+                if last or late or self._is_planned(step):
+                    self._save(step, wait=last)
+                    saved_at = time.monotonic()
+                if last:
+                    break
+        return step
+
+    def resume_and_fit(
+        self,
+        open_loader: Callable[[int], AbstractContextManager[Iterator[Batch]]],
+        compute_loss: Callable[[Batch, int], Tensor],
+        on_step_end: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Train to the last step, as the only process in `folder`.
+
+        Args:
+            open_loader: Open the loader at a position, counted in parts of batches.
+            compute_loss: Return the mean loss of a part; see `fit`. It may seed torch's generators, which are restored
+                at the end.
+            on_step_end: See `fit`.
+
+        Raises:
+            KeyboardInterrupt: If interrupted. The same call resumes from the checkpoint that was written.
+            UserError: If another process trains in the folder; and as `resume` and `fit` do.
+        """
+        device = self.updater.device
+        with (
+            alone(self.folder, self._say),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            open_loader(self.resume() * self.accumulate) as loader,
+            self,
+        ):
+            step = self.fit(loader, lambda part, number: compute_loss(part, number) / self.accumulate, on_step_end)
+        if step < self.steps:
+            self._say(f"stopped after step {step:,} of {self.steps:,}; the same command resumes")
+            raise KeyboardInterrupt
+
+    def _step(
+        self, step: int, loader: Iterator[Batch], compute_loss: Callable[[Batch, int], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Take a step, and return loss and norm of the gradient. Raises Interrupted, with all buffers restored."""
+        single = self.world.size == 1
+        buffers = list(self.network.buffers()) if single and self.accumulate > 1 else []
+        before = [buffer.clone() for buffer in buffers]  # a forward pass may change them
+        total = torch.zeros((), device=self.updater.device)
+        try:
+            for part in range(self.accumulate):
+                ready = part > 0 and getattr(loader, "ready", False)  # then an interrupt lets the step be finished
+                with self.interrupts.waiting(single and not ready):
+                    batch = next(loader)
+                with accumulating(self.network, last=part == self.accumulate - 1):
+                    loss = compute_loss(batch, step * self.accumulate + part)
+                    self.updater.backward(loss)
+                total += loss.detach()
+        except Interrupted:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+            raise
+        return total, self.updater.step(self.rate(step))
+
+    def _log(self, step: int, loss: Tensor, norm: Tensor, waited: float) -> None:
+        self.log.add(step, loss=loss, gradient=norm)
+        if not self.log.due(step):
+            return
+        self.world.meet()  # nothing interrupts the wait for a device that waits for a stuck rank
+        bad = int(self.updater.state["streak"].item())
+        if bad >= MAX_BAD_STEPS:
+            raise UserError(
+                f"the gradient was not finite in the last {bad} steps (up to step {step}); the weights are those "
+                "before them. Try a lower learning rate, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)"
+            )
+        self.log.line(step, waited, lr=self.rate(step - 1), skipped=self.updater.state["skipped"].item())
+
+    def _is_milestone(self, step: int) -> bool:
+        return milestone(step, self._saving.epochs / self.epoch)
+
+    def _is_planned(self, step: int) -> bool:
+        return self._is_milestone(step) or (self._saving.every > 0 and step % self._saving.every == 0)
+
+    def _save(self, step: int, wait: bool) -> None:
+        self.checkpoints.save(step, self.model, self.updater, images=self.images, wait=wait)
+
+    def _say(self, text: str) -> None:
+        say(self._console, text)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pixmim.utils.errors import UserError, nearest, shown
 
@@ -213,6 +213,8 @@ def check_value(flag: str, value: object, hint: Any) -> None:
 def _expected(value: object, hint: Any) -> str:
     """Return what should stand in place of a value, or an empty text if it fits."""
     kind, inner = get_origin(hint), get_args(hint)
+    if isinstance(hint, TypeVar):  # of settings that may be left out
+        return _expected(value, type(None))
     if kind is Annotated:
         rule = next((mark for mark in hint.__metadata__ if isinstance(mark, Rule)), None)
         if rule is None or isinstance(rule, Text) or get_origin(inner[0]) is None:

@@ -145,8 +145,7 @@ def _newest(path: Path, run: Run, whole: bool, known: Known) -> Weights:
     newest = max(checkpoints.steps(), default=0)
     weights = replace(read_weights(file, known), run=run) if file.is_file() else None  # the folder may have moved
     if newest and (weights is None or newest > weights.step or (whole and file is product)):
-        with torch.random.fork_rng(devices=[]):
-            model = build_model(run)
+        model = build_model(run)
         step, images = checkpoints.load_model(model)
         tensors = {n: value for n, value in model.state_dict().items() if whole or n.startswith("encoder.")}
         return Weights(run, tensors, "pixmim", step=step, steps=Schedule.of(run, images).steps)

@@ -546,7 +546,7 @@ def test_batches_are_flipped_with_their_masks(tiny_run: Make) -> None:
 @pytest.mark.parametrize("head", ["linear", "uper"])
 def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after update 3 of 6, with dropout and drop path, it ends bitwise as one that was not."""
-    from pixmim.evaluation import learn as loop
+    from pixmim.training import trainer
 
     encoder = encoder_of(tiny_run())
     settings, train = replace(QUICK, head=head, accumulate=2), open_pairs(TRAIN, Form(), "training")
@@ -558,7 +558,7 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
 
     whole = trained("whole")
 
-    class Stops(loop.Interrupts):
+    class Stops(trainer.Interrupts):
         count = 0
 
         @property
@@ -567,7 +567,7 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
             return type(self).count > 2  # asked once an update
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Interrupts", Stops)
+        patch.setattr(trainer, "Interrupts", Stops)
         with pytest.raises(KeyboardInterrupt):
             trained("parts")
     torch.manual_seed(99)

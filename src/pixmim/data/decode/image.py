@@ -10,8 +10,6 @@ imagecodecs 16-bit colour PNG; Pillow everything else. Rules:
 """
 
 import io
-import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,10 +35,6 @@ from pixmim.data.decode.kinds import HEAD, about
 from pixmim.data.decode.limits import VARIABLE, check_bytes, check_size, max_pixels
 from pixmim.data.decode.timing import limited
 from pixmim.transforms.crops import Array
-
-for _name in ("PIL", "tifffile"):  # what they say of damage belongs into skipped.csv, not onto the screen
-    logging.getLogger(_name).addHandler(logging.NullHandler())
-    warnings.filterwarnings("ignore", module=_name)
 
 _PLUGINS = (  # imported, so that Pillow need not look for them among all the others
     BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin,

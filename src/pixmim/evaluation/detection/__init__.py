@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import a_few, shares, warn_shared
-from pixmim.evaluation.context import Bench, Values
+from pixmim.evaluation.context import Bench, Values, discard
 from pixmim.evaluation.detection.coco_metrics import Found, Tally, pack
 from pixmim.evaluation.detection.dataset import Annotated, Objects, open_annotated, rectangle
 from pixmim.evaluation.detection.detector import detect
@@ -20,7 +20,6 @@ from pixmim.evaluation.detection.loader import fitted, picture, read
 from pixmim.evaluation.detection.masks import View, bitmap, coco
 from pixmim.evaluation.detection.train import build, trained
 from pixmim.evaluation.detection.visualize import draw, sheet
-from pixmim.evaluation.learn import forget
 from pixmim.evaluation.settings import Detection
 from pixmim.evaluation.visualize import visible
 from pixmim.transforms.crops import finish
@@ -65,7 +64,7 @@ def measure(bench: Bench, settings: Detection) -> Values:
     settings, train, test, masks = check(bench, settings)
     model = trained(bench, settings, train, masks)
     yield from _measured(bench, settings, test, model, masks)
-    forget(bench.work("detection", settings))
+    discard(bench.work("detection", settings))
 
 
 def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterRCNN, masks: bool) -> Values:

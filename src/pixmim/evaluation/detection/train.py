@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
+from pixmim.build import seeded
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.context import Bench
 from pixmim.evaluation.detection.backbone import build_maps
@@ -12,10 +13,11 @@ from pixmim.evaluation.detection.dataset import Annotated
 from pixmim.evaluation.detection.detector import build_detector, losses
 from pixmim.evaluation.detection.loader import DetectionBatch, DetectionLoader
 from pixmim.evaluation.frozen_encoder import Encoder, anew
-from pixmim.evaluation.learn import equal_parts, learn
 from pixmim.evaluation.settings import Detection
 from pixmim.models.layer_decay import layer_ids
-from pixmim.training.optim import layer_groups
+from pixmim.training.find_batch_size import equal_parts
+from pixmim.training.optim import Updater, layer_groups
+from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import finish
 from pixmim.utils import rng
 
@@ -34,19 +36,8 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
     groups = layer_groups(model, layers(model), settings.layer_decay, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
 
-    def loss_of(batch: DetectionBatch, number: int) -> Tensor:
-        # torchvision draws regions, and timm's drop path rows, from the global generator.
-        torch.manual_seed(int(rng.bits(settings.seed, "detection", 0, [number], 1)[0, 0] >> np.uint64(1)))
-        images = finish(batch.images.to(encoder.device), None, encoder.mean, encoder.std)
-        targets = [{key: value.to(encoder.device) for key, value in target.items()} for target in batch.targets]
-        return torch.stack(list(losses(model, images, targets).values())).sum()
-
-    learn(
-        model,
-        optimizer,
-        lambda step: rate(settings, step, steps),
-        steps,
-        lambda first: DetectionLoader(
+    def open_loader(first: int) -> DetectionLoader:
+        return DetectionLoader(
             train,
             BatchShard(part, first * part),
             skipped=bench.skipped(train.images),
@@ -56,24 +47,36 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
             fill=encoder.mean.tolist(),
             seed=settings.seed,
             threads=settings.threads,
-        ),
-        loss_of,
+        )
+
+    def compute_loss(batch: DetectionBatch, number: int) -> Tensor:
+        # torchvision draws regions, and timm's drop path rows, from the global generator.
+        torch.manual_seed(int(rng.bits(settings.seed, "detection", 0, [number], 1)[0, 0] >> np.uint64(1)))
+        images = finish(batch.images.to(encoder.device), None, encoder.mean, encoder.std)
+        targets = [{key: value.to(encoder.device) for key, value in target.items()} for target in batch.targets]
+        return torch.stack(list(losses(model, images, targets).values())).sum()
+
+    trainer = Trainer(
+        model,
+        Updater(optimizer, None, scaling=encoder.precision == "fp16", device=encoder.device),
+        lambda step: rate(settings, step, steps),
+        steps,
         bench.work("detection", settings),
         images=len(train.images),
-        batch=settings.batch_size,
+        batch_size=settings.batch_size,
         accumulate=parts,
-        scaling=encoder.precision == "fp16",
         console=bench.console,
     )
+    trainer.resume_and_fit(open_loader, compute_loss)
     return model
 
 
 def build(encoder: Encoder, settings: Detection, classes: int, masks: bool) -> FasterRCNN:
     """The detector as it is before training: a function of the encoder, the settings and their seed."""
-    torch.manual_seed(settings.seed)
-    module = anew(encoder, str(settings.size), drop_path_rate=settings.drop_path)
-    maps = build_maps(module, settings.width, settings.window, settings.global_blocks, settings.relative_positions)
-    return build_detector(maps, classes, masks, settings.regions, encoder.device, encoder.precision)
+    with seeded(settings.seed):
+        module = anew(encoder, str(settings.size), drop_path_rate=settings.drop_path)
+        maps = build_maps(module, settings.width, settings.window, settings.global_blocks, settings.relative_positions)
+        return build_detector(maps, classes, masks, settings.regions, encoder.device, encoder.precision)
 
 
 def rate(settings: Detection, step: int, steps: int) -> float:

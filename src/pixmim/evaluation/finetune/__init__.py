@@ -18,22 +18,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.config import Run
+from pixmim.data.dataset import Source
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import Labelled, a_few, grade, open_labelled
-from pixmim.evaluation.context import Bench, Values
+from pixmim.evaluation.context import Bench, Values, discard
 from pixmim.evaluation.finetune.model import build, inherit, plan
 from pixmim.evaluation.finetune.recipes import TUNINGS, Recipe, choose, describe, resolve
 from pixmim.evaluation.frozen_encoder import Encoder, sameness
-from pixmim.evaluation.learn import equal_parts, forget, learn
 from pixmim.evaluation.settings import Finetune
 from pixmim.models.layer_decay import layer_ids, not_decayed
-from pixmim.training.layerwise import LAMB
-from pixmim.training.optim import layer_groups
+from pixmim.training.find_batch_size import equal_parts
+from pixmim.training.optim import LAMB, Updater, layer_groups
 from pixmim.training.precision import autocast, choose_attention
 from pixmim.training.schedule import Schedule
+from pixmim.training.trainer import Trainer
 from pixmim.transforms.augment import augmented
-from pixmim.transforms.crops import Crop, RandomResizedCrop, SimpleResizedCrop, finish
+from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop, finish
 from pixmim.transforms.mixup import erase, mix, soft_labels
 from pixmim.utils import rng
 from pixmim.utils.console import say
@@ -119,7 +120,7 @@ def measure(bench: Bench, settings: Finetune) -> Values:
         save_encoder(product, todo.folder, todo.run, encoder.step, classes=todo.data.classes, more=about)
         say(console, f"  the classifier: {todo.folder}")
     yield from grade(bench, todo.data, encoder, todo.run.hw, product)
-    forget(todo.work)
+    discard(todo.work)
 
 
 def _trained(bench: Bench, settings: Finetune, todo: Plan) -> nn.Module:
@@ -141,22 +142,21 @@ def _trained(bench: Bench, settings: Finetune, todo: Plan) -> nn.Module:
     for line in [*about, f"  begins with {begun}", *lines]:
         say(console, line)
 
-    lesson = Lesson(bench, settings, recipe, data, run.hw, trained)
-    learn(
+    trainer = Trainer(
         trained,
-        _optimizer(trained.model, recipe),
+        Updater(_optimizer(model, recipe), recipe.clip or None, encoder.precision == "fp16", encoder.device),
         schedule.lr,
         steps,
-        lesson.batches,
-        lesson.loss,
         todo.work,
         images=len(data.train),
-        batch=recipe.batch_size,
+        batch_size=recipe.batch_size,
         accumulate=parts,
-        clip=recipe.clip or None,
-        scaling=encoder.precision == "fp16",
-        after=trained.follow,
         console=bench.console,
+    )
+    trainer.resume_and_fit(
+        lambda first: open_loader(bench, settings, recipe, data.train, run.hw, first),
+        lambda batch, number: compute_loss(model, batch, number, encoder, recipe, data, settings.seed),
+        lambda step: trained.follow(),
     )
     return trained.result
 
@@ -234,51 +234,38 @@ class Averaged(nn.Module):
         return self.average if self.average is not None else self.model
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What the classifier learns from: batches of augmented images, and the loss of one."""
+def open_loader(
+    bench: Bench, settings: Finetune, recipe: Recipe, train: Source, size: tuple[int, int], first: int
+) -> Loader:
+    """Load cropped and augmented images, from part number `first` of a batch on."""
+    crop = RandomResizedCrop(size, recipe.scale) if recipe.crop == "rrc" else SimpleResizedCrop(size)
+    part = recipe.batch_size // settings.accumulate
+    return Loader(
+        train,
+        augmented(crop, recipe.augment, recipe.jitter, bench.encoder.mean.tolist()),
+        BatchShard(part, first * part),
+        skipped=bench.skipped(train),
+        seed=settings.seed,
+        threads=settings.threads,
+        device=bench.encoder.device,
+    )
 
-    bench: Bench
-    settings: Finetune
-    recipe: Recipe
-    data: Labelled
-    size: tuple[int, int]
-    model: nn.Module
 
-    @property
-    def crop(self) -> Crop:
-        """Crop and augmentation of one image."""
-        r = self.recipe
-        base = RandomResizedCrop(self.size, r.scale) if r.crop == "rrc" else SimpleResizedCrop(self.size)
-        return augmented(base, r.augment, r.jitter, self.bench.encoder.mean.tolist())
-
-    def batches(self, first: int) -> Loader:
-        """The parts of batches from number `first` on."""
-        part = self.recipe.batch_size // self.settings.accumulate
-        return Loader(
-            self.data.train,
-            self.crop,
-            BatchShard(part, first * part),
-            skipped=self.bench.skipped(self.data.train),
-            seed=self.settings.seed,
-            threads=self.settings.threads,
-            device=self.bench.encoder.device,
-        )
-
-    def loss(self, batch: Batch, number: int) -> Tensor:
-        """The loss of a part of a batch. All its randomness is a function of (seed, number)."""
-        r, encoder, seed = self.recipe, self.bench.encoder, self.settings.seed
-        to: Any = {"device": encoder.device, "non_blocking": True}
-        images = finish(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
-        labels = self.data.labels[batch.indices].to(**to)
-        images, share = mix(erase(images, r.erase, seed, number), r.mixup, r.cutmix, seed, number)
-        targets = soft_labels(labels, len(self.data.classes), share, r.smoothing)
-        # Dropped paths are drawn from torch's global generator.
-        torch.manual_seed(rng.key(seed, "paths", number))
-        self.model.train()
-        with autocast(encoder.device, encoder.precision):
-            scores = self.model(images)
-        return loss_of(scores.float(), targets, r.loss)
+def compute_loss(
+    model: nn.Module, batch: Batch, number: int, encoder: Encoder, recipe: Recipe, data: Labelled, seed: int
+) -> Float[Tensor, ""]:
+    """Compute the loss of a part of a batch. All its randomness is a function of (seed, number)."""
+    to: Any = {"device": encoder.device, "non_blocking": True}
+    images = finish(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
+    labels = data.labels[batch.indices].to(**to)
+    images, share = mix(erase(images, recipe.erase, seed, number), recipe.mixup, recipe.cutmix, seed, number)
+    targets = soft_labels(labels, len(data.classes), share, recipe.smoothing)
+    # Dropped paths are drawn from torch's global generator.
+    torch.manual_seed(rng.key(seed, "paths", number))
+    model.train()
+    with autocast(encoder.device, encoder.precision):
+        scores = model(images)
+    return loss_of(scores.float(), targets, recipe.loss)
 
 
 def loss_of(scores: Float[Tensor, "b classes"], targets: Float[Tensor, "b classes"], kind: str) -> Tensor:

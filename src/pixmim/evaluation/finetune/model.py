@@ -3,13 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pixmim.build import build_encoder
+from pixmim.build import build_encoder, seeded
 from pixmim.config import Run
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.models.vit import init_like_mae
@@ -56,14 +55,14 @@ def plan(run: Run, module: nn.Module, classes: int, pool: str, size: str) -> Run
 
 def build(run: Run, drop_path: float, head_std: float, seed: int) -> nn.Module:
     """A classifier with random weights, all of them trained; the head's are normal, its biases zero."""
-    torch.manual_seed(seed)
     model = replace(run.model, options={**run.model.options, "drop_path_rate": drop_path})
-    classifier = build_encoder(replace(run, model=model))
-    if isinstance(classifier, ConvMAEEncoder):
-        init_like_mae(classifier)
-    head: Any = classifier.head.fc if isinstance(classifier, SwinTransformer) else classifier.head
-    nn.init.normal_(head.weight, std=head_std)
-    nn.init.zeros_(head.bias)
+    with seeded(seed):
+        classifier = build_encoder(replace(run, model=model))
+        if isinstance(classifier, ConvMAEEncoder):
+            init_like_mae(classifier)
+        head: Any = classifier.head.fc if isinstance(classifier, SwinTransformer) else classifier.head
+        nn.init.normal_(head.weight, std=head_std)
+        nn.init.zeros_(head.bias)
     return classifier.requires_grad_(True)
 
 

@@ -1,52 +1,48 @@
 """How published backbones were fine-tuned: recipes as data, one of which suits a given encoder."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Never
 
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from pixmim.config import Run
-from pixmim.evaluation.settings import Changes
+from pixmim.evaluation.settings import FinetuneOverrides, FinetuneRecipe
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.utils.errors import UserError, nearest
 
+Recipe = FinetuneRecipe[Never]
 
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers of a fine-tuning; what each means stands in `protocols.Changes`. The defaults are MAE's for ViT-B."""
+_MAE = Recipe(
+    epochs=100,
+    warmup=5,
+    warmup_prefix=True,
+    batch_size=1024,
+    optimizer="adamw",
+    base_lr=5e-4,
+    first_lr=0.0,
+    final_lr=1e-6,
+    layer_decay=0.65,
+    weight_decay=0.05,
+    clip=0.0,
+    drop_path=0.1,
+    crop="rrc",
+    scale=(0.08, 1.0),
+    augment="rand",
+    jitter=0.0,
+    erase=0.25,
+    mixup=0.8,
+    cutmix=1.0,
+    smoothing=0.1,
+    loss="ce",
+    pool="mean",
+    head_std=2e-5,
+    average=0.0,
+)
 
-    about: str
-    """Source, and the accuracy it reached."""
-    epochs: float = 100
-    warmup: float = 5
-    warmup_prefix: bool = True
-    batch_size: int = 1024
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    base_lr: float = 5e-4
-    first_lr: float = 0.0
-    final_lr: float = 1e-6
-    layer_decay: float = 0.65
-    weight_decay: float = 0.05
-    clip: float = 0.0
-    drop_path: float = 0.1
-    crop: Literal["rrc", "src"] = "rrc"
-    scale: tuple[float, float] = (0.08, 1.0)
-    augment: Literal["rand", "three", "none"] = "rand"
-    jitter: float = 0.0
-    erase: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
-    loss: Literal["ce", "bce"] = "ce"
-    pool: Literal["mean", "cls"] = "mean"
-    head_std: float = 2e-5
-    average: float = 0.0
-
-
-_SIMMIM = Recipe(
-    "",
+_SIMMIM = replace(
+    _MAE,
     warmup=20,
     warmup_prefix=False,
     batch_size=2048,
@@ -57,34 +53,24 @@ _SIMMIM = Recipe(
 )
 
 TUNINGS: dict[str, Recipe] = {
-    "mae-vit-base": Recipe(
-        "MAE (arXiv 2111.06377, table 9) with ViT-B/16: 83.6 % after 1600 epochs; PixMIM's release uses the same "
-        "(arXiv 2303.02416): 83.1 % after 300 epochs, 83.5 % after 800"
-    ),
-    "mae-vit-large": Recipe(
-        "MAE with ViT-L/16: 85.9 % after 1600 epochs", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2
-    ),
-    "mae-vit-huge": Recipe("MAE with ViT-H/14: 86.9 %", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3),
-    "convmae-base": Recipe("ConvMAE-Base (arXiv 2205.03892): 85.0 % after 1600 epochs, 84.4 % after 200"),
-    "simmim-swin-base-100": replace(
-        _SIMMIM,
-        about="SimMIM (arXiv 2111.09886) with Swin-B, pre-trained for 100 epochs: 82.8 % at 192 px, 83.5 % at 224 px",
-        layer_decay=0.9,
-        head_std=0.02,
-    ),
-    "simmim-swin-base-800": replace(
-        _SIMMIM,
-        about="SimMIM with Swin-B, pre-trained for 800 epochs: 84.0 % at 224 px",
-        layer_decay=0.8,
-        head_std=0.02,
-    ),
-    "simmim-swin-large": replace(
-        _SIMMIM, about="SimMIM with Swin-L: 85.4 % at 224 px", layer_decay=0.7, drop_path=0.2, head_std=0.02
-    ),
-    "simmim-vit-base": replace(_SIMMIM, about="SimMIM with the BEiT-like ViT-B: 83.8 % at 224 px"),
-    "deit3-vit-base": Recipe(
-        "DeiT III (arXiv 2204.07118), from random weights: ViT-B/16 at 192 px, and 20 epochs more at 224 px: 83.8 %. "
-        "Its repeated augmentation (each image three times in a batch) is left out",
+    # MAE (arXiv 2111.06377, table 9) with ViT-B/16: 83.6 % after 1600 epochs. PixMIM's release uses the same (arXiv
+    # 2303.02416): 83.1 % after 300 epochs, 83.5 % after 800.
+    "mae-vit-base": _MAE,
+    # ViT-L/16: 85.9 % after 1600 epochs. ViT-H/14: 86.9 %.
+    "mae-vit-large": replace(_MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "mae-vit-huge": replace(_MAE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3),
+    # ConvMAE-Base (arXiv 2205.03892): 85.0 % after 1600 epochs, 84.4 % after 200.
+    "convmae-base": _MAE,
+    # SimMIM (arXiv 2111.09886) with Swin-B, pre-trained for 100 epochs: 82.8 % at 192 px, 83.5 % at 224 px.
+    "simmim-swin-base-100": replace(_SIMMIM, layer_decay=0.9, head_std=0.02),
+    # Pre-trained for 800 epochs: 84.0 % at 224 px. Swin-L: 85.4 %. The BEiT-like ViT-B: 83.8 %.
+    "simmim-swin-base-800": replace(_SIMMIM, layer_decay=0.8, head_std=0.02),
+    "simmim-swin-large": replace(_SIMMIM, layer_decay=0.7, drop_path=0.2, head_std=0.02),
+    "simmim-vit-base": _SIMMIM,
+    # DeiT III (arXiv 2204.07118), from random weights: ViT-B/16 at 192 px, and 20 epochs more at 224 px: 83.8 %. Its
+    # repeated augmentation (each image three times in a batch) is left out.
+    "deit3-vit-base": replace(
+        _MAE,
         epochs=800,
         warmup_prefix=False,
         batch_size=2048,
@@ -132,10 +118,9 @@ def choose(name: str, run: Run, encoder: nn.Module, from_scratch: bool) -> str:
     return "mae-vit-huge" if width >= 1280 else "mae-vit-large" if width >= 1024 else "mae-vit-base"
 
 
-def resolve(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with what the user changed. Raises UserError for what does not go together."""
-    given = {f.name: getattr(changes, f.name) for f in fields(changes)}
-    changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+def resolve(recipe: Recipe, changes: FinetuneOverrides) -> Recipe:
+    """Return the recipe with the user's overrides. Raises UserError for values that do not go together."""
+    changed: dict[str, Any] = {name: value for name, value in vars(changes).items() if value is not None}
     recipe = replace(recipe, **changed)
     if recipe.scale[0] > recipe.scale[1]:
         raise UserError("--scale is two shares of the area, the smaller one first, not {:g} {:g}".format(*recipe.scale))

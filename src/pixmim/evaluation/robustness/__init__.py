@@ -21,8 +21,7 @@ from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation import imagenet_classes as imagenet
 from pixmim.evaluation.classification import check_classes, majority, open_labelled, rated, tally
 from pixmim.evaluation.classifiers import Judge, imagenet_head, labels_among, own_head, probe
-from pixmim.evaluation.context import Bench, Values
-from pixmim.evaluation.learn import forget
+from pixmim.evaluation.context import Bench, Values, discard
 from pixmim.evaluation.metrics import corruption_errors, wilson_interval
 from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, VERSION, check_channels, corrupt
 from pixmim.evaluation.settings import Robustness
@@ -52,7 +51,7 @@ def measure(bench: Bench, settings: Robustness) -> Values:
         yield from _relative(bench, name, folder, notes)
     if settings.test:
         yield from _in_memory(bench, settings, corruptions, severities, notes)
-    forget(notes.folder)
+    discard(notes.folder)
 
 
 def check(bench: Bench, settings: Robustness) -> None:

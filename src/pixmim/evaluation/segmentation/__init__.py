@@ -15,8 +15,7 @@ from torch import Tensor
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import a_few, shares, warn_shared
-from pixmim.evaluation.context import Bench, Values
-from pixmim.evaluation.learn import forget
+from pixmim.evaluation.context import Bench, Values, discard
 from pixmim.evaluation.metrics import confusion, overlap
 from pixmim.evaluation.segmentation.dataset import IGNORE, Pairs, open_pairs
 from pixmim.evaluation.segmentation.sliding_window import segment
@@ -91,7 +90,7 @@ def measure(bench: Bench, settings: Segmentation) -> Values:
     if rows:
         caption = f"Segmentation with the {settings.head} head: the image, its mask, the prediction"
         bench.pictures[caption] = sheet(rows, names)
-    forget(folder)
+    discard(folder)
     measured = overlap(matrix.cpu())
     yield "mIoU", 100 * measured.mean_iou
     yield "aAcc", 100 * measured.pixel_accuracy

@@ -9,18 +9,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pixmim.build import seeded
 from pixmim.data.bad_images import Skipped
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.frozen_encoder import Encoder, anew
-from pixmim.evaluation.learn import learn
 from pixmim.evaluation.segmentation.augment import DISTORTIONS, JitteredCrop, distort
 from pixmim.evaluation.segmentation.dataset import Pairs
 from pixmim.evaluation.segmentation.heads import Segmenter, loss_of
 from pixmim.evaluation.settings import Segmentation
 from pixmim.models.layer_decay import layer_ids
-from pixmim.training.optim import layer_groups
+from pixmim.training.optim import Updater, layer_groups
 from pixmim.training.precision import autocast
+from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import finish
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
@@ -31,8 +32,7 @@ def build(encoder: Encoder, settings: Segmentation, classes: int) -> tuple[Segme
     frozen = settings.head == "linear" if settings.frozen is None else settings.frozen
     size = replace(encoder.run, size=settings.size).hw
     module = anew(encoder, settings.size, **({} if frozen else {"drop_path_rate": settings.drop_path}))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         try:
             model = Segmenter(module, settings.head, classes, settings.width, frozen)
         except TypeError as error:
@@ -54,7 +54,7 @@ def fit(
     """Train what is not frozen of a model; goes on from a checkpoint in `folder` if there is one. Raises UserError."""
     part = settings.batch_size // settings.accumulate
 
-    def batches(position: int) -> Loader:
+    def open_loader(position: int) -> Loader:
         return Loader(
             train,
             JitteredCrop(size),
@@ -65,7 +65,7 @@ def fit(
             device=encoder.device,
         )
 
-    def loss(batch: Batch, step: int) -> Tensor:
+    def compute_loss(batch: Batch, step: int) -> Tensor:
         x, masks = prepare(batch, encoder, settings.seed, step)
         # What dropout draws belongs to the update and the images, so that a resumed training draws the same.
         torch.manual_seed(int(rng.bits(settings.seed, "dropout", step, batch.indices[:1].numpy(), 1)[0, 0]))
@@ -74,20 +74,19 @@ def fit(
         return loss_of(scores, masks)
 
     model.train()
-    learn(
+    optimizer = torch.optim.AdamW(groups(model, settings), lr=settings.rate, betas=(0.9, 0.999), fused=True)
+    trainer = Trainer(
         model,
-        torch.optim.AdamW(groups(model, settings), lr=settings.rate, betas=(0.9, 0.999), fused=True),
+        Updater(optimizer, None, scaling=encoder.precision == "fp16", device=encoder.device),
         lambda step: rate(settings, step),
         settings.steps,
-        batches,
-        loss,
         folder,
         images=len(train),
-        batch=settings.batch_size,
+        batch_size=settings.batch_size,
         accumulate=settings.accumulate,
-        scaling=encoder.precision == "fp16",
         console=console,
     )
+    trainer.resume_and_fit(open_loader, compute_loss)
 
 
 def groups(model: Segmenter, settings: Segmentation) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pixmim.evaluation.settings.all import All
-from pixmim.evaluation.settings.finetune import Changes, Detection, Finetune, Segmentation
+from pixmim.evaluation.settings.finetune import Detection, Finetune, FinetuneOverrides, FinetuneRecipe, Segmentation
 from pixmim.evaluation.settings.frozen import Knn, Linear
 from pixmim.evaluation.settings.shift import Robustness, ShapeBias
 
@@ -185,9 +185,10 @@ __all__ = [
     "MAJORITY",
     "PROTOCOLS",
     "All",
-    "Changes",
     "Detection",
     "Finetune",
+    "FinetuneOverrides",
+    "FinetuneRecipe",
     "Knn",
     "Linear",
     "Protocol",

@@ -1,7 +1,7 @@
 """Settings of what trains the encoder with labels, and measures what comes of it."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from tyro.conf import arg
 
@@ -24,59 +24,67 @@ from pixmim.utils.validation import (
     Whole,
 )
 
+Unset = TypeVar("Unset")
+
+_UNSET: Any = None
+
 
 @dataclass(frozen=True)
-class Changes(Settings):
-    """Numbers that replace a fine-tuning recipe's own."""
+class FinetuneRecipe(Settings, Generic[Unset]):
+    """Settings of a fine-tuning recipe. `Unset` is None where they may be left out, as in overrides of a recipe."""
 
-    epochs: Annotated[float | None, Real(0.001, 1e06)] = None
+    epochs: Annotated[float | Unset, Real(0.001, 1e06)] = _UNSET
     """Passes over the train data."""
-    warmup: Annotated[float | None, Real(0, 1e06)] = None
+    warmup: Annotated[float | Unset, Real(0, 1e06)] = _UNSET
     """Epochs of warm-up; never more than a fifth of the run."""
-    warmup_prefix: bool | None = None
+    warmup_prefix: bool | Unset = _UNSET
     """True: the cosine begins after the warm-up (MAE). False: it counts from the first step (SimMIM, DeiT III)."""
-    batch_size: Annotated[int | None, Whole(2, 999_999_999)] = None
+    batch_size: Annotated[int | Unset, Whole(2, 999_999_999)] = _UNSET
     """Images in an update of the weights."""
-    optimizer: Literal["adamw", "lamb"] | None = None
+    optimizer: Literal["adamw", "lamb"] | Unset = _UNSET
     """AdamW, or LAMB (DeiT III)."""
-    base_lr: Annotated[float | None, Real(0, 100, above=True)] = None
+    base_lr: Annotated[float | Unset, Real(0, 100, above=True)] = _UNSET
     """Learning rate per 256 images of a batch, of the head."""
-    first_lr: Annotated[float | None, Real(0, 100)] = None
+    first_lr: Annotated[float | Unset, Real(0, 100)] = _UNSET
     """Learning rate at which the warm-up begins."""
-    final_lr: Annotated[float | None, Real(0, 100)] = None
+    final_lr: Annotated[float | Unset, Real(0, 100)] = _UNSET
     """Learning rate at which the cosine ends."""
-    layer_decay: Annotated[float | None, Real(0.001, 1)] = None
+    layer_decay: Annotated[float | Unset, Real(0.001, 1)] = _UNSET
     """Learning rate of each layer, as a share of that of the layer above it."""
-    weight_decay: Annotated[float | None, Real(0, 10)] = None
+    weight_decay: Annotated[float | Unset, Real(0, 10)] = _UNSET
     """Not applied to norms, biases, positions and single tokens."""
-    clip: Annotated[float | None, Real(0, 1e06)] = None
+    clip: Annotated[float | Unset, Real(0, 1e06)] = _UNSET
     """Largest norm of the gradient; 0: any."""
-    drop_path: Annotated[float | None, Real(0, 0.99)] = None
+    drop_path: Annotated[float | Unset, Real(0, 0.99)] = _UNSET
     """Probability at which the last block is left out in training; less for those before it."""
-    crop: Literal["rrc", "src"] | None = None
+    crop: Literal["rrc", "src"] | Unset = _UNSET
     """rrc: random resized crop. src: simple resized crop (AlexNet, DeiT III, PixMIM)."""
-    scale: Annotated[tuple[float, float] | None, Real(0, 1, above=True)] = None
+    scale: Annotated[tuple[float, float] | Unset, Real(0, 1, above=True)] = _UNSET
     """rrc: range of the share of the area."""
-    augment: Literal["rand", "three", "none"] | None = None
+    augment: Literal["rand", "three", "none"] | Unset = _UNSET
     """rand: RandAugment m9-mstd0.5-inc1. three: 3-Augment (DeiT III)."""
-    jitter: Annotated[float | None, Real(0, 1)] = None
+    jitter: Annotated[float | Unset, Real(0, 1)] = _UNSET
     """Strength of the jitter of brightness, contrast and saturation."""
-    erase: Annotated[float | None, Real(0, 1)] = None
+    erase: Annotated[float | Unset, Real(0, 1)] = _UNSET
     """Probability that a box of an image becomes noise."""
-    mixup: Annotated[float | None, Real(0, 100)] = None
+    mixup: Annotated[float | Unset, Real(0, 100)] = _UNSET
     """Alpha of mixup; 0: none."""
-    cutmix: Annotated[float | None, Real(0, 100)] = None
+    cutmix: Annotated[float | Unset, Real(0, 100)] = _UNSET
     """Alpha of CutMix; 0: none."""
-    smoothing: Annotated[float | None, Real(0, 0.99)] = None
+    smoothing: Annotated[float | Unset, Real(0, 0.99)] = _UNSET
     """Share of a label that is spread over all classes."""
-    loss: Literal["ce", "bce"] | None = None
+    loss: Literal["ce", "bce"] | Unset = _UNSET
     """ce: cross-entropy. bce: binary, for each class by itself (DeiT III)."""
-    pool: Literal["mean", "cls"] | None = None
+    pool: Literal["mean", "cls"] | Unset = _UNSET
     """What the head sees: the mean of the patch tokens, or the class token."""
-    head_std: Annotated[float | None, Real(0, 10)] = None
+    head_std: Annotated[float | Unset, Real(0, 10)] = _UNSET
     """Standard deviation of the head's initial weights."""
-    average: Annotated[float | None, Real(0, 0.999999)] = None
+    average: Annotated[float | Unset, Real(0, 0.999999)] = _UNSET
     """Decay, an update, of an average of the weights (EMA) that is measured in their place, 0.9999 for one; 0: none."""
+
+
+FinetuneOverrides = FinetuneRecipe[None]
+"""Values in place of a recipe's own; None: the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class Finetune(Settings):
     """Decides the head, the order, and all that is random in training."""
     threads: Threads = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
-    changes: Annotated[Changes, arg(name="")] = field(default_factory=Changes)
+    changes: Annotated[FinetuneOverrides, arg(name="")] = field(default_factory=FinetuneOverrides)
     """Numbers in place of the recipe's."""
 
 

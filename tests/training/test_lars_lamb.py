@@ -5,8 +5,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from pixmim.training.layerwise import LAMB, LARS
-from pixmim.training.optim import Updater
+from pixmim.training.optim import LAMB, LARS, Updater
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,125 @@
+"""Processes of pixmim, forked from one that has imported it: a start takes milliseconds instead of seconds."""
+
+import multiprocessing
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from pixmim import cli
+from pixmim.training.checkpoint import Checkpoints
+
+_fork = multiprocessing.get_context("forkserver")
+_fork.set_forkserver_preload(["pixmim.pretrain", "pixmim.evaluation.evaluate", "pixmim.report", "pixmim.cli.pretrain"])
+
+
+class Started:
+    """A function that runs in so many processes, as ranks of one group if there are several.
+
+    Args:
+        output: Where they print to.
+        target: The function, of a module.
+        args: Its arguments.
+        ranks: How many processes.
+        limit: Bytes that a file may have; 0: any number.
+    """
+
+    def __init__(self, output: Path, target: Callable[..., object], *args: object, ranks: int = 1, limit: int = 0):
+        self.output = output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        environment = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "XDG_CACHE_HOME") if name in os.environ}
+        if ranks > 1:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+        self.processes = []
+        for rank in range(ranks):
+            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            process = _fork.Process(target=_run, args=(str(output), own, limit, target, args), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process numbers, by rank."""
+        return [process.pid or 0 for process in self.processes]
+
+    @property
+    def text(self) -> str:
+        """What they have printed so far."""
+        return self.output.read_text()
+
+    @property
+    def running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, which must come while all processes run."""
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.running or condition(), self.text
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.002)
+
+    def end(self, status: int | None = 0) -> str:
+        """Return what was printed, once all have ended with this status; None: any but 0."""
+        wait([process.sentinel for process in self.processes], timeout=120)
+        for process in self.processes:
+            process.join(timeout=120)
+            assert process.exitcode is not None, self.text
+            assert (process.exitcode != 0) if status is None else (process.exitcode == status), self.text
+        return self.text
+
+
+class Pretraining(Started):
+    """`pixmim pretrain` with these flags, into the folder `out`."""
+
+    def __init__(self, out: Path, *flags: object, ranks: int = 1, limit: int = 0):
+        self.out, self.checkpoints = out, Checkpoints(out / "checkpoints")
+        output = out.with_name(f"{out.name}-{time.monotonic_ns()}.txt")
+        super().__init__(output, _command, "pretrain", *map(str, flags), ranks=ranks, limit=limit)
+
+    def reach(self, step: int) -> None:
+        """Wait until a checkpoint of `step` or later is there."""
+        self.until(lambda: any(found >= step for found in self.checkpoints.steps()))
+
+    def log(self) -> None:
+        """Wait until a line of metrics is there."""
+        metrics = self.out / "metrics.jsonl"
+        self.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def _run(
+    output: str, environment: dict[str, str], limit: int, target: Callable[..., object], args: tuple[object, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    target(*args)
+
+
+def _command(*args: str) -> None:
+    sys.argv = ["pixmim", *args]
+    sys.exit(cli.main())
+
+
+def launch(*args: str) -> None:
+    """Run torchrun in this process."""
+    from torch.distributed.run import main
+
+    main(list(args))

@@ -1,0 +1,129 @@
+"""The training loop: what an interrupt saves, gradients that stay bad, and the caller's random numbers."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pixmim.config import Saving
+from pixmim.training.metric_logger import read_metrics
+from pixmim.training.optim import Updater
+from pixmim.training.trainer import Trainer
+from pixmim.utils.errors import UserError
+
+
+class Net(nn.Module):
+    """A network whose forward pass changes its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x).square().mean()
+
+
+class Ready(list[Tensor]):
+    """Parts of batches that need not be waited for."""
+
+    ready = True
+
+    def __next__(self) -> Tensor:
+        return self.pop(0)
+
+
+def trainer_of(model: nn.Module, folder: Path, accumulate: int = 1, steps: int = 4) -> Trainer:
+    torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    updater = Updater(optimizer, None, scaling=False, device=torch.device("cpu"))
+    saving = Saving(every=1, last=99)
+    return Trainer(
+        model, updater, lambda _: 0.1, steps, folder, images=8, batch_size=8, accumulate=accumulate, saving=saving
+    )
+
+
+def parts(first: int = 0) -> Iterator[Tensor]:
+    number = first
+    while True:
+        yield torch.randn(8, 4, generator=torch.Generator().manual_seed(number))
+        number += 1
+
+
+def test_an_interrupt_lets_a_step_finish_whose_data_are_there(tmp_path: Path) -> None:
+    net, computed = nn.Linear(4, 1), list[int]()
+
+    def compute_loss(x: Tensor, number: int) -> Tensor:
+        computed.append(number)
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return net(x).mean()
+
+    with trainer_of(net, tmp_path, accumulate=3) as trainer:
+        step = trainer.fit(Ready(torch.ones(9, 2, 4)), compute_loss)  # type: ignore[type-var]
+    assert step == 2 and computed == [0, 1, 2, 3, 4, 5] and trainer.checkpoints.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("stopped", [0, 4, 5])  # a part of a batch for which the loop waits
+def test_an_interrupt_while_waiting_for_data_saves_the_last_complete_step(stopped: int, tmp_path: Path) -> None:
+    def run(stop: int, folder: Path) -> tuple[int, dict[str, Tensor]]:
+        net = Net()
+
+        def loader() -> Iterator[Tensor]:
+            for number, part in enumerate(parts()):
+                if number == stop:
+                    signal.raise_signal(signal.SIGTERM)
+                yield part
+
+        with trainer_of(net, folder, accumulate=2) as trainer:
+            step = trainer.fit(loader(), lambda x, _: net(x))
+        other = Net()
+        if step:
+            assert trainer.checkpoints.load_model(other)[0] == step and trainer.checkpoints.steps()[-1] == step
+        return step, dict(other.state_dict())
+
+    step, state = run(stopped, tmp_path / "cut")
+    assert step == stopped // 2
+    if step:
+        _, whole = run(2 * step, tmp_path / "whole")  # stopped between two steps
+        assert all(torch.equal(state[name], value) for name, value in whole.items())
+
+
+def test_resumed_training_is_bitwise_the_same_and_restores_the_generator(tmp_path: Path) -> None:
+    initial = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+    def train(folder: Path, stop: int = -1) -> dict[str, Tensor]:
+        net = deepcopy(initial)
+
+        def compute_loss(x: Tensor, number: int) -> Tensor:
+            if number == stop:
+                signal.raise_signal(signal.SIGTERM)
+            torch.manual_seed(number)
+            return net(x).square().mean()
+
+        trainer = trainer_of(net, folder, accumulate=2)
+        torch.manual_seed(7)
+        try:
+            trainer.resume_and_fit(lambda first: nullcontext(parts(first)), compute_loss)
+        finally:
+            assert torch.initial_seed() == 7
+        return dict(net.state_dict())
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", stop=3)
+    resumed = train(tmp_path / "cut")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_gradients_that_stay_bad_end_the_training(tmp_path: Path) -> None:
+    net = nn.Linear(4, 1)
+    trainer = trainer_of(net, tmp_path, steps=100)
+    with pytest.raises(UserError, match=r"last 20 steps \(up to step 20\).*--optim.clip"), trainer:
+        trainer.fit(parts(), lambda x, number: net(x).mean() * float("nan"))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 19
