@@ -20,7 +20,7 @@ from timing import interleaved, machine
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Source
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     print(f"{machine()}, {os.cpu_count()} cores; median of {options.rounds}")
-    folder = open_data(options.data)
+    folder = open_dataset(options.data)
     assert isinstance(folder, Files), "give full-size photographs in a folder, or a .txt that names them"
     count = options.images // BATCH * BATCH
     src, rrc = SimpleResizedCrop(SIZE), RandomResizedCrop(SIZE)
@@ -49,7 +49,7 @@ def main() -> None:
         settings: dict[str, dict[str, Any]] = {"4:4:4": {}, "4:2:0": {"chroma": "420"}, "raw": {"kind": "raw"}}
         for name, kind in settings.items():
             made = make_cache(folder, Path(where) / name, (SIZE, SIZE), **kind)
-            caches[name] = open_data(str(Path(where) / name))
+            caches[name] = open_dataset(str(Path(where) / name))
             rate, size = made.images / made.seconds, made.bytes / made.images
             print(f"cache {name}: made at {rate:.0f} images/s, {size:,.0f} bytes an image")
         kept = InMemoryDataset(caches["4:4:4"])

@@ -18,8 +18,8 @@ from timing import CLOCKS, interleaved, machine
 from torch import Tensor
 
 from pixmim.build import build_encoder
-from pixmim.config import Model, Run
-from pixmim.data import open_data
+from pixmim.config import Model, PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Source
@@ -44,11 +44,11 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{machine()}, {os.cpu_count()} cores; {options.images} images at 224 px")
     print(f"median of {options.rounds}, {options.clock} time; batches of {options.batch}")
-    source = open_data(options.data)
+    source = open_dataset(options.data)
     with tempfile.TemporaryDirectory() as where:
         some = Subset(source, range(min(options.images, len(source))))
         make_cache(some, Path(where) / "cache", (256, 256))  # as evaluations resize: 256/224 of the encoder's size
-        cache = open_data(f"{where}/cache")
+        cache = open_dataset(f"{where}/cache")
         for backbone in BACKBONES:
             encoder = ready(backbone)
             seconds = interleaved(
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def ready(backbone: str) -> Encoder:
-    run = Run(model=Model("simmim" if "swin" in backbone else "mae", backbone))
+    run = PretrainConfig(model=Model("simmim" if "swin" in backbone else "mae", backbone))
     retain_freed_memory()
     device = choose_device("auto")
     precision = choose_precision("auto", device)

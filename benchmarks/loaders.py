@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Loader
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--decoder", choices=["own", "simplejpeg"], default="own")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    source = open_data(options.data)
+    source = open_dataset(options.data)
     count = min(options.images, len(source)) // BATCH * BATCH
     assert count, f"give at least {BATCH} photographs"
     chroma = ":".join(options.chroma)

@@ -30,7 +30,7 @@ from timing import CLOCKS, interleaved, machine, product_rate, stated_peak, wait
 from torch import Tensor, nn
 
 import pixmim
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Loader
@@ -168,11 +168,11 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
     device = images.device
     mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     count = max(512, 4 * options.batch)
-    source = open_data(options.data or f"shapes:count={count},size={options.size}")
+    source = open_dataset(options.data or f"shapes:count={count},size={options.size}")
     with tempfile.TemporaryDirectory() as where:
         if not isinstance(source, ShardDataset):
             make_cache(source, Path(where), (options.size, options.size))
-            source = open_data(where)
+            source = open_dataset(where)
         skipped = Skipped(None, len(source), 0.5)
         with Loader(
             source, SimpleResizedCrop(options.size), BatchShard(options.batch), skipped=skipped, device=device

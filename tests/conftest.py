@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from helpers.tiny import TINY
-from pixmim.config import Model, Optim, Run
+from pixmim.config import Model, Optim, PretrainConfig
 from pixmim.data.decode import limits
 
 settings.register_profile(
@@ -59,10 +59,10 @@ def usual_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_run() -> Callable[..., Run]:
+def tiny_run() -> Callable[..., PretrainConfig]:
     """A Run that trains in a second; keywords replace its fields."""
 
-    def make(**changes: object) -> Run:
+    def make(**changes: object) -> PretrainConfig:
         values: dict[str, object] = {
             "recipe": "tiny",
             "data": "shapes:count=40,size=32",
@@ -77,7 +77,7 @@ def tiny_run() -> Callable[..., Run]:
             ),
             "optim": Optim(base_lr=0.05, warmup=0.2),
         }
-        return Run(**(values | changes))  # type: ignore[arg-type]
+        return PretrainConfig(**(values | changes))  # type: ignore[arg-type]
 
     return make
 

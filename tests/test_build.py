@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pixmim.build import build_crop, build_mask_sampler, build_model, build_objective
-from pixmim.config import Crop, Mask, Model, Run, Target
+from pixmim.config import Crop, Mask, Model, PretrainConfig, Target
 from pixmim.data.synthetic import Shapes
 from pixmim.transforms.crops import finish
 from pixmim.utils.errors import UserError
@@ -50,7 +50,7 @@ CROPS = [Crop(kind) for kind in ("src", "rrc", "cc")]
 @pytest.mark.parametrize("targets", [TARGETS, BINNED], ids=["values", "bins"])
 def test_the_grid(name: str, targets: list[Target]) -> None:
     """96 x 64 pixels; one drawn image through each crop, one mask of each kind, one loss of each target."""
-    base = Run(model=MODELS[name], size="96x64", batch_size=3, target=targets[0])
+    base = PretrainConfig(model=MODELS[name], size="96x64", batch_size=3, target=targets[0])
     model = build_model(base)
     mean, std = (torch.tensor(v) for v in base.statistics)
     drawn = [Shapes(size=64).image(i) for i in range(3)]
@@ -89,7 +89,7 @@ def test_the_grid(name: str, targets: list[Target]) -> None:
 )
 def test_masks_that_a_run_would_stumble_over_are_refused_before_it(mask: Mask, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_mask_sampler(Run(size="96x64", mask=mask), 16)
+        build_mask_sampler(PretrainConfig(size="96x64", mask=mask), 16)
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_masks_that_a_run_would_stumble_over_are_refused_before_it(mask: Mask, m
 )
 def test_models_that_cannot_be_built_are_refused(model: Model, message: str) -> None:
     with pytest.raises(UserError, match=message), torch.device("meta"):
-        build_model(Run(size="96x64", model=model))
+        build_model(PretrainConfig(size="96x64", model=model))

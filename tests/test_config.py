@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pixmim.config import Crop, Optim, Run, Target
+from pixmim.config import Crop, Optim, PretrainConfig, Target
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json, to_json
 from pixmim.utils.errors import UserError
@@ -16,7 +16,9 @@ def test_every_recipe_survives_json(name: str) -> None:
 
 
 def test_odd_values_survive_json() -> None:
-    run = Run(steps=3, mean=(0.5, 0.1, 0.2), crop=Crop(scale=(0.3, 1)), target=Target(radius=7), optim=Optim(lr=1))
+    run = PretrainConfig(
+        steps=3, mean=(0.5, 0.1, 0.2), crop=Crop(scale=(0.3, 1)), target=Target(radius=7), optim=Optim(lr=1)
+    )
     assert from_json(to_json(run)) == run
 
 
@@ -60,12 +62,12 @@ def test_broken_json_names_the_file() -> None:
 def test_learning_rate_follows_the_real_batch() -> None:
     assert get_recipe("pixmim-vit-base").lr == pytest.approx(2.4e-3)  # the paper's 1.5e-4 x 4096 / 256
     assert dataclasses.replace(get_recipe("pixmim-vit-base"), batch_size=512).lr == pytest.approx(3e-4)
-    assert Run(optim=Optim(lr=0.1)).lr == 0.1
+    assert PretrainConfig(optim=Optim(lr=0.1)).lr == 0.1
 
 
 def test_pixmim_is_two_values_of_mae() -> None:
     mae, pixmim = get_recipe("mae-vit-base"), get_recipe("pixmim-vit-base")
-    changed = [f.name for f in dataclasses.fields(Run) if getattr(mae, f.name) != getattr(pixmim, f.name)]
+    changed = [f.name for f in dataclasses.fields(PretrainConfig) if getattr(mae, f.name) != getattr(pixmim, f.name)]
     assert changed == ["recipe", "crop", "target"]
     assert (pixmim.crop.kind, pixmim.target.kind, pixmim.target.radius) == ("src", "low-frequency", "auto")
     assert (mae.crop.kind, mae.crop.scale, mae.target.kind, mae.target.normalise_patches) == (
@@ -77,9 +79,9 @@ def test_pixmim_is_two_values_of_mae() -> None:
 
 
 def test_size_and_statistics() -> None:
-    assert Run(size="192x384").hw == (192, 384) and Run(size="96").hw == (96, 96)
-    assert Run(channels=1).statistics == ((0.449,), (0.226,))
-    assert Run(mean=(0.1, 0.2, 0.3)).statistics == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+    assert PretrainConfig(size="192x384").hw == (192, 384) and PretrainConfig(size="96").hw == (96, 96)
+    assert PretrainConfig(channels=1).statistics == ((0.449,), (0.226,))
+    assert PretrainConfig(mean=(0.1, 0.2, 0.3)).statistics == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

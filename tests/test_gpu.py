@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from helpers.runs import train
 from pixmim import LowFrequency, Objective, RandomMask, create_model, low_pass
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.data.dataset import Form
 from pixmim.data.synthetic import Shapes
 from pixmim.training.optim import Updater, adamw
@@ -47,7 +47,7 @@ def test_the_low_pass_stays_exact_under_autocast() -> None:
     assert (found.double() - low_pass(images.double(), 40)).abs().max() < 5e-6
 
 
-def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., PretrainConfig], tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         train(tiny_run(device=device, steps=3), tmp_path / device)
     one, two = (load_file(tmp_path / device / "encoder/model.safetensors") for device in ("cpu", "cuda"))
@@ -56,7 +56,7 @@ def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., Run], tmp_
 
 
 @pytest.mark.parametrize("pixels", ["uint16", "float32"])
-def test_deep_images_reach_the_gpu_whole(pixels: str, tiny_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_deep_images_reach_the_gpu_whole(pixels: str, tiny_run: Callable[..., PretrainConfig], tmp_path: Path) -> None:
     mean, std, flip = torch.rand(5), torch.rand(5) + 0.1, torch.tensor([True, False])
     images = torch.stack([Shapes(form=Form(5, pixels)).image(i)[:, :32, :32].float() for i in range(2)])  # type: ignore[arg-type]
     images = images.to(getattr(torch, pixels)).pin_memory()

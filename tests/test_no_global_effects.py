@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 
 from pixmim.build import build_model
-from pixmim.config import Run, Scale
+from pixmim.config import PretrainConfig, Scale
 from pixmim.training.parallelize import step_context
 
 IMPORTS = """
@@ -43,7 +43,7 @@ def test_imports_and_devices_change_nothing() -> None:
 
 
 def test_building_a_model_leaves_the_generator_alone() -> None:
-    run = Run(size="32", device="cpu")
+    run = PretrainConfig(size="32", device="cpu")
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)

@@ -15,15 +15,15 @@ from safetensors import safe_open
 
 from helpers.runs import equal, train, weights
 from pixmim.build import build_model
-from pixmim.config import Knn, Made, Optim, Run, Saving
-from pixmim.evaluation.evaluate import evaluate, knn_watch
+from pixmim.config import Knn, Made, Optim, PretrainConfig, Saving
+from pixmim.evaluation.evaluate import evaluate, online_knn
 from pixmim.evaluation.settings import Linear
 from pixmim.models import features
 from pixmim.recipes import get_recipe
 from pixmim.training.checkpoint import Checkpoints
 from pixmim.utils.errors import UserError
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
@@ -122,11 +122,11 @@ def test_metrics_have_steps_and_rates(tiny_run: Make, tmp_path: Path) -> None:
 
 def test_periodic_knn_draws_a_curve(tiny_run: Make, tmp_path: Path) -> None:
     run = tiny_run(steps=10, knn=Knn("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1", every=1.0))
-    train(run, tmp_path / "run", knn_watch(run))
+    train(run, tmp_path / "run", online_knn(run))
     steps = [line["step"] for line in metrics(tmp_path / "run") if "knn/k20/mean/top1" in line]
     assert steps == [0, 5, 10]
     quiet = replace(run, knn=Knn())
-    train(quiet, tmp_path / "quiet", knn_watch(quiet))
+    train(quiet, tmp_path / "quiet", online_knn(quiet))
     assert equal(tmp_path / "run", tmp_path / "quiet")  # looking changes nothing
 
 

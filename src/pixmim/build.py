@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.data.dataset import Form
 from pixmim.data.statistics import recall
 from pixmim.losses import Objective
@@ -29,12 +29,12 @@ MAX_PATCHES = 2**18
 """Most patches of an image; attention between so many takes more memory than any machine has."""
 
 
-def image_form(run: Run) -> Form:
+def image_form(run: PretrainConfig) -> Form:
     """What every image is brought into before it is cropped."""
     return Form(run.channels, run.pixels, run.pages)
 
 
-def measured(run: Run) -> tuple[Run, list[str]]:
+def with_dataset_stats(run: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
     """The run with the mean and std that `pixmim stats` has kept of its data, where it has none; and a line to say so.
 
     A run then carries them in its configuration, whatever becomes of what was kept.
@@ -47,7 +47,7 @@ def measured(run: Run) -> tuple[Run, list[str]]:
     return known, [f"mean and std: measured on {count} images by `pixmim stats`"]
 
 
-def build_crop(run: Run) -> Crop:
+def build_crop(run: PretrainConfig) -> Crop:
     """What the network sees of a picture."""
     if run.crop.kind == "src":
         return SimpleResizedCrop(run.hw, run.crop.padding, run.crop.interpolation)
@@ -56,7 +56,7 @@ def build_crop(run: Run) -> Crop:
     return CentreCrop(run.hw, interpolation=run.crop.interpolation)
 
 
-def build_mask_sampler(run: Run, patch: int) -> MaskSampler:
+def build_mask_sampler(run: PretrainConfig, patch: int) -> MaskSampler:
     """Build the masks for a model with patches of `patch` pixels. Raises UserError if the model cannot take them."""
     m = run.mask
     masker: Masker
@@ -85,7 +85,7 @@ def build_mask_sampler(run: Run, patch: int) -> MaskSampler:
     return sampler
 
 
-def build_model(run: Run) -> MaskedModel:
+def build_model(run: PretrainConfig) -> MaskedModel:
     """Who predicts, with the initial weights that the run's seed decides. Raises UserError."""
     m = run.model
     if m.name == "simmim" and (m.decoder_stride != 1 or m.predict_patch):
@@ -116,7 +116,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def build_encoder(run: Run) -> nn.Module:
+def build_encoder(run: PretrainConfig) -> nn.Module:
     """The encoder alone, its weights at random. Raises UserError."""
     m = run.model
     given = {"img_size": run.hw, "in_chans": run.channels, **m.options}
@@ -147,7 +147,7 @@ def check_room(make: Callable[[], nn.Module], name: str) -> None:
         raise UserError(f"{name} needs {in_gib(size)} GiB for its weights as asked for, and {in_gib(free)} are free")
 
 
-def build_objective(run: Run) -> Objective:
+def build_objective(run: PretrainConfig) -> Objective:
     """What must be predicted, and the distance to it."""
     mean, std = run.statistics
     t = run.target

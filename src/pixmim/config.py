@@ -221,7 +221,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Run:
+class PretrainConfig:
     """One pre-training run."""
 
     recipe: Annotated[str, Suppress, _WORD] = ""

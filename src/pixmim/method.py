@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pixmim.build import build_mask_sampler, build_model, build_objective
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.losses import Objective
 from pixmim.masking import Mask, MaskSampler
 from pixmim.models.base import MaskedModel
@@ -18,7 +18,7 @@ from pixmim.training.precision import Precision, autocast, choose_attention, cho
 class Method:
     """Model, masks and target of a run on a device. (The fourth choice, the crop, is made before: it feeds this.)"""
 
-    run: Run
+    run: PretrainConfig
     model: MaskedModel
     masks: MaskSampler
     objective: Objective
@@ -26,7 +26,7 @@ class Method:
     precision: Precision
 
     @staticmethod
-    def of(run: Run) -> "Method":
+    def of(run: PretrainConfig) -> "Method":
         """Build what the run names, its weights as its seed decides. Raises UserError."""
         device = choose_device(run.device)
         precision = choose_precision(run.precision, device)

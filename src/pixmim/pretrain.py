@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pixmim.build import build_crop, build_model, image_form
-from pixmim.config import Run
-from pixmim.data import create_loader, open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import create_loader, open_dataset
 from pixmim.data.bad_images import Skipped, gather_accounts
 from pixmim.data.caching import choose_place
 from pixmim.data.dataset import Source
@@ -58,7 +58,9 @@ class Outcome:
     finished: bool
 
 
-def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, world: World = ALONE) -> Outcome:
+def pretrain(
+    run: PretrainConfig, out: Path, console: Console, watch: Watch | None = None, world: World = ALONE
+) -> Outcome:
     """Train until the run is finished or interrupted, from the newest checkpoint in `out` if there is one.
 
     Every process of `world` calls this; the first one speaks and writes: config.json, metrics.jsonl, skipped.csv,
@@ -69,7 +71,7 @@ def pretrain(run: Run, out: Path, console: Console, watch: Watch | None = None, 
         inside(out, name)  # what is written must not go elsewhere by a link
     if not (out / "config.json").exists():
         check_new_run(out)
-    data, crop = open_data(run.data, image_form(run), run.local_copy), build_crop(run)
+    data, crop = open_dataset(run.data, image_form(run), run.local_copy), build_crop(run)
     _agree(run, world, data)
     method = Method.of(run)
     model, device, precision = method.model, method.device, method.precision
@@ -204,7 +206,9 @@ def _longer(out: Path, schedule: Schedule, done: int, images: int) -> list[str]:
     ]
 
 
-def _parts(run: Run, method: Method, network: nn.Module, updater: Updater, world: World, beside: Source | None) -> int:
+def _parts(
+    run: PretrainConfig, method: Method, network: nn.Module, updater: Updater, world: World, beside: Source | None
+) -> int:
     """Return the number of parts in which this rank computes its share of a batch. Collective.
 
     beside: The data set that will be kept on the device as well.
@@ -259,7 +263,7 @@ def check_new_run(out: Path) -> None:
             raise UserError(f"{out / name} is there already, and belongs to no run: choose another --out")
 
 
-def _agree(run: Run, world: World, data: Source) -> None:
+def _agree(run: PretrainConfig, world: World, data: Source) -> None:
     """Raise UserError unless each process gets an equal share of every batch, out of the same images."""
     run.check_shares(world.size, "processes")
     counts = world.gather(len(data))
@@ -270,7 +274,7 @@ def _agree(run: Run, world: World, data: Source) -> None:
         )
 
 
-def _whole(model: MaskedModel, run: Run, device: torch.device, world: World) -> MaskedModel:
+def _whole(model: MaskedModel, run: PretrainConfig, device: torch.device, world: World) -> MaskedModel:
     """The model, or where it lies in shards a copy of all of it; every process must ask."""
     if way(run.scale, world) != "fsdp":
         return model

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pixmim.config import Knn, Run
+from pixmim.config import Knn, PretrainConfig
 from pixmim.utils.errors import UserError, nearest, shown
 from pixmim.utils.files import parse_json, read_text
 from pixmim.utils.validation import check_options
@@ -17,7 +17,7 @@ MAX_CHARACTERS = 2**20
 """Longest configuration that is read. One that pixmim writes has about 3,000 characters."""
 
 
-def to_json(run: Run) -> str:
+def to_json(run: PretrainConfig) -> str:
     """The run as JSON text that `from_json` takes back."""
     return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
 
@@ -30,7 +30,7 @@ def read_config_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def from_json(text: str, source: str | Path = "the configuration") -> Run:
+def from_json(text: str, source: str | Path = "the configuration") -> PretrainConfig:
     """Parse what `to_json` wrote; the text may come from anybody.
 
     Raises:
@@ -38,11 +38,11 @@ def from_json(text: str, source: str | Path = "the configuration") -> Run:
     """
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{source} is longer than the {MAX_CHARACTERS:,} characters allowed")
-    run: Run = _build(Run, parse_json(text, str(source), unique=True), "", str(source))
+    run: PretrainConfig = _build(PretrainConfig, parse_json(text, str(source), unique=True), "", str(source))
     return run
 
 
-def portable(run: Run) -> Run:
+def portable(run: PretrainConfig) -> PretrainConfig:
     """Return the run without what it names on this machine: data, folders, weights. What trains it elsewhere stays."""
     return replace(run, data="", out="", init=run.init if run.init.startswith("timm:") else "", knn=Knn())
 

@@ -15,8 +15,8 @@ from torch import nn
 import pixmim.evaluation.embed as embedding
 from helpers.cli import say
 from pixmim.build import build_encoder, build_model
-from pixmim.config import Model, Run
-from pixmim.data import open_data
+from pixmim.config import Model, PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.image_folder import named
 from pixmim.models import features
 from pixmim.report.attention import attention_maps
@@ -25,7 +25,7 @@ from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import adopt, open_model
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 
@@ -144,7 +144,7 @@ def test_embeddings_are_the_features_with_their_files(
 def test_embedding_goes_on_where_it_was_interrupted(
     model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, data, out = open_model(model), open_data(str(pictures)), tmp_path / "f.npy"
+    weights, data, out = open_model(model), open_dataset(str(pictures)), tmp_path / "f.npy"
 
     def run(weights: Weights = weights, path: Path = out) -> None:
         embedding.embed(weights, data, path, batch=3, device="cpu", precision="fp32")

@@ -11,9 +11,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from helpers.batches import same
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.data import caching as keep
-from pixmim.data import create_loader, open_data
+from pixmim.data import create_loader, open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Batch
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def shards(pictures: Path, tmp_path: Path) -> ShardDataset:
-    make_cache(open_data(str(pictures)), tmp_path / "cache", SIZE)
+    make_cache(open_dataset(str(pictures)), tmp_path / "cache", SIZE)
     return open_cache(tmp_path / "cache")
 
 
@@ -86,7 +86,7 @@ def test_the_rule(shards: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_pictures_are_kept_only_if_asked(pictures: Path) -> None:
-    folder, crop = open_data(str(pictures)), SimpleResizedCrop(SIZE)
+    folder, crop = open_dataset(str(pictures)), SimpleResizedCrop(SIZE)
     assert keep.choose_place(folder, crop, "auto", CPU) == ("disk", "")
     assert keep.choose_place(folder, crop, "memory", CPU)[0] == "memory"
     with pytest.raises(UserError, match="needs a cache"):
@@ -99,7 +99,7 @@ def test_what_is_kept_is_decoded_once(shards: ShardDataset) -> None:
 
 
 def test_a_run_from_the_device_ends_with_the_same_weights(
-    shards: ShardDataset, tiny_run: Callable[..., Run], tmp_path: Path
+    shards: ShardDataset, tiny_run: Callable[..., PretrainConfig], tmp_path: Path
 ) -> None:
     console = Console(quiet=True)
     for place in ("disk", "device"):

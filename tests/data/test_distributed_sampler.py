@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
@@ -18,7 +18,7 @@ BATCH, STEPS, SIZE = 12, 4, 16
 
 def _batches(data: str, rank: int, ranks: int, accumulate: int = 1, start: int = 0) -> list[torch.Tensor]:
     """This rank's images and flips of each step, as one uint8 tensor (b, numbers)."""
-    source, found = open_data(data), []
+    source, found = open_dataset(data), []
     shard = BatchShard(BATCH, start * BATCH, rank, ranks, accumulate)
     with Loader(source, SimpleResizedCrop(SIZE), shard, skipped=Skipped(None, len(source), 0.5), seed=5) as loader:
         for _ in range((STEPS - start) * accumulate):

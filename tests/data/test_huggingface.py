@@ -13,8 +13,8 @@ import torch
 
 from helpers.cli import say
 from helpers.runs import equal, train
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import BadImage, Form, Source
 from pixmim.data.huggingface import ArrowDataset, is_arrow_dataset
@@ -25,7 +25,7 @@ datasets = pytest.importorskip("datasets")
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def files(pictures: Path) -> Files:
     """The pictures as files, in the order of the data sets below."""
-    data = open_data(str(pictures))
+    data = open_dataset(str(pictures))
     assert isinstance(data, Files)
     return data
 
@@ -84,37 +84,37 @@ def test_parquet_in_shards_and_splits(library: Any, files: Files, tmp_path: Path
     shards(library, tmp_path / "set" / "data", "train", 3)
     shards(library.select([8, 2]), tmp_path / "set" / "data", "test", 1)
     for spec in (f"{tmp_path}/set", f"hf:{tmp_path}/set", f"hf:{tmp_path}/set:train,image=image,label=label"):
-        data = open_data(spec)
+        data = open_dataset(spec)
         assert same(data, files) and data.spec == spec
         assert data.about == "images from column 'image', classes from 'label'"
     assert data.locate(6) == f"hf:{tmp_path}/set:train#6 (1.jpg)"
-    assert same(open_data(f"hf:{tmp_path}/set:test"), files, [8, 2])
-    assert open_data(f"{tmp_path}/set", Form(1)).image(0).shape[0] == 1
+    assert same(open_dataset(f"hf:{tmp_path}/set:test"), files, [8, 2])
+    assert open_dataset(f"{tmp_path}/set", Form(1)).image(0).shape[0] == 1
 
 
 def test_one_file_and_a_folder_of_files(library: Any, files: Files, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     library.to_parquet(tmp_path / "flat" / "birds.parquet")
-    assert same(open_data(f"{tmp_path}/flat"), files) and same(open_data(f"{tmp_path}/flat/birds.parquet"), files)
+    assert same(open_dataset(f"{tmp_path}/flat"), files) and same(open_dataset(f"{tmp_path}/flat/birds.parquet"), files)
     library.save_to_disk(tmp_path / "saved", num_shards=2)
     (tmp_path / "loose").mkdir()
     for path in (tmp_path / "saved").glob("*.arrow"):
         (tmp_path / "loose" / path.name).write_bytes(path.read_bytes())
-    assert same(open_data(f"{tmp_path}/loose"), files)
-    one = open_data(f"{tmp_path}/loose/data-00000-of-00002.arrow")
+    assert same(open_dataset(f"{tmp_path}/loose"), files)
+    one = open_dataset(f"{tmp_path}/loose/data-00000-of-00002.arrow")
     assert same(one, files, [0, 1, 2, 3, 4])
 
 
 def test_saved_to_disk_with_and_without_splits(library: Any, files: Files, tmp_path: Path) -> None:
     library.save_to_disk(tmp_path / "one", num_shards=3)
-    assert same(open_data(f"{tmp_path}/one"), files)
+    assert same(open_dataset(f"{tmp_path}/one"), files)
     mixed = library.shuffle(seed=1)
     order = [int(np.flatnonzero([row == other for other in library["share"]])[0]) for row in mixed["share"]]
     datasets.DatasetDict(train=mixed, test=library.select([3])).save_to_disk(tmp_path / "two")
-    assert same(open_data(f"{tmp_path}/two"), files, order) and order != sorted(order)
-    assert same(open_data(f"hf:{tmp_path}/two:test"), files, [3])
+    assert same(open_dataset(f"{tmp_path}/two"), files, order) and order != sorted(order)
+    assert same(open_dataset(f"hf:{tmp_path}/two:test"), files, [3])
     with pytest.raises(UserError, match=r"no split 'tests'; did you mean 'test'\? Its splits: test, train"):
-        open_data(f"hf:{tmp_path}/two:tests")
+        open_dataset(f"hf:{tmp_path}/two:tests")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_selections_of_any_kind(change: Callable[[Any], Any], order: list[int], 
 
 def test_eight_threads_read_what_one_does(library: Any, files: Files, tmp_path: Path) -> None:
     library.save_to_disk(tmp_path / "set", num_shards=4)
-    data = open_data(f"{tmp_path}/set")
+    data = open_dataset(f"{tmp_path}/set")
     wanted = [files.image(i) for i in range(10)]
     order = np.random.default_rng(0).integers(0, 10, 2000).tolist()
     with ThreadPoolExecutor(8) as pool:
@@ -159,9 +159,9 @@ def test_plain_parquet_of_any_tool(kind: str, files: Files, tmp_path: Path) -> N
     spec = f"hf:{tmp_path}/set.parquet,label=kind"
     if kind == "paths":
         with pytest.raises(UserError, match="no image column; its columns: picture, kind, n"):
-            open_data(spec)
+            open_dataset(spec)
         spec += ",image=picture"
-    assert same(open_data(spec), files)
+    assert same(open_dataset(spec), files)
 
 
 def test_paths_without_bytes_and_inside_an_archive(files: Files, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_what_cannot_serve_is_named(library: Any, tmp_path: Path) -> None:
         ("revision=main", "revision="),
     ):
         with pytest.raises(UserError, match=message):
-            open_data(f"hf:{tmp_path}/set,{options}")
+            open_dataset(f"hf:{tmp_path}/set,{options}")
     two = library.add_column("second", library["word"]).cast_column("second", datasets.Image())
     with pytest.raises(UserError, match="add ,image= and one of image, second"):
         ArrowDataset(two, "set")
@@ -226,12 +226,12 @@ def test_what_cannot_serve_is_named(library: Any, tmp_path: Path) -> None:
         ArrowDataset(library.select([]), "set")
     (tmp_path / "table.csv").write_text("a\n1\n")
     with pytest.raises(UserError, match=r"neither a \.parquet nor a \.arrow file"):
-        open_data(f"hf:{tmp_path}/table.csv")
+        open_dataset(f"hf:{tmp_path}/table.csv")
 
 
 def test_a_set_that_cannot_be_loaded_says_why(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"hf:nosuch/set cannot be loaded: .*HF_HUB_OFFLINE.*nosuch/set"):
-        open_data("hf:nosuch/set")
+        open_dataset("hf:nosuch/set")
 
     def gated(*args: object, **options: object) -> None:
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.\nAsk for access.")
@@ -239,18 +239,18 @@ def test_a_set_that_cannot_be_loaded_says_why(library: Any, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset_builder", gated)
         with pytest.raises(UserError, match=r"gated dataset on the Hub. Ask for access.*hf auth login"):
-            open_data("hf:a/b")
+            open_dataset("hf:a/b")
     library.save_to_disk(tmp_path / "saved")
     shards(library, tmp_path / "set", "train", 2)
     for path in (tmp_path / "saved" / "data-00000-of-00001.arrow", tmp_path / "set" / "train-00001-of-00002.parquet"):
         path.write_bytes(path.read_bytes()[:-2000])
         with pytest.raises(UserError, match=f"{path.parent.name} cannot be loaded: "):
-            open_data(str(path.parent))
+            open_dataset(str(path.parent))
     with pytest.raises(UserError, match=r"config="):
-        open_data(f"hf:{tmp_path}/set,config=en")
+        open_dataset(f"hf:{tmp_path}/set,config=en")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'pixmim\[hub\]'"):
-        open_data("hf:a/b")
+        open_dataset("hf:a/b")
 
 
 def test_a_broken_picture_is_one_bad_image() -> None:
@@ -268,7 +268,7 @@ def test_its_fingerprint_stays_and_follows_the_rows(library: Any, tmp_path: Path
     shards(library, tmp_path / "set", "train", 2)
     library.save_to_disk(tmp_path / "saved")
     for spec in (f"{tmp_path}/set", f"{tmp_path}/saved"):
-        assert open_data(spec).fingerprint() == open_data(spec).fingerprint()
+        assert open_dataset(spec).fingerprint() == open_dataset(spec).fingerprint()
     prints = [
         ArrowDataset(data, "set").fingerprint() for data in (library, library.select([1, 2]), library.select([1, 3]))
     ]
@@ -278,7 +278,7 @@ def test_its_fingerprint_stays_and_follows_the_rows(library: Any, tmp_path: Path
 def test_which_folders_are_tables(library: Any, files: Files, pictures: Path, tmp_path: Path) -> None:
     """A table of features beside pictures, or above them, does not hide the pictures."""
     shards(library, pictures, "features", 1)
-    assert not is_arrow_dataset(pictures) and len(open_data(str(pictures))) == 10
+    assert not is_arrow_dataset(pictures) and len(open_dataset(str(pictures))) == 10
     shards(library, pictures / "cats", "features", 1)
     assert not is_arrow_dataset(pictures / "cats")
     shards(library, tmp_path / "set" / "data", "train", 1)
@@ -300,8 +300,8 @@ def test_a_run_from_parquet_is_the_run_from_the_files(
     assert "images from column 'image', classes from 'label'" in text
     assert equal(tmp_path / "table", tmp_path / "files")
 
-    assert make_cache(open_data(spec), tmp_path / "cache", (32, 32)).images == 10
-    assert open_data(f"{tmp_path}/cache").classes == ["cats", "dogs"]
+    assert make_cache(open_dataset(spec), tmp_path / "cache", (32, 32)).images == 10
+    assert open_dataset(f"{tmp_path}/cache").classes == ["cats", "dogs"]
     run = tmp_path / "table"
     assert say(capsys, "embed", run, "--data", spec, "--out", tmp_path / "f.npy", "--device", "cpu")[0] == 0
     assert "set:train#9 (4.jpg),dogs" in (tmp_path / "f.csv").read_text()

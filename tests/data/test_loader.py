@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.batches import same
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import BadImage, Form, Source
 from pixmim.data.loader import Batch, Loader, iterate_in_order
@@ -177,7 +177,7 @@ def test_memory_is_bounded_by_the_batches_ahead() -> None:
 
 def test_in_order_gives_every_readable_image_once(pictures: Path) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
-    data = open_data(str(pictures))
+    data = open_dataset(str(pictures))
     parts = list(iterate_in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=4))
     assert np.concatenate([indices for _, indices, _ in parts]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
     assert [end for *_, end in parts] == [4, 8, 10]
@@ -195,7 +195,7 @@ def resident() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read as Linux gives it")
 def test_memory_does_not_grow_over_epochs(pictures: Path) -> None:
-    source = open_data(str(pictures))
+    source = open_dataset(str(pictures))
     with loader(source, size=96, batch=10, crop=RandomResizedCrop(96)) as batches:
         sizes = []
         for _ in range(4):

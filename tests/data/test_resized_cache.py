@@ -12,21 +12,21 @@ from PIL import Image
 
 from helpers.cli import say
 from helpers.runs import train
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache, shard_assignment
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.resized_cache import open_cache, shard_name
 from pixmim.transforms.crops import resize_to_cover
 from pixmim.utils.errors import UserError
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 SIZE = (24, 24)
 
 
 def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp_path: Path) -> None:
     (pictures / "cats" / "2.jpg").write_bytes(b"broken")
-    source = open_data(str(pictures))
+    source = open_dataset(str(pictures))
     made = make_cache(source, tmp_path / "cache", SIZE, per_shard=4)
     assert (made.images, made.skipped, made.complete) == (9, 1, True)
     assert "2.jpg" in (tmp_path / "cache" / "skipped.csv").read_text()
@@ -55,7 +55,7 @@ def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp
 
 def test_a_raw_cache_trains_exactly_as_the_pictures_do(pictures: Path, tmp_path: Path, tiny_run: Make) -> None:
     """The resize is the one that the crop begins with, so losses and weights are bitwise the same."""
-    make_cache(open_data(str(pictures)), tmp_path / "cache", (32, 32), kind="raw")
+    make_cache(open_dataset(str(pictures)), tmp_path / "cache", (32, 32), kind="raw")
     runs = [tiny_run(data=str(path), steps=3, keep="disk") for path in (pictures, tmp_path / "cache")]
     for name, run in zip("ab", runs, strict=True):
         train(run, tmp_path / name)
@@ -66,7 +66,7 @@ def test_a_raw_cache_trains_exactly_as_the_pictures_do(pictures: Path, tmp_path:
 
 
 def test_it_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path) -> None:
-    source, folder = open_data(str(pictures)), tmp_path / "cache"
+    source, folder = open_dataset(str(pictures)), tmp_path / "cache"
 
     def stop(done: int) -> None:
         if done == 7:
@@ -89,7 +89,7 @@ def test_it_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path) -> 
 def test_parts_make_the_same_files_as_one_process(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = open_data(str(pictures))
+    source = open_dataset(str(pictures))
     make_cache(source, tmp_path / "one", SIZE, per_shard=2, threads=1)
     for rank in (2, 0, 1):
         monkeypatch.setenv("RANK", str(rank))
@@ -106,27 +106,27 @@ def test_parts_make_the_same_files_as_one_process(
 
 def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    make_cache(open_data(str(pictures)), folder, SIZE)
+    make_cache(open_dataset(str(pictures)), folder, SIZE)
     with pytest.raises(UserError, match=r"another quality \(95, not 90\)"):
-        make_cache(open_data(str(pictures)), folder, SIZE, quality=90)
+        make_cache(open_dataset(str(pictures)), folder, SIZE, quality=90)
     Image.new("RGB", (30, 30)).save(pictures / "cats" / "new.png")
     with pytest.raises(UserError, match="another fingerprint"):
-        make_cache(open_data(str(pictures)), folder, SIZE)
+        make_cache(open_dataset(str(pictures)), folder, SIZE)
     with pytest.raises(UserError, match="is not empty"):
-        make_cache(open_data(str(pictures)), pictures, SIZE)
+        make_cache(open_dataset(str(pictures)), pictures, SIZE)
     with pytest.raises(UserError, match="images of 3 channels in uint8, not 1 channel in uint8: pass --channels 3"):
-        open_data(str(folder), Form(1))
+        open_dataset(str(folder), Form(1))
     (folder / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
-        open_data(str(folder))
+        open_dataset(str(folder))
 
 
 def test_grey_and_420(pictures: Path, tmp_path: Path) -> None:
-    make_cache(open_data(str(pictures), Form(1)), tmp_path / "grey", SIZE)
-    assert open_data(str(tmp_path / "grey"), Form(1)).image(0).shape[0] == 1
+    make_cache(open_dataset(str(pictures), Form(1)), tmp_path / "grey", SIZE)
+    assert open_dataset(str(tmp_path / "grey"), Form(1)).image(0).shape[0] == 1
     sizes = []
     for chroma in ("420", "444"):
-        make_cache(open_data(str(pictures)), tmp_path / chroma, SIZE, chroma=chroma)  # type: ignore[arg-type]
+        make_cache(open_dataset(str(pictures)), tmp_path / chroma, SIZE, chroma=chroma)  # type: ignore[arg-type]
         with tarfile.open(tmp_path / chroma / shard_name(0, "tar")) as archive:
             sizes.append(sum(member.size for member in archive if member.name.endswith("jpg")))
     assert sizes[0] < sizes[1]
@@ -135,7 +135,7 @@ def test_grey_and_420(pictures: Path, tmp_path: Path) -> None:
 def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tmp_path: Path) -> None:
     """A fuzz: bytes flipped, cut off or put in at random places."""
     folder = tmp_path / "cache"
-    make_cache(open_data(str(pictures)), folder, SIZE, per_shard=5)
+    make_cache(open_dataset(str(pictures)), folder, SIZE, per_shard=5)
     whole = {path: path.read_bytes() for path in folder.iterdir()}
     generator = np.random.default_rng(0)
     for _ in range(150):
@@ -151,7 +151,7 @@ def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tm
             content[place:place] = generator.bytes(7)
         path.write_bytes(bytes(content))
         try:
-            data = open_data(str(folder))
+            data = open_dataset(str(folder))
             for i in range(len(data)):
                 try:
                     data.image(i)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from helpers.cli import say
 from helpers.runs import train, weights
-from pixmim.build import image_form, measured
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.build import image_form, with_dataset_stats
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Form
 from pixmim.data.statistics import Stats, fitting, kinds, measure, recall, remember, sample, to_keep
@@ -30,7 +30,7 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path
 from pixmim.weights.load import open_model
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 RNG = np.random.default_rng(0)
 
 
@@ -52,7 +52,7 @@ def bands(folder: Path, kind: type, channels: int, count: int = 12) -> Path:
 @pytest.mark.parametrize("form", [Form(), Form(1), Form(3, "uint16"), Form(3, "float32")])
 def test_mean_and_deviation_are_numpys(pictures: Path, form: Form) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
-    data = open_data(str(pictures), form)
+    data = open_dataset(str(pictures), form)
     whole = {"uint8": 255, "uint16": 65535, "float32": 1}[form.pixels]
     images = [data.image(i).numpy().astype(np.float64) / whole for i in range(10) if i != 8]
     mean = np.mean([image.mean(axis=(1, 2)) for image in images], axis=0)
@@ -74,7 +74,7 @@ def test_images_of_one_size_give_the_statistics_of_all_pixels(tmp_path: Path) ->
     pixels = RNG.normal(1000, 300, (6, 90, 80, 4)).astype(np.float32)
     for i, image in enumerate(pixels):
         np.save(tmp_path / "d" / f"{i}.npy", image)
-    found = measure(open_data(str(tmp_path / "d"), Form(4, "float32")), sample(6, 0))
+    found = measure(open_dataset(str(tmp_path / "d"), Form(4, "float32")), sample(6, 0))
     np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(found.std, pixels.astype(np.float64).std(axis=(0, 1, 2)), rtol=1e-12)
 
@@ -83,7 +83,7 @@ def test_a_large_image_is_measured_in_blocks(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     pixels = RNG.integers(0, 256, (1300, 1700, 1), np.uint8)
     np.save(tmp_path / "d" / "0.npy", pixels)
-    found = measure(open_data(str(tmp_path / "d"), Form(1)), [0])
+    found = measure(open_dataset(str(tmp_path / "d"), Form(1)), [0])
     np.testing.assert_allclose([found.mean[0], found.std[0]], [pixels.mean() / 255, pixels.std() / 255], rtol=1e-12)
 
 
@@ -98,14 +98,14 @@ def test_a_sample_is_spread_evenly() -> None:
 def test_the_form_that_loses_nothing_of_most_images(pictures: Path, tmp_path: Path) -> None:
     Image.new("L", (30, 30)).save(pictures / "cats" / "grey.png")
     (pictures / "cats" / "bad.png").write_bytes(b"x")
-    data = open_data(str(pictures))
+    data = open_dataset(str(pictures))
     found = kinds(data, sample(len(data), 0))
     assert found == {(3, "uint8"): 10, (1, "uint8"): 1} and fitting(found) == Form()
-    deep = open_data(str(bands(tmp_path / "deep", np.uint16, 13)))
+    deep = open_dataset(str(bands(tmp_path / "deep", np.uint16, 13)))
     assert fitting(kinds(deep, [0, 3])) == Form(13, "uint16")
-    heights = open_data(str(bands(tmp_path / "heights", np.int16, 1)))
+    heights = open_dataset(str(bands(tmp_path / "heights", np.int16, 1)))
     assert fitting(kinds(heights, [0, 3])) == Form(1, "float32")
-    shapes = open_data("shapes:count=4", Form(5))
+    shapes = open_dataset("shapes:count=4", Form(5))
     assert fitting(kinds(shapes, [0, 3])) == Form(5)
 
 
@@ -123,11 +123,11 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
     ):
         path.write_text(damage)
         assert recall("/some/data", Form(2)) is None
-    make_cache(open_data(str(pictures)), tmp_path / "cache", (24, 24))
+    make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
     assert remember(str(tmp_path / "cache"), Form(), kept) == tmp_path / "cache" / "stats.json"
     (tmp_path / "cache").rename(tmp_path / "moved")
     assert recall(str(tmp_path / "moved"), Form(2)) is None  # it holds what was measured of three channels
-    assert len(open_data(str(tmp_path / "moved"))) == 10
+    assert len(open_dataset(str(tmp_path / "moved"))) == 10
     for home, expected in (("relative", Path.home() / ".cache"), ("/else", Path("/else"))):
         monkeypatch.setenv("XDG_CACHE_HOME", home)
         assert cache_path("stats", "x").parent == expected / "pixmim" / "stats"
@@ -136,11 +136,11 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
 def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "0.npy", np.dstack([np.full((9, 9), 7.0), np.eye(9)]))
-    found = measure(open_data(str(tmp_path / "d"), Form(2, "float32")), [0])
+    found = measure(open_dataset(str(tmp_path / "d"), Form(2, "float32")), [0])
     kept = to_keep(found, 1)
     assert kept.std[0] == 1 and kept.std[1] == found.std[1] and kept.mean[0] == 7
     with pytest.raises(UserError, match="--std must be a number from 1e-12"):
-        Run(std=(1.0, 0.0, 1.0))
+        PretrainConfig(std=(1.0, 0.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,12 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     run = replace(run, keep="device" if how == "cache" else "auto")
     unknown = describe(replace(run, data="/other"), 12, Schedule.of(run, 12), torch.device("cpu"), "fp32", ALONE, 1)
     assert any("mean and std are not measured" in line for line in unknown)
-    run, lines = measured(run)
+    run, lines = with_dataset_stats(run)
     assert lines == ["mean and std: measured on 12 images by `pixmim stats`"]
     text = train(run, tmp_path / "run")
     assert "not measured" not in text
     kept = from_json((tmp_path / "run" / "config.json").read_text())
-    found = measure(open_data(str(spec), image_form(run)), sample(12, 0))
+    found = measure(open_dataset(str(spec), image_form(run)), sample(12, 0))
     assert kept.mean == tuple(found.mean) and kept.std == tuple(found.std)
     again = tmp_path / "again"  # threads and the place of the images change nothing
     train(replace(run, threads=1, data=str(data), keep="disk"), again)
@@ -181,7 +181,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
     model = open_model(str(tmp_path / "run"), whole=True)
-    files = open_data(str(data), image_form(run))
+    files = open_dataset(str(data), image_form(run))
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
     assert "cannot be read" not in page and page.count("data:image/png") >= 6
     columns, names, bad = attention_sheet(model, files, 2)
@@ -233,7 +233,7 @@ def test_pretrain_finds_what_stats_measured(
 
 
 def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
-    run = Run(channels=13, pixels="float32", bands="5,3,2")
+    run = PretrainConfig(channels=13, pixels="float32", bands="5,3,2")
     image = torch.linspace(-50, 950, 13 * 2 * 101).reshape(2, 13, 101, 1)
     shown = drawn({"image": image, "other": image + 1000, "target": image * 2}, run)
     assert shown["image"].shape == (2, 101, 1, 3)
@@ -245,12 +245,12 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
             assert abs(shown["image"][b, :, 0, k] - expected[:101]).max() <= 0.51
             assert abs(shown["target"][b, :, 0, k] - expected[101:]).max() <= 0.51
     assert (shown["other"] == 255).all()
-    flat = drawn({"image": torch.full((1, 2, 4, 4), 7.0)}, Run(channels=2, pixels="uint16"))["image"]
+    flat = drawn({"image": torch.full((1, 2, 4, 4), 7.0)}, PretrainConfig(channels=2, pixels="uint16"))["image"]
     assert flat.shape == (1, 4, 4, 1) and (flat == 128).all()
     three = torch.stack([torch.full((10, 10), v) for v in (0.0, 1.0, 2.0)])[None] * 100
-    together = drawn({"image": three}, Run(channels=3, pixels="float32", std=(1.0, 1.0, 1.0)))["image"]
+    together = drawn({"image": three}, PretrainConfig(channels=3, pixels="float32", std=(1.0, 1.0, 1.0)))["image"]
     assert together[0, 0, 0].tolist() == [0, 128, 255]
-    eight = drawn({"image": torch.full((1, 3, 2, 2), 0.5)}, Run())["image"]
+    eight = drawn({"image": torch.full((1, 3, 2, 2), 0.5)}, PretrainConfig())["image"]
     assert (eight == 128).all()
     ramp = torch.linspace(0, 1, 101).reshape(1, 1, 101, 1)
     for channels, pixels, most, span in (
@@ -261,7 +261,7 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
         (6, "uint8", 0.5, 255),  # six bands have no black and white of their own
         (1, "float32", 5000, 255),
     ):
-        run = Run(channels=channels, pixels=pixels)  # type: ignore[arg-type]
+        run = PretrainConfig(channels=channels, pixels=pixels)  # type: ignore[arg-type]
         image = (most * ramp).expand(1, channels, 101, 1)
         assert drawn({"image": image}, run)["image"].max() == span
         scale = {"uint8": 255, "uint16": 65535, "float32": 1}[pixels]
@@ -269,4 +269,4 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
         assert visible(stored, run).shape == (101, 1, 3) and abs(int(visible(stored, run).max()) - span) <= 1
     for bands in ("4,5", "0", "1,2,14", "a,b,c", "1,2,-3"):
         with pytest.raises(UserError, match="--bands"):
-            Run(channels=13, bands=bands)
+            PretrainConfig(channels=13, bands=bands)

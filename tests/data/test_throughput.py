@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.cli import say
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data import throughput as module
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Source
@@ -55,7 +55,7 @@ def run(source: Source, size: int = 24) -> dict[str, Throughput]:
 
 
 def test_a_folder(pictures: Path) -> None:
-    rows = run(open_data(str(pictures)))
+    rows = run(open_dataset(str(pictures)))
     assert list(rows) == [DISK, MEMORY, "jpeg cache", "raw cache", DECODED]
     sizes = [path.stat().st_size for path in pictures.glob("*/*.jpg")]
     assert rows[DISK].bytes == sum(sizes) / 10
@@ -64,8 +64,8 @@ def test_a_folder(pictures: Path) -> None:
 
 def test_a_cache_and_drawings(pictures: Path, tmp_path: Path) -> None:
     for kind, others in (("jpeg", ["raw cache"]), ("raw", [])):
-        make_cache(open_data(str(pictures)), tmp_path / kind, (24, 24), kind=kind)  # type: ignore[arg-type]
-        assert list(run(open_data(str(tmp_path / kind)))) == [DISK, MEMORY, *others, DECODED]
+        make_cache(open_dataset(str(pictures)), tmp_path / kind, (24, 24), kind=kind)  # type: ignore[arg-type]
+        assert list(run(open_dataset(str(tmp_path / kind)))) == [DISK, MEMORY, *others, DECODED]
     assert list(run(Shapes(count=30, size=32))) == [MEMORY, "jpeg cache", "raw cache", DECODED]
 
 
@@ -73,10 +73,10 @@ def test_a_cache_and_drawings(pictures: Path, tmp_path: Path) -> None:
 def test_what_training_does_today(
     memory: int, current: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_cache(open_data(str(pictures)), tmp_path / "cache", (24, 24))
+    make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
     monkeypatch.setattr(module, "of_machine", lambda: memory)
     monkeypatch.setattr(module, "_rate", lambda *args: 1.0 if args[-1] else 100.0)
-    report = measure(open_data(str(tmp_path / "cache")), SimpleResizedCrop(24), (24, 24))
+    report = measure(open_dataset(str(tmp_path / "cache")), SimpleResizedCrop(24), (24, 24))
     assert report.current.name == current
     raw = next(row for row in report.rows if row.name == "raw cache")
     assert (raw.rate < 1.0) == (current == DISK)  # larger than the JPEGs: slower from the same disk
@@ -85,12 +85,12 @@ def test_what_training_does_today(
 def test_mostly_broken_images_are_refused_and_a_few_named(pictures: Path) -> None:
     paths = sorted(pictures.glob("*/*.jpg"))
     paths[0].write_bytes(b"broken")
-    report = measure(open_data(str(pictures)), SimpleResizedCrop(24), (24, 24), seconds=0.01)
+    report = measure(open_dataset(str(pictures)), SimpleResizedCrop(24), (24, 24), seconds=0.01)
     assert report.bad.startswith("1 of 10 images cannot be read")
     for path in paths[:6]:
         path.write_bytes(b"broken")
     with pytest.raises(UserError, match="6 of the first 10 images cannot be read"):
-        measure(open_data(str(pictures)), SimpleResizedCrop(24), (24, 24), seconds=0.5)
+        measure(open_dataset(str(pictures)), SimpleResizedCrop(24), (24, 24), seconds=0.5)
 
 
 def test_dropping_from_the_page_cache(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from helpers.runs import train
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Form, Source
@@ -21,13 +21,13 @@ from pixmim.data.wrappers import ConcatDataset, InMemoryDataset, Subset
 from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 
 
 def test_every_image_comes_as_often_as_its_weight_says(pictures: Path) -> None:
-    data = open_data(f"{pictures}*3+shapes:count=4,size=32*2")
+    data = open_dataset(f"{pictures}*3+shapes:count=4,size=32*2")
     assert isinstance(data, ConcatDataset) and len(data) == 10 * 3 + 4 * 2
-    photos, drawn = open_data(str(pictures)), Shapes(count=4, size=32)
+    photos, drawn = open_dataset(str(pictures)), Shapes(count=4, size=32)
     expected = {photos.locate(i): 3 for i in range(10)} | {drawn.locate(i): 2 for i in range(4)}
     assert Counter(data.locate(i) for i in range(len(data))) == expected
     for index in (0, 9, 10, 29):
@@ -46,7 +46,7 @@ def crops(data: Source, crop: Crop, count: int, *, batch: int = 4, start: int = 
 
 def test_an_epoch_holds_all_and_the_copies_are_cropped_differently(pictures: Path) -> None:
     spec = f"{pictures}*3+shapes:count=6,size=32"
-    data, alone = open_data(spec), open_data(f"{pictures}+shapes:count=6,size=32")
+    data, alone = open_dataset(spec), open_dataset(f"{pictures}+shapes:count=6,size=32")
     centre = CentreCrop((24, 24))
     expected = {centre.crop(alone.image(i), ()).numpy().tobytes(): 3 if i < 10 else 1 for i in range(16)}
     found = crops(data, centre, 72)
@@ -55,7 +55,7 @@ def test_an_epoch_holds_all_and_the_copies_are_cropped_differently(pictures: Pat
 
 
 def test_the_stream_resumes_anywhere_and_threads_change_nothing(pictures: Path) -> None:
-    data, crop = open_data(f"{pictures}*2+shapes:count=3,size=32"), SimpleResizedCrop((24, 24))
+    data, crop = open_dataset(f"{pictures}*2+shapes:count=3,size=32"), SimpleResizedCrop((24, 24))
     whole = crops(data, crop, 60)  # an epoch holds 23
     assert whole == crops(data, crop, 60, threads=8) == crops(data, crop, 60, batch=20)
     for start in (4, 20, 24, 48):
@@ -64,32 +64,32 @@ def test_the_stream_resumes_anywhere_and_threads_change_nothing(pictures: Path) 
 
 def test_classes_are_joined_by_name(pictures: Path, tmp_path: Path) -> None:
     (pictures / "dogs").rename(pictures / "star")
-    data = open_data(f"shapes:count=6*2+{pictures}")
+    data = open_dataset(f"shapes:count=6*2+{pictures}")
     assert data.labels is not None and data.classes == [*SHAPES, "cats"]
     names = [data.classes[label] for label in data.labels.tolist()]
     drawn = [SHAPES[label] for label in Shapes(count=6).labels.tolist()]
     assert names == drawn * 2 + ["cats"] * 5 + ["star"] * 5
     (pictures / "loose.jpg").write_bytes((pictures / "cats" / "0.jpg").read_bytes())
-    unlabelled = open_data(f"shapes:count=6+{pictures}")
+    unlabelled = open_dataset(f"shapes:count=6+{pictures}")
     assert unlabelled.labels is None and unlabelled.classes == []
 
 
 def test_what_it_says_of_itself(pictures: Path, tmp_path: Path) -> None:
-    make_cache(open_data(str(pictures)), tmp_path / "cache", (24, 24))
-    data = open_data(f"{tmp_path}/cache*3+shapes:count=10")
+    make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
+    data = open_dataset(f"{tmp_path}/cache*3+shapes:count=10")
     assert "75.0% " in data.about and "(10 images, each 3 times an epoch; read from a cache on disk)" in data.about
     assert "25.0% shapes:count=10" in data.about and "(10 images)" in data.about
     others = [f"{tmp_path}/cache*2+shapes:count=10", f"{tmp_path}/cache*3+shapes:count=11"]
-    prints = {open_data(spec).fingerprint() for spec in (data.spec, *others)}
-    assert len(prints) == 3 and open_data(data.spec).fingerprint() == data.fingerprint()
+    prints = {open_dataset(spec).fingerprint() for spec in (data.spec, *others)}
+    assert len(prints) == 3 and open_dataset(data.spec).fingerprint() == data.fingerprint()
 
 
 def test_sizes_are_those_of_its_parts_if_all_know_them(pictures: Path, tmp_path: Path) -> None:
-    make_cache(open_data(str(pictures)), tmp_path / "cache", (24, 32))
-    data = open_data(f"{tmp_path}/cache*2+{tmp_path}/cache")
+    make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 32))
+    data = open_dataset(f"{tmp_path}/cache*2+{tmp_path}/cache")
     assert data.sizes is not None
     assert data.sizes.tolist() == [list(data.image(i).shape[1:]) for i in range(30)]
-    assert open_data(f"{tmp_path}/cache+{pictures}").sizes is None
+    assert open_dataset(f"{tmp_path}/cache+{pictures}").sizes is None
 
 
 class Far(InMemoryDataset):
@@ -116,7 +116,7 @@ def test_parts_that_are_far_keep_their_pieces() -> None:
 
 
 def test_a_subset_is_a_dataset(pictures: Path) -> None:
-    whole = open_data(str(pictures))
+    whole = open_dataset(str(pictures))
     part = Subset(whole, [7, 2])
     assert len(part) == 2 and part.labels is not None and part.labels.tolist() == [1, 0]
     assert part.locate(0) == whole.locate(7) and part.image(1).equal(whole.image(2)) and part.classes == whole.classes
@@ -124,15 +124,15 @@ def test_a_subset_is_a_dataset(pictures: Path) -> None:
 
 
 def test_one_part_with_a_weight_and_a_missing_part(pictures: Path) -> None:
-    assert len(open_data(f"{pictures}*2")) == 20
-    assert open_data(f"{pictures}+shapes:count=2", Form(1)).image(0).shape[0] == 1
+    assert len(open_dataset(f"{pictures}*2")) == 20
+    assert open_dataset(f"{pictures}+shapes:count=2", Form(1)).image(0).shape[0] == 1
     with pytest.raises(UserError, match=r"no folder .*nosuch"):
-        open_data(f"{pictures}+{pictures.parent}/nosuch")
+        open_dataset(f"{pictures}+{pictures.parent}/nosuch")
 
 
 def test_a_run_from_a_mixture_and_a_cache_of_it(pictures: Path, tmp_path: Path, tiny_run: Make) -> None:
     spec = f"{pictures}*2+shapes:count=6,size=32"
     assert "images: a mixture of 76.9%" in train(tiny_run(data=spec, steps=4), tmp_path / "run")
-    made = make_cache(open_data(spec), tmp_path / "cache", (32, 32))
-    cached = open_data(str(tmp_path / "cache")).labels
-    assert made.images == 26 and cached is not None and np.array_equal(cached, open_data(spec).labels)
+    made = make_cache(open_dataset(spec), tmp_path / "cache", (32, 32))
+    cached = open_dataset(str(tmp_path / "cache")).labels
+    assert made.images == 26 and cached is not None and np.array_equal(cached, open_dataset(spec).labels)

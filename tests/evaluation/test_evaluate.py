@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from helpers.evaluated import measured
 from pixmim.build import build_model
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.evaluation.classification import check_labelled, majority, rated, tally
-from pixmim.evaluation.evaluate import CHECKS, EVALUATIONS, evaluate, knn_watch, side_by_side
+from pixmim.evaluation.evaluate import CHECKS, EVALUATIONS, evaluate, online_knn, side_by_side
 from pixmim.evaluation.features import Frozen, freeze
 from pixmim.evaluation.frozen_encoder import in_training, of_model
 from pixmim.evaluation.knn import classify, knn
@@ -36,7 +36,7 @@ from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
 
 
@@ -90,7 +90,7 @@ def test_knn_is_labelled_with_the_number_of_neighbours_that_voted(
 
     console = Console(file=io.StringIO(), width=300)
     run = replace(of_model(str(product)).run, device="cpu")
-    watch = knn_watch(replace(run, knn=replace(run.knn, every=1.0, train=few, test=others)), console)
+    watch = online_knn(replace(run, knn=replace(run.knn, every=1.0, train=few, test=others)), console)
     assert watch is not None
     twice = [watch(build_model(tiny_run(seed=5)).encoder) for _ in range(2)]
     assert {key for key in twice[1] if "top1" in key} == {f"knn/k{k}/{f}/top1" for k in (1, 7) for f in ("cls", "mean")}
@@ -216,7 +216,7 @@ def test_what_cannot_mean_anything_is_refused_by_every_measure(
     if name in ("knn", "linear"):
         run = of_model(str(product)).run
         with pytest.raises(UserError, match=r"--knn\.train and --knn\.test: .* has a single class, 'b'"):
-            knn_watch(replace(run, knn=replace(run.knn, every=1.0, train=good, test=str(Path(good).parent / "alone"))))
+            online_knn(replace(run, knn=replace(run.knn, every=1.0, train=good, test=str(Path(good).parent / "alone"))))
 
 
 def test_the_first_lines_tell_classes_and_what_is_the_same(sets: Callable[..., str], tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_first_lines_tell_classes_and_what_is_the_same(sets: Callable[..., s
 
     def said(train: str, test: str) -> str:
         console = Console(file=io.StringIO(), width=300)
-        check_labelled(open_data(train), open_data(test), console)
+        check_labelled(open_dataset(train), open_dataset(test), console)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     assert "train data: 8 images of 2 classes: a 75.0 %, b 25.0 %\n" in said(train, test)
@@ -285,7 +285,7 @@ def product(tiny_run: Make, tmp_path: Path) -> Path:
 
 def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path) -> None:
     encoder = of_model(str(product), device="cpu", precision="fp32")
-    data = open_data(TEST)
+    data = open_dataset(TEST)
     one, two = freeze(encoder, data, batch=3), freeze(encoder, data, batch=20)
     torch.testing.assert_close(one.vector, two.vector, atol=1e-5, rtol=0)
     with torch.no_grad(), autocast(encoder.device, "fp32"):
@@ -314,7 +314,7 @@ def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_r
     with pytest.raises(UserError, match="has no labels"):
         measured("knn", product, str(pictures / "cats"), TEST)
     with pytest.raises(UserError, match=r"--knn\.train and --knn\.test"):
-        knn_watch(tiny_run(knn=type(tiny_run().knn)(every=1.0)))
+        online_knn(tiny_run(knn=type(tiny_run().knn)(every=1.0)))
     (product / "encoder/model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read"):
         of_model(str(product))
@@ -325,7 +325,7 @@ def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_r
 
 def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make) -> None:
     module = build_model(tiny_run()).encoder.train()
-    freeze(in_training(tiny_run(), module, torch.device("cpu"), "fp32"), open_data(TEST))
+    freeze(in_training(tiny_run(), module, torch.device("cpu"), "fp32"), open_dataset(TEST))
     assert module.training
 
 

@@ -19,8 +19,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from helpers.interrupt import Stopped
 from pixmim import load_encoder
 from pixmim.build import build_encoder, build_model
-from pixmim.config import Model, Run
-from pixmim.data import open_data
+from pixmim.config import Model, PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.loader import Batch
 from pixmim.evaluation import finetune
 from pixmim.evaluation import linear_probe_mae as probe
@@ -40,7 +40,7 @@ from pixmim.transforms.crops import finish
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=40,size=32,seed=1"
 SHORT = FinetuneOverrides(epochs=1, batch_size=20, base_lr=0.01)
 
@@ -93,7 +93,7 @@ def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> N
     assert not (folder / "unfinished").exists()  # what is measured needs no checkpoint
 
     with safe_open(folder / "classifier/model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["classes"]) == open_data(TRAIN).classes
+        assert json.loads(file.metadata()["classes"]) == open_dataset(TRAIN).classes
     bench = bench_of(folder)
     again = load_encoder(folder / "classifier/model.safetensors")
     data = open_labelled(bench, TRAIN, TEST)
@@ -165,14 +165,14 @@ def test_timm_loads_the_classifier_strictly(product: Callable[[str], Path]) -> N
     model: Any = timm.create_model(f"local-dir:{folder}/classifier", pretrained=True)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval()(x), load_encoder(folder / "classifier")(x))
-    assert model.pretrained_cfg["label_names"] == open_data(TRAIN).classes
+    assert model.pretrained_cfg["label_names"] == open_dataset(TRAIN).classes
 
 
 def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_path: Path) -> None:
     """Drawn shapes in three colours, which are the classes: fine-tuning and MAE's probe learn them in seconds, through
     all that the recipe does to images but what changes colours."""
     for part, seed in (("train", 0), ("test", 1)):
-        drawn = open_data(f"shapes:count=60,size=32,seed={seed}")
+        drawn = open_dataset(f"shapes:count=60,size=32,seed={seed}")
         for index in range(len(drawn)):
             colour = index % 3
             pixels = drawn.image(index).float()

@@ -19,7 +19,7 @@ from helpers.models import old_swin_layout
 from pixmim import load_encoder, load_model, patchify
 from pixmim.build import build_model
 from pixmim.config import Knn as Watched
-from pixmim.config import Model, Run
+from pixmim.config import Model, PretrainConfig
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import of_model
 from pixmim.evaluation.results import save
@@ -36,7 +36,7 @@ from pixmim.weights.load import adopt, open_model
 
 transformers = pytest.importorskip("transformers")
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 DRAWN = "shapes:count=20,size=48"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 THIN: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -232,7 +232,7 @@ def test_a_run_without_its_checkpoints_still_hands_over_its_encoder(made: Made, 
     (Path(folder) / "model.safetensors").unlink()
     lines = hand_over(folder, "hf", tmp_path / "out")
     assert "ViTModel" in lines[1]
-    assert open_model(folder).run == Run(**vars(open_model(folder).run))
+    assert open_model(folder).run == PretrainConfig(**vars(open_model(folder).run))
     assert (Path(folder) / "config.json").read_text() == to_json(open_model(folder).run)
 
 

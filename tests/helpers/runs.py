@@ -7,11 +7,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.pretrain import pretrain
 
 
-def train(run: Run, out: Path, watch: object = None) -> str:
+def train(run: PretrainConfig, out: Path, watch: object = None) -> str:
     console = Console(file=io.StringIO(), width=500)
     pretrain(run, out, console, watch)  # type: ignore[arg-type]
     text: str = console.file.getvalue()  # type: ignore[attr-defined]

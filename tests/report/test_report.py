@@ -13,8 +13,8 @@ from PIL import Image
 from helpers.evaluated import measured
 from helpers.runs import train
 from pixmim.build import build_model
-from pixmim.config import Run, Target
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig, Target
+from pixmim.data import open_dataset
 from pixmim.evaluation.results import save
 from pixmim.evaluation.visualize import hatch
 from pixmim.models.mae import MAE
@@ -24,7 +24,7 @@ from pixmim.transforms.crops import CentreCrop
 from pixmim.utils.errors import UserError
 from pixmim.weights.load import open_model
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 LABELLED = ("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1")
 
 
@@ -98,7 +98,7 @@ def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: l
 
 
 def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
-    found = reconstruct(open_model(str(runs[0]), whole=True), open_data(tiny_run().data))
+    found = reconstruct(open_model(str(runs[0]), whole=True), open_dataset(tiny_run().data))
     c = {name: picture.astype(int) for name, picture in found.columns.items()}
     blank = hatch(32, 32)
     hidden = (c["masked"] == blank).all(axis=-1)
@@ -118,13 +118,13 @@ def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
     )
 
 
-def drawn_blank(run: Run) -> dict[str, np.ndarray]:
+def drawn_blank(run: PretrainConfig) -> dict[str, np.ndarray]:
     """Pictures of a model that predicts nothing but zeros: what is then drawn was put there by the drawing."""
     model = build_model(run).eval()
     layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]  # type: ignore[index]
     torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
     torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    crop, data = CentreCrop(run.hw), open_data(run.data)
+    crop, data = CentreCrop(run.hw), open_dataset(run.data)
     return draw(model, run, torch.stack([crop.crop(data.image(i)) for i in range(6)])).columns
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from helpers.hostile_files import plain, tiff
 from helpers.images import PIXELS, SMOOTH, encoded
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.decode import ifd, timing
 from pixmim.data.decode.image import decode, open_image, read_numbers
@@ -177,7 +177,7 @@ def test_lists_of_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: byte
     (folder / "a.jpg").write_bytes(SAMPLES["jpeg"])
     Path(folder / "list.txt").write_bytes(data + b"\na.jpg\r\n\n")
     try:
-        found = open_data(str(folder / "list.txt"))
+        found = open_dataset(str(folder / "list.txt"))
     except UserError:
         return
     assert found.array(len(found) - 1).shape == (30, 20, 3)

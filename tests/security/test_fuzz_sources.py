@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from helpers.shards import shard
 from pixmim.cli.flags import absolute
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.image_folder import listed
@@ -97,7 +97,7 @@ def test_tars(tmp_path: Path, content: bytes) -> None:
     found = tried(lambda: list(iter_members(OpenFile(path), "x.tar")))
     for member in found or []:
         assert member.offset > 0 and member.length >= 0 and member.offset + member.length <= len(content)
-    data = tried(lambda: open_data(str(path)))
+    data = tried(lambda: open_dataset(str(path)))
     if data is not None:
         read_all(data)
 
@@ -132,7 +132,7 @@ def test_settings_and_indexes_of_a_cache(cache: Path, data: st.DataObject) -> No
             path.write_bytes(entries.tobytes())
         else:
             path.write_bytes(before[path][: data.draw(st.integers(0, len(before[path])))])
-        found = tried(lambda: open_data(str(cache)))
+        found = tried(lambda: open_dataset(str(cache)))
         if found is not None:
             assert found.labels is None or (found.labels.max() < len(found.classes) and found.labels.min() >= -1)
             read_all(found)
@@ -145,7 +145,7 @@ def test_settings_and_indexes_of_a_cache(cache: Path, data: st.DataObject) -> No
 @given(data=st.data())
 def test_what_is_remembered_of_a_tar(tmp_path: Path, memory: Path, data: st.DataObject) -> None:
     shard(tmp_path / "x.tar", range(2))
-    open_data(str(tmp_path / "x.tar"))
+    open_dataset(str(tmp_path / "x.tar"))
     (path,) = (memory / "tars").iterdir()
     head, _, body = path.read_bytes()[:-4].partition(b"\n")
     about = json.loads(head)
@@ -153,7 +153,7 @@ def test_what_is_remembered_of_a_tar(tmp_path: Path, memory: Path, data: st.Data
     body = data.draw(st.just(body) | st.binary(max_size=100))
     content = json.dumps(about).encode() + b"\n" + body
     path.write_bytes(data.draw(st.just(content + zlib.crc32(content).to_bytes(4, "little")) | st.binary(max_size=100)))
-    found = tried(lambda: open_data(str(tmp_path / "x.tar")))
+    found = tried(lambda: open_dataset(str(tmp_path / "x.tar")))
     if found is not None:
         read_all(found)
     path.unlink()

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from helpers import official
 from pixmim import load_encoder
 from pixmim.build import build_encoder
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.runfile import from_json, to_json
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import KEYWORDS
@@ -46,7 +46,7 @@ def paths(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @st.composite
-def configurations(draw: st.DrawFn, run: Run) -> Any:
+def configurations(draw: st.DrawFn, run: PretrainConfig) -> Any:
     """A run's configuration with a few values replaced, removed or added."""
     content = json.loads(to_json(run))
     for _ in range(draw(st.integers(1, 3))):
@@ -78,13 +78,13 @@ def opened(way: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def run(tiny_run: Callable[..., Run]) -> Run:
+def run(tiny_run: Callable[..., PretrainConfig]) -> PretrainConfig:
     return tiny_run()
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_configuration(data: st.DataObject, run: Run) -> None:
+def test_a_configuration(data: st.DataObject, run: PretrainConfig) -> None:
     """What is read can be written, and is then the same."""
     text = json.dumps(data.draw(configurations(run)))
     try:
@@ -103,7 +103,7 @@ def test_any_text(text: str) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_the_metadata_of_a_product(data: st.DataObject, run: Run, tmp_path: Path) -> None:
+def test_the_metadata_of_a_product(data: st.DataObject, run: PretrainConfig, tmp_path: Path) -> None:
     """The whole way, from a file to an encoder."""
     tensors = dict(build_encoder(run).state_dict())
     step = data.draw(st.sampled_from(["6", "", "x", "9" * 30]) | st.text(max_size=4))
@@ -115,7 +115,7 @@ def test_the_metadata_of_a_product(data: st.DataObject, run: Run, tmp_path: Path
 
 @FUZZ
 @given(data=st.data(), name=st.sampled_from(["own.safetensors", "mae.safetensors", "zip.pth", "plain.pth"]))
-def test_bytes_of_a_file_of_weights(data: st.DataObject, name: str, run: Run, tmp_path: Path) -> None:
+def test_bytes_of_a_file_of_weights(data: st.DataObject, name: str, run: PretrainConfig, tmp_path: Path) -> None:
     """A few bytes are changed, most of them in the header, or the end is missing."""
     path = tmp_path / name
     if name.endswith(".pth"):

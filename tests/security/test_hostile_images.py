@@ -24,7 +24,7 @@ from helpers.hostile_files import plain, tiff
 from helpers.images import JPEG, PIXELS, PNG, SMOOTH, encoded
 from pixmim import cli
 from pixmim.data import image_folder as files
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.decode import ifd, jpeg, limits, timing
 from pixmim.data.decode.image import FORMATS, decode, open_image, read
@@ -70,9 +70,9 @@ def test_what_is_not_a_regular_file_costs_a_line(make: Callable[[Path], None], p
     assert cli.main(["cache", str(pictures), str(tmp_path / "cached"), "--size", "32"]) == 0
     rows = (tmp_path / "cached" / "skipped.csv").read_text().splitlines()
     assert len(rows) == 2 and re.search(r"z\.jpg,.*not a regular file", rows[1])
-    assert len(open_data(str(tmp_path / "cached"))) == 10
+    assert len(open_dataset(str(tmp_path / "cached"))) == 10
     (tmp_path / "list.txt").write_text("pictures/cats/z.jpg\npictures/cats/0.jpg\n")
-    listed = open_data(str(tmp_path / "list.txt"))
+    listed = open_dataset(str(tmp_path / "list.txt"))
     with pytest.raises(BadImage, match="not a regular file"):
         listed.array(0)
     assert listed.array(1).shape == (40, 56, 3)
@@ -86,7 +86,7 @@ def test_stats_account_for_a_fifo(pictures: Path, capsys: pytest.CaptureFixture[
 
 
 def test_files_too_large_growing_or_of_impossible_names(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = open_data(str(pictures))
+    data = open_dataset(str(pictures))
     if Path("/proc/self/status").exists():
         with pytest.raises(BadImage, match="grew"):
             files.Files("", Path("/proc/self"), ["status"]).array(0)
@@ -103,10 +103,10 @@ def test_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     text.write_text("a.jpg\n" * 9)
     monkeypatch.setattr(files, "MAX_LINES", 8)
     with pytest.raises(UserError, match="more than 8 lines"):
-        open_data(str(text))
+        open_dataset(str(text))
     monkeypatch.setattr(files, "MAX_LIST_BYTES", 20)
     with pytest.raises(UserError, match="54 bytes are more than the 20 allowed"):
-        open_data(str(text))
+        open_dataset(str(text))
 
 
 def test_folders_nested_beyond_what_a_path_can_hold(tmp_path: Path, pictures: Path) -> None:
@@ -118,7 +118,7 @@ def test_folders_nested_beyond_what_a_path_can_hold(tmp_path: Path, pictures: Pa
         here = down
     os.close(here)
     (pictures / "up").symlink_to("..")
-    data = open_data(str(pictures))
+    data = open_dataset(str(pictures))
     assert len(data) == 10 and "cannot be read, left out: 1" in data.about
     subprocess.run(["rm", "-rf", str(pictures / ("d" * 100))], check=True)  # deeper than pytest's own cleaning goes
 

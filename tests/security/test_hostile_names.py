@@ -18,7 +18,7 @@ from rich.console import Console
 
 from helpers.tiny import TINY
 from pixmim import cli
-from pixmim.config import Model, Optim, Run
+from pixmim.config import Model, Optim, PretrainConfig
 from pixmim.evaluation.detection.coco_metrics import Found
 from pixmim.evaluation.detection.dataset import Objects
 from pixmim.evaluation.detection.visualize import draw as draw_found
@@ -92,7 +92,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     for name in FILES[:8]:
         (data / name / f"{name}bad.png").write_bytes(b"not a picture")
     model = Model(backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=dict(TINY))
-    run = Run(
+    run = PretrainConfig(
         recipe="tiny", steps=3, batch_size=8, size="16", precision="fp32", device="cpu", threads=1, log_every=1,
         model=model, optim=Optim(base_lr=0.05),
     )  # fmt: skip

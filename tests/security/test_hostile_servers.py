@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.shards import shard
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.shards import fsspec_io as remote
 from pixmim.data.shards import http as client
@@ -116,10 +116,10 @@ def test_a_redirect_to_another_host_is_refused_before_it_is_asked(
         here.redirect(name, there.url + name)
     for spec in (f"{here.url}/c", f"{here.url}/c/shard-000000.tar"):
         with pytest.raises(UserError, match=rf"another host, 127.0.0.1:{there.server_port}.*PIXMIM_REDIRECT_HOSTS"):
-            open_data(spec)
+            open_dataset(spec)
     assert not there.asked
     monkeypatch.setenv(client.REDIRECT_HOSTS, "example.org, 127.0.0.1")
-    data = open_data(f"{here.url}/c")
+    data = open_dataset(f"{here.url}/c")
     assert len(data) == 4 and data.image(0).shape[0] == 3 and there.asked
 
 
@@ -181,7 +181,7 @@ def test_an_answer_without_an_end_is_not_read(
     monkeypatch.setattr(client, "MAX_LISTING_BYTES", 10**6)
     here.answers = {"/c/settings.json": endless, "/x": endless, "/list/": endless, "/list": endless}
     with pytest.raises(UserError, match=r"settings.json is larger than the [\d,]+ bytes allowed"):
-        open_data(f"{here.url}/c")
+        open_dataset(f"{here.url}/c")
     with pytest.raises(UserError, match=r"larger than the 100 bytes allowed"):
         remote.read_small_file(f"{here.url}/x", 100)
     with pytest.raises(UserError, match="lists more than 1,000,000 bytes"):
@@ -238,9 +238,9 @@ def test_what_a_far_cache_promises_is_checked(servers: tuple[Server, Server], tm
     settings = json.loads(here.files["/c/settings.json"])
     here.files["/c/settings.json"] = json.dumps(settings | {"images": 10**12}).encode()
     with pytest.raises(UserError, match="images"):
-        open_data(f"{here.url}/c")
+        open_dataset(f"{here.url}/c")
     shard(tmp_path / "one.tar", range(2))
     content = (tmp_path / "one.tar").read_bytes()
     here.answers["/one.tar"] = lambda handler: (handler.begin(200, len(content)), handler.wfile.write(content[:1000]))
     with pytest.raises(UserError, match="cannot be read"):
-        open_data(f"{here.url}/one.tar")
+        open_dataset(f"{here.url}/one.tar")

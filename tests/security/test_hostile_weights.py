@@ -23,7 +23,7 @@ from helpers.cli import say
 from pixmim import build as parts
 from pixmim import create_model, load_encoder, load_model
 from pixmim.build import build_encoder, build_mask_sampler, build_model
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.evaluation.frozen_encoder import of_weights
 from pixmim.models import create_encoder
 from pixmim.runfile import from_json, to_json
@@ -35,7 +35,7 @@ from pixmim.weights.infer_config import Known
 from pixmim.weights.load import open_model
 from pixmim.weights.save import KEY, save_tensors
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 BOTH = {"num_heads": official.HEADS, "decoder_heads": official.DECODER_HEADS}
 
 

@@ -30,8 +30,8 @@ import pixmim
 from helpers.interrupt import Stopped
 from pixmim import cli
 from pixmim.build import build_model
-from pixmim.config import Run, Saving
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig, Saving
+from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.evaluation import embed as embedding
 from pixmim.evaluation.evaluate import evaluate
@@ -43,7 +43,7 @@ from pixmim.training import trainer
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import adopt
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 SOURCE = Path(pixmim.__file__).parent
 
 FORBIDDEN = (
@@ -205,7 +205,7 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(root / "memory"))
         draw(root / "pictures")
-        make_cache(open_data(str(root / "pictures")), root / "cache", (32, 32), per_shard=4)
+        make_cache(open_dataset(str(root / "pictures")), root / "cache", (32, 32), per_shard=4)
         tar(root / "tars" / "0.tar", {path.name: path.read_bytes() for path in (root / "pictures" / "cats").iterdir()})
 
         run = tiny_run(data=shapes, steps=4, batch_size=4, threads=1, saving=Saving(every=2))

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pixmim.cli.flags import absolute
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.image_folder import listed
 from pixmim.data.uri import HubSpec, Part, read_parts, split_root
@@ -75,30 +75,30 @@ def test_a_list_that_leads_out(secret: Path, line: str) -> None:
     given = secret.parent / "given"
     (given / "list.txt").write_text("a.png\n" + line.format(secret.parent) + "\n")
     with pytest.raises(UserError, match=rf"1 of the 2 paths in {given}/list.txt lead out .*,root=FOLDER"):
-        open_data(f"{given}/list.txt")
+        open_dataset(f"{given}/list.txt")
 
 
 def test_a_zero_byte_hides_no_line(secret: Path) -> None:
     (secret.parent / "given" / "list.txt").write_bytes(b"a.png\0" + os.fsencode(secret) + b"\n")
     with pytest.raises(UserError, match="zero byte"):
-        open_data(f"{secret.parent}/given/list.txt")
+        open_dataset(f"{secret.parent}/given/list.txt")
 
 
 def test_a_root_lets_a_list_lead_elsewhere(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = secret.parent / "given"
     (given / "list.txt").write_text(f"a.png\n../secret.png\n{secret}\n{given}/a.png\n./a.png\na..b.png\n")
     for root in (secret.parent, "/", f"{given}/.."):
-        data = open_data(f"{given}/list.txt,root={root}")
+        data = open_dataset(f"{given}/list.txt,root={root}")
         assert [int(data.image(i)[0, 0, 0]) for i in range(5)] == [1, 200, 200, 1, 1]
     with pytest.raises(UserError, match=r"2 of the 6 paths .* lead out"):
-        open_data(f"{given}/list.txt,root={given}")
+        open_dataset(f"{given}/list.txt,root={given}")
     with pytest.raises(UserError, match=r"there is no folder .*/nosuch"):
-        open_data(f"{given}/list.txt,root=/nosuch")
+        open_dataset(f"{given}/list.txt,root=/nosuch")
     with pytest.raises(UserError, match=r"root= is for a .txt"):
-        open_data(f"{given},root=/")
+        open_dataset(f"{given},root=/")
     (secret.parent / "link").symlink_to(given)  # a list may spell its own folder by any name
     (given / "list.txt").write_text(f"{secret.parent}/link/a.png\n")
-    assert len(open_data(f"{given}/list.txt")) == 1 and len(open_data(f"{secret.parent}/link/list.txt")) == 1
+    assert len(open_dataset(f"{given}/list.txt")) == 1 and len(open_dataset(f"{secret.parent}/link/list.txt")) == 1
     (given / "out").symlink_to("/etc")
     (given / "list.txt").write_text("out/../etc/passwd\n")
     with pytest.raises(UserError, match="lead out"):
@@ -138,7 +138,7 @@ def test_lists_and_annotations_that_are_no_files(tmp_path: Path, kind: str) -> N
         str(tmp_path),
     ):
         with pytest.raises(UserError):
-            open_data(spec)
+            open_dataset(spec)
     with pytest.raises(UserError, match="not a regular file"):
         listed(tmp_path / "l.txt")
     with pytest.raises(UserError, match="not a regular file"):
@@ -270,7 +270,7 @@ def test_paths_in_a_table_stay_below_it(secret: Path, server: Any, tmp_path: Pat
         ".": "not a regular file",
     }
     spec = cells(given, [{"bytes": None, "path": path} for path in paths])
-    data = open_data(spec)
+    data = open_dataset(spec)
     for index, reason in enumerate(paths.values()):
         if not reason:
             assert int(data.image(index)[0, 0, 0]) == 1
@@ -278,9 +278,9 @@ def test_paths_in_a_table_stay_below_it(secret: Path, server: Any, tmp_path: Pat
         with pytest.raises(BadImage, match=reason):
             data.image(index)
     assert not server.asked
-    wider = open_data(f"{spec},root={tmp_path}")
+    wider = open_dataset(f"{spec},root={tmp_path}")
     assert [int(wider.image(i)[0, 0, 0]) for i in (2, 3, 4, 12)] == [200] * 4
-    assert int(open_data(f"hf:{spec},root=/").image(3)[0, 0, 0]) == 200
+    assert int(open_dataset(f"hf:{spec},root=/").image(3)[0, 0, 0]) == 200
     with pytest.raises(BadImage, match="without a protocol"):
         wider.image(8)
 
@@ -294,7 +294,7 @@ def test_a_bomb_in_a_zip_and_a_fifo_in_a_table(tmp_path: Path, monkeypatch: pyte
     os.mkfifo(given / "f.png")
     (given / "b.png").write_bytes(bytes(10**6))
     spec = cells(given, [{"bytes": None, "path": path} for path in ("zip://s.png::z.zip", "f.png", "b.png")])
-    data: Any = open_data(spec)
+    data: Any = open_dataset(spec)
     assert len(data._read_file("zip://s.png::z.zip")) == 10**5 + 1
     for index, reason in ((0, "not a picture"), (1, "not a regular file"), (2, "allowed")):
         with pytest.raises(BadImage, match=reason):
@@ -339,7 +339,7 @@ def test_a_readme_has_no_effect(table: Path, secret: Path, server: Any) -> None:
         (table / "dataset_infos.json").write_text('{"default": {"features": {}}}')
         (table / f"{table.name}.py").write_text("import os; os.mkdir('PWNED')")
         for spec in (f"{table}", f"hf:{table}", f"hf:{table}:train"):
-            data = open_data(spec)
+            data = open_dataset(spec)
             assert [int(data.image(i)[0, 0, 0]) for i in range(len(data))] == [10, 20]
     assert not server.asked and not Path("PWNED").exists()
 
@@ -349,16 +349,16 @@ def test_files_of_a_set_that_lead_out(table: Path, tmp_path: Path) -> None:
     cells(other, [{"bytes": b"x", "path": None}])
     (table / "train-more.parquet").symlink_to(other / "t.parquet")
     with pytest.raises(UserError, match=r"train-more.parquet leads out of .*root=FOLDER"):
-        open_data(str(table))
-    assert len(open_data(f"hf:{table},root={tmp_path}")) == 3
+        open_dataset(str(table))
+    assert len(open_dataset(f"hf:{table},root={tmp_path}")) == 3
     (table / "train-more.parquet").unlink()
     os.mkfifo(table / "train-more.parquet")
     with pytest.raises(UserError, match="not a regular file"):
-        open_data(str(table))
+        open_dataset(str(table))
     (table / "train-more.parquet").unlink()
     (table / "train ::x.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="take its name for an address"):
-        open_data(str(table))
+        open_dataset(str(table))
 
 
 def test_names_of_splits(table: Path, tmp_path: Path) -> None:
@@ -375,8 +375,8 @@ def test_names_of_splits(table: Path, tmp_path: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"Its splits: {splits}$"):
-            open_data(f"hf:{folder}:nosuch")
-        assert len(open_data(f"hf:{folder}:{splits.split(',')[0]}")) in (2, 4)
+            open_dataset(f"hf:{folder}:nosuch")
+        assert len(open_dataset(f"hf:{folder}:{splits.split(',')[0]}")) in (2, 4)
 
 
 def test_saved_sets_are_their_own_files(table: Path, tmp_path: Path) -> None:
@@ -388,16 +388,16 @@ def test_saved_sets_are_their_own_files(table: Path, tmp_path: Path) -> None:
     files: Any
     for files in ([{"filename": "../other/data-00000-of-00001.arrow"}], [{"filename": None}], None, [3], {}):
         (tmp_path / "one" / "state.json").write_text(json.dumps({"_data_files": files}))
-        assert len(open_data(f"hf:{tmp_path}/one")) == 1
+        assert len(open_dataset(f"hf:{tmp_path}/one")) == 1
     (tmp_path / "one" / "state.json").write_text("[" * 10_000)
     for splits in (["../other"], ["/etc"], ["file://x"], "train", [3]):
         (tmp_path / "two" / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
-        assert len(open_data(f"hf:{tmp_path}/two")) == 1
+        assert len(open_dataset(f"hf:{tmp_path}/two")) == 1
         with pytest.raises(UserError, match=r"no split 'x'.*: train$"):
-            open_data(f"hf:{tmp_path}/two:x")
+            open_dataset(f"hf:{tmp_path}/two:x")
     (tmp_path / "two" / "more").symlink_to(tmp_path / "other")
     with pytest.raises(UserError, match="leads out"):
-        open_data(f"hf:{tmp_path}/two")
+        open_dataset(f"hf:{tmp_path}/two")
     data = tmp_path / "one" / "data-00000-of-00001.arrow"
     data.unlink()
     for make, reason in (
@@ -410,7 +410,7 @@ def test_saved_sets_are_their_own_files(table: Path, tmp_path: Path) -> None:
     ):
         make()
         with pytest.raises(UserError, match=reason):
-            open_data(f"hf:{tmp_path}/one")
+            open_dataset(f"hf:{tmp_path}/one")
         data.unlink(missing_ok=True)
 
 
@@ -432,7 +432,7 @@ def test_no_pickle_of_an_extension_type_is_opened(tmp_path: Path, monkeypatch: p
     Path("saved/data-00000-of-00001.arrow").write_bytes(Path("set/t.arrow").read_bytes())
     for spec in ("set", "t.parquet", "saved", "set/t.arrow"):
         with pytest.raises((UserError, BadImage)):
-            open_data(spec).image(0)
+            open_dataset(spec).image(0)
     assert not Path("PWNED").exists()
 
 
@@ -450,7 +450,7 @@ def test_features_that_name_files_or_run_decoders(tmp_path: Path, monkeypatch: p
         rows = arrow.table({"image": arrow.array([b"x"]), "l": arrow.array([0])}).replace_schema_metadata(said)
         parquet.write_table(rows, tmp_path / "t.parquet")
         with pytest.raises((UserError, BadImage)):
-            open_data(f"{tmp_path}/t.parquet").image(0)
+            open_dataset(f"{tmp_path}/t.parquet").image(0)
 
 
 def test_classes_out_of_range_in_a_table(tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_classes_out_of_range_in_a_table(tmp_path: Path) -> None:
         said = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
         parquet.write_table(arrow.table(columns).replace_schema_metadata(said), tmp_path / "t.parquet")
         with pytest.raises(UserError, match=reason):
-            open_data(f"{tmp_path}/t.parquet")
+            open_dataset(f"{tmp_path}/t.parquet")
 
 
 def test_arrow_data_that_point_out_of_their_buffers(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_arrow_data_that_point_out_of_their_buffers(tmp_path: Path) -> None:
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, np.asarray([0, 100, 2**30], "<i4").tobytes()))
     with pytest.raises(UserError, match="cannot be loaded"):
-        open_data(f"{tmp_path}/set")
+        open_dataset(f"{tmp_path}/set")
 
 
 def test_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +482,7 @@ def test_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     parquet.write_table(rows, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
     assert (tmp_path / "t.parquet").stat().st_size < 10_000
     with pytest.raises(UserError, match=r"t.parquet expands from"):
-        open_data(f"{tmp_path}/t.parquet")
+        open_dataset(f"{tmp_path}/t.parquet")
 
 
 def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,4 +491,4 @@ def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with socket.socket(socket.AF_UNIX) as end:
         end.bind("set/t.parquet")
         with pytest.raises(UserError, match="not a regular file"):
-            open_data("set")
+            open_dataset("set")

@@ -18,7 +18,7 @@ from rich.console import Console
 from helpers.cli import say
 from helpers.runs import train
 from pixmim import cli
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.data.bad_images import Skipped, gather_accounts, read_skipped
 from pixmim.evaluation.frozen_encoder import of_model
 from pixmim.evaluation.robustness import _Notes
@@ -29,7 +29,7 @@ from pixmim.training.metric_logger import RunLog, read_metrics
 from pixmim.utils.errors import UserError
 from pixmim.weights.load import open_model
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 RESULT = {"evaluation": "knn", "encoder": "trained", "settings": {"test": "x"}, "values": {"k1/mean/top1": 12.5}}
 
 
@@ -142,7 +142,7 @@ def test_a_link_that_leads_out_of_a_run_is_not_followed(name: str, foreign: Path
     if name in ("config.json", "encoder", "encoder/model.safetensors", "checkpoints"):
         with pytest.raises(UserError, match="leads out of"):
             open_model(str(foreign), whole=name == "checkpoints")
-    run = Run(data="shapes:count=3,size=16")
+    run = PretrainConfig(data="shapes:count=3,size=16")
     with pytest.raises(UserError, match="leads out of"):
         train(run, foreign)
     assert not outside.is_file() or outside.read_bytes() == before

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.models import MAE, OTHERS, THIN
-from pixmim.config import Mask, Model, Run, Target
+from pixmim.config import Mask, Model, PretrainConfig, Target
 from pixmim.data.sampler import BatchShard
 from pixmim.method import Method
 from pixmim.pretrain import _parts
@@ -43,7 +43,7 @@ def gradients(method: Method, images: torch.Tensor, parts: int) -> dict[str, tor
 @pytest.mark.parametrize("name", RUNS)
 def test_parts_make_the_update_of_the_batch(name: str) -> None:
     values = {"size": "32", "batch_size": 8, "precision": "fp32", "device": "cpu"} | RUNS[name]
-    method = Method.of(Run(**values))
+    method = Method.of(PretrainConfig(**values))
     method.model.double(), method.objective.double()
     images = torch.randn(8, 3, *method.run.hw, dtype=torch.float64)
     whole = gradients(method, images, 1)
@@ -54,7 +54,7 @@ def test_parts_make_the_update_of_the_batch(name: str) -> None:
 
 
 def test_shares_of_a_batch_sum_to_one_where_masks_differ() -> None:
-    method = Method.of(Run(model=VIT, size="64", batch_size=8, device="cpu", mask=Mask("blocks", 0.4)))
+    method = Method.of(PretrainConfig(model=VIT, size="64", batch_size=8, device="cpu", mask=Mask("blocks", 0.4)))
     shard = BatchShard(8, start=24, parts=8)
     weights = [method.masks.at(shard.positions(part))[1] for part in range(8)]
     assert sum(weights) == pytest.approx(1) and len(set(weights)) > 1
@@ -76,7 +76,7 @@ def test_a_device_that_runs_out_of_memory_gets_parts_that_fit(batch: int, fittin
     method = object.__new__(Method)
     vars(method).update(device=torch.device("meta"), model=model, loss=loss, masks=lambda step, rows: rows)
     updater = Updater(torch.optim.AdamW([weight]), None, scaling=False, device=torch.device("cpu"))
-    run = Run(batch_size=batch, size="32")
+    run = PretrainConfig(batch_size=batch, size="32")
     assert _parts(run, method, model, updater, ALONE, None) == parts
     assert BatchShard(batch, parts=parts).local_batch_size <= fitting and weight.grad is None
-    assert _parts(Run(batch_size=batch, size="32", accumulate=5), method, model, updater, ALONE, None) == 5
+    assert _parts(PretrainConfig(batch_size=batch, size="32", accumulate=5), method, model, updater, ALONE, None) == 5

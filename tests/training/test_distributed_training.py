@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from helpers import distributed_worker
 from helpers.commands import Started
 from helpers.models import MAE, OTHERS
-from pixmim.config import Mask, Optim, Run, Saving, Scale
+from pixmim.config import Mask, Optim, PretrainConfig, Saving, Scale
 from pixmim.pretrain import pretrain
 from pixmim.training.metric_logger import read_metrics
 
@@ -49,7 +49,7 @@ UNEVEN = {"blocks": (OTHERS["vit"][0], 64)}
 """With masks that hide different numbers of patches."""
 
 
-def make(**changes: Any) -> Run:
+def make(**changes: Any) -> PretrainConfig:
     """Eight updates; the five of an epoch end between the fourth, where checkpoints are, and the last."""
     values: dict[str, Any] = {
         "data": "shapes:count=40,size=32",
@@ -64,10 +64,10 @@ def make(**changes: Any) -> Run:
         "model": MAE,
         "optim": Optim(base_lr=0.05, warmup=0.2),
     }
-    return Run(**(values | changes))
+    return PretrainConfig(**(values | changes))
 
 
-def other(name: str, **changes: Any) -> Run:
+def other(name: str, **changes: Any) -> PretrainConfig:
     """Another model, for a few updates."""
     model, size = (OTHERS | UNEVEN)[name]
     mask = Mask("blocks", 0.4) if name in UNEVEN else Mask()
@@ -82,7 +82,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def half_of(name: str) -> Path:
         return root / name / "checkpoints" / f"step-{HALF:09d}"
 
-    def job(name: str, run: Run, goes_on: str = "", poisoned: int | None = None) -> dict[str, Any]:
+    def job(name: str, run: PretrainConfig, goes_on: str = "", poisoned: int | None = None) -> dict[str, Any]:
         return {
             "run": dataclasses.asdict(run),
             "out": str(root / name),

@@ -18,16 +18,16 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.commands import Pretraining, Started, launch
-from pixmim.config import Run, Saving
+from pixmim.config import PretrainConfig, Saving
 from pixmim.runfile import to_json
 from pixmim.training.checkpoint import Checkpoints
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 STEPS = 40
 
 
 @pytest.fixture
-def run(tiny_run: Make, tmp_path: Path) -> Run:
+def run(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
     """Forty updates over five epochs, and the file that starts them."""
     made = tiny_run(data="shapes:count=64,size=32", steps=STEPS, threads=1, log_every=2, saving=Saving(every=4))
     (tmp_path / "run.json").write_text(to_json(made))
@@ -69,7 +69,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="look
 
 
 @linux
-def test_one_of_two_processes_is_killed(run: Run, tmp_path: Path) -> None:
+def test_one_of_two_processes_is_killed(run: PretrainConfig, tmp_path: Path) -> None:
     """torchrun starts both again, and they go on from the newest checkpoint by themselves."""
     out = tmp_path / "broken"
     broken = torchrun(tmp_path, out)
@@ -84,7 +84,7 @@ def test_one_of_two_processes_is_killed(run: Run, tmp_path: Path) -> None:
 
 
 @linux
-def test_a_stuck_rank_ends_the_run_and_is_named(run: Run, tmp_path: Path) -> None:
+def test_a_stuck_rank_ends_the_run_and_is_named(run: PretrainConfig, tmp_path: Path) -> None:
     broken = started(tmp_path, "broken", "--scale.timeout", 3, "--steps", 100_000, "--batch-size", 9, ranks=3)
     broken.reach(8)
     os.kill(broken.pids[1], signal.SIGSTOP)
@@ -98,7 +98,7 @@ def test_a_stuck_rank_ends_the_run_and_is_named(run: Run, tmp_path: Path) -> Non
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_one_process_stops_all_with_a_checkpoint(number: int, run: Run, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(number: int, run: PretrainConfig, tmp_path: Path) -> None:
     broken = started(tmp_path, "broken", "--steps", 100_000, "--saving.every", 0, ranks=2)
     broken.log()
     os.kill(broken.pids[1], number)
@@ -107,7 +107,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(number: int, run: R
     assert f"stopped after step {step}; go on with: pixmim pretrain --resume {broken.out}" in text
 
 
-def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(run: Run, tmp_path: Path) -> None:
+def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(run: PretrainConfig, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: writing fails in the same place, in the same way."""
     broken = started(tmp_path, "broken", limit=100_000)
     text = broken.end(status=1)
@@ -147,7 +147,7 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["a byte", "the end", "a file"])
-def test_a_damaged_checkpoint_is_set_aside(how: str, run: Run, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside(how: str, run: PretrainConfig, tmp_path: Path) -> None:
     from rich.console import Console
 
     from pixmim.pretrain import pretrain
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, run: Run, tmp_path: Path) -
     not os.environ.get("PIXMIM_LONG"), reason="sixty random kills take minutes: PIXMIM_LONG=1 make test"
 )
 @pytest.mark.parametrize(("processes", "killed"), [(1, 1), (2, 2), (2, 1)])
-def test_killed_at_twenty_random_moments(processes: int, killed: int, run: Run, tmp_path: Path) -> None:
+def test_killed_at_twenty_random_moments(processes: int, killed: int, run: PretrainConfig, tmp_path: Path) -> None:
     """While it starts, trains, or writes one of its many checkpoints."""
     length = ("--steps", 1500, "--saving.every", 3)
     quiet = started(tmp_path, "quiet", *length, ranks=processes)

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 
 from helpers.commands import Pretraining
 from pixmim.build import build_model
-from pixmim.config import Run, Saving
+from pixmim.config import PretrainConfig, Saving
 from pixmim.pretrain import pretrain
 from pixmim.runfile import to_json
 from pixmim.training.checkpoint import Checkpoints
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 STEPS = 60  # the 64 images make an epoch of eight steps
 
 
 @pytest.fixture
-def run(tiny_run: Make, tmp_path: Path) -> Run:
+def run(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
     made = tiny_run(data="shapes:count=64,size=32", steps=STEPS, saving=Saving(every=3), log_every=2)
     (tmp_path / "run.json").write_text(to_json(made))
     return made
@@ -35,13 +35,13 @@ def kill(process: Pretraining) -> int:
     return process.checkpoints.steps()[-1]
 
 
-def state(run: Run, out: Path) -> dict[str, torch.Tensor]:
+def state(run: PretrainConfig, out: Path) -> dict[str, torch.Tensor]:
     model = build_model(run)
     assert Checkpoints(out / "checkpoints").load_model(model)[0] == STEPS
     return {f"model.{k}": v for k, v in model.state_dict().items()} | load_file(out / "encoder/model.safetensors")
 
 
-def test_killed_and_resumed_is_bitwise_the_same(run: Run, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_bitwise_the_same(run: PretrainConfig, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = Pretraining(broken, tmp_path / "run.json", "--out", broken)
     checkpoints = process.checkpoints
@@ -64,7 +64,7 @@ def test_killed_and_resumed_is_bitwise_the_same(run: Run, tmp_path: Path) -> Non
     assert (broken / "report.html").exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(run: Run, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(run: PretrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = Pretraining(out, tmp_path / "run.json", "--out", out, "--steps", 100_000, "--saving.every", 0)
     process.log()

@@ -20,7 +20,7 @@ from torch import nn
 from helpers.tiny import TINY
 from pixmim import cli
 from pixmim import pretrain as pretraining
-from pixmim.config import Model, Run, Saving
+from pixmim.config import Model, PretrainConfig, Saving
 from pixmim.runfile import to_json
 from pixmim.training.checkpoint import Checkpoints
 from pixmim.training.metric_logger import read_metrics
@@ -29,7 +29,7 @@ from pixmim.utils import process
 from pixmim.utils.threads import workers
 from pixmim.weights import save as own
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 
 SLACK = 15.0
 """Seconds that a busy machine may take for what should take `process.LIMIT`."""
@@ -390,7 +390,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     out = tmp_path_factory.mktemp("trained") / "run"
     model = Model("mae", "vit_tiny_patch16_224", 16, 1, 2, options=TINY)
-    run = Run(
+    run = PretrainConfig(
         data="shapes:count=8,size=32", steps=1, batch_size=4, size="32", device="cpu", precision="fp32", model=model
     )
     assert pretraining.pretrain(run, out, Console(quiet=True)).finished

@@ -12,14 +12,16 @@ import pytest
 from pixmim import cli
 from pixmim.cli.pretrain import read_flags
 from pixmim.cli.sbatch import Job
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.evaluation.settings import PROTOCOLS, All
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import Rule, hints_of
 
-SETTINGS = {"pretrain": Run, "slurm": Job, "all": All} | {name: one.settings for name, one in PROTOCOLS.items()}
+SETTINGS = {"pretrain": PretrainConfig, "slurm": Job, "all": All} | {
+    name: one.settings for name, one in PROTOCOLS.items()
+}
 
 NUMBERS = [math.nan, math.inf, -math.inf, -1e30, 1e30, -(10**40), 10**40]
 ABSURD: dict[Any, list[Any]] = {
@@ -157,7 +159,7 @@ def test_commands_name_the_flag(args: list[str], capsys: pytest.CaptureFixture[s
     "text", ["NaN", "Infinity", "-1e999", "1" * 400, "null", "[]", "{}", "true", '""', '"\\ud800"', "[[1]]", "0.5"]
 )
 def test_a_file_with_absurd_values_is_refused_by_its_keys(text: str) -> None:
-    for path, _, hint in walk(Run):
+    for path, _, hint in walk(PretrainConfig):
         plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if plain is int or (plain is float and text not in ("0.5",)):
             nested = text
@@ -182,9 +184,9 @@ def test_a_file_with_absurd_values_is_refused_by_its_keys(text: str) -> None:
 )
 def test_statistics_are_in_units_of_the_brightest_pixel(given: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError) as raised:
-        Run(**given)
+        PretrainConfig(**given)
     assert expected in str(raised.value)
 
 
 def test_measured_values_have_any_mean() -> None:
-    assert Run(pixels="float32", channels=1, mean=(-40.0,), std=(273.0,)).statistics == ((-40.0,), (273.0,))
+    assert PretrainConfig(pixels="float32", channels=1, mean=(-40.0,), std=(273.0,)).statistics == ((-40.0,), (273.0,))

@@ -22,7 +22,7 @@ from helpers.official import DIM, GRID, HEADS, State, linear, ln, norm, random
 from pixmim import load_encoder, load_model, patchify
 from pixmim.build import build_encoder, build_model
 from pixmim.config import Mask as MaskConfig
-from pixmim.config import Run, Target
+from pixmim.config import PretrainConfig, Target
 from pixmim.masking import Mask
 from pixmim.utils.errors import UserError
 from pixmim.weights import interpolate as resize
@@ -34,7 +34,7 @@ transformers = pytest.importorskip("transformers")
 
 VIT = {"num_heads": HEADS}
 BOTH = {"num_heads": HEADS, "decoder_heads": official.DECODER_HEADS}
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 
 
 def saved(path: Path, state: State, key: str = "model", **more: object) -> Path:
@@ -600,7 +600,7 @@ def test_a_run_begins_from_its_own_kind_exactly(tiny_run: Make, tmp_path: Path) 
     assert any("what decodes: " in line for line in lines)
 
 
-def adopt_model(model: torch.nn.Module, run: Run, folder: Path) -> None:
+def adopt_model(model: torch.nn.Module, run: PretrainConfig, folder: Path) -> None:
     from pixmim.weights.detect import Weights
 
     adopt(Weights(run, dict(model.state_dict()), "a test"), folder)

@@ -43,13 +43,15 @@ def coverage(args: list[str]) -> int:
             out: Folder for coverage.csv, coverage.json and coverage.png.
             overwrite: Replace those that are there.
         """
-        from pixmim.config import Run
+        from pixmim.config import PretrainConfig
         from pixmim.evaluation.object_coverage import measure
 
         for end in ("json", "csv", "png"):
             check_output(out / f"coverage.{end}", overwrite)
         console = Console()
-        report = measure(data, Run(size=size).hw, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
+        report = measure(
+            data, PretrainConfig(size=size).hw, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console
+        )
         console.print(report.table())
         if report.outside:
             say(console, f"{report.outside} objects have no pixel inside their image, and were left out")

@@ -55,19 +55,19 @@ def cache(args: list[str]) -> int:
             per_shard: Images in a tar.
             threads: 0: one for each core, at most 16.
         """
-        from pixmim.config import Run
-        from pixmim.data import open_data
+        from pixmim.config import PretrainConfig
+        from pixmim.data import open_dataset
         from pixmim.data.build_resized_cache import make_cache
         from pixmim.data.dataset import Form
         from pixmim.utils.progress import progress
 
         console = Console()
-        source = open_data(absolute(data), Form(channels, pixels, pages))
+        source = open_dataset(absolute(data), Form(channels, pixels, pages))
         with progress(f"caching {data}", len(source), console) as advance:
             made = make_cache(
                 source,
                 out,
-                Run(size=size).hw,
+                PretrainConfig(size=size).hw,
                 interpolation=interpolation,
                 kind="raw" if raw else "jpeg",
                 quality=quality,
@@ -122,7 +122,7 @@ def stats(args: list[str]) -> int:
         """
         import time
 
-        from pixmim.data import open_data
+        from pixmim.data import open_dataset
         from pixmim.data import statistics as look
         from pixmim.data.dataset import Form
         from pixmim.data.resized_cache import read_settings
@@ -131,12 +131,12 @@ def stats(args: list[str]) -> int:
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)
         form = settings.form if settings is not None else Form(pages=pages)
-        source = open_data(spec, form)
+        source = open_dataset(spec, form)
         kinds = look.kinds(source, look.sample(len(source), _LOOK), pages)
         likely = form if settings is not None else look.fitting(kinds, pages)
         form = Form(channels or likely.channels, likely.pixels if pixels == "auto" else pixels, likely.pages)
         if form != source.form:
-            source = open_data(spec, form)
+            source = open_dataset(spec, form)
         check_writable(look.place(spec, form))
         chosen, began = look.sample(len(source), images), time.monotonic()
         with progress(f"measuring {data}", len(chosen), console) as advance:

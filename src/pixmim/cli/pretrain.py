@@ -15,7 +15,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.flags import absolute
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.runfile import from_json, read_config_text
 from pixmim.utils.console import printable, say
@@ -36,7 +36,7 @@ _MAY_CHANGE = {
 class Flags(NamedTuple):
     """What the flags ask for: the Run, the directory of the run to resume (if any), and whether to end it instead."""
 
-    run: Run
+    run: PretrainConfig
     resumed: str
     finish: bool
 
@@ -62,8 +62,8 @@ def read_flags(args: list[str]) -> Flags:
         *,
         resume: str = "",
         finish: bool = False,
-        run: Annotated[Run, arg(name="")] = base,
-    ) -> tuple[bool, Run]:
+        run: Annotated[PretrainConfig, arg(name="")] = base,
+    ) -> tuple[bool, PretrainConfig]:
         """Pre-train a backbone on unlabelled images.
 
         Args:
@@ -118,10 +118,10 @@ def _finish(out: Path) -> int:
     return 0
 
 
-def _train(run: Run, resumed: str) -> int:
+def _train(run: PretrainConfig, resumed: str) -> int:
     """What each process of the run does; the first one speaks."""
-    from pixmim.build import measured
-    from pixmim.evaluation.evaluate import knn_watch
+    from pixmim.build import with_dataset_stats
+    from pixmim.evaluation.evaluate import online_knn
     from pixmim.pretrain import check_new_run
     from pixmim.pretrain import pretrain as train
     from pixmim.report import write_report
@@ -134,13 +134,13 @@ def _train(run: Run, resumed: str) -> int:
             run = whole_paths(run, out)
             if not (out / "config.json").exists():
                 check_new_run(out)
-                run, lines = measured(run)
+                run, lines = with_dataset_stats(run)
                 for line in lines:
                     say(console, line)
             elif not resumed:
                 run = going_on(run, out)
             world.gather(None)  # all have looked before the first one writes
-            outcome = train(run, out, console, knn_watch(run, console), world)
+            outcome = train(run, out, console, online_knn(run, console), world)
             if not outcome.finished:
                 say(
                     console,
@@ -183,13 +183,13 @@ def _claim(named: str, recipe: str, world: "World", stack: ExitStack, console: C
     return Path(folder)
 
 
-def whole_paths(run: Run, out: Path) -> Run:
+def whole_paths(run: PretrainConfig, out: Path) -> PretrainConfig:
     """The run that will be trained in `out`, its data found from everywhere."""
     knn = replace(run.knn, train=absolute(run.knn.train), test=absolute(run.knn.test))
     return replace(run, out=str(out), data=absolute(run.data), knn=knn)
 
 
-def going_on(run: Run, out: Path) -> Run:
+def going_on(run: PretrainConfig, out: Path) -> PretrainConfig:
     """The run as the one in `out` was begun. Raises UserError for another run."""
     there, _ = _load(out / "config.json")
     run = replace(run, mean=run.mean or there.mean, std=run.std or there.std)
@@ -198,9 +198,9 @@ def going_on(run: Run, out: Path) -> Run:
     return run
 
 
-def _same(run: Run, there: Run, but: set[str], text: Callable[[str], str]) -> None:
+def _same(run: PretrainConfig, there: PretrainConfig, but: set[str], text: Callable[[str], str]) -> None:
     """Raise UserError, with a text about the flag, unless a run is the one that is there, but for some fields."""
-    for one in fields(Run):
+    for one in fields(PretrainConfig):
         if getattr(run, one.name) != getattr(there, one.name) and one.name not in but:
             raise UserError(text(f"--{one.name.replace('_', '-')}"))
 
@@ -215,13 +215,13 @@ def list_recipes(args: list[str]) -> int:
     return 0
 
 
-def _base(named: str) -> tuple[Run, str]:
+def _base(named: str) -> tuple[PretrainConfig, str]:
     """The Run that the flags start from: a recipe's, a file's, or, for --help alone, the defaults.
 
     And the text of the file, if it is one's.
     """
     if not named:
-        return Run(), ""
+        return PretrainConfig(), ""
     if named.endswith(".json") or Path(named).is_file():
         run, text = _load(Path(named))
         return replace(run, out=""), text
@@ -237,7 +237,7 @@ def _words(value: object) -> Iterator[str]:
             yield from _words(inner)
 
 
-def _load(path: Path) -> tuple[Run, str]:
+def _load(path: Path) -> tuple[PretrainConfig, str]:
     """The Run in a file, and the file's text."""
     if not path.exists():
         raise UserError(f"there is no {path}")

@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from pixmim.cli.pretrain import going_on, read_flags, whole_paths
 from pixmim.cli.sbatch import Job, script
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_output, write_whole
@@ -73,7 +73,7 @@ def slurm(args: list[str]) -> int:
     return 0
 
 
-def _build(run: Run) -> None:
+def _build(run: PretrainConfig) -> None:
     """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
     from pixmim.build import build_crop, build_mask_sampler, build_model, build_objective, sketch
 
@@ -83,7 +83,7 @@ def _build(run: Run) -> None:
     build_objective(run)
 
 
-def _absent(run: Run) -> list[str]:
+def _absent(run: PretrainConfig) -> list[str]:
     """Paths in the settings that are not on this machine."""
     from pixmim.data.uri import is_there, read_parts
 

@@ -47,13 +47,15 @@ def bench_data(args: list[str]) -> int:
         """
         from pixmim import config
         from pixmim.build import build_crop, image_form
-        from pixmim.data import open_data
+        from pixmim.data import open_dataset
         from pixmim.data.dataset import COLOUR
         from pixmim.data.throughput import measure, recommend
 
-        run = config.Run(size=size, channels=channels, pixels=pixels, pages=pages, crop=config.Crop(kind=crop))
+        run = config.PretrainConfig(
+            size=size, channels=channels, pixels=pixels, pages=pages, crop=config.Crop(kind=crop)
+        )
         form = image_form(run)
-        source = open_data(absolute(data), form)
+        source = open_dataset(absolute(data), form)
         larger = 2 if crop == "rrc" else 1  # a part of the image is enlarged, so it needs a larger image
         cover = run.hw[0] * larger, run.hw[1] * larger
         side = "x".join(map(str, cover if cover[0] != cover[1] else cover[:1]))

@@ -137,12 +137,12 @@ def embed(args: list[str]) -> int:
             said: What the file does not say.
         """
         from pixmim.build import image_form
-        from pixmim.data import open_data
+        from pixmim.data import open_dataset
         from pixmim.evaluation.embed import embed as write
 
         console = Console()
         weights = _opened(model, said)
-        source = open_data(absolute(data), image_form(weights.run))
+        source = open_dataset(absolute(data), image_form(weights.run))
         for line in write(
             weights,
             source,

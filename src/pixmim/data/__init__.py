@@ -21,7 +21,7 @@ from pixmim.transforms.crops import Crop
 from pixmim.utils.errors import UserError
 
 
-def open_data(spec: str, form: Form = COLOUR, local_copy: float = 50.0) -> Source:
+def open_dataset(spec: str, form: Form = COLOUR, local_copy: float = 50.0) -> Source:
     """The data set that `spec` names: a folder, a cache, tars, a .txt that names images, a Hugging Face data set
     (`hf:NAME`, or a folder or file of parquet or Arrow), `shapes:` with options, or several of these with weights,
     `a*3+b`. A cache and tars can also be far away, at a URL.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from rich.console import Console
 
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import Source
 from pixmim.evaluation.features import Frozen, account, check_finite, freeze
@@ -45,7 +45,7 @@ class Bench:
 
     def data(self, spec: str) -> Source:
         """A data set, read in the encoder's form. Raises UserError."""
-        return open_data(spec, self.encoder.form)
+        return open_dataset(spec, self.encoder.form)
 
     def skipped(self, data: Source) -> Skipped:
         """The account of images that cannot be read, of a data set that is evaluated on."""

@@ -10,8 +10,8 @@ from rich.console import Console
 from torch import nn
 
 from pixmim.build import image_form
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.evaluation import detection, finetune, knn, robustness, segmentation, shape_bias
 from pixmim.evaluation import linear_probe as linear
 from pixmim.evaluation.classification import check_labelled
@@ -163,7 +163,7 @@ def _measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> It
         )
 
 
-def knn_watch(run: Run, console: Console | None = None) -> Callable[[nn.Module], dict[str, float]] | None:
+def online_knn(run: PretrainConfig, console: Console | None = None) -> Callable[[nn.Module], dict[str, float]] | None:
     """What measures k-NN while a run trains, for `pretrain`; None if the run does not ask for it. Raises UserError.
 
     Without a number for features that are not finite.
@@ -172,7 +172,7 @@ def knn_watch(run: Run, console: Console | None = None) -> Callable[[nn.Module],
         return None
     if not (run.knn.train and run.knn.test):
         raise UserError("--knn.every needs labelled data: give --knn.train and --knn.test")
-    sets = tuple(open_data(spec, image_form(run), run.local_copy) for spec in (run.knn.train, run.knn.test))
+    sets = tuple(open_dataset(spec, image_form(run), run.local_copy) for spec in (run.knn.train, run.knn.test))
     try:
         check_labelled(sets[0], sets[1], console)
     except UserError as error:
@@ -200,4 +200,4 @@ def knn_watch(run: Run, console: Console | None = None) -> Callable[[nn.Module],
     return watch
 
 
-__all__ = ["EVALUATIONS", "PROTOCOLS", "Result", "evaluate", "knn_watch", "side_by_side"]
+__all__ = ["EVALUATIONS", "PROTOCOLS", "Result", "evaluate", "online_knn", "side_by_side"]

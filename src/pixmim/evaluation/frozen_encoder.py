@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pixmim.build import build_model, image_form
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.data.dataset import Form
 from pixmim.training.precision import Precision, choose_attention, choose_device, choose_precision
 from pixmim.transforms.crops import finish
@@ -31,7 +31,7 @@ class Encoder:
     notes  lines to print: how far its training is, and what was assumed of it
     """
 
-    run: Run
+    run: PretrainConfig
     module: nn.Module
     size: tuple[int, int]
     form: Form
@@ -112,14 +112,16 @@ def sameness(encoder: Encoder) -> str:
     return found.hexdigest()
 
 
-def _on_device(run: Run, module: nn.Module, step: int, device: str, precision: Precision) -> Encoder:
+def _on_device(run: PretrainConfig, module: nn.Module, step: int, device: str, precision: Precision) -> Encoder:
     where = choose_device(device)
     chosen = choose_precision(precision, where)
     choose_attention(module, where, chosen)
     return in_training(run, module.to(where), where, chosen, step)
 
 
-def in_training(run: Run, module: nn.Module, device: torch.device, precision: Precision, step: int = 0) -> Encoder:
+def in_training(
+    run: PretrainConfig, module: nn.Module, device: torch.device, precision: Precision, step: int = 0
+) -> Encoder:
     """Wrap a module that is on its device already."""
     mean, std = (torch.tensor(values, device=device) for values in run.statistics)
     return Encoder(run, module, run.hw, image_form(run), mean, std, device, precision, step)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.recipes.imagenet import (
     convmae_base,
     lsmae_base_448,
@@ -26,7 +26,7 @@ from pixmim.utils.errors import UserError, nearest
 class Recipe:
     """What makes the Run, and what it aims at, in a line."""
 
-    build: Callable[[], Run]
+    build: Callable[[], PretrainConfig]
     aim: str
 
 
@@ -65,7 +65,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def get_recipe(name: str) -> Run:
+def get_recipe(name: str) -> PretrainConfig:
     """The Run of the recipe `name`. Raises UserError naming the nearest one."""
     if name not in RECIPES:
         raise UserError(f"there is no recipe '{name}'{nearest(name, RECIPES)} `pixmim list` shows all.")

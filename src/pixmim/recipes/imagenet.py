@@ -6,19 +6,19 @@ H100 can multiply in bf16.
 
 from dataclasses import replace
 
-from pixmim.config import Crop, Made, Mask, Model, Optim, Run, Target
+from pixmim.config import Crop, Made, Mask, Model, Optim, PretrainConfig, Target
 
 IMAGES = 1_281_167
 
 
-def mae_vit_base(epochs: int) -> Run:
+def mae_vit_base(epochs: int) -> PretrainConfig:
     """MAE with ViT-B/16 (arXiv 2111.06377): random resized crop, pixels normalised per patch.
 
     pixmim pretrain mae-vit-base --data imagenet/train
     18, 47 and 95 H100-hours for 300, 800 and 1600 epochs (estimate).
     Aims at 60.8 / 65.1 / 67.1 % linear probe and 82.8 / 83.3 / 83.5 % fine-tuned (PixMIM's table 1, MAE's rows).
     """
-    return Run(
+    return PretrainConfig(
         epochs=epochs,
         batch_size=4096,
         model=Model(backbone="vit_base_patch16_224"),
@@ -28,7 +28,7 @@ def mae_vit_base(epochs: int) -> Run:
     )
 
 
-def mae_vit_large(epochs: int) -> Run:
+def mae_vit_large(epochs: int) -> PretrainConfig:
     """MAE with ViT-L/16; otherwise as `mae_vit_base`.
 
     pixmim pretrain mae-vit-large --data imagenet/train
@@ -38,7 +38,7 @@ def mae_vit_large(epochs: int) -> Run:
     return replace(mae_vit_base(epochs), model=Model(backbone="vit_large_patch16_224"))
 
 
-def pixmim_vit_base(epochs: int) -> Run:
+def pixmim_vit_base(epochs: int) -> PretrainConfig:
     """PixMIM on MAE with ViT-B/16 (arXiv 2303.02416): simple resized crop, low frequencies up to radius 40.
 
     pixmim pretrain pixmim-vit-base --data imagenet/train
@@ -49,7 +49,7 @@ def pixmim_vit_base(epochs: int) -> Run:
     return as_released(with_pixmim(mae_vit_base(epochs)))
 
 
-def pixmim_vit_large(epochs: int) -> Run:
+def pixmim_vit_large(epochs: int) -> PretrainConfig:
     """PixMIM on MAE with ViT-L/16; otherwise as `pixmim_vit_base`. No number has been published.
 
     pixmim pretrain pixmim-vit-large --data imagenet/train
@@ -58,7 +58,7 @@ def pixmim_vit_large(epochs: int) -> Run:
     return as_released(with_pixmim(mae_vit_large(epochs)))
 
 
-def lsmae_base_448() -> Run:
+def lsmae_base_448() -> PretrainConfig:
     """LSMAE with ViT-B/16 at 448 px (arXiv 2210.07224): 784 patches, hidden in units of 2 x 2, a thinner decoder.
 
     pixmim pretrain lsmae-base-448 --data imagenet/train
@@ -71,7 +71,7 @@ def lsmae_base_448() -> Run:
     )
 
 
-def convmae_base() -> Run:
+def convmae_base() -> PretrainConfig:
     """ConvMAE-Base (arXiv 2205.03892): MAE's settings, 1600 epochs; the paper's batch is 2048 to 3072.
 
     pixmim pretrain convmae-base --data imagenet/train
@@ -85,13 +85,13 @@ def convmae_base() -> Run:
     )
 
 
-def simmim_swin_base() -> Run:
+def simmim_swin_base() -> PretrainConfig:
     """SimMIM with Swin-B at 192 px, window 6, 100 epochs (arXiv 2111.09886): L1 on pixels, whole units of 32 px.
 
     pixmim pretrain simmim-swin-base --data imagenet/train
     Aims at 82.8 % fine-tuned at 192 px (83.5 % at 224 px).
     """
-    return Run(
+    return PretrainConfig(
         epochs=100,
         batch_size=2048,
         size="192",
@@ -113,7 +113,7 @@ def simmim_swin_base() -> Run:
     )
 
 
-def simmim_swin_base_800() -> Run:
+def simmim_swin_base_800() -> PretrainConfig:
     """SimMIM with Swin-B, 800 epochs: a lower learning rate, constant, and a tenth of it from epoch 700 on.
 
     pixmim pretrain simmim-swin-base-800 --data imagenet/train
@@ -128,7 +128,7 @@ def simmim_swin_base_800() -> Run:
     )
 
 
-def simmim_swin_large_800() -> Run:
+def simmim_swin_large_800() -> PretrainConfig:
     """SimMIM with Swin-L at 192 px, window 12; otherwise as `simmim_swin_base_800`.
 
     pixmim pretrain simmim-swin-large-800 --data imagenet/train
@@ -138,7 +138,7 @@ def simmim_swin_large_800() -> Run:
     return replace(simmim_swin_base_800(), model=large)
 
 
-def simmim_vit_base() -> Run:
+def simmim_vit_base() -> PretrainConfig:
     """SimMIM with a BEiT-like ViT-B/16 at 224 px, 800 epochs; otherwise as `simmim_swin_base_800`.
 
     pixmim pretrain simmim-vit-base --data imagenet/train
@@ -148,7 +148,7 @@ def simmim_vit_base() -> Run:
     return replace(simmim_swin_base_800(), size="224", model=Model("simmim", "beit_base_patch16_224"))
 
 
-def as_released(run: Run) -> Run:
+def as_released(run: PretrainConfig) -> PretrainConfig:
     """Return a PixMIM run with the two details of the paper's code that differ from pixmim's defaults.
 
     The code resizes bilinearly (torchvision's default) and keeps frequencies within a circle that is half a bin off
@@ -159,6 +159,6 @@ def as_released(run: Run) -> Run:
     return replace(run, crop=crop, target=target)
 
 
-def with_pixmim(run: Run) -> Run:
+def with_pixmim(run: PretrainConfig) -> PretrainConfig:
     """PixMIM is two values of a method's four choices; all others stay. The cut-off is 40 at 224 px, in proportion."""
     return replace(run, crop=Crop(kind="src"), target=replace(run.target, kind="low-frequency", radius="auto"))

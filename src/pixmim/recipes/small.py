@@ -1,14 +1,14 @@
 """Recipes for one's own images on one machine, and the demo. Their settings are ours; no paper stands behind them."""
 
-from pixmim.config import Knn, Made, Mask, Model, Optim, Run
+from pixmim.config import Knn, Made, Mask, Model, Optim, PretrainConfig
 
 
-def pixmim_vit_small() -> Run:
+def pixmim_vit_small() -> PretrainConfig:
     """PixMIM with ViT-S/16 at 224 px, for some ten thousand images and one GPU; batch 512, decoder 256 wide, 4 deep.
 
     pixmim pretrain pixmim-vit-small --data ~/photos
     """
-    return Run(
+    return PretrainConfig(
         epochs=300,
         batch_size=512,
         model=Model(backbone="vit_small_patch16_224", decoder_dim=256, decoder_depth=4, decoder_heads=8),
@@ -17,12 +17,12 @@ def pixmim_vit_small() -> Run:
     )
 
 
-def pixmim_vit_tiny() -> Run:
+def pixmim_vit_tiny() -> PretrainConfig:
     """PixMIM with ViT-Ti/16 at 224 px, for a few thousand images and a small GPU or a patient CPU.
 
     pixmim pretrain pixmim-vit-tiny --data ~/photos
     """
-    return Run(
+    return PretrainConfig(
         epochs=200,
         batch_size=128,
         model=Model(backbone="vit_tiny_patch16_224", decoder_dim=128, decoder_depth=2, decoder_heads=4),
@@ -31,12 +31,12 @@ def pixmim_vit_tiny() -> Run:
     )
 
 
-def demo() -> Run:
+def demo() -> PretrainConfig:
     """PixMIM with a ViT of 1.2 million values on drawn shapes at 48 px: learns in minutes on two CPU cores.
 
     make demo
     """
-    return Run(
+    return PretrainConfig(
         data="shapes:count=200000,size=48",
         steps=1200,
         batch_size=128,

@@ -18,8 +18,8 @@ from markupsafe import Markup
 from rich.table import Table
 
 from pixmim.build import image_form
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import read_skipped
 from pixmim.data.dataset import BadImage, Source
 from pixmim.data.decode.image import open_image
@@ -56,7 +56,7 @@ class _Story:
 
     name: str
     folder: Path
-    run: Run | None
+    run: PretrainConfig | None
     """None for a model that was measured only."""
     metrics: list[dict[str, Any]]
     results: list[dict[str, Any]]
@@ -177,14 +177,14 @@ def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = ""
     )
 
 
-def _data(folder: Path, run: Run, config: str, data: str | None) -> Source:
+def _data(folder: Path, run: PretrainConfig, config: str, data: str | None) -> Source:
     """The images to draw. Raises UserError where nobody has said that they may be opened."""
     strange = closed(config, {"--data": run.data})
     if data is None and strange:
         raise UserError(
             f"{refusal(folder, strange)}. `pixmim report {shlex.quote(str(folder))} --data DATA` draws them"
         )
-    return open_data(run.data if data is None else data, image_form(run), *[] if strange else [run.local_copy])
+    return open_dataset(run.data if data is None else data, image_form(run), *[] if strange else [run.local_copy])
 
 
 def _metrics(folder: Path, warn: Warn) -> list[dict[str, Any]]:
@@ -211,7 +211,7 @@ def _skipped(folder: Path, warn: Warn) -> int:
     return len(rows)
 
 
-def _settings(runs: list[Run]) -> list[dict[str, Any]]:
+def _settings(runs: list[PretrainConfig]) -> list[dict[str, Any]]:
     """Every field of the configurations, those that differ between the runs first."""
 
     def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _usage(story: _Story) -> str:
 def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
     """(caption, SVG) of each curve that has something to show. What was measured on other data has its own figure."""
     compares = "Losses compare only between runs with the same target and normalisation."
-    kinds: list[tuple[dict[str, str], str, str, Callable[[Run], str]]] = [
+    kinds: list[tuple[dict[str, str], str, str, Callable[[PretrainConfig], str]]] = [
         ({"loss": ""}, "loss", f"Training loss. {compares}", lambda run: run.data),
         (_knn("top1", stories), "k-NN top-1 (%)", "k-NN accuracy while training, mean of patch tokens.", _measured_on),
         (
@@ -279,7 +279,7 @@ def _knn(value: str, stories: list[_Story]) -> dict[str, str]:
     return keys | ({"knn/majority": _MAJORITY} if value == "top1" else {})
 
 
-def _measured_on(run: Run) -> str:
+def _measured_on(run: PretrainConfig) -> str:
     return f"{run.knn.test} (train {run.knn.train})"
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pixmim.build import build_mask_sampler, build_objective
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.data.dataset import BadImage, Source
 from pixmim.evaluation.visualize import Picture, drawn, hatch
 from pixmim.losses import patch_size
@@ -74,7 +74,11 @@ def reconstruct(weights: Weights, data: Source, count: int = 6) -> Reconstructio
 
 @torch.no_grad()
 def draw(
-    model: MaskedModel, run: Run, pictures: Shaped[Tensor, "b c h w"], step: int = 0, names: Sequence[str] = ()
+    model: MaskedModel,
+    run: PretrainConfig,
+    pictures: Shaped[Tensor, "b c h w"],
+    step: int = 0,
+    names: Sequence[str] = (),
 ) -> Reconstruction:
     """What a model makes of pictures of the run's size, with the run's target and masks of step -1, which no training
     step uses.
@@ -131,7 +135,7 @@ def _average(images: Tensor, over: Tensor) -> Tensor:
     return (images * over).sum(dim=(2, 3), keepdim=True) / over.sum(dim=(2, 3), keepdim=True)
 
 
-def _some_pictures(run: Run, data: Source, count: int) -> tuple[Tensor, list[str]]:
+def _some_pictures(run: PretrainConfig, data: Source, count: int) -> tuple[Tensor, list[str]]:
     """The first readable pictures of an order that no training epoch uses, in order if there are few; their files."""
     crop = CentreCrop(run.hw, interpolation=run.crop.interpolation)
     found, names = list[Tensor](), list[str]()

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Schedule:
     warmup_prefix: bool = True
 
     @staticmethod
-    def of(run: Run, images: int) -> "Schedule":
+    def of(run: PretrainConfig, images: int) -> "Schedule":
         """The schedule of a run over `images` images. Warm-up takes at most a fifth of it, a drop its share of it."""
         steps_an_epoch = images / run.batch_size
         steps = run.steps if run.steps is not None else max(1, round(run.epochs * steps_an_epoch))

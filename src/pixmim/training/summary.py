@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.targets import in_bins
 from pixmim.training.distributed import World
 from pixmim.training.metric_logger import DATA_BOUND
@@ -14,7 +14,7 @@ from pixmim.training.schedule import Schedule
 
 
 def describe(
-    run: Run,
+    run: PretrainConfig,
     images: int,
     schedule: Schedule,
     device: torch.device,
@@ -55,7 +55,7 @@ def describe(
     return lines + [f"warning: {text}" for text in warnings]
 
 
-def closing(run: Run, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float) -> list[str]:
+def closing(run: PretrainConfig, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float) -> list[str]:
     """What a finished run says of itself, as plain lines: updates lost, bad images, a share of its time waited."""
     lines = []
     if waited > DATA_BOUND:
@@ -68,7 +68,7 @@ def closing(run: Run, out: Path, step: int, *, lost: int, bad: int, images: int,
     return lines
 
 
-def _machines(run: Run, device: torch.device, world: World, parts: int) -> str:
+def _machines(run: PretrainConfig, device: torch.device, world: World, parts: int) -> str:
     """Describe what computes, such as "8 processes on cuda (ddp), each 64 images of a batch in 2 parts of 32,"."""
     images = run.batch_size // world.size
     cut = f" in {parts} parts of {'' if images % parts == 0 else 'up to '}{-(-images // parts):,}" if parts > 1 else ""

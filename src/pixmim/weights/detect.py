@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from pixmim.config import Mask, Model, Option, Run, Target
+from pixmim.config import Mask, Model, Option, PretrainConfig, Target
 from pixmim.runfile import from_json, read_config_text
 from pixmim.utils.errors import UserError, first_line, shown
 from pixmim.utils.files import parse_json
@@ -37,7 +37,7 @@ class Weights:
     notes     lines to print: what was chosen among several models, and what was assumed
     """
 
-    run: Run
+    run: PretrainConfig
     tensors: dict[str, Tensor]
     origin: str
     left_out: dict[str, str] = field(default_factory=dict)
@@ -66,13 +66,13 @@ class Weights:
         return f"step {self.step:,}{of}" if self.step or self.steps else ""
 
 
-def read_run(folder: Path) -> Run | None:
+def read_run(folder: Path) -> PretrainConfig | None:
     """The settings of the run in a folder, or of weights that were imported into it; None if there is no such run."""
     found = read_config(folder)
     return None if found is None else found[0]
 
 
-def read_config(folder: Path) -> tuple[Run, str] | None:
+def read_config(folder: Path) -> tuple[PretrainConfig, str] | None:
     """Read a run's settings, and the text that they were read from; None if there is no run in the folder.
 
     Raises:
@@ -176,7 +176,7 @@ def _recognised(file: Foreign, known: Known) -> Weights:
                 left[prefix + key] = "a probe of the first token, which in ConvMAE is a corner's"
                 tensors.pop(source.names.ours(key) or "", None)
         model, size = _model(source, tensors, known)
-        run = Run(
+        run = PretrainConfig(
             model=model,
             size=f"{size[0]}x{size[1]}",
             channels=tensors[_first(source)].shape[1],
@@ -247,7 +247,7 @@ def _of_timm(file: Foreign) -> Weights:
     pool = arguments.get("global_pool", about.get("global_pool", config.get("global_pool")))
     own |= {"global_pool": pool} if pool is not None else {}
     sides, channels = pair(arguments.pop("img_size", size[1:])), arguments.pop("in_chans", size[0])
-    run = Run(
+    run = PretrainConfig(
         model=Model("timm", config["architecture"], options={**arguments, **own}),
         size="x".join(map(str, sides)),
         channels=cast(int, channels),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pixmim.build import Module, build_encoder, build_model, sketch
-from pixmim.config import Model, Run
+from pixmim.config import Model, PretrainConfig
 from pixmim.models import published
 from pixmim.models.base import MaskedModel
 from pixmim.runfile import portable, to_json
@@ -57,7 +57,7 @@ def _opened(file: str | Path, options: dict[str, Any], whole: bool = False) -> t
     return open_model(str(file), whole=whole, known=known), {k: v for k, v in options.items() if k not in of_file}
 
 
-def assemble(weights: Weights, made: Run | None = None) -> MaskedModel:
+def assemble(weights: Weights, made: PretrainConfig | None = None) -> MaskedModel:
     """The whole model of such weights, in evaluation mode on the CPU.
 
     made  the Run that the weights were made for, where `weights.run` asks for another size
@@ -69,17 +69,17 @@ def assemble(weights: Weights, made: Run | None = None) -> MaskedModel:
     return _filled(weights, build_model, made).eval()
 
 
-def assemble_encoder(weights: Weights, made: Run | None = None) -> nn.Module:
+def assemble_encoder(weights: Weights, made: PretrainConfig | None = None) -> nn.Module:
     """The encoder of such weights, with a classifier's head if they have one; otherwise as `assemble`."""
     only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
     return _filled(replace(weights, tensors=only), _holder, made)["encoder"].eval()
 
 
-def _holder(run: Run) -> nn.ModuleDict:
+def _holder(run: PretrainConfig) -> nn.ModuleDict:
     return nn.ModuleDict({"encoder": build_encoder(run)})
 
 
-def _filled(weights: Weights, build: Callable[[Run], Module], made: Run | None) -> Module:
+def _filled(weights: Weights, build: Callable[[PretrainConfig], Module], made: PretrainConfig | None) -> Module:
     """What `build` makes of the weights' Run, with their tensors.
 
     A file may say what it likes of sizes: memory is taken only once its tensors are known to have them.
@@ -137,7 +137,7 @@ def _known(values: Mapping[str, Any]) -> Known:
     return Known(**given)
 
 
-def _newest(path: Path, run: Run, whole: bool, known: Known) -> Weights:
+def _newest(path: Path, run: PretrainConfig, whole: bool, known: Known) -> Weights:
     """Return the newest weights of a run, finished or not, or those of an import. Raises UserError."""
     imported, product = inside(path, "model.safetensors"), inside(path, WEIGHTS)
     file = imported if whole and imported.is_file() else product
@@ -168,7 +168,7 @@ def _in_memory(weights: Weights) -> Weights:
 
 
 @torch.no_grad()
-def begin_from(model: MaskedModel, run: Run) -> list[str]:
+def begin_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
     """Put the weights that `run.init` names into a model, as far as they fit; says in lines what was used and what not.
 
     The encoder must fit as a whole, but for tables of positions, which are refitted, the first convolution, which is
@@ -286,7 +286,7 @@ def _of_timm(name: str, head: bool) -> Weights:
         raise UserError(f"timm:{name} cannot be had: {first_line(error)}") from error
     made = module.pretrained_cfg
     channels, h, w = made["input_size"]
-    run = Run(
+    run = PretrainConfig(
         model=Model("timm", name, options=options),
         size=f"{h}x{w}",
         channels=channels,
@@ -296,7 +296,7 @@ def _of_timm(name: str, head: bool) -> Weights:
     return Weights(run, {f"encoder.{n}": v for n, v in module.state_dict().items()}, "timm's pre-trained weights")
 
 
-def _with_options(run: Run, options: Mapping[str, Any]) -> Run:
+def _with_options(run: PretrainConfig, options: Mapping[str, Any]) -> PretrainConfig:
     """A file's Run with the caller's keywords of `create_model` over it."""
     own = {f.name for f in fields(Model)} - {"options"}
     check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})

@@ -13,7 +13,7 @@ from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.runfile import portable, to_json
 from pixmim.utils.files import write_whole
 from pixmim.utils.validation import NOT_OF_TIMM
@@ -31,7 +31,7 @@ WEIGHTS = f"{ENCODER}/model.safetensors"
 def save_encoder(
     encoder: nn.Module,
     folder: Path,
-    run: Run,
+    run: PretrainConfig,
     step: int,
     steps: int = 0,
     classes: list[str] | None = None,
@@ -60,7 +60,7 @@ def save_encoder(
     save_tensors(encoder.state_dict(), folder / "model.safetensors", run, step, steps, about)
 
 
-def timm_config(encoder: nn.Module, run: Run, classes: list[str] | None = None) -> dict[str, Any]:
+def timm_config(encoder: nn.Module, run: PretrainConfig, classes: list[str] | None = None) -> dict[str, Any]:
     """Return the config.json of timm's hub layout: the architecture, its keywords, and what its input must be."""
     mean, std = run.statistics
     known: Any = getattr(encoder, "pretrained_cfg", None) or {}
@@ -92,7 +92,7 @@ def timm_config(encoder: nn.Module, run: Run, classes: list[str] | None = None) 
     }
 
 
-def _made(encoder: nn.Module, run: Run) -> dict[str, Any]:
+def _made(encoder: nn.Module, run: PretrainConfig) -> dict[str, Any]:
     """Return keywords of timm's that a method sets without naming them in a run's options."""
     made: dict[str, Any] = {"img_size": list(run.hw), "in_chans": run.channels}
     if isinstance(encoder, SwinTransformer) and run.model.name == "simmim":
@@ -110,7 +110,7 @@ def _made(encoder: nn.Module, run: Run) -> dict[str, Any]:
 def save_tensors(
     tensors: Mapping[str, Tensor],
     path: Path,
-    run: Run,
+    run: PretrainConfig,
     step: int,
     steps: int = 0,
     more: Mapping[str, str] | None = None,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from helpers.shards import picture, shard, write
-from pixmim.data import open_data
+from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.resized_cache import open_cache
@@ -87,7 +87,7 @@ def test_settings_that_no_cache_has(cache: Path, name: str, value: object) -> No
     edit_json(cache / "settings.json", **{name: value})
     began = time.process_time()
     with pytest.raises(UserError, match=rf"settings.json.*{name}"):
-        open_data(str(cache))
+        open_dataset(str(cache))
     assert time.process_time() - began < 5
 
 
@@ -98,7 +98,7 @@ def test_settings_and_lists_that_are_none(cache: Path, text: str) -> None:
     for name in ("index.json", "settings.json"):
         (cache / name).write_text(text, "latin-1")
         with pytest.raises(UserError, match=name):
-            open_data(str(cache))
+            open_dataset(str(cache))
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_an_index_that_does_not_fit(cache: Path, field: str, value: int) -> None
 
     edit_index(cache / "shard-000000.index", edit)
     with pytest.raises(UserError, match=r"shard-000000.index is damaged"):
-        open_data(str(cache))
+        open_dataset(str(cache))
 
 
 def test_labels_without_classes(cache: Path) -> None:
     edit_json(cache / "settings.json", classes=[])
     with pytest.raises(UserError, match=r"class . of 0 classes"):
-        open_data(str(cache))
+        open_dataset(str(cache))
 
 
 def test_an_index_of_too_many_images_or_shards(cache: Path) -> None:
@@ -147,13 +147,13 @@ def test_an_index_of_too_many_images_or_shards(cache: Path) -> None:
     (cache / "shard-000000.index").write_bytes(more.tobytes())
     edit_index(cache / "shard-000000.index", lambda entries: None)
     with pytest.raises(UserError, match="images other than 0 to 1"):
-        open_data(str(cache))
+        open_dataset(str(cache))
     (cache / "shard-000000.index").write_bytes(content)
     listed = json.loads((cache / "index.json").read_text())["shards"]
     for shards in (listed[:1], listed * 1000, "ab", None):
         edit_json(cache / "index.json", shards=shards)
         with pytest.raises(UserError, match=r"index.json lists .* requires 2 for 4 images"):
-            open_data(str(cache))
+            open_dataset(str(cache))
 
 
 def test_a_picture_of_another_size_than_its_index_says(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_picture_of_another_size_than_its_index_says(tmp_path: Path) -> None:
         entries[0]["h"] += 5
 
     edit_index(tmp_path / "cached" / "shard-000000.index", edit)
-    data = open_data(str(tmp_path / "cached"))
+    data = open_dataset(str(tmp_path / "cached"))
     with pytest.raises(BadImage, match="size differs from the index"):
         data.image(0)
     assert data.image(1).shape[0] == 3
@@ -186,17 +186,17 @@ def test_only_regular_files_are_read(cache: Path, tmp_path: Path, memory: Path, 
     shards = tmp_path / "shards"
     for path in (shards / "a.tar", shards / "b.tar"):
         shard(path, range(2))
-    assert len(open_data(str(shards))) == 4
+    assert len(open_dataset(str(shards))) == 4
     (remembered,) = [path for path in (memory / "tars").iterdir()][:1]
     not_regular(remembered, kind)  # counts for nothing
-    assert len(open_data(str(shards))) == 4
+    assert len(open_dataset(str(shards))) == 4
     not_regular(shards / "classes.txt", kind)
     with pytest.raises(UserError, match=r"classes.txt cannot be read"):
-        open_data(str(shards))
+        open_dataset(str(shards))
     (shards / "classes.txt").rmdir() if kind == "folder" else (shards / "classes.txt").unlink()
     not_regular(shards / "b.tar", kind)
     with pytest.raises(UserError, match=r"b.tar"):
-        open_data(str(shards))
+        open_dataset(str(shards))
     data = open_cache(cache)
     not_regular(cache / "stats.json", kind)
     assert recall(str(cache), Form()) is None
@@ -206,7 +206,7 @@ def test_only_regular_files_are_read(cache: Path, tmp_path: Path, memory: Path, 
     for name in ("shard-000001.tar", "shard-000000.index", "index.json", "settings.json"):
         not_regular(cache / name, kind) if name != "shard-000001.tar" else None
         with pytest.raises(UserError, match=name):
-            open_data(str(cache))
+            open_dataset(str(cache))
 
 
 def test_a_link_where_a_temporary_file_will_be(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_link_where_a_temporary_file_will_be(tmp_path: Path) -> None:
         for part in (str(os.getpid()), "0"):
             (folder / f"{name}.{part}.tmp").symlink_to(victim)
     make_cache(Shapes(count=2, size=16), folder, (16, 16))
-    assert len(open_data(str(folder))) == 2 and victim.read_text() == "untouched"
+    assert len(open_dataset(str(folder))) == 2 and victim.read_text() == "untouched"
 
 
 def found(path: Path) -> list[str]:
@@ -231,7 +231,7 @@ def test_zeros_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shard(path, range(1))
     os.truncate(path, 10 * 2**40)  # takes no space
     with pytest.raises(UserError, match=r"bytes of zeros up to byte"):
-        open_data(str(path))
+        open_dataset(str(path))
     monkeypatch.setattr(tar_module, "_MAX_ZEROS", 30_000)  # in all: many short runs are no way around
     one = shard(tmp_path / "one.tar", range(1)).read_bytes()
     (tmp_path / "two.tar").write_bytes(one * 2)
@@ -322,12 +322,12 @@ def test_what_is_remembered_and_cannot_be_counts_for_nothing(
     tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, edit: Edit, body: Callable[[bytes], bytes]
 ) -> None:
     shard(tmp_path / "x.tar", range(2))
-    open_data(str(tmp_path / "x.tar"))
+    open_dataset(str(tmp_path / "x.tar"))
     remembered(memory, edit, body)
     searched: list[str] = []
     search = webdataset.scan
     monkeypatch.setattr(webdataset, "scan", lambda tar, name, *rest: searched.append(name) or search(tar, name, *rest))
-    data = open_data(str(tmp_path / "x.tar"))
+    data = open_dataset(str(tmp_path / "x.tar"))
     assert len(data) == 2 and data.image(1).shape[2] == 21 and len(searched) == 1
 
 
@@ -335,17 +335,17 @@ def test_names_that_unpack_to_more_than_there_can_be(
     tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard(tmp_path / "x.tar", range(2))
-    before = open_data(str(tmp_path / "x.tar"))
+    before = open_dataset(str(tmp_path / "x.tar"))
     assert before.locate(1).endswith(":0001")
     remembered(memory, lambda about: about, lambda body: body[:64] + zlib.compress(bytes(10**7)))
     monkeypatch.setattr("pixmim.data.shards.dataset._MAX_KEY_BYTES", 10**5)
-    data = open_data(str(tmp_path / "x.tar"))
+    data = open_dataset(str(tmp_path / "x.tar"))
     assert isinstance(data, ShardDataset) and data.locate(1).endswith("x.tar:000000001")
 
 
 def test_a_high_class_number_is_an_identifier(tmp_path: Path) -> None:
     write(tmp_path / "x.tar", [("a.png", picture(1)), ("a.cls", b"999999999999")])
-    assert open_data(str(tmp_path / "x.tar")).labels is None
+    assert open_dataset(str(tmp_path / "x.tar")).labels is None
 
 
 def test_stats_that_are_none(cache: Path) -> None:

@@ -17,8 +17,8 @@ import torch
 
 from helpers.runs import train
 from helpers.shards import colours, keys, shard
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.bad_images import Skipped
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Form, Source
@@ -38,7 +38,7 @@ from pixmim.utils.files import cache_path
 pytest.importorskip("aiohttp")
 fsspec = pytest.importorskip("fsspec")
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 GIB = 2**30
 
 
@@ -130,7 +130,7 @@ def same(one: Source, two: Source) -> bool:
 
 
 def test_a_cache_is_the_same_near_and_far(server: Server, served: Path, memory: Path) -> None:
-    near, far = open_data(str(served / "cached")), open_data(f"{server.url}/cached/")
+    near, far = open_dataset(str(served / "cached")), open_dataset(f"{server.url}/cached/")
     assert not any(name.endswith(".tar") for name in server.asked)
     assert same(near, far) and len(copies(memory)) == 3
     assert far.pieces is not None and far.pieces.tolist() == [6, 6, 6] and near.pieces is None
@@ -139,23 +139,23 @@ def test_a_cache_is_the_same_near_and_far(server: Server, served: Path, memory: 
     assert far.locate(7) == f"{server.url}/cached/shard-000001.tar:000000007"
     assert "at most 50 GiB (--local-copy)" in far.about and str(memory) in far.about
     before = Counter(server.asked)
-    assert same(near, open_data(f"{server.url}/cached"))  # later runs find the copies
+    assert same(near, open_dataset(f"{server.url}/cached"))  # later runs find the copies
     assert {name for name in server.asked - before} == {"settings.json", "index.json"} | {
         f"shard-{i:06d}.index" for i in range(3)
     }
 
 
 def test_tars_of_others_far_away(server: Server, served: Path) -> None:
-    near = open_data(str(served / "shards"))
+    near = open_dataset(str(served / "shards"))
     for spec in ("shards/train-{000..002}.tar", "shards/*.tar", "shards", "shards/"):
-        far = open_data(f"{server.url}/{spec}")
+        far = open_dataset(f"{server.url}/{spec}")
         assert same(near, far) and keys(near) == keys(far) and far.classes == near.classes
         assert far.pieces is not None and far.pieces.tolist() == [4, 4, 4]
     assert all(server.asked[f"train-{i:03d}.tar"] == 1 for i in range(3))  # searched and copied in one go
     (served / "shards" / "classes.txt").write_text("cat\ndog\nbird")
-    assert open_data(f"{server.url}/shards").classes == ["cat", "dog", "bird"]
+    assert open_dataset(f"{server.url}/shards").classes == ["cat", "dog", "bird"]
     server.failures["classes.txt"] = [403]  # what a bucket without listing answers where there is nothing
-    assert open_data(f"{server.url}/shards").classes == ["0", "1", "2"]
+    assert open_dataset(f"{server.url}/shards").classes == ["0", "1", "2"]
 
 
 def test_other_file_systems(served: Path) -> None:
@@ -163,11 +163,11 @@ def test_other_file_systems(served: Path) -> None:
     files.put(str(served / "cached"), "/far/cached", recursive=True)
     files.put(str(served / "shards"), "/far/shards", recursive=True)
     try:
-        assert same(open_data(str(served / "cached")), open_data("memory://far/cached"))
+        assert same(open_dataset(str(served / "cached")), open_dataset("memory://far/cached"))
         for spec in ("shards", "shards/train-*.tar", "shards/train-{000..002}.tar"):
-            assert colours(open_data(f"memory://far/{spec}")) == list(range(12))
+            assert colours(open_dataset(f"memory://far/{spec}")) == list(range(12))
         with pytest.raises(UserError, match=r"nothing matches memory://far/\*.tar"):
-            open_data("memory://far")
+            open_dataset("memory://far")
     finally:
         files.rm("/far", recursive=True)
 
@@ -179,12 +179,12 @@ def test_a_server_that_fails_for_a_while(server: Server, served: Path, memory: P
         "shard-000000.tar": [500, 206, 503],
         "shard-000001.tar": [206, 206, 206],
     }
-    assert same(open_data(str(served / "cached")), open_data(f"{server.url}/cached"))
+    assert same(open_dataset(str(served / "cached")), open_dataset(f"{server.url}/cached"))
     assert len(copies(memory)) == 3 and server.asked["shard-000000.tar"] == 4
 
 
 def test_a_server_that_fails_for_good(server: Server, served: Path, memory: Path) -> None:
-    data = open_data(f"{server.url}/cached")
+    data = open_dataset(f"{server.url}/cached")
     tar = "shard-000000.tar"
     for statuses, reason in {
         (500,) * 4: "cannot be read after 4 attempts: ClientResponseError: 500",
@@ -199,25 +199,25 @@ def test_a_server_that_fails_for_good(server: Server, served: Path, memory: Path
         assert not copies(memory)
     assert data.image(0) is not None
     with pytest.raises(UserError, match=r"train-003.tar does not exist"):
-        open_data(f"{server.url}/shards/train-{{000..003}}.tar")
+        open_dataset(f"{server.url}/shards/train-{{000..003}}.tar")
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match=r"settings.json cannot be read after 4 attempts: ClientConnectorError"):
-        open_data(f"{server.url}/cached")
+        open_dataset(f"{server.url}/cached")
 
 
 def test_what_changed_on_the_server_is_noticed(server: Server, served: Path) -> None:
-    tars, cached = open_data(f"{server.url}/shards"), open_data(f"{server.url}/cached")
+    tars, cached = open_dataset(f"{server.url}/shards"), open_dataset(f"{server.url}/cached")
     fetched = sorted((cache_path("copies", "").parent).iterdir())
     for path in fetched:
         path.unlink()
-    tars, again = open_data(f"{server.url}/shards"), open_data(f"{server.url}/shards")
+    tars, again = open_dataset(f"{server.url}/shards"), open_dataset(f"{server.url}/shards")
     os.utime(shard(served / "shards" / "train-001.tar", range(20, 24)), (0, 0))  # this server's tag is the time
     assert int(tars.image(0)[0, 0, 0]) == 0
     for data in (tars, again):
         with pytest.raises(UserError, match=r"train-001.tar changed on the server"):
             data.image(5)
-    assert colours(open_data(f"{server.url}/shards"))[4:8] == list(range(20, 24))
+    assert colours(open_dataset(f"{server.url}/shards"))[4:8] == list(range(20, 24))
     tar = served / "cached" / "shard-000002.tar"
     tar.write_bytes(tar.read_bytes() + bytes(512))
     with pytest.raises(UserError, match=r"shard-000002.tar has [\d,]+ bytes, but [\d,]+ in its index"):
@@ -225,9 +225,9 @@ def test_what_changed_on_the_server_is_noticed(server: Server, served: Path) -> 
 
 
 def test_what_was_searched_is_not_fetched_again(server: Server, served: Path, memory: Path) -> None:
-    open_data(f"{server.url}/shards")
+    open_dataset(f"{server.url}/shards")
     shutil.rmtree(memory / "copies")
-    data = open_data(f"{server.url}/shards")
+    data = open_dataset(f"{server.url}/shards")
     assert server.asked["train-000.tar"] == 1 and not (memory / "copies").exists()
     assert colours(data) == list(range(12)) and server.asked["train-000.tar"] == 2
 
@@ -236,24 +236,24 @@ def test_damaged_tars_and_caches_far_away(server: Server, served: Path) -> None:
     tar = served / "shards" / "train-001.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
     with pytest.raises(UserError, match=rf"{server.url}/shards/train-001.tar is truncated"):
-        open_data(f"{server.url}/shards")
+        open_dataset(f"{server.url}/shards")
     index = served / "cached" / "shard-000001.index"
     index.write_bytes(index.read_bytes()[:-8])
     with pytest.raises(UserError, match=r"shard-000001.tar is missing, truncated"):
-        open_data(f"{server.url}/cached")
+        open_dataset(f"{server.url}/cached")
     (served / "cached" / "index.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
-        open_data(f"{server.url}/cached")
+        open_dataset(f"{server.url}/cached")
     (served / "empty").mkdir()
     with pytest.raises(UserError, match=r"nothing matches .*/empty/\*.tar, or the server does not list"):
-        open_data(f"{server.url}/empty")
+        open_dataset(f"{server.url}/empty")
 
 
 def test_the_bound_on_copies_is_kept(server: Server, served: Path, memory: Path) -> None:
     size = max(path.stat().st_size for path in (served / "shards").iterdir())
-    open_data(f"{server.url}/shards")
+    open_dataset(f"{server.url}/shards")
     shutil.rmtree(memory / "copies")
-    data: Any = open_data(f"{server.url}/shards", local_copy=2 * size / GIB)
+    data: Any = open_dataset(f"{server.url}/shards", local_copy=2 * size / GIB)
     server.asked.clear()
     for index in (0, 5, 9, 1, 4, 5, 8, 0, 11, 6, 2):
         assert int(data.image(index)[0, 0, 0]) == index
@@ -266,19 +266,19 @@ def test_the_bound_on_copies_is_kept(server: Server, served: Path, memory: Path)
 
 
 def test_a_bound_below_one_shard(server: Server, served: Path, memory: Path) -> None:
-    data = open_data(f"{server.url}/shards", local_copy=1e-6)
+    data = open_dataset(f"{server.url}/shards", local_copy=1e-6)
     assert colours(data) == list(range(12)) and len(copies(memory)) == 1
 
 
 def test_only_what_was_announced_is_copied_whole(server: Server, served: Path, memory: Path) -> None:
     """A few images here and there cost no whole shards, where the server hands out parts of files."""
     server.in_parts = True
-    data, near = open_data(f"{server.url}/cached"), open_data(str(served / "cached"))
+    data, near = open_dataset(f"{server.url}/cached"), open_dataset(str(served / "cached"))
     assert torch.equal(data.image(8), near.image(8)) and torch.equal(data.image(9), near.image(9))
     assert not copies_begun(memory) and server.parts == {"shard-000001.tar": 2}
     data.soon([1])
     assert torch.equal(data.image(10), near.image(10)) and len(copies(memory)) == 1
-    again = open_data(f"{server.url}/cached")
+    again = open_dataset(f"{server.url}/cached")
     assert torch.equal(again.image(7), near.image(7))  # from the copy that is there
     assert server.parts == {"shard-000001.tar": 2} and server.asked["shard-000001.tar"] == 1
     (served / "cached" / "shard-000002.tar").unlink()
@@ -443,21 +443,21 @@ def test_what_was_measured_of_a_cache_goes_along(server: Server, served: Path) -
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match="s3fs"):
-        open_data("s3://bucket/cached")
+        open_dataset("s3://bucket/cached")
     monkeypatch.delitem(sys.modules, "pixmim.data.shards.http", raising=False)
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(UserError, match=r"pip install 'pixmim\[remote\]'"):
-        open_data("https://host/cached")
+        open_dataset("https://host/cached")
     with pytest.raises(UserError, match="nosuch"):
-        open_data("nosuch://bucket/cached")
+        open_dataset("nosuch://bucket/cached")
 
 
 def test_near_and_far_do_not_mix(served: Path, server: Server) -> None:
     with pytest.raises(UserError, match="1 of 2 shards are remote"):
-        open_data(f"{{{served}/shards/train-000.tar,{server.url}/shards/train-001.tar}}")
+        open_dataset(f"{{{served}/shards/train-000.tar,{server.url}/shards/train-001.tar}}")
 
 
 def test_few_files_stay_open(server: Server, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(far_module, "MAX_OPEN_FILES", 2)
-    data: Any = open_data(f"{server.url}/shards")
+    data: Any = open_dataset(f"{server.url}/shards")
     assert colours(data) == list(range(12)) and len(data._store._open_files) == 2

@@ -13,8 +13,8 @@ from PIL import Image
 from helpers.cli import say
 from helpers.runs import train
 from helpers.shards import colours, keys, picture, shard, write
-from pixmim.config import Run
-from pixmim.data import open_data
+from pixmim.config import PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import BadImage, Form
 from pixmim.data.resized_cache import open_cache
@@ -24,7 +24,7 @@ from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.statistics import kinds
 from pixmim.utils.errors import UserError
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def shards(tmp_path: Path) -> Path:
     "spec", ["", "/*.tar", "/train-{000..002}.tar", "/train-00[0-2].tar", "/{train,train}-00?.tar"]
 )
 def test_ways_to_name_shards(shards: Path, spec: str) -> None:
-    data = open_data(f"{shards}{spec}")
+    data = open_dataset(f"{shards}{spec}")
     assert colours(data) == list(range(12)) and data.pieces is None and data.sizes is None
     assert data.labels is not None and data.labels.tolist() == [v % 3 for v in range(12)]
     assert data.classes == ["0", "1", "2"] and data.about == "read from shards on disk"
@@ -48,10 +48,14 @@ def test_ways_to_name_shards(shards: Path, spec: str) -> None:
 
 def test_one_tar_and_names_of_classes(shards: Path) -> None:
     (shards / "classes.txt").write_text("cat\ndog\nbird\n")
-    assert open_data(str(shards / "train-001.tar")).classes == open_data(str(shards)).classes == ["cat", "dog", "bird"]
+    assert (
+        open_dataset(str(shards / "train-001.tar")).classes
+        == open_dataset(str(shards)).classes
+        == ["cat", "dog", "bird"]
+    )
     (shards / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(UserError, match=r"names 2 classes, but a sample has class number 2"):
-        open_data(str(shards))
+        open_dataset(str(shards))
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -80,7 +84,7 @@ def test_what_makes_a_sample(tmp_path: Path, form: int) -> None:
         ],
         form,
     )
-    data = open_data(str(path))
+    data = open_dataset(str(path))
     assert colours(data)[:6] == [1, 2, 3, 4, 6, 8] and colours(data)[7:] == [11]
     assert keys(data) == ["v1.0/one", "v1.0/two", "other/one", "v1.0/one", "both", "depth", long, "ünï"]
     assert data.labels is None and data.classes == []
@@ -91,7 +95,7 @@ def test_what_makes_a_sample(tmp_path: Path, form: int) -> None:
 def test_class_numbers_that_are_none(tmp_path: Path) -> None:
     for text in (b"", b"-1", b"123456789012", b"a long caption, " * 9):
         write(tmp_path / "x.tar", [("a.png", picture(1)), ("a.cls", text)])
-        assert open_data(str(tmp_path / "x.tar")).labels is None
+        assert open_dataset(str(tmp_path / "x.tar")).labels is None
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -107,18 +111,18 @@ def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys:
             archive.addfile(link)
     for _ in range(1 + again):  # what is remembered says the same
         foreign._warned.clear()
-        assert "10 images are ignored" in open_data(str(path)).about
+        assert "10 images are ignored" in open_dataset(str(path)).about
         text = capsys.readouterr().err
         assert "8 of 9 images are ignored" in text and f"'{path},key=last-dot'" in text and "2 images are links" in text
-    data = open_data(f"{path},key=last-dot")
+    data = open_dataset(f"{path},key=last-dot")
     assert colours(data) == list(range(9)) and keys(data)[8] == "scan.2024.008"
-    assert len(open_data(f"{path},key=last-dot*2+{path}")) == 2 * 9 + 1
-    assert colours(open_data(f"{tmp_path}/*.tar,key=last-dot")) == list(range(9))
+    assert len(open_dataset(f"{path},key=last-dot*2+{path}")) == 2 * 9 + 1
+    assert colours(open_dataset(f"{tmp_path}/*.tar,key=last-dot")) == list(range(9))
     with pytest.raises(UserError, match="only key=last-dot is known"):
-        open_data(f"{path},key=first")
+        open_dataset(f"{path},key=first")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="key=last-dot is for tars"):
-        open_data(f"{tmp_path / 'folder'},key=last-dot")
+        open_dataset(f"{tmp_path / 'folder'},key=last-dot")
 
 
 def test_classes_in_words(tmp_path: Path) -> None:
@@ -127,33 +131,33 @@ def test_classes_in_words(tmp_path: Path) -> None:
             files = [(f"{i}.{end}", picture(i) if end == "png" else word.encode()) for i, word in enumerate(words)
                      for end in ("png", "cls")]  # fmt: skip
             write(tmp_path / f"{name}.tar", files)
-        data = open_data(f"{tmp_path}/*.tar")
+        data = open_dataset(f"{tmp_path}/*.tar")
         assert data.classes == ["3", "7", "cat", "dog", "owl"] and data.labels is not None
         assert data.labels.tolist() == [3, 2, 1, 4, 0, 0]
 
 
 def test_a_long_list_and_a_folder_called_as_a_tar(shards: Path, tmp_path: Path) -> None:
     names = ",".join(f"train-{i:03d}" for i in [0, 1, 2] * 30)
-    assert len(open_data(f"{shards}/{{{names}}}.tar")) == 12
-    make_cache(open_data(str(shards)), tmp_path / "cached.tar", (16, 16))
-    assert len(open_data(str(tmp_path / "cached.tar"))) == 12
+    assert len(open_dataset(f"{shards}/{{{names}}}.tar")) == 12
+    make_cache(open_dataset(str(shards)), tmp_path / "cached.tar", (16, 16))
+    assert len(open_dataset(str(tmp_path / "cached.tar"))) == 12
 
 
 def test_what_cannot_be_read_as_shards(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train-003.tar does not exist \(7 of 10"):
-        open_data(f"{shards}/train-{{000..009}}.tar")
+        open_dataset(f"{shards}/train-{{000..009}}.tar")
     with pytest.raises(UserError, match=r"nothing matches .*test-\*.tar"):
-        open_data(f"{shards}/test-*.tar")
+        open_dataset(f"{shards}/test-*.tar")
     write(tmp_path / "sound.tar", [("a.flac", b"x"), ("a.txt", b"y"), ("b.flac", b"z")])
     with pytest.raises(UserError, match=r"no images in .*sound.tar \(found .flac .txt\)"):
-        open_data(str(tmp_path / "sound.tar"))
+        open_dataset(str(tmp_path / "sound.tar"))
     (shards / "notes.md").write_text("not only tars")
     with pytest.raises(UserError, match=r"no images in .* 4 other files"):
-        open_data(str(shards))
+        open_dataset(str(shards))
     (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "x.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
     with pytest.raises(UserError, match=r"gzip-compressed"):
-        open_data(str(tmp_path / "zipped"))
+        open_dataset(str(tmp_path / "zipped"))
 
 
 def test_a_tar_cut_off_is_an_error_not_a_loss(shards: Path) -> None:
@@ -162,37 +166,37 @@ def test_a_tar_cut_off_is_an_error_not_a_loss(shards: Path) -> None:
     for end in (len(content) // 2, 1024):  # in a file, and between two
         path.write_bytes(content[:end])
         with pytest.raises(UserError, match=rf"train-001.tar is truncated.*{end:,}"):
-            open_data(str(shards))
-    assert len(open_data(f"{shards}/train-{{000,002}}.tar")) == 8
+            open_dataset(str(shards))
+    assert len(open_dataset(f"{shards}/train-{{000,002}}.tar")) == 8
 
 
 def test_a_tar_is_searched_once(shards: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = open_data(str(shards))
+    before = open_dataset(str(shards))
     searched: list[str] = []
     search = webdataset.scan
     monkeypatch.setattr(
         webdataset, "scan", lambda tar, name, *more: searched.append(Path(name).name) or search(tar, name)
     )
-    again = open_data(str(shards))
+    again = open_dataset(str(shards))
     assert not searched and colours(again) == colours(before) and keys(again) == keys(before)
     assert again.fingerprint() == before.fingerprint() and np.array_equal(again.labels, before.labels)
     shard(shards / "train-001.tar", range(20, 25))
-    assert colours(open_data(str(shards)))[4:9] == list(range(20, 25)) and searched == ["train-001.tar"]
+    assert colours(open_dataset(str(shards)))[4:9] == list(range(20, 25)) and searched == ["train-001.tar"]
     generator = np.random.default_rng(0)
     for path in (memory / "tars").iterdir():  # what is remembered may be damaged: then it counts for nothing
         content = bytearray(path.read_bytes())
         content[generator.integers(len(content))] ^= 1
         path.write_bytes(content if path.name < "8" else content[: len(content) // 2])
-    assert len(open_data(str(shards))) == 13 and len(searched) == 4
+    assert len(open_dataset(str(shards))) == 13 and len(searched) == 4
     os.chmod(memory / "tars", 0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    assert len(open_data(str(shards))) == 13
+    assert len(open_dataset(str(shards))) == 13
 
 
 def test_a_tar_that_changes_or_goes_while_in_use(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pixmim.data.shards.local.RECHECK_SECONDS", 0)
-    open_data(str(shards))
-    data = open_data(str(shards))  # from what is remembered, so that no tar is open
+    open_dataset(str(shards))
+    data = open_dataset(str(shards))  # from what is remembered, so that no tar is open
     assert int(data.image(4)[0, 0, 0]) == 4
     shard(shards / "train-001.tar", range(20, 25))
     (shards / "train-002.tar").unlink()
@@ -206,7 +210,7 @@ def test_a_tar_that_changes_or_goes_while_in_use(shards: Path, monkeypatch: pyte
 def test_no_damage_shows_the_wrong_picture(tmp_path: Path) -> None:
     """A fuzz: a picture whose bytes were spared is the same, or there is an error."""
     whole = shard(tmp_path / "x.tar", range(6)).read_bytes()
-    data = open_data(str(tmp_path / "x.tar"))
+    data = open_dataset(str(tmp_path / "x.tar"))
     assert isinstance(data, ShardDataset)
     spans = [(int(e["offset"]), int(e["offset"] + e["length"])) for e in data._entries]
     path, generator, read = tmp_path / "bad.tar", np.random.default_rng(0), 0
@@ -219,7 +223,7 @@ def test_no_damage_shows_the_wrong_picture(tmp_path: Path) -> None:
             del content[place:]
         path.write_bytes(content)
         try:
-            damaged = open_data(str(path))
+            damaged = open_dataset(str(path))
         except UserError:
             continue
         assert trial % 3 and len(damaged) == 6
@@ -240,11 +244,11 @@ def test_what_the_files_hold_is_known(tmp_path: Path) -> None:
     array = io.BytesIO()
     np.save(array, np.arange(20 * 30, dtype=np.float32).reshape(20, 30, 1))
     write(tmp_path / "x.tar", [("a.png", deep.getvalue()), ("b.png", deep.getvalue()), ("c.npy", array.getvalue())])
-    data = open_data(str(tmp_path / "x.tar"))
+    data = open_dataset(str(tmp_path / "x.tar"))
     assert kinds(data, [0, 1, 2]) == {(1, "uint16"): 2, (1, "float32"): 1}
     form = Form(1, "uint16")
-    assert open_data(str(tmp_path / "x.tar"), form).image(1).flatten().tolist() == list(range(600))
-    make_cache(open_data(str(tmp_path / "x.tar"), form), tmp_path / "cached", (20, 20), kind="raw")
+    assert open_dataset(str(tmp_path / "x.tar"), form).image(1).flatten().tolist() == list(range(600))
+    make_cache(open_dataset(str(tmp_path / "x.tar"), form), tmp_path / "cached", (20, 20), kind="raw")
     cached = open_cache(tmp_path / "cached", form)
     pixels = np.load(io.BytesIO(cached.read(0)))  # of raw pixels, too, there is a file to look into
     assert np.array_equal(pixels.transpose(2, 0, 1), cached.image(0).numpy()) and pixels.dtype == np.uint16
@@ -257,4 +261,4 @@ def test_training_from_a_pattern(
     assert (tmp_path / "run" / "encoder/model.safetensors").exists()
     status, text = say(capsys, "cache", f"{shards}/*.tar", tmp_path / "cached", "--size", 16)
     assert status == 0 and "12 images written" in text
-    assert open_data(str(tmp_path / "cached")).classes == ["0", "1", "2"]
+    assert open_dataset(str(tmp_path / "cached")).classes == ["0", "1", "2"]

@@ -16,7 +16,7 @@ from torchvision.ops import roi_align
 pytest.importorskip("faster_coco_eval")
 
 from pixmim.build import build_model
-from pixmim.config import Model, Run
+from pixmim.config import Model, PretrainConfig
 from pixmim.data.dataset import COLOUR
 from pixmim.evaluation import detection
 from pixmim.evaluation.context import Bench
@@ -69,7 +69,7 @@ TINY = Detection(
 
 
 def encoder_of(family: str) -> Encoder:
-    run = Run(data="shapes:", size="32", model=MODELS[family])
+    run = PretrainConfig(data="shapes:", size="32", model=MODELS[family])
     return in_training(run, build_model(run).encoder, CPU, "fp32", step=3)
 
 
@@ -240,7 +240,7 @@ def test_loss_falls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["vit", "beit", "swin", "convmae"])
 def test_every_family_is_measured_and_drawn(family: str, tmp_path: Path) -> None:
-    run = Run(data="shapes:", size="32", model=MODELS[family], seed=2)
+    run = PretrainConfig(data="shapes:", size="32", model=MODELS[family], seed=2)
     (tmp_path / "config.json").write_text(to_json(run))
     save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
     settings = replace(TINY, steps=2, accumulate=2, masks="auto" if family == "vit" else "no")

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pixmim.build import build_encoder
-from pixmim.config import Model, Run
-from pixmim.data import open_data
+from pixmim.config import Model, PretrainConfig
+from pixmim.data import open_dataset
 from pixmim.data.synthetic import Shapes
 from pixmim.evaluation import imagenet_classes as imagenet
 from pixmim.evaluation import knn, robustness, shape_bias
@@ -31,16 +31,16 @@ from pixmim.utils.errors import UserError
 from pixmim.weights.load import adopt, open_model
 from pixmim.weights.save import save_tensors
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=400,size=32", "shapes:count=150,size=32,seed=1"
 
 
-def bench_of(run: Run, folder: Path, module: nn.Module | None = None) -> Bench:
+def bench_of(run: PretrainConfig, folder: Path, module: nn.Module | None = None) -> Bench:
     module = (module or build_encoder(run)).eval()
     return Bench(in_training(run, module, torch.device("cpu"), "fp32"), folder)
 
 
-def classifier(run: Run, classes: int) -> Run:
+def classifier(run: PretrainConfig, classes: int) -> PretrainConfig:
     return replace(run, model=replace(run.model, options={**run.model.options, "num_classes": classes}))
 
 
@@ -161,7 +161,7 @@ def test_public_sets_need_a_classifier_of_imagenet(name: str, tiny_run: Make, tm
             dict(robustness.measure(bench_of(run, tmp_path), Robustness(**{name: str(tmp_path)})))
 
 
-TAUGHT = Run(
+TAUGHT = PretrainConfig(
     size="32",
     model=Model(
         "convmae",
@@ -289,9 +289,9 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
     found.append(measured(tmp_path / "imported"))
     assert all(other == pytest.approx(found[0]) for other in found)
     answers = module(of_model(str(file), device="cpu").ready(torch.stack([
-        evaluation_crop((32, 32)).crop(image) for image in map(open_data(settings.test).image, range(24))
+        evaluation_crop((32, 32)).crop(image) for image in map(open_dataset(settings.test).image, range(24))
     ]))).argmax(dim=1)  # fmt: skip
-    wanted = torch.from_numpy(open_data(settings.test).labels)
+    wanted = torch.from_numpy(open_dataset(settings.test).labels)
     right = sum(names[a] == "abc"[w] for a, w in zip(answers.tolist(), wanted.tolist(), strict=True))
     assert found[0]["in_memory/head/clean"] == pytest.approx(100 - 100 * right / 24)
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "bee")
@@ -391,8 +391,8 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     known = [value for value in each if value == value]  # of a category none of whose answers names a cue there is none
     assert textural["probe/balanced"] == pytest.approx(sum(known) / len(known))
 
-    train = open_data("shapes:count=500,size=32")
-    stimuli = open_data("shapes:count=200,size=32,texture=conflict,seed=2")
+    train = open_dataset("shapes:count=500,size=32")
+    stimuli = open_dataset("shapes:count=200,size=32,texture=conflict,seed=2")
     assert isinstance(train, Shapes) and isinstance(stimuli, Shapes)
     voters, asked = freeze(bench.encoder, train), freeze(bench.encoder, stimuli)
     shapes, textures = shape_bias.cues(stimuli, voters.classes)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.build import build_model
-from pixmim.config import Model, Run
+from pixmim.config import Model, PretrainConfig
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import BadImage, Form
 from pixmim.evaluation.context import Bench
@@ -40,7 +40,7 @@ from pixmim.transforms.crops import finish
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 
-Make = Callable[..., Run]
+Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=12,size=32,seed=1"
 QUICK = Segmentation(TRAIN, TEST, size="32", steps=6, batch_size=4, width=16, threads=2, lr=3e-3, warmup=2)
 
@@ -67,7 +67,7 @@ FAMILIES = {
 }
 
 
-def encoder_of(run: Run) -> Encoder:
+def encoder_of(run: PretrainConfig) -> Encoder:
     return in_training(run, build_model(run).encoder.eval(), torch.device("cpu"), "fp32")
 
 
@@ -419,7 +419,7 @@ def test_every_encoder_learns_under_both_heads(family: str, head: str, tiny_run:
 def test_uper_has_the_known_number_of_values(tiny_run: Make) -> None:
     """UPerNet on ViT-B, counted by hand out of its convolutions and norms."""
     with torch.device("meta"):
-        run = Run(model=Model("mae", "vit_base_patch16_224"), size="512")
+        run = PretrainConfig(model=Model("mae", "vit_base_patch16_224"), size="512")
         from pixmim.build import build_encoder
 
         model = Segmenter(build_encoder(run), "uper", 150)

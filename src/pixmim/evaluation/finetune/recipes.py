@@ -7,7 +7,7 @@ from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from pixmim.config import Run
+from pixmim.config import PretrainConfig
 from pixmim.evaluation.settings import FinetuneOverrides, FinetuneRecipe
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.utils.errors import UserError, nearest
@@ -93,7 +93,7 @@ TUNINGS: dict[str, Recipe] = {
 """By name. All are for ImageNet-1k; nothing in them is scaled to smaller data."""
 
 
-def choose(name: str, run: Run, encoder: nn.Module, from_scratch: bool) -> str:
+def choose(name: str, run: PretrainConfig, encoder: nn.Module, from_scratch: bool) -> str:
     """The name of the recipe meant: "auto" goes by the encoder's kind and size, and how long it was trained.
 
     Raises UserError for an unknown name.
