@@ -16,7 +16,7 @@ from safetensors import safe_open
 from helpers.runs import equal, train, weights
 from pixmim.build import build_model
 from pixmim.config import Knn, Made, Optim, PretrainConfig, Saving
-from pixmim.evaluation.evaluate import evaluate, online_knn
+from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.settings import Linear
 from pixmim.models import features
 from pixmim.recipes import get_recipe
@@ -57,7 +57,7 @@ def test_a_cpu_takes_parts_by_itself_and_resumes_bitwise(
     whole, cut, again = (tmp_path / name for name in ("whole", "cut", "again"))
     run = tiny_run(log_every=1, saving=Saving(every=3, last=9))
     assert "parts" not in train(run, whole)
-    monkeypatch.setattr("pixmim.pretrain.images_at_once", lambda pixels, width: 3)
+    monkeypatch.setattr("pixmim.pretraining.images_at_once", lambda pixels, width: 3)
     assert "cpu, each batch in 3 parts of up to 3, in fp32" in train(run, cut)
     losses = [[line["loss"] for line in metrics(out)] for out in (whole, cut)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -122,16 +122,16 @@ def test_metrics_have_steps_and_rates(tiny_run: Make, tmp_path: Path) -> None:
 
 def test_periodic_knn_draws_a_curve(tiny_run: Make, tmp_path: Path) -> None:
     run = tiny_run(steps=10, knn=Knn("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1", every=1.0))
-    train(run, tmp_path / "run", online_knn(run))
+    train(run, tmp_path / "run")
     steps = [line["step"] for line in metrics(tmp_path / "run") if "knn/k20/mean/top1" in line]
     assert steps == [0, 5, 10]
     quiet = replace(run, knn=Knn())
-    train(quiet, tmp_path / "quiet", online_knn(quiet))
+    train(quiet, tmp_path / "quiet")
     assert equal(tmp_path / "run", tmp_path / "quiet")  # looking changes nothing
 
 
 def test_a_run_that_diverges_stops_with_advice(tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixmim import pretrain as module
+    from pixmim import pretraining as module
 
     def spoil(*args: object) -> torch.Tensor:
         return original(*args) * float("nan")  # type: ignore[arg-type]
@@ -151,8 +151,11 @@ def test_warnings_for_runs_far_from_their_recipe(tiny_run: Make, tmp_path: Path)
 
 def test_another_number_of_images_cannot_be_resumed(tiny_run: Make, tmp_path: Path) -> None:
     train(tiny_run(), tmp_path / "run")
+    moved = tiny_run(data="shapes:count=41,size=32")
+    with pytest.raises(UserError, match="another --data"):
+        train(moved, tmp_path / "run")
     with pytest.raises(UserError, match="began with 40 images, and there are 41 now"):
-        train(tiny_run(data="shapes:count=41,size=32"), tmp_path / "run")
+        train(moved, tmp_path / "run", resume=True)
 
 
 @pytest.mark.skipif(

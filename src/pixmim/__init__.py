@@ -1,41 +1,61 @@
 """Pre-train vision backbones on your own unlabelled images by masked image modelling, with PixMIM.
 
-The public names, each loaded when it is first used: `import pixmim` alone does not import torch, so that the command
-line answers at once.
+    config = pixmim.get_recipe("pixmim-vit-small", data="photos", epochs=100)
+    result = pixmim.pretrain(config, out="runs/photos")
+    scores = pixmim.evaluate(result.encoder, "knn", train="labelled/train", test="labelled/test")
+
+Names are loaded on first use: `import pixmim` alone does not import torch, so that the command line answers at once.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pixmim.api import embed, evaluate, reconstruct
+    from pixmim.config import ModelConfig, PretrainConfig
+    from pixmim.data import create_loader, open_dataset
     from pixmim.losses import Objective
     from pixmim.masking import BlockMask, Mask, RandomMask, SquareMask, UnitMask
     from pixmim.models import create_model
+    from pixmim.pretraining import PretrainResult, pretrain
+    from pixmim.recipes import get_recipe
     from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
     from pixmim.transforms.crops import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+    from pixmim.utils.errors import UserError
     from pixmim.utils.patches import patchify, unpatchify
     from pixmim.weights.load import load_encoder, load_model
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "BlockMask": "masking",
     "CentreCrop": "transforms.crops",
     "ColourBins": "targets",
     "LowFrequency": "targets",
     "Mask": "masking",
+    "ModelConfig": "config",
     "Objective": "losses",
     "Pixels": "targets",
+    "PretrainConfig": "config",
+    "PretrainResult": "pretraining",
     "RandomMask": "masking",
     "RandomResizedCrop": "transforms.crops",
     "SimpleResizedCrop": "transforms.crops",
     "SquareMask": "masking",
     "UnitMask": "masking",
+    "UserError": "utils.errors",
+    "create_loader": "data",
     "create_model": "models",
+    "embed": "api",
+    "evaluate": "api",
+    "get_recipe": "recipes",
     "load_encoder": "weights.load",
     "load_model": "weights.load",
     "low_pass": "targets",
+    "open_dataset": "data",
     "patchify": "utils.patches",
+    "pretrain": "pretraining",
+    "reconstruct": "api",
     "unpatchify": "utils.patches",
 }
 
@@ -45,26 +65,37 @@ __all__ = [
     "ColourBins",
     "LowFrequency",
     "Mask",
+    "ModelConfig",
     "Objective",
     "Pixels",
+    "PretrainConfig",
+    "PretrainResult",
     "RandomMask",
     "RandomResizedCrop",
     "SimpleResizedCrop",
     "SquareMask",
     "UnitMask",
+    "UserError",
+    "create_loader",
     "create_model",
+    "embed",
+    "evaluate",
+    "get_recipe",
     "load_encoder",
     "load_model",
     "low_pass",
+    "open_dataset",
     "patchify",
+    "pretrain",
+    "reconstruct",
     "unpatchify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'pixmim' has no attribute '{name}'")
-    return getattr(import_module(f"pixmim.{_HOME[name]}"), name)
+    return getattr(import_module(f"pixmim.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data.dataset import Form
 from pixmim.data.statistics import recall
 from pixmim.losses import Objective
@@ -25,20 +25,19 @@ from pixmim.utils.patches import grid_of
 Module = TypeVar("Module", bound=nn.Module)
 
 
+_UNKNOWN = "the weights' pre-training is unknown: nothing says what was hidden and predicted"
+
 MAX_PATCHES = 2**18
 """Most patches of an image; attention between so many takes more memory than any machine has."""
 
 
-def image_form(run: PretrainConfig) -> Form:
+def image_form(run: ModelConfig) -> Form:
     """What every image is brought into before it is cropped."""
     return Form(run.channels, run.pixels, run.pages)
 
 
 def with_dataset_stats(run: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
-    """The run with the mean and std that `pixmim stats` has kept of its data, where it has none; and a line to say so.
-
-    A run then carries them in its configuration, whatever becomes of what was kept.
-    """
+    """Fill in a missing mean and std with what `pixmim stats` measured of the data; return a line to print."""
     found = recall(run.data, image_form(run)) if run.mean is None or run.std is None else None
     if found is None:
         return run, []
@@ -56,9 +55,11 @@ def build_crop(run: PretrainConfig) -> Crop:
     return CentreCrop(run.hw, interpolation=run.crop.interpolation)
 
 
-def build_mask_sampler(run: PretrainConfig, patch: int) -> MaskSampler:
+def build_mask_sampler(run: ModelConfig, patch: int) -> MaskSampler:
     """Build the masks for a model with patches of `patch` pixels. Raises UserError if the model cannot take them."""
     m = run.mask
+    if m is None:
+        raise UserError(_UNKNOWN)
     masker: Masker
     if m.kind == "random":
         masker = RandomMask(m.ratio)
@@ -76,7 +77,8 @@ def build_mask_sampler(run: PretrainConfig, patch: int) -> MaskSampler:
             raise UserError(
                 f"{grid[0] * grid[1]:,} patches of {patch} pixels are more than the {MAX_PATCHES:,} allowed"
             )
-        sampler = MaskSampler(masker, grid, run.seed, run.batch_size)
+        batch_size = run.batch_size if isinstance(run, PretrainConfig) else 1
+        sampler = MaskSampler(masker, grid, _seed(run), batch_size)
         mask = sampler(step=0, rows=range(max(1, min(64, 2**20 // (grid[0] * grid[1])))))
         if run.model.name != "simmim":
             _ = mask.tables
@@ -85,7 +87,7 @@ def build_mask_sampler(run: PretrainConfig, patch: int) -> MaskSampler:
     return sampler
 
 
-def build_model(run: PretrainConfig) -> MaskedModel:
+def build_model(run: ModelConfig) -> MaskedModel:
     """Who predicts, with the initial weights that the run's seed decides. Raises UserError."""
     m = run.model
     if m.name == "simmim" and (m.decoder_stride != 1 or m.predict_patch):
@@ -98,10 +100,10 @@ def build_model(run: PretrainConfig) -> MaskedModel:
         "predict_patch": m.predict_patch,
     }
     own = {"head": m.head} if m.name == "simmim" else decoder
-    outputs = run.target.bins if run.target.distance == "cross_entropy" else 1
+    outputs = run.target.bins if run.target is not None and run.target.distance == "cross_entropy" else 1
     given = {"img_size": run.hw, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
     check_room(lambda: create_model(m.name, m.backbone, **given), m.backbone)
-    with seeded(run.seed):
+    with seeded(_seed(run)):
         return create_model(m.name, m.backbone, **given)
 
 
@@ -116,7 +118,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def build_encoder(run: PretrainConfig) -> nn.Module:
+def build_encoder(run: ModelConfig) -> nn.Module:
     """The encoder alone, its weights at random. Raises UserError."""
     m = run.model
     given = {"img_size": run.hw, "in_chans": run.channels, **m.options}
@@ -147,11 +149,18 @@ def check_room(make: Callable[[], nn.Module], name: str) -> None:
         raise UserError(f"{name} needs {in_gib(size)} GiB for its weights as asked for, and {in_gib(free)} are free")
 
 
-def build_objective(run: PretrainConfig) -> Objective:
+def build_objective(run: ModelConfig) -> Objective:
     """What must be predicted, and the distance to it."""
     mean, std = run.statistics
     t = run.target
+    if t is None:
+        raise UserError(_UNKNOWN)
     target: nn.Module = LowFrequency(t.radius, t.form, mean, std) if t.kind == "low-frequency" else Pixels()
     if t.distance == "cross_entropy":
         target = ColourBins(t.bins, target, mean, std)
     return Objective(target, t.normalise_patches, t.distance, t.normalise_window)
+
+
+def _seed(run: ModelConfig) -> int:
+    """Return a run's seed; 0 for imported weights."""
+    return run.seed if isinstance(run, PretrainConfig) else 0

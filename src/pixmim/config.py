@@ -1,7 +1,7 @@
-"""A Run: everything that decides what a pre-training run computes, as frozen data (to and from JSON: `runfile.py`).
+"""Configurations as frozen data: `ModelConfig` for weights, `PretrainConfig` for a pre-training run.
 
-Imports no torch, so that `pixmim pretrain --help` answers at once. The text under each field is its help; what is
-suppressed there belongs to the recipe.
+`config_io.py` reads and writes them as JSON. This module imports no torch, so that `pixmim pretrain --help` answers at
+once. The text under each field is its help; suppressed fields belong to the recipe.
 """
 
 import json
@@ -23,6 +23,7 @@ from pixmim.utils.validation import (
     Rate,
     Real,
     Seed,
+    Settings,
     Share,
     Size,
     Some,
@@ -221,8 +222,80 @@ class Made:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """One pre-training run."""
+class ModelConfig(Settings):
+    """What it takes to build a model and to feed it images. Weights from elsewhere carry no more than this."""
+
+    model: Model = field(default_factory=Model)
+    size: Size = "224"
+    """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
+    channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3
+    """Colour (3), grey (1), or as many as the files have."""
+    pixels: Literal["uint8", "uint16", "float32"] = "uint8"
+    """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
+    pages: Literal["first", "channels"] = "first"
+    """Of a TIFF with several pages: the first one, or all of them as channels."""
+    bands: str = ""
+    """Channels that pictures show as red, green and blue, counted from 1, such as 4,3,2, or one as grey; otherwise the
+    first three, or of fewer the first."""
+    mean: Annotated[tuple[float, ...] | None, Real(-1e9, 1e9)] = None
+    """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
+    std: Annotated[tuple[float, ...] | None, Real(1e-12, 1e9)] = None
+    """Standard deviation of each channel; otherwise as the mean."""
+    mask: Annotated[Mask | None, Suppress] = None
+    """What was hidden in pre-training; None: unknown. Only drawing reconstructions needs it."""
+    target: Annotated[Target | None, Suppress] = None
+    """What was predicted in pre-training; None: unknown."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, own in (("img_size", "--size"), ("in_chans", "--channels"), ("outputs", "--target.bins")):
+            if name in self.model.options:
+                raise UserError(f"--model.options takes no {name}: that is {own}")
+        check_statistics(self.mean, self.std, self.channels, self.pixels)
+        if self.target is not None:
+            _check_target(self.target, self.pixels)
+        self.drawn  # noqa: B018 (raises)
+        h, w = self.hw
+        if h * w * self.channels > MAX_VALUES:
+            raise UserError(
+                f"--size {self.size} with --channels {self.channels} makes {h * w * self.channels:,} values of an "
+                f"image: at most {MAX_VALUES:,}"
+            )
+
+    @property
+    def drawn(self) -> tuple[int, ...]:
+        """Indices of the channels that pictures show. Raises UserError if `bands` names others."""
+        if not self.bands:
+            return tuple(range(3 if self.channels >= 3 else 1))
+        words = self.bands.split(",")
+        if len(words) not in (1, 3) or not all(w.isascii() and w.isdigit() and len(w) < 6 for w in words):
+            raise UserError(f"--bands is one channel or three, such as 4,3,2, and not {shown(self.bands)}")
+        found = tuple(int(word) - 1 for word in words)
+        if not all(0 <= index < self.channels for index in found):
+            raise UserError(f"--bands {self.bands} names a channel that is not among the {self.channels}: count from 1")
+        return found
+
+    @property
+    def interpolation(self) -> Literal["bicubic", "bilinear"]:
+        """Resampling of images before they reach the model; bicubic where the training is unknown."""
+        return "bicubic"
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """Height and width of what the network sees, in pixels."""
+        return parse_size(self.size) or (0, 0)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel; ImageNet's for colour, their averages for other channels."""
+        if self.channels == 3:
+            return self.mean or (0.485, 0.456, 0.406), self.std or (0.229, 0.224, 0.225)
+        return self.mean or (0.449,) * self.channels, self.std or (0.226,) * self.channels
+
+
+@dataclass(frozen=True)
+class PretrainConfig(ModelConfig):
+    """Everything that decides what a pre-training run computes."""
 
     recipe: Annotated[str, Suppress, _WORD] = ""
     """Name of the recipe this run began as."""
@@ -242,21 +315,6 @@ class PretrainConfig:
     accumulate: Annotated[int, Whole(0, 2**20)] = 0
     """Parts a batch is computed in, one after another: the result is the same but for rounding. 0: on a CPU of a size
     that suits a laptop, on a GPU one, or as many as it takes to fit."""
-    size: Size = "224"
-    """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
-    channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3
-    """Colour (3), grey (1), or as many as the files have."""
-    pixels: Literal["uint8", "uint16", "float32"] = "uint8"
-    """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
-    pages: Literal["first", "channels"] = "first"
-    """Of a TIFF with several pages: the first one, or all of them as channels."""
-    bands: str = ""
-    """Channels that pictures show as red, green and blue, counted from 1, such as 4,3,2, or one as grey; otherwise the
-    first three, or of fewer the first."""
-    mean: Annotated[tuple[float, ...] | None, Real(-1e9, 1e9)] = None
-    """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
-    std: Annotated[tuple[float, ...] | None, Real(1e-12, 1e9)] = None
-    """Standard deviation of each channel; otherwise as the mean."""
     seed: Seed = 0
     """Decides weights, order, crops and masks."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -273,7 +331,6 @@ class PretrainConfig:
     """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
     max_bad: Share = 0.25
     """The run stops when more than this share of the images cannot be read."""
-    model: Model = field(default_factory=Model)
     crop: Crop = field(default_factory=Crop)
     mask: Mask = field(default_factory=Mask)
     target: Target = field(default_factory=Target)
@@ -284,40 +341,16 @@ class PretrainConfig:
     made: Annotated[Made, Suppress] = field(default_factory=Made)
 
     def __post_init__(self) -> None:
-        check(self)
-        (h, w), target = self.hw, self.target
-        window, binned = target.normalise_window, target.distance == "cross_entropy"
+        super().__post_init__()
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate} makes more parts than a batch of {self.batch_size} images")
         low, high = self.crop.scale
         if low > high:
             raise UserError(f"--crop.scale is two shares, the smaller one first, not {low:g} {high:g}")
-        for name, own in (("img_size", "--size"), ("in_chans", "--channels"), ("outputs", "--target.bins")):
-            if name in self.model.options:
-                raise UserError(f"--model.options takes no {name}: that is {own}")
-        if self.crop.kind == "src" and self.crop.padding >= min(h, w):
+        if self.crop.kind == "src" and self.crop.padding >= min(self.hw):
             raise UserError(f"--crop.padding {self.crop.padding} must be less than each side of --size {self.size}")
         if self.scale.compile == "whole" and self.scale.parallel == "fsdp":
             raise UserError("with --scale.parallel fsdp, blocks are compiled one by one: --scale.compile blocks")
-        if window and (window < 3 or window % 2 == 0):
-            raise UserError(f"--target.normalise-window must be an odd side of 3 pixels or more, not {window}")
-        if binned and (target.normalise_patches or window):
-            raise UserError(
-                "normalised values have no bins of [0, 1]: add --target.no-normalise-patches, and no window"
-            )
-        if target.normalise_patches and window:
-            raise UserError("a target is normalised once: with a window, add --target.no-normalise-patches")
-        if binned and self.pixels == "float32":
-            raise UserError(
-                "measured values (--pixels float32) have no bins of [0, 1]: choose another --target.distance"
-            )
-        check_statistics(self.mean, self.std, self.channels, self.pixels)
-        self.drawn  # noqa: B018 (raises)
-        if h * w * self.channels > MAX_VALUES:
-            raise UserError(
-                f"--size {self.size} with --channels {self.channels} makes {h * w * self.channels:,} values of an "
-                f"image: at most {MAX_VALUES:,}"
-            )
 
     def check_shares(self, count: int, of: str) -> None:
         """Raise UserError unless each of `count` processes (or GPUs: `of`) gets an equal share, of enough images."""
@@ -330,39 +363,32 @@ class PretrainConfig:
             )
 
     @property
+    def interpolation(self) -> Literal["bicubic", "bilinear"]:
+        """Resampling of the crop's resize."""
+        return self.crop.interpolation
+
+    @property
     def named(self) -> dict[str, str]:
         """Data and weights that this run opens, by flag; empty where it names none."""
         return {"--data": self.data, "--init": self.init, "--knn.train": self.knn.train, "--knn.test": self.knn.test}
-
-    @property
-    def drawn(self) -> tuple[int, ...]:
-        """Indices of the channels that pictures show. Raises UserError if `bands` names others."""
-        if not self.bands:
-            return tuple(range(3 if self.channels >= 3 else 1))
-        words = self.bands.split(",")
-        if len(words) not in (1, 3) or not all(w.isascii() and w.isdigit() and len(w) < 6 for w in words):
-            raise UserError(f"--bands is one channel or three, such as 4,3,2, and not {shown(self.bands)}")
-        found = tuple(int(word) - 1 for word in words)
-        if not all(0 <= index < self.channels for index in found):
-            raise UserError(f"--bands {self.bands} names a channel that is not among the {self.channels}: count from 1")
-        return found
-
-    @property
-    def hw(self) -> tuple[int, int]:
-        """Height and width of what the network sees, in pixels."""
-        return parse_size(self.size) or (0, 0)
 
     @property
     def lr(self) -> float:
         """The peak learning rate of this run's real batch."""
         return self.optim.lr if self.optim.lr is not None else self.optim.base_lr * self.batch_size / 256
 
-    @property
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel; ImageNet's for colour, their averages for other channels."""
-        if self.channels == 3:
-            return self.mean or (0.485, 0.456, 0.406), self.std or (0.229, 0.224, 0.225)
-        return self.mean or (0.449,) * self.channels, self.std or (0.226,) * self.channels
+
+def _check_target(target: Target, pixels: str) -> None:
+    """Raise UserError for settings of a target that exclude each other."""
+    window, binned = target.normalise_window, target.distance == "cross_entropy"
+    if window and (window < 3 or window % 2 == 0):
+        raise UserError(f"--target.normalise-window must be an odd side of 3 pixels or more, not {window}")
+    if binned and (target.normalise_patches or window):
+        raise UserError("normalised values have no bins of [0, 1]: add --target.no-normalise-patches, and no window")
+    if target.normalise_patches and window:
+        raise UserError("a target is normalised once: with a window, add --target.no-normalise-patches")
+    if binned and pixels == "float32":
+        raise UserError("measured values (--pixels float32) have no bins of [0, 1]: choose another --target.distance")
 
 
 def check_statistics(mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int, pixels: str) -> None:

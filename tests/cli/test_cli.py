@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import pixmim
 from helpers.cli import say
 from pixmim import cli
+from pixmim.config_io import to_json
 from pixmim.recipes import RECIPES, get_recipe
-from pixmim.runfile import to_json
 
 QUICK = ["--batch-size", "4", "--precision", "fp32", "--device", "cpu", "--knn.every", "0"]
 TINY = ["--steps", "2", "--size", "48", *QUICK]
@@ -76,12 +76,12 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
     ("args", "message"),
     [
         (["pretrian"], "did you mean 'pretrain'"),
-        (["pretrain"], "which recipe?"),
+        (["pretrain"], "no recipe given"),
         (["pretrain", "demmo"], "did you mean 'demo'"),
         (["pretrain", "demo", "--batchsize", "3"], "--batch-size"),
         (["pretrain", "demo", "--optim.base_lrr", "3"], "--optim.base-lr"),
         (["pretrain", "demo", "--steps", "many"], "invalid literal"),
-        (["pretrain", "pixmim-vit-tiny"], "which images?"),
+        (["pretrain", "pixmim-vit-tiny"], "no data given"),
         (["pretrain", "pixmim-vit-tiny", "--data", "/no/such"], "no folder /no/such"),
         (["pretrain", "demo", "--steps", "0"], "--steps must be a whole number from 1"),
         (["pretrain", "demo", "--steps", "5", "--epochs", "5"], "not both"),

@@ -13,8 +13,8 @@ import pytest
 
 from helpers.cli import say
 from pixmim.cli.sbatch import Job, script
+from pixmim.config_io import to_json
 from pixmim.recipes import get_recipe
-from pixmim.runfile import to_json
 from pixmim.utils.errors import UserError
 
 STAND_INS = {
@@ -184,7 +184,7 @@ def test_the_command_writes_what_the_same_command_line_would_train(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "which recipe?"),
+        ([], "no recipe given"),
         (["demmo"], "did you mean 'demo'"),
         (["demo", "--batchsize", "3"], "--batch-size"),
         (["demo", "--node", "3"], "--node"),
@@ -199,7 +199,7 @@ def test_the_command_writes_what_the_same_command_line_would_train(
         (["demo", "--size", "50"], "multiples of 8"),
         (["demo", "--model.backbone", "vit_tiny_patch16_225"], "did you mean"),
         (["demo", "--mask.kind", "units", "--mask.unit", "12"], "no multiple"),
-        (["pixmim-vit-base"], "which images?"),
+        (["pixmim-vit-base"], "no data given"),
     ],
 )
 def test_mistakes_are_found_before_the_queue(

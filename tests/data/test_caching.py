@@ -21,7 +21,7 @@ from pixmim.data.resized_cache import open_cache, shard_name
 from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.wrappers import InMemoryDataset
-from pixmim.pretrain import pretrain
+from pixmim.pretraining import pretrain
 from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
 
@@ -104,6 +104,6 @@ def test_a_run_from_the_device_ends_with_the_same_weights(
     console = Console(quiet=True)
     for place in ("disk", "device"):
         run = tiny_run(data=str(tmp_path / "cache"), size="32x48", steps=3, keep=place)
-        pretrain(run, tmp_path / place, console)
+        pretrain(run, tmp_path / place, console=console, report=False)
     disk, device = (load_file(tmp_path / place / "encoder/model.safetensors") for place in ("disk", "device"))
     assert all(torch.equal(disk[name], device[name]) for name in disk)

@@ -14,6 +14,7 @@ from helpers.cli import say
 from helpers.runs import train, weights
 from pixmim.build import image_form, with_dataset_stats
 from pixmim.config import PretrainConfig
+from pixmim.config_io import from_json
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Form
@@ -22,7 +23,6 @@ from pixmim.evaluation.embed import embed
 from pixmim.evaluation.visualize import drawn, visible
 from pixmim.report import write_report
 from pixmim.report.attention import attention_sheet
-from pixmim.runfile import from_json
 from pixmim.training.distributed import ALONE
 from pixmim.training.schedule import Schedule
 from pixmim.training.summary import describe

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from helpers.evaluated import measured
 from pixmim.build import build_model
 from pixmim.config import PretrainConfig
+from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
 from pixmim.evaluation.classification import check_labelled, majority, rated, tally
 from pixmim.evaluation.evaluate import CHECKS, EVALUATIONS, evaluate, online_knn, side_by_side
@@ -30,7 +31,6 @@ from pixmim.evaluation.metrics import wilson_interval
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import PROTOCOLS, All
 from pixmim.report.results import Measured, circumstances, compare
-from pixmim.runfile import to_json
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
@@ -89,7 +89,7 @@ def test_knn_is_labelled_with_the_number_of_neighbours_that_voted(
     assert {key.split("/")[0] for key in found.values} == {"k1", "k7", "majority"}
 
     console = Console(file=io.StringIO(), width=300)
-    run = replace(of_model(str(product)).run, device="cpu")
+    run = tiny_run(seed=5)
     watch = online_knn(replace(run, knn=replace(run.knn, every=1.0, train=few, test=others)), console)
     assert watch is not None
     twice = [watch(build_model(tiny_run(seed=5)).encoder) for _ in range(2)]
@@ -214,7 +214,7 @@ def test_what_cannot_mean_anything_is_refused_by_every_measure(
         with pytest.raises(UserError, match=words):
             list(evaluate(str(product), [(name, settings)], product, device="cpu"))
     if name in ("knn", "linear"):
-        run = of_model(str(product)).run
+        run, _ = load_config(product / "config.json")
         with pytest.raises(UserError, match=r"--knn\.train and --knn\.test: .* has a single class, 'b'"):
             online_knn(replace(run, knn=replace(run.knn, every=1.0, train=good, test=str(Path(good).parent / "alone"))))
 

@@ -19,7 +19,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from helpers.interrupt import Stopped
 from pixmim import load_encoder
 from pixmim.build import build_encoder, build_model
-from pixmim.config import Model, PretrainConfig
+from pixmim.config import Model, ModelConfig, PretrainConfig
+from pixmim.config_io import to_json
 from pixmim.data import open_dataset
 from pixmim.data.loader import Batch
 from pixmim.evaluation import finetune
@@ -34,7 +35,6 @@ from pixmim.evaluation.results import Result
 from pixmim.evaluation.settings import Finetune, FinetuneOverrides, Linear
 from pixmim.evaluation.settings import finetune as settings
 from pixmim.recipes import get_recipe
-from pixmim.runfile import to_json
 from pixmim.training import trainer
 from pixmim.transforms.crops import finish
 from pixmim.utils.errors import UserError
@@ -368,6 +368,16 @@ def test_auto_goes_by_method_and_backbone(recipe: str, tuning: str) -> None:
     assert choose("mae-vit-huge", run, encoder, from_scratch=True) == "mae-vit-huge"
     with pytest.raises(UserError, match="did you mean 'convmae-base'"):
         choose("convmae", run, encoder, from_scratch=False)
+
+
+def test_a_swin_of_unknown_training_needs_a_recipe() -> None:
+    recipe = get_recipe("simmim-swin-base")
+    config = ModelConfig(model=recipe.model, size=recipe.size)
+    with torch.device("meta"):
+        encoder = build_encoder(config)
+    with pytest.raises(UserError, match="--recipe simmim-swin-base-800"):
+        choose("auto", config, encoder, from_scratch=False)
+    assert choose("simmim-swin-base-800", config, encoder, from_scratch=False) == "simmim-swin-base-800"
 
 
 def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -> None:

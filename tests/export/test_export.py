@@ -20,6 +20,7 @@ from pixmim import load_encoder, load_model, patchify
 from pixmim.build import build_model
 from pixmim.config import Knn as Watched
 from pixmim.config import Model, PretrainConfig
+from pixmim.config_io import load_config, to_json
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import of_model
 from pixmim.evaluation.results import save
@@ -29,7 +30,6 @@ from pixmim.masking import Mask
 from pixmim.models import features
 from pixmim.models.base import MaskedModel
 from pixmim.report import write_report
-from pixmim.runfile import to_json
 from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import adopt, open_model
@@ -243,7 +243,7 @@ def test_no_export_names_anything_of_this_machine(to: str, made: Made, tmp_path:
         pytest.importorskip("onnxruntime")
     folder, _ = made("mae")
     config = Path(folder) / "config.json"
-    run = replace(open_model(folder).run, data=f"{tmp_path}/pictures", out=folder, init=f"{tmp_path}/weights.pth")
+    run = replace(load_config(config)[0], data=f"{tmp_path}/pictures", out=folder, init=f"{tmp_path}/weights.pth")
     config.write_text(to_json(replace(run, knn=Watched(f"{tmp_path}/train", f"{tmp_path}/test", 1.0))))
     hand_over(folder, to, tmp_path / "out")
     adopt(open_model(folder, whole=True), tmp_path / "imported")

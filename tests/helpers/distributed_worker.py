@@ -15,8 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-import pixmim.pretrain
-from pixmim.runfile import from_json
+import pixmim.pretraining
+from pixmim.config import PretrainConfig
+from pixmim.config_io import from_dict
 from pixmim.training.distributed import World, open_world
 from pixmim.transforms.crops import finish
 from pixmim.utils.process import leave
@@ -25,13 +26,13 @@ from pixmim.utils.process import leave
 def main(jobs: str) -> None:
     with open_world("cpu", timeout=60) as world:
         for job in json.loads(Path(jobs).read_text()):
-            run, out, goes_on = from_json(json.dumps(job["run"])), Path(job["out"]), job["goes_on"]
+            run, out, goes_on = from_dict(PretrainConfig, job["run"], jobs), Path(job["out"]), job["goes_on"]
             if goes_on and world.first:
                 shutil.copytree(goes_on, out / "checkpoints" / Path(goes_on).name)
                 shutil.copy(Path(goes_on).parents[1] / "config.json", out)
             world.gather(None)
-            pixmim.pretrain.finish = poison(world, job["poisoned"], max(1, run.accumulate))  # type: ignore[attr-defined]
-            pixmim.pretrain.pretrain(run, out, Console(quiet=not world.first), world=world)
+            pixmim.pretraining.finish = poison(world, job["poisoned"], max(1, run.accumulate))  # type: ignore[attr-defined]
+            pixmim.pretraining.pretrain(run, out, console=Console(quiet=not world.first), report=False, world=world)
     leave(0)
 
 

@@ -2,20 +2,21 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from pixmim.config import PretrainConfig
-from pixmim.pretrain import pretrain
+from pixmim.pretraining import pretrain
 
 
-def train(run: PretrainConfig, out: Path, watch: object = None) -> str:
-    console = Console(file=io.StringIO(), width=500)
-    pretrain(run, out, console, watch)  # type: ignore[arg-type]
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
+def train(config: PretrainConfig, out: Path, **options: Any) -> str:
+    """Train without a report, and return what was printed."""
+    file = io.StringIO()
+    pretrain(config, out, console=Console(file=file, width=500), report=False, **options)
+    return file.getvalue()
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from helpers import official
 from pixmim import load_encoder
 from pixmim.build import build_encoder
 from pixmim.config import PretrainConfig
-from pixmim.runfile import from_json, to_json
+from pixmim.config_io import from_json, to_json
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import KEYWORDS
 from pixmim.weights.load import open_model

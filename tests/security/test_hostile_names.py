@@ -19,6 +19,7 @@ from rich.console import Console
 from helpers.tiny import TINY
 from pixmim import cli
 from pixmim.config import Model, Optim, PretrainConfig
+from pixmim.config_io import to_json
 from pixmim.evaluation.detection.coco_metrics import Found
 from pixmim.evaluation.detection.dataset import Objects
 from pixmim.evaluation.detection.visualize import draw as draw_found
@@ -26,7 +27,6 @@ from pixmim.evaluation.segmentation.visualize import sheet
 from pixmim.evaluation.shape_bias import draw as draw_bias
 from pixmim.report.figures import curve
 from pixmim.report.results import Measured, table
-from pixmim.runfile import to_json
 from pixmim.utils.console import printable, say
 
 NAMES = [

@@ -24,9 +24,9 @@ from pixmim import build as parts
 from pixmim import create_model, load_encoder, load_model
 from pixmim.build import build_encoder, build_mask_sampler, build_model
 from pixmim.config import PretrainConfig
+from pixmim.config_io import from_json, to_json
 from pixmim.evaluation.frozen_encoder import of_weights
 from pixmim.models import create_encoder
-from pixmim.runfile import from_json, to_json
 from pixmim.utils.errors import UserError, shown
 from pixmim.weights import load as pretrained
 from pixmim.weights import safe_load as reading
@@ -335,8 +335,8 @@ def test_absurd_settings_are_named(fields: dict[str, Any], named: str, hostile: 
         ('{"batch_size": 8, "batch_size": 9}', "the key 'batch_size' is there twice"),
         ('{"model": {"options": {"depth": 1, "depth": 2}}}', "the key 'depth' is there twice"),
         ("1" * 5000, "not valid JSON"),
-        ("3", "must be an object"),
-        ("null", "must be an object"),
+        ("3", '"type" must be one of'),
+        ("null", '"type" must be one of'),
         ('{"data": "' + "x" * 2**20 + '"}', "longer than"),
     ],
 )
@@ -347,7 +347,14 @@ def test_malformed_configurations_are_one_line(text: str, named: str, tmp_path: 
             way()
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "5", "null", "{", '{"recipe": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[1]", "5", "null", "{", "\xff"),
+        '{"type": "pixmim.PretrainConfig", "version": 1, "recipe": 1}',
+        '{"type": "pixmim.ModelConfig"}',
+    ],
+)
 def test_a_folder_whose_config_is_no_runs_is_one_line(text: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     for words in (["import", tmp_path], ["pretrain", "--resume", tmp_path]):

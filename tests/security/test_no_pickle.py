@@ -31,14 +31,14 @@ from helpers.interrupt import Stopped
 from pixmim import cli
 from pixmim.build import build_model
 from pixmim.config import PretrainConfig, Saving
+from pixmim.config_io import to_json
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.evaluation import embed as embedding
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import Knn
-from pixmim.pretrain import pretrain
-from pixmim.runfile import to_json
+from pixmim.pretraining import pretrain
 from pixmim.training import trainer
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import adopt
@@ -209,7 +209,7 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tar(root / "tars" / "0.tar", {path.name: path.read_bytes() for path in (root / "pictures" / "cats").iterdir()})
 
         run = tiny_run(data=shapes, steps=4, batch_size=4, threads=1, saving=Saving(every=2))
-        pretrain(run, root / "finished", quiet)
+        pretrain(run, root / "finished", console=quiet, report=False)
         (result,) = evaluate(str(root / "finished"), [("knn", Knn(shapes, shapes))], root / "finished", device="cpu")
         save(result, root / "finished")
         shutil.copytree(

@@ -19,12 +19,12 @@ from helpers.cli import say
 from helpers.runs import train
 from pixmim import cli
 from pixmim.config import PretrainConfig
+from pixmim.config_io import to_json
 from pixmim.data.bad_images import Skipped, gather_accounts, read_skipped
 from pixmim.evaluation.frozen_encoder import of_model
 from pixmim.evaluation.robustness import _Notes
 from pixmim.report import write_report
 from pixmim.report.results import read_results
-from pixmim.runfile import to_json
 from pixmim.training.metric_logger import RunLog, read_metrics
 from pixmim.utils.errors import UserError
 from pixmim.weights.load import open_model
@@ -57,8 +57,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         monkeypatch.setattr(f"{module}.{name}", instead)
 
-    for module in ("pixmim.report", "pixmim.pretrain", "pixmim.evaluation.evaluate"):
-        watch(module, "open_data")
+    for module in ("pixmim.report", "pixmim.pretraining", "pixmim.evaluation.evaluate"):
+        watch(module, "open_dataset")
     watch("pixmim.weights.load", "open_model")
     yield seen
 
@@ -301,7 +301,14 @@ def test_malformed_counts_are_measured_again(text: str, tmp_path: Path) -> None:
     assert _Notes(tmp_path, console).counts("key", 2, 10) == [1, 10]
 
 
-@pytest.mark.parametrize("text", ["", "x", "[]", "3", '{"recipe": 3}', '{"recipe": "", "x": 1}', "\0", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "x", "[]", "3", "\0", "[" * 100_000),
+        '{"type": "pixmim.PretrainConfig"}',
+        '{"type": "pixmim.PretrainConfig", "version": 1, "x": 1}',
+    ],
+)
 def test_a_broken_configuration_is_one_line(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from helpers.models import MAE, OTHERS, THIN
 from pixmim.config import Mask, Model, PretrainConfig, Target
 from pixmim.data.sampler import BatchShard
 from pixmim.method import Method
-from pixmim.pretrain import _parts
+from pixmim.pretraining import _parts
 from pixmim.training.distributed import ALONE
 from pixmim.training.optim import Updater
 

@@ -15,7 +15,7 @@ from helpers import distributed_worker
 from helpers.commands import Started
 from helpers.models import MAE, OTHERS
 from pixmim.config import Mask, Optim, PretrainConfig, Saving, Scale
-from pixmim.pretrain import pretrain
+from pixmim.pretraining import pretrain
 from pixmim.training.metric_logger import read_metrics
 
 pytestmark = pytest.mark.xdist_group("several")  # one process makes what all of these read
@@ -90,9 +90,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "poisoned": poisoned,
         }
 
-    pretrain(make(), root / "one", Console(quiet=True))
+    pretrain(make(), root / "one", console=Console(quiet=True), report=False)
     for name in OTHERS | UNEVEN:
-        pretrain(other(name), root / name, Console(quiet=True))
+        pretrain(other(name), root / name, console=Console(quiet=True), report=False)
     launch(4, [job("ddp-4", make()), job("fsdp-4", make(scale=FSDP))], root)
     launch(
         2,
@@ -118,7 +118,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.copytree(half_of("fsdp-4"), half_of("fsdp-4-then-one"))
     shutil.copy(root / "fsdp-4" / "config.json", root / "fsdp-4-then-one")
-    pretrain(make(), root / "fsdp-4-then-one", Console(quiet=True))
+    pretrain(make(), root / "fsdp-4-then-one", console=Console(quiet=True), report=False)
     return root
 
 

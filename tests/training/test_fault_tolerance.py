@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from helpers.commands import Pretraining, Started, launch
 from pixmim.config import PretrainConfig, Saving
-from pixmim.runfile import to_json
+from pixmim.config_io import to_json
 from pixmim.training.checkpoint import Checkpoints
 
 Make = Callable[..., PretrainConfig]
@@ -104,7 +104,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(number: int, run: P
     os.kill(broken.pids[1], number)
     text = broken.end(130)
     (step,) = broken.checkpoints.steps()
-    assert f"stopped after step {step}; go on with: pixmim pretrain --resume {broken.out}" in text
+    assert f"stopped after step {step}; resume with: pixmim pretrain --resume {broken.out}" in text
 
 
 def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(run: PretrainConfig, tmp_path: Path) -> None:
@@ -150,14 +150,14 @@ def damage(folder: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_set_aside(how: str, run: PretrainConfig, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from pixmim.pretrain import pretrain
+    from pixmim.pretraining import pretrain
 
     short = dataclasses.replace(run, steps=8)
-    pretrain(short, tmp_path / "run", Console(quiet=True))
+    pretrain(short, tmp_path / "run", console=Console(quiet=True), report=False)
     before = load_file(tmp_path / "run" / "encoder/model.safetensors")
     damage(tmp_path / "run" / "checkpoints" / "step-000000008", how)
     with (tmp_path / "said.txt").open("w") as file:
-        pretrain(short, tmp_path / "run", Console(file=file, width=500))
+        pretrain(short, tmp_path / "run", console=Console(file=file, width=500), report=False)
     text = (tmp_path / "said.txt").read_text()
     assert "the checkpoint of update 8 is damaged (" in text and "the run goes on: 4 updates are done" in text
     assert (tmp_path / "run" / "checkpoints" / "damaged-step-000000008").is_dir()

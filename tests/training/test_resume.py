@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from helpers.commands import Pretraining
 from pixmim.build import build_model
 from pixmim.config import PretrainConfig, Saving
-from pixmim.pretrain import pretrain
-from pixmim.runfile import to_json
+from pixmim.config_io import to_json
+from pixmim.pretraining import pretrain
 from pixmim.training.checkpoint import Checkpoints
 
 Make = Callable[..., PretrainConfig]
@@ -55,7 +55,7 @@ def test_killed_and_resumed_is_bitwise_the_same(run: PretrainConfig, tmp_path: P
     assert killed_at + 8 < killed_again < STEPS
 
     Pretraining(broken, "--resume", broken).end()
-    pretrain(run, whole, Console(quiet=True))
+    pretrain(run, whole, console=Console(quiet=True))
     one, two = state(run, whole), state(run, broken)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     steps = [line.split(",")[0] for line in (broken / "metrics.jsonl").read_text().splitlines()]
@@ -70,6 +70,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run: PretrainConfig, tmp_path: Path)
     process.log()
     os.kill(process.pids[0], signal.SIGINT)
     text = process.end(130)
-    assert f"go on with: pixmim pretrain --resume {out}" in text and "Traceback" not in text
+    assert f"resume with: pixmim pretrain --resume {out}" in text and "Traceback" not in text
     (step,) = process.checkpoints.steps()
     assert f"stopped after step {step}" in text

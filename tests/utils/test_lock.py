@@ -12,10 +12,9 @@ import pytest
 from rich.console import Console
 
 from helpers.cli import say
-from pixmim.cli.pretrain import _claim
-from pixmim.pretrain import check_new_run
+from pixmim.config_io import to_json
 from pixmim.recipes import get_recipe
-from pixmim.runfile import to_json
+from pixmim.run_folder import check_new_run, claim
 from pixmim.training.distributed import ALONE
 from pixmim.utils import lock
 from pixmim.utils.errors import UserError
@@ -134,7 +133,7 @@ def test_runs_do_not_share_a_folder(
     monkeypatch.setattr(time, "strftime", lambda form: "now")
     with ExitStack() as stack:
         for folder in ("runs/demo-now", "runs/demo-now-2"):
-            assert _claim("", "demo", ALONE, stack, Console(quiet=True)) == Path(folder)
+            assert claim("", "demo", ALONE, stack, Console(quiet=True)) == Path(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(get_recipe("demo")))

@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helpers.tiny import TINY
-from pixmim import cli
-from pixmim import pretrain as pretraining
+from pixmim import cli, pretraining
 from pixmim.config import Model, PretrainConfig, Saving
-from pixmim.runfile import to_json
+from pixmim.config_io import to_json
 from pixmim.training.checkpoint import Checkpoints
 from pixmim.training.metric_logger import read_metrics
 from pixmim.training.preemption import Interrupted, Interrupts
@@ -220,7 +219,7 @@ def test_several_processes_are_not_parted_by_a_signal() -> None:
 
 @pytest.mark.parametrize("at", [0, 2, 6])
 def test_a_measurement_that_is_interrupted_is_made_when_the_run_is_resumed(
-    at: int, tiny_run: Make, tmp_path: Path
+    at: int, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny_run(log_every=1)
     run = type(run)(**{**vars(run), "knn": type(run.knn)(every=0.2)})  # an update, rounded up
@@ -232,9 +231,10 @@ def test_a_measurement_that_is_interrupted_is_made_when_the_run_is_resumed(
             signal.raise_signal(signal.SIGINT)
         return {"knn/top1": float(len(calls))}
 
-    outcome = pretraining.pretrain(run, tmp_path, Console(quiet=True), watch)
+    monkeypatch.setattr(pretraining, "online_knn", lambda config, console: watch)
+    outcome = pretraining.pretrain(run, tmp_path, console=Console(quiet=True), report=False)
     assert (outcome.step, outcome.finished) == (at, False)
-    assert pretraining.pretrain(run, tmp_path, Console(quiet=True), watch).finished
+    assert pretraining.pretrain(run, tmp_path, console=Console(quiet=True), report=False).finished
     noted = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "knn/top1" in line]
     assert noted == list(range(7)) and (tmp_path / "encoder/model.safetensors").exists()
 
@@ -284,9 +284,9 @@ def test_a_run_whose_data_never_come_saves_and_ends_at_the_first_signal(tiny_run
     assert one.returncode == 130, err
     (step,) = Checkpoints(tmp_path / "run" / "checkpoints").steps()
     assert step == 3
-    assert f"stopped after step {step}; go on with: pixmim pretrain --resume" in out and "Traceback" not in err
+    assert f"stopped after step {step}; resume with: pixmim pretrain --resume" in out and "Traceback" not in err
     for folder in ("run", "quiet"):
-        assert pretraining.pretrain(run, tmp_path / folder, Console(quiet=True)).finished
+        assert pretraining.pretrain(run, tmp_path / folder, console=Console(quiet=True), report=False).finished
     one_end, other = (load_file(tmp_path / folder / "encoder/model.safetensors") for folder in ("run", "quiet"))
     assert all(torch.equal(one_end[name], other[name]) for name in other)
 
@@ -393,7 +393,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = PretrainConfig(
         data="shapes:count=8,size=32", steps=1, batch_size=4, size="32", device="cpu", precision="fp32", model=model
     )
-    assert pretraining.pretrain(run, out, Console(quiet=True)).finished
+    assert pretraining.pretrain(run, out, console=Console(quiet=True), report=False).finished
     return out
 
 

@@ -13,9 +13,9 @@ from pixmim import cli
 from pixmim.cli.pretrain import read_flags
 from pixmim.cli.sbatch import Job
 from pixmim.config import PretrainConfig
+from pixmim.config_io import from_json
 from pixmim.evaluation.settings import PROTOCOLS, All
 from pixmim.recipes import RECIPES, get_recipe
-from pixmim.runfile import from_json
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import Rule, hints_of
 
@@ -166,7 +166,7 @@ def test_a_file_with_absurd_values_is_refused_by_its_keys(text: str) -> None:
             for name in reversed(path):
                 nested = json.dumps({name: "HERE"}).replace('"HERE"', nested)
             with pytest.raises(UserError) as raised:
-                from_json(nested, "config.json")
+                from_json('{"type": "pixmim.PretrainConfig", "version": 1, ' + nested[1:], "config.json")
             named = (".".join(path), "--" + ".".join(path).replace("_", "-"), "config.json")
             assert any(name in str(raised.value) for name in named)
 

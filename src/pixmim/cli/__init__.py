@@ -20,7 +20,7 @@ from pixmim.cli.visualize import attention, embed, reconstruct
 from pixmim.cli.weights import export, import_
 from pixmim.utils.allocator import retain_freed_memory
 from pixmim.utils.console import say
-from pixmim.utils.errors import UserError, first_line, nearest
+from pixmim.utils.errors import AlreadyReportedError, UserError, first_line, nearest
 from pixmim.utils.process import as_process
 
 OVERVIEW = """usage: pixmim COMMAND [...]
@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise UserError(f"there is no command '{args[0]}'{nearest(args[0], COMMANDS)}\n\n{OVERVIEW}")
         return COMMANDS[args[0]](args[1:])
+    except AlreadyReportedError:
+        return 1
     except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
         say(Console(stderr=True), f"error: {error}")
         return 1

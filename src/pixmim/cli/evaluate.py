@@ -1,7 +1,7 @@
 """pixmim evaluate and pixmim report."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional, Suppress, arg
 
 from pixmim.cli.flags import Said, SaidButSize, absolute, checked
-from pixmim.evaluation.settings import DATA, PROTOCOLS, All
+from pixmim.evaluation.settings import PROTOCOLS, All
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError, nearest
 from pixmim.utils.files import check_output, check_writable
@@ -63,11 +63,12 @@ def evaluate(args: list[str]) -> int:
     )
     if not models:
         raise UserError(f"which encoder? pixmim evaluate {name} MODEL [MODEL ...]")
+    from pixmim.api import with_full_paths
     from pixmim.evaluation.evaluate import side_by_side
     from pixmim.evaluation.results import save
     from pixmim.report import MARK
 
-    console, settings = Console(), _with_whole_paths(settings)
+    console, settings = Console(), with_full_paths(settings)
     evaluations = settings.parts() if isinstance(settings, All) else [(name, settings)]
     homes = {model: _home(model, out, several=len(set(models)) > 1) for model in models}
     page = _page(list(homes.values()), out / "report.html" if out else None)
@@ -114,12 +115,6 @@ def _show(folders: list[Path], page: Path, console: Console, data: str | None = 
     write_report(folders, page, data, lambda line: say(console, f"warning: {line}"), bands)
     console.print(results_table(folders, console.width))
     say(console, f"report: {page}")
-
-
-def _with_whole_paths(settings: Any) -> Any:
-    """The settings with whole paths in place of those of data, so that results tell what they were measured on."""
-    data = [f.name for f in fields(settings) if f.name in DATA]
-    return replace(settings, **{name: absolute(getattr(settings, name)) for name in data})
 
 
 def report(args: list[str]) -> int:

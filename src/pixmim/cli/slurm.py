@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import arg
 
-from pixmim.cli.pretrain import going_on, read_flags, whole_paths
+from pixmim.cli.pretrain import read_flags
 from pixmim.cli.sbatch import Job, script
 from pixmim.config import PretrainConfig
 from pixmim.utils.console import say
@@ -52,7 +52,9 @@ def slurm(args: list[str]) -> int:
     out = Path(run.out or f"runs/{name}")
     there = (out / "config.json").exists()
     if there:
-        going_on(whole_paths(run, out), out)
+        from pixmim.run_folder import check_same_run, with_full_paths
+
+        check_same_run(with_full_paths(run, out), out)
     _build(run)
     file = file or out / "slurm.sh"
     check_output(file, overwrite)

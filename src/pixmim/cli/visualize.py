@@ -45,17 +45,12 @@ def reconstruct(args: list[str]) -> int:
             said: What the file does not say.
             bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
         """
-        from pixmim.build import image_form
-        from pixmim.data.image_folder import named
-        from pixmim.report.figures import titled_sheet
-        from pixmim.report.reconstruct import COLUMNS, with_bands
-        from pixmim.report.reconstruct import reconstruct as predict
+        from pixmim.api import reconstruct as draw
+        from pixmim.report.reconstruct import COLUMNS
 
         _some(images)
         kind = _kind(out, overwrite)
-        weights = with_bands(_opened(model, said, whole=True), bands)
-        found = predict(weights, named(images, image_form(weights.run)), count)
-        _save(titled_sheet(found.columns, found.names), out, kind)
+        _save(draw(_opened(model, said, whole=True), images, count=count, bands=bands), out, kind)
         say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
         say(Console(), f"written to {out}")
         return 0

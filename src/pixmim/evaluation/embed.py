@@ -5,18 +5,20 @@ import json
 import shutil
 import zipfile
 import zlib
+from collections.abc import Iterator
 from functools import partial as part_of
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import Source
 from pixmim.data.loader import iterate_in_order
-from pixmim.evaluation.frozen_encoder import of_weights, sameness
+from pixmim.evaluation.frozen_encoder import Encoder, of_weights, sameness
 from pixmim.models import features
 from pixmim.training.precision import Precision, autocast
 from pixmim.transforms.crops import evaluation_crop
@@ -85,29 +87,18 @@ def _embed(
     console: Console | None,
 ) -> list[str]:
     encoder = of_weights(weights, device=device, precision=precision)
-    encoder.module.eval()
-    encoder.check_batch(min(batch, len(data)))
     state = _resume(
         partial, {"model": sameness(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
     )
     first = state["done"]
     skipped = Skipped(_left_out(out), len(data), 1.0)
-    with progress(f"features of {data.spec}", len(data), console) as advance:
-        advance(first)
-        for images, indices, end in iterate_in_order(
-            data, evaluation_crop(encoder.size), skipped=skipped, batch=batch, first=first
-        ):
-            if len(indices):
-                x = encoder.ready(images)
-                with autocast(encoder.device, encoder.precision):
-                    found = features(encoder.module, x)
-                rows = {"cls": found.vector[:, -1], "mean": found.mean}
-                arrays: dict[str, Any] = {"index": indices}
-                arrays |= {key: value.float().cpu().numpy() for key, value in rows.items() if kind in (key, "both")}
-                atomic_write(partial / f"{first:09d}.npz", part_of(np.savez, **arrays))
-            first = end
-            write_whole(partial / "state.json", json.dumps(state | {"done": end}))
-            advance(end)
+    for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console):
+        if len(indices):
+            arrays: dict[str, Any] = {"index": indices}
+            arrays |= {key: value for key, value in rows.items() if kind in (key, "both")}
+            atomic_write(partial / f"{first:09d}.npz", part_of(np.savez, **arrays))
+        first = end
+        write_whole(partial / "state.json", json.dumps(state | {"done": end}))
     if not any(partial.glob("*.npz")):
         raise UserError(f"not one image of {data.spec} can be read: see {_left_out(out)}")
     table = _gathered(partial, len(data))
@@ -115,6 +106,36 @@ def _embed(
     shutil.rmtree(partial)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}"]
     return lines + ([f"{len(skipped)} images could not be read: see {_left_out(out)}"] if len(skipped) else [])
+
+
+def embed_batches(
+    encoder: Encoder, data: Source, skipped: Skipped, batch: int, first: int = 0, console: Console | None = None
+) -> Iterator[tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], int]]:
+    """Yield features of the readable images of each batch, by kind, their indices, and the index where the next begins.
+
+    Args:
+        encoder: The encoder.
+        data: The images.
+        skipped: Log of images that cannot be read.
+        batch: Images per forward pass.
+        first: Index of the first image.
+        console: Shows a bar if it is a terminal.
+    """
+    encoder.module.eval()
+    encoder.check_batch(min(batch, len(data)))
+    with progress(f"features of {data.spec}", len(data), console) as advance:
+        advance(first)
+        for images, indices, end in iterate_in_order(
+            data, evaluation_crop(encoder.size), skipped=skipped, batch=batch, first=first
+        ):
+            rows = {}
+            if len(indices):
+                with torch.no_grad(), autocast(encoder.device, encoder.precision):
+                    found = features(encoder.module, encoder.ready(images))
+                both = {"cls": found.vector[:, -1], "mean": found.mean}
+                rows = {key: value.float().cpu().numpy() for key, value in both.items()}
+            yield rows, indices, end
+            advance(end)
 
 
 def _left_out(out: Path) -> Path:

@@ -75,7 +75,7 @@ def evaluate(
     for line in encoder.notes:
         say(console or Console(quiet=True), line)
     which = "untrained" if untrained else "trained"
-    yield from _measure(Bench(encoder, folder, which, console, overwrite), model, evaluations)
+    yield from measure(Bench(encoder, folder, which, console, overwrite), model, evaluations)
 
 
 def side_by_side(
@@ -116,7 +116,7 @@ def side_by_side(
                 yield replace(result, model=model), folder
             if start not in begun:
                 begun[start] = []
-                for result in _measure(Bench(encoder, folder, "untrained", console, overwrite), model, evaluations):
+                for result in measure(Bench(encoder, folder, "untrained", console, overwrite), model, evaluations):
                     begun[start].append(result)
                     yield result, folder
         how: Any = {"device": device, "precision": precision, "console": console, "known": known}
@@ -142,7 +142,8 @@ def _check(bench: Bench, evaluations: list[tuple[str, Any]]) -> None:
             raise UserError(f"{name}: {error}" if len(evaluations) > 1 else str(error)) from error
 
 
-def _measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
+def measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
+    """Measure the encoder of a context in one or several ways; `model` is its name in the results."""
     encoder = bench.encoder
     _check(bench, evaluations)
     for name, settings in evaluations:
@@ -164,9 +165,9 @@ def _measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> It
 
 
 def online_knn(run: PretrainConfig, console: Console | None = None) -> Callable[[nn.Module], dict[str, float]] | None:
-    """What measures k-NN while a run trains, for `pretrain`; None if the run does not ask for it. Raises UserError.
+    """Return a function that measures k-NN of an encoder in training; None if the run does not ask for it.
 
-    Without a number for features that are not finite.
+    The function returns no number if features are not finite. Raises UserError for data without labels.
     """
     if not run.knn.every:
         return None

@@ -11,7 +11,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from pixmim.build import build_model, image_form
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig
+from pixmim.config_io import pretrain_config
 from pixmim.data.dataset import Form
 from pixmim.training.precision import Precision, choose_attention, choose_device, choose_precision
 from pixmim.transforms.crops import finish
@@ -31,7 +32,7 @@ class Encoder:
     notes  lines to print: how far its training is, and what was assumed of it
     """
 
-    run: PretrainConfig
+    run: ModelConfig
     module: nn.Module
     size: tuple[int, int]
     form: Form
@@ -81,14 +82,14 @@ def of_model(
         found = read_config(Path(name).expanduser())
         if found is None:
             raise UserError(f"{name} is not a run, so what it was before training is not known")
-        run, text = found
+        run, text = pretrain_config(found[0], name), found[1]
         strange = closed(text, {"--init": run.init})
         if strange:
             raise UserError(f"{refusal(name, strange)}. Without --untrained, those weights can be measured themselves")
         model = build_model(run)
         if run.init:
             begin_from(model, run)
-        return _on_device(run, model.encoder, 0, device, precision)
+        return of_module(run, model.encoder, device, precision)
     weights = open_model(name, head=True, known=known)
     encoder = of_weights(weights, device=device, precision=precision)
     return replace(encoder, notes=tuple(describe(name, weights)))
@@ -96,7 +97,7 @@ def of_model(
 
 def of_weights(weights: Weights, *, device: str = "auto", precision: Precision = "auto") -> Encoder:
     """The encoder of weights that are at hand. Raises UserError."""
-    found = _on_device(weights.run, assemble_encoder(weights), weights.step, device, precision)
+    found = of_module(weights.run, assemble_encoder(weights), device, precision, weights.step)
     if len(weights.classes) not in (0, found.classes):
         raise UserError(f"the file names {len(weights.classes)} classes, and its classifier has {found.classes}")
     return replace(found, names=weights.classes)
@@ -105,14 +106,15 @@ def of_weights(weights: Weights, *, device: str = "auto", precision: Precision =
 def sameness(encoder: Encoder) -> str:
     """A text that is the same for encoders of which every evaluation, and fine-tuning, must find the same."""
     run = encoder.run
-    found = sha256(repr((run.model, run.hw, encoder.form, run.statistics, run.epochs)).encode())
+    found = sha256(repr((run.model, run.hw, encoder.form, run.statistics, getattr(run, "epochs", None))).encode())
     for name, value in encoder.module.state_dict().items():
         found.update(name.encode())
         found.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 
-def _on_device(run: PretrainConfig, module: nn.Module, step: int, device: str, precision: Precision) -> Encoder:
+def of_module(run: ModelConfig, module: nn.Module, device: str, precision: Precision, step: int = 0) -> Encoder:
+    """Move a module to a device, and wrap it. Raises UserError if there is no such device."""
     where = choose_device(device)
     chosen = choose_precision(precision, where)
     choose_attention(module, where, chosen)
@@ -120,7 +122,7 @@ def _on_device(run: PretrainConfig, module: nn.Module, step: int, device: str, p
 
 
 def in_training(
-    run: PretrainConfig, module: nn.Module, device: torch.device, precision: Precision, step: int = 0
+    run: ModelConfig, module: nn.Module, device: torch.device, precision: Precision, step: int = 0
 ) -> Encoder:
     """Wrap a module that is on its device already."""
     mean, std = (torch.tensor(values, device=device) for values in run.statistics)

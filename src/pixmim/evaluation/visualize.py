@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig
 
 Picture = npt.NDArray[np.uint8]
 """Pixels (h w c), or several pictures (n h w c)."""
@@ -17,7 +17,7 @@ _DARK = 1 / 8  # of white: an image of 8 bits whose brightest percent is below w
 _FLAT = 1e-3  # of the values themselves: less than that is no contrast
 
 
-def drawn(images: Mapping[str, Float[Tensor, "b c h w"]], run: PretrainConfig) -> dict[str, Picture]:
+def drawn(images: Mapping[str, Float[Tensor, "b c h w"]], run: ModelConfig) -> dict[str, Picture]:
     """Draw images of values before normalisation, by name, all of a row over the same range.
 
     Drawn are the channels that `run.bands` names as red, green and blue (or one as grey); otherwise the first three, or
@@ -45,7 +45,7 @@ def drawn(images: Mapping[str, Float[Tensor, "b c h w"]], run: PretrainConfig) -
     return found
 
 
-def visible(image: Shaped[Tensor, "c h w"], run: PretrainConfig) -> Picture:
+def visible(image: Shaped[Tensor, "c h w"], run: ModelConfig) -> Picture:
     """Draw one image as a data set gives it, as `drawn` does, in three channels (h w 3)."""
     scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
     picture = drawn({"image": image.float()[None] / scale}, run)["image"][0]

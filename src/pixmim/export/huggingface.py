@@ -8,6 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from pixmim.config import ModelConfig
 from pixmim.export.io import named, only_encoder, write_json, write_tensors
 from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
@@ -89,10 +90,15 @@ def _hf_vit(encoder: VisionTransformer, weights: Weights | None = None) -> dict[
             "decoder_num_hidden_layers": model.decoder_depth,
             "decoder_num_attention_heads": model.decoder_heads,
             "decoder_intermediate_size": 4 * model.decoder_dim,
-            "mask_ratio": weights.run.mask.ratio,
-            "norm_pix_loss": weights.run.target.normalise_patches,
+            **_pretraining(weights.run),
         }
     return config
+
+
+def _pretraining(config: ModelConfig) -> dict[str, Any]:
+    """Return what transformers wants to know of the pre-training, as far as it is known."""
+    known: dict[str, Any] = {} if config.mask is None else {"mask_ratio": config.mask.ratio}
+    return known if config.target is None else known | {"norm_pix_loss": config.target.normalise_patches}
 
 
 def _hf_swin(encoder: SwinTransformer) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from rich.table import Table
 
 from pixmim.build import image_form
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import read_skipped
 from pixmim.data.dataset import BadImage, Source
@@ -56,8 +56,8 @@ class _Story:
 
     name: str
     folder: Path
-    run: PretrainConfig | None
-    """None for a model that was measured only."""
+    run: ModelConfig | None
+    """A PretrainConfig if pixmim trained it; None for a model that was measured only."""
     metrics: list[dict[str, Any]]
     results: list[dict[str, Any]]
     drawn: list[tuple[str, str]]
@@ -110,7 +110,7 @@ def write_report(
             picture = titled_sheet(story.pictures.columns, story.pictures.names)
             atomic_write(folder / f"step-{story.pictures.step:09d}.png", partial(picture.save, format="PNG"))
     trained = [story for story in stories if story.run is not None]
-    targets = [(story.name, story.run.target) for story in stories if story.run is not None]
+    targets = [(s.name, s.run.target) for s in stories if s.run is not None and s.run.target is not None]
     html = _ENVIRONMENT.get_template("page.html.j2").render(
         title=" and ".join(story.name for story in stories) if len(stories) < 4 else f"{len(stories)} runs",
         stories=stories,
@@ -177,14 +177,16 @@ def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = ""
     )
 
 
-def _data(folder: Path, run: PretrainConfig, config: str, data: str | None) -> Source:
+def _data(folder: Path, run: ModelConfig, config: str, data: str | None) -> Source:
     """The images to draw. Raises UserError where nobody has said that they may be opened."""
-    strange = closed(config, {"--data": run.data})
+    named = run.data if isinstance(run, PretrainConfig) else ""
+    strange = closed(config, {"--data": named})
     if data is None and strange:
         raise UserError(
             f"{refusal(folder, strange)}. `pixmim report {shlex.quote(str(folder))} --data DATA` draws them"
         )
-    return open_dataset(run.data if data is None else data, image_form(run), *[] if strange else [run.local_copy])
+    trusted = [run.local_copy] if isinstance(run, PretrainConfig) and not strange else []
+    return open_dataset(named if data is None else data, image_form(run), *trusted)
 
 
 def _metrics(folder: Path, warn: Warn) -> list[dict[str, Any]]:
@@ -211,7 +213,7 @@ def _skipped(folder: Path, warn: Warn) -> int:
     return len(rows)
 
 
-def _settings(runs: list[PretrainConfig]) -> list[dict[str, Any]]:
+def _settings(runs: list[ModelConfig]) -> list[dict[str, Any]]:
     """Every field of the configurations, those that differ between the runs first."""
 
     def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -224,8 +226,10 @@ def _settings(runs: list[PretrainConfig]) -> list[dict[str, Any]]:
         return {path: value}
 
     columns = [flat(run) for run in runs]
-    names = columns[0] if columns else {}
-    fields: list[dict[str, Any]] = [{"name": name, "values": [column[name] for column in columns]} for name in names]
+    names = dict.fromkeys(name for column in columns for name in column)
+    fields: list[dict[str, Any]] = [
+        {"name": name, "values": [column.get(name, "unknown") for column in columns]} for name in names
+    ]
     for field in fields:
         field["differs"] = len({json.dumps(value) for value in field["values"]}) > 1
     return sorted(fields, key=lambda field: not field["differs"])
@@ -259,9 +263,9 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
     for keys, axis, caption, on in kinds:
         groups: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
         for story in stories:
-            for key, mark in keys.items() if story.run is not None else ():
+            for key, mark in keys.items():
                 found = story.series(key)
-                if story.run is not None and len(found[0]) > 1:
+                if isinstance(story.run, PretrainConfig) and len(found[0]) > 1:
                     groups.setdefault(on(story.run), {})[story.name + mark] = found
         for data, series in groups.items():
             said = f" Measured on {label(data, 120)}." if data else ""
@@ -322,9 +326,11 @@ def _picture(path: Path, most: int) -> Picture:
 
 def _spectrum(story: _Story) -> str:
     assert story.pictures is not None and story.run is not None
-    radius = in_bins(story.run.target.radius, story.run.hw)
-    cut = min(radius) if isinstance(radius, tuple) else radius
-    line = (cut, f"r = {cut:g}") if story.run.target.kind == "low-frequency" else None
+    line = None
+    if story.run.target is not None and story.run.target.kind == "low-frequency":
+        radius = in_bins(story.run.target.radius, story.run.hw)
+        cut = min(radius) if isinstance(radius, tuple) else radius
+        line = cut, f"r = {cut:g}"
     series = {
         name: (list(range(1, len(power))), power[1:].clip(1e-9).tolist())
         for name, power in story.pictures.spectra.items()

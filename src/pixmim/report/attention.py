@@ -70,7 +70,7 @@ def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dic
     Also gives the names of their files, and what could not be read, a line each. Raises UserError.
     """
     run, encoder = weights.run, assemble_encoder(weights)
-    crop, pictures, names, bad = CentreCrop(run.hw, interpolation=run.crop.interpolation), [], list[str](), []
+    crop, pictures, names, bad = CentreCrop(run.hw, interpolation=run.interpolation), [], list[str](), []
     for index in range(len(data)):
         try:
             pictures.append(crop.crop(data.image(index)))

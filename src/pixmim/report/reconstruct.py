@@ -24,7 +24,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pixmim.build import build_mask_sampler, build_objective
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data.dataset import BadImage, Source
 from pixmim.evaluation.visualize import Picture, drawn, hatch
 from pixmim.losses import patch_size
@@ -74,11 +74,7 @@ def reconstruct(weights: Weights, data: Source, count: int = 6) -> Reconstructio
 
 @torch.no_grad()
 def draw(
-    model: MaskedModel,
-    run: PretrainConfig,
-    pictures: Shaped[Tensor, "b c h w"],
-    step: int = 0,
-    names: Sequence[str] = (),
+    model: MaskedModel, run: ModelConfig, pictures: Shaped[Tensor, "b c h w"], step: int = 0, names: Sequence[str] = ()
 ) -> Reconstruction:
     """What a model makes of pictures of the run's size, with the run's target and masks of step -1, which no training
     step uses.
@@ -135,13 +131,13 @@ def _average(images: Tensor, over: Tensor) -> Tensor:
     return (images * over).sum(dim=(2, 3), keepdim=True) / over.sum(dim=(2, 3), keepdim=True)
 
 
-def _some_pictures(run: PretrainConfig, data: Source, count: int) -> tuple[Tensor, list[str]]:
+def _some_pictures(run: ModelConfig, data: Source, count: int) -> tuple[Tensor, list[str]]:
     """The first readable pictures of an order that no training epoch uses, in order if there are few; their files."""
-    crop = CentreCrop(run.hw, interpolation=run.crop.interpolation)
+    crop = CentreCrop(run.hw, interpolation=run.interpolation)
     found, names = list[Tensor](), list[str]()
-    few = len(data) <= count
+    few, seed = len(data) <= count, run.seed if isinstance(run, PretrainConfig) else 0
     for place in range(len(data)):
-        index = place if few else int(rng.shuffled(run.seed, "order", 2**31, len(data), [place])[0])
+        index = place if few else int(rng.shuffled(seed, "order", 2**31, len(data), [place])[0])
         try:
             found.append(crop.crop(data.image(index)))
             names.append(os.path.basename(data.locate(index)))

@@ -89,6 +89,7 @@ class RunLog:
     epoch   passes over the data that one step makes
     images  images in one step
     total   sums a tensor over all processes of the run
+    on_write  called with each line that is written, where there is a file
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class RunLog:
         images: int,
         console: Console,
         total: Callable[[Tensor], Tensor] = lambda values: values,
+        on_write: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self._path, self._unwritten, self._total = path, "", total
+        self._on_write = on_write
         if path is not None:
             lines = read_metrics(path, lambda text: say(console, f"warning: {text}")) if start else []
             write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
@@ -181,6 +184,8 @@ class RunLog:
         """Append a line as it is; on a full disk, as soon as there is space again."""
         self._unwritten += json.dumps(line) + "\n"
         self._write_out()
+        if self._on_write is not None and self._path is not None:
+            self._on_write(dict(line))
 
     def _write_out(self) -> None:
         if self._path is None or not self._unwritten:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -53,6 +53,7 @@ class Trainer:
         world: The ranks of the run.
         saving: When checkpoints are written, and which are kept.
         log_every: Steps between two lines of metrics; 0: a two-hundredth of the training, at most 50.
+        on_log: Called on rank 0 with each record of metrics.jsonl.
         console: Where progress is shown; None: nowhere.
     """
 
@@ -71,6 +72,7 @@ class Trainer:
         world: World = ALONE,
         saving: Saving = Saving(),  # noqa: B008 (frozen)
         log_every: int = 0,
+        on_log: Callable[[dict[str, Any]], None] | None = None,
         console: Console | None = None,
     ) -> None:
         self.model, self.updater, self.rate, self.steps, self.folder = model, updater, rate, steps, folder
@@ -83,6 +85,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             folder / "checkpoints", last=saving.last, stays=self._is_milestone, world=world, say=self._say
         )
+        self._on_log = on_log
         self._saving, self._console = saving, console or Console(quiet=True)
         self._log_every = log_every or max(1, min(50, steps // 200))
 
@@ -111,6 +114,7 @@ class Trainer:
                     images=self.batch_size,
                     console=self._console,
                     total=self.world.total,
+                    on_write=self._on_log,
                 )
             )
             stack.enter_context(self.checkpoints)

@@ -9,6 +9,10 @@ class UserError(Exception):
     """Something only the user can put right. The message says what is wrong, where, and what to do."""
 
 
+class AlreadyReportedError(UserError):
+    """A UserError that another rank of the run raises as well: not printed again."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string when none is close."""
     if len(word) > 100:  # comparing takes time in proportion to its square

@@ -6,7 +6,7 @@ from dataclasses import replace
 from numpy.linalg import LinAlgError
 from torch import Tensor
 
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.patches import grid_of
 from pixmim.weights import interpolate as resize
@@ -15,7 +15,7 @@ from pixmim.weights.detect import Weights
 Tensors = Mapping[str, Tensor]
 
 
-def refit(weights: Weights, state: Tensors, run: PretrainConfig) -> tuple[dict[str, Tensor], list[str]]:
+def refit(weights: Weights, state: Tensors, run: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors, with tables and first convolution refitted to the image size and channels of `run`; what was done.
 
     state  the tensors of the model they are for, of which only the shapes count
@@ -36,7 +36,7 @@ def refit(weights: Weights, state: Tensors, run: PretrainConfig) -> tuple[dict[s
     return found, lines
 
 
-def _refitted(weights: Weights, name: str, value: Tensor, wanted: Tensor, run: PretrainConfig) -> tuple[Tensor, str]:
+def _refitted(weights: Weights, name: str, value: Tensor, wanted: Tensor, run: ModelConfig) -> tuple[Tensor, str]:
     """One tensor as the model wants it, and what was done; no words where no rule exists."""
     new = wanted.shape
     if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
@@ -62,7 +62,7 @@ def _refitted(weights: Weights, name: str, value: Tensor, wanted: Tensor, run: P
     return value, ""
 
 
-def fit(weights: Weights, state: Tensors, run: PretrainConfig) -> dict[str, Tensor]:
+def fit(weights: Weights, state: Tensors, run: ModelConfig) -> dict[str, Tensor]:
     """The tensors for a model, each with its place and all places filled, once tables are refitted.
 
     Raises UserError naming keys as the file does.

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from pixmim.config import Mask, Model, Option, PretrainConfig, Target
-from pixmim.runfile import from_json, read_config_text
+from pixmim.config import Mask, Model, ModelConfig, Option, Target
+from pixmim.config_io import from_json, is_config, read_config_text
 from pixmim.utils.errors import UserError, first_line, shown
 from pixmim.utils.files import parse_json
 from pixmim.utils.trust import inside
@@ -26,7 +26,7 @@ from pixmim.weights.save import KEY
 class Weights:
     """A model as data.
 
-    run       what builds it (model, size, channels), feeds it (mean, std) and trained it (target, mask)
+    run       its configuration: a PretrainConfig if pixmim trained it, otherwise a ModelConfig
     tensors   with the names of the `state_dict` of pixmim's models: `encoder.` and timm's names, and the rest
     origin    who wrote the file, in words
     left_out  keys of the file that no model needs, each with the reason
@@ -37,7 +37,7 @@ class Weights:
     notes     lines to print: what was chosen among several models, and what was assumed
     """
 
-    run: PretrainConfig
+    run: ModelConfig
     tensors: dict[str, Tensor]
     origin: str
     left_out: dict[str, str] = field(default_factory=dict)
@@ -66,14 +66,14 @@ class Weights:
         return f"step {self.step:,}{of}" if self.step or self.steps else ""
 
 
-def read_run(folder: Path) -> PretrainConfig | None:
-    """The settings of the run in a folder, or of weights that were imported into it; None if there is no such run."""
+def read_run(folder: Path) -> ModelConfig | None:
+    """Return the configuration of the run, or of the imported weights, in a folder; None if there is none."""
     found = read_config(folder)
     return None if found is None else found[0]
 
 
-def read_config(folder: Path) -> tuple[PretrainConfig, str] | None:
-    """Read a run's settings, and the text that they were read from; None if there is no run in the folder.
+def read_config(folder: Path) -> tuple[ModelConfig, str] | None:
+    """Read a folder's configuration, and the text that it was read from; None if the folder holds none.
 
     Raises:
         UserError: If config.json is not JSON, or a run's and not valid, or leads out of the folder.
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> tuple[PretrainConfig, str] | None:
         return None
     text = read_config_text(path)
     content = parse_json(text, str(path))
-    if not isinstance(content, dict) or "recipe" not in content:  # another project's
+    if not is_config(content):  # another project's
         return None
     inside(folder, path.name)
     return from_json(text, path), text
@@ -176,12 +176,13 @@ def _recognised(file: Foreign, known: Known) -> Weights:
                 left[prefix + key] = "a probe of the first token, which in ConvMAE is a corner's"
                 tensors.pop(source.names.ours(key) or "", None)
         model, size = _model(source, tensors, known)
-        run = PretrainConfig(
+        pretrained = "mask_token" in tensors or "decoder.mask_token" in tensors
+        run = ModelConfig(
             model=model,
             size=f"{size[0]}x{size[1]}",
             channels=tensors[_first(source)].shape[1],
-            target=_target(file, model, source),
-            mask=_mask(file, model),
+            target=_target(file, model) if pretrained else None,
+            mask=_mask(file, model) if pretrained else None,
         )
     except KeyError as error:
         name = str(error.args[0])
@@ -247,7 +248,7 @@ def _of_timm(file: Foreign) -> Weights:
     pool = arguments.get("global_pool", about.get("global_pool", config.get("global_pool")))
     own |= {"global_pool": pool} if pool is not None else {}
     sides, channels = pair(arguments.pop("img_size", size[1:])), arguments.pop("in_chans", size[0])
-    run = PretrainConfig(
+    run = ModelConfig(
         model=Model("timm", config["architecture"], options={**arguments, **own}),
         size="x".join(map(str, sides)),
         channels=cast(int, channels),
@@ -313,7 +314,7 @@ def _model(source: Source, tensors: dict[str, Tensor], known: Known) -> tuple[Mo
     return replace(Model(method, backbone, options=options), **decoder), size  # type: ignore[arg-type]
 
 
-def _target(file: Foreign, model: Model, source: Source) -> Target:
+def _target(file: Foreign, model: Model) -> Target:
     """What the model was trained to predict, as far as the file tells; otherwise what its paper did."""
     if model.name == "simmim":
         return Target("pixels", normalise_patches=False, distance="l1")

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from pixmim.build import Module, build_encoder, build_model, sketch
-from pixmim.config import Model, PretrainConfig
+from pixmim.config import Model, ModelConfig, PretrainConfig
+from pixmim.config_io import portable, pretrain_config, to_json
 from pixmim.models import published
 from pixmim.models.base import MaskedModel
-from pixmim.runfile import portable, to_json
 from pixmim.training.checkpoint import Checkpoints
 from pixmim.training.find_batch_size import in_gib
 from pixmim.training.schedule import Schedule
@@ -26,7 +26,7 @@ from pixmim.utils.validation import Size, check_name, check_options, check_value
 from pixmim.weights.adapt import fit, refit, shape, their_name
 from pixmim.weights.detect import Weights, feed, read_run, read_weights
 from pixmim.weights.infer_config import Known
-from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder, save_tensors
+from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder, save_tensors, timm_config
 
 _DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token")
 """How names begin that are not the encoder's."""
@@ -57,7 +57,7 @@ def _opened(file: str | Path, options: dict[str, Any], whole: bool = False) -> t
     return open_model(str(file), whole=whole, known=known), {k: v for k, v in options.items() if k not in of_file}
 
 
-def assemble(weights: Weights, made: PretrainConfig | None = None) -> MaskedModel:
+def assemble(weights: Weights, made: ModelConfig | None = None) -> MaskedModel:
     """The whole model of such weights, in evaluation mode on the CPU.
 
     made  the Run that the weights were made for, where `weights.run` asks for another size
@@ -69,17 +69,26 @@ def assemble(weights: Weights, made: PretrainConfig | None = None) -> MaskedMode
     return _filled(weights, build_model, made).eval()
 
 
-def assemble_encoder(weights: Weights, made: PretrainConfig | None = None) -> nn.Module:
-    """The encoder of such weights, with a classifier's head if they have one; otherwise as `assemble`."""
+def assemble_encoder(weights: Weights, made: ModelConfig | None = None) -> nn.Module:
+    """The encoder of such weights, with a classifier's head if they have one; otherwise as `assemble`.
+
+    Its `pretrained_cfg` says what input it takes, as timm's do, and its `pixmim_config` how to build it.
+    """
     only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
-    return _filled(replace(weights, tensors=only), _holder, made)["encoder"].eval()
+    encoder: Any = _filled(replace(weights, tensors=only), _holder, made)["encoder"].eval()
+    encoder.pixmim_config = weights.run
+    about = timm_config(encoder, weights.run, list(weights.classes))
+    known = {"architecture": about["architecture"], **about["pretrained_cfg"]}
+    encoder.pretrained_cfg = encoder.default_cfg = known | {"input_size": tuple(known["input_size"])}
+    module: nn.Module = encoder
+    return module
 
 
-def _holder(run: PretrainConfig) -> nn.ModuleDict:
+def _holder(run: ModelConfig) -> nn.ModuleDict:
     return nn.ModuleDict({"encoder": build_encoder(run)})
 
 
-def _filled(weights: Weights, build: Callable[[PretrainConfig], Module], made: PretrainConfig | None) -> Module:
+def _filled(weights: Weights, build: Callable[[ModelConfig], Module], made: ModelConfig | None) -> Module:
     """What `build` makes of the weights' Run, with their tensors.
 
     A file may say what it likes of sizes: memory is taken only once its tensors are known to have them.
@@ -137,7 +146,7 @@ def _known(values: Mapping[str, Any]) -> Known:
     return Known(**given)
 
 
-def _newest(path: Path, run: PretrainConfig, whole: bool, known: Known) -> Weights:
+def _newest(path: Path, run: ModelConfig, whole: bool, known: Known) -> Weights:
     """Return the newest weights of a run, finished or not, or those of an import. Raises UserError."""
     imported, product = inside(path, "model.safetensors"), inside(path, WEIGHTS)
     file = imported if whole and imported.is_file() else product
@@ -148,7 +157,7 @@ def _newest(path: Path, run: PretrainConfig, whole: bool, known: Known) -> Weigh
         model = build_model(run)
         step, images = checkpoints.load_model(model)
         tensors = {n: value for n, value in model.state_dict().items() if whole or n.startswith("encoder.")}
-        return Weights(run, tensors, "pixmim", step=step, steps=Schedule.of(run, images).steps)
+        return Weights(run, tensors, "pixmim", step=step, steps=Schedule.of(pretrain_config(run, path), images).steps)
     if weights is None:
         raise UserError(f"{path} holds a run without weights: there is neither a checkpoint nor {WEIGHTS} in it")
     return _in_memory(weights)
@@ -286,7 +295,7 @@ def _of_timm(name: str, head: bool) -> Weights:
         raise UserError(f"timm:{name} cannot be had: {first_line(error)}") from error
     made = module.pretrained_cfg
     channels, h, w = made["input_size"]
-    run = PretrainConfig(
+    run = ModelConfig(
         model=Model("timm", name, options=options),
         size=f"{h}x{w}",
         channels=channels,
@@ -296,7 +305,7 @@ def _of_timm(name: str, head: bool) -> Weights:
     return Weights(run, {f"encoder.{n}": v for n, v in module.state_dict().items()}, "timm's pre-trained weights")
 
 
-def _with_options(run: PretrainConfig, options: Mapping[str, Any]) -> PretrainConfig:
+def _with_options(run: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
     """A file's Run with the caller's keywords of `create_model` over it."""
     own = {f.name for f in fields(Model)} - {"options"}
     check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})

@@ -13,8 +13,8 @@ from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from pixmim.config import PretrainConfig
-from pixmim.runfile import portable, to_json
+from pixmim.config import ModelConfig, PretrainConfig
+from pixmim.config_io import portable, to_json
 from pixmim.utils.files import write_whole
 from pixmim.utils.validation import NOT_OF_TIMM
 
@@ -31,7 +31,7 @@ WEIGHTS = f"{ENCODER}/model.safetensors"
 def save_encoder(
     encoder: nn.Module,
     folder: Path,
-    run: PretrainConfig,
+    run: ModelConfig,
     step: int,
     steps: int = 0,
     classes: list[str] | None = None,
@@ -60,7 +60,7 @@ def save_encoder(
     save_tensors(encoder.state_dict(), folder / "model.safetensors", run, step, steps, about)
 
 
-def timm_config(encoder: nn.Module, run: PretrainConfig, classes: list[str] | None = None) -> dict[str, Any]:
+def timm_config(encoder: nn.Module, run: ModelConfig, classes: list[str] | None = None) -> dict[str, Any]:
     """Return the config.json of timm's hub layout: the architecture, its keywords, and what its input must be."""
     mean, std = run.statistics
     known: Any = getattr(encoder, "pretrained_cfg", None) or {}
@@ -70,7 +70,7 @@ def timm_config(encoder: nn.Module, run: PretrainConfig, classes: list[str] | No
         "custom_load": False,
         "input_size": [run.channels, *run.hw],
         "fixed_input_size": True,
-        "interpolation": run.crop.interpolation,
+        "interpolation": run.interpolation,
         "crop_pct": 0.875,
         "mean": mean,
         "std": std,
@@ -92,7 +92,7 @@ def timm_config(encoder: nn.Module, run: PretrainConfig, classes: list[str] | No
     }
 
 
-def _made(encoder: nn.Module, run: PretrainConfig) -> dict[str, Any]:
+def _made(encoder: nn.Module, run: ModelConfig) -> dict[str, Any]:
     """Return keywords of timm's that a method sets without naming them in a run's options."""
     made: dict[str, Any] = {"img_size": list(run.hw), "in_chans": run.channels}
     if isinstance(encoder, SwinTransformer) and run.model.name == "simmim":
@@ -110,7 +110,7 @@ def _made(encoder: nn.Module, run: PretrainConfig) -> dict[str, Any]:
 def save_tensors(
     tensors: Mapping[str, Tensor],
     path: Path,
-    run: PretrainConfig,
+    run: ModelConfig,
     step: int,
     steps: int = 0,
     more: Mapping[str, str] | None = None,
@@ -121,9 +121,12 @@ def save_tensors(
     classes). They name nothing of the machine they are written on.
     """
     mean, std = run.statistics
+    method = run.model.name
+    if isinstance(run, PretrainConfig):
+        method += f" with {run.target.kind} target and {run.crop.kind} crop"
     metadata = {
         "format": "pt",
-        "method": f"{run.model.name} with {run.target.kind} target and {run.crop.kind} crop",
+        "method": method,
         "backbone": run.model.backbone,
         "img_size": json.dumps(run.hw),
         "in_chans": str(run.channels),
@@ -136,4 +139,15 @@ def save_tensors(
         KEY: to_json(portable(run)),
         **(more or {}),
     }
-    write_whole(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata))
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
+    write_whole(path, _in_order(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, whose order is random: equal weights make equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[end:]])

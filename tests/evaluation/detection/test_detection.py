@@ -17,6 +17,7 @@ pytest.importorskip("faster_coco_eval")
 
 from pixmim.build import build_model
 from pixmim.config import Model, PretrainConfig
+from pixmim.config_io import to_json
 from pixmim.data.dataset import COLOUR
 from pixmim.evaluation import detection
 from pixmim.evaluation.context import Bench
@@ -37,7 +38,6 @@ from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import Encoder, anew, in_training
 from pixmim.evaluation.settings import Detection
 from pixmim.models import create_encoder
-from pixmim.runfile import to_json
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pixmim.build import build_model
 from pixmim.config import Model, PretrainConfig
+from pixmim.config_io import to_json
 from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import BadImage, Form
 from pixmim.evaluation.context import Bench
@@ -35,7 +36,6 @@ from pixmim.evaluation.segmentation.visualize import colours, overlay
 from pixmim.evaluation.settings import Segmentation
 from pixmim.models import features
 from pixmim.models.feature_maps import maps, widths
-from pixmim.runfile import to_json
 from pixmim.transforms.crops import finish
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig
 from pixmim.data.dataset import Source
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
@@ -67,7 +67,7 @@ class Plan:
     name: str
     recipe: Recipe
     parts: int
-    run: PretrainConfig
+    run: ModelConfig
     folder: Path
     work: Path
     settings: dict[str, Any]
@@ -161,14 +161,14 @@ def _trained(bench: Bench, settings: Finetune, todo: Plan) -> nn.Module:
     return trained.result
 
 
-def _begun(encoder: Encoder, settings: Finetune, recipe: Recipe, run: PretrainConfig) -> tuple[nn.Module, list[str]]:
+def _begun(encoder: Encoder, settings: Finetune, recipe: Recipe, run: ModelConfig) -> tuple[nn.Module, list[str]]:
     """Return the classifier as it is before training, and lines about what had to be refitted. Raises UserError."""
     model = build(run, recipe.drop_path, recipe.head_std, settings.seed)
     return model, [] if settings.from_scratch else inherit(model, run, encoder.module, encoder.run)
 
 
 def _decides(
-    bench: Bench, settings: Finetune, recipe: Recipe, parts: int, run: PretrainConfig, data: Labelled
+    bench: Bench, settings: Finetune, recipe: Recipe, parts: int, run: ModelConfig, data: Labelled
 ) -> dict[str, Any]:
     """Return what decides the weights of a classifier, by flag. Data and encoder are digests: files name no places."""
     encoder = bench.encoder

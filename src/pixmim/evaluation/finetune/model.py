@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.build import build_encoder, seeded
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.models.vit import init_like_mae
 from pixmim.utils.errors import UserError
@@ -23,7 +23,7 @@ _LEFT = (*_NEW, "norm.")
 """How names begin that an encoder may have and its classifier not."""
 
 
-def plan(run: PretrainConfig, module: nn.Module, classes: int, pool: str, size: str) -> PretrainConfig:
+def plan(run: ModelConfig, module: nn.Module, classes: int, pool: str, size: str) -> ModelConfig:
     """The Run that builds the classifier: the encoder's with a head, and perhaps another image size.
 
     pool  "mean": the patch tokens' mean -> fc_norm -> head, as MAE; "cls": the class token after the final norm. A Swin
@@ -53,7 +53,7 @@ def plan(run: PretrainConfig, module: nn.Module, classes: int, pool: str, size: 
     return replace(resized, model=replace(run.model, options=options))
 
 
-def build(run: PretrainConfig, drop_path: float, head_std: float, seed: int) -> nn.Module:
+def build(run: ModelConfig, drop_path: float, head_std: float, seed: int) -> nn.Module:
     """A classifier with random weights, all of them trained; the head's are normal, its biases zero."""
     model = replace(run.model, options={**run.model.options, "drop_path_rate": drop_path})
     with seeded(seed):
@@ -66,7 +66,7 @@ def build(run: PretrainConfig, drop_path: float, head_std: float, seed: int) -> 
     return classifier.requires_grad_(True)
 
 
-def inherit(classifier: nn.Module, run: PretrainConfig, encoder: nn.Module, made: PretrainConfig) -> list[str]:
+def inherit(classifier: nn.Module, run: ModelConfig, encoder: nn.Module, made: ModelConfig) -> list[str]:
     """Put an encoder's weights into a classifier; what had to be refitted, in lines.
 
     run, made  what built the classifier, and the encoder

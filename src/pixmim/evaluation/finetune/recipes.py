@@ -7,7 +7,7 @@ from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.evaluation.settings import FinetuneOverrides, FinetuneRecipe
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.utils.errors import UserError, nearest
@@ -93,7 +93,7 @@ TUNINGS: dict[str, Recipe] = {
 """By name. All are for ImageNet-1k; nothing in them is scaled to smaller data."""
 
 
-def choose(name: str, run: PretrainConfig, encoder: nn.Module, from_scratch: bool) -> str:
+def choose(name: str, run: ModelConfig, encoder: nn.Module, from_scratch: bool) -> str:
     """The name of the recipe meant: "auto" goes by the encoder's kind and size, and how long it was trained.
 
     Raises UserError for an unknown name.
@@ -111,6 +111,11 @@ def choose(name: str, run: PretrainConfig, encoder: nn.Module, from_scratch: boo
     if isinstance(encoder, SwinTransformer):
         if encoder.embed_dim >= 192:
             return "simmim-swin-large"
+        if not isinstance(run, PretrainConfig):
+            raise UserError(
+                "the length of these weights' pre-training is unknown, and a Swin's fine-tuning depends on it: give "
+                "--recipe simmim-swin-base-100 (up to 300 epochs) or --recipe simmim-swin-base-800"
+            )
         return "simmim-swin-base-100" if run.epochs <= 300 else "simmim-swin-base-800"
     if isinstance(encoder, Beit) or run.model.name == "simmim":
         return "simmim-vit-base"

@@ -1,31 +1,39 @@
-"""Pre-training, from a Run to an encoder: puts data, method, optimizer and log together, and lets the loop run."""
+"""Pre-training from top to bottom: data, model, optimizer, resume, train, export.
+
+The module is not called `pretrain`: importing `pixmim.pretrain` would replace the function of that name in the package.
+"""
 
 import math
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.build import build_crop, build_model, image_form
+from pixmim.build import build_crop, build_model, image_form, with_dataset_stats
 from pixmim.config import PretrainConfig
+from pixmim.config_io import pretrain_config, to_json
 from pixmim.data import create_loader, open_dataset
 from pixmim.data.bad_images import Skipped, gather_accounts
 from pixmim.data.caching import choose_place
 from pixmim.data.dataset import Source
 from pixmim.data.loader import Batch
 from pixmim.data.sampler import BatchShard
+from pixmim.evaluation.evaluate import online_knn
 from pixmim.method import Method
 from pixmim.models.base import MaskedModel
 from pixmim.models.layer_decay import not_decayed
-from pixmim.runfile import to_json
+from pixmim.report import write_report
+from pixmim.run_folder import check_links, check_new_run, check_same_run, claim, with_full_paths
 from pixmim.training.checkpoint import Checkpoints
-from pixmim.training.distributed import ALONE, World
+from pixmim.training.distributed import World, open_world
 from pixmim.training.find_batch_size import halve, images_at_once, is_out_of_memory
 from pixmim.training.metric_logger import read_metrics
 from pixmim.training.optim import Updater, adamw
@@ -36,41 +44,142 @@ from pixmim.training.summary import closing, describe
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import finish
 from pixmim.utils.console import say
-from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.errors import AlreadyReportedError, UserError, first_line
 from pixmim.utils.files import write_whole
+from pixmim.utils.lock import alone
 from pixmim.utils.threads import how_many
-from pixmim.utils.trust import inside, remember_run
+from pixmim.utils.trust import remember_run
 from pixmim.weights.detect import read_run
-from pixmim.weights.load import assemble_encoder, begin_from, open_model
+from pixmim.weights.load import assemble_encoder, begin_from, load_encoder, open_model
 from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder
 
-_FILES = ("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ENCODER, f"{ENCODER}/config.json", WEIGHTS)
-
 Watch = Callable[[nn.Module], dict[str, float]]
-"""Measures the encoder while it is trained: named values for the log."""
+"""Measures the encoder during training: named values for the log."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended: updates done, and whether those are all of them."""
+class PretrainResult:
+    """A pre-training run that has ended, or was interrupted."""
 
+    config: PretrainConfig
+    """The configuration that was written to config.json."""
+    folder: Path
+    """The folder of the run."""
     step: int
+    """Steps done."""
     finished: bool
+    """False after an interruption: the same call resumes the run."""
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Records of metrics.jsonl, each with `step`, `epoch` and numbers."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """The trained encoder as a timm module, on the CPU and in eval mode, its `pretrained_cfg` that of the run."""
+        return load_encoder(self.folder)
 
 
 def pretrain(
-    run: PretrainConfig, out: Path, console: Console, watch: Watch | None = None, world: World = ALONE
-) -> Outcome:
-    """Train until the run is finished or interrupted, from the newest checkpoint in `out` if there is one.
+    config: PretrainConfig,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    on_step_end: Callable[[int], None] | None = None,
+    report: bool = True,
+    console: Console | None = None,
+    world: World | None = None,
+) -> PretrainResult:
+    """Pre-train an encoder. Resumes from the newest checkpoint if the run was interrupted.
 
-    Every process of `world` calls this; the first one speaks and writes: config.json, metrics.jsonl, skipped.csv,
-    checkpoints/ (all of them) and, at the end, encoder/. On a CPU, a run that was interrupted and resumed on
-    as many processes ends with bitwise the weights of one that was not. Raises UserError.
+    Writes to `out`: config.json, metrics.jsonl, skipped.csv, checkpoints/, and at the end encoder/ and report.html. On
+    a CPU, a run that was interrupted and resumed on as many ranks ends with bitwise the weights of one that was not.
+    Ctrl-C finishes the step, saves a checkpoint and returns. Under torchrun or Slurm, call it on every rank.
+
+    Args:
+        config: What to train; see `get_recipe`. Missing mean and std are those that `pixmim stats` has measured.
+        out: Folder of the run; otherwise `config.out`, or a new folder runs/RECIPE-TIME.
+        resume: Continue the run in `out` although its length (`epochs`, `steps`) or the path of its data has changed.
+        on_log: Called on rank 0 with each record that is written to metrics.jsonl.
+        on_step_end: Called on every rank after each step, with the number of steps done.
+        report: Write report.html when the run is finished.
+        console: Where progress and notes are printed; `Console(quiet=True)` prints nothing.
+        world: The ranks, where the caller has joined them already; otherwise those of torchrun or Slurm are joined.
+
+    Returns:
+        The run, with its encoder and metrics.
+
+    Raises:
+        UserError: If `out` holds another run or is in use, or if the configuration, the data or the memory do not do.
     """
-    for name in _FILES:
-        inside(out, name)  # what is written must not go elsewhere by a link
-    if not (out / "config.json").exists():
-        check_new_run(out)
+    if not config.data:
+        raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
+    joined = open_world(config.device, config.scale.timeout) if world is None else nullcontext(world)
+    with joined as world, ExitStack() as stack:
+        console = Console(quiet=not world.first) if console is None else console
+        try:
+            folder = claim(str(out or config.out), config.recipe or "run", world, stack, console)
+            config = with_full_paths(config, folder)
+            check_links(folder)
+            if (folder / "config.json").exists():
+                config = check_same_run(config, folder, resume=resume)
+            elif resume:
+                raise UserError(f"there is no {folder / 'config.json'}: resume=True continues a run that is there")
+            else:
+                check_new_run(folder)
+                config, lines = with_dataset_stats(config)
+                for line in lines:
+                    say(console, line)
+            world.gather(None)  # all have looked before the first one writes
+            step, finished = _train(config, folder, world, console, on_log, on_step_end)
+            if finished and report and world.first:
+                _report(folder, console, config.data)
+        except UserError as error:
+            if world.first_to_say(str(error)):
+                raise
+            raise AlreadyReportedError(str(error)) from None
+    return PretrainResult(config, folder, step, finished)
+
+
+def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -> PretrainResult:
+    """End a run at its newest checkpoint: write its encoder and report. `pretrain` can still resume it.
+
+    Args:
+        out: Folder of the run.
+        console: Where notes are printed.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: If there is no such run, or it has no checkpoint.
+    """
+    folder, console = Path(out), console or Console()
+    check_links(folder)
+    with alone(folder, partial(say, console)):
+        weights = open_model(str(folder), whole=True)
+        config = pretrain_config(weights.run, folder)
+        save_encoder(assemble_encoder(weights), folder / ENCODER, config, weights.step, weights.steps)
+        _report(folder, console, None)
+    return PretrainResult(config, folder, weights.step, finished=True)
+
+
+def _report(folder: Path, console: Console, data: str | None) -> None:
+    write_report([folder], folder / "report.html", data, lambda line: say(console, f"warning: {line}"))
+
+
+def _train(
+    run: PretrainConfig,
+    out: Path,
+    world: World,
+    console: Console,
+    on_log: Callable[[dict[str, Any]], None] | None,
+    on_step_end: Callable[[int], None] | None,
+) -> tuple[int, bool]:
+    """Train in a folder that is checked and locked; return the steps done, and whether those are all."""
+    watch = online_knn(run, console)
     data, crop = open_dataset(run.data, image_form(run), run.local_copy), build_crop(run)
     _agree(run, world, data)
     method = Method.of(run)
@@ -119,6 +228,7 @@ def pretrain(
         world=world,
         saving=run.saving,
         log_every=run.log_every,
+        on_log=on_log,
         console=console,
     )
     start = trainer.resume()
@@ -151,6 +261,11 @@ def pretrain(
             trainer.log.write({"step": step, "epoch": round(step * epoch, 6), **values})
             trainer.log.pause()
 
+    def after_step(step: int) -> None:
+        measure(step)
+        if on_step_end is not None:
+            on_step_end(step)
+
     with (
         create_loader(
             data,
@@ -171,10 +286,10 @@ def pretrain(
         noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
         if world.share(start not in noted):
             measure(start)
-        step = trainer.fit(batches, loss_of, measure)
+        step = trainer.fit(batches, loss_of, after_step)
 
     if step < schedule.steps or not measured:
-        return Outcome(step, finished=False)
+        return step, False
     product = _whole(model, run, device, world).encoder
     world.gather(None)  # until then, others may still write to their accounts of skipped images
     if world.first:
@@ -182,22 +297,13 @@ def pretrain(
         lost, bad = int(updater.state["skipped"].item()), gather_accounts(out)
         for line in closing(run, out, step, lost=lost, bad=bad, images=len(data), waited=trainer.log.data_wait):
             say(console, line)
-    return Outcome(step, finished=True)
-
-
-def end_now(out: Path) -> Outcome:
-    """End a run where its newest checkpoint is: write its encoder. The same run can go on later. Raises UserError."""
-    for name in _FILES:
-        inside(out, name)
-    weights = open_model(str(out), whole=True)
-    save_encoder(assemble_encoder(weights), out / ENCODER, weights.run, weights.step, weights.steps)
-    return Outcome(weights.step, finished=True)
+    return step, True
 
 
 def _longer(out: Path, schedule: Schedule, done: int, images: int) -> list[str]:
     """Say what becomes of the learning rate where a run goes on that was begun with another length."""
     before = read_run(out) if done else None
-    planned = schedule.steps if before is None else Schedule.of(before, images).steps
+    planned = schedule.steps if before is None else Schedule.of(pretrain_config(before, out), images).steps
     if planned == schedule.steps:
         return []
     return [
@@ -254,13 +360,6 @@ def _short_of_memory(shard: BatchShard) -> Iterator[None]:
             f"memory ran out, with {shard.local_batch_size:,} images computed at once ({first_line(error)}): "
             f"{advice}, a smaller --size takes less as well"
         ) from None
-
-
-def check_new_run(out: Path) -> None:
-    """Raise UserError if a folder without a run holds anything that a new run there would write over."""
-    for name in (*_FILES, "report.html", "reconstructions"):
-        if os.path.lexists(out / name):
-            raise UserError(f"{out / name} is there already, and belongs to no run: choose another --out")
 
 
 def _agree(run: PretrainConfig, world: World, data: Source) -> None:

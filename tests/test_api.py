@@ -1,0 +1,215 @@
+"""The public API, as a notebook uses it."""
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+
+import pixmim
+from pixmim.config import Knn, ModelConfig, Optim, PretrainConfig
+from pixmim.config_io import from_json, to_json
+from pixmim.utils.errors import UserError
+from pixmim.weights.detect import Weights
+from pixmim.weights.load import adopt
+
+Make = Callable[..., PretrainConfig]
+QUIET = Console(quiet=True)
+LABELLED = {"train": "shapes:count=30,size=32", "test": "shapes:count=20,size=32,seed=1"}
+
+
+@pytest.fixture(scope="module")
+def result(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> pixmim.PretrainResult:
+    out = tmp_path_factory.mktemp("api") / "run"
+    return pixmim.pretrain(tiny_run(log_every=2), out, console=QUIET)
+
+
+def test_importing_modules_hides_no_public_name() -> None:
+    code = (
+        "import pixmim, pkgutil, importlib\n"
+        "for one in pkgutil.iter_modules(pixmim.__path__): importlib.import_module('pixmim.' + one.name)\n"
+        "import types\n"
+        "assert not [n for n in pixmim.__all__ if isinstance(getattr(pixmim, n), types.ModuleType)]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    modules = {one.name for one in pkgutil.iter_modules(pixmim.__path__)}
+    assert not modules & set(pixmim.__all__)
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in pixmim.__all__:
+        assert getattr(pixmim, name).__doc__, name
+
+
+def test_a_recipe_takes_dotted_and_nested_overrides() -> None:
+    config = pixmim.get_recipe(
+        "demo", data=Path("photos"), epochs=3, optim={"base_lr": 1e-3}, mean=[0.1, 0.2, 0.3], **{"crop.flip": 0.0}
+    )
+    base = pixmim.get_recipe("demo")
+    assert config == replace(
+        base,
+        data="photos",
+        epochs=3.0,
+        steps=None,
+        mean=(0.1, 0.2, 0.3),
+        optim=replace(base.optim, base_lr=1e-3),
+        crop=replace(base.crop, flip=0.0),
+    )
+    assert pixmim.get_recipe("demo", model={"options": {"depth": 2}}).model.options == base.model.options | {"depth": 2}
+    assert pixmim.get_recipe("demo", channels=4, mean=(0.5,) * 4).channels == 4  # checked together
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"batchsize": 3}, "did you mean 'batch_size'"),
+        ({"optim.base_lrr": 3}, "optim.base_lrr.*did you mean 'base_lr'"),
+        ({"optim": 3}, "'optim.' must be an object"),
+        ({"steps": 3, "epochs": 3}, "not both"),
+    ],
+)
+def test_a_mistake_in_an_override_is_named(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pixmim.get_recipe("demo", **overrides)
+
+
+def test_the_result_holds_encoder_and_metrics(result: pixmim.PretrainResult) -> None:
+    assert result.finished and result.step == 6 and (result.folder / "report.html").exists()
+    assert [line["step"] for line in result.metrics] == [2, 4, 6]
+    encoder = result.encoder
+    assert not encoder.training and encoder is result.encoder
+    data = timm.data.resolve_model_data_config(encoder)
+    assert data["input_size"] == (3, 32, 32) and data["mean"] == (0.485, 0.456, 0.406)
+    again = timm.create_model(f"local-dir:{result.folder}/encoder", pretrained=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in encoder.state_dict().items())
+
+
+def test_callbacks_see_each_step_and_each_record(tiny_run: Make, tmp_path: Path) -> None:
+    records, steps = list[dict[str, Any]](), list[int]()
+    run = tiny_run(log_every=3, knn=Knn(**LABELLED, every=0.6))
+    done = pixmim.pretrain(run, tmp_path, on_log=records.append, on_step_end=steps.append, console=QUIET, report=False)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert records == done.metrics and sum("knn/k1/mean/top1" in record for record in records) == 3
+
+
+def test_another_runs_folder_is_refused(result: pixmim.PretrainResult, tiny_run: Make) -> None:
+    before = (result.folder / "config.json").read_text()
+    for changes in ({"seed": 1}, {"data": "shapes:count=41,size=32"}, {"steps": 9}, {"optim": Optim(base_lr=0.1)}):
+        with pytest.raises(UserError, match=f"holds a run with another --{next(iter(changes))}"):
+            pixmim.pretrain(tiny_run(**changes), result.folder, console=QUIET)
+    with pytest.raises(UserError, match="--seed cannot change"):
+        pixmim.pretrain(tiny_run(seed=1), result.folder, resume=True, console=QUIET)
+    with pytest.raises(UserError, match=r"no .*config\.json"):
+        pixmim.pretrain(tiny_run(), result.folder / "new", resume=True, console=QUIET)
+    assert (result.folder / "config.json").read_text() == before and not (result.folder / "new").exists()
+
+
+def test_python_and_the_command_line_make_the_same_folder(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pixmim import cli
+
+    timed = {"images_per_s", "data_wait"}
+
+    def content(folder: Path) -> dict[str, Any]:
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        lines = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
+        page = files.pop("report.html")  # its curve of images/s is a measurement
+        assert b"pixmim" in page
+        return files | {"metrics": [{k: v for k, v in line.items() if k not in timed} for line in lines]}
+
+    run = tiny_run(knn=Knn(**LABELLED, every=0.6), saving=replace(tiny_run().saving, every=3))
+    for name in ("python", "cli"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "python":
+            pixmim.pretrain(run, "run", console=QUIET)
+        else:
+            Path("run.json").write_text(to_json(run))
+            assert cli.main(["pretrain", "run.json", "--out", "run"]) == 0
+    python, command = content(tmp_path / "python" / "run"), content(tmp_path / "cli" / "run")
+    assert python.keys() == command.keys()
+    different = {name for name in python if python[name] != command[name]}
+    assert not different
+
+
+def test_an_encoder_is_evaluated_from_memory_as_from_its_folder(result: pixmim.PretrainResult, tmp_path: Path) -> None:
+    result.encoder.train()
+    scores = pixmim.evaluate(result.encoder, "knn", **LABELLED, device="cpu", console=QUIET)
+    assert result.encoder.training
+    result.encoder.eval()
+    same = pixmim.evaluate(result, "knn", **LABELLED, device="cpu", out=tmp_path, console=QUIET)
+    assert scores == same and 0 <= scores["k20/mean/top1"] <= 100
+    assert list((tmp_path / "evaluations").glob("knn-*.json"))
+    for name, settings in (("kn", LABELLED), ("knn", LABELLED | {"tets": ""})):
+        with pytest.raises(UserError, match="did you mean"):
+            pixmim.evaluate(result, name, **settings)
+
+
+def test_a_timm_model_is_evaluated(result: pixmim.PretrainResult) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2, num_classes=0)
+    assert "k20/mean/top1" in pixmim.evaluate(model, "knn", **LABELLED, device="cpu", console=QUIET)
+    with pytest.raises(UserError, match="not a timm model"):
+        pixmim.evaluate(torch.nn.Linear(2, 2), "knn", **LABELLED)
+
+
+def test_embed_gives_a_row_for_each_readable_image(
+    result: pixmim.PretrainResult, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "cats" / "0.jpg").write_bytes(b"")
+    features, paths = pixmim.embed(result.encoder, pictures, device="cpu", batch_size=4, console=QUIET)
+    assert features.shape == (9, 32) and features.dtype == np.float32
+    assert [Path(path).name for path in paths] == [f"{i}.jpg" for i in (1, 2, 3, 4, 0, 1, 2, 3, 4)]
+    both, _ = pixmim.embed(result, [*map(Path, paths)], features="both", device="cpu", console=QUIET)
+    np.testing.assert_allclose(both[:, 32:], features, atol=1e-5)
+
+
+def test_reconstruct_gives_a_picture(result: pixmim.PretrainResult, pictures: Path) -> None:
+    two, one = (pixmim.reconstruct(result, pictures, count=count) for count in (2, 1))
+    assert isinstance(two, Image.Image) and two.height > one.height
+
+
+def test_a_configuration_carries_its_version() -> None:
+    content = json.loads(to_json(PretrainConfig()))
+    assert (content["type"], content["version"]) == ("pixmim.PretrainConfig", 1)
+    for change in ({"version": 2}, {"version": True}, {"version": None}):
+        with pytest.raises(UserError, match="version"):
+            from_json(json.dumps(content | change))
+    with pytest.raises(UserError, match='"type"'):
+        from_json(json.dumps({"architectures": ["ViT"]}))
+
+
+def test_a_model_config_states_no_training() -> None:
+    config = ModelConfig()
+    text = to_json(config)
+    assert from_json(text) == config and type(from_json(text)) is ModelConfig
+    assert not {"epochs", "batch_size", "optim", "data"} & json.loads(text).keys()
+
+
+def test_imported_weights_state_no_training(result: pixmim.PretrainResult, tmp_path: Path) -> None:
+    config = ModelConfig(model=result.config.model, size="32")
+    tensors = {f"encoder.{name}": value for name, value in result.encoder.state_dict().items()}
+    adopt(Weights(config, tensors, "a test"), tmp_path / "back")
+    pixmim.evaluate(tmp_path / "back", "knn", **LABELLED, device="cpu", out=tmp_path, console=QUIET)
+    (kept,) = (tmp_path / "evaluations").glob("*.json")
+    for known in (json.loads((tmp_path / "back" / "config.json").read_text()), json.loads(kept.read_text())["config"]):
+        assert not {"epochs", "batch_size", "optim", "recipe"} & known.keys() and known["target"] is None
+    with pytest.raises(UserError, match="imported weights"):
+        pixmim.pretrain(result.config, tmp_path / "back", resume=True, console=QUIET)
+
+
+def test_the_package_imports_without_torch() -> None:
+    code = "import sys, pixmim; assert not {'torch', 'numpy'} & set(sys.modules); pixmim.get_recipe('demo')"
+    subprocess.run([sys.executable, "-c", code + "; assert 'torch' not in sys.modules"], check=True)
+    assert importlib.import_module("pixmim.pretraining").pretrain is pixmim.pretrain
