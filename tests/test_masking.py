@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pixmim.evaluation.metrics import average_distance
+from helpers.masks import average_distance
 from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
 from pixmim.utils.patches import hidden_pixels
 

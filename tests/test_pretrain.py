@@ -17,7 +17,7 @@ from helpers.runs import equal, train, weights
 from pixmim.build import build_model
 from pixmim.config import Knn, Made, Optim, PretrainConfig, Saving
 from pixmim.evaluation.evaluate import evaluate
-from pixmim.evaluation.settings import Linear
+from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
 from pixmim.recipes import get_recipe
 from pixmim.training.checkpoint import Checkpoints
@@ -168,7 +168,11 @@ def test_the_demo_gains_ten_points(seed: int, tmp_path: Path) -> None:
     before, after = (
         next(
             evaluate(
-                str(tmp_path / "run"), [("linear", Linear(*labelled))], tmp_path, untrained=untrained, device="cpu"
+                str(tmp_path / "run"),
+                [("linear", LinearSettings(*labelled))],
+                tmp_path,
+                untrained=untrained,
+                device="cpu",
             )
         ).values["top1"]
         for untrained in (True, False)

@@ -23,12 +23,13 @@ from pixmim.data.image_folder import named
 from pixmim.data.uri import absolute
 from pixmim.evaluation.context import Bench
 from pixmim.evaluation.embed import Kind, embed_batches
+from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import measure
 from pixmim.evaluation.frozen_encoder import Encoder, of_model, of_module
 from pixmim.evaluation.results import save
-from pixmim.evaluation.settings import DATA, PROTOCOLS
+from pixmim.evaluation.settings import DATA_FIELDS
+from pixmim.evaluation.visualize import labeled_grid
 from pixmim.pretraining import PretrainResult
-from pixmim.report.figures import titled_sheet
 from pixmim.report.reconstruct import reconstruct as draw
 from pixmim.report.reconstruct import with_bands
 from pixmim.training.precision import Precision
@@ -70,9 +71,9 @@ def evaluate(
     Raises:
         UserError: If there is no such evaluation, setting or encoder, or the data do not suit.
     """
-    if evaluation not in PROTOCOLS:
-        raise UserError(f"there is no evaluation '{evaluation}'{nearest(evaluation, PROTOCOLS)}")
-    kind = PROTOCOLS[evaluation].settings
+    if evaluation not in EVALS:
+        raise UserError(f"there is no evaluation '{evaluation}'{nearest(evaluation, EVALS)}")
+    kind = EVALS[evaluation].settings
     known = [field.name for field in fields(kind)]
     for name in settings:
         if name not in known:
@@ -147,12 +148,12 @@ def reconstruct(
     weights = model if isinstance(model, Weights) else open_model(_name(model), whole=True)
     weights = with_bands(weights, bands)
     found = draw(weights, _open(data, image_form(weights.run)), count)
-    return titled_sheet(found.columns, found.names)
+    return labeled_grid(found.columns, found.names)
 
 
 def with_full_paths(settings: Any) -> Any:
     """Return an evaluation's settings with full paths of data, so that results tell what they were measured on."""
-    data = [field.name for field in fields(settings) if field.name in DATA]
+    data = [field.name for field in fields(settings) if field.name in DATA_FIELDS]
     return replace(settings, **{name: absolute(getattr(settings, name)) for name in data})
 
 

@@ -2,22 +2,22 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pixmim import cli
-from pixmim.cli import evaluate as measure
 from pixmim.evaluation import evaluate
 from pixmim.evaluation.settings import (
-    Detection,
-    Finetune,
+    DetectionSettings,
     FinetuneOverrides,
-    Linear,
-    Robustness,
-    Segmentation,
-    ShapeBias,
+    FinetuneSettings,
+    LinearSettings,
+    RobustnessSettings,
+    SegmentationSettings,
+    ShapeBiasSettings,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -43,9 +43,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((list(models), evaluations))
         return []
 
-    monkeypatch.setattr(evaluate, "side_by_side", instead)
-    monkeypatch.setattr(measure, "_show", lambda *_: None)
-    monkeypatch.setattr(measure, "absolute", lambda data: data)
+    monkeypatch.setattr(evaluate, "evaluate_many", instead)
+    module = sys.modules["pixmim.cli.evaluate"]  # the package has a function of that name
+    monkeypatch.setattr(module, "_show", lambda *_: None)
+    monkeypatch.setattr(module, "absolute", lambda data: data)
     return calls
 
 
@@ -62,19 +63,19 @@ def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -
         assert cli.main(shlex.split(line)[1:]) == 0
     runs = ["runs/pixmim", "runs/mae"]
     tuned = [f"{run}/classifier" for run in runs]
-    robust = Robustness("imagenet-c", "imagenet-a", "imagenet-r", "sketch")
+    robust = RobustnessSettings("imagenet-c", "imagenet-a", "imagenet-r", "sketch")
     scratch = [
-        Finetune(*IMAGENET, from_scratch=True, size="192", changes=FinetuneOverrides(crop=crop))
+        FinetuneSettings(*IMAGENET, from_scratch=True, size="192", changes=FinetuneOverrides(crop=crop))
         for crop in ("rrc", "src")
     ]
     assert asked == [
-        (runs, [("linear", Linear(*IMAGENET, protocol="mae"))]),
-        (runs, [("finetune", Finetune(*IMAGENET))]),
-        (runs, [("segmentation", Segmentation(ADE, ADE))]),
-        (runs, [("detection", Detection(data="coco"))]),
+        (runs, [("linear", LinearSettings(*IMAGENET, protocol="mae"))]),
+        (runs, [("finetune", FinetuneSettings(*IMAGENET))]),
+        (runs, [("segmentation", SegmentationSettings(ADE, ADE))]),
+        (runs, [("detection", DetectionSettings(data="coco"))]),
         (tuned, [("robustness", robust)]),
-        (tuned, [("shape-bias", ShapeBias("cue-conflict"))]),
-        (["runs/pixmim-300", *runs[:1], "runs/pixmim-1600"], [("linear", Linear(*IMAGENET, protocol="mae"))]),
+        (tuned, [("shape-bias", ShapeBiasSettings("cue-conflict"))]),
+        (["runs/pixmim-300", *runs[:1], "runs/pixmim-1600"], [("linear", LinearSettings(*IMAGENET, protocol="mae"))]),
         *[(runs[:1], [("finetune", settings)]) for settings in scratch],
     ]
 
@@ -86,7 +87,7 @@ def test_coverage_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     def instead(data: str, size: tuple[int, int], mask_ratio: float, **_: Any) -> None:
         raise ReachedError(data, size, mask_ratio)
 
-    monkeypatch.setattr("pixmim.evaluation.object_coverage.measure", instead)
+    monkeypatch.setattr("pixmim.evaluation.object_coverage.measure_coverage", instead)
     lines = shown((ROOT / "docs" / "evaluate.md").read_text(), "coverage")
     reached = []
     for line in lines:

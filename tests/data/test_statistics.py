@@ -20,7 +20,7 @@ from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import Form
 from pixmim.data.statistics import Stats, fitting, kinds, measure, recall, remember, sample, to_keep
 from pixmim.evaluation.embed import embed
-from pixmim.evaluation.visualize import drawn, visible
+from pixmim.evaluation.visualize import to_pixels, to_rgb
 from pixmim.report import write_report
 from pixmim.report.attention import attention_sheet
 from pixmim.training.distributed import ALONE
@@ -235,7 +235,7 @@ def test_pretrain_finds_what_stats_measured(
 def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
     run = PretrainConfig(channels=13, pixels="float32", bands="5,3,2")
     image = torch.linspace(-50, 950, 13 * 2 * 101).reshape(2, 13, 101, 1)
-    shown = drawn({"image": image, "other": image + 1000, "target": image * 2}, run)
+    shown = to_pixels({"image": image, "other": image + 1000, "target": image * 2}, run)
     assert shown["image"].shape == (2, 101, 1, 3)
     for b in range(2):
         for k, band in enumerate((4, 2, 1)):
@@ -245,12 +245,12 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
             assert abs(shown["image"][b, :, 0, k] - expected[:101]).max() <= 0.51
             assert abs(shown["target"][b, :, 0, k] - expected[101:]).max() <= 0.51
     assert (shown["other"] == 255).all()
-    flat = drawn({"image": torch.full((1, 2, 4, 4), 7.0)}, PretrainConfig(channels=2, pixels="uint16"))["image"]
+    flat = to_pixels({"image": torch.full((1, 2, 4, 4), 7.0)}, PretrainConfig(channels=2, pixels="uint16"))["image"]
     assert flat.shape == (1, 4, 4, 1) and (flat == 128).all()
     three = torch.stack([torch.full((10, 10), v) for v in (0.0, 1.0, 2.0)])[None] * 100
-    together = drawn({"image": three}, PretrainConfig(channels=3, pixels="float32", std=(1.0, 1.0, 1.0)))["image"]
+    together = to_pixels({"image": three}, PretrainConfig(channels=3, pixels="float32", std=(1.0, 1.0, 1.0)))["image"]
     assert together[0, 0, 0].tolist() == [0, 128, 255]
-    eight = drawn({"image": torch.full((1, 3, 2, 2), 0.5)}, PretrainConfig())["image"]
+    eight = to_pixels({"image": torch.full((1, 3, 2, 2), 0.5)}, PretrainConfig())["image"]
     assert (eight == 128).all()
     ramp = torch.linspace(0, 1, 101).reshape(1, 1, 101, 1)
     for channels, pixels, most, span in (
@@ -263,10 +263,10 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
     ):
         run = PretrainConfig(channels=channels, pixels=pixels)  # type: ignore[arg-type]
         image = (most * ramp).expand(1, channels, 101, 1)
-        assert drawn({"image": image}, run)["image"].max() == span
+        assert to_pixels({"image": image}, run)["image"].max() == span
         scale = {"uint8": 255, "uint16": 65535, "float32": 1}[pixels]
         stored = (image[0] * scale).round().to(Form(channels, pixels).dtype)  # type: ignore[arg-type]
-        assert visible(stored, run).shape == (101, 1, 3) and abs(int(visible(stored, run).max()) - span) <= 1
+        assert to_rgb(stored, run).shape == (101, 1, 3) and abs(int(to_rgb(stored, run).max()) - span) <= 1
     for bands in ("4,5", "0", "1,2,14", "a,b,c", "1,2,-3"):
         with pytest.raises(UserError, match="--bands"):
             PretrainConfig(channels=13, bands=bands)

@@ -21,15 +21,16 @@ from pixmim.build import build_model
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
-from pixmim.evaluation.classification import check_labelled, majority, rated, tally
-from pixmim.evaluation.evaluate import CHECKS, EVALUATIONS, evaluate, online_knn, side_by_side
+from pixmim.evaluation.classification import check_labelled, majority, rated, tally, wilson_interval
+from pixmim.evaluation.context import Bench, Values
+from pixmim.evaluation.evals import EVALS
+from pixmim.evaluation.evaluate import EVALUATIONS, evaluate, evaluate_many, online_knn
 from pixmim.evaluation.features import Frozen, freeze
 from pixmim.evaluation.frozen_encoder import in_training, of_model
 from pixmim.evaluation.knn import classify, knn
-from pixmim.evaluation.linear_probe import RATES, choose, fit, graded, standardise
-from pixmim.evaluation.metrics import wilson_interval
+from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardise
 from pixmim.evaluation.results import save
-from pixmim.evaluation.settings import PROTOCOLS, All
+from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.report.results import Measured, circumstances, compare
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
@@ -119,7 +120,7 @@ def test_probe_follows_autograd() -> None:
 
 
 def linear(train: Frozen, test: Frozen, epochs: int) -> dict[str, float]:
-    return dict(graded(choose(train, epochs=epochs), test, test.labels))
+    return dict(evaluate_probe(fit_sweep(train, epochs=epochs), test, test.labels))
 
 
 def test_probe_separates_what_a_line_separates() -> None:
@@ -142,10 +143,10 @@ def test_probe_does_not_look_at_the_test_set_to_choose() -> None:
 
 
 def test_standardising_uses_the_train_sets_statistics() -> None:
-    a, b = torch.randn(50, 3) * 7 + 2, torch.randn(20, 3)
-    x, y = standardise(a, b)
-    torch.testing.assert_close(x.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(y, (b - a.mean(0)) / a.std(0), atol=1e-5, rtol=0)
+    a = torch.randn(50, 3) * 7 + 2
+    x, mean, deviation = standardise(a)
+    torch.testing.assert_close(x, (a - a.mean(0)) / a.std(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close((mean, deviation), (a.mean(0), a.std(0)))
 
 
 def test_interval_is_wilsons() -> None:
@@ -159,7 +160,7 @@ def test_classes_are_matched_by_name() -> None:
     train = frozen(60, apart=30, names=["a", "b", "c"])
     test = frozen(30, classes=2, apart=30, seed=1, names=["b", "c"])  # its class 0 looks like train's class 0, "a"
     assert dict(knn(train, test))["k20/mean/top1"] == 0
-    with pytest.raises(UserError, match="a class 'bb' that the train data lack; did you mean 'b'"):
+    with pytest.raises(UserError, match=r"a class 'bb', which is not one of .*; did you mean 'b'"):
         dict(knn(train, frozen(30, classes=2, names=["bb", "c"])))
 
 
@@ -210,7 +211,7 @@ def test_what_cannot_mean_anything_is_refused_by_every_measure(
         (good, sets("alone", seed=1, b=3), "has a single class, 'b'"),
         (sets("less", a=2, c=2), good, "a class 'b'"),
     ):
-        settings = PROTOCOLS[name].settings(**{"train": train, "test": test, **more})
+        settings = EVALS[name].settings(**{"train": train, "test": test, **more})
         with pytest.raises(UserError, match=words):
             list(evaluate(str(product), [(name, settings)], product, device="cpu"))
     if name in ("knn", "linear"):
@@ -239,7 +240,9 @@ def test_the_first_lines_tell_classes_and_what_is_the_same(sets: Callable[..., s
 
 
 def test_labels_hold_as_many_stars_as_their_keys() -> None:
-    shown = [item for protocol in PROTOCOLS.values() for item in [*protocol.shown.items(), *protocol.each.items()]]
+    shown = [
+        item for protocol in EVALS.values() for item in [*protocol.display_names.items(), *protocol.class_names.items()]
+    ]
     assert [key for key, title in shown if key.count("*") != title.count("*")] == []
 
 
@@ -331,13 +334,15 @@ def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make)
 
 def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call, several results; on drawn data shape is set against texture by itself."""
-    assert [name for name, _ in All("/a", "/b").parts()] == ["knn", "linear", "robustness"]
-    more = All("/a", "/b", stimuli="/c", finetune=True, pairs="/ade", coco="/coco").parts()
+    assert [name for name, _ in EvaluateAllSettings("/a", "/b").parts()] == ["knn", "linear", "robustness"]
+    more = EvaluateAllSettings("/a", "/b", stimuli="/c", finetune=True, pairs="/ade", coco="/coco").parts()
     assert [name for name, _ in more][3:] == ["shape-bias", "finetune", "segmentation", "detection"]
-    assert all(name in PROTOCOLS and isinstance(s, PROTOCOLS[name].settings) for name, s in more)
-    drawn = All(TRAIN, TEST, severities=(1,))
+    assert all(name in EVALS and isinstance(s, EVALS[name].settings) for name, s in more)
+    drawn = EvaluateAllSettings(TRAIN, TEST, severities=(1,))
     probes = []
-    monkeypatch.setattr("pixmim.evaluation.linear_probe.choose", lambda *a, **b: (probes.append(1), choose(*a, **b))[1])
+    monkeypatch.setattr(
+        "pixmim.evaluation.linear_probe.fit_sweep", lambda *a, **b: (probes.append(1), fit_sweep(*a, **b))[1]
+    )
     results = list(evaluate(str(product), drawn.parts(), product, device="cpu"))
     assert len(probes) == 2  # of clean pictures, for linear and robustness; and of those for shape bias
     assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
@@ -366,16 +371,17 @@ def test_all_checks_every_evaluation_before_the_first_one_starts(
 
     monkeypatch.setattr("pixmim.evaluation.context.freeze", never)
     monkeypatch.setattr("pixmim.evaluation.finetune.learn", never)
-    parts = All(TRAIN, TEST, finetune=True, **more).parts()  # type: ignore[arg-type]
+    parts = EvaluateAllSettings(TRAIN, TEST, finetune=True, **more).parts()  # type: ignore[arg-type]
     for evaluations in (parts, sorted(parts, key=lambda part: part[0] != "finetune")):
         with pytest.raises(UserError, match=words):
-            list(side_by_side({str(product): product}, evaluations, untrained=untrained, device="cpu"))
+            list(evaluate_many({str(product): product}, evaluations, untrained=untrained, device="cpu"))
+    complete = EvaluateAllSettings(TRAIN, TEST, finetune=True).parts()
     with pytest.raises(AssertionError, match="something is computed"):
-        list(side_by_side({str(product): product}, All(TRAIN, TEST, finetune=True).parts(), device="cpu"))
+        list(evaluate_many({str(product): product}, complete, device="cpu"))
 
 
-def test_every_evaluation_has_a_check() -> None:
-    assert list(CHECKS) == list(EVALUATIONS) == list(PROTOCOLS)
+def test_every_evaluation_has_functions_and_settings() -> None:
+    assert list(EVALUATIONS) == list(EVALS)
 
 
 def test_a_standing_classifier_is_found_before_other_evaluations(product: Path) -> None:
@@ -383,35 +389,38 @@ def test_a_standing_classifier_is_found_before_other_evaluations(product: Path) 
     (product / "classifier-untrained").mkdir()
     (product / "classifier-untrained/mine.txt").write_text("mine")
     calls: list[str] = []
-    parts = All(TRAIN, TEST, finetune=True).parts()
+    parts = EvaluateAllSettings(TRAIN, TEST, finetune=True).parts()
     with pytest.raises(UserError, match="classifier-untrained is there already"):
-        for result, _ in side_by_side({str(product): product}, parts, untrained=True, device="cpu"):
+        for result, _ in evaluate_many({str(product): product}, parts, untrained=True, device="cpu"):
             calls.append(result.evaluation)
     assert calls == []
 
 
-def test_several_encoders_side_by_side(
+def test_several_encoders_evaluate_many(
     product: Path, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is measured as by itself; what two runs of the same beginning were before training, once."""
     folders = {str(tmp_path / name): tmp_path / name for name in ("a", "b")}
     for folder in folders.values():
         shutil.copytree(product, folder)
-    calls = []
-    monkeypatch.setitem(
-        EVALUATIONS, "knn", lambda bench, _: (calls.append(bench.which), iter([("k1/cls/top1", 1.0)]))[1]
-    )
-    ways = [("knn", PROTOCOLS["knn"].settings(TRAIN, TEST))]
-    found = list(side_by_side(folders, ways, untrained=True, device="cpu"))
+    calls: list[str] = []
+
+    def run(bench: Bench, _: object) -> Values:
+        calls.append(bench.which)
+        yield "k1/cls/top1", 1.0
+
+    monkeypatch.setitem(EVALUATIONS, "knn", EVALUATIONS["knn"]._replace(run=run))
+    ways = [("knn", EVALS["knn"].settings(TRAIN, TEST))]
+    found = list(evaluate_many(folders, ways, untrained=True, device="cpu"))
     assert [(folder.name, Path(r.model).name, r.encoder) for r, folder in found] == [
         ("a", "a", "untrained"), ("a", "a", "trained"), ("b", "b", "untrained"), ("b", "b", "trained")
     ]  # fmt: skip
     assert calls == ["untrained", "trained", "trained"]
     (tmp_path / "b" / "config.json").write_text(to_json(tiny_run(seed=6)))
-    assert len(list(side_by_side(folders, ways, untrained=True, device="cpu"))) == 4
+    assert len(list(evaluate_many(folders, ways, untrained=True, device="cpu"))) == 4
     assert calls[3:] == ["untrained", "trained"] * 2
     with pytest.raises(UserError, match="there is no"):
-        list(side_by_side({**folders, "/no/run": tmp_path}, ways, device="cpu"))
+        list(evaluate_many({**folders, "/no/run": tmp_path}, ways, device="cpu"))
     assert len(calls) == 7  # it was said before anything was measured
 
 
@@ -433,7 +442,7 @@ def test_a_few_unreadable_images_are_left_out_and_too_many_end_it(product: Path,
                 Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(path)
             else:
                 path.write_bytes(b"no picture")
-    settings = PROTOCOLS["knn"].settings(str(tmp_path / "few"), str(tmp_path / "few"))
+    settings = EVALS["knn"].settings(str(tmp_path / "few"), str(tmp_path / "few"))
     (result,) = evaluate(str(product), [("knn", settings)], product, device="cpu")
     assert result.values["k1/mean/top1"] > 0
     assert len((product / "evaluations-skipped.csv").read_text().splitlines()) == 61

@@ -25,6 +25,7 @@ from pixmim.data import open_dataset
 from pixmim.data.loader import Batch
 from pixmim.evaluation import finetune
 from pixmim.evaluation import linear_probe_mae as probe
+from pixmim.evaluation import settings_finetune as settings
 from pixmim.evaluation.classification import grade, open_labelled
 from pixmim.evaluation.context import Bench
 from pixmim.evaluation.evaluate import evaluate
@@ -32,8 +33,7 @@ from pixmim.evaluation.finetune.model import build, inherit, plan
 from pixmim.evaluation.finetune.recipes import TUNINGS, Recipe, choose, resolve
 from pixmim.evaluation.frozen_encoder import of_model
 from pixmim.evaluation.results import Result
-from pixmim.evaluation.settings import Finetune, FinetuneOverrides, Linear
-from pixmim.evaluation.settings import finetune as settings
+from pixmim.evaluation.settings import FinetuneOverrides, FinetuneSettings, LinearSettings
 from pixmim.recipes import get_recipe
 from pixmim.training import trainer
 from pixmim.transforms.crops import finish
@@ -73,8 +73,8 @@ def product(tiny_run: Make, tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-def measured(folder: Path, settings: Finetune | Linear, **options: Any) -> Result:
-    name = "finetune" if isinstance(settings, Finetune) else "linear"
+def measured(folder: Path, settings: FinetuneSettings | LinearSettings, **options: Any) -> Result:
+    name = "finetune" if isinstance(settings, FinetuneSettings) else "linear"
     (result,) = evaluate(str(folder), [(name, settings)], folder, device="cpu", precision="fp32", **options)
     return result
 
@@ -86,7 +86,7 @@ def bench_of(folder: Path) -> Bench:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> None:
     folder = product(method)
-    result = measured(folder, Finetune(TRAIN, TEST, changes=SHORT))
+    result = measured(folder, FinetuneSettings(TRAIN, TEST, changes=SHORT))
     names = [name for name in result.values if not name.startswith("recall/")]
     assert names == ["top1", "top1/low", "top1/high", "balanced", "top5", "loss", "majority"]
     assert result.values["top5"] >= result.values["top1"] >= result.values["top1/low"]
@@ -106,7 +106,7 @@ def test_a_classifier_is_replaced_only_when_told(
     """The same settings train nothing again; others are refused before training, with what differs and what to do."""
     folder, calls, really = product("mae"), list[int](), finetune.Trainer
     monkeypatch.setattr(finetune, "Trainer", lambda *a, **b: (calls.append(1), really(*a, **b))[1])
-    same = Finetune(TRAIN, TEST, changes=SHORT)
+    same = FinetuneSettings(TRAIN, TEST, changes=SHORT)
     weights = folder / "classifier/model.safetensors"
     first, kept = measured(folder, same).values, weights.read_bytes()
     assert measured(folder, same).values == first and calls == [1]
@@ -134,7 +134,7 @@ def test_a_classifier_is_replaced_only_when_told(
 
 
 def test_what_is_no_classifier_of_ours_is_refused_too(product: Callable[[str], Path]) -> None:
-    folder, settings = product("mae"), Finetune(TRAIN, TEST, changes=SHORT)
+    folder, settings = product("mae"), FinetuneSettings(TRAIN, TEST, changes=SHORT)
     classifier = folder / "classifier"
     classifier.mkdir()
     measured(folder, settings)  # an empty folder is free
@@ -151,7 +151,7 @@ def test_what_is_no_classifier_of_ours_is_refused_too(product: Callable[[str], P
         with pytest.raises(UserError, match=f"(?s){words}.*--overwrite"):
             measured(folder, settings)
         assert [(path.name, path.read_bytes()) for path in classifier.iterdir()] == [(name, content)]
-    work = finetune.check(replace(bench_of(folder), overwrite=True), settings).work
+    work = finetune.check_finetune(replace(bench_of(folder), overwrite=True), settings).work
     shutil.rmtree(classifier)
     classifier.mkdir()
     (classifier / "config.json").write_text("{}")
@@ -161,7 +161,7 @@ def test_what_is_no_classifier_of_ours_is_refused_too(product: Callable[[str], P
 
 def test_timm_loads_the_classifier_strictly(product: Callable[[str], Path]) -> None:
     folder = product("mae")
-    measured(folder, Finetune(TRAIN, TEST, changes=SHORT))
+    measured(folder, FinetuneSettings(TRAIN, TEST, changes=SHORT))
     model: Any = timm.create_model(f"local-dir:{folder}/classifier", pretrained=True)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model.eval()(x), load_encoder(folder / "classifier")(x))
@@ -183,18 +183,18 @@ def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_p
     sets = str(tmp_path / "train"), str(tmp_path / "test")
     folder = product("mae")
     changes = FinetuneOverrides(epochs=15, batch_size=12, base_lr=0.04, augment="none")
-    tuned = measured(folder, Finetune(*sets, changes=changes)).values
+    tuned = measured(folder, FinetuneSettings(*sets, changes=changes)).values
     assert tuned["top1/low"] > 60 and "top5" not in tuned
-    probe = Linear(*sets, protocol="mae", epochs=25, batch_size=12, base_lr=20.0, feature="mean")
+    probe = LinearSettings(*sets, protocol="mae", epochs=25, batch_size=12, base_lr=20.0, feature="mean")
     assert measured(folder, probe).values["mae/top1/low"] > 100 / 3
 
 
 @pytest.mark.parametrize(
     ("settings", "after"),
     [
-        (Finetune(TRAIN, TEST, accumulate=2, changes=replace(SHORT, epochs=3, average=0.9, drop_path=0.3)), 4),
-        (Finetune(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, epochs=3)), 4),
-        (Linear(TRAIN, TEST, protocol="mae", epochs=3, batch_size=20), 4),
+        (FinetuneSettings(TRAIN, TEST, accumulate=2, changes=replace(SHORT, epochs=3, average=0.9, drop_path=0.3)), 4),
+        (FinetuneSettings(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, epochs=3)), 4),
+        (LinearSettings(TRAIN, TEST, protocol="mae", epochs=3, batch_size=20), 4),
     ],
 )
 def test_interrupted_and_gone_on_is_bitwise_the_same(
@@ -220,7 +220,7 @@ def test_interrupted_and_gone_on_is_bitwise_the_same(
 def test_the_loss_by_hand(product: Callable[[str], Path]) -> None:
     """Without mixing, the loss is cross-entropy with smoothed labels; with it, it is pure in (seed, number)."""
     bench = bench_of(product("mae"))
-    settings = Finetune(TRAIN, TEST, accumulate=1)
+    settings = FinetuneSettings(TRAIN, TEST, accumulate=1)
     data = open_labelled(bench, TRAIN, TEST)
     plain = replace(TUNINGS["mae-vit-base"], mixup=0, cutmix=0, erase=0, batch_size=8, drop_path=0)
     model = build(plan(bench.encoder.run, bench.encoder.module, 10, "mean", ""), 0.0, 0.02, seed=0)
@@ -307,7 +307,9 @@ def test_what_the_class_token_needs(product: Callable[[str], Path]) -> None:
 def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], Path]) -> None:
     folder = product("mae")
     found = [
-        measured(folder, Finetune(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, crop=crop)), overwrite=True)
+        measured(
+            folder, FinetuneSettings(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, crop=crop)), overwrite=True
+        )
         for crop in ("rrc", "src")
     ]
     assert found[0].values != found[1].values
@@ -384,14 +386,14 @@ def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -
     folder = product("mae")
 
     def run(train: Path, test: Path, **changes: Any) -> None:
-        measured(folder, Finetune(str(train), str(test), **changes))
+        measured(folder, FinetuneSettings(str(train), str(test), **changes))
 
     less, more = Path(shutil.copytree(pictures, folder / "less")), Path(shutil.copytree(pictures, folder / "more"))
     shutil.rmtree(less / "dogs")
     shutil.copytree(more / "dogs", more / "cows")
     with pytest.raises(UserError, match="lack the class 'cats' of the train data"):
         run(more, shutil.copytree(more, folder / "some", ignore=shutil.ignore_patterns("cats")))
-    with pytest.raises(UserError, match="a class 'cows' that the train data lack"):
+    with pytest.raises(UserError, match="a class 'cows', which is not one of"):
         run(pictures, more)
     with pytest.raises(UserError, match="a single class, 'cats'"):
         run(less, less)
@@ -401,9 +403,11 @@ def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -
         run(pictures, pictures, accumulate=3)
     with pytest.raises(UserError, match="does not divide into"):
         run(pictures, pictures, size="36")
-    measured(folder, Linear(str(pictures), str(pictures), protocol="mae", epochs=1))  # a batch is cut to 10 images
+    measured(
+        folder, LinearSettings(str(pictures), str(pictures), protocol="mae", epochs=1)
+    )  # a batch is cut to 10 images
     with pytest.raises(UserError, match="--batch-size must be a whole number from 2"):
-        measured(folder, Linear(str(pictures), str(pictures), protocol="mae", batch_size=1))
+        measured(folder, LinearSettings(str(pictures), str(pictures), protocol="mae", batch_size=1))
 
 
 def test_the_probe_sees_the_final_norm_of_the_frozen_encoder(product: Callable[[str], Path]) -> None:

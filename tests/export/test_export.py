@@ -24,8 +24,8 @@ from pixmim.config_io import load_config, to_json
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import of_model
 from pixmim.evaluation.results import save
-from pixmim.evaluation.settings import Knn
-from pixmim.export import FORMATS, hand_over
+from pixmim.evaluation.settings import KnnSettings
+from pixmim.export import FORMATS, export_model
 from pixmim.masking import Mask
 from pixmim.models import features
 from pixmim.models.base import MaskedModel
@@ -89,7 +89,7 @@ def _check_timm(name: str) -> None:
 def test_timm_reads_its_own_layout(name: str, made: Made, tmp_path: Path) -> None:
     _check_timm(name)
     folder, module = made(name)
-    hand_over(folder, "timm", tmp_path / "out")
+    export_model(folder, "timm", tmp_path / "out")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = pictures_for(name)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_every_export_comes_back_as_it_was(name: str, to: str, tiny_run: Make, t
     run = tiny_run(model=model, size=size, mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.5))
     module = build_model(run).eval()
     adopt(Weights(run, dict(module.state_dict()), "a test"), tmp_path / "run")
-    hand_over(str(tmp_path / "run"), to, tmp_path / "out")
+    export_model(str(tmp_path / "run"), to, tmp_path / "out")
     if to == "timm":
         save_file(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "model.safetensors")
     weights = open_model(str(tmp_path / "out"))
@@ -145,7 +145,9 @@ def test_every_export_comes_back_as_it_was(name: str, to: str, tiny_run: Make, t
         back = load_encoder(tmp_path / "out").forward_features(images)  # type: ignore[operator]
     torch.testing.assert_close(back, ours, atol=1e-6, rtol=0)
     if name == "mae-oblong" and to in ("timm", "hf"):
-        (result,) = evaluate(str(tmp_path / "out"), [("knn", Knn(DRAWN, DRAWN))], tmp_path / "out", device="cpu")
+        (result,) = evaluate(
+            str(tmp_path / "out"), [("knn", KnnSettings(DRAWN, DRAWN))], tmp_path / "out", device="cpu"
+        )
         save(result, tmp_path / "out")
         assert "k-NN" in write_report([tmp_path / "out"], tmp_path / "page.html").read_text()
 
@@ -153,7 +155,7 @@ def test_every_export_comes_back_as_it_was(name: str, to: str, tiny_run: Make, t
 @pytest.mark.parametrize("name", ["mae", "mae-oblong", "simmim-vit", "simmim-beit", "simmim-swin"])
 def test_transformers_reads_its_own_layout(name: str, made: Made, tmp_path: Path) -> None:
     folder, module = made(name)
-    lines = hand_over(folder, "hf", tmp_path / "out")
+    lines = export_model(folder, "hf", tmp_path / "out")
     kind = lines[1].split("transformers.")[1].split(".")[0]
     body = kind in ("BeitModel", "ViTModel")
     bare = {"add_pooling_layer": False} if body else {}
@@ -180,7 +182,7 @@ def test_transformers_reads_its_own_layout(name: str, made: Made, tmp_path: Path
 def test_onnx_says_what_torch_says_for_any_batch(name: str, made: Made, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     folder, module = made(name)
-    hand_over(folder, "onnx", tmp_path / "out")
+    export_model(folder, "onnx", tmp_path / "out")
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
     images = pictures_for(name, 5)
     vector, mean, grid = session.run(["vector", "mean", "map"], {"images": images.numpy()})
@@ -194,7 +196,7 @@ def test_onnx_says_what_torch_says_for_any_batch(name: str, made: Made, tmp_path
 @pytest.mark.parametrize(("name", "to"), [("mae", "mmpretrain"), ("mae", "detectron2"), ("simmim-swin", "detectron2")])
 def test_what_others_read_pixmim_reads_back(name: str, to: str, made: Made, tmp_path: Path) -> None:
     folder, module = made(name)
-    hand_over(folder, to, tmp_path / "out")
+    export_model(folder, to, tmp_path / "out")
     file = tmp_path / "out" / "model.pth"
     known = {"img_size": 32} if name == "simmim-swin" else {"num_heads": 2, "decoder_heads": 2}
     back: nn.Module = load_model(file, **known) if to == "mmpretrain" else load_encoder(file, **known)
@@ -213,24 +215,24 @@ def test_what_the_other_side_does_not_have_is_refused_with_the_reason(
     convmae, _ = made("convmae")
     for to, message in (("timm", "timm has no ConvMAE"), ("hf", "no ConvMAE"), ("mmpretrain", "plain ViTs")):
         with pytest.raises(UserError, match=message):
-            hand_over(convmae, to, tmp_path / "out")
+            export_model(convmae, to, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
     mae, _ = made("mae")
     (tmp_path / "full").mkdir()
     with pytest.raises(UserError, match="is there already"):
-        hand_over(mae, "timm", tmp_path / "full")
+        export_model(mae, "timm", tmp_path / "full")
     run = tiny_run(model=replace(MODELS["simmim-vit"][0], head="mlp"))
     adopt(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "mlp")
     with pytest.raises(UserError, match="one convolution, and this one is an MLP"):
-        hand_over(str(tmp_path / "mlp"), "hf", tmp_path / "out")
+        export_model(str(tmp_path / "mlp"), "hf", tmp_path / "out")
     with pytest.raises(UserError, match="there is no /no/such"):
-        hand_over("/no/such", "timm", tmp_path / "out")
+        export_model("/no/such", "timm", tmp_path / "out")
 
 
 def test_a_run_without_its_checkpoints_still_hands_over_its_encoder(made: Made, tmp_path: Path) -> None:
     folder, _ = made("mae")
     (Path(folder) / "model.safetensors").unlink()
-    lines = hand_over(folder, "hf", tmp_path / "out")
+    lines = export_model(folder, "hf", tmp_path / "out")
     assert "ViTModel" in lines[1]
     assert open_model(folder).run == PretrainConfig(**vars(open_model(folder).run))
     assert (Path(folder) / "config.json").read_text() == to_json(open_model(folder).run)
@@ -245,7 +247,7 @@ def test_no_export_names_anything_of_this_machine(to: str, made: Made, tmp_path:
     config = Path(folder) / "config.json"
     run = replace(load_config(config)[0], data=f"{tmp_path}/pictures", out=folder, init=f"{tmp_path}/weights.pth")
     config.write_text(to_json(replace(run, knn=Watched(f"{tmp_path}/train", f"{tmp_path}/test", 1.0))))
-    hand_over(folder, to, tmp_path / "out")
+    export_model(folder, to, tmp_path / "out")
     adopt(open_model(folder, whole=True), tmp_path / "imported")
     words = [str(tmp_path), tmp_path.name, str(Path.home()), str(Path(__file__).parents[2]), "site-packages", ".py"]
     files = [path for root in ("out", "imported") for path in (tmp_path / root).rglob("*") if path.is_file()]
@@ -264,7 +266,7 @@ def test_a_full_disk_leaves_nothing(to: str, made: Made, tmp_path: Path, monkeyp
     weights, real, done = open_model(folder, whole=True), os.fsync, 0
 
     def write() -> object:
-        return adopt(weights, tmp_path / "out") if to == "import" else hand_over(folder, to, tmp_path / "out")
+        return adopt(weights, tmp_path / "out") if to == "import" else export_model(folder, to, tmp_path / "out")
 
     def full(descriptor: int) -> None:
         nonlocal left
@@ -307,13 +309,13 @@ def test_a_link_in_the_place_of_a_temporary_folder_is_not_followed(made: Made, t
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")
     (tmp_path / "out.tmp").symlink_to(tmp_path / "precious")
-    hand_over(folder, "timm", tmp_path / "out")
+    export_model(folder, "timm", tmp_path / "out")
     adopt(open_model(folder, whole=True), tmp_path / "imported")
     assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
     for name in ("dangling", "filled"):
         (tmp_path / name).symlink_to(tmp_path / ("nowhere" if name == "dangling" else "precious"))
         with pytest.raises(UserError, match="is there already"):
-            hand_over(folder, "timm", tmp_path / name)
+            export_model(folder, "timm", tmp_path / name)
         with pytest.raises(UserError, match="is there already"):
             adopt(open_model(folder, whole=True), tmp_path / name)
     assert not (tmp_path / "nowhere").exists()
@@ -350,8 +352,8 @@ def test_a_folder_is_pushed_and_a_failure_leaves_it_written(
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     folder, _ = made("mae")
-    assert hand_over(folder, "timm", tmp_path / "one", push="me/one")[-1] == "pushed to hub://me/one"
+    assert export_model(folder, "timm", tmp_path / "one", push="me/one")[-1] == "pushed to hub://me/one"
     assert calls == [("me/one", tmp_path / "one")]
     with pytest.raises(UserError, match="is written, but could not be pushed to me/forbidden: 403"):
-        hand_over(folder, "timm", tmp_path / "two", push="me/forbidden")
+        export_model(folder, "timm", tmp_path / "two", push="me/forbidden")
     assert (tmp_path / "two" / "config.json").exists()

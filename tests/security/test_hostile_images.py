@@ -29,7 +29,7 @@ from pixmim.data.dataset import BadImage, Form
 from pixmim.data.decode import ifd, jpeg, limits, timing
 from pixmim.data.decode.image import FORMATS, decode, open_image, read
 from pixmim.data.throughput import drop_from_page_cache
-from pixmim.evaluation.boxes import read_objects
+from pixmim.evaluation.annotations import read_objects
 from pixmim.evaluation.segmentation.dataset import open_pairs
 from pixmim.utils.errors import UserError
 
@@ -135,7 +135,7 @@ def test_masks_and_names_of_classes_are_regular_files(make: Callable[[Path], Non
     assert pairs.array(1).shape == (20, 30, 4)
     with pytest.raises(BadImage, match="mask"):
         pairs.array(0)
-    with pytest.raises(UserError, match=r"a\.png cannot be read: not a regular file|tells of no object|b\.png"):
+    with pytest.raises(UserError, match=r"a\.png cannot be read: not a regular file|no object inside|b\.png"):
         read_objects(str(tmp_path / "masks"))
     os.makedirs(tmp_path / "names")
     make(tmp_path / "names" / "x")
@@ -163,7 +163,7 @@ def test_annotations_without_bombs(tmp_path: Path) -> None:
         read_objects(str(tmp_path / "a.csv"))
     for text in ('{"images": [[]], "annotations": []}', '{"images": [], "annotations": ["a"]}', "[" * 10**5):
         (tmp_path / "a.json").write_text(text)
-        with pytest.raises(UserError, match=r"a\.json is n"):
+        with pytest.raises(UserError, match=r"a\.json"):
             read_objects(str(tmp_path / "a.json"))
 
 

@@ -20,11 +20,8 @@ from helpers.tiny import TINY
 from pixmim import cli
 from pixmim.config import Model, Optim, PretrainConfig
 from pixmim.config_io import to_json
-from pixmim.evaluation.detection.coco_metrics import Found
-from pixmim.evaluation.detection.dataset import Objects
-from pixmim.evaluation.detection.visualize import draw as draw_found
-from pixmim.evaluation.segmentation.visualize import sheet
 from pixmim.evaluation.shape_bias import draw as draw_bias
+from pixmim.evaluation.visualize import draw_detections, draw_segmentations
 from pixmim.report.figures import curve
 from pixmim.report.results import Measured, table
 from pixmim.utils.console import printable, say
@@ -287,11 +284,10 @@ def test_figures_draw_every_name() -> None:
         assert draw_bias({name: 0.5 for name in NAMES}, 0.5).width > 100
     picture = np.zeros((16, 16, 3), np.uint8)
     masks = np.arange(256, dtype=np.uint8).reshape(16, 16) % len(NAMES)
-    assert sheet([(picture, masks, masks)], NAMES).width < 6000
+    assert draw_segmentations([(picture, masks, masks)], NAMES).width < 6000
     boxes = np.tile(np.asarray([[1, 1, 9, 9]], np.float32), (len(NAMES), 1))
-    found = Found(boxes, np.arange(len(NAMES)), np.full(len(NAMES), 0.9, np.float32), [])
-    truth = Objects(boxes[:0], np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0), [])
-    assert draw_found(np.zeros((16, 16, 3), np.uint8), truth, found, NAMES).width == 320
+    labels, scores = np.arange(len(NAMES)), np.full(len(NAMES), 0.9, np.float32)
+    assert draw_detections(picture, boxes[:0], boxes, labels, scores, [], NAMES).width == 320
 
 
 def test_a_table_on_a_terminal_has_no_colours_of_a_name() -> None:

@@ -37,7 +37,7 @@ from pixmim.data.build_resized_cache import make_cache
 from pixmim.evaluation import embed as embedding
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.results import save
-from pixmim.evaluation.settings import Knn
+from pixmim.evaluation.settings import KnnSettings
 from pixmim.pretraining import pretrain
 from pixmim.training import trainer
 from pixmim.weights.detect import Weights
@@ -210,7 +210,9 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         run = tiny_run(data=shapes, steps=4, batch_size=4, threads=1, saving=Saving(every=2))
         pretrain(run, root / "finished", console=quiet, report=False)
-        (result,) = evaluate(str(root / "finished"), [("knn", Knn(shapes, shapes))], root / "finished", device="cpu")
+        (result,) = evaluate(
+            str(root / "finished"), [("knn", KnnSettings(shapes, shapes))], root / "finished", device="cpu"
+        )
         save(result, root / "finished")
         shutil.copytree(
             root / "finished" / "checkpoints" / "step-000000002", root / "broken/checkpoints/step-000000002"

@@ -22,7 +22,7 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.data.bad_images import Skipped, gather_accounts, read_skipped
 from pixmim.evaluation.frozen_encoder import of_model
-from pixmim.evaluation.robustness import _Notes
+from pixmim.evaluation.robustness.count import CountsFile
 from pixmim.report import write_report
 from pixmim.report.results import read_results
 from pixmim.training.metric_logger import RunLog, read_metrics
@@ -294,11 +294,11 @@ def test_accounts_of_several_processes_lose_nothing(tmp_path: Path) -> None:
 def test_malformed_counts_are_measured_again(text: str, tmp_path: Path) -> None:
     (tmp_path / "counts.json").write_text(text)
     console = Console(file=io.StringIO(), width=500)
-    notes = _Notes(tmp_path, console)
-    assert notes.counts("key", 2, 10) is None
+    file = CountsFile(tmp_path, console)
+    assert file.load("key", 2, 10) == [0, 0]
     assert console.file.getvalue().count("counts.json") == 1  # type: ignore[attr-defined]
-    notes.keep("key", [1, 10])
-    assert _Notes(tmp_path, console).counts("key", 2, 10) == [1, 10]
+    file.save("key", [1, 10])
+    assert CountsFile(tmp_path, console).load("key", 2, 10) == [1, 10]
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from pixmim.cli.pretrain import read_flags
 from pixmim.cli.sbatch import Job
 from pixmim.config import PretrainConfig
 from pixmim.config_io import from_json
-from pixmim.evaluation.settings import PROTOCOLS, All
+from pixmim.evaluation.evals import EVALS
+from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import Rule, hints_of
 
-SETTINGS = {"pretrain": PretrainConfig, "slurm": Job, "all": All} | {
-    name: one.settings for name, one in PROTOCOLS.items()
+SETTINGS = {"pretrain": PretrainConfig, "slurm": Job, "all": EvaluateAllSettings} | {
+    name: one.settings for name, one in EVALS.items()
 }
 
 NUMBERS = [math.nan, math.inf, -math.inf, -1e30, 1e30, -(10**40), 10**40]

@@ -44,12 +44,12 @@ def coverage(args: list[str]) -> int:
             overwrite: Replace those that are there.
         """
         from pixmim.config import PretrainConfig
-        from pixmim.evaluation.object_coverage import measure
+        from pixmim.evaluation.object_coverage import measure_coverage
 
         for end in ("json", "csv", "png"):
             check_output(out / f"coverage.{end}", overwrite)
         console = Console()
-        report = measure(
+        report = measure_coverage(
             data, PretrainConfig(size=size).hw, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console
         )
         console.print(report.table())

@@ -10,7 +10,8 @@ from rich.console import Console
 from tyro.conf import Positional, Suppress, arg
 
 from pixmim.cli.flags import Said, SaidButSize, absolute, checked
-from pixmim.evaluation.settings import PROTOCOLS, All
+from pixmim.evaluation.evals import EVALS
+from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError, nearest
 from pixmim.utils.files import check_output, check_writable
@@ -22,10 +23,10 @@ def evaluate(args: list[str]) -> int:
     if not args or args[0] in ("list", "-h", "--help"):
         print(_overview())
         return 0
-    name, known = args[0], [*PROTOCOLS, "all", "list"]
+    name, known = args[0], [*EVALS, "all", "list"]
     if name not in known:
         raise UserError(f"there is no evaluation '{name}'{nearest(name, known)}\n\n{_overview()}")
-    settings_type = All if name == "all" else PROTOCOLS[name].settings
+    settings_type = EvaluateAllSettings if name == "all" else EVALS[name].settings
     overwrite_type = bool if name in ("finetune", "all") else Suppress[bool]
     said_type = SaidButSize if any(f.name == "size" for f in fields(settings_type)) else Said
 
@@ -57,36 +58,36 @@ def evaluate(args: list[str]) -> int:
         how = {"untrained": untrained, "overwrite": overwrite, "device": device, "precision": precision}
         return models, settings, out, {**how, "known": said.known}  # type: ignore[attr-defined]
 
-    about = str(settings_type.__doc__) + (f" Needs {PROTOCOLS[name].needs}." if name in PROTOCOLS else "")
+    about = str(settings_type.__doc__) + (f" Needs {EVALS[name].needs}." if name in EVALS else "")
     models, settings, out, how = tyro.cli(
         checked(command), prog=f"pixmim evaluate {name}", description=about, args=args[1:]
     )
     if not models:
         raise UserError(f"which encoder? pixmim evaluate {name} MODEL [MODEL ...]")
     from pixmim.api import with_full_paths
-    from pixmim.evaluation.evaluate import side_by_side
+    from pixmim.evaluation.evaluate import evaluate_many
     from pixmim.evaluation.results import save
     from pixmim.report import MARK
 
     console, settings = Console(), with_full_paths(settings)
-    evaluations = settings.parts() if isinstance(settings, All) else [(name, settings)]
+    evaluations = settings.parts() if isinstance(settings, EvaluateAllSettings) else [(name, settings)]
     homes = {model: _home(model, out, several=len(set(models)) > 1) for model in models}
     page = _page(list(homes.values()), out / "report.html" if out else None)
     check_output(page, mark=MARK)
     for home in homes.values():
         check_writable(home / "evaluations" / "results.json")
-    for result, home in side_by_side(homes, evaluations, console=console, **how):
+    for result, home in evaluate_many(homes, evaluations, console=console, **how):
         save(result, home)
     _show(list(homes.values()), page, console)
     return 0
 
 
 def _overview() -> str:
-    width = max(map(len, PROTOCOLS))
-    about = {name: str(p.settings.__doc__).splitlines()[0] for name, p in PROTOCOLS.items()}
-    about["all"] = str(All.__doc__)
+    width = max(map(len, EVALS))
+    about = {name: str(p.settings.__doc__).splitlines()[0] for name, p in EVALS.items()}
+    about["all"] = str(EvaluateAllSettings.__doc__)
     what = "\n".join(f"  {name:<{width}}  {line}" for name, line in about.items())
-    needs = "\n".join(f"  {name:<{width}}  {p.needs}" for name, p in PROTOCOLS.items())
+    needs = "\n".join(f"  {name:<{width}}  {p.needs}" for name, p in EVALS.items())
     return (
         f"usage: pixmim evaluate NAME MODEL [MODEL ...] [--untrained] ...\n\n{what}\n\nWhat each needs:\n\n{needs}\n\n"
         "MODEL is a run, an imported folder, a file of weights, or timm:NAME; of several, one table is made.\n"

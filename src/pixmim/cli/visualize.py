@@ -85,15 +85,15 @@ def attention(args: list[str]) -> int:
         """
         from pixmim.build import image_form
         from pixmim.data.image_folder import named
+        from pixmim.evaluation.visualize import labeled_grid
         from pixmim.report.attention import attention_sheet
-        from pixmim.report.figures import titled_sheet
         from pixmim.report.reconstruct import with_bands
 
         _some(images)
         kind = _kind(out, overwrite)
         weights = with_bands(_opened(model, said), bands)
         columns, names, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
-        _save(titled_sheet(columns, names), out, kind)
+        _save(labeled_grid(columns, names), out, kind)
         for line in bad:
             say(Console(stderr=True), f"left out: {line}")
         say(Console(), f"written to {out}")

@@ -58,9 +58,9 @@ def export(args: list[str]) -> int:
             push: Name of a repository on the Hugging Face hub, to put the folder there as well (timm, hf, onnx).
             said: What the file does not say.
         """
-        from pixmim.export import hand_over
+        from pixmim.export import export_model
 
-        for line in hand_over(model, to, out, push, said.known):
+        for line in export_model(model, to, out, push, said.known):
             say(Console(), line)
         return 0
 

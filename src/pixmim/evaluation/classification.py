@@ -1,6 +1,7 @@
-"""Labelled data for classification: what is checked before anything is measured, and how good the answers are."""
+"""Classification: check labeled data before a measurement, and compute accuracy and recalls after it."""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,12 @@ from pixmim.data.dataset import BadImage, Encoded, Placed, Source
 from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import Shapes
 from pixmim.evaluation.context import Bench, Values
-from pixmim.evaluation.features import check_finite, numbers_among
+from pixmim.evaluation.features import Frozen, check_finite
 from pixmim.evaluation.frozen_encoder import Encoder
-from pixmim.evaluation.metrics import recalls, wilson_interval
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.console import label, say
-from pixmim.utils.errors import UserError
+from pixmim.utils.errors import UserError, nearest
 from pixmim.utils.progress import progress
 
 _LISTED = 12  # classes named in a line
@@ -35,7 +35,12 @@ _COMPARED_BYTES = 2**28  # of images of the same length that are compared
 
 @dataclass(frozen=True)
 class Labelled:
-    """Train and test data of the same classes. labels: of each train image; wanted: of each test image (n)."""
+    """Train and test data of the same classes.
+
+    Attributes:
+        labels: Class of each train image (n).
+        wanted: Class of each test image (m), as an index into the classes of the train data.
+    """
 
     train: Source
     test: Source
@@ -45,9 +50,16 @@ class Labelled:
 
 
 def open_labelled(bench: Bench, train: str, test: str, *, all_classes: bool = False) -> Labelled:
-    """Open both, and print their classes, once for all evaluations of a bench. Raises UserError: see `check_labelled`.
+    """Open train and test data and print their classes, once for all evaluations of a context.
 
-    all_classes  refuse test data that lack a class of the train data
+    Args:
+        bench: The context.
+        train: Labeled data to learn from.
+        test: Labeled data to measure on.
+        all_classes: Refuse test data that lack a class of the train data.
+
+    Raises:
+        UserError: See `check_labelled`.
     """
 
     def make() -> Labelled:
@@ -61,20 +73,19 @@ def open_labelled(bench: Bench, train: str, test: str, *, all_classes: bool = Fa
 
 
 def check_labelled(train: Source, test: Source, console: Console | None = None) -> Labelled:
-    """Match the classes of train and test data by name, and print the share of each.
+    """Match the classes of train and test data by name, print their shares, and warn of images that are in both.
 
-    Prints a warning if test images are train images as well. Raises UserError for data without labels or with fewer
-    than two classes, and for a test class that train lacks.
+    Raises:
+        UserError: If there are no labels or fewer than two classes, or the train data lack a test class.
     """
     out = console or Console(quiet=True)
     lines = [check_classes(data) for data in (train, test)]
-    number = numbers_among(test.classes, train.classes)
     labels, wanted = (torch.from_numpy(cast(np.ndarray, data.labels)) for data in (train, test))
+    wanted = class_indices(test.classes, train.classes, "the test data")[wanted]
     for what, line in zip(("train", "test"), lines, strict=True):
         say(out, f"{what} data: {line}")
     if not out.quiet:
         warn_shared(train, test, out)
-    wanted = number[wanted]
     without = sorted(set(wanted.tolist()) - set(labels.tolist()))
     if without:
         some = a_few([label(train.classes[place]) for place in without])
@@ -83,7 +94,11 @@ def check_labelled(train: Source, test: Source, console: Console | None = None) 
 
 
 def check_classes(data: Source) -> str:
-    """Return a line about the classes of labelled data. Raises UserError if there are fewer than two with images."""
+    """Return a line about the classes of labeled data.
+
+    Raises:
+        UserError: If an image has no label, or fewer than two classes have images.
+    """
     if data.labels is None:
         raise UserError(data.no_labels)
     without = np.flatnonzero(data.labels < 0)
@@ -95,6 +110,34 @@ def check_classes(data: Source) -> str:
     counts = np.bincount(data.labels, minlength=len(data.classes))
     check_several(data.spec, [name for name, count in zip(data.classes, counts, strict=True) if count])
     return f"{len(data):,} images of {shares(data.classes, counts.tolist())}"
+
+
+def class_indices(classes: Sequence[str], known: Sequence[str], spec: str) -> Int[Tensor, " k"]:
+    """Return the index of each class among the known ones. Raises UserError for classes that are not known."""
+    index = {name: i for i, name in enumerate(known)}
+    unknown = [name for name in classes if name not in index]
+    if unknown:
+        more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+        raise UserError(
+            f"{spec} has a class '{unknown[0]}'{more}, which is not one of the {len(known)} known classes"
+            f"{nearest(unknown[0], known)}"
+        )
+    return torch.tensor([index[name] for name in classes])
+
+
+def labels_among(data: Source, known: Sequence[str]) -> Int[Tensor, " n"]:
+    """Return the label of each image as an index into the known classes.
+
+    Raises:
+        UserError: If a class is not known, or `check_classes` refuses the data.
+    """
+    check_classes(data)
+    return class_indices(data.classes, known, data.spec)[torch.from_numpy(cast(np.ndarray, data.labels))]
+
+
+def same_classes(train: Frozen, test: Frozen) -> Int[Tensor, " n"]:
+    """Return the test labels as indices into the classes of the train set. Raises UserError as `class_indices`."""
+    return class_indices(test.classes, train.classes, "the test data")[test.labels]
 
 
 def check_several(spec: str, names: Sequence[str]) -> None:
@@ -110,7 +153,7 @@ def a_few(names: Sequence[str]) -> str:
 
 
 def shares(names: Sequence[str], counts: Sequence[int]) -> str:
-    """Return "3 classes: a 50.0 %, b 30.0 %, c 20.0 %", the largest first; of very many, some."""
+    """Return "3 classes: a 50.0 %, b 30.0 %, c 20.0 %", the largest first; at most twelve are named."""
     total, order = max(1, sum(counts)), sorted(range(len(names)), key=lambda i: -counts[i])
     listed = [f"{label(names[i])} {100 * counts[i] / total:.1f} %" for i in islice(order, _LISTED)]
     if len(names) > _LISTED:
@@ -133,7 +176,8 @@ def warn_shared(train: Source, test: Source, console: Console) -> None:
 def shared(train: Source, test: Source) -> set[int]:
     """Return the indices of test images that are train images as well.
 
-    These have the same place (links are followed), or the same bytes, as far as images of the same length are few.
+    These have the same path (links are followed) or the same bytes. Bytes are compared if few images have the same
+    length.
     """
     if isinstance(train, Shapes) and isinstance(test, Shapes):
         same = (train.seed, train.size, train.texture) == (test.seed, test.size, test.texture)
@@ -143,18 +187,18 @@ def shared(train: Source, test: Source) -> set[int]:
     found = {index for index, place in enumerate(_places(test, each)) if place in known}
     if not each or not isinstance(train, Encoded) or not isinstance(test, Encoded):
         return found
-    ours, theirs = _lengths(train), _lengths(test)
-    common = (set(ours) & set(theirs)) - {0}
-    left = [i for i, length in enumerate(theirs) if length in common and i not in found]
-    before = [i for i, length in enumerate(ours) if length in {theirs[k] for k in left}]
-    if sum(ours[i] for i in before) + sum(theirs[i] for i in left) > _COMPARED_BYTES:
+    train_sizes, test_sizes = _lengths(train), _lengths(test)
+    common = (set(train_sizes) & set(test_sizes)) - {0}
+    test_left = [i for i, length in enumerate(test_sizes) if length in common and i not in found]
+    train_left = [i for i, length in enumerate(train_sizes) if length in {test_sizes[k] for k in test_left}]
+    if sum(train_sizes[i] for i in train_left) + sum(test_sizes[i] for i in test_left) > _COMPARED_BYTES:
         return found
-    digests = {_digest(train, i) for i in before} - {None}
-    return found | {i for i in left if _digest(test, i) in digests}
+    digests = {_digest(train, i) for i in train_left} - {None}
+    return found | {i for i in test_left if _digest(test, i) in digests}
 
 
 def _places(data: Source, each: bool) -> Iterator[object]:
-    """The place of each image: the real path of its file, or of its folder alone; of a shard, with the position."""
+    """Yield where each image is: the real path of its file, or only of its folder; in a shard, with the offset."""
     real = lru_cache(4096)(os.path.realpath)
     for index in range(len(data)):
         if not isinstance(data, Placed):
@@ -166,7 +210,7 @@ def _places(data: Source, each: bool) -> Iterator[object]:
 
 
 def _lengths(data: Source) -> list[int]:
-    """The bytes of each image's file; 0 where that is not known, or it is not on this machine."""
+    """Return the bytes of each image's file; 0 if that is unknown, or the file is on another machine."""
     if not isinstance(data, Placed):
         return []
     found = []
@@ -185,22 +229,34 @@ def _digest(data: Encoded, index: int) -> bytes | None:
         return None
 
 
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the share `correct` / `total` by Wilson's score, both ends in [0, 1]."""
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    center = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return (center - spread) / (1 + z * z / total), (center + spread) / (1 + z * z / total)
+
+
 def tally(answers: Int[Tensor, " n"], wanted: Int[Tensor, " n"], classes: int) -> Int[Tensor, "2 k"]:
-    """Count, for each class, the images that are answered rightly, and all of its images."""
+    """Count, for each class, the images that are predicted right, and all of its images."""
     right = torch.bincount(wanted[answers == wanted], minlength=classes)
     return torch.stack([right, torch.bincount(wanted, minlength=classes)])
 
 
 def rated(counts: Int[Tensor, "2 k"], names: Sequence[str], prefix: str = "") -> Values:
-    """Yield how good answers are, in per cent, from what `tally` counted.
+    """Yield metrics in per cent from the counts of `tally`, with `prefix` before their names.
 
-    "top1" and the ends of its 95 % interval; "recall/NAME" of each class that has images, and "balanced", their mean.
-    `prefix` comes before all of these names. Raises UserError if the images are of fewer than two classes.
+    "top1" and the ends of its 95 % interval; "recall/NAME" of each class that has images; "balanced", the mean recall.
+
+    Raises:
+        UserError: If the images are of fewer than two classes.
     """
     right, total = counts
     check_several("what could be read of the test data", [n for n, c in zip(names, total, strict=True) if c])
     low, high = wilson_interval(int(right.sum()), int(total.sum()))
-    recall = recalls(right, total)
+    recall = torch.where(total > 0, right.double() / total.double(), math.nan)
     yield f"{prefix}top1", 100 * float(right.sum()) / float(total.sum())
     yield f"{prefix}top1/low", 100 * low
     yield f"{prefix}top1/high", 100 * high
@@ -211,20 +267,27 @@ def rated(counts: Int[Tensor, "2 k"], names: Sequence[str], prefix: str = "") ->
 
 
 def majority(counts: Int[Tensor, "2 k"]) -> float:
-    """The share of the largest class in per cent: what a constant answer reaches at best."""
+    """Return the share of the largest class in per cent: the best that a constant prediction reaches."""
     return 100 * float(counts[1].max()) / float(counts[1].sum())
 
 
 def grade(
     bench: Bench, data: Labelled, encoder: Encoder, size: tuple[int, int], classify: Callable[[Tensor], Tensor]
 ) -> Values:
-    """How good the answers to the test data are, resized to 256/224 of the size, and their centre cut out.
+    """Evaluate a classifier on the test data, resized to 256/224 of `size` and cropped at the center.
 
-    encoder   how images are fed: normalisation, device, precision
-    classify  from normalised images to a score for each class
+    Args:
+        bench: The context.
+        data: Train and test data.
+        encoder: Normalization, device and precision.
+        size: (h, w) of the crop.
+        classify: From normalized images to a score for each class.
 
-    Yields what `rated` does, "top5" where there are more than 5 classes, "loss", the mean cross-entropy, and
-    "majority". Raises UserError if not one image can be read, or scores are not finite.
+    Yields:
+        What `rated` does; "top5" if there are more than 5 classes; "loss", the mean cross-entropy; and "majority".
+
+    Raises:
+        UserError: If no image can be read, or scores are not finite.
     """
     counts, among, loss = torch.zeros(2, len(data.classes), dtype=torch.int64), 0, 0.0
     with progress(f"answers to {data.test.spec}", len(data.test), bench.console) as advance:

@@ -1,103 +1,81 @@
-"""Who decides what a picture shows: an encoder's own classifier, or a linear probe fitted to its frozen features."""
+"""Image classifiers: an encoder's own head, or a linear probe fitted to its frozen features."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pixmim.data.dataset import Source
 from pixmim.evaluation.classification import check_classes
 from pixmim.evaluation.context import Bench
 from pixmim.evaluation.features import BLOCKS
 from pixmim.evaluation.frozen_encoder import Encoder
 from pixmim.evaluation.imagenet_classes import wnids
-from pixmim.evaluation.linear_probe import fitted
+from pixmim.evaluation.linear_probe import cached_probe
 from pixmim.models import features
 from pixmim.training.precision import autocast
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A classifier of pictures.
+class ImageClassifier:
+    """A classifier of images.
 
-    kind     "head": the encoder's own; "probe": fitted here
-    classes  names of what it tells apart, in the order of its scores; empty if nobody knows them. Data are matched to
-             them by name
-    scores   a score of each class (b c) for pictures as they come out of the evaluation crop; a softmax makes
-             probabilities of them
+    Attributes:
+        kind: "head": the encoder's own; "probe": fitted here.
+        classes: Names of its outputs, in order; empty if they are unknown. Data are matched to them by name.
+        scores: Returns the logits (b c) of images as the evaluation crop gives them.
     """
 
     kind: Literal["head", "probe"]
     classes: list[str]
     scores: Callable[[Tensor], Float[Tensor, "b c"]]
 
-    def answers(self, images: Tensor, among: Sequence[int] | None = None) -> Int[Tensor, " b"]:
-        """The class with the highest score; of `among`, the place in it: the others do not take part."""
+    def predict(self, images: Tensor, among: Sequence[int] | None = None) -> Int[Tensor, " b"]:
+        """Return the output with the highest score; with `among`, the position in that list of outputs."""
         scores = self.scores(images)
         return (scores if among is None else scores[:, list(among)]).argmax(dim=1)
 
 
-def imagenet_head(bench: Bench, what: str) -> Judge:
-    """The encoder's own classifier of ImageNet's classes. Raises UserError if it has none."""
-    found = bench.encoder.classes
-    if found != 1000:
-        has = f"one of {found} classes" if found else "none"
+def imagenet_head(bench: Bench, what: str) -> ImageClassifier:
+    """Return the encoder's own classifier of ImageNet's classes. Raises UserError, naming `what`, if it has none."""
+    outputs = bench.encoder.classes
+    if outputs != 1000:
+        has = f"one of {outputs} classes" if outputs else "none"
         raise UserError(
             f"{what} needs a classifier of ImageNet's 1000 classes, and this encoder has {has}: give fine-tuned "
-            "weights, or a classifier of timm's (timm:NAME)"
+            "weights, or a classifier of timm (timm:NAME)"
         )
     names, own = wnids(), list(bench.encoder.names)
     if own and set(own) != set(names):
-        odd = next(name for name in own if name not in set(names))
-        raise UserError(
-            f"{what} needs a classifier of ImageNet's classes by their WordNet ids, and one here is '{odd}'"
-        )
-    return Judge("head", own or names, _head(bench.encoder))
+        unknown = next(name for name in own if name not in set(names))
+        raise UserError(f"{what} needs a classifier of ImageNet's classes by WordNet id, and this one has '{unknown}'")
+    return ImageClassifier("head", own or names, _head_scores(bench.encoder))
 
 
-def own_head(bench: Bench) -> Judge:
-    """The encoder's own classifier. Its file names its classes, or 1000 of them are taken for ImageNet's."""
+def encoder_head(bench: Bench) -> ImageClassifier:
+    """Return the encoder's own classifier. If its file does not name 1000 classes, they are taken for ImageNet's."""
     names = list(bench.encoder.names) or (wnids() if bench.encoder.classes == 1000 else [])
-    return Judge("head", names, _head(bench.encoder))
+    return ImageClassifier("head", names, _head_scores(bench.encoder))
 
 
-def probe(bench: Bench, train: str, *, epochs: int, seed: int) -> Judge:
-    """A linear probe of the frozen encoder, chosen and fitted on clean pictures: see `linear.choose`."""
+def probe_classifier(bench: Bench, train: str, *, epochs: int, seed: int) -> ImageClassifier:
+    """Fit a linear probe to the encoder's features of clean images: see `linear_probe.fit_sweep`."""
     check_classes(bench.data(train))
-    found = fitted(bench, train, epochs, seed)
+    probe = cached_probe(bench, train, epochs, seed)
     encoder = bench.encoder
 
     def scores(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
-            return found.scores(features(encoder.module, encoder.ready(images), BLOCKS))
+            return probe.scores(features(encoder.module, encoder.ready(images), BLOCKS))
 
     encoder.module.eval()
-    return Judge("probe", found.classes, scores)
+    return ImageClassifier("probe", probe.classes, scores)
 
 
-def labels_among(data: Source, classes: list[str]) -> Int[Tensor, " n"]:
-    """The label of each picture in the numbers of `classes`.
-
-    Raises UserError for data that `check_classes` refuses, and for classes that are not among them.
-    """
-    check_classes(data)
-    place = {name: i for i, name in enumerate(classes)}
-    odd = [name for name in data.classes if name not in place]
-    if odd:
-        more = f" and {len(odd) - 1:,} more" if len(odd) > 1 else ""
-        raise UserError(
-            f"{data.spec} has a class '{odd[0]}'{more}, which is none of the {len(classes)} that are told apart"
-            f"{nearest(odd[0], classes)}"
-        )
-    return torch.tensor([place[name] for name in data.classes])[torch.from_numpy(cast(np.ndarray, data.labels))]
-
-
-def _head(encoder: Encoder) -> Callable[[Tensor], Tensor]:
+def _head_scores(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     def scores(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
             return encoder.module(encoder.ready(images)).float().cpu()

@@ -1,9 +1,9 @@
-"""Says how good an encoder is. One literal dict names the evaluations; their settings stand in `protocols/`."""
+"""Evaluate encoders. `EVALUATIONS` names the functions; `evals.EVALS` their settings."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -12,38 +12,45 @@ from torch import nn
 from pixmim.build import image_form
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
-from pixmim.evaluation import detection, finetune, knn, robustness, segmentation, shape_bias
-from pixmim.evaluation import linear_probe as linear
 from pixmim.evaluation.classification import check_labelled
 from pixmim.evaluation.context import Bench, Values
+from pixmim.evaluation.detection import check_detection, evaluate_detection
 from pixmim.evaluation.features import freeze
+from pixmim.evaluation.finetune import check_finetune, evaluate_finetune
 from pixmim.evaluation.frozen_encoder import in_training, of_model, sameness
+from pixmim.evaluation.knn import DEFAULT_K, check_knn, evaluate_knn, knn, usable_k
+from pixmim.evaluation.linear_probe import check_linear, evaluate_linear
 from pixmim.evaluation.results import Result, versions
-from pixmim.evaluation.settings import PROTOCOLS
+from pixmim.evaluation.robustness import check_robustness, evaluate_robustness
+from pixmim.evaluation.segmentation import check_segmentation, evaluate_segmentation
+from pixmim.evaluation.shape_bias import check_shape_bias, evaluate_shape_bias
 from pixmim.training.precision import Precision, choose_device, choose_precision
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError, nearest
 
-EVALUATIONS: dict[str, Callable[[Bench, Any], Values]] = {
-    "knn": knn.measure,
-    "linear": linear.measure,
-    "finetune": finetune.measure,
-    "segmentation": segmentation.measure,
-    "detection": detection.measure,
-    "robustness": robustness.measure,
-    "shape-bias": shape_bias.measure,
-}
 
-CHECKS: dict[str, Callable[[Bench, Any], object]] = {
-    "knn": knn.check,
-    "linear": linear.check,
-    "finetune": finetune.check,
-    "segmentation": segmentation.check,
-    "detection": detection.check,
-    "robustness": robustness.check,
-    "shape-bias": shape_bias.check,
+class Evaluation(NamedTuple):
+    """Functions of one evaluation.
+
+    Attributes:
+        check: Raises UserError for data, settings or an encoder that `run` would refuse, as far as can be known before
+            anything is trained or measured.
+        run: Yields the values.
+    """
+
+    check: Callable[[Bench, Any], object]
+    run: Callable[[Bench, Any], Values]
+
+
+EVALUATIONS = {
+    "knn": Evaluation(check_knn, evaluate_knn),
+    "linear": Evaluation(check_linear, evaluate_linear),
+    "finetune": Evaluation(check_finetune, evaluate_finetune),
+    "segmentation": Evaluation(check_segmentation, evaluate_segmentation),
+    "detection": Evaluation(check_detection, evaluate_detection),
+    "robustness": Evaluation(check_robustness, evaluate_robustness),
+    "shape-bias": Evaluation(check_shape_bias, evaluate_shape_bias),
 }
-"""What refuses data and settings of each evaluation before the first one starts: all that can be known by then."""
 
 
 def evaluate(
@@ -58,19 +65,27 @@ def evaluate(
     known: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Iterator[Result]:
-    """Measure an encoder in one or several ways; features are computed once for all of them.
+    """Evaluate an encoder in one or several ways; features are computed once for all of them.
 
-    model        a run, an imported folder, a file of weights, or timm:NAME
-    evaluations  (name, settings): a key of EVALUATIONS, and that protocol's settings
-    folder       where results and unfinished work are kept
-    untrained    measure the weights that a run began with instead
-    known        what a file does not say of its model: see `pretrained.open_model`
-    overwrite    replace a classifier that was fine-tuned with other settings, and train one again that is there
+    Args:
+        model: A run, an imported folder, a file of weights, or timm:NAME.
+        evaluations: Keys of EVALUATIONS, each with its settings.
+        folder: Where results and unfinished work are kept.
+        untrained: Evaluate the initial weights of a run instead.
+        device: Device, such as cuda:1.
+        precision: Precision of the forward passes.
+        console: Where to print; None prints nothing.
+        known: What a file does not say of its model: see `weights.load.open_model`.
+        overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
 
-    Yields each evaluation's result as soon as it is there. Raises UserError for an unknown evaluation, for what holds
-    no encoder, and for data that do not suit: before the first evaluation starts.
+    Yields:
+        Each result as soon as it is there.
+
+    Raises:
+        UserError: For an unknown evaluation, a model without an encoder, or unsuitable data or settings; before the
+            first evaluation starts.
     """
-    _known(evaluations)
+    _check_names(evaluations)
     encoder = of_model(model, device=device, precision=precision, untrained=untrained, known=known)
     for line in encoder.notes:
         say(console or Console(quiet=True), line)
@@ -78,7 +93,7 @@ def evaluate(
     yield from measure(Bench(encoder, folder, which, console, overwrite), model, evaluations)
 
 
-def side_by_side(
+def evaluate_many(
     models: Mapping[str, Path],
     evaluations: list[tuple[str, Any]],
     *,
@@ -89,17 +104,25 @@ def side_by_side(
     known: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Iterator[tuple[Result, Path]]:
-    """Measure several encoders in the same ways.
+    """Evaluate several encoders in the same ways.
 
-    models     what is measured, each as for `evaluate`, with the folder where its results are kept
-    untrained  measure the weights that each run began with as well: once, where several began with the same
-    known      what their files do not say of them: see `pretrained.open_model`
-    overwrite  as for `evaluate`
+    Args:
+        models: Models as for `evaluate`, each with the folder for its results.
+        evaluations: As for `evaluate`.
+        untrained: Evaluate the initial weights of each run as well: once, if several runs began with the same.
+        device: As for `evaluate`.
+        precision: As for `evaluate`.
+        console: As for `evaluate`.
+        known: As for `evaluate`.
+        overwrite: As for `evaluate`.
 
-    Yields each result, and its folder, as soon as it is there. Raises UserError as `evaluate` does, for each of several
-    models before any is measured.
+    Yields:
+        Each result and its folder, as soon as it is there.
+
+    Raises:
+        UserError: As `evaluate`, for each of several models before any is evaluated.
     """
-    _known(evaluations)
+    _check_names(evaluations)
     for model, folder in models.items() if len(models) > 1 or untrained else ():
         encoder = of_model(model, device=device, precision=precision, known=known)
         _check(Bench(encoder, folder, overwrite=overwrite), evaluations)
@@ -125,7 +148,7 @@ def side_by_side(
             yield result, folder
 
 
-def _known(evaluations: list[tuple[str, Any]]) -> None:
+def _check_names(evaluations: list[tuple[str, Any]]) -> None:
     """Raise UserError for an unknown evaluation."""
     for name, _ in evaluations:
         if name not in EVALUATIONS:
@@ -134,10 +157,10 @@ def _known(evaluations: list[tuple[str, Any]]) -> None:
 
 
 def _check(bench: Bench, evaluations: list[tuple[str, Any]]) -> None:
-    """Raise UserError for data and settings of any of these evaluations. Measures nothing."""
+    """Raise UserError for data and settings of any of these evaluations; measures nothing."""
     for name, settings in evaluations:
         try:
-            CHECKS[name](bench, settings)
+            EVALUATIONS[name].check(bench, settings)
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(evaluations) > 1 else str(error)) from error
 
@@ -148,7 +171,7 @@ def measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> Ite
     _check(bench, evaluations)
     for name, settings in evaluations:
         bench.pictures.clear()
-        values = dict(EVALUATIONS[name](bench, settings))
+        values = dict(EVALUATIONS[name].run(bench, settings))
         yield Result(
             evaluation=name,
             model=model,
@@ -187,18 +210,13 @@ def online_knn(run: PretrainConfig, console: Console | None = None) -> Callable[
         train, test = (freeze(encoder, data) for data in sets)
         if not all(bool(torch.isfinite(part.mean).all()) for part in (train, test)):
             return {}
-        _, line = knn.usable(knn.DEFAULT, len(train.labels))
+        _, line = usable_k(DEFAULT_K, len(train.labels))
         if line and line not in warned:
             warned.add(line)
             say(console or Console(quiet=True), line)
         names = ("top1", "balanced", "majority")
         return {
-            f"knn/{key}": value
-            for key, value in knn.knn(train, test)
-            if key.count("/") < 3 and key.split("/")[-1] in names
+            f"knn/{key}": value for key, value in knn(train, test) if key.count("/") < 3 and key.split("/")[-1] in names
         }
 
     return watch
-
-
-__all__ = ["EVALUATIONS", "PROTOCOLS", "Result", "evaluate", "online_knn", "side_by_side"]

@@ -1,4 +1,4 @@
-"""Frozen features of a labelled data set: what every evaluation of a frozen encoder starts from."""
+"""Features of a labeled dataset from a frozen encoder, for k-NN and linear probes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pixmim.evaluation.frozen_encoder import Encoder
 from pixmim.models import features
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError
 from pixmim.utils.progress import progress
 
 BLOCKS = 4
@@ -26,11 +26,12 @@ BLOCKS = 4
 class Frozen:
     """Features of n images, float32 on the CPU.
 
-    vector  global token of each of the last blocks, after the final norm (n k d); the last axis but one ends with the
-            last block. Encoders without a global token give the mean of the patch tokens.
-    mean    mean of the last block's patch tokens (n d)
-    labels  class of each image (n)
-    classes  names of the classes
+    Attributes:
+        vector: Global token of each of the last k blocks after the final norm (n k d), last block last. Encoders
+            without a global token give the mean of the patch tokens.
+        mean: Mean of the last block's patch tokens (n d).
+        labels: Class of each image (n).
+        classes: Names of the classes.
     """
 
     vector: Float[Tensor, "n k d"]
@@ -47,9 +48,17 @@ def freeze(
     batch: int = 256,
     console: Console | None = None,
 ) -> Frozen:
-    """Run an encoder over all of a labelled data set: resize to 256/224 of its size, centre crop, no augmentation.
+    """Compute the features of a labeled dataset: resize to 256/224 of the size, center crop, no augmentation.
 
-    Shows a bar if `console` is a terminal. Raises UserError if the data have no labels.
+    Args:
+        encoder: The encoder.
+        data: The dataset.
+        skipped: Log of unreadable images.
+        batch: Images at a time.
+        console: Where to show a progress bar.
+
+    Raises:
+        UserError: If the data have no labels.
     """
     if data.labels is None:
         raise UserError(data.no_labels)
@@ -74,29 +83,12 @@ def freeze(
 
 
 def account(data: Source, path: Path | None = None) -> Skipped:
-    """The account of images that cannot be read, of a data set that is evaluated on: a quarter may be left out.
-
-    path  where it is kept, if anywhere
-    """
+    """Return a log of unreadable images, kept in `path` if given. At most 25 % may be skipped."""
     return Skipped(path, len(data), 0.25, "that an evaluation may leave out: mend or remove them")
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raise UserError if any value is infinite or not a number: the largest of such values is an arbitrary one."""
+    """Raise UserError if any value is not finite, because the largest of such values would be arbitrary."""
     odd = int((~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)).sum())
     if odd:
         raise UserError(f"the {what} are not finite for {odd:,} of {len(values):,} images: try --precision fp32")
-
-
-def same_classes(train: Frozen, test: Frozen) -> Int[Tensor, " n"]:
-    """The test labels in the numbers that the train set's classes have. Raises UserError for a class train has not."""
-    return numbers_among(test.classes, train.classes)[test.labels]
-
-
-def numbers_among(test: list[str], train: list[str]) -> Int[Tensor, " k"]:
-    """The number that each test class has among the train classes. Raises UserError for one that they lack."""
-    number = {name: i for i, name in enumerate(train)}
-    for name in test:
-        if name not in number:
-            raise UserError(f"the test data have a class '{name}' that the train data lack{nearest(name, train)}")
-    return torch.tensor([number[name] for name in test])

@@ -1,4 +1,4 @@
-"""k-NN on frozen features, as DINO does it (arXiv 2104.14294, appendix; also used by DINOv2)."""
+"""k-NN on frozen features, as in DINO (arXiv 2104.14294, appendix) and DINOv2."""
 
 from collections.abc import Sequence
 
@@ -7,74 +7,79 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluation.classification import majority, open_labelled, rated, tally
+from pixmim.evaluation.classification import majority, open_labelled, rated, same_classes, tally
 from pixmim.evaluation.context import Bench, Values
-from pixmim.evaluation.features import Frozen, same_classes
-from pixmim.evaluation.settings import Knn
+from pixmim.evaluation.features import Frozen
+from pixmim.evaluation.settings import KnnSettings
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
 
-DEFAULT = (1, 20)
+DEFAULT_K = (1, 20)
 """Numbers of neighbours that vote, each a measure of its own."""
 
 ROWS, BLOCK = 1024, 16384
-"""Asked features, and voters, that are compared at a time: 64 MiB of similarities, however many there are of each."""
+"""Queries and references compared at a time: 64 MiB of similarities, whatever the size of the data."""
 
 CPU = torch.device("cpu")
 
 
-def check(bench: Bench, settings: Knn) -> None:
-    """Raise UserError now for data or settings that `measure` would refuse."""
+def check_knn(bench: Bench, settings: KnnSettings) -> None:
+    """Raise UserError for data or settings that `evaluate_knn` would refuse."""
     data = open_labelled(bench, settings.train, settings.test)
-    usable(settings.k, len(data.train))
+    usable_k(settings.k, len(data.train))
 
 
-def measure(bench: Bench, settings: Knn) -> Values:
-    """Top-1 accuracy on the test data: see `knn`. Raises UserError."""
-    check(bench, settings)
+def evaluate_knn(bench: Bench, settings: KnnSettings) -> Values:
+    """Classify the test data by k-NN: see `knn`. Raises UserError."""
+    check_knn(bench, settings)
     train = bench.frozen(settings.train)
-    _, line = usable(settings.k, len(train.labels))
-    if line and bench.console is not None:
-        say(bench.console, line)
+    _, warning = usable_k(settings.k, len(train.labels))
+    if warning and bench.console is not None:
+        say(bench.console, warning)
     yield from knn(train, bench.frozen(settings.test), settings.k, bench.encoder.device)
 
 
-def usable(k: Sequence[int], voters: int) -> tuple[list[int], str]:
-    """Return the k that so many voters allow, each once, and a warning about those that are larger.
+def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
+    """Return each k, cut to the number of references, once, and a warning about those that are cut.
 
     Raises:
-        UserError: If there is no k, or one is less than 1.
+        UserError: If there is no k, or one is below 1.
     """
     if not k or min(k) < 1:
         raise UserError(f"--k takes numbers of neighbours from 1 on, such as 1 20, not {' '.join(map(str, k))}")
-    large = [f"{each:,}" for each in k if each > voters]
-    line = f"warning: k = {' and '.join(large)} exceeds the {voters:,} train images; measured with k = {voters:,}"
-    return list(dict.fromkeys(min(each, voters) for each in k)), line if large else ""
+    large = [f"{each:,}" for each in k if each > references]
+    warning = (
+        f"warning: k = {' and '.join(large)} exceeds the {references:,} train images; measured with k = {references:,}"
+    )
+    return list(dict.fromkeys(min(each, references) for each in k)), warning if large else ""
 
 
-def knn(train: Frozen, test: Frozen, k: Sequence[int] = DEFAULT, device: torch.device = CPU) -> Values:
-    """How good k-NN is with the global token ("cls") and the mean of the patch tokens ("mean"), in per cent.
+def knn(train: Frozen, test: Frozen, k: Sequence[int] = DEFAULT_K, device: torch.device = CPU) -> Values:
+    """Yield the metrics of k-NN on the global token ("cls") and on the mean of the patch tokens ("mean").
 
-    Yields what `labelled.rated` does, as kK/FEATURE/..., and "majority". K is the number that voted: see `usable`.
-    Raises UserError for a class that train lacks.
+    The names are those of `classification.rated`, as kK/FEATURE/..., and "majority"; values are in per cent. K is the
+    number that voted: see `usable_k`.
+
+    Raises:
+        UserError: If k is below 1, or train lacks a test class.
     """
-    k, _ = usable(k, len(train.labels))
-    wanted = same_classes(train, test)
-    for name, voters, asked in (
+    k, _ = usable_k(k, len(train.labels))
+    labels = same_classes(train, test)
+    for name, references, queries in (
         ("cls", train.vector[:, -1], test.vector[:, -1]),
         ("mean", train.mean, test.mean),
     ):
-        answers = classify(voters, train.labels, asked, len(train.classes), k, device=device)
+        answers = classify(references, train.labels, queries, len(train.classes), k, device=device)
         for each, answer in answers.items():
-            counts = tally(answer, wanted, len(train.classes))
+            counts = tally(answer, labels, len(train.classes))
             yield from rated(counts, train.classes, f"k{each}/{name}/")
     yield "majority", majority(counts)
 
 
 def classify(
-    voters: Float[Tensor, "n d"],
+    references: Float[Tensor, "n d"],
     labels: Int[Tensor, " n"],
-    asked: Float[Tensor, "m d"],
+    queries: Float[Tensor, "m d"],
     classes: int,
     k: Sequence[int] = (20,),
     temperature: float = 0.07,
@@ -82,31 +87,31 @@ def classify(
     block: int = BLOCK,
     device: torch.device = CPU,
 ) -> dict[int, Int[Tensor, " m"]]:
-    """The class of each asked feature for each k: the k most similar voters vote with weight exp(cosine / temperature).
+    """Classify queries, for each k, by the k most similar references, weighted by exp(cosine / temperature).
 
-    Of classes with equal votes, the first wins; of voters that are equally similar at the k-th place, any one votes.
-    k is cut to the number of voters. Each block of voters goes to the device once, and meets all who ask, `rows` at a
-    time; beside the features themselves, memory holds block x (d + rows) values, and the max(k) best so far of each.
+    The first class wins among classes with equal votes; among references that are equally similar at the k-th place
+    any may vote. k is cut to the number of references. Each block of references goes to the device once and is
+    compared with all queries, `rows` at a time. Besides the features, memory holds block x (d + rows) values and the
+    max(k) best so far of each query.
     """
-    most = max(k)
-    parts = asked.split(rows)
+    parts = queries.split(rows)
     best: list[tuple[Tensor, Tensor]] = [
         (torch.empty(len(part), 0, device=device), torch.empty(len(part), 0, dtype=torch.int64, device=device))
         for part in parts
     ]
-    for some, theirs in zip(voters.split(block), labels.split(block), strict=True):
-        some, theirs = F.normalize(some.to(device), dim=1), theirs.to(device)
+    for chunk, chunk_labels in zip(references.split(block), labels.split(block), strict=True):
+        chunk, chunk_labels = F.normalize(chunk.to(device), dim=1), chunk_labels.to(device)
         for i, part in enumerate(parts):
-            near = (F.normalize(part.to(device), dim=1) @ some.T).topk(min(most, len(some)), dim=1)
-            similar = torch.cat([best[i][0], near.values], dim=1)
-            their_class = torch.cat([best[i][1], theirs[near.indices]], dim=1)
-            similar, places = similar.topk(min(most, similar.shape[1]), dim=1)
-            best[i] = similar, their_class.gather(1, places)
+            nearest = (F.normalize(part.to(device), dim=1) @ chunk.T).topk(min(max(k), len(chunk)), dim=1)
+            similarities = torch.cat([best[i][0], nearest.values], dim=1)
+            neighbours = torch.cat([best[i][1], chunk_labels[nearest.indices]], dim=1)
+            similarities, order = similarities.topk(min(max(k), similarities.shape[1]), dim=1)
+            best[i] = similarities, neighbours.gather(1, order)
     answers: dict[int, list[Tensor]] = {each: [] for each in k}
-    for similar, their_class in best:
-        weight = (similar / temperature).exp()
-        for each, found in answers.items():
-            votes = torch.zeros(len(similar), classes, dtype=similar.dtype, device=device)
-            votes.scatter_add_(1, their_class[:, :each], weight[:, :each])
-            found.append(votes.argmax(dim=1).cpu())
-    return {each: torch.cat(found) for each, found in answers.items()}
+    for similarities, neighbours in best:
+        weights = (similarities / temperature).exp()
+        for each, predicted in answers.items():
+            votes = torch.zeros(len(similarities), classes, dtype=similarities.dtype, device=device)
+            votes.scatter_add_(1, neighbours[:, :each], weights[:, :each])
+            predicted.append(votes.argmax(dim=1).cpu())
+    return {each: torch.cat(predicted) for each, predicted in answers.items()}

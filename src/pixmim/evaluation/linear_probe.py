@@ -1,8 +1,8 @@
-"""Linear probes on frozen features: many learning rates at once, the best chosen on a part held out from train.
+"""Linear probes on frozen features: fit many learning rates at once and choose the best on a held-out part.
 
-DINOv2's sweep (arXiv 2304.07193, appendix), which suits small data: the global tokens of the last 1 or 4 blocks, with
-and without the mean of the patch tokens, at thirteen learning rates. Features are standardised first with the train
-set's statistics, as the parameter-free BatchNorm of MAE's probe does: the scale of MAE's features is far from one.
+The sweep of DINOv2 (arXiv 2304.07193, appendix), which suits small data: the global tokens of the last 1 or 4 blocks,
+with and without the mean of the patch tokens, at thirteen learning rates. Features are first standardized by the train
+set's statistics, like the parameter-free BatchNorm of MAE's probe: MAE's features are far from unit scale.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluation import linear_probe_mae as probe
-from pixmim.evaluation.classification import majority, open_labelled, rated, tally
+from pixmim.evaluation.classification import majority, open_labelled, rated, same_classes, tally
 from pixmim.evaluation.context import Bench, Values
-from pixmim.evaluation.features import BLOCKS, Frozen, same_classes
-from pixmim.evaluation.settings import Linear
+from pixmim.evaluation.features import BLOCKS, Frozen
+from pixmim.evaluation.linear_probe_mae import check_linear_mae, evaluate_linear_mae
+from pixmim.evaluation.settings import LinearSettings
 from pixmim.models.base import Features
 from pixmim.utils import rng
 
@@ -26,29 +26,39 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One member of the sweep: blocks used, whether the mean of the patch tokens is added, and the learning rate."""
+class ProbeConfig:
+    """One member of the sweep.
+
+    Attributes:
+        blocks: Blocks whose global tokens are used.
+        mean: Use the mean of the patch tokens as well.
+        rate: Learning rate.
+    """
 
     blocks: int
     mean: bool
     rate: float
 
     def select(self, features: Frozen | Features) -> Float[Tensor, "n d"]:
+        """Return the features that this member uses."""
         parts = [features.vector[:, -self.blocks :].flatten(1)]
         return torch.cat(parts + [features.mean] * self.mean, dim=1)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear classifier of features: what the sweep chose, fitted to all of train.
+    """A linear classifier of features: the best of the sweep, fitted to the complete train set.
 
-    mean, deviation  of train's features (d): others are standardised by them
-    weights   of each class, the bias last (c e), e = d + 1
-    classes   their names
-    held_out  accuracy in [0, 1] of the same setting, fitted without the part held out, on that part
+    Attributes:
+        config: The member of the sweep.
+        mean: Mean of the train features (d).
+        deviation: Standard deviation of the train features (d).
+        weights: Weights of each class, the bias last (c d+1).
+        classes: Names of the classes.
+        held_out: Accuracy in [0, 1] on the held-out part, of the same member fitted without it.
     """
 
-    setting: Setting
+    config: ProbeConfig
     mean: Float[Tensor, " d"]
     deviation: Float[Tensor, " d"]
     weights: Float[Tensor, "c e"]
@@ -56,70 +66,75 @@ class Probe:
     held_out: float
 
     def scores(self, features: Frozen | Features) -> Float[Tensor, "n c"]:
-        """A score of each class for each image; a softmax makes probabilities of them."""
-        x = (self.setting.select(features).float().cpu() - self.mean) / (self.deviation + 1e-6)
+        """Return the logits of each image."""
+        x = (self.config.select(features).float().cpu() - self.mean) / (self.deviation + 1e-6)
         return F.pad(x, (0, 1), value=1.0) @ self.weights.T
 
 
-def check(bench: Bench, settings: Linear) -> None:
-    """Raise UserError now for data or settings that `measure` would refuse."""
+def check_linear(bench: Bench, settings: LinearSettings) -> None:
+    """Raise UserError for data or settings that `evaluate_linear` would refuse."""
     if settings.protocol == "mae":
-        probe.check(bench, settings)
+        check_linear_mae(bench, settings)
     else:
         open_labelled(bench, settings.train, settings.test)
 
 
-def measure(bench: Bench, settings: Linear) -> Values:
-    """Top-1 accuracy on the test data: see `graded`, or `probe` for MAE's protocol. Raises UserError."""
+def evaluate_linear(bench: Bench, settings: LinearSettings) -> Values:
+    """Evaluate a linear probe: see `evaluate_probe`, or `evaluate_linear_mae` for MAE's protocol. Raises UserError."""
     if settings.protocol == "mae":
-        yield from probe.measure(bench, settings)
+        yield from evaluate_linear_mae(bench, settings)
         return
     open_labelled(bench, settings.train, settings.test)
     test = bench.frozen(settings.test)
-    wanted = same_classes(bench.frozen(settings.train), test)
+    labels = same_classes(bench.frozen(settings.train), test)
     epochs = 100 if settings.epochs is None else settings.epochs
-    yield from graded(fitted(bench, settings.train, epochs, settings.seed), test, wanted)
+    yield from evaluate_probe(cached_probe(bench, settings.train, epochs, settings.seed), test, labels)
 
 
-def fitted(bench: Bench, train: str, epochs: int, seed: int) -> Probe:
-    """The probe that `choose` gives on a data set's features, fitted once for all evaluations of one call."""
-    return bench.once(("probe", train, epochs, seed), lambda: choose(bench.frozen(train), epochs=epochs, seed=seed))
+def cached_probe(bench: Bench, train: str, epochs: int, seed: int) -> Probe:
+    """Return the result of `fit_sweep` on a dataset, computed once for all evaluations of one call."""
+    return bench.once(("probe", train, epochs, seed), lambda: fit_sweep(bench.frozen(train), epochs=epochs, seed=seed))
 
 
-def graded(probe: Probe, test: Frozen, wanted: Int[Tensor, " n"]) -> Values:
-    """How good a probe is, in per cent. wanted: the test labels in the numbers of the probe's classes.
+def evaluate_probe(probe: Probe, test: Frozen, labels: Int[Tensor, " n"]) -> Values:
+    """Yield the metrics of a probe in per cent.
 
-    Yields what `labelled.rated` does, "majority", the accuracy on the held-out part, and the setting that won.
+    Args:
+        probe: The probe.
+        test: Features of the test set.
+        labels: Test labels, as indices into the probe's classes.
+
+    Yields:
+        What `classification.rated` does, "majority", the held-out accuracy, and the chosen member of the sweep.
     """
-    counts = tally(probe.scores(test).argmax(dim=1), wanted, len(probe.classes))
+    counts = tally(probe.scores(test).argmax(dim=1), labels, len(probe.classes))
     yield from rated(counts, probe.classes)
     yield "majority", majority(counts)
     yield "held_out", 100 * probe.held_out
-    yield "setting/blocks", probe.setting.blocks
-    yield "setting/mean", float(probe.setting.mean)
-    yield "setting/rate", probe.setting.rate
+    yield "setting/blocks", probe.config.blocks
+    yield "setting/mean", float(probe.config.mean)
+    yield "setting/rate", probe.config.rate
 
 
-def choose(train: Frozen, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0) -> Probe:
-    """The probe of the sweep that is best on `held_out` of train, fitted anew on all of it."""
+def fit_sweep(train: Frozen, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0) -> Probe:
+    """Fit all members of the sweep, choose the best on the share `held_out` of train, and fit it again to all of it."""
     order = torch.from_numpy(rng.permutation(seed, 0, len(train.labels)))
-    held, kept = order.split([max(1, round(held_out * len(order))), len(order) - max(1, round(held_out * len(order)))])
-
-    best, chosen = -1.0, Setting(1, False, RATES[0])
+    held = max(1, round(held_out * len(order)))
+    test, kept = order.split([held, len(order) - held])
+    classes = len(train.classes)
+    best, chosen = -1.0, ProbeConfig(1, False, RATES[0])
     for blocks in sorted({1, min(BLOCKS, train.vector.shape[1])}):
         for mean in (False, True):
-            x = standardise(Setting(blocks, mean, 0).select(train))
-            weights = fit(x[kept], train.labels[kept], len(train.classes), RATES, epochs, batch, seed)
-            for rate, accuracy in zip(RATES, _accuracy(weights, x[held], train.labels[held]).tolist(), strict=True):
+            x = standardise(ProbeConfig(blocks, mean, 0).select(train))[0]
+            weights = fit(x[kept], train.labels[kept], classes, RATES, epochs, batch, seed)
+            answers = (F.pad(x[test], (0, 1), value=1.0) @ weights.transpose(1, 2)).argmax(dim=2)
+            accuracies = (answers == train.labels[test]).float().mean(dim=1).tolist()
+            for rate, accuracy in zip(RATES, accuracies, strict=True):
                 if accuracy > best:
-                    best, chosen = accuracy, Setting(blocks, mean, rate)
-
-    x = chosen.select(train)
-    deviation, middle = torch.std_mean(x, dim=0)
-    (weights,) = fit(
-        (x - middle) / (deviation + 1e-6), train.labels, len(train.classes), (chosen.rate,), epochs, batch, seed
-    )
-    return Probe(chosen, middle, deviation, weights, train.classes, best)
+                    best, chosen = accuracy, ProbeConfig(blocks, mean, rate)
+    x, center, deviation = standardise(chosen.select(train))
+    (weights,) = fit(x, train.labels, classes, (chosen.rate,), epochs, batch, seed)
+    return Probe(chosen, center, deviation, weights, train.classes, best)
 
 
 def fit(
@@ -131,9 +146,9 @@ def fit(
     batch: int,
     seed: int,
 ) -> Float[Tensor, "r c e"]:
-    """Softmax regression by SGD (momentum 0.9, no decay, cosine), one probe for each rate, all in the same batches.
+    """Fit one softmax regression per rate by SGD (momentum 0.9, no decay, cosine), all on the same batches.
 
-    Gives weights with the bias as last column, e = d + 1. Starts from zero, so that only the order is random.
+    Returns weights with the bias as last column, e = d + 1. They start at zero, so only the order is random.
     """
     x = F.pad(x, (0, 1), value=1.0)
     weights = torch.zeros(len(rates), classes, x.shape[1])
@@ -153,14 +168,7 @@ def fit(
     return weights
 
 
-def standardise(train: Float[Tensor, "n d"], *others: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """Zero mean and unit deviation in each feature, by the statistics of `train`, for it and for the others."""
-    deviation, mean = torch.std_mean(train, dim=0)
-    done = tuple((x - mean) / (deviation + 1e-6) for x in (train, *others))
-    return done if others else done[0]
-
-
-def _accuracy(weights: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-    """Share of right answers of each probe (r)."""
-    answers = (F.pad(x, (0, 1), value=1.0) @ weights.transpose(1, 2)).argmax(dim=2)
-    return (answers == labels).float().mean(dim=1)
+def standardise(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features with zero mean and unit deviation, and the mean and deviation (d) that they had."""
+    deviation, mean = torch.std_mean(x, dim=0)
+    return (x - mean) / (deviation + 1e-6), mean, deviation

@@ -18,7 +18,7 @@ from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import Labelled, grade, open_labelled
 from pixmim.evaluation.context import Bench, discard
 from pixmim.evaluation.frozen_encoder import Encoder
-from pixmim.evaluation.settings import Linear
+from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
 from pixmim.training.optim import LARS, Updater
 from pixmim.training.precision import autocast
@@ -34,8 +34,8 @@ PART = 512
 _WARMUP = 10  # epochs
 
 
-def check(bench: Bench, settings: Linear) -> tuple[Labelled, str]:
-    """Return the data and the kind of feature. Raises UserError for what `measure` would refuse."""
+def check_linear_mae(bench: Bench, settings: LinearSettings) -> tuple[Labelled, str]:
+    """Return the data and the kind of feature. Raises UserError for what `evaluate_linear_mae` would refuse."""
     data = open_labelled(bench, settings.train, settings.test, all_classes=True)
     kind = _kind(bench.encoder.module, settings.feature)
     if settings.batch_size < 2 or len(data.train) < 2:
@@ -43,15 +43,15 @@ def check(bench: Bench, settings: Linear) -> tuple[Labelled, str]:
     return data, kind
 
 
-def measure(bench: Bench, settings: Linear) -> Iterator[tuple[str, float]]:
+def evaluate_linear_mae(bench: Bench, settings: LinearSettings) -> Iterator[tuple[str, float]]:
     """Fit BatchNorm without parameters and one linear layer to the frozen encoder's features, and measure them.
 
     Feature -> BatchNorm1d(affine=False, eps=1e-6) -> Linear with weights N(0, 0.01). LARS with momentum 0.9, no decay,
     rate 0.1 x batch / 256; 10 epochs of warm-up, cosine to 0 over 90; single-try random resized crop (0.08, 1), flip.
 
-    Yields "mae/top1" and the rest of `labelled.grade`. Raises UserError for data and settings that do not suit.
+    Yields "mae/top1" and the rest of `classification.grade`. Raises UserError for data and settings that do not suit.
     """
-    encoder, (data, kind) = bench.encoder, check(bench, settings)
+    encoder, (data, kind) = bench.encoder, check_linear_mae(bench, settings)
     encoder.module.eval()
     images, epochs = len(data.train), 90 if settings.epochs is None else settings.epochs
     part, parts = _parts(min(settings.batch_size, images))

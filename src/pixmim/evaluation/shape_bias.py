@@ -1,10 +1,9 @@
 """Shape bias on stimuli with the shape of one class and the texture of another (Geirhos et al., arXiv 1811.12231)."""
 
+import math
 import re
-import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -13,55 +12,48 @@ from torch import Tensor
 from pixmim.data.dataset import Source
 from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import Shapes
-from pixmim.evaluation.classification import check_classes
-from pixmim.evaluation.classifiers import Judge, imagenet_head, labels_among, probe
+from pixmim.evaluation.classification import check_classes, labels_among
+from pixmim.evaluation.classifiers import ImageClassifier, imagenet_head, probe_classifier
 from pixmim.evaluation.context import Bench, Values
 from pixmim.evaluation.imagenet_classes import CATEGORIES, wnids
-from pixmim.evaluation.metrics import shape_decisions
-from pixmim.evaluation.settings import ShapeBias
+from pixmim.evaluation.settings import ShapeBiasSettings
+from pixmim.evaluation.visualize import new_plot, plot_image
 from pixmim.transforms.crops import CentreCrop, evaluation_crop
 from pixmim.utils.console import plot_label
 from pixmim.utils.errors import UserError
-from pixmim.utils.plotting import Figure, FigureCanvasAgg
 from pixmim.utils.progress import progress
 
-_ITSELF = "shape bias without --train"
+_WITH_HEAD = "shape bias without --train"
 _STIMULUS = re.compile(r"([a-z]+)\d*-([a-z]+)\d*", re.IGNORECASE)
 
 
-def check(bench: Bench, settings: ShapeBias) -> None:
-    """Raise UserError now for stimuli, train data or an encoder that `measure` would refuse. Fits nothing."""
+def check_shape_bias(bench: Bench, settings: ShapeBiasSettings) -> None:
+    """Raise UserError for stimuli, train data or an encoder that `evaluate_shape_bias` would refuse; fits nothing."""
     data = bench.data(settings.data)
     if settings.train:
         train = bench.data(settings.train)
         check_classes(train)
         names = train.classes
     else:
-        imagenet_head(bench, _ITSELF)
+        imagenet_head(bench, _WITH_HEAD)
         names = list(CATEGORIES)
-    shapes, textures = cues(data, names)
-    _check_conflict(data, shapes, textures)
+    _check_conflict(data, *cues(data, names))
 
 
-def _check_conflict(data: Source, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:
-    if not bool((shapes != textures).any()):
-        raise UserError(f"in {data.spec} shape and texture agree in every stimulus: there is nothing to decide")
+def evaluate_shape_bias(bench: Bench, settings: ShapeBiasSettings) -> Values:
+    """Yield the shape bias and the decisions behind it, in per cent, for all stimuli and for those of each shape.
 
-
-def measure(bench: Bench, settings: ShapeBias) -> Values:
-    """Shape bias and the decisions behind it, in per cent, for all stimuli and for those of each shape.
-
-    With an encoder's own classifier of ImageNet a category's probability is the mean of its classes', and the whole
-    stimulus is seen. A probe ("probe/" before the names: an adaptation of the protocol) sees the evaluation crop, as
-    it did in fitting. Draws the plot of categories. Raises UserError.
+    With the encoder's own classifier of ImageNet, a category's probability is the mean over its classes, and the
+    complete stimulus is seen. A probe ("probe/" before the names: an adaptation of the protocol) sees the evaluation
+    crop, as in fitting. Draws the plot of categories. Raises UserError.
     """
     data = bench.data(settings.data)
     if settings.train:
-        judge = probe(bench, settings.train, epochs=settings.epochs, seed=settings.seed)
-        names, groups, crop = judge.classes, None, evaluation_crop(bench.encoder.size)
+        classifier = probe_classifier(bench, settings.train, epochs=settings.epochs, seed=settings.seed)
+        names, groups, crop = classifier.classes, None, evaluation_crop(bench.encoder.size)
     else:
-        judge = imagenet_head(bench, _ITSELF)
-        place = {name: i for i, name in enumerate(judge.classes)}
+        classifier = imagenet_head(bench, _WITH_HEAD)
+        place = {name: i for i, name in enumerate(classifier.classes)}
         ours = [place[wnid] for wnid in wnids()]
         groups = [tuple(ours[number] for number in group) for group in CATEGORIES.values()]
         names, crop = list(CATEGORIES), CentreCrop(bench.encoder.size)
@@ -70,7 +62,7 @@ def measure(bench: Bench, settings: ShapeBias) -> Values:
     with progress(data.spec, len(data), bench.console) as advance:
         for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256):
             if len(indices):
-                answers.append(_answers(judge, images, groups))
+                answers.append(_answers(classifier, images, groups))
                 seen.append(torch.from_numpy(indices))
             advance(end)
     if not seen:
@@ -79,29 +71,53 @@ def measure(bench: Bench, settings: ShapeBias) -> Values:
     shapes, textures = shapes[order], textures[order]
     _check_conflict(data, shapes, textures)
     by_shape, by_texture, bias = shape_decisions(given, shapes, textures)
-    yield f"{judge.kind}/shape_bias", 100 * bias
-    yield f"{judge.kind}/shape", 100 * by_shape
-    yield f"{judge.kind}/texture", 100 * by_texture
-    yield f"{judge.kind}/stimuli", float((shapes != textures).sum())
+    yield f"{classifier.kind}/shape_bias", 100 * bias
+    yield f"{classifier.kind}/shape", 100 * by_shape
+    yield f"{classifier.kind}/texture", 100 * by_texture
+    yield f"{classifier.kind}/stimuli", float((shapes != textures).sum())
     counts = torch.bincount(shapes[shapes != textures])
-    yield f"{judge.kind}/majority", 100 * float(counts.max() / counts.sum())
+    yield f"{classifier.kind}/majority", 100 * float(counts.max() / counts.sum())
     each: dict[str, float] = {}
     for i, name in enumerate(names):
         mine = shapes == i
         if bool((mine & (shapes != textures)).any()):
             by_shape, by_texture, each[name] = shape_decisions(given[mine], shapes[mine], textures[mine])
-            yield f"{judge.kind}/category/{name}/shape_bias", 100 * each[name]
-            yield f"{judge.kind}/category/{name}/shape", 100 * by_shape
-            yield f"{judge.kind}/category/{name}/texture", 100 * by_texture
-    yield f"{judge.kind}/balanced", 100 * float(torch.tensor(list(each.values()), dtype=torch.float64).nanmean())
-    who = "its own classifier" if judge.kind == "head" else "a linear probe"
+            yield f"{classifier.kind}/category/{name}/shape_bias", 100 * each[name]
+            yield f"{classifier.kind}/category/{name}/shape", 100 * by_shape
+            yield f"{classifier.kind}/category/{name}/texture", 100 * by_texture
+    yield f"{classifier.kind}/balanced", 100 * float(torch.tensor(list(each.values()), dtype=torch.float64).nanmean())
+    who = "its own classifier" if classifier.kind == "head" else "a linear probe"
     bench.pictures[f"Shape bias by category, {who}"] = draw(each, bias)
 
 
-def cues(data: Source, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Shape and texture of each stimulus, as indices into `names`: from the names of files, or from what drew them.
+def _check_conflict(data: Source, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:
+    if not bool((shapes != textures).any()):
+        raise UserError(f"in {data.spec} shape and texture agree in every stimulus: there is nothing to decide")
 
-    Raises UserError for a folder or file that is named otherwise, naming it.
+
+def shape_decisions(
+    answers: Int[Tensor, " n"], shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]
+) -> tuple[float, float, float]:
+    """Return the shares of predictions of the shape and of the texture, and the shape bias: shape / (shape + texture).
+
+    All in [0, 1]. Stimuli whose shape and texture agree are left out. Shape bias is NaN if no prediction names either;
+    all three are NaN if no stimulus is left (arXiv 1811.12231).
+    """
+    conflict = shapes != textures
+    total = int(conflict.sum())
+    by_shape = int((conflict & (answers == shapes)).sum())
+    by_texture = int((conflict & (answers == textures)).sum())
+    named = by_shape + by_texture
+    if not total:
+        return math.nan, math.nan, math.nan
+    return by_shape / total, by_texture / total, by_shape / named if named else math.nan
+
+
+def cues(data: Source, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Return shape and texture of each stimulus as indices into `names`, from file names or from synthetic shapes.
+
+    Raises:
+        UserError: If a folder or file is named otherwise.
     """
     shapes = labels_among(data, names)
     if isinstance(data, Shapes):  # shape and texture with the same number are one class where they agree
@@ -122,20 +138,20 @@ def cues(data: Source, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor,
     return shapes, torch.tensor(textures)
 
 
-def _answers(judge: Judge, images: Tensor, groups: list[tuple[int, ...]] | None) -> Int[Tensor, " b"]:
-    return judge.answers(images) if groups is None else categories(judge.scores(images), groups).argmax(dim=1)
+def _answers(classifier: ImageClassifier, images: Tensor, groups: list[tuple[int, ...]] | None) -> Int[Tensor, " b"]:
+    return classifier.predict(images) if groups is None else categories(classifier.scores(images), groups).argmax(dim=1)
 
 
 def categories(scores: Float[Tensor, "b c"], groups: list[tuple[int, ...]]) -> Float[Tensor, "b k"]:
-    """The mean probability of each group of classes."""
+    """Return the mean probability of each group of classes."""
     probabilities = scores.softmax(dim=1)
     return torch.stack([probabilities[:, list(group)].mean(dim=1) for group in groups], dim=1)
 
 
 def draw(each: dict[str, float], bias: float) -> Image.Image:
-    """The field's plot: a row for each category, a dot at its share of shape decisions, a line at that of all."""
-    figure = Figure(figsize=(5.2, 0.9 + 0.26 * len(each)), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    """Draw a row per category, a dot at its share of shape decisions, and a line at the share of all."""
+    figure, axes = new_plot(5.2, 0.9 + 0.26 * len(each))
+    axes.grid(visible=False)
     rows = range(len(each))
     axes.hlines(rows, 0, 100, color="#e6e6e6", linewidth=1, zorder=0)
     axes.scatter([100 * value for value in each.values()], rows, color="#1f5fbf", s=34, zorder=2)
@@ -147,10 +163,6 @@ def draw(each: dict[str, float], bias: float) -> Image.Image:
     axes.set(xlim=(-2, 102), xlabel="share of shape in decisions for shape or texture (%)", yticks=list(rows))
     axes.set_yticklabels([plot_label(name) for name in each])
     axes.invert_yaxis()
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["left"].set_visible(False)
     axes.tick_params(left=False)
-    canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a glyph is missing, or names are long
-        canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return plot_image(figure)

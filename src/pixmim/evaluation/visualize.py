@@ -1,58 +1,217 @@
-"""Images of any depth and number of channels as pictures to look at."""
+"""Draw images, masks, boxes and plots. Every picture of an evaluation and of the report is made here."""
 
-from collections.abc import Mapping
+import colorsys
+import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Integer, Shaped
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pixmim.config import ModelConfig
+from pixmim.utils.console import label
+from pixmim.utils.plotting import Axes, Figure, FigureCanvasAgg
 
-Picture = npt.NDArray[np.uint8]
-"""Pixels (h w c), or several pictures (n h w c)."""
+Pixels = npt.NDArray[np.uint8]
+"""An image (h w c), or several of one size (n h w c)."""
 
-_DARK = 1 / 8  # of white: an image of 8 bits whose brightest percent is below was made of 10 or 12 bits in 16
-_FLAT = 1e-3  # of the values themselves: less than that is no contrast
+PLOT_COLORS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
+
+_DARK = 1 / 8  # of white: an 8-bit image whose brightest percent is below holds 10 or 12 bits in 16
+_FLAT = 1e-3  # of the values themselves: a smaller range is no contrast
+_MIN_SCORE = 0.5  # of detections that are drawn
+_LONG_EDGE = 320  # pixels of an image with boxes
+_ROW_HEIGHT = 160  # pixels of an image with masks
+_MAX_LEGEND = 24  # classes
+_TEXT_HEIGHT = 18  # pixels of a title or a caption
 
 
-def drawn(images: Mapping[str, Float[Tensor, "b c h w"]], run: ModelConfig) -> dict[str, Picture]:
-    """Draw images of values before normalisation, by name, all of a row over the same range.
+def to_pixels(images: Mapping[str, Float[Tensor, "b c h w"]], run: ModelConfig) -> dict[str, Pixels]:
+    """Convert unnormalized images to uint8, all images of one row over the same range.
 
-    Drawn are the channels that `run.bands` names as red, green and blue (or one as grey); otherwise the first three, or
-    of one or two channels the first. Colour and grey of 8 bits are drawn from 0 to 255, unless an image is so dark that
-    its bits lie elsewhere. Everything else has no black and white of its own, so each row is drawn from the 1st to the
-    99th percentile of "image" and "target" together: over all three where three are all, and each channel by itself
-    elsewhere, since each has a unit of its own. What has no contrast there is grey.
+    Shows the channels of `run.bands` as red, green and blue (or one as gray); by default the first three, or the first
+    of one or two. 8-bit color and gray keep their range 0 to 255, unless an image is so dark that its bits lie
+    elsewhere. Everything else has no black and white of its own: each row is stretched from the 1st to the 99th
+    percentile of "image" and "target" together, over all channels if there are three, otherwise per channel, because
+    each may have a unit of its own. Values without contrast become gray.
     """
-    chosen = list(run.drawn)
-    shown = {name: values[:, chosen].float() for name, values in images.items()}
-    known = torch.cat([shown[name] for name in ("image", "target") if name in shown], dim=2)
-    one_range = run.channels == 3
-    values = known.flatten(1)[:, None] if one_range else known.flatten(2)
-    # By numpy, since torch's quantile refuses large images.
+    channels = list(run.drawn)
+    selected = {name: values[:, channels].float() for name, values in images.items()}
+    known = torch.cat([selected[name] for name in ("image", "target") if name in selected], dim=2)
+    values = known.flatten(1)[:, None] if run.channels == 3 else known.flatten(2)
+    # numpy, because torch.quantile refuses large images.
     ends = torch.from_numpy(np.percentile(values.numpy(), (1, 99), axis=2).astype(np.float32))
     low, high = ends[..., None, None]
     if run.pixels == "uint8" and run.channels in (1, 3):
-        usual = high.amax(dim=1, keepdim=True) >= _DARK
-        low, high = torch.where(usual, 0.0, low), torch.where(usual, 1.0, high)
+        full_range = high.amax(dim=1, keepdim=True) >= _DARK
+        low, high = torch.where(full_range, 0.0, low), torch.where(full_range, 1.0, high)
     span, flat = high - low, _FLAT * torch.maximum(low.abs(), high.abs())
-    found = {}
-    for name, values in shown.items():
+    result = {}
+    for name, values in selected.items():
         share = torch.where(span > flat, (values - low) / span.clamp(min=1e-30), 0.5)
-        found[name] = np.asarray((share.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
-    return found
+        result[name] = np.asarray((share.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+    return result
 
 
-def visible(image: Shaped[Tensor, "c h w"], run: ModelConfig) -> Picture:
-    """Draw one image as a data set gives it, as `drawn` does, in three channels (h w 3)."""
+def to_rgb(image: Shaped[Tensor, "c h w"], run: ModelConfig) -> Pixels:
+    """Convert one image as a dataset returns it to uint8 RGB (h w 3), as `to_pixels` does."""
     scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
-    picture = drawn({"image": image.float()[None] / scale}, run)["image"][0]
-    return picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture
+    pixels = to_pixels({"image": image.float()[None] / scale}, run)["image"][0]
+    return pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
-def hatch(h: int, w: int) -> Picture:
-    """Draw what is hidden (h w 1): grey, with lighter diagonals that no image has by chance."""
+def hatch(h: int, w: int) -> Pixels:
+    """Return the pattern for hidden patches (h w 1): gray, with lighter diagonals that no image has by chance."""
     rows, columns = np.indices((h, w))
     return np.where((rows + columns) % 4 == 0, 160, 120).astype(np.uint8)[..., None]
+
+
+def class_colors(count: int) -> Pixels:
+    """Return one color per class (count 3): hues a golden section of the circle apart, in three tones."""
+    tones = (0.85, 0.95), (0.55, 0.95), (0.9, 0.6)
+    colors = [colorsys.hsv_to_rgb((0.6 + 0.618034 * i) % 1, *tones[i % 3]) for i in range(count)]
+    return (np.asarray(colors) * 255).astype(np.uint8)
+
+
+def overlay_mask(pixels: Pixels, mask: Integer[np.ndarray, "h w"], colors: Pixels) -> Pixels:
+    """Paint the class of each pixel over a gray version of an image; pixels without a class stay as they are."""
+    gray = np.broadcast_to(pixels.mean(axis=2, keepdims=True), pixels.shape)
+    known = mask < len(colors)
+    painted = 0.45 * gray + 0.55 * colors[np.where(known, mask, 0)]
+    return np.where(known[..., None], painted, pixels).astype(np.uint8)
+
+
+def draw_segmentations(
+    rows: Sequence[tuple[Pixels, Integer[np.ndarray, "h w"], Integer[np.ndarray, "h w"]]], classes: Sequence[str]
+) -> Image.Image:
+    """Draw a row (image, truth, prediction) per image, and a legend of the classes that occur."""
+    colors = class_colors(len(classes))
+    drawn = [[pixels, *(overlay_mask(pixels, mask, colors) for mask in masks)] for pixels, *masks in rows]
+    grid = image_grid([[_at_height(part) for part in row] for row in drawn], ("image", "truth", "prediction"))
+    counts = np.zeros(256, np.int64)
+    for _, *masks in rows:
+        for mask in masks:
+            counts += np.bincount(mask.ravel(), minlength=256)[:256]
+    used = [i for i in np.argsort(-counts[: len(classes)], kind="stable").tolist() if counts[i]]
+    entries = [(classes[i], tuple(colors[i].tolist())) for i in used[:_MAX_LEGEND]]
+    return image_grid([[grid], [_legend(entries, grid.width)]]) if entries else grid
+
+
+def draw_detections(
+    pixels: Pixels,
+    truth: Float[np.ndarray, "k 4"],
+    boxes: Float[np.ndarray, "n 4"],
+    labels: Integer[np.ndarray, " n"],
+    scores: Float[np.ndarray, " n"],
+    masks: Sequence[Bool[np.ndarray, "h w"]],
+    classes: Sequence[str],
+) -> Image.Image:
+    """Draw detections with a score of at least 0.5 in the colors of their classes, over the true boxes in white.
+
+    The longer edge gets 320 pixels before lines and text are drawn.
+    """
+    colors = class_colors(len(classes))
+    shown = np.flatnonzero(scores >= _MIN_SCORE)[::-1].tolist()  # the most certain on top
+    tint = pixels.astype(np.float64)
+    for i in shown if masks else ():
+        tint[masks[i]] = colors[labels[i]]
+    h, w = pixels.shape[:2]
+    scale = _LONG_EDGE / max(h, w)
+    image = Image.fromarray(((pixels + tint) / 2).astype(np.uint8))
+    image = image.resize((round(w * scale), round(h * scale)), Image.Resampling.BILINEAR)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for box in truth * scale:
+        pen.rectangle(box.tolist(), outline="white", width=1)
+    for i in shown:
+        box, color = (boxes[i] * scale).tolist(), tuple(colors[labels[i]].tolist())
+        pen.rectangle(box, outline=color, width=3)
+        text = f"{label(classes[int(labels[i])])} {scores[i]:.2f}"
+        left, top, right, bottom = pen.textbbox((0, 0), text, font)
+        x = min(max(box[0], 0), max(image.width - (right - left) - 6, 0))
+        y = min(max(box[1], 0), image.height - (bottom - top) - 6)
+        pen.rectangle((x, y, x + right - left + 6, y + bottom - top + 6), fill=color)
+        pen.text((x + 3 - left, y + 3 - top), text, "black" if sum(color) > 400 else "white", font)
+    return image
+
+
+def labeled_grid(columns: Mapping[str, Pixels], names: Sequence[str], min_side: int = 112) -> Image.Image:
+    """Draw one row per image and one titled column per kind, with each image's name below its row.
+
+    Small images are enlarged by a whole factor until their shorter side has about `min_side` pixels.
+    """
+    factor = max(1, round(min_side / min(next(iter(columns.values())).shape[1:3])))
+    enlarged = [pixels.repeat(factor, 1).repeat(factor, 2) for pixels in columns.values()]
+    rows = [[to_image(pixels[i]) for pixels in enlarged] for i in range(len(names))]
+    return image_grid(rows, list(columns), names, gap=4)
+
+
+def image_grid(
+    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str] = (), captions: Sequence[str] = (), gap: int = 6
+) -> Image.Image:
+    """Paste images in rows and columns on white, with a title above each column and a caption below each row."""
+    top, below = (_TEXT_HEIGHT if text else 0 for text in (titles, captions))
+    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    heights = [max(image.height for image in row) + below for row in rows]
+    size = sum(widths) + gap * (len(widths) - 1), top + sum(heights) + gap * (len(heights) - 1)
+    page = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    xs, ys = (np.cumsum([0, *(side + gap for side in sides)]).tolist() for sides in (widths, heights))
+    for x, title in zip(xs, titles, strict=False):
+        pen.text((x + 2, 3), title, fill="black", font=font)
+    for i, row in enumerate(rows):
+        for x, image in zip(xs, row, strict=False):
+            page.paste(image, (x, top + ys[i]))
+        if captions:
+            text = label(captions[i], max(12, page.width // 7))
+            pen.text((2, top + ys[i] + heights[i] - below), text, fill="#666", font=font)
+    return page
+
+
+def to_image(pixels: Pixels) -> Image.Image:
+    """Return a PIL image of (h w 3) or (h w 1) pixels."""
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def new_plot(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of so many inches, and its axes with a light grid and without a frame."""
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes: Axes = figure.add_subplot()
+    axes.grid(color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plot_image(figure: Figure) -> Image.Image:
+    """Rasterize a figure."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a glyph is missing, or names are long
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _at_height(pixels: Pixels) -> Image.Image:
+    """Scale an image to the height of a row; at most three times as wide as that."""
+    h, w = pixels.shape[:2]
+    size = min(3 * _ROW_HEIGHT, max(1, round(w * _ROW_HEIGHT / h))), _ROW_HEIGHT
+    resample = Image.Resampling.NEAREST if h < _ROW_HEIGHT else Image.Resampling.BOX
+    return Image.fromarray(pixels).resize(size, resample)
+
+
+def _legend(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> Image.Image:
+    """Draw the names of colors, in as many columns as fit into `width` pixels."""
+    font, line = ImageFont.load_default(12), 20
+    texts = [label(name) for name, _ in entries]
+    cell = max(int(font.getlength(text)) for text in texts) + 30
+    columns = max(1, width // cell)
+    image = Image.new("RGB", (max(width, cell), -(-len(entries) // columns) * line), "white")
+    pen = ImageDraw.Draw(image)
+    for i, (text, (_, color)) in enumerate(zip(texts, entries, strict=True)):
+        x, y = i % columns * cell, i // columns * line
+        pen.rectangle((x + 2, y + 3, x + 16, y + 15), fill=color)
+        pen.text((x + 22, y + 1), text, fill="black", font=font)
+    return image

@@ -1,4 +1,4 @@
-"""How a backbone leaves the house: folders that other projects read strictly. One literal dict names them."""
+"""Export encoders to timm, Hugging Face, mmpretrain, detectron2 and ONNX."""
 
 import json
 import os
@@ -23,18 +23,26 @@ FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
     "detectron2": to_detectron2,
     "onnx": to_onnx,
 }
-"""What writes a model for each project, into an empty folder; gives the lines that say how it is loaded there."""
+"""Functions that write a model for each project into an empty folder, and return lines on how to load it there."""
 
 
-def hand_over(
+def export_model(
     name: str, to: str, folder: Path | None = None, push: str = "", known: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Write the model that `name` means (see `open_model`) for one of FORMATS into a new folder; says how to load it.
+    """Write a model for another project into a new folder.
 
-    push   a repository on the Hugging Face hub, to which the folder goes as well
-    known  what a file does not say of its model: see `open_model`
+    Args:
+        name: The model: see `open_model`.
+        to: One of FORMATS.
+        folder: The folder. Default: MODEL-FORMAT.
+        push: A repository of the Hugging Face hub to upload the folder to.
+        known: What a file does not say of its model: see `open_model`.
 
-    Raises UserError where the other project has no such model, or lacks what writing it takes.
+    Returns:
+        Lines on what was written and how to load it.
+
+    Raises:
+        UserError: If the project has no such model, or the folder cannot be written.
     """
     weights = open_model(name, whole=True, known=known)
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
@@ -58,7 +66,7 @@ def hand_over(
 
 
 def _literal(folder: Path) -> str:
-    """A folder's name as it stands between the quotes of a Python string, of either kind."""
+    """Return a folder as text between the quotes of a Python string, of either kind."""
     return json.dumps(str(folder))[1:-1].replace("'", "\\'")
 
 

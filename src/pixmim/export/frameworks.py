@@ -1,14 +1,16 @@
-"""Files for timm, mmpretrain and detectron2."""
+"""Export to timm, mmpretrain and detectron2."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pixmim.export.io import named, write_torch
 from pixmim.utils.errors import UserError
+from pixmim.utils.files import write_whole
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats.openmmlab import MM
 from pixmim.weights.save import save_encoder
@@ -16,7 +18,7 @@ from pixmim.weights.tensor_ops import move_downsampling_back
 
 
 def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """timm's hub layout, as a run's own encoder/ has it."""
+    """Write timm's hub layout, as in a run's own encoder/."""
     if weights.run.model.name == "convmae":
         raise UserError("timm has no ConvMAE: its encoder is pixmim's own (pixmim.load_encoder, or --to onnx)")
     save_encoder(encoder, folder, weights.run, weights.step, weights.steps)
@@ -24,11 +26,11 @@ def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
 
 
 def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """mmpretrain's names for a plain ViT, with MAE's decoder where there is one."""
+    """Write a plain ViT under mmpretrain's names, with MAE's decoder if there is one."""
     if type(encoder) is not VisionTransformer or weights.run.model.name == "simmim":
         raise UserError("for mmpretrain pixmim writes plain ViTs (MAE, LSMAE)")
-    state = named(MM, weights.tensors)
-    write_torch(folder / "model.pth", {"state_dict": state, "meta": _meta(weights, encoder)})
+    state = MM.translate_back(weights.tensors)
+    _write_torch(folder / "model.pth", {"state_dict": state, "meta": _meta(weights, encoder)})
     return [
         "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",
         f"  with img_size={weights.run.hw}",
@@ -36,17 +38,17 @@ def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
 
 
 def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """{"model": names of the encoder's own code}, which detectron2 matches by their ends without being asked to."""
+    """Write {"model": names of the original code}, which detectron2 matches by their ends by itself."""
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     if isinstance(encoder, SwinTransformer):
         state = move_downsampling_back(state)
     content = {"model": state, "matching_heuristics": True, "__author__": "pixmim", "meta": _meta(weights, encoder)}
-    write_torch(folder / "model.pth", content)
+    _write_torch(folder / "model.pth", content)
     return ['train.init_checkpoint = "FOLDER/model.pth"']
 
 
 def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
-    """Return what a file must tell besides its tensors, as `weights.recognise` reads it."""
+    """Return what a file must state besides its tensors, as `weights.detect` reads it."""
     mean, std = weights.run.statistics
     blocks: Any = getattr(encoder, "blocks", None)
     meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.run.hw, "mean": mean, "std": std}
@@ -55,3 +57,10 @@ def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
     if weights.whole:
         meta["decoder_num_attention_heads"] = weights.run.model.decoder_heads
     return meta | {"step": weights.step}
+
+
+def _write_torch(path: Path, content: dict[str, Any]) -> None:
+    """Write a file for torch.load. torch.save itself does not raise OSError when the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())

@@ -1,22 +1,24 @@
-"""Files for transformers: weights, config.json and preprocessor_config.json."""
+"""Export to transformers: weights, config.json and preprocessor_config.json."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.config import ModelConfig
-from pixmim.export.io import named, only_encoder, write_json, write_tensors
 from pixmim.utils.errors import UserError
+from pixmim.utils.files import write_whole
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats.huggingface import HF_BEIT, HF_SWIN, HF_SWIN_BODY, HF_VIT, HF_VIT_BODY
 
 
 def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """ViTMAE for MAE and LSMAE on squares; ViT or Swin for masked images for SimMIM; otherwise the body alone."""
+    """Write ViTMAE for MAE and LSMAE on squares, masked-image ViT or Swin for SimMIM, otherwise the encoder only."""
     if weights.run.model.options.get("num_classes"):
         raise UserError("a classifier is not handed to transformers: its heads pool otherwise")
     if isinstance(encoder, Beit):
@@ -47,10 +49,11 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         "dtype": "float32",
     }
     body = source in (HF_BEIT, HF_SWIN_BODY, HF_VIT_BODY)
-    write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", named(source, only_encoder(weights) if body else weights.tensors))
+    tensors = {f"encoder.{key}": value for key, value in weights.encoder.items()} if body else weights.tensors
+    _write_json(folder / "config.json", config)
+    write_whole(folder / "model.safetensors", save(source.translate_back(tensors), metadata={"format": "pt"}))
     mean, std = run.statistics
-    write_json(
+    _write_json(
         folder / "preprocessor_config.json",
         {
             "image_processor_type": "ViTImageProcessor",
@@ -133,3 +136,7 @@ def _hf_beit(encoder: Beit) -> dict[str, Any]:
         "use_mask_token": False,
         "use_mean_pooling": False,
     }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")

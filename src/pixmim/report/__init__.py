@@ -23,8 +23,8 @@ from pixmim.data import open_dataset
 from pixmim.data.bad_images import read_skipped
 from pixmim.data.dataset import BadImage, Source
 from pixmim.data.decode.image import open_image
-from pixmim.evaluation.visualize import Picture
-from pixmim.report.figures import curve, png, titled_sheet
+from pixmim.evaluation.visualize import Pixels, labeled_grid
+from pixmim.report.figures import curve, png
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
 from pixmim.report.results import Measured, circumstances, compare, read_results, table
 from pixmim.targets import in_bins
@@ -107,7 +107,7 @@ def write_report(
         if story.pictures is not None:
             folder = inside(story.folder, "reconstructions")
             folder.mkdir(exist_ok=True)
-            picture = titled_sheet(story.pictures.columns, story.pictures.names)
+            picture = labeled_grid(story.pictures.columns, story.pictures.names)
             atomic_write(folder / f"step-{story.pictures.step:09d}.png", partial(picture.save, format="PNG"))
     trained = [story for story in stories if story.run is not None]
     targets = [(s.name, s.run.target) for s in stories if s.run is not None and s.run.target is not None]
@@ -313,7 +313,7 @@ def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -
         warn(f"only the first {_MAX_PICTURES} of the {len(named):,} pictures of {name} are shown")
 
 
-def _picture(path: Path, most: int) -> Picture:
+def _picture(path: Path, most: int) -> Pixels:
     """Read a PNG of a run, of so many pixels at most. Raises OSError or BadImage."""
     image = open_image(read_file(path, _MAX_PICTURE_BYTES), ("PNG",))
     if image.width * image.height > most:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.data.dataset import BadImage, Source
-from pixmim.evaluation.visualize import Picture, drawn
+from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.transforms.crops import CentreCrop, finish, stacked
@@ -64,7 +64,7 @@ def _weights(encoder: nn.Module, layer: Any, tokens: Float[Tensor, "b n d"]) -> 
     return products.softmax(dim=-1)
 
 
-def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dict[str, Picture], list[str], list[str]]:
+def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dict[str, Pixels], list[str], list[str]]:
     """Pictures by column: the image, the attention of all heads together and of each one, over the first `count`.
 
     Also gives the names of their files, and what could not be read, a line each. Raises UserError.
@@ -85,13 +85,13 @@ def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dic
     images = finish(stacked(pictures), None, mean, std)
     maps = attention_maps(encoder, images)
     maps = F.interpolate(maps, size=run.hw, mode="bilinear")
-    plain = drawn({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, run)["image"]
+    plain = to_pixels({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, run)["image"]
     plain = np.broadcast_to(plain, (*plain.shape[:3], 3))
     columns = {"image": plain, "all heads": _over(plain, maps.mean(dim=1))}
     return columns | {f"head {i + 1}": _over(plain, maps[:, i]) for i in range(maps.shape[1])}, names, bad
 
 
-def _over(pictures: Picture, maps: Float[Tensor, "b h w"]) -> Picture:
+def _over(pictures: Pixels, maps: Float[Tensor, "b h w"]) -> Pixels:
     """Each map from its least (dark) to its greatest value (bright), laid over its picture."""
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
     heat = matplotlib.colormaps["inferno"](((maps - low) / (high - low).clamp(min=1e-12)).numpy())[..., :3]

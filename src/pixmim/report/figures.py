@@ -1,4 +1,4 @@
-"""Curves as SVG text, pictures as PNG data, both to stand inside the page."""
+"""Curves as SVG and images as data URLs, for the HTML page."""
 
 import base64
 import io
@@ -6,32 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from pixmim.evaluation.visualize import Picture
-from pixmim.utils.console import label, plot_label
-from pixmim.utils.plotting import Axes, Figure, FigureCanvasSVG, matplotlib
+from pixmim.evaluation.visualize import PLOT_COLORS, Pixels, new_plot, to_image
+from pixmim.utils.console import plot_label
+from pixmim.utils.plotting import Figure, FigureCanvasSVG, matplotlib
 
-COLOURS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
-
-_MOST_POINTS = 2000
-
-_LARGEST = 1024
-"""Pixels of the longer edge up to which a picture is enlarged."""
-
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pixmim",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-}
+_MAX_POINTS = 2000
+_MAX_SIDE = 1024  # pixels up to which an image is enlarged
+_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "pixmim", "font.family": "sans-serif", "font.size": 10}
 
 
 def curve(
@@ -44,16 +27,23 @@ def curve(
     dashed: Sequence[str] = (),
     line: tuple[float, str] | None = None,
 ) -> str:
-    """Named series of (x, y) values as one SVG figure. `line`: a vertical mark (place, label).
+    """Plot named series of (x, y) values as an SVG figure.
 
-    Of very long series, some points are drawn.
+    Args:
+        series: Values by name. Long series are thinned out.
+        x: Label of the x axis.
+        y: Label of the y axis.
+        marker: matplotlib's marker of each point.
+        log: Use a logarithmic y axis.
+        dashed: Names of series drawn with dashes.
+        line: Position and label of a vertical line.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
-        axes: Axes = figure.add_subplot()
+        figure, axes = new_plot(5.2, 3.0)
         for i, (name, (xs, ys)) in enumerate(series.items()):
-            style, some = "--" if name in dashed else "-", slice(None, None, -(-len(xs) // _MOST_POINTS) or 1)
-            axes.plot(xs[some], ys[some], style, marker=marker, markersize=3, linewidth=1.6, color=_colour(i))
+            style, thinned = "--" if name in dashed else "-", slice(None, None, -(-len(xs) // _MAX_POINTS) or 1)
+            color = PLOT_COLORS[i % len(PLOT_COLORS)]
+            axes.plot(xs[thinned], ys[thinned], style, marker=marker, markersize=3, linewidth=1.6, color=color)
         if line is not None:
             axes.axvline(line[0], color="#888", linewidth=1, linestyle=":")
             axes.annotate(
@@ -61,57 +51,24 @@ def curve(
                 textcoords="offset points", color="#666", fontsize=9, va="top",
             )  # fmt: skip
         axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
-        if log:  # what was filtered away is zero but for rounding; the eye needs four decades
+        if log:  # what was filtered out is zero but for rounding; four decades are enough to see
             axes.set_ylim(bottom=max(max(ys) for _, ys in series.values()) * 1e-5)
         if len(series) > 1:
-            axes.legend(axes.get_lines()[: len(series)], [plot_label(name) for name in series])
+            axes.legend(axes.get_lines()[: len(series)], [plot_label(name) for name in series], frameon=False)
         return _svg(figure)
 
 
-def png(picture: Picture, shortest: int = 112) -> str:
-    """A picture (h w c) as a data URL, enlarged by a whole factor until its shorter edge has `shortest` pixels.
+def png(pixels: Pixels, min_side: int = 112) -> str:
+    """Return an image (h w c) as a data URL, enlarged by a whole factor until its shorter side has `min_side` pixels.
 
-    A narrow one is enlarged less.
+    A narrow image is enlarged less.
     """
-    image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-    factor = max(1, min(round(shortest / min(image.size)), _LARGEST // max(image.size)))
+    image = to_image(pixels)
+    factor = max(1, min(round(min_side / min(image.size)), _MAX_SIDE // max(image.size)))
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def sheet(columns: Mapping[str, Picture], gap: int = 2, below: int = 0) -> Image.Image:
-    """All pictures on one sheet: a row for each image, a column for each kind, and room below each row."""
-    first = next(iter(columns.values()))
-    n, h, w, c = first.shape
-    down = h + below + gap
-    paper = np.full((n * down - gap, len(columns) * (w + gap) - gap, c), 255, np.uint8)
-    for j, pictures in enumerate(columns.values()):
-        for i, picture in enumerate(pictures):
-            paper[i * down : i * down + h, j * (w + gap) : j * (w + gap) + w] = picture
-    return Image.fromarray(paper.squeeze(-1) if c == 1 else paper)
-
-
-def titled_sheet(columns: Mapping[str, Picture], names: Sequence[str], shortest: int = 112) -> Image.Image:
-    """The same with each column's name above it and each row's below it, small pictures enlarged by a whole factor."""
-    factor = max(1, round(shortest / min(next(iter(columns.values())).shape[1:3])))
-    larger = {name: pictures.repeat(factor, 1).repeat(factor, 2) for name, pictures in columns.items()}
-    strip, gap = 18, 4
-    body = sheet(larger, gap=gap, below=strip).convert("RGB")
-    paper = Image.new("RGB", (body.width, body.height + strip), "white")
-    paper.paste(body, (0, strip))
-    pen, font = ImageDraw.Draw(paper), ImageFont.load_default(11)
-    width, height = (body.width + gap) // len(columns), (body.height + gap) // len(names)
-    for j, title in enumerate(columns):
-        pen.text((j * width + 2, 3), title, fill="black", font=font)
-    for i, name in enumerate(names):
-        pen.text((2, (i + 1) * height), label(name, max(12, body.width // 7)), fill="#666", font=font)
-    return paper
-
-
-def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
 
 
 def _svg(figure: Figure) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 from pixmim.build import build_mask_sampler, build_objective
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data.dataset import BadImage, Source
-from pixmim.evaluation.visualize import Picture, drawn, hatch
+from pixmim.evaluation.visualize import Pixels, hatch, to_pixels
 from pixmim.losses import patch_size
 from pixmim.models.base import MaskedModel
 from pixmim.targets import ColourBins
@@ -52,7 +52,7 @@ class Reconstruction:
     """Pictures by column, each uint8 (n h w c), and mean radial power spectra (radii) of some of them."""
 
     step: int
-    columns: dict[str, Picture]
+    columns: dict[str, Pixels]
     names: list[str]
     """Files of the rows."""
     spectra: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def draw(
     # The prediction's spectrum is that of the target with its hidden patches predicted: no grey, no seams of its own.
     compared = {"image": x, "target": target, "prediction": torch.where(hidden, filled, target)}
     spectra = {name: radial_spectrum(value * std.view(1, -1, 1, 1)) for name, value in compared.items()}
-    columns, blank, gone = drawn(pixels, run), hatch(*run.hw), hidden.numpy()[:, 0, ..., None]
+    columns, blank, gone = to_pixels(pixels, run), hatch(*run.hw), hidden.numpy()[:, 0, ..., None]
     columns["masked"] = np.where(gone, blank, columns["masked"])
     columns["prediction"] = np.where(gone, columns["prediction"], blank)
     return Reconstruction(step, columns, list(names), spectra)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pixmim.evaluation.settings import MAJORITY, PROTOCOLS
+from pixmim.evaluation.evals import EVALS, MAJORITY, Eval
 from pixmim.utils.console import cell, label
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json, read_text
@@ -34,7 +34,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value with the ends of its 95 % interval, where it has them."""
+    """A value, with the ends of its 95 % interval if it has one."""
 
     value: float
     unit: str
@@ -65,7 +65,7 @@ class Row:
     each: bool = False
 
     def stands_out(self, cell: Cell | None) -> bool:
-        """Whether no other value reaches into this one's interval."""
+        """Return True if no other value reaches into this one's interval."""
         others = [c.value for c in self.cells if c is not None and c is not cell]
         return cell is not None and cell.low is not None and bool(others) and cell.low > max(others)
 
@@ -99,12 +99,12 @@ def read_results(folder: Path, warn: Callable[[str], None] = lambda text: None) 
 
 
 def _checked(content: Any) -> tuple[dict[str, Any], list[str]]:
-    """A result with only what the page can show, and what was left out of it. Raises UserError."""
+    """Return a result reduced to what the page can show, and what was left out. Raises UserError."""
     if not isinstance(content, dict):
         raise UserError("it is not an object")
     name, encoder = content.get("evaluation"), content.get("encoder")
-    if not isinstance(name, str) or name not in PROTOCOLS:
-        raise UserError(f"its evaluation is {str(name)[:40]!r}, and not one of {', '.join(PROTOCOLS)}")
+    if not isinstance(name, str) or name not in EVALS:
+        raise UserError(f"its evaluation is {str(name)[:40]!r}, and not one of {', '.join(EVALS)}")
     if encoder not in ("trained", "untrained"):
         raise UserError(f"its encoder is {str(encoder)[:40]!r}, and not trained or untrained")
     parts = {key: content.get(key, {}) for key in ("settings", "values", "pictures")}
@@ -136,48 +136,57 @@ class Comparison:
 
 
 def compare(models: list[Measured]) -> Comparison:
-    """A row for each value that its protocol shows; values measured with the same settings share one.
+    """Build a row for each value that its evaluation shows; values measured with the same settings share one.
 
-    Rows of different settings have different labels. A baseline that several evaluations give has one row. Encoders of
-    which nothing was measured have no column; untrained ones with the same values throughout share one.
+    Rows of different settings have different labels. A baseline that several evaluations give has one row. Encoders
+    without results have no column; untrained ones with the same values throughout share one.
     """
     columns = [(model, which) for model in models for which in ("untrained", "trained")]
-    found: dict[tuple[str, str, bool], list[Row]] = {}
-    for name, protocol in PROTOCOLS.items():
+    merged: dict[tuple[str, str, bool], list[Row]] = {}
+    for name, evaluation in EVALS.items():
         groups: dict[str, list[tuple[Measured, dict[str, Any]]]] = {}
-        for m in models:
-            for r in (r for r in m.results if r["evaluation"] == name):
-                groups.setdefault(_key(r), []).append((m, r))
-        ordered = sorted(groups.items())
-        marks = _marks([json.loads(settings) for settings, _ in ordered])
-        for (settings, mine), mark in zip(ordered, marks, strict=True):
-            keys = list(dict.fromkeys(key for _, r in mine for key in r["values"]))
-            on = label(_data(json.loads(settings)), _LONGEST)
-            for shown, title in [*protocol.shown.items(), *protocol.each.items()]:
-                for key, words in ((key, _matched(key, shown)) for key in keys):
-                    if words is None:
-                        continue
-                    cells = [
-                        next(
-                            (
-                                cell
-                                for m, r in mine
-                                if m is model and r["encoder"] == which and (cell := _cell(r, key, protocol.unit))
-                            ),
-                            None,
-                        )
-                        for model, which in columns
-                    ]
-                    told = label(_filled(title, words) + mark * (MAJORITY not in title), _LONGEST)
-                    row = Row(told, on, cells, shown in protocol.each)
-                    same = found.setdefault((told, on, row.each), [])
-                    for i, other in enumerate(same):
-                        if all(a is None or b is None or a == b for a, b in zip(cells, other.cells, strict=True)):
-                            same[i] = replace(row, cells=[a or b for a, b in zip(cells, other.cells, strict=True)])
-                            break
-                    else:
-                        same.append(row)
-    return _narrowed(columns, [row for same in found.values() for row in same])
+        for model in models:
+            for result in model.results:
+                if result["evaluation"] == name:
+                    groups.setdefault(_key(result), []).append((model, result))
+        settings = [json.loads(key) for key in sorted(groups)]
+        for key, on, mark in zip(sorted(groups), map(_data, settings), _marks(settings), strict=True):
+            for row in _rows(evaluation, groups[key], columns, label(on, _LONGEST), mark):
+                _merge(row, merged.setdefault((row.label, row.on, row.each), []))
+    return _narrowed(columns, [row for rows in merged.values() for row in rows])
+
+
+def _rows(
+    evaluation: Eval,
+    results: list[tuple[Measured, dict[str, Any]]],
+    columns: list[tuple[Measured, str]],
+    on: str,
+    mark: str,
+) -> Iterator[Row]:
+    """Yield the rows of results that have the same settings. `mark` is what tells these from others."""
+    keys = list(dict.fromkeys(key for _, result in results for key in result["values"]))
+
+    def find_cell(model: Measured, which: str, key: str) -> Cell | None:
+        mine = [result for m, result in results if m is model and result["encoder"] == which]
+        cells = (_cell(result, key, evaluation.unit) for result in mine)
+        return next((cell for cell in cells if cell is not None), None)
+
+    for pattern, title in [*evaluation.display_names.items(), *evaluation.class_names.items()]:
+        for key in keys:
+            words = _matched(key, pattern)
+            if words is not None:
+                text = label(_filled(title, words) + mark * (MAJORITY not in title), _LONGEST)
+                cells = [find_cell(model, which, key) for model, which in columns]
+                yield Row(text, on, cells, pattern in evaluation.class_names)
+
+
+def _merge(row: Row, rows: list[Row]) -> None:
+    """Fill a row's cells into the first of the rows that it does not contradict, or append it."""
+    for i, other in enumerate(rows):
+        if all(a is None or b is None or a == b for a, b in zip(row.cells, other.cells, strict=True)):
+            rows[i] = replace(row, cells=[a or b for a, b in zip(row.cells, other.cells, strict=True)])
+            return
+    rows.append(row)
 
 
 def circumstances(results: list[dict[str, Any]]) -> list[str]:
@@ -191,7 +200,7 @@ def circumstances(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _marks(settings: list[dict[str, Any]]) -> list[str]:
-    """What tells each of several settings from others of the same test data, in words."""
+    """Describe how each of several settings differs from the others of the same test data."""
     alike: dict[str, list[dict[str, Any]]] = {}
     flat = [{**each, **(each["changes"] if isinstance(each.get("changes"), dict) else {})} for each in settings]
     for each in flat:
@@ -206,13 +215,13 @@ def _marks(settings: list[dict[str, Any]]) -> list[str]:
 
 
 def _filled(title: str, words: tuple[str, ...]) -> str:
-    """A title with what its stars stand for, in order."""
+    """Replace the stars of a title, in order."""
     first, *rest = title.split("*")
     return first + "".join(word.replace("_", " ") + part for word, part in zip(words, rest, strict=True))
 
 
 def _narrowed(columns: list[tuple[Measured, str]], rows: list[Row]) -> Comparison:
-    """Without columns that hold nothing or repeat another untrained one, and with a name for each that stays."""
+    """Drop columns that are empty or repeat another untrained one, and name the others."""
     kept: dict[int, str] = {}
     for i, (model, which) in enumerate(columns):
         cells = [row.cells[i] for row in rows]
@@ -230,7 +239,7 @@ def _narrowed(columns: list[tuple[Measured, str]], rows: list[Row]) -> Compariso
 
 
 def table(models: list[Measured], width: int) -> Table:
-    """The comparison for a terminal of so many columns: with intervals where they fit; they stand in the page too."""
+    """Return the comparison as a table for a terminal of that width, with intervals if they fit."""
     comparison = compare(models)
     whole = _table(comparison, intervals=True)
     wants = Console(width=10_000).measure(whole).maximum  # a narrow one would not tell
@@ -254,12 +263,12 @@ def _table(comparison: Comparison, *, intervals: bool) -> Table:
 
 
 def _key(result: dict[str, Any]) -> str:
-    """What must be the same for values to share a row. The names of k-NN's values tell k already."""
+    """Return what must be equal for values to share a row. The names of k-NN's values contain k."""
     return json.dumps({name: value for name, value in result["settings"].items() if name != "k"}, sort_keys=True)
 
 
 def _matched(key: str, shown: str) -> tuple[str, ...] | None:
-    """What the stars of a pattern stand for in a key; None if it does not match."""
+    """Return what the stars of a pattern match in a key; None if it does not match."""
     found = _pattern(shown).fullmatch(key)
     return found.groups() if found else None
 
@@ -277,5 +286,5 @@ def _cell(result: dict[str, Any], key: str, unit: str) -> Cell | None:
 
 
 def _data(settings: dict[str, Any]) -> str:
-    """What was measured on, in a few words: the test data, or the only data."""
+    """Return the test data, or the only data."""
     return str(settings.get("test") or settings.get("data") or "")

@@ -1,4 +1,4 @@
-"""What a change of names does not do: tensors joined, split, folded or moved, all with pixmim's names."""
+"""What renaming does not do: join, split, fold and move tensors, all with pixmim's names."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ Tensors = dict[str, Tensor]
 
 
 def fuse_qkv(tensors: Tensors) -> Tensors:
-    """Separate q, k, v as one qkv, and a bias for q and v alone with zeros for k: timm's ViT and Swin have one matrix.
+    """Join separate q, k and v to one qkv, with zeros for a bias that k does not have.
 
-    Beit, which has no bias for k, keeps its two in timm, too.
+    Beit keeps its separate biases of q and v, as in timm.
     """
     found = dict(tensors)
     for name in tensors:
@@ -23,7 +23,7 @@ def fuse_qkv(tensors: Tensors) -> Tensors:
 
 
 def split_qkv(tensors: Tensors) -> Tensors:
-    """The inverse of `fuse_qkv` for separate q, k and v."""
+    """Invert `fuse_qkv` for separate q, k and v."""
     found: Tensors = {}
     for name, value in tensors.items():
         if ".attn.qkv." in name:
@@ -34,8 +34,13 @@ def split_qkv(tensors: Tensors) -> Tensors:
     return found
 
 
+def drop_key_bias(tensors: Tensors) -> Tensors:
+    """Remove Beit's bias of the keys, a buffer of zeros in timm."""
+    return {name: value for name, value in tensors.items() if not name.endswith("k_bias")}
+
+
 def fold_batch_norm(tensors: Tensors) -> Tensors:
-    """A linear probe's BatchNorm without weights, (x - mean) / sqrt(variance + 1e-6), folded into the head after it."""
+    """Fold a probe's BatchNorm without weights, (x - mean) / sqrt(variance + 1e-6), into the head after it."""
     found = dict(tensors)
     mean, variance = found.pop("probe.running_mean", None), found.pop("probe.running_var", None)
     found.pop("probe.num_batches_tracked", None)
@@ -47,18 +52,19 @@ def fold_batch_norm(tensors: Tensors) -> Tensors:
 
 
 def move_downsampling(tensors: Tensors) -> Tensors:
-    """Swin's step between two stages: the end of the first in the original code, the start of the second in timm."""
+    """Move Swin's step between stages from the end of the first (original code) to the start of the next (timm)."""
     return _shift(tensors, +1)
 
 
 def move_downsampling_back(tensors: Tensors) -> Tensors:
-    """The inverse of `move_downsampling`."""
+    """Invert `move_downsampling`."""
     return _shift(tensors, -1)
 
 
 def order_merged(tensors: Tensors) -> Tensors:
-    """Swin's step between two stages joins four neighbours' values: here channel by channel in the order of rows
-    (mmcv's unfold), in timm neighbour by neighbour in the order of columns.
+    """Reorder the four neighbors that Swin joins between two stages.
+
+    mmcv's unfold goes channel by channel in the order of rows, timm neighbor by neighbor in the order of columns.
     """
     found = dict(tensors)
     for name, value in tensors.items():

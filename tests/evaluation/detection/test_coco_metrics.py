@@ -17,12 +17,13 @@ from rich.console import Console
 pytest.importorskip("faster_coco_eval")
 
 from pixmim.data.dataset import COLOUR, BadImage
+from pixmim.evaluation.annotations import box_around
 from pixmim.evaluation.detection import _masks, _only_masked, _tell
 from pixmim.evaluation.detection.coco_metrics import Found, Tally
 from pixmim.evaluation.detection.dataset import Objects, open_annotated
 from pixmim.evaluation.detection.loader import fitted, jitter, picture, read, target
-from pixmim.evaluation.detection.masks import around, bitmap, packed
-from pixmim.evaluation.settings import Detection
+from pixmim.evaluation.detection.masks import bitmap, packed
+from pixmim.evaluation.settings import DetectionSettings
 from pixmim.utils.errors import UserError
 
 SIDE = 40
@@ -183,7 +184,12 @@ def test_coco_is_read_with_gaps_crowds_and_images_without_boxes(coco_set: Path) 
     assert first.boxes.tolist() == [[2, 2, 12, 12]] and first.labels.tolist() == [1]
     assert second.boxes.tolist() == [[0, 4, 10, 20], [0, 0, 1, 20]] and second.labels.tolist() == [0, 1]
     assert second.crowd.tolist() == [False, True] and third.boxes.shape == (0, 4)
-    assert bitmap(first.masks[0], (20, 30)).sum() == 100 and around(bitmap(second.masks[1], (20, 30))) == (0, 0, 1, 20)
+    assert bitmap(first.masks[0], (20, 30)).sum() == 100 and box_around(bitmap(second.masks[1], (20, 30))) == (
+        0,
+        0,
+        1,
+        20,
+    )
     assert int(read(data, 0)[0, 0, 0]) == 70
     learnt = target(second, fitted((20, 30), 60), masks=True)  # the crowd is left out; the box is drawn around its mask
     assert learnt["boxes"].tolist() == [[0, 0, 2, 40]] and learnt["labels"].tolist() == [1]
@@ -205,15 +211,15 @@ def test_what_is_wrong_with_a_coco_file_is_named(coco_set: Path) -> None:
     fails("two images have the id 7: 7.png and 3.png", images=[image, image | {"file_name": "3.png"}])
     fails("two categories have the id 2: 'a' and 'b'", categories=[{"id": 2, "name": name} for name in "ab"])
     gone = [image, *({"id": i, "file_name": f"{i}.jpg", "height": 20, "width": 30} for i in (3, 5))]
-    fails(r"2 of the 3 images .* are not in .*few, such as 3.jpg: .* as --train-images FOLDER", images=gone)
-    fails("names no images", images=[], annotations=[])
+    fails(r"2 of the 3 images .* are not in .*few, such as 3.jpg: .* --train-images FOLDER", images=gone)
+    fails("lists no images", images=[], annotations=[])
     file.write_text("{")
-    with pytest.raises(UserError, match="no JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         open_annotated(str(file), "", COLOUR)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         open_annotated(str(coco_set / "none.json"), "", COLOUR)
     file.write_text(json.dumps(whole))
-    with pytest.raises(UserError, match=r"should be in .*nowhere, .*: name it as --test-images FOLDER"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere .*: name it with --test-images FOLDER"):
         open_annotated(str(file), str(coco_set / "nowhere"), COLOUR, "--test-images")
     Image.new("RGB", (20, 30)).save(coco_set / "few" / "3.png")
     data = open_annotated(str(file), str(coco_set / "few"), COLOUR)
@@ -239,21 +245,21 @@ RUNS = {"size": [20, 30], "counts": [0, 20, 580]}
         ({"bbox": [1, 2, math.nan, 3]}, "bbox that is not four numbers", None),
         ({"bbox": [40, 1, 5, 5]}, "1 boxes are empty, or outside their image: left out", None),
         ({"bbox": [4, 4, -2, 5]}, "1 boxes are empty, or outside their image: left out", None),
-        ({"bbox": [-5, 4, 15, 40]}, "1 boxes reach beyond their image: cut", True),
-        ({"area": "large"}, "1 areas are not numbers from 0 on: the box's is taken", True),
+        ({"bbox": [-5, 4, 15, 40]}, "1 boxes reach beyond their image: clipped", True),
+        ({"area": "large"}, "1 areas are not numbers from 0: the area of the box is taken", True),
         ({"id": 1}, "1 annotations have the id of another one: all are used", True),
         ({"bbox": [2, 2, 10, 10]}, "1 objects are listed twice: the second is left out", None),
         ({"segmentation": None}, "", False),
         ({"segmentation": []}, "", False),
         ({"segmentation": "x"}, "1 masks are neither polygons nor a run-length code: no mask", False),
-        ({"segmentation": [[2, 2, 12, 12]]}, "1 masks have a polygon of fewer than three corners", False),
+        ({"segmentation": [[2, 2, 12, 12]]}, "1 masks have a polygon with fewer than three corners", False),
         ({"segmentation": [SPUR]}, "1 masks have a polygon without an area: no mask", False),
-        ({"segmentation": [[1, 1, 9, 1, 9, 9], SPUR]}, "without an area: a part is left out", True),
-        ({"segmentation": [[2, 2, "x", 2, 7, 9]]}, "1 masks have a polygon that is not of numbers: no mask", False),
+        ({"segmentation": [[1, 1, 9, 1, 9, 9], SPUR]}, "without an area: a part is ignored", True),
+        ({"segmentation": [[2, 2, "x", 2, 7, 9]]}, "1 masks have a polygon that is not numbers: no mask", False),
         ({"segmentation": [[2, 2, 1e6, 2, 7, 9]]}, "that reaches 10 times as far as its image: no mask", False),
-        ({"segmentation": {"size": [4, 4], "counts": [16]}}, "1 masks are of another size than their image", False),
+        ({"segmentation": {"size": [4, 4], "counts": [16]}}, "1 masks have another size than their image", False),
         ({"segmentation": {"size": [20, 30], "counts": [600]}}, "1 masks have no pixel: no mask", False),
-        ({"segmentation": {"size": [20, 30], "counts": [3, 4]}}, "counts that are not those of their pixels", False),
+        ({"segmentation": {"size": [20, 30], "counts": [3, 4]}}, "counts that do not add up to their pixels", False),
         ({"segmentation": {"size": [20, 30]}}, "1 masks have no counts that can be read: no mask", False),
         ({"segmentation": {"size": [20, 30], "counts": "oh no"}}, "masks have", False),
         ({"segmentation": RUNS}, "", True),
@@ -299,11 +305,11 @@ def test_one_object_without_a_mask_leaves_masks_to_be_learned(coco_set: Path) ->
         file.write_text(json.dumps(content | {"annotations": annotations}))
         data = open_annotated(str(file), "", COLOUR)
         console = Console(file=io.StringIO(), width=500)
-        settings = Detection(masks=masks)  # type: ignore[arg-type]
+        settings = DetectionSettings(masks=masks)  # type: ignore[arg-type]
         assert _masks(settings, data, data, console) == expected
         assert re.search(words, console.file.getvalue())  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="--masks yes, but no object of"):
-        _masks(Detection(masks="yes"), data, data, console)
+        _masks(DetectionSettings(masks="yes"), data, data, console)
     file.write_text(json.dumps(content | {"annotations": most}))
     data = _only_masked(open_annotated(str(file), "", COLOUR))
     assert data.objects(0).crowd.tolist() == [False, True]
@@ -335,7 +341,7 @@ def test_image_boxes_and_masks_stay_together_in_a_view(numbers: tuple[float, ...
     seen = picture(image, view, (0, 0, 0))[0].numpy() > 100
     if seen.any():
         box = view.boxes(np.asarray([[11, 5, 31, 17]], np.float32))[0]
-        assert np.abs(np.asarray(around(seen)) - box).max() <= 1
+        assert np.abs(np.asarray(box_around(seen)) - box).max() <= 1
     for mask in (view.mask(polygon), view.mask(inside), view.mask(packed(inside))):
         edge = np.logical_xor(mask, seen).sum()
         assert edge <= 0.12 * max(seen.sum(), 200)

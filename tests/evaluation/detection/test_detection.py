@@ -36,7 +36,7 @@ from pixmim.evaluation.detection.window_attention import (
 )
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import Encoder, anew, in_training
-from pixmim.evaluation.settings import Detection
+from pixmim.evaluation.settings import DetectionSettings
 from pixmim.models import create_encoder
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
@@ -52,7 +52,7 @@ MODELS = {
     "swin": Model("simmim", "swin_tiny_patch4_window7_224", options=SWIN),
     "convmae": Model("convmae", "convmae_tiny", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=CONVMAE),
 }
-TINY = Detection(
+TINY = DetectionSettings(
     "shapes:count=24,size=40",
     "shapes:count=4,size=40,seed=1",
     size=32,
@@ -191,7 +191,7 @@ def test_rates_fall_by_layer_and_by_time() -> None:
     assert layer[encoder + "blocks.0.norm1.bias"] == layer[positions + "0.columns"] == 1
     top = ("roi_heads.box_predictor.cls_score.weight", "backbone.module.scales.0.0.weight", encoder + "norm.weight")
     assert {layer[name] for name in top if name in layer} == {5} and top[0] in layer and top[1] in layer
-    settings = Detection()
+    settings = DetectionSettings()
     assert training.rate(settings, 0, 1000) == pytest.approx(1e-7)
     assert training.rate(settings, 200, 1000) == 1e-4  # warm-up is at most a fifth
     assert training.rate(settings, 125, 10_000) == pytest.approx(1e-4 * (0.001 + 0.999 / 2))
@@ -256,7 +256,7 @@ def test_lower_precision_leaves_boxes_in_float32(tmp_path: Path) -> None:
     encoder = replace(encoder_of("vit"), precision="bf16")
     model = training.build(encoder, TINY, 10, True).eval()
     assert all(m.dtype == torch.float32 for m in model.backbone(torch.randn(1, 3, 32, 32)).values())
-    values = dict(detection.measure(Bench(encoder, tmp_path), replace(TINY, steps=1)))
+    values = dict(detection.evaluate_detection(Bench(encoder, tmp_path), replace(TINY, steps=1)))
     assert values["box/AP"] >= 0
 
 
@@ -276,7 +276,7 @@ def test_what_is_found_exactly_is_worth_a_hundred(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(detection, "detect", oracle)
     bench = Bench(encoder_of("vit"), tmp_path)
-    values = dict(detection.measure(bench, replace(TINY, steps=1, size=160)))
+    values = dict(detection.evaluate_detection(bench, replace(TINY, steps=1, size=160)))
     assert values["box/AP75"] == values["mask/AP75"] == 100 and values["box/AP"] > 90 and values["mask/AP"] > 80
 
 
@@ -293,4 +293,4 @@ def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
         ({"size": 36}, "does not divide into the 8x8 patches"),
     ):
         with pytest.raises(UserError, match=match):
-            dict(detection.measure(bench, replace(TINY, **changes)))  # type: ignore[arg-type]
+            dict(detection.evaluate_detection(bench, replace(TINY, **changes)))  # type: ignore[arg-type]

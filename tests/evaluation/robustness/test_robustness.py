@@ -23,9 +23,10 @@ from pixmim.evaluation import linear_probe as linear
 from pixmim.evaluation.context import Bench
 from pixmim.evaluation.features import freeze
 from pixmim.evaluation.frozen_encoder import in_training, of_model
-from pixmim.evaluation.linear_probe import choose
-from pixmim.evaluation.metrics import ALEXNET, corruption_errors, shape_decisions
-from pixmim.evaluation.settings import Knn, Linear, Robustness, ShapeBias
+from pixmim.evaluation.linear_probe import fit_sweep
+from pixmim.evaluation.robustness import ALEXNET, corruption_errors, count
+from pixmim.evaluation.settings import KnnSettings, LinearSettings, RobustnessSettings, ShapeBiasSettings
+from pixmim.evaluation.shape_bias import shape_decisions
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
 from pixmim.weights.load import adopt, open_model
@@ -114,12 +115,12 @@ def test_a_part_of_imagenet_is_cut_out_before_the_decision(name: str, tiny_run: 
         path.parent.mkdir(parents=True)
         Image.new("RGB", (32, 32), (painted // 4, painted % 4 * 60, 0)).save(path)
     bench = bench_of(tiny_run(), tmp_path, RunnerUp(first))
-    settings = Robustness(**{f"imagenet_{name}": str(tmp_path / name)})
-    found = dict(robustness.measure(bench, settings))
+    settings = RobustnessSettings(**{f"imagenet_{name}": str(tmp_path / name)})
+    found = dict(robustness.evaluate_robustness(bench, settings))
     assert found[f"imagenet_{name}/top1"] == 75
     (tmp_path / name / part[3] / "1.png").unlink()
-    with pytest.raises(UserError, match=f"lacks 1 of ImageNet-{name.upper()}'s 200 class folders"):
-        dict(robustness.measure(bench, settings))
+    with pytest.raises(UserError, match=f"lacks 1 of the 200 class folders of ImageNet-{name.upper()}"):
+        dict(robustness.evaluate_robustness(bench, settings))
 
 
 def test_imagenet_c_trees(tiny_run: Make, tmp_path: Path) -> None:
@@ -127,14 +128,20 @@ def test_imagenet_c_trees(tiny_run: Make, tmp_path: Path) -> None:
     for severity in (1, 2, 3, 4, 5):
         write(tmp_path / f"c/snow/{severity}/{every[7]}/1.png", 10)
         write(tmp_path / f"c/snow/{severity}/{every[8]}/1.png", 20)
-    with pytest.raises(UserError, match=r"lacks 70 of 75 parts of ImageNet-C: gaussian_noise/1, .* no mCE of a part"):
-        dict(robustness.measure(bench, Robustness(imagenet_c=str(tmp_path / "c"))))
-    some = dict(robustness.measure(bench, Robustness(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))))
+    with pytest.raises(UserError, match=r"lacks 70 of 75 parts of ImageNet-C: gaussian_noise/1, .* a part has no mCE"):
+        dict(robustness.evaluate_robustness(bench, RobustnessSettings(imagenet_c=str(tmp_path / "c"))))
+    some = dict(
+        robustness.evaluate_robustness(bench, RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("snow",)))
+    )
     assert some["imagenet_c/error"] == some["imagenet_c/severity/snow/4"] == 50  # all are taken for class 7
     assert not any("ce" in key.split("/") or "mce" in key for key in some)  # two classes are not a thousand
     write(tmp_path / "c/snow/5/unknown/1.png", 10)
-    with pytest.raises(UserError, match="a class 'unknown', which is none of the 1000"):
-        dict(robustness.measure(bench, Robustness(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))))
+    with pytest.raises(UserError, match="a class 'unknown', which is not one of the 1000"):
+        dict(
+            robustness.evaluate_robustness(
+                bench, RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))
+            )
+        )
 
 
 def test_whole_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
@@ -146,8 +153,9 @@ def test_whole_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
         for i in range(4):
             write(tmp_path / f"c/fog/{severity}/n{i}/1.png", 0)
     found = dict(
-        robustness.measure(
-            bench_of(tiny_run(), tmp_path, Always()), Robustness(imagenet_c=str(tmp_path / "c"), corruptions=("fog",))
+        robustness.evaluate_robustness(
+            bench_of(tiny_run(), tmp_path, Always()),
+            RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("fog",)),
         )
     )
     assert "imagenet_c/mce" not in found
@@ -158,7 +166,7 @@ def test_whole_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
 def test_public_sets_need_a_classifier_of_imagenet(name: str, tiny_run: Make, tmp_path: Path) -> None:
     for run in (tiny_run(), classifier(tiny_run(), 10)):
         with pytest.raises(UserError, match=r"1000 classes, and this encoder has (none|one of 10)"):
-            dict(robustness.measure(bench_of(run, tmp_path), Robustness(**{name: str(tmp_path)})))
+            dict(robustness.evaluate_robustness(bench_of(run, tmp_path), RobustnessSettings(**{name: str(tmp_path)})))
 
 
 TAUGHT = PretrainConfig(
@@ -195,7 +203,10 @@ def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_pa
     found = []
     for module in (of_textures, None):
         bench = bench_of(TAUGHT, tmp_path, module)
-        found.append(dict(knn.measure(bench, Knn(*data))) | dict(linear.measure(bench, Linear(*data, epochs=20))))
+        found.append(
+            dict(knn.evaluate_knn(bench, KnnSettings(*data)))
+            | dict(linear.evaluate_linear(bench, LinearSettings(*data, epochs=20)))
+        )
     for name in ("k20/mean/top1", "top1"):  # their intervals do not touch
         assert found[0][f"{name}/low"] > found[1][f"{name}/high"]
 
@@ -205,8 +216,8 @@ def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> N
     bench = bench_of(TAUGHT, tmp_path, of_textures)
     data = "shapes:count=200,size=32,seed=1,texture=match"  # shape and texture have the same number
     some = ("gaussian_noise", "defocus_blur", "contrast")
-    settings = Robustness(test=data, corruptions=some)
-    found = dict(robustness.measure(bench, settings))
+    settings = RobustnessSettings(test=data, corruptions=some)
+    found = dict(robustness.evaluate_robustness(bench, settings))
     assert found["in_memory/head/clean"] < 75
     for name in some:
         one, five = (found[f"in_memory/head/severity/{name}/{s}"] for s in (1, 5))
@@ -220,18 +231,18 @@ def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> N
 
     train = "shapes:count=300,size=32,texture=match"
     both = replace(settings, train=train, severities=(1, 5), epochs=20)
-    found = dict(robustness.measure(bench, both))
+    found = dict(robustness.evaluate_robustness(bench, both))
     assert found["in_memory/probe/clean"] < 80 and found["in_memory/probe/lost"] > 3
     assert "in_memory/probe/severity/contrast/3" not in found
-    assert dict(robustness.measure(bench, both)) == found
-    other = dict(robustness.measure(bench, replace(both, corruptions=("contrast",))))
+    assert dict(robustness.evaluate_robustness(bench, both)) == found
+    other = dict(robustness.evaluate_robustness(bench, replace(both, corruptions=("contrast",))))
     assert other["in_memory/probe/corruption/contrast"] == found["in_memory/probe/corruption/contrast"]
 
 
 def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_of(TAUGHT, tmp_path, of_textures)
-    settings = Robustness(test="shapes:count=300,size=32", corruptions=("contrast", "fog"), severities=(2,))
-    whole = dict(robustness.measure(bench, settings))
+    settings = RobustnessSettings(test="shapes:count=300,size=32", corruptions=("contrast", "fog"), severities=(2,))
+    whole = dict(robustness.evaluate_robustness(bench, settings))
     seen = []
 
     def failing(*args: object) -> Iterator[object]:
@@ -240,27 +251,27 @@ def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypa
         seen.append(1)
         return made(*args)  # type: ignore[arg-type]
 
-    made = robustness._made
-    monkeypatch.setattr(robustness, "_made", failing)
+    made = count.corrupted
+    monkeypatch.setattr(count, "corrupted", failing)
     with pytest.raises(KeyboardInterrupt):
-        dict(robustness.measure(bench, settings))
+        dict(robustness.evaluate_robustness(bench, settings))
     assert len(list(tmp_path.rglob("counts.json"))) == 1
-    monkeypatch.setattr(robustness, "_made", lambda images, *rest: (seen.append(len(images)), made(images, *rest))[1])
-    assert dict(robustness.measure(bench, settings)) == whole
+    monkeypatch.setattr(count, "corrupted", lambda images, *rest: (seen.append(len(images)), made(images, *rest))[1])
+    assert dict(robustness.evaluate_robustness(bench, settings)) == whole
     assert seen[1:] == [44] and not list(tmp_path.rglob("counts.json"))
 
 
 def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> None:
     bench = bench_of(tiny_run(), tmp_path)
     for settings, message in (
-        (Robustness(), "no data given: robustness needs --test"),
-        (Robustness(test=TEST), "has no classifier: give --train"),
-        (Robustness(test=TEST, classifier="probe"), "--train"),
-        (Robustness(test=TEST, train=TRAIN, corruptions=("frosst",)), "did you mean 'frost'"),
-        (Robustness(test=TEST, train=TRAIN, severities=()), "--severities takes some of"),
+        (RobustnessSettings(), "no data given"),
+        (RobustnessSettings(test=TEST), "has no classifier: give --train"),
+        (RobustnessSettings(test=TEST, classifier="probe"), "--train"),
+        (RobustnessSettings(test=TEST, train=TRAIN, corruptions=("frosst",)), "did you mean 'frost'"),
+        (RobustnessSettings(test=TEST, train=TRAIN, severities=()), "--severities takes some of"),
     ):
         with pytest.raises(UserError, match=message):
-            dict(robustness.measure(bench, settings))
+            dict(robustness.evaluate_robustness(bench, settings))
 
 
 def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
@@ -274,11 +285,11 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
         path = tmp_path / "test" / "abc"[i % 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 255, (32, 32, 3), np.uint8) // (1 + i % 4)).save(path)
-    settings = Robustness(test=str(tmp_path / "test"), corruptions=("contrast",), severities=(1,))
+    settings = RobustnessSettings(test=str(tmp_path / "test"), corruptions=("contrast",), severities=(1,))
 
     def measured(file: Path) -> dict[str, float]:
         encoder = of_model(str(file), device="cpu", precision="fp32")
-        return dict(robustness.measure(Bench(encoder, tmp_path), settings))
+        return dict(robustness.evaluate_robustness(Bench(encoder, tmp_path), settings))
 
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         state = module.state_dict() | {f"head.{k}": v[order] for k, v in module.head.state_dict().items()}  # type: ignore[union-attr]
@@ -295,7 +306,7 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
     right = sum(names[a] == "abc"[w] for a, w in zip(answers.tolist(), wanted.tolist(), strict=True))
     assert found[0]["in_memory/head/clean"] == pytest.approx(100 - 100 * right / 24)
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "bee")
-    with pytest.raises(UserError, match="a class 'bee', which is none of the 3"):
+    with pytest.raises(UserError, match="a class 'bee', which is not one of the 3"):
         measured(file)
     save_tensors(module.state_dict(), file, run, 3, 3, {"classes": '["a", "b"]'})
     with pytest.raises(UserError, match="names 2 classes, and its classifier has 3"):
@@ -344,7 +355,7 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     write(root / "elephant/elephant1-dog3.png", 5)  # shape
     write(root / "truck/truck2-dog3.png", 5)  # neither
     bench = bench_of(tiny_run(), tmp_path, Reds())
-    found = dict(shape_bias.measure(bench, ShapeBias(str(root))))
+    found = dict(shape_bias.evaluate_shape_bias(bench, ShapeBiasSettings(str(root))))
     assert found["head/stimuli"] == 4
     assert found["head/shape_bias"] == pytest.approx(200 / 3)
     assert found["head/shape"] == 50 and found["head/texture"] == 25
@@ -358,10 +369,12 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
 
     flipped = bench_of(tiny_run(), tmp_path, Flipped())
     flipped.encoder = replace(flipped.encoder, names=tuple(reversed(imagenet.wnids())))  # its outputs, by its own names
-    assert dict(shape_bias.measure(flipped, ShapeBias(str(root)))) == pytest.approx(found, nan_ok=True)
+    assert dict(shape_bias.evaluate_shape_bias(flipped, ShapeBiasSettings(str(root)))) == pytest.approx(
+        found, nan_ok=True
+    )
     flipped.encoder = replace(flipped.encoder, names=tuple(f"class {i}" for i in range(1000)))
-    with pytest.raises(UserError, match="ImageNet's classes by their WordNet ids, and one here is 'class 0'"):
-        dict(shape_bias.measure(flipped, ShapeBias(str(root))))
+    with pytest.raises(UserError, match="ImageNet's classes by WordNet id, and this one has 'class 0'"):
+        dict(shape_bias.evaluate_shape_bias(flipped, ShapeBiasSettings(str(root))))
     (picture,) = bench.pictures.values()
     assert picture.width > 300
     for name, message in (
@@ -371,20 +384,20 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     ):
         write(root / name, 5)
         with pytest.raises(UserError, match=message):
-            dict(shape_bias.measure(bench, ShapeBias(str(root))))
+            dict(shape_bias.evaluate_shape_bias(bench, ShapeBiasSettings(str(root))))
         (root / name).unlink()
     with pytest.raises(UserError, match=r"1000 classes, and this encoder has none"):
-        dict(shape_bias.measure(bench_of(tiny_run(), tmp_path), ShapeBias(str(root))))
+        dict(shape_bias.evaluate_shape_bias(bench_of(tiny_run(), tmp_path), ShapeBiasSettings(str(root))))
 
 
 def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     """Over an encoder that was taught textures, a probe that may use either cue decides by them; and one that was
     fitted to textures has a lower shape bias than one that was fitted to shapes."""
-    settings = ShapeBias(
+    settings = ShapeBiasSettings(
         "shapes:count=200,size=32,texture=conflict,seed=2", "shapes:count=300,size=32,texture=match", epochs=20
     )
     bench = bench_of(TAUGHT, tmp_path, of_textures)
-    textural = dict(shape_bias.measure(bench, settings))
+    textural = dict(shape_bias.evaluate_shape_bias(bench, settings))
     assert textural["probe/shape_bias"] < 40 and textural["probe/texture"] > 20
     assert bench.pictures
     each = [value for name, value in textural.items() if name.endswith("/shape_bias") and "/category/" in name]
@@ -399,14 +412,14 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     assert textural["probe/majority"] == pytest.approx(100 * max(torch.bincount(shapes).tolist()) / 200)
     biases = [
         shape_decisions(
-            choose(replace(voters, labels=labels), epochs=20).scores(asked).argmax(dim=1), shapes, textures
+            fit_sweep(replace(voters, labels=labels), epochs=20).scores(asked).argmax(dim=1), shapes, textures
         )[2]
         for labels in (voters.labels, torch.from_numpy(train.texture_labels))
     ]
     assert biases[0] > biases[1] + 0.2
 
     with pytest.raises(UserError, match="agree in every stimulus"):
-        dict(shape_bias.measure(bench, replace(settings, data=settings.train)))
+        dict(shape_bias.evaluate_shape_bias(bench, replace(settings, data=settings.train)))
 
 
 def test_classifiers_keep_their_heads(tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,15 +25,15 @@ from pixmim.data.dataset import BadImage, Form
 from pixmim.evaluation.context import Bench
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import Encoder, anew, in_training, of_model
-from pixmim.evaluation.metrics import confusion, overlap
-from pixmim.evaluation.segmentation import check_masks, measure, one_by_one
+from pixmim.evaluation.segmentation import check_masks, evaluate_segmentation, one_by_one
 from pixmim.evaluation.segmentation.augment import JitteredCrop, distort, mirrored, nearest
 from pixmim.evaluation.segmentation.dataset import IGNORE, open_pairs
 from pixmim.evaluation.segmentation.heads import Segmenter, loss_of
+from pixmim.evaluation.segmentation.metrics import confusion_matrix, segmentation_metrics
 from pixmim.evaluation.segmentation.sliding_window import largest, segment, starts
 from pixmim.evaluation.segmentation.train import build, fit, prepare, rate
-from pixmim.evaluation.segmentation.visualize import colours, overlay
-from pixmim.evaluation.settings import Segmentation
+from pixmim.evaluation.settings import SegmentationSettings
+from pixmim.evaluation.visualize import class_colors, overlay_mask
 from pixmim.models import features
 from pixmim.models.feature_maps import maps, widths
 from pixmim.transforms.crops import finish
@@ -42,7 +42,7 @@ from pixmim.weights.save import save_encoder
 
 Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=12,size=32,seed=1"
-QUICK = Segmentation(TRAIN, TEST, size="32", steps=6, batch_size=4, width=16, threads=2, lr=3e-3, warmup=2)
+QUICK = SegmentationSettings(TRAIN, TEST, size="32", steps=6, batch_size=4, width=16, threads=2, lr=3e-3, warmup=2)
 
 FAMILIES = {
     "vit": Model(
@@ -91,11 +91,13 @@ def test_overlap_against_sets_of_pixels() -> None:
     true[true == 2] = 1  # no pixel of class 2; predictions of it are wrong
     true[0, :4] = IGNORE
     found = torch.randint(0, 5, (3, 9, 7), generator=generator)
-    matrix = sum((confusion(p, t, 5) for p, t in zip(found, true, strict=True)), torch.zeros(5, 5, dtype=torch.int64))
+    matrix = sum(
+        (confusion_matrix(p, t, 5) for p, t in zip(found, true, strict=True)), torch.zeros(5, 5, dtype=torch.int64)
+    )
     places = [i for i, t in enumerate(true.flatten().tolist()) if t != IGNORE]
     t, p = ({c: {i for i in places if x.flatten()[i] == c} for c in range(5)} for x in (true, found))
     iou = {c: len(t[c] & p[c]) / len(t[c] | p[c]) for c in range(5) if t[c]}
-    measured = overlap(matrix)
+    measured = segmentation_metrics(matrix)
     assert set(iou) == {0, 1, 3} and measured.iou[[2, 4]].isnan().all()
     for c, value in iou.items():
         assert float(measured.iou[c]) == pytest.approx(value)
@@ -105,7 +107,9 @@ def test_overlap_against_sets_of_pixels() -> None:
 
 
 def test_overlap_where_all_is_ignored_says_nothing() -> None:
-    nothing = overlap(confusion(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 3))
+    nothing = segmentation_metrics(
+        confusion_matrix(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 3)
+    )
     assert nothing.iou.isnan().all() and math.isnan(nothing.mean_iou) and math.isnan(nothing.pixel_accuracy)
 
 
@@ -114,7 +118,7 @@ def test_overlap_agrees_with_torchmetrics() -> None:
     generator = torch.Generator().manual_seed(1)
     true, found = (torch.randint(0, 4, (2, 20, 20), generator=generator) for _ in range(2))
     true[0, :5] = IGNORE
-    measured = overlap(confusion(found, true, 4))
+    measured = segmentation_metrics(confusion_matrix(found, true, 4))
     options = {"num_classes": 4, "ignore_index": IGNORE}
     iou = classification.MulticlassJaccardIndex(average="none", **options)(found, true)
     torch.testing.assert_close(measured.iou.float(), iou)
@@ -448,11 +452,11 @@ def test_loss_is_cross_entropy_of_labelled_pixels_over_all() -> None:
 
 
 def test_rate_is_maes() -> None:
-    published = Segmentation("a", "b")
+    published = SegmentationSettings("a", "b")
     assert rate(published, 1499) == pytest.approx(1e-4 * (1 - 1499 / 160_000))
     assert rate(published, 749) == pytest.approx(0.5e-4 * (1 - 749 / 160_000))
     assert rate(published, 80_000) == pytest.approx(0.5e-4) and rate(published, 159_999) < 1e-9
-    assert Segmentation("a", "b", head="linear").rate == 1e-3
+    assert SegmentationSettings("a", "b", head="linear").rate == 1e-3
 
 
 @pytest.mark.parametrize("pixels", ["uint16", "float32"])
@@ -467,7 +471,7 @@ def test_deep_pictures_with_masks(pixels: str, tiny_run: Make, tmp_path: Path) -
         Image.fromarray(generator.integers(0, 3, (40, 36), np.uint8)).save(tmp_path / "masks" / f"{i}.png")
     run = tiny_run(channels=5, pixels=pixels)
     bench = Bench(encoder_of(run), tmp_path / "out")
-    values = dict(measure(bench, replace(QUICK, train=str(tmp_path), test=str(tmp_path), steps=2)))
+    values = dict(evaluate_segmentation(bench, replace(QUICK, train=str(tmp_path), test=str(tmp_path), steps=2)))
     assert values["images"] == 6 and 0 <= values["mIoU"] <= 100
 
 
@@ -597,14 +601,14 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
             save_pair(made, f"{part}/{i}", (36, 44), mask, "annotations")
             Image.fromarray(pixels.astype(np.uint8)).save(made / "images" / part / f"{i}.png")
     settings = replace(QUICK, train=str(made), test=str(made), steps=40, batch_size=8, head="uper", lr=1e-3)
-    values = dict(measure(bench, settings))
+    values = dict(evaluate_segmentation(bench, settings))
     true = torch.cat(
         [
             pair[-1].flatten()
             for _, pair in one_by_one(open_pairs(str(made), Form(), "validation"), Skipped(None, 10, 0))
         ]
     )
-    majority = overlap(confusion(torch.zeros_like(true, dtype=torch.int64), true.long(), 2))
+    majority = segmentation_metrics(confusion_matrix(torch.zeros_like(true, dtype=torch.int64), true.long(), 2))
     assert values["aAcc"] > 100 * majority.pixel_accuracy + 5 and values["mIoU"] > 100 * majority.mean_iou + 20
     assert (
         values["mIoU"] == pytest.approx((values["iou/class 0"] + values["iou/class 1"]) / 2) and values["images"] == 10
@@ -645,11 +649,11 @@ def test_settings_that_do_not_go_together_are_named(tiny_run: Make, tmp_path: Pa
 
 def test_overlays_colour_classes_and_leave_the_ignored() -> None:
     picture, mask = np.full((2, 2, 3), 100, np.uint8), np.array([[0, 1], [1, IGNORE]])
-    palette = colours(2)
-    drawn = overlay(picture, mask, palette)
+    palette = class_colors(2)
+    drawn = overlay_mask(picture, mask, palette)
     assert drawn[1, 1].tolist() == [100] * 3 and drawn[0, 1].tolist() == drawn[1, 0].tolist()
     np.testing.assert_allclose(drawn[0, 0], 45 + 0.55 * palette[0], atol=1)
-    assert len({tuple(c) for c in colours(150).tolist()}) == 150
+    assert len({tuple(c) for c in class_colors(150).tolist()}) == 150
 
 
 def test_a_window_of_two_is_refitted() -> None:

@@ -11,7 +11,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from pixmim.data.dataset import BadImage
-from pixmim.evaluation.classification import a_few, shares, warn_shared
+from pixmim.evaluation.classification import a_few, class_indices, shares, warn_shared
 from pixmim.evaluation.context import Bench, Values, discard
 from pixmim.evaluation.detection.coco_metrics import Found, Tally, pack
 from pixmim.evaluation.detection.dataset import Annotated, Objects, open_annotated, rectangle
@@ -19,19 +19,18 @@ from pixmim.evaluation.detection.detector import detect
 from pixmim.evaluation.detection.loader import fitted, picture, read
 from pixmim.evaluation.detection.masks import View, bitmap, coco
 from pixmim.evaluation.detection.train import build, trained
-from pixmim.evaluation.detection.visualize import draw, sheet
-from pixmim.evaluation.settings import Detection
-from pixmim.evaluation.visualize import visible
+from pixmim.evaluation.settings import DetectionSettings
+from pixmim.evaluation.visualize import draw_detections, image_grid, to_rgb
 from pixmim.transforms.crops import finish
 from pixmim.utils.console import say
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError
 from pixmim.utils.progress import progress
 
 _NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measured on
 
 
-def check(bench: Bench, settings: Detection) -> tuple[Detection, Annotated, Annotated, bool]:
-    """Read all annotations and build the detector, once for a bench; trains nothing.
+def check_detection(bench: Bench, settings: DetectionSettings) -> tuple[DetectionSettings, Annotated, Annotated, bool]:
+    """Read all annotations and build the detector, once for a context; trains nothing.
 
     Returns:
         The settings with the files of COCO, train and test data, and whether masks are learned.
@@ -40,7 +39,7 @@ def check(bench: Bench, settings: Detection) -> tuple[Detection, Annotated, Anno
         UserError: For data or settings that do not suit.
     """
 
-    def make() -> tuple[Detection, Annotated, Annotated, bool]:
+    def make() -> tuple[DetectionSettings, Annotated, Annotated, bool]:
         coco()
         found, encoder = _with_data(settings), bench.encoder
         train = open_annotated(found.train, found.train_images, encoder.form, "--train-images")
@@ -56,18 +55,18 @@ def check(bench: Bench, settings: Detection) -> tuple[Detection, Annotated, Anno
     return bench.once(("detection", repr(settings)), make)
 
 
-def measure(bench: Bench, settings: Detection) -> Values:
+def evaluate_detection(bench: Bench, settings: DetectionSettings) -> Values:
     """Fine-tune a detector and measure it: see `Tally.values`.
 
     Unfinished training is gone on with. Raises UserError.
     """
-    settings, train, test, masks = check(bench, settings)
+    settings, train, test, masks = check_detection(bench, settings)
     model = trained(bench, settings, train, masks)
     yield from _measured(bench, settings, test, model, masks)
     discard(bench.work("detection", settings))
 
 
-def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterRCNN, masks: bool) -> Values:
+def _measured(bench: Bench, settings: DetectionSettings, test: Annotated, model: FasterRCNN, masks: bool) -> Values:
     encoder, tally = bench.encoder, Tally(test.classes, masks)
     pictures: list[Image.Image] = []
     skipped = bench.skipped(test.images)
@@ -89,11 +88,15 @@ def _measured(bench: Bench, settings: Detection, test: Annotated, model: FasterR
             seen = _in_image(found, view)
             tally.add(size, there, seen)
             if len(pictures) < settings.pictures:
-                pictures.append(draw(visible(image, encoder.run), there, seen, test.classes))
+                drawn = [bitmap(mask, size) for mask in seen.masks]
+                pixels = to_rgb(image, encoder.run)
+                pictures.append(
+                    draw_detections(pixels, there.boxes, seen.boxes, seen.labels, seen.scores, drawn, test.classes)
+                )
             advance(index + 1)
     if pictures:
         caption = "detection: what was found, with scores from 0.5, and in white what is there"
-        bench.pictures[caption] = sheet(pictures)
+        bench.pictures[caption] = image_grid([pictures[i : i + 4] for i in range(0, len(pictures), 4)])
     yield from tally.values()
 
 
@@ -127,7 +130,7 @@ def _tell(train: Annotated, test: Annotated, console: Console) -> None:
     warn_shared(train.images, test.images, console)
 
 
-def _masks(settings: Detection, train: Annotated, test: Annotated, console: Console) -> bool:
+def _masks(settings: DetectionSettings, train: Annotated, test: Annotated, console: Console) -> bool:
     """Whether masks are learned, and what that means for objects without one, in lines. Raises UserError."""
     both = train, test
     lacking = [data for data in both if len(data.unmasked) == sum(data.counts)]
@@ -166,7 +169,7 @@ def _only_masked(data: Annotated) -> Annotated:
     return replace(data, objects=objects)
 
 
-def _with_data(settings: Detection) -> Detection:
+def _with_data(settings: DetectionSettings) -> DetectionSettings:
     """The settings with COCO's files in place of its folder. Raises UserError."""
     if not settings.data:
         if not (settings.train and settings.test):
@@ -179,17 +182,13 @@ def _with_data(settings: Detection) -> Detection:
 
 
 def _same_classes(train: Annotated, test: Annotated) -> Annotated:
-    """The test data with the train data's numbers of classes. Raises UserError for a class that those lack."""
-    for name in test.classes:
-        if name not in train.classes:
-            raise UserError(
-                f"the test data have a class '{name}' that the train data lack{nearest(name, train.classes)}"
-            )
-    number = np.asarray([train.classes.index(name) for name in test.classes], np.int64)
+    """Return the test data with the class indices of the train data. Raises UserError for a class that those lack."""
+    number = class_indices(test.classes, train.classes, "the test data").numpy()
 
     def objects(index: int) -> Objects:
         found = test.objects(index)
         return replace(found, labels=number[found.labels])
 
-    counts = [test.counts[test.classes.index(name)] if name in test.classes else 0 for name in train.classes]
-    return replace(test, objects=objects, classes=train.classes, counts=counts)
+    counts = np.zeros(len(train.classes), np.int64)
+    counts[number] = test.counts
+    return replace(test, objects=objects, classes=train.classes, counts=counts.tolist())

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pixmim.evaluation.annotations import Mask
 from pixmim.evaluation.detection.dataset import Objects
-from pixmim.evaluation.detection.masks import Mask, Segmentation, bitmap, coco, packed
+from pixmim.evaluation.detection.masks import Segmentation, bitmap, coco, packed
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torchvision.transforms.v2 import functional as V
 from pixmim.data.dataset import BadImage
 from pixmim.data.loader import BatchLoader, Finish, LoaderOptions
 from pixmim.data.sampler import BatchShard, SampleBatch
+from pixmim.evaluation.annotations import box_around
 from pixmim.evaluation.detection.dataset import Annotated, Objects
-from pixmim.evaluation.detection.masks import View, around
+from pixmim.evaluation.detection.masks import View
 from pixmim.masking import Mask
 
 
@@ -69,7 +70,7 @@ def target(objects: Objects, view: View, masks: bool) -> dict[str, Tensor]:
     drawn = []
     if masks:
         drawn = [view.mask(objects.masks[i]) for i in kept]
-        found = [around(mask) for mask in drawn]
+        found = [box_around(mask) for mask in drawn]
         for i, box in zip(kept, found, strict=True):
             boxes[i] = box or 0
         kept, drawn = [i for i, box in zip(kept, found, strict=True) if box], [m for m in drawn if m.any()]

@@ -8,11 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage
+from pixmim.data.decode.limits import max_pixels
+from pixmim.evaluation.annotations import Mask, is_number
 from pixmim.utils.errors import UserError
 
-Mask = npt.NDArray[np.bool_]
 Segmentation = Any
 """Polygons [[x, y, x, y ...] ...] in pixels, a run-length code {"size": [h, w], "counts": ...}, or bool (h w)."""
+
+_MAX_DISTANCE = 10  # times an image's longer side: no polygon reaches farther
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,51 @@ def packed(mask: Mask) -> dict[str, Any]:
     return dict(coco().mask.encode(np.asfortranarray(mask, np.uint8)))
 
 
-def around(mask: Mask) -> tuple[int, int, int, int] | None:
-    """The box (left, top, right, bottom) around a mask, right and bottom exclusive; None around nothing."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Segmentation | None, str]:
+    """Check a segmentation of a COCO file.
+
+    Args:
+        segmentation: Polygons or a run-length code.
+        size: (h, w) of the image.
+
+    Returns:
+        The usable part, or None; and what is wrong with the rest as the name of a kind, or an empty string.
+    """
+    if segmentation is None or segmentation == []:
+        return None, ""
+    if isinstance(segmentation, list):
+        reasons = [_check_polygon(polygon, _MAX_DISTANCE * max(size)) for polygon in segmentation]
+        usable = [polygon for polygon, reason in zip(segmentation, reasons, strict=True) if not reason]
+        reason = next(filter(None, reasons), "")
+        return usable or None, f"masks have a polygon {reason}" if reason else ""
+    if not isinstance(segmentation, dict):
+        return None, "masks are neither polygons nor a run-length code"
+    if segmentation.get("size") != list(size):
+        return None, "masks have another size than their image"
+    counts = segmentation.get("counts")
+    if isinstance(counts, list):
+        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
+            return None, "masks have counts that do not add up to their pixels"
+        return (segmentation, "") if any(counts[1::2]) else (None, "masks have no pixel")
+    if not isinstance(counts, str) or size[0] * size[1] > max_pixels():
+        return None, "masks have no counts that can be read"
+    try:
+        return (segmentation, "") if bitmap(segmentation, size).any() else (None, "masks have no pixel")
+    except BadImage:
+        return None, "masks have counts that do not add up to their pixels"
+
+
+def _check_polygon(polygon: Any, limit: float) -> str:
+    """Return what is wrong with a polygon [x, y, x, y ...]; empty if nothing is."""
+    if not isinstance(polygon, list) or not all(map(is_number, polygon)):
+        return "that is not numbers"
+    if len(polygon) < 6 or len(polygon) % 2:
+        return "with fewer than three corners, or half a corner"
+    if min(polygon) < -limit or max(polygon) > limit:
+        return f"that reaches {_MAX_DISTANCE} times as far as its image"
+    if min(polygon[::2]) == max(polygon[::2]) or min(polygon[1::2]) == max(polygon[1::2]):
+        return "without an area"
+    return ""
 
 
 def coco() -> Any:

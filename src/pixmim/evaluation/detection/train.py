@@ -13,7 +13,7 @@ from pixmim.evaluation.detection.dataset import Annotated
 from pixmim.evaluation.detection.detector import build_detector, losses
 from pixmim.evaluation.detection.loader import DetectionBatch, DetectionLoader
 from pixmim.evaluation.frozen_encoder import Encoder, anew
-from pixmim.evaluation.settings import Detection
+from pixmim.evaluation.settings import DetectionSettings
 from pixmim.models.layer_decay import layer_ids
 from pixmim.training.find_batch_size import equal_parts
 from pixmim.training.optim import Updater, layer_groups
@@ -25,7 +25,7 @@ _ENCODER = "backbone.module.encoder."
 _POSITIONS = "backbone.module.windowed.positions."
 
 
-def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) -> FasterRCNN:
+def trained(bench: Bench, settings: DetectionSettings, train: Annotated, masks: bool) -> FasterRCNN:
     """A detector fine-tuned on annotated images; unfinished training is gone on with."""
     encoder = bench.encoder
     model = build(encoder, settings, len(train.classes), masks).train()
@@ -71,7 +71,7 @@ def trained(bench: Bench, settings: Detection, train: Annotated, masks: bool) ->
     return model
 
 
-def build(encoder: Encoder, settings: Detection, classes: int, masks: bool) -> FasterRCNN:
+def build(encoder: Encoder, settings: DetectionSettings, classes: int, masks: bool) -> FasterRCNN:
     """The detector as it is before training: a function of the encoder, the settings and their seed."""
     with seeded(settings.seed):
         module = anew(encoder, str(settings.size), drop_path_rate=settings.drop_path)
@@ -79,7 +79,7 @@ def build(encoder: Encoder, settings: Detection, classes: int, masks: bool) -> F
         return build_detector(maps, classes, masks, settings.regions, encoder.device, encoder.precision)
 
 
-def rate(settings: Detection, step: int, steps: int) -> float:
+def rate(settings: DetectionSettings, step: int, steps: int) -> float:
     """The learning rate of an update: linear warm-up from a thousandth, then a tenth less from each drop on."""
     warmup = min(settings.warmup, steps // 5)
     if step < warmup:

@@ -26,7 +26,7 @@ from pixmim.evaluation.context import Bench, Values, discard
 from pixmim.evaluation.finetune.model import build, inherit, plan
 from pixmim.evaluation.finetune.recipes import TUNINGS, Recipe, choose, describe, resolve
 from pixmim.evaluation.frozen_encoder import Encoder, sameness
-from pixmim.evaluation.settings import Finetune
+from pixmim.evaluation.settings import FinetuneSettings
 from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.training.find_batch_size import equal_parts
 from pixmim.training.optim import LAMB, Updater, layer_groups
@@ -74,7 +74,7 @@ class Plan:
     reused: bool
 
 
-def check(bench: Bench, settings: Finetune) -> Plan:
+def check_finetune(bench: Bench, settings: FinetuneSettings) -> Plan:
     """Check data, settings and the classifier's folder, and train nothing.
 
     Raises:
@@ -101,12 +101,12 @@ def check(bench: Bench, settings: Finetune) -> Plan:
     return bench.once(("finetune", repr(settings)), make)
 
 
-def measure(bench: Bench, settings: Finetune) -> Values:
-    """Train a classifier, keep it, and measure it: see `labelled.grade` for what is yielded.
+def evaluate_finetune(bench: Bench, settings: FinetuneSettings) -> Values:
+    """Train a classifier, keep it, and measure it: see `classification.grade` for what is yielded.
 
-    A finished classifier of the same settings is not trained again. Raises UserError: see `check`.
+    A finished classifier of the same settings is not trained again. Raises UserError: see `check_finetune`.
     """
-    todo, encoder, console = check(bench, settings), bench.encoder, bench.console or Console(quiet=True)
+    todo, encoder, console = check_finetune(bench, settings), bench.encoder, bench.console or Console(quiet=True)
     settings = replace(settings, accumulate=todo.parts)
     if todo.reused:
         say(console, f"the classifier of these settings is there: {todo.folder} (--overwrite trains it again)")
@@ -123,7 +123,7 @@ def measure(bench: Bench, settings: Finetune) -> Values:
     discard(todo.work)
 
 
-def _trained(bench: Bench, settings: Finetune, todo: Plan) -> nn.Module:
+def _trained(bench: Bench, settings: FinetuneSettings, todo: Plan) -> nn.Module:
     """Train a classifier, from where it was interrupted if it was."""
     encoder, data, recipe, run, parts = bench.encoder, todo.data, todo.recipe, todo.run, todo.parts
     model, lines = _begun(encoder, settings, recipe, run)
@@ -161,14 +161,16 @@ def _trained(bench: Bench, settings: Finetune, todo: Plan) -> nn.Module:
     return trained.result
 
 
-def _begun(encoder: Encoder, settings: Finetune, recipe: Recipe, run: ModelConfig) -> tuple[nn.Module, list[str]]:
+def _begun(
+    encoder: Encoder, settings: FinetuneSettings, recipe: Recipe, run: ModelConfig
+) -> tuple[nn.Module, list[str]]:
     """Return the classifier as it is before training, and lines about what had to be refitted. Raises UserError."""
     model = build(run, recipe.drop_path, recipe.head_std, settings.seed)
     return model, [] if settings.from_scratch else inherit(model, run, encoder.module, encoder.run)
 
 
 def _decides(
-    bench: Bench, settings: Finetune, recipe: Recipe, parts: int, run: ModelConfig, data: Labelled
+    bench: Bench, settings: FinetuneSettings, recipe: Recipe, parts: int, run: ModelConfig, data: Labelled
 ) -> dict[str, Any]:
     """Return what decides the weights of a classifier, by flag. Data and encoder are digests: files name no places."""
     encoder = bench.encoder
@@ -237,7 +239,7 @@ class Averaged(nn.Module):
 
 
 def open_loader(
-    bench: Bench, settings: Finetune, recipe: Recipe, train: Source, size: tuple[int, int], first: int
+    bench: Bench, settings: FinetuneSettings, recipe: Recipe, train: Source, size: tuple[int, int], first: int
 ) -> Loader:
     """Load cropped and augmented images, from part number `first` of a batch on."""
     crop = RandomResizedCrop(size, recipe.scale) if recipe.crop == "rrc" else SimpleResizedCrop(size)

@@ -1,126 +1,175 @@
-"""What corruption costs: ImageNet-C, -A, -R and -Sketch as published, and corruptions made in memory on any images.
+"""Robustness: ImageNet-C, -A, -R and -Sketch as published, and corruptions made in memory of any images.
 
 ImageNet-C: arXiv 1903.12261. -A: 1907.07174. -R: 2006.16241. -Sketch: 1905.13549.
 """
 
-import json
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import cast
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
 from pixmim.data.dataset import Source
-from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation import imagenet_classes as imagenet
-from pixmim.evaluation.classification import check_classes, majority, open_labelled, rated, tally
-from pixmim.evaluation.classifiers import Judge, imagenet_head, labels_among, own_head, probe
+from pixmim.evaluation.classification import (
+    a_few,
+    check_classes,
+    labels_among,
+    majority,
+    open_labelled,
+    rated,
+    wilson_interval,
+)
+from pixmim.evaluation.classifiers import ImageClassifier, encoder_head, imagenet_head, probe_classifier
 from pixmim.evaluation.context import Bench, Values, discard
-from pixmim.evaluation.metrics import corruption_errors, wilson_interval
-from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, VERSION, check_channels, corrupt
-from pixmim.evaluation.settings import Robustness
-from pixmim.transforms.crops import CentreCrop, Crop, evaluation_crop
+from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_channels
+from pixmim.evaluation.robustness.count import CLEAN, CountsFile, count_correct
+from pixmim.evaluation.settings import RobustnessSettings
+from pixmim.transforms.crops import CentreCrop, evaluation_crop
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError, nearest
-from pixmim.utils.files import read_json, write_whole
-from pixmim.utils.progress import progress
-from pixmim.utils.threads import workers
 
-T = TypeVar("T")
-
-Variant = tuple[str, int]
-"""A corruption and its severity."""
-
-_CLEAN: Variant = ("clean", 0)
-
-
-def measure(bench: Bench, settings: Robustness) -> Values:
-    """Everything whose data are given. What is done is kept, so that the same call goes on. Raises UserError."""
-    check(bench, settings)
-    corruptions, severities = _chosen(settings)
-    notes = _Notes(bench.work("robustness", settings), bench.console)
-    if settings.imagenet_c:
-        yield from _imagenet_c(bench, settings.imagenet_c, corruptions, severities, notes)
-    for name, folder in _relatives(settings).items():
-        yield from _relative(bench, name, folder, notes)
-    if settings.test:
-        yield from _in_memory(bench, settings, corruptions, severities, notes)
-    discard(notes.folder)
+ALEXNET = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+"""AlexNet's error on each corruption of ImageNet-C, mean over the five severities (arXiv 1903.12261)."""
 
 
-def check(bench: Bench, settings: Robustness) -> None:
-    """Raise UserError now for data, settings or an encoder that `measure` would refuse. Fits nothing.
+def check_robustness(bench: Bench, settings: RobustnessSettings) -> None:
+    """Raise UserError for data, settings or an encoder that `evaluate_robustness` would refuse; fits nothing.
 
-    Of ImageNet-C it looks for the folders, and lists no images.
+    The folders of ImageNet-C are looked for, and their images not listed.
     """
 
     def make() -> None:
-        corruptions, severities = _chosen(settings)
+        corruptions, severities = _select(settings)
         relatives = _relatives(settings)
         if not (settings.imagenet_c or settings.test or relatives):
-            raise UserError("no data given: robustness needs --test, --imagenet-c, --imagenet-a, -r or -sketch")
+            raise UserError("no data given: pass --test, --imagenet-c, --imagenet-a, --imagenet-r or --imagenet-sketch")
         if settings.imagenet_c:
-            _parts(bench, settings.imagenet_c, corruptions, severities)
+            _find_imagenet_c(bench, settings.imagenet_c, corruptions, severities)
         for name, folder in relatives.items():
-            _opened(bench, name, folder)
+            _open_imagenet_relative(bench, name, folder)
         if settings.test:
             _check_form(bench)
             data = bench.data(settings.test)
-            if _kind(bench, data, settings) == "probe":
+            if _classifier_kind(bench, data, settings) == "probe":
                 open_labelled(bench, settings.train, settings.test)
             else:
-                _own(bench, data)
+                _head_labels(bench, data)
 
     bench.once(("robustness", repr(settings)), make)
 
 
-def _relatives(settings: Robustness) -> dict[str, str]:
-    """Folders of ImageNet-A, -R and -Sketch, of those that are given."""
-    given = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
-    return {name: folder for name, folder in given.items() if folder}
+def evaluate_robustness(bench: Bench, settings: RobustnessSettings) -> Values:
+    """Evaluate on all data that the settings name; resumes an interrupted evaluation. Raises UserError."""
+    check_robustness(bench, settings)
+    corruptions, severities = _select(settings)
+    file = CountsFile(bench.work("robustness", settings), bench.console)
+    if settings.imagenet_c:
+        yield from _imagenet_c(bench, settings.imagenet_c, corruptions, severities, file)
+    for name, folder in _relatives(settings).items():
+        yield from _imagenet_relative(bench, name, folder, file)
+    if settings.test:
+        yield from _in_memory(bench, settings, corruptions, severities, file)
+    discard(file.folder)
 
 
-def _chosen(settings: Robustness) -> tuple[list[str], list[int]]:
+def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], float | None]:
+    """Compute ImageNet-C's CE of each corruption and their mean, mCE, in per cent of AlexNet's errors.
+
+    CE is the sum of the errors over the severities, divided by the same sum for AlexNet.
+
+    Args:
+        errors: Errors in [0, 1] at each of the five severities, by corruption.
+
+    Returns:
+        The CEs, and the mCE; None unless all 15 corruptions are given, because a mean of some is another number.
+
+    Raises:
+        ValueError: For other than five severities.
+    """
+    for name, each in errors.items():
+        if len(each) != 5:
+            raise ValueError(f"CE takes the errors of five severities, and {name} has {len(each)}")
+    ces = {name: 100 * sum(each) / (5 * ALEXNET[name]) for name, each in errors.items()}
+    return ces, sum(ces.values()) / len(ces) if ces.keys() == ALEXNET.keys() else None
+
+
+def _select(settings: RobustnessSettings) -> tuple[list[str], list[int]]:
     for name in settings.corruptions:
         if name not in CORRUPTIONS:
             known = ", ".join(CORRUPTIONS)
             raise UserError(f"there is no corruption '{name}'{nearest(name, CORRUPTIONS)} Known: {known}")
     if not settings.severities:
         raise UserError("--severities takes some of 1, 2, 3, 4 and 5")
-    wanted = [name for name in CORRUPTIONS if name in (settings.corruptions or CORRUPTIONS)]
-    return wanted, sorted(set(settings.severities))
+    corruptions = [name for name in CORRUPTIONS if name in (settings.corruptions or CORRUPTIONS)]
+    return corruptions, sorted(set(settings.severities))
 
 
-def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: list[int], notes: "_Notes") -> Values:
-    """CE and mCE of the stored pictures, the whole picture at the encoder's size (CenterCrop(224) and no resize).
+def _relatives(settings: RobustnessSettings) -> dict[str, str]:
+    """Return the folders of ImageNet-A, -R and -Sketch that are given, by name."""
+    given = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
+    return {name: folder for name, folder in given.items() if folder}
 
-    The errors are always given. CE needs five severities and all thousand classes, since AlexNet's were measured so;
-    mCE needs all 15 corruptions as well.
+
+def _find_imagenet_c(
+    bench: Bench, folder: str, corruptions: list[str], severities: list[int]
+) -> tuple[ImageClassifier, Path]:
+    """Return the classifier and the root of ImageNet-C. Raises UserError for a missing part."""
+    classifier = imagenet_head(bench, "ImageNet-C")
+    root = Path(folder).expanduser()
+    missing = [f"{c}/{s}" for c in corruptions for s in severities if not (root / c / str(s)).is_dir()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of {len(corruptions) * len(severities)} parts of ImageNet-C: "
+            f"{a_few(missing)}. --corruptions and --severities measure a part; a part has no mCE"
+        )
+    return classifier, root
+
+
+def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: list[int], file: CountsFile) -> Values:
+    """Yield errors, CE and mCE on stored images, cropped at the center to the encoder's size without resizing.
+
+    CE needs all severities and classes, because AlexNet's errors were measured so; mCE also needs all corruptions.
     """
-    judge, root = _parts(bench, folder, corruptions, severities)
+    classifier, root = _find_imagenet_c(bench, folder, corruptions, severities)
     errors: dict[str, list[float]] = {name: [] for name in corruptions}
-    counts, whole = torch.zeros(2, len(judge.classes), dtype=torch.int64), True
+    classes, crop = classifier.classes, CentreCrop(bench.encoder.size)
+    counts, complete = torch.zeros(2, len(classes), dtype=torch.int64), True
     for name in corruptions:
         for severity in severities:
             data = bench.data(str(root / name / str(severity)))
-            labels = labels_among(data, judge.classes)
-            whole = whole and len(data.classes) == len(judge.classes)
-            found = _count(bench, data, CentreCrop(bench.encoder.size), judge, labels, None, notes, judge.classes)
-            errors[name].append(1 - float(found[0].sum() / found[1].sum()))
-            counts += found
+            labels = labels_among(data, classes)
+            complete = complete and len(data.classes) == len(classes)
+            (right,), total = count_correct(bench, data, crop, classifier, labels, len(classes), file)
+            errors[name].append(1 - float(right.sum() / total.sum()))
+            counts += torch.stack([right, total])
             yield f"imagenet_c/severity/{name}/{severity}", 100 * errors[name][-1]
-    yield from _classes(counts, judge.classes, "imagenet_c/")
+    yield from _by_class(counts, classes, "imagenet_c/")
     means = {name: sum(each) / len(each) for name, each in errors.items()}
     yield "imagenet_c/error", 100 * sum(means.values()) / len(means)
     for name, mean in means.items():
         yield f"imagenet_c/corruption/{name}", 100 * mean
-    if whole and severities == list(SEVERITIES):
+    if complete and severities == list(SEVERITIES):
         ces, mce = corruption_errors(errors)
         for name, ce in ces.items():
             yield f"imagenet_c/ce/{name}", ce
@@ -128,44 +177,36 @@ def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: l
             yield "imagenet_c/mce", mce
 
 
-def _parts(bench: Bench, folder: str, corruptions: list[str], severities: list[int]) -> tuple[Judge, Path]:
-    """Return the classifier and the root of ImageNet-C. Raises UserError for a part that is missing."""
-    judge = imagenet_head(bench, "ImageNet-C")
-    root = Path(folder).expanduser()
-    missing = [f"{c}/{s}" for c in corruptions for s in severities if not (root / c / str(s)).is_dir()]
-    if missing:
-        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        raise UserError(
-            f"{folder} lacks {len(missing)} of {len(corruptions) * len(severities)} parts of ImageNet-C: {some}. "
-            "--corruptions and --severities measure a part; there is no mCE of a part"
-        )
-    return judge, root
-
-
-def _relative(bench: Bench, name: str, folder: str, notes: "_Notes") -> Values:
-    """Top-1 on ImageNet-A, -R or -Sketch, at the evaluation crop; of A and R only the 200 outputs compete."""
-    judge, own, data, labels = _opened(bench, name, folder)
-    among = [judge.classes.index(wnid) for wnid in own]
-    counts = _count(bench, data, evaluation_crop(bench.encoder.size), judge, labels, among, notes, own)
-    yield from rated(counts, own, f"imagenet_{name}/")
+def _imagenet_relative(bench: Bench, name: str, folder: str, file: CountsFile) -> Values:
+    """Yield top-1 on ImageNet-A, -R or -Sketch at the evaluation crop; for A and R only their 200 outputs compete."""
+    classifier, classes, data, labels = _open_imagenet_relative(bench, name, folder)
+    among = [classifier.classes.index(wnid) for wnid in classes]
+    crop = evaluation_crop(bench.encoder.size)
+    (right,), total = count_correct(bench, data, crop, classifier, labels, len(classes), file, among=among)
+    counts = torch.stack([right, total])
+    yield from rated(counts, classes, f"imagenet_{name}/")
     yield f"imagenet_{name}/majority", majority(counts)
 
 
-def _opened(bench: Bench, name: str, folder: str) -> tuple[Judge, list[str], Source, Tensor]:
+def _open_imagenet_relative(
+    bench: Bench, name: str, folder: str
+) -> tuple[ImageClassifier, list[str], Source, Int[Tensor, " n"]]:
     """Return the classifier, the classes, the data and their labels. Raises UserError."""
     title = f"ImageNet-{name.upper() if len(name) == 1 else name.title()}"
-    judge = imagenet_head(bench, title)
-    own = judge.classes if name == "sketch" else imagenet.part(name)
+    classifier = imagenet_head(bench, title)
+    classes = classifier.classes if name == "sketch" else imagenet.part(name)
     data = bench.data(folder)
-    labels = labels_among(data, own)
-    lacks = [wnid for wnid in own if wnid not in data.classes]
-    if lacks:
-        raise UserError(f"{folder} lacks {len(lacks)} of {title}'s {len(own)} class folders: {', '.join(lacks[:5])}")
-    return judge, own, data, labels
+    labels = labels_among(data, classes)
+    missing = [wnid for wnid in classes if wnid not in data.classes]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the {len(classes)} class folders of {title}: {a_few(missing)}"
+        )
+    return classifier, classes, data, labels
 
 
-def _classes(counts: Tensor, names: list[str], key: str) -> Values:
-    """The error when each class counts the same, the recall of each, and the share of the largest, in per cent."""
+def _by_class(counts: Tensor, names: list[str], key: str) -> Values:
+    """Yield the error with all classes weighted alike, each class's recall, and the majority share, in per cent."""
     for name, value in rated(counts, names, key):
         if name == f"{key}balanced":
             yield name, 100 - value
@@ -175,31 +216,41 @@ def _classes(counts: Tensor, names: list[str], key: str) -> Values:
 
 
 def _in_memory(
-    bench: Bench, settings: Robustness, corruptions: list[str], severities: list[int], notes: "_Notes"
+    bench: Bench, settings: RobustnessSettings, corruptions: list[str], severities: list[int], file: CountsFile
 ) -> Values:
-    """Errors on pictures that are corrupted after the evaluation crop, and on clean ones, in per cent.
+    """Yield errors on images that are corrupted after the evaluation crop, and on clean ones, in per cent.
 
-    Yields, under in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, the
-    mean of those; lost, error minus clean, in points; times, error over clean; severity/NAME/SEVERITY.
+    Below in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, the mean of
+    those; lost, error minus clean in points; times, error over clean; severity/NAME/SEVERITY.
     """
     _check_form(bench)
     data = bench.data(settings.test)
-    judge, labels, among, names = _judge(bench, data, settings)
-    variants = [_CLEAN, *((name, severity) for name in corruptions for severity in severities)]
-    right, total = _count_corrupted(bench, data, judge, labels, among, variants, settings.seed, notes, len(names))
+    classifier, labels, among, names = _select_classifier(bench, data, settings)
+    variants = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
+    right, total = count_correct(
+        bench,
+        data,
+        evaluation_crop(bench.encoder.size),
+        classifier,
+        labels,
+        len(names),
+        file,
+        among=among,
+        variants=variants,
+        seed=settings.seed,
+    )
     images = int(total.sum())
-    errors = {variant: 100 * (1 - int(right[variant].sum()) / images) for variant in variants}
-    clean = errors[_CLEAN]
+    errors = {variant: 100 * (1 - int(count.sum()) / images) for variant, count in zip(variants, right, strict=True)}
+    clean = errors[CLEAN]
     means = {name: sum(errors[name, s] for s in severities) / len(severities) for name in corruptions}
     error = sum(means.values()) / len(means)
-    key = f"in_memory/{judge.kind}"
-    low, high = wilson_interval(images - int(right[_CLEAN].sum()), images)
+    key = f"in_memory/{classifier.kind}"
+    low, high = wilson_interval(images - int(right[0].sum()), images)
     yield f"{key}/clean", clean
     yield f"{key}/clean/low", 100 * low
     yield f"{key}/clean/high", 100 * high
-    corrupted = torch.stack([torch.stack([right[v] for v in variants[1:]]).sum(dim=0), total * (len(variants) - 1)])
-    yield from _classes(torch.stack([right[_CLEAN], total]), names, f"{key}/clean/")
-    yield from _classes(corrupted, names, f"{key}/corrupted/")
+    yield from _by_class(torch.stack([right[0], total]), names, f"{key}/clean/")
+    yield from _by_class(torch.stack([right[1:].sum(dim=0), total * (len(variants) - 1)]), names, f"{key}/corrupted/")
     yield f"{key}/error", error
     yield f"{key}/lost", error - clean
     yield f"{key}/times", error / clean if clean else float("inf")
@@ -210,184 +261,62 @@ def _in_memory(
 
 
 def _check_form(bench: Bench) -> None:
+    """Raise UserError if the encoder's images cannot be corrupted."""
     form = bench.encoder.form
     check_channels(form.channels)
     if form.pixels != "uint8":
-        raise UserError(f"the corruptions are made for pictures of 8 bits, and this encoder reads {form.pixels}")
+        raise UserError(f"corruptions are defined for 8-bit images, and this encoder reads {form.pixels}")
 
 
-def _kind(bench: Bench, data: Source, settings: Robustness) -> str:
-    """Whether the encoder's own classifier ("head") or a probe classifies the test data. Raises UserError."""
+def _classifier_kind(bench: Bench, data: Source, settings: RobustnessSettings) -> str:
+    """Return "head" or "probe", whichever classifies the test data. Raises UserError for a probe without train data."""
     kind = settings.classifier
     if kind == "auto":
-        kind = "head" if _named(bench, data) or not settings.train else "probe"
+        kind = "head" if _head_knows(bench, data) or not settings.train else "probe"
     if kind == "probe" and not settings.train:
-        raise UserError("a probe needs labelled clean data to be fitted to: --train")
+        raise UserError("a probe needs labeled clean data: pass --train")
     return kind
 
 
-def _named(bench: Bench, data: Source) -> bool:
-    """Whether the encoder's own classifier has all classes of the data by name."""
-    own = own_head(bench)
-    return bool(own.classes) and set(data.classes) <= set(own.classes)
+def _head_knows(bench: Bench, data: Source) -> bool:
+    """Return whether the encoder's own classifier has all classes of the data by name."""
+    head = encoder_head(bench)
+    return bool(head.classes) and set(data.classes) <= set(head.classes)
 
 
-def _judge(bench: Bench, data: Source, settings: Robustness) -> tuple[Judge, Tensor, list[int] | None, list[str]]:
-    """Who classifies the test data, their labels, its outputs that compete (None: all), and the labels' names."""
-    if _kind(bench, data, settings) == "probe":
-        found = open_labelled(bench, settings.train, settings.test)
-        return (
-            probe(bench, settings.train, epochs=settings.epochs, seed=settings.seed),
-            found.wanted,
-            None,
-            found.classes,
-        )
-    labels, line = _own(bench, data)
-    own, console = own_head(bench), bench.console or Console(quiet=True)
-    say(console, f"test data: {line}")
-    if _named(bench, data):
-        if len(data.classes) < len(own.classes):
-            say(console, f"of the classifier's {len(own.classes):,} outputs only those of these classes compete")
-        return own, labels, [own.classes.index(name) for name in data.classes], data.classes
-    say(console, "warning: the classifier does not name its classes: its outputs are taken for these in sorted order")
-    return own, labels, None, data.classes
+def _head_labels(bench: Bench, data: Source) -> tuple[Int[Tensor, " n"], str]:
+    """Return the labels of data for the encoder's own classifier, and a line about their classes.
 
-
-def _own(bench: Bench, data: Source) -> tuple[Tensor, str]:
-    """Return the labels of data that the encoder's own classifier answers to, and a line about their classes.
-
-    Raises UserError if it does not know their classes.
+    Raises:
+        UserError: If that classifier does not have these classes.
     """
     line = check_classes(data)
-    if not _named(bench, data):
+    if not _head_knows(bench, data):
         if bench.encoder.names:
-            labels_among(data, own_head(bench).classes)  # names what is missing
+            labels_among(data, encoder_head(bench).classes)  # names the class that is missing
         if bench.encoder.classes != len(data.classes):
             has = f"a classifier of {bench.encoder.classes}" if bench.encoder.classes else "no classifier"
             raise UserError(
-                f"{data.spec} has {len(data.classes)} classes, and this encoder has {has}: give --train, labelled data "
-                "of the same classes that a probe is fitted to"
+                f"{data.spec} has {len(data.classes)} classes, and this encoder has {has}: give --train, labeled data "
+                "of the same classes to fit a probe to"
             )
     return torch.from_numpy(cast(np.ndarray, data.labels)), line
 
 
-def _count(
-    bench: Bench,
-    data: Source,
-    crop: Crop,
-    judge: Judge,
-    labels: Tensor,
-    among: list[int] | None,
-    notes: "_Notes",
-    names: list[str],
-) -> Tensor:
-    """Pictures of each class that are classified rightly, and that could be read (2 k). Raises UserError if none could.
-
-    names  of the labels
-    """
-    key, shape = f"{data.spec} {data.fingerprint()}", (2, len(names))
-    kept = notes.counts(key, 2 * len(names), len(data))
-    if kept is not None:
-        return torch.tensor(kept).view(shape)
-    counts = torch.zeros(shape, dtype=torch.int64)
-    with progress(data.spec, len(data), bench.console) as advance:
-        for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256):
-            if len(indices):
-                counts += tally(judge.answers(images, among), labels[indices], len(names))
-            advance(end)
-    if not bool(counts[1].any()):
-        raise UserError(f"not one picture of {data.spec} can be read")
-    notes.keep(key, counts.flatten().tolist())
-    return counts
-
-
-def _count_corrupted(
-    bench: Bench,
-    data: Source,
-    judge: Judge,
-    labels: Tensor,
-    among: list[int] | None,
-    variants: list[Variant],
-    seed: int,
-    notes: "_Notes",
-    classes: int,
-) -> tuple[dict[Variant, Tensor], Tensor]:
-    """The same for each variant of every picture. Pictures are read once; what is done is kept batch by batch."""
-    key = f"in memory, version {VERSION}: {data.spec} {data.fingerprint()}"
-    crop, kept = evaluation_crop(bench.encoder.size), 1 + (1 + len(variants)) * classes
-    first, *flat = notes.counts(key, kept, len(data)) or [0] * kept
-    total, *rows = torch.tensor(flat).view(-1, classes)
-    right = dict(zip(variants, rows, strict=True))
-    with (
-        progress(f"{len(variants) - 1} corruptions of {data.spec}", len(data), bench.console) as advance,
-        workers(0, "pixmim-corrupt") as pool,
-    ):
-        for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256, first=first):
-            if len(indices):
-                wanted = labels[indices]
-                for variant, changed in _made(images, indices.tolist(), variants, seed, pool):
-                    right[variant] += tally(judge.answers(changed, among), wanted, classes)[0]
-                total += torch.bincount(wanted, minlength=classes)
-            notes.keep(key, [end, *torch.stack([total, *rows]).flatten().tolist()])
-            advance(end)
-    if not bool(total.any()):
-        raise UserError(f"not one picture of {data.spec} can be read")
-    return right, total
-
-
-def _made(
-    images: Tensor, indices: list[int], variants: list[Variant], seed: int, pool: Executor
-) -> Iterator[tuple[Variant, Tensor]]:
-    """Each variant of a batch, made by threads while the one before is looked at."""
-
-    def start(variant: Variant) -> tuple[Variant, list[Future[Tensor]]]:
-        if variant == _CLEAN:
-            return variant, []
-        make = partial(_one, variant=variant, seed=seed)
-        return variant, [pool.submit(make, image, index) for image, index in zip(images, indices, strict=True)]
-
-    ahead: deque[tuple[Variant, list[Future[Tensor]]]] = deque()
-    for variant in variants:
-        ahead.append(start(variant))
-        if len(ahead) > 1:
-            done, parts = ahead.popleft()
-            yield done, torch.stack([part.result() for part in parts]) if parts else images
-    for done, parts in ahead:
-        yield done, torch.stack([part.result() for part in parts]) if parts else images
-
-
-def _one(image: Tensor, index: int, *, variant: Variant, seed: int) -> Tensor:
-    return corrupt(image, *variant, seed=seed, index=index)
-
-
-class _Notes:
-    """Counts of what is done, in a file, so that an interrupted evaluation goes on."""
-
-    def __init__(self, folder: Path, console: Console | None) -> None:
-        self.folder, self._path, self._console = folder, folder / "counts.json", console or Console(quiet=True)
-        self._done: dict[str, Any] = {}
-        if self._path.exists():
-            try:
-                content = read_json(self._path)
-                self._done = content if isinstance(content, dict) else self._warn("is not an object", {})
-            except UserError:
-                self._warn("is not valid JSON", None)
-
-    def counts(self, key: str, length: int, most: int) -> list[int] | None:
-        """So many counts, from 0 to `most` each, that are kept under a key; None if there are none."""
-        counts = self._done.get(key)
-        if counts is None:
-            return None
-        fits = isinstance(counts, list) and len(counts) == length
-        if fits and all(type(count) is int and 0 <= count <= most for count in counts):
-            return list(counts)
-        return self._warn("holds counts that cannot be", None)
-
-    def keep(self, key: str, counts: list[int]) -> None:
-        self._done[key] = counts
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, json.dumps(self._done))
-
-    def _warn(self, what: str, instead: T) -> T:
-        say(self._console, f"warning: {self._path} {what}: that part is measured again")
-        return instead
+def _select_classifier(
+    bench: Bench, data: Source, settings: RobustnessSettings
+) -> tuple[ImageClassifier, Int[Tensor, " n"], list[int] | None, list[str]]:
+    """Return the classifier of the test data, their labels, the outputs that compete (None: all), and the classes."""
+    if _classifier_kind(bench, data, settings) == "probe":
+        labelled = open_labelled(bench, settings.train, settings.test)
+        probe = probe_classifier(bench, settings.train, epochs=settings.epochs, seed=settings.seed)
+        return probe, labelled.wanted, None, labelled.classes
+    labels, line = _head_labels(bench, data)
+    head, console = encoder_head(bench), bench.console or Console(quiet=True)
+    say(console, f"test data: {line}")
+    if _head_knows(bench, data):
+        if len(data.classes) < len(head.classes):
+            say(console, f"of the {len(head.classes):,} outputs of the classifier, only those of these classes compete")
+        return head, labels, [head.classes.index(name) for name in data.classes], data.classes
+    say(console, "warning: the classifier does not name its classes: its outputs are taken for these in sorted order")
+    return head, labels, None, data.classes

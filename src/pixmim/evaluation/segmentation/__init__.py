@@ -16,13 +16,12 @@ from pixmim.data.bad_images import Skipped
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import a_few, shares, warn_shared
 from pixmim.evaluation.context import Bench, Values, discard
-from pixmim.evaluation.metrics import confusion, overlap
 from pixmim.evaluation.segmentation.dataset import IGNORE, Pairs, open_pairs
+from pixmim.evaluation.segmentation.metrics import confusion_matrix, segmentation_metrics
 from pixmim.evaluation.segmentation.sliding_window import segment
 from pixmim.evaluation.segmentation.train import build, fit
-from pixmim.evaluation.segmentation.visualize import sheet
-from pixmim.evaluation.settings import Segmentation
-from pixmim.evaluation.visualize import visible
+from pixmim.evaluation.settings import SegmentationSettings
+from pixmim.evaluation.visualize import draw_segmentations, to_rgb
 from pixmim.utils.console import say
 from pixmim.utils.errors import UserError
 from pixmim.utils.progress import progress
@@ -32,48 +31,64 @@ _SHOWN = 6  # test pictures in the report
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Pairs to learn from and to be measured on, all of them read once, and the accounts of those left out."""
+class CheckedPairs:
+    """Train and test pairs, all of them read once.
+
+    Attributes:
+        train: Pairs to learn from.
+        test: Pairs to measure on.
+        train_skipped: Train pairs that are left out.
+        test_skipped: Test pairs that are left out.
+    """
 
     train: Pairs
     test: Pairs
-    learnt: Skipped
-    skipped: Skipped
+    train_skipped: Skipped
+    test_skipped: Skipped
 
 
-def check(bench: Bench, settings: Segmentation) -> Checked:
-    """Open and read all pairs, and build the model, once for a bench; trains nothing.
+def check_segmentation(bench: Bench, settings: SegmentationSettings) -> CheckedPairs:
+    """Open and read all pairs, and build the model, once for a context; trains nothing.
 
     Raises:
         UserError: For data or settings that do not go together.
     """
 
-    def make() -> Checked:
+    def make() -> CheckedPairs:
         form = bench.encoder.form
         train = open_pairs(settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground)
         test = open_pairs(settings.test, form, "validation", train.classes, table=train.table)
         build(bench.encoder, settings, len(train.classes))
         console = bench.console or Console(quiet=True)
         warn_shared(train.source, test.source, console)
-        found = Checked(train, test, bench.skipped(train), bench.skipped(test))
-        for pairs, account, what in ((train, found.learnt, "train"), (test, found.skipped, "test")):
-            check_masks(pairs, account, what, console)
+        found = CheckedPairs(train, test, bench.skipped(train), bench.skipped(test))
+        for pairs, skipped, what in ((train, found.train_skipped, "train"), (test, found.test_skipped, "test")):
+            check_masks(pairs, skipped, what, console)
         return found
 
     return bench.once(("segmentation", repr(settings)), make)
 
 
-def measure(bench: Bench, settings: Segmentation) -> Values:
+def evaluate_segmentation(bench: Bench, settings: SegmentationSettings) -> Values:
     """Train a head, and yield mIoU, aAcc, mAcc and each class's IoU in per cent, over all test pixels together.
 
     Classes without a pixel in the test masks have no IoU, and are left out of the means. Raises UserError for data or
     settings that do not go together.
     """
-    encoder, checked = bench.encoder, check(bench, settings)
-    train, test, learnt, skipped = checked.train, checked.test, checked.learnt, checked.skipped
+    encoder, checked = bench.encoder, check_segmentation(bench, settings)
+    train, test, skipped = checked.train, checked.test, checked.test_skipped
     model, size = build(encoder, settings, len(train.classes))
     folder = bench.work("segmentation", settings)
-    fit(model, encoder, settings, train, size, folder=folder, skipped=learnt, console=bench.console)
+    fit(
+        model,
+        encoder,
+        settings,
+        train,
+        size,
+        folder=folder,
+        skipped=checked.train_skipped,
+        console=bench.console,
+    )
     model.eval()
 
     names, rows = train.classes, []
@@ -83,15 +98,15 @@ def measure(bench: Bench, settings: Segmentation) -> Values:
         for index, pair in one_by_one(test, skipped):
             truth = pair[-1].to(encoder.device, torch.int64)
             found = segment(model, encoder, pair[:-1], size)
-            matrix += confusion(found, truth, len(names))
+            matrix += confusion_matrix(found, truth, len(names))
             if index in wanted:
-                rows.append((visible(pair[:-1], encoder.run), truth.cpu().numpy(), found.cpu().numpy()))
+                rows.append((to_rgb(pair[:-1], encoder.run), truth.cpu().numpy(), found.cpu().numpy()))
             advance(index + 1)
     if rows:
         caption = f"Segmentation with the {settings.head} head: the image, its mask, the prediction"
-        bench.pictures[caption] = sheet(rows, names)
+        bench.pictures[caption] = draw_segmentations(rows, names)
     discard(folder)
-    measured = overlap(matrix.cpu())
+    measured = segmentation_metrics(matrix.cpu())
     yield "mIoU", 100 * measured.mean_iou
     yield "aAcc", 100 * measured.pixel_accuracy
     yield "mAcc", 100 * measured.mean_accuracy

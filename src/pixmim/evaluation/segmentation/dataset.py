@@ -90,7 +90,7 @@ def open_pairs(
 
     classes     names of the classes; None: those of classes.txt, one in a line, of ADE20K's objectInfo150.txt, or else
                 as many as the largest number in the masks tells
-    ignore      "auto", "none" or a value, see `protocols.Segmentation`
+    ignore      "auto", "none" or a value, see `SegmentationSettings`
     foreground  the value of the one class beside the background
     table       of the train data, whose masks decide what a value stands for
 
@@ -101,16 +101,15 @@ def open_pairs(
         return _drawn(Shapes.from_spec(spec, form))
     layout = _layout(spec, split)
     pictures = below(layout.images, form)
-    pictures = Files(spec, layout.images, [_inside(pictures, i, layout.images) for i in range(len(pictures))], form)
+    names = [str(Path(pictures.locate(i)).relative_to(layout.images)) for i in range(len(pictures))]
+    pictures = Files(spec, layout.images, names, form)
     found = _names(layout.root)
     if found is not None and classes is not None and found != list(classes):
         raise UserError(f"{layout.root} has other classes than the train data: {_difference(found, classes)}")
-    read = _reader(pictures, layout)
+    read = _mask_reader(pictures, layout)
     values = lru_cache(1)(lambda: _values(spec, len(pictures), read))
-    names, own = list(classes or found or []), table
-    if own is None:
-        own, names = _meaning(spec, layout, names, ignore, foreground, values)
-    meaning = own
+    names = list(classes or found or [])
+    meaning, names = _meaning(spec, layout, names, ignore, foreground, values) if table is None else (table, names)
 
     def mask(index: int) -> Mask:
         raw = read(index)
@@ -266,33 +265,27 @@ def _layout(spec: str, split: Split) -> _Layout:
     return _Layout(root, root / "images", masks, zero=False)
 
 
-def _inside(pictures: Files, index: int, folder: Path) -> str:
-    return str(Path(pictures.locate(index)).relative_to(folder))
-
-
-def _reader(pictures: Files, layout: _Layout) -> Callable[[int], Mask]:
-    """What reads the mask of a picture."""
+def _mask_reader(pictures: Files, layout: _Layout) -> Callable[[int], Mask]:
+    """Return a function that reads the mask of an image; of a palette image its numbers, not the colors."""
 
     def read(index: int) -> Mask:
-        place = layout.masks / Path(pictures.locate(index)).relative_to(layout.images)
-        path = next((p for ending in _MASKS if os.path.isfile(p := place.with_suffix(ending))), None)
+        stem = layout.masks / Path(pictures.locate(index)).relative_to(layout.images)
+        path = next((p for ending in _MASKS if os.path.isfile(p := stem.with_suffix(ending))), None)
         if path is None:
-            raise BadImage(f"there is no mask: {place.with_suffix('.png')}")
-        return _decode(path)
+            raise BadImage(f"there is no mask: {stem.with_suffix('.png')}")
+        try:
+            values = read_numbers(read_file(path, max_bytes()))
+        except (OSError, BadImage) as error:
+            raise BadImage(f"its mask cannot be read: {path}, {getattr(error, 'strerror', None) or error}") from None
+        low, high = values.min(), values.max()
+        if low < 0 or high > IGNORE:
+            odd = low if low < 0 else high
+            raise BadImage(
+                f"its mask holds a value that is no class: {odd} in {path}; values are numbers from 0 to 255"
+            )
+        return values.astype(np.uint8)
 
     return read
-
-
-def _decode(path: Path) -> Mask:
-    """The numbers in a file; of a palette picture, not the colours. Raises BadImage."""
-    try:
-        values = read_numbers(read_file(path, max_bytes()))
-    except (OSError, BadImage) as error:
-        raise BadImage(f"its mask cannot be read: {path}, {getattr(error, 'strerror', None) or error}") from None
-    if values.min() < 0 or values.max() > IGNORE:
-        odd = values.min() if values.min() < 0 else values.max()
-        raise BadImage(f"its mask holds a value that is no class: {odd} in {path}; values are numbers from 0 to 255")
-    return values.astype(np.uint8)
 
 
 def _names(root: Path) -> list[str] | None:

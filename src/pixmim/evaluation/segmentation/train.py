@@ -17,7 +17,7 @@ from pixmim.evaluation.frozen_encoder import Encoder, anew
 from pixmim.evaluation.segmentation.augment import DISTORTIONS, JitteredCrop, distort
 from pixmim.evaluation.segmentation.dataset import Pairs
 from pixmim.evaluation.segmentation.heads import Segmenter, loss_of
-from pixmim.evaluation.settings import Segmentation
+from pixmim.evaluation.settings import SegmentationSettings
 from pixmim.models.layer_decay import layer_ids
 from pixmim.training.optim import Updater, layer_groups
 from pixmim.training.precision import autocast
@@ -27,7 +27,7 @@ from pixmim.utils import rng
 from pixmim.utils.errors import UserError
 
 
-def build(encoder: Encoder, settings: Segmentation, classes: int) -> tuple[Segmenter, tuple[int, int]]:
+def build(encoder: Encoder, settings: SegmentationSettings, classes: int) -> tuple[Segmenter, tuple[int, int]]:
     """The encoder with a fresh head, on its device, and the size of its crops. Raises UserError."""
     frozen = settings.head == "linear" if settings.frozen is None else settings.frozen
     size = replace(encoder.run, size=settings.size).hw
@@ -43,7 +43,7 @@ def build(encoder: Encoder, settings: Segmentation, classes: int) -> tuple[Segme
 def fit(
     model: Segmenter,
     encoder: Encoder,
-    settings: Segmentation,
+    settings: SegmentationSettings,
     train: Pairs,
     size: tuple[int, int],
     *,
@@ -89,7 +89,7 @@ def fit(
     trainer.resume_and_fit(open_loader, compute_loss)
 
 
-def groups(model: Segmenter, settings: Segmentation) -> list[dict[str, Any]]:
+def groups(model: Segmenter, settings: SegmentationSettings) -> list[dict[str, Any]]:
     """What is trained: each layer of the encoder at its share of the learning rate, and what is new at the whole."""
     ids = {f"encoder.{name}": layer for name, layer in layer_ids(model.encoder).items()}
     top = max(ids.values())
@@ -97,7 +97,7 @@ def groups(model: Segmenter, settings: Segmentation) -> list[dict[str, Any]]:
     return layer_groups(model, found, settings.layer_decay, settings.weight_decay, ("relative_position_bias_table",))
 
 
-def rate(settings: Segmentation, step: int) -> float:
+def rate(settings: SegmentationSettings, step: int) -> float:
     """The learning rate of update `step`, counted from 0: a straight line to zero, times the warm-up's rise to one.
 
     Warm-up takes at most a fifth of the updates.

@@ -2,7 +2,13 @@
 
 from pixmim.weights.format import COMPUTED, Source, rows
 from pixmim.weights.key_map import Names
-from pixmim.weights.tensor_ops import fuse_qkv, move_downsampling
+from pixmim.weights.tensor_ops import (
+    drop_key_bias,
+    fuse_qkv,
+    move_downsampling,
+    move_downsampling_back,
+    split_qkv,
+)
 
 _SHARED = (
     ("layernorm_before.*", "norm1.*"),
@@ -61,6 +67,7 @@ def _vit(prefix: str) -> Source:
         ),
         unused=((f"{prefix}pooler.*", "a layer over the class token that pre-training does not have"),),
         arrange=(fuse_qkv,),
+        restore=(split_qkv,),
     )
 
 
@@ -84,6 +91,7 @@ def _swin(prefix: str) -> Source:
         ),
         unused=COMPUTED,
         arrange=(fuse_qkv, move_downsampling),
+        restore=(split_qkv, move_downsampling_back),
     )
 
 
@@ -115,6 +123,7 @@ def _beit(prefix: str) -> Source:
         ),
         unused=(*COMPUTED, ("*embeddings.mask_token", "of pre-training on visual words")),
         arrange=(fuse_qkv,),
+        restore=(split_qkv, drop_key_bias),
     )
 
 

@@ -1,4 +1,4 @@
-"""Settings of what trains the encoder with labels, and measures what comes of it."""
+"""Settings of the evaluations that train the encoder: fine-tuning, segmentation and detection."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -88,7 +88,7 @@ FinetuneOverrides = FinetuneRecipe[None]
 
 
 @dataclass(frozen=True)
-class Finetune(Settings):
+class FinetuneSettings(Settings):
     """Fine-tune the whole encoder with labels, by its method's published recipe, and keep the classifier."""
 
     train: Data
@@ -114,7 +114,7 @@ class Finetune(Settings):
 
 
 @dataclass(frozen=True)
-class Segmentation(Settings):
+class SegmentationSettings(Settings):
     """A class for each pixel, by UPerNet end to end or by a linear head: mean IoU. The defaults are MAE's on ADE20K."""
 
     train: Data
@@ -170,7 +170,7 @@ class Segmentation(Settings):
 
 
 @dataclass(frozen=True)
-class Detection(Settings):
+class DetectionSettings(Settings):
     """Average precision of boxes and masks: Faster or Mask R-CNN on the encoder, fine-tuned as ViTDet on COCO."""
 
     train: str = ""

@@ -1,0 +1,159 @@
+"""Evaluations by name: their settings, and which of their values are shown under which label.
+
+Imports no torch, as `settings`. `evaluate.EVALUATIONS` names the functions.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pixmim.evaluation.settings import (
+    DetectionSettings,
+    FinetuneSettings,
+    KnnSettings,
+    LinearSettings,
+    RobustnessSettings,
+    SegmentationSettings,
+    ShapeBiasSettings,
+)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Settings and labels of an evaluation.
+
+    Attributes:
+        settings: Class of the settings.
+        needs: What a user must have.
+        display_names: Labels of values by their keys. A * in a key matches any text, and a * in the label repeats it.
+            `KEY/low` and `KEY/high`, where given, are the ends of the 95 % interval.
+        class_names: The same for the values of single classes, which only the page shows.
+        unit: Unit of the values.
+    """
+
+    settings: type[Any]
+    needs: str
+    display_names: dict[str, str] = field(default_factory=dict)
+    class_names: dict[str, str] = field(default_factory=dict)
+    unit: str = "%"
+
+
+MAJORITY = "majority (always the largest class)"
+"""Label of the baseline that always predicts the largest class."""
+
+
+def _accuracy(title: str, prefix: str = "") -> dict[str, str]:
+    return {f"{prefix}majority": MAJORITY, f"{prefix}top1": title, f"{prefix}balanced": f"{title}, balanced"}
+
+
+def _imagenet(part: str) -> dict[str, str]:
+    key, title = f"imagenet_{part}", f"ImageNet-{part.upper() if len(part) == 1 else part.title()}"
+    return {f"{key}/top1": title, f"{key}/balanced": f"{title}, balanced", f"{key}/majority": f"{title}, {MAJORITY}"}
+
+
+def _in_memory(kind: str, title: str) -> dict[str, str]:
+    key = f"in_memory/{kind}"
+    return {
+        f"{key}/clean": f"{title}, clean",
+        f"{key}/clean/balanced": f"{title}, clean, balanced",
+        f"{key}/error": f"{title}, corrupted in memory",
+        f"{key}/corrupted/balanced": f"{title}, corrupted in memory, balanced",
+        f"{key}/corruption/*": "  *",
+    }
+
+
+def _shape_bias(kind: str, of: str) -> dict[str, str]:
+    return {
+        f"{kind}/shape_bias": f"shape bias{of}",
+        f"{kind}/balanced": f"shape bias{of}, balanced",
+        f"{kind}/shape": f"decisions{of} for the shape",
+        f"{kind}/texture": f"decisions{of} for the texture",
+    }
+
+
+_KNN = {"mean": "k-NN (k = *), mean of patch tokens", "cls": "k-NN (k = *), class token"}
+
+EVALS: dict[str, Eval] = {
+    "knn": Eval(
+        KnnSettings,
+        "labeled images: --train, --test",
+        {"majority": MAJORITY}
+        | {
+            f"k*/{token}/{key}": title + more
+            for token, title in _KNN.items()
+            for key, more in (("top1", ""), ("balanced", ", balanced"))
+        },
+        {f"k*/{token}/recall/*": f"recall, {title}: *" for token, title in _KNN.items()},
+    ),
+    "linear": Eval(
+        LinearSettings,
+        "labeled images: --train, --test",
+        _accuracy("linear probe") | _accuracy("linear probe, MAE's protocol", "mae/"),
+        {"recall/*": "recall, linear probe: *", "mae/recall/*": "recall, linear probe, MAE's protocol: *"},
+    ),
+    "finetune": Eval(
+        FinetuneSettings,
+        "labeled images: --train, --test",
+        _accuracy("fine-tuned") | {"top5": "fine-tuned, top 5"},
+        {"recall/*": "recall, fine-tuned: *"},
+    ),
+    "segmentation": Eval(
+        SegmentationSettings,
+        "images with masks: --train, --test",
+        {
+            "mIoU": "segmentation, mean IoU",
+            "aAcc": "segmentation, pixel accuracy",
+            "mAcc": "segmentation, mean class accuracy",
+            "majority": "segmentation, pixels of the largest class",
+        },
+        {"iou/*": "IoU: *"},
+    ),
+    "detection": Eval(
+        DetectionSettings,
+        "images with boxes in COCO's format: --data, or --train and --test; and pixmim[detection]",
+        {
+            f"{kind}/{measure}": f"{title}, {measure}"
+            for kind, title in (("box", "boxes"), ("mask", "masks"))
+            for measure in ("AP", "AP50", "AP75")
+        },
+        {"ap/*": "AP of boxes: *", "mask_ap/*": "AP of masks: *"},
+    ),
+    "robustness": Eval(
+        RobustnessSettings,
+        "labeled images: --test, --train; or --imagenet-c, -a, -r, -sketch and a classifier of ImageNet",
+        {
+            "imagenet_c/mce": "ImageNet-C, mCE",
+            "imagenet_c/ce/*": "ImageNet-C, CE: *",
+            "imagenet_c/error": "ImageNet-C, error",
+            "imagenet_c/balanced": "ImageNet-C, error, balanced",
+            "imagenet_c/majority": f"ImageNet-C, {MAJORITY}",
+            **_imagenet("a"),
+            **_imagenet("r"),
+            **_imagenet("sketch"),
+            "in_memory/probe/clean/majority": MAJORITY,
+            "in_memory/head/clean/majority": MAJORITY,
+            **_in_memory("probe", "error of a probe"),
+            **_in_memory("head", "error"),
+        },
+        {
+            **{f"imagenet_{p}/recall/*": f"recall, ImageNet-{p.upper()}: *" for p in "car"},
+            "imagenet_sketch/recall/*": "recall, ImageNet-Sketch: *",
+            "in_memory/*/clean/recall/*": "recall of the *, clean: *",
+            "in_memory/*/corrupted/recall/*": "recall of the *, corrupted in memory: *",
+        },
+    ),
+    "shape-bias": Eval(
+        ShapeBiasSettings,
+        "cue-conflict stimuli: --data, and for encoders without a classifier of ImageNet: --train",
+        {
+            "head/majority": f"shapes of the stimuli, {MAJORITY}",
+            "probe/majority": f"shapes of the stimuli, {MAJORITY}",
+            **_shape_bias("head", ""),
+            **_shape_bias("probe", " of a probe"),
+        },
+        {
+            "*/category/*/shape_bias": "shape bias (*): *",
+            "*/category/*/shape": "decisions for the shape (*): *",
+            "*/category/*/texture": "decisions for the texture (*): *",
+        },
+    ),
+}
