@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import Source
-from pixmim.data.image_folder import Files
+from pixmim.data.dataset import ImageDataset
+from pixmim.data.image_folder import ImageFolder
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.data.wrappers import InMemoryDataset
@@ -41,11 +41,11 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{machine()}, {os.cpu_count()} cores; median of {options.rounds}")
     folder = open_dataset(options.data)
-    assert isinstance(folder, Files), "give full-size photographs in a folder, or a .txt that names them"
+    assert isinstance(folder, ImageFolder), "give full-size photographs in a folder, or a .txt that names them"
     count = options.images // BATCH * BATCH
     src, rrc = SimpleResizedCrop(SIZE), RandomResizedCrop(SIZE)
     with tempfile.TemporaryDirectory() as where:
-        caches: dict[str, Source] = {}
+        caches: dict[str, ImageDataset] = {}
         settings: dict[str, dict[str, Any]] = {"4:4:4": {}, "4:2:0": {"chroma": "420"}, "raw": {"kind": "raw"}}
         for name, kind in settings.items():
             made = make_cache(folder, Path(where) / name, (SIZE, SIZE), **kind)
@@ -72,8 +72,8 @@ def main() -> None:
 class Official(Dataset[torch.Tensor]):
     """MAE's published transform."""
 
-    def __init__(self, folder: Files) -> None:
-        self.paths = [folder.locate(i) for i in range(len(folder))]
+    def __init__(self, folder: ImageFolder) -> None:
+        self.paths = [folder.path_of(i) for i in range(len(folder))]
         self.transform = transforms.Compose(
             [
                 transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0), interpolation=3),
@@ -90,14 +90,14 @@ class Official(Dataset[torch.Tensor]):
         return self.transform(Image.open(self.paths[index % len(self.paths)]).convert("RGB"))
 
 
-def official(folder: Files, count: int) -> Callable[[], None]:
+def official(folder: ImageFolder, count: int) -> Callable[[], None]:
     loader = DataLoader(Official(folder), batch_size=BATCH, num_workers=os.cpu_count() or 1)
     return lambda: take(iter(loader), count)
 
 
-def ours(source: Source, crop: Crop, count: int) -> Callable[[], None]:
+def ours(source: ImageDataset, crop: Crop, count: int) -> Callable[[], None]:
     def run() -> None:
-        skipped = Skipped(None, len(source), 0.5)
+        skipped = BadImageLog(None, len(source), 0.5)
         with Loader(source, crop, BatchShard(BATCH), skipped=skipped) as loader:
             take(loader, count)
 

@@ -18,15 +18,15 @@ from timing import CLOCKS, interleaved, machine
 from torch import Tensor
 
 from pixmim.build import build_encoder
-from pixmim.config import Model, PretrainConfig
+from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import Source
+from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
 from pixmim.data.wrappers import Subset
-from pixmim.evaluation.features import freeze
-from pixmim.evaluation.frozen_encoder import Encoder, in_training
+from pixmim.evaluation.features import extract_features
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, wrap_live_encoder
 from pixmim.training.precision import autocast, choose_attention, choose_device, choose_precision
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.allocator import retain_freed_memory
@@ -59,17 +59,17 @@ def main() -> None:
                 print(f"  {name:<10}{len(cache) / time:8.1f} images/s   {seconds['bare'] / time:6.3f} x bare")
 
 
-def ready(backbone: str) -> Encoder:
-    run = PretrainConfig(model=Model("simmim" if "swin" in backbone else "mae", backbone))
+def ready(backbone: str) -> FrozenEncoder:
+    run = PretrainConfig(model=ArchitectureConfig("simmim" if "swin" in backbone else "mae", backbone))
     retain_freed_memory()
     device = choose_device("auto")
     precision = choose_precision("auto", device)
     module = build_encoder(run).to(device).eval()
     choose_attention(module, device, precision)
-    return in_training(run, module, device, precision)
+    return wrap_live_encoder(run, module, device, precision)
 
 
-def candidates(encoder: Encoder, cache: Source, batch: int) -> dict[str, Callable[[], None]]:
+def candidates(encoder: FrozenEncoder, cache: ImageDataset, batch: int) -> dict[str, Callable[[], None]]:
     batches = [encoder.ready(images) for images in read(encoder, cache, batch)]
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ def candidates(encoder: Encoder, cache: Source, batch: int) -> dict[str, Callabl
                 encoder.module(images)
 
     def frozen() -> None:
-        freeze(encoder, cache, batch=batch)
+        extract_features(encoder, cache, batch=batch)
 
     def reading() -> None:
         for _ in read(encoder, cache, batch):
@@ -88,9 +88,9 @@ def candidates(encoder: Encoder, cache: Source, batch: int) -> dict[str, Callabl
     return {"bare": bare, "freeze": frozen, "reading": reading}
 
 
-def read(encoder: Encoder, cache: Source, batch: int) -> Iterator[Tensor]:
+def read(encoder: FrozenEncoder, cache: ImageDataset, batch: int) -> Iterator[Tensor]:
     for images, _, _ in iterate_in_order(
-        cache, evaluation_crop(encoder.size), skipped=Skipped(None, len(cache), 0.5), batch=batch
+        cache, evaluation_crop(encoder.size), skipped=BadImageLog(None, len(cache), 0.5), batch=batch
     ):
         yield images
 

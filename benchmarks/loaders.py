@@ -37,7 +37,7 @@ from torchvision.io import decode_image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import open_cache
@@ -123,7 +123,7 @@ def through(loader: Iterable[Any]) -> Batches:
 
 
 def pixmim(cache: ShardDataset) -> Batches:
-    skipped = Skipped(None, len(cache), 0.5)
+    skipped = BadImageLog(None, len(cache), 0.5)
     with Loader(cache, CROP, BatchShard(BATCH), skipped=skipped, threads=WORKERS) as batches:
         for batch in batches:
             yield batch.images.permute(0, 2, 3, 1)

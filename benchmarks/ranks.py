@@ -26,9 +26,9 @@ def main() -> None:
     print(f"{'processes':>9}{'batch':>7}  {'':<6}{'loss':>10}{'differs by':>12}{'weights differ by':>19}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2, 4):
-            alone = train(Path(folder) / f"{count}", 1, count, "--accumulate", str(count))
+            alone = train(Path(folder) / f"{count}", 1, count, "--accumulation-steps", str(count))
             for way in ("ddp", "fsdp") if count > 1 else ():
-                out = train(Path(folder) / f"{count}-{way}", count, count, "--scale.parallel", way)
+                out = train(Path(folder) / f"{count}-{way}", count, count, "--parallel.strategy", way)
                 compare(alone, out, count, way)
 
 

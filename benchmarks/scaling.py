@@ -25,7 +25,7 @@ import torch
 from steps import training_flops
 
 import pixmim
-from pixmim.training.parallelize import blocks
+from pixmim.training.parallelize import transformer_blocks
 
 MODELS = {"ViT-B/16": "vit_base_patch16_224", "ViT-L/16": "vit_large_patch16_224", "ViT-H/14": "vit_huge_patch14_224"}
 BUCKET = 25 * 2**20
@@ -68,7 +68,7 @@ def sizes(backbone: str) -> tuple[int, int]:
     """Values of MAE that have a gradient, and blocks that FSDP2 gathers one by one; the decoder's, too."""
     with torch.device("meta"):
         model = pixmim.create_model("mae", backbone)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), len(list(blocks(model)))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), len(list(transformer_blocks(model)))
 
 
 def ddp(values: int, gpus: int) -> tuple[float, float]:

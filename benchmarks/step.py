@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 import pixmim
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import ShardDataset
 from pixmim.targets import IMAGENET_MEAN, IMAGENET_STD
 from pixmim.training.precision import choose_device, choose_precision
-from pixmim.transforms.crops import SimpleResizedCrop, finish
+from pixmim.transforms.crops import SimpleResizedCrop, flip_and_normalize
 from pixmim.utils.allocator import retain_freed_memory
 
 PIXMIM = "pixmim PixMIM"
@@ -173,7 +173,7 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
         if not isinstance(source, ShardDataset):
             make_cache(source, Path(where), (options.size, options.size))
             source = open_dataset(where)
-        skipped = Skipped(None, len(source), 0.5)
+        skipped = BadImageLog(None, len(source), 0.5)
         with Loader(
             source, SimpleResizedCrop(options.size), BatchShard(options.batch), skipped=skipped, device=device
         ) as batches:
@@ -181,7 +181,7 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
             def fed() -> None:
                 batch = next(batches)
                 crops, flip = (t.to(device, non_blocking=True) for t in (batch.images, batch.flip))
-                step(finish(crops, flip, mean, std))
+                step(flip_and_normalize(crops, flip, mean, std))
 
             turns: dict[str, Callable[[], object]] = {"synthetic": partial(step, images), "cached": fed}
             # The loader is two batches ahead: what it did while the other's turn lasted must not count.

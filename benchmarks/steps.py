@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pixmim
-from pixmim.masking import Mask, Masker
+from pixmim.masking import Mask, MaskGenerator
 from pixmim.models.base import MaskedModel
-from pixmim.training.optim import Updater, adamw
+from pixmim.training.optim import SyncFreeOptimizer, adamw
 from pixmim.training.precision import autocast, choose_attention
 from pixmim.utils import rng
 
@@ -42,10 +42,10 @@ class Ours:
         self.model = pixmim.create_model(method, backbone, img_size=size, **options).to(device)
         self.precision, self.device = precision, device
         choose_attention(self.model, device, precision)
-        self._updater = Updater(adamw(self.model, 1e-4, (0.9, 0.95), 0.05), None, precision == "fp16", device)
+        self._updater = SyncFreeOptimizer(adamw(self.model, 1e-4, (0.9, 0.95), 0.05), None, precision == "fp16", device)
         plain = method == "simmim"
         target = target or pixmim.LowFrequency("auto")
-        self._objective = pixmim.Objective(target, not plain, "l1" if plain else "mse").to(device)
+        self._objective = pixmim.ReconstructionLoss(target, not plain, "l1" if plain else "mse").to(device)
         self._masker, self._grid = own_masker(method, self.model.patch), (size // self.model.patch,) * 2
         self._loss = self._whole if mode is None else torch.compile(self._whole, mode=mode, fullgraph=True)
         self._done = 0
@@ -63,12 +63,12 @@ class Ours:
         return self._objective(prediction, images, mask).loss
 
 
-def own_masker(method: str, patch: int) -> Masker:
+def own_masker(method: str, patch: int) -> MaskGenerator:
     """The mask that a method was published with; units are of 32 pixels."""
     unit = max(1, 32 // patch)
     if method == "simmim":
-        return pixmim.UnitMask(0.6, unit, whole=True)
-    return pixmim.UnitMask(0.75, unit) if method == "lsmae" else pixmim.RandomMask(0.75)
+        return pixmim.BlockwiseRandomMask(0.6, unit, whole=True)
+    return pixmim.BlockwiseRandomMask(0.75, unit) if method == "lsmae" else pixmim.RandomMask(0.75)
 
 
 def theirs(model: nn.Module, precision: Any, device: torch.device, mode: str | None = None) -> Step:

@@ -24,7 +24,9 @@ def train(paths: list[Path], config: ViTMAEConfig, steps: int, batch: int = 8) -
     fill_positions(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     crop = pixmim.SimpleResizedCrop(config.image_size)  # 1: keeps the object
-    objective = pixmim.Objective(pixmim.LowFrequency(radius="auto"))  # 2: the low frequencies, normalised per patch
+    objective = pixmim.ReconstructionLoss(
+        pixmim.LowFrequency(radius="auto")
+    )  # 2: the low frequencies, normalised per patch
     ready = v2.Compose([v2.RGB(), crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), NORMALISE])
     losses = []
     for step in range(steps):

@@ -16,7 +16,7 @@ import pixmim
 def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float]:
     """Train for some steps on a folder of class folders; gives the loss of each step."""
     model = pixmim.create_model("mae", "vit_tiny_patch16_224", img_size=size, decoder_dim=128, decoder_depth=2)
-    objective = pixmim.Objective(pixmim.LowFrequency(radius="auto"))
+    objective = pixmim.ReconstructionLoss(pixmim.LowFrequency(radius="auto"))
     masker = pixmim.RandomMask(0.75)
     transform = v2.Compose([pixmim.SimpleResizedCrop(size), v2.RandomHorizontalFlip(), v2.ToImage(), SCALE, NORMALISE])
     loader = DataLoader(ImageFolder(folder, transform), batch_size=batch, shuffle=True, drop_last=True)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from helpers.tiny import TINY
-from pixmim.config import Model, Optim, PretrainConfig
+from pixmim.config import ArchitectureConfig, OptimConfig, PretrainConfig
 from pixmim.data.decode import limits
 
 settings.register_profile(
@@ -72,10 +72,10 @@ def tiny_run() -> Callable[..., PretrainConfig]:
             "precision": "fp32",
             "device": "cpu",
             "threads": 2,
-            "model": Model(
+            "model": ArchitectureConfig(
                 backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=dict(TINY)
             ),
-            "optim": Optim(base_lr=0.05, warmup=0.2),
+            "optim": OptimConfig(base_lr=0.05, warmup=0.2),
         }
         return PretrainConfig(**(values | changes))  # type: ignore[arg-type]
 

@@ -18,11 +18,11 @@ from PIL import Image
 from rich.console import Console
 
 import pixmim
-from pixmim.config import Knn, ModelConfig, Optim, PretrainConfig
+from pixmim.config import ModelConfig, OnlineKnnConfig, OptimConfig, PretrainConfig
 from pixmim.config_io import from_json, to_json
 from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import adopt
+from pixmim.weights.load import import_weights
 
 Make = Callable[..., PretrainConfig]
 QUIET = Console(quiet=True)
@@ -97,7 +97,7 @@ def test_the_result_holds_encoder_and_metrics(result: pixmim.PretrainResult) -> 
 
 def test_callbacks_see_each_step_and_each_record(tiny_run: Make, tmp_path: Path) -> None:
     records, steps = list[dict[str, Any]](), list[int]()
-    run = tiny_run(log_every=3, knn=Knn(**LABELLED, every=0.6))
+    run = tiny_run(log_every=3, knn=OnlineKnnConfig(**LABELLED, every=0.6))
     done = pixmim.pretrain(run, tmp_path, on_log=records.append, on_step_end=steps.append, console=QUIET, report=False)
     assert steps == [1, 2, 3, 4, 5, 6]
     assert records == done.metrics and sum("knn/k1/mean/top1" in record for record in records) == 3
@@ -105,7 +105,12 @@ def test_callbacks_see_each_step_and_each_record(tiny_run: Make, tmp_path: Path)
 
 def test_another_runs_folder_is_refused(result: pixmim.PretrainResult, tiny_run: Make) -> None:
     before = (result.folder / "config.json").read_text()
-    for changes in ({"seed": 1}, {"data": "shapes:count=41,size=32"}, {"steps": 9}, {"optim": Optim(base_lr=0.1)}):
+    for changes in (
+        {"seed": 1},
+        {"data": "shapes:count=41,size=32"},
+        {"steps": 9},
+        {"optim": OptimConfig(base_lr=0.1)},
+    ):
         with pytest.raises(UserError, match=f"holds a run with another --{next(iter(changes))}"):
             pixmim.pretrain(tiny_run(**changes), result.folder, console=QUIET)
     with pytest.raises(UserError, match="--seed cannot change"):
@@ -120,7 +125,7 @@ def test_python_and_the_command_line_make_the_same_folder(
 ) -> None:
     from pixmim import cli
 
-    timed = {"images_per_s", "data_wait"}
+    timed = {"images_per_s", "data_wait_fraction"}
 
     def content(folder: Path) -> dict[str, Any]:
         files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -129,7 +134,7 @@ def test_python_and_the_command_line_make_the_same_folder(
         assert b"pixmim" in page
         return files | {"metrics": [{k: v for k, v in line.items() if k not in timed} for line in lines]}
 
-    run = tiny_run(knn=Knn(**LABELLED, every=0.6), saving=replace(tiny_run().saving, every=3))
+    run = tiny_run(knn=OnlineKnnConfig(**LABELLED, every=0.6), checkpoint=replace(tiny_run().checkpoint, every=3))
     for name in ("python", "cli"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -200,7 +205,7 @@ def test_a_model_config_states_no_training() -> None:
 def test_imported_weights_state_no_training(result: pixmim.PretrainResult, tmp_path: Path) -> None:
     config = ModelConfig(model=result.config.model, size="32")
     tensors = {f"encoder.{name}": value for name, value in result.encoder.state_dict().items()}
-    adopt(Weights(config, tensors, "a test"), tmp_path / "back")
+    import_weights(Weights(config, tensors, "a test"), tmp_path / "back")
     pixmim.evaluate(tmp_path / "back", "knn", **LABELLED, device="cpu", out=tmp_path, console=QUIET)
     (kept,) = (tmp_path / "evaluations").glob("*.json")
     for known in (json.loads((tmp_path / "back" / "config.json").read_text()), json.loads(kept.read_text())["config"]):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pixmim.config import Crop, Optim, PretrainConfig, Target
+from pixmim.config import CropConfig, OptimConfig, PretrainConfig, TargetConfig
 from pixmim.config_io import from_json, to_json
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.utils.errors import UserError
@@ -17,7 +17,11 @@ def test_every_recipe_survives_json(name: str) -> None:
 
 def test_odd_values_survive_json() -> None:
     run = PretrainConfig(
-        steps=3, mean=(0.5, 0.1, 0.2), crop=Crop(scale=(0.3, 1)), target=Target(radius=7), optim=Optim(lr=1)
+        steps=3,
+        mean=(0.5, 0.1, 0.2),
+        crop=CropConfig(scale=(0.3, 1)),
+        target=TargetConfig(radius=7),
+        optim=OptimConfig(lr=1),
     )
     assert from_json(to_json(run)) == run
 
@@ -32,21 +36,21 @@ def test_odd_values_survive_json() -> None:
         ({"target": {"kind": "pixel"}}, "'target.kind' cannot be"),
         ({"crop": 3}, "'crop.' must be an object"),
         ({"steps": 0}, "--steps must be a whole number from 1 to 999,999,999, not 0"),
-        ({"local_copy": 0.0}, "--local-copy must be a number above 0 to 1e.09, not 0"),
+        ({"shard_cache_gib": 0.0}, "--shard-cache-gib must be a number above 0 to 1e.09, not 0"),
         ({"size": "big"}, "HEIGHTxWIDTH"),
-        ({"batch_size": 2, "accumulate": 3}, "--accumulate 3 makes more parts than a batch of 2 images"),
+        ({"batch_size": 2, "accumulation_steps": 3}, "--accumulation-steps 3 exceeds the 2 images of a batch"),
         ({"mask": {"ratio": 1.0}}, "--mask.ratio must be a number above 0 and below 1, not 1.0"),
         ({"mean": [0.5]}, "1 values for 3 channels"),
-        ({"optim": {"drop_at": 700.0}}, "--optim.drop-at must be a number from 0.2 to 1, not 700.0"),
-        ({"target": {"distance": "cross_entropy"}}, "no bins of .0, 1.: add --target.no-normalise-patches"),
+        ({"optim": {"lr_drop_at": 700.0}}, "--optim.lr-drop-at must be a number from 0.2 to 1, not 700.0"),
+        ({"target": {"distance": "cross_entropy"}}, "no bins of .0, 1.: add --target.no-normalize-patches"),
         (
             {"target": {"distance": "cross_entropy", "bins": 0}},
             "--target.bins must be a whole number from 2 to 4,096",
         ),
-        ({"target": {"normalise_window": 47}}, "normalised once: with a window, add --target.no-normalise-patches"),
+        ({"target": {"normalize_window": 47}}, "normalised once: with a window, add --target.no-normalize-patches"),
         ({"crop": {"padding": 300}}, "--crop.padding 300 must be less than each side of --size 224"),
         ({"model": {"options": {"in_chans": 4}}}, "--model.options takes no in_chans: that is --channels"),
-        ({"target": {"normalise_window": 46}}, "odd side of 3 pixels or more, not 46"),
+        ({"target": {"normalize_window": 46}}, "odd side of 3 pixels or more, not 46"),
     ],
 )
 def test_mistakes_in_a_file_are_named(change: dict[str, object], message: str) -> None:
@@ -62,16 +66,16 @@ def test_broken_json_names_the_file() -> None:
 def test_learning_rate_follows_the_real_batch() -> None:
     assert get_recipe("pixmim-vit-base").lr == pytest.approx(2.4e-3)  # the paper's 1.5e-4 x 4096 / 256
     assert dataclasses.replace(get_recipe("pixmim-vit-base"), batch_size=512).lr == pytest.approx(3e-4)
-    assert PretrainConfig(optim=Optim(lr=0.1)).lr == 0.1
+    assert PretrainConfig(optim=OptimConfig(lr=0.1)).lr == 0.1
 
 
 def test_pixmim_is_two_values_of_mae() -> None:
     mae, pixmim = get_recipe("mae-vit-base"), get_recipe("pixmim-vit-base")
     changed = [f.name for f in dataclasses.fields(PretrainConfig) if getattr(mae, f.name) != getattr(pixmim, f.name)]
     assert sorted(changed) == ["crop", "recipe", "target"]
-    assert (pixmim.crop.kind, pixmim.target.kind, pixmim.target.radius) == ("src", "low-frequency", "auto")
-    assert (mae.crop.kind, mae.crop.scale, mae.target.kind, mae.target.normalise_patches) == (
-        "rrc",
+    assert (pixmim.crop.kind, pixmim.target.kind, pixmim.target.radius) == ("simple-resized", "low-frequency", "auto")
+    assert (mae.crop.kind, mae.crop.scale, mae.target.kind, mae.target.normalize_patches) == (
+        "random-resized",
         (0.2, 1),
         "pixels",
         True,
@@ -79,9 +83,9 @@ def test_pixmim_is_two_values_of_mae() -> None:
 
 
 def test_size_and_statistics() -> None:
-    assert PretrainConfig(size="192x384").hw == (192, 384) and PretrainConfig(size="96").hw == (96, 96)
-    assert PretrainConfig(channels=1).statistics == ((0.449,), (0.226,))
-    assert PretrainConfig(mean=(0.1, 0.2, 0.3)).statistics == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+    assert PretrainConfig(size="192x384").image_size == (192, 384) and PretrainConfig(size="96").image_size == (96, 96)
+    assert PretrainConfig(channels=1).normalization == ((0.449,), (0.226,))
+    assert PretrainConfig(mean=(0.1, 0.2, 0.3)).normalization == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.runs import train
-from pixmim import LowFrequency, Objective, RandomMask, create_model, low_pass
+from pixmim import LowFrequency, RandomMask, ReconstructionLoss, create_model, low_pass
 from pixmim.config import PretrainConfig
-from pixmim.data.dataset import Form
-from pixmim.data.synthetic import Shapes
-from pixmim.training.optim import Updater, adamw
-from pixmim.transforms.crops import finish
+from pixmim.data.dataset import ImageSpec
+from pixmim.data.synthetic import SyntheticShapes
+from pixmim.training.optim import SyncFreeOptimizer, adamw
+from pixmim.transforms.crops import flip_and_normalize
 
 pytestmark = pytest.mark.gpu
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_device() -> None:
     device = torch.device("cuda")
     model = create_model("mae", "vit_tiny_patch16_224", img_size=64, decoder_depth=1).to(device)
-    objective, masker = Objective(LowFrequency(radius="auto")).to(device), RandomMask()
-    updater = Updater(adamw(model, 1e-3, (0.9, 0.95), 0.05), 1.0, True, device)
+    objective, masker = ReconstructionLoss(LowFrequency(radius="auto")).to(device), RandomMask()
+    updater = SyncFreeOptimizer(adamw(model, 1e-3, (0.9, 0.95), 0.05), 1.0, True, device)
     images = torch.randn(8, 3, 64, 64, device=device)
 
     def step() -> None:
@@ -58,9 +58,9 @@ def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., PretrainCo
 @pytest.mark.parametrize("pixels", ["uint16", "float32"])
 def test_deep_images_reach_the_gpu_whole(pixels: str, tiny_run: Callable[..., PretrainConfig], tmp_path: Path) -> None:
     mean, std, flip = torch.rand(5), torch.rand(5) + 0.1, torch.tensor([True, False])
-    images = torch.stack([Shapes(form=Form(5, pixels)).image(i)[:, :32, :32].float() for i in range(2)])  # type: ignore[arg-type]
+    images = torch.stack([SyntheticShapes(form=ImageSpec(5, pixels)).image(i)[:, :32, :32].float() for i in range(2)])  # type: ignore[arg-type]
     images = images.to(getattr(torch, pixels)).pin_memory()
-    done = finish(images.to("cuda", non_blocking=True), flip.to("cuda"), mean.to("cuda"), std.to("cuda"))
-    torch.testing.assert_close(done.cpu(), finish(images, flip, mean, std), atol=1e-5, rtol=1e-5)
+    done = flip_and_normalize(images.to("cuda", non_blocking=True), flip.to("cuda"), mean.to("cuda"), std.to("cuda"))
+    torch.testing.assert_close(done.cpu(), flip_and_normalize(images, flip, mean, std), atol=1e-5, rtol=1e-5)
     train(tiny_run(device="cuda", steps=2, channels=5, pixels=pixels), tmp_path / "run")
     assert (tmp_path / "run" / "encoder/model.safetensors").exists()

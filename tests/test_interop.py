@@ -91,7 +91,7 @@ def test_our_mae_is_huggingfaces_vitmae() -> None:
     assert torch.equal(mask.hidden, output.mask.bool())
     prediction = ours(images, mask)
     torch.testing.assert_close(prediction, output.logits, atol=1e-5, rtol=0)
-    loss = pixmim.Objective(pixmim.Pixels())(prediction, images, mask).loss
+    loss = pixmim.ReconstructionLoss(pixmim.Pixels())(prediction, images, mask).loss
     torch.testing.assert_close(loss, output.loss, atol=1e-5, rtol=0)
 
 

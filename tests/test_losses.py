@@ -5,24 +5,24 @@ import math
 import pytest
 import torch
 
-from pixmim.losses import Objective, normalise, patch_statistics, window_statistics
+from pixmim.losses import ReconstructionLoss, normalize_patches, patch_statistics, window_statistics
 from pixmim.masking import RandomMask
-from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
+from pixmim.targets import ColorBins, LowFrequency, Pixels, low_pass
 from pixmim.utils.patches import patchify, unpatchify
 
 
 @pytest.mark.parametrize("distance", ["mse", "l1", "smooth_l1"])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_loss_against_a_loop_over_hidden_patches(distance: str, normalise: bool) -> None:
+@pytest.mark.parametrize("normalize_patches", [True, False])
+def test_loss_against_a_loop_over_hidden_patches(distance: str, normalize_patches: bool) -> None:
     images = torch.randn(2, 3, 12, 8, dtype=torch.float64)
     prediction = torch.randn(2, 6, 48, dtype=torch.float64)
     mask = RandomMask(0.5)(2, 6)
-    value = Objective(LowFrequency(2), normalise, distance)(prediction, images, mask)
+    value = ReconstructionLoss(LowFrequency(2), normalize_patches, distance)(prediction, images, mask)
     patches = patchify(low_pass(images, 2), 4)
     losses = []
     for b, n in mask.hidden.nonzero().tolist():
         target = patches[b, n].tolist()
-        if normalise:
+        if normalize_patches:
             mean = sum(target) / 48
             variance = sum((t - mean) ** 2 for t in target) / 47
             target = [(t - mean) / (variance + 1e-6) ** 0.5 for t in target]
@@ -41,11 +41,11 @@ def test_loss_against_a_loop_over_hidden_patches(distance: str, normalise: bool)
 def test_another_batch_is_refused(predictions: int, images: int, masks: int) -> None:
     """Of one image, torch would make as many as there are of the others, in silence."""
     given = torch.randn(predictions, 6, 48), torch.randn(images, 3, 12, 8), RandomMask(0.5)(masks, 6)
-    forward = inspect.unwrap(Objective.forward)  # without the shapes that tests check
+    forward = inspect.unwrap(ReconstructionLoss.forward)  # without the shapes that tests check
     with pytest.raises(
         ValueError, match=f"for {predictions} images does not go with {images} images and masks of {masks}"
     ):
-        forward(Objective(Pixels()), *given)
+        forward(ReconstructionLoss(Pixels()), *given)
 
 
 def test_larger_patches_weigh_what_is_hidden_of_them() -> None:
@@ -53,7 +53,7 @@ def test_larger_patches_weigh_what_is_hidden_of_them() -> None:
     images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
     prediction = torch.randn(2, 6, 48, dtype=torch.float64)
     mask = RandomMask(0.6)(2, (4, 6))  # patches of 2 pixels; those of the prediction have 4
-    value = Objective(Pixels(), False, "l1")(prediction, images, mask)
+    value = ReconstructionLoss(Pixels(), False, "l1")(prediction, images, mask)
     total = count = 0.0
     for b, y, x in itertools.product(range(2), range(8), range(12)):
         if mask.hidden[b, y // 2 * 6 + x // 2]:
@@ -78,7 +78,7 @@ def test_statistics_against_a_loop_over_seen_pixels() -> None:
             variance = sum((v - average) ** 2 for v in values) / max(len(values) - 1, 1)
             torch.testing.assert_close(m[b, :, :, left : left + 4], torch.full_like(block, average))
             torch.testing.assert_close(s[b, :, :, left : left + 4], torch.full_like(block, (variance + 1e-6) ** 0.5))
-    taken = unpatchify(normalise(patchify(images, 4)), 4, (4, 8))
+    taken = unpatchify(normalize_patches(patchify(images, 4)), 4, (4, 8))
     torch.testing.assert_close(taken * whole[1] + whole[0], images)
 
 
@@ -86,7 +86,7 @@ def test_statistics_against_a_loop_over_seen_pixels() -> None:
 def test_window_normalisation_against_a_loop(window: int) -> None:
     """Windows are cut at the border; the largest holds the whole image, wherever its middle is."""
     images, seen = 100 + torch.randn(2, 3, 8, 12, dtype=torch.float64), torch.rand(2, 1, 8, 12) < 0.5
-    found = Objective(Pixels(), False, "l1", window).patches(images, 1).view(2, 8, 12, 3)
+    found = ReconstructionLoss(Pixels(), False, "l1", window).patches(images, 1).view(2, 8, 12, 3)
     all_of, seen_of = window_statistics(images, window), window_statistics(images, window, seen)
     reach = window // 2
     for b, c, y, x in itertools.product(range(2), range(3), range(8), range(12)):
@@ -104,7 +104,7 @@ def test_window_normalisation_against_a_loop(window: int) -> None:
 
 def test_window_normalisation_of_a_flat_image_is_zero() -> None:
     flat = torch.full((1, 3, 32, 32), 2.2)
-    assert Objective(Pixels(), False, normalise_window=9).patches(flat, 16).abs().max() < 1e-3
+    assert ReconstructionLoss(Pixels(), False, normalize_window=9).patches(flat, 16).abs().max() < 1e-3
 
 
 def test_cross_entropy_against_a_loop_over_hidden_values() -> None:
@@ -112,7 +112,7 @@ def test_cross_entropy_against_a_loop_over_hidden_values() -> None:
     pixels, mask = torch.rand(2, 2, 8, 12, dtype=torch.float64), RandomMask(0.5)(2, 6)
     images = (pixels - torch.tensor(mean).view(1, 2, 1, 1)) / torch.tensor(std).view(1, 2, 1, 1)
     scores = torch.randn(2, 6, 4 * 4 * 2 * bins)  # row, column, channel, bin
-    value = Objective(ColourBins(bins, Pixels(), mean, std), False, "cross_entropy")(scores, images, mask)
+    value = ReconstructionLoss(ColorBins(bins, Pixels(), mean, std), False, "cross_entropy")(scores, images, mask)
     total, count = 0.0, 0
     for b, c, y, x in itertools.product(range(2), range(2), range(8), range(12)):
         n = y // 4 * 3 + x // 4
@@ -126,39 +126,39 @@ def test_cross_entropy_against_a_loop_over_hidden_values() -> None:
 
 def test_choices_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ValueError, match="go with each other only"):
-        Objective(Pixels(), False, "cross_entropy")
+        ReconstructionLoss(Pixels(), False, "cross_entropy")
     with pytest.raises(ValueError, match="go with each other only"):
-        Objective(ColourBins(8), False, "l1")
+        ReconstructionLoss(ColorBins(8), False, "l1")
     with pytest.raises(ValueError, match=r"no bins of .0, 1.: give ColourBins with normalise_patches=False"):
-        Objective(ColourBins(8), distance="cross_entropy")
+        ReconstructionLoss(ColorBins(8), distance="cross_entropy")
     with pytest.raises(ValueError, match=r"no bins of .0, 1.: .* and no window"):
-        Objective(ColourBins(8), False, "cross_entropy", normalise_window=47)
+        ReconstructionLoss(ColorBins(8), False, "cross_entropy", normalize_window=47)
     with pytest.raises(ValueError, match="normalised once: with normalise_window, give normalise_patches=False"):
-        Objective(Pixels(), normalise_window=47)
+        ReconstructionLoss(Pixels(), normalize_window=47)
     for side in (1, 46, -3):
         with pytest.raises(ValueError, match=f"odd side of 3 or more, not {side}"):
-            Objective(Pixels(), False, normalise_window=side)
+            ReconstructionLoss(Pixels(), False, normalize_window=side)
     with pytest.raises(ValueError, match="does not cover images of 3x8x8 with 8 bins"):
-        Objective(ColourBins(8), False, "cross_entropy")(
+        ReconstructionLoss(ColorBins(8), False, "cross_entropy")(
             torch.zeros(1, 4, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4)
         )
 
 
 def test_what_is_predicted_for_visible_patches_does_not_count() -> None:
     images, prediction, mask = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 48), RandomMask(0.5)(2, 4)
-    objective = Objective(Pixels())
+    objective = ReconstructionLoss(Pixels())
     other = torch.where(mask.hidden[..., None], prediction, torch.randn_like(prediction))
     assert torch.equal(objective(prediction, images, mask).loss, objective(other, images, mask).loss)
 
 
 def test_no_gradient_flows_into_the_target() -> None:
     images, prediction = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(1, 4, 48, requires_grad=True)
-    Objective(LowFrequency(2))(prediction, images, RandomMask(0.5)(1, 4)).loss.backward()
+    ReconstructionLoss(LowFrequency(2))(prediction, images, RandomMask(0.5)(1, 4)).loss.backward()
     assert images.grad is None and prediction.grad is not None
 
 
 def test_a_prediction_that_does_not_cover_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match="does not cover images of 3x8x8"):
-        Objective(Pixels())(torch.zeros(1, 5, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 5))
+        ReconstructionLoss(Pixels())(torch.zeros(1, 5, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 5))
     with pytest.raises(ValueError, match="a mask of 4 patches over 8x8 pixels does not go with patches of 2x2"):
-        Objective(Pixels())(torch.zeros(1, 16, 12), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4))
+        ReconstructionLoss(Pixels())(torch.zeros(1, 16, 12), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from helpers.masks import average_distance
-from pixmim.masking import BlockMask, Mask, Masker, RandomMask, SquareMask, UnitMask
+from pixmim.masking import BeitBlockMask, BlockwiseRandomMask, Mask, MaskGenerator, RandomMask, SquareMask
 from pixmim.utils.patches import hidden_pixels
 
 
@@ -52,7 +52,7 @@ def test_masks_that_hide_nothing_everything_or_unevenly_are_refused() -> None:
 
 
 def test_lsmae_units_keep_the_published_count_in_whole_units() -> None:
-    hidden = UnitMask(0.75, 2)(6, (28, 28)).hidden.view(6, 14, 2, 14, 2)
+    hidden = BlockwiseRandomMask(0.75, 2)(6, (28, 28)).hidden.view(6, 14, 2, 14, 2)
     assert (~hidden).sum(dim=(1, 2, 3, 4)).tolist() == [196] * 6
     whole = hidden.all(dim=4).all(dim=2)
     assert torch.equal(whole, hidden.any(dim=4).any(dim=2)) and ((~whole).sum(dim=(1, 2)) == 49).all()
@@ -61,7 +61,7 @@ def test_lsmae_units_keep_the_published_count_in_whole_units() -> None:
 def test_lsmae_units_against_a_loop() -> None:
     """Units in random order, each expanded column by column, patches out of the grid dropped, the first ones kept."""
     grid, d, ratio = (5, 7), 2, 0.6
-    masker = UnitMask(ratio, d)
+    masker = BlockwiseRandomMask(ratio, d)
     u = torch.rand(8, masker.draws(grid))
     hidden = masker.decide(u, grid).hidden.view(8, *grid)
     for row in range(8):
@@ -78,7 +78,7 @@ def test_lsmae_units_against_a_loop() -> None:
 
 @pytest.mark.parametrize(("size", "units", "hidden"), [(192, 36, 22), (224, 49, 30)])
 def test_simmim_hides_whole_units_by_the_ceiling(size: int, units: int, hidden: int) -> None:
-    mask = UnitMask(0.6, 8, whole=True)(4, (size // 4, size // 4))
+    mask = BlockwiseRandomMask(0.6, 8, whole=True)(4, (size // 4, size // 4))
     side = size // 32
     blocks = mask.hidden.view(4, side, 8, side, 8)
     assert torch.equal(blocks.all(dim=4).all(dim=2), blocks.any(dim=4).any(dim=2))
@@ -88,7 +88,7 @@ def test_simmim_hides_whole_units_by_the_ceiling(size: int, units: int, hidden: 
 def test_units_that_would_hide_everything_are_refused() -> None:
     """SimMIM's trap: 64-px units at 192 px with ratio 0.9."""
     with pytest.raises(ValueError, match="hides all 9 units"):
-        UnitMask(0.9, 16, whole=True)(1, (48, 48))
+        BlockwiseRandomMask(0.9, 16, whole=True)(1, (48, 48))
 
 
 def test_squares_stay_in_the_middle_or_move() -> None:
@@ -104,20 +104,27 @@ def test_squares_stay_in_the_middle_or_move() -> None:
 
 def test_blocks_follow_beit() -> None:
     """200 draws of at most 75 of 196 patches fell between 68 and 75 with BEiT's own generator."""
-    mask = BlockMask(75.5 / 196)(200, (14, 14))
+    mask = BeitBlockMask(75.5 / 196)(200, (14, 14))
     counts = mask.hidden.sum(dim=1)
     assert counts.max() == 75 and counts.min() >= 60 and (counts >= 68).float().mean() > 0.97
     assert mask.keep is None
     with pytest.raises(ValueError, match="hide the same number"):
         _ = mask.tables
-    again = BlockMask(75.5 / 196)(200, (14, 14), torch.Generator().manual_seed(1)).hidden
-    assert torch.equal(again, BlockMask(75.5 / 196)(200, (14, 14), torch.Generator().manual_seed(1)).hidden)
+    again = BeitBlockMask(75.5 / 196)(200, (14, 14), torch.Generator().manual_seed(1)).hidden
+    assert torch.equal(again, BeitBlockMask(75.5 / 196)(200, (14, 14), torch.Generator().manual_seed(1)).hidden)
 
 
 @pytest.mark.parametrize(
-    "masker", [RandomMask(), UnitMask(0.6, 2), UnitMask(0.6, 2, True), SquareMask(0.3, True), BlockMask()]
+    "masker",
+    [
+        RandomMask(),
+        BlockwiseRandomMask(0.6, 2),
+        BlockwiseRandomMask(0.6, 2, True),
+        SquareMask(0.3, True),
+        BeitBlockMask(),
+    ],
 )
-def test_a_row_depends_on_its_own_numbers_only(masker: Masker) -> None:
+def test_a_row_depends_on_its_own_numbers_only(masker: MaskGenerator) -> None:
     u = torch.rand(6, masker.draws((10, 12)))
     whole = masker.decide(u, (10, 12)).hidden
     for row in range(6):
@@ -126,7 +133,7 @@ def test_a_row_depends_on_its_own_numbers_only(masker: Masker) -> None:
 
 @pytest.mark.parametrize(("unit", "ratio", "distance"), [(32, 0.6, 15.5), (16, 0.6, 7.4), (8, 0.8, 6.0)])
 def test_average_distance_is_simmims(unit: int, ratio: float, distance: float) -> None:
-    hidden = UnitMask(ratio, unit // 4, whole=True)(40, (48, 48), torch.Generator().manual_seed(1)).hidden
+    hidden = BlockwiseRandomMask(ratio, unit // 4, whole=True)(40, (48, 48), torch.Generator().manual_seed(1)).hidden
     found = average_distance(hidden_pixels(hidden, 4, (192, 192)))
     assert found == pytest.approx(distance, abs=0.4)
 
@@ -142,8 +149,8 @@ def test_average_distance_against_a_loop() -> None:
 
 def test_blocks_on_grids_that_hardly_hold_one() -> None:
     for grid in ((2, 50), (1, 9), (3, 3), (4, 6)):
-        hidden = BlockMask(0.4)(100, grid).hidden
+        hidden = BeitBlockMask(0.4)(100, grid).hidden
         counts = hidden.sum(dim=1)
         assert counts.min() >= 1 and counts.max() <= max(1, int(grid[0] * grid[1] * 0.4))
     with pytest.raises(ValueError, match="hides no patch"):
-        BlockMask(0.1)(1, (3, 3))
+        BeitBlockMask(0.1)(1, (3, 3))

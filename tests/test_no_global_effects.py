@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 
 from pixmim.build import build_model
-from pixmim.config import PretrainConfig, Scale
+from pixmim.config import ParallelConfig, PretrainConfig
 from pixmim.training.parallelize import step_context
 
 IMPORTS = """
@@ -54,6 +54,6 @@ def test_building_a_model_leaves_the_generator_alone() -> None:
 
 def test_steps_restore_settings_of_the_compiler_and_filters_of_warnings() -> None:
     before = torch._dynamo.config.recompile_limit, list(warnings.filters)
-    with step_context(Scale(compile="blocks")):
+    with step_context(ParallelConfig(compile="blocks")):
         assert (torch._dynamo.config.recompile_limit, list(warnings.filters)) != before
     assert (torch._dynamo.config.recompile_limit, list(warnings.filters)) == before

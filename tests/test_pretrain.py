@@ -15,12 +15,12 @@ from safetensors import safe_open
 
 from helpers.runs import equal, train, weights
 from pixmim.build import build_model
-from pixmim.config import Knn, Made, Optim, PretrainConfig, Saving
+from pixmim.config import CheckpointConfig, OnlineKnnConfig, OptimConfig, PretrainConfig, RecipeInfo
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
 from pixmim.recipes import get_recipe
-from pixmim.training.checkpoint import Checkpoints
+from pixmim.training.checkpoint import CheckpointManager
 from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
@@ -37,7 +37,7 @@ def test_a_run_is_a_function_of_its_seed(tiny_run: Make, tmp_path: Path) -> None
 
 
 def test_the_loss_falls_and_the_curve_is_golden(tiny_run: Make, tmp_path: Path) -> None:
-    train(tiny_run(steps=60, log_every=20, optim=Optim(lr=3e-3, warmup=1)), tmp_path / "run")
+    train(tiny_run(steps=60, log_every=20, optim=OptimConfig(lr=3e-3, warmup=1)), tmp_path / "run")
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses == pytest.approx([1.008, 0.827, 0.755], abs=0.02)
 
@@ -45,7 +45,7 @@ def test_the_loss_falls_and_the_curve_is_golden(tiny_run: Make, tmp_path: Path) 
 def test_accumulation_changes_rounding_only(tiny_run: Make, tmp_path: Path) -> None:
     """Parts of a batch hold the same samples, crops and masks; sums are taken in another order."""
     for parts in (1, 2, 3, 8):
-        train(tiny_run(accumulate=parts, log_every=1, steps=3), tmp_path / str(parts))
+        train(tiny_run(accumulation_steps=parts, log_every=1, steps=3), tmp_path / str(parts))
     whole = [line["loss"] for line in metrics(tmp_path / "1")]
     for parts in ("2", "3", "8"):
         assert [line["loss"] for line in metrics(tmp_path / parts)] == pytest.approx(whole, rel=1e-4)
@@ -55,7 +55,7 @@ def test_a_cpu_takes_parts_by_itself_and_resumes_bitwise(
     tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut, again = (tmp_path / name for name in ("whole", "cut", "again"))
-    run = tiny_run(log_every=1, saving=Saving(every=3, last=9))
+    run = tiny_run(log_every=1, checkpoint=CheckpointConfig(every=3, keep_last=9))
     assert "parts" not in train(run, whole)
     monkeypatch.setattr("pixmim.pretraining.images_at_once", lambda pixels, width: 3)
     assert "cpu, each batch in 3 parts of up to 3, in fp32" in train(run, cut)
@@ -79,7 +79,7 @@ def test_timm_loads_the_product_strictly(tiny_run: Make, tmp_path: Path) -> None
     path = tmp_path / "run" / "encoder" / "model.safetensors"
     encoder = timm.create_model(f"local-dir:{path.parent}", pretrained=True)
     trained = build_model(run)
-    Checkpoints(tmp_path / "run" / "checkpoints").load_model(trained)
+    CheckpointManager(tmp_path / "run" / "checkpoints").load_model(trained)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(encoder.eval()(images), features(trained.encoder.eval(), images).vector[:, -1])
     with safe_open(path, "pt") as file:
@@ -117,15 +117,20 @@ def test_metrics_have_steps_and_rates(tiny_run: Make, tmp_path: Path) -> None:
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines[-1]["epoch"] == pytest.approx(6 * 8 / 40)
-    assert all(line["images_per_s"] > 0 and 0 <= line["data_wait"] <= 1 and line["skipped"] == 0 for line in lines)
+    assert all(
+        line["images_per_s"] > 0 and 0 <= line["data_wait_fraction"] <= 1 and line["skipped_steps"] == 0
+        for line in lines
+    )
 
 
 def test_periodic_knn_draws_a_curve(tiny_run: Make, tmp_path: Path) -> None:
-    run = tiny_run(steps=10, knn=Knn("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1", every=1.0))
+    run = tiny_run(
+        steps=10, knn=OnlineKnnConfig("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1", every=1.0)
+    )
     train(run, tmp_path / "run")
     steps = [line["step"] for line in metrics(tmp_path / "run") if "knn/k20/mean/top1" in line]
     assert steps == [0, 5, 10]
-    quiet = replace(run, knn=Knn())
+    quiet = replace(run, knn=OnlineKnnConfig())
     train(quiet, tmp_path / "quiet")
     assert equal(tmp_path / "run", tmp_path / "quiet")  # looking changes nothing
 
@@ -136,14 +141,17 @@ def test_a_run_that_diverges_stops_with_advice(tiny_run: Make, tmp_path: Path, m
     def spoil(*args: object) -> torch.Tensor:
         return original(*args) * float("nan")  # type: ignore[arg-type]
 
-    original = module.finish
-    monkeypatch.setattr(module, "finish", spoil)
+    original = module.flip_and_normalize
+    monkeypatch.setattr(module, "flip_and_normalize", spoil)
     with pytest.raises(UserError, match=r"not finite in the last 2. steps.*--optim.clip"):
         train(tiny_run(steps=100, log_every=5), tmp_path / "run")
 
 
 def test_warnings_for_runs_far_from_their_recipe(tiny_run: Make, tmp_path: Path) -> None:
-    text = train(tiny_run(batch_size=64, steps=2, made=Made(steps=1000), optim=Optim(lr=1.0)), tmp_path / "run")
+    text = train(
+        tiny_run(batch_size=64, steps=2, recipe_info=RecipeInfo(steps=1000), optim=OptimConfig(lr=1.0)),
+        tmp_path / "run",
+    )
     assert "2 updates are few: this recipe was made for 1,000" in text
     assert "a learning rate of 1 suits another batch" in text
     assert "each of the 40 images more than once" in text

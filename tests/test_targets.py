@@ -10,48 +10,48 @@ from torch import Tensor
 from pixmim.targets import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ColourBins,
+    ColorBins,
     LowFrequency,
     Pixels,
     auto_radius,
-    kept_bins,
     low_pass,
+    num_kept_bins,
 )
 
 SIZES = [(8, 8), (9, 9), (8, 11), (11, 8), (32, 20), (33, 64)]
 RADII = [0, 0.5, 1, 2.9, 3, 5, 7, 100]
 
 
-def by_fft(images: Tensor, radius: float, form: str) -> Tensor:
+def by_fft(images: Tensor, radius: float, variant: str) -> Tensor:
     h, w = images.shape[-2:]
     spectrum = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
     i, j = torch.arange(h).double()[:, None], torch.arange(w).double()[None, :]
-    if form == "released":
+    if variant == "paper-code":
         keep = (i - (h - 1) / 2) ** 2 + (j - (w - 1) / 2) ** 2 <= radius**2
         return torch.fft.ifft2(spectrum * keep).abs()
     keep = (i - h // 2) ** 2 + (j - w // 2) ** 2 <= radius**2
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum * keep, dim=(-2, -1))).real
 
 
-@pytest.mark.parametrize("form", ["exact", "released"])
+@pytest.mark.parametrize("variant", ["exact", "paper-code"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("radius", RADII)
-def test_low_pass_is_the_fft_form(size: tuple[int, int], radius: float, form: str) -> None:
+def test_low_pass_is_the_fft_form(size: tuple[int, int], radius: float, variant: str) -> None:
     images = torch.rand(2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(low_pass(images, radius, form), by_fft(images, radius, form), atol=1e-12, rtol=0)
+    torch.testing.assert_close(low_pass(images, radius, variant), by_fft(images, radius, variant), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("form", ["exact", "released"])
+@pytest.mark.parametrize("variant", ["exact", "paper-code"])
 @pytest.mark.parametrize("channels", [1, 4, 13])
-def test_any_number_of_channels(channels: int, form: str) -> None:
+def test_any_number_of_channels(channels: int, variant: str) -> None:
     images = torch.rand(1, channels, 12, 10, dtype=torch.float64)
-    torch.testing.assert_close(low_pass(images, 3, form), by_fft(images, 3, form), atol=1e-12, rtol=0)
+    torch.testing.assert_close(low_pass(images, 3, variant), by_fft(images, 3, variant), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("form", ["exact", "released"])
-def test_float32_at_the_published_size(form: str) -> None:
+@pytest.mark.parametrize("variant", ["exact", "paper-code"])
+def test_float32_at_the_published_size(variant: str) -> None:
     images = torch.rand(2, 3, 224, 224)
-    error = (low_pass(images, 40, form).double() - by_fft(images.double(), 40, form)).abs().max()
+    error = (low_pass(images, 40, variant).double() - by_fft(images.double(), 40, variant)).abs().max()
     assert error < 5e-6
 
 
@@ -65,12 +65,12 @@ def test_autocast_does_not_reach_the_filter() -> None:
 
 @pytest.mark.parametrize(("radius", "bins"), [(10, 316), (20, 1264), (30, 2828), (40, 5024), (60, 11304), (112, 39428)])
 def test_released_form_keeps_the_published_number_of_bins(radius: int, bins: int) -> None:
-    assert kept_bins((224, 224), radius, "released") == bins
+    assert num_kept_bins((224, 224), radius, "paper-code") == bins
 
 
 def test_exact_form_keeps_5025_bins_and_everything_beyond_the_corner() -> None:
-    assert kept_bins((224, 224), 40) == 5025
-    assert kept_bins((224, 224), 159) == 224 * 224
+    assert num_kept_bins((224, 224), 40) == 5025
+    assert num_kept_bins((224, 224), 159) == 224 * 224
 
 
 def test_a_step_overshoots_by_the_measured_amount() -> None:
@@ -113,9 +113,9 @@ def test_module_filters_the_unnormalised_image() -> None:
     mean, std = (0.3, 0.4, 0.5, 0.2), (0.2, 0.1, 0.3, 0.25)
     m, s = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
     images = torch.rand(2, 4, 16, 20, dtype=torch.float64)
-    for form in ("exact", "released"):
-        target = LowFrequency(4, form, mean, std).double()((images - m) / s)
-        torch.testing.assert_close(target, (by_fft(images, 4, form) - m) / s, atol=1e-6, rtol=0)
+    for variant in ("exact", "paper-code"):
+        target = LowFrequency(4, variant, mean, std).double()((images - m) / s)
+        torch.testing.assert_close(target, (by_fft(images, 4, variant) - m) / s, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("bins", [2, 7, 8, 256])
@@ -126,7 +126,7 @@ def test_colour_bins_against_a_loop(bins: int, filtered: bool) -> None:
     pixels = (torch.rand(2, 2, 8, 12, dtype=torch.float64) > 0.5).double()
     pixels[0] = torch.rand(2, 8, 12, dtype=torch.float64)
     m, s = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
-    target = ColourBins(bins, LowFrequency(3) if filtered else Pixels(), mean, std).double()
+    target = ColorBins(bins, LowFrequency(3) if filtered else Pixels(), mean, std).double()
     seen = by_fft(pixels, 3, "exact") if filtered else pixels
     assert not filtered or (seen.min() < 0 and seen.max() > 1)
     numbers, centres = target.numbers((pixels - m) / s), target((pixels - m) / s)
@@ -141,7 +141,7 @@ def test_colour_bins_against_a_loop(bins: int, filtered: bool) -> None:
 def test_the_expected_colour_against_a_loop() -> None:
     mean, std = (0.4, 0.2, 0.7), (0.3, 0.1, 0.2)
     scores = torch.randn(1, 2, 4 * 3 * 5)
-    found = ColourBins(5, mean=mean, std=std).expected(scores)
+    found = ColorBins(5, mean=mean, std=std).expected(scores)
     assert found.shape == (1, 2, 12)
     for n, value in itertools.product(range(2), range(12)):
         weights = [math.exp(v) for v in scores[0, n, value * 5 : value * 5 + 5].tolist()]
@@ -153,16 +153,16 @@ def test_every_grey_level_of_a_file_has_the_same_bin_after_normalisation() -> No
     """256 bins tell the 256 levels apart, although normalising and back rounds them."""
     levels = (torch.arange(256.0) / 255).expand(1, 3, 1, 256)
     m, s = (torch.tensor(v).view(1, -1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    assert torch.equal(ColourBins(256).numbers((levels - m) / s), torch.arange(256).expand(1, 3, 1, 256))
+    assert torch.equal(ColorBins(256).numbers((levels - m) / s), torch.arange(256).expand(1, 3, 1, 256))
 
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="4 channels, but mean and std of 3"):
-        ColourBins(8)(torch.zeros(1, 4, 8, 8))
+        ColorBins(8)(torch.zeros(1, 4, 8, 8))
     for bins in (1, 0, -8):
         with pytest.raises(ValueError, match=f"2 bins or more, not {bins}"):
-            ColourBins(bins)
+            ColorBins(bins)
     with pytest.raises(ValueError, match="4 channels, but mean and std of 3"):
-        LowFrequency(form="released")(torch.zeros(1, 4, 8, 8))
+        LowFrequency(variant="paper-code")(torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match="not negative"):
         LowFrequency(-1)

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from pixmim.api import embed, evaluate, reconstruct
     from pixmim.config import ModelConfig, PretrainConfig
     from pixmim.data import create_loader, open_dataset
-    from pixmim.losses import Objective
-    from pixmim.masking import BlockMask, Mask, RandomMask, SquareMask, UnitMask
+    from pixmim.losses import ReconstructionLoss
+    from pixmim.masking import BeitBlockMask, BlockwiseRandomMask, Mask, RandomMask, SquareMask
     from pixmim.models import create_model
     from pixmim.pretraining import PretrainResult, pretrain
     from pixmim.recipes import get_recipe
-    from pixmim.targets import ColourBins, LowFrequency, Pixels, low_pass
-    from pixmim.transforms.crops import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+    from pixmim.targets import ColorBins, LowFrequency, Pixels, low_pass
+    from pixmim.transforms.crops import CenterCrop, RandomResizedCrop, SimpleResizedCrop
     from pixmim.utils.errors import UserError
     from pixmim.utils.patches import patchify, unpatchify
     from pixmim.weights.load import load_encoder, load_model
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "BlockMask": "masking",
-    "CentreCrop": "transforms.crops",
-    "ColourBins": "targets",
+    "BeitBlockMask": "masking",
+    "CenterCrop": "transforms.crops",
+    "ColorBins": "targets",
     "LowFrequency": "targets",
     "Mask": "masking",
     "ModelConfig": "config",
-    "Objective": "losses",
+    "ReconstructionLoss": "losses",
     "Pixels": "targets",
     "PretrainConfig": "config",
     "PretrainResult": "pretraining",
@@ -42,7 +42,7 @@ _MODULES = {
     "RandomResizedCrop": "transforms.crops",
     "SimpleResizedCrop": "transforms.crops",
     "SquareMask": "masking",
-    "UnitMask": "masking",
+    "BlockwiseRandomMask": "masking",
     "UserError": "utils.errors",
     "create_loader": "data",
     "create_model": "models",
@@ -60,21 +60,21 @@ _MODULES = {
 }
 
 __all__ = [
-    "BlockMask",
-    "CentreCrop",
-    "ColourBins",
+    "BeitBlockMask",
+    "BlockwiseRandomMask",
+    "CenterCrop",
+    "ColorBins",
     "LowFrequency",
     "Mask",
     "ModelConfig",
-    "Objective",
     "Pixels",
     "PretrainConfig",
     "PretrainResult",
     "RandomMask",
     "RandomResizedCrop",
+    "ReconstructionLoss",
     "SimpleResizedCrop",
     "SquareMask",
-    "UnitMask",
     "UserError",
     "create_loader",
     "create_model",

@@ -14,18 +14,18 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from pixmim.build import image_form
-from pixmim.config import Model, ModelConfig
+from pixmim.build import image_spec
+from pixmim.config import ArchitectureConfig, ModelConfig
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
-from pixmim.data.dataset import Form, Source
-from pixmim.data.image_folder import named
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import ImageDataset, ImageSpec
+from pixmim.data.image_folder import from_paths
 from pixmim.data.uri import absolute
-from pixmim.evaluation.context import Bench
+from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.embed import Kind, embed_batches
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import measure
-from pixmim.evaluation.frozen_encoder import Encoder, of_model, of_module
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, of_module
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import DATA_FIELDS
 from pixmim.evaluation.visualize import labeled_grid
@@ -33,9 +33,9 @@ from pixmim.pretraining import PretrainResult
 from pixmim.report.reconstruct import reconstruct as draw
 from pixmim.report.reconstruct import with_bands
 from pixmim.training.precision import Precision
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import open_model
+from pixmim.weights.load import resolve_model
 
 AnyEncoder = nn.Module | PretrainResult | str | os.PathLike[str]
 """A timm module, the result of a run, or a name: a run's folder, a file of weights, or timm:NAME."""
@@ -72,16 +72,16 @@ def evaluate(
         UserError: If there is no such evaluation, setting or encoder, or the data do not suit.
     """
     if evaluation not in EVALS:
-        raise UserError(f"there is no evaluation '{evaluation}'{nearest(evaluation, EVALS)}")
+        raise UserError(f"there is no evaluation '{evaluation}'{did_you_mean(evaluation, EVALS)}")
     kind = EVALS[evaluation].settings
     known = [field.name for field in fields(kind)]
     for name in settings:
         if name not in known:
-            raise UserError(f"{evaluation} has no setting '{name}'{nearest(name, known)}")
+            raise UserError(f"{evaluation} has no setting '{name}'{did_you_mean(name, known)}")
     given = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     encoder = _encoder(model, device, precision)
     with TemporaryDirectory(prefix="pixmim-") as scratch:
-        bench = Bench(encoder, Path(out or scratch), "trained", console or Console())
+        bench = EvalContext(encoder, Path(out or scratch), "trained", console or Console())
         (result,) = measure(bench, _name(model), [(evaluation, with_full_paths(kind(**given)))])
         if out is not None:
             save(result, Path(out))
@@ -117,12 +117,12 @@ def embed(
     """
     encoder = _encoder(model, device, precision)
     source = _open(data, encoder.form)
-    skipped = Skipped(None, len(source), 1.0)
+    skipped = BadImageLog(None, len(source), 1.0)
     rows, paths = list[npt.NDArray[np.float32]](), list[str]()
     for found, indices, _ in embed_batches(encoder, source, skipped, batch_size, console=console or Console()):
         names = ("cls", "mean") if features == "both" else (features,)
         rows.append(np.concatenate([found[name] for name in names], axis=1))
-        paths += [source.locate(index) for index in indices.tolist()]
+        paths += [source.path_of(index) for index in indices.tolist()]
     if not paths:
         raise UserError(f"no image of {source.spec} can be read: {skipped.reasons}")
     return np.concatenate(rows), paths
@@ -145,9 +145,9 @@ def reconstruct(
     Raises:
         UserError: If the model has no decoder, its pre-training is unknown, or no image can be read.
     """
-    weights = model if isinstance(model, Weights) else open_model(_name(model), whole=True)
+    weights = model if isinstance(model, Weights) else resolve_model(_name(model), whole=True)
     weights = with_bands(weights, bands)
-    found = draw(weights, _open(data, image_form(weights.run)), count)
+    found = draw(weights, _open(data, image_spec(weights.run)), count)
     return labeled_grid(found.columns, found.names)
 
 
@@ -163,17 +163,17 @@ def _name(model: AnyEncoder) -> str:
     return str(model.folder if isinstance(model, PretrainResult) else os.fspath(model))
 
 
-def _open(data: Images, form: Form) -> Source:
+def _open(data: Images, form: ImageSpec) -> ImageDataset:
     if isinstance(data, str | os.PathLike):
         return open_dataset(absolute(os.fspath(data)), form)
-    return named([Path(path) for path in data], form)
+    return from_paths([Path(path) for path in data], form)
 
 
-def _encoder(model: AnyEncoder, device: str, precision: Precision) -> Encoder:
+def _encoder(model: AnyEncoder, device: str, precision: Precision) -> FrozenEncoder:
     if isinstance(model, nn.Module):
         config = getattr(model, "pixmim_config", None) or _config_of(model)
         return of_module(config, copy.deepcopy(model), device, precision)
-    return of_model(_name(model), device=device, precision=precision)
+    return load_frozen_encoder(_name(model), device=device, precision=precision)
 
 
 def _config_of(module: nn.Module) -> ModelConfig:
@@ -186,7 +186,7 @@ def _config_of(module: nn.Module) -> ModelConfig:
     h, w = getattr(patches, "img_size", None) or size
     classes = getattr(module, "num_classes", 0)
     return ModelConfig(
-        model=Model("timm", known["architecture"], options={"num_classes": classes} if classes else {}),
+        model=ArchitectureConfig("timm", known["architecture"], options={"num_classes": classes} if classes else {}),
         size=f"{h}x{w}",
         channels=channels,
         mean=tuple(known["mean"]),

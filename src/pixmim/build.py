@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from pixmim.config import ModelConfig, PretrainConfig
-from pixmim.data.dataset import Form
-from pixmim.data.statistics import recall
-from pixmim.losses import Objective
-from pixmim.masking import BlockMask, Masker, MaskSampler, RandomMask, SquareMask, UnitMask
+from pixmim.data.dataset import ImageSpec
+from pixmim.data.statistics import load_statistics
+from pixmim.losses import ReconstructionLoss
+from pixmim.masking import BeitBlockMask, BlockwiseRandomMask, MaskGenerator, MaskSampler, RandomMask, SquareMask
 from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
-from pixmim.targets import ColourBins, LowFrequency, Pixels
+from pixmim.targets import ColorBins, LowFrequency, Pixels
 from pixmim.training.find_batch_size import in_gib
-from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.patches import grid_of
@@ -31,14 +31,14 @@ MAX_PATCHES = 2**18
 """Most patches of an image; attention between so many takes more memory than any machine has."""
 
 
-def image_form(run: ModelConfig) -> Form:
+def image_spec(run: ModelConfig) -> ImageSpec:
     """What every image is brought into before it is cropped."""
-    return Form(run.channels, run.pixels, run.pages)
+    return ImageSpec(run.channels, run.pixels, run.pages)
 
 
 def with_dataset_stats(run: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
     """Fill in a missing mean and std with what `pixmim stats` measured of the data; return a line to print."""
-    found = recall(run.data, image_form(run)) if run.mean is None or run.std is None else None
+    found = load_statistics(run.data, image_spec(run)) if run.mean is None or run.std is None else None
     if found is None:
         return run, []
     count = f"{found.images:,} of {found.total:,}" if found.images < found.total else f"{found.total:,}"
@@ -48,11 +48,11 @@ def with_dataset_stats(run: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
 
 def build_crop(run: PretrainConfig) -> Crop:
     """What the network sees of a picture."""
-    if run.crop.kind == "src":
-        return SimpleResizedCrop(run.hw, run.crop.padding, run.crop.interpolation)
-    if run.crop.kind == "rrc":
-        return RandomResizedCrop(run.hw, run.crop.scale, interpolation=run.crop.interpolation)
-    return CentreCrop(run.hw, interpolation=run.crop.interpolation)
+    if run.crop.kind == "simple-resized":
+        return SimpleResizedCrop(run.image_size, run.crop.padding, run.crop.interpolation)
+    if run.crop.kind == "random-resized":
+        return RandomResizedCrop(run.image_size, run.crop.scale, interpolation=run.crop.interpolation)
+    return CenterCrop(run.image_size, interpolation=run.crop.interpolation)
 
 
 def build_mask_sampler(run: ModelConfig, patch: int) -> MaskSampler:
@@ -60,19 +60,19 @@ def build_mask_sampler(run: ModelConfig, patch: int) -> MaskSampler:
     m = run.mask
     if m is None:
         raise UserError(_UNKNOWN)
-    masker: Masker
+    masker: MaskGenerator
     if m.kind == "random":
         masker = RandomMask(m.ratio)
-    elif m.kind == "units":
-        if m.unit % patch:
-            raise UserError(f"--mask.unit {m.unit} is no multiple of the model's patches of {patch} pixels")
-        masker = UnitMask(m.ratio, m.unit // patch, m.whole_units)
     elif m.kind == "blocks":
-        masker = BlockMask(m.ratio)
+        if m.block_size % patch:
+            raise UserError(f"--mask.block-size {m.block_size} is no multiple of the model's patches of {patch} pixels")
+        masker = BlockwiseRandomMask(m.ratio, m.block_size // patch, m.whole_blocks)
+    elif m.kind == "beit-blocks":
+        masker = BeitBlockMask(m.ratio)
     else:
         masker = SquareMask(m.ratio, moving=m.kind == "moving-square")
     try:  # a few masks show what a run would stumble over
-        grid = grid_of(run.hw, patch)
+        grid = grid_of(run.image_size, patch)
         if grid[0] * grid[1] > MAX_PATCHES:
             raise UserError(
                 f"{grid[0] * grid[1]:,} patches of {patch} pixels are more than the {MAX_PATCHES:,} allowed"
@@ -101,7 +101,7 @@ def build_model(run: ModelConfig) -> MaskedModel:
     }
     own = {"head": m.head} if m.name == "simmim" else decoder
     outputs = run.target.bins if run.target is not None and run.target.distance == "cross_entropy" else 1
-    given = {"img_size": run.hw, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
+    given = {"img_size": run.image_size, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
     check_room(lambda: create_model(m.name, m.backbone, **given), m.backbone)
     with seeded(_seed(run)):
         return create_model(m.name, m.backbone, **given)
@@ -121,7 +121,7 @@ def seeded(seed: int) -> Iterator[None]:
 def build_encoder(run: ModelConfig) -> nn.Module:
     """The encoder alone, its weights at random. Raises UserError."""
     m = run.model
-    given = {"img_size": run.hw, "in_chans": run.channels, **m.options}
+    given = {"img_size": run.image_size, "in_chans": run.channels, **m.options}
     check_room(lambda: create_encoder(m.name, m.backbone, **given), m.backbone)
     return create_encoder(m.name, m.backbone, **given)
 
@@ -149,16 +149,16 @@ def check_room(make: Callable[[], nn.Module], name: str) -> None:
         raise UserError(f"{name} needs {in_gib(size)} GiB for its weights as asked for, and {in_gib(free)} are free")
 
 
-def build_objective(run: ModelConfig) -> Objective:
+def build_loss(run: ModelConfig) -> ReconstructionLoss:
     """What must be predicted, and the distance to it."""
-    mean, std = run.statistics
+    mean, std = run.normalization
     t = run.target
     if t is None:
         raise UserError(_UNKNOWN)
-    target: nn.Module = LowFrequency(t.radius, t.form, mean, std) if t.kind == "low-frequency" else Pixels()
+    target: nn.Module = LowFrequency(t.radius, t.variant, mean, std) if t.kind == "low-frequency" else Pixels()
     if t.distance == "cross_entropy":
-        target = ColourBins(t.bins, target, mean, std)
-    return Objective(target, t.normalise_patches, t.distance, t.normalise_window)
+        target = ColorBins(t.bins, target, mean, std)
+    return ReconstructionLoss(target, t.normalize_patches, t.distance, t.normalize_window)
 
 
 def _seed(run: ModelConfig) -> int:

@@ -65,7 +65,7 @@ OPTIONS = PrimitiveConstructorSpec(
 
 
 @dataclass(frozen=True)
-class Model:
+class ArchitectureConfig:
     """Who predicts."""
 
     name: str = "mae"
@@ -93,15 +93,15 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Crop:
+class CropConfig:
     """What the network sees of the picture."""
 
-    kind: Literal["src", "rrc", "cc"] = "src"
-    """src: simple resized crop (PixMIM). rrc: random resized crop (MAE). cc: centre crop."""
+    kind: Literal["simple-resized", "random-resized", "center"] = "simple-resized"
+    """simple-resized: PixMIM. random-resized: MAE. center: resize and center crop."""
     padding: Annotated[int, Whole(0, MAX_SIDE)] = 4
-    """src: pixels of reflection on each side."""
+    """simple-resized: pixels of reflection on each side."""
     scale: Annotated[tuple[float, float], Real(0, 1, above=True)] = (0.2, 1.0)
-    """rrc: range of the share of the area."""
+    """random-resized: range of the share of the area."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Resampling of the resize, always with antialias."""
     flip: Share = 0.5
@@ -109,32 +109,32 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Mask:
+class MaskConfig:
     """What is hidden."""
 
-    kind: Literal["random", "units", "square", "moving-square", "blocks"] = "random"
-    """random: MAE. units: squares of several patches (LSMAE, SimMIM). square: one, in the middle. blocks: BEiT."""
+    kind: Literal["random", "blocks", "square", "moving-square", "beit-blocks"] = "random"
+    """random: MAE. blocks: squares of several patches (LSMAE, SimMIM). square: one in the center. beit-blocks: BEiT."""
     ratio: Annotated[float, Real(0, 1, above=True, below=True)] = 0.75
     """Share that is hidden."""
-    unit: Annotated[int, Whole(1, MAX_SIDE)] = 32
-    """units: side in pixels, a multiple of the model's patch."""
-    whole_units: bool = False
-    """units: hide ceil(ratio x units) whole ones (SimMIM), instead of an exact number of patches (LSMAE)."""
+    block_size: Annotated[int, Whole(1, MAX_SIDE)] = 32
+    """blocks:side in pixels, a multiple of the model's patch."""
+    whole_blocks: bool = False
+    """blocks:hide ceil(ratio x units) whole ones (SimMIM), instead of an exact number of patches (LSMAE)."""
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetConfig:
     """What must be predicted, and how far off is measured."""
 
     kind: Literal["low-frequency", "pixels"] = "low-frequency"
     """low-frequency: PixMIM. pixels: the image as it is."""
     radius: Annotated[float | Literal["auto"], Real(0, MAX_SIDE)] = "auto"
     """Cut-off in frequency bins; auto: 40 at 224 pixels and in proportion elsewhere."""
-    form: Literal["exact", "released"] = "exact"
-    """exact: centred and real. released: half a bin off and absolute, as the paper's code."""
-    normalise_patches: bool = True
+    variant: Literal["exact", "paper-code"] = "exact"
+    """exact: centered and real. paper-code: half a bin off and absolute, as the paper's code."""
+    normalize_patches: bool = True
     """Normalise each target patch by its own mean and deviation (norm_pix)."""
-    normalise_window: Annotated[int, Whole(0, MAX_SIDE)] = 0
+    normalize_window: Annotated[int, Whole(0, MAX_SIDE)] = 0
     """Instead, normalise each value by those of a window of this odd side in pixels (later SimMIM: 47); 0: do not."""
     distance: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
     """Distance between prediction and target. cross_entropy: classify colours, each channel into one of `bins`."""
@@ -143,7 +143,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     """AdamW and its schedule: linear warm-up, then a cosine or one step down, update by update."""
 
     base_lr: LearningRate = 1.5e-4
@@ -152,11 +152,11 @@ class Optim:
     """The learning rate itself; otherwise base_lr x batch size / 256."""
     schedule: Literal["cosine", "step"] = "cosine"
     """cosine: down to final_lr. step: constant, then a tenth (SimMIM over 800 epochs)."""
-    drop_at: Annotated[float, Real(0.2, 1)] = 0.875
+    lr_drop_at: Annotated[float, Real(0.2, 1)] = 0.875
     """step: share of the run, however long, after which the learning rate drops; 7/8 is epoch 700 of 800."""
-    first_lr: Rate = 0.0
+    warmup_start_lr: Rate = 0.0
     """Where the warm-up begins."""
-    final_lr: Rate = 0.0
+    min_lr: Rate = 0.0
     """Where the cosine ends."""
     warmup: Annotated[float, Real(0, 1e9)] = 40.0
     """Epochs of warm-up; never more than a fifth of the run."""
@@ -171,10 +171,10 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Scale:
+class ParallelConfig:
     """How the work is spread over processes and made to fit. Changes nothing of what is computed but rounding."""
 
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several processes: ddp keeps the whole model on each, fsdp a part of it (large ones). auto: ddp."""
     compile: Literal["none", "blocks", "whole"] = "none"
     """torch.compile of each transformer block, or of the whole model (not with fsdp)."""
@@ -185,19 +185,19 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Saving:
+class CheckpointConfig:
     """When checkpoints are written, and which stay."""
 
     every: Some = 0
     """Steps between checkpoints; 0: every ten minutes. One is always written at the end and when interrupted."""
-    last: Count = 2
+    keep_last: Count = 2
     """The newest ones that stay."""
-    epochs: Annotated[float, Real(0, 1e9)] = 0.0
+    keep_every_epochs: Annotated[float, Real(0, 1e9)] = 0.0
     """Besides, one is written every so many epochs, and stays; 0: none."""
 
 
 @dataclass(frozen=True)
-class Knn:
+class OnlineKnnConfig:
     """Periodic k-NN while training, for the curve of accuracy against epochs."""
 
     train: str = ""
@@ -212,7 +212,7 @@ _WORD = Text(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,99})?", "a word such as pixmim-vit-
 
 
 @dataclass(frozen=True)
-class Made:
+class RecipeInfo:
     """What the recipe was made for, so that a run far from it can be warned about."""
 
     images: Annotated[int, Whole(0, 10**18)] = 1_281_167
@@ -225,7 +225,7 @@ class Made:
 class ModelConfig(Settings):
     """What it takes to build a model and to feed it images. Weights from elsewhere carry no more than this."""
 
-    model: Model = field(default_factory=Model)
+    model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     size: Size = "224"
     """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
     channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3
@@ -241,9 +241,9 @@ class ModelConfig(Settings):
     """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
     std: Annotated[tuple[float, ...] | None, Real(1e-12, 1e9)] = None
     """Standard deviation of each channel; otherwise as the mean."""
-    mask: Annotated[Mask | None, Suppress] = None
+    mask: Annotated[MaskConfig | None, Suppress] = None
     """What was hidden in pre-training; None: unknown. Only drawing reconstructions needs it."""
-    target: Annotated[Target | None, Suppress] = None
+    target: Annotated[TargetConfig | None, Suppress] = None
     """What was predicted in pre-training; None: unknown."""
 
     def __post_init__(self) -> None:
@@ -251,11 +251,11 @@ class ModelConfig(Settings):
         for name, own in (("img_size", "--size"), ("in_chans", "--channels"), ("outputs", "--target.bins")):
             if name in self.model.options:
                 raise UserError(f"--model.options takes no {name}: that is {own}")
-        check_statistics(self.mean, self.std, self.channels, self.pixels)
+        check_normalization(self.mean, self.std, self.channels, self.pixels)
         if self.target is not None:
             _check_target(self.target, self.pixels)
         self.drawn  # noqa: B018 (raises)
-        h, w = self.hw
+        h, w = self.image_size
         if h * w * self.channels > MAX_VALUES:
             raise UserError(
                 f"--size {self.size} with --channels {self.channels} makes {h * w * self.channels:,} values of an "
@@ -281,12 +281,12 @@ class ModelConfig(Settings):
         return "bicubic"
 
     @property
-    def hw(self) -> tuple[int, int]:
+    def image_size(self) -> tuple[int, int]:
         """Height and width of what the network sees, in pixels."""
         return parse_size(self.size) or (0, 0)
 
     @property
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation per channel; ImageNet's for colour, their averages for other channels."""
         if self.channels == 3:
             return self.mean or (0.485, 0.456, 0.406), self.std or (0.229, 0.224, 0.225)
@@ -312,7 +312,7 @@ class PretrainConfig(ModelConfig):
     """Length in updates of the weights, instead of epochs."""
     batch_size: Annotated[int, Whole(1, 2**20)] = 4096
     """Images per update of the weights, over all processes; how many of them are computed at once is another matter."""
-    accumulate: Annotated[int, Whole(0, 2**20)] = 0
+    accumulation_steps: Annotated[int, Whole(0, 2**20)] = 0
     """Parts a batch is computed in, one after another: the result is the same but for rounding. 0: on a CPU of a size
     that suits a laptop, on a GPU one, or as many as it takes to fit."""
     seed: Seed = 0
@@ -321,45 +321,47 @@ class PretrainConfig(ModelConfig):
     """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    keep: Literal["auto", "device", "memory", "disk"] = "auto"
+    cache_images: Literal["auto", "gpu", "ram", "none"] = "auto"
     """Where a cache's images stay once decoded; auto: where they fit into a quarter of the memory."""
-    local_copy: Positive = 50.0
+    shard_cache_gib: Positive = 50.0
     """GiB on this machine for copies of shards from far away; those used longest ago make room for new ones."""
     threads: Threads = 0
     """Threads that read and decode images, in each process; 0: one for each core, at most 16."""
     log_every: Some = 0
     """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
-    max_bad: Share = 0.25
+    max_bad_fraction: Share = 0.25
     """The run stops when more than this share of the images cannot be read."""
-    crop: Crop = field(default_factory=Crop)
-    mask: Mask = field(default_factory=Mask)
-    target: Target = field(default_factory=Target)
-    optim: Optim = field(default_factory=Optim)
-    knn: Knn = field(default_factory=Knn)
-    scale: Scale = field(default_factory=Scale)
-    saving: Saving = field(default_factory=Saving)
-    made: Annotated[Made, Suppress] = field(default_factory=Made)
+    crop: CropConfig = field(default_factory=CropConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    knn: OnlineKnnConfig = field(default_factory=OnlineKnnConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recipe_info: Annotated[RecipeInfo, Suppress] = field(default_factory=RecipeInfo)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.accumulate > self.batch_size:
-            raise UserError(f"--accumulate {self.accumulate} makes more parts than a batch of {self.batch_size} images")
+        if self.accumulation_steps > self.batch_size:
+            raise UserError(
+                f"--accumulation-steps {self.accumulation_steps} exceeds the {self.batch_size} images of a batch"
+            )
         low, high = self.crop.scale
         if low > high:
             raise UserError(f"--crop.scale is two shares, the smaller one first, not {low:g} {high:g}")
-        if self.crop.kind == "src" and self.crop.padding >= min(self.hw):
+        if self.crop.kind == "simple-resized" and self.crop.padding >= min(self.image_size):
             raise UserError(f"--crop.padding {self.crop.padding} must be less than each side of --size {self.size}")
-        if self.scale.compile == "whole" and self.scale.parallel == "fsdp":
-            raise UserError("with --scale.parallel fsdp, blocks are compiled one by one: --scale.compile blocks")
+        if self.parallel.compile == "whole" and self.parallel.strategy == "fsdp":
+            raise UserError("with --parallel.strategy fsdp, blocks are compiled one by one: --parallel.compile blocks")
 
-    def check_shares(self, count: int, of: str) -> None:
+    def check_divisible(self, count: int, of: str) -> None:
         """Raise UserError unless each of `count` processes (or GPUs: `of`) gets an equal share, of enough images."""
         if self.batch_size % count:
             raise UserError(f"a batch of {self.batch_size:,} does not divide among {count} {of}: --batch-size")
-        if self.accumulate > self.batch_size // count:
+        if self.accumulation_steps > self.batch_size // count:
             raise UserError(
-                f"--accumulate {self.accumulate} makes more parts than the {self.batch_size // count:,} images of a "
-                f"batch that each of {count} {of} computes"
+                f"--accumulation-steps {self.accumulation_steps} exceeds the {self.batch_size // count:,} images "
+                f"of a batch that each of {count} {of} computes"
             )
 
     @property
@@ -378,20 +380,22 @@ class PretrainConfig(ModelConfig):
         return self.optim.lr if self.optim.lr is not None else self.optim.base_lr * self.batch_size / 256
 
 
-def _check_target(target: Target, pixels: str) -> None:
+def _check_target(target: TargetConfig, pixels: str) -> None:
     """Raise UserError for settings of a target that exclude each other."""
-    window, binned = target.normalise_window, target.distance == "cross_entropy"
+    window, binned = target.normalize_window, target.distance == "cross_entropy"
     if window and (window < 3 or window % 2 == 0):
-        raise UserError(f"--target.normalise-window must be an odd side of 3 pixels or more, not {window}")
-    if binned and (target.normalise_patches or window):
-        raise UserError("normalised values have no bins of [0, 1]: add --target.no-normalise-patches, and no window")
-    if target.normalise_patches and window:
-        raise UserError("a target is normalised once: with a window, add --target.no-normalise-patches")
+        raise UserError(f"--target.normalize-window must be an odd side of 3 pixels or more, not {window}")
+    if binned and (target.normalize_patches or window):
+        raise UserError("normalised values have no bins of [0, 1]: add --target.no-normalize-patches, and no window")
+    if target.normalize_patches and window:
+        raise UserError("a target is normalised once: with a window, add --target.no-normalize-patches")
     if binned and pixels == "float32":
         raise UserError("measured values (--pixels float32) have no bins of [0, 1]: choose another --target.distance")
 
 
-def check_statistics(mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int, pixels: str) -> None:
+def check_normalization(
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int, pixels: str
+) -> None:
     """Raise UserError unless mean and std have a value for each channel, in units in which the brightest pixel is 1."""
     for name, values in (("mean", mean), ("std", std)):
         if values is None:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pixmim.config import Knn, ModelConfig, PretrainConfig
+from pixmim.config import ModelConfig, OnlineKnnConfig, PretrainConfig
 from pixmim.utils.console import printable
-from pixmim.utils.errors import UserError, nearest, shown
+from pixmim.utils.errors import UserError, did_you_mean, shown
 from pixmim.utils.files import parse_json, read_text
 from pixmim.utils.trust import made_here
 from pixmim.utils.validation import check_options
@@ -117,7 +117,9 @@ def portable(config: C) -> C:
     """Return a configuration without the data, folders and weights that it names on this machine."""
     if not isinstance(config, PretrainConfig):
         return config
-    return replace(config, data="", out="", init=config.init if config.init.startswith("timm:") else "", knn=Knn())
+    return replace(
+        config, data="", out="", init=config.init if config.init.startswith("timm:") else "", knn=OnlineKnnConfig()
+    )
 
 
 def _build(cls: Any, values: Any, where: str, source: str) -> Any:
@@ -126,7 +128,7 @@ def _build(cls: Any, values: Any, where: str, source: str) -> Any:
     hints = get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise UserError(f"{source}: unknown key {shown(where + key)}{nearest(key, hints)}")
+            raise UserError(f"{source}: unknown key {shown(where + key)}{did_you_mean(key, hints)}")
     fields = {key: _convert(hints[key], value, f"{where}{key}", source) for key, value in values.items()}
     try:
         return cls(**fields)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.masking import Mask
-from pixmim.targets import ColourBins
+from pixmim.targets import ColorBins
 from pixmim.utils.patches import hidden_share, patchify, unpatchify
 
 Distance = Literal["mse", "l1", "smooth_l1", "cross_entropy"]
@@ -44,7 +44,7 @@ class Loss:
     per_patch: Float[Tensor, "b m"]
 
 
-class Objective(nn.Module):
+class ReconstructionLoss(nn.Module):
     """The loss of one method: target, normalisation and distance are three independent choices.
 
     target             module from normalised images to what must be predicted: Pixels(), LowFrequency(), or
@@ -60,24 +60,24 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, target: nn.Module, normalise_patches: bool = True, distance: Distance = "mse", normalise_window: int = 0
+        self, target: nn.Module, normalize_patches: bool = True, distance: Distance = "mse", normalize_window: int = 0
     ) -> None:
         super().__init__()
         if distance not in _DISTANCES:
             raise ValueError(f"a distance is one of {', '.join(_DISTANCES)}, not {distance!r}")
-        if (distance == "cross_entropy") != isinstance(target, ColourBins):
+        if (distance == "cross_entropy") != isinstance(target, ColorBins):
             raise ValueError("the distance 'cross_entropy' and the target ColourBins(...) go with each other only")
-        if isinstance(target, ColourBins) and (normalise_patches or normalise_window):
+        if isinstance(target, ColorBins) and (normalize_patches or normalize_window):
             raise ValueError(
                 "normalised values have no bins of [0, 1]: give ColourBins with normalise_patches=False and no window"
             )
-        if normalise_patches and normalise_window:
+        if normalize_patches and normalize_window:
             raise ValueError("a target is normalised once: with normalise_window, give normalise_patches=False")
-        if normalise_window and (normalise_window < 3 or normalise_window % 2 == 0):
-            raise ValueError(f"a window has a middle, so an odd side of 3 or more, not {normalise_window}")
-        self.target, self.normalise_patches, self.distance = target, normalise_patches, distance
-        self.normalise_window = normalise_window
-        self.outputs = target.bins if isinstance(target, ColourBins) else 1
+        if normalize_window and (normalize_window < 3 or normalize_window % 2 == 0):
+            raise ValueError(f"a window has a middle, so an odd side of 3 or more, not {normalize_window}")
+        self.target, self.normalize_patches, self.distance = target, normalize_patches, distance
+        self.normalize_window = normalize_window
+        self.outputs = target.bins if isinstance(target, ColorBins) else 1
         """Numbers that are predicted for each value."""
 
     def forward(self, prediction: Float[Tensor, "b m d"], images: Float[Tensor, "b c h w"], mask: Mask) -> Loss:
@@ -103,26 +103,26 @@ class Objective(nn.Module):
     @torch.no_grad()
     def patches(self, images: Float[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
         """What must be predicted for each patch, float32 (float64 for float64 images); of ColourBins, their numbers."""
-        if isinstance(self.target, ColourBins):
+        if isinstance(self.target, ColorBins):
             return patchify(self.target.numbers(images), patch)
         target = self.target(images)
         target = target if target.dtype == torch.float64 else target.float()
-        if self.normalise_window:
-            mean, scale = window_statistics(target, self.normalise_window)
+        if self.normalize_window:
+            mean, scale = window_statistics(target, self.normalize_window)
             target = (target - mean) / scale
         patches = patchify(target, patch)
-        return normalise(patches) if self.normalise_patches else patches
+        return normalize_patches(patches) if self.normalize_patches else patches
 
     def statistics(
         self, target: Float[Tensor, "b c h w"], patch: int, seen: Bool[Tensor, "b 1 h w"] | None = None
     ) -> "Statistics | None":
         """What normalisation takes from a target around each of its pixels; None where it is not normalised."""
-        if self.normalise_window:
-            return window_statistics(target, self.normalise_window, seen)
-        return patch_statistics(target, patch, seen) if self.normalise_patches else None
+        if self.normalize_window:
+            return window_statistics(target, self.normalize_window, seen)
+        return patch_statistics(target, patch, seen) if self.normalize_patches else None
 
 
-def normalise(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+def normalize_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     """MAE's norm_pix over the last axis, with the unbiased variance and 1e-6 under the root.
 
     Written out, because on a CPU torch.var_mean takes eight times as long as its parts.

@@ -78,7 +78,7 @@ class Mask:
         return Mask(function(self.hidden), keep, restore)
 
 
-class Masker(ABC):
+class MaskGenerator(ABC):
     """The contract of a masker: how many uniform numbers an image takes, and what mask they decide."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ class Masker(ABC):
 
 
 @dataclass(frozen=True)
-class RandomMask(Masker):
+class RandomMask(MaskGenerator):
     """MAE's mask: each patch is as likely to be hidden as any other; int(n * (1 - ratio)) stay visible.
 
     Source: MAE (arXiv 2111.06377), section 3; 196 -> 49, 256 -> 64, 784 -> 196 at ratio 0.75.
@@ -123,7 +123,7 @@ class RandomMask(Masker):
 
 
 @dataclass(frozen=True)
-class UnitMask(Masker):
+class BlockwiseRandomMask(MaskGenerator):
     """Units of `unit` x `unit` patches are hidden together. Units at the border may hold fewer patches.
 
     whole  False, LSMAE's rule: int(n * (1 - ratio)) patches stay visible, the last unit cut if need be, its columns
@@ -164,7 +164,7 @@ class UnitMask(Masker):
 
 
 @dataclass(frozen=True)
-class SquareMask(Masker):
+class SquareMask(MaskGenerator):
     """One square of about `ratio` of the area is hidden: in the middle, or anywhere if it is `moving`.
 
     Its side is round(sqrt(ratio * n)) patches. Source: SimMIM, section 3.2 ("central region masking").
@@ -192,7 +192,7 @@ class SquareMask(Masker):
 
 
 @dataclass(frozen=True)
-class BlockMask(Masker):
+class BeitBlockMask(MaskGenerator):
     """BEiT's block-wise mask: rectangles are hidden one after another, until int(n * ratio) patches are.
 
     A block has up to ten tries. Each draws an area uniformly between `least` patches (but no more than a quarter of the
@@ -255,7 +255,7 @@ class MaskSampler:
         batch_size: Images in a batch, over all ranks.
     """
 
-    def __init__(self, generator: Masker, grid: Grid, seed: int, batch_size: int) -> None:
+    def __init__(self, generator: MaskGenerator, grid: Grid, seed: int, batch_size: int) -> None:
         self._generator, self._grid, self._seed, self._batch_size = generator, grid, seed, batch_size
         self._count_hidden = lru_cache(maxsize=4)(self._count_hidden_patches)
 

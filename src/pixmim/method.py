@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pixmim.build import build_mask_sampler, build_model, build_objective
+from pixmim.build import build_loss, build_mask_sampler, build_model
 from pixmim.config import PretrainConfig
-from pixmim.losses import Objective
+from pixmim.losses import ReconstructionLoss
 from pixmim.masking import Mask, MaskSampler
 from pixmim.models.base import MaskedModel
 from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
@@ -21,7 +21,7 @@ class Method:
     run: PretrainConfig
     model: MaskedModel
     masks: MaskSampler
-    objective: Objective
+    objective: ReconstructionLoss
     device: torch.device
     precision: Precision
 
@@ -33,7 +33,7 @@ class Method:
         model = build_model(run)
         masks = build_mask_sampler(run, model.patch)
         choose_attention(model, device, precision)
-        return Method(run, model.to(device), masks, build_objective(run).to(device), device, precision)
+        return Method(run, model.to(device), masks, build_loss(run).to(device), device, precision)
 
     def loss(self, network: nn.Module, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, ""]:
         """Return the loss of predicting the hidden patches of normalized images.

@@ -17,13 +17,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.build import build_crop, build_model, image_form, with_dataset_stats
+from pixmim.build import build_crop, build_model, image_spec, with_dataset_stats
 from pixmim.config import PretrainConfig
 from pixmim.config_io import pretrain_config, to_json
 from pixmim.data import create_loader, open_dataset
-from pixmim.data.bad_images import Skipped, gather_accounts
-from pixmim.data.caching import choose_place
-from pixmim.data.dataset import Source
+from pixmim.data.bad_images import BadImageLog, merge_logs
+from pixmim.data.caching import choose_cache_location
+from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import Batch
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.evaluate import online_knn
@@ -32,25 +32,25 @@ from pixmim.models.base import MaskedModel
 from pixmim.models.layer_decay import not_decayed
 from pixmim.report import write_report
 from pixmim.run_folder import check_links, check_new_run, check_same_run, claim, with_full_paths
-from pixmim.training.checkpoint import Checkpoints
-from pixmim.training.distributed import World, open_world
+from pixmim.training.checkpoint import CheckpointManager
+from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import halve, images_at_once, is_out_of_memory
 from pixmim.training.metric_logger import read_metrics
-from pixmim.training.optim import Updater, adamw
-from pixmim.training.parallelize import accumulating, spread, step_context, way, whole_state
+from pixmim.training.optim import SyncFreeOptimizer, adamw
+from pixmim.training.parallelize import full_state_dict, parallel_mode, parallelize, step_context, sync_last_microbatch
 from pixmim.training.preemption import Interrupted
 from pixmim.training.schedule import Schedule
-from pixmim.training.summary import closing, describe
+from pixmim.training.summary import end_summary, start_summary
 from pixmim.training.trainer import Trainer
-from pixmim.transforms.crops import finish
-from pixmim.utils.console import say
+from pixmim.transforms.crops import flip_and_normalize
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import AlreadyReportedError, UserError, first_line
-from pixmim.utils.files import write_whole
+from pixmim.utils.files import write_text_atomically
 from pixmim.utils.lock import alone
-from pixmim.utils.threads import how_many
+from pixmim.utils.threads import num_threads
 from pixmim.utils.trust import remember_run
 from pixmim.weights.detect import read_run
-from pixmim.weights.load import assemble_encoder, begin_from, load_encoder, open_model
+from pixmim.weights.load import build_encoder_with_weights, initialize_from, load_encoder, resolve_model
 from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder
 
 Watch = Callable[[nn.Module], dict[str, float]]
@@ -90,7 +90,7 @@ def pretrain(
     on_step_end: Callable[[int], None] | None = None,
     report: bool = True,
     console: Console | None = None,
-    world: World | None = None,
+    world: Distributed | None = None,
 ) -> PretrainResult:
     """Pre-train an encoder. Resumes from the newest checkpoint if the run was interrupted.
 
@@ -116,9 +116,9 @@ def pretrain(
     """
     if not config.data:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
-    joined = open_world(config.device, config.scale.timeout) if world is None else nullcontext(world)
+    joined = init_distributed(config.device, config.parallel.timeout) if world is None else nullcontext(world)
     with joined as world, ExitStack() as stack:
-        console = Console(quiet=not world.first) if console is None else console
+        console = Console(quiet=not world.is_main) if console is None else console
         try:
             folder = claim(str(out or config.out), config.recipe or "run", world, stack, console)
             config = with_full_paths(config, folder)
@@ -131,13 +131,13 @@ def pretrain(
                 check_new_run(folder)
                 config, lines = with_dataset_stats(config)
                 for line in lines:
-                    say(console, line)
+                    print_plain(console, line)
             world.gather(None)  # all have looked before the first one writes
             step, finished = _train(config, folder, world, console, on_log, on_step_end)
-            if finished and report and world.first:
+            if finished and report and world.is_main:
                 _report(folder, console, config.data)
         except UserError as error:
-            if world.first_to_say(str(error)):
+            if world.claim_once(str(error)):
                 raise
             raise AlreadyReportedError(str(error)) from None
     return PretrainResult(config, folder, step, finished)
@@ -158,37 +158,37 @@ def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -
     """
     folder, console = Path(out), console or Console()
     check_links(folder)
-    with alone(folder, partial(say, console)):
-        weights = open_model(str(folder), whole=True)
+    with alone(folder, partial(print_plain, console)):
+        weights = resolve_model(str(folder), whole=True)
         config = pretrain_config(weights.run, folder)
-        save_encoder(assemble_encoder(weights), folder / ENCODER, config, weights.step, weights.steps)
+        save_encoder(build_encoder_with_weights(weights), folder / ENCODER, config, weights.step, weights.steps)
         _report(folder, console, None)
     return PretrainResult(config, folder, weights.step, finished=True)
 
 
 def _report(folder: Path, console: Console, data: str | None) -> None:
-    write_report([folder], folder / "report.html", data, lambda line: say(console, f"warning: {line}"))
+    write_report([folder], folder / "report.html", data, lambda line: print_plain(console, f"warning: {line}"))
 
 
 def _train(
     run: PretrainConfig,
     out: Path,
-    world: World,
+    world: Distributed,
     console: Console,
     on_log: Callable[[dict[str, Any]], None] | None,
     on_step_end: Callable[[int], None] | None,
 ) -> tuple[int, bool]:
     """Train in a folder that is checked and locked; return the steps done, and whether those are all."""
     watch = online_knn(run, console)
-    data, crop = open_dataset(run.data, image_form(run), run.local_copy), build_crop(run)
+    data, crop = open_dataset(run.data, image_spec(run), run.shard_cache_gib), build_crop(run)
     _agree(run, world, data)
     method = Method.of(run)
     model, device, precision = method.model, method.device, method.precision
-    here = world.here()
-    place, kept = choose_place(data, crop, run.keep, device, processes=here)
+    here = world.local_world_size()
+    place, kept = choose_cache_location(data, crop, run.cache_images, device, processes=here)
     schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
 
-    begun = max(Checkpoints(out / "checkpoints").steps(), default=0)
+    begun = max(CheckpointManager(out / "checkpoints").steps(), default=0)
     if not begun and (out / WEIGHTS).exists():
         raise UserError(
             f"{out} holds a finished encoder, and no checkpoint to go on from: `--init {shlex.quote(str(out))}` begins "
@@ -200,21 +200,21 @@ def _train(
             "--epochs (or --steps), or --finish, which ends it where it is"
         )
     lines = _longer(out, schedule, begun, len(data))
-    origin = begin_from(model, run) if run.init and not begun else []
-    network = spread(model, run.scale, world, device, precision)
+    origin = initialize_from(model, run) if run.init and not begun else []
+    network = parallelize(model, run.parallel, world, device, precision)
     optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay, not_decayed(model.encoder))
-    updater = Updater(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
-    with step_context(run.scale):
-        parts = _parts(run, method, network, updater, world, beside=data if place == "device" else None)
+    updater = SyncFreeOptimizer(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
+    with step_context(run.parallel):
+        parts = _parts(run, method, network, updater, world, beside=data if place == "gpu" else None)
     shard = BatchShard(run.batch_size, 0, world.rank, world.size, parts)
-    if world.first:
+    if world.is_main:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
-        write_whole(out / "config.json", to_json(run))
+        write_text_atomically(out / "config.json", to_json(run))
     remember_run(to_json(run))
 
     about = [f"images: {line}" for line in (data.about, kept) if line]
-    for line in [*describe(run, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
-        say(console, line)
+    for line in [*start_summary(run, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
+        print_plain(console, line)
     trainer = Trainer(
         model,
         updater,
@@ -223,10 +223,10 @@ def _train(
         out,
         images=len(data),
         batch_size=run.batch_size,
-        accumulate=parts,
+        accumulation_steps=parts,
         network=network,
         world=world,
-        saving=run.saving,
+        checkpoint=run.checkpoint,
         log_every=run.log_every,
         on_log=on_log,
         console=console,
@@ -234,14 +234,18 @@ def _train(
     start = trainer.resume()
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
-        say(console, f"the run {done}: {start:,} updates are done")
-    mean, std = (torch.tensor(values, device=device) for values in run.statistics)
-    skipped = Skipped(out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv"), len(data), run.max_bad)
+        print_plain(console, f"the run {done}: {start:,} updates are done")
+    mean, std = (torch.tensor(values, device=device) for values in run.normalization)
+    skipped = BadImageLog(
+        out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv"), len(data), run.max_bad_fraction
+    )
     watch_every = max(1, round(run.knn.every / epoch))
 
     def loss_of(batch: Batch, number: int) -> Tensor:
         """Return what a part of a batch adds to the loss of its step."""
-        images = finish(batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std)
+        images = flip_and_normalize(
+            batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std
+        )
         assert batch.mask is not None
         # Gradients are averaged over the ranks, and summed over the parts.
         return method.loss(network, images, batch.mask) * (batch.weight * world.size)
@@ -277,14 +281,14 @@ def _train(
             flip=run.crop.flip,
             seed=run.seed,
             masks=method.masks.at,
-            threads=how_many(run.threads, processes=here),
+            threads=num_threads(run.threads, processes=here),
         ) as batches,
         trainer,
-        step_context(run.scale),
+        step_context(run.parallel),
         _short_of_memory(shard),
     ):
         noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
-        if world.share(start not in noted):
+        if world.broadcast(start not in noted):
             measure(start)
         step = trainer.fit(batches, loss_of, after_step)
 
@@ -292,11 +296,11 @@ def _train(
         return step, False
     product = _whole(model, run, device, world).encoder
     world.gather(None)  # until then, others may still write to their accounts of skipped images
-    if world.first:
+    if world.is_main:
         save_encoder(product, out / ENCODER, run, step, schedule.steps)
-        lost, bad = int(updater.state["skipped"].item()), gather_accounts(out)
-        for line in closing(run, out, step, lost=lost, bad=bad, images=len(data), waited=trainer.log.data_wait):
-            say(console, line)
+        lost, bad = int(updater.state["skipped"].item()), merge_logs(out)
+        for line in end_summary(run, out, step, lost=lost, bad=bad, images=len(data), waited=trainer.log.data_wait):
+            print_plain(console, line)
     return step, True
 
 
@@ -313,20 +317,27 @@ def _longer(out: Path, schedule: Schedule, done: int, images: int) -> list[str]:
 
 
 def _parts(
-    run: PretrainConfig, method: Method, network: nn.Module, updater: Updater, world: World, beside: Source | None
+    run: PretrainConfig,
+    method: Method,
+    network: nn.Module,
+    updater: SyncFreeOptimizer,
+    world: Distributed,
+    beside: ImageDataset | None,
 ) -> int:
     """Return the number of parts in which this rank computes its share of a batch. Collective.
 
     beside: The data set that will be kept on the device as well.
     """
     share, device = run.batch_size // world.size, method.device
-    if run.accumulate:
-        return run.accumulate
+    if run.accumulation_steps:
+        return run.accumulation_steps
     if device.type == "cpu":
         width = int(method.model.encoder.num_features)  # type: ignore[arg-type]
-        at_once = images_at_once(math.prod(run.hw), width) // world.here()
+        at_once = images_at_once(math.prod(run.image_size), width) // world.local_world_size()
         return -(-share // max(1, at_once))
-    if way(run.scale, world) == "fsdp":  # an all-gather that one rank cannot finish would leave the others waiting
+    if (
+        parallel_mode(run.parallel, world) == "fsdp"
+    ):  # an all-gather that one rank cannot finish would leave the others waiting
         return 1
     spare = 2 * sum(p.nbytes for p in method.model.parameters() if p.requires_grad)  # the optimizer's moments
     if beside is not None and beside.sizes is not None:
@@ -335,8 +346,8 @@ def _parts(
     def attempt(images: int) -> None:
         try:
             taken = torch.empty(spare, dtype=torch.uint8, device=device)
-            noise = torch.randn(images, run.channels, *run.hw, device=device)
-            with accumulating(network, last=False):
+            noise = torch.randn(images, run.channels, *run.image_size, device=device)
+            with sync_last_microbatch(network, last=False):
                 updater.backward(method.loss(network, noise, method.masks(0, range(images))))
             del taken
         finally:
@@ -354,7 +365,9 @@ def _short_of_memory(shard: BatchShard) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         advice = (
-            f"--accumulate {2 * shard.parts} halves them" if shard.local_batch_size > 1 else "choose a smaller model"
+            f"--accumulation-steps {2 * shard.parts} halves them"
+            if shard.local_batch_size > 1
+            else "choose a smaller model"
         )
         raise UserError(
             f"memory ran out, with {shard.local_batch_size:,} images computed at once ({first_line(error)}): "
@@ -362,9 +375,9 @@ def _short_of_memory(shard: BatchShard) -> Iterator[None]:
         ) from None
 
 
-def _agree(run: PretrainConfig, world: World, data: Source) -> None:
+def _agree(run: PretrainConfig, world: Distributed, data: ImageDataset) -> None:
     """Raise UserError unless each process gets an equal share of every batch, out of the same images."""
-    run.check_shares(world.size, "processes")
+    run.check_divisible(world.size, "processes")
     counts = world.gather(len(data))
     other = next((rank for rank, count in enumerate(counts) if count != counts[0]), 0)
     if other:
@@ -373,10 +386,10 @@ def _agree(run: PretrainConfig, world: World, data: Source) -> None:
         )
 
 
-def _whole(model: MaskedModel, run: PretrainConfig, device: torch.device, world: World) -> MaskedModel:
+def _whole(model: MaskedModel, run: PretrainConfig, device: torch.device, world: Distributed) -> MaskedModel:
     """The model, or where it lies in shards a copy of all of it; every process must ask."""
-    if way(run.scale, world) != "fsdp":
+    if parallel_mode(run.parallel, world) != "fsdp":
         return model
     copy = build_model(run).to(device)
-    copy.load_state_dict(whole_state(model))
+    copy.load_state_dict(full_state_dict(model))
     return copy

@@ -10,9 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from pixmim.config import Crop, Knn, Made, Mask, Model, Optim, PretrainConfig, Target
+from pixmim.config import (
+    ArchitectureConfig,
+    CropConfig,
+    MaskConfig,
+    OnlineKnnConfig,
+    OptimConfig,
+    PretrainConfig,
+    RecipeInfo,
+    TargetConfig,
+)
 from pixmim.config_io import from_dict
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 
 IMAGES = 1_281_167
 
@@ -27,10 +36,10 @@ def mae_vit_base(epochs: int) -> PretrainConfig:
     return PretrainConfig(
         epochs=epochs,
         batch_size=4096,
-        model=Model(backbone="vit_base_patch16_224"),
-        crop=Crop(kind="rrc"),
-        target=Target(kind="pixels"),
-        made=Made(images=IMAGES, steps=epochs * IMAGES // 4096),
+        model=ArchitectureConfig(backbone="vit_base_patch16_224"),
+        crop=CropConfig(kind="random-resized"),
+        target=TargetConfig(kind="pixels"),
+        recipe_info=RecipeInfo(images=IMAGES, steps=epochs * IMAGES // 4096),
     )
 
 
@@ -41,7 +50,7 @@ def mae_vit_large(epochs: int) -> PretrainConfig:
     36, 95 and 190 H100-hours for 300, 800 and 1600 epochs (estimate).
     Aims at 75.8 % linear probe and 85.9 % fine-tuned after 1600 epochs (MAE's paper).
     """
-    return replace(mae_vit_base(epochs), model=Model(backbone="vit_large_patch16_224"))
+    return replace(mae_vit_base(epochs), model=ArchitectureConfig(backbone="vit_large_patch16_224"))
 
 
 def pixmim_vit_base(epochs: int) -> PretrainConfig:
@@ -72,8 +81,8 @@ def lsmae_base_448() -> PretrainConfig:
     return replace(
         mae_vit_base(800),
         size="448",
-        model=Model("lsmae", "vit_base_patch16_224", decoder_dim=384, decoder_depth=8, decoder_heads=12),
-        mask=Mask("units", ratio=0.75, unit=32),
+        model=ArchitectureConfig("lsmae", "vit_base_patch16_224", decoder_dim=384, decoder_depth=8, decoder_heads=12),
+        mask=MaskConfig("blocks", ratio=0.75, block_size=32),
     )
 
 
@@ -86,8 +95,8 @@ def convmae_base() -> PretrainConfig:
     return replace(
         mae_vit_base(1600),
         batch_size=2048,
-        model=Model("convmae", "convmae_base"),
-        made=Made(images=IMAGES, steps=1600 * IMAGES // 2048),
+        model=ArchitectureConfig("convmae", "convmae_base"),
+        recipe_info=RecipeInfo(images=IMAGES, steps=1600 * IMAGES // 2048),
     )
 
 
@@ -101,21 +110,21 @@ def simmim_swin_base() -> PretrainConfig:
         epochs=100,
         batch_size=2048,
         size="192",
-        model=Model("simmim", "swin_base_patch4_window7_224", options={"window_size": 6}),
-        crop=Crop(kind="rrc", scale=(0.67, 1.0), interpolation="bilinear"),
-        mask=Mask("units", ratio=0.6, unit=32, whole_units=True),
-        target=Target(kind="pixels", normalise_patches=False, distance="l1"),
+        model=ArchitectureConfig("simmim", "swin_base_patch4_window7_224", options={"window_size": 6}),
+        crop=CropConfig(kind="random-resized", scale=(0.67, 1.0), interpolation="bilinear"),
+        mask=MaskConfig("blocks", ratio=0.6, block_size=32, whole_blocks=True),
+        target=TargetConfig(kind="pixels", normalize_patches=False, distance="l1"),
         # 2e-4 per 512 images; the ends of the schedule are not scaled
-        optim=Optim(
+        optim=OptimConfig(
             base_lr=1e-4,
-            first_lr=4e-6,
-            final_lr=4e-5,
+            warmup_start_lr=4e-6,
+            min_lr=4e-5,
             warmup=10,
             warmup_prefix=False,
             betas=(0.9, 0.999),
             clip=5.0,
         ),
-        made=Made(images=IMAGES, steps=100 * IMAGES // 2048),
+        recipe_info=RecipeInfo(images=IMAGES, steps=100 * IMAGES // 2048),
     )
 
 
@@ -129,8 +138,8 @@ def simmim_swin_base_800() -> PretrainConfig:
         simmim_swin_base(),
         epochs=800,
         # 1e-4 per 512 images; where the warm-up begins is not scaled
-        optim=Optim(base_lr=5e-5, schedule="step", first_lr=2e-6, warmup=10, betas=(0.9, 0.999), clip=5.0),
-        made=Made(images=IMAGES, steps=800 * IMAGES // 2048),
+        optim=OptimConfig(base_lr=5e-5, schedule="step", warmup_start_lr=2e-6, warmup=10, betas=(0.9, 0.999), clip=5.0),
+        recipe_info=RecipeInfo(images=IMAGES, steps=800 * IMAGES // 2048),
     )
 
 
@@ -140,7 +149,7 @@ def simmim_swin_large_800() -> PretrainConfig:
     pixmim pretrain simmim-swin-large-800 --data imagenet/train
     Aims at 85.4 % fine-tuned at 224 px.
     """
-    large = Model("simmim", "swin_large_patch4_window12_384", options={"window_size": 12})
+    large = ArchitectureConfig("simmim", "swin_large_patch4_window12_384", options={"window_size": 12})
     return replace(simmim_swin_base_800(), model=large)
 
 
@@ -151,7 +160,7 @@ def simmim_vit_base() -> PretrainConfig:
     Aims at 83.8 % fine-tuned. The released configuration drops paths as well, at a rate of 0.1; here that is
     --model.options drop_path_rate 0.1, and left out because a resumed run would draw other paths.
     """
-    return replace(simmim_swin_base_800(), size="224", model=Model("simmim", "beit_base_patch16_224"))
+    return replace(simmim_swin_base_800(), size="224", model=ArchitectureConfig("simmim", "beit_base_patch16_224"))
 
 
 def as_released(run: PretrainConfig) -> PretrainConfig:
@@ -161,13 +170,15 @@ def as_released(run: PretrainConfig) -> PretrainConfig:
     centre, taking the absolute value of the result. pixmim's own recipes resize bicubically, as MAE's crop does, and
     use the centered, real low-pass.
     """
-    crop, target = replace(run.crop, interpolation="bilinear"), replace(run.target, form="released")
+    crop, target = replace(run.crop, interpolation="bilinear"), replace(run.target, variant="paper-code")
     return replace(run, crop=crop, target=target)
 
 
 def with_pixmim(run: PretrainConfig) -> PretrainConfig:
     """PixMIM is two values of a method's four choices; all others stay. The cut-off is 40 at 224 px, in proportion."""
-    return replace(run, crop=Crop(kind="src"), target=replace(run.target, kind="low-frequency", radius="auto"))
+    return replace(
+        run, crop=CropConfig(kind="simple-resized"), target=replace(run.target, kind="low-frequency", radius="auto")
+    )
 
 
 def pixmim_vit_small() -> PretrainConfig:
@@ -178,9 +189,9 @@ def pixmim_vit_small() -> PretrainConfig:
     return PretrainConfig(
         epochs=300,
         batch_size=512,
-        model=Model(backbone="vit_small_patch16_224", decoder_dim=256, decoder_depth=4, decoder_heads=8),
-        optim=Optim(base_lr=3e-4, warmup=20),
-        made=Made(images=50_000, steps=300 * 50_000 // 512),
+        model=ArchitectureConfig(backbone="vit_small_patch16_224", decoder_dim=256, decoder_depth=4, decoder_heads=8),
+        optim=OptimConfig(base_lr=3e-4, warmup=20),
+        recipe_info=RecipeInfo(images=50_000, steps=300 * 50_000 // 512),
     )
 
 
@@ -192,9 +203,9 @@ def pixmim_vit_tiny() -> PretrainConfig:
     return PretrainConfig(
         epochs=200,
         batch_size=128,
-        model=Model(backbone="vit_tiny_patch16_224", decoder_dim=128, decoder_depth=2, decoder_heads=4),
-        optim=Optim(base_lr=2e-3, warmup=10),
-        made=Made(images=10_000, steps=200 * 10_000 // 128),
+        model=ArchitectureConfig(backbone="vit_tiny_patch16_224", decoder_dim=128, decoder_depth=2, decoder_heads=4),
+        optim=OptimConfig(base_lr=2e-3, warmup=10),
+        recipe_info=RecipeInfo(images=10_000, steps=200 * 10_000 // 128),
     )
 
 
@@ -208,60 +219,62 @@ def demo() -> PretrainConfig:
         steps=1200,
         batch_size=128,
         size="48",
-        model=Model(
+        model=ArchitectureConfig(
             backbone="vit_tiny_patch16_224",
             decoder_dim=64,
             decoder_depth=2,
             decoder_heads=4,
             options={"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
         ),
-        mask=Mask(ratio=0.6),  # of 36 patches; at 0.75 it learns more slowly
-        optim=Optim(base_lr=3e-3, warmup=0.2),
-        knn=Knn("shapes:count=2000,seed=201,size=48", "shapes:count=1000,seed=202,size=48", every=0.128),
-        made=Made(images=200_000, steps=1200),
+        mask=MaskConfig(ratio=0.6),  # of 36 patches; at 0.75 it learns more slowly
+        optim=OptimConfig(base_lr=3e-3, warmup=0.2),
+        knn=OnlineKnnConfig("shapes:count=2000,seed=201,size=48", "shapes:count=1000,seed=202,size=48", every=0.128),
+        recipe_info=RecipeInfo(images=200_000, steps=1200),
     )
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RecipeEntry:
     """A recipe's builder, and one line about what it aims at."""
 
     build: Callable[[], PretrainConfig]
     aim: str
 
 
-RECIPES: dict[str, Recipe] = {
-    "demo": Recipe(demo, "drawn shapes, two CPU cores, minutes: the probe gains ten points and more"),
-    "pixmim-vit-tiny": Recipe(pixmim_vit_tiny, "a few thousand images of your own, a small GPU or a patient CPU"),
-    "pixmim-vit-small": Recipe(pixmim_vit_small, "tens of thousands of images of your own, one GPU"),
-    "pixmim-vit-base-300": Recipe(partial(pixmim_vit_base, 300), "ImageNet-1k: 63.3 linear, 83.1 fine-tuned"),
-    "pixmim-vit-base": Recipe(partial(pixmim_vit_base, 800), "ImageNet-1k: 67.5 linear, 83.5 fine-tuned"),
-    "pixmim-vit-base-1600": Recipe(partial(pixmim_vit_base, 1600), "ImageNet-1k: no number published"),
-    "pixmim-vit-large-300": Recipe(partial(pixmim_vit_large, 300), "ImageNet-1k: no number published"),
-    "pixmim-vit-large": Recipe(partial(pixmim_vit_large, 800), "ImageNet-1k: no number published"),
-    "pixmim-vit-large-1600": Recipe(partial(pixmim_vit_large, 1600), "ImageNet-1k: no number published"),
-    "mae-vit-base-300": Recipe(partial(mae_vit_base, 300), "ImageNet-1k: 60.8 linear, 82.8 fine-tuned"),
-    "mae-vit-base": Recipe(partial(mae_vit_base, 800), "ImageNet-1k: 65.1 linear, 83.3 fine-tuned"),
-    "mae-vit-base-1600": Recipe(partial(mae_vit_base, 1600), "ImageNet-1k: 67.1 linear, 83.5 fine-tuned"),
-    "mae-vit-large-300": Recipe(partial(mae_vit_large, 300), "ImageNet-1k: no number published"),
-    "mae-vit-large": Recipe(partial(mae_vit_large, 800), "ImageNet-1k: no number published"),
-    "mae-vit-large-1600": Recipe(partial(mae_vit_large, 1600), "ImageNet-1k: 75.8 linear, 85.9 fine-tuned"),
-    "lsmae-base-448": Recipe(lsmae_base_448, "ImageNet-1k at 448 px: no number at hand"),
-    "pixmim-lsmae-base-448": Recipe(lambda: with_pixmim(lsmae_base_448()), "ImageNet-1k at 448 px: no number at hand"),
-    "convmae-base": Recipe(convmae_base, "ImageNet-1k: 70.9 linear, 85.0 fine-tuned"),
-    "pixmim-convmae-base": Recipe(lambda: with_pixmim(convmae_base()), "ImageNet-1k: no number at hand"),
-    "simmim-swin-base": Recipe(simmim_swin_base, "ImageNet-1k: 82.8 fine-tuned at 192 px"),
-    "pixmim-simmim-swin-base": Recipe(lambda: with_pixmim(simmim_swin_base()), "ImageNet-1k: no number at hand"),
-    "simmim-swin-base-800": Recipe(simmim_swin_base_800, "ImageNet-1k: 84.0 fine-tuned at 224 px"),
-    "pixmim-simmim-swin-base-800": Recipe(
+RECIPES: dict[str, RecipeEntry] = {
+    "demo": RecipeEntry(demo, "drawn shapes, two CPU cores, minutes: the probe gains ten points and more"),
+    "pixmim-vit-tiny": RecipeEntry(pixmim_vit_tiny, "a few thousand images of your own, a small GPU or a patient CPU"),
+    "pixmim-vit-small": RecipeEntry(pixmim_vit_small, "tens of thousands of images of your own, one GPU"),
+    "pixmim-vit-base-300": RecipeEntry(partial(pixmim_vit_base, 300), "ImageNet-1k: 63.3 linear, 83.1 fine-tuned"),
+    "pixmim-vit-base": RecipeEntry(partial(pixmim_vit_base, 800), "ImageNet-1k: 67.5 linear, 83.5 fine-tuned"),
+    "pixmim-vit-base-1600": RecipeEntry(partial(pixmim_vit_base, 1600), "ImageNet-1k: no number published"),
+    "pixmim-vit-large-300": RecipeEntry(partial(pixmim_vit_large, 300), "ImageNet-1k: no number published"),
+    "pixmim-vit-large": RecipeEntry(partial(pixmim_vit_large, 800), "ImageNet-1k: no number published"),
+    "pixmim-vit-large-1600": RecipeEntry(partial(pixmim_vit_large, 1600), "ImageNet-1k: no number published"),
+    "mae-vit-base-300": RecipeEntry(partial(mae_vit_base, 300), "ImageNet-1k: 60.8 linear, 82.8 fine-tuned"),
+    "mae-vit-base": RecipeEntry(partial(mae_vit_base, 800), "ImageNet-1k: 65.1 linear, 83.3 fine-tuned"),
+    "mae-vit-base-1600": RecipeEntry(partial(mae_vit_base, 1600), "ImageNet-1k: 67.1 linear, 83.5 fine-tuned"),
+    "mae-vit-large-300": RecipeEntry(partial(mae_vit_large, 300), "ImageNet-1k: no number published"),
+    "mae-vit-large": RecipeEntry(partial(mae_vit_large, 800), "ImageNet-1k: no number published"),
+    "mae-vit-large-1600": RecipeEntry(partial(mae_vit_large, 1600), "ImageNet-1k: 75.8 linear, 85.9 fine-tuned"),
+    "lsmae-base-448": RecipeEntry(lsmae_base_448, "ImageNet-1k at 448 px: no number at hand"),
+    "pixmim-lsmae-base-448": RecipeEntry(
+        lambda: with_pixmim(lsmae_base_448()), "ImageNet-1k at 448 px: no number at hand"
+    ),
+    "convmae-base": RecipeEntry(convmae_base, "ImageNet-1k: 70.9 linear, 85.0 fine-tuned"),
+    "pixmim-convmae-base": RecipeEntry(lambda: with_pixmim(convmae_base()), "ImageNet-1k: no number at hand"),
+    "simmim-swin-base": RecipeEntry(simmim_swin_base, "ImageNet-1k: 82.8 fine-tuned at 192 px"),
+    "pixmim-simmim-swin-base": RecipeEntry(lambda: with_pixmim(simmim_swin_base()), "ImageNet-1k: no number at hand"),
+    "simmim-swin-base-800": RecipeEntry(simmim_swin_base_800, "ImageNet-1k: 84.0 fine-tuned at 224 px"),
+    "pixmim-simmim-swin-base-800": RecipeEntry(
         lambda: with_pixmim(simmim_swin_base_800()), "ImageNet-1k: no number at hand"
     ),
-    "simmim-swin-large-800": Recipe(simmim_swin_large_800, "ImageNet-1k: 85.4 fine-tuned at 224 px"),
-    "pixmim-simmim-swin-large-800": Recipe(
+    "simmim-swin-large-800": RecipeEntry(simmim_swin_large_800, "ImageNet-1k: 85.4 fine-tuned at 224 px"),
+    "pixmim-simmim-swin-large-800": RecipeEntry(
         lambda: with_pixmim(simmim_swin_large_800()), "ImageNet-1k: no number at hand"
     ),
-    "simmim-vit-base": Recipe(simmim_vit_base, "ImageNet-1k: 83.8 fine-tuned"),
-    "pixmim-simmim-vit-base": Recipe(lambda: with_pixmim(simmim_vit_base()), "ImageNet-1k: no number at hand"),
+    "simmim-vit-base": RecipeEntry(simmim_vit_base, "ImageNet-1k: 83.8 fine-tuned"),
+    "pixmim-simmim-vit-base": RecipeEntry(lambda: with_pixmim(simmim_vit_base()), "ImageNet-1k: no number at hand"),
 }
 
 
@@ -281,7 +294,7 @@ def get_recipe(name: str, **overrides: Any) -> PretrainConfig:
         UserError: If there is no such recipe or field, or a value is not allowed.
     """
     if name not in RECIPES:
-        raise UserError(f"there is no recipe '{name}'{nearest(name, RECIPES)} `pixmim list` shows all.")
+        raise UserError(f"there is no recipe '{name}'{did_you_mean(name, RECIPES)} `pixmim list` shows all.")
     values = asdict(replace(RECIPES[name].build(), recipe=name))
     if "epochs" in overrides:
         if overrides.get("steps") is not None:

@@ -14,8 +14,8 @@ from rich.console import Console
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config
 from pixmim.data.uri import absolute
-from pixmim.training.distributed import World
-from pixmim.utils.console import say
+from pixmim.training.distributed import Distributed
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.lock import alone
 from pixmim.utils.trust import inside
@@ -25,13 +25,13 @@ FILES = ("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ENCODER, 
 """What a run writes."""
 
 MAY_CHANGE = {
-    *("data", "out", "device", "keep", "local_copy", "threads", "log_every", "max_bad"),
-    *("accumulate", "scale", "saving", "knn", "bands"),
+    *("data", "out", "device", "cache_images", "shard_cache_gib", "threads", "log_every", "max_bad_fraction"),
+    *("accumulation_steps", "parallel", "checkpoint", "knn", "bands"),
 }
 """Fields that a resumed run may change: they affect at most rounding (data: it may have moved)."""
 
 
-def claim(named: str, recipe: str, world: World, stack: ExitStack, console: Console) -> Path:
+def claim(named: str, recipe: str, world: Distributed, stack: ExitStack, console: Console) -> Path:
     """Lock a run's folder until `stack` is closed. Collective: call on every rank.
 
     Args:
@@ -48,13 +48,13 @@ def claim(named: str, recipe: str, world: World, stack: ExitStack, console: Cons
         UserError: If another process works in the folder, or it cannot be made.
     """
     folder, problem = named, ""
-    if world.first:
+    if world.is_main:
         stem = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         names = (f"{stem}-{number}" if number > 1 else stem for number in count(1))
         while True:
             folder = named or next(names)
             try:
-                stack.enter_context(alone(Path(folder), partial(say, console), new=not named))
+                stack.enter_context(alone(Path(folder), partial(print_plain, console), new=not named))
             except FileExistsError:
                 if not named:  # another run started in the same second
                     continue
@@ -62,7 +62,7 @@ def claim(named: str, recipe: str, world: World, stack: ExitStack, console: Cons
             except (UserError, OSError) as error:
                 problem = str(error)
             break
-    folder, problem = world.share((folder, problem))
+    folder, problem = world.broadcast((folder, problem))
     if problem:
         raise UserError(problem)
     return Path(folder)

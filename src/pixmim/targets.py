@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Form = Literal["exact", "released"]
+Variant = Literal["exact", "paper-code"]
 Radius = float | tuple[float, float] | Literal["auto"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,25 +29,25 @@ class LowFrequency(nn.Module):
 
     radius  cut-off in frequency bins (40 at 224 px in the paper); (rows, columns) for an ellipse; or "auto", which
             keeps the paper's relative cut-off, 40 at 224 px, at any image size
-    form    "exact" is centred on the zero frequency and real; "released" repeats the paper's code, whose circle is
+    variant    "exact" is centred on the zero frequency and real; "paper-code" repeats the paper's code, whose circle is
             half a bin off centre for even sizes and which takes the absolute value (see `low_pass`)
-    mean, std  per channel, of the normalisation the images went through, in units of [0, 1]. Only "released" needs
+    mean, std  per channel, of the normalisation the images went through, in units of [0, 1]. Only "paper-code" needs
             them, because its absolute value must be taken of un-normalised pixels; the exact filter is linear and
             keeps constants, so it gives the same on normalised images.
 
-    Raises ValueError where form is "released" and the images' channels differ in number from mean and std.
+    Raises ValueError where variant is "paper-code" and the images' channels differ in number from mean and std.
     """
 
     def __init__(
         self,
         radius: Radius = 40,
-        form: Form = "exact",
+        variant: Variant = "exact",
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        _check(radius, form)
-        self.radius, self.form = radius, form
+        _check(radius, variant)
+        self.radius, self.variant = radius, variant
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.mean: Tensor
@@ -55,17 +55,17 @@ class LowFrequency(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        if self.form == "exact":
+        if self.variant == "exact":
             return low_pass(images, self.radius, "exact")
         if images.shape[1] != self.mean.shape[1]:
             raise ValueError(
                 f"images of {images.shape[1]} channels, but mean and std of {self.mean.shape[1]}: "
                 "give LowFrequency the mean and std that the images were normalised with"
             )
-        return (low_pass(images * self.std + self.mean, self.radius, "released") - self.mean) / self.std
+        return (low_pass(images * self.std + self.mean, self.radius, "paper-code") - self.mean) / self.std
 
 
-class ColourBins(nn.Module):
+class ColorBins(nn.Module):
     """SimMIM's classes of colour: each channel of each pixel lies in one of equal parts of [0, 1] (section 3.4).
 
     The target for `Objective`'s distance "cross_entropy": a model then predicts `bins` scores for each value, in the
@@ -130,16 +130,16 @@ def auto_radius(size: tuple[int, int]) -> float | tuple[float, float]:
     return down if down == across else (down, across)
 
 
-def in_bins(radius: Radius, size: tuple[int, int]) -> float | tuple[float, float]:
+def resolve_radius(radius: Radius, size: tuple[int, int]) -> float | tuple[float, float]:
     """A radius as numbers: what "auto" stands for at an image of `size` (h, w), any other as it is."""
     return auto_radius(size) if isinstance(radius, str) else radius
 
 
-def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, form: Form = "exact") -> Float[Tensor, "b c h w"]:
+def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, variant: Variant = "exact") -> Float[Tensor, "b c h w"]:
     """Keep the frequencies of each channel that lie within `radius` bins of the zero frequency.
 
-    The "exact" form keeps bin (u, v) where u^2 + v^2 <= r^2; it is real, linear, and leaves constants alone.
-    The "released" form is the paper's code (mmselfsup 1.0.0): bin (i, j) of the shifted spectrum is kept where
+    The "exact" variant keeps bin (u, v) where u^2 + v^2 <= r^2; it is real, linear, and leaves constants alone.
+    The "paper-code" variant is the paper's code (mmselfsup 1.0.0): bin (i, j) of the shifted spectrum is kept where
     (i - (h-1)/2)^2 + (j - (w-1)/2)^2 <= r^2, which for even sizes is centred half a bin beside the zero frequency;
     the inverse is then complex, and its absolute value is taken. It expects un-normalised images, [0, 1].
 
@@ -147,27 +147,27 @@ def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, form: Form = "exa
     fate depends on |u| and |v| alone. They run in float32 whatever the autocast (float64 images stay float64):
     in TF32 or bfloat16 the error would be 1e-3 to 1e-2.
 
-    Raises ValueError for a negative radius or an unknown form.
+    Raises ValueError for a negative radius or an unknown variant.
     """
-    _check(radius, form)
+    _check(radius, variant)
     with torch.autocast(images.device.type, enabled=False):
         x = images if images.dtype == torch.float64 else images.float()
-        f: _Filter = _filter(images.shape[-2], images.shape[-1], radius, form, x.dtype, x.device)
-        if form == "exact":
+        f: _Filter = _filter(images.shape[-2], images.shape[-1], radius, variant, x.dtype, x.device)
+        if variant == "exact":
             return f.project(x)
         return torch.hypot(f.project(x * f.cosine), f.project(x * f.sine))
 
 
-def kept_bins(size: tuple[int, int], radius: Radius, form: Form = "exact") -> int:
+def num_kept_bins(size: tuple[int, int], radius: Radius, variant: Variant = "exact") -> int:
     """How many of the h*w frequency bins the filter keeps; 5025 of 50176 at 224 px and r = 40 (released: 5024)."""
-    _check(radius, form)
-    rows, columns = (_bins(side, _is_shifted(side, form)) for side in size)
+    _check(radius, variant)
+    rows, columns = (_bins(side, _is_shifted(side, variant)) for side in size)
     return int(_inside(rows, columns, *_radii(radius, size)).sum())
 
 
-def _check(radius: Radius, form: Form) -> None:
-    if form not in ("exact", "released"):
-        raise ValueError(f"a low-pass has the form 'exact' or 'released', not {form!r}")
+def _check(radius: Radius, variant: Variant) -> None:
+    if variant not in ("exact", "paper-code"):
+        raise ValueError(f"a low-pass has the variant 'exact' or 'released', not {variant!r}")
     if isinstance(radius, str):
         if radius != "auto":
             raise ValueError(f"a radius is a number of frequency bins, a pair of them, or 'auto', not {radius!r}")
@@ -176,13 +176,13 @@ def _check(radius: Radius, form: Form) -> None:
 
 
 def _radii(radius: Radius, size: tuple[int, int]) -> tuple[float, float]:
-    radius = in_bins(radius, size)
+    radius = resolve_radius(radius, size)
     return radius if isinstance(radius, tuple) else (radius, radius)
 
 
-def _is_shifted(size: int, form: Form) -> bool:
+def _is_shifted(size: int, variant: Variant) -> bool:
     """Whether the filter is centred half a bin beside the zero frequency along an axis."""
-    return form == "released" and size % 2 == 0
+    return variant == "paper-code" and size % 2 == 0
 
 
 def _bins(size: int, shifted: bool) -> Tensor:
@@ -201,7 +201,7 @@ def _inside(rows: Tensor, columns: Tensor, down: float, across: float) -> Tensor
 class _Filter(NamedTuple):
     """A low-pass for one image size: bases (k h) and (l w), which of their products stay (k l), and a phase (h w).
 
-    The phase is for the released form only. Moving the spectrum by half a bin multiplies the image by a phase of
+    The phase is for the paper-code variant only. Moving the spectrum by half a bin multiplies the image by a phase of
     modulus one, which the absolute value takes away again; so the complex filter is the real one, on the two parts of
     the image times that phase.
     """
@@ -217,16 +217,16 @@ class _Filter(NamedTuple):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _filter(h: int, w: int, radius: Radius, form: Form, dtype: torch.dtype, device: torch.device) -> _Filter:
+def _filter(h: int, w: int, radius: Radius, variant: Variant, dtype: torch.dtype, device: torch.device) -> _Filter:
     """A constant of torch.compile's graph, which then holds four products; traced, each step would make it anew."""
-    return _make_filter((h, w), *_radii(radius, (h, w)), form, dtype, device)
+    return _make_filter((h, w), *_radii(radius, (h, w)), variant, dtype, device)
 
 
 @lru_cache(maxsize=16)
 def _make_filter(
-    size: tuple[int, int], down: float, across: float, form: Form, dtype: torch.dtype, device: torch.device
+    size: tuple[int, int], down: float, across: float, variant: Variant, dtype: torch.dtype, device: torch.device
 ) -> _Filter:
-    shifted = [_is_shifted(side, form) for side in size]
+    shifted = [_is_shifted(side, variant) for side in size]
     rows, row_bins = _basis(size[0], down, shifted[0])
     columns, column_bins = _basis(size[1], across, shifted[1])
     kept = _inside(row_bins, column_bins, down, across)

@@ -57,7 +57,7 @@ def test_help_answers_without_torch() -> None:
     text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for flag in (
         "--data", "--out", "--epochs", "--steps", "--batch-size", "--size", "--seed", "--precision", "--device",
-        "--saving.every", "--resume", "--optim.lr", "--target.radius", "--knn.every",
+        "--checkpoint.every", "--resume", "--optim.lr", "--target.radius", "--knn.every",
     ):  # fmt: skip
         assert flag in text
     assert "--made" not in text and "--recipe" not in text
@@ -190,7 +190,7 @@ def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_pat
     run = tmp_path / "run"
     small: list[object] = ["--model.decoder-dim", "16", "--model.decoder-depth", "1"]
     small += ["--model.decoder-heads", "2", "--data", pictures]
-    assert say(capsys, "pretrain", "demo", *TINY, *small, "--saving.every", "1", "--out", run)[0] == 0
+    assert say(capsys, "pretrain", "demo", *TINY, *small, "--checkpoint.every", "1", "--out", run)[0] == 0
     shutil.rmtree(run / "encoder")
     shutil.rmtree(run / "checkpoints" / "step-000000002")
     labelled = ["--train", pictures, "--test", pictures, "--device", "cpu"]

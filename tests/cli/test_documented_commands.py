@@ -66,7 +66,7 @@ def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -
     robust = RobustnessSettings("imagenet-c", "imagenet-a", "imagenet-r", "sketch")
     scratch = [
         FinetuneSettings(*IMAGENET, from_scratch=True, size="192", changes=FinetuneOverrides(crop=crop))
-        for crop in ("rrc", "src")
+        for crop in ("random-resized", "simple-resized")
     ]
     assert asked == [
         (runs, [("linear", LinearSettings(*IMAGENET, protocol="mae"))]),

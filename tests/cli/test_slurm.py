@@ -195,10 +195,13 @@ def test_the_command_writes_what_the_same_command_line_would_train(
         (["demo", "--signal", "70000"], "--signal must be a whole number from 1 to 65,535"),
         (["demo", "--restarts", "-1"], "--restarts must be a whole number from 0"),
         (["demo", "--gpus", "3"], "a batch of 128 does not divide among 3 GPUs"),
-        (["demo", "--gpus", "8", "--accumulate", "32"], "--accumulate 32 makes more parts than the 16 images"),
+        (
+            ["demo", "--gpus", "8", "--accumulation-steps", "32"],
+            "--accumulation-steps 32 makes more parts than the 16 images",
+        ),
         (["demo", "--size", "50"], "multiples of 8"),
         (["demo", "--model.backbone", "vit_tiny_patch16_225"], "did you mean"),
-        (["demo", "--mask.kind", "units", "--mask.unit", "12"], "no multiple"),
+        (["demo", "--mask.kind", "blocks", "--mask.block-size", "12"], "no multiple"),
         (["pixmim-vit-base"], "no data given"),
     ],
 )

@@ -15,15 +15,15 @@ from torch import nn
 import pixmim.evaluation.embed as embedding
 from helpers.cli import say
 from pixmim.build import build_encoder, build_model
-from pixmim.config import Model, PretrainConfig
+from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.data import open_dataset
-from pixmim.data.image_folder import named
+from pixmim.data.image_folder import from_paths
 from pixmim.models import features
 from pixmim.report.attention import attention_maps
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import adopt, open_model
+from pixmim.weights.load import import_weights, resolve_model
 
 Make = Callable[..., PretrainConfig]
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
@@ -33,7 +33,7 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 def model(tiny_run: Make, tmp_path: Path) -> str:
     """A folder with a random whole model."""
     run = tiny_run(seed=2)
-    adopt(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "model")
+    import_weights(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "model")
     return str(tmp_path / "model")
 
 
@@ -67,7 +67,7 @@ def test_attention_is_what_timm_computes_when_it_does_not_fuse(backbone: str, op
 
 
 def test_attention_of_convmae_and_of_what_has_none(tiny_run: Make) -> None:
-    run = tiny_run(model=Model("convmae", "convmae_tiny"))
+    run = tiny_run(model=ArchitectureConfig("convmae", "convmae_tiny"))
     assert attention_maps(build_encoder(run), torch.randn(1, 3, 32, 32)).shape == (1, 3, 2, 2)
     with pytest.raises(UserError, match="no block that looks at the whole image"):
         attention_maps(nn.Conv2d(3, 3, 1), torch.randn(1, 3, 8, 8))
@@ -111,12 +111,12 @@ def test_embeddings_are_the_features_with_their_files(
     found, rows = np.load(tmp_path / "f.npy"), rows_of(tmp_path / "f.csv")
     assert found.shape == (9, 64) and found.dtype == np.float32
     assert [row["class"] for row in rows] == ["cats"] * 4 + ["dogs"] * 5
-    weights = open_model(model)
+    weights = resolve_model(model)
     encoder = build_encoder(weights.run).eval()
     encoder.load_state_dict(weights.encoder)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in weights.run.statistics)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in weights.run.normalization)
     for row in (0, 2, 8):
-        data = named([rows[row]["file"]])
+        data = from_paths([rows[row]["file"]])
         image = (evaluation_crop((32, 32)).crop(data.image(0)).float() / 255 - mean) / std
         with torch.no_grad():
             expected = features(encoder, image[None])
@@ -144,7 +144,7 @@ def test_embeddings_are_the_features_with_their_files(
 def test_embedding_goes_on_where_it_was_interrupted(
     model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, data, out = open_model(model), open_dataset(str(pictures)), tmp_path / "f.npy"
+    weights, data, out = resolve_model(model), open_dataset(str(pictures)), tmp_path / "f.npy"
 
     def run(weights: Weights = weights, path: Path = out) -> None:
         embedding.embed(weights, data, path, batch=3, device="cpu", precision="fp32")

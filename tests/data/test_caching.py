@@ -14,7 +14,7 @@ from helpers.batches import same
 from pixmim.config import PretrainConfig
 from pixmim.data import caching as keep
 from pixmim.data import create_loader, open_dataset
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.loader import Batch
 from pixmim.data.resized_cache import open_cache, shard_name
@@ -22,7 +22,7 @@ from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.wrappers import InMemoryDataset
 from pixmim.pretraining import pretrain
-from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
 
 SIZE = (32, 48)
@@ -36,15 +36,15 @@ def shards(pictures: Path, tmp_path: Path) -> ShardDataset:
 
 
 def batches(place: keep.Place, source: ShardDataset, crop: Crop, count: int, shard: BatchShard) -> list[Batch]:
-    skipped = Skipped(None, len(source), 0.5)
+    skipped = BadImageLog(None, len(source), 0.5)
     with create_loader(source, crop, shard, place, device=CPU, skipped=skipped, flip=0.5, seed=3, threads=3) as found:
         return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(found, count)]
 
 
-@pytest.mark.parametrize("crop", [SimpleResizedCrop(SIZE), SimpleResizedCrop(SIZE, padding=0), CentreCrop(SIZE)])
+@pytest.mark.parametrize("crop", [SimpleResizedCrop(SIZE), SimpleResizedCrop(SIZE, padding=0), CenterCrop(SIZE)])
 def test_the_place_changes_no_bit(shards: ShardDataset, crop: Crop) -> None:
     for shard in (BatchShard(8), BatchShard(6, start=31, rank=1, world_size=3)):
-        disk, memory, device = (batches(place, shards, crop, 9, shard) for place in ("disk", "memory", "device"))
+        disk, memory, device = (batches(place, shards, crop, 9, shard) for place in ("none", "ram", "gpu"))
         assert same(disk, memory) and same(disk, device)
     assert not any(thread.name.startswith("pixmim") for thread in threading.enumerate())
 
@@ -56,7 +56,7 @@ def test_nor_do_images_that_cannot_be_read(shards: ShardDataset, tmp_path: Path)
         data[(start := int(shards._entries[index]["offset"])) : start + 40] = bytes(40)
     tar.write_bytes(data)
     crop = SimpleResizedCrop(SIZE)
-    disk, device = (batches(place, shards, crop, 12, BatchShard(5)) for place in ("disk", "device"))
+    disk, device = (batches(place, shards, crop, 12, BatchShard(5)) for place in ("none", "gpu"))
     assert same(disk, device)
 
 
@@ -66,31 +66,29 @@ def test_the_rule(shards: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None
     assert keep.decoded_bytes(shards) == need
 
     def place(crop: Crop = src, how: keep.Keep = "auto", device: torch.device = gpu) -> str:
-        return keep.choose_place(shards, crop, how, device)[0]
+        return keep.choose_cache_location(shards, crop, how, device)[0]
 
     monkeypatch.setattr(keep, "of_machine", lambda: 4 * need)
     monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need)
-    assert place() == "device" and place(device=CPU) == "memory" and place(RandomResizedCrop(SIZE)) == "memory"
-    assert place(SimpleResizedCrop(16)) == "memory"  # of another size: resized, not only cut
-    assert (
-        place(how="disk") == "disk" and place(how="memory") == "memory" and place(how="device", device=CPU) == "device"
-    )
+    assert place() == "gpu" and place(device=CPU) == "ram" and place(RandomResizedCrop(SIZE)) == "ram"
+    assert place(SimpleResizedCrop(16)) == "ram"  # of another size: resized, not only cut
+    assert place(how="none") == "none" and place(how="ram") == "ram" and place(how="gpu", device=CPU) == "gpu"
     monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need - 4)
-    assert place() == "memory"
-    where, why = keep.choose_place(shards, src, "auto", CPU, processes=2)  # which would keep all images twice
-    assert where == "disk" and "a quarter of the memory, which 2 processes share (" in why
+    assert place() == "ram"
+    where, why = keep.choose_cache_location(shards, src, "auto", CPU, processes=2)  # which would keep all images twice
+    assert where == "none" and "a quarter of the memory, which 2 processes share (" in why
     monkeypatch.setattr(keep, "of_machine", lambda: 4 * need - 4)
-    assert place() == "disk" and place(how="memory") == "memory" and place(how="device") == "device"
+    assert place() == "none" and place(how="ram") == "ram" and place(how="gpu") == "gpu"
     with pytest.raises(UserError, match="needs a cache of the run's own --size"):
-        place(RandomResizedCrop(SIZE), how="device")
+        place(RandomResizedCrop(SIZE), how="gpu")
 
 
 def test_pictures_are_kept_only_if_asked(pictures: Path) -> None:
     folder, crop = open_dataset(str(pictures)), SimpleResizedCrop(SIZE)
-    assert keep.choose_place(folder, crop, "auto", CPU) == ("disk", "")
-    assert keep.choose_place(folder, crop, "memory", CPU)[0] == "memory"
+    assert keep.choose_cache_location(folder, crop, "auto", CPU) == ("none", "")
+    assert keep.choose_cache_location(folder, crop, "ram", CPU)[0] == "ram"
     with pytest.raises(UserError, match="needs a cache"):
-        keep.choose_place(folder, crop, "device", CPU)
+        keep.choose_cache_location(folder, crop, "gpu", CPU)
 
 
 def test_what_is_kept_is_decoded_once(shards: ShardDataset) -> None:
@@ -102,8 +100,8 @@ def test_a_run_from_the_device_ends_with_the_same_weights(
     shards: ShardDataset, tiny_run: Callable[..., PretrainConfig], tmp_path: Path
 ) -> None:
     console = Console(quiet=True)
-    for place in ("disk", "device"):
-        run = tiny_run(data=str(tmp_path / "cache"), size="32x48", steps=3, keep=place)
+    for place in ("none", "gpu"):
+        run = tiny_run(data=str(tmp_path / "cache"), size="32x48", steps=3, cache_images=place)
         pretrain(run, tmp_path / place, console=console, report=False)
-    disk, device = (load_file(tmp_path / place / "encoder/model.safetensors") for place in ("disk", "device"))
+    disk, device = (load_file(tmp_path / place / "encoder/model.safetensors") for place in ("none", "gpu"))
     assert all(torch.equal(disk[name], device[name]) for name in disk)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.transforms.crops import SimpleResizedCrop
@@ -16,12 +16,12 @@ from pixmim.transforms.crops import SimpleResizedCrop
 BATCH, STEPS, SIZE = 12, 4, 16
 
 
-def _batches(data: str, rank: int, ranks: int, accumulate: int = 1, start: int = 0) -> list[torch.Tensor]:
+def _batches(data: str, rank: int, ranks: int, accumulation_steps: int = 1, start: int = 0) -> list[torch.Tensor]:
     """This rank's images and flips of each step, as one uint8 tensor (b, numbers)."""
     source, found = open_dataset(data), []
-    shard = BatchShard(BATCH, start * BATCH, rank, ranks, accumulate)
-    with Loader(source, SimpleResizedCrop(SIZE), shard, skipped=Skipped(None, len(source), 0.5), seed=5) as loader:
-        for _ in range((STEPS - start) * accumulate):
+    shard = BatchShard(BATCH, start * BATCH, rank, ranks, accumulation_steps)
+    with Loader(source, SimpleResizedCrop(SIZE), shard, skipped=BadImageLog(None, len(source), 0.5), seed=5) as loader:
+        for _ in range((STEPS - start) * accumulation_steps):
             batch = next(loader)
             found.append(torch.cat([batch.images.flatten(1), batch.flip[:, None].to(torch.uint8)], dim=1))
     return found
@@ -50,7 +50,7 @@ def test_several_processes_see_what_one_sees(ranks: int, pictures: Path, tmp_pat
 def test_accumulation_and_resuming_change_nothing(pictures: Path) -> None:
     alone = torch.cat(_batches(str(pictures), 0, 1))
     for parts in (4, 5):
-        assert torch.equal(torch.cat(_batches(str(pictures), 0, 1, accumulate=parts)), alone)
+        assert torch.equal(torch.cat(_batches(str(pictures), 0, 1, accumulation_steps=parts)), alone)
     assert torch.equal(torch.cat(_batches(str(pictures), 0, 1, start=3)), alone[3 * BATCH :])
 
 

@@ -16,9 +16,9 @@ from helpers.runs import equal, train
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import BadImage, Form, Source
+from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
 from pixmim.data.huggingface import ArrowDataset, is_arrow_dataset
-from pixmim.data.image_folder import Files
+from pixmim.data.image_folder import ImageFolder
 from pixmim.utils.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -35,17 +35,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def files(pictures: Path) -> Files:
+def files(pictures: Path) -> ImageFolder:
     """The pictures as files, in the order of the data sets below."""
     data = open_dataset(str(pictures))
-    assert isinstance(data, Files)
+    assert isinstance(data, ImageFolder)
     return data
 
 
 @pytest.fixture
-def library(files: Files) -> Any:
+def library(files: ImageFolder) -> Any:
     """The ten pictures with their bytes, and columns of several kinds."""
-    paths = [Path(files.locate(i)) for i in range(len(files))]
+    paths = [Path(files.path_of(i)) for i in range(len(files))]
     columns = {
         "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
         "label": [path.parent.name for path in paths],
@@ -63,7 +63,7 @@ def library(files: Files) -> Any:
     return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
 
 
-def same(data: Source, files: Source, order: list[int] | None = None) -> bool:
+def same(data: ImageDataset, files: ImageDataset, order: list[int] | None = None) -> bool:
     """Whether a data set holds the pictures and classes of the files, in an order."""
     order = list(range(len(files))) if order is None else order
     assert data.labels is not None and files.labels is not None and data.classes == ["cats", "dogs"]
@@ -80,19 +80,19 @@ def shards(library: Any, folder: Path, split: str, count: int) -> None:
         library.shard(count, i, contiguous=True).to_parquet(folder / f"{split}-{i:05d}-of-{count:05d}.parquet")
 
 
-def test_parquet_in_shards_and_splits(library: Any, files: Files, tmp_path: Path) -> None:
+def test_parquet_in_shards_and_splits(library: Any, files: ImageFolder, tmp_path: Path) -> None:
     shards(library, tmp_path / "set" / "data", "train", 3)
     shards(library.select([8, 2]), tmp_path / "set" / "data", "test", 1)
     for spec in (f"{tmp_path}/set", f"hf:{tmp_path}/set", f"hf:{tmp_path}/set:train,image=image,label=label"):
         data = open_dataset(spec)
         assert same(data, files) and data.spec == spec
         assert data.about == "images from column 'image', classes from 'label'"
-    assert data.locate(6) == f"hf:{tmp_path}/set:train#6 (1.jpg)"
+    assert data.path_of(6) == f"hf:{tmp_path}/set:train#6 (1.jpg)"
     assert same(open_dataset(f"hf:{tmp_path}/set:test"), files, [8, 2])
-    assert open_dataset(f"{tmp_path}/set", Form(1)).image(0).shape[0] == 1
+    assert open_dataset(f"{tmp_path}/set", ImageSpec(1)).image(0).shape[0] == 1
 
 
-def test_one_file_and_a_folder_of_files(library: Any, files: Files, tmp_path: Path) -> None:
+def test_one_file_and_a_folder_of_files(library: Any, files: ImageFolder, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     library.to_parquet(tmp_path / "flat" / "birds.parquet")
     assert same(open_dataset(f"{tmp_path}/flat"), files) and same(open_dataset(f"{tmp_path}/flat/birds.parquet"), files)
@@ -105,7 +105,7 @@ def test_one_file_and_a_folder_of_files(library: Any, files: Files, tmp_path: Pa
     assert same(one, files, [0, 1, 2, 3, 4])
 
 
-def test_saved_to_disk_with_and_without_splits(library: Any, files: Files, tmp_path: Path) -> None:
+def test_saved_to_disk_with_and_without_splits(library: Any, files: ImageFolder, tmp_path: Path) -> None:
     library.save_to_disk(tmp_path / "one", num_shards=3)
     assert same(open_dataset(f"{tmp_path}/one"), files)
     mixed = library.shuffle(seed=1)
@@ -128,13 +128,15 @@ def test_saved_to_disk_with_and_without_splits(library: Any, files: Files, tmp_p
         (lambda d: d.filter(lambda row: row["word"] == "b"), [1, 3, 5, 7, 9]),
     ],
 )
-def test_selections_of_any_kind(change: Callable[[Any], Any], order: list[int], library: Any, files: Files) -> None:
+def test_selections_of_any_kind(
+    change: Callable[[Any], Any], order: list[int], library: Any, files: ImageFolder
+) -> None:
     data = ArrowDataset(change(library), "some rows")
     assert same(data, files, order)
-    assert data.locate(0).startswith("some rows#0 (")
+    assert data.path_of(0).startswith("some rows#0 (")
 
 
-def test_eight_threads_read_what_one_does(library: Any, files: Files, tmp_path: Path) -> None:
+def test_eight_threads_read_what_one_does(library: Any, files: ImageFolder, tmp_path: Path) -> None:
     library.save_to_disk(tmp_path / "set", num_shards=4)
     data = open_dataset(f"{tmp_path}/set")
     wanted = [files.image(i) for i in range(10)]
@@ -144,8 +146,8 @@ def test_eight_threads_read_what_one_does(library: Any, files: Files, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "large", "paths"])
-def test_plain_parquet_of_any_tool(kind: str, files: Files, tmp_path: Path) -> None:
-    paths = [Path(files.locate(i)) for i in range(10)]
+def test_plain_parquet_of_any_tool(kind: str, files: ImageFolder, tmp_path: Path) -> None:
+    paths = [Path(files.path_of(i)) for i in range(10)]
     contents = [path.read_bytes() for path in paths]
     (tmp_path / "set").mkdir()
     column = {
@@ -164,11 +166,11 @@ def test_plain_parquet_of_any_tool(kind: str, files: Files, tmp_path: Path) -> N
     assert same(open_dataset(spec), files)
 
 
-def test_paths_without_bytes_and_inside_an_archive(files: Files, tmp_path: Path) -> None:
+def test_paths_without_bytes_and_inside_an_archive(files: ImageFolder, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
-        archive.write(files.locate(1), "one.jpg")
+        archive.write(files.path_of(1), "one.jpg")
     rows = [
-        {"path": files.locate(0)},
+        {"path": files.path_of(0)},
         {"path": f"zip://one.jpg::{tmp_path}/all.zip"},
         {"path": "zip://no::x"},
         None,
@@ -182,10 +184,10 @@ def test_paths_without_bytes_and_inside_an_archive(files: Files, tmp_path: Path)
     for index, reason in ((2, "No such file"), (3, "neither bytes nor a path"), (4, "neither"), (5, "leads out of")):
         with pytest.raises(BadImage, match=reason):
             data.image(index)
-    assert data.locate(0) == f"rows#0 ({files.locate(0)})" and data.locate(3) == "rows#3"
+    assert data.path_of(0) == f"rows#0 ({files.path_of(0)})" and data.path_of(3) == "rows#3"
 
 
-def test_labels_only_where_they_are_meant(library: Any, files: Files) -> None:
+def test_labels_only_where_they_are_meant(library: Any, files: ImageFolder) -> None:
     by_number, by_word = (
         ArrowDataset(library, "set", label="number"),
         ArrowDataset(library.select([3, 2, 1]), "set", label="word"),
@@ -275,7 +277,7 @@ def test_its_fingerprint_stays_and_follows_the_rows(library: Any, tmp_path: Path
     assert len(set(prints)) == 3
 
 
-def test_which_folders_are_tables(library: Any, files: Files, pictures: Path, tmp_path: Path) -> None:
+def test_which_folders_are_tables(library: Any, files: ImageFolder, pictures: Path, tmp_path: Path) -> None:
     """A table of features beside pictures, or above them, does not hide the pictures."""
     shards(library, pictures, "features", 1)
     assert not is_arrow_dataset(pictures) and len(open_dataset(str(pictures))) == 10

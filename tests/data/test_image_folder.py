@@ -9,8 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from pixmim.data import open_dataset
-from pixmim.data.dataset import BadImage, Form
-from pixmim.data.image_folder import EXTENSIONS, Files, PathList, below, listed
+from pixmim.data.dataset import BadImage, ImageSpec
+from pixmim.data.image_folder import EXTENSIONS, ImageFolder, PathList, from_folder, from_list_file
 from pixmim.utils import progress
 from pixmim.utils.errors import UserError
 
@@ -30,8 +30,8 @@ def put(path: Path) -> None:
     path.touch()
 
 
-def paths(data: Files, root: Path) -> list[str]:
-    return [os.path.relpath(data.locate(i), root) for i in range(len(data))]
+def paths(data: ImageFolder, root: Path) -> list[str]:
+    return [os.path.relpath(data.path_of(i), root) for i in range(len(data))]
 
 
 def slow_walk(root: Path) -> list[str]:
@@ -51,12 +51,12 @@ def slow_walk(root: Path) -> list[str]:
 
 def test_the_order_is_that_of_complete_paths(tree: Path) -> None:
     wanted = ["b-c/0.jpg", "b/1.jpg", "b/1/x.png", "b/10.JPG", "b/2.jpg", "z.tif"]
-    assert paths(below(tree), tree) == wanted == slow_walk(tree)
+    assert paths(from_folder(tree), tree) == wanted == slow_walk(tree)
 
 
 def test_labels_are_the_first_level(tree: Path) -> None:
     (tree / "z.tif").unlink()
-    data = below(tree)
+    data = from_folder(tree)
     assert data.classes == ["b", "b-c"] and data.labels is not None
     assert [data.classes[label] for label in data.labels] == [path.split("/")[0] for path in slow_walk(tree)]
 
@@ -73,7 +73,7 @@ def test_random_trees(tree: Path) -> None:
             path.unlink()
         else:
             put(path)
-        assert paths(below(tree), tree) == slow_walk(tree)
+        assert paths(from_folder(tree), tree) == slow_walk(tree)
 
 
 def test_links_are_followed_and_each_folder_is_read_once(tree: Path) -> None:
@@ -86,7 +86,7 @@ def test_links_are_followed_and_each_folder_is_read_once(tree: Path) -> None:
     outside = tree.parent / "outside"
     put(outside / "0.jpg")
     os.symlink(outside, tree / "b" / "link")
-    found = paths(below(tree), tree)
+    found = paths(from_folder(tree), tree)
     assert {"a/link/0.jpg", "a/broken.jpg", "b-c/0.jpg"} <= set(found) and not any(p.startswith("c/") for p in found)
     assert sorted({*found, "a/broken.jpg"}) == found and set(found) - {"a/broken.jpg"} == set(slow_walk(tree)) - {
         "a/broken.jpg"
@@ -96,14 +96,14 @@ def test_links_are_followed_and_each_folder_is_read_once(tree: Path) -> None:
 def test_a_folder_named_like_an_image_is_a_folder(tree: Path) -> None:
     (tree / "z.tif").unlink()
     put(tree / "z.tif" / "0.jpg")
-    assert paths(below(tree), tree) == slow_walk(tree) and "z.tif/0.jpg" in slow_walk(tree)
+    assert paths(from_folder(tree), tree) == slow_walk(tree) and "z.tif/0.jpg" in slow_walk(tree)
 
 
 def test_names_that_are_not_utf8_sort_by_their_bytes(tree: Path) -> None:
     names = [b"caf\xe9.jpg", "caf\U0001f600.jpg".encode(), b"cafz.jpg"]
     for name in names:
         (tree / os.fsdecode(name)).touch()
-    found = [os.fsencode(path) for path in paths(below(tree), tree)]
+    found = [os.fsencode(path) for path in paths(from_folder(tree), tree)]
     assert found == sorted(found) and set(names) <= set(found)
 
 
@@ -112,7 +112,7 @@ def test_a_tree_deeper_than_recursion_goes(tree: Path) -> None:
     for folder in deep:
         os.mkdir(folder)
     put(Path(deep[-1], "0.jpg"))
-    assert paths(below(tree), tree)[-2] == "d/" * 1050 + "0.jpg"
+    assert paths(from_folder(tree), tree)[-2] == "d/" * 1050 + "0.jpg"
     os.unlink(deep[-1] + "/0.jpg")
     for folder in reversed(deep):  # pytest's own removal is recursive
         os.rmdir(folder)
@@ -128,9 +128,9 @@ def test_an_unreadable_folder_is_left_out_and_named(tree: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", closed)
-        data = below(tree)
+        data = from_folder(tree)
     assert len(data) == 2 and "cannot be read, left out: 1" in data.about and str(tree / "b") in data.about
-    assert len(below(tree)) == 6 and not below(tree).about
+    assert len(from_folder(tree)) == 6 and not from_folder(tree).about
 
 
 def test_an_unreadable_root_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_an_unreadable_root_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(UserError, match="cannot be read: Permission denied"):
-        below(tree)
+        from_folder(tree)
 
 
 def test_a_long_walk_shows_how_far_it_is(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_a_long_walk_shows_how_far_it_is(tree: Path, monkeypatch: pytest.MonkeyP
     console = Console(force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr(progress, "Console", lambda stderr: console)
     monkeypatch.setattr("rich.status.Status.update", lambda self, text: shown.append(str(text)))
-    below(tree)
+    from_folder(tree)
     assert str(tree) in shown[0] and "1 images" in shown[0]
 
 
@@ -164,12 +164,12 @@ def test_paths_are_a_sequence() -> None:
 
 def test_a_list_of_lines(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes("a.jpg\r\n\n  \nb c.jpg\nd\x85\u2028.jpg".encode() + b"\n\xff.jpg\n/abs.jpg")
-    data = listed(f"{tmp_path}/list.txt,root=/")
+    data = from_list_file(f"{tmp_path}/list.txt,root=/")
     names = ["a.jpg", "b c.jpg", "d\x85\u2028.jpg", os.fsdecode(b"\xff.jpg")]
-    assert [data.locate(i) for i in range(5)] == [*(str(tmp_path / name) for name in names), "/abs.jpg"]
+    assert [data.path_of(i) for i in range(5)] == [*(str(tmp_path / name) for name in names), "/abs.jpg"]
     (tmp_path / "list.txt").write_text("\n \n")
     with pytest.raises(UserError, match=r"list.txt"):
-        listed(tmp_path / "list.txt")
+        from_list_file(tmp_path / "list.txt")
 
 
 def test_nested_folders_of_two_classes(pictures: Path) -> None:
@@ -180,7 +180,7 @@ def test_nested_folders_of_two_classes(pictures: Path) -> None:
     data = open_dataset(str(pictures))
     assert len(data) == 11 and data.classes == ["cats", "dogs"]
     assert data.labels is not None and data.labels.tolist() == [0] * 6 + [1] * 5
-    assert [data.locate(i) for i in range(11)] == sorted(data.locate(i) for i in range(11))
+    assert [data.path_of(i) for i in range(11)] == sorted(data.path_of(i) for i in range(11))
     assert data.image(0).shape == (3, 40, 56)
 
 
@@ -201,7 +201,7 @@ def test_a_list_as_any_editor_saves_it(coding: str, end: str, pictures: Path) ->
     mark = {"utf-16-le": "\ufeff", "utf-16-be": "\ufeff"}.get(coding, "")
     (pictures / "list.txt").write_bytes((mark + text).encode(coding))
     data = open_dataset(str(pictures / "list.txt"))
-    names = [os.path.relpath(data.locate(i), pictures) for i in range(len(data))]
+    names = [os.path.relpath(data.path_of(i), pictures) for i in range(len(data))]
     assert names == ["cats/0.jpg", "dogs/1.jpg", "cats/2.jpg", "ö ö.png "]
     (pictures / "list.txt").write_bytes(text.encode("utf-16-le"))
     with pytest.raises(UserError, match="Save it as UTF-8"):
@@ -254,17 +254,17 @@ def test_strange_names_and_links(pictures: Path) -> None:
 def test_content_counts_not_the_extension(pictures: Path) -> None:
     Image.new("RGB", (9, 9), "blue").save(pictures / "cats" / "png.jpg", "PNG")
     data = open_dataset(str(pictures))
-    index = next(i for i in range(len(data)) if data.locate(i).endswith("png.jpg"))
+    index = next(i for i in range(len(data)) if data.path_of(i).endswith("png.jpg"))
     assert data.image(index)[:, 0, 0].tolist() == [0, 0, 255]
 
 
 def test_grey_channel(pictures: Path) -> None:
-    assert open_dataset(str(pictures), Form(1)).image(0).shape == (1, 40, 56)
+    assert open_dataset(str(pictures), ImageSpec(1)).image(0).shape == (1, 40, 56)
 
 
 def test_a_picture_that_vanished_is_a_bad_image(pictures: Path) -> None:
     data = open_dataset(str(pictures))
-    Path(data.locate(3)).unlink()
+    Path(data.path_of(3)).unlink()
     with pytest.raises(BadImage, match="No such file"):
         data.image(3)
 

@@ -12,27 +12,27 @@ import torch
 
 from helpers.batches import same
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
-from pixmim.data.dataset import BadImage, Form, Source
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
 from pixmim.data.loader import Batch, Loader, iterate_in_order
 from pixmim.data.sampler import BatchShard
-from pixmim.data.synthetic import Shapes
-from pixmim.transforms.crops import Array, CentreCrop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.data.synthetic import SyntheticShapes
+from pixmim.transforms.crops import Array, CenterCrop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
 
 
-class Numbers(Source):
+class Numbers(ImageDataset):
     """A data set whose picture i is i everywhere; some cannot be read."""
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
-        super().__init__("numbers", Form(), labels=np.zeros(10, np.int64), classes=["a"])
+        super().__init__("numbers", ImageSpec(), labels=np.zeros(10, np.int64), classes=["a"])
         self.count, self.bad = count, bad
 
     def __len__(self) -> int:
         return self.count
 
-    def locate(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         return f"numbers/{index}"
 
     def fingerprint(self) -> str:
@@ -44,16 +44,16 @@ class Numbers(Source):
         return np.full((8, 8, 3), index % 256, np.uint8)
 
 
-def loader(source: object, skipped: Skipped | None = None, **options: object) -> Loader:
+def loader(source: object, skipped: BadImageLog | None = None, **options: object) -> Loader:
     size, batch, start = (options.pop(name, default) for name, default in (("size", 8), ("batch", 4), ("start", 0)))
-    values = {"crop": CentreCrop(size), "seed": 1, "threads": 2} | options
+    values = {"crop": CenterCrop(size), "seed": 1, "threads": 2} | options
     crop = values.pop("crop")
-    skipped = Skipped(None, len(source), 0.5) if skipped is None else skipped
+    skipped = BadImageLog(None, len(source), 0.5) if skipped is None else skipped
     return Loader(source, crop, BatchShard(batch, start), skipped=skipped, **values)
 
 
 def take(count: int, **options: object) -> list[Batch]:
-    source = options.pop("source", Shapes(count=50, size=24))
+    source = options.pop("source", SyntheticShapes(count=50, size=24))
     with loader(source, **options) as batches:
         return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(batches, count)]
 
@@ -83,7 +83,7 @@ def test_every_sample_once_an_epoch_in_the_documented_order() -> None:
 
 
 def test_crops_and_flips_are_the_documented_functions() -> None:
-    source, crop = Shapes(count=50, size=24), SimpleResizedCrop(16)
+    source, crop = SyntheticShapes(count=50, size=24), SimpleResizedCrop(16)
     for position, (image, flip) in enumerate(
         (image, flip) for b in take(15, size=16, crop=crop) for image, flip in zip(b.images, b.flip, strict=True)
     ):
@@ -102,7 +102,7 @@ def test_a_data_set_smaller_than_a_batch_is_gone_through_again() -> None:
 def test_bad_images_are_replaced_and_listed_once(tmp_path: Path) -> None:
     path = tmp_path / "skipped.csv"
     source = Numbers(10, bad=(2, 5))
-    with loader(source, Skipped(path, 10, 0.5)) as batches:
+    with loader(source, BadImageLog(path, 10, 0.5)) as batches:
         seen = torch.cat([b.images[:, 0, 0, 0].clone() for b in islice(batches, 10)])
     assert not {2, 5} & set(seen.tolist())
     for epoch in range(4):  # the next one in the order stands in for each
@@ -112,7 +112,7 @@ def test_bad_images_are_replaced_and_listed_once(tmp_path: Path) -> None:
             good = (order[(place + step) % 10] for step in range(10))
             expected.append(next(i for i in good if i not in (2, 5)))
         assert seen[10 * epoch : 10 * epoch + 10].tolist() == expected
-    with loader(source, Skipped(path, 10, 0.5), start=12) as batches:  # an interrupted run goes on with its list
+    with loader(source, BadImageLog(path, 10, 0.5), start=12) as batches:  # an interrupted run goes on with its list
         list(islice(batches, 10))
     rows = list(csv.reader(path.open()))
     assert rows[0] == ["image", "reason"]
@@ -122,7 +122,7 @@ def test_bad_images_are_replaced_and_listed_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [range(3), range(2, 5)])
 def test_too_many_bad_images_of_a_few_are_too_many_in_any_order(bad: range) -> None:
     """Threads may read the good ones last: then the share is known once those are read."""
-    skipped = Skipped(None, 5, 0.25)
+    skipped = BadImageLog(None, 5, 0.25)
     with pytest.raises(UserError, match="3 of the first 5 images cannot be read"):
         for index in range(5):
             skipped.add(index, str(index), "broken") if index in bad else skipped.passed(index)
@@ -132,7 +132,7 @@ def test_too_many_bad_images_stop_the_run() -> None:
     source = Numbers(100, bad=tuple(range(0, 100, 2)))
     with (
         pytest.raises(UserError, match=r"(?s)more than the share of 25%.*broken, on purpose"),
-        loader(source, Skipped(None, 100, 0.25)) as batches,
+        loader(source, BadImageLog(None, 100, 0.25)) as batches,
     ):
         list(islice(batches, 100))
 
@@ -147,7 +147,7 @@ def threads() -> set[str]:
 
 
 def test_an_error_in_the_loop_leaves_no_thread_behind() -> None:
-    with pytest.raises(KeyboardInterrupt), loader(Shapes(count=1000), size=64, batch=256) as batches:
+    with pytest.raises(KeyboardInterrupt), loader(SyntheticShapes(count=1000), size=64, batch=256) as batches:
         next(batches)
         assert threads()
         raise KeyboardInterrupt
@@ -178,14 +178,14 @@ def test_memory_is_bounded_by_the_batches_ahead() -> None:
 def test_in_order_gives_every_readable_image_once(pictures: Path) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
     data = open_dataset(str(pictures))
-    parts = list(iterate_in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=4))
+    parts = list(iterate_in_order(data, CenterCrop(16), skipped=BadImageLog(None, 10, 0.5), batch=4))
     assert np.concatenate([indices for _, indices, _ in parts]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
     assert [end for *_, end in parts] == [4, 8, 10]
-    rest = list(iterate_in_order(data, CentreCrop(16), skipped=Skipped(None, 10, 0.5), batch=1, first=7))
+    rest = list(iterate_in_order(data, CenterCrop(16), skipped=BadImageLog(None, 10, 0.5), batch=1, first=7))
     assert [indices.tolist() for _, indices, _ in rest] == [[7], [], [9]]  # a batch of nothing but a bad image
     for images, indices, _ in parts:
         for image, index in zip(images, indices, strict=True):
-            assert torch.equal(image, CentreCrop(16).crop(data.image(int(index))))
+            assert torch.equal(image, CenterCrop(16).crop(data.image(int(index))))
 
 
 def resident() -> int:

@@ -15,7 +15,7 @@ from helpers.runs import train
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache, shard_assignment
-from pixmim.data.dataset import BadImage, Form
+from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.resized_cache import open_cache, shard_name
 from pixmim.transforms.crops import resize_to_cover
 from pixmim.utils.errors import UserError
@@ -41,13 +41,13 @@ def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp
     assert len(data) == 9 and len(found) == 27 and data.classes == ["cats", "dogs"]
     assert data.labels is not None and data.labels.tolist() == [0] * 4 + [1] * 5
     for i in range(9):
-        key = data.locate(i).rsplit(":", 1)[1]
+        key = data.path_of(i).rsplit(":", 1)[1]
         pixels = np.asarray(Image.open(io.BytesIO(found[f"{key}.jpg"])))
         assert np.array_equal(data.image(i).permute(1, 2, 0).numpy(), pixels)
         assert int(found[f"{key}.cls"]) == data.labels[i]
         about = json.loads(found[f"{key}.json"])
         original = source.image(int(key))
-        assert about == {"path": source.locate(int(key)), "height": original.shape[1], "width": original.shape[2]}
+        assert about == {"path": source.path_of(int(key)), "height": original.shape[1], "width": original.shape[2]}
         assert min(data.image(i).shape[1:]) == 24
         resized = resize_to_cover(original, SIZE).float()
         assert (data.image(i).float() - resized).abs().mean() < 12  # noise is the hardest of pictures for a JPEG
@@ -56,12 +56,12 @@ def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp
 def test_a_raw_cache_trains_exactly_as_the_pictures_do(pictures: Path, tmp_path: Path, tiny_run: Make) -> None:
     """The resize is the one that the crop begins with, so losses and weights are bitwise the same."""
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (32, 32), kind="raw")
-    runs = [tiny_run(data=str(path), steps=3, keep="disk") for path in (pictures, tmp_path / "cache")]
+    runs = [tiny_run(data=str(path), steps=3, cache_images="none") for path in (pictures, tmp_path / "cache")]
     for name, run in zip("ab", runs, strict=True):
         train(run, tmp_path / name)
     a, b = ((tmp_path / name / "encoder/model.safetensors").read_bytes() for name in "ab")
     assert a[-100_000:] == b[-100_000:]
-    train(tiny_run(data=str(tmp_path / "cache"), steps=3, keep="memory"), tmp_path / "c")
+    train(tiny_run(data=str(tmp_path / "cache"), steps=3, cache_images="ram"), tmp_path / "c")
     assert (tmp_path / "c" / "encoder/model.safetensors").read_bytes()[-100_000:] == a[-100_000:]
 
 
@@ -115,15 +115,15 @@ def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="is not empty"):
         make_cache(open_dataset(str(pictures)), pictures, SIZE)
     with pytest.raises(UserError, match="images of 3 channels in uint8, not 1 channel in uint8: pass --channels 3"):
-        open_dataset(str(folder), Form(1))
+        open_dataset(str(folder), ImageSpec(1))
     (folder / "settings.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         open_dataset(str(folder))
 
 
 def test_grey_and_420(pictures: Path, tmp_path: Path) -> None:
-    make_cache(open_dataset(str(pictures), Form(1)), tmp_path / "grey", SIZE)
-    assert open_dataset(str(tmp_path / "grey"), Form(1)).image(0).shape[0] == 1
+    make_cache(open_dataset(str(pictures), ImageSpec(1)), tmp_path / "grey", SIZE)
+    assert open_dataset(str(tmp_path / "grey"), ImageSpec(1)).image(0).shape[0] == 1
     sizes = []
     for chroma in ("420", "444"):
         make_cache(open_dataset(str(pictures)), tmp_path / chroma, SIZE, chroma=chroma)  # type: ignore[arg-type]

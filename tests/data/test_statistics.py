@@ -12,23 +12,23 @@ from PIL import Image
 
 from helpers.cli import say
 from helpers.runs import train, weights
-from pixmim.build import image_form, with_dataset_stats
+from pixmim.build import image_spec, with_dataset_stats
 from pixmim.config import PretrainConfig
 from pixmim.config_io import from_json
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import Form
-from pixmim.data.statistics import Stats, fitting, kinds, measure, recall, remember, sample, to_keep
+from pixmim.data.dataset import ImageSpec
+from pixmim.data.statistics import Stats, fitting, kinds, load_statistics, measure_statistics, remember, sample, to_keep
 from pixmim.evaluation.embed import embed
 from pixmim.evaluation.visualize import to_pixels, to_rgb
 from pixmim.report import write_report
 from pixmim.report.attention import attention_sheet
-from pixmim.training.distributed import ALONE
+from pixmim.training.distributed import SINGLE_PROCESS
 from pixmim.training.schedule import Schedule
-from pixmim.training.summary import describe
+from pixmim.training.summary import start_summary
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path
-from pixmim.weights.load import open_model
+from pixmim.weights.load import resolve_model
 
 Make = Callable[..., PretrainConfig]
 RNG = np.random.default_rng(0)
@@ -49,8 +49,8 @@ def bands(folder: Path, kind: type, channels: int, count: int = 12) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", [Form(), Form(1), Form(3, "uint16"), Form(3, "float32")])
-def test_mean_and_deviation_are_numpys(pictures: Path, form: Form) -> None:
+@pytest.mark.parametrize("form", [ImageSpec(), ImageSpec(1), ImageSpec(3, "uint16"), ImageSpec(3, "float32")])
+def test_mean_and_deviation_are_numpys(pictures: Path, form: ImageSpec) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
     data = open_dataset(str(pictures), form)
     whole = {"uint8": 255, "uint16": 65535, "float32": 1}[form.pixels]
@@ -59,13 +59,13 @@ def test_mean_and_deviation_are_numpys(pictures: Path, form: Form) -> None:
     std = np.sqrt(np.mean([((image - mean[:, None, None]) ** 2).mean(axis=(1, 2)) for image in images], axis=0))
     seen: list[int] = []
     for threads in (1, 5):
-        found = measure(data, sample(10, 0), threads=threads, progress=seen.append)
+        found = measure_statistics(data, sample(10, 0), threads=threads, progress=seen.append)
         np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
         np.testing.assert_allclose(found.std, std, rtol=1e-12)
         np.testing.assert_allclose(found.greatest, np.max([image.max(axis=(1, 2)) for image in images], axis=0))
         np.testing.assert_allclose(found.least, np.min([image.min(axis=(1, 2)) for image in images], axis=0))
         assert found.images == 9 and sorted(found.heights)[-1] == 44
-        assert found.bad == {"the file is empty": (1, data.locate(8))}
+        assert found.bad == {"the file is empty": (1, data.path_of(8))}
     assert seen == [*range(1, 11)] * 2
 
 
@@ -74,7 +74,7 @@ def test_images_of_one_size_give_the_statistics_of_all_pixels(tmp_path: Path) ->
     pixels = RNG.normal(1000, 300, (6, 90, 80, 4)).astype(np.float32)
     for i, image in enumerate(pixels):
         np.save(tmp_path / "d" / f"{i}.npy", image)
-    found = measure(open_dataset(str(tmp_path / "d"), Form(4, "float32")), sample(6, 0))
+    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(4, "float32")), sample(6, 0))
     np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(found.std, pixels.astype(np.float64).std(axis=(0, 1, 2)), rtol=1e-12)
 
@@ -83,7 +83,7 @@ def test_a_large_image_is_measured_in_blocks(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     pixels = RNG.integers(0, 256, (1300, 1700, 1), np.uint8)
     np.save(tmp_path / "d" / "0.npy", pixels)
-    found = measure(open_dataset(str(tmp_path / "d"), Form(1)), [0])
+    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(1)), [0])
     np.testing.assert_allclose([found.mean[0], found.std[0]], [pixels.mean() / 255, pixels.std() / 255], rtol=1e-12)
 
 
@@ -100,20 +100,23 @@ def test_the_form_that_loses_nothing_of_most_images(pictures: Path, tmp_path: Pa
     (pictures / "cats" / "bad.png").write_bytes(b"x")
     data = open_dataset(str(pictures))
     found = kinds(data, sample(len(data), 0))
-    assert found == {(3, "uint8"): 10, (1, "uint8"): 1} and fitting(found) == Form()
+    assert found == {(3, "uint8"): 10, (1, "uint8"): 1} and fitting(found) == ImageSpec()
     deep = open_dataset(str(bands(tmp_path / "deep", np.uint16, 13)))
-    assert fitting(kinds(deep, [0, 3])) == Form(13, "uint16")
+    assert fitting(kinds(deep, [0, 3])) == ImageSpec(13, "uint16")
     heights = open_dataset(str(bands(tmp_path / "heights", np.int16, 1)))
-    assert fitting(kinds(heights, [0, 3])) == Form(1, "float32")
-    shapes = open_dataset("shapes:count=4", Form(5))
-    assert fitting(kinds(shapes, [0, 3])) == Form(5)
+    assert fitting(kinds(heights, [0, 3])) == ImageSpec(1, "float32")
+    shapes = open_dataset("shapes:count=4", ImageSpec(5))
+    assert fitting(kinds(shapes, [0, 3])) == ImageSpec(5)
 
 
 def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Stats((0.5, 0.25), (1.0, 2.0), 7, 9)
-    path = remember("/some/data", Form(2), kept)
-    assert recall("/some/data", Form(2)) == kept and path.is_relative_to(cache_path("stats", "x").parent)
-    assert recall("/some/data", Form(2, "uint16")) is None and recall("/other", Form(2)) is None
+    path = remember("/some/data", ImageSpec(2), kept)
+    assert load_statistics("/some/data", ImageSpec(2)) == kept and path.is_relative_to(cache_path("stats", "x").parent)
+    assert (
+        load_statistics("/some/data", ImageSpec(2, "uint16")) is None
+        and load_statistics("/other", ImageSpec(2)) is None
+    )
     for damage in (
         "",
         "{}",
@@ -122,11 +125,13 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
         path.read_text().replace("0.25", "0.25, 1"),
     ):
         path.write_text(damage)
-        assert recall("/some/data", Form(2)) is None
+        assert load_statistics("/some/data", ImageSpec(2)) is None
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
-    assert remember(str(tmp_path / "cache"), Form(), kept) == tmp_path / "cache" / "stats.json"
+    assert remember(str(tmp_path / "cache"), ImageSpec(), kept) == tmp_path / "cache" / "stats.json"
     (tmp_path / "cache").rename(tmp_path / "moved")
-    assert recall(str(tmp_path / "moved"), Form(2)) is None  # it holds what was measured of three channels
+    assert (
+        load_statistics(str(tmp_path / "moved"), ImageSpec(2)) is None
+    )  # it holds what was measured of three channels
     assert len(open_dataset(str(tmp_path / "moved"))) == 10
     for home, expected in (("relative", Path.home() / ".cache"), ("/else", Path("/else"))):
         monkeypatch.setenv("XDG_CACHE_HOME", home)
@@ -136,7 +141,7 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
 def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "0.npy", np.dstack([np.full((9, 9), 7.0), np.eye(9)]))
-    found = measure(open_dataset(str(tmp_path / "d"), Form(2, "float32")), [0])
+    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(2, "float32")), [0])
     kept = to_keep(found, 1)
     assert kept.std[0] == 1 and kept.std[1] == found.std[1] and kept.mean[0] == 7
     with pytest.raises(UserError, match="--std must be a number from 1e-12"):
@@ -144,7 +149,7 @@ def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "channels", "how"), [(np.uint16, 13, "cache"), (np.float32, 1, "files"), (np.int16, 2, "rrc")]
+    ("kind", "channels", "how"), [(np.uint16, 13, "cache"), (np.float32, 1, "files"), (np.int16, 2, "random-resized")]
 )
 def test_a_run_of_any_form_from_stats_to_pictures(
     kind: type, channels: int, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_run: Make
@@ -164,31 +169,35 @@ def test_a_run_of_any_form_from_stats_to_pictures(
         assert status == 1 and f"images of 13 channels in uint16, not 3 channels in uint16: pass {form}" in text
         assert say(capsys, "stats", spec)[0] == 0 and (spec / "stats.json").exists()
     run = tiny_run(data=str(spec), size="16x32", channels=channels, pixels=pixels, steps=3)
-    run = replace(run, crop=replace(run.crop, kind="rrc" if how == "rrc" else "src"))
-    run = replace(run, keep="device" if how == "cache" else "auto")
-    unknown = describe(replace(run, data="/other"), 12, Schedule.of(run, 12), torch.device("cpu"), "fp32", ALONE, 1)
+    run = replace(run, crop=replace(run.crop, kind="random-resized" if how == "random-resized" else "simple-resized"))
+    run = replace(run, cache_images="gpu" if how == "cache" else "auto")
+    unknown = start_summary(
+        replace(run, data="/other"), 12, Schedule.of(run, 12), torch.device("cpu"), "fp32", SINGLE_PROCESS, 1
+    )
     assert any("mean and std are not measured" in line for line in unknown)
     run, lines = with_dataset_stats(run)
     assert lines == ["mean and std: measured on 12 images by `pixmim stats`"]
     text = train(run, tmp_path / "run")
     assert "not measured" not in text
     kept = from_json((tmp_path / "run" / "config.json").read_text())
-    found = measure(open_dataset(str(spec), image_form(run)), sample(12, 0))
+    found = measure_statistics(open_dataset(str(spec), image_spec(run)), sample(12, 0))
     assert kept.mean == tuple(found.mean) and kept.std == tuple(found.std)
     again = tmp_path / "again"  # threads and the place of the images change nothing
-    train(replace(run, threads=1, data=str(data), keep="disk"), again)
+    train(replace(run, threads=1, data=str(data), cache_images="none"), again)
     ours, theirs = weights(tmp_path / "run"), weights(again)
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
-    model = open_model(str(tmp_path / "run"), whole=True)
-    files = open_dataset(str(data), image_form(run))
+    model = resolve_model(str(tmp_path / "run"), whole=True)
+    files = open_dataset(str(data), image_spec(run))
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
     assert "cannot be read" not in page and page.count("data:image/png") >= 6
     columns, names, bad = attention_sheet(model, files, 2)
     assert (
-        not bad and names == [Path(files.locate(i)).name for i in range(2)] and columns["image"].shape == (2, 16, 32, 3)
+        not bad
+        and names == [Path(files.path_of(i)).name for i in range(2)]
+        and columns["image"].shape == (2, 16, 32, 3)
     )
-    embed(open_model(str(tmp_path / "run")), files, tmp_path / "f.npy", device="cpu")
+    embed(resolve_model(str(tmp_path / "run")), files, tmp_path / "f.npy", device="cpu")
     rows = np.load(tmp_path / "f.npy")
     assert rows.shape == (12, 64) and np.isfinite(rows).all()
 
@@ -218,7 +227,7 @@ def test_pretrain_finds_what_stats_measured(
     status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "a", "--std", "0.1", "0.2", "0.3")
     assert status == 0 and "mean and std: measured on 4 of 10 images" in text
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    kept = recall(str(pictures), Form())
+    kept = load_statistics(str(pictures), ImageSpec())
     assert kept is not None and tuple(config["mean"]) == kept.mean and config["std"] == [0.1, 0.2, 0.3]
     status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "b", "--channels", 1)
     assert status == 0 and "measured" not in text  # of another form, nothing is known
@@ -265,7 +274,7 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
         image = (most * ramp).expand(1, channels, 101, 1)
         assert to_pixels({"image": image}, run)["image"].max() == span
         scale = {"uint8": 255, "uint16": 65535, "float32": 1}[pixels]
-        stored = (image[0] * scale).round().to(Form(channels, pixels).dtype)  # type: ignore[arg-type]
+        stored = (image[0] * scale).round().to(ImageSpec(channels, pixels).dtype)  # type: ignore[arg-type]
         assert to_rgb(stored, run).shape == (101, 1, 3) and abs(int(to_rgb(stored, run).max()) - span) <= 1
     for bands in ("4,5", "0", "1,2,14", "a,b,c", "1,2,-3"):
         with pytest.raises(UserError, match="--bands"):

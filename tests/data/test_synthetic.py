@@ -1,20 +1,24 @@
 import numpy as np
 import pytest
 
-from pixmim.data.dataset import Form
-from pixmim.data.synthetic import SHAPES, TEXTURES, Shapes
+from pixmim.data.dataset import ImageSpec
+from pixmim.data.synthetic import SHAPES, TEXTURES, SyntheticShapes
 from pixmim.utils.errors import UserError
 
 
 def test_a_sample_is_a_function_of_seed_and_index() -> None:
-    one, same, other = Shapes(seed=3).sample(7), Shapes(seed=3, count=9).sample(7), Shapes(seed=4).sample(7)
+    one, same, other = (
+        SyntheticShapes(seed=3).sample(7),
+        SyntheticShapes(seed=3, count=9).sample(7),
+        SyntheticShapes(seed=4).sample(7),
+    )
     assert np.array_equal(one.image, same.image) and one.box == same.box
     assert one.image.shape != other.image.shape or not np.array_equal(one.image, other.image)
-    assert Shapes(count=5).sample(10**9).image.dtype == np.uint8  # endless
+    assert SyntheticShapes(count=5).sample(10**9).image.dtype == np.uint8  # endless
 
 
 def test_labels_boxes_and_masks_agree_with_the_drawing() -> None:
-    data = Shapes(count=300, size=48)
+    data = SyntheticShapes(count=300, size=48)
     shapes, textures = data.labels, data.texture_labels
     for i in range(300):
         sample = data.sample(i)
@@ -28,7 +32,7 @@ def test_labels_boxes_and_masks_agree_with_the_drawing() -> None:
 
 
 def test_every_shape_and_texture_occurs_as_often() -> None:
-    data = Shapes(count=20_000)
+    data = SyntheticShapes(count=20_000)
     for labels, names in ((data.labels, SHAPES), (data.texture_labels, TEXTURES)):
         counts = np.bincount(labels, minlength=len(names))
         assert len(counts) == 10 and abs(counts - 2000).max() < 200
@@ -37,7 +41,7 @@ def test_every_shape_and_texture_occurs_as_often() -> None:
 
 
 def test_texture_modes() -> None:
-    match, conflict = Shapes(count=500, texture="match"), Shapes(count=500, texture="conflict")
+    match, conflict = SyntheticShapes(count=500, texture="match"), SyntheticShapes(count=500, texture="conflict")
     assert np.array_equal(match.labels, match.texture_labels)
     assert not (conflict.labels == conflict.texture_labels).any()
     assert len(np.unique(conflict.texture_labels)) == 10
@@ -45,7 +49,7 @@ def test_texture_modes() -> None:
 
 def test_shapes_can_be_told_apart_by_their_masks() -> None:
     """Two samples of one shape overlap, centred and scaled, more than two of different shapes."""
-    data = Shapes(count=400, size=64)
+    data = SyntheticShapes(count=400, size=64)
     masks: dict[int, list[np.ndarray]] = {}
     for i in range(400):
         sample = data.sample(i)
@@ -60,12 +64,14 @@ def test_shapes_can_be_told_apart_by_their_masks() -> None:
 
 
 def test_spec_is_read_and_written_back() -> None:
-    data = Shapes.from_spec("shapes:count=30,seed=5,size=32,texture=conflict")
-    assert data.spec == Shapes(30, 5, 32, "conflict").spec == Shapes.from_spec(data.spec).spec
+    data = SyntheticShapes.from_spec("shapes:count=30,seed=5,size=32,texture=conflict")
+    assert data.spec == SyntheticShapes(30, 5, 32, "conflict").spec == SyntheticShapes.from_spec(data.spec).spec
     assert (data.count, data.seed, data.size, data.texture) == (30, 5, 32, "conflict")
-    assert Shapes.from_spec("shapes:").count == 20_000
-    assert len(Shapes.from_spec("shapes:count=1000000000000")) == 10**12  # labels wait until they are asked for
-    assert Shapes.from_spec("shapes:", Form(1)).image(0).shape[0] == 1
+    assert SyntheticShapes.from_spec("shapes:").count == 20_000
+    assert (
+        len(SyntheticShapes.from_spec("shapes:count=1000000000000")) == 10**12
+    )  # labels wait until they are asked for
+    assert SyntheticShapes.from_spec("shapes:", ImageSpec(1)).image(0).shape[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -79,4 +85,4 @@ def test_spec_is_read_and_written_back() -> None:
 )
 def test_wrong_options_are_named(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Shapes.from_spec(spec)
+        SyntheticShapes.from_spec(spec)

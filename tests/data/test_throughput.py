@@ -10,8 +10,8 @@ from helpers.cli import say
 from pixmim.data import open_dataset
 from pixmim.data import throughput as module
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import Source
-from pixmim.data.synthetic import Shapes
+from pixmim.data.dataset import ImageDataset
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.data.throughput import DECODED, DISK, MEMORY, Report, Throughput, drop_from_page_cache, measure, recommend
 from pixmim.transforms.crops import SimpleResizedCrop
 from pixmim.utils.errors import UserError
@@ -47,7 +47,7 @@ def test_a_target_rate(target_rate: float, words: str) -> None:
     assert re.search(words, advice(PHOTOS, target_rate))
 
 
-def run(source: Source, size: int = 24) -> dict[str, Throughput]:
+def run(source: ImageDataset, size: int = 24) -> dict[str, Throughput]:
     report = measure(source, SimpleResizedCrop(size), (size, size), threads=2, seconds=0.01)
     rows = {row.name: row for row in report.rows}
     assert all(row.rate > 0 for row in report.rows) and rows[report.current.name] is report.current
@@ -66,7 +66,7 @@ def test_a_cache_and_drawings(pictures: Path, tmp_path: Path) -> None:
     for kind, others in (("jpeg", ["raw cache"]), ("raw", [])):
         make_cache(open_dataset(str(pictures)), tmp_path / kind, (24, 24), kind=kind)  # type: ignore[arg-type]
         assert list(run(open_dataset(str(tmp_path / kind)))) == [DISK, MEMORY, *others, DECODED]
-    assert list(run(Shapes(count=30, size=32))) == [MEMORY, "jpeg cache", "raw cache", DECODED]
+    assert list(run(SyntheticShapes(count=30, size=32))) == [MEMORY, "jpeg cache", "raw cache", DECODED]
 
 
 @pytest.mark.parametrize(("memory", "current"), [(10**12, DECODED), (6 * 10**4, MEMORY), (10, DISK)])

@@ -11,14 +11,14 @@ import torch
 from helpers.runs import train
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import Form, Source
+from pixmim.data.dataset import ImageDataset, ImageSpec
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.data.synthetic import SHAPES, Shapes
+from pixmim.data.synthetic import SHAPES, SyntheticShapes
 from pixmim.data.wrappers import ConcatDataset, InMemoryDataset, Subset
-from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
@@ -27,18 +27,20 @@ Make = Callable[..., PretrainConfig]
 def test_every_image_comes_as_often_as_its_weight_says(pictures: Path) -> None:
     data = open_dataset(f"{pictures}*3+shapes:count=4,size=32*2")
     assert isinstance(data, ConcatDataset) and len(data) == 10 * 3 + 4 * 2
-    photos, drawn = open_dataset(str(pictures)), Shapes(count=4, size=32)
-    expected = {photos.locate(i): 3 for i in range(10)} | {drawn.locate(i): 2 for i in range(4)}
-    assert Counter(data.locate(i) for i in range(len(data))) == expected
+    photos, drawn = open_dataset(str(pictures)), SyntheticShapes(count=4, size=32)
+    expected = {photos.path_of(i): 3 for i in range(10)} | {drawn.path_of(i): 2 for i in range(4)}
+    assert Counter(data.path_of(i) for i in range(len(data))) == expected
     for index in (0, 9, 10, 29):
         assert torch.equal(data.image(index), photos.image(index % 10))
     for index in (30, 33, 34, 37):
         assert torch.equal(data.image(index), drawn.image((index - 30) % 4))
 
 
-def crops(data: Source, crop: Crop, count: int, *, batch: int = 4, start: int = 0, threads: int = 2) -> list[bytes]:
+def crops(
+    data: ImageDataset, crop: Crop, count: int, *, batch: int = 4, start: int = 0, threads: int = 2
+) -> list[bytes]:
     """The crops of `count` samples from position `start` on."""
-    skipped = Skipped(None, len(data), 0.0)
+    skipped = BadImageLog(None, len(data), 0.0)
     with Loader(data, crop, BatchShard(batch, start), skipped=skipped, seed=3, threads=threads) as batches:
         images = torch.cat([next(batches).images.clone() for _ in range(count // batch)])
     return [image.numpy().tobytes() for image in images]
@@ -47,7 +49,7 @@ def crops(data: Source, crop: Crop, count: int, *, batch: int = 4, start: int = 
 def test_an_epoch_holds_all_and_the_copies_are_cropped_differently(pictures: Path) -> None:
     spec = f"{pictures}*3+shapes:count=6,size=32"
     data, alone = open_dataset(spec), open_dataset(f"{pictures}+shapes:count=6,size=32")
-    centre = CentreCrop((24, 24))
+    centre = CenterCrop((24, 24))
     expected = {centre.crop(alone.image(i), ()).numpy().tobytes(): 3 if i < 10 else 1 for i in range(16)}
     found = crops(data, centre, 72)
     assert Counter(found[:36]) == Counter(found[36:]) == expected
@@ -67,7 +69,7 @@ def test_classes_are_joined_by_name(pictures: Path, tmp_path: Path) -> None:
     data = open_dataset(f"shapes:count=6*2+{pictures}")
     assert data.labels is not None and data.classes == [*SHAPES, "cats"]
     names = [data.classes[label] for label in data.labels.tolist()]
-    drawn = [SHAPES[label] for label in Shapes(count=6).labels.tolist()]
+    drawn = [SHAPES[label] for label in SyntheticShapes(count=6).labels.tolist()]
     assert names == drawn * 2 + ["cats"] * 5 + ["star"] * 5
     (pictures / "loose.jpg").write_bytes((pictures / "cats" / "0.jpg").read_bytes())
     unlabelled = open_dataset(f"shapes:count=6+{pictures}")
@@ -97,21 +99,21 @@ class Far(InMemoryDataset):
 
     heard: Sequence[int] = ()
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ImageDataset) -> None:
         super().__init__(source)
         self.pieces = np.asarray([3, 2, 1])
 
-    def soon(self, pieces: Sequence[int]) -> None:
+    def prefetch(self, pieces: Sequence[int]) -> None:
         self.heard = list(pieces)
 
 
 def test_parts_that_are_far_keep_their_pieces() -> None:
-    far, near = Far(Shapes(count=6, size=8)), Shapes(count=2500, size=8)
+    far, near = Far(SyntheticShapes(count=6, size=8)), SyntheticShapes(count=2500, size=8)
     assert ConcatDataset("near", [(near, 2)]).pieces is None
     data = ConcatDataset("both", [(near, 1), (far, 2)])
     assert data.pieces is not None
     assert data.pieces.tolist() == [1000, 1000, 500] + [3, 2, 1] * 2 and data.pieces.sum() == len(data)
-    data.soon([4, 0, 8, 3, 7, 6])  # a near one among the far ones' two rounds: 1, 2, 0, 1, 0
+    data.prefetch([4, 0, 8, 3, 7, 6])  # a near one among the far ones' two rounds: 1, 2, 0, 1, 0
     assert far.heard == [1, 2, 0]
 
 
@@ -119,13 +121,13 @@ def test_a_subset_is_a_dataset(pictures: Path) -> None:
     whole = open_dataset(str(pictures))
     part = Subset(whole, [7, 2])
     assert len(part) == 2 and part.labels is not None and part.labels.tolist() == [1, 0]
-    assert part.locate(0) == whole.locate(7) and part.image(1).equal(whole.image(2)) and part.classes == whole.classes
-    assert Subset(Shapes(count=9), [3]).sizes is None and part.fingerprint() != whole.fingerprint()
+    assert part.path_of(0) == whole.path_of(7) and part.image(1).equal(whole.image(2)) and part.classes == whole.classes
+    assert Subset(SyntheticShapes(count=9), [3]).sizes is None and part.fingerprint() != whole.fingerprint()
 
 
 def test_one_part_with_a_weight_and_a_missing_part(pictures: Path) -> None:
     assert len(open_dataset(f"{pictures}*2")) == 20
-    assert open_dataset(f"{pictures}+shapes:count=2", Form(1)).image(0).shape[0] == 1
+    assert open_dataset(f"{pictures}+shapes:count=2", ImageSpec(1)).image(0).shape[0] == 1
     with pytest.raises(UserError, match=r"no folder .*nosuch"):
         open_dataset(f"{pictures}+{pictures.parent}/nosuch")
 

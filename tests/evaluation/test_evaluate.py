@@ -22,16 +22,16 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
 from pixmim.evaluation.classification import check_labelled, majority, rated, tally, wilson_interval
-from pixmim.evaluation.context import Bench, Values
+from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import EVALUATIONS, evaluate, evaluate_many, online_knn
-from pixmim.evaluation.features import Frozen, freeze
-from pixmim.evaluation.frozen_encoder import in_training, of_model
+from pixmim.evaluation.features import FeatureSet, extract_features
+from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import classify, knn
 from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardise
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import EvaluateAllSettings
-from pixmim.report.results import Measured, circumstances, compare
+from pixmim.report.results import ModelResults, circumstances, compare
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
@@ -41,12 +41,12 @@ Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
 
 
-def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: list[str] | None = None) -> Frozen:
+def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: list[str] | None = None) -> FeatureSet:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     centres = torch.eye(8)[:classes] * apart
     mean = torch.randn(n, 8, generator=generator) + centres[labels]
-    return Frozen(mean[:, None].repeat(1, 4, 1), mean, labels, names or [f"class {i}" for i in range(classes)])
+    return FeatureSet(mean[:, None].repeat(1, 4, 1), mean, labels, names or [f"class {i}" for i in range(classes)])
 
 
 def test_knn_against_a_loop() -> None:
@@ -119,7 +119,7 @@ def test_probe_follows_autograd() -> None:
         torch.testing.assert_close(weights[row], torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach())
 
 
-def linear(train: Frozen, test: Frozen, epochs: int) -> dict[str, float]:
+def linear(train: FeatureSet, test: FeatureSet, epochs: int) -> dict[str, float]:
     return dict(evaluate_probe(fit_sweep(train, epochs=epochs), test, test.labels))
 
 
@@ -259,7 +259,7 @@ def test_rows_of_other_settings_have_other_labels() -> None:
         result({"k5/mean/top1": 6.0}, "knn", k=[5]),
         result({"iou/sky": 7.0}, "segmentation"),
     ]
-    found = compare([Measured("run", runs)])
+    found = compare([ModelResults("run", runs)])
     assert [(row.label, row.cells[0].value) for row in found.rows if row.cells[0]] == [
         ("majority (always the largest class)", 9.0),
         ("k-NN (k = 1), mean of patch tokens", 4.0),
@@ -287,9 +287,9 @@ def product(tiny_run: Make, tmp_path: Path) -> Path:
 
 
 def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path) -> None:
-    encoder = of_model(str(product), device="cpu", precision="fp32")
+    encoder = load_frozen_encoder(str(product), device="cpu", precision="fp32")
     data = open_dataset(TEST)
-    one, two = freeze(encoder, data, batch=3), freeze(encoder, data, batch=20)
+    one, two = extract_features(encoder, data, batch=3), extract_features(encoder, data, batch=20)
     torch.testing.assert_close(one.vector, two.vector, atol=1e-5, rtol=0)
     with torch.no_grad(), autocast(encoder.device, "fp32"):
         image = evaluation_crop(encoder.size).crop(data.image(7))[None].float() / 255
@@ -297,7 +297,7 @@ def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path
         tokens = encoder.module.forward_features(image)[0]
     torch.testing.assert_close(two.vector[7, -1], tokens[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(two.mean[7], tokens[1:].mean(dim=0), atol=1e-5, rtol=0)
-    low = freeze(of_model(str(product), device="cpu", precision="bf16"), data)
+    low = extract_features(load_frozen_encoder(str(product), device="cpu", precision="bf16"), data)
     assert F.cosine_similarity(low.mean, one.mean).min() > 0.999
 
 
@@ -320,15 +320,15 @@ def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_r
         online_knn(tiny_run(knn=type(tiny_run().knn)(every=1.0)))
     (product / "encoder/model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read"):
-        of_model(str(product))
+        load_frozen_encoder(str(product))
     (product / "encoder/model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither a checkpoint nor encoder/model\.safetensors"):
-        of_model(str(product))
+        load_frozen_encoder(str(product))
 
 
 def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make) -> None:
     module = build_model(tiny_run()).encoder.train()
-    freeze(in_training(tiny_run(), module, torch.device("cpu"), "fp32"), open_dataset(TEST))
+    extract_features(wrap_live_encoder(tiny_run(), module, torch.device("cpu"), "fp32"), open_dataset(TEST))
     assert module.training
 
 
@@ -405,7 +405,7 @@ def test_several_encoders_evaluate_many(
         shutil.copytree(product, folder)
     calls: list[str] = []
 
-    def run(bench: Bench, _: object) -> Values:
+    def run(bench: EvalContext, _: object) -> Values:
         calls.append(bench.which)
         yield "k1/cls/top1", 1.0
 
@@ -448,4 +448,4 @@ def test_a_few_unreadable_images_are_left_out_and_too_many_end_it(product: Path,
     assert len((product / "evaluations-skipped.csv").read_text().splitlines()) == 61
     with pytest.raises(UserError, match="the share of 25% that an evaluation may leave out: mend or remove them") as e:
         measured("knn", product, str(tmp_path / "few"), str(tmp_path / "many"))
-    assert "--max-bad" not in str(e.value) and "All are listed in" in str(e.value)
+    assert "--max-bad-fraction" not in str(e.value) and "All are listed in" in str(e.value)

@@ -19,24 +19,24 @@ from torchvision.transforms.v2.functional import to_pil_image
 from helpers.interrupt import Stopped
 from pixmim import load_encoder
 from pixmim.build import build_encoder, build_model
-from pixmim.config import Model, ModelConfig, PretrainConfig
+from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.data import open_dataset
 from pixmim.data.loader import Batch
 from pixmim.evaluation import finetune
 from pixmim.evaluation import linear_probe_mae as probe
 from pixmim.evaluation import settings_finetune as settings
-from pixmim.evaluation.classification import grade, open_labelled
-from pixmim.evaluation.context import Bench
+from pixmim.evaluation.classification import evaluate_classifier, open_labelled
+from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.evaluate import evaluate
-from pixmim.evaluation.finetune.model import build, inherit, plan
-from pixmim.evaluation.finetune.recipes import TUNINGS, Recipe, choose, resolve
-from pixmim.evaluation.frozen_encoder import of_model
+from pixmim.evaluation.finetune.model import build, classifier_config, load_encoder_weights
+from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES, Recipe, apply_overrides, choose
+from pixmim.evaluation.frozen_encoder import load_frozen_encoder
 from pixmim.evaluation.results import Result
 from pixmim.evaluation.settings import FinetuneOverrides, FinetuneSettings, LinearSettings
 from pixmim.recipes import get_recipe
 from pixmim.training import trainer
-from pixmim.transforms.crops import finish
+from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 
@@ -45,10 +45,10 @@ TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=40,size=32,seed=1"
 SHORT = FinetuneOverrides(epochs=1, batch_size=20, base_lr=0.01)
 
 METHODS = {
-    "mae": Model(backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2),
-    "convmae": Model("convmae", "convmae_tiny", 16, 1, 2),
-    "simmim-vit": Model("simmim", "beit_base_patch16_224"),
-    "simmim-swin": Model("simmim", "swin_tiny_patch4_window7_224"),
+    "mae": ArchitectureConfig(backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2),
+    "convmae": ArchitectureConfig("convmae", "convmae_tiny", 16, 1, 2),
+    "simmim-vit": ArchitectureConfig("simmim", "beit_base_patch16_224"),
+    "simmim-swin": ArchitectureConfig("simmim", "swin_tiny_patch4_window7_224"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "mae": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
@@ -79,8 +79,8 @@ def measured(folder: Path, settings: FinetuneSettings | LinearSettings, **option
     return result
 
 
-def bench_of(folder: Path) -> Bench:
-    return Bench(of_model(str(folder), device="cpu", precision="fp32"), folder)
+def bench_of(folder: Path) -> EvalContext:
+    return EvalContext(load_frozen_encoder(str(folder), device="cpu", precision="fp32"), folder)
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -97,7 +97,7 @@ def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> N
     bench = bench_of(folder)
     again = load_encoder(folder / "classifier/model.safetensors")
     data = open_labelled(bench, TRAIN, TEST)
-    assert dict(grade(bench, data, bench.encoder, (32, 32), again)) == pytest.approx(result.values)
+    assert dict(evaluate_classifier(bench, data, bench.encoder, (32, 32), again)) == pytest.approx(result.values)
 
 
 def test_a_classifier_is_replaced_only_when_told(
@@ -192,7 +192,12 @@ def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_p
 @pytest.mark.parametrize(
     ("settings", "after"),
     [
-        (FinetuneSettings(TRAIN, TEST, accumulate=2, changes=replace(SHORT, epochs=3, average=0.9, drop_path=0.3)), 4),
+        (
+            FinetuneSettings(
+                TRAIN, TEST, accumulation_steps=2, changes=replace(SHORT, epochs=3, average=0.9, drop_path=0.3)
+            ),
+            4,
+        ),
         (FinetuneSettings(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, epochs=3)), 4),
         (LinearSettings(TRAIN, TEST, protocol="mae", epochs=3, batch_size=20), 4),
     ],
@@ -220,17 +225,17 @@ def test_interrupted_and_gone_on_is_bitwise_the_same(
 def test_the_loss_by_hand(product: Callable[[str], Path]) -> None:
     """Without mixing, the loss is cross-entropy with smoothed labels; with it, it is pure in (seed, number)."""
     bench = bench_of(product("mae"))
-    settings = FinetuneSettings(TRAIN, TEST, accumulate=1)
+    settings = FinetuneSettings(TRAIN, TEST, accumulation_steps=1)
     data = open_labelled(bench, TRAIN, TEST)
-    plain = replace(TUNINGS["mae-vit-base"], mixup=0, cutmix=0, erase=0, batch_size=8, drop_path=0)
-    model = build(plan(bench.encoder.run, bench.encoder.module, 10, "mean", ""), 0.0, 0.02, seed=0)
+    plain = replace(FINETUNE_RECIPES["mae-vit-base"], mixup=0, cutmix=0, erase=0, batch_size=8, drop_path=0)
+    model = build(classifier_config(bench.encoder.run, bench.encoder.module, 10, "mean", ""), 0.0, 0.02, seed=0)
 
     def loss(batch: Batch, number: int, recipe: Recipe = plain) -> torch.Tensor:
         return finetune.compute_loss(model, batch, number, bench.encoder, recipe, data, settings.seed)
 
     with finetune.open_loader(bench, settings, plain, data.train, (32, 32), 2) as loader:
         batch = next(loader)
-        x = finish(batch.images, batch.flip, bench.encoder.mean, bench.encoder.std)
+        x = flip_and_normalize(batch.images, batch.flip, bench.encoder.mean, bench.encoder.std)
         labels = torch.from_numpy(data.train.labels)[batch.indices]  # type: ignore[arg-type]
         expected = F.cross_entropy(model(x), labels, label_smoothing=0.1)
         torch.testing.assert_close(loss(batch, 2), expected)
@@ -263,10 +268,10 @@ def test_the_average_follows_the_weights() -> None:
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_classifier_begins_as_the_encoder(product: Callable[[str], Path], method: str) -> None:
-    encoder = of_model(str(product(method)), device="cpu", precision="fp32")
-    run = plan(encoder.run, encoder.module, 10, "mean", "")
+    encoder = load_frozen_encoder(str(product(method)), device="cpu", precision="fp32")
+    run = classifier_config(encoder.run, encoder.module, 10, "mean", "")
     classifier = build(run, 0.1, 2e-5, seed=0)
-    assert inherit(classifier, run, encoder.module, encoder.run) == []
+    assert load_encoder_weights(classifier, run, encoder.module, encoder.run) == []
     theirs, mine = encoder.module.state_dict(), classifier.state_dict()
     new = {name for name in mine if name not in theirs}
     tables = {name for name in new if "relative_position_bias_table" in name}
@@ -284,10 +289,10 @@ def test_a_classifier_begins_as_the_encoder(product: Callable[[str], Path], meth
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_another_size(product: Callable[[str], Path], method: str) -> None:
-    encoder = of_model(str(product(method)), device="cpu", precision="fp32")
-    run = plan(encoder.run, encoder.module, 10, "mean", "64")
+    encoder = load_frozen_encoder(str(product(method)), device="cpu", precision="fp32")
+    run = classifier_config(encoder.run, encoder.module, 10, "mean", "64")
     classifier = build(run, 0.0, 2e-5, seed=0)
-    lines = inherit(classifier, run, encoder.module, encoder.run)
+    lines = load_encoder_weights(classifier, run, encoder.module, encoder.run)
     assert any("refitted" in line for line in lines)
     assert classifier(torch.randn(1, 3, 64, 64)).shape == (1, 10)
     if method == "simmim-swin":
@@ -295,13 +300,13 @@ def test_another_size(product: Callable[[str], Path], method: str) -> None:
 
 
 def test_what_the_class_token_needs(product: Callable[[str], Path]) -> None:
-    vit, swin = (of_model(str(product(m)), device="cpu") for m in ("mae", "simmim-swin"))
-    run = plan(vit.run, vit.module, 10, "cls", "")
+    vit, swin = (load_frozen_encoder(str(product(m)), device="cpu") for m in ("mae", "simmim-swin"))
+    run = classifier_config(vit.run, vit.module, 10, "cls", "")
     classifier = build(run, 0.0, 2e-5, seed=0)
-    inherit(classifier, run, vit.module, vit.run)
+    load_encoder_weights(classifier, run, vit.module, vit.run)
     assert torch.equal(classifier.norm.weight, vit.module.norm.weight)  # type: ignore[union-attr, arg-type]
     with pytest.raises(UserError, match="no class token"):
-        plan(swin.run, swin.module, 10, "cls", "")
+        classifier_config(swin.run, swin.module, 10, "cls", "")
 
 
 def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], Path]) -> None:
@@ -310,7 +315,7 @@ def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], P
         measured(
             folder, FinetuneSettings(TRAIN, TEST, from_scratch=True, changes=replace(SHORT, crop=crop)), overwrite=True
         )
-        for crop in ("rrc", "src")
+        for crop in ("random-resized", "simple-resized")
     ]
     assert found[0].values != found[1].values
     assert (folder / "classifier-from-scratch/model.safetensors").exists() and not (
@@ -319,22 +324,22 @@ def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], P
 
 
 def test_overrides_replace_the_values_of_a_recipe() -> None:
-    assert all(value is not None for recipe in TUNINGS.values() for value in vars(recipe).values())
-    assert all(name in Path(settings.__file__).read_text() for name in TUNINGS)  # the help of --recipe
-    changed = resolve(TUNINGS["mae-vit-base"], FinetuneOverrides(epochs=3, clip=1.0))
+    assert all(value is not None for recipe in FINETUNE_RECIPES.values() for value in vars(recipe).values())
+    assert all(name in Path(settings.__file__).read_text() for name in FINETUNE_RECIPES)  # the help of --recipe
+    changed = apply_overrides(FINETUNE_RECIPES["mae-vit-base"], FinetuneOverrides(epochs=3, clip=1.0))
     assert (changed.epochs, changed.clip, changed.layer_decay) == (3, 1.0, 0.65)
     with pytest.raises(UserError, match=r"--layer-decay must be a number from 0.001 to 1, not 2"):
         FinetuneOverrides(layer_decay=2)
     with pytest.raises(UserError, match="with --loss bce give --smoothing 0"):
-        resolve(changed, FinetuneOverrides(loss="bce"))
+        apply_overrides(changed, FinetuneOverrides(loss="bce"))
     with pytest.raises(UserError, match="--scale is two shares"):
-        resolve(changed, FinetuneOverrides(scale=(1.0, 0.5)))
+        apply_overrides(changed, FinetuneOverrides(scale=(1.0, 0.5)))
 
 
 def test_published_numbers() -> None:
-    peak = {name: r.base_lr * r.batch_size / 256 for name, r in TUNINGS.items()}
+    peak = {name: r.base_lr * r.batch_size / 256 for name, r in FINETUNE_RECIPES.items()}
     assert peak["mae-vit-base"] == 2e-3 and peak["simmim-vit-base"] == 5e-3 and peak["deit3-vit-base"] == 3e-3
-    table = {name: (r.epochs, r.warmup, r.layer_decay, r.drop_path, r.clip) for name, r in TUNINGS.items()}
+    table = {name: (r.epochs, r.warmup, r.layer_decay, r.drop_path, r.clip) for name, r in FINETUNE_RECIPES.items()}
     assert table == {
         "mae-vit-base": (100, 5, 0.65, 0.1, 0),
         "mae-vit-large": (50, 5, 0.75, 0.2, 0),
@@ -346,7 +351,7 @@ def test_published_numbers() -> None:
         "simmim-vit-base": (100, 20, 0.65, 0.1, 5),
         "deit3-vit-base": (800, 5, 1, 0.2, 1),
     }
-    assert {r.weight_decay for r in TUNINGS.values()} == {0.05}
+    assert {r.weight_decay for r in FINETUNE_RECIPES.values()} == {0.05}
 
 
 @pytest.mark.parametrize(
@@ -399,8 +404,8 @@ def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -
         run(less, less)
     with pytest.raises(UserError, match="has no labels"):
         run(pictures / "cats", pictures)
-    with pytest.raises(UserError, match="does not divide into --accumulate 3 equal parts"):
-        run(pictures, pictures, accumulate=3)
+    with pytest.raises(UserError, match="does not divide into --accumulation-steps 3 equal parts"):
+        run(pictures, pictures, accumulation_steps=3)
     with pytest.raises(UserError, match="does not divide into"):
         run(pictures, pictures, size="36")
     measured(
@@ -420,4 +425,4 @@ def test_the_probe_sees_the_final_norm_of_the_frozen_encoder(product: Callable[[
         assert not feature.requires_grad
     assert probe._parts(16384) == (512, 32) and probe._parts(300) == (300, 1) and probe._parts(1500) == (512, 2)
     with pytest.raises(UserError, match="no class token"):
-        probe._kind(of_model(str(product("convmae")), device="cpu").module, "cls")
+        probe._kind(load_frozen_encoder(str(product("convmae")), device="cpu").module, "cls")

@@ -19,7 +19,7 @@ from pixmim.evaluation.object_coverage import (
     sampled_coverage,
     window_cover,
 )
-from pixmim.transforms.crops import CentreCrop, RandomResizedCrop, SimpleResizedCrop
+from pixmim.transforms.crops import CenterCrop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
 
 BOXES = [
@@ -73,8 +73,8 @@ def test_src_against_all_its_crops_and_without_what_is_mirrored() -> None:
             kept.append((40 - abs(top)) * (min(60, left + 40) - max(0, left)) / (40 * 60))
     assert expected_coverage(whole, crop) == pytest.approx(np.mean(kept), abs=1e-12)
     square = ImageObject("a", (40, 40), (0.0, 0.0, 40.0, 40.0))
-    assert expected_coverage(square, CentreCrop(40)) == 1 and expected_coverage(square, crop) < 1
-    assert expected_coverage(ImageObject("a", (40, 80), (0.0, 0.0, 80.0, 40.0)), CentreCrop(40)) == pytest.approx(0.5)
+    assert expected_coverage(square, CenterCrop(40)) == 1 and expected_coverage(square, crop) < 1
+    assert expected_coverage(ImageObject("a", (40, 80), (0.0, 0.0, 80.0, 40.0)), CenterCrop(40)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", crops((32, 32)))

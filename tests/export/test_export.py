@@ -18,11 +18,11 @@ from helpers.cli import say
 from helpers.models import old_swin_layout
 from pixmim import load_encoder, load_model, patchify
 from pixmim.build import build_model
-from pixmim.config import Knn as Watched
-from pixmim.config import Model, PretrainConfig
+from pixmim.config import ArchitectureConfig, PretrainConfig
+from pixmim.config import OnlineKnnConfig as Watched
 from pixmim.config_io import load_config, to_json
 from pixmim.evaluation.evaluate import evaluate
-from pixmim.evaluation.frozen_encoder import of_model
+from pixmim.evaluation.frozen_encoder import load_frozen_encoder
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import KnnSettings
 from pixmim.export import FORMATS, export_model
@@ -32,7 +32,7 @@ from pixmim.models.base import MaskedModel
 from pixmim.report import write_report
 from pixmim.utils.errors import UserError
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import adopt, open_model
+from pixmim.weights.load import import_weights, resolve_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -40,14 +40,15 @@ Make = Callable[..., PretrainConfig]
 DRAWN = "shapes:count=20,size=48"
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 THIN: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+NARROW, STAGES = {**SMALL, "patch_size": 8}, {"embed_dim": [8, 16, 24], "num_heads": 2}
 MODELS = {
-    "mae": (Model("mae", "vit_tiny_patch16_224", **THIN, options={**SMALL, "patch_size": 8}), "32"),
-    "mae-oblong": (Model("mae", "vit_tiny_patch16_224", **THIN, options={**SMALL, "patch_size": 8}), "32x64"),
-    "convmae": (Model("convmae", "convmae_tiny", **THIN, options={"embed_dim": [8, 16, 24], "num_heads": 2}), "32"),
-    "simmim-vit": (Model("simmim", "vit_tiny_patch16_224", options={**SMALL, "patch_size": 8}), "32"),
-    "simmim-beit": (Model("simmim", "beit_base_patch16_224", options={**SMALL, "patch_size": 8}), "32"),
+    "mae": (ArchitectureConfig("mae", "vit_tiny_patch16_224", **THIN, options=NARROW), "32"),
+    "mae-oblong": (ArchitectureConfig("mae", "vit_tiny_patch16_224", **THIN, options=NARROW), "32x64"),
+    "convmae": (ArchitectureConfig("convmae", "convmae_tiny", **THIN, options=STAGES), "32"),
+    "simmim-vit": (ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=NARROW), "32"),
+    "simmim-beit": (ArchitectureConfig("simmim", "beit_base_patch16_224", options=NARROW), "32"),
     "simmim-swin": (
-        Model(
+        ArchitectureConfig(
             "simmim", "swin_tiny_patch4_window7_224",
             options={"embed_dim": 12, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
         ),
@@ -66,7 +67,7 @@ def made(tiny_run: Make, tmp_path: Path) -> Callable[[str], tuple[str, MaskedMod
         module = build_model(run).eval()
         for parameter in module.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-        adopt(Weights(run, dict(module.state_dict()), "a test"), tmp_path / name)
+        import_weights(Weights(run, dict(module.state_dict()), "a test"), tmp_path / name)
         return str(tmp_path / name), module
 
     return make
@@ -108,13 +109,13 @@ def test_timm_knows_all_of_a_product_with_nothing_to_repeat(
     mean, std = (tuple(a + 0.01 * i for i in range(channels)) for a in (0.3, 0.2))
     run = tiny_run(model=model, size=size, channels=channels, mean=mean, std=std)
     module = build_model(run).eval()
-    adopt(Weights(run, dict(module.state_dict()), "a test"), tmp_path / "run")
+    import_weights(Weights(run, dict(module.state_dict()), "a test"), tmp_path / "run")
     theirs = timm.create_model(f"local-dir:{tmp_path}/run/encoder", pretrained=True).eval()
     said = timm.data.resolve_model_data_config(theirs)
-    assert tuple(said["input_size"]) == (channels, *run.hw)
+    assert tuple(said["input_size"]) == (channels, *run.image_size)
     pixels = torch.rand(2, *said["input_size"])
     a = (pixels - torch.tensor(said["mean"]).view(-1, 1, 1)) / torch.tensor(said["std"]).view(-1, 1, 1)
-    encoder = of_model(str(tmp_path / "run"), device="cpu", precision="fp32")
+    encoder = load_frozen_encoder(str(tmp_path / "run"), device="cpu", precision="fp32")
     b = (pixels - encoder.mean.view(-1, 1, 1)) / encoder.std.view(-1, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(theirs.forward_features(a), encoder.module.forward_features(b))  # type: ignore[operator]
@@ -133,12 +134,15 @@ def test_every_export_comes_back_as_it_was(name: str, to: str, tiny_run: Make, t
     model, size = MODELS[name]
     run = tiny_run(model=model, size=size, mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.5))
     module = build_model(run).eval()
-    adopt(Weights(run, dict(module.state_dict()), "a test"), tmp_path / "run")
+    import_weights(Weights(run, dict(module.state_dict()), "a test"), tmp_path / "run")
     export_model(str(tmp_path / "run"), to, tmp_path / "out")
     if to == "timm":
         save_file(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "model.safetensors")
-    weights = open_model(str(tmp_path / "out"))
-    assert (weights.run.hw, weights.run.statistics) == (run.hw, run.statistics) and not weights.notes
+    weights = resolve_model(str(tmp_path / "out"))
+    assert (weights.run.image_size, weights.run.normalization) == (
+        run.image_size,
+        run.normalization,
+    ) and not weights.notes
     images = pictures_for(name)
     with torch.no_grad():
         ours = module.encoder.forward_features(images)  # type: ignore[operator]
@@ -222,7 +226,7 @@ def test_what_the_other_side_does_not_have_is_refused_with_the_reason(
     with pytest.raises(UserError, match="is there already"):
         export_model(mae, "timm", tmp_path / "full")
     run = tiny_run(model=replace(MODELS["simmim-vit"][0], head="mlp"))
-    adopt(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "mlp")
+    import_weights(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "mlp")
     with pytest.raises(UserError, match="one convolution, and this one is an MLP"):
         export_model(str(tmp_path / "mlp"), "hf", tmp_path / "out")
     with pytest.raises(UserError, match="there is no /no/such"):
@@ -234,8 +238,8 @@ def test_a_run_without_its_checkpoints_still_hands_over_its_encoder(made: Made, 
     (Path(folder) / "model.safetensors").unlink()
     lines = export_model(folder, "hf", tmp_path / "out")
     assert "ViTModel" in lines[1]
-    assert open_model(folder).run == PretrainConfig(**vars(open_model(folder).run))
-    assert (Path(folder) / "config.json").read_text() == to_json(open_model(folder).run)
+    assert resolve_model(folder).run == PretrainConfig(**vars(resolve_model(folder).run))
+    assert (Path(folder) / "config.json").read_text() == to_json(resolve_model(folder).run)
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -248,7 +252,7 @@ def test_no_export_names_anything_of_this_machine(to: str, made: Made, tmp_path:
     run = replace(load_config(config)[0], data=f"{tmp_path}/pictures", out=folder, init=f"{tmp_path}/weights.pth")
     config.write_text(to_json(replace(run, knn=Watched(f"{tmp_path}/train", f"{tmp_path}/test", 1.0))))
     export_model(folder, to, tmp_path / "out")
-    adopt(open_model(folder, whole=True), tmp_path / "imported")
+    import_weights(resolve_model(folder, whole=True), tmp_path / "imported")
     words = [str(tmp_path), tmp_path.name, str(Path.home()), str(Path(__file__).parents[2]), "site-packages", ".py"]
     files = [path for root in ("out", "imported") for path in (tmp_path / root).rglob("*") if path.is_file()]
     assert len(files) >= 4
@@ -263,10 +267,12 @@ def test_a_full_disk_leaves_nothing(to: str, made: Made, tmp_path: Path, monkeyp
     if to == "onnx":
         pytest.importorskip("onnxruntime")
     folder, _ = made("mae")
-    weights, real, done = open_model(folder, whole=True), os.fsync, 0
+    weights, real, done = resolve_model(folder, whole=True), os.fsync, 0
 
     def write() -> object:
-        return adopt(weights, tmp_path / "out") if to == "import" else export_model(folder, to, tmp_path / "out")
+        return (
+            import_weights(weights, tmp_path / "out") if to == "import" else export_model(folder, to, tmp_path / "out")
+        )
 
     def full(descriptor: int) -> None:
         nonlocal left
@@ -310,14 +316,14 @@ def test_a_link_in_the_place_of_a_temporary_folder_is_not_followed(made: Made, t
     (tmp_path / "precious" / "thesis.txt").write_text("x")
     (tmp_path / "out.tmp").symlink_to(tmp_path / "precious")
     export_model(folder, "timm", tmp_path / "out")
-    adopt(open_model(folder, whole=True), tmp_path / "imported")
+    import_weights(resolve_model(folder, whole=True), tmp_path / "imported")
     assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
     for name in ("dangling", "filled"):
         (tmp_path / name).symlink_to(tmp_path / ("nowhere" if name == "dangling" else "precious"))
         with pytest.raises(UserError, match="is there already"):
             export_model(folder, "timm", tmp_path / name)
         with pytest.raises(UserError, match="is there already"):
-            adopt(open_model(folder, whole=True), tmp_path / name)
+            import_weights(resolve_model(folder, whole=True), tmp_path / name)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -325,15 +331,15 @@ def test_an_empty_folder_may_be_imported_into_and_another_one_not(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = made("mae")
-    weights = open_model(folder, whole=True)
+    weights = resolve_model(folder, whole=True)
     (tmp_path / "empty").mkdir()
-    adopt(weights, tmp_path / "empty")
-    assert open_model(str(tmp_path / "empty")).run == weights.run
+    import_weights(weights, tmp_path / "empty")
+    assert resolve_model(str(tmp_path / "empty")).run == weights.run
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in (".", "..", "/", tmp_path / "empty" / "config.json"):
         with pytest.raises(UserError, match=r"is there already|holds a run"):
-            adopt(weights, Path(name))
+            import_weights(weights, Path(name))
 
 
 def test_a_folder_is_pushed_and_a_failure_leaves_it_written(

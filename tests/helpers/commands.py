@@ -11,7 +11,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from pixmim import cli
-from pixmim.training.checkpoint import Checkpoints
+from pixmim.training.checkpoint import CheckpointManager
 
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(["pixmim.pretrain", "pixmim.evaluation.evaluate", "pixmim.report", "pixmim.cli.pretrain"])
@@ -77,7 +77,7 @@ class Pretraining(Started):
     """`pixmim pretrain` with these flags, into the folder `out`."""
 
     def __init__(self, out: Path, *flags: object, ranks: int = 1, limit: int = 0):
-        self.out, self.checkpoints = out, Checkpoints(out / "checkpoints")
+        self.out, self.checkpoints = out, CheckpointManager(out / "checkpoints")
         output = out.with_name(f"{out.name}-{time.monotonic_ns()}.txt")
         super().__init__(output, _command, "pretrain", *map(str, flags), ranks=ranks, limit=limit)
 

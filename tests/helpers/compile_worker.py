@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixmim import BlockMask, ColourBins, LowFrequency, Objective, RandomMask, UnitMask, create_model, low_pass
-from pixmim.masking import Masker
-from pixmim.training.parallelize import blocks
+from pixmim import (
+    BeitBlockMask,
+    BlockwiseRandomMask,
+    ColorBins,
+    LowFrequency,
+    RandomMask,
+    ReconstructionLoss,
+    create_model,
+    low_pass,
+)
+from pixmim.masking import MaskGenerator
+from pixmim.training.parallelize import transformer_blocks
 from pixmim.training.precision import autocast, choose_attention
 
 CPU = torch.device("cpu")
@@ -22,17 +31,26 @@ BINS = {"decoder_stride": 2, "predict_patch": 16, "outputs": 4}
 CONVMAE = {"embed_dim": (8, 8, 16), "depth": (1, 1, 1), "num_heads": 2}
 SWIN = {"window_size": 4, "embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2)}
 
-NORMALISED, ABSOLUTE = Objective(LowFrequency("auto")), Objective(LowFrequency("auto", "released"), False, "l1")
-COLOURS = Objective(ColourBins(4, LowFrequency("auto")), False, "cross_entropy")
+NORMALISED, ABSOLUTE = (
+    ReconstructionLoss(LowFrequency("auto")),
+    ReconstructionLoss(LowFrequency("auto", "paper-code"), False, "l1"),
+)
+COLOURS = ReconstructionLoss(ColorBins(4, LowFrequency("auto")), False, "cross_entropy")
 
-CASES: dict[str, tuple[str, str, dict[str, Any], Masker, Objective]] = {
+CASES: dict[str, tuple[str, str, dict[str, Any], MaskGenerator, ReconstructionLoss]] = {
     "MAE": ("mae", "vit_tiny_patch16_224", VIT | THIN, RandomMask(), NORMALISED),
     "MAE of colours": ("mae", "vit_tiny_patch16_224", VIT | THIN | BINS, RandomMask(), COLOURS),
-    "LSMAE": ("lsmae", "vit_tiny_patch16_224", VIT | THIN, UnitMask(0.75, 2), NORMALISED),
+    "LSMAE": ("lsmae", "vit_tiny_patch16_224", VIT | THIN, BlockwiseRandomMask(0.75, 2), NORMALISED),
     "ConvMAE": ("convmae", "convmae_tiny", CONVMAE | THIN, RandomMask(), NORMALISED),
-    "SimMIM on ViT": ("simmim", "vit_tiny_patch16_224", VIT, UnitMask(0.6, 2, whole=True), ABSOLUTE),
-    "SimMIM on Beit": ("simmim", "beit_base_patch16_224", VIT, BlockMask(0.4), ABSOLUTE),
-    "SimMIM on Swin": ("simmim", "swin_tiny_patch4_window7_224", SWIN, UnitMask(0.6, 8, whole=True), ABSOLUTE),
+    "SimMIM on ViT": ("simmim", "vit_tiny_patch16_224", VIT, BlockwiseRandomMask(0.6, 2, whole=True), ABSOLUTE),
+    "SimMIM on Beit": ("simmim", "beit_base_patch16_224", VIT, BeitBlockMask(0.4), ABSOLUTE),
+    "SimMIM on Swin": (
+        "simmim",
+        "swin_tiny_patch4_window7_224",
+        SWIN,
+        BlockwiseRandomMask(0.6, 8, whole=True),
+        ABSOLUTE,
+    ),
 }
 
 
@@ -45,7 +63,9 @@ def main() -> None:
         print(f"{name}: the whole step, and its blocks one by one", flush=True)
 
 
-def check(method: str, backbone: str, options: dict[str, Any], masker: Masker, objective: Objective) -> None:
+def check(
+    method: str, backbone: str, options: dict[str, Any], masker: MaskGenerator, objective: ReconstructionLoss
+) -> None:
     model = create_model(method, backbone, img_size=64, **options)
     choose_attention(model, CPU, "bf16")
     images, mask = torch.randn(2, 3, 64, 64), masker(2, (64 // model.patch, 64 // model.patch))
@@ -65,7 +85,7 @@ def check(method: str, backbone: str, options: dict[str, Any], masker: Masker, o
 
     expected = outcome(loss)
     torch.testing.assert_close(outcome(torch.compile(loss, fullgraph=True, backend="aot_eager")), expected)
-    for block in blocks(model):
+    for block in transformer_blocks(model):
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(outcome(loss), expected)
 

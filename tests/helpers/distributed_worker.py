@@ -18,33 +18,33 @@ from torch import Tensor
 import pixmim.pretraining
 from pixmim.config import PretrainConfig
 from pixmim.config_io import from_dict
-from pixmim.training.distributed import World, open_world
-from pixmim.transforms.crops import finish
+from pixmim.training.distributed import Distributed, init_distributed
+from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.process import leave
 
 
 def main(jobs: str) -> None:
-    with open_world("cpu", timeout=60) as world:
+    with init_distributed("cpu", timeout=60) as world:
         for job in json.loads(Path(jobs).read_text()):
             run, out, goes_on = from_dict(PretrainConfig, job["run"], jobs), Path(job["out"]), job["goes_on"]
-            if goes_on and world.first:
+            if goes_on and world.is_main:
                 shutil.copytree(goes_on, out / "checkpoints" / Path(goes_on).name)
                 shutil.copy(Path(goes_on).parents[1] / "config.json", out)
             world.gather(None)
-            pixmim.pretraining.finish = poison(world, job["poisoned"], max(1, run.accumulate))  # type: ignore[attr-defined]
-            pixmim.pretraining.pretrain(run, out, console=Console(quiet=not world.first), report=False, world=world)
+            pixmim.pretraining.finish = poison(world, job["poisoned"], max(1, run.accumulation_steps))  # type: ignore[attr-defined]
+            pixmim.pretraining.pretrain(run, out, console=Console(quiet=not world.is_main), report=False, world=world)
     leave(0)
 
 
-def poison(world: World, update: int | None, accumulate: int) -> object:
-    """`finish`, whose images are not finite once on one process."""
+def poison(world: Distributed, update: int | None, accumulation_steps: int) -> object:
+    """`flip_and_normalize`, whose images are not finite once on one process."""
     calls = -1
 
     def spoiled(*given: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        images = finish(*given)
-        spoil = update is not None and calls == update * accumulate and world.rank == world.size - 1
+        images = flip_and_normalize(*given)
+        spoil = update is not None and calls == update * accumulation_steps and world.rank == world.size - 1
         return images * float("nan") if spoil else images
 
     return spoiled

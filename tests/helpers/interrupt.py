@@ -3,10 +3,10 @@
 from contextlib import nullcontext
 from typing import Any
 
-from pixmim.training.preemption import Interrupts
+from pixmim.training.preemption import PreemptionHandler
 
 
-class Stopped(Interrupts):
+class Stopped(PreemptionHandler):
     """Ctrl-C after some updates."""
 
     after = 0
@@ -19,7 +19,7 @@ class Stopped(Interrupts):
         pass
 
     @property
-    def asked(self) -> bool:  # type: ignore[override]
+    def requested(self) -> bool:  # type: ignore[override]
         self.asked_for += 1
         return self.asked_for > Stopped.after  # asked once an update
 

@@ -4,17 +4,17 @@ from typing import Any
 
 import timm
 
-from pixmim.config import Model
+from pixmim.config import ArchitectureConfig
 
 SMALL: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 THIN: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
-MAE = Model("mae", "vit_tiny_patch16_224", **THIN, options=SMALL)
+MAE = ArchitectureConfig("mae", "vit_tiny_patch16_224", **THIN, options=SMALL)
 OTHERS = {
-    "convmae": (Model("convmae", "convmae_tiny", **THIN, options={"depth": [1, 1, 1]}), 32),
-    "vit": (Model("simmim", "vit_tiny_patch16_224", options=SMALL), 32),
-    "beit": (Model("simmim", "beit_base_patch16_224", options=SMALL), 32),
+    "convmae": (ArchitectureConfig("convmae", "convmae_tiny", **THIN, options={"depth": [1, 1, 1]}), 32),
+    "vit": (ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=SMALL), 32),
+    "beit": (ArchitectureConfig("simmim", "beit_base_patch16_224", options=SMALL), 32),
     "swin": (
-        Model(
+        ArchitectureConfig(
             "simmim",
             "swin_tiny_patch4_window7_224",
             options={"embed_dim": 24, "window_size": 4, "depths": [1, 1, 1, 1]},

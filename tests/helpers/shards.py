@@ -41,4 +41,4 @@ def colours(data: Any) -> list[int]:
 
 
 def keys(data: Any) -> list[str]:
-    return [data.locate(i).rsplit(":", 1)[1] for i in range(len(data))]
+    return [data.path_of(i).rsplit(":", 1)[1] for i in range(len(data))]

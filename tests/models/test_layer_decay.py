@@ -8,7 +8,7 @@ from torch import nn
 
 from pixmim.models import create_encoder
 from pixmim.models.layer_decay import layer_ids
-from pixmim.training.optim import layer_groups
+from pixmim.training.optim import layer_decay_param_groups
 from pixmim.utils.errors import UserError
 
 
@@ -75,7 +75,7 @@ def test_simmims_vit() -> None:
 
 def test_scales_of_published_vit_base() -> None:
     model = vit()
-    groups = layer_groups(model, layer_ids(model), 0.65, 0.05)
+    groups = layer_decay_param_groups(model, layer_ids(model), 0.65, 0.05)
     scale = {id(p): group["scale"] for group in groups for p in group["params"]}
     named = dict(model.named_parameters())
     assert scale[id(named["pos_embed"])] == pytest.approx(0.003697, abs=1e-6)
@@ -88,7 +88,7 @@ def test_groups_are_timms_for_a_vit_that_averages() -> None:
     model = vit()
     theirs = param_groups_layer_decay(model, 0.05, no_weight_decay_list=["pos_embed", "cls_token"], layer_decay=0.75)
     expected = {id(p): (g["lr_scale"], g["weight_decay"]) for g in theirs for p in g["params"]}
-    mine = layer_groups(model, layer_ids(model), 0.75, 0.05)
+    mine = layer_decay_param_groups(model, layer_ids(model), 0.75, 0.05)
     found = {id(p): (g["scale"], g["weight_decay"]) for g in mine for p in g["params"]}
     assert found.keys() == expected.keys()
     for name, p in model.named_parameters():
@@ -97,7 +97,7 @@ def test_groups_are_timms_for_a_vit_that_averages() -> None:
 
 def test_what_is_not_decayed() -> None:
     model = swin()
-    groups = layer_groups(model, layer_ids(model), 0.9, 0.05, ("relative_position_bias_table",))
+    groups = layer_decay_param_groups(model, layer_ids(model), 0.9, 0.05, ("relative_position_bias_table",))
     plain = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in plain) == (name.endswith("bias") or "norm" in name or "relative_position" in name), name
@@ -106,6 +106,6 @@ def test_what_is_not_decayed() -> None:
 def test_fixed_parameters_are_left_out() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, global_pool="avg")
     model.pos_embed.requires_grad_(False)
-    groups = layer_groups(model, layer_ids(model), 0.5, 0.1)
+    groups = layer_decay_param_groups(model, layer_ids(model), 0.5, 0.1)
     assert not any(p is model.pos_embed for group in groups for p in group["params"])
     assert [group["scale"] for group in groups][-1] == 1 and torch.is_tensor(groups[0]["params"][0])

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor
 
-from pixmim import Objective, Pixels, RandomMask, create_model
+from pixmim import Pixels, RandomMask, ReconstructionLoss, create_model
 from pixmim.masking import Mask
 from pixmim.models import features
 from pixmim.models.mae import MAE, Decoder
@@ -141,7 +141,7 @@ def test_initial_loss_on_noise_is_the_official_models() -> None:
     model = create_model("mae", "vit_tiny_patch16_224", decoder_depth=1, depth=1)
     images, mask = torch.randn(2, 3, 224, 224), RandomMask()(2, 196)
     with torch.no_grad():
-        loss = Objective(Pixels())(model(images, mask), images, mask).loss
+        loss = ReconstructionLoss(Pixels())(model(images, mask), images, mask).loss
     assert loss.item() == pytest.approx(1.85, abs=0.15)
 
 

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import Tensor
 
-from pixmim import Mask, Objective, Pixels, RandomMask, UnitMask, create_model
+from pixmim import BlockwiseRandomMask, Mask, Pixels, RandomMask, ReconstructionLoss, create_model
 from pixmim.models import SIMMIM_BEIT, features
 from pixmim.models.simmim import SimMIM
 from pixmim.utils.errors import UserError
@@ -24,7 +24,9 @@ def make(options: dict[str, object], **more: object) -> SimMIM:
 
 
 def masks(model: SimMIM, size: tuple[int, int], batch: int = 2) -> Mask:
-    return UnitMask(0.5, 16 // model.patch, whole=True)(batch, (size[0] // model.patch, size[1] // model.patch))
+    return BlockwiseRandomMask(0.5, 16 // model.patch, whole=True)(
+        batch, (size[0] // model.patch, size[1] // model.patch)
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_loss_is_the_papers(options: dict[str, object]) -> None:
     size = model.encoder.patch_embed.img_size
     images, mask = torch.randn(2, 3, *size), masks(model, size)
     prediction = model(images, mask)
-    loss = Objective(Pixels(), normalise_patches=False, distance="l1")(prediction, images, mask).loss
+    loss = ReconstructionLoss(Pixels(), normalize_patches=False, distance="l1")(prediction, images, mask).loss
     pixels = hidden_pixels(mask.hidden, model.patch, size).float()
     gap = (images - unpatchify(prediction, model.patch, size)).abs() * pixels
     assert loss.item() == pytest.approx((gap.sum() / (pixels.sum() + 1e-5) / 3).item(), rel=1e-5)

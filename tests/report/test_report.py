@@ -13,16 +13,16 @@ from PIL import Image
 from helpers.evaluated import measured
 from helpers.runs import train
 from pixmim.build import build_model
-from pixmim.config import PretrainConfig, Target
+from pixmim.config import PretrainConfig, TargetConfig
 from pixmim.data import open_dataset
 from pixmim.evaluation.results import save
 from pixmim.evaluation.visualize import hatch
 from pixmim.models.mae import MAE
 from pixmim.report import results_table, write_report
 from pixmim.report.reconstruct import draw, radial_spectrum, reconstruct
-from pixmim.transforms.crops import CentreCrop
+from pixmim.transforms.crops import CenterCrop
 from pixmim.utils.errors import UserError
-from pixmim.weights.load import open_model
+from pixmim.weights.load import resolve_model
 
 Make = Callable[..., PretrainConfig]
 LABELLED = ("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1")
@@ -31,7 +31,7 @@ LABELLED = ("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1")
 @pytest.fixture
 def runs(tiny_run: Make, tmp_path: Path) -> list[Path]:
     train(tiny_run(log_every=1), tmp_path / "one")
-    bins = Target(kind="pixels", normalise_patches=False, distance="cross_entropy")
+    bins = TargetConfig(kind="pixels", normalize_patches=False, distance="cross_entropy")
     train(tiny_run(log_every=1, seed=3, target=bins), tmp_path / "two")
     for name in ("knn", "linear"):
         save(measured(name, tmp_path / "one", *LABELLED), tmp_path / "one")
@@ -98,7 +98,7 @@ def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: l
 
 
 def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
-    found = reconstruct(open_model(str(runs[0]), whole=True), open_dataset(tiny_run().data))
+    found = reconstruct(resolve_model(str(runs[0]), whole=True), open_dataset(tiny_run().data))
     c = {name: picture.astype(int) for name, picture in found.columns.items()}
     blank = hatch(32, 32)
     hidden = (c["masked"] == blank).all(axis=-1)
@@ -124,14 +124,14 @@ def drawn_blank(run: PretrainConfig) -> dict[str, np.ndarray]:
     layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]  # type: ignore[index]
     torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
     torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    crop, data = CentreCrop(run.hw), open_dataset(run.data)
+    crop, data = CenterCrop(run.image_size), open_dataset(run.data)
     return draw(model, run, torch.stack([crop.crop(data.image(i)) for i in range(6)])).columns
 
 
 def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(tiny_run: Make) -> None:
     """Patches of 8 pixels hidden, of 16 predicted: borrowed means are a larger patch's; "unaided" has one for all."""
     model = replace(tiny_run().model, decoder_stride=2, predict_patch=16)
-    c = drawn_blank(tiny_run(model=model, size="32x48", target=Target(kind="pixels")))
+    c = drawn_blank(tiny_run(model=model, size="32x48", target=TargetConfig(kind="pixels")))
     mean, std = np.asarray([0.485, 0.456, 0.406]), np.asarray([0.229, 0.224, 0.225])
     hidden = (c["masked"] == hatch(32, 48)).all(axis=-1)
     for i in range(6):
@@ -145,7 +145,7 @@ def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(tiny_run: Ma
 
 def test_what_a_window_took_is_borrowed_pixel_by_pixel(tiny_run: Make) -> None:
     """A prediction of nothing shows the means of windows; "unaided" has one colour, that of what is visible."""
-    target = Target(kind="pixels", normalise_patches=False, normalise_window=15)
+    target = TargetConfig(kind="pixels", normalize_patches=False, normalize_window=15)
     c = drawn_blank(tiny_run(target=target))
     hidden = (c["masked"] == hatch(32, 32)).all(axis=-1)
     for image, pasted, unaided, dark in zip(c["image"], c["pasted"], c["unaided"], hidden, strict=True):
@@ -159,7 +159,7 @@ def test_what_a_window_took_is_borrowed_pixel_by_pixel(tiny_run: Make) -> None:
 @pytest.mark.parametrize("name", ["mae", "simmim"])
 def test_of_colour_bins_the_expected_colour_is_drawn(name: str, tiny_run: Make) -> None:
     """Equal scores expect the middle of [0, 1]; the target is the image in four steps."""
-    target = Target(kind="pixels", normalise_patches=False, distance="cross_entropy", bins=4)
+    target = TargetConfig(kind="pixels", normalize_patches=False, distance="cross_entropy", bins=4)
     c = drawn_blank(tiny_run(target=target, model=replace(tiny_run().model, name=name)))
     hidden = (c["masked"] != c["image"]).any(axis=-1)
     assert (np.abs(c["prediction"][hidden] - 127.5) <= 1).all() and (c["unaided"] == c["pasted"]).all()

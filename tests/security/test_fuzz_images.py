@@ -15,7 +15,7 @@ from PIL import Image
 from helpers.hostile_files import plain, tiff
 from helpers.images import PIXELS, SMOOTH, encoded
 from pixmim.data import open_dataset
-from pixmim.data.dataset import BadImage, Form
+from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.decode import ifd, timing
 from pixmim.data.decode.image import decode, open_image, read_numbers
 from pixmim.utils.errors import UserError
@@ -24,8 +24,9 @@ pytest.importorskip("tifffile")
 pytest.importorskip("imagecodecs")
 
 FORMS = [
-    Form(), Form(1), Form(3, "uint16"), Form(1, "float32"), Form(13, "uint16"), Form(2, "uint8", "channels"),
-    Form(3, "float32", "channels"),
+    ImageSpec(), ImageSpec(1), ImageSpec(3, "uint16"), ImageSpec(1, "float32"), ImageSpec(13, "uint16"),
+    ImageSpec(2, "uint8", "channels"),
+    ImageSpec(3, "float32", "channels"),
 ]  # fmt: skip
 bounded = settings(max_examples=60, phases=[Phase.generate])
 
@@ -37,7 +38,7 @@ def _hurried() -> Iterator[None]:
     timing.SECONDS = usual
 
 
-def try_all(data: bytes, forms: list[Form] = FORMS) -> None:
+def try_all(data: bytes, forms: list[ImageSpec] = FORMS) -> None:
     for form in forms:
         try:
             pixels = decode(data, form)
@@ -94,7 +95,7 @@ SAMPLES = _samples()
     end=st.one_of(st.none(), st.floats(0, 1)),
     form=st.sampled_from(FORMS),
 )
-def test_changed_images(kind: str, changes: Any, later: Any, end: float | None, form: Form) -> None:
+def test_changed_images(kind: str, changes: Any, later: Any, end: float | None, form: ImageSpec) -> None:
     data = bytearray(SAMPLES[kind])
     for at, value in [*changes, *((int(share * len(data)), value) for share, value in later)]:
         data[at % len(data)] = value
@@ -110,8 +111,8 @@ def test_changed_images(kind: str, changes: Any, later: Any, end: float | None, 
 @pytest.mark.parametrize("kind", sorted(SAMPLES))
 def test_unchanged_images_are_read(kind: str) -> None:
     """Otherwise the tests around would say little."""
-    wanted = Form(5, "uint16") if kind.startswith("tifffile-") and kind[9:] != "jpeg" else Form()
-    wanted = Form(1, "float32") if kind == "pfm" else wanted
+    wanted = ImageSpec(5, "uint16") if kind.startswith("tifffile-") and kind[9:] != "jpeg" else ImageSpec()
+    wanted = ImageSpec(1, "float32") if kind == "pfm" else wanted
     assert decode(SAMPLES[kind], wanted).shape[2] == wanted.channels
 
 
@@ -166,7 +167,7 @@ def test_headers_of_npy(
     text = f"{{'descr': '{kind}', 'fortran_order': {columns}, 'shape': {tuple(shape)}, }}" if header is None else header
     encoded_text = text.encode("latin-1", "replace") + b"\n"
     length = len(encoded_text).to_bytes(2 if version == b"\1\0" else 4, "little")
-    try_all(b"\x93NUMPY" + version + length + encoded_text + content, [Form(1, "float32"), Form()])
+    try_all(b"\x93NUMPY" + version + length + encoded_text + content, [ImageSpec(1, "float32"), ImageSpec()])
 
 
 @bounded
@@ -182,6 +183,6 @@ def test_lists_of_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: byte
         return
     assert found.array(len(found) - 1).shape == (30, 20, 3)
     for index in range(min(len(found), 20)):
-        assert isinstance(found.locate(index), str)
+        assert isinstance(found.path_of(index), str)
         with suppress(BadImage):
             found.array(index)

@@ -17,12 +17,12 @@ from helpers.shards import shard
 from pixmim.cli.flags import absolute
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import BadImage, Form
-from pixmim.data.image_folder import listed
+from pixmim.data.dataset import BadImage, ImageSpec
+from pixmim.data.image_folder import from_list_file
 from pixmim.data.shards.dataset import INDEX_DTYPE
 from pixmim.data.shards.local import OpenFile
 from pixmim.data.shards.tar_reader import iter_members
-from pixmim.data.synthetic import Shapes
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.data.uri import HubSpec, read_parts, split_root
 from pixmim.evaluation.detection.dataset import open_annotated
 from pixmim.utils.errors import UserError
@@ -55,7 +55,7 @@ def tried(open_: Callable[[], Any]) -> Any:
 
 def read_all(data: Any) -> None:
     for index in range(min(len(data), 20)):
-        data.locate(index)
+        data.path_of(index)
         try:
             data.array(index)
         except (BadImage, UserError):
@@ -105,7 +105,7 @@ def test_tars(tmp_path: Path, content: bytes) -> None:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "cached"
-    make_cache(Shapes(count=3, size=8), folder, (8, 8), per_shard=2, kind="raw")
+    make_cache(SyntheticShapes(count=3, size=8), folder, (8, 8), per_shard=2, kind="raw")
     return folder
 
 
@@ -175,7 +175,7 @@ def test_annotations(tmp_path: Path, data: st.DataObject) -> None:
         content[kind] = data.draw(anything)
     text = json.dumps(data.draw(st.just(content) | anything))
     (tmp_path / "x.json").write_text(text)
-    found = tried(lambda: open_annotated(f"{tmp_path}/x.json", "", Form()))
+    found = tried(lambda: open_annotated(f"{tmp_path}/x.json", "", ImageSpec()))
     if found is not None:
         for index in range(len(found.images)):
             found.objects(index)
@@ -192,11 +192,11 @@ def test_annotations(tmp_path: Path, data: st.DataObject) -> None:
 )
 def test_lists(tmp_path: Path, lines: list[str]) -> None:
     (tmp_path / "l.txt").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
-    found = tried(lambda: listed(tmp_path / "l.txt"))
+    found = tried(lambda: from_list_file(tmp_path / "l.txt"))
     if found is not None:
         read_all(found)
         top = os.path.realpath(tmp_path)
-        assert all(os.path.realpath(found.locate(i)).startswith(top) for i in range(len(found)))
+        assert all(os.path.realpath(found.path_of(i)).startswith(top) for i in range(len(found)))
 
 
 words = [

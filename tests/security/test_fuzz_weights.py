@@ -19,7 +19,7 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import from_json, to_json
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import KEYWORDS
-from pixmim.weights.load import open_model
+from pixmim.weights.load import resolve_model
 from pixmim.weights.save import KEY
 
 FUZZ = settings(max_examples=100)
@@ -139,7 +139,7 @@ def test_bytes_of_a_file_of_weights(data: st.DataObject, name: str, run: Pretrai
 )
 def test_any_bytes(content: bytes, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    opened(lambda: open_model(str(tmp_path / name)))
+    opened(lambda: resolve_model(str(tmp_path / name)))
 
 
 @FUZZ

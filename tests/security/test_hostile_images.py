@@ -25,15 +25,15 @@ from helpers.images import JPEG, PIXELS, PNG, SMOOTH, encoded
 from pixmim import cli
 from pixmim.data import image_folder as files
 from pixmim.data import open_dataset
-from pixmim.data.dataset import BadImage, Form
+from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.decode import ifd, jpeg, limits, timing
 from pixmim.data.decode.image import FORMATS, decode, open_image, read
 from pixmim.data.throughput import drop_from_page_cache
 from pixmim.evaluation.annotations import read_objects
-from pixmim.evaluation.segmentation.dataset import open_pairs
+from pixmim.evaluation.segmentation.dataset import open_segmentation
 from pixmim.utils.errors import UserError
 
-DEEP = Form(1, "uint16")
+DEEP = ImageSpec(1, "uint16")
 
 
 def fifo(path: Path) -> None:
@@ -76,7 +76,7 @@ def test_what_is_not_a_regular_file_costs_a_line(make: Callable[[Path], None], p
     with pytest.raises(BadImage, match="not a regular file"):
         listed.array(0)
     assert listed.array(1).shape == (40, 56, 3)
-    drop_from_page_cache((listed.locate(0), 0, 0))
+    drop_from_page_cache((listed.path_of(0), 0, 0))
 
 
 def test_stats_account_for_a_fifo(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,10 +89,10 @@ def test_files_too_large_growing_or_of_impossible_names(pictures: Path, monkeypa
     data = open_dataset(str(pictures))
     if Path("/proc/self/status").exists():
         with pytest.raises(BadImage, match="grew"):
-            files.Files("", Path("/proc/self"), ["status"]).array(0)
+            files.ImageFolder("", Path("/proc/self"), ["status"]).array(0)
     for name in ("a\0b.jpg", "\ud800.jpg", "a" * 5000 + ".jpg"):
         with pytest.raises(BadImage):
-            files.Files("", pictures, [name]).array(0)
+            files.ImageFolder("", pictures, [name]).array(0)
     monkeypatch.setattr(limits, "_here", lambda: (10**6, 100))
     with pytest.raises(BadImage, match="more than the 100 allowed"):
         data.array(0)
@@ -131,7 +131,7 @@ def test_masks_and_names_of_classes_are_regular_files(make: Callable[[Path], Non
         Image.fromarray(SMOOTH // 100).save(tmp_path / folder / "b.png")
     (tmp_path / "masks" / "a.png").unlink()
     make(tmp_path / "masks" / "a.png")
-    pairs = open_pairs(str(tmp_path), Form(), "training")
+    pairs = open_segmentation(str(tmp_path), ImageSpec(), "training")
     assert pairs.array(1).shape == (20, 30, 4)
     with pytest.raises(BadImage, match="mask"):
         pairs.array(0)
@@ -144,7 +144,7 @@ def test_masks_and_names_of_classes_are_regular_files(make: Callable[[Path], Non
         with pytest.raises(
             UserError, match=rf"{name} cannot be read: not a regular file|{name} cannot be read: No such"
         ):
-            open_pairs(str(tmp_path), Form(), "training")
+            open_segmentation(str(tmp_path), ImageSpec(), "training")
         os.rename(tmp_path / name, tmp_path / "names" / "x")
 
 
@@ -244,17 +244,17 @@ def test_a_page_list_that_points_back_at_itself_ends(order: str, big: bool) -> N
         data = tiff([plain()] * 3, order=order, big=big, loop=loop)
         assert decode(data, DEEP).shape == (16, 16, 1)  # the first page is in order
         with pytest.raises(BadImage, match="points back at itself"):
-            decode(data, Form(3, "uint16", "channels"))
+            decode(data, ImageSpec(3, "uint16", "channels"))
         with pytest.raises(BadImage, match="points back at itself"):
-            decode(data, Form(2, "uint16"))  # which counts the pages, to name --pages
-    assert decode(tiff([plain()] * 3, order=order, big=big), Form(3, "uint16", "channels")).shape == (16, 16, 3)
+            decode(data, ImageSpec(2, "uint16"))  # which counts the pages, to name --pages
+    assert decode(tiff([plain()] * 3, order=order, big=big), ImageSpec(3, "uint16", "channels")).shape == (16, 16, 3)
 
 
 def test_more_pages_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ifd, "MAX_PAGES", 5)
     with pytest.raises(BadImage, match="more than 5 pages"):
-        decode(tiff([plain()] * 6), Form(6, "uint16", "channels"))
-    assert decode(tiff([plain()] * 5), Form(5, "uint16", "channels")).shape == (16, 16, 5)
+        decode(tiff([plain()] * 6), ImageSpec(6, "uint16", "channels"))
+    assert decode(tiff([plain()] * 5), ImageSpec(5, "uint16", "channels")).shape == (16, 16, 5)
 
 
 def test_further_lists_and_foreign_headers_are_left_out() -> None:
@@ -298,7 +298,7 @@ def test_further_lists_and_foreign_headers_are_left_out() -> None:
 def test_tags_that_claim_too_much(changes: dict[str, tuple[int, list[int]]], reason: str) -> None:
     data = tiff([plain(**changes)])
     began = time.monotonic()
-    for form in (DEEP, Form(1), Form(1, "uint16", "channels")):
+    for form in (DEEP, ImageSpec(1), ImageSpec(1, "uint16", "channels")):
         with pytest.raises(BadImage, match=reason):
             decode(data, form)
     assert time.monotonic() - began < 2
@@ -323,7 +323,7 @@ def test_a_strip_that_unpacks_to_more_than_it_should() -> None:
     data = tiff([page | {273: (4, [len(tiff([page]))]), 279: (4, [len(packed)])}]) + packed
     tracemalloc.start()
     with pytest.raises(BadImage, match="DeflateError"):
-        decode(data, Form(5, "uint16"))
+        decode(data, ImageSpec(5, "uint16"))
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
@@ -337,7 +337,7 @@ def test_an_image_in_a_strip_that_is_larger_than_the_strip() -> None:
     data = tiff([plain(**(changes | {"t273": (4, [len(data)])}), t256=(3, [1600]), t257=(3, [1600]),
                        t278=(3, [1600]), t338=(3, [0]))]) + inside  # fmt: skip
     with pytest.raises(BadImage, match="strip or tile of 4000x4000 pixels"):
-        decode(data, Form(1, "float32"))
+        decode(data, ImageSpec(1, "float32"))
 
 
 # JPEG
@@ -403,7 +403,7 @@ def chunk(name: bytes, body: bytes) -> bytes:
 def test_chunks_of_png_that_unpack_to_more() -> None:
     packed = zlib.compress(bytes(50 * 2**20))
     deep = pytest.importorskip("imagecodecs").png_encode(PIXELS.astype(np.uint16) * 257)
-    for data, form in ((PNG, Form()), (deep, Form(3, "uint16"))):
+    for data, form in ((PNG, ImageSpec()), (deep, ImageSpec(3, "uint16"))):
         wanted = decode(data, form)
         for hostile in (
             chunk(b"zTXt", b"a\0\0" + packed),

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from helpers.tiny import TINY
 from pixmim import cli
-from pixmim.config import Model, Optim, PretrainConfig
+from pixmim.config import ArchitectureConfig, OptimConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.evaluation.shape_bias import draw as draw_bias
 from pixmim.evaluation.visualize import draw_detections, draw_segmentations
 from pixmim.report.figures import curve
-from pixmim.report.results import Measured, table
-from pixmim.utils.console import printable, say
+from pixmim.report.results import ModelResults, table
+from pixmim.utils.console import print_plain, printable
 
 NAMES = [
     "[red]x[/]",
@@ -88,10 +88,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
             Image.fromarray(pixels).save(data / name / f"{name[:190]}{i}.png")
     for name in FILES[:8]:
         (data / name / f"{name}bad.png").write_bytes(b"not a picture")
-    model = Model(backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=dict(TINY))
+    model = ArchitectureConfig(
+        backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=dict(TINY)
+    )
     run = PretrainConfig(
         recipe="tiny", steps=3, batch_size=8, size="16", precision="fp32", device="cpu", threads=1, log_every=1,
-        model=model, optim=Optim(base_lr=0.05),
+        model=model, optim=OptimConfig(base_lr=0.05),
     )  # fmt: skip
     (folder / "recipe.json").write_text(to_json(run))
     with pytest.MonkeyPatch.context() as patch:
@@ -292,12 +294,12 @@ def test_figures_draw_every_name() -> None:
 
 def test_a_table_on_a_terminal_has_no_colours_of_a_name() -> None:
     result = {"evaluation": "knn", "encoder": "trained", "values": {"k1/mean/top1": 50.0}, "pictures": {}}
-    models = [Measured(name, [result | {"settings": {"test": name}}]) for name in NAMES]
+    models = [ModelResults(name, [result | {"settings": {"test": name}}]) for name in NAMES]
     for width in (80, 20_000):
         console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system="truecolor")
         console.print(table(models, width))
         for name in NAMES:
-            say(console, name)
+            print_plain(console, name)
         shown = re.sub("\x1b\\[[0-9;]*m", "", console.file.getvalue())  # type: ignore[attr-defined]
         assert not _ACTIVE.search(shown.replace("\n", ""))
     for name in NAMES:

@@ -16,7 +16,7 @@ from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.shards import fsspec_io as remote
 from pixmim.data.shards import http as client
 from pixmim.data.shards.local import FileVersion
-from pixmim.data.synthetic import Shapes
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.utils.errors import UserError
 
 pytest.importorskip("aiohttp")
@@ -110,7 +110,7 @@ def test_a_redirect_to_another_host_is_refused_before_it_is_asked(
     servers: tuple[Server, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = servers
-    make_cache(Shapes(count=4, size=16), tmp_path / "cached", (16, 16))
+    make_cache(SyntheticShapes(count=4, size=16), tmp_path / "cached", (16, 16))
     there.serve(tmp_path / "cached", "/c")
     for name in there.files:
         here.redirect(name, there.url + name)
@@ -233,7 +233,7 @@ def test_a_copy_larger_than_the_disk_is_refused_at_once(servers: tuple[Server, S
 
 def test_what_a_far_cache_promises_is_checked(servers: tuple[Server, Server], tmp_path: Path) -> None:
     here, _ = servers
-    make_cache(Shapes(count=4, size=16), tmp_path / "cached", (16, 16))
+    make_cache(SyntheticShapes(count=4, size=16), tmp_path / "cached", (16, 16))
     here.serve(tmp_path / "cached", "/c")
     settings = json.loads(here.files["/c/settings.json"])
     here.files["/c/settings.json"] = json.dumps(settings | {"images": 10**12}).encode()

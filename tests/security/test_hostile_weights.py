@@ -25,14 +25,14 @@ from pixmim import create_model, load_encoder, load_model
 from pixmim.build import build_encoder, build_mask_sampler, build_model
 from pixmim.config import PretrainConfig
 from pixmim.config_io import from_json, to_json
-from pixmim.evaluation.frozen_encoder import of_weights
+from pixmim.evaluation.frozen_encoder import frozen_encoder_from_weights
 from pixmim.models import create_encoder
 from pixmim.utils.errors import UserError, shown
 from pixmim.weights import load as pretrained
 from pixmim.weights import safe_load as reading
 from pixmim.weights.detect import Weights, read_weights
 from pixmim.weights.infer_config import Known
-from pixmim.weights.load import open_model
+from pixmim.weights.load import resolve_model
 from pixmim.weights.save import KEY, save_tensors
 
 Make = Callable[..., PretrainConfig]
@@ -107,7 +107,7 @@ def test_an_option_that_is_no_size_reaches_timm_on_no_way(
     ways: list[Callable[[], object]] = [
         lambda: load_encoder(folder / "encoder/model.safetensors"),
         lambda: load_encoder(folder),
-        lambda: open_model(str(folder), whole=True),
+        lambda: resolve_model(str(folder), whole=True),
         lambda: from_json((folder / "config.json").read_text()),
     ]
     if name not in ("name", "backbone"):
@@ -263,7 +263,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(
             build(tiny_run())
     monkeypatch.setattr(pretrained, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"the weights \(pixmim\) take .* GiB"):
-        open_model(str(folder))
+        resolve_model(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -300,13 +300,13 @@ def test_options_that_do_not_go_together_are_one_line(options: dict[str, Any], h
         ({"epochs": 1e300, "steps": None}, "--epochs"),
         ({"seed": 2**70}, "--seed"),
         ({"threads": 10**6}, "--threads"),
-        ({"max_bad": float("nan")}, "'max_bad' cannot be NaN"),
-        ({"local_copy": float("inf")}, "'local_copy' cannot be Infinity"),
-        ({"local_copy": 10**400}, "'local_copy' cannot be 1000"),
+        ({"max_bad_fraction": float("nan")}, "'max_bad_fraction' cannot be NaN"),
+        ({"shard_cache_gib": float("inf")}, "'shard_cache_gib' cannot be Infinity"),
+        ({"shard_cache_gib": 10**400}, "'shard_cache_gib' cannot be 1000"),
         ({"crop": {"padding": 10**9}}, "--crop.padding"),
         ({"crop": {"scale": [0.0, 1.0]}}, "--crop.scale"),
         ({"target": {"radius": -1e9}}, "--target.radius"),
-        ({"target": {"normalise_window": 10**9 + 1, "normalise_patches": False}}, "--target.normalise-window"),
+        ({"target": {"normalize_window": 10**9 + 1, "normalize_patches": False}}, "--target.normalize-window"),
         ({"target": {"bins": 10**9}}, "--target.bins"),
         ({"optim": {"betas": [0.9, 2.0]}}, "--optim.betas"),
         ({"mean": [0.5] * 10**5}, "--mean has 100000 values"),
@@ -443,7 +443,7 @@ def test_only_regular_files_are_read(name: str, kind: str, tmp_path: Path) -> No
     if name == "config.json":
         torch.save({"model": official.mae()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"not a regular file|holds no weights"):
-        open_model(str(path if name == "x.pth" else tmp_path))
+        resolve_model(str(path if name == "x.pth" else tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -681,7 +681,7 @@ def test_weights_stay_when_their_file_is_cut(name: str, tmp_path: Path) -> None:
     """Bytes mapped from a file that is gone would end the process with a signal."""
     path = tmp_path / name
     torch.save({"model": official.mae()}, path) if name == "x.pth" else save_file(official.mae(), path)
-    weights = open_model(str(path), known=BOTH)
+    weights = resolve_model(str(path), known=BOTH)
     os.truncate(path, 0)
     assert all(torch.isfinite(value).all() for value in weights.tensors.values())
 
@@ -708,7 +708,7 @@ def test_a_products_metadata_name_nothing_of_this_machine(tiny_run: Make, tmp_pa
     save_tensors(dict(build_encoder(run).state_dict()), tmp_path / "e.safetensors", run, 3)
     content = (tmp_path / "e.safetensors").read_bytes()
     assert b"/home" not in content and b"me.example" not in content
-    assert open_model(str(tmp_path / "e.safetensors")).run.model == run.model
+    assert resolve_model(str(tmp_path / "e.safetensors")).run.model == run.model
     save_tensors({}, tmp_path / "e.safetensors", tiny_run(init="timm:vit_tiny_patch16_224"), 3)
     assert b"timm:vit_tiny_patch16_224" in (tmp_path / "e.safetensors").read_bytes()
 
@@ -758,7 +758,7 @@ def test_an_image_without_end_is_refused_before_a_batch_is_made(
     tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = {f"encoder.{name}": value for name, value in build_encoder(tiny_run()).state_dict().items()}
-    encoder = of_weights(Weights(tiny_run(), tensors, "x"), device="cpu")
+    encoder = frozen_encoder_from_weights(Weights(tiny_run(), tensors, "x"), device="cpu")
     monkeypatch.setattr("pixmim.evaluation.frozen_encoder.free_memory", lambda: 10 * 32 * 32 * 3 * 5)
     encoder.check_batch(10)
     with pytest.raises(UserError, match="a batch of 11 images of 32x32 pixels"):

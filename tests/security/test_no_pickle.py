@@ -30,7 +30,7 @@ import pixmim
 from helpers.interrupt import Stopped
 from pixmim import cli
 from pixmim.build import build_model
-from pixmim.config import PretrainConfig, Saving
+from pixmim.config import CheckpointConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
@@ -41,7 +41,7 @@ from pixmim.evaluation.settings import KnnSettings
 from pixmim.pretraining import pretrain
 from pixmim.training import trainer
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import adopt
+from pixmim.weights.load import import_weights
 
 Make = Callable[..., PretrainConfig]
 SOURCE = Path(pixmim.__file__).parent
@@ -208,7 +208,7 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_cache(open_dataset(str(root / "pictures")), root / "cache", (32, 32), per_shard=4)
         tar(root / "tars" / "0.tar", {path.name: path.read_bytes() for path in (root / "pictures" / "cats").iterdir()})
 
-        run = tiny_run(data=shapes, steps=4, batch_size=4, threads=1, saving=Saving(every=2))
+        run = tiny_run(data=shapes, steps=4, batch_size=4, threads=1, checkpoint=CheckpointConfig(every=2))
         pretrain(run, root / "finished", console=quiet, report=False)
         (result,) = evaluate(
             str(root / "finished"), [("knn", KnnSettings(shapes, shapes))], root / "finished", device="cpu"
@@ -222,7 +222,7 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "broken" / "config.json").write_text(to_json(run))
         (root / "run.json").write_text(to_json(run))
 
-        adopt(Weights(run, dict(build_model(run).state_dict()), "a test"), root / "imported")
+        import_weights(Weights(run, dict(build_model(run).state_dict()), "a test"), root / "imported")
         patch.setattr(trainer, "Interrupts", Stopped)
         patch.setattr(Stopped, "after", 1)
         assert call(*commands(root / "imported", root, root)["finetune"]) == 130

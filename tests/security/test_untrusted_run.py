@@ -20,14 +20,14 @@ from helpers.runs import train
 from pixmim import cli
 from pixmim.config import PretrainConfig
 from pixmim.config_io import to_json
-from pixmim.data.bad_images import Skipped, gather_accounts, read_skipped
-from pixmim.evaluation.frozen_encoder import of_model
+from pixmim.data.bad_images import BadImageLog, merge_logs, read_bad_images
+from pixmim.evaluation.frozen_encoder import load_frozen_encoder
 from pixmim.evaluation.robustness.count import CountsFile
 from pixmim.report import write_report
 from pixmim.report.results import read_results
-from pixmim.training.metric_logger import RunLog, read_metrics
+from pixmim.training.metric_logger import MetricLogger, read_metrics
 from pixmim.utils.errors import UserError
-from pixmim.weights.load import open_model
+from pixmim.weights.load import resolve_model
 
 Make = Callable[..., PretrainConfig]
 RESULT = {"evaluation": "knn", "encoder": "trained", "settings": {"test": "x"}, "values": {"k1/mean/top1": 12.5}}
@@ -114,11 +114,11 @@ def test_what_a_stranger_named_is_typed_before_it_is_opened(
 
 
 def test_an_untrained_encoder_opens_no_weights_that_a_stranger_named(foreign: Path, opened: list[str]) -> None:
-    of_model(str(foreign), device="cpu", untrained=True)
+    load_frozen_encoder(str(foreign), device="cpu", untrained=True)
     for init in ("/their/weights.pth", "timm:vit_tiny_patch16_224"):
         rename(foreign, init=init)
         with pytest.raises(UserError, match=f"--init {init}"):
-            of_model(str(foreign), device="cpu", untrained=True)
+            load_frozen_encoder(str(foreign), device="cpu", untrained=True)
     assert not opened
 
 
@@ -141,7 +141,7 @@ def test_a_link_that_leads_out_of_a_run_is_not_followed(name: str, foreign: Path
         assert "encoder" in name or any("leads out of" in line and name in line for line in lines)
     if name in ("config.json", "encoder", "encoder/model.safetensors", "checkpoints"):
         with pytest.raises(UserError, match="leads out of"):
-            open_model(str(foreign), whole=name == "checkpoints")
+            resolve_model(str(foreign), whole=name == "checkpoints")
     run = PretrainConfig(data="shapes:count=3,size=16")
     with pytest.raises(UserError, match="leads out of"):
         train(run, foreign)
@@ -256,7 +256,7 @@ def test_a_metrics_file_is_regular_and_bounded(tmp_path: Path, monkeypatch: pyte
 def test_lines_of_metrics_are_not_added_to_what_a_link_leads_to(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     console = Console(file=io.StringIO(), width=500)
-    log = RunLog(tmp_path / "m.jsonl", steps=2, start=0, every=1, epoch=1, images=1, console=console)
+    log = MetricLogger(tmp_path / "m.jsonl", steps=2, start=0, every=1, epoch=1, images=1, console=console)
     (tmp_path / "m.jsonl").unlink()
     (tmp_path / "m.jsonl").symlink_to(tmp_path / "mine")
     log.write({"step": 1, "epoch": 1})
@@ -266,9 +266,9 @@ def test_lines_of_metrics_are_not_added_to_what_a_link_leads_to(tmp_path: Path) 
 def test_a_malformed_account_costs_one_line_and_is_continued(tmp_path: Path) -> None:
     path = tmp_path / "skipped.csv"
     path.write_bytes(b"image,reason\na,b\n\0\xff,x\n" + b"x" * 200_000 + b",y\nb,c\n")
-    rows, problem = read_skipped(path)
+    rows, problem = read_bad_images(path)
     assert [row[0] for row in rows] == ["a", "\0\udcff", "b"] and "field larger" in problem
-    account = Skipped(path, 9, 1.0)
+    account = BadImageLog(path, 9, 1.0)
     for index, name in enumerate(("a", "b", "=1", "=1", os.fsdecode(b"\xfc"))):
         account.add(index, name, "-no\ngood")
     assert path.read_bytes().endswith(b",y\nb,c\n'=1,'-no good\r\n\xfc,'-no good\r\n")
@@ -279,14 +279,14 @@ def test_accounts_of_several_processes_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "skipped.csv").write_text("image,reason\na,b\n")
     (tmp_path / "skipped-1.csv").write_text("image,reason\na,b\n'=c,d\n")
     os.mkfifo(tmp_path / "skipped-2.csv")
-    assert gather_accounts(tmp_path) == 2
+    assert merge_logs(tmp_path) == 2
     assert (tmp_path / "skipped.csv").read_text() == "image,reason\na,b\n'=c,d\n"
     assert not (tmp_path / "skipped-1.csv").exists() and (tmp_path / "skipped-2.csv").exists()
     (tmp_path / "skipped-2.csv").unlink()
     (tmp_path / "skipped.csv").unlink()
     (tmp_path / "skipped.csv").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError, match="symbolic links"):
-        Skipped(tmp_path / "skipped.csv", 9, 1.0).add(0, "a", "b")
+        BadImageLog(tmp_path / "skipped.csv", 9, 1.0).add(0, "a", "b")
     assert (tmp_path / "mine").read_text() == "root,x\n"
 
 

@@ -7,25 +7,32 @@ import pytest
 import torch
 
 from helpers.models import MAE, OTHERS, THIN
-from pixmim.config import Mask, Model, PretrainConfig, Target
+from pixmim.config import ArchitectureConfig, MaskConfig, PretrainConfig, TargetConfig
 from pixmim.data.sampler import BatchShard
 from pixmim.method import Method
 from pixmim.pretraining import _parts
-from pixmim.training.distributed import ALONE
-from pixmim.training.optim import Updater
+from pixmim.training.distributed import SINGLE_PROCESS
+from pixmim.training.optim import SyncFreeOptimizer
 
 VIT, SWIN = OTHERS["vit"][0], OTHERS["swin"][0]
-LSMAE = Model("lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, predict_patch=16, options=MAE.options)
-BINS = Target(distance="cross_entropy", normalise_patches=False)
+LSMAE = ArchitectureConfig(
+    "lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, predict_patch=16, options=MAE.options
+)
+BINS = TargetConfig(distance="cross_entropy", normalize_patches=False)
 RUNS: dict[str, dict[str, Any]] = {
     "mae": {"model": MAE},
-    "mae, pixels, not normalised": {"model": MAE, "target": Target("pixels", normalise_patches=False)},
-    "lsmae": {"model": LSMAE, "mask": Mask("units", unit=16)},
+    "mae, pixels, not normalised": {"model": MAE, "target": TargetConfig("pixels", normalize_patches=False)},
+    "lsmae": {"model": LSMAE, "mask": MaskConfig("blocks", block_size=16)},
     "convmae": {"model": OTHERS["convmae"][0]},
-    "vit, block-wise masks of several sizes": {"model": VIT, "size": "64", "mask": Mask("blocks", 0.4)},
-    "beit, a window": {"model": OTHERS["beit"][0], "target": Target(normalise_patches=False, normalise_window=5)},
-    "swin": {"model": SWIN, "size": "64", "mask": Mask("units", 0.6, 32, True), "target": Target("pixels")},
-    "vit, cut units": {"model": VIT, "size": "40", "mask": Mask("units", 0.6, 16, True), "target": BINS},
+    "vit, block-wise masks of several sizes": {"model": VIT, "size": "64", "mask": MaskConfig("beit-blocks", 0.4)},
+    "beit, a window": {"model": OTHERS["beit"][0], "target": TargetConfig(normalize_patches=False, normalize_window=5)},
+    "swin": {
+        "model": SWIN,
+        "size": "64",
+        "mask": MaskConfig("blocks", 0.6, 32, True),
+        "target": TargetConfig("pixels"),
+    },
+    "vit, cut units": {"model": VIT, "size": "40", "mask": MaskConfig("blocks", 0.6, 16, True), "target": BINS},
 }
 
 
@@ -45,7 +52,7 @@ def test_parts_make_the_update_of_the_batch(name: str) -> None:
     values = {"size": "32", "batch_size": 8, "precision": "fp32", "device": "cpu"} | RUNS[name]
     method = Method.of(PretrainConfig(**values))
     method.model.double(), method.objective.double()
-    images = torch.randn(8, 3, *method.run.hw, dtype=torch.float64)
+    images = torch.randn(8, 3, *method.run.image_size, dtype=torch.float64)
     whole = gradients(method, images, 1)
     assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-4
     for parts in (2, 3, 8):
@@ -54,7 +61,9 @@ def test_parts_make_the_update_of_the_batch(name: str) -> None:
 
 
 def test_shares_of_a_batch_sum_to_one_where_masks_differ() -> None:
-    method = Method.of(PretrainConfig(model=VIT, size="64", batch_size=8, device="cpu", mask=Mask("blocks", 0.4)))
+    method = Method.of(
+        PretrainConfig(model=VIT, size="64", batch_size=8, device="cpu", mask=MaskConfig("beit-blocks", 0.4))
+    )
     shard = BatchShard(8, start=24, parts=8)
     weights = [method.masks.at(shard.positions(part))[1] for part in range(8)]
     assert sum(weights) == pytest.approx(1) and len(set(weights)) > 1
@@ -75,8 +84,18 @@ def test_a_device_that_runs_out_of_memory_gets_parts_that_fit(batch: int, fittin
     model = torch.nn.ParameterList([weight])
     method = object.__new__(Method)
     vars(method).update(device=torch.device("meta"), model=model, loss=loss, masks=lambda step, rows: rows)
-    updater = Updater(torch.optim.AdamW([weight]), None, scaling=False, device=torch.device("cpu"))
+    updater = SyncFreeOptimizer(torch.optim.AdamW([weight]), None, scaling=False, device=torch.device("cpu"))
     run = PretrainConfig(batch_size=batch, size="32")
-    assert _parts(run, method, model, updater, ALONE, None) == parts
+    assert _parts(run, method, model, updater, SINGLE_PROCESS, None) == parts
     assert BatchShard(batch, parts=parts).local_batch_size <= fitting and weight.grad is None
-    assert _parts(PretrainConfig(batch_size=batch, size="32", accumulate=5), method, model, updater, ALONE, None) == 5
+    assert (
+        _parts(
+            PretrainConfig(batch_size=batch, size="32", accumulation_steps=5),
+            method,
+            model,
+            updater,
+            SINGLE_PROCESS,
+            None,
+        )
+        == 5
+    )

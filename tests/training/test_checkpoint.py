@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pixmim.training.checkpoint import Checkpoints, milestone
-from pixmim.training.optim import Updater, adamw
+from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
+from pixmim.training.optim import SyncFreeOptimizer, adamw
 from pixmim.training.sharded_checkpoint import (
     Part,
     difference,
@@ -26,13 +26,13 @@ from pixmim.training.sharded_checkpoint import (
 from pixmim.utils.errors import UserError
 
 
-def network() -> tuple[nn.Module, Updater]:
+def network() -> tuple[nn.Module, SyncFreeOptimizer]:
     torch.manual_seed(1)
     model = nn.Linear(4, 3)
-    return model, Updater(adamw(model, 0.1, (0.9, 0.95), 0.05), None, False, torch.device("cpu"))
+    return model, SyncFreeOptimizer(adamw(model, 0.1, (0.9, 0.95), 0.05), None, False, torch.device("cpu"))
 
 
-def learn(model: nn.Module, updater: Updater) -> None:
+def learn(model: nn.Module, updater: SyncFreeOptimizer) -> None:
     updater.backward(model(torch.ones(2, 4)).square().sum())
     updater.step(0.1)
 
@@ -40,17 +40,17 @@ def learn(model: nn.Module, updater: Updater) -> None:
 @pytest.mark.parametrize("every", [1.0, 3.0, 2.5, 7.8125, 0.4])
 def test_milestones_are_the_multiples(every: float) -> None:
     expected = {max(1, round(k * every)) for k in range(1, round(100 / every) + 1)}
-    assert {step for step in range(1, 101) if milestone(step, every)} == {step for step in expected if step <= 100}
+    assert {step for step in range(1, 101) if is_multiple_of(step, every)} == {step for step in expected if step <= 100}
 
 
 def test_no_milestones() -> None:
-    assert not any(milestone(step, 0.0) for step in range(1, 100))
+    assert not any(is_multiple_of(step, 0.0) for step in range(1, 100))
 
 
 def test_the_last_ones_and_the_milestones_stay(tmp_path: Path) -> None:
     model, updater = network()
     weights = {}
-    with Checkpoints(tmp_path, last=2, stays=lambda step: milestone(step, 4)) as checkpoints:
+    with CheckpointManager(tmp_path, last=2, stays=lambda step: is_multiple_of(step, 4)) as checkpoints:
         for step in range(1, 12):
             learn(model, updater)
             checkpoints.save(step, model, updater, images=7)  # while the next step changes the weights
@@ -64,8 +64,8 @@ def test_the_last_ones_and_the_milestones_stay(tmp_path: Path) -> None:
         (tmp_path / f"step-{step:09d}").rename(tmp_path / f"gone-{step}")
 
 
-def network_of(model: nn.Module) -> Updater:
-    return Updater(adamw(model, 0.1, (0.9, 0.95), 0.05), None, False, torch.device("cpu"))
+def network_of(model: nn.Module) -> SyncFreeOptimizer:
+    return SyncFreeOptimizer(adamw(model, 0.1, (0.9, 0.95), 0.05), None, False, torch.device("cpu"))
 
 
 def test_what_cannot_be_written_is_said_and_tried_again(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_what_cannot_be_written_is_said_and_tried_again(tmp_path: Path) -> None:
     said: list[str] = []
     folder = tmp_path / "checkpoints"
     folder.write_text("a file in the way")
-    with Checkpoints(folder, say=said.append) as checkpoints:
+    with CheckpointManager(folder, say=said.append) as checkpoints:
         checkpoints.save(1, model, updater, images=7)
         checkpoints.save(2, model, updater, images=7)  # hears of the first
         assert len(said) == 1 and "could not be written" in said[0] and "training goes on" in said[0]
@@ -86,25 +86,25 @@ def test_what_cannot_be_written_is_said_and_tried_again(tmp_path: Path) -> None:
 
 def test_other_data_or_another_model_are_refused(tmp_path: Path) -> None:
     model, updater = network()
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, model, updater, images=7, wait=True)
     with pytest.raises(UserError, match="began with 7 images, and there are 8 now"):
-        Checkpoints(tmp_path).load(model, updater, images=8)
+        CheckpointManager(tmp_path).load(model, updater, images=8)
     wide = nn.Linear(5, 3)
     with pytest.raises(UserError, match="does not fit this run"):
-        Checkpoints(tmp_path).load(wide, network_of(wide), images=7)
+        CheckpointManager(tmp_path).load(wide, network_of(wide), images=7)
     with pytest.raises(UserError, match="holds another model"):
-        Checkpoints(tmp_path).load_model(wide)
+        CheckpointManager(tmp_path).load_model(wide)
 
 
 def test_nothing_whole_is_no_fresh_start(tmp_path: Path) -> None:
     model, updater = network()
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, model, updater, images=7, wait=True)
     (tmp_path / "step-000000001" / "checkpoint.json").write_text("{")
     said: list[str] = []
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
-        Checkpoints(tmp_path, say=said.append).load(model, updater, images=7)
+        CheckpointManager(tmp_path, say=said.append).load(model, updater, images=7)
     assert len(said) == 1 and "is damaged" in said[0]
 
 
@@ -112,7 +112,7 @@ def test_nothing_whole_is_no_fresh_start(tmp_path: Path) -> None:
 def written(tmp_path: Path) -> Path:
     """The newest of two checkpoints in RUN/checkpoints, after as many updates."""
     model, updater = network()
-    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+    with CheckpointManager(tmp_path / "run" / "checkpoints") as checkpoints:
         for step in (1, 2):
             learn(model, updater)
             checkpoints.save(step, model, updater, images=7, wait=True)
@@ -121,7 +121,7 @@ def written(tmp_path: Path) -> Path:
 
 def test_the_files_are_plain_safetensors(written: Path) -> None:
     model, _ = network()
-    assert Checkpoints(written.parent).load_model(model)[0] == 2
+    assert CheckpointManager(written.parent).load_model(model)[0] == 2
     found = load_file(written / "rank-00000.safetensors")
     assert torch.equal(found["model.weight"], model.weight)
     assert {"optimizer.weight.exp_avg", "optimizer.bias.step", "updater.skipped"} <= found.keys()
@@ -241,11 +241,11 @@ def refused(folder: Path, look: bool = True) -> None:
     model, updater = network()
     if look:
         with pytest.raises(UserError) as error:
-            Checkpoints(folder.parent).load_model(model)
+            CheckpointManager(folder.parent).load_model(model)
         assert len(str(error.value)) < 500 and "\n" not in str(error.value)
     said: list[str] = []
     try:
-        assert Checkpoints(folder.parent, say=said.append).load(model, updater, images=7) == 1  # the one before
+        assert CheckpointManager(folder.parent, say=said.append).load(model, updater, images=7) == 1  # the one before
     except UserError as error:
         said.append(str(error))
     assert len(said) == 1 and len(said[0]) < 500 and "\n" not in said[0]
@@ -284,9 +284,9 @@ def test_a_folder_that_is_elsewhere_is_refused(level: str, written: Path, tmp_pa
 def elsewhere_is_refused(folder: Path) -> None:
     model, updater = network()
     with pytest.raises(UserError, match="leads out of"):
-        Checkpoints(folder).load_model(model)
+        CheckpointManager(folder).load_model(model)
     with pytest.raises(UserError, match="leads out of"):
-        Checkpoints(folder).load(model, updater, images=7)
+        CheckpointManager(folder).load(model, updater, images=7)
 
 
 def test_links_in_the_way_are_removed_and_not_followed(written: Path, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_links_in_the_way_are_removed_and_not_followed(written: Path, tmp_path: 
         (folder / name).symlink_to(outside)
     (written / "checkpoint.json").write_text("{")
     model, updater = network()
-    with Checkpoints(folder, say=lambda text: None) as checkpoints:
+    with CheckpointManager(folder, say=lambda text: None) as checkpoints:
         assert checkpoints.load(model, updater, images=7) == 1
         checkpoints.save(3, model, updater, images=7, wait=True)
     assert checkpoints.steps() == [1, 3]
@@ -314,10 +314,10 @@ def test_links_in_the_way_are_removed_and_not_followed(written: Path, tmp_path: 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_counts_are_numbers(value: float, written: Path) -> None:
     model, updater = network()
-    with Checkpoints(written.parent) as checkpoints:
+    with CheckpointManager(written.parent) as checkpoints:
         updater.state["skipped"].fill_(value)
         learn(model, updater)
         checkpoints.save(3, model, updater, images=7, wait=True)
     said: list[str] = []
-    assert Checkpoints(written.parent, say=said.append).load(*network(), images=7) == 2
+    assert CheckpointManager(written.parent, say=said.append).load(*network(), images=7) == 2
     assert "a count is not a number" in said[0]

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from helpers import distributed_worker
 from helpers.commands import Started
 from helpers.models import MAE, OTHERS
-from pixmim.config import Mask, Optim, PretrainConfig, Saving, Scale
+from pixmim.config import CheckpointConfig, MaskConfig, OptimConfig, ParallelConfig, PretrainConfig
 from pixmim.pretraining import pretrain
 from pixmim.training.metric_logger import read_metrics
 
 pytestmark = pytest.mark.xdist_group("several")  # one process makes what all of these read
 
 STEPS, HALF = 8, 4
-FSDP = Scale("fsdp")
+FSDP = ParallelConfig("fsdp")
 
 
 def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
@@ -60,9 +60,9 @@ def make(**changes: Any) -> PretrainConfig:
         "device": "cpu",
         "threads": 1,
         "log_every": 1,
-        "saving": Saving(every=HALF, last=9),
+        "checkpoint": CheckpointConfig(every=HALF, keep_last=9),
         "model": MAE,
-        "optim": Optim(base_lr=0.05, warmup=0.2),
+        "optim": OptimConfig(base_lr=0.05, warmup=0.2),
     }
     return PretrainConfig(**(values | changes))
 
@@ -70,7 +70,7 @@ def make(**changes: Any) -> PretrainConfig:
 def other(name: str, **changes: Any) -> PretrainConfig:
     """Another model, for a few updates."""
     model, size = (OTHERS | UNEVEN)[name]
-    mask = Mask("blocks", 0.4) if name in UNEVEN else Mask()
+    mask = MaskConfig("beit-blocks", 0.4) if name in UNEVEN else MaskConfig()
     return make(model=model, size=str(size), steps=3, mask=mask, **changes)
 
 
@@ -93,26 +93,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrain(make(), root / "one", console=Console(quiet=True), report=False)
     for name in OTHERS | UNEVEN:
         pretrain(other(name), root / name, console=Console(quiet=True), report=False)
-    launch(4, [job("ddp-4", make()), job("fsdp-4", make(scale=FSDP))], root)
+    launch(4, [job("ddp-4", make()), job("fsdp-4", make(parallel=FSDP))], root)
     launch(
         2,
         [
             job("ddp-2", make()),
-            job("fsdp-2", make(scale=FSDP)),
-            job("parts-2", make(accumulate=3)),  # of 1, 1 and 2 images
-            job("fsdp-parts-2", make(accumulate=3, scale=FSDP)),
-            job("blocks-2", other("blocks", accumulate=3)),
-            job("recomputed-2", make(scale=Scale(recompute=True))),
+            job("fsdp-2", make(parallel=FSDP)),
+            job("parts-2", make(accumulation_steps=3)),  # of 1, 1 and 2 images
+            job("fsdp-parts-2", make(accumulation_steps=3, parallel=FSDP)),
+            job("blocks-2", other("blocks", accumulation_steps=3)),
+            job("recomputed-2", make(parallel=ParallelConfig(recompute=True))),
             job("ddp-bf16", make(precision="bf16")),
-            job("fsdp-bf16", make(precision="bf16", scale=FSDP)),
+            job("fsdp-bf16", make(precision="bf16", parallel=FSDP)),
             job("poisoned", make(), poisoned=3),
-            job("fsdp-poisoned", make(scale=FSDP), poisoned=3),
+            job("fsdp-poisoned", make(parallel=FSDP), poisoned=3),
             job("ddp-2-again", make(), goes_on="ddp-2"),
-            job("fsdp-2-again", make(scale=FSDP), goes_on="fsdp-2"),
-            job("ddp-4-then-fsdp-2", make(scale=FSDP), goes_on="ddp-4"),
+            job("fsdp-2-again", make(parallel=FSDP), goes_on="fsdp-2"),
+            job("ddp-4-then-fsdp-2", make(parallel=FSDP), goes_on="ddp-4"),
             job("fsdp-4-then-ddp-2", make(), goes_on="fsdp-4"),
             *(job(f"{name}-ddp", other(name)) for name in OTHERS),
-            *(job(f"{name}-fsdp", other(name, scale=FSDP)) for name in OTHERS),
+            *(job(f"{name}-fsdp", other(name, parallel=FSDP)) for name in OTHERS),
         ],
         root,
     )
@@ -159,7 +159,7 @@ def test_other_processes_go_on_with_a_run(name: str, trained: Path) -> None:
 @pytest.mark.parametrize("name", ["poisoned", "fsdp-poisoned"])
 def test_what_is_not_finite_on_one_process_is_skipped_on_all(name: str, trained: Path) -> None:
     lines = list(read_metrics(trained / name / "metrics.jsonl"))
-    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
     clean = losses(trained / "one")
     assert losses(trained / name)[:3] == pytest.approx(clean[:3], rel=2e-5)
     assert all(torch.isfinite(value).all() for value in product(trained / name).values())

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.commands import Pretraining, Started, launch
-from pixmim.config import PretrainConfig, Saving
+from pixmim.config import CheckpointConfig, PretrainConfig
 from pixmim.config_io import to_json
-from pixmim.training.checkpoint import Checkpoints
+from pixmim.training.checkpoint import CheckpointManager
 
 Make = Callable[..., PretrainConfig]
 STEPS = 40
@@ -29,7 +29,9 @@ STEPS = 40
 @pytest.fixture
 def run(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
     """Forty updates over five epochs, and the file that starts them."""
-    made = tiny_run(data="shapes:count=64,size=32", steps=STEPS, threads=1, log_every=2, saving=Saving(every=4))
+    made = tiny_run(
+        data="shapes:count=64,size=32", steps=STEPS, threads=1, log_every=2, checkpoint=CheckpointConfig(every=4)
+    )
     (tmp_path / "run.json").write_text(to_json(made))
     return made
 
@@ -73,7 +75,7 @@ def test_one_of_two_processes_is_killed(run: PretrainConfig, tmp_path: Path) -> 
     """torchrun starts both again, and they go on from the newest checkpoint by themselves."""
     out = tmp_path / "broken"
     broken = torchrun(tmp_path, out)
-    checkpoints = Checkpoints(out / "checkpoints")
+    checkpoints = CheckpointManager(out / "checkpoints")
     broken.until(lambda: any(step >= 8 for step in checkpoints.steps()))
     os.kill(workers(broken)[1], signal.SIGKILL)
     text = broken.end()
@@ -85,7 +87,7 @@ def test_one_of_two_processes_is_killed(run: PretrainConfig, tmp_path: Path) -> 
 
 @linux
 def test_a_stuck_rank_ends_the_run_and_is_named(run: PretrainConfig, tmp_path: Path) -> None:
-    broken = started(tmp_path, "broken", "--scale.timeout", 3, "--steps", 100_000, "--batch-size", 9, ranks=3)
+    broken = started(tmp_path, "broken", "--parallel.timeout", 3, "--steps", 100_000, "--batch-size", 9, ranks=3)
     broken.reach(8)
     os.kill(broken.pids[1], signal.SIGSTOP)
     for rank in (0, 2):
@@ -93,13 +95,13 @@ def test_a_stuck_rank_ends_the_run_and_is_named(run: PretrainConfig, tmp_path: P
         assert broken.processes[rank].exitcode == 1, broken.text
     os.kill(broken.pids[1], signal.SIGKILL)
     broken.processes[1].join()
-    assert broken.text.count("error: stuck ranks: 1 ") == 1 and "--scale.timeout" in broken.text
+    assert broken.text.count("error: stuck ranks: 1 ") == 1 and "--parallel.timeout" in broken.text
 
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(number: int, run: PretrainConfig, tmp_path: Path) -> None:
-    broken = started(tmp_path, "broken", "--steps", 100_000, "--saving.every", 0, ranks=2)
+    broken = started(tmp_path, "broken", "--steps", 100_000, "--checkpoint.every", 0, ranks=2)
     broken.log()
     os.kill(broken.pids[1], number)
     text = broken.end(130)
@@ -121,19 +123,19 @@ def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(run: PretrainCo
 
 @linux
 def test_a_batch_too_large_for_the_memory_says_what_to_do(tmp_path: Path) -> None:
-    """A limit of addresses stands for a small machine. Without --accumulate the batch is computed in parts that fit."""
+    """A limit of addresses stands for a small machine: without --accumulation-steps the batch is split to fit."""
     small = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
     flags = ["pixmim-vit-small", "--data", "shapes:count=512,size=32", "--steps", "1", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "pixmim.cli", "pretrain", *flags, "--size", "224", "--precision", "fp32"]
     done = subprocess.run(
-        [*command, "--batch-size", "2048", "--accumulate", "1"], capture_output=True, preexec_fn=small
+        [*command, "--batch-size", "2048", "--accumulation-steps", "1"], capture_output=True, preexec_fn=small
     )
     text = done.stderr.decode()
     assert done.returncode == 1 and "Traceback" not in text
     text = " ".join(text.split())
-    assert re.search(r"memory ran out, with 2,048 images computed at once \(.*\): --accumulate 2 halves them", text), (
-        text
-    )
+    assert re.search(
+        r"memory ran out, with 2,048 images computed at once \(.*\): --accumulation-steps 2 halves them", text
+    ), text
 
 
 def damage(folder: Path, how: str) -> None:
@@ -172,7 +174,7 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, run: PretrainConfig, tmp_pa
 @pytest.mark.parametrize(("processes", "killed"), [(1, 1), (2, 2), (2, 1)])
 def test_killed_at_twenty_random_moments(processes: int, killed: int, run: PretrainConfig, tmp_path: Path) -> None:
     """While it starts, trains, or writes one of its many checkpoints."""
-    length = ("--steps", 1500, "--saving.every", 3)
+    length = ("--steps", 1500, "--checkpoint.every", 3)
     quiet = started(tmp_path, "quiet", *length, ranks=processes)
     quiet.end()
     chance, kills, writing = random.Random(0), 0, 0

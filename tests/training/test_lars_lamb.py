@@ -5,7 +5,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from pixmim.training.optim import LAMB, LARS, Updater
+from pixmim.training.optim import LAMB, LARS, SyncFreeOptimizer
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def batch(step: int) -> torch.Tensor:
 
 def trained(optimizer: type, steps: int, scaling: bool = False, spoil: int = -1, **options: object) -> nn.Module:
     model = network()
-    updater = Updater(optimizer(model.parameters(), lr=1.0, **options), None, scaling, CPU)
+    updater = SyncFreeOptimizer(optimizer(model.parameters(), lr=1.0, **options), None, scaling, CPU)
     for step in range(steps):
         x = batch(step) * (float("nan") if step == spoil else 1.0)
         updater.backward(model(x).square().mean())
@@ -56,7 +56,7 @@ def test_lamb_is_timms(scaling: bool) -> None:
         return [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
 
     mine, theirs = network(), network()
-    updater = Updater(LAMB(groups(mine), lr=1.0), None, scaling, CPU)
+    updater = SyncFreeOptimizer(LAMB(groups(mine), lr=1.0), None, scaling, CPU)
     other = timm.optim.Lamb(groups(theirs), lr=1.0, eps=1e-8, max_grad_norm=None)
     for step in range(6):
         updater.backward(mine(batch(step)).square().mean())

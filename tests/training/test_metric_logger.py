@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pixmim.training import metric_logger as runlog
-from pixmim.training.metric_logger import RunLog, bound_by, read_metrics
+from pixmim.training.metric_logger import MetricLogger, bound_by, read_metrics
 
 
 def test_it_says_what_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,10 +18,10 @@ def test_it_says_what_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
     console = Console(file=io.StringIO(), width=200)
     path = tmp_path / "metrics.jsonl"
-    with RunLog(path, steps=4, start=0, every=2, epoch=0.5, images=8, console=console) as log:
-        log.line(2, waited=1.0)
-        log.line(4, waited=7.0)
+    with MetricLogger(path, steps=4, start=0, every=2, epoch=0.5, images=8, console=console) as log:
+        log.log(2, waited=1.0)
+        log.log(4, waited=7.0)
         assert log.data_wait == pytest.approx(0.35)
-    assert [line["data_wait"] for line in read_metrics(path)] == pytest.approx([0.1, 0.6])
+    assert [line["data_wait_fraction"] for line in read_metrics(path)] == pytest.approx([0.1, 0.6])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "compute-bound: waits for data 10%" in text and "data-bound: waits for data 60%" in text

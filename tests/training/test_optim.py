@@ -7,11 +7,11 @@ import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
-from pixmim.evaluation.finetune.recipes import TUNINGS
+from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES
 from pixmim.models import create_model
 from pixmim.models.layer_decay import not_decayed
 from pixmim.recipes import get_recipe
-from pixmim.training.optim import Updater, adamw
+from pixmim.training.optim import SyncFreeOptimizer, adamw
 from pixmim.training.precision import choose_device, choose_precision
 from pixmim.training.schedule import Schedule
 from pixmim.utils.errors import UserError
@@ -24,9 +24,11 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
 
 
-def trained(steps: int, clip: float | None, scaling: bool = False, spoil: int = -1) -> tuple[nn.Module, Updater]:
+def trained(
+    steps: int, clip: float | None, scaling: bool = False, spoil: int = -1
+) -> tuple[nn.Module, SyncFreeOptimizer]:
     model = network()
-    updater = Updater(adamw(model, 0.1, (0.9, 0.95), 0.05), clip, scaling, CPU)
+    updater = SyncFreeOptimizer(adamw(model, 0.1, (0.9, 0.95), 0.05), clip, scaling, CPU)
     generator = torch.Generator().manual_seed(2)
     for step in range(steps):
         x = torch.randn(16, 4, generator=generator)
@@ -82,7 +84,7 @@ def test_the_streak_ends_with_a_good_step() -> None:
 
 def test_the_loss_scale_doubles_after_2000_good_steps() -> None:
     model = nn.Linear(1, 1)
-    updater = Updater(adamw(model, 0.0, (0.9, 0.95), 0.0), None, True, CPU)
+    updater = SyncFreeOptimizer(adamw(model, 0.0, (0.9, 0.95), 0.0), None, True, CPU)
     for _ in range(2001):
         updater.backward(model(torch.zeros(1, 1)).sum())
         updater.step(0.0)
@@ -127,11 +129,11 @@ def test_simmims_cosine_is_below_its_peak_when_the_warmup_ends() -> None:
     schedule, epoch = Schedule.of(get_recipe("simmim-swin-base"), 1_281_167), 1_281_167 / 2048
     assert schedule.lr(schedule.warmup) == pytest.approx(4e-5 + 7.6e-4 * 0.97553, rel=1e-3)  # (1 + cos(pi / 10)) / 2
     assert schedule.lr(round(50 * epoch)) == pytest.approx(4.2e-4, rel=1e-3)
-    tuning = TUNINGS["simmim-swin-base-100"]
+    tuning = FINETUNE_RECIPES["simmim-swin-base-100"]
     assert not tuning.warmup_prefix and (tuning.epochs, tuning.warmup) == (100, 20)
     finetune = Schedule(1000, 200, 1.0, 0.0, warmup_prefix=tuning.warmup_prefix)
     assert finetune.lr(200) == pytest.approx(0.9045, abs=1e-4)
-    assert all(TUNINGS[name].warmup_prefix == name.startswith(("mae", "convmae")) for name in TUNINGS)
+    assert all(FINETUNE_RECIPES[name].warmup_prefix == name.startswith(("mae", "convmae")) for name in FINETUNE_RECIPES)
 
 
 def test_schedule_is_linear_then_cosine() -> None:

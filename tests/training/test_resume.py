@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from helpers.commands import Pretraining
 from pixmim.build import build_model
-from pixmim.config import PretrainConfig, Saving
+from pixmim.config import CheckpointConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.pretraining import pretrain
-from pixmim.training.checkpoint import Checkpoints
+from pixmim.training.checkpoint import CheckpointManager
 
 Make = Callable[..., PretrainConfig]
 STEPS = 60  # the 64 images make an epoch of eight steps
@@ -23,7 +23,7 @@ STEPS = 60  # the 64 images make an epoch of eight steps
 
 @pytest.fixture
 def run(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
-    made = tiny_run(data="shapes:count=64,size=32", steps=STEPS, saving=Saving(every=3), log_every=2)
+    made = tiny_run(data="shapes:count=64,size=32", steps=STEPS, checkpoint=CheckpointConfig(every=3), log_every=2)
     (tmp_path / "run.json").write_text(to_json(made))
     return made
 
@@ -37,7 +37,7 @@ def kill(process: Pretraining) -> int:
 
 def state(run: PretrainConfig, out: Path) -> dict[str, torch.Tensor]:
     model = build_model(run)
-    assert Checkpoints(out / "checkpoints").load_model(model)[0] == STEPS
+    assert CheckpointManager(out / "checkpoints").load_model(model)[0] == STEPS
     return {f"model.{k}": v for k, v in model.state_dict().items()} | load_file(out / "encoder/model.safetensors")
 
 
@@ -66,7 +66,7 @@ def test_killed_and_resumed_is_bitwise_the_same(run: PretrainConfig, tmp_path: P
 
 def test_ctrl_c_saves_and_says_how_to_go_on(run: PretrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = Pretraining(out, tmp_path / "run.json", "--out", out, "--steps", 100_000, "--saving.every", 0)
+    process = Pretraining(out, tmp_path / "run.json", "--out", out, "--steps", 100_000, "--checkpoint.every", 0)
     process.log()
     os.kill(process.pids[0], signal.SIGINT)
     text = process.end(130)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixmim.config import Saving
+from pixmim.config import CheckpointConfig
 from pixmim.training.metric_logger import read_metrics
-from pixmim.training.optim import Updater
+from pixmim.training.optim import SyncFreeOptimizer
 from pixmim.training.trainer import Trainer
 from pixmim.utils.errors import UserError
 
@@ -37,14 +37,22 @@ class Ready(list[Tensor]):
         return self.pop(0)
 
 
-def trainer_of(model: nn.Module, folder: Path, accumulate: int = 1, steps: int = 4) -> Trainer:
+def trainer_of(model: nn.Module, folder: Path, accumulation_steps: int = 1, steps: int = 4) -> Trainer:
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    updater = Updater(optimizer, None, scaling=False, device=torch.device("cpu"))
-    saving = Saving(every=1, last=99)
+    updater = SyncFreeOptimizer(optimizer, None, scaling=False, device=torch.device("cpu"))
+    saving = CheckpointConfig(every=1, keep_last=99)
     return Trainer(
-        model, updater, lambda _: 0.1, steps, folder, images=8, batch_size=8, accumulate=accumulate, saving=saving
+        model,
+        updater,
+        lambda _: 0.1,
+        steps,
+        folder,
+        images=8,
+        batch_size=8,
+        accumulation_steps=accumulation_steps,
+        checkpoint=saving,
     )
 
 
@@ -64,7 +72,7 @@ def test_an_interrupt_lets_a_step_finish_whose_data_are_there(tmp_path: Path) ->
             signal.raise_signal(signal.SIGTERM)
         return net(x).mean()
 
-    with trainer_of(net, tmp_path, accumulate=3) as trainer:
+    with trainer_of(net, tmp_path, accumulation_steps=3) as trainer:
         step = trainer.fit(Ready(torch.ones(9, 2, 4)), compute_loss)  # type: ignore[type-var]
     assert step == 2 and computed == [0, 1, 2, 3, 4, 5] and trainer.checkpoints.steps() == [1, 2]
 
@@ -80,7 +88,7 @@ def test_an_interrupt_while_waiting_for_data_saves_the_last_complete_step(stoppe
                     signal.raise_signal(signal.SIGTERM)
                 yield part
 
-        with trainer_of(net, folder, accumulate=2) as trainer:
+        with trainer_of(net, folder, accumulation_steps=2) as trainer:
             step = trainer.fit(loader(), lambda x, _: net(x))
         other = Net()
         if step:
@@ -106,7 +114,7 @@ def test_resumed_training_is_bitwise_the_same_and_restores_the_generator(tmp_pat
             torch.manual_seed(number)
             return net(x).square().mean()
 
-        trainer = trainer_of(net, folder, accumulate=2)
+        trainer = trainer_of(net, folder, accumulation_steps=2)
         torch.manual_seed(7)
         try:
             trainer.resume_and_fit(lambda first: nullcontext(parts(first)), compute_loss)

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as V
 
 from pixmim.transforms import augment
 from pixmim.transforms.augment import OPERATIONS, Augmented, Jitter, RandAugment, ThreeAugment, augmented, fill_of
-from pixmim.transforms.crops import CentreCrop, SimpleResizedCrop
+from pixmim.transforms.crops import CenterCrop, SimpleResizedCrop
 
 FILL = (124, 116, 104)
 
@@ -125,16 +125,16 @@ def test_channels_by_themselves() -> None:
     u = np.random.default_rng(4).random(8).tolist()
     u[0], u[1], u[5] = 3.5 / 15, 0.1, 0.9  # Rotate, and nothing
     both = picture(channels=2, size=(32, 32))
-    found = Augmented(CentreCrop(32), (RandAugment(),), (10, 200)).crop(both, u)
+    found = Augmented(CenterCrop(32), (RandAugment(),), (10, 200)).crop(both, u)
     for channel, fill in enumerate((10, 200)):
-        alone = Augmented(CentreCrop(32), (RandAugment(),), (fill,)).crop(both[channel : channel + 1], u)
+        alone = Augmented(CenterCrop(32), (RandAugment(),), (fill,)).crop(both[channel : channel + 1], u)
         assert torch.equal(found[channel : channel + 1], alone) and (alone == fill).any()
     with pytest.raises(ValueError, match="uint8"):
-        Augmented(CentreCrop(32), (RandAugment(),), FILL).crop(picture().float(), u)
+        Augmented(CenterCrop(32), (RandAugment(),), FILL).crop(picture().float(), u)
 
 
 def test_what_a_recipe_names() -> None:
-    base = CentreCrop(32)
+    base = CenterCrop(32)
     assert augmented(base, "none", 0.0, (0.5,)) is base
     three = augmented(base, "three", 0.3, (0.485, 0.456, 0.406))
     assert isinstance(three, Augmented) and three.fill == FILL == fill_of((0.485, 0.456, 0.406))

@@ -7,12 +7,12 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from pixmim.transforms.crops import (
-    CentreCrop,
+    CenterCrop,
     Crop,
     RandomResizedCrop,
     SimpleResizedCrop,
     evaluation_crop,
-    finish,
+    flip_and_normalize,
     resize_to_cover,
 )
 from pixmim.utils import rng
@@ -73,13 +73,13 @@ def test_non_square_targets_are_covered_with_the_aspect_kept(size: tuple[int, in
         h, w = image.shape[-2:]
         assert (h == size[0] and w >= size[1]) or (w == size[1] and h >= size[0])
         assert h / w == pytest.approx(source[0] / source[1], rel=0.07)
-        for crop in (SimpleResizedCrop(size), RandomResizedCrop(size), CentreCrop(size)):
+        for crop in (SimpleResizedCrop(size), RandomResizedCrop(size), CenterCrop(size)):
             assert crop(picture(*source)).shape == (3, *size)
 
 
 def test_crops_take_and_give_pil_images_too() -> None:
     image = Image.fromarray(picture(40, 60).permute(1, 2, 0).numpy())
-    for crop in (SimpleResizedCrop(32), RandomResizedCrop(32), CentreCrop(32)):
+    for crop in (SimpleResizedCrop(32), RandomResizedCrop(32), CenterCrop(32)):
         assert crop(image).size == (32, 32)
     torch.manual_seed(5)
     one = SimpleResizedCrop(32)(image)
@@ -90,7 +90,7 @@ def test_crops_take_and_give_pil_images_too() -> None:
 def test_finish_flips_scales_and_normalises() -> None:
     images, flip = torch.randint(0, 256, (3, 2, 4, 5), dtype=U8), torch.tensor([True, False, True])
     mean, std = torch.tensor([0.3, 0.6]), torch.tensor([0.2, 0.5])
-    done = finish(images, flip, mean, std)
+    done = flip_and_normalize(images, flip, mean, std)
     for b in range(3):
         for c in range(2):
             expected = (images[b, c].double() / 255 - mean[c].double()) / std[c].double()
@@ -116,7 +116,7 @@ def test_a_single_try_is_cut_to_the_image() -> None:
             assert crop.box((h, w), u.tolist()) == (top, left, height, width)
 
 
-@pytest.mark.parametrize("crop", [SimpleResizedCrop((8, 12)), RandomResizedCrop((8, 12)), CentreCrop((8, 12))])
+@pytest.mark.parametrize("crop", [SimpleResizedCrop((8, 12)), RandomResizedCrop((8, 12)), CenterCrop((8, 12))])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
 def test_an_array_is_cropped_as_the_tensor_of_it(crop: Crop, kind: type) -> None:
     array = (np.random.default_rng(0).random((20, 30, 5)) * 200).astype(kind)

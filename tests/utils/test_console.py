@@ -6,7 +6,7 @@ import os
 import pytest
 from rich.console import Console
 
-from pixmim.utils.console import csv_cell, printable, say
+from pixmim.utils.console import csv_cell, print_plain, printable
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from pixmim.utils.console import csv_cell, printable, say
 def test_a_name_is_shown_and_nothing_in_it_acts(name: str, shown: str) -> None:
     assert printable(name) == shown
     console = Console(file=io.StringIO(), force_terminal=True, width=20)
-    say(console, f"first\n{name.replace(chr(10), '')}")
+    print_plain(console, f"first\n{name.replace(chr(10), '')}")
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert printed == f"first\n{printable(name.replace(chr(10), ''))}\n"
 

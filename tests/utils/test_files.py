@@ -19,20 +19,20 @@ from pixmim.utils.files import (
     read_json,
     read_text,
     write_csv,
-    write_whole,
+    write_text_atomically,
 )
 
 
 def test_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a.json", "old")
-    write_whole(tmp_path / "a.json", "größer")
-    write_whole(tmp_path / "b.bin", b"\x00\xff")
+    write_text_atomically(tmp_path / "a.json", "old")
+    write_text_atomically(tmp_path / "a.json", "größer")
+    write_text_atomically(tmp_path / "b.bin", b"\x00\xff")
     assert (tmp_path / "a.json").read_bytes() == "größer".encode() and (tmp_path / "b.bin").read_bytes() == b"\x00\xff"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.bin"]
 
 
 def test_a_failed_write_keeps_the_previous_content_and_leaves_no_temporary_file(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a.json", "old")
+    write_text_atomically(tmp_path / "a.json", "old")
 
     def fail(file: IO[bytes]) -> None:
         file.write(b"n")
@@ -46,13 +46,13 @@ def test_a_failed_write_keeps_the_previous_content_and_leaves_no_temporary_file(
 def test_a_link_at_the_target_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("mine")
     (tmp_path / "a.json").symlink_to(tmp_path / "other")
-    write_whole(tmp_path / "a.json", "new")
+    write_text_atomically(tmp_path / "a.json", "new")
     assert (tmp_path / "other").read_text() == "mine" and (tmp_path / "a.json").read_text() == "new"
 
 
 def test_names_that_are_not_utf8_survive_a_text_file(tmp_path: Path) -> None:
     name = os.fsdecode(b"M\xfcller.jpg")
-    write_whole(tmp_path / "names.txt", name)
+    write_text_atomically(tmp_path / "names.txt", name)
     assert (tmp_path / "names.txt").read_bytes() == b"M\xfcller.jpg" and read_text(tmp_path / "names.txt") == name
 
 
@@ -105,7 +105,7 @@ def test_json_is_bounded_in_depth_and_says_what_is_wrong(tmp_path: Path) -> None
 def test_two_writers_of_one_file_leave_one_of_the_contents(tmp_path: Path) -> None:
     path = tmp_path / "x"
     contents = [bytes([number]) * 100_000 for number in range(8)]
-    threads = [threading.Thread(target=write_whole, args=(path, content)) for content in contents]
+    threads = [threading.Thread(target=write_text_atomically, args=(path, content)) for content in contents]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -146,7 +146,7 @@ def test_rows_of_any_names_become_csv(tmp_path: Path) -> None:
 
 def test_names_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
     for name in ("n" * 255, "\U0001f600" * 63):
-        write_whole(tmp_path / name, "x")
+        write_text_atomically(tmp_path / name, "x")
         check_writable(tmp_path / name)
     assert len(os.listdir(tmp_path)) == 2
 

@@ -19,13 +19,13 @@ from torch import nn
 
 from helpers.tiny import TINY
 from pixmim import cli, pretraining
-from pixmim.config import Model, PretrainConfig, Saving
+from pixmim.config import ArchitectureConfig, CheckpointConfig, PretrainConfig
 from pixmim.config_io import to_json
-from pixmim.training.checkpoint import Checkpoints
+from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.metric_logger import read_metrics
-from pixmim.training.preemption import Interrupted, Interrupts
+from pixmim.training.preemption import Interrupted, PreemptionHandler
 from pixmim.utils import process
-from pixmim.utils.threads import workers
+from pixmim.utils.threads import thread_pool
 from pixmim.weights import save as own
 
 Make = Callable[..., PretrainConfig]
@@ -155,7 +155,9 @@ def test_nohup_is_respected() -> None:
 
 
 def test_training_may_end_its_step_and_the_second_signal_ends_it() -> None:
-    body = "with Interrupts() as asked:\n    ready()\n    while not asked.asked: pass\n    ready('asked')\n    deaf()"
+    body = (
+        "with Interrupts() as asked:\n    ready()\n    while not asked.requested: pass\n    ready('asked')\n    deaf()"
+    )
     one = start(body)
     heard(one)
     one.send_signal(signal.SIGINT)
@@ -188,29 +190,29 @@ def test_signals_are_as_before_once_a_command_is_over() -> None:
     assert guard.number == signal.SIGTERM and not guard.thread.is_alive()
     assert [signal.getsignal(number) for number in numbers] == before and sys.unraisablehook is hook
     assert signal.set_wakeup_fd(-1) == -1
-    with Interrupts(speaks=False) as interrupts:
+    with PreemptionHandler(speaks=False) as interrupts:
         signal.raise_signal(signal.SIGTERM)
-    assert interrupts.asked and [signal.getsignal(number) for number in numbers] == before
+    assert interrupts.requested and [signal.getsignal(number) for number in numbers] == before
     assert not process.deferring
 
 
 def test_a_pool_that_is_closed_early_leaves_a_stuck_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pixmim.utils.threads.PATIENCE", 0.1)
     stuck, done = threading.Event(), []
-    with pytest.raises(KeyboardInterrupt), workers(1, "pixmim-stuck") as pool:
+    with pytest.raises(KeyboardInterrupt), thread_pool(1, "pixmim-stuck") as pool:
         pool.submit(stuck.wait)
         waiting = pool.submit(done.append, 1)
         raise KeyboardInterrupt
     assert waiting.cancelled()
     stuck.set()
-    with workers(2, "pixmim-quick") as pool:  # one that is not finishes what it was given
+    with thread_pool(2, "pixmim-quick") as pool:  # one that is not finishes what it was given
         for i in range(10):
             pool.submit(done.append, i)
     assert sorted(done) == list(range(10))
 
 
 def test_several_processes_are_not_parted_by_a_signal() -> None:
-    with Interrupts(speaks=False) as interrupts:
+    with PreemptionHandler(speaks=False) as interrupts:
         with interrupts.waiting(alone=False):
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Interrupted), interrupts.waiting():
@@ -272,7 +274,7 @@ def stuck_data(folder: Path, images: int, *args: object) -> "subprocess.Popen[st
 
 
 def test_a_run_whose_data_never_come_saves_and_ends_at_the_first_signal(tiny_run: Make, tmp_path: Path) -> None:
-    run = tiny_run(log_every=1, steps=6, saving=Saving(every=0), threads=2)
+    run = tiny_run(log_every=1, steps=6, checkpoint=CheckpointConfig(every=0), threads=2)
     (tmp_path / "run.json").write_text(to_json(run))
     one = stuck_data(tmp_path, 30, "pretrain", "run.json", "--out", tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -282,7 +284,7 @@ def test_a_run_whose_data_never_come_saves_and_ends_at_the_first_signal(tiny_run
     one.send_signal(signal.SIGINT)
     out, err = one.communicate(timeout=SLACK)
     assert one.returncode == 130, err
-    (step,) = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    (step,) = CheckpointManager(tmp_path / "run" / "checkpoints").steps()
     assert step == 3
     assert f"stopped after step {step}; resume with: pixmim pretrain --resume" in out and "Traceback" not in err
     for folder in ("run", "quiet"):
@@ -389,7 +391,7 @@ def full_disk(room: int) -> Iterator[None]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    model = Model("mae", "vit_tiny_patch16_224", 16, 1, 2, options=TINY)
+    model = ArchitectureConfig("mae", "vit_tiny_patch16_224", 16, 1, 2, options=TINY)
     run = PretrainConfig(
         data="shapes:count=8,size=32", steps=1, batch_size=4, size="32", device="cpu", precision="fp32", model=model
     )
@@ -438,7 +440,7 @@ def test_a_full_disk_gives_one_line_and_no_half_file(
 def test_a_run_whose_last_file_does_not_fit_is_ended_by_the_same_command(
     tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, write = tiny_run(), own.write_whole
+    run, write = tiny_run(), own.write_text_atomically
 
     def full(path: Path, content: str | bytes) -> None:
         with full_disk(5000):

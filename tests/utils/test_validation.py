@@ -116,7 +116,13 @@ def test_recipes_keep_the_rules(name: str) -> None:
             "--channels=0",
             "--device=gpu",
         ),
-        *("--optim.lr=1e400", "--mask.ratio=1", "--target.radius=-1", "--model.decoder-dim=0", "--saving.last=0"),
+        *(
+            "--optim.lr=1e400",
+            "--mask.ratio=1",
+            "--target.radius=-1",
+            "--model.decoder-dim=0",
+            "--checkpoint.keep-last=0",
+        ),
     ],
 )
 def test_absurd_values_on_the_command_line(word: str) -> None:
@@ -190,4 +196,7 @@ def test_statistics_are_in_units_of_the_brightest_pixel(given: dict[str, Any], e
 
 
 def test_measured_values_have_any_mean() -> None:
-    assert PretrainConfig(pixels="float32", channels=1, mean=(-40.0,), std=(273.0,)).statistics == ((-40.0,), (273.0,))
+    assert PretrainConfig(pixels="float32", channels=1, mean=(-40.0,), std=(273.0,)).normalization == (
+        (-40.0,),
+        (273.0,),
+    )

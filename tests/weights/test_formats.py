@@ -21,14 +21,14 @@ from helpers.models import old_swin_layout
 from helpers.official import DIM, GRID, HEADS, State, linear, ln, norm, random
 from pixmim import load_encoder, load_model, patchify
 from pixmim.build import build_encoder, build_model
-from pixmim.config import Mask as MaskConfig
-from pixmim.config import PretrainConfig, Target
+from pixmim.config import MaskConfig as MaskConfig
+from pixmim.config import PretrainConfig, TargetConfig
 from pixmim.masking import Mask
 from pixmim.utils.errors import UserError
 from pixmim.weights import interpolate as resize
 from pixmim.weights.detect import Weights, read_weights
-from pixmim.weights.formats import SOURCES
-from pixmim.weights.load import adopt, begin_from, open_model
+from pixmim.weights.formats import FORMATS
+from pixmim.weights.load import import_weights, initialize_from, resolve_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -106,7 +106,7 @@ def test_a_pre_training_file_predicts_what_its_own_code_does(
     state = make()
     path = saved(tmp_path / "model.pth", rename(state))
     model = load_model(path, **known)
-    assert origin in open_model(str(path), known=known).origin
+    assert origin in resolve_model(str(path), known=known).origin
     images, hidden = torch.randn(2, 3, side, side), torch.rand(2, n).argsort(dim=1) < n // 2
     with torch.no_grad():
         ours, theirs = model(images, Mask.from_hidden(hidden)), forward(images, hidden, state)
@@ -115,22 +115,22 @@ def test_a_pre_training_file_predicts_what_its_own_code_does(
 
     # What is kept of it is the same model again, and its encoder is a timm checkpoint.
     folder = tmp_path / "kept"
-    adopt(open_model(str(path), known=known), folder)
+    import_weights(resolve_model(str(path), known=known), folder)
     with torch.no_grad():
         assert torch.equal(load_model(folder)(images, Mask.from_hidden(hidden)), ours)
-    run = open_model(str(folder)).run
+    run = resolve_model(str(folder)).run
     if run.model.name != "convmae" and not (run.model.backbone.startswith("swin") and old_swin_layout()):
         timm.create_model(f"local-dir:{folder}/encoder", pretrained=True)
 
 
 def test_what_a_training_file_says_of_itself_is_used_and_its_input_size_is_not(tmp_path: Path) -> None:
     official.mae_training_file(tmp_path / "checkpoint-3.pth")
-    run = open_model(str(tmp_path / "checkpoint-3.pth"), known=BOTH).run
-    assert run.hw == (32, 32) and run.mask.ratio == 0.6
-    assert run.target == Target("pixels", normalise_patches=False)
+    run = resolve_model(str(tmp_path / "checkpoint-3.pth"), known=BOTH).run
+    assert run.image_size == (32, 32) and run.mask.ratio == 0.6
+    assert run.target == TargetConfig("pixels", normalize_patches=False)
     state = openmmlab(official.mae()) | {"target_generator.low_pass_filter": torch.ones(3, 32, 32)}
-    weights = open_model(str(saved(tmp_path / "pixmim.pth", state, "state_dict", meta={})), known=BOTH)
-    assert weights.run.target == Target("low-frequency", radius=40.0, form="released")
+    weights = resolve_model(str(saved(tmp_path / "pixmim.pth", state, "state_dict", meta={})), known=BOTH)
+    assert weights.run.target == TargetConfig("low-frequency", radius=40.0, variant="paper-code")
     assert list(weights.left_out) == ["target_generator.low_pass_filter"]
 
 
@@ -138,8 +138,10 @@ def test_simmims_settings_give_the_image_size(tmp_path: Path, foreign: "Foreign"
     node = foreign("yacs.config", "CfgNode", dict)
     path = saved(tmp_path / "ckpt.pth", official.simmim_swin(), config=node(DATA=node(IMG_SIZE=32)))
     foreign.forget()
-    run = open_model(str(path)).run
-    assert run.hw == (32, 32) and run.mask == MaskConfig("units", 0.6, 32, True) and run.target.distance == "l1"
+    run = resolve_model(str(path)).run
+    assert (
+        run.image_size == (32, 32) and run.mask == MaskConfig("blocks", 0.6, 32, True) and run.target.distance == "l1"
+    )
 
 
 # ---- classifiers
@@ -199,7 +201,7 @@ def test_a_linear_probes_normalisation_is_folded_into_its_head(tmp_path: Path) -
 def test_a_probe_of_convmaes_corner_is_left_out(tmp_path: Path) -> None:
     state = official.convmae(classes=5)
     state = {k.replace("fc_norm", "norm"): v for k, v in state.items()}
-    weights = open_model(str(saved(tmp_path / "probe.pth", state)), known=VIT)
+    weights = resolve_model(str(saved(tmp_path / "probe.pth", state)), known=VIT)
     assert set(weights.left_out) == {"head.weight", "head.bias"} and "first token" in weights.left_out["head.bias"]
     load_encoder(tmp_path / "probe.pth", **VIT)
 
@@ -253,7 +255,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
 def test_a_model_is_found_behind_what_training_code_puts_around_it(name: str, tmp_path: Path) -> None:
     content, known, shift = WRAPPED[name]
     torch.save(content, tmp_path / "x.ckpt")
-    weights = open_model(str(tmp_path / "x.ckpt"), known={**VIT, **known})
+    weights = resolve_model(str(tmp_path / "x.ckpt"), known={**VIT, **known})
     assert weights.encoder.keys() == ENCODER.keys()
     assert all(torch.equal(weights.encoder[key], ENCODER[key] + shift) for key in ENCODER)
     noted = ("solo-learn", "DINO", "I-JEPA", "MoCo v3", "timm", "timm's average", "DeiT's average")
@@ -265,11 +267,11 @@ def test_the_official_names_come_first_and_a_wrong_prefix_is_named(tmp_path: Pat
     """SimMIM's own files begin with encoder., mmselfsup's with backbone.: those are no wrappers there."""
     for state in (official.simmim_vit(), openmmlab(official.mae())):
         path = saved(tmp_path / "x.pth", behind("model.", state), "state_dict")
-        assert open_model(str(path), known=BOTH).whole
+        assert resolve_model(str(path), known=BOTH).whole
     with pytest.raises(UserError, match=r"--prefix teacher: no tensor's name begins so; they begin with .model"):
-        open_model(str(path), known={**BOTH, "prefix": "teacher"})
+        resolve_model(str(path), known={**BOTH, "prefix": "teacher"})
     with pytest.raises(UserError, match=r"--ema: .* holds no average"):
-        open_model(str(path), known={**BOTH, "ema": True})
+        resolve_model(str(path), known={**BOTH, "ema": True})
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,7 @@ def test_what_cannot_be_used_is_named_for_what_it_is(
     ):
         path = saved(tmp_path / "x.pth", behind(prefix, {**rest, key: torch.ones(shape)}))
         with pytest.raises(UserError, match=f"it is {named}.*, which pixmim does not use"):
-            open_model(str(path), known=VIT)
+            resolve_model(str(path), known=VIT)
 
 
 # ---- sizes, normalization, and what is assumed
@@ -312,15 +314,15 @@ def test_positions_are_refitted_where_the_grid_differs_though_their_number_does_
     assert torch.equal(encoder.pos_embed, expected) and not torch.equal(expected, state["pos_embed"])
     told = load_encoder(path, **VIT, size="32x72", img_size=(32, 72))  # unless they are said to be of that grid
     assert torch.equal(told.pos_embed, state["pos_embed"])
-    assert open_model(str(path), known={**VIT, "size": "32x72"}).run.hw == (32, 72)
+    assert resolve_model(str(path), known={**VIT, "size": "32x72"}).run.image_size == (32, 72)
     with pytest.raises(UserError, match="64x144 makes 8x18 patches of 8 pixels, and it has a table of 36 positions"):
-        open_model(str(path), known={**VIT, "size": "64x144"})
-    (note,) = open_model(str(path), known=VIT).notes
+        resolve_model(str(path), known={**VIT, "size": "64x144"})
+    (note,) = resolve_model(str(path), known=VIT).notes
     assert note.endswith("--size 48x48 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225")
 
     run = tiny_run(size="32x48", model=replace(tiny_run().model, name="simmim", backbone="beit_base_patch16_224"))
     beit: Any = build_encoder(run)
-    adopt(Weights(run, behind("encoder.", dict(beit.state_dict())), "a test"), tmp_path / "beit")
+    import_weights(Weights(run, behind("encoder.", dict(beit.state_dict())), "a test"), tmp_path / "beit")
     again: Any = load_encoder(tmp_path / "beit", img_size=(48, 32))
     table, old = (module.rel_pos_bias.relative_position_bias_table for module in (again, beit))
     assert torch.equal(table, resize.relative_biases(old, (4, 6), (6, 4)))
@@ -329,13 +331,13 @@ def test_positions_are_refitted_where_the_grid_differs_though_their_number_does_
 def test_what_the_caller_says_of_mean_and_std_counts(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pth", ENCODER)
     said = {**VIT, "size": "32", "mean": (0.1, 0.2, 0.3), "std": (0.1, 0.2, 0.3)}
-    weights = open_model(str(path), known=said)
-    assert weights.run.statistics == (said["mean"], said["std"]) and not weights.notes
-    adopt(weights, tmp_path / "kept")
-    assert open_model(str(tmp_path / "kept")).run.statistics == (said["mean"], said["std"])
-    assert open_model(str(tmp_path / "kept"), known={"mean": (0.5, 0.5, 0.5)}).run.mean == (0.5, 0.5, 0.5)
+    weights = resolve_model(str(path), known=said)
+    assert weights.run.normalization == (said["mean"], said["std"]) and not weights.notes
+    import_weights(weights, tmp_path / "kept")
+    assert resolve_model(str(tmp_path / "kept")).run.normalization == (said["mean"], said["std"])
+    assert resolve_model(str(tmp_path / "kept"), known={"mean": (0.5, 0.5, 0.5)}).run.mean == (0.5, 0.5, 0.5)
     with pytest.raises(UserError, match="leave out --size"):
-        open_model(str(tmp_path / "kept" / "encoder"), known={"size": "64"})
+        resolve_model(str(tmp_path / "kept" / "encoder"), known={"size": "64"})
 
 
 def test_a_mask_of_another_grid_is_refused_by_name(tiny_run: Make) -> None:
@@ -383,8 +385,8 @@ def test_hugging_faces_classifiers_with_their_norms(
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(load_encoder(tmp_path)(images), theirs(images).logits, atol=6e-6, rtol=0)
-    weights = open_model(str(tmp_path))
-    assert weights.run.statistics == ((0.1, 0.2, 0.3), (0.2, 0.3, 1.0)) and weights.notes == ()
+    weights = resolve_model(str(tmp_path))
+    assert weights.run.normalization == ((0.1, 0.2, 0.3), (0.2, 0.3, 1.0)) and weights.notes == ()
 
 
 # ---- Hugging Face
@@ -409,8 +411,8 @@ def test_hugging_faces_vitmae_in_every_way_it_is_written(tmp_path: Path) -> None
         with torch.no_grad():
             found = model(images, Mask.from_hidden(output.mask.bool()))
         torch.testing.assert_close(found, output.logits, atol=1e-4, rtol=0)
-    run = open_model(str(tmp_path / "saved")).run
-    assert run.mask.ratio == 0.5 and run.target.normalise_patches
+    run = resolve_model(str(tmp_path / "saved")).run
+    assert run.mask.ratio == 0.5 and run.target.normalize_patches
 
 
 # ---- nothing of a file is run, and each mistake is named
@@ -452,7 +454,7 @@ def test_harmless_objects_of_other_projects_are_read_without_them(tmp_path: Path
     more = {"message_hub": {"loss": buffer}, "hyper_parameters": said}
     path = saved(tmp_path / "epoch_1.pth", openmmlab(official.mae()), "state_dict", **more)
     foreign.forget()
-    assert open_model(str(path), known=BOTH).whole
+    assert resolve_model(str(path), known=BOTH).whole
 
 
 class Evil:
@@ -513,7 +515,7 @@ def test_missing_and_odd_keys_are_named_as_the_file_names_them(tmp_path: Path) -
 
 
 def test_every_table_of_names_is_undone_by_itself() -> None:
-    for source in SOURCES:
+    for source in FORMATS:
         for ours in ("encoder.cls_token", "encoder.blocks.3.norm1.weight", "decoder.blocks.0.mlp.fc1.bias"):
             theirs = source.names.theirs(ours)
             assert theirs is None or source.names.ours(theirs) == ours, (source.name, ours)
@@ -594,7 +596,7 @@ def test_a_run_begins_from_its_own_kind_exactly(tiny_run: Make, tmp_path: Path) 
     trained = build_model(tiny_run(seed=3))
     adopt_model(trained, tiny_run(seed=3), tmp_path / "kept")
     model = build_model(tiny_run(seed=4))
-    lines = begin_from(model, tiny_run(seed=4, init=str(tmp_path / "kept")))
+    lines = initialize_from(model, tiny_run(seed=4, init=str(tmp_path / "kept")))
     for (name, a), b in zip(model.state_dict().items(), trained.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert any("what decodes: " in line for line in lines)
@@ -603,7 +605,7 @@ def test_a_run_begins_from_its_own_kind_exactly(tiny_run: Make, tmp_path: Path) 
 def adopt_model(model: torch.nn.Module, run: PretrainConfig, folder: Path) -> None:
     from pixmim.weights.detect import Weights
 
-    adopt(Weights(run, dict(model.state_dict()), "a test"), folder)
+    import_weights(Weights(run, dict(model.state_dict()), "a test"), folder)
 
 
 def test_what_does_not_fit_is_refitted_or_begins_anew_and_is_said(tiny_run: Make, tmp_path: Path) -> None:
@@ -612,21 +614,21 @@ def test_what_does_not_fit_is_refitted_or_begins_anew_and_is_said(tiny_run: Make
     init = str(tmp_path / "kept")
     oblong = tiny_run(size="32x64", channels=1, init=init)
     model = build_model(oblong)
-    lines = "\n".join(begin_from(model, oblong))
+    lines = "\n".join(initialize_from(model, oblong))
     assert "positions of 4x4 patches refitted to 4x8" in lines and "3 channels adapted to 1" in lines
     assert "what decodes begins anew: it differs in 'decoder.predict.bias'" in lines
 
     model = build_model(replace(base, model=replace(base.model, decoder_dim=32)))
-    assert "begins anew" in "\n".join(begin_from(model, replace(base, init=init)))
+    assert "begins anew" in "\n".join(initialize_from(model, replace(base, init=init)))
     wider = replace(base, model=replace(base.model, options=dict(base.model.options) | {"embed_dim": 64}), init=init)
     with pytest.raises(UserError, match=r"its encoder is another one: '.*' is 32 there and 64"):
-        begin_from(build_model(wider), wider)
+        initialize_from(build_model(wider), wider)
     flatter = replace(base, model=replace(base.model, options=dict(base.model.options) | {"depth": 1}), init=init)
     with pytest.raises(UserError, match=r"its encoder has blocks\.1\..*, which vit_tiny_patch16_224 does not"):
-        begin_from(build_model(flatter), flatter)
+        initialize_from(build_model(flatter), flatter)
     deeper = replace(base, model=replace(base.model, options=dict(base.model.options) | {"depth": 3}), init=init)
     with pytest.raises(UserError, match=r"its encoder lacks encoder\.blocks\.2"):
-        begin_from(build_model(deeper), deeper)
+        initialize_from(build_model(deeper), deeper)
 
 
 def test_init_says_how_another_model_of_a_file_is_taken(tiny_run: Make, tmp_path: Path) -> None:
@@ -638,9 +640,9 @@ def test_init_says_how_another_model_of_a_file_is_taken(tiny_run: Make, tmp_path
     save_file({name: value.contiguous().clone() for name, value in both.items()}, file)
     save_file({"a.b": torch.zeros(2)}, strange)
     way = f"`pixmim import '{file}' --prefix NAME --to FOLDER` (or --ema) first, then --init FOLDER"
-    assert way in "\n".join(begin_from(build_model(run), replace(run, init=str(file))))
+    assert way in "\n".join(initialize_from(build_model(run), replace(run, init=str(file))))
     with pytest.raises(UserError, match=r"no project .*--prefix NAME --to FOLDER.* then --init FOLDER"):
-        begin_from(build_model(run), replace(run, init=str(strange)))
+        initialize_from(build_model(run), replace(run, init=str(strange)))
 
 
 def test_an_encoder_alone_and_a_classifier_are_good_to_begin_from(tiny_run: Make, tmp_path: Path) -> None:
@@ -652,6 +654,6 @@ def test_an_encoder_alone_and_a_classifier_are_good_to_begin_from(tiny_run: Make
     for name, file, said in (("encoder", state, "encoder only"), ("classifier", classifier, "encoder.norm.weight")):
         path = saved(tmp_path / f"{name}.pth", file)
         model = build_model(run)
-        lines = begin_from(model, replace(run, init=str(path)))
+        lines = initialize_from(model, replace(run, init=str(path)))
         assert said in "\n".join(lines)
         assert torch.equal(model.state_dict()["encoder.blocks.1.mlp.fc2.weight"], state["blocks.1.mlp.fc2.weight"])

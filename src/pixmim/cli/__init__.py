@@ -19,8 +19,8 @@ from pixmim.cli.throughput import bench_data
 from pixmim.cli.visualize import attention, embed, reconstruct
 from pixmim.cli.weights import export, import_
 from pixmim.utils.allocator import retain_freed_memory
-from pixmim.utils.console import say
-from pixmim.utils.errors import AlreadyReportedError, UserError, first_line, nearest
+from pixmim.utils.console import print_plain
+from pixmim.utils.errors import AlreadyReportedError, UserError, did_you_mean, first_line
 from pixmim.utils.process import as_process
 
 OVERVIEW = """usage: pixmim COMMAND [...]
@@ -66,18 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"pixmim {__version__}")
             return 0
         if args[0] not in COMMANDS:
-            raise UserError(f"there is no command '{args[0]}'{nearest(args[0], COMMANDS)}\n\n{OVERVIEW}")
+            raise UserError(f"there is no command '{args[0]}'{did_you_mean(args[0], COMMANDS)}\n\n{OVERVIEW}")
         return COMMANDS[args[0]](args[1:])
     except AlreadyReportedError:
         return 1
     except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
-        say(Console(stderr=True), f"error: {error}")
+        print_plain(Console(stderr=True), f"error: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
         text = (
-            f"error: the memory is not enough ({first_line(error)}). Use a larger --accumulate where there is one, "
+            f"error: out of memory ({first_line(error)}). Use a larger --accumulation-steps where the command has it, "
             "fewer --threads, or a smaller model or --size"
         )
         print(text, file=sys.stderr)

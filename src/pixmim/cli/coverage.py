@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from pixmim.cli.flags import checked
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.files import check_output
 from pixmim.utils.validation import Real, Seed, Size, Whole
 
@@ -50,12 +50,18 @@ def coverage(args: list[str]) -> int:
             check_output(out / f"coverage.{end}", overwrite)
         console = Console()
         report = measure_coverage(
-            data, PretrainConfig(size=size).hw, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console
+            data,
+            PretrainConfig(size=size).image_size,
+            mask_ratio,
+            boxes=boxes,
+            draws=simulate,
+            seed=seed,
+            console=console,
         )
         console.print(report.table())
         if report.outside:
-            say(console, f"{report.outside} objects have no pixel inside their image, and were left out")
-        say(console, "written: " + ", ".join(map(str, report.save(out))))
+            print_plain(console, f"{report.outside} objects have no pixel inside their image, and were left out")
+        print_plain(console, "written: " + ", ".join(map(str, report.save(out))))
         return 0
 
     return tyro.cli(checked(command), prog="pixmim coverage", args=args)

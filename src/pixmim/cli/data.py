@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from pixmim.cli.flags import absolute, checked
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_writable
 from pixmim.utils.validation import MAX_CHANNELS, Count, Size, Some, Threads, Whole
@@ -58,16 +58,16 @@ def cache(args: list[str]) -> int:
         from pixmim.config import PretrainConfig
         from pixmim.data import open_dataset
         from pixmim.data.build_resized_cache import make_cache
-        from pixmim.data.dataset import Form
+        from pixmim.data.dataset import ImageSpec
         from pixmim.utils.progress import progress
 
         console = Console()
-        source = open_dataset(absolute(data), Form(channels, pixels, pages))
+        source = open_dataset(absolute(data), ImageSpec(channels, pixels, pages))
         with progress(f"caching {data}", len(source), console) as advance:
             made = make_cache(
                 source,
                 out,
-                PretrainConfig(size=size).hw,
+                PretrainConfig(size=size).image_size,
                 interpolation=interpolation,
                 kind="raw" if raw else "jpeg",
                 quality=quality,
@@ -78,12 +78,12 @@ def cache(args: list[str]) -> int:
             )
         if made.images:
             rate = f"{made.seconds:.0f} s, {made.images / made.seconds:.0f} images/s"
-            say(console, f"{made.images:,} images written in {rate}; {made.bytes / 1e6:,.0f} MB")
+            print_plain(console, f"{made.images:,} images written in {rate}; {made.bytes / 1e6:,.0f} MB")
         elif not made.skipped:
-            say(console, "nothing was left to do")
+            print_plain(console, "nothing was left to do")
         if made.skipped:
-            say(console, f"{made.skipped} could not be read: see {out}/skipped*.csv")
-        say(
+            print_plain(console, f"{made.skipped} could not be read: see {out}/skipped*.csv")
+        print_plain(
             console,
             f"whole: train with --data {shlex.quote(str(out))}"
             if made.complete
@@ -124,32 +124,32 @@ def stats(args: list[str]) -> int:
 
         from pixmim.data import open_dataset
         from pixmim.data import statistics as look
-        from pixmim.data.dataset import Form
+        from pixmim.data.dataset import ImageSpec
         from pixmim.data.resized_cache import read_settings
         from pixmim.utils.progress import progress
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)
-        form = settings.form if settings is not None else Form(pages=pages)
+        form = settings.form if settings is not None else ImageSpec(pages=pages)
         source = open_dataset(spec, form)
         kinds = look.kinds(source, look.sample(len(source), _LOOK), pages)
         likely = form if settings is not None else look.fitting(kinds, pages)
-        form = Form(channels or likely.channels, likely.pixels if pixels == "auto" else pixels, likely.pages)
+        form = ImageSpec(channels or likely.channels, likely.pixels if pixels == "auto" else pixels, likely.pages)
         if form != source.form:
             source = open_dataset(spec, form)
         check_writable(look.place(spec, form))
         chosen, began = look.sample(len(source), images), time.monotonic()
         with progress(f"measuring {data}", len(chosen), console) as advance:
-            found = look.measure(source, chosen, threads=threads, progress=advance)
+            found = look.measure_statistics(source, chosen, threads=threads, progress=advance)
         seconds = time.monotonic() - began
         for line in look.report(source, kinds, found):
-            say(console, line)
+            print_plain(console, line)
         if not found.images:
             raise UserError(f"not one image of {data} can be brought into {form}")
-        say(console, f"measured in {seconds:.0f} s, {len(chosen) / seconds:.0f} images/s")
+        print_plain(console, f"measured in {seconds:.0f} s, {len(chosen) / seconds:.0f} images/s")
         path = look.remember(spec, form, look.to_keep(found, len(source)))
-        say(console, f"kept in {path}")
-        say(console, f"train with --data {shlex.quote(data)} {form.flags}")
+        print_plain(console, f"kept in {path}")
+        print_plain(console, f"train with --data {shlex.quote(data)} {form.flags}")
         return 0
 
     return tyro.cli(checked(command), prog="pixmim stats", args=args)

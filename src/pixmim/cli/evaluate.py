@@ -12,8 +12,8 @@ from tyro.conf import Positional, Suppress, arg
 from pixmim.cli.flags import Said, SaidButSize, absolute, checked
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.settings import EvaluateAllSettings
-from pixmim.utils.console import say
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.console import print_plain
+from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import check_output, check_writable
 from pixmim.utils.validation import Device
 
@@ -25,7 +25,7 @@ def evaluate(args: list[str]) -> int:
         return 0
     name, known = args[0], [*EVALS, "all", "list"]
     if name not in known:
-        raise UserError(f"there is no evaluation '{name}'{nearest(name, known)}\n\n{_overview()}")
+        raise UserError(f"there is no evaluation '{name}'{did_you_mean(name, known)}\n\n{_overview()}")
     settings_type = EvaluateAllSettings if name == "all" else EVALS[name].settings
     overwrite_type = bool if name in ("finetune", "all") else Suppress[bool]
     said_type = SaidButSize if any(f.name == "size" for f in fields(settings_type)) else Said
@@ -113,9 +113,9 @@ def _show(folders: list[Path], page: Path, console: Console, data: str | None = 
     """Write the page of what is in these folders, and print its table."""
     from pixmim.report import results_table, write_report
 
-    write_report(folders, page, data, lambda line: say(console, f"warning: {line}"), bands)
+    write_report(folders, page, data, lambda line: print_plain(console, f"warning: {line}"), bands)
     console.print(results_table(folders, console.width))
-    say(console, f"report: {page}")
+    print_plain(console, f"report: {page}")
 
 
 def report(args: list[str]) -> int:

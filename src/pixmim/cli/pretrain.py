@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config
 from pixmim.recipes import RECIPES, get_recipe
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import closed, refusal
 
@@ -78,19 +78,19 @@ def pretrain(args: list[str]) -> int:
     config, resumed, end = read_flags(args)
     from pixmim.pretraining import finish_run
     from pixmim.pretraining import pretrain as train
-    from pixmim.training.distributed import seat
+    from pixmim.training.distributed import rank_info
 
-    console = Console(quiet=seat().rank > 0)
+    console = Console(quiet=rank_info().rank > 0)
     if end:
         result = finish_run(resumed)
-        say(console, f"ended after step {result.step:,}")
+        print_plain(console, f"ended after step {result.step:,}")
     else:
         result = train(config, resumed or None, resume=bool(resumed))
     if not result.finished:
         command = f"pixmim pretrain --resume {quote(str(result.folder))}"
-        say(console, f"stopped after step {result.step}; resume with: {command}")
+        print_plain(console, f"stopped after step {result.step}; resume with: {command}")
         return 130
-    say(console, f"encoder: {result.folder / 'encoder'}\nreport:  {result.folder / 'report.html'}")
+    print_plain(console, f"encoder: {result.folder / 'encoder'}\nreport:  {result.folder / 'report.html'}")
     return 0
 
 

@@ -12,9 +12,9 @@ from tyro.conf import arg
 from pixmim.cli.pretrain import read_flags
 from pixmim.cli.sbatch import Job, script
 from pixmim.config import PretrainConfig
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import check_output, write_whole
+from pixmim.utils.files import check_output, write_text_atomically
 
 
 def slurm(args: list[str]) -> int:
@@ -43,7 +43,7 @@ def slurm(args: list[str]) -> int:
         raise UserError(
             f"leave out --resume: with --out {shlex.quote(resumed)} the script goes on with that run by itself"
         )
-    run.check_shares(job.tasks, "GPUs")
+    run.check_divisible(job.tasks, "GPUs")
     name = job.name or run.recipe or "run"
     if not run.out:
         words += ["--out", f"runs/{name}"]
@@ -63,26 +63,26 @@ def slurm(args: list[str]) -> int:
     text = script(job, name, process, out.absolute(), Path.cwd(), file.absolute())
     out.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a job's output
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, text)
+    write_text_atomically(file, text)
     console = Console()
     share = f"{run.batch_size // job.tasks:,} of the {run.batch_size:,} images"
-    say(console, f"{job.tasks} processes, one for each GPU; each computes {share}")
+    print_plain(console, f"{job.tasks} processes, one for each GPU; each computes {share}")
     for path in _absent(run):
-        say(console, f"there is no {path} here: the job's machines must have it")
+        print_plain(console, f"there is no {path} here: the job's machines must have it")
     if there:
-        say(console, f"{out} holds a run: the job goes on with it")
-    say(console, f"wrote {file}; submit it with: sbatch {shlex.quote(str(file))}")
+        print_plain(console, f"{out} holds a run: the job goes on with it")
+    print_plain(console, f"wrote {file}; submit it with: sbatch {shlex.quote(str(file))}")
     return 0
 
 
 def _build(run: PretrainConfig) -> None:
     """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
-    from pixmim.build import build_crop, build_mask_sampler, build_model, build_objective, sketch
+    from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, sketch
 
     patch = sketch(lambda: build_model(run), run.model.backbone).patch
     build_mask_sampler(run, patch)
     build_crop(run)
-    build_objective(run)
+    build_loss(run)
 
 
 def _absent(run: PretrainConfig) -> list[str]:

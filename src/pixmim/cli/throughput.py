@@ -10,7 +10,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from pixmim.cli.flags import absolute, checked
-from pixmim.utils.console import cell, say
+from pixmim.utils.console import cell, print_plain
 from pixmim.utils.validation import MAX_CHANNELS, Real, Size, Threads, Whole
 
 
@@ -22,7 +22,7 @@ def bench_data(args: list[str]) -> int:
         /,
         *,
         size: Size = "224",
-        crop: Literal["src", "rrc", "cc"] = "src",
+        crop: Literal["simple-resized", "random-resized", "center"] = "simple-resized",
         channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3,
         pixels: Literal["uint8", "uint16", "float32"] = "uint8",
         pages: Literal["first", "channels"] = "first",
@@ -37,7 +37,7 @@ def bench_data(args: list[str]) -> int:
         Args:
             data: Images, as pretrain's --data takes them.
             size: Side of what the network will see, or HEIGHTxWIDTH.
-            crop: src: simple resized crop (PixMIM). rrc: random resized crop (MAE). cc: centre crop.
+            crop: simple-resized (PixMIM), random-resized (MAE) or center.
             channels: Colour (3), grey (1), or as many as the files have.
             pixels: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
             pages: Of a TIFF with several pages: the first one, or all of them as channels.
@@ -46,20 +46,20 @@ def bench_data(args: list[str]) -> int:
             seconds: Length of each of some 15 turns.
         """
         from pixmim import config
-        from pixmim.build import build_crop, image_form
+        from pixmim.build import build_crop, image_spec
         from pixmim.data import open_dataset
-        from pixmim.data.dataset import COLOUR
+        from pixmim.data.dataset import RGB
         from pixmim.data.throughput import measure, recommend
 
         run = config.PretrainConfig(
-            size=size, channels=channels, pixels=pixels, pages=pages, crop=config.Crop(kind=crop)
+            size=size, channels=channels, pixels=pixels, pages=pages, crop=config.CropConfig(kind=crop)
         )
-        form = image_form(run)
+        form = image_spec(run)
         source = open_dataset(absolute(data), form)
-        larger = 2 if crop == "rrc" else 1  # a part of the image is enlarged, so it needs a larger image
-        cover = run.hw[0] * larger, run.hw[1] * larger
+        larger = 2 if crop == "random-resized" else 1  # a part of the image is enlarged, so it needs a larger image
+        cover = run.image_size[0] * larger, run.image_size[1] * larger
         side = "x".join(map(str, cover if cover[0] != cover[1] else cover[:1]))
-        flags = f" {form.flags}" if form != COLOUR else ""
+        flags = f" {form.flags}" if form != RGB else ""
         console = Console()
         with console.status("") as status:
             report = measure(
@@ -77,7 +77,7 @@ def bench_data(args: list[str]) -> int:
             table.add_row(row.name, f"{row.rate:,.0f}", f"{row.bytes / 1e3:,.0f}" if row.bytes else "")
         console.print(table)
         for line in recommend(report, target_rate):
-            say(console, line)
+            print_plain(console, line)
         return 0
 
     return tyro.cli(checked(command), prog="pixmim bench-data", args=args)

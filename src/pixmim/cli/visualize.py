@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.flags import Said, absolute, checked
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output
 from pixmim.utils.validation import Data, Device, Whole
@@ -51,8 +51,8 @@ def reconstruct(args: list[str]) -> int:
         _some(images)
         kind = _kind(out, overwrite)
         _save(draw(_opened(model, said, whole=True), images, count=count, bands=bands), out, kind)
-        say(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
-        say(Console(), f"written to {out}")
+        print_plain(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
+        print_plain(Console(), f"written to {out}")
         return 0
 
     return tyro.cli(checked(command), prog="pixmim reconstruct", args=args)
@@ -83,8 +83,8 @@ def attention(args: list[str]) -> int:
             said: What the file does not say.
             bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
         """
-        from pixmim.build import image_form
-        from pixmim.data.image_folder import named
+        from pixmim.build import image_spec
+        from pixmim.data.image_folder import from_paths
         from pixmim.evaluation.visualize import labeled_grid
         from pixmim.report.attention import attention_sheet
         from pixmim.report.reconstruct import with_bands
@@ -92,11 +92,11 @@ def attention(args: list[str]) -> int:
         _some(images)
         kind = _kind(out, overwrite)
         weights = with_bands(_opened(model, said), bands)
-        columns, names, bad = attention_sheet(weights, named(images, image_form(weights.run)), count)
+        columns, names, bad = attention_sheet(weights, from_paths(images, image_spec(weights.run)), count)
         _save(labeled_grid(columns, names), out, kind)
         for line in bad:
-            say(Console(stderr=True), f"left out: {line}")
-        say(Console(), f"written to {out}")
+            print_plain(Console(stderr=True), f"left out: {line}")
+        print_plain(Console(), f"written to {out}")
         return 0
 
     return tyro.cli(checked(command), prog="pixmim attention", args=args)
@@ -131,13 +131,13 @@ def embed(args: list[str]) -> int:
             precision: auto: bf16 where the device computes in it.
             said: What the file does not say.
         """
-        from pixmim.build import image_form
+        from pixmim.build import image_spec
         from pixmim.data import open_dataset
         from pixmim.evaluation.embed import embed as write
 
         console = Console()
         weights = _opened(model, said)
-        source = open_dataset(absolute(data), image_form(weights.run))
+        source = open_dataset(absolute(data), image_spec(weights.run))
         for line in write(
             weights,
             source,
@@ -149,7 +149,7 @@ def embed(args: list[str]) -> int:
             overwrite=overwrite,
             console=console,
         ):
-            say(console, line)
+            print_plain(console, line)
         return 0
 
     return tyro.cli(checked(command), prog="pixmim embed", args=args)
@@ -157,11 +157,11 @@ def embed(args: list[str]) -> int:
 
 def _opened(model: str, said: Said, whole: bool = False) -> "Weights":
     """Open a model and print how far its training is, and what was assumed of it."""
-    from pixmim.weights.load import describe, open_model
+    from pixmim.weights.load import describe, resolve_model
 
-    weights = open_model(model, whole=whole, known=said.known)
+    weights = resolve_model(model, whole=whole, known=said.known)
     for line in describe(model, weights):
-        say(Console(), line)
+        print_plain(Console(), line)
     return weights
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from pixmim.cli.flags import Said
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 
 
 def import_(args: list[str]) -> int:
@@ -28,10 +28,10 @@ def import_(args: list[str]) -> int:
             to: A new folder, for the other commands; otherwise only the report is given.
             said: What the file does not say.
         """
-        from pixmim.weights.load import adopt, open_model
+        from pixmim.weights.load import import_weights, resolve_model
 
-        for line in adopt(open_model(file, whole=True, known=said.known), to):
-            say(Console(), line)
+        for line in import_weights(resolve_model(file, whole=True, known=said.known), to):
+            print_plain(Console(), line)
         return 0
 
     return tyro.cli(command, prog="pixmim import", args=args)
@@ -61,7 +61,7 @@ def export(args: list[str]) -> int:
         from pixmim.export import export_model
 
         for line in export_model(model, to, out, push, said.known):
-            say(Console(), line)
+            print_plain(Console(), line)
         return 0
 
     return tyro.cli(command, prog="pixmim export", args=args)

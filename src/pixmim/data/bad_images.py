@@ -19,7 +19,7 @@ _MAX_BYTES = 2**28
 _HEADER = ["image", "reason"]
 
 
-class Skipped:
+class BadImageLog:
     """Safe to use from several threads. A file of an interrupted run is continued; no image stands in it twice.
 
     path      skipped.csv (image, reason), made when the first image is skipped; None: keep no file
@@ -28,7 +28,9 @@ class Skipped:
     rule       who decided on that share, as the error says it
     """
 
-    def __init__(self, path: Path | None, total: int, max_share: float, rule: str = "that --max-bad allows") -> None:
+    def __init__(
+        self, path: Path | None, total: int, max_share: float, rule: str = "that --max-bad-fraction allows"
+    ) -> None:
         self._path, self._max_share, self._rule = path, max_share, rule
         self._seen = np.zeros(total, bool)
         self._count = 0  # of them
@@ -37,7 +39,7 @@ class Skipped:
         self._lock = Lock()
         self._written: set[str] = set()
         if path is not None and path.exists():
-            self._written = {row[0] for row in read_skipped(path)[0]}
+            self._written = {row[0] for row in read_bad_images(path)[0]}
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -84,7 +86,7 @@ class Skipped:
         )
 
 
-def read_skipped(path: Path) -> tuple[list[list[str]], str]:
+def read_bad_images(path: Path) -> tuple[list[list[str]], str]:
     """Read the rows of a skipped.csv without its header, and what is wrong with the file; empty if nothing is.
 
     Lines that are not CSV are left out.
@@ -103,12 +105,12 @@ def read_skipped(path: Path) -> tuple[list[list[str]], str]:
             problem = problem or f"{path}, line {reader.line_num}: {error}"
 
 
-def gather_accounts(folder: Path) -> int:
+def merge_logs(folder: Path) -> int:
     """Put what several processes skipped (skipped-1.csv and so on) into skipped.csv; gives how many images it names."""
     whole = folder / "skipped.csv"
-    named = {row[0] for row in read_skipped(whole)[0]} if whole.exists() else set()
+    named = {row[0] for row in read_bad_images(whole)[0]} if whole.exists() else set()
     for path in sorted(folder.glob("skipped-*.csv")):
-        found, problem = read_skipped(path)
+        found, problem = read_bad_images(path)
         rows = {row[0]: row for row in found if row[0] not in named}
         if rows:
             _append(whole, list(rows.values()))

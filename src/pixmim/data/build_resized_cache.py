@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from pixmim.data.bad_images import Skipped
-from pixmim.data.dataset import BadImage, Source, follow
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
 from pixmim.data.resized_cache import CacheSettings, Chroma, Kind, checksum, read_index, read_settings, shard_name
 from pixmim.data.shards.dataset import INDEX_DTYPE
-from pixmim.transforms.crops import Interpolation, cover, resized
+from pixmim.transforms.crops import Interpolation, cover_size, resize
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, write_json, write_whole
-from pixmim.utils.threads import workers
+from pixmim.utils.files import atomic_write, write_json, write_text_atomically
+from pixmim.utils.threads import thread_pool
 
 Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
 """Number in the dataset; files by extension, the image first; class or -1; (h, w) of the image."""
@@ -52,7 +52,7 @@ class CacheResult:
 
 
 def make_cache(
-    source: Source,
+    source: ImageDataset,
     folder: Path,
     size: tuple[int, int],
     *,
@@ -107,9 +107,9 @@ def make_cache(
     )
     _write_or_check_settings(folder, settings)
     start, images, written, done = time.monotonic(), 0, 0, 0
-    skipped = Skipped(folder / (f"skipped-{rank}.csv" if world_size > 1 else "skipped.csv"), len(source), 1.0)
-    advance, labels = follow(source), source.labels  # labels once: some datasets compute them each time
-    with workers(threads, "pixmim-cache") as pool:
+    skipped = BadImageLog(folder / (f"skipped-{rank}.csv" if world_size > 1 else "skipped.csv"), len(source), 1.0)
+    advance, labels = prefetch_in_order(source), source.labels  # labels once: some datasets compute them each time
+    with thread_pool(threads, "pixmim-cache") as pool:
 
         def submit(shard: int) -> deque[Future[Sample | None]]:
             numbers = settings.images_of(shard)
@@ -210,22 +210,26 @@ def _write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[i
     atomic_write(folder / shard_name(shard, "tar"), write)
     content = np.asarray(entries, INDEX_DTYPE).tobytes()
     last = np.asarray((-1, size, checksum(content), -1, 0, 0), INDEX_DTYPE).tobytes()
-    write_whole(folder / shard_name(shard, "index"), content + last)
+    write_text_atomically(folder / shard_name(shard, "index"), content + last)
     return len(entries), size
 
 
 def _make_sample(
-    source: Source, labels: npt.NDArray[np.int64] | None, index: int, settings: CacheSettings, skipped: Skipped
+    source: ImageDataset,
+    labels: npt.NDArray[np.int64] | None,
+    index: int,
+    settings: CacheSettings,
+    skipped: BadImageLog,
 ) -> Sample | None:
     """Return an image resized and encoded, or None if it cannot be read."""
     try:
         original = source.array(index)
     except BadImage as error:
-        skipped.add(index, source.locate(index), str(error))
+        skipped.add(index, source.path_of(index), str(error))
         return None
     height, width, _ = original.shape
-    to = cover((height, width), (settings.size[0], settings.size[1]))
-    pixels = np.ascontiguousarray(resized(original, to, settings.interpolation))
+    to = cover_size((height, width), (settings.size[0], settings.size[1]))
+    pixels = np.ascontiguousarray(resize(original, to, settings.interpolation))
     files: dict[str, bytes] = {}
     if settings.kind == "raw":
         files["raw"] = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
@@ -236,6 +240,6 @@ def _make_sample(
     label = -1 if labels is None else int(labels[index])
     if label >= 0:
         files["cls"] = str(label).encode()
-    facts = {"path": source.locate(index), "height": height, "width": width}
+    facts = {"path": source.path_of(index), "height": height, "width": width}
     files["json"] = json.dumps(facts).encode("utf-8", "surrogateescape")
     return index, files, label, (pixels.shape[0], pixels.shape[1])

@@ -12,18 +12,20 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pixmim.data.dataset import Source
+from pixmim.data.dataset import ImageDataset
 from pixmim.transforms.crops import Crop
 from pixmim.utils.errors import UserError
 
-Keep = Literal["auto", "device", "memory", "disk"]
-Place = Literal["device", "memory", "disk"]
+Keep = Literal["auto", "gpu", "ram", "none"]
+Place = Literal["gpu", "ram", "none"]
 
 SHARE = 0.25
 """Share of a memory that decoded images may take without being asked to."""
 
 
-def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device, processes: int = 1) -> tuple[Place, str]:
+def choose_cache_location(
+    source: ImageDataset, crop: Crop, how: Keep, device: torch.device, processes: int = 1
+) -> tuple[Place, str]:
     """Where decoded images stay, and why, in a line; empty where there is no choice. Raises UserError.
 
     processes  of the run on this machine: each keeps images of its own, and they share its memory
@@ -32,27 +34,27 @@ def choose_place(source: Source, crop: Crop, how: Keep, device: torch.device, pr
     cuts = source.sizes is not None and all(
         crop.corner((h, w), (0.0,) * crop.draws) is not None for h, w in np.unique(source.sizes, axis=0).tolist()
     )
-    if how == "device" and not cuts:
+    if how == "gpu" and not cuts:
         raise UserError(
-            "--keep device needs a cache of the run's own --size, and --crop.kind src or cc: on the device, images are "
-            "cut and not resized"
+            "--cache-images gpu needs a cache at --size and --crop.kind simple-resized or center: GPU crops do not "
+            "resize"
         )
     if need is None:
-        return ("memory", "kept in memory once decoded, however many they are") if how == "memory" else ("disk", "")
+        return ("ram", "kept in memory once decoded, however many they are") if how == "ram" else ("none", "")
     size = f"{need / 2**30:.1f} GiB decoded"
-    if how == "device" or (how == "auto" and cuts and device.type != "cpu" and need <= SHARE * _of_device(device)):
-        return "device", f"kept on the device, {size} (--keep memory or disk: not)"
-    if how == "memory" or (how == "auto" and need <= SHARE * of_machine() / processes):
-        return "memory", f"kept in memory once decoded, {size} (--keep disk: not)"
+    if how == "gpu" or (how == "auto" and cuts and device.type != "cpu" and need <= SHARE * _of_device(device)):
+        return "gpu", f"kept on the device, {size} (--cache-images ram or disk: not)"
+    if how == "ram" or (how == "auto" and need <= SHARE * of_machine() / processes):
+        return "ram", f"kept in memory once decoded, {size} (--cache-images none: not)"
     if how == "auto":
         shared = f", which {processes} processes share" * (processes > 1)
-        return "disk", (
-            f"read from disk each time: {size} are more than a quarter of the memory{shared} (--keep memory: kept)"
+        return "none", (
+            f"read from disk each time: {size} are more than a quarter of the memory{shared} (--cache-images ram: kept)"
         )
-    return "disk", "read from disk each time"
+    return "none", "read from disk each time"
 
 
-def decoded_bytes(source: Source) -> int | None:
+def decoded_bytes(source: ImageDataset) -> int | None:
     """Bytes of all images once decoded, or None where only reading them tells."""
     if source.sizes is None:
         return None

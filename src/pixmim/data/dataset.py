@@ -22,7 +22,7 @@ Pages = Literal["first", "channels"]
 
 
 @dataclass(frozen=True)
-class Form:
+class ImageSpec:
     """What every image of a data set is brought into, whatever its file holds."""
 
     channels: int = 3
@@ -49,14 +49,14 @@ class Form:
         return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.pixels}{pages}"
 
 
-COLOUR = Form()
+RGB = ImageSpec()
 
 
 class BadImage(Exception):  # noqa: N818 (a fact about a file, not a fault of the program)
     """One image cannot be used. The message is the reason; it costs a line in skipped.csv, not the run."""
 
 
-class Source(ABC):
+class ImageDataset(ABC):
     """A data set. Reading is safe from several threads at once.
 
     spec     what the user wrote to get it
@@ -73,7 +73,7 @@ class Source(ABC):
     def __init__(
         self,
         spec: str,
-        form: Form,
+        form: ImageSpec,
         *,
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
@@ -108,7 +108,7 @@ class Source(ABC):
         return as_image(self.array(index))
 
     @abstractmethod
-    def locate(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         """Where an image comes from, for messages: a path."""
 
     def fingerprint(self) -> str:
@@ -118,15 +118,15 @@ class Source(ABC):
         """
         digest = hashlib.sha256()
         for index in range(len(self)):
-            digest.update(self.locate(index).encode("utf-8", "surrogateescape") + b"\0")
+            digest.update(self.path_of(index).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()[:16]
 
-    def soon(self, pieces: Sequence[int]) -> None:  # noqa: B027 (most data sets have nothing to fetch)
+    def prefetch(self, pieces: Sequence[int]) -> None:  # noqa: B027 (most data sets have nothing to fetch)
         """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
 
 
 @runtime_checkable
-class Encoded(Protocol):
+class HasBytes(Protocol):
     """A data set of picture files, which gives their bytes to look into."""
 
     def read(self, index: int) -> bytes:
@@ -134,7 +134,7 @@ class Encoded(Protocol):
 
 
 @runtime_checkable
-class Placed(Protocol):
+class HasExtent(Protocol):
     """A data set of files, or of parts of them."""
 
     def extent(self, index: int) -> tuple[str, int, int]:
@@ -144,17 +144,17 @@ class Placed(Protocol):
 _ON = 16  # pieces that a reader in order is taken to need next
 
 
-def follow(source: Source) -> Callable[[int], None]:
+def prefetch_in_order(source: ImageDataset) -> Callable[[int], None]:
     """Gives a function that lets a data set hear which image a reader in order has come to."""
     if source.pieces is None:
         return lambda index: None
     ends, before = np.cumsum(source.pieces), -1
 
-    def come_to(index: int) -> None:
+    def advance(index: int) -> None:
         nonlocal before
         piece = int(np.searchsorted(ends, index, side="right"))
         if before != piece < len(ends):
             before = piece
-            source.soon(range(piece, min(piece + _ON, len(ends))))
+            source.prefetch(range(piece, min(piece + _ON, len(ends))))
 
-    return come_to
+    return advance

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixmim.data.dataset import BadImage, Source, follow
+from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
 from pixmim.data.loader import Batch, BatchLoader, Finish, LoaderOptions
 from pixmim.data.sampler import BatchShard, SampleBatch
 from pixmim.masking import Mask
-from pixmim.transforms.crops import Crop, mirrored, movable
+from pixmim.transforms.crops import Crop, as_int16_view, reflect_indices
 
 _ROWS = 64  # images to crop at a time; this bounds the memory of their pixel indices
 
@@ -26,14 +26,14 @@ class GpuLoader(BatchLoader[None, Batch]):
         options: See `BatchLoader`.
     """
 
-    def __init__(self, dataset: Source, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
+    def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
         super().__init__(dataset, crop.draws, shard, **options)
         assert dataset.sizes is not None
         self._crop, self._sizes, self._dtype = crop, dataset.sizes, dataset.form.dtype
         self._ends = np.cumsum(self._sizes.prod(axis=1))
         shape = int(self._ends[-1]), dataset.form.channels
-        self._pixels = movable(torch.empty(shape, dtype=self._dtype, device=self._device))
-        advance = follow(dataset)
+        self._pixels = as_int16_view(torch.empty(shape, dtype=self._dtype, device=self._device))
+        advance = prefetch_in_order(dataset)
         advance(0)
         try:
             for done, _ in enumerate(self._pool.map(self._keep, range(len(dataset))), 1):
@@ -47,10 +47,10 @@ class GpuLoader(BatchLoader[None, Batch]):
         try:
             image = self._dataset.image(index)
         except BadImage as error:
-            self._skipped.add(index, self._dataset.locate(index), str(error))
+            self._skipped.add(index, self._dataset.path_of(index), str(error))
             return
         end, count = int(self._ends[index]), int(self._sizes[index].prod())
-        self._pixels[end - count : end] = movable(image).permute(1, 2, 0).reshape(count, -1).to(self._device)
+        self._pixels[end - count : end] = as_int16_view(image).permute(1, 2, 0).reshape(count, -1).to(self._device)
         self._skipped.passed(index)
 
     def _read(self, index: int, flip: bool, u: list[float]) -> None:
@@ -82,6 +82,6 @@ class GpuLoader(BatchLoader[None, Batch]):
         """Return crops (b c h w) of images, given their first pixel, top, left, height and width as rows (5 b)."""
         first, tops, lefts, heights, widths = windows[:, :, None].unbind()
         h, w = self._crop.shape
-        rows, columns = mirrored(tops, h, heights), mirrored(lefts, w, widths)
+        rows, columns = reflect_indices(tops, h, heights), reflect_indices(lefts, w, widths)
         pixels = (first + rows * widths)[:, :, None] + columns[:, None, :]
         return self._pixels[pixels].permute(0, 3, 1, 2)

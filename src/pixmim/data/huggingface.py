@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import COLOUR, BadImage, Form, Source
+from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.limits import check_bytes
 from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.uri import HubSpec, split_root
 from pixmim.transforms.crops import Array
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import open_regular, read_file
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-[0-9]{5}-of-[0-9]{5}[^/]*\.[^/]*")
 _SPLITS = {"train": "train|training", "validation": "validation|valid|dev|val", "test": "test|testing|eval|evaluation"}
 
 
-class ArrowDataset(Source):
+class ArrowDataset(ImageDataset):
     """Images in one column of a `datasets.Dataset`.
 
     Args:
@@ -70,7 +70,7 @@ class ArrowDataset(Source):
         self,
         dataset: Dataset,
         spec: str,
-        form: Form = COLOUR,
+        form: ImageSpec = RGB,
         *,
         name: str = "",
         image: str = "",
@@ -96,7 +96,7 @@ class ArrowDataset(Source):
     def __len__(self) -> int:
         return self._length
 
-    def locate(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         path = self._path(*self._find(index))
         return f"{self._name}#{index}" + (f" ({path})" if path else "")
 
@@ -179,7 +179,7 @@ def is_arrow_dataset(path: Path) -> bool:
     return tables and not any(_suffix(name) in EXTENSIONS for *_, names in os.walk(path) for name in names)
 
 
-def open_huggingface(spec: str, form: Form = COLOUR) -> ArrowDataset:
+def open_huggingface(spec: str, form: ImageSpec = RGB) -> ArrowDataset:
     """Open the dataset that `hf:...` or a path names (see `HubSpec`). The default split is "train", or the only one.
 
     Raises:
@@ -213,7 +213,7 @@ def open_huggingface(spec: str, form: Form = COLOUR) -> ArrowDataset:
         split = wanted.split or ("train" if "train" in splits or len(splits) > 1 else splits[0])
         if split not in splits:
             raise UserError(
-                f"{wanted} has no split '{split}'{nearest(split, splits) or '.'} Its splits: {', '.join(splits)}"
+                f"{wanted} has no split '{split}'{did_you_mean(split, splits) or '.'} Its splits: {', '.join(splits)}"
             )
         return ArrowDataset(
             load(split),
@@ -475,7 +475,7 @@ def _read_labels(
 def _column(dataset: Dataset, name: str, spec: str) -> Any:
     """Return a column's data after a check that it stays inside its buffers."""
     if name not in dataset.column_names:
-        hint = nearest(name, dataset.column_names) or "."
+        hint = did_you_mean(name, dataset.column_names) or "."
         raise UserError(f"{spec} has no column '{name}'{hint} Its columns: {', '.join(dataset.column_names)}")
     column = dataset.data.column(name)
     column.validate(full=True)

@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import COLOUR, BadImage, Form, Source
+from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.kinds import about_file, about_others
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.uri import split_root
 from pixmim.transforms.crops import Array
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import read_file
-from pixmim.utils.progress import patience
+from pixmim.utils.progress import status_counter
 
 MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
 """A text file that names images is refused if it has more."""
@@ -59,7 +59,7 @@ class PathList(Sequence[str]):
         return os.fsdecode(self._text[start : int(self._ends[index])])
 
 
-class Files(Source):
+class ImageFolder(ImageDataset):
     """Image files, in the order given.
 
     Args:
@@ -77,7 +77,7 @@ class Files(Source):
         spec: str,
         root: Path,
         paths: Sequence[str],
-        form: Form = COLOUR,
+        form: ImageSpec = RGB,
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
         about: str = "",
@@ -88,17 +88,17 @@ class Files(Source):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def locate(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])
 
     def extent(self, index: int) -> tuple[str, int, int]:
         """Return the file, first byte and number of bytes of an image; 0 bytes mean all that follow."""
-        return self.locate(index), 0, 0
+        return self.path_of(index), 0, 0
 
     def read(self, index: int) -> bytes:
         """Return the content of a file. Raises BadImage."""
         try:
-            return read_file(self.locate(index), max_bytes())
+            return read_file(self.path_of(index), max_bytes())
         except (OSError, ValueError) as error:  # a name may hold what no file system takes, such as a zero byte
             raise BadImage(getattr(error, "strerror", None) or str(error)) from None
 
@@ -106,7 +106,7 @@ class Files(Source):
         return decode(self.read(index), self.form)
 
 
-def below(folder: str | Path, form: Form = COLOUR) -> Files:
+def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     """Open all images below a folder, in the byte order of their paths.
 
     Files are chosen by extension and decoded by content. Hidden files and folders are left out. Links are followed,
@@ -134,15 +134,15 @@ def below(folder: str | Path, form: Form = COLOUR) -> Files:
         )
     paths = PathList(found)
     if b"" in counts:
-        files = Files(str(folder), root, paths, form, about=about)
+        files = ImageFolder(str(folder), root, paths, form, about=about)
         if len(counts) > 1:
-            files.stray = files.locate(next(i for i, path in enumerate(found) if b"/" not in path))
+            files.stray = files.path_of(next(i for i, path in enumerate(found) if b"/" not in path))
         return files
     tops = {os.fsdecode(top[:-1]): count for top, count in sorted(counts.items())}  # in the order of the paths
     classes = sorted(tops)
     number = {name: i for i, name in enumerate(classes)}
     labels = np.repeat(np.asarray([number[top] for top in tops], np.int64), list(tops.values()))
-    return Files(str(folder), root, paths, form, labels, classes, about)
+    return ImageFolder(str(folder), root, paths, form, labels, classes, about)
 
 
 def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
@@ -164,7 +164,7 @@ def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
     unreadable: list[bytes] = []
     seen: set[tuple[int, int]] = set()
     others, top, stack = 0, os.path.join(os.fsencode(root), b""), [b""]
-    with patience(f"listing {root}", "images") as add:
+    with status_counter(f"listing {root}", "images") as add:
         while stack:
             folder = stack.pop()
             names: list[bytes] = []
@@ -205,21 +205,21 @@ def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
     return images, counts, others, unreadable
 
 
-def named(paths: Sequence[str | Path], form: Form = COLOUR) -> Files:
+def from_paths(paths: Sequence[str | Path], form: ImageSpec = RGB) -> ImageFolder:
     """Open the images named, and all below the folders named. Raises UserError for a path that does not exist."""
     found: list[str] = []
     for path in (Path(os.path.expanduser(path)) for path in paths):
         if path.is_dir():
-            files = below(path, form)
-            found += map(files.locate, range(len(files)))
+            files = from_folder(path, form)
+            found += map(files.path_of, range(len(files)))
         elif path.is_file():
             found.append(str(path))
         else:
             raise UserError(f"there is no {path}")
-    return Files(" ".join(map(str, paths)), Path(), PathList(map(os.fsencode, found)), form)
+    return ImageFolder(" ".join(map(str, paths)), Path(), PathList(map(os.fsencode, found)), form)
 
 
-def listed(spec: str | Path, form: Form = COLOUR) -> Files:
+def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     """Open the images that a text file names, one in a line, from the text file's folder on.
 
     They are below that folder, or below FOLDER if the spec is `LIST.txt,root=FOLDER`.
@@ -254,7 +254,7 @@ def listed(spec: str | Path, form: Form = COLOUR) -> Files:
     if os.sep == "/":
         names = (os.fsdecode(match[0].removesuffix(b"\r")) for match in odd.finditer(lines))
     check_inside(names, folders, str(text), len(paths), f"--data '{path},root=FOLDER' allows those below a folder")
-    return Files(str(spec), text.parent, paths, form)
+    return ImageFolder(str(spec), text.parent, paths, form)
 
 
 def _trimmed(lines: bytes, folder: Path) -> bytes:
@@ -286,12 +286,12 @@ def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, tot
     real = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
     @lru_cache(maxsize=1024)
-    def below(folder: str) -> bool:
+    def from_folder(folder: str) -> bool:
         return os.path.join(os.path.realpath(folder), "").startswith(real)
 
     def inside(path: str) -> bool:
         folder, file = os.path.split(path)
-        return below(path if file in ("", ".", "..") else folder)
+        return from_folder(path if file in ("", ".", "..") else folder)
 
     count, first = 0, ""
     for name in names:
@@ -317,4 +317,4 @@ def _no_folder(root: Path) -> str:
     if root.exists():
         return f"{root} {about_file(root)}. Data are a folder of images, a cache, tars, or a .txt that names images"
     siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
-    return f"there is no folder {root}{nearest(root.name, siblings)}"
+    return f"there is no folder {root}{did_you_mean(root.name, siblings)}"

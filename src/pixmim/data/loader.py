@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from pixmim.data.bad_images import Skipped
-from pixmim.data.dataset import BadImage, Source, follow
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
 from pixmim.data.sampler import BatchShard, CropSampler, Indices, SampleBatch
 from pixmim.masking import Mask
-from pixmim.transforms.crops import Array, Crop, stacked
-from pixmim.utils.threads import how_many, workers
+from pixmim.transforms.crops import Array, Crop, stack_images
+from pixmim.utils.threads import num_threads, thread_pool
 
 T = TypeVar("T")  # an image, as a loader reads it
 B = TypeVar("B", covariant=True)
@@ -79,11 +79,11 @@ class BatchLoader(ABC, Generic[T, B]):
 
     def __init__(
         self,
-        dataset: Source,
+        dataset: ImageDataset,
         crop_uniforms: int,
         shard: BatchShard,
         *,
-        skipped: Skipped,
+        skipped: BadImageLog,
         flip: float = 0.5,
         seed: int = 0,
         masks: SampleMasks = lambda positions: (None, 1.0),
@@ -93,7 +93,7 @@ class BatchLoader(ABC, Generic[T, B]):
         self._dataset, self._shard, self._skipped, self._masks = dataset, shard, skipped, masks
         self._sampler = CropSampler(seed, len(dataset), dataset.pieces, crop_uniforms, flip)
         self._device, self._pin = device, device.type == "cuda"
-        self._threads, self._pool = how_many(threads), workers(threads, "pixmim-load")
+        self._threads, self._pool = num_threads(threads), thread_pool(threads, "pixmim-load")
         self._pending: deque[tuple[list[Future[Any]], Callable[[], B]]] = deque()
         self._submitted, self._closed = 0, False
         self.wait_seconds = 0.0
@@ -142,7 +142,7 @@ class BatchLoader(ABC, Generic[T, B]):
         """Start the next batch, in jobs small enough to keep all threads busy."""
         positions = self._shard.positions(self._submitted)
         samples = self._sampler.samples(positions)
-        self._dataset.soon(self._sampler.upcoming_shards(samples))
+        self._dataset.prefetch(self._sampler.upcoming_shards(samples))
         prepare, finish = self._start(samples, self._submitted)
         self._submitted += 1
 
@@ -172,7 +172,7 @@ class BatchLoader(ABC, Generic[T, B]):
             try:
                 image = self._read(index, flip, u)
             except BadImage as error:
-                self._skipped.add(index, self._dataset.locate(index), str(error))
+                self._skipped.add(index, self._dataset.path_of(index), str(error))
                 continue
             self._skipped.passed(index)
             return image, index, flip, u
@@ -182,7 +182,7 @@ class BatchLoader(ABC, Generic[T, B]):
 class LoaderOptions(TypedDict, total=False):
     """Keyword arguments of every `BatchLoader`."""
 
-    skipped: Required[Skipped]
+    skipped: Required[BadImageLog]
     flip: float
     seed: int
     masks: SampleMasks
@@ -198,7 +198,7 @@ class Loader(BatchLoader[Array, Batch]):
         options: See `BatchLoader`.
     """
 
-    def __init__(self, dataset: Source, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
+    def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
         super().__init__(dataset, crop.draws, shard, **options)
         self._crop, self._reuse = crop, self._device.type == "cpu"
         self._memory: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -231,7 +231,7 @@ class Loader(BatchLoader[Array, Batch]):
 
 
 def iterate_in_order(
-    dataset: Source, crop: Crop, *, skipped: Skipped, batch: int, threads: int = 0, first: int = 0
+    dataset: ImageDataset, crop: Crop, *, skipped: BadImageLog, batch: int, threads: int = 0, first: int = 0
 ) -> Iterator[tuple[Shaped[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
     """Yield every image of a dataset once, in order, through a crop without randomness.
 
@@ -251,18 +251,18 @@ def iterate_in_order(
         try:
             image = dataset.image(index)
         except BadImage as error:
-            skipped.add(index, dataset.locate(index), str(error))
+            skipped.add(index, dataset.path_of(index), str(error))
             return None
         skipped.passed(index)
         return crop.crop(image)
 
     def collect(part: range, images: Iterator[Tensor | None]) -> tuple[Tensor, npt.NDArray[np.int64], int]:
         readable = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]
-        stack = stacked([image for _, image in readable]) if readable else torch.empty(0, 1, 1, 1)
+        stack = stack_images([image for _, image in readable]) if readable else torch.empty(0, 1, 1, 1)
         return stack, np.asarray([index for index, _ in readable], np.int64), part.stop
 
-    with workers(threads, "pixmim-read") as pool:
-        advance = follow(dataset)
+    with thread_pool(threads, "pixmim-read") as pool:
+        advance = prefetch_in_order(dataset)
         ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()
         for start in range(first, len(dataset), batch):
             advance(start)

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pixmim.data.dataset import COLOUR, BadImage, Form, Pages, Pixels
+from pixmim.data.dataset import RGB, BadImage, ImageSpec, Pages, Pixels
 from pixmim.data.decode.limits import check_size
 from pixmim.data.shards.dataset import INDEX_DTYPE, IndexEntries, ShardDataset, ShardIndex, find_invalid_entry
 from pixmim.data.shards.fsspec_io import file_version, is_url, read_small_file
@@ -66,9 +66,9 @@ class CacheSettings:
         return -(-self.images // self.per_shard)
 
     @property
-    def form(self) -> Form:
+    def form(self) -> ImageSpec:
         """Channels and dtype of the images."""
-        return Form(self.channels, self.pixels, self.pages)
+        return ImageSpec(self.channels, self.pixels, self.pages)
 
     def images_of(self, shard: int) -> range:
         """Return the numbers of the images that a shard is made of."""
@@ -120,7 +120,7 @@ def read_index(folder: str | Path, shard: int) -> IndexEntries | None:
     return entries
 
 
-def open_cache(folder: str | Path, form: Form = COLOUR, local_copy: float = 50.0) -> ShardDataset:
+def open_cache(folder: str | Path, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ShardDataset:
     """Open a complete cache.
 
     Args:
@@ -157,7 +157,7 @@ def open_cache(folder: str | Path, form: Form = COLOUR, local_copy: float = 50.0
         where,
         form,
         tars,
-        open_shards(tars, [FileVersion(int(entries[-1]["offset"])) for entries in indexes], local_copy),
+        open_shards(tars, [FileVersion(int(entries[-1]["offset"])) for entries in indexes], shard_cache_gib),
         [ShardIndex(entries[:-1]) for entries in indexes],
         classes=settings.classes,
         raw=settings.kind == "raw",

@@ -18,14 +18,14 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.dataset import BadImage, Encoded, Form, Pages, Source
+from pixmim.data.dataset import BadImage, HasBytes, ImageDataset, ImageSpec, Pages
 from pixmim.data.decode.image import read
 from pixmim.data.resized_cache import read_settings
 from pixmim.data.shards.fsspec_io import is_url, read_small_file
 from pixmim.data.shards.webdataset import is_tar
 from pixmim.utils import rng
 from pixmim.utils.files import cache_path, read_file, write_json
-from pixmim.utils.threads import how_many, in_turn, workers
+from pixmim.utils.threads import num_threads, ordered_map, thread_pool
 
 _BLOCK = 2**20  # values that are in float64 at a time
 _MOST_BYTES = 2**20  # of a file of statistics
@@ -75,12 +75,12 @@ def sample(total: int, count: int) -> list[int]:
     return [first + int(x * (last - first)) for first, last, x in zip(edges, edges[1:], u, strict=False)]
 
 
-def kinds(source: Source, indices: list[int], pages: Pages = "first") -> Counter[tuple[int, str]]:
+def kinds(source: ImageDataset, indices: list[int], pages: Pages = "first") -> Counter[tuple[int, str]]:
     """How many of these images have which channels and kind of number in their files; without those unreadable.
 
     Of other sources than files, only what they bring their images into is known.
     """
-    if not isinstance(source, Encoded):
+    if not isinstance(source, HasBytes):
         return Counter({(source.form.channels, str(source.form.pixels)): len(indices)})
 
     def look(index: int) -> tuple[int, str] | None:
@@ -93,15 +93,15 @@ def kinds(source: Source, indices: list[int], pages: Pages = "first") -> Counter
     return Counter(kind for kind in _threads(look, indices, 0) if kind is not None)
 
 
-def fitting(found: Counter[tuple[int, str]], pages: Pages = "first") -> Form:
+def fitting(found: Counter[tuple[int, str]], pages: Pages = "first") -> ImageSpec:
     """The form that loses nothing of most images: their channels, and uint8, uint16 or else float32."""
     (channels, number), _ = found.most_common(1)[0] if found else ((3, "uint8"), 0)
     pixels = "uint8" if number in ("uint8", "bool") else "uint16" if number == "uint16" else "float32"
-    return Form(channels, pixels, pages)  # type: ignore[arg-type]
+    return ImageSpec(channels, pixels, pages)  # type: ignore[arg-type]
 
 
-def measure(
-    source: Source, indices: list[int], *, threads: int = 0, progress: Callable[[int], None] = lambda done: None
+def measure_statistics(
+    source: ImageDataset, indices: list[int], *, threads: int = 0, progress: Callable[[int], None] = lambda done: None
 ) -> Measured:
     """Read these images of a data set, in its form. The numbers do not depend on threads."""
 
@@ -109,7 +109,7 @@ def measure(
         try:
             image = source.array(index)
         except BadImage as error:
-            return str(error), source.locate(index)
+            return str(error), source.path_of(index)
         whole = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
         moments = _moments(image) / [[whole], [whole**2], [whole], [whole]]
         return image.shape[:2], moments
@@ -142,11 +142,11 @@ def to_keep(found: Measured, total: int) -> Stats:
     return Stats(tuple(found.mean.tolist()), tuple(std.tolist()), found.images, total)
 
 
-def report(source: Source, seen: Counter[tuple[int, str]], found: Measured) -> list[str]:
+def report(source: ImageDataset, seen: Counter[tuple[int, str]], found: Measured) -> list[str]:
     """What was found, in lines for a terminal; `seen` is what `kinds` gave."""
     held = "; ".join(f"{n:,} of {c} {'channel' if c == 1 else 'channels'} in {p}" for (c, p), n in seen.most_common(5))
     lines = [f"{len(source):,} images; of {seen.total():,} that could be read: {held or 'nothing'}"]
-    if not isinstance(source, Encoded):
+    if not isinstance(source, HasBytes):
         lines = [f"{len(source):,} images of {source.form}"]
     if found.images:
         sides = []
@@ -168,15 +168,15 @@ def report(source: Source, seen: Counter[tuple[int, str]], found: Measured) -> l
     return lines
 
 
-def remember(spec: str, form: Form, stats: Stats) -> Path:
-    """Keep what was measured where `recall` finds it; gives the file."""
+def remember(spec: str, form: ImageSpec, stats: Stats) -> Path:
+    """Keep what was measured where `load_statistics` finds it; gives the file."""
     path = place(spec, form)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"data": spec, "form": asdict(form), **asdict(stats)})
     return path
 
 
-def recall(spec: str, form: Form) -> Stats | None:
+def load_statistics(spec: str, form: ImageSpec) -> Stats | None:
     """Return what was measured of a data set in this form, or None if nothing was, or it is damaged.
 
     Raises:
@@ -203,7 +203,7 @@ def _beside_far(spec: str) -> bytes | None:
     return read_small_file(f"{spec.rstrip('/')}/stats.json", _MOST_BYTES) if is_url(spec) and not is_tar(spec) else None
 
 
-def place(spec: str, form: Form) -> Path:
+def place(spec: str, form: ImageSpec) -> Path:
     """Beside a cache's images, so that it goes where they go; for all other data in the user's cache directory."""
     folder = Path(os.path.expanduser(spec))
     if read_settings(folder) is not None:
@@ -230,8 +230,8 @@ def _moments(pixels: npt.NDArray[np.generic]) -> Vector:
 
 def _threads(work: Callable[[int], T], indices: list[int], threads: int) -> Iterator[T]:
     """What `work` makes of each index, in order, by several threads that are never far ahead."""
-    pool = workers(threads, "pixmim-stats")
+    pool = thread_pool(threads, "pixmim-stats")
     try:
-        yield from in_turn(pool, work, indices, 4 * how_many(threads))
+        yield from ordered_map(pool, work, indices, 4 * num_threads(threads))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

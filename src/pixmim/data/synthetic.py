@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import COLOUR, Form, Source
-from pixmim.data.decode.channels import bring
+from pixmim.data.dataset import RGB, ImageDataset, ImageSpec
+from pixmim.data.decode.channels import convert
 from pixmim.transforms.crops import Array
 from pixmim.utils import rng
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
 TEXTURES = ("plain", "stripes", "bars", "checks", "dots", "rings", "grain", "clouds", "waves", "mesh")
@@ -47,7 +47,7 @@ class Sample:
     box: tuple[int, int, int, int]
 
 
-class Shapes(Source):
+class SyntheticShapes(ImageDataset):
     """The data set. `shapes:count=5000,seed=1,size=64,texture=conflict` spells its options.
 
     count    samples in one epoch (there are always more: any index can be drawn)
@@ -62,21 +62,21 @@ class Shapes(Source):
         seed: int = 0,
         size: int = 64,
         texture: Literal["any", "match", "conflict"] = "any",
-        form: Form = COLOUR,
+        form: ImageSpec = RGB,
     ) -> None:
         self.count, self.seed, self.size, self.texture = count, seed, size, texture
         spec = f"shapes:count={count},seed={seed},size={size},texture={texture}"
         super().__init__(spec, form, classes=SHAPES)
 
     @staticmethod
-    def from_spec(spec: str, form: Form = COLOUR) -> "Shapes":
+    def from_spec(spec: str, form: ImageSpec = RGB) -> "SyntheticShapes":
         """Read `shapes:` followed by comma-separated options. Raises UserError naming the option that is wrong."""
         known = "count", "seed", "size", "texture"
         options: dict[str, int | str] = {}
         for part in filter(None, spec.removeprefix("shapes:").split(",")):
             key, _, value = part.partition("=")
             if key not in known:
-                raise UserError(f"shapes: has no option '{key}'{nearest(key, known)} Known: {', '.join(known)}")
+                raise UserError(f"shapes: has no option '{key}'{did_you_mean(key, known)} Known: {', '.join(known)}")
             if key == "texture":
                 if value not in ("any", "match", "conflict"):
                     raise UserError(f"shapes:texture is any, match or conflict, not '{value}'")
@@ -85,7 +85,7 @@ class Shapes(Source):
                 raise UserError(f"shapes:{key} takes a whole number (count from 1, size from 8 to 4096), not '{value}'")
             else:
                 options[key] = int(value)
-        return Shapes(**options, form=form)  # type: ignore[arg-type]
+        return SyntheticShapes(**options, form=form)  # type: ignore[arg-type]
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
@@ -99,7 +99,7 @@ class Shapes(Source):
     def __len__(self) -> int:
         return self.count
 
-    def locate(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         return f"{self.spec}#{index}"
 
     def array(self, index: int) -> Shaped[Array, "h w c"]:
@@ -110,7 +110,7 @@ class Shapes(Source):
             image = np.concatenate([image if k % 2 == 0 else 255 - image for k in range(-(-count // 3))], 2)[
                 ..., :count
             ]
-        return np.ascontiguousarray(bring(image, self.form))
+        return np.ascontiguousarray(convert(image, self.form))
 
     def sample(self, index: int) -> Sample:
         """Draw sample `index`."""

@@ -10,10 +10,10 @@ from time import perf_counter
 
 import numpy as np
 
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.caching import SHARE, decoded_bytes, of_machine
-from pixmim.data.dataset import Placed, Source
+from pixmim.data.dataset import HasExtent, ImageDataset
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import Kind, open_cache
 from pixmim.data.sampler import BatchShard, ShuffledOrder
@@ -21,7 +21,7 @@ from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.wrappers import InMemoryDataset, Subset
 from pixmim.transforms.crops import Crop
 from pixmim.utils.files import open_regular
-from pixmim.utils.threads import how_many
+from pixmim.utils.threads import num_threads
 
 _TURNS = 3  # a rate is the median of these
 _SAMPLE = 1024  # most images to measure with
@@ -65,7 +65,7 @@ class Report:
 
 
 def measure(
-    source: Source,
+    source: ImageDataset,
     crop: Crop,
     cover: tuple[int, int],
     *,
@@ -88,18 +88,20 @@ def measure(
     Raises:
         UserError: If most images are unreadable.
     """
-    threads, images, memory = how_many(threads), len(source), of_machine()
+    threads, images, memory = num_threads(threads), len(source), of_machine()
     order = ShuffledOrder(0, images, source.pieces)
     sample = Subset(source, order.at(0, np.arange(min(_SAMPLE, images))).tolist())
-    skipped, rows = Skipped(None, len(sample), 0.5, "allowed here"), dict[str, Throughput]()
+    skipped, rows = BadImageLog(None, len(sample), 0.5, "allowed here"), dict[str, Throughput]()
 
-    def add(name: str, data: Source, size: float | None, advice: str = "", extents: Sequence[Extent] = ()) -> float:
+    def add(
+        name: str, data: ImageDataset, size: float | None, advice: str = "", extents: Sequence[Extent] = ()
+    ) -> float:
         on_start(name)
         rows[name] = Throughput(name, _rate(data, crop, threads, seconds, skipped, extents), size, advice)
         return rows[name].rate
 
     extents, size, disk = list[Extent](), None, float("inf")
-    if isinstance(source, Placed) and source.pieces is None:
+    if isinstance(source, HasExtent) and source.pieces is None:
         extents = [source.extent(i) for i in sample.indices]
         size = statistics.fmean(count or os.stat(path).st_size for path, _, count in extents)
         disk = add(DISK, sample, size, extents=extents) * size
@@ -172,7 +174,7 @@ def drop_from_page_cache(extent: Extent) -> None:
 
 
 def _rate(
-    source: Source, crop: Crop, threads: int, seconds: float, skipped: Skipped, extents: Sequence[Extent] = ()
+    source: ImageDataset, crop: Crop, threads: int, seconds: float, skipped: BadImageLog, extents: Sequence[Extent] = ()
 ) -> float:
     """Return the images that a Loader yields in a second. With `extents`, in an epoch at most, from the disk."""
     batch = max(1, min(32, len(source) // 8))
@@ -193,7 +195,7 @@ def _rate(
     return statistics.median(turn() for _ in range(_TURNS))
 
 
-def _kinds(source: Source) -> list[tuple[Kind, str]]:
+def _kinds(source: ImageDataset) -> list[tuple[Kind, str]]:
     """Return the kinds of caches to try, with their flags: those that the dataset is not yet."""
     if isinstance(source, ShardDataset) and source.sizes is not None:  # it is a cache
         return [] if source.raw else [("raw", " --raw")]

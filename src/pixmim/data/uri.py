@@ -16,7 +16,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 
 _ADDRESS = re.compile(r"hf:|shapes:|[a-z][a-z0-9]*://")
 _WEIGHTED = re.compile(r"(.+)\*([0-9]+\.?[0-9]*|\.[0-9]+)", re.DOTALL)
@@ -157,7 +157,7 @@ class HubSpec:
         for option in options:
             key, _, value = option.partition("=")
             if key not in known:
-                raise UserError(f"hf: has no option '{key}'{nearest(key, known) or '.'} Known: {', '.join(known)}")
+                raise UserError(f"hf: has no option '{key}'{did_you_mean(key, known) or '.'} Known: {', '.join(known)}")
             if not value:
                 raise UserError(f"'{spec}' gives no value for {key}")
             values[key] = value

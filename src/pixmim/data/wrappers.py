@@ -10,21 +10,21 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import Source
+from pixmim.data.dataset import ImageDataset
 from pixmim.transforms.crops import Array
 
 _SHARD_SIZE = 1000
 
 
-class DatasetWrapper(Source):
+class DatasetWrapper(ImageDataset):
     """Forward everything to another dataset, except what is given here and what a subclass overrides.
 
     Args:
         source: The other dataset.
-        changes: Arguments of `Source` that differ.
+        changes: Arguments of `ImageDataset` that differ.
     """
 
-    def __init__(self, source: Source, **changes: Any) -> None:
+    def __init__(self, source: ImageDataset, **changes: Any) -> None:
         attributes = ("spec", "form", "classes", "about", "sizes", "pieces")
         super().__init__(**({name: getattr(source, name) for name in attributes} | changes))
         self.source, self.stray = source, source.stray
@@ -39,29 +39,29 @@ class DatasetWrapper(Source):
     def array(self, index: int) -> Shaped[Array, "h w c"]:
         return self.source.array(index)
 
-    def locate(self, index: int) -> str:
-        return self.source.locate(index)
+    def path_of(self, index: int) -> str:
+        return self.source.path_of(index)
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 
-    def soon(self, pieces: Sequence[int]) -> None:
-        self.source.soon(pieces)
+    def prefetch(self, pieces: Sequence[int]) -> None:
+        self.source.prefetch(pieces)
 
 
 class InMemoryDataset(DatasetWrapper):
     """Keep decoded images in memory once they are read."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ImageDataset) -> None:
         super().__init__(source)
         self._images: list[Array | None] = [None] * len(source)
         self._cached = np.zeros(len(source), np.bool_)
         self._ends = np.cumsum(source.pieces if source.pieces is not None else [])
 
-    def soon(self, pieces: Sequence[int]) -> None:
+    def prefetch(self, pieces: Sequence[int]) -> None:
         """Prefetch only shards that are not fully cached."""
         starts = [0, *self._ends]
-        self.source.soon([piece for piece in pieces if not self._cached[starts[piece] : starts[piece + 1]].all()])
+        self.source.prefetch([piece for piece in pieces if not self._cached[starts[piece] : starts[piece + 1]].all()])
 
     def array(self, index: int) -> Shaped[Array, "h w c"]:
         image = self._images[index]
@@ -74,7 +74,7 @@ class InMemoryDataset(DatasetWrapper):
 class Subset(DatasetWrapper):
     """Some images of a dataset, in the given order. It has no shards."""
 
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+    def __init__(self, source: ImageDataset, indices: Sequence[int]) -> None:
         self.indices = list(indices)
         super().__init__(source, sizes=None if source.sizes is None else source.sizes[self.indices], pieces=None)
 
@@ -89,14 +89,14 @@ class Subset(DatasetWrapper):
     def array(self, index: int) -> Shaped[Array, "h w c"]:
         return self.source.array(self.indices[index])
 
-    def locate(self, index: int) -> str:
-        return self.source.locate(self.indices[index])
+    def path_of(self, index: int) -> str:
+        return self.source.path_of(self.indices[index])
 
     def fingerprint(self) -> str:
-        return Source.fingerprint(self)
+        return ImageDataset.fingerprint(self)
 
 
-class ConcatDataset(Source):
+class ConcatDataset(ImageDataset):
     """Several datasets as one, each repeated as often as its weight.
 
     The copies of an image have different indices, so they are cropped differently, and each comes once an epoch.
@@ -107,7 +107,7 @@ class ConcatDataset(Source):
         parts: Datasets of one form, with their weights (at least 1).
     """
 
-    def __init__(self, spec: str, parts: Sequence[tuple[Source, int]]) -> None:
+    def __init__(self, spec: str, parts: Sequence[tuple[ImageDataset, int]]) -> None:
         self._parts = list(parts)
         lengths = [len(part) * weight for part, weight in parts]
         self._starts = [0, *np.cumsum(lengths).tolist()]
@@ -138,24 +138,24 @@ class ConcatDataset(Source):
         part, inside = self._find(index)
         return part.array(inside)
 
-    def locate(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         part, inside = self._find(index)
-        return part.locate(inside)
+        return part.path_of(inside)
 
     def fingerprint(self) -> str:
         words = [f"{weight}*{part.fingerprint()}" for part, weight in self._parts]
         return hashlib.sha256("+".join(words).encode()).hexdigest()[:16]
 
-    def soon(self, pieces: Sequence[int]) -> None:
+    def prefetch(self, pieces: Sequence[int]) -> None:
         first = 0
         for part, weight in self._parts:
             count = len(_shard_sizes(part)) * weight
             if part.pieces is not None:
                 inside = [(piece - first) % len(part.pieces) for piece in pieces if first <= piece < first + count]
-                part.soon(list(dict.fromkeys(inside)))
+                part.prefetch(list(dict.fromkeys(inside)))
             first += count
 
-    def _find(self, index: int) -> tuple[Source, int]:
+    def _find(self, index: int) -> tuple[ImageDataset, int]:
         """Return the dataset that holds an image, and its index there."""
         number = bisect_right(self._starts, index) - 1
         part, _ = self._parts[number]
@@ -168,13 +168,13 @@ class ConcatDataset(Source):
         )
 
 
-def _describe(part: Source, weight: int, total: int) -> str:
+def _describe(part: ImageDataset, weight: int, total: int) -> str:
     often = f", each {weight} times an epoch" if weight > 1 else ""
     more = f"; {part.about}" if part.about else ""
     return f"{len(part) * weight / total:.1%} {part.spec} ({len(part):,} images{often}{more})"
 
 
-def _shard_sizes(part: Source) -> npt.NDArray[np.int64]:
+def _shard_sizes(part: ImageDataset) -> npt.NDArray[np.int64]:
     """Return the shard sizes of a dataset; one without shards is cut into some, so that it mixes with the others."""
     if part.pieces is not None:
         return part.pieces

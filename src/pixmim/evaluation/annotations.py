@@ -16,7 +16,7 @@ from pixmim.data.dataset import BadImage
 from pixmim.data.decode.image import read_numbers
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import EXTENSIONS
-from pixmim.data.synthetic import Shapes
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_file, read_text
@@ -167,9 +167,9 @@ def _read_voc(file: Path) -> Iterator[ImageObject | None]:
 
 
 def _read_shapes(spec: str) -> Iterator[ImageObject | None]:
-    shapes = Shapes.from_spec(spec)
+    shapes = SyntheticShapes.from_spec(spec)
     for index in range(len(shapes)):
-        yield _masked_object(shapes.locate(index), shapes.sample(index).mask)
+        yield _masked_object(shapes.path_of(index), shapes.sample(index).mask)
 
 
 def _masked_object(image: str, mask: Mask) -> ImageObject | None:

@@ -16,16 +16,16 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.data.dataset import BadImage, Encoded, Placed, Source
+from pixmim.data.dataset import BadImage, HasBytes, HasExtent, ImageDataset
 from pixmim.data.loader import iterate_in_order
-from pixmim.data.synthetic import Shapes
-from pixmim.evaluation.context import Bench, Values
-from pixmim.evaluation.features import Frozen, check_finite
-from pixmim.evaluation.frozen_encoder import Encoder
+from pixmim.data.synthetic import SyntheticShapes
+from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.features import FeatureSet, check_finite
+from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import label, say
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.console import label, print_plain
+from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.progress import progress
 
 _LISTED = 12  # classes named in a line
@@ -42,14 +42,14 @@ class Labelled:
         wanted: Class of each test image (m), as an index into the classes of the train data.
     """
 
-    train: Source
-    test: Source
+    train: ImageDataset
+    test: ImageDataset
     labels: Int[Tensor, " n"]
     wanted: Int[Tensor, " m"]
     classes: list[str]
 
 
-def open_labelled(bench: Bench, train: str, test: str, *, all_classes: bool = False) -> Labelled:
+def open_labelled(bench: EvalContext, train: str, test: str, *, all_classes: bool = False) -> Labelled:
     """Open train and test data and print their classes, once for all evaluations of a context.
 
     Args:
@@ -72,7 +72,7 @@ def open_labelled(bench: Bench, train: str, test: str, *, all_classes: bool = Fa
     return found
 
 
-def check_labelled(train: Source, test: Source, console: Console | None = None) -> Labelled:
+def check_labelled(train: ImageDataset, test: ImageDataset, console: Console | None = None) -> Labelled:
     """Match the classes of train and test data by name, print their shares, and warn of images that are in both.
 
     Raises:
@@ -83,17 +83,19 @@ def check_labelled(train: Source, test: Source, console: Console | None = None) 
     labels, wanted = (torch.from_numpy(cast(np.ndarray, data.labels)) for data in (train, test))
     wanted = class_indices(test.classes, train.classes, "the test data")[wanted]
     for what, line in zip(("train", "test"), lines, strict=True):
-        say(out, f"{what} data: {line}")
+        print_plain(out, f"{what} data: {line}")
     if not out.quiet:
         warn_shared(train, test, out)
     without = sorted(set(wanted.tolist()) - set(labels.tolist()))
     if without:
         some = a_few([label(train.classes[place]) for place in without])
-        say(out, f"warning: the train data have no image of {len(without)} test classes, whose recall is 0: {some}")
+        print_plain(
+            out, f"warning: the train data have no image of {len(without)} test classes, whose recall is 0: {some}"
+        )
     return Labelled(train, test, labels, wanted, train.classes)
 
 
-def check_classes(data: Source) -> str:
+def check_classes(data: ImageDataset) -> str:
     """Return a line about the classes of labeled data.
 
     Raises:
@@ -105,7 +107,7 @@ def check_classes(data: Source) -> str:
     if len(without):
         raise UserError(
             f"{len(without):,} of the {len(data):,} images of {data.spec} have no label, the first is "
-            f"{data.locate(int(without[0]))}: label or remove them"
+            f"{data.path_of(int(without[0]))}: label or remove them"
         )
     counts = np.bincount(data.labels, minlength=len(data.classes))
     check_several(data.spec, [name for name, count in zip(data.classes, counts, strict=True) if count])
@@ -120,12 +122,12 @@ def class_indices(classes: Sequence[str], known: Sequence[str], spec: str) -> In
         more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
         raise UserError(
             f"{spec} has a class '{unknown[0]}'{more}, which is not one of the {len(known)} known classes"
-            f"{nearest(unknown[0], known)}"
+            f"{did_you_mean(unknown[0], known)}"
         )
     return torch.tensor([index[name] for name in classes])
 
 
-def labels_among(data: Source, known: Sequence[str]) -> Int[Tensor, " n"]:
+def labels_among(data: ImageDataset, known: Sequence[str]) -> Int[Tensor, " n"]:
     """Return the label of each image as an index into the known classes.
 
     Raises:
@@ -135,7 +137,7 @@ def labels_among(data: Source, known: Sequence[str]) -> Int[Tensor, " n"]:
     return class_indices(data.classes, known, data.spec)[torch.from_numpy(cast(np.ndarray, data.labels))]
 
 
-def same_classes(train: Frozen, test: Frozen) -> Int[Tensor, " n"]:
+def same_classes(train: FeatureSet, test: FeatureSet) -> Int[Tensor, " n"]:
     """Return the test labels as indices into the classes of the train set. Raises UserError as `class_indices`."""
     return class_indices(test.classes, train.classes, "the test data")[test.labels]
 
@@ -161,31 +163,31 @@ def shares(names: Sequence[str], counts: Sequence[int]) -> str:
     return f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {', '.join(listed)}"
 
 
-def warn_shared(train: Source, test: Source, console: Console) -> None:
+def warn_shared(train: ImageDataset, test: ImageDataset, console: Console) -> None:
     """Print a warning if test images are train images as well."""
     count = len(shared(train, test))
     if count:
         some = "all" if count == len(test) else f"{count:,} of the"
-        say(
+        print_plain(
             console,
             f"warning: {some} {len(test):,} test images ({test.spec}) are train images as well: for these, the measure "
             "tells what is remembered, not what is recognized. Give other images as --test, or remove them",
         )
 
 
-def shared(train: Source, test: Source) -> set[int]:
+def shared(train: ImageDataset, test: ImageDataset) -> set[int]:
     """Return the indices of test images that are train images as well.
 
     These have the same path (links are followed) or the same bytes. Bytes are compared if few images have the same
     length.
     """
-    if isinstance(train, Shapes) and isinstance(test, Shapes):
+    if isinstance(train, SyntheticShapes) and isinstance(test, SyntheticShapes):
         same = (train.seed, train.size, train.texture) == (test.seed, test.size, test.texture)
         return set(range(min(len(train), len(test)))) if same else set()
     each = len(train) + len(test) <= _RESOLVED
     known = set(_places(train, each))
     found = {index for index, place in enumerate(_places(test, each)) if place in known}
-    if not each or not isinstance(train, Encoded) or not isinstance(test, Encoded):
+    if not each or not isinstance(train, HasBytes) or not isinstance(test, HasBytes):
         return found
     train_sizes, test_sizes = _lengths(train), _lengths(test)
     common = (set(train_sizes) & set(test_sizes)) - {0}
@@ -197,21 +199,21 @@ def shared(train: Source, test: Source) -> set[int]:
     return found | {i for i in test_left if _digest(test, i) in digests}
 
 
-def _places(data: Source, each: bool) -> Iterator[object]:
+def _places(data: ImageDataset, each: bool) -> Iterator[object]:
     """Yield where each image is: the real path of its file, or only of its folder; in a shard, with the offset."""
     real = lru_cache(4096)(os.path.realpath)
     for index in range(len(data)):
-        if not isinstance(data, Placed):
-            yield data.locate(index)
+        if not isinstance(data, HasExtent):
+            yield data.path_of(index)
             continue
         file, first, _ = data.extent(index)
         folder, name = os.path.split(file)
         yield (os.path.realpath(file) if each else os.path.join(real(folder), name)), first
 
 
-def _lengths(data: Source) -> list[int]:
+def _lengths(data: ImageDataset) -> list[int]:
     """Return the bytes of each image's file; 0 if that is unknown, or the file is on another machine."""
-    if not isinstance(data, Placed):
+    if not isinstance(data, HasExtent):
         return []
     found = []
     for file, _, length in map(data.extent, range(len(data))):
@@ -222,7 +224,7 @@ def _lengths(data: Source) -> list[int]:
     return found
 
 
-def _digest(data: Encoded, index: int) -> bytes | None:
+def _digest(data: HasBytes, index: int) -> bytes | None:
     try:
         return hashlib.sha256(data.read(index)).digest()
     except BadImage:
@@ -271,8 +273,12 @@ def majority(counts: Int[Tensor, "2 k"]) -> float:
     return 100 * float(counts[1].max()) / float(counts[1].sum())
 
 
-def grade(
-    bench: Bench, data: Labelled, encoder: Encoder, size: tuple[int, int], classify: Callable[[Tensor], Tensor]
+def evaluate_classifier(
+    bench: EvalContext,
+    data: Labelled,
+    encoder: FrozenEncoder,
+    size: tuple[int, int],
+    classify: Callable[[Tensor], Tensor],
 ) -> Values:
     """Evaluate a classifier on the test data, resized to 256/224 of `size` and cropped at the center.
 

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pixmim.evaluation.classification import check_classes
-from pixmim.evaluation.context import Bench
+from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.features import BLOCKS
-from pixmim.evaluation.frozen_encoder import Encoder
+from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.imagenet_classes import wnids
 from pixmim.evaluation.linear_probe import cached_probe
 from pixmim.models import features
@@ -39,7 +39,7 @@ class ImageClassifier:
         return (scores if among is None else scores[:, list(among)]).argmax(dim=1)
 
 
-def imagenet_head(bench: Bench, what: str) -> ImageClassifier:
+def imagenet_head(bench: EvalContext, what: str) -> ImageClassifier:
     """Return the encoder's own classifier of ImageNet's classes. Raises UserError, naming `what`, if it has none."""
     outputs = bench.encoder.classes
     if outputs != 1000:
@@ -55,13 +55,13 @@ def imagenet_head(bench: Bench, what: str) -> ImageClassifier:
     return ImageClassifier("head", own or names, _head_scores(bench.encoder))
 
 
-def encoder_head(bench: Bench) -> ImageClassifier:
+def encoder_head(bench: EvalContext) -> ImageClassifier:
     """Return the encoder's own classifier. If its file does not name 1000 classes, they are taken for ImageNet's."""
     names = list(bench.encoder.names) or (wnids() if bench.encoder.classes == 1000 else [])
     return ImageClassifier("head", names, _head_scores(bench.encoder))
 
 
-def probe_classifier(bench: Bench, train: str, *, epochs: int, seed: int) -> ImageClassifier:
+def probe_classifier(bench: EvalContext, train: str, *, epochs: int, seed: int) -> ImageClassifier:
     """Fit a linear probe to the encoder's features of clean images: see `linear_probe.fit_sweep`."""
     check_classes(bench.data(train))
     probe = cached_probe(bench, train, epochs, seed)
@@ -75,7 +75,7 @@ def probe_classifier(bench: Bench, train: str, *, epochs: int, seed: int) -> Ima
     return ImageClassifier("probe", probe.classes, scores)
 
 
-def _head_scores(encoder: Encoder) -> Callable[[Tensor], Tensor]:
+def _head_scores(encoder: FrozenEncoder) -> Callable[[Tensor], Tensor]:
     def scores(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
             return encoder.module(encoder.ready(images)).float().cpu()

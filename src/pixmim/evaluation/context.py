@@ -12,11 +12,11 @@ from PIL import Image
 from rich.console import Console
 
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
-from pixmim.data.dataset import Source
-from pixmim.evaluation.features import Frozen, account, check_finite, freeze
-from pixmim.evaluation.frozen_encoder import Encoder, sameness
-from pixmim.utils.console import say
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import ImageDataset
+from pixmim.evaluation.features import FeatureSet, bad_image_log, check_finite, extract_features
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
+from pixmim.utils.console import print_plain
 from pixmim.utils.trust import inside
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ Values = Iterator[tuple[str, float]]
 
 
 @dataclass
-class Bench:
+class EvalContext:
     """One encoder on the bench. An evaluation is a function of a Bench and its settings that yields Values.
 
     folder    where results, pictures, and unfinished work that can be gone on with, are kept
@@ -35,7 +35,7 @@ class Bench:
     pictures  what an evaluation drew, by caption: saved beside its result, and shown in the report
     """
 
-    encoder: Encoder
+    encoder: FrozenEncoder
     folder: Path
     which: str = "trained"
     console: Console | None = None
@@ -43,23 +43,23 @@ class Bench:
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    def data(self, spec: str) -> Source:
+    def data(self, spec: str) -> ImageDataset:
         """A data set, read in the encoder's form. Raises UserError."""
         return open_dataset(spec, self.encoder.form)
 
-    def skipped(self, data: Source) -> Skipped:
+    def skipped(self, data: ImageDataset) -> BadImageLog:
         """The account of images that cannot be read, of a data set that is evaluated on."""
-        return account(data, self.folder / "evaluations-skipped.csv")
+        return bad_image_log(data, self.folder / "evaluations-skipped.csv")
 
-    def frozen(self, spec: str) -> Frozen:
+    def frozen(self, spec: str) -> FeatureSet:
         """The features of a labelled data set, computed the first time they are asked for. Raises UserError."""
 
-        def make() -> Frozen:
+        def make() -> FeatureSet:
             data = self.data(spec)
             skipped = self.skipped(data)
-            found = freeze(self.encoder, data, skipped, console=self.console)
+            found = extract_features(self.encoder, data, skipped, console=self.console)
             if len(skipped) and self.console is not None:
-                say(
+                print_plain(
                     self.console,
                     f"{len(skipped):,} of the {len(data):,} images of {spec} are left out: {skipped.reasons}",
                 )
@@ -77,7 +77,7 @@ class Bench:
 
     def work(self, name: str, settings: Any) -> Path:
         """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""
-        key = sha256(repr((self.which, sameness(self.encoder), settings)).encode()).hexdigest()[:12]
+        key = sha256(repr((self.which, fingerprint(self.encoder), settings)).encode()).hexdigest()[:12]
         return inside(self.folder, f"unfinished/{name}-{self.which}-{key}")
 
 

@@ -15,16 +15,16 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from pixmim.data.bad_images import Skipped
-from pixmim.data.dataset import Source
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
-from pixmim.evaluation.frozen_encoder import Encoder, of_weights, sameness
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint, frozen_encoder_from_weights
 from pixmim.models import features
 from pixmim.training.precision import Precision, autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import csv_cell, say, utf8
+from pixmim.utils.console import csv_cell, print_plain, utf8
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, check_output, read_file, read_json, write_csv, write_whole
+from pixmim.utils.files import atomic_write, check_output, read_file, read_json, write_csv, write_text_atomically
 from pixmim.utils.lock import NAME, alone
 from pixmim.utils.progress import progress
 from pixmim.weights.detect import Weights
@@ -37,7 +37,7 @@ _MAX_BYTES = 2**31  # of a batch that is kept
 @torch.no_grad()
 def embed(
     weights: Weights,
-    data: Source,
+    data: ImageDataset,
     out: Path,
     kind: Kind = "both",
     *,
@@ -64,7 +64,7 @@ def embed(
     partial = out.with_name(out.name + ".partial")
     if partial.is_symlink():
         raise UserError(f"{partial} is a symbolic link: remove it first")
-    with alone(partial, part_of(say, console or Console(quiet=True))):
+    with alone(partial, part_of(print_plain, console or Console(quiet=True))):
         begun, left_out = (partial / "state.json").exists(), _left_out(out)
         if not begun and any(path.name != NAME for path in partial.iterdir()):
             raise UserError(f"{partial} is there already, and holds no unfinished work: choose another --out")
@@ -77,7 +77,7 @@ def embed(
 
 def _embed(
     weights: Weights,
-    data: Source,
+    data: ImageDataset,
     out: Path,
     partial: Path,
     kind: Kind,
@@ -86,19 +86,19 @@ def _embed(
     precision: Precision,
     console: Console | None,
 ) -> list[str]:
-    encoder = of_weights(weights, device=device, precision=precision)
+    encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
     state = _resume(
-        partial, {"model": sameness(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
+        partial, {"model": fingerprint(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
     )
     first = state["done"]
-    skipped = Skipped(_left_out(out), len(data), 1.0)
+    skipped = BadImageLog(_left_out(out), len(data), 1.0)
     for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console):
         if len(indices):
             arrays: dict[str, Any] = {"index": indices}
             arrays |= {key: value for key, value in rows.items() if kind in (key, "both")}
             atomic_write(partial / f"{first:09d}.npz", part_of(np.savez, **arrays))
         first = end
-        write_whole(partial / "state.json", json.dumps(state | {"done": end}))
+        write_text_atomically(partial / "state.json", json.dumps(state | {"done": end}))
     if not any(partial.glob("*.npz")):
         raise UserError(f"not one image of {data.spec} can be read: see {_left_out(out)}")
     table = _gathered(partial, len(data))
@@ -109,7 +109,12 @@ def _embed(
 
 
 def embed_batches(
-    encoder: Encoder, data: Source, skipped: Skipped, batch: int, first: int = 0, console: Console | None = None
+    encoder: FrozenEncoder,
+    data: ImageDataset,
+    skipped: BadImageLog,
+    batch: int,
+    first: int = 0,
+    console: Console | None = None,
 ) -> Iterator[tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], int]]:
     """Yield features of the readable images of each batch, by kind, their indices, and the index where the next begins.
 
@@ -159,7 +164,7 @@ def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             if not path.stem.isdecimal() or int(path.stem) >= done:
                 path.unlink()
         return wanted | {"done": done}
-    write_whole(note, json.dumps(wanted | {"done": 0}))
+    write_text_atomically(note, json.dumps(wanted | {"done": 0}))
     return wanted | {"done": 0}
 
 
@@ -188,8 +193,8 @@ def _gathered(partial: Path, images: int) -> dict[str, np.ndarray]:
     return table
 
 
-def _write(out: Path, table: dict[str, np.ndarray], data: Source) -> list[Path]:
-    files = [data.locate(index) for index in table["index"].tolist()]
+def _write(out: Path, table: dict[str, np.ndarray], data: ImageDataset) -> list[Path]:
+    files = [data.path_of(index) for index in table["index"].tolist()]
     classes = None if data.labels is None else [data.classes[data.labels[index]] for index in table["index"].tolist()]
     values = {key: value for key, value in table.items() if key != "index"}
     if out.suffix == ".parquet":

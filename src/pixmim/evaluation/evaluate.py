@@ -9,15 +9,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pixmim.build import image_form
+from pixmim.build import image_spec
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.evaluation.classification import check_labelled
-from pixmim.evaluation.context import Bench, Values
+from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.detection import check_detection, evaluate_detection
-from pixmim.evaluation.features import freeze
+from pixmim.evaluation.features import extract_features
 from pixmim.evaluation.finetune import check_finetune, evaluate_finetune
-from pixmim.evaluation.frozen_encoder import in_training, of_model, sameness
+from pixmim.evaluation.frozen_encoder import fingerprint, load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import DEFAULT_K, check_knn, evaluate_knn, knn, usable_k
 from pixmim.evaluation.linear_probe import check_linear, evaluate_linear
 from pixmim.evaluation.results import Result, versions
@@ -25,8 +25,8 @@ from pixmim.evaluation.robustness import check_robustness, evaluate_robustness
 from pixmim.evaluation.segmentation import check_segmentation, evaluate_segmentation
 from pixmim.evaluation.shape_bias import check_shape_bias, evaluate_shape_bias
 from pixmim.training.precision import Precision, choose_device, choose_precision
-from pixmim.utils.console import say
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.console import print_plain
+from pixmim.utils.errors import UserError, did_you_mean
 
 
 class Evaluation(NamedTuple):
@@ -38,8 +38,8 @@ class Evaluation(NamedTuple):
         run: Yields the values.
     """
 
-    check: Callable[[Bench, Any], object]
-    run: Callable[[Bench, Any], Values]
+    check: Callable[[EvalContext, Any], object]
+    run: Callable[[EvalContext, Any], Values]
 
 
 EVALUATIONS = {
@@ -86,11 +86,11 @@ def evaluate(
             first evaluation starts.
     """
     _check_names(evaluations)
-    encoder = of_model(model, device=device, precision=precision, untrained=untrained, known=known)
+    encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=untrained, known=known)
     for line in encoder.notes:
-        say(console or Console(quiet=True), line)
+        print_plain(console or Console(quiet=True), line)
     which = "untrained" if untrained else "trained"
-    yield from measure(Bench(encoder, folder, which, console, overwrite), model, evaluations)
+    yield from measure(EvalContext(encoder, folder, which, console, overwrite), model, evaluations)
 
 
 def evaluate_many(
@@ -124,22 +124,24 @@ def evaluate_many(
     """
     _check_names(evaluations)
     for model, folder in models.items() if len(models) > 1 or untrained else ():
-        encoder = of_model(model, device=device, precision=precision, known=known)
-        _check(Bench(encoder, folder, overwrite=overwrite), evaluations)
+        encoder = load_frozen_encoder(model, device=device, precision=precision, known=known)
+        _check(EvalContext(encoder, folder, overwrite=overwrite), evaluations)
         if untrained:
-            encoder = of_model(model, device=device, precision=precision, untrained=True)
+            encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=True)
             tunings = [each for each in evaluations if each[0] == "finetune"]  # these keep a classifier of their own
-            _check(Bench(encoder, folder, "untrained", overwrite=overwrite), tunings)
+            _check(EvalContext(encoder, folder, "untrained", overwrite=overwrite), tunings)
     begun: dict[str, list[Result]] = {}
     for model, folder in models.items():
         if untrained:
-            encoder = of_model(model, device=device, precision=precision, untrained=True)
-            start = sameness(encoder)
+            encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=True)
+            start = fingerprint(encoder)
             for result in begun.get(start, []):
                 yield replace(result, model=model), folder
             if start not in begun:
                 begun[start] = []
-                for result in measure(Bench(encoder, folder, "untrained", console, overwrite), model, evaluations):
+                for result in measure(
+                    EvalContext(encoder, folder, "untrained", console, overwrite), model, evaluations
+                ):
                     begun[start].append(result)
                     yield result, folder
         how: Any = {"device": device, "precision": precision, "console": console, "known": known}
@@ -153,10 +155,10 @@ def _check_names(evaluations: list[tuple[str, Any]]) -> None:
     for name, _ in evaluations:
         if name not in EVALUATIONS:
             names = ", ".join(EVALUATIONS)
-            raise UserError(f"there is no evaluation '{name}'{nearest(name, EVALUATIONS)} Known: {names}")
+            raise UserError(f"there is no evaluation '{name}'{did_you_mean(name, EVALUATIONS)} Known: {names}")
 
 
-def _check(bench: Bench, evaluations: list[tuple[str, Any]]) -> None:
+def _check(bench: EvalContext, evaluations: list[tuple[str, Any]]) -> None:
     """Raise UserError for data and settings of any of these evaluations; measures nothing."""
     for name, settings in evaluations:
         try:
@@ -165,7 +167,7 @@ def _check(bench: Bench, evaluations: list[tuple[str, Any]]) -> None:
             raise UserError(f"{name}: {error}" if len(evaluations) > 1 else str(error)) from error
 
 
-def measure(bench: Bench, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
+def measure(bench: EvalContext, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
     """Measure the encoder of a context in one or several ways; `model` is its name in the results."""
     encoder = bench.encoder
     _check(bench, evaluations)
@@ -196,7 +198,7 @@ def online_knn(run: PretrainConfig, console: Console | None = None) -> Callable[
         return None
     if not (run.knn.train and run.knn.test):
         raise UserError("--knn.every needs labelled data: give --knn.train and --knn.test")
-    sets = tuple(open_dataset(spec, image_form(run), run.local_copy) for spec in (run.knn.train, run.knn.test))
+    sets = tuple(open_dataset(spec, image_spec(run), run.shard_cache_gib) for spec in (run.knn.train, run.knn.test))
     try:
         check_labelled(sets[0], sets[1], console)
     except UserError as error:
@@ -206,14 +208,14 @@ def online_knn(run: PretrainConfig, console: Console | None = None) -> Callable[
     warned: set[str] = set()
 
     def watch(module: nn.Module) -> dict[str, float]:
-        encoder = in_training(run, module, device, precision)
-        train, test = (freeze(encoder, data) for data in sets)
+        encoder = wrap_live_encoder(run, module, device, precision)
+        train, test = (extract_features(encoder, data) for data in sets)
         if not all(bool(torch.isfinite(part.mean).all()) for part in (train, test)):
             return {}
         _, line = usable_k(DEFAULT_K, len(train.labels))
         if line and line not in warned:
             warned.add(line)
-            say(console or Console(quiet=True), line)
+            print_plain(console or Console(quiet=True), line)
         names = ("top1", "balanced", "majority")
         return {
             f"knn/{key}": value for key, value in knn(train, test) if key.count("/") < 3 and key.split("/")[-1] in names

@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
-from pixmim.data.bad_images import Skipped
-from pixmim.data.dataset import Source
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
-from pixmim.evaluation.frozen_encoder import Encoder
+from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.models import features
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
@@ -23,7 +23,7 @@ BLOCKS = 4
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FeatureSet:
     """Features of n images, float32 on the CPU.
 
     Attributes:
@@ -41,13 +41,13 @@ class Frozen:
 
 
 @torch.no_grad()
-def freeze(
-    encoder: Encoder,
-    data: Source,
-    skipped: Skipped | None = None,
+def extract_features(
+    encoder: FrozenEncoder,
+    data: ImageDataset,
+    skipped: BadImageLog | None = None,
     batch: int = 256,
     console: Console | None = None,
-) -> Frozen:
+) -> FeatureSet:
     """Compute the features of a labeled dataset: resize to 256/224 of the size, center crop, no augmentation.
 
     Args:
@@ -63,7 +63,7 @@ def freeze(
     if data.labels is None:
         raise UserError(data.no_labels)
     if skipped is None:
-        skipped = account(data)
+        skipped = bad_image_log(data)
     encoder.check_batch(min(batch, len(data)))
     wanted = torch.from_numpy(data.labels)  # once: some data sets compute them all each time
     vectors, means, labels = [], [], []
@@ -79,12 +79,12 @@ def freeze(
                 labels.append(wanted[torch.from_numpy(indices)])
             advance(end)
     encoder.module.train(training)
-    return Frozen(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
+    return FeatureSet(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
 
 
-def account(data: Source, path: Path | None = None) -> Skipped:
+def bad_image_log(data: ImageDataset, path: Path | None = None) -> BadImageLog:
     """Return a log of unreadable images, kept in `path` if given. At most 25 % may be skipped."""
-    return Skipped(path, len(data), 0.25, "that an evaluation may leave out: mend or remove them")
+    return BadImageLog(path, len(data), 0.25, "that an evaluation may leave out: mend or remove them")
 
 
 def check_finite(values: Tensor, what: str) -> None:

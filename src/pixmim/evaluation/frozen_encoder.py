@@ -10,21 +10,21 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from pixmim.build import build_model, image_form
+from pixmim.build import build_model, image_spec
 from pixmim.config import ModelConfig
 from pixmim.config_io import pretrain_config
-from pixmim.data.dataset import Form
+from pixmim.data.dataset import ImageSpec
 from pixmim.training.precision import Precision, choose_attention, choose_device, choose_precision
-from pixmim.transforms.crops import finish
+from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import closed, refusal
 from pixmim.weights.detect import Weights, read_config
-from pixmim.weights.load import assemble_encoder, begin_from, describe, open_model
+from pixmim.weights.load import build_encoder_with_weights, describe, initialize_from, resolve_model
 
 
 @dataclass(frozen=True)
-class Encoder:
+class FrozenEncoder:
     """A timm module with what is needed to feed it. size: (h, w) in pixels; mean, std: per channel, on the device.
 
     run    what builds it
@@ -35,7 +35,7 @@ class Encoder:
     run: ModelConfig
     module: nn.Module
     size: tuple[int, int]
-    form: Form
+    form: ImageSpec
     mean: Tensor
     std: Tensor
     device: torch.device
@@ -46,7 +46,7 @@ class Encoder:
 
     def ready(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Pictures as they come out of a crop, on the device and normalised."""
-        return finish(images.to(self.device, non_blocking=True), None, self.mean, self.std)
+        return flip_and_normalize(images.to(self.device, non_blocking=True), None, self.mean, self.std)
 
     def check_batch(self, images: int) -> None:
         """Raise UserError if so many images take more memory than is free: their size may come from a file."""
@@ -66,15 +66,15 @@ class Encoder:
         return layer.out_features if isinstance(layer, nn.Linear) else 0
 
 
-def of_model(
+def load_frozen_encoder(
     name: str,
     *,
     device: str = "auto",
     precision: Precision = "auto",
     untrained: bool = False,
     known: Mapping[str, Any] | None = None,
-) -> Encoder:
-    """The encoder that `name` means (see `open_model`, also for `known`); with `untrained` the one a run began with.
+) -> FrozenEncoder:
+    """The encoder that `name` means (see `resolve_model`, also for `known`); with `untrained` the one a run began with.
 
     Raises UserError.
     """
@@ -88,48 +88,52 @@ def of_model(
             raise UserError(f"{refusal(name, strange)}. Without --untrained, those weights can be measured themselves")
         model = build_model(run)
         if run.init:
-            begin_from(model, run)
+            initialize_from(model, run)
         return of_module(run, model.encoder, device, precision)
-    weights = open_model(name, head=True, known=known)
-    encoder = of_weights(weights, device=device, precision=precision)
+    weights = resolve_model(name, head=True, known=known)
+    encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
     return replace(encoder, notes=tuple(describe(name, weights)))
 
 
-def of_weights(weights: Weights, *, device: str = "auto", precision: Precision = "auto") -> Encoder:
+def frozen_encoder_from_weights(
+    weights: Weights, *, device: str = "auto", precision: Precision = "auto"
+) -> FrozenEncoder:
     """The encoder of weights that are at hand. Raises UserError."""
-    found = of_module(weights.run, assemble_encoder(weights), device, precision, weights.step)
+    found = of_module(weights.run, build_encoder_with_weights(weights), device, precision, weights.step)
     if len(weights.classes) not in (0, found.classes):
         raise UserError(f"the file names {len(weights.classes)} classes, and its classifier has {found.classes}")
     return replace(found, names=weights.classes)
 
 
-def sameness(encoder: Encoder) -> str:
+def fingerprint(encoder: FrozenEncoder) -> str:
     """A text that is the same for encoders of which every evaluation, and fine-tuning, must find the same."""
     run = encoder.run
-    found = sha256(repr((run.model, run.hw, encoder.form, run.statistics, getattr(run, "epochs", None))).encode())
+    found = sha256(
+        repr((run.model, run.image_size, encoder.form, run.normalization, getattr(run, "epochs", None))).encode()
+    )
     for name, value in encoder.module.state_dict().items():
         found.update(name.encode())
         found.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 
 
-def of_module(run: ModelConfig, module: nn.Module, device: str, precision: Precision, step: int = 0) -> Encoder:
+def of_module(run: ModelConfig, module: nn.Module, device: str, precision: Precision, step: int = 0) -> FrozenEncoder:
     """Move a module to a device, and wrap it. Raises UserError if there is no such device."""
     where = choose_device(device)
     chosen = choose_precision(precision, where)
     choose_attention(module, where, chosen)
-    return in_training(run, module.to(where), where, chosen, step)
+    return wrap_live_encoder(run, module.to(where), where, chosen, step)
 
 
-def in_training(
+def wrap_live_encoder(
     run: ModelConfig, module: nn.Module, device: torch.device, precision: Precision, step: int = 0
-) -> Encoder:
+) -> FrozenEncoder:
     """Wrap a module that is on its device already."""
-    mean, std = (torch.tensor(values, device=device) for values in run.statistics)
-    return Encoder(run, module, run.hw, image_form(run), mean, std, device, precision, step)
+    mean, std = (torch.tensor(values, device=device) for values in run.normalization)
+    return FrozenEncoder(run, module, run.image_size, image_spec(run), mean, std, device, precision, step)
 
 
-def anew(encoder: Encoder, size: str, **options: Any) -> nn.Module:
+def rebuild_at_size(encoder: FrozenEncoder, size: str, **options: Any) -> nn.Module:
     """A copy of an encoder made for images of another size ("512", "192x384"), on its device, to be trained further.
 
     Tables of positions are refitted. options: more keywords for the backbone, such as drop_path_rate. Raises UserError
@@ -138,6 +142,6 @@ def anew(encoder: Encoder, size: str, **options: Any) -> nn.Module:
     run = replace(encoder.run, size=size)
     run = replace(run, model=replace(run.model, options={**run.model.options, **options}))
     tensors = {f"encoder.{name}": value.detach().cpu() for name, value in encoder.module.state_dict().items()}
-    module = assemble_encoder(Weights(run, tensors, "the encoder that is measured"), made=encoder.run)
+    module = build_encoder_with_weights(Weights(run, tensors, "the encoder that is measured"), made=encoder.run)
     choose_attention(module, encoder.device, encoder.precision)
     return module.to(encoder.device)

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixmim.evaluation.classification import majority, open_labelled, rated, same_classes, tally
-from pixmim.evaluation.context import Bench, Values
-from pixmim.evaluation.features import Frozen
+from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.features import FeatureSet
 from pixmim.evaluation.settings import KnnSettings
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
 DEFAULT_K = (1, 20)
@@ -23,19 +23,19 @@ ROWS, BLOCK = 1024, 16384
 CPU = torch.device("cpu")
 
 
-def check_knn(bench: Bench, settings: KnnSettings) -> None:
+def check_knn(bench: EvalContext, settings: KnnSettings) -> None:
     """Raise UserError for data or settings that `evaluate_knn` would refuse."""
     data = open_labelled(bench, settings.train, settings.test)
     usable_k(settings.k, len(data.train))
 
 
-def evaluate_knn(bench: Bench, settings: KnnSettings) -> Values:
+def evaluate_knn(bench: EvalContext, settings: KnnSettings) -> Values:
     """Classify the test data by k-NN: see `knn`. Raises UserError."""
     check_knn(bench, settings)
     train = bench.frozen(settings.train)
     _, warning = usable_k(settings.k, len(train.labels))
     if warning and bench.console is not None:
-        say(bench.console, warning)
+        print_plain(bench.console, warning)
     yield from knn(train, bench.frozen(settings.test), settings.k, bench.encoder.device)
 
 
@@ -54,7 +54,7 @@ def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
     return list(dict.fromkeys(min(each, references) for each in k)), warning if large else ""
 
 
-def knn(train: Frozen, test: Frozen, k: Sequence[int] = DEFAULT_K, device: torch.device = CPU) -> Values:
+def knn(train: FeatureSet, test: FeatureSet, k: Sequence[int] = DEFAULT_K, device: torch.device = CPU) -> Values:
     """Yield the metrics of k-NN on the global token ("cls") and on the mean of the patch tokens ("mean").
 
     The names are those of `classification.rated`, as kK/FEATURE/..., and "majority"; values are in per cent. K is the

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixmim.evaluation.classification import majority, open_labelled, rated, same_classes, tally
-from pixmim.evaluation.context import Bench, Values
-from pixmim.evaluation.features import BLOCKS, Frozen
+from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.features import BLOCKS, FeatureSet
 from pixmim.evaluation.linear_probe_mae import check_linear_mae, evaluate_linear_mae
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models.base import Features
@@ -39,7 +39,7 @@ class ProbeConfig:
     mean: bool
     rate: float
 
-    def select(self, features: Frozen | Features) -> Float[Tensor, "n d"]:
+    def select(self, features: FeatureSet | Features) -> Float[Tensor, "n d"]:
         """Return the features that this member uses."""
         parts = [features.vector[:, -self.blocks :].flatten(1)]
         return torch.cat(parts + [features.mean] * self.mean, dim=1)
@@ -65,13 +65,13 @@ class Probe:
     classes: list[str]
     held_out: float
 
-    def scores(self, features: Frozen | Features) -> Float[Tensor, "n c"]:
+    def scores(self, features: FeatureSet | Features) -> Float[Tensor, "n c"]:
         """Return the logits of each image."""
         x = (self.config.select(features).float().cpu() - self.mean) / (self.deviation + 1e-6)
         return F.pad(x, (0, 1), value=1.0) @ self.weights.T
 
 
-def check_linear(bench: Bench, settings: LinearSettings) -> None:
+def check_linear(bench: EvalContext, settings: LinearSettings) -> None:
     """Raise UserError for data or settings that `evaluate_linear` would refuse."""
     if settings.protocol == "mae":
         check_linear_mae(bench, settings)
@@ -79,7 +79,7 @@ def check_linear(bench: Bench, settings: LinearSettings) -> None:
         open_labelled(bench, settings.train, settings.test)
 
 
-def evaluate_linear(bench: Bench, settings: LinearSettings) -> Values:
+def evaluate_linear(bench: EvalContext, settings: LinearSettings) -> Values:
     """Evaluate a linear probe: see `evaluate_probe`, or `evaluate_linear_mae` for MAE's protocol. Raises UserError."""
     if settings.protocol == "mae":
         yield from evaluate_linear_mae(bench, settings)
@@ -91,12 +91,12 @@ def evaluate_linear(bench: Bench, settings: LinearSettings) -> Values:
     yield from evaluate_probe(cached_probe(bench, settings.train, epochs, settings.seed), test, labels)
 
 
-def cached_probe(bench: Bench, train: str, epochs: int, seed: int) -> Probe:
+def cached_probe(bench: EvalContext, train: str, epochs: int, seed: int) -> Probe:
     """Return the result of `fit_sweep` on a dataset, computed once for all evaluations of one call."""
     return bench.once(("probe", train, epochs, seed), lambda: fit_sweep(bench.frozen(train), epochs=epochs, seed=seed))
 
 
-def evaluate_probe(probe: Probe, test: Frozen, labels: Int[Tensor, " n"]) -> Values:
+def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) -> Values:
     """Yield the metrics of a probe in per cent.
 
     Args:
@@ -116,7 +116,7 @@ def evaluate_probe(probe: Probe, test: Frozen, labels: Int[Tensor, " n"]) -> Val
     yield "setting/rate", probe.config.rate
 
 
-def fit_sweep(train: Frozen, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0) -> Probe:
+def fit_sweep(train: FeatureSet, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0) -> Probe:
     """Fit all members of the sweep, choose the best on the share `held_out` of train, and fit it again to all of it."""
     order = torch.from_numpy(rng.permutation(seed, 0, len(train.labels)))
     held = max(1, round(held_out * len(order)))

@@ -15,17 +15,17 @@ from torch.nn import functional as F
 from pixmim.build import seeded
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.evaluation.classification import Labelled, grade, open_labelled
-from pixmim.evaluation.context import Bench, discard
-from pixmim.evaluation.frozen_encoder import Encoder
+from pixmim.evaluation.classification import Labelled, evaluate_classifier, open_labelled
+from pixmim.evaluation.context import EvalContext, discard
+from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
-from pixmim.training.optim import LARS, Updater
+from pixmim.training.optim import LARS, SyncFreeOptimizer
 from pixmim.training.precision import autocast
 from pixmim.training.schedule import Schedule
 from pixmim.training.trainer import Trainer
-from pixmim.transforms.crops import RandomResizedCrop, finish
-from pixmim.utils.console import say
+from pixmim.transforms.crops import RandomResizedCrop, flip_and_normalize
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
 PART = 512
@@ -34,7 +34,7 @@ PART = 512
 _WARMUP = 10  # epochs
 
 
-def check_linear_mae(bench: Bench, settings: LinearSettings) -> tuple[Labelled, str]:
+def check_linear_mae(bench: EvalContext, settings: LinearSettings) -> tuple[Labelled, str]:
     """Return the data and the kind of feature. Raises UserError for what `evaluate_linear_mae` would refuse."""
     data = open_labelled(bench, settings.train, settings.test, all_classes=True)
     kind = _kind(bench.encoder.module, settings.feature)
@@ -43,13 +43,13 @@ def check_linear_mae(bench: Bench, settings: LinearSettings) -> tuple[Labelled, 
     return data, kind
 
 
-def evaluate_linear_mae(bench: Bench, settings: LinearSettings) -> Iterator[tuple[str, float]]:
+def evaluate_linear_mae(bench: EvalContext, settings: LinearSettings) -> Iterator[tuple[str, float]]:
     """Fit BatchNorm without parameters and one linear layer to the frozen encoder's features, and measure them.
 
     Feature -> BatchNorm1d(affine=False, eps=1e-6) -> Linear with weights N(0, 0.01). LARS with momentum 0.9, no decay,
     rate 0.1 x batch / 256; 10 epochs of warm-up, cosine to 0 over 90; single-try random resized crop (0.08, 1), flip.
 
-    Yields "mae/top1" and the rest of `classification.grade`. Raises UserError for data and settings that do not suit.
+    Yields "mae/top1" and the rest of `classification.evaluate_classifier`. Raises UserError for unsuitable data.
     """
     encoder, (data, kind) = bench.encoder, check_linear_mae(bench, settings)
     encoder.module.eval()
@@ -62,7 +62,7 @@ def evaluate_linear_mae(bench: Bench, settings: LinearSettings) -> Iterator[tupl
 
     console = bench.console or Console(quiet=True)
     cut = f" (cut from {settings.batch_size:,}: there are {images:,} images)" if batch < settings.batch_size else ""
-    say(
+    print_plain(
         console,
         f"linear probe by MAE's protocol: {epochs} epochs of {images:,} images, {steps:,} updates of {batch:,}{cut}; "
         f"LARS, rate {schedule.peak:.3g} after {warmup} updates of warm-up, to 0; "
@@ -84,30 +84,32 @@ def evaluate_linear_mae(bench: Bench, settings: LinearSettings) -> Iterator[tupl
 
     def compute_loss(batch: Batch, number: int) -> Tensor:
         to: Any = {"device": encoder.device, "non_blocking": True}
-        images = finish(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
+        images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
         return F.cross_entropy(head(frozen_feature(encoder, kind, images)), data.labels[batch.indices].to(**to))
 
     work = bench.work("linear-mae", settings)
     trainer = Trainer(
         head,
-        Updater(LARS(head.parameters(), lr=schedule.peak), None, scaling=False, device=encoder.device),
+        SyncFreeOptimizer(LARS(head.parameters(), lr=schedule.peak), None, scaling=False, device=encoder.device),
         schedule.lr,
         steps,
         work,
         images=images,
         batch_size=batch,
-        accumulate=parts,
+        accumulation_steps=parts,
         console=bench.console,
     )
     trainer.resume_and_fit(open_loader, compute_loss)
     head.eval()
-    for name, value in grade(bench, data, encoder, encoder.size, lambda x: head(frozen_feature(encoder, kind, x))):
+    for name, value in evaluate_classifier(
+        bench, data, encoder, encoder.size, lambda x: head(frozen_feature(encoder, kind, x))
+    ):
         yield f"mae/{name}", value
     discard(work)
 
 
 @torch.no_grad()
-def frozen_feature(encoder: Encoder, kind: str, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+def frozen_feature(encoder: FrozenEncoder, kind: str, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
     """Compute the frozen encoder's feature of normalized images: "cls", its class token, or "mean" of the patches."""
     with autocast(encoder.device, encoder.precision):
         found = features(encoder.module, images)

@@ -21,11 +21,11 @@ from rich.table import Table
 from pixmim.evaluation.annotations import ImageObject, read_objects
 from pixmim.evaluation.results import versions
 from pixmim.evaluation.visualize import PLOT_COLORS, new_plot, plot_image
-from pixmim.transforms.crops import CentreCrop, Crop, RandomResizedCrop, SimpleResizedCrop, cover
+from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop, cover_size
 from pixmim.utils import rng
 from pixmim.utils.console import csv_cell
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, write_csv, write_whole
+from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
 from pixmim.utils.progress import progress
 
 Values = npt.NDArray[np.float64]
@@ -38,7 +38,7 @@ def crops(size: tuple[int, int]) -> dict[str, Crop]:
     return {
         "RRC (0.2, 1)": RandomResizedCrop(size),
         "SRC": SimpleResizedCrop(size),
-        "CC": CentreCrop(size),
+        "CC": CenterCrop(size),
         "RRC (0.67, 1)": RandomResizedCrop(size, scale=(0.67, 1.0)),
     }
 
@@ -60,13 +60,13 @@ def expected_coverage(obj: ImageObject, crop: Crop) -> float:
         rows = _along(obj, 0, lambda edge: window_cover(edge, heights[:, None], obj.size[0]))
         columns = _along(obj, 1, lambda edge: window_cover(edge, widths[:, None], obj.size[1]))
         return (1 - failed) * float(_kept(obj, rows, columns).mean()) + failed * last
-    scale, (h, w), (height, width) = _scale(obj.size, crop), crop.shape, cover(obj.size, crop.shape)
+    scale, (h, w), (height, width) = _scale(obj.size, crop), crop.shape, cover_size(obj.size, crop.shape)
     if isinstance(crop, SimpleResizedCrop):
         p = crop.padding
         rows = _along(obj, 0, lambda edge: window_cover(edge * scale[0] + p, h, height + 2 * p) / scale[0])
         columns = _along(obj, 1, lambda edge: window_cover(edge * scale[1] + p, w, width + 2 * p) / scale[1])
         return float(_kept(obj, rows, columns)[0])
-    if isinstance(crop, CentreCrop):
+    if isinstance(crop, CenterCrop):
         return float(_inside(obj, _window(obj, crop, ())))
     raise TypeError(f"{type(crop).__name__} has no expectation here")
 
@@ -81,7 +81,7 @@ def _window(obj: ImageObject, crop: Crop, u: Sequence[float]) -> tuple[float, fl
     """Return the part (top, left, height, width) of the image, in its own pixels, that the numbers `u` select."""
     if isinstance(crop, RandomResizedCrop):
         return crop.box(obj.size, u)
-    corner = crop.corner(cover(obj.size, crop.shape), u)
+    corner = crop.corner(cover_size(obj.size, crop.shape), u)
     assert corner is not None  # an image that just covers the crop is only cut
     y, x = _scale(obj.size, crop)
     return corner[0] / y, corner[1] / x, crop.shape[0] / y, crop.shape[1] / x
@@ -114,7 +114,7 @@ def _kept(obj: ImageObject, rows: Values, columns: Values) -> Values:
 
 def _scale(size: tuple[int, int], crop: Crop) -> tuple[float, float]:
     """Return the pixels of the resized image per pixel of the image, down and across."""
-    height, width = cover(size, crop.shape)
+    height, width = cover_size(size, crop.shape)
     return height / size[0], width / size[1]
 
 
@@ -215,7 +215,7 @@ class Coverage:
         rows: list[list[str]] = [["image", "share_of_image", *self.values]]
         for i, obj in enumerate(self.objects):
             rows.append([csv_cell(obj.image), f"{_share(obj):.6f}", *(f"{v[i]:.6f}" for v in self.values.values())])
-        write_whole(paths[0], json.dumps(content, indent=2) + "\n")
+        write_text_atomically(paths[0], json.dumps(content, indent=2) + "\n")
         write_csv(paths[1], rows)
         atomic_write(paths[2], partial(draw(self).save, format="PNG"))
         return paths

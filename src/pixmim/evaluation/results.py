@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from pixmim.utils.files import atomic_write, write_whole
+from pixmim.utils.files import atomic_write, write_text_atomically
 from pixmim.utils.trust import inside
 
 
@@ -54,7 +54,7 @@ def save(result: Result, folder: Path) -> Path:
         atomic_write(folder / names[caption], partial(picture.save, format="PNG"))
     content = asdict(replace(result, pictures={})) | {"pictures": names}
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
     return path
 
 

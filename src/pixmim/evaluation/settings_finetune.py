@@ -45,9 +45,9 @@ class FinetuneRecipe(Settings, Generic[Unset]):
     """AdamW, or LAMB (DeiT III)."""
     base_lr: Annotated[float | Unset, Real(0, 100, above=True)] = _UNSET
     """Learning rate per 256 images of a batch, of the head."""
-    first_lr: Annotated[float | Unset, Real(0, 100)] = _UNSET
+    warmup_start_lr: Annotated[float | Unset, Real(0, 100)] = _UNSET
     """Learning rate at which the warm-up begins."""
-    final_lr: Annotated[float | Unset, Real(0, 100)] = _UNSET
+    min_lr: Annotated[float | Unset, Real(0, 100)] = _UNSET
     """Learning rate at which the cosine ends."""
     layer_decay: Annotated[float | Unset, Real(0.001, 1)] = _UNSET
     """Learning rate of each layer, as a share of that of the layer above it."""
@@ -57,10 +57,10 @@ class FinetuneRecipe(Settings, Generic[Unset]):
     """Largest norm of the gradient; 0: any."""
     drop_path: Annotated[float | Unset, Real(0, 0.99)] = _UNSET
     """Probability at which the last block is left out in training; less for those before it."""
-    crop: Literal["rrc", "src"] | Unset = _UNSET
-    """rrc: random resized crop. src: simple resized crop (AlexNet, DeiT III, PixMIM)."""
+    crop: Literal["random-resized", "simple-resized"] | Unset = _UNSET
+    """random-resized, or simple-resized (AlexNet, DeiT III, PixMIM)."""
     scale: Annotated[tuple[float, float] | Unset, Real(0, 1, above=True)] = _UNSET
-    """rrc: range of the share of the area."""
+    """random-resized: range of the share of the area."""
     augment: Literal["rand", "three", "none"] | Unset = _UNSET
     """rand: RandAugment m9-mstd0.5-inc1. three: 3-Augment (DeiT III)."""
     jitter: Annotated[float | Unset, Real(0, 1)] = _UNSET
@@ -102,7 +102,7 @@ class FinetuneSettings(Settings):
     """Begin with random weights of the same architecture; auto is then DeiT III's recipe."""
     size: Annotated[str, Sides(empty=True)] = ""
     """Side in pixels, or HEIGHTxWIDTH, if not the encoder's own; tables of positions are refitted."""
-    accumulate: Some = 0
+    accumulation_steps: Some = 0
     """Parts a batch is computed in, one after another, to fit into memory; each is mixed by itself. 0: on a CPU of a
     size that suits a laptop, on a GPU one."""
     seed: Seed = 0
@@ -136,7 +136,7 @@ class SegmentationSettings(Settings):
     """Updates."""
     batch_size: Count = 16
     """Images in an update."""
-    accumulate: Count = 1
+    accumulation_steps: Count = 1
     """Parts a batch is computed in, one after another, to fit into memory."""
     lr: Annotated[float | None, Real(0, 100, above=True)] = None
     """Learning rate; otherwise 1e-4 with uper, and 1e-3 with the linear head."""
@@ -157,9 +157,10 @@ class SegmentationSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size % self.accumulate or self.batch_size // self.accumulate < 2:
+        if self.batch_size % self.accumulation_steps or self.batch_size // self.accumulation_steps < 2:
             raise UserError(
-                f"--batch-size {self.batch_size} does not make --accumulate {self.accumulate} equal parts of 2 images "
+                f"--batch-size {self.batch_size} does not divide into --accumulation-steps "
+                f"{self.accumulation_steps} equal parts of 2 images "
                 "or more"
             )
 
@@ -193,7 +194,7 @@ class DetectionSettings(Settings):
     """Updates, in place of epochs."""
     batch_size: Count = 64
     """Images in an update."""
-    accumulate: Some = 0
+    accumulation_steps: Some = 0
     """Parts a batch is computed in, one after another, to fit into memory; 0: on a CPU of a size that suits a laptop,
     on a GPU one."""
     lr: LearningRate = 1e-4

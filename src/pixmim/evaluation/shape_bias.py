@@ -9,16 +9,16 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from pixmim.data.dataset import Source
+from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
-from pixmim.data.synthetic import Shapes
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.classification import check_classes, labels_among
 from pixmim.evaluation.classifiers import ImageClassifier, imagenet_head, probe_classifier
-from pixmim.evaluation.context import Bench, Values
+from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.imagenet_classes import CATEGORIES, wnids
 from pixmim.evaluation.settings import ShapeBiasSettings
 from pixmim.evaluation.visualize import new_plot, plot_image
-from pixmim.transforms.crops import CentreCrop, evaluation_crop
+from pixmim.transforms.crops import CenterCrop, evaluation_crop
 from pixmim.utils.console import plot_label
 from pixmim.utils.errors import UserError
 from pixmim.utils.progress import progress
@@ -27,7 +27,7 @@ _WITH_HEAD = "shape bias without --train"
 _STIMULUS = re.compile(r"([a-z]+)\d*-([a-z]+)\d*", re.IGNORECASE)
 
 
-def check_shape_bias(bench: Bench, settings: ShapeBiasSettings) -> None:
+def check_shape_bias(bench: EvalContext, settings: ShapeBiasSettings) -> None:
     """Raise UserError for stimuli, train data or an encoder that `evaluate_shape_bias` would refuse; fits nothing."""
     data = bench.data(settings.data)
     if settings.train:
@@ -40,7 +40,7 @@ def check_shape_bias(bench: Bench, settings: ShapeBiasSettings) -> None:
     _check_conflict(data, *cues(data, names))
 
 
-def evaluate_shape_bias(bench: Bench, settings: ShapeBiasSettings) -> Values:
+def evaluate_shape_bias(bench: EvalContext, settings: ShapeBiasSettings) -> Values:
     """Yield the shape bias and the decisions behind it, in per cent, for all stimuli and for those of each shape.
 
     With the encoder's own classifier of ImageNet, a category's probability is the mean over its classes, and the
@@ -56,7 +56,7 @@ def evaluate_shape_bias(bench: Bench, settings: ShapeBiasSettings) -> Values:
         place = {name: i for i, name in enumerate(classifier.classes)}
         ours = [place[wnid] for wnid in wnids()]
         groups = [tuple(ours[number] for number in group) for group in CATEGORIES.values()]
-        names, crop = list(CATEGORIES), CentreCrop(bench.encoder.size)
+        names, crop = list(CATEGORIES), CenterCrop(bench.encoder.size)
     shapes, textures = cues(data, names)
     seen, answers = [], []
     with progress(data.spec, len(data), bench.console) as advance:
@@ -90,7 +90,7 @@ def evaluate_shape_bias(bench: Bench, settings: ShapeBiasSettings) -> Values:
     bench.pictures[f"Shape bias by category, {who}"] = draw(each, bias)
 
 
-def _check_conflict(data: Source, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:
+def _check_conflict(data: ImageDataset, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:
     if not bool((shapes != textures).any()):
         raise UserError(f"in {data.spec} shape and texture agree in every stimulus: there is nothing to decide")
 
@@ -113,19 +113,19 @@ def shape_decisions(
     return by_shape / total, by_texture / total, by_shape / named if named else math.nan
 
 
-def cues(data: Source, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Return shape and texture of each stimulus as indices into `names`, from file names or from synthetic shapes.
 
     Raises:
         UserError: If a folder or file is named otherwise.
     """
     shapes = labels_among(data, names)
-    if isinstance(data, Shapes):  # shape and texture with the same number are one class where they agree
+    if isinstance(data, SyntheticShapes):  # shape and texture with the same number are one class where they agree
         place = torch.tensor([names.index(name) for name in data.classes])
         return shapes, place[torch.from_numpy(data.texture_labels)]
     textures = []
     for index in range(len(data)):
-        path = Path(data.locate(index))
+        path = Path(data.path_of(index))
         found = _STIMULUS.fullmatch(path.stem)
         if found is None:
             raise UserError(f"{path}: a stimulus is named SHAPE1-TEXTURE2.png, as cat4-elephant2.png")

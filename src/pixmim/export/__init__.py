@@ -14,7 +14,7 @@ from pixmim.export.onnx import to_onnx
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.files import whole_folder
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import assemble_encoder, describe, open_model
+from pixmim.weights.load import build_encoder_with_weights, describe, resolve_model
 
 FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
     "timm": to_timm,
@@ -32,11 +32,11 @@ def export_model(
     """Write a model for another project into a new folder.
 
     Args:
-        name: The model: see `open_model`.
+        name: The model: see `resolve_model`.
         to: One of FORMATS.
         folder: The folder. Default: MODEL-FORMAT.
         push: A repository of the Hugging Face hub to upload the folder to.
-        known: What a file does not say of its model: see `open_model`.
+        known: What a file does not say of its model: see `resolve_model`.
 
     Returns:
         Lines on what was written and how to load it.
@@ -44,11 +44,11 @@ def export_model(
     Raises:
         UserError: If the project has no such model, or the folder cannot be written.
     """
-    weights = open_model(name, whole=True, known=known)
+    weights = resolve_model(name, whole=True, known=known)
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
     if os.path.lexists(folder):
         raise UserError(f"{folder} is there already: choose another --out")
-    encoder = assemble_encoder(weights)
+    encoder = build_encoder_with_weights(weights)
     try:
         with whole_folder(folder) as beside:
             how = FORMATS[to](weights, encoder, beside)

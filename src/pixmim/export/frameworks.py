@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import write_whole
+from pixmim.utils.files import write_text_atomically
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats.openmmlab import MM
 from pixmim.weights.save import save_encoder
@@ -33,7 +33,7 @@ def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
     _write_torch(folder / "model.pth", {"state_dict": state, "meta": _meta(weights, encoder)})
     return [
         "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",
-        f"  with img_size={weights.run.hw}",
+        f"  with img_size={weights.run.image_size}",
     ]
 
 
@@ -49,9 +49,9 @@ def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
 
 def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
     """Return what a file must state besides its tensors, as `weights.detect` reads it."""
-    mean, std = weights.run.statistics
+    mean, std = weights.run.normalization
     blocks: Any = getattr(encoder, "blocks", None)
-    meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.run.hw, "mean": mean, "std": std}
+    meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.run.image_size, "mean": mean, "std": std}
     if blocks is not None and hasattr(blocks[0].attn, "num_heads"):
         meta |= {"num_attention_heads": blocks[0].attn.num_heads, "layer_norm_eps": blocks[0].norm1.eps}
     if weights.whole:
@@ -63,4 +63,4 @@ def _write_torch(path: Path, content: dict[str, Any]) -> None:
     """Write a file for torch.load. torch.save itself does not raise OSError when the disk is full."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_whole(path, buffer.getvalue())
+    write_text_atomically(path, buffer.getvalue())

@@ -12,7 +12,7 @@ from torch import nn
 
 from pixmim.config import ModelConfig
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import write_whole
+from pixmim.utils.files import write_text_atomically
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats.huggingface import HF_BEIT, HF_SWIN, HF_SWIN_BODY, HF_VIT, HF_VIT_BODY
 
@@ -29,7 +29,7 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     elif isinstance(encoder, VisionTransformer):
         if encoder.num_prefix_tokens != 1 or encoder.cls_token is None or encoder.pos_embed is None:
             raise UserError("transformers' ViT has one class token and a table of positions, and this one does not")
-        h, w = weights.run.hw
+        h, w = weights.run.image_size
         simmim = weights.whole and weights.run.model.name == "simmim"
         mae = weights.whole and not simmim and h == w  # transformers' ViTMAE makes square tables only
         source, kind = (HF_VIT, "ViTMAEForPreTraining") if mae else (HF_VIT_BODY, "ViTModel")
@@ -41,7 +41,7 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     if weights.run.model.head == "mlp" and weights.whole and weights.run.model.name == "simmim":
         raise UserError("transformers' head for masked images is one convolution, and this one is an MLP")
     run = weights.run
-    h, w = run.hw
+    h, w = run.image_size
     config |= {
         "architectures": [kind],
         "image_size": h if h == w else [h, w],
@@ -51,8 +51,8 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     body = source in (HF_BEIT, HF_SWIN_BODY, HF_VIT_BODY)
     tensors = {f"encoder.{key}": value for key, value in weights.encoder.items()} if body else weights.tensors
     _write_json(folder / "config.json", config)
-    write_whole(folder / "model.safetensors", save(source.translate_back(tensors), metadata={"format": "pt"}))
-    mean, std = run.statistics
+    write_text_atomically(folder / "model.safetensors", save(source.translate_back(tensors), metadata={"format": "pt"}))
+    mean, std = run.normalization
     _write_json(
         folder / "preprocessor_config.json",
         {
@@ -101,7 +101,7 @@ def _hf_vit(encoder: VisionTransformer, weights: Weights | None = None) -> dict[
 def _pretraining(config: ModelConfig) -> dict[str, Any]:
     """Return what transformers wants to know of the pre-training, as far as it is known."""
     known: dict[str, Any] = {} if config.mask is None else {"mask_ratio": config.mask.ratio}
-    return known if config.target is None else known | {"norm_pix_loss": config.target.normalise_patches}
+    return known if config.target is None else known | {"norm_pix_loss": config.target.normalize_patches}
 
 
 def _hf_swin(encoder: SwinTransformer) -> dict[str, Any]:
@@ -139,4 +139,4 @@ def _hf_beit(encoder: Beit) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")

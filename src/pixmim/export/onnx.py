@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pixmim.models import features
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import write_whole
+from pixmim.utils.files import write_text_atomically
 from pixmim.weights.detect import Weights
 
 
@@ -46,7 +46,7 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     classifies = bool(run.model.options.get("num_classes"))
     model = _Outputs(encoder, classifies)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, run.channels, *run.hw, generator=generator)
+    images = torch.randn(3, run.channels, *run.image_size, generator=generator)
     names = ["logits"] if classifies else ["vector", "mean", "map"]
     modules: Iterable[Any] = encoder.modules()
     for module in modules:
@@ -64,20 +64,20 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
             dynamic_shapes={"images": {0: batch}},
             verbose=False,
         )
-    mean, std = run.statistics
+    mean, std = run.normalization
     proto = program.model_proto  # type: ignore[union-attr]
     _strip(proto)
     said = {
         "mean": mean,
         "std": std,
-        "img_size": run.hw,
+        "img_size": run.image_size,
         "in_chans": run.channels,
         "pixels": run.pixels,
         "backbone": run.model.backbone,
     }
     for key, value in said.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
-    write_whole(folder / "model.onnx", proto.SerializeToString())
+    write_text_atomically(folder / "model.onnx", proto.SerializeToString())
 
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     worst = 0.0
@@ -90,7 +90,8 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     if worst > 1e-3:
         raise UserError(f"onnxruntime and torch differ by {worst:.1e} of the largest value: nothing was written")
     return [
-        f"model.onnx: images (batch, {run.channels}, {run.hw[0]}, {run.hw[1]}), normalised by its metadata's mean, std",
+        f"model.onnx: images (batch, {run.channels}, {run.image_size[0]}, {run.image_size[1]}), "
+        "normalized by the mean and std in its metadata",
         "  -> " + ("logits" if classifies else "vector, mean (batch, width), map (batch, width, rows, columns)"),
         f"checked in onnxruntime with batches of 1 and 3: within {worst:.1e} of torch's largest value",
     ]

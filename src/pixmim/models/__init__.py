@@ -16,7 +16,7 @@ from pixmim.models import convmae, swin, vit
 from pixmim.models.base import Features, MaskedModel, not_used
 from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM
-from pixmim.utils.errors import UserError, first_line, nearest, shown
+from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
 from pixmim.utils.validation import check_name, check_options
 
 
@@ -126,7 +126,7 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
 def _convmae_encoder(backbone: str, **options: Any) -> convmae.ConvMAEEncoder:
     if backbone not in convmae.SIZES:
         known = ", ".join(convmae.SIZES)
-        raise UserError(f"ConvMAE's encoders are {known}, and not '{backbone}'{nearest(backbone, convmae.SIZES)}")
+        raise UserError(f"ConvMAE's encoders are {known}, and not '{backbone}'{did_you_mean(backbone, convmae.SIZES)}")
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     size = given.get("img_size", 224)
     _check_size(size if isinstance(size, tuple) else (size, size), convmae.PATCH, backbone)
@@ -137,7 +137,7 @@ def _timm(backbone: str, pretrained: bool = False, num_classes: int = 0, **optio
     """A timm model, without a head unless asked for classes, whose image size its patches divide."""
     if not timm.is_model(backbone):
         known = timm.list_models(backbone.split("_")[0] + "_*") or timm.list_models("vit_*")
-        raise UserError(f"timm has no model '{backbone}'{nearest(backbone, known)}")
+        raise UserError(f"timm has no model '{backbone}'{did_you_mean(backbone, known)}")
     encoder: nn.Module = timm.create_model(backbone, pretrained=pretrained, num_classes=num_classes, **options)
     embed: Any = getattr(encoder, "patch_embed", None)
     if hasattr(embed, "img_size") and hasattr(embed, "patch_size"):
@@ -160,7 +160,7 @@ def _with_eps(module: Module, eps: float | None) -> Module:
 def _check(name: str, known: Collection[str], backbone: str, options: dict[str, Any]) -> None:
     """Raise UserError unless a method, a backbone and its options may be handed to a constructor."""
     if name not in known:
-        raise UserError(f"there is no model {shown(name)}{nearest(name, known)} Known: {', '.join(known)}")
+        raise UserError(f"there is no model {shown(name)}{did_you_mean(name, known)} Known: {', '.join(known)}")
     check_name(backbone)
     check_options(options)
 

@@ -17,25 +17,25 @@ import numpy as np
 from markupsafe import Markup
 from rich.table import Table
 
-from pixmim.build import image_form
+from pixmim.build import image_spec
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import read_skipped
-from pixmim.data.dataset import BadImage, Source
+from pixmim.data.bad_images import read_bad_images
+from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.data.decode.image import open_image
 from pixmim.evaluation.visualize import Pixels, labeled_grid
 from pixmim.report.figures import curve, png
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
-from pixmim.report.results import Measured, circumstances, compare, read_results, table
-from pixmim.targets import in_bins
+from pixmim.report.results import ModelResults, circumstances, compare, read_results, table
+from pixmim.targets import resolve_radius
 from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label, printable_lines
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, check_output, read_file, write_whole
+from pixmim.utils.files import atomic_write, check_output, read_file, write_text_atomically
 from pixmim.utils.trust import closed, inside, refusal
 from pixmim.utils.validation import NOT_OF_TIMM
 from pixmim.weights.detect import read_config
-from pixmim.weights.load import open_model
+from pixmim.weights.load import resolve_model
 from pixmim.weights.save import ENCODER, WEIGHTS
 
 _MAX_NEIGHBOURS = 8  # numbers of neighbours with a curve
@@ -51,7 +51,7 @@ Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class _Story:
+class _ReportEntry:
     """All that is known of one run, or of a model that was measured."""
 
     name: str
@@ -115,7 +115,7 @@ def write_report(
         title=" and ".join(story.name for story in stories) if len(stories) < 4 else f"{len(stories)} runs",
         stories=stories,
         trained=trained,
-        results=compare([Measured(story.name, story.results) for story in stories]),
+        results=compare([ModelResults(story.name, story.results) for story in stories]),
         drawn=[drawn for story in stories for drawn in story.drawn],
         settings=_settings([story.run for story in stories if story.run is not None]),
         curves=_curves(stories),
@@ -125,16 +125,16 @@ def write_report(
         spectrum=_spectrum,
         usage=_usage,
         binned=[name for name, target in targets if target.distance == "cross_entropy"],
-        unnormalised=[name for name, target in targets if target.normalise_patches or target.normalise_window],
+        unnormalised=[name for name, target in targets if target.normalize_patches or target.normalize_window],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(page, html)
+    write_text_atomically(page, html)
     return page
 
 
 def results_table(folders: list[Path], width: int) -> Table:
     """What was measured of these models, as a table for a terminal of so many columns."""
-    return table([Measured(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)], width)
+    return table([ModelResults(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)], width)
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -144,7 +144,7 @@ def _names(folders: list[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = "") -> _Story:
+def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = "") -> _ReportEntry:
     """Read what there is in a folder: what cannot be read costs a warning, and the rest of the page is as good."""
     warnings: list[str] = []
     run, config, pictures, problem, progress, unfinished = None, "", None, "", "", ""
@@ -161,7 +161,7 @@ def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = ""
         raise UserError(reason)
     if run is not None:
         try:
-            weights = with_bands(open_model(str(folder.absolute()), whole=True), bands)
+            weights = with_bands(resolve_model(str(folder.absolute()), whole=True), bands)
             progress = weights.progress
             pictures = reconstruct(weights, _data(folder, run, config, data))
         except (UserError, OSError) as error:  # the data may be elsewhere by now
@@ -172,12 +172,12 @@ def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = ""
             warn(f"{name} is unfinished{': ' * bool(progress)}{progress}")
     skipped = _skipped(folder, warnings.append)
     drawn = list(_drawn(folder, name, results, warnings.append))
-    return _Story(
+    return _ReportEntry(
         name, folder, run, metrics, results, drawn, progress, unfinished, pictures, problem, skipped, warnings
     )
 
 
-def _data(folder: Path, run: ModelConfig, config: str, data: str | None) -> Source:
+def _data(folder: Path, run: ModelConfig, config: str, data: str | None) -> ImageDataset:
     """The images to draw. Raises UserError where nobody has said that they may be opened."""
     named = run.data if isinstance(run, PretrainConfig) else ""
     strange = closed(config, {"--data": named})
@@ -185,8 +185,8 @@ def _data(folder: Path, run: ModelConfig, config: str, data: str | None) -> Sour
         raise UserError(
             f"{refusal(folder, strange)}. `pixmim report {shlex.quote(str(folder))} --data DATA` draws them"
         )
-    trusted = [run.local_copy] if isinstance(run, PretrainConfig) and not strange else []
-    return open_dataset(named if data is None else data, image_form(run), *trusted)
+    trusted = [run.shard_cache_gib] if isinstance(run, PretrainConfig) and not strange else []
+    return open_dataset(named if data is None else data, image_spec(run), *trusted)
 
 
 def _metrics(folder: Path, warn: Warn) -> list[dict[str, Any]]:
@@ -207,7 +207,7 @@ def _skipped(folder: Path, warn: Warn) -> int:
     except UserError as error:
         warn(str(error))
         return 0
-    rows, problem = read_skipped(path) if path.exists() else ([], "")
+    rows, problem = read_bad_images(path) if path.exists() else ([], "")
     if problem:
         warn(problem)
     return len(rows)
@@ -235,7 +235,7 @@ def _settings(runs: list[ModelConfig]) -> list[dict[str, Any]]:
     return sorted(fields, key=lambda field: not field["differs"])
 
 
-def _usage(story: _Story) -> str:
+def _usage(story: _ReportEntry) -> str:
     """The Python line that opens a run's encoder. Its folder is a literal: no name can end the string."""
     run, folder = story.run, str(story.folder / ENCODER)
     assert run is not None
@@ -244,7 +244,7 @@ def _usage(story: _Story) -> str:
     return f"encoder = timm.create_model({'local-dir:' + folder!r}, pretrained=True)"
 
 
-def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
+def _curves(stories: list[_ReportEntry]) -> list[tuple[str, str]]:
     """(caption, SVG) of each curve that has something to show. What was measured on other data has its own figure."""
     compares = "Losses compare only between runs with the same target and normalisation."
     kinds: list[tuple[dict[str, str], str, str, Callable[[PretrainConfig], str]]] = [
@@ -274,7 +274,7 @@ def _curves(stories: list[_Story]) -> list[tuple[str, str]]:
     return figures
 
 
-def _knn(value: str, stories: list[_Story]) -> dict[str, str]:
+def _knn(value: str, stories: list[_ReportEntry]) -> dict[str, str]:
     """The keys of a value of periodic k-NN, with what each adds to a run's name; top-1 has a baseline."""
     logged = {key for story in stories for line in story.metrics for key in line}
     found = filter(None, (re.fullmatch(f"knn/k([0-9]{{1,9}})/mean/{value}", key) for key in logged))
@@ -324,11 +324,11 @@ def _picture(path: Path, most: int) -> Pixels:
         raise BadImage(f"{path} is damaged: {error}") from error
 
 
-def _spectrum(story: _Story) -> str:
+def _spectrum(story: _ReportEntry) -> str:
     assert story.pictures is not None and story.run is not None
     line = None
     if story.run.target is not None and story.run.target.kind == "low-frequency":
-        radius = in_bins(story.run.target.radius, story.run.hw)
+        radius = resolve_radius(story.run.target.radius, story.run.image_size)
         cut = min(radius) if isinstance(radius, tuple) else radius
         line = cut, f"r = {cut:g}"
     series = {

@@ -11,15 +11,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.data.dataset import BadImage, Source
+from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
-from pixmim.transforms.crops import CentreCrop, finish, stacked
+from pixmim.transforms.crops import CenterCrop, flip_and_normalize, stack_images
 from pixmim.utils.errors import UserError
 from pixmim.utils.plotting import matplotlib
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import assemble_encoder
+from pixmim.weights.load import build_encoder_with_weights
 
 
 @torch.no_grad()
@@ -64,27 +64,29 @@ def _weights(encoder: nn.Module, layer: Any, tokens: Float[Tensor, "b n d"]) -> 
     return products.softmax(dim=-1)
 
 
-def attention_sheet(weights: Weights, data: Source, count: int = 8) -> tuple[dict[str, Pixels], list[str], list[str]]:
+def attention_sheet(
+    weights: Weights, data: ImageDataset, count: int = 8
+) -> tuple[dict[str, Pixels], list[str], list[str]]:
     """Pictures by column: the image, the attention of all heads together and of each one, over the first `count`.
 
     Also gives the names of their files, and what could not be read, a line each. Raises UserError.
     """
-    run, encoder = weights.run, assemble_encoder(weights)
-    crop, pictures, names, bad = CentreCrop(run.hw, interpolation=run.interpolation), [], list[str](), []
+    run, encoder = weights.run, build_encoder_with_weights(weights)
+    crop, pictures, names, bad = CenterCrop(run.image_size, interpolation=run.interpolation), [], list[str](), []
     for index in range(len(data)):
         try:
             pictures.append(crop.crop(data.image(index)))
-            names.append(os.path.basename(data.locate(index)))
+            names.append(os.path.basename(data.path_of(index)))
         except BadImage as error:
-            bad.append(f"{data.locate(index)}: {error}")
+            bad.append(f"{data.path_of(index)}: {error}")
         if len(pictures) == count:
             break
     if not pictures:
         raise UserError(f"not one image of {data.spec} can be read\n" + "\n".join(bad[:3]))
-    mean, std = (torch.tensor(values) for values in run.statistics)
-    images = finish(stacked(pictures), None, mean, std)
+    mean, std = (torch.tensor(values) for values in run.normalization)
+    images = flip_and_normalize(stack_images(pictures), None, mean, std)
     maps = attention_maps(encoder, images)
-    maps = F.interpolate(maps, size=run.hw, mode="bilinear")
+    maps = F.interpolate(maps, size=run.image_size, mode="bilinear")
     plain = to_pixels({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, run)["image"]
     plain = np.broadcast_to(plain, (*plain.shape[:3], 3))
     columns = {"image": plain, "all heads": _over(plain, maps.mean(dim=1))}

@@ -23,19 +23,19 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from pixmim.build import build_mask_sampler, build_objective
+from pixmim.build import build_loss, build_mask_sampler
 from pixmim.config import ModelConfig, PretrainConfig
-from pixmim.data.dataset import BadImage, Source
+from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.evaluation.visualize import Pixels, hatch, to_pixels
 from pixmim.losses import patch_size
 from pixmim.models.base import MaskedModel
-from pixmim.targets import ColourBins
-from pixmim.transforms.crops import CentreCrop, finish, stacked
+from pixmim.targets import ColorBins
+from pixmim.transforms.crops import CenterCrop, flip_and_normalize, stack_images
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
 from pixmim.utils.patches import hidden_pixels, unpatchify
 from pixmim.weights.detect import Weights
-from pixmim.weights.load import assemble
+from pixmim.weights.load import build_with_weights
 
 COLUMNS = {
     "image": "the crop",
@@ -63,13 +63,13 @@ def with_bands(weights: Weights, bands: str) -> Weights:
     return replace(weights, run=replace(weights.run, bands=bands)) if bands else weights
 
 
-def reconstruct(weights: Weights, data: Source, count: int = 6) -> Reconstruction:
+def reconstruct(weights: Weights, data: ImageDataset, count: int = 6) -> Reconstruction:
     """What a whole model makes of `count` pictures of a data set: their centre crops.
 
     Raises UserError if the weights are an encoder's only, or not one picture can be read.
     """
     pictures, names = _some_pictures(weights.run, data, count)
-    return draw(assemble(weights), weights.run, pictures, weights.step, names)
+    return draw(build_with_weights(weights), weights.run, pictures, weights.step, names)
 
 
 @torch.no_grad()
@@ -79,18 +79,18 @@ def draw(
     """What a model makes of pictures of the run's size, with the run's target and masks of step -1, which no training
     step uses.
     """
-    objective = build_objective(run)
-    mean, std = (torch.tensor(values) for values in run.statistics)
-    x = finish(pictures, None, mean, std)
+    objective = build_loss(run)
+    mean, std = (torch.tensor(values) for values in run.normalization)
+    x = flip_and_normalize(pictures, None, mean, std)
     mask = build_mask_sampler(run, model.patch)(step=-1, rows=range(len(x)))
 
     prediction = model(x, mask)
     patch = patch_size(prediction, x, objective.outputs)
-    if isinstance(objective.target, ColourBins):
+    if isinstance(objective.target, ColorBins):
         prediction = objective.target.expected(prediction)
     target = objective.target(x)
-    hidden = hidden_pixels(mask.hidden, model.patch, run.hw)
-    filled = unaided = unpatchify(prediction, patch, run.hw)
+    hidden = hidden_pixels(mask.hidden, model.patch, run.image_size)
+    filled = unaided = unpatchify(prediction, patch, run.image_size)
     borrowed, own = (objective.statistics(target, patch, seen) for seen in (None, ~hidden))
     if borrowed is not None and own is not None:
         (mean_of, deviation_of), (local_mean, local_deviation) = (_average(s, ~hidden) for s in own), borrowed
@@ -107,7 +107,7 @@ def draw(
     # The prediction's spectrum is that of the target with its hidden patches predicted: no grey, no seams of its own.
     compared = {"image": x, "target": target, "prediction": torch.where(hidden, filled, target)}
     spectra = {name: radial_spectrum(value * std.view(1, -1, 1, 1)) for name, value in compared.items()}
-    columns, blank, gone = to_pixels(pixels, run), hatch(*run.hw), hidden.numpy()[:, 0, ..., None]
+    columns, blank, gone = to_pixels(pixels, run), hatch(*run.image_size), hidden.numpy()[:, 0, ..., None]
     columns["masked"] = np.where(gone, blank, columns["masked"])
     columns["prediction"] = np.where(gone, columns["prediction"], blank)
     return Reconstruction(step, columns, list(names), spectra)
@@ -131,21 +131,21 @@ def _average(images: Tensor, over: Tensor) -> Tensor:
     return (images * over).sum(dim=(2, 3), keepdim=True) / over.sum(dim=(2, 3), keepdim=True)
 
 
-def _some_pictures(run: ModelConfig, data: Source, count: int) -> tuple[Tensor, list[str]]:
+def _some_pictures(run: ModelConfig, data: ImageDataset, count: int) -> tuple[Tensor, list[str]]:
     """The first readable pictures of an order that no training epoch uses, in order if there are few; their files."""
-    crop = CentreCrop(run.hw, interpolation=run.interpolation)
+    crop = CenterCrop(run.image_size, interpolation=run.interpolation)
     found, names = list[Tensor](), list[str]()
     few, seed = len(data) <= count, run.seed if isinstance(run, PretrainConfig) else 0
     for place in range(len(data)):
         index = place if few else int(rng.shuffled(seed, "order", 2**31, len(data), [place])[0])
         try:
             found.append(crop.crop(data.image(index)))
-            names.append(os.path.basename(data.locate(index)))
+            names.append(os.path.basename(data.path_of(index)))
         except BadImage as error:
-            reason = f"{data.locate(index)}: {error}"
+            reason = f"{data.path_of(index)}: {error}"
             continue
         if len(found) == count:
             break
     if not found:
         raise UserError(f"not one image of {data.spec} can be read ({reason})")
-    return stacked(found), names
+    return stack_images(found), names

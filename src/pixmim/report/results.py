@@ -25,7 +25,7 @@ _LONGEST = 300  # characters of a name that stands in every row
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelResults:
     """The results of one model: what its `evaluations/` hold."""
 
     name: str
@@ -64,7 +64,7 @@ class Row:
     cells: list[Cell | None]
     each: bool = False
 
-    def stands_out(self, cell: Cell | None) -> bool:
+    def is_significant(self, cell: Cell | None) -> bool:
         """Return True if no other value reaches into this one's interval."""
         others = [c.value for c in self.cells if c is not None and c is not cell]
         return cell is not None and cell.low is not None and bool(others) and cell.low > max(others)
@@ -135,7 +135,7 @@ class Comparison:
     each: list[Row]
 
 
-def compare(models: list[Measured]) -> Comparison:
+def compare(models: list[ModelResults]) -> Comparison:
     """Build a row for each value that its evaluation shows; values measured with the same settings share one.
 
     Rows of different settings have different labels. A baseline that several evaluations give has one row. Encoders
@@ -144,7 +144,7 @@ def compare(models: list[Measured]) -> Comparison:
     columns = [(model, which) for model in models for which in ("untrained", "trained")]
     merged: dict[tuple[str, str, bool], list[Row]] = {}
     for name, evaluation in EVALS.items():
-        groups: dict[str, list[tuple[Measured, dict[str, Any]]]] = {}
+        groups: dict[str, list[tuple[ModelResults, dict[str, Any]]]] = {}
         for model in models:
             for result in model.results:
                 if result["evaluation"] == name:
@@ -158,15 +158,15 @@ def compare(models: list[Measured]) -> Comparison:
 
 def _rows(
     evaluation: Eval,
-    results: list[tuple[Measured, dict[str, Any]]],
-    columns: list[tuple[Measured, str]],
+    results: list[tuple[ModelResults, dict[str, Any]]],
+    columns: list[tuple[ModelResults, str]],
     on: str,
     mark: str,
 ) -> Iterator[Row]:
     """Yield the rows of results that have the same settings. `mark` is what tells these from others."""
     keys = list(dict.fromkeys(key for _, result in results for key in result["values"]))
 
-    def find_cell(model: Measured, which: str, key: str) -> Cell | None:
+    def find_cell(model: ModelResults, which: str, key: str) -> Cell | None:
         mine = [result for m, result in results if m is model and result["encoder"] == which]
         cells = (_cell(result, key, evaluation.unit) for result in mine)
         return next((cell for cell in cells if cell is not None), None)
@@ -220,7 +220,7 @@ def _filled(title: str, words: tuple[str, ...]) -> str:
     return first + "".join(word.replace("_", " ") + part for word, part in zip(words, rest, strict=True))
 
 
-def _narrowed(columns: list[tuple[Measured, str]], rows: list[Row]) -> Comparison:
+def _narrowed(columns: list[tuple[ModelResults, str]], rows: list[Row]) -> Comparison:
     """Drop columns that are empty or repeat another untrained one, and name the others."""
     kept: dict[int, str] = {}
     for i, (model, which) in enumerate(columns):
@@ -238,7 +238,7 @@ def _narrowed(columns: list[tuple[Measured, str]], rows: list[Row]) -> Compariso
     return Comparison(list(kept.values()), [r for r in rows if not r.each], [r for r in rows if r.each])
 
 
-def table(models: list[Measured], width: int) -> Table:
+def table(models: list[ModelResults], width: int) -> Table:
     """Return the comparison as a table for a terminal of that width, with intervals if they fit."""
     comparison = compare(models)
     whole = _table(comparison, intervals=True)

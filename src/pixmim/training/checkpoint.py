@@ -12,8 +12,8 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from pixmim.training.distributed import ALONE, World
-from pixmim.training.optim import Updater
+from pixmim.training.distributed import SINGLE_PROCESS, Distributed
+from pixmim.training.optim import SyncFreeOptimizer
 from pixmim.training.sharded_checkpoint import (
     DamagedError,
     Part,
@@ -35,7 +35,7 @@ AUTOSAVE = 600.0
 _NAME = re.compile(r"step-(\d{9})")
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run, each a folder step-NNNNNNNNN. Used in a `with` statement where it writes.
 
     folder  where they are
@@ -55,14 +55,14 @@ class Checkpoints:
         folder: Path,
         last: int = 2,
         stays: Callable[[int], bool] = lambda step: False,
-        world: World = ALONE,
+        world: Distributed = SINGLE_PROCESS,
         say: Callable[[str], None] = print,
     ) -> None:
         self._folder, self._last, self._stays, self._world, self._say = folder, last, stays, world, say
         self._writer = ThreadPoolExecutor(1, "pixmim-save")
         self._writing: Future[None] | None = None
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -77,7 +77,7 @@ class Checkpoints:
         self,
         step: int,
         model: nn.Module,
-        updater: Updater,
+        updater: SyncFreeOptimizer,
         *,
         images: int,
         wait: bool = False,
@@ -94,7 +94,7 @@ class Checkpoints:
         if wait:
             self._finish(must=True)
 
-    def load(self, model: nn.Module, updater: Updater, *, images: int) -> int:
+    def load(self, model: nn.Module, updater: SyncFreeOptimizer, *, images: int) -> int:
         """Restore the newest undamaged checkpoint in place and return its step; 0 if there is no checkpoint.
 
         A damaged one is renamed, with a warning, and the one before is used. Collective: call on every rank.
@@ -102,7 +102,7 @@ class Checkpoints:
         Raises:
             UserError: If all are damaged, or if one does not fit the model, or was made over another number of images.
         """
-        steps = self._world.share(self._inside())
+        steps = self._world.broadcast(self._inside())
         state = _state(model, updater)
         for step in reversed(steps):
             path, damage = self._path(step), ""
@@ -114,7 +114,7 @@ class Checkpoints:
             if not damage:
                 return step
             aside = path.with_name(f"damaged-{path.name}")
-            if self._world.first:
+            if self._world.is_main:
                 _move_aside(path, aside)
             self._say(
                 f"warning: the checkpoint of update {step:,} is damaged ({damage}); it was renamed to {aside.name}"
@@ -177,14 +177,14 @@ class Checkpoints:
         beside = final.with_suffix(".tmp")
 
         def prepare() -> None:
-            if self._world.first:
+            if self._world.is_main:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self._folder.glob("*.tmp"):  # of a save that was killed
                     _remove(leftover)
                 beside.mkdir()
 
         def publish() -> None:
-            if self._world.first:
+            if self._world.is_main:
                 write_manifest(beside, step, images, shares)
                 _sync(beside)
                 os.replace(beside, final)
@@ -225,12 +225,12 @@ class Checkpoints:
             self._writing = None
 
 
-def milestone(step: int, every: float) -> bool:
+def is_multiple_of(step: int, every: float) -> bool:
     """Whether a step is a whole multiple of `every` steps, which need not be a whole number itself; 0: none is."""
     return every > 0 and step == round(max(1, round(step / every)) * every)
 
 
-def _state(model: nn.Module, updater: Updater) -> dict[str, Tensor]:
+def _state(model: nn.Module, updater: SyncFreeOptimizer) -> dict[str, Tensor]:
     """All that a checkpoint holds, by name: the tensors that training changes in place, not copies of them."""
     weights, moments = get_state_dict(model, updater.optimizer)  # of an optimizer before its first step, zeros
     state = _named("model", weights) | _named("updater", updater.state)

@@ -28,7 +28,7 @@ _GRACE = 10.0
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankInfo:
     """Where a process sits: number `rank` of `size`, and number `local` of those on its machine."""
 
     rank: int = 0
@@ -36,7 +36,7 @@ class Seat:
     local: int = 0
 
 
-def seat() -> Seat:
+def rank_info() -> RankInfo:
     """What the environment says of this process.
 
     Slurm numbers every process, those that do not belong together as well, so its numbers count only where
@@ -47,12 +47,12 @@ def seat() -> Seat:
         known.append(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
     for names in known:
         if all(name in os.environ for name in names):
-            return Seat(*(int(os.environ[name]) for name in names))
-    return Seat()
+            return RankInfo(*(int(os.environ[name]) for name in names))
+    return RankInfo()
 
 
 @dataclass(frozen=True)
-class World:
+class Distributed:
     """The processes of a run, seen from one of them. A World of one does all it is asked for without any other.
 
     store   where processes leave notes for each other; works while they wait in a collective
@@ -61,7 +61,7 @@ class World:
     timeout  seconds that a collective of the last two waits
     """
 
-    seat: Seat = Seat()
+    rank_info: RankInfo = RankInfo()
     store: Any = None
     saving: Any = None
     host: Any = None
@@ -70,18 +70,18 @@ class World:
 
     @property
     def rank(self) -> int:
-        return self.seat.rank
+        return self.rank_info.rank
 
     @property
     def size(self) -> int:
-        return self.seat.size
+        return self.rank_info.size
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that speaks and writes for all."""
         return self.rank == 0
 
-    def any(self, *wishes: bool) -> list[bool]:
+    def any_rank_delayed(self, *wishes: bool) -> list[bool]:
         """Give this process's wishes, and hear which any process had at the call before.
 
         A step late, so that nobody waits for the answer, and all hear the same in the same step. A World of one
@@ -124,7 +124,7 @@ class World:
                     time.sleep(0.05)
             raise UserError(
                 f"stuck ranks: {', '.join(map(str, stuck)) or 'all'} (the others waited for {self.timeout:g} s, see "
-                "--scale.timeout). The same command resumes the run from the newest checkpoint"
+                "--parallel.timeout). The same command resumes the run from the newest checkpoint"
             ) from error
 
     def total(self, values: Tensor) -> Tensor:
@@ -141,15 +141,15 @@ class World:
         dist.all_gather_object(values, value, group)
         return values
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the first process gives."""
         return self.gather(value)[0]
 
-    def here(self) -> int:
+    def local_world_size(self) -> int:
         """How many of the processes share this one's machine; all of them must ask."""
         return self.gather(platform.node()).count(platform.node())
 
-    def first_to_say(self, text: str) -> bool:
+    def claim_once(self, text: str) -> bool:
         """Whether no other process has said the same before: what goes wrong for all is said once."""
         if self.size == 1:
             return True
@@ -159,11 +159,11 @@ class World:
             return True
 
 
-ALONE = World()
+SINGLE_PROCESS = Distributed()
 
 
 @contextmanager
-def open_world(device: str, timeout: float) -> Iterator[World]:
+def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
     """Meet the other processes of the run, if there are any; once in a process, which ends by `process.leave`.
 
     device   "auto", "cuda" or "cpu", as the user asked: decides how processes talk, and gives each its own GPU
@@ -171,9 +171,9 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
 
     Raises UserError where they cannot meet, and for an error that another process's end has caused.
     """
-    here = seat()
+    here = rank_info()
     if here.size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
@@ -188,7 +188,7 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
         torch.cuda.set_device(here.local)
     patience = timedelta(seconds=timeout)
     try:
-        store = _meet(here, patience)
+        store = _init_store(here, patience)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
             store=PrefixStore("group", store),
@@ -200,7 +200,7 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
     except (RuntimeError, KeyError) as error:
         raise UserError(f"process {here.rank} of {here.size} could not meet the others: {first_line(error)}") from error
     saving, host = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
-    world = World(here, store, saving, host, timeout)
+    world = Distributed(here, store, saving, host, timeout)
     try:
         yield world
     except RuntimeError as error:
@@ -215,7 +215,7 @@ def open_world(device: str, timeout: float) -> Iterator[World]:
     world.gather(None)  # nobody leaves while another one still has work to do
 
 
-def _meet(here: Seat, patience: timedelta) -> Any:
+def _init_store(here: RankInfo, patience: timedelta) -> Any:
     """The store that the processes share; kept by torchrun, or else by the first process."""
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(  # type: ignore[attr-defined]

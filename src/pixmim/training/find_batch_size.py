@@ -22,7 +22,7 @@ def equal_parts(batch: int, asked: int, device: torch.device, size: tuple[int, i
         UserError: If the batch does not divide into as many as were asked for.
     """
     if asked and batch % asked:
-        raise UserError(f"a batch of {batch} does not divide into --accumulate {asked} equal parts")
+        raise UserError(f"a batch of {batch} does not divide into --accumulation-steps {asked} equal parts")
     if asked or device.type != "cpu":
         return asked or 1
     fewest = -(-batch // images_at_once(math.prod(size), width))

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import append, parse_json, read_text, write_whole
+from pixmim.utils.files import append, parse_json, read_text, write_text_atomically
 
 DATA_BOUND = 0.1
 """Share of its time that a loop waits for data, from which on faster data would make a faster run."""
@@ -80,7 +80,7 @@ def bound_by(share: float) -> str:
     return f"{'data' if share > DATA_BOUND else 'compute'}-bound: waits for data {share:.0%}"
 
 
-class RunLog:
+class MetricLogger:
     """Writes a line of metrics every `every` steps, and shows where the run stands.
 
     path    metrics.jsonl; lines after step `start`, of a run that was interrupted, are removed. None: no file, of a
@@ -108,8 +108,8 @@ class RunLog:
         self._path, self._unwritten, self._total = path, "", total
         self._on_write = on_write
         if path is not None:
-            lines = read_metrics(path, lambda text: say(console, f"warning: {text}")) if start else []
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
+            lines = read_metrics(path, lambda text: print_plain(console, f"warning: {text}")) if start else []
+            write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
         self._steps, self._every, self._epoch, self._images = steps, every, epoch, images
         self._console = console
         self._bar = Progress(
@@ -126,7 +126,7 @@ class RunLog:
         self._began = self._since = time.perf_counter()
         self._first, self._waited, self._spoke, self._seconds = start, 0.0, 0.0, 0.0
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> "MetricLogger":
         self._bar.start()
         return self
 
@@ -134,11 +134,11 @@ class RunLog:
         self._bar.stop()
         self._write_out()
 
-    def due(self, step: int) -> bool:
+    def should_log(self, step: int) -> bool:
         """Whether the step that made the count `step` closes a line; only then is the device asked for numbers."""
         return step % self._every == 0 or step == self._steps
 
-    def add(self, step: int, **values: Tensor) -> None:
+    def update(self, step: int, **values: Tensor) -> None:
         """Take a step's scalars, on the device and unread. Values that are not finite do not count in the mean."""
         for name, value in values.items():
             number = torch.stack([value.detach().nan_to_num(0.0, 0.0, 0.0), torch.isfinite(value).float()])
@@ -146,7 +146,7 @@ class RunLog:
         self._count += 1
         self._bar.update(self._task, completed=step)
 
-    def line(self, step: int, waited: float, **values: float) -> None:
+    def log(self, step: int, waited: float, **values: float) -> None:
         """Write the means since the last line. `waited`: seconds spent waiting for data since the run began."""
         sums = self._total(torch.stack(list(self._sums.values()))).tolist() if self._sums else []
         means = {
@@ -161,7 +161,7 @@ class RunLog:
             **means,
             **values,
             "images_per_s": self._count * self._images / seconds,
-            "data_wait": min(1.0, (waited - self._waited) / seconds),
+            "data_wait_fraction": min(1.0, (waited - self._waited) / seconds),
         }
         self.write(line)
         text = (
@@ -171,7 +171,7 @@ class RunLog:
         self._bar.update(self._task, text=text)
         if not self._console.is_terminal and (now - self._spoke > 5 or step == self._steps):
             left = (now - self._began) / max(1, step - self._first) * (self._steps - step)
-            say(self._console, f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left")
+            print_plain(self._console, f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left")
             self._spoke = now
         self._sums, self._count, self._since, self._waited = {}, 0, now, waited
 
@@ -194,7 +194,7 @@ class RunLog:
             append(self._path, self._unwritten)
             self._unwritten = ""
         except OSError as error:
-            say(self._console, f"warning: {self._path} cannot be written now: {error}")
+            print_plain(self._console, f"warning: {self._path} cannot be written now: {error}")
 
     def pause(self) -> None:
         """Leave out of the rate the time since the last line, which went to something else than training."""

@@ -27,7 +27,7 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def layer_groups(
+def layer_decay_param_groups(
     model: nn.Module, layers: Mapping[str, int], decay: float, weight_decay: float, exempt: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
     """Groups of parameters for an optimizer: each layer's learning rate is `decay` of that of the layer above it.
@@ -35,7 +35,7 @@ def layer_groups(
     layers  the layer of each parameter by name; the greatest gets the full rate
     exempt  what is not decayed (pulled to zero) besides what `adamw` exempts: all whose name contains one of these
 
-    A group's "scale" is for `Updater`, which multiplies the learning rate with it.
+    A group's "scale" is for `SyncFreeOptimizer`, which multiplies the learning rate with it.
     """
     top = max(layers.values())
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -52,7 +52,7 @@ def _is_exempt(name: str, p: nn.Parameter, exempt: tuple[str, ...]) -> bool:
     return p.ndim < 2 or p.shape[0] == 1 or any(part in name for part in exempt)
 
 
-class Updater:
+class SyncFreeOptimizer:
     """Applies gradients to weights: unscales, clips, and leaves the weights untouched where the gradient is not finite.
 
     All three happen inside the fused AdamW kernel, which divides by `grad_scale` and does nothing when `found_inf`
@@ -147,7 +147,7 @@ class LAMB(torch.optim.Optimizer):
     """AdamW whose step along a decayed tensor is as long as the tensor times the rate (arXiv 1904.00962).
 
     As apex's FusedLAMB, DeiT III's optimizer: tensors without decay take Adam's step. It clips the gradient at norm 1
-    as well; here that is for `Updater` to do.
+    as well; here that is for `SyncFreeOptimizer` to do.
     """
 
     grad_scale: Tensor | None = None

@@ -37,7 +37,7 @@ class _Count:
         return now - self._first > _SAME
 
 
-class Interrupts:
+class PreemptionHandler:
     """In a `with` statement: turns signals into `asked`; the second SIGINT or SIGTERM has its effect from before.
 
     speaks  say at the first signal what happens now
@@ -49,7 +49,7 @@ class Interrupts:
         self._speaks = speaks
         self._unsaid = threading.Lock()  # taken once, by whoever answers first
 
-    def __enter__(self) -> "Interrupts":
+    def __enter__(self) -> "PreemptionHandler":
         self._before: dict[int, Any] = {}
         self._waiting = False
         self._stops = _Count()
@@ -74,7 +74,7 @@ class Interrupts:
             return
         self._waiting = True
         try:
-            if self.asked:
+            if self.requested:
                 raise Interrupted
             yield
         finally:
@@ -85,7 +85,7 @@ class Interrupts:
             self._restore()
             signal.raise_signal(number)
             return
-        self.asked = True
+        self.requested = True
         self._answer()
         if self._waiting:
             self._waiting = False

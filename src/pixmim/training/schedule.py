@@ -35,8 +35,10 @@ class Schedule:
         steps_an_epoch = images / run.batch_size
         steps = run.steps if run.steps is not None else max(1, round(run.epochs * steps_an_epoch))
         warmup = min(round(run.optim.warmup * steps_an_epoch), steps // 5)
-        drop = round(run.optim.drop_at * steps) if run.optim.schedule == "step" else None
-        return Schedule(steps, warmup, run.lr, run.optim.final_lr, run.optim.first_lr, drop, run.optim.warmup_prefix)
+        drop = round(run.optim.lr_drop_at * steps) if run.optim.schedule == "step" else None
+        return Schedule(
+            steps, warmup, run.lr, run.optim.min_lr, run.optim.warmup_start_lr, drop, run.optim.warmup_prefix
+        )
 
     def lr(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""

@@ -6,28 +6,28 @@ from pathlib import Path
 import torch
 
 from pixmim.config import PretrainConfig
-from pixmim.targets import in_bins
-from pixmim.training.distributed import World
+from pixmim.targets import resolve_radius
+from pixmim.training.distributed import Distributed
 from pixmim.training.metric_logger import DATA_BOUND
-from pixmim.training.parallelize import way
+from pixmim.training.parallelize import parallel_mode
 from pixmim.training.schedule import Schedule
 
 
-def describe(
+def start_summary(
     run: PretrainConfig,
     images: int,
     schedule: Schedule,
     device: torch.device,
     precision: str,
-    world: World,
+    world: Distributed,
     parts: int,
 ) -> list[str]:
     """Lines for a terminal, as plain text. `images` is the size of the data set."""
-    radius = in_bins(run.target.radius, run.hw)
+    radius = resolve_radius(run.target.radius, run.image_size)
     target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
     if run.target.distance == "cross_entropy":
         target += f" in {run.target.bins} bins"
-    height, width = run.hw
+    height, width = run.image_size
     drop = f", and a tenth of it from update {schedule.drop:,} on" if schedule.drop is not None else ""
     lines = [
         f"{run.model.name} on {run.model.backbone} at {height}x{width}, predicting {target}, crop {run.crop.kind}",
@@ -37,10 +37,10 @@ def describe(
         f"{_machines(run, device, world, parts)} in {precision}, seed {run.seed}",
     ]
     warnings = []
-    if run.made.steps and schedule.steps < run.made.steps / 10:
+    if run.recipe_info.steps and schedule.steps < run.recipe_info.steps / 10:
         warnings.append(
-            f"{schedule.steps:,} updates are few: this recipe was made for {run.made.steps:,}. Less than a tenth of "
-            "them teaches little; more --epochs or a smaller --batch-size give more."
+            f"{schedule.steps:,} steps are few: this recipe was made for {run.recipe_info.steps:,}. Less than "
+            "a tenth of them teaches little; more --epochs or a smaller --batch-size give more."
         )
     if run.optim.lr is not None and not 0.25 < run.lr / (run.optim.base_lr * run.batch_size / 256) < 4:
         warnings.append(
@@ -55,7 +55,9 @@ def describe(
     return lines + [f"warning: {text}" for text in warnings]
 
 
-def closing(run: PretrainConfig, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float) -> list[str]:
+def end_summary(
+    run: PretrainConfig, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float
+) -> list[str]:
     """What a finished run says of itself, as plain lines: updates lost, bad images, a share of its time waited."""
     lines = []
     if waited > DATA_BOUND:
@@ -68,11 +70,11 @@ def closing(run: PretrainConfig, out: Path, step: int, *, lost: int, bad: int, i
     return lines
 
 
-def _machines(run: PretrainConfig, device: torch.device, world: World, parts: int) -> str:
+def _machines(run: PretrainConfig, device: torch.device, world: Distributed, parts: int) -> str:
     """Describe what computes, such as "8 processes on cuda (ddp), each 64 images of a batch in 2 parts of 32,"."""
     images = run.batch_size // world.size
     cut = f" in {parts} parts of {'' if images % parts == 0 else 'up to '}{-(-images // parts):,}" if parts > 1 else ""
     if world.size == 1:
         return f"{device}, each batch{cut}," if cut else str(device)
     share = f"{images:,} images of a batch"
-    return f"{world.size} processes on {device.type} ({way(run.scale, world)}), each {share}{cut},"
+    return f"{world.size} processes on {device.type} ({parallel_mode(run.parallel, world)}), each {share}{cut},"

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.config import Saving
-from pixmim.training.checkpoint import AUTOSAVE, Checkpoints, milestone
-from pixmim.training.distributed import ALONE, World
-from pixmim.training.metric_logger import RunLog
-from pixmim.training.optim import Updater
-from pixmim.training.parallelize import accumulating
-from pixmim.training.preemption import Interrupted, Interrupts
-from pixmim.utils.console import say
+from pixmim.config import CheckpointConfig
+from pixmim.training.checkpoint import AUTOSAVE, CheckpointManager, is_multiple_of
+from pixmim.training.distributed import SINGLE_PROCESS, Distributed
+from pixmim.training.metric_logger import MetricLogger
+from pixmim.training.optim import SyncFreeOptimizer
+from pixmim.training.parallelize import sync_last_microbatch
+from pixmim.training.preemption import Interrupted, PreemptionHandler
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.lock import alone
 
@@ -51,7 +51,7 @@ class Trainer:
         accumulate: Parts that each rank computes its share of a batch in.
         network: The module that computes, if not the model itself: see `parallelize.spread`.
         world: The ranks of the run.
-        saving: When checkpoints are written, and which are kept.
+        checkpoint: When checkpoints are written, and which are kept.
         log_every: Steps between two lines of metrics; 0: a two-hundredth of the training, at most 50.
         on_log: Called on rank 0 with each record of metrics.jsonl.
         console: Where progress is shown; None: nowhere.
@@ -60,33 +60,33 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        updater: Updater,
+        updater: SyncFreeOptimizer,
         rate: Callable[[int], float],
         steps: int,
         folder: Path,
         *,
         images: int,
         batch_size: int,
-        accumulate: int = 1,
+        accumulation_steps: int = 1,
         network: nn.Module | None = None,
-        world: World = ALONE,
-        saving: Saving = Saving(),  # noqa: B008 (frozen)
+        world: Distributed = SINGLE_PROCESS,
+        checkpoint: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
         log_every: int = 0,
         on_log: Callable[[dict[str, Any]], None] | None = None,
         console: Console | None = None,
     ) -> None:
         self.model, self.updater, self.rate, self.steps, self.folder = model, updater, rate, steps, folder
-        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
+        self.images, self.batch_size, self.accumulation_steps = images, batch_size, accumulation_steps
         self.network, self.world = network if network is not None else model, world
         self.epoch = batch_size / images
         """Passes over the dataset that a step makes."""
         self.start = 0
         """Steps that were done when this process began."""
-        self.checkpoints = Checkpoints(
-            folder / "checkpoints", last=saving.last, stays=self._is_milestone, world=world, say=self._say
+        self.checkpoints = CheckpointManager(
+            folder / "checkpoints", last=checkpoint.keep_last, stays=self._is_milestone, world=world, say=self._say
         )
         self._on_log = on_log
-        self._saving, self._console = saving, console or Console(quiet=True)
+        self._checkpoint, self._console = checkpoint, console or Console(quiet=True)
         self._log_every = log_every or max(1, min(50, steps // 200))
 
     def resume(self) -> int:
@@ -103,10 +103,10 @@ class Trainer:
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
-            self.interrupts = stack.enter_context(Interrupts(speaks=self.world.first))
+            self.interrupts = stack.enter_context(PreemptionHandler(speaks=self.world.is_main))
             self.log = stack.enter_context(
-                RunLog(
-                    self.folder / "metrics.jsonl" if self.world.first else None,
+                MetricLogger(
+                    self.folder / "metrics.jsonl" if self.world.is_main else None,
                     steps=self.steps,
                     start=self.start,
                     every=self._log_every,
@@ -149,7 +149,7 @@ class Trainer:
             UserError: If the gradient is not finite in many consecutive steps, or a rank is stuck.
         """
         step, saved_at = self.start, time.monotonic()
-        autosave = math.inf if self._saving.every else AUTOSAVE
+        autosave = math.inf if self._checkpoint.every else AUTOSAVE
         with self.world.naming_stuck_ranks():
             while step < self.steps:
                 try:
@@ -161,8 +161,8 @@ class Trainer:
                 step += 1
                 self._log(step, loss, norm, getattr(loader, "wait_seconds", 0.0))
                 on_step_end(step)
-                late = self.world.first and time.monotonic() - saved_at > autosave
-                stop, late = self.world.any(self.interrupts.asked, late)
+                late = self.world.is_main and time.monotonic() - saved_at > autosave
+                stop, late = self.world.any_rank_delayed(self.interrupts.requested, late)
                 last = stop or step == self.steps
                 if last or late or self._is_planned(step):
                     self._save(step, wait=last)
@@ -193,10 +193,12 @@ class Trainer:
         with (
             alone(self.folder, self._say),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            open_loader(self.resume() * self.accumulate) as loader,
+            open_loader(self.resume() * self.accumulation_steps) as loader,
             self,
         ):
-            step = self.fit(loader, lambda part, number: compute_loss(part, number) / self.accumulate, on_step_end)
+            step = self.fit(
+                loader, lambda part, number: compute_loss(part, number) / self.accumulation_steps, on_step_end
+            )
         if step < self.steps:
             self._say(f"stopped after step {step:,} of {self.steps:,}; the same command resumes")
             raise KeyboardInterrupt
@@ -206,16 +208,16 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Take a step, and return loss and norm of the gradient. Raises Interrupted, with all buffers restored."""
         single = self.world.size == 1
-        buffers = list(self.network.buffers()) if single and self.accumulate > 1 else []
+        buffers = list(self.network.buffers()) if single and self.accumulation_steps > 1 else []
         before = [buffer.clone() for buffer in buffers]  # a forward pass may change them
         total = torch.zeros((), device=self.updater.device)
         try:
-            for part in range(self.accumulate):
+            for part in range(self.accumulation_steps):
                 ready = part > 0 and getattr(loader, "ready", False)  # then an interrupt lets the step be finished
                 with self.interrupts.waiting(single and not ready):
                     batch = next(loader)
-                with accumulating(self.network, last=part == self.accumulate - 1):
-                    loss = compute_loss(batch, step * self.accumulate + part)
+                with sync_last_microbatch(self.network, last=part == self.accumulation_steps - 1):
+                    loss = compute_loss(batch, step * self.accumulation_steps + part)
                     self.updater.backward(loss)
                 total += loss.detach()
         except Interrupted:
@@ -225,8 +227,8 @@ class Trainer:
         return total, self.updater.step(self.rate(step))
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, waited: float) -> None:
-        self.log.add(step, loss=loss, gradient=norm)
-        if not self.log.due(step):
+        self.log.update(step, loss=loss, grad_norm=norm)
+        if not self.log.should_log(step):
             return
         self.world.meet()  # nothing interrupts the wait for a device that waits for a stuck rank
         bad = int(self.updater.state["streak"].item())
@@ -235,16 +237,16 @@ class Trainer:
                 f"the gradient was not finite in the last {bad} steps (up to step {step}); the weights are those "
                 "before them. Try a lower learning rate, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)"
             )
-        self.log.line(step, waited, lr=self.rate(step - 1), skipped=self.updater.state["skipped"].item())
+        self.log.log(step, waited, lr=self.rate(step - 1), skipped_steps=self.updater.state["skipped"].item())
 
     def _is_milestone(self, step: int) -> bool:
-        return milestone(step, self._saving.epochs / self.epoch)
+        return is_multiple_of(step, self._checkpoint.keep_every_epochs / self.epoch)
 
     def _is_planned(self, step: int) -> bool:
-        return self._is_milestone(step) or (self._saving.every > 0 and step % self._saving.every == 0)
+        return self._is_milestone(step) or (self._checkpoint.every > 0 and step % self._checkpoint.every == 0)
 
     def _save(self, step: int, wait: bool) -> None:
         self.checkpoints.save(step, self.model, self.updater, images=self.images, wait=wait)
 
     def _say(self, text: str) -> None:
-        say(self._console, text)
+        print_plain(self._console, text)

@@ -2,7 +2,8 @@
 
 A crop is a function of an image and a few uniform numbers, so that a loader can compute the same crop again from
 (seed, epoch, index). Called with an image alone it draws those numbers from torch's global generator, and then takes
-and gives a PIL image or a tensor, as torchvision's transforms do. No crop flips; `finish` does, on the device.
+and gives a PIL image or a tensor, as torchvision's transforms do. No crop flips:
+`flip_and_normalize` does, on the device.
 
 Crops work on NumPy's arrays, as decoders lay images out: a slice of one costs a tenth of a tensor's, and no thread that
 decodes beside has to wait for it.
@@ -119,11 +120,11 @@ class SimpleResizedCrop(Crop):
         return _pair(self.size)
 
     def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
-        image = resized(image, cover(image.shape[:2], self.shape), self.interpolation)
+        image = resize(image, cover_size(image.shape[:2], self.shape), self.interpolation)
         _put_window(image, *self._corner(image.shape[:2], u), out)
 
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
-        return self._corner(size, u) if cover(size, self.shape) == size else None
+        return self._corner(size, u) if cover_size(size, self.shape) == size else None
 
     def _corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int]:
         (height, width), (h, w), p = size, self.shape, self.padding
@@ -155,7 +156,7 @@ class RandomResizedCrop(Crop):
 
     def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         top, left, h, w = self.box(image.shape[:2], u)
-        out[...] = resized(image[top : top + h, left : left + w], self.shape, self.interpolation)
+        out[...] = resize(image[top : top + h, left : left + w], self.shape, self.interpolation)
 
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return None
@@ -183,7 +184,7 @@ class RandomResizedCrop(Crop):
 
 
 @dataclass(frozen=True)
-class CentreCrop(Crop):
+class CenterCrop(Crop):
     """Resize until the image just covers `size` x `enlarge`, aspect kept, then take the middle.
 
     enlarge = 1 is the paper's ablation "CC"; 256/224 is the crop of the evaluation protocols.
@@ -202,12 +203,12 @@ class CentreCrop(Crop):
         return _pair(self.size)
 
     def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
-        image = resized(image, cover(image.shape[:2], self._covered), self.interpolation)
+        image = resize(image, cover_size(image.shape[:2], self._covered), self.interpolation)
         (top, left), (h, w) = self._corner(image.shape[:2]), self.shape
         out[...] = image[top : top + h, left : left + w]
 
     def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
-        return self._corner(size) if cover(size, self._covered) == size else None
+        return self._corner(size) if cover_size(size, self._covered) == size else None
 
     def _corner(self, size: tuple[int, int]) -> tuple[int, int]:
         return round((size[0] - self.shape[0]) / 2), round((size[1] - self.shape[1]) / 2)
@@ -217,19 +218,19 @@ class CentreCrop(Crop):
         return round(self.shape[0] * self.enlarge), round(self.shape[1] * self.enlarge)
 
 
-def evaluation_crop(size: Size) -> CentreCrop:
+def evaluation_crop(size: Size) -> CenterCrop:
     """The crop of every evaluation: resize to 256/224 of the size, bicubic, and take the middle."""
-    return CentreCrop(size, enlarge=256 / 224)
+    return CenterCrop(size, enlarge=256 / 224)
 
 
 def resize_to_cover(
     image: Shaped[Tensor, "c h w"], size: tuple[int, int], interpolation: Interpolation = "bicubic"
 ) -> Shaped[Tensor, "c h2 w2"]:
     """Resize with antialias until the image just covers `size`, aspect kept; for a square, shortest edge to `size`."""
-    return _resize(image, cover((image.shape[-2], image.shape[-1]), size), interpolation)
+    return _resize(image, cover_size((image.shape[-2], image.shape[-1]), size), interpolation)
 
 
-def resized(
+def resize(
     image: Shaped[Array, "h w c"], size: tuple[int, int], interpolation: Interpolation
 ) -> Shaped[Array, "h2 w2 c"]:
     """Resize to `size` (h, w) with antialias; the image itself if it has that size."""
@@ -246,7 +247,7 @@ def as_image(array: Shaped[Array, "h w c"]) -> Shaped[Tensor, "c h w"]:
     return torch.from_numpy(writable.transpose(2, 0, 1))
 
 
-def cover(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def cover_size(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """The (h, w) of an image of (h, w) resized until it just covers `size`."""
     (height, width), (h, w) = image, size
     # Integers on purpose, as torchvision rounds: the longer edge is cut, not rounded.
@@ -255,7 +256,7 @@ def cover(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return h, max(w, width * h // height)
 
 
-def finish(
+def flip_and_normalize(
     images: Shaped[Tensor, "b c h w"], flip: Bool[Tensor, " b"] | None, mean: Tensor, std: Tensor
 ) -> Float[Tensor, "b c h w"]:
     """The last steps on the device, for a whole batch: flip rows where `flip`, scale to [0, 1], normalise.
@@ -269,12 +270,12 @@ def finish(
     return x if flip is None else torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
-def stacked(images: Sequence[Shaped[Tensor, "c h w"]]) -> Shaped[Tensor, "n c h w"]:
+def stack_images(images: Sequence[Shaped[Tensor, "c h w"]]) -> Shaped[Tensor, "n c h w"]:
     """Images of one size as a batch."""
-    return torch.stack([movable(image) for image in images]).view(images[0].dtype)
+    return torch.stack([as_int16_view(image) for image in images]).view(images[0].dtype)
 
 
-def movable(image: Tensor) -> Tensor:
+def as_int16_view(image: Tensor) -> Tensor:
     """A view that every torch can index and join: uint16 came late, and has few operators."""
     return image.view(torch.int16) if image.dtype == torch.uint16 else image
 
@@ -287,8 +288,8 @@ def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) 
     if image.shape[-2:] == size:
         return image
     if image.dtype == torch.uint16:  # bicubic overshoots at edges
-        resized = _resize(image.float(), size, interpolation)
-        return resized.round_().clamp_(0, 65535).to(torch.uint16)
+        resize = _resize(image.float(), size, interpolation)
+        return resize.round_().clamp_(0, 65535).to(torch.uint16)
     return V.resize(image, list(size), interpolation=_MODES[interpolation], antialias=True)
 
 
@@ -302,7 +303,7 @@ def _put_window(image: Array, top: int, left: int, out: Array) -> None:
     above, before = max(-top, 0), max(-left, 0)
     below, after = min(h, height - top), min(w, width - left)  # where the image ends in the window
     if 2 * max(above, h - below) >= h - 1 or 2 * max(before, w - after) >= w - 1:  # more is mirrored than is not
-        rows, columns = mirrored(top, h, height).numpy(), mirrored(left, w, width).numpy()
+        rows, columns = reflect_indices(top, h, height).numpy(), reflect_indices(left, w, width).numpy()
         out[...] = image[rows[:, None], columns]
         return
     out[above:below, before:after] = image[top + above : top + below, left + before : left + after]
@@ -317,10 +318,10 @@ def _put_window(image: Array, top: int, left: int, out: Array) -> None:
 
 
 @overload
-def mirrored(begin: int, count: int, length: int) -> Int[Tensor, " count"]: ...
+def reflect_indices(begin: int, count: int, length: int) -> Int[Tensor, " count"]: ...
 @overload
-def mirrored(begin: Int[Tensor, "b 1"], count: int, length: Int[Tensor, "b 1"]) -> Int[Tensor, "b count"]: ...
-def mirrored(begin: int | Tensor, count: int, length: int | Tensor) -> Tensor:
+def reflect_indices(begin: Int[Tensor, "b 1"], count: int, length: Int[Tensor, "b 1"]) -> Int[Tensor, "b count"]: ...
+def reflect_indices(begin: int | Tensor, count: int, length: int | Tensor) -> Tensor:
     """The pixels that `count` places from `begin` on show, along an axis of `length` pixels padded by reflection."""
     device = begin.device if isinstance(begin, Tensor) else None
     places = (begin + torch.arange(count, device=device)).abs()

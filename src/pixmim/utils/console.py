@@ -52,7 +52,7 @@ def plot_label(name: str) -> str:
     return label(name).replace("$", r"\$")
 
 
-def say(console: Console, text: str) -> None:
+def print_plain(console: Console, text: str) -> None:
     """Print plain text: paths do not wrap, names have no colours or markup, control characters are escaped.
 
     A leading "error:" or "warning:" is coloured.

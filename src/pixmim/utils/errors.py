@@ -13,7 +13,7 @@ class AlreadyReportedError(UserError):
     """A UserError that another rank of the run raises as well: not printed again."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word closest to `word`, or an empty string when none is close."""
     if len(word) > 100:  # comparing takes time in proportion to its square
         return ""

@@ -130,7 +130,7 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_text_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` as `atomic_write` does; text as UTF-8, with the bytes that surrogates stand for in file names."""
     data = content.encode("utf-8", NAMES) if isinstance(content, str) else content
     atomic_write(path, lambda file: file.write(data))
@@ -138,7 +138,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write indented JSON atomically."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_new(folder: Path) -> None:
@@ -176,7 +176,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """Write rows as CSV, as `write_whole` does with their text."""
+    """Write rows as CSV, as `write_text_atomically` does with their text."""
 
     def write(file: IO[bytes]) -> None:
         text = io.TextIOWrapper(file, "utf-8", NAMES, newline="")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pixmim.utils.console import cell, printable
-from pixmim.utils.threads import workers
+from pixmim.utils.threads import thread_pool
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def progress(what: str, total: int, console: Console | None) -> Iterator[Callabl
 
 
 @contextmanager
-def patience(what: str, things: str) -> Iterator[Callable[[int], None]]:
+def status_counter(what: str, things: str) -> Iterator[Callable[[int], None]]:
     """Show a count on the terminal if the work takes longer than a second: "`what`: 12,345 `things`".
 
     Yields a function to call with the number of further items done. Most calls cost a look at the clock.
@@ -64,7 +64,7 @@ def parallel_map(what: str, function: Callable[[int], T], count: int, threads: i
     bar = _bar(Console(stderr=True))
     task, due, shown = bar.add_task(printable(what), total=count), time.monotonic() + _SECONDS_TO_BAR, False
     results: list[T] = []
-    with workers(min(threads, count), "pixmim-files") as pool:
+    with thread_pool(min(threads, count), "pixmim-files") as pool:
         jobs = [pool.submit(function, i) for i in range(count)]
         try:
             for job in jobs:

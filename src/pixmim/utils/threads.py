@@ -24,14 +24,14 @@ PATIENCE = 1.0
 _Job = tuple[Future[Any], Callable[[], Any]]
 
 
-def how_many(threads: int, processes: int = 1) -> int:
+def num_threads(threads: int, processes: int = 1) -> int:
     """The number of threads meant: 0 is one for each core, at most 16; `processes` of a run share the cores."""
     return threads or min(16, max(1, (os.cpu_count() or 1) // processes))
 
 
-def workers(threads: int, name: str) -> "Workers":
-    """A pool of `how_many(threads)`, each of which computes alone: no team of its own for every small resize."""
-    return Workers(how_many(threads), name)
+def thread_pool(threads: int, name: str) -> "Workers":
+    """A pool of `num_threads(threads)`, each of which computes alone: no team of its own for every small resize."""
+    return Workers(num_threads(threads), name)
 
 
 class Workers(Executor):
@@ -97,7 +97,7 @@ def _do(future: Future[Any], call: Callable[[], Any]) -> None:
         del future  # which holds the error, whose traceback holds this frame
 
 
-def in_turn(pool: Executor, work: Callable[[S], T], things: Iterable[S], most: int) -> Iterator[T]:
+def ordered_map(pool: Executor, work: Callable[[S], T], things: Iterable[S], most: int) -> Iterator[T]:
     """What `work` makes of each thing, in order; at most `most` results wait while one is asked for."""
     ahead: deque[Future[T]] = deque()
     for thing in things:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import cache_path, write_whole
+from pixmim.utils.files import cache_path, write_text_atomically
 
 
 def remember_run(config: str) -> None:
@@ -22,7 +22,7 @@ def remember_run(config: str) -> None:
     marker = _marker(config)
     with suppress(OSError):  # without a cache directory, the person names the data again
         marker.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(marker, "")
+        write_text_atomically(marker, "")
 
 
 def made_here(config: str) -> bool:

@@ -12,7 +12,7 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pixmim.utils.errors import UserError, nearest, shown
+from pixmim.utils.errors import UserError, did_you_mean, shown
 
 MAX_SIDE = 16_384
 """Largest image side in pixels."""
@@ -250,7 +250,7 @@ def check_options(options: Mapping[str, object]) -> None:
     for name, value in options.items():
         kind = KEYWORDS.get(name)
         if kind is None:
-            raise UserError(f"a model has no option {shown(name)}{nearest(name, KEYWORDS)}")
+            raise UserError(f"a model has no option {shown(name)}{did_you_mean(name, KEYWORDS)}")
         if not kind.takes(value):
             raise UserError(f"the model's option '{name}' must be {kind}, not {shown(value)}")
 

@@ -15,7 +15,7 @@ from pixmim.weights.detect import Weights
 Tensors = Mapping[str, Tensor]
 
 
-def refit(weights: Weights, state: Tensors, run: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
+def interpolate_tables(weights: Weights, state: Tensors, run: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors, with tables and first convolution refitted to the image size and channels of `run`; what was done.
 
     state  the tensors of the model they are for, of which only the shapes count
@@ -24,7 +24,7 @@ def refit(weights: Weights, state: Tensors, run: ModelConfig) -> tuple[dict[str,
     """
     found, lines = dict(weights.tensors), []
     for name, value in weights.tensors.items():
-        if name not in state or (state[name].shape == value.shape and weights.run.hw == run.hw):
+        if name not in state or (state[name].shape == value.shape and weights.run.image_size == run.image_size):
             continue  # at another size, a table of as many rows may be for another grid: 6x6 and 4x9
         try:
             fitted, line = _refitted(weights, name, value, state[name], run)
@@ -42,7 +42,7 @@ def _refitted(weights: Weights, name: str, value: Tensor, wanted: Tensor, run: M
     if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
         patch = _patch(weights.tensors)
         strides = [r.model.decoder_stride if name.startswith("decoder.") else 1 for r in (weights.run, run)]
-        old_grid, grid = (grid_of(r.hw, patch * s) for r, s in zip((weights.run, run), strides, strict=True))
+        old_grid, grid = (grid_of(r.image_size, patch * s) for r, s in zip((weights.run, run), strides, strict=True))
         if old_grid == grid:
             return value, ""
         return resize.positions(value, old_grid, grid), f"positions of {_by(old_grid)} patches refitted to {_by(grid)}"
@@ -67,16 +67,16 @@ def fit(weights: Weights, state: Tensors, run: ModelConfig) -> dict[str, Tensor]
 
     Raises UserError naming keys as the file does.
     """
-    fitted, _ = refit(weights, state, run)
-    missing = [their_name(weights, n) for n in state if n not in fitted]
-    odd = [their_name(weights, n) for n in fitted if n not in state]
+    fitted, _ = interpolate_tables(weights, state, run)
+    missing = [original_key(weights, n) for n in state if n not in fitted]
+    odd = [original_key(weights, n) for n in fitted if n not in state]
     wrong = [n for n in fitted if n in state and fitted[n].shape != state[n].shape]
     problems = []
     if missing:
         problems.append(f"lacks {_some(missing)}")
     if odd:
         problems.append(f"holds {_some(odd)}, which {run.model.backbone} does not have")
-    problems += [f"has {shape(fitted[n])} for {their_name(weights, n)}, not {shape(state[n])}" for n in wrong[:4]]
+    problems += [f"has {shape(fitted[n])} for {original_key(weights, n)}, not {shape(state[n])}" for n in wrong[:4]]
     if problems:
         raise UserError(f"the file ({weights.origin}) does not fit: it " + "; it ".join(problems))
     return fitted
@@ -85,7 +85,7 @@ def fit(weights: Weights, state: Tensors, run: ModelConfig) -> dict[str, Tensor]
 def _window(weights: Weights, name: str, table: Tensor) -> tuple[int, int] | None:
     """(rows, columns) of the window that a table of relative positions is for: the image's grid for a Beit."""
     if ".layers." not in name:
-        return grid_of(weights.run.hw, _patch(weights.tensors))
+        return grid_of(weights.run.image_size, _patch(weights.tensors))
     side = (round(table.shape[0] ** 0.5) + 1) // 2
     return (side, side) if (2 * side - 1) ** 2 == table.shape[0] else None
 
@@ -96,7 +96,7 @@ def _patch(tensors: Mapping[str, Tensor]) -> int:
     return 16 if first is None else int(first.shape[-1])
 
 
-def their_name(weights: Weights, name: str) -> str:
+def original_key(weights: Weights, name: str) -> str:
     """What the file calls a tensor, in quotes."""
     theirs = weights.source.names.theirs(name) if weights.source is not None else None
     return f"'{theirs or name}'"

@@ -7,18 +7,18 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from pixmim.config import Mask, Model, ModelConfig, Option, Target
+from pixmim.config import ArchitectureConfig, MaskConfig, ModelConfig, Option, TargetConfig
 from pixmim.config_io import from_json, is_config, read_config_text
 from pixmim.utils.errors import UserError, first_line, shown
 from pixmim.utils.files import parse_json
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import check_name, check_options
 from pixmim.weights import infer_config as sizes
-from pixmim.weights.format import COMPUTED, Source
-from pixmim.weights.formats import find_source, foreign_kind
+from pixmim.weights.format import COMPUTED, CheckpointFormat
+from pixmim.weights.formats import describe_unsupported, find_format
 from pixmim.weights.infer_config import Known, pair
-from pixmim.weights.key_map import Names
-from pixmim.weights.safe_load import Foreign, read
+from pixmim.weights.key_map import KeyMap
+from pixmim.weights.safe_load import RawCheckpoint, read
 from pixmim.weights.save import KEY
 
 
@@ -41,7 +41,7 @@ class Weights:
     tensors: dict[str, Tensor]
     origin: str
     left_out: dict[str, str] = field(default_factory=dict)
-    source: Source | None = None
+    source: CheckpointFormat | None = None
     step: int = 0
     steps: int = 0
     classes: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, str] | None:
     return from_json(text, path), text
 
 
-_TIMM = Source("timm", "vit", (), Names(("**", "encoder.**")), unused=COMPUTED)
+_TIMM = CheckpointFormat("timm", "vit", (), KeyMap(("**", "encoder.**")), unused=COMPUTED)
 """Any model of timm's whose config.json names its architecture."""
 
 _EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6}
@@ -147,18 +147,18 @@ def _fed(weights: Weights, known: Known, said: dict[str, Any]) -> Weights:
     theirs = {name: values for name, values in theirs.items() if len(values) == run.channels}
     run = replace(run, pixels=said.get("pixels", run.pixels), **theirs)
     weights = feed(replace(weights, run=run), known)
-    for name, values in zip(("mean", "std"), run.statistics, strict=True):
+    for name, values in zip(("mean", "std"), run.normalization, strict=True):
         if getattr(weights.run, name) is None:
             assumed.append(f"--{name} {' '.join(f'{value:g}' for value in values[:3])}")
     note = f"assumed, since the file does not say it: {' '.join(assumed)}"
     return replace(weights, notes=(*weights.notes, note)) if assumed else weights
 
 
-def _recognised(file: Foreign, known: Known) -> Weights:
+def _recognised(file: RawCheckpoint, known: Known) -> Weights:
     """A model by the names and shapes of its tensors."""
     prefix, source, note = _choose(file, known)
     behind = {key.removeprefix(prefix): value for key, value in file.tensors.items() if key.startswith(prefix)}
-    kind = foreign_kind(behind)
+    kind = describe_unsupported(behind)
     if kind:
         also = "; others of timm's come as timm:NAME, or as a folder with timm's config.json"
         raise UserError(
@@ -198,7 +198,7 @@ def _recognised(file: Foreign, known: Known) -> Weights:
     return Weights(run, tensors, source.name, left, source, notes=tuple(filter(None, (file.choice, note))))
 
 
-def _choose(file: Foreign, known: Known) -> tuple[str, Source | None, str]:
+def _choose(file: RawCheckpoint, known: Known) -> tuple[str, CheckpointFormat | None, str]:
     """The prefix behind which the model is, its source, and a note of what it was chosen among."""
     given = f"{known.prefix.strip('.')}." if known.prefix else ""
     if given and not any(key.startswith(given) for key in file.tensors) and given.startswith(f"{file.state}."):
@@ -206,14 +206,14 @@ def _choose(file: Foreign, known: Known) -> tuple[str, Source | None, str]:
     if not any(key.startswith(given) for key in file.tensors):
         begin = ", ".join(dict.fromkeys(key.split(".")[0] for key in list(file.tensors)[:1000]))
         raise UserError(f"--prefix {known.prefix}: no tensor's name begins so; they begin with {shown(begin)}")
-    prefix, source, others = find_source(file.tensors, given)
+    prefix, source, others = find_format(file.tensors, given)
     also = f"; there is also {', '.join(others[:4])} (--prefix)" if others else ""
     return prefix, source, f"taken: {shown(prefix)}{also}" if prefix and (others or len(prefix) > len(given)) else ""
 
 
-def _own(file: Foreign, known: Known) -> Weights:
+def _own(file: RawCheckpoint, known: Known) -> Weights:
     run = from_json(file.metadata[KEY], file.path)
-    if known.img_size is not None and pair(known.img_size) != run.hw:
+    if known.img_size is not None and pair(known.img_size) != run.image_size:
         raise UserError(f"it was made for images of {run.size} pixels, as it says itself: leave out --size")
     whole = any(name.startswith("encoder.") for name in file.tensors)
     tensors = file.tensors if whole else {f"encoder.{name}": value for name, value in file.tensors.items()}
@@ -229,7 +229,7 @@ def _own(file: Foreign, known: Known) -> Weights:
     return Weights(run, tensors, "pixmim", step=int(done["step"]), steps=int(done["steps"]), classes=tuple(classes))
 
 
-def _of_timm(file: Foreign) -> Weights:
+def _of_timm(file: RawCheckpoint) -> Weights:
     """A model in timm's layout: config.json names the architecture and its keywords, and what its input must be."""
     config = file.config
     about, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
@@ -249,7 +249,7 @@ def _of_timm(file: Foreign) -> Weights:
     own |= {"global_pool": pool} if pool is not None else {}
     sides, channels = pair(arguments.pop("img_size", size[1:])), arguments.pop("in_chans", size[0])
     run = ModelConfig(
-        model=Model("timm", config["architecture"], options={**arguments, **own}),
+        model=ArchitectureConfig("timm", config["architecture"], options={**arguments, **own}),
         size="x".join(map(str, sides)),
         channels=cast(int, channels),
         mean=_numbers(about, "mean"),
@@ -268,7 +268,7 @@ def _numbers(settings: dict[str, Any], name: str) -> tuple[float, ...] | None:
     return tuple(float(one) for one in value)
 
 
-def _said(file: Foreign) -> dict[str, Any]:
+def _said(file: RawCheckpoint) -> dict[str, Any]:
     """What a file's own settings say. MAE's `input_size` is not among them: its model ignores it."""
     names: dict[str, tuple[str, tuple[type, ...]]] = {
         "DATA.IMG_SIZE": ("img_size", (int,)),
@@ -296,40 +296,42 @@ def _said(file: Foreign) -> dict[str, Any]:
     return said | {name: value for name, value in found.items() if value is not None}
 
 
-def _first(source: Source) -> str:
+def _first(source: CheckpointFormat) -> str:
     return f"encoder.patch_embed{'1' if source.kind == 'convmae' else ''}.proj.weight"
 
 
-def _model(source: Source, tensors: dict[str, Tensor], known: Known) -> tuple[Model, tuple[int, int]]:
+def _model(
+    source: CheckpointFormat, tensors: dict[str, Tensor], known: Known
+) -> tuple[ArchitectureConfig, tuple[int, int]]:
     measure = {"vit": sizes.vit, "beit": sizes.beit, "swin": sizes.swin, "convmae": sizes.convmae}[source.kind]
     backbone, options, size = measure(tensors, known)
     if known.norm_eps not in (None, _EPS[source.kind]):
         options["norm_eps"] = cast(float, known.norm_eps)
     if source.kind in ("swin", "beit") or "mask_token" in tensors:
         mlp = any(name.startswith("head.2.") for name in tensors)
-        return Model("simmim", backbone, head="mlp" if mlp else "linear", options=options), size
+        return ArchitectureConfig("simmim", backbone, head="mlp" if mlp else "linear", options=options), size
     decoder = sizes.decoder(tensors, known)
     long = decoder.get("decoder_dim") == 384 or size == (448, 448)
     method = "convmae" if source.kind == "convmae" else "lsmae" if long else "mae"
-    return replace(Model(method, backbone, options=options), **decoder), size  # type: ignore[arg-type]
+    return replace(ArchitectureConfig(method, backbone, options=options), **decoder), size  # type: ignore[arg-type]
 
 
-def _target(file: Foreign, model: Model) -> Target:
+def _target(file: RawCheckpoint, model: ArchitectureConfig) -> TargetConfig:
     """What the model was trained to predict, as far as the file tells; otherwise what its paper did."""
     if model.name == "simmim":
-        return Target("pixels", normalise_patches=False, distance="l1")
+        return TargetConfig("pixels", normalize_patches=False, distance="l1")
     normalised = file.settings.get("norm_pix_loss", file.config.get("norm_pix_loss", True))
     if "target_generator.low_pass_filter" in file.tensors:
-        return Target("low-frequency", radius=40.0, form="released")
-    return Target("pixels", normalise_patches=bool(normalised))
+        return TargetConfig("low-frequency", radius=40.0, variant="paper-code")
+    return TargetConfig("pixels", normalize_patches=bool(normalised))
 
 
-def _mask(file: Foreign, model: Model) -> Mask:
+def _mask(file: RawCheckpoint, model: ArchitectureConfig) -> MaskConfig:
     if model.name == "simmim":
-        return Mask("units", ratio=0.6, unit=32, whole_units=True)
+        return MaskConfig("blocks", ratio=0.6, block_size=32, whole_blocks=True)
     ratio = file.settings.get("mask_ratio", file.config.get("mask_ratio", 0.75))
     if type(ratio) not in (int, float) or not 0 <= ratio <= 1:
         raise UserError(f"its settings' mask_ratio is {shown(ratio)}, and must be between 0 and 1")
     if ratio in (0, 1):  # a setting of whoever fine-tuned or drew with it: nothing can be learnt so
         ratio = 0.75
-    return Mask("units", ratio=ratio, unit=32) if model.name == "lsmae" else Mask(ratio=ratio)
+    return MaskConfig("blocks", ratio=ratio, block_size=32) if model.name == "lsmae" else MaskConfig(ratio=ratio)

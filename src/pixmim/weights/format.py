@@ -6,14 +6,14 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from pixmim.utils.errors import UserError
-from pixmim.weights.key_map import Names
+from pixmim.weights.key_map import KeyMap
 from pixmim.weights.tensor_ops import Tensors
 
 Kind = Literal["vit", "beit", "swin", "convmae"]
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointFormat:
     """One project's way to write a model.
 
     Attributes:
@@ -30,7 +30,7 @@ class Source:
     name: str
     kind: Kind
     marks: tuple[str, ...]
-    names: Names
+    names: KeyMap
     unused: tuple[tuple[str, str], ...] = ()
     arrange: tuple[Callable[[Tensors], Tensors], ...] = ()
     restore: tuple[Callable[[Tensors], Tensors], ...] = ()

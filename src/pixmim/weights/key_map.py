@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 
-class Names:
+class KeyMap:
     """A table of pairs (theirs, ours). `*` stands for one part of a dotted name, `**` for any number of them.
 
     The stars of the two sides stand for the same texts, in order; the first pair that fits decides.

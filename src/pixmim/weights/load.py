@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from pixmim.build import Module, build_encoder, build_model, sketch
-from pixmim.config import Model, ModelConfig, PretrainConfig
+from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.config_io import portable, pretrain_config, to_json
 from pixmim.models import published
 from pixmim.models.base import MaskedModel
-from pixmim.training.checkpoint import Checkpoints
+from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.find_batch_size import in_gib
 from pixmim.training.schedule import Schedule
 from pixmim.utils.available_memory import free_memory
-from pixmim.utils.errors import UserError, first_line, nearest
-from pixmim.utils.files import check_new, whole_folder, write_whole
+from pixmim.utils.errors import UserError, did_you_mean, first_line
+from pixmim.utils.files import check_new, whole_folder, write_text_atomically
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import Size, check_name, check_options, check_value, parse_size
-from pixmim.weights.adapt import fit, refit, shape, their_name
+from pixmim.weights.adapt import fit, interpolate_tables, original_key, shape
 from pixmim.weights.detect import Weights, feed, read_run, read_weights
 from pixmim.weights.infer_config import Known
 from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder, save_tensors, timm_config
@@ -45,19 +45,19 @@ def load_model(file: str | Path, **options: Any) -> MaskedModel:
 
     `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch. Raises UserError.
     """
-    weights, options = _opened(file, options, whole=True)
-    return assemble(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
+    weights, options = _open(file, options, whole=True)
+    return build_with_weights(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
 
 
-def _opened(file: str | Path, options: dict[str, Any], whole: bool = False) -> tuple[Weights, dict[str, Any]]:
+def _open(file: str | Path, options: dict[str, Any], whole: bool = False) -> tuple[Weights, dict[str, Any]]:
     """The weights in a file, and those of the options that are for a model's constructor."""
     known = {**options, "wanted": options.get("img_size")}
     known.pop("img_size", None)
     of_file = {"size", "prefix", "ema"}
-    return open_model(str(file), whole=whole, known=known), {k: v for k, v in options.items() if k not in of_file}
+    return resolve_model(str(file), whole=whole, known=known), {k: v for k, v in options.items() if k not in of_file}
 
 
-def assemble(weights: Weights, made: ModelConfig | None = None) -> MaskedModel:
+def build_with_weights(weights: Weights, made: ModelConfig | None = None) -> MaskedModel:
     """The whole model of such weights, in evaluation mode on the CPU.
 
     made  the Run that the weights were made for, where `weights.run` asks for another size
@@ -69,8 +69,8 @@ def assemble(weights: Weights, made: ModelConfig | None = None) -> MaskedModel:
     return _filled(weights, build_model, made).eval()
 
 
-def assemble_encoder(weights: Weights, made: ModelConfig | None = None) -> nn.Module:
-    """The encoder of such weights, with a classifier's head if they have one; otherwise as `assemble`.
+def build_encoder_with_weights(weights: Weights, made: ModelConfig | None = None) -> nn.Module:
+    """The encoder of such weights, with a classifier's head if they have one; otherwise as `build_with_weights`.
 
     Its `pretrained_cfg` says what input it takes, as timm's do, and its `pixmim_config` how to build it.
     """
@@ -106,11 +106,11 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
 
     Otherwise as `load_model`.
     """
-    weights, options = _opened(file, options)
-    return assemble_encoder(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
+    weights, options = _open(file, options)
+    return build_encoder_with_weights(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
 
 
-def open_model(
+def resolve_model(
     name: str, *, whole: bool = False, head: bool = False, known: Mapping[str, Any] | None = None
 ) -> Weights:
     """Open the weights that `name` means: a run's folder, a file or folder of weights, or timm:NAME.
@@ -150,7 +150,7 @@ def _newest(path: Path, run: ModelConfig, whole: bool, known: Known) -> Weights:
     """Return the newest weights of a run, finished or not, or those of an import. Raises UserError."""
     imported, product = inside(path, "model.safetensors"), inside(path, WEIGHTS)
     file = imported if whole and imported.is_file() else product
-    checkpoints = Checkpoints(inside(path, "checkpoints"))
+    checkpoints = CheckpointManager(inside(path, "checkpoints"))
     newest = max(checkpoints.steps(), default=0)
     weights = replace(read_weights(file, known), run=run) if file.is_file() else None  # the folder may have moved
     if newest and (weights is None or newest > weights.step or (whole and file is product)):
@@ -177,7 +177,7 @@ def _in_memory(weights: Weights) -> Weights:
 
 
 @torch.no_grad()
-def begin_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
+def initialize_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
     """Put the weights that `run.init` names into a model, as far as they fit; says in lines what was used and what not.
 
     The encoder must fit as a whole, but for tables of positions, which are refitted, the first convolution, which is
@@ -186,16 +186,16 @@ def begin_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
     Raises UserError.
     """
     heads = next((m.num_heads for m in model.encoder.modules() if hasattr(m, "num_heads")), None)
-    known = {"num_heads": heads, "decoder_heads": run.model.decoder_heads, "wanted": run.hw}
+    known = {"num_heads": heads, "decoder_heads": run.model.decoder_heads, "wanted": run.image_size}
     first = f"`pixmim import {quote(run.init)} --prefix NAME --to FOLDER` (or --ema) first, then --init FOLDER"
     try:
-        weights = open_model(run.init, whole=True, known=known)
+        weights = resolve_model(run.init, whole=True, known=known)
     except UserError as error:
         if not Path(run.init).expanduser().is_file():
             raise
         raise UserError(f"--init {error}. If its model is behind another prefix: {first}") from error
     state = model.state_dict()
-    fitted, refits = refit(weights, state, run)
+    fitted, refits = interpolate_tables(weights, state, run)
     about = ", ".join(filter(None, (weights.origin, weights.progress)))
     lines = [f"begins from {run.init} ({about})", *(f"  {note}" for note in weights.notes), *refits]
     if any("--prefix" in note or "--ema" in note for note in weights.notes):
@@ -206,7 +206,7 @@ def begin_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
     if wrong:
         n = wrong[0]
         raise UserError(
-            f"--init {run.init}: its encoder is another one: {their_name(weights, n)} is {shape(encoder[n])} there "
+            f"--init {run.init}: its encoder is another one: {original_key(weights, n)} is {shape(encoder[n])} there "
             f"and {shape(state[n])} in {run.model.backbone}"
         )
     missing = [n for n in state if n.startswith("encoder.") and n not in encoder]
@@ -232,14 +232,14 @@ def begin_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
         used |= decoder
         lines.append(f"  what decodes: {len(decoder)} tensors")
     elif decoder:
-        lines.append(f"  what decodes begins anew: it differs in {their_name(weights, sorted(differ)[0])}")
+        lines.append(f"  what decodes begins anew: it differs in {original_key(weights, sorted(differ)[0])}")
     else:
         lines.append("  what decodes begins anew: the file holds an encoder only")
     model.load_state_dict(used, strict=False)
     return lines
 
 
-def adopt(weights: Weights, folder: Path | None) -> list[str]:
+def import_weights(weights: Weights, folder: Path | None) -> list[str]:
     """Check that weights make a model, say what was used and what not, and keep them in `folder` if it is given.
 
     The folder is then like a finished run's: config.json, encoder/ and, of a model in pre-training, model.safetensors.
@@ -250,7 +250,7 @@ def adopt(weights: Weights, folder: Path | None) -> list[str]:
         if (folder / "config.json").exists():
             raise UserError(f"{folder} holds a run already: choose another folder")
         check_new(folder)
-    encoder = assemble(weights).encoder if weights.whole else assemble_encoder(weights)
+    encoder = build_with_weights(weights).encoder if weights.whole else build_encoder_with_weights(weights)
 
     rest = len(weights.tensors) - len(weights.encoder)
     values = sum(value.numel() for value in weights.tensors.values())
@@ -275,7 +275,7 @@ def adopt(weights: Weights, folder: Path | None) -> list[str]:
         if weights.whole:
             save_tensors(weights.tensors, beside / "model.safetensors", run, weights.step, weights.steps)
             written.append("model.safetensors")
-        write_whole(beside / "config.json", to_json(portable(run)))
+        write_text_atomically(beside / "config.json", to_json(portable(run)))
     return [*lines, f"written to {folder}: config.json, {', '.join(written)}"]
 
 
@@ -283,7 +283,7 @@ def _of_timm(name: str, head: bool) -> Weights:
     """One of timm's pre-trained models, which timm downloads or finds in its cache."""
     check_name(name)
     if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+        raise UserError(f"timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
     config = timm.get_pretrained_cfg(name)
     classes = int(config.num_classes or 0) if head and config is not None else 0
     options: dict[str, Any] = {"num_classes": classes} if classes else {}
@@ -296,7 +296,7 @@ def _of_timm(name: str, head: bool) -> Weights:
     made = module.pretrained_cfg
     channels, h, w = made["input_size"]
     run = ModelConfig(
-        model=Model("timm", name, options=options),
+        model=ArchitectureConfig("timm", name, options=options),
         size=f"{h}x{w}",
         channels=channels,
         mean=tuple(made["mean"]),
@@ -307,9 +307,9 @@ def _of_timm(name: str, head: bool) -> Weights:
 
 def _with_options(run: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
     """A file's Run with the caller's keywords of `create_model` over it."""
-    own = {f.name for f in fields(Model)} - {"options"}
+    own = {f.name for f in fields(ArchitectureConfig)} - {"options"}
     check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})
-    size = options.get("img_size", run.hw)
+    size = options.get("img_size", run.image_size)
     h, w = (size, size) if isinstance(size, int) else (size[0], size[-1])
     rest = {n: v for n, v in options.items() if n not in own | {"img_size", "in_chans"}}
     model = replace(

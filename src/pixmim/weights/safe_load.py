@@ -62,7 +62,7 @@ _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_d
 
 
 @dataclass(frozen=True)
-class Foreign:
+class RawCheckpoint:
     """What a file holds.
 
     tensors   the model's, by the file's own names
@@ -84,7 +84,7 @@ class Foreign:
     choice: str = ""
 
 
-def read(path: Path, state: str = "", ema: bool = False) -> Foreign:
+def read(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
     """Read a file of weights, or a folder that holds one, onto the CPU.
 
     safetensors, whole or in parts, and torch's files, these with `weights_only=True` and a list of harmless classes:
@@ -106,7 +106,7 @@ def read(path: Path, state: str = "", ema: bool = False) -> Foreign:
     if not path.exists():
         raise UserError(f"there is no {path}")
     if path.name.endswith(".index.json"):
-        file = Foreign(path, _read_parts(path))
+        file = RawCheckpoint(path, _read_parts(path))
     else:
         file = _read_one(path, state, ema)
     if ema and not file.choice:
@@ -120,7 +120,7 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
     return _json(beside) if beside.exists() else {}
 
 
-def _read_one(path: Path, state: str = "", ema: bool = False) -> Foreign:
+def _read_one(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
     """A file's tensors, settings and metadata."""
     try:
         with open(open_regular(path), "rb") as file:
@@ -130,10 +130,10 @@ def _read_one(path: Path, state: str = "", ema: bool = False) -> Foreign:
     try:
         if path.suffix == ".safetensors":
             tensors, metadata = _read_safetensors(path)
-            return Foreign(path, _checked(tensors, size), metadata=metadata)
+            return RawCheckpoint(path, _checked(tensors, size), metadata=metadata)
         content = _read_zip(path) if start.startswith(b"PK\x03\x04") else _read_plain(path)
         tensors, state, choice = _find_tensors(content, path, state, ema)
-        return Foreign(path, _checked(tensors, size), _flat(content), state=state, choice=choice)
+        return RawCheckpoint(path, _checked(tensors, size), _flat(content), state=state, choice=choice)
     except UserError:
         raise
     except Exception as error:  # torch and safetensors raise many kinds over a damaged file

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.config_io import portable, to_json
-from pixmim.utils.files import write_whole
+from pixmim.utils.files import write_text_atomically
 from pixmim.utils.validation import NOT_OF_TIMM
 
 KEY = "pixmim"
@@ -55,20 +55,20 @@ def save_encoder(
         OSError: As writing does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.json", json.dumps(timm_config(encoder, run, classes), indent=2) + "\n")
+    write_text_atomically(folder / "config.json", json.dumps(timm_config(encoder, run, classes), indent=2) + "\n")
     about = {**(more or {}), **({"classes": json.dumps(classes)} if classes else {})}
     save_tensors(encoder.state_dict(), folder / "model.safetensors", run, step, steps, about)
 
 
 def timm_config(encoder: nn.Module, run: ModelConfig, classes: list[str] | None = None) -> dict[str, Any]:
     """Return the config.json of timm's hub layout: the architecture, its keywords, and what its input must be."""
-    mean, std = run.statistics
+    mean, std = run.normalization
     known: Any = getattr(encoder, "pretrained_cfg", None) or {}
     outputs = int(run.model.options.get("num_classes", 0))  # type: ignore[arg-type]
     pretrained: dict[str, Any] = {
         "tag": "pixmim",
         "custom_load": False,
-        "input_size": [run.channels, *run.hw],
+        "input_size": [run.channels, *run.image_size],
         "fixed_input_size": True,
         "interpolation": run.interpolation,
         "crop_pct": 0.875,
@@ -94,7 +94,7 @@ def timm_config(encoder: nn.Module, run: ModelConfig, classes: list[str] | None 
 
 def _made(encoder: nn.Module, run: ModelConfig) -> dict[str, Any]:
     """Return keywords of timm's that a method sets without naming them in a run's options."""
-    made: dict[str, Any] = {"img_size": list(run.hw), "in_chans": run.channels}
+    made: dict[str, Any] = {"img_size": list(run.image_size), "in_chans": run.channels}
     if isinstance(encoder, SwinTransformer) and run.model.name == "simmim":
         made["drop_path_rate"] = 0.0
     if isinstance(encoder, Beit):
@@ -120,7 +120,7 @@ def save_tensors(
     The metadata are words: the Run, its main points by themselves for other programs, and `more` (a classifier's
     classes). They name nothing of the machine they are written on.
     """
-    mean, std = run.statistics
+    mean, std = run.normalization
     method = run.model.name
     if isinstance(run, PretrainConfig):
         method += f" with {run.target.kind} target and {run.crop.kind} crop"
@@ -128,7 +128,7 @@ def save_tensors(
         "format": "pt",
         "method": method,
         "backbone": run.model.backbone,
-        "img_size": json.dumps(run.hw),
+        "img_size": json.dumps(run.image_size),
         "in_chans": str(run.channels),
         "pixels": run.pixels,
         "options": json.dumps(run.model.options),
@@ -140,7 +140,7 @@ def save_tensors(
         **(more or {}),
     }
     content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
-    write_whole(path, _in_order(content))
+    write_text_atomically(path, _in_order(content))
 
 
 def _in_order(content: bytes) -> bytes:

@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 
 from helpers.images import encoded
-from pixmim.data.dataset import BadImage, Form
-from pixmim.data.decode.channels import bring
+from pixmim.data.dataset import BadImage, ImageSpec
+from pixmim.data.decode.channels import convert
 from pixmim.data.decode.image import decode, read
-from pixmim.data.synthetic import Shapes
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.transforms.crops import (
-    CentreCrop,
+    CenterCrop,
     Crop,
     RandomResizedCrop,
     SimpleResizedCrop,
-    finish,
+    flip_and_normalize,
     resize_to_cover,
-    stacked,
+    stack_images,
 )
 
 RNG = np.random.default_rng(0)
@@ -37,40 +37,40 @@ def saved(array: np.ndarray) -> bytes:
 
 def test_shares_turn_into_each_other() -> None:
     eight = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
-    deep = bring(eight, Form(1, "uint16"))
+    deep = convert(eight, ImageSpec(1, "uint16"))
     assert np.array_equal(deep, eight.astype(np.uint16) * 257)
-    assert np.array_equal(bring(deep, Form(1)), eight)
-    assert np.array_equal(bring(eight, Form(1, "float32")), eight.astype(np.float32) / np.float32(255))
-    assert np.array_equal(bring(deep, Form(1, "float32")), bring(eight, Form(1, "float32")))
+    assert np.array_equal(convert(deep, ImageSpec(1)), eight)
+    assert np.array_equal(convert(eight, ImageSpec(1, "float32")), eight.astype(np.float32) / np.float32(255))
+    assert np.array_equal(convert(deep, ImageSpec(1, "float32")), convert(eight, ImageSpec(1, "float32")))
     every = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1)
-    assert np.array_equal(bring(every, Form(1)), np.round(every / 257).astype(np.uint8))
-    assert np.array_equal(bring(every > 99, Form(1)), np.where(every > 99, 255, 0))
+    assert np.array_equal(convert(every, ImageSpec(1)), np.round(every / 257).astype(np.uint8))
+    assert np.array_equal(convert(every > 99, ImageSpec(1)), np.where(every > 99, 255, 0))
 
 
 def test_luma_is_pillows() -> None:
     colour = RNG.integers(0, 256, (40, 40, 3), np.uint8)
-    assert np.array_equal(bring(colour, Form(1))[..., 0], np.asarray(Image.fromarray(colour).convert("L")))
+    assert np.array_equal(convert(colour, ImageSpec(1))[..., 0], np.asarray(Image.fromarray(colour).convert("L")))
     exact = colour @ (np.asarray([19595, 38470, 7471]) / 65536)
-    assert abs(bring(colour.astype(np.uint16) * 257, Form(1, "uint16"))[..., 0] - exact * 257).max() <= 0.5
-    assert np.allclose(bring(colour.astype(np.float64), Form(1, "float32"))[..., 0], exact)
+    assert abs(convert(colour.astype(np.uint16) * 257, ImageSpec(1, "uint16"))[..., 0] - exact * 257).max() <= 0.5
+    assert np.allclose(convert(colour.astype(np.float64), ImageSpec(1, "float32"))[..., 0], exact)
     white = np.full((2, 2, 3), 65535, np.uint16)
-    assert (bring(white, Form(1, "uint16")) == 65535).all()
+    assert (convert(white, ImageSpec(1, "uint16")) == 65535).all()
 
 
 def test_other_numbers_of_channels_are_named() -> None:
     for found, wanted in ((2, 3), (4, 3), (13, 1), (3, 13), (1, 2)):
         with pytest.raises(BadImage, match=f"^{found} channels?, and not {wanted}: --channels {found}$"):
-            bring(np.zeros((4, 4, found), np.uint8), Form(wanted))
+            convert(np.zeros((4, 4, found), np.uint8), ImageSpec(wanted))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32, np.float64, ">u2", ">f4", bool])
 def test_npy_of_each_layout(kind: object) -> None:
     pixels = (RNG.random((20, 30, 5)) * 200).astype(kind)  # type: ignore[call-overload]
-    form = Form(5, "float32")
-    expected = bring(pixels.astype(pixels.dtype.newbyteorder("=")), form)
+    form = ImageSpec(5, "float32")
+    expected = convert(pixels.astype(pixels.dtype.newbyteorder("=")), form)
     for array in (pixels, pixels.transpose(2, 0, 1), np.asfortranarray(pixels), pixels[:, ::-1][:, ::-1]):
         assert np.array_equal(decode(saved(array), form), expected)
-    assert np.array_equal(decode(saved(pixels[..., 0]), Form(1, "float32")), expected[..., :1])
+    assert np.array_equal(decode(saved(pixels[..., 0]), ImageSpec(1, "float32")), expected[..., :1])
     assert read(saved(np.zeros((7, 9, 7), np.uint8))).shape == (7, 9, 7)  # equal: the last holds the channels
 
 
@@ -94,7 +94,7 @@ def test_npy_of_each_layout(kind: object) -> None:
 )
 def test_npy_that_is_no_picture(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
-        decode(data, Form(1, "float32"))
+        decode(data, ImageSpec(1, "float32"))
 
 
 @pytest.mark.usefixtures("usual_bounds")
@@ -109,7 +109,7 @@ def test_a_header_that_claims_too_much_takes_no_memory() -> None:
         assert claim != small and len(claim) == len(small)
         tracemalloc.start()
         with pytest.raises(BadImage, match=reason):
-            decode(claim, Form(4, "float32"))
+            decode(claim, ImageSpec(4, "float32"))
         assert tracemalloc.get_traced_memory()[1] < 10**6
         tracemalloc.stop()
 
@@ -121,39 +121,40 @@ def test_damaged_npy_gives_values_or_a_reason() -> None:
         for at in RNG.integers(0, 128, 2):
             damaged[at] ^= int(RNG.integers(1, 256))
         with suppress(BadImage):
-            assert decode(bytes(damaged), Form(4, "float32")).shape[2] == 4
+            assert decode(bytes(damaged), ImageSpec(4, "float32")).shape[2] == 4
 
 
 def test_sixteen_bit_png_and_ppm(monkeypatch: pytest.MonkeyPatch) -> None:
     imagecodecs = pytest.importorskip("imagecodecs")
     data = imagecodecs.png_encode(DEEP)
-    assert np.array_equal(decode(data, Form(3, "uint16")), DEEP)
+    assert np.array_equal(decode(data, ImageSpec(3, "uint16")), DEEP)
     assert np.array_equal(decode(data), DEEP >> 8)  # Pillow's upper byte
     clear = imagecodecs.png_encode(np.dstack([DEEP, np.zeros((20, 30), np.uint16)]))
-    assert (decode(clear, Form(3, "uint16")) == 65535).all()
+    assert (decode(clear, ImageSpec(3, "uint16")) == 65535).all()
     for cut in (40, len(data) // 2):
         with pytest.raises(BadImage, match=r"Png|OSError|SyntaxError|not a picture"):
-            decode(data[:cut], Form(3, "uint16"))
+            decode(data[:cut], ImageSpec(3, "uint16"))
     grey = encoded(Image.fromarray(DEEP[..., 0]), "PNG")
-    assert np.array_equal(decode(grey, Form(3, "uint16"))[..., 2], DEEP[..., 0])
+    assert np.array_equal(decode(grey, ImageSpec(3, "uint16"))[..., 2], DEEP[..., 0])
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    assert np.array_equal(decode(grey, Form(1, "uint16"))[..., 0], DEEP[..., 0])
+    assert np.array_equal(decode(grey, ImageSpec(1, "uint16"))[..., 0], DEEP[..., 0])
     assert decode(data).shape == (20, 30, 3)
     with pytest.raises(BadImage, match=r"16-bit colour PNG needs imagecodecs: pip install 'pixmim\[tiff\]'"):
-        decode(data, Form(3, "uint16"))
+        decode(data, ImageSpec(3, "uint16"))
     grey = b"P5 30 20 65535\n" + DEEP[..., 0].astype(">u2").tobytes()
-    assert np.array_equal(decode(grey, Form(1, "uint16"))[..., 0], DEEP[..., 0])
+    assert np.array_equal(decode(grey, ImageSpec(1, "uint16"))[..., 0], DEEP[..., 0])
     colour = b"P6 30 20 65535\n" + DEEP.astype(">u2").tobytes()
     assert abs(decode(colour).astype(int) - DEEP / 257).max() <= 1
     with pytest.raises(BadImage, match="save it as PNG or TIFF"):
-        decode(colour, Form(3, "uint16"))
+        decode(colour, ImageSpec(3, "uint16"))
 
 
 @pytest.mark.parametrize(
-    "form", [Form(1, "uint16"), Form(3, "float32"), Form(13), Form(5, "uint16"), Form(2, "float32")]
+    "form",
+    [ImageSpec(1, "uint16"), ImageSpec(3, "float32"), ImageSpec(13), ImageSpec(5, "uint16"), ImageSpec(2, "float32")],
 )
-def test_drawn_shapes_in_any_form(form: Form) -> None:
-    image, plain = Shapes(form=form).image(3), Shapes().image(3)
+def test_drawn_shapes_in_any_form(form: ImageSpec) -> None:
+    image, plain = SyntheticShapes(form=form).image(3), SyntheticShapes().image(3)
     assert image.dtype == form.dtype and image.shape == (form.channels, *plain.shape[1:])
     assert len({tuple(plane.flatten().tolist()) for plane in image}) == min(form.channels, 6)
     if form.channels >= 3:
@@ -161,7 +162,7 @@ def test_drawn_shapes_in_any_form(form: Form) -> None:
         torch.testing.assert_close(image[:3].float() / whole, plain.float() / 255)
 
 
-@pytest.mark.parametrize("crop", [SimpleResizedCrop((24, 16), 3), RandomResizedCrop((24, 16)), CentreCrop((24, 16))])
+@pytest.mark.parametrize("crop", [SimpleResizedCrop((24, 16), 3), RandomResizedCrop((24, 16)), CenterCrop((24, 16))])
 @pytest.mark.parametrize("size", [(40, 50), (24, 16)])
 def test_crops_of_deep_images_are_those_of_their_values(crop: Crop, size: tuple[int, int]) -> None:
     """A crop of uint16 is the crop of the same values in float32, rounded and kept within 16 bits."""
@@ -176,8 +177,8 @@ def test_crops_of_deep_images_are_those_of_their_values(crop: Crop, size: tuple[
 def test_finish_counts_65535_as_one() -> None:
     images = torch.from_numpy(RNG.integers(0, 65536, (3, 2, 4, 5)).astype(np.uint16))
     mean, std, flip = torch.tensor([0.1, 0.6]), torch.tensor([0.02, 0.5]), torch.tensor([True, False, True])
-    done = finish(images, flip, mean, std).double()
+    done = flip_and_normalize(images, flip, mean, std).double()
     expected = (images.double() / 65535 - mean.double().view(-1, 1, 1)) / std.double().view(-1, 1, 1)
     expected[flip] = expected[flip].flip(-1)
     torch.testing.assert_close(done, expected, atol=2e-6, rtol=1e-6)
-    assert torch.equal(stacked(list(images)), images) and stacked(list(images)).dtype == torch.uint16
+    assert torch.equal(stack_images(list(images)), images) and stack_images(list(images)).dtype == torch.uint16

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from helpers.images import JPEG, PIXELS, PNG, SMOOTH, encoded
-from pixmim.data.dataset import BadImage, Form
+from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.decode.image import decode
 
 
@@ -34,10 +34,10 @@ def test_jpeg_gives_pillows_pixels(options: dict[str, object]) -> None:
 def test_grey_jpeg_becomes_colour_and_colour_becomes_grey() -> None:
     data = encoded(Image.fromarray(SMOOTH), "JPEG")
     assert decode(data).shape == (20, 30, 3)
-    assert decode(data, Form(1)).shape == (20, 30, 1)
+    assert decode(data, ImageSpec(1)).shape == (20, 30, 1)
     colour = encoded(Image.merge("RGB", [Image.fromarray(p) for p in (SMOOTH, SMOOTH[::-1], SMOOTH)]), "JPEG")
     expected = np.asarray(Image.open(io.BytesIO(colour)).convert("L"), int)
-    assert abs(decode(colour, Form(1))[..., 0].astype(int) - expected).max() <= 1
+    assert abs(decode(colour, ImageSpec(1))[..., 0].astype(int) - expected).max() <= 1
 
 
 def test_cmyk_palette_bilevel() -> None:

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from helpers.images import encoded
-from pixmim.data.dataset import BadImage, Form
-from pixmim.data.decode.channels import turned
+from pixmim.data.dataset import BadImage, ImageSpec
+from pixmim.data.decode.channels import apply_exif_orientation
 from pixmim.data.decode.image import decode
 
 tifffile = pytest.importorskip("tifffile")
@@ -38,38 +38,38 @@ def test_thirteen_channels_of_sixteen_bits(compression: str | None, layout: str,
         more = {}  # nothing to predict
     pixels = BANDS if layout == "contig" else BANDS.transpose(2, 0, 1)
     data = written(pixels, photometric="minisblack", planarconfig=layout, compression=compression, **more)
-    found = decode(data, Form(13, "uint16"))
+    found = decode(data, ImageSpec(13, "uint16"))
     assert found.dtype == np.uint16 and np.array_equal(found, BANDS) and found.flags.c_contiguous
-    shares = decode(data, Form(13, "float32"))
+    shares = decode(data, ImageSpec(13, "float32"))
     assert shares.dtype == np.float32 and np.array_equal(shares, BANDS.astype(np.float32) / np.float32(65535))
-    assert np.array_equal(decode(data, Form(13)), np.round(BANDS / 257).astype(np.uint8))
+    assert np.array_equal(decode(data, ImageSpec(13)), np.round(BANDS / 257).astype(np.uint8))
 
 
 def test_deep_colour_keeps_its_bits_unless_eight_are_asked_for() -> None:
     data = written(COLOUR, photometric="rgb")
-    assert np.array_equal(decode(data, Form(3, "uint16")), COLOUR)
+    assert np.array_equal(decode(data, ImageSpec(3, "uint16")), COLOUR)
     assert abs(decode(data).astype(int) - COLOUR / 257).max() < 1  # Pillow's upper byte
-    luma = decode(data, Form(1, "uint16"))[..., 0]
+    luma = decode(data, ImageSpec(1, "uint16"))[..., 0]
     assert abs(luma - COLOUR @ [0.299, 0.587, 0.114]).max() < 2
     grey = written(COLOUR[..., 0], photometric="minisblack")
-    assert np.array_equal(decode(grey, Form(3, "uint16")), COLOUR[..., :1].repeat(3, axis=2))
+    assert np.array_equal(decode(grey, ImageSpec(3, "uint16")), COLOUR[..., :1].repeat(3, axis=2))
 
 
 def test_black_may_be_the_greatest_value() -> None:
     for pixels in (COLOUR[..., 0], COLOUR[..., 0].astype(np.uint8)):
         data = written(pixels, photometric="miniswhite")
         number = str(pixels.dtype)
-        assert np.array_equal(decode(data, Form(1, number))[..., 0], ~pixels)  # type: ignore[arg-type]
+        assert np.array_equal(decode(data, ImageSpec(1, number))[..., 0], ~pixels)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int8, np.int16, np.int32, np.uint32])
 def test_measured_values_are_taken_as_they_are(kind: type) -> None:
     values = RNG.integers(0 if kind == np.uint32 else -100, 100, (20, 30)).astype(kind)
     data = written(values, photometric="minisblack", compression="deflate")
-    assert np.array_equal(decode(data, Form(1, "float32"))[..., 0], values.astype(np.float32))
+    assert np.array_equal(decode(data, ImageSpec(1, "float32"))[..., 0], values.astype(np.float32))
     for number in ("uint8", "uint16"):
         with pytest.raises(BadImage, match=r"are measurements.*--pixels float32.*pixmim stats"):
-            decode(data, Form(1, number))  # type: ignore[arg-type]
+            decode(data, ImageSpec(1, number))  # type: ignore[arg-type]
 
 
 def test_values_that_are_none_are_refused() -> None:
@@ -77,22 +77,22 @@ def test_values_that_are_none_are_refused() -> None:
         holes = HEIGHTS.copy()
         holes.flat[:times] = value
         with pytest.raises(BadImage, match=f"{times} of its values are not finite"):
-            decode(written(holes, predictor=3, compression="deflate"), Form(1, "float32"))
+            decode(written(holes, predictor=3, compression="deflate"), ImageSpec(1, "float32"))
     with pytest.raises(BadImage, match="not finite"):
-        decode(written(np.full((9, 9), 1e300)), Form(1, "float32"))
+        decode(written(np.full((9, 9), 1e300)), ImageSpec(1, "float32"))
     holes = HEIGHTS.copy()
     holes[:2] = -9999
     tag = [(42113, "s", 0, "-9999", True)]
     with pytest.raises(BadImage, match=r"60 of its values are missing \(no data: -9999"):
-        decode(written(holes, extratags=tag), Form(1, "float32"))
-    assert np.array_equal(decode(written(HEIGHTS, extratags=tag), Form(1, "float32"))[..., 0], HEIGHTS)
+        decode(written(holes, extratags=tag), ImageSpec(1, "float32"))
+    assert np.array_equal(decode(written(HEIGHTS, extratags=tag), ImageSpec(1, "float32"))[..., 0], HEIGHTS)
 
 
 def test_a_fourth_channel_is_transparency_only_if_it_is_tagged_so() -> None:
     four = RNG.integers(0, 256, (20, 30, 4), np.uint8)
     for options in ({"photometric": "rgb", "extrasamples": ["unspecified"]}, {"photometric": "minisblack"}):
         data = written(four, planarconfig="contig", **options)
-        assert np.array_equal(decode(data, Form(4)), four)
+        assert np.array_equal(decode(data, ImageSpec(4)), four)
         with pytest.raises(BadImage, match="4 channels, and not 3: --channels 4"):
             decode(data)
     for kind in (np.uint8, np.uint16):
@@ -100,37 +100,41 @@ def test_a_fourth_channel_is_transparency_only_if_it_is_tagged_so() -> None:
         pixels = RNG.integers(0, most + 1, (20, 30, 4)).astype(kind)
         share = pixels[..., 3:] / most
         data = written(pixels, photometric="rgb", extrasamples=["unassalpha"])
-        found = decode(data, Form(3, kind.__name__))  # type: ignore[arg-type]
+        found = decode(data, ImageSpec(3, kind.__name__))  # type: ignore[arg-type]
         assert abs(found - (pixels[..., :3] * share + most * (1 - share))).max() <= 1
         own = np.dstack([pixels[..., :3] * share, pixels[..., 3]]).astype(kind)
-        deep = decode(written(own, photometric="rgb", extrasamples=["assocalpha"]), Form(3, "uint16"))
+        deep = decode(written(own, photometric="rgb", extrasamples=["assocalpha"]), ImageSpec(3, "uint16"))
         assert abs(deep / 65535 - found / most).max() <= 3 / most
         with pytest.raises(BadImage, match="3 channels, and not 4"):
-            decode(data, Form(4, "uint16"))
+            decode(data, ImageSpec(4, "uint16"))
     with pytest.raises(BadImage, match="measured values with transparency"):
-        decode(written(four.astype(np.float32), photometric="rgb", extrasamples=["unassalpha"]), Form(3, "float32"))
+        decode(
+            written(four.astype(np.float32), photometric="rgb", extrasamples=["unassalpha"]), ImageSpec(3, "float32")
+        )
 
 
 def test_pages_as_channels() -> None:
     stack = BANDS.transpose(2, 0, 1)
     data = written(stack, photometric="minisblack")
-    assert np.array_equal(decode(data, Form(1, "uint16"))[..., 0], stack[0])
-    assert np.array_equal(decode(data, Form(13, "uint16", "channels")), BANDS)
+    assert np.array_equal(decode(data, ImageSpec(1, "uint16"))[..., 0], stack[0])
+    assert np.array_equal(decode(data, ImageSpec(13, "uint16", "channels")), BANDS)
     with pytest.raises(BadImage, match=r"1 channel, and not 13: --channels 1; or --pages channels, for its 13 pages"):
-        decode(data, Form(13, "uint16"))
+        decode(data, ImageSpec(13, "uint16"))
     with pytest.raises(BadImage, match="13 channels, and not 12"):
-        decode(data, Form(12, "uint16", "channels"))
+        decode(data, ImageSpec(12, "uint16", "channels"))
     eight = [Image.fromarray(plane) for plane in (stack // 257).astype(np.uint8)]
-    found = decode(encoded(eight[0], "TIFF", save_all=True, append_images=eight[1:]), Form(13, "uint8", "channels"))
+    found = decode(
+        encoded(eight[0], "TIFF", save_all=True, append_images=eight[1:]), ImageSpec(13, "uint8", "channels")
+    )
     assert np.array_equal(found, BANDS // 257)
     assert np.array_equal(decode(written(BANDS, planarconfig="contig", photometric="minisblack"),
-                                 Form(13, "uint16", "channels")), BANDS)  # fmt: skip
+                                 ImageSpec(13, "uint16", "channels")), BANDS)  # fmt: skip
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as file:  # an overview is no channel
         file.write(stack[:2], photometric="minisblack")
         file.write(stack[2], photometric="minisblack", subfiletype=1)
         file.write(stack[0, ::2, ::2], photometric="minisblack")
-    assert np.array_equal(decode(buffer.getvalue(), Form(2, "uint16", "channels")), BANDS[..., :2])
+    assert np.array_equal(decode(buffer.getvalue(), ImageSpec(2, "uint16", "channels")), BANDS[..., :2])
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -164,7 +168,7 @@ def test_every_kind_of_sample_is_what_tifffile_reads(kind: str, photometric: str
     truth = np.moveaxis(truth, 0, 2) if planar else truth
     if kind.isdigit() or dtype in (np.uint8, np.uint16):
         truth = (most - truth if name == "miniswhite" else truth) / most
-    found = decode(data, Form(channels, "float32"))
+    found = decode(data, ImageSpec(channels, "float32"))
     if channels == 1:
         truth = truth[..., None]
     assert abs(found - truth).max() < (1e-5 if kind != "6" else 0.5 / 255)  # six bits are rounded to eight
@@ -195,9 +199,9 @@ def test_a_thumbnail_is_not_the_image() -> None:
         file.write(image, photometric="rgb")
         file.write(image[::2, ::2], photometric="rgb", subfiletype=1)
     for pages in ("first", "channels"):
-        assert np.array_equal(decode(buffer.getvalue(), Form(3, "uint8", pages)), image)  # type: ignore[arg-type]
+        assert np.array_equal(decode(buffer.getvalue(), ImageSpec(3, "uint8", pages)), image)  # type: ignore[arg-type]
     with pytest.raises(BadImage, match=r"3 channels, and not 4: --channels 3$"):
-        decode(buffer.getvalue(), Form(4))
+        decode(buffer.getvalue(), ImageSpec(4))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -207,8 +211,8 @@ def test_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     plain = encoded(Image.fromarray((COLOUR // 257).astype(np.uint8)), "PNG", exif=exif)
-    assert np.array_equal(decode(data, Form(3, "uint16")) // 257, decode(plain))
-    assert np.array_equal(turned(COLOUR, orientation), decode(data, Form(3, "uint16")))
+    assert np.array_equal(decode(data, ImageSpec(3, "uint16")) // 257, decode(plain))
+    assert np.array_equal(apply_exif_orientation(COLOUR, orientation), decode(data, ImageSpec(3, "uint16")))
 
 
 @pytest.mark.usefixtures("usual_bounds")
@@ -224,19 +228,19 @@ def test_what_is_refused_before_memory_is_taken() -> None:
         (COLOUR[..., 0].astype(np.complex64), {}, "bits a value"),
     ):
         with pytest.raises(BadImage, match=reason):
-            decode(written(pixels, **options), Form(3, "uint16"))
+            decode(written(pixels, **options), ImageSpec(3, "uint16"))
     bomb = bytearray(written(np.zeros((16, 16, 13), np.uint16), photometric="minisblack", planarconfig="contig"))
     with tifffile.TiffFile(io.BytesIO(bytes(bomb))) as file:
         sides = [file.pages[0].tags[name].valueoffset for name in ("ImageWidth", "ImageLength")]
     for at in sides:
         bomb[at : at + 2] = (10_900).to_bytes(2, "little")
     with pytest.raises(BadImage, match=r"2\.9 GiB are more than the 1 allowed"):
-        decode(bytes(bomb), Form(13, "uint16"))
+        decode(bytes(bomb), ImageSpec(13, "uint16"))
 
 
 def test_damage_gives_pixels_or_a_reason(capfd: pytest.CaptureFixture[str]) -> None:
     """Cut anywhere, and a fuzz: nothing else is raised, nothing is printed, nothing hangs."""
-    form = Form(13, "uint16")
+    form = ImageSpec(13, "uint16")
     for options in ({}, {"compression": "deflate", "predictor": True}, {"tile": (16, 16), "compression": "lzw"}):
         data = written(BANDS, photometric="minisblack", planarconfig="contig", **options)
         for end in (8, 100, len(data) // 3, len(data) - 40):
@@ -256,7 +260,7 @@ def test_without_tifffile_the_reason_names_the_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "tifffile", None)
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     with pytest.raises(BadImage, match=r"pip install 'pixmim\[tiff\]'"):
-        decode(data, Form(13, "uint16"))
+        decode(data, ImageSpec(13, "uint16"))
     plain = written(COLOUR, photometric="rgb")
     assert decode(plain).dtype == np.uint8  # eight bits of it are Pillow's
-    assert decode(encoded(Image.fromarray(COLOUR[..., 0]), "TIFF"), Form(1, "uint16")).dtype == np.uint16
+    assert decode(encoded(Image.fromarray(COLOUR[..., 0]), "TIFF"), ImageSpec(1, "uint16")).dtype == np.uint16

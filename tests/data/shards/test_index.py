@@ -15,15 +15,15 @@ import pytest
 from helpers.shards import picture, shard, write
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import BadImage, Form
+from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.shards import index as webdataset
 from pixmim.data.shards import tar_reader as tar_module
 from pixmim.data.shards.dataset import INDEX_DTYPE, ShardDataset
 from pixmim.data.shards.local import OpenFile
 from pixmim.data.shards.tar_reader import iter_members
-from pixmim.data.statistics import recall
-from pixmim.data.synthetic import Shapes
+from pixmim.data.statistics import load_statistics
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.utils.errors import UserError
 
 Edit = Callable[[Any], Any]
@@ -32,7 +32,7 @@ Edit = Callable[[Any], Any]
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """Two shards of two raw images."""
-    make_cache(Shapes(count=4, size=16), tmp_path / "cached", (16, 16), per_shard=2, kind="raw")
+    make_cache(SyntheticShapes(count=4, size=16), tmp_path / "cached", (16, 16), per_shard=2, kind="raw")
     return tmp_path / "cached"
 
 
@@ -158,7 +158,7 @@ def test_an_index_of_too_many_images_or_shards(cache: Path) -> None:
 
 def test_a_picture_of_another_size_than_its_index_says(tmp_path: Path) -> None:
     """On a device, images lie one after another, each in as much space as its index says."""
-    make_cache(Shapes(count=2, size=16), tmp_path / "cached", (16, 16))
+    make_cache(SyntheticShapes(count=2, size=16), tmp_path / "cached", (16, 16))
 
     def edit(entries: Any) -> None:
         entries[0]["h"] += 5
@@ -199,7 +199,7 @@ def test_only_regular_files_are_read(cache: Path, tmp_path: Path, memory: Path, 
         open_dataset(str(shards))
     data = open_cache(cache)
     not_regular(cache / "stats.json", kind)
-    assert recall(str(cache), Form()) is None
+    assert load_statistics(str(cache), ImageSpec()) is None
     not_regular(cache / "shard-000001.tar", kind)
     with pytest.raises(UserError, match=r"shard-000001.tar"):
         data.image(3)
@@ -217,7 +217,7 @@ def test_a_link_where_a_temporary_file_will_be(tmp_path: Path) -> None:
     for name in ("shard-000000.tar", "shard-000000.index", "settings.json", "index.json"):
         for part in (str(os.getpid()), "0"):
             (folder / f"{name}.{part}.tmp").symlink_to(victim)
-    make_cache(Shapes(count=2, size=16), folder, (16, 16))
+    make_cache(SyntheticShapes(count=2, size=16), folder, (16, 16))
     assert len(open_dataset(str(folder))) == 2 and victim.read_text() == "untouched"
 
 
@@ -336,11 +336,11 @@ def test_names_that_unpack_to_more_than_there_can_be(
 ) -> None:
     shard(tmp_path / "x.tar", range(2))
     before = open_dataset(str(tmp_path / "x.tar"))
-    assert before.locate(1).endswith(":0001")
+    assert before.path_of(1).endswith(":0001")
     remembered(memory, lambda about: about, lambda body: body[:64] + zlib.compress(bytes(10**7)))
     monkeypatch.setattr("pixmim.data.shards.dataset._MAX_KEY_BYTES", 10**5)
     data = open_dataset(str(tmp_path / "x.tar"))
-    assert isinstance(data, ShardDataset) and data.locate(1).endswith("x.tar:000000001")
+    assert isinstance(data, ShardDataset) and data.path_of(1).endswith("x.tar:000000001")
 
 
 def test_a_high_class_number_is_an_identifier(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_high_class_number_is_an_identifier(tmp_path: Path) -> None:
 def test_stats_that_are_none(cache: Path) -> None:
     for text in ("[]", "{}", '{"form": {}, "mean": 1}', "[" * 10_000, "\xff"):
         (cache / "stats.json").write_text(text, "latin-1")
-        assert recall(str(cache), Form()) is None
+        assert load_statistics(str(cache), ImageSpec()) is None
     good = {"form": {"channels": 3, "pixels": "uint8", "pages": "first"}, "images": 4, "total": 4}
     for mean, std, right in (
         ([0.1] * 3, [0.2] * 3, True),
@@ -362,6 +362,6 @@ def test_stats_that_are_none(cache: Path) -> None:
         ([0.1] * 4, [0.2] * 4, False),
     ):
         (cache / "stats.json").write_text(json.dumps(good | {"mean": mean, "std": std}))
-        assert (recall(str(cache), Form()) is not None) == right
+        assert (load_statistics(str(cache), ImageSpec()) is not None) == right
     os.truncate(cache / "stats.json", 10**12)
-    assert recall(str(cache), Form()) is None
+    assert load_statistics(str(cache), ImageSpec()) is None

@@ -19,17 +19,17 @@ from helpers.runs import train
 from helpers.shards import colours, keys, shard
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import Form, Source
+from pixmim.data.dataset import ImageDataset, ImageSpec
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.sampler import WINDOW, BatchShard
 from pixmim.data.shards import fsspec_io as remote
 from pixmim.data.shards import remote as far_module
 from pixmim.data.shards.remote import RemoteShards
-from pixmim.data.statistics import Stats, recall, remember
-from pixmim.data.synthetic import Shapes
+from pixmim.data.statistics import Stats, load_statistics, remember
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.data.wrappers import InMemoryDataset
 from pixmim.transforms.crops import SimpleResizedCrop
 from pixmim.utils.errors import UserError
@@ -108,7 +108,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def served(tmp_path: Path, server: Server) -> Path:
     """The folder behind the server, with a cache of three shards, and three tars of others."""
     folder = tmp_path / "served"
-    make_cache(Shapes(count=18, size=24), folder / "cached", (24, 24), per_shard=6)
+    make_cache(SyntheticShapes(count=18, size=24), folder / "cached", (24, 24), per_shard=6)
     for i in range(3):
         shard(folder / "shards" / f"train-{i:03d}.tar", range(4 * i, 4 * i + 4))
     return folder
@@ -125,7 +125,7 @@ def copies_begun(memory: Path) -> bool:
     return (memory / "copies").exists()
 
 
-def same(one: Source, two: Source) -> bool:
+def same(one: ImageDataset, two: ImageDataset) -> bool:
     return len(one) == len(two) and all(torch.equal(one.image(i), two.image(i)) for i in range(len(one)))
 
 
@@ -136,8 +136,8 @@ def test_a_cache_is_the_same_near_and_far(server: Server, served: Path, memory: 
     assert far.pieces is not None and far.pieces.tolist() == [6, 6, 6] and near.pieces is None
     assert near.labels is not None and (near.labels == far.labels).all() and near.classes == far.classes
     assert near.sizes is not None and (near.sizes == far.sizes).all()
-    assert far.locate(7) == f"{server.url}/cached/shard-000001.tar:000000007"
-    assert "at most 50 GiB (--local-copy)" in far.about and str(memory) in far.about
+    assert far.path_of(7) == f"{server.url}/cached/shard-000001.tar:000000007"
+    assert "at most 50 GiB (--shard-cache-gib)" in far.about and str(memory) in far.about
     before = Counter(server.asked)
     assert same(near, open_dataset(f"{server.url}/cached"))  # later runs find the copies
     assert {name for name in server.asked - before} == {"settings.json", "index.json"} | {
@@ -253,7 +253,7 @@ def test_the_bound_on_copies_is_kept(server: Server, served: Path, memory: Path)
     size = max(path.stat().st_size for path in (served / "shards").iterdir())
     open_dataset(f"{server.url}/shards")
     shutil.rmtree(memory / "copies")
-    data: Any = open_dataset(f"{server.url}/shards", local_copy=2 * size / GIB)
+    data: Any = open_dataset(f"{server.url}/shards", shard_cache_gib=2 * size / GIB)
     server.asked.clear()
     for index in (0, 5, 9, 1, 4, 5, 8, 0, 11, 6, 2):
         assert int(data.image(index)[0, 0, 0]) == index
@@ -266,7 +266,7 @@ def test_the_bound_on_copies_is_kept(server: Server, served: Path, memory: Path)
 
 
 def test_a_bound_below_one_shard(server: Server, served: Path, memory: Path) -> None:
-    data = open_dataset(f"{server.url}/shards", local_copy=1e-6)
+    data = open_dataset(f"{server.url}/shards", shard_cache_gib=1e-6)
     assert colours(data) == list(range(12)) and len(copies(memory)) == 1
 
 
@@ -276,7 +276,7 @@ def test_only_what_was_announced_is_copied_whole(server: Server, served: Path, m
     data, near = open_dataset(f"{server.url}/cached"), open_dataset(str(served / "cached"))
     assert torch.equal(data.image(8), near.image(8)) and torch.equal(data.image(9), near.image(9))
     assert not copies_begun(memory) and server.parts == {"shard-000001.tar": 2}
-    data.soon([1])
+    data.prefetch([1])
     assert torch.equal(data.image(10), near.image(10)) and len(copies(memory)) == 1
     again = open_dataset(f"{server.url}/cached")
     assert torch.equal(again.image(7), near.image(7))  # from the copy that is there
@@ -316,7 +316,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Slow, int]]:
     """A far cache of 40 shards of one size each, on a slow file system; the bytes of a shard."""
     files = fsspec.filesystem("memory")
     folder = Path(str(cache_path("made", ""))) / "many"
-    make_cache(Shapes(count=80, size=16, seed=3), folder, (16, 16), per_shard=2, kind="raw")
+    make_cache(SyntheticShapes(count=80, size=16, seed=3), folder, (16, 16), per_shard=2, kind="raw")
     files.put(str(folder), "/many", recursive=True)
     yield "memory://many", Slow(monkeypatch), (folder / "shard-000000.tar").stat().st_size
     files.rm("/many", recursive=True)
@@ -325,7 +325,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Slow, int]]:
 def test_what_is_needed_soon_is_fetched_in_order_in_the_background(many: tuple[str, Slow, int]) -> None:
     url, slow, _ = many
     data = open_cache(url)
-    data.soon([5, 3, 9, 7, 1, 2])
+    data.prefetch([5, 3, 9, 7, 1, 2])
     assert sorted(slow.wait(4)) == [3, 5, 7, 9]
     results: list[int] = []
     readers = [threading.Thread(target=lambda: results.append(data.image(10).numel())) for _ in range(3)]
@@ -336,7 +336,7 @@ def test_what_is_needed_soon_is_fetched_in_order_in_the_background(many: tuple[s
         reader.join()
     assert len(results) == 3 and slow.wait(5).count(5) == 1  # what is on its way is waited for, not fetched twice
     assert slow.begun[4:] == [1]
-    data.soon([8, 1])  # 2 is wanted no more
+    data.prefetch([8, 1])  # 2 is wanted no more
     for gate in slow.gates:
         gate.set()
     assert slow.wait(6)[5:] == [8]
@@ -349,10 +349,10 @@ def test_fetching_ahead_stays_within_the_bound(
     url, slow, size = many
     for gate in slow.gates:
         gate.set()
-    data = open_cache(url, local_copy=3.9 * size / GIB)
-    data.soon([0, 1, 2, 3, 4, 5])
+    data = open_cache(url, shard_cache_gib=3.9 * size / GIB)
+    data.prefetch([0, 1, 2, 3, 4, 5])
     assert sorted(slow.wait(3)) == [0, 1, 2]
-    data.soon([1, 2, 3, 4, 5])
+    data.prefetch([1, 2, 3, 4, 5])
     assert slow.wait(4)[3:] == [3]  # in place of 0
     data.image(2), data.image(4), data.image(6)
     assert len(slow.begun) == 4 and len(copies(memory)) == 3 and not capsys.readouterr().err
@@ -375,7 +375,7 @@ def test_a_background_failure_is_left_to_the_reader(
 
     working = remote.download
     monkeypatch.setattr(remote, "download", fail)
-    data.soon([1])
+    data.prefetch([1])
     assert failed.wait(10)
     with pytest.raises(UserError, match="down"):
         data.image(2)
@@ -391,14 +391,14 @@ def test_batches_do_not_depend_on_the_bound(many: tuple[str, Slow, int], shards:
     for gate in slow.gates:
         gate.set()
 
-    def batches(source: Source) -> torch.Tensor:
+    def batches(source: ImageDataset) -> torch.Tensor:
         crop, shard = SimpleResizedCrop(16), BatchShard(10, 0)
-        with Loader(source, crop, shard, skipped=Skipped(None, len(source), 0.5), threads=3) as loader:
+        with Loader(source, crop, shard, skipped=BadImageLog(None, len(source), 0.5), threads=3) as loader:
             return torch.cat([next(loader).images.clone() for _ in range(9)])
 
     near = open_cache(cache_path("made", "") / "many")
     expected = {near.image(i)[:, :16, :16].numpy().tobytes() for i in range(80)}
-    first = batches(open_cache(url, local_copy=shards * size / GIB))
+    first = batches(open_cache(url, shard_cache_gib=shards * size / GIB))
     assert torch.equal(first, batches(open_cache(url)))
     assert len(expected) == 80 and len(copies(memory)) > WINDOW
 
@@ -418,13 +418,13 @@ def test_what_is_in_memory_is_not_fetched_again(many: tuple[str, Slow, int], mem
     url, slow, size = many
     for gate in slow.gates:
         gate.set()
-    kept = InMemoryDataset(open_cache(url, local_copy=2 * size / GIB))
-    kept.soon([1, 0])
+    kept = InMemoryDataset(open_cache(url, shard_cache_gib=2 * size / GIB))
+    kept.prefetch([1, 0])
     for index in (2, 3, 0):  # all of shard 1, and half of 0
         kept.image(index)
-    kept.soon([0, 5])
+    kept.prefetch([0, 5])
     assert slow.wait(3)[2:] == [5]  # in place of 1
-    kept.soon([1, 0, 6])
+    kept.prefetch([1, 0, 6])
     assert slow.wait(4)[3:] == [6] and len(copies(memory)) == 2
 
 
@@ -434,10 +434,13 @@ def test_a_run_from_far_away(server: Server, served: Path, tmp_path: Path, tiny_
 
 
 def test_what_was_measured_of_a_cache_goes_along(server: Server, served: Path) -> None:
-    assert recall(f"{server.url}/cached", Form()) is None and recall(f"{server.url}/shards/*.tar", Form()) is None
+    assert (
+        load_statistics(f"{server.url}/cached", ImageSpec()) is None
+        and load_statistics(f"{server.url}/shards/*.tar", ImageSpec()) is None
+    )
     stats = Stats((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 18, 18)
-    remember(str(served / "cached"), Form(), stats)
-    assert recall(f"{server.url}/cached/", Form()) == stats
+    remember(str(served / "cached"), ImageSpec(), stats)
+    assert load_statistics(f"{server.url}/cached/", ImageSpec()) == stats
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from helpers.shards import colours, keys, picture, shard, write
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import BadImage, Form
+from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.shards import index as webdataset
 from pixmim.data.shards import webdataset as foreign
@@ -43,7 +43,7 @@ def test_ways_to_name_shards(shards: Path, spec: str) -> None:
     assert colours(data) == list(range(12)) and data.pieces is None and data.sizes is None
     assert data.labels is not None and data.labels.tolist() == [v % 3 for v in range(12)]
     assert data.classes == ["0", "1", "2"] and data.about == "read from shards on disk"
-    assert data.locate(5) == f"{shards}/train-001.tar:0005"
+    assert data.path_of(5) == f"{shards}/train-001.tar:0005"
 
 
 def test_one_tar_and_names_of_classes(shards: Path) -> None:
@@ -246,7 +246,7 @@ def test_what_the_files_hold_is_known(tmp_path: Path) -> None:
     write(tmp_path / "x.tar", [("a.png", deep.getvalue()), ("b.png", deep.getvalue()), ("c.npy", array.getvalue())])
     data = open_dataset(str(tmp_path / "x.tar"))
     assert kinds(data, [0, 1, 2]) == {(1, "uint16"): 2, (1, "float32"): 1}
-    form = Form(1, "uint16")
+    form = ImageSpec(1, "uint16")
     assert open_dataset(str(tmp_path / "x.tar"), form).image(1).flatten().tolist() == list(range(600))
     make_cache(open_dataset(str(tmp_path / "x.tar"), form), tmp_path / "cached", (20, 20), kind="raw")
     cached = open_cache(tmp_path / "cached", form)

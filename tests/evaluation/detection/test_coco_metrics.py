@@ -16,7 +16,7 @@ from rich.console import Console
 
 pytest.importorskip("faster_coco_eval")
 
-from pixmim.data.dataset import COLOUR, BadImage
+from pixmim.data.dataset import RGB, BadImage
 from pixmim.evaluation.annotations import box_around
 from pixmim.evaluation.detection import _masks, _only_masked, _tell
 from pixmim.evaluation.detection.coco_metrics import Found, Tally
@@ -177,7 +177,7 @@ def coco_set(tmp_path: Path) -> Path:
 
 
 def test_coco_is_read_with_gaps_crowds_and_images_without_boxes(coco_set: Path) -> None:
-    data = open_annotated(str(coco_set / "annotations" / "instances_few.json"), "", COLOUR)
+    data = open_annotated(str(coco_set / "annotations" / "instances_few.json"), "", RGB)
     assert data.classes == ["bicycle", "tooth"] and data.masks and len(data.images) == 3
     assert "1 boxes reach beyond" in data.about and "2 boxes are empty, or outside" in data.about
     first, second, third = (data.objects(i) for i in range(3))
@@ -203,7 +203,7 @@ def test_what_is_wrong_with_a_coco_file_is_named(coco_set: Path) -> None:
     def fails(match: str, **changes: Any) -> None:
         file.write_text(json.dumps({k: v for k, v in (whole | changes).items() if v is not None}))
         with pytest.raises(UserError, match=match):
-            open_annotated(str(file), "", COLOUR)
+            open_annotated(str(file), "", RGB)
 
     fails("lacks 'annotations'", annotations=None)
     fails("number 0 of its images lacks 'height'", images=[{"id": 7, "file_name": "7.png"}])
@@ -215,14 +215,14 @@ def test_what_is_wrong_with_a_coco_file_is_named(coco_set: Path) -> None:
     fails("lists no images", images=[], annotations=[])
     file.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        open_annotated(str(file), "", COLOUR)
+        open_annotated(str(file), "", RGB)
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        open_annotated(str(coco_set / "none.json"), "", COLOUR)
+        open_annotated(str(coco_set / "none.json"), "", RGB)
     file.write_text(json.dumps(whole))
     with pytest.raises(UserError, match=r"no folder .*nowhere .*: name it with --test-images FOLDER"):
-        open_annotated(str(file), str(coco_set / "nowhere"), COLOUR, "--test-images")
+        open_annotated(str(file), str(coco_set / "nowhere"), RGB, "--test-images")
     Image.new("RGB", (20, 30)).save(coco_set / "few" / "3.png")
-    data = open_annotated(str(file), str(coco_set / "few"), COLOUR)
+    data = open_annotated(str(file), str(coco_set / "few"), RGB)
     with pytest.raises(BadImage, match="30x20 pixels, and its boxes were made for 20x30"):
         read(data, 1)
     (coco_set / "few" / "3.png").unlink()
@@ -274,7 +274,7 @@ def test_one_odd_annotation_is_counted_and_costs_itself(
     more = [annotation(id=i, image_id=3, bbox=[i, 2, 10, 10]) for i in (2, 3)]
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"annotations": [good, *more, odd]}))
-    data = open_annotated(str(file), "", COLOUR)
+    data = open_annotated(str(file), "", RGB)
     assert said in data.about and len(data.about.splitlines()) == bool(said)
     assert not said or f"(the first is annotation {odd['id']})" in data.about
     assert sum(data.counts) == 3 + (masked is not None)
@@ -286,7 +286,7 @@ def test_one_odd_annotation_is_counted_and_costs_itself(
     file.write_text(json.dumps(content | {"annotations": [good, *[odd | {"id": i} for i in (17, 18)]]}))
     if "annotations have a" in said or "masks have" in said:
         with pytest.raises(UserError, match=f"more than a quarter of its 3 annotations are broken:\n2 .*{said[2:40]}"):
-            open_annotated(str(file), "", COLOUR)
+            open_annotated(str(file), "", RGB)
 
 
 def test_one_object_without_a_mask_leaves_masks_to_be_learned(coco_set: Path) -> None:
@@ -303,7 +303,7 @@ def test_one_object_without_a_mask_leaves_masks_to_be_learned(coco_set: Path) ->
         ([odd], "auto", False, "1 of the 1 objects .* usable mask"),
     ):
         file.write_text(json.dumps(content | {"annotations": annotations}))
-        data = open_annotated(str(file), "", COLOUR)
+        data = open_annotated(str(file), "", RGB)
         console = Console(file=io.StringIO(), width=500)
         settings = DetectionSettings(masks=masks)  # type: ignore[arg-type]
         assert _masks(settings, data, data, console) == expected
@@ -311,14 +311,14 @@ def test_one_object_without_a_mask_leaves_masks_to_be_learned(coco_set: Path) ->
     with pytest.raises(UserError, match="--masks yes, but no object of"):
         _masks(DetectionSettings(masks="yes"), data, data, console)
     file.write_text(json.dumps(content | {"annotations": most}))
-    data = _only_masked(open_annotated(str(file), "", COLOUR))
+    data = _only_masked(open_annotated(str(file), "", RGB))
     assert data.objects(0).crowd.tolist() == [False, True]
     assert len(target(data.objects(0), fitted((20, 30), 60), masks=True)["masks"]) == 1
 
 
 def test_first_lines_tell_classes_and_what_is_left_out(coco_set: Path) -> None:
     file = coco_set / "annotations" / "instances_few.json"
-    data, console = open_annotated(str(file), "", COLOUR), Console(file=io.StringIO(), width=500)
+    data, console = open_annotated(str(file), "", RGB), Console(file=io.StringIO(), width=500)
     _tell(data, replace(data, counts=[1, 0]), console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "train data: 2 objects in 3 images of 2 classes: bicycle 50.0 %, tooth 50.0 %" in said

@@ -16,11 +16,11 @@ from torchvision.ops import roi_align
 pytest.importorskip("faster_coco_eval")
 
 from pixmim.build import build_model
-from pixmim.config import Model, PretrainConfig
+from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.config_io import to_json
-from pixmim.data.dataset import COLOUR
+from pixmim.data.dataset import RGB
 from pixmim.evaluation import detection
-from pixmim.evaluation.context import Bench
+from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.detection import train as training
 from pixmim.evaluation.detection.backbone import build_maps
 from pixmim.evaluation.detection.dataset import open_annotated
@@ -35,7 +35,7 @@ from pixmim.evaluation.detection.window_attention import (
     through,
 )
 from pixmim.evaluation.evaluate import evaluate
-from pixmim.evaluation.frozen_encoder import Encoder, anew, in_training
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, rebuild_at_size, wrap_live_encoder
 from pixmim.evaluation.settings import DetectionSettings
 from pixmim.models import create_encoder
 from pixmim.utils.errors import UserError
@@ -47,10 +47,14 @@ SWIN = {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 4], "pat
 BEIT = {**VIT, "init_values": 0.1}
 CONVMAE = {"embed_dim": [16, 24, 32], "depth": [1, 1, 3], "num_heads": 2}
 MODELS = {
-    "vit": Model(backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=VIT),
-    "beit": Model("simmim", "beit_base_patch16_224", options=BEIT),
-    "swin": Model("simmim", "swin_tiny_patch4_window7_224", options=SWIN),
-    "convmae": Model("convmae", "convmae_tiny", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=CONVMAE),
+    "vit": ArchitectureConfig(
+        backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=VIT
+    ),
+    "beit": ArchitectureConfig("simmim", "beit_base_patch16_224", options=BEIT),
+    "swin": ArchitectureConfig("simmim", "swin_tiny_patch4_window7_224", options=SWIN),
+    "convmae": ArchitectureConfig(
+        "convmae", "convmae_tiny", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=CONVMAE
+    ),
 }
 TINY = DetectionSettings(
     "shapes:count=24,size=40",
@@ -68,9 +72,9 @@ TINY = DetectionSettings(
 )
 
 
-def encoder_of(family: str) -> Encoder:
+def encoder_of(family: str) -> FrozenEncoder:
     run = PretrainConfig(data="shapes:", size="32", model=MODELS[family])
-    return in_training(run, build_model(run).encoder, CPU, "fp32", step=3)
+    return wrap_live_encoder(run, build_model(run).encoder, CPU, "fp32", step=3)
 
 
 def plain(**options: object) -> VisionTransformer:
@@ -160,7 +164,7 @@ def test_beits_biases_in_a_window_are_the_near_ones_of_its_table() -> None:
 @pytest.mark.parametrize(("family", "finest"), [("vit", 2), ("beit", 2), ("swin", 2), ("convmae", 4)])
 def test_every_family_gives_five_maps_and_stays_timms(family: str, finest: int) -> None:
     encoder = encoder_of(family)
-    module = anew(encoder, "64x96", drop_path_rate=0.1)
+    module = rebuild_at_size(encoder, "64x96", drop_path_rate=0.1)
     names = set(module.state_dict())
     maps = build_maps(module, 16, window=4)
     found = maps(torch.randn(2, 3, 64, 96))
@@ -199,16 +203,16 @@ def test_rates_fall_by_layer_and_by_time() -> None:
 
 
 @pytest.fixture
-def undisturbed(tmp_path: Path) -> Iterator[tuple[Bench, dict[str, Tensor]]]:
+def undisturbed(tmp_path: Path) -> Iterator[tuple[EvalContext, dict[str, Tensor]]]:
     """A bench, and what training on it gives where nothing interrupts."""
-    whole = Bench(encoder_of("vit"), tmp_path / "whole")
+    whole = EvalContext(encoder_of("vit"), tmp_path / "whole")
     data = open_annotated(TINY.train, "", whole.encoder.form)
     model = training.trained(whole, TINY, data, True)
-    yield Bench(whole.encoder, tmp_path / "broken"), dict(model.state_dict())
+    yield EvalContext(whole.encoder, tmp_path / "broken"), dict(model.state_dict())
 
 
 def test_training_goes_on_bitwise_after_an_interruption(
-    undisturbed: tuple[Bench, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+    undisturbed: tuple[EvalContext, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, wanted = undisturbed
     data, calls, losses = open_annotated(TINY.train, "", bench.encoder.form), [], training.losses
@@ -230,7 +234,7 @@ def test_training_goes_on_bitwise_after_an_interruption(
 
 
 def test_loss_falls(tmp_path: Path) -> None:
-    bench = Bench(encoder_of("vit"), tmp_path)
+    bench = EvalContext(encoder_of("vit"), tmp_path)
     settings = replace(TINY, steps=20, masks="no", relative_positions=False, jitter=(1.0, 1.0), lr=3e-3)
     training.trained(bench, settings, open_annotated(TINY.train, "", bench.encoder.form), False)
     lines = (bench.work("detection", settings) / "metrics.jsonl").read_text().splitlines()
@@ -243,7 +247,7 @@ def test_every_family_is_measured_and_drawn(family: str, tmp_path: Path) -> None
     run = PretrainConfig(data="shapes:", size="32", model=MODELS[family], seed=2)
     (tmp_path / "config.json").write_text(to_json(run))
     save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
-    settings = replace(TINY, steps=2, accumulate=2, masks="auto" if family == "vit" else "no")
+    settings = replace(TINY, steps=2, accumulation_steps=2, masks="auto" if family == "vit" else "no")
     (result,) = evaluate(str(tmp_path), [("detection", settings)], tmp_path, device="cpu", precision="fp32")
     assert ("mask/AP" in result.values) == (family == "vit")
     assert 0 <= result.values["box/AP"] <= result.values["box/AP50"] <= 100
@@ -256,13 +260,13 @@ def test_lower_precision_leaves_boxes_in_float32(tmp_path: Path) -> None:
     encoder = replace(encoder_of("vit"), precision="bf16")
     model = training.build(encoder, TINY, 10, True).eval()
     assert all(m.dtype == torch.float32 for m in model.backbone(torch.randn(1, 3, 32, 32)).values())
-    values = dict(detection.evaluate_detection(Bench(encoder, tmp_path), replace(TINY, steps=1)))
+    values = dict(detection.evaluate_detection(EvalContext(encoder, tmp_path), replace(TINY, steps=1)))
     assert values["box/AP"] >= 0
 
 
 def test_what_is_found_exactly_is_worth_a_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way back from the square to the image: a detector that knows the truth gets all points for boxes."""
-    test = open_annotated(TINY.test, "", COLOUR)
+    test = open_annotated(TINY.test, "", RGB)
     shown = iter(range(len(test.images)))
 
     def oracle(model: object, images: Tensor) -> list[dict[str, Tensor]]:
@@ -275,18 +279,18 @@ def test_what_is_found_exactly_is_worth_a_hundred(tmp_path: Path, monkeypatch: p
         return [{"boxes": boxes, "labels": wanted["labels"], "scores": torch.ones(len(boxes)), "masks": masks}]
 
     monkeypatch.setattr(detection, "detect", oracle)
-    bench = Bench(encoder_of("vit"), tmp_path)
+    bench = EvalContext(encoder_of("vit"), tmp_path)
     values = dict(detection.evaluate_detection(bench, replace(TINY, steps=1, size=160)))
     assert values["box/AP75"] == values["mask/AP75"] == 100 and values["box/AP"] > 90 and values["mask/AP"] > 80
 
 
 def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
-    bench = Bench(encoder_of("vit"), tmp_path, console=Console(quiet=True))
+    bench = EvalContext(encoder_of("vit"), tmp_path, console=Console(quiet=True))
     for changes, match in (
         ({"train": "", "test": ""}, "Give --data COCO, or --train and --test"),
         ({"data": "coco"}, "leave out --train"),
         ({"train": "", "test": "", "data": str(tmp_path / "coco")}, "instances_train2017.json cannot be read"),
-        ({"batch_size": 3, "accumulate": 2}, "does not divide"),
+        ({"batch_size": 3, "accumulation_steps": 2}, "does not divide"),
         ({"steps": 0}, "--steps must be a whole number from 1"),
         ({"window": 0}, "--window must be a whole number from 1 to 1,024, not 0"),
         ({"jitter": (0.0, 1.0)}, "--jitter must be a number from 0.01"),

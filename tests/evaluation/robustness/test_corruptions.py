@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pixmim.data.synthetic import Shapes
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.robustness.blur import disk, glass
 from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, corrupt
 from pixmim.evaluation.robustness.filters import crystals, enlarge, plasma, smear, smooth
@@ -25,7 +25,7 @@ RELATIVE = {"elastic_transform", "frost", "glass_blur"}
 
 
 def pictures(size: int, count: int = 4) -> list[Tensor]:
-    data = Shapes(count=count, size=size)
+    data = SyntheticShapes(count=count, size=size)
     return [evaluation_crop(size).crop(data.image(i)) for i in range(count)]
 
 

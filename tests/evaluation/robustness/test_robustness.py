@@ -14,31 +14,31 @@ from torch import nn
 from torch.nn import functional as F
 
 from pixmim.build import build_encoder
-from pixmim.config import Model, PretrainConfig
+from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.data import open_dataset
-from pixmim.data.synthetic import Shapes
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation import imagenet_classes as imagenet
 from pixmim.evaluation import knn, robustness, shape_bias
 from pixmim.evaluation import linear_probe as linear
-from pixmim.evaluation.context import Bench
-from pixmim.evaluation.features import freeze
-from pixmim.evaluation.frozen_encoder import in_training, of_model
+from pixmim.evaluation.context import EvalContext
+from pixmim.evaluation.features import extract_features
+from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.linear_probe import fit_sweep
 from pixmim.evaluation.robustness import ALEXNET, corruption_errors, count
 from pixmim.evaluation.settings import KnnSettings, LinearSettings, RobustnessSettings, ShapeBiasSettings
 from pixmim.evaluation.shape_bias import shape_decisions
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
-from pixmim.weights.load import adopt, open_model
+from pixmim.weights.load import import_weights, resolve_model
 from pixmim.weights.save import save_tensors
 
 Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=400,size=32", "shapes:count=150,size=32,seed=1"
 
 
-def bench_of(run: PretrainConfig, folder: Path, module: nn.Module | None = None) -> Bench:
+def bench_of(run: PretrainConfig, folder: Path, module: nn.Module | None = None) -> EvalContext:
     module = (module or build_encoder(run)).eval()
-    return Bench(in_training(run, module, torch.device("cpu"), "fp32"), folder)
+    return EvalContext(wrap_live_encoder(run, module, torch.device("cpu"), "fp32"), folder)
 
 
 def classifier(run: PretrainConfig, classes: int) -> PretrainConfig:
@@ -171,7 +171,7 @@ def test_public_sets_need_a_classifier_of_imagenet(name: str, tiny_run: Make, tm
 
 TAUGHT = PretrainConfig(
     size="32",
-    model=Model(
+    model=ArchitectureConfig(
         "convmae",
         "convmae_tiny",
         options={"embed_dim": [24, 48, 64], "depth": [1, 1, 1], "num_heads": 2, "mlp_ratio": 2.0, "num_classes": 10},
@@ -183,9 +183,9 @@ TAUGHT = PretrainConfig(
 def of_textures() -> nn.Module:
     """A tiny classifier, taught in seconds to name textures; convolutions learn them sooner than a ViT does."""
     torch.manual_seed(0)
-    data, crop = Shapes(count=2000, size=32), evaluation_crop(32)
+    data, crop = SyntheticShapes(count=2000, size=32), evaluation_crop(32)
     images = torch.stack([crop.crop(data.image(i)) for i in range(len(data))]).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in TAUGHT.statistics)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in TAUGHT.normalization)
     images, labels = (images - mean) / std, torch.from_numpy(data.texture_labels)
     module = build_encoder(TAUGHT)
     optimizer = torch.optim.AdamW(module.parameters(), lr=4e-3)
@@ -288,18 +288,18 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
     settings = RobustnessSettings(test=str(tmp_path / "test"), corruptions=("contrast",), severities=(1,))
 
     def measured(file: Path) -> dict[str, float]:
-        encoder = of_model(str(file), device="cpu", precision="fp32")
-        return dict(robustness.evaluate_robustness(Bench(encoder, tmp_path), settings))
+        encoder = load_frozen_encoder(str(file), device="cpu", precision="fp32")
+        return dict(robustness.evaluate_robustness(EvalContext(encoder, tmp_path), settings))
 
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         state = module.state_dict() | {f"head.{k}": v[order] for k, v in module.head.state_dict().items()}  # type: ignore[union-attr]
         file = tmp_path / f"{order}.safetensors"
         save_tensors(state, file, run, 3, 3, {"classes": json.dumps([names[i] for i in order])})
         found.append(measured(file))
-    adopt(open_model(str(file)), tmp_path / "imported")
+    import_weights(resolve_model(str(file)), tmp_path / "imported")
     found.append(measured(tmp_path / "imported"))
     assert all(other == pytest.approx(found[0]) for other in found)
-    answers = module(of_model(str(file), device="cpu").ready(torch.stack([
+    answers = module(load_frozen_encoder(str(file), device="cpu").ready(torch.stack([
         evaluation_crop((32, 32)).crop(image) for image in map(open_dataset(settings.test).image, range(24))
     ]))).argmax(dim=1)  # fmt: skip
     wanted = torch.from_numpy(open_dataset(settings.test).labels)
@@ -310,7 +310,7 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
         measured(file)
     save_tensors(module.state_dict(), file, run, 3, 3, {"classes": '["a", "b"]'})
     with pytest.raises(UserError, match="names 2 classes, and its classifier has 3"):
-        of_model(str(file), device="cpu")
+        load_frozen_encoder(str(file), device="cpu")
 
 
 def test_shape_decisions_against_a_loop() -> None:
@@ -406,8 +406,8 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
 
     train = open_dataset("shapes:count=500,size=32")
     stimuli = open_dataset("shapes:count=200,size=32,texture=conflict,seed=2")
-    assert isinstance(train, Shapes) and isinstance(stimuli, Shapes)
-    voters, asked = freeze(bench.encoder, train), freeze(bench.encoder, stimuli)
+    assert isinstance(train, SyntheticShapes) and isinstance(stimuli, SyntheticShapes)
+    voters, asked = extract_features(bench.encoder, train), extract_features(bench.encoder, stimuli)
     shapes, textures = shape_bias.cues(stimuli, voters.classes)
     assert textural["probe/majority"] == pytest.approx(100 * max(torch.bincount(shapes).tolist()) / 200)
     biases = [
@@ -430,11 +430,11 @@ def test_classifiers_keep_their_heads(tiny_run: Make, tmp_path: Path, monkeypatc
     run = classifier(tiny_run(), 10)
     module = build_encoder(run)
     save_tensors(module.state_dict(), tmp_path / "fine-tuned.safetensors", run, 3)
-    assert of_model(str(tmp_path / "fine-tuned.safetensors"), device="cpu").classes == 10
+    assert load_frozen_encoder(str(tmp_path / "fine-tuned.safetensors"), device="cpu").classes == 10
     assert bench_of(tiny_run(), tmp_path).encoder.classes == 0
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))
     name = "timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    assert of_model(name, device="cpu").classes == 1000
-    assert "encoder.head.weight" not in open_model(name).tensors
+    assert load_frozen_encoder(name, device="cpu").classes == 1000
+    assert "encoder.head.weight" not in resolve_model(name).tensors

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.build import build_model
-from pixmim.config import Model, PretrainConfig
+from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.config_io import to_json
-from pixmim.data.bad_images import Skipped
-from pixmim.data.dataset import BadImage, Form
-from pixmim.evaluation.context import Bench
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import BadImage, ImageSpec
+from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.evaluate import evaluate
-from pixmim.evaluation.frozen_encoder import Encoder, anew, in_training, of_model
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, rebuild_at_size, wrap_live_encoder
 from pixmim.evaluation.segmentation import check_masks, evaluate_segmentation, one_by_one
 from pixmim.evaluation.segmentation.augment import JitteredCrop, distort, mirrored, nearest
-from pixmim.evaluation.segmentation.dataset import IGNORE, open_pairs
+from pixmim.evaluation.segmentation.dataset import IGNORE, open_segmentation
 from pixmim.evaluation.segmentation.heads import Segmenter, loss_of
 from pixmim.evaluation.segmentation.metrics import confusion_matrix, segmentation_metrics
 from pixmim.evaluation.segmentation.sliding_window import largest, segment, starts
@@ -36,7 +36,7 @@ from pixmim.evaluation.settings import SegmentationSettings
 from pixmim.evaluation.visualize import class_colors, overlay_mask
 from pixmim.models import features
 from pixmim.models.feature_maps import maps, widths
-from pixmim.transforms.crops import finish
+from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 
@@ -45,18 +45,18 @@ TRAIN, TEST = "shapes:count=60,size=32", "shapes:count=12,size=32,seed=1"
 QUICK = SegmentationSettings(TRAIN, TEST, size="32", steps=6, batch_size=4, width=16, threads=2, lr=3e-3, warmup=2)
 
 FAMILIES = {
-    "vit": Model(
+    "vit": ArchitectureConfig(
         backbone="vit_tiny_patch16_224", options={"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
     ),
-    "beit": Model(
+    "beit": ArchitectureConfig(
         "simmim", "beit_base_patch16_224", options={"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
     ),
-    "swin": Model(
+    "swin": ArchitectureConfig(
         "simmim",
         "swin_tiny_patch4_window7_224",
         options={"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4},
     ),
-    "convmae": Model(
+    "convmae": ArchitectureConfig(
         "convmae",
         "convmae_tiny",
         decoder_dim=16,
@@ -67,8 +67,8 @@ FAMILIES = {
 }
 
 
-def encoder_of(run: PretrainConfig) -> Encoder:
-    return in_training(run, build_model(run).encoder.eval(), torch.device("cpu"), "fp32")
+def encoder_of(run: PretrainConfig) -> FrozenEncoder:
+    return wrap_live_encoder(run, build_model(run).encoder.eval(), torch.device("cpu"), "fp32")
 
 
 def save_pair(root: Path, name: str, size: tuple[int, int], mask: np.ndarray | None, folder: str = "masks") -> None:
@@ -141,18 +141,18 @@ def test_pairs_of_a_folder(tmp_path: Path) -> None:
     palette.putpalette([9, 9, 9] * 256)
     palette.save(tmp_path / "masks" / "two.png")
     for channels in (1, 3):
-        pairs = open_pairs(str(tmp_path), Form(channels), "training")
+        pairs = open_segmentation(str(tmp_path), ImageSpec(channels), "training")
         assert len(pairs) == 2 and pairs.classes == ["class 0", "class 1", "class 2"]
-        assert pairs.locate(0).endswith("images/a/one.png")
+        assert pairs.path_of(0).endswith("images/a/one.png")
         for index in (0, 1):
             assert pairs.image(index).shape == (channels + 1, 12, 20)
             assert (pairs.image(index)[-1].numpy() == mask).all()
     (tmp_path / "classes.txt").write_text("sky\nroad\ncar\nrider\n")
-    assert open_pairs(str(tmp_path), Form(), "training").classes == ["sky", "road", "car", "rider"]
+    assert open_segmentation(str(tmp_path), ImageSpec(), "training").classes == ["sky", "road", "car", "rider"]
     with pytest.raises(UserError, match="4 instead of 2"):
-        open_pairs(str(tmp_path), Form(), "validation", ["sky", "road"])
+        open_segmentation(str(tmp_path), ImageSpec(), "validation", ["sky", "road"])
     with pytest.raises(UserError, match="number 1 is 'road' instead of 'lane'"):
-        open_pairs(str(tmp_path), Form(), "validation", ["sky", "lane", "car", "rider"])
+        open_segmentation(str(tmp_path), ImageSpec(), "validation", ["sky", "lane", "car", "rider"])
 
 
 def test_pairs_in_ade20ks_layout(tmp_path: Path) -> None:
@@ -163,20 +163,20 @@ def test_pairs_in_ade20ks_layout(tmp_path: Path) -> None:
     (tmp_path / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t.1\t1\t1\t1\twall\n2\t.1\t1\t1\t0\tflag, banner\n"
     )
-    train, test = (open_pairs(str(tmp_path), Form(), part) for part in ("training", "validation"))
+    train, test = (open_segmentation(str(tmp_path), ImageSpec(), part) for part in ("training", "validation"))
     assert (len(train), len(test)) == (2, 1) and train.classes == ["wall", "flag"]
     assert train.image(0)[-1].tolist() == [[IGNORE, 0], [1, IGNORE]]
-    assert test.locate(0).endswith("images/validation/c.png")
+    assert test.path_of(0).endswith("images/validation/c.png")
 
 
 def test_what_makes_no_pair_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
-        open_pairs(str(tmp_path / "nowhere"), Form(), "training")
+        open_segmentation(str(tmp_path / "nowhere"), ImageSpec(), "training")
     with pytest.raises(UserError, match="holds no pairs: pictures belong into"):
-        open_pairs(str(tmp_path), Form(), "training")
+        open_segmentation(str(tmp_path), ImageSpec(), "training")
     save_pair(tmp_path, "lonely", (4, 4), None)
     with pytest.raises(UserError, match="has a mask with a class"):
-        open_pairs(str(tmp_path), Form(), "training")
+        open_segmentation(str(tmp_path), ImageSpec(), "training")
     (tmp_path / "classes.txt").write_text("a\nb\n")
     save_pair(tmp_path, "small", (4, 4), np.zeros((4, 5), np.uint8))
     save_pair(tmp_path, "many", (4, 4), np.full((4, 4), 2, np.uint8))
@@ -185,18 +185,18 @@ def test_what_makes_no_pair_is_named(tmp_path: Path) -> None:
     save_pair(tmp_path, "broken", (4, 4), np.zeros((4, 4), np.uint8))
     (tmp_path / "masks" / "broken.png").write_bytes(b"\x89PNG and no more")
     save_pair(tmp_path, "whole", (4, 4), np.ones((4, 4), np.uint8))
-    pairs = open_pairs(str(tmp_path), Form(), "training")
+    pairs = open_segmentation(str(tmp_path), ImageSpec(), "training")
     said = {}
     for index in range(len(pairs)):
         try:
             pairs.image(index)
         except BadImage as error:
-            said[Path(pairs.locate(index)).stem] = str(error)
+            said[Path(pairs.path_of(index)).stem] = str(error)
     assert said.keys() == {"lonely", "small", "many", "deep", "colour", "broken"}
     assert "there is no mask" in said["lonely"] and "of another size: 5x4 pixels, and the picture 4x4" in said["small"]
     assert "no class: 2, and there are 2" in said["many"] and "no class: 999" in said["deep"]
     assert "mode RGB" in said["colour"] and "cannot be read" in said["broken"]
-    skipped = Skipped(tmp_path / "skipped.csv", len(pairs), 1.0)
+    skipped = BadImageLog(tmp_path / "skipped.csv", len(pairs), 1.0)
     assert [index for index, _ in one_by_one(pairs, skipped, threads=2)] == [6] and len(skipped) == 6
     assert set(skipped.reasons.split("; ")) == {
         "1 x there is no mask",
@@ -243,8 +243,8 @@ def test_what_values_of_masks_mean(mask: np.ndarray, options: dict[str, Any], fo
         save_pair(tmp_path, name, mask.shape, mask)  # type: ignore[arg-type]
     console = Console(file=io.StringIO(), width=500)
     try:
-        pairs = open_pairs(str(tmp_path), Form(), "training", **options)
-        check_masks(pairs, Skipped(None, 2, 0.25), "train", console)
+        pairs = open_segmentation(str(tmp_path), ImageSpec(), "training", **options)
+        check_masks(pairs, BadImageLog(None, 2, 0.25), "train", console)
         said = console.file.getvalue()  # type: ignore[attr-defined]
     except UserError as error:
         said = str(error)
@@ -257,12 +257,17 @@ def test_binary_masks_in_ade20ks_layout_and_names_without_pixels(tmp_path: Path)
         for name in "abcde":
             save_pair(tmp_path, f"{part}/{name}", (16, 16), mask_of(0, 1))
     with pytest.raises(UserError, match="--ignore none every value a class"):
-        check_masks(open_pairs(str(tmp_path), Form(), "training"), Skipped(None, 5, 0.25), "train", Console(quiet=True))
+        check_masks(
+            open_segmentation(str(tmp_path), ImageSpec(), "training"),
+            BadImageLog(None, 5, 0.25),
+            "train",
+            Console(quiet=True),
+        )
     (tmp_path / "classes.txt").write_text("road\ncar\nrider\n")
     (tmp_path / "masks" / "training" / "c.png").unlink()
-    train = open_pairs(str(tmp_path), Form(), "training", ignore="none")
+    train = open_segmentation(str(tmp_path), ImageSpec(), "training", ignore="none")
     console = Console(file=io.StringIO(), width=500)
-    check_masks(train, Skipped(None, 5, 0.25), "train", console)
+    check_masks(train, BadImageLog(None, 5, 0.25), "train", console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "train masks: 4 images of 3 classes: road 50.0 %, car 50.0 %, rider 0.0 %" in said
     assert "1 of 5 pairs are left out: 1 x there is no mask" in said
@@ -270,14 +275,14 @@ def test_binary_masks_in_ade20ks_layout_and_names_without_pixels(tmp_path: Path)
     for name in "de":
         (tmp_path / "masks" / "training" / f"{name}.png").unlink()
     with pytest.raises(UserError, match="3 of the first 5 images cannot be read"):
-        check_masks(train, Skipped(None, 5, 0.25), "train", Console(quiet=True))
+        check_masks(train, BadImageLog(None, 5, 0.25), "train", Console(quiet=True))
 
 
 def test_drawn_masks_are_the_objects_pixels() -> None:
-    pairs = open_pairs(TEST, Form(), "validation")
-    from pixmim.data.synthetic import Shapes
+    pairs = open_segmentation(TEST, ImageSpec(), "validation")
+    from pixmim.data.synthetic import SyntheticShapes
 
-    sample = Shapes.from_spec(TEST).sample(3)
+    sample = SyntheticShapes.from_spec(TEST).sample(3)
     assert pairs.classes[0] == "background" and len(pairs.classes) == 11
     assert (pairs.image(3)[-1].numpy() == sample.mask * (sample.shape + 1)).all()
 
@@ -358,7 +363,7 @@ def test_colours_follow_a_loop_over_pixels() -> None:
 def test_four_maps_of_every_encoder(family: str, tiny_run: Make) -> None:
     """Shapes at another size than the encoder was made for; the last map is what the features' is made of."""
     encoder = encoder_of(tiny_run(model=FAMILIES[family]))
-    module = anew(encoder, "64x128" if family != "swin" else "128x128").eval()
+    module = rebuild_at_size(encoder, "64x128" if family != "swin" else "128x128").eval()
     x = torch.randn(2, 3, *((64, 128) if family != "swin" else (128, 128)))
     found = maps(module, x)
     assert [m.shape[1] for m in found] == widths(module)
@@ -386,7 +391,7 @@ def test_depths_are_those_of_beit_and_mae(tiny_run: Make) -> None:
 def test_an_encoder_made_anew_at_its_own_size_is_the_same(tiny_run: Make) -> None:
     for model in FAMILIES.values():
         encoder = encoder_of(tiny_run(model=model))
-        again, x = anew(encoder, "32", drop_path_rate=0.5).eval(), torch.randn(2, 3, 32, 32)
+        again, x = rebuild_at_size(encoder, "32", drop_path_rate=0.5).eval(), torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(features(again, x).map, features(encoder.module, x).map)
         rates = [m.drop_prob for m in again.modules() if hasattr(m, "drop_prob")]
         assert max(rates) == pytest.approx(0.5)
@@ -397,7 +402,7 @@ def test_an_encoder_made_anew_at_its_own_size_is_the_same(tiny_run: Make) -> Non
 def test_every_encoder_learns_under_both_heads(family: str, head: str, tiny_run: Make, tmp_path: Path) -> None:
     """A few updates through the whole evaluation; and all that is not frozen moves, all that is frozen does not."""
     size = "64" if family in ("swin", "convmae") else "32x48"
-    settings = replace(QUICK, head=head, size=size, steps=3, accumulate=2)
+    settings = replace(QUICK, head=head, size=size, steps=3, accumulation_steps=2)
     run = tiny_run(model=FAMILIES[family], channels=1 if family == "vit" else 3)
     encoder = encoder_of(run)
     model, crop = build(encoder, settings, 11)
@@ -406,10 +411,10 @@ def test_every_encoder_learns_under_both_heads(family: str, head: str, tiny_run:
         model,
         encoder,
         settings,
-        open_pairs(TRAIN, encoder.form, "training"),
+        open_segmentation(TRAIN, encoder.form, "training"),
         crop,
         folder=tmp_path,
-        skipped=Skipped(None, 60, 0.1),
+        skipped=BadImageLog(None, 60, 0.1),
     )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
@@ -423,7 +428,7 @@ def test_every_encoder_learns_under_both_heads(family: str, head: str, tiny_run:
 def test_uper_has_the_known_number_of_values(tiny_run: Make) -> None:
     """UPerNet on ViT-B, counted by hand out of its convolutions and norms."""
     with torch.device("meta"):
-        run = PretrainConfig(model=Model("mae", "vit_base_patch16_224"), size="512")
+        run = PretrainConfig(model=ArchitectureConfig("mae", "vit_base_patch16_224"), size="512")
         from pixmim.build import build_encoder
 
         model = Segmenter(build_encoder(run), "uper", 150)
@@ -470,7 +475,7 @@ def test_deep_pictures_with_masks(pixels: str, tiny_run: Make, tmp_path: Path) -
         np.save(tmp_path / "images" / f"{i}.npy", values if pixels == "uint16" else (values / 65535).astype(np.float32))
         Image.fromarray(generator.integers(0, 3, (40, 36), np.uint8)).save(tmp_path / "masks" / f"{i}.png")
     run = tiny_run(channels=5, pixels=pixels)
-    bench = Bench(encoder_of(run), tmp_path / "out")
+    bench = EvalContext(encoder_of(run), tmp_path / "out")
     values = dict(evaluate_segmentation(bench, replace(QUICK, train=str(tmp_path), test=str(tmp_path), steps=2)))
     assert values["images"] == 6 and 0 <= values["mIoU"] <= 100
 
@@ -494,7 +499,7 @@ def test_windows_of_a_local_network_equal_the_whole_picture(tiny_run: Make) -> N
     encoder = encoder_of(tiny_run())
     picture = torch.randint(0, 255, (3, 32, 75), dtype=torch.uint8)
     found = segment(Local(), encoder, picture, (32, 32))
-    (whole,) = Local()(finish(picture[None], None, encoder.mean, encoder.std))
+    (whole,) = Local()(flip_and_normalize(picture[None], None, encoder.mean, encoder.std))
     assert torch.equal(found, whole[0].argmax(dim=0))
 
 
@@ -505,7 +510,7 @@ def test_one_window_equals_the_whole_picture(head: str, tiny_run: Make) -> None:
     model.eval()
     picture = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        (scores,) = model(finish(picture[None], None, encoder.mean, encoder.std))
+        (scores,) = model(flip_and_normalize(picture[None], None, encoder.mean, encoder.std))
     wanted = F.interpolate(scores, size=(32, 32), mode="bilinear")[0].argmax(dim=0)
     assert torch.equal(segment(model, encoder, picture, size), wanted)
 
@@ -516,7 +521,7 @@ def test_overlapping_windows_are_averaged(tiny_run: Make) -> None:
     model, size = build(encoder, QUICK, 11)
     model.eval()
     picture = torch.randint(0, 255, (3, 32, 50), dtype=torch.uint8)
-    x = finish(picture[None], None, encoder.mean, encoder.std)
+    x = flip_and_normalize(picture[None], None, encoder.mean, encoder.std)
     total, count = torch.zeros(11, 32, 50), torch.zeros(50)
     for left in (0, 18):
         with torch.no_grad():
@@ -553,16 +558,16 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
     from pixmim.training import trainer
 
     encoder = encoder_of(tiny_run())
-    settings, train = replace(QUICK, head=head, accumulate=2), open_pairs(TRAIN, Form(), "training")
+    settings, train = replace(QUICK, head=head, accumulation_steps=2), open_segmentation(TRAIN, ImageSpec(), "training")
 
     def trained(folder: str) -> dict[str, Tensor]:
         model, size = build(encoder, settings, 11)
-        fit(model, encoder, settings, train, size, folder=tmp_path / folder, skipped=Skipped(None, 60, 0.1))
+        fit(model, encoder, settings, train, size, folder=tmp_path / folder, skipped=BadImageLog(None, 60, 0.1))
         return dict(model.state_dict())
 
     whole = trained("whole")
 
-    class Stops(trainer.Interrupts):
+    class Stops(trainer.PreemptionHandler):
         count = 0
 
         @property
@@ -586,7 +591,7 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
     run = tiny_run()
     (tmp_path / "config.json").write_text(to_json(run))
     save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
-    bench = Bench(of_model(str(tmp_path), device="cpu", precision="fp32"), tmp_path)
+    bench = EvalContext(load_frozen_encoder(str(tmp_path), device="cpu", precision="fp32"), tmp_path)
     made = tmp_path / "pairs"
     for part, count in (("training", 40), ("validation", 10)):
         for i in range(count):
@@ -605,7 +610,7 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
     true = torch.cat(
         [
             pair[-1].flatten()
-            for _, pair in one_by_one(open_pairs(str(made), Form(), "validation"), Skipped(None, 10, 0))
+            for _, pair in one_by_one(open_segmentation(str(made), ImageSpec(), "validation"), BadImageLog(None, 10, 0))
         ]
     )
     majority = segmentation_metrics(confusion_matrix(torch.zeros_like(true, dtype=torch.int64), true.long(), 2))
@@ -628,10 +633,10 @@ def test_loss_falls(tiny_run: Make, tmp_path: Path) -> None:
         model,
         encoder,
         settings,
-        open_pairs(TRAIN, Form(), "training"),
+        open_segmentation(TRAIN, ImageSpec(), "training"),
         size,
         folder=tmp_path,
-        skipped=Skipped(None, 60, 0),
+        skipped=BadImageLog(None, 60, 0),
     )
     losses = [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert len(losses) == 60 and sum(losses[-10:]) < 0.85 * sum(losses[:10])
@@ -642,7 +647,7 @@ def test_settings_that_do_not_go_together_are_named(tiny_run: Make, tmp_path: Pa
     with pytest.raises(UserError, match="choose multiples of 8"):
         build(encoder, replace(QUICK, size="30"), 3)
     with pytest.raises(UserError, match="equal parts of 2 images or more"):
-        replace(QUICK, accumulate=4)
+        replace(QUICK, accumulation_steps=4)
     with pytest.raises(UserError, match="holds no weights"):
         list(evaluate(str(tmp_path), [("segmentation", QUICK)], tmp_path))
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pixmim.data.dataset import BadImage, Form, Pixels
+from pixmim.data.dataset import BadImage, ImageSpec, Pixels
 from pixmim.data.decode.limits import check_bytes
 from pixmim.transforms.crops import Array
 
@@ -24,18 +24,20 @@ _LUMA = np.asarray((19595, 38470, 7471), np.uint32)
 _BLOCK = 2**20  # values that are converted at a time
 
 
-class OtherChannels(BadImage):
+class ChannelMismatch(BadImage):
     """A file of another number of channels than the run's."""
 
 
-def bring(pixels: Array, form: Form) -> Array:
+def convert(pixels: Array, form: ImageSpec) -> Array:
     """Pixels (h w c) of any kind as (h w form.channels) of form.pixels.
 
     Raises BadImage where no rule says how, and OtherChannels for a number of channels that the run has not.
     """
     found, wanted = pixels.shape[2], form.channels
     if found != wanted and (found, wanted) not in ((3, 1), (1, 3)):
-        raise OtherChannels(f"{found} {'channel' if found == 1 else 'channels'}, and not {wanted}: --channels {found}")
+        raise ChannelMismatch(
+            f"{found} {'channel' if found == 1 else 'channels'}, and not {wanted}: --channels {found}"
+        )
     if found == wanted and pixels.dtype == form.pixels and form.pixels != "float32":
         return pixels
     check_bytes(pixels[..., 0].size * wanted * form.bytes)
@@ -50,7 +52,7 @@ def bring(pixels: Array, form: Form) -> Array:
     return result
 
 
-def turned(pixels: Array, orientation: int) -> Array:
+def apply_exif_orientation(pixels: Array, orientation: int) -> Array:
     """Pixels (h w c) as EXIF's orientation, 1 to 8, wants them shown; any other number changes nothing."""
     if orientation not in range(2, 9):
         return pixels
@@ -65,7 +67,7 @@ def turned(pixels: Array, orientation: int) -> Array:
     return np.ascontiguousarray(whole)[..., None].view(kind)
 
 
-def on_white(pixels: Array, alpha: Array, multiplied: bool) -> Array:
+def composite_on_white(pixels: Array, alpha: Array, multiplied: bool) -> Array:
     """Pixels (h w c) of an unsigned kind laid on white by their opacity (h w) of the same kind.
 
     multiplied  whether the pixels hold their own share of the sum already (associated alpha)

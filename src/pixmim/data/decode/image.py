@@ -28,9 +28,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from pixmim.data.dataset import COLOUR, BadImage, Form, Pages
+from pixmim.data.dataset import RGB, BadImage, ImageSpec, Pages
 from pixmim.data.decode import ifd, jpeg, npy, tiff
-from pixmim.data.decode.channels import OtherChannels, bring, on_white, turned
+from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, composite_on_white, convert
 from pixmim.data.decode.kinds import HEAD, about
 from pixmim.data.decode.limits import VARIABLE, check_bytes, check_size, max_pixels
 from pixmim.data.decode.timing import limited
@@ -48,16 +48,16 @@ _BITS, _SAMPLES, _EXTRA, _KIND, _PHOTOMETRIC, _DEPTH, _PLANAR = 258, 277, 338, 3
 _APART = 2  # a plane for each channel
 
 
-def decode(data: bytes, form: Form = COLOUR) -> Array:
+def decode(data: bytes, form: ImageSpec = RGB) -> Array:
     """Decode a picture file to (h w form.channels) of form.pixels. Raises BadImage with the reason if that fails."""
     if data[:3] == b"\xff\xd8\xff" and form.channels in (1, 3):
         fast = _decode_jpeg(data, form.channels)
         if fast is not None:
-            return bring(fast, form)
+            return convert(fast, form)
     pixels = read(data, form.pages, deep=form.pixels != "uint8")
     try:
-        return np.ascontiguousarray(bring(pixels, form))
-    except OtherChannels as error:
+        return np.ascontiguousarray(convert(pixels, form))
+    except ChannelMismatch as error:
         count = ifd.count_pages(data) if data[:4] in ifd.MAGIC and form.pages == "first" else 1
         more = f"; or --pages channels, for its {count} pages" if count > 1 else ""
         raise BadImage(f"{error}{more}") from None
@@ -155,7 +155,7 @@ def _read(data: bytes, pages: Pages, deep: bool) -> Array:
         _load(image)
         if image.format == "PPM" and image.mode == "I":  # 16-bit grey, which Pillow holds in 32 bits
             return _in_blocks(lambda rows: np.asarray(rows, np.uint16)[..., None], image)
-        return turned(_to_array(image), _orientation(image))
+        return apply_exif_orientation(_to_array(image), _orientation(image))
 
 
 def _read_tiff(data: bytes, pages: Pages, deep: bool) -> Array:
@@ -200,7 +200,7 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
         pixels: Array = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
     except ValueError:  # damaged, or unusual: Pillow decides which, and words the reason
         return None
-    return turned(pixels, head.orientation)
+    return apply_exif_orientation(pixels, head.orientation)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -297,5 +297,5 @@ def _read_deep_png(data: bytes) -> Array:
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from None
     if pixels.shape[2] in (2, 4):
-        pixels = on_white(pixels[..., :-1], pixels[..., -1], multiplied=False)
-    return turned(pixels, orientation)
+        pixels = composite_on_white(pixels[..., :-1], pixels[..., -1], multiplied=False)
+    return apply_exif_orientation(pixels, orientation)

@@ -17,7 +17,7 @@ import numpy as np
 
 from pixmim.data.dataset import BadImage, Pages
 from pixmim.data.decode import jpeg
-from pixmim.data.decode.channels import on_white, turned
+from pixmim.data.decode.channels import apply_exif_orientation, composite_on_white
 from pixmim.data.decode.limits import check_bytes, check_size
 from pixmim.transforms.crops import Array
 
@@ -101,9 +101,9 @@ def _pixels(page: Any, data: bytes) -> Array:
         if not unsigned:
             raise BadImage("measured values with transparency: leave it out")
         at = pixels.shape[2] - len(kinds) + alpha
-        pixels = on_white(np.delete(pixels, at, axis=2), pixels[..., at], kinds[alpha] == _ASSOCIATED)
+        pixels = composite_on_white(np.delete(pixels, at, axis=2), pixels[..., at], kinds[alpha] == _ASSOCIATED)
     orientation = page.tags.get(_ORIENTATION)
-    return turned(pixels, int(orientation.value)) if orientation is not None else pixels
+    return apply_exif_orientation(pixels, int(orientation.value)) if orientation is not None else pixels
 
 
 def _check_segment(data: bytes, compression: int, values: int) -> None:

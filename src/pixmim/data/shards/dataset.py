@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import BadImage, Form, Source
+from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.limits import check_bytes
 from pixmim.data.shards.local import ShardStore
@@ -63,7 +63,7 @@ def find_invalid_entry(entries: IndexEntries, tar_bytes: int, num_classes: int) 
     return ""
 
 
-class ShardDataset(Source):
+class ShardDataset(ImageDataset):
     """The images of several tars, one tar after another.
 
     Args:
@@ -81,7 +81,7 @@ class ShardDataset(Source):
     def __init__(
         self,
         spec: str,
-        form: Form,
+        form: ImageSpec,
         names: Sequence[str],
         store: ShardStore,
         indexes: Sequence[ShardIndex],
@@ -109,13 +109,13 @@ class ShardDataset(Source):
     def labels(self) -> npt.NDArray[np.int64] | None:
         return self._entries["label"].astype(np.int64) if self.classes else None
 
-    def soon(self, pieces: Sequence[int]) -> None:
+    def prefetch(self, pieces: Sequence[int]) -> None:
         self._store.prefetch(pieces)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def locate(self, index: int) -> str:
+    def path_of(self, index: int) -> str:
         shard = self._shard(index)
         keys = self._keys(shard)
         key = keys[index - self._starts[shard]] if keys else f"{self._entries[index]['image']:09d}".encode()

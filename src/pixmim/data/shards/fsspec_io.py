@@ -211,7 +211,7 @@ def with_retries(url: str, action: Callable[[], T], max_seconds: float = float("
                 raise NoAccessError(f"access to {url} denied: {reason}. Set the credentials of this storage") from error
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
-                    f"no space to cache {url}: {cause}. Lower --local-copy, or set XDG_CACHE_HOME to a larger disk"
+                    f"no space to cache {url}: {cause}. Lower --shard-cache-gib, or set XDG_CACHE_HOME to a larger disk"
                 ) from error
             refused = isinstance(status, int) and 400 <= status < 500 and status not in _RETRY_STATUS
             expired = pause is None or time.monotonic() - start > max_seconds

@@ -19,7 +19,7 @@ from pixmim.data.shards.dataset import INDEX_DTYPE, ShardIndex, find_invalid_ent
 from pixmim.data.shards.fsspec_io import is_url
 from pixmim.data.shards.local import FileVersion, OpenFile, ShardStore
 from pixmim.data.shards.tar_reader import iter_members
-from pixmim.utils.files import cache_path, read_file, write_whole
+from pixmim.utils.files import cache_path, read_file, write_text_atomically
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
 """Of several images in one sample, the first in this order is used."""
@@ -174,6 +174,6 @@ def _save_index(path: Path, name: str, version: FileVersion, result: ScanResult)
     data = json.dumps(header).encode() + b"\n" + result.index.entries.tobytes() + result.index.keys
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data + zlib.crc32(data).to_bytes(4, "little"))
+        write_text_atomically(path, data + zlib.crc32(data).to_bytes(4, "little"))
     except OSError:  # the next run scans again
         return

@@ -64,7 +64,7 @@ class RemoteShards(ShardStore):
 
     @property
     def description(self) -> str:
-        limit = f"at most {self._cache_gib:g} GiB (--local-copy)"
+        limit = f"at most {self._cache_gib:g} GiB (--shard-cache-gib)"
         return f"at a URL, with a disk cache in {self._cache.folder}, {limit}"
 
     def open(self, shard: int) -> OpenFile:
@@ -190,7 +190,7 @@ class RemoteShards(ShardStore):
             self._warned = True
             need = sum(self._versions[shard].size for shard in self._upcoming) / 2**30
         print(
-            f"warning: --local-copy {self._cache_gib:g} is smaller than the {need:.3g} GiB of remote shards that are "
+            f"warning: --shard-cache-gib {self._cache_gib:g} is below the {need:.3g} GiB of remote shards that are "
             "read together: images of the others are fetched one by one",
             file=sys.stderr,
         )

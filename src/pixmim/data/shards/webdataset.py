@@ -10,7 +10,7 @@ from posixpath import dirname
 import numpy as np
 from rich.console import Console
 
-from pixmim.data.dataset import COLOUR, Form
+from pixmim.data.dataset import RGB, ImageSpec
 from pixmim.data.shards import fsspec_io
 from pixmim.data.shards.dataset import ShardDataset, ShardIndex
 from pixmim.data.shards.fsspec_io import NoAccessError, is_url
@@ -18,7 +18,7 @@ from pixmim.data.shards.index import IMAGE_EXTENSIONS, ScanResult, load_or_scan
 from pixmim.data.shards.local import FileVersion
 from pixmim.data.shards.remote import open_shards
 from pixmim.data.uri import expand_braces
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.progress import parallel_map
 
@@ -70,8 +70,8 @@ def _expand(pattern: str) -> dict[str, FileVersion | None]:
 def open_webdataset(
     spec: str,
     tars: dict[str, FileVersion | None],
-    form: Form = COLOUR,
-    local_copy: float = 50.0,
+    form: ImageSpec = RGB,
+    shard_cache_gib: float = 50.0,
     last_dot: bool = False,
 ) -> ShardDataset:
     """Open the samples of tars, scanning those whose index is not cached.
@@ -95,7 +95,7 @@ def open_webdataset(
         count = f" ({len(missing)} of {len(names)} are missing)" * (len(missing) > 1)
         raise UserError(f"{missing[0]} does not exist{count}")
     versions = [version for version in found if version is not None]
-    store = open_shards(names, versions, local_copy)
+    store = open_shards(names, versions, shard_cache_gib)
     scans = parallel_map(
         "indexing shards", lambda i: load_or_scan(names[i], versions[i], store, i, last_dot), len(names), threads=8
     )
@@ -117,13 +117,13 @@ def _warn_ignored(spec: str, scans: Sequence[ScanResult]) -> None:
     _warned.add(spec)
     images = sum(len(scan.index.entries) for scan in scans) + extra
     if extra:
-        say(
+        print_plain(
             Console(stderr=True),
             f"warning: {spec}: {extra:,} of {images:,} images are ignored. Files with the same name up to the first "
             f"dot are one sample, of which one image is used. If names contain dots, pass '{spec},key=last-dot'",
         )
     if links:
-        say(
+        print_plain(
             Console(stderr=True),
             f"warning: {spec}: {links:,} images are links, which are ignored. Pack them with --dereference "
             "--hard-dereference",

@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import a_few, class_indices, shares, warn_shared
-from pixmim.evaluation.context import Bench, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, discard
 from pixmim.evaluation.detection.coco_metrics import Found, Tally, pack
 from pixmim.evaluation.detection.dataset import Annotated, Objects, open_annotated, rectangle
 from pixmim.evaluation.detection.detector import detect
@@ -21,15 +21,17 @@ from pixmim.evaluation.detection.masks import View, bitmap, coco
 from pixmim.evaluation.detection.train import build, trained
 from pixmim.evaluation.settings import DetectionSettings
 from pixmim.evaluation.visualize import draw_detections, image_grid, to_rgb
-from pixmim.transforms.crops import finish
-from pixmim.utils.console import say
+from pixmim.transforms.crops import flip_and_normalize
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.progress import progress
 
 _NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measured on
 
 
-def check_detection(bench: Bench, settings: DetectionSettings) -> tuple[DetectionSettings, Annotated, Annotated, bool]:
+def check_detection(
+    bench: EvalContext, settings: DetectionSettings
+) -> tuple[DetectionSettings, Annotated, Annotated, bool]:
     """Read all annotations and build the detector, once for a context; trains nothing.
 
     Returns:
@@ -55,7 +57,7 @@ def check_detection(bench: Bench, settings: DetectionSettings) -> tuple[Detectio
     return bench.once(("detection", repr(settings)), make)
 
 
-def evaluate_detection(bench: Bench, settings: DetectionSettings) -> Values:
+def evaluate_detection(bench: EvalContext, settings: DetectionSettings) -> Values:
     """Fine-tune a detector and measure it: see `Tally.values`.
 
     Unfinished training is gone on with. Raises UserError.
@@ -66,7 +68,9 @@ def evaluate_detection(bench: Bench, settings: DetectionSettings) -> Values:
     discard(bench.work("detection", settings))
 
 
-def _measured(bench: Bench, settings: DetectionSettings, test: Annotated, model: FasterRCNN, masks: bool) -> Values:
+def _measured(
+    bench: EvalContext, settings: DetectionSettings, test: Annotated, model: FasterRCNN, masks: bool
+) -> Values:
     encoder, tally = bench.encoder, Tally(test.classes, masks)
     pictures: list[Image.Image] = []
     skipped = bench.skipped(test.images)
@@ -79,12 +83,12 @@ def _measured(bench: Bench, settings: DetectionSettings, test: Annotated, model:
                 if masks:
                     there = replace(there, masks=[bitmap(mask, size) for mask in there.masks])
             except BadImage as error:
-                skipped.add(index, test.images.locate(index), str(error))
+                skipped.add(index, test.images.path_of(index), str(error))
                 continue
             skipped.passed(index)
             view = fitted(size, settings.size)
             shown = picture(image, view, encoder.mean.tolist())[None].to(encoder.device)
-            (found,) = detect(model, finish(shown, None, encoder.mean, encoder.std))
+            (found,) = detect(model, flip_and_normalize(shown, None, encoder.mean, encoder.std))
             seen = _in_image(found, view)
             tally.add(size, there, seen)
             if len(pictures) < settings.pictures:
@@ -119,14 +123,16 @@ def _tell(train: Annotated, test: Annotated, console: Console) -> None:
         total, spec = sum(data.counts), data.images.spec
         found = f"{total:,} objects in {len(data.images):,} images of {shares(data.classes, data.counts)}"
         for line in [f"{what} data: {found}", *[f"  {line}" for line in data.about.splitlines()]]:
-            say(console, line)
+            print_plain(console, line)
         if not total:
             raise UserError(
                 f"{spec} has no object to {'learn from' if what == 'train' else 'be found'} (crowds do not count)"
             )
     unknown = [name for name, a, b in zip(train.classes, train.counts, test.counts, strict=True) if b and not a]
     if unknown:
-        say(console, f"warning: {len(unknown)} test classes have no train object, and an AP of 0: {a_few(unknown)}")
+        print_plain(
+            console, f"warning: {len(unknown)} test classes have no train object, and an AP of 0: {a_few(unknown)}"
+        )
     warn_shared(train.images, test.images, console)
 
 
@@ -138,7 +144,7 @@ def _masks(settings: DetectionSettings, train: Annotated, test: Annotated, conso
         raise UserError(f"--masks yes, but no object of {lacking[0].images.spec} has a mask that can be used")
     most = all(2 * len(data.unmasked) < sum(data.counts) for data in both)
     masks = settings.masks == "yes" or (settings.masks == "auto" and most)
-    say(console, "learns boxes and masks (Mask R-CNN)" if masks else "learns boxes only (Faster R-CNN)")
+    print_plain(console, "learns boxes and masks (Mask R-CNN)" if masks else "learns boxes only (Faster R-CNN)")
     for data in both if settings.masks != "no" else ():
         if data.unmasked:
             follows = (
@@ -146,7 +152,7 @@ def _masks(settings: DetectionSettings, train: Annotated, test: Annotated, conso
                 if masks
                 else "--masks yes learns the masks of the others" * (not lacking)
             )
-            say(
+            print_plain(
                 console,
                 f"warning: {len(data.unmasked):,} of the {sum(data.counts):,} objects of {data.images.spec} have no "
                 f"usable mask (the first is {data.unmasked[0]})" + f": {follows}" * bool(follows),

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.dataset import Form, Source
-from pixmim.data.image_folder import Files, check_inside
-from pixmim.data.synthetic import SHAPES, Shapes
+from pixmim.data.dataset import ImageDataset, ImageSpec
+from pixmim.data.image_folder import ImageFolder, check_inside
+from pixmim.data.synthetic import SHAPES, SyntheticShapes
 from pixmim.evaluation.annotations import CocoFile, CocoObject, read_coco
 from pixmim.evaluation.detection.masks import Segmentation, check_segmentation
 from pixmim.utils.errors import UserError
@@ -50,7 +50,7 @@ class Annotated:
         about: Problems of the file and their consequences, in lines.
     """
 
-    images: Source
+    images: ImageDataset
     sizes: list[tuple[int, int]] | None
     objects: Callable[[int], Objects]
     classes: list[str]
@@ -64,7 +64,7 @@ class Annotated:
         return not self.unmasked and sum(self.counts) > 0
 
 
-def open_annotated(spec: str, folder: str, form: Form, flag: str = "--train-images") -> Annotated:
+def open_annotated(spec: str, folder: str, form: ImageSpec, flag: str = "--train-images") -> Annotated:
     """Open a COCO file, or `shapes:`. The whole file is checked here.
 
     Args:
@@ -78,7 +78,7 @@ def open_annotated(spec: str, folder: str, form: Form, flag: str = "--train-imag
         UserError: If the file or its images cannot be used.
     """
     if spec.startswith("shapes:"):
-        return _open_shapes(Shapes.from_spec(spec, form))
+        return _open_shapes(SyntheticShapes.from_spec(spec, form))
     file = Path(os.path.expanduser(spec))
     if folder:
         root = Path(os.path.expanduser(folder))
@@ -95,7 +95,7 @@ def open_annotated(spec: str, folder: str, form: Form, flag: str = "--train-imag
         objects[one.image].append(one)
     true = [one for one in coco.objects if not one.crowd]
     return Annotated(
-        Files(spec, root, [image.name for image in coco.images], form),
+        ImageFolder(spec, root, [image.name for image in coco.images], form),
         [image.size for image in coco.images],
         [_to_arrays(group) for group in objects].__getitem__,
         coco.classes,
@@ -111,7 +111,7 @@ def rectangle(box: Sequence[float]) -> list[list[float]]:
     return [[left, top, right, top, right, bottom, left, bottom]]
 
 
-def _open_shapes(shapes: Shapes) -> Annotated:
+def _open_shapes(shapes: SyntheticShapes) -> Annotated:
     def objects(index: int) -> Objects:
         sample = shapes.sample(index)
         area = float(sample.mask.sum())

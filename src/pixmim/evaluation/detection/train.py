@@ -7,33 +7,33 @@ from torchvision.models.detection import FasterRCNN
 
 from pixmim.build import seeded
 from pixmim.data.sampler import BatchShard
-from pixmim.evaluation.context import Bench
+from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.detection.backbone import build_maps
 from pixmim.evaluation.detection.dataset import Annotated
 from pixmim.evaluation.detection.detector import build_detector, losses
 from pixmim.evaluation.detection.loader import DetectionBatch, DetectionLoader
-from pixmim.evaluation.frozen_encoder import Encoder, anew
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, rebuild_at_size
 from pixmim.evaluation.settings import DetectionSettings
 from pixmim.models.layer_decay import layer_ids
 from pixmim.training.find_batch_size import equal_parts
-from pixmim.training.optim import Updater, layer_groups
+from pixmim.training.optim import SyncFreeOptimizer, layer_decay_param_groups
 from pixmim.training.trainer import Trainer
-from pixmim.transforms.crops import finish
+from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils import rng
 
 _ENCODER = "backbone.module.encoder."
 _POSITIONS = "backbone.module.windowed.positions."
 
 
-def trained(bench: Bench, settings: DetectionSettings, train: Annotated, masks: bool) -> FasterRCNN:
+def trained(bench: EvalContext, settings: DetectionSettings, train: Annotated, masks: bool) -> FasterRCNN:
     """A detector fine-tuned on annotated images; unfinished training is gone on with."""
     encoder = bench.encoder
     model = build(encoder, settings, len(train.classes), masks).train()
     width = int(encoder.module.num_features)  # type: ignore[arg-type]
-    parts = equal_parts(settings.batch_size, settings.accumulate, encoder.device, (settings.size,) * 2, width)
+    parts = equal_parts(settings.batch_size, settings.accumulation_steps, encoder.device, (settings.size,) * 2, width)
     part = settings.batch_size // parts
     steps = settings.steps or max(1, round(settings.epochs * len(train.images) / settings.batch_size))
-    groups = layer_groups(model, layers(model), settings.layer_decay, settings.weight_decay)
+    groups = layer_decay_param_groups(model, layers(model), settings.layer_decay, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), fused=True)
 
     def open_loader(first: int) -> DetectionLoader:
@@ -52,29 +52,29 @@ def trained(bench: Bench, settings: DetectionSettings, train: Annotated, masks: 
     def compute_loss(batch: DetectionBatch, number: int) -> Tensor:
         # torchvision draws regions, and timm's drop path rows, from the global generator.
         torch.manual_seed(int(rng.bits(settings.seed, "detection", 0, [number], 1)[0, 0] >> np.uint64(1)))
-        images = finish(batch.images.to(encoder.device), None, encoder.mean, encoder.std)
+        images = flip_and_normalize(batch.images.to(encoder.device), None, encoder.mean, encoder.std)
         targets = [{key: value.to(encoder.device) for key, value in target.items()} for target in batch.targets]
         return torch.stack(list(losses(model, images, targets).values())).sum()
 
     trainer = Trainer(
         model,
-        Updater(optimizer, None, scaling=encoder.precision == "fp16", device=encoder.device),
+        SyncFreeOptimizer(optimizer, None, scaling=encoder.precision == "fp16", device=encoder.device),
         lambda step: rate(settings, step, steps),
         steps,
         bench.work("detection", settings),
         images=len(train.images),
         batch_size=settings.batch_size,
-        accumulate=parts,
+        accumulation_steps=parts,
         console=bench.console,
     )
     trainer.resume_and_fit(open_loader, compute_loss)
     return model
 
 
-def build(encoder: Encoder, settings: DetectionSettings, classes: int, masks: bool) -> FasterRCNN:
+def build(encoder: FrozenEncoder, settings: DetectionSettings, classes: int, masks: bool) -> FasterRCNN:
     """The detector as it is before training: a function of the encoder, the settings and their seed."""
     with seeded(settings.seed):
-        module = anew(encoder, str(settings.size), drop_path_rate=settings.drop_path)
+        module = rebuild_at_size(encoder, str(settings.size), drop_path_rate=settings.drop_path)
         maps = build_maps(module, settings.width, settings.window, settings.global_blocks, settings.relative_positions)
         return build_detector(maps, classes, masks, settings.regions, encoder.device, encoder.precision)
 

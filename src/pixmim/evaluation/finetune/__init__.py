@@ -18,31 +18,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.config import ModelConfig
-from pixmim.data.dataset import Source
+from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.evaluation.classification import Labelled, a_few, grade, open_labelled
-from pixmim.evaluation.context import Bench, Values, discard
-from pixmim.evaluation.finetune.model import build, inherit, plan
-from pixmim.evaluation.finetune.recipes import TUNINGS, Recipe, choose, describe, resolve
-from pixmim.evaluation.frozen_encoder import Encoder, sameness
+from pixmim.evaluation.classification import Labelled, a_few, evaluate_classifier, open_labelled
+from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.finetune.model import build, classifier_config, load_encoder_weights
+from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES, Recipe, apply_overrides, choose, describe
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
 from pixmim.evaluation.settings import FinetuneSettings
 from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.training.find_batch_size import equal_parts
-from pixmim.training.optim import LAMB, Updater, layer_groups
+from pixmim.training.optim import LAMB, SyncFreeOptimizer, layer_decay_param_groups
 from pixmim.training.precision import autocast, choose_attention
 from pixmim.training.schedule import Schedule
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.augment import augmented
-from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop, finish
+from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop, flip_and_normalize
 from pixmim.transforms.mixup import erase, mix, soft_labels
 from pixmim.utils import rng
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import read_weights
-from pixmim.weights.load import assemble_encoder
+from pixmim.weights.load import build_encoder_with_weights
 from pixmim.weights.safe_load import read
 from pixmim.weights.save import save_encoder
 
@@ -74,7 +74,7 @@ class Plan:
     reused: bool
 
 
-def check_finetune(bench: Bench, settings: FinetuneSettings) -> Plan:
+def check_finetune(bench: EvalContext, settings: FinetuneSettings) -> Plan:
     """Check data, settings and the classifier's folder, and train nothing.
 
     Raises:
@@ -84,33 +84,33 @@ def check_finetune(bench: Bench, settings: FinetuneSettings) -> Plan:
     def make() -> Plan:
         encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test, all_classes=True)
         name = choose(settings.recipe, encoder.run, encoder.module, settings.from_scratch)
-        recipe = resolve(TUNINGS[name], settings.changes)
+        recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)
         if data.train.form.pixels != "uint8" and (recipe.augment != "none" or recipe.jitter):
             raise UserError("only images of 8 bits are augmented: add --augment none --jitter 0")
-        run = plan(encoder.run, encoder.module, len(data.classes), recipe.pool, settings.size)
+        run = classifier_config(encoder.run, encoder.module, len(data.classes), recipe.pool, settings.size)
         width = int(encoder.module.num_features)  # type: ignore[arg-type]
-        parts = equal_parts(recipe.batch_size, settings.accumulate, encoder.device, run.hw, width)
+        parts = equal_parts(recipe.batch_size, settings.accumulation_steps, encoder.device, run.image_size, width)
         _begun(encoder, settings, recipe, run)
         which = "" if bench.which == "trained" else f"-{bench.which}"
         folder = inside(bench.folder, f"classifier{'-from-scratch' if settings.from_scratch else which}")
         decides = _decides(bench, settings, recipe, parts, run, data)
-        work = bench.work("finetune", replace(settings, accumulate=parts))
+        work = bench.work("finetune", replace(settings, accumulation_steps=parts))
         reused = not bench.overwrite and _finished(folder, decides, work)
         return Plan(data, name, recipe, parts, run, folder, work, decides, reused)
 
     return bench.once(("finetune", repr(settings)), make)
 
 
-def evaluate_finetune(bench: Bench, settings: FinetuneSettings) -> Values:
-    """Train a classifier, keep it, and measure it: see `classification.grade` for what is yielded.
+def evaluate_finetune(bench: EvalContext, settings: FinetuneSettings) -> Values:
+    """Train a classifier, keep it, and measure it: see `classification.evaluate_classifier` for what is yielded.
 
     A finished classifier of the same settings is not trained again. Raises UserError: see `check_finetune`.
     """
     todo, encoder, console = check_finetune(bench, settings), bench.encoder, bench.console or Console(quiet=True)
-    settings = replace(settings, accumulate=todo.parts)
+    settings = replace(settings, accumulation_steps=todo.parts)
     if todo.reused:
-        say(console, f"the classifier of these settings is there: {todo.folder} (--overwrite trains it again)")
-        product = assemble_encoder(read_weights(todo.folder)).to(encoder.device)
+        print_plain(console, f"the classifier of these settings is there: {todo.folder} (--overwrite trains it again)")
+        product = build_encoder_with_weights(read_weights(todo.folder)).to(encoder.device)
         choose_attention(product, encoder.device, encoder.precision)
     else:
         product = _trained(bench, settings, todo).eval()
@@ -118,12 +118,12 @@ def evaluate_finetune(bench: Bench, settings: FinetuneSettings) -> Values:
             _finished(todo.folder, todo.settings, todo.work)
         about = {_SETTINGS: json.dumps(todo.settings)}
         save_encoder(product, todo.folder, todo.run, encoder.step, classes=todo.data.classes, more=about)
-        say(console, f"  the classifier: {todo.folder}")
-    yield from grade(bench, todo.data, encoder, todo.run.hw, product)
+        print_plain(console, f"  the classifier: {todo.folder}")
+    yield from evaluate_classifier(bench, todo.data, encoder, todo.run.image_size, product)
     discard(todo.work)
 
 
-def _trained(bench: Bench, settings: FinetuneSettings, todo: Plan) -> nn.Module:
+def _trained(bench: EvalContext, settings: FinetuneSettings, todo: Plan) -> nn.Module:
     """Train a classifier, from where it was interrupted if it was."""
     encoder, data, recipe, run, parts = bench.encoder, todo.data, todo.recipe, todo.run, todo.parts
     model, lines = _begun(encoder, settings, recipe, run)
@@ -135,26 +135,26 @@ def _trained(bench: Bench, settings: FinetuneSettings, todo: Plan) -> nn.Module:
     steps = max(1, round(recipe.epochs * per_epoch))
     warmup = min(round(recipe.warmup * per_epoch), steps // 5)
     peak = recipe.base_lr * recipe.batch_size / 256
-    schedule = Schedule(steps, warmup, peak, recipe.final_lr, recipe.first_lr, warmup_prefix=recipe.warmup_prefix)
+    schedule = Schedule(steps, warmup, peak, recipe.min_lr, recipe.warmup_start_lr, warmup_prefix=recipe.warmup_prefix)
     begun = "random weights" if settings.from_scratch else f"the {bench.which} encoder"
     console = bench.console or Console(quiet=True)
     about = describe(todo.name, recipe, len(data.train), steps, warmup, parts)
     for line in [*about, f"  begins with {begun}", *lines]:
-        say(console, line)
+        print_plain(console, line)
 
     trainer = Trainer(
         trained,
-        Updater(_optimizer(model, recipe), recipe.clip or None, encoder.precision == "fp16", encoder.device),
+        SyncFreeOptimizer(_optimizer(model, recipe), recipe.clip or None, encoder.precision == "fp16", encoder.device),
         schedule.lr,
         steps,
         todo.work,
         images=len(data.train),
         batch_size=recipe.batch_size,
-        accumulate=parts,
+        accumulation_steps=parts,
         console=bench.console,
     )
     trainer.resume_and_fit(
-        lambda first: open_loader(bench, settings, recipe, data.train, run.hw, first),
+        lambda first: open_loader(bench, settings, recipe, data.train, run.image_size, first),
         lambda batch, number: compute_loss(model, batch, number, encoder, recipe, data, settings.seed),
         lambda step: trained.follow(),
     )
@@ -162,26 +162,30 @@ def _trained(bench: Bench, settings: FinetuneSettings, todo: Plan) -> nn.Module:
 
 
 def _begun(
-    encoder: Encoder, settings: FinetuneSettings, recipe: Recipe, run: ModelConfig
+    encoder: FrozenEncoder, settings: FinetuneSettings, recipe: Recipe, run: ModelConfig
 ) -> tuple[nn.Module, list[str]]:
     """Return the classifier as it is before training, and lines about what had to be refitted. Raises UserError."""
     model = build(run, recipe.drop_path, recipe.head_std, settings.seed)
-    return model, [] if settings.from_scratch else inherit(model, run, encoder.module, encoder.run)
+    return model, [] if settings.from_scratch else load_encoder_weights(model, run, encoder.module, encoder.run)
 
 
 def _decides(
-    bench: Bench, settings: FinetuneSettings, recipe: Recipe, parts: int, run: ModelConfig, data: Labelled
+    bench: EvalContext, settings: FinetuneSettings, recipe: Recipe, parts: int, run: ModelConfig, data: Labelled
 ) -> dict[str, Any]:
     """Return what decides the weights of a classifier, by flag. Data and encoder are digests: files name no places."""
     encoder = bench.encoder
-    begun = repr((run.model, run.hw, encoder.form, run.statistics)) if settings.from_scratch else sameness(encoder)
+    begun = (
+        repr((run.model, run.image_size, encoder.form, run.normalization))
+        if settings.from_scratch
+        else fingerprint(encoder)
+    )
     images = f"{data.train.spec} {data.train.fingerprint()} {len(data.train)} {data.classes}"
     digests = {
         name: sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         for name, text in (("MODEL", begun), ("--train", images))
     }
     numbers = {f"--{name.replace('_', '-')}": value for name, value in asdict(recipe).items() if name != "about"}
-    own = {"--size": run.size, "--accumulate": parts, "--seed": settings.seed, "--precision": encoder.precision}
+    own = {"--size": run.size, "--accumulation-steps": parts, "--seed": settings.seed, "--precision": encoder.precision}
     found: dict[str, Any] = json.loads(json.dumps({**digests, **numbers, **own}))  # as it is read again
     return found
 
@@ -239,11 +243,16 @@ class Averaged(nn.Module):
 
 
 def open_loader(
-    bench: Bench, settings: FinetuneSettings, recipe: Recipe, train: Source, size: tuple[int, int], first: int
+    bench: EvalContext,
+    settings: FinetuneSettings,
+    recipe: Recipe,
+    train: ImageDataset,
+    size: tuple[int, int],
+    first: int,
 ) -> Loader:
     """Load cropped and augmented images, from part number `first` of a batch on."""
-    crop = RandomResizedCrop(size, recipe.scale) if recipe.crop == "rrc" else SimpleResizedCrop(size)
-    part = recipe.batch_size // settings.accumulate
+    crop = RandomResizedCrop(size, recipe.scale) if recipe.crop == "random-resized" else SimpleResizedCrop(size)
+    part = recipe.batch_size // settings.accumulation_steps
     return Loader(
         train,
         augmented(crop, recipe.augment, recipe.jitter, bench.encoder.mean.tolist()),
@@ -256,11 +265,11 @@ def open_loader(
 
 
 def compute_loss(
-    model: nn.Module, batch: Batch, number: int, encoder: Encoder, recipe: Recipe, data: Labelled, seed: int
+    model: nn.Module, batch: Batch, number: int, encoder: FrozenEncoder, recipe: Recipe, data: Labelled, seed: int
 ) -> Float[Tensor, ""]:
     """Compute the loss of a part of a batch. All its randomness is a function of (seed, number)."""
     to: Any = {"device": encoder.device, "non_blocking": True}
-    images = finish(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
+    images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
     labels = data.labels[batch.indices].to(**to)
     images, share = mix(erase(images, recipe.erase, seed, number), recipe.mixup, recipe.cutmix, seed, number)
     targets = soft_labels(labels, len(data.classes), share, recipe.smoothing)
@@ -280,7 +289,9 @@ def loss_of(scores: Float[Tensor, "b classes"], targets: Float[Tensor, "b classe
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    groups = layer_groups(model, layer_ids(model), recipe.layer_decay, recipe.weight_decay, not_decayed(model))
+    groups = layer_decay_param_groups(
+        model, layer_ids(model), recipe.layer_decay, recipe.weight_decay, not_decayed(model)
+    )
     if recipe.optimizer == "lamb":
         return LAMB(groups, lr=recipe.base_lr)
     return torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(0.9, 0.999), fused=True)

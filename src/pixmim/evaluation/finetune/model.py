@@ -13,7 +13,7 @@ from pixmim.config import ModelConfig
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.models.vit import init_like_mae
 from pixmim.utils.errors import UserError
-from pixmim.weights.adapt import refit
+from pixmim.weights.adapt import interpolate_tables
 from pixmim.weights.detect import Weights
 
 _NEW = ("head.", "fc_norm.")
@@ -23,7 +23,7 @@ _LEFT = (*_NEW, "norm.")
 """How names begin that an encoder may have and its classifier not."""
 
 
-def plan(run: ModelConfig, module: nn.Module, classes: int, pool: str, size: str) -> ModelConfig:
+def classifier_config(run: ModelConfig, module: nn.Module, classes: int, pool: str, size: str) -> ModelConfig:
     """The Run that builds the classifier: the encoder's with a head, and perhaps another image size.
 
     pool  "mean": the patch tokens' mean -> fc_norm -> head, as MAE; "cls": the class token after the final norm. A Swin
@@ -48,8 +48,8 @@ def plan(run: ModelConfig, module: nn.Module, classes: int, pool: str, size: str
         options |= {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
     resized = replace(run, size=size or run.size)
     window = options.get("window_size")
-    if isinstance(module, SwinTransformer) and resized.hw != run.hw and isinstance(window, int):
-        options["window_size"] = max(1, round(window * resized.hw[0] / run.hw[0]))
+    if isinstance(module, SwinTransformer) and resized.image_size != run.image_size and isinstance(window, int):
+        options["window_size"] = max(1, round(window * resized.image_size[0] / run.image_size[0]))
     return replace(resized, model=replace(run.model, options=options))
 
 
@@ -66,7 +66,7 @@ def build(run: ModelConfig, drop_path: float, head_std: float, seed: int) -> nn.
     return classifier.requires_grad_(True)
 
 
-def inherit(classifier: nn.Module, run: ModelConfig, encoder: nn.Module, made: ModelConfig) -> list[str]:
+def load_encoder_weights(classifier: nn.Module, run: ModelConfig, encoder: nn.Module, made: ModelConfig) -> list[str]:
     """Put an encoder's weights into a classifier; what had to be refitted, in lines.
 
     run, made  what built the classifier, and the encoder
@@ -81,7 +81,7 @@ def inherit(classifier: nn.Module, run: ModelConfig, encoder: nn.Module, made: M
         for name in state:
             if name.endswith("attn.relative_position_bias_table"):
                 tensors[name] = table
-    fitted, lines = refit(Weights(made, tensors, "the encoder"), state, run)
+    fitted, lines = interpolate_tables(Weights(made, tensors, "the encoder"), state, run)
     used = {
         name.removeprefix("encoder."): value
         for name, value in fitted.items()

@@ -10,7 +10,7 @@ from torch import nn
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.evaluation.settings import FinetuneOverrides, FinetuneRecipe
 from pixmim.models.convmae import ConvMAEEncoder
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 
 Recipe = FinetuneRecipe[Never]
 
@@ -21,13 +21,13 @@ _MAE = Recipe(
     batch_size=1024,
     optimizer="adamw",
     base_lr=5e-4,
-    first_lr=0.0,
-    final_lr=1e-6,
+    warmup_start_lr=0.0,
+    min_lr=1e-6,
     layer_decay=0.65,
     weight_decay=0.05,
     clip=0.0,
     drop_path=0.1,
-    crop="rrc",
+    crop="random-resized",
     scale=(0.08, 1.0),
     augment="rand",
     jitter=0.0,
@@ -47,12 +47,12 @@ _SIMMIM = replace(
     warmup_prefix=False,
     batch_size=2048,
     base_lr=6.25e-4,  # 1.25e-3 per 512 images
-    first_lr=1e-6,  # this and the next 2.5e-7 per 512 images
-    final_lr=1e-6,
+    warmup_start_lr=1e-6,  # this and the next 2.5e-7 per 512 images
+    min_lr=1e-6,
     clip=5.0,
 )
 
-TUNINGS: dict[str, Recipe] = {
+FINETUNE_RECIPES: dict[str, Recipe] = {
     # MAE (arXiv 2111.06377, table 9) with ViT-B/16: 83.6 % after 1600 epochs. PixMIM's release uses the same (arXiv
     # 2303.02416): 83.1 % after 300 epochs, 83.5 % after 800.
     "mae-vit-base": _MAE,
@@ -76,8 +76,8 @@ TUNINGS: dict[str, Recipe] = {
         batch_size=2048,
         optimizer="lamb",
         base_lr=3.75e-4,  # 3e-3 at this batch
-        first_lr=1e-6,
-        final_lr=1e-5,
+        warmup_start_lr=1e-6,
+        min_lr=1e-5,
         layer_decay=1.0,
         clip=1.0,
         drop_path=0.2,
@@ -99,9 +99,10 @@ def choose(name: str, run: ModelConfig, encoder: nn.Module, from_scratch: bool) 
     Raises UserError for an unknown name.
     """
     if name != "auto":
-        if name not in TUNINGS:
+        if name not in FINETUNE_RECIPES:
             raise UserError(
-                f"there is no fine-tuning recipe '{name}'{nearest(name, TUNINGS)} Known: auto, {', '.join(TUNINGS)}"
+                f"there is no fine-tuning recipe '{name}'{did_you_mean(name, FINETUNE_RECIPES)} "
+                f"Known: auto, {', '.join(FINETUNE_RECIPES)}"
             )
         return name
     if from_scratch:
@@ -123,7 +124,7 @@ def choose(name: str, run: ModelConfig, encoder: nn.Module, from_scratch: bool) 
     return "mae-vit-huge" if width >= 1280 else "mae-vit-large" if width >= 1024 else "mae-vit-base"
 
 
-def resolve(recipe: Recipe, changes: FinetuneOverrides) -> Recipe:
+def apply_overrides(recipe: Recipe, changes: FinetuneOverrides) -> Recipe:
     """Return the recipe with the user's overrides. Raises UserError for values that do not go together."""
     changed: dict[str, Any] = {name: value for name, value in vars(changes).items() if value is not None}
     recipe = replace(recipe, **changed)
@@ -137,7 +138,7 @@ def resolve(recipe: Recipe, changes: FinetuneOverrides) -> Recipe:
 def describe(name: str, recipe: Recipe, images: int, steps: int, warmup: int, parts: int = 1) -> list[str]:
     """What is used, in lines."""
     batch, peak = recipe.batch_size, recipe.base_lr * recipe.batch_size / 256
-    crop = f"random resized crop {recipe.scale[0]:g}-{recipe.scale[1]:g}" if recipe.crop == "rrc" else "SRC"
+    crop = f"random resized crop {recipe.scale[0]:g}-{recipe.scale[1]:g}" if recipe.crop == "random-resized" else "SRC"
     augment = {"rand": "RandAugment m9-mstd0.5-inc1", "three": "3-Augment", "none": ""}[recipe.augment]
     more = {
         "jitter": recipe.jitter,
@@ -153,7 +154,7 @@ def describe(name: str, recipe: Recipe, images: int, steps: int, warmup: int, pa
         f"fine-tunes as {name}: {recipe.epochs:g} epochs of {images:,} images, {steps:,} updates of {batch:,}"
         f"{f' in {parts} parts of {batch // parts:,}' if parts > 1 else ''}; "
         f"{'AdamW' if recipe.optimizer == 'adamw' else 'LAMB'}, rate {peak:.3g} ({recipe.base_lr:g} x {batch:,}/256) "
-        f"after {warmup:,} updates of warm-up, to {recipe.final_lr:g}; layer decay {recipe.layer_decay:g}, "
+        f"after {warmup:,} updates of warm-up, to {recipe.min_lr:g}; layer decay {recipe.layer_decay:g}, "
         f"weight decay {recipe.weight_decay:g}",
         "  "
         + ", ".join([crop, *([augment] if augment else []), *(f"{word} {x:g}" for word, x in more.items() if x)])

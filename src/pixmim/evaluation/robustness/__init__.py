@@ -13,7 +13,7 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
-from pixmim.data.dataset import Source
+from pixmim.data.dataset import ImageDataset
 from pixmim.evaluation import imagenet_classes as imagenet
 from pixmim.evaluation.classification import (
     a_few,
@@ -25,13 +25,13 @@ from pixmim.evaluation.classification import (
     wilson_interval,
 )
 from pixmim.evaluation.classifiers import ImageClassifier, encoder_head, imagenet_head, probe_classifier
-from pixmim.evaluation.context import Bench, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, discard
 from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_channels
 from pixmim.evaluation.robustness.count import CLEAN, CountsFile, count_correct
 from pixmim.evaluation.settings import RobustnessSettings
-from pixmim.transforms.crops import CentreCrop, evaluation_crop
-from pixmim.utils.console import say
-from pixmim.utils.errors import UserError, nearest
+from pixmim.transforms.crops import CenterCrop, evaluation_crop
+from pixmim.utils.console import print_plain
+from pixmim.utils.errors import UserError, did_you_mean
 
 ALEXNET = {
     "gaussian_noise": 0.886428,
@@ -53,7 +53,7 @@ ALEXNET = {
 """AlexNet's error on each corruption of ImageNet-C, mean over the five severities (arXiv 1903.12261)."""
 
 
-def check_robustness(bench: Bench, settings: RobustnessSettings) -> None:
+def check_robustness(bench: EvalContext, settings: RobustnessSettings) -> None:
     """Raise UserError for data, settings or an encoder that `evaluate_robustness` would refuse; fits nothing.
 
     The folders of ImageNet-C are looked for, and their images not listed.
@@ -79,7 +79,7 @@ def check_robustness(bench: Bench, settings: RobustnessSettings) -> None:
     bench.once(("robustness", repr(settings)), make)
 
 
-def evaluate_robustness(bench: Bench, settings: RobustnessSettings) -> Values:
+def evaluate_robustness(bench: EvalContext, settings: RobustnessSettings) -> Values:
     """Evaluate on all data that the settings name; resumes an interrupted evaluation. Raises UserError."""
     check_robustness(bench, settings)
     corruptions, severities = _select(settings)
@@ -118,7 +118,7 @@ def _select(settings: RobustnessSettings) -> tuple[list[str], list[int]]:
     for name in settings.corruptions:
         if name not in CORRUPTIONS:
             known = ", ".join(CORRUPTIONS)
-            raise UserError(f"there is no corruption '{name}'{nearest(name, CORRUPTIONS)} Known: {known}")
+            raise UserError(f"there is no corruption '{name}'{did_you_mean(name, CORRUPTIONS)} Known: {known}")
     if not settings.severities:
         raise UserError("--severities takes some of 1, 2, 3, 4 and 5")
     corruptions = [name for name in CORRUPTIONS if name in (settings.corruptions or CORRUPTIONS)]
@@ -132,7 +132,7 @@ def _relatives(settings: RobustnessSettings) -> dict[str, str]:
 
 
 def _find_imagenet_c(
-    bench: Bench, folder: str, corruptions: list[str], severities: list[int]
+    bench: EvalContext, folder: str, corruptions: list[str], severities: list[int]
 ) -> tuple[ImageClassifier, Path]:
     """Return the classifier and the root of ImageNet-C. Raises UserError for a missing part."""
     classifier = imagenet_head(bench, "ImageNet-C")
@@ -146,14 +146,16 @@ def _find_imagenet_c(
     return classifier, root
 
 
-def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: list[int], file: CountsFile) -> Values:
+def _imagenet_c(
+    bench: EvalContext, folder: str, corruptions: list[str], severities: list[int], file: CountsFile
+) -> Values:
     """Yield errors, CE and mCE on stored images, cropped at the center to the encoder's size without resizing.
 
     CE needs all severities and classes, because AlexNet's errors were measured so; mCE also needs all corruptions.
     """
     classifier, root = _find_imagenet_c(bench, folder, corruptions, severities)
     errors: dict[str, list[float]] = {name: [] for name in corruptions}
-    classes, crop = classifier.classes, CentreCrop(bench.encoder.size)
+    classes, crop = classifier.classes, CenterCrop(bench.encoder.size)
     counts, complete = torch.zeros(2, len(classes), dtype=torch.int64), True
     for name in corruptions:
         for severity in severities:
@@ -177,7 +179,7 @@ def _imagenet_c(bench: Bench, folder: str, corruptions: list[str], severities: l
             yield "imagenet_c/mce", mce
 
 
-def _imagenet_relative(bench: Bench, name: str, folder: str, file: CountsFile) -> Values:
+def _imagenet_relative(bench: EvalContext, name: str, folder: str, file: CountsFile) -> Values:
     """Yield top-1 on ImageNet-A, -R or -Sketch at the evaluation crop; for A and R only their 200 outputs compete."""
     classifier, classes, data, labels = _open_imagenet_relative(bench, name, folder)
     among = [classifier.classes.index(wnid) for wnid in classes]
@@ -189,8 +191,8 @@ def _imagenet_relative(bench: Bench, name: str, folder: str, file: CountsFile) -
 
 
 def _open_imagenet_relative(
-    bench: Bench, name: str, folder: str
-) -> tuple[ImageClassifier, list[str], Source, Int[Tensor, " n"]]:
+    bench: EvalContext, name: str, folder: str
+) -> tuple[ImageClassifier, list[str], ImageDataset, Int[Tensor, " n"]]:
     """Return the classifier, the classes, the data and their labels. Raises UserError."""
     title = f"ImageNet-{name.upper() if len(name) == 1 else name.title()}"
     classifier = imagenet_head(bench, title)
@@ -216,7 +218,7 @@ def _by_class(counts: Tensor, names: list[str], key: str) -> Values:
 
 
 def _in_memory(
-    bench: Bench, settings: RobustnessSettings, corruptions: list[str], severities: list[int], file: CountsFile
+    bench: EvalContext, settings: RobustnessSettings, corruptions: list[str], severities: list[int], file: CountsFile
 ) -> Values:
     """Yield errors on images that are corrupted after the evaluation crop, and on clean ones, in per cent.
 
@@ -260,7 +262,7 @@ def _in_memory(
         yield f"{key}/severity/{name}/{severity}", errors[name, severity]
 
 
-def _check_form(bench: Bench) -> None:
+def _check_form(bench: EvalContext) -> None:
     """Raise UserError if the encoder's images cannot be corrupted."""
     form = bench.encoder.form
     check_channels(form.channels)
@@ -268,7 +270,7 @@ def _check_form(bench: Bench) -> None:
         raise UserError(f"corruptions are defined for 8-bit images, and this encoder reads {form.pixels}")
 
 
-def _classifier_kind(bench: Bench, data: Source, settings: RobustnessSettings) -> str:
+def _classifier_kind(bench: EvalContext, data: ImageDataset, settings: RobustnessSettings) -> str:
     """Return "head" or "probe", whichever classifies the test data. Raises UserError for a probe without train data."""
     kind = settings.classifier
     if kind == "auto":
@@ -278,13 +280,13 @@ def _classifier_kind(bench: Bench, data: Source, settings: RobustnessSettings) -
     return kind
 
 
-def _head_knows(bench: Bench, data: Source) -> bool:
+def _head_knows(bench: EvalContext, data: ImageDataset) -> bool:
     """Return whether the encoder's own classifier has all classes of the data by name."""
     head = encoder_head(bench)
     return bool(head.classes) and set(data.classes) <= set(head.classes)
 
 
-def _head_labels(bench: Bench, data: Source) -> tuple[Int[Tensor, " n"], str]:
+def _head_labels(bench: EvalContext, data: ImageDataset) -> tuple[Int[Tensor, " n"], str]:
     """Return the labels of data for the encoder's own classifier, and a line about their classes.
 
     Raises:
@@ -304,7 +306,7 @@ def _head_labels(bench: Bench, data: Source) -> tuple[Int[Tensor, " n"], str]:
 
 
 def _select_classifier(
-    bench: Bench, data: Source, settings: RobustnessSettings
+    bench: EvalContext, data: ImageDataset, settings: RobustnessSettings
 ) -> tuple[ImageClassifier, Int[Tensor, " n"], list[int] | None, list[str]]:
     """Return the classifier of the test data, their labels, the outputs that compete (None: all), and the classes."""
     if _classifier_kind(bench, data, settings) == "probe":
@@ -313,10 +315,14 @@ def _select_classifier(
         return probe, labelled.wanted, None, labelled.classes
     labels, line = _head_labels(bench, data)
     head, console = encoder_head(bench), bench.console or Console(quiet=True)
-    say(console, f"test data: {line}")
+    print_plain(console, f"test data: {line}")
     if _head_knows(bench, data):
         if len(data.classes) < len(head.classes):
-            say(console, f"of the {len(head.classes):,} outputs of the classifier, only those of these classes compete")
+            print_plain(
+                console, f"of the {len(head.classes):,} outputs of the classifier, only those of these classes compete"
+            )
         return head, labels, [head.classes.index(name) for name in data.classes], data.classes
-    say(console, "warning: the classifier does not name its classes: its outputs are taken for these in sorted order")
+    print_plain(
+        console, "warning: the classifier does not name its classes: its outputs are taken for these in sorted order"
+    )
     return head, labels, None, data.classes

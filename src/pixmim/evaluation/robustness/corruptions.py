@@ -22,7 +22,7 @@ from torch import Tensor
 from pixmim.evaluation.robustness import blur, noise, weather
 from pixmim.evaluation.robustness import color as colour
 from pixmim.utils import rng
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 
 Corruption = Callable[[Tensor, tuple[float, ...], np.random.Generator, float], Float[Tensor, "c h w"]]
 """A function of an image in [0, 1], a severity's constants, what draws numbers, and the size in units of 224 px."""
@@ -81,7 +81,9 @@ def corrupt(
     colour of frost would be in other channels is not defined.
     """
     if name not in CORRUPTIONS:
-        raise UserError(f"there is no corruption '{name}'{nearest(name, CORRUPTIONS)} Known: {', '.join(CORRUPTIONS)}")
+        raise UserError(
+            f"there is no corruption '{name}'{did_you_mean(name, CORRUPTIONS)} Known: {', '.join(CORRUPTIONS)}"
+        )
     if severity not in SEVERITIES:
         raise UserError(f"a severity is 1, 2, 3, 4 or 5, not {severity}")
     check_channels(image.shape[0])

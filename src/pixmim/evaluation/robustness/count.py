@@ -13,17 +13,17 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
-from pixmim.data.dataset import Source
+from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.classifiers import ImageClassifier
-from pixmim.evaluation.context import Bench
+from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.robustness.corruptions import VERSION, corrupt
 from pixmim.transforms.crops import Crop
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import read_json, write_whole
+from pixmim.utils.files import read_json, write_text_atomically
 from pixmim.utils.progress import progress
-from pixmim.utils.threads import workers
+from pixmim.utils.threads import thread_pool
 
 Variant = tuple[str, int]
 """A corruption and its severity."""
@@ -62,15 +62,15 @@ class CountsFile:
         """Keep counts, in place of older ones."""
         self._counts[key] = counts
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, json.dumps(self._counts))
+        write_text_atomically(self._path, json.dumps(self._counts))
 
     def _warn(self, problem: str) -> None:
-        say(self._console, f"warning: {self._path} {problem}: that part is measured again")
+        print_plain(self._console, f"warning: {self._path} {problem}: that part is measured again")
 
 
 def count_correct(
-    bench: Bench,
-    data: Source,
+    bench: EvalContext,
+    data: ImageDataset,
     crop: Crop,
     classifier: ImageClassifier,
     labels: Int[Tensor, " n"],
@@ -105,7 +105,7 @@ def count_correct(
     total, *right = torch.tensor(counts).view(-1, classes)
     with (
         progress(f"{len(variants)} variants of {data.spec}", len(data), bench.console) as advance,
-        workers(0, "pixmim-corrupt") as pool,
+        thread_pool(0, "pixmim-corrupt") as pool,
     ):
         for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256, first=first):
             if len(indices):

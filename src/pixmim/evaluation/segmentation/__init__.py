@@ -12,20 +12,20 @@ from jaxtyping import Shaped
 from rich.console import Console
 from torch import Tensor
 
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import a_few, shares, warn_shared
-from pixmim.evaluation.context import Bench, Values, discard
-from pixmim.evaluation.segmentation.dataset import IGNORE, Pairs, open_pairs
+from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.segmentation.dataset import IGNORE, SegmentationDataset, open_segmentation
 from pixmim.evaluation.segmentation.metrics import confusion_matrix, segmentation_metrics
 from pixmim.evaluation.segmentation.sliding_window import segment
 from pixmim.evaluation.segmentation.train import build, fit
 from pixmim.evaluation.settings import SegmentationSettings
 from pixmim.evaluation.visualize import draw_segmentations, to_rgb
-from pixmim.utils.console import say
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.progress import progress
-from pixmim.utils.threads import how_many, in_turn, workers
+from pixmim.utils.threads import num_threads, ordered_map, thread_pool
 
 _SHOWN = 6  # test pictures in the report
 
@@ -41,13 +41,13 @@ class CheckedPairs:
         test_skipped: Test pairs that are left out.
     """
 
-    train: Pairs
-    test: Pairs
-    train_skipped: Skipped
-    test_skipped: Skipped
+    train: SegmentationDataset
+    test: SegmentationDataset
+    train_skipped: BadImageLog
+    test_skipped: BadImageLog
 
 
-def check_segmentation(bench: Bench, settings: SegmentationSettings) -> CheckedPairs:
+def check_segmentation(bench: EvalContext, settings: SegmentationSettings) -> CheckedPairs:
     """Open and read all pairs, and build the model, once for a context; trains nothing.
 
     Raises:
@@ -56,8 +56,10 @@ def check_segmentation(bench: Bench, settings: SegmentationSettings) -> CheckedP
 
     def make() -> CheckedPairs:
         form = bench.encoder.form
-        train = open_pairs(settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground)
-        test = open_pairs(settings.test, form, "validation", train.classes, table=train.table)
+        train = open_segmentation(
+            settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground
+        )
+        test = open_segmentation(settings.test, form, "validation", train.classes, table=train.table)
         build(bench.encoder, settings, len(train.classes))
         console = bench.console or Console(quiet=True)
         warn_shared(train.source, test.source, console)
@@ -69,7 +71,7 @@ def check_segmentation(bench: Bench, settings: SegmentationSettings) -> CheckedP
     return bench.once(("segmentation", repr(settings)), make)
 
 
-def evaluate_segmentation(bench: Bench, settings: SegmentationSettings) -> Values:
+def evaluate_segmentation(bench: EvalContext, settings: SegmentationSettings) -> Values:
     """Train a head, and yield mIoU, aAcc, mAcc and each class's IoU in per cent, over all test pixels together.
 
     Classes without a pixel in the test masks have no IoU, and are left out of the means. Raises UserError for data or
@@ -116,7 +118,7 @@ def evaluate_segmentation(bench: Bench, settings: SegmentationSettings) -> Value
     yield "images", len(test) - len(skipped)
 
 
-def check_masks(pairs: Pairs, skipped: Skipped, what: str, console: Console) -> None:
+def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, what: str, console: Console) -> None:
     """Read all pairs before training, and print the classes, their shares of the pixels, and what is left out.
 
     Raises UserError if fewer than two classes have pixels, or too many pairs cannot be used.
@@ -128,9 +130,9 @@ def check_masks(pairs: Pairs, skipped: Skipped, what: str, console: Console) -> 
             advance(index + 1)
     found, ignored = counts[: len(pairs.classes)].tolist(), int(counts[IGNORE])
     share = f"; {100 * ignored / int(counts.sum()):.1f} % of the pixels do not count" if ignored else ""
-    say(console, f"{what} masks: {len(pairs) - len(skipped):,} images of {shares(pairs.classes, found)}{share}")
+    print_plain(console, f"{what} masks: {len(pairs) - len(skipped):,} images of {shares(pairs.classes, found)}{share}")
     if len(skipped):
-        say(console, f"  {len(skipped):,} of {len(pairs):,} pairs are left out: {skipped.reasons}")
+        print_plain(console, f"  {len(skipped):,} of {len(pairs):,} pairs are left out: {skipped.reasons}")
     there = [name for name, count in zip(pairs.classes, found, strict=True) if count]
     if len(there) < 2:
         held = f" They hold {pairs.values()}." if pairs.values is not None else ""
@@ -141,25 +143,27 @@ def check_masks(pairs: Pairs, skipped: Skipped, what: str, console: Console) -> 
     without = [name for name in pairs.classes if name not in there]
     if without:
         follows = "they cannot be learned" if what == "train" else "they have no IoU"
-        say(
+        print_plain(
             console,
             f"{'warning: ' if what == 'train' else '  '}{len(without)} classes without a pixel, {follows}: "
             f"{a_few(without)}",
         )
 
 
-def one_by_one(pairs: Pairs, skipped: Skipped, threads: int = 0) -> Iterator[tuple[int, Shaped[Tensor, "c h w"]]]:
+def one_by_one(
+    pairs: SegmentationDataset, skipped: BadImageLog, threads: int = 0
+) -> Iterator[tuple[int, Shaped[Tensor, "c h w"]]]:
     """Every pair in order, read ahead by threads, with its index; what cannot be read is left out and accounted for."""
 
     def read(index: int) -> Tensor | None:
         try:
             return pairs.image(index)
         except BadImage as error:
-            skipped.add(index, pairs.locate(index), str(error))
+            skipped.add(index, pairs.path_of(index), str(error))
             return None
 
-    with workers(threads, "pixmim-read") as pool:
-        for index, pair in enumerate(in_turn(pool, read, range(len(pairs)), 2 * how_many(threads))):
+    with thread_pool(threads, "pixmim-read") as pool:
+        for index, pair in enumerate(ordered_map(pool, read, range(len(pairs)), 2 * num_threads(threads))):
             if pair is not None:
                 skipped.passed(index)
                 yield index, pair

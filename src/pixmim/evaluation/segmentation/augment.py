@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pixmim.evaluation.segmentation.dataset import IGNORE
-from pixmim.transforms.crops import Array, Crop, cover, resized
+from pixmim.transforms.crops import Array, Crop, cover_size, resize
 
 _TRIES = 10
 
@@ -43,7 +43,7 @@ class JitteredCrop(Crop):
     def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         factor = self.scale[0] + u[0] * (self.scale[1] - self.scale[0])
         wanted = max(1, round(self.size[0] * factor)), max(1, round(self.size[1] * factor))
-        pixels = resized(image[..., :-1], cover(image.shape[:2], wanted), "bilinear")
+        pixels = resize(image[..., :-1], cover_size(image.shape[:2], wanted), "bilinear")
         mask = nearest(image[..., -1], pixels.shape[:2])
         (height, width), (h, w) = mask.shape, self.size
         for k in range(_TRIES):

@@ -14,17 +14,17 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import BadImage, Form, Source
+from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import read_numbers
 from pixmim.data.decode.limits import max_bytes
-from pixmim.data.image_folder import Files, below
-from pixmim.data.synthetic import SHAPES, Shapes
+from pixmim.data.image_folder import ImageFolder, from_folder
+from pixmim.data.synthetic import SHAPES, SyntheticShapes
 from pixmim.data.wrappers import DatasetWrapper
 from pixmim.transforms.crops import Array
-from pixmim.utils.errors import UserError, nearest
+from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import read_file, read_text
-from pixmim.utils.progress import patience
-from pixmim.utils.threads import how_many, in_turn, workers
+from pixmim.utils.progress import status_counter
+from pixmim.utils.threads import num_threads, ordered_map, thread_pool
 
 IGNORE = 255
 """The value of pixels that do not count."""
@@ -40,7 +40,7 @@ _FOLDERS = ("masks", "annotations")
 _MAX_NAMES_BYTES = 2**20
 
 
-class Pairs(DatasetWrapper):
+class SegmentationDataset(DatasetWrapper):
     """Pictures of a data set with their masks: `array` gives (h, w, c + 1), the mask last.
 
     mask     of an index: uint8 (h w), class numbers or IGNORE; raises BadImage
@@ -51,7 +51,7 @@ class Pairs(DatasetWrapper):
 
     def __init__(
         self,
-        pictures: Source,
+        pictures: ImageDataset,
         mask: Callable[[int], Mask],
         classes: Sequence[str],
         table: Mask | None = None,
@@ -73,16 +73,16 @@ class Pairs(DatasetWrapper):
         return np.concatenate([picture, mask[..., None].astype(picture.dtype)], axis=2)
 
 
-def open_pairs(
+def open_segmentation(
     spec: str,
-    form: Form,
+    form: ImageSpec,
     split: Split,
     classes: Sequence[str] | None = None,
     *,
     ignore: str = "auto",
     foreground: int | None = None,
     table: Mask | None = None,
-) -> Pairs:
+) -> SegmentationDataset:
     """The pairs that `spec` names: `shapes:`, or a folder with `images/` and `masks/` (or `annotations/`).
 
     A picture's mask has its path below `images/`, but for the ending. If both folders hold `training/` and
@@ -98,11 +98,11 @@ def open_pairs(
     values are no class numbers.
     """
     if spec.startswith("shapes:"):
-        return _drawn(Shapes.from_spec(spec, form))
+        return _drawn(SyntheticShapes.from_spec(spec, form))
     layout = _layout(spec, split)
-    pictures = below(layout.images, form)
-    names = [str(Path(pictures.locate(i)).relative_to(layout.images)) for i in range(len(pictures))]
-    pictures = Files(spec, layout.images, names, form)
+    pictures = from_folder(layout.images, form)
+    names = [str(Path(pictures.path_of(i)).relative_to(layout.images)) for i in range(len(pictures))]
+    pictures = ImageFolder(spec, layout.images, names, form)
     found = _names(layout.root)
     if found is not None and classes is not None and found != list(classes):
         raise UserError(f"{layout.root} has other classes than the train data: {_difference(found, classes)}")
@@ -121,7 +121,7 @@ def open_pairs(
             )
         return result
 
-    return Pairs(pictures, mask, names, meaning, values)
+    return SegmentationDataset(pictures, mask, names, meaning, values)
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def _values(spec: str, count: int, read: Callable[[int], Mask]) -> _Values:
         return np.bincount(v.ravel(), minlength=256), np.bincount(corner[same], minlength=256)
 
     counts, solid = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    with patience(f"reads the masks of {spec}", "masks") as more, workers(0, "pixmim-read") as pool:
-        for found in in_turn(pool, one, range(count), 2 * how_many(0)):
+    with status_counter(f"reads the masks of {spec}", "masks") as more, thread_pool(0, "pixmim-read") as pool:
+        for found in ordered_map(pool, one, range(count), 2 * num_threads(0)):
             more(1)
             if found is not None:
                 counts, solid = counts + found[0], solid + found[1]
@@ -252,7 +252,7 @@ def _layout(spec: str, split: Split) -> _Layout:
     root = Path(spec).expanduser()
     if not root.is_dir():
         siblings = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise UserError(f"there is no folder {root}{nearest(root.name, siblings)}")
+        raise UserError(f"there is no folder {root}{did_you_mean(root.name, siblings)}")
     masks = next((root / name for name in _FOLDERS if (root / name).is_dir()), None)
     if masks is None or not (root / "images").is_dir():
         raise UserError(
@@ -265,11 +265,11 @@ def _layout(spec: str, split: Split) -> _Layout:
     return _Layout(root, root / "images", masks, zero=False)
 
 
-def _mask_reader(pictures: Files, layout: _Layout) -> Callable[[int], Mask]:
+def _mask_reader(pictures: ImageFolder, layout: _Layout) -> Callable[[int], Mask]:
     """Return a function that reads the mask of an image; of a palette image its numbers, not the colors."""
 
     def read(index: int) -> Mask:
-        stem = layout.masks / Path(pictures.locate(index)).relative_to(layout.images)
+        stem = layout.masks / Path(pictures.path_of(index)).relative_to(layout.images)
         path = next((p for ending in _MASKS if os.path.isfile(p := stem.with_suffix(ending))), None)
         if path is None:
             raise BadImage(f"there is no mask: {stem.with_suffix('.png')}")
@@ -313,11 +313,11 @@ def _difference(found: Sequence[str], wanted: Sequence[str]) -> str:
     return f"number {i} is '{found[i]}' instead of '{wanted[i]}'"
 
 
-def _drawn(shapes: Shapes) -> Pairs:
+def _drawn(shapes: SyntheticShapes) -> SegmentationDataset:
     """The shapes, each before a background, which is class 0."""
 
     def mask(index: int) -> Mask:
         sample = shapes.sample(index)
         return (sample.mask * (sample.shape + 1)).astype(np.uint8)
 
-    return Pairs(shapes, mask, ["background", *SHAPES])
+    return SegmentationDataset(shapes, mask, ["background", *SHAPES])

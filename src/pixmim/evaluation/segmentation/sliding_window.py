@@ -5,9 +5,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.evaluation.frozen_encoder import Encoder
+from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.training.precision import autocast
-from pixmim.transforms.crops import finish, resize_to_cover
+from pixmim.transforms.crops import flip_and_normalize, resize_to_cover
 
 _WINDOWS = 8  # computed at once
 _CLASSES = 16  # brought to the pixels at once, so that a large picture with many classes does not fill the memory
@@ -15,7 +15,7 @@ _CLASSES = 16  # brought to the pixels at once, so that a large picture with man
 
 @torch.no_grad()
 def segment(
-    model: nn.Module, encoder: Encoder, picture: Shaped[Tensor, "c h w"], size: tuple[int, int]
+    model: nn.Module, encoder: FrozenEncoder, picture: Shaped[Tensor, "c h w"], size: tuple[int, int]
 ) -> Int[Tensor, "h w"]:
     """The class of each pixel of a picture of any size, on the encoder's device.
 
@@ -26,7 +26,7 @@ def segment(
     model  a `Segmenter` in evaluation mode, made for images of `size`
     """
     small = resize_to_cover(picture, size, "bilinear").to(encoder.device)
-    x = finish(small[None], None, encoder.mean, encoder.std)
+    x = flip_and_normalize(small[None], None, encoder.mean, encoder.std)
     (h, w), (height, width) = size, x.shape[-2:]
     corners = [(top, left) for top in starts(height, h) for left in starts(width, w)]
     total, count = None, x.new_zeros(height, width)

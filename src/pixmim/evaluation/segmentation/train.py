@@ -10,28 +10,28 @@ from rich.console import Console
 from torch import Tensor
 
 from pixmim.build import seeded
-from pixmim.data.bad_images import Skipped
+from pixmim.data.bad_images import BadImageLog
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.evaluation.frozen_encoder import Encoder, anew
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, rebuild_at_size
 from pixmim.evaluation.segmentation.augment import DISTORTIONS, JitteredCrop, distort
-from pixmim.evaluation.segmentation.dataset import Pairs
+from pixmim.evaluation.segmentation.dataset import SegmentationDataset
 from pixmim.evaluation.segmentation.heads import Segmenter, loss_of
 from pixmim.evaluation.settings import SegmentationSettings
 from pixmim.models.layer_decay import layer_ids
-from pixmim.training.optim import Updater, layer_groups
+from pixmim.training.optim import SyncFreeOptimizer, layer_decay_param_groups
 from pixmim.training.precision import autocast
 from pixmim.training.trainer import Trainer
-from pixmim.transforms.crops import finish
+from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
 
 
-def build(encoder: Encoder, settings: SegmentationSettings, classes: int) -> tuple[Segmenter, tuple[int, int]]:
+def build(encoder: FrozenEncoder, settings: SegmentationSettings, classes: int) -> tuple[Segmenter, tuple[int, int]]:
     """The encoder with a fresh head, on its device, and the size of its crops. Raises UserError."""
     frozen = settings.head == "linear" if settings.frozen is None else settings.frozen
-    size = replace(encoder.run, size=settings.size).hw
-    module = anew(encoder, settings.size, **({} if frozen else {"drop_path_rate": settings.drop_path}))
+    size = replace(encoder.run, size=settings.size).image_size
+    module = rebuild_at_size(encoder, settings.size, **({} if frozen else {"drop_path_rate": settings.drop_path}))
     with seeded(settings.seed):
         try:
             model = Segmenter(module, settings.head, classes, settings.width, frozen)
@@ -42,17 +42,17 @@ def build(encoder: Encoder, settings: SegmentationSettings, classes: int) -> tup
 
 def fit(
     model: Segmenter,
-    encoder: Encoder,
+    encoder: FrozenEncoder,
     settings: SegmentationSettings,
-    train: Pairs,
+    train: SegmentationDataset,
     size: tuple[int, int],
     *,
     folder: Path,
-    skipped: Skipped,
+    skipped: BadImageLog,
     console: Console | None = None,
 ) -> None:
     """Train what is not frozen of a model; goes on from a checkpoint in `folder` if there is one. Raises UserError."""
-    part = settings.batch_size // settings.accumulate
+    part = settings.batch_size // settings.accumulation_steps
 
     def open_loader(position: int) -> Loader:
         return Loader(
@@ -77,13 +77,13 @@ def fit(
     optimizer = torch.optim.AdamW(groups(model, settings), lr=settings.rate, betas=(0.9, 0.999), fused=True)
     trainer = Trainer(
         model,
-        Updater(optimizer, None, scaling=encoder.precision == "fp16", device=encoder.device),
+        SyncFreeOptimizer(optimizer, None, scaling=encoder.precision == "fp16", device=encoder.device),
         lambda step: rate(settings, step),
         settings.steps,
         folder,
         images=len(train),
         batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
+        accumulation_steps=settings.accumulation_steps,
         console=console,
     )
     trainer.resume_and_fit(open_loader, compute_loss)
@@ -94,7 +94,9 @@ def groups(model: Segmenter, settings: SegmentationSettings) -> list[dict[str, A
     ids = {f"encoder.{name}": layer for name, layer in layer_ids(model.encoder).items()}
     top = max(ids.values())
     found = {name: ids.get(name, top) for name, _ in model.named_parameters()}
-    return layer_groups(model, found, settings.layer_decay, settings.weight_decay, ("relative_position_bias_table",))
+    return layer_decay_param_groups(
+        model, found, settings.layer_decay, settings.weight_decay, ("relative_position_bias_table",)
+    )
 
 
 def rate(settings: SegmentationSettings, step: int) -> float:
@@ -106,7 +108,7 @@ def rate(settings: SegmentationSettings, step: int) -> float:
     return settings.rate * (1 - step / settings.steps) * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
 
 
-def prepare(batch: Batch, encoder: Encoder, seed: int, step: int) -> tuple[Tensor, Tensor]:
+def prepare(batch: Batch, encoder: FrozenEncoder, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Images (b c h w), their colours distorted, flipped and normalised, and their masks (b h w), on the device."""
     pairs, flip = (t.to(encoder.device, non_blocking=True) for t in (batch.images, batch.flip))
     images, masks = pairs[:, :-1], pairs[:, -1].to(torch.int64)
@@ -114,4 +116,4 @@ def prepare(batch: Batch, encoder: Encoder, seed: int, step: int) -> tuple[Tenso
     if not images.is_floating_point():  # those have no known range
         u = rng.uniform(seed, "colours", step, batch.indices.numpy(), DISTORTIONS).astype(np.float32)
         images = distort(images.float() / torch.iinfo(images.dtype).max, torch.from_numpy(u).to(encoder.device))
-    return finish(images, flip, encoder.mean, encoder.std), masks
+    return flip_and_normalize(images, flip, encoder.mean, encoder.std), masks

@@ -6,13 +6,13 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from pixmim.weights.format import Source
+from pixmim.weights.format import CheckpointFormat
 from pixmim.weights.formats.huggingface import HF_BEIT, HF_BEIT_BODY, HF_SWIN, HF_SWIN_BODY, HF_VIT, HF_VIT_BODY
 from pixmim.weights.formats.official import CONVMAE, MAE, SIMMIM_SWIN, SIMMIM_VIT, SWIN
 from pixmim.weights.formats.openmmlab import MM, MM_BODY, MM_SWIN, MM_SWIN_BODY
 from pixmim.weights.formats.timm import BEIT, TIMM_SWIN, TIMM_VIT
 
-SOURCES = (
+FORMATS = (
     MAE,
     CONVMAE,
     SIMMIM_SWIN,
@@ -34,9 +34,9 @@ SOURCES = (
 )
 
 
-def source_of(keys: Collection[str], prefix: str = "") -> Source | None:
+def detect_format(keys: Collection[str], prefix: str = "") -> CheckpointFormat | None:
     """The first source all of whose marks are among the keys, behind a prefix, or None."""
-    return next((source for source in SOURCES if all(prefix + mark in keys for mark in source.marks)), None)
+    return next((source for source in FORMATS if all(prefix + mark in keys for mark in source.marks)), None)
 
 
 _WRAPPER = re.compile(
@@ -49,7 +49,7 @@ _WRAPPER = re.compile(
 _MAX_DEPTH, _MAX_PREFIXES = 8, 4_096
 
 
-def find_source(keys: Collection[str], given: str = "") -> tuple[str, Source | None, list[str]]:
+def find_format(keys: Collection[str], given: str = "") -> tuple[str, CheckpointFormat | None, list[str]]:
     """Return the prefix behind which there is a model that pixmim knows, its source, and the other such prefixes.
 
     The shortest prefix decides, and between several of one length first one that is neither a student's nor a
@@ -67,7 +67,7 @@ def find_source(keys: Collection[str], given: str = "") -> tuple[str, Source | N
             if len(prefixes) < _MAX_PREFIXES:
                 prefixes[given + "".join(f"{part}." for part in parts[:depth])] = None
     ranked = sorted(prefixes, key=lambda prefix: (prefix.count("."), _rank(prefix)))
-    found = [(prefix, source) for prefix in ranked if (source := source_of(keys, prefix)) is not None]
+    found = [(prefix, source) for prefix in ranked if (source := detect_format(keys, prefix)) is not None]
     if not found:
         return given, None, []
     (prefix, source), others = found[0], [other for other, _ in found[1:]]
@@ -100,7 +100,7 @@ _ATTENTION = ("*attn*", "*attention*", "*qkv*", "*self_att*")
 _CONVOLUTION = ("*conv*.weight", "*bn1.running_mean", "*features.0.weight", "*dwconv.weight", "*downsample*.weight")
 
 
-def foreign_kind(tensors: Mapping[str, Tensor]) -> str:
+def describe_unsupported(tensors: Mapping[str, Tensor]) -> str:
     """Return what a model is that pixmim does not use, as far as the names of its tensors tell; empty otherwise."""
     for pattern, what in _FOREIGN:
         if any(fnmatchcase(key, pattern) for key in tensors):

@@ -1,7 +1,7 @@
 """Hugging Face's names: ViTMAE, ViT, Swin and Beit of transformers."""
 
-from pixmim.weights.format import COMPUTED, Source, rows
-from pixmim.weights.key_map import Names
+from pixmim.weights.format import COMPUTED, CheckpointFormat, rows
+from pixmim.weights.key_map import KeyMap
 from pixmim.weights.tensor_ops import (
     drop_key_bias,
     fuse_qkv,
@@ -41,13 +41,13 @@ _SWIN_BLOCK = (
 )
 
 
-def _vit(prefix: str) -> Source:
+def _vit(prefix: str) -> CheckpointFormat:
     """ViTMAE, and ViT plain or for masked images (which is SimMIM's); their bodies alone have no prefix."""
-    return Source(
+    return CheckpointFormat(
         "Hugging Face ViTMAE or ViT",
         "vit",
         (f"{prefix}embeddings.cls_token", f"{prefix}embeddings.patch_embeddings.projection.weight"),
-        Names(
+        KeyMap(
             (f"{prefix}embeddings.cls_token", "encoder.cls_token"),
             (f"{prefix}embeddings.mask_token", "mask_token"),
             (f"{prefix}embeddings.position_embeddings", "encoder.pos_embed"),
@@ -74,12 +74,12 @@ def _vit(prefix: str) -> Source:
 HF_VIT, HF_VIT_BODY = _vit("vit."), _vit("")
 
 
-def _swin(prefix: str) -> Source:
-    return Source(
+def _swin(prefix: str) -> CheckpointFormat:
+    return CheckpointFormat(
         "Hugging Face Swin",
         "swin",
         (f"{prefix}embeddings.norm.weight", f"{prefix}embeddings.patch_embeddings.projection.weight"),
-        Names(
+        KeyMap(
             (f"{prefix}embeddings.mask_token", "mask_token"),
             (f"{prefix}embeddings.patch_embeddings.projection.*", "encoder.patch_embed.proj.*"),
             (f"{prefix}embeddings.norm.*", "encoder.patch_embed.norm.*"),
@@ -98,12 +98,12 @@ def _swin(prefix: str) -> Source:
 HF_SWIN, HF_SWIN_BODY = _swin("swin."), _swin("")
 
 
-def _beit(prefix: str) -> Source:
-    return Source(
+def _beit(prefix: str) -> CheckpointFormat:
+    return CheckpointFormat(
         "Hugging Face Beit",
         "beit",
         (f"{prefix}encoder.layer.0.lambda_1", f"{prefix}embeddings.patch_embeddings.projection.weight"),
-        Names(
+        KeyMap(
             (f"{prefix}embeddings.cls_token", "encoder.cls_token"),
             (f"{prefix}embeddings.position_embeddings", "encoder.pos_embed"),
             (f"{prefix}embeddings.patch_embeddings.projection.*", "encoder.patch_embed.proj.*"),

@@ -1,7 +1,7 @@
 """The names of the methods' own code: MAE and LSMAE, ConvMAE, SimMIM."""
 
-from pixmim.weights.format import COMPUTED, Source
-from pixmim.weights.key_map import Names
+from pixmim.weights.format import COMPUTED, CheckpointFormat
+from pixmim.weights.key_map import KeyMap
 from pixmim.weights.tensor_ops import fold_batch_norm, fuse_qkv, move_downsampling
 
 _DECODER = (
@@ -14,11 +14,11 @@ _DECODER = (
 )
 """MAE's decoder, which ConvMAE uses, too."""
 
-MAE = Source(
+MAE = CheckpointFormat(
     "MAE (official code)",
     "vit",
     ("decoder_embed.weight", "patch_embed.proj.weight"),
-    Names(
+    KeyMap(
         *_DECODER,
         ("decoder_downsample.*", "decoder.downsample.*"),  # LSMAE's options, here and below
         ("decoder_upsample.*", "decoder.upsample.*"),
@@ -27,11 +27,11 @@ MAE = Source(
     arrange=(fuse_qkv,),
 )
 
-CONVMAE = Source(
+CONVMAE = CheckpointFormat(
     "ConvMAE (official code)",
     "convmae",
     ("patch_embed1.proj.weight", "blocks1.0.conv1.weight"),
-    Names(
+    KeyMap(
         *_DECODER,
         ("stage1_output_decode.*", "stage1_output_decode.*"),
         ("stage2_output_decode.*", "stage2_output_decode.*"),
@@ -42,13 +42,13 @@ CONVMAE = Source(
     arrange=(fold_batch_norm,),
 )
 
-_SIMMIM = Names(
+_SIMMIM = KeyMap(
     ("encoder.mask_token", "mask_token"),
     ("decoder.*.*", "head.*.*"),
     ("encoder.**", "encoder.**"),
 )
 
-SIMMIM_SWIN = Source(
+SIMMIM_SWIN = CheckpointFormat(
     "SimMIM on Swin (official code)",
     "swin",
     ("encoder.mask_token", "encoder.layers.0.blocks.0.attn.relative_position_bias_table"),
@@ -57,7 +57,7 @@ SIMMIM_SWIN = Source(
     arrange=(move_downsampling,),
 )
 
-SIMMIM_VIT = Source(
+SIMMIM_VIT = CheckpointFormat(
     "SimMIM on ViT (official code)",
     "beit",
     ("encoder.mask_token", "encoder.blocks.0.norm1.weight"),
@@ -65,11 +65,11 @@ SIMMIM_VIT = Source(
     unused=COMPUTED,
 )
 
-SWIN = Source(
+SWIN = CheckpointFormat(
     "Swin (official code; SimMIM's, fine-tuned)",
     "swin",
     ("layers.0.blocks.0.attn.relative_position_bias_table", "layers.0.downsample.reduction.weight"),
-    Names(("head.*", "encoder.head.fc.*"), ("**", "encoder.**")),
+    KeyMap(("head.*", "encoder.head.fc.*"), ("**", "encoder.**")),
     unused=(*COMPUTED, ("mask_token", "of pre-training")),
     arrange=(move_downsampling,),
 )

@@ -1,7 +1,7 @@
 """The names of mmselfsup and mmpretrain, which PixMIM's own release was made with."""
 
-from pixmim.weights.format import COMPUTED, Source, rows
-from pixmim.weights.key_map import Names
+from pixmim.weights.format import COMPUTED, CheckpointFormat, rows
+from pixmim.weights.key_map import KeyMap
 from pixmim.weights.tensor_ops import fold_batch_norm, move_downsampling, order_merged
 
 _MM_BLOCK = (
@@ -13,13 +13,13 @@ _MM_BLOCK = (
 )
 
 
-def _vit(prefix: str) -> Source:
+def _vit(prefix: str) -> CheckpointFormat:
     """A whole model, or with no prefix its backbone alone, as MMSegmentation takes it."""
-    return Source(
+    return CheckpointFormat(
         "mmselfsup or mmpretrain",
         "vit",
         (f"{prefix}layers.0.ln1.weight", f"{prefix}patch_embed.projection.weight"),
-        Names(
+        KeyMap(
             (f"{prefix}cls_token", "encoder.cls_token"),
             (f"{prefix}pos_embed", "encoder.pos_embed"),
             (f"{prefix}patch_embed.projection.*", "encoder.patch_embed.proj.*"),
@@ -50,14 +50,14 @@ def _vit(prefix: str) -> Source:
 MM, MM_BODY = _vit("backbone."), _vit("")
 
 
-def _swin(prefix: str) -> Source:
+def _swin(prefix: str) -> CheckpointFormat:
     """SimMIM of mmselfsup and mmpretrain, classifiers, or with no prefix the backbone alone."""
     block = f"{prefix}stages.*.blocks.*"
-    return Source(
+    return CheckpointFormat(
         "mmselfsup or mmpretrain (Swin)",
         "swin",
         (f"{prefix}stages.0.blocks.0.attn.w_msa.qkv.weight", f"{prefix}patch_embed.projection.weight"),
-        Names(
+        KeyMap(
             (f"{prefix}mask_token", "mask_token"),
             (f"{prefix}patch_embed.projection.*", "encoder.patch_embed.proj.*"),
             (f"{prefix}patch_embed.norm.*", "encoder.patch_embed.norm.*"),
