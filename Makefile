@@ -7,7 +7,7 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 # The labelled drawings that the demo's encoder is measured on.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
 
-.PHONY: demo test test-lowest check format bench clean
+.PHONY: demo test test-lowest check format docs bench clean
 
 demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, write runs/demo/report.html
 	rm -rf runs/demo
@@ -27,17 +27,19 @@ test-lowest:  ## the test suite with the lowest versions that pyproject.toml all
 	$(LOWEST) -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
 	$(LOWEST) $(PYTEST)
 
-check: .venv/developing  ## format, lint, types, floors, tests
+check: .venv/developing  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
-	$(BIN)/python $(PYTEST)
 
-format: .venv/developing  ## mend what ruff can mend
+format: .venv/developing  ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/documenting  ## build the documentation site into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: .venv/developing  ## speed against named peers, interleaved in one process
 	$(BIN)/python benchmarks/step.py
@@ -59,5 +61,9 @@ bench: .venv/developing  ## speed against named peers, interleaved in one proces
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.venv/documenting: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf site .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,91 @@
+"""Test that the wheel is complete and that the package works without what Windows lacks."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from helpers.shards import shard
+
+ROOT = Path(__file__).parents[1]
+
+WITHOUT_POSIX = """
+import importlib.abc, os, signal, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in {"fcntl", "grp", "pwd", "resource"}:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+for name in ("fcntl", "grp", "pwd", "resource"):
+    sys.modules.pop(name, None)
+sys.meta_path.insert(0, Blocker())
+for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "posix_fadvise", "pread", "sched_getaffinity"):
+    delattr(os, name)
+del signal.SIGHUP, signal.SIGUSR1
+"""
+
+IMPORT_AND_TRAIN = """
+import pixmim, pixmim.data
+
+options = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+config = pixmim.get_recipe(
+    "demo", data="shapes:count=8,size=32", steps=2, batch_size=4, size="32", precision="fp32", device="cpu",
+    model={"backbone": "vit_tiny_patch16_224", "options": options} | decoder, knn={"every": 0},
+)
+result = pixmim.pretrain(config, "run", report=False)
+assert result.finished and result.step == 2
+assert pixmim.open_dataset("one.tar").image(0).shape[0] == 3  # reads a shard at an offset
+"""
+
+
+def _python(folder: Path, *args: str, **environment: str) -> str:
+    """Run this environment's Python in a folder and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *args], cwd=folder, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of the working tree, built without network access."""
+    folder = tmp_path_factory.mktemp("wheel")
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", str(folder))
+    _python(folder, "-m", "pip", "wheel", str(ROOT), *flags)
+    (built,) = folder.glob("pixmim-*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (record,) = (name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
+        listed = {line.split(",")[0] for line in archive.read(record).decode().splitlines()}
+        entry_points = archive.read(record.replace("RECORD", "entry_points.txt")).decode()
+    source = ROOT / "src"
+    files = {str(path.relative_to(source)) for path in (source / "pixmim").rglob("*") if path.is_file()}
+    package = {name for name in files if "__pycache__" not in name}
+    assert package == {name for name in listed if ".dist-info/" not in name}
+    assert "pixmim/py.typed" in package and any(name.endswith(".j2") for name in package)
+    assert "pixmim = pixmim.cli:main" in entry_points
+
+
+def test_the_unpacked_wheel_lists_the_recipes(wheel: Path, tmp_path: Path) -> None:
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    where = _python(elsewhere, "-c", "import pixmim; print(pixmim.__file__)", PYTHONPATH=str(site))
+    assert Path(where.strip()).parent == site / "pixmim"
+    assert "pixmim-vit-small" in _python(elsewhere, "-m", "pixmim.cli", "list", PYTHONPATH=str(site))
+
+
+def test_import_and_training_need_no_posix(tmp_path: Path) -> None:
+    """Modules, functions and flags that Windows lacks are removed; the rest of the system stays as it is."""
+    shard(tmp_path / "one.tar", range(1), labels=False)
+    _python(tmp_path, "-c", WITHOUT_POSIX + IMPORT_AND_TRAIN)
