@@ -46,7 +46,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(evaluate, "evaluate_many", instead)
     module = sys.modules["pixmim.cli.evaluate"]  # the package has a function of that name
     monkeypatch.setattr(module, "_show", lambda *_: None)
-    monkeypatch.setattr(module, "absolute", lambda data: data)
+    monkeypatch.setattr("pixmim.api.with_full_paths", lambda settings: settings)
     return calls
 
 

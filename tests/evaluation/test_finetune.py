@@ -210,7 +210,7 @@ def test_interrupted_and_gone_on_is_bitwise_the_same(
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     whole = measured(folder, settings)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "Interrupts", Stopped)
+        patch.setattr(trainer, "PreemptionHandler", Stopped)
         patch.setattr(Stopped, "after", after)
         with pytest.raises(KeyboardInterrupt):
             measured(broken, settings)

@@ -31,7 +31,7 @@ def main(jobs: str) -> None:
                 shutil.copytree(goes_on, out / "checkpoints" / Path(goes_on).name)
                 shutil.copy(Path(goes_on).parents[1] / "config.json", out)
             world.gather(None)
-            pixmim.pretraining.finish = poison(world, job["poisoned"], max(1, run.accumulation_steps))  # type: ignore[attr-defined]
+            pixmim.pretraining.flip_and_normalize = poison(world, job["poisoned"], max(1, run.accumulation_steps))  # type: ignore[attr-defined]
             pixmim.pretraining.pretrain(run, out, console=Console(quiet=not world.is_main), report=False, world=world)
     leave(0)
 

@@ -223,7 +223,7 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "run.json").write_text(to_json(run))
 
         import_weights(Weights(run, dict(build_model(run).state_dict()), "a test"), root / "imported")
-        patch.setattr(trainer, "Interrupts", Stopped)
+        patch.setattr(trainer, "PreemptionHandler", Stopped)
         patch.setattr(Stopped, "after", 1)
         assert call(*commands(root / "imported", root, root)["finetune"]) == 130
         patch.setattr(embedding, "features", stopping(embedding.features))

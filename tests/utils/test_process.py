@@ -448,11 +448,11 @@ def test_a_run_whose_last_file_does_not_fit_is_ended_by_the_same_command(
 
     (tmp_path / "run.json").write_text(to_json(run))
     command = "pretrain", tmp_path / "run.json", "--out", tmp_path / "run"
-    monkeypatch.setattr(own, "write_whole", full)
+    monkeypatch.setattr(own, "write_text_atomically", full)
     status, text = say(capsys, *command)
     assert status == 1 and f"File too large: '{tmp_path}/run/encoder/model.safetensors'" in text
     assert not (tmp_path / "run" / "encoder/model.safetensors").exists()
-    monkeypatch.setattr(own, "write_whole", write)
+    monkeypatch.setattr(own, "write_text_atomically", write)
     status, text = say(capsys, *command)
     assert status == 0 and "the run is complete: 6 updates are done" in text
 

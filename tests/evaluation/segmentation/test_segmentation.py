@@ -576,7 +576,7 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
             return type(self).count > 2  # asked once an update
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "Interrupts", Stops)
+        patch.setattr(trainer, "PreemptionHandler", Stops)
         with pytest.raises(KeyboardInterrupt):
             trained("parts")
     torch.manual_seed(99)
