@@ -129,11 +129,11 @@ def test_choices_that_do_not_go_together_are_refused() -> None:
         ReconstructionLoss(Pixels(), False, "cross_entropy")
     with pytest.raises(ValueError, match="go with each other only"):
         ReconstructionLoss(ColorBins(8), False, "l1")
-    with pytest.raises(ValueError, match=r"no bins of .0, 1.: give ColourBins with normalise_patches=False"):
+    with pytest.raises(ValueError, match=r"no bins of .0, 1.: give ColorBins with normalize_patches=False"):
         ReconstructionLoss(ColorBins(8), distance="cross_entropy")
     with pytest.raises(ValueError, match=r"no bins of .0, 1.: .* and no window"):
         ReconstructionLoss(ColorBins(8), False, "cross_entropy", normalize_window=47)
-    with pytest.raises(ValueError, match="normalised once: with normalise_window, give normalise_patches=False"):
+    with pytest.raises(ValueError, match="normalised once: with normalize_window, give normalize_patches=False"):
         ReconstructionLoss(Pixels(), normalize_window=47)
     for side in (1, 46, -3):
         with pytest.raises(ValueError, match=f"odd side of 3 or more, not {side}"):

@@ -151,7 +151,7 @@ class OptimConfig:
     lr: Annotated[float | None, Real(0, 100, above=True)] = None
     """The learning rate itself; otherwise base_lr x batch size / 256."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """cosine: down to final_lr. step: constant, then a tenth (SimMIM over 800 epochs)."""
+    """cosine: down to min_lr. step: constant, then a tenth (SimMIM over 800 epochs)."""
     lr_drop_at: Annotated[float, Real(0.2, 1)] = 0.875
     """step: share of the run, however long, after which the learning rate drops; 7/8 is epoch 700 of 800."""
     warmup_start_lr: Rate = 0.0

@@ -48,12 +48,12 @@ class ReconstructionLoss(nn.Module):
     """The loss of one method: target, normalisation and distance are three independent choices.
 
     target             module from normalised images to what must be predicted: Pixels(), LowFrequency(), or
-                       ColourBins() of either, which takes the distance "cross_entropy" and no normalisation
-    normalise_patches  MAE's norm_pix: each target patch loses its mean and is divided by sqrt(variance + 1e-6),
+                       ColorBins() of either, which takes the distance "cross_entropy" and no normalisation
+    normalize_patches  MAE's norm_pix: each target patch loses its mean and is divided by sqrt(variance + 1e-6),
                        with the unbiased variance over all its p*p*c values (arXiv 2111.06377, section 3)
     distance           "mse" (MAE, PixMIM), "l1" (SimMIM), "smooth_l1", averaged over the values of a patch; for
-                       ColourBins, and only for them, "cross_entropy"
-    normalise_window   in place of normalise_patches: each value loses the mean of its channel over a window of this
+                       ColorBins, and only for them, "cross_entropy"
+    normalize_window   in place of normalize_patches: each value loses the mean of its channel over a window of this
                        odd side around it, and is divided by the deviation there (see `window_statistics`); 0: none
 
     Raises ValueError for choices that do not go together.
@@ -66,13 +66,13 @@ class ReconstructionLoss(nn.Module):
         if distance not in _DISTANCES:
             raise ValueError(f"a distance is one of {', '.join(_DISTANCES)}, not {distance!r}")
         if (distance == "cross_entropy") != isinstance(target, ColorBins):
-            raise ValueError("the distance 'cross_entropy' and the target ColourBins(...) go with each other only")
+            raise ValueError("the distance 'cross_entropy' and the target ColorBins(...) go with each other only")
         if isinstance(target, ColorBins) and (normalize_patches or normalize_window):
             raise ValueError(
-                "normalised values have no bins of [0, 1]: give ColourBins with normalise_patches=False and no window"
+                "normalised values have no bins of [0, 1]: give ColorBins with normalize_patches=False and no window"
             )
         if normalize_patches and normalize_window:
-            raise ValueError("a target is normalised once: with normalise_window, give normalise_patches=False")
+            raise ValueError("a target is normalised once: with normalize_window, give normalize_patches=False")
         if normalize_window and (normalize_window < 3 or normalize_window % 2 == 0):
             raise ValueError(f"a window has a middle, so an odd side of 3 or more, not {normalize_window}")
         self.target, self.normalize_patches, self.distance = target, normalize_patches, distance
@@ -102,7 +102,7 @@ class ReconstructionLoss(nn.Module):
 
     @torch.no_grad()
     def patches(self, images: Float[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
-        """What must be predicted for each patch, float32 (float64 for float64 images); of ColourBins, their numbers."""
+        """What must be predicted for each patch, float32 (float64 for float64 images); of ColorBins, their numbers."""
         if isinstance(self.target, ColorBins):
             return patchify(self.target.numbers(images), patch)
         target = self.target(images)

@@ -68,7 +68,7 @@ class LowFrequency(nn.Module):
 class ColorBins(nn.Module):
     """SimMIM's classes of colour: each channel of each pixel lies in one of equal parts of [0, 1] (section 3.4).
 
-    The target for `Objective`'s distance "cross_entropy": a model then predicts `bins` scores for each value, in the
+    The target for `ReconstructionLoss`'s distance "cross_entropy": a model then predicts `bins` scores for each value, in the
     order (row, column, channel, bin), as `create_model(..., outputs=bins)` does. As images it gives the bins' centres.
 
     bins  how many parts; 8 and 256 in the paper (arXiv 2111.09886)
@@ -101,7 +101,7 @@ class ColorBins(nn.Module):
         if images.shape[1] != len(self.mean):
             raise ValueError(
                 f"images of {images.shape[1]} channels, but mean and std of {len(self.mean)}: "
-                "give ColourBins the mean and std that the images were normalised with"
+                "give ColorBins the mean and std that the images were normalised with"
             )
         colours = self.of(images) * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
         # A NaN has no bin; any will do, since what a network predicts from it is NaN, too.

@@ -59,7 +59,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for module in ("pixmim.report", "pixmim.pretraining", "pixmim.evaluation.evaluate"):
         watch(module, "open_dataset")
-    watch("pixmim.weights.load", "open_model")
+    watch("pixmim.weights.load", "resolve_model")
     yield seen
 
 

@@ -1,4 +1,4 @@
-"""LARS against a slow formula, LAMB against timm's, and both under Updater."""
+"""LARS against a slow formula, LAMB against timm's, and both under SyncFreeOptimizer."""
 
 import pytest
 import timm.optim

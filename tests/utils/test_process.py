@@ -37,8 +37,9 @@ BEGIN = """
 import ctypes, os, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pixmim import cli, disk
-from pixmim.training.preemption import Interrupts
+from pixmim import cli
+from pixmim.utils import files as disk
+from pixmim.training.preemption import PreemptionHandler
 
 def ready(word="ready"):
     os.write(1, word.encode() + b"\\n")
@@ -155,9 +156,7 @@ def test_nohup_is_respected() -> None:
 
 
 def test_training_may_end_its_step_and_the_second_signal_ends_it() -> None:
-    body = (
-        "with Interrupts() as asked:\n    ready()\n    while not asked.requested: pass\n    ready('asked')\n    deaf()"
-    )
+    body = "with PreemptionHandler() as asked:\n    ready()\n    while not asked.requested: pass\n    ready('asked')\n    deaf()"
     one = start(body)
     heard(one)
     one.send_signal(signal.SIGINT)
@@ -172,7 +171,7 @@ def test_training_may_end_its_step_and_the_second_signal_ends_it() -> None:
 
 def test_a_signal_is_answered_while_a_step_computes() -> None:
     """At once, though the main thread runs no handler before its call into C returns."""
-    one = start("with Interrupts():\n    ready()\n    deaf()")
+    one = start("with PreemptionHandler():\n    ready()\n    deaf()")
     heard(one)
     one.send_signal(signal.SIGINT)
     assert one.stderr is not None and one.stderr.readline() == "\n"

@@ -47,7 +47,7 @@ class Said(Settings):
 
     @property
     def known(self) -> dict[str, Any]:
-        """What was said, as `pretrained.open_model` takes it."""
+        """What was said, as `weights.load.resolve_model` takes it."""
         values = asdict(self)
         return {**values, "num_heads": values.pop("heads")}
 

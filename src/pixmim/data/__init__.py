@@ -27,7 +27,7 @@ def open_dataset(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0
     `a*3+b`. A cache and tars can also be far away, at a URL.
 
     form        what its images are brought into
-    local_copy  GiB that copies of far shards may take on this machine
+    shard_cache_gib  GiB that copies of far shards may take on this machine
 
     Raises UserError if there is none.
     """
@@ -73,7 +73,7 @@ def create_loader(
     place: Place,
     **options: Unpack[LoaderOptions],
 ) -> BatchLoader[Any, Batch]:
-    """Create the loader for a place to cache decoded images, as `caching.choose_place` returns it.
+    """Create the loader for a place to cache decoded images, as `caching.choose_cache_location` returns it.
 
     Args:
         source: The images.

@@ -126,7 +126,7 @@ def open_cache(folder: str | Path, form: ImageSpec = RGB, shard_cache_gib: float
     Args:
         folder: A folder or a URL.
         form: Channels and dtype of the images, which must be those of the cache.
-        local_copy: Bound of the disk cache for remote shards, in GiB.
+        shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
 
     Raises:
         UserError: If there is no cache, it is incomplete or damaged, or has images of another form.

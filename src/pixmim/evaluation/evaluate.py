@@ -75,7 +75,7 @@ def evaluate(
         device: Device, such as cuda:1.
         precision: Precision of the forward passes.
         console: Where to print; None prints nothing.
-        known: What a file does not say of its model: see `weights.load.open_model`.
+        known: What a file does not say of its model: see `weights.load.resolve_model`.
         overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
 
     Yields:

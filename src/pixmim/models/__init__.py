@@ -72,7 +72,7 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
     backbone  mae, lsmae: any plain timm ViT (vit_base_patch16_224); simmim: a timm Swin, Beit or ViT
               (swin_base_patch4_window7_224); convmae: convmae_base, convmae_tiny
     options   decoder_dim, decoder_depth, decoder_heads, decoder_stride, predict_patch (see `DecoderOptions`), or for
-              simmim head ("linear", "mlp"); for all of them outputs, which is 1, or the bins of ColourBins: the
+              simmim head ("linear", "mlp"); for all of them outputs, which is 1, or the bins of ColorBins: the
               prediction is then (b n p*p*c*bins), bins last; the others go to the backbone (img_size, in_chans ...)
 
     Weights are drawn from torch's global generator. Raises UserError for an unknown name, backbone or option, and for a

@@ -24,7 +24,7 @@ class DecoderOptions:
     decoder_dim, decoder_depth, decoder_heads  of its blocks; (512, 8, 16) in MAE's paper
     decoder_stride  n: its blocks run on a grid n times coarser than the encoder's, so on n^2 times fewer tokens
     predict_patch   side of the predicted patches in pixels, 0 for the encoder's; the encoder's times a divisor of n
-    outputs         numbers for each value of a patch, last in their order: 1, or the bins of ColourBins
+    outputs         numbers for each value of a patch, last in their order: 1, or the bins of ColorBins
 
     Stride and patch are options of LSMAE's code (arXiv 2210.07224), there decoder_downsampling and pred_downsampling.
     """

@@ -26,7 +26,7 @@ class SimMIM(MaskedModel):
              deviation 0.02 cut at +-0.02, the last of each residual branch divided by sqrt(2 * layer)
     head     "linear": one 1x1 convolution; "mlp": two of them with a GELU between. It predicts the stride x stride
              pixels under each place of the encoder's final map (section 3.3)
-    outputs  numbers for each value, last in their order: 1, or the bins of ColourBins
+    outputs  numbers for each value, last in their order: 1, or the bins of ColorBins
 
     `patch` is the patch of the encoder's embedding, 4 px for Swin: masks are drawn on that grid, in units of 32 px.
     Values in all: 89.874 million on Swin-B at 192 px with window 6, 199.881 on Swin-L, 86.257 on the BEiT-like ViT-B.

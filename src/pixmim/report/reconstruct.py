@@ -7,7 +7,7 @@ numbers must come from somewhere:
 - "unaided" gives every patch the same two numbers, the averages over the visible patches of that image, so that all
   which differs from patch to patch was predicted. Where predicted patches are larger than hidden ones, those of a
   patch that is visible in part are taken from its visible pixels, and count for as many.
-With a window around each pixel (normalise_window) the two numbers are those of the pixel's own window and channel, so
+With a window around each pixel (normalize_window) the two numbers are those of the pixel's own window and channel, so
 what is borrowed is a blurred image; "unaided" then has one pair for each channel.
 Of colour bins the expected colour is drawn, the mean of the bins' centres by their probabilities.
 The loss counts hidden patches only; what a network gives for visible ones was never trained, so it is not drawn.

@@ -31,7 +31,7 @@ class ChannelMismatch(BadImage):
 def convert(pixels: Array, form: ImageSpec) -> Array:
     """Pixels (h w c) of any kind as (h w form.channels) of form.pixels.
 
-    Raises BadImage where no rule says how, and OtherChannels for a number of channels that the run has not.
+    Raises BadImage where no rule says how, and ChannelMismatch for a number of channels that the run has not.
     """
     found, wanted = pixels.shape[2], form.channels
     if found != wanted and (found, wanted) not in ((3, 1), (1, 3)):

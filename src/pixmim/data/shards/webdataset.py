@@ -82,7 +82,7 @@ def open_webdataset(
         spec: What the user passed.
         tars: What `find_tars` returned.
         form: Channels and dtype that images are converted to.
-        local_copy: Bound of the disk cache for remote shards, in GiB.
+        shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
         last_dot: Whether keys end at the last dot of a file name instead of the first.
 
     Raises:
