@@ -68,7 +68,7 @@ class LowFrequency(nn.Module):
 class ColorBins(nn.Module):
     """SimMIM's classes of colour: each channel of each pixel lies in one of equal parts of [0, 1] (section 3.4).
 
-    The target for `ReconstructionLoss`'s distance "cross_entropy": a model then predicts `bins` scores for each value, in the
+    The target for the distance "cross_entropy": a model then predicts `bins` scores for each value, in the
     order (row, column, channel, bin), as `create_model(..., outputs=bins)` does. As images it gives the bins' centres.
 
     bins  how many parts; 8 and 256 in the paper (arXiv 2111.09886)

@@ -197,7 +197,7 @@ def test_the_command_writes_what_the_same_command_line_would_train(
         (["demo", "--gpus", "3"], "a batch of 128 does not divide among 3 GPUs"),
         (
             ["demo", "--gpus", "8", "--accumulation-steps", "32"],
-            "--accumulation-steps 32 makes more parts than the 16 images",
+            "--accumulation-steps 32 exceeds the 16 images",
         ),
         (["demo", "--size", "50"], "multiples of 8"),
         (["demo", "--model.backbone", "vit_tiny_patch16_225"], "did you mean"),

@@ -156,7 +156,10 @@ def test_nohup_is_respected() -> None:
 
 
 def test_training_may_end_its_step_and_the_second_signal_ends_it() -> None:
-    body = "with PreemptionHandler() as asked:\n    ready()\n    while not asked.requested: pass\n    ready('asked')\n    deaf()"
+    body = (
+        "with PreemptionHandler() as handler:\n    ready()\n    while not handler.requested: pass\n    ready('asked')\n"
+        "    deaf()"
+    )
     one = start(body)
     heard(one)
     one.send_signal(signal.SIGINT)

@@ -38,12 +38,12 @@ class _Count:
 
 
 class PreemptionHandler:
-    """In a `with` statement: turns signals into `asked`; the second SIGINT or SIGTERM has its effect from before.
+    """In a `with` statement: set `requested` on a signal; the second SIGINT or SIGTERM has its effect from before.
 
     speaks  say at the first signal what happens now
     """
 
-    asked = False
+    requested = False
 
     def __init__(self, speaks: bool = True) -> None:
         self._speaks = speaks

@@ -357,7 +357,7 @@ def test_fetching_ahead_stays_within_the_bound(
     data.image(2), data.image(4), data.image(6)
     assert len(slow.begun) == 4 and len(copies(memory)) == 3 and not capsys.readouterr().err
     data.image(10), data.image(11)  # read alone, because 1, 2 and 3 are needed before them
-    assert capsys.readouterr().err.count("is smaller than") == 1
+    assert capsys.readouterr().err.count("is below the") == 1
     data.image(2), data.image(4)
     assert len(slow.begun) == 4 and len(copies(memory)) == 3
 
