@@ -152,7 +152,7 @@ def test_warnings_for_runs_far_from_their_recipe(tiny_run: Make, tmp_path: Path)
         tiny_run(batch_size=64, steps=2, recipe_info=RecipeInfo(steps=1000), optim=OptimConfig(lr=1.0)),
         tmp_path / "run",
     )
-    assert "2 updates are few: this recipe was made for 1,000" in text
+    assert "2 steps are few: this recipe was made for 1,000" in text
     assert "a learning rate of 1 suits another batch" in text
     assert "each of the 40 images more than once" in text
 

@@ -79,7 +79,7 @@ def test_the_rule(shards: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None
     assert where == "none" and "a quarter of the memory, which 2 processes share (" in why
     monkeypatch.setattr(keep, "of_machine", lambda: 4 * need - 4)
     assert place() == "none" and place(how="ram") == "ram" and place(how="gpu") == "gpu"
-    with pytest.raises(UserError, match="needs a cache of the run's own --size"):
+    with pytest.raises(UserError, match="needs a cache at --size"):
         place(RandomResizedCrop(SIZE), how="gpu")
 
 

@@ -166,7 +166,7 @@ class MetricLogger:
         self.write(line)
         text = (
             f"loss {means.get('loss', float('nan')):.4f} · {line['images_per_s']:,.0f} images/s"
-            f" · {bound_by(line['data_wait'])}"
+            f" · {bound_by(line['data_wait_fraction'])}"
         )
         self._bar.update(self._task, text=text)
         if not self._console.is_terminal and (now - self._spoke > 5 or step == self._steps):
