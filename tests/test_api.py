@@ -180,6 +180,14 @@ def test_embed_gives_a_row_for_each_readable_image(
     np.testing.assert_allclose(both[:, 32:], features, atol=1e-5)
 
 
+def test_embed_to_file_writes_the_rows_of_embed(result: pixmim.PretrainResult, pictures: Path, tmp_path: Path) -> None:
+    rows, _ = pixmim.embed(result, pictures, device="cpu", console=QUIET)
+    pixmim.embed_to_file(result, pictures, tmp_path / "f.npy", features="mean", device="cpu", console=QUIET)
+    np.testing.assert_allclose(np.load(tmp_path / "f.npy"), rows, atol=1e-6)
+    with pytest.raises(UserError, match="--overwrite"):
+        pixmim.embed_to_file(result, pictures, tmp_path / "f.npy", device="cpu", console=QUIET)
+
+
 def test_reconstruct_gives_a_picture(result: pixmim.PretrainResult, pictures: Path) -> None:
     two, one = (pixmim.reconstruct(result, pictures, count=count) for count in (2, 1))
     assert isinstance(two, Image.Image) and two.height > one.height

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pixmim.api import embed, evaluate, reconstruct
+    from pixmim.api import embed, embed_to_file, evaluate, reconstruct
     from pixmim.config import ModelConfig, PretrainConfig
     from pixmim.data import create_loader, open_dataset
     from pixmim.losses import ReconstructionLoss
@@ -47,6 +47,7 @@ _MODULES = {
     "create_loader": "data",
     "create_model": "models",
     "embed": "api",
+    "embed_to_file": "api",
     "evaluate": "api",
     "get_recipe": "recipes",
     "load_encoder": "weights.load",
@@ -79,6 +80,7 @@ __all__ = [
     "create_loader",
     "create_model",
     "embed",
+    "embed_to_file",
     "evaluate",
     "get_recipe",
     "load_encoder",

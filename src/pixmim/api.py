@@ -23,6 +23,7 @@ from pixmim.data.image_folder import from_paths
 from pixmim.data.uri import absolute
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.embed import Kind, embed_batches
+from pixmim.evaluation.embed import embed as write_embeddings
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import measure
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, of_module
@@ -33,6 +34,7 @@ from pixmim.pretraining import PretrainResult
 from pixmim.report.reconstruct import reconstruct as draw
 from pixmim.report.reconstruct import with_bands
 from pixmim.training.precision import Precision
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import resolve_model
@@ -126,6 +128,41 @@ def embed(
     if not paths:
         raise UserError(f"no image of {source.spec} can be read: {skipped.reasons}")
     return np.concatenate(rows), paths
+
+
+def embed_to_file(
+    model: PretrainResult | Weights | str | os.PathLike[str],
+    data: Images,
+    out: str | os.PathLike[str],
+    *,
+    features: Kind = "both",
+    batch_size: int = 256,
+    device: str = "auto",
+    precision: Precision = "auto",
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Write the features of every readable image of a dataset to a file. Resumes if it was interrupted.
+
+    Args:
+        model: A result, a run's folder, a file of weights, timm:NAME, or weights that are open.
+        data: The images.
+        out: A .npy, float32 (n, d), with a .csv of the n paths beside it; or a .parquet.
+        features: "mean" of the patch tokens, "cls" for the class token, or "both", cls first.
+        batch_size: Images per forward pass.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: "auto", "bf16", "fp16" or "fp32".
+        overwrite: Replace files that exist.
+        console: Where progress and the names of the files are printed.
+
+    Raises:
+        UserError: If the encoder or the data cannot be opened, no image can be read, or `out` exists.
+    """
+    weights = model if isinstance(model, Weights) else resolve_model(_name(model))
+    source, console = _open(data, image_spec(weights.run)), console or Console()
+    how: Any = {"device": device, "precision": precision, "overwrite": overwrite, "console": console}
+    for line in write_embeddings(weights, source, Path(out), features, batch=batch_size, **how):
+        print_plain(console, line)
 
 
 def reconstruct(

@@ -3,10 +3,11 @@
 The module is not called `pretrain`: importing `pixmim.pretrain` would replace the function of that name in the package.
 """
 
+import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -27,10 +29,12 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import Batch
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.evaluate import online_knn
+from pixmim.evaluation.visualize import labeled_grid
 from pixmim.method import Method
 from pixmim.models.base import MaskedModel
 from pixmim.models.layer_decay import not_decayed
 from pixmim.report import write_report
+from pixmim.report.reconstruct import reconstruct
 from pixmim.run_folder import check_links, check_new_run, check_same_run, claim, with_full_paths
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.distributed import Distributed, init_distributed
@@ -41,6 +45,7 @@ from pixmim.training.parallelize import full_state_dict, parallel_mode, parallel
 from pixmim.training.preemption import Interrupted
 from pixmim.training.schedule import Schedule
 from pixmim.training.summary import end_summary, start_summary
+from pixmim.training.trackers import Trackers
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.console import print_plain
@@ -88,6 +93,7 @@ def pretrain(
     resume: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_step_end: Callable[[int], None] | None = None,
+    track: Sequence[str] = (),
     report: bool = True,
     console: Console | None = None,
     world: Distributed | None = None,
@@ -104,6 +110,8 @@ def pretrain(
         resume: Continue the run in `out` although its length (`epochs`, `steps`) or the path of its data has changed.
         on_log: Called on rank 0 with each record that is written to metrics.jsonl.
         on_step_end: Called on every rank after each step, with the number of steps done.
+        track: Trackers that receive metrics, configuration and reconstructions, of "tensorboard", "wandb", "mlflow" and
+            "trackio". Their own environment variables configure them; one that fails costs a warning.
         report: Write report.html when the run is finished.
         console: Where progress and notes are printed; `Console(quiet=True)` prints nothing.
         world: The ranks, where the caller has joined them already; otherwise those of torchrun or Slurm are joined.
@@ -120,6 +128,7 @@ def pretrain(
     with joined as world, ExitStack() as stack:
         console = Console(quiet=not world.is_main) if console is None else console
         try:
+            trackers = Trackers(track, console)
             folder = claim(str(out or config.out), config.recipe or "run", world, stack, console)
             config = with_full_paths(config, folder)
             check_links(folder)
@@ -133,9 +142,12 @@ def pretrain(
                 for line in lines:
                     print_plain(console, line)
             world.gather(None)  # all have looked before the first one writes
-            step, finished = _train(config, folder, world, console, on_log, on_step_end)
-            if finished and report and world.is_main:
-                _report(folder, console, config.data)
+            stack.enter_context(trackers)
+            step, finished = _train(config, folder, world, console, trackers, on_log, on_step_end)
+            if finished and world.is_main:
+                if report:
+                    _report(folder, console, config.data)
+                trackers.log_image(step, "reconstructions", partial(_reconstructions, folder, config))
         except UserError as error:
             if world.claim_once(str(error)):
                 raise
@@ -170,11 +182,19 @@ def _report(folder: Path, console: Console, data: str | None) -> None:
     write_report([folder], folder / "report.html", data, lambda line: print_plain(console, f"warning: {line}"))
 
 
+def _reconstructions(folder: Path, config: PretrainConfig) -> Image:
+    """Draw reconstructions of a run's own images."""
+    data = open_dataset(config.data, image_spec(config), config.shard_cache_gib)
+    drawn = reconstruct(resolve_model(str(folder), whole=True), data)
+    return labeled_grid(drawn.columns, drawn.names)
+
+
 def _train(
     run: PretrainConfig,
     out: Path,
     world: Distributed,
     console: Console,
+    trackers: Trackers,
     on_log: Callable[[dict[str, Any]], None] | None,
     on_step_end: Callable[[int], None] | None,
 ) -> tuple[int, bool]:
@@ -215,6 +235,12 @@ def _train(
     about = [f"images: {line}" for line in (data.about, kept) if line]
     for line in [*start_summary(run, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
         print_plain(console, line)
+
+    def record(line: dict[str, Any]) -> None:
+        trackers.log(line)
+        if on_log is not None:
+            on_log(line)
+
     trainer = Trainer(
         model,
         updater,
@@ -228,10 +254,12 @@ def _train(
         world=world,
         checkpoint=run.checkpoint,
         log_every=run.log_every,
-        on_log=on_log,
+        on_log=record,
         console=console,
     )
     start = trainer.resume()
+    if world.is_main:
+        trackers.open(out, json.loads(to_json(run)), start)
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
         print_plain(console, f"the run {done}: {start:,} updates are done")

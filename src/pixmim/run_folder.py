@@ -15,13 +15,17 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config
 from pixmim.data.uri import absolute
 from pixmim.training.distributed import Distributed
+from pixmim.training.trackers import ID_FILE
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.lock import alone
 from pixmim.utils.trust import inside
 from pixmim.weights.save import ENCODER, WEIGHTS
 
-FILES = ("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ENCODER, f"{ENCODER}/config.json", WEIGHTS)
+FILES = (
+    *("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ENCODER, f"{ENCODER}/config.json", WEIGHTS),
+    *(ID_FILE, "tensorboard"),
+)
 """What a run writes."""
 
 MAY_CHANGE = {

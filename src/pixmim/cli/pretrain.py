@@ -12,17 +12,19 @@ from tyro.conf import Positional, arg
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config
 from pixmim.recipes import RECIPES, get_recipe
+from pixmim.training.trackers import TrackerName
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import closed, refusal
 
 
 class Flags(NamedTuple):
-    """The parsed flags: the configuration, the folder of the run to resume (if any), and whether to end it instead."""
+    """The parsed flags: the configuration, the run to resume (if any), whether to end it instead, and the trackers."""
 
     config: PretrainConfig
     resumed: str
     finish: bool
+    track: tuple[TrackerName, ...]
 
 
 def read_flags(args: list[str]) -> Flags:
@@ -46,19 +48,21 @@ def read_flags(args: list[str]) -> Flags:
         *,
         resume: str = "",
         finish: bool = False,
+        track: tuple[TrackerName, ...] = (),
         config: Annotated[PretrainConfig, arg(name="")] = base,
-    ) -> tuple[bool, PretrainConfig]:
+    ) -> tuple[bool, tuple[TrackerName, ...], PretrainConfig]:
         """Pre-train a backbone on unlabelled images.
 
         Args:
             name: Name of a recipe (see `pixmim list`), or the config.json of another run.
             resume: Folder of a run to continue from its newest checkpoint; if finished, with more --epochs or --steps.
             finish: With --resume: end the run now, with the encoder of its newest checkpoint.
+            track: Trackers that receive metrics, configuration and reconstructions; each has an extra of its name.
             config: Settings.
         """
-        return finish, config
+        return finish, track, config
 
-    finish, config = tyro.cli(command, prog="pixmim pretrain", args=args)
+    finish, track, config = tyro.cli(command, prog="pixmim pretrain", args=args)
     config = replace(config, model=replace(config.model, options={**base.model.options, **config.model.options}))
     if finish and not resumed:
         raise UserError("--finish ends an existing run: pixmim pretrain --resume RUN --finish")
@@ -70,12 +74,12 @@ def read_flags(args: list[str]) -> Flags:
     strange = closed(text, {flag: value for flag, value in config.named.items() if flag not in typed})
     if strange and not finish:
         raise UserError(f"{refusal(resumed or named, strange)}. Pass these flags, or others in their place, to open it")
-    return Flags(config, resumed, finish)
+    return Flags(config, resumed, finish, track)
 
 
 def pretrain(args: list[str]) -> int:
     """Train, resume or end a run."""
-    config, resumed, end = read_flags(args)
+    config, resumed, end, track = read_flags(args)
     from pixmim.pretraining import finish_run
     from pixmim.pretraining import pretrain as train
     from pixmim.training.distributed import rank_info
@@ -85,7 +89,7 @@ def pretrain(args: list[str]) -> int:
         result = finish_run(resumed)
         print_plain(console, f"ended after step {result.step:,}")
     else:
-        result = train(config, resumed or None, resume=bool(resumed))
+        result = train(config, resumed or None, resume=bool(resumed), track=track)
     if not result.finished:
         command = f"pixmim pretrain --resume {quote(str(result.folder))}"
         print_plain(console, f"stopped after step {result.step}; resume with: {command}")

@@ -38,7 +38,7 @@ def slurm(args: list[str]) -> int:
         return job, script, overwrite
 
     (job, file, overwrite), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
-    run, resumed, finish = read_flags(words)
+    run, resumed, finish, _ = read_flags(words)
     if resumed or finish:
         raise UserError(
             f"leave out --resume: with --out {shlex.quote(resumed)} the script goes on with that run by itself"

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.flags import Said, absolute, checked
+from pixmim.cli.flags import Said, checked
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output
@@ -131,25 +131,18 @@ def embed(args: list[str]) -> int:
             precision: auto: bf16 where the device computes in it.
             said: What the file does not say.
         """
-        from pixmim.build import image_spec
-        from pixmim.data import open_dataset
-        from pixmim.evaluation.embed import embed as write
+        from pixmim.api import embed_to_file
 
-        console = Console()
-        weights = _opened(model, said)
-        source = open_dataset(absolute(data), image_spec(weights.run))
-        for line in write(
-            weights,
-            source,
+        embed_to_file(
+            _opened(model, said),
+            data,
             out,
-            kind,
-            batch=batch_size,
+            features=kind,
+            batch_size=batch_size,
             device=device,
             precision=precision,
             overwrite=overwrite,
-            console=console,
-        ):
-            print_plain(console, line)
+        )
         return 0
 
     return tyro.cli(checked(command), prog="pixmim embed", args=args)

@@ -9,22 +9,36 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pixmim.utils.console import cell, printable
+from pixmim.utils.console import cell, print_plain, printable
 from pixmim.utils.threads import thread_pool
 
 T = TypeVar("T")
 
 _MOMENT = 1.0  # seconds until a count is shown
 _AGAIN = 0.1  # seconds between its updates
+_SECONDS_TO_LINE = 5.0  # seconds between the lines of `progress`
 _SECONDS_TO_BAR = 2.0  # seconds until `parallel_map` shows a bar
 
 
 @contextmanager
 def progress(what: str, total: int, console: Console | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal. Yields a function to call with the number of items done."""
-    with _bar(console or Console(quiet=True, force_terminal=False)) as bar:
+    """Show a bar on a terminal, and a line every few seconds in a notebook or a file.
+
+    Yields a function to call with the number of items done.
+    """
+    console = console or Console(quiet=True, force_terminal=False)
+    due = time.monotonic() + _SECONDS_TO_LINE
+    with _bar(console) as bar:
         task = bar.add_task(printable(what), total=total)
-        yield lambda done: bar.update(task, completed=done)
+
+        def advance(done: int) -> None:
+            nonlocal due
+            bar.update(task, completed=done)
+            if not console.is_terminal and time.monotonic() >= due:
+                print_plain(console, f"{what}: {done:,} of {total:,}")
+                due = time.monotonic() + _SECONDS_TO_LINE
+
+        yield advance
 
 
 @contextmanager

@@ -1,0 +1,261 @@
+"""Experiment trackers: send the records of metrics.jsonl, the configuration and images to a tracker's own library."""
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+
+from rich.console import Console
+
+from pixmim.utils.console import print_plain
+from pixmim.utils.errors import UserError, did_you_mean, first_line
+from pixmim.utils.files import read_text, write_text_atomically
+from pixmim.utils.trust import inside
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+PROJECT = "pixmim"
+"""Project, or MLflow experiment, of all runs; WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME name another one."""
+
+ID_FILE = "tracking_id"
+
+
+class TrackedRun(NamedTuple):
+    """A run as trackers see it."""
+
+    folder: Path
+    config: dict[str, Any]
+    """The content of config.json."""
+    start: int
+    """Steps that were done when this process began: a resumed run logs later steps again."""
+    id: str
+    """Eight hexadecimal digits, the same when the run is resumed."""
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.folder.absolute().name
+
+
+class Tracker(Protocol):
+    """An open connection to a tracker. Any method may raise any Exception."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Log scalars of a step."""
+
+    def log_image(self, step: int, name: str, image: "Image") -> None:
+        """Log an image."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class TensorBoard:
+    """Event files in the run's folder: `tensorboard --logdir runs`."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        again = run.start + 1 if run.start else 0  # earlier events from here on are dropped by readers
+        self._writer = SummaryWriter(str(inside(run.folder, "tensorboard")), purge_step=again)
+        self._writer.add_text("config", f"```\n{json.dumps(run.config, indent=2)}\n```")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def log_image(self, step: int, name: str, image: "Image") -> None:
+        import numpy as np
+
+        self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, with its files in the run's folder. WANDB_MODE=offline needs no account."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        self._wandb: Any = import_module("wandb")
+        inside(run.folder, "wandb")
+        self._run = self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.name,
+            id=run.id,
+            resume="allow",
+            dir=str(run.folder),
+            config=run.config,
+            reinit="create_new",  # a run of the caller's own stays open
+            settings=self._wandb.Settings(console="off"),
+        )
+        self._run.define_metric("*", step_metric="step")  # W&B's own step never goes back, as a resumed run does
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def log_image(self, step: int, name: str, image: "Image") -> None:
+        self._run.log({"step": step, name: self._wandb.Image(image)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of an MLflow experiment, at MLFLOW_TRACKING_URI or in the current folder."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        mlflow: Any = import_module("mlflow")
+        self._metric: Any = import_module("mlflow.entities").Metric
+        self._client, self._sending = mlflow.MlflowClient(), list[Any]()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        known = self._client.get_experiment_by_name(name)
+        experiment = known.experiment_id if known else self._client.create_experiment(name)
+        before = self._client.search_runs([experiment], f"tags.`pixmim.id` = '{run.id}'")
+        if before:
+            self._id = before[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+        else:
+            self._id = self._client.create_run(experiment, run_name=run.name, tags={"pixmim.id": run.id}).info.run_id
+            for key, value in _flat(run.config):  # MLflow lets no later process change them
+                self._client.log_param(self._id, key, value)
+        self._client.log_dict(self._id, run.config, "config.json")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [self._metric(name, value, now, step) for name, value in values.items()]
+        self._sending.append(self._client.log_batch(self._id, metrics=metrics, synchronous=False))
+
+    def log_image(self, step: int, name: str, image: "Image") -> None:
+        self._client.log_image(self._id, image, artifact_file=f"{name}.png")
+
+    def close(self) -> None:
+        for each in self._sending:
+            each.wait()
+        self._client.set_terminated(self._id)
+
+
+class Trackio:
+    """A run of Trackio, on this machine or in the Space that TRACKIO_SPACE_ID names."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        self._trackio: Any = import_module("trackio")
+        name = f"{run.name}-{run.id}"  # Trackio resumes a run by its name
+        self._run = self._trackio.init(project=PROJECT, name=name, config=run.config, resume="allow", embed=False)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def log_image(self, step: int, name: str, image: "Image") -> None:
+        self._run.log({name: self._trackio.Image(image)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
+
+
+class Trackers:
+    """Several trackers of a run. One that fails costs a warning, gets nothing more, and never ends the run.
+
+    Args:
+        names: Names of trackers.
+        console: Where warnings are printed.
+
+    Raises:
+        UserError: If there is no such tracker, or its library is not installed.
+    """
+
+    def __init__(self, names: Sequence[str], console: Console) -> None:
+        self._names = dict.fromkeys((names,) if isinstance(names, str) else names)
+        self._console, self._open = console, dict[str, Tracker]()
+        for name in self._names:
+            if name not in TRACKERS:
+                known = ", ".join(get_args(TrackerName))
+                raise UserError(f"there is no tracker '{name}'{did_you_mean(name, TRACKERS)} Known: {known}")
+            if find_spec(name) is None:
+                raise UserError(f"--track {name} needs its library: pip install 'pixmim[{name}]'")
+
+    def open(self, folder: Path, config: dict[str, Any], start: int) -> None:
+        """Open all trackers, at the step that a run starts at."""
+        for name in self._names:
+            with self._guarded(name):
+                self._open[name] = TRACKERS[name](TrackedRun(folder, config, start, _run_id(folder)))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Log a record of metrics.jsonl."""
+        values = {name: value for name, value in record.items() if name != "step"}
+        self._for_each(lambda tracker: tracker.log(record["step"], values))
+
+    def log_image(self, step: int, name: str, draw: "Callable[[], Image]") -> None:
+        """Log an image. It is drawn only if a tracker is open; a UserError or OSError costs a warning."""
+        if not self._open:
+            return
+        try:
+            image = draw()
+        except (UserError, OSError) as error:
+            self._warn(f"the trackers get no {name}: {error}")
+            return
+        self._for_each(lambda tracker: tracker.log_image(step, name, image))
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._for_each(lambda tracker: tracker.close())
+        self._open.clear()
+
+    def _for_each(self, action: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._open.items()):
+            with self._guarded(name):
+                action(tracker)
+
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """Drop a tracker that fails, with a warning."""
+        try:
+            yield
+        except Exception as error:
+            self._open.pop(name, None)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self._warn(f"{name} failed and receives nothing more of this run: {reason}")
+
+    def _warn(self, text: str) -> None:
+        print_plain(self._console, f"warning: {text}")
+
+
+def _run_id(folder: Path) -> str:
+    """Return the id of the run in a folder, which is written there at the first call."""
+    path = inside(folder, ID_FILE)
+    if not path.exists():
+        write_text_atomically(path, secrets.token_hex(4))
+    text = read_text(path, 100)
+    if not re.fullmatch("[0-9a-f]{8}", text):
+        raise UserError(f"{path} holds no id of eight hexadecimal digits: remove it, and trackers see a new run")
+    return text
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of nested values."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
