@@ -571,7 +571,7 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
         count = 0
 
         @property
-        def asked(self) -> bool:  # type: ignore[override]
+        def requested(self) -> bool:  # type: ignore[override]
             type(self).count += 1
             return type(self).count > 2  # asked once an update
 
