@@ -539,9 +539,9 @@ _IN_LITTLE_MEMORY = """
 import resource, sys
 from pixmim.data.decode import limits
 from pixmim.data.decode.image import decode
-from pixmim.data.dataset import Form
+from pixmim.data.dataset import ImageSpec
 for name in sys.argv[1:]:
-    data, form = open(name, "rb").read(), Form(3, "uint16" if "deep" in name else "uint8")
+    data, form = open(name, "rb").read(), ImageSpec(3, "uint16" if "deep" in name else "uint8")
     decode(open(sys.argv[1] + ".small", "rb").read(), form)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 1500 * 1000 * limits._PIXEL_BYTES, -1))

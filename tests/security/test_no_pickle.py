@@ -144,7 +144,7 @@ def test_what_does_not_is_not() -> None:
 def test_nothing_here_runs_a_file() -> None:
     found = {str(path.relative_to(SOURCE)): faults(path.read_text()) for path in SOURCE.rglob("*.py")}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
-    importing = {"importlib": {"__init__.py"}, "subprocess": {"evaluation/results.py"}}
+    importing = {"importlib": {"__init__.py", "training/trackers.py"}, "subprocess": {"evaluation/results.py"}}
     for module, homes in importing.items():  # of our own modules by a literal table; git, of our own folder
         users = {name for name in found if f"import {module}" in (SOURCE / name).read_text()}
         users |= {name for name in found if f"from {module} import import_module" in (SOURCE / name).read_text()}

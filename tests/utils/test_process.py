@@ -246,15 +246,15 @@ def test_a_measurement_that_is_interrupted_is_made_when_the_run_is_resumed(
 STUCK_DATA = """
 import os, sys
 from pixmim import cli
-from pixmim.data.synthetic import Shapes
+from pixmim.data.synthetic import SyntheticShapes
 os.mkfifo("fifo")
-read, left = Shapes.array, iter(range(int(sys.argv.pop(1))))
+read, left = SyntheticShapes.array, iter(range(int(sys.argv.pop(1))))
 def array(self, index):
     if next(left, None) is None:
         os.open("stuck", os.O_CREAT)
         open("fifo").read()
     return read(self, index)
-Shapes.array = array
+SyntheticShapes.array = array
 sys.exit(cli.main())
 """
 
