@@ -97,6 +97,6 @@ def test_our_mae_is_huggingfaces_vitmae() -> None:
 
 def test_public_names_are_there_and_light() -> None:
     assert all(getattr(pixmim, name) is not None for name in pixmim.__all__)
-    assert pixmim.__all__ == sorted(pixmim._HOME)
+    assert pixmim.__all__ == sorted(pixmim._MODULES)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pixmim.nothing
