@@ -14,7 +14,9 @@ from pixmim import cli
 from pixmim.training.checkpoint import CheckpointManager
 
 _fork = multiprocessing.get_context("forkserver")
-_fork.set_forkserver_preload(["pixmim.pretraining", "pixmim.evaluation.evaluate", "pixmim.report", "pixmim.cli.pretrain"])
+_fork.set_forkserver_preload(
+    ["pixmim.pretraining", "pixmim.evaluation.evaluate", "pixmim.report", "pixmim.cli.pretrain"]
+)
 
 
 class Started:

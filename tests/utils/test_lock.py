@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -83,14 +84,15 @@ def test_another_hosts_lock_counts_while_it_beats(
             os.utime(path, (1, 1))
 
     clock = [0.0]
-    monkeypatch.setattr(lock.time, "monotonic", lambda: clock[0])
+    own = SimpleNamespace(monotonic=lambda: clock[0], time=time.time, time_ns=time.time_ns)  # other threads sleep on
+    monkeypatch.setattr(lock, "time", own)
     path.write_text(content)
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: sleep(seconds, True))
+    own.sleep = lambda seconds: sleep(seconds, True)
     with pytest.raises(UserError, match="in use"), alone(tmp_path, lines.append):
         pass
     assert clock[0] == 1 and len(lines) == 1 and "90 s" in lines[0]
     path.write_text(content)
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: sleep(seconds, False))
+    own.sleep = lambda seconds: sleep(seconds, False)
     with alone(tmp_path):
         assert 1 + lock.STILL < clock[0] < 5 + lock.STILL
     path.write_text(content)

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pytest
 
@@ -38,6 +38,7 @@ def walk(cls: type[Any], prefix: str = "--") -> Iterator[tuple[tuple[str, ...], 
     """Each field: the names that lead to it, its flag, and its type with its rules."""
     for name, hint in hints_of(cls).items():
         inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        inner = inner if isinstance(inner, type) else get_origin(inner) or inner  # of a generic class
         flag = prefix + name.replace("_", "-")
         if is_dataclass(inner):
             own = any(getattr(mark, "name", None) == "" for mark in getattr(hint, "__metadata__", ()))
@@ -52,7 +53,8 @@ def absurd(hint: Any) -> list[Any]:
     plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(plain) is Literal:
         return ["nonsense", "", 3, None, math.nan, ["mae"]]
-    kinds = [one for one in get_args(plain) if one is not type(None)] if get_args(plain) else [plain]
+    unset = {type(None), *(one for one in get_args(plain) if isinstance(one, TypeVar))}
+    kinds = [one for one in get_args(plain) if one not in unset] if get_args(plain) else [plain]
     if get_origin(plain) is tuple:
         inside = absurd(get_args(plain)[0])
         pair = len(get_args(plain)) == 2 and get_args(plain)[1] is not Ellipsis
@@ -62,7 +64,7 @@ def absurd(hint: Any) -> list[Any]:
         return [{"weights": "x"}, {"depth": 10**9}, {"depth": math.nan}, {"drop_rate": "1"}]
     first = kinds[0]
     values = absurd(first) if get_args(first) else ABSURD[first]
-    optional = type(None) in get_args(plain)
+    optional = bool(unset & set(get_args(plain)))
     return [value for value in values if not (optional and value is None)] + ([] if optional else [None])
 
 
