@@ -40,6 +40,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the datasets library a cache in the test's own folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "library"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
 def memory(_own_cache: None) -> Path:
     """What pixmim remembers."""
     return Path(os.environ["XDG_CACHE_HOME"]) / "pixmim"

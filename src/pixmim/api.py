@@ -24,7 +24,7 @@ from pixmim.data.uri import absolute
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.embed import Kind, embed_batches
 from pixmim.evaluation.embed import embed as write_embeddings
-from pixmim.evaluation.evals import EVALS
+from pixmim.evaluation.evals import EVALS, check_name
 from pixmim.evaluation.evaluate import measure
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, of_module
 from pixmim.evaluation.results import save
@@ -73,8 +73,7 @@ def evaluate(
     Raises:
         UserError: If there is no such evaluation, setting or encoder, or the data do not suit.
     """
-    if evaluation not in EVALS:
-        raise UserError(f"there is no evaluation '{evaluation}'{did_you_mean(evaluation, EVALS)}")
+    check_name(evaluation)
     kind = EVALS[evaluation].settings
     known = [field.name for field in fields(kind)]
     for name in settings:
@@ -121,8 +120,8 @@ def embed(
     source = _open(data, encoder.form)
     skipped = BadImageLog(None, len(source), 1.0)
     rows, paths = list[npt.NDArray[np.float32]](), list[str]()
+    names = ("cls", "mean") if features == "both" else (features,)
     for found, indices, _ in embed_batches(encoder, source, skipped, batch_size, console=console or Console()):
-        names = ("cls", "mean") if features == "both" else (features,)
         rows.append(np.concatenate([found[name] for name in names], axis=1))
         paths += [source.path_of(index) for index in indices.tolist()]
     if not paths:

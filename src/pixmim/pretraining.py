@@ -58,9 +58,6 @@ from pixmim.weights.detect import read_run
 from pixmim.weights.load import build_encoder_with_weights, initialize_from, load_encoder, resolve_model
 from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder
 
-Watch = Callable[[nn.Module], dict[str, float]]
-"""Measures the encoder during training: named values for the log."""
-
 
 @dataclass(frozen=True)
 class PretrainResult:
@@ -226,11 +223,11 @@ def _train(
     updater = SyncFreeOptimizer(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
     with step_context(run.parallel):
         parts = _parts(run, method, network, updater, world, beside=data if place == "gpu" else None)
-    shard = BatchShard(run.batch_size, 0, world.rank, world.size, parts)
+    shard, text = BatchShard(run.batch_size, 0, world.rank, world.size, parts), to_json(run)
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
-        write_text_atomically(out / "config.json", to_json(run))
-    remember_run(to_json(run))
+        write_text_atomically(out / "config.json", text)
+    remember_run(text)
 
     about = [f"images: {line}" for line in (data.about, kept) if line]
     for line in [*start_summary(run, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
@@ -259,7 +256,7 @@ def _train(
     )
     start = trainer.resume()
     if world.is_main:
-        trackers.open(out, json.loads(to_json(run)), start)
+        trackers.open(out, json.loads(text), start)
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
         print_plain(console, f"the run {done}: {start:,} updates are done")

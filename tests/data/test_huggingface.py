@@ -28,10 +28,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 Make = Callable[..., PretrainConfig]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "library"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ Values = Iterator[tuple[str, float]]
 
 @dataclass
 class EvalContext:
-    """One encoder on the bench. An evaluation is a function of a Bench and its settings that yields Values.
+    """The encoder to evaluate. An evaluation is a function of an EvalContext and its settings that yields Values.
 
     folder    where results, pictures, and unfinished work that can be gone on with, are kept
     which     "trained", or "untrained" for the weights that a run began with

@@ -15,6 +15,7 @@ from pixmim.evaluation.settings import (
     SegmentationSettings,
     ShapeBiasSettings,
 )
+from pixmim.utils.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -157,3 +158,9 @@ EVALS: dict[str, Eval] = {
         },
     ),
 }
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless there is an evaluation of this name."""
+    if name not in EVALS:
+        raise UserError(f"there is no evaluation '{name}'{did_you_mean(name, EVALS)} Known: {', '.join(EVALS)}")

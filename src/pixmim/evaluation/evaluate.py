@@ -15,6 +15,7 @@ from pixmim.data import open_dataset
 from pixmim.evaluation.classification import check_labelled
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.detection import check_detection, evaluate_detection
+from pixmim.evaluation.evals import check_name
 from pixmim.evaluation.features import extract_features
 from pixmim.evaluation.finetune import check_finetune, evaluate_finetune
 from pixmim.evaluation.frozen_encoder import fingerprint, load_frozen_encoder, wrap_live_encoder
@@ -26,7 +27,7 @@ from pixmim.evaluation.segmentation import check_segmentation, evaluate_segmenta
 from pixmim.evaluation.shape_bias import check_shape_bias, evaluate_shape_bias
 from pixmim.training.precision import Precision, choose_device, choose_precision
 from pixmim.utils.console import print_plain
-from pixmim.utils.errors import UserError, did_you_mean
+from pixmim.utils.errors import UserError
 
 
 class Evaluation(NamedTuple):
@@ -85,7 +86,8 @@ def evaluate(
         UserError: For an unknown evaluation, a model without an encoder, or unsuitable data or settings; before the
             first evaluation starts.
     """
-    _check_names(evaluations)
+    for name, _ in evaluations:
+        check_name(name)
     encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=untrained, known=known)
     for line in encoder.notes:
         print_plain(console or Console(quiet=True), line)
@@ -122,7 +124,8 @@ def evaluate_many(
     Raises:
         UserError: As `evaluate`, for each of several models before any is evaluated.
     """
-    _check_names(evaluations)
+    for name, _ in evaluations:
+        check_name(name)
     for model, folder in models.items() if len(models) > 1 or untrained else ():
         encoder = load_frozen_encoder(model, device=device, precision=precision, known=known)
         _check(EvalContext(encoder, folder, overwrite=overwrite), evaluations)
@@ -148,14 +151,6 @@ def evaluate_many(
         how["overwrite"] = overwrite
         for result in evaluate(model, evaluations, folder, **how):
             yield result, folder
-
-
-def _check_names(evaluations: list[tuple[str, Any]]) -> None:
-    """Raise UserError for an unknown evaluation."""
-    for name, _ in evaluations:
-        if name not in EVALUATIONS:
-            names = ", ".join(EVALUATIONS)
-            raise UserError(f"there is no evaluation '{name}'{did_you_mean(name, EVALUATIONS)} Known: {names}")
 
 
 def _check(bench: EvalContext, evaluations: list[tuple[str, Any]]) -> None:

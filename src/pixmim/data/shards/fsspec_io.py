@@ -125,8 +125,8 @@ def find_matching(pattern: str) -> dict[str, FileVersion | None]:
     return files
 
 
-def read_range(url: str, version: FileVersion, offset: int, length: int) -> bytes | None:
-    """Read a part of a remote file whose version is known; it is not checked again.
+def read_range(url: str, offset: int, length: int) -> bytes | None:
+    """Read a part of a remote file. The caller verifies its version.
 
     Returns:
         The bytes, or None if the server sends only complete files.

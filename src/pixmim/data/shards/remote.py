@@ -91,7 +91,7 @@ class RemoteShards(ShardStore):
             url, version = self._urls[shard], self._verified_version(shard)
             file = self._cache.lookup(_cache_name(url, version), version.size)
             if file is None:
-                data = fsspec_io.read_range(url, version, offset, length)
+                data = fsspec_io.read_range(url, offset, length)
                 if data is not None:
                     return data
                 self._accepts_ranges = False
