@@ -3,7 +3,7 @@
 python benchmarks/data.py --data FOLDER        full-size photographs; makes its caches in a temporary folder
 
 official   DataLoader with a process for each core: PIL, torchvision's RandomResizedCrop (bicubic), ToTensor, Normalize
-pixmim     the Loader, uint8 out; flip and normalisation are the device's
+pixmim     the Loader, uint8 out; flip and normalization are the device's
 """
 
 import argparse

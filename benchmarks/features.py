@@ -1,9 +1,9 @@
 """Frozen features of cached images, as evaluations compute them, against a bare forward loop.
 
-python benchmarks/features.py --data FOLDER        labelled photographs; makes its cache in a temporary folder
+python benchmarks/features.py --data FOLDER        labeled photographs; makes its cache in a temporary folder
 
-bare        the encoder's own forward pass over batches that lie ready in memory: decoded, cropped, normalised
-freeze      what evaluations call: reads, decodes, crops, normalises, and keeps what the last four blocks say
+bare        the encoder's own forward pass over batches that lie ready in memory: decoded, cropped, normalized
+freeze      what evaluations call: reads, decodes, crops, normalizes, and keeps what the last four blocks say
 reading     the same without the encoder
 """
 
@@ -70,7 +70,7 @@ def ready(backbone: str) -> FrozenEncoder:
 
 
 def candidates(encoder: FrozenEncoder, cache: ImageDataset, batch: int) -> dict[str, Callable[[], None]]:
-    batches = [encoder.ready(images) for images in read(encoder, cache, batch)]
+    batches = [encoder.preprocess(images) for images in read(encoder, cache, batch)]
 
     @torch.no_grad()
     def bare() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LightlyMAE(nn.Module):
-    """Predicts hidden patches only; the loss is on normalised pixels. decoder: (width, depth, heads)."""
+    """Predicts hidden patches only; the loss is on normalized pixels. decoder: (width, depth, heads)."""
 
     def __init__(
         self, size: int, patch: int, width: int, depth: int, heads: int, decoder: tuple[int, int, int]

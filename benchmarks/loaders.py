@@ -102,7 +102,7 @@ def ready(jpeg: bytes) -> Tensor:
 
 def cut(image: Tensor) -> Tensor:
     """A crop, uint8 (h w c), of an image (c h w)."""
-    return CROP.crop(image, torch.rand(CROP.draws).tolist()).permute(1, 2, 0)
+    return CROP.crop(image, torch.rand(CROP.num_uniforms).tolist()).permute(1, 2, 0)
 
 
 def jpegs(cache: ShardDataset) -> Iterable[bytes]:

@@ -17,8 +17,8 @@ def by_fft(images: Tensor, variant: str) -> Tensor:
     h, w = images.shape[-2:]
     i = torch.arange(h, device=images.device)[:, None]
     j = torch.arange(w, device=images.device)[None, :]
-    centre = ((h - 1) / 2, (w - 1) / 2) if variant == "paper-code" else (h // 2, w // 2)
-    keep = (i - centre[0]) ** 2 + (j - centre[1]) ** 2 <= RADIUS**2
+    center = ((h - 1) / 2, (w - 1) / 2) if variant == "paper-code" else (h // 2, w // 2)
+    keep = (i - center[0]) ** 2 + (j - center[1]) ** 2 <= RADIUS**2
     spectrum = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1)) * keep
     if variant == "paper-code":
         return torch.fft.ifft2(spectrum).abs()

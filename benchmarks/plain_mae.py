@@ -23,7 +23,7 @@ class Block(nn.Module):
 
 
 class PlainMAE(nn.Module):
-    """Embeds every patch, keeps a quarter, decodes all; the loss is on normalised pixels."""
+    """Embeds every patch, keeps a quarter, decodes all; the loss is on normalized pixels."""
 
     def __init__(
         self, size: int, patch: int, width: int, depth: int, heads: int, decoder: tuple[int, int, int] = (512, 8, 16)

@@ -16,13 +16,13 @@ from pixmim.training.precision import autocast, choose_attention
 from pixmim.utils import rng
 
 Step = Callable[[Tensor], None]
-"""Forward, backward and update for normalised images (b c h w)."""
+"""Forward, backward and update for normalized images (b c h w)."""
 
 
 class Ours:
     """pixmim's step as `pretrain` makes it: masks of (seed, step, row), forward, backward, update.
 
-    method, backbone, size  of the model, with `options` of `create_model`; mask, distance and normalisation are the
+    method, backbone, size  of the model, with `options` of `create_model`; mask, distance and normalization are the
                             method's own
     target  what must be predicted; PixMIM's unless another is given
     mode    of torch.compile, for model and objective in one graph; None: not compiled
@@ -51,8 +51,8 @@ class Ours:
         self._done = 0
 
     def __call__(self, images: Tensor) -> None:
-        u = rng.uniform(0, "mask", self._done, range(len(images)), self._masker.draws(self._grid))
-        mask = self._masker.decide(torch.from_numpy(u.astype(np.float32)), self._grid).to(self.device)
+        u = rng.uniform(0, "mask", self._done, range(len(images)), self._masker.num_uniforms(self._grid))
+        mask = self._masker.sample(torch.from_numpy(u.astype(np.float32)), self._grid).to(self.device)
         self._updater.backward(self._loss(images, mask))
         self._updater.step(1e-4)
         self._done += 1
@@ -67,7 +67,7 @@ def own_masker(method: str, patch: int) -> MaskGenerator:
     """The mask that a method was published with; units are of 32 pixels."""
     unit = max(1, 32 // patch)
     if method == "simmim":
-        return pixmim.BlockwiseRandomMask(0.6, unit, whole=True)
+        return pixmim.BlockwiseRandomMask(0.6, unit, whole_blocks=True)
     return pixmim.BlockwiseRandomMask(0.75, unit) if method == "lsmae" else pixmim.RandomMask(0.75)
 
 

@@ -37,8 +37,8 @@ MASKS = [
     MaskConfig("beit-blocks", 0.6),
 ]
 TARGETS = [
-    TargetConfig(kind, normalize_patches=normalise, normalize_window=window, distance=distance)
-    for kind, (normalise, window), distance in itertools.product(
+    TargetConfig(kind, normalize_patches=normalize, normalize_window=window, distance=distance)
+    for kind, (normalize, window), distance in itertools.product(
         ("low-frequency", "pixels"), ((True, 0), (False, 0), (False, 47)), ("mse", "l1", "smooth_l1")
     )
 ]
@@ -69,7 +69,7 @@ def test_the_grid(name: str, targets: list[TargetConfig]) -> None:
         for crop in CROPS:
             cut = build_crop(replace(run, crop=crop))
             images = flip_and_normalize(
-                torch.stack([cut.crop(image, [0.3] * cut.draws) for image in drawn]), None, mean, std
+                torch.stack([cut.crop(image, [0.3] * cut.num_uniforms) for image in drawn]), None, mean, std
             )
             prediction = model(images, mask)
             for target in targets:

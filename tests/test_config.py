@@ -47,7 +47,7 @@ def test_odd_values_survive_json() -> None:
             {"target": {"distance": "cross_entropy", "bins": 0}},
             "--target.bins must be a whole number from 2 to 4,096",
         ),
-        ({"target": {"normalize_window": 47}}, "normalised once: with a window, add --target.no-normalize-patches"),
+        ({"target": {"normalize_window": 47}}, "normalized once: with a window, add --target.no-normalize-patches"),
         ({"crop": {"padding": 300}}, "--crop.padding 300 must be less than each side of --size 224"),
         ({"model": {"options": {"in_chans": 4}}}, "--model.options takes no in_chans: that is --channels"),
         ({"target": {"normalize_window": 46}}, "odd side of 3 pixels or more, not 46"),

@@ -62,5 +62,5 @@ def test_deep_images_reach_the_gpu_whole(pixels: str, tiny_run: Callable[..., Pr
     images = images.to(getattr(torch, pixels)).pin_memory()
     done = flip_and_normalize(images.to("cuda", non_blocking=True), flip.to("cuda"), mean.to("cuda"), std.to("cuda"))
     torch.testing.assert_close(done.cpu(), flip_and_normalize(images, flip, mean, std), atol=1e-5, rtol=1e-5)
-    train(tiny_run(device="cuda", steps=2, channels=5, pixels=pixels), tmp_path / "run")
+    train(tiny_run(device="cuda", steps=2, channels=5, dtype=pixels), tmp_path / "run")
     assert (tmp_path / "run" / "encoder/model.safetensors").exists()

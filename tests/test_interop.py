@@ -87,7 +87,7 @@ def test_our_mae_is_huggingfaces_vitmae() -> None:
 
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     output = theirs(images, noise=noise)
-    mask = pixmim.RandomMask(0.75).decide(noise, (4, 4))
+    mask = pixmim.RandomMask(0.75).sample(noise, (4, 4))
     assert torch.equal(mask.hidden, output.mask.bool())
     prediction = ours(images, mask)
     torch.testing.assert_close(prediction, output.logits, atol=1e-5, rtol=0)

@@ -133,7 +133,7 @@ def test_choices_that_do_not_go_together_are_refused() -> None:
         ReconstructionLoss(ColorBins(8), distance="cross_entropy")
     with pytest.raises(ValueError, match=r"no bins of .0, 1.: .* and no window"):
         ReconstructionLoss(ColorBins(8), False, "cross_entropy", normalize_window=47)
-    with pytest.raises(ValueError, match="normalised once: with normalize_window, give normalize_patches=False"):
+    with pytest.raises(ValueError, match="normalized once: with normalize_window, give normalize_patches=False"):
         ReconstructionLoss(Pixels(), normalize_window=47)
     for side in (1, 46, -3):
         with pytest.raises(ValueError, match=f"odd side of 3 or more, not {side}"):

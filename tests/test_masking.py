@@ -9,7 +9,7 @@ from pixmim.utils.patches import hidden_pixels
 @pytest.mark.parametrize(("patches", "visible"), [(196, 49), (256, 64), (784, 196), (36, 9)])
 def test_random_mask_keeps_the_published_counts(patches: int, visible: int) -> None:
     mask = RandomMask(0.75)(5, patches)
-    assert mask.keep.shape == (5, visible)
+    assert mask.ids_keep.shape == (5, visible)
     assert ((~mask.hidden).sum(dim=1) == visible).all()
 
 
@@ -18,15 +18,15 @@ def test_tables_agree_with_hidden() -> None:
     tokens = torch.arange(20).expand(3, -1)
     for row in range(3):
         seen = tokens[row][~mask.hidden[row]]
-        assert torch.equal(tokens[row][mask.keep[row]], seen)
-        rebuilt = torch.cat([seen, tokens[row][mask.hidden[row]]])[mask.restore[row]]
+        assert torch.equal(tokens[row][mask.ids_keep[row]], seen)
+        rebuilt = torch.cat([seen, tokens[row][mask.hidden[row]]])[mask.ids_restore[row]]
         assert torch.equal(rebuilt, tokens[row])
 
 
 def test_from_hidden_gives_the_same_mask() -> None:
     mask = RandomMask(0.75)(4, 16)
     again = Mask.from_hidden(mask.hidden)
-    assert torch.equal(again.keep, mask.keep) and torch.equal(again.restore, mask.restore)
+    assert torch.equal(again.ids_keep, mask.ids_keep) and torch.equal(again.ids_restore, mask.ids_restore)
 
 
 def test_every_patch_is_hidden_as_often() -> None:
@@ -42,7 +42,7 @@ def test_the_generator_decides() -> None:
 def test_masks_that_hide_nothing_everything_or_unevenly_are_refused() -> None:
     uneven = Mask.from_hidden(torch.tensor([[True, False, False], [True, True, False]]))
     with pytest.raises(ValueError, match="hide the same number"):
-        _ = uneven.tables
+        _ = uneven.indices
     with pytest.raises(ValueError, match="leave some"):
         Mask.from_hidden(torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="leaves 0 visible"):
@@ -62,8 +62,8 @@ def test_lsmae_units_against_a_loop() -> None:
     """Units in random order, each expanded column by column, patches out of the grid dropped, the first ones kept."""
     grid, d, ratio = (5, 7), 2, 0.6
     masker = BlockwiseRandomMask(ratio, d)
-    u = torch.rand(8, masker.draws(grid))
-    hidden = masker.decide(u, grid).hidden.view(8, *grid)
+    u = torch.rand(8, masker.num_uniforms(grid))
+    hidden = masker.sample(u, grid).hidden.view(8, *grid)
     for row in range(8):
         order = [
             (y, x)
@@ -78,7 +78,7 @@ def test_lsmae_units_against_a_loop() -> None:
 
 @pytest.mark.parametrize(("size", "units", "hidden"), [(192, 36, 22), (224, 49, 30)])
 def test_simmim_hides_whole_units_by_the_ceiling(size: int, units: int, hidden: int) -> None:
-    mask = BlockwiseRandomMask(0.6, 8, whole=True)(4, (size // 4, size // 4))
+    mask = BlockwiseRandomMask(0.6, 8, whole_blocks=True)(4, (size // 4, size // 4))
     side = size // 32
     blocks = mask.hidden.view(4, side, 8, side, 8)
     assert torch.equal(blocks.all(dim=4).all(dim=2), blocks.any(dim=4).any(dim=2))
@@ -88,7 +88,7 @@ def test_simmim_hides_whole_units_by_the_ceiling(size: int, units: int, hidden: 
 def test_units_that_would_hide_everything_are_refused() -> None:
     """SimMIM's trap: 64-px units at 192 px with ratio 0.9."""
     with pytest.raises(ValueError, match="hides all 9 units"):
-        BlockwiseRandomMask(0.9, 16, whole=True)(1, (48, 48))
+        BlockwiseRandomMask(0.9, 16, whole_blocks=True)(1, (48, 48))
 
 
 def test_squares_stay_in_the_middle_or_move() -> None:
@@ -107,9 +107,9 @@ def test_blocks_follow_beit() -> None:
     mask = BeitBlockMask(75.5 / 196)(200, (14, 14))
     counts = mask.hidden.sum(dim=1)
     assert counts.max() == 75 and counts.min() >= 60 and (counts >= 68).float().mean() > 0.97
-    assert mask.keep is None
+    assert mask.ids_keep is None
     with pytest.raises(ValueError, match="hide the same number"):
-        _ = mask.tables
+        _ = mask.indices
     again = BeitBlockMask(75.5 / 196)(200, (14, 14), torch.Generator().manual_seed(1)).hidden
     assert torch.equal(again, BeitBlockMask(75.5 / 196)(200, (14, 14), torch.Generator().manual_seed(1)).hidden)
 
@@ -125,15 +125,17 @@ def test_blocks_follow_beit() -> None:
     ],
 )
 def test_a_row_depends_on_its_own_numbers_only(masker: MaskGenerator) -> None:
-    u = torch.rand(6, masker.draws((10, 12)))
-    whole = masker.decide(u, (10, 12)).hidden
+    u = torch.rand(6, masker.num_uniforms((10, 12)))
+    whole = masker.sample(u, (10, 12)).hidden
     for row in range(6):
-        assert torch.equal(masker.decide(u[row : row + 1], (10, 12)).hidden[0], whole[row])
+        assert torch.equal(masker.sample(u[row : row + 1], (10, 12)).hidden[0], whole[row])
 
 
 @pytest.mark.parametrize(("unit", "ratio", "distance"), [(32, 0.6, 15.5), (16, 0.6, 7.4), (8, 0.8, 6.0)])
 def test_average_distance_is_simmims(unit: int, ratio: float, distance: float) -> None:
-    hidden = BlockwiseRandomMask(ratio, unit // 4, whole=True)(40, (48, 48), torch.Generator().manual_seed(1)).hidden
+    hidden = BlockwiseRandomMask(ratio, unit // 4, whole_blocks=True)(
+        40, (48, 48), torch.Generator().manual_seed(1)
+    ).hidden
     found = average_distance(hidden_pixels(hidden, 4, (192, 192)))
     assert found == pytest.approx(distance, abs=0.4)
 

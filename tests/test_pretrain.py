@@ -172,12 +172,12 @@ def test_another_number_of_images_cannot_be_resumed(tiny_run: Make, tmp_path: Pa
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_demo_gains_ten_points(seed: int, tmp_path: Path) -> None:
     train(replace(get_recipe("demo"), seed=seed), tmp_path / "run")
-    labelled = ("shapes:count=4000,seed=101,size=48", "shapes:count=2000,seed=102,size=48")
+    labeled = ("shapes:count=4000,seed=101,size=48", "shapes:count=2000,seed=102,size=48")
     before, after = (
         next(
             evaluate(
                 str(tmp_path / "run"),
-                [("linear", LinearSettings(*labelled))],
+                [("linear", LinearSettings(*labeled))],
                 tmp_path,
                 untrained=untrained,
                 device="cpu",

@@ -120,7 +120,7 @@ def test_module_filters_the_unnormalised_image() -> None:
 
 @pytest.mark.parametrize("bins", [2, 7, 8, 256])
 @pytest.mark.parametrize("filtered", [False, True])
-def test_colour_bins_against_a_loop(bins: int, filtered: bool) -> None:
+def test_color_bins_against_a_loop(bins: int, filtered: bool) -> None:
     """Two channels, of noise and of hard edges, which low frequencies overshoot at both ends."""
     mean, std = (0.4, 0.2), (0.3, 0.1)
     pixels = (torch.rand(2, 2, 8, 12, dtype=torch.float64) > 0.5).double()
@@ -129,28 +129,28 @@ def test_colour_bins_against_a_loop(bins: int, filtered: bool) -> None:
     target = ColorBins(bins, LowFrequency(3) if filtered else Pixels(), mean, std).double()
     seen = by_fft(pixels, 3, "exact") if filtered else pixels
     assert not filtered or (seen.min() < 0 and seen.max() > 1)
-    numbers, centres = target.numbers((pixels - m) / s), target((pixels - m) / s)
+    numbers, centers = target.numbers((pixels - m) / s), target((pixels - m) / s)
     for b, c, y, x in itertools.product(range(2), range(2), range(8), range(12)):
         value, number = seen[b, c, y, x].item(), int(numbers[b, c, y, x])
         assert number == 0 or number / bins - 1e-6 <= value
         assert number == bins - 1 or value <= (number + 1) / bins + 1e-6
-        centre = (number + 0.5) / bins
-        assert centres[b, c, y, x].item() == pytest.approx((centre - mean[c]) / std[c], abs=1e-5)
+        center = (number + 0.5) / bins
+        assert centers[b, c, y, x].item() == pytest.approx((center - mean[c]) / std[c], abs=1e-5)
 
 
-def test_the_expected_colour_against_a_loop() -> None:
+def test_the_expected_color_against_a_loop() -> None:
     mean, std = (0.4, 0.2, 0.7), (0.3, 0.1, 0.2)
     scores = torch.randn(1, 2, 4 * 3 * 5)
     found = ColorBins(5, mean=mean, std=std).expected(scores)
     assert found.shape == (1, 2, 12)
     for n, value in itertools.product(range(2), range(12)):
         weights = [math.exp(v) for v in scores[0, n, value * 5 : value * 5 + 5].tolist()]
-        colour = sum(w * (k + 0.5) / 5 for k, w in enumerate(weights)) / sum(weights)
-        assert found[0, n, value].item() == pytest.approx((colour - mean[value % 3]) / std[value % 3], rel=1e-4)
+        color = sum(w * (k + 0.5) / 5 for k, w in enumerate(weights)) / sum(weights)
+        assert found[0, n, value].item() == pytest.approx((color - mean[value % 3]) / std[value % 3], rel=1e-4)
 
 
-def test_every_grey_level_of_a_file_has_the_same_bin_after_normalisation() -> None:
-    """256 bins tell the 256 levels apart, although normalising and back rounds them."""
+def test_every_grey_level_of_a_file_has_the_same_bin_after_normalization() -> None:
+    """256 bins tell the 256 levels apart, although normalizing and back rounds them."""
     levels = (torch.arange(256.0) / 255).expand(1, 3, 1, 256)
     m, s = (torch.tensor(v).view(1, -1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     assert torch.equal(ColorBins(256).numbers((levels - m) / s), torch.arange(256).expand(1, 3, 1, 256))

@@ -1,8 +1,8 @@
-"""Pre-train vision backbones on your own unlabelled images by masked image modelling, with PixMIM.
+"""Pre-train vision backbones on your own unlabeled images by masked image modelling, with PixMIM.
 
     config = pixmim.get_recipe("pixmim-vit-small", data="photos", epochs=100)
     result = pixmim.pretrain(config, out="runs/photos")
-    scores = pixmim.evaluate(result.encoder, "knn", train="labelled/train", test="labelled/test")
+    scores = pixmim.evaluate(result.encoder, "knn", train="labeled/train", test="labeled/test")
 
 Names are loaded on first use: `import pixmim` alone does not import torch, so that the command line answers at once.
 """

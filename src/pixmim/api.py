@@ -82,8 +82,8 @@ def evaluate(
     given = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
     encoder = _encoder(model, device, precision)
     with TemporaryDirectory(prefix="pixmim-") as scratch:
-        bench = EvalContext(encoder, Path(out or scratch), "trained", console or Console())
-        (result,) = measure(bench, _name(model), [(evaluation, with_full_paths(kind(**given)))])
+        context = EvalContext(encoder, Path(out or scratch), "trained", console or Console())
+        (result,) = measure(context, _name(model), [(evaluation, with_full_paths(kind(**given)))])
         if out is not None:
             save(result, Path(out))
     return result.values
@@ -117,7 +117,7 @@ def embed(
         UserError: If the encoder or the data cannot be opened, or no image can be read.
     """
     encoder = _encoder(model, device, precision)
-    source = _open(data, encoder.form)
+    source = _open(data, encoder.image_spec)
     skipped = BadImageLog(None, len(source), 1.0)
     rows, paths = list[npt.NDArray[np.float32]](), list[str]()
     names = ("cls", "mean") if features == "both" else (features,)
@@ -158,7 +158,7 @@ def embed_to_file(
         UserError: If the encoder or the data cannot be opened, no image can be read, or `out` exists.
     """
     weights = model if isinstance(model, Weights) else resolve_model(_name(model))
-    source, console = _open(data, image_spec(weights.run)), console or Console()
+    source, console = _open(data, image_spec(weights.config)), console or Console()
     how: Any = {"device": device, "precision": precision, "overwrite": overwrite, "console": console}
     for line in write_embeddings(weights, source, Path(out), features, batch=batch_size, **how):
         print_plain(console, line)
@@ -181,9 +181,9 @@ def reconstruct(
     Raises:
         UserError: If the model has no decoder, its pre-training is unknown, or no image can be read.
     """
-    weights = model if isinstance(model, Weights) else resolve_model(_name(model), whole=True)
+    weights = model if isinstance(model, Weights) else resolve_model(_name(model), with_decoder=True)
     weights = with_bands(weights, bands)
-    found = draw(weights, _open(data, image_spec(weights.run)), count)
+    found = draw(weights, _open(data, image_spec(weights.config)), count)
     return labeled_grid(found.columns, found.names)
 
 

@@ -31,33 +31,33 @@ MAX_PATCHES = 2**18
 """Most patches of an image; attention between so many takes more memory than any machine has."""
 
 
-def image_spec(run: ModelConfig) -> ImageSpec:
+def image_spec(config: ModelConfig) -> ImageSpec:
     """What every image is brought into before it is cropped."""
-    return ImageSpec(run.channels, run.pixels, run.pages)
+    return ImageSpec(config.channels, config.dtype, config.tiff_pages)
 
 
-def with_dataset_stats(run: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
+def with_dataset_stats(config: PretrainConfig) -> tuple[PretrainConfig, list[str]]:
     """Fill in a missing mean and std with what `pixmim stats` measured of the data; return a line to print."""
-    found = load_statistics(run.data, image_spec(run)) if run.mean is None or run.std is None else None
+    found = load_statistics(config.data, image_spec(config)) if config.mean is None or config.std is None else None
     if found is None:
-        return run, []
+        return config, []
     count = f"{found.images:,} of {found.total:,}" if found.images < found.total else f"{found.total:,}"
-    known = replace(run, mean=run.mean or found.mean, std=run.std or found.std)
+    known = replace(config, mean=config.mean or found.mean, std=config.std or found.std)
     return known, [f"mean and std: measured on {count} images by `pixmim stats`"]
 
 
-def build_crop(run: PretrainConfig) -> Crop:
+def build_crop(config: PretrainConfig) -> Crop:
     """What the network sees of a picture."""
-    if run.crop.kind == "simple-resized":
-        return SimpleResizedCrop(run.image_size, run.crop.padding, run.crop.interpolation)
-    if run.crop.kind == "random-resized":
-        return RandomResizedCrop(run.image_size, run.crop.scale, interpolation=run.crop.interpolation)
-    return CenterCrop(run.image_size, interpolation=run.crop.interpolation)
+    if config.crop.kind == "simple-resized":
+        return SimpleResizedCrop(config.image_size, config.crop.padding, config.crop.interpolation)
+    if config.crop.kind == "random-resized":
+        return RandomResizedCrop(config.image_size, config.crop.scale, interpolation=config.crop.interpolation)
+    return CenterCrop(config.image_size, interpolation=config.crop.interpolation)
 
 
-def build_mask_sampler(run: ModelConfig, patch: int) -> MaskSampler:
+def build_mask_sampler(config: ModelConfig, patch: int) -> MaskSampler:
     """Build the masks for a model with patches of `patch` pixels. Raises UserError if the model cannot take them."""
-    m = run.mask
+    m = config.mask
     if m is None:
         raise UserError(_UNKNOWN)
     masker: MaskGenerator
@@ -72,24 +72,24 @@ def build_mask_sampler(run: ModelConfig, patch: int) -> MaskSampler:
     else:
         masker = SquareMask(m.ratio, moving=m.kind == "moving-square")
     try:  # a few masks show what a run would stumble over
-        grid = grid_of(run.image_size, patch)
+        grid = grid_of(config.image_size, patch)
         if grid[0] * grid[1] > MAX_PATCHES:
             raise UserError(
                 f"{grid[0] * grid[1]:,} patches of {patch} pixels are more than the {MAX_PATCHES:,} allowed"
             )
-        batch_size = run.batch_size if isinstance(run, PretrainConfig) else 1
-        sampler = MaskSampler(masker, grid, _seed(run), batch_size)
+        batch_size = config.batch_size if isinstance(config, PretrainConfig) else 1
+        sampler = MaskSampler(masker, grid, _seed(config), batch_size)
         mask = sampler(step=0, rows=range(max(1, min(64, 2**20 // (grid[0] * grid[1])))))
-        if run.model.name != "simmim":
-            _ = mask.tables
+        if config.model.name != "simmim":
+            _ = mask.indices
     except ValueError as error:
         raise UserError(f"--mask.kind {m.kind}: {error}") from error
     return sampler
 
 
-def build_model(run: ModelConfig) -> MaskedModel:
+def build_model(config: ModelConfig) -> MaskedModel:
     """Who predicts, with the initial weights that the run's seed decides. Raises UserError."""
-    m = run.model
+    m = config.model
     if m.name == "simmim" and (m.decoder_stride != 1 or m.predict_patch):
         raise UserError("simmim has no decoder: leave out --model.decoder-stride and --model.predict-patch")
     decoder = {
@@ -100,10 +100,10 @@ def build_model(run: ModelConfig) -> MaskedModel:
         "predict_patch": m.predict_patch,
     }
     own = {"head": m.head} if m.name == "simmim" else decoder
-    outputs = run.target.bins if run.target is not None and run.target.distance == "cross_entropy" else 1
-    given = {"img_size": run.image_size, "in_chans": run.channels, "outputs": outputs, **own, **m.options}
+    outputs = config.target.bins if config.target is not None and config.target.distance == "cross_entropy" else 1
+    given = {"img_size": config.image_size, "in_chans": config.channels, "outputs": outputs, **own, **m.options}
     check_room(lambda: create_model(m.name, m.backbone, **given), m.backbone)
-    with seeded(_seed(run)):
+    with seeded(_seed(config)):
         return create_model(m.name, m.backbone, **given)
 
 
@@ -118,10 +118,10 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def build_encoder(run: ModelConfig) -> nn.Module:
+def build_encoder(config: ModelConfig) -> nn.Module:
     """The encoder alone, its weights at random. Raises UserError."""
-    m = run.model
-    given = {"img_size": run.image_size, "in_chans": run.channels, **m.options}
+    m = config.model
+    given = {"img_size": config.image_size, "in_chans": config.channels, **m.options}
     check_room(lambda: create_encoder(m.name, m.backbone, **given), m.backbone)
     return create_encoder(m.name, m.backbone, **given)
 
@@ -149,10 +149,10 @@ def check_room(make: Callable[[], nn.Module], name: str) -> None:
         raise UserError(f"{name} needs {in_gib(size)} GiB for its weights as asked for, and {in_gib(free)} are free")
 
 
-def build_loss(run: ModelConfig) -> ReconstructionLoss:
+def build_loss(config: ModelConfig) -> ReconstructionLoss:
     """What must be predicted, and the distance to it."""
-    mean, std = run.normalization
-    t = run.target
+    mean, std = config.normalization
+    t = config.target
     if t is None:
         raise UserError(_UNKNOWN)
     target: nn.Module = LowFrequency(t.radius, t.variant, mean, std) if t.kind == "low-frequency" else Pixels()
@@ -161,6 +161,6 @@ def build_loss(run: ModelConfig) -> ReconstructionLoss:
     return ReconstructionLoss(target, t.normalize_patches, t.distance, t.normalize_window)
 
 
-def _seed(run: ModelConfig) -> int:
+def _seed(config: ModelConfig) -> int:
     """Return a run's seed; 0 for imported weights."""
-    return run.seed if isinstance(run, PretrainConfig) else 0
+    return config.seed if isinstance(config, PretrainConfig) else 0

@@ -133,11 +133,11 @@ class TargetConfig:
     variant: Literal["exact", "paper-code"] = "exact"
     """exact: centered and real. paper-code: half a bin off and absolute, as the paper's code."""
     normalize_patches: bool = True
-    """Normalise each target patch by its own mean and deviation (norm_pix)."""
+    """Normalize each target patch by its own mean and deviation (norm_pix)."""
     normalize_window: Annotated[int, Whole(0, MAX_SIDE)] = 0
-    """Instead, normalise each value by those of a window of this odd side in pixels (later SimMIM: 47); 0: do not."""
+    """Instead, normalize each value by those of a window of this odd side in pixels (later SimMIM: 47); 0: do not."""
     distance: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
-    """Distance between prediction and target. cross_entropy: classify colours, each channel into one of `bins`."""
+    """Distance between prediction and target. cross_entropy: classify colors, each channel into one of `bins`."""
     bins: Annotated[int, Whole(2, 4_096)] = 8
     """cross_entropy: equal parts of [0, 1]."""
 
@@ -176,7 +176,7 @@ class ParallelConfig:
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several processes: ddp keeps the whole model on each, fsdp a part of it (large ones). auto: ddp."""
-    compile: Literal["none", "blocks", "whole"] = "none"
+    compile: Literal["none", "blocks", "full"] = "none"
     """torch.compile of each transformer block, or of the whole model (not with fsdp)."""
     recompute: bool = False
     """Forget what blocks computed and compute it again for the gradient: less memory, a third more time."""
@@ -201,9 +201,9 @@ class OnlineKnnConfig:
     """Periodic k-NN while training, for the curve of accuracy against epochs."""
 
     train: str = ""
-    """Labelled data that vote."""
+    """Labeled data that vote."""
     test: str = ""
-    """Labelled data that are classified."""
+    """Labeled data that are classified."""
     every: Annotated[float, Real(0, 1e9)] = 0.0
     """Epochs between two measurements; 0: none. The start and the end are measured too."""
 
@@ -229,10 +229,10 @@ class ModelConfig(Settings):
     size: Size = "224"
     """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
     channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3
-    """Colour (3), grey (1), or as many as the files have."""
-    pixels: Literal["uint8", "uint16", "float32"] = "uint8"
+    """Color (3), grey (1), or as many as the files have."""
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
     """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
-    pages: Literal["first", "channels"] = "first"
+    tiff_pages: Literal["first", "channels"] = "first"
     """Of a TIFF with several pages: the first one, or all of them as channels."""
     bands: str = ""
     """Channels that pictures show as red, green and blue, counted from 1, such as 4,3,2, or one as grey; otherwise the
@@ -251,9 +251,9 @@ class ModelConfig(Settings):
         for name, own in (("img_size", "--size"), ("in_chans", "--channels"), ("outputs", "--target.bins")):
             if name in self.model.options:
                 raise UserError(f"--model.options takes no {name}: that is {own}")
-        check_normalization(self.mean, self.std, self.channels, self.pixels)
+        check_normalization(self.mean, self.std, self.channels, self.dtype)
         if self.target is not None:
-            _check_target(self.target, self.pixels)
+            _check_target(self.target, self.dtype)
         self.drawn  # noqa: B018 (raises)
         h, w = self.image_size
         if h * w * self.channels > MAX_VALUES:
@@ -287,7 +287,7 @@ class ModelConfig(Settings):
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel; ImageNet's for colour, their averages for other channels."""
+        """Mean and standard deviation per channel; ImageNet's for color, their averages for other channels."""
         if self.channels == 3:
             return self.mean or (0.485, 0.456, 0.406), self.std or (0.229, 0.224, 0.225)
         return self.mean or (0.449,) * self.channels, self.std or (0.226,) * self.channels
@@ -351,7 +351,7 @@ class PretrainConfig(ModelConfig):
             raise UserError(f"--crop.scale is two shares, the smaller one first, not {low:g} {high:g}")
         if self.crop.kind == "simple-resized" and self.crop.padding >= min(self.image_size):
             raise UserError(f"--crop.padding {self.crop.padding} must be less than each side of --size {self.size}")
-        if self.parallel.compile == "whole" and self.parallel.strategy == "fsdp":
+        if self.parallel.compile == "full" and self.parallel.strategy == "fsdp":
             raise UserError("with --parallel.strategy fsdp, blocks are compiled one by one: --parallel.compile blocks")
 
     def check_divisible(self, count: int, of: str) -> None:
@@ -380,21 +380,21 @@ class PretrainConfig(ModelConfig):
         return self.optim.lr if self.optim.lr is not None else self.optim.base_lr * self.batch_size / 256
 
 
-def _check_target(target: TargetConfig, pixels: str) -> None:
+def _check_target(target: TargetConfig, dtype: str) -> None:
     """Raise UserError for settings of a target that exclude each other."""
     window, binned = target.normalize_window, target.distance == "cross_entropy"
     if window and (window < 3 or window % 2 == 0):
         raise UserError(f"--target.normalize-window must be an odd side of 3 pixels or more, not {window}")
     if binned and (target.normalize_patches or window):
-        raise UserError("normalised values have no bins of [0, 1]: add --target.no-normalize-patches, and no window")
+        raise UserError("normalized values have no bins of [0, 1]: add --target.no-normalize-patches, and no window")
     if target.normalize_patches and window:
-        raise UserError("a target is normalised once: with a window, add --target.no-normalize-patches")
-    if binned and pixels == "float32":
-        raise UserError("measured values (--pixels float32) have no bins of [0, 1]: choose another --target.distance")
+        raise UserError("a target is normalized once: with a window, add --target.no-normalize-patches")
+    if binned and dtype == "float32":
+        raise UserError("measured values (--dtype float32) have no bins of [0, 1]: choose another --target.distance")
 
 
 def check_normalization(
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int, pixels: str
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int, dtype: str
 ) -> None:
     """Raise UserError unless mean and std have a value for each channel, in units in which the brightest pixel is 1."""
     for name, values in (("mean", mean), ("std", std)):
@@ -403,9 +403,9 @@ def check_normalization(
         if len(values) != channels:
             raise UserError(f"--{name} has {len(values)} values for {channels} channels")
         words = " ".join(f"{value:g}" for value in values)
-        if pixels != "float32" and not all(0 <= value <= 1 for value in values):
-            most = 255 if pixels == "uint8" else 65_535
+        if dtype != "float32" and not all(0 <= value <= 1 for value in values):
+            most = 255 if dtype == "uint8" else 65_535
             scaled = " ".join(f"{value / most:.4g}" for value in values)
             inside = all(0 <= value <= most for value in values)
             advice = f": of 0 to {most}, that is --{name} {scaled}" if inside else ""
-            raise UserError(f"--{name} {words} must be from 0 to 1, as pixels are (--pixels {pixels}){advice}")
+            raise UserError(f"--{name} {words} must be from 0 to 1, as pixels are (--dtype {dtype}){advice}")

@@ -45,10 +45,10 @@ class Loss:
 
 
 class ReconstructionLoss(nn.Module):
-    """The loss of one method: target, normalisation and distance are three independent choices.
+    """The loss of one method: target, normalization and distance are three independent choices.
 
-    target             module from normalised images to what must be predicted: Pixels(), LowFrequency(), or
-                       ColorBins() of either, which takes the distance "cross_entropy" and no normalisation
+    target             module from normalized images to what must be predicted: Pixels(), LowFrequency(), or
+                       ColorBins() of either, which takes the distance "cross_entropy" and no normalization
     normalize_patches  MAE's norm_pix: each target patch loses its mean and is divided by sqrt(variance + 1e-6),
                        with the unbiased variance over all its p*p*c values (arXiv 2111.06377, section 3)
     distance           "mse" (MAE, PixMIM), "l1" (SimMIM), "smooth_l1", averaged over the values of a patch; for
@@ -69,10 +69,10 @@ class ReconstructionLoss(nn.Module):
             raise ValueError("the distance 'cross_entropy' and the target ColorBins(...) go with each other only")
         if isinstance(target, ColorBins) and (normalize_patches or normalize_window):
             raise ValueError(
-                "normalised values have no bins of [0, 1]: give ColorBins with normalize_patches=False and no window"
+                "normalized values have no bins of [0, 1]: give ColorBins with normalize_patches=False and no window"
             )
         if normalize_patches and normalize_window:
-            raise ValueError("a target is normalised once: with normalize_window, give normalize_patches=False")
+            raise ValueError("a target is normalized once: with normalize_window, give normalize_patches=False")
         if normalize_window and (normalize_window < 3 or normalize_window % 2 == 0):
             raise ValueError(f"a window has a middle, so an odd side of 3 or more, not {normalize_window}")
         self.target, self.normalize_patches, self.distance = target, normalize_patches, distance
@@ -81,7 +81,7 @@ class ReconstructionLoss(nn.Module):
         """Numbers that are predicted for each value."""
 
     def forward(self, prediction: Float[Tensor, "b m d"], images: Float[Tensor, "b c h w"], mask: Mask) -> Loss:
-        """The loss of a prediction (b m p*p*c*outputs) for normalised images, over the patches that `mask` hides.
+        """The loss of a prediction (b m p*p*c*outputs) for normalized images, over the patches that `mask` hides.
 
         A mask on a finer grid gives each predicted patch the weight of its hidden share; then all p*p*c values of a
         patch count, its visible ones too (LSMAE's pred_downsampling). Computed in float32 whatever the autocast
@@ -116,7 +116,7 @@ class ReconstructionLoss(nn.Module):
     def statistics(
         self, target: Float[Tensor, "b c h w"], patch: int, seen: Bool[Tensor, "b 1 h w"] | None = None
     ) -> "Statistics | None":
-        """What normalisation takes from a target around each of its pixels; None where it is not normalised."""
+        """What normalization takes from a target around each of its pixels; None where it is not normalized."""
         if self.normalize_window:
             return window_statistics(target, self.normalize_window, seen)
         return patch_statistics(target, patch, seen) if self.normalize_patches else None
@@ -127,13 +127,13 @@ def normalize_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]
 
     Written out, because on a CPU torch.var_mean takes eight times as long as its parts.
     """
-    centred = patches - patches.mean(dim=-1, keepdim=True)
-    variance = centred.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
-    return centred / (variance + 1e-6).sqrt()
+    centerd = patches - patches.mean(dim=-1, keepdim=True)
+    variance = centerd.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
+    return centerd / (variance + 1e-6).sqrt()
 
 
 Statistics = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
-"""The mean and sqrt(variance + 1e-6) around each pixel: what normalisation takes away and a picture must put back."""
+"""The mean and sqrt(variance + 1e-6) around each pixel: what normalization takes away and a picture must put back."""
 
 
 def patch_statistics(
@@ -155,7 +155,7 @@ def patch_statistics(
 def window_statistics(
     images: Float[Tensor, "b c h w"], window: int = 47, seen: Bool[Tensor, "b 1 h w"] | None = None
 ) -> Statistics:
-    """What window normalisation takes from each value: of its channel, over window x window pixels around it.
+    """What window normalization takes from each value: of its channel, over window x window pixels around it.
 
     Only pixels of the image count, or those that are `seen`; the variance is the unbiased one. Source: the SimMIM of
     Swin Transformer's repository, later than the paper, there NORM_TARGET, with windows of 47 pixels. Where no pixel

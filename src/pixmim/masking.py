@@ -34,8 +34,8 @@ class Mask:
     """
 
     hidden: Bool[Tensor, "b n"]
-    keep: Int[Tensor, "b k"] | None
-    restore: Int[Tensor, "b n"] | None
+    ids_keep: Int[Tensor, "b k"] | None
+    ids_restore: Int[Tensor, "b n"] | None
 
     @staticmethod
     def from_hidden(hidden: Bool[Tensor, "b n"], visible: int | None = None) -> "Mask":
@@ -56,14 +56,14 @@ class Mask:
         return Mask(hidden, _inverse(restore)[:, :visible], restore)
 
     @property
-    def tables(self) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b n"]]:
+    def indices(self) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b n"]]:
         """keep and restore. Raises ValueError if the rows hide different numbers of patches."""
-        if self.keep is None or self.restore is None:
+        if self.ids_keep is None or self.ids_restore is None:
             raise ValueError(
                 "this model drops hidden patches, so each row of a mask must hide the same number of them; block-wise "
                 "masks, and whole units that do not divide the grid, do not: choose another mask, or SimMIM"
             )
-        return self.keep, self.restore
+        return self.ids_keep, self.ids_restore
 
     def to(self, device: torch.device | str) -> "Mask":
         """Copy to another device, without waiting where that is possible."""
@@ -74,7 +74,7 @@ class Mask:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Mask":
-        keep, restore = (None if t is None else function(t) for t in (self.keep, self.restore))
+        keep, restore = (None if t is None else function(t) for t in (self.ids_keep, self.ids_restore))
         return Mask(function(self.hidden), keep, restore)
 
 
@@ -82,17 +82,17 @@ class MaskGenerator(ABC):
     """The contract of a masker: how many uniform numbers an image takes, and what mask they decide."""
 
     @abstractmethod
-    def draws(self, grid: Grid) -> int:
+    def num_uniforms(self, grid: Grid) -> int:
         """Uniform numbers that an image with a grid of (rows, columns) patches takes."""
 
     @abstractmethod
-    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+    def sample(self, u: Float[Tensor, "b u"], grid: Grid) -> Mask:
         """The masks that the numbers `u` in [0, 1) decide, one for each row.
 
         Raises ValueError if the masker's settings would hide every patch of this grid, or none.
         """
 
-    def even(self, grid: Grid) -> bool:
+    def has_fixed_count(self, grid: Grid) -> bool:
         """Return True if all masks of a grid hide the same number of patches."""
         return True
 
@@ -100,7 +100,7 @@ class MaskGenerator(ABC):
         """Masks for `batch` images, drawn from torch's `generator`. `grid`: (rows, columns), or their number alone."""
         shape = (1, grid) if isinstance(grid, int) else grid
         device = generator.device if generator is not None else None
-        return self.decide(torch.rand(batch, self.draws(shape), generator=generator, device=device), shape)
+        return self.sample(torch.rand(batch, self.num_uniforms(shape), generator=generator, device=device), shape)
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ class RandomMask(MaskGenerator):
     def __post_init__(self) -> None:
         _check(self.ratio)
 
-    def draws(self, grid: Grid) -> int:
+    def num_uniforms(self, grid: Grid) -> int:
         return grid[0] * grid[1]
 
-    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+    def sample(self, u: Float[Tensor, "b u"], grid: Grid) -> Mask:
         return _keep_first(_rank(u), self.ratio)
 
 
@@ -134,33 +134,39 @@ class BlockwiseRandomMask(MaskGenerator):
     """
 
     ratio: float
-    unit: int
-    whole: bool = False
+    block_size: int
+    whole_blocks: bool = False
 
     def __post_init__(self) -> None:
         _check(self.ratio)
-        if self.unit < 1:
-            raise ValueError(f"a mask unit is at least one patch wide, not {self.unit}")
+        if self.block_size < 1:
+            raise ValueError(f"a mask unit is at least one patch wide, not {self.block_size}")
 
-    def draws(self, grid: Grid) -> int:
-        return math.ceil(grid[0] / self.unit) * math.ceil(grid[1] / self.unit)
+    def num_uniforms(self, grid: Grid) -> int:
+        return math.ceil(grid[0] / self.block_size) * math.ceil(grid[1] / self.block_size)
 
-    def even(self, grid: Grid) -> bool:
-        return not self.whole or (grid[0] % self.unit == 0 and grid[1] % self.unit == 0)
+    def has_fixed_count(self, grid: Grid) -> bool:
+        return not self.whole_blocks or (grid[0] % self.block_size == 0 and grid[1] % self.block_size == 0)
 
-    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+    def sample(self, u: Float[Tensor, "b u"], grid: Grid) -> Mask:
         row = torch.arange(grid[0], device=u.device)[:, None]
         column = torch.arange(grid[1], device=u.device)[None, :]
-        unit_of_patch = (row // self.unit * math.ceil(grid[1] / self.unit) + column // self.unit).flatten()
+        unit_of_patch = (
+            row // self.block_size * math.ceil(grid[1] / self.block_size) + column // self.block_size
+        ).flatten()
         rank = _rank(u)[:, unit_of_patch]
-        if not self.whole:
-            within = (column % self.unit * self.unit + row % self.unit).flatten()
-            return _keep_first(_rank(rank * self.unit**2 + within), self.ratio)
-        units = self.draws(grid)
+        if not self.whole_blocks:
+            within = (column % self.block_size * self.block_size + row % self.block_size).flatten()
+            return _keep_first(_rank(rank * self.block_size**2 + within), self.ratio)
+        units = self.num_uniforms(grid)
         hidden = math.ceil(units * self.ratio)
         if hidden >= units:
-            raise ValueError(f"a ratio of {self.ratio} hides all {units} units of {self.unit}x{self.unit} patches")
-        return Mask.from_hidden(rank < hidden, (units - hidden) * self.unit**2 if self.even(grid) else None)
+            raise ValueError(
+                f"a ratio of {self.ratio} hides all {units} units of {self.block_size}x{self.block_size} patches"
+            )
+        return Mask.from_hidden(
+            rank < hidden, (units - hidden) * self.block_size**2 if self.has_fixed_count(grid) else None
+        )
 
 
 @dataclass(frozen=True)
@@ -176,10 +182,10 @@ class SquareMask(MaskGenerator):
     def __post_init__(self) -> None:
         _check(self.ratio)
 
-    def draws(self, grid: Grid) -> int:
+    def num_uniforms(self, grid: Grid) -> int:
         return 2
 
-    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+    def sample(self, u: Float[Tensor, "b u"], grid: Grid) -> Mask:
         rows, columns = grid
         side = max(1, round(math.sqrt(self.ratio * rows * columns)))
         h, w = min(side, rows), min(side, columns)
@@ -210,13 +216,13 @@ class BeitBlockMask(MaskGenerator):
     def __post_init__(self) -> None:
         _check(self.ratio)
 
-    def draws(self, grid: Grid) -> int:
+    def num_uniforms(self, grid: Grid) -> int:
         return 4 * 10 * _MOST_BLOCKS
 
-    def even(self, grid: Grid) -> bool:
+    def has_fixed_count(self, grid: Grid) -> bool:
         return False
 
-    def decide(self, u: Float[Tensor, "b draws"], grid: Grid) -> Mask:
+    def sample(self, u: Float[Tensor, "b u"], grid: Grid) -> Mask:
         rows, columns = grid
         wanted = int(rows * columns * self.ratio)
         if wanted < 1:
@@ -261,8 +267,8 @@ class MaskSampler:
 
     def __call__(self, step: int, rows: npt.ArrayLike) -> Mask:
         """Sample the masks of some rows of a step's batch."""
-        u = rng.uniform(self._seed, "mask", step, rows, self._generator.draws(self._grid))
-        return self._generator.decide(torch.from_numpy(u.astype(np.float32)), self._grid)
+        u = rng.uniform(self._seed, "mask", step, rows, self._generator.num_uniforms(self._grid))
+        return self._generator.sample(torch.from_numpy(u.astype(np.float32)), self._grid)
 
     def at(self, positions: npt.NDArray[np.int64]) -> tuple[Mask, float]:
         """Sample the masks at positions of a run, all in one batch.
@@ -273,7 +279,7 @@ class MaskSampler:
         """
         step, rows = int(positions[0]) // self._batch_size, positions % self._batch_size
         mask = self(step, rows)
-        if self._generator.even(self._grid):
+        if self._generator.has_fixed_count(self._grid):
             return mask, len(rows) / self._batch_size
         return mask, int(mask.hidden.sum()) / self._count_hidden(step)
 

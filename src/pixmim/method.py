@@ -18,7 +18,7 @@ from pixmim.training.precision import Precision, autocast, choose_attention, cho
 class Method:
     """Model, masks and target of a run on a device. (The fourth choice, the crop, is made before: it feeds this.)"""
 
-    run: PretrainConfig
+    config: PretrainConfig
     model: MaskedModel
     masks: MaskSampler
     objective: ReconstructionLoss
@@ -26,14 +26,14 @@ class Method:
     precision: Precision
 
     @staticmethod
-    def of(run: PretrainConfig) -> "Method":
+    def of(config: PretrainConfig) -> "Method":
         """Build what the run names, its weights as its seed decides. Raises UserError."""
-        device = choose_device(run.device)
-        precision = choose_precision(run.precision, device)
-        model = build_model(run)
-        masks = build_mask_sampler(run, model.patch)
+        device = choose_device(config.device)
+        precision = choose_precision(config.precision, device)
+        model = build_model(config)
+        masks = build_mask_sampler(config, model.patch)
         choose_attention(model, device, precision)
-        return Method(run, model.to(device), masks, build_loss(run).to(device), device, precision)
+        return Method(config, model.to(device), masks, build_loss(config).to(device), device, precision)
 
     def loss(self, network: nn.Module, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, ""]:
         """Return the loss of predicting the hidden patches of normalized images.

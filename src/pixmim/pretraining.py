@@ -51,12 +51,12 @@ from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import AlreadyReportedError, UserError, first_line
 from pixmim.utils.files import write_text_atomically
-from pixmim.utils.lock import alone
+from pixmim.utils.lock import locked_folder
 from pixmim.utils.threads import num_threads
 from pixmim.utils.trust import remember_run
 from pixmim.weights.detect import read_run
 from pixmim.weights.load import build_encoder_with_weights, initialize_from, load_encoder, resolve_model
-from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder
+from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -
     """
     folder, console = Path(out), console or Console()
     check_links(folder)
-    with alone(folder, partial(print_plain, console)):
-        weights = resolve_model(str(folder), whole=True)
-        config = pretrain_config(weights.run, folder)
-        save_encoder(build_encoder_with_weights(weights), folder / ENCODER, config, weights.step, weights.steps)
+    with locked_folder(folder, partial(print_plain, console)):
+        weights = resolve_model(str(folder), with_decoder=True)
+        config = pretrain_config(weights.config, folder)
+        save_encoder(build_encoder_with_weights(weights), folder / ENCODER_FOLDER, config, weights.step, weights.steps)
         _report(folder, console, None)
     return PretrainResult(config, folder, weights.step, finished=True)
 
@@ -182,12 +182,12 @@ def _report(folder: Path, console: Console, data: str | None) -> None:
 def _reconstructions(folder: Path, config: PretrainConfig) -> Image:
     """Draw reconstructions of a run's own images."""
     data = open_dataset(config.data, image_spec(config), config.shard_cache_gib)
-    drawn = reconstruct(resolve_model(str(folder), whole=True), data)
+    drawn = reconstruct(resolve_model(str(folder), with_decoder=True), data)
     return labeled_grid(drawn.columns, drawn.names)
 
 
 def _train(
-    run: PretrainConfig,
+    config: PretrainConfig,
     out: Path,
     world: Distributed,
     console: Console,
@@ -196,17 +196,17 @@ def _train(
     on_step_end: Callable[[int], None] | None,
 ) -> tuple[int, bool]:
     """Train in a folder that is checked and locked; return the steps done, and whether those are all."""
-    watch = online_knn(run, console)
-    data, crop = open_dataset(run.data, image_spec(run), run.shard_cache_gib), build_crop(run)
-    _agree(run, world, data)
-    method = Method.of(run)
+    watch = online_knn(config, console)
+    data, crop = open_dataset(config.data, image_spec(config), config.shard_cache_gib), build_crop(config)
+    _agree(config, world, data)
+    method = Method.of(config)
     model, device, precision = method.model, method.device, method.precision
     here = world.local_world_size()
-    place, kept = choose_cache_location(data, crop, run.cache_images, device, processes=here)
-    schedule, epoch = Schedule.of(run, len(data)), run.batch_size / len(data)
+    place, kept = choose_cache_location(data, crop, config.cache_images, device, processes=here)
+    schedule, epoch = Schedule.of(config, len(data)), config.batch_size / len(data)
 
     begun = max(CheckpointManager(out / "checkpoints").steps(), default=0)
-    if not begun and (out / WEIGHTS).exists():
+    if not begun and (out / ENCODER_WEIGHTS).exists():
         raise UserError(
             f"{out} holds a finished encoder, and no checkpoint to go on from: `--init {shlex.quote(str(out))}` begins "
             "a new run with it, in another --out"
@@ -217,20 +217,20 @@ def _train(
             "--epochs (or --steps), or --finish, which ends it where it is"
         )
     lines = _longer(out, schedule, begun, len(data))
-    origin = initialize_from(model, run) if run.init and not begun else []
-    network = parallelize(model, run.parallel, world, device, precision)
-    optimizer = adamw(model, run.lr, run.optim.betas, run.optim.weight_decay, not_decayed(model.encoder))
-    updater = SyncFreeOptimizer(optimizer, run.optim.clip, scaling=precision == "fp16", device=device)
-    with step_context(run.parallel):
-        parts = _parts(run, method, network, updater, world, beside=data if place == "gpu" else None)
-    shard, text = BatchShard(run.batch_size, 0, world.rank, world.size, parts), to_json(run)
+    origin = initialize_from(model, config) if config.init and not begun else []
+    network = parallelize(model, config.parallel, world, device, precision)
+    optimizer = adamw(model, config.lr, config.optim.betas, config.optim.weight_decay, not_decayed(model.encoder))
+    updater = SyncFreeOptimizer(optimizer, config.optim.clip, scaling=precision == "fp16", device=device)
+    with step_context(config.parallel):
+        parts = _parts(config, method, network, updater, world, beside=data if place == "gpu" else None)
+    shard, text = BatchShard(config.batch_size, 0, world.rank, world.size, parts), to_json(config)
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
         write_text_atomically(out / "config.json", text)
     remember_run(text)
 
-    about = [f"images: {line}" for line in (data.about, kept) if line]
-    for line in [*start_summary(run, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
+    about = [f"images: {line}" for line in (data.description, kept) if line]
+    for line in [*start_summary(config, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
         print_plain(console, line)
 
     def record(line: dict[str, Any]) -> None:
@@ -245,12 +245,12 @@ def _train(
         schedule.steps,
         out,
         images=len(data),
-        batch_size=run.batch_size,
+        batch_size=config.batch_size,
         accumulation_steps=parts,
         network=network,
         world=world,
-        checkpoint=run.checkpoint,
-        log_every=run.log_every,
+        checkpoint=config.checkpoint,
+        log_every=config.log_every,
         on_log=record,
         console=console,
     )
@@ -260,11 +260,11 @@ def _train(
     if start:
         done = "is complete" if start >= schedule.steps else "goes on"
         print_plain(console, f"the run {done}: {start:,} updates are done")
-    mean, std = (torch.tensor(values, device=device) for values in run.normalization)
+    mean, std = (torch.tensor(values, device=device) for values in config.normalization)
     skipped = BadImageLog(
-        out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv"), len(data), run.max_bad_fraction
+        out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv"), len(data), config.max_bad_fraction
     )
-    watch_every = max(1, round(run.knn.every / epoch))
+    watch_every = max(1, round(config.knn.every / epoch))
 
     def loss_of(batch: Batch, number: int) -> Tensor:
         """Return what a part of a batch adds to the loss of its step."""
@@ -283,7 +283,7 @@ def _train(
         if watch is not None and (step in (0, schedule.steps) or step % watch_every == 0):
             try:
                 with trainer.interrupts.waiting(world.size == 1):
-                    values = watch(_whole(model, run, device, world).encoder)
+                    values = watch(_whole(model, config, device, world).encoder)
             except Interrupted:
                 measured = False  # the resumed run measures it
                 return
@@ -299,17 +299,17 @@ def _train(
         create_loader(
             data,
             crop,
-            replace(shard, start=start * run.batch_size),
+            replace(shard, start=start * config.batch_size),
             place,
             device=device,
             skipped=skipped,
-            flip=run.crop.flip,
-            seed=run.seed,
+            flip=config.crop.flip,
+            seed=config.seed,
             masks=method.masks.at,
-            threads=num_threads(run.threads, processes=here),
+            threads=num_threads(config.threads, processes=here),
         ) as batches,
         trainer,
-        step_context(run.parallel),
+        step_context(config.parallel),
         _short_of_memory(shard),
     ):
         noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
@@ -319,12 +319,12 @@ def _train(
 
     if step < schedule.steps or not measured:
         return step, False
-    product = _whole(model, run, device, world).encoder
+    product = _whole(model, config, device, world).encoder
     world.gather(None)  # until then, others may still write to their accounts of skipped images
     if world.is_main:
-        save_encoder(product, out / ENCODER, run, step, schedule.steps)
+        save_encoder(product, out / ENCODER_FOLDER, config, step, schedule.steps)
         lost, bad = int(updater.state["skipped"].item()), merge_logs(out)
-        for line in end_summary(run, out, step, lost=lost, bad=bad, images=len(data), waited=trainer.log.data_wait):
+        for line in end_summary(config, out, step, lost=lost, bad=bad, images=len(data), waited=trainer.log.data_wait):
             print_plain(console, line)
     return step, True
 
@@ -342,7 +342,7 @@ def _longer(out: Path, schedule: Schedule, done: int, images: int) -> list[str]:
 
 
 def _parts(
-    run: PretrainConfig,
+    config: PretrainConfig,
     method: Method,
     network: nn.Module,
     updater: SyncFreeOptimizer,
@@ -353,25 +353,25 @@ def _parts(
 
     beside: The data set that will be kept on the device as well.
     """
-    share, device = run.batch_size // world.size, method.device
-    if run.accumulation_steps:
-        return run.accumulation_steps
+    share, device = config.batch_size // world.size, method.device
+    if config.accumulation_steps:
+        return config.accumulation_steps
     if device.type == "cpu":
         width = int(method.model.encoder.num_features)  # type: ignore[arg-type]
-        at_once = images_at_once(math.prod(run.image_size), width) // world.local_world_size()
+        at_once = images_at_once(math.prod(config.image_size), width) // world.local_world_size()
         return -(-share // max(1, at_once))
     if (
-        parallel_mode(run.parallel, world) == "fsdp"
+        parallel_mode(config.parallel, world) == "fsdp"
     ):  # an all-gather that one rank cannot finish would leave the others waiting
         return 1
     spare = 2 * sum(p.nbytes for p in method.model.parameters() if p.requires_grad)  # the optimizer's moments
     if beside is not None and beside.sizes is not None:
-        spare += int(beside.sizes.prod(axis=1).sum()) * run.channels * beside.form.dtype.itemsize
+        spare += int(beside.sizes.prod(axis=1).sum()) * config.channels * beside.image_spec.torch_dtype.itemsize
 
     def attempt(images: int) -> None:
         try:
             taken = torch.empty(spare, dtype=torch.uint8, device=device)
-            noise = torch.randn(images, run.channels, *run.image_size, device=device)
+            noise = torch.randn(images, config.channels, *config.image_size, device=device)
             with sync_last_microbatch(network, last=False):
                 updater.backward(method.loss(network, noise, method.masks(0, range(images))))
             del taken
@@ -400,9 +400,9 @@ def _short_of_memory(shard: BatchShard) -> Iterator[None]:
         ) from None
 
 
-def _agree(run: PretrainConfig, world: Distributed, data: ImageDataset) -> None:
+def _agree(config: PretrainConfig, world: Distributed, data: ImageDataset) -> None:
     """Raise UserError unless each process gets an equal share of every batch, out of the same images."""
-    run.check_divisible(world.size, "processes")
+    config.check_divisible(world.size, "processes")
     counts = world.gather(len(data))
     other = next((rank for rank, count in enumerate(counts) if count != counts[0]), 0)
     if other:
@@ -411,10 +411,10 @@ def _agree(run: PretrainConfig, world: Distributed, data: ImageDataset) -> None:
         )
 
 
-def _whole(model: MaskedModel, run: PretrainConfig, device: torch.device, world: Distributed) -> MaskedModel:
+def _whole(model: MaskedModel, config: PretrainConfig, device: torch.device, world: Distributed) -> MaskedModel:
     """The model, or where it lies in shards a copy of all of it; every process must ask."""
-    if parallel_mode(run.parallel, world) != "fsdp":
+    if parallel_mode(config.parallel, world) != "fsdp":
         return model
-    copy = build_model(run).to(device)
+    copy = build_model(config).to(device)
     copy.load_state_dict(full_state_dict(model))
     return copy

@@ -27,7 +27,7 @@ IMAGES = 1_281_167
 
 
 def mae_vit_base(epochs: int) -> PretrainConfig:
-    """MAE with ViT-B/16 (arXiv 2111.06377): random resized crop, pixels normalised per patch.
+    """MAE with ViT-B/16 (arXiv 2111.06377): random resized crop, pixels normalized per patch.
 
     pixmim pretrain mae-vit-base --data imagenet/train
     18, 47 and 95 H100-hours for 300, 800 and 1600 epochs (estimate).
@@ -163,21 +163,23 @@ def simmim_vit_base() -> PretrainConfig:
     return replace(simmim_swin_base_800(), size="224", model=ArchitectureConfig("simmim", "beit_base_patch16_224"))
 
 
-def as_released(run: PretrainConfig) -> PretrainConfig:
+def as_released(config: PretrainConfig) -> PretrainConfig:
     """Return a PixMIM run with the two details of the paper's code that differ from pixmim's defaults.
 
     The code resizes bilinearly (torchvision's default) and keeps frequencies within a circle that is half a bin off
-    centre, taking the absolute value of the result. pixmim's own recipes resize bicubically, as MAE's crop does, and
+    center, taking the absolute value of the result. pixmim's own recipes resize bicubically, as MAE's crop does, and
     use the centered, real low-pass.
     """
-    crop, target = replace(run.crop, interpolation="bilinear"), replace(run.target, variant="paper-code")
-    return replace(run, crop=crop, target=target)
+    crop, target = replace(config.crop, interpolation="bilinear"), replace(config.target, variant="paper-code")
+    return replace(config, crop=crop, target=target)
 
 
-def with_pixmim(run: PretrainConfig) -> PretrainConfig:
+def with_pixmim(config: PretrainConfig) -> PretrainConfig:
     """PixMIM is two values of a method's four choices; all others stay. The cut-off is 40 at 224 px, in proportion."""
     return replace(
-        run, crop=CropConfig(kind="simple-resized"), target=replace(run.target, kind="low-frequency", radius="auto")
+        config,
+        crop=CropConfig(kind="simple-resized"),
+        target=replace(config.target, kind="low-frequency", radius="auto"),
     )
 
 

@@ -18,12 +18,20 @@ from pixmim.training.distributed import Distributed
 from pixmim.training.trackers import ID_FILE
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
-from pixmim.utils.lock import alone
+from pixmim.utils.lock import locked_folder
 from pixmim.utils.trust import inside
-from pixmim.weights.save import ENCODER, WEIGHTS
+from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS
 
 FILES = (
-    *("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ENCODER, f"{ENCODER}/config.json", WEIGHTS),
+    *(
+        "config.json",
+        "metrics.jsonl",
+        "skipped.csv",
+        "checkpoints",
+        ENCODER_FOLDER,
+        f"{ENCODER_FOLDER}/config.json",
+        ENCODER_WEIGHTS,
+    ),
     *(ID_FILE, "tensorboard"),
 )
 """What a run writes."""
@@ -58,7 +66,7 @@ def claim(named: str, recipe: str, world: Distributed, stack: ExitStack, console
         while True:
             folder = named or next(names)
             try:
-                stack.enter_context(alone(Path(folder), partial(print_plain, console), new=not named))
+                stack.enter_context(locked_folder(Path(folder), partial(print_plain, console), new=not named))
             except FileExistsError:
                 if not named:  # another run started in the same second
                     continue

@@ -1,6 +1,6 @@
 """What must be predicted: the pixels themselves, PixMIM's low frequencies of them, or bins that either falls into.
 
-A target is a module from normalised images (b c h w) to normalised images of the same shape.
+A target is a module from normalized images (b c h w) to normalized images of the same shape.
 """
 
 from functools import lru_cache
@@ -29,11 +29,11 @@ class LowFrequency(nn.Module):
 
     radius  cut-off in frequency bins (40 at 224 px in the paper); (rows, columns) for an ellipse; or "auto", which
             keeps the paper's relative cut-off, 40 at 224 px, at any image size
-    variant    "exact" is centred on the zero frequency and real; "paper-code" repeats the paper's code, whose circle is
-            half a bin off centre for even sizes and which takes the absolute value (see `low_pass`)
-    mean, std  per channel, of the normalisation the images went through, in units of [0, 1]. Only "paper-code" needs
-            them, because its absolute value must be taken of un-normalised pixels; the exact filter is linear and
-            keeps constants, so it gives the same on normalised images.
+    variant    "exact" is centerd on the zero frequency and real; "paper-code" repeats the paper's code, whose circle is
+            half a bin off center for even sizes and which takes the absolute value (see `low_pass`)
+    mean, std  per channel, of the normalization the images went through, in units of [0, 1]. Only "paper-code" needs
+            them, because its absolute value must be taken of un-normalized pixels; the exact filter is linear and
+            keeps constants, so it gives the same on normalized images.
 
     Raises ValueError where variant is "paper-code" and the images' channels differ in number from mean and std.
     """
@@ -60,21 +60,21 @@ class LowFrequency(nn.Module):
         if images.shape[1] != self.mean.shape[1]:
             raise ValueError(
                 f"images of {images.shape[1]} channels, but mean and std of {self.mean.shape[1]}: "
-                "give LowFrequency the mean and std that the images were normalised with"
+                "give LowFrequency the mean and std that the images were normalized with"
             )
         return (low_pass(images * self.std + self.mean, self.radius, "paper-code") - self.mean) / self.std
 
 
 class ColorBins(nn.Module):
-    """SimMIM's classes of colour: each channel of each pixel lies in one of equal parts of [0, 1] (section 3.4).
+    """SimMIM's classes of color: each channel of each pixel lies in one of equal parts of [0, 1] (section 3.4).
 
     The target for the distance "cross_entropy": a model then predicts `bins` scores for each value, in the
-    order (row, column, channel, bin), as `create_model(..., outputs=bins)` does. As images it gives the bins' centres.
+    order (row, column, channel, bin), as `create_model(..., outputs=bins)` does. As images it gives the bins' centers.
 
     bins  how many parts; 8 and 256 in the paper (arXiv 2111.09886)
     of    what is put into bins: Pixels() unless another target is given. Low frequencies overshoot [0, 1] at edges, by
           0.09 beside a step; what lies outside belongs to the first bin or the last
-    mean, std  per channel, of the normalisation the images went through, in units of [0, 1]
+    mean, std  per channel, of the normalization the images went through, in units of [0, 1]
 
     Raises ValueError for less than 2 bins, and where the images' channels differ in number from mean and std.
     """
@@ -88,7 +88,7 @@ class ColorBins(nn.Module):
     ) -> None:
         super().__init__()
         if bins < 2:
-            raise ValueError(f"colours are told apart by 2 bins or more, not {bins}")
+            raise ValueError(f"colors are told apart by 2 bins or more, not {bins}")
         self.bins, self.of = bins, of or Pixels()
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -101,24 +101,24 @@ class ColorBins(nn.Module):
         if images.shape[1] != len(self.mean):
             raise ValueError(
                 f"images of {images.shape[1]} channels, but mean and std of {len(self.mean)}: "
-                "give ColorBins the mean and std that the images were normalised with"
+                "give ColorBins the mean and std that the images were normalized with"
             )
-        colours = self.of(images) * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+        colors = self.of(images) * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
         # A NaN has no bin; any will do, since what a network predicts from it is NaN, too.
-        return (colours * self.bins).nan_to_num().floor().clamp(0, self.bins - 1).long()
+        return (colors * self.bins).nan_to_num().floor().clamp(0, self.bins - 1).long()
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        colours = (self.numbers(images) + 0.5) / self.bins
-        return (colours - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+        colors = (self.numbers(images) + 0.5) / self.bins
+        return (colors - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
 
     def expected(self, scores: Float[Tensor, "b n s"]) -> Float[Tensor, "b n d"]:
-        """The mean colour that scores (s = p*p*c*bins) stand for, normalised, as patches (d = p*p*c).
+        """The mean color that scores (s = p*p*c*bins) stand for, normalized, as patches (d = p*p*c).
 
-        It is the mean of the bins' centres, each weighted by its probability.
+        It is the mean of the bins' centers, each weighted by its probability.
         """
-        centres = (torch.arange(self.bins, device=scores.device) + 0.5) / self.bins
-        colours = scores.float().unflatten(2, (-1, len(self.mean), self.bins)).softmax(dim=-1) @ centres
-        return ((colours - self.mean) / self.std).flatten(2)
+        centers = (torch.arange(self.bins, device=scores.device) + 0.5) / self.bins
+        colors = scores.float().unflatten(2, (-1, len(self.mean), self.bins)).softmax(dim=-1) @ centers
+        return ((colors - self.mean) / self.std).flatten(2)
 
 
 def auto_radius(size: tuple[int, int]) -> float | tuple[float, float]:
@@ -140,8 +140,8 @@ def low_pass(images: Float[Tensor, "b c h w"], radius: Radius, variant: Variant 
 
     The "exact" variant keeps bin (u, v) where u^2 + v^2 <= r^2; it is real, linear, and leaves constants alone.
     The "paper-code" variant is the paper's code (mmselfsup 1.0.0): bin (i, j) of the shifted spectrum is kept where
-    (i - (h-1)/2)^2 + (j - (w-1)/2)^2 <= r^2, which for even sizes is centred half a bin beside the zero frequency;
-    the inverse is then complex, and its absolute value is taken. It expects un-normalised images, [0, 1].
+    (i - (h-1)/2)^2 + (j - (w-1)/2)^2 <= r^2, which for even sizes is centerd half a bin beside the zero frequency;
+    the inverse is then complex, and its absolute value is taken. It expects un-normalized images, [0, 1].
 
     Either is four small real matrix products with a cosine-sine basis of the lowest frequencies, because a bin's
     fate depends on |u| and |v| alone. They run in float32 whatever the autocast (float64 images stay float64):
@@ -181,12 +181,12 @@ def _radii(radius: Radius, size: tuple[int, int]) -> tuple[float, float]:
 
 
 def _is_shifted(size: int, variant: Variant) -> bool:
-    """Whether the filter is centred half a bin beside the zero frequency along an axis."""
+    """Whether the filter is centerd half a bin beside the zero frequency along an axis."""
     return variant == "paper-code" and size % 2 == 0
 
 
 def _bins(size: int, shifted: bool) -> Tensor:
-    """Frequencies of the `size` bins of an ordered spectrum, measured from the filter's centre; float64."""
+    """Frequencies of the `size` bins of an ordered spectrum, measured from the filter's center; float64."""
     return torch.arange(size, dtype=torch.float64) - ((size - 1) / 2 if shifted else size // 2)
 
 

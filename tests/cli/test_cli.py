@@ -100,7 +100,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--init", "/no/such.pth"], "there is no /no/such.pth"),
         (["pretrain", "demo", "--std", "1", "0", "1"], "--std must be a number from 1e-12"),
         (["stats", "/no/such"], "no folder /no/such"),
-        (["cache", "shapes:count=2", "c", "--pixels", "uint16"], "--raw"),
+        (["cache", "shapes:count=2", "c", "--dtype", "uint16"], "--raw"),
         (["embed", "/no/run", "--data", "shapes:", "--out", "f.npy"], "there is no /no/run"),
         (["report"], "which run?"),
         (["report", "/no/run"], "is not a run"),
@@ -122,7 +122,7 @@ def test_a_run_goes_out_comes_in_and_is_gone_on_from(capsys: pytest.CaptureFixtu
     status, text = say(capsys, "export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "hf")
     assert status == 0 and "ViTMAEForPreTraining.from_pretrained" in text
     status, text = say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "back")
-    assert status == 0 and "recognised as Hugging Face" in text and "of what decodes" in text
+    assert status == 0 and "recognized as Hugging Face" in text and "of what decodes" in text
     ours, back = (load_file(tmp_path / name / "encoder/model.safetensors") for name in ("run", "back"))
     assert ours.keys() == back.keys() and all(torch.equal(ours[name], back[name]) for name in ours)
     again = ["pretrain", "demo", *TINY, *small, "--size", "32x48", "--init", tmp_path / "back", "--out", tmp_path / "b"]
@@ -145,9 +145,9 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     status, text = say(capsys, "pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001")
     assert status == 0 and "the run is complete: 2 updates are done" in text  # the same command goes on
 
-    labelled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
+    labeled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
     for name in ("knn", "linear"):
-        status, text = say(capsys, "evaluate", name, out, *labelled, "--untrained")
+        status, text = say(capsys, "evaluate", name, out, *labeled, "--untrained")
         assert status == 0 and "untrained" in text and "%" in text
     assert len(list((out / "evaluations").glob("*.json"))) == 4
 
@@ -158,7 +158,7 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert all(torch.equal(one[key], two[key]) for key in one)
     status, text = say(capsys, "report", out, again, "--out", tmp_path / "both.html")
     assert status == 0 and (tmp_path / "both.html").exists()
-    status, text = say(capsys, "evaluate", "knn", out, again, *labelled, "--untrained", "--out", tmp_path / "side")
+    status, text = say(capsys, "evaluate", "knn", out, again, *labeled, "--untrained", "--out", tmp_path / "side")
     assert status == 0 and f"report: {tmp_path}/side/report.html" in text
     assert len(list((tmp_path / "side").glob("*/evaluations/*.json"))) == 4
 
@@ -193,9 +193,9 @@ def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_pat
     assert say(capsys, "pretrain", "demo", *TINY, *small, "--checkpoint.every", "1", "--out", run)[0] == 0
     shutil.rmtree(run / "encoder")
     shutil.rmtree(run / "checkpoints" / "step-000000002")
-    labelled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
+    labeled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
     commands = [
-        ("evaluate", "knn", run, *labelled),
+        ("evaluate", "knn", run, *labeled),
         ("embed", run, "--data", pictures, "--out", tmp_path / "f.npy"),
         ("attention", run, pictures, "--count", "1", "--out", tmp_path / "a.png"),
         ("reconstruct", run, pictures, "--count", "1", "--out", tmp_path / "r.png"),

@@ -112,9 +112,9 @@ def test_embeddings_are_the_features_with_their_files(
     assert found.shape == (9, 64) and found.dtype == np.float32
     assert [row["class"] for row in rows] == ["cats"] * 4 + ["dogs"] * 5
     weights = resolve_model(model)
-    encoder = build_encoder(weights.run).eval()
+    encoder = build_encoder(weights.config).eval()
     encoder.load_state_dict(weights.encoder)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in weights.run.normalization)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in weights.config.normalization)
     for row in (0, 2, 8):
         data = from_paths([rows[row]["file"]])
         image = (evaluation_crop((32, 32)).crop(data.image(0)).float() / 255 - mean) / std

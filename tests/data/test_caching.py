@@ -35,7 +35,7 @@ def shards(pictures: Path, tmp_path: Path) -> ShardDataset:
     return open_cache(tmp_path / "cache")
 
 
-def batches(place: keep.Place, source: ShardDataset, crop: Crop, count: int, shard: BatchShard) -> list[Batch]:
+def batches(place: keep.CacheLocation, source: ShardDataset, crop: Crop, count: int, shard: BatchShard) -> list[Batch]:
     skipped = BadImageLog(None, len(source), 0.5)
     with create_loader(source, crop, shard, place, device=CPU, skipped=skipped, flip=0.5, seed=3, threads=3) as found:
         return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(found, count)]
@@ -68,7 +68,7 @@ def test_the_rule(shards: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None
     def place(crop: Crop = src, how: keep.Keep = "auto", device: torch.device = gpu) -> str:
         return keep.choose_cache_location(shards, crop, how, device)[0]
 
-    monkeypatch.setattr(keep, "of_machine", lambda: 4 * need)
+    monkeypatch.setattr(keep, "total_ram", lambda: 4 * need)
     monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need)
     assert place() == "gpu" and place(device=CPU) == "ram" and place(RandomResizedCrop(SIZE)) == "ram"
     assert place(SimpleResizedCrop(16)) == "ram"  # of another size: resized, not only cut
@@ -77,7 +77,7 @@ def test_the_rule(shards: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None
     assert place() == "ram"
     where, why = keep.choose_cache_location(shards, src, "auto", CPU, processes=2)  # which would keep all images twice
     assert where == "none" and "a quarter of the memory, which 2 processes share (" in why
-    monkeypatch.setattr(keep, "of_machine", lambda: 4 * need - 4)
+    monkeypatch.setattr(keep, "total_ram", lambda: 4 * need - 4)
     assert place() == "none" and place(how="ram") == "ram" and place(how="gpu") == "gpu"
     with pytest.raises(UserError, match="needs a cache at --size"):
         place(RandomResizedCrop(SIZE), how="gpu")
@@ -93,7 +93,7 @@ def test_pictures_are_kept_only_if_asked(pictures: Path) -> None:
 
 def test_what_is_kept_is_decoded_once(shards: ShardDataset) -> None:
     kept = InMemoryDataset(shards)
-    assert torch.equal(kept.image(3), shards.image(3)) and kept.array(3) is kept.array(3)
+    assert torch.equal(kept.image(3), shards.image(3)) and kept.read_array(3) is kept.read_array(3)
 
 
 def test_a_run_from_the_device_ends_with_the_same_weights(

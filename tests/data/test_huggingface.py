@@ -83,7 +83,7 @@ def test_parquet_in_shards_and_splits(library: Any, files: ImageFolder, tmp_path
     for spec in (f"{tmp_path}/set", f"hf:{tmp_path}/set", f"hf:{tmp_path}/set:train,image=image,label=label"):
         data = open_dataset(spec)
         assert same(data, files) and data.spec == spec
-        assert data.about == "images from column 'image', classes from 'label'"
+        assert data.description == "images from column 'image', classes from 'label'"
     assert data.path_of(6) == f"hf:{tmp_path}/set:train#6 (1.jpg)"
     assert same(open_dataset(f"hf:{tmp_path}/set:test"), files, [8, 2])
     assert open_dataset(f"{tmp_path}/set", ImageSpec(1)).image(0).shape[0] == 1
@@ -148,10 +148,10 @@ def test_plain_parquet_of_any_tool(kind: str, files: ImageFolder, tmp_path: Path
     contents = [path.read_bytes() for path in paths]
     (tmp_path / "set").mkdir()
     column = {
-        "bytes": lambda: arrow.array(contents),
-        "large": lambda: arrow.array(contents, arrow.large_binary()),
-        "struct": lambda: arrow.array([{"bytes": content, "path": None} for content in contents]),
-        "paths": lambda: arrow.array([str(path.relative_to(tmp_path)) for path in paths]),
+        "bytes": lambda: arrow.read_array(contents),
+        "large": lambda: arrow.read_array(contents, arrow.large_binary()),
+        "struct": lambda: arrow.read_array([{"bytes": content, "path": None} for content in contents]),
+        "paths": lambda: arrow.read_array([str(path.relative_to(tmp_path)) for path in paths]),
     }[kind]()
     table = arrow.table({"picture": column, "kind": [path.parent.name for path in paths], "n": list(range(10))})
     parquet.write_table(table, tmp_path / "set.parquet", row_group_size=4)
@@ -174,7 +174,7 @@ def test_paths_without_bytes_and_inside_an_archive(files: ImageFolder, tmp_path:
         {},
     ]
     cells = [row if row is None else {"bytes": None, "path": None} | row for row in rows] + [{"path": "/no/such"}]
-    column = arrow.array(cells, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+    column = arrow.read_array(cells, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
     table = datasets.Dataset(arrow.table({"x": column}))
     data = ArrowDataset(table, "rows", image="x", folder=tmp_path)
     assert torch.equal(data.image(0), files.image(0)) and torch.equal(data.image(1), files.image(1))
@@ -193,14 +193,14 @@ def test_labels_only_where_they_are_meant(library: Any, files: ImageFolder) -> N
     assert by_word.classes == ["a", "b"] and by_word.labels is not None and by_word.labels.tolist() == [1, 0, 1]
     two = library.add_column("fine", [0] * 10).cast_column("fine", datasets.ClassLabel(names=["all"]))
     assert (ArrowDataset(two, "set").labels, ArrowDataset(two, "set").classes) == (None, [])
-    assert ArrowDataset(two, "set").about.endswith("no classes chosen: add ,label= and one of label, fine")
+    assert ArrowDataset(two, "set").description.endswith("no classes chosen: add ,label= and one of label, fine")
     assert ArrowDataset(two, "set", label="fine").classes == ["all"]
-    assert ArrowDataset(library.remove_columns("label"), "set").about.endswith("'image', no classes")
+    assert ArrowDataset(library.remove_columns("label"), "set").description.endswith("'image', no classes")
     hidden = library.remove_columns("label").add_column("label", [0, -1, None, 1] + [1] * 6)
     hidden = hidden.cast_column("label", datasets.ClassLabel(names=["cats", "dogs"]))
     assert (
         ArrowDataset(hidden, "set").labels is None
-        and "names no class in 2 of 10 rows" in ArrowDataset(hidden, "set").about
+        and "names no class in 2 of 10 rows" in ArrowDataset(hidden, "set").description
     )
     with pytest.raises(UserError, match="names no class in 2 of 10 rows, the first of them 1"):
         ArrowDataset(hidden, "set", label="label")

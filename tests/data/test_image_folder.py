@@ -129,8 +129,8 @@ def test_an_unreadable_folder_is_left_out_and_named(tree: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", closed)
         data = from_folder(tree)
-    assert len(data) == 2 and "cannot be read, left out: 1" in data.about and str(tree / "b") in data.about
-    assert len(from_folder(tree)) == 6 and not from_folder(tree).about
+    assert len(data) == 2 and "cannot be read, left out: 1" in data.description and str(tree / "b") in data.description
+    assert len(from_folder(tree)) == 6 and not from_folder(tree).description
 
 
 def test_an_unreadable_root_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +189,8 @@ def test_pictures_beside_folders_leave_no_classes(pictures: Path) -> None:
     for i in range(7):
         Image.new("RGB", (9, 9)).save(pictures / "cats" / f"a{i}.png")
     data = open_dataset(str(pictures))
-    assert data.labels is None and f"{pictures}/loose.png is beside them" in data.no_labels
-    assert "beside them" not in open_dataset(str(pictures / "cats")).no_labels
+    assert data.labels is None and f"{pictures}/loose.png is beside them" in data.no_labels_message
+    assert "beside them" not in open_dataset(str(pictures / "cats")).no_labels_message
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])

@@ -38,7 +38,7 @@ class Numbers(ImageDataset):
     def fingerprint(self) -> str:
         return f"{self.count} numbers"
 
-    def array(self, index: int) -> Array:
+    def read_array(self, index: int) -> Array:
         if index in self.bad:
             raise BadImage("broken, on purpose")
         return np.full((8, 8, 3), index % 256, np.uint8)
@@ -125,7 +125,7 @@ def test_too_many_bad_images_of_a_few_are_too_many_in_any_order(bad: range) -> N
     skipped = BadImageLog(None, 5, 0.25)
     with pytest.raises(UserError, match="3 of the first 5 images cannot be read"):
         for index in range(5):
-            skipped.add(index, str(index), "broken") if index in bad else skipped.passed(index)
+            skipped.record(index, str(index), "broken") if index in bad else skipped.mark_ok(index)
 
 
 def test_too_many_bad_images_stop_the_run() -> None:
@@ -156,7 +156,7 @@ def test_an_error_in_the_loop_leaves_no_thread_behind() -> None:
 
 def test_an_unexpected_error_in_a_thread_reaches_the_loop() -> None:
     class Broken(Numbers):
-        def array(self, index: int) -> Array:
+        def read_array(self, index: int) -> Array:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), loader(Broken(5)) as batches:
@@ -167,8 +167,8 @@ def test_an_unexpected_error_in_a_thread_reaches_the_loop() -> None:
 def test_memory_is_bounded_by_the_batches_ahead() -> None:
     source = Numbers(1000)
     read: list[int] = []
-    original = source.array
-    source.array = lambda index: (read.append(index), original(index))[1]  # type: ignore[method-assign]
+    original = source.read_array
+    source.read_array = lambda index: (read.append(index), original(index))[1]  # type: ignore[method-assign]
     with loader(source, batch=10) as batches:
         next(batches)
         threading.Event().wait(0.2)

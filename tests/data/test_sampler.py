@@ -27,13 +27,13 @@ def test_with_pieces_every_image_comes_once_an_epoch_window_by_window() -> None:
         first = {int(piece): int(np.flatnonzero(pieces == piece)[0]) for piece in np.unique(pieces)}
         last = {int(piece): int(np.flatnonzero(pieces == piece)[-1]) for piece in np.unique(pieces)}
         # The pieces of a window are over before the next window begins.
-        shuffled = rng.shuffled(3, "pieces", epoch, len(PIECES), np.arange(len(PIECES))).tolist()
+        shuffled = rng.shuffled(3, "shard_sizes", epoch, len(PIECES), np.arange(len(PIECES))).tolist()
         windows = [shuffled[k : k + WINDOW] for k in range(0, len(shuffled), WINDOW)]
         for one, two in pairwise(windows):
             assert max(last[piece] for piece in one) < min(first[piece] for piece in two)
             assert order.upcoming_shards(epoch, first[one[0]]) == one + two
         # In the last window the next epoch's first one is asked for.
-        ahead = rng.shuffled(3, "pieces", epoch + 1, len(PIECES), np.arange(WINDOW)).tolist()
+        ahead = rng.shuffled(3, "shard_sizes", epoch + 1, len(PIECES), np.arange(WINDOW)).tolist()
         assert order.upcoming_shards(epoch, count - 1) == list(dict.fromkeys(windows[-1] + ahead))
         seen.append(found.tolist())
     assert seen[0] != seen[1] != seen[2]

@@ -53,7 +53,7 @@ def bands(folder: Path, kind: type, channels: int, count: int = 12) -> Path:
 def test_mean_and_deviation_are_numpys(pictures: Path, form: ImageSpec) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
     data = open_dataset(str(pictures), form)
-    whole = {"uint8": 255, "uint16": 65535, "float32": 1}[form.pixels]
+    whole = {"uint8": 255, "uint16": 65535, "float32": 1}[form.dtype]
     images = [data.image(i).numpy().astype(np.float64) / whole for i in range(10) if i != 8]
     mean = np.mean([image.mean(axis=(1, 2)) for image in images], axis=0)
     std = np.sqrt(np.mean([((image - mean[:, None, None]) ** 2).mean(axis=(1, 2)) for image in images], axis=0))
@@ -157,7 +157,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     data = bands(tmp_path / "bands", kind, channels)
     pixels = "uint16" if kind is np.uint16 else "float32"
     status, text = say(capsys, "stats", data)
-    form = f"--channels {channels} --pixels {pixels}"
+    form = f"--channels {channels} --dtype {pixels}"
     assert status == 0 and "height 40 to 51" in text and text.endswith(f"train with --data {data} {form}")
     spec = data
     if how == "cache":
@@ -168,7 +168,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
         status, text = say(capsys, "stats", spec, "--channels", 3)
         assert status == 1 and f"images of 13 channels in uint16, not 3 channels in uint16: pass {form}" in text
         assert say(capsys, "stats", spec)[0] == 0 and (spec / "stats.json").exists()
-    run = tiny_run(data=str(spec), size="16x32", channels=channels, pixels=pixels, steps=3)
+    run = tiny_run(data=str(spec), size="16x32", channels=channels, dtype=pixels, steps=3)
     run = replace(run, crop=replace(run.crop, kind="random-resized" if how == "random-resized" else "simple-resized"))
     run = replace(run, cache_images="gpu" if how == "cache" else "auto")
     unknown = start_summary(
@@ -187,7 +187,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     ours, theirs = weights(tmp_path / "run"), weights(again)
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
-    model = resolve_model(str(tmp_path / "run"), whole=True)
+    model = resolve_model(str(tmp_path / "run"), with_decoder=True)
     files = open_dataset(str(data), image_spec(run))
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text()
     assert "cannot be read" not in page and page.count("data:image/png") >= 6
@@ -242,7 +242,7 @@ def test_pretrain_finds_what_stats_measured(
 
 
 def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
-    run = PretrainConfig(channels=13, pixels="float32", bands="5,3,2")
+    run = PretrainConfig(channels=13, dtype="float32", bands="5,3,2")
     image = torch.linspace(-50, 950, 13 * 2 * 101).reshape(2, 13, 101, 1)
     shown = to_pixels({"image": image, "other": image + 1000, "target": image * 2}, run)
     assert shown["image"].shape == (2, 101, 1, 3)
@@ -254,10 +254,10 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
             assert abs(shown["image"][b, :, 0, k] - expected[:101]).max() <= 0.51
             assert abs(shown["target"][b, :, 0, k] - expected[101:]).max() <= 0.51
     assert (shown["other"] == 255).all()
-    flat = to_pixels({"image": torch.full((1, 2, 4, 4), 7.0)}, PretrainConfig(channels=2, pixels="uint16"))["image"]
+    flat = to_pixels({"image": torch.full((1, 2, 4, 4), 7.0)}, PretrainConfig(channels=2, dtype="uint16"))["image"]
     assert flat.shape == (1, 4, 4, 1) and (flat == 128).all()
     three = torch.stack([torch.full((10, 10), v) for v in (0.0, 1.0, 2.0)])[None] * 100
-    together = to_pixels({"image": three}, PretrainConfig(channels=3, pixels="float32", std=(1.0, 1.0, 1.0)))["image"]
+    together = to_pixels({"image": three}, PretrainConfig(channels=3, dtype="float32", std=(1.0, 1.0, 1.0)))["image"]
     assert together[0, 0, 0].tolist() == [0, 128, 255]
     eight = to_pixels({"image": torch.full((1, 3, 2, 2), 0.5)}, PretrainConfig())["image"]
     assert (eight == 128).all()
@@ -270,7 +270,7 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
         (6, "uint8", 0.5, 255),  # six bands have no black and white of their own
         (1, "float32", 5000, 255),
     ):
-        run = PretrainConfig(channels=channels, pixels=pixels)  # type: ignore[arg-type]
+        run = PretrainConfig(channels=channels, dtype=pixels)  # type: ignore[arg-type]
         image = (most * ramp).expand(1, channels, 101, 1)
         assert to_pixels({"image": image}, run)["image"].max() == span
         scale = {"uint8": 255, "uint16": 65535, "float32": 1}[pixels]

@@ -48,7 +48,7 @@ def test_texture_modes() -> None:
 
 
 def test_shapes_can_be_told_apart_by_their_masks() -> None:
-    """Two samples of one shape overlap, centred and scaled, more than two of different shapes."""
+    """Two samples of one shape overlap, centerd and scaled, more than two of different shapes."""
     data = SyntheticShapes(count=400, size=64)
     masks: dict[int, list[np.ndarray]] = {}
     for i in range(400):

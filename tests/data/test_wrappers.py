@@ -49,9 +49,9 @@ def crops(
 def test_an_epoch_holds_all_and_the_copies_are_cropped_differently(pictures: Path) -> None:
     spec = f"{pictures}*3+shapes:count=6,size=32"
     data, alone = open_dataset(spec), open_dataset(f"{pictures}+shapes:count=6,size=32")
-    centre = CenterCrop((24, 24))
-    expected = {centre.crop(alone.image(i), ()).numpy().tobytes(): 3 if i < 10 else 1 for i in range(16)}
-    found = crops(data, centre, 72)
+    center = CenterCrop((24, 24))
+    expected = {center.crop(alone.image(i), ()).numpy().tobytes(): 3 if i < 10 else 1 for i in range(16)}
+    found = crops(data, center, 72)
     assert Counter(found[:36]) == Counter(found[36:]) == expected
     assert len(set(crops(data, RandomResizedCrop((24, 24)), 36))) == 36
 
@@ -72,15 +72,18 @@ def test_classes_are_joined_by_name(pictures: Path, tmp_path: Path) -> None:
     drawn = [SHAPES[label] for label in SyntheticShapes(count=6).labels.tolist()]
     assert names == drawn * 2 + ["cats"] * 5 + ["star"] * 5
     (pictures / "loose.jpg").write_bytes((pictures / "cats" / "0.jpg").read_bytes())
-    unlabelled = open_dataset(f"shapes:count=6+{pictures}")
-    assert unlabelled.labels is None and unlabelled.classes == []
+    unlabeled = open_dataset(f"shapes:count=6+{pictures}")
+    assert unlabeled.labels is None and unlabeled.classes == []
 
 
 def test_what_it_says_of_itself(pictures: Path, tmp_path: Path) -> None:
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
     data = open_dataset(f"{tmp_path}/cache*3+shapes:count=10")
-    assert "75.0% " in data.about and "(10 images, each 3 times an epoch; read from a cache on disk)" in data.about
-    assert "25.0% shapes:count=10" in data.about and "(10 images)" in data.about
+    assert (
+        "75.0% " in data.description
+        and "(10 images, each 3 times an epoch; read from a cache on disk)" in data.description
+    )
+    assert "25.0% shapes:count=10" in data.description and "(10 images)" in data.description
     others = [f"{tmp_path}/cache*2+shapes:count=10", f"{tmp_path}/cache*3+shapes:count=11"]
     prints = {open_dataset(spec).fingerprint() for spec in (data.spec, *others)}
     assert len(prints) == 3 and open_dataset(data.spec).fingerprint() == data.fingerprint()
@@ -101,18 +104,18 @@ class Far(InMemoryDataset):
 
     def __init__(self, source: ImageDataset) -> None:
         super().__init__(source)
-        self.pieces = np.asarray([3, 2, 1])
+        self.shard_sizes = np.asarray([3, 2, 1])
 
-    def prefetch(self, pieces: Sequence[int]) -> None:
-        self.heard = list(pieces)
+    def prefetch(self, shards: Sequence[int]) -> None:
+        self.heard = list(shards)
 
 
 def test_parts_that_are_far_keep_their_pieces() -> None:
     far, near = Far(SyntheticShapes(count=6, size=8)), SyntheticShapes(count=2500, size=8)
-    assert ConcatDataset("near", [(near, 2)]).pieces is None
+    assert ConcatDataset("near", [(near, 2)]).shard_sizes is None
     data = ConcatDataset("both", [(near, 1), (far, 2)])
-    assert data.pieces is not None
-    assert data.pieces.tolist() == [1000, 1000, 500] + [3, 2, 1] * 2 and data.pieces.sum() == len(data)
+    assert data.shard_sizes is not None
+    assert data.shard_sizes.tolist() == [1000, 1000, 500] + [3, 2, 1] * 2 and data.shard_sizes.sum() == len(data)
     data.prefetch([4, 0, 8, 3, 7, 6])  # a near one among the far ones' two rounds: 1, 2, 0, 1, 0
     assert far.heard == [1, 2, 0]
 

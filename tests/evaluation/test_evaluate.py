@@ -21,7 +21,7 @@ from pixmim.build import build_model
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
-from pixmim.evaluation.classification import check_labelled, majority, rated, tally, wilson_interval
+from pixmim.evaluation.classification import check_labeled, majority, rated, tally, wilson_interval
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import EVALUATIONS, evaluate, evaluate_many, online_knn
@@ -44,8 +44,8 @@ TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
 def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: list[str] | None = None) -> FeatureSet:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
-    centres = torch.eye(8)[:classes] * apart
-    mean = torch.randn(n, 8, generator=generator) + centres[labels]
+    centers = torch.eye(8)[:classes] * apart
+    mean = torch.randn(n, 8, generator=generator) + centers[labels]
     return FeatureSet(mean[:, None].repeat(1, 4, 1), mean, labels, names or [f"class {i}" for i in range(classes)])
 
 
@@ -70,7 +70,7 @@ def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
     assert noise["k20/mean/top1/low"] < 100 / 3 < noise["k20/mean/top1/high"]
 
 
-def test_knn_is_labelled_with_the_number_of_neighbours_that_voted(
+def test_knn_is_labeled_with_the_number_of_neighbours_that_voted(
     product: Path, sets: Callable[..., str], tiny_run: Make
 ) -> None:
     """No value of a k that was cut stands under the larger one, in one evaluation and while training."""
@@ -183,7 +183,7 @@ def test_unbalanced_data_against_loops() -> None:
 
 @pytest.fixture
 def sets(tmp_path: Path) -> Callable[..., str]:
-    """Folders of classes: colour noise, other for each seed."""
+    """Folders of classes: color noise, other for each seed."""
 
     def make(name: str, seed: int = 0, **classes: int) -> str:
         draw = np.random.default_rng(seed)
@@ -226,7 +226,7 @@ def test_the_first_lines_tell_classes_and_what_is_the_same(sets: Callable[..., s
 
     def said(train: str, test: str) -> str:
         console = Console(file=io.StringIO(), width=300)
-        check_labelled(open_dataset(train), open_dataset(test), console)
+        check_labeled(open_dataset(train), open_dataset(test), console)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     assert "train data: 8 images of 2 classes: a 75.0 %, b 25.0 %\n" in said(train, test)
@@ -405,8 +405,8 @@ def test_several_encoders_evaluate_many(
         shutil.copytree(product, folder)
     calls: list[str] = []
 
-    def run(bench: EvalContext, _: object) -> Values:
-        calls.append(bench.which)
+    def run(context: EvalContext, _: object) -> Values:
+        calls.append(context.encoder_state)
         yield "k1/cls/top1", 1.0
 
     monkeypatch.setitem(EVALUATIONS, "knn", EVALUATIONS["knn"]._replace(run=run))

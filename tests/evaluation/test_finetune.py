@@ -26,7 +26,7 @@ from pixmim.data.loader import Batch
 from pixmim.evaluation import finetune
 from pixmim.evaluation import linear_probe_mae as probe
 from pixmim.evaluation import settings_finetune as settings
-from pixmim.evaluation.classification import evaluate_classifier, open_labelled
+from pixmim.evaluation.classification import evaluate_classifier, open_labeled
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.finetune.model import build, classifier_config, load_encoder_weights
@@ -94,10 +94,10 @@ def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> N
 
     with safe_open(folder / "classifier/model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == open_dataset(TRAIN).classes
-    bench = bench_of(folder)
+    context = bench_of(folder)
     again = load_encoder(folder / "classifier/model.safetensors")
-    data = open_labelled(bench, TRAIN, TEST)
-    assert dict(evaluate_classifier(bench, data, bench.encoder, (32, 32), again)) == pytest.approx(result.values)
+    data = open_labeled(context, TRAIN, TEST)
+    assert dict(evaluate_classifier(context, data, context.encoder, (32, 32), again)) == pytest.approx(result.values)
 
 
 def test_a_classifier_is_replaced_only_when_told(
@@ -169,15 +169,15 @@ def test_timm_loads_the_classifier_strictly(product: Callable[[str], Path]) -> N
 
 
 def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_path: Path) -> None:
-    """Drawn shapes in three colours, which are the classes: fine-tuning and MAE's probe learn them in seconds, through
-    all that the recipe does to images but what changes colours."""
+    """Drawn shapes in three colors, which are the classes: fine-tuning and MAE's probe learn them in seconds, through
+    all that the recipe does to images but what changes colors."""
     for part, seed in (("train", 0), ("test", 1)):
         drawn = open_dataset(f"shapes:count=60,size=32,seed={seed}")
         for index in range(len(drawn)):
-            colour = index % 3
+            color = index % 3
             pixels = drawn.image(index).float()
-            pixels[[c for c in range(3) if c != colour]] *= 0.5
-            folder = tmp_path / part / ("red", "green", "blue")[colour]
+            pixels[[c for c in range(3) if c != color]] *= 0.5
+            folder = tmp_path / part / ("red", "green", "blue")[color]
             folder.mkdir(parents=True, exist_ok=True)
             to_pil_image(pixels.to(torch.uint8)).save(folder / f"{index}.png")
     sets = str(tmp_path / "train"), str(tmp_path / "test")
@@ -224,18 +224,18 @@ def test_interrupted_and_gone_on_is_bitwise_the_same(
 
 def test_the_loss_by_hand(product: Callable[[str], Path]) -> None:
     """Without mixing, the loss is cross-entropy with smoothed labels; with it, it is pure in (seed, number)."""
-    bench = bench_of(product("mae"))
+    context = bench_of(product("mae"))
     settings = FinetuneSettings(TRAIN, TEST, accumulation_steps=1)
-    data = open_labelled(bench, TRAIN, TEST)
+    data = open_labeled(context, TRAIN, TEST)
     plain = replace(FINETUNE_RECIPES["mae-vit-base"], mixup=0, cutmix=0, erase=0, batch_size=8, drop_path=0)
-    model = build(classifier_config(bench.encoder.run, bench.encoder.module, 10, "mean", ""), 0.0, 0.02, seed=0)
+    model = build(classifier_config(context.encoder.config, context.encoder.module, 10, "mean", ""), 0.0, 0.02, seed=0)
 
     def loss(batch: Batch, number: int, recipe: Recipe = plain) -> torch.Tensor:
-        return finetune.compute_loss(model, batch, number, bench.encoder, recipe, data, settings.seed)
+        return finetune.compute_loss(model, batch, number, context.encoder, recipe, data, settings.seed)
 
-    with finetune.open_loader(bench, settings, plain, data.train, (32, 32), 2) as loader:
+    with finetune.open_loader(context, settings, plain, data.train, (32, 32), 2) as loader:
         batch = next(loader)
-        x = flip_and_normalize(batch.images, batch.flip, bench.encoder.mean, bench.encoder.std)
+        x = flip_and_normalize(batch.images, batch.flip, context.encoder.mean, context.encoder.std)
         labels = torch.from_numpy(data.train.labels)[batch.indices]  # type: ignore[arg-type]
         expected = F.cross_entropy(model(x), labels, label_smoothing=0.1)
         torch.testing.assert_close(loss(batch, 2), expected)
@@ -269,9 +269,9 @@ def test_the_average_follows_the_weights() -> None:
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_classifier_begins_as_the_encoder(product: Callable[[str], Path], method: str) -> None:
     encoder = load_frozen_encoder(str(product(method)), device="cpu", precision="fp32")
-    run = classifier_config(encoder.run, encoder.module, 10, "mean", "")
+    run = classifier_config(encoder.config, encoder.module, 10, "mean", "")
     classifier = build(run, 0.1, 2e-5, seed=0)
-    assert load_encoder_weights(classifier, run, encoder.module, encoder.run) == []
+    assert load_encoder_weights(classifier, run, encoder.module, encoder.config) == []
     theirs, mine = encoder.module.state_dict(), classifier.state_dict()
     new = {name for name in mine if name not in theirs}
     tables = {name for name in new if "relative_position_bias_table" in name}
@@ -290,9 +290,9 @@ def test_a_classifier_begins_as_the_encoder(product: Callable[[str], Path], meth
 @pytest.mark.parametrize("method", list(METHODS))
 def test_another_size(product: Callable[[str], Path], method: str) -> None:
     encoder = load_frozen_encoder(str(product(method)), device="cpu", precision="fp32")
-    run = classifier_config(encoder.run, encoder.module, 10, "mean", "64")
+    run = classifier_config(encoder.config, encoder.module, 10, "mean", "64")
     classifier = build(run, 0.0, 2e-5, seed=0)
-    lines = load_encoder_weights(classifier, run, encoder.module, encoder.run)
+    lines = load_encoder_weights(classifier, run, encoder.module, encoder.config)
     assert any("refitted" in line for line in lines)
     assert classifier(torch.randn(1, 3, 64, 64)).shape == (1, 10)
     if method == "simmim-swin":
@@ -301,12 +301,12 @@ def test_another_size(product: Callable[[str], Path], method: str) -> None:
 
 def test_what_the_class_token_needs(product: Callable[[str], Path]) -> None:
     vit, swin = (load_frozen_encoder(str(product(m)), device="cpu") for m in ("mae", "simmim-swin"))
-    run = classifier_config(vit.run, vit.module, 10, "cls", "")
+    run = classifier_config(vit.config, vit.module, 10, "cls", "")
     classifier = build(run, 0.0, 2e-5, seed=0)
-    load_encoder_weights(classifier, run, vit.module, vit.run)
+    load_encoder_weights(classifier, run, vit.module, vit.config)
     assert torch.equal(classifier.norm.weight, vit.module.norm.weight)  # type: ignore[union-attr, arg-type]
     with pytest.raises(UserError, match="no class token"):
-        classifier_config(swin.run, swin.module, 10, "cls", "")
+        classifier_config(swin.config, swin.module, 10, "cls", "")
 
 
 def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], Path]) -> None:
@@ -416,11 +416,11 @@ def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -
 
 
 def test_the_probe_sees_the_final_norm_of_the_frozen_encoder(product: Callable[[str], Path]) -> None:
-    bench = bench_of(product("mae"))
+    context = bench_of(product("mae"))
     x = torch.randn(3, 3, 32, 32)
-    tokens = bench.encoder.module.forward_features(x)  # type: ignore[operator]
+    tokens = context.encoder.module.forward_features(x)  # type: ignore[operator]
     for kind, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(dim=1))):
-        feature = probe.frozen_feature(bench.encoder, kind, x)
+        feature = probe.frozen_feature(context.encoder, kind, x)
         torch.testing.assert_close(feature, expected)
         assert not feature.requires_grad
     assert probe._parts(16384) == (512, 32) and probe._parts(300) == (300, 1) and probe._parts(1500) == (512, 2)

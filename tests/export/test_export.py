@@ -139,7 +139,7 @@ def test_every_export_comes_back_as_it_was(name: str, to: str, tiny_run: Make, t
     if to == "timm":
         save_file(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "model.safetensors")
     weights = resolve_model(str(tmp_path / "out"))
-    assert (weights.run.image_size, weights.run.normalization) == (
+    assert (weights.config.image_size, weights.config.normalization) == (
         run.image_size,
         run.normalization,
     ) and not weights.notes
@@ -238,8 +238,8 @@ def test_a_run_without_its_checkpoints_still_hands_over_its_encoder(made: Made, 
     (Path(folder) / "model.safetensors").unlink()
     lines = export_model(folder, "hf", tmp_path / "out")
     assert "ViTModel" in lines[1]
-    assert resolve_model(folder).run == PretrainConfig(**vars(resolve_model(folder).run))
-    assert (Path(folder) / "config.json").read_text() == to_json(resolve_model(folder).run)
+    assert resolve_model(folder).config == PretrainConfig(**vars(resolve_model(folder).config))
+    assert (Path(folder) / "config.json").read_text() == to_json(resolve_model(folder).config)
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -252,7 +252,7 @@ def test_no_export_names_anything_of_this_machine(to: str, made: Made, tmp_path:
     run = replace(load_config(config)[0], data=f"{tmp_path}/pictures", out=folder, init=f"{tmp_path}/weights.pth")
     config.write_text(to_json(replace(run, knn=Watched(f"{tmp_path}/train", f"{tmp_path}/test", 1.0))))
     export_model(folder, to, tmp_path / "out")
-    import_weights(resolve_model(folder, whole=True), tmp_path / "imported")
+    import_weights(resolve_model(folder, with_decoder=True), tmp_path / "imported")
     words = [str(tmp_path), tmp_path.name, str(Path.home()), str(Path(__file__).parents[2]), "site-packages", ".py"]
     files = [path for root in ("out", "imported") for path in (tmp_path / root).rglob("*") if path.is_file()]
     assert len(files) >= 4
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_nothing(to: str, made: Made, tmp_path: Path, monkeyp
     if to == "onnx":
         pytest.importorskip("onnxruntime")
     folder, _ = made("mae")
-    weights, real, done = resolve_model(folder, whole=True), os.fsync, 0
+    weights, real, done = resolve_model(folder, with_decoder=True), os.fsync, 0
 
     def write() -> object:
         return (
@@ -316,14 +316,14 @@ def test_a_link_in_the_place_of_a_temporary_folder_is_not_followed(made: Made, t
     (tmp_path / "precious" / "thesis.txt").write_text("x")
     (tmp_path / "out.tmp").symlink_to(tmp_path / "precious")
     export_model(folder, "timm", tmp_path / "out")
-    import_weights(resolve_model(folder, whole=True), tmp_path / "imported")
+    import_weights(resolve_model(folder, with_decoder=True), tmp_path / "imported")
     assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
     for name in ("dangling", "filled"):
         (tmp_path / name).symlink_to(tmp_path / ("nowhere" if name == "dangling" else "precious"))
         with pytest.raises(UserError, match="is there already"):
             export_model(folder, "timm", tmp_path / name)
         with pytest.raises(UserError, match="is there already"):
-            import_weights(resolve_model(folder, whole=True), tmp_path / name)
+            import_weights(resolve_model(folder, with_decoder=True), tmp_path / name)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -331,10 +331,10 @@ def test_an_empty_folder_may_be_imported_into_and_another_one_not(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = made("mae")
-    weights = resolve_model(folder, whole=True)
+    weights = resolve_model(folder, with_decoder=True)
     (tmp_path / "empty").mkdir()
     import_weights(weights, tmp_path / "empty")
-    assert resolve_model(str(tmp_path / "empty")).run == weights.run
+    assert resolve_model(str(tmp_path / "empty")).config == weights.config
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in (".", "..", "/", tmp_path / "empty" / "config.json"):

@@ -39,16 +39,16 @@ COLOURS = ReconstructionLoss(ColorBins(4, LowFrequency("auto")), False, "cross_e
 
 CASES: dict[str, tuple[str, str, dict[str, Any], MaskGenerator, ReconstructionLoss]] = {
     "MAE": ("mae", "vit_tiny_patch16_224", VIT | THIN, RandomMask(), NORMALISED),
-    "MAE of colours": ("mae", "vit_tiny_patch16_224", VIT | THIN | BINS, RandomMask(), COLOURS),
+    "MAE of colors": ("mae", "vit_tiny_patch16_224", VIT | THIN | BINS, RandomMask(), COLOURS),
     "LSMAE": ("lsmae", "vit_tiny_patch16_224", VIT | THIN, BlockwiseRandomMask(0.75, 2), NORMALISED),
     "ConvMAE": ("convmae", "convmae_tiny", CONVMAE | THIN, RandomMask(), NORMALISED),
-    "SimMIM on ViT": ("simmim", "vit_tiny_patch16_224", VIT, BlockwiseRandomMask(0.6, 2, whole=True), ABSOLUTE),
+    "SimMIM on ViT": ("simmim", "vit_tiny_patch16_224", VIT, BlockwiseRandomMask(0.6, 2, whole_blocks=True), ABSOLUTE),
     "SimMIM on Beit": ("simmim", "beit_base_patch16_224", VIT, BeitBlockMask(0.4), ABSOLUTE),
     "SimMIM on Swin": (
         "simmim",
         "swin_tiny_patch4_window7_224",
         SWIN,
-        BlockwiseRandomMask(0.6, 8, whole=True),
+        BlockwiseRandomMask(0.6, 8, whole_blocks=True),
         ABSOLUTE,
     ),
 }

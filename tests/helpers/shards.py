@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def picture(value: int, kind: str = "PNG") -> bytes:
-    """A file of one colour, value, and a size that tells it from others."""
+    """A file of one color, value, and a size that tells it from others."""
     buffer = io.BytesIO()
     Image.new("RGB", (20 + value, 30), (value, 0, 0)).save(buffer, kind)
     return buffer.getvalue()
@@ -36,7 +36,7 @@ def shard(path: Path, values: range, labels: bool = True) -> Path:
     return write(path, files)
 
 
-def colours(data: Any) -> list[int]:
+def colors(data: Any) -> list[int]:
     return [int(data.image(i)[0, 0, 0]) for i in range(len(data))]
 
 

@@ -24,7 +24,7 @@ def make(options: dict[str, object], **more: object) -> SimMIM:
 
 
 def masks(model: SimMIM, size: tuple[int, int], batch: int = 2) -> Mask:
-    return BlockwiseRandomMask(0.5, 16 // model.patch, whole=True)(
+    return BlockwiseRandomMask(0.5, 16 // model.patch, whole_blocks=True)(
         batch, (size[0] // model.patch, size[1] // model.patch)
     )
 
@@ -145,4 +145,4 @@ def test_wrong_choices_are_named() -> None:
         hidden = torch.tensor([[True, False, False, False], [True, True, False, False]])
         mae = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=1, decoder_depth=1)
         mae(torch.zeros(2, 3, 32, 32), Mask.from_hidden(hidden))
-    assert RandomMask()(1, 8).keep is not None
+    assert RandomMask()(1, 8).ids_keep is not None

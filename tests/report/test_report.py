@@ -49,11 +49,11 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Pa
         "95 % interval",
         "target.kind",
         "Training loss",
-        "one normalises",
-        "two predicts the probabilities of colour bins",
+        "one normalizes",
+        "two predicts the probabilities of color bins",
     ):
         assert text in html
-    assert "two normalise" not in html  # it predicts pixels as they are, and nothing is borrowed
+    assert "two normalize" not in html  # it predicts pixels as they are, and nothing is borrowed
     sheet = Image.open(next((runs[0] / "reconstructions").glob("step-*.png")))
     assert sheet.size == (6 * 132 - 4, 6 * 150 - 4 + 18)
 
@@ -76,14 +76,14 @@ def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None
 def test_curves_of_other_data_have_other_figures(runs: list[Path], tmp_path: Path) -> None:
     for run, test, value in ((runs[0], "first", 10.0), (runs[1], "second", 20.0)):
         config = json.loads((run / "config.json").read_text())
-        config["knn"] |= {"train": "labelled", "test": test}
+        config["knn"] |= {"train": "labeled", "test": test}
         (run / "config.json").write_text(json.dumps(config))
         keys = {f"knn/k{k}/mean/{name}": value + k for k in (1, 7) for name in ("top1", "balanced")}
         lines = [json.dumps({"step": i, "epoch": i, **keys, "knn/majority": 72.4}) + "\n" for i in (1, 2)]
         (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "".join(lines))
     html = write_report(runs, tmp_path / "page.html").read_text()
     for caption in ("mean of patch tokens. Measured on", "each class counting the same. Measured on"):
-        assert [html.count(f"{caption} {test} (train labelled).") for test in ("first", "second")] == [1, 1]
+        assert [html.count(f"{caption} {test} (train labeled).") for test in ("first", "second")] == [1, 1]
     assert all(html.count(f">one, {mark}<") == count for mark, count in (("k = 1", 2), ("k = 7", 2), ("majority", 1)))
     assert html.count("Training loss.") == 1  # the same data, and one axis
 
@@ -98,7 +98,7 @@ def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: l
 
 
 def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
-    found = reconstruct(resolve_model(str(runs[0]), whole=True), open_dataset(tiny_run().data))
+    found = reconstruct(resolve_model(str(runs[0]), with_decoder=True), open_dataset(tiny_run().data))
     c = {name: picture.astype(int) for name, picture in found.columns.items()}
     blank = hatch(32, 32)
     hidden = (c["masked"] == blank).all(axis=-1)
@@ -118,14 +118,14 @@ def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
     )
 
 
-def drawn_blank(run: PretrainConfig) -> dict[str, np.ndarray]:
+def drawn_blank(config: PretrainConfig) -> dict[str, np.ndarray]:
     """Pictures of a model that predicts nothing but zeros: what is then drawn was put there by the drawing."""
-    model = build_model(run).eval()
+    model = build_model(config).eval()
     layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]  # type: ignore[index]
     torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
     torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    crop, data = CenterCrop(run.image_size), open_dataset(run.data)
-    return draw(model, run, torch.stack([crop.crop(data.image(i)) for i in range(6)])).columns
+    crop, data = CenterCrop(config.image_size), open_dataset(config.data)
+    return draw(model, config, torch.stack([crop.crop(data.image(i)) for i in range(6)])).columns
 
 
 def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(tiny_run: Make) -> None:
@@ -144,7 +144,7 @@ def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(tiny_run: Ma
 
 
 def test_what_a_window_took_is_borrowed_pixel_by_pixel(tiny_run: Make) -> None:
-    """A prediction of nothing shows the means of windows; "unaided" has one colour, that of what is visible."""
+    """A prediction of nothing shows the means of windows; "unaided" has one color, that of what is visible."""
     target = TargetConfig(kind="pixels", normalize_patches=False, normalize_window=15)
     c = drawn_blank(tiny_run(target=target))
     hidden = (c["masked"] == hatch(32, 32)).all(axis=-1)
@@ -157,7 +157,7 @@ def test_what_a_window_took_is_borrowed_pixel_by_pixel(tiny_run: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
-def test_of_colour_bins_the_expected_colour_is_drawn(name: str, tiny_run: Make) -> None:
+def test_of_color_bins_the_expected_color_is_drawn(name: str, tiny_run: Make) -> None:
     """Equal scores expect the middle of [0, 1]; the target is the image in four steps."""
     target = TargetConfig(kind="pixels", normalize_patches=False, distance="cross_entropy", bins=4)
     c = drawn_blank(tiny_run(target=target, model=replace(tiny_run().model, name=name)))

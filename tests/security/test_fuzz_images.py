@@ -45,32 +45,32 @@ def try_all(data: bytes, forms: list[ImageSpec] = FORMS) -> None:
         except BadImage as error:
             assert "s to decode" not in str(error) and len(str(error)) < 1000
         else:
-            assert pixels.ndim == 3 and pixels.shape[2] == form.channels and pixels.dtype == form.pixels
+            assert pixels.ndim == 3 and pixels.shape[2] == form.channels and pixels.dtype == form.dtype
             assert pixels.flags.c_contiguous
 
 
 def _samples() -> dict[str, bytes]:
     import tifffile
 
-    colour, grey = Image.fromarray(PIXELS), Image.fromarray(SMOOTH)
+    color, grey = Image.fromarray(PIXELS), Image.fromarray(SMOOTH)
     exif = Image.Exif()
     exif[0x0112] = 6
     made = {
-        "jpeg": encoded(colour, "JPEG", exif=exif),
-        "progressive": encoded(colour, "JPEG", progressive=True),
-        "cmyk": encoded(colour.convert("CMYK"), "JPEG"),
-        "png": encoded(colour, "PNG", exif=exif),
+        "jpeg": encoded(color, "JPEG", exif=exif),
+        "progressive": encoded(color, "JPEG", progressive=True),
+        "cmyk": encoded(color.convert("CMYK"), "JPEG"),
+        "png": encoded(color, "PNG", exif=exif),
         "palette": encoded(grey.convert("P"), "PNG", transparency=bytes(range(256))),
         "la": encoded(grey.convert("LA"), "PNG"),
         "i16": encoded(Image.fromarray(SMOOTH.astype(np.uint16) * 257), "PNG"),
-        "webp": encoded(colour, "WEBP"),
-        "moving": encoded(colour, "WEBP", save_all=True, append_images=[grey.convert("RGB")]),
+        "webp": encoded(color, "WEBP"),
+        "moving": encoded(color, "WEBP", save_all=True, append_images=[grey.convert("RGB")]),
         "gif": encoded(grey, "GIF", save_all=True, append_images=[Image.fromarray(SMOOTH[::-1].copy())]),
-        "bmp": encoded(colour, "BMP"),
-        "ppm": encoded(colour, "PPM"),
+        "bmp": encoded(color, "BMP"),
+        "ppm": encoded(color, "PPM"),
         "pfm": encoded(Image.fromarray(SMOOTH.astype(np.float32)), "PPM"),
-        "tiff": encoded(colour, "TIFF", compression="tiff_lzw"),
-        "tiff-jpeg": encoded(colour, "TIFF", compression="jpeg"),
+        "tiff": encoded(color, "TIFF", compression="tiff_lzw"),
+        "tiff-jpeg": encoded(color, "TIFF", compression="jpeg"),
         "tiff-fax": encoded(grey.convert("1"), "TIFF", compression="group4"),
     }
     for compression in ("deflate", "lzw", "packbits", "zstd", "lzma", "jpeg", "lerc"):
@@ -181,8 +181,8 @@ def test_lists_of_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: byte
         found = open_dataset(str(folder / "list.txt"))
     except UserError:
         return
-    assert found.array(len(found) - 1).shape == (30, 20, 3)
+    assert found.read_array(len(found) - 1).shape == (30, 20, 3)
     for index in range(min(len(found), 20)):
         assert isinstance(found.path_of(index), str)
         with suppress(BadImage):
-            found.array(index)
+            found.read_array(index)

@@ -57,7 +57,7 @@ def read_all(data: Any) -> None:
     for index in range(min(len(data), 20)):
         data.path_of(index)
         try:
-            data.array(index)
+            data.read_array(index)
         except (BadImage, UserError):
             continue
 

@@ -20,7 +20,7 @@ from pixmim.config_io import from_json, to_json
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import KEYWORDS
 from pixmim.weights.load import resolve_model
-from pixmim.weights.save import KEY
+from pixmim.weights.save import METADATA_KEY
 
 FUZZ = settings(max_examples=100)
 
@@ -46,9 +46,9 @@ def paths(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @st.composite
-def configurations(draw: st.DrawFn, run: PretrainConfig) -> Any:
+def configurations(draw: st.DrawFn, config: PretrainConfig) -> Any:
     """A run's configuration with a few values replaced, removed or added."""
-    content = json.loads(to_json(run))
+    content = json.loads(to_json(config))
     for _ in range(draw(st.integers(1, 3))):
         where = draw(st.sampled_from([path for path in paths(content) if path]))
         inner = content
@@ -84,9 +84,9 @@ def run(tiny_run: Callable[..., PretrainConfig]) -> PretrainConfig:
 
 @FUZZ
 @given(data=st.data())
-def test_a_configuration(data: st.DataObject, run: PretrainConfig) -> None:
+def test_a_configuration(data: st.DataObject, config: PretrainConfig) -> None:
     """What is read can be written, and is then the same."""
-    text = json.dumps(data.draw(configurations(run)))
+    text = json.dumps(data.draw(configurations(config)))
     try:
         found = from_json(text, "config.json")
     except UserError as error:
@@ -103,11 +103,11 @@ def test_any_text(text: str) -> None:
 
 @FUZZ
 @given(data=st.data())
-def test_the_metadata_of_a_product(data: st.DataObject, run: PretrainConfig, tmp_path: Path) -> None:
+def test_the_metadata_of_a_product(data: st.DataObject, config: PretrainConfig, tmp_path: Path) -> None:
     """The whole way, from a file to an encoder."""
-    tensors = dict(build_encoder(run).state_dict())
+    tensors = dict(build_encoder(config).state_dict())
     step = data.draw(st.sampled_from(["6", "", "x", "9" * 30]) | st.text(max_size=4))
-    metadata = {KEY: json.dumps(data.draw(configurations(run))), "step": step}
+    metadata = {METADATA_KEY: json.dumps(data.draw(configurations(config))), "step": step}
     path = tmp_path / "x.safetensors"
     path.write_bytes(save(tensors, metadata))
     opened(lambda: load_encoder(path))
@@ -115,15 +115,15 @@ def test_the_metadata_of_a_product(data: st.DataObject, run: PretrainConfig, tmp
 
 @FUZZ
 @given(data=st.data(), name=st.sampled_from(["own.safetensors", "mae.safetensors", "zip.pth", "plain.pth"]))
-def test_bytes_of_a_file_of_weights(data: st.DataObject, name: str, run: PretrainConfig, tmp_path: Path) -> None:
+def test_bytes_of_a_file_of_weights(data: st.DataObject, name: str, config: PretrainConfig, tmp_path: Path) -> None:
     """A few bytes are changed, most of them in the header, or the end is missing."""
     path = tmp_path / name
     if name.endswith(".pth"):
         torch.save({"model": official.mae()}, path, _use_new_zipfile_serialization=name == "zip.pth")
     else:
         mine = name == "own.safetensors"
-        tensors = dict(build_encoder(run).state_dict()) if mine else official.mae()
-        path.write_bytes(save(tensors, {KEY: to_json(run)} if mine else None))
+        tensors = dict(build_encoder(config).state_dict()) if mine else official.mae()
+        path.write_bytes(save(tensors, {METADATA_KEY: to_json(config)} if mine else None))
     content = bytearray(path.read_bytes())
     chance = random.Random(data.draw(st.integers(0, 2**32)))
     for _ in range(data.draw(st.integers(0, 8))):

@@ -74,8 +74,8 @@ def test_what_is_not_a_regular_file_costs_a_line(make: Callable[[Path], None], p
     (tmp_path / "list.txt").write_text("pictures/cats/z.jpg\npictures/cats/0.jpg\n")
     listed = open_dataset(str(tmp_path / "list.txt"))
     with pytest.raises(BadImage, match="not a regular file"):
-        listed.array(0)
-    assert listed.array(1).shape == (40, 56, 3)
+        listed.read_array(0)
+    assert listed.read_array(1).shape == (40, 56, 3)
     drop_from_page_cache((listed.path_of(0), 0, 0))
 
 
@@ -89,13 +89,13 @@ def test_files_too_large_growing_or_of_impossible_names(pictures: Path, monkeypa
     data = open_dataset(str(pictures))
     if Path("/proc/self/status").exists():
         with pytest.raises(BadImage, match="grew"):
-            files.ImageFolder("", Path("/proc/self"), ["status"]).array(0)
+            files.ImageFolder("", Path("/proc/self"), ["status"]).read_array(0)
     for name in ("a\0b.jpg", "\ud800.jpg", "a" * 5000 + ".jpg"):
         with pytest.raises(BadImage):
-            files.ImageFolder("", pictures, [name]).array(0)
+            files.ImageFolder("", pictures, [name]).read_array(0)
     monkeypatch.setattr(limits, "_here", lambda: (10**6, 100))
     with pytest.raises(BadImage, match="more than the 100 allowed"):
-        data.array(0)
+        data.read_array(0)
 
 
 def test_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_folders_nested_beyond_what_a_path_can_hold(tmp_path: Path, pictures: Pa
     os.close(here)
     (pictures / "up").symlink_to("..")
     data = open_dataset(str(pictures))
-    assert len(data) == 10 and "cannot be read, left out: 1" in data.about
+    assert len(data) == 10 and "cannot be read, left out: 1" in data.description
     subprocess.run(["rm", "-rf", str(pictures / ("d" * 100))], check=True)  # deeper than pytest's own cleaning goes
 
 
@@ -132,9 +132,9 @@ def test_masks_and_names_of_classes_are_regular_files(make: Callable[[Path], Non
     (tmp_path / "masks" / "a.png").unlink()
     make(tmp_path / "masks" / "a.png")
     pairs = open_segmentation(str(tmp_path), ImageSpec(), "training")
-    assert pairs.array(1).shape == (20, 30, 4)
+    assert pairs.read_array(1).shape == (20, 30, 4)
     with pytest.raises(BadImage, match="mask"):
-        pairs.array(0)
+        pairs.read_array(0)
     with pytest.raises(UserError, match=r"a\.png cannot be read: not a regular file|no object inside|b\.png"):
         read_objects(str(tmp_path / "masks"))
     os.makedirs(tmp_path / "names")
@@ -198,7 +198,7 @@ def test_no_other_format_is_opened() -> None:
         try:
             data = encoded(Image.new("RGB", (16, 16)), name)
         except Exception:
-            continue  # not every plugin writes colour
+            continue  # not every plugin writes color
         if data[:2] == b"BM":  # DIB's other name
             continue
         tried.append(name)
@@ -246,7 +246,7 @@ def test_a_page_list_that_points_back_at_itself_ends(order: str, big: bool) -> N
         with pytest.raises(BadImage, match="points back at itself"):
             decode(data, ImageSpec(3, "uint16", "channels"))
         with pytest.raises(BadImage, match="points back at itself"):
-            decode(data, ImageSpec(2, "uint16"))  # which counts the pages, to name --pages
+            decode(data, ImageSpec(2, "uint16"))  # which counts the pages, to name --tiff-pages
     assert decode(tiff([plain()] * 3, order=order, big=big), ImageSpec(3, "uint16", "channels")).shape == (16, 16, 3)
 
 
@@ -553,20 +553,20 @@ for name in sys.argv[1:]:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_every_kind_stays_within_the_bytes_for_a_pixel(tmp_path: Path) -> None:
     grey = Image.fromarray(np.broadcast_to(np.arange(1500) // 6, (1000, 1500)).astype(np.uint8))
-    colour = Image.merge("RGB", [grey] * 3)
+    color = Image.merge("RGB", [grey] * 3)
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     made = {
-        "png": encoded(colour, "PNG"),
-        "rgba": encoded(colour.convert("RGBA"), "PNG"),
+        "png": encoded(color, "PNG"),
+        "rgba": encoded(color.convert("RGBA"), "PNG"),
         "palette": encoded(grey.convert("P"), "PNG", transparency=bytes(range(256))),
         "la": encoded(grey.convert("LA"), "PNG"),
-        "webp": encoded(colour.convert("RGBA"), "WEBP", quality=1, method=0),
-        "cmyk": encoded(colour.convert("CMYK"), "JPEG"),
-        "progressive": encoded(colour, "JPEG", progressive=True),
+        "webp": encoded(color.convert("RGBA"), "WEBP", quality=1, method=0),
+        "cmyk": encoded(color.convert("CMYK"), "JPEG"),
+        "progressive": encoded(color, "JPEG", progressive=True),
         "i16": encoded(deep, "PNG"),
         "deep": encoded(deep, "TIFF"),
         "gif": encoded(grey, "GIF"),
-        "tiff": encoded(colour, "TIFF", compression="tiff_deflate"),
+        "tiff": encoded(color, "TIFF", compression="tiff_deflate"),
     }
     for name, data in made.items():
         (tmp_path / name).write_bytes(data)

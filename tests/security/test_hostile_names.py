@@ -178,15 +178,15 @@ def test_training_lists_every_image_once_and_goes_on(stage: Stage, capsys: pytes
 
 
 def test_evaluations_and_pages(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
-    labelled = ["--train", stage.data, "--test", stage.data, "--device", "cpu", "--precision", "fp32"]
+    labeled = ["--train", stage.data, "--test", stage.data, "--device", "cpu", "--precision", "fp32"]
     for run in stage.runs:
         if "\udcfc" in str(run):  # safetensors opens no path that is not UTF-8
             continue
-        status, text = command(capsys, "evaluate", "knn", run, *labelled)
+        status, text = command(capsys, "evaluate", "knn", run, *labeled)
         assert status == 0 and "k-NN" in text, text
-    assert command(capsys, "evaluate", "linear", stage.runs[0], *labelled, "--epochs", 1)[0] == 0
+    assert command(capsys, "evaluate", "linear", stage.runs[0], *labeled, "--epochs", 1)[0] == 0
     few = ["--corruptions", "contrast", "--severities", 1, "--epochs", 1]
-    assert command(capsys, "evaluate", "robustness", stage.runs[1], *labelled, *few)[0] == 0
+    assert command(capsys, "evaluate", "robustness", stage.runs[1], *labeled, *few)[0] == 0
     status, text = command(capsys, "report", *stage.runs, "--out", stage.folder / "pages {{1}}" / "p.html")
     assert status == 0 and "[red]x[" in text
     page = Page(stage.folder / "pages {{1}}" / "p.html")
@@ -292,7 +292,7 @@ def test_figures_draw_every_name() -> None:
     assert draw_detections(picture, boxes[:0], boxes, labels, scores, [], NAMES).width == 320
 
 
-def test_a_table_on_a_terminal_has_no_colours_of_a_name() -> None:
+def test_a_table_on_a_terminal_has_no_colors_of_a_name() -> None:
     result = {"evaluation": "knn", "encoder": "trained", "values": {"k1/mean/top1": 50.0}, "pictures": {}}
     models = [ModelResults(name, [result | {"settings": {"test": name}}]) for name in NAMES]
     for width in (80, 20_000):

@@ -31,9 +31,9 @@ from pixmim.utils.errors import UserError, shown
 from pixmim.weights import load as pretrained
 from pixmim.weights import safe_load as reading
 from pixmim.weights.detect import Weights, read_weights
-from pixmim.weights.infer_config import Known
+from pixmim.weights.infer_config import ModelHints
 from pixmim.weights.load import resolve_model
-from pixmim.weights.save import KEY, save_tensors
+from pixmim.weights.save import METADATA_KEY, save_tensors
 
 Make = Callable[..., PretrainConfig]
 BOTH = {"num_heads": official.HEADS, "decoder_heads": official.DECODER_HEADS}
@@ -53,7 +53,7 @@ def hostile(tiny_run: Make, tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / "elsewhere"
         (folder / "encoder").mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(content))
-        save_file(tensors, folder / "encoder/model.safetensors", {KEY: json.dumps(content), "step": "6"})
+        save_file(tensors, folder / "encoder/model.safetensors", {METADATA_KEY: json.dumps(content), "step": "6"})
         return folder
 
     return make
@@ -107,7 +107,7 @@ def test_an_option_that_is_no_size_reaches_timm_on_no_way(
     ways: list[Callable[[], object]] = [
         lambda: load_encoder(folder / "encoder/model.safetensors"),
         lambda: load_encoder(folder),
-        lambda: resolve_model(str(folder), whole=True),
+        lambda: resolve_model(str(folder), with_decoder=True),
         lambda: from_json((folder / "config.json").read_text()),
     ]
     if name not in ("name", "backbone"):
@@ -342,7 +342,7 @@ def test_absurd_settings_are_named(fields: dict[str, Any], named: str, hostile: 
 )
 def test_malformed_configurations_are_one_line(text: str, named: str, tmp_path: Path, tiny_run: Make) -> None:
     for way in (lambda: from_json(text, "x"), lambda: read_weights(tmp_path / "x.safetensors")):
-        save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {KEY: text})
+        save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {METADATA_KEY: text})
         with pytest.raises(UserError, match=named):
             way()
 
@@ -368,7 +368,7 @@ def test_a_folder_whose_config_is_no_runs_is_one_line(text: str, tmp_path: Path,
 @pytest.mark.parametrize("step", ["x", "-1", "1e9", "9" * 50, "", "٣"])
 def test_a_step_that_is_none_is_named(step: str, hostile: Callable[..., Path], tiny_run: Make) -> None:
     path = hostile() / "encoder/model.safetensors"
-    save_file({"a": torch.zeros(1)}, path, {KEY: to_json(tiny_run()), "step": step})
+    save_file({"a": torch.zeros(1)}, path, {METADATA_KEY: to_json(tiny_run()), "step": step})
     with pytest.raises(UserError, match="'step' is"):
         read_weights(path)
 
@@ -475,7 +475,7 @@ def test_an_index_names_files_beside_it(parts: list[Any], tmp_path: Path) -> Non
     content = {"weight_map": {str(i): part for i, part in enumerate(parts)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(UserError):
-        read_weights(folder, Known(**BOTH))
+        read_weights(folder, ModelHints(**BOTH))
 
 
 def test_parts_are_found_in_the_hubs_cache_where_all_files_are_links(tmp_path: Path) -> None:
@@ -490,7 +490,10 @@ def test_parts_are_found_in_the_hubs_cache_where_all_files_are_links(tmp_path: P
     index = {"weight_map": {name: f"{int(i >= half)}.safetensors" for i, name in enumerate(tensors)}}
     (tmp_path / "blobs" / "index").write_text(json.dumps(index))
     (folder / "model.safetensors.index.json").symlink_to("../../blobs/index")
-    assert read_weights(folder, Known(**BOTH)).tensors.keys() == read_weights(folder, Known(**BOTH)).tensors.keys()
+    assert (
+        read_weights(folder, ModelHints(**BOTH)).tensors.keys()
+        == read_weights(folder, ModelHints(**BOTH)).tensors.keys()
+    )
 
 
 def header(**tensors: Any) -> bytes:
@@ -619,7 +622,7 @@ def test_a_pickle_takes_no_more_memory_than_it_has(
     with pytest.raises(UserError, match="bytes in a file of"):
         read_weights(path)
     written({"model": official.mae(), "args": looped, "config": shared})
-    assert read_weights(path, Known(**BOTH)).run.mask.ratio == 0.6
+    assert read_weights(path, ModelHints(**BOTH)).config.mask.ratio == 0.6
     written({"model": official.mae() | {"pos_embed": torch.zeros(1, 17, 48, device="meta")}})
     with pytest.raises(UserError, match=r"no plain tensor|damaged"):
         read_weights(path)
@@ -681,7 +684,7 @@ def test_weights_stay_when_their_file_is_cut(name: str, tmp_path: Path) -> None:
     """Bytes mapped from a file that is gone would end the process with a signal."""
     path = tmp_path / name
     torch.save({"model": official.mae()}, path) if name == "x.pth" else save_file(official.mae(), path)
-    weights = resolve_model(str(path), known=BOTH)
+    weights = resolve_model(str(path), hints=BOTH)
     os.truncate(path, 0)
     assert all(torch.isfinite(value).all() for value in weights.tensors.values())
 
@@ -708,7 +711,7 @@ def test_a_products_metadata_name_nothing_of_this_machine(tiny_run: Make, tmp_pa
     save_tensors(dict(build_encoder(run).state_dict()), tmp_path / "e.safetensors", run, 3)
     content = (tmp_path / "e.safetensors").read_bytes()
     assert b"/home" not in content and b"me.example" not in content
-    assert resolve_model(str(tmp_path / "e.safetensors")).run.model == run.model
+    assert resolve_model(str(tmp_path / "e.safetensors")).config.model == run.model
     save_tensors({}, tmp_path / "e.safetensors", tiny_run(init="timm:vit_tiny_patch16_224"), 3)
     assert b"timm:vit_tiny_patch16_224" in (tmp_path / "e.safetensors").read_bytes()
 
@@ -726,7 +729,7 @@ def test_a_tuple_nested_without_end_is_never_hashed(plain: bool, tmp_path: Path)
 
     torch.save({"model": official.mae(), "more": Key()}, tmp_path / "x.pth", _use_new_zipfile_serialization=not plain)
     with pytest.raises(UserError, match="a tuple of more than 1,000,000 parts"):
-        read_weights(tmp_path / "x.pth", Known(**BOTH))
+        read_weights(tmp_path / "x.pth", ModelHints(**BOTH))
 
 
 def test_nested_values_are_cut_by_depth_before_they_are_written_out() -> None:
@@ -750,8 +753,8 @@ def test_zips_that_torch_could_read_otherwise_are_refused(tmp_path: Path) -> Non
         path = tmp_path / f"{number}.pth"
         path.write_bytes(changed)
         with pytest.raises(UserError, match="cannot be read"):
-            read_weights(path, Known(**BOTH))
-    assert read_weights(tmp_path / "whole.pth", Known(**BOTH)).whole
+            read_weights(path, ModelHints(**BOTH))
+    assert read_weights(tmp_path / "whole.pth", ModelHints(**BOTH)).has_decoder
 
 
 def test_an_image_without_end_is_refused_before_a_batch_is_made(

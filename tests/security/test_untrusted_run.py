@@ -141,7 +141,7 @@ def test_a_link_that_leads_out_of_a_run_is_not_followed(name: str, foreign: Path
         assert "encoder" in name or any("leads out of" in line and name in line for line in lines)
     if name in ("config.json", "encoder", "encoder/model.safetensors", "checkpoints"):
         with pytest.raises(UserError, match="leads out of"):
-            resolve_model(str(foreign), whole=name == "checkpoints")
+            resolve_model(str(foreign), with_decoder=name == "checkpoints")
     run = PretrainConfig(data="shapes:count=3,size=16")
     with pytest.raises(UserError, match="leads out of"):
         train(run, foreign)
@@ -270,7 +270,7 @@ def test_a_malformed_account_costs_one_line_and_is_continued(tmp_path: Path) -> 
     assert [row[0] for row in rows] == ["a", "\0\udcff", "b"] and "field larger" in problem
     account = BadImageLog(path, 9, 1.0)
     for index, name in enumerate(("a", "b", "=1", "=1", os.fsdecode(b"\xfc"))):
-        account.add(index, name, "-no\ngood")
+        account.record(index, name, "-no\ngood")
     assert path.read_bytes().endswith(b",y\nb,c\n'=1,'-no good\r\n\xfc,'-no good\r\n")
 
 
@@ -286,7 +286,7 @@ def test_accounts_of_several_processes_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "skipped.csv").unlink()
     (tmp_path / "skipped.csv").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError, match="symbolic links"):
-        BadImageLog(tmp_path / "skipped.csv", 9, 1.0).add(0, "a", "b")
+        BadImageLog(tmp_path / "skipped.csv", 9, 1.0).record(0, "a", "b")
     assert (tmp_path / "mine").read_text() == "root,x\n"
 
 
@@ -316,10 +316,10 @@ def test_a_broken_configuration_is_one_line(
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(text)
-    labelled = ["--train", "shapes:", "--test", "shapes:"]
+    labeled = ["--train", "shapes:", "--test", "shapes:"]
     for args in (
         ["report", run], ["pretrain", "--resume", run], ["pretrain", run / "config.json", "--data", "shapes:"],
-        ["evaluate", "knn", run, *labelled], ["evaluate", "knn", run, *labelled, "--untrained"],
+        ["evaluate", "knn", run, *labeled], ["evaluate", "knn", run, *labeled, "--untrained"],
         ["reconstruct", run, tmp_path], ["import", run],
     ):  # fmt: skip
         status, text = say(capsys, *args)

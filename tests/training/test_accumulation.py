@@ -21,7 +21,7 @@ LSMAE = ArchitectureConfig(
 BINS = TargetConfig(distance="cross_entropy", normalize_patches=False)
 RUNS: dict[str, dict[str, Any]] = {
     "mae": {"model": MAE},
-    "mae, pixels, not normalised": {"model": MAE, "target": TargetConfig("pixels", normalize_patches=False)},
+    "mae, pixels, not normalized": {"model": MAE, "target": TargetConfig("pixels", normalize_patches=False)},
     "lsmae": {"model": LSMAE, "mask": MaskConfig("blocks", block_size=16)},
     "convmae": {"model": OTHERS["convmae"][0]},
     "vit, block-wise masks of several sizes": {"model": VIT, "size": "64", "mask": MaskConfig("beit-blocks", 0.4)},
@@ -52,7 +52,7 @@ def test_parts_make_the_update_of_the_batch(name: str) -> None:
     values = {"size": "32", "batch_size": 8, "precision": "fp32", "device": "cpu"} | RUNS[name]
     method = Method.of(PretrainConfig(**values))
     method.model.double(), method.objective.double()
-    images = torch.randn(8, 3, *method.run.image_size, dtype=torch.float64)
+    images = torch.randn(8, 3, *method.config.image_size, dtype=torch.float64)
     whole = gradients(method, images, 1)
     assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-4
     for parts in (2, 3, 8):

@@ -82,9 +82,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def half_of(name: str) -> Path:
         return root / name / "checkpoints" / f"step-{HALF:09d}"
 
-    def job(name: str, run: PretrainConfig, goes_on: str = "", poisoned: int | None = None) -> dict[str, Any]:
+    def job(name: str, config: PretrainConfig, goes_on: str = "", poisoned: int | None = None) -> dict[str, Any]:
         return {
-            "run": dataclasses.asdict(run),
+            "run": dataclasses.asdict(config),
             "out": str(root / name),
             "goes_on": str(half_of(goes_on)) if goes_on else "",
             "poisoned": poisoned,

@@ -71,7 +71,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="look
 
 
 @linux
-def test_one_of_two_processes_is_killed(run: PretrainConfig, tmp_path: Path) -> None:
+def test_one_of_two_processes_is_killed(config: PretrainConfig, tmp_path: Path) -> None:
     """torchrun starts both again, and they go on from the newest checkpoint by themselves."""
     out = tmp_path / "broken"
     broken = torchrun(tmp_path, out)
@@ -86,7 +86,7 @@ def test_one_of_two_processes_is_killed(run: PretrainConfig, tmp_path: Path) -> 
 
 
 @linux
-def test_a_stuck_rank_ends_the_run_and_is_named(run: PretrainConfig, tmp_path: Path) -> None:
+def test_a_stuck_rank_ends_the_run_and_is_named(config: PretrainConfig, tmp_path: Path) -> None:
     broken = started(tmp_path, "broken", "--parallel.timeout", 3, "--steps", 100_000, "--batch-size", 9, ranks=3)
     broken.reach(8)
     os.kill(broken.pids[1], signal.SIGSTOP)
@@ -100,7 +100,9 @@ def test_a_stuck_rank_ends_the_run_and_is_named(run: PretrainConfig, tmp_path: P
 
 @linux
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_one_process_stops_all_with_a_checkpoint(number: int, run: PretrainConfig, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
+    number: int, config: PretrainConfig, tmp_path: Path
+) -> None:
     broken = started(tmp_path, "broken", "--steps", 100_000, "--checkpoint.every", 0, ranks=2)
     broken.log()
     os.kill(broken.pids[1], number)
@@ -109,7 +111,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(number: int, run: P
     assert f"stopped after step {step}; resume with: pixmim pretrain --resume {broken.out}" in text
 
 
-def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(run: PretrainConfig, tmp_path: Path) -> None:
+def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(config: PretrainConfig, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: writing fails in the same place, in the same way."""
     broken = started(tmp_path, "broken", limit=100_000)
     text = broken.end(status=1)
@@ -149,12 +151,12 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["a byte", "the end", "a file"])
-def test_a_damaged_checkpoint_is_set_aside(how: str, run: PretrainConfig, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside(how: str, config: PretrainConfig, tmp_path: Path) -> None:
     from rich.console import Console
 
     from pixmim.pretraining import pretrain
 
-    short = dataclasses.replace(run, steps=8)
+    short = dataclasses.replace(config, steps=8)
     pretrain(short, tmp_path / "run", console=Console(quiet=True), report=False)
     before = load_file(tmp_path / "run" / "encoder/model.safetensors")
     damage(tmp_path / "run" / "checkpoints" / "step-000000008", how)
@@ -172,7 +174,7 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, run: PretrainConfig, tmp_pa
     not os.environ.get("PIXMIM_LONG"), reason="sixty random kills take minutes: PIXMIM_LONG=1 make test"
 )
 @pytest.mark.parametrize(("processes", "killed"), [(1, 1), (2, 2), (2, 1)])
-def test_killed_at_twenty_random_moments(processes: int, killed: int, run: PretrainConfig, tmp_path: Path) -> None:
+def test_killed_at_twenty_random_moments(processes: int, killed: int, config: PretrainConfig, tmp_path: Path) -> None:
     """While it starts, trains, or writes one of its many checkpoints."""
     length = ("--steps", 1500, "--checkpoint.every", 3)
     quiet = started(tmp_path, "quiet", *length, ranks=processes)

@@ -35,13 +35,13 @@ def kill(process: Pretraining) -> int:
     return process.checkpoints.steps()[-1]
 
 
-def state(run: PretrainConfig, out: Path) -> dict[str, torch.Tensor]:
-    model = build_model(run)
+def state(config: PretrainConfig, out: Path) -> dict[str, torch.Tensor]:
+    model = build_model(config)
     assert CheckpointManager(out / "checkpoints").load_model(model)[0] == STEPS
     return {f"model.{k}": v for k, v in model.state_dict().items()} | load_file(out / "encoder/model.safetensors")
 
 
-def test_killed_and_resumed_is_bitwise_the_same(run: PretrainConfig, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_bitwise_the_same(config: PretrainConfig, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = Pretraining(broken, tmp_path / "run.json", "--out", broken)
     checkpoints = process.checkpoints
@@ -55,8 +55,8 @@ def test_killed_and_resumed_is_bitwise_the_same(run: PretrainConfig, tmp_path: P
     assert killed_at + 8 < killed_again < STEPS
 
     Pretraining(broken, "--resume", broken).end()
-    pretrain(run, whole, console=Console(quiet=True))
-    one, two = state(run, whole), state(run, broken)
+    pretrain(config, whole, console=Console(quiet=True))
+    one, two = state(config, whole), state(config, broken)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     steps = [line.split(",")[0] for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == len(set(steps)) == STEPS // 2  # no line twice, none missing
@@ -64,7 +64,7 @@ def test_killed_and_resumed_is_bitwise_the_same(run: PretrainConfig, tmp_path: P
     assert (broken / "report.html").exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(run: PretrainConfig, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(config: PretrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = Pretraining(out, tmp_path / "run.json", "--out", out, "--steps", 100_000, "--checkpoint.every", 0)
     process.log()

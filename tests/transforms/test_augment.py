@@ -74,7 +74,7 @@ def test_how_often_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(augment, "OPERATIONS", {name: spy(name) for name in OPERATIONS})
     step, image = RandAugment(), V.to_pil_image(picture())
-    for u in np.random.default_rng(0).random((6000, step.draws)):
+    for u in np.random.default_rng(0).random((6000, step.num_uniforms)):
         step.apply(image, u.tolist(), FILL)
     assert sum(seen.values()) == pytest.approx(6000, rel=0.05)  # two layers, one half each
     assert set(seen) == set(OPERATIONS) and max(seen.values()) < 1.3 * min(seen.values())
@@ -111,8 +111,12 @@ def test_jitter_is_torchvisions(u: float, order: str) -> None:
 def test_an_augmented_crop_takes_the_crops_numbers_first() -> None:
     base = SimpleResizedCrop(32)
     crop = Augmented(base, (RandAugment(), Jitter(0.3)), FILL)
-    assert crop.draws == base.draws + 8 + 4 and crop.shape == (32, 32) and crop.corner((32, 32), [0.0] * 14) is None
-    u = np.random.default_rng(3).random(crop.draws).tolist()
+    assert (
+        crop.num_uniforms == base.num_uniforms + 8 + 4
+        and crop.shape == (32, 32)
+        and crop.offset_without_resize((32, 32), [0.0] * 14) is None
+    )
+    u = np.random.default_rng(3).random(crop.num_uniforms).tolist()
     u[3] = u[7] = 0.1  # both layers do something
     image = V.to_pil_image(base.crop(picture(), u[:2]))
     expected = Jitter(0.3).apply(RandAugment().apply(image, u[2:10], FILL), u[10:], FILL)

@@ -55,12 +55,12 @@ def test_rrc_boxes_follow_torchvision_in_distribution() -> None:
         assert abs(a.mean() - b.mean()) < 4 * np.hypot(a.std(), b.std()) / n**0.5
 
 
-def test_rrc_falls_back_to_the_centre_for_a_strip() -> None:
+def test_rrc_falls_back_to_the_center_for_a_strip() -> None:
     top, left, h, w = RandomResizedCrop(8).box((10, 1000), [0.999] * 22)
     assert (h, w) == (10, 13) and top == 0 and left == (1000 - 13) // 2
 
 
-def test_evaluation_crop_is_torchvisions_resize_256_centre_224() -> None:
+def test_evaluation_crop_is_torchvisions_resize_256_center_224() -> None:
     image = picture(300, 421)
     reference = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])(image)
     assert torch.equal(evaluation_crop(224).crop(image), reference)
@@ -87,7 +87,7 @@ def test_crops_take_and_give_pil_images_too() -> None:
     assert np.array_equal(one, SimpleResizedCrop(32)(image))
 
 
-def test_finish_flips_scales_and_normalises() -> None:
+def test_finish_flips_scales_and_normalizes() -> None:
     images, flip = torch.randint(0, 256, (3, 2, 4, 5), dtype=U8), torch.tensor([True, False, True])
     mean, std = torch.tensor([0.3, 0.6]), torch.tensor([0.2, 0.5])
     done = flip_and_normalize(images, flip, mean, std)
@@ -106,7 +106,7 @@ def test_a_padding_as_large_as_the_crop_is_refused() -> None:
 def test_a_single_try_is_cut_to_the_image() -> None:
     """MAE's crop for its linear probe: what one try draws, no larger than the image, at any place in it."""
     crop = RandomResizedCrop(16, scale=(0.08, 1.0), single=True)
-    assert crop.draws == 4
+    assert crop.num_uniforms == 4
     for h, w in ((40, 40), (30, 90), (90, 30)):
         for u in np.random.default_rng(h).random((200, 4)):
             area = h * w * (0.08 + 0.92 * u[0])

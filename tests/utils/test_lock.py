@@ -19,7 +19,7 @@ from pixmim.run_folder import check_new_run, claim
 from pixmim.training.distributed import SINGLE_PROCESS
 from pixmim.utils import lock
 from pixmim.utils.errors import UserError
-from pixmim.utils.lock import alone
+from pixmim.utils.lock import locked_folder
 
 HOLD = """
 import sys
@@ -45,29 +45,32 @@ def test_a_folder_is_held_until_its_process_ends(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
     first = holder(run)
     assert first.stdout is not None and first.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"{run} is in use by process {first.pid} on .*remove {run}/lock"), alone(run):
+    with (
+        pytest.raises(UserError, match=f"{run} is in use by process {first.pid} on .*remove {run}/lock"),
+        locked_folder(run),
+    ):
         pass
     first.kill()
     first.wait()
-    with alone(run):
+    with locked_folder(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
-        with pytest.raises(UserError, match="in use"), alone(run):
+        with pytest.raises(UserError, match="in use"), locked_folder(run):
             pass
     assert os.listdir(run) == []
-    with pytest.raises(FileExistsError), alone(run, new=True):
+    with pytest.raises(FileExistsError), locked_folder(run, new=True):
         pass
     run.rmdir()
-    with alone(run):
+    with locked_folder(run):
         pass
     assert not run.exists()
 
 
 def test_a_number_that_another_process_has_got_since_holds_nothing(tmp_path: Path) -> None:
-    with alone(tmp_path):
+    with locked_folder(tmp_path):
         mine = json.loads((tmp_path / "lock").read_text())
     for change in ({"started": "1"}, {"pid": 2**22 + 1}, {"pid": -7}, {"pid": 10**30}):
         (tmp_path / "lock").write_text(json.dumps(mine | change))
-        with alone(tmp_path):
+        with locked_folder(tmp_path):
             pass
     assert os.listdir(tmp_path) == []
 
@@ -88,17 +91,17 @@ def test_another_hosts_lock_counts_while_it_beats(
     monkeypatch.setattr(lock, "time", own)
     path.write_text(content)
     own.sleep = lambda seconds: sleep(seconds, True)
-    with pytest.raises(UserError, match="in use"), alone(tmp_path, lines.append):
+    with pytest.raises(UserError, match="in use"), locked_folder(tmp_path, lines.append):
         pass
     assert clock[0] == 1 and len(lines) == 1 and "90 s" in lines[0]
     path.write_text(content)
     own.sleep = lambda seconds: sleep(seconds, False)
-    with alone(tmp_path):
+    with locked_folder(tmp_path):
         assert 1 + lock.STILL < clock[0] < 5 + lock.STILL
     path.write_text(content)
     os.utime(path, (time.time() - 2 * lock.OLD,) * 2)
     before = clock[0]
-    with alone(tmp_path):
+    with locked_folder(tmp_path):
         assert clock[0] == before
     assert os.listdir(tmp_path) == []
 
@@ -107,7 +110,7 @@ def test_it_beats_and_ends_the_process_that_has_lost_it(tmp_path: Path, monkeypa
     monkeypatch.setattr(lock, "BEAT", 0.01)
     ended: list[int] = []
     monkeypatch.setattr(lock.os, "kill", lambda pid, number: ended.append(number))
-    with alone(tmp_path):
+    with locked_folder(tmp_path):
         os.utime(tmp_path / "lock", (1, 1))
         while (tmp_path / "lock").stat().st_mtime == 1:
             time.sleep(0.01)
@@ -139,7 +142,7 @@ def test_runs_do_not_share_a_folder(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(get_recipe("demo")))
-    with alone(tmp_path / "run"):
+    with locked_folder(tmp_path / "run"):
         status, text = say(capsys, "pretrain", "--resume=~/run")
         assert status == 1 and f"{tmp_path}/run is in use by process" in text
     for name in ("metrics.jsonl", "report.html", "encoder"):

@@ -249,7 +249,7 @@ from pixmim import cli
 from pixmim.data.synthetic import SyntheticShapes
 os.mkfifo("fifo")
 read, left = SyntheticShapes.array, iter(range(int(sys.argv.pop(1))))
-def array(self, index):
+def read_array(self, index):
     if next(left, None) is None:
         os.open("stuck", os.O_CREAT)
         open("fifo").read()

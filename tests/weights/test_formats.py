@@ -1,4 +1,4 @@
-"""Files in the official formats are recognised by their keys, and their models predict what the official code does."""
+"""Files in the official formats are recognized by their keys, and their models predict what the official code does."""
 
 import json
 import pickle
@@ -106,7 +106,7 @@ def test_a_pre_training_file_predicts_what_its_own_code_does(
     state = make()
     path = saved(tmp_path / "model.pth", rename(state))
     model = load_model(path, **known)
-    assert origin in resolve_model(str(path), known=known).origin
+    assert origin in resolve_model(str(path), hints=known).origin
     images, hidden = torch.randn(2, 3, side, side), torch.rand(2, n).argsort(dim=1) < n // 2
     with torch.no_grad():
         ours, theirs = model(images, Mask.from_hidden(hidden)), forward(images, hidden, state)
@@ -115,30 +115,30 @@ def test_a_pre_training_file_predicts_what_its_own_code_does(
 
     # What is kept of it is the same model again, and its encoder is a timm checkpoint.
     folder = tmp_path / "kept"
-    import_weights(resolve_model(str(path), known=known), folder)
+    import_weights(resolve_model(str(path), hints=known), folder)
     with torch.no_grad():
         assert torch.equal(load_model(folder)(images, Mask.from_hidden(hidden)), ours)
-    run = resolve_model(str(folder)).run
+    run = resolve_model(str(folder)).config
     if run.model.name != "convmae" and not (run.model.backbone.startswith("swin") and old_swin_layout()):
         timm.create_model(f"local-dir:{folder}/encoder", pretrained=True)
 
 
 def test_what_a_training_file_says_of_itself_is_used_and_its_input_size_is_not(tmp_path: Path) -> None:
     official.mae_training_file(tmp_path / "checkpoint-3.pth")
-    run = resolve_model(str(tmp_path / "checkpoint-3.pth"), known=BOTH).run
+    run = resolve_model(str(tmp_path / "checkpoint-3.pth"), hints=BOTH).config
     assert run.image_size == (32, 32) and run.mask.ratio == 0.6
     assert run.target == TargetConfig("pixels", normalize_patches=False)
     state = openmmlab(official.mae()) | {"target_generator.low_pass_filter": torch.ones(3, 32, 32)}
-    weights = resolve_model(str(saved(tmp_path / "pixmim.pth", state, "state_dict", meta={})), known=BOTH)
-    assert weights.run.target == TargetConfig("low-frequency", radius=40.0, variant="paper-code")
-    assert list(weights.left_out) == ["target_generator.low_pass_filter"]
+    weights = resolve_model(str(saved(tmp_path / "pixmim.pth", state, "state_dict", meta={})), hints=BOTH)
+    assert weights.config.target == TargetConfig("low-frequency", radius=40.0, variant="paper-code")
+    assert list(weights.ignored_keys) == ["target_generator.low_pass_filter"]
 
 
 def test_simmims_settings_give_the_image_size(tmp_path: Path, foreign: "Foreign") -> None:
     node = foreign("yacs.config", "CfgNode", dict)
     path = saved(tmp_path / "ckpt.pth", official.simmim_swin(), config=node(DATA=node(IMG_SIZE=32)))
     foreign.forget()
-    run = resolve_model(str(path)).run
+    run = resolve_model(str(path)).config
     assert (
         run.image_size == (32, 32) and run.mask == MaskConfig("blocks", 0.6, 32, True) and run.target.distance == "l1"
     )
@@ -201,8 +201,10 @@ def test_a_linear_probes_normalisation_is_folded_into_its_head(tmp_path: Path) -
 def test_a_probe_of_convmaes_corner_is_left_out(tmp_path: Path) -> None:
     state = official.convmae(classes=5)
     state = {k.replace("fc_norm", "norm"): v for k, v in state.items()}
-    weights = resolve_model(str(saved(tmp_path / "probe.pth", state)), known=VIT)
-    assert set(weights.left_out) == {"head.weight", "head.bias"} and "first token" in weights.left_out["head.bias"]
+    weights = resolve_model(str(saved(tmp_path / "probe.pth", state)), hints=VIT)
+    assert (
+        set(weights.ignored_keys) == {"head.weight", "head.bias"} and "first token" in weights.ignored_keys["head.bias"]
+    )
     load_encoder(tmp_path / "probe.pth", **VIT)
 
 
@@ -255,7 +257,7 @@ WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
 def test_a_model_is_found_behind_what_training_code_puts_around_it(name: str, tmp_path: Path) -> None:
     content, known, shift = WRAPPED[name]
     torch.save(content, tmp_path / "x.ckpt")
-    weights = resolve_model(str(tmp_path / "x.ckpt"), known={**VIT, **known})
+    weights = resolve_model(str(tmp_path / "x.ckpt"), hints={**VIT, **known})
     assert weights.encoder.keys() == ENCODER.keys()
     assert all(torch.equal(weights.encoder[key], ENCODER[key] + shift) for key in ENCODER)
     noted = ("solo-learn", "DINO", "I-JEPA", "MoCo v3", "timm", "timm's average", "DeiT's average")
@@ -267,11 +269,11 @@ def test_the_official_names_come_first_and_a_wrong_prefix_is_named(tmp_path: Pat
     """SimMIM's own files begin with encoder., mmselfsup's with backbone.: those are no wrappers there."""
     for state in (official.simmim_vit(), openmmlab(official.mae())):
         path = saved(tmp_path / "x.pth", behind("model.", state), "state_dict")
-        assert resolve_model(str(path), known=BOTH).whole
+        assert resolve_model(str(path), hints=BOTH).has_decoder
     with pytest.raises(UserError, match=r"--prefix teacher: no tensor's name begins so; they begin with .model"):
-        resolve_model(str(path), known={**BOTH, "prefix": "teacher"})
+        resolve_model(str(path), hints={**BOTH, "prefix": "teacher"})
     with pytest.raises(UserError, match=r"--ema: .* holds no average"):
-        resolve_model(str(path), known={**BOTH, "ema": True})
+        resolve_model(str(path), hints={**BOTH, "ema": True})
 
 
 @pytest.mark.parametrize(
@@ -296,7 +298,7 @@ def test_what_cannot_be_used_is_named_for_what_it_is(
     ):
         path = saved(tmp_path / "x.pth", behind(prefix, {**rest, key: torch.ones(shape)}))
         with pytest.raises(UserError, match=f"it is {named}.*, which pixmim does not use"):
-            resolve_model(str(path), known=VIT)
+            resolve_model(str(path), hints=VIT)
 
 
 # ---- sizes, normalization, and what is assumed
@@ -314,10 +316,10 @@ def test_positions_are_refitted_where_the_grid_differs_though_their_number_does_
     assert torch.equal(encoder.pos_embed, expected) and not torch.equal(expected, state["pos_embed"])
     told = load_encoder(path, **VIT, size="32x72", img_size=(32, 72))  # unless they are said to be of that grid
     assert torch.equal(told.pos_embed, state["pos_embed"])
-    assert resolve_model(str(path), known={**VIT, "size": "32x72"}).run.image_size == (32, 72)
+    assert resolve_model(str(path), hints={**VIT, "size": "32x72"}).config.image_size == (32, 72)
     with pytest.raises(UserError, match="64x144 makes 8x18 patches of 8 pixels, and it has a table of 36 positions"):
-        resolve_model(str(path), known={**VIT, "size": "64x144"})
-    (note,) = resolve_model(str(path), known=VIT).notes
+        resolve_model(str(path), hints={**VIT, "size": "64x144"})
+    (note,) = resolve_model(str(path), hints=VIT).notes
     assert note.endswith("--size 48x48 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225")
 
     run = tiny_run(size="32x48", model=replace(tiny_run().model, name="simmim", backbone="beit_base_patch16_224"))
@@ -331,13 +333,13 @@ def test_positions_are_refitted_where_the_grid_differs_though_their_number_does_
 def test_what_the_caller_says_of_mean_and_std_counts(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pth", ENCODER)
     said = {**VIT, "size": "32", "mean": (0.1, 0.2, 0.3), "std": (0.1, 0.2, 0.3)}
-    weights = resolve_model(str(path), known=said)
-    assert weights.run.normalization == (said["mean"], said["std"]) and not weights.notes
+    weights = resolve_model(str(path), hints=said)
+    assert weights.config.normalization == (said["mean"], said["std"]) and not weights.notes
     import_weights(weights, tmp_path / "kept")
-    assert resolve_model(str(tmp_path / "kept")).run.normalization == (said["mean"], said["std"])
-    assert resolve_model(str(tmp_path / "kept"), known={"mean": (0.5, 0.5, 0.5)}).run.mean == (0.5, 0.5, 0.5)
+    assert resolve_model(str(tmp_path / "kept")).config.normalization == (said["mean"], said["std"])
+    assert resolve_model(str(tmp_path / "kept"), hints={"mean": (0.5, 0.5, 0.5)}).config.mean == (0.5, 0.5, 0.5)
     with pytest.raises(UserError, match="leave out --size"):
-        resolve_model(str(tmp_path / "kept" / "encoder"), known={"size": "64"})
+        resolve_model(str(tmp_path / "kept" / "encoder"), hints={"size": "64"})
 
 
 def test_a_mask_of_another_grid_is_refused_by_name(tiny_run: Make) -> None:
@@ -386,7 +388,7 @@ def test_hugging_faces_classifiers_with_their_norms(
     with torch.no_grad():
         torch.testing.assert_close(load_encoder(tmp_path)(images), theirs(images).logits, atol=6e-6, rtol=0)
     weights = resolve_model(str(tmp_path))
-    assert weights.run.normalization == ((0.1, 0.2, 0.3), (0.2, 0.3, 1.0)) and weights.notes == ()
+    assert weights.config.normalization == ((0.1, 0.2, 0.3), (0.2, 0.3, 1.0)) and weights.notes == ()
 
 
 # ---- Hugging Face
@@ -411,7 +413,7 @@ def test_hugging_faces_vitmae_in_every_way_it_is_written(tmp_path: Path) -> None
         with torch.no_grad():
             found = model(images, Mask.from_hidden(output.mask.bool()))
         torch.testing.assert_close(found, output.logits, atol=1e-4, rtol=0)
-    run = resolve_model(str(tmp_path / "saved")).run
+    run = resolve_model(str(tmp_path / "saved")).config
     assert run.mask.ratio == 0.5 and run.target.normalize_patches
 
 
@@ -454,7 +456,7 @@ def test_harmless_objects_of_other_projects_are_read_without_them(tmp_path: Path
     more = {"message_hub": {"loss": buffer}, "hyper_parameters": said}
     path = saved(tmp_path / "epoch_1.pth", openmmlab(official.mae()), "state_dict", **more)
     foreign.forget()
-    assert resolve_model(str(path), known=BOTH).whole
+    assert resolve_model(str(path), hints=BOTH).has_decoder
 
 
 class Evil:
@@ -602,10 +604,10 @@ def test_a_run_begins_from_its_own_kind_exactly(tiny_run: Make, tmp_path: Path) 
     assert any("what decodes: " in line for line in lines)
 
 
-def adopt_model(model: torch.nn.Module, run: PretrainConfig, folder: Path) -> None:
+def adopt_model(model: torch.nn.Module, config: PretrainConfig, folder: Path) -> None:
     from pixmim.weights.detect import Weights
 
-    import_weights(Weights(run, dict(model.state_dict()), "a test"), folder)
+    import_weights(Weights(config, dict(model.state_dict()), "a test"), folder)
 
 
 def test_what_does_not_fit_is_refitted_or_begins_anew_and_is_said(tiny_run: Make, tmp_path: Path) -> None:
@@ -621,7 +623,7 @@ def test_what_does_not_fit_is_refitted_or_begins_anew_and_is_said(tiny_run: Make
     model = build_model(replace(base, model=replace(base.model, decoder_dim=32)))
     assert "begins anew" in "\n".join(initialize_from(model, replace(base, init=init)))
     wider = replace(base, model=replace(base.model, options=dict(base.model.options) | {"embed_dim": 64}), init=init)
-    with pytest.raises(UserError, match=r"its encoder is another one: '.*' is 32 there and 64"):
+    with pytest.raises(UserError, match=r"the encoder differs: '.*' is 32 there and 64"):
         initialize_from(build_model(wider), wider)
     flatter = replace(base, model=replace(base.model, options=dict(base.model.options) | {"depth": 1}), init=init)
     with pytest.raises(UserError, match=r"its encoder has blocks\.1\..*, which vit_tiny_patch16_224 does not"):

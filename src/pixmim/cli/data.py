@@ -31,8 +31,8 @@ def cache(args: list[str]) -> int:
         raw: bool = False,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
         channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3,
-        pixels: Literal["uint8", "uint16", "float32"] = "uint8",
-        pages: Literal["first", "channels"] = "first",
+        dtype: Literal["uint8", "uint16", "float32"] = "uint8",
+        tiff_pages: Literal["first", "channels"] = "first",
         per_shard: Count = 2000,
         threads: Threads = 0,
     ) -> int:
@@ -46,12 +46,12 @@ def cache(args: list[str]) -> int:
             out: The folder of the cache.
             size: Side of what the network will see, or HEIGHTxWIDTH: images just cover it, aspect kept.
             quality: Of the JPEGs.
-            chroma: 444 keeps colours at full resolution; 420 is smaller and faster, and disturbs the target more.
+            chroma: 444 keeps colors at full resolution; 420 is smaller and faster, and disturbs the target more.
             raw: Pixels instead of JPEGs: no decoding later, four times the space. For all but uint8 in 1 or 3 channels.
             interpolation: Resampling, always with antialias; the crop's of the run to come.
-            channels: Colour (3), grey (1), or as many as the files have.
-            pixels: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
-            pages: Of a TIFF with several pages: the first one, or all of them as channels.
+            channels: Color (3), grey (1), or as many as the files have.
+            dtype: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
+            tiff_pages: Of a TIFF with several pages: the first one, or all of them as channels.
             per_shard: Images in a tar.
             threads: 0: one for each core, at most 16.
         """
@@ -62,7 +62,7 @@ def cache(args: list[str]) -> int:
         from pixmim.utils.progress import progress
 
         console = Console()
-        source = open_dataset(absolute(data), ImageSpec(channels, pixels, pages))
+        source = open_dataset(absolute(data), ImageSpec(channels, dtype, tiff_pages))
         with progress(f"caching {data}", len(source), console) as advance:
             made = make_cache(
                 source,
@@ -102,8 +102,8 @@ def stats(args: list[str]) -> int:
         /,
         *,
         channels: Annotated[int, Whole(0, MAX_CHANNELS)] = 0,
-        pixels: Literal["auto", "uint8", "uint16", "float32"] = "auto",
-        pages: Literal["first", "channels"] = "first",
+        dtype: Literal["auto", "uint8", "uint16", "float32"] = "auto",
+        tiff_pages: Literal["first", "channels"] = "first",
         images: Some = 5000,
         threads: Threads = 0,
     ) -> int:
@@ -115,8 +115,8 @@ def stats(args: list[str]) -> int:
         Args:
             data: A folder of images, a cache, tars, a .txt that names images, a URL, or shapes:.
             channels: What images are brought into; 0: what most files hold.
-            pixels: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
-            pages: Of a TIFF with several pages: the first one, or all of them as channels.
+            dtype: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
+            tiff_pages: Of a TIFF with several pages: the first one, or all of them as channels.
             images: Images to measure, spread evenly over the data, the same ones each time; 0: all.
             threads: 0: one for each core, at most 16.
         """
@@ -130,12 +130,12 @@ def stats(args: list[str]) -> int:
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)
-        form = settings.form if settings is not None else ImageSpec(pages=pages)
+        form = settings.image_spec if settings is not None else ImageSpec(tiff_pages=tiff_pages)
         source = open_dataset(spec, form)
-        kinds = look.kinds(source, look.sample(len(source), _LOOK), pages)
-        likely = form if settings is not None else look.fitting(kinds, pages)
-        form = ImageSpec(channels or likely.channels, likely.pixels if pixels == "auto" else pixels, likely.pages)
-        if form != source.form:
+        kinds = look.kinds(source, look.sample(len(source), _LOOK), tiff_pages)
+        likely = form if settings is not None else look.fitting(kinds, tiff_pages)
+        form = ImageSpec(channels or likely.channels, likely.dtype if dtype == "auto" else dtype, likely.tiff_pages)
+        if form != source.image_spec:
             source = open_dataset(spec, form)
         check_writable(look.place(spec, form))
         chosen, began = look.sample(len(source), images), time.monotonic()

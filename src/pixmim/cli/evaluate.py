@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, Suppress, arg
 
-from pixmim.cli.flags import Said, SaidButSize, absolute, checked
+from pixmim.cli.flags import ModelFlags, ModelFlagsWithoutSize, absolute, checked
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.utils.console import print_plain
@@ -28,7 +28,7 @@ def evaluate(args: list[str]) -> int:
         raise UserError(f"there is no evaluation '{name}'{did_you_mean(name, known)}\n\n{_overview()}")
     settings_type = EvaluateAllSettings if name == "all" else EVALS[name].settings
     overwrite_type = bool if name in ("finetune", "all") else Suppress[bool]
-    said_type = SaidButSize if any(f.name == "size" for f in fields(settings_type)) else Said
+    flags_type = ModelFlagsWithoutSize if any(f.name == "size" for f in fields(settings_type)) else ModelFlags
 
     def command(
         models: Positional[tuple[str, ...]],
@@ -40,7 +40,7 @@ def evaluate(args: list[str]) -> int:
         out: Path | None = None,
         device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-        said: Annotated[said_type, arg(name="")] = said_type(),  # type: ignore[valid-type]  # noqa: B008
+        model_flags: Annotated[flags_type, arg(name="")] = flags_type(),  # type: ignore[valid-type]  # noqa: B008
     ) -> tuple[tuple[str, ...], Any, Path | None, dict[str, Any]]:
         """Measure an encoder, or several side by side.
 
@@ -53,10 +53,10 @@ def evaluate(args: list[str]) -> int:
                 several in report.html.
             device: auto, cpu, cuda, cuda:1, mps.
             precision: auto: bf16 where the device computes in it.
-            said: What a file does not say.
+            model_flags: What the file does not contain.
         """
         how = {"untrained": untrained, "overwrite": overwrite, "device": device, "precision": precision}
-        return models, settings, out, {**how, "known": said.known}  # type: ignore[attr-defined]
+        return models, settings, out, {**how, "known": model_flags.hints}  # type: ignore[attr-defined]
 
     about = str(settings_type.__doc__) + (f" Needs {EVALS[name].needs}." if name in EVALS else "")
     models, settings, out, how = tyro.cli(
@@ -67,13 +67,13 @@ def evaluate(args: list[str]) -> int:
     from pixmim.api import with_full_paths
     from pixmim.evaluation.evaluate import evaluate_many
     from pixmim.evaluation.results import save
-    from pixmim.report import MARK
+    from pixmim.report import DATA_MARK
 
     console, settings = Console(), with_full_paths(settings)
     evaluations = settings.parts() if isinstance(settings, EvaluateAllSettings) else [(name, settings)]
     homes = {model: _home(model, out, several=len(set(models)) > 1) for model in models}
     page = _page(list(homes.values()), out / "report.html" if out else None)
-    check_output(page, mark=MARK)
+    check_output(page, mark=DATA_MARK)
     for home in homes.values():
         check_writable(home / "evaluations" / "results.json")
     for result, home in evaluate_many(homes, evaluations, console=console, **how):

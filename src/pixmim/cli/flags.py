@@ -27,7 +27,7 @@ def checked(command: Callable[..., T]) -> Callable[..., T]:
 
 
 @dataclass(frozen=True)
-class Said(Settings):
+class ModelFlags(Settings):
     """What a file of weights does not say of its model."""
 
     size: Annotated[str, Sides(empty=True)] = ""
@@ -46,14 +46,14 @@ class Said(Settings):
     """Of a training file, take the average of the weights instead of the weights."""
 
     @property
-    def known(self) -> dict[str, Any]:
+    def hints(self) -> dict[str, Any]:
         """What was said, as `weights.load.resolve_model` takes it."""
         values = asdict(self)
         return {**values, "num_heads": values.pop("heads")}
 
 
 @dataclass(frozen=True)
-class SaidButSize(Said):
+class ModelFlagsWithoutSize(ModelFlags):
     """The same where --size is another thing: the size that a model is trained further at."""
 
     size: Suppress[str] = ""

@@ -51,7 +51,7 @@ def read_flags(args: list[str]) -> Flags:
         track: tuple[TrackerName, ...] = (),
         config: Annotated[PretrainConfig, arg(name="")] = base,
     ) -> tuple[bool, tuple[TrackerName, ...], PretrainConfig]:
-        """Pre-train a backbone on unlabelled images.
+        """Pre-train a backbone on unlabeled images.
 
         Args:
             name: Name of a recipe (see `pixmim list`), or the config.json of another run.

@@ -75,22 +75,24 @@ def slurm(args: list[str]) -> int:
     return 0
 
 
-def _build(run: PretrainConfig) -> None:
+def _build(config: PretrainConfig) -> None:
     """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
     from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, sketch
 
-    patch = sketch(lambda: build_model(run), run.model.backbone).patch
-    build_mask_sampler(run, patch)
-    build_crop(run)
-    build_loss(run)
+    patch = sketch(lambda: build_model(config), config.model.backbone).patch
+    build_mask_sampler(config, patch)
+    build_crop(config)
+    build_loss(config)
 
 
-def _absent(run: PretrainConfig) -> list[str]:
+def _absent(config: PretrainConfig) -> list[str]:
     """Paths in the settings that are not on this machine."""
     from pixmim.data.uri import is_there, read_parts
 
-    parts = [part.source for data in (run.data, run.knn.train, run.knn.test) if data for part in read_parts(data)]
+    parts = [
+        part.source for data in (config.data, config.knn.train, config.knn.test) if data for part in read_parts(data)
+    ]
     absent = [source for source in parts if not is_there(source)]
-    if run.init and not run.init.startswith("timm:") and not Path(run.init).expanduser().exists():
-        absent.append(run.init)
+    if config.init and not config.init.startswith("timm:") and not Path(config.init).expanduser().exists():
+        absent.append(config.init)
     return absent

@@ -24,8 +24,8 @@ def bench_data(args: list[str]) -> int:
         size: Size = "224",
         crop: Literal["simple-resized", "random-resized", "center"] = "simple-resized",
         channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3,
-        pixels: Literal["uint8", "uint16", "float32"] = "uint8",
-        pages: Literal["first", "channels"] = "first",
+        dtype: Literal["uint8", "uint16", "float32"] = "uint8",
+        tiff_pages: Literal["first", "channels"] = "first",
         threads: Threads = 0,
         target_rate: Annotated[float | None, Real(0, 1e9, above=True)] = None,
         seconds: Annotated[float, Real(0, 3_600, above=True)] = 1.0,
@@ -38,9 +38,9 @@ def bench_data(args: list[str]) -> int:
             data: Images, as pretrain's --data takes them.
             size: Side of what the network will see, or HEIGHTxWIDTH.
             crop: simple-resized (PixMIM), random-resized (MAE) or center.
-            channels: Colour (3), grey (1), or as many as the files have.
-            pixels: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
-            pages: Of a TIFF with several pages: the first one, or all of them as channels.
+            channels: Color (3), grey (1), or as many as the files have.
+            dtype: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
+            tiff_pages: Of a TIFF with several pages: the first one, or all of them as channels.
             threads: 0: one for each core, at most 16.
             target_rate: Throughput your model needs, in images/s; reports whether the data pipeline keeps up.
             seconds: Length of each of some 15 turns.
@@ -52,7 +52,7 @@ def bench_data(args: list[str]) -> int:
         from pixmim.data.throughput import measure, recommend
 
         run = config.PretrainConfig(
-            size=size, channels=channels, pixels=pixels, pages=pages, crop=config.CropConfig(kind=crop)
+            size=size, channels=channels, dtype=dtype, tiff_pages=tiff_pages, crop=config.CropConfig(kind=crop)
         )
         form = image_spec(run)
         source = open_dataset(absolute(data), form)

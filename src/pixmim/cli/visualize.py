@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.flags import Said, checked
+from pixmim.cli.flags import ModelFlags, checked
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output
@@ -31,7 +31,7 @@ def reconstruct(args: list[str]) -> int:
         out: Path = Path("reconstruction.png"),
         overwrite: bool = False,
         count: Annotated[int, Whole(1, 10_000)] = 16,
-        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
         bands: str = "",
     ) -> int:
         """Hide patches of pictures and draw what a model predicts there, beside what it saw and should have predicted.
@@ -42,7 +42,7 @@ def reconstruct(args: list[str]) -> int:
             out: The PNG to write: a row for each picture.
             overwrite: Replace a file that is there.
             count: Most pictures to draw; of more, a random choice.
-            said: What the file does not say.
+            model_flags: What the file does not contain.
             bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
         """
         from pixmim.api import reconstruct as draw
@@ -50,7 +50,7 @@ def reconstruct(args: list[str]) -> int:
 
         _some(images)
         kind = _kind(out, overwrite)
-        _save(draw(_opened(model, said, whole=True), images, count=count, bands=bands), out, kind)
+        _save(draw(_opened(model, model_flags, with_decoder=True), images, count=count, bands=bands), out, kind)
         print_plain(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
         print_plain(Console(), f"written to {out}")
         return 0
@@ -69,7 +69,7 @@ def attention(args: list[str]) -> int:
         out: Path = Path("attention.png"),
         overwrite: bool = False,
         count: Annotated[int, Whole(1, 10_000)] = 8,
-        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
         bands: str = "",
     ) -> int:
         """Draw the attention of the last block over pictures: of all heads together, and of each one.
@@ -80,7 +80,7 @@ def attention(args: list[str]) -> int:
             out: The PNG to write: a row for each picture.
             overwrite: Replace a file that is there.
             count: Most pictures to draw.
-            said: What the file does not say.
+            model_flags: What the file does not contain.
             bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
         """
         from pixmim.build import image_spec
@@ -91,8 +91,8 @@ def attention(args: list[str]) -> int:
 
         _some(images)
         kind = _kind(out, overwrite)
-        weights = with_bands(_opened(model, said), bands)
-        columns, names, bad = attention_sheet(weights, from_paths(images, image_spec(weights.run)), count)
+        weights = with_bands(_opened(model, model_flags), bands)
+        columns, names, bad = attention_sheet(weights, from_paths(images, image_spec(weights.config)), count)
         _save(labeled_grid(columns, names), out, kind)
         for line in bad:
             print_plain(Console(stderr=True), f"left out: {line}")
@@ -116,7 +116,7 @@ def embed(args: list[str]) -> int:
         batch_size: Annotated[int, Whole(1, 1_000_000)] = 256,
         device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
     ) -> int:
         """Write the features of every image of a data set, with its file's name; goes on where it was interrupted.
 
@@ -129,12 +129,12 @@ def embed(args: list[str]) -> int:
             batch_size: Images at a time.
             device: auto, cpu, cuda, cuda:1, mps.
             precision: auto: bf16 where the device computes in it.
-            said: What the file does not say.
+            model_flags: What the file does not contain.
         """
         from pixmim.api import embed_to_file
 
         embed_to_file(
-            _opened(model, said),
+            _opened(model, model_flags),
             data,
             out,
             features=kind,
@@ -148,11 +148,11 @@ def embed(args: list[str]) -> int:
     return tyro.cli(checked(command), prog="pixmim embed", args=args)
 
 
-def _opened(model: str, said: Said, whole: bool = False) -> "Weights":
+def _opened(model: str, model_flags: ModelFlags, with_decoder: bool = False) -> "Weights":
     """Open a model and print how far its training is, and what was assumed of it."""
     from pixmim.weights.load import describe, resolve_model
 
-    weights = resolve_model(model, whole=whole, known=said.known)
+    weights = resolve_model(model, with_decoder=with_decoder, hints=model_flags.hints)
     for line in describe(model, weights):
         print_plain(Console(), line)
     return weights

@@ -7,30 +7,30 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.flags import Said
+from pixmim.cli.flags import ModelFlags
 from pixmim.utils.console import print_plain
 
 
 def import_(args: list[str]) -> int:
-    """Recognise a file of weights, say what is in it, and keep it as a folder that the other commands take."""
+    """Recognize a file of weights, say what is in it, and keep it as a folder that the other commands take."""
 
     def command(
         file: Positional[str],
         /,
         *,
         to: Path | None = None,
-        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
     ) -> int:
         """Take over weights: of MAE, LSMAE, ConvMAE, SimMIM, mmselfsup, mmpretrain, timm, Hugging Face.
 
         Args:
             file: A file, a folder that holds one, or timm:NAME. Nothing that is in it is run.
             to: A new folder, for the other commands; otherwise only the report is given.
-            said: What the file does not say.
+            model_flags: What the file does not contain.
         """
         from pixmim.weights.load import import_weights, resolve_model
 
-        for line in import_weights(resolve_model(file, whole=True, known=said.known), to):
+        for line in import_weights(resolve_model(file, with_decoder=True, hints=model_flags.hints), to):
             print_plain(Console(), line)
         return 0
 
@@ -47,7 +47,7 @@ def export(args: list[str]) -> int:
         to: Literal["timm", "hf", "mmpretrain", "detectron2", "onnx"],
         out: Path | None = None,
         push: str = "",
-        said: Annotated[Said, arg(name="")] = Said(),  # noqa: B008
+        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
     ) -> int:
         """Hand a backbone over.
 
@@ -56,11 +56,11 @@ def export(args: list[str]) -> int:
             to: Who is to read it. hf takes the decoder along, where transformers has the same model.
             out: A new folder; otherwise MODEL-FORMAT.
             push: Name of a repository on the Hugging Face hub, to put the folder there as well (timm, hf, onnx).
-            said: What the file does not say.
+            model_flags: What the file does not contain.
         """
         from pixmim.export import export_model
 
-        for line in export_model(model, to, out, push, said.known):
+        for line in export_model(model, to, out, push, model_flags.hints):
             print_plain(Console(), line)
         return 0
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, Unpack
 
-from pixmim.data.caching import Place
+from pixmim.data.caching import CacheLocation
 from pixmim.data.dataset import RGB, ImageDataset, ImageSpec
 from pixmim.data.gpu_loader import GpuLoader
 from pixmim.data.huggingface import is_arrow_dataset, open_huggingface
@@ -70,7 +70,7 @@ def create_loader(
     source: ImageDataset,
     crop: Crop,
     shard: BatchShard,
-    place: Place,
+    place: CacheLocation,
     **options: Unpack[LoaderOptions],
 ) -> BatchLoader[Any, Batch]:
     """Create the loader for a place to cache decoded images, as `caching.choose_cache_location` returns it.

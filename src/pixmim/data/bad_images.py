@@ -47,13 +47,13 @@ class BadImageLog:
     def __contains__(self, index: int) -> bool:
         return index in self._bad
 
-    def passed(self, index: int) -> None:
+    def mark_ok(self, index: int) -> None:
         """An image was read. Raises UserError as `add` does: threads may come to the unreadable ones first."""
         if not self._seen[index]:
             with self._lock:
                 self._see(index)
 
-    def add(self, index: int, image: str, reason: str) -> None:
+    def record(self, index: int, image: str, reason: str) -> None:
         """An image cannot be read. Raises UserError if that makes too many."""
         with self._lock:
             if index in self._bad:
@@ -69,14 +69,14 @@ class BadImageLog:
         self._count += not self._seen[index]
         self._seen[index] = True
         if self._count >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * self._count:
-            raise self.too_many()
+            raise self.error()
 
     @property
     def reasons(self) -> str:
         """Reasons with how many images each has, in a line: what stands before the first colon of each."""
         return "; ".join(f"{count:,} x {kind}" for kind, count in self._kinds.most_common(20))
 
-    def too_many(self) -> UserError:
+    def error(self) -> UserError:
         """The error that ends the run, with a few of the reasons."""
         some = "\n".join(f"  {line}" for line in list(self._bad.values())[:3])
         where = f" All are listed in {self._path}." if self._path else ""

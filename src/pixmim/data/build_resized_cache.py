@@ -87,8 +87,8 @@ def make_cache(
         UserError: If the folder has other content, or a cache of other images or settings; or if JPEG cannot hold
             the images.
     """
-    if kind == "jpeg" and (source.form.channels not in (1, 3) or source.form.pixels != "uint8"):
-        raise UserError(f"JPEG cannot hold {source.form}, only 1 or 3 channels in uint8: pass --raw")
+    if kind == "jpeg" and (source.image_spec.channels not in (1, 3) or source.image_spec.dtype != "uint8"):
+        raise UserError(f"JPEG cannot hold {source.image_spec}, only 1 or 3 channels in uint8: pass --raw")
     rank, world_size = part or shard_assignment()
     settings = CacheSettings(
         data=source.spec,
@@ -100,10 +100,10 @@ def make_cache(
         kind=kind,
         quality=quality if kind == "jpeg" else 0,
         chroma=chroma if kind == "jpeg" else "",
-        channels=source.form.channels,
+        channels=source.image_spec.channels,
         per_shard=per_shard,
-        pixels=source.form.pixels,
-        pages=source.form.pages,
+        dtype=source.image_spec.dtype,
+        tiff_pages=source.image_spec.tiff_pages,
     )
     _write_or_check_settings(folder, settings)
     start, images, written, done = time.monotonic(), 0, 0, 0
@@ -223,9 +223,9 @@ def _make_sample(
 ) -> Sample | None:
     """Return an image resized and encoded, or None if it cannot be read."""
     try:
-        original = source.array(index)
+        original = source.read_array(index)
     except BadImage as error:
-        skipped.add(index, source.path_of(index), str(error))
+        skipped.record(index, source.path_of(index), str(error))
         return None
     height, width, _ = original.shape
     to = cover_size((height, width), (settings.size[0], settings.size[1]))

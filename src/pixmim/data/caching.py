@@ -17,22 +17,23 @@ from pixmim.transforms.crops import Crop
 from pixmim.utils.errors import UserError
 
 Keep = Literal["auto", "gpu", "ram", "none"]
-Place = Literal["gpu", "ram", "none"]
+CacheLocation = Literal["gpu", "ram", "none"]
 
-SHARE = 0.25
+RAM_SHARE = 0.25
 """Share of a memory that decoded images may take without being asked to."""
 
 
 def choose_cache_location(
     source: ImageDataset, crop: Crop, how: Keep, device: torch.device, processes: int = 1
-) -> tuple[Place, str]:
+) -> tuple[CacheLocation, str]:
     """Where decoded images stay, and why, in a line; empty where there is no choice. Raises UserError.
 
     processes  of the run on this machine: each keeps images of its own, and they share its memory
     """
     need = decoded_bytes(source)
     cuts = source.sizes is not None and all(
-        crop.corner((h, w), (0.0,) * crop.draws) is not None for h, w in np.unique(source.sizes, axis=0).tolist()
+        crop.offset_without_resize((h, w), (0.0,) * crop.num_uniforms) is not None
+        for h, w in np.unique(source.sizes, axis=0).tolist()
     )
     if how == "gpu" and not cuts:
         raise UserError(
@@ -42,9 +43,9 @@ def choose_cache_location(
     if need is None:
         return ("ram", "kept in memory once decoded, however many they are") if how == "ram" else ("none", "")
     size = f"{need / 2**30:.1f} GiB decoded"
-    if how == "gpu" or (how == "auto" and cuts and device.type != "cpu" and need <= SHARE * _of_device(device)):
+    if how == "gpu" or (how == "auto" and cuts and device.type != "cpu" and need <= RAM_SHARE * _of_device(device)):
         return "gpu", f"kept on the device, {size} (--cache-images ram or disk: not)"
-    if how == "ram" or (how == "auto" and need <= SHARE * of_machine() / processes):
+    if how == "ram" or (how == "auto" and need <= RAM_SHARE * total_ram() / processes):
         return "ram", f"kept in memory once decoded, {size} (--cache-images none: not)"
     if how == "auto":
         shared = f", which {processes} processes share" * (processes > 1)
@@ -58,10 +59,10 @@ def decoded_bytes(source: ImageDataset) -> int | None:
     """Bytes of all images once decoded, or None where only reading them tells."""
     if source.sizes is None:
         return None
-    return int(source.sizes.prod(axis=1).sum()) * source.form.channels * source.form.bytes
+    return int(source.sizes.prod(axis=1).sum()) * source.image_spec.channels * source.image_spec.bytes
 
 
-def of_machine() -> int:
+def total_ram() -> int:
     """Bytes of memory of this machine; 0 where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pixmim.transforms.crops import Array, as_image
 
-Pixels = Literal["uint8", "uint16", "float32"]
+DType = Literal["uint8", "uint16", "float32"]
 """How a pixel is held: 255 or 65535 count as one, or floating-point values are taken as they are."""
 
-Pages = Literal["first", "channels"]
+TiffPages = Literal["first", "channels"]
 """What counts of a TIFF with several pages: the first one, or the channels of all of them, one after another."""
 
 
@@ -26,27 +26,29 @@ class ImageSpec:
     """What every image of a data set is brought into, whatever its file holds."""
 
     channels: int = 3
-    pixels: Pixels = "uint8"
-    pages: Pages = "first"
+    dtype: DType = "uint8"
+    tiff_pages: TiffPages = "first"
 
     @property
-    def dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         """Of its images as tensors."""
-        return {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[self.pixels]
+        return {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[self.dtype]
 
     @property
     def bytes(self) -> int:
         """That one value takes."""
-        return self.dtype.itemsize
+        return self.torch_dtype.itemsize
 
     @property
     def flags(self) -> str:
         """How the command line is told of it."""
-        return f"--channels {self.channels} --pixels {self.pixels}" + " --pages channels" * (self.pages == "channels")
+        return f"--channels {self.channels} --dtype {self.dtype}" + " --tiff-pages channels" * (
+            self.tiff_pages == "channels"
+        )
 
     def __str__(self) -> str:
-        pages = ", pages as channels" if self.pages == "channels" else ""
-        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.pixels}{pages}"
+        pages = ", pages as channels" if self.tiff_pages == "channels" else ""
+        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.dtype}{pages}"
 
 
 RGB = ImageSpec()
@@ -68,21 +70,21 @@ class ImageDataset(ABC):
     stray    the image whose place leaves a folder without classes; empty where there is none
     """
 
-    stray = ""
+    stray_file = ""
 
     def __init__(
         self,
         spec: str,
-        form: ImageSpec,
+        image_spec: ImageSpec,
         *,
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
-        about: str = "",
+        description: str = "",
         sizes: npt.NDArray[np.integer] | None = None,
-        pieces: npt.NDArray[np.int64] | None = None,
+        shard_sizes: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self.spec, self.form, self.classes = spec, form, list(classes)
-        self.about, self.sizes, self.pieces = about, sizes, pieces
+        self.spec, self.image_spec, self.classes = spec, image_spec, list(classes)
+        self.description, self.sizes, self.shard_sizes = description, sizes, shard_sizes
         self._labels = labels
 
     @property
@@ -91,21 +93,25 @@ class ImageDataset(ABC):
         return self._labels
 
     @property
-    def no_labels(self) -> str:
+    def no_labels_message(self) -> str:
         """What an evaluation says where there are no labels."""
-        why = f". It has subfolders, but {self.stray} is beside them: move it into one, or away" if self.stray else ""
+        why = (
+            f". It has subfolders, but {self.stray_file} is beside them: move it into one, or away"
+            if self.stray_file
+            else ""
+        )
         return f"{self.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=){why}"
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
-        """Read and decode one image, in the data set's form. Raises BadImage."""
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        """Read and decode one image, in the data set's format. Raises BadImage."""
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         """The same as a tensor."""
-        return as_image(self.array(index))
+        return as_image(self.read_array(index))
 
     @abstractmethod
     def path_of(self, index: int) -> str:
@@ -121,7 +127,7 @@ class ImageDataset(ABC):
             digest.update(self.path_of(index).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()[:16]
 
-    def prefetch(self, pieces: Sequence[int]) -> None:  # noqa: B027 (most data sets have nothing to fetch)
+    def prefetch(self, shards: Sequence[int]) -> None:  # noqa: B027 (most data sets have nothing to fetch)
         """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
 
 
@@ -146,9 +152,9 @@ _ON = 16  # pieces that a reader in order is taken to need next
 
 def prefetch_in_order(source: ImageDataset) -> Callable[[int], None]:
     """Gives a function that lets a data set hear which image a reader in order has come to."""
-    if source.pieces is None:
+    if source.shard_sizes is None:
         return lambda index: None
-    ends, before = np.cumsum(source.pieces), -1
+    ends, before = np.cumsum(source.shard_sizes), -1
 
     def advance(index: int) -> None:
         nonlocal before

@@ -27,11 +27,11 @@ class GpuLoader(BatchLoader[None, Batch]):
     """
 
     def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
-        super().__init__(dataset, crop.draws, shard, **options)
+        super().__init__(dataset, crop.num_uniforms, shard, **options)
         assert dataset.sizes is not None
-        self._crop, self._sizes, self._dtype = crop, dataset.sizes, dataset.form.dtype
+        self._crop, self._sizes, self._dtype = crop, dataset.sizes, dataset.image_spec.torch_dtype
         self._ends = np.cumsum(self._sizes.prod(axis=1))
-        shape = int(self._ends[-1]), dataset.form.channels
+        shape = int(self._ends[-1]), dataset.image_spec.channels
         self._pixels = as_int16_view(torch.empty(shape, dtype=self._dtype, device=self._device))
         advance = prefetch_in_order(dataset)
         advance(0)
@@ -47,11 +47,11 @@ class GpuLoader(BatchLoader[None, Batch]):
         try:
             image = self._dataset.image(index)
         except BadImage as error:
-            self._skipped.add(index, self._dataset.path_of(index), str(error))
+            self._skipped.record(index, self._dataset.path_of(index), str(error))
             return
         end, count = int(self._ends[index]), int(self._sizes[index].prod())
         self._pixels[end - count : end] = as_int16_view(image).permute(1, 2, 0).reshape(count, -1).to(self._device)
-        self._skipped.passed(index)
+        self._skipped.mark_ok(index)
 
     def _read(self, index: int, flip: bool, u: list[float]) -> None:
         """Do nothing: the image is on the device."""
@@ -66,7 +66,7 @@ class GpuLoader(BatchLoader[None, Batch]):
         def prepare(row: int) -> None:
             _, index, flips[row], u = self._read_row(samples, row)
             h, w = self._sizes[index].tolist()
-            corner = self._crop.corner((h, w), u)
+            corner = self._crop.offset_without_resize((h, w), u)
             assert corner is not None
             numbers[row] = index
             columns[:, row] = self._ends[index] - h * w, *corner, h, w

@@ -90,7 +90,9 @@ class ArrowDataset(ImageDataset):
         self._bytes, self._paths = _image_chunks(dataset, column, spec)
         self._starts = np.cumsum([0] + [len(chunk) for chunk in dataset.data.column(column).chunks]).tolist()
         labels, classes, note = _read_labels(dataset, label, self._rows, spec)
-        super().__init__(spec, form, labels=labels, classes=classes, about=f"images from column '{column}', {note}")
+        super().__init__(
+            spec, form, labels=labels, classes=classes, description=f"images from column '{column}', {note}"
+        )
         self._fingerprint = f"{dataset._fingerprint}-{column}"  # covers all rows and every change of the dataset
 
     def __len__(self) -> int:
@@ -126,8 +128,8 @@ class ArrowDataset(ImageDataset):
         check_bytes(len(data))
         return data
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
-        return decode(self.read(index), self.form)
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        return decode(self.read(index), self.image_spec)
 
     def _find(self, index: int) -> tuple[int, int]:
         """Return the chunk of the table that holds a row, and the row's place in it."""
@@ -450,14 +452,17 @@ def _read_labels(
         return None, [], f"no classes{choice}"
     column = wanted or named[0]
     values = _column(dataset, column, spec)
-    feature, values = dataset.features[column], values if rows is None else values.take(pyarrow.array(rows))
+    feature, values = dataset.features[column], values if rows is None else values.take(pyarrow.read_array(rows))
     if column in named:
         classes, numbers = list(feature.names), values
         if not all(isinstance(name, str) for name in classes):
             raise UserError(f"column '{column}' of {spec} names a class that is not a text")
     elif isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool")):
         different = sorted(value for value in values.unique().to_pylist() if value is not None)
-        classes, numbers = list(map(str, different)), compute.index_in(values, pyarrow.array(different, values.type))
+        classes, numbers = (
+            list(map(str, different)),
+            compute.index_in(values, pyarrow.read_array(different, values.type)),
+        )
     else:
         raise UserError(f"column '{column}' of {spec} holds {values.type}; classes are ClassLabel, numbers or words")
     labels = numbers.cast(pyarrow.int64()).fill_null(-1).to_numpy().copy()

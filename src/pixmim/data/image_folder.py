@@ -82,7 +82,7 @@ class ImageFolder(ImageDataset):
         classes: Sequence[str] = (),
         about: str = "",
     ) -> None:
-        super().__init__(spec, form, labels=labels, classes=classes, about=about)
+        super().__init__(spec, form, labels=labels, classes=classes, description=about)
         self._root, self._paths = "" if root == Path() else str(root), paths
 
     def __len__(self) -> int:
@@ -102,8 +102,8 @@ class ImageFolder(ImageDataset):
         except (OSError, ValueError) as error:  # a name may hold what no file system takes, such as a zero byte
             raise BadImage(getattr(error, "strerror", None) or str(error)) from None
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
-        return decode(self.read(index), self.form)
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        return decode(self.read(index), self.image_spec)
 
 
 def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
@@ -136,7 +136,7 @@ def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     if b"" in counts:
         files = ImageFolder(str(folder), root, paths, form, about=about)
         if len(counts) > 1:
-            files.stray = files.path_of(next(i for i, path in enumerate(found) if b"/" not in path))
+            files.stray_file = files.path_of(next(i for i, path in enumerate(found) if b"/" not in path))
         return files
     tops = {os.fsdecode(top[:-1]): count for top, count in sorted(counts.items())}  # in the order of the paths
     classes = sorted(tops)

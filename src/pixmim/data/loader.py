@@ -91,7 +91,7 @@ class BatchLoader(ABC, Generic[T, B]):
         device: torch.device = _CPU,
     ) -> None:
         self._dataset, self._shard, self._skipped, self._masks = dataset, shard, skipped, masks
-        self._sampler = CropSampler(seed, len(dataset), dataset.pieces, crop_uniforms, flip)
+        self._sampler = CropSampler(seed, len(dataset), dataset.shard_sizes, crop_uniforms, flip)
         self._device, self._pin = device, device.type == "cuda"
         self._threads, self._pool = num_threads(threads), thread_pool(threads, "pixmim-load")
         self._pending: deque[tuple[list[Future[Any]], Callable[[], B]]] = deque()
@@ -172,11 +172,11 @@ class BatchLoader(ABC, Generic[T, B]):
             try:
                 image = self._read(index, flip, u)
             except BadImage as error:
-                self._skipped.add(index, self._dataset.path_of(index), str(error))
+                self._skipped.record(index, self._dataset.path_of(index), str(error))
                 continue
-            self._skipped.passed(index)
+            self._skipped.mark_ok(index)
             return image, index, flip, u
-        raise self._skipped.too_many()
+        raise self._skipped.error()
 
 
 class LoaderOptions(TypedDict, total=False):
@@ -199,12 +199,12 @@ class Loader(BatchLoader[Array, Batch]):
     """
 
     def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
-        super().__init__(dataset, crop.draws, shard, **options)
+        super().__init__(dataset, crop.num_uniforms, shard, **options)
         self._crop, self._reuse = crop, self._device.type == "cpu"
         self._memory: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def _read(self, index: int, flip: bool, u: list[float]) -> Array:
-        return self._dataset.array(index)
+        return self._dataset.read_array(index)
 
     def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[Batch]]:
         count = len(samples.indices)
@@ -213,7 +213,7 @@ class Loader(BatchLoader[Array, Batch]):
 
         def prepare(row: int) -> None:
             image, numbers[row], flips[row], u = self._read_row(samples, row)
-            self._crop.put(image, u, windows[row])
+            self._crop.crop_into(image, u, windows[row])
 
         return prepare, lambda mask, weight: Batch(images.permute(0, 3, 1, 2), flip, indices, mask, weight)
 
@@ -221,8 +221,8 @@ class Loader(BatchLoader[Array, Batch]):
         """Return memory for a batch. It is reused on a CPU, where fresh pages cost as much as the copies into them."""
         if number > _AHEAD and self._reuse:
             return self._memory[number % (_AHEAD + 1)]  # of the batch that the loop has just finished with
-        count, form = self._shard.local_batch_size, self._dataset.form
-        images = torch.empty(count, *self._crop.shape, form.channels, dtype=form.dtype, pin_memory=self._pin)
+        count, form = self._shard.local_batch_size, self._dataset.image_spec
+        images = torch.empty(count, *self._crop.shape, form.channels, dtype=form.torch_dtype, pin_memory=self._pin)
         flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
         memory = images, flip, torch.empty(count, dtype=torch.int64)
         if self._reuse:
@@ -251,9 +251,9 @@ def iterate_in_order(
         try:
             image = dataset.image(index)
         except BadImage as error:
-            skipped.add(index, dataset.path_of(index), str(error))
+            skipped.record(index, dataset.path_of(index), str(error))
             return None
-        skipped.passed(index)
+        skipped.mark_ok(index)
         return crop.crop(image)
 
     def collect(part: range, images: Iterator[Tensor | None]) -> tuple[Tensor, npt.NDArray[np.int64], int]:

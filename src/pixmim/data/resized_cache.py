@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pixmim.data.dataset import RGB, BadImage, ImageSpec, Pages, Pixels
+from pixmim.data.dataset import RGB, BadImage, DType, ImageSpec, TiffPages
 from pixmim.data.decode.limits import check_size
 from pixmim.data.shards.dataset import INDEX_DTYPE, IndexEntries, ShardDataset, ShardIndex, find_invalid_entry
 from pixmim.data.shards.fsspec_io import file_version, is_url, read_small_file
@@ -38,8 +38,8 @@ _CHOICES = {
     "kind": get_args(Kind),
     "chroma": (*get_args(Chroma), ""),
     "interpolation": get_args(Interpolation),
-    "pixels": get_args(Pixels),
-    "pages": get_args(Pages),
+    "dtype": get_args(DType),
+    "tiff_pages": get_args(TiffPages),
 }
 
 
@@ -58,17 +58,17 @@ class CacheSettings:
     chroma: str
     channels: int
     per_shard: int
-    pixels: Pixels = "uint8"
-    pages: Pages = "first"
+    dtype: DType = "uint8"
+    tiff_pages: TiffPages = "first"
 
     @property
     def num_shards(self) -> int:
         return -(-self.images // self.per_shard)
 
     @property
-    def form(self) -> ImageSpec:
+    def image_spec(self) -> ImageSpec:
         """Channels and dtype of the images."""
-        return ImageSpec(self.channels, self.pixels, self.pages)
+        return ImageSpec(self.channels, self.dtype, self.tiff_pages)
 
     def images_of(self, shard: int) -> range:
         """Return the numbers of the images that a shard is made of."""
@@ -135,8 +135,10 @@ def open_cache(folder: str | Path, form: ImageSpec = RGB, shard_cache_gib: float
     settings = read_settings(where)
     if settings is None:
         raise UserError(f"{where} is not a cache: it has no settings.json")
-    if settings.form != form:
-        raise UserError(f"the cache {where} has images of {settings.form}, not {form}: pass {settings.form.flags}")
+    if settings.image_spec != form:
+        raise UserError(
+            f"the cache {where} has images of {settings.image_spec}, not {form}: pass {settings.image_spec.flags}"
+        )
     _check_shard_list(where, settings)
     tars = [f"{where}/{shard_name(shard, 'tar')}" for shard in range(settings.num_shards)]
 
@@ -196,7 +198,7 @@ def _find_damage(entries: IndexEntries, shard: int, settings: CacheSettings) -> 
             check_size(int(samples["w"][extreme]), int(samples["h"][extreme]))
     except BadImage as error:
         return str(error)
-    if settings.kind == "raw" and (pixels * (settings.channels * settings.form.bytes) != samples["length"]).any():
+    if settings.kind == "raw" and (pixels * (settings.channels * settings.image_spec.bytes) != samples["length"]).any():
         return "byte counts that differ from the image sizes"
     return ""
 

@@ -157,7 +157,7 @@ class ShuffledOrder:
     def _shuffle_shards(self, epoch: int) -> tuple[Indices, Indices]:
         """Return the shards in the order of an epoch, and the number of images up to the end of each."""
         assert self._sizes is not None
-        shards = rng.shuffled(self._seed, "pieces", epoch, len(self._sizes), np.arange(len(self._sizes)))
+        shards = rng.shuffled(self._seed, "shard_sizes", epoch, len(self._sizes), np.arange(len(self._sizes)))
         return shards, np.cumsum(self._sizes[shards])
 
     def _window(self, ends: Indices, positions: Indices) -> tuple[Indices, Indices, Indices]:

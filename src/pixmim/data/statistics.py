@@ -2,7 +2,7 @@
 
 Each image counts the same, whatever its size, since training shows each at one size: the mean is the average of the
 images' means, and the variance that of all pixels about it. For images of one size this is the mean and the deviation
-of all pixels. Values are those that training sees before it normalises: 255 or 65535 is one, float32 as it is.
+of all pixels. Values are those that training sees before it normalizes: 255 or 65535 is one, float32 as it is.
 
 Whole images are measured, in float64. Crops, and resizing, show nearly the same values.
 """
@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.dataset import BadImage, HasBytes, ImageDataset, ImageSpec, Pages
+from pixmim.data.dataset import BadImage, HasBytes, ImageDataset, ImageSpec, TiffPages
 from pixmim.data.decode.image import read
 from pixmim.data.resized_cache import read_settings
 from pixmim.data.shards.fsspec_io import is_url, read_small_file
@@ -75,13 +75,13 @@ def sample(total: int, count: int) -> list[int]:
     return [first + int(x * (last - first)) for first, last, x in zip(edges, edges[1:], u, strict=False)]
 
 
-def kinds(source: ImageDataset, indices: list[int], pages: Pages = "first") -> Counter[tuple[int, str]]:
+def kinds(source: ImageDataset, indices: list[int], pages: TiffPages = "first") -> Counter[tuple[int, str]]:
     """How many of these images have which channels and kind of number in their files; without those unreadable.
 
     Of other sources than files, only what they bring their images into is known.
     """
     if not isinstance(source, HasBytes):
-        return Counter({(source.form.channels, str(source.form.pixels)): len(indices)})
+        return Counter({(source.image_spec.channels, str(source.image_spec.dtype)): len(indices)})
 
     def look(index: int) -> tuple[int, str] | None:
         try:
@@ -93,7 +93,7 @@ def kinds(source: ImageDataset, indices: list[int], pages: Pages = "first") -> C
     return Counter(kind for kind in _threads(look, indices, 0) if kind is not None)
 
 
-def fitting(found: Counter[tuple[int, str]], pages: Pages = "first") -> ImageSpec:
+def fitting(found: Counter[tuple[int, str]], pages: TiffPages = "first") -> ImageSpec:
     """The form that loses nothing of most images: their channels, and uint8, uint16 or else float32."""
     (channels, number), _ = found.most_common(1)[0] if found else ((3, "uint8"), 0)
     pixels = "uint8" if number in ("uint8", "bool") else "uint16" if number == "uint16" else "float32"
@@ -107,7 +107,7 @@ def measure_statistics(
 
     def one(index: int) -> tuple[tuple[int, int], Vector] | tuple[str, str]:
         try:
-            image = source.array(index)
+            image = source.read_array(index)
         except BadImage as error:
             return str(error), source.path_of(index)
         whole = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
@@ -123,7 +123,7 @@ def measure_statistics(
             sizes.append(what)
             moments.append(values)
         progress(done + 1)
-    channels = source.form.channels
+    channels = source.image_spec.channels
     each = np.asarray(moments, np.float64).reshape(-1, 4, channels)
     size = np.asarray(sizes, np.int64).reshape(-1, 2)
     if not len(each):
@@ -147,13 +147,13 @@ def report(source: ImageDataset, seen: Counter[tuple[int, str]], found: Measured
     held = "; ".join(f"{n:,} of {c} {'channel' if c == 1 else 'channels'} in {p}" for (c, p), n in seen.most_common(5))
     lines = [f"{len(source):,} images; of {seen.total():,} that could be read: {held or 'nothing'}"]
     if not isinstance(source, HasBytes):
-        lines = [f"{len(source):,} images of {source.form}"]
+        lines = [f"{len(source):,} images of {source.image_spec}"]
     if found.images:
         sides = []
         for name, values in (("height", found.heights), ("width", found.widths)):
             least, middle, most = values.min(), int(np.median(values)), values.max()
             sides.append(f"{name} {least}" if least == most else f"{name} {least} to {most}, median {middle}")
-        lines.append(f"{found.images:,} measured as {source.form}: {'; '.join(sides)}")
+        lines.append(f"{found.images:,} measured as {source.image_spec}: {'; '.join(sides)}")
         lines.append("channel       mean        std      least   greatest")
         for k, row in enumerate(zip(found.mean, found.std, found.least, found.greatest, strict=True)):
             same = "   the same everywhere: its std is taken as 1" if row[1] == 0 else ""

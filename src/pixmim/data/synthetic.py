@@ -1,8 +1,8 @@
-"""The embedded data set: pictures of one object each, drawn on the fly from (seed, index), endless and labelled.
+"""The embedded data set: pictures of one object each, drawn on the fly from (seed, index), endless and labeled.
 
-Ten shapes, each filled with any of ten textures, stand before a background of another texture. Pose, scale, colour,
+Ten shapes, each filled with any of ten textures, stand before a background of another texture. Pose, scale, color,
 light and aspect ratio vary. Since shape and texture are drawn apart, a network's taste for one or the other shows.
-Object and background differ by texture and colour, so nothing but the outline tells one shape from another.
+Object and background differ by texture and color, so nothing but the outline tells one shape from another.
 """
 
 import re
@@ -102,15 +102,15 @@ class SyntheticShapes(ImageDataset):
     def path_of(self, index: int) -> str:
         return f"{self.spec}#{index}"
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
-        image, count = self.sample(index).image, self.form.channels
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        image, count = self.sample(index).image, self.image_spec.channels
         if count == 1:
             image = image.mean(axis=2, keepdims=True, dtype=np.float32).astype(np.uint8)
-        elif count != 3:  # the colours again and again, every second time as negatives
+        elif count != 3:  # the colors again and again, every second time as negatives
             image = np.concatenate([image if k % 2 == 0 else 255 - image for k in range(-(-count // 3))], 2)[
                 ..., :count
             ]
-        return np.ascontiguousarray(convert(image, self.form))
+        return np.ascontiguousarray(convert(image, self.image_spec))
 
     def sample(self, index: int) -> Sample:
         """Draw sample `index`."""
@@ -119,7 +119,7 @@ class SyntheticShapes(ImageDataset):
         longer = self.size + int(u[0] * (self.size / 3 + 1))
         height, width = (self.size, longer) if u[1] < 0.5 else (longer, self.size)
 
-        # Coordinates in half short edges from the centre: the shorter edge runs from -1 to 1.
+        # Coordinates in half short edges from the center: the shorter edge runs from -1 to 1.
         y = ((np.arange(height, dtype=np.float32) + 0.5) * 2 - height) / self.size
         x = ((np.arange(width, dtype=np.float32) + 0.5) * 2 - width) / self.size
         yy, xx = np.meshgrid(y, x, indexing="ij")
@@ -138,18 +138,18 @@ class SyntheticShapes(ImageDataset):
 
         other = int(u[7] * (len(TEXTURES) - 1))
         behind = other + (other >= texture)
-        front_colours, back_colours = _colours(u[8:14]), _colours(u[14:20])
-        middle = back_colours.mean(axis=0)
-        back_colours = middle + (back_colours - middle) * 0.4
+        front_colors, back_colors = _colors(u[8:14]), _colors(u[14:20])
+        middle = back_colors.mean(axis=0)
+        back_colors = middle + (back_colors - middle) * 0.4
         front = _texture(texture, xx, yy, u[20:26])
         back = _texture(behind, xx, yy, u[26:32])
         light = 1 + (xx * np.float32(u[32] - 0.5) + yy * np.float32(u[33] - 0.5)) * np.float32(0.4)
         tone = cover * front, (1 - cover) * back
         image = (
-            (cover - tone[0])[..., None] * front_colours[0]
-            + tone[0][..., None] * front_colours[1]
-            + (1 - cover - tone[1])[..., None] * back_colours[0]
-            + tone[1][..., None] * back_colours[1]
+            (cover - tone[0])[..., None] * front_colors[0]
+            + tone[0][..., None] * front_colors[1]
+            + (1 - cover - tone[1])[..., None] * back_colors[0]
+            + tone[1][..., None] * back_colors[1]
         ) * light[..., None]
         mask = cover > 0.5
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -198,7 +198,7 @@ def _level(shape: int, x: Plane, y: Plane) -> Plane:
 
 
 def _texture(texture: int, x: Plane, y: Plane, u: list[float]) -> Plane:
-    """The share of the second colour, in [0, 1], at each place. u: six uniform numbers for scale, turn and phase."""
+    """The share of the second color, in [0, 1], at each place. u: six uniform numbers for scale, turn and phase."""
     name = TEXTURES[texture]
     turn, scale = u[0] * np.pi, 0.8 + 0.5 * u[1]
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
@@ -239,8 +239,8 @@ def _texture(texture: int, x: Plane, y: Plane, u: list[float]) -> Plane:
     return (np.maximum(np.sin(f * s + np.float32(6.28 * u[2])), np.sin(f * t)) > 0.75).astype(np.float32)
 
 
-def _colours(u: list[float]) -> npt.NDArray[np.float32]:
-    """Two colours (2 3) in [0, 1] of clearly different brightness, in either order."""
+def _colors(u: list[float]) -> npt.NDArray[np.float32]:
+    """Two colors (2 3) in [0, 1] of clearly different brightness, in either order."""
     hues = np.asarray([u[:3], u[3:6]], np.float32)
     hues = hues / hues.max(axis=1, keepdims=True)
     dark, bright = 0.15 + 0.3 * u[0], 0.65 + 0.35 * u[5]

@@ -12,7 +12,7 @@ import numpy as np
 
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.caching import SHARE, decoded_bytes, of_machine
+from pixmim.data.caching import RAM_SHARE, decoded_bytes, total_ram
 from pixmim.data.dataset import HasExtent, ImageDataset
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import Kind, open_cache
@@ -88,8 +88,8 @@ def measure(
     Raises:
         UserError: If most images are unreadable.
     """
-    threads, images, memory = num_threads(threads), len(source), of_machine()
-    order = ShuffledOrder(0, images, source.pieces)
+    threads, images, memory = num_threads(threads), len(source), total_ram()
+    order = ShuffledOrder(0, images, source.shard_sizes)
     sample = Subset(source, order.at(0, np.arange(min(_SAMPLE, images))).tolist())
     skipped, rows = BadImageLog(None, len(sample), 0.5, "allowed here"), dict[str, Throughput]()
 
@@ -101,7 +101,7 @@ def measure(
         return rows[name].rate
 
     extents, size, disk = list[Extent](), None, float("inf")
-    if isinstance(source, HasExtent) and source.pieces is None:
+    if isinstance(source, HasExtent) and source.shard_sizes is None:
         extents = [source.extent(i) for i in sample.indices]
         size = statistics.fmean(count or os.stat(path).st_size for path, _, count in extents)
         disk = add(DISK, sample, size, extents=extents) * size
@@ -114,7 +114,7 @@ def measure(
         for kind, flag in _kinds(source):
             on_start(f"making a {kind} cache")
             made = make_cache(few, Path(folder, kind), cover, kind=kind, threads=threads, part=(0, 1))
-            cached, stored = open_cache(Path(folder, kind), source.form), made.bytes / made.images
+            cached, stored = open_cache(Path(folder, kind), source.image_spec), made.bytes / made.images
             minutes = max(1, round(images * made.seconds / made.images / 60))
             advice = f"`{command}{flag}` takes {minutes:,} min and {_size(images * stored)}"
             rate = add(f"{kind} cache", cached, stored, advice)
@@ -122,11 +122,11 @@ def measure(
                 rows[f"{kind} cache"] = Throughput(f"{kind} cache", min(rate, disk / stored), stored, advice)
             kept = InMemoryDataset(cached)
         decoded = statistics.fmean(kept.image(i).nbytes for i in range(len(kept)))
-        fits = images * decoded <= SHARE * memory
+        fits = images * decoded <= RAM_SHARE * memory
         add(DECODED, kept, decoded, f"a cache stays decoded in memory, {_size(images * decoded)}" * fits)
 
     total = decoded_bytes(source)
-    if total is not None and total <= SHARE * memory:
+    if total is not None and total <= RAM_SHARE * memory:
         current, limit = DECODED, "cropping limits"
     elif on_disk:
         current, limit = DISK, f"the disk limits, {_size(images * (size or 0))} do not stay in memory"
@@ -199,7 +199,7 @@ def _kinds(source: ImageDataset) -> list[tuple[Kind, str]]:
     """Return the kinds of caches to try, with their flags: those that the dataset is not yet."""
     if isinstance(source, ShardDataset) and source.sizes is not None:  # it is a cache
         return [] if source.raw else [("raw", " --raw")]
-    jpeg = source.form.pixels == "uint8" and source.form.channels in (1, 3)
+    jpeg = source.image_spec.dtype == "uint8" and source.image_spec.channels in (1, 3)
     return [("jpeg", ""), ("raw", " --raw")] if jpeg else [("raw", " --raw")]
 
 

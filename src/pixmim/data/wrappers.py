@@ -25,9 +25,9 @@ class DatasetWrapper(ImageDataset):
     """
 
     def __init__(self, source: ImageDataset, **changes: Any) -> None:
-        attributes = ("spec", "form", "classes", "about", "sizes", "pieces")
+        attributes = ("spec", "image_spec", "classes", "description", "sizes", "shard_sizes")
         super().__init__(**({name: getattr(source, name) for name in attributes} | changes))
-        self.source, self.stray = source, source.stray
+        self.source, self.stray_file = source, source.stray_file
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -36,8 +36,8 @@ class DatasetWrapper(ImageDataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
-        return self.source.array(index)
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        return self.source.read_array(index)
 
     def path_of(self, index: int) -> str:
         return self.source.path_of(index)
@@ -45,8 +45,8 @@ class DatasetWrapper(ImageDataset):
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 
-    def prefetch(self, pieces: Sequence[int]) -> None:
-        self.source.prefetch(pieces)
+    def prefetch(self, shards: Sequence[int]) -> None:
+        self.source.prefetch(shards)
 
 
 class InMemoryDataset(DatasetWrapper):
@@ -56,17 +56,17 @@ class InMemoryDataset(DatasetWrapper):
         super().__init__(source)
         self._images: list[Array | None] = [None] * len(source)
         self._cached = np.zeros(len(source), np.bool_)
-        self._ends = np.cumsum(source.pieces if source.pieces is not None else [])
+        self._ends = np.cumsum(source.shard_sizes if source.shard_sizes is not None else [])
 
-    def prefetch(self, pieces: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """Prefetch only shards that are not fully cached."""
         starts = [0, *self._ends]
-        self.source.prefetch([piece for piece in pieces if not self._cached[starts[piece] : starts[piece + 1]].all()])
+        self.source.prefetch([shard for shard in shards if not self._cached[starts[shard] : starts[shard + 1]].all()])
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
         image = self._images[index]
         if image is None:  # if two threads read it, the copy of the second replaces an equal one
-            image = self._images[index] = self.source.array(index)
+            image = self._images[index] = self.source.read_array(index)
             self._cached[index] = True
         return image
 
@@ -76,7 +76,7 @@ class Subset(DatasetWrapper):
 
     def __init__(self, source: ImageDataset, indices: Sequence[int]) -> None:
         self.indices = list(indices)
-        super().__init__(source, sizes=None if source.sizes is None else source.sizes[self.indices], pieces=None)
+        super().__init__(source, sizes=None if source.sizes is None else source.sizes[self.indices], shard_sizes=None)
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -86,8 +86,8 @@ class Subset(DatasetWrapper):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
-        return self.source.array(self.indices[index])
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        return self.source.read_array(self.indices[index])
 
     def path_of(self, index: int) -> str:
         return self.source.path_of(self.indices[index])
@@ -111,16 +111,16 @@ class ConcatDataset(ImageDataset):
         self._parts = list(parts)
         lengths = [len(part) * weight for part, weight in parts]
         self._starts = [0, *np.cumsum(lengths).tolist()]
-        labelled = all(part.classes for part, _ in parts)
+        labeled = all(part.classes for part, _ in parts)
         sizes = [part.sizes for part, _ in parts]
-        sharded = any(part.pieces is not None for part, _ in parts)
+        sharded = any(part.shard_sizes is not None for part, _ in parts)
         super().__init__(
             spec,
-            parts[0][0].form,
-            classes=list(dict.fromkeys(name for part, _ in parts for name in part.classes)) if labelled else (),
-            about="a mixture of " + ", ".join(_describe(part, weight, sum(lengths)) for part, weight in parts),
+            parts[0][0].image_spec,
+            classes=list(dict.fromkeys(name for part, _ in parts for name in part.classes)) if labeled else (),
+            description="a mixture of " + ", ".join(_describe(part, weight, sum(lengths)) for part, weight in parts),
             sizes=None if any(size is None for size in sizes) else self._repeat(sizes),
-            pieces=self._repeat([_shard_sizes(part) for part, _ in parts]) if sharded else None,
+            shard_sizes=self._repeat([_shard_sizes(part) for part, _ in parts]) if sharded else None,
         )
 
     @cached_property
@@ -134,9 +134,9 @@ class ConcatDataset(ImageDataset):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
         part, inside = self._find(index)
-        return part.array(inside)
+        return part.read_array(inside)
 
     def path_of(self, index: int) -> str:
         part, inside = self._find(index)
@@ -146,12 +146,12 @@ class ConcatDataset(ImageDataset):
         words = [f"{weight}*{part.fingerprint()}" for part, weight in self._parts]
         return hashlib.sha256("+".join(words).encode()).hexdigest()[:16]
 
-    def prefetch(self, pieces: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         first = 0
         for part, weight in self._parts:
             count = len(_shard_sizes(part)) * weight
-            if part.pieces is not None:
-                inside = [(piece - first) % len(part.pieces) for piece in pieces if first <= piece < first + count]
+            if part.shard_sizes is not None:
+                inside = [(shard - first) % len(part.shard_sizes) for shard in shards if first <= shard < first + count]
                 part.prefetch(list(dict.fromkeys(inside)))
             first += count
 
@@ -170,13 +170,13 @@ class ConcatDataset(ImageDataset):
 
 def _describe(part: ImageDataset, weight: int, total: int) -> str:
     often = f", each {weight} times an epoch" if weight > 1 else ""
-    more = f"; {part.about}" if part.about else ""
+    more = f"; {part.description}" if part.description else ""
     return f"{len(part) * weight / total:.1%} {part.spec} ({len(part):,} images{often}{more})"
 
 
 def _shard_sizes(part: ImageDataset) -> npt.NDArray[np.int64]:
     """Return the shard sizes of a dataset; one without shards is cut into some, so that it mixes with the others."""
-    if part.pieces is not None:
-        return part.pieces
+    if part.shard_sizes is not None:
+        return part.shard_sizes
     full, rest = divmod(len(part), _SHARD_SIZE)
     return np.asarray([_SHARD_SIZE] * full + [rest] * (rest > 0))

@@ -79,7 +79,7 @@ def read_objects(spec: str) -> tuple[list[ImageObject], int]:
         coco = read_coco(path)
         entries = [(coco.images[each.image], each.box) for each in coco.objects if not each.crowd]
         found = [ImageObject(image.name, image.size, box) for image, box in entries]
-        found += [None] * coco.problems.left_out
+        found += [None] * coco.problems.ignored_keys
     else:
         raise UserError(f"{spec} is not a .csv, a COCO .json, a folder of VOC .xml or of masks, or shapes:")
     objects = [each for each in found if each is not None]
@@ -138,7 +138,7 @@ def _read_folder(path: Path) -> Iterator[ImageObject | None]:
     budget = (free_memory() or 2**62) // 2
     for file in files:
         try:
-            mask = read_numbers(read_file(file, max_bytes()), colour=True) != 0
+            mask = read_numbers(read_file(file, max_bytes()), color=True) != 0
         except (OSError, BadImage) as error:
             raise UserError(f"the mask {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         budget -= mask.nbytes
@@ -195,12 +195,12 @@ class Problems:
 
     def __init__(self) -> None:
         self._kinds: dict[str, tuple[int, str, str]] = {}
-        self.broken = self.left_out = 0
+        self.broken = self.ignored_keys = 0
 
     def add(self, kind: str, first: object, consequence: str = "left out", *, broken: bool = False) -> None:
         """Count one problem; the consequence "left out" counts as an annotation that is not used."""
         self.broken += broken
-        self.left_out += consequence == "left out"
+        self.ignored_keys += consequence == "left out"
         count, before, _ = self._kinds.get(kind, (0, str(first)[:60], ""))
         self._kinds[kind] = count + 1, before, consequence
 

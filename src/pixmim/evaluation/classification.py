@@ -34,7 +34,7 @@ _COMPARED_BYTES = 2**28  # of images of the same length that are compared
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledSplits:
     """Train and test data of the same classes.
 
     Attributes:
@@ -49,30 +49,30 @@ class Labelled:
     classes: list[str]
 
 
-def open_labelled(bench: EvalContext, train: str, test: str, *, all_classes: bool = False) -> Labelled:
+def open_labeled(context: EvalContext, train: str, test: str, *, all_classes: bool = False) -> LabeledSplits:
     """Open train and test data and print their classes, once for all evaluations of a context.
 
     Args:
-        bench: The context.
+        context: The context.
         train: Labeled data to learn from.
         test: Labeled data to measure on.
         all_classes: Refuse test data that lack a class of the train data.
 
     Raises:
-        UserError: See `check_labelled`.
+        UserError: See `check_labeled`.
     """
 
-    def make() -> Labelled:
-        return check_labelled(bench.data(train), bench.data(test), bench.console)
+    def make() -> LabeledSplits:
+        return check_labeled(context.data(train), context.data(test), context.console)
 
-    found = bench.once(("labelled", train, test), make)
+    found = context.cached(("labeled", train, test), make)
     for name in found.classes if all_classes else ():
         if name not in found.test.classes:
             raise UserError(f"the test data {found.test.spec} lack the class '{name}' of the train data")
     return found
 
 
-def check_labelled(train: ImageDataset, test: ImageDataset, console: Console | None = None) -> Labelled:
+def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | None = None) -> LabeledSplits:
     """Match the classes of train and test data by name, print their shares, and warn of images that are in both.
 
     Raises:
@@ -88,11 +88,11 @@ def check_labelled(train: ImageDataset, test: ImageDataset, console: Console | N
         warn_shared(train, test, out)
     without = sorted(set(wanted.tolist()) - set(labels.tolist()))
     if without:
-        some = a_few([label(train.classes[place]) for place in without])
+        some = shortened_list([label(train.classes[place]) for place in without])
         print_plain(
             out, f"warning: the train data have no image of {len(without)} test classes, whose recall is 0: {some}"
         )
-    return Labelled(train, test, labels, wanted, train.classes)
+    return LabeledSplits(train, test, labels, wanted, train.classes)
 
 
 def check_classes(data: ImageDataset) -> str:
@@ -102,7 +102,7 @@ def check_classes(data: ImageDataset) -> str:
         UserError: If an image has no label, or fewer than two classes have images.
     """
     if data.labels is None:
-        raise UserError(data.no_labels)
+        raise UserError(data.no_labels_message)
     without = np.flatnonzero(data.labels < 0)
     if len(without):
         raise UserError(
@@ -149,7 +149,7 @@ def check_several(spec: str, names: Sequence[str]) -> None:
         raise UserError(f"{spec} has {only}: there is nothing to tell apart, and every answer would be right")
 
 
-def a_few(names: Sequence[str]) -> str:
+def shortened_list(names: Sequence[str]) -> str:
     """Return the first six names, and dots for more."""
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
@@ -274,8 +274,8 @@ def majority(counts: Int[Tensor, "2 k"]) -> float:
 
 
 def evaluate_classifier(
-    bench: EvalContext,
-    data: Labelled,
+    context: EvalContext,
+    data: LabeledSplits,
     encoder: FrozenEncoder,
     size: tuple[int, int],
     classify: Callable[[Tensor], Tensor],
@@ -283,7 +283,7 @@ def evaluate_classifier(
     """Evaluate a classifier on the test data, resized to 256/224 of `size` and cropped at the center.
 
     Args:
-        bench: The context.
+        context: The context.
         data: Train and test data.
         encoder: Normalization, device and precision.
         size: (h, w) of the crop.
@@ -296,11 +296,11 @@ def evaluate_classifier(
         UserError: If no image can be read, or scores are not finite.
     """
     counts, among, loss = torch.zeros(2, len(data.classes), dtype=torch.int64), 0, 0.0
-    with progress(f"answers to {data.test.spec}", len(data.test), bench.console) as advance:
-        skipped = bench.skipped(data.test)
+    with progress(f"answers to {data.test.spec}", len(data.test), context.console) as advance:
+        skipped = context.skipped(data.test)
         for images, indices, end in iterate_in_order(data.test, evaluation_crop(size), skipped=skipped, batch=256):
             if len(indices):
-                x = encoder.ready(images)
+                x = encoder.preprocess(images)
                 with torch.no_grad(), autocast(encoder.device, encoder.precision):
                     scores = classify(x)
                 scores, wanted = scores.float().cpu(), data.wanted[torch.from_numpy(indices)]

@@ -39,37 +39,37 @@ class ImageClassifier:
         return (scores if among is None else scores[:, list(among)]).argmax(dim=1)
 
 
-def imagenet_head(bench: EvalContext, what: str) -> ImageClassifier:
+def imagenet_head(context: EvalContext, what: str) -> ImageClassifier:
     """Return the encoder's own classifier of ImageNet's classes. Raises UserError, naming `what`, if it has none."""
-    outputs = bench.encoder.classes
+    outputs = context.encoder.classes
     if outputs != 1000:
         has = f"one of {outputs} classes" if outputs else "none"
         raise UserError(
             f"{what} needs a classifier of ImageNet's 1000 classes, and this encoder has {has}: give fine-tuned "
             "weights, or a classifier of timm (timm:NAME)"
         )
-    names, own = wnids(), list(bench.encoder.names)
+    names, own = wnids(), list(context.encoder.names)
     if own and set(own) != set(names):
         unknown = next(name for name in own if name not in set(names))
         raise UserError(f"{what} needs a classifier of ImageNet's classes by WordNet id, and this one has '{unknown}'")
-    return ImageClassifier("head", own or names, _head_scores(bench.encoder))
+    return ImageClassifier("head", own or names, _head_scores(context.encoder))
 
 
-def encoder_head(bench: EvalContext) -> ImageClassifier:
+def encoder_head(context: EvalContext) -> ImageClassifier:
     """Return the encoder's own classifier. If its file does not name 1000 classes, they are taken for ImageNet's."""
-    names = list(bench.encoder.names) or (wnids() if bench.encoder.classes == 1000 else [])
-    return ImageClassifier("head", names, _head_scores(bench.encoder))
+    names = list(context.encoder.names) or (wnids() if context.encoder.classes == 1000 else [])
+    return ImageClassifier("head", names, _head_scores(context.encoder))
 
 
-def probe_classifier(bench: EvalContext, train: str, *, epochs: int, seed: int) -> ImageClassifier:
+def probe_classifier(context: EvalContext, train: str, *, epochs: int, seed: int) -> ImageClassifier:
     """Fit a linear probe to the encoder's features of clean images: see `linear_probe.fit_sweep`."""
-    check_classes(bench.data(train))
-    probe = cached_probe(bench, train, epochs, seed)
-    encoder = bench.encoder
+    check_classes(context.data(train))
+    probe = cached_probe(context, train, epochs, seed)
+    encoder = context.encoder
 
     def scores(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
-            return probe.scores(features(encoder.module, encoder.ready(images), BLOCKS))
+            return probe.scores(features(encoder.module, encoder.preprocess(images), BLOCKS))
 
     encoder.module.eval()
     return ImageClassifier("probe", probe.classes, scores)
@@ -78,7 +78,7 @@ def probe_classifier(bench: EvalContext, train: str, *, epochs: int, seed: int) 
 def _head_scores(encoder: FrozenEncoder) -> Callable[[Tensor], Tensor]:
     def scores(images: Tensor) -> Tensor:
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
-            return encoder.module(encoder.ready(images)).float().cpu()
+            return encoder.module(encoder.preprocess(images)).float().cpu()
 
     encoder.module.eval()
     return scores

@@ -37,22 +37,22 @@ class EvalContext:
 
     encoder: FrozenEncoder
     folder: Path
-    which: str = "trained"
+    encoder_state: str = "trained"
     console: Console | None = None
     overwrite: bool = False
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    images: dict[str, Image.Image] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def data(self, spec: str) -> ImageDataset:
         """A data set, read in the encoder's form. Raises UserError."""
-        return open_dataset(spec, self.encoder.form)
+        return open_dataset(spec, self.encoder.image_spec)
 
     def skipped(self, data: ImageDataset) -> BadImageLog:
         """The account of images that cannot be read, of a data set that is evaluated on."""
         return bad_image_log(data, self.folder / "evaluations-skipped.csv")
 
-    def frozen(self, spec: str) -> FeatureSet:
-        """The features of a labelled data set, computed the first time they are asked for. Raises UserError."""
+    def features(self, spec: str) -> FeatureSet:
+        """The features of a labeled data set, computed the first time they are asked for. Raises UserError."""
 
         def make() -> FeatureSet:
             data = self.data(spec)
@@ -66,19 +66,19 @@ class EvalContext:
             check_finite(found.mean, f"features of {spec}")
             return found
 
-        return self.once(("features", spec), make)
+        return self.cached(("features", spec), make)
 
-    def once(self, what: tuple[Any, ...], make: Callable[[], T]) -> T:
+    def cached(self, what: tuple[Any, ...], make: Callable[[], T]) -> T:
         """What several evaluations of one call need, made the first time it is asked for."""
         if what not in self._made:
             self._made[what] = make()
         found: T = self._made[what]
         return found
 
-    def work(self, name: str, settings: Any) -> Path:
+    def work_dir(self, name: str, settings: Any) -> Path:
         """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""
-        key = sha256(repr((self.which, fingerprint(self.encoder), settings)).encode()).hexdigest()[:12]
-        return inside(self.folder, f"unfinished/{name}-{self.which}-{key}")
+        key = sha256(repr((self.encoder_state, fingerprint(self.encoder), settings)).encode()).hexdigest()[:12]
+        return inside(self.folder, f"unfinished/{name}-{self.encoder_state}-{key}")
 
 
 def discard(work: Path) -> None:

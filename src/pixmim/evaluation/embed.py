@@ -25,7 +25,7 @@ from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.console import csv_cell, print_plain, utf8
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output, read_file, read_json, write_csv, write_text_atomically
-from pixmim.utils.lock import NAME, alone
+from pixmim.utils.lock import LOCK_NAME, locked_folder
 from pixmim.utils.progress import progress
 from pixmim.weights.detect import Weights
 
@@ -64,9 +64,9 @@ def embed(
     partial = out.with_name(out.name + ".partial")
     if partial.is_symlink():
         raise UserError(f"{partial} is a symbolic link: remove it first")
-    with alone(partial, part_of(print_plain, console or Console(quiet=True))):
+    with locked_folder(partial, part_of(print_plain, console or Console(quiet=True))):
         begun, left_out = (partial / "state.json").exists(), _left_out(out)
-        if not begun and any(path.name != NAME for path in partial.iterdir()):
+        if not begun and any(path.name != LOCK_NAME for path in partial.iterdir()):
             raise UserError(f"{partial} is there already, and holds no unfinished work: choose another --out")
         for path in [out, *[out.with_suffix(".csv")] * (out.suffix == ".npy"), *[left_out] * (not begun)]:
             check_output(path, overwrite)
@@ -136,7 +136,7 @@ def embed_batches(
             rows = {}
             if len(indices):
                 with torch.no_grad(), autocast(encoder.device, encoder.precision):
-                    found = features(encoder.module, encoder.ready(images))
+                    found = features(encoder.module, encoder.preprocess(images))
                 both = {"cls": found.vector[:, -1], "mean": found.mean}
                 rows = {key: value.float().cpu().numpy() for key, value in both.items()}
             yield rows, indices, end
@@ -202,7 +202,7 @@ def _write(out: Path, table: dict[str, np.ndarray], data: ImageDataset) -> list[
         columns: dict[str, Any] = {"file": [utf8(name) for name in files]}
         columns |= {"class": [utf8(name) for name in classes]} if classes is not None else {}
         for key, value in values.items():
-            columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.array(value.reshape(-1)), value.shape[1])
+            columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.read_array(value.reshape(-1)), value.shape[1])
         atomic_write(out, part_of(parquet.write_table, arrow.table(columns)))
         return [out]
     names = out.with_suffix(".csv")

@@ -12,7 +12,7 @@ from torch import nn
 from pixmim.build import image_spec
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
-from pixmim.evaluation.classification import check_labelled
+from pixmim.evaluation.classification import check_labeled
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.detection import check_detection, evaluate_detection
 from pixmim.evaluation.evals import check_name
@@ -88,7 +88,7 @@ def evaluate(
     """
     for name, _ in evaluations:
         check_name(name)
-    encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=untrained, known=known)
+    encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=untrained, hints=known)
     for line in encoder.notes:
         print_plain(console or Console(quiet=True), line)
     which = "untrained" if untrained else "trained"
@@ -127,7 +127,7 @@ def evaluate_many(
     for name, _ in evaluations:
         check_name(name)
     for model, folder in models.items() if len(models) > 1 or untrained else ():
-        encoder = load_frozen_encoder(model, device=device, precision=precision, known=known)
+        encoder = load_frozen_encoder(model, device=device, precision=precision, hints=known)
         _check(EvalContext(encoder, folder, overwrite=overwrite), evaluations)
         if untrained:
             encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=True)
@@ -153,57 +153,61 @@ def evaluate_many(
             yield result, folder
 
 
-def _check(bench: EvalContext, evaluations: list[tuple[str, Any]]) -> None:
+def _check(context: EvalContext, evaluations: list[tuple[str, Any]]) -> None:
     """Raise UserError for data and settings of any of these evaluations; measures nothing."""
     for name, settings in evaluations:
         try:
-            EVALUATIONS[name].check(bench, settings)
+            EVALUATIONS[name].check(context, settings)
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(evaluations) > 1 else str(error)) from error
 
 
-def measure(bench: EvalContext, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
+def measure(context: EvalContext, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
     """Measure the encoder of a context in one or several ways; `model` is its name in the results."""
-    encoder = bench.encoder
-    _check(bench, evaluations)
+    encoder = context.encoder
+    _check(context, evaluations)
     for name, settings in evaluations:
-        bench.pictures.clear()
-        values = dict(EVALUATIONS[name].run(bench, settings))
+        context.images.clear()
+        values = dict(EVALUATIONS[name].run(context, settings))
         yield Result(
             evaluation=name,
             model=model,
-            encoder=bench.which,
+            encoder=context.encoder_state,
             step=encoder.step,
             settings=asdict(settings),
             values=values,
-            config=asdict(encoder.run),
+            config=asdict(encoder.config),
             device=str(encoder.device),
             precision=encoder.precision,
             versions=versions(),
-            pictures=dict(bench.pictures),
+            pictures=dict(context.images),
         )
 
 
-def online_knn(run: PretrainConfig, console: Console | None = None) -> Callable[[nn.Module], dict[str, float]] | None:
+def online_knn(
+    config: PretrainConfig, console: Console | None = None
+) -> Callable[[nn.Module], dict[str, float]] | None:
     """Return a function that measures k-NN of an encoder in training; None if the run does not ask for it.
 
     The function returns no number if features are not finite. Raises UserError for data without labels.
     """
-    if not run.knn.every:
+    if not config.knn.every:
         return None
-    if not (run.knn.train and run.knn.test):
-        raise UserError("--knn.every needs labelled data: give --knn.train and --knn.test")
-    sets = tuple(open_dataset(spec, image_spec(run), run.shard_cache_gib) for spec in (run.knn.train, run.knn.test))
+    if not (config.knn.train and config.knn.test):
+        raise UserError("--knn.every needs labeled data: give --knn.train and --knn.test")
+    sets = tuple(
+        open_dataset(spec, image_spec(config), config.shard_cache_gib) for spec in (config.knn.train, config.knn.test)
+    )
     try:
-        check_labelled(sets[0], sets[1], console)
+        check_labeled(sets[0], sets[1], console)
     except UserError as error:
         raise UserError(f"--knn.train and --knn.test: {error}") from None
-    device = choose_device(run.device)
-    precision = choose_precision(run.precision, device)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
     warned: set[str] = set()
 
     def watch(module: nn.Module) -> dict[str, float]:
-        encoder = wrap_live_encoder(run, module, device, precision)
+        encoder = wrap_live_encoder(config, module, device, precision)
         train, test = (extract_features(encoder, data) for data in sets)
         if not all(bool(torch.isfinite(part.mean).all()) for part in (train, test)):
             return {}

@@ -61,7 +61,7 @@ def extract_features(
         UserError: If the data have no labels.
     """
     if data.labels is None:
-        raise UserError(data.no_labels)
+        raise UserError(data.no_labels_message)
     if skipped is None:
         skipped = bad_image_log(data)
     encoder.check_batch(min(batch, len(data)))
@@ -73,7 +73,7 @@ def extract_features(
     with bar as advance, autocast(encoder.device, encoder.precision):  # around all: weights are cast once
         for images, indices, end in iterate_in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
             if len(indices):
-                found = features(encoder.module, encoder.ready(images), BLOCKS)
+                found = features(encoder.module, encoder.preprocess(images), BLOCKS)
                 vectors.append(found.vector.float().cpu())
                 means.append(found.mean.float().cpu())
                 labels.append(wanted[torch.from_numpy(indices)])

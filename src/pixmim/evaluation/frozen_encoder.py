@@ -32,10 +32,10 @@ class FrozenEncoder:
     notes  lines to print: how far its training is, and what was assumed of it
     """
 
-    run: ModelConfig
+    config: ModelConfig
     module: nn.Module
     size: tuple[int, int]
-    form: ImageSpec
+    image_spec: ImageSpec
     mean: Tensor
     std: Tensor
     device: torch.device
@@ -44,14 +44,14 @@ class FrozenEncoder:
     names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def ready(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Pictures as they come out of a crop, on the device and normalised."""
+    def preprocess(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Pictures as they come out of a crop, on the device and normalized."""
         return flip_and_normalize(images.to(self.device, non_blocking=True), None, self.mean, self.std)
 
     def check_batch(self, images: int) -> None:
         """Raise UserError if so many images take more memory than is free: their size may come from a file."""
         (h, w), free = self.size, free_memory()
-        size = images * h * w * self.form.channels * (self.form.bytes + 4)
+        size = images * h * w * self.image_spec.channels * (self.image_spec.bytes + 4)
         if free is not None and size > free:
             raise UserError(
                 f"a batch of {images} images of {h}x{w} pixels takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} "
@@ -72,9 +72,9 @@ def load_frozen_encoder(
     device: str = "auto",
     precision: Precision = "auto",
     untrained: bool = False,
-    known: Mapping[str, Any] | None = None,
+    hints: Mapping[str, Any] | None = None,
 ) -> FrozenEncoder:
-    """The encoder that `name` means (see `resolve_model`, also for `known`); with `untrained` the one a run began with.
+    """The encoder that `name` means (see `resolve_model`, also for `hints`); with `untrained` the one a run began with.
 
     Raises UserError.
     """
@@ -90,7 +90,7 @@ def load_frozen_encoder(
         if run.init:
             initialize_from(model, run)
         return of_module(run, model.encoder, device, precision)
-    weights = resolve_model(name, head=True, known=known)
+    weights = resolve_model(name, head=True, hints=hints)
     encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
     return replace(encoder, notes=tuple(describe(name, weights)))
 
@@ -99,7 +99,7 @@ def frozen_encoder_from_weights(
     weights: Weights, *, device: str = "auto", precision: Precision = "auto"
 ) -> FrozenEncoder:
     """The encoder of weights that are at hand. Raises UserError."""
-    found = of_module(weights.run, build_encoder_with_weights(weights), device, precision, weights.step)
+    found = of_module(weights.config, build_encoder_with_weights(weights), device, precision, weights.step)
     if len(weights.classes) not in (0, found.classes):
         raise UserError(f"the file names {len(weights.classes)} classes, and its classifier has {found.classes}")
     return replace(found, names=weights.classes)
@@ -107,9 +107,9 @@ def frozen_encoder_from_weights(
 
 def fingerprint(encoder: FrozenEncoder) -> str:
     """A text that is the same for encoders of which every evaluation, and fine-tuning, must find the same."""
-    run = encoder.run
+    run = encoder.config
     found = sha256(
-        repr((run.model, run.image_size, encoder.form, run.normalization, getattr(run, "epochs", None))).encode()
+        repr((run.model, run.image_size, encoder.image_spec, run.normalization, getattr(run, "epochs", None))).encode()
     )
     for name, value in encoder.module.state_dict().items():
         found.update(name.encode())
@@ -117,20 +117,22 @@ def fingerprint(encoder: FrozenEncoder) -> str:
     return found.hexdigest()
 
 
-def of_module(run: ModelConfig, module: nn.Module, device: str, precision: Precision, step: int = 0) -> FrozenEncoder:
+def of_module(
+    config: ModelConfig, module: nn.Module, device: str, precision: Precision, step: int = 0
+) -> FrozenEncoder:
     """Move a module to a device, and wrap it. Raises UserError if there is no such device."""
     where = choose_device(device)
     chosen = choose_precision(precision, where)
     choose_attention(module, where, chosen)
-    return wrap_live_encoder(run, module.to(where), where, chosen, step)
+    return wrap_live_encoder(config, module.to(where), where, chosen, step)
 
 
 def wrap_live_encoder(
-    run: ModelConfig, module: nn.Module, device: torch.device, precision: Precision, step: int = 0
+    config: ModelConfig, module: nn.Module, device: torch.device, precision: Precision, step: int = 0
 ) -> FrozenEncoder:
     """Wrap a module that is on its device already."""
-    mean, std = (torch.tensor(values, device=device) for values in run.normalization)
-    return FrozenEncoder(run, module, run.image_size, image_spec(run), mean, std, device, precision, step)
+    mean, std = (torch.tensor(values, device=device) for values in config.normalization)
+    return FrozenEncoder(config, module, config.image_size, image_spec(config), mean, std, device, precision, step)
 
 
 def rebuild_at_size(encoder: FrozenEncoder, size: str, **options: Any) -> nn.Module:
@@ -139,9 +141,11 @@ def rebuild_at_size(encoder: FrozenEncoder, size: str, **options: Any) -> nn.Mod
     Tables of positions are refitted. options: more keywords for the backbone, such as drop_path_rate. Raises UserError
     for a size that it cannot take.
     """
-    run = replace(encoder.run, size=size)
+    run = replace(encoder.config, size=size)
     run = replace(run, model=replace(run.model, options={**run.model.options, **options}))
     tensors = {f"encoder.{name}": value.detach().cpu() for name, value in encoder.module.state_dict().items()}
-    module = build_encoder_with_weights(Weights(run, tensors, "the encoder that is measured"), made=encoder.run)
+    module = build_encoder_with_weights(
+        Weights(run, tensors, "the encoder that is measured"), trained_at=encoder.config
+    )
     choose_attention(module, encoder.device, encoder.precision)
     return module.to(encoder.device)

@@ -1,4 +1,4 @@
-"""ImageNet's thousand classes, and those parts of them that its relatives are labelled with."""
+"""ImageNet's thousand classes, and those parts of them that its relatives are labeled with."""
 
 from importlib.resources import files
 

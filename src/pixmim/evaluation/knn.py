@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluation.classification import majority, open_labelled, rated, same_classes, tally
+from pixmim.evaluation.classification import majority, open_labeled, rated, same_classes, tally
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.features import FeatureSet
 from pixmim.evaluation.settings import KnnSettings
@@ -23,20 +23,20 @@ ROWS, BLOCK = 1024, 16384
 CPU = torch.device("cpu")
 
 
-def check_knn(bench: EvalContext, settings: KnnSettings) -> None:
+def check_knn(context: EvalContext, settings: KnnSettings) -> None:
     """Raise UserError for data or settings that `evaluate_knn` would refuse."""
-    data = open_labelled(bench, settings.train, settings.test)
+    data = open_labeled(context, settings.train, settings.test)
     usable_k(settings.k, len(data.train))
 
 
-def evaluate_knn(bench: EvalContext, settings: KnnSettings) -> Values:
+def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
     """Classify the test data by k-NN: see `knn`. Raises UserError."""
-    check_knn(bench, settings)
-    train = bench.frozen(settings.train)
+    check_knn(context, settings)
+    train = context.features(settings.train)
     _, warning = usable_k(settings.k, len(train.labels))
-    if warning and bench.console is not None:
-        print_plain(bench.console, warning)
-    yield from knn(train, bench.frozen(settings.test), settings.k, bench.encoder.device)
+    if warning and context.console is not None:
+        print_plain(context.console, warning)
+    yield from knn(train, context.features(settings.test), settings.k, context.encoder.device)
 
 
 def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:

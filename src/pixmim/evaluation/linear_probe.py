@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluation.classification import majority, open_labelled, rated, same_classes, tally
+from pixmim.evaluation.classification import majority, open_labeled, rated, same_classes, tally
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.features import BLOCKS, FeatureSet
 from pixmim.evaluation.linear_probe_mae import check_linear_mae, evaluate_linear_mae
@@ -71,29 +71,31 @@ class Probe:
         return F.pad(x, (0, 1), value=1.0) @ self.weights.T
 
 
-def check_linear(bench: EvalContext, settings: LinearSettings) -> None:
+def check_linear(context: EvalContext, settings: LinearSettings) -> None:
     """Raise UserError for data or settings that `evaluate_linear` would refuse."""
     if settings.protocol == "mae":
-        check_linear_mae(bench, settings)
+        check_linear_mae(context, settings)
     else:
-        open_labelled(bench, settings.train, settings.test)
+        open_labeled(context, settings.train, settings.test)
 
 
-def evaluate_linear(bench: EvalContext, settings: LinearSettings) -> Values:
+def evaluate_linear(context: EvalContext, settings: LinearSettings) -> Values:
     """Evaluate a linear probe: see `evaluate_probe`, or `evaluate_linear_mae` for MAE's protocol. Raises UserError."""
     if settings.protocol == "mae":
-        yield from evaluate_linear_mae(bench, settings)
+        yield from evaluate_linear_mae(context, settings)
         return
-    open_labelled(bench, settings.train, settings.test)
-    test = bench.frozen(settings.test)
-    labels = same_classes(bench.frozen(settings.train), test)
+    open_labeled(context, settings.train, settings.test)
+    test = context.features(settings.test)
+    labels = same_classes(context.features(settings.train), test)
     epochs = 100 if settings.epochs is None else settings.epochs
-    yield from evaluate_probe(cached_probe(bench, settings.train, epochs, settings.seed), test, labels)
+    yield from evaluate_probe(cached_probe(context, settings.train, epochs, settings.seed), test, labels)
 
 
-def cached_probe(bench: EvalContext, train: str, epochs: int, seed: int) -> Probe:
+def cached_probe(context: EvalContext, train: str, epochs: int, seed: int) -> Probe:
     """Return the result of `fit_sweep` on a dataset, computed once for all evaluations of one call."""
-    return bench.once(("probe", train, epochs, seed), lambda: fit_sweep(bench.frozen(train), epochs=epochs, seed=seed))
+    return context.cached(
+        ("probe", train, epochs, seed), lambda: fit_sweep(context.features(train), epochs=epochs, seed=seed)
+    )
 
 
 def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) -> Values:

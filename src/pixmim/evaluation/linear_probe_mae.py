@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pixmim.build import seeded
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.evaluation.classification import Labelled, evaluate_classifier, open_labelled
+from pixmim.evaluation.classification import LabeledSplits, evaluate_classifier, open_labeled
 from pixmim.evaluation.context import EvalContext, discard
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.settings import LinearSettings
@@ -34,16 +34,16 @@ PART = 512
 _WARMUP = 10  # epochs
 
 
-def check_linear_mae(bench: EvalContext, settings: LinearSettings) -> tuple[Labelled, str]:
+def check_linear_mae(context: EvalContext, settings: LinearSettings) -> tuple[LabeledSplits, str]:
     """Return the data and the kind of feature. Raises UserError for what `evaluate_linear_mae` would refuse."""
-    data = open_labelled(bench, settings.train, settings.test, all_classes=True)
-    kind = _kind(bench.encoder.module, settings.feature)
+    data = open_labeled(context, settings.train, settings.test, all_classes=True)
+    kind = _kind(context.encoder.module, settings.feature)
     if settings.batch_size < 2 or len(data.train) < 2:
         raise UserError("BatchNorm needs a batch of at least 2 images")
     return data, kind
 
 
-def evaluate_linear_mae(bench: EvalContext, settings: LinearSettings) -> Iterator[tuple[str, float]]:
+def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Iterator[tuple[str, float]]:
     """Fit BatchNorm without parameters and one linear layer to the frozen encoder's features, and measure them.
 
     Feature -> BatchNorm1d(affine=False, eps=1e-6) -> Linear with weights N(0, 0.01). LARS with momentum 0.9, no decay,
@@ -51,7 +51,7 @@ def evaluate_linear_mae(bench: EvalContext, settings: LinearSettings) -> Iterato
 
     Yields "mae/top1" and the rest of `classification.evaluate_classifier`. Raises UserError for unsuitable data.
     """
-    encoder, (data, kind) = bench.encoder, check_linear_mae(bench, settings)
+    encoder, (data, kind) = context.encoder, check_linear_mae(context, settings)
     encoder.module.eval()
     images, epochs = len(data.train), 90 if settings.epochs is None else settings.epochs
     part, parts = _parts(min(settings.batch_size, images))
@@ -60,7 +60,7 @@ def evaluate_linear_mae(bench: EvalContext, settings: LinearSettings) -> Iterato
     warmup = min(round(_WARMUP * images / batch), steps // 5)
     schedule = Schedule(steps, warmup, settings.base_lr * batch / 256, 0.0)
 
-    console = bench.console or Console(quiet=True)
+    console = context.console or Console(quiet=True)
     cut = f" (cut from {settings.batch_size:,}: there are {images:,} images)" if batch < settings.batch_size else ""
     print_plain(
         console,
@@ -76,7 +76,7 @@ def evaluate_linear_mae(bench: EvalContext, settings: LinearSettings) -> Iterato
             data.train,
             RandomResizedCrop(encoder.size, (0.08, 1.0), single=True),
             BatchShard(part, first * part),
-            skipped=bench.skipped(data.train),
+            skipped=context.skipped(data.train),
             seed=settings.seed,
             threads=settings.threads,
             device=encoder.device,
@@ -87,7 +87,7 @@ def evaluate_linear_mae(bench: EvalContext, settings: LinearSettings) -> Iterato
         images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
         return F.cross_entropy(head(frozen_feature(encoder, kind, images)), data.labels[batch.indices].to(**to))
 
-    work = bench.work("linear-mae", settings)
+    work = context.work_dir("linear-mae", settings)
     trainer = Trainer(
         head,
         SyncFreeOptimizer(LARS(head.parameters(), lr=schedule.peak), None, scaling=False, device=encoder.device),
@@ -97,12 +97,12 @@ def evaluate_linear_mae(bench: EvalContext, settings: LinearSettings) -> Iterato
         images=images,
         batch_size=batch,
         accumulation_steps=parts,
-        console=bench.console,
+        console=context.console,
     )
     trainer.resume_and_fit(open_loader, compute_loss)
     head.eval()
     for name, value in evaluate_classifier(
-        bench, data, encoder, encoder.size, lambda x: head(frozen_feature(encoder, kind, x))
+        context, data, encoder, encoder.size, lambda x: head(frozen_feature(encoder, kind, x))
     ):
         yield f"mae/{name}", value
     discard(work)

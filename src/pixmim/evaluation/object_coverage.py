@@ -73,15 +73,15 @@ def expected_coverage(obj: ImageObject, crop: Crop) -> float:
 
 def sampled_coverage(obj: ImageObject, crop: Crop, draws: int, seed: int = 0, index: int = 0) -> Values:
     """Return the coverage (draws) of an object by crops sampled from (seed, index), as in training."""
-    numbers = rng.uniform(seed, f"coverage {index}", 0, np.arange(draws), max(crop.draws, 1)).tolist()
-    return np.array([_inside(obj, _window(obj, crop, u[: crop.draws])) for u in numbers])
+    numbers = rng.uniform(seed, f"coverage {index}", 0, np.arange(draws), max(crop.num_uniforms, 1)).tolist()
+    return np.array([_inside(obj, _window(obj, crop, u[: crop.num_uniforms])) for u in numbers])
 
 
 def _window(obj: ImageObject, crop: Crop, u: Sequence[float]) -> tuple[float, float, float, float]:
     """Return the part (top, left, height, width) of the image, in its own pixels, that the numbers `u` select."""
     if isinstance(crop, RandomResizedCrop):
         return crop.box(obj.size, u)
-    corner = crop.corner(cover_size(obj.size, crop.shape), u)
+    corner = crop.offset_without_resize(cover_size(obj.size, crop.shape), u)
     assert corner is not None  # an image that just covers the crop is only cut
     y, x = _scale(obj.size, crop)
     return corner[0] / y, corner[1] / x, crop.shape[0] / y, crop.shape[1] / x

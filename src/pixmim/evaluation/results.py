@@ -1,4 +1,4 @@
-"""The one contract of evaluations: a function of (bench, settings) yields named values; they end here, in JSON."""
+"""The one contract of evaluations: a function of (context, settings) yields named values; they end here, in JSON."""
 
 import json
 import platform

@@ -92,9 +92,9 @@ class FinetuneSettings(Settings):
     """Fine-tune the whole encoder with labels, by its method's published recipe, and keep the classifier."""
 
     train: Data
-    """Labelled data to learn from."""
+    """Labeled data to learn from."""
     test: Data
-    """Labelled data to be measured on."""
+    """Labeled data to be measured on."""
     recipe: str = "auto"
     """auto: by the encoder's kind and size; or mae-vit-base, mae-vit-large, mae-vit-huge, convmae-base,
     simmim-swin-base-100, simmim-swin-base-800, simmim-swin-large, simmim-vit-base, deit3-vit-base."""
@@ -153,7 +153,7 @@ class SegmentationSettings(Settings):
     threads: Threads = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
     seed: Seed = 0
-    """Decides the head's first weights, order, crops and colours."""
+    """Decides the head's first weights, order, crops and colors."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,40 +27,40 @@ _WITH_HEAD = "shape bias without --train"
 _STIMULUS = re.compile(r"([a-z]+)\d*-([a-z]+)\d*", re.IGNORECASE)
 
 
-def check_shape_bias(bench: EvalContext, settings: ShapeBiasSettings) -> None:
+def check_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> None:
     """Raise UserError for stimuli, train data or an encoder that `evaluate_shape_bias` would refuse; fits nothing."""
-    data = bench.data(settings.data)
+    data = context.data(settings.data)
     if settings.train:
-        train = bench.data(settings.train)
+        train = context.data(settings.train)
         check_classes(train)
         names = train.classes
     else:
-        imagenet_head(bench, _WITH_HEAD)
+        imagenet_head(context, _WITH_HEAD)
         names = list(CATEGORIES)
     _check_conflict(data, *cues(data, names))
 
 
-def evaluate_shape_bias(bench: EvalContext, settings: ShapeBiasSettings) -> Values:
+def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Values:
     """Yield the shape bias and the decisions behind it, in per cent, for all stimuli and for those of each shape.
 
     With the encoder's own classifier of ImageNet, a category's probability is the mean over its classes, and the
     complete stimulus is seen. A probe ("probe/" before the names: an adaptation of the protocol) sees the evaluation
     crop, as in fitting. Draws the plot of categories. Raises UserError.
     """
-    data = bench.data(settings.data)
+    data = context.data(settings.data)
     if settings.train:
-        classifier = probe_classifier(bench, settings.train, epochs=settings.epochs, seed=settings.seed)
-        names, groups, crop = classifier.classes, None, evaluation_crop(bench.encoder.size)
+        classifier = probe_classifier(context, settings.train, epochs=settings.epochs, seed=settings.seed)
+        names, groups, crop = classifier.classes, None, evaluation_crop(context.encoder.size)
     else:
-        classifier = imagenet_head(bench, _WITH_HEAD)
+        classifier = imagenet_head(context, _WITH_HEAD)
         place = {name: i for i, name in enumerate(classifier.classes)}
         ours = [place[wnid] for wnid in wnids()]
         groups = [tuple(ours[number] for number in group) for group in CATEGORIES.values()]
-        names, crop = list(CATEGORIES), CenterCrop(bench.encoder.size)
+        names, crop = list(CATEGORIES), CenterCrop(context.encoder.size)
     shapes, textures = cues(data, names)
     seen, answers = [], []
-    with progress(data.spec, len(data), bench.console) as advance:
-        for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256):
+    with progress(data.spec, len(data), context.console) as advance:
+        for images, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256):
             if len(indices):
                 answers.append(_answers(classifier, images, groups))
                 seen.append(torch.from_numpy(indices))
@@ -87,7 +87,7 @@ def evaluate_shape_bias(bench: EvalContext, settings: ShapeBiasSettings) -> Valu
             yield f"{classifier.kind}/category/{name}/texture", 100 * by_texture
     yield f"{classifier.kind}/balanced", 100 * float(torch.tensor(list(each.values()), dtype=torch.float64).nanmean())
     who = "its own classifier" if classifier.kind == "head" else "a linear probe"
-    bench.pictures[f"Shape bias by category, {who}"] = draw(each, bias)
+    context.images[f"Shape bias by category, {who}"] = draw(each, bias)
 
 
 def _check_conflict(data: ImageDataset, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:

@@ -29,7 +29,7 @@ _MAX_LEGEND = 24  # classes
 _TEXT_HEIGHT = 18  # pixels of a title or a caption
 
 
-def to_pixels(images: Mapping[str, Float[Tensor, "b c h w"]], run: ModelConfig) -> dict[str, Pixels]:
+def to_pixels(images: Mapping[str, Float[Tensor, "b c h w"]], config: ModelConfig) -> dict[str, Pixels]:
     """Convert unnormalized images to uint8, all images of one row over the same range.
 
     Shows the channels of `run.bands` as red, green and blue (or one as gray); by default the first three, or the first
@@ -38,14 +38,14 @@ def to_pixels(images: Mapping[str, Float[Tensor, "b c h w"]], run: ModelConfig) 
     percentile of "image" and "target" together, over all channels if there are three, otherwise per channel, because
     each may have a unit of its own. Values without contrast become gray.
     """
-    channels = list(run.drawn)
+    channels = list(config.drawn)
     selected = {name: values[:, channels].float() for name, values in images.items()}
     known = torch.cat([selected[name] for name in ("image", "target") if name in selected], dim=2)
-    values = known.flatten(1)[:, None] if run.channels == 3 else known.flatten(2)
+    values = known.flatten(1)[:, None] if config.channels == 3 else known.flatten(2)
     # numpy, because torch.quantile refuses large images.
     ends = torch.from_numpy(np.percentile(values.numpy(), (1, 99), axis=2).astype(np.float32))
     low, high = ends[..., None, None]
-    if run.pixels == "uint8" and run.channels in (1, 3):
+    if config.dtype == "uint8" and config.channels in (1, 3):
         full_range = high.amax(dim=1, keepdim=True) >= _DARK
         low, high = torch.where(full_range, 0.0, low), torch.where(full_range, 1.0, high)
     span, flat = high - low, _FLAT * torch.maximum(low.abs(), high.abs())
@@ -56,10 +56,10 @@ def to_pixels(images: Mapping[str, Float[Tensor, "b c h w"]], run: ModelConfig) 
     return result
 
 
-def to_rgb(image: Shaped[Tensor, "c h w"], run: ModelConfig) -> Pixels:
+def to_rgb(image: Shaped[Tensor, "c h w"], config: ModelConfig) -> Pixels:
     """Convert one image as a dataset returns it to uint8 RGB (h w 3), as `to_pixels` does."""
     scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
-    pixels = to_pixels({"image": image.float()[None] / scale}, run)["image"][0]
+    pixels = to_pixels({"image": image.float()[None] / scale}, config)["image"][0]
     return pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
 
 

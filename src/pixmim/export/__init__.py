@@ -12,7 +12,7 @@ from pixmim.export.frameworks import to_detectron2, to_mmpretrain, to_timm
 from pixmim.export.huggingface import to_hf
 from pixmim.export.onnx import to_onnx
 from pixmim.utils.errors import UserError, first_line
-from pixmim.utils.files import whole_folder
+from pixmim.utils.files import atomic_folder
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import build_encoder_with_weights, describe, resolve_model
 
@@ -44,13 +44,13 @@ def export_model(
     Raises:
         UserError: If the project has no such model, or the folder cannot be written.
     """
-    weights = resolve_model(name, whole=True, known=known)
+    weights = resolve_model(name, with_decoder=True, hints=known)
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
     if os.path.lexists(folder):
         raise UserError(f"{folder} is there already: choose another --out")
     encoder = build_encoder_with_weights(weights)
     try:
-        with whole_folder(folder) as beside:
+        with atomic_folder(folder) as beside:
             how = FORMATS[to](weights, encoder, beside)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
@@ -59,7 +59,7 @@ def export_model(
         f"written to {folder}",
         *(f"  {line.replace('FOLDER', _literal(folder))}" for line in how),
     ]
-    eps = weights.run.model.options.get("norm_eps")
+    eps = weights.config.model.options.get("norm_eps")
     if eps is not None and to in ("timm", "mmpretrain", "detectron2"):
         lines.append(f"  {to} adds another value than {eps:g} in its layer norms: features differ by a few thousandths")
     return [*lines, _push(folder, push)] if push else lines

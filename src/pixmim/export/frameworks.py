@@ -19,21 +19,21 @@ from pixmim.weights.tensor_ops import move_downsampling_back
 
 def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     """Write timm's hub layout, as in a run's own encoder/."""
-    if weights.run.model.name == "convmae":
+    if weights.config.model.name == "convmae":
         raise UserError("timm has no ConvMAE: its encoder is pixmim's own (pixmim.load_encoder, or --to onnx)")
-    save_encoder(encoder, folder, weights.run, weights.step, weights.steps)
+    save_encoder(encoder, folder, weights.config, weights.step, weights.steps)
     return ['timm.create_model("local-dir:FOLDER", pretrained=True)']
 
 
 def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     """Write a plain ViT under mmpretrain's names, with MAE's decoder if there is one."""
-    if type(encoder) is not VisionTransformer or weights.run.model.name == "simmim":
+    if type(encoder) is not VisionTransformer or weights.config.model.name == "simmim":
         raise UserError("for mmpretrain pixmim writes plain ViTs (MAE, LSMAE)")
     state = MM.translate_back(weights.tensors)
     _write_torch(folder / "model.pth", {"state_dict": state, "meta": _meta(weights, encoder)})
     return [
         "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",
-        f"  with img_size={weights.run.image_size}",
+        f"  with img_size={weights.config.image_size}",
     ]
 
 
@@ -49,13 +49,13 @@ def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
 
 def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
     """Return what a file must state besides its tensors, as `weights.detect` reads it."""
-    mean, std = weights.run.normalization
+    mean, std = weights.config.normalization
     blocks: Any = getattr(encoder, "blocks", None)
-    meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.run.image_size, "mean": mean, "std": std}
+    meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.config.image_size, "mean": mean, "std": std}
     if blocks is not None and hasattr(blocks[0].attn, "num_heads"):
         meta |= {"num_attention_heads": blocks[0].attn.num_heads, "layer_norm_eps": blocks[0].norm1.eps}
-    if weights.whole:
-        meta["decoder_num_attention_heads"] = weights.run.model.decoder_heads
+    if weights.has_decoder:
+        meta["decoder_num_attention_heads"] = weights.config.model.decoder_heads
     return meta | {"step": weights.step}
 
 

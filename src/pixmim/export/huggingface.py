@@ -19,28 +19,28 @@ from pixmim.weights.formats.huggingface import HF_BEIT, HF_SWIN, HF_SWIN_BODY, H
 
 def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     """Write ViTMAE for MAE and LSMAE on squares, masked-image ViT or Swin for SimMIM, otherwise the encoder only."""
-    if weights.run.model.options.get("num_classes"):
+    if weights.config.model.options.get("num_classes"):
         raise UserError("a classifier is not handed to transformers: its heads pool otherwise")
     if isinstance(encoder, Beit):
         source, kind, config = HF_BEIT, "BeitModel", _hf_beit(encoder)
     elif isinstance(encoder, SwinTransformer):
-        source, kind = (HF_SWIN, "SwinForMaskedImageModeling") if weights.whole else (HF_SWIN_BODY, "SwinModel")
+        source, kind = (HF_SWIN, "SwinForMaskedImageModeling") if weights.has_decoder else (HF_SWIN_BODY, "SwinModel")
         config = _hf_swin(encoder)
     elif isinstance(encoder, VisionTransformer):
         if encoder.num_prefix_tokens != 1 or encoder.cls_token is None or encoder.pos_embed is None:
             raise UserError("transformers' ViT has one class token and a table of positions, and this one does not")
-        h, w = weights.run.image_size
-        simmim = weights.whole and weights.run.model.name == "simmim"
-        mae = weights.whole and not simmim and h == w  # transformers' ViTMAE makes square tables only
+        h, w = weights.config.image_size
+        simmim = weights.has_decoder and weights.config.model.name == "simmim"
+        mae = weights.has_decoder and not simmim and h == w  # transformers' ViTMAE makes square tables only
         source, kind = (HF_VIT, "ViTMAEForPreTraining") if mae else (HF_VIT_BODY, "ViTModel")
         if simmim:
             source, kind = HF_VIT, "ViTForMaskedImageModeling"
         config = _hf_vit(encoder, weights) if mae else _hf_vit(encoder)
     else:
         raise UserError("transformers has no ConvMAE: see --to onnx")
-    if weights.run.model.head == "mlp" and weights.whole and weights.run.model.name == "simmim":
+    if weights.config.model.head == "mlp" and weights.has_decoder and weights.config.model.name == "simmim":
         raise UserError("transformers' head for masked images is one convolution, and this one is an MLP")
-    run = weights.run
+    run = weights.config
     h, w = run.image_size
     config |= {
         "architectures": [kind],
@@ -60,8 +60,8 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
             "do_resize": True,
             "size": {"height": h, "width": w},
             "resample": 3,
-            "do_rescale": run.pixels != "float32",
-            "rescale_factor": 1 / (65535 if run.pixels == "uint16" else 255),
+            "do_rescale": run.dtype != "float32",
+            "rescale_factor": 1 / (65535 if run.dtype == "uint16" else 255),
             "do_normalize": True,
             "image_mean": mean,
             "image_std": std,
@@ -86,14 +86,14 @@ def _hf_blocks(encoder: VisionTransformer | Beit) -> dict[str, Any]:
 def _hf_vit(encoder: VisionTransformer, weights: Weights | None = None) -> dict[str, Any]:
     config = {"model_type": "vit", **_hf_blocks(encoder), "encoder_stride": encoder.patch_embed.patch_size[0]}
     if weights is not None:
-        model = weights.run.model
+        model = weights.config.model
         config |= {
             "model_type": "vit_mae",
             "decoder_hidden_size": model.decoder_dim,
             "decoder_num_hidden_layers": model.decoder_depth,
             "decoder_num_attention_heads": model.decoder_heads,
             "decoder_intermediate_size": 4 * model.decoder_dim,
-            **_pretraining(weights.run),
+            **_pretraining(weights.config),
         }
     return config
 

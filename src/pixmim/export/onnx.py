@@ -30,7 +30,7 @@ class _Outputs(nn.Module):
 
 
 def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """ONNX of the encoder for any batch: normalised images to its global vector, mean of patch tokens, and map; of a
+    """ONNX of the encoder for any batch: normalized images to its global vector, mean of patch tokens, and map; of a
     classifier to its logits.
 
     The file is checked in onnxruntime against torch. Raises UserError where onnx, onnxscript or onnxruntime is missing,
@@ -42,7 +42,7 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'pixmim[onnx]'") from error
-    run = weights.run
+    run = weights.config
     classifies = bool(run.model.options.get("num_classes"))
     model = _Outputs(encoder, classifies)
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +72,7 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         "std": std,
         "img_size": run.image_size,
         "in_chans": run.channels,
-        "pixels": run.pixels,
+        "dtype": run.dtype,
         "backbone": run.model.backbone,
     }
     for key, value in said.items():

@@ -110,7 +110,7 @@ def published(name: str, classes: int = 0) -> nn.Module:
 
 
 def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
-    """What a finished encoder says of normalised images, from its last `blocks` blocks.
+    """What a finished encoder says of normalized images, from its last `blocks` blocks.
 
     Raises UserError for a module that pixmim does not know as an encoder.
     """

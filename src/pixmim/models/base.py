@@ -27,9 +27,9 @@ class MaskedModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
-        """Predict every patch, d = p*p*c values each, from the visible ones of normalised images.
+        """Predict every patch, d = p*p*c values each, from the visible ones of normalized images.
 
-        Its patches may be larger than the n of the mask: p says how large. A model made for colour bins predicts as
+        Its patches may be larger than the n of the mask: p says how large. A model made for color bins predicts as
         many scores in place of each value. Raises ValueError for a mask of another grid.
         """
 

@@ -165,7 +165,7 @@ class ConvMAE(MaskedModel):
 
     def encode(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b k d"]:
         """The visible tokens, all three scales summed, after the final norm."""
-        keep, _ = mask.tables
+        keep, _ = mask.indices
         first, second, tokens = self.encoder.stages(images, mask.hidden)
         scales = (self.stage1_output_decode(first), self.stage2_output_decode(second))
         finer = [gather(scale.flatten(2).transpose(1, 2), keep) for scale in scales]
@@ -173,7 +173,7 @@ class ConvMAE(MaskedModel):
         return self.encoder.norm(tokens + finer[0] + finer[1])
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
-        """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
+        """Predict all patches of normalized images, d = p*p*c*outputs in (row, column, channel, output) order."""
         self.check_mask(images, mask)
         return self.decoder(self.encode(images, mask), mask)
 

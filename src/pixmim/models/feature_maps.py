@@ -13,7 +13,7 @@ from pixmim.models.convmae import ConvMAEEncoder
 
 
 def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _ _ _"]]:
-    """Four maps of normalised images, from an early one to the last, before the encoder's final norm.
+    """Four maps of normalized images, from an early one to the last, before the encoder's final norm.
 
     ViT, Beit   after a third, a half, two thirds and all of the blocks, all at the stride of the patches: of 12 blocks
                 numbers 3, 5, 7 and 11, as BEiT and MAE chose, and of 24 numbers 7, 11, 15 and 23

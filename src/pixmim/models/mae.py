@@ -55,7 +55,7 @@ class DecoderOptions:
 class MAE(MaskedModel):
     """A timm VisionTransformer with MAE's decoder; with other masks and a thinner decoder this is LSMAE, too.
 
-    encoder  any plain timm ViT; its positions become MAE's fixed sin-cos table, and its weights are initialised anew
+    encoder  any plain timm ViT; its positions become MAE's fixed sin-cos table, and its weights are initialized anew
 
     With vit_base_patch16_224 and (512, 8, 16) this holds 111,907,840 values, as the official model does; LSMAE-base at
     448 px, with (384, 8, 12), holds 101.340 million.
@@ -73,7 +73,7 @@ class MAE(MaskedModel):
         self.decoder = Decoder(encoder.embed_dim, encoder.num_prefix_tokens, grid, self.patch, channels, decoder)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
-        """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
+        """Predict all patches of normalized images, d = p*p*c*outputs in (row, column, channel, output) order."""
         self.check_mask(images, mask)
         return self.decoder(encode_visible(self.encoder, images, mask), mask)
 
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
 
     With a stride n, a convolution of kernel and stride n makes n x n tokens into one once the hidden ones are filled
     in; where the predicted patches are finer than that, a transposed one takes the blocks' output apart again. Both
-    keep PyTorch's initialisation, as LSMAE's do, and prefix tokens pass them by.
+    keep PyTorch's initialization, as LSMAE's do, and prefix tokens pass them by.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b t width"], mask: Mask) -> Float[Tensor, "b m d"]:
         """Predict all patches from the prefix and visible tokens, t = prefix + k."""
-        keep, restore = mask.tables
+        keep, restore = mask.indices
         tokens = self.embed(tokens)
         prefix, visible = tokens[:, : self.prefix], tokens[:, self.prefix :]
         b, n = restore.shape

@@ -22,7 +22,7 @@ Head = Literal["linear", "mlp"]
 class SimMIM(MaskedModel):
     """A timm Swin, Beit or plain ViT that sees all patches, the hidden ones as one learnt token.
 
-    encoder  keeps the initialisation of timm's Swin; a Beit or ViT gets SimMIM's: linear weights from a normal of
+    encoder  keeps the initialization of timm's Swin; a Beit or ViT gets SimMIM's: linear weights from a normal of
              deviation 0.02 cut at +-0.02, the last of each residual branch divided by sqrt(2 * layer)
     head     "linear": one 1x1 convolution; "mlp": two of them with a GELU between. It predicts the stride x stride
              pixels under each place of the encoder's final map (section 3.3)
@@ -48,7 +48,7 @@ class SimMIM(MaskedModel):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
-        """Predict all patches of normalised images, d = p*p*c*outputs in (row, column, channel, output) order."""
+        """Predict all patches of normalized images, d = p*p*c*outputs in (row, column, channel, output) order."""
         self.check_mask(images, mask)
         drive = swin.encode_replaced if isinstance(self.encoder, SwinTransformer) else vit.encode_replaced
         found = drive(self.encoder, images, mask.hidden, self.mask_token)  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ class SimMIM(MaskedModel):
 
 @torch.no_grad()
 def init_like_simmim(encoder: Beit | VisionTransformer) -> None:
-    """SimMIM's initialisation of a ViT's linear layers and tokens."""
+    """SimMIM's initialization of a ViT's linear layers and tokens."""
     for layer in encoder.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)

@@ -41,7 +41,7 @@ def fix_sincos_positions(encoder: VisionTransformer) -> None:
 
 @torch.no_grad()
 def init_like_mae(module: nn.Module) -> None:
-    """MAE's initialisation of linear, norm and patch layers: Xavier-uniform weights, zero biases, unit norms.
+    """MAE's initialization of linear, norm and patch layers: Xavier-uniform weights, zero biases, unit norms.
 
     qkv counts as one matrix, the patch convolution as a matrix (d, c*p*p) whose bias keeps PyTorch's default.
     """
@@ -74,7 +74,7 @@ def encode_visible(encoder: VisionTransformer, images: Float[Tensor, "b c h w"],
         raise ValueError(
             f"images of {tuple(images.shape[-2:])} pixels, but the model was made for {tuple(embed.img_size)}"
         )
-    keep, _ = mask.tables
+    keep, _ = mask.indices
     patches = gather(patchify(images, patch), keep)
     weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channel last, as patchify lays values out
     tokens = embed.norm(F.linear(patches, weight, embed.proj.bias))

@@ -36,7 +36,7 @@ from pixmim.utils.trust import closed, inside, refusal
 from pixmim.utils.validation import NOT_OF_TIMM
 from pixmim.weights.detect import read_config
 from pixmim.weights.load import resolve_model
-from pixmim.weights.save import ENCODER, WEIGHTS
+from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS
 
 _MAX_NEIGHBOURS = 8  # numbers of neighbours with a curve
 _MAX_PICTURES = 100  # of one run
@@ -44,7 +44,7 @@ _MAX_PICTURE_BYTES = 2**25
 _MAX_PIXELS = 2**25  # of all pictures of one run together
 
 _MAJORITY = ", majority"
-MARK = " · pixmim</title>".encode()
+DATA_MARK = " · pixmim</title>".encode()
 """In the first lines of a page: one that pixmim wrote may be written again."""
 
 Warn = Callable[[str], None]
@@ -56,7 +56,7 @@ class _ReportEntry:
 
     name: str
     folder: Path
-    run: ModelConfig | None
+    config: ModelConfig | None
     """A PretrainConfig if pixmim trained it; None for a model that was measured only."""
     metrics: list[dict[str, Any]]
     results: list[dict[str, Any]]
@@ -99,7 +99,7 @@ def write_report(
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a run: there is no such folder")
-    check_output(page, mark=MARK)
+    check_output(page, mark=DATA_MARK)
     stories = [_read(folder, name, data, warn, bands) for folder, name in zip(folders, _names(folders), strict=True)]
     for story in stories:
         for line in [*story.warnings, *[f"no reconstructions: {story.problem}"] * bool(story.problem)]:
@@ -109,15 +109,15 @@ def write_report(
             folder.mkdir(exist_ok=True)
             picture = labeled_grid(story.pictures.columns, story.pictures.names)
             atomic_write(folder / f"step-{story.pictures.step:09d}.png", partial(picture.save, format="PNG"))
-    trained = [story for story in stories if story.run is not None]
-    targets = [(s.name, s.run.target) for s in stories if s.run is not None and s.run.target is not None]
+    trained = [story for story in stories if story.config is not None]
+    targets = [(s.name, s.config.target) for s in stories if s.config is not None and s.config.target is not None]
     html = _ENVIRONMENT.get_template("page.html.j2").render(
         title=" and ".join(story.name for story in stories) if len(stories) < 4 else f"{len(stories)} runs",
         stories=stories,
         trained=trained,
         results=compare([ModelResults(story.name, story.results) for story in stories]),
         drawn=[drawn for story in stories for drawn in story.drawn],
-        settings=_settings([story.run for story in stories if story.run is not None]),
+        settings=_settings([story.config for story in stories if story.config is not None]),
         curves=_curves(stories),
         columns=COLUMNS,
         png=png,
@@ -125,7 +125,7 @@ def write_report(
         spectrum=_spectrum,
         usage=_usage,
         binned=[name for name, target in targets if target.distance == "cross_entropy"],
-        unnormalised=[name for name, target in targets if target.normalize_patches or target.normalize_window],
+        unnormalized=[name for name, target in targets if target.normalize_patches or target.normalize_window],
     )
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(page, html)
@@ -161,12 +161,12 @@ def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = ""
         raise UserError(reason)
     if run is not None:
         try:
-            weights = with_bands(resolve_model(str(folder.absolute()), whole=True), bands)
+            weights = with_bands(resolve_model(str(folder.absolute()), with_decoder=True), bands)
             progress = weights.progress
             pictures = reconstruct(weights, _data(folder, run, config, data))
         except (UserError, OSError) as error:  # the data may be elsewhere by now
             problem = "; ".join(str(error).splitlines())
-        if not (folder / WEIGHTS).is_file():
+        if not (folder / ENCODER_WEIGHTS).is_file():
             resume = f"pixmim pretrain --resume {shlex.quote(str(folder))}"
             unfinished = f"{resume} goes on with it; with --finish it ends now, with its encoder"
             warn(f"{name} is unfinished{': ' * bool(progress)}{progress}")
@@ -237,7 +237,7 @@ def _settings(runs: list[ModelConfig]) -> list[dict[str, Any]]:
 
 def _usage(story: _ReportEntry) -> str:
     """The Python line that opens a run's encoder. Its folder is a literal: no name can end the string."""
-    run, folder = story.run, str(story.folder / ENCODER)
+    run, folder = story.config, str(story.folder / ENCODER_FOLDER)
     assert run is not None
     if run.model.name == "convmae" or any(name in run.model.options for name in NOT_OF_TIMM):
         return f"encoder = pixmim.load_encoder({folder!r})"
@@ -246,7 +246,7 @@ def _usage(story: _ReportEntry) -> str:
 
 def _curves(stories: list[_ReportEntry]) -> list[tuple[str, str]]:
     """(caption, SVG) of each curve that has something to show. What was measured on other data has its own figure."""
-    compares = "Losses compare only between runs with the same target and normalisation."
+    compares = "Losses compare only between runs with the same target and normalization."
     kinds: list[tuple[dict[str, str], str, str, Callable[[PretrainConfig], str]]] = [
         ({"loss": ""}, "loss", f"Training loss. {compares}", lambda run: run.data),
         (_knn("top1", stories), "k-NN top-1 (%)", "k-NN accuracy while training, mean of patch tokens.", _measured_on),
@@ -265,8 +265,8 @@ def _curves(stories: list[_ReportEntry]) -> list[tuple[str, str]]:
         for story in stories:
             for key, mark in keys.items():
                 found = story.series(key)
-                if isinstance(story.run, PretrainConfig) and len(found[0]) > 1:
-                    groups.setdefault(on(story.run), {})[story.name + mark] = found
+                if isinstance(story.config, PretrainConfig) and len(found[0]) > 1:
+                    groups.setdefault(on(story.config), {})[story.name + mark] = found
         for data, series in groups.items():
             said = f" Measured on {label(data, 120)}." if data else ""
             marker, dashed = "o" if "k-NN" in axis else "", [name for name in series if name.endswith(_MAJORITY)]
@@ -283,8 +283,8 @@ def _knn(value: str, stories: list[_ReportEntry]) -> dict[str, str]:
     return keys | ({"knn/majority": _MAJORITY} if value == "top1" else {})
 
 
-def _measured_on(run: PretrainConfig) -> str:
-    return f"{run.knn.test} (train {run.knn.train})"
+def _measured_on(config: PretrainConfig) -> str:
+    return f"{config.knn.test} (train {config.knn.train})"
 
 
 def _drawn(folder: Path, name: str, results: list[dict[str, Any]], warn: Warn) -> Iterator[tuple[str, str]]:
@@ -325,10 +325,10 @@ def _picture(path: Path, most: int) -> Pixels:
 
 
 def _spectrum(story: _ReportEntry) -> str:
-    assert story.pictures is not None and story.run is not None
+    assert story.pictures is not None and story.config is not None
     line = None
-    if story.run.target is not None and story.run.target.kind == "low-frequency":
-        radius = resolve_radius(story.run.target.radius, story.run.image_size)
+    if story.config.target is not None and story.config.target.kind == "low-frequency":
+        radius = resolve_radius(story.config.target.radius, story.config.image_size)
         cut = min(radius) if isinstance(radius, tuple) else radius
         line = cut, f"r = {cut:g}"
     series = {

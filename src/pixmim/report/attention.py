@@ -71,7 +71,7 @@ def attention_sheet(
 
     Also gives the names of their files, and what could not be read, a line each. Raises UserError.
     """
-    run, encoder = weights.run, build_encoder_with_weights(weights)
+    run, encoder = weights.config, build_encoder_with_weights(weights)
     crop, pictures, names, bad = CenterCrop(run.image_size, interpolation=run.interpolation), [], list[str](), []
     for index in range(len(data)):
         try:

@@ -1,4 +1,4 @@
-"""Pictures of what a model predicts, honest about per-patch normalisation, and their radial spectra.
+"""Pictures of what a model predicts, honest about per-patch normalization, and their radial spectra.
 
 With norm_pix the network predicts each patch's pattern only, not its brightness or contrast. To draw it, those two
 numbers must come from somewhere:
@@ -9,7 +9,7 @@ numbers must come from somewhere:
   patch that is visible in part are taken from its visible pixels, and count for as many.
 With a window around each pixel (normalize_window) the two numbers are those of the pixel's own window and channel, so
 what is borrowed is a blurred image; "unaided" then has one pair for each channel.
-Of colour bins the expected colour is drawn, the mean of the bins' centres by their probabilities.
+Of color bins the expected color is drawn, the mean of the bins' centers by their probabilities.
 The loss counts hidden patches only; what a network gives for visible ones was never trained, so it is not drawn.
 """
 
@@ -60,42 +60,46 @@ class Reconstruction:
 
 def with_bands(weights: Weights, bands: str) -> Weights:
     """Weights whose run draws these channels as red, green and blue; as they are if none are named."""
-    return replace(weights, run=replace(weights.run, bands=bands)) if bands else weights
+    return replace(weights, config=replace(weights.config, bands=bands)) if bands else weights
 
 
 def reconstruct(weights: Weights, data: ImageDataset, count: int = 6) -> Reconstruction:
-    """What a whole model makes of `count` pictures of a data set: their centre crops.
+    """What a whole model makes of `count` pictures of a data set: their center crops.
 
     Raises UserError if the weights are an encoder's only, or not one picture can be read.
     """
-    pictures, names = _some_pictures(weights.run, data, count)
-    return draw(build_with_weights(weights), weights.run, pictures, weights.step, names)
+    pictures, names = _some_pictures(weights.config, data, count)
+    return draw(build_with_weights(weights), weights.config, pictures, weights.step, names)
 
 
 @torch.no_grad()
 def draw(
-    model: MaskedModel, run: ModelConfig, pictures: Shaped[Tensor, "b c h w"], step: int = 0, names: Sequence[str] = ()
+    model: MaskedModel,
+    config: ModelConfig,
+    pictures: Shaped[Tensor, "b c h w"],
+    step: int = 0,
+    names: Sequence[str] = (),
 ) -> Reconstruction:
     """What a model makes of pictures of the run's size, with the run's target and masks of step -1, which no training
     step uses.
     """
-    objective = build_loss(run)
-    mean, std = (torch.tensor(values) for values in run.normalization)
+    objective = build_loss(config)
+    mean, std = (torch.tensor(values) for values in config.normalization)
     x = flip_and_normalize(pictures, None, mean, std)
-    mask = build_mask_sampler(run, model.patch)(step=-1, rows=range(len(x)))
+    mask = build_mask_sampler(config, model.patch)(step=-1, rows=range(len(x)))
 
     prediction = model(x, mask)
     patch = patch_size(prediction, x, objective.outputs)
     if isinstance(objective.target, ColorBins):
         prediction = objective.target.expected(prediction)
     target = objective.target(x)
-    hidden = hidden_pixels(mask.hidden, model.patch, run.image_size)
-    filled = unaided = unpatchify(prediction, patch, run.image_size)
+    hidden = hidden_pixels(mask.hidden, model.patch, config.image_size)
+    filled = unaided = unpatchify(prediction, patch, config.image_size)
     borrowed, own = (objective.statistics(target, patch, seen) for seen in (None, ~hidden))
     if borrowed is not None and own is not None:
         (mean_of, deviation_of), (local_mean, local_deviation) = (_average(s, ~hidden) for s in own), borrowed
         filled, unaided = filled * local_deviation + local_mean, filled * deviation_of + mean_of
-    normalised = {
+    normalized = {
         "image": x,
         "masked": x,
         "prediction": filled,
@@ -103,11 +107,11 @@ def draw(
         "pasted": torch.where(hidden, filled, x),
         "unaided": torch.where(hidden, unaided, x),
     }
-    pixels = {name: value * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) for name, value in normalised.items()}
+    pixels = {name: value * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) for name, value in normalized.items()}
     # The prediction's spectrum is that of the target with its hidden patches predicted: no grey, no seams of its own.
     compared = {"image": x, "target": target, "prediction": torch.where(hidden, filled, target)}
     spectra = {name: radial_spectrum(value * std.view(1, -1, 1, 1)) for name, value in compared.items()}
-    columns, blank, gone = to_pixels(pixels, run), hatch(*run.image_size), hidden.numpy()[:, 0, ..., None]
+    columns, blank, gone = to_pixels(pixels, config), hatch(*config.image_size), hidden.numpy()[:, 0, ..., None]
     columns["masked"] = np.where(gone, blank, columns["masked"])
     columns["prediction"] = np.where(gone, columns["prediction"], blank)
     return Reconstruction(step, columns, list(names), spectra)
@@ -131,11 +135,11 @@ def _average(images: Tensor, over: Tensor) -> Tensor:
     return (images * over).sum(dim=(2, 3), keepdim=True) / over.sum(dim=(2, 3), keepdim=True)
 
 
-def _some_pictures(run: ModelConfig, data: ImageDataset, count: int) -> tuple[Tensor, list[str]]:
+def _some_pictures(config: ModelConfig, data: ImageDataset, count: int) -> tuple[Tensor, list[str]]:
     """The first readable pictures of an order that no training epoch uses, in order if there are few; their files."""
-    crop = CenterCrop(run.image_size, interpolation=run.interpolation)
+    crop = CenterCrop(config.image_size, interpolation=config.interpolation)
     found, names = list[Tensor](), list[str]()
-    few, seed = len(data) <= count, run.seed if isinstance(run, PretrainConfig) else 0
+    few, seed = len(data) <= count, config.seed if isinstance(config, PretrainConfig) else 0
     for place in range(len(data)):
         index = place if few else int(rng.shuffled(seed, "order", 2**31, len(data), [place])[0])
         try:

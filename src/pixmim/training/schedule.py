@@ -30,14 +30,20 @@ class Schedule:
     warmup_prefix: bool = True
 
     @staticmethod
-    def of(run: PretrainConfig, images: int) -> "Schedule":
+    def of(config: PretrainConfig, images: int) -> "Schedule":
         """The schedule of a run over `images` images. Warm-up takes at most a fifth of it, a drop its share of it."""
-        steps_an_epoch = images / run.batch_size
-        steps = run.steps if run.steps is not None else max(1, round(run.epochs * steps_an_epoch))
-        warmup = min(round(run.optim.warmup * steps_an_epoch), steps // 5)
-        drop = round(run.optim.lr_drop_at * steps) if run.optim.schedule == "step" else None
+        steps_an_epoch = images / config.batch_size
+        steps = config.steps if config.steps is not None else max(1, round(config.epochs * steps_an_epoch))
+        warmup = min(round(config.optim.warmup * steps_an_epoch), steps // 5)
+        drop = round(config.optim.lr_drop_at * steps) if config.optim.schedule == "step" else None
         return Schedule(
-            steps, warmup, run.lr, run.optim.min_lr, run.optim.warmup_start_lr, drop, run.optim.warmup_prefix
+            steps,
+            warmup,
+            config.lr,
+            config.optim.min_lr,
+            config.optim.warmup_start_lr,
+            drop,
+            config.optim.warmup_prefix,
         )
 
     def lr(self, step: int) -> float:

@@ -14,7 +14,7 @@ from pixmim.training.schedule import Schedule
 
 
 def start_summary(
-    run: PretrainConfig,
+    config: PretrainConfig,
     images: int,
     schedule: Schedule,
     device: torch.device,
@@ -23,45 +23,46 @@ def start_summary(
     parts: int,
 ) -> list[str]:
     """Lines for a terminal, as plain text. `images` is the size of the data set."""
-    radius = resolve_radius(run.target.radius, run.image_size)
-    target = f"low frequencies up to radius {radius}" if run.target.kind == "low-frequency" else "pixels"
-    if run.target.distance == "cross_entropy":
-        target += f" in {run.target.bins} bins"
-    height, width = run.image_size
+    radius = resolve_radius(config.target.radius, config.image_size)
+    target = f"low frequencies up to radius {radius}" if config.target.kind == "low-frequency" else "pixels"
+    if config.target.distance == "cross_entropy":
+        target += f" in {config.target.bins} bins"
+    height, width = config.image_size
     drop = f", and a tenth of it from update {schedule.drop:,} on" if schedule.drop is not None else ""
     lines = [
-        f"{run.model.name} on {run.model.backbone} at {height}x{width}, predicting {target}, crop {run.crop.kind}",
-        f"{images:,} images; {schedule.steps:,} updates of {run.batch_size:,} images = "
-        f"{schedule.steps * run.batch_size / images:,.1f} epochs; "
-        f"learning rate {run.lr:.3g} after {schedule.warmup:,} updates of warm-up{drop}",
-        f"{_machines(run, device, world, parts)} in {precision}, seed {run.seed}",
+        f"{config.model.name} on {config.model.backbone} at {height}x{width}, predicting {target}, "
+        f"crop {config.crop.kind}",
+        f"{images:,} images; {schedule.steps:,} updates of {config.batch_size:,} images = "
+        f"{schedule.steps * config.batch_size / images:,.1f} epochs; "
+        f"learning rate {config.lr:.3g} after {schedule.warmup:,} updates of warm-up{drop}",
+        f"{_machines(config, device, world, parts)} in {precision}, seed {config.seed}",
     ]
     warnings = []
-    if run.recipe_info.steps and schedule.steps < run.recipe_info.steps / 10:
+    if config.recipe_info.steps and schedule.steps < config.recipe_info.steps / 10:
         warnings.append(
-            f"{schedule.steps:,} steps are few: this recipe was made for {run.recipe_info.steps:,}. Less than "
+            f"{schedule.steps:,} steps are few: this recipe was made for {config.recipe_info.steps:,}. Less than "
             "a tenth of them teaches little; more --epochs or a smaller --batch-size give more."
         )
-    if run.optim.lr is not None and not 0.25 < run.lr / (run.optim.base_lr * run.batch_size / 256) < 4:
+    if config.optim.lr is not None and not 0.25 < config.lr / (config.optim.base_lr * config.batch_size / 256) < 4:
         warnings.append(
-            f"a learning rate of {run.lr:.3g} suits another batch than {run.batch_size:,}: "
-            f"the rule gives {run.optim.base_lr * run.batch_size / 256:.3g}. Leave --optim.lr out to follow it."
+            f"a learning rate of {config.lr:.3g} suits another batch than {config.batch_size:,}: "
+            f"the rule gives {config.optim.base_lr * config.batch_size / 256:.3g}. Leave --optim.lr out to follow it."
         )
-    usual = run.pixels == "uint8" and run.channels in (1, 3)
-    if not usual and (run.mean is None or run.std is None):
+    usual = config.dtype == "uint8" and config.channels in (1, 3)
+    if not usual and (config.mean is None or config.std is None):
         warnings.append("mean and std are not measured, so those of photographs stand in: pixmim stats DATA")
-    if images < run.batch_size:
-        warnings.append(f"a batch of {run.batch_size:,} holds each of the {images:,} images more than once")
+    if images < config.batch_size:
+        warnings.append(f"a batch of {config.batch_size:,} holds each of the {images:,} images more than once")
     return lines + [f"warning: {text}" for text in warnings]
 
 
 def end_summary(
-    run: PretrainConfig, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float
+    config: PretrainConfig, out: Path, step: int, *, lost: int, bad: int, images: int, waited: float
 ) -> list[str]:
     """What a finished run says of itself, as plain lines: updates lost, bad images, a share of its time waited."""
     lines = []
     if waited > DATA_BOUND:
-        command = f"pixmim bench-data {shlex.quote(run.data)}"
+        command = f"pixmim bench-data {shlex.quote(config.data)}"
         lines.append(f"the run waited for data {waited:.0%} of its time: `{command}` says what helps")
     if lost:
         lines.append(f"{lost} of {step} updates were skipped because their gradient was not finite")
@@ -70,11 +71,11 @@ def end_summary(
     return lines
 
 
-def _machines(run: PretrainConfig, device: torch.device, world: Distributed, parts: int) -> str:
+def _machines(config: PretrainConfig, device: torch.device, world: Distributed, parts: int) -> str:
     """Describe what computes, such as "8 processes on cuda (ddp), each 64 images of a batch in 2 parts of 32,"."""
-    images = run.batch_size // world.size
+    images = config.batch_size // world.size
     cut = f" in {parts} parts of {'' if images % parts == 0 else 'up to '}{-(-images // parts):,}" if parts > 1 else ""
     if world.size == 1:
         return f"{device}, each batch{cut}," if cut else str(device)
     share = f"{images:,} images of a batch"
-    return f"{world.size} processes on {device.type} ({parallel_mode(run.parallel, world)}), each {share}{cut},"
+    return f"{world.size} processes on {device.type} ({parallel_mode(config.parallel, world)}), each {share}{cut},"

@@ -21,7 +21,7 @@ from pixmim.training.parallelize import sync_last_microbatch
 from pixmim.training.preemption import Interrupted, PreemptionHandler
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
-from pixmim.utils.lock import alone
+from pixmim.utils.lock import locked_folder
 
 Batch = TypeVar("Batch")
 
@@ -191,7 +191,7 @@ class Trainer:
         """
         device = self.updater.device
         with (
-            alone(self.folder, self._say),
+            locked_folder(self.folder, self._say),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             open_loader(self.resume() * self.accumulation_steps) as loader,
             self,

@@ -1,4 +1,4 @@
-"""Augmentation of one image after its crop, for training with labels: RandAugment, 3-Augment, colour jitter.
+"""Augmentation of one image after its crop, for training with labels: RandAugment, 3-Augment, color jitter.
 
 What is done to an image is a function of a few uniform numbers, as a crop is, so that an interrupted run goes on with
 the very images it would have seen. The operations on pixels are Pillow's, through timm's functions.
@@ -31,7 +31,7 @@ class Augmentation(ABC):
 
     @property
     @abstractmethod
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         """Uniform numbers that `apply` takes."""
 
     @abstractmethod
@@ -45,9 +45,9 @@ class Augmented(Crop):
 
     base   the crop; it decides the shape, and its numbers come first
     steps  what is done to the crop
-    fill   for each channel, 0 to 255: what lies outside the image, usually the mean that is normalised with
+    fill   for each channel, 0 to 255: what lies outside the image, usually the mean that is normalized with
 
-    Images of three channels are taken as colours and those of one as grey. Of any other number each channel is taken by
+    Images of three channels are taken as colors and those of one as grey. Of any other number each channel is taken by
     itself, with the same numbers; what changes the saturation leaves such images as they are. uint8 only.
     """
 
@@ -56,16 +56,16 @@ class Augmented(Crop):
     fill: tuple[int, ...]
 
     @property
-    def draws(self) -> int:
-        return self.base.draws + sum(step.draws for step in self.steps)
+    def num_uniforms(self) -> int:
+        return self.base.num_uniforms + sum(step.num_uniforms for step in self.steps)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.base.shape
 
-    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
-        first = self.base.draws
-        self.base.put(image, u[:first], out)
+    def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+        first = self.base.num_uniforms
+        self.base.crop_into(image, u[:first], out)
         if out.dtype != np.uint8:
             raise ValueError(f"images are augmented as uint8, not as {out.dtype}")
         if out.shape[2] == 3:
@@ -75,17 +75,17 @@ class Augmented(Crop):
             plane = Image.fromarray(np.ascontiguousarray(out[..., channel]))
             out[..., channel] = np.asarray(self._changed(plane, u[first:], fill))
 
-    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return None
 
     def _changed(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
         for step in self.steps:
-            image, u = step.apply(image, u[: step.draws], fill), u[step.draws :]
+            image, u = step.apply(image, u[: step.num_uniforms], fill), u[step.num_uniforms :]
         return image
 
 
 def fill_of(mean: Sequence[float]) -> tuple[int, ...]:
-    """The fill that normalisation with this mean, of values in [0, 1], makes a zero."""
+    """The fill that normalization with this mean, of values in [0, 1], makes a zero."""
     return tuple(min(255, round(255 * value)) for value in mean)
 
 
@@ -139,7 +139,7 @@ class RandAugment(Augmentation):
     deviation: float = 0.5
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         return 8  # for each of two layers: which operation, whether, its magnitude and its sign
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
@@ -158,7 +158,7 @@ class ThreeAugment(Augmentation):
     """DeiT III's (arXiv 2204.07118, section 3): each image turns grey, is solarised, or is blurred by 0.1 to 2 px."""
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         return 2
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
@@ -180,7 +180,7 @@ class Jitter(Augmentation):
     strength: float
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         return 4
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:

@@ -37,7 +37,7 @@ class Crop(ABC):
 
     @property
     @abstractmethod
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         """Uniform numbers that `crop` takes."""
 
     @property
@@ -46,11 +46,11 @@ class Crop(ABC):
         """(h, w) of the result in pixels."""
 
     @abstractmethod
-    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+    def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         """Write into `out`, of the image's dtype, the crop that the numbers `u` in [0, 1) decide."""
 
     @abstractmethod
-    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         """Where the crop of an image of `size` (h, w) begins, row and column, if it is only cut out of the image.
 
         None if it is resized. Rows and columns beyond the image, -1 for one, are mirrored ones.
@@ -60,7 +60,7 @@ class Crop(ABC):
         """The crop that the numbers `u` in [0, 1) decide, computed on the CPU."""
         array = image.cpu().permute(1, 2, 0).numpy()
         out = np.empty((*self.shape, array.shape[2]), array.dtype)
-        self.put(array, u, out)
+        self.crop_into(array, u, out)
         return as_image(out).to(image.device)
 
     @overload
@@ -78,7 +78,7 @@ class Crop(ABC):
             raise TypeError(
                 f"a crop takes a PIL image, a tensor (c h w) or an array (h w c), not {type(image).__name__}"
             )
-        u = torch.rand(self.draws, dtype=torch.float64).tolist()
+        u = torch.rand(self.num_uniforms, dtype=torch.float64).tolist()
         if isinstance(image, Image.Image):
             return V.to_pil_image(self.crop(V.pil_to_tensor(image), u))
         if isinstance(image, Tensor):
@@ -86,7 +86,7 @@ class Crop(ABC):
         if image.ndim not in (2, 3):
             raise ValueError(f"a crop takes an array (h w c) or (h w), not one of {image.ndim} dimensions")
         out = np.empty((*self.shape, *image.shape[2:]), image.dtype)
-        self.put(image.reshape(*image.shape[:2], -1), u, out.reshape(*self.shape, -1))
+        self.crop_into(image.reshape(*image.shape[:2], -1), u, out.reshape(*self.shape, -1))
         return out
 
 
@@ -112,18 +112,18 @@ class SimpleResizedCrop(Crop):
             raise ValueError(f"a padding of {self.padding} pixels must be smaller than the crop of {self.size}")
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         return 2
 
     @property
     def shape(self) -> tuple[int, int]:
         return _pair(self.size)
 
-    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+    def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         image = resize(image, cover_size(image.shape[:2], self.shape), self.interpolation)
         _put_window(image, *self._corner(image.shape[:2], u), out)
 
-    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return self._corner(size, u) if cover_size(size, self.shape) == size else None
 
     def _corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int]:
@@ -147,18 +147,18 @@ class RandomResizedCrop(Crop):
     single: bool = False
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         return 4 if self.single else 22  # area and ratio for each try, then two for the place
 
     @property
     def shape(self) -> tuple[int, int]:
         return _pair(self.size)
 
-    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+    def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         top, left, h, w = self.box(image.shape[:2], u)
         out[...] = resize(image[top : top + h, left : left + w], self.shape, self.interpolation)
 
-    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return None
 
     def box(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int, int, int]:
@@ -195,19 +195,19 @@ class CenterCrop(Crop):
     interpolation: Interpolation = "bicubic"
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         return 0
 
     @property
     def shape(self) -> tuple[int, int]:
         return _pair(self.size)
 
-    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+    def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         image = resize(image, cover_size(image.shape[:2], self._covered), self.interpolation)
         (top, left), (h, w) = self._corner(image.shape[:2]), self.shape
         out[...] = image[top : top + h, left : left + w]
 
-    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return self._corner(size) if cover_size(size, self._covered) == size else None
 
     def _corner(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -259,7 +259,7 @@ def cover_size(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]
 def flip_and_normalize(
     images: Shaped[Tensor, "b c h w"], flip: Bool[Tensor, " b"] | None, mean: Tensor, std: Tensor
 ) -> Float[Tensor, "b c h w"]:
-    """The last steps on the device, for a whole batch: flip rows where `flip`, scale to [0, 1], normalise.
+    """The last steps on the device, for a whole batch: flip rows where `flip`, scale to [0, 1], normalize.
 
     uint8 images count 255 as one, uint16 images 65535; floating-point images are taken as they are. mean and std have
     c values each.

@@ -18,7 +18,7 @@ Box = tuple[int, int, int, int]
 
 
 def erase(images: Float[Tensor, "b c h w"], probability: float, seed: int, number: int) -> Float[Tensor, "b c h w"]:
-    """Random erasing, pixel mode: a box of normalised images becomes standard normal noise, in place.
+    """Random erasing, pixel mode: a box of normalized images becomes standard normal noise, in place.
 
     Its area is 0.02 to 1/3 of the image's and its aspect 0.3 to 1/0.3, log-uniform; ten tries to fit it in.
     Source: arXiv 1708.04896, as timm applies it in the recipes of DeiT, MAE and SimMIM.
@@ -59,23 +59,23 @@ def mix(
     """
     if not (mixup or cutmix):
         return images, 1.0
-    cut, *centre = rng.uniform(seed, "mix", number, [0], 3)[0].tolist()
+    cut, *center = rng.uniform(seed, "mix", number, [0], 3)[0].tolist()
     boxed = bool(cutmix) and (not mixup or cut < 0.5)
     a = cutmix if boxed else mixup
     share = float(np.random.default_rng(rng.key(seed, "mix share", number)).beta(a, a))
     if not boxed:
         return images * share + images.flip(0) * (1 - share), share
     h, w = images.shape[-2:]
-    top, left, down, across = cut_box((h, w), share, centre)
+    top, left, down, across = cut_box((h, w), share, center)
     mixed = images.clone()
     mixed[..., top : top + down, left : left + across] = images.flip(0)[..., top : top + down, left : left + across]
     return mixed, 1 - down * across / (h * w)
 
 
-def cut_box(size: tuple[int, int], share: float, centre: list[float]) -> Box:
-    """CutMix's box of the image's aspect and 1 - `share` of its area, around a uniform centre, cut at the edges."""
+def cut_box(size: tuple[int, int], share: float, center: list[float]) -> Box:
+    """CutMix's box of the image's aspect and 1 - `share` of its area, around a uniform center, cut at the edges."""
     ends = []
-    for side, u in zip(size, centre, strict=True):
+    for side, u in zip(size, center, strict=True):
         length, middle = int(side * math.sqrt(1 - share)), int(u * side)
         ends.append((max(0, middle - length // 2), min(side, middle + (length + 1) // 2)))
     (top, bottom), (left, right) = ends

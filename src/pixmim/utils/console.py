@@ -53,9 +53,9 @@ def plot_label(name: str) -> str:
 
 
 def print_plain(console: Console, text: str) -> None:
-    """Print plain text: paths do not wrap, names have no colours or markup, control characters are escaped.
+    """Print plain text: paths do not wrap, names have no colors or markup, control characters are escaped.
 
-    A leading "error:" or "warning:" is coloured.
+    A leading "error:" or "warning:" is colored.
     """
     shown = Text(printable_lines(text))
     for level, style in _LEVELS.items():

@@ -153,7 +153,7 @@ def check_new(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give a new, empty folder to write into, which becomes `folder` once the block is left without an error.
 
     `folder` must not exist, or be empty. The temporary folder is beside it, under a random name that must not exist.

@@ -27,7 +27,7 @@ from typing import Any
 from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import read_file
 
-NAME = "lock"
+LOCK_NAME = "lock"
 
 BEAT, STILL, OLD = 15.0, 90.0, 600.0
 """Seconds. STILL is longer than a beat plus the minute for which NFS may report an old time."""
@@ -36,7 +36,7 @@ _MAX_BYTES = 4096
 
 
 @contextmanager
-def alone(folder: Path, say: Callable[[str], None] = lambda text: None, new: bool = False) -> Iterator[None]:
+def locked_folder(folder: Path, say: Callable[[str], None] = lambda text: None, new: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, which is created if necessary, and removed at the end if it was created and is empty.
 
     Args:
@@ -48,7 +48,7 @@ def alone(folder: Path, say: Callable[[str], None] = lambda text: None, new: boo
         UserError: If another process works in the folder.
         OSError: If the folder cannot be created or written to.
     """
-    path, created = folder / NAME, not folder.exists()
+    path, created = folder / LOCK_NAME, not folder.exists()
     folder.mkdir(parents=True, exist_ok=not new)
     holder = {"host": platform.node(), "pid": os.getpid(), "system": _system(), "started": _start_time(os.getpid())}
     mine = json.dumps(holder | {"token": uuid.uuid4().hex}).encode()
@@ -102,7 +102,7 @@ def _remove_dead(path: Path, say: Callable[[str], None]) -> None:
             say(f"{path.parent} is locked by {name}: checking for up to {STILL:.0f} s whether it still runs")
             watching = True
         time.sleep(1)
-    aside = path.with_name(f"{NAME}.{uuid.uuid4().hex}.tmp")
+    aside = path.with_name(f"{LOCK_NAME}.{uuid.uuid4().hex}.tmp")
     with suppress(FileNotFoundError):  # another process removed it
         os.rename(path, aside)
         if _read(aside) == content:
@@ -147,7 +147,7 @@ def _modified(path: Path) -> float | None:
 
 def _clock(folder: Path) -> float:
     """Return the time that the file system of a folder gives to a new file."""
-    probe = folder / f"{NAME}.{uuid.uuid4().hex}.tmp"
+    probe = folder / f"{LOCK_NAME}.{uuid.uuid4().hex}.tmp"
     _create(probe, b"")
     try:
         return os.stat(probe).st_mtime

@@ -16,10 +16,10 @@ from pixmim.utils.validation import check_name, check_options
 from pixmim.weights import infer_config as sizes
 from pixmim.weights.format import COMPUTED, CheckpointFormat
 from pixmim.weights.formats import describe_unsupported, find_format
-from pixmim.weights.infer_config import Known, pair
+from pixmim.weights.infer_config import ModelHints, pair
 from pixmim.weights.key_map import KeyMap
 from pixmim.weights.safe_load import RawCheckpoint, read
-from pixmim.weights.save import KEY
+from pixmim.weights.save import METADATA_KEY
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Weights:
     notes     lines to print: what was chosen among several models, and what was assumed
     """
 
-    run: ModelConfig
+    config: ModelConfig
     tensors: dict[str, Tensor]
     origin: str
-    left_out: dict[str, str] = field(default_factory=dict)
+    ignored_keys: dict[str, str] = field(default_factory=dict)
     source: CheckpointFormat | None = None
     step: int = 0
     steps: int = 0
@@ -48,7 +48,7 @@ class Weights:
     notes: tuple[str, ...] = ()
 
     @property
-    def whole(self) -> bool:
+    def has_decoder(self) -> bool:
         """Whether there is more than the encoder: all that a model in pre-training has."""
         return "decoder.mask_token" in self.tensors or "mask_token" in self.tensors
 
@@ -100,7 +100,7 @@ _HF_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "swin": 1e-5}
 """What transformers adds where a config.json does not say."""
 
 
-def read_weights(path: Path, known: Known | None = None) -> Weights:
+def read_weights(path: Path, known: ModelHints | None = None) -> Weights:
     """Read the model in a file of weights, or in a folder that holds one.
 
     What neither the caller nor the file's own settings say is taken from the published models, and noted.
@@ -112,49 +112,49 @@ def read_weights(path: Path, known: Known | None = None) -> Weights:
     Raises:
         UserError: If it cannot be read, is not of a kind that pixmim uses, or lacks what its kind has.
     """
-    known = replace(known or Known(), assumed=[])
+    known = replace(known or ModelHints(), assumed=[])
     file = read(path, known.prefix.split(".")[0], known.ema)
     try:
-        if KEY in file.metadata:
+        if METADATA_KEY in file.metadata:
             return feed(_own(file, known), known)
         said = _said(file)
         options = {name: getattr(known, name) for name in ("img_size", "num_heads", "decoder_heads", "norm_eps")}
         options = {name: said.get(name) if value is None else value for name, value in options.items()}
         check_options({name: value for name, value in options.items() if value is not None})
         known = replace(known, **options)
-        weights = _of_timm(file) if "architecture" in file.config else _recognised(file, known)
+        weights = _of_timm(file) if "architecture" in file.config else _recognized(file, known)
         return _fed(weights, known, said)
     except UserError as error:
         text = str(error)
         raise error if text.startswith(str(file.path)) else UserError(f"{file.path}: {text}") from error
 
 
-def feed(weights: Weights, known: Known) -> Weights:
+def feed(weights: Weights, known: ModelHints) -> Weights:
     """Return the weights with the mean and std that the caller says. Raises UserError for numbers out of bounds."""
     given = {name: value for name in ("mean", "std") if (value := getattr(known, name)) is not None}
-    return replace(weights, run=replace(weights.run, **given)) if given else weights
+    return replace(weights, config=replace(weights.config, **given)) if given else weights
 
 
-def _fed(weights: Weights, known: Known, said: dict[str, Any]) -> Weights:
+def _fed(weights: Weights, known: ModelHints, said: dict[str, Any]) -> Weights:
     """Return others' weights with what their files, or the caller, say of their input, and a note of what nobody says.
 
     Values for another number of channels say nothing: one list stands in many a config.json of a grey model.
     """
-    run, assumed = weights.run, list(known.assumed)
+    run, assumed = weights.config, list(known.assumed)
     theirs = {
         name: said[name] * (run.channels if len(said[name]) == 1 else 1) for name in ("mean", "std") if name in said
     }
     theirs = {name: values for name, values in theirs.items() if len(values) == run.channels}
-    run = replace(run, pixels=said.get("pixels", run.pixels), **theirs)
-    weights = feed(replace(weights, run=run), known)
+    run = replace(run, dtype=said.get("dtype", run.dtype), **theirs)
+    weights = feed(replace(weights, config=run), known)
     for name, values in zip(("mean", "std"), run.normalization, strict=True):
-        if getattr(weights.run, name) is None:
+        if getattr(weights.config, name) is None:
             assumed.append(f"--{name} {' '.join(f'{value:g}' for value in values[:3])}")
     note = f"assumed, since the file does not say it: {' '.join(assumed)}"
     return replace(weights, notes=(*weights.notes, note)) if assumed else weights
 
 
-def _recognised(file: RawCheckpoint, known: Known) -> Weights:
+def _recognized(file: RawCheckpoint, known: ModelHints) -> Weights:
     """A model by the names and shapes of its tensors."""
     prefix, source, note = _choose(file, known)
     behind = {key.removeprefix(prefix): value for key, value in file.tensors.items() if key.startswith(prefix)}
@@ -198,7 +198,7 @@ def _recognised(file: RawCheckpoint, known: Known) -> Weights:
     return Weights(run, tensors, source.name, left, source, notes=tuple(filter(None, (file.choice, note))))
 
 
-def _choose(file: RawCheckpoint, known: Known) -> tuple[str, CheckpointFormat | None, str]:
+def _choose(file: RawCheckpoint, known: ModelHints) -> tuple[str, CheckpointFormat | None, str]:
     """The prefix behind which the model is, its source, and a note of what it was chosen among."""
     given = f"{known.prefix.strip('.')}." if known.prefix else ""
     if given and not any(key.startswith(given) for key in file.tensors) and given.startswith(f"{file.state}."):
@@ -211,10 +211,10 @@ def _choose(file: RawCheckpoint, known: Known) -> tuple[str, CheckpointFormat | 
     return prefix, source, f"taken: {shown(prefix)}{also}" if prefix and (others or len(prefix) > len(given)) else ""
 
 
-def _own(file: RawCheckpoint, known: Known) -> Weights:
-    run = from_json(file.metadata[KEY], file.path)
+def _own(file: RawCheckpoint, known: ModelHints) -> Weights:
+    run = from_json(file.metadata[METADATA_KEY], file.path)
     if known.img_size is not None and pair(known.img_size) != run.image_size:
-        raise UserError(f"it was made for images of {run.size} pixels, as it says itself: leave out --size")
+        raise UserError(f"it was trained_at for images of {run.size} pixels, as it says itself: leave out --size")
     whole = any(name.startswith("encoder.") for name in file.tensors)
     tensors = file.tensors if whole else {f"encoder.{name}": value for name, value in file.tensors.items()}
     done = {name: file.metadata.get(name, "0") for name in ("step", "steps")}
@@ -288,9 +288,9 @@ def _said(file: RawCheckpoint) -> dict[str, Any]:
     for name in found:
         found[name] = _numbers(prepared, f"image_{name}") or found[name]
     if prepared.get("do_rescale") is False:
-        said["pixels"] = "float32"
+        said["dtype"] = "float32"
     elif isinstance(factor := prepared.get("rescale_factor"), float) and 0 < factor < 1 / 4096:
-        said["pixels"] = "uint16"
+        said["dtype"] = "uint16"
     if prepared.get("do_normalize") is False:
         found |= {"mean": (0.0,), "std": (1.0,)}
     return said | {name: value for name, value in found.items() if value is not None}
@@ -301,7 +301,7 @@ def _first(source: CheckpointFormat) -> str:
 
 
 def _model(
-    source: CheckpointFormat, tensors: dict[str, Tensor], known: Known
+    source: CheckpointFormat, tensors: dict[str, Tensor], known: ModelHints
 ) -> tuple[ArchitectureConfig, tuple[int, int]]:
     measure = {"vit": sizes.vit, "beit": sizes.beit, "swin": sizes.swin, "convmae": sizes.convmae}[source.kind]
     backbone, options, size = measure(tensors, known)
@@ -320,10 +320,10 @@ def _target(file: RawCheckpoint, model: ArchitectureConfig) -> TargetConfig:
     """What the model was trained to predict, as far as the file tells; otherwise what its paper did."""
     if model.name == "simmim":
         return TargetConfig("pixels", normalize_patches=False, distance="l1")
-    normalised = file.settings.get("norm_pix_loss", file.config.get("norm_pix_loss", True))
+    normalized = file.settings.get("norm_pix_loss", file.config.get("norm_pix_loss", True))
     if "target_generator.low_pass_filter" in file.tensors:
         return TargetConfig("low-frequency", radius=40.0, variant="paper-code")
-    return TargetConfig("pixels", normalize_patches=bool(normalised))
+    return TargetConfig("pixels", normalize_patches=bool(normalized))
 
 
 def _mask(file: RawCheckpoint, model: ArchitectureConfig) -> MaskConfig:

@@ -16,12 +16,12 @@ Options = dict[str, Option]
 
 
 @dataclass
-class Known:
+class ModelHints:
     """What the caller, or a file's own settings, say of a model; what nobody says is taken from the published ones.
 
-    img_size  (h, w) of the images that the weights were made for; it must fit their tables
+    img_size  (h, w) of the images that the weights were trained_at for; it must fit their tables
     wanted    (h, w) that they are wanted for: taken for theirs where their tables are for no square
-    mean, std, prefix, ema  not of sizes: see `recognise.read_weights`
+    mean, std, prefix, ema  not of sizes: see `recognize.read_weights`
     assumed   collects, in words, what was taken since nobody said it
     """
 
@@ -64,7 +64,7 @@ SWIN_SIDES = {6: 192, 7: 224, 12: 192, 14: 224}
 """Image size that the published Swins with this window were trained at (12 for SimMIM's Swin-L)."""
 
 
-def vit(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
+def vit(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, int]]:
     """timm's name, keywords and image size (h, w) of a plain ViT. `known` is what the caller or the file says."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
     depth, ratio = count(tensors, "encoder.blocks"), _mlp_ratio(tensors, "encoder.blocks.0", dim)
@@ -92,7 +92,7 @@ def vit(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
     return name, options | _pooling(tensors), size
 
 
-def beit(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
+def beit(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, int]]:
     """timm's name, keywords and image size of a Beit, SimMIM's ViT among them."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
     depth = count(tensors, "encoder.blocks")
@@ -125,8 +125,8 @@ def beit(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]
     return name, options | _pooling(tensors), size
 
 
-def swin(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
-    """timm's name, keywords and image size of a Swin. Its largest window is the one it was made with."""
+def swin(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, int]]:
+    """timm's name, keywords and image size of a Swin. Its largest window is the one it was trained_at with."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
     stages = range(count(tensors, "encoder.layers"))
     depths = tuple(count(tensors, f"encoder.layers.{stage}.blocks") for stage in stages)
@@ -144,7 +144,7 @@ def swin(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]
     return name, options, _side(known, SWIN_SIDES.get(window, window * patch * 2 ** (len(depths) - 1)))
 
 
-def convmae(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, int]]:
+def convmae(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, int]]:
     """pixmim's name, keywords and image size of a ConvMAE encoder."""
     dims = [tensors[f"encoder.patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3)]
     depths = [count(tensors, f"encoder.blocks{stage}") for stage in (1, 2, 3)]
@@ -159,7 +159,7 @@ def convmae(tensors: Tensors, known: Known) -> tuple[str, Options, tuple[int, in
     return name, options, (grid[0] * 16, grid[1] * 16)
 
 
-def decoder(tensors: Tensors, known: Known) -> dict[str, int]:
+def decoder(tensors: Tensors, known: ModelHints) -> dict[str, int]:
     """Keywords of MAE's decoder, LSMAE's coarser grid and larger patches among them; nothing where there is none."""
     if "decoder.embed.weight" not in tensors:
         return {}
@@ -190,7 +190,9 @@ def pair(size: object) -> tuple[int, int]:
     return int(str(size)), int(str(size))
 
 
-def _heads(dim: int, published: dict[int, int], known: Known, keyword: str = "num_heads", flag: str = "--heads") -> int:
+def _heads(
+    dim: int, published: dict[int, int], known: ModelHints, keyword: str = "num_heads", flag: str = "--heads"
+) -> int:
     said = getattr(known, keyword)
     if said is not None:
         return int(said)
@@ -200,7 +202,7 @@ def _heads(dim: int, published: dict[int, int], known: Known, keyword: str = "nu
     return published[dim]
 
 
-def _grid(places: int, patch: int, known: Known) -> tuple[int, int]:
+def _grid(places: int, patch: int, known: ModelHints) -> tuple[int, int]:
     """Rows and columns of a table of positions: those of the image size that was said, or else of a square."""
     side = math.isqrt(places)
     square = (side * patch, side * patch) if side * side == places else None
@@ -212,7 +214,7 @@ _IMPORT = "give --size HEIGHTxWIDTH (to `pixmim import`, where --size is another
 
 
 def _size_of_table(
-    square: tuple[int, int] | None, patch: int, known: Known, table: str, fits: Callable[[int, int], bool]
+    square: tuple[int, int] | None, patch: int, known: ModelHints, table: str, fits: Callable[[int, int], bool]
 ) -> tuple[int, int]:
     """Return the image size (h, w) that a table is for: the one that was said, or a square, or the wanted one."""
     said = known.img_size or (None if square else known.wanted)
@@ -224,12 +226,12 @@ def _size_of_table(
         return square
     h, w = pair(said)
     if h % patch or w % patch or not fits(h // patch, w // patch):
-        made = f"{h / patch:g}x{w / patch:g} patches of {patch} pixels"
-        raise UserError(f"an image size of {h}x{w} makes {made}, and it has {table}: {_IMPORT}")
+        trained_at = f"{h / patch:g}x{w / patch:g} patches of {patch} pixels"
+        raise UserError(f"an image size of {h}x{w} makes {trained_at}, and it has {table}: {_IMPORT}")
     return h, w
 
 
-def _beit_size(entries: int, patch: int, known: Known) -> tuple[int, int]:
+def _beit_size(entries: int, patch: int, known: ModelHints) -> tuple[int, int]:
     """Of (2h-1)(2w-1) distances and three entries that touch the cls token: the size the caller gave, or a square."""
     side = (math.isqrt(max(0, entries - 3)) + 1) // 2
     square = (side * patch, side * patch) if (2 * side - 1) ** 2 + 3 == entries else None
@@ -237,7 +239,7 @@ def _beit_size(entries: int, patch: int, known: Known) -> tuple[int, int]:
     return _size_of_table(square, patch, known, table, lambda h, w: (2 * h - 1) * (2 * w - 1) + 3 == entries)
 
 
-def _side(known: Known, default: int) -> tuple[int, int]:
+def _side(known: ModelHints, default: int) -> tuple[int, int]:
     said = known.img_size or known.wanted
     if said is not None:
         return pair(said)

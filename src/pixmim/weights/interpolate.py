@@ -1,4 +1,4 @@
-"""Tables made for one image size, refitted to another, each by the rule of the project that it comes from."""
+"""Tables trained_at for one image size, refitted to another, each by the rule of the project that it comes from."""
 
 import math
 

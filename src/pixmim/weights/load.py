@@ -20,13 +20,13 @@ from pixmim.training.find_batch_size import in_gib
 from pixmim.training.schedule import Schedule
 from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError, did_you_mean, first_line
-from pixmim.utils.files import check_new, whole_folder, write_text_atomically
+from pixmim.utils.files import atomic_folder, check_new, write_text_atomically
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import Size, check_name, check_options, check_value, parse_size
 from pixmim.weights.adapt import fit, interpolate_tables, original_key, shape
 from pixmim.weights.detect import Weights, feed, read_run, read_weights
-from pixmim.weights.infer_config import Known
-from pixmim.weights.save import ENCODER, WEIGHTS, save_encoder, save_tensors, timm_config
+from pixmim.weights.infer_config import ModelHints
+from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder, save_tensors, timm_config
 
 _DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token")
 """How names begin that are not the encoder's."""
@@ -45,58 +45,62 @@ def load_model(file: str | Path, **options: Any) -> MaskedModel:
 
     `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch. Raises UserError.
     """
-    weights, options = _open(file, options, whole=True)
-    return build_with_weights(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
+    weights, options = _open(file, options, with_decoder=True)
+    return build_with_weights(
+        replace(weights, config=_with_options(weights.config, options)), trained_at=weights.config
+    )
 
 
-def _open(file: str | Path, options: dict[str, Any], whole: bool = False) -> tuple[Weights, dict[str, Any]]:
+def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False) -> tuple[Weights, dict[str, Any]]:
     """The weights in a file, and those of the options that are for a model's constructor."""
     known = {**options, "wanted": options.get("img_size")}
     known.pop("img_size", None)
     of_file = {"size", "prefix", "ema"}
-    return resolve_model(str(file), whole=whole, known=known), {k: v for k, v in options.items() if k not in of_file}
+    return resolve_model(str(file), with_decoder=with_decoder, hints=known), {
+        k: v for k, v in options.items() if k not in of_file
+    }
 
 
-def build_with_weights(weights: Weights, made: ModelConfig | None = None) -> MaskedModel:
+def build_with_weights(weights: Weights, trained_at: ModelConfig | None = None) -> MaskedModel:
     """The whole model of such weights, in evaluation mode on the CPU.
 
-    made  the Run that the weights were made for, where `weights.run` asks for another size
+    trained_at  the Run that the weights were trained_at for, where `weights.run` asks for another size
 
     Raises UserError if they are an encoder's only, or do not fit.
     """
-    if not weights.whole:
+    if not weights.has_decoder:
         raise UserError(f"this ({weights.origin}) holds an encoder only: it predicts nothing")
-    return _filled(weights, build_model, made).eval()
+    return _filled(weights, build_model, trained_at).eval()
 
 
-def build_encoder_with_weights(weights: Weights, made: ModelConfig | None = None) -> nn.Module:
+def build_encoder_with_weights(weights: Weights, trained_at: ModelConfig | None = None) -> nn.Module:
     """The encoder of such weights, with a classifier's head if they have one; otherwise as `build_with_weights`.
 
     Its `pretrained_cfg` says what input it takes, as timm's do, and its `pixmim_config` how to build it.
     """
     only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
-    encoder: Any = _filled(replace(weights, tensors=only), _holder, made)["encoder"].eval()
-    encoder.pixmim_config = weights.run
-    about = timm_config(encoder, weights.run, list(weights.classes))
+    encoder: Any = _filled(replace(weights, tensors=only), _holder, trained_at)["encoder"].eval()
+    encoder.pixmim_config = weights.config
+    about = timm_config(encoder, weights.config, list(weights.classes))
     known = {"architecture": about["architecture"], **about["pretrained_cfg"]}
     encoder.pretrained_cfg = encoder.default_cfg = known | {"input_size": tuple(known["input_size"])}
     module: nn.Module = encoder
     return module
 
 
-def _holder(run: ModelConfig) -> nn.ModuleDict:
-    return nn.ModuleDict({"encoder": build_encoder(run)})
+def _holder(config: ModelConfig) -> nn.ModuleDict:
+    return nn.ModuleDict({"encoder": build_encoder(config)})
 
 
-def _filled(weights: Weights, build: Callable[[ModelConfig], Module], made: ModelConfig | None) -> Module:
+def _filled(weights: Weights, build: Callable[[ModelConfig], Module], trained_at: ModelConfig | None) -> Module:
     """What `build` makes of the weights' Run, with their tensors.
 
     A file may say what it likes of sizes: memory is taken only once its tensors are known to have them.
     """
-    shapes = sketch(lambda: build(weights.run), weights.run.model.backbone).state_dict()
-    state = fit(replace(weights, run=made or weights.run), shapes, weights.run)
+    shapes = sketch(lambda: build(weights.config), weights.config.model.backbone).state_dict()
+    state = fit(replace(weights, config=trained_at or weights.config), shapes, weights.config)
     with torch.random.fork_rng(devices=[]):
-        module = build(weights.run)
+        module = build(weights.config)
     module.load_state_dict(state)
     return module
 
@@ -107,59 +111,65 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
     Otherwise as `load_model`.
     """
     weights, options = _open(file, options)
-    return build_encoder_with_weights(replace(weights, run=_with_options(weights.run, options)), made=weights.run)
+    return build_encoder_with_weights(
+        replace(weights, config=_with_options(weights.config, options)), trained_at=weights.config
+    )
 
 
 def resolve_model(
-    name: str, *, whole: bool = False, head: bool = False, known: Mapping[str, Any] | None = None
+    name: str, *, with_decoder: bool = False, head: bool = False, hints: Mapping[str, Any] | None = None
 ) -> Weights:
     """Open the weights that `name` means: a run's folder, a file or folder of weights, or timm:NAME.
 
     Args:
         name: Of a run, finished or not, its newest weights are meant.
-        whole: Of a run: everything, and not just its encoder, if there is more.
+        with_decoder: Of a run: everything, and not just its encoder, if there is more.
         head: Of timm:NAME: with its classifier, if it has one; a file's classifier always comes along.
-        known: Fields of `Known`: what a file does not say of its model.
+        hints: Fields of `ModelHints`: what a file does not say of its model.
 
     Raises:
         UserError: If there is no such model, or it cannot be used.
     """
-    said = _known(known or {})
+    checked = _known(hints or {})
     if name.startswith("timm:"):
-        return feed(_of_timm(name.removeprefix("timm:"), head), said)
+        return feed(_of_timm(name.removeprefix("timm:"), head), checked)
     path = Path(name).expanduser()
     run = read_run(path) if path.is_dir() else None
     if run is None:
-        return _in_memory(read_weights(path, said))
-    return feed(_newest(path, run, whole, said), said)
+        return _in_memory(read_weights(path, checked))
+    return feed(_newest(path, run, with_decoder, checked), checked)
 
 
-def _known(values: Mapping[str, Any]) -> Known:
+def _known(values: Mapping[str, Any]) -> ModelHints:
     """Return what a caller says, checked; `size` is HEIGHTxWIDTH or a side, as on the command line."""
     given = {
-        key: value for key, value in values.items() if key in {f.name for f in fields(Known)} and value is not None
+        key: value for key, value in values.items() if key in {f.name for f in fields(ModelHints)} and value is not None
     }
     if size := values.get("size"):
         check_value("--size", size, Size)
         given["img_size"] = list(parse_size(size) or ())
     check_options({key: given[key] for key in ("num_heads", "decoder_heads") if key in given})
-    return Known(**given)
+    return ModelHints(**given)
 
 
-def _newest(path: Path, run: ModelConfig, whole: bool, known: Known) -> Weights:
+def _newest(path: Path, config: ModelConfig, with_decoder: bool, hints: ModelHints) -> Weights:
     """Return the newest weights of a run, finished or not, or those of an import. Raises UserError."""
-    imported, product = inside(path, "model.safetensors"), inside(path, WEIGHTS)
-    file = imported if whole and imported.is_file() else product
+    imported, product = inside(path, "model.safetensors"), inside(path, ENCODER_WEIGHTS)
+    file = imported if with_decoder and imported.is_file() else product
     checkpoints = CheckpointManager(inside(path, "checkpoints"))
     newest = max(checkpoints.steps(), default=0)
-    weights = replace(read_weights(file, known), run=run) if file.is_file() else None  # the folder may have moved
-    if newest and (weights is None or newest > weights.step or (whole and file is product)):
-        model = build_model(run)
+    weights = replace(read_weights(file, hints), config=config) if file.is_file() else None  # the folder may have moved
+    if newest and (weights is None or newest > weights.step or (with_decoder and file is product)):
+        model = build_model(config)
         step, images = checkpoints.load_model(model)
-        tensors = {n: value for n, value in model.state_dict().items() if whole or n.startswith("encoder.")}
-        return Weights(run, tensors, "pixmim", step=step, steps=Schedule.of(pretrain_config(run, path), images).steps)
+        tensors = {n: value for n, value in model.state_dict().items() if with_decoder or n.startswith("encoder.")}
+        return Weights(
+            config, tensors, "pixmim", step=step, steps=Schedule.of(pretrain_config(config, path), images).steps
+        )
     if weights is None:
-        raise UserError(f"{path} holds a run without weights: there is neither a checkpoint nor {WEIGHTS} in it")
+        raise UserError(
+            f"{path} holds a run without weights: there is neither a checkpoint nor {ENCODER_WEIGHTS} in it"
+        )
     return _in_memory(weights)
 
 
@@ -177,27 +187,27 @@ def _in_memory(weights: Weights) -> Weights:
 
 
 @torch.no_grad()
-def initialize_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
+def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
     """Put the weights that `run.init` names into a model, as far as they fit; says in lines what was used and what not.
 
-    The encoder must fit as a whole, but for tables of positions, which are refitted, the first convolution, which is
+    The encoder must fit, but for tables of positions, which are refitted, the first convolution, which is
     adapted to the run's channels, and a classifier's head. What decodes is used as a whole or not at all.
 
     Raises UserError.
     """
     heads = next((m.num_heads for m in model.encoder.modules() if hasattr(m, "num_heads")), None)
-    known = {"num_heads": heads, "decoder_heads": run.model.decoder_heads, "wanted": run.image_size}
-    first = f"`pixmim import {quote(run.init)} --prefix NAME --to FOLDER` (or --ema) first, then --init FOLDER"
+    known = {"num_heads": heads, "decoder_heads": config.model.decoder_heads, "wanted": config.image_size}
+    first = f"`pixmim import {quote(config.init)} --prefix NAME --to FOLDER` (or --ema) first, then --init FOLDER"
     try:
-        weights = resolve_model(run.init, whole=True, known=known)
+        weights = resolve_model(config.init, with_decoder=True, hints=known)
     except UserError as error:
-        if not Path(run.init).expanduser().is_file():
+        if not Path(config.init).expanduser().is_file():
             raise
         raise UserError(f"--init {error}. If its model is behind another prefix: {first}") from error
     state = model.state_dict()
-    fitted, refits = interpolate_tables(weights, state, run)
+    fitted, refits = interpolate_tables(weights, state, config)
     about = ", ".join(filter(None, (weights.origin, weights.progress)))
-    lines = [f"begins from {run.init} ({about})", *(f"  {note}" for note in weights.notes), *refits]
+    lines = [f"begins from {config.init} ({about})", *(f"  {note}" for note in weights.notes), *refits]
     if any("--prefix" in note or "--ema" in note for note in weights.notes):
         lines.append(f"  for another model of this file: {first}")
 
@@ -206,12 +216,12 @@ def initialize_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
     if wrong:
         n = wrong[0]
         raise UserError(
-            f"--init {run.init}: its encoder is another one: {original_key(weights, n)} is {shape(encoder[n])} there "
-            f"and {shape(state[n])} in {run.model.backbone}"
+            f"--init {config.init}: the encoder differs: {original_key(weights, n)} is {shape(encoder[n])} there "
+            f"and {shape(state[n])} in {config.model.backbone}"
         )
     missing = [n for n in state if n.startswith("encoder.") and n not in encoder]
     if any(not n.startswith("encoder.norm.") for n in missing):
-        raise UserError(f"--init {run.init}: its encoder lacks {', '.join(missing[:4])} of {run.model.backbone}")
+        raise UserError(f"--init {config.init}: its encoder lacks {', '.join(missing[:4])} of {config.model.backbone}")
     used = {n: v for n, v in encoder.items() if n in state}
     lines.append(f"  the encoder: {len(used)} tensors")
     if missing:
@@ -220,7 +230,7 @@ def initialize_from(model: MaskedModel, run: PretrainConfig) -> list[str]:
     strange = [n for n in unused if not n.startswith(_CLASSIFIER)]
     if strange:
         raise UserError(
-            f"--init {run.init}: its encoder has {', '.join(strange[:4])}, which {run.model.backbone} does not"
+            f"--init {config.init}: its encoder has {', '.join(strange[:4])}, which {config.model.backbone} does not"
         )
     if unused:
         lines.append(f"  left out of the encoder: {', '.join(unused)}")
@@ -245,18 +255,18 @@ def import_weights(weights: Weights, folder: Path | None) -> list[str]:
     The folder is then like a finished run's: config.json, encoder/ and, of a model in pre-training, model.safetensors.
     Raises UserError.
     """
-    run = weights.run
+    run = weights.config
     if folder is not None:
         if (folder / "config.json").exists():
             raise UserError(f"{folder} holds a run already: choose another folder")
         check_new(folder)
-    encoder = build_with_weights(weights).encoder if weights.whole else build_encoder_with_weights(weights)
+    encoder = build_with_weights(weights).encoder if weights.has_decoder else build_encoder_with_weights(weights)
 
     rest = len(weights.tensors) - len(weights.encoder)
     values = sum(value.numel() for value in weights.tensors.values())
     classes = run.model.options.get("num_classes", 0)
     lines = [
-        f"recognised as {weights.origin}" + (f", {weights.progress}" if weights.progress else ""),
+        f"recognized as {weights.origin}" + (f", {weights.progress}" if weights.progress else ""),
         f"  model: {run.model.name} on {run.model.backbone}, {run.size} pixels, channels: {run.channels}"
         + (f", {classes} classes" if classes else ""),
         f"  used: {len(weights.encoder)} tensors of the encoder"
@@ -264,15 +274,15 @@ def import_weights(weights: Weights, folder: Path | None) -> list[str]:
         + f": {values:,} values",
         *(f"  {note}" for note in weights.notes),
     ]
-    for why in dict.fromkeys(weights.left_out.values()):
-        keys = [key for key, reason in weights.left_out.items() if reason == why]
+    for why in dict.fromkeys(weights.ignored_keys.values()):
+        keys = [key for key, reason in weights.ignored_keys.items() if reason == why]
         lines.append(f"  left out ({why}): {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
     if folder is None:
         return [*lines, "nothing was written: --to FOLDER keeps it"]
-    written = [f"{ENCODER}/"]
-    with whole_folder(folder) as beside:
-        save_encoder(encoder, beside / ENCODER, run, weights.step, weights.steps, list(weights.classes))
-        if weights.whole:
+    written = [f"{ENCODER_FOLDER}/"]
+    with atomic_folder(folder) as beside:
+        save_encoder(encoder, beside / ENCODER_FOLDER, run, weights.step, weights.steps, list(weights.classes))
+        if weights.has_decoder:
             save_tensors(weights.tensors, beside / "model.safetensors", run, weights.step, weights.steps)
             written.append("model.safetensors")
         write_text_atomically(beside / "config.json", to_json(portable(run)))
@@ -293,28 +303,28 @@ def _of_timm(name: str, head: bool) -> Weights:
         raise
     except Exception as error:  # no network, no such weights: the kinds of exception are the hub's
         raise UserError(f"timm:{name} cannot be had: {first_line(error)}") from error
-    made = module.pretrained_cfg
-    channels, h, w = made["input_size"]
+    trained_at = module.pretrained_cfg
+    channels, h, w = trained_at["input_size"]
     run = ModelConfig(
         model=ArchitectureConfig("timm", name, options=options),
         size=f"{h}x{w}",
         channels=channels,
-        mean=tuple(made["mean"]),
-        std=tuple(made["std"]),
+        mean=tuple(trained_at["mean"]),
+        std=tuple(trained_at["std"]),
     )
     return Weights(run, {f"encoder.{n}": v for n, v in module.state_dict().items()}, "timm's pre-trained weights")
 
 
-def _with_options(run: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
+def _with_options(config: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
     """A file's Run with the caller's keywords of `create_model` over it."""
     own = {f.name for f in fields(ArchitectureConfig)} - {"options"}
     check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})
-    size = options.get("img_size", run.image_size)
+    size = options.get("img_size", config.image_size)
     h, w = (size, size) if isinstance(size, int) else (size[0], size[-1])
     rest = {n: v for n, v in options.items() if n not in own | {"img_size", "in_chans"}}
     model = replace(
-        run.model,
+        config.model,
         **{n: v for n, v in options.items() if n in own},
-        options={**run.model.options, **rest},
+        options={**config.model.options, **rest},
     )
-    return replace(run, model=model, size=f"{h}x{w}", channels=options.get("in_chans", run.channels))
+    return replace(config, model=model, size=f"{h}x{w}", channels=options.get("in_chans", config.channels))

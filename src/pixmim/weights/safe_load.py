@@ -263,7 +263,7 @@ def _check_tuples(stream: io.BytesIO) -> None:
 def _refusal(path: Path, wanted: str) -> UserError:
     return UserError(
         f"{path} is a pickle that asks for {wanted}, which could run any code: it is refused, and nothing "
-        "of it was run. If you trust who made it, save its tensors alone as safetensors where it came from."
+        "of it was run. If you trust who trained_at it, save its tensors alone as safetensors where it came from."
     )
 
 

@@ -18,20 +18,20 @@ from pixmim.config_io import portable, to_json
 from pixmim.utils.files import write_text_atomically
 from pixmim.utils.validation import NOT_OF_TIMM
 
-KEY = "pixmim"
+METADATA_KEY = "pixmim"
 """Where the metadata hold the Run, as JSON."""
 
-ENCODER = "encoder"
+ENCODER_FOLDER = "encoder"
 """Folder of a run that holds its product."""
 
-WEIGHTS = f"{ENCODER}/model.safetensors"
+ENCODER_WEIGHTS = f"{ENCODER_FOLDER}/model.safetensors"
 """The weights in it; they are written last, so the folder is complete once they are there."""
 
 
 def save_encoder(
     encoder: nn.Module,
     folder: Path,
-    run: ModelConfig,
+    config: ModelConfig,
     step: int,
     steps: int = 0,
     classes: list[str] | None = None,
@@ -55,62 +55,62 @@ def save_encoder(
         OSError: As writing does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(folder / "config.json", json.dumps(timm_config(encoder, run, classes), indent=2) + "\n")
+    write_text_atomically(folder / "config.json", json.dumps(timm_config(encoder, config, classes), indent=2) + "\n")
     about = {**(more or {}), **({"classes": json.dumps(classes)} if classes else {})}
-    save_tensors(encoder.state_dict(), folder / "model.safetensors", run, step, steps, about)
+    save_tensors(encoder.state_dict(), folder / "model.safetensors", config, step, steps, about)
 
 
-def timm_config(encoder: nn.Module, run: ModelConfig, classes: list[str] | None = None) -> dict[str, Any]:
+def timm_config(encoder: nn.Module, config: ModelConfig, classes: list[str] | None = None) -> dict[str, Any]:
     """Return the config.json of timm's hub layout: the architecture, its keywords, and what its input must be."""
-    mean, std = run.normalization
+    mean, std = config.normalization
     known: Any = getattr(encoder, "pretrained_cfg", None) or {}
-    outputs = int(run.model.options.get("num_classes", 0))  # type: ignore[arg-type]
+    outputs = int(config.model.options.get("num_classes", 0))  # type: ignore[arg-type]
     pretrained: dict[str, Any] = {
         "tag": "pixmim",
         "custom_load": False,
-        "input_size": [run.channels, *run.image_size],
+        "input_size": [config.channels, *config.image_size],
         "fixed_input_size": True,
-        "interpolation": run.interpolation,
+        "interpolation": config.interpolation,
         "crop_pct": 0.875,
         "mean": mean,
         "std": std,
         "num_classes": outputs,
         "classifier": known.get("classifier", "head"),
     }
-    if run.channels == 3:  # older timm would "adapt" the first convolution of any other number of channels
+    if config.channels == 3:  # older timm would "adapt" the first convolution of any other number of channels
         pretrained["first_conv"] = known.get("first_conv", "patch_embed.proj")
     if classes:
         pretrained["label_names"] = classes
-    own = {key: value for key, value in run.model.options.items() if key not in ("num_classes", *NOT_OF_TIMM)}
+    own = {key: value for key, value in config.model.options.items() if key not in ("num_classes", *NOT_OF_TIMM)}
     return {
-        "architecture": run.model.backbone.split(".")[0],
+        "architecture": config.model.backbone.split(".")[0],
         "num_classes": outputs,
         "num_features": int(encoder.num_features),  # type: ignore[arg-type]
-        "global_pool": run.model.options.get("global_pool", getattr(encoder, "global_pool", "")),
-        "model_args": {**_made(encoder, run), **own},
+        "global_pool": config.model.options.get("global_pool", getattr(encoder, "global_pool", "")),
+        "model_args": {**_made(encoder, config), **own},
         "pretrained_cfg": pretrained,
     }
 
 
-def _made(encoder: nn.Module, run: ModelConfig) -> dict[str, Any]:
+def _made(encoder: nn.Module, config: ModelConfig) -> dict[str, Any]:
     """Return keywords of timm's that a method sets without naming them in a run's options."""
-    made: dict[str, Any] = {"img_size": list(run.image_size), "in_chans": run.channels}
-    if isinstance(encoder, SwinTransformer) and run.model.name == "simmim":
-        made["drop_path_rate"] = 0.0
+    trained_at: dict[str, Any] = {"img_size": list(config.image_size), "in_chans": config.channels}
+    if isinstance(encoder, SwinTransformer) and config.model.name == "simmim":
+        trained_at["drop_path_rate"] = 0.0
     if isinstance(encoder, Beit):
         block: Any = encoder.blocks[0]
-        made["global_pool"] = encoder.global_pool
-        made["use_shared_rel_pos_bias"] = encoder.rel_pos_bias is not None
-        made["use_abs_pos_emb"] = encoder.pos_embed is not None
-        made["use_rel_pos_bias"] = block.attn.relative_position_bias_table is not None
-        made["init_values"] = 0.1 if block.gamma_1 is not None else 0
-    return made
+        trained_at["global_pool"] = encoder.global_pool
+        trained_at["use_shared_rel_pos_bias"] = encoder.rel_pos_bias is not None
+        trained_at["use_abs_pos_emb"] = encoder.pos_embed is not None
+        trained_at["use_rel_pos_bias"] = block.attn.relative_position_bias_table is not None
+        trained_at["init_values"] = 0.1 if block.gamma_1 is not None else 0
+    return trained_at
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor],
     path: Path,
-    run: ModelConfig,
+    config: ModelConfig,
     step: int,
     steps: int = 0,
     more: Mapping[str, str] | None = None,
@@ -120,23 +120,23 @@ def save_tensors(
     The metadata are words: the Run, its main points by themselves for other programs, and `more` (a classifier's
     classes). They name nothing of the machine they are written on.
     """
-    mean, std = run.normalization
-    method = run.model.name
-    if isinstance(run, PretrainConfig):
-        method += f" with {run.target.kind} target and {run.crop.kind} crop"
+    mean, std = config.normalization
+    method = config.model.name
+    if isinstance(config, PretrainConfig):
+        method += f" with {config.target.kind} target and {config.crop.kind} crop"
     metadata = {
         "format": "pt",
         "method": method,
-        "backbone": run.model.backbone,
-        "img_size": json.dumps(run.image_size),
-        "in_chans": str(run.channels),
-        "pixels": run.pixels,
-        "options": json.dumps(run.model.options),
+        "backbone": config.model.backbone,
+        "img_size": json.dumps(config.image_size),
+        "in_chans": str(config.channels),
+        "dtype": config.dtype,
+        "options": json.dumps(config.model.options),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "step": str(step),
         "steps": str(steps),
-        KEY: to_json(portable(run)),
+        METADATA_KEY: to_json(portable(config)),
         **(more or {}),
     }
     content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)

@@ -48,11 +48,11 @@ def test_shares_turn_into_each_other() -> None:
 
 
 def test_luma_is_pillows() -> None:
-    colour = RNG.integers(0, 256, (40, 40, 3), np.uint8)
-    assert np.array_equal(convert(colour, ImageSpec(1))[..., 0], np.asarray(Image.fromarray(colour).convert("L")))
-    exact = colour @ (np.asarray([19595, 38470, 7471]) / 65536)
-    assert abs(convert(colour.astype(np.uint16) * 257, ImageSpec(1, "uint16"))[..., 0] - exact * 257).max() <= 0.5
-    assert np.allclose(convert(colour.astype(np.float64), ImageSpec(1, "float32"))[..., 0], exact)
+    color = RNG.integers(0, 256, (40, 40, 3), np.uint8)
+    assert np.array_equal(convert(color, ImageSpec(1))[..., 0], np.asarray(Image.fromarray(color).convert("L")))
+    exact = color @ (np.asarray([19595, 38470, 7471]) / 65536)
+    assert abs(convert(color.astype(np.uint16) * 257, ImageSpec(1, "uint16"))[..., 0] - exact * 257).max() <= 0.5
+    assert np.allclose(convert(color.astype(np.float64), ImageSpec(1, "float32"))[..., 0], exact)
     white = np.full((2, 2, 3), 65535, np.uint16)
     assert (convert(white, ImageSpec(1, "uint16")) == 65535).all()
 
@@ -139,14 +139,14 @@ def test_sixteen_bit_png_and_ppm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     assert np.array_equal(decode(grey, ImageSpec(1, "uint16"))[..., 0], DEEP[..., 0])
     assert decode(data).shape == (20, 30, 3)
-    with pytest.raises(BadImage, match=r"16-bit colour PNG needs imagecodecs: pip install 'pixmim\[tiff\]'"):
+    with pytest.raises(BadImage, match=r"16-bit color PNG needs imagecodecs: pip install 'pixmim\[tiff\]'"):
         decode(data, ImageSpec(3, "uint16"))
     grey = b"P5 30 20 65535\n" + DEEP[..., 0].astype(">u2").tobytes()
     assert np.array_equal(decode(grey, ImageSpec(1, "uint16"))[..., 0], DEEP[..., 0])
-    colour = b"P6 30 20 65535\n" + DEEP.astype(">u2").tobytes()
-    assert abs(decode(colour).astype(int) - DEEP / 257).max() <= 1
+    color = b"P6 30 20 65535\n" + DEEP.astype(">u2").tobytes()
+    assert abs(decode(color).astype(int) - DEEP / 257).max() <= 1
     with pytest.raises(BadImage, match="save it as PNG or TIFF"):
-        decode(colour, ImageSpec(3, "uint16"))
+        decode(color, ImageSpec(3, "uint16"))
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def test_sixteen_bit_png_and_ppm(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_drawn_shapes_in_any_form(form: ImageSpec) -> None:
     image, plain = SyntheticShapes(form=form).image(3), SyntheticShapes().image(3)
-    assert image.dtype == form.dtype and image.shape == (form.channels, *plain.shape[1:])
+    assert image.dtype == form.torch_dtype and image.shape == (form.channels, *plain.shape[1:])
     assert len({tuple(plane.flatten().tolist()) for plane in image}) == min(form.channels, 6)
     if form.channels >= 3:
-        whole = 1 if form.pixels == "float32" else torch.iinfo(form.dtype).max
+        whole = 1 if form.dtype == "float32" else torch.iinfo(form.torch_dtype).max
         torch.testing.assert_close(image[:3].float() / whole, plain.float() / 255)
 
 
@@ -167,7 +167,7 @@ def test_drawn_shapes_in_any_form(form: ImageSpec) -> None:
 def test_crops_of_deep_images_are_those_of_their_values(crop: Crop, size: tuple[int, int]) -> None:
     """A crop of uint16 is the crop of the same values in float32, rounded and kept within 16 bits."""
     image = torch.from_numpy(RNG.choice([0, 1, 255, 32768, 65535], (*size, 5)).astype(np.uint16)).permute(2, 0, 1)
-    for u in RNG.random((6, crop.draws)).tolist():
+    for u in RNG.random((6, crop.num_uniforms)).tolist():
         deep, values = crop.crop(image, u), crop.crop(image.float(), u)
         assert deep.dtype == torch.uint16 and deep.shape == (5, 24, 16)
         assert torch.equal(deep.float(), values.round().clamp(0, 65535))

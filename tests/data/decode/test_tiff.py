@@ -1,4 +1,4 @@
-"""TIFF of many channels, deep colour and measured values, written by tifffile and read back by value."""
+"""TIFF of many channels, deep color and measured values, written by tifffile and read back by value."""
 
 import io
 import sys
@@ -45,7 +45,7 @@ def test_thirteen_channels_of_sixteen_bits(compression: str | None, layout: str,
     assert np.array_equal(decode(data, ImageSpec(13)), np.round(BANDS / 257).astype(np.uint8))
 
 
-def test_deep_colour_keeps_its_bits_unless_eight_are_asked_for() -> None:
+def test_deep_color_keeps_its_bits_unless_eight_are_asked_for() -> None:
     data = written(COLOUR, photometric="rgb")
     assert np.array_equal(decode(data, ImageSpec(3, "uint16")), COLOUR)
     assert abs(decode(data).astype(int) - COLOUR / 257).max() < 1  # Pillow's upper byte
@@ -68,7 +68,7 @@ def test_measured_values_are_taken_as_they_are(kind: type) -> None:
     data = written(values, photometric="minisblack", compression="deflate")
     assert np.array_equal(decode(data, ImageSpec(1, "float32"))[..., 0], values.astype(np.float32))
     for number in ("uint8", "uint16"):
-        with pytest.raises(BadImage, match=r"are measurements.*--pixels float32.*pixmim stats"):
+        with pytest.raises(BadImage, match=r"are measurements.*--dtype float32.*pixmim stats"):
             decode(data, ImageSpec(1, number))  # type: ignore[arg-type]
 
 
@@ -118,7 +118,9 @@ def test_pages_as_channels() -> None:
     data = written(stack, photometric="minisblack")
     assert np.array_equal(decode(data, ImageSpec(1, "uint16"))[..., 0], stack[0])
     assert np.array_equal(decode(data, ImageSpec(13, "uint16", "channels")), BANDS)
-    with pytest.raises(BadImage, match=r"1 channel, and not 13: --channels 1; or --pages channels, for its 13 pages"):
+    with pytest.raises(
+        BadImage, match=r"1 channel, and not 13: --channels 1; or --tiff-pages channels, for its 13 pages"
+    ):
         decode(data, ImageSpec(13, "uint16"))
     with pytest.raises(BadImage, match="13 channels, and not 12"):
         decode(data, ImageSpec(12, "uint16", "channels"))
@@ -174,10 +176,10 @@ def test_every_kind_of_sample_is_what_tifffile_reads(kind: str, photometric: str
     assert abs(found - truth).max() < (1e-5 if kind != "6" else 0.5 / 255)  # six bits are rounded to eight
 
 
-def test_lab_keeps_its_colours() -> None:
+def test_lab_keeps_its_colors() -> None:
     """By the formulas of CIE and sRGB, D50 adapted to D65."""
-    colours = np.asarray([[200, 60, 50], [60, 200, 70], [40, 50, 160], [128, 128, 128], [200, 150, 20], [20, 30, 90]])
-    share = colours / 255
+    colors = np.asarray([[200, 60, 50], [60, 200, 70], [40, 50, 160], [128, 128, 128], [200, 150, 20], [20, 30, 90]])
+    share = colors / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     to_d50 = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
     ratio = linear @ np.asarray(to_d50).T / [0.96422, 1, 0.82521]
@@ -186,7 +188,7 @@ def test_lab_keeps_its_colours() -> None:
     stored = np.concatenate([lab[:, :1] * 2.55, lab[:, 1:] % 256], axis=1).round() % 256
     pixels = np.tile(stored.astype(np.uint8)[None], (20, 1, 1))
     found = decode(written(pixels, photometric="cielab"))
-    assert abs(found[0].astype(int) - colours).max() <= 8
+    assert abs(found[0].astype(int) - colors).max() <= 8
     with pytest.raises(BadImage, match="save it as grey or RGB"):
         decode(written(np.moveaxis(pixels, 2, 0), photometric="cielab", planarconfig="separate"))
 

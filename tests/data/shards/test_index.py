@@ -73,8 +73,8 @@ def edit_index(path: Path, edit: Callable[[Any], None]) -> None:
         ("quality", -1),
         ("kind", "pickle"),
         ("kind", []),
-        ("pixels", "object"),
-        ("pages", "all"),
+        ("dtype", "object"),
+        ("tiff_pages", "all"),
         ("chroma", "411"),
         ("interpolation", "nearest"),
         ("fingerprint", 7),
@@ -352,7 +352,7 @@ def test_stats_that_are_none(cache: Path) -> None:
     for text in ("[]", "{}", '{"form": {}, "mean": 1}', "[" * 10_000, "\xff"):
         (cache / "stats.json").write_text(text, "latin-1")
         assert load_statistics(str(cache), ImageSpec()) is None
-    good = {"form": {"channels": 3, "pixels": "uint8", "pages": "first"}, "images": 4, "total": 4}
+    good = {"form": {"channels": 3, "dtype": "uint8", "tiff_pages": "first"}, "images": 4, "total": 4}
     for mean, std, right in (
         ([0.1] * 3, [0.2] * 3, True),
         ([0.1] * 3, [0.0] * 3, False),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helpers.runs import train
-from helpers.shards import colours, keys, shard
+from helpers.shards import colors, keys, shard
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
@@ -133,11 +133,11 @@ def test_a_cache_is_the_same_near_and_far(server: Server, served: Path, memory: 
     near, far = open_dataset(str(served / "cached")), open_dataset(f"{server.url}/cached/")
     assert not any(name.endswith(".tar") for name in server.asked)
     assert same(near, far) and len(copies(memory)) == 3
-    assert far.pieces is not None and far.pieces.tolist() == [6, 6, 6] and near.pieces is None
+    assert far.shard_sizes is not None and far.shard_sizes.tolist() == [6, 6, 6] and near.shard_sizes is None
     assert near.labels is not None and (near.labels == far.labels).all() and near.classes == far.classes
     assert near.sizes is not None and (near.sizes == far.sizes).all()
     assert far.path_of(7) == f"{server.url}/cached/shard-000001.tar:000000007"
-    assert "at most 50 GiB (--shard-cache-gib)" in far.about and str(memory) in far.about
+    assert "at most 50 GiB (--shard-cache-gib)" in far.description and str(memory) in far.description
     before = Counter(server.asked)
     assert same(near, open_dataset(f"{server.url}/cached"))  # later runs find the copies
     assert {name for name in server.asked - before} == {"settings.json", "index.json"} | {
@@ -150,7 +150,7 @@ def test_tars_of_others_far_away(server: Server, served: Path) -> None:
     for spec in ("shards/train-{000..002}.tar", "shards/*.tar", "shards", "shards/"):
         far = open_dataset(f"{server.url}/{spec}")
         assert same(near, far) and keys(near) == keys(far) and far.classes == near.classes
-        assert far.pieces is not None and far.pieces.tolist() == [4, 4, 4]
+        assert far.shard_sizes is not None and far.shard_sizes.tolist() == [4, 4, 4]
     assert all(server.asked[f"train-{i:03d}.tar"] == 1 for i in range(3))  # searched and copied in one go
     (served / "shards" / "classes.txt").write_text("cat\ndog\nbird")
     assert open_dataset(f"{server.url}/shards").classes == ["cat", "dog", "bird"]
@@ -160,12 +160,12 @@ def test_tars_of_others_far_away(server: Server, served: Path) -> None:
 
 def test_other_file_systems(served: Path) -> None:
     files = fsspec.filesystem("memory")
-    files.put(str(served / "cached"), "/far/cached", recursive=True)
-    files.put(str(served / "shards"), "/far/shards", recursive=True)
+    files.crop_into(str(served / "cached"), "/far/cached", recursive=True)
+    files.crop_into(str(served / "shards"), "/far/shards", recursive=True)
     try:
         assert same(open_dataset(str(served / "cached")), open_dataset("memory://far/cached"))
         for spec in ("shards", "shards/train-*.tar", "shards/train-{000..002}.tar"):
-            assert colours(open_dataset(f"memory://far/{spec}")) == list(range(12))
+            assert colors(open_dataset(f"memory://far/{spec}")) == list(range(12))
         with pytest.raises(UserError, match=r"nothing matches memory://far/\*.tar"):
             open_dataset("memory://far")
     finally:
@@ -217,7 +217,7 @@ def test_what_changed_on_the_server_is_noticed(server: Server, served: Path) -> 
     for data in (tars, again):
         with pytest.raises(UserError, match=r"train-001.tar changed on the server"):
             data.image(5)
-    assert colours(open_dataset(f"{server.url}/shards"))[4:8] == list(range(20, 24))
+    assert colors(open_dataset(f"{server.url}/shards"))[4:8] == list(range(20, 24))
     tar = served / "cached" / "shard-000002.tar"
     tar.write_bytes(tar.read_bytes() + bytes(512))
     with pytest.raises(UserError, match=r"shard-000002.tar has [\d,]+ bytes, but [\d,]+ in its index"):
@@ -229,7 +229,7 @@ def test_what_was_searched_is_not_fetched_again(server: Server, served: Path, me
     shutil.rmtree(memory / "copies")
     data = open_dataset(f"{server.url}/shards")
     assert server.asked["train-000.tar"] == 1 and not (memory / "copies").exists()
-    assert colours(data) == list(range(12)) and server.asked["train-000.tar"] == 2
+    assert colors(data) == list(range(12)) and server.asked["train-000.tar"] == 2
 
 
 def test_damaged_tars_and_caches_far_away(server: Server, served: Path) -> None:
@@ -267,7 +267,7 @@ def test_the_bound_on_copies_is_kept(server: Server, served: Path, memory: Path)
 
 def test_a_bound_below_one_shard(server: Server, served: Path, memory: Path) -> None:
     data = open_dataset(f"{server.url}/shards", shard_cache_gib=1e-6)
-    assert colours(data) == list(range(12)) and len(copies(memory)) == 1
+    assert colors(data) == list(range(12)) and len(copies(memory)) == 1
 
 
 def test_only_what_was_announced_is_copied_whole(server: Server, served: Path, memory: Path) -> None:
@@ -317,7 +317,7 @@ def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Slow, int]]:
     files = fsspec.filesystem("memory")
     folder = Path(str(cache_path("made", ""))) / "many"
     make_cache(SyntheticShapes(count=80, size=16, seed=3), folder, (16, 16), per_shard=2, kind="raw")
-    files.put(str(folder), "/many", recursive=True)
+    files.crop_into(str(folder), "/many", recursive=True)
     yield "memory://many", Slow(monkeypatch), (folder / "shard-000000.tar").stat().st_size
     files.rm("/many", recursive=True)
 
@@ -463,4 +463,4 @@ def test_near_and_far_do_not_mix(served: Path, server: Server) -> None:
 def test_few_files_stay_open(server: Server, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(far_module, "MAX_OPEN_FILES", 2)
     data: Any = open_dataset(f"{server.url}/shards")
-    assert colours(data) == list(range(12)) and len(data._store._open_files) == 2
+    assert colors(data) == list(range(12)) and len(data._store._open_files) == 2

@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers.cli import say
 from helpers.runs import train
-from helpers.shards import colours, keys, picture, shard, write
+from helpers.shards import colors, keys, picture, shard, write
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
@@ -29,7 +29,7 @@ Make = Callable[..., PretrainConfig]
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """A folder of three tars with four labelled pictures each, their colours 0 to 11."""
+    """A folder of three tars with four labeled pictures each, their colors 0 to 11."""
     for i in range(3):
         shard(tmp_path / "shards" / f"train-{i:03d}.tar", range(4 * i, 4 * i + 4))
     return tmp_path / "shards"
@@ -40,9 +40,9 @@ def shards(tmp_path: Path) -> Path:
 )
 def test_ways_to_name_shards(shards: Path, spec: str) -> None:
     data = open_dataset(f"{shards}{spec}")
-    assert colours(data) == list(range(12)) and data.pieces is None and data.sizes is None
+    assert colors(data) == list(range(12)) and data.shard_sizes is None and data.sizes is None
     assert data.labels is not None and data.labels.tolist() == [v % 3 for v in range(12)]
-    assert data.classes == ["0", "1", "2"] and data.about == "read from shards on disk"
+    assert data.classes == ["0", "1", "2"] and data.description == "read from shards on disk"
     assert data.path_of(5) == f"{shards}/train-001.tar:0005"
 
 
@@ -85,11 +85,11 @@ def test_what_makes_a_sample(tmp_path: Path, form: int) -> None:
         form,
     )
     data = open_dataset(str(path))
-    assert colours(data)[:6] == [1, 2, 3, 4, 6, 8] and colours(data)[7:] == [11]
+    assert colors(data)[:6] == [1, 2, 3, 4, 6, 8] and colors(data)[7:] == [11]
     assert keys(data) == ["v1.0/one", "v1.0/two", "other/one", "v1.0/one", "both", "depth", long, "ünï"]
     assert data.labels is None and data.classes == []
-    assert "2 images are ignored" in data.about and "1 samples without an image" in data.about
-    assert "7 of 8 samples have no class" in data.about
+    assert "2 images are ignored" in data.description and "1 samples without an image" in data.description
+    assert "7 of 8 samples have no class" in data.description
 
 
 def test_class_numbers_that_are_none(tmp_path: Path) -> None:
@@ -111,13 +111,13 @@ def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys:
             archive.addfile(link)
     for _ in range(1 + again):  # what is remembered says the same
         foreign._warned.clear()
-        assert "10 images are ignored" in open_dataset(str(path)).about
+        assert "10 images are ignored" in open_dataset(str(path)).description
         text = capsys.readouterr().err
         assert "8 of 9 images are ignored" in text and f"'{path},key=last-dot'" in text and "2 images are links" in text
     data = open_dataset(f"{path},key=last-dot")
-    assert colours(data) == list(range(9)) and keys(data)[8] == "scan.2024.008"
+    assert colors(data) == list(range(9)) and keys(data)[8] == "scan.2024.008"
     assert len(open_dataset(f"{path},key=last-dot*2+{path}")) == 2 * 9 + 1
-    assert colours(open_dataset(f"{tmp_path}/*.tar,key=last-dot")) == list(range(9))
+    assert colors(open_dataset(f"{tmp_path}/*.tar,key=last-dot")) == list(range(9))
     with pytest.raises(UserError, match="only key=last-dot is known"):
         open_dataset(f"{path},key=first")
     (tmp_path / "folder").mkdir()
@@ -178,10 +178,10 @@ def test_a_tar_is_searched_once(shards: Path, memory: Path, monkeypatch: pytest.
         webdataset, "scan", lambda tar, name, *more: searched.append(Path(name).name) or search(tar, name)
     )
     again = open_dataset(str(shards))
-    assert not searched and colours(again) == colours(before) and keys(again) == keys(before)
+    assert not searched and colors(again) == colors(before) and keys(again) == keys(before)
     assert again.fingerprint() == before.fingerprint() and np.array_equal(again.labels, before.labels)
     shard(shards / "train-001.tar", range(20, 25))
-    assert colours(open_dataset(str(shards)))[4:9] == list(range(20, 25)) and searched == ["train-001.tar"]
+    assert colors(open_dataset(str(shards)))[4:9] == list(range(20, 25)) and searched == ["train-001.tar"]
     generator = np.random.default_rng(0)
     for path in (memory / "tars").iterdir():  # what is remembered may be damaged: then it counts for nothing
         content = bytearray(path.read_bytes())

@@ -333,7 +333,7 @@ def test_first_lines_tell_classes_and_what_is_left_out(coco_set: Path) -> None:
 @pytest.mark.parametrize("numbers", [(0.0, 0.5, 0.5), (0.4, 0.1, 0.9), (0.99, 0.7, 0.2)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_image_boxes_and_masks_stay_together_in_a_view(numbers: tuple[float, ...], flip: bool) -> None:
-    """An object of one colour on black: where it is in the view is where its box, polygon and bitmap say."""
+    """An object of one color on black: where it is in the view is where its box, polygon and bitmap say."""
     inside = rectangle(np.asarray([11, 5, 31, 17]))[:30]
     image = torch.from_numpy(np.where(inside, 200, 0).astype(np.uint8))[None].expand(3, -1, -1)
     polygon = [[11, 5, 31, 5, 31, 17, 11, 17]]

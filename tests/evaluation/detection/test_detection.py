@@ -204,9 +204,9 @@ def test_rates_fall_by_layer_and_by_time() -> None:
 
 @pytest.fixture
 def undisturbed(tmp_path: Path) -> Iterator[tuple[EvalContext, dict[str, Tensor]]]:
-    """A bench, and what training on it gives where nothing interrupts."""
+    """A context, and what training on it gives where nothing interrupts."""
     whole = EvalContext(encoder_of("vit"), tmp_path / "whole")
-    data = open_annotated(TINY.train, "", whole.encoder.form)
+    data = open_annotated(TINY.train, "", whole.encoder.image_spec)
     model = training.trained(whole, TINY, data, True)
     yield EvalContext(whole.encoder, tmp_path / "broken"), dict(model.state_dict())
 
@@ -214,8 +214,8 @@ def undisturbed(tmp_path: Path) -> Iterator[tuple[EvalContext, dict[str, Tensor]
 def test_training_goes_on_bitwise_after_an_interruption(
     undisturbed: tuple[EvalContext, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, wanted = undisturbed
-    data, calls, losses = open_annotated(TINY.train, "", bench.encoder.form), [], training.losses
+    context, wanted = undisturbed
+    data, calls, losses = open_annotated(TINY.train, "", context.encoder.image_spec), [], training.losses
 
     def interrupted(*given: object) -> dict[str, Tensor]:
         calls.append(given)
@@ -225,19 +225,19 @@ def test_training_goes_on_bitwise_after_an_interruption(
 
     monkeypatch.setattr(training, "losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        training.trained(bench, TINY, data, True)
+        training.trained(context, TINY, data, True)
     assert len(calls) == 2
     torch.manual_seed(99)  # whatever the global generator was left at
-    found = training.trained(bench, TINY, data, True).state_dict()
+    found = training.trained(context, TINY, data, True).state_dict()
     assert len(calls) == 4
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 def test_loss_falls(tmp_path: Path) -> None:
-    bench = EvalContext(encoder_of("vit"), tmp_path)
+    context = EvalContext(encoder_of("vit"), tmp_path)
     settings = replace(TINY, steps=20, masks="no", relative_positions=False, jitter=(1.0, 1.0), lr=3e-3)
-    training.trained(bench, settings, open_annotated(TINY.train, "", bench.encoder.form), False)
-    lines = (bench.work("detection", settings) / "metrics.jsonl").read_text().splitlines()
+    training.trained(context, settings, open_annotated(TINY.train, "", context.encoder.image_spec), False)
+    lines = (context.work_dir("detection", settings) / "metrics.jsonl").read_text().splitlines()
     lost = [json.loads(line)["loss"] for line in lines]
     assert sum(lost[-5:]) < 0.75 * sum(lost[:5])
 
@@ -279,13 +279,13 @@ def test_what_is_found_exactly_is_worth_a_hundred(tmp_path: Path, monkeypatch: p
         return [{"boxes": boxes, "labels": wanted["labels"], "scores": torch.ones(len(boxes)), "masks": masks}]
 
     monkeypatch.setattr(detection, "detect", oracle)
-    bench = EvalContext(encoder_of("vit"), tmp_path)
-    values = dict(detection.evaluate_detection(bench, replace(TINY, steps=1, size=160)))
+    context = EvalContext(encoder_of("vit"), tmp_path)
+    values = dict(detection.evaluate_detection(context, replace(TINY, steps=1, size=160)))
     assert values["box/AP75"] == values["mask/AP75"] == 100 and values["box/AP"] > 90 and values["mask/AP"] > 80
 
 
 def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
-    bench = EvalContext(encoder_of("vit"), tmp_path, console=Console(quiet=True))
+    context = EvalContext(encoder_of("vit"), tmp_path, console=Console(quiet=True))
     for changes, match in (
         ({"train": "", "test": ""}, "Give --data COCO, or --train and --test"),
         ({"data": "coco"}, "leave out --train"),
@@ -297,4 +297,4 @@ def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
         ({"size": 36}, "does not divide into the 8x8 patches"),
     ):
         with pytest.raises(UserError, match=match):
-            dict(detection.evaluate_detection(bench, replace(TINY, **changes)))  # type: ignore[arg-type]
+            dict(detection.evaluate_detection(context, replace(TINY, **changes)))  # type: ignore[arg-type]

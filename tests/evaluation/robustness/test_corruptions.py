@@ -300,5 +300,5 @@ def test_what_is_not_defined_is_refused() -> None:
         corrupt(grey(1), "snoww", 1)
     with pytest.raises(UserError, match="1, 2, 3, 4 or 5"):
         corrupt(grey(1), "snow", 6)
-    with pytest.raises(UserError, match=r"3 channels \(colour\) or 1 \(grey\), not of 4"):
+    with pytest.raises(UserError, match=r"3 channels \(color\) or 1 \(grey\), not of 4"):
         corrupt(grey(1, channels=4), "snow", 1)

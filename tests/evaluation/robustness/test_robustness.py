@@ -36,13 +36,13 @@ Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=400,size=32", "shapes:count=150,size=32,seed=1"
 
 
-def bench_of(run: PretrainConfig, folder: Path, module: nn.Module | None = None) -> EvalContext:
-    module = (module or build_encoder(run)).eval()
-    return EvalContext(wrap_live_encoder(run, module, torch.device("cpu"), "fp32"), folder)
+def bench_of(config: PretrainConfig, folder: Path, module: nn.Module | None = None) -> EvalContext:
+    module = (module or build_encoder(config)).eval()
+    return EvalContext(wrap_live_encoder(config, module, torch.device("cpu"), "fp32"), folder)
 
 
-def classifier(run: PretrainConfig, classes: int) -> PretrainConfig:
-    return replace(run, model=replace(run.model, options={**run.model.options, "num_classes": classes}))
+def classifier(config: PretrainConfig, classes: int) -> PretrainConfig:
+    return replace(config, model=replace(config.model, options={**config.model.options, "num_classes": classes}))
 
 
 class Always(nn.Module):
@@ -54,7 +54,7 @@ class Always(nn.Module):
         self.head = nn.Linear(1, 1000)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        red = (x[:, 0].mean(dim=(1, 2)) * 0.229 + 0.485) * 255 * 4  # undoes the normalisation
+        red = (x[:, 0].mean(dim=(1, 2)) * 0.229 + 0.485) * 255 * 4  # undoes the normalization
         scores = -(torch.arange(1000) - red[:, None]).abs()
         scores[:, 7] = 1.0
         return scores
@@ -114,24 +114,26 @@ def test_a_part_of_imagenet_is_cut_out_before_the_decision(name: str, tiny_run: 
         path = tmp_path / name / wnid / "1.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (32, 32), (painted // 4, painted % 4 * 60, 0)).save(path)
-    bench = bench_of(tiny_run(), tmp_path, RunnerUp(first))
+    context = bench_of(tiny_run(), tmp_path, RunnerUp(first))
     settings = RobustnessSettings(**{f"imagenet_{name}": str(tmp_path / name)})
-    found = dict(robustness.evaluate_robustness(bench, settings))
+    found = dict(robustness.evaluate_robustness(context, settings))
     assert found[f"imagenet_{name}/top1"] == 75
     (tmp_path / name / part[3] / "1.png").unlink()
     with pytest.raises(UserError, match=f"lacks 1 of the 200 class folders of ImageNet-{name.upper()}"):
-        dict(robustness.evaluate_robustness(bench, settings))
+        dict(robustness.evaluate_robustness(context, settings))
 
 
 def test_imagenet_c_trees(tiny_run: Make, tmp_path: Path) -> None:
-    bench, every = bench_of(tiny_run(), tmp_path, Always()), imagenet.wnids()
+    context, every = bench_of(tiny_run(), tmp_path, Always()), imagenet.wnids()
     for severity in (1, 2, 3, 4, 5):
         write(tmp_path / f"c/snow/{severity}/{every[7]}/1.png", 10)
         write(tmp_path / f"c/snow/{severity}/{every[8]}/1.png", 20)
     with pytest.raises(UserError, match=r"lacks 70 of 75 parts of ImageNet-C: gaussian_noise/1, .* a part has no mCE"):
-        dict(robustness.evaluate_robustness(bench, RobustnessSettings(imagenet_c=str(tmp_path / "c"))))
+        dict(robustness.evaluate_robustness(context, RobustnessSettings(imagenet_c=str(tmp_path / "c"))))
     some = dict(
-        robustness.evaluate_robustness(bench, RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("snow",)))
+        robustness.evaluate_robustness(
+            context, RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))
+        )
     )
     assert some["imagenet_c/error"] == some["imagenet_c/severity/snow/4"] == 50  # all are taken for class 7
     assert not any("ce" in key.split("/") or "mce" in key for key in some)  # two classes are not a thousand
@@ -139,7 +141,7 @@ def test_imagenet_c_trees(tiny_run: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a class 'unknown', which is not one of the 1000"):
         dict(
             robustness.evaluate_robustness(
-                bench, RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))
+                context, RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))
             )
         )
 
@@ -202,10 +204,10 @@ def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_pa
     data = [f"shapes:count={count},size=32,seed={seed},texture=match" for count, seed in ((600, 2), (500, 3))]
     found = []
     for module in (of_textures, None):
-        bench = bench_of(TAUGHT, tmp_path, module)
+        context = bench_of(TAUGHT, tmp_path, module)
         found.append(
-            dict(knn.evaluate_knn(bench, KnnSettings(*data)))
-            | dict(linear.evaluate_linear(bench, LinearSettings(*data, epochs=20)))
+            dict(knn.evaluate_knn(context, KnnSettings(*data)))
+            | dict(linear.evaluate_linear(context, LinearSettings(*data, epochs=20)))
         )
     for name in ("k20/mean/top1", "top1"):  # their intervals do not touch
         assert found[0][f"{name}/low"] > found[1][f"{name}/high"]
@@ -213,11 +215,11 @@ def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_pa
 
 def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> None:
     """Pictures that are named by their texture, which noise and blur destroy; by its own head, and by a probe."""
-    bench = bench_of(TAUGHT, tmp_path, of_textures)
+    context = bench_of(TAUGHT, tmp_path, of_textures)
     data = "shapes:count=200,size=32,seed=1,texture=match"  # shape and texture have the same number
     some = ("gaussian_noise", "defocus_blur", "contrast")
     settings = RobustnessSettings(test=data, corruptions=some)
-    found = dict(robustness.evaluate_robustness(bench, settings))
+    found = dict(robustness.evaluate_robustness(context, settings))
     assert found["in_memory/head/clean"] < 75
     for name in some:
         one, five = (found[f"in_memory/head/severity/{name}/{s}"] for s in (1, 5))
@@ -231,18 +233,18 @@ def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> N
 
     train = "shapes:count=300,size=32,texture=match"
     both = replace(settings, train=train, severities=(1, 5), epochs=20)
-    found = dict(robustness.evaluate_robustness(bench, both))
+    found = dict(robustness.evaluate_robustness(context, both))
     assert found["in_memory/probe/clean"] < 80 and found["in_memory/probe/lost"] > 3
     assert "in_memory/probe/severity/contrast/3" not in found
-    assert dict(robustness.evaluate_robustness(bench, both)) == found
-    other = dict(robustness.evaluate_robustness(bench, replace(both, corruptions=("contrast",))))
+    assert dict(robustness.evaluate_robustness(context, both)) == found
+    other = dict(robustness.evaluate_robustness(context, replace(both, corruptions=("contrast",))))
     assert other["in_memory/probe/corruption/contrast"] == found["in_memory/probe/corruption/contrast"]
 
 
 def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = bench_of(TAUGHT, tmp_path, of_textures)
+    context = bench_of(TAUGHT, tmp_path, of_textures)
     settings = RobustnessSettings(test="shapes:count=300,size=32", corruptions=("contrast", "fog"), severities=(2,))
-    whole = dict(robustness.evaluate_robustness(bench, settings))
+    whole = dict(robustness.evaluate_robustness(context, settings))
     seen = []
 
     def failing(*args: object) -> Iterator[object]:
@@ -254,15 +256,15 @@ def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypa
     made = count.corrupted
     monkeypatch.setattr(count, "corrupted", failing)
     with pytest.raises(KeyboardInterrupt):
-        dict(robustness.evaluate_robustness(bench, settings))
+        dict(robustness.evaluate_robustness(context, settings))
     assert len(list(tmp_path.rglob("counts.json"))) == 1
     monkeypatch.setattr(count, "corrupted", lambda images, *rest: (seen.append(len(images)), made(images, *rest))[1])
-    assert dict(robustness.evaluate_robustness(bench, settings)) == whole
+    assert dict(robustness.evaluate_robustness(context, settings)) == whole
     assert seen[1:] == [44] and not list(tmp_path.rglob("counts.json"))
 
 
 def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> None:
-    bench = bench_of(tiny_run(), tmp_path)
+    context = bench_of(tiny_run(), tmp_path)
     for settings, message in (
         (RobustnessSettings(), "no data given"),
         (RobustnessSettings(test=TEST), "has no classifier: give --train"),
@@ -271,7 +273,7 @@ def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> Non
         (RobustnessSettings(test=TEST, train=TRAIN, severities=()), "--severities takes some of"),
     ):
         with pytest.raises(UserError, match=message):
-            dict(robustness.evaluate_robustness(bench, settings))
+            dict(robustness.evaluate_robustness(context, settings))
 
 
 def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
@@ -299,7 +301,7 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
     import_weights(resolve_model(str(file)), tmp_path / "imported")
     found.append(measured(tmp_path / "imported"))
     assert all(other == pytest.approx(found[0]) for other in found)
-    answers = module(load_frozen_encoder(str(file), device="cpu").ready(torch.stack([
+    answers = module(load_frozen_encoder(str(file), device="cpu").preprocess(torch.stack([
         evaluation_crop((32, 32)).crop(image) for image in map(open_dataset(settings.test).image, range(24))
     ]))).argmax(dim=1)  # fmt: skip
     wanted = torch.from_numpy(open_dataset(settings.test).labels)
@@ -354,8 +356,8 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     write(root / "cat/cat4-cat1.png", 5)  # no conflict: left out
     write(root / "elephant/elephant1-dog3.png", 5)  # shape
     write(root / "truck/truck2-dog3.png", 5)  # neither
-    bench = bench_of(tiny_run(), tmp_path, Reds())
-    found = dict(shape_bias.evaluate_shape_bias(bench, ShapeBiasSettings(str(root))))
+    context = bench_of(tiny_run(), tmp_path, Reds())
+    found = dict(shape_bias.evaluate_shape_bias(context, ShapeBiasSettings(str(root))))
     assert found["head/stimuli"] == 4
     assert found["head/shape_bias"] == pytest.approx(200 / 3)
     assert found["head/shape"] == 50 and found["head/texture"] == 25
@@ -375,7 +377,7 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     flipped.encoder = replace(flipped.encoder, names=tuple(f"class {i}" for i in range(1000)))
     with pytest.raises(UserError, match="ImageNet's classes by WordNet id, and this one has 'class 0'"):
         dict(shape_bias.evaluate_shape_bias(flipped, ShapeBiasSettings(str(root))))
-    (picture,) = bench.pictures.values()
+    (picture,) = context.images.values()
     assert picture.width > 300
     for name, message in (
         ("cat/cat1-zebra2.png", "the texture zebra is none"),
@@ -384,7 +386,7 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     ):
         write(root / name, 5)
         with pytest.raises(UserError, match=message):
-            dict(shape_bias.evaluate_shape_bias(bench, ShapeBiasSettings(str(root))))
+            dict(shape_bias.evaluate_shape_bias(context, ShapeBiasSettings(str(root))))
         (root / name).unlink()
     with pytest.raises(UserError, match=r"1000 classes, and this encoder has none"):
         dict(shape_bias.evaluate_shape_bias(bench_of(tiny_run(), tmp_path), ShapeBiasSettings(str(root))))
@@ -396,10 +398,10 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     settings = ShapeBiasSettings(
         "shapes:count=200,size=32,texture=conflict,seed=2", "shapes:count=300,size=32,texture=match", epochs=20
     )
-    bench = bench_of(TAUGHT, tmp_path, of_textures)
-    textural = dict(shape_bias.evaluate_shape_bias(bench, settings))
+    context = bench_of(TAUGHT, tmp_path, of_textures)
+    textural = dict(shape_bias.evaluate_shape_bias(context, settings))
     assert textural["probe/shape_bias"] < 40 and textural["probe/texture"] > 20
-    assert bench.pictures
+    assert context.images
     each = [value for name, value in textural.items() if name.endswith("/shape_bias") and "/category/" in name]
     known = [value for value in each if value == value]  # of a category none of whose answers names a cue there is none
     assert textural["probe/balanced"] == pytest.approx(sum(known) / len(known))
@@ -407,7 +409,7 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     train = open_dataset("shapes:count=500,size=32")
     stimuli = open_dataset("shapes:count=200,size=32,texture=conflict,seed=2")
     assert isinstance(train, SyntheticShapes) and isinstance(stimuli, SyntheticShapes)
-    voters, asked = extract_features(bench.encoder, train), extract_features(bench.encoder, stimuli)
+    voters, asked = extract_features(context.encoder, train), extract_features(context.encoder, stimuli)
     shapes, textures = shape_bias.cues(stimuli, voters.classes)
     assert textural["probe/majority"] == pytest.approx(100 * max(torch.bincount(shapes).tolist()) / 200)
     biases = [
@@ -419,7 +421,7 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     assert biases[0] > biases[1] + 0.2
 
     with pytest.raises(UserError, match="agree in every stimulus"):
-        dict(shape_bias.evaluate_shape_bias(bench, replace(settings, data=settings.train)))
+        dict(shape_bias.evaluate_shape_bias(context, replace(settings, data=settings.train)))
 
 
 def test_classifiers_keep_their_heads(tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

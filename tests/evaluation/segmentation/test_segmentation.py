@@ -1,4 +1,4 @@
-"""Semantic segmentation: pairs, crops, colours, heads, windows, measures, each against a slow or second form."""
+"""Semantic segmentation: pairs, crops, colors, heads, windows, measures, each against a slow or second form."""
 
 import colorsys
 import io
@@ -67,8 +67,8 @@ FAMILIES = {
 }
 
 
-def encoder_of(run: PretrainConfig) -> FrozenEncoder:
-    return wrap_live_encoder(run, build_model(run).encoder.eval(), torch.device("cpu"), "fp32")
+def encoder_of(config: PretrainConfig) -> FrozenEncoder:
+    return wrap_live_encoder(config, build_model(config).encoder.eval(), torch.device("cpu"), "fp32")
 
 
 def save_pair(root: Path, name: str, size: tuple[int, int], mask: np.ndarray | None, folder: str = "masks") -> None:
@@ -131,7 +131,7 @@ def test_overlap_agrees_with_torchmetrics() -> None:
 
 
 def test_pairs_of_a_folder(tmp_path: Path) -> None:
-    """Nested names, a palette whose numbers and not colours count, one channel, as many classes as masks hold."""
+    """Nested names, a palette whose numbers and not colors count, one channel, as many classes as masks hold."""
     mask = np.zeros((12, 20), np.uint8)
     mask[3:, 5:] = 2
     mask[0, 0] = IGNORE
@@ -181,7 +181,7 @@ def test_what_makes_no_pair_is_named(tmp_path: Path) -> None:
     save_pair(tmp_path, "small", (4, 4), np.zeros((4, 5), np.uint8))
     save_pair(tmp_path, "many", (4, 4), np.full((4, 4), 2, np.uint8))
     save_pair(tmp_path, "deep", (4, 4), np.full((4, 4), 999, np.uint16))
-    save_pair(tmp_path, "colour", (4, 4), np.zeros((4, 4, 3), np.uint8))
+    save_pair(tmp_path, "color", (4, 4), np.zeros((4, 4, 3), np.uint8))
     save_pair(tmp_path, "broken", (4, 4), np.zeros((4, 4), np.uint8))
     (tmp_path / "masks" / "broken.png").write_bytes(b"\x89PNG and no more")
     save_pair(tmp_path, "whole", (4, 4), np.ones((4, 4), np.uint8))
@@ -192,10 +192,10 @@ def test_what_makes_no_pair_is_named(tmp_path: Path) -> None:
             pairs.image(index)
         except BadImage as error:
             said[Path(pairs.path_of(index)).stem] = str(error)
-    assert said.keys() == {"lonely", "small", "many", "deep", "colour", "broken"}
+    assert said.keys() == {"lonely", "small", "many", "deep", "color", "broken"}
     assert "there is no mask" in said["lonely"] and "of another size: 5x4 pixels, and the picture 4x4" in said["small"]
     assert "no class: 2, and there are 2" in said["many"] and "no class: 999" in said["deep"]
-    assert "mode RGB" in said["colour"] and "cannot be read" in said["broken"]
+    assert "mode RGB" in said["color"] and "cannot be read" in said["broken"]
     skipped = BadImageLog(tmp_path / "skipped.csv", len(pairs), 1.0)
     assert [index for index, _ in one_by_one(pairs, skipped, threads=2)] == [6] and len(skipped) == 6
     assert set(skipped.reasons.split("; ")) == {
@@ -287,7 +287,7 @@ def test_drawn_masks_are_the_objects_pixels() -> None:
     assert (pairs.image(3)[-1].numpy() == sample.mask * (sample.shape + 1)).all()
 
 
-# --- crops and colours
+# --- crops and colors
 
 
 @pytest.mark.parametrize(("size", "height", "width"), [((32, 32), 60, 40), ((24, 40), 30, 90), ((32, 32), 28, 20)])
@@ -332,7 +332,7 @@ def test_mirror_and_nearest() -> None:
     assert (nearest(mask, (11, 3)) == theirs[0, 0].numpy()).all()
 
 
-def test_colours_follow_a_loop_over_pixels() -> None:
+def test_colors_follow_a_loop_over_pixels() -> None:
     generator = torch.Generator().manual_seed(3)
     images, u = torch.rand(12, 3, 2, 3, generator=generator), torch.rand(12, 9, generator=generator)
     images[0, :, 0, 0] = 0.4  # grey has no hue
@@ -411,7 +411,7 @@ def test_every_encoder_learns_under_both_heads(family: str, head: str, tiny_run:
         model,
         encoder,
         settings,
-        open_segmentation(TRAIN, encoder.form, "training"),
+        open_segmentation(TRAIN, encoder.image_spec, "training"),
         crop,
         folder=tmp_path,
         skipped=BadImageLog(None, 60, 0.1),
@@ -444,7 +444,7 @@ def test_uper_has_the_known_number_of_values(tiny_run: Make) -> None:
         assert part is not None and sum(p.numel() for p in part.parameters()) == wanted
 
 
-def test_loss_is_cross_entropy_of_labelled_pixels_over_all() -> None:
+def test_loss_is_cross_entropy_of_labeled_pixels_over_all() -> None:
     scores, masks = torch.randn(2, 5, 4, 4), torch.randint(0, 5, (2, 8, 8))
     masks[0, :3] = IGNORE
     large = F.interpolate(scores, scale_factor=2, mode="bilinear").log_softmax(dim=1)
@@ -474,9 +474,9 @@ def test_deep_pictures_with_masks(pixels: str, tiny_run: Make, tmp_path: Path) -
         values = generator.integers(0, 65535, (40, 36, 5)).astype(np.uint16)
         np.save(tmp_path / "images" / f"{i}.npy", values if pixels == "uint16" else (values / 65535).astype(np.float32))
         Image.fromarray(generator.integers(0, 3, (40, 36), np.uint8)).save(tmp_path / "masks" / f"{i}.png")
-    run = tiny_run(channels=5, pixels=pixels)
-    bench = EvalContext(encoder_of(run), tmp_path / "out")
-    values = dict(evaluate_segmentation(bench, replace(QUICK, train=str(tmp_path), test=str(tmp_path), steps=2)))
+    run = tiny_run(channels=5, dtype=pixels)
+    context = EvalContext(encoder_of(run), tmp_path / "out")
+    values = dict(evaluate_segmentation(context, replace(QUICK, train=str(tmp_path), test=str(tmp_path), steps=2)))
     assert values["images"] == 6 and 0 <= values["mIoU"] <= 100
 
 
@@ -587,11 +587,11 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
 
 
 def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) -> None:
-    """Found objects against a plain background, by textures and colours; and pictures, values and files are as said."""
+    """Found objects against a plain background, by textures and colors; and pictures, values and files are as said."""
     run = tiny_run()
     (tmp_path / "config.json").write_text(to_json(run))
     save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
-    bench = EvalContext(load_frozen_encoder(str(tmp_path), device="cpu", precision="fp32"), tmp_path)
+    context = EvalContext(load_frozen_encoder(str(tmp_path), device="cpu", precision="fp32"), tmp_path)
     made = tmp_path / "pairs"
     for part, count in (("training", 40), ("validation", 10)):
         for i in range(count):
@@ -606,7 +606,7 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
             save_pair(made, f"{part}/{i}", (36, 44), mask, "annotations")
             Image.fromarray(pixels.astype(np.uint8)).save(made / "images" / part / f"{i}.png")
     settings = replace(QUICK, train=str(made), test=str(made), steps=40, batch_size=8, head="uper", lr=1e-3)
-    values = dict(evaluate_segmentation(bench, settings))
+    values = dict(evaluate_segmentation(context, settings))
     true = torch.cat(
         [
             pair[-1].flatten()
@@ -618,7 +618,7 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
     assert (
         values["mIoU"] == pytest.approx((values["iou/class 0"] + values["iou/class 1"]) / 2) and values["images"] == 10
     )
-    (picture,) = bench.pictures.values()
+    (picture,) = context.images.values()
     assert picture.width > 500 and picture.height > 900
     assert not (tmp_path / "unfinished").exists() or not list((tmp_path / "unfinished").iterdir())
 
@@ -652,7 +652,7 @@ def test_settings_that_do_not_go_together_are_named(tiny_run: Make, tmp_path: Pa
         list(evaluate(str(tmp_path), [("segmentation", QUICK)], tmp_path))
 
 
-def test_overlays_colour_classes_and_leave_the_ignored() -> None:
+def test_overlays_color_classes_and_leave_the_ignored() -> None:
     picture, mask = np.full((2, 2, 3), 100, np.uint8), np.array([[0, 1], [1, IGNORE]])
     palette = class_colors(2)
     drawn = overlay_mask(picture, mask, palette)

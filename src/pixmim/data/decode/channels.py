@@ -1,6 +1,6 @@
 """Pixels of any kind into the form of a run: its channels, and its kind of number.
 
-Channels. Grey (1) stands for colour (3) repeated, and colour for grey by its luma. Nothing else is guessed: a file of
+Channels. Grey (1) stands for color (3) repeated, and color for grey by its luma. Nothing else is guessed: a file of
 other channels than the run's is a BadImage.
 
 Numbers. Unsigned 8 and 16 bits are shares of their largest value, so they turn into each other: 255 is 65535 is 1.0.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pixmim.data.dataset import BadImage, ImageSpec, Pixels
+from pixmim.data.dataset import BadImage, DType, ImageSpec
 from pixmim.data.decode.limits import check_bytes
 from pixmim.transforms.crops import Array
 
@@ -29,7 +29,7 @@ class ChannelMismatch(BadImage):
 
 
 def convert(pixels: Array, form: ImageSpec) -> Array:
-    """Pixels (h w c) of any kind as (h w form.channels) of form.pixels.
+    """Pixels (h w c) of any kind as (h w form.channels) of form.dtype.
 
     Raises BadImage where no rule says how, and ChannelMismatch for a number of channels that the run has not.
     """
@@ -38,12 +38,12 @@ def convert(pixels: Array, form: ImageSpec) -> Array:
         raise ChannelMismatch(
             f"{found} {'channel' if found == 1 else 'channels'}, and not {wanted}: --channels {found}"
         )
-    if found == wanted and pixels.dtype == form.pixels and form.pixels != "float32":
+    if found == wanted and pixels.dtype == form.dtype and form.dtype != "float32":
         return pixels
     check_bytes(pixels[..., 0].size * wanted * form.bytes)
-    result, wrong = np.empty((*pixels.shape[:2], wanted), form.pixels), 0
+    result, wrong = np.empty((*pixels.shape[:2], wanted), form.dtype), 0
     for rows in _blocks(pixels):
-        part = _as(_luma(pixels[rows]) if found > wanted else pixels[rows], form.pixels)
+        part = _as(_luma(pixels[rows]) if found > wanted else pixels[rows], form.dtype)
         if part.dtype == np.float32:
             wrong += part.size - int(np.isfinite(part).sum())
         result[rows] = part
@@ -93,7 +93,7 @@ def _luma(pixels: Array) -> Array:
     return (pixels.astype(np.float64) @ (_LUMA / 65536))[..., None]
 
 
-def _as(values: Array, pixels: Pixels) -> Array:
+def _as(values: Array, pixels: DType) -> Array:
     if values.dtype == bool:
         values = values.astype(np.uint8) * np.uint8(255)
     if values.dtype == pixels and pixels != "float32":
@@ -106,7 +106,7 @@ def _as(values: Array, pixels: Pixels) -> Array:
         return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
     if pixels != "float32":
         raise BadImage(
-            f"{values.dtype} values are measurements, and none of them stands for white: --pixels float32 takes them "
+            f"{values.dtype} values are measurements, and none of them stands for white: --dtype float32 takes them "
             "as they are (have mean and std measured: pixmim stats)"
         )
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.dataset import BadImage, Pages
+from pixmim.data.dataset import BadImage, TiffPages
 from pixmim.data.decode.limits import check_bytes, check_size
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -215,7 +215,7 @@ class Tiff:
         return b"".join([header, memoryview(self.data)[len(header) :], *tail])
 
 
-def checked(data: bytes, pages: Pages = "first") -> bytes:
+def checked(data: bytes, pages: TiffPages = "first") -> bytes:
     """Return a TIFF of the first page, or of all pages, with the tags that count, after they were checked.
 
     Raises:

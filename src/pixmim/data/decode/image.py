@@ -1,11 +1,11 @@
 """Bytes to pixels: any picture file a folder may hold, in the form of a run.
 
 simplejpeg decodes ordinary JPEGs (the same pixels as Pillow's, faster); `npy` and `tiff` what they are named after;
-imagecodecs 16-bit colour PNG; Pillow everything else. Rules:
+imagecodecs 16-bit color PNG; Pillow everything else. Rules:
 - EXIF orientation is applied; ICC profiles are not (values are taken as sRGB, as in ImageNet training).
 - Transparent pixels lie on white, and transparency is never a channel. Of an animation, the first frame counts.
 - Files say by their content what they are, whatever their names end with.
-- Channels and depths become the run's by the rules of `convert`. Colour of 16 bits keeps them in a run of uint16 or
+- Channels and depths become the run's by the rules of `convert`. Color of 16 bits keeps them in a run of uint16 or
   float32; in a run of uint8, Pillow takes their upper byte. Grey of 16 bits is rounded to 8.
 """
 
@@ -28,7 +28,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from pixmim.data.dataset import RGB, BadImage, ImageSpec, Pages
+from pixmim.data.dataset import RGB, BadImage, ImageSpec, TiffPages
 from pixmim.data.decode import ifd, jpeg, npy, tiff
 from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, composite_on_white, convert
 from pixmim.data.decode.kinds import HEAD, about
@@ -49,39 +49,39 @@ _APART = 2  # a plane for each channel
 
 
 def decode(data: bytes, form: ImageSpec = RGB) -> Array:
-    """Decode a picture file to (h w form.channels) of form.pixels. Raises BadImage with the reason if that fails."""
+    """Decode a picture file to (h w form.channels) of form.dtype. Raises BadImage with the reason if that fails."""
     if data[:3] == b"\xff\xd8\xff" and form.channels in (1, 3):
         fast = _decode_jpeg(data, form.channels)
         if fast is not None:
             return convert(fast, form)
-    pixels = read(data, form.pages, deep=form.pixels != "uint8")
+    pixels = read(data, form.tiff_pages, deep=form.dtype != "uint8")
     try:
         return np.ascontiguousarray(convert(pixels, form))
     except ChannelMismatch as error:
-        count = ifd.count_pages(data) if data[:4] in ifd.MAGIC and form.pages == "first" else 1
-        more = f"; or --pages channels, for its {count} pages" if count > 1 else ""
+        count = ifd.count_pages(data) if data[:4] in ifd.MAGIC and form.tiff_pages == "first" else 1
+        more = f"; or --tiff-pages channels, for its {count} pages" if count > 1 else ""
         raise BadImage(f"{error}{more}") from None
 
 
-def read(data: bytes, pages: Pages = "first", *, deep: bool = True) -> Array:
+def read(data: bytes, pages: TiffPages = "first", *, deep: bool = True) -> Array:
     """The pixels of a file (h w c), with the channels and numbers that it has itself. Raises BadImage.
 
-    deep  keep the 16 bits of colour; otherwise Pillow gives 8 of them, and nothing else is needed to read them
+    deep  keep the 16 bits of color; otherwise Pillow gives 8 of them, and nothing else is needed to read them
     """
     return limited(lambda: _read(data, pages, deep))
 
 
-def read_numbers(data: bytes, *, colour: bool = False) -> Array:
+def read_numbers(data: bytes, *, color: bool = False) -> Array:
     """Return the numbers (h w) that a mask holds: of a palette image the indices.
 
     Args:
         data: The file's content.
-        colour: Take the luma of a colour image, instead of refusing it.
+        color: Take the luma of a color image, instead of refusing it.
 
     Raises:
         BadImage: If it cannot be read.
     """
-    return limited(lambda: _read_numbers(data, colour))
+    return limited(lambda: _read_numbers(data, color))
 
 
 def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -107,7 +107,7 @@ def _open_checked(data: bytes, formats: tuple[str, ...]) -> Image.Image:
     """Open an image file that was looked at before: a TIFF by `ifd.checked`, a JPEG by `jpeg.look`.
 
     Raises:
-        BadImage: As `open_image`. UnidentifiedImageError, which is Pillow's, is its cause if no format was recognised.
+        BadImage: As `open_image`. UnidentifiedImageError, which is Pillow's, is its cause if no format was recognized.
     """
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         check_size(*_webp_size(data))  # Pillow takes memory for it when it opens the file
@@ -139,26 +139,26 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return number(26, 2) & 0x3FFF, number(28, 2) & 0x3FFF
 
 
-def _read(data: bytes, pages: Pages, deep: bool) -> Array:
+def _read(data: bytes, pages: TiffPages, deep: bool) -> Array:
     if not data:
         raise BadImage("the file is empty")
     if data[:6] == npy.MAGIC:
         return npy.read_npy(data)
-    # The header comes first in a PNG; bit depth and colour type are bytes 24 and 25, and type 0 is grey.
+    # The header comes first in a PNG; bit depth and color type are bytes 24 and 25, and type 0 is grey.
     if deep and data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10" and data[25:26] != b"\0":
         return _read_deep_png(data)
     if data[:4] in ifd.MAGIC:
         return _read_tiff(ifd.checked(data, pages), pages, deep)
     with open_image(data, FORMATS) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _most(image) > 255:
-            raise BadImage("Pillow reads 8 bits of 16-bit colour PPM: save it as PNG or TIFF")
+            raise BadImage("Pillow reads 8 bits of 16-bit color PPM: save it as PNG or TIFF")
         _load(image)
         if image.format == "PPM" and image.mode == "I":  # 16-bit grey, which Pillow holds in 32 bits
             return _in_blocks(lambda rows: np.asarray(rows, np.uint16)[..., None], image)
         return apply_exif_orientation(_to_array(image), _orientation(image))
 
 
-def _read_tiff(data: bytes, pages: Pages, deep: bool) -> Array:
+def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> Array:
     """The pixels of a TIFF that was checked: by Pillow, where that gives all of them as they are meant."""
     try:
         image = _open_checked(data, ("TIFF",))
@@ -180,12 +180,12 @@ def _load(image: Image.Image) -> None:
         raise BadImage(f"{type(error).__name__}: {error}") from None
 
 
-def _read_numbers(data: bytes, colour: bool) -> Array:
+def _read_numbers(data: bytes, color: bool) -> Array:
     with open_image(data) as image:
         _load(image)
         if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
             return _in_blocks(np.asarray, image)
-        if not colour:
+        if not color:
             raise BadImage(f"it holds no class numbers but a picture in mode {image.mode}")
         return _in_blocks(lambda rows: np.asarray(rows.convert("L")), image)
 
@@ -233,7 +233,7 @@ def _to_array(image: Image.Image) -> Array:
     """What Pillow has loaded, as (h w c) without transparency: uint8, uint16, or measured values as they are."""
     if image.mode.startswith("I") or image.mode == "F":
         return _in_blocks(_values, image)
-    return _in_blocks(_colours, image)
+    return _in_blocks(_colors, image)
 
 
 def _values(image: Image.Image) -> Array:
@@ -244,7 +244,7 @@ def _values(image: Image.Image) -> Array:
     return values[..., None]
 
 
-def _colours(image: Image.Image) -> Array:
+def _colors(image: Image.Image) -> Array:
     if image.mode == "LAB":
         lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(name)) for name in ("LAB", "sRGB"))
         image = ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB", ImageCms.Intent.PERCEPTUAL).apply(image)
@@ -287,7 +287,7 @@ def _read_deep_png(data: bytes) -> Array:
     try:
         import imagecodecs
     except ImportError:
-        raise BadImage("16-bit colour PNG needs imagecodecs: pip install 'pixmim[tiff]'") from None
+        raise BadImage("16-bit color PNG needs imagecodecs: pip install 'pixmim[tiff]'") from None
     with open_image(data, ("PNG",)) as image:  # its chunks before the pixels: size and EXIF
         width, height = image.size
         orientation = _orientation(image)

@@ -57,7 +57,7 @@ def look(data: bytes) -> Head:
             frame = int.from_bytes(head[7:9], "big"), int.from_bytes(head[5:7], "big"), ord(components or b"\0")
         elif marker == 0xE1 and not turned and head[4:] == b"Exif\0\0":
             turned = orientation(data[at + 10 : at + 2 + length])
-        if (0xE1 <= marker <= 0xEF and marker != 0xEE) or marker == 0xFE:  # Adobe's, EE, says how colours are stored
+        if (0xE1 <= marker <= 0xEF and marker != 0xEE) or marker == 0xFE:  # Adobe's, EE, says how colors are stored
             plain.append((kept, at))
             kept = at + 2 + length
         at += 2 + length

@@ -1,4 +1,4 @@
-"""What Pillow does not read of TIFF: many channels, deep colour, measured values, and pages as channels; by tifffile.
+"""What Pillow does not read of TIFF: many channels, deep color, measured values, and pages as channels; by tifffile.
 
 - The samples of a page are its channels, chunky or planar. A further sample is transparency only if it is tagged so.
 - As channels count all pages of the first one's size and kind, but for reduced copies (overviews).
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pixmim.data.dataset import BadImage, Pages
+from pixmim.data.dataset import BadImage, TiffPages
 from pixmim.data.decode import jpeg
 from pixmim.data.decode.channels import apply_exif_orientation, composite_on_white
 from pixmim.data.decode.limits import check_bytes, check_size
@@ -27,7 +27,7 @@ _ORIENTATION, _NO_DATA = 274, 42113
 _OLD_JPEG, _JPEG, _LERC = 6, 7, 34887
 
 
-def read_tiff(data: bytes, pages: Pages) -> Array:
+def read_tiff(data: bytes, pages: TiffPages) -> Array:
     """The first page, or all pages one after another, as (h w c). The TIFF is one of `ifd.checked`. Raises BadImage."""
     with _opened(data) as file:
         first = file.pages.first

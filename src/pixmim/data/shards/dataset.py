@@ -97,9 +97,9 @@ class ShardDataset(ImageDataset):
             spec,
             form,
             classes=classes,
-            about=f"read from {kind} {store.description}{note}",
+            description=f"read from {kind} {store.description}{note}",
             sizes=np.stack([entries["h"], entries["w"]], axis=1) if entries["h"].all() else None,
-            pieces=counts if store.is_remote else None,
+            shard_sizes=counts if store.is_remote else None,
         )
         self.raw, self._names, self._store, self._entries = raw, names, store, entries
         self._starts: list[int] = [0, *np.cumsum(counts)[:-1].tolist()]
@@ -109,8 +109,8 @@ class ShardDataset(ImageDataset):
     def labels(self) -> npt.NDArray[np.int64] | None:
         return self._entries["label"].astype(np.int64) if self.classes else None
 
-    def prefetch(self, pieces: Sequence[int]) -> None:
-        self._store.prefetch(pieces)
+    def prefetch(self, shards: Sequence[int]) -> None:
+        self._store.prefetch(shards)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -140,7 +140,7 @@ class ShardDataset(ImageDataset):
         np.save(file, self._raw_pixels(index, data))
         return file.getvalue()
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
         """Read and decode one image.
 
         Raises:
@@ -150,7 +150,7 @@ class ShardDataset(ImageDataset):
         data = self._read_sample(index)
         if self.raw:
             return self._raw_pixels(index, data)
-        pixels = decode(data, self.form)
+        pixels = decode(data, self.image_spec)
         if self.sizes is not None and pixels.shape[:2] != self._entries.item(index)[-2:]:
             raise BadImage("size differs from the index")
         return pixels
@@ -168,11 +168,11 @@ class ShardDataset(ImageDataset):
 
     def _raw_pixels(self, index: int, data: bytes) -> npt.NDArray[Any]:
         """Return pixels (h w c)."""
-        shape = (*self._entries.item(index)[-2:], self.form.channels)
-        if len(data) != int(np.prod(shape)) * self.form.bytes:
+        shape = (*self._entries.item(index)[-2:], self.image_spec.channels)
+        if len(data) != int(np.prod(shape)) * self.image_spec.bytes:
             raise BadImage("size differs from the index")
-        stored = np.dtype(self.form.pixels).newbyteorder("<")
-        return np.frombuffer(data, stored).reshape(shape).astype(self.form.pixels)
+        stored = np.dtype(self.image_spec.dtype).newbyteorder("<")
+        return np.frombuffer(data, stored).reshape(shape).astype(self.image_spec.dtype)
 
     def _shard(self, index: int) -> int:
         return bisect_right(self._starts, index) - 1

@@ -45,7 +45,7 @@ class ScanResult:
         extra_images: Images left out because their sample has another one.
         links: Links left out whose names are an image's.
         without_image: Samples left out.
-        unlabelled: Samples with an image and no class.
+        unlabeled: Samples with an image and no class.
         class_names: Sorted contents of .cls files, words or numbers. Labels are positions in this list.
         extensions: Of files in samples without an image, with their counts.
     """
@@ -54,7 +54,7 @@ class ScanResult:
     extra_images: int = 0
     links: int = 0
     without_image: int = 0
-    unlabelled: int = 0
+    unlabeled: int = 0
     class_names: list[str] = field(default_factory=list)
     extensions: dict[str, int] = field(default_factory=dict)
 
@@ -123,7 +123,7 @@ def scan(tar: OpenFile, name: str, last_dot: bool = False) -> ScanResult:
         extra_images=extra_images,
         links=sum(link.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for link in links),
         without_image=len(samples) - len(entries),
-        unlabelled=class_of.count(""),
+        unlabeled=class_of.count(""),
         class_names=classes,
         extensions=dict(extensions),
     )

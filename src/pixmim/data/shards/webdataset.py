@@ -133,7 +133,7 @@ def _warn_ignored(spec: str, scans: Sequence[ScanResult]) -> None:
 def _merge_labels(tars: Sequence[str], scans: Sequence[ScanResult]) -> tuple[list[str], list[ShardIndex]]:
     """Return the names of all classes, and each tar's samples with labels by them; no names if a class is missing."""
     indexes = [scan.index for scan in scans]
-    if any(scan.unlabelled for scan in scans):
+    if any(scan.unlabeled for scan in scans):
         return [], indexes
     names = sorted({name for scan in scans for name in scan.class_names})
     if all(name.isascii() and name.isdecimal() for name in names):
@@ -165,14 +165,14 @@ def _read_class_names(tars: Sequence[str], highest: int) -> list[str]:
     return names
 
 
-def _note(scans: Sequence[ScanResult], labelled: bool) -> str:
+def _note(scans: Sequence[ScanResult], labeled: bool) -> str:
     """Describe the samples that are left out."""
     samples = sum(len(scan.index.entries) for scan in scans)
     ignored = sum(scan.extra_images + scan.links for scan in scans)
-    without_image, unlabelled = sum(scan.without_image for scan in scans), sum(scan.unlabelled for scan in scans)
+    without_image, unlabeled = sum(scan.without_image for scan in scans), sum(scan.unlabeled for scan in scans)
     notes = {
         f"{ignored:,} images are ignored": ignored,
         f"{without_image:,} samples without an image are ignored": without_image,
-        f"no labels: {unlabelled:,} of {samples:,} samples have no class": not labelled and unlabelled < samples,
+        f"no labels: {unlabeled:,} of {samples:,} samples have no class": not labeled and unlabeled < samples,
     }
     return "".join(f"; {note}" for note, applies in notes.items() if applies)

@@ -11,7 +11,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from pixmim.data.dataset import BadImage
-from pixmim.evaluation.classification import a_few, class_indices, shares, warn_shared
+from pixmim.evaluation.classification import class_indices, shares, shortened_list, warn_shared
 from pixmim.evaluation.context import EvalContext, Values, discard
 from pixmim.evaluation.detection.coco_metrics import Found, Tally, pack
 from pixmim.evaluation.detection.dataset import Annotated, Objects, open_annotated, rectangle
@@ -30,7 +30,7 @@ _NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measu
 
 
 def check_detection(
-    bench: EvalContext, settings: DetectionSettings
+    context: EvalContext, settings: DetectionSettings
 ) -> tuple[DetectionSettings, Annotated, Annotated, bool]:
     """Read all annotations and build the detector, once for a context; trains nothing.
 
@@ -43,10 +43,10 @@ def check_detection(
 
     def make() -> tuple[DetectionSettings, Annotated, Annotated, bool]:
         coco()
-        found, encoder = _with_data(settings), bench.encoder
-        train = open_annotated(found.train, found.train_images, encoder.form, "--train-images")
-        test = _same_classes(train, open_annotated(found.test, found.test_images, encoder.form, "--test-images"))
-        console = bench.console or Console(quiet=True)
+        found, encoder = _with_data(settings), context.encoder
+        train = open_annotated(found.train, found.train_images, encoder.image_spec, "--train-images")
+        test = _same_classes(train, open_annotated(found.test, found.test_images, encoder.image_spec, "--test-images"))
+        console = context.console or Console(quiet=True)
         _tell(train, test, console)
         masks = _masks(found, train, test, console)
         build(encoder, found, len(train.classes), masks)
@@ -54,28 +54,28 @@ def check_detection(
             train, test = _only_masked(train), _only_masked(test)
         return found, train, test, masks
 
-    return bench.once(("detection", repr(settings)), make)
+    return context.cached(("detection", repr(settings)), make)
 
 
-def evaluate_detection(bench: EvalContext, settings: DetectionSettings) -> Values:
+def evaluate_detection(context: EvalContext, settings: DetectionSettings) -> Values:
     """Fine-tune a detector and measure it: see `Tally.values`.
 
     Unfinished training is gone on with. Raises UserError.
     """
-    settings, train, test, masks = check_detection(bench, settings)
-    model = trained(bench, settings, train, masks)
-    yield from _measured(bench, settings, test, model, masks)
-    discard(bench.work("detection", settings))
+    settings, train, test, masks = check_detection(context, settings)
+    model = trained(context, settings, train, masks)
+    yield from _measured(context, settings, test, model, masks)
+    discard(context.work_dir("detection", settings))
 
 
 def _measured(
-    bench: EvalContext, settings: DetectionSettings, test: Annotated, model: FasterRCNN, masks: bool
+    context: EvalContext, settings: DetectionSettings, test: Annotated, model: FasterRCNN, masks: bool
 ) -> Values:
-    encoder, tally = bench.encoder, Tally(test.classes, masks)
+    encoder, tally = context.encoder, Tally(test.classes, masks)
     pictures: list[Image.Image] = []
-    skipped = bench.skipped(test.images)
+    skipped = context.skipped(test.images)
     model.eval()
-    with progress(f"objects of {test.images.spec}", len(test.images), bench.console) as advance:
+    with progress(f"objects of {test.images.spec}", len(test.images), context.console) as advance:
         for index in range(len(test.images)):
             try:
                 image, there = read(test, index), test.objects(index)
@@ -83,9 +83,9 @@ def _measured(
                 if masks:
                     there = replace(there, masks=[bitmap(mask, size) for mask in there.masks])
             except BadImage as error:
-                skipped.add(index, test.images.path_of(index), str(error))
+                skipped.record(index, test.images.path_of(index), str(error))
                 continue
-            skipped.passed(index)
+            skipped.mark_ok(index)
             view = fitted(size, settings.size)
             shown = picture(image, view, encoder.mean.tolist())[None].to(encoder.device)
             (found,) = detect(model, flip_and_normalize(shown, None, encoder.mean, encoder.std))
@@ -93,14 +93,14 @@ def _measured(
             tally.add(size, there, seen)
             if len(pictures) < settings.pictures:
                 drawn = [bitmap(mask, size) for mask in seen.masks]
-                pixels = to_rgb(image, encoder.run)
+                pixels = to_rgb(image, encoder.config)
                 pictures.append(
                     draw_detections(pixels, there.boxes, seen.boxes, seen.labels, seen.scores, drawn, test.classes)
                 )
             advance(index + 1)
     if pictures:
         caption = "detection: what was found, with scores from 0.5, and in white what is there"
-        bench.pictures[caption] = image_grid([pictures[i : i + 4] for i in range(0, len(pictures), 4)])
+        context.images[caption] = image_grid([pictures[i : i + 4] for i in range(0, len(pictures), 4)])
     yield from tally.values()
 
 
@@ -131,7 +131,8 @@ def _tell(train: Annotated, test: Annotated, console: Console) -> None:
     unknown = [name for name, a, b in zip(train.classes, train.counts, test.counts, strict=True) if b and not a]
     if unknown:
         print_plain(
-            console, f"warning: {len(unknown)} test classes have no train object, and an AP of 0: {a_few(unknown)}"
+            console,
+            f"warning: {len(unknown)} test classes have no train object, and an AP of 0: {shortened_list(unknown)}",
         )
     warn_shared(train.images, test.images, console)
 

@@ -113,7 +113,7 @@ class ViTMaps(nn.Module):
 
 
 class StageMaps(nn.Module):
-    """A Swin or ConvMAE with a feature pyramid network over its stages, each normalised first.
+    """A Swin or ConvMAE with a feature pyramid network over its stages, each normalized first.
 
     ConvMAE's three stages get a fourth scale by max-pooling, and its third runs in windows as a ViT does.
     """

@@ -65,7 +65,7 @@ def build_detector(
 
 
 def losses(model: FasterRCNN, images: Float[Tensor, "b c h w"], targets: Targets) -> dict[str, Tensor]:
-    """What a model in training loses on normalised images. Its parts are called one by one, so that nothing resizes."""
+    """What a model in training loses on normalized images. Its parts are called one by one, so that nothing resizes."""
     maps, listed = model.backbone(images), _listed(images)
     proposals, of_proposals = model.rpn(listed, maps, targets)
     _, of_regions = model.roi_heads(maps, proposals, listed.image_sizes, targets)
@@ -74,7 +74,7 @@ def losses(model: FasterRCNN, images: Float[Tensor, "b c h w"], targets: Targets
 
 @torch.no_grad()
 def detect(model: FasterRCNN, images: Float[Tensor, "b c h w"]) -> Targets:
-    """What a model in evaluation finds in normalised images, at most 100 objects in each, the surest first.
+    """What a model in evaluation finds in normalized images, at most 100 objects in each, the surest first.
 
     Of each image: boxes (k 4) in pixels, labels (k) from 1, scores (k), and masks (k 1 28 28), shares in each box.
     """

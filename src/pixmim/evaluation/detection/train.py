@@ -25,9 +25,9 @@ _ENCODER = "backbone.module.encoder."
 _POSITIONS = "backbone.module.windowed.positions."
 
 
-def trained(bench: EvalContext, settings: DetectionSettings, train: Annotated, masks: bool) -> FasterRCNN:
+def trained(context: EvalContext, settings: DetectionSettings, train: Annotated, masks: bool) -> FasterRCNN:
     """A detector fine-tuned on annotated images; unfinished training is gone on with."""
-    encoder = bench.encoder
+    encoder = context.encoder
     model = build(encoder, settings, len(train.classes), masks).train()
     width = int(encoder.module.num_features)  # type: ignore[arg-type]
     parts = equal_parts(settings.batch_size, settings.accumulation_steps, encoder.device, (settings.size,) * 2, width)
@@ -40,7 +40,7 @@ def trained(bench: EvalContext, settings: DetectionSettings, train: Annotated, m
         return DetectionLoader(
             train,
             BatchShard(part, first * part),
-            skipped=bench.skipped(train.images),
+            skipped=context.skipped(train.images),
             size=settings.size,
             scale=settings.jitter,
             instances=masks,
@@ -61,11 +61,11 @@ def trained(bench: EvalContext, settings: DetectionSettings, train: Annotated, m
         SyncFreeOptimizer(optimizer, None, scaling=encoder.precision == "fp16", device=encoder.device),
         lambda step: rate(settings, step, steps),
         steps,
-        bench.work("detection", settings),
+        context.work_dir("detection", settings),
         images=len(train.images),
         batch_size=settings.batch_size,
         accumulation_steps=parts,
-        console=bench.console,
+        console=context.console,
     )
     trainer.resume_and_fit(open_loader, compute_loss)
     return model

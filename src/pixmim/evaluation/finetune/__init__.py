@@ -21,7 +21,7 @@ from pixmim.config import ModelConfig
 from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.evaluation.classification import Labelled, a_few, evaluate_classifier, open_labelled
+from pixmim.evaluation.classification import LabeledSplits, evaluate_classifier, open_labeled, shortened_list
 from pixmim.evaluation.context import EvalContext, Values, discard
 from pixmim.evaluation.finetune.model import build, classifier_config, load_encoder_weights
 from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES, Recipe, apply_overrides, choose, describe
@@ -63,18 +63,18 @@ class Plan:
     reused    whether it is there already
     """
 
-    data: Labelled
+    data: LabeledSplits
     name: str
     recipe: Recipe
     parts: int
-    run: ModelConfig
+    config: ModelConfig
     folder: Path
     work: Path
     settings: dict[str, Any]
     reused: bool
 
 
-def check_finetune(bench: EvalContext, settings: FinetuneSettings) -> Plan:
+def check_finetune(context: EvalContext, settings: FinetuneSettings) -> Plan:
     """Check data, settings and the classifier's folder, and train nothing.
 
     Raises:
@@ -82,50 +82,50 @@ def check_finetune(bench: EvalContext, settings: FinetuneSettings) -> Plan:
     """
 
     def make() -> Plan:
-        encoder, data = bench.encoder, open_labelled(bench, settings.train, settings.test, all_classes=True)
-        name = choose(settings.recipe, encoder.run, encoder.module, settings.from_scratch)
+        encoder, data = context.encoder, open_labeled(context, settings.train, settings.test, all_classes=True)
+        name = choose(settings.recipe, encoder.config, encoder.module, settings.from_scratch)
         recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)
-        if data.train.form.pixels != "uint8" and (recipe.augment != "none" or recipe.jitter):
+        if data.train.image_spec.dtype != "uint8" and (recipe.augment != "none" or recipe.jitter):
             raise UserError("only images of 8 bits are augmented: add --augment none --jitter 0")
-        run = classifier_config(encoder.run, encoder.module, len(data.classes), recipe.pool, settings.size)
+        run = classifier_config(encoder.config, encoder.module, len(data.classes), recipe.pool, settings.size)
         width = int(encoder.module.num_features)  # type: ignore[arg-type]
         parts = equal_parts(recipe.batch_size, settings.accumulation_steps, encoder.device, run.image_size, width)
         _begun(encoder, settings, recipe, run)
-        which = "" if bench.which == "trained" else f"-{bench.which}"
-        folder = inside(bench.folder, f"classifier{'-from-scratch' if settings.from_scratch else which}")
-        decides = _decides(bench, settings, recipe, parts, run, data)
-        work = bench.work("finetune", replace(settings, accumulation_steps=parts))
-        reused = not bench.overwrite and _finished(folder, decides, work)
+        which = "" if context.encoder_state == "trained" else f"-{context.encoder_state}"
+        folder = inside(context.folder, f"classifier{'-from-scratch' if settings.from_scratch else which}")
+        decides = _decides(context, settings, recipe, parts, run, data)
+        work = context.work_dir("finetune", replace(settings, accumulation_steps=parts))
+        reused = not context.overwrite and _finished(folder, decides, work)
         return Plan(data, name, recipe, parts, run, folder, work, decides, reused)
 
-    return bench.once(("finetune", repr(settings)), make)
+    return context.cached(("finetune", repr(settings)), make)
 
 
-def evaluate_finetune(bench: EvalContext, settings: FinetuneSettings) -> Values:
+def evaluate_finetune(context: EvalContext, settings: FinetuneSettings) -> Values:
     """Train a classifier, keep it, and measure it: see `classification.evaluate_classifier` for what is yielded.
 
     A finished classifier of the same settings is not trained again. Raises UserError: see `check_finetune`.
     """
-    todo, encoder, console = check_finetune(bench, settings), bench.encoder, bench.console or Console(quiet=True)
+    todo, encoder, console = check_finetune(context, settings), context.encoder, context.console or Console(quiet=True)
     settings = replace(settings, accumulation_steps=todo.parts)
     if todo.reused:
         print_plain(console, f"the classifier of these settings is there: {todo.folder} (--overwrite trains it again)")
         product = build_encoder_with_weights(read_weights(todo.folder)).to(encoder.device)
         choose_attention(product, encoder.device, encoder.precision)
     else:
-        product = _trained(bench, settings, todo).eval()
-        if not bench.overwrite:  # another process may have kept one meanwhile
+        product = _trained(context, settings, todo).eval()
+        if not context.overwrite:  # another process may have kept one meanwhile
             _finished(todo.folder, todo.settings, todo.work)
         about = {_SETTINGS: json.dumps(todo.settings)}
-        save_encoder(product, todo.folder, todo.run, encoder.step, classes=todo.data.classes, more=about)
+        save_encoder(product, todo.folder, todo.config, encoder.step, classes=todo.data.classes, more=about)
         print_plain(console, f"  the classifier: {todo.folder}")
-    yield from evaluate_classifier(bench, todo.data, encoder, todo.run.image_size, product)
+    yield from evaluate_classifier(context, todo.data, encoder, todo.config.image_size, product)
     discard(todo.work)
 
 
-def _trained(bench: EvalContext, settings: FinetuneSettings, todo: Plan) -> nn.Module:
+def _trained(context: EvalContext, settings: FinetuneSettings, todo: Plan) -> nn.Module:
     """Train a classifier, from where it was interrupted if it was."""
-    encoder, data, recipe, run, parts = bench.encoder, todo.data, todo.recipe, todo.run, todo.parts
+    encoder, data, recipe, run, parts = context.encoder, todo.data, todo.recipe, todo.config, todo.parts
     model, lines = _begun(encoder, settings, recipe, run)
     model = model.to(encoder.device)
     choose_attention(model, encoder.device, encoder.precision)
@@ -136,8 +136,8 @@ def _trained(bench: EvalContext, settings: FinetuneSettings, todo: Plan) -> nn.M
     warmup = min(round(recipe.warmup * per_epoch), steps // 5)
     peak = recipe.base_lr * recipe.batch_size / 256
     schedule = Schedule(steps, warmup, peak, recipe.min_lr, recipe.warmup_start_lr, warmup_prefix=recipe.warmup_prefix)
-    begun = "random weights" if settings.from_scratch else f"the {bench.which} encoder"
-    console = bench.console or Console(quiet=True)
+    begun = "random weights" if settings.from_scratch else f"the {context.encoder_state} encoder"
+    console = context.console or Console(quiet=True)
     about = describe(todo.name, recipe, len(data.train), steps, warmup, parts)
     for line in [*about, f"  begins with {begun}", *lines]:
         print_plain(console, line)
@@ -151,10 +151,10 @@ def _trained(bench: EvalContext, settings: FinetuneSettings, todo: Plan) -> nn.M
         images=len(data.train),
         batch_size=recipe.batch_size,
         accumulation_steps=parts,
-        console=bench.console,
+        console=context.console,
     )
     trainer.resume_and_fit(
-        lambda first: open_loader(bench, settings, recipe, data.train, run.image_size, first),
+        lambda first: open_loader(context, settings, recipe, data.train, run.image_size, first),
         lambda batch, number: compute_loss(model, batch, number, encoder, recipe, data, settings.seed),
         lambda step: trained.follow(),
     )
@@ -162,20 +162,25 @@ def _trained(bench: EvalContext, settings: FinetuneSettings, todo: Plan) -> nn.M
 
 
 def _begun(
-    encoder: FrozenEncoder, settings: FinetuneSettings, recipe: Recipe, run: ModelConfig
+    encoder: FrozenEncoder, settings: FinetuneSettings, recipe: Recipe, config: ModelConfig
 ) -> tuple[nn.Module, list[str]]:
     """Return the classifier as it is before training, and lines about what had to be refitted. Raises UserError."""
-    model = build(run, recipe.drop_path, recipe.head_std, settings.seed)
-    return model, [] if settings.from_scratch else load_encoder_weights(model, run, encoder.module, encoder.run)
+    model = build(config, recipe.drop_path, recipe.head_std, settings.seed)
+    return model, [] if settings.from_scratch else load_encoder_weights(model, config, encoder.module, encoder.config)
 
 
 def _decides(
-    bench: EvalContext, settings: FinetuneSettings, recipe: Recipe, parts: int, run: ModelConfig, data: Labelled
+    context: EvalContext,
+    settings: FinetuneSettings,
+    recipe: Recipe,
+    parts: int,
+    config: ModelConfig,
+    data: LabeledSplits,
 ) -> dict[str, Any]:
     """Return what decides the weights of a classifier, by flag. Data and encoder are digests: files name no places."""
-    encoder = bench.encoder
+    encoder = context.encoder
     begun = (
-        repr((run.model, run.image_size, encoder.form, run.normalization))
+        repr((config.model, config.image_size, encoder.image_spec, config.normalization))
         if settings.from_scratch
         else fingerprint(encoder)
     )
@@ -185,7 +190,12 @@ def _decides(
         for name, text in (("MODEL", begun), ("--train", images))
     }
     numbers = {f"--{name.replace('_', '-')}": value for name, value in asdict(recipe).items() if name != "about"}
-    own = {"--size": run.size, "--accumulation-steps": parts, "--seed": settings.seed, "--precision": encoder.precision}
+    own = {
+        "--size": config.size,
+        "--accumulation-steps": parts,
+        "--seed": settings.seed,
+        "--precision": encoder.precision,
+    }
     found: dict[str, Any] = json.loads(json.dumps({**digests, **numbers, **own}))  # as it is read again
     return found
 
@@ -213,7 +223,7 @@ def _finished(folder: Path, decides: dict[str, Any], work: Path) -> bool:
         raise UserError(f"{folder} is there already, and its file does not say how it was fine-tuned: {instead}")
     others = [flag for flag, value in decides.items() if before.get(flag) != value]
     if others:
-        raise UserError(f"{folder} is there already, fine-tuned with another {a_few(others)}: {instead}")
+        raise UserError(f"{folder} is there already, fine-tuned with another {shortened_list(others)}: {instead}")
     return True
 
 
@@ -243,7 +253,7 @@ class Averaged(nn.Module):
 
 
 def open_loader(
-    bench: EvalContext,
+    context: EvalContext,
     settings: FinetuneSettings,
     recipe: Recipe,
     train: ImageDataset,
@@ -255,17 +265,17 @@ def open_loader(
     part = recipe.batch_size // settings.accumulation_steps
     return Loader(
         train,
-        augmented(crop, recipe.augment, recipe.jitter, bench.encoder.mean.tolist()),
+        augmented(crop, recipe.augment, recipe.jitter, context.encoder.mean.tolist()),
         BatchShard(part, first * part),
-        skipped=bench.skipped(train),
+        skipped=context.skipped(train),
         seed=settings.seed,
         threads=settings.threads,
-        device=bench.encoder.device,
+        device=context.encoder.device,
     )
 
 
 def compute_loss(
-    model: nn.Module, batch: Batch, number: int, encoder: FrozenEncoder, recipe: Recipe, data: Labelled, seed: int
+    model: nn.Module, batch: Batch, number: int, encoder: FrozenEncoder, recipe: Recipe, data: LabeledSplits, seed: int
 ) -> Float[Tensor, ""]:
     """Compute the loss of a part of a batch. All its randomness is a function of (seed, number)."""
     to: Any = {"device": encoder.device, "non_blocking": True}

@@ -23,7 +23,7 @@ _LEFT = (*_NEW, "norm.")
 """How names begin that an encoder may have and its classifier not."""
 
 
-def classifier_config(run: ModelConfig, module: nn.Module, classes: int, pool: str, size: str) -> ModelConfig:
+def classifier_config(config: ModelConfig, module: nn.Module, classes: int, pool: str, size: str) -> ModelConfig:
     """The Run that builds the classifier: the encoder's with a head, and perhaps another image size.
 
     pool  "mean": the patch tokens' mean -> fc_norm -> head, as MAE; "cls": the class token after the final norm. A Swin
@@ -31,14 +31,14 @@ def classifier_config(run: ModelConfig, module: nn.Module, classes: int, pool: s
 
     Raises UserError for an encoder that is none of pixmim's kinds, and for a pooling that it does not have.
     """
-    options: dict[str, Any] = {**run.model.options, "num_classes": classes}
+    options: dict[str, Any] = {**config.model.options, "num_classes": classes}
     if isinstance(module, VisionTransformer | Beit):
         if pool == "cls" and getattr(module, "cls_token", None) is None:
-            raise UserError(f"{run.model.backbone} has no class token: --pool mean")
+            raise UserError(f"{config.model.backbone} has no class token: --pool mean")
         options["global_pool"] = "avg" if pool == "mean" else "token"
     elif isinstance(module, SwinTransformer | ConvMAEEncoder):
         if pool == "cls":
-            raise UserError(f"{run.model.backbone} has no class token: --pool mean")
+            raise UserError(f"{config.model.backbone} has no class token: --pool mean")
     else:
         raise UserError(
             f"{type(module).__name__} is no encoder that pixmim can fine-tune: it takes ViT, Beit, Swin, ConvMAE"
@@ -46,18 +46,18 @@ def classifier_config(run: ModelConfig, module: nn.Module, classes: int, pool: s
     if isinstance(module, Beit) and module.rel_pos_bias is not None:
         # SimMIM's fine-tuning gives each block a table of its own, which begins as the shared one.
         options |= {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
-    resized = replace(run, size=size or run.size)
+    resized = replace(config, size=size or config.size)
     window = options.get("window_size")
-    if isinstance(module, SwinTransformer) and resized.image_size != run.image_size and isinstance(window, int):
-        options["window_size"] = max(1, round(window * resized.image_size[0] / run.image_size[0]))
-    return replace(resized, model=replace(run.model, options=options))
+    if isinstance(module, SwinTransformer) and resized.image_size != config.image_size and isinstance(window, int):
+        options["window_size"] = max(1, round(window * resized.image_size[0] / config.image_size[0]))
+    return replace(resized, model=replace(config.model, options=options))
 
 
-def build(run: ModelConfig, drop_path: float, head_std: float, seed: int) -> nn.Module:
+def build(config: ModelConfig, drop_path: float, head_std: float, seed: int) -> nn.Module:
     """A classifier with random weights, all of them trained; the head's are normal, its biases zero."""
-    model = replace(run.model, options={**run.model.options, "drop_path_rate": drop_path})
+    model = replace(config.model, options={**config.model.options, "drop_path_rate": drop_path})
     with seeded(seed):
-        classifier = build_encoder(replace(run, model=model))
+        classifier = build_encoder(replace(config, model=model))
         if isinstance(classifier, ConvMAEEncoder):
             init_like_mae(classifier)
         head: Any = classifier.head.fc if isinstance(classifier, SwinTransformer) else classifier.head
@@ -66,7 +66,9 @@ def build(run: ModelConfig, drop_path: float, head_std: float, seed: int) -> nn.
     return classifier.requires_grad_(True)
 
 
-def load_encoder_weights(classifier: nn.Module, run: ModelConfig, encoder: nn.Module, made: ModelConfig) -> list[str]:
+def load_encoder_weights(
+    classifier: nn.Module, config: ModelConfig, encoder: nn.Module, made: ModelConfig
+) -> list[str]:
     """Put an encoder's weights into a classifier; what had to be refitted, in lines.
 
     run, made  what built the classifier, and the encoder
@@ -81,7 +83,7 @@ def load_encoder_weights(classifier: nn.Module, run: ModelConfig, encoder: nn.Mo
         for name in state:
             if name.endswith("attn.relative_position_bias_table"):
                 tensors[name] = table
-    fitted, lines = interpolate_tables(Weights(made, tensors, "the encoder"), state, run)
+    fitted, lines = interpolate_tables(Weights(made, tensors, "the encoder"), state, config)
     used = {
         name.removeprefix("encoder."): value
         for name, value in fitted.items()
@@ -94,6 +96,6 @@ def load_encoder_weights(classifier: nn.Module, run: ModelConfig, encoder: nn.Mo
     wrong = [name for name, value in used.items() if value.shape != names[name].shape]
     if missing or odd or wrong:
         some = ", ".join([*missing, *odd, *wrong][:4])
-        raise UserError(f"the encoder does not fit the classifier of {run.model.backbone}: {some}")
+        raise UserError(f"the encoder does not fit the classifier of {config.model.backbone}: {some}")
     classifier.load_state_dict(used, strict=False)
     return lines

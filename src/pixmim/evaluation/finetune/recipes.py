@@ -93,7 +93,7 @@ FINETUNE_RECIPES: dict[str, Recipe] = {
 """By name. All are for ImageNet-1k; nothing in them is scaled to smaller data."""
 
 
-def choose(name: str, run: ModelConfig, encoder: nn.Module, from_scratch: bool) -> str:
+def choose(name: str, config: ModelConfig, encoder: nn.Module, from_scratch: bool) -> str:
     """The name of the recipe meant: "auto" goes by the encoder's kind and size, and how long it was trained.
 
     Raises UserError for an unknown name.
@@ -112,13 +112,13 @@ def choose(name: str, run: ModelConfig, encoder: nn.Module, from_scratch: bool) 
     if isinstance(encoder, SwinTransformer):
         if encoder.embed_dim >= 192:
             return "simmim-swin-large"
-        if not isinstance(run, PretrainConfig):
+        if not isinstance(config, PretrainConfig):
             raise UserError(
                 "the length of these weights' pre-training is unknown, and a Swin's fine-tuning depends on it: give "
                 "--recipe simmim-swin-base-100 (up to 300 epochs) or --recipe simmim-swin-base-800"
             )
-        return "simmim-swin-base-100" if run.epochs <= 300 else "simmim-swin-base-800"
-    if isinstance(encoder, Beit) or run.model.name == "simmim":
+        return "simmim-swin-base-100" if config.epochs <= 300 else "simmim-swin-base-800"
+    if isinstance(encoder, Beit) or config.model.name == "simmim":
         return "simmim-vit-base"
     width = int(encoder.num_features)  # type: ignore[arg-type]
     return "mae-vit-huge" if width >= 1280 else "mae-vit-large" if width >= 1024 else "mae-vit-base"

@@ -16,12 +16,12 @@ from torch import Tensor
 from pixmim.data.dataset import ImageDataset
 from pixmim.evaluation import imagenet_classes as imagenet
 from pixmim.evaluation.classification import (
-    a_few,
     check_classes,
     labels_among,
     majority,
-    open_labelled,
+    open_labeled,
     rated,
+    shortened_list,
     wilson_interval,
 )
 from pixmim.evaluation.classifiers import ImageClassifier, encoder_head, imagenet_head, probe_classifier
@@ -53,7 +53,7 @@ ALEXNET = {
 """AlexNet's error on each corruption of ImageNet-C, mean over the five severities (arXiv 1903.12261)."""
 
 
-def check_robustness(bench: EvalContext, settings: RobustnessSettings) -> None:
+def check_robustness(context: EvalContext, settings: RobustnessSettings) -> None:
     """Raise UserError for data, settings or an encoder that `evaluate_robustness` would refuse; fits nothing.
 
     The folders of ImageNet-C are looked for, and their images not listed.
@@ -65,31 +65,31 @@ def check_robustness(bench: EvalContext, settings: RobustnessSettings) -> None:
         if not (settings.imagenet_c or settings.test or relatives):
             raise UserError("no data given: pass --test, --imagenet-c, --imagenet-a, --imagenet-r or --imagenet-sketch")
         if settings.imagenet_c:
-            _find_imagenet_c(bench, settings.imagenet_c, corruptions, severities)
+            _find_imagenet_c(context, settings.imagenet_c, corruptions, severities)
         for name, folder in relatives.items():
-            _open_imagenet_relative(bench, name, folder)
+            _open_imagenet_relative(context, name, folder)
         if settings.test:
-            _check_form(bench)
-            data = bench.data(settings.test)
-            if _classifier_kind(bench, data, settings) == "probe":
-                open_labelled(bench, settings.train, settings.test)
+            _check_form(context)
+            data = context.data(settings.test)
+            if _classifier_kind(context, data, settings) == "probe":
+                open_labeled(context, settings.train, settings.test)
             else:
-                _head_labels(bench, data)
+                _head_labels(context, data)
 
-    bench.once(("robustness", repr(settings)), make)
+    context.cached(("robustness", repr(settings)), make)
 
 
-def evaluate_robustness(bench: EvalContext, settings: RobustnessSettings) -> Values:
+def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> Values:
     """Evaluate on all data that the settings name; resumes an interrupted evaluation. Raises UserError."""
-    check_robustness(bench, settings)
+    check_robustness(context, settings)
     corruptions, severities = _select(settings)
-    file = CountsFile(bench.work("robustness", settings), bench.console)
+    file = CountsFile(context.work_dir("robustness", settings), context.console)
     if settings.imagenet_c:
-        yield from _imagenet_c(bench, settings.imagenet_c, corruptions, severities, file)
+        yield from _imagenet_c(context, settings.imagenet_c, corruptions, severities, file)
     for name, folder in _relatives(settings).items():
-        yield from _imagenet_relative(bench, name, folder, file)
+        yield from _imagenet_relative(context, name, folder, file)
     if settings.test:
-        yield from _in_memory(bench, settings, corruptions, severities, file)
+        yield from _in_memory(context, settings, corruptions, severities, file)
     discard(file.folder)
 
 
@@ -132,37 +132,37 @@ def _relatives(settings: RobustnessSettings) -> dict[str, str]:
 
 
 def _find_imagenet_c(
-    bench: EvalContext, folder: str, corruptions: list[str], severities: list[int]
+    context: EvalContext, folder: str, corruptions: list[str], severities: list[int]
 ) -> tuple[ImageClassifier, Path]:
     """Return the classifier and the root of ImageNet-C. Raises UserError for a missing part."""
-    classifier = imagenet_head(bench, "ImageNet-C")
+    classifier = imagenet_head(context, "ImageNet-C")
     root = Path(folder).expanduser()
     missing = [f"{c}/{s}" for c in corruptions for s in severities if not (root / c / str(s)).is_dir()]
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} of {len(corruptions) * len(severities)} parts of ImageNet-C: "
-            f"{a_few(missing)}. --corruptions and --severities measure a part; a part has no mCE"
+            f"{shortened_list(missing)}. --corruptions and --severities measure a part; a part has no mCE"
         )
     return classifier, root
 
 
 def _imagenet_c(
-    bench: EvalContext, folder: str, corruptions: list[str], severities: list[int], file: CountsFile
+    context: EvalContext, folder: str, corruptions: list[str], severities: list[int], file: CountsFile
 ) -> Values:
     """Yield errors, CE and mCE on stored images, cropped at the center to the encoder's size without resizing.
 
     CE needs all severities and classes, because AlexNet's errors were measured so; mCE also needs all corruptions.
     """
-    classifier, root = _find_imagenet_c(bench, folder, corruptions, severities)
+    classifier, root = _find_imagenet_c(context, folder, corruptions, severities)
     errors: dict[str, list[float]] = {name: [] for name in corruptions}
-    classes, crop = classifier.classes, CenterCrop(bench.encoder.size)
+    classes, crop = classifier.classes, CenterCrop(context.encoder.size)
     counts, complete = torch.zeros(2, len(classes), dtype=torch.int64), True
     for name in corruptions:
         for severity in severities:
-            data = bench.data(str(root / name / str(severity)))
+            data = context.data(str(root / name / str(severity)))
             labels = labels_among(data, classes)
             complete = complete and len(data.classes) == len(classes)
-            (right,), total = count_correct(bench, data, crop, classifier, labels, len(classes), file)
+            (right,), total = count_correct(context, data, crop, classifier, labels, len(classes), file)
             errors[name].append(1 - float(right.sum() / total.sum()))
             counts += torch.stack([right, total])
             yield f"imagenet_c/severity/{name}/{severity}", 100 * errors[name][-1]
@@ -179,30 +179,30 @@ def _imagenet_c(
             yield "imagenet_c/mce", mce
 
 
-def _imagenet_relative(bench: EvalContext, name: str, folder: str, file: CountsFile) -> Values:
+def _imagenet_relative(context: EvalContext, name: str, folder: str, file: CountsFile) -> Values:
     """Yield top-1 on ImageNet-A, -R or -Sketch at the evaluation crop; for A and R only their 200 outputs compete."""
-    classifier, classes, data, labels = _open_imagenet_relative(bench, name, folder)
+    classifier, classes, data, labels = _open_imagenet_relative(context, name, folder)
     among = [classifier.classes.index(wnid) for wnid in classes]
-    crop = evaluation_crop(bench.encoder.size)
-    (right,), total = count_correct(bench, data, crop, classifier, labels, len(classes), file, among=among)
+    crop = evaluation_crop(context.encoder.size)
+    (right,), total = count_correct(context, data, crop, classifier, labels, len(classes), file, among=among)
     counts = torch.stack([right, total])
     yield from rated(counts, classes, f"imagenet_{name}/")
     yield f"imagenet_{name}/majority", majority(counts)
 
 
 def _open_imagenet_relative(
-    bench: EvalContext, name: str, folder: str
+    context: EvalContext, name: str, folder: str
 ) -> tuple[ImageClassifier, list[str], ImageDataset, Int[Tensor, " n"]]:
     """Return the classifier, the classes, the data and their labels. Raises UserError."""
     title = f"ImageNet-{name.upper() if len(name) == 1 else name.title()}"
-    classifier = imagenet_head(bench, title)
+    classifier = imagenet_head(context, title)
     classes = classifier.classes if name == "sketch" else imagenet.part(name)
-    data = bench.data(folder)
+    data = context.data(folder)
     labels = labels_among(data, classes)
     missing = [wnid for wnid in classes if wnid not in data.classes]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of the {len(classes)} class folders of {title}: {a_few(missing)}"
+            f"{folder} lacks {len(missing)} of the {len(classes)} class folders of {title}: {shortened_list(missing)}"
         )
     return classifier, classes, data, labels
 
@@ -218,21 +218,21 @@ def _by_class(counts: Tensor, names: list[str], key: str) -> Values:
 
 
 def _in_memory(
-    bench: EvalContext, settings: RobustnessSettings, corruptions: list[str], severities: list[int], file: CountsFile
+    context: EvalContext, settings: RobustnessSettings, corruptions: list[str], severities: list[int], file: CountsFile
 ) -> Values:
     """Yield errors on images that are corrupted after the evaluation crop, and on clean ones, in per cent.
 
     Below in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, the mean of
     those; lost, error minus clean in points; times, error over clean; severity/NAME/SEVERITY.
     """
-    _check_form(bench)
-    data = bench.data(settings.test)
-    classifier, labels, among, names = _select_classifier(bench, data, settings)
+    _check_form(context)
+    data = context.data(settings.test)
+    classifier, labels, among, names = _select_classifier(context, data, settings)
     variants = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
     right, total = count_correct(
-        bench,
+        context,
         data,
-        evaluation_crop(bench.encoder.size),
+        evaluation_crop(context.encoder.size),
         classifier,
         labels,
         len(names),
@@ -262,42 +262,42 @@ def _in_memory(
         yield f"{key}/severity/{name}/{severity}", errors[name, severity]
 
 
-def _check_form(bench: EvalContext) -> None:
+def _check_form(context: EvalContext) -> None:
     """Raise UserError if the encoder's images cannot be corrupted."""
-    form = bench.encoder.form
+    form = context.encoder.image_spec
     check_channels(form.channels)
-    if form.pixels != "uint8":
-        raise UserError(f"corruptions are defined for 8-bit images, and this encoder reads {form.pixels}")
+    if form.dtype != "uint8":
+        raise UserError(f"corruptions are defined for 8-bit images, and this encoder reads {form.dtype}")
 
 
-def _classifier_kind(bench: EvalContext, data: ImageDataset, settings: RobustnessSettings) -> str:
+def _classifier_kind(context: EvalContext, data: ImageDataset, settings: RobustnessSettings) -> str:
     """Return "head" or "probe", whichever classifies the test data. Raises UserError for a probe without train data."""
     kind = settings.classifier
     if kind == "auto":
-        kind = "head" if _head_knows(bench, data) or not settings.train else "probe"
+        kind = "head" if _head_knows(context, data) or not settings.train else "probe"
     if kind == "probe" and not settings.train:
         raise UserError("a probe needs labeled clean data: pass --train")
     return kind
 
 
-def _head_knows(bench: EvalContext, data: ImageDataset) -> bool:
+def _head_knows(context: EvalContext, data: ImageDataset) -> bool:
     """Return whether the encoder's own classifier has all classes of the data by name."""
-    head = encoder_head(bench)
+    head = encoder_head(context)
     return bool(head.classes) and set(data.classes) <= set(head.classes)
 
 
-def _head_labels(bench: EvalContext, data: ImageDataset) -> tuple[Int[Tensor, " n"], str]:
+def _head_labels(context: EvalContext, data: ImageDataset) -> tuple[Int[Tensor, " n"], str]:
     """Return the labels of data for the encoder's own classifier, and a line about their classes.
 
     Raises:
         UserError: If that classifier does not have these classes.
     """
     line = check_classes(data)
-    if not _head_knows(bench, data):
-        if bench.encoder.names:
-            labels_among(data, encoder_head(bench).classes)  # names the class that is missing
-        if bench.encoder.classes != len(data.classes):
-            has = f"a classifier of {bench.encoder.classes}" if bench.encoder.classes else "no classifier"
+    if not _head_knows(context, data):
+        if context.encoder.names:
+            labels_among(data, encoder_head(context).classes)  # names the class that is missing
+        if context.encoder.classes != len(data.classes):
+            has = f"a classifier of {context.encoder.classes}" if context.encoder.classes else "no classifier"
             raise UserError(
                 f"{data.spec} has {len(data.classes)} classes, and this encoder has {has}: give --train, labeled data "
                 "of the same classes to fit a probe to"
@@ -306,17 +306,17 @@ def _head_labels(bench: EvalContext, data: ImageDataset) -> tuple[Int[Tensor, " 
 
 
 def _select_classifier(
-    bench: EvalContext, data: ImageDataset, settings: RobustnessSettings
+    context: EvalContext, data: ImageDataset, settings: RobustnessSettings
 ) -> tuple[ImageClassifier, Int[Tensor, " n"], list[int] | None, list[str]]:
     """Return the classifier of the test data, their labels, the outputs that compete (None: all), and the classes."""
-    if _classifier_kind(bench, data, settings) == "probe":
-        labelled = open_labelled(bench, settings.train, settings.test)
-        probe = probe_classifier(bench, settings.train, epochs=settings.epochs, seed=settings.seed)
-        return probe, labelled.wanted, None, labelled.classes
-    labels, line = _head_labels(bench, data)
-    head, console = encoder_head(bench), bench.console or Console(quiet=True)
+    if _classifier_kind(context, data, settings) == "probe":
+        labeled = open_labeled(context, settings.train, settings.test)
+        probe = probe_classifier(context, settings.train, epochs=settings.epochs, seed=settings.seed)
+        return probe, labeled.wanted, None, labeled.classes
+    labels, line = _head_labels(context, data)
+    head, console = encoder_head(context), context.console or Console(quiet=True)
     print_plain(console, f"test data: {line}")
-    if _head_knows(bench, data):
+    if _head_knows(context, data):
         if len(data.classes) < len(head.classes):
             print_plain(
                 console, f"of the {len(head.classes):,} outputs of the classifier, only those of these classes compete"

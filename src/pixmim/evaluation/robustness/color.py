@@ -14,7 +14,7 @@ def brightness(
 ) -> Float[Tensor, "c h w"]:
     """Raise the value of HSV, hue and saturation kept. constants: by how much.
 
-    The value of a colour is its largest channel, and all channels are proportional to it; black becomes grey.
+    The value of a color is its largest channel, and all channels are proportional to it; black becomes grey.
     """
     value = x.amax(dim=0, keepdim=True)
     raised = (value + constants[0]).clamp(0, 1)
@@ -41,7 +41,7 @@ def pixelate(
 def jpeg(
     x: Float[Tensor, "c h w"], constants: tuple[float, ...], draw: np.random.Generator, scale: float
 ) -> Float[Tensor, "c h w"]:
-    """Through a JPEG, colours at half resolution. constants: its quality."""
+    """Through a JPEG, colors at half resolution. constants: its quality."""
     buffer = io.BytesIO()
     _picture(x).save(buffer, "JPEG", quality=int(constants[0]))
     with Image.open(buffer, formats=("JPEG",)) as picture:

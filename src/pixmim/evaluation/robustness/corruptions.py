@@ -6,7 +6,7 @@ with the shorter edge, so that a picture is disturbed as much as the same pictur
 qualities stay. (The authors' own set at 64 px uses milder strengths of noise, JPEG and pixelation instead.)
 
 What differs from the authors' code, and why: frost is drawn, since their photographs of frost are not free to carry
-(colours, brightness and contrast are measured in them); a defocused point has a soft edge, so that its radius need not
+(colors, brightness and contrast are measured in them); a defocused point has a soft edge, so that its radius need not
 be an integer; elastic_transform interpolates once instead of twice; values are rounded instead of truncated; and the
 result is not stored as a JPEG. On photographs the PSNR agrees within 2 % for every corruption and severity
 (docs/evaluate.md).
@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from pixmim.evaluation.robustness import blur, noise, weather
-from pixmim.evaluation.robustness import color as colour
+from pixmim.evaluation.robustness import color as color
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError, did_you_mean
 
@@ -47,8 +47,8 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[tuple[float, ...], ...]]] = {
     ),
     "frost": (weather.frost, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
     "fog": (weather.fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
-    "brightness": (colour.brightness, ((0.1,), (0.2,), (0.3,), (0.4,), (0.5,))),
-    "contrast": (colour.contrast, ((0.4,), (0.3,), (0.2,), (0.1,), (0.05,))),
+    "brightness": (color.brightness, ((0.1,), (0.2,), (0.3,), (0.4,), (0.5,))),
+    "contrast": (color.contrast, ((0.4,), (0.3,), (0.2,), (0.1,), (0.05,))),
     "elastic_transform": (
         blur.elastic,
         (
@@ -59,8 +59,8 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[tuple[float, ...], ...]]] = {
             (244 * 0.12, 244 * 0.01, 244 * 0.02),
         ),
     ),
-    "pixelate": (colour.pixelate, ((0.6,), (0.5,), (0.4,), (0.3,), (0.25,))),
-    "jpeg_compression": (colour.jpeg, ((25,), (18,), (15,), (10,), (7,))),
+    "pixelate": (color.pixelate, ((0.6,), (0.5,), (0.4,), (0.3,), (0.25,))),
+    "jpeg_compression": (color.jpeg, ((25,), (18,), (15,), (10,), (7,))),
 }
 """Each corruption with its constants at severities 1 to 5, in the order of the paper's tables."""
 
@@ -78,7 +78,7 @@ def corrupt(
     seed, index  decide what is random; the severities of one image share it
 
     Raises UserError for an unknown corruption or severity, and for other than 1 or 3 channels: what grey light or the
-    colour of frost would be in other channels is not defined.
+    color of frost would be in other channels is not defined.
     """
     if name not in CORRUPTIONS:
         raise UserError(
@@ -98,4 +98,4 @@ def corrupt(
 def check_channels(channels: int) -> None:
     """Raises UserError for pictures that corruptions are not defined for."""
     if channels not in (1, 3):
-        raise UserError(f"the corruptions are made for pictures of 3 channels (colour) or 1 (grey), not of {channels}")
+        raise UserError(f"the corruptions are made for pictures of 3 channels (color) or 1 (grey), not of {channels}")

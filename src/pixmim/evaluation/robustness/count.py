@@ -69,7 +69,7 @@ class CountsFile:
 
 
 def count_correct(
-    bench: EvalContext,
+    context: EvalContext,
     data: ImageDataset,
     crop: Crop,
     classifier: ImageClassifier,
@@ -86,7 +86,7 @@ def count_correct(
     Images are read once for all variants; counts are kept after each batch.
 
     Args:
-        bench: The context.
+        context: The context.
         data: The images.
         crop: Crop of each image.
         classifier: Predicts the classes.
@@ -104,10 +104,10 @@ def count_correct(
     first, *counts = file.load(key, 1 + (1 + len(variants)) * classes, len(data))
     total, *right = torch.tensor(counts).view(-1, classes)
     with (
-        progress(f"{len(variants)} variants of {data.spec}", len(data), bench.console) as advance,
+        progress(f"{len(variants)} variants of {data.spec}", len(data), context.console) as advance,
         thread_pool(0, "pixmim-corrupt") as pool,
     ):
-        for images, indices, end in iterate_in_order(data, crop, skipped=bench.skipped(data), batch=256, first=first):
+        for images, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256, first=first):
             if len(indices):
                 wanted = labels[indices]
                 for count, changed in zip(

@@ -55,13 +55,13 @@ def plasma(size: tuple[int, int], decay: float, draw: np.random.Generator) -> Fl
         half = step // 2
         corners = field[::step, ::step]
         along = corners + np.roll(corners, -1, axis=1)
-        centres = (along + np.roll(along, -1, axis=0)) / 4 + strength * draw.uniform(-1, 1, corners.shape)
-        field[half::step, half::step] = centres
+        centers = (along + np.roll(along, -1, axis=0)) / 4 + strength * draw.uniform(-1, 1, corners.shape)
+        field[half::step, half::step] = centers
         for axis, place in (
             (0, (slice(0, None, step), slice(half, None, step))),
             (1, (slice(half, None, step), slice(0, None, step))),
         ):
-            beside = centres + np.roll(centres, 1, axis=axis) + corners + np.roll(corners, -1, axis=1 - axis)
+            beside = centers + np.roll(centers, 1, axis=axis) + corners + np.roll(corners, -1, axis=1 - axis)
             field[place] = beside / 4 + strength * draw.uniform(-1, 1, corners.shape)
         step, strength = half, strength / decay**2
     field -= field.min()
@@ -111,6 +111,6 @@ def _smoothing(length: int, sigma: float, truncate: float) -> Float[Tensor, "n n
 @lru_cache(256)
 def _enlarging(length: int, factor: float) -> Float[Tensor, "n n"]:
     """Row i holds the weights that pixel i of the enlarged image takes of all pixels."""
-    centre = (length - 1) / 2
-    places = centre + (np.arange(length) - centre) / factor
+    center = (length - 1) / 2
+    places = center + (np.arange(length) - center) / factor
     return torch.from_numpy(np.clip(1 - np.abs(places[:, None] - np.arange(length)), 0, None).astype(np.float32))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage
-from pixmim.evaluation.classification import a_few, shares, warn_shared
+from pixmim.evaluation.classification import shares, shortened_list, warn_shared
 from pixmim.evaluation.context import EvalContext, Values, discard
 from pixmim.evaluation.segmentation.dataset import IGNORE, SegmentationDataset, open_segmentation
 from pixmim.evaluation.segmentation.metrics import confusion_matrix, segmentation_metrics
@@ -47,7 +47,7 @@ class CheckedPairs:
     test_skipped: BadImageLog
 
 
-def check_segmentation(bench: EvalContext, settings: SegmentationSettings) -> CheckedPairs:
+def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> CheckedPairs:
     """Open and read all pairs, and build the model, once for a context; trains nothing.
 
     Raises:
@@ -55,32 +55,32 @@ def check_segmentation(bench: EvalContext, settings: SegmentationSettings) -> Ch
     """
 
     def make() -> CheckedPairs:
-        form = bench.encoder.form
+        form = context.encoder.image_spec
         train = open_segmentation(
             settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground
         )
         test = open_segmentation(settings.test, form, "validation", train.classes, table=train.table)
-        build(bench.encoder, settings, len(train.classes))
-        console = bench.console or Console(quiet=True)
+        build(context.encoder, settings, len(train.classes))
+        console = context.console or Console(quiet=True)
         warn_shared(train.source, test.source, console)
-        found = CheckedPairs(train, test, bench.skipped(train), bench.skipped(test))
+        found = CheckedPairs(train, test, context.skipped(train), context.skipped(test))
         for pairs, skipped, what in ((train, found.train_skipped, "train"), (test, found.test_skipped, "test")):
             check_masks(pairs, skipped, what, console)
         return found
 
-    return bench.once(("segmentation", repr(settings)), make)
+    return context.cached(("segmentation", repr(settings)), make)
 
 
-def evaluate_segmentation(bench: EvalContext, settings: SegmentationSettings) -> Values:
+def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
     """Train a head, and yield mIoU, aAcc, mAcc and each class's IoU in per cent, over all test pixels together.
 
     Classes without a pixel in the test masks have no IoU, and are left out of the means. Raises UserError for data or
     settings that do not go together.
     """
-    encoder, checked = bench.encoder, check_segmentation(bench, settings)
+    encoder, checked = context.encoder, check_segmentation(context, settings)
     train, test, skipped = checked.train, checked.test, checked.test_skipped
     model, size = build(encoder, settings, len(train.classes))
-    folder = bench.work("segmentation", settings)
+    folder = context.work_dir("segmentation", settings)
     fit(
         model,
         encoder,
@@ -89,24 +89,24 @@ def evaluate_segmentation(bench: EvalContext, settings: SegmentationSettings) ->
         size,
         folder=folder,
         skipped=checked.train_skipped,
-        console=bench.console,
+        console=context.console,
     )
     model.eval()
 
     names, rows = train.classes, []
     wanted = set(np.linspace(0, len(test) - 1, _SHOWN).round().astype(int).tolist())
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64, device=encoder.device)
-    with progress(f"segments {test.spec}", len(test), bench.console) as advance:
+    with progress(f"segments {test.spec}", len(test), context.console) as advance:
         for index, pair in one_by_one(test, skipped):
             truth = pair[-1].to(encoder.device, torch.int64)
             found = segment(model, encoder, pair[:-1], size)
             matrix += confusion_matrix(found, truth, len(names))
             if index in wanted:
-                rows.append((to_rgb(pair[:-1], encoder.run), truth.cpu().numpy(), found.cpu().numpy()))
+                rows.append((to_rgb(pair[:-1], encoder.config), truth.cpu().numpy(), found.cpu().numpy()))
             advance(index + 1)
     if rows:
         caption = f"Segmentation with the {settings.head} head: the image, its mask, the prediction"
-        bench.pictures[caption] = draw_segmentations(rows, names)
+        context.images[caption] = draw_segmentations(rows, names)
     discard(folder)
     measured = segmentation_metrics(matrix.cpu())
     yield "mIoU", 100 * measured.mean_iou
@@ -146,7 +146,7 @@ def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, what: str, con
         print_plain(
             console,
             f"{'warning: ' if what == 'train' else '  '}{len(without)} classes without a pixel, {follows}: "
-            f"{a_few(without)}",
+            f"{shortened_list(without)}",
         )
 
 
@@ -159,11 +159,11 @@ def one_by_one(
         try:
             return pairs.image(index)
         except BadImage as error:
-            skipped.add(index, pairs.path_of(index), str(error))
+            skipped.record(index, pairs.path_of(index), str(error))
             return None
 
     with thread_pool(threads, "pixmim-read") as pool:
         for index, pair in enumerate(ordered_map(pool, read, range(len(pairs)), 2 * num_threads(threads))):
             if pair is not None:
-                skipped.passed(index)
+                skipped.mark_ok(index)
                 yield index, pair

@@ -1,4 +1,4 @@
-"""How pictures and their masks vary in training: jittered scale, crop, and colours; all functions of given numbers."""
+"""How pictures and their masks vary in training: jittered scale, crop, and colors; all functions of given numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class JitteredCrop(Crop):
     """A crop of a pair, a picture whose last channel is its mask, as MMSegmentation takes it for ADE20K.
 
     Resize until the picture just covers `size` times a number out of `scale`, aspect kept, and cut out `size` at
-    random; up to ten times, until of its labelled pixels no class has `most` or more. What a small picture does not
+    random; up to ten times, until of its labeled pixels no class has `most` or more. What a small picture does not
     fill is mirrored, and ignored by its mask.
 
     size   (h, w) of the result in pixels
@@ -33,14 +33,14 @@ class JitteredCrop(Crop):
     most: float = 0.75
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         return 1 + 2 * _TRIES
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.size
 
-    def put(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
+    def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         factor = self.scale[0] + u[0] * (self.scale[1] - self.scale[0])
         wanted = max(1, round(self.size[0] * factor)), max(1, round(self.size[1] * factor))
         pixels = resize(image[..., :-1], cover_size(image.shape[:2], wanted), "bilinear")
@@ -56,7 +56,7 @@ class JitteredCrop(Crop):
         out[..., -1] = IGNORE
         out[: part.shape[0], : part.shape[1], -1] = part
 
-    def corner(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
+    def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return None
 
     def _mixed(self, mask: npt.NDArray[np.generic]) -> bool:
@@ -65,7 +65,7 @@ class JitteredCrop(Crop):
 
 
 def nearest(mask: npt.NDArray[np.generic], size: tuple[int, int]) -> npt.NDArray[np.generic]:
-    """A mask (h w) of another size: each pixel has the value of the one in whose place its centre lies."""
+    """A mask (h w) of another size: each pixel has the value of the one in whose place its center lies."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.int64) for old, new in zip(mask.shape, size, strict=True)
     )
@@ -89,7 +89,7 @@ def distort(images: Float[Tensor, "b c h w"], u: Float[Tensor, "b n"]) -> Float[
     """MMSegmentation's photometric distortion of images with values in [0, 1], by 9 uniform numbers for each.
 
     Each of four is done with probability a half: brightness plus up to 32/255 either way; contrast times 0.5 to 1.5,
-    before or after the others; and of colour images saturation times 0.5 to 1.5, and hue plus up to a tenth of the
+    before or after the others; and of color images saturation times 0.5 to 1.5, and hue plus up to a tenth of the
     circle either way.
     """
     b_on, b, c_on, c, late, s_on, s, h_on, h = (v.view(-1, 1, 1, 1) for v in u.unbind(1))
@@ -99,16 +99,16 @@ def distort(images: Float[Tensor, "b c h w"], u: Float[Tensor, "b n"]) -> Float[
     x = (x * torch.where(early, contrast, one)).clamp(0, 1)
     if images.shape[1] == 3:
         turn = torch.where(h_on < 0.5, (2 * h - 1) / 10, 0 * one)
-        x = _recoloured(x, torch.where(s_on < 0.5, 0.5 + s, one), turn)
+        x = _recolored(x, torch.where(s_on < 0.5, 0.5 + s, one), turn)
     return (x * torch.where(early, one, contrast)).clamp(0, 1)
 
 
-def _recoloured(x: Float[Tensor, "b 3 h w"], factor: Tensor, turn: Tensor) -> Float[Tensor, "b 3 h w"]:
+def _recolored(x: Float[Tensor, "b 3 h w"], factor: Tensor, turn: Tensor) -> Float[Tensor, "b 3 h w"]:
     """With saturation times `factor`, and hue turned by a share of the circle, each (b 1 1 1)."""
     value, first = x.max(dim=1, keepdim=True)
     range_ = value - x.amin(dim=1, keepdim=True)
     saturation = range_ / value.clamp(min=1e-8)
-    # The hue in sixths of the circle: from the colour that is strongest, towards the stronger one of the others.
+    # The hue in sixths of the circle: from the color that is strongest, towards the stronger one of the others.
     red, green, blue = x.split(1, dim=1)
     differences = torch.cat([green - blue, blue - red, red - green], dim=1)
     hue = 2 * first + differences.gather(1, first) / range_.clamp(min=1e-8) + 6 * turn

@@ -57,7 +57,7 @@ class SegmentationDataset(DatasetWrapper):
         table: Mask | None = None,
         values: "Callable[[], _Values] | None" = None,
     ) -> None:
-        form = replace(pictures.form, channels=pictures.form.channels + 1)
+        form = replace(pictures.image_spec, channels=pictures.image_spec.channels + 1)
         super().__init__(pictures, form=form, classes=classes)
         self._mask, self.table, self.values = mask, table, values
 
@@ -65,8 +65,8 @@ class SegmentationDataset(DatasetWrapper):
     def labels(self) -> None:
         """Pictures as wholes have no class here."""
 
-    def array(self, index: int) -> Shaped[Array, "h w c"]:
-        picture, mask = self.source.array(index), self._mask(index)
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        picture, mask = self.source.read_array(index), self._mask(index)
         if picture.shape[:2] != mask.shape:
             sizes = [f"{w}x{h}" for h, w in (mask.shape, picture.shape[:2])]
             raise BadImage(f"its mask is of another size: {sizes[0]} pixels, and the picture {sizes[1]}")

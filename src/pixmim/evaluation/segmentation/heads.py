@@ -117,7 +117,7 @@ def loss_of(
     """Cross-entropy of the pixels, of the head and, times `auxiliary`, of the auxiliary head.
 
     Scores are brought to the pixels bilinearly. Ignored pixels add nothing, but count in the mean, as in
-    MMSegmentation: each labelled pixel weighs the same, and a crop without any gives zero.
+    MMSegmentation: each labeled pixel weighs the same, and a crop without any gives zero.
     """
     total = masks.new_zeros((), dtype=torch.float32)
     for k, s in enumerate(scores):

@@ -30,7 +30,7 @@ from pixmim.utils.errors import UserError
 def build(encoder: FrozenEncoder, settings: SegmentationSettings, classes: int) -> tuple[Segmenter, tuple[int, int]]:
     """The encoder with a fresh head, on its device, and the size of its crops. Raises UserError."""
     frozen = settings.head == "linear" if settings.frozen is None else settings.frozen
-    size = replace(encoder.run, size=settings.size).image_size
+    size = replace(encoder.config, size=settings.size).image_size
     module = rebuild_at_size(encoder, settings.size, **({} if frozen else {"drop_path_rate": settings.drop_path}))
     with seeded(settings.seed):
         try:
@@ -109,11 +109,11 @@ def rate(settings: SegmentationSettings, step: int) -> float:
 
 
 def prepare(batch: Batch, encoder: FrozenEncoder, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Images (b c h w), their colours distorted, flipped and normalised, and their masks (b h w), on the device."""
+    """Images (b c h w), their colors distorted, flipped and normalized, and their masks (b h w), on the device."""
     pairs, flip = (t.to(encoder.device, non_blocking=True) for t in (batch.images, batch.flip))
     images, masks = pairs[:, :-1], pairs[:, -1].to(torch.int64)
     masks = torch.where(flip.view(-1, 1, 1), masks.flip(-1), masks)
     if not images.is_floating_point():  # those have no known range
-        u = rng.uniform(seed, "colours", step, batch.indices.numpy(), DISTORTIONS).astype(np.float32)
+        u = rng.uniform(seed, "colors", step, batch.indices.numpy(), DISTORTIONS).astype(np.float32)
         images = distort(images.float() / torch.iinfo(images.dtype).max, torch.from_numpy(u).to(encoder.device))
     return flip_and_normalize(images, flip, encoder.mean, encoder.std), masks

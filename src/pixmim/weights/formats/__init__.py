@@ -87,7 +87,7 @@ _FOREIGN = (
     ("*.layer_scale1.lambda1", "a ViT with layer scale, such as DINOv2's"),
     ("*.mlp.w12.weight", "a ViT with SwiGLU, such as DINOv2's largest"),
     ("*rope*", "a ViT with rotary positions, such as EVA-02's or DINOv3's"),
-    ("*attn.q_norm.weight", "a ViT with normalised queries and keys"),
+    ("*attn.q_norm.weight", "a ViT with normalized queries and keys"),
     ("*attn.rel_pos_h", "a ViT with decomposed relative positions, such as SAM's or ViTDet's"),
     ("*dist_token", "a DeiT with a distillation token"),
     ("*distillation_token", "a DeiT with a distillation token"),

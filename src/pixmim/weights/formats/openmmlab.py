@@ -1,4 +1,4 @@
-"""The names of mmselfsup and mmpretrain, which PixMIM's own release was made with."""
+"""The names of mmselfsup and mmpretrain, which PixMIM's own release was trained_at with."""
 
 from pixmim.weights.format import COMPUTED, CheckpointFormat, rows
 from pixmim.weights.key_map import KeyMap
