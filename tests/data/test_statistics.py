@@ -274,7 +274,7 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
         image = (most * ramp).expand(1, channels, 101, 1)
         assert to_pixels({"image": image}, run)["image"].max() == span
         scale = {"uint8": 255, "uint16": 65535, "float32": 1}[pixels]
-        stored = (image[0] * scale).round().to(ImageSpec(channels, pixels).dtype)  # type: ignore[arg-type]
+        stored = (image[0] * scale).round().to(ImageSpec(channels, pixels).torch_dtype)  # type: ignore[arg-type]
         assert to_rgb(stored, run).shape == (101, 1, 3) and abs(int(to_rgb(stored, run).max()) - span) <= 1
     for bands in ("4,5", "0", "1,2,14", "a,b,c", "1,2,-3"):
         with pytest.raises(UserError, match="--bands"):
