@@ -57,7 +57,7 @@ def test_a_cpu_takes_parts_by_itself_and_resumes_bitwise(
     whole, cut, again = (tmp_path / name for name in ("whole", "cut", "again"))
     run = tiny_run(log_every=1, checkpoint=CheckpointConfig(every=3, keep_last=9))
     assert "parts" not in train(run, whole)
-    monkeypatch.setattr("pixmim.pretraining.images_at_once", lambda pixels, width: 3)
+    monkeypatch.setattr("pixmim.training.find_batch_size.images_at_once", lambda pixels, width: 3)
     assert "cpu, each batch in 3 parts of up to 3, in fp32" in train(run, cut)
     losses = [[line["loss"] for line in metrics(out)] for out in (whole, cut)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -152,8 +152,8 @@ def test_warnings_for_runs_far_from_their_recipe(tiny_run: Make, tmp_path: Path)
         tiny_run(batch_size=64, steps=2, recipe_info=RecipeInfo(steps=1000), optim=OptimConfig(lr=1.0)),
         tmp_path / "run",
     )
-    assert "2 steps are few: this recipe was made for 1,000" in text
-    assert "a learning rate of 1 suits another batch" in text
+    assert "2 steps are less than a tenth of the 1,000" in text
+    assert "--optim.lr 1 is unusual for a batch" in text
     assert "each of the 40 images more than once" in text
 
 
@@ -162,7 +162,7 @@ def test_another_number_of_images_cannot_be_resumed(tiny_run: Make, tmp_path: Pa
     moved = tiny_run(data="shapes:count=41,size=32")
     with pytest.raises(UserError, match="another --data"):
         train(moved, tmp_path / "run")
-    with pytest.raises(UserError, match="began with 40 images, and there are 41 now"):
+    with pytest.raises(UserError, match="started with 40 images, found 41"):
         train(moved, tmp_path / "run", resume=True)
 
 

@@ -4,73 +4,72 @@ The module is not called `pretrain`: importing `pixmim.pretrain` would replace t
 """
 
 import json
-import math
 import os
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from PIL.Image import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.build import build_crop, build_model, image_spec, with_dataset_stats
+from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, image_spec
 from pixmim.config import PretrainConfig
 from pixmim.config_io import pretrain_config, to_json
 from pixmim.data import create_loader, open_dataset
 from pixmim.data.bad_images import BadImageLog, merge_logs
-from pixmim.data.caching import choose_cache_location
-from pixmim.data.dataset import ImageDataset
+from pixmim.data.caching import choose_cache_location, decoded_bytes
 from pixmim.data.loader import Batch
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.evaluate import online_knn
 from pixmim.evaluation.visualize import labeled_grid
-from pixmim.method import Method
-from pixmim.models.base import MaskedModel
+from pixmim.losses import ReconstructionLoss
+from pixmim.masking import Mask
 from pixmim.models.layer_decay import not_decayed
 from pixmim.report import write_report
 from pixmim.report.reconstruct import reconstruct
-from pixmim.run_folder import check_links, check_new_run, check_same_run, claim, with_full_paths
+from pixmim.run_folder import check_length, check_links, open_run
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.distributed import Distributed, init_distributed
-from pixmim.training.find_batch_size import halve, images_at_once, is_out_of_memory
-from pixmim.training.metric_logger import read_metrics
-from pixmim.training.optim import SyncFreeOptimizer, adamw
-from pixmim.training.parallelize import full_state_dict, parallel_mode, parallelize, step_context, sync_last_microbatch
+from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
+from pixmim.training.metric_logger import end_summary, read_metrics, start_summary
+from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw
+from pixmim.training.parallelize import parallelize, step_context, sync_last_microbatch, unsharded
+from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.training.preemption import Interrupted
-from pixmim.training.schedule import Schedule
-from pixmim.training.summary import end_summary, start_summary
 from pixmim.training.trackers import Trackers
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.console import print_plain
-from pixmim.utils.errors import AlreadyReportedError, UserError, first_line
+from pixmim.utils.errors import AlreadyReportedError, UserError
 from pixmim.utils.files import write_text_atomically
 from pixmim.utils.lock import locked_folder
 from pixmim.utils.threads import num_threads
 from pixmim.utils.trust import remember_run
-from pixmim.weights.detect import read_run
 from pixmim.weights.load import build_encoder_with_weights, initialize_from, load_encoder, resolve_model
-from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder
+from pixmim.weights.save import ENCODER_FOLDER, save_encoder
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """A pre-training run that has ended, or was interrupted."""
+    """A pre-training run that has finished or was interrupted.
+
+    Attributes:
+        config: The configuration, as written to config.json.
+        folder: Folder of the run.
+        step: Number of steps done.
+        finished: False after an interruption; the same call resumes the run.
+    """
 
     config: PretrainConfig
-    """The configuration that was written to config.json."""
     folder: Path
-    """The folder of the run."""
     step: int
-    """Steps done."""
     finished: bool
-    """False after an interruption: the same call resumes the run."""
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -79,7 +78,7 @@ class PretrainResult:
 
     @cached_property
     def encoder(self) -> nn.Module:
-        """The trained encoder as a timm module, on the CPU and in eval mode, its `pretrained_cfg` that of the run."""
+        """The trained encoder as a timm module on the CPU, in eval mode, with the `pretrained_cfg` of the run."""
         return load_encoder(self.folder)
 
 
@@ -97,48 +96,36 @@ def pretrain(
 ) -> PretrainResult:
     """Pre-train an encoder. Resumes from the newest checkpoint if the run was interrupted.
 
-    Writes to `out`: config.json, metrics.jsonl, skipped.csv, checkpoints/, and at the end encoder/ and report.html. On
-    a CPU, a run that was interrupted and resumed on as many ranks ends with bitwise the weights of one that was not.
-    Ctrl-C finishes the step, saves a checkpoint and returns. Under torchrun or Slurm, call it on every rank.
+    Writes config.json, metrics.jsonl, skipped.csv and checkpoints/ to `out`, and at the end encoder/ and report.html.
+    On a CPU, an interrupted and resumed run ends with bitwise the same weights as an uninterrupted one on as many
+    ranks. Ctrl-C finishes the step, saves a checkpoint and returns. Under torchrun or Slurm, call it on every rank.
 
     Args:
-        config: What to train; see `get_recipe`. Missing mean and std are those that `pixmim stats` has measured.
+        config: Configuration, see `get_recipe`. A missing mean or std is taken from `pixmim stats` if it has run.
         out: Folder of the run; otherwise `config.out`, or a new folder runs/RECIPE-TIME.
-        resume: Continue the run in `out` although its length (`epochs`, `steps`) or the path of its data has changed.
+        resume: Resume the run in `out` even if its length (`epochs`, `steps`) or the path of its data has changed.
         on_log: Called on rank 0 with each record that is written to metrics.jsonl.
         on_step_end: Called on every rank after each step, with the number of steps done.
-        track: Trackers that receive metrics, configuration and reconstructions, of "tensorboard", "wandb", "mlflow" and
-            "trackio". Their own environment variables configure them; one that fails costs a warning.
-        report: Write report.html when the run is finished.
-        console: Where progress and notes are printed; `Console(quiet=True)` prints nothing.
-        world: The ranks, where the caller has joined them already; otherwise those of torchrun or Slurm are joined.
+        track: Trackers that receive metrics, configuration and reconstructions: "tensorboard", "wandb", "mlflow",
+            "trackio". They are configured by their own environment variables. One that fails costs a warning.
+        report: Write report.html at the end.
+        console: Prints progress; `Console(quiet=True)` prints nothing.
+        world: Process group, if the caller has initialized it; otherwise that of torchrun or Slurm.
 
     Returns:
         The run, with its encoder and metrics.
 
     Raises:
-        UserError: If `out` holds another run or is in use, or if the configuration, the data or the memory do not do.
+        UserError: If `out` holds another run or is in use, or the configuration, data or memory do not suffice.
     """
     if not config.data:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
-    joined = init_distributed(config.device, config.parallel.timeout) if world is None else nullcontext(world)
-    with joined as world, ExitStack() as stack:
+    group = init_distributed(config.device, config.parallel.timeout) if world is None else nullcontext(world)
+    with group as world, ExitStack() as stack:
         console = Console(quiet=not world.is_main) if console is None else console
         try:
             trackers = Trackers(track, console)
-            folder = claim(str(out or config.out), config.recipe or "run", world, stack, console)
-            config = with_full_paths(config, folder)
-            check_links(folder)
-            if (folder / "config.json").exists():
-                config = check_same_run(config, folder, resume=resume)
-            elif resume:
-                raise UserError(f"there is no {folder / 'config.json'}: resume=True continues a run that is there")
-            else:
-                check_new_run(folder)
-                config, lines = with_dataset_stats(config)
-                for line in lines:
-                    print_plain(console, line)
-            world.gather(None)  # all have looked before the first one writes
+            config, folder = open_run(config, str(out or config.out), world, stack, console, resume=resume)
             stack.enter_context(trackers)
             step, finished = _train(config, folder, world, console, trackers, on_log, on_step_end)
             if finished and world.is_main:
@@ -153,17 +140,17 @@ def pretrain(
 
 
 def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -> PretrainResult:
-    """End a run at its newest checkpoint: write its encoder and report. `pretrain` can still resume it.
+    """Finish a run at its newest checkpoint: write its encoder and report. `pretrain` can still resume it.
 
     Args:
         out: Folder of the run.
-        console: Where notes are printed.
+        console: Prints notes.
 
     Returns:
         The run.
 
     Raises:
-        UserError: If there is no such run, or it has no checkpoint.
+        UserError: If the folder contains no run, or no checkpoint.
     """
     folder, console = Path(out), console or Console()
     check_links(folder)
@@ -175,15 +162,26 @@ def finish_run(out: str | os.PathLike[str], *, console: Console | None = None) -
     return PretrainResult(config, folder, weights.step, finished=True)
 
 
-def _report(folder: Path, console: Console, data: str | None) -> None:
-    write_report([folder], folder / "report.html", data, lambda line: print_plain(console, f"warning: {line}"))
+def compute_loss(
+    network: nn.Module,
+    criterion: ReconstructionLoss,
+    images: Float[Tensor, "b c h w"],
+    mask: Mask,
+    precision: Precision,
+) -> Float[Tensor, ""]:
+    """Return the loss of predicting the hidden patches: the algorithm of the paper (arXiv 2303.02416, Figure 2).
 
-
-def _reconstructions(folder: Path, config: PretrainConfig) -> Image:
-    """Draw reconstructions of a run's own images."""
-    data = open_dataset(config.data, image_spec(config), config.shard_cache_gib)
-    drawn = reconstruct(resolve_model(str(folder), with_decoder=True), data)
-    return labeled_grid(drawn.columns, drawn.names)
+    Args:
+        network: The masked model, or its DDP wrapper.
+        criterion: Target, and the distance to it.
+        images: Normalized images, on the device.
+        mask: Their masks, on any device.
+        precision: Precision of the forward pass. The loss is computed in float32.
+    """
+    mask = mask.to(images.device)
+    with autocast(images.device, precision):
+        prediction = network(images, mask)
+    return criterion(prediction, images, mask).loss
 
 
 def _train(
@@ -195,52 +193,67 @@ def _train(
     on_log: Callable[[dict[str, Any]], None] | None,
     on_step_end: Callable[[int], None] | None,
 ) -> tuple[int, bool]:
-    """Train in a folder that is checked and locked; return the steps done, and whether those are all."""
-    watch = online_knn(config, console)
+    """Train in a checked and locked folder; return the number of steps done, and whether the run is finished."""
+    # Data, masks, model and loss.
+    knn = online_knn(config, console)
     data, crop = open_dataset(config.data, image_spec(config), config.shard_cache_gib), build_crop(config)
-    _agree(config, world, data)
-    method = Method.of(config)
-    model, device, precision = method.model, method.device, method.precision
-    here = world.local_world_size()
-    place, kept = choose_cache_location(data, crop, config.cache_images, device, processes=here)
-    schedule, epoch = Schedule.of(config, len(data)), config.batch_size / len(data)
+    config.check_divisible(world.size, "processes")
+    counts = world.gather(len(data))
+    if len(set(counts)) > 1:
+        raise UserError(f"the ranks found {', '.join(f'{n:,}' for n in counts)} images: all need the same dataset")
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    model = build_model(config)
+    masks = build_mask_sampler(config, model.patch)
+    choose_attention(model, device, precision)
+    model, criterion = model.to(device), build_loss(config).to(device)
+    local_ranks = world.local_world_size()
+    location, cache_line = choose_cache_location(data, crop, config.cache_images, device, processes=local_ranks)
 
-    begun = max(CheckpointManager(out / "checkpoints").steps(), default=0)
-    if not begun and (out / ENCODER_WEIGHTS).exists():
-        raise UserError(
-            f"{out} holds a finished encoder, and no checkpoint to go on from: `--init {shlex.quote(str(out))}` begins "
-            "a new run with it, in another --out"
-        )
-    if begun > schedule.steps:
-        raise UserError(
-            f"{out} is at step {begun:,} already, and the length asked for ends at step {schedule.steps:,}: give more "
-            "--epochs (or --steps), or --finish, which ends it where it is"
-        )
-    lines = _longer(out, schedule, begun, len(data))
-    origin = initialize_from(model, config) if config.init and not begun else []
+    # Length, and where to start.
+    schedule = Schedule.of(config, len(data))
+    done = max(CheckpointManager(out / "checkpoints").steps(), default=0)
+    notes = check_length(out, schedule, done, len(data))
+    if config.init and not done:
+        notes = initialize_from(model, config) + notes
+
+    # Parallelism, optimizer, and parts of a batch that fit in memory.
     network = parallelize(model, config.parallel, world, device, precision)
-    optimizer = adamw(model, config.lr, config.optim.betas, config.optim.weight_decay, not_decayed(model.encoder))
-    updater = SyncFreeOptimizer(optimizer, config.optim.clip, scaling=precision == "fp16", device=device)
-    with step_context(config.parallel):
-        parts = _parts(config, method, network, updater, world, beside=data if place == "gpu" else None)
-    shard, text = BatchShard(config.batch_size, 0, world.rank, world.size, parts), to_json(config)
-    if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
-        write_text_atomically(out / "config.json", text)
-    remember_run(text)
+    adam = adamw(model, config.lr, config.optim.betas, config.optim.weight_decay, not_decayed(model.encoder))
+    optimizer = SyncFreeOptimizer(adam, config.optim.clip, scaling=precision == "fp16", device=device)
 
-    about = [f"images: {line}" for line in (data.description, kept) if line]
-    for line in [*start_summary(config, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:
+    def trial(images: int) -> None:
+        noise = torch.randn(images, config.channels, *config.image_size, device=device)
+        try:
+            with sync_last_microbatch(network, last=False):
+                optimizer.backward(compute_loss(network, criterion, noise, masks(0, range(images)), precision))
+        finally:
+            adam.zero_grad(set_to_none=True)
+
+    reserved = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # AdamW's moments
+    reserved += (decoded_bytes(data) or 0) if location == "gpu" else 0
+    with step_context(config.parallel):
+        width = int(model.encoder.num_features)  # type: ignore[arg-type]
+        parts = find_accumulation_steps(config, world, device, width, trial, reserved)
+
+    # Files of the run: only after every setting has been validated.
+    config_text = to_json(config)
+    if world.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(out / "config.json", config_text)
+    remember_run(config_text)
+    summary = start_summary(config, len(data), schedule, device, precision, world, parts)
+    for line in [*summary, *(f"images: {line}" for line in (data.description, cache_line) if line), *notes]:
         print_plain(console, line)
 
-    def record(line: dict[str, Any]) -> None:
-        trackers.log(line)
+    def record(metrics: dict[str, Any]) -> None:
+        trackers.log(metrics)
         if on_log is not None:
-            on_log(line)
+            on_log(metrics)
 
     trainer = Trainer(
         model,
-        updater,
+        optimizer,
         schedule.lr,
         schedule.steps,
         out,
@@ -256,165 +269,84 @@ def _train(
     )
     start = trainer.resume()
     if world.is_main:
-        trackers.open(out, json.loads(text), start)
+        trackers.open(out, json.loads(config_text), start)
     if start:
-        done = "is complete" if start >= schedule.steps else "goes on"
-        print_plain(console, f"the run {done}: {start:,} updates are done")
+        complete = start >= schedule.steps
+        print_plain(console, f"the run is complete at step {start:,}" if complete else f"resuming from step {start:,}")
+
+    # Train.
     mean, std = (torch.tensor(values, device=device) for values in config.normalization)
-    skipped = BadImageLog(
-        out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv"), len(data), config.max_bad_fraction
-    )
-    watch_every = max(1, round(config.knn.every / epoch))
 
-    def loss_of(batch: Batch, number: int) -> Tensor:
-        """Return what a part of a batch adds to the loss of its step."""
-        images = flip_and_normalize(
-            batch.images.to(device, non_blocking=True), batch.flip.to(device, non_blocking=True), mean, std
-        )
+    def batch_loss(batch: Batch, number: int) -> Tensor:
+        images, flip = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.flip))
+        images = flip_and_normalize(images, flip, mean, std)
         assert batch.mask is not None
-        # Gradients are averaged over the ranks, and summed over the parts.
-        return method.loss(network, images, batch.mask) * (batch.weight * world.size)
+        # Gradients are summed over the parts of a batch, but averaged over the ranks.
+        return compute_loss(network, criterion, images, batch.mask, precision) * (batch.weight * world.size)
 
-    measured = True
+    knn_every, knn_interrupted = max(1, round(config.knn.every / trainer.epoch)), False
 
-    def measure(step: int) -> None:
-        """Where the run asks for it: at the start, every so often, and at the end."""
-        nonlocal measured
-        if watch is not None and (step in (0, schedule.steps) or step % watch_every == 0):
-            try:
-                with trainer.interrupts.waiting(world.size == 1):
-                    values = watch(_whole(model, config, device, world).encoder)
-            except Interrupted:
-                measured = False  # the resumed run measures it
-                return
-            trainer.log.write({"step": step, "epoch": round(step * epoch, 6), **values})
-            trainer.log.pause()
+    def measure_knn(step: int) -> None:
+        nonlocal knn_interrupted
+        if knn is None or not (step in (0, schedule.steps) or step % knn_every == 0):
+            return
+        try:
+            with trainer.interrupts.waiting(world.size == 1):
+                scores = knn(unsharded(model, lambda: build_model(config).to(device)).encoder)
+        except Interrupted:
+            knn_interrupted = True  # the resumed run measures it
+            return
+        trainer.log.write({"step": step, "epoch": round(step * trainer.epoch, 6), **scores})
+        trainer.log.pause()
 
     def after_step(step: int) -> None:
-        measure(step)
+        measure_knn(step)
         if on_step_end is not None:
             on_step_end(step)
 
+    skipped = out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv")
+    shard = BatchShard(config.batch_size, start * config.batch_size, world.rank, world.size, parts)
     with (
         create_loader(
             data,
             crop,
-            replace(shard, start=start * config.batch_size),
-            place,
+            shard,
+            location,
             device=device,
-            skipped=skipped,
+            skipped=BadImageLog(skipped, len(data), config.max_bad_fraction),
             flip=config.crop.flip,
             seed=config.seed,
-            masks=method.masks.at,
-            threads=num_threads(config.threads, processes=here),
-        ) as batches,
+            masks=masks.at,
+            threads=num_threads(config.threads, processes=local_ranks),
+        ) as loader,
         trainer,
         step_context(config.parallel),
-        _short_of_memory(shard),
+        out_of_memory_hint(shard.local_batch_size, parts),
     ):
-        noted = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
-        if world.broadcast(start not in noted):
-            measure(start)
-        step = trainer.fit(batches, loss_of, after_step)
+        measured = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
+        if world.broadcast(start not in measured):
+            measure_knn(start)
+        step = trainer.fit(loader, batch_loss, after_step)
 
-    if step < schedule.steps or not measured:
+    # Export.
+    if step < schedule.steps or knn_interrupted:
         return step, False
-    product = _whole(model, config, device, world).encoder
-    world.gather(None)  # until then, others may still write to their accounts of skipped images
+    encoder = unsharded(model, lambda: build_model(config).to(device)).encoder
+    world.gather(None)  # until here, other ranks may still write to their logs of bad images
     if world.is_main:
-        save_encoder(product, out / ENCODER_FOLDER, config, step, schedule.steps)
-        lost, bad = int(updater.state["skipped"].item()), merge_logs(out)
-        for line in end_summary(config, out, step, lost=lost, bad=bad, images=len(data), waited=trainer.log.data_wait):
+        save_encoder(encoder, out / ENCODER_FOLDER, config, step, schedule.steps)
+        skipped_steps, bad = int(optimizer.state["skipped"].item()), merge_logs(out)
+        for line in end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait):
             print_plain(console, line)
     return step, True
 
 
-def _longer(out: Path, schedule: Schedule, done: int, images: int) -> list[str]:
-    """Say what becomes of the learning rate where a run goes on that was begun with another length."""
-    before = read_run(out) if done else None
-    planned = schedule.steps if before is None else Schedule.of(pretrain_config(before, out), images).steps
-    if planned == schedule.steps:
-        return []
-    return [
-        f"the run goes on to step {schedule.steps:,} instead of {planned:,}: from step {done:,} on, the learning rate "
-        f"is that of a run of {schedule.steps:,} steps, {schedule.lr(min(done, schedule.steps - 1)):.3g} at first"
-    ]
+def _reconstructions(folder: Path, config: PretrainConfig) -> Image:
+    """Draw reconstructions of a run's own images."""
+    data = open_dataset(config.data, image_spec(config), config.shard_cache_gib)
+    drawn = reconstruct(resolve_model(str(folder), with_decoder=True), data)
+    return labeled_grid(drawn.columns, drawn.names)
 
 
-def _parts(
-    config: PretrainConfig,
-    method: Method,
-    network: nn.Module,
-    updater: SyncFreeOptimizer,
-    world: Distributed,
-    beside: ImageDataset | None,
-) -> int:
-    """Return the number of parts in which this rank computes its share of a batch. Collective.
-
-    beside: The data set that will be kept on the device as well.
-    """
-    share, device = config.batch_size // world.size, method.device
-    if config.accumulation_steps:
-        return config.accumulation_steps
-    if device.type == "cpu":
-        width = int(method.model.encoder.num_features)  # type: ignore[arg-type]
-        at_once = images_at_once(math.prod(config.image_size), width) // world.local_world_size()
-        return -(-share // max(1, at_once))
-    if (
-        parallel_mode(config.parallel, world) == "fsdp"
-    ):  # an all-gather that one rank cannot finish would leave the others waiting
-        return 1
-    spare = 2 * sum(p.nbytes for p in method.model.parameters() if p.requires_grad)  # the optimizer's moments
-    if beside is not None and beside.sizes is not None:
-        spare += int(beside.sizes.prod(axis=1).sum()) * config.channels * beside.image_spec.torch_dtype.itemsize
-
-    def attempt(images: int) -> None:
-        try:
-            taken = torch.empty(spare, dtype=torch.uint8, device=device)
-            noise = torch.randn(images, config.channels, *config.image_size, device=device)
-            with sync_last_microbatch(network, last=False):
-                updater.backward(method.loss(network, noise, method.masks(0, range(images))))
-            del taken
-        finally:
-            updater.optimizer.zero_grad(set_to_none=True)
-
-    return -(-share // halve(attempt, share, lambda fits: all(world.gather(fits))))
-
-
-@contextmanager
-def _short_of_memory(shard: BatchShard) -> Iterator[None]:
-    """Raise UserError with the way out when memory runs out."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        advice = (
-            f"--accumulation-steps {2 * shard.parts} halves them"
-            if shard.local_batch_size > 1
-            else "choose a smaller model"
-        )
-        raise UserError(
-            f"memory ran out, with {shard.local_batch_size:,} images computed at once ({first_line(error)}): "
-            f"{advice}, a smaller --size takes less as well"
-        ) from None
-
-
-def _agree(config: PretrainConfig, world: Distributed, data: ImageDataset) -> None:
-    """Raise UserError unless each process gets an equal share of every batch, out of the same images."""
-    config.check_divisible(world.size, "processes")
-    counts = world.gather(len(data))
-    other = next((rank for rank, count in enumerate(counts) if count != counts[0]), 0)
-    if other:
-        raise UserError(
-            f"process {other} sees {counts[other]:,} images and process 0 {counts[0]:,}: all need the same data"
-        )
-
-
-def _whole(model: MaskedModel, config: PretrainConfig, device: torch.device, world: Distributed) -> MaskedModel:
-    """The model, or where it lies in shards a copy of all of it; every process must ask."""
-    if parallel_mode(config.parallel, world) != "fsdp":
-        return model
-    copy = build_model(config).to(device)
-    copy.load_state_dict(full_state_dict(model))
-    return copy
+def _report(folder: Path, console: Console, data: str | None) -> None:
+    write_report([folder], folder / "report.html", data, lambda line: print_plain(console, f"warning: {line}"))

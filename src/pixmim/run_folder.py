@@ -1,74 +1,90 @@
-"""The folder of a run: which files it holds, who may write into it, and which run may be resumed in it."""
+"""The folder of a run: its files, its lock, and checks that a run may start or resume in it."""
 
 import os
+import shlex
 import time
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from shlex import quote
 
 from rich.console import Console
 
+from pixmim.build import with_dataset_stats
 from pixmim.config import PretrainConfig
-from pixmim.config_io import load_config
+from pixmim.config_io import load_config, pretrain_config
 from pixmim.data.uri import absolute
 from pixmim.training.distributed import Distributed
+from pixmim.training.optim import Schedule
 from pixmim.training.trackers import ID_FILE
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.lock import locked_folder
 from pixmim.utils.trust import inside
+from pixmim.weights.detect import read_run
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS
 
 FILES = (
-    *(
-        "config.json",
-        "metrics.jsonl",
-        "skipped.csv",
-        "checkpoints",
-        ENCODER_FOLDER,
-        f"{ENCODER_FOLDER}/config.json",
-        ENCODER_WEIGHTS,
-    ),
-    *(ID_FILE, "tensorboard"),
+    *("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ID_FILE, "tensorboard"),
+    *(ENCODER_FOLDER, f"{ENCODER_FOLDER}/config.json", ENCODER_WEIGHTS),
 )
-"""What a run writes."""
+"""Files and folders that a run writes."""
 
 MAY_CHANGE = {
     *("data", "out", "device", "cache_images", "shard_cache_gib", "threads", "log_every", "max_bad_fraction"),
     *("accumulation_steps", "parallel", "checkpoint", "knn", "bands"),
 }
-"""Fields that a resumed run may change: they affect at most rounding (data: it may have moved)."""
+"""Fields that may change when a run is resumed: they affect at most rounding (data: it may have moved)."""
 
 
-def claim(named: str, recipe: str, world: Distributed, stack: ExitStack, console: Console) -> Path:
-    """Lock a run's folder until `stack` is closed. Collective: call on every rank.
+def open_run(
+    config: PretrainConfig, out: str, world: Distributed, stack: ExitStack, console: Console, *, resume: bool
+) -> tuple[PretrainConfig, Path]:
+    """Lock the folder of a run, and check that the run may start or resume there. Collective: call on every rank.
 
     Args:
-        named: The folder; empty for a new one, named after the recipe and the time.
-        recipe: Name of the recipe.
-        world: The ranks of the run, of which the first one holds the lock.
-        stack: Holds the lock.
-        console: Told if the holder of an old lock must be watched first.
+        config: Configuration of the run.
+        out: The folder; empty for a new one, named after the recipe and the time.
+        world: Ranks of the run. Rank 0 holds the lock.
+        stack: Releases the lock when it is closed.
+        console: Prints notes.
+        resume: Require a run in the folder, and allow another length, and data that have moved.
 
     Returns:
-        The folder.
+        The configuration, with absolute paths, and the mean and std of the run or the dataset; and the folder.
 
     Raises:
-        UserError: If another process works in the folder, or it cannot be made.
+        UserError: If another process uses the folder, if it cannot be created, or if it contains another run or files
+            that the run would overwrite.
     """
-    folder, problem = named, ""
+    folder = lock_run_folder(out, config.recipe or "run", world, stack, console)
+    config = with_full_paths(config, folder)
+    check_links(folder)
+    if (folder / "config.json").exists():
+        config = check_same_run(config, folder, resume=resume)
+    elif resume:
+        raise UserError(f"{folder / 'config.json'} does not exist: resume=True needs an existing run")
+    else:
+        check_new_run(folder)
+        config, lines = with_dataset_stats(config)
+        for line in lines:
+            print_plain(console, line)
+    world.gather(None)  # every rank has checked the folder before rank 0 writes to it
+    return config, folder
+
+
+def lock_run_folder(out: str, recipe: str, world: Distributed, stack: ExitStack, console: Console) -> Path:
+    """Lock the folder of a run, or a new one, until `stack` is closed; return it. See `open_run`."""
+    folder, problem = out, ""
     if world.is_main:
         stem = f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        names = (f"{stem}-{number}" if number > 1 else stem for number in count(1))
-        while True:
-            folder = named or next(names)
+        for number in count(1):
+            folder = out or (f"{stem}-{number}" if number > 1 else stem)
             try:
-                stack.enter_context(locked_folder(Path(folder), partial(print_plain, console), new=not named))
+                stack.enter_context(locked_folder(Path(folder), partial(print_plain, console), new=not out))
             except FileExistsError:
-                if not named:  # another run started in the same second
+                if not out:  # another run started in the same second
                     continue
                 problem = f"{folder} is a file: choose another --out"
             except (UserError, OSError) as error:
@@ -81,20 +97,20 @@ def claim(named: str, recipe: str, world: Distributed, stack: ExitStack, console
 
 
 def check_new_run(out: Path) -> None:
-    """Raise UserError if a folder without a run holds anything that a new run would overwrite."""
+    """Raise UserError if a folder without a run contains anything that a new run would overwrite."""
     for name in (*FILES, "report.html", "reconstructions"):
         if os.path.lexists(out / name):
-            raise UserError(f"{out / name} is there already, and belongs to no run: choose another --out")
+            raise UserError(f"{out / name} already exists and belongs to no run: choose another --out")
 
 
 def check_links(out: Path) -> None:
-    """Raise UserError if a file of a run is a link out of its folder."""
+    """Raise UserError if a file of a run is a symbolic link out of its folder."""
     for name in FILES:
         inside(out, name)
 
 
 def with_full_paths(config: PretrainConfig, out: Path) -> PretrainConfig:
-    """Return the configuration with `out`, and with paths of data that hold wherever it is read from."""
+    """Return the configuration with `out`, and with absolute paths of datasets."""
     knn = replace(config.knn, train=absolute(config.knn.train), test=absolute(config.knn.test))
     return replace(config, out=str(out), data=absolute(config.data), knn=knn)
 
@@ -108,22 +124,48 @@ def check_same_run(config: PretrainConfig, out: Path, *, resume: bool = False) -
         resume: Allow another length, and data that have moved.
 
     Returns:
-        The configuration, with the mean and std that the run started with where it has none.
+        The configuration, with the mean and std of the run if it has none.
 
     Raises:
-        UserError: If a field differs that decides what is computed.
+        UserError: If a field differs that affects the result.
     """
     started, _ = load_config(out / "config.json")
     config = replace(config, mean=config.mean or started.mean, std=config.std or started.std)
     allowed = MAY_CHANGE | {"epochs", "steps"} if resume else MAY_CHANGE - {"data"}
-    for field in fields(PretrainConfig):
-        if field.name in allowed or getattr(config, field.name) == getattr(started, field.name):
+    for name in (field.name for field in fields(PretrainConfig)):
+        if name in allowed or getattr(config, name) == getattr(started, name):
             continue
-        flag = f"--{field.name.replace('_', '-')}"
+        flag = f"--{name.replace('_', '-')}"
         if resume:
             raise UserError(f"{flag} cannot change when the run in {out} is resumed: start a new run in another --out")
         raise UserError(
             f"{out} holds a run with another {flag}: choose another --out, or resume that one with "
-            f"--resume {quote(str(out))}"
+            f"--resume {shlex.quote(str(out))}"
         )
     return config
+
+
+def check_length(out: Path, schedule: Schedule, step: int, images: int) -> list[str]:
+    """Check that a run can start, or resume from `step`. Return a line if its length has changed.
+
+    Raises:
+        UserError: If the run is longer already, or if its checkpoints are gone.
+    """
+    if not step and (out / ENCODER_WEIGHTS).exists():
+        raise UserError(
+            f"{out} contains a finished encoder but no checkpoint to resume from: start a new run from it with "
+            f"`--init {shlex.quote(str(out))}` and another --out"
+        )
+    if step > schedule.steps:
+        raise UserError(
+            f"{out} is already at step {step:,}, past the requested {schedule.steps:,}: pass more --epochs (or "
+            "--steps), or --finish to finish the run as it is"
+        )
+    before = read_run(out) if step else None
+    planned = schedule.steps if before is None else Schedule.of(pretrain_config(before, out), images).steps
+    if planned == schedule.steps:
+        return []
+    return [
+        f"length changed from {planned:,} to {schedule.steps:,} steps: from step {step:,}, the learning rate is that "
+        f"of a run of {schedule.steps:,} steps, starting at {schedule.lr(min(step, schedule.steps - 1)):.3g}"
+    ]

@@ -86,7 +86,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--steps", "0"], "--steps must be a whole number from 1"),
         (["pretrain", "demo", "--steps", "5", "--epochs", "5"], "not both"),
         (["pretrain", "demo", "--size", "50"], "multiples of 8"),
-        (["pretrain", "demo", "--device", "cuda:99"], "no device 'cuda:99'"),
+        (["pretrain", "demo", "--device", "cuda:99"], "--device cuda:99"),
         (["pretrain", "--resume", "/no/run"], "there is no /no/run/config.json"),
         (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
         (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "there is no /no/run"),
@@ -143,7 +143,7 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     status, text = say(capsys, "pretrain", "demo", "--out", out, *TINY)
     assert status == 1 and "holds a run with another --data: choose another --out" in text
     status, text = say(capsys, "pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001")
-    assert status == 0 and "the run is complete: 2 updates are done" in text  # the same command goes on
+    assert status == 0 and "the run is complete at step 2" in text  # the same command resumes
 
     labeled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
     for name in ("knn", "linear"):
@@ -211,16 +211,16 @@ def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "is unfinished" in page and "local-dir:" not in page
 
     status, text = say(capsys, "pretrain", "--resume", run, "--finish")
-    assert status == 0 and "ended after step 1" in text and f"encoder: {run}/encoder" in text
+    assert status == 0 and "finished at step 1" in text and f"encoder: {run}/encoder" in text
     assert "local-dir:" in (run / "report.html").read_text()
     ended, exported = (load_file(folder / "model.safetensors") for folder in (run / "encoder", tmp_path / "timm"))
     assert all(torch.equal(ended[name], exported[name]) for name in exported)
     status, text = say(capsys, "pretrain", "--resume", run, "--steps", "4")
-    assert status == 0 and "goes on to step 4 instead of 2: from step 1 on, the learning rate is that of a run" in text
+    assert status == 0 and "length changed from 2 to 4 steps: from step 1, the learning rate is that of a run" in text
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 4
     assert "step 4 of 4" in say(capsys, "import", run)[1]
     status, text = say(capsys, "pretrain", "--resume", run, "--steps", "3")
-    assert status == 1 and "is at step 4 already" in text
+    assert status == 1 and "is already at step 4" in text
     shutil.rmtree(run / "checkpoints")
     status, text = say(capsys, "pretrain", "--resume", run)
-    assert status == 1 and "no checkpoint to go on from" in text and (run / "encoder" / "model.safetensors").exists()
+    assert status == 1 and "no checkpoint to resume from" in text and (run / "encoder" / "model.safetensors").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.cli import say
-from pixmim.cli.sbatch import Job, script
+from pixmim.cli.slurm import Job, sbatch_script
 from pixmim.config_io import to_json
 from pixmim.recipes import get_recipe
 from pixmim.utils.errors import UserError
@@ -56,7 +56,7 @@ def _slurm_reads(text: str) -> dict[str, str]:
 
 def _job(folder: Path, **changes: object) -> str:
     job = Job(**{"nodes": 2, "gpus": 8, "cpus": 12} | changes)  # type: ignore[arg-type]
-    return script(job, "name", ["pixmim", "pretrain", "demo"], folder / "run", folder, folder / "job.sh")
+    return sbatch_script(job, "name", ["pixmim", "pretrain", "demo"], folder / "run", folder, folder / "job.sh")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_queued_again_exactly_when_the_run_stopped_before_the_limit(
 ) -> None:
     exited, again, said = _start(_job(tmp_path, restarts=3), tmp_path, status, **environment)
     assert again == requeued and exited == (0 if requeued else status)
-    assert ("started again 3 times" in said) == (environment.get("SLURM_RESTART_COUNT") == "3")
+    assert ("stopped after 3 restarts" in said) == (environment.get("SLURM_RESTART_COUNT") == "3")
 
 
 def test_processes_are_told_where_to_meet(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_names_with_blanks_and_signs_stay_whole(tmp_path: Path) -> None:
         "a 'b' $(c)",
         "--out=",
     ]
-    text = script(Job(), "my run", words, folder, folder, folder / "job.sh")
+    text = sbatch_script(Job(), "my run", words, folder, folder, folder / "job.sh")
     asked = _slurm_reads(text)
     assert asked["job-name"] == "my run" and asked["chdir"] == str(folder)
     assert asked["output"] == str(folder).replace("%", "%%") + "/slurm-%j.out"
@@ -135,13 +135,13 @@ def test_names_with_blanks_and_signs_stay_whole(tmp_path: Path) -> None:
     given = (tmp_path / "notes" / "srun").read_text().rstrip("\0").split("\0")
     assert given[-len(words) :] == words and "--cpus-per-task=12" in given
     again = _start(text, tmp_path, 130, SLURM_RESTART_COUNT="100")[2].strip()
-    assert shlex.split(again.partition("To go on: ")[2]) == ["sbatch", str(folder / "job.sh")]
+    assert shlex.split(again.partition("To resume: ")[2]) == ["sbatch", str(folder / "job.sh")]
 
 
 @pytest.mark.parametrize("path", ["two\nlines", "back\\slash"])
 def test_a_path_that_slurm_would_change_is_refused(path: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Slurm cannot be told"):
-        script(Job(), "name", ["pixmim"], tmp_path / path, tmp_path, tmp_path / "job.sh")
+    with pytest.raises(UserError, match="which Slurm changes"):
+        sbatch_script(Job(), "name", ["pixmim"], tmp_path / path, tmp_path, tmp_path / "job.sh")
 
 
 def test_the_command_writes_what_the_same_command_line_would_train(
@@ -164,7 +164,7 @@ def test_the_command_writes_what_the_same_command_line_would_train(
     status, text = say(capsys, *args)
     file = tmp_path / "runs" / "a b" / "slurm.sh"
     assert status == 0 and "sbatch 'runs/a b/slurm.sh'" in text
-    assert "each computes 16 of the 128 images" in text and "there is no no such here" in text
+    assert "each computes 16 of the 128 images" in text and "no such does not exist on this machine" in text
     subprocess.run(["bash", "-n", file], check=True)
     assert _start(file.read_text(), tmp_path, 0)[0] == 0
     given = (tmp_path / "notes" / "srun").read_text().rstrip("\0").split("\0")
@@ -191,7 +191,7 @@ def test_the_command_writes_what_the_same_command_line_would_train(
         (["demo", "--nodes", "three"], "--nodes"),
         (["demo", "--gpus", "0"], "--gpus must be a whole number from 1"),
         (["demo", "--hours", "0"], "--hours must be a number above 0"),
-        (["demo", "--hours", "0.05"], "leaves nothing of --hours 0.05"),
+        (["demo", "--hours", "0.05"], "must be less than --hours 0.05"),
         (["demo", "--signal", "70000"], "--signal must be a whole number from 1 to 65,535"),
         (["demo", "--restarts", "-1"], "--restarts must be a whole number from 0"),
         (["demo", "--gpus", "3"], "a batch of 128 does not divide among 3 GPUs"),
@@ -201,7 +201,7 @@ def test_the_command_writes_what_the_same_command_line_would_train(
         ),
         (["demo", "--size", "50"], "multiples of 8"),
         (["demo", "--model.backbone", "vit_tiny_patch16_225"], "did you mean"),
-        (["demo", "--mask.kind", "blocks", "--mask.block-size", "12"], "no multiple"),
+        (["demo", "--mask.kind", "blocks", "--mask.block-size", "12"], "not a multiple"),
         (["pixmim-vit-base"], "no data given"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_run_that_is_there_is_gone_on_with(
     (tmp_path / "run" / "config.json").write_text(to_json(run))
     args = ["slurm", "demo", "--out", "run", "--data", "shapes:count=8"]
     status, text = say(capsys, *args)
-    assert status == 0 and "goes on with it" in text
+    assert status == 0 and "the job resumes it" in text
     status, text = say(capsys, *args, "--overwrite", "--optim.base-lr", "1")
     assert status == 1 and "holds a run with another --optim" in text
 

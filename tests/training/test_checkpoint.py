@@ -50,7 +50,7 @@ def test_no_milestones() -> None:
 def test_the_last_ones_and_the_milestones_stay(tmp_path: Path) -> None:
     model, updater = network()
     weights = {}
-    with CheckpointManager(tmp_path, last=2, stays=lambda step: is_multiple_of(step, 4)) as checkpoints:
+    with CheckpointManager(tmp_path, keep_last=2, keep_if=lambda step: is_multiple_of(step, 4)) as checkpoints:
         for step in range(1, 12):
             learn(model, updater)
             checkpoints.save(step, model, updater, images=7)  # while the next step changes the weights
@@ -73,10 +73,10 @@ def test_what_cannot_be_written_is_said_and_tried_again(tmp_path: Path) -> None:
     said: list[str] = []
     folder = tmp_path / "checkpoints"
     folder.write_text("a file in the way")
-    with CheckpointManager(folder, say=said.append) as checkpoints:
+    with CheckpointManager(folder, warn=said.append) as checkpoints:
         checkpoints.save(1, model, updater, images=7)
         checkpoints.save(2, model, updater, images=7)  # hears of the first
-        assert len(said) == 1 and "could not be written" in said[0] and "training goes on" in said[0]
+        assert len(said) == 1 and "could not be written" in said[0] and "training continues" in said[0]
         with pytest.raises(UserError, match="could not be written"):
             checkpoints.save(3, model, updater, images=7, wait=True)
         folder.unlink()
@@ -88,12 +88,12 @@ def test_other_data_or_another_model_are_refused(tmp_path: Path) -> None:
     model, updater = network()
     with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, model, updater, images=7, wait=True)
-    with pytest.raises(UserError, match="began with 7 images, and there are 8 now"):
+    with pytest.raises(UserError, match="started with 7 images, found 8"):
         CheckpointManager(tmp_path).load(model, updater, images=8)
     wide = nn.Linear(5, 3)
     with pytest.raises(UserError, match="does not fit this run"):
         CheckpointManager(tmp_path).load(wide, network_of(wide), images=7)
-    with pytest.raises(UserError, match="holds another model"):
+    with pytest.raises(UserError, match="is of another model"):
         CheckpointManager(tmp_path).load_model(wide)
 
 
@@ -103,8 +103,8 @@ def test_nothing_whole_is_no_fresh_start(tmp_path: Path) -> None:
         checkpoints.save(1, model, updater, images=7, wait=True)
     (tmp_path / "step-000000001" / "checkpoint.json").write_text("{")
     said: list[str] = []
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
-        CheckpointManager(tmp_path, say=said.append).load(model, updater, images=7)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is valid"):
+        CheckpointManager(tmp_path, warn=said.append).load(model, updater, images=7)
     assert len(said) == 1 and "is damaged" in said[0]
 
 
@@ -245,7 +245,7 @@ def refused(folder: Path, look: bool = True) -> None:
         assert len(str(error.value)) < 500 and "\n" not in str(error.value)
     said: list[str] = []
     try:
-        assert CheckpointManager(folder.parent, say=said.append).load(model, updater, images=7) == 1  # the one before
+        assert CheckpointManager(folder.parent, warn=said.append).load(model, updater, images=7) == 1  # the one before
     except UserError as error:
         said.append(str(error))
     assert len(said) == 1 and len(said[0]) < 500 and "\n" not in said[0]
@@ -299,7 +299,7 @@ def test_links_in_the_way_are_removed_and_not_followed(written: Path, tmp_path: 
         (folder / name).symlink_to(outside)
     (written / "checkpoint.json").write_text("{")
     model, updater = network()
-    with CheckpointManager(folder, say=lambda text: None) as checkpoints:
+    with CheckpointManager(folder, warn=lambda text: None) as checkpoints:
         assert checkpoints.load(model, updater, images=7) == 1
         checkpoints.save(3, model, updater, images=7, wait=True)
     assert checkpoints.steps() == [1, 3]
@@ -319,5 +319,5 @@ def test_counts_are_numbers(value: float, written: Path) -> None:
         learn(model, updater)
         checkpoints.save(3, model, updater, images=7, wait=True)
     said: list[str] = []
-    assert CheckpointManager(written.parent, say=said.append).load(*network(), images=7) == 2
+    assert CheckpointManager(written.parent, warn=said.append).load(*network(), images=7) == 2
     assert "a count is not a number" in said[0]

@@ -1,4 +1,4 @@
-"""Faults, injected into real processes: after each, the same command goes on, and the end is that of a quiet run."""
+"""Faults, injected into real processes: after each, The same command resumes, and the end is that of a quiet run."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ STEPS = 40
 
 
 @pytest.fixture
-def run(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
+def config(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
     """Forty updates over five epochs, and the file that starts them."""
     made = tiny_run(
         data="shapes:count=64,size=32", steps=STEPS, threads=1, log_every=2, checkpoint=CheckpointConfig(every=4)
@@ -79,7 +79,7 @@ def test_one_of_two_processes_is_killed(config: PretrainConfig, tmp_path: Path) 
     broken.until(lambda: any(step >= 8 for step in checkpoints.steps()))
     os.kill(workers(broken)[1], signal.SIGKILL)
     text = broken.end()
-    assert "goes on: " in text and "another process of the run has ended" in text
+    assert "resuming from step" in text and "another rank has ended" in text
     quiet = started(tmp_path, "quiet", ranks=2)
     quiet.end()
     assert same(quiet.out, out)
@@ -116,7 +116,7 @@ def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(config: Pretrai
     broken = started(tmp_path, "broken", limit=100_000)
     text = broken.end(status=1)
     assert text.count("warning: a checkpoint could not be written") == STEPS // 4 - 1
-    assert "error: a checkpoint could not be written" in text and "the same command goes on" in text
+    assert "error: a checkpoint could not be written" in text and "The same command resumes" in text
     assert broken.checkpoints.steps() == [] and "Traceback" not in text
     with_space, quiet = started(tmp_path, "broken"), started(tmp_path, "quiet")
     with_space.end(), quiet.end()
@@ -136,7 +136,7 @@ def test_a_batch_too_large_for_the_memory_says_what_to_do(tmp_path: Path) -> Non
     assert done.returncode == 1 and "Traceback" not in text
     text = " ".join(text.split())
     assert re.search(
-        r"memory ran out, with 2,048 images computed at once \(.*\): --accumulation-steps 2 halves them", text
+        r"out of memory with 2,048 images computed at once \(.*\): --accumulation-steps 2 halves them", text
     ), text
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, config: PretrainConfig, tmp
     with (tmp_path / "said.txt").open("w") as file:
         pretrain(short, tmp_path / "run", console=Console(file=file, width=500), report=False)
     text = (tmp_path / "said.txt").read_text()
-    assert "the checkpoint of update 8 is damaged (" in text and "the run goes on: 4 updates are done" in text
+    assert "the checkpoint of step 8 is damaged (" in text and "resuming from step 4" in text
     assert (tmp_path / "run" / "checkpoints" / "damaged-step-000000008").is_dir()
     after = load_file(tmp_path / "run" / "encoder/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)

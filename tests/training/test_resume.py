@@ -22,7 +22,7 @@ STEPS = 60  # the 64 images make an epoch of eight steps
 
 
 @pytest.fixture
-def run(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
+def config(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
     made = tiny_run(data="shapes:count=64,size=32", steps=STEPS, checkpoint=CheckpointConfig(every=3), log_every=2)
     (tmp_path / "run.json").write_text(to_json(made))
     return made

@@ -41,11 +41,11 @@ def trainer_of(model: nn.Module, folder: Path, accumulation_steps: int = 1, step
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    updater = SyncFreeOptimizer(optimizer, None, scaling=False, device=torch.device("cpu"))
+    sync_free = SyncFreeOptimizer(optimizer, None, scaling=False, device=torch.device("cpu"))
     saving = CheckpointConfig(every=1, keep_last=99)
     return Trainer(
         model,
-        updater,
+        sync_free,
         lambda _: 0.1,
         steps,
         folder,

@@ -15,7 +15,7 @@ from rich.console import Console
 from helpers.cli import say
 from pixmim.config_io import to_json
 from pixmim.recipes import get_recipe
-from pixmim.run_folder import check_new_run, claim
+from pixmim.run_folder import check_new_run, lock_run_folder
 from pixmim.training.distributed import SINGLE_PROCESS
 from pixmim.utils import lock
 from pixmim.utils.errors import UserError
@@ -138,7 +138,7 @@ def test_runs_do_not_share_a_folder(
     monkeypatch.setattr(time, "strftime", lambda form: "now")
     with ExitStack() as stack:
         for folder in ("runs/demo-now", "runs/demo-now-2"):
-            assert claim("", "demo", SINGLE_PROCESS, stack, Console(quiet=True)) == Path(folder)
+            assert lock_run_folder("", "demo", SINGLE_PROCESS, stack, Console(quiet=True)) == Path(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(get_recipe("demo")))

@@ -456,7 +456,7 @@ def test_a_run_whose_last_file_does_not_fit_is_ended_by_the_same_command(
     assert not (tmp_path / "run" / "encoder/model.safetensors").exists()
     monkeypatch.setattr(own, "write_text_atomically", write)
     status, text = say(capsys, *command)
-    assert status == 0 and "the run is complete: 6 updates are done" in text
+    assert status == 0 and "the run is complete at step 6" in text
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])

@@ -11,7 +11,7 @@ import pytest
 
 from pixmim import cli
 from pixmim.cli.pretrain import read_flags
-from pixmim.cli.sbatch import Job
+from pixmim.cli.slurm import Job
 from pixmim.config import PretrainConfig
 from pixmim.config_io import from_json
 from pixmim.evaluation.evals import EVALS

@@ -1,4 +1,4 @@
-"""The commands. Thin: each reads its flags and calls one function. Imports torch only once there is work to do."""
+"""The command line. Each command parses its flags and calls one function; torch is imported only to do work."""
 
 import logging
 import os
@@ -26,34 +26,38 @@ from pixmim.utils.process import as_process
 OVERVIEW = """usage: pixmim COMMAND [...]
 
   pretrain     train a backbone on your own images
-  slurm        write a script that trains on a cluster, for Slurm's sbatch
-  cache        resize pictures once, for all epochs to come
-  stats        measure mean and std, and say what a data set holds
-  bench-data   what limits the way of your images to the network, and what to change
-  list         the recipes, with what each aims at
-  evaluate     measure it; `pixmim evaluate list` shows how
-  coverage     how much of the objects random crops keep
-  report       one page of settings, curves, reconstructions and results, for one run or several
-  reconstruct  draw what a model predicts of hidden patches
-  attention    draw where a ViT looks
-  embed        write the features of a data set
-  import       take over weights that others published, and say what is in a file
-  export       hand a backbone to timm, Hugging Face, mmpretrain, detectron2 or ONNX
+  slurm        write a script for Slurm's sbatch that trains on a cluster
+  cache        resize images once, for all epochs
+  stats        measure mean and std, and summarize a dataset
+  bench-data   find out what limits the data pipeline, and what to change
+  list         list the recipes
+  evaluate     measure a backbone; `pixmim evaluate list` lists the evaluations
+  coverage     measure how much of the objects random crops keep
+  report       write a page of settings, curves, reconstructions and results of one or more runs
+  reconstruct  draw reconstructions of hidden patches
+  attention    draw attention maps of a ViT
+  embed        write the features of a dataset
+  import       import published weights, or describe a file of weights
+  export       export a backbone to timm, Hugging Face, mmpretrain, detectron2 or ONNX
 
-`pixmim COMMAND --help` explains every flag. First steps: pixmim pretrain pixmim-vit-tiny --data FOLDER"""
+`pixmim COMMAND --help` explains every flag. To start: pixmim pretrain pixmim-vit-tiny --data FOLDER"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0 done, 1 something only the user can put right, 130 interrupted.
+    """Run a command.
 
-    Without arguments, the command is the process's own: signals and standard streams are made its own as well.
+    Args:
+        argv: Command and flags; None: those of this process, whose signals and standard streams are then handled too.
+
+    Returns:
+        The exit status: 0 done, 1 an error that the user can fix, 130 interrupted.
     """
     if argv is None:
-        # Before torch is imported. Threads that wait spinning take the cores from those that compute: on shared cores,
-        # training was up to twenty times slower (docs/performance.md).
+        # Before torch is imported. Spinning threads take cores from those that compute: on shared cores, training was
+        # up to twenty times slower (docs/performance.md).
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         retain_freed_memory()
-        for library in ("PIL", "tifffile"):  # damaged images belong in skipped.csv, not on the terminal
+        for library in ("PIL", "tifffile"):  # damaged images are listed in skipped.csv
             logging.getLogger(library).addHandler(logging.NullHandler())
             warnings.filterwarnings("ignore", module=library)
         return as_process(lambda: main(sys.argv[1:]))
@@ -66,28 +70,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"pixmim {__version__}")
             return 0
         if args[0] not in COMMANDS:
-            raise UserError(f"there is no command '{args[0]}'{did_you_mean(args[0], COMMANDS)}\n\n{OVERVIEW}")
+            raise UserError(f"unknown command '{args[0]}'{did_you_mean(args[0], COMMANDS)}\n\n{OVERVIEW}")
         return COMMANDS[args[0]](args[1:])
     except AlreadyReportedError:
         return 1
-    except (UserError, OSError) as error:  # OSError: no space, no permission; its message says where
+    except (UserError, OSError) as error:  # OSError: no space, no permission
         print_plain(Console(stderr=True), f"error: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        text = (
-            f"error: out of memory ({first_line(error)}). Use a larger --accumulation-steps where the command has it, "
-            "fewer --threads, or a smaller model or --size"
+        print(
+            f"error: out of memory ({first_line(error)}). Use a larger --accumulation-steps if the command has it, "
+            "fewer --threads, or a smaller model or --size",
+            file=sys.stderr,
         )
-        print(text, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
 def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    if "torch" not in sys.modules:  # whose errors are RuntimeErrors
+    if "torch" not in sys.modules:  # its errors are RuntimeErrors
         return isinstance(error, MemoryError)
     from pixmim.training.find_batch_size import is_out_of_memory
 
@@ -95,7 +99,7 @@ def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 
 _HOME = re.compile(r"^((?:--[\w.-]+=)?)~(?=/|$)")
-"""A word that is, or a flag whose value is, a path below the home folder. Shells expand only some of these."""
+"""A path in the home folder, or a flag with one. Shells expand only some of these."""
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": pretrain,

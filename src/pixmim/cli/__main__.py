@@ -1,4 +1,4 @@
-"""python -m pixmim.cli, as torchrun and Slurm start each process."""
+"""python -m pixmim.cli: the command that torchrun and Slurm start."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the commands share: flags of a model, full paths of data, and flags that are checked."""
+"""Flags that several commands share, and checks of flags."""
 
 import inspect
 from collections.abc import Callable
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def checked(command: Callable[..., T]) -> Callable[..., T]:
-    """Let a command check its flags by the rules that annotate them, before anything else. It raises UserError."""
+    """Check the arguments of a command by the rules in its annotations, before it runs. Raises UserError."""
 
     @wraps(command)
     def run(*args: object, **kwargs: object) -> T:
@@ -28,39 +28,39 @@ def checked(command: Callable[..., T]) -> Callable[..., T]:
 
 @dataclass(frozen=True)
 class ModelFlags(Settings):
-    """What a file of weights does not say of its model."""
+    """Properties of a model that a file of weights may lack."""
 
     size: Annotated[str, Sides(empty=True)] = ""
-    """Of MODEL, where its file does not say it: side in pixels, or HEIGHTxWIDTH, that its weights were made for."""
+    """Image size of MODEL, if its file lacks it: side in pixels, or HEIGHTxWIDTH."""
     heads: Annotated[int | None, Whole(1, 1_024)] = None
-    """Attention heads of MODEL, likewise."""
+    """Attention heads of MODEL, if its file lacks them."""
     decoder_heads: Annotated[int | None, Whole(1, 1_024)] = None
-    """Attention heads of its decoder, likewise."""
+    """Attention heads of the decoder of MODEL, if its file lacks them."""
     mean: Annotated[tuple[float, ...] | None, Real(-1e9, 1e9)] = None
-    """Mean of each channel that MODEL expects, where 255 counts as one: instead of its file's own, or ImageNet's."""
+    """Mean of each channel that MODEL expects, where 255 counts as 1; otherwise its file's own, or ImageNet's."""
     std: Annotated[tuple[float, ...] | None, Real(0, 1e9, above=True)] = None
-    """Standard deviation of each channel, likewise."""
-    prefix: Annotated[str, Text("[^\\x00-\\x1f]{0,256}", "the beginning of names")] = ""
-    """What the names of MODEL's tensors begin with in a file of several: teacher.backbone, student, model.encoder."""
+    """Standard deviation of each channel that MODEL expects; otherwise as the mean."""
+    prefix: Annotated[str, Text("[^\\x00-\\x1f]{0,256}", "a prefix of names")] = ""
+    """Prefix of the tensors of MODEL, in a file of several: teacher.backbone, student, model.encoder."""
     ema: bool = False
-    """Of a training file, take the average of the weights instead of the weights."""
+    """Take the averaged weights of a training checkpoint."""
 
     @property
     def hints(self) -> dict[str, Any]:
-        """What was said, as `weights.load.resolve_model` takes it."""
+        """Options of `weights.load.resolve_model`."""
         values = asdict(self)
         return {**values, "num_heads": values.pop("heads")}
 
 
 @dataclass(frozen=True)
 class ModelFlagsWithoutSize(ModelFlags):
-    """The same where --size is another thing: the size that a model is trained further at."""
+    """The same without --size, for commands in which it is the size to train at."""
 
     size: Suppress[str] = ""
 
 
 def absolute(data: str) -> str:
-    """Whole paths instead of relative ones, so that a run finds its data from wherever it is resumed or reported on."""
-    from pixmim.data.uri import absolute as whole
+    """Return --data with absolute paths, so that a run finds its data from any working directory."""
+    from pixmim.data.uri import absolute
 
-    return whole(data)
+    return absolute(data)

@@ -19,7 +19,7 @@ from pixmim.utils.trust import closed, refusal
 
 
 class Flags(NamedTuple):
-    """The parsed flags: the configuration, the run to resume (if any), whether to end it instead, and the trackers."""
+    """Parsed flags: the configuration, the run to resume (if any), whether to finish it instead, and the trackers."""
 
     config: PretrainConfig
     resumed: str
@@ -28,18 +28,19 @@ class Flags(NamedTuple):
 
 
 def read_flags(args: list[str]) -> Flags:
-    """Parse the flags of `pixmim pretrain`. Raises UserError.
+    """Parse the flags of `pixmim pretrain`; the recipe, or the run to resume, is read first, for the defaults.
 
-    They are parsed twice: the recipe, or the run to resume, decides the defaults of all the others.
+    Raises:
+        UserError: If flags are missing or contradict each other.
     """
     resumed = _value_of("--resume", args)
-    named = args[0] if args and not args[0].startswith("-") else ""
-    if resumed and named:
-        raise UserError(f"--resume continues with the recipe of {resumed}: leave out '{named}'")
-    base, text = load_config(Path(resumed) / "config.json") if resumed else _base(named)
+    recipe = args[0] if args and not args[0].startswith("-") else ""
+    if resumed and recipe:
+        raise UserError(f"--resume uses the recipe of {resumed}: leave out '{recipe}'")
+    base, text = load_config(Path(resumed) / "config.json") if resumed else _load_recipe(recipe)
     if _value_of("--epochs", args):  # a length in epochs replaces a recipe's length in steps
         if _value_of("--steps", args):
-            raise UserError("a run has a length in --epochs or in --steps, not both")
+            raise UserError("--epochs and --steps both set the length of a run: pass one, not both")
         base = replace(base, steps=None)
 
     def command(
@@ -55,8 +56,8 @@ def read_flags(args: list[str]) -> Flags:
 
         Args:
             name: Name of a recipe (see `pixmim list`), or the config.json of another run.
-            resume: Folder of a run to continue from its newest checkpoint; if finished, with more --epochs or --steps.
-            finish: With --resume: end the run now, with the encoder of its newest checkpoint.
+            resume: Folder of a run to resume from its newest checkpoint; if finished, with more --epochs or --steps.
+            finish: With --resume: finish the run now, with the encoder of its newest checkpoint.
             track: Trackers that receive metrics, configuration and reconstructions; each has an extra of its name.
             config: Settings.
         """
@@ -65,29 +66,29 @@ def read_flags(args: list[str]) -> Flags:
     finish, track, config = tyro.cli(command, prog="pixmim pretrain", args=args)
     config = replace(config, model=replace(config.model, options={**base.model.options, **config.model.options}))
     if finish and not resumed:
-        raise UserError("--finish ends an existing run: pixmim pretrain --resume RUN --finish")
-    if not resumed and not named:
+        raise UserError("--finish needs an existing run: pixmim pretrain --resume RUN --finish")
+    if not resumed and not recipe:
         raise UserError("no recipe given: for your own images use pixmim-vit-small, or another one of `pixmim list`")
     if not resumed and not config.data:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
     typed = {flag for flag in config.named if any(word.split("=")[0] == flag for word in args)}
-    strange = closed(text, {flag: value for flag, value in config.named.items() if flag not in typed})
-    if strange and not finish:
-        raise UserError(f"{refusal(resumed or named, strange)}. Pass these flags, or others in their place, to open it")
+    untrusted = closed(text, {flag: value for flag, value in config.named.items() if flag not in typed})
+    if untrusted and not finish:
+        raise UserError(f"{refusal(resumed or recipe, untrusted)}. Pass these flags, or others in their place")
     return Flags(config, resumed, finish, track)
 
 
 def pretrain(args: list[str]) -> int:
-    """Train, resume or end a run."""
-    config, resumed, end, track = read_flags(args)
+    """Train, resume or finish a run."""
+    config, resumed, finish, track = read_flags(args)
     from pixmim.pretraining import finish_run
     from pixmim.pretraining import pretrain as train
     from pixmim.training.distributed import rank_info
 
     console = Console(quiet=rank_info().rank > 0)
-    if end:
+    if finish:
         result = finish_run(resumed)
-        print_plain(console, f"ended after step {result.step:,}")
+        print_plain(console, f"finished at step {result.step:,}")
     else:
         result = train(config, resumed or None, resume=bool(resumed), track=track)
     if not result.finished:
@@ -100,7 +101,7 @@ def pretrain(args: list[str]) -> int:
 
 def list_recipes(args: list[str]) -> int:
     """Print every recipe."""
-    tyro.cli(lambda: None, prog="pixmim list", description="List the recipes, with what each aims at.", args=args)
+    tyro.cli(lambda: None, prog="pixmim list", description="List the recipes, with their aims.", args=args)
     for name, recipe in RECIPES.items():
         config = recipe.build()
         length = f"{config.steps:,} steps" if config.steps is not None else f"{config.epochs:.0f} epochs"
@@ -108,20 +109,20 @@ def list_recipes(args: list[str]) -> int:
     return 0
 
 
-def _base(named: str) -> tuple[PretrainConfig, str]:
-    """Return the configuration that the flags change, and the text of its file; the defaults for --help alone."""
-    if not named:
+def _load_recipe(name: str) -> tuple[PretrainConfig, str]:
+    """Return the configuration of a recipe, or of a file and its text; without a name the defaults, for --help."""
+    if not name:
         return PretrainConfig(), ""
-    if named.endswith(".json") or Path(named).is_file():
-        config, text = load_config(Path(named))
+    if name.endswith(".json") or Path(name).is_file():
+        config, text = load_config(Path(name))
         return replace(config, out=""), text
-    return get_recipe(named), ""
+    return get_recipe(name), ""
 
 
 def _value_of(flag: str, args: list[str]) -> str:
-    for i, word in enumerate(args):
+    for word, following in zip(args, [*args[1:], ""], strict=True):
         if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
-        if word == flag and i + 1 < len(args):
-            return args[i + 1]
+            return word.removeprefix(flag + "=")
+        if word == flag:
+            return following
     return ""

@@ -1,7 +1,8 @@
-"""pixmim slurm: a script for a cluster's queue, every mistake in it found before it waits there."""
+"""pixmim slurm: write and check a script for Slurm's sbatch."""
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,49 @@ from rich.console import Console
 from tyro.conf import arg
 
 from pixmim.cli.pretrain import read_flags
-from pixmim.cli.sbatch import Job, script
 from pixmim.config import PretrainConfig
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_output, write_text_atomically
+from pixmim.utils.validation import Count, Positive, Settings, Some, Whole
+
+
+@dataclass(frozen=True)
+class Job(Settings):
+    """Resources to request from Slurm."""
+
+    nodes: Count = 1
+    """Machines."""
+    gpus: Count = 1
+    """GPUs per machine; each gets one process."""
+    cpus: Count = 8
+    """CPU cores per GPU; they read and decode images."""
+    hours: Positive = 24.0
+    """Time limit. A longer run stops in time and is queued again."""
+    mem: str = ""
+    """Memory per machine, such as 400G; 0: all of it. Otherwise the cluster's default."""
+    partition: str = ""
+    """Slurm's --partition."""
+    account: str = ""
+    """Slurm's --account."""
+    qos: str = ""
+    """Slurm's --qos."""
+    name: str = ""
+    """Name of the job; otherwise the recipe's."""
+    signal: Annotated[int, Whole(1, 65_535)] = 300
+    """Seconds before the time limit at which the run finishes its step, saves and stops."""
+    restarts: Some = 100
+    """Largest number of restarts of the job."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.signal >= self.hours * 3600:
+            raise UserError(f"--signal {self.signal} (seconds) must be less than --hours {self.hours:g}")
+
+    @property
+    def tasks(self) -> int:
+        """Number of processes, one per GPU."""
+        return self.nodes * self.gpus
 
 
 def slurm(args: list[str]) -> int:
@@ -23,76 +62,168 @@ def slurm(args: list[str]) -> int:
     def command(
         *, job: Annotated[Job, arg(name="")], script: Path | None = None, overwrite: bool = False
     ) -> tuple[Job, Path | None, bool]:
-        """Write a script for Slurm's sbatch that trains on any number of GPUs, and goes on after each interruption.
+        """Write a script for Slurm's sbatch that trains on any number of GPUs and resumes after each interruption.
 
         usage: pixmim slurm RECIPE --data FOLDER [flags of `pixmim pretrain`] [flags below]
 
-        What stands here and not below is for `pixmim pretrain`, and is checked now: a mistake would otherwise show
-        once the job has waited in the queue. The script says what each of its lines is for; change it as you like.
+        All flags that are not listed below are those of `pixmim pretrain`. They are checked now, so that no mistake
+        shows only after the job has waited in the queue. The script explains each of its lines; edit it as you like.
 
         Args:
-            job: What is asked of Slurm.
-            script: Where to write it; otherwise slurm.sh in the run's folder.
-            overwrite: Replace a script that is there.
+            job: Resources to request from Slurm.
+            script: Path of the script; otherwise slurm.sh in the run's folder.
+            overwrite: Replace an existing script.
         """
         return job, script, overwrite
 
     (job, file, overwrite), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
-    run, resumed, finish, _ = read_flags(words)
+    config, resumed, finish, _ = read_flags(words)
     if resumed or finish:
-        raise UserError(
-            f"leave out --resume: with --out {shlex.quote(resumed)} the script goes on with that run by itself"
-        )
-    run.check_divisible(job.tasks, "GPUs")
-    name = job.name or run.recipe or "run"
-    if not run.out:
-        words += ["--out", f"runs/{name}"]
-    if not run.threads:
+        raise UserError(f"leave out --resume: with --out {shlex.quote(resumed)}, the script resumes that run")
+    config.check_divisible(job.tasks, "GPUs")
+    name = job.name or config.recipe or "run"
+    out = Path(config.out or f"runs/{name}")
+    if not config.out:
+        words += ["--out", str(out)]
+    if not config.threads:
         words += ["--threads", str(job.cpus)]
-    out = Path(run.out or f"runs/{name}")
-    there = (out / "config.json").exists()
-    if there:
+    exists = (out / "config.json").exists()
+    if exists:
         from pixmim.run_folder import check_same_run, with_full_paths
 
-        check_same_run(with_full_paths(run, out), out)
-    _build(run)
+        check_same_run(with_full_paths(config, out), out)
+    _check_build(config)
     file = file or out / "slurm.sh"
     check_output(file, overwrite)
 
     process = [sys.executable, "-m", "pixmim.cli", "pretrain", *words]
-    text = script(job, name, process, out.absolute(), Path.cwd(), file.absolute())
-    out.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a job's output
+    text = sbatch_script(job, name, process, out.absolute(), Path.cwd(), file.absolute())
+    out.mkdir(parents=True, exist_ok=True)  # Slurm creates no folder for the output of a job
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(file, text)
     console = Console()
-    share = f"{run.batch_size // job.tasks:,} of the {run.batch_size:,} images"
-    print_plain(console, f"{job.tasks} processes, one for each GPU; each computes {share}")
-    for path in _absent(run):
-        print_plain(console, f"there is no {path} here: the job's machines must have it")
-    if there:
-        print_plain(console, f"{out} holds a run: the job goes on with it")
+    share = f"{config.batch_size // job.tasks:,} of the {config.batch_size:,} images"
+    print_plain(console, f"{job.tasks} processes, one per GPU; each computes {share}")
+    for path in _missing_paths(config):
+        print_plain(
+            console, f"warning: {path} does not exist on this machine: make sure that the compute nodes can read it"
+        )
+    if exists:
+        print_plain(console, f"{out} contains a run: the job resumes it")
     print_plain(console, f"wrote {file}; submit it with: sbatch {shlex.quote(str(file))}")
     return 0
 
 
-def _build(config: PretrainConfig) -> None:
-    """Build what the settings say, without memory for the weights, so that what cannot be built is known now."""
-    from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, sketch
+def _check_build(config: PretrainConfig) -> None:
+    """Raise UserError for a model, mask, crop or loss that cannot be built. Allocates no weights."""
+    from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, build_on_meta
 
-    patch = sketch(lambda: build_model(config), config.model.backbone).patch
-    build_mask_sampler(config, patch)
+    build_mask_sampler(config, build_on_meta(lambda: build_model(config), config.model.backbone).patch)
     build_crop(config)
     build_loss(config)
 
 
-def _absent(config: PretrainConfig) -> list[str]:
-    """Paths in the settings that are not on this machine."""
+def _missing_paths(config: PretrainConfig) -> list[str]:
+    """Return the paths of data and weights that do not exist on this machine."""
     from pixmim.data.uri import is_there, read_parts
 
-    parts = [
-        part.source for data in (config.data, config.knn.train, config.knn.test) if data for part in read_parts(data)
-    ]
-    absent = [source for source in parts if not is_there(source)]
+    specs = [spec for spec in (config.data, config.knn.train, config.knn.test) if spec]
+    missing = [part.source for spec in specs for part in read_parts(spec) if not is_there(part.source)]
     if config.init and not config.init.startswith("timm:") and not Path(config.init).expanduser().exists():
-        absent.append(config.init)
-    return absent
+        missing.append(config.init)
+    return missing
+
+
+def sbatch_script(job: Job, name: str, command: list[str], run: Path, folder: Path, file: Path) -> str:
+    """Return the text of a script for sbatch.
+
+    Args:
+        job: Resources to request.
+        name: Name of the job.
+        command: Words of the command that each process executes.
+        run: Folder of the run, absolute. The output of the job is written there.
+        folder: Working directory of the job, absolute.
+        file: Path of the script, absolute; only named in a message.
+
+    Raises:
+        UserError: For a name or path that Slurm would change.
+    """
+    options = {"partition": job.partition, "account": job.account, "qos": job.qos, "mem": job.mem}
+    seconds = round(job.hours * 3600)
+    lines: list[str] = []  # of the command: the program, then each flag with its values
+    for word in map(shlex.quote, command):
+        if not lines or word.startswith("--"):
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}"
+    return _SCRIPT.format(
+        job=job,
+        name=_quote(name),
+        folder=_quote(str(folder)),
+        output=_quote(str(run).replace("%", "%%") + "/slurm-%j.out"),
+        time=f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
+        options="".join(f"#SBATCH --{flag}={_quote(value)}\n" for flag, value in options.items() if value),
+        submit=shlex.quote(f"sbatch {shlex.quote(str(file))}"),
+        command=" \\\n    ".join(lines),
+    )
+
+
+def _quote(value: str) -> str:
+    """Quote a value of an #SBATCH line, in which blanks and # end an unquoted word."""
+    if not value.isprintable() or "\\" in value:
+        raise UserError(f"{value!r} contains a backslash or unprintable characters, which Slurm changes: rename it")
+    return value if shlex.quote(value) == value else '"' + value.replace('"', '\\"') + '"'
+
+
+_SCRIPT = """\
+#!/bin/bash
+# Written by `pixmim slurm`. Submit it with sbatch, whose own flags override those below.
+
+#SBATCH --job-name={name}
+#SBATCH --chdir={folder}
+# Restarts append to the same file.
+#SBATCH --output={output}
+#SBATCH --open-mode=append
+#
+# {job.tasks} processes, one per GPU, started by srun. No torchrun: USR1 would end it.
+#SBATCH --nodes={job.nodes}
+#SBATCH --ntasks-per-node={job.gpus}
+#SBATCH --gres=gpu:{job.gpus}
+#SBATCH --cpus-per-task={job.cpus}
+{options}#
+# USR1 is sent to the processes {job.signal} s before the limit: they finish the step, save, and exit with 130.
+#SBATCH --time={time}
+#SBATCH --signal=USR1@{job.signal}
+# Slurm itself requeues the job after a preemption (which sends TERM first) or a node failure.
+#SBATCH --requeue
+
+set -eu
+
+# Rendezvous: the first machine, and a port derived from the job's number.
+machines=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${{machines%%$'\\n'*}}
+export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+
+# TERM is sent to this script if the job is cancelled or preempted, but not at the time limit.
+terminated=
+trap 'terminated=yes' TERM
+
+# The same command starts the run and resumes it.
+# kill-on-bad-exit=0: a process that stopped in time, with 130, does not end the others.
+# wait: once a process has ended, the others get ten minutes to end by themselves.
+# cpus-per-task: srun does not inherit it.
+status=0
+srun --label --kill-on-bad-exit=0 --wait=600 --cpus-per-task="$SLURM_CPUS_PER_TASK" \\
+    {command} || status=$?
+
+# 0: complete. 130: stopped in time. Anything else is an error, which a restart would repeat.
+if [ "$status" -ne 130 ] || [ -n "$terminated" ]; then
+    exit "$status"
+fi
+if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.restarts} ]; then
+    echo "stopped after {job.restarts} restarts. To resume:" {submit} >&2
+    exit 130
+fi
+scontrol requeue "$SLURM_JOB_ID"
+"""

@@ -20,9 +20,8 @@ from pixmim.evaluation.context import EvalContext, discard
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
-from pixmim.training.optim import LARS, SyncFreeOptimizer
+from pixmim.training.optim import LARS, Schedule, SyncFreeOptimizer
 from pixmim.training.precision import autocast
-from pixmim.training.schedule import Schedule
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import RandomResizedCrop, flip_and_normalize
 from pixmim.utils.console import print_plain

@@ -1,1 +1,1 @@
-"""The loop that all training goes through, and what stands around it: optimizer, processes, checkpoints, log."""
+"""Training: trainer, optimizers, parallelism, checkpoints, metrics."""

@@ -1,4 +1,4 @@
-"""The state of training on disk: written beside and renamed, so that a kill at any moment leaves a good one."""
+"""Checkpoints: written to a temporary folder and renamed, so that a kill at any moment leaves a valid one."""
 
 import os
 import re
@@ -29,36 +29,34 @@ from pixmim.utils.trust import inside
 
 T = TypeVar("T")
 
-AUTOSAVE = 600.0
-"""Seconds between checkpoints, unless steps are given."""
-
 _NAME = re.compile(r"step-(\d{9})")
 
 
 class CheckpointManager:
-    """The checkpoints of one run, each a folder step-NNNNNNNNN. Used in a `with` statement where it writes.
+    """Save and load the checkpoints of a run, each a folder step-NNNNNNNNN. To save, use it in a `with` statement.
 
-    folder  where they are
-    last    the newest ones, as many as this, stay
-    stays   and every one whose step this says yes to
-    world   the processes of the run: each writes its share of the state, and the first one makes it a checkpoint
-    say     told of what went wrong and was put right
+    A checkpoint contains weights, moments, counts and the number of steps done, from which any number of processes can
+    resume; see `sharded_checkpoint` for its files. It contains nothing about the data, since order, crops and masks are
+    functions of (seed, step), and no settings of the optimizer, which are in the run's configuration. Checksums detect
+    damage. A checkpoint may be untrusted: nothing outside the parent of `folder` is read.
 
-    A checkpoint holds weights, moments, counts and the number of steps done, whole or in shards, for any number of
-    processes to go on from; see `engine.shards` for its files. Nothing about the data is in it: order, crops and masks
-    are functions of (seed, step). Neither are settings of the optimizer, which the run's configuration has. Checksums
-    tell a damaged one. It may come from a stranger: none is read outside the folder that holds `folder`.
+    Args:
+        folder: Folder of the checkpoints.
+        keep_last: Number of newest checkpoints to keep.
+        keep_if: Return True for the steps of further checkpoints to keep.
+        world: Ranks of the run. Each writes its share of the state.
+        warn: Called with warnings.
     """
 
     def __init__(
         self,
         folder: Path,
-        last: int = 2,
-        stays: Callable[[int], bool] = lambda step: False,
+        keep_last: int = 2,
+        keep_if: Callable[[int], bool] = lambda step: False,
         world: Distributed = SINGLE_PROCESS,
-        say: Callable[[str], None] = print,
+        warn: Callable[[str], None] = print,
     ) -> None:
-        self._folder, self._last, self._stays, self._world, self._say = folder, last, stays, world, say
+        self._folder, self._keep_last, self._keep_if, self._world, self._warn = folder, keep_last, keep_if, world, warn
         self._writer = ThreadPoolExecutor(1, "pixmim-save")
         self._writing: Future[None] | None = None
 
@@ -69,41 +67,50 @@ class CheckpointManager:
         self._writer.shutdown(wait=True)
 
     def steps(self) -> list[int]:
-        """Step numbers of the complete checkpoints, oldest first."""
-        found = (_NAME.fullmatch(path.name) for path in self._folder.glob("step-*"))
-        return sorted(int(match[1]) for match in found if match)
+        """Return the step numbers of the complete checkpoints, oldest first."""
+        matches = (_NAME.fullmatch(path.name) for path in self._folder.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def save(
-        self,
-        step: int,
-        model: nn.Module,
-        updater: SyncFreeOptimizer,
-        *,
-        images: int,
-        wait: bool = False,
+        self, step: int, model: nn.Module, optimizer: SyncFreeOptimizer, *, images: int, wait: bool = False
     ) -> None:
-        """Copy the state after `step` updates over a data set of `images`, and write it while training goes on.
+        """Copy the state after `step` steps to host memory, and write it in the background. Collective.
 
-        wait  return when it is safely on disk; UserError if it cannot be written. Otherwise a failure is said, and the
-              next save tries again
-        """
-        self._finish(must=False)
-        if not self._path(step).exists():
-            share = own_share(_state(model, updater), self._world.rank, self._world.size)
-            self._writing = self._writer.submit(self._write, step, images, share)
-        if wait:
-            self._finish(must=True)
-
-    def load(self, model: nn.Module, updater: SyncFreeOptimizer, *, images: int) -> int:
-        """Restore the newest undamaged checkpoint in place and return its step; 0 if there is no checkpoint.
-
-        A damaged one is renamed, with a warning, and the one before is used. Collective: call on every rank.
+        Args:
+            step: Steps done.
+            model: The model.
+            optimizer: Its optimizer.
+            images: Size of the dataset.
+            wait: Return when the checkpoint is on disk.
 
         Raises:
-            UserError: If all are damaged, or if one does not fit the model, or was made over another number of images.
+            UserError: If `wait` and it cannot be written. Otherwise a failure is a warning at the next save.
         """
-        steps = self._world.broadcast(self._inside())
-        state = _state(model, updater)
+        self._wait_for_writer(must_succeed=False)
+        if not self._path(step).exists():
+            share = own_share(_state(model, optimizer), self._world.rank, self._world.size)
+            self._writing = self._writer.submit(self._write, step, images, share)
+        if wait:
+            self._wait_for_writer(must_succeed=True)
+
+    def load(self, model: nn.Module, optimizer: SyncFreeOptimizer, *, images: int) -> int:
+        """Restore the newest valid checkpoint in place. Collective: call on every rank.
+
+        A damaged one is renamed, with a warning, and the previous one is used.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer.
+            images: Size of the dataset.
+
+        Returns:
+            The number of steps done; 0 if there is no checkpoint.
+
+        Raises:
+            UserError: If all are damaged, or one does not fit the model or the dataset.
+        """
+        steps = self._world.broadcast(self._steps_inside())
+        state = _state(model, optimizer)
         for step in reversed(steps):
             path, damage = self._path(step), ""
             try:
@@ -116,37 +123,37 @@ class CheckpointManager:
             aside = path.with_name(f"damaged-{path.name}")
             if self._world.is_main:
                 _move_aside(path, aside)
-            self._say(
-                f"warning: the checkpoint of update {step:,} is damaged ({damage}); it was renamed to {aside.name}"
-            )
+            self._warn(f"warning: the checkpoint of step {step:,} is damaged ({damage}); renamed it to {aside.name}")
         if steps:
-            raise UserError(f"no checkpoint in {self._folder} is whole. To begin anew, remove {self._folder}")
+            raise UserError(f"no checkpoint in {self._folder} is valid. To restart, remove {self._folder}")
         return 0
 
     def load_model(self, model: nn.Module) -> tuple[int, int]:
-        """Restore only the weights of the newest checkpoint, to look at; return its step and its number of images.
+        """Restore only the weights of the newest checkpoint, in place.
+
+        Returns:
+            The number of steps done, and the size of the dataset.
 
         Raises:
-            UserError: If there is none, or it is damaged, or of another model.
+            UserError: If no checkpoint exists, or the newest is damaged or of another model.
         """
-        steps = self._inside()
+        steps = self._steps_inside()
         if not steps:
-            raise UserError(f"there is no checkpoint in {self._folder}")
-        path = self._path(steps[-1])
-        state = _named("model", model.state_dict())
+            raise UserError(f"no checkpoint in {self._folder}")
+        path, state = self._path(steps[-1]), _prefixed("model", model.state_dict())
         try:
             manifest = read_manifest(path)
-            there = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
-            wrong = difference(there, state)
-            if wrong:
-                raise UserError(f"the checkpoint {path} holds another model: {wrong}")
-            restore(path, there, state)
+            weights = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
+            mismatch = difference(weights, state)
+            if mismatch:
+                raise UserError(f"the checkpoint {path} is of another model: {mismatch}")
+            restore(path, weights, state)
         except DamagedError as error:
             raise UserError(f"the checkpoint {path} is damaged: {first_line(error)}") from error
         return steps[-1], manifest.images
 
-    def _inside(self) -> list[int]:
-        """Return `steps()`. Raises UserError if a symbolic link in their place leads out of the run."""
+    def _steps_inside(self) -> list[int]:
+        """Return `steps()`. Raises UserError if the folder is a symbolic link out of the run."""
         inside(self._folder.parent, self._folder.name)
         return self.steps()
 
@@ -156,95 +163,94 @@ class CheckpointManager:
     def _restore(self, step: int, state: dict[str, Tensor], images: int) -> None:
         """Restore a state in place. Raises DamagedError, after which it may be partly restored, or UserError."""
         path = self._path(step)
-        there = read_manifest(path)
-        if there.step != step:
-            raise DamagedError(f"it is that of update {there.step:,}")
-        wrong = difference(there.tensors, state)
-        if wrong:
-            raise UserError(f"the checkpoint {path} does not fit this run: {wrong}")
-        if there.images != images:
+        manifest = read_manifest(path)
+        if manifest.step != step:
+            raise DamagedError(f"it is that of step {manifest.step:,}")
+        mismatch = difference(manifest.tensors, state)
+        if mismatch:
+            raise UserError(f"the checkpoint {path} does not fit this run: {mismatch}")
+        if manifest.images != images:
             raise UserError(
-                f"the run began with {there.images:,} images, and there are {images:,} now: their order would be "
-                "another. Restore the data, or begin a new run."
+                f"dataset changed: this run started with {manifest.images:,} images, found {images:,}. Resuming would "
+                "shuffle them differently. Restore the data or start a new run"
             )
-        restore(path, there.tensors, state)
+        restore(path, manifest.tensors, state)
         if not all(value.isfinite() and value >= 0 for name, value in state.items() if name.startswith("updater.")):
             raise DamagedError("a count is not a number")
 
     def _write(self, step: int, images: int, share: Mapping[str, Part]) -> None:
-        """Write a checkpoint: on every rank, in a thread of its own and over a process group of its own."""
+        """Write a checkpoint: on every rank, in a thread and over a process group of its own."""
         final = self._path(step)
-        beside = final.with_suffix(".tmp")
+        temporary = final.with_suffix(".tmp")
 
         def prepare() -> None:
             if self._world.is_main:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self._folder.glob("*.tmp"):  # of a save that was killed
                     _remove(leftover)
-                beside.mkdir()
+                temporary.mkdir()
 
         def publish() -> None:
             if self._world.is_main:
-                write_manifest(beside, step, images, shares)
-                _sync(beside)
-                os.replace(beside, final)
+                write_manifest(temporary, step, images, shares)
+                _sync(temporary)
+                os.replace(temporary, final)
                 _sync(self._folder)
-                for old in self.steps()[: -self._last]:
-                    if not self._stays(old):
+                for old in self.steps()[: -self._keep_last]:
+                    if not self._keep_if(old):
                         _remove(self._path(old))
 
-        self._together(prepare)
-        shares = self._together(lambda: write_share(beside, share, self._world.rank))
-        self._together(publish)
+        self._on_all_ranks(prepare)
+        shares = self._on_all_ranks(lambda: write_share(temporary, share, self._world.rank))
+        self._on_all_ranks(publish)
 
-    def _together(self, work: Callable[[], T]) -> list[T]:
+    def _on_all_ranks(self, work: Callable[[], T]) -> list[T]:
         """Do the same work on every rank and return all results. Raises OSError on all ranks if it fails on one."""
         result, failure = None, ""
         try:
             result = work()
         except OSError as error:
             failure = f"{type(error).__name__}: {first_line(error)}"
-        done = self._world.gather((result, failure), self._world.saving)
-        failure = next(filter(None, (text for _, text in done)), "")
+        outcomes = self._world.gather((result, failure), self._world.saving)
+        failure = next(filter(None, (text for _, text in outcomes)), "")
         if failure:
             raise OSError(failure)
-        return cast(list[T], [result for result, _ in done])
+        return cast(list[T], [result for result, _ in outcomes])
 
-    def _finish(self, must: bool) -> None:
-        """Wait for the save that is being written, if there is one."""
+    def _wait_for_writer(self, must_succeed: bool) -> None:
         if self._writing is None:
             return
         try:
             self._writing.result()
         except OSError as error:
             text = f"a checkpoint could not be written to {self._folder}: {first_line(error)}"
-            if must:
-                raise UserError(f"{text}. Those before it are whole: the same command goes on from them") from error
-            self._say(f"warning: {text}; training goes on, and the next one tries again")
+            if must_succeed:
+                raise UserError(f"{text}. The same command resumes from the previous one") from error
+            self._warn(f"warning: {text}; training continues, and the next save retries")
         finally:
             self._writing = None
 
 
 def is_multiple_of(step: int, every: float) -> bool:
-    """Whether a step is a whole multiple of `every` steps, which need not be a whole number itself; 0: none is."""
+    """Return True if a step is a rounded multiple of `every` steps, which may be a fraction; 0 has no multiples."""
     return every > 0 and step == round(max(1, round(step / every)) * every)
 
 
-def _state(model: nn.Module, updater: SyncFreeOptimizer) -> dict[str, Tensor]:
-    """All that a checkpoint holds, by name: the tensors that training changes in place, not copies of them."""
-    weights, moments = get_state_dict(model, updater.optimizer)  # of an optimizer before its first step, zeros
-    state = _named("model", weights) | _named("updater", updater.state)
+def _state(model: nn.Module, optimizer: SyncFreeOptimizer) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint, by name, without copying: training changes them in place."""
+    weights, moments = get_state_dict(model, optimizer.optimizer)  # moments are zeros before the first step
+    state = _prefixed("model", weights) | _prefixed("updater", optimizer.state)
     for name, values in cast(dict[str, dict[str, Tensor]], moments["state"]).items():
-        state |= _named(f"optimizer.{name}", values)
+        state |= _prefixed(f"optimizer.{name}", values)
     return state
 
 
-def _named(kind: str, tensors: Mapping[str, object]) -> dict[str, Tensor]:
+def _prefixed(kind: str, tensors: Mapping[str, object]) -> dict[str, Tensor]:
     return {f"{kind}.{name}": cast(Tensor, value) for name, value in tensors.items()}
 
 
 def _remove(path: Path) -> None:
-    """Remove whatever is at a path; of a symbolic link, only the link."""
+    """Remove a file or folder; of a symbolic link, only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -252,7 +258,7 @@ def _remove(path: Path) -> None:
 
 
 def _move_aside(path: Path, aside: Path) -> None:
-    """Rename a checkpoint that cannot be used, in place of one that was renamed before."""
+    """Rename a damaged checkpoint, replacing one that was renamed earlier."""
     try:
         _remove(aside)
         os.replace(path, aside)
@@ -261,7 +267,7 @@ def _move_aside(path: Path, aside: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can."""
+    """Make a rename in a folder survive a power failure, where the system supports it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_DIRECTORY)
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The processes of a run: which of them this one is, and what they tell each other.
+"""Process groups: the ranks of a run, and their communication.
 
-Each computes on its own device. torchrun or Slurm's srun starts them and says in the environment who is who; without
-either there is one process, which talks to nobody. This is the only file that makes process groups.
+torchrun or Slurm's srun starts one process per device, and describes it in environment variables. Without either there
+is a single process, which communicates with no other. No other module creates process groups.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from pixmim.utils.errors import UserError, first_line
 T = TypeVar("T")
 
 _GRACE = 10.0
-"""Seconds within which all ranks that wait for the same one give up."""
+"""Seconds within which all ranks that wait for the same rank time out."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where a process sits: number `rank` of `size`, and number `local` of those on its machine."""
+    """Position of a process: `rank` of `size`, and `local` of those on its machine, all counted from 0."""
 
     rank: int = 0
     size: int = 1
@@ -37,10 +37,9 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """What the environment says of this process.
+    """Return this process's position, from the environment variables of torchrun or Slurm.
 
-    Slurm numbers every process, those that do not belong together as well, so its numbers count only where
-    MASTER_ADDR says that they meet.
+    Slurm's count only together with MASTER_ADDR, since it also numbers independent processes.
     """
     known = [("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     if "MASTER_ADDR" in os.environ:
@@ -53,12 +52,14 @@ def rank_info() -> RankInfo:
 
 @dataclass(frozen=True)
 class Distributed:
-    """The processes of a run, seen from one of them. A World of one does all it is asked for without any other.
+    """The ranks of a run. With a single process, every method returns at once.
 
-    store   where processes leave notes for each other; works while they wait in a collective
-    saving  a group apart for what is saved behind the loop's back
-    host    a group over which the loops agree, on the host whatever computes
-    timeout  seconds that a collective of the last two waits
+    Args:
+        rank_info: Position of this process.
+        store: Key-value store of the ranks. It also works while ranks wait in a collective.
+        saving: Process group for checkpoints, which are written in a thread.
+        host: Process group on the host, on which the training loop synchronizes.
+        timeout: Time limit of a collective of these two groups, in seconds.
     """
 
     rank_info: RankInfo = RankInfo()
@@ -66,48 +67,50 @@ class Distributed:
     saving: Any = None
     host: Any = None
     timeout: float = 0.0
-    _asked: list[tuple[Tensor, Any]] = field(default_factory=list)
+    _pending: list[tuple[Tensor, Any]] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
+        """Number of this process."""
         return self.rank_info.rank
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return self.rank_info.size
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that speaks and writes for all."""
+        """True on rank 0, which prints and writes for all."""
         return self.rank == 0
 
-    def any_rank_delayed(self, *wishes: bool) -> list[bool]:
-        """Give this process's wishes, and hear which any process had at the call before.
+    def any_rank_delayed(self, *flags: bool) -> list[bool]:
+        """All-reduce boolean flags asynchronously, and return the result of the previous call.
 
-        A step late, so that nobody waits for the answer, and all hear the same in the same step. A World of one
-        hears its wishes at once.
+        Ranks do not wait for each other, and all get the same result in the same step. A single process gets its own
+        flags at once.
         """
         if self.size == 1:
-            return list(wishes)
-        votes = torch.tensor(wishes, dtype=torch.int32)
-        work = dist.all_reduce(votes, dist.ReduceOp.MAX, self.host, async_op=True)
-        self._asked.append((votes, work))
-        if len(self._asked) == 1:
-            return [False] * len(wishes)
-        before, done = self._asked.pop(0)
-        done.wait()
-        return before.bool().tolist()
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, self.host, async_op=True)
+        self._pending.append((values, work))
+        if len(self._pending) == 1:
+            return [False] * len(flags)
+        previous, work = self._pending.pop(0)
+        work.wait()
+        return previous.bool().tolist()
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait on the host until every rank has called this."""
         if self.size > 1:
             dist.barrier(self.host)
 
     @contextmanager
     def naming_stuck_ranks(self) -> Iterator[None]:
-        """Raise UserError, with the ranks that are stuck, for a collective that times out.
+        """Turn the timeout of a collective into a UserError that names the stuck ranks.
 
-        Every rank that waited in vain leaves a note in the store. The ranks without one are stuck.
+        Every rank that timed out sets a key in the store. The ranks without one are stuck.
         """
         try:
             yield
@@ -115,7 +118,7 @@ class Distributed:
             if self.size == 1 or "timed out" not in str(error).lower():
                 raise
             stuck, deadline = [0], time.monotonic() + min(self.timeout, _GRACE)
-            with suppress(RuntimeError):  # rank 0 may keep the store
+            with suppress(RuntimeError):  # rank 0 may host the store
                 self.store.set(f"waited/{self.rank}", "")
                 while True:
                     stuck = [rank for rank in range(self.size) if not self.store.check([f"waited/{rank}"])]
@@ -128,13 +131,13 @@ class Distributed:
             ) from error
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, of tensors of one shape."""
+        """Sum a tensor over the ranks, in place. Collective."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: T, group: Any = None) -> list[T]:
-        """What each process gives, in their order; on all of them."""
+        """Return the values of all ranks, in order, on every rank. Collective."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -142,20 +145,20 @@ class Distributed:
         return values
 
     def broadcast(self, value: T) -> T:
-        """What the first process gives."""
+        """Return the value of rank 0. Collective."""
         return self.gather(value)[0]
 
     def local_world_size(self) -> int:
-        """How many of the processes share this one's machine; all of them must ask."""
+        """Return the number of ranks on this machine. Collective."""
         return self.gather(platform.node()).count(platform.node())
 
     def claim_once(self, text: str) -> bool:
-        """Whether no other process has said the same before: what goes wrong for all is said once."""
+        """Return True on the first rank to report this message, so that a shared failure is printed once."""
         if self.size == 1:
             return True
         try:
             return int(self.store.add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1)) == 1
-        except RuntimeError:  # the process that kept the notes is gone
+        except RuntimeError:  # the process that hosts the store has ended
             return True
 
 
@@ -164,67 +167,69 @@ SINGLE_PROCESS = Distributed()
 
 @contextmanager
 def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
-    """Meet the other processes of the run, if there are any; once in a process, which ends by `process.leave`.
+    """Initialize the process group of a run, if there are several processes.
 
-    device   "auto", "cuda" or "cpu", as the user asked: decides how processes talk, and gives each its own GPU
-    timeout  seconds after which a process that waits for the others gives up
+    Use it once in a process, which then ends with `pixmim.utils.process.leave`.
 
-    Raises UserError where they cannot meet, and for an error that another process's end has caused.
+    Args:
+        device: The value of --device. With "auto" or "cuda", each rank gets a GPU of its own.
+        timeout: Seconds after which a rank that waits for others gives up.
+
+    Raises:
+        UserError: If the process group cannot be initialized, or another rank ends.
     """
-    here = rank_info()
-    if here.size == 1:
+    info = rank_info()
+    if info.size == 1:
         yield SINGLE_PROCESS
         return
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
         if device not in ("auto", "cuda"):
+            raise UserError(f"--device {device} is one GPU for {info.size} processes: leave it out, so each gets one")
+        if info.local >= torch.cuda.device_count():
             raise UserError(
-                f"--device {device} is one GPU for {here.size} processes: leave it out, and each gets its own"
+                f"process {info.local} on this machine has no GPU: start at most {torch.cuda.device_count()} processes"
             )
-        if here.local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {here.local} of this machine finds {torch.cuda.device_count()} GPUs: start as many"
-            )
-        torch.cuda.set_device(here.local)
-    patience = timedelta(seconds=timeout)
+        torch.cuda.set_device(info.local)
+    limit = timedelta(seconds=timeout)
     try:
-        store = _init_store(here, patience)
+        store = _init_store(info, limit)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
             store=PrefixStore("group", store),
-            rank=here.rank,
-            world_size=here.size,
-            # NCCL ends the process without naming a rank, so the host's groups must give up first.
-            timeout=2 * patience if gpu else patience,
+            rank=info.rank,
+            world_size=info.size,
+            # NCCL ends the process without naming a rank, so the groups on the host must time out first.
+            timeout=2 * limit if gpu else limit,
         )
     except (RuntimeError, KeyError) as error:
-        raise UserError(f"process {here.rank} of {here.size} could not meet the others: {first_line(error)}") from error
-    saving, host = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
-    world = Distributed(here, store, saving, host, timeout)
+        raise UserError(
+            f"rank {info.rank} of {info.size} failed to initialize the process group: {first_line(error)}"
+        ) from error
+    saving, host = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+    world = Distributed(info, store, saving, host, timeout)
     try:
         yield world
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise UserError(
-                f"another process of the run has ended ({first_line(error)}), and what it printed says why. The same "
-                "command goes on from the newest checkpoint"
+                f"another rank has ended ({first_line(error)}): see its output for the reason. The same command "
+                "resumes from the newest checkpoint"
             ) from error
         raise
-    for _, work in world._asked:
+    for _, work in world._pending:
         work.wait()
-    world.gather(None)  # nobody leaves while another one still has work to do
+    world.gather(None)  # no rank leaves while another one still works
 
 
-def _init_store(here: RankInfo, patience: timedelta) -> Any:
-    """The store that the processes share; kept by torchrun, or else by the first process."""
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _init_store(info: RankInfo, timeout: timedelta) -> Any:
+    """Connect to the store of torchrun, or of rank 0."""
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        here.size,
-        is_master=here.rank == 0 and not kept,
-        timeout=patience,
+        info.size,
+        is_master=info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=timeout,
     )
-    # torchrun's store outlives the processes that it starts again; what the last ones left there is not meant for them.
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"pixmim/{again}", store)
+    # torchrun's store survives a restart of the processes, so each start has keys of its own.
+    return PrefixStore(f"pixmim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

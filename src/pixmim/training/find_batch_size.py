@@ -1,73 +1,130 @@
-"""Find out how many images fit into memory at once, and recognize errors that mean it ran out."""
+"""Split batches into parts that fit in memory, and recognize out-of-memory errors."""
 
 import errno
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-from pixmim.utils.errors import UserError
+from pixmim.config import PretrainConfig
+from pixmim.training.distributed import Distributed
+from pixmim.training.parallelize import parallel_mode
+from pixmim.utils.errors import UserError, first_line
 
 
 def images_at_once(pixels: int, width: int) -> int:
-    """Return how many images a CPU computes at once: 16 of ViT-S at 224 pixels, 1,000 of a small one at 48."""
+    """Return how many images of so many pixels a CPU computes at once, given the width of the encoder.
+
+    16 for ViT-S at 224 pixels, more than 1,000 for a small one at 48.
+    """
     return max(1, 320_000_000 // (pixels * width))
 
 
-def equal_parts(batch: int, asked: int, device: torch.device, size: tuple[int, int], width: int) -> int:
-    """Return the number of equal parts to compute a batch in: `asked`, or for 0 what a CPU's memory suits.
+def equal_parts(batch: int, steps: int, device: torch.device, size: tuple[int, int], width: int) -> int:
+    """Return the number of equal parts to compute a batch in: `steps`, or for 0 as many as suit the device.
+
+    Args:
+        batch: Images in the batch.
+        steps: The value of --accumulation-steps.
+        device: A CPU takes parts of at most `images_at_once`, any other device takes one part.
+        size: Height and width of the images.
+        width: Width of the encoder.
 
     Raises:
-        UserError: If the batch does not divide into as many as were asked for.
+        UserError: If the batch does not divide into `steps` equal parts.
     """
-    if asked and batch % asked:
-        raise UserError(f"a batch of {batch} does not divide into --accumulation-steps {asked} equal parts")
-    if asked or device.type != "cpu":
-        return asked or 1
+    if steps and batch % steps:
+        raise UserError(f"a batch of {batch} does not divide into --accumulation-steps {steps} equal parts")
+    if steps or device.type != "cpu":
+        return steps or 1
     fewest = -(-batch // images_at_once(math.prod(size), width))
     return next(parts for parts in range(fewest, batch + 1) if batch % parts == 0)
 
 
-def halve(attempt: Callable[[int], None], images: int, agree: Callable[[bool], bool] = bool) -> int:
-    """Return `images`, or of its halves the first that `attempt` computes without running out of memory.
+def find_accumulation_steps(
+    config: PretrainConfig,
+    world: Distributed,
+    device: torch.device,
+    width: int,
+    trial: Callable[[int], None],
+    reserved: int,
+) -> int:
+    """Return the number of parts in which each rank computes its share of a batch. Collective: call on every rank.
+
+    This is --accumulation-steps if given. Otherwise a CPU takes parts of at most `images_at_once`, and a GPU halves the
+    share until a trial fits. FSDP always takes one part: a rank whose trial fails would block the others.
 
     Args:
-        attempt: Compute so many images.
-        images: The number to begin with.
-        agree: Return whether it fitted on every rank. Collective.
+        config: Configuration of the run.
+        world: Ranks of the run.
+        device: Device of this rank.
+        width: Width of the encoder.
+        trial: Compute the gradient of so many images.
+        reserved: Bytes of device memory to leave free.
 
     Raises:
         UserError: If not even one image fits.
     """
-    while not agree(_fits(attempt, images)):
+    share = config.batch_size // world.size
+    if config.accumulation_steps:
+        return config.accumulation_steps
+    if device.type == "cpu":
+        at_once = images_at_once(math.prod(config.image_size), width) // world.local_world_size()
+        return -(-share // max(1, at_once))
+    if parallel_mode(config.parallel, world) == "fsdp":
+        return 1
+    images = share
+
+    def attempt() -> None:
+        reservation = torch.empty(reserved, dtype=torch.uint8, device=device)
+        trial(images)
+        del reservation
+
+    while not all(world.gather(_fits(attempt))):
         if images == 1:
-            raise UserError("not even one image fits into the memory: choose a smaller model or a smaller --size")
+            raise UserError("not even one image fits in memory: choose a smaller model or a smaller --size")
         images = -(-images // 2)
-    return images
+    return -(-share // images)
 
 
-def _fits(attempt: Callable[[int], None], images: int) -> bool:
+def _fits(attempt: Callable[[], None]) -> bool:
     try:
-        attempt(images)
+        attempt()
         return True
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    # Outside the except clause, where the error no longer holds on to the step's tensors.
+    # Outside the except clause, where the error no longer references its tensors.
     gc.collect()
     torch.cuda.empty_cache()
     return False
 
 
+@contextmanager
+def out_of_memory_hint(images: int, parts: int) -> Iterator[None]:
+    """Turn an out-of-memory error into a UserError with advice. `images`: computed at once, in each of the parts."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"--accumulation-steps {2 * parts} halves them" if images > 1 else "choose a smaller model"
+        raise UserError(
+            f"out of memory with {images:,} images computed at once ({first_line(error)}): {advice}; a smaller --size "
+            "helps too"
+        ) from None
+
+
 def in_gib(size: float) -> str:
-    """Return bytes as a number of GiB, for people."""
+    """Format a number of bytes in GiB."""
     gib = size / 2**30
     return f"{gib:,.0f}" if gib >= 10 else f"{gib:.1f}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the machine, has no memory left."""
+    """Return True if an error means that the device or the machine has no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
@@ -82,5 +139,5 @@ _SIGNS = (
     "not enough memory",  # the same on Windows
     "bad_alloc",
     "could not create a primitive",  # oneDNN, which multiplies in bf16 and convolves on a CPU
-    "status_alloc_failed",  # cuDNN, cuBLAS and their like
+    "status_alloc_failed",  # cuDNN and cuBLAS
 )

@@ -1,6 +1,7 @@
-"""What a run says while it goes: metrics.jsonl for machines, a bar or plain lines for people."""
+"""Metrics of a run: metrics.jsonl, a progress bar or plain lines, and the summaries at its start and end."""
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from pixmim.config import PretrainConfig
+from pixmim.targets import resolve_radius
+from pixmim.training.distributed import Distributed
+from pixmim.training.optim import Schedule
+from pixmim.training.parallelize import parallel_mode
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import append, parse_json, read_text, write_text_atomically
 
 DATA_BOUND = 0.1
-"""Share of its time that a loop waits for data, from which on faster data would make a faster run."""
-
+"""Fraction of time waiting for data above which a faster data pipeline would make a faster run."""
 
 _MAX_BYTES = 2**28
 _MAX_LINES = 1_000_000
@@ -26,14 +31,14 @@ _MAX_STEP = 2**53
 
 
 def read_metrics(path: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl that hold a step, an epoch and numbers; other lines are left out.
+    """Read the lines of a metrics.jsonl that hold a step, an epoch and numbers, and skip all others.
 
     Args:
         path: The file, which need not exist.
-        warn: Called at most once, with what was left out. A last line that a kill cut short is not worth a warning.
+        warn: Called at most once, with a summary of the skipped lines. A last line that is cut short is not reported.
 
     Raises:
-        OSError: If there is something that is not a regular file, or is larger than 256 MiB.
+        OSError: If it is not a regular file, or is larger than 256 MiB.
     """
     if not path.exists():
         return []
@@ -42,7 +47,7 @@ def read_metrics(path: Path, warn: Callable[[str], None] = lambda text: None) ->
     for number, line in enumerate(lines[:_MAX_LINES], 1):
         try:
             if line.strip():
-                good.append(_metrics(line, f"line {number}"))
+                good.append(_parse_metrics(line, f"line {number}"))
         except UserError as error:
             if number < len(lines):
                 bad.append(str(error))
@@ -54,8 +59,8 @@ def read_metrics(path: Path, warn: Callable[[str], None] = lambda text: None) ->
     return good
 
 
-def _metrics(text: str, source: str) -> dict[str, Any]:
-    """One line of metrics. Raises UserError."""
+def _parse_metrics(text: str, source: str) -> dict[str, Any]:
+    """Parse an untrusted line of metrics. Raises UserError."""
     line = parse_json(text, source)
     if not isinstance(line, dict):
         raise UserError(f"{source} is not an object")
@@ -71,25 +76,28 @@ def _metrics(text: str, source: str) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    """Return True for a finite number that a figure can show."""
+    """Return True for a finite number that can be plotted."""
     return type(value) in (int, float) and abs(value) < 1e100  # type: ignore[arg-type]
 
 
-def bound_by(share: float) -> str:
-    """What limits a run whose loop waits for data that share of its time."""
-    return f"{'data' if share > DATA_BOUND else 'compute'}-bound: waits for data {share:.0%}"
+def bound_by(data_wait: float) -> str:
+    """Return what limits a run that waits for data for this fraction of its time."""
+    return f"{'data' if data_wait > DATA_BOUND else 'compute'}-bound: waits for data {data_wait:.0%}"
 
 
 class MetricLogger:
-    """Writes a line of metrics every `every` steps, and shows where the run stands.
+    """Log means of metrics every `every` steps, to metrics.jsonl and the terminal.
 
-    path    metrics.jsonl; lines after step `start`, of a run that was interrupted, are removed. None: no file, of a
-            process that only has a share in the means
-    steps   updates in the whole run
-    epoch   passes over the data that one step makes
-    images  images in one step
-    total   sums a tensor over all processes of the run
-    on_write  called with each line that is written, where there is a file
+    Args:
+        path: metrics.jsonl, from which lines after step `start` are removed; None on ranks other than 0.
+        steps: Steps of the run.
+        start: Steps done before this process started.
+        every: Steps between two lines.
+        epoch: Epochs per step.
+        images: Images per step.
+        console: Prints progress.
+        total: Sums a tensor over the ranks.
+        on_write: Called with each record that is written.
     """
 
     def __init__(
@@ -105,8 +113,7 @@ class MetricLogger:
         total: Callable[[Tensor], Tensor] = lambda values: values,
         on_write: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self._path, self._unwritten, self._total = path, "", total
-        self._on_write = on_write
+        self._path, self._unwritten, self._total, self._on_write = path, "", total, on_write
         if path is not None:
             lines = read_metrics(path, lambda text: print_plain(console, f"warning: {text}")) if start else []
             write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
@@ -123,8 +130,8 @@ class MetricLogger:
         self._task = self._bar.add_task("", total=steps, completed=start, text="")
         self._sums: dict[str, Tensor] = {}
         self._count = 0
-        self._began = self._since = time.perf_counter()
-        self._first, self._waited, self._spoke, self._seconds = start, 0.0, 0.0, 0.0
+        self._start_time = self._line_time = time.perf_counter()
+        self._start, self._waited, self._printed_at, self._seconds = start, 0.0, 0.0, 0.0
 
     def __enter__(self) -> "MetricLogger":
         self._bar.start()
@@ -132,14 +139,14 @@ class MetricLogger:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
-        self._write_out()
+        self._flush()
 
     def should_log(self, step: int) -> bool:
-        """Whether the step that made the count `step` closes a line; only then is the device asked for numbers."""
+        """Return True if a line is due after `step` steps; only then are values copied from the device."""
         return step % self._every == 0 or step == self._steps
 
     def update(self, step: int, **values: Tensor) -> None:
-        """Take a step's scalars, on the device and unread. Values that are not finite do not count in the mean."""
+        """Add scalars of a step, on the device, to the means. Values that are not finite are left out."""
         for name, value in values.items():
             number = torch.stack([value.detach().nan_to_num(0.0, 0.0, 0.0), torch.isfinite(value).float()])
             self._sums[name] = self._sums[name] + number if name in self._sums else number
@@ -147,56 +154,142 @@ class MetricLogger:
         self._bar.update(self._task, completed=step)
 
     def log(self, step: int, waited: float, **values: float) -> None:
-        """Write the means since the last line. `waited`: seconds spent waiting for data since the run began."""
+        """Write a line with the means since the last line.
+
+        Args:
+            step: Steps done.
+            waited: Seconds of waiting for data since the process started.
+            values: Further numbers.
+        """
         sums = self._total(torch.stack(list(self._sums.values()))).tolist() if self._sums else []
         means = {
-            n: total / count if count else float("nan") for n, (total, count) in zip(self._sums, sums, strict=True)
+            name: total / count if count else float("nan")
+            for name, (total, count) in zip(self._sums, sums, strict=True)
         }
         now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
+        seconds = max(now - self._line_time, 1e-9)
         self._seconds += seconds
-        line = {
-            "step": step,
-            "epoch": round(step * self._epoch, 6),
-            **means,
-            **values,
-            "images_per_s": self._count * self._images / seconds,
-            "data_wait_fraction": min(1.0, (waited - self._waited) / seconds),
-        }
-        self.write(line)
-        text = (
-            f"loss {means.get('loss', float('nan')):.4f} · {line['images_per_s']:,.0f} images/s"
-            f" · {bound_by(line['data_wait_fraction'])}"
-        )
+        rate, wait = self._count * self._images / seconds, min(1.0, (waited - self._waited) / seconds)
+        position = {"step": step, "epoch": round(step * self._epoch, 6)}
+        self.write({**position, **means, **values, "images_per_s": rate, "data_wait_fraction": wait})
+        text = f"loss {means.get('loss', float('nan')):.4f} · {rate:,.0f} images/s · {bound_by(wait)}"
         self._bar.update(self._task, text=text)
-        if not self._console.is_terminal and (now - self._spoke > 5 or step == self._steps):
-            left = (now - self._began) / max(1, step - self._first) * (self._steps - step)
+        if not self._console.is_terminal and (now - self._printed_at > 5 or step == self._steps):
+            left = (now - self._start_time) / max(1, step - self._start) * (self._steps - step)
             print_plain(self._console, f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left")
-            self._spoke = now
-        self._sums, self._count, self._since, self._waited = {}, 0, now, waited
+            self._printed_at = now
+        self._sums, self._count, self._line_time, self._waited = {}, 0, now, waited
 
     @property
     def data_wait(self) -> float:
-        """Share of the time of all lines so far that the loop waited for data."""
+        """Fraction of the time of all lines so far that was spent waiting for data."""
         return min(1.0, self._waited / self._seconds) if self._seconds else 0.0
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Append a line as it is; on a full disk, as soon as there is space again."""
-        self._unwritten += json.dumps(line) + "\n"
-        self._write_out()
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record as it is. If the disk is full, it is written with a later one."""
+        self._unwritten += json.dumps(record) + "\n"
+        self._flush()
         if self._on_write is not None and self._path is not None:
-            self._on_write(dict(line))
+            self._on_write(dict(record))
 
-    def _write_out(self) -> None:
+    def _flush(self) -> None:
         if self._path is None or not self._unwritten:
             return
         try:
             append(self._path, self._unwritten)
             self._unwritten = ""
         except OSError as error:
-            print_plain(self._console, f"warning: {self._path} cannot be written now: {error}")
+            print_plain(self._console, f"warning: cannot write {self._path} ({error}); retrying with the next line")
 
     def pause(self) -> None:
-        """Leave out of the rate the time since the last line, which went to something else than training."""
-        self._since = time.perf_counter()
+        """Exclude the time since the last line from the throughput."""
+        self._line_time = time.perf_counter()
         self._count = 0
+
+
+def start_summary(
+    config: PretrainConfig,
+    images: int,
+    schedule: Schedule,
+    device: torch.device,
+    precision: str,
+    world: Distributed,
+    parts: int,
+) -> list[str]:
+    """Return lines of plain text that describe a run, and warn about unusual settings.
+
+    Args:
+        config: Configuration of the run.
+        images: Images in the dataset.
+        schedule: Its schedule.
+        device: Device of this rank.
+        precision: Resolved precision.
+        world: Ranks of the run.
+        parts: Parts in which each rank computes its share of a batch.
+    """
+    radius = resolve_radius(config.target.radius, config.image_size)
+    target = f"low frequencies up to radius {radius}" if config.target.kind == "low-frequency" else "pixels"
+    if config.target.distance == "cross_entropy":
+        target += f" in {config.target.bins} bins"
+    height, width = config.image_size
+    drop = f", a tenth of it from step {schedule.drop:,}" if schedule.drop is not None else ""
+    share = config.batch_size // world.size
+    most = f"{'' if share % parts == 0 else 'up to '}{-(-share // parts):,}"
+    split = f" in {parts} parts of {most}" if parts > 1 else ""
+    if world.size > 1:
+        mode = parallel_mode(config.parallel, world)
+        hardware = f"{world.size} processes on {device.type} ({mode}), each {share:,} images of a batch{split},"
+    else:
+        hardware = f"{device}, each batch{split}," if split else str(device)
+    lines = [
+        f"{config.model.name} on {config.model.backbone} at {height}x{width}, predicting {target}, "
+        f"crop {config.crop.kind}",
+        f"{images:,} images; {schedule.steps:,} steps of {config.batch_size:,} images = "
+        f"{schedule.steps * config.batch_size / images:,.1f} epochs; "
+        f"learning rate {config.lr:.3g} after {schedule.warmup:,} steps of warm-up{drop}",
+        f"{hardware} in {precision}, seed {config.seed}",
+    ]
+    usual_lr = config.optim.base_lr * config.batch_size / 256
+    usual_images = config.dtype == "uint8" and config.channels in (1, 3)
+    if config.recipe_info.steps and schedule.steps < config.recipe_info.steps / 10:
+        lines.append(
+            f"warning: {schedule.steps:,} steps are less than a tenth of the {config.recipe_info.steps:,} that this "
+            "recipe was made for: pass more --epochs or a smaller --batch-size"
+        )
+    if config.optim.lr is not None and not 0.25 < config.lr / usual_lr < 4:
+        lines.append(
+            f"warning: --optim.lr {config.lr:.3g} is unusual for a batch of {config.batch_size:,}: without it, the "
+            f"learning rate is {usual_lr:.3g}"
+        )
+    if not usual_images and (config.mean is None or config.std is None):
+        lines.append(
+            "warning: mean and std are not measured, so those of photographs are used: run `pixmim stats DATA`"
+        )
+    if images < config.batch_size:
+        lines.append(f"warning: a batch of {config.batch_size:,} contains each of the {images:,} images more than once")
+    return lines
+
+
+def end_summary(
+    config: PretrainConfig, out: Path, step: int, skipped: int, bad: int, images: int, data_wait: float
+) -> list[str]:
+    """Return lines of plain text about what a finished run should be checked for.
+
+    Args:
+        config: Configuration of the run.
+        out: Folder of the run.
+        step: Steps done.
+        skipped: Steps skipped for bad gradients.
+        bad: Images that could not be read.
+        images: Images in the dataset.
+        data_wait: Fraction of the time spent waiting for data.
+    """
+    lines = []
+    if data_wait > DATA_BOUND:
+        command = f"pixmim bench-data {shlex.quote(config.data)}"
+        lines.append(f"the run waited for data {data_wait:.0%} of its time: `{command}` recommends what to change")
+    if skipped:
+        lines.append(f"{skipped} of {step} steps were skipped because their gradient was not finite")
+    if bad:
+        lines.append(f"{bad} of {images} images could not be read: see {out}/skipped.csv")
+    return lines

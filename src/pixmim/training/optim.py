@@ -1,22 +1,76 @@
-"""Optimizers (AdamW, LARS, LAMB), and steps that are skipped for bad gradients without a device sync."""
+"""Learning rate schedule, optimizers (AdamW, LARS, LAMB), and steps that skip bad gradients without a device sync."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pixmim.config import PretrainConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of each step: linear warm-up, then half a cosine, or one drop to a tenth.
+
+    MAE's cosine starts after the warm-up (arXiv 2111.06377, appendix A). SimMIM's and DeiT III's starts at step 0, and
+    the warm-up replaces its first part (timm's CosineLRScheduler with `warmup_prefix=False`).
+
+    Args:
+        steps: Number of steps of the run.
+        warmup: Number of steps of warm-up.
+        peak: Learning rate at the end of the warm-up.
+        final: Learning rate at the end of the cosine.
+        first: Learning rate at step 0.
+        drop: Step from which on the rate is a tenth of the peak (SimMIM over 800 epochs); None: a cosine.
+        warmup_prefix: Start the cosine after the warm-up instead of at step 0.
+    """
+
+    steps: int
+    warmup: int
+    peak: float
+    final: float
+    first: float = 0.0
+    drop: int | None = None
+    warmup_prefix: bool = True
+
+    @staticmethod
+    def of(config: PretrainConfig, images: int) -> "Schedule":
+        """Return the schedule of a run over `images` images. Warm-up takes at most a fifth of the steps."""
+        steps_per_epoch, optim = images / config.batch_size, config.optim
+        steps = config.steps if config.steps is not None else max(1, round(config.epochs * steps_per_epoch))
+        warmup = min(round(optim.warmup * steps_per_epoch), steps // 5)
+        drop = round(optim.lr_drop_at * steps) if optim.schedule == "step" else None
+        return Schedule(steps, warmup, config.lr, optim.min_lr, optim.warmup_start_lr, drop, optim.warmup_prefix)
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.first + (self.peak - self.first) * step / self.warmup
+        if self.drop is not None:
+            return self.peak if step < self.drop else self.peak / 10
+        start = self.warmup if self.warmup_prefix else 0
+        progress = (step - start) / (self.steps - start)
+        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
 
 def adamw(
     model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, exempt: tuple[str, ...] = ()
 ) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that have a gradient.
+    """Create fused AdamW over the parameters that require a gradient.
 
-    Norms, biases, position tables and single tokens are not decayed: everything of one axis, and everything whose
-    leading axis counts one (`cls_token`, `mask_token`, `pos_embed` are 1 x n x d).
+    Weight decay is not applied to norms, biases, position tables and single tokens: parameters with one axis, or with
+    a leading axis of length 1 (`cls_token`, `mask_token`, `pos_embed` are 1 x n x d).
 
-    exempt  what is not decayed besides: all whose name contains one of these
+    Args:
+        model: The model.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        weight_decay: Weight decay of all other parameters.
+        exempt: Parts of names of further parameters without weight decay.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -30,12 +84,17 @@ def adamw(
 def layer_decay_param_groups(
     model: nn.Module, layers: Mapping[str, int], decay: float, weight_decay: float, exempt: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
-    """Groups of parameters for an optimizer: each layer's learning rate is `decay` of that of the layer above it.
+    """Return parameter groups in which each layer's learning rate is `decay` times that of the layer above it.
 
-    layers  the layer of each parameter by name; the greatest gets the full rate
-    exempt  what is not decayed (pulled to zero) besides what `adamw` exempts: all whose name contains one of these
+    Args:
+        model: The model.
+        layers: Layer of each parameter, by name. The last layer gets the full learning rate.
+        decay: Factor from a layer to the one below.
+        weight_decay: Weight decay, except of what `adamw` exempts.
+        exempt: Parts of names of further parameters without weight decay.
 
-    A group's "scale" is for `SyncFreeOptimizer`, which multiplies the learning rate with it.
+    Returns:
+        Groups with a "scale", by which `SyncFreeOptimizer` multiplies the learning rate.
     """
     top = max(layers.values())
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -53,14 +112,19 @@ def _is_exempt(name: str, p: nn.Parameter, exempt: tuple[str, ...]) -> bool:
 
 
 class SyncFreeOptimizer:
-    """Applies gradients to weights: unscales, clips, and leaves the weights untouched where the gradient is not finite.
+    """Unscale and clip gradients, and take a step unless they are not finite, without waiting for the device.
 
-    All three happen inside the fused AdamW kernel, which divides by `grad_scale` and does nothing when `found_inf`
-    is one (the two values torch's own GradScaler hands it); so no step waits for the device. LARS and LAMB take
-    the two values as well.
+    Fused AdamW does all three in its kernel: it divides by `grad_scale`, and does nothing if `found_inf` is 1 (the two
+    values that torch's GradScaler passes to it). LARS and LAMB below take the same two values.
 
-    clip     largest norm of the gradient, or None
-    scaling  multiply the loss against underflow, as float16 needs: halved on a bad step, doubled after 2000 good ones
+    Args:
+        optimizer: Fused AdamW, LARS or LAMB.
+        clip: Largest norm of the gradient, or None.
+        scaling: Scale the loss against underflow, as float16 needs: halved on a bad step, doubled after 2000 good ones.
+        device: Device of the parameters.
+
+    Attributes:
+        state: Loss scale and counts, as scalars on the device; part of a checkpoint.
     """
 
     def __init__(
@@ -73,19 +137,19 @@ class SyncFreeOptimizer:
         self.state: dict[str, Tensor] = {
             "scale": torch.full((), 2.0**16 if scaling else 1.0, device=device),
             "good": zero.clone(),  # steps since the scale last changed
-            "skipped": zero.clone(),  # steps without an update, all together
-            "streak": zero.clone(),  # and in a row, up to now
+            "skipped": zero.clone(),  # skipped steps
+            "streak": zero.clone(),  # skipped steps in a row, up to now
         }
-        """Counts and loss scale, as scalars on the device; part of a checkpoint."""
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a loss."""
         (loss * self.state["scale"]).backward() if self._scaling else loss.backward()
 
     def step(self, lr: float) -> Tensor:
-        """Apply and clear the accumulated gradient at this learning rate, times a group's own "scale" if it has one.
+        """Apply and clear the accumulated gradient, at this learning rate times the "scale" of each group, if any.
 
-        Gives the gradient's norm, a scalar on the device.
+        Returns:
+            The norm of the gradient, a scalar on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
@@ -108,87 +172,91 @@ class SyncFreeOptimizer:
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together, of all processes' shards where they are sharded."""
+    """Return the Euclidean norm of all gradients, including the shards of other ranks."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step along a matrix is `trust` of the matrix's length (arXiv 1708.03888).
-
-    As MAE's linear probe uses it: vectors (biases, norms) take the plain step. No weight decay.
-    """
+class _Skippable(torch.optim.Optimizer):
+    """An optimizer that takes a scaled gradient, and takes no step if `found_inf` is 1, without a device sync."""
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take a step with every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    good = torch.ones((), device=p.device) if self.found_inf is None else 1 - self.found_inf
+                    gradient = p.grad if self.grad_scale is None else p.grad / self.grad_scale
+                    self._step(p, gradient.nan_to_num(0.0, 0.0, 0.0), good, group, self.state[p])
+
+    def _step(self, p: Tensor, gradient: Tensor, good: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """Take a step with one parameter; if `good` is 0, leave it and its state unchanged."""
+        raise NotImplementedError
+
+
+class LARS(_Skippable):
+    """SGD with momentum whose step along a matrix is `trust` times the norm of the matrix (arXiv 1708.03888).
+
+    As in MAE's linear probe: vectors (biases, norms) take the plain step. No weight decay.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        momentum: Momentum.
+        trust: Trust coefficient.
+    """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust: float = 0.001) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                gradient, good = _usable(p.grad, self.grad_scale, self.found_inf)
-                if p.ndim > 1:
-                    gradient = gradient * _ratio(p, gradient, group["trust"])
-                moved = group["momentum"] * state["momentum"] + gradient
-                state["momentum"].copy_(torch.where(good > 0, moved, state["momentum"]))
-                p.sub_(state["momentum"] * good, alpha=group["lr"])
+    def _step(self, p: Tensor, gradient: Tensor, good: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        if p.ndim > 1:
+            gradient = gradient * _ratio(p, gradient, group["trust"])
+        moved = group["momentum"] * state["momentum"] + gradient
+        state["momentum"].copy_(torch.where(good > 0, moved, state["momentum"]))
+        p.sub_(state["momentum"] * good, alpha=group["lr"])
 
 
-class LAMB(torch.optim.Optimizer):
-    """AdamW whose step along a decayed tensor is as long as the tensor times the rate (arXiv 1904.00962).
+class LAMB(_Skippable):
+    """AdamW whose step along a decayed tensor has the tensor's norm times the learning rate (arXiv 1904.00962).
 
-    As apex's FusedLAMB, DeiT III's optimizer: tensors without decay take Adam's step. It clips the gradient at norm 1
-    as well; here that is for `SyncFreeOptimizer` to do.
+    As apex's FusedLAMB, DeiT III's optimizer: tensors without weight decay take Adam's step. FusedLAMB also clips the
+    gradient to norm 1, which is left to `SyncFreeOptimizer`.
+
+    Args:
+        params: Parameters or groups, each with its "weight_decay".
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
     """
-
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            b1, b2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), device=p.device)
-                    state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
-                gradient, good = _usable(p.grad, self.grad_scale, self.found_inf)
-                state["step"] += good
-                state["mean"].lerp_(gradient, (1 - b1) * good)
-                state["square"].lerp_(gradient.square(), (1 - b2) * good)
-                step = state["step"].clamp(min=1)
-                update = state["mean"] / (1 - b1**step)
-                update /= (state["square"] / (1 - b2**step)).sqrt() + group["eps"]
-                if group["weight_decay"]:
-                    update += group["weight_decay"] * p
-                    update *= _ratio(p, update, 1.0)
-                p.sub_(update * good, alpha=group["lr"])
-
-
-def _usable(gradient: Tensor, scale: Tensor | None, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradient without its scale, zero where it is not finite; and one, or zero if the step is to be left out."""
-    good = torch.ones((), device=gradient.device) if found_inf is None else 1 - found_inf
-    gradient = gradient if scale is None else gradient / scale
-    return gradient.nan_to_num(0.0, 0.0, 0.0), good
+    def _step(self, p: Tensor, gradient: Tensor, good: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        b1, b2 = group["betas"]
+        if not state:
+            state["step"] = torch.zeros((), device=p.device)
+            state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += good
+        state["mean"].lerp_(gradient, (1 - b1) * good)
+        state["square"].lerp_(gradient.square(), (1 - b2) * good)
+        step = state["step"].clamp(min=1)
+        update = state["mean"] / (1 - b1**step)
+        update /= (state["square"] / (1 - b2**step)).sqrt() + group["eps"]
+        if group["weight_decay"]:
+            update += group["weight_decay"] * p
+            update *= _ratio(p, update, 1.0)
+        p.sub_(update * good, alpha=group["lr"])
 
 
 def _ratio(p: Tensor, update: Tensor, trust: float) -> Tensor:
-    """trust |p| / |update|; 1 where either is zero."""
-    length, step = p.norm(), update.norm()
-    return torch.where((length > 0) & (step > 0), trust * length / step, 1.0)
+    """Return trust |p| / |update|, or 1 if either norm is zero."""
+    norm, step = p.norm(), update.norm()
+    return torch.where((norm > 0) & (step > 0), trust * norm / step, 1.0)

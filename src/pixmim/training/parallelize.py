@@ -1,10 +1,10 @@
-"""How a model is made to compute: recomputed, compiled, replicated or sharded; composed here, in this order."""
+"""Prepare a model for training: recompute activations, compile, replicate (DDP) or shard (FSDP2), in this order."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,17 +20,18 @@ from pixmim.training.precision import Precision
 from pixmim.utils.errors import UserError, first_line
 
 ParallelMode = Literal["none", "ddp", "fsdp"]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def parallel_mode(config: ParallelConfig, world: Distributed) -> ParallelMode:
-    """How a model is spread over the processes of a run; one process keeps it whole whatever `config` says."""
+    """Resolve the parallel strategy; "none" for a single process."""
     if world.size == 1:
         return "none"
     return "ddp" if config.strategy == "auto" else config.strategy
 
 
 def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Return the transformer blocks of encoder and decoder: the children of modules named `blocks`, `blocks1` ..."""
+    """Yield the transformer blocks of encoder and decoder: the children of modules named `blocks`, `blocks1` ..."""
     for name, child in model.named_modules():
         if name.rpartition(".")[2].startswith("blocks"):
             yield from child.children()
@@ -39,14 +40,21 @@ def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
 def parallelize(
     model: nn.Module, config: ParallelConfig, world: Distributed, device: torch.device, precision: Precision
 ) -> nn.Module:
-    """The module that a step calls in place of `model`, which stays the one whose weights are trained and saved.
+    """Return the module to call in place of `model`, whose own parameters are trained and saved.
 
-    1. recompute  each block forgets its activations
-    2. compile    each block, or the whole model: in place, so that names in checkpoints stay
-    3. shard or replicate  FSDP2 shards block by block, so that one is gathered while another computes; weights travel
-       in the run's precision and gradients in float32. DDP sums gradients while others are still computed
+    Call it before the optimizer is created, which must see the shards. Compilation is in place, so that names in
+    checkpoints stay. FSDP2 shards block by block, so that one is gathered while another computes; weights are gathered
+    in the precision of the run, and gradients are reduced in float32.
 
-    To be called before the optimizer is made, which must see the shards. Raises UserError.
+    Args:
+        model: The model, on the device. It is changed in place.
+        config: Strategy, compilation and recomputation.
+        world: Ranks of the run.
+        device: Device of this rank.
+        precision: Precision of the run.
+
+    Raises:
+        UserError: If the precision does not go with the strategy.
     """
     if config.recompute:
         for block in transformer_blocks(model):
@@ -55,25 +63,24 @@ def parallelize(
         for part in transformer_blocks(model) if config.compile == "blocks" else [model]:
             part.compile(fullgraph=True, dynamic=False)
 
-    how = parallel_mode(config, world)
-    if how == "ddp":
-        # Buffers are constants (masks of windows, indices): they need not be sent about in each step.
+    mode = parallel_mode(config, world)
+    if mode == "ddp":
         with warnings.catch_warnings():
-            # Its successor does not exist in all releases that are supported.
+            # Its successor does not exist in all supported releases.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            # Buffers are constants (masks of windows, indices).
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if how == "fsdp":
+    if mode == "fsdp":
         if precision == "fp16":
-            raise UserError("--config.strategy fsdp computes in bf16 or fp32: choose a --precision, or ddp")
+            raise UserError("--parallel.strategy fsdp needs --precision bf16 or fp32; for fp16 use ddp")
         mesh = init_device_mesh(device.type, (world.size,))
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if precision == "bf16" else None,
             reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # autocast decides what is computed in which precision
+            cast_forward_inputs=False,  # autocast decides the precision of each operation
         )
-        for block in transformer_blocks(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        for module in [*transformer_blocks(model), model]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
 
 
@@ -81,7 +88,7 @@ def parallelize(
 def step_context(config: ParallelConfig) -> Iterator[None]:
     """Run the steps of a model that `parallelize` has prepared. Raises UserError if it cannot be compiled."""
     with warnings.catch_warnings():
-        # Predictions are a slice of what the decoder returns, and nothing writes into them.
+        # Predictions are a slice of the decoder's output, and nothing writes to them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         if config.compile == "none":
             yield
@@ -94,12 +101,12 @@ def step_context(config: ParallelConfig) -> Iterator[None]:
                 yield
         except TorchDynamoException as error:
             raise UserError(
-                f"torch.compile fails here ({first_line(error)}): leave out --config.compile {config.compile}"
+                f"torch.compile failed ({first_line(error)}): leave out --parallel.compile {config.compile}"
             ) from error
 
 
 def sync_last_microbatch(network: nn.Module, last: bool) -> AbstractContextManager[object]:
-    """What a part of a batch is computed in: gradients are summed over the processes with the last part only."""
+    """Return the context of a forward and backward pass that reduces gradients over ranks only in the last part."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(last)
     elif isinstance(network, DistributedDataParallel) and not last:
@@ -107,7 +114,16 @@ def sync_last_microbatch(network: nn.Module, last: bool) -> AbstractContextManag
     return nullcontext()
 
 
-def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a model, in full on every process, whether or not it is sharded; all of them must ask."""
+def unsharded(model: Module, build: Callable[[], Module]) -> Module:
+    """Return a model with unsharded weights: itself, or under FSDP a full copy. Collective: call on every rank.
+
+    Args:
+        model: The model that was given to `parallelize`.
+        build: Build an equal model on the same device.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    copy = build()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    return cast(dict[str, torch.Tensor], state)
+    copy.load_state_dict(cast(dict[str, torch.Tensor], state))
+    return copy

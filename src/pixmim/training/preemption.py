@@ -1,4 +1,4 @@
-"""Ctrl-C, and the signals by which a cluster takes a machine back, ask the loop to end after its step."""
+"""Stop a run after its step on Ctrl-C, or on a signal by which a cluster reclaims the machine."""
 
 import os
 import signal
@@ -14,16 +14,16 @@ from pixmim.utils.process import deferring, heeded
 _URGENT = (signal.SIGINT, signal.SIGTERM)
 """Signals of which the second one stops at once. The others only announce that time is short."""
 
-_SAME = 1.0
-"""Seconds within which a signal counts once: Ctrl-C reaches a process from the terminal and from what started it."""
+_REPEAT_SECONDS = 1.0
+"""A repeated signal counts only after this time: Ctrl-C arrives from the terminal and from the parent process."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised out of what the loop waits for."""
+    """Raised within `PreemptionHandler.waiting`."""
 
 
-class _Count:
-    """Return True for a signal that stops at once."""
+class _StopsAtOnce:
+    """Return True for the second urgent signal."""
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -34,30 +34,31 @@ class _Count:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-        return now - self._first > _SAME
+        return now - self._first > _REPEAT_SECONDS
 
 
 class PreemptionHandler:
-    """In a `with` statement: set `requested` on a signal; the second SIGINT or SIGTERM has its effect from before.
+    """Set `requested` on a signal, within a `with` statement. A second SIGINT or SIGTERM has its previous effect.
 
-    speaks  say at the first signal what happens now
+    Args:
+        speaks: Print on the first signal that the run stops after its step.
     """
 
     requested = False
 
     def __init__(self, speaks: bool = True) -> None:
         self._speaks = speaks
-        self._unsaid = threading.Lock()  # taken once, by whoever answers first
+        self._unprinted = threading.Lock()  # acquired once, by the thread that prints
 
     def __enter__(self) -> "PreemptionHandler":
         self._before: dict[int, Any] = {}
         self._waiting = False
-        self._stops = _Count()
-        self._guard = _Count()  # counts the same signals, in the thread of `process.Guard`
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        self._stops = _StopsAtOnce()
+        self._guard_stops = _StopsAtOnce()  # for the same signals in the thread of `process.Guard`
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             deferring.append(self._defers)
             for number in heeded():
-                self._before[number] = signal.signal(number, self._ask)
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -65,9 +66,10 @@ class PreemptionHandler:
 
     @contextmanager
     def waiting(self, alone: bool = True) -> Iterator[None]:
-        """Raise Interrupted out of this `with` statement as soon as a signal asks to end.
+        """Raise Interrupted within this `with` statement on a signal, instead of waiting any longer.
 
-        alone  False: do nothing, since other processes would wait for this one
+        Args:
+            alone: Whether no other rank would wait for this one; if False, this does nothing.
         """
         if not alone:
             yield
@@ -80,26 +82,25 @@ class PreemptionHandler:
         finally:
             self._waiting = False
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._stops(number):
             self._restore()
             signal.raise_signal(number)
             return
         self.requested = True
-        self._answer()
+        self._print()
         if self._waiting:
             self._waiting = False
             raise Interrupted
 
-    def _answer(self) -> None:
-        """Say at the first signal what happens now."""
-        if self._speaks and self._unsaid.acquire(blocking=False):
-            with suppress(OSError):  # not through a stream: the loop may be writing to it at this moment
+    def _print(self) -> None:
+        if self._speaks and self._unprinted.acquire(blocking=False):
+            with suppress(OSError):  # no stream: the training loop may be writing to it at this moment
                 os.write(2, b"\nfinishing this step, then saving; once more to stop now\n")
 
     def _defers(self, number: int) -> bool:
-        self._answer()  # here, since the main thread runs no handler before torch gives it back its hands
-        return not self._guard(number)
+        self._print()  # from this thread, since the main thread runs no handler until torch returns
+        return not self._guard_stops(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

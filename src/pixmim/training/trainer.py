@@ -1,4 +1,4 @@
-"""The training loop that pre-training, fine-tuning, segmentation, detection and MAE's probe share."""
+"""The training loop of pre-training, fine-tuning, segmentation, detection and MAE's linear probe."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pixmim.config import CheckpointConfig
-from pixmim.training.checkpoint import AUTOSAVE, CheckpointManager, is_multiple_of
+from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import SINGLE_PROCESS, Distributed
 from pixmim.training.metric_logger import MetricLogger
 from pixmim.training.optim import SyncFreeOptimizer
@@ -25,43 +25,46 @@ from pixmim.utils.lock import locked_folder
 
 Batch = TypeVar("Batch")
 
+AUTOSAVE = 600.0
+"""Seconds between checkpoints, unless a number of steps is given."""
+
 MAX_BAD_STEPS = 20
-"""Abort after this many consecutive gradients that are not finite."""
+"""Abort after this many consecutive non-finite gradients."""
 
 
 class Trainer:
     """Train a model: gradients, optimizer steps, learning rate, checkpoints, metrics and preemption.
 
-    Whether a step is skipped, saved or the last one is decided alike on all ranks. On a CPU, a training that was
-    interrupted and resumed on as many ranks ends with bitwise the weights of one that was not.
+    All ranks agree on whether a step is skipped, saved or the last one. On a CPU, an interrupted and resumed training
+    ends with bitwise the same weights as an uninterrupted one on as many ranks.
 
-        trainer = Trainer(model, updater, schedule.lr, steps, folder, images=len(data), batch_size=256)
+        trainer = Trainer(model, optimizer, schedule.lr, steps, folder, images=len(data), batch_size=256)
         start = trainer.resume()
         with open_loader(start) as loader, trainer:
             step = trainer.fit(loader, compute_loss)
 
     Args:
-        model: What checkpoints hold.
-        updater: Takes the optimizer steps.
-        rate: Return the learning rate of a step, counted from 0.
+        model: The model to train and save.
+        optimizer: Its optimizer.
+        lr: Return the learning rate of a step, counted from 0.
         steps: Length of the training.
         folder: Where metrics.jsonl and checkpoints/ are written.
-        images: Size of the dataset. A checkpoint made with another one is refused.
+        images: Size of the dataset. A checkpoint from a dataset of another size is refused.
         batch_size: Images per step, over all ranks.
-        accumulate: Parts that each rank computes its share of a batch in.
-        network: The module that computes, if not the model itself: see `parallelize.spread`.
-        world: The ranks of the run.
+        accumulation_steps: Parts in which each rank computes its share of a batch.
+        network: The module to call, if not the model itself; see `parallelize`.
+        world: Ranks of the run.
         checkpoint: When checkpoints are written, and which are kept.
         log_every: Steps between two lines of metrics; 0: a two-hundredth of the training, at most 50.
         on_log: Called on rank 0 with each record of metrics.jsonl.
-        console: Where progress is shown; None: nowhere.
+        console: Prints progress; None: nothing is printed.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        updater: SyncFreeOptimizer,
-        rate: Callable[[int], float],
+        optimizer: SyncFreeOptimizer,
+        lr: Callable[[int], float],
         steps: int,
         folder: Path,
         *,
@@ -75,19 +78,18 @@ class Trainer:
         on_log: Callable[[dict[str, Any]], None] | None = None,
         console: Console | None = None,
     ) -> None:
-        self.model, self.updater, self.rate, self.steps, self.folder = model, updater, rate, steps, folder
+        self.model, self.optimizer, self.lr, self.steps, self.folder = model, optimizer, lr, steps, folder
         self.images, self.batch_size, self.accumulation_steps = images, batch_size, accumulation_steps
         self.network, self.world = network if network is not None else model, world
         self.epoch = batch_size / images
-        """Passes over the dataset that a step makes."""
+        """Epochs per step."""
         self.start = 0
-        """Steps that were done when this process began."""
-        self.checkpoints = CheckpointManager(
-            folder / "checkpoints", last=checkpoint.keep_last, stays=self._is_milestone, world=world, say=self._say
-        )
-        self._on_log = on_log
-        self._checkpoint, self._console = checkpoint, console or Console(quiet=True)
+        """Steps done before this process started."""
+        self._checkpoint, self._console, self._on_log = checkpoint, console or Console(quiet=True), on_log
         self._log_every = log_every or max(1, min(50, steps // 200))
+        self.checkpoints = CheckpointManager(
+            folder / "checkpoints", checkpoint.keep_last, keep_if=self._is_milestone, world=world, warn=self._print
+        )
 
     def resume(self) -> int:
         """Restore the newest valid checkpoint, if there is one. Collective: call on every rank.
@@ -98,7 +100,7 @@ class Trainer:
         Raises:
             UserError: If no checkpoint is valid, or it does not fit the model or the dataset.
         """
-        self.start = self.checkpoints.load(self.model, self.updater, images=self.images)
+        self.start = self.checkpoints.load(self.model, self.optimizer, images=self.images)
         return self.start
 
     def __enter__(self) -> "Trainer":
@@ -130,16 +132,16 @@ class Trainer:
         compute_loss: Callable[[Batch, int], Tensor],
         on_step_end: Callable[[int], None] = lambda step: None,
     ) -> int:
-        """Train until the last step, or until interrupted; a checkpoint is written at the end of either.
+        """Train until the last step, or until interrupted; both end with a checkpoint.
 
-        A single process that waits for data when it is interrupted saves the state after the last complete step: the
-        data may never come.
+        If a single process is interrupted while it waits for data, it saves the state after the last complete step,
+        since the data may never arrive.
 
         Args:
-            loader: Endless parts of batches, from `start` on. If it has them, `wait_seconds` counts the seconds it was
-                waited for, and `ready` is True if the next part is there.
-            compute_loss: Return the share that a part has of its batch's loss, a scalar. The part comes with its
-                number, counted from the first part of step 0; all randomness is a function of that number.
+            loader: Endless parts of batches, from `start` on. Two attributes are optional: `wait_seconds`, the time
+                spent waiting for it, and `ready`, True if the next part is available.
+            compute_loss: Return a part's share of the loss of its batch, a scalar. Its arguments are the part and the
+                part's number, counted from the first part of step 0; all randomness is a function of that number.
             on_step_end: Called after each step with the number of steps done.
 
         Returns:
@@ -161,13 +163,13 @@ class Trainer:
                 step += 1
                 self._log(step, loss, norm, getattr(loader, "wait_seconds", 0.0))
                 on_step_end(step)
-                late = self.world.is_main and time.monotonic() - saved_at > autosave
-                stop, late = self.world.any_rank_delayed(self.interrupts.requested, late)
-                last = stop or step == self.steps
-                if last or late or self._is_planned(step):
-                    self._save(step, wait=last)
+                is_due = self.world.is_main and time.monotonic() - saved_at > autosave
+                stop, is_due = self.world.any_rank_delayed(self.interrupts.requested, is_due)
+                is_last = stop or step == self.steps
+                if is_last or is_due or self._is_planned(step):
+                    self._save(step, wait=is_last)
                     saved_at = time.monotonic()
-                if last:
+                if is_last:
                     break
         return step
 
@@ -181,63 +183,61 @@ class Trainer:
 
         Args:
             open_loader: Open the loader at a position, counted in parts of batches.
-            compute_loss: Return the mean loss of a part; see `fit`. It may seed torch's generators, which are restored
-                at the end.
+            compute_loss: Return the mean loss of a part; see `fit`. It may seed torch's generators, whose states are
+                restored at the end.
             on_step_end: See `fit`.
 
         Raises:
             KeyboardInterrupt: If interrupted. The same call resumes from the checkpoint that was written.
-            UserError: If another process trains in the folder; and as `resume` and `fit` do.
+            UserError: If another process trains in the folder, and as in `resume` and `fit`.
         """
-        device = self.updater.device
+        device, parts = self.optimizer.device, self.accumulation_steps
         with (
-            locked_folder(self.folder, self._say),
+            locked_folder(self.folder, self._print),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            open_loader(self.resume() * self.accumulation_steps) as loader,
+            open_loader(self.resume() * parts) as loader,
             self,
         ):
-            step = self.fit(
-                loader, lambda part, number: compute_loss(part, number) / self.accumulation_steps, on_step_end
-            )
+            step = self.fit(loader, lambda part, number: compute_loss(part, number) / parts, on_step_end)
         if step < self.steps:
-            self._say(f"stopped after step {step:,} of {self.steps:,}; the same command resumes")
+            self._print(f"stopped after step {step:,} of {self.steps:,}; the same command resumes")
             raise KeyboardInterrupt
 
     def _step(
         self, step: int, loader: Iterator[Batch], compute_loss: Callable[[Batch, int], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Take a step, and return loss and norm of the gradient. Raises Interrupted, with all buffers restored."""
+        """Take a step; return loss and gradient norm. Raises Interrupted, after which all buffers are restored."""
         single = self.world.size == 1
         buffers = list(self.network.buffers()) if single and self.accumulation_steps > 1 else []
         before = [buffer.clone() for buffer in buffers]  # a forward pass may change them
-        total = torch.zeros((), device=self.updater.device)
+        total = torch.zeros((), device=self.optimizer.device)
         try:
             for part in range(self.accumulation_steps):
-                ready = part > 0 and getattr(loader, "ready", False)  # then an interrupt lets the step be finished
+                ready = part > 0 and getattr(loader, "ready", False)  # if so, the step is finished on an interrupt
                 with self.interrupts.waiting(single and not ready):
                     batch = next(loader)
                 with sync_last_microbatch(self.network, last=part == self.accumulation_steps - 1):
                     loss = compute_loss(batch, step * self.accumulation_steps + part)
-                    self.updater.backward(loss)
+                    self.optimizer.backward(loss)
                 total += loss.detach()
         except Interrupted:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             raise
-        return total, self.updater.step(self.rate(step))
+        return total, self.optimizer.step(self.lr(step))
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, waited: float) -> None:
         self.log.update(step, loss=loss, grad_norm=norm)
         if not self.log.should_log(step):
             return
-        self.world.meet()  # nothing interrupts the wait for a device that waits for a stuck rank
-        bad = int(self.updater.state["streak"].item())
+        self.world.barrier()  # it times out if a rank is stuck, unlike waiting for a device
+        bad = int(self.optimizer.state["streak"].item())
         if bad >= MAX_BAD_STEPS:
             raise UserError(
-                f"the gradient was not finite in the last {bad} steps (up to step {step}); the weights are those "
-                "before them. Try a lower learning rate, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)"
+                f"the gradient was not finite in the last {bad} steps (up to step {step}), which left the weights "
+                "unchanged. Try a lower learning rate, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)"
             )
-        self.log.log(step, waited, lr=self.rate(step - 1), skipped_steps=self.updater.state["skipped"].item())
+        self.log.log(step, waited, lr=self.lr(step - 1), skipped_steps=self.optimizer.state["skipped"].item())
 
     def _is_milestone(self, step: int) -> bool:
         return is_multiple_of(step, self._checkpoint.keep_every_epochs / self.epoch)
@@ -246,7 +246,7 @@ class Trainer:
         return self._is_milestone(step) or (self._checkpoint.every > 0 and step % self._checkpoint.every == 0)
 
     def _save(self, step: int, wait: bool) -> None:
-        self.checkpoints.save(step, self.model, self.updater, images=self.images, wait=wait)
+        self.checkpoints.save(step, self.model, self.optimizer, images=self.images, wait=wait)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print_plain(self._console, text)

@@ -10,14 +10,14 @@ import timm
 import torch
 from torch import nn
 
-from pixmim.build import Module, build_encoder, build_model, sketch
+from pixmim.build import Module, build_encoder, build_model, build_on_meta
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.config_io import portable, pretrain_config, to_json
 from pixmim.models import published
 from pixmim.models.base import MaskedModel
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.find_batch_size import in_gib
-from pixmim.training.schedule import Schedule
+from pixmim.training.optim import Schedule
 from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError, did_you_mean, first_line
 from pixmim.utils.files import atomic_folder, check_new, write_text_atomically
@@ -97,7 +97,7 @@ def _filled(weights: Weights, build: Callable[[ModelConfig], Module], trained_at
 
     A file may say what it likes of sizes: memory is taken only once its tensors are known to have them.
     """
-    shapes = sketch(lambda: build(weights.config), weights.config.model.backbone).state_dict()
+    shapes = build_on_meta(lambda: build(weights.config), weights.config.model.backbone).state_dict()
     state = fit(replace(weights, config=trained_at or weights.config), shapes, weights.config)
     with torch.random.fork_rng(devices=[]):
         module = build(weights.config)

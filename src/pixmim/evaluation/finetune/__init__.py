@@ -29,9 +29,8 @@ from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
 from pixmim.evaluation.settings import FinetuneSettings
 from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.training.find_batch_size import equal_parts
-from pixmim.training.optim import LAMB, SyncFreeOptimizer, layer_decay_param_groups
+from pixmim.training.optim import LAMB, Schedule, SyncFreeOptimizer, layer_decay_param_groups
 from pixmim.training.precision import autocast, choose_attention
-from pixmim.training.schedule import Schedule
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.augment import augmented
 from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop, flip_and_normalize
