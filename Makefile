@@ -7,7 +7,7 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 # The labelled drawings that the demo's encoder is measured on.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
 
-.PHONY: demo test test-lowest check format docs bench clean
+.PHONY: demo test test-long test-lowest check format docs bench clean
 
 demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, write runs/demo/report.html
 	rm -rf runs/demo
@@ -17,6 +17,9 @@ demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, w
 
 test: .venv/developing  ## the test suite
 	$(BIN)/python $(PYTEST)
+
+test-long: .venv/developing  ## the tests that take minutes: random kills, and the demo on two seeds
+	PIXMIM_LONG=1 $(BIN)/python $(PYTEST) tests/training/test_fault_tolerance.py tests/test_pretrain.py
 
 # With the oldest versions that pyproject.toml promises, and the Python of most rented GPU machines.
 test-lowest: LOWEST := .venv-lowest/bin/python

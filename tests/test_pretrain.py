@@ -167,7 +167,7 @@ def test_another_number_of_images_cannot_be_resumed(tiny_run: Make, tmp_path: Pa
 
 
 @pytest.mark.skipif(
-    not os.environ.get("PIXMIM_LONG"), reason="the demo on two seeds takes minutes: PIXMIM_LONG=1 make test"
+    not os.environ.get("PIXMIM_LONG"), reason="the demo on two seeds takes minutes: make test-long"
 )
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_demo_gains_ten_points(seed: int, tmp_path: Path) -> None:

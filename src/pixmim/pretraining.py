@@ -169,7 +169,7 @@ def compute_loss(
     mask: Mask,
     precision: Precision,
 ) -> Float[Tensor, ""]:
-    """Return the loss of predicting the hidden patches: the algorithm of the paper (arXiv 2303.02416, Figure 2).
+    """Return the loss of predicting the hidden patches: the algorithm of the paper (arXiv 2303.02416).
 
     Args:
         network: The masked model, or its DDP wrapper.

@@ -24,8 +24,8 @@ from pixmim.evaluation.visualize import to_pixels, to_rgb
 from pixmim.report import write_report
 from pixmim.report.attention import attention_sheet
 from pixmim.training.distributed import SINGLE_PROCESS
-from pixmim.training.optim import Schedule
 from pixmim.training.metric_logger import start_summary
+from pixmim.training.optim import Schedule
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path
 from pixmim.weights.load import resolve_model

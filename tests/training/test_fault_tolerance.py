@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, config: PretrainConfig, tmp
 
 @linux
 @pytest.mark.skipif(
-    not os.environ.get("PIXMIM_LONG"), reason="sixty random kills take minutes: PIXMIM_LONG=1 make test"
+    not os.environ.get("PIXMIM_LONG"), reason="sixty random kills take minutes: make test-long"
 )
 @pytest.mark.parametrize(("processes", "killed"), [(1, 1), (2, 2), (2, 1)])
 def test_killed_at_twenty_random_moments(processes: int, killed: int, config: PretrainConfig, tmp_path: Path) -> None:

@@ -15,25 +15,14 @@ from pixmim.utils.errors import UserError, first_line
 
 
 def images_at_once(pixels: int, width: int) -> int:
-    """Return how many images of so many pixels a CPU computes at once, given the width of the encoder.
-
-    16 for ViT-S at 224 pixels, more than 1,000 for a small one at 48.
-    """
+    """Return how many images a CPU computes at once: 16 for ViT-S at 224 pixels, over 1,000 for a small one at 48."""
     return max(1, 320_000_000 // (pixels * width))
 
 
 def equal_parts(batch: int, steps: int, device: torch.device, size: tuple[int, int], width: int) -> int:
     """Return the number of equal parts to compute a batch in: `steps`, or for 0 as many as suit the device.
 
-    Args:
-        batch: Images in the batch.
-        steps: The value of --accumulation-steps.
-        device: A CPU takes parts of at most `images_at_once`, any other device takes one part.
-        size: Height and width of the images.
-        width: Width of the encoder.
-
-    Raises:
-        UserError: If the batch does not divide into `steps` equal parts.
+    A CPU takes parts of at most `images_at_once`, any other device one. Raises UserError if `steps` parts are unequal.
     """
     if steps and batch % steps:
         raise UserError(f"a batch of {batch} does not divide into --accumulation-steps {steps} equal parts")

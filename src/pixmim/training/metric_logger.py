@@ -81,7 +81,7 @@ def is_number(value: object) -> bool:
 
 
 def bound_by(data_wait: float) -> str:
-    """Return what limits a run that waits for data for this fraction of its time."""
+    """Describe what limits a run that waits for data for this fraction of its time."""
     return f"{'data' if data_wait > DATA_BOUND else 'compute'}-bound: waits for data {data_wait:.0%}"
 
 
@@ -216,17 +216,7 @@ def start_summary(
     world: Distributed,
     parts: int,
 ) -> list[str]:
-    """Return lines of plain text that describe a run, and warn about unusual settings.
-
-    Args:
-        config: Configuration of the run.
-        images: Images in the dataset.
-        schedule: Its schedule.
-        device: Device of this rank.
-        precision: Resolved precision.
-        world: Ranks of the run.
-        parts: Parts in which each rank computes its share of a batch.
-    """
+    """Return lines that describe a run, and warn about unusual settings. `images`: size of the dataset."""
     radius = resolve_radius(config.target.radius, config.image_size)
     target = f"low frequencies up to radius {radius}" if config.target.kind == "low-frequency" else "pixels"
     if config.target.distance == "cross_entropy":
@@ -273,17 +263,7 @@ def start_summary(
 def end_summary(
     config: PretrainConfig, out: Path, step: int, skipped: int, bad: int, images: int, data_wait: float
 ) -> list[str]:
-    """Return lines of plain text about what a finished run should be checked for.
-
-    Args:
-        config: Configuration of the run.
-        out: Folder of the run.
-        step: Steps done.
-        skipped: Steps skipped for bad gradients.
-        bad: Images that could not be read.
-        images: Images in the dataset.
-        data_wait: Fraction of the time spent waiting for data.
-    """
+    """Return lines about a slow data pipeline, `skipped` of the steps, and `bad` of the images, if there are any."""
     lines = []
     if data_wait > DATA_BOUND:
         command = f"pixmim bench-data {shlex.quote(config.data)}"

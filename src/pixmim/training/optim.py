@@ -63,14 +63,8 @@ def adamw(
     """Create fused AdamW over the parameters that require a gradient.
 
     Weight decay is not applied to norms, biases, position tables and single tokens: parameters with one axis, or with
-    a leading axis of length 1 (`cls_token`, `mask_token`, `pos_embed` are 1 x n x d).
-
-    Args:
-        model: The model.
-        lr: Learning rate.
-        betas: Decay rates of the moments.
-        weight_decay: Weight decay of all other parameters.
-        exempt: Parts of names of further parameters without weight decay.
+    a leading axis of length 1 (`cls_token`, `mask_token`, `pos_embed` are 1 x n x d), and those whose name contains one
+    of `exempt`.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -86,15 +80,8 @@ def layer_decay_param_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups in which each layer's learning rate is `decay` times that of the layer above it.
 
-    Args:
-        model: The model.
-        layers: Layer of each parameter, by name. The last layer gets the full learning rate.
-        decay: Factor from a layer to the one below.
-        weight_decay: Weight decay, except of what `adamw` exempts.
-        exempt: Parts of names of further parameters without weight decay.
-
-    Returns:
-        Groups with a "scale", by which `SyncFreeOptimizer` multiplies the learning rate.
+    `layers` holds the layer of each parameter by name; the last one gets the full learning rate. The "scale" of a group
+    is applied by `SyncFreeOptimizer`. Weight decay is not applied to what `adamw` exempts.
     """
     top = max(layers.values())
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -202,12 +189,6 @@ class LARS(_Skippable):
     """SGD with momentum whose step along a matrix is `trust` times the norm of the matrix (arXiv 1708.03888).
 
     As in MAE's linear probe: vectors (biases, norms) take the plain step. No weight decay.
-
-    Args:
-        params: Parameters or groups.
-        lr: Learning rate.
-        momentum: Momentum.
-        trust: Trust coefficient.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust: float = 0.001) -> None:
@@ -228,12 +209,6 @@ class LAMB(_Skippable):
 
     As apex's FusedLAMB, DeiT III's optimizer: tensors without weight decay take Adam's step. FusedLAMB also clips the
     gradient to norm 1, which is left to `SyncFreeOptimizer`.
-
-    Args:
-        params: Parameters or groups, each with its "weight_decay".
-        lr: Learning rate.
-        betas: Decay rates of the moments.
-        eps: Added to the root of the second moment.
     """
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:

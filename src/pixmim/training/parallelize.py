@@ -115,12 +115,7 @@ def sync_last_microbatch(network: nn.Module, last: bool) -> AbstractContextManag
 
 
 def unsharded(model: Module, build: Callable[[], Module]) -> Module:
-    """Return a model with unsharded weights: itself, or under FSDP a full copy. Collective: call on every rank.
-
-    Args:
-        model: The model that was given to `parallelize`.
-        build: Build an equal model on the same device.
-    """
+    """Return the unsharded model: itself, or under FSDP a full copy, made with `build`. Collective."""
     if not isinstance(model, FSDPModule):
         return model
     copy = build()

@@ -1,9 +1,8 @@
-"""Store tensors as data only and restore them on any number of processes: safetensors files and a JSON manifest.
+"""Files of a checkpoint: safetensors and a JSON manifest, from which any number of processes can restore tensors.
 
-A folder holds one `rank-NNNNN.safetensors` per process that wrote it, with the tensors, or slices along dimension 0, of
-that process, and `checkpoint.json`, which lists the pieces of each tensor. Nothing is ever unpickled. The folder may
-come from a stranger: names, shapes and dtypes are those of the model being restored, and a folder that differs is
-refused before a byte of a tensor is read.
+Each process writes its tensors, or its slices along dimension 0, to `rank-NNNNN.safetensors`, and rank 0 writes
+`checkpoint.json`, which lists the pieces of each tensor. Nothing is unpickled. The folder may be untrusted: unless
+names, shapes and dtypes are those of the model, it is refused before any tensor is read.
 """
 
 import json
@@ -42,11 +41,11 @@ _DTYPES = {
 
 
 class DamagedError(Exception):
-    """A folder is not what was written: incomplete, changed, or not ours."""
+    """A checkpoint is incomplete or changed, or is not a checkpoint."""
 
 
 class Piece(NamedTuple):
-    """Rows `start` to `end` of a tensor: `offset` bytes into the file of process `rank`, with this checksum."""
+    """Rows `start` to `end` of a tensor: their byte offset in the file of a rank, and their checksum."""
 
     rank: int
     start: int
@@ -57,7 +56,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a manifest: dtype as safetensors names it, shape, and the pieces that make it up, in order."""
+    """A tensor of a manifest: dtype in the spelling of safetensors, shape, and pieces in order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -66,7 +65,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of a checkpoint: number of steps, number of images of the dataset, and tensors by name."""
+    """Contents of a checkpoint: steps done, size of the dataset, and tensors by name."""
 
     step: int
     images: int
@@ -75,7 +74,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of a tensor that this process holds, from row `start` on; `shape` is that of the full tensor."""
+    """Rows of a tensor on this rank, from row `start`; `shape` is that of the full tensor."""
 
     rows: Tensor
     start: int
@@ -87,7 +86,7 @@ class Part:
 
 
 def own_share(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Part]:
-    """Copy to the CPU what this process writes of a state: its shards, and a fair share of what all processes hold."""
+    """Copy to the CPU what a rank writes of a state: its shards, and an equal share of the unsharded tensors."""
     mine, loads = {}, [0] * size
     for name, tensor in sorted(state.items(), key=lambda item: (-item[1].nbytes, item[0])):
         part = _part(tensor)
@@ -101,13 +100,13 @@ def own_share(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Pa
 
 
 def write_share(folder: Path, parts: Mapping[str, Part], rank: int) -> dict[str, Entry]:
-    """Write the file of one process and return the entries of its tensors: one piece each, or none without rows.
+    """Write the file of a rank and return the entries of its tensors: one piece each, or none without rows.
 
     Raises:
-        OSError: If it cannot be written, or is there already.
+        OSError: If it exists or cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    ordered = sorted(parts.items(), key=lambda item: -item[1].rows.element_size())  # so that all are aligned
+    ordered = sorted(parts.items(), key=lambda item: -item[1].rows.element_size())  # keeps tensors aligned
     at = 0
     for name, part in ordered:
         size = part.rows.nbytes
@@ -130,7 +129,7 @@ def write_share(folder: Path, parts: Mapping[str, Part], rank: int) -> dict[str,
 
 
 def write_manifest(folder: Path, step: int, images: int, shares: Iterable[Mapping[str, Entry]]) -> None:
-    """Write the manifest over what all processes wrote, which makes a folder complete.
+    """Write the manifest of all shares, which completes a checkpoint.
 
     Raises:
         OSError: If it cannot be written.
@@ -143,34 +142,34 @@ def write_manifest(folder: Path, step: int, images: int, shares: Iterable[Mappin
     content = {"step": step, "images": images, "tensors": tensors}
     text = _text(content)
     with (folder / MANIFEST).open("x") as file:
-        file.write(f'{{"format":{FORMAT},"crc32":{_sum(text)},"content":{text}}}')
+        file.write(f'{{"format":{FORMAT},"crc32":{_crc32(text)},"content":{text}}}')
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest. It need not fit any model, nor the files beside it.
+    """Read and check a manifest. Whether it fits a model and the other files is not checked.
 
     Raises:
-        DamagedError: If it is not a manifest whose pieces cover each tensor exactly once.
-        UserError: If its format is not this one.
+        DamagedError: If it is not a manifest, or its pieces do not cover each tensor exactly once.
+        UserError: If it has another format version.
     """
     try:
         path = inside(inside(folder.parent, folder.name), MANIFEST)
-        found = parse_json(read_text(path), MANIFEST)
+        manifest = parse_json(read_text(path), MANIFEST)
     except (OSError, UserError) as error:
         raise DamagedError(first_line(error)) from error
-    if not isinstance(found, dict) or "format" not in found:
+    if not isinstance(manifest, dict) or "format" not in manifest:
         raise DamagedError(f"{MANIFEST} is not a manifest")
-    if found["format"] != FORMAT:
+    if manifest["format"] != FORMAT:
         raise UserError(
-            f"{folder / MANIFEST} has format {json.dumps(found['format'])[:40]}, and this pixmim reads {FORMAT}: "
-            "use the pixmim that wrote it"
+            f"{folder / MANIFEST} has format {json.dumps(manifest['format'])[:40]}, but this version of "
+            f"pixmim reads {FORMAT}: use the version that wrote it"
         )
     try:
-        content = found["content"]
-        if _sum(_text(content)) != found["crc32"]:
-            raise DamagedError(f"{MANIFEST} is not what was written")
+        content = manifest["content"]
+        if _crc32(_text(content)) != manifest["crc32"]:
+            raise DamagedError(f"{MANIFEST} has a wrong checksum")
         tensors = {name: _entry(value) for name, value in content["tensors"].items()}
         return Manifest(_count(content["step"]), _count(content["images"]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -178,32 +177,32 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def difference(tensors: Mapping[str, Entry], state: Mapping[str, Tensor]) -> str:
-    """Return the first point in which the tensors of a manifest are not those of a state; empty if there is none."""
+    """Describe the first difference between the tensors of a manifest and a state; empty if they are equal."""
     for name in state:
         if name not in tensors:
             return f"it lacks {name}"
         entry, part = tensors[name], _part(state[name])
-        there, here = (entry.dtype, entry.shape), (_DTYPES[part.rows.dtype], part.shape)
-        if there != here:
-            return f"{name} is {_describe(*there)} there and {_describe(*here)} here"
-    more = next((name for name in tensors if name not in state), None)
-    return "" if more is None else f"it has {more[:100]}, which is not here"
+        saved, expected = (entry.dtype, entry.shape), (_DTYPES[part.rows.dtype], part.shape)
+        if saved != expected:
+            return f"{name} is {_describe(*saved)} instead of {_describe(*expected)}"
+    extra = next((name for name in tensors if name not in state), None)
+    return "" if extra is None else f"it has {extra[:100]}, which the model lacks"
 
 
 def restore(folder: Path, tensors: Mapping[str, Entry], state: Mapping[str, Tensor]) -> None:
-    """Copy tensors that fit a state (see `difference`) into it, in place; of a shard, only its rows.
+    """Copy tensors into a state from which they have no `difference`, in place; for a shard, only its rows.
 
     Raises:
-        DamagedError: If a file is not what was written. The state may be partly restored then.
+        DamagedError: If a file is damaged. The state may then be partly restored.
     """
     parts = {name: _part(tensor) for name, tensor in state.items()}
-    wanted = [
+    needed = [
         (piece, name)
         for name, part in parts.items()
         for piece in tensors[name].pieces
         if piece.start < part.end and part.start < piece.end
     ]
-    for rank, group in groupby(sorted(wanted), key=lambda item: item[0].rank):
+    for rank, group in groupby(sorted(needed), key=lambda item: item[0].rank):
         try:
             with open(open_regular(inside(folder, _file(rank))), "rb", buffering=0) as file:
                 for piece, name in group:
@@ -213,7 +212,7 @@ def restore(folder: Path, tensors: Mapping[str, Entry], state: Mapping[str, Tens
 
 
 def _part(tensor: Tensor) -> Part:
-    """The rows of a tensor that this process holds: all of them, unless FSDP2 sharded it."""
+    """Return the rows of a tensor on this rank: all of them, unless FSDP2 sharded it."""
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return Part(tensor.detach(), 0, shape)
@@ -237,7 +236,7 @@ def _read(file: IO[bytes], piece: Piece, part: Part) -> Tensor:
             raise DamagedError(f"{_file(piece.rank)} ends early")
         at += count
     if zlib.crc32(content) != piece.crc32:
-        raise DamagedError(f"{_file(piece.rank)} is not what was written")
+        raise DamagedError(f"{_file(piece.rank)} has a wrong checksum")
     return rows
 
 
@@ -251,7 +250,7 @@ def _copy(piece: Piece, rows: Tensor, part: Part) -> None:
 
 
 def _entry(value: dict[str, Any]) -> Entry:
-    """An entry of an untrusted manifest. Raises ValueError, or what wrong types raise."""
+    """Parse an entry of an untrusted manifest. Raises ValueError, or the errors of wrong types."""
     shape = tuple(_count(size) for size in value["shape"])
     pieces = [Piece(*map(_count, piece)) for piece in value["pieces"]]
     pieces.sort(key=lambda piece: piece.start)
@@ -266,19 +265,19 @@ def _entry(value: dict[str, Any]) -> Entry:
 
 
 def _count(value: object) -> int:
-    """A number that a file may hold: not negative, and within 63 bits."""
+    """Return an integer of 0 or more, within 63 bits. Raises ValueError."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError("a number is out of range")
     return value
 
 
 def _rows(shape: tuple[int, ...]) -> int:
-    """Length along dimension 0; a scalar is one row."""
+    """Return the length along dimension 0; a scalar is one row."""
     return shape[0] if shape else 1
 
 
 def _describe(dtype: str, shape: tuple[int, ...]) -> str:
-    """A tensor in a few words, also where a stranger wrote them."""
+    """Describe a tensor in a few words, even if they are untrusted."""
     return f"{dtype[:8]} {'x'.join(map(str, shape[:8])) or 'scalar'}"
 
 
@@ -287,7 +286,7 @@ def _file(rank: int) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without copying."""
+    """Return the bytes of a contiguous tensor on the CPU, without copying."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -295,5 +294,5 @@ def _text(content: object) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
-def _sum(text: str) -> int:
+def _crc32(text: str) -> int:
     return zlib.crc32(text.encode())

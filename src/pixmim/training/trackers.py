@@ -1,4 +1,4 @@
-"""Experiment trackers: send the records of metrics.jsonl, the configuration and images to a tracker's own library."""
+"""Experiment trackers: pass the records of metrics.jsonl, the configuration and images to other libraries."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from rich.console import Console
 
@@ -26,30 +26,34 @@ if TYPE_CHECKING:
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 PROJECT = "pixmim"
-"""Project, or MLflow experiment, of all runs; WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME name another one."""
+"""Default project, or MLflow experiment; WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME override it."""
 
 ID_FILE = "tracking_id"
 
 
 class TrackedRun(NamedTuple):
-    """A run as trackers see it."""
+    """A run to track.
+
+    Attributes:
+        folder: Folder of the run.
+        config: Content of config.json.
+        start: Steps done before this process started. Later steps may be logged a second time.
+        id: Eight hexadecimal digits, which stay the same when the run is resumed.
+    """
 
     folder: Path
     config: dict[str, Any]
-    """The content of config.json."""
     start: int
-    """Steps that were done when this process began: a resumed run logs later steps again."""
     id: str
-    """Eight hexadecimal digits, the same when the run is resumed."""
 
     @property
     def name(self) -> str:
-        """The name of the run's folder."""
+        """Name of the folder."""
         return self.folder.absolute().name
 
 
 class Tracker(Protocol):
-    """An open connection to a tracker. Any method may raise any Exception."""
+    """An open tracker. Any method may raise any exception."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Log scalars of a step."""
@@ -58,7 +62,7 @@ class Tracker(Protocol):
         """Log an image."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush and close."""
 
 
 class TensorBoard:
@@ -67,8 +71,8 @@ class TensorBoard:
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        again = run.start + 1 if run.start else 0  # earlier events from here on are dropped by readers
-        self._writer = SummaryWriter(str(inside(run.folder, "tensorboard")), purge_step=again)
+        purge_step = run.start + 1 if run.start else 0  # readers drop earlier events of this step and later ones
+        self._writer = SummaryWriter(str(inside(run.folder, "tensorboard")), purge_step=purge_step)
         self._writer.add_text("config", f"```\n{json.dumps(run.config, indent=2)}\n```")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -97,10 +101,10 @@ class WandB:
             resume="allow",
             dir=str(run.folder),
             config=run.config,
-            reinit="create_new",  # a run of the caller's own stays open
+            reinit="create_new",  # leaves a run of the caller open
             settings=self._wandb.Settings(console="off"),
         )
-        self._run.define_metric("*", step_metric="step")  # W&B's own step never goes back, as a resumed run does
+        self._run.define_metric("*", step_metric="step")  # W&B's own step cannot decrease, unlike that of a resumed run
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log({"step": step, **values})
@@ -118,31 +122,31 @@ class MLflow:
     def __init__(self, run: TrackedRun) -> None:
         mlflow: Any = import_module("mlflow")
         self._metric: Any = import_module("mlflow.entities").Metric
-        self._client, self._sending = mlflow.MlflowClient(), list[Any]()
+        self._client, self._pending = mlflow.MlflowClient(), list[Any]()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        known = self._client.get_experiment_by_name(name)
-        experiment = known.experiment_id if known else self._client.create_experiment(name)
-        before = self._client.search_runs([experiment], f"tags.`pixmim.id` = '{run.id}'")
-        if before:
-            self._id = before[0].info.run_id
+        existing = self._client.get_experiment_by_name(name)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(name)
+        runs = self._client.search_runs([experiment], f"tags.`pixmim.id` = '{run.id}'")
+        if runs:
+            self._id = runs[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
             self._id = self._client.create_run(experiment, run_name=run.name, tags={"pixmim.id": run.id}).info.run_id
-            for key, value in _flat(run.config):  # MLflow lets no later process change them
+            for key, value in _flat(run.config):  # cannot be changed later
                 self._client.log_param(self._id, key, value)
         self._client.log_dict(self._id, run.config, "config.json")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)
         metrics = [self._metric(name, value, now, step) for name, value in values.items()]
-        self._sending.append(self._client.log_batch(self._id, metrics=metrics, synchronous=False))
+        self._pending.append(self._client.log_batch(self._id, metrics=metrics, synchronous=False))
 
     def log_image(self, step: int, name: str, image: "Image") -> None:
         self._client.log_image(self._id, image, artifact_file=f"{name}.png")
 
     def close(self) -> None:
-        for each in self._sending:
-            each.wait()
+        for operation in self._pending:
+            operation.wait()
         self._client.set_terminated(self._id)
 
 
@@ -173,14 +177,14 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
 
 
 class Trackers:
-    """Several trackers of a run. One that fails costs a warning, gets nothing more, and never ends the run.
+    """The trackers of a run. A tracker that fails is dropped with a warning, and never ends the run.
 
     Args:
-        names: Names of trackers.
-        console: Where warnings are printed.
+        names: Names of trackers, or one name.
+        console: Prints warnings.
 
     Raises:
-        UserError: If there is no such tracker, or its library is not installed.
+        UserError: If a tracker is unknown, or its library is not installed.
     """
 
     def __init__(self, names: Sequence[str], console: Console) -> None:
@@ -188,13 +192,14 @@ class Trackers:
         self._console, self._open = console, dict[str, Tracker]()
         for name in self._names:
             if name not in TRACKERS:
-                known = ", ".join(get_args(TrackerName))
-                raise UserError(f"there is no tracker '{name}'{did_you_mean(name, TRACKERS)} Known: {known}")
+                raise UserError(
+                    f"unknown tracker '{name}'{did_you_mean(name, TRACKERS)}; choose from {', '.join(TRACKERS)}"
+                )
             if find_spec(name) is None:
-                raise UserError(f"--track {name} needs its library: pip install 'pixmim[{name}]'")
+                raise UserError(f"--track {name} needs another package: pip install 'pixmim[{name}]'")
 
     def open(self, folder: Path, config: dict[str, Any], start: int) -> None:
-        """Open all trackers, at the step that a run starts at."""
+        """Open all trackers for a run that starts at step `start`."""
         for name in self._names:
             with self._guarded(name):
                 self._open[name] = TRACKERS[name](TrackedRun(folder, config, start, _run_id(folder)))
@@ -205,13 +210,13 @@ class Trackers:
         self._for_each(lambda tracker: tracker.log(record["step"], values))
 
     def log_image(self, step: int, name: str, draw: "Callable[[], Image]") -> None:
-        """Log an image. It is drawn only if a tracker is open; a UserError or OSError costs a warning."""
+        """Log an image, which is drawn only if a tracker is open. A UserError or OSError becomes a warning."""
         if not self._open:
             return
         try:
             image = draw()
         except (UserError, OSError) as error:
-            self._warn(f"the trackers get no {name}: {error}")
+            self._warn(f"{name} are not sent to the trackers: {error}")
             return
         self._for_each(lambda tracker: tracker.log_image(step, name, image))
 
@@ -235,20 +240,20 @@ class Trackers:
         except Exception as error:
             self._open.pop(name, None)
             reason = f"{type(error).__name__}: {first_line(error)}"
-            self._warn(f"{name} failed and receives nothing more of this run: {reason}")
+            self._warn(f"{name} failed, and receives no more records: {reason}")
 
     def _warn(self, text: str) -> None:
         print_plain(self._console, f"warning: {text}")
 
 
 def _run_id(folder: Path) -> str:
-    """Return the id of the run in a folder, which is written there at the first call."""
+    """Return the id of the run in a folder. The first call creates it."""
     path = inside(folder, ID_FILE)
     if not path.exists():
         write_text_atomically(path, secrets.token_hex(4))
     text = read_text(path, 100)
     if not re.fullmatch("[0-9a-f]{8}", text):
-        raise UserError(f"{path} holds no id of eight hexadecimal digits: remove it, and trackers see a new run")
+        raise UserError(f"{path} is not an id of eight hexadecimal digits: remove it to track a new run")
     return text
 
 
