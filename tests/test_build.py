@@ -1,4 +1,4 @@
-"""Every combination of the four choices works, or is refused with the reason."""
+"""Test every combination of crop, mask, model and target: it works, or is refused with the reason."""
 
 import itertools
 from dataclasses import replace
@@ -51,30 +51,33 @@ CROPS = [CropConfig(kind) for kind in ("simple-resized", "random-resized", "cent
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("targets", [TARGETS, BINNED], ids=["values", "bins"])
-def test_the_grid(name: str, targets: list[TargetConfig]) -> None:
-    """96 x 64 pixels; one drawn image through each crop, one mask of each kind, one loss of each target."""
+def test_every_combination(name: str, targets: list[TargetConfig]) -> None:
+    """96 x 64 pixels, with three synthetic images through each crop, mask and target."""
     base = PretrainConfig(model=MODELS[name], size="96x64", batch_size=3, target=targets[0])
     model = build_model(base)
     mean, std = (torch.tensor(v) for v in base.normalization)
-    drawn = [SyntheticShapes(size=64).image(i) for i in range(3)]
+    shapes = [SyntheticShapes(size=64).image(i) for i in range(3)]
     refused = []
-    for mask_choice in MASKS:
-        run = replace(base, mask=mask_choice)
+    for mask_config in MASKS:
+        config = replace(base, mask=mask_config)
         try:
-            masks = build_mask_sampler(run, model.patch)
+            masks = build_mask_sampler(config, model.patch)
         except UserError as error:
-            refused.append((mask_choice.kind, str(error)))
+            refused.append((mask_config.kind, str(error)))
             continue
         mask = masks(0, range(3))
         for crop in CROPS:
-            cut = build_crop(replace(run, crop=crop))
+            transform = build_crop(replace(config, crop=crop))
             images = flip_and_normalize(
-                torch.stack([cut.crop(image, [0.3] * cut.num_uniforms) for image in drawn]), None, mean, std
+                torch.stack([transform.crop(image, [0.3] * transform.num_uniforms) for image in shapes]),
+                None,
+                mean,
+                std,
             )
             prediction = model(images, mask)
             for target in targets:
-                loss = build_loss(replace(run, target=target))(prediction, images, mask).loss
-                assert torch.isfinite(loss), (mask_choice, crop, target)
+                loss = build_loss(replace(config, target=target))(prediction, images, mask).loss
+                assert torch.isfinite(loss), (mask_config, crop, target)
         loss.backward()
         missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not missing, missing
@@ -92,7 +95,7 @@ def test_the_grid(name: str, targets: list[TargetConfig]) -> None:
         (MaskConfig("blocks", 0.5, block_size=64, whole_blocks=True), "same number"),
     ],
 )
-def test_masks_that_a_run_would_stumble_over_are_refused_before_it(mask: MaskConfig, message: str) -> None:
+def test_masks_that_fail_in_training_are_refused(mask: MaskConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_mask_sampler(PretrainConfig(size="96x64", mask=mask), 16)
 

@@ -1,4 +1,4 @@
-"""Whole runs in this process: what they compute, what they leave behind, and what they say."""
+"""Test complete runs: results, files and messages."""
 
 import csv
 import json
@@ -43,28 +43,28 @@ def test_the_loss_falls_and_the_curve_is_golden(tiny_run: Make, tmp_path: Path) 
 
 
 def test_accumulation_changes_rounding_only(tiny_run: Make, tmp_path: Path) -> None:
-    """Parts of a batch hold the same samples, crops and masks; sums are taken in another order."""
+    """Parts of a batch contain the same samples, crops and masks; only the order of summation differs."""
     for parts in (1, 2, 3, 8):
         train(tiny_run(accumulation_steps=parts, log_every=1, steps=3), tmp_path / str(parts))
-    whole = [line["loss"] for line in metrics(tmp_path / "1")]
+    expected = [line["loss"] for line in metrics(tmp_path / "1")]
     for parts in ("2", "3", "8"):
-        assert [line["loss"] for line in metrics(tmp_path / parts)] == pytest.approx(whole, rel=1e-4)
+        assert [line["loss"] for line in metrics(tmp_path / parts)] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_cpu_takes_parts_by_itself_and_resumes_bitwise(
+def test_a_cpu_splits_batches_and_resumes_bitwise(
     tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, cut, again = (tmp_path / name for name in ("whole", "cut", "again"))
+    full, split, resumed = (tmp_path / name for name in ("full", "split", "resumed"))
     run = tiny_run(log_every=1, checkpoint=CheckpointConfig(every=3, keep_last=9))
-    assert "parts" not in train(run, whole)
+    assert "parts" not in train(run, full)
     monkeypatch.setattr("pixmim.training.find_batch_size.images_at_once", lambda pixels, width: 3)
-    assert "cpu, each batch in 3 parts of up to 3, in fp32" in train(run, cut)
-    losses = [[line["loss"] for line in metrics(out)] for out in (whole, cut)]
+    assert "cpu, each batch in 3 parts of up to 3, in fp32" in train(run, split)
+    losses = [[line["loss"] for line in metrics(out)] for out in (full, split)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    shutil.copytree(cut / "checkpoints" / "step-000000003", again / "checkpoints" / "step-000000003")
-    shutil.copy(cut / "config.json", again)
-    train(run, again)
-    assert equal(cut, again) and not equal(cut, whole)
+    shutil.copytree(split / "checkpoints" / "step-000000003", resumed / "checkpoints" / "step-000000003")
+    shutil.copy(split / "config.json", resumed)
+    train(run, resumed)
+    assert equal(split, resumed) and not equal(split, full)
 
 
 def test_any_size_any_precision_grey(tiny_run: Make, tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_timm_loads_the_product_strictly(tiny_run: Make, tmp_path: Path) -> None
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(encoder.eval()(images), features(trained.encoder.eval(), images).vector[:, -1])
     with safe_open(path, "pt") as file:
-        said = file.metadata()
-    assert said["backbone"] == run.model.backbone and said["step"] == "6" and "0.485" in said["mean"]
+        metadata = file.metadata()
+    assert metadata["backbone"] == run.model.backbone and metadata["step"] == "6" and "0.485" in metadata["mean"]
 
 
 def test_a_recipes_backbone_loads_without_options(tmp_path: Path, tiny_run: Make) -> None:
@@ -100,8 +100,8 @@ def test_a_recipes_backbone_loads_without_options(tmp_path: Path, tiny_run: Make
 def test_bad_files_cost_a_line_each(tiny_run: Make, tmp_path: Path, pictures: Path) -> None:
     (pictures / "dogs" / "empty.jpg").write_bytes(b"")
     (pictures / "dogs" / "page.png").write_text("<html>")
-    whole = (pictures / "dogs" / "0.jpg").read_bytes()
-    (pictures / "dogs" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    content = (pictures / "dogs" / "0.jpg").read_bytes()
+    (pictures / "dogs" / "cut.jpg").write_bytes(content[: len(content) // 2])
     text = train(tiny_run(data=str(pictures)), tmp_path / "run")
     assert "3 of 13 images could not be read" in text
     rows = list(csv.reader((tmp_path / "run" / "skipped.csv").open()))
@@ -132,7 +132,7 @@ def test_periodic_knn_draws_a_curve(tiny_run: Make, tmp_path: Path) -> None:
     assert steps == [0, 5, 10]
     quiet = replace(run, knn=OnlineKnnConfig())
     train(quiet, tmp_path / "quiet")
-    assert equal(tmp_path / "run", tmp_path / "quiet")  # looking changes nothing
+    assert equal(tmp_path / "run", tmp_path / "quiet")  # measuring changes nothing
 
 
 def test_a_run_that_diverges_stops_with_advice(tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +166,7 @@ def test_another_number_of_images_cannot_be_resumed(tiny_run: Make, tmp_path: Pa
         train(moved, tmp_path / "run", resume=True)
 
 
-@pytest.mark.skipif(
-    not os.environ.get("PIXMIM_LONG"), reason="the demo on two seeds takes minutes: make test-long"
-)
+@pytest.mark.skipif(not os.environ.get("PIXMIM_LONG"), reason="the demo on two seeds takes minutes: make test-long")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_demo_gains_ten_points(seed: int, tmp_path: Path) -> None:
     train(replace(get_recipe("demo"), seed=seed), tmp_path / "run")

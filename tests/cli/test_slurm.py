@@ -1,4 +1,4 @@
-"""The script for a cluster's queue: read by bash and by Slurm's rules, and run with stand-ins for Slurm's programs."""
+"""Test the script for Slurm: parsed like sbatch does, and run by bash with replacements for Slurm's programs."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from pixmim.config_io import to_json
 from pixmim.recipes import get_recipe
 from pixmim.utils.errors import UserError
 
-STAND_INS = {
-    # Writes down what it was given, and ends as the test wants; `cancelled` tells the script first, as scancel does.
+PROGRAMS = {
+    # Records its arguments and exits with $STATUS; with $CANCELLED, it first signals the script, as scancel does.
     "srun": """#!/bin/bash
 printf '%s\\0' "$@" > "$NOTES/srun"
 echo "$MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS" > "$NOTES/env"
@@ -33,11 +33,11 @@ exit "$STATUS"
 
 
 def _start(text: str, folder: Path, status: int, **environment: str) -> tuple[int, bool, str]:
-    """Run a script as Slurm would: its exit status, whether it queued itself again, and what it said of errors."""
+    """Run a script as Slurm would; return its exit status, whether it requeued itself, and its stderr."""
     notes, programs = folder / "notes", folder / "bin"
     for path in (notes, programs):
         path.mkdir(exist_ok=True)
-    for name, lines in STAND_INS.items():
+    for name, lines in PROGRAMS.items():
         (programs / name).write_text(lines)
         (programs / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_CPUS_PER_TASK": "12"}
@@ -48,7 +48,7 @@ def _start(text: str, folder: Path, status: int, **environment: str) -> tuple[in
 
 
 def _slurm_reads(text: str) -> dict[str, str]:
-    """The options behind #SBATCH; Slurm, too, lets quotes hold blanks together and ends at a #."""
+    """Parse the #SBATCH lines, in which quotes protect blanks and # starts a comment."""
     lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
     words = [word for line in lines for word in shlex.split(line, comments=True)]
     return dict(word.removeprefix("--").partition("=")[::2] for word in words)
@@ -64,22 +64,22 @@ def _job(folder: Path, **changes: object) -> str:
     [
         (130, {}, True),  # stopped before the limit
         (130, {"SLURM_RESTART_COUNT": "2"}, True),
-        (130, {"SLURM_RESTART_COUNT": "3"}, False),  # as often as it may
-        (130, {"CANCELLED": "yes"}, False),  # cancelled, or preempted, after which Slurm itself queues it again
+        (130, {"SLURM_RESTART_COUNT": "3"}, False),  # the last restart
+        (130, {"CANCELLED": "yes"}, False),  # cancelled, or preempted, after which Slurm itself requeues it
         (0, {}, False),  # complete
-        (1, {}, False),  # a mistake of the user's
+        (1, {}, False),  # an error of the user
         (137, {}, False),  # killed
     ],
 )
-def test_queued_again_exactly_when_the_run_stopped_before_the_limit(
+def test_the_job_is_requeued_only_if_the_run_stopped_before_the_limit(
     status: int, environment: dict[str, str], requeued: bool, tmp_path: Path
 ) -> None:
-    exited, again, said = _start(_job(tmp_path, restarts=3), tmp_path, status, **environment)
-    assert again == requeued and exited == (0 if requeued else status)
-    assert ("stopped after 3 restarts" in said) == (environment.get("SLURM_RESTART_COUNT") == "3")
+    exited, was_requeued, stderr = _start(_job(tmp_path, restarts=3), tmp_path, status, **environment)
+    assert was_requeued == requeued and exited == (0 if requeued else status)
+    assert ("stopped after 3 restarts" in stderr) == (environment.get("SLURM_RESTART_COUNT") == "3")
 
 
-def test_processes_are_told_where_to_meet(tmp_path: Path) -> None:
+def test_processes_get_the_rendezvous_address(tmp_path: Path) -> None:
     _start(_job(tmp_path), tmp_path, 0)
     assert (tmp_path / "notes" / "env").read_text() == f"node3 {10000 + 123456 % 20000} 12\n"
 
@@ -87,13 +87,13 @@ def test_processes_are_told_where_to_meet(tmp_path: Path) -> None:
 def test_a_machine_list_that_slurm_cannot_read_ends_the_script(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     text = _job(tmp_path).replace("machines=$(", f"echo 'exit 1' > {programs}/scontrol\nmachines=$(")
-    exited, again, _ = _start(text, tmp_path, 0)
-    assert exited == 1 and not again and not (tmp_path / "notes" / "srun").exists()
+    status, requeued, _ = _start(text, tmp_path, 0)
+    assert status == 1 and not requeued and not (tmp_path / "notes" / "srun").exists()
 
 
-def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
-    asked = _slurm_reads(_job(tmp_path, hours=36.5, partition="gpu", account="a", qos="q", mem="0", signal=120))
-    assert asked == {
+def test_options_of_sbatch(tmp_path: Path) -> None:
+    options = _slurm_reads(_job(tmp_path, hours=36.5, partition="gpu", account="a", qos="q", mem="0", signal=120))
+    assert options == {
         "job-name": "name",
         "chdir": str(tmp_path),
         "output": f"{tmp_path}/run/slurm-%j.out",
@@ -113,7 +113,7 @@ def test_what_slurm_is_asked_for(tmp_path: Path) -> None:
     assert not {"partition", "account", "qos", "mem"} & _slurm_reads(_job(tmp_path)).keys()
 
 
-def test_names_with_blanks_and_signs_stay_whole(tmp_path: Path) -> None:
+def test_names_with_blanks_and_special_characters_are_quoted(tmp_path: Path) -> None:
     folder = tmp_path / "a b#c" / '50% of "it\'s" $HOME é'
     folder.mkdir(parents=True)
     words = [
@@ -128,14 +128,14 @@ def test_names_with_blanks_and_signs_stay_whole(tmp_path: Path) -> None:
         "--out=",
     ]
     text = sbatch_script(Job(), "my run", words, folder, folder, folder / "job.sh")
-    asked = _slurm_reads(text)
-    assert asked["job-name"] == "my run" and asked["chdir"] == str(folder)
-    assert asked["output"] == str(folder).replace("%", "%%") + "/slurm-%j.out"
+    options = _slurm_reads(text)
+    assert options["job-name"] == "my run" and options["chdir"] == str(folder)
+    assert options["output"] == str(folder).replace("%", "%%") + "/slurm-%j.out"
     assert _start(text, tmp_path, 0)[0] == 0
     given = (tmp_path / "notes" / "srun").read_text().rstrip("\0").split("\0")
     assert given[-len(words) :] == words and "--cpus-per-task=12" in given
-    again = _start(text, tmp_path, 130, SLURM_RESTART_COUNT="100")[2].strip()
-    assert shlex.split(again.partition("To resume: ")[2]) == ["sbatch", str(folder / "job.sh")]
+    stderr = _start(text, tmp_path, 130, SLURM_RESTART_COUNT="100")[2].strip()
+    assert shlex.split(stderr.partition("To resume: ")[2]) == ["sbatch", str(folder / "job.sh")]
 
 
 @pytest.mark.parametrize("path", ["two\nlines", "back\\slash"])
@@ -205,7 +205,7 @@ def test_the_command_writes_what_the_same_command_line_would_train(
         (["pixmim-vit-base"], "no data given"),
     ],
 )
-def test_mistakes_are_found_before_the_queue(
+def test_errors_are_reported_before_the_job_is_queued(
     args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -214,7 +214,7 @@ def test_mistakes_are_found_before_the_queue(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_is_there_is_gone_on_with(
+def test_an_existing_run_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -229,7 +229,7 @@ def test_a_run_that_is_there_is_gone_on_with(
 
 
 SRUN = """#!/bin/bash
-# Starts two tasks as Slurm's srun does, and the first time tells them that the time is over, once they compute.
+# Starts two tasks as Slurm's srun does, and the first time sends USR1 to them once they compute.
 for number in 0 1; do
     SLURM_NTASKS=2 SLURM_PROCID=$number SLURM_LOCALID=$number "${@:5}" &
     tasks[number]=$!
@@ -249,36 +249,36 @@ exit $highest
 """
 
 
-def test_two_real_processes_stop_in_time_and_go_on(
+def test_two_real_processes_stop_in_time_and_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole way: the script, its processes meeting by Slurm's numbers, USR1, the queue, and the end of the run."""
+    """Run the script with two processes: rendezvous by Slurm's variables, USR1, requeue, and the end of the run."""
     monkeypatch.chdir(tmp_path)
     small = ["--size", "48", "--batch-size", "4", "--data", "shapes:count=40,size=48", "--model.decoder-depth", "1"]
     args = [*small, "--steps", "120", "--log-every", "1", "--knn.every", "0", "--device", "cpu", "--precision", "fp32"]
     assert say(capsys, "slurm", "demo", "--gpus", "2", "--cpus", "1", "--out", "run", *args)[0] == 0
     text = (tmp_path / "run" / "slurm.sh").read_text()
-    monkeypatch.setitem(STAND_INS, "srun", SRUN)
-    monkeypatch.setitem(STAND_INS, "scontrol", STAND_INS["scontrol"].replace("node3", "127.0.0.1"))
+    monkeypatch.setitem(PROGRAMS, "srun", SRUN)
+    monkeypatch.setitem(PROGRAMS, "scontrol", PROGRAMS["scontrol"].replace("node3", "127.0.0.1"))
     job = {"RUN": str(tmp_path / "run"), "SLURM_JOB_ID": str(_free_port() - 10000), "SLURM_CPUS_PER_TASK": "1"}
 
     def losses() -> list[int]:
         return [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
-    exited, _, said = _start(text, tmp_path, 0, **job)
-    assert exited == 0, said
+    status, _, stderr = _start(text, tmp_path, 0, **job)
+    assert status == 0, stderr
     assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]
     stopped = losses()[-1]
     assert 0 < stopped < 120 and not (tmp_path / "run" / "encoder/model.safetensors").exists()
 
-    exited, _, said = _start(text, tmp_path, 0, **job, SLURM_RESTART_COUNT="1")
-    assert exited == 0, said
-    assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # not again
+    status, _, stderr = _start(text, tmp_path, 0, **job, SLURM_RESTART_COUNT="1")
+    assert status == 0, stderr
+    assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # only once
     assert losses() == list(range(1, 121)) and (tmp_path / "run" / "encoder/model.safetensors").exists()
 
 
 def _free_port() -> int:
-    """A port of those that scripts choose from."""
+    """Return a free port in the range that scripts use."""
     for port in range(10000, 30000):
         with socket.socket() as attempt:
             try:

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, what becomes of one that cannot be written, and what a stranger may have put into one."""
+"""Test checkpoints: which are kept, failed writes, and untrusted or damaged files."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from pixmim.training.sharded_checkpoint import (
 from pixmim.utils.errors import UserError
 
 
-def network() -> tuple[nn.Module, SyncFreeOptimizer]:
+def build() -> tuple[nn.Module, SyncFreeOptimizer]:
     torch.manual_seed(1)
     model = nn.Linear(4, 3)
     return model, SyncFreeOptimizer(adamw(model, 0.1, (0.9, 0.95), 0.05), None, False, torch.device("cpu"))
@@ -47,36 +47,36 @@ def test_no_milestones() -> None:
     assert not any(is_multiple_of(step, 0.0) for step in range(1, 100))
 
 
-def test_the_last_ones_and_the_milestones_stay(tmp_path: Path) -> None:
-    model, updater = network()
+def test_the_last_ones_and_the_milestones_are_kept(tmp_path: Path) -> None:
+    model, updater = build()
     weights = {}
     with CheckpointManager(tmp_path, keep_last=2, keep_if=lambda step: is_multiple_of(step, 4)) as checkpoints:
         for step in range(1, 12):
             learn(model, updater)
-            checkpoints.save(step, model, updater, images=7)  # while the next step changes the weights
+            checkpoints.save(step, model, updater, images=7)  # written while the next step changes the weights
             weights[step] = model.weight.detach().clone()
     assert checkpoints.steps() == [4, 8, 10, 11]
-    other, _ = network()
+    other, _ = build()
     assert checkpoints.load_model(other)[0] == 11 and torch.equal(other.weight, weights[11])
     for step in (11, 10, 8):
-        assert checkpoints.load(other, network_of(other), images=7) == step
-        assert torch.equal(other.weight, weights[step])  # as it was then, whatever came after
+        assert checkpoints.load(other, optimizer_of(other), images=7) == step
+        assert torch.equal(other.weight, weights[step])  # unaffected by later steps
         (tmp_path / f"step-{step:09d}").rename(tmp_path / f"gone-{step}")
 
 
-def network_of(model: nn.Module) -> SyncFreeOptimizer:
+def optimizer_of(model: nn.Module) -> SyncFreeOptimizer:
     return SyncFreeOptimizer(adamw(model, 0.1, (0.9, 0.95), 0.05), None, False, torch.device("cpu"))
 
 
-def test_what_cannot_be_written_is_said_and_tried_again(tmp_path: Path) -> None:
-    model, updater = network()
-    said: list[str] = []
+def test_a_failed_write_is_a_warning_and_is_retried(tmp_path: Path) -> None:
+    model, updater = build()
+    warnings: list[str] = []
     folder = tmp_path / "checkpoints"
     folder.write_text("a file in the way")
-    with CheckpointManager(folder, warn=said.append) as checkpoints:
+    with CheckpointManager(folder, warn=warnings.append) as checkpoints:
         checkpoints.save(1, model, updater, images=7)
-        checkpoints.save(2, model, updater, images=7)  # hears of the first
-        assert len(said) == 1 and "could not be written" in said[0] and "training continues" in said[0]
+        checkpoints.save(2, model, updater, images=7)  # warns of the first
+        assert len(warnings) == 1 and "could not be written" in warnings[0] and "training continues" in warnings[0]
         with pytest.raises(UserError, match="could not be written"):
             checkpoints.save(3, model, updater, images=7, wait=True)
         folder.unlink()
@@ -84,34 +84,34 @@ def test_what_cannot_be_written_is_said_and_tried_again(tmp_path: Path) -> None:
         assert checkpoints.steps() == [4]
 
 
-def test_other_data_or_another_model_are_refused(tmp_path: Path) -> None:
-    model, updater = network()
+def test_another_dataset_or_model_is_refused(tmp_path: Path) -> None:
+    model, updater = build()
     with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, model, updater, images=7, wait=True)
     with pytest.raises(UserError, match="started with 7 images, found 8"):
         CheckpointManager(tmp_path).load(model, updater, images=8)
     wide = nn.Linear(5, 3)
     with pytest.raises(UserError, match="does not fit this run"):
-        CheckpointManager(tmp_path).load(wide, network_of(wide), images=7)
+        CheckpointManager(tmp_path).load(wide, optimizer_of(wide), images=7)
     with pytest.raises(UserError, match="is of another model"):
         CheckpointManager(tmp_path).load_model(wide)
 
 
-def test_nothing_whole_is_no_fresh_start(tmp_path: Path) -> None:
-    model, updater = network()
+def test_a_run_without_a_valid_checkpoint_does_not_restart(tmp_path: Path) -> None:
+    model, updater = build()
     with CheckpointManager(tmp_path) as checkpoints:
         checkpoints.save(1, model, updater, images=7, wait=True)
     (tmp_path / "step-000000001" / "checkpoint.json").write_text("{")
-    said: list[str] = []
+    warnings: list[str] = []
     with pytest.raises(UserError, match=r"no checkpoint in .* is valid"):
-        CheckpointManager(tmp_path, warn=said.append).load(model, updater, images=7)
-    assert len(said) == 1 and "is damaged" in said[0]
+        CheckpointManager(tmp_path, warn=warnings.append).load(model, updater, images=7)
+    assert len(warnings) == 1 and "is damaged" in warnings[0]
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """The newest of two checkpoints in RUN/checkpoints, after as many updates."""
-    model, updater = network()
+    """The newest of two checkpoints in RUN/checkpoints, after two steps."""
+    model, updater = build()
     with CheckpointManager(tmp_path / "run" / "checkpoints") as checkpoints:
         for step in (1, 2):
             learn(model, updater)
@@ -120,16 +120,16 @@ def written(tmp_path: Path) -> Path:
 
 
 def test_the_files_are_plain_safetensors(written: Path) -> None:
-    model, _ = network()
+    model, _ = build()
     assert CheckpointManager(written.parent).load_model(model)[0] == 2
-    found = load_file(written / "rank-00000.safetensors")
-    assert torch.equal(found["model.weight"], model.weight)
-    assert {"optimizer.weight.exp_avg", "optimizer.bias.step", "updater.skipped"} <= found.keys()
+    tensors = load_file(written / "rank-00000.safetensors")
+    assert torch.equal(tensors["model.weight"], model.weight)
+    assert {"optimizer.weight.exp_avg", "optimizer.bias.step", "updater.skipped"} <= tensors.keys()
     assert sorted(path.name for path in written.iterdir()) == ["checkpoint.json", "rank-00000.safetensors"]
 
 
-def test_shards_are_put_together_by_any_number_of_processes(tmp_path: Path) -> None:
-    """Ten rows over four processes as FSDP2 shards them (3, 3, 3, 1), three over four, and what all of them hold."""
+def test_shards_are_restored_by_any_number_of_processes(tmp_path: Path) -> None:
+    """Ten rows over four processes as FSDP2 shards them (3, 3, 3, 1), three over four, and unsharded tensors."""
     dtypes = torch.float32, torch.bfloat16, torch.int64, torch.bool
     ten = {str(dtype): torch.randn(10, 3).mul(9).to(dtype) for dtype in dtypes}
     three, scalar = torch.randn(3), torch.tensor(5.0)
@@ -143,17 +143,17 @@ def test_shards_are_put_together_by_any_number_of_processes(tmp_path: Path) -> N
         shares.append(write_share(tmp_path, parts, rank))
     write_manifest(tmp_path, 7, 8, shares)
     expected = plain | ten | {"three": three}
-    found = {name: torch.zeros_like(value) for name, value in expected.items()}
+    restored = {name: torch.zeros_like(value) for name, value in expected.items()}
     manifest = read_manifest(tmp_path)
-    assert difference(manifest.tensors, found) == ""
-    restore(tmp_path, manifest.tensors, found)
+    assert difference(manifest.tensors, restored) == ""
+    restore(tmp_path, manifest.tensors, restored)
     assert (manifest.step, manifest.images) == (7, 8)
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert all(torch.equal(restored[name], expected[name]) for name in restored)
     assert {name for name in plain if name in load_file(tmp_path / "rank-00000.safetensors")} == {"table"}
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest as somebody would who reckons its checksum as well."""
+    """Change a manifest together with its checksum."""
     path = folder / "checkpoint.json"
     manifest = json.loads(path.read_text())
     change(manifest["content"])
@@ -168,7 +168,7 @@ def weight(content: dict[str, Any]) -> dict[str, Any]:
 FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "no step": lambda c: c.pop("step"),
     "another step": lambda c: c.update(step=1),
-    "a step that is no number": lambda c: c.update(step=float("nan")),
+    "a step that is not a number": lambda c: c.update(step=float("nan")),
     "a step that is a word": lambda c: c.update(step="2"),
     "a step that is true": lambda c: c.update(step=True),
     "infinitely many images": lambda c: c.update(images=float("inf")),
@@ -185,10 +185,10 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "sizes beyond 64 bits": lambda c: weight(c).update(shape=[2**63, 2**63]),
     "sizes below zero": lambda c: weight(c).update(shape=[-3, -4]),
     "many axes": lambda c: weight(c).update(shape=[3] + [1] * 10**5),
-    "a size that is no number": lambda c: weight(c).update(shape=[3, "4"]),
+    "a size that is not a number": lambda c: weight(c).update(shape=[3, "4"]),
     "an object for a shape": lambda c: weight(c).update(shape={"3": 4}),
     "another dtype": lambda c: weight(c).update(dtype="F64"),
-    "a dtype that is none": lambda c: weight(c).update(dtype=["F32"] * 10**5),
+    "an invalid dtype": lambda c: weight(c).update(dtype=["F32"] * 10**5),
     "no pieces": lambda c: weight(c).update(pieces=[]),
     "a gap": lambda c: weight(c).update(pieces=[[0, 0, 1, 8, 0], [0, 2, 3, 8, 0]]),
     "an overlap": lambda c: weight(c).update(pieces=[[0, 0, 2, 8, 0], [0, 1, 3, 8, 0]]),
@@ -205,12 +205,12 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", FORGED)
-def test_a_forged_manifest_is_refused(how: str, written: Path) -> None:
-    """By loading everything and by loading weights: in one line, and without taking memory for what it claims."""
-    forge(written, FORGED[how])
-    harmless = ("another step", "other images")  # of weights
-    refused(written, look=how not in harmless)
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_forged_manifest_is_refused(forgery: str, written: Path) -> None:
+    """Both full and weights-only loading fail with one line, and allocate no memory for what the manifest claims."""
+    forge(written, FORGED[forgery])
+    harmless = ("another step", "other images")  # to loading weights only
+    refused(written, weights=forgery not in harmless)
 
 
 @pytest.mark.parametrize(
@@ -231,24 +231,26 @@ def test_a_forged_manifest_is_refused(how: str, written: Path) -> None:
         "\x80\x04\x95",
     ],
 )
-def test_what_is_no_manifest_is_refused(text: str, written: Path) -> None:
+def test_an_invalid_manifest_is_refused(text: str, written: Path) -> None:
     (written / "checkpoint.json").write_text(text)
     refused(written)
 
 
-def refused(folder: Path, look: bool = True) -> None:
-    """Nothing but one line comes of reading a checkpoint; only weights are read where one looks."""
-    model, updater = network()
-    if look:
+def refused(folder: Path, weights: bool = True) -> None:
+    """Check that loading fails with one line, or warns and loads the previous checkpoint."""
+    model, updater = build()
+    if weights:
         with pytest.raises(UserError) as error:
             CheckpointManager(folder.parent).load_model(model)
         assert len(str(error.value)) < 500 and "\n" not in str(error.value)
-    said: list[str] = []
+    warnings: list[str] = []
     try:
-        assert CheckpointManager(folder.parent, warn=said.append).load(model, updater, images=7) == 1  # the one before
+        assert (
+            CheckpointManager(folder.parent, warn=warnings.append).load(model, updater, images=7) == 1
+        )  # the previous one
     except UserError as error:
-        said.append(str(error))
-    assert len(said) == 1 and len(said[0]) < 500 and "\n" not in said[0]
+        warnings.append(str(error))
+    assert len(warnings) == 1 and len(warnings[0]) < 500 and "\n" not in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "rank-00000.safetensors"])
@@ -266,7 +268,7 @@ def test_only_files_of_the_run_are_read(name: str, kind: str, written: Path, tmp
 
 
 @pytest.mark.parametrize("level", ["checkpoint", "checkpoints"])
-def test_a_folder_that_is_elsewhere_is_refused(level: str, written: Path, tmp_path: Path) -> None:
+def test_a_link_out_of_the_run_is_refused(level: str, written: Path, tmp_path: Path) -> None:
     path = written if level == "checkpoint" else written.parent
     outside = path.rename(tmp_path / "outside")
     path.symlink_to(outside)
@@ -274,23 +276,23 @@ def test_a_folder_that_is_elsewhere_is_refused(level: str, written: Path, tmp_pa
     if level == "checkpoint":
         refused(written)
     else:
-        elsewhere_is_refused(path)
+        outside_is_refused(path)
         path.unlink()
         path.symlink_to(path.name)  # a loop
-        elsewhere_is_refused(path)
+        outside_is_refused(path)
     assert sorted(path.name for path in outside.rglob("*")) == before
 
 
-def elsewhere_is_refused(folder: Path) -> None:
-    model, updater = network()
+def outside_is_refused(folder: Path) -> None:
+    model, updater = build()
     with pytest.raises(UserError, match="leads out of"):
         CheckpointManager(folder).load_model(model)
     with pytest.raises(UserError, match="leads out of"):
         CheckpointManager(folder).load(model, updater, images=7)
 
 
-def test_links_in_the_way_are_removed_and_not_followed(written: Path, tmp_path: Path) -> None:
-    """Where a checkpoint is written, where a damaged one is set aside, and in place of an old one."""
+def test_links_in_place_of_checkpoints_are_removed_without_following_them(written: Path, tmp_path: Path) -> None:
+    """In place of a new checkpoint, of a damaged one that is renamed, and of an old one."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("")
@@ -298,7 +300,7 @@ def test_links_in_the_way_are_removed_and_not_followed(written: Path, tmp_path: 
     for name in ("step-000000003.tmp", "other.tmp", "damaged-step-000000002", "step-000000000"):
         (folder / name).symlink_to(outside)
     (written / "checkpoint.json").write_text("{")
-    model, updater = network()
+    model, updater = build()
     with CheckpointManager(folder, warn=lambda text: None) as checkpoints:
         assert checkpoints.load(model, updater, images=7) == 1
         checkpoints.save(3, model, updater, images=7, wait=True)
@@ -313,11 +315,11 @@ def test_links_in_the_way_are_removed_and_not_followed(written: Path, tmp_path: 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_counts_are_numbers(value: float, written: Path) -> None:
-    model, updater = network()
+    model, updater = build()
     with CheckpointManager(written.parent) as checkpoints:
         updater.state["skipped"].fill_(value)
         learn(model, updater)
         checkpoints.save(3, model, updater, images=7, wait=True)
-    said: list[str] = []
-    assert CheckpointManager(written.parent, warn=said.append).load(*network(), images=7) == 2
-    assert "a count is not a number" in said[0]
+    warnings: list[str] = []
+    assert CheckpointManager(written.parent, warn=warnings.append).load(*build(), images=7) == 2
+    assert "a count is not a number" in warnings[0]

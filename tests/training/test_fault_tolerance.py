@@ -1,4 +1,4 @@
-"""Faults, injected into real processes: after each, The same command resumes, and the end is that of a quiet run."""
+"""Test faults in real processes: after each, the same command resumes and ends like an undisturbed run."""
 
 import dataclasses
 import os
@@ -28,24 +28,24 @@ STEPS = 40
 
 @pytest.fixture
 def config(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
-    """Forty updates over five epochs, and the file that starts them."""
-    made = tiny_run(
+    """Forty steps over five epochs, and the file that starts them."""
+    config = tiny_run(
         data="shapes:count=64,size=32", steps=STEPS, threads=1, log_every=2, checkpoint=CheckpointConfig(every=4)
     )
-    (tmp_path / "run.json").write_text(to_json(made))
-    return made
+    (tmp_path / "run.json").write_text(to_json(config))
+    return config
 
 
 def torchrun(folder: Path, out: Path, *flags: object) -> Started:
-    """Train `folder/run.json` in two processes that torchrun starts, and starts again once."""
+    """Train `folder/run.json` in two processes of torchrun, which restarts them once."""
     launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"]
     command = [*launcher, "-m", "pixmim.cli", "pretrain", folder / "run.json", "--out", out, *flags]
     return Started(folder / f"{out.name}.txt", launch, *map(str, command))
 
 
 def workers(launcher: Started) -> list[int]:
-    """Process numbers of the workers that torchrun started, by rank."""
-    found = {}
+    """Return the process numbers of torchrun's workers, by rank."""
+    pids = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             environment = dict(pair.split("=", 1) for pair in (path / "environ").read_text().split("\0") if "=" in pair)
@@ -53,8 +53,8 @@ def workers(launcher: Started) -> list[int]:
         except (OSError, ValueError):
             continue
         if parent == launcher.pids[0] and "RANK" in environment:
-            found[int(environment["RANK"])] = int(path.name)
-    return [found[rank] for rank in sorted(found)]
+            pids[int(environment["RANK"])] = int(path.name)
+    return [pids[rank] for rank in sorted(pids)]
 
 
 def started(folder: Path, name: str, *flags: object, ranks: int = 1, limit: int = 0) -> Pretraining:
@@ -67,12 +67,12 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc: LINUX ONLY")
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc: needs Linux")
 
 
 @linux
 def test_one_of_two_processes_is_killed(config: PretrainConfig, tmp_path: Path) -> None:
-    """torchrun starts both again, and they go on from the newest checkpoint by themselves."""
+    """torchrun restarts both, and they resume from the newest checkpoint."""
     out = tmp_path / "broken"
     broken = torchrun(tmp_path, out)
     checkpoints = CheckpointManager(out / "checkpoints")
@@ -111,8 +111,8 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
     assert f"stopped after step {step}; resume with: pixmim pretrain --resume {broken.out}" in text
 
 
-def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(config: PretrainConfig, tmp_path: Path) -> None:
-    """A limit on the size of files stands for a full disk: writing fails in the same place, in the same way."""
+def test_a_full_disk_fails_checkpoints_but_not_the_run(config: PretrainConfig, tmp_path: Path) -> None:
+    """A limit on the size of files simulates a full disk: writing fails in the same place."""
     broken = started(tmp_path, "broken", limit=100_000)
     text = broken.end(status=1)
     assert text.count("warning: a checkpoint could not be written") == STEPS // 4 - 1
@@ -124,8 +124,8 @@ def test_a_disk_without_space_costs_a_checkpoint_and_not_the_run(config: Pretrai
 
 
 @linux
-def test_a_batch_too_large_for_the_memory_says_what_to_do(tmp_path: Path) -> None:
-    """A limit of addresses stands for a small machine: without --accumulation-steps the batch is split to fit."""
+def test_running_out_of_memory_names_the_flag_to_change(tmp_path: Path) -> None:
+    """A limit of addresses simulates a small machine."""
     small = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
     flags = ["pixmim-vit-small", "--data", "shapes:count=512,size=32", "--steps", "1", "--out", str(tmp_path / "run")]
     command = [sys.executable, "-m", "pixmim.cli", "pretrain", *flags, "--size", "224", "--precision", "fp32"]
@@ -140,18 +140,18 @@ def test_a_batch_too_large_for_the_memory_says_what_to_do(tmp_path: Path) -> Non
     ), text
 
 
-def damage(folder: Path, how: str) -> None:
+def damage(folder: Path, kind: str) -> None:
     path = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
-    if how == "a byte":
+    if kind == "a byte":
         content[len(content) // 2] ^= 1
-    path.write_bytes(content if how == "a byte" else content[:-100])
-    if how == "a file":
+    path.write_bytes(content if kind == "a byte" else content[:-100])
+    if kind == "a file":
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["a byte", "the end", "a file"])
-def test_a_damaged_checkpoint_is_set_aside(how: str, config: PretrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["a byte", "the end", "a file"])
+def test_a_damaged_checkpoint_is_set_aside(kind: str, config: PretrainConfig, tmp_path: Path) -> None:
     from rich.console import Console
 
     from pixmim.pretraining import pretrain
@@ -159,10 +159,10 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, config: PretrainConfig, tmp
     short = dataclasses.replace(config, steps=8)
     pretrain(short, tmp_path / "run", console=Console(quiet=True), report=False)
     before = load_file(tmp_path / "run" / "encoder/model.safetensors")
-    damage(tmp_path / "run" / "checkpoints" / "step-000000008", how)
-    with (tmp_path / "said.txt").open("w") as file:
+    damage(tmp_path / "run" / "checkpoints" / "step-000000008", kind)
+    with (tmp_path / "output.txt").open("w") as file:
         pretrain(short, tmp_path / "run", console=Console(file=file, width=500), report=False)
-    text = (tmp_path / "said.txt").read_text()
+    text = (tmp_path / "output.txt").read_text()
     assert "the checkpoint of step 8 is damaged (" in text and "resuming from step 4" in text
     assert (tmp_path / "run" / "checkpoints" / "damaged-step-000000008").is_dir()
     after = load_file(tmp_path / "run" / "encoder/model.safetensors")
@@ -170,23 +170,21 @@ def test_a_damaged_checkpoint_is_set_aside(how: str, config: PretrainConfig, tmp
 
 
 @linux
-@pytest.mark.skipif(
-    not os.environ.get("PIXMIM_LONG"), reason="sixty random kills take minutes: make test-long"
-)
+@pytest.mark.skipif(not os.environ.get("PIXMIM_LONG"), reason="sixty random kills take minutes: make test-long")
 @pytest.mark.parametrize(("processes", "killed"), [(1, 1), (2, 2), (2, 1)])
 def test_killed_at_twenty_random_moments(processes: int, killed: int, config: PretrainConfig, tmp_path: Path) -> None:
-    """While it starts, trains, or writes one of its many checkpoints."""
+    """Kill a run while it starts, trains, or writes one of its many checkpoints."""
     length = ("--steps", 1500, "--checkpoint.every", 3)
     quiet = started(tmp_path, "quiet", *length, ranks=processes)
     quiet.end()
-    chance, kills, writing = random.Random(0), 0, 0
+    generator, kills, writing = random.Random(0), 0, 0
     broken = started(tmp_path, "broken", *length, ranks=processes)
     while kills < 20:
         before = max(broken.checkpoints.steps(), default=0)
-        if chance.random() < 0.8:
+        if generator.random() < 0.8:
             broken.reach(before + 3)
-        time.sleep(chance.uniform(0, 1))
-        for victim in chance.sample(broken.pids, killed):
+        time.sleep(generator.uniform(0, 1))
+        for victim in generator.sample(broken.pids, killed):
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
                 kills += 1

@@ -1,4 +1,4 @@
-"""LARS against a slow formula, LAMB against timm's, and both under SyncFreeOptimizer."""
+"""Test LARS against a slow formula and LAMB against timm, with SyncFreeOptimizer."""
 
 import pytest
 import timm.optim
@@ -19,19 +19,19 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
 
 
-def trained(optimizer: type, steps: int, scaling: bool = False, spoil: int = -1, **options: object) -> nn.Module:
+def trained(kind: type, steps: int, scaling: bool = False, spoil: int = -1, **options: object) -> nn.Module:
     model = network()
-    updater = SyncFreeOptimizer(optimizer(model.parameters(), lr=1.0, **options), None, scaling, CPU)
+    optimizer = SyncFreeOptimizer(kind(model.parameters(), lr=1.0, **options), None, scaling, CPU)
     for step in range(steps):
         x = batch(step) * (float("nan") if step == spoil else 1.0)
-        updater.backward(model(x).square().mean())
-        updater.step(0.5 * (step + 1))
+        optimizer.backward(model(x).square().mean())
+        optimizer.step(0.5 * (step + 1))
     return model
 
 
 @pytest.mark.parametrize("scaling", [False, True])
 def test_lars_by_hand(scaling: bool) -> None:
-    """Momentum over a gradient whose length is 0.001 of the matrix's; biases and norms take the gradient as it is."""
+    """Matrices take a step of 0.001 times their norm, with momentum; biases and norms take the plain gradient."""
     model = network().double()
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     for step in range(6):
@@ -45,8 +45,8 @@ def test_lars_by_hand(scaling: bool) -> None:
                 g /= sum(float(x) ** 2 for x in p.grad.flatten()) ** 0.5
             v.mul_(0.9).add_(g)
             p.data -= 0.5 * (step + 1) * v
-    for mine, theirs in zip(trained(LARS, 6, scaling).parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs.float(), atol=1e-5, rtol=1e-4)
+    for p, expected in zip(trained(LARS, 6, scaling).parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, expected.float(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", [False, True])
@@ -55,18 +55,18 @@ def test_lamb_is_timms(scaling: bool) -> None:
         decayed, plain = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
         return [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
 
-    mine, theirs = network(), network()
-    updater = SyncFreeOptimizer(LAMB(groups(mine), lr=1.0), None, scaling, CPU)
-    other = timm.optim.Lamb(groups(theirs), lr=1.0, eps=1e-8, max_grad_norm=None)
+    model, reference = network(), network()
+    optimizer = SyncFreeOptimizer(LAMB(groups(model), lr=1.0), None, scaling, CPU)
+    other = timm.optim.Lamb(groups(reference), lr=1.0, eps=1e-8, max_grad_norm=None)
     for step in range(6):
-        updater.backward(mine(batch(step)).square().mean())
-        updater.step(0.01)
+        optimizer.backward(model(batch(step)).square().mean())
+        optimizer.step(0.01)
         other.zero_grad()
-        theirs(batch(step)).square().mean().backward()
+        reference(batch(step)).square().mean().backward()
         for group in other.param_groups:
             group["lr"] = 0.01
         other.step()
-    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 

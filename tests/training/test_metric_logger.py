@@ -1,4 +1,4 @@
-"""What a run says of its speed."""
+"""Test the reported throughput."""
 
 import io
 from pathlib import Path
@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pixmim.training import metric_logger as runlog
+from pixmim.training import metric_logger
 from pixmim.training.metric_logger import MetricLogger, bound_by, read_metrics
 
 
-def test_it_says_what_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_the_throughput_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bound_by(0.02) == "compute-bound: waits for data 2%"
     assert bound_by(0.4) == "data-bound: waits for data 40%"
 
     clock = iter([100.0, 110.0, 120.0])  # the start, and two lines
-    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metric_logger.time, "perf_counter", lambda: next(clock))
     console = Console(file=io.StringIO(), width=200)
     path = tmp_path / "metrics.jsonl"
     with MetricLogger(path, steps=4, start=0, every=2, epoch=0.5, images=8, console=console) as log:

@@ -1,4 +1,4 @@
-"""The update against torch's own AdamW, clipping and GradScaler, and its refusal of bad gradients."""
+"""Test steps against torch's AdamW, clipping and GradScaler, skipped steps, and learning rate schedules."""
 
 from dataclasses import replace
 
@@ -27,14 +27,14 @@ def trained(
     steps: int, clip: float | None, scaling: bool = False, spoil: int = -1
 ) -> tuple[nn.Module, SyncFreeOptimizer]:
     model = network()
-    updater = SyncFreeOptimizer(adamw(model, 0.1, (0.9, 0.95), 0.05), clip, scaling, CPU)
+    sync_free = SyncFreeOptimizer(adamw(model, 0.1, (0.9, 0.95), 0.05), clip, scaling, CPU)
     generator = torch.Generator().manual_seed(2)
     for step in range(steps):
         x = torch.randn(16, 4, generator=generator)
         loss = model(x * (float("nan") if step == spoil else 1.0)).square().mean()
-        updater.backward(loss)
-        updater.step(0.01 * (step + 1))
-    return model, updater
+        sync_free.backward(loss)
+        sync_free.step(0.01 * (step + 1))
+    return model, sync_free
 
 
 def reference(steps: int, clip: float | None) -> nn.Module:
@@ -58,39 +58,39 @@ def reference(steps: int, clip: float | None) -> nn.Module:
 
 @pytest.mark.parametrize("clip", [None, 0.05, 100.0])
 @pytest.mark.parametrize("scaling", [False, True])
-def test_an_update_is_adamws(clip: float | None, scaling: bool) -> None:
-    mine, theirs = trained(6, clip, scaling)[0], reference(6, clip)
-    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+def test_a_step_is_that_of_adamw(clip: float | None, scaling: bool) -> None:
+    model, expected = trained(6, clip, scaling)[0], reference(6, clip)
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", [False, True])
 def test_a_bad_gradient_changes_no_weight_and_no_moment(scaling: bool) -> None:
-    spoiled, updater = trained(4, None, scaling, spoil=3)
+    spoiled, sync_free = trained(4, None, scaling, spoil=3)
     clean, _ = trained(3, None, scaling)
     for a, b in zip(spoiled.parameters(), clean.parameters(), strict=True):
         assert torch.equal(a, b)
-    states = list(updater.optimizer.state.values())
+    states = list(sync_free.optimizer.state.values())
     assert all(float(state["step"]) == 3 and torch.isfinite(state["exp_avg"]).all() for state in states)
-    assert updater.state["skipped"] == 1 and updater.state["streak"] == 1
-    assert updater.state["scale"] == (2.0**15 if scaling else 1.0)
+    assert sync_free.state["skipped"] == 1 and sync_free.state["streak"] == 1
+    assert sync_free.state["scale"] == (2.0**15 if scaling else 1.0)
 
 
 def test_the_streak_ends_with_a_good_step() -> None:
-    _, updater = trained(6, None, spoil=3)
-    assert updater.state["skipped"] == 1 and updater.state["streak"] == 0
+    _, sync_free = trained(6, None, spoil=3)
+    assert sync_free.state["skipped"] == 1 and sync_free.state["streak"] == 0
 
 
 def test_the_loss_scale_doubles_after_2000_good_steps() -> None:
     model = nn.Linear(1, 1)
-    updater = SyncFreeOptimizer(adamw(model, 0.0, (0.9, 0.95), 0.0), None, True, CPU)
+    sync_free = SyncFreeOptimizer(adamw(model, 0.0, (0.9, 0.95), 0.0), None, True, CPU)
     for _ in range(2001):
-        updater.backward(model(torch.zeros(1, 1)).sum())
-        updater.step(0.0)
-    assert updater.state["scale"] == 2.0**17 and updater.state["good"] == 1
+        sync_free.backward(model(torch.zeros(1, 1)).sum())
+        sync_free.step(0.0)
+    assert sync_free.state["scale"] == 2.0**17 and sync_free.state["good"] == 1
 
 
-def test_what_is_not_decayed() -> None:
+def test_norms_biases_and_tokens_are_not_decayed() -> None:
     model = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=1, decoder_depth=1)
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.05)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -158,7 +158,7 @@ def test_simmims_800_epochs_as_published() -> None:
 
 
 @pytest.mark.parametrize("length", [{"epochs": 20}, {"epochs": 1600}, {"steps": 16}, {"steps": 1}])
-def test_a_run_of_another_length_drops_after_the_same_share(length: dict[str, int]) -> None:
+def test_a_run_of_another_length_drops_after_the_same_fraction(length: dict[str, int]) -> None:
     run = replace(get_recipe("simmim-swin-base-800"), **length)
     schedule = Schedule.of(run, 100 * 2048)
     assert schedule.drop == round(7 / 8 * schedule.steps) and schedule.warmup <= schedule.steps / 5 <= schedule.drop

@@ -1,4 +1,4 @@
-"""Real processes, really killed: a run that was interrupted ends bitwise as one that was not."""
+"""Test with killed processes that an interrupted run ends bitwise like an uninterrupted one."""
 
 import os
 import signal
@@ -23,13 +23,13 @@ STEPS = 60  # the 64 images make an epoch of eight steps
 
 @pytest.fixture
 def config(tiny_run: Make, tmp_path: Path) -> PretrainConfig:
-    made = tiny_run(data="shapes:count=64,size=32", steps=STEPS, checkpoint=CheckpointConfig(every=3), log_every=2)
-    (tmp_path / "run.json").write_text(to_json(made))
-    return made
+    config = tiny_run(data="shapes:count=64,size=32", steps=STEPS, checkpoint=CheckpointConfig(every=3), log_every=2)
+    (tmp_path / "run.json").write_text(to_json(config))
+    return config
 
 
 def kill(process: Pretraining) -> int:
-    """Kill a process, and return the step of the newest checkpoint that it leaves."""
+    """Kill a process, and return the step of its newest checkpoint."""
     os.kill(process.pids[0], signal.SIGKILL)
     process.end(-signal.SIGKILL)
     return process.checkpoints.steps()[-1]
@@ -42,7 +42,7 @@ def state(config: PretrainConfig, out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_killed_and_resumed_is_bitwise_the_same(config: PretrainConfig, tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    undisturbed, broken = tmp_path / "undisturbed", tmp_path / "broken"
     process = Pretraining(broken, tmp_path / "run.json", "--out", broken)
     checkpoints = process.checkpoints
     process.until(lambda: len(checkpoints.steps()) >= 2)  # in the first epoch, between two checkpoints
@@ -55,8 +55,8 @@ def test_killed_and_resumed_is_bitwise_the_same(config: PretrainConfig, tmp_path
     assert killed_at + 8 < killed_again < STEPS
 
     Pretraining(broken, "--resume", broken).end()
-    pretrain(config, whole, console=Console(quiet=True))
-    one, two = state(config, whole), state(config, broken)
+    pretrain(config, undisturbed, console=Console(quiet=True))
+    one, two = state(config, undisturbed), state(config, broken)
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     steps = [line.split(",")[0] for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == len(set(steps)) == STEPS // 2  # no line twice, none missing
@@ -64,7 +64,7 @@ def test_killed_and_resumed_is_bitwise_the_same(config: PretrainConfig, tmp_path
     assert (broken / "report.html").exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(config: PretrainConfig, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_prints_how_to_resume(config: PretrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = Pretraining(out, tmp_path / "run.json", "--out", out, "--steps", 100_000, "--checkpoint.every", 0)
     process.log()

@@ -1,4 +1,4 @@
-"""The training loop: what an interrupt saves, gradients that stay bad, and the caller's random numbers."""
+"""Test the training loop: interrupts, repeated bad gradients, and the state of the caller's generator."""
 
 import signal
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 class Ready(list[Tensor]):
-    """Parts of batches that need not be waited for."""
+    """A loader that is always ready."""
 
     ready = True
 
@@ -42,7 +42,6 @@ def trainer_of(model: nn.Module, folder: Path, accumulation_steps: int = 1, step
     folder.mkdir(exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     sync_free = SyncFreeOptimizer(optimizer, None, scaling=False, device=torch.device("cpu"))
-    saving = CheckpointConfig(every=1, keep_last=99)
     return Trainer(
         model,
         sync_free,
@@ -52,7 +51,7 @@ def trainer_of(model: nn.Module, folder: Path, accumulation_steps: int = 1, step
         images=8,
         batch_size=8,
         accumulation_steps=accumulation_steps,
-        checkpoint=saving,
+        checkpoint=CheckpointConfig(every=1, keep_last=99),
     )
 
 
@@ -63,7 +62,7 @@ def parts(first: int = 0) -> Iterator[Tensor]:
         number += 1
 
 
-def test_an_interrupt_lets_a_step_finish_whose_data_are_there(tmp_path: Path) -> None:
+def test_an_interrupted_step_is_finished_if_its_data_are_ready(tmp_path: Path) -> None:
     net, computed = nn.Linear(4, 1), list[int]()
 
     def compute_loss(x: Tensor, number: int) -> Tensor:
@@ -77,7 +76,7 @@ def test_an_interrupt_lets_a_step_finish_whose_data_are_there(tmp_path: Path) ->
     assert step == 2 and computed == [0, 1, 2, 3, 4, 5] and trainer.checkpoints.steps() == [1, 2]
 
 
-@pytest.mark.parametrize("stopped", [0, 4, 5])  # a part of a batch for which the loop waits
+@pytest.mark.parametrize("stopped", [0, 4, 5])  # number of the part that is waited for
 def test_an_interrupt_while_waiting_for_data_saves_the_last_complete_step(stopped: int, tmp_path: Path) -> None:
     def run(stop: int, folder: Path) -> tuple[int, dict[str, Tensor]]:
         net = Net()
@@ -98,8 +97,8 @@ def test_an_interrupt_while_waiting_for_data_saves_the_last_complete_step(stoppe
     step, state = run(stopped, tmp_path / "cut")
     assert step == stopped // 2
     if step:
-        _, whole = run(2 * step, tmp_path / "whole")  # stopped between two steps
-        assert all(torch.equal(state[name], value) for name, value in whole.items())
+        _, expected = run(2 * step, tmp_path / "between")  # stopped between two steps
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def test_resumed_training_is_bitwise_the_same_and_restores_the_generator(tmp_path: Path) -> None:
@@ -122,14 +121,14 @@ def test_resumed_training_is_bitwise_the_same_and_restores_the_generator(tmp_pat
             assert torch.initial_seed() == 7
         return dict(net.state_dict())
 
-    whole = train(tmp_path / "whole")
+    expected = train(tmp_path / "uninterrupted")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", stop=3)
     resumed = train(tmp_path / "cut")
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
-def test_gradients_that_stay_bad_end_the_training(tmp_path: Path) -> None:
+def test_repeated_bad_gradients_end_the_training(tmp_path: Path) -> None:
     net = nn.Linear(4, 1)
     trainer = trainer_of(net, tmp_path, steps=100)
     with pytest.raises(UserError, match=r"last 20 steps \(up to step 20\).*--optim.clip"), trainer:

@@ -192,7 +192,7 @@ def test_signals_are_as_before_once_a_command_is_over() -> None:
     assert guard.number == signal.SIGTERM and not guard.thread.is_alive()
     assert [signal.getsignal(number) for number in numbers] == before and sys.unraisablehook is hook
     assert signal.set_wakeup_fd(-1) == -1
-    with PreemptionHandler(speaks=False) as interrupts:
+    with PreemptionHandler(verbose=False) as interrupts:
         signal.raise_signal(signal.SIGTERM)
     assert interrupts.requested and [signal.getsignal(number) for number in numbers] == before
     assert not process.deferring
@@ -214,7 +214,7 @@ def test_a_pool_that_is_closed_early_leaves_a_stuck_thread_behind(monkeypatch: p
 
 
 def test_several_processes_are_not_parted_by_a_signal() -> None:
-    with PreemptionHandler(speaks=False) as interrupts:
+    with PreemptionHandler(verbose=False) as interrupts:
         with interrupts.waiting(alone=False):
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Interrupted), interrupts.waiting():

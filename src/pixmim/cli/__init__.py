@@ -23,24 +23,34 @@ from pixmim.utils.console import print_plain
 from pixmim.utils.errors import AlreadyReportedError, UserError, did_you_mean, first_line
 from pixmim.utils.process import as_process
 
-OVERVIEW = """usage: pixmim COMMAND [...]
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "pretrain": (pretrain, "train a backbone on your own images"),
+    "slurm": (slurm, "write a script for Slurm's sbatch that trains on a cluster"),
+    "cache": (cache, "resize images once, for all epochs"),
+    "stats": (stats, "measure mean and std, and summarize a dataset"),
+    "bench-data": (bench_data, "find out what limits the data pipeline, and what to change"),
+    "coverage": (coverage, "measure how much of the objects random crops keep"),
+    "list": (list_recipes, "list the recipes"),
+    "evaluate": (evaluate, "measure a backbone; `pixmim evaluate list` lists the evaluations"),
+    "report": (report, "write a page of settings, curves, reconstructions and results of one or more runs"),
+    "reconstruct": (reconstruct, "draw reconstructions of hidden patches"),
+    "attention": (attention, "draw attention maps of a ViT"),
+    "embed": (embed, "write the features of a dataset"),
+    "import": (import_, "import published weights, or describe a file of weights"),
+    "export": (export, "export a backbone to timm, Hugging Face, mmpretrain, detectron2 or ONNX"),
+}
+COMMANDS = {name: command for name, (command, _) in _COMMANDS.items()}
 
-  pretrain     train a backbone on your own images
-  slurm        write a script for Slurm's sbatch that trains on a cluster
-  cache        resize images once, for all epochs
-  stats        measure mean and std, and summarize a dataset
-  bench-data   find out what limits the data pipeline, and what to change
-  list         list the recipes
-  evaluate     measure a backbone; `pixmim evaluate list` lists the evaluations
-  coverage     measure how much of the objects random crops keep
-  report       write a page of settings, curves, reconstructions and results of one or more runs
-  reconstruct  draw reconstructions of hidden patches
-  attention    draw attention maps of a ViT
-  embed        write the features of a dataset
-  import       import published weights, or describe a file of weights
-  export       export a backbone to timm, Hugging Face, mmpretrain, detectron2 or ONNX
+OVERVIEW = "\n".join(
+    [
+        "usage: pixmim COMMAND [...]\n",
+        *(f"  {name:<13}{text}" for name, (_, text) in _COMMANDS.items()),
+        "\n`pixmim COMMAND --help` explains every flag. To start: pixmim pretrain pixmim-vit-tiny --data FOLDER",
+    ]
+)
 
-`pixmim COMMAND --help` explains every flag. To start: pixmim pretrain pixmim-vit-tiny --data FOLDER"""
+_HOME = re.compile(r"^((?:--[\w.-]+=)?)~(?=/|$)")
+"""A path in the home folder, or a flag with one. Shells expand only some of these."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,24 +106,3 @@ def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
     from pixmim.training.find_batch_size import is_out_of_memory
 
     return is_out_of_memory(error)
-
-
-_HOME = re.compile(r"^((?:--[\w.-]+=)?)~(?=/|$)")
-"""A path in the home folder, or a flag with one. Shells expand only some of these."""
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "pretrain": pretrain,
-    "slurm": slurm,
-    "cache": cache,
-    "stats": stats,
-    "bench-data": bench_data,
-    "coverage": coverage,
-    "list": list_recipes,
-    "evaluate": evaluate,
-    "report": report,
-    "reconstruct": reconstruct,
-    "attention": attention,
-    "embed": embed,
-    "import": import_,
-    "export": export,
-}

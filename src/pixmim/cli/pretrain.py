@@ -120,7 +120,7 @@ def _load_recipe(name: str) -> tuple[PretrainConfig, str]:
 
 
 def _value_of(flag: str, args: list[str]) -> str:
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in zip(args, [*args[1:], ""], strict=False):
         if word.startswith(flag + "="):
             return word.removeprefix(flag + "=")
         if word == flag:

@@ -12,18 +12,10 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
+from pixmim.training import sharded_checkpoint as files
 from pixmim.training.distributed import SINGLE_PROCESS, Distributed
 from pixmim.training.optim import SyncFreeOptimizer
-from pixmim.training.sharded_checkpoint import (
-    DamagedError,
-    Part,
-    difference,
-    own_share,
-    read_manifest,
-    restore,
-    write_manifest,
-    write_share,
-)
+from pixmim.training.sharded_checkpoint import DamagedError, Part
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.trust import inside
 
@@ -81,14 +73,11 @@ class CheckpointManager:
             model: The model.
             optimizer: Its optimizer.
             images: Size of the dataset.
-            wait: Return when the checkpoint is on disk.
-
-        Raises:
-            UserError: If `wait` and it cannot be written. Otherwise a failure is a warning at the next save.
+            wait: Return when the checkpoint is on disk, or raise UserError. Otherwise the next save warns of a failure.
         """
         self._wait_for_writer(must_succeed=False)
         if not self._path(step).exists():
-            share = own_share(_state(model, optimizer), self._world.rank, self._world.size)
+            share = files.own_share(_state(model, optimizer), self._world.rank, self._world.size)
             self._writing = self._writer.submit(self._write, step, images, share)
         if wait:
             self._wait_for_writer(must_succeed=True)
@@ -98,16 +87,11 @@ class CheckpointManager:
 
         A damaged one is renamed, with a warning, and the previous one is used.
 
-        Args:
-            model: The model.
-            optimizer: Its optimizer.
-            images: Size of the dataset.
-
         Returns:
             The number of steps done; 0 if there is no checkpoint.
 
         Raises:
-            UserError: If all are damaged, or one does not fit the model or the dataset.
+            UserError: If all are damaged, or one does not fit the model or a dataset of `images` images.
         """
         steps = self._world.broadcast(self._steps_inside())
         state = _state(model, optimizer)
@@ -142,12 +126,12 @@ class CheckpointManager:
             raise UserError(f"no checkpoint in {self._folder}")
         path, state = self._path(steps[-1]), _prefixed("model", model.state_dict())
         try:
-            manifest = read_manifest(path)
+            manifest = files.read_manifest(path)
             weights = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
-            mismatch = difference(weights, state)
+            mismatch = files.difference(weights, state)
             if mismatch:
                 raise UserError(f"the checkpoint {path} is of another model: {mismatch}")
-            restore(path, weights, state)
+            files.restore(path, weights, state)
         except DamagedError as error:
             raise UserError(f"the checkpoint {path} is damaged: {first_line(error)}") from error
         return steps[-1], manifest.images
@@ -163,10 +147,10 @@ class CheckpointManager:
     def _restore(self, step: int, state: dict[str, Tensor], images: int) -> None:
         """Restore a state in place. Raises DamagedError, after which it may be partly restored, or UserError."""
         path = self._path(step)
-        manifest = read_manifest(path)
+        manifest = files.read_manifest(path)
         if manifest.step != step:
             raise DamagedError(f"it is that of step {manifest.step:,}")
-        mismatch = difference(manifest.tensors, state)
+        mismatch = files.difference(manifest.tensors, state)
         if mismatch:
             raise UserError(f"the checkpoint {path} does not fit this run: {mismatch}")
         if manifest.images != images:
@@ -174,7 +158,7 @@ class CheckpointManager:
                 f"dataset changed: this run started with {manifest.images:,} images, found {images:,}. Resuming would "
                 "shuffle them differently. Restore the data or start a new run"
             )
-        restore(path, manifest.tensors, state)
+        files.restore(path, manifest.tensors, state)
         if not all(value.isfinite() and value >= 0 for name, value in state.items() if name.startswith("updater.")):
             raise DamagedError("a count is not a number")
 
@@ -192,7 +176,7 @@ class CheckpointManager:
 
         def publish() -> None:
             if self._world.is_main:
-                write_manifest(temporary, step, images, shares)
+                files.write_manifest(temporary, step, images, shares)
                 _sync(temporary)
                 os.replace(temporary, final)
                 _sync(self._folder)
@@ -201,7 +185,7 @@ class CheckpointManager:
                         _remove(self._path(old))
 
         self._on_all_ranks(prepare)
-        shares = self._on_all_ranks(lambda: write_share(temporary, share, self._world.rank))
+        shares = self._on_all_ranks(lambda: files.write_share(temporary, share, self._world.rank))
         self._on_all_ranks(publish)
 
     def _on_all_ranks(self, work: Callable[[], T]) -> list[T]:

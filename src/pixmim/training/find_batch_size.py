@@ -50,7 +50,7 @@ def find_accumulation_steps(
         world: Ranks of the run.
         device: Device of this rank.
         width: Width of the encoder.
-        trial: Compute the gradient of so many images.
+        trial: Compute the gradient of a given number of images.
         reserved: Bytes of device memory to leave free.
 
     Raises:

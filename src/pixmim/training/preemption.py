@@ -41,13 +41,13 @@ class PreemptionHandler:
     """Set `requested` on a signal, within a `with` statement. A second SIGINT or SIGTERM has its previous effect.
 
     Args:
-        speaks: Print on the first signal that the run stops after its step.
+        verbose: Print on the first signal that the run stops after its step.
     """
 
     requested = False
 
-    def __init__(self, speaks: bool = True) -> None:
-        self._speaks = speaks
+    def __init__(self, verbose: bool = True) -> None:
+        self._verbose = verbose
         self._unprinted = threading.Lock()  # acquired once, by the thread that prints
 
     def __enter__(self) -> "PreemptionHandler":
@@ -94,7 +94,7 @@ class PreemptionHandler:
             raise Interrupted
 
     def _print(self) -> None:
-        if self._speaks and self._unprinted.acquire(blocking=False):
+        if self._verbose and self._unprinted.acquire(blocking=False):
             with suppress(OSError):  # no stream: the training loop may be writing to it at this moment
                 os.write(2, b"\nfinishing this step, then saving; once more to stop now\n")
 

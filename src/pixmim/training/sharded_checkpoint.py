@@ -11,9 +11,10 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,8 +55,7 @@ class Piece(NamedTuple):
     crc32: int
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor of a manifest: dtype in the spelling of safetensors, shape, and pieces in order."""
 
     dtype: str
@@ -63,8 +63,7 @@ class Entry:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """Contents of a checkpoint: steps done, size of the dataset, and tensors by name."""
 
     step: int
@@ -204,7 +203,7 @@ def restore(folder: Path, tensors: Mapping[str, Entry], state: Mapping[str, Tens
     ]
     for rank, group in groupby(sorted(needed), key=lambda item: item[0].rank):
         try:
-            with open(open_regular(inside(folder, _file(rank))), "rb", buffering=0) as file:
+            with open(open_regular(inside(folder, _file(rank))), "rb") as file:
                 for piece, name in group:
                     _copy(piece, _read(file, piece, parts[name]), parts[name])
         except (OSError, UserError) as error:
@@ -223,18 +222,14 @@ def _part(tensor: Tensor) -> Part:
     return Part(tensor.to_local().detach(), start, shape)
 
 
-def _read(file: IO[bytes], piece: Piece, part: Part) -> Tensor:
+def _read(file: BufferedReader, piece: Piece, part: Part) -> Tensor:
     """Read a piece of the tensor that `part` belongs to, and check it."""
     shape = (piece.end - piece.start, *part.shape[1:]) if part.shape else ()
     rows = torch.empty(shape, dtype=part.rows.dtype)
     content = _bytes(rows)
     file.seek(piece.offset)
-    at = 0
-    while at < len(content):
-        count = file.readinto(content[at:])  # type: ignore[attr-defined]
-        if not count:
-            raise DamagedError(f"{_file(piece.rank)} ends early")
-        at += count
+    if file.readinto(content) < len(content):
+        raise DamagedError(f"{_file(piece.rank)} ends early")
     if zlib.crc32(content) != piece.crc32:
         raise DamagedError(f"{_file(piece.rank)} has a wrong checksum")
     return rows

@@ -105,7 +105,7 @@ class Trainer:
 
     def __enter__(self) -> "Trainer":
         with ExitStack() as stack:
-            self.interrupts = stack.enter_context(PreemptionHandler(speaks=self.world.is_main))
+            self.interrupts = stack.enter_context(PreemptionHandler(verbose=self.world.is_main))
             self.log = stack.enter_context(
                 MetricLogger(
                     self.folder / "metrics.jsonl" if self.world.is_main else None,
