@@ -1,11 +1,9 @@
-"""Train jobs in several processes, each of which calls `main` with a file of jobs.
+"""Train a list of jobs, one after another, on several processes that each call `main` with the same file.
 
-The file holds a list of jobs, which go one after another through the same processes:
-
-    run       a configuration
-    out       where to train it
-    goes_on   a checkpoint of another run to go on from, or an empty string
-    poisoned  the number of the update whose images are NaN on the last process, or null
+config       a configuration
+out          folder of the run
+resume_from  a checkpoint of another run to resume from, or an empty string
+poisoned     the step whose images are NaN on the last rank, or null
 """
 
 import json
@@ -26,25 +24,27 @@ from pixmim.utils.process import leave
 def main(jobs: str) -> None:
     with init_distributed("cpu", timeout=60) as world:
         for job in json.loads(Path(jobs).read_text()):
-            run, out, goes_on = from_dict(PretrainConfig, job["run"], jobs), Path(job["out"]), job["goes_on"]
-            if goes_on and world.is_main:
-                shutil.copytree(goes_on, out / "checkpoints" / Path(goes_on).name)
-                shutil.copy(Path(goes_on).parents[1] / "config.json", out)
+            config = from_dict(PretrainConfig, job["config"], jobs)
+            out, resume_from = Path(job["out"]), job["resume_from"]
+            if resume_from and world.is_main:
+                shutil.copytree(resume_from, out / "checkpoints" / Path(resume_from).name)
+                shutil.copy(Path(resume_from).parents[1] / "config.json", out)
             world.gather(None)
-            pixmim.pretraining.flip_and_normalize = poison(world, job["poisoned"], max(1, run.accumulation_steps))  # type: ignore[attr-defined]
-            pixmim.pretraining.pretrain(run, out, console=Console(quiet=not world.is_main), report=False, world=world)
+            pixmim.pretraining.flip_and_normalize = poison(world, job["poisoned"], max(1, config.accumulation_steps))  # type: ignore[attr-defined]
+            console = Console(quiet=not world.is_main)
+            pixmim.pretraining.pretrain(config, out, console=console, report=False, world=world)
     leave(0)
 
 
-def poison(world: Distributed, update: int | None, accumulation_steps: int) -> object:
-    """`flip_and_normalize`, whose images are not finite once on one process."""
+def poison(world: Distributed, step: int | None, accumulation_steps: int) -> object:
+    """Return `flip_and_normalize`, with images that are not finite in one step on the last rank."""
     calls = -1
 
-    def spoiled(*given: Tensor) -> Tensor:
+    def poisoned(*args: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        images = flip_and_normalize(*given)
-        spoil = update is not None and calls == update * accumulation_steps and world.rank == world.size - 1
-        return images * float("nan") if spoil else images
+        images = flip_and_normalize(*args)
+        is_bad = step is not None and calls == step * accumulation_steps and world.rank == world.size - 1
+        return images * float("nan") if is_bad else images
 
-    return spoiled
+    return poisoned

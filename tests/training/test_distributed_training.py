@@ -1,4 +1,4 @@
-"""Several processes train what one trains: DDP and FSDP2 over gloo, any accumulation, from each other's checkpoints."""
+"""Test that several processes train what one trains: DDP and FSDP2 over gloo, accumulation, resumed checkpoints."""
 
 import dataclasses
 import json
@@ -18,17 +18,17 @@ from pixmim.config import CheckpointConfig, MaskConfig, OptimConfig, ParallelCon
 from pixmim.pretraining import pretrain
 from pixmim.training.metric_logger import read_metrics
 
-pytestmark = pytest.mark.xdist_group("several")  # one process makes what all of these read
+pytestmark = pytest.mark.xdist_group("several")  # one process trains the runs that all of these read
 
 STEPS, HALF = 8, 4
 FSDP = ParallelConfig("fsdp")
 
 
-def launch(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Train each job's run in turn over so many processes."""
-    path = folder / f"jobs-{processes}.json"
+def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Train the run of each job in turn, on several processes."""
+    path = folder / f"jobs-{ranks}.json"
     path.write_text(json.dumps(jobs))
-    Started(folder / f"{processes}.txt", distributed_worker.main, str(path), ranks=processes).end()
+    Started(folder / f"{ranks}.txt", distributed_worker.main, str(path), ranks=ranks).end()
 
 
 def losses(out: Path) -> list[float]:
@@ -46,11 +46,11 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 UNEVEN = {"blocks": (OTHERS["vit"][0], 64)}
-"""With masks that hide different numbers of patches."""
+"""Models with masks that hide different numbers of patches."""
 
 
 def make(**changes: Any) -> PretrainConfig:
-    """Eight updates; the five of an epoch end between the fourth, where checkpoints are, and the last."""
+    """Eight steps with a checkpoint after the fourth; an epoch ends after the fifth."""
     values: dict[str, Any] = {
         "data": "shapes:count=40,size=32",
         "steps": STEPS,
@@ -68,7 +68,7 @@ def make(**changes: Any) -> PretrainConfig:
 
 
 def other(name: str, **changes: Any) -> PretrainConfig:
-    """Another model, for a few updates."""
+    """Another model, for a few steps."""
     model, size = (OTHERS | UNEVEN)[name]
     mask = MaskConfig("beit-blocks", 0.4) if name in UNEVEN else MaskConfig()
     return make(model=model, size=str(size), steps=3, mask=mask, **changes)
@@ -76,17 +76,17 @@ def other(name: str, **changes: Any) -> PretrainConfig:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs by 1, 2 and 4 processes, begun by some and gone on with by others, each in the folder of its name."""
+    """Train runs on 1, 2 and 4 processes, some resumed by other numbers of them, each in the folder of its name."""
     root = tmp_path_factory.mktemp("several")
 
     def half_of(name: str) -> Path:
         return root / name / "checkpoints" / f"step-{HALF:09d}"
 
-    def job(name: str, config: PretrainConfig, goes_on: str = "", poisoned: int | None = None) -> dict[str, Any]:
+    def job(name: str, config: PretrainConfig, resume_from: str = "", poisoned: int | None = None) -> dict[str, Any]:
         return {
-            "run": dataclasses.asdict(config),
+            "config": dataclasses.asdict(config),
             "out": str(root / name),
-            "goes_on": str(half_of(goes_on)) if goes_on else "",
+            "resume_from": str(half_of(resume_from)) if resume_from else "",
             "poisoned": poisoned,
         }
 
@@ -107,10 +107,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("fsdp-bf16", make(precision="bf16", parallel=FSDP)),
             job("poisoned", make(), poisoned=3),
             job("fsdp-poisoned", make(parallel=FSDP), poisoned=3),
-            job("ddp-2-again", make(), goes_on="ddp-2"),
-            job("fsdp-2-again", make(parallel=FSDP), goes_on="fsdp-2"),
-            job("ddp-4-then-fsdp-2", make(parallel=FSDP), goes_on="ddp-4"),
-            job("fsdp-4-then-ddp-2", make(), goes_on="fsdp-4"),
+            job("ddp-2-again", make(), resume_from="ddp-2"),
+            job("fsdp-2-again", make(parallel=FSDP), resume_from="fsdp-2"),
+            job("ddp-4-then-fsdp-2", make(parallel=FSDP), resume_from="ddp-4"),
+            job("fsdp-4-then-ddp-2", make(), resume_from="fsdp-4"),
             *(job(f"{name}-ddp", other(name)) for name in OTHERS),
             *(job(f"{name}-fsdp", other(name, parallel=FSDP)) for name in OTHERS),
         ],
@@ -128,42 +128,42 @@ def test_any_number_of_processes_trains_what_one_trains(name: str, trained: Path
     assert largest_difference(trained / name, trained / "one") < 1e-4
 
 
-def test_masks_of_several_sizes_weigh_what_they_weigh_in_the_batch(trained: Path) -> None:
+def test_masks_of_several_sizes_have_their_weight_in_the_batch(trained: Path) -> None:
     assert losses(trained / "blocks-2") == pytest.approx(losses(trained / "blocks"), rel=2e-5)
     assert largest_difference(trained / "blocks-2", trained / "blocks") < 1e-4
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_model_can_be_spread(name: str, way: str, trained: Path) -> None:
-    assert losses(trained / f"{name}-{way}") == pytest.approx(losses(trained / name), rel=2e-4)
+def test_every_model_can_be_parallelized(name: str, strategy: str, trained: Path) -> None:
+    assert losses(trained / f"{name}-{strategy}") == pytest.approx(losses(trained / name), rel=2e-4)
 
 
-def test_weights_in_bf16_cost_no_more_than_bf16_does(trained: Path) -> None:
+def test_fsdp_in_bf16_is_as_accurate_as_ddp(trained: Path) -> None:
     one, ddp, fsdp = (losses(trained / name) for name in ("one", "ddp-bf16", "fsdp-bf16"))
     assert ddp == pytest.approx(one, rel=5e-3) and fsdp == pytest.approx(one, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", ["ddp-2", "fsdp-2"])
-def test_the_same_processes_go_on_bitwise(name: str, trained: Path) -> None:
+def test_the_same_number_of_processes_resumes_bitwise(name: str, trained: Path) -> None:
     assert largest_difference(trained / name, trained / f"{name}-again") == 0
     assert losses(trained / f"{name}-again") == losses(trained / name)[HALF:]
 
 
 @pytest.mark.parametrize("name", ["fsdp-4-then-one", "fsdp-4-then-ddp-2", "ddp-4-then-fsdp-2"])
-def test_other_processes_go_on_with_a_run(name: str, trained: Path) -> None:
+def test_another_number_of_processes_resumes_a_run(name: str, trained: Path) -> None:
     assert losses(trained / name) == pytest.approx(losses(trained / "one")[HALF:], rel=2e-5)
     assert largest_difference(trained / name, trained / "one") < 1e-4
 
 
 @pytest.mark.parametrize("name", ["poisoned", "fsdp-poisoned"])
-def test_what_is_not_finite_on_one_process_is_skipped_on_all(name: str, trained: Path) -> None:
+def test_a_bad_gradient_on_one_process_is_skipped_on_all(name: str, trained: Path) -> None:
     lines = list(read_metrics(trained / name / "metrics.jsonl"))
     assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
     clean = losses(trained / "one")
     assert losses(trained / name)[:3] == pytest.approx(clean[:3], rel=2e-5)
     assert all(torch.isfinite(value).all() for value in product(trained / name).values())
-    assert largest_difference(trained / name, trained / "one") > 1e-3  # the update is missing
+    assert largest_difference(trained / name, trained / "one") > 1e-3  # a step is missing
 
 
 def test_checkpoints_of_several_processes_are_written_by_several(trained: Path) -> None:
