@@ -148,10 +148,10 @@ def test_plain_parquet_of_any_tool(kind: str, files: ImageFolder, tmp_path: Path
     contents = [path.read_bytes() for path in paths]
     (tmp_path / "set").mkdir()
     column = {
-        "bytes": lambda: arrow.read_array(contents),
-        "large": lambda: arrow.read_array(contents, arrow.large_binary()),
-        "struct": lambda: arrow.read_array([{"bytes": content, "path": None} for content in contents]),
-        "paths": lambda: arrow.read_array([str(path.relative_to(tmp_path)) for path in paths]),
+        "bytes": lambda: arrow.array(contents),
+        "large": lambda: arrow.array(contents, arrow.large_binary()),
+        "struct": lambda: arrow.array([{"bytes": content, "path": None} for content in contents]),
+        "paths": lambda: arrow.array([str(path.relative_to(tmp_path)) for path in paths]),
     }[kind]()
     table = arrow.table({"picture": column, "kind": [path.parent.name for path in paths], "n": list(range(10))})
     parquet.write_table(table, tmp_path / "set.parquet", row_group_size=4)
@@ -174,7 +174,7 @@ def test_paths_without_bytes_and_inside_an_archive(files: ImageFolder, tmp_path:
         {},
     ]
     cells = [row if row is None else {"bytes": None, "path": None} | row for row in rows] + [{"path": "/no/such"}]
-    column = arrow.read_array(cells, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+    column = arrow.array(cells, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
     table = datasets.Dataset(arrow.table({"x": column}))
     data = ArrowDataset(table, "rows", image="x", folder=tmp_path)
     assert torch.equal(data.image(0), files.image(0)) and torch.equal(data.image(1), files.image(1))

@@ -452,7 +452,7 @@ def _read_labels(
         return None, [], f"no classes{choice}"
     column = wanted or named[0]
     values = _column(dataset, column, spec)
-    feature, values = dataset.features[column], values if rows is None else values.take(pyarrow.read_array(rows))
+    feature, values = dataset.features[column], values if rows is None else values.take(pyarrow.array(rows))
     if column in named:
         classes, numbers = list(feature.names), values
         if not all(isinstance(name, str) for name in classes):
@@ -461,7 +461,7 @@ def _read_labels(
         different = sorted(value for value in values.unique().to_pylist() if value is not None)
         classes, numbers = (
             list(map(str, different)),
-            compute.index_in(values, pyarrow.read_array(different, values.type)),
+            compute.index_in(values, pyarrow.array(different, values.type)),
         )
     else:
         raise UserError(f"column '{column}' of {spec} holds {values.type}; classes are ClassLabel, numbers or words")
