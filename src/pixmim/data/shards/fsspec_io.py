@@ -83,7 +83,7 @@ def file_version(name: str) -> FileVersion | None:
     """Return the current version of a file, or None if it does not exist.
 
     Raises:
-        UserError: If the server cannot be asked, or it is not a regular file.
+        UserError: If the server fails, or it is not a regular file.
     """
     if not is_url(name):
         try:
@@ -101,7 +101,7 @@ def file_version(name: str) -> FileVersion | None:
 def find_matching(pattern: str) -> dict[str, FileVersion | None]:
     """Find the files that match a glob pattern, sorted, with their versions where a server's listing has them.
 
-    Whatever a server lists, only files below the folder that the pattern begins with are returned.
+    Of what a server lists, only files below the pattern's folder are returned.
     """
     if not is_url(pattern):
         return dict.fromkeys(sorted(name for name in glob(pattern) if Path(name).is_file()))
@@ -119,7 +119,7 @@ def find_matching(pattern: str) -> dict[str, FileVersion | None]:
     for listed, info in sorted(found.items()):
         url = str(filesystem.unstrip_protocol(listed))
         if info["type"] == "file" and url.startswith(folder) and ".." not in url.split("/"):
-            # Times are formatted differently in a listing and for one file: such files are asked for one by one.
+            # A time has another format in a listing than for one file, so those versions are requested one by one.
             complete = info.get("size") and any(info.get(tag) for tag in _CONTENT_TAGS)
             files[url] = _version_from(url, info) if complete else None
     return files
