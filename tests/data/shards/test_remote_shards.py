@@ -114,7 +114,7 @@ def served(tmp_path: Path, server: Server) -> Path:
 
 
 def downloads(memory: Path) -> list[Path]:
-    """The whole copies; asserts that no part of one is left behind."""
+    """Return the files in the disk cache, after a check that no partial download is left."""
     names = list((memory / "copies").iterdir())
     assert not [path for path in names if path.suffix == ".part"]
     return [path for path in names if not path.suffix]

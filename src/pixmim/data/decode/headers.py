@@ -54,7 +54,7 @@ class Tag(NamedTuple):
     """A TIFF tag: data type, number of values, offset of the first value, and the entry's bytes in the page."""
 
     dtype: int
-    count: int
+    length: int
     offset: int
     entry: bytes
 
@@ -99,7 +99,7 @@ class TiffHeader:
                 raise BadImage("a TIFF whose list of pages is circular")
             seen.add(offset)
             page, end = self._read_page(offset)
-            remaining -= sum(_SIZES[tag.dtype] * tag.count for tag in page.values())
+            remaining -= sum(_SIZES[tag.dtype] * tag.length for tag in page.values())
             if remaining < 0:
                 raise BadImage("a TIFF whose tags claim more bytes than the file has")
             pages.append(page)
@@ -117,7 +117,7 @@ class TiffHeader:
         tag = page.get(code)
         if tag is None or tag.dtype not in _INTEGERS:
             return np.zeros(0, np.uint8)
-        return np.frombuffer(self.data, f"{self.order}{_INTEGERS[tag.dtype]}", tag.count, tag.offset)
+        return np.frombuffer(self.data, f"{self.order}{_INTEGERS[tag.dtype]}", tag.length, tag.offset)
 
     def value(self, page: Page, code: int, default: int) -> int:
         """Return the first value of an integer tag."""
@@ -128,7 +128,7 @@ class TiffHeader:
         """Raise BadImage if a page claims more than is allowed, or more than the file has."""
         integers = (*_SINGLE_TAGS, _BITS, _STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES)
         if any(code in page and page[code].dtype not in _INTEGERS for code in integers) or any(
-            code in page and page[code].count > 1 for code in _SINGLE_TAGS
+            code in page and page[code].length > 1 for code in _SINGLE_TAGS
         ):
             raise BadImage("a TIFF whose tags for size or layout do not hold one integer each")
         width, height = self.value(page, _WIDTH, 0), self.value(page, _HEIGHT, 0)
