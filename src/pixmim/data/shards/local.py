@@ -87,20 +87,11 @@ class ShardStore(ABC):
 
     @abstractmethod
     def open(self, shard: int) -> OpenFile:
-        """Open a shard, downloading it first if necessary.
-
-        Raises:
-            UserError: If it is missing, unreadable, or not of the expected version.
-        """
+        """Open a shard, downloading it first if necessary. Raises UserError if that fails or its version differs."""
 
     @abstractmethod
     def read(self, shard: int, length: int, offset: int) -> bytes:
-        """Read `length` bytes of a shard at `offset`; fewer at its end.
-
-        Raises:
-            UserError: As `open`.
-            OSError: If reading fails.
-        """
+        """Read `length` bytes of a shard at `offset`; fewer at its end. Raises OSError, and UserError as `open`."""
 
     @abstractmethod
     def prefetch(self, shards: Sequence[int]) -> None:

@@ -35,17 +35,13 @@ from pixmim.utils.progress import parallel_map
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
 """Of several images in one sample, the first in this order is used."""
 
-_FORMAT = 3  # of the cached index
-
-_MAX_CACHED_BYTES = 2**30  # of one tar's index
-
-_MAX_LENGTH = int(np.iinfo(np.int32).max)  # of an image in the index; longer ones are not read anyway
-
 MAX_CLASSES = 1_000_000
 """A larger number in a .cls file is an identifier."""
 
 _MAX_CLASS_BYTES = 100  # a longer .cls file is a caption
-
+_MAX_LENGTH = int(np.iinfo(np.int32).max)  # of an image in the index; longer ones are not read anyway
+_MAX_CACHED_BYTES = 2**30  # of one tar's index
+_FORMAT = 3  # of the cached index
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)\}*$", re.IGNORECASE)
 
 _warned: set[str] = set()  # datasets whose ignored images were reported
@@ -283,18 +279,13 @@ def _warn_ignored(spec: str, scans: Sequence[ScanResult]) -> None:
         return
     _warned.add(spec)
     images = sum(len(scan.index.entries) for scan in scans) + extra
-    if extra:
-        print_plain(
-            Console(stderr=True),
-            f"warning: {spec}: {extra:,} of {images:,} images are ignored. Files with the same name up to the first "
-            f"dot are one sample, of which one image is used. If names contain dots, pass '{spec},key=last-dot'",
-        )
-    if links:
-        print_plain(
-            Console(stderr=True),
-            f"warning: {spec}: {links:,} images are links, which are ignored. Pack them with --dereference "
-            "--hard-dereference",
-        )
+    warnings = {
+        f"{extra:,} of {images:,} images are ignored. Files with the same name up to the first dot are one sample, of "
+        f"which one image is used. If names contain dots, pass '{spec},key=last-dot'": extra,
+        f"{links:,} images are links, which are ignored. Pack them with --dereference --hard-dereference": links,
+    }
+    for warning in [text for text, count in warnings.items() if count]:
+        print_plain(Console(stderr=True), f"warning: {spec}: {warning}")
 
 
 def _merge_labels(tars: Sequence[str], scans: Sequence[ScanResult]) -> tuple[list[str], list[ShardIndex]]:
