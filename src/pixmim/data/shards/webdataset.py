@@ -75,16 +75,16 @@ def find_tars(spec: str) -> dict[str, FileVersion | None] | None:
 
 
 def _expand(pattern: str) -> dict[str, FileVersion | None]:
-    found: dict[str, FileVersion | None] = {}
+    versions: dict[str, FileVersion | None] = {}
     for name in expand_braces(pattern):
         if any(character in name for character in ("*" if is_url(name) else "*?[")):
             matching = fsspec_io.find_matching(name)
             if not matching:
                 raise UserError(f"nothing matches {name}" + ", or the server does not list files" * is_url(name))
-            found |= matching
+            versions |= matching
         else:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 @dataclass(frozen=True)
@@ -252,12 +252,12 @@ def open_webdataset(
         UserError: If a tar is missing or damaged, or none contains an image.
     """
     names = list(tars)
-    found = parallel_map("looking for shards", lambda i: tars[names[i]] or fsspec_io.file_version(names[i]), len(names))
-    missing = [name for name, version in zip(names, found, strict=True) if version is None]
+    current = parallel_map("finding shards", lambda i: tars[names[i]] or fsspec_io.file_version(names[i]), len(names))
+    missing = [name for name, version in zip(names, current, strict=True) if version is None]
     if missing:
         count = f" ({len(missing)} of {len(names)} are missing)" * (len(missing) > 1)
         raise UserError(f"{missing[0]} does not exist{count}")
-    versions = [version for version in found if version is not None]
+    versions = [version for version in current if version is not None]
     store = open_shards(names, versions, shard_cache_gib)
     scans = parallel_map(
         "indexing shards", lambda i: load_or_scan(names[i], versions[i], store, i, last_dot), len(names), threads=8
