@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def usual_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds of images on a machine with enough memory, whichever one the tests run on."""
-    monkeypatch.setattr(limits, "_here", lambda: (120_000_000, 2**30))
+    monkeypatch.setattr(limits, "_machine_bounds", lambda: (120_000_000, 2**30))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, as the library writes them: the same pixels as from files, from any thread and any layout."""
+"""Hugging Face datasets give the same pixels as files, from any thread and in any layout."""
 
 import sys
 import zipfile
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 @pytest.fixture
 def files(pictures: Path) -> ImageFolder:
-    """The pictures as files, in the order of the data sets below."""
+    """The images as files, in the order of the datasets below."""
     data = open_dataset(str(pictures))
     assert isinstance(data, ImageFolder)
     return data
@@ -41,7 +41,7 @@ def files(pictures: Path) -> ImageFolder:
 
 @pytest.fixture
 def library(files: ImageFolder) -> Any:
-    """The ten pictures with their bytes, and columns of several kinds."""
+    """A dataset of the ten images, with columns of several types."""
     paths = [Path(files.path_of(i)) for i in range(len(files))]
     columns = {
         "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
@@ -61,7 +61,7 @@ def library(files: ImageFolder) -> Any:
 
 
 def same(data: ImageDataset, files: ImageDataset, order: list[int] | None = None) -> bool:
-    """Whether a data set holds the pictures and classes of the files, in an order."""
+    """Return True if a dataset has the images and classes of the files, in an order."""
     order = list(range(len(files))) if order is None else order
     assert data.labels is not None and files.labels is not None and data.classes == ["cats", "dogs"]
     return (
@@ -133,13 +133,13 @@ def test_selections_of_any_kind(
     assert data.path_of(0).startswith("some rows#0 (")
 
 
-def test_eight_threads_read_what_one_does(library: Any, files: ImageFolder, tmp_path: Path) -> None:
+def test_eight_threads_read_the_same_images(library: Any, files: ImageFolder, tmp_path: Path) -> None:
     library.save_to_disk(tmp_path / "set", num_shards=4)
     data = open_dataset(f"{tmp_path}/set")
-    wanted = [files.image(i) for i in range(10)]
+    expected = [files.image(i) for i in range(10)]
     order = np.random.default_rng(0).integers(0, 10, 2000).tolist()
     with ThreadPoolExecutor(8) as pool:
-        assert all(torch.equal(image, wanted[i]) for i, image in zip(order, pool.map(data.image, order), strict=True))
+        assert all(torch.equal(image, expected[i]) for i, image in zip(order, pool.map(data.image, order), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "large", "paths"])
@@ -148,18 +148,18 @@ def test_plain_parquet_of_any_tool(kind: str, files: ImageFolder, tmp_path: Path
     contents = [path.read_bytes() for path in paths]
     (tmp_path / "set").mkdir()
     column = {
-        "bytes": lambda: arrow.read_array(contents),
-        "large": lambda: arrow.read_array(contents, arrow.large_binary()),
-        "struct": lambda: arrow.read_array([{"bytes": content, "path": None} for content in contents]),
-        "paths": lambda: arrow.read_array([str(path.relative_to(tmp_path)) for path in paths]),
+        "bytes": lambda: arrow.array(contents),
+        "large": lambda: arrow.array(contents, arrow.large_binary()),
+        "struct": lambda: arrow.array([{"bytes": content, "path": None} for content in contents]),
+        "paths": lambda: arrow.array([str(path.relative_to(tmp_path)) for path in paths]),
     }[kind]()
-    table = arrow.table({"picture": column, "kind": [path.parent.name for path in paths], "n": list(range(10))})
+    table = arrow.table({"photo": column, "kind": [path.parent.name for path in paths], "n": list(range(10))})
     parquet.write_table(table, tmp_path / "set.parquet", row_group_size=4)
     spec = f"hf:{tmp_path}/set.parquet,label=kind"
     if kind == "paths":
-        with pytest.raises(UserError, match="no image column; its columns: picture, kind, n"):
+        with pytest.raises(UserError, match="no image column; its columns: photo, kind, n"):
             open_dataset(spec)
-        spec += ",image=picture"
+        spec += ",image=photo"
     assert same(open_dataset(spec), files)
 
 
@@ -174,7 +174,7 @@ def test_paths_without_bytes_and_inside_an_archive(files: ImageFolder, tmp_path:
         {},
     ]
     cells = [row if row is None else {"bytes": None, "path": None} | row for row in rows] + [{"path": "/no/such"}]
-    column = arrow.read_array(cells, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+    column = arrow.array(cells, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
     table = datasets.Dataset(arrow.table({"x": column}))
     data = ArrowDataset(table, "rows", image="x", folder=tmp_path)
     assert torch.equal(data.image(0), files.image(0)) and torch.equal(data.image(1), files.image(1))
@@ -184,7 +184,7 @@ def test_paths_without_bytes_and_inside_an_archive(files: ImageFolder, tmp_path:
     assert data.path_of(0) == f"rows#0 ({files.path_of(0)})" and data.path_of(3) == "rows#3"
 
 
-def test_labels_only_where_they_are_meant(library: Any, files: ImageFolder) -> None:
+def test_labels(library: Any, files: ImageFolder) -> None:
     by_number, by_word = (
         ArrowDataset(library, "set", label="number"),
         ArrowDataset(library.select([3, 2, 1]), "set", label="word"),
@@ -200,13 +200,13 @@ def test_labels_only_where_they_are_meant(library: Any, files: ImageFolder) -> N
     hidden = hidden.cast_column("label", datasets.ClassLabel(names=["cats", "dogs"]))
     assert (
         ArrowDataset(hidden, "set").labels is None
-        and "names no class in 2 of 10 rows" in ArrowDataset(hidden, "set").description
+        and "has no class in 2 of 10 rows" in ArrowDataset(hidden, "set").description
     )
-    with pytest.raises(UserError, match="names no class in 2 of 10 rows, the first of them 1"):
+    with pytest.raises(UserError, match="has no class in 2 of 10 rows, the first of them row 1"):
         ArrowDataset(hidden, "set", label="label")
 
 
-def test_what_cannot_serve_is_named(library: Any, tmp_path: Path) -> None:
+def test_unusable_columns_and_options(library: Any, tmp_path: Path) -> None:
     library.save_to_disk(tmp_path / "set")
     for options, message in (
         ("image=imgae", "no column 'imgae'; did you mean 'image'"),
@@ -221,14 +221,14 @@ def test_what_cannot_serve_is_named(library: Any, tmp_path: Path) -> None:
     two = library.add_column("second", library["word"]).cast_column("second", datasets.Image())
     with pytest.raises(UserError, match="add ,image= and one of image, second"):
         ArrowDataset(two, "set")
-    with pytest.raises(UserError, match="holds no rows"):
+    with pytest.raises(UserError, match="has no rows"):
         ArrowDataset(library.select([]), "set")
     (tmp_path / "table.csv").write_text("a\n1\n")
     with pytest.raises(UserError, match=r"neither a \.parquet nor a \.arrow file"):
         open_dataset(f"hf:{tmp_path}/table.csv")
 
 
-def test_a_set_that_cannot_be_loaded_says_why(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_errors_explain_the_cause(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"hf:nosuch/set cannot be loaded: .*HF_HUB_OFFLINE.*nosuch/set"):
         open_dataset("hf:nosuch/set")
 
@@ -252,18 +252,18 @@ def test_a_set_that_cannot_be_loaded_says_why(library: Any, tmp_path: Path, monk
         open_dataset("hf:a/b")
 
 
-def test_a_broken_picture_is_one_bad_image() -> None:
+def test_a_broken_image_is_a_bad_image() -> None:
     rows = [{"bytes": b"<html>", "path": "x.jpg"}, {"bytes": b"", "path": "y.jpg"}]
     data = ArrowDataset(
         datasets.Dataset.from_dict({"image": rows}, features=datasets.Features(image=datasets.Image())), "set"
     )
-    with pytest.raises(BadImage, match="not a picture"):
+    with pytest.raises(BadImage, match="not an image"):
         data.image(0)
     with pytest.raises(BadImage, match="empty"):
         data.image(1)
 
 
-def test_its_fingerprint_stays_and_follows_the_rows(library: Any, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_rows(library: Any, tmp_path: Path) -> None:
     shards(library, tmp_path / "set", "train", 2)
     library.save_to_disk(tmp_path / "saved")
     for spec in (f"{tmp_path}/set", f"{tmp_path}/saved"):
@@ -274,8 +274,8 @@ def test_its_fingerprint_stays_and_follows_the_rows(library: Any, tmp_path: Path
     assert len(set(prints)) == 3
 
 
-def test_which_folders_are_tables(library: Any, files: ImageFolder, pictures: Path, tmp_path: Path) -> None:
-    """A table of features beside pictures, or above them, does not hide the pictures."""
+def test_is_arrow_dataset(library: Any, files: ImageFolder, pictures: Path, tmp_path: Path) -> None:
+    """A table of features in a folder of images, or above it, does not hide the images."""
     shards(library, pictures, "features", 1)
     assert not is_arrow_dataset(pictures) and len(open_dataset(str(pictures))) == 10
     shards(library, pictures / "cats", "features", 1)
@@ -288,10 +288,10 @@ def test_which_folders_are_tables(library: Any, files: ImageFolder, pictures: Pa
     )
 
 
-def test_a_run_from_parquet_is_the_run_from_the_files(
+def test_a_run_from_parquet_equals_the_run_from_files(
     library: Any, pictures: Path, tmp_path: Path, tiny_run: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Bitwise; and a cache, an embedding and an evaluation take the same spec."""
+    """Weights are bitwise equal; a cache, an embedding and an evaluation accept the same spec."""
     shards(library, tmp_path / "set", "train", 3)
     spec = f"hf:{tmp_path}/set:train"
     text = train(tiny_run(data=spec), tmp_path / "table")

@@ -1,4 +1,4 @@
-"""Images in files: which a folder or a list holds, in which order, and what is said of those that cannot be used."""
+"""Image folders and lists: the files found, their order and classes, and errors."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from pixmim.utils.errors import UserError
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder of empty files, two levels deep."""
+    """Create a folder of empty files, two levels deep."""
     root = tmp_path / "tree"
     for name in ("b/2.jpg", "b/10.JPG", "b/1/x.png", "b/1.jpg", "b-c/0.jpg", "b/notes.txt", "z.tif", ".hidden/0.jpg"):
         put(root / name)
@@ -35,23 +35,23 @@ def paths(data: ImageFolder, root: Path) -> list[str]:
 
 
 def slow_walk(root: Path) -> list[str]:
-    """A reference: the images below a folder, each folder once, sorted as str."""
-    found, seen = [], set()
-    for folder, inside, names in os.walk(root, followlinks=True):
+    """Reference: return the images below a folder, each folder once, sorted as str."""
+    images, visited = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            inside.clear()
+        if (status.st_dev, status.st_ino) in visited:
+            subfolders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        images = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
-        found += [os.path.relpath(os.path.join(folder, name), root) for name in images if not name.startswith(".")]
-    return sorted(found)
+        visited.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
+        images += [os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith(".")]
+    return sorted(images)
 
 
-def test_the_order_is_that_of_complete_paths(tree: Path) -> None:
-    wanted = ["b-c/0.jpg", "b/1.jpg", "b/1/x.png", "b/10.JPG", "b/2.jpg", "z.tif"]
-    assert paths(from_folder(tree), tree) == wanted == slow_walk(tree)
+def test_order_of_complete_paths(tree: Path) -> None:
+    expected = ["b-c/0.jpg", "b/1.jpg", "b/1/x.png", "b/10.JPG", "b/2.jpg", "z.tif"]
+    assert paths(from_folder(tree), tree) == expected == slow_walk(tree)
 
 
 def test_labels_are_the_first_level(tree: Path) -> None:
@@ -62,7 +62,7 @@ def test_labels_are_the_first_level(tree: Path) -> None:
 
 
 def test_random_trees(tree: Path) -> None:
-    """Names that begin alike are where an order by folders and one by paths differ."""
+    """Sorting by folder and sorting by path differ for names with a common prefix."""
     generator = np.random.default_rng(0)
     words = ["a", "a-", "a.jpg", "a0", "b.png", "ü", "图.jpg", "\U0001f600.gif", "new\nline.jpg", "a b", "x.txt"]
     for _ in range(60):
@@ -99,7 +99,7 @@ def test_a_folder_named_like_an_image_is_a_folder(tree: Path) -> None:
     assert paths(from_folder(tree), tree) == slow_walk(tree) and "z.tif/0.jpg" in slow_walk(tree)
 
 
-def test_names_that_are_not_utf8_sort_by_their_bytes(tree: Path) -> None:
+def test_names_that_are_not_utf8_sort_by_bytes(tree: Path) -> None:
     names = [b"caf\xe9.jpg", "caf\U0001f600.jpg".encode(), b"cafz.jpg"]
     for name in names:
         (tree / os.fsdecode(name)).touch()
@@ -107,7 +107,7 @@ def test_names_that_are_not_utf8_sort_by_their_bytes(tree: Path) -> None:
     assert found == sorted(found) and set(names) <= set(found)
 
 
-def test_a_tree_deeper_than_recursion_goes(tree: Path) -> None:
+def test_a_tree_deeper_than_the_recursion_limit(tree: Path) -> None:
     deep = [str(tree) + "/d" * depth for depth in range(1, 1051)]
     for folder in deep:
         os.mkdir(folder)
@@ -118,7 +118,7 @@ def test_a_tree_deeper_than_recursion_goes(tree: Path) -> None:
         os.rmdir(folder)
 
 
-def test_an_unreadable_folder_is_left_out_and_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_ignored_and_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scandir = os.scandir
 
     def closed(path: bytes) -> object:
@@ -129,7 +129,9 @@ def test_an_unreadable_folder_is_left_out_and_named(tree: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", closed)
         data = from_folder(tree)
-    assert len(data) == 2 and "cannot be read, left out: 1" in data.description and str(tree / "b") in data.description
+    assert (
+        len(data) == 2 and "because they cannot be read: 1" in data.description and str(tree / "b") in data.description
+    )
     assert len(from_folder(tree)) == 6 and not from_folder(tree).description
 
 
@@ -142,7 +144,7 @@ def test_an_unreadable_root_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPa
         from_folder(tree)
 
 
-def test_a_long_walk_shows_how_far_it_is(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_walk_shows_progress(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_MOMENT", 0.0)
     shown: list[str] = []
     console = Console(force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -175,7 +177,7 @@ def test_a_list_of_lines(tmp_path: Path) -> None:
 def test_nested_folders_of_two_classes(pictures: Path) -> None:
     (pictures / "cats" / "more").mkdir()
     Image.new("RGB", (9, 9)).save(pictures / "cats" / "more" / "deep.PNG")
-    (pictures / "cats" / "notes.txt").write_text("no picture")
+    (pictures / "cats" / "notes.txt").write_text("not an image")
     (pictures / "dogs" / "._0.jpg").write_bytes(b"resource fork")
     data = open_dataset(str(pictures))
     assert len(data) == 11 and data.classes == ["cats", "dogs"]
@@ -184,7 +186,7 @@ def test_nested_folders_of_two_classes(pictures: Path) -> None:
     assert data.image(0).shape == (3, 40, 56)
 
 
-def test_pictures_beside_folders_leave_no_classes(pictures: Path) -> None:
+def test_an_image_outside_of_class_folders_removes_the_classes(pictures: Path) -> None:
     Image.new("RGB", (9, 9)).save(pictures / "loose.png")
     for i in range(7):
         Image.new("RGB", (9, 9)).save(pictures / "cats" / f"a{i}.png")
@@ -195,7 +197,7 @@ def test_pictures_beside_folders_leave_no_classes(pictures: Path) -> None:
 
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_list_as_any_editor_saves_it(coding: str, end: str, pictures: Path) -> None:
+def test_list_encodings(coding: str, end: str, pictures: Path) -> None:
     Image.new("RGB", (9, 9)).save(pictures / "ö ö.png ", "PNG")
     text = end.join(["cats/0.jpg", "dogs/1.jpg \t", "", "  cats/2.jpg", "ö ö.png ", "   "])
     mark = {"utf-16-le": "\ufeff", "utf-16-be": "\ufeff"}.get(coding, "")
@@ -225,16 +227,16 @@ def test_a_list_as_any_editor_saves_it(coding: str, end: str, pictures: Path) ->
         (bytes(range(200)), ""),
     ],
 )
-def test_files_that_are_no_images_are_called_what_they_are(content: bytes, kind: str, tmp_path: Path) -> None:
+def test_other_files_are_identified(content: bytes, kind: str, tmp_path: Path) -> None:
     (tmp_path / "all" / "sub").mkdir(parents=True)
     file = tmp_path / "all" / "sub" / "file.dat"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"{file} is {kind or 'a file of a kind'}"):
+    with pytest.raises(UserError, match=f"{file} is {kind or 'of an unknown kind'}"):
         open_dataset(str(file))
-    with pytest.raises(UserError, match=f"no images in .*1 other files.*{file} is {kind or 'a file of a kind'}"):
+    with pytest.raises(UserError, match=f"no images in .*1 other files.*{file} is {kind or 'of an unknown kind'}"):
         open_dataset(str(tmp_path / "all"))
     file.rename(file.with_suffix(".jpg"))
-    with pytest.raises(BadImage, match=f"not a picture in a known format{', but ' * bool(kind)}{kind}"):
+    with pytest.raises(BadImage, match=f"not an image in a known format{', but ' * bool(kind)}{kind}"):
         open_dataset(str(tmp_path / "all")).image(0)
 
 
@@ -251,7 +253,7 @@ def test_strange_names_and_links(pictures: Path) -> None:
     assert all(data.image(i).shape[0] == 3 for i in range(14))
 
 
-def test_content_counts_not_the_extension(pictures: Path) -> None:
+def test_the_format_is_decided_by_content(pictures: Path) -> None:
     Image.new("RGB", (9, 9), "blue").save(pictures / "cats" / "png.jpg", "PNG")
     data = open_dataset(str(pictures))
     index = next(i for i in range(len(data)) if data.path_of(i).endswith("png.jpg"))
@@ -262,17 +264,17 @@ def test_grey_channel(pictures: Path) -> None:
     assert open_dataset(str(pictures), ImageSpec(1)).image(0).shape == (1, 40, 56)
 
 
-def test_a_picture_that_vanished_is_a_bad_image(pictures: Path) -> None:
+def test_a_deleted_file_is_a_bad_image(pictures: Path) -> None:
     data = open_dataset(str(pictures))
     Path(data.path_of(3)).unlink()
     with pytest.raises(BadImage, match="No such file"):
         data.image(3)
 
 
-def test_folders_that_cannot_serve_are_named(pictures: Path, tmp_path: Path) -> None:
+def test_errors_of_folders(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'pictures'"):
         open_dataset(str(tmp_path / "picturs"))
-    with pytest.raises(UserError, match="is one image: give the folder"):
+    with pytest.raises(UserError, match="is a single image"):
         open_dataset(str(pictures / "cats" / "0.jpg"))
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "empty" / "x.npz", np.zeros(3))

@@ -209,7 +209,7 @@ def test_pretrain_finds_what_stats_measured(
     (pictures / "cats" / "0.jpg").write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures", "--images", 5)
     assert status == 0 and "10 images; of 9 that could be read: 9 of 3 channels in uint8" in text
-    assert "1 cannot be read so: 1: not a picture in a known format" in text
+    assert "1 cannot be read so: 1: not an image in a known format" in text
     tiny = [
         "--steps",
         "1",
@@ -238,7 +238,7 @@ def test_pretrain_finds_what_stats_measured(
     for path in pictures.rglob("*.jpg"):
         path.write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures")
-    assert status == 1 and "10: not a picture" in text and "not one image" in text
+    assert status == 1 and "10: not an image" in text and "not one image" in text
 
 
 def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:

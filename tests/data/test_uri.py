@@ -1,4 +1,4 @@
-"""What --data may say: parts and weights, whole paths, and the fields of a Hugging Face data set."""
+"""Parsing of --data: parts and weights, absolute paths, Hugging Face fields and brace patterns."""
 
 import subprocess
 from pathlib import Path
@@ -11,12 +11,12 @@ from pixmim.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with a plus in its path, and folders of which some have signs in their names."""
-    here = tmp_path / "x+y"
+def _special_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change to a folder with a plus in its path and folders with special characters in their names."""
+    root = tmp_path / "x+y"
     for name in ("a", "b", "a+b", "c*2", "a,b", "shards"):
-        (here / name).mkdir(parents=True)
-    monkeypatch.chdir(here)
+        (root / name).mkdir(parents=True)
+    monkeypatch.chdir(root)
 
 
 @pytest.mark.parametrize(
@@ -43,32 +43,32 @@ def test_parts_and_weights(spec: str, parts: list[tuple[str, int]]) -> None:
     assert read_parts(spec) == [Part(*part) for part in parts]
 
 
-def test_whole_paths_and_nothing_else_is_changed() -> None:
+def test_absolute_changes_only_paths() -> None:
     here = Path.cwd()
-    whole = absolute("a*3+hf:u/s:train,label=x+shards/*.tar*2+shapes:count=10+hf:b:test,image=i+s3://x/*.tar+a,b")
-    assert whole == (
+    spec = absolute("a*3+hf:u/s:train,label=x+shards/*.tar*2+shapes:count=10+hf:b:test,image=i+s3://x/*.tar+a,b")
+    assert spec == (
         f"{here}/a*3+hf:u/s:train,label=x+{here}/shards/*.tar*2+shapes:count=10+hf:{here}/b:test,image=i+s3://x/*.tar"
         f"+{here}/a,b"
     )
-    assert absolute(whole) == whole  # the plus in the folder's own name is no end of a part
+    assert absolute(spec) == spec  # the plus in the folder's name does not end a part
     assert absolute("a+b") == f"{here}/a+b" and absolute("") == "" and absolute("~") == str(Path.home())
 
 
 @pytest.mark.parametrize("weight", ["0", "1.5", ".5", "3."])
-def test_a_weight_is_a_whole_number(weight: str) -> None:
-    with pytest.raises(UserError, match=rf"weight {weight} in 'a\*{weight}' is no whole number.*multiply"):
+def test_a_weight_is_an_integer(weight: str) -> None:
+    with pytest.raises(UserError, match=rf"weight {weight} in 'a\*{weight}' is not an integer.*multiply"):
         read_parts(f"a*{weight}+b")
 
 
 @pytest.mark.parametrize("spec", ["a*2+", "+a*2", "a*2++b"])
 def test_an_empty_part_is_named(spec: str) -> None:
-    with pytest.raises(UserError, match="nothing stands on one side"):
+    with pytest.raises(UserError, match="a part is missing"):
         read_parts(spec)
 
 
-def test_the_fields_of_a_hugging_face_data_set() -> None:
-    spec = "hf:user/set:train,config=en,revision=v1.0,image=picture,label=fine label"
-    assert HubSpec.read(spec) == HubSpec("user/set", "train", "en", "v1.0", "picture", "fine label")
+def test_hugging_face_fields() -> None:
+    spec = "hf:user/set:train,config=en,revision=v1.0,image=photo,label=fine label"
+    assert HubSpec.read(spec) == HubSpec("user/set", "train", "en", "v1.0", "photo", "fine label")
     assert str(HubSpec.read(spec)) == spec
     assert HubSpec.read("hf:cifar10") == HubSpec("cifar10") and HubSpec.read("hf:cifar10").path is None
     assert HubSpec.read("hf:a,b:test,label=x") == HubSpec("a,b", "test", label="x")
@@ -83,16 +83,16 @@ def test_the_fields_of_a_hugging_face_data_set() -> None:
         ("hf:u/s,label", "neither"),
         ("hf:u/s,lable=x", "no option 'lable'; did you mean 'label'"),
         ("hf:u/s,label=", "no value for label"),
-        ("hf:./nosuch:train", "there is no ./nosuch"),
+        ("hf:./nosuch:train", "./nosuch does not exist"),
     ],
 )
-def test_the_wrong_field_is_named(spec: str, message: str) -> None:
+def test_invalid_hugging_face_fields(spec: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         HubSpec.read(spec)
     assert message in str(caught.value)
 
 
-def test_numbers_beyond_all_measure() -> None:
+def test_absurd_weights_and_names() -> None:
     for digits in (7, 5000):
         with pytest.raises(UserError, match="too large"):
             read_parts(f"a*{'9' * digits}+b")
@@ -138,12 +138,12 @@ def test_braces_expand_as_in_bash(pattern: str) -> None:
         "{a{0..999999},b}{c,d}",
     ],
 )
-def test_more_than_a_million_names_are_refused_before_they_are_made(pattern: str) -> None:
+def test_more_than_a_million_names_are_refused_before_expansion(pattern: str) -> None:
     with pytest.raises(UserError, match="more than 1,000,000 files"):
         expand_braces(pattern)
 
 
-def test_many_names_in_alternatives_are_few_together() -> None:
+def test_alternatives_add_up() -> None:
     assert len(expand_braces("{a/{0..999},b/{0..999},c/{0..999}}")) == 3000
 
 

@@ -185,4 +185,4 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 def test_a_run_whose_data_moved_still_has_a_page(tiny_run: Make, tmp_path: Path, pictures: Path) -> None:
     train(tiny_run(data=str(pictures)), tmp_path / "run")
     pictures.rename(tmp_path / "moved")
-    assert "No pictures: there is no folder" in write_report([tmp_path / "run"], tmp_path / "p.html").read_text()
+    assert "does not exist" in write_report([tmp_path / "run"], tmp_path / "p.html").read_text()

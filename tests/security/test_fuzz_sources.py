@@ -1,4 +1,4 @@
-"""Fuzz tests of the readers of data sets: whatever a file holds, there is a result or one clear error, soon."""
+"""Fuzz tests of the dataset readers: every file gives a result or one clear error in bounded time."""
 
 import json
 import os
@@ -44,8 +44,8 @@ anything = st.recursive(
 )
 
 
-def tried(open_: Callable[[], Any]) -> Any:
-    """What is opened, or None for a clear error of one line; anything else fails the test."""
+def open_or_none(open_: Callable[[], Any]) -> Any:
+    """Return `open_()`, or None after a UserError; any other exception fails the test."""
     try:
         return open_()
     except UserError as error:
@@ -64,7 +64,7 @@ def read_all(data: Any) -> None:
 
 @st.composite
 def tars(draw: st.DrawFn) -> bytes:
-    """Headers with right check sums and odd fields, one after another."""
+    """Draw a sequence of headers with valid checksums and odd fields."""
     parts = []
     for _ in range(draw(st.integers(0, 5))):
         member = tarfile.TarInfo(
@@ -94,10 +94,10 @@ def tars(draw: st.DrawFn) -> bytes:
 def test_tars(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(content)
-    found = tried(lambda: list(iter_members(OpenFile(path), "x.tar")))
+    found = open_or_none(lambda: list(iter_members(OpenFile(path), "x.tar")))
     for member in found or []:
         assert member.offset > 0 and member.length >= 0 and member.offset + member.length <= len(content)
-    data = tried(lambda: open_dataset(str(path)))
+    data = open_or_none(lambda: open_dataset(str(path)))
     if data is not None:
         read_all(data)
 
@@ -120,8 +120,7 @@ def test_settings_and_indexes_of_a_cache(cache: Path, data: st.DataObject) -> No
             content = json.loads(before[path])
             keys = [*content, "more"]
             edit = data.draw(st.dictionaries(st.sampled_from(keys), anything, min_size=1, max_size=3))
-            whole = data.draw(st.just(content | edit) | anything)
-            path.write_text(json.dumps(whole))
+            path.write_text(json.dumps(data.draw(st.just(content | edit) | anything)))
         elif name.endswith(".index"):
             entries = np.frombuffer(before[path], INDEX_DTYPE).copy()
             field = data.draw(st.sampled_from(INDEX_DTYPE.names))
@@ -132,7 +131,7 @@ def test_settings_and_indexes_of_a_cache(cache: Path, data: st.DataObject) -> No
             path.write_bytes(entries.tobytes())
         else:
             path.write_bytes(before[path][: data.draw(st.integers(0, len(before[path])))])
-        found = tried(lambda: open_dataset(str(cache)))
+        found = open_or_none(lambda: open_dataset(str(cache)))
         if found is not None:
             assert found.labels is None or (found.labels.max() < len(found.classes) and found.labels.min() >= -1)
             read_all(found)
@@ -143,17 +142,17 @@ def test_settings_and_indexes_of_a_cache(cache: Path, data: st.DataObject) -> No
 
 @FUZZ
 @given(data=st.data())
-def test_what_is_remembered_of_a_tar(tmp_path: Path, memory: Path, data: st.DataObject) -> None:
+def test_cached_index_of_a_tar(tmp_path: Path, memory: Path, data: st.DataObject) -> None:
     shard(tmp_path / "x.tar", range(2))
     open_dataset(str(tmp_path / "x.tar"))
     (path,) = (memory / "tars").iterdir()
     head, _, body = path.read_bytes()[:-4].partition(b"\n")
-    about = json.loads(head)
-    about[data.draw(st.sampled_from(sorted(about)))] = data.draw(anything)
+    header = json.loads(head)
+    header[data.draw(st.sampled_from(sorted(header)))] = data.draw(anything)
     body = data.draw(st.just(body) | st.binary(max_size=100))
-    content = json.dumps(about).encode() + b"\n" + body
+    content = json.dumps(header).encode() + b"\n" + body
     path.write_bytes(data.draw(st.just(content + zlib.crc32(content).to_bytes(4, "little")) | st.binary(max_size=100)))
-    found = tried(lambda: open_dataset(str(tmp_path / "x.tar")))
+    found = open_or_none(lambda: open_dataset(str(tmp_path / "x.tar")))
     if found is not None:
         read_all(found)
     path.unlink()
@@ -175,7 +174,7 @@ def test_annotations(tmp_path: Path, data: st.DataObject) -> None:
         content[kind] = data.draw(anything)
     text = json.dumps(data.draw(st.just(content) | anything))
     (tmp_path / "x.json").write_text(text)
-    found = tried(lambda: open_annotated(f"{tmp_path}/x.json", "", ImageSpec()))
+    found = open_or_none(lambda: open_annotated(f"{tmp_path}/x.json", "", ImageSpec()))
     if found is not None:
         for index in range(len(found.images)):
             found.objects(index)
@@ -192,7 +191,7 @@ def test_annotations(tmp_path: Path, data: st.DataObject) -> None:
 )
 def test_lists(tmp_path: Path, lines: list[str]) -> None:
     (tmp_path / "l.txt").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
-    found = tried(lambda: from_list_file(tmp_path / "l.txt"))
+    found = open_or_none(lambda: from_list_file(tmp_path / "l.txt"))
     if found is not None:
         read_all(found)
         top = os.path.realpath(tmp_path)
@@ -227,9 +226,9 @@ words = [
 def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b.txt").touch()
-    tried(lambda: read_parts(spec))
-    tried(lambda: HubSpec.read(spec))
+    open_or_none(lambda: read_parts(spec))
+    open_or_none(lambda: HubSpec.read(spec))
     split_root(spec)
-    whole = tried(lambda: absolute(spec))
-    if whole:
-        assert tried(lambda: absolute(whole)) == whole
+    resolved = open_or_none(lambda: absolute(spec))
+    if resolved:
+        assert open_or_none(lambda: absolute(resolved)) == resolved

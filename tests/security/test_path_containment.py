@@ -237,7 +237,7 @@ def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
 def cells(folder: Path, rows: list[Any], name: str = "t.parquet") -> str:
     """A table with paths, written as a stranger may."""
     folder.mkdir(exist_ok=True)
-    column = arrow.read_array(rows, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+    column = arrow.array(rows, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
     parquet.write_table(arrow.table({"image": column}), folder / name)
     return f"{folder}/{name}"
 
@@ -293,7 +293,7 @@ def test_a_bomb_in_a_zip_and_a_fifo_in_a_table(tmp_path: Path, monkeypatch: pyte
     spec = cells(given, [{"bytes": None, "path": path} for path in ("zip://s.png::z.zip", "f.png", "b.png")])
     data: Any = open_dataset(spec)
     assert len(data._read_file("zip://s.png::z.zip")) == 10**5 + 1
-    for index, reason in ((0, "not a picture"), (1, "not a regular file"), (2, "allowed")):
+    for index, reason in ((0, "not an image"), (1, "not a regular file"), (2, "allowed")):
         with pytest.raises(BadImage, match=reason):
             data.image(index)
 
@@ -354,7 +354,7 @@ def test_files_of_a_set_that_lead_out(table: Path, tmp_path: Path) -> None:
         open_dataset(str(table))
     (table / "train-more.parquet").unlink()
     (table / "train ::x.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match="take its name for an address"):
+    with pytest.raises(UserError, match="take this name for a URL"):
         open_dataset(str(table))
 
 
@@ -420,7 +420,7 @@ def test_no_pickle_of_an_extension_type_is_opened(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     about = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Payload())}
     schema = arrow.schema([arrow.field("image", arrow.binary(), metadata=about)])
-    rows = arrow.table([arrow.read_array([b"x"])], schema=schema)
+    rows = arrow.table([arrow.array([b"x"])], schema=schema)
     (tmp_path / "set").mkdir()
     with arrow.OSFile("set/t.arrow", "wb") as sink, arrow.ipc.new_stream(sink, schema) as writer:
         writer.write_table(rows)
@@ -444,9 +444,7 @@ def test_features_that_name_files_or_run_decoders(tmp_path: Path, monkeypatch: p
         [[[[]]]],
     ):
         said = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "l": kind}}}).encode()}
-        rows = arrow.table({"image": arrow.read_array([b"x"]), "l": arrow.read_array([0])}).replace_schema_metadata(
-            said
-        )
+        rows = arrow.table({"image": arrow.array([b"x"]), "l": arrow.array([0])}).replace_schema_metadata(said)
         parquet.write_table(rows, tmp_path / "t.parquet")
         with pytest.raises((UserError, BadImage)):
             open_dataset(f"{tmp_path}/t.parquet").image(0)
@@ -455,8 +453,8 @@ def test_features_that_name_files_or_run_decoders(tmp_path: Path, monkeypatch: p
 def test_classes_out_of_range_in_a_table(tmp_path: Path) -> None:
     features = {"image": {"_type": "Image"}, "l": {"_type": "ClassLabel", "names": ["a", "b"]}}
     kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
-    for numbers, reason in (([0, 2], "holds the class 2, and there are 2"), ([0, 2**40], "holds the class")):
-        columns = {"image": arrow.read_array([{"bytes": b"x", "path": None}] * 2, kind), "l": arrow.read_array(numbers)}
+    for numbers, reason in (([0, 2], "has class 2, but there are 2"), ([0, 2**40], "has class")):
+        columns = {"image": arrow.array([{"bytes": b"x", "path": None}] * 2, kind), "l": arrow.array(numbers)}
         said = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
         parquet.write_table(arrow.table(columns).replace_schema_metadata(said), tmp_path / "t.parquet")
         with pytest.raises(UserError, match=reason):
@@ -477,7 +475,7 @@ def test_arrow_data_that_point_out_of_their_buffers(tmp_path: Path) -> None:
 
 def test_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pixmim.data.huggingface._MAX_EXPANDED", 10**6)
-    rows = arrow.table({"image": arrow.read_array([bytes(10**6), bytes(10**6) + b"x"])})
+    rows = arrow.table({"image": arrow.array([bytes(10**6), bytes(10**6) + b"x"])})
     parquet.write_table(rows, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
     assert (tmp_path / "t.parquet").stat().st_size < 10_000
     with pytest.raises(UserError, match=r"t.parquet expands from"):

@@ -1,8 +1,8 @@
-"""Read images from Hugging Face datasets: parquet, Arrow and `save_to_disk` folders, and names on the hub.
+"""Images in Hugging Face datasets: parquet, Arrow and `save_to_disk` folders, and names on the hub.
 
 The `datasets` library downloads and prepares the files. A local folder may come from a stranger, so the library gets a
 list of regular files inside it; nothing else in the folder has an effect. Bytes are copied out of the memory-mapped
-table with the GIL released, so a page that must come from disk stalls one thread instead of all of them.
+table with the GIL released, so that waiting for the disk stalls one thread instead of all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,14 @@ from pixmim.utils.files import open_regular, read_file
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Splits = dict[str, list[str]]  # the files of each split
+
 _READERS = {".parquet": "parquet", ".arrow": "arrow"}
 """Extensions of tables, and the library's names of their readers."""
 
 _MAX_IMAGE_BYTES = 2**30
 _MAX_EXPANDED, _MAX_RATIO = 2**30, 200
-"""A parquet column chunk larger than this must not expand by more than this ratio."""
+"""A parquet column chunk above this size must not expand by more than this ratio."""
 
 _ROWS_PER_BATCH = 256  # of parquet, unpacked at a time
 _ZIPPED = re.compile(r"zip://([^:]+)::(.+)", re.DOTALL)
@@ -52,18 +55,18 @@ class ArrowDataset(ImageDataset):
 
     Args:
         dataset: A map-style dataset, with or without a selection or shuffle.
-        spec: What the user wrote to get it.
-        form: Channels and dtype of its images.
+        spec: What the user passed.
+        form: Channels and dtype that images are converted to.
         name: Prefix of row numbers in messages; `spec` by default.
         image: Column of the library's Image, bytes, structs of bytes and path, or paths. By default the only Image
             column, or else the only column of bytes.
         label: Column of ClassLabel, integers, strings or booleans. By default the only ClassLabel.
-        folder: Folder where relative paths start, and which paths must not leave after links are resolved.
+        folder: Folder that relative paths start from, and that paths must not leave after links are resolved.
         roots: Further folders that paths may lead to.
-        address: URL prefix that paths may have. If empty, no URL is opened.
+        url_prefix: Prefix of URLs that may be opened; "" for none.
 
     Raises:
-        UserError: If there are no rows, a column is missing or of another type, or the choice of a column is open.
+        UserError: If there are no rows, or a column is missing, ambiguous or of another type.
     """
 
     def __init__(
@@ -77,11 +80,11 @@ class ArrowDataset(ImageDataset):
         label: str = "",
         folder: Path = Path(),
         roots: Sequence[Path] = (),
-        address: str = "",
+        url_prefix: str = "",
     ) -> None:
         if not len(dataset):
-            raise UserError(f"{spec} holds no rows")
-        self._name, self._address = name or spec, address
+            raise UserError(f"{spec} has no rows")
+        self._name, self._url_prefix = name or spec, url_prefix
         self._folder, self._roots = folder.absolute(), [root.resolve() for root in (folder, *roots)]
         indices = dataset._indices  # the library has no public access to the rows of a selection
         self._rows = None if indices is None else indices.column(0).to_numpy()
@@ -90,26 +93,25 @@ class ArrowDataset(ImageDataset):
         self._bytes, self._paths = _image_chunks(dataset, column, spec)
         self._starts = np.cumsum([0] + [len(chunk) for chunk in dataset.data.column(column).chunks]).tolist()
         labels, classes, note = _read_labels(dataset, label, self._rows, spec)
-        super().__init__(
-            spec, form, labels=labels, classes=classes, description=f"images from column '{column}', {note}"
-        )
+        description = f"images from column '{column}', {note}"
+        super().__init__(spec, form, labels=labels, classes=classes, description=description)
         self._fingerprint = f"{dataset._fingerprint}-{column}"  # covers all rows and every change of the dataset
 
     def __len__(self) -> int:
         return self._length
 
     def path_of(self, index: int) -> str:
-        path = self._path(*self._find(index))
+        path = self._path(*self._locate(index))
         return f"{self._name}#{index}" + (f" ({path})" if path else "")
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
     def read(self, index: int) -> bytes:
-        """Return the bytes of a row's image file. Raises BadImage."""
+        """Return the image file of a row. Raises BadImage."""
         import pyarrow
 
-        chunk, row = self._find(index)
+        chunk, row = self._locate(index)
         if self._bytes and (cell := self._bytes[chunk][row]).is_valid:
             buffer = cell.as_buffer()
             check_bytes(buffer.size)
@@ -131,8 +133,8 @@ class ArrowDataset(ImageDataset):
     def read_array(self, index: int) -> Shaped[Array, "h w c"]:
         return decode(self.read(index), self.image_spec)
 
-    def _find(self, index: int) -> tuple[int, int]:
-        """Return the chunk of the table that holds a row, and the row's place in it."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the chunk of the table that holds a row, and the row's position in the chunk."""
         row = index if self._rows is None else int(self._rows[index])
         chunk = bisect_right(self._starts, row) - 1
         return chunk, row - self._starts[chunk]
@@ -141,11 +143,11 @@ class ArrowDataset(ImageDataset):
         return (self._paths[chunk][row].as_py() or "") if self._paths else ""
 
     def _read_file(self, path: str) -> bytes:
-        """Read the file that a row names, or the file inside a zip archive."""
+        """Read the file that a row names, which may be in a zip archive."""
         if zipped := _ZIPPED.fullmatch(path):
             with open(open_regular(self._inside(zipped[2])), "rb") as file, zipfile.ZipFile(file) as archive:
                 return archive.open(zipped[1]).read(_MAX_IMAGE_BYTES + 1)
-        if self._address and re.match(re.escape(self._address) + "[@/]", path) and "::" not in path:
+        if self._url_prefix and re.match(re.escape(self._url_prefix) + "[@/]", path) and "::" not in path:
             import fsspec
 
             with fsspec.open(path, "rb") as remote:
@@ -154,31 +156,31 @@ class ArrowDataset(ImageDataset):
 
     def _inside(self, path: str) -> Path:
         if "://" in path:
-            raise BadImage(f"{path}: paths in a table are those of files, without a protocol")
+            raise BadImage(f"{path}: a path in a table must be that of a file, without a protocol")
         real = (self._folder / path).resolve()
         if not any(real.is_relative_to(root) for root in self._roots):
-            raise BadImage(f"{path} leads out of {self._roots[0]}: a spec with ,root=FOLDER allows it")
+            raise BadImage(f"{path} leads out of {self._roots[0]}: add ,root=FOLDER to --data to allow it")
         return real
 
 
 def is_arrow_dataset(path: Path) -> bool:
-    """Return True if a path is a parquet or Arrow file, a `save_to_disk` folder, or a folder of tables.
+    """Return True for a parquet or Arrow file, a `save_to_disk` folder, or a folder of tables.
 
-    A folder of tables has them at its top or in its data/, and no image file at any depth: a folder of images may also
-    hold a table of their features.
+    A folder of tables has them at its top or in its data/, and has no image file at any depth: a folder of images may
+    also hold a table of features.
     """
     if path.is_file():
         return path.suffix in _READERS
     if _is_saved(path):
         return True
-    tables = False
+    has_table = False
     for folder in filter(Path.is_dir, (path, path / "data")):
         with os.scandir(folder) as entries:
             for entry in entries:
-                if _suffix(entry.name) in EXTENSIONS:
+                if _suffix(entry.name) in EXTENSIONS:  # do not list a million images
                     return False
-                tables |= _suffix(entry.name) in _READERS
-    return tables and not any(_suffix(name) in EXTENSIONS for *_, names in os.walk(path) for name in names)
+                has_table |= _suffix(entry.name) in _READERS
+    return has_table and not any(_suffix(name) in EXTENSIONS for *_, names in os.walk(path) for name in names)
 
 
 def open_huggingface(spec: str, form: ImageSpec = RGB) -> ArrowDataset:
@@ -188,51 +190,48 @@ def open_huggingface(spec: str, form: ImageSpec = RGB) -> ArrowDataset:
         UserError: If it does not exist, cannot be loaded, or lacks the split or column.
     """
     if spec.startswith("hf:"):
-        wanted = HubSpec.read(spec)
+        hub = HubSpec.read(spec)
     else:
         place, root = split_root(spec)
-        wanted = HubSpec(place, root=str(root or ""))
-    roots = [Path(os.path.expanduser(wanted.root))] if wanted.root else []
+        hub = HubSpec(place, root=str(root or ""))
+    roots = [Path(os.path.expanduser(hub.root))] if hub.root else []
     if roots and not roots[0].is_dir():
-        raise UserError(f"there is no folder {roots[0]}, which '{spec}' names as root=")
+        raise UserError(f"the folder {roots[0]} of root= in '{spec}' does not exist")
     try:
         import datasets
         from huggingface_hub import constants
     except ImportError as error:
-        raise UserError(f"{wanted} needs the library datasets: pip install 'pixmim[hub]'") from error
-    with _errors_explained(wanted):
-        if wanted.path is None:
-            builder = datasets.load_dataset_builder(
-                wanted.place, wanted.config or None, revision=wanted.revision or None
-            )
+        raise UserError(f"{hub} needs the library datasets: pip install 'pixmim[hub]'") from error
+    with _explain_errors(hub):
+        if hub.path is None:
+            builder = datasets.load_dataset_builder(hub.place, hub.config or None, revision=hub.revision or None)
             splits, load = _prepare(builder)
             config = datasets.config
             caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
-            folders, address = [Path(folder) for folder in caches], f"hf://datasets/{wanted.place}"
+            folders, url_prefix = [Path(folder) for folder in caches], f"hf://datasets/{hub.place}"
         else:
-            splits, load = _find_local(wanted.path, roots, wanted)
-            folders, address = [wanted.path if wanted.path.is_dir() else wanted.path.parent], ""
-        split = wanted.split or ("train" if "train" in splits or len(splits) > 1 else splits[0])
+            splits, load = _load_local(hub.path, roots, hub)
+            folders, url_prefix = [hub.path if hub.path.is_dir() else hub.path.parent], ""
+        split = hub.split or ("train" if "train" in splits or len(splits) > 1 else splits[0])
         if split not in splits:
-            raise UserError(
-                f"{wanted} has no split '{split}'{did_you_mean(split, splits) or '.'} Its splits: {', '.join(splits)}"
-            )
+            hint = did_you_mean(split, splits) or "."
+            raise UserError(f"{hub} has no split '{split}'{hint} Its splits: {', '.join(splits)}")
         return ArrowDataset(
             load(split),
             spec,
             form,
-            name=f"hf:{wanted.place}:{split}",
-            image=wanted.image,
-            label=wanted.label,
+            name=f"hf:{hub.place}:{split}",
+            image=hub.image,
+            label=hub.label,
             folder=folders[0],
             roots=[*folders[1:], *roots],
-            address=address,
+            url_prefix=url_prefix,
         )
 
 
 @contextmanager
-def _errors_explained(wanted: HubSpec) -> Iterator[None]:
-    """Raise whatever the library raises as one UserError with advice."""
+def _explain_errors(hub: HubSpec) -> Iterator[None]:
+    """Raise errors of the library as UserError, with advice."""
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
@@ -247,9 +246,9 @@ def _errors_explained(wanted: HubSpec) -> Iterator[None]:
         elif isinstance(error, ConnectionError):
             advice = (
                 "; without a network (or with HF_HUB_OFFLINE set) only datasets loaded before are available. There is "
-                f"no folder {Path(wanted.place).absolute()} either"
+                f"no folder {Path(hub.place).absolute()} either"
             )
-        raise UserError(f"{wanted} cannot be loaded: {' '.join(str(cause).split())[:500]}{advice}") from error
+        raise UserError(f"{hub} cannot be loaded: {' '.join(str(cause).split())[:500]}{advice}") from error
 
 
 def _prepare(builder: Any) -> tuple[list[str], Callable[[str], Dataset]]:
@@ -258,12 +257,12 @@ def _prepare(builder: Any) -> tuple[list[str], Callable[[str], Dataset]]:
     return list(builder.info.splits), lambda split: builder.as_dataset(split=split)
 
 
-def _find_local(path: Path, roots: list[Path], wanted: HubSpec) -> tuple[list[str], Callable[[str], Dataset]]:
+def _load_local(path: Path, roots: list[Path], hub: HubSpec) -> tuple[list[str], Callable[[str], Dataset]]:
     """Do the same as `_prepare` for a local file or folder, after a check of each file that the library will open."""
     import datasets
 
-    if wanted.config or wanted.revision:
-        raise UserError(f"{wanted}: config= and revision= are for datasets on the hub, and {path} is a local path")
+    if hub.config or hub.revision:
+        raise UserError(f"{hub}: config= and revision= are for datasets on the hub, but {path} is a local path")
     if _is_saved(path):
         saved = _saved_files(path, roots)
         return list(saved), lambda split: datasets.concatenate_datasets(
@@ -272,96 +271,98 @@ def _find_local(path: Path, roots: list[Path], wanted: HubSpec) -> tuple[list[st
     suffix, splits = _find_tables(path, roots)
     options: dict[str, Any] = {}
     if suffix == ".parquet":
-        _check_parquet([file for files in splits.values() for file in files])
+        for file in chain.from_iterable(splits.values()):
+            _check_parquet(file)
         options["batch_size"] = _ROWS_PER_BATCH
     literal = {split: [glob.escape(file) for file in files] for split, files in splits.items()}
     return _prepare(datasets.load_dataset_builder(_READERS[suffix], data_files=literal, **options))
 
 
-def _find_tables(path: Path, roots: list[Path]) -> tuple[str, dict[str, list[str]]]:
-    """Return the extension of a dataset's tables, and the files of each split, chosen by names as the library does.
+def _is_saved(path: Path) -> bool:
+    """Return True for a folder written by `save_to_disk`."""
+    single = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return single or (path / "dataset_dict.json").is_file()
 
-    A split is the NAME in `data/NAME-00000-of-00004`, or else train, validation or test in the name of a folder or
-    file. Names that start with a dot or two underscores are left out.
-    """
+
+def _saved_files(path: Path, roots: list[Path]) -> Splits:
+    """Return the Arrow files of a `save_to_disk` folder. Names in its JSON files have no effect."""
+    is_single = (path / "state.json").is_file()
+    splits = {}
+    for folder in [path] if is_single else sorted(file.parent for file in path.glob("*/state.json")):
+        files = sorted(folder.glob("data*.arrow"))
+        names = [file.name for file in files]
+        complete = [f"data-{i:05d}-of-{len(names):05d}.arrow" for i in range(len(names))]
+        if not names or names not in (complete, ["dataset.arrow"]):  # the latter is from old versions of the library
+            listing = ", ".join(names[:5]) or "none"
+            raise UserError(f"{folder} does not have one complete set of shards: {listing}. Save it again")
+        splits["train" if is_single else folder.name] = [_check_file(file, [path, *roots]) for file in files]
+    if not splits:
+        raise UserError(f"{path} is incomplete: no folder in it has a state.json")
+    return splits
+
+
+def _find_tables(path: Path, roots: list[Path]) -> tuple[str, Splits]:
+    """Return the extension of a dataset's tables and their files. Hidden files and folders are ignored."""
     if path.is_file():
         if path.suffix not in _READERS:
             raise UserError(f"{path} is neither a {' nor a '.join(_READERS)} file")
-        return path.suffix, {"train": [_checked(path, [path.parent, *roots])]}
-    found: dict[str, list[str]] = defaultdict(list)
+        return path.suffix, {"train": [_check_file(path, [path.parent, *roots])]}
+    tables: dict[str, list[str]] = defaultdict(list)
     for folder, subfolders, files in os.walk(path):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
         for name in files:
             if _suffix(name) in _READERS and not name.startswith((".", "__")):
-                found[_suffix(name)].append(Path(folder, name).relative_to(path).as_posix())
-    if not found:
-        raise UserError(f"{path} holds no parquet and no Arrow files; a folder of images is given without hf:")
-    suffix = Counter({suffix: len(names) for suffix, names in found.items()}).most_common(1)[0][0]
-    splits = _group_by_split(sorted(found[suffix]))
-    return suffix, {split: [_checked(path / name, [path, *roots]) for name in names] for split, names in splits.items()}
+                tables[_suffix(name)].append(Path(folder, name).relative_to(path).as_posix())
+    if not tables:
+        raise UserError(f"{path} has no parquet or Arrow files; pass a folder of images without hf:")
+    suffix = Counter({suffix: len(names) for suffix, names in tables.items()}).most_common(1)[0][0]
+    splits = _group_by_split(sorted(tables[suffix]))
+    return suffix, {
+        split: [_check_file(path / name, [path, *roots]) for name in names] for split, names in splits.items()
+    }
 
 
-def _group_by_split(names: list[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
+def _group_by_split(names: list[str]) -> Splits:
+    """Group files by split as the library does.
+
+    The split is NAME in `data/NAME-00000-of-00004`; or else train, validation or test in the name of a folder; or else
+    in the name of a file.
+    """
+    splits: Splits = defaultdict(list)
     for name in names:
         if match := _SHARD.fullmatch(name):
-            found[match[1]].append(name)
+            splits[match[1]].append(name)
     edge = "[-._ 0-9]"
     for end in (f"{edge}.*|$", f"{edge}.*"):  # of a folder's name, and of a file's
-        if found:
+        if splits:
             break
         for split, words in _SPLITS.items():
             word = re.compile(f"(?:^|.*{edge})(?:{words})(?:{end})")
             for name in names:
                 *folders, file = name.split("/")
                 if any(map(word.fullmatch, folders if "$" in end else [file])):
-                    found[split].append(name)
-    return dict(found) or {"train": names}
+                    splits[split].append(name)
+    return dict(splits) or {"train": names}
 
 
-def _is_saved(path: Path) -> bool:
-    """Return True if `save_to_disk` wrote a folder."""
-    one = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-    return one or (path / "dataset_dict.json").is_file()
-
-
-def _saved_files(path: Path, roots: list[Path]) -> dict[str, list[str]]:
-    """Return the Arrow files of each split of a `save_to_disk` folder. What its JSON files name has no effect."""
-    single = (path / "state.json").is_file()
-    splits = {}
-    for folder in [path] if single else sorted(file.parent for file in path.glob("*/state.json")):
-        files = sorted(folder.glob("data*.arrow"))
-        names = [file.name for file in files]
-        complete = [f"data-{i:05d}-of-{len(names):05d}.arrow" for i in range(len(names))]
-        if not names or names not in (complete, ["dataset.arrow"]):  # the latter by old versions of the library
-            raise UserError(
-                f"{folder} does not hold one complete set of shards: {', '.join(names[:5]) or 'none'}: save it again"
-            )
-        splits["train" if single else folder.name] = [_checked(file, [path, *roots]) for file in files]
-    if not splits:
-        raise UserError(f"{path} is incomplete: no folder in it has a state.json")
-    return splits
-
-
-def _check_parquet(files: Sequence[str]) -> None:
+def _check_parquet(file: str) -> None:
     """Refuse decompression bombs."""
     import pyarrow
     from pyarrow import parquet
 
-    for file in files:
-        try:
-            metadata = parquet.read_metadata(file)
-        except (OSError, pyarrow.ArrowException):
-            continue  # the library reports it
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for column in map(group.column, range(metadata.num_columns)):
-                large, small = column.total_uncompressed_size, column.total_compressed_size
-                if large > max(_MAX_EXPANDED, _MAX_RATIO * small):
-                    raise UserError(f"{file} expands from {small:,} bytes to {large:,} in one column: refused")
+    try:
+        metadata = parquet.read_metadata(file)
+    except (OSError, pyarrow.ArrowException):
+        return  # the library reports it
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(metadata.num_columns)):
+            expanded, compressed = column.total_uncompressed_size, column.total_compressed_size
+            if expanded > max(_MAX_EXPANDED, _MAX_RATIO * compressed):
+                raise UserError(f"{file} expands from {compressed:,} bytes to {expanded:,} in one column: refused")
 
 
-def _checked(path: Path, roots: Sequence[Path]) -> str:
-    """Return the absolute path of a regular file that is inside one of `roots`, links resolved."""
+def _check_file(path: Path, roots: Sequence[Path]) -> str:
+    """Return the absolute path of a regular file that is inside one of `roots` after links are resolved."""
     if path.is_symlink() or path.parent != roots[0]:
         real = path.resolve()
         if not any(real.is_relative_to(root.resolve()) for root in roots):
@@ -371,7 +372,7 @@ def _checked(path: Path, roots: Sequence[Path]) -> str:
     if not path.is_file():
         raise UserError(f"{path} is not a regular file")
     if "::" in path.name:
-        raise UserError(f"{path}: the library would take its name for an address; rename it")
+        raise UserError(f"{path}: the library would take this name for a URL; rename the file")
     return os.path.abspath(path)
 
 
@@ -387,17 +388,18 @@ def _find_image_column(dataset: Dataset, spec: str) -> str:
     from datasets import Image
     from pyarrow import types
 
-    def holds_bytes(kind: Any) -> bool:
-        field = kind.get_field_index("bytes") if types.is_struct(kind) else -1
-        return _is(kind.field(field).type if field >= 0 else kind, "binary")
+    def holds_bytes(name: str) -> bool:
+        arrow_type = dataset.data.schema.field(name).type
+        field = arrow_type.get_field_index("bytes") if types.is_struct(arrow_type) else -1
+        return _is_type(arrow_type.field(field).type if field >= 0 else arrow_type, "binary")
 
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-    found = found or [name for name in dataset.column_names if holds_bytes(dataset.data.schema.field(name).type)]
-    if len(found) > 1:
-        raise UserError(f"{spec} has several image columns: add ,image= and one of {', '.join(found)}")
-    if not found:
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    columns = columns or list(filter(holds_bytes, dataset.column_names))
+    if len(columns) > 1:
+        raise UserError(f"{spec} has several image columns: add ,image= and one of {', '.join(columns)}")
+    if not columns:
         raise UserError(f"{spec} has no image column; its columns: {', '.join(dataset.column_names)}")
-    return found[0]
+    return columns[0]
 
 
 def _image_chunks(dataset: Dataset, column: str, spec: str) -> list[list[Any]]:
@@ -409,71 +411,66 @@ def _image_chunks(dataset: Dataset, column: str, spec: str) -> list[list[Any]]:
     """
     from pyarrow import types
 
-    chunks, kind = _column(dataset, column, spec).chunks, dataset.data.schema.field(column).type
-    if _is(kind, "binary"):
+    chunks, arrow_type = _column(dataset, column, spec).chunks, dataset.data.schema.field(column).type
+    if _is_type(arrow_type, "binary"):
         return [chunks, []]
-    if _is(kind, "string"):
+    if _is_type(arrow_type, "string"):
         return [[], chunks]
-    if types.is_struct(kind):
-        flat = [chunk.flatten() for chunk in chunks]  # views; a null struct is null in each field
-        places = [
-            next((i for i in range(kind.num_fields) if kind[i].name == name and _is(kind[i].type, type_)), None)
-            for name, type_ in (("bytes", "binary"), ("path", "string"))
-        ]
-        if places != [None, None]:
-            return [[] if i is None else [arrays[i] for arrays in flat] for i in places]
+    if types.is_struct(arrow_type):
+        arrays = [chunk.flatten() for chunk in chunks]  # views; a null struct is null in each field
+        types_of = {"bytes": "binary", "path": "string"}
+        fields = {f.name: i for i, f in enumerate(arrow_type) if _is_type(f.type, types_of.get(f.name, ""))}
+        if fields:
+            return [[array[fields[name]] for array in arrays] if name in fields else [] for name in types_of]
     raise UserError(
-        f"column '{column}' of {spec} holds {dataset.data.schema.field(column).type} instead of images, which are the "
-        f"library's Image, bytes, structs of bytes and path, or paths; its columns: {', '.join(dataset.column_names)}"
+        f"column '{column}' of {spec} holds {arrow_type} instead of images, which are the library's Image, bytes, "
+        f"structs of bytes and path, or paths; its columns: {', '.join(dataset.column_names)}"
     )
 
 
 def _read_labels(
-    dataset: Dataset, wanted: str, rows: npt.NDArray[Any] | None, spec: str
+    dataset: Dataset, name: str, rows: npt.NDArray[Any] | None, spec: str
 ) -> tuple[npt.NDArray[np.int64] | None, list[str], str]:
-    """Return the class of each row, the names of the classes, and a note on the column.
+    """Return the class index of each row, the names of the classes, and a note on the column.
 
     Args:
-        dataset: Its `rows` count, in their order; all of them if None.
-        wanted: The column. If empty, the only ClassLabel, or no labels.
-        rows: Rows of a selection.
+        dataset: The dataset.
+        name: The column. If empty, the only ClassLabel; or no labels, if it is not the only one or lacks values.
+        rows: Rows of a selection, in order; None for all.
         spec: The dataset's name in errors.
 
     Raises:
-        UserError: If there is no such column, it has another type, or a row of a `wanted` column has no class.
+        UserError: If there is no such column, it has another type, or a row has no class although `name` is given.
     """
     import pyarrow
     from datasets import ClassLabel, Value
     from pyarrow import compute
 
-    named = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
-    if not wanted and len(named) != 1:
-        choice = f" chosen: add ,label= and one of {', '.join(named)}" if named else ""
-        return None, [], f"no classes{choice}"
-    column = wanted or named[0]
+    class_labels = [column for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    if not name and len(class_labels) != 1:
+        hint = f" chosen: add ,label= and one of {', '.join(class_labels)}" if class_labels else ""
+        return None, [], f"no classes{hint}"
+    column = name or class_labels[0]
     values = _column(dataset, column, spec)
-    feature, values = dataset.features[column], values if rows is None else values.take(pyarrow.read_array(rows))
-    if column in named:
+    feature, values = dataset.features[column], values if rows is None else values.take(pyarrow.array(rows))
+    if column in class_labels:
         classes, numbers = list(feature.names), values
-        if not all(isinstance(name, str) for name in classes):
-            raise UserError(f"column '{column}' of {spec} names a class that is not a text")
+        if not all(isinstance(each, str) for each in classes):
+            raise UserError(f"column '{column}' of {spec} has a class name that is not a string")
     elif isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool")):
-        different = sorted(value for value in values.unique().to_pylist() if value is not None)
-        classes, numbers = (
-            list(map(str, different)),
-            compute.index_in(values, pyarrow.read_array(different, values.type)),
-        )
+        unique = sorted(value for value in values.unique().to_pylist() if value is not None)
+        classes, numbers = list(map(str, unique)), compute.index_in(values, pyarrow.array(unique, values.type))
     else:
-        raise UserError(f"column '{column}' of {spec} holds {values.type}; classes are ClassLabel, numbers or words")
+        raise UserError(f"column '{column}' of {spec} holds {values.type}; classes are ClassLabel, integers or strings")
     labels = numbers.cast(pyarrow.int64()).fill_null(-1).to_numpy().copy()
     if len(labels) and labels.max() >= len(classes):
-        raise UserError(f"{spec}: column '{column}' holds the class {labels.max()}, and there are {len(classes):,}")
-    missing = np.flatnonzero(labels < 0)  # datasets write -1 where they keep the labels of a test split back
+        raise UserError(f"{spec}: column '{column}' has class {labels.max()}, but there are {len(classes):,} classes")
+    missing = np.flatnonzero(labels < 0)  # the library uses -1 where the labels of a test split are withheld
     if not len(missing):
         return labels, classes, f"classes from '{column}'"
-    reason = f"column '{column}' names no class in {len(missing):,} of {len(labels):,} rows"
-    if wanted:
-        raise UserError(f"{spec}: {reason}, the first of them {missing[0]}")
+    reason = f"column '{column}' has no class in {len(missing):,} of {len(labels):,} rows"
+    if name:
+        raise UserError(f"{spec}: {reason}, the first of them row {missing[0]}")
     return None, [], f"no classes ({reason})"
 
 
@@ -487,6 +484,6 @@ def _column(dataset: Dataset, name: str, spec: str) -> Any:
     return column
 
 
-def _is(kind: Any, name: str) -> bool:
-    """Return True for an Arrow type `name`, or its large or view form; `name` is binary or string."""
-    return str(kind) in (name, f"large_{name}", f"{name}_view")
+def _is_type(arrow_type: Any, name: str) -> bool:
+    """Return True for an Arrow type `name`, "binary" or "string", or its large or view form."""
+    return str(arrow_type) in (name, f"large_{name}", f"{name}_view")

@@ -1,4 +1,4 @@
-"""Read images from files: all below a folder, or those that a text file or the caller names."""
+"""Images in files: all below a folder, or those that a text file or the caller lists."""
 
 import codecs
 import os
@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 
 from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
-from pixmim.data.decode.kinds import about_file, about_others
+from pixmim.data.decode.kinds import describe_file, describe_first_file
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.uri import split_root
 from pixmim.transforms.crops import Array
@@ -25,15 +25,17 @@ from pixmim.utils.files import read_file
 from pixmim.utils.progress import status_counter
 
 MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
-"""A text file that names images is refused if it has more."""
+"""Bounds of a text file that lists images."""
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy")
 )
 
+_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
 
 class PathList(Sequence[str]):
-    """An immutable list of paths as one block of bytes: a path takes its own bytes and 5 (from 4 GiB on, 9) more.
+    """An immutable list of paths in one block of memory: 5 bytes per path in addition to its own (9 above 4 GiB).
 
     Args:
         paths: Paths without zero bytes, encoded as the file system does.
@@ -63,13 +65,13 @@ class ImageFolder(ImageDataset):
     """Image files, in the order given.
 
     Args:
-        spec: What the user wrote to get them.
-        root: Folder that the paths start from.
+        spec: What the user passed.
+        root: Folder that relative paths start from.
         paths: Path of each image.
-        form: Channels and dtype of the images.
-        labels: Index into `classes` of each image (n).
+        form: Channels and dtype that images are converted to.
+        labels: Class index of each image (n).
         classes: Names of the classes.
-        about: A note for the user on how the data are read.
+        description: A note on how the files are read.
     """
 
     def __init__(
@@ -80,9 +82,9 @@ class ImageFolder(ImageDataset):
         form: ImageSpec = RGB,
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
-        about: str = "",
+        description: str = "",
     ) -> None:
-        super().__init__(spec, form, labels=labels, classes=classes, description=about)
+        super().__init__(spec, form, labels=labels, classes=classes, description=description)
         self._root, self._paths = "" if root == Path() else str(root), paths
 
     def __len__(self) -> int:
@@ -92,14 +94,14 @@ class ImageFolder(ImageDataset):
         return os.path.join(self._root, self._paths[index])
 
     def extent(self, index: int) -> tuple[str, int, int]:
-        """Return the file, first byte and number of bytes of an image; 0 bytes mean all that follow."""
+        """Return the path, the offset and the number of an image's bytes; 0 for all of the file."""
         return self.path_of(index), 0, 0
 
     def read(self, index: int) -> bytes:
-        """Return the content of a file. Raises BadImage."""
+        """Return the content of an image's file. Raises BadImage."""
         try:
             return read_file(self.path_of(index), max_bytes())
-        except (OSError, ValueError) as error:  # a name may hold what no file system takes, such as a zero byte
+        except (OSError, ValueError) as error:  # ValueError: a name that no file system accepts
             raise BadImage(getattr(error, "strerror", None) or str(error)) from None
 
     def read_array(self, index: int) -> Shaped[Array, "h w c"]:
@@ -109,51 +111,52 @@ class ImageFolder(ImageDataset):
 def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     """Open all images below a folder, in the byte order of their paths.
 
-    Files are chosen by extension and decoded by content. Hidden files and folders are left out. Links are followed,
-    each folder once. If every image is in a subfolder, the first-level subfolders are the classes.
+    Files are chosen by extension and decoded by content. Hidden files and folders are ignored. Links are followed, and
+    each folder is read once. If every image is in a subfolder, the first-level subfolders are the classes.
 
     Raises:
-        UserError: If there is no such folder, it cannot be read, or it holds no images.
+        UserError: If the folder does not exist, cannot be read, or has no images.
     """
     root = Path(os.path.expanduser(folder))
     if not root.is_dir():
-        raise UserError(_no_folder(root))
+        raise UserError(_describe_missing_folder(root))
     try:
-        found, counts, others, unreadable = _walk(root)
+        images, counts, others, unreadable = _walk(root)
     except OSError as error:
         raise UserError(f"the folder {root} cannot be read: {error.strerror}") from error
-    about = ""
+    note = ""
     if unreadable:
-        first = os.fsdecode(unreadable[0])
-        about = f"folders that cannot be read, left out: {len(unreadable)}, such as {root / first}"
-    if not found:
-        content = f"{others} other files" if others else about or "nothing"
-        kind = about_others(root) if others else ""
+        example = root / os.fsdecode(unreadable[0])
+        note = f"folders ignored because they cannot be read: {len(unreadable)}, such as {example}"
+    if not images:
+        content = f"{others} other files" if others else note or "nothing"
+        example_file = describe_first_file(root) if others else ""
         raise UserError(
-            f"no images in {root} (found {content}); known: {' '.join(sorted(EXTENSIONS))}" + f". {kind}" * bool(kind)
+            f"no images in {root} (found {content}); supported: {' '.join(sorted(EXTENSIONS))}"
+            + f". {example_file}" * bool(example_file)
         )
-    paths = PathList(found)
+    paths = PathList(images)
     if b"" in counts:
-        files = ImageFolder(str(folder), root, paths, form, about=about)
+        dataset = ImageFolder(str(folder), root, paths, form, description=note)
         if len(counts) > 1:
-            files.stray_file = files.path_of(next(i for i, path in enumerate(found) if b"/" not in path))
-        return files
+            dataset.stray_file = dataset.path_of(next(i for i, path in enumerate(images) if b"/" not in path))
+        return dataset
     tops = {os.fsdecode(top[:-1]): count for top, count in sorted(counts.items())}  # in the order of the paths
     classes = sorted(tops)
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.repeat(np.asarray([number[top] for top in tops], np.int64), list(tops.values()))
-    return ImageFolder(str(folder), root, paths, form, labels, classes, about)
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = np.repeat(np.asarray([label_of[top] for top in tops], np.int64), list(tops.values()))
+    return ImageFolder(str(folder), root, paths, form, labels, classes, note)
 
 
 def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
     """Find the image files below a folder.
 
-    A folder that several links lead to is read under the path that comes first in alphabetical order. A link with the
-    extension of an image counts as an image without a look at its target, which would cost a `stat` for each.
+    A folder that several links lead to is listed under its first path in alphabetical order. A link with an image's
+    extension counts as an image; checking its target would cost a `stat` for each.
 
     Returns:
-        Paths relative to `root` in the order of their bytes, the number of images of each first-level folder (with a
-        slash; empty for `root` itself), the number of other files, and the folders that cannot be read.
+        Relative paths in byte order; the number of images by first-level folder (with a slash; "" for `root` itself);
+        the number of other files; and the folders that cannot be read.
 
     Raises:
         OSError: If `root` itself cannot be read.
@@ -162,159 +165,164 @@ def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
     images: list[bytes] = []
     counts: Counter[bytes] = Counter()
     unreadable: list[bytes] = []
-    seen: set[tuple[int, int]] = set()
-    others, top, stack = 0, os.path.join(os.fsencode(root), b""), [b""]
+    visited: set[tuple[int, int]] = set()
+    others, prefix, stack = 0, os.path.join(os.fsencode(root), b""), [b""]
     with status_counter(f"listing {root}", "images") as add:
         while stack:
             folder = stack.pop()
-            names: list[bytes] = []
+            files: list[bytes] = []
             subfolders: list[bytes] = []
-            rest = 0
+            ignored = 0
             try:
-                status = os.stat(top + folder)
-                if (status.st_dev, status.st_ino) in seen:  # a link back up, or to a folder met before
+                status = os.stat(prefix + folder)
+                if (status.st_dev, status.st_ino) in visited:
                     continue
-                seen.add((status.st_dev, status.st_ino))
-                with os.scandir(top + folder) as entries:
+                visited.add((status.st_dev, status.st_ino))
+                with os.scandir(prefix + folder) as entries:
                     for entry in entries:
-                        name = entry.name
-                        if name.startswith(b"."):
+                        if entry.name.startswith(b"."):
                             continue
                         is_folder = entry.is_dir(follow_symlinks=False)
-                        if not is_folder and name.lower().endswith(extensions):
-                            names.append(folder + name)
-                            if not len(names) % 4096:  # `add` looks at the clock
+                        if not is_folder and entry.name.lower().endswith(extensions):
+                            files.append(folder + entry.name)
+                            if not len(files) % 4096:  # `add` is slow
                                 add(4096)
                         elif is_folder or (entry.is_symlink() and os.path.isdir(entry.path)):
-                            subfolders.append(folder + name)
+                            subfolders.append(folder + entry.name)
                         else:
-                            rest += 1
+                            ignored += 1
             except OSError as error:
                 if not folder:
                     raise
-                if not isinstance(error, FileNotFoundError | NotADirectoryError):  # these vanished meanwhile
+                if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those vanished during the walk
                     unreadable.append(folder)
                 continue
-            add(len(names) % 4096)
-            if names:
-                images += sorted(names)  # runs, which make the sort below fast
-                counts[folder[: folder.find(b"/") + 1]] += len(names)
-            others += rest
+            add(len(files) % 4096)
+            if files:
+                images += sorted(files)  # sorted runs make the final sort fast
+                counts[folder[: folder.find(b"/") + 1]] += len(files)
+            others += ignored
             stack += [path + b"/" for path in sorted(subfolders, reverse=True)]
     images.sort()
     return images, counts, others, unreadable
 
 
+def _describe_missing_folder(root: Path) -> str:
+    if root.exists():
+        return f"{root} {describe_file(root)}. A dataset is a folder of images, a cache, tars, or a .txt of paths"
+    siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
+    return f"the folder {root} does not exist{did_you_mean(root.name, siblings)}"
+
+
 def from_paths(paths: Sequence[str | Path], form: ImageSpec = RGB) -> ImageFolder:
-    """Open the images named, and all below the folders named. Raises UserError for a path that does not exist."""
-    found: list[str] = []
+    """Open image files, and all images below folders. Raises UserError if a path does not exist."""
+    files: list[str] = []
     for path in (Path(os.path.expanduser(path)) for path in paths):
         if path.is_dir():
-            files = from_folder(path, form)
-            found += map(files.path_of, range(len(files)))
+            folder = from_folder(path, form)
+            files += map(folder.path_of, range(len(folder)))
         elif path.is_file():
-            found.append(str(path))
+            files.append(str(path))
         else:
-            raise UserError(f"there is no {path}")
-    return ImageFolder(" ".join(map(str, paths)), Path(), PathList(map(os.fsencode, found)), form)
+            raise UserError(f"{path} does not exist")
+    return ImageFolder(" ".join(map(str, paths)), Path(), PathList(map(os.fsencode, files)), form)
 
 
 def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
-    """Open the images that a text file names, one in a line, from the text file's folder on.
+    """Open the images that a text file lists, one path per line, relative to the file's folder.
 
-    They are below that folder, or below FOLDER if the spec is `LIST.txt,root=FOLDER`.
+    The paths must be below that folder, or below FOLDER if the spec is `LIST.txt,root=FOLDER`.
 
     Raises:
-        UserError: If it cannot be read, names no image, or names one elsewhere.
+        UserError: If the file cannot be read, lists nothing, or a path is elsewhere.
     """
-    path, root = split_root(str(spec))
-    text = Path(os.path.expanduser(path))
-    try:
-        lines = read_file(text, MAX_LIST_BYTES)
-    except OSError as error:
-        raise UserError(f"{text} cannot be read: {error.strerror}") from error
-    for mark, coding in ((codecs.BOM_UTF8, ""), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
-        if lines.startswith(mark):
-            try:
-                lines = lines.decode(coding).encode() if coding else lines.removeprefix(mark)
-            except UnicodeError as error:
-                raise UserError(f"{text} begins as UTF-16 and is not: {error}") from None
-    if lines.count(b"\n") > MAX_LINES:
-        raise UserError(f"{text} has more than {MAX_LINES:,} lines: put the images into a cache or into tars")
-    if b"\0" in lines:
-        raise UserError(f"{text} is not a text file: it holds a zero byte. Save it as UTF-8")
-    lines = _trimmed(lines, text.parent)
-    paths = PathList(line for line in lines.replace(b"\r\n", b"\n").split(b"\n") if line.strip())
+    name, root = split_root(str(spec))
+    file = Path(os.path.expanduser(name))
+    text = _read_list(file)
+    paths = PathList(line for line in text.split(b"\n") if line.strip())
     if not paths:
-        raise UserError(f"{text} names no images")
-    folders = [text.parent] if root is None else [text.parent, root]
-    tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
-    odd = re.compile(rb"(?m)^(?:(?=/)(?!" + tops + rb").*|.*\.\..*)$")  # all other lines plainly stay below a folder
-    names: Iterable[str] = paths
-    if os.sep == "/":
-        names = (os.fsdecode(match[0].removesuffix(b"\r")) for match in odd.finditer(lines))
-    check_inside(names, folders, str(text), len(paths), f"--data '{path},root=FOLDER' allows those below a folder")
-    return ImageFolder(str(spec), text.parent, paths, form)
+        raise UserError(f"{file} lists no images")
+    folders = [file.parent] if root is None else [file.parent, root]
+    suspicious: Iterable[str] = paths
+    if os.sep == "/":  # a line without a leading slash and without ".." is below the folder
+        tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
+        pattern = re.compile(rb"(?m)^(?:(?=/)(?!" + tops + rb").*|.*\.\..*)$")
+        suspicious = (os.fsdecode(match[0]) for match in pattern.finditer(text))
+    remedy = f"--data '{name},root=FOLDER' allows paths below FOLDER"
+    check_inside(suspicious, folders, str(file), len(paths), remedy)
+    return ImageFolder(str(spec), file.parent, paths, form)
 
 
-def _trimmed(lines: bytes, folder: Path) -> bytes:
-    """Leave out blanks at the ends of lines, but of names that are there with them."""
-    if not re.search(rb"(?m)^[ \t]|[ \t]\r?$", lines):
-        return lines
-    return b"\n".join(
-        line if (bare := line.strip(b" \t\r")) == line or (bare and _is_there(folder, line)) else bare
-        for line in lines.split(b"\n")
-    )
-
-
-def _is_there(folder: Path, line: bytes) -> bool:
+def _read_list(file: Path) -> bytes:
+    """Return the lines of a text file as UTF-8, without blanks at their ends."""
     try:
-        return os.path.exists(os.path.join(os.fsencode(folder), line.removesuffix(b"\r")))
+        text = read_file(file, MAX_LIST_BYTES)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if text.startswith(mark):
+            try:
+                text = text.removeprefix(mark) if encoding == "utf-8" else text.decode(encoding).encode()
+            except UnicodeError as error:
+                raise UserError(f"{file} starts as UTF-16, but is not: {error}. Save it as UTF-8") from None
+    if text.count(b"\n") > MAX_LINES:
+        raise UserError(f"{file} has more than {MAX_LINES:,} lines: make a cache or tars of the images")
+    if b"\0" in text:
+        raise UserError(f"{file} is not a text file: it contains a zero byte. Save it as UTF-8")
+    text = text.replace(b"\r\n", b"\n")
+    if not re.search(rb"(?m)^[ \t]|[ \t]$", text):
+        return text
+    return b"\n".join(_strip_line(line, file.parent) for line in text.split(b"\n"))
+
+
+def _strip_line(line: bytes, folder: Path) -> bytes:
+    """Remove blanks around a path, unless a file of that very name exists."""
+    stripped = line.strip(b" \t")
+    if stripped in (line, b""):
+        return stripped
+    try:
+        return line if os.path.exists(os.path.join(os.fsencode(folder), line)) else stripped
     except ValueError:
-        return False
+        return stripped
 
 
-def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, total: int, way_out: str) -> None:
-    """Check that names of files, written by anybody, stay below folders; the first is where relative names begin.
+def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, total: int, remedy: str) -> None:
+    """Check that untrusted paths are below some folders. Relative paths start from the first folder.
 
-    As everywhere in a folder of images, links inside it are followed, so a name without `..` is taken as it is written.
+    Links inside the folders are followed, as everywhere in a folder of images, so a path without `..` is not resolved.
+
+    Args:
+        names: Paths to check.
+        folders: Allowed folders.
+        source: The file that lists the paths, for the message.
+        total: Number of all paths in `source`.
+        remedy: What the user can do, for the message.
 
     Raises:
-        UserError: If any leads out, with the first one, how many of the `total` do, and the `way_out`.
+        UserError: If a path is elsewhere.
     """
     tops = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
-    real = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+    real_tops = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
 
     @lru_cache(maxsize=1024)
-    def from_folder(folder: str) -> bool:
-        return os.path.join(os.path.realpath(folder), "").startswith(real)
+    def is_inside(folder: str) -> bool:
+        return os.path.join(os.path.realpath(folder), "").startswith(real_tops)
 
-    def inside(path: str) -> bool:
+    def is_allowed(name: str) -> bool:
+        try:
+            if b"\0" in os.fsencode(name):
+                return False
+        except UnicodeEncodeError:
+            return False
+        if ".." not in name and (name.startswith(tops) or not os.path.isabs(name)):
+            return True
+        path = os.path.join(tops[0], name)
         folder, file = os.path.split(path)
-        return from_folder(path if file in ("", ".", "..") else folder)
+        return is_inside(path if file in ("", ".", "..") else folder)
 
-    count, first = 0, ""
-    for name in names:
-        plain = ".." not in name and (name.startswith(tops) or not os.path.isabs(name))
-        if not _is_name(name) or not (plain or inside(os.path.join(tops[0], name))):
-            count, first = count + 1, first or name
-    if count:
+    outside = [name for name in names if not is_allowed(name)]
+    if outside:
         raise UserError(
-            f"{count:,} of the {total:,} paths in {source} lead out of {' and '.join(map(str, folders))}, such as "
-            f"{first!r}: {way_out}"
+            f"{len(outside):,} of the {total:,} paths in {source} lead out of {' and '.join(map(str, folders))}, such "
+            f"as {outside[0]!r}: {remedy}"
         )
-
-
-def _is_name(name: str) -> bool:
-    """Return True if a file can have this name."""
-    try:
-        return b"\0" not in os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-
-
-def _no_folder(root: Path) -> str:
-    if root.exists():
-        return f"{root} {about_file(root)}. Data are a folder of images, a cache, tars, or a .txt that names images"
-    siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
-    return f"there is no folder {root}{did_you_mean(root.name, siblings)}"

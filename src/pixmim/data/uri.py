@@ -1,12 +1,12 @@
-"""What --data says, taken apart: the parts of a mixture and their weights, and the fields of a Hugging Face data set.
+"""Parse what is passed as --data: the parts of a mixture with their weights, and the options of each part.
 
     data     = part {"+" part}
-    part     = source ["*" weight]          weight: a whole number of at least 1
-    source   = path [",root=" folder] | tars [",key=last-dot"] | glob | address | "shapes:" ...
-             | "hf:" place [":" split] {"," option "=" value}
+    part     = source ["*" weight]          weight: an integer of at least 1
+    source   = path [",root=" folder] | tars [",key=last-dot"] | glob | URL | "shapes:" ...
+             | "hf:" name [":" split] {"," option "=" value}
 
-A path that is there is taken whole, whatever characters are in it. `root=` belongs to a list of images and to tables,
-and names a folder that the paths in them may lead to. Imports no torch, for the command line.
+A path that exists is taken literally, whatever characters it has. `root=` belongs to lists and tables, and names a
+folder that the paths in them may lead to. Imports no torch, so that the command line starts fast.
 """
 
 import os
@@ -20,124 +20,174 @@ from pixmim.utils.errors import UserError, did_you_mean
 
 _ADDRESS = re.compile(r"hf:|shapes:|[a-z][a-z0-9]*://")
 _WEIGHTED = re.compile(r"(.+)\*([0-9]+\.?[0-9]*|\.[0-9]+)", re.DOTALL)
-_MOST_DIGITS = 6  # of a weight
+_MAX_WEIGHT_DIGITS = 6
 _WILDCARD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.(-?\d+))?\n?\}|[{,}]")
-_MAX_NAMES = 1_000_000  # that braces may stand for
+_MAX_NAMES = 1_000_000  # in the expansion of a brace pattern
 _ROOTED = re.compile(r"(.+?),root=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture, as it was written, and how often each of its images comes in an epoch."""
+    """One source of a mixture as the user wrote it, and how often each of its images occurs in an epoch."""
 
     source: str
     weight: int = 1
 
 
 def read_parts(spec: str) -> list[Part]:
-    """The parts that a spec joins with `+`. Raises UserError for a weight that is no whole number of at least 1.
+    """Split a spec into the parts that `+` joins.
 
-    Only `*` and digits at the end of a part are a weight, so `shards/*.tar*2` is the glob `shards/*.tar`, twice. Since
-    a path may hold a `+`, a part ends at the first one before which something is there. What follows an address and
-    is not there itself belongs to the address.
+    Only `*` and digits at the end of a part are a weight, so `shards/*.tar*2` is the glob `shards/*.tar`, twice. Paths
+    may contain `+`: a part ends at the first `+` where the text before it exists. After a URL, text that does not
+    exist is taken as part of the URL.
+
+    Raises:
+        UserError: If a weight is not an integer of at least 1, or a part is empty.
     """
     if "\0" in spec:
-        raise UserError(f"{spec!r} is not the name of any data: it holds a zero byte")
+        raise UserError(f"{spec!r} is not a dataset: it contains a zero byte")
     if _exists(spec):
         return [Part(spec)]
-    pieces, found = spec.split("+"), list[str]()
+    pieces, sources = spec.split("+"), list[str]()
     while pieces:
-        joined = ("+".join(pieces[:count]) for count in range(1, len(pieces) + 1))
-        count = next((count for count, text in enumerate(joined, 1) if is_there(text)), 0)
+        prefixes = ("+".join(pieces[:count]) for count in range(1, len(pieces) + 1))
+        count = next((count for count, text in enumerate(prefixes, 1) if is_there(text)), 0)
         text = "+".join(pieces[: count or 1])
-        if count or not (found and _ADDRESS.match(found[-1])):
-            found.append(text)
+        if count or not (sources and _ADDRESS.match(sources[-1])):
+            sources.append(text)
         else:
-            found[-1] += f"+{text}"
+            sources[-1] += f"+{text}"
         del pieces[: count or 1]
-    return [_read_part(text, spec) for text in found]
+    return [_read_part(text, spec) for text in sources]
+
+
+def _read_part(text: str, spec: str) -> Part:
+    source, weight = _split_weight(text)
+    if not source:
+        raise UserError(f"a part is missing before or after a + in '{spec}'")
+    if len(weight) > _MAX_WEIGHT_DIGITS:
+        raise UserError(f"weight {weight[:20]} in '{text[:200]}' is too large: use at most {_MAX_WEIGHT_DIGITS} digits")
+    if not weight.isdigit() or int(weight) < 1:
+        raise UserError(
+            f"weight {weight} in '{text}' is not an integer of at least 1. It is how often each image occurs in an "
+            "epoch; for 1.5 to 1, multiply both: a*3+b*2"
+        )
+    return Part(source, int(weight))
+
+
+def _split_weight(text: str) -> tuple[str, str]:
+    match = None if _exists(text) else _WEIGHTED.fullmatch(text)
+    return (match[1], match[2]) if match else (text, "1")
+
+
+def is_there(text: str) -> bool:
+    """Return True if a part is a URL, an existing path, or a pattern in an existing folder."""
+    source, _ = _split_weight(text)
+    if not _exists(source):
+        source = source.partition(",key=")[0]
+    if _ADDRESS.match(source) or _exists(source):
+        return True
+    path, root = split_root(source)
+    if root is not None:
+        return _exists(path) and root.exists()
+    literal = _WILDCARD.split(source, maxsplit=1)[0]
+    folder = os.path.dirname(literal)
+    return literal != source and (_exists(folder) if folder else "+" not in source)
 
 
 def absolute(spec: str) -> str:
-    """The spec with the whole path of every file and folder in it; names, addresses and options as they are."""
+    """Return a spec with absolute paths. Names, URLs and options stay as they are."""
     if not spec:
         return spec
-    return "+".join(
-        _absolute_source(part.source) + (f"*{part.weight}" if part.weight > 1 else "") for part in read_parts(spec)
-    )
+    return "+".join(f"{_absolute_source(p.source)}{f'*{p.weight}' * (p.weight > 1)}" for p in read_parts(spec))
+
+
+def _absolute_source(source: str) -> str:
+    if source.startswith("hf:") and not source.startswith("hf://"):
+        hub = HubSpec.read(source)
+        root = os.path.abspath(os.path.expanduser(hub.root)) if hub.root else ""
+        place = hub.place if hub.path is None else str(hub.path.resolve())
+        return str(replace(hub, place=place, root=root)) if hub.path or root else source
+    if _ADDRESS.match(source):
+        return source
+    path, folder = split_root(source)
+    suffix = f",root={os.path.abspath(folder)}" if folder else ""  # keeps links, since a list may name them
+    return os.path.realpath(os.path.expanduser(path)) + suffix
 
 
 def split_root(source: str) -> tuple[str, Path | None]:
-    """Split `PATH,root=FOLDER`, the source of a list or a table, into path and folder; None if no folder is named.
-
-    A path that exists is taken literally, whatever it holds.
-    """
+    """Split `PATH,root=FOLDER`, a list or a table, into path and folder. Without `root=`, the folder is None."""
     match = None if _exists(source) or _ADDRESS.match(source) else _ROOTED.fullmatch(source)
     return (match[1], Path(os.path.expanduser(match[2]))) if match else (source, None)
 
 
 def split_key(source: str) -> tuple[str, bool]:
-    """Split `TARS,key=last-dot`: the tars, and whether names count up to their last dot. Raises UserError."""
+    """Split `TARS,key=last-dot` into the tars, and True if sample keys end at the last dot of a file name.
+
+    Raises:
+        UserError: If `key=` has another value.
+    """
     tars, comma, key = source.rpartition(",key=")
     if not comma or _exists(source) or source.startswith(("hf:", "shapes:")):
         return source, False
     if key != "last-dot":
-        raise UserError(f"key={key} in '{source}': only key=last-dot is known")
+        raise UserError(f"key={key} in '{source}' is not supported: use key=last-dot, or leave it out")
     return tars, True
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the names that a pattern such as `{a,b}-{000..146}.tar` stands for, in the order of a shell.
+    """Expand a pattern such as `{a,b}-{000..146}.tar` as a shell does.
 
     Raises:
-        UserError: If there are more than a million, or the braces are not balanced.
+        UserError: If the braces are not balanced, or there are more than a million names.
     """
     try:
         if _count_names(pattern) <= _MAX_NAMES:
             return list(braceexpand(pattern, escape=False))
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise UserError(f"{pattern[:200]} cannot be expanded: {str(error)[:200]}") from None
-    raise UserError(f"{pattern[:200]} stands for more than {_MAX_NAMES:,} files")
+    raise UserError(f"{pattern[:200]} expands to more than {_MAX_NAMES:,} files")
 
 
 def _count_names(pattern: str) -> int:
-    """Bound the number of names, which `braceexpand` makes (in parts) before it returns the first."""
-    count, before = 1, 0  # of the alternative at hand up to here, and of the alternatives before it
-    outer: list[tuple[int, int]] = []
+    """Return an upper bound of the number of names: `braceexpand` builds many of them before it yields the first."""
+    count, alternatives = 1, 0  # of the current alternative up to here, and of those before it
+    stack: list[tuple[int, int]] = []
     for token in _BRACES.finditer(pattern):
-        first, last, letter, other, step = token.groups()
+        first, last, first_letter, last_letter, step = token.groups()
         if first:
             count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
-        elif letter:
-            count *= abs(ord(other) - ord(letter)) + 1
+        elif first_letter:
+            count *= abs(ord(last_letter) - ord(first_letter)) + 1
         elif token[0] == "{":
-            outer.append((count, before))
-            count, before = 1, 0
-        elif token[0] == "," and outer:
-            count, before = 1, before + count
+            stack.append((count, alternatives))
+            count, alternatives = 1, 0
+        elif token[0] == "," and stack:
+            count, alternatives = 1, alternatives + count
         elif token[0] == "}":
-            if not outer:
+            if not stack:
                 raise ValueError("unbalanced braces")
-            inside = before + count
-            count, before = outer.pop()
-            count *= inside
-    if outer:
+            inner = alternatives + count
+            count, alternatives = stack.pop()
+            count *= inner
+    if stack:
         raise ValueError("unbalanced braces")
     return count
 
 
 @dataclass(frozen=True)
 class HubSpec:
-    """`hf:PLACE[:SPLIT][,config=NAME][,revision=NAME][,image=COLUMN][,label=COLUMN][,root=FOLDER]`; empty: not said.
+    """The fields of `hf:PLACE[:SPLIT][,config=NAME][,revision=NAME][,image=COLUMN][,label=COLUMN][,root=FOLDER]`.
 
-    place     a folder or file, if there is one; otherwise the name of a data set on the hub
-    split     such as train
-    config    which of the data set's configurations (subsets)
-    revision  a branch, tag or commit on the hub
-    image     the column of pictures
-    label     the column of classes
-    root      a folder that paths in the table may lead to, besides the table's own
+    Args:
+        place: An existing folder or file, or the name of a dataset on the hub.
+        split: Such as train; "" for the default, as in all fields below.
+        config: Configuration (subset) of the dataset.
+        revision: Branch, tag or commit on the hub.
+        image: Column of images.
+        label: Column of classes.
+        root: Folder that paths in the table may lead to, in addition to the table's own.
     """
 
     place: str
@@ -150,90 +200,39 @@ class HubSpec:
 
     @staticmethod
     def read(spec: str) -> "HubSpec":
-        """Take a spec apart. Raises UserError naming what is wrong in it."""
+        """Parse a spec. Raises UserError."""
         known = [field.name for field in fields(HubSpec)][2:]
         place, *options = re.split(r",(?=\w+=)", spec.removeprefix("hf:"))
         values: dict[str, str] = {}
         for option in options:
             key, _, value = option.partition("=")
             if key not in known:
-                raise UserError(f"hf: has no option '{key}'{did_you_mean(key, known) or '.'} Known: {', '.join(known)}")
+                hint = did_you_mean(key, known) or "."
+                raise UserError(f"hf: has no option '{key}'{hint} Its options: {', '.join(known)}")
             if not value:
-                raise UserError(f"'{spec}' gives no value for {key}")
+                raise UserError(f"'{spec}' has no value for {key}")
             values[key] = value
         split = ""
         if not _exists(place) and ":" in place:
             place, _, split = place.rpartition(":")
         if not _exists(place):
             if place.startswith(("/", ".", "~")):
-                raise UserError(f"there is no {place}")
+                raise UserError(f"{place} does not exist")
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place, re.ASCII):
                 raise UserError(
-                    f"'{place}' in '{spec}' is neither a path nor the name of a data set; "
+                    f"'{place}' in '{spec}' is neither a path nor the name of a dataset; "
                     "hf:USER/NAME:SPLIT,image=COLUMN,label=COLUMN is the pattern, all after the name optional"
                 )
         return HubSpec(place, split, **values)
 
     @property
     def path(self) -> Path | None:
-        """The place as a path, if it is there on this machine."""
+        """The place as a path if it exists on this machine."""
         return Path(os.path.expanduser(self.place)) if _exists(self.place) else None
 
     def __str__(self) -> str:
         options = "".join(f",{f.name}={value}" for f in fields(self)[2:] if (value := getattr(self, f.name)))
         return f"hf:{self.place}{':' * bool(self.split)}{self.split}{options}"
-
-
-def _read_part(text: str, spec: str) -> Part:
-    source, weight = _split_weight(text)
-    if not source:
-        raise UserError(f"nothing stands on one side of a + in '{spec}'")
-    if len(weight) > _MOST_DIGITS:
-        raise UserError(
-            f"the weight {weight[:20]} in '{text[:200]}' is too large: it has more than {_MOST_DIGITS} digits"
-        )
-    if not weight.isdigit() or int(weight) < 1:
-        raise UserError(
-            f"the weight {weight} in '{text}' is no whole number of at least 1: it says how often each image comes in "
-            "an epoch. For 1.5 to 1, multiply both: a*3+b*2"
-        )
-    return Part(source, int(weight))
-
-
-def _split_weight(text: str) -> tuple[str, str]:
-    match = None if _exists(text) else _WEIGHTED.fullmatch(text)
-    return (match[1], match[2]) if match else (text, "1")
-
-
-def is_there(text: str) -> bool:
-    """Whether a part is an address or names something: a path, or a glob or brace pattern in a folder that exists."""
-    source, _ = _split_weight(text)
-    source, _, _ = source.partition(",key=") if not _exists(source) else (source, "", "")
-    if _ADDRESS.match(source) or _exists(source):
-        return True
-    path, root = split_root(source)
-    if root is not None:
-        return _exists(path) and root.exists()
-    fixed = _WILDCARD.split(source, maxsplit=1)[0]
-    folder = os.path.dirname(fixed)
-    return fixed != source and (_exists(folder) if folder else "+" not in source)
-
-
-def _absolute_source(source: str) -> str:
-    if source.startswith("hf:") and not source.startswith("hf://"):
-        wanted = HubSpec.read(source)
-        root = _absolute_root(Path(os.path.expanduser(wanted.root))) if wanted.root else ""
-        place = wanted.place if wanted.path is None else str(wanted.path.resolve())
-        return str(replace(wanted, place=place, root=root)) if wanted.path or root else source
-    if _ADDRESS.match(source):
-        return source
-    path, named = split_root(source)
-    return os.path.realpath(os.path.expanduser(path)) + (f",root={_absolute_root(named)}" if named else "")
-
-
-def _absolute_root(root: Path) -> str:
-    """The whole path of a root, with links as they are: paths in a list may spell it so."""
-    return os.path.abspath(root)
 
 
 def _exists(path: str) -> bool:

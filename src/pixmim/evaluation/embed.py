@@ -202,7 +202,7 @@ def _write(out: Path, table: dict[str, np.ndarray], data: ImageDataset) -> list[
         columns: dict[str, Any] = {"file": [utf8(name) for name in files]}
         columns |= {"class": [utf8(name) for name in classes]} if classes is not None else {}
         for key, value in values.items():
-            columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.read_array(value.reshape(-1)), value.shape[1])
+            columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.array(value.reshape(-1)), value.shape[1])
         atomic_write(out, part_of(parquet.write_table, arrow.table(columns)))
         return [out]
     names = out.with_suffix(".csv")

@@ -1,4 +1,4 @@
-"""Values of any kind in the form of a run, and the files that hold nothing but values."""
+"""Conversion of channels and dtypes, .npy files, 16-bit PNG and PPM, and crops of 16-bit images."""
 
 import io
 import sys
@@ -35,7 +35,7 @@ def saved(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_shares_turn_into_each_other() -> None:
+def test_unsigned_dtypes_convert_exactly() -> None:
     eight = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
     deep = convert(eight, ImageSpec(1, "uint16"))
     assert np.array_equal(deep, eight.astype(np.uint16) * 257)
@@ -57,10 +57,10 @@ def test_luma_is_pillows() -> None:
     assert (convert(white, ImageSpec(1, "uint16")) == 65535).all()
 
 
-def test_other_numbers_of_channels_are_named() -> None:
-    for found, wanted in ((2, 3), (4, 3), (13, 1), (3, 13), (1, 2)):
-        with pytest.raises(BadImage, match=f"^{found} channels?, and not {wanted}: --channels {found}$"):
-            convert(np.zeros((4, 4, found), np.uint8), ImageSpec(wanted))
+def test_channel_mismatch_names_the_flag() -> None:
+    for channels, expected in ((2, 3), (4, 3), (13, 1), (3, 13), (1, 2)):
+        with pytest.raises(BadImage, match=f"^{channels} channels? instead of {expected}: pass --channels {channels}$"):
+            convert(np.zeros((4, 4, channels), np.uint8), ImageSpec(expected))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32, np.float64, ">u2", ">f4", bool])
@@ -71,7 +71,7 @@ def test_npy_of_each_layout(kind: object) -> None:
     for array in (pixels, pixels.transpose(2, 0, 1), np.asfortranarray(pixels), pixels[:, ::-1][:, ::-1]):
         assert np.array_equal(decode(saved(array), form), expected)
     assert np.array_equal(decode(saved(pixels[..., 0]), ImageSpec(1, "float32")), expected[..., :1])
-    assert read(saved(np.zeros((7, 9, 7), np.uint8))).shape == (7, 9, 7)  # equal: the last holds the channels
+    assert read(saved(np.zeros((7, 9, 7), np.uint8))).shape == (7, 9, 7)  # if equal, the last holds the channels
 
 
 @pytest.mark.parametrize(
@@ -79,31 +79,31 @@ def test_npy_of_each_layout(kind: object) -> None:
     [
         (saved(np.zeros(5)), "1 dimensions"),
         (saved(np.zeros((2, 2, 2, 2))), "4 dimensions"),
-        (saved(np.asarray([["a"]])), "not of numbers"),
-        (saved(np.zeros((3, 3), complex)), "not of numbers"),
-        (saved(np.zeros((3, 3), [("x", "f4")])), "not of numbers"),
-        (saved(np.asarray([[{}]], object)), "not of numbers"),
-        (saved(np.zeros((20, 20)))[:-1], "cut off"),
-        (saved(np.zeros((0, 20))), "nothing in it"),
-        (saved(np.zeros((20, 20, 0))), "nothing in it|without channels"),
-        (saved(np.zeros((1, 200))), "100 times as long"),
+        (saved(np.asarray([["a"]])), "instead of numbers"),
+        (saved(np.zeros((3, 3), complex)), "instead of numbers"),
+        (saved(np.zeros((3, 3), [("x", "f4")])), "instead of numbers"),
+        (saved(np.asarray([[{}]], object)), "instead of numbers"),
+        (saved(np.zeros((20, 20)))[:-1], "truncated"),
+        (saved(np.zeros((0, 20))), "is empty"),
+        (saved(np.zeros((20, 20, 0))), "is empty|without channels"),
+        (saved(np.zeros((1, 200))), "aspect ratio is above 100"),
         (saved(np.zeros((4, 4)))[:20], "damaged"),
         (b"\x93NUMPY\x09\x00", "damaged"),
         (saved(np.full((4, 4), np.nan, np.float32)), "16 of its values are not finite"),
     ],
 )
-def test_npy_that_is_no_picture(data: bytes, reason: str) -> None:
+def test_invalid_npy(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
         decode(data, ImageSpec(1, "float32"))
 
 
 @pytest.mark.usefixtures("usual_bounds")
-def test_a_header_that_claims_too_much_takes_no_memory() -> None:
+def test_npy_header_allocates_no_memory() -> None:
     small = saved(np.zeros((10, 10, 4)))
     for shape, reason in (
         (b"(99999, 99999, 4)", "allowed"),
         (b"(9999, 9999, 4)", "3.0 GiB"),
-        (b"(999, 999, 4)", "cut"),
+        (b"(999, 999, 4)", "truncated"),
     ):
         claim = small.replace(b"(10, 10, 4), }" + b" " * (len(shape) - 11), shape + b", }")
         assert claim != small and len(claim) == len(small)
@@ -114,10 +114,10 @@ def test_a_header_that_claims_too_much_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
-def test_damaged_npy_gives_values_or_a_reason() -> None:
-    whole = saved(RNG.random((12, 10, 4)).astype(np.float32))
+def test_damaged_npy_gives_values_or_bad_image() -> None:
+    intact = saved(RNG.random((12, 10, 4)).astype(np.float32))
     for _ in range(200):
-        damaged = bytearray(whole)
+        damaged = bytearray(intact)
         for at in RNG.integers(0, 128, 2):
             damaged[at] ^= int(RNG.integers(1, 256))
         with suppress(BadImage):
@@ -132,7 +132,7 @@ def test_sixteen_bit_png_and_ppm(monkeypatch: pytest.MonkeyPatch) -> None:
     clear = imagecodecs.png_encode(np.dstack([DEEP, np.zeros((20, 30), np.uint16)]))
     assert (decode(clear, ImageSpec(3, "uint16")) == 65535).all()
     for cut in (40, len(data) // 2):
-        with pytest.raises(BadImage, match=r"Png|OSError|SyntaxError|not a picture"):
+        with pytest.raises(BadImage, match=r"Png|OSError|SyntaxError|not an image"):
             decode(data[:cut], ImageSpec(3, "uint16"))
     grey = encoded(Image.fromarray(DEEP[..., 0]), "PNG")
     assert np.array_equal(decode(grey, ImageSpec(3, "uint16"))[..., 2], DEEP[..., 0])
@@ -153,19 +153,19 @@ def test_sixteen_bit_png_and_ppm(monkeypatch: pytest.MonkeyPatch) -> None:
     "form",
     [ImageSpec(1, "uint16"), ImageSpec(3, "float32"), ImageSpec(13), ImageSpec(5, "uint16"), ImageSpec(2, "float32")],
 )
-def test_drawn_shapes_in_any_form(form: ImageSpec) -> None:
+def test_synthetic_shapes_in_any_form(form: ImageSpec) -> None:
     image, plain = SyntheticShapes(form=form).image(3), SyntheticShapes().image(3)
     assert image.dtype == form.torch_dtype and image.shape == (form.channels, *plain.shape[1:])
     assert len({tuple(plane.flatten().tolist()) for plane in image}) == min(form.channels, 6)
     if form.channels >= 3:
-        whole = 1 if form.dtype == "float32" else torch.iinfo(form.torch_dtype).max
-        torch.testing.assert_close(image[:3].float() / whole, plain.float() / 255)
+        white = 1 if form.dtype == "float32" else torch.iinfo(form.torch_dtype).max
+        torch.testing.assert_close(image[:3].float() / white, plain.float() / 255)
 
 
 @pytest.mark.parametrize("crop", [SimpleResizedCrop((24, 16), 3), RandomResizedCrop((24, 16)), CenterCrop((24, 16))])
 @pytest.mark.parametrize("size", [(40, 50), (24, 16)])
-def test_crops_of_deep_images_are_those_of_their_values(crop: Crop, size: tuple[int, int]) -> None:
-    """A crop of uint16 is the crop of the same values in float32, rounded and kept within 16 bits."""
+def test_crops_of_uint16_equal_those_of_float32(crop: Crop, size: tuple[int, int]) -> None:
+    """A uint16 crop equals the float32 crop, rounded and clamped to 16 bits."""
     image = torch.from_numpy(RNG.choice([0, 1, 255, 32768, 65535], (*size, 5)).astype(np.uint16)).permute(2, 0, 1)
     for u in RNG.random((6, crop.num_uniforms)).tolist():
         deep, values = crop.crop(image, u), crop.crop(image.float(), u)
@@ -174,7 +174,7 @@ def test_crops_of_deep_images_are_those_of_their_values(crop: Crop, size: tuple[
     assert resize_to_cover(image, size) is image
 
 
-def test_finish_counts_65535_as_one() -> None:
+def test_normalize_scales_65535_to_one() -> None:
     images = torch.from_numpy(RNG.integers(0, 65536, (3, 2, 4, 5)).astype(np.uint16))
     mean, std, flip = torch.tensor([0.1, 0.6]), torch.tensor([0.02, 0.5]), torch.tensor([True, False, True])
     done = flip_and_normalize(images, flip, mean, std).double()

@@ -1,4 +1,4 @@
-"""Every kind of picture a folder may hold, and every kind of file that only looks like one."""
+"""Decoding of every image format, and errors for files that only look like images."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from pixmim.data.decode.image import decode
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
-def test_lossless_kinds_come_back_exactly(kind: str) -> None:
+def test_lossless_formats_are_exact(kind: str) -> None:
     assert np.array_equal(decode(encoded(Image.fromarray(PIXELS), kind)), PIXELS)
 
 
@@ -50,7 +50,7 @@ def test_cmyk_palette_bilevel() -> None:
     assert set(np.unique(decode(encoded(bilevel, "PNG")))) == {0, 255}
 
 
-def test_transparent_pixels_lie_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     alpha = np.dstack([PIXELS, np.zeros((20, 30), np.uint8)])
     assert (decode(encoded(Image.fromarray(alpha), "PNG")) == 255).all()
     palette = Image.fromarray(SMOOTH).quantize(4)
@@ -76,7 +76,7 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("before", [b"\xff\xe2\xff\x00" + bytes(65278), b"\xff\xff", b"\xff\xdb\x00\x43" + bytes(65)])
-def test_exif_is_found_behind_a_profile_fill_bytes_and_tables(before: bytes) -> None:
+def test_exif_after_a_profile_fill_bytes_and_tables(before: bytes) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.fromarray(PIXELS), "JPEG", exif=exif)
@@ -84,7 +84,7 @@ def test_exif_is_found_behind_a_profile_fill_bytes_and_tables(before: bytes) -> 
     assert decode(data).shape == (30, 20, 3)
 
 
-def test_sixteen_bits_are_scaled_not_cut() -> None:
+def test_sixteen_bits_are_rounded_to_eight() -> None:
     deep = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
     expected = np.round(deep / 257).astype(np.uint8)
     for kind in ("PNG", "TIFF"):
@@ -113,17 +113,17 @@ def bomb() -> bytes:
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"<html><body>Not found</body></html>", "not a picture"),
+        (b"<html><body>Not found</body></html>", "not an image"),
         (JPEG[: len(JPEG) // 2], "truncated|Premature|OSError"),
-        (JPEG[:2], "not a picture"),
-        (b"\xff\xd8\xff" + bytes(200), "not a picture|OSError|SyntaxError"),
+        (JPEG[:2], "not an image"),
+        (b"\xff\xd8\xff" + bytes(200), "not an image|OSError|SyntaxError"),
         (PNG[: len(PNG) // 2], "truncated|OSError|SyntaxError"),
         (bomb(), "PIXMIM_MAX_PIXELS"),
-        (encoded(Image.new("RGB", (3000, 2)), "PNG"), "100 times as long"),
+        (encoded(Image.new("RGB", (3000, 2)), "PNG"), "aspect ratio is above 100"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "measurements.*--dtype float32"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+def test_files_that_are_not_images_are_refused(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
         decode(data)
 
@@ -140,5 +140,5 @@ def test_flipped_bytes_never_crash() -> None:
                 assert decode(bytes(damaged)).dtype == np.uint8
 
 
-def test_the_smallest_picture() -> None:
+def test_image_of_one_pixel() -> None:
     assert decode(encoded(Image.new("RGB", (1, 1), "red"), "PNG")).tolist() == [[[255, 0, 0]]]

@@ -1,4 +1,4 @@
-"""TIFF of many channels, deep color and measured values, written by tifffile and read back by value."""
+"""TIFFs of many channels, 16-bit color and measurements, written by tifffile and read back."""
 
 import io
 import sys
@@ -21,7 +21,7 @@ pytest.importorskip("imagecodecs")
 RNG = np.random.default_rng(0)
 BANDS = RNG.integers(0, 10_000, (20, 30, 13), np.uint16)
 HEIGHTS = RNG.normal(300, 500, (20, 30)).astype(np.float32)
-COLOUR = RNG.integers(0, 65536, (20, 30, 3), np.uint16)
+COLOR = RNG.integers(0, 65536, (20, 30, 3), np.uint16)
 
 
 def written(pixels: np.ndarray, **options: Any) -> bytes:
@@ -45,25 +45,25 @@ def test_thirteen_channels_of_sixteen_bits(compression: str | None, layout: str,
     assert np.array_equal(decode(data, ImageSpec(13)), np.round(BANDS / 257).astype(np.uint8))
 
 
-def test_deep_color_keeps_its_bits_unless_eight_are_asked_for() -> None:
-    data = written(COLOUR, photometric="rgb")
-    assert np.array_equal(decode(data, ImageSpec(3, "uint16")), COLOUR)
-    assert abs(decode(data).astype(int) - COLOUR / 257).max() < 1  # Pillow's upper byte
+def test_16_bit_color_keeps_its_bits_unless_the_run_is_uint8() -> None:
+    data = written(COLOR, photometric="rgb")
+    assert np.array_equal(decode(data, ImageSpec(3, "uint16")), COLOR)
+    assert abs(decode(data).astype(int) - COLOR / 257).max() < 1  # Pillow's upper byte
     luma = decode(data, ImageSpec(1, "uint16"))[..., 0]
-    assert abs(luma - COLOUR @ [0.299, 0.587, 0.114]).max() < 2
-    grey = written(COLOUR[..., 0], photometric="minisblack")
-    assert np.array_equal(decode(grey, ImageSpec(3, "uint16")), COLOUR[..., :1].repeat(3, axis=2))
+    assert abs(luma - COLOR @ [0.299, 0.587, 0.114]).max() < 2
+    grey = written(COLOR[..., 0], photometric="minisblack")
+    assert np.array_equal(decode(grey, ImageSpec(3, "uint16")), COLOR[..., :1].repeat(3, axis=2))
 
 
-def test_black_may_be_the_greatest_value() -> None:
-    for pixels in (COLOUR[..., 0], COLOUR[..., 0].astype(np.uint8)):
+def test_min_is_white_is_inverted() -> None:
+    for pixels in (COLOR[..., 0], COLOR[..., 0].astype(np.uint8)):
         data = written(pixels, photometric="miniswhite")
         number = str(pixels.dtype)
         assert np.array_equal(decode(data, ImageSpec(1, number))[..., 0], ~pixels)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.int8, np.int16, np.int32, np.uint32])
-def test_measured_values_are_taken_as_they_are(kind: type) -> None:
+def test_measurements_are_unchanged(kind: type) -> None:
     values = RNG.integers(0 if kind == np.uint32 else -100, 100, (20, 30)).astype(kind)
     data = written(values, photometric="minisblack", compression="deflate")
     assert np.array_equal(decode(data, ImageSpec(1, "float32"))[..., 0], values.astype(np.float32))
@@ -72,7 +72,7 @@ def test_measured_values_are_taken_as_they_are(kind: type) -> None:
             decode(data, ImageSpec(1, number))  # type: ignore[arg-type]
 
 
-def test_values_that_are_none_are_refused() -> None:
+def test_missing_values_are_refused() -> None:
     for value, times in ((np.nan, 1), (np.inf, 3)):
         holes = HEIGHTS.copy()
         holes.flat[:times] = value
@@ -93,21 +93,21 @@ def test_a_fourth_channel_is_transparency_only_if_it_is_tagged_so() -> None:
     for options in ({"photometric": "rgb", "extrasamples": ["unspecified"]}, {"photometric": "minisblack"}):
         data = written(four, planarconfig="contig", **options)
         assert np.array_equal(decode(data, ImageSpec(4)), four)
-        with pytest.raises(BadImage, match="4 channels, and not 3: --channels 4"):
+        with pytest.raises(BadImage, match="4 channels instead of 3: pass --channels 4"):
             decode(data)
     for kind in (np.uint8, np.uint16):
-        most = np.iinfo(kind).max
-        pixels = RNG.integers(0, most + 1, (20, 30, 4)).astype(kind)
-        share = pixels[..., 3:] / most
+        white = np.iinfo(kind).max
+        pixels = RNG.integers(0, white + 1, (20, 30, 4)).astype(kind)
+        share = pixels[..., 3:] / white
         data = written(pixels, photometric="rgb", extrasamples=["unassalpha"])
         found = decode(data, ImageSpec(3, kind.__name__))  # type: ignore[arg-type]
-        assert abs(found - (pixels[..., :3] * share + most * (1 - share))).max() <= 1
+        assert abs(found - (pixels[..., :3] * share + white * (1 - share))).max() <= 1
         own = np.dstack([pixels[..., :3] * share, pixels[..., 3]]).astype(kind)
         deep = decode(written(own, photometric="rgb", extrasamples=["assocalpha"]), ImageSpec(3, "uint16"))
-        assert abs(deep / 65535 - found / most).max() <= 3 / most
-        with pytest.raises(BadImage, match="3 channels, and not 4"):
+        assert abs(deep / 65535 - found / white).max() <= 3 / white
+        with pytest.raises(BadImage, match="3 channels instead of 4"):
             decode(data, ImageSpec(4, "uint16"))
-    with pytest.raises(BadImage, match="measured values with transparency"):
+    with pytest.raises(BadImage, match="measurements with transparency"):
         decode(
             written(four.astype(np.float32), photometric="rgb", extrasamples=["unassalpha"]), ImageSpec(3, "float32")
         )
@@ -119,10 +119,10 @@ def test_pages_as_channels() -> None:
     assert np.array_equal(decode(data, ImageSpec(1, "uint16"))[..., 0], stack[0])
     assert np.array_equal(decode(data, ImageSpec(13, "uint16", "channels")), BANDS)
     with pytest.raises(
-        BadImage, match=r"1 channel, and not 13: --channels 1; or --tiff-pages channels, for its 13 pages"
+        BadImage, match=r"1 channel instead of 13: pass --channels 1; or --tiff-pages channels, for its 13 pages"
     ):
         decode(data, ImageSpec(13, "uint16"))
-    with pytest.raises(BadImage, match="13 channels, and not 12"):
+    with pytest.raises(BadImage, match="13 channels instead of 12"):
         decode(data, ImageSpec(12, "uint16", "channels"))
     eight = [Image.fromarray(plane) for plane in (stack // 257).astype(np.uint8)]
     found = decode(
@@ -132,7 +132,7 @@ def test_pages_as_channels() -> None:
     assert np.array_equal(decode(written(BANDS, planarconfig="contig", photometric="minisblack"),
                                  ImageSpec(13, "uint16", "channels")), BANDS)  # fmt: skip
     buffer = io.BytesIO()
-    with tifffile.TiffWriter(buffer) as file:  # an overview is no channel
+    with tifffile.TiffWriter(buffer) as file:  # an overview is not a channel
         file.write(stack[:2], photometric="minisblack")
         file.write(stack[2], photometric="minisblack", subfiletype=1)
         file.write(stack[0, ::2, ::2], photometric="minisblack")
@@ -144,7 +144,7 @@ def test_pages_as_channels() -> None:
 @pytest.mark.parametrize(
     "kind", ["1", "2", "4", "6", "u8", "10", "12", "14", "u16", "u32", "i8", "i16", "i32", "f16", "f32", "f64"]
 )
-def test_every_kind_of_sample_is_what_tifffile_reads(kind: str, photometric: str, order: str) -> None:
+def test_every_sample_format_equals_tifffile(kind: str, photometric: str, order: str) -> None:
     name, _, planar = photometric.partition(" ")
     channels = {"rgb": 3, "bands": 5}.get(name, 1)
     options: dict[str, Any] = {"photometric": "minisblack" if name == "bands" else name, "byteorder": order}
@@ -176,7 +176,7 @@ def test_every_kind_of_sample_is_what_tifffile_reads(kind: str, photometric: str
     assert abs(found - truth).max() < (1e-5 if kind != "6" else 0.5 / 255)  # six bits are rounded to eight
 
 
-def test_lab_keeps_its_colors() -> None:
+def test_lab_becomes_srgb() -> None:
     """By the formulas of CIE and sRGB, D50 adapted to D65."""
     colors = np.asarray([[200, 60, 50], [60, 200, 70], [40, 50, 160], [128, 128, 128], [200, 150, 20], [20, 30, 90]])
     share = colors / 255
@@ -193,7 +193,7 @@ def test_lab_keeps_its_colors() -> None:
         decode(written(np.moveaxis(pixels, 2, 0), photometric="cielab", planarconfig="separate"))
 
 
-def test_a_thumbnail_is_not_the_image() -> None:
+def test_a_thumbnail_before_the_image_is_skipped() -> None:
     image, small = (RNG.integers(0, 256, (side, side, 3), np.uint8) for side in (32, 8))
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as file:
@@ -202,32 +202,32 @@ def test_a_thumbnail_is_not_the_image() -> None:
         file.write(image[::2, ::2], photometric="rgb", subfiletype=1)
     for pages in ("first", "channels"):
         assert np.array_equal(decode(buffer.getvalue(), ImageSpec(3, "uint8", pages)), image)  # type: ignore[arg-type]
-    with pytest.raises(BadImage, match=r"3 channels, and not 4: --channels 3$"):
+    with pytest.raises(BadImage, match=r"3 channels instead of 4: pass --channels 3$"):
         decode(buffer.getvalue(), ImageSpec(4))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(orientation: int) -> None:
     tag = [(274, "H", 1, orientation, True)]
-    data = written(COLOUR, photometric="rgb", extratags=tag)
+    data = written(COLOR, photometric="rgb", extratags=tag)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    plain = encoded(Image.fromarray((COLOUR // 257).astype(np.uint8)), "PNG", exif=exif)
+    plain = encoded(Image.fromarray((COLOR // 257).astype(np.uint8)), "PNG", exif=exif)
     assert np.array_equal(decode(data, ImageSpec(3, "uint16")) // 257, decode(plain))
-    assert np.array_equal(apply_exif_orientation(COLOUR, orientation), decode(data, ImageSpec(3, "uint16")))
+    assert np.array_equal(apply_exif_orientation(COLOR, orientation), decode(data, ImageSpec(3, "uint16")))
 
 
 @pytest.mark.usefixtures("usual_bounds")
-def test_what_is_refused_before_memory_is_taken() -> None:
+def test_refused_before_memory_is_allocated() -> None:
     for pixels, options, reason in (
-        (np.zeros((4, 1000), np.uint16), {"photometric": "minisblack"}, "100 times as long"),
+        (np.zeros((4, 1000), np.uint16), {"photometric": "minisblack"}, "aspect ratio is above 100"),
         (
             np.zeros((20, 20, 20), np.uint16),
             {"volumetric": True, "tile": (16, 16, 16), "photometric": "minisblack"},
             "axes ZYX",
         ),
-        (COLOUR[..., :1].repeat(4, 2), {"photometric": "separated"}, "SEPARATED of 16 bits"),
-        (COLOUR[..., 0].astype(np.complex64), {}, "bits a value"),
+        (COLOR[..., :1].repeat(4, 2), {"photometric": "separated"}, "SEPARATED of 16 bits"),
+        (COLOR[..., 0].astype(np.complex64), {}, "bits per value"),
     ):
         with pytest.raises(BadImage, match=reason):
             decode(written(pixels, **options), ImageSpec(3, "uint16"))
@@ -240,8 +240,8 @@ def test_what_is_refused_before_memory_is_taken() -> None:
         decode(bytes(bomb), ImageSpec(13, "uint16"))
 
 
-def test_damage_gives_pixels_or_a_reason(capfd: pytest.CaptureFixture[str]) -> None:
-    """Cut anywhere, and a fuzz: nothing else is raised, nothing is printed, nothing hangs."""
+def test_damage_gives_pixels_or_bad_image(capfd: pytest.CaptureFixture[str]) -> None:
+    """Truncation and flipped bytes raise nothing else, print nothing and do not hang."""
     form = ImageSpec(13, "uint16")
     for options in ({}, {"compression": "deflate", "predictor": True}, {"tile": (16, 16), "compression": "lzw"}):
         data = written(BANDS, photometric="minisblack", planarconfig="contig", **options)
@@ -257,12 +257,12 @@ def test_damage_gives_pixels_or_a_reason(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr() == ("", "")
 
 
-def test_without_tifffile_the_reason_names_the_install(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
+def test_missing_tifffile_is_named(monkeypatch: pytest.MonkeyPatch, pictures: Path) -> None:
     data = written(BANDS, photometric="minisblack", planarconfig="contig")
     monkeypatch.setitem(sys.modules, "tifffile", None)
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     with pytest.raises(BadImage, match=r"pip install 'pixmim\[tiff\]'"):
         decode(data, ImageSpec(13, "uint16"))
-    plain = written(COLOUR, photometric="rgb")
-    assert decode(plain).dtype == np.uint8  # eight bits of it are Pillow's
-    assert decode(encoded(Image.fromarray(COLOUR[..., 0]), "TIFF"), ImageSpec(1, "uint16")).dtype == np.uint16
+    plain = written(COLOR, photometric="rgb")
+    assert decode(plain).dtype == np.uint8  # Pillow reads eight bits
+    assert decode(encoded(Image.fromarray(COLOR[..., 0]), "TIFF"), ImageSpec(1, "uint16")).dtype == np.uint16

@@ -1,4 +1,4 @@
-"""A folder of copies that processes share: whole or not there, fetched once, the least recently used deleted."""
+"""The disk cache of remote shards: complete files only, one download for all processes, LRU eviction."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pixmim.data.shards.disk_cache import DiskCache
+from pixmim.data.shards.remote import DiskCache
 
 CONTENT = os.urandom(100_000)
 
@@ -34,7 +34,7 @@ def start(*arguments: object) -> multiprocessing.process.BaseProcess:
     return process
 
 
-def test_two_processes_fetch_a_copy_once(tmp_path: Path) -> None:
+def test_processes_download_a_file_once(tmp_path: Path) -> None:
     readers = [start(tmp_path / "copies", tmp_path / "log", 0.02) for _ in range(3)]
     for one in readers:
         one.join(30)
@@ -42,7 +42,7 @@ def test_two_processes_fetch_a_copy_once(tmp_path: Path) -> None:
     assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
-def test_a_process_that_is_killed_leaves_no_copy(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
     folder, log = tmp_path / "copies", tmp_path / "log"
     killed = start(folder, log, 5.0)
     while not list(folder.glob("*.part")):
@@ -57,58 +57,58 @@ def test_a_process_that_is_killed_leaves_no_copy(tmp_path: Path) -> None:
     (part,) = folder.glob("*.part")
     os.utime(part, (0, 0))
     DiskCache(folder, 10**6).fetch("b", 3, lambda to: to.write_bytes(b"abc") and None)
-    assert not part.exists()  # nobody has written to it for long
+    assert not part.exists()  # a stale partial download is removed
 
 
-def fill(copies: DiskCache, names: str, keep: str = "") -> None:
+def fill(cache: DiskCache, names: str, keep: str = "") -> None:
     for name in names:
-        copies.fetch(name, 10, lambda to: to.write_bytes(b"0123456789") and None, list(keep))
+        cache.fetch(name, 10, lambda to: to.write_bytes(b"0123456789") and None, list(keep))
 
 
-def there(copies: DiskCache) -> str:
-    return "".join(sorted(path.name for path in copies.folder.iterdir() if not path.suffix))
+def cached(cache: DiskCache) -> str:
+    return "".join(sorted(path.name for path in cache.folder.iterdir() if not path.suffix))
 
 
-def test_the_least_recently_used_goes_and_stays_readable(tmp_path: Path) -> None:
-    copies = DiskCache(tmp_path, 30)
-    fill(copies, "abc")
-    held = copies.lookup("b", 10)
-    fill(copies, "ad")
-    assert there(copies) == "abd" and held is not None
-    fill(copies, "ef")
-    assert there(copies) == "def" and held.is_deleted and held.read(10, 0) == b"0123456789"
+def test_an_evicted_file_stays_readable(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 30)
+    fill(cache, "abc")
+    held = cache.lookup("b", 10)
+    fill(cache, "ad")
+    assert cached(cache) == "abd" and held is not None
+    fill(cache, "ef")
+    assert cached(cache) == "def" and held.is_deleted and held.read(10, 0) == b"0123456789"
     assert not (tmp_path / "a.lock").exists()
 
 
-def test_what_is_needed_soon_goes_last(tmp_path: Path) -> None:
-    copies = DiskCache(tmp_path, 40)
-    fill(copies, "abcd")
-    fill(copies, "e", keep="dba")
-    assert there(copies) == "abde"
-    fill(copies, "f", keep="dba")
-    assert there(copies) == "abdf"
-    fill(copies, "gh", keep="fdbag")
-    assert there(copies) == "bdfh"
+def test_upcoming_files_are_evicted_last(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 40)
+    fill(cache, "abcd")
+    fill(cache, "e", keep="dba")
+    assert cached(cache) == "abde"
+    fill(cache, "f", keep="dba")
+    assert cached(cache) == "abdf"
+    fill(cache, "gh", keep="fdbag")
+    assert cached(cache) == "bdfh"
 
 
-def test_a_copy_of_another_size_is_none(tmp_path: Path) -> None:
-    copies = DiskCache(tmp_path, 30)
+def test_a_file_of_another_size_is_downloaded_again(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, 30)
     (tmp_path / "a").write_bytes(b"01234")
-    assert copies.lookup("a", 10) is None
-    fill(copies, "a")
+    assert cache.lookup("a", 10) is None
+    fill(cache, "a")
     assert (tmp_path / "a").read_bytes() == b"0123456789"
     with pytest.raises(OSError, match="gone"):
-        copies.fetch("b", 10, lambda to: (_ for _ in ()).throw(OSError("gone")))
-    assert there(copies) == "a" and not list(tmp_path.glob("*.part"))
+        cache.fetch("b", 10, lambda to: (_ for _ in ()).throw(OSError("gone")))
+    assert cached(cache) == "a" and not list(tmp_path.glob("*.part"))
 
 
-def test_links_and_pipes_among_the_copies(tmp_path: Path) -> None:
+def test_links_and_pipes_in_the_folder(tmp_path: Path) -> None:
     """A pipe under a file's name is replaced, and a lock is not created through a link."""
-    copies = DiskCache(tmp_path / "copies", 30)
-    copies.folder.mkdir()
-    os.mkfifo(copies.folder / "a")
-    fill(copies, "a")
-    assert (copies.folder / "a").read_bytes() == b"0123456789"
-    (copies.folder / "b.lock").symlink_to(tmp_path / "victim")
-    fill(copies, "b")
-    assert there(copies) == "ab" and not (tmp_path / "victim").exists()
+    cache = DiskCache(tmp_path / "copies", 30)
+    cache.folder.mkdir()
+    os.mkfifo(cache.folder / "a")
+    fill(cache, "a")
+    assert (cache.folder / "a").read_bytes() == b"0123456789"
+    (cache.folder / "b.lock").symlink_to(tmp_path / "victim")
+    fill(cache, "b")
+    assert cached(cache) == "ab" and not (tmp_path / "victim").exists()

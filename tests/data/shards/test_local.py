@@ -1,4 +1,4 @@
-"""Reading local shards: by pread, or where there is none (Windows) by seek and read under a lock."""
+"""Concurrent reads of one file: with pread, or with seek and read under a lock (Windows)."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -25,8 +25,7 @@ from pixmim.data.dataset import ImageDataset, ImageSpec
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.sampler import WINDOW, BatchShard
-from pixmim.data.shards import fsspec_io as remote
-from pixmim.data.shards import remote as far_module
+from pixmim.data.shards import fsspec_io, remote
 from pixmim.data.shards.remote import RemoteShards
 from pixmim.data.statistics import Stats, load_statistics, remember
 from pixmim.data.synthetic import SyntheticShapes
@@ -43,15 +42,15 @@ GIB = 2**30
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder, counts the files and the parts of files it is asked for, and fails as often as told."""
+    """Serves a folder, counts requests for files and ranges, and fails as often as `failures` lists."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-        self.asked: Counter[str] = Counter()
-        self.parts: Counter[str] = Counter()
-        self.in_parts = False  # as Python's own server, which hands out whole files only
+        self.requests: Counter[str] = Counter()
+        self.range_requests: Counter[str] = Counter()
+        self.accepts_ranges = False  # like Python's own server, which sends complete files only
         self.failures: dict[str, list[int]] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -62,10 +61,10 @@ class Handler(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.rsplit("/", 1)[1]
         if "Range" in self.headers:
-            self.server.parts[name] += 1
-            self.part() if self.server.in_parts else super().do_GET()
+            self.server.range_requests[name] += 1
+            self.send_range() if self.server.accepts_ranges else super().do_GET()
             return
-        self.server.asked[name] += 1
+        self.server.requests[name] += 1
         failures = self.server.failures.get(name, [])
         status = failures.pop(0) if failures else 200
         if status == 200:
@@ -79,7 +78,7 @@ class Handler(SimpleHTTPRequestHandler):
         else:
             self.send_error(status)
 
-    def part(self) -> None:
+    def send_range(self) -> None:
         first, last = (int(number) for number in self.headers["Range"].removeprefix("bytes=").split("-"))
         content = Path(self.translate_path(self.path)).read_bytes()[first : last + 1]
         self.send_response(206)
@@ -94,7 +93,7 @@ class Handler(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(remote, "BACKOFF_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(fsspec_io, "BACKOFF_SECONDS", (0.0, 0.0, 0.0))
     (tmp_path / "served").mkdir()
     with Server(tmp_path / "served") as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -106,7 +105,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 @pytest.fixture
 def served(tmp_path: Path, server: Server) -> Path:
-    """The folder behind the server, with a cache of three shards, and three tars of others."""
+    """Create the server's folder, with a cache of three shards and three WebDataset tars."""
     folder = tmp_path / "served"
     make_cache(SyntheticShapes(count=18, size=24), folder / "cached", (24, 24), per_shard=6)
     for i in range(3):
@@ -114,14 +113,14 @@ def served(tmp_path: Path, server: Server) -> Path:
     return folder
 
 
-def copies(memory: Path) -> list[Path]:
-    """The whole copies; asserts that no part of one is left behind."""
+def downloads(memory: Path) -> list[Path]:
+    """Return the files in the disk cache, after a check that no partial download is left."""
     names = list((memory / "copies").iterdir())
     assert not [path for path in names if path.suffix == ".part"]
     return [path for path in names if not path.suffix]
 
 
-def copies_begun(memory: Path) -> bool:
+def has_downloads(memory: Path) -> bool:
     return (memory / "copies").exists()
 
 
@@ -129,39 +128,45 @@ def same(one: ImageDataset, two: ImageDataset) -> bool:
     return len(one) == len(two) and all(torch.equal(one.image(i), two.image(i)) for i in range(len(one)))
 
 
-def test_a_cache_is_the_same_near_and_far(server: Server, served: Path, memory: Path) -> None:
-    near, far = open_dataset(str(served / "cached")), open_dataset(f"{server.url}/cached/")
-    assert not any(name.endswith(".tar") for name in server.asked)
-    assert same(near, far) and len(copies(memory)) == 3
-    assert far.shard_sizes is not None and far.shard_sizes.tolist() == [6, 6, 6] and near.shard_sizes is None
-    assert near.labels is not None and (near.labels == far.labels).all() and near.classes == far.classes
-    assert near.sizes is not None and (near.sizes == far.sizes).all()
-    assert far.path_of(7) == f"{server.url}/cached/shard-000001.tar:000000007"
-    assert "at most 50 GiB (--shard-cache-gib)" in far.description and str(memory) in far.description
-    before = Counter(server.asked)
-    assert same(near, open_dataset(f"{server.url}/cached"))  # later runs find the copies
-    assert {name for name in server.asked - before} == {"settings.json", "index.json"} | {
+def test_a_remote_cache_equals_the_local_one(server: Server, served: Path, memory: Path) -> None:
+    local, remote_data = open_dataset(str(served / "cached")), open_dataset(f"{server.url}/cached/")
+    assert not any(name.endswith(".tar") for name in server.requests)
+    assert same(local, remote_data) and len(downloads(memory)) == 3
+    assert (
+        remote_data.shard_sizes is not None
+        and remote_data.shard_sizes.tolist() == [6, 6, 6]
+        and local.shard_sizes is None
+    )
+    assert (
+        local.labels is not None and (local.labels == remote_data.labels).all() and local.classes == remote_data.classes
+    )
+    assert local.sizes is not None and (local.sizes == remote_data.sizes).all()
+    assert remote_data.path_of(7) == f"{server.url}/cached/shard-000001.tar:000000007"
+    assert "at most 50 GiB (--shard-cache-gib)" in remote_data.description and str(memory) in remote_data.description
+    before = Counter(server.requests)
+    assert same(local, open_dataset(f"{server.url}/cached"))  # later runs find the downloads
+    assert {name for name in server.requests - before} == {"settings.json", "index.json"} | {
         f"shard-{i:06d}.index" for i in range(3)
     }
 
 
-def test_tars_of_others_far_away(server: Server, served: Path) -> None:
-    near = open_dataset(str(served / "shards"))
+def test_remote_webdataset(server: Server, served: Path) -> None:
+    local = open_dataset(str(served / "shards"))
     for spec in ("shards/train-{000..002}.tar", "shards/*.tar", "shards", "shards/"):
-        far = open_dataset(f"{server.url}/{spec}")
-        assert same(near, far) and keys(near) == keys(far) and far.classes == near.classes
-        assert far.shard_sizes is not None and far.shard_sizes.tolist() == [4, 4, 4]
-    assert all(server.asked[f"train-{i:03d}.tar"] == 1 for i in range(3))  # searched and copied in one go
+        remote_data = open_dataset(f"{server.url}/{spec}")
+        assert same(local, remote_data) and keys(local) == keys(remote_data) and remote_data.classes == local.classes
+        assert remote_data.shard_sizes is not None and remote_data.shard_sizes.tolist() == [4, 4, 4]
+    assert all(server.requests[f"train-{i:03d}.tar"] == 1 for i in range(3))  # downloaded once and scanned there
     (served / "shards" / "classes.txt").write_text("cat\ndog\nbird")
     assert open_dataset(f"{server.url}/shards").classes == ["cat", "dog", "bird"]
-    server.failures["classes.txt"] = [403]  # what a bucket without listing answers where there is nothing
+    server.failures["classes.txt"] = [403]  # as a bucket without listing answers for a missing file
     assert open_dataset(f"{server.url}/shards").classes == ["0", "1", "2"]
 
 
 def test_other_file_systems(served: Path) -> None:
     files = fsspec.filesystem("memory")
-    files.crop_into(str(served / "cached"), "/far/cached", recursive=True)
-    files.crop_into(str(served / "shards"), "/far/shards", recursive=True)
+    files.put(str(served / "cached"), "/far/cached", recursive=True)
+    files.put(str(served / "shards"), "/far/shards", recursive=True)
     try:
         assert same(open_dataset(str(served / "cached")), open_dataset("memory://far/cached"))
         for spec in ("shards", "shards/train-*.tar", "shards/train-{000..002}.tar"):
@@ -172,7 +177,7 @@ def test_other_file_systems(served: Path) -> None:
         files.rm("/far", recursive=True)
 
 
-def test_a_server_that_fails_for_a_while(server: Server, served: Path, memory: Path) -> None:
+def test_temporary_errors_are_retried(server: Server, served: Path, memory: Path) -> None:
     server.failures = {
         "settings.json": [503, 500],
         "shard-000001.index": [429],
@@ -180,10 +185,10 @@ def test_a_server_that_fails_for_a_while(server: Server, served: Path, memory: P
         "shard-000001.tar": [206, 206, 206],
     }
     assert same(open_dataset(str(served / "cached")), open_dataset(f"{server.url}/cached"))
-    assert len(copies(memory)) == 3 and server.asked["shard-000000.tar"] == 4
+    assert len(downloads(memory)) == 3 and server.requests["shard-000000.tar"] == 4
 
 
-def test_a_server_that_fails_for_good(server: Server, served: Path, memory: Path) -> None:
+def test_permanent_errors(server: Server, served: Path, memory: Path) -> None:
     data = open_dataset(f"{server.url}/cached")
     tar = "shard-000000.tar"
     for statuses, reason in {
@@ -196,7 +201,7 @@ def test_a_server_that_fails_for_good(server: Server, served: Path, memory: Path
         server.failures[tar] = list(statuses)
         with pytest.raises(UserError, match=f"{server.url}/cached/{tar}.*{reason}|{reason}"):
             data.image(0)
-        assert not copies(memory)
+        assert not downloads(memory)
     assert data.image(0) is not None
     with pytest.raises(UserError, match=r"train-003.tar does not exist"):
         open_dataset(f"{server.url}/shards/train-{{000..003}}.tar")
@@ -206,7 +211,7 @@ def test_a_server_that_fails_for_good(server: Server, served: Path, memory: Path
         open_dataset(f"{server.url}/cached")
 
 
-def test_what_changed_on_the_server_is_noticed(server: Server, served: Path) -> None:
+def test_changes_on_the_server_are_detected(server: Server, served: Path) -> None:
     tars, cached = open_dataset(f"{server.url}/shards"), open_dataset(f"{server.url}/cached")
     fetched = sorted((cache_path("copies", "").parent).iterdir())
     for path in fetched:
@@ -224,15 +229,15 @@ def test_what_changed_on_the_server_is_noticed(server: Server, served: Path) -> 
         cached.image(17)
 
 
-def test_what_was_searched_is_not_fetched_again(server: Server, served: Path, memory: Path) -> None:
+def test_a_scanned_tar_is_not_downloaded_again(server: Server, served: Path, memory: Path) -> None:
     open_dataset(f"{server.url}/shards")
     shutil.rmtree(memory / "copies")
     data = open_dataset(f"{server.url}/shards")
-    assert server.asked["train-000.tar"] == 1 and not (memory / "copies").exists()
-    assert colors(data) == list(range(12)) and server.asked["train-000.tar"] == 2
+    assert server.requests["train-000.tar"] == 1 and not (memory / "copies").exists()
+    assert colors(data) == list(range(12)) and server.requests["train-000.tar"] == 2
 
 
-def test_damaged_tars_and_caches_far_away(server: Server, served: Path) -> None:
+def test_damaged_remote_tars_and_caches(server: Server, served: Path) -> None:
     tar = served / "shards" / "train-001.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
     with pytest.raises(UserError, match=rf"{server.url}/shards/train-001.tar is truncated"):
@@ -249,80 +254,80 @@ def test_damaged_tars_and_caches_far_away(server: Server, served: Path) -> None:
         open_dataset(f"{server.url}/empty")
 
 
-def test_the_bound_on_copies_is_kept(server: Server, served: Path, memory: Path) -> None:
+def test_the_disk_cache_stays_within_its_bound(server: Server, served: Path, memory: Path) -> None:
     size = max(path.stat().st_size for path in (served / "shards").iterdir())
     open_dataset(f"{server.url}/shards")
     shutil.rmtree(memory / "copies")
     data: Any = open_dataset(f"{server.url}/shards", shard_cache_gib=2 * size / GIB)
-    server.asked.clear()
+    server.requests.clear()
     for index in (0, 5, 9, 1, 4, 5, 8, 0, 11, 6, 2):
         assert int(data.image(index)[0, 0, 0]) == index
-        assert sum(path.stat().st_size for path in copies(memory)) <= 2 * size
+        assert sum(path.stat().st_size for path in downloads(memory)) <= 2 * size
         assert isinstance(data._store, RemoteShards) and len(data._store._open_files) <= 2
-    # Shards 0 1 2 0 1 1 2 0 2 1 0: with room for two, all must be fetched but the second of 1 1 and of 2 0 2.
-    assert server.asked == {"train-000.tar": 4, "train-001.tar": 3, "train-002.tar": 2}
+    # Shards 0 1 2 0 1 1 2 0 2 1 0: a cache of two shards hits only at the second of 1 1 and of 2 0 2.
+    assert server.requests == {"train-000.tar": 4, "train-001.tar": 3, "train-002.tar": 2}
     assert int(data.image(3)[0, 0, 0]) == 3 and int(data.image(7)[0, 0, 0]) == 7  # 0 and 1 were used last
-    assert sum(server.asked.values()) == 9
+    assert sum(server.requests.values()) == 9
 
 
 def test_a_bound_below_one_shard(server: Server, served: Path, memory: Path) -> None:
     data = open_dataset(f"{server.url}/shards", shard_cache_gib=1e-6)
-    assert colors(data) == list(range(12)) and len(copies(memory)) == 1
+    assert colors(data) == list(range(12)) and len(downloads(memory)) == 1
 
 
-def test_only_what_was_announced_is_copied_whole(server: Server, served: Path, memory: Path) -> None:
-    """A few images here and there cost no whole shards, where the server hands out parts of files."""
-    server.in_parts = True
-    data, near = open_dataset(f"{server.url}/cached"), open_dataset(str(served / "cached"))
-    assert torch.equal(data.image(8), near.image(8)) and torch.equal(data.image(9), near.image(9))
-    assert not copies_begun(memory) and server.parts == {"shard-000001.tar": 2}
+def test_only_prefetched_shards_are_downloaded(server: Server, served: Path, memory: Path) -> None:
+    """Single images are read by range requests if the server supports them."""
+    server.accepts_ranges = True
+    data, local = open_dataset(f"{server.url}/cached"), open_dataset(str(served / "cached"))
+    assert torch.equal(data.image(8), local.image(8)) and torch.equal(data.image(9), local.image(9))
+    assert not has_downloads(memory) and server.range_requests == {"shard-000001.tar": 2}
     data.prefetch([1])
-    assert torch.equal(data.image(10), near.image(10)) and len(copies(memory)) == 1
+    assert torch.equal(data.image(10), local.image(10)) and len(downloads(memory)) == 1
     again = open_dataset(f"{server.url}/cached")
-    assert torch.equal(again.image(7), near.image(7))  # from the copy that is there
-    assert server.parts == {"shard-000001.tar": 2} and server.asked["shard-000001.tar"] == 1
+    assert torch.equal(again.image(7), local.image(7))  # from the disk cache
+    assert server.range_requests == {"shard-000001.tar": 2} and server.requests["shard-000001.tar"] == 1
     (served / "cached" / "shard-000002.tar").unlink()
     with pytest.raises(UserError, match=r"shard-000002.tar no longer exists"):
         data.image(17)
 
 
 class Slow:
-    """A far file system whose copies wait to be let through."""
+    """A remote file system whose downloads wait for their gates."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun: list[int] = []
+        self.started: list[int] = []
         self.gates = [threading.Event() for _ in range(100)]
-        self._copy, self._lock = remote.download, threading.Lock()
-        monkeypatch.setattr(remote, "download", self.copy)
+        self._copy, self._lock = fsspec_io.download, threading.Lock()
+        monkeypatch.setattr(fsspec_io, "download", self.copy)
 
     def copy(self, url: str, to: Path, wanted: object) -> None:
         number = int(url.rsplit("-", 1)[1].removesuffix(".tar"))
         with self._lock:
-            self.begun.append(number)
+            self.started.append(number)
         assert self.gates[number].wait(20)
         self._copy(url, to, wanted)
 
     def wait(self, count: int) -> list[int]:
-        """What is begun once so many copies are, and no more within a moment."""
+        """Wait for `count` downloads to start; return those started shortly after."""
         until = time.monotonic() + 20
-        while len(self.begun) < count and time.monotonic() < until:
+        while len(self.started) < count and time.monotonic() < until:
             time.sleep(0.005)
         time.sleep(0.05)
-        return self.begun
+        return self.started
 
 
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Slow, int]]:
-    """A far cache of 40 shards of one size each, on a slow file system; the bytes of a shard."""
+    """Yield the URL of a cache of 40 equal shards, its slow file system, and the bytes of a shard."""
     files = fsspec.filesystem("memory")
     folder = Path(str(cache_path("made", ""))) / "many"
     make_cache(SyntheticShapes(count=80, size=16, seed=3), folder, (16, 16), per_shard=2, kind="raw")
-    files.crop_into(str(folder), "/many", recursive=True)
+    files.put(str(folder), "/many", recursive=True)
     yield "memory://many", Slow(monkeypatch), (folder / "shard-000000.tar").stat().st_size
     files.rm("/many", recursive=True)
 
 
-def test_what_is_needed_soon_is_fetched_in_order_in_the_background(many: tuple[str, Slow, int]) -> None:
+def test_prefetch_downloads_in_order_in_the_background(many: tuple[str, Slow, int]) -> None:
     url, slow, _ = many
     data = open_cache(url)
     data.prefetch([5, 3, 9, 7, 1, 2])
@@ -334,16 +339,16 @@ def test_what_is_needed_soon_is_fetched_in_order_in_the_background(many: tuple[s
     slow.gates[5].set()
     for reader in readers:
         reader.join()
-    assert len(results) == 3 and slow.wait(5).count(5) == 1  # what is on its way is waited for, not fetched twice
-    assert slow.begun[4:] == [1]
-    data.prefetch([8, 1])  # 2 is wanted no more
+    assert len(results) == 3 and slow.wait(5).count(5) == 1  # a running download is awaited, not repeated
+    assert slow.started[4:] == [1]
+    data.prefetch([8, 1])  # 2 is no longer needed
     for gate in slow.gates:
         gate.set()
     assert slow.wait(6)[5:] == [8]
-    assert data.image(4).shape[0] == 3 and len(slow.begun) == 6  # what was not announced is read alone
+    assert data.image(4).shape[0] == 3 and len(slow.started) == 6  # other shards are read by range
 
 
-def test_fetching_ahead_stays_within_the_bound(
+def test_prefetch_stays_within_the_bound(
     many: tuple[str, Slow, int], memory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url, slow, size = many
@@ -355,14 +360,14 @@ def test_fetching_ahead_stays_within_the_bound(
     data.prefetch([1, 2, 3, 4, 5])
     assert slow.wait(4)[3:] == [3]  # in place of 0
     data.image(2), data.image(4), data.image(6)
-    assert len(slow.begun) == 4 and len(copies(memory)) == 3 and not capsys.readouterr().err
-    data.image(10), data.image(11)  # read alone, because 1, 2 and 3 are needed before them
+    assert len(slow.started) == 4 and len(downloads(memory)) == 3 and not capsys.readouterr().err
+    data.image(10), data.image(11)  # by range, because 1, 2 and 3 are needed first
     assert capsys.readouterr().err.count("is below the") == 1
     data.image(2), data.image(4)
-    assert len(slow.begun) == 4 and len(copies(memory)) == 3
+    assert len(slow.started) == 4 and len(downloads(memory)) == 3
 
 
-def test_a_background_failure_is_left_to_the_reader(
+def test_a_failed_prefetch_is_raised_by_the_reader(
     many: tuple[str, Slow, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, _, _ = many
@@ -373,20 +378,22 @@ def test_a_background_failure_is_left_to_the_reader(
         failed.set()
         raise UserError("down")
 
-    working = remote.download
-    monkeypatch.setattr(remote, "download", fail)
+    working = fsspec_io.download
+    monkeypatch.setattr(fsspec_io, "download", fail)
     data.prefetch([1])
     assert failed.wait(10)
     with pytest.raises(UserError, match="down"):
         data.image(2)
-    monkeypatch.setattr(remote, "download", lambda url, to, wanted: remote._filesystem(url)[0].get_file(url, str(to)))
+    monkeypatch.setattr(
+        fsspec_io, "download", lambda url, to, wanted: fsspec_io._filesystem(url)[0].get_file(url, str(to))
+    )
     assert data.image(2).shape[0] == 3
-    monkeypatch.setattr(remote, "download", working)
+    monkeypatch.setattr(fsspec_io, "download", working)
 
 
 @pytest.mark.parametrize("shards", [100, 2.5])
 def test_batches_do_not_depend_on_the_bound(many: tuple[str, Slow, int], shards: float, memory: Path) -> None:
-    """The order is one of windows of shards; a bound below one window makes it slow, and nothing else."""
+    """A bound below one window of shards changes the speed only."""
     url, slow, size = many
     for gate in slow.gates:
         gate.set()
@@ -396,25 +403,25 @@ def test_batches_do_not_depend_on_the_bound(many: tuple[str, Slow, int], shards:
         with Loader(source, crop, shard, skipped=BadImageLog(None, len(source), 0.5), threads=3) as loader:
             return torch.cat([next(loader).images.clone() for _ in range(9)])
 
-    near = open_cache(cache_path("made", "") / "many")
-    expected = {near.image(i)[:, :16, :16].numpy().tobytes() for i in range(80)}
+    local = open_cache(cache_path("made", "") / "many")
+    expected = {local.image(i)[:, :16, :16].numpy().tobytes() for i in range(80)}
     first = batches(open_cache(url, shard_cache_gib=shards * size / GIB))
     assert torch.equal(first, batches(open_cache(url)))
-    assert len(expected) == 80 and len(copies(memory)) > WINDOW
+    assert len(expected) == 80 and len(downloads(memory)) > WINDOW
 
 
-def test_reading_in_order_fetches_ahead(many: tuple[str, Slow, int], tmp_path: Path) -> None:
+def test_sequential_reads_prefetch(many: tuple[str, Slow, int], tmp_path: Path) -> None:
     url, slow, _ = many
     making = threading.Thread(target=make_cache, args=(open_cache(url), tmp_path / "again", (16, 16)))
     making.start()
-    assert {0, 1, 2, 3} <= set(slow.wait(4))  # while the first is waited for, others come
+    assert {0, 1, 2, 3} <= set(slow.wait(4))  # others download while the first is awaited
     for gate in slow.gates:
         gate.set()
     making.join()
-    assert len(open_cache(tmp_path / "again")) == 80 and len(slow.begun) == 40
+    assert len(open_cache(tmp_path / "again")) == 80 and len(slow.started) == 40
 
 
-def test_what_is_in_memory_is_not_fetched_again(many: tuple[str, Slow, int], memory: Path) -> None:
+def test_images_in_memory_are_not_downloaded_again(many: tuple[str, Slow, int], memory: Path) -> None:
     url, slow, size = many
     for gate in slow.gates:
         gate.set()
@@ -425,15 +432,15 @@ def test_what_is_in_memory_is_not_fetched_again(many: tuple[str, Slow, int], mem
     kept.prefetch([0, 5])
     assert slow.wait(3)[2:] == [5]  # in place of 1
     kept.prefetch([1, 0, 6])
-    assert slow.wait(4)[3:] == [6] and len(copies(memory)) == 2
+    assert slow.wait(4)[3:] == [6] and len(downloads(memory)) == 2
 
 
-def test_a_run_from_far_away(server: Server, served: Path, tmp_path: Path, tiny_run: Make) -> None:
+def test_a_run_from_a_url(server: Server, served: Path, tmp_path: Path, tiny_run: Make) -> None:
     train(tiny_run(data=f"{server.url}/cached", steps=3), tmp_path / "run")
     assert (tmp_path / "run" / "encoder/model.safetensors").exists()
 
 
-def test_what_was_measured_of_a_cache_goes_along(server: Server, served: Path) -> None:
+def test_statistics_of_a_remote_cache(server: Server, served: Path) -> None:
     assert (
         load_statistics(f"{server.url}/cached", ImageSpec()) is None
         and load_statistics(f"{server.url}/shards/*.tar", ImageSpec()) is None
@@ -443,7 +450,7 @@ def test_what_was_measured_of_a_cache_goes_along(server: Server, served: Path) -
     assert load_statistics(f"{server.url}/cached/", ImageSpec()) == stats
 
 
-def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match="s3fs"):
         open_dataset("s3://bucket/cached")
@@ -455,12 +462,12 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
         open_dataset("nosuch://bucket/cached")
 
 
-def test_near_and_far_do_not_mix(served: Path, server: Server) -> None:
+def test_local_and_remote_shards_do_not_mix(served: Path, server: Server) -> None:
     with pytest.raises(UserError, match="1 of 2 shards are remote"):
         open_dataset(f"{{{served}/shards/train-000.tar,{server.url}/shards/train-001.tar}}")
 
 
 def test_few_files_stay_open(server: Server, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(far_module, "MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(remote, "MAX_OPEN_FILES", 2)
     data: Any = open_dataset(f"{server.url}/shards")
     assert colors(data) == list(range(12)) and len(data._store._open_files) == 2

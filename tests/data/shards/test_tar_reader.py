@@ -1,4 +1,4 @@
-"""Hopping through tars: what tarfile finds in whole ones, and an error that says where for all others."""
+"""The tar reader finds what tarfile finds in intact tars, and reports the position of any damage."""
 
 import gzip
 import io
@@ -34,7 +34,7 @@ def by_tarfile(path: Path, **options: object) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_whole_tars_hold_what_tarfile_finds(tmp_path: Path, form: int) -> None:
+def test_intact_tars_equal_tarfile(tmp_path: Path, form: int) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=form) as archive:
         for name, size in {
@@ -101,17 +101,17 @@ def test_joined_tars_are_read_as_one(tmp_path: Path) -> None:
     assert [name for name, *_ in found(both)] == ["a.jpg", "b.jpg"]
 
 
-def test_what_is_no_plain_tar_is_refused_with_the_reason(tmp_path: Path) -> None:
-    whole = write(tmp_path / "x.tar", {"a.jpg": 2000}).read_bytes()
+def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+    intact = write(tmp_path / "x.tar", {"a.jpg": 2000}).read_bytes()
     path = tmp_path / "bad.tar"
     for content, reason in {
-        gzip.compress(whole): r"gzip-compressed",
+        gzip.compress(intact): r"gzip-compressed",
         b"<html>404</html>" * 100: "bad.tar is not a tar file",
         b"": "bad.tar is empty",
-        whole[:1000]: r"truncated: a.jpg at byte 0 needs 2,000 bytes, but the file ends at byte 1,000",
-        whole[:2560]: "truncated at byte 2,560: the blocks that end a tar are missing",
-        whole[:2560] + whole[:300]: "truncated at byte 2,860",
-        whole[:2560] + b"x" * 512 + bytes(1024): "damaged at byte 2,560, where a file's header must be",
+        intact[:1000]: r"truncated: a.jpg at byte 0 needs 2,000 bytes, but the file ends at byte 1,000",
+        intact[:2560]: "truncated at byte 2,560: the blocks that end a tar are missing",
+        intact[:2560] + intact[:300]: "truncated at byte 2,860",
+        intact[:2560] + b"x" * 512 + bytes(1024): "damaged at byte 2,560, where a file's header must be",
     }.items():
         path.write_bytes(content)
         with pytest.raises(UserError, match=reason):
@@ -124,14 +124,14 @@ def test_what_is_no_plain_tar_is_refused_with_the_reason(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_no_damage_is_more_than_a_clear_error(tmp_path: Path, form: int) -> None:
-    """A fuzz. In plain headers no changed byte stays unseen; names in extended ones are guarded by nothing."""
+def test_damage_is_an_error_or_harmless(tmp_path: Path, form: int) -> None:
+    """Checksums detect every changed byte of plain headers; names in extended headers have none."""
     long = "n" * 120 + "/" + "m" * 80 + ".jpg"
-    whole = write(tmp_path / "x.tar", {"a.jpg": 600, long: 10, "c.jpg": 0}, form).read_bytes()
+    intact = write(tmp_path / "x.tar", {"a.jpg": 600, long: 10, "c.jpg": 0}, form).read_bytes()
     before, path, generator = found(tmp_path / "x.tar"), tmp_path / "bad.tar", np.random.default_rng(form)
     ends = before[-1][1]
     for trial in range(600):
-        content = bytearray(whole)
+        content = bytearray(intact)
         place = int(generator.integers(ends))
         if trial % 2:
             content[place] ^= int(generator.integers(1, 256))

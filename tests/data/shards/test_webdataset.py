@@ -1,4 +1,4 @@
-"""The tars of others: which files make a sample, what is remembered of a tar, and what is refused."""
+"""WebDataset tars: samples, labels, the cached index, and errors."""
 
 import io
 import os
@@ -18,8 +18,7 @@ from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.resized_cache import open_cache
-from pixmim.data.shards import index as webdataset
-from pixmim.data.shards import webdataset as foreign
+from pixmim.data.shards import webdataset
 from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.statistics import kinds
 from pixmim.utils.errors import UserError
@@ -29,7 +28,7 @@ Make = Callable[..., PretrainConfig]
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """A folder of three tars with four labeled pictures each, their colors 0 to 11."""
+    """Create a folder of three tars with four labeled images each, of colors 0 to 11."""
     for i in range(3):
         shard(tmp_path / "shards" / f"train-{i:03d}.tar", range(4 * i, 4 * i + 4))
     return tmp_path / "shards"
@@ -38,7 +37,7 @@ def shards(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "spec", ["", "/*.tar", "/train-{000..002}.tar", "/train-00[0-2].tar", "/{train,train}-00?.tar"]
 )
-def test_ways_to_name_shards(shards: Path, spec: str) -> None:
+def test_patterns(shards: Path, spec: str) -> None:
     data = open_dataset(f"{shards}{spec}")
     assert colors(data) == list(range(12)) and data.shard_sizes is None and data.sizes is None
     assert data.labels is not None and data.labels.tolist() == [v % 3 for v in range(12)]
@@ -59,23 +58,23 @@ def test_one_tar_and_names_of_classes(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_what_makes_a_sample(tmp_path: Path, form: int) -> None:
+def test_samples(tmp_path: Path, form: int) -> None:
     long = "n" * 150
     path = write(
         tmp_path / "odd.tar",
         [
             ("./", b""),
-            ("v1.0/one.png", picture(1)),  # a folder's dots are no extension
+            ("v1.0/one.png", picture(1)),  # dots of a folder do not start an extension
             ("v1.0/two.png", picture(2)),
             ("other/", b""),
             ("other/one.png", picture(3)),  # the same name in another folder is another sample
-            ("v1.0/one.cls", b"7"),  # not beside its picture
-            ("v1.0/one.png", picture(4)),  # again: another sample
+            ("v1.0/one.cls", b"7"),  # not adjacent to its image
+            ("v1.0/one.png", picture(4)),  # repeated: another sample
             ("both.png", picture(5)),
             ("both.JPG", picture(6)),  # jpg comes first, whatever its case and content
             ("both.mask.jpg", picture(7)),
             ("depth.depth.png", picture(8)),
-            ("words.txt", b"no picture"),
+            ("words.txt", b"not an image"),
             (".hidden.png", picture(9)),
             ("README", b"no extension"),
             (f"{long}.webp", picture(10, "WEBP")),
@@ -92,14 +91,14 @@ def test_what_makes_a_sample(tmp_path: Path, form: int) -> None:
     assert "7 of 8 samples have no class" in data.description
 
 
-def test_class_numbers_that_are_none(tmp_path: Path) -> None:
+def test_contents_of_cls_that_are_not_classes(tmp_path: Path) -> None:
     for text in (b"", b"-1", b"123456789012", b"a long caption, " * 9):
         write(tmp_path / "x.tar", [("a.png", picture(1)), ("a.cls", text)])
         assert open_dataset(str(tmp_path / "x.tar")).labels is None
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ignored_images_are_reported(again: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [
         (f"scan.2024.{v:03d}.{end}", picture(v) if end == "png" else b"x") for v in range(9) for end in ("png", "txt")
     ]
@@ -109,8 +108,8 @@ def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys:
             link = tarfile.TarInfo(name)
             link.type, link.linkname = kind, files[0][0]
             archive.addfile(link)
-    for _ in range(1 + again):  # what is remembered says the same
-        foreign._warned.clear()
+    for _ in range(1 + again):  # scanned, then from the cached index
+        webdataset._warned.clear()
         assert "10 images are ignored" in open_dataset(str(path)).description
         text = capsys.readouterr().err
         assert "8 of 9 images are ignored" in text and f"'{path},key=last-dot'" in text and "2 images are links" in text
@@ -118,7 +117,7 @@ def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys:
     assert colors(data) == list(range(9)) and keys(data)[8] == "scan.2024.008"
     assert len(open_dataset(f"{path},key=last-dot*2+{path}")) == 2 * 9 + 1
     assert colors(open_dataset(f"{tmp_path}/*.tar,key=last-dot")) == list(range(9))
-    with pytest.raises(UserError, match="only key=last-dot is known"):
+    with pytest.raises(UserError, match="use key=last-dot"):
         open_dataset(f"{path},key=first")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="key=last-dot is for tars"):
@@ -126,7 +125,7 @@ def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys:
 
 
 def test_classes_in_words(tmp_path: Path) -> None:
-    for _ in range(2):  # searched, and remembered
+    for _ in range(2):  # scanned, then from the cached index
         for name, words in (("a", ["dog", "cat"]), ("b", ["7", "owl"]), ("c", ["3", "3"])):
             files = [(f"{i}.{end}", picture(i) if end == "png" else word.encode()) for i, word in enumerate(words)
                      for end in ("png", "cls")]  # fmt: skip
@@ -136,14 +135,14 @@ def test_classes_in_words(tmp_path: Path) -> None:
         assert data.labels.tolist() == [3, 2, 1, 4, 0, 0]
 
 
-def test_a_long_list_and_a_folder_called_as_a_tar(shards: Path, tmp_path: Path) -> None:
+def test_a_long_list_and_a_cache_folder_named_like_a_tar(shards: Path, tmp_path: Path) -> None:
     names = ",".join(f"train-{i:03d}" for i in [0, 1, 2] * 30)
     assert len(open_dataset(f"{shards}/{{{names}}}.tar")) == 12
     make_cache(open_dataset(str(shards)), tmp_path / "cached.tar", (16, 16))
     assert len(open_dataset(str(tmp_path / "cached.tar"))) == 12
 
 
-def test_what_cannot_be_read_as_shards(shards: Path, tmp_path: Path) -> None:
+def test_errors(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train-003.tar does not exist \(7 of 10"):
         open_dataset(f"{shards}/train-{{000..009}}.tar")
     with pytest.raises(UserError, match=r"nothing matches .*test-\*.tar"):
@@ -160,7 +159,7 @@ def test_what_cannot_be_read_as_shards(shards: Path, tmp_path: Path) -> None:
         open_dataset(str(tmp_path / "zipped"))
 
 
-def test_a_tar_cut_off_is_an_error_not_a_loss(shards: Path) -> None:
+def test_a_truncated_tar_is_an_error(shards: Path) -> None:
     path = shards / "train-001.tar"
     content = path.read_bytes()
     for end in (len(content) // 2, 1024):  # in a file, and between two
@@ -170,33 +169,31 @@ def test_a_tar_cut_off_is_an_error_not_a_loss(shards: Path) -> None:
     assert len(open_dataset(f"{shards}/train-{{000,002}}.tar")) == 8
 
 
-def test_a_tar_is_searched_once(shards: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tar_is_scanned_once(shards: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_dataset(str(shards))
-    searched: list[str] = []
-    search = webdataset.scan
-    monkeypatch.setattr(
-        webdataset, "scan", lambda tar, name, *more: searched.append(Path(name).name) or search(tar, name)
-    )
+    scanned: list[str] = []
+    scan = webdataset.scan
+    monkeypatch.setattr(webdataset, "scan", lambda tar, name, *more: scanned.append(Path(name).name) or scan(tar, name))
     again = open_dataset(str(shards))
-    assert not searched and colors(again) == colors(before) and keys(again) == keys(before)
+    assert not scanned and colors(again) == colors(before) and keys(again) == keys(before)
     assert again.fingerprint() == before.fingerprint() and np.array_equal(again.labels, before.labels)
     shard(shards / "train-001.tar", range(20, 25))
-    assert colors(open_dataset(str(shards)))[4:9] == list(range(20, 25)) and searched == ["train-001.tar"]
+    assert colors(open_dataset(str(shards)))[4:9] == list(range(20, 25)) and scanned == ["train-001.tar"]
     generator = np.random.default_rng(0)
-    for path in (memory / "tars").iterdir():  # what is remembered may be damaged: then it counts for nothing
+    for path in (memory / "tars").iterdir():  # a damaged cached index is ignored
         content = bytearray(path.read_bytes())
         content[generator.integers(len(content))] ^= 1
         path.write_bytes(content if path.name < "8" else content[: len(content) // 2])
-    assert len(open_dataset(str(shards))) == 13 and len(searched) == 4
+    assert len(open_dataset(str(shards))) == 13 and len(scanned) == 4
     os.chmod(memory / "tars", 0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert len(open_dataset(str(shards))) == 13
 
 
-def test_a_tar_that_changes_or_goes_while_in_use(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tar_changed_or_deleted_while_in_use(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pixmim.data.shards.local.RECHECK_SECONDS", 0)
     open_dataset(str(shards))
-    data = open_dataset(str(shards))  # from what is remembered, so that no tar is open
+    data = open_dataset(str(shards))  # from the cached index, so that no tar is open
     assert int(data.image(4)[0, 0, 0]) == 4
     shard(shards / "train-001.tar", range(20, 25))
     (shards / "train-002.tar").unlink()
@@ -207,15 +204,15 @@ def test_a_tar_that_changes_or_goes_while_in_use(shards: Path, monkeypatch: pyte
         data.image(8)
 
 
-def test_no_damage_shows_the_wrong_picture(tmp_path: Path) -> None:
-    """A fuzz: a picture whose bytes were spared is the same, or there is an error."""
-    whole = shard(tmp_path / "x.tar", range(6)).read_bytes()
+def test_damage_never_gives_a_wrong_image(tmp_path: Path) -> None:
+    """Images whose bytes are intact stay the same, or there is an error."""
+    intact = shard(tmp_path / "x.tar", range(6)).read_bytes()
     data = open_dataset(str(tmp_path / "x.tar"))
     assert isinstance(data, ShardDataset)
     spans = [(int(e["offset"]), int(e["offset"] + e["length"])) for e in data._entries]
     path, generator, read = tmp_path / "bad.tar", np.random.default_rng(0), 0
     for trial in range(150):
-        content = bytearray(whole)
+        content = bytearray(intact)
         place = int(generator.integers(spans[-1][1]))
         if trial % 3:
             content[place] ^= int(generator.integers(1, 256))
@@ -238,7 +235,7 @@ def test_no_damage_shows_the_wrong_picture(tmp_path: Path) -> None:
     assert read > 250
 
 
-def test_what_the_files_hold_is_known(tmp_path: Path) -> None:
+def test_dtypes_of_the_files(tmp_path: Path) -> None:
     deep = io.BytesIO()
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(deep, "PNG")
     array = io.BytesIO()
@@ -250,7 +247,7 @@ def test_what_the_files_hold_is_known(tmp_path: Path) -> None:
     assert open_dataset(str(tmp_path / "x.tar"), form).image(1).flatten().tolist() == list(range(600))
     make_cache(open_dataset(str(tmp_path / "x.tar"), form), tmp_path / "cached", (20, 20), kind="raw")
     cached = open_cache(tmp_path / "cached", form)
-    pixels = np.load(io.BytesIO(cached.read(0)))  # of raw pixels, too, there is a file to look into
+    pixels = np.load(io.BytesIO(cached.read(0)))  # raw pixels are returned as an .npy file
     assert np.array_equal(pixels.transpose(2, 0, 1), cached.image(0).numpy()) and pixels.dtype == np.uint16
 
 

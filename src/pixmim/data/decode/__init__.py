@@ -1,1 +1,1 @@
-"""Bytes to pixels: any picture file, in the form of a run."""
+"""Decode image files within bounds on bytes, pixels and time."""

@@ -1,12 +1,10 @@
-"""Pixels of any kind into the form of a run: its channels, and its kind of number.
+"""Convert pixels of any kind to the channels and dtype of a run.
 
-Channels. Grey (1) stands for color (3) repeated, and color for grey by its luma. Nothing else is guessed: a file of
-other channels than the run's is a BadImage.
+Channels: grey is repeated to three channels, and color becomes grey by its luma. Any other difference is an error.
 
-Numbers. Unsigned 8 and 16 bits are shares of their largest value, so they turn into each other: 255 is 65535 is 1.0.
-All other kinds (floating point, signed, 32 bits) are measurements, such as metres or Hounsfield units, of which no
-number stands for one: only float32 takes them, as they are. In 8 or 16 bits they are a BadImage, and so are values
-that are not finite.
+Dtypes: unsigned 8-bit and 16-bit values are fractions of their largest value, so 255, 65535 and 1.0 are equal. All
+others (floating point, signed, 32 bits) are measurements, such as metres or Hounsfield units, without a value that
+means white: only float32 takes them, unchanged. Values that are not finite are an error.
 """
 
 from collections.abc import Iterator
@@ -18,96 +16,94 @@ from pixmim.data.decode.limits import check_bytes
 from pixmim.transforms.crops import Array
 
 _LUMA = np.asarray((19595, 38470, 7471), np.uint32)
-"""ITU-R 601's weights of red, green and blue in parts of 65536, as Pillow rounds them."""
+"""ITU-R 601's weights of red, green and blue in units of 1/65536, rounded as in Pillow."""
 
-
-_BLOCK = 2**20  # values that are converted at a time
+_BLOCK = 2**20  # values converted at a time
 
 
 class ChannelMismatch(BadImage):
-    """A file of another number of channels than the run's."""
+    """The file has another number of channels than the run."""
 
 
 def convert(pixels: Array, form: ImageSpec) -> Array:
-    """Pixels (h w c) of any kind as (h w form.channels) of form.dtype.
+    """Convert pixels (h w c) of any dtype to (h w form.channels) of form.dtype.
 
-    Raises BadImage where no rule says how, and ChannelMismatch for a number of channels that the run has not.
+    Raises:
+        ChannelMismatch: If the number of channels differs, and is not 1 for 3 or 3 for 1.
+        BadImage: If there is no conversion, or a value is not finite.
     """
-    found, wanted = pixels.shape[2], form.channels
-    if found != wanted and (found, wanted) not in ((3, 1), (1, 3)):
+    channels = pixels.shape[2]
+    if channels != form.channels and (channels, form.channels) not in ((3, 1), (1, 3)):
         raise ChannelMismatch(
-            f"{found} {'channel' if found == 1 else 'channels'}, and not {wanted}: --channels {found}"
+            f"{channels} channel{'s' * (channels > 1)} instead of {form.channels}: pass --channels {channels}"
         )
-    if found == wanted and pixels.dtype == form.dtype and form.dtype != "float32":
+    if channels == form.channels and pixels.dtype == form.dtype and form.dtype != "float32":
         return pixels
-    check_bytes(pixels[..., 0].size * wanted * form.bytes)
-    result, wrong = np.empty((*pixels.shape[:2], wanted), form.dtype), 0
-    for rows in _blocks(pixels):
-        part = _as(_luma(pixels[rows]) if found > wanted else pixels[rows], form.dtype)
-        if part.dtype == np.float32:
-            wrong += part.size - int(np.isfinite(part).sum())
-        result[rows] = part
-    if wrong:
-        raise BadImage(f"{wrong:,} of its values are not finite numbers: fill or cut them out first")
+    check_bytes(pixels[..., 0].size * form.channels * form.bytes)
+    result, invalid = np.empty((*pixels.shape[:2], form.channels), form.dtype), 0
+    for rows in _row_blocks(pixels):
+        block = _cast(_luma(pixels[rows]) if channels > form.channels else pixels[rows], form.dtype)
+        if block.dtype == np.float32:
+            invalid += block.size - int(np.isfinite(block).sum())
+        result[rows] = block
+    if invalid:
+        raise BadImage(f"{invalid:,} of its values are not finite numbers: fill or crop them first")
     return result
 
 
 def apply_exif_orientation(pixels: Array, orientation: int) -> Array:
-    """Pixels (h w c) as EXIF's orientation, 1 to 8, wants them shown; any other number changes nothing."""
+    """Rotate and flip pixels (h w c) by EXIF's orientation, 2 to 8; other numbers change nothing."""
     if orientation not in range(2, 9):
         return pixels
-    channels, kind = pixels.shape[2], pixels.dtype
-    whole = np.ascontiguousarray(pixels).view(f"V{channels * kind.itemsize}")[..., 0]  # a pixel is copied as one piece
+    channels, dtype = pixels.shape[2], pixels.dtype
+    turned = np.ascontiguousarray(pixels).view(f"V{channels * dtype.itemsize}")[..., 0]  # copies pixel by pixel
     if orientation in (5, 6, 7, 8):
-        whole = whole.swapaxes(0, 1)
+        turned = turned.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
-        whole = whole[:, ::-1]
+        turned = turned[:, ::-1]
     if orientation in (3, 4, 7, 8):
-        whole = whole[::-1]
-    return np.ascontiguousarray(whole)[..., None].view(kind)
+        turned = turned[::-1]
+    return np.ascontiguousarray(turned)[..., None].view(dtype)
 
 
-def composite_on_white(pixels: Array, alpha: Array, multiplied: bool) -> Array:
-    """Pixels (h w c) of an unsigned kind laid on white by their opacity (h w) of the same kind.
-
-    multiplied  whether the pixels hold their own share of the sum already (associated alpha)
-    """
-    most, result = np.iinfo(pixels.dtype).max, np.empty(pixels.shape, pixels.dtype)
-    for rows in _blocks(pixels):
-        share = (alpha[rows].astype(np.float64) / most)[..., None]
-        own = pixels[rows] if multiplied else pixels[rows] * share
-        result[rows] = np.minimum(np.rint(own + (1 - share) * most), most)
+def composite_on_white(pixels: Array, alpha: Array, premultiplied: bool) -> Array:
+    """Composite unsigned pixels (h w c) on white by their opacity (h w) of the same dtype."""
+    white, result = np.iinfo(pixels.dtype).max, np.empty(pixels.shape, pixels.dtype)
+    for rows in _row_blocks(pixels):
+        opacity = (alpha[rows].astype(np.float64) / white)[..., None]
+        color = pixels[rows] if premultiplied else pixels[rows] * opacity
+        result[rows] = np.minimum(np.rint(color + (1 - opacity) * white), white)
     return result
 
 
-def _blocks(pixels: Array) -> Iterator[slice]:
-    """Rows of (h w c), some at a time, so that what is made in between takes little memory."""
+def _row_blocks(pixels: Array) -> Iterator[slice]:
+    """Yield slices of rows, so that intermediate values take little memory."""
     height, step = len(pixels), max(1, _BLOCK * len(pixels) // pixels.size)
     return (slice(first, first + step) for first in range(0, height, step))
 
 
 def _luma(pixels: Array) -> Array:
     if pixels.dtype in (np.uint8, np.uint16):
-        weighed = pixels @ _LUMA  # the largest sum is 65535 x 65536, which 32 bits hold
-        return ((weighed + np.uint32(32768)) >> np.uint32(16)).astype(pixels.dtype)[..., None]
+        weighted = pixels @ _LUMA  # at most 65535 * 65536, which fits 32 bits
+        return ((weighted + np.uint32(32768)) >> np.uint32(16)).astype(pixels.dtype)[..., None]
     return (pixels.astype(np.float64) @ (_LUMA / 65536))[..., None]
 
 
-def _as(values: Array, pixels: DType) -> Array:
+def _cast(values: Array, dtype: DType) -> Array:
     if values.dtype == bool:
         values = values.astype(np.uint8) * np.uint8(255)
-    if values.dtype == pixels and pixels != "float32":
+    if values.dtype == dtype and dtype != "float32":
         return values
     if values.dtype in (np.uint8, np.uint16):
-        if pixels == "uint8":
+        if dtype == "uint8":
             return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-        if pixels == "uint16":
+        if dtype == "uint16":
             return values.astype(np.uint16) * np.uint16(257)
         return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
-    if pixels != "float32":
+    if dtype != "float32":
         raise BadImage(
-            f"{values.dtype} values are measurements, and none of them stands for white: --dtype float32 takes them "
-            "as they are (have mean and std measured: pixmim stats)"
+            f"{values.dtype} values are measurements, without a value that means white: pass --dtype float32, and "
+            "measure mean and std with `pixmim stats`"
         )
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # overflow becomes infinity, which `convert` refuses
         return values.astype(np.float32)

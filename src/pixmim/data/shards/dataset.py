@@ -1,6 +1,6 @@
 """Images in tar shards, read by shard, offset and length.
 
-The index comes from the files beside a resized cache (`resized_cache.py`) or from scanning the tars (`index.py`).
+The index comes from the files of a resized cache (`resized_cache.py`) or from scanning the tars (`webdataset.py`).
 """
 
 import io

@@ -83,7 +83,7 @@ def file_version(name: str) -> FileVersion | None:
     """Return the current version of a file, or None if it does not exist.
 
     Raises:
-        UserError: If the server cannot be asked, or it is not a regular file.
+        UserError: If the server fails, or it is not a regular file.
     """
     if not is_url(name):
         try:
@@ -101,25 +101,21 @@ def file_version(name: str) -> FileVersion | None:
 def find_matching(pattern: str) -> dict[str, FileVersion | None]:
     """Find the files that match a glob pattern, sorted, with their versions where a server's listing has them.
 
-    Whatever a server lists, only files below the folder that the pattern begins with are returned.
+    Of what a server lists, only files below the pattern's folder are returned.
     """
     if not is_url(pattern):
         return dict.fromkeys(sorted(name for name in glob(pattern) if Path(name).is_file()))
     filesystem, path = _filesystem(pattern)
-    found: dict[str, dict[str, Any]] = (
-        with_retries(
-            pattern,
-            lambda: filesystem.glob(path, detail=True, **_time_limit(pattern, RETRY_SECONDS)),
-            RETRY_SECONDS,
-        )
-        or {}
+    limit = _time_limit(pattern, RETRY_SECONDS)
+    listing: dict[str, dict[str, Any]] = (
+        with_retries(pattern, lambda: filesystem.glob(path, detail=True, **limit), RETRY_SECONDS) or {}
     )
     folder = str(filesystem.unstrip_protocol(re.split(r"[*\[]", path, maxsplit=1)[0].rpartition("/")[0])) + "/"
     files: dict[str, FileVersion | None] = {}
-    for listed, info in sorted(found.items()):
-        url = str(filesystem.unstrip_protocol(listed))
+    for name, info in sorted(listing.items()):
+        url = str(filesystem.unstrip_protocol(name))
         if info["type"] == "file" and url.startswith(folder) and ".." not in url.split("/"):
-            # Times are formatted differently in a listing and for one file: such files are asked for one by one.
+            # A time has another format in a listing than for one file, so those versions are requested one by one.
             complete = info.get("size") and any(info.get(tag) for tag in _CONTENT_TAGS)
             files[url] = _version_from(url, info) if complete else None
     return files
@@ -151,10 +147,10 @@ def read_range(url: str, offset: int, length: int) -> bytes | None:
             raise OSError(f"received {len(data):,} of {length:,} bytes")
         return (data,)
 
-    found = with_retries(url, read_once)
-    if found is None:
+    result = with_retries(url, read_once)
+    if result is None:
         raise UserError(f"{url} no longer exists")
-    return found[0]
+    return result[0]
 
 
 def download(url: str, to: Path, expected: FileVersion) -> None:
@@ -166,8 +162,8 @@ def download(url: str, to: Path, expected: FileVersion) -> None:
     filesystem, path = _filesystem(url)
 
     def download_once() -> bool:
-        found = file_version(url)
-        if found is not None and not expected.matches(found):
+        current = file_version(url)
+        if current is not None and not expected.matches(current):
             raise UserError(f"{url} changed on the server since it was indexed: restart the command")
         if expected.size > shutil.disk_usage(to.parent).free:
             raise OSError(errno.ENOSPC, "No space left on device")

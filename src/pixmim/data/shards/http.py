@@ -87,12 +87,16 @@ class _BoundedResponse(aiohttp.ClientResponse):
         return await super().read()
 
 
-def _client_options() -> dict[str, Any]:
-    trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(_on_redirect)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)  # large files may take long
-    return {"timeout": timeout, "trust_env": True, "trace_configs": [trace], "response_class": _BoundedResponse}
+_TRACE = aiohttp.TraceConfig()
+_TRACE.on_request_redirect.append(_on_redirect)
 
-
-OPTIONS: dict[str, Any] = {"client_kwargs": _client_options(), "headers": {"Accept-Encoding": "identity"}}
-"""Options of fsspec's HTTP file system. A response that is compressed on the way has no known size."""
+OPTIONS: dict[str, Any] = {
+    "client_kwargs": {
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60),  # large files may take long
+        "trust_env": True,
+        "trace_configs": [_TRACE],
+        "response_class": _BoundedResponse,
+    },
+    "headers": {"Accept-Encoding": "identity"},
+}
+"""Options of fsspec's HTTP file system. A response that is compressed in transit has no known size."""

@@ -30,9 +30,9 @@ class FileVersion(NamedTuple):
     size: int
     tag: str = ""
 
-    def matches(self, found: "FileVersion") -> bool:
-        """Return True if `found` is this version, as far as is known."""
-        return self.size == found.size and self.tag in ("", found.tag)
+    def matches(self, current: "FileVersion") -> bool:
+        """Return True if `current` has the same size, and the same tag unless this one is unknown."""
+        return self.size == current.size and self.tag in ("", current.tag)
 
 
 class OpenFile:
@@ -66,7 +66,7 @@ class OpenFile:
 
     @property
     def is_deleted(self) -> bool:
-        """True once the file has no name any more; closing it frees its disk space."""
+        """True once the file was unlinked; closing it frees its disk space."""
         return os.fstat(self._descriptor).st_nlink == 0
 
     def touch(self) -> None:
@@ -82,27 +82,16 @@ class ShardStore(ABC):
     is_remote: bool
     """True if shards are downloaded before they are read, so that images of one shard are best read together."""
 
-    @property
-    @abstractmethod
-    def description(self) -> str:
-        """Where the shards are, for the summary of a run."""
+    description: str
+    """Location of the shards, for the summary of a run."""
 
     @abstractmethod
     def open(self, shard: int) -> OpenFile:
-        """Open a shard, downloading it first if necessary.
-
-        Raises:
-            UserError: If it is missing, unreadable, or not of the expected version.
-        """
+        """Open a shard, downloading it first if necessary. Raises UserError if that fails or its version differs."""
 
     @abstractmethod
     def read(self, shard: int, length: int, offset: int) -> bytes:
-        """Read `length` bytes of a shard at `offset`; fewer at its end.
-
-        Raises:
-            UserError: As `open`.
-            OSError: If reading fails.
-        """
+        """Read `length` bytes of a shard at `offset`; fewer at its end. Raises OSError, and UserError as `open`."""
 
     @abstractmethod
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -112,15 +101,11 @@ class ShardStore(ABC):
 class LocalShards(ShardStore):
     """Shards in the file system, each of the version given."""
 
-    is_remote = False
+    is_remote, description = False, "on disk"
 
     def __init__(self, paths: Sequence[str], versions: Sequence[FileVersion]) -> None:
         self._paths, self._versions = paths, versions
         self._open = lru_cache(maxsize=MAX_OPEN_FILES)(self._open_uncached)
-
-    @property
-    def description(self) -> str:
-        return "on disk"
 
     def open(self, shard: int) -> OpenFile:
         file, now = self._open(shard), time.monotonic()

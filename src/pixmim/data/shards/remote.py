@@ -1,14 +1,21 @@
 """Remote tar shards. Prefetched shards are downloaded and cached on disk; other images are read by range requests."""
 
+import atexit
+import os
 import sys
+import time
+import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from threading import Lock
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from threading import Condition, Lock
 from time import monotonic
 
+from filelock import FileLock
+
 from pixmim.data.shards import fsspec_io
-from pixmim.data.shards.disk_cache import DiskCache
 from pixmim.data.shards.fsspec_io import is_url
 from pixmim.data.shards.local import MAX_OPEN_FILES, FileVersion, LocalShards, OpenFile, ShardStore
 from pixmim.utils.errors import UserError
@@ -17,6 +24,9 @@ from pixmim.utils.threads import Workers
 
 _PREFETCH_THREADS = 4
 _TOUCH_SECONDS = 60.0  # between two records of which cached files are in use, for other processes
+
+_STALE_SECONDS = 600.0
+"""A partial download that has not grown for this long was left by a process that was killed."""
 
 
 def open_shards(names: Sequence[str], versions: Sequence[FileVersion], cache_gib: float) -> ShardStore:
@@ -40,8 +50,8 @@ class RemoteShards(ShardStore):
     """Shards at URLs.
 
     Args:
-        urls: Where they are.
-        versions: The version of each that its index was made for. A tag that is not known is asked for once.
+        urls: Their URLs.
+        versions: The version of each that its index was made for. Unknown tags are requested on first use.
         cache_gib: Bound of the disk cache, which all datasets of the user share.
     """
 
@@ -61,11 +71,9 @@ class RemoteShards(ShardStore):
         self._used: set[int] = set()  # since `_touch_used`
         self._touched_at = monotonic()
         self._warned = False
-
-    @property
-    def description(self) -> str:
-        limit = f"at most {self._cache_gib:g} GiB (--shard-cache-gib)"
-        return f"at a URL, with a disk cache in {self._cache.folder}, {limit}"
+        self.description = (
+            f"at a URL, with a disk cache in {self._cache.folder}, at most {cache_gib:g} GiB (--shard-cache-gib)"
+        )
 
     def open(self, shard: int) -> OpenFile:
         file = self._already_open(shard)
@@ -148,7 +156,7 @@ class RemoteShards(ShardStore):
                 keep = [_cache_name(self._urls[s], self._versions[s]) for s in self._upcoming]
             name = _cache_name(url, version)
             file = self._cache.fetch(name, version.size, lambda to: fsspec_io.download(url, to, version), keep)
-        except BaseException as error:  # whoever reads the shard tries again, and raises it there
+        except BaseException as error:  # a reader of the shard tries again, and raises it there
             with self._lock:
                 del self._downloads[shard]
             download.set_exception(error)
@@ -162,16 +170,16 @@ class RemoteShards(ShardStore):
         """Return a shard's version, compared with the server's on first use."""
         if shard not in self._verified:
             url, expected = self._urls[shard], self._versions[shard]
-            found = fsspec_io.file_version(url)
-            if found is None:
+            current = fsspec_io.file_version(url)
+            if current is None:
                 raise UserError(f"{url} no longer exists")
-            if not expected.tag and found.size != expected.size:
+            if not expected.tag and current.size != expected.size:
                 raise UserError(
-                    f"{url} has {found.size:,} bytes, but {expected.size:,} in its index: upload the cache again"
+                    f"{url} has {current.size:,} bytes, but {expected.size:,} in its index: upload the cache again"
                 )
-            if not expected.matches(found):
+            if not expected.matches(current):
                 raise UserError(f"{url} changed on the server since it was indexed: restart the command")
-            self._versions[shard] = found
+            self._versions[shard] = current
             self._verified.add(shard)
         return self._versions[shard]
 
@@ -198,3 +206,121 @@ class RemoteShards(ShardStore):
 
 def _cache_name(url: str, version: FileVersion) -> str:
     return cache_path("copies", f"{url}\0{version.size}\0{version.tag}").name
+
+
+# The disk cache
+
+
+_PARTS: set[Path] = set()  # partial downloads of this process
+
+
+@atexit.register
+def _remove_parts() -> None:
+    """Remove partial downloads: daemon threads may still be writing them when the process exits."""
+    for part in list(_PARTS):
+        part.unlink(missing_ok=True)
+
+
+class DiskCache:
+    """A bounded LRU cache of complete files, shared by the processes of a machine. Thread-safe.
+
+    A file is downloaded under a temporary name and renamed once it has the expected size. Its modification time is the
+    time of its last use.
+
+    Args:
+        folder: Folder of the files.
+        max_bytes: Bound of their size, or one larger file. Downloads in progress in other processes do not count.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._changed = Condition()
+        self._downloading: dict[str, int] = {}  # sizes of this process's downloads in progress
+
+    def lookup(self, name: str, size: int) -> OpenFile | None:
+        """Open a cached file and mark it as used, or return None if it is missing or of another size."""
+        try:
+            file = OpenFile(self.folder / name)
+        except OSError:
+            return None
+        if file.size != size:
+            return None
+        file.touch()
+        return file
+
+    def fetch(self, name: str, size: int, download: Callable[[Path], None], keep: Sequence[str] = ()) -> OpenFile:
+        """Open a cached file, calling `download(path)` first if it is missing.
+
+        Args:
+            name: Name in the cache.
+            size: Expected size in bytes.
+            download: Writes the file to the given path.
+            keep: Upcoming names, in order of need. Other files are evicted before them, the last of them first.
+
+        Raises:
+            OSError: If the file cannot be written or has another size; and whatever `download` raises.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock(name):
+            for _ in range(3):  # another process may evict the file immediately
+                file = self.lookup(name, size) or self._download(name, size, download, keep)
+                if file is not None:
+                    return file
+            return OpenFile(self.folder / name)
+
+    def _download(self, name: str, size: int, download: Callable[[Path], None], keep: Sequence[str]) -> OpenFile | None:
+        part = self.folder / f"{name}.{uuid.uuid4().hex}.part"  # unguessable, so nobody can place a link there
+        _PARTS.add(part)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._downloading or sum(self._downloading.values()) + size <= self.max_bytes
+            )
+            self._downloading[name] = size
+        try:
+            with self._changed:
+                self._evict(keep)
+            download(part)
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+                if os.fstat(file.fileno()).st_size != size:
+                    raise OSError(f"{part.name} does not have the {size:,} bytes expected")
+            with self._changed:  # one step: never counted twice, nor evicted by this process before it is open
+                os.replace(part, self.folder / name)
+                del self._downloading[name]
+                return self.lookup(name, size)
+        finally:
+            part.unlink(missing_ok=True)
+            _PARTS.discard(part)
+            with self._changed:
+                self._downloading.pop(name, None)
+                self._changed.notify_all()
+
+    def _evict(self, keep: Sequence[str]) -> None:
+        """Delete files until the rest and the downloads in progress are within the bound."""
+        rank = {name: position for position, name in enumerate(keep)}
+        cached: list[tuple[int, float, Path, int]] = []
+        for entry in os.scandir(self.folder):
+            with suppress(FileNotFoundError):
+                status = entry.stat()
+                if entry.name.endswith(".part"):
+                    if time.time() - status.st_mtime > _STALE_SECONDS:
+                        os.unlink(entry.path)
+                elif "." not in entry.name:  # neither a lock nor a hidden file of the file system
+                    need = -rank.get(entry.name, len(rank))
+                    cached.append((need, status.st_mtime, Path(entry.path), status.st_size))
+        total = sum(size for *_, size in cached) + sum(self._downloading.values())
+        for _, _, path, size in sorted(cached):
+            if total <= self.max_bytes:
+                break
+            with suppress(PermissionError):  # Windows keeps files that are open
+                path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+                total -= size
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Let one process at a time download a file. On file systems without locks, each downloads its own copy."""
+        with ExitStack() as stack:
+            with suppress(OSError, NotImplementedError):
+                stack.enter_context(FileLock(self.folder / f"{name}.lock"))
+            yield

@@ -116,7 +116,7 @@ def _parse_number(field: bytes) -> int:
 
 def _parse_pax(content: bytes) -> dict[str, str]:
     """Return "path", "size" and "GNU.sparse" from the records "LENGTH KEY=VALUE\\n" of a pax header."""
-    found: dict[str, str] = {}
+    records: dict[str, str] = {}
     at, end = 0, len(content.rstrip(b"\0"))
     while at < end:
         blank = content.find(b" ", at, at + 8)
@@ -126,11 +126,11 @@ def _parse_pax(content: bytes) -> dict[str, str]:
         if not equals or at + length > len(content) or not value.endswith(b"\n"):
             raise ValueError("not a record")
         if key.startswith(b"GNU.sparse"):
-            found["GNU.sparse"] = ""
+            records["GNU.sparse"] = ""
         elif key == b"path" or (key == b"size" and value[:-1].isdigit()):
-            found[_decode(key)] = _decode(value[:-1])
+            records[_decode(key)] = _decode(value[:-1])
         at += length
-    return found
+    return records
 
 
 def _decode(name: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What the files of a cache and of tars promise is checked at opening, and only regular files are read."""
+"""Untrusted caches and tars: claims are checked at opening, and only regular files are read."""
 
 import json
 import os
@@ -17,8 +17,7 @@ from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.resized_cache import open_cache
-from pixmim.data.shards import index as webdataset
-from pixmim.data.shards import tar_reader as tar_module
+from pixmim.data.shards import tar_reader, webdataset
 from pixmim.data.shards.dataset import INDEX_DTYPE, ShardDataset
 from pixmim.data.shards.local import OpenFile
 from pixmim.data.shards.tar_reader import iter_members
@@ -42,7 +41,7 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def edit_index(path: Path, edit: Callable[[Any], None]) -> None:
-    """Change a shard's index and put its check sum right, as an attacker does."""
+    """Change a shard's index and correct its checksum, as an attacker does."""
     entries = np.frombuffer(path.read_bytes(), INDEX_DTYPE).copy()
     edit(entries)
     entries[-1]["length"] = zlib.crc32(entries[:-1].tobytes()) & 0x7FFFFFFF
@@ -53,7 +52,7 @@ def edit_index(path: Path, edit: Callable[[Any], None]) -> None:
     ("name", "value"),
     [
         ("images", 10**12),
-        ("images", 10**10),  # in so many shards as are not listed
+        ("images", 10**10),  # in more shards than index.json lists
         ("images", 0),
         ("images", True),
         ("images", "4"),
@@ -83,7 +82,7 @@ def edit_index(path: Path, edit: Callable[[Any], None]) -> None:
         ("more", 1),
     ],
 )
-def test_settings_that_no_cache_has(cache: Path, name: str, value: object) -> None:
+def test_invalid_settings(cache: Path, name: str, value: object) -> None:
     edit_json(cache / "settings.json", **{name: value})
     began = time.process_time()
     with pytest.raises(UserError, match=rf"settings.json.*{name}"):
@@ -94,7 +93,7 @@ def test_settings_that_no_cache_has(cache: Path, name: str, value: object) -> No
 @pytest.mark.parametrize(
     "text", ["", "[]", "null", "[" * 100_000, "{" * 10, '{"images": NaN}', '"\\ud800"', "\xff\x00"]
 )
-def test_settings_and_lists_that_are_none(cache: Path, text: str) -> None:
+def test_malformed_settings_and_lists(cache: Path, text: str) -> None:
     for name in ("index.json", "settings.json"):
         (cache / name).write_text(text, "latin-1")
         with pytest.raises(UserError, match=name):
@@ -156,8 +155,8 @@ def test_an_index_of_too_many_images_or_shards(cache: Path) -> None:
             open_dataset(str(cache))
 
 
-def test_a_picture_of_another_size_than_its_index_says(tmp_path: Path) -> None:
-    """On a device, images lie one after another, each in as much space as its index says."""
+def test_an_image_of_another_size_than_in_the_index(tmp_path: Path) -> None:
+    """A GPU cache reserves the space that the index claims."""
     make_cache(SyntheticShapes(count=2, size=16), tmp_path / "cached", (16, 16))
 
     def edit(entries: Any) -> None:
@@ -182,13 +181,13 @@ def not_regular(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fifo", "zero", "random", "folder"])
 def test_only_regular_files_are_read(cache: Path, tmp_path: Path, memory: Path, kind: str) -> None:
-    """Nothing waits: without the check, this test would not end."""
+    """Without the check, this test would not end."""
     shards = tmp_path / "shards"
     for path in (shards / "a.tar", shards / "b.tar"):
         shard(path, range(2))
     assert len(open_dataset(str(shards))) == 4
-    (remembered,) = [path for path in (memory / "tars").iterdir()][:1]
-    not_regular(remembered, kind)  # counts for nothing
+    (cached_index,) = [path for path in (memory / "tars").iterdir()][:1]
+    not_regular(cached_index, kind)  # ignored
     assert len(open_dataset(str(shards))) == 4
     not_regular(shards / "classes.txt", kind)
     with pytest.raises(UserError, match=r"classes.txt cannot be read"):
@@ -221,24 +220,24 @@ def test_a_link_where_a_temporary_file_will_be(tmp_path: Path) -> None:
     assert len(open_dataset(str(folder))) == 2 and victim.read_text() == "untouched"
 
 
-def found(path: Path) -> list[str]:
+def member_names(path: Path) -> list[str]:
     return [member.name for member in iter_members(OpenFile(path), str(path))]
 
 
-def test_zeros_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_module, "_MAX_ZEROS", 2**24)
+def test_endless_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_reader, "_MAX_ZEROS", 2**24)
     path = tmp_path / "x.tar"
     shard(path, range(1))
     os.truncate(path, 10 * 2**40)  # takes no space
     with pytest.raises(UserError, match=r"bytes of zeros up to byte"):
         open_dataset(str(path))
-    monkeypatch.setattr(tar_module, "_MAX_ZEROS", 30_000)  # in all: many short runs are no way around
+    monkeypatch.setattr(tar_reader, "_MAX_ZEROS", 30_000)  # in total, so that many short runs do not help
     one = shard(tmp_path / "one.tar", range(1)).read_bytes()
     (tmp_path / "two.tar").write_bytes(one * 2)
-    assert len(found(tmp_path / "two.tar")) == 4
+    assert len(member_names(tmp_path / "two.tar")) == 4
     (tmp_path / "many.tar").write_bytes(one * 9)
     with pytest.raises(UserError, match=r"bytes of zeros"):
-        found(tmp_path / "many.tar")
+        member_names(tmp_path / "many.tar")
 
 
 def pax(content: bytes, kind: bytes = b"x", times: int = 1) -> bytes:
@@ -256,7 +255,7 @@ def one_file(name: str = "a.jpg", size: int = 0) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pax(b"11 size=-5\n") + one_file(), ""),  # no number: not listened to
+        (pax(b"11 size=-5\n") + one_file(), ""),  # not a number: ignored
         (pax(b"9 size=9" + b"9" * 50), "damaged|not a tar file"),
         (pax(b"%d size=%s\n" % (5011, b"9" * 5000)) + one_file(), "damaged|not a tar file"),
         (pax(b"30 size=99999999999999999999999\n") + one_file(), "damaged|not a tar file"),
@@ -268,26 +267,26 @@ def one_file(name: str = "a.jpg", size: int = 0) -> bytes:
         (pax(b"x", b"L", 3), "truncated"),
     ],
 )
-def test_headers_that_promise_too_much(tmp_path: Path, content: bytes, message: str) -> None:
+def test_absurd_headers(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(content)
     if not message:
-        assert len(found(path)) == 1
+        assert len(member_names(path)) == 1
         return
     with pytest.raises(UserError, match=message) as caught:
-        found(path)
+        member_names(path)
     assert len(str(caught.value)) < 1000
 
 
-def test_a_long_extended_header_takes_no_square_of_its_length(tmp_path: Path) -> None:
+def test_a_long_extended_header_takes_linear_time(tmp_path: Path) -> None:
     records = b"6 a=b\n" * 170_000
     (tmp_path / "x.tar").write_bytes(pax(records) + one_file())
     began = time.process_time()
-    assert found(tmp_path / "x.tar") == ["a.jpg"]
+    assert member_names(tmp_path / "x.tar") == ["a.jpg"]
     assert time.process_time() - began < 5  # 40 s if each record were to copy the rest
 
 
-def test_a_size_in_base_256_that_is_negative_or_beyond_all_files(tmp_path: Path) -> None:
+def test_absurd_sizes_in_base_256(tmp_path: Path) -> None:
     for field in (b"\xff" * 12, b"\x80" + b"\xff" * 11, b"\xff" * 11 + b"\x00"):
         block = bytearray(one_file()[:512])
         block[124:136] = field
@@ -295,11 +294,11 @@ def test_a_size_in_base_256_that_is_negative_or_beyond_all_files(tmp_path: Path)
         block[148:156] = b"%06o\0 " % sum(block)
         (tmp_path / "x.tar").write_bytes(bytes(block) + bytes(1024))
         with pytest.raises(UserError, match="not a tar file"):
-            found(tmp_path / "x.tar")
+            member_names(tmp_path / "x.tar")
 
 
-def remembered(memory: Path, edit: Edit, body: Callable[[bytes], bytes] = lambda body: body) -> None:
-    """Change what is remembered of the only tar, with its check sum."""
+def edit_cached_index(memory: Path, edit: Edit, body: Callable[[bytes], bytes] = lambda body: body) -> None:
+    """Change the cached index of the only tar, with its checksum."""
     (path,) = (memory / "tars").iterdir()
     head, _, rest = path.read_bytes()[:-4].partition(b"\n")
     data = json.dumps(edit(json.loads(head))).encode() + b"\n" + body(rest)
@@ -309,35 +308,33 @@ def remembered(memory: Path, edit: Edit, body: Callable[[bytes], bytes] = lambda
 @pytest.mark.parametrize(
     ("edit", "body"),
     [
-        (lambda about: about | {"samples": 10**15}, lambda body: body),
-        (lambda about: about | {"samples": -1}, lambda body: body),
-        (lambda about: about | {"samples": "2"}, lambda body: body),
-        (lambda about: about | {"facts": about["facts"] | {"links": "x"}}, lambda body: body),
-        (lambda about: about | {"facts": {"more": 1}}, lambda body: body),
-        (lambda about: [], lambda body: body),
-        (lambda about: about, lambda body: b"\xff" * 64 + body[64:]),
+        (lambda header: header | {"samples": 10**15}, lambda body: body),
+        (lambda header: header | {"samples": -1}, lambda body: body),
+        (lambda header: header | {"samples": "2"}, lambda body: body),
+        (lambda header: header | {"facts": header["facts"] | {"links": "x"}}, lambda body: body),
+        (lambda header: header | {"facts": {"more": 1}}, lambda body: body),
+        (lambda header: [], lambda body: body),
+        (lambda header: header, lambda body: b"\xff" * 64 + body[64:]),
     ],
 )
-def test_what_is_remembered_and_cannot_be_counts_for_nothing(
+def test_an_invalid_cached_index_is_ignored(
     tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, edit: Edit, body: Callable[[bytes], bytes]
 ) -> None:
     shard(tmp_path / "x.tar", range(2))
     open_dataset(str(tmp_path / "x.tar"))
-    remembered(memory, edit, body)
-    searched: list[str] = []
-    search = webdataset.scan
-    monkeypatch.setattr(webdataset, "scan", lambda tar, name, *rest: searched.append(name) or search(tar, name, *rest))
+    edit_cached_index(memory, edit, body)
+    scanned: list[str] = []
+    scan = webdataset.scan
+    monkeypatch.setattr(webdataset, "scan", lambda tar, name, *rest: scanned.append(name) or scan(tar, name, *rest))
     data = open_dataset(str(tmp_path / "x.tar"))
-    assert len(data) == 2 and data.image(1).shape[2] == 21 and len(searched) == 1
+    assert len(data) == 2 and data.image(1).shape[2] == 21 and len(scanned) == 1
 
 
-def test_names_that_unpack_to_more_than_there_can_be(
-    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bomb_of_compressed_names(tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard(tmp_path / "x.tar", range(2))
     before = open_dataset(str(tmp_path / "x.tar"))
     assert before.path_of(1).endswith(":0001")
-    remembered(memory, lambda about: about, lambda body: body[:64] + zlib.compress(bytes(10**7)))
+    edit_cached_index(memory, lambda header: header, lambda body: body[:64] + zlib.compress(bytes(10**7)))
     monkeypatch.setattr("pixmim.data.shards.dataset._MAX_KEY_BYTES", 10**5)
     data = open_dataset(str(tmp_path / "x.tar"))
     assert isinstance(data, ShardDataset) and data.path_of(1).endswith("x.tar:000000001")
@@ -348,7 +345,7 @@ def test_a_high_class_number_is_an_identifier(tmp_path: Path) -> None:
     assert open_dataset(str(tmp_path / "x.tar")).labels is None
 
 
-def test_stats_that_are_none(cache: Path) -> None:
+def test_malformed_stats(cache: Path) -> None:
     for text in ("[]", "{}", '{"form": {}, "mean": 1}', "[" * 10_000, "\xff"):
         (cache / "stats.json").write_text(text, "latin-1")
         assert load_statistics(str(cache), ImageSpec()) is None
