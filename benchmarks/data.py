@@ -23,11 +23,10 @@ from torchvision import transforms
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import ImageDataset
+from pixmim.data.dataset import ImageDataset, InMemoryDataset
 from pixmim.data.image_folder import ImageFolder
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.data.wrappers import InMemoryDataset
 from pixmim.transforms.crops import Crop, RandomResizedCrop, SimpleResizedCrop
 
 BATCH, SIZE = 256, 224

@@ -39,11 +39,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import Subset
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import ShardDataset
-from pixmim.data.wrappers import Subset
 from pixmim.transforms.crops import SimpleResizedCrop
 
 BATCH, SIZE, TURN, AHEAD = 64, 224, 32, 4  # AHEAD: batches that each process of the others may have ready

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from helpers.batches import same
 from pixmim.config import PretrainConfig
-from pixmim.data import caching as keep
+from pixmim.data import caching
 from pixmim.data import create_loader, open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import InMemoryDataset
 from pixmim.data.loader import Batch
 from pixmim.data.resized_cache import open_cache, shard_name
 from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import ShardDataset
-from pixmim.data.wrappers import InMemoryDataset
 from pixmim.pretraining import pretrain
 from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
@@ -35,7 +35,9 @@ def shards(pictures: Path, tmp_path: Path) -> ShardDataset:
     return open_cache(tmp_path / "cache")
 
 
-def batches(place: keep.CacheLocation, source: ShardDataset, crop: Crop, count: int, shard: BatchShard) -> list[Batch]:
+def batches(
+    place: caching.CacheLocation, source: ShardDataset, crop: Crop, count: int, shard: BatchShard
+) -> list[Batch]:
     skipped = BadImageLog(None, len(source), 0.5)
     with create_loader(source, crop, shard, place, device=CPU, skipped=skipped, flip=0.5, seed=3, threads=3) as found:
         return [Batch(b.images.clone(), b.flip.clone(), b.indices.clone()) for b in islice(found, count)]
@@ -63,21 +65,23 @@ def test_nor_do_images_that_cannot_be_read(shards: ShardDataset, tmp_path: Path)
 def test_the_rule(shards: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, src = torch.device("cuda"), SimpleResizedCrop(SIZE)
     need = sum(shards.image(i).numel() for i in range(len(shards)))
-    assert keep.decoded_bytes(shards) == need
+    assert caching.decoded_bytes(shards) == need
 
-    def place(crop: Crop = src, how: keep.Keep = "auto", device: torch.device = gpu) -> str:
-        return keep.choose_cache_location(shards, crop, how, device)[0]
+    def place(crop: Crop = src, how: str = "auto", device: torch.device = gpu) -> str:
+        return caching.choose_cache_location(shards, crop, how, device)[0]
 
-    monkeypatch.setattr(keep, "total_ram", lambda: 4 * need)
-    monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need)
+    monkeypatch.setattr(caching, "total_ram", lambda: 4 * need)
+    monkeypatch.setattr(caching, "_gpu_memory", lambda device: 4 * need)
     assert place() == "gpu" and place(device=CPU) == "ram" and place(RandomResizedCrop(SIZE)) == "ram"
     assert place(SimpleResizedCrop(16)) == "ram"  # of another size: resized, not only cut
     assert place(how="none") == "none" and place(how="ram") == "ram" and place(how="gpu", device=CPU) == "gpu"
-    monkeypatch.setattr(keep, "_of_device", lambda device: 4 * need - 4)
+    monkeypatch.setattr(caching, "_gpu_memory", lambda device: 4 * need - 4)
     assert place() == "ram"
-    where, why = keep.choose_cache_location(shards, src, "auto", CPU, processes=2)  # which would keep all images twice
-    assert where == "none" and "a quarter of the memory, which 2 processes share (" in why
-    monkeypatch.setattr(keep, "total_ram", lambda: 4 * need - 4)
+    where, why = caching.choose_cache_location(
+        shards, src, "auto", CPU, processes=2
+    )  # which would keep all images twice
+    assert where == "none" and "a quarter of the RAM, which 2 processes share (" in why
+    monkeypatch.setattr(caching, "total_ram", lambda: 4 * need - 4)
     assert place() == "none" and place(how="ram") == "ram" and place(how="gpu") == "gpu"
     with pytest.raises(UserError, match="needs a cache at --size"):
         place(RandomResizedCrop(SIZE), how="gpu")
@@ -85,10 +89,10 @@ def test_the_rule(shards: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_pictures_are_kept_only_if_asked(pictures: Path) -> None:
     folder, crop = open_dataset(str(pictures)), SimpleResizedCrop(SIZE)
-    assert keep.choose_cache_location(folder, crop, "auto", CPU) == ("none", "")
-    assert keep.choose_cache_location(folder, crop, "ram", CPU)[0] == "ram"
+    assert caching.choose_cache_location(folder, crop, "auto", CPU) == ("none", "")
+    assert caching.choose_cache_location(folder, crop, "ram", CPU)[0] == "ram"
     with pytest.raises(UserError, match="needs a cache"):
-        keep.choose_cache_location(folder, crop, "gpu", CPU)
+        caching.choose_cache_location(folder, crop, "gpu", CPU)
 
 
 def test_what_is_kept_is_decoded_once(shards: ShardDataset) -> None:

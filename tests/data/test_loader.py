@@ -131,7 +131,7 @@ def test_too_many_bad_images_of_a_few_are_too_many_in_any_order(bad: range) -> N
 def test_too_many_bad_images_stop_the_run() -> None:
     source = Numbers(100, bad=tuple(range(0, 100, 2)))
     with (
-        pytest.raises(UserError, match=r"(?s)more than the share of 25%.*broken, on purpose"),
+        pytest.raises(UserError, match=r"(?s)more than the 25%.*broken, on purpose"),
         loader(source, BadImageLog(None, 100, 0.25)) as batches,
     ):
         list(islice(batches, 100))

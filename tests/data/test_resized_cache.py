@@ -167,7 +167,7 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     status, text = say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)
     assert status == 0 and "10 images written" in text and f"train with --data {out}" in text
     assert open_cache(out).image(0).shape[1:] in {(40, 56), (34, 48), (35, 48)}
-    assert "nothing was left to do" in say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)[1]
+    assert "no images left to write" in say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)[1]
     names = tmp_path / "some.txt"
     names.write_text("pictures/cats/0.jpg\npictures/dogs/1.jpg\n")
     assert "2 images written" in say(capsys, "cache", names, tmp_path / "two")[1]

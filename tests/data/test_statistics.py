@@ -18,7 +18,15 @@ from pixmim.config_io import from_json
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import ImageSpec
-from pixmim.data.statistics import Stats, fitting, kinds, load_statistics, measure_statistics, remember, sample, to_keep
+from pixmim.data.statistics import (
+    Stats,
+    choose_image_spec,
+    count_formats,
+    load_statistics,
+    measure,
+    sample_indices,
+    save_statistics,
+)
 from pixmim.evaluation.embed import embed
 from pixmim.evaluation.visualize import to_pixels, to_rgb
 from pixmim.report import write_report
@@ -59,12 +67,12 @@ def test_mean_and_deviation_are_numpys(pictures: Path, form: ImageSpec) -> None:
     std = np.sqrt(np.mean([((image - mean[:, None, None]) ** 2).mean(axis=(1, 2)) for image in images], axis=0))
     seen: list[int] = []
     for threads in (1, 5):
-        found = measure_statistics(data, sample(10, 0), threads=threads, progress=seen.append)
+        found = measure(data, sample_indices(10, 0), threads=threads, progress=seen.append)
         np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
         np.testing.assert_allclose(found.std, std, rtol=1e-12)
-        np.testing.assert_allclose(found.greatest, np.max([image.max(axis=(1, 2)) for image in images], axis=0))
-        np.testing.assert_allclose(found.least, np.min([image.min(axis=(1, 2)) for image in images], axis=0))
-        assert found.images == 9 and sorted(found.heights)[-1] == 44
+        np.testing.assert_allclose(found.maximum, np.max([image.max(axis=(1, 2)) for image in images], axis=0))
+        np.testing.assert_allclose(found.minimum, np.min([image.min(axis=(1, 2)) for image in images], axis=0))
+        assert len(found.sizes) == 9 and found.sizes[:, 0].max() == 44
         assert found.bad == {"the file is empty": (1, data.path_of(8))}
     assert seen == [*range(1, 11)] * 2
 
@@ -74,7 +82,7 @@ def test_images_of_one_size_give_the_statistics_of_all_pixels(tmp_path: Path) ->
     pixels = RNG.normal(1000, 300, (6, 90, 80, 4)).astype(np.float32)
     for i, image in enumerate(pixels):
         np.save(tmp_path / "d" / f"{i}.npy", image)
-    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(4, "float32")), sample(6, 0))
+    found = measure(open_dataset(str(tmp_path / "d"), ImageSpec(4, "float32")), sample_indices(6, 0))
     np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(found.std, pixels.astype(np.float64).std(axis=(0, 1, 2)), rtol=1e-12)
 
@@ -83,15 +91,15 @@ def test_a_large_image_is_measured_in_blocks(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     pixels = RNG.integers(0, 256, (1300, 1700, 1), np.uint8)
     np.save(tmp_path / "d" / "0.npy", pixels)
-    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(1)), [0])
+    found = measure(open_dataset(str(tmp_path / "d"), ImageSpec(1)), [0])
     np.testing.assert_allclose([found.mean[0], found.std[0]], [pixels.mean() / 255, pixels.std() / 255], rtol=1e-12)
 
 
 def test_a_sample_is_spread_evenly() -> None:
-    assert sample(5, 0) == sample(5, 9) == [0, 1, 2, 3, 4]
+    assert sample_indices(5, 0) == sample_indices(5, 9) == [0, 1, 2, 3, 4]
     for total, count in ((10, 3), (10, 9), (1000, 333), (10**9, 1000)):
-        chosen = sample(total, count)
-        assert chosen == sample(total, count) and len(set(chosen)) == count
+        chosen = sample_indices(total, count)
+        assert chosen == sample_indices(total, count) and len(set(chosen)) == count
         assert all(k * total // count <= i < (k + 1) * total // count for k, i in enumerate(chosen))
 
 
@@ -99,19 +107,19 @@ def test_the_form_that_loses_nothing_of_most_images(pictures: Path, tmp_path: Pa
     Image.new("L", (30, 30)).save(pictures / "cats" / "grey.png")
     (pictures / "cats" / "bad.png").write_bytes(b"x")
     data = open_dataset(str(pictures))
-    found = kinds(data, sample(len(data), 0))
-    assert found == {(3, "uint8"): 10, (1, "uint8"): 1} and fitting(found) == ImageSpec()
+    found = count_formats(data, sample_indices(len(data), 0))
+    assert found == {(3, "uint8"): 10, (1, "uint8"): 1} and choose_image_spec(found) == ImageSpec()
     deep = open_dataset(str(bands(tmp_path / "deep", np.uint16, 13)))
-    assert fitting(kinds(deep, [0, 3])) == ImageSpec(13, "uint16")
+    assert choose_image_spec(count_formats(deep, [0, 3])) == ImageSpec(13, "uint16")
     heights = open_dataset(str(bands(tmp_path / "heights", np.int16, 1)))
-    assert fitting(kinds(heights, [0, 3])) == ImageSpec(1, "float32")
+    assert choose_image_spec(count_formats(heights, [0, 3])) == ImageSpec(1, "float32")
     shapes = open_dataset("shapes:count=4", ImageSpec(5))
-    assert fitting(kinds(shapes, [0, 3])) == ImageSpec(5)
+    assert choose_image_spec(count_formats(shapes, [0, 3])) == ImageSpec(5)
 
 
 def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Stats((0.5, 0.25), (1.0, 2.0), 7, 9)
-    path = remember("/some/data", ImageSpec(2), kept)
+    path = save_statistics("/some/data", ImageSpec(2), kept)
     assert load_statistics("/some/data", ImageSpec(2)) == kept and path.is_relative_to(cache_path("stats", "x").parent)
     assert (
         load_statistics("/some/data", ImageSpec(2, "uint16")) is None
@@ -120,14 +128,14 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
     for damage in (
         "",
         "{}",
-        '{"form": 3}',
+        '{"image_spec": 3}',
         path.read_text().replace("0.25", '"x"'),
         path.read_text().replace("0.25", "0.25, 1"),
     ):
         path.write_text(damage)
         assert load_statistics("/some/data", ImageSpec(2)) is None
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
-    assert remember(str(tmp_path / "cache"), ImageSpec(), kept) == tmp_path / "cache" / "stats.json"
+    assert save_statistics(str(tmp_path / "cache"), ImageSpec(), kept) == tmp_path / "cache" / "stats.json"
     (tmp_path / "cache").rename(tmp_path / "moved")
     assert (
         load_statistics(str(tmp_path / "moved"), ImageSpec(2)) is None
@@ -141,8 +149,8 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
 def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "0.npy", np.dstack([np.full((9, 9), 7.0), np.eye(9)]))
-    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(2, "float32")), [0])
-    kept = to_keep(found, 1)
+    found = measure(open_dataset(str(tmp_path / "d"), ImageSpec(2, "float32")), [0])
+    kept = found.stats(1)
     assert kept.std[0] == 1 and kept.std[1] == found.std[1] and kept.mean[0] == 7
     with pytest.raises(UserError, match="--std must be a number from 1e-12"):
         PretrainConfig(std=(1.0, 0.0, 1.0))
@@ -180,7 +188,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     text = train(run, tmp_path / "run")
     assert "not measured" not in text
     kept = from_json((tmp_path / "run" / "config.json").read_text())
-    found = measure_statistics(open_dataset(str(spec), image_spec(run)), sample(12, 0))
+    found = measure(open_dataset(str(spec), image_spec(run)), sample_indices(12, 0))
     assert kept.mean == tuple(found.mean) and kept.std == tuple(found.std)
     again = tmp_path / "again"  # threads and the place of the images change nothing
     train(replace(run, threads=1, data=str(data), cache_images="none"), again)
@@ -209,7 +217,7 @@ def test_pretrain_finds_what_stats_measured(
     (pictures / "cats" / "0.jpg").write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures", "--images", 5)
     assert status == 0 and "10 images; of 9 that could be read: 9 of 3 channels in uint8" in text
-    assert "1 cannot be read so: 1: not a picture in a known format" in text
+    assert "1 cannot be read: 1: not a picture in a known format" in text
     tiny = [
         "--steps",
         "1",
@@ -238,7 +246,7 @@ def test_pretrain_finds_what_stats_measured(
     for path in pictures.rglob("*.jpg"):
         path.write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures")
-    assert status == 1 and "10: not a picture" in text and "not one image" in text
+    assert status == 1 and "10: not a picture" in text and "no image of" in text
 
 
 def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:

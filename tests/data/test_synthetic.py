@@ -78,8 +78,8 @@ def test_spec_is_read_and_written_back() -> None:
     ("spec", "message"),
     [
         ("shapes:cuont=3", "did you mean 'count'"),
-        ("shapes:count=many", "whole number"),
-        ("shapes:size=2", "size from 8"),
+        ("shapes:count=many", "must be an integer"),
+        ("shapes:size=2", "from 8 to 4,096"),
         ("shapes:texture=soft", "any, match or conflict"),
     ],
 )

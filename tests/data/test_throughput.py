@@ -22,7 +22,7 @@ ROWS = [
     Throughput("jpeg cache", 12_000, 45_000, "make a cache"),
     Throughput(DECODED, 60_000, 200_000, "keep it decoded"),
 ]
-PHOTOS = Report(ROWS, ROWS[1], "decoding limits", 500)
+PHOTOS = Report(ROWS, ROWS[1], "limited by decoding", 500)
 
 
 def advice(report: Report, target_rate: float | None = None) -> str:
@@ -31,11 +31,11 @@ def advice(report: Report, target_rate: float | None = None) -> str:
 
 def test_faster_ways_are_named() -> None:
     assert advice(PHOTOS).splitlines() == [
-        "4,000 images/s after the first epoch: decoding limits.",
+        "4,000 images/s after the first epoch, limited by decoding.",
         "12,000 images/s, 3.0 times as many: make a cache.",
         "60,000 images/s, 15.0 times as many: keep it decoded.",
     ]
-    assert "Nothing that was tried" in advice(replace(PHOTOS, current=ROWS[3]))
+    assert "Nothing measured" in advice(replace(PHOTOS, current=ROWS[3]))
     assert "3 of 500" in advice(replace(PHOTOS, bad="3 of 500 images cannot be read"))
 
 
@@ -74,8 +74,8 @@ def test_what_training_does_today(
     memory: int, current: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
-    monkeypatch.setattr(module, "of_machine", lambda: memory)
-    monkeypatch.setattr(module, "_rate", lambda *args: 1.0 if args[-1] else 100.0)
+    monkeypatch.setattr(module, "total_ram", lambda: memory)
+    monkeypatch.setattr(module, "_measure_rate", lambda *args: 1.0 if args[-1] else 100.0)
     report = measure(open_dataset(str(tmp_path / "cache")), SimpleResizedCrop(24), (24, 24))
     assert report.current.name == current
     raw = next(row for row in report.rows if row.name == "raw cache")

@@ -13,11 +13,10 @@ from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import ImageDataset, ImageSpec
+from pixmim.data.dataset import ConcatDataset, ImageDataset, ImageSpec, InMemoryDataset, Subset
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
-from pixmim.data.wrappers import ConcatDataset, InMemoryDataset, Subset
 from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
 

@@ -21,7 +21,7 @@ from pixmim.data.resized_cache import open_cache
 from pixmim.data.shards import index as webdataset
 from pixmim.data.shards import webdataset as foreign
 from pixmim.data.shards.dataset import ShardDataset
-from pixmim.data.statistics import kinds
+from pixmim.data.statistics import count_formats
 from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
@@ -121,7 +121,7 @@ def test_dots_in_names_cost_no_image_unsaid(again: bool, tmp_path: Path, capsys:
     with pytest.raises(UserError, match="only key=last-dot is known"):
         open_dataset(f"{path},key=first")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="key=last-dot is for tars"):
+    with pytest.raises(UserError, match="key=last-dot applies to tars"):
         open_dataset(f"{tmp_path / 'folder'},key=last-dot")
 
 
@@ -245,7 +245,7 @@ def test_what_the_files_hold_is_known(tmp_path: Path) -> None:
     np.save(array, np.arange(20 * 30, dtype=np.float32).reshape(20, 30, 1))
     write(tmp_path / "x.tar", [("a.png", deep.getvalue()), ("b.png", deep.getvalue()), ("c.npy", array.getvalue())])
     data = open_dataset(str(tmp_path / "x.tar"))
-    assert kinds(data, [0, 1, 2]) == {(1, "uint16"): 2, (1, "float32"): 1}
+    assert count_formats(data, [0, 1, 2]) == {(1, "uint16"): 2, (1, "float32"): 1}
     form = ImageSpec(1, "uint16")
     assert open_dataset(str(tmp_path / "x.tar"), form).image(1).flatten().tolist() == list(range(600))
     make_cache(open_dataset(str(tmp_path / "x.tar"), form), tmp_path / "cached", (20, 20), kind="raw")

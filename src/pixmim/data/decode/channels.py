@@ -40,7 +40,7 @@ def convert(pixels: Array, form: ImageSpec) -> Array:
         )
     if found == wanted and pixels.dtype == form.dtype and form.dtype != "float32":
         return pixels
-    check_bytes(pixels[..., 0].size * wanted * form.bytes)
+    check_bytes(pixels[..., 0].size * wanted * form.itemsize)
     result, wrong = np.empty((*pixels.shape[:2], wanted), form.dtype), 0
     for rows in _blocks(pixels):
         part = _as(_luma(pixels[rows]) if found > wanted else pixels[rows], form.dtype)
