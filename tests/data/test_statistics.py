@@ -1,4 +1,4 @@
-"""Mean and deviation against numpy, where they are kept, and runs of every form that find them."""
+"""Test dataset statistics against NumPy, their storage, and runs of all formats that use them."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ RNG = np.random.default_rng(0)
 
 
 def bands(folder: Path, kind: type, channels: int, count: int = 12) -> Path:
-    """A folder of .npy or, of 16 bits, TIFF, of several sizes."""
+    """Write .npy files, or TIFFs for uint16, of several sizes."""
     folder.mkdir()
     for i in range(count):
         shape = (40 + i, 70 - i, channels)
@@ -58,11 +58,11 @@ def bands(folder: Path, kind: type, channels: int, count: int = 12) -> Path:
 
 
 @pytest.mark.parametrize("form", [ImageSpec(), ImageSpec(1), ImageSpec(3, "uint16"), ImageSpec(3, "float32")])
-def test_mean_and_deviation_are_numpys(pictures: Path, form: ImageSpec) -> None:
+def test_mean_and_std_match_numpy(pictures: Path, form: ImageSpec) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
     data = open_dataset(str(pictures), form)
-    whole = {"uint8": 255, "uint16": 65535, "float32": 1}[form.dtype]
-    images = [data.image(i).numpy().astype(np.float64) / whole for i in range(10) if i != 8]
+    one = {"uint8": 255, "uint16": 65535, "float32": 1}[form.dtype]
+    images = [data.image(i).numpy().astype(np.float64) / one for i in range(10) if i != 8]
     mean = np.mean([image.mean(axis=(1, 2)) for image in images], axis=0)
     std = np.sqrt(np.mean([((image - mean[:, None, None]) ** 2).mean(axis=(1, 2)) for image in images], axis=0))
     seen: list[int] = []
@@ -95,7 +95,7 @@ def test_a_large_image_is_measured_in_blocks(tmp_path: Path) -> None:
     np.testing.assert_allclose([found.mean[0], found.std[0]], [pixels.mean() / 255, pixels.std() / 255], rtol=1e-12)
 
 
-def test_a_sample_is_spread_evenly() -> None:
+def test_sampled_indices_are_distributed_evenly() -> None:
     assert sample_indices(5, 0) == sample_indices(5, 9) == [0, 1, 2, 3, 4]
     for total, count in ((10, 3), (10, 9), (1000, 333), (10**9, 1000)):
         chosen = sample_indices(total, count)
@@ -103,7 +103,7 @@ def test_a_sample_is_spread_evenly() -> None:
         assert all(k * total // count <= i < (k + 1) * total // count for k, i in enumerate(chosen))
 
 
-def test_the_form_that_loses_nothing_of_most_images(pictures: Path, tmp_path: Path) -> None:
+def test_the_lossless_spec_of_most_images(pictures: Path, tmp_path: Path) -> None:
     Image.new("L", (30, 30)).save(pictures / "cats" / "grey.png")
     (pictures / "cats" / "bad.png").write_bytes(b"x")
     data = open_dataset(str(pictures))
@@ -117,7 +117,7 @@ def test_the_form_that_loses_nothing_of_most_images(pictures: Path, tmp_path: Pa
     assert choose_image_spec(count_formats(shapes, [0, 3])) == ImageSpec(5)
 
 
-def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_statistics_are_loaded(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Stats((0.5, 0.25), (1.0, 2.0), 7, 9)
     path = save_statistics("/some/data", ImageSpec(2), kept)
     assert load_statistics("/some/data", ImageSpec(2)) == kept and path.is_relative_to(cache_path("stats", "x").parent)
@@ -137,16 +137,14 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
     assert save_statistics(str(tmp_path / "cache"), ImageSpec(), kept) == tmp_path / "cache" / "stats.json"
     (tmp_path / "cache").rename(tmp_path / "moved")
-    assert (
-        load_statistics(str(tmp_path / "moved"), ImageSpec(2)) is None
-    )  # it holds what was measured of three channels
+    assert load_statistics(str(tmp_path / "moved"), ImageSpec(2)) is None  # its statistics have three channels
     assert len(open_dataset(str(tmp_path / "moved"))) == 10
     for home, expected in (("relative", Path.home() / ".cache"), ("/else", Path("/else"))):
         monkeypatch.setenv("XDG_CACHE_HOME", home)
         assert cache_path("stats", "x").parent == expected / "pixmim" / "stats"
 
 
-def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
+def test_a_constant_channel_has_std_one(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "0.npy", np.dstack([np.full((9, 9), 7.0), np.eye(9)]))
     found = measure(open_dataset(str(tmp_path / "d"), ImageSpec(2, "float32")), [0])
@@ -159,7 +157,7 @@ def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "channels", "how"), [(np.uint16, 13, "cache"), (np.float32, 1, "files"), (np.int16, 2, "random-resized")]
 )
-def test_a_run_of_any_form_from_stats_to_pictures(
+def test_a_run_of_any_format_from_stats_to_figures(
     kind: type, channels: int, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_run: Make
 ) -> None:
     data = bands(tmp_path / "bands", kind, channels)
@@ -190,10 +188,10 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     kept = from_json((tmp_path / "run" / "config.json").read_text())
     found = measure(open_dataset(str(spec), image_spec(run)), sample_indices(12, 0))
     assert kept.mean == tuple(found.mean) and kept.std == tuple(found.std)
-    again = tmp_path / "again"  # threads and the place of the images change nothing
+    again = tmp_path / "again"  # independent of threads and of the cache
     train(replace(run, threads=1, data=str(data), cache_images="none"), again)
-    ours, theirs = weights(tmp_path / "run"), weights(again)
-    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+    one, two = weights(tmp_path / "run"), weights(again)
+    assert all(bool((one[name] == two[name]).all()) for name in one)
 
     model = resolve_model(str(tmp_path / "run"), with_decoder=True)
     files = open_dataset(str(data), image_spec(run))
@@ -210,7 +208,7 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     assert rows.shape == (12, 64) and np.isfinite(rows).all()
 
 
-def test_pretrain_finds_what_stats_measured(
+def test_pretrain_uses_the_measured_statistics(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(pictures.parent)
@@ -238,18 +236,18 @@ def test_pretrain_finds_what_stats_measured(
     kept = load_statistics(str(pictures), ImageSpec())
     assert kept is not None and tuple(config["mean"]) == kept.mean and config["std"] == [0.1, 0.2, 0.3]
     status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "b", "--channels", 1)
-    assert status == 0 and "measured" not in text  # of another form, nothing is known
+    assert status == 0 and "measured" not in text  # another format has no statistics
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("XDG_CACHE_HOME", str(pictures / "cats" / "0.jpg"))
         status, text = say(capsys, "stats", "pictures")
-    assert status == 1 and "Not a directory" in text and "measured" not in text  # before the work
+    assert status == 1 and "Not a directory" in text and "measured" not in text  # checked before measuring
     for path in pictures.rglob("*.jpg"):
         path.write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures")
     assert status == 1 and "10: not a picture" in text and "no image of" in text
 
 
-def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
+def test_figures_use_the_range_of_image_and_target() -> None:
     run = PretrainConfig(channels=13, dtype="float32", bands="5,3,2")
     image = torch.linspace(-50, 950, 13 * 2 * 101).reshape(2, 13, 101, 1)
     shown = to_pixels({"image": image, "other": image + 1000, "target": image * 2}, run)
@@ -271,11 +269,11 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
     assert (eight == 128).all()
     ramp = torch.linspace(0, 1, 101).reshape(1, 1, 101, 1)
     for channels, pixels, most, span in (
-        (1, "uint8", 1, 255),  # as it is
+        (1, "uint8", 1, 255),  # unchanged
         (1, "uint8", 0.5, 128),
         (1, "uint8", 16 / 255, 255),  # 12 bits in 16, read as 8
         (1, "uint16", 4095 / 65535, 255),
-        (6, "uint8", 0.5, 255),  # six bands have no black and white of their own
+        (6, "uint8", 0.5, 255),  # six bands have no fixed range
         (1, "float32", 5000, 255),
     ):
         run = PretrainConfig(channels=channels, dtype=pixels)  # type: ignore[arg-type]

@@ -219,7 +219,7 @@ class Loader(BatchLoader[Array, Batch]):
         return prepare, lambda mask, weight: Batch(images.permute(0, 3, 1, 2), flip, indices, mask, weight)
 
     def _allocate(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images, flip and indices to fill; reused on a CPU, where new pages cost as much as copies into them."""
+        """Return images, flip and indices to fill; reused on a CPU, where new pages cost as much as the copies."""
         if number > _AHEAD and self._reuse:
             return self._buffers[number % (_AHEAD + 1)]  # of the batch that the loop has finished with
         count, spec = self._shard.local_batch_size, self._dataset.image_spec

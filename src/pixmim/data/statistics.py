@@ -68,7 +68,7 @@ class Measurement:
 
 
 def sample_indices(total: int, count: int) -> list[int]:
-    """Return `count` indices, always the same, one from each of `count` equal slices of `total`; all if `count` is 0."""
+    """Return `count` indices, always the same, one per equal slice of `total`; all if `count` is 0."""
     if not 0 < count < total:
         return list(range(total))
     u = rng.uniform(0, "stats", 0, np.arange(count), 1)[:, 0].tolist()
