@@ -111,7 +111,7 @@ def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -
     Image.new("RGB", (30, 30)).save(pictures / "cats" / "new.png")
     with pytest.raises(UserError, match="another fingerprint"):
         make_cache(open_dataset(str(pictures)), folder, SIZE)
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="is not a cache"):
         make_cache(open_dataset(str(pictures)), pictures, SIZE)
     with pytest.raises(UserError, match="images of 3 channels in uint8, not 1 channel in uint8: pass --channels 3"):
         open_dataset(str(folder), ImageSpec(1))

@@ -33,7 +33,7 @@ Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
 
 @dataclass(frozen=True)
 class CacheResult:
-    """Work of one process on a cache.
+    """Result of one process.
 
     Args:
         images: Images written.
@@ -80,7 +80,7 @@ def make_cache(
         progress: Called with the number of images done.
 
     Returns:
-        The work of this process.
+        What this process wrote.
 
     Raises:
         UserError: If the folder has other content, or a cache of other images or settings, or if JPEG cannot store
@@ -166,7 +166,7 @@ def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in folder.iterdir() if not path.name.endswith(".tmp")]
         if others and others != ["settings.json"]:  # which another rank may just have written
-            raise UserError(f"{folder} is not empty and not a cache: choose a new folder")
+            raise UserError(f"{folder} has other files and is not a cache: choose a new folder")
         write_json(folder / "settings.json", asdict(settings))
         return
     for name, value in vars(settings).items():

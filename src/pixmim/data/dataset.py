@@ -75,7 +75,7 @@ class ImageDataset(ABC):
     """
 
     stray_file = ""
-    """Image outside the class folders, because of which there are no labels; empty if there is none."""
+    """Image outside the class folders, because of which there are no labels; otherwise empty."""
 
     def __init__(
         self,

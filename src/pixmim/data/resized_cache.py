@@ -164,18 +164,15 @@ def _check_settings(content: Any) -> None:
     """Raise UserError unless the content of a settings.json has all settings, with valid values."""
     hints = hints_of(CacheSettings)
     content = content if isinstance(content, dict) else {}
-    for name in content.keys() | hints.keys():
+    for name in {**content, **hints}:
         if name not in hints:
             raise UserError(f"unknown setting {shown(name)}")
         value = content.get(name, getattr(CacheSettings, name, None))
         check_value(name, value, hints[name])
-        if name == "size" and not (
-            isinstance(value, list)
-            and len(value) == 2
-            and all(type(side) is int and 0 < side < 2**16 for side in value)
-        ):
+        items = value if isinstance(value, list) else [None]
+        if name == "size" and not (len(items) == 2 and all(type(n) is int and 0 < n < 2**16 for n in items)):
             raise UserError(f"size must be height and width in pixels, not {shown(value)}")
-        if name == "classes" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        if name == "classes" and not all(isinstance(item, str) for item in items):
             raise UserError(f"classes must be a list of names, not {shown(value)}")
 
 

@@ -153,11 +153,12 @@ def format_report(dataset: ImageDataset, formats: Formats, result: Measurement) 
         readable = f" of {dataset.image_spec}"
     lines = [f"{len(dataset):,} images{readable}"]
     if len(result.sizes):
-        sides = []
-        for name, values in zip(("height", "width"), result.sizes.T, strict=True):
-            low, median, high = values.min(), int(np.median(values)), values.max()
-            sides.append(f"{name} {low}" if low == high else f"{name} {low} to {high}, median {median}")
-        lines.append(f"{len(result.sizes):,} measured as {dataset.image_spec}: {'; '.join(sides)}")
+        low, median, high = result.sizes.min(0), np.median(result.sizes, 0).astype(int), result.sizes.max(0)
+        height, width = (
+            f"{low[i]}" if low[i] == high[i] else f"{low[i]} to {high[i]}, median {median[i]}" for i in (0, 1)
+        )
+        count = f"{len(result.sizes):,} measured as {dataset.image_spec}"
+        lines.append(f"{count}: height {height}; width {width}")
         lines.append("channel       mean        std    minimum    maximum")
         for k, row in enumerate(zip(result.mean, result.std, result.minimum, result.maximum, strict=True), 1):
             constant = "   constant: std 1 is used" if row[1] == 0 else ""

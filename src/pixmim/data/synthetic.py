@@ -18,6 +18,7 @@ from pixmim.data.decode.channels import convert
 from pixmim.transforms.crops import Array
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError, did_you_mean
+from pixmim.utils.validation import Choice, Whole
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
 TEXTURES = ("plain", "stripes", "bars", "checks", "dots", "rings", "grain", "clouds", "waves", "mesh")
@@ -27,8 +28,12 @@ Grid = npt.NDArray[np.floating[Any]]
 
 _NUM_UNIFORMS = 40  # random numbers per sample; some are spare
 
-_RANGES = {"count": (1, 10**13), "seed": (0, 10**13), "size": (8, 4096)}
-_TEXTURE_MODES = ("any", "match", "conflict")
+_OPTIONS: dict[str, Whole | Choice] = {
+    "count": Whole(1, 10**13),
+    "seed": Whole(0, 10**13),
+    "size": Whole(8, 4096),
+    "texture": Choice(("any", "match", "conflict")),
+}
 
 
 @dataclass(frozen=True)
@@ -80,21 +85,15 @@ class SyntheticShapes(ImageDataset):
         Raises:
             UserError: If an option is unknown or its value is invalid.
         """
-        known = (*_RANGES, "texture")
         options: dict[str, Any] = {}
         for part in filter(None, spec.removeprefix("shapes:").split(",")):
-            key, _, value = part.partition("=")
-            if key not in known:
-                raise UserError(f"shapes: has no option '{key}'{did_you_mean(key, known)} Known: {', '.join(known)}")
-            if key == "texture":
-                if value not in _TEXTURE_MODES:
-                    raise UserError(f"shapes:texture must be any, match or conflict, not '{value}'")
-                options[key] = value
-                continue
-            low, high = _RANGES[key]
-            if not re.fullmatch("[0-9]{1,14}", value) or not low <= int(value) <= high:
-                raise UserError(f"shapes:{key} must be an integer from {low} to {high:,}, not '{value}'")
-            options[key] = int(value)
+            key, _, text = part.partition("=")
+            if key not in _OPTIONS:
+                known = ", ".join(_OPTIONS)
+                raise UserError(f"shapes: has no option '{key}'{did_you_mean(key, _OPTIONS)} Known: {known}")
+            options[key] = int(text) if re.fullmatch("[0-9]{1,14}", text) else text
+            if not _OPTIONS[key].takes(options[key]):
+                raise UserError(f"shapes:{key} must be {_OPTIONS[key]}, not '{text}'")
         return SyntheticShapes(**options, image_spec=image_spec)
 
     @property

@@ -4,6 +4,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -53,7 +54,7 @@ class Report:
         current: The way that training uses after the first epoch, as the data is now.
         limit: Its bottleneck.
         sampled: Number of images that were measured with.
-        bad: Summary of the unreadable ones among them; empty if there are none.
+        bad: Summary of the unreadable ones among them; may be empty.
     """
 
     rows: list[Throughput]
@@ -158,21 +159,17 @@ def recommend(report: Report, target_rate: float | None = None) -> list[str]:
 
 
 def drop_from_page_cache(extent: Extent) -> None:
-    """Ask the system to read these bytes from disk next time. Needs no privileges.
+    """Drop these bytes from the page cache. Needs no privileges.
 
     Has no effect on bytes that were just written, on file systems in memory, on macOS and on Windows.
     """
     path, start, count = extent
-    if not hasattr(os, "posix_fadvise"):
-        return
-    try:
+    with suppress(OSError, AttributeError):  # AttributeError: the system has no posix_fadvise
         descriptor = open_regular(path)
-    except OSError:
-        return
-    try:
-        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+        try:
+            os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _measure_rate(
