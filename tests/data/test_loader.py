@@ -45,11 +45,12 @@ class Numbers(ImageDataset):
 
 
 def loader(source: object, skipped: BadImageLog | None = None, **options: object) -> Loader:
-    size, batch, start = (options.pop(name, default) for name, default in (("size", 8), ("batch", 4), ("start", 0)))
+    size, shard = options.pop("size", 8), {"batch_size": options.pop("batch", 4)}
+    shard |= {name: options.pop(name) for name in ("start", "rank", "world_size", "parts") if name in options}
     values = {"crop": CenterCrop(size), "seed": 1, "threads": 2} | options
     crop = values.pop("crop")
     skipped = BadImageLog(None, len(source), 0.5) if skipped is None else skipped
-    return Loader(source, crop, BatchShard(batch, start), skipped=skipped, **values)
+    return Loader(source, crop, BatchShard(**shard), skipped=skipped, **values)
 
 
 def take(count: int, **options: object) -> list[Batch]:
@@ -73,6 +74,30 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
     full, parts = take(3, batch=8), take(6, batch=4)
     joined = [torch.cat([parts[2 * i].images, parts[2 * i + 1].images]) for i in range(3)]
     assert all(torch.equal(a.images, b) for a, b in zip(full, joined, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batches_of_one_process(world_size: int, pictures: Path) -> None:
+    (pictures / "cats" / "1.jpg").write_bytes(b"broken")  # each rank detects it itself
+    data = open_dataset(str(pictures))
+    options = {"source": data, "size": 16, "crop": SimpleResizedCrop(16)}
+    full = take(4, batch=12, **options)
+    ranks = [take(4, batch=12, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    for batch, parts in zip(full, zip(*ranks, strict=True), strict=True):
+        assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+        assert torch.equal(batch.flip, torch.cat([part.flip for part in parts]))
+
+
+@pytest.mark.parametrize("parts", [4, 5])
+def test_accumulation_steps_share_the_batches(parts: int) -> None:
+    full, split = take(3, batch=12), take(3 * parts, batch=12, parts=parts)
+    assert torch.equal(torch.cat([b.images for b in full]), torch.cat([b.images for b in split]))
+    assert torch.equal(torch.cat([b.indices for b in full]), torch.cat([b.indices for b in split]))
+
+
+def test_a_batch_that_does_not_divide_among_ranks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="does not divide among 3 ranks"):
+        BatchShard(8, world_size=3)
 
 
 def test_each_image_occurs_once_per_epoch_in_the_documented_order() -> None:
@@ -193,9 +218,8 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_memory_does_not_grow_over_epochs(pictures: Path) -> None:
-    source = open_dataset(str(pictures))
-    with loader(source, size=96, batch=10, crop=RandomResizedCrop(96)) as batches:
+def test_memory_does_not_grow_over_epochs() -> None:
+    with loader(Numbers(10), size=96, batch=10, crop=RandomResizedCrop(96)) as batches:
         sizes = []
         for _ in range(4):
             for _ in range(100):  # one epoch each
