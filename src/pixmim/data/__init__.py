@@ -27,6 +27,9 @@ def open_dataset(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float 
         image_spec: Channels and dtype that images are converted to.
         shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
 
+    Returns:
+        The dataset.
+
     Raises:
         UserError: If there is no such dataset, it has no images, or it is damaged.
     """

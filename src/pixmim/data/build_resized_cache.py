@@ -10,7 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -107,7 +107,7 @@ def make_cache(
     _write_or_check_settings(folder, settings)
     start, images, written, done = time.monotonic(), 0, 0, 0
     skipped = BadImageLog(folder / (f"skipped-{rank}.csv" if world_size > 1 else "skipped.csv"), len(dataset), 1.0)
-    advance, labels = prefetch_in_order(dataset), dataset.labels  # some datasets compute labels at each access
+    labels = dataset.labels  # some datasets compute them at each access
     missing = []
     for shard in range(rank, settings.num_shards, world_size):
         if read_index(folder, shard) is None:
@@ -115,12 +115,6 @@ def make_cache(
         else:
             done += len(settings.images_of(shard))
             progress(done)
-
-    def indices() -> Iterator[int]:
-        for shard in missing:
-            for index in settings.images_of(shard):
-                advance(index)
-                yield index
 
     def make_sample(index: int) -> Sample | None:
         try:
@@ -130,12 +124,16 @@ def make_cache(
             return None
         return _encode(image, index, dataset.path_of(index), -1 if labels is None else int(labels[index]), settings)
 
+    def indices() -> Iterator[int]:
+        return chain.from_iterable(map(settings.images_of, missing))
+
     with thread_pool(threads, "pixmim-cache") as pool:
-        samples = ordered_map(pool, make_sample, indices(), per_shard)  # continue while a shard is written
+        made = ordered_map(pool, make_sample, indices(), per_shard)  # continues while a shard is written
+        samples = zip(prefetch_in_order(dataset, indices()), made, strict=True)
 
         def take(count: int) -> Iterator[Sample]:
             nonlocal done
-            for sample in islice(samples, count):
+            for _, sample in islice(samples, count):
                 done += 1
                 progress(done)
                 if sample is not None:

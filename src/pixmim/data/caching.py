@@ -19,6 +19,7 @@ from pixmim.data.sampler import BatchShard, SampleBatch
 from pixmim.masking import Mask
 from pixmim.transforms.crops import Crop, as_int16_view, reflect_indices
 from pixmim.utils.errors import UserError
+from pixmim.utils.threads import ordered_map
 
 CacheLocation = Literal["gpu", "ram", "none"]
 
@@ -26,6 +27,7 @@ MEMORY_FRACTION = 0.25
 """Largest fraction of a memory that decoded images take by default."""
 
 _CROPS_AT_ONCE = 64  # bounds the memory of the pixel indices of a GPU batch
+_UPLOADS_AHEAD = 256  # images that are read ahead while they are copied to the GPU
 
 
 def choose_cache_location(
@@ -130,11 +132,11 @@ class GpuLoader(BatchLoader[None, Batch]):
         self._ends = np.cumsum(self._sizes.prod(axis=1))
         shape = int(self._ends[-1]), dataset.image_spec.channels
         self._pixels = as_int16_view(torch.empty(shape, dtype=self._dtype, device=self._device))
-        advance = prefetch_in_order(dataset)
-        advance(0)
+        indices = range(len(dataset))
+        uploads = ordered_map(self._pool, self._upload, indices, _UPLOADS_AHEAD)
         try:
-            for count, _ in enumerate(self._pool.map(self._upload, range(len(dataset))), 1):
-                advance(count)
+            for _ in zip(prefetch_in_order(dataset, indices), uploads, strict=True):
+                pass
         except BaseException:
             self.close()
             raise

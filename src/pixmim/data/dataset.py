@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -149,20 +149,15 @@ class HasExtent(Protocol):
         """Return the file or URL of an image, its first byte and its number of bytes (0: up to the end)."""
 
 
-def prefetch_in_order(dataset: ImageDataset) -> Callable[[int], None]:
-    """Return a callback that prefetches the next shards during a sequential read, given the current index."""
-    if dataset.shard_sizes is None:
-        return lambda index: None
-    ends, previous = np.cumsum(dataset.shard_sizes), -1
-
-    def advance(index: int) -> None:
-        nonlocal previous
-        shard = int(np.searchsorted(ends, index, side="right"))
-        if previous != shard < len(ends):
+def prefetch_in_order(dataset: ImageDataset, indices: Iterable[int]) -> Iterator[int]:
+    """Yield increasing indices; before each, prefetch the shards that a sequential read from it needs."""
+    ends, previous = np.cumsum(dataset.shard_sizes if dataset.shard_sizes is not None else []), -1
+    for index in indices:
+        shard = int(np.searchsorted(ends, index, side="right")) if len(ends) else -1
+        if shard != previous:
             previous = shard
             dataset.prefetch(range(shard, min(shard + _LOOKAHEAD, len(ends))))
-
-    return advance
+        yield index
 
 
 class DatasetWrapper(ImageDataset):

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, Required, TypedDict, TypeVar, Unpack
@@ -257,17 +258,10 @@ def iterate_in_order(
         skipped.mark_ok(index)
         return crop.crop(image)
 
-    advance = prefetch_in_order(dataset)
-
-    def indices() -> Iterator[int]:
-        for index in range(first, len(dataset)):
-            advance(index)
-            yield index
-
     with thread_pool(threads, "pixmim-read") as pool:
-        images = ordered_map(pool, read, indices(), _AHEAD * batch)
+        indices = range(first, len(dataset))
+        images = zip(prefetch_in_order(dataset, indices), ordered_map(pool, read, indices, _AHEAD * batch), strict=True)
         for start in range(first, len(dataset), batch):
-            part = range(start, min(start + batch, len(dataset)))
-            readable = [(index, image) for index, image in zip(part, images, strict=False) if image is not None]
+            readable = [(index, image) for index, image in islice(images, batch) if image is not None]
             stack = stack_images([image for _, image in readable]) if readable else torch.empty(0, 1, 1, 1)
-            yield stack, np.asarray([index for index, _ in readable], np.int64), part.stop
+            yield stack, np.asarray([index for index, _ in readable], np.int64), min(start + batch, len(dataset))
