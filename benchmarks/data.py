@@ -1,9 +1,9 @@
-"""Images a second from a folder and from caches of it, against the official MAE pipeline, on this machine's cores.
+"""Compare the throughput of a folder and of its caches with the official MAE pipeline, in images/s.
 
-python benchmarks/data.py --data FOLDER        full-size photographs; makes its caches in a temporary folder
+python benchmarks/data.py --data FOLDER        full-size photographs; caches are created in a temporary folder
 
-official   DataLoader with a process for each core: PIL, torchvision's RandomResizedCrop (bicubic), ToTensor, Normalize
-pixmim     the Loader, uint8 out; flip and normalization are the device's
+official   DataLoader, one process per core: PIL, torchvision's RandomResizedCrop (bicubic), ToTensor, Normalize
+pixmim     Loader, which yields uint8; the device flips and normalizes
 """
 
 import argparse
@@ -23,11 +23,10 @@ from torchvision import transforms
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import ImageDataset
+from pixmim.data.dataset import ImageDataset, InMemoryDataset
 from pixmim.data.image_folder import ImageFolder
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
-from pixmim.data.wrappers import InMemoryDataset
 from pixmim.transforms.crops import Crop, RandomResizedCrop, SimpleResizedCrop
 
 BATCH, SIZE = 256, 224
@@ -36,12 +35,12 @@ BATCH, SIZE = 256, 224
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--images", type=int, default=2048, help="images in a turn")
+    parser.add_argument("--images", type=int, default=2048, help="images per measurement")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     print(f"{machine()}, {os.cpu_count()} cores; median of {options.rounds}")
     folder = open_dataset(options.data)
-    assert isinstance(folder, ImageFolder), "give full-size photographs in a folder, or a .txt that names them"
+    assert isinstance(folder, ImageFolder), "pass --data with a folder of full-size photographs, or a .txt list"
     count = options.images // BATCH * BATCH
     src, rrc = SimpleResizedCrop(SIZE), RandomResizedCrop(SIZE)
     with tempfile.TemporaryDirectory() as where:
@@ -51,9 +50,9 @@ def main() -> None:
             made = make_cache(folder, Path(where) / name, (SIZE, SIZE), **kind)
             caches[name] = open_dataset(str(Path(where) / name))
             rate, size = made.images / made.seconds, made.bytes / made.images
-            print(f"cache {name}: made at {rate:.0f} images/s, {size:,.0f} bytes an image")
+            print(f"cache {name}: made at {rate:.0f} images/s, {size:,.0f} bytes per image")
         kept = InMemoryDataset(caches["4:4:4"])
-        long = 10 * count  # a turn of what is fast, so that its start does not count for much
+        long = 10 * count  # images for fast candidates, so that the startup time is negligible
         candidates = {
             "official, from the folder": (official(folder, count), count),
             "pixmim RRC, from the folder": (ours(folder, rrc, count), count),

@@ -1,9 +1,9 @@
-"""Frozen features of cached images, as evaluations compute them, against a bare forward loop.
+"""Compare the feature extraction of evaluations with a bare forward loop, on cached images.
 
-python benchmarks/features.py --data FOLDER        labeled photographs; makes its cache in a temporary folder
+python benchmarks/features.py --data FOLDER        labeled photographs; the cache is created in a temporary folder
 
-bare        the encoder's own forward pass over batches that lie ready in memory: decoded, cropped, normalized
-freeze      what evaluations call: reads, decodes, crops, normalizes, and keeps what the last four blocks say
+bare        the encoder's forward pass over batches in memory that are already decoded, cropped and normalized
+extract     `extract_features`: reads, decodes, crops, normalizes, and keeps the outputs of the last four blocks
 reading     the same without the encoder
 """
 
@@ -22,9 +22,8 @@ from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import ImageDataset
+from pixmim.data.dataset import ImageDataset, Subset
 from pixmim.data.loader import iterate_in_order
-from pixmim.data.wrappers import Subset
 from pixmim.evaluation.features import extract_features
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, wrap_live_encoder
 from pixmim.training.precision import autocast, choose_attention, choose_device, choose_precision
@@ -40,17 +39,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a CPU that others use too")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a shared CPU")
     options = parser.parse_args()
     print(f"{machine()}, {os.cpu_count()} cores; {options.images} images at 224 px")
     print(f"median of {options.rounds}, {options.clock} time; batches of {options.batch}")
     source = open_dataset(options.data)
     with tempfile.TemporaryDirectory() as where:
-        some = Subset(source, range(min(options.images, len(source))))
-        make_cache(some, Path(where) / "cache", (256, 256))  # as evaluations resize: 256/224 of the encoder's size
+        subset = Subset(source, range(min(options.images, len(source))))
+        make_cache(subset, Path(where) / "cache", (256, 256))  # evaluations resize to 256/224 of the encoder's size
         cache = open_dataset(f"{where}/cache")
         for backbone in BACKBONES:
-            encoder = ready(backbone)
+            encoder = build_frozen_encoder(backbone)
             seconds = interleaved(
                 candidates(encoder, cache, options.batch), options.rounds, clock=CLOCKS[options.clock]
             )
@@ -59,7 +58,7 @@ def main() -> None:
                 print(f"  {name:<10}{len(cache) / time:8.1f} images/s   {seconds['bare'] / time:6.3f} x bare")
 
 
-def ready(backbone: str) -> FrozenEncoder:
+def build_frozen_encoder(backbone: str) -> FrozenEncoder:
     run = PretrainConfig(model=ArchitectureConfig("simmim" if "swin" in backbone else "mae", backbone))
     retain_freed_memory()
     device = choose_device("auto")
@@ -78,14 +77,14 @@ def candidates(encoder: FrozenEncoder, cache: ImageDataset, batch: int) -> dict[
             for images in batches:
                 encoder.module(images)
 
-    def frozen() -> None:
+    def extract() -> None:
         extract_features(encoder, cache, batch=batch)
 
     def reading() -> None:
         for _ in read(encoder, cache, batch):
             pass
 
-    return {"bare": bare, "freeze": frozen, "reading": reading}
+    return {"bare": bare, "extract": extract, "reading": reading}
 
 
 def read(encoder: FrozenEncoder, cache: ImageDataset, batch: int) -> Iterator[Tensor]:

@@ -1,18 +1,18 @@
-"""The same resized pictures through pixmim's Loader and through the loaders that people use, on this machine's cores.
+"""Compare pixmim's Loader with widely used loaders on the same resized images.
 
-pip install webdataset litdata datasets        what is not installed is left out
-python benchmarks/loaders.py --data FOLDER     photographs; all copies are made in a temporary folder
+pip install webdataset litdata datasets        loaders that are not installed are skipped
+python benchmarks/loaders.py --data FOLDER     photographs; copies are created in a temporary folder
 
-Everyone gets the JPEGs of a cache (quality 95, shortest edge 224) in its own format, decodes them, cuts them with
-pixmim's simple resized crop, shuffles, and hands over uint8 batches of 64, epoch after epoch. Everyone has a process,
-or a thread, for each core, and keeps them. A turn is 32 batches, after some that do not count: twice as many as anyone
-may have made ready while others had their turn. Turns are short because shared machines drift within a minute.
+Each loader reads the JPEGs of a cache (quality 95, shortest side 224) in its own format, decodes and shuffles them,
+applies pixmim's simple resized crop, and yields uint8 batches of 64. Each has one persistent process or thread per
+core. A measurement is 32 batches, after a warm-up of twice the number of batches that a loader prepares in advance.
+Measurements are short, because the speed of shared machines drifts within a minute.
 
---decoder own          the others decode as they do by themselves: files and litdata by torchvision, the rest by Pillow
---decoder simplejpeg   the others are given pixmim's decoder
+--decoder own          the others use their own decoder: torchvision for files and litdata, Pillow for the rest
+--decoder simplejpeg   the others use pixmim's decoder
 
 files       DataLoader over single files
-webdataset  WebLoader over tar shards, batches made in the workers
+webdataset  WebLoader over tar shards, batched in the workers
 litdata     StreamingDataLoader over its chunks
 datasets    DataLoader over a memory-mapped Arrow table, read batch by batch
 pixmim      the Loader over the cache
@@ -39,48 +39,48 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import Subset
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.sampler import BatchShard
 from pixmim.data.shards.dataset import ShardDataset
-from pixmim.data.wrappers import Subset
 from pixmim.transforms.crops import SimpleResizedCrop
 
-BATCH, SIZE, TURN, AHEAD = 64, 224, 32, 4  # AHEAD: batches that each process of the others may have ready
+BATCH, SIZE, TURN, AHEAD = 64, 224, 32, 4  # AHEAD: batches that each process prefetches
 CROP = SimpleResizedCrop(SIZE)
 WORKERS = os.cpu_count() or 1
 PROCESSES: dict[str, Any] = {"num_workers": WORKERS, "persistent_workers": True, "prefetch_factor": AHEAD}
 
 Batches = Iterator[Tensor]
-"""Without an end, (b h w c)."""
+"""Endless, uint8 (b h w c)."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--images", type=int, default=8000, help="images in an epoch")
+    parser.add_argument("--images", type=int, default=8000, help="images per epoch")
     parser.add_argument("--chroma", choices=["444", "420"], default="444")
     parser.add_argument("--decoder", choices=["own", "simplejpeg"], default="own")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     source = open_dataset(options.data)
     count = min(options.images, len(source)) // BATCH * BATCH
-    assert count, f"give at least {BATCH} photographs"
+    assert count, f"pass --data with at least {BATCH} photographs"
     chroma = ":".join(options.chroma)
-    print(f"{machine()}, {WORKERS} cores; {count} images, {chroma}, median of {options.rounds} turns")
+    print(f"{machine()}, {WORKERS} cores; {count} images, {chroma}, median of {options.rounds}")
     own = options.decoder == "own"
-    print(f"the others decode by {'themselves' if own else 'simplejpeg, as pixmim does'}")
+    print(f"decoder of the others: {'their own' if own else 'simplejpeg'}")
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
-        part, shard = Subset(source, range(count)), -(-count // (4 * WORKERS))  # four shards for each worker
-        make_cache(part, folder / "cache", (SIZE, SIZE), chroma=options.chroma, per_shard=shard)
+        subset, shard = Subset(source, range(count)), -(-count // (4 * WORKERS))  # four shards per worker
+        make_cache(subset, folder / "cache", (SIZE, SIZE), chroma=options.chroma, per_shard=shard)
         cache = open_cache(folder / "cache")
         candidates: dict[str, Batches] = {"files": files(cache, folder / "files", own)}
         for name, prepare in PEERS.items():
             try:
                 print(f"{name} {version(name)}")
             except PackageNotFoundError:
-                print(f"{name} is not installed, and left out")
+                print(f"{name} is not installed: skipped")
                 continue
             candidates[name] = prepare(cache, folder / name, own)
         candidates["pixmim"] = pixmim(cache)
@@ -95,18 +95,18 @@ def main() -> None:
         print(f"{name:<12}{BATCH / time:8.0f} images/s   {seconds[best] / time:5.2f} x {best}")
 
 
-def ready(jpeg: bytes) -> Tensor:
-    """A crop, uint8 (h w c), decoded as pixmim decodes."""
-    return cut(torch.from_numpy(simplejpeg.decode_jpeg(jpeg)).permute(2, 0, 1))
+def decode_and_crop(jpeg: bytes) -> Tensor:
+    """Decode a JPEG with pixmim's decoder and crop it, uint8 (h w c)."""
+    return crop(torch.from_numpy(simplejpeg.decode_jpeg(jpeg)).permute(2, 0, 1))
 
 
-def cut(image: Tensor) -> Tensor:
-    """A crop, uint8 (h w c), of an image (c h w)."""
+def crop(image: Tensor) -> Tensor:
+    """Crop an image (c h w), uint8 (h w c)."""
     return CROP.crop(image, torch.rand(CROP.num_uniforms).tolist()).permute(1, 2, 0)
 
 
 def jpegs(cache: ShardDataset) -> Iterable[bytes]:
-    """The files of a cache, as they lie in it."""
+    """Yield the JPEG files of a cache."""
     for index in range(len(cache)):
         path, start, size = cache.extent(index)
         with open(path, "rb") as tar:
@@ -114,8 +114,8 @@ def jpegs(cache: ShardDataset) -> Iterable[bytes]:
             yield tar.read(size)
 
 
-def through(loader: Iterable[Any]) -> Batches:
-    """The batches of one epoch after the other."""
+def repeat(loader: Iterable[Any]) -> Batches:
+    """Repeat the batches of a loader."""
     while True:
         for batch in loader:
             assert batch.dtype == torch.uint8 and batch.shape[1:] == (SIZE, SIZE, 3)
@@ -130,7 +130,7 @@ def pixmim(cache: ShardDataset) -> Batches:
 
 
 class Folder(Dataset[Tensor]):
-    """JPEGs as single files."""
+    """Dataset of single JPEG files."""
 
     def __init__(self, paths: list[str], own: bool) -> None:
         self.paths, self.own = paths, own
@@ -140,17 +140,17 @@ class Folder(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         if self.own:
-            return cut(decode_image(self.paths[index]))
+            return crop(decode_image(self.paths[index]))
         with open(self.paths[index], "rb") as file:
-            return ready(file.read())
+            return decode_and_crop(file.read())
 
 
 def files(cache: ShardDataset, folder: Path, own: bool) -> Batches:
-    return through(DataLoader(Folder(written(cache, folder), own), BATCH, shuffle=True, **PROCESSES))
+    return repeat(DataLoader(Folder(write_files(cache, folder), own), BATCH, shuffle=True, **PROCESSES))
 
 
-def written(cache: ShardDataset, folder: Path) -> list[str]:
-    """The paths of a cache's JPEGs, each in a file of its own."""
+def write_files(cache: ShardDataset, folder: Path) -> list[str]:
+    """Write each JPEG of a cache to a file of its own; return the paths."""
     folder.mkdir()
     paths = [folder / f"{number:06d}.jpg" for number in range(len(cache))]
     for path, jpeg in zip(paths, jpegs(cache), strict=True):
@@ -161,11 +161,11 @@ def written(cache: ShardDataset, folder: Path) -> list[str]:
 def webdataset(cache: ShardDataset, folder: Path, own: bool) -> Batches:
     import webdataset as wds
 
-    shards = sorted({cache.extent(index)[0] for index in range(len(cache))})  # they are WebDataset's own format
+    shards = sorted({cache.extent(index)[0] for index in range(len(cache))})  # already in WebDataset's format
     data = wds.WebDataset(shards, shardshuffle=len(shards), select_files=is_jpeg, empty_check=False)
     data = data.shuffle(500).decode("torchrgb8") if own else data.shuffle(500)
-    data = data.to_tuple("jpg").map_tuple(cut if own else ready).batched(BATCH, collation_fn=stack_first)
-    return through(wds.WebLoader(data, batch_size=None, **PROCESSES))
+    data = data.to_tuple("jpg").map_tuple(crop if own else decode_and_crop).batched(BATCH, collation_fn=stack_first)
+    return repeat(wds.WebLoader(data, batch_size=None, **PROCESSES))
 
 
 def is_jpeg(name: str) -> bool:
@@ -181,36 +181,36 @@ def litdata(cache: ShardDataset, folder: Path, own: bool) -> Batches:
     from litdata.streaming import Cache
 
     writer = Cache(str(folder), chunk_bytes="16MB")
-    samples = map(Image.open, written(cache, folder.with_name("jpegs"))) if own else jpegs(cache)
+    samples = map(Image.open, write_files(cache, folder.with_name("jpegs"))) if own else jpegs(cache)
     for index, sample in enumerate(samples):
-        writer[index] = sample  # of a picture, litdata keeps the file's bytes
+        writer[index] = sample  # litdata stores the file of a PIL image
     writer.done()
     writer.merge()
 
-    class Streamed(StreamingDataset):  # type: ignore[misc]  # its way to decode
+    class Streamed(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, index: Any) -> Tensor:
-            return (cut if own else ready)(super().__getitem__(index))
+            return (crop if own else decode_and_crop)(super().__getitem__(index))
 
-    return through(StreamingDataLoader(Streamed(str(folder), shuffle=True), batch_size=BATCH, **PROCESSES))
+    return repeat(StreamingDataLoader(Streamed(str(folder), shuffle=True), batch_size=BATCH, **PROCESSES))
 
 
 def datasets(cache: ShardDataset, folder: Path, own: bool) -> Batches:
     from datasets import Dataset as Table
     from datasets import Features, Value, disable_progress_bars, load_from_disk
-    from datasets import Image as Picture
+    from datasets import Image as ImageFeature
 
     disable_progress_bars()
     rows = [{"bytes": jpeg} if own else jpeg for jpeg in jpegs(cache)]
-    table = Table.from_dict({"jpg": rows}, features=Features({"jpg": Picture() if own else Value("binary")}))
+    table = Table.from_dict({"jpg": rows}, features=Features({"jpg": ImageFeature() if own else Value("binary")}))
     table.save_to_disk(folder)
     table = load_from_disk(folder)
     table.set_transform(crops)
-    return through(DataLoader(table, BATCH, shuffle=True, collate_fn=stack_rows, **PROCESSES))
+    return repeat(DataLoader(table, BATCH, shuffle=True, collate_fn=stack_rows, **PROCESSES))
 
 
 def crops(rows: dict[str, list[Any]]) -> dict[str, list[Tensor]]:
-    """Of files, or of the pictures that datasets has made of them."""
-    return {"crop": [ready(one) if isinstance(one, bytes) else cut(pil_to_tensor(one)) for one in rows["jpg"]]}
+    """Crop encoded files, or images that datasets has decoded."""
+    return {"crop": [decode_and_crop(x) if isinstance(x, bytes) else crop(pil_to_tensor(x)) for x in rows["jpg"]]}
 
 
 def stack_rows(rows: list[dict[str, Tensor]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A cache: plain tar files with an index, whole or not counted, and the same pictures from it as without it."""
+"""Test resized caches: plain tars with an index, complete or unused, with the pixels of the original images."""
 
 import io
 import json
@@ -24,7 +24,7 @@ Make = Callable[..., PretrainConfig]
 SIZE = (24, 24)
 
 
-def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp_path: Path) -> None:
+def test_tarfile_and_the_index_read_the_same_images(pictures: Path, tmp_path: Path) -> None:
     (pictures / "cats" / "2.jpg").write_bytes(b"broken")
     source = open_dataset(str(pictures))
     made = make_cache(source, tmp_path / "cache", SIZE, per_shard=4)
@@ -45,16 +45,15 @@ def test_any_tool_reads_the_tar_and_the_index_finds_the_same(pictures: Path, tmp
         pixels = np.asarray(Image.open(io.BytesIO(found[f"{key}.jpg"])))
         assert np.array_equal(data.image(i).permute(1, 2, 0).numpy(), pixels)
         assert int(found[f"{key}.cls"]) == data.labels[i]
-        about = json.loads(found[f"{key}.json"])
+        metadata = json.loads(found[f"{key}.json"])
         original = source.image(int(key))
-        assert about == {"path": source.path_of(int(key)), "height": original.shape[1], "width": original.shape[2]}
+        assert metadata == {"path": source.path_of(int(key)), "height": original.shape[1], "width": original.shape[2]}
         assert min(data.image(i).shape[1:]) == 24
         resized = resize_to_cover(original, SIZE).float()
-        assert (data.image(i).float() - resized).abs().mean() < 12  # noise is the hardest of pictures for a JPEG
+        assert (data.image(i).float() - resized).abs().mean() < 12  # JPEG compresses noise badly
 
 
-def test_a_raw_cache_trains_exactly_as_the_pictures_do(pictures: Path, tmp_path: Path, tiny_run: Make) -> None:
-    """The resize is the one that the crop begins with, so losses and weights are bitwise the same."""
+def test_a_raw_cache_trains_bitwise_like_the_folder(pictures: Path, tmp_path: Path, tiny_run: Make) -> None:
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (32, 32), kind="raw")
     runs = [tiny_run(data=str(path), steps=3, cache_images="none") for path in (pictures, tmp_path / "cache")]
     for name, run in zip("ab", runs, strict=True):
@@ -65,7 +64,7 @@ def test_a_raw_cache_trains_exactly_as_the_pictures_do(pictures: Path, tmp_path:
     assert (tmp_path / "c" / "encoder/model.safetensors").read_bytes()[-100_000:] == a[-100_000:]
 
 
-def test_it_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path) -> None:
+def test_an_interrupted_cache_resumes(pictures: Path, tmp_path: Path) -> None:
     source, folder = open_dataset(str(pictures)), tmp_path / "cache"
 
     def stop(done: int) -> None:
@@ -79,14 +78,14 @@ def test_it_goes_on_where_it_was_interrupted(pictures: Path, tmp_path: Path) -> 
         open_cache(folder)
     before = (folder / shard_name(0, "tar")).stat().st_mtime_ns
     tar = folder / shard_name(1, "tar")
-    tar.write_bytes(tar.read_bytes()[:-512])  # cut off by a full disk, say
+    tar.write_bytes(tar.read_bytes()[:-512])  # as on a full disk
     made = make_cache(source, folder, SIZE, per_shard=3)
     assert made.images == 3 + 3 + 1 and made.complete
     assert (folder / shard_name(0, "tar")).stat().st_mtime_ns == before
     assert len(open_cache(folder)) == 10 and not list(folder.glob("*.tmp"))
 
 
-def test_parts_make_the_same_files_as_one_process(
+def test_several_processes_write_the_files_of_one(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_dataset(str(pictures))
@@ -112,7 +111,7 @@ def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -
     Image.new("RGB", (30, 30)).save(pictures / "cats" / "new.png")
     with pytest.raises(UserError, match="another fingerprint"):
         make_cache(open_dataset(str(pictures)), folder, SIZE)
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="is not a cache"):
         make_cache(open_dataset(str(pictures)), pictures, SIZE)
     with pytest.raises(UserError, match="images of 3 channels in uint8, not 1 channel in uint8: pass --channels 3"):
         open_dataset(str(folder), ImageSpec(1))
@@ -132,23 +131,23 @@ def test_grey_and_420(pictures: Path, tmp_path: Path) -> None:
     assert sizes[0] < sizes[1]
 
 
-def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tmp_path: Path) -> None:
-    """A fuzz: bytes flipped, cut off or put in at random places."""
+def test_damage_is_an_error_or_a_bad_image(pictures: Path, tmp_path: Path) -> None:
+    """Flip, remove or insert bytes at random offsets."""
     folder = tmp_path / "cache"
     make_cache(open_dataset(str(pictures)), folder, SIZE, per_shard=5)
-    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    original = {path: path.read_bytes() for path in folder.iterdir()}
     generator = np.random.default_rng(0)
     for _ in range(150):
-        path = list(whole)[generator.integers(len(whole))]
-        content = bytearray(whole[path])
-        place = int(generator.integers(len(content)))
+        path = list(original)[generator.integers(len(original))]
+        content = bytearray(original[path])
+        offset = int(generator.integers(len(content)))
         kind = generator.integers(3)
         if kind == 0:
-            content[place] ^= int(generator.integers(1, 256))
+            content[offset] ^= int(generator.integers(1, 256))
         elif kind == 1:
-            del content[place:]
+            del content[offset:]
         else:
-            content[place:place] = generator.bytes(7)
+            content[offset:offset] = generator.bytes(7)
         path.write_bytes(bytes(content))
         try:
             data = open_dataset(str(folder))
@@ -159,7 +158,7 @@ def test_no_damage_to_tar_or_index_is_more_than_a_clear_error(pictures: Path, tm
                     continue
         except UserError:
             pass
-        path.write_bytes(whole[path])
+        path.write_bytes(original[path])
 
 
 def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +166,7 @@ def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     status, text = say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)
     assert status == 0 and "10 images written" in text and f"train with --data {out}" in text
     assert open_cache(out).image(0).shape[1:] in {(40, 56), (34, 48), (35, 48)}
-    assert "nothing was left to do" in say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)[1]
+    assert "no images left to write" in say(capsys, "cache", pictures, out, "--size", "32x48", "--per-shard", 3)[1]
     names = tmp_path / "some.txt"
     names.write_text("pictures/cats/0.jpg\npictures/dogs/1.jpg\n")
     assert "2 images written" in say(capsys, "cache", names, tmp_path / "two")[1]

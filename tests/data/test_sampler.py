@@ -1,4 +1,4 @@
-"""The order of an epoch: every image once, near pieces together, and known without the whole."""
+"""Test the order of an epoch: each image once, shard by shard, each position independent of the others."""
 
 from itertools import pairwise
 
@@ -8,32 +8,32 @@ import pytest
 from pixmim.data.sampler import WINDOW, ShuffledOrder
 from pixmim.utils import rng
 
-PIECES = np.asarray([7, 1, 30, 12, 5] * 9 + [3])  # 46 pieces in three windows
+SHARD_SIZES = np.asarray([7, 1, 30, 12, 5] * 9 + [3])  # 46 shards in three windows
 
 
-def test_without_pieces_it_is_one_permutation() -> None:
+def test_without_shards_an_epoch_is_a_permutation() -> None:
     assert ShuffledOrder(3, 100).at(2, np.arange(100)).tolist() == rng.permutation(3, 2, 100).tolist()
     assert ShuffledOrder(3, 100).upcoming_shards(2, 50) == []
 
 
-def test_with_pieces_every_image_comes_once_an_epoch_window_by_window() -> None:
-    count, ends = int(PIECES.sum()), np.cumsum(PIECES)
-    order = ShuffledOrder(3, count, PIECES)
+def test_with_shards_each_image_occurs_once_per_epoch_window_by_window() -> None:
+    count, ends = int(SHARD_SIZES.sum()), np.cumsum(SHARD_SIZES)
+    order = ShuffledOrder(3, count, SHARD_SIZES)
     seen = []
     for epoch in range(3):
         found = order.at(epoch, np.arange(count))
         assert sorted(found) == list(range(count))
-        pieces = np.searchsorted(ends, found, side="right")
-        first = {int(piece): int(np.flatnonzero(pieces == piece)[0]) for piece in np.unique(pieces)}
-        last = {int(piece): int(np.flatnonzero(pieces == piece)[-1]) for piece in np.unique(pieces)}
-        # The pieces of a window are over before the next window begins.
-        shuffled = rng.shuffled(3, "shard_sizes", epoch, len(PIECES), np.arange(len(PIECES))).tolist()
+        shards = np.searchsorted(ends, found, side="right")
+        first = {int(shard): int(np.flatnonzero(shards == shard)[0]) for shard in np.unique(shards)}
+        last = {int(shard): int(np.flatnonzero(shards == shard)[-1]) for shard in np.unique(shards)}
+        # All images of a window precede those of the next window.
+        shuffled = rng.shuffled(3, "shard_sizes", epoch, len(SHARD_SIZES), np.arange(len(SHARD_SIZES))).tolist()
         windows = [shuffled[k : k + WINDOW] for k in range(0, len(shuffled), WINDOW)]
         for one, two in pairwise(windows):
-            assert max(last[piece] for piece in one) < min(first[piece] for piece in two)
+            assert max(last[shard] for shard in one) < min(first[shard] for shard in two)
             assert order.upcoming_shards(epoch, first[one[0]]) == one + two
-        # In the last window the next epoch's first one is asked for.
-        ahead = rng.shuffled(3, "shard_sizes", epoch + 1, len(PIECES), np.arange(WINDOW)).tolist()
+        # The last window prefetches the first window of the next epoch.
+        ahead = rng.shuffled(3, "shard_sizes", epoch + 1, len(SHARD_SIZES), np.arange(WINDOW)).tolist()
         assert order.upcoming_shards(epoch, count - 1) == list(dict.fromkeys(windows[-1] + ahead))
         seen.append(found.tolist())
     assert seen[0] != seen[1] != seen[2]
@@ -41,21 +41,24 @@ def test_with_pieces_every_image_comes_once_an_epoch_window_by_window() -> None:
 
 def test_images_of_a_window_are_mixed() -> None:
     order = ShuffledOrder(0, 1600, np.full(16, 100))
-    pieces = order.at(0, np.arange(1600)) // 100
-    share = (pieces[1:] == pieces[:-1]).mean()
-    assert 0.03 < share < 0.1  # a sixteenth of neighbours are of one piece
+    shards = order.at(0, np.arange(1600)) // 100
+    share = (shards[1:] == shards[:-1]).mean()
+    assert 0.03 < share < 0.1  # a sixteenth of neighbors are in the same shard
 
 
-def test_a_place_is_known_by_itself() -> None:
-    order, whole = ShuffledOrder(3, int(PIECES.sum()), PIECES), ShuffledOrder(3, int(PIECES.sum()), PIECES)
-    together = whole.at(1, np.arange(PIECES.sum()))
-    for place in (400, 0, 17, 250):
-        assert order.at(1, [place]).tolist() == [together[place]]
+def test_a_position_is_computed_independently() -> None:
+    order, full = (
+        ShuffledOrder(3, int(SHARD_SIZES.sum()), SHARD_SIZES),
+        ShuffledOrder(3, int(SHARD_SIZES.sum()), SHARD_SIZES),
+    )
+    all_indices = full.at(1, np.arange(SHARD_SIZES.sum()))
+    for position in (400, 0, 17, 250):
+        assert order.at(1, [position]).tolist() == [all_indices[position]]
 
 
 def test_a_hundred_million_images_need_no_memory() -> None:
-    far = ShuffledOrder(0, 10**8, np.full(50_000, 2_000))
-    found = far.at(7, np.arange(10**8 - 1000, 10**8))
+    order = ShuffledOrder(0, 10**8, np.full(50_000, 2_000))
+    found = order.at(7, np.arange(10**8 - 1000, 10**8))
     assert len(set(found.tolist())) == 1000 and found.min() >= 0 and found.max() < 10**8
 
 

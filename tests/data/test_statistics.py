@@ -1,4 +1,4 @@
-"""Mean and deviation against numpy, where they are kept, and runs of every form that find them."""
+"""Test dataset statistics against NumPy, their storage, and runs of all formats that use them."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,15 @@ from pixmim.config_io import from_json
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import ImageSpec
-from pixmim.data.statistics import Stats, fitting, kinds, load_statistics, measure_statistics, remember, sample, to_keep
+from pixmim.data.statistics import (
+    Stats,
+    choose_image_spec,
+    count_formats,
+    load_statistics,
+    measure,
+    sample_indices,
+    save_statistics,
+)
 from pixmim.evaluation.embed import embed
 from pixmim.evaluation.visualize import to_pixels, to_rgb
 from pixmim.report import write_report
@@ -35,7 +43,7 @@ RNG = np.random.default_rng(0)
 
 
 def bands(folder: Path, kind: type, channels: int, count: int = 12) -> Path:
-    """A folder of .npy or, of 16 bits, TIFF, of several sizes."""
+    """Write .npy files, or TIFFs for uint16, of several sizes."""
     folder.mkdir()
     for i in range(count):
         shape = (40 + i, 70 - i, channels)
@@ -49,24 +57,24 @@ def bands(folder: Path, kind: type, channels: int, count: int = 12) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", [ImageSpec(), ImageSpec(1), ImageSpec(3, "uint16"), ImageSpec(3, "float32")])
-def test_mean_and_deviation_are_numpys(pictures: Path, form: ImageSpec) -> None:
+@pytest.mark.parametrize("spec", [ImageSpec(), ImageSpec(1), ImageSpec(3, "uint16"), ImageSpec(3, "float32")])
+def test_mean_and_std_match_numpy(pictures: Path, spec: ImageSpec) -> None:
     (pictures / "dogs" / "3.jpg").write_bytes(b"")
-    data = open_dataset(str(pictures), form)
-    whole = {"uint8": 255, "uint16": 65535, "float32": 1}[form.dtype]
-    images = [data.image(i).numpy().astype(np.float64) / whole for i in range(10) if i != 8]
+    data = open_dataset(str(pictures), spec)
+    one = {"uint8": 255, "uint16": 65535, "float32": 1}[spec.dtype]
+    images = [data.image(i).numpy().astype(np.float64) / one for i in range(10) if i != 8]
     mean = np.mean([image.mean(axis=(1, 2)) for image in images], axis=0)
     std = np.sqrt(np.mean([((image - mean[:, None, None]) ** 2).mean(axis=(1, 2)) for image in images], axis=0))
-    seen: list[int] = []
+    progress: list[int] = []
     for threads in (1, 5):
-        found = measure_statistics(data, sample(10, 0), threads=threads, progress=seen.append)
+        found = measure(data, sample_indices(10, 0), threads=threads, progress=progress.append)
         np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
         np.testing.assert_allclose(found.std, std, rtol=1e-12)
-        np.testing.assert_allclose(found.greatest, np.max([image.max(axis=(1, 2)) for image in images], axis=0))
-        np.testing.assert_allclose(found.least, np.min([image.min(axis=(1, 2)) for image in images], axis=0))
-        assert found.images == 9 and sorted(found.heights)[-1] == 44
+        np.testing.assert_allclose(found.maximum, np.max([image.max(axis=(1, 2)) for image in images], axis=0))
+        np.testing.assert_allclose(found.minimum, np.min([image.min(axis=(1, 2)) for image in images], axis=0))
+        assert len(found.sizes) == 9 and found.sizes[:, 0].max() == 44
         assert found.bad == {"the file is empty": (1, data.path_of(8))}
-    assert seen == [*range(1, 11)] * 2
+    assert progress == [*range(1, 11)] * 2
 
 
 def test_images_of_one_size_give_the_statistics_of_all_pixels(tmp_path: Path) -> None:
@@ -74,7 +82,7 @@ def test_images_of_one_size_give_the_statistics_of_all_pixels(tmp_path: Path) ->
     pixels = RNG.normal(1000, 300, (6, 90, 80, 4)).astype(np.float32)
     for i, image in enumerate(pixels):
         np.save(tmp_path / "d" / f"{i}.npy", image)
-    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(4, "float32")), sample(6, 0))
+    found = measure(open_dataset(str(tmp_path / "d"), ImageSpec(4, "float32")), sample_indices(6, 0))
     np.testing.assert_allclose(found.mean, pixels.mean(axis=(0, 1, 2), dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(found.std, pixels.astype(np.float64).std(axis=(0, 1, 2)), rtol=1e-12)
 
@@ -83,36 +91,36 @@ def test_a_large_image_is_measured_in_blocks(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     pixels = RNG.integers(0, 256, (1300, 1700, 1), np.uint8)
     np.save(tmp_path / "d" / "0.npy", pixels)
-    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(1)), [0])
+    found = measure(open_dataset(str(tmp_path / "d"), ImageSpec(1)), [0])
     np.testing.assert_allclose([found.mean[0], found.std[0]], [pixels.mean() / 255, pixels.std() / 255], rtol=1e-12)
 
 
-def test_a_sample_is_spread_evenly() -> None:
-    assert sample(5, 0) == sample(5, 9) == [0, 1, 2, 3, 4]
+def test_sampled_indices_are_distributed_evenly() -> None:
+    assert sample_indices(5, 0) == sample_indices(5, 9) == [0, 1, 2, 3, 4]
     for total, count in ((10, 3), (10, 9), (1000, 333), (10**9, 1000)):
-        chosen = sample(total, count)
-        assert chosen == sample(total, count) and len(set(chosen)) == count
+        chosen = sample_indices(total, count)
+        assert chosen == sample_indices(total, count) and len(set(chosen)) == count
         assert all(k * total // count <= i < (k + 1) * total // count for k, i in enumerate(chosen))
 
 
-def test_the_form_that_loses_nothing_of_most_images(pictures: Path, tmp_path: Path) -> None:
+def test_the_lossless_spec_of_most_images(pictures: Path, tmp_path: Path) -> None:
     Image.new("L", (30, 30)).save(pictures / "cats" / "grey.png")
     (pictures / "cats" / "bad.png").write_bytes(b"x")
     data = open_dataset(str(pictures))
-    found = kinds(data, sample(len(data), 0))
-    assert found == {(3, "uint8"): 10, (1, "uint8"): 1} and fitting(found) == ImageSpec()
+    found = count_formats(data, sample_indices(len(data), 0))
+    assert found == {(3, "uint8"): 10, (1, "uint8"): 1} and choose_image_spec(found) == ImageSpec()
     deep = open_dataset(str(bands(tmp_path / "deep", np.uint16, 13)))
-    assert fitting(kinds(deep, [0, 3])) == ImageSpec(13, "uint16")
+    assert choose_image_spec(count_formats(deep, [0, 3])) == ImageSpec(13, "uint16")
     heights = open_dataset(str(bands(tmp_path / "heights", np.int16, 1)))
-    assert fitting(kinds(heights, [0, 3])) == ImageSpec(1, "float32")
+    assert choose_image_spec(count_formats(heights, [0, 3])) == ImageSpec(1, "float32")
     shapes = open_dataset("shapes:count=4", ImageSpec(5))
-    assert fitting(kinds(shapes, [0, 3])) == ImageSpec(5)
+    assert choose_image_spec(count_formats(shapes, [0, 3])) == ImageSpec(5)
 
 
-def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Stats((0.5, 0.25), (1.0, 2.0), 7, 9)
-    path = remember("/some/data", ImageSpec(2), kept)
-    assert load_statistics("/some/data", ImageSpec(2)) == kept and path.is_relative_to(cache_path("stats", "x").parent)
+def test_saved_statistics_are_loaded(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = Stats((0.5, 0.25), (1.0, 2.0), 7, 9)
+    path = save_statistics("/some/data", ImageSpec(2), saved)
+    assert load_statistics("/some/data", ImageSpec(2)) == saved and path.is_relative_to(cache_path("stats", "x").parent)
     assert (
         load_statistics("/some/data", ImageSpec(2, "uint16")) is None
         and load_statistics("/other", ImageSpec(2)) is None
@@ -120,30 +128,28 @@ def test_what_was_measured_is_found_again(pictures: Path, tmp_path: Path, monkey
     for damage in (
         "",
         "{}",
-        '{"form": 3}',
+        '{"image_spec": 3}',
         path.read_text().replace("0.25", '"x"'),
         path.read_text().replace("0.25", "0.25, 1"),
     ):
         path.write_text(damage)
         assert load_statistics("/some/data", ImageSpec(2)) is None
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
-    assert remember(str(tmp_path / "cache"), ImageSpec(), kept) == tmp_path / "cache" / "stats.json"
+    assert save_statistics(str(tmp_path / "cache"), ImageSpec(), saved) == tmp_path / "cache" / "stats.json"
     (tmp_path / "cache").rename(tmp_path / "moved")
-    assert (
-        load_statistics(str(tmp_path / "moved"), ImageSpec(2)) is None
-    )  # it holds what was measured of three channels
+    assert load_statistics(str(tmp_path / "moved"), ImageSpec(2)) is None  # its statistics have three channels
     assert len(open_dataset(str(tmp_path / "moved"))) == 10
     for home, expected in (("relative", Path.home() / ".cache"), ("/else", Path("/else"))):
         monkeypatch.setenv("XDG_CACHE_HOME", home)
         assert cache_path("stats", "x").parent == expected / "pixmim" / "stats"
 
 
-def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
+def test_a_constant_channel_has_std_one(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "0.npy", np.dstack([np.full((9, 9), 7.0), np.eye(9)]))
-    found = measure_statistics(open_dataset(str(tmp_path / "d"), ImageSpec(2, "float32")), [0])
-    kept = to_keep(found, 1)
-    assert kept.std[0] == 1 and kept.std[1] == found.std[1] and kept.mean[0] == 7
+    found = measure(open_dataset(str(tmp_path / "d"), ImageSpec(2, "float32")), [0])
+    saved = found.stats(1)
+    assert saved.std[0] == 1 and saved.std[1] == found.std[1] and saved.mean[0] == 7
     with pytest.raises(UserError, match="--std must be a number from 1e-12"):
         PretrainConfig(std=(1.0, 0.0, 1.0))
 
@@ -151,24 +157,24 @@ def test_a_channel_without_contrast_divides_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "channels", "how"), [(np.uint16, 13, "cache"), (np.float32, 1, "files"), (np.int16, 2, "random-resized")]
 )
-def test_a_run_of_any_form_from_stats_to_pictures(
+def test_a_run_of_any_format_from_stats_to_figures(
     kind: type, channels: int, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_run: Make
 ) -> None:
     data = bands(tmp_path / "bands", kind, channels)
-    pixels = "uint16" if kind is np.uint16 else "float32"
+    dtype = "uint16" if kind is np.uint16 else "float32"
     status, text = say(capsys, "stats", data)
-    form = f"--channels {channels} --dtype {pixels}"
-    assert status == 0 and "height 40 to 51" in text and text.endswith(f"train with --data {data} {form}")
+    flags = f"--channels {channels} --dtype {dtype}"
+    assert status == 0 and "height 40 to 51" in text and text.endswith(f"train with --data {data} {flags}")
     spec = data
     if how == "cache":
         spec = tmp_path / "cache"
-        status, text = say(capsys, "cache", data, spec, "--size", "16x32", *form.split())
+        status, text = say(capsys, "cache", data, spec, "--size", "16x32", *flags.split())
         assert status == 1 and "pass --raw" in text and not spec.exists()
-        assert say(capsys, "cache", data, spec, "--size", "16x32", "--raw", *form.split())[0] == 0
+        assert say(capsys, "cache", data, spec, "--size", "16x32", "--raw", *flags.split())[0] == 0
         status, text = say(capsys, "stats", spec, "--channels", 3)
-        assert status == 1 and f"images of 13 channels in uint16, not 3 channels in uint16: pass {form}" in text
+        assert status == 1 and f"images of 13 channels in uint16, not 3 channels in uint16: pass {flags}" in text
         assert say(capsys, "stats", spec)[0] == 0 and (spec / "stats.json").exists()
-    run = tiny_run(data=str(spec), size="16x32", channels=channels, dtype=pixels, steps=3)
+    run = tiny_run(data=str(spec), size="16x32", channels=channels, dtype=dtype, steps=3)
     run = replace(run, crop=replace(run.crop, kind="random-resized" if how == "random-resized" else "simple-resized"))
     run = replace(run, cache_images="gpu" if how == "cache" else "auto")
     unknown = start_summary(
@@ -179,13 +185,13 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     assert lines == ["mean and std: measured on 12 images by `pixmim stats`"]
     text = train(run, tmp_path / "run")
     assert "not measured" not in text
-    kept = from_json((tmp_path / "run" / "config.json").read_text())
-    found = measure_statistics(open_dataset(str(spec), image_spec(run)), sample(12, 0))
-    assert kept.mean == tuple(found.mean) and kept.std == tuple(found.std)
-    again = tmp_path / "again"  # threads and the place of the images change nothing
+    saved = from_json((tmp_path / "run" / "config.json").read_text())
+    found = measure(open_dataset(str(spec), image_spec(run)), sample_indices(12, 0))
+    assert saved.mean == tuple(found.mean) and saved.std == tuple(found.std)
+    again = tmp_path / "again"  # independent of threads and of the cache
     train(replace(run, threads=1, data=str(data), cache_images="none"), again)
-    ours, theirs = weights(tmp_path / "run"), weights(again)
-    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+    one, two = weights(tmp_path / "run"), weights(again)
+    assert all(bool((one[name] == two[name]).all()) for name in one)
 
     model = resolve_model(str(tmp_path / "run"), with_decoder=True)
     files = open_dataset(str(data), image_spec(run))
@@ -202,14 +208,14 @@ def test_a_run_of_any_form_from_stats_to_pictures(
     assert rows.shape == (12, 64) and np.isfinite(rows).all()
 
 
-def test_pretrain_finds_what_stats_measured(
+def test_pretrain_uses_the_measured_statistics(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(pictures.parent)
     (pictures / "cats" / "0.jpg").write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures", "--images", 5)
     assert status == 0 and "10 images; of 9 that could be read: 9 of 3 channels in uint8" in text
-    assert "1 cannot be read so: 1: not an image in a known format" in text
+    assert "1 cannot be read: 1: not a" in text
     tiny = [
         "--steps",
         "1",
@@ -227,21 +233,21 @@ def test_pretrain_finds_what_stats_measured(
     status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "a", "--std", "0.1", "0.2", "0.3")
     assert status == 0 and "mean and std: measured on 4 of 10 images" in text
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    kept = load_statistics(str(pictures), ImageSpec())
-    assert kept is not None and tuple(config["mean"]) == kept.mean and config["std"] == [0.1, 0.2, 0.3]
+    saved = load_statistics(str(pictures), ImageSpec())
+    assert saved is not None and tuple(config["mean"]) == saved.mean and config["std"] == [0.1, 0.2, 0.3]
     status, text = say(capsys, "pretrain", "demo", *tiny, "--out", tmp_path / "b", "--channels", 1)
-    assert status == 0 and "measured" not in text  # of another form, nothing is known
+    assert status == 0 and "measured" not in text  # another format has no statistics
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("XDG_CACHE_HOME", str(pictures / "cats" / "0.jpg"))
         status, text = say(capsys, "stats", "pictures")
-    assert status == 1 and "Not a directory" in text and "measured" not in text  # before the work
+    assert status == 1 and "Not a directory" in text and "measured" not in text  # checked before measuring
     for path in pictures.rglob("*.jpg"):
         path.write_bytes(b"<html>")
     status, text = say(capsys, "stats", "pictures")
-    assert status == 1 and "10: not an image" in text and "not one image" in text
+    assert status == 1 and "10: not a" in text and "no image of" in text
 
 
-def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
+def test_figures_use_the_range_of_image_and_target() -> None:
     run = PretrainConfig(channels=13, dtype="float32", bands="5,3,2")
     image = torch.linspace(-50, 950, 13 * 2 * 101).reshape(2, 13, 101, 1)
     shown = to_pixels({"image": image, "other": image + 1000, "target": image * 2}, run)
@@ -263,11 +269,11 @@ def test_pictures_are_drawn_over_the_range_of_image_and_target() -> None:
     assert (eight == 128).all()
     ramp = torch.linspace(0, 1, 101).reshape(1, 1, 101, 1)
     for channels, pixels, most, span in (
-        (1, "uint8", 1, 255),  # as it is
+        (1, "uint8", 1, 255),  # unchanged
         (1, "uint8", 0.5, 128),
         (1, "uint8", 16 / 255, 255),  # 12 bits in 16, read as 8
         (1, "uint16", 4095 / 65535, 255),
-        (6, "uint8", 0.5, 255),  # six bands have no black and white of their own
+        (6, "uint8", 0.5, 255),  # six bands have no fixed range
         (1, "float32", 5000, 255),
     ):
         run = PretrainConfig(channels=channels, dtype=pixels)  # type: ignore[arg-type]

@@ -1,3 +1,5 @@
+"""Test the synthetic dataset."""
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def test_a_sample_is_a_function_of_seed_and_index() -> None:
     assert SyntheticShapes(count=5).sample(10**9).image.dtype == np.uint8  # endless
 
 
-def test_labels_boxes_and_masks_agree_with_the_drawing() -> None:
+def test_labels_boxes_and_masks_match_the_image() -> None:
     data = SyntheticShapes(count=300, size=48)
     shapes, textures = data.labels, data.texture_labels
     for i in range(300):
@@ -31,7 +33,7 @@ def test_labels_boxes_and_masks_agree_with_the_drawing() -> None:
         assert all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
 
 
-def test_every_shape_and_texture_occurs_as_often() -> None:
+def test_shapes_and_textures_are_uniform_and_independent() -> None:
     data = SyntheticShapes(count=20_000)
     for labels, names in ((data.labels, SHAPES), (data.texture_labels, TEXTURES)):
         counts = np.bincount(labels, minlength=len(names))
@@ -47,8 +49,8 @@ def test_texture_modes() -> None:
     assert len(np.unique(conflict.texture_labels)) == 10
 
 
-def test_shapes_can_be_told_apart_by_their_masks() -> None:
-    """Two samples of one shape overlap, centerd and scaled, more than two of different shapes."""
+def test_masks_identify_shapes() -> None:
+    """Masks of one shape overlap more than those of different shapes, once centered and scaled."""
     data = SyntheticShapes(count=400, size=64)
     masks: dict[int, list[np.ndarray]] = {}
     for i in range(400):
@@ -63,14 +65,12 @@ def test_shapes_can_be_told_apart_by_their_masks() -> None:
     assert min(np.mean(g) for g in guesses) > 0.6
 
 
-def test_spec_is_read_and_written_back() -> None:
+def test_spec_round_trip() -> None:
     data = SyntheticShapes.from_spec("shapes:count=30,seed=5,size=32,texture=conflict")
     assert data.spec == SyntheticShapes(30, 5, 32, "conflict").spec == SyntheticShapes.from_spec(data.spec).spec
     assert (data.count, data.seed, data.size, data.texture) == (30, 5, 32, "conflict")
     assert SyntheticShapes.from_spec("shapes:").count == 20_000
-    assert (
-        len(SyntheticShapes.from_spec("shapes:count=1000000000000")) == 10**12
-    )  # labels wait until they are asked for
+    assert len(SyntheticShapes.from_spec("shapes:count=1000000000000")) == 10**12  # labels are computed lazily
     assert SyntheticShapes.from_spec("shapes:", ImageSpec(1)).image(0).shape[0] == 1
 
 
@@ -78,11 +78,11 @@ def test_spec_is_read_and_written_back() -> None:
     ("spec", "message"),
     [
         ("shapes:cuont=3", "did you mean 'count'"),
-        ("shapes:count=many", "whole number"),
-        ("shapes:size=2", "size from 8"),
-        ("shapes:texture=soft", "any, match or conflict"),
+        ("shapes:count=many", "shapes:count must be"),
+        ("shapes:size=2", "shapes:size must be .* from 8 to 4,096"),
+        ("shapes:texture=soft", "shapes:texture must be one of 'any', 'match'"),
     ],
 )
-def test_wrong_options_are_named(spec: str, message: str) -> None:
+def test_invalid_options_are_named(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         SyntheticShapes.from_spec(spec)

@@ -1,4 +1,4 @@
-"""`pixmim bench-data`: every way is measured, and the advice follows from the numbers."""
+"""Test `pixmim bench-data`: all ways to read images are measured, and the advice follows from the rates."""
 
 import re
 from dataclasses import replace
@@ -22,20 +22,20 @@ ROWS = [
     Throughput("jpeg cache", 12_000, 45_000, "make a cache"),
     Throughput(DECODED, 60_000, 200_000, "keep it decoded"),
 ]
-PHOTOS = Report(ROWS, ROWS[1], "decoding limits", 500)
+PHOTOS = Report(ROWS, ROWS[1], "limited by decoding", 500)
 
 
 def advice(report: Report, target_rate: float | None = None) -> str:
     return "\n".join(recommend(report, target_rate))
 
 
-def test_faster_ways_are_named() -> None:
+def test_faster_ways_are_recommended() -> None:
     assert advice(PHOTOS).splitlines() == [
-        "4,000 images/s after the first epoch: decoding limits.",
+        "4,000 images/s after the first epoch, limited by decoding.",
         "12,000 images/s, 3.0 times as many: make a cache.",
         "60,000 images/s, 15.0 times as many: keep it decoded.",
     ]
-    assert "Nothing that was tried" in advice(replace(PHOTOS, current=ROWS[3]))
+    assert "Nothing measured" in advice(replace(PHOTOS, current=ROWS[3]))
     assert "3 of 500" in advice(replace(PHOTOS, bad="3 of 500 images cannot be read"))
 
 
@@ -62,7 +62,7 @@ def test_a_folder(pictures: Path) -> None:
     assert rows[DECODED].bytes is not None and 24 * 24 * 3 <= rows[DECODED].bytes <= 24 * 36 * 3
 
 
-def test_a_cache_and_drawings(pictures: Path, tmp_path: Path) -> None:
+def test_a_cache_and_synthetic_images(pictures: Path, tmp_path: Path) -> None:
     for kind, others in (("jpeg", ["raw cache"]), ("raw", [])):
         make_cache(open_dataset(str(pictures)), tmp_path / kind, (24, 24), kind=kind)  # type: ignore[arg-type]
         assert list(run(open_dataset(str(tmp_path / kind)))) == [DISK, MEMORY, *others, DECODED]
@@ -70,19 +70,19 @@ def test_a_cache_and_drawings(pictures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("memory", "current"), [(10**12, DECODED), (6 * 10**4, MEMORY), (10, DISK)])
-def test_what_training_does_today(
+def test_the_current_way_depends_on_memory(
     memory: int, current: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
-    monkeypatch.setattr(module, "of_machine", lambda: memory)
-    monkeypatch.setattr(module, "_rate", lambda *args: 1.0 if args[-1] else 100.0)
+    monkeypatch.setattr(module, "total_ram", lambda: memory)
+    monkeypatch.setattr(module, "_measure_rate", lambda *args: 1.0 if args[-1] else 100.0)
     report = measure(open_dataset(str(tmp_path / "cache")), SimpleResizedCrop(24), (24, 24))
     assert report.current.name == current
     raw = next(row for row in report.rows if row.name == "raw cache")
     assert (raw.rate < 1.0) == (current == DISK)  # larger than the JPEGs: slower from the same disk
 
 
-def test_mostly_broken_images_are_refused_and_a_few_named(pictures: Path) -> None:
+def test_a_few_broken_images_are_reported_and_many_refused(pictures: Path) -> None:
     paths = sorted(pictures.glob("*/*.jpg"))
     paths[0].write_bytes(b"broken")
     report = measure(open_dataset(str(pictures)), SimpleResizedCrop(24), (24, 24), seconds=0.01)

@@ -1,4 +1,4 @@
-"""Datasets made of others: concatenated with weights, a subset."""
+"""Test datasets made of other datasets: mixtures and subsets."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,18 +13,17 @@ from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import ImageDataset, ImageSpec
+from pixmim.data.dataset import ConcatDataset, ImageDataset, ImageSpec, InMemoryDataset, Subset
 from pixmim.data.loader import Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
-from pixmim.data.wrappers import ConcatDataset, InMemoryDataset, Subset
 from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop
 from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
 
 
-def test_every_image_comes_as_often_as_its_weight_says(pictures: Path) -> None:
+def test_each_image_occurs_as_often_as_its_weight(pictures: Path) -> None:
     data = open_dataset(f"{pictures}*3+shapes:count=4,size=32*2")
     assert isinstance(data, ConcatDataset) and len(data) == 10 * 3 + 4 * 2
     photos, drawn = open_dataset(str(pictures)), SyntheticShapes(count=4, size=32)
@@ -39,14 +38,14 @@ def test_every_image_comes_as_often_as_its_weight_says(pictures: Path) -> None:
 def crops(
     data: ImageDataset, crop: Crop, count: int, *, batch: int = 4, start: int = 0, threads: int = 2
 ) -> list[bytes]:
-    """The crops of `count` samples from position `start` on."""
+    """Return the crops of `count` samples, from position `start`."""
     skipped = BadImageLog(None, len(data), 0.0)
     with Loader(data, crop, BatchShard(batch, start), skipped=skipped, seed=3, threads=threads) as batches:
         images = torch.cat([next(batches).images.clone() for _ in range(count // batch)])
     return [image.numpy().tobytes() for image in images]
 
 
-def test_an_epoch_holds_all_and_the_copies_are_cropped_differently(pictures: Path) -> None:
+def test_an_epoch_contains_all_copies_cropped_differently(pictures: Path) -> None:
     spec = f"{pictures}*3+shapes:count=6,size=32"
     data, alone = open_dataset(spec), open_dataset(f"{pictures}+shapes:count=6,size=32")
     center = CenterCrop((24, 24))
@@ -56,15 +55,15 @@ def test_an_epoch_holds_all_and_the_copies_are_cropped_differently(pictures: Pat
     assert len(set(crops(data, RandomResizedCrop((24, 24)), 36))) == 36
 
 
-def test_the_stream_resumes_anywhere_and_threads_change_nothing(pictures: Path) -> None:
+def test_samples_do_not_depend_on_threads_or_resuming(pictures: Path) -> None:
     data, crop = open_dataset(f"{pictures}*2+shapes:count=3,size=32"), SimpleResizedCrop((24, 24))
-    whole = crops(data, crop, 60)  # an epoch holds 23
-    assert whole == crops(data, crop, 60, threads=8) == crops(data, crop, 60, batch=20)
+    full = crops(data, crop, 60)  # an epoch holds 23
+    assert full == crops(data, crop, 60, threads=8) == crops(data, crop, 60, batch=20)
     for start in (4, 20, 24, 48):
-        assert whole[start:] == crops(data, crop, 60 - start, start=start)
+        assert full[start:] == crops(data, crop, 60 - start, start=start)
 
 
-def test_classes_are_joined_by_name(pictures: Path, tmp_path: Path) -> None:
+def test_classes_are_merged_by_name(pictures: Path, tmp_path: Path) -> None:
     (pictures / "dogs").rename(pictures / "star")
     data = open_dataset(f"shapes:count=6*2+{pictures}")
     assert data.labels is not None and data.classes == [*SHAPES, "cats"]
@@ -76,7 +75,7 @@ def test_classes_are_joined_by_name(pictures: Path, tmp_path: Path) -> None:
     assert unlabeled.labels is None and unlabeled.classes == []
 
 
-def test_what_it_says_of_itself(pictures: Path, tmp_path: Path) -> None:
+def test_description_and_fingerprint(pictures: Path, tmp_path: Path) -> None:
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
     data = open_dataset(f"{tmp_path}/cache*3+shapes:count=10")
     assert (
@@ -89,7 +88,7 @@ def test_what_it_says_of_itself(pictures: Path, tmp_path: Path) -> None:
     assert len(prints) == 3 and open_dataset(data.spec).fingerprint() == data.fingerprint()
 
 
-def test_sizes_are_those_of_its_parts_if_all_know_them(pictures: Path, tmp_path: Path) -> None:
+def test_sizes_are_known_if_those_of_all_parts_are(pictures: Path, tmp_path: Path) -> None:
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 32))
     data = open_dataset(f"{tmp_path}/cache*2+{tmp_path}/cache")
     assert data.sizes is not None
@@ -97,35 +96,39 @@ def test_sizes_are_those_of_its_parts_if_all_know_them(pictures: Path, tmp_path:
     assert open_dataset(f"{tmp_path}/cache+{pictures}").sizes is None
 
 
-class Far(InMemoryDataset):
-    """Pictures that pretend to lie far away, in pieces of three, two and one."""
+class Sharded(InMemoryDataset):
+    """Dataset with shards of three, two and one images, which records what is prefetched."""
 
-    heard: Sequence[int] = ()
+    prefetched: Sequence[int] = ()
 
     def __init__(self, source: ImageDataset) -> None:
         super().__init__(source)
         self.shard_sizes = np.asarray([3, 2, 1])
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        self.heard = list(shards)
+        self.prefetched = list(shards)
 
 
-def test_parts_that_are_far_keep_their_pieces() -> None:
-    far, near = Far(SyntheticShapes(count=6, size=8)), SyntheticShapes(count=2500, size=8)
-    assert ConcatDataset("near", [(near, 2)]).shard_sizes is None
-    data = ConcatDataset("both", [(near, 1), (far, 2)])
+def test_parts_keep_their_shards() -> None:
+    sharded, plain = Sharded(SyntheticShapes(count=6, size=8)), SyntheticShapes(count=2500, size=8)
+    assert ConcatDataset("plain", [(plain, 2)]).shard_sizes is None
+    data = ConcatDataset("both", [(plain, 1), (sharded, 2)])
     assert data.shard_sizes is not None
     assert data.shard_sizes.tolist() == [1000, 1000, 500] + [3, 2, 1] * 2 and data.shard_sizes.sum() == len(data)
-    data.prefetch([4, 0, 8, 3, 7, 6])  # a near one among the far ones' two rounds: 1, 2, 0, 1, 0
-    assert far.heard == [1, 2, 0]
+    data.prefetch([4, 0, 8, 3, 7, 6])  # of the shards 1, 2, 0, 1 and 0 of the sharded part
+    assert sharded.prefetched == [1, 2, 0]
 
 
 def test_a_subset_is_a_dataset(pictures: Path) -> None:
-    whole = open_dataset(str(pictures))
-    part = Subset(whole, [7, 2])
+    dataset = open_dataset(str(pictures))
+    part = Subset(dataset, [7, 2])
     assert len(part) == 2 and part.labels is not None and part.labels.tolist() == [1, 0]
-    assert part.path_of(0) == whole.path_of(7) and part.image(1).equal(whole.image(2)) and part.classes == whole.classes
-    assert Subset(SyntheticShapes(count=9), [3]).sizes is None and part.fingerprint() != whole.fingerprint()
+    assert (
+        part.path_of(0) == dataset.path_of(7)
+        and part.image(1).equal(dataset.image(2))
+        and part.classes == dataset.classes
+    )
+    assert Subset(SyntheticShapes(count=9), [3]).sizes is None and part.fingerprint() != dataset.fingerprint()
 
 
 def test_one_part_with_a_weight_and_a_missing_part(pictures: Path) -> None:

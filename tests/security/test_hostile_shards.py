@@ -346,10 +346,10 @@ def test_a_high_class_number_is_an_identifier(tmp_path: Path) -> None:
 
 
 def test_malformed_stats(cache: Path) -> None:
-    for text in ("[]", "{}", '{"form": {}, "mean": 1}', "[" * 10_000, "\xff"):
+    for text in ("[]", "{}", '{"image_spec": {}, "mean": 1}', "[" * 10_000, "\xff"):
         (cache / "stats.json").write_text(text, "latin-1")
         assert load_statistics(str(cache), ImageSpec()) is None
-    good = {"form": {"channels": 3, "dtype": "uint8", "tiff_pages": "first"}, "images": 4, "total": 4}
+    good = {"image_spec": {"channels": 3, "dtype": "uint8", "tiff_pages": "first"}, "images": 4, "total": 4}
     for mean, std, right in (
         ([0.1] * 3, [0.2] * 3, True),
         ([0.1] * 3, [0.0] * 3, False),

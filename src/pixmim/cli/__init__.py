@@ -11,11 +11,10 @@ from rich.console import Console
 
 from pixmim import __version__
 from pixmim.cli.coverage import coverage
-from pixmim.cli.data import cache, stats
+from pixmim.cli.data import bench_data, cache, stats
 from pixmim.cli.evaluate import evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
-from pixmim.cli.throughput import bench_data
 from pixmim.cli.visualize import attention, embed, reconstruct
 from pixmim.cli.weights import export, import_
 from pixmim.utils.allocator import retain_freed_memory

@@ -1,59 +1,69 @@
-"""pixmim cache: pictures resized once, for all epochs to come. pixmim stats: what is in them."""
+"""Commands that read datasets: `pixmim cache`, `pixmim stats` and `pixmim bench-data`."""
 
 import shlex
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.box import SIMPLE
 from rich.console import Console
-from tyro.conf import Positional
+from rich.table import Table
+from tyro.conf import Positional, arg
 
 from pixmim.cli.flags import absolute, checked
-from pixmim.utils.console import print_plain
+from pixmim.utils.console import cell, print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_writable
-from pixmim.utils.validation import MAX_CHANNELS, Count, Size, Some, Threads, Whole
+from pixmim.utils.validation import MAX_CHANNELS, Count, Real, Size, Some, Threads, Whole
 
-_LOOK = 200  # images whose files are looked into for their channels and depth
+_INSPECTED = 200  # images whose files `pixmim stats` inspects for channels and dtype
+
+Data = Annotated[Positional[str], arg(help="Images: anything that --data of pretrain accepts.")]
+ViewSize = Annotated[Size, arg(help="Side of the network's input in pixels, or HEIGHTxWIDTH.")]
+Channels = Annotated[int, Whole(1, MAX_CHANNELS), arg(help="Color (3), gray (1), or as many as the files have.")]
+DType = Annotated[
+    Literal["uint8", "uint16", "float32"],
+    arg(help="Pixels: uint8 or uint16, whose 255 or 65535 mean 1.0, or float32, unchanged."),
+]
+TiffPages = Annotated[
+    Literal["first", "channels"], arg(help="Pages of a TIFF to use: the first, or all of them as channels.")
+]
+NumThreads = Annotated[Threads, arg(help="Number of threads. 0: one per core, at most 16.")]
 
 
 def cache(args: list[str]) -> int:
-    """Make a cache, or go on with one."""
+    """Run `pixmim cache`."""
 
     def command(
-        data: Positional[str],
+        data: Data,
         out: Positional[Path],
         /,
         *,
-        size: Size = "224",
+        size: ViewSize = "224",
         quality: Annotated[int, Whole(1, 100)] = 95,
         chroma: Literal["444", "420"] = "444",
         raw: bool = False,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-        channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3,
-        dtype: Literal["uint8", "uint16", "float32"] = "uint8",
-        tiff_pages: Literal["first", "channels"] = "first",
+        channels: Channels = 3,
+        dtype: DType = "uint8",
+        tiff_pages: TiffPages = "first",
         per_shard: Count = 2000,
-        threads: Threads = 0,
+        threads: NumThreads = 0,
     ) -> int:
-        """Resize pictures once and keep them in indexed tar shards (WebDataset), for --data of the other commands.
+        """Resize images once and store them in indexed tar shards (WebDataset), for --data of the other commands.
 
-        PixMIM's crop begins with a resize that is the same in every epoch; a cache pays it once. Interrupt it as you
-        like and run it again: finished shards stay. Under torchrun or in a Slurm array each process makes its part.
+        PixMIM's crop starts with a resize that is the same in every epoch; a cache does it once. An interrupted command
+        resumes when run again. Under torchrun or in a Slurm array, each process writes its share of the shards.
 
         Args:
-            data: Images, as pretrain's --data takes them.
-            out: The folder of the cache.
-            size: Side of what the network will see, or HEIGHTxWIDTH: images just cover it, aspect kept.
-            quality: Of the JPEGs.
-            chroma: 444 keeps colors at full resolution; 420 is smaller and faster, and disturbs the target more.
-            raw: Pixels instead of JPEGs: no decoding later, four times the space. For all but uint8 in 1 or 3 channels.
-            interpolation: Resampling, always with antialias; the crop's of the run to come.
-            channels: Color (3), grey (1), or as many as the files have.
-            dtype: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
-            tiff_pages: Of a TIFF with several pages: the first one, or all of them as channels.
-            per_shard: Images in a tar.
-            threads: 0: one for each core, at most 16.
+            out: Folder of the cache.
+            quality: JPEG quality.
+            chroma: 444 keeps colors at full resolution; 420 is smaller and faster, but distorts the target more.
+            raw: Store pixels instead of JPEGs: no decoding, four times the size. Required unless uint8 with 1 or 3
+                channels.
+            interpolation: Resampling filter, always with antialiasing. Use that of the crop in training.
+            per_shard: Images per shard.
         """
         from pixmim.config import PretrainConfig
         from pixmim.data import open_dataset
@@ -62,10 +72,10 @@ def cache(args: list[str]) -> int:
         from pixmim.utils.progress import progress
 
         console = Console()
-        source = open_dataset(absolute(data), ImageSpec(channels, dtype, tiff_pages))
-        with progress(f"caching {data}", len(source), console) as advance:
-            made = make_cache(
-                source,
+        dataset = open_dataset(absolute(data), ImageSpec(channels, dtype, tiff_pages))
+        with progress(f"caching {data}", len(dataset), console) as advance:
+            result = make_cache(
+                dataset,
                 out,
                 PretrainConfig(size=size).image_size,
                 interpolation=interpolation,
@@ -76,80 +86,136 @@ def cache(args: list[str]) -> int:
                 threads=threads,
                 progress=advance,
             )
-        if made.images:
-            rate = f"{made.seconds:.0f} s, {made.images / made.seconds:.0f} images/s"
-            print_plain(console, f"{made.images:,} images written in {rate}; {made.bytes / 1e6:,.0f} MB")
-        elif not made.skipped:
-            print_plain(console, "nothing was left to do")
-        if made.skipped:
-            print_plain(console, f"{made.skipped} could not be read: see {out}/skipped*.csv")
-        print_plain(
-            console,
-            f"whole: train with --data {shlex.quote(str(out))}"
-            if made.complete
-            else "not whole yet: other parts are to come",
-        )
+        if result.images:
+            rate = f"{result.seconds:.0f} s, {result.images / result.seconds:.0f} images/s"
+            print_plain(console, f"{result.images:,} images written in {rate}; {result.bytes / 1e6:,.0f} MB")
+        elif not result.skipped:
+            print_plain(console, "no images left to write")
+        if result.skipped:
+            print_plain(console, f"{result.skipped} could not be read: see {out}/skipped*.csv")
+        complete = f"complete: train with --data {shlex.quote(str(out))}"
+        print_plain(console, complete if result.complete else "incomplete: shards of other processes are missing")
         return 0
 
     return tyro.cli(checked(command), prog="pixmim cache", args=args)
 
 
 def stats(args: list[str]) -> int:
-    """Measure mean and std, and say what is in a data set."""
+    """Run `pixmim stats`."""
 
     def command(
-        data: Positional[str],
+        data: Data,
         /,
         *,
         channels: Annotated[int, Whole(0, MAX_CHANNELS)] = 0,
         dtype: Literal["auto", "uint8", "uint16", "float32"] = "auto",
-        tiff_pages: Literal["first", "channels"] = "first",
+        tiff_pages: TiffPages = "first",
         images: Some = 5000,
-        threads: Threads = 0,
+        threads: NumThreads = 0,
     ) -> int:
-        """Look at a data set: channels, depths, sizes, what cannot be read, mean and std of each channel.
+        """Report channels, dtypes, sizes and unreadable files of a dataset, and measure its mean and std.
 
-        Mean and std are kept where `pixmim pretrain` finds them: in the folder of a cache, or else in the user's cache
-        directory, by the data's whole path. Each image counts the same, whatever its size.
+        `pixmim pretrain` uses the mean and std. They are saved in the folder of a cache, or else in the user's cache
+        directory under the dataset's absolute path. Each image has the same weight, whatever its size.
 
         Args:
-            data: A folder of images, a cache, tars, a .txt that names images, a URL, or shapes:.
-            channels: What images are brought into; 0: what most files hold.
-            dtype: uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are.
-            tiff_pages: Of a TIFF with several pages: the first one, or all of them as channels.
-            images: Images to measure, spread evenly over the data, the same ones each time; 0: all.
-            threads: 0: one for each core, at most 16.
+            channels: Channels that images are converted to. 0: those of most files.
+            dtype: Pixels that images are converted to. auto: the smallest that keeps the values of most files.
+            images: Images to measure, evenly distributed over the dataset and always the same. 0: all.
         """
-        import time
-
-        from pixmim.data import open_dataset
-        from pixmim.data import statistics as look
+        from pixmim.data import open_dataset, statistics
         from pixmim.data.dataset import ImageSpec
         from pixmim.data.resized_cache import read_settings
         from pixmim.utils.progress import progress
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)
-        form = settings.image_spec if settings is not None else ImageSpec(tiff_pages=tiff_pages)
-        source = open_dataset(spec, form)
-        kinds = look.kinds(source, look.sample(len(source), _LOOK), tiff_pages)
-        likely = form if settings is not None else look.fitting(kinds, tiff_pages)
-        form = ImageSpec(channels or likely.channels, likely.dtype if dtype == "auto" else dtype, likely.tiff_pages)
-        if form != source.image_spec:
-            source = open_dataset(spec, form)
-        check_writable(look.place(spec, form))
-        chosen, began = look.sample(len(source), images), time.monotonic()
-        with progress(f"measuring {data}", len(chosen), console) as advance:
-            found = look.measure_statistics(source, chosen, threads=threads, progress=advance)
-        seconds = time.monotonic() - began
-        for line in look.report(source, kinds, found):
+        likely = settings.image_spec if settings is not None else ImageSpec(tiff_pages=tiff_pages)
+        dataset = open_dataset(spec, likely)
+        inspected = statistics.sample_indices(len(dataset), _INSPECTED)
+        formats = statistics.count_formats(dataset, inspected, tiff_pages)
+        if settings is None:
+            likely = statistics.choose_image_spec(formats, tiff_pages)
+        image_spec = ImageSpec(
+            channels or likely.channels, likely.dtype if dtype == "auto" else dtype, likely.tiff_pages
+        )
+        if image_spec != dataset.image_spec:
+            dataset = open_dataset(spec, image_spec)
+        check_writable(statistics.statistics_path(spec, image_spec))
+        indices, start = statistics.sample_indices(len(dataset), images), time.monotonic()
+        with progress(f"measuring {data}", len(indices), console) as advance:
+            result = statistics.measure(dataset, indices, threads=threads, progress=advance)
+        seconds = time.monotonic() - start
+        for line in statistics.format_report(dataset, formats, result):
             print_plain(console, line)
-        if not found.images:
-            raise UserError(f"not one image of {data} can be brought into {form}")
-        print_plain(console, f"measured in {seconds:.0f} s, {len(chosen) / seconds:.0f} images/s")
-        path = look.remember(spec, form, look.to_keep(found, len(source)))
-        print_plain(console, f"kept in {path}")
-        print_plain(console, f"train with --data {shlex.quote(data)} {form.flags}")
+        if not len(result.sizes):
+            raise UserError(f"no image of {data} can be converted to {image_spec}")
+        print_plain(console, f"measured in {seconds:.0f} s, {len(indices) / seconds:.0f} images/s")
+        path = statistics.save_statistics(spec, image_spec, result.stats(len(dataset)))
+        print_plain(console, f"saved to {path}")
+        print_plain(console, f"train with --data {shlex.quote(data)} {image_spec.flags}")
         return 0
 
     return tyro.cli(checked(command), prog="pixmim stats", args=args)
+
+
+def bench_data(args: list[str]) -> int:
+    """Run `pixmim bench-data`."""
+
+    def command(
+        data: Data,
+        /,
+        *,
+        size: ViewSize = "224",
+        crop: Literal["simple-resized", "random-resized", "center"] = "simple-resized",
+        channels: Channels = 3,
+        dtype: DType = "uint8",
+        tiff_pages: TiffPages = "first",
+        threads: NumThreads = 0,
+        target_rate: Annotated[float | None, Real(0, 1e9, above=True)] = None,
+        seconds: Annotated[float, Real(0, 3_600, above=True)] = 1.0,
+    ) -> int:
+        """Measure how many images per second this machine loads, and recommend what makes it faster.
+
+        Takes half a minute. Caches are tried on a sample, in a temporary folder.
+
+        Args:
+            crop: simple-resized (PixMIM), random-resized (MAE) or center.
+            target_rate: Throughput your model needs, in images/s; reports whether the data pipeline keeps up.
+            seconds: Length of each of about 15 measurements.
+        """
+        from pixmim.build import build_crop, image_spec
+        from pixmim.config import CropConfig, PretrainConfig
+        from pixmim.data import open_dataset
+        from pixmim.data.dataset import RGB
+        from pixmim.data.throughput import measure, recommend
+
+        config = PretrainConfig(
+            size=size, channels=channels, dtype=dtype, tiff_pages=tiff_pages, crop=CropConfig(kind=crop)
+        )
+        spec = image_spec(config)
+        dataset = open_dataset(absolute(data), spec)
+        scale = 2 if crop == "random-resized" else 1  # that crop enlarges a part of the image
+        h, w = (side * scale for side in config.image_size)
+        flags = f" {spec.flags}" if spec != RGB else ""
+        console = Console()
+        with console.status("") as status:
+            report = measure(
+                dataset,
+                build_crop(config),
+                (h, w),
+                command=f"pixmim cache {shlex.quote(data)} cached --size {h if h == w else f'{h}x{w}'}{flags}",
+                threads=threads,
+                seconds=seconds,
+                on_start=lambda name: status.update(cell(f"measuring: {name}")),
+            )
+        title = f"{len(dataset):,} images; measured with {report.sampled:,} of them"
+        table = Table("", "images/s", "kB per image", title=title, title_justify="left", box=SIMPLE)
+        for row in report.rows:
+            table.add_row(row.name, f"{row.rate:,.0f}", f"{row.bytes / 1e3:,.0f}" if row.bytes else "")
+        console.print(table)
+        for line in recommend(report, target_rate):
+            print_plain(console, line)
+        return 0
+
+    return tyro.cli(checked(command), prog="pixmim bench-data", args=args)

@@ -1,4 +1,4 @@
-"""The account of images that cannot be read: a line each in skipped.csv; too many of them end the run."""
+"""Log of unreadable images: a line each in skipped.csv. Too many of them end the run."""
 
 import csv
 import io
@@ -12,34 +12,32 @@ from pixmim.utils.console import csv_cell
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import append, read_text
 
-_ENOUGH = 50  # images to have seen before a share of them says something
-
+_MIN_IMAGES = 50  # read before the fraction of unreadable ones is judged
 _MAX_BYTES = 2**28
-
 _HEADER = ["image", "reason"]
 
 
 class BadImageLog:
-    """Safe to use from several threads. A file of an interrupted run is continued; no image stands in it twice.
+    """Unreadable images of a dataset. Safe to use from several threads.
 
-    path      skipped.csv (image, reason), made when the first image is skipped; None: keep no file
-    total     images in the data set
-    max_share  more than this share of unreadable images raises UserError
-    rule       who decided on that share, as the error says it
+    Args:
+        path: skipped.csv, created for the first unreadable image; None for no file. An existing file is continued,
+            without repeating images.
+        total: Images in the dataset.
+        max_fraction: Largest fraction of unreadable images, among those read so far.
+        rule: Source of that bound, for the error.
     """
 
     def __init__(
-        self, path: Path | None, total: int, max_share: float, rule: str = "that --max-bad-fraction allows"
+        self, path: Path | None, total: int, max_fraction: float, rule: str = "that --max-bad-fraction allows"
     ) -> None:
-        self._path, self._max_share, self._rule = path, max_share, rule
-        self._seen = np.zeros(total, bool)
-        self._count = 0  # of them
+        self._path, self._max_fraction, self._rule = path, max_fraction, rule
+        self._seen, self._num_seen = np.zeros(total, bool), 0
         self._bad: dict[int, str] = {}
-        self._kinds: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
         self._lock = Lock()
-        self._written: set[str] = set()
-        if path is not None and path.exists():
-            self._written = {row[0] for row in read_bad_images(path)[0]}
+        exists = path is not None and path.exists()
+        self._written = {row[0] for row in read_bad_images(path)[0]} if path is not None and exists else set[str]()
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -48,48 +46,65 @@ class BadImageLog:
         return index in self._bad
 
     def mark_ok(self, index: int) -> None:
-        """An image was read. Raises UserError as `add` does: threads may come to the unreadable ones first."""
+        """Record that an image was read.
+
+        Raises:
+            UserError: If too many are unreadable: threads may have read the unreadable ones first.
+        """
         if not self._seen[index]:
             with self._lock:
                 self._see(index)
 
     def record(self, index: int, image: str, reason: str) -> None:
-        """An image cannot be read. Raises UserError if that makes too many."""
+        """Record that an image cannot be read.
+
+        Raises:
+            UserError: If too many are unreadable.
+        """
         with self._lock:
             if index in self._bad:
                 return
             self._bad[index] = f"{image}: {reason}"
-            self._kinds[reason.split(": ")[0]] += 1
+            self._reasons[reason.split(": ")[0]] += 1
             if self._path is not None and csv_cell(image) not in self._written:
                 _append(self._path, [[image, " ".join(reason.split())]])
                 self._written.add(csv_cell(image))
             self._see(index)
 
     def _see(self, index: int) -> None:
-        self._count += not self._seen[index]
+        self._num_seen += not self._seen[index]
         self._seen[index] = True
-        if self._count >= min(_ENOUGH, len(self._seen)) and len(self._bad) > self._max_share * self._count:
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError if too many of the images read so far are unreadable."""
+        enough = self._num_seen >= min(_MIN_IMAGES, len(self._seen))
+        if enough and len(self._bad) > self._max_fraction * self._num_seen:
             raise self.error()
 
     @property
     def reasons(self) -> str:
-        """Reasons with how many images each has, in a line: what stands before the first colon of each."""
-        return "; ".join(f"{count:,} x {kind}" for kind, count in self._kinds.most_common(20))
+        """Number of images by reason, in a line. A reason is the message up to its first colon."""
+        return "; ".join(f"{count:,} x {reason}" for reason, count in self._reasons.most_common(20))
 
     def error(self) -> UserError:
-        """The error that ends the run, with a few of the reasons."""
-        some = "\n".join(f"  {line}" for line in list(self._bad.values())[:3])
-        where = f" All are listed in {self._path}." if self._path else ""
+        """Return the error that ends a run, with three of the unreadable images."""
+        examples = "\n".join(f"  {line}" for line in list(self._bad.values())[:3])
+        path = f" All are listed in {self._path}." if self._path else ""
         return UserError(
-            f"{len(self._bad)} of the first {self._count} images cannot be read, more than the share of "
-            f"{self._max_share:.0%} {self._rule}.{where}\n{some}"
+            f"{len(self._bad)} of the first {self._num_seen} images cannot be read, more than the "
+            f"{self._max_fraction:.0%} {self._rule}.{path}\n{examples}"
         )
 
 
 def read_bad_images(path: Path) -> tuple[list[list[str]], str]:
-    """Read the rows of a skipped.csv without its header, and what is wrong with the file; empty if nothing is.
+    """Read a skipped.csv.
 
-    Lines that are not CSV are left out.
+    Args:
+        path: The file.
+
+    Returns:
+        Its valid rows without the header, and its first problem; "" if there is no problem.
     """
     try:
         reader = csv.reader(io.StringIO(read_text(path, _MAX_BYTES), newline=""))
@@ -106,23 +121,23 @@ def read_bad_images(path: Path) -> tuple[list[list[str]], str]:
 
 
 def merge_logs(folder: Path) -> int:
-    """Put what several processes skipped (skipped-1.csv and so on) into skipped.csv; gives how many images it names."""
-    whole = folder / "skipped.csv"
-    named = {row[0] for row in read_bad_images(whole)[0]} if whole.exists() else set()
+    """Merge the logs of all ranks (skipped-1.csv and so on) into skipped.csv; return the number of images in it."""
+    merged = folder / "skipped.csv"
+    names = {row[0] for row in read_bad_images(merged)[0]} if merged.exists() else set()
     for path in sorted(folder.glob("skipped-*.csv")):
-        found, problem = read_bad_images(path)
-        rows = {row[0]: row for row in found if row[0] not in named}
+        all_rows, problem = read_bad_images(path)
+        rows = {row[0]: row for row in all_rows if row[0] not in names}
         if rows:
-            _append(whole, list(rows.values()))
-        named |= rows.keys()
+            _append(merged, list(rows.values()))
+        names |= rows.keys()
         if not problem:
             path.unlink()
-    return len(named)
+    return len(names)
 
 
 def _append(path: Path, rows: list[list[str]]) -> None:
     text = io.StringIO(newline="")
-    cells = [[csv_cell(cell) for cell in row] for row in ([] if path.exists() else [_HEADER]) + rows]
-    csv.writer(text).writerows(cells)
-    path.parent.mkdir(parents=True, exist_ok=True)  # the first line may come before any result
+    header = [] if path.exists() else [_HEADER]
+    csv.writer(text).writerows([[csv_cell(cell) for cell in row] for row in header + rows])
+    path.parent.mkdir(parents=True, exist_ok=True)  # a run's folder may not exist before its first result
     append(path, text.getvalue())

@@ -1,6 +1,6 @@
-"""Create a resized cache, so that a later epoch costs a small decode or a copy.
+"""Create a resized cache, so that each epoch costs a small decode or a copy per image.
 
-PixMIM's simple resized crop begins with a resize that is the same in each epoch; it is done here once.
+PixMIM's simple resized crop starts with a resize that is the same in every epoch. A cache does it once.
 """
 
 import io
@@ -8,10 +8,9 @@ import json
 import os
 import tarfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -26,22 +25,22 @@ from pixmim.data.shards.dataset import INDEX_DTYPE
 from pixmim.transforms.crops import Interpolation, cover_size, resize
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, write_json, write_text_atomically
-from pixmim.utils.threads import thread_pool
+from pixmim.utils.threads import ordered_map, thread_pool
 
 Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
-"""Number in the dataset; files by extension, the image first; class or -1; (h, w) of the image."""
+"""Dataset index; files by extension, the image first; class or -1; (h, w) of the image."""
 
 
 @dataclass(frozen=True)
 class CacheResult:
-    """What one process did.
+    """Result of one process.
 
     Args:
         images: Images written.
         skipped: Images that could not be read.
         bytes: Bytes written.
         seconds: Duration.
-        complete: Whether all shards of the cache exist now.
+        complete: True if all shards of the cache exist now.
     """
 
     images: int
@@ -52,7 +51,7 @@ class CacheResult:
 
 
 def make_cache(
-    source: ImageDataset,
+    dataset: ImageDataset,
     folder: Path,
     size: tuple[int, int],
     *,
@@ -68,95 +67,93 @@ def make_cache(
     """Write the images of a dataset to a cache, resized until they just cover `size`. Resumes an interrupted cache.
 
     Args:
-        source: The dataset.
-        folder: Where to write.
-        size: (h, w) to cover; the aspect ratio is kept.
-        interpolation: As in the crop of the runs to come.
+        dataset: The images.
+        folder: Folder of the cache.
+        size: (h, w) in pixels to cover; the aspect ratio is kept.
+        interpolation: That of the crop in training.
         kind: "jpeg", or "raw" pixels, which need no decoding and four times the space.
-        quality: Of JPEGs.
-        chroma: Subsampling of JPEGs. The default disturbs PixMIM's low-frequency target least for its size.
-        per_shard: Images in a shard.
-        threads: Decoding threads; 0: one per core, at most 16.
+        quality: JPEG quality.
+        chroma: JPEG chroma subsampling. The default distorts PixMIM's low-frequency target least for its size.
+        per_shard: Images per shard.
+        threads: Number of threads; 0: one per core, at most 16.
         part: (rank, world size): write every world-size-th shard. Default: from torchrun's or Slurm's environment.
         progress: Called with the number of images done.
 
     Returns:
-        What this process did.
+        What this process wrote.
 
     Raises:
-        UserError: If the folder has other content, or a cache of other images or settings; or if JPEG cannot hold
+        UserError: If the folder has other content, or a cache of other images or settings, or if JPEG cannot store
             the images.
     """
-    if kind == "jpeg" and (source.image_spec.channels not in (1, 3) or source.image_spec.dtype != "uint8"):
-        raise UserError(f"JPEG cannot hold {source.image_spec}, only 1 or 3 channels in uint8: pass --raw")
+    if kind == "jpeg" and (dataset.image_spec.channels not in (1, 3) or dataset.image_spec.dtype != "uint8"):
+        raise UserError(f"JPEG cannot store {dataset.image_spec}, only 1 or 3 channels in uint8: pass --raw")
     rank, world_size = part or shard_assignment()
     settings = CacheSettings(
-        data=source.spec,
-        fingerprint=source.fingerprint(),
-        images=len(source),
-        classes=source.classes,
+        data=dataset.spec,
+        fingerprint=dataset.fingerprint(),
+        images=len(dataset),
+        classes=dataset.classes,
         size=list(size),
         interpolation=interpolation,
         kind=kind,
         quality=quality if kind == "jpeg" else 0,
         chroma=chroma if kind == "jpeg" else "",
-        channels=source.image_spec.channels,
+        channels=dataset.image_spec.channels,
         per_shard=per_shard,
-        dtype=source.image_spec.dtype,
-        tiff_pages=source.image_spec.tiff_pages,
+        dtype=dataset.image_spec.dtype,
+        tiff_pages=dataset.image_spec.tiff_pages,
     )
     _write_or_check_settings(folder, settings)
     start, images, written, done = time.monotonic(), 0, 0, 0
-    skipped = BadImageLog(folder / (f"skipped-{rank}.csv" if world_size > 1 else "skipped.csv"), len(source), 1.0)
-    advance, labels = prefetch_in_order(source), source.labels  # labels once: some datasets compute them each time
+    skipped = BadImageLog(folder / (f"skipped-{rank}.csv" if world_size > 1 else "skipped.csv"), len(dataset), 1.0)
+    labels = dataset.labels  # some datasets compute them at each access
+    missing = []
+    for shard in range(rank, settings.num_shards, world_size):
+        if read_index(folder, shard) is None:
+            missing.append(shard)
+        else:
+            done += len(settings.images_of(shard))
+            progress(done)
+
+    def make_sample(index: int) -> Sample | None:
+        try:
+            image = dataset.read_array(index)
+        except BadImage as error:
+            skipped.record(index, dataset.path_of(index), str(error))
+            return None
+        return _encode(image, index, dataset.path_of(index), -1 if labels is None else int(labels[index]), settings)
+
+    def indices() -> Iterator[int]:
+        return chain.from_iterable(map(settings.images_of, missing))
+
     with thread_pool(threads, "pixmim-cache") as pool:
+        made = ordered_map(pool, make_sample, indices(), per_shard)  # continues while a shard is written
+        samples = zip(prefetch_in_order(dataset, indices()), made, strict=True)
 
-        def submit(shard: int) -> deque[Future[Sample | None]]:
-            numbers = settings.images_of(shard)
-            return deque(pool.submit(_make_sample, source, labels, i, settings, skipped) for i in numbers)
-
-        def samples(shard: int, jobs: deque[Future[Sample | None]]) -> Iterator[Sample]:
+        def take(count: int) -> Iterator[Sample]:
             nonlocal done
-            for number in settings.images_of(shard):
-                advance(number)
-                sample = jobs.popleft().result()  # not kept: it is freed once it is in the tar
+            for _, sample in islice(samples, count):
                 done += 1
                 progress(done)
                 if sample is not None:
                     yield sample
 
-        def write(shard: int, jobs: deque[Future[Sample | None]]) -> None:
-            nonlocal images, written
-            count, size = _write_shard(folder, shard, samples(shard, jobs))
-            images, written = images + count, written + size
-
-        previous: tuple[int, deque[Future[Sample | None]]] | None = None
-        for shard in range(rank, settings.num_shards, world_size):
-            if read_index(folder, shard) is not None:
-                done += len(settings.images_of(shard))
-                progress(done)
-                continue
+        for shard in missing:
             for leftover in folder.glob(f"{shard_name(shard, 'tar')}.*.tmp"):
                 leftover.unlink(missing_ok=True)
-            if previous is None:
-                advance(settings.images_of(shard)[0])  # start to prefetch before the first image is read
-            current = shard, submit(shard)  # computed while the previous one is written
-            if previous is not None:
-                write(*previous)
-            previous = current
-        if previous is not None:
-            write(*previous)
-    complete = _write_index(folder, settings)
-    return CacheResult(images, len(skipped), written, time.monotonic() - start, complete)
+            count, tar_bytes = _write_shard(folder, shard, take(len(settings.images_of(shard))))
+            images, written = images + count, written + tar_bytes
+    return CacheResult(images, len(skipped), written, time.monotonic() - start, _write_index(folder, settings))
 
 
 def shard_assignment() -> tuple[int, int]:
     """Return (rank, world size) under torchrun or in a Slurm array; (0, 1) otherwise."""
     environment = os.environ
-    for rank, ranks in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
-        if rank in environment and ranks in environment:
-            lowest = int(environment.get("SLURM_ARRAY_TASK_MIN", "0")) if rank.startswith("SLURM") else 0
-            return int(environment[rank]) - lowest, int(environment[ranks])
+    for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
+        if rank in environment and world_size in environment:
+            first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0")) if rank.startswith("SLURM") else 0
+            return int(environment[rank]) - first, int(environment[world_size])
     return 0, 1
 
 
@@ -166,8 +163,8 @@ def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
     if existing is None:
         folder.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in folder.iterdir() if not path.name.endswith(".tmp")]
-        if others and others != ["settings.json"]:  # another rank may just have written it
-            raise UserError(f"{folder} is not empty and not a cache: choose a new folder")
+        if others and others != ["settings.json"]:  # which another rank may just have written
+            raise UserError(f"{folder} has other files and is not a cache: choose a new folder")
         write_json(folder / "settings.json", asdict(settings))
         return
     for name, value in vars(settings).items():
@@ -178,14 +175,14 @@ def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
 
 
 def _write_index(folder: Path, settings: CacheSettings) -> bool:
-    """Write index.json if all shards exist, whoever wrote them; return whether they do."""
+    """Write index.json if all shards exist, and return True if they do."""
     shards = []
     for shard in range(settings.num_shards):
         entries = read_index(folder, shard)
         if entries is None:
             return False
-        name = shard_name(shard, "tar")
-        shards.append({"name": name, "images": len(entries) - 1, "bytes": int(entries[-1]["offset"])})
+        name, tar_bytes = shard_name(shard, "tar"), int(entries[-1]["offset"])
+        shards.append({"name": name, "images": len(entries) - 1, "bytes": tar_bytes})
     write_json(folder / "index.json", {"shards": shards, "images": sum(int(str(s["images"])) for s in shards)})
     return True
 
@@ -198,12 +195,12 @@ def _write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[i
     def write(file: IO[bytes]) -> None:
         nonlocal size
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for number, files, label, (h, w) in samples:
+            for index, files, label, (h, w) in samples:
                 for position, (extension, content) in enumerate(files.items()):
-                    member = tarfile.TarInfo(f"{number:09d}.{extension}")
+                    member = tarfile.TarInfo(f"{index:09d}.{extension}")
                     member.size = len(content)
                     if position == 0:
-                        entries.append((number, archive.offset + tarfile.BLOCKSIZE, len(content), label, h, w))
+                        entries.append((index, archive.offset + tarfile.BLOCKSIZE, len(content), label, h, w))
                     archive.addfile(member, io.BytesIO(content))
         size = file.tell()
 
@@ -214,32 +211,20 @@ def _write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[i
     return len(entries), size
 
 
-def _make_sample(
-    source: ImageDataset,
-    labels: npt.NDArray[np.int64] | None,
-    index: int,
-    settings: CacheSettings,
-    skipped: BadImageLog,
-) -> Sample | None:
-    """Return an image resized and encoded, or None if it cannot be read."""
-    try:
-        original = source.read_array(index)
-    except BadImage as error:
-        skipped.record(index, source.path_of(index), str(error))
-        return None
-    height, width, _ = original.shape
-    to = cover_size((height, width), (settings.size[0], settings.size[1]))
-    pixels = np.ascontiguousarray(resize(original, to, settings.interpolation))
+def _encode(image: npt.NDArray[np.generic], index: int, path: str, label: int, settings: CacheSettings) -> Sample:
+    """Resize an image (h w c) and encode it with its label and metadata."""
+    height, width, channels = image.shape
+    target = cover_size((height, width), (settings.size[0], settings.size[1]))
+    pixels = np.ascontiguousarray(resize(image, target, settings.interpolation))
     files: dict[str, bytes] = {}
     if settings.kind == "raw":
         files["raw"] = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
-    elif pixels.shape[2] == 1:
+    elif channels == 1:
         files["jpg"] = simplejpeg.encode_jpeg(pixels, settings.quality, "GRAY", "Gray")
     else:
         files["jpg"] = simplejpeg.encode_jpeg(pixels, settings.quality, "RGB", settings.chroma)
-    label = -1 if labels is None else int(labels[index])
     if label >= 0:
         files["cls"] = str(label).encode()
-    facts = {"path": source.path_of(index), "height": height, "width": width}
-    files["json"] = json.dumps(facts).encode("utf-8", "surrogateescape")
+    metadata = {"path": path, "height": height, "width": width}
+    files["json"] = json.dumps(metadata).encode("utf-8", "surrogateescape")
     return index, files, label, (pixels.shape[0], pixels.shape[1])

@@ -1,75 +1,185 @@
-"""Where the images of a run stay once they are decoded: on the device, in memory, or nowhere.
+"""Cache decoded images: in GPU memory, in RAM, or not at all. The batches are bitwise the same.
 
-The rule, where the user does not decide: on the device, if that is a GPU, its memory holds all images in a quarter of
-it, and the crop only cuts them; else in memory, if all fit into a quarter of the machine's, which the processes of a
-run share; else each is read again.
-Only a cache says beforehand how large its images are, so only a cache is kept without being asked.
+`choose_cache_location` applies the rule, unless the user decides: on a GPU if all images take at most a quarter of its
+memory and the crop does not resize; else in RAM, if they take at most a quarter of it; else nowhere. Only a resized
+cache has image sizes that are known before decoding, so only a resized cache is cached by default.
 """
 
 import os
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pixmim.data.dataset import ImageDataset
-from pixmim.transforms.crops import Crop
+from pixmim.data.dataset import BadImage, ImageDataset, InMemoryDataset, prefetch_in_order
+from pixmim.data.loader import Batch, BatchLoader, Finish, Loader, LoaderOptions
+from pixmim.data.sampler import BatchShard, SampleBatch
+from pixmim.masking import Mask
+from pixmim.transforms.crops import Crop, as_int16_view, reflect_indices
 from pixmim.utils.errors import UserError
+from pixmim.utils.threads import ordered_map
 
-Keep = Literal["auto", "gpu", "ram", "none"]
 CacheLocation = Literal["gpu", "ram", "none"]
 
-RAM_SHARE = 0.25
-"""Share of a memory that decoded images may take without being asked to."""
+MEMORY_FRACTION = 0.25
+"""Largest fraction of a memory that decoded images take by default."""
+
+_CROPS_AT_ONCE = 64  # bounds the memory of the pixel indices of a GPU batch
+_UPLOADS_AHEAD = 256  # images that are read ahead while they are copied to the GPU
 
 
 def choose_cache_location(
-    source: ImageDataset, crop: Crop, how: Keep, device: torch.device, processes: int = 1
+    dataset: ImageDataset,
+    crop: Crop,
+    cache_images: Literal["auto", "gpu", "ram", "none"],
+    device: torch.device,
+    processes: int = 1,
 ) -> tuple[CacheLocation, str]:
-    """Where decoded images stay, and why, in a line; empty where there is no choice. Raises UserError.
+    """Choose where decoded images are cached.
 
-    processes  of the run on this machine: each keeps images of its own, and they share its memory
+    Args:
+        dataset: The images.
+        crop: The crop of the run.
+        cache_images: The user's choice, `--cache-images`.
+        device: Device of the run.
+        processes: Processes of the run on this machine. Each caches images of its own, in the same RAM.
+
+    Returns:
+        The location, and a line that explains it; "" if there was no choice.
+
+    Raises:
+        UserError: If images cannot be cached on the GPU as requested.
     """
-    need = decoded_bytes(source)
-    cuts = source.sizes is not None and all(
+    size = decoded_bytes(dataset)
+    croppable = dataset.sizes is not None and all(
         crop.offset_without_resize((h, w), (0.0,) * crop.num_uniforms) is not None
-        for h, w in np.unique(source.sizes, axis=0).tolist()
+        for h, w in np.unique(dataset.sizes, axis=0).tolist()
     )
-    if how == "gpu" and not cuts:
+    if cache_images == "gpu" and not croppable:
         raise UserError(
-            "--cache-images gpu needs a cache at --size and --crop.kind simple-resized or center: GPU crops do not "
-            "resize"
+            "--cache-images gpu needs a cache at --size and --crop.kind simple-resized or center, because GPU crops do "
+            "not resize"
         )
-    if need is None:
-        return ("ram", "kept in memory once decoded, however many they are") if how == "ram" else ("none", "")
-    size = f"{need / 2**30:.1f} GiB decoded"
-    if how == "gpu" or (how == "auto" and cuts and device.type != "cpu" and need <= RAM_SHARE * _of_device(device)):
-        return "gpu", f"kept on the device, {size} (--cache-images ram or disk: not)"
-    if how == "ram" or (how == "auto" and need <= RAM_SHARE * total_ram() / processes):
-        return "ram", f"kept in memory once decoded, {size} (--cache-images none: not)"
-    if how == "auto":
-        shared = f", which {processes} processes share" * (processes > 1)
-        return "none", (
-            f"read from disk each time: {size} are more than a quarter of the memory{shared} (--cache-images ram: kept)"
-        )
-    return "none", "read from disk each time"
+    if size is None:
+        return ("ram", "cached in RAM once decoded, of unknown total size") if cache_images == "ram" else ("none", "")
+    decoded = f"{size / 2**30:.1f} GiB decoded"
+    fits_gpu = croppable and device.type != "cpu" and size <= MEMORY_FRACTION * _gpu_memory(device)
+    if cache_images == "gpu" or (cache_images == "auto" and fits_gpu):
+        return "gpu", f"cached on the GPU, {decoded} (--cache-images ram or none: do not)"
+    if cache_images == "ram" or (cache_images == "auto" and size <= MEMORY_FRACTION * total_ram() / processes):
+        return "ram", f"cached in RAM once decoded, {decoded} (--cache-images none: do not)"
+    if cache_images == "none":
+        return "none", "read from disk each time"
+    shared = f", which {processes} processes share" if processes > 1 else ""
+    return "none", (
+        f"read from disk each time: {decoded} is more than a quarter of the RAM{shared} (--cache-images ram: cache)"
+    )
 
 
-def decoded_bytes(source: ImageDataset) -> int | None:
-    """Bytes of all images once decoded, or None where only reading them tells."""
-    if source.sizes is None:
+def create_loader(
+    dataset: ImageDataset, crop: Crop, shard: BatchShard, location: CacheLocation, **options: Unpack[LoaderOptions]
+) -> BatchLoader[Any, Batch]:
+    """Create the loader for a cache location.
+
+    Args:
+        dataset: The images.
+        crop: The crop of each image.
+        shard: Positions of this rank.
+        location: Cache of decoded images, as `choose_cache_location` returns it.
+        options: See `BatchLoader`.
+    """
+    if location == "gpu":
+        return GpuLoader(dataset, crop, shard, **options)
+    return Loader(InMemoryDataset(dataset) if location == "ram" else dataset, crop, shard, **options)
+
+
+def decoded_bytes(dataset: ImageDataset) -> int | None:
+    """Return the bytes of all images once decoded, or None if their sizes are unknown."""
+    if dataset.sizes is None:
         return None
-    return int(source.sizes.prod(axis=1).sum()) * source.image_spec.channels * source.image_spec.bytes
+    return int(dataset.sizes.prod(axis=1).sum()) * dataset.image_spec.channels * dataset.image_spec.itemsize
 
 
 def total_ram() -> int:
-    """Bytes of memory of this machine; 0 where the system does not tell."""
+    """Return the bytes of RAM of this machine; 0 if the system does not report them."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 0
 
 
-def _of_device(device: torch.device) -> int:
-    """Bytes of memory of a GPU of its own; 0 for one that shares the machine's."""
+def _gpu_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU's own memory; 0 for a device that shares the RAM."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+class GpuLoader(BatchLoader[None, Batch]):
+    """Read all images onto the device once and crop them there. Yields bitwise the batches of `Loader`.
+
+    Args:
+        dataset: One whose image sizes are known.
+        crop: One that does not resize them: see `Crop.offset_without_resize`.
+        shard: Positions of this rank.
+        options: See `BatchLoader`.
+    """
+
+    def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
+        super().__init__(dataset, crop.num_uniforms, shard, **options)
+        assert dataset.sizes is not None
+        self._crop, self._sizes, self._dtype = crop, dataset.sizes, dataset.image_spec.torch_dtype
+        self._ends = np.cumsum(self._sizes.prod(axis=1))
+        shape = int(self._ends[-1]), dataset.image_spec.channels
+        self._pixels = as_int16_view(torch.empty(shape, dtype=self._dtype, device=self._device))
+        indices = range(len(dataset))
+        uploads = ordered_map(self._pool, self._upload, indices, _UPLOADS_AHEAD)
+        try:
+            for _ in zip(prefetch_in_order(dataset, indices), uploads, strict=True):
+                pass
+        except BaseException:
+            self.close()
+            raise
+
+    def _upload(self, index: int) -> None:
+        try:
+            image = self._dataset.image(index)
+        except BadImage as error:
+            self._skipped.record(index, self._dataset.path_of(index), str(error))
+            return
+        end, count = int(self._ends[index]), int(self._sizes[index].prod())
+        self._pixels[end - count : end] = as_int16_view(image).permute(1, 2, 0).reshape(count, -1).to(self._device)
+        self._skipped.mark_ok(index)
+
+    def _read(self, index: int, flip: bool, u: list[float]) -> None:
+        """Do nothing: the image is on the device."""
+
+    def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[Batch]]:
+        count = len(samples.indices)
+        indices = torch.empty(count, dtype=torch.int64)
+        flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
+        windows = torch.empty(5, count, dtype=torch.int64, pin_memory=self._pin)
+        numpy_indices, numpy_flip, numpy_windows = indices.numpy(), flip.numpy(), windows.numpy()
+
+        def prepare(row: int) -> None:
+            _, index, numpy_flip[row], u = self._read_row(samples, row)
+            h, w = self._sizes[index].tolist()
+            offset = self._crop.offset_without_resize((h, w), u)
+            assert offset is not None
+            numpy_indices[row] = index
+            numpy_windows[:, row] = self._ends[index] - h * w, *offset, h, w
+
+        def finish(mask: Mask | None, weight: float) -> Batch:
+            on_device = windows.to(self._device, non_blocking=True)
+            crops = torch.cat([self._crop_windows(part) for part in on_device.split(_CROPS_AT_ONCE, dim=1)])
+            return Batch(crops.view(self._dtype), flip, indices, mask, weight)
+
+        return prepare, finish
+
+    def _crop_windows(self, windows: Tensor) -> Tensor:
+        """Return crops (b c h w), given first pixel, top, left, height and width of each image as rows (5 b)."""
+        first, tops, lefts, heights, widths = windows[:, :, None].unbind()
+        h, w = self._crop.shape
+        rows, columns = reflect_indices(tops, h, heights), reflect_indices(lefts, w, widths)
+        pixels = (first + rows * widths)[:, :, None] + columns[:, None, :]
+        return self._pixels[pixels].permute(0, 3, 1, 2)

@@ -1,10 +1,12 @@
-"""The contract of a data set: random access to images of one form by index, and labels where there are any."""
+"""Datasets: random access to images of one channel count and dtype, and datasets made of other datasets."""
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +17,18 @@ from torch import Tensor
 from pixmim.transforms.crops import Array, as_image
 
 DType = Literal["uint8", "uint16", "float32"]
-"""How a pixel is held: 255 or 65535 count as one, or floating-point values are taken as they are."""
+"""Pixels as stored. 255 or 65535 mean 1.0; floating-point values are used unchanged."""
 
 TiffPages = Literal["first", "channels"]
-"""What counts of a TIFF with several pages: the first one, or the channels of all of them, one after another."""
+"""Pages of a TIFF to use: the first, or all of them, with their channels concatenated."""
+
+_LOOKAHEAD = 16  # shards that a sequential read prefetches
+_SHARD_SIZE = 1000  # images in a shard of a dataset without shards, where it is mixed with one that has them
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What every image of a data set is brought into, whatever its file holds."""
+    """Channels and dtype that every image of a dataset is converted to."""
 
     channels: int = 3
     dtype: DType = "uint8"
@@ -31,20 +36,18 @@ class ImageSpec:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of its images as tensors."""
         return {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}[self.dtype]
 
     @property
-    def bytes(self) -> int:
-        """That one value takes."""
+    def itemsize(self) -> int:
+        """Bytes of one value."""
         return self.torch_dtype.itemsize
 
     @property
     def flags(self) -> str:
-        """How the command line is told of it."""
-        return f"--channels {self.channels} --dtype {self.dtype}" + " --tiff-pages channels" * (
-            self.tiff_pages == "channels"
-        )
+        """Command-line flags that select this specification."""
+        pages = " --tiff-pages channels" if self.tiff_pages == "channels" else ""
+        return f"--channels {self.channels} --dtype {self.dtype}{pages}"
 
     def __str__(self) -> str:
         pages = ", pages as channels" if self.tiff_pages == "channels" else ""
@@ -54,23 +57,25 @@ class ImageSpec:
 RGB = ImageSpec()
 
 
-class BadImage(Exception):  # noqa: N818 (a fact about a file, not a fault of the program)
-    """One image cannot be used. The message is the reason; it costs a line in skipped.csv, not the run."""
+class BadImage(Exception):  # noqa: N818 (describes a file, not a fault of the program)
+    """An image cannot be used. The message is the reason, which is logged in skipped.csv; the run continues."""
 
 
 class ImageDataset(ABC):
-    """A data set. Reading is safe from several threads at once.
+    """Random access to images. Reading is safe from several threads at once.
 
-    spec     what the user wrote to get it
-    form     what its images are brought into
-    classes  names of the classes; empty where there are no labels
-    about    what a user should know of how it is read, in a line; empty where there is nothing to say
-    sizes    (h, w) of each image in pixels (n 2); None where only reading them tells
-    pieces   images in each contiguous piece that is best read together; None where any image is as near as any other
-    stray    the image whose place leaves a folder without classes; empty where there is none
+    Args:
+        spec: What the user passed to open it.
+        image_spec: Channels and dtype that images are converted to.
+        labels: Class index of each image (n), -1 for none; None without labels.
+        classes: Names of the classes; empty without labels.
+        description: One line for the user about how it is read; may be empty.
+        sizes: (h, w) of each image in pixels (n 2); None if only decoding shows them.
+        shard_sizes: Images in each contiguous shard that is best read together; None if any order is as fast.
     """
 
     stray_file = ""
+    """Image outside the class folders, because of which there are no labels; otherwise empty."""
 
     def __init__(
         self,
@@ -89,78 +94,231 @@ class ImageDataset(ABC):
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
-        """Class number of each image (n), -1 for none; or None. Computed when asked for, if that costs something."""
+        """Class index of each image (n), -1 for none; None without labels. Some datasets compute it at each access."""
         return self._labels
 
     @property
     def no_labels_message(self) -> str:
-        """What an evaluation says where there are no labels."""
-        why = (
-            f". It has subfolders, but {self.stray_file} is beside them: move it into one, or away"
-            if self.stray_file
-            else ""
-        )
-        return f"{self.spec} has no labels: an evaluation needs one subfolder for each class, or a column (label=){why}"
+        """Error of an evaluation that needs labels."""
+        hint = f". {self.stray_file} is outside the class folders: move it into one" if self.stray_file else ""
+        return f"{self.spec} has no labels: an evaluation needs one subfolder per class, or a column (label=){hint}"
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read_array(self, index: int) -> Shaped[Array, "h w c"]:
-        """Read and decode one image, in the data set's format. Raises BadImage."""
+        """Read and decode one image, converted to `image_spec`.
+
+        Raises:
+            BadImage: If it cannot be read.
+        """
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
-        """The same as a tensor."""
+        """Read one image as `read_array` does, as a tensor."""
         return as_image(self.read_array(index))
 
     @abstractmethod
     def path_of(self, index: int) -> str:
-        """Where an image comes from, for messages: a path."""
+        """Return the path of an image, for messages."""
 
     def fingerprint(self) -> str:
-        """Of all images in order, so that unfinished work on others is not taken for work on these.
-
-        Made of their places, unless a data set knows better.
-        """
+        """Return a hash of the images in order, by their paths, to detect that a dataset has changed."""
         digest = hashlib.sha256()
         for index in range(len(self)):
             digest.update(self.path_of(index).encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()[:16]
 
-    def prefetch(self, shards: Sequence[int]) -> None:  # noqa: B027 (most data sets have nothing to fetch)
-        """Hear which pieces will be read next, in order, so that they can be fetched ahead of time."""
+    def prefetch(self, shards: Sequence[int]) -> None:  # noqa: B027 (most datasets have nothing to prefetch)
+        """Start to fetch these shards, in order. Does not wait for them."""
 
 
 @runtime_checkable
 class HasBytes(Protocol):
-    """A data set of picture files, which gives their bytes to look into."""
+    """A dataset of encoded image files."""
 
     def read(self, index: int) -> bytes:
-        """What is in the file of one image. Raises BadImage."""
+        """Read the file of one image without decoding it. Raises BadImage."""
 
 
 @runtime_checkable
 class HasExtent(Protocol):
-    """A data set of files, or of parts of them."""
+    """A dataset whose images are files, or byte ranges of files."""
 
     def extent(self, index: int) -> tuple[str, int, int]:
-        """Where an image's bytes lie: file or URL, first byte, number of bytes (0: all that follow)."""
+        """Return the file or URL of an image, its first byte and its number of bytes (0: up to the end)."""
 
 
-_ON = 16  # pieces that a reader in order is taken to need next
+def prefetch_in_order(dataset: ImageDataset, indices: Iterable[int]) -> Iterator[int]:
+    """Yield increasing indices; before each, prefetch the shards that a sequential read from it needs."""
+    ends, previous = np.cumsum(dataset.shard_sizes if dataset.shard_sizes is not None else []), -1
+    for index in indices:
+        shard = int(np.searchsorted(ends, index, side="right")) if len(ends) else -1
+        if shard != previous:
+            previous = shard
+            dataset.prefetch(range(shard, min(shard + _LOOKAHEAD, len(ends))))
+        yield index
 
 
-def prefetch_in_order(source: ImageDataset) -> Callable[[int], None]:
-    """Gives a function that lets a data set hear which image a reader in order has come to."""
-    if source.shard_sizes is None:
-        return lambda index: None
-    ends, before = np.cumsum(source.shard_sizes), -1
+class DatasetWrapper(ImageDataset):
+    """Forward everything to another dataset, except what is given here and what a subclass overrides.
 
-    def advance(index: int) -> None:
-        nonlocal before
-        piece = int(np.searchsorted(ends, index, side="right"))
-        if before != piece < len(ends):
-            before = piece
-            source.prefetch(range(piece, min(piece + _ON, len(ends))))
+    Args:
+        source: The other dataset.
+        changes: Arguments of `ImageDataset` that differ.
+    """
 
-    return advance
+    def __init__(self, source: ImageDataset, **changes: Any) -> None:
+        attributes = ("spec", "image_spec", "classes", "description", "sizes", "shard_sizes")
+        super().__init__(**({name: getattr(source, name) for name in attributes} | changes))
+        self.source, self.stray_file = source, source.stray_file
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        return self.source.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        return self.source.read_array(index)
+
+    def path_of(self, index: int) -> str:
+        return self.source.path_of(index)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        self.source.prefetch(shards)
+
+
+class InMemoryDataset(DatasetWrapper):
+    """Keep decoded images in memory once they are read."""
+
+    def __init__(self, source: ImageDataset) -> None:
+        super().__init__(source)
+        self._images: list[Array | None] = [None] * len(source)
+        self._cached = np.zeros(len(source), np.bool_)
+        self._ends = np.cumsum(source.shard_sizes if source.shard_sizes is not None else [])
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Prefetch only shards that are not fully cached."""
+        starts = [0, *self._ends]
+        self.source.prefetch([shard for shard in shards if not self._cached[starts[shard] : starts[shard + 1]].all()])
+
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        image = self._images[index]
+        if image is None:  # if two threads read it, the copy of the second replaces an equal one
+            image = self._images[index] = self.source.read_array(index)
+            self._cached[index] = True
+        return image
+
+
+class Subset(DatasetWrapper):
+    """Some images of a dataset, in the given order. It has no shards."""
+
+    def __init__(self, source: ImageDataset, indices: Sequence[int]) -> None:
+        self.indices = list(indices)
+        super().__init__(source, sizes=None if source.sizes is None else source.sizes[self.indices], shard_sizes=None)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        labels = self.source.labels
+        return None if labels is None else labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        return self.source.read_array(self.indices[index])
+
+    def path_of(self, index: int) -> str:
+        return self.source.path_of(self.indices[index])
+
+    def fingerprint(self) -> str:
+        return ImageDataset.fingerprint(self)
+
+
+class ConcatDataset(ImageDataset):
+    """Several datasets as one, each repeated as often as its weight.
+
+    Copies of an image have different indices, so they are cropped differently. There are labels if all datasets have
+    them; classes are merged by name, in order of first appearance.
+
+    Args:
+        spec: What the user passed to open it.
+        parts: Datasets of one `image_spec`, with their weights (at least 1).
+    """
+
+    def __init__(self, spec: str, parts: Sequence[tuple[ImageDataset, int]]) -> None:
+        self._parts = list(parts)
+        lengths = [len(part) * weight for part, weight in parts]
+        self._starts = [0, *np.cumsum(lengths).tolist()]
+        labeled = all(part.classes for part, _ in parts)
+        sizes = [part.sizes for part, _ in parts]
+        sharded = any(part.shard_sizes is not None for part, _ in parts)
+        super().__init__(
+            spec,
+            parts[0][0].image_spec,
+            classes=list(dict.fromkeys(name for part, _ in parts for name in part.classes)) if labeled else (),
+            description="a mixture of " + ", ".join(_describe(part, weight, sum(lengths)) for part, weight in parts),
+            sizes=None if any(size is None for size in sizes) else self._repeat(sizes),
+            shard_sizes=self._repeat([_shard_sizes(part) for part, _ in parts]) if sharded else None,
+        )
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        if not self.classes:
+            return None
+        ids = {name: i for i, name in enumerate(self.classes)}
+        merged = [np.asarray([*(ids[name] for name in part.classes), -1]) for part, _ in self._parts]  # -1 stays -1
+        return self._repeat([to[part.labels] for to, (part, _) in zip(merged, self._parts, strict=True)])
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read_array(self, index: int) -> Shaped[Array, "h w c"]:
+        part, inside = self._find(index)
+        return part.read_array(inside)
+
+    def path_of(self, index: int) -> str:
+        part, inside = self._find(index)
+        return part.path_of(inside)
+
+    def fingerprint(self) -> str:
+        text = "+".join(f"{weight}*{part.fingerprint()}" for part, weight in self._parts)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        first = 0
+        for part, weight in self._parts:
+            count = len(_shard_sizes(part)) * weight
+            if part.shard_sizes is not None:
+                inside = [(shard - first) % len(part.shard_sizes) for shard in shards if first <= shard < first + count]
+                part.prefetch(list(dict.fromkeys(inside)))
+            first += count
+
+    def _find(self, index: int) -> tuple[ImageDataset, int]:
+        """Return the dataset that holds an image, and its index there."""
+        number = bisect_right(self._starts, index) - 1
+        part, _ = self._parts[number]
+        return part, (index - self._starts[number]) % len(part)
+
+    def _repeat(self, values: Sequence[Any]) -> npt.NDArray[Any]:
+        """Concatenate an array of each dataset, repeated by its weight."""
+        return np.concatenate([v for v, (_, weight) in zip(values, self._parts, strict=True) for _ in range(weight)])
+
+
+def _describe(part: ImageDataset, weight: int, total: int) -> str:
+    repeated = f", each {weight} times an epoch" if weight > 1 else ""
+    more = f"; {part.description}" if part.description else ""
+    return f"{len(part) * weight / total:.1%} {part.spec} ({len(part):,} images{repeated}{more})"
+
+
+def _shard_sizes(part: ImageDataset) -> npt.NDArray[np.int64]:
+    """Return the shard sizes of a dataset; those of equal slices if it has no shards."""
+    if part.shard_sizes is not None:
+        return part.shard_sizes
+    full, rest = divmod(len(part), _SHARD_SIZE)
+    return np.asarray([_SHARD_SIZE] * full + [rest] * (rest > 0))

@@ -1,7 +1,7 @@
-"""Batches that threads prepare ahead of the training loop.
+"""Load batches in threads, ahead of the training loop.
 
-Which images, crops, flips and masks a batch holds is a function of seed and position, whatever the number of threads
-or ranks, and wherever a run was interrupted.
+The images, crops, flips and masks of a batch are a function of (seed, position). They do not depend on the number of
+threads or ranks, or on interruptions.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, Required, TypedDict, TypeVar, Unpack
@@ -24,10 +25,10 @@ from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
 from pixmim.data.sampler import BatchShard, CropSampler, Indices, SampleBatch
 from pixmim.masking import Mask
 from pixmim.transforms.crops import Array, Crop, stack_images
-from pixmim.utils.threads import num_threads, thread_pool
+from pixmim.utils.threads import num_threads, ordered_map, thread_pool
 
-T = TypeVar("T")  # an image, as a loader reads it
-B = TypeVar("B", covariant=True)
+T = TypeVar("T")  # an image as a loader reads it
+B = TypeVar("B", covariant=True)  # a batch
 
 SampleMasks = Callable[[Indices], tuple[Mask | None, float]]
 """Sample the masks at positions of a run, and the weight of these rows in the loss: see `MaskSampler.at`."""
@@ -36,19 +37,19 @@ Finish = Callable[[Mask | None, float], B]
 """Complete a batch, given its masks and weight."""
 
 _CPU = torch.device("cpu")
-_AHEAD = 2  # batches that are ready or in progress while the loop uses one; this bounds the memory
+_AHEAD = 2  # batches that are ready or in progress while the loop uses one
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Cropped images, with the flips still to be applied on the device.
+    """A batch of cropped images, with the flips still to be applied on the device.
 
-    On a CPU the loader reuses this memory once the next batch is requested: copy what must last.
+    On a CPU the loader reuses the memory for later batches: copy what you keep.
 
     Args:
         images: Pixels in the dtype of the dataset.
-        flip: Images to mirror.
-        indices: Dataset index of each image, on the host.
+        flip: True for each image to flip horizontally.
+        indices: Dataset index of each image, in CPU memory.
         mask: Masks for pre-training; in page-locked memory for a CUDA device.
         weight: Weight of these images in the loss of their step. The weights of all parts and ranks sum to one.
     """
@@ -61,20 +62,20 @@ class Batch:
 
 
 class BatchLoader(ABC, Generic[T, B]):
-    """Endless iterator over batches that threads prepare ahead of the loop. Use it in a `with` statement.
+    """Endless iterator over batches, prepared by threads. Use it in a `with` statement.
 
-    A subclass defines how an image is read and how a batch is made of them.
+    A subclass defines how an image is read and how a batch is assembled.
 
     Args:
         dataset: The images.
-        crop_uniforms: Uniform numbers that the crop of an image takes.
+        crop_uniforms: Number of random numbers that the crop of an image takes.
         shard: Positions of this rank.
         skipped: Log of unreadable images. The next readable image of the epoch replaces each.
         flip: Probability of a horizontal flip.
         seed: Seed of order, crops and flips.
-        masks: Samples the masks of a batch, in a thread.
-        threads: Number of threads; 0 means one for each core, at most 16.
-        device: Where batches go. For CUDA they are in page-locked memory, so copies need not be waited for.
+        masks: Function that samples the masks of a batch; called in a thread.
+        threads: Number of threads; 0: one per core, at most 16.
+        device: Device of the model. For CUDA, batches are in page-locked memory, so copies to it are asynchronous.
     """
 
     def __init__(
@@ -97,15 +98,15 @@ class BatchLoader(ABC, Generic[T, B]):
         self._pending: deque[tuple[list[Future[Any]], Callable[[], B]]] = deque()
         self._submitted, self._closed = 0, False
         self.wait_seconds = 0.0
-        """Seconds that the loop has waited for batches so far."""
+        """Seconds spent waiting for batches so far."""
 
     @abstractmethod
     def _read(self, index: int, flip: bool, u: list[float]) -> T:
-        """Read one image, to be flipped and cropped by the numbers `u`. Raises BadImage."""
+        """Read one image, given its flip and the random numbers of its crop. Raises BadImage."""
 
     @abstractmethod
     def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[B]]:
-        """Start batch `number`: return a function that threads call for each row, and one that returns the batch."""
+        """Start a batch: return a function that prepares one row, in a thread, and one that returns the batch."""
 
     @property
     def ready(self) -> bool:
@@ -119,12 +120,12 @@ class BatchLoader(ABC, Generic[T, B]):
         while len(self._pending) <= _AHEAD:
             self._pending.append(self._submit())
         jobs, complete = self._pending.popleft()
-        began = perf_counter()
-        wait(jobs, return_when=FIRST_EXCEPTION)  # wakes the loop once, not for each job
+        start = perf_counter()
+        wait(jobs, return_when=FIRST_EXCEPTION)  # wakes this thread once instead of once per job
         for job in jobs:
             job.result()
         batch = complete()
-        self.wait_seconds += perf_counter() - began
+        self.wait_seconds += perf_counter() - start
         return batch
 
     def __enter__(self) -> "BatchLoader[T, B]":
@@ -134,12 +135,12 @@ class BatchLoader(ABC, Generic[T, B]):
         self.close()
 
     def close(self) -> None:
-        """Stop the threads, each after its current image. A stuck thread is abandoned. Can be called twice."""
+        """Stop the threads after their current image. A stuck thread is abandoned. Can be called twice."""
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self) -> tuple[list[Future[Any]], Callable[[], B]]:
-        """Start the next batch, in jobs small enough to keep all threads busy."""
+        """Start the next batch, as jobs small enough to keep all threads busy."""
         positions = self._shard.positions(self._submitted)
         samples = self._sampler.samples(positions)
         self._dataset.prefetch(self._sampler.upcoming_shards(samples))
@@ -156,15 +157,14 @@ class BatchLoader(ABC, Generic[T, B]):
                     return
                 prepare(row)
 
+        masks = self._pool.submit(sample_masks)
         count = len(positions)
         size = -(-count // (4 * self._threads))
-        masks = self._pool.submit(sample_masks)
-        parts = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        jobs = [self._pool.submit(prepare_rows, part) for part in parts]
+        jobs = [self._pool.submit(prepare_rows, range(count)[first : first + size]) for first in range(0, count, size)]
         return [masks, *jobs], lambda: finish(*masks.result())
 
     def _read_row(self, samples: SampleBatch, row: int) -> tuple[T, int, bool, list[float]]:
-        """Return the image of a row, its index, flip and crop numbers; those of a replacement if it is unreadable."""
+        """Return image, index, flip and crop numbers of a row; those of the next readable image if it is unreadable."""
         for offset in range(len(self._dataset)):
             index, flip, u = self._sampler.replacement(samples, row, offset).rows[0] if offset else samples.rows[row]
             if index in self._skipped:
@@ -180,7 +180,7 @@ class BatchLoader(ABC, Generic[T, B]):
 
 
 class LoaderOptions(TypedDict, total=False):
-    """Keyword arguments of every `BatchLoader`."""
+    """Keyword arguments of `BatchLoader`, for subclasses."""
 
     skipped: Required[BadImageLog]
     flip: float
@@ -191,17 +191,19 @@ class LoaderOptions(TypedDict, total=False):
 
 
 class Loader(BatchLoader[Array, Batch]):
-    """Batches of images that are read and decoded when they are needed.
+    """Read, decode and crop images when they are needed.
 
     Args:
-        crop: What the network sees of an image.
+        dataset: The images.
+        crop: The crop of each image.
+        shard: Positions of this rank.
         options: See `BatchLoader`.
     """
 
     def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
         super().__init__(dataset, crop.num_uniforms, shard, **options)
         self._crop, self._reuse = crop, self._device.type == "cpu"
-        self._memory: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._buffers: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def _read(self, index: int, flip: bool, u: list[float]) -> Array:
         return self._dataset.read_array(index)
@@ -209,42 +211,42 @@ class Loader(BatchLoader[Array, Batch]):
     def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[Batch]]:
         count = len(samples.indices)
         images, flip, indices = (values[:count] for values in self._allocate(number))
-        windows, flips, numbers = images.numpy(), flip.numpy(), indices.numpy()
+        numpy_images, numpy_flip, numpy_indices = images.numpy(), flip.numpy(), indices.numpy()
 
         def prepare(row: int) -> None:
-            image, numbers[row], flips[row], u = self._read_row(samples, row)
-            self._crop.crop_into(image, u, windows[row])
+            image, numpy_indices[row], numpy_flip[row], u = self._read_row(samples, row)
+            self._crop.crop_into(image, u, numpy_images[row])
 
         return prepare, lambda mask, weight: Batch(images.permute(0, 3, 1, 2), flip, indices, mask, weight)
 
     def _allocate(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return memory for a batch. It is reused on a CPU, where fresh pages cost as much as the copies into them."""
+        """Return images, flip and indices to fill; reused on a CPU, where new pages cost as much as the copies."""
         if number > _AHEAD and self._reuse:
-            return self._memory[number % (_AHEAD + 1)]  # of the batch that the loop has just finished with
-        count, form = self._shard.local_batch_size, self._dataset.image_spec
-        images = torch.empty(count, *self._crop.shape, form.channels, dtype=form.torch_dtype, pin_memory=self._pin)
+            return self._buffers[number % (_AHEAD + 1)]  # of the batch that the loop has finished with
+        count, spec = self._shard.local_batch_size, self._dataset.image_spec
+        images = torch.empty(count, *self._crop.shape, spec.channels, dtype=spec.torch_dtype, pin_memory=self._pin)
         flip = torch.empty(count, dtype=torch.bool, pin_memory=self._pin)
-        memory = images, flip, torch.empty(count, dtype=torch.int64)
+        buffers = images, flip, torch.empty(count, dtype=torch.int64)
         if self._reuse:
-            self._memory.append(memory)
-        return memory
+            self._buffers.append(buffers)
+        return buffers
 
 
 def iterate_in_order(
     dataset: ImageDataset, crop: Crop, *, skipped: BadImageLog, batch: int, threads: int = 0, first: int = 0
 ) -> Iterator[tuple[Shaped[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
-    """Yield every image of a dataset once, in order, through a crop without randomness.
+    """Yield each image of a dataset once, in order, for an evaluation.
 
     Args:
         dataset: The images.
-        crop: What is seen of each.
-        skipped: Log of unreadable images, which are left out.
-        batch: Images to read for a batch. Fewer are yielded, or none, where some are unreadable.
-        threads: Number of threads; 0 means one for each core, at most 16.
-        first: Index to start at.
+        crop: The crop of each image, without randomness.
+        skipped: Log of unreadable images, which are omitted.
+        batch: Images to read per batch. A batch with unreadable images is smaller, and may be empty.
+        threads: Number of threads; 0: one per core, at most 16.
+        first: Dataset index to start at.
 
     Yields:
-        Images, their indices, and the index after the last one that was read.
+        Images, their dataset indices, and the index to read next.
     """
 
     def read(index: int) -> Tensor | None:
@@ -256,19 +258,10 @@ def iterate_in_order(
         skipped.mark_ok(index)
         return crop.crop(image)
 
-    def collect(part: range, images: Iterator[Tensor | None]) -> tuple[Tensor, npt.NDArray[np.int64], int]:
-        readable = [(index, image) for index, image in zip(part, images, strict=True) if image is not None]
-        stack = stack_images([image for _, image in readable]) if readable else torch.empty(0, 1, 1, 1)
-        return stack, np.asarray([index for index, _ in readable], np.int64), part.stop
-
     with thread_pool(threads, "pixmim-read") as pool:
-        advance = prefetch_in_order(dataset)
-        ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()
+        indices = range(first, len(dataset))
+        images = zip(prefetch_in_order(dataset, indices), ordered_map(pool, read, indices, _AHEAD * batch), strict=True)
         for start in range(first, len(dataset), batch):
-            advance(start)
-            part = range(start, min(start + batch, len(dataset)))
-            ahead.append((part, pool.map(read, part)))
-            if len(ahead) > _AHEAD:
-                yield collect(*ahead.popleft())
-        while ahead:
-            yield collect(*ahead.popleft())
+            readable = [(index, image) for index, image in islice(images, batch) if image is not None]
+            stack = stack_images([image for _, image in readable]) if readable else torch.empty(0, 1, 1, 1)
+            yield stack, np.asarray([index for index, _ in readable], np.int64), min(start + batch, len(dataset))

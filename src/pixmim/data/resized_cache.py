@@ -1,20 +1,20 @@
-"""A cache of images resized once, in plain tars with an index that gives random access.
+"""Cache of resized images: plain tar shards, each with an index for random access.
 
-    settings.json         what it was made of, and how; written first
+    settings.json         source and settings of the cache; written first
     shard-000000.tar      WebDataset: KEY.jpg (or KEY.raw: h w c, little-endian), KEY.cls if there are labels,
                           KEY.json (path, size)
-    shard-000000.index    records of INDEX_DTYPE, one per sample, and one for the tar: its size as `offset`, and the
-                          CRC-32 of the other records as `length`. A shard is complete once this file exists
-    index.json            written last, when all shards exist
+    shard-000000.index    one INDEX_DTYPE record per image, and one for the tar, with its size as `offset` and the
+                          CRC-32 of the other records as `length`. A shard is complete once its index exists
+    index.json            list of shards; written last
 
-Shard s holds those of the images s*n to (s+1)*n - 1 that could be read, so shards can be written in any order, by any
-number of processes, and again. A cache is written locally, and read locally or from a URL.
+Shard s holds the readable ones of images s*n to (s+1)*n - 1, so any process can write any shard, in any order. A cache
+is written to a local folder, and read from there or from a URL.
 """
 
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -25,39 +25,33 @@ from pixmim.data.shards.fsspec_io import file_version, is_url, read_small_file
 from pixmim.data.shards.local import FileVersion
 from pixmim.data.shards.remote import open_shards
 from pixmim.transforms.crops import Interpolation
-from pixmim.utils.errors import UserError
+from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import parse_json
 from pixmim.utils.progress import parallel_map
+from pixmim.utils.validation import Whole, check_value, hints_of
 
 Kind = Literal["jpeg", "raw"]
 Chroma = Literal["444", "420"]
 
 _MAX_INDEX_BYTES = 2**30  # 32 million images in a shard
-_MAX_VALUE = {"images": 10**11, "per_shard": 10**11, "channels": 2**16, "quality": 100}
-_CHOICES = {
-    "kind": get_args(Kind),
-    "chroma": (*get_args(Chroma), ""),
-    "interpolation": get_args(Interpolation),
-    "dtype": get_args(DType),
-    "tiff_pages": get_args(TiffPages),
-}
+_RECREATE = "remove the cache and create it again"
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What a cache was made of, and how. All processes that write one cache must agree."""
+    """Source and settings of a cache. All processes that write one cache must agree on them."""
 
     data: str
     fingerprint: str
-    images: int
+    images: Annotated[int, Whole(1, 10**11)]
     classes: list[str]
     size: list[int]
     interpolation: Interpolation
     kind: Kind
-    quality: int
-    chroma: str
-    channels: int
-    per_shard: int
+    quality: Annotated[int, Whole(0, 100)]
+    chroma: Chroma | Literal[""]
+    channels: Annotated[int, Whole(1, 2**16)]
+    per_shard: Annotated[int, Whole(1, 10**11)]
     dtype: DType = "uint8"
     tiff_pages: TiffPages = "first"
 
@@ -67,11 +61,10 @@ class CacheSettings:
 
     @property
     def image_spec(self) -> ImageSpec:
-        """Channels and dtype of the images."""
         return ImageSpec(self.channels, self.dtype, self.tiff_pages)
 
     def images_of(self, shard: int) -> range:
-        """Return the numbers of the images that a shard is made of."""
+        """Return the dataset indices of the images in a shard."""
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.images))
 
 
@@ -96,9 +89,10 @@ def read_settings(folder: str | Path) -> CacheSettings | None:
     if text is None:
         return None
     content = parse_json(text.decode("utf-8", "surrogateescape"), name)
-    damage = _find_invalid_setting(content)
-    if damage:
-        raise UserError(f"{name} is damaged ({damage}): remove the cache and create it again")
+    try:
+        _check_settings(content)
+    except UserError as error:
+        raise UserError(f"{name} is damaged ({error}): {_RECREATE}") from None
     return CacheSettings(**content)
 
 
@@ -120,44 +114,43 @@ def read_index(folder: str | Path, shard: int) -> IndexEntries | None:
     return entries
 
 
-def open_cache(folder: str | Path, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ShardDataset:
+def open_cache(folder: str | Path, image_spec: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ShardDataset:
     """Open a complete cache.
 
     Args:
         folder: A folder or a URL.
-        form: Channels and dtype of the images, which must be those of the cache.
+        image_spec: Channels and dtype of the images, which must be those of the cache.
         shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
 
     Raises:
-        UserError: If there is no cache, it is incomplete or damaged, or has images of another form.
+        UserError: If there is no cache, it is incomplete or damaged, or its images have another specification.
     """
-    where = str(folder)
-    settings = read_settings(where)
+    cache = str(folder)
+    settings = read_settings(cache)
     if settings is None:
-        raise UserError(f"{where} is not a cache: it has no settings.json")
-    if settings.image_spec != form:
+        raise UserError(f"{cache} is not a cache: it has no settings.json")
+    if settings.image_spec != image_spec:
         raise UserError(
-            f"the cache {where} has images of {settings.image_spec}, not {form}: pass {settings.image_spec.flags}"
+            f"the cache {cache} has images of {settings.image_spec}, not {image_spec}: pass {settings.image_spec.flags}"
         )
-    _check_shard_list(where, settings)
-    tars = [f"{where}/{shard_name(shard, 'tar')}" for shard in range(settings.num_shards)]
+    _check_shard_list(cache, settings)
+    tars = [f"{cache}/{shard_name(shard, 'tar')}" for shard in range(settings.num_shards)]
 
     def load_index(shard: int) -> IndexEntries:
-        entries = read_index(where, shard)
+        entries = read_index(cache, shard)
         if entries is None:
             raise UserError(f"{tars[shard]} is missing, truncated or not that of its index: run `pixmim cache` again")
         damage = _find_damage(entries, shard, settings)
         if damage:
-            name = f"{where}/{shard_name(shard, 'index')}"
-            raise UserError(f"{name} is damaged ({damage}): remove the cache and create it again")
+            raise UserError(f"{cache}/{shard_name(shard, 'index')} is damaged ({damage}): {_RECREATE}")
         return entries
 
     indexes = parallel_map("reading indexes", load_index, settings.num_shards)
     if not any(len(entries) > 1 for entries in indexes):
-        raise UserError(f"the cache {where} is empty: none of its images could be read")
+        raise UserError(f"the cache {cache} is empty: none of its images could be read")
     return ShardDataset(
-        where,
-        form,
+        cache,
+        image_spec,
         tars,
         open_shards(tars, [FileVersion(int(entries[-1]["offset"])) for entries in indexes], shard_cache_gib),
         [ShardIndex(entries[:-1]) for entries in indexes],
@@ -167,19 +160,35 @@ def open_cache(folder: str | Path, form: ImageSpec = RGB, shard_cache_gib: float
     )
 
 
-def _check_shard_list(where: str, settings: CacheSettings) -> None:
+def _check_settings(content: Any) -> None:
+    """Raise UserError unless the content of a settings.json has all settings, with valid values."""
+    hints = hints_of(CacheSettings)
+    content = content if isinstance(content, dict) else {}
+    for name in {**content, **hints}:
+        if name not in hints:
+            raise UserError(f"unknown setting {shown(name)}")
+        value = content.get(name, getattr(CacheSettings, name, None))
+        check_value(name, value, hints[name])
+        items = value if isinstance(value, list) else [None]
+        if name == "size" and not (len(items) == 2 and all(type(n) is int and 0 < n < 2**16 for n in items)):
+            raise UserError(f"size must be height and width in pixels, not {shown(value)}")
+        if name == "classes" and not all(isinstance(item, str) for item in items):
+            raise UserError(f"classes must be a list of names, not {shown(value)}")
+
+
+def _check_shard_list(cache: str, settings: CacheSettings) -> None:
     """Raise UserError unless index.json lists as many shards as the settings require, before any is opened."""
-    name = f"{where}/index.json"
+    name = f"{cache}/index.json"
     text = read_small_file(name)
     if text is None:
-        raise UserError(f"the cache {where} is not finished: run the same `pixmim cache` again")
+        raise UserError(f"the cache {cache} is not finished: run the same `pixmim cache` again")
     content = parse_json(text.decode("utf-8", "surrogateescape"), name)
     shards = content.get("shards") if isinstance(content, dict) else None
-    if not isinstance(shards, list) or len(shards) != settings.num_shards:
-        count = f"{len(shards):,}" if isinstance(shards, list) else "no"
+    count = len(shards) if isinstance(shards, list) else 0
+    if count != settings.num_shards:
         raise UserError(
-            f"{name} lists {count} shards, but settings.json requires {settings.num_shards:,} for "
-            f"{settings.images:,} images: remove the cache and create it again"
+            f"{name} lists {count:,} shards, but settings.json requires {settings.num_shards:,} for "
+            f"{settings.images:,} images: {_RECREATE}"
         )
 
 
@@ -198,31 +207,9 @@ def _find_damage(entries: IndexEntries, shard: int, settings: CacheSettings) -> 
             check_size(int(samples["w"][extreme]), int(samples["h"][extreme]))
     except BadImage as error:
         return str(error)
-    if settings.kind == "raw" and (pixels * (settings.channels * settings.image_spec.bytes) != samples["length"]).any():
+    if (
+        settings.kind == "raw"
+        and (pixels * settings.channels * settings.image_spec.itemsize != samples["length"]).any()
+    ):
         return "byte counts that differ from the image sizes"
-    return ""
-
-
-def _find_invalid_setting(content: Any) -> str:
-    """Describe what is wrong in the content of a settings.json; "" if nothing is."""
-    if not isinstance(content, dict):
-        return "not an object"
-    known = {field.name for field in fields(CacheSettings)}
-    unknown = [name for name in content if name not in known]
-    if unknown:
-        return f"unknown: {unknown[0]!r}"
-    for name in known:
-        value = content.get(name, getattr(CacheSettings, name, None))
-        if name in _MAX_VALUE:
-            valid = type(value) is int and int(name != "quality") <= value <= _MAX_VALUE[name]
-        elif name in _CHOICES:
-            valid = isinstance(value, str) and value in _CHOICES[name]
-        elif name == "size":
-            valid = isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n < 2**16 for n in value)
-        elif name == "classes":
-            valid = isinstance(value, list) and all(isinstance(each, str) for each in value)
-        else:
-            valid = isinstance(value, str)
-        if not valid:
-            return f"{name} is {repr(value)[:50]}"
     return ""

@@ -1,7 +1,7 @@
-"""Order, crop and flip of every sample of a run, as a pure function of (seed, position).
+"""Order, crop and flip of each sample of a run, as a pure function of (seed, position).
 
-Position p of a run is in epoch p // n, at epoch position p % n. Batches are cut from this one sequence, so each image
-comes exactly once an epoch and no batch is short; a batch may span two epochs.
+Position p of a run is position p % n of epoch p // n, for n images. Batches are consecutive positions, so each image
+occurs exactly once per epoch and every batch is full; a batch may span two epochs.
 """
 
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ import numpy.typing as npt
 from pixmim.utils import rng
 
 WINDOW = 16
-"""Shards whose images are mixed. With 2,000 images in a shard, an image is mixed with 32,000 others."""
+"""Shards that are shuffled together. With 2,000 images per shard, these are 32,000 images."""
 
 Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class BatchShard:
-    """The positions of a run that one rank computes, batch by batch.
+    """Positions of a run that one rank computes, batch by batch.
 
     Args:
-        batch_size: Images in a batch, over all ranks.
-        start: Position of the first sample. A resumed run starts where it was interrupted.
-        rank: This process.
+        batch_size: Images per batch, over all ranks.
+        start: Position of the first sample; in a resumed run, that of the interruption.
+        rank: Rank of this process.
         world_size: Number of processes. Each gets an equal share of every batch.
-        parts: Number of parts in which a share is computed. Their sizes differ by at most one image.
+        parts: Accumulation steps: parts of a share, whose sizes differ by at most one image.
 
     Raises:
         ValueError: If the batch does not divide evenly among the ranks.
@@ -49,7 +49,7 @@ class BatchShard:
         return -(-self.batch_size // self.world_size // self.parts)
 
     def positions(self, number: int) -> Indices:
-        """Return this rank's positions in part `number`, counted from `start`."""
+        """Return the positions of this rank in part `number`, counted from `start` over all batches."""
         batch, part = divmod(number, self.parts)
         share = self.batch_size // self.world_size
         first = self.start + batch * self.batch_size + self.rank * share
@@ -58,7 +58,7 @@ class BatchShard:
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples at some positions: their epoch, image index, flip, and uniform numbers `u` of the crop."""
+    """Epoch, position in it, dataset index, flip, and random numbers in [0, 1) of the crop, for several samples."""
 
     epochs: Indices
     epoch_positions: Indices
@@ -68,7 +68,7 @@ class SampleBatch:
 
     @cached_property
     def rows(self) -> list[tuple[int, bool, list[float]]]:
-        """Index, flip and crop numbers of each sample, as Python's numbers: those of NumPy are slow one by one."""
+        """Index, flip and crop numbers of each sample, as Python numbers, because scalars of NumPy are slow."""
         return list(zip(self.indices.tolist(), self.flip.tolist(), self.u.tolist(), strict=True))
 
 
@@ -78,8 +78,8 @@ class CropSampler:
     Args:
         seed: Seed of the run.
         count: Images in the dataset.
-        shard_sizes: Images in each shard, for a dataset that is best read shard by shard; otherwise None.
-        num_uniforms: Uniform numbers in [0, 1) that a crop takes.
+        shard_sizes: Images in each shard if the dataset is best read shard by shard, otherwise None.
+        num_uniforms: Number of random numbers that a crop takes.
         flip: Probability of a horizontal flip.
     """
 
@@ -93,27 +93,27 @@ class CropSampler:
         return self._at(epochs, epoch_positions, epoch_positions)
 
     def replacement(self, samples: SampleBatch, row: int, offset: int) -> SampleBatch:
-        """Return the one sample that replaces `row` if its image and the next `offset - 1` are unreadable."""
+        """Return the sample `offset` positions after a row in its epoch, which replaces it if it is unreadable."""
         epochs, positions = samples.epochs[row : row + 1], samples.epoch_positions[row : row + 1]
         return self._at(epochs, positions, (positions + offset) % self._count)
 
     def upcoming_shards(self, samples: SampleBatch) -> list[int]:
-        """Return the shards that are read around the last of `samples` and next."""
+        """Return the shards to prefetch, in order, when these samples are read. Empty without shards."""
         return self._order.upcoming_shards(int(samples.epochs[-1]), int(samples.epoch_positions[-1]))
 
-    def _at(self, epochs: Indices, epoch_positions: Indices, read: Indices) -> SampleBatch:
-        indices = np.empty_like(read)
+    def _at(self, epochs: Indices, epoch_positions: Indices, read_positions: Indices) -> SampleBatch:
+        indices = np.empty_like(read_positions)
         for epoch in np.unique(epochs).tolist():
-            indices[epochs == epoch] = self._order.at(epoch, read[epochs == epoch])
+            indices[epochs == epoch] = self._order.at(epoch, read_positions[epochs == epoch])
         numbers = rng.uniform(self._seed, "crop", epochs, indices, self._num_uniforms + 1)
         return SampleBatch(epochs, epoch_positions, indices, numbers[:, 0] < self._flip, numbers[:, 1:])
 
 
 class ShuffledOrder:
-    """Random order of each epoch, computed only where it is needed, however large the dataset.
+    """Random order of each epoch, computed position by position, in constant memory.
 
-    Without shards, an epoch is one permutation of all images. With shards, as on object storage, the shards are
-    permuted, and then the images within each window of `WINDOW` shards, so a stretch of an epoch needs few shards.
+    Without shards, an epoch is a permutation of all images. With shards, as on object storage, the shards are permuted,
+    and then the images within each window of `WINDOW` shards, so that few shards are needed at a time.
 
     Args:
         seed: Seed of the run.
@@ -133,7 +133,7 @@ class ShuffledOrder:
         self._shuffle = lru_cache(maxsize=2)(self._shuffle_shards)
 
     def at(self, epoch: int, positions: npt.ArrayLike) -> Indices:
-        """Return the image at each of these positions (0 to count - 1) of an epoch."""
+        """Return the dataset indices at positions (0 to count - 1) of an epoch."""
         positions = np.asarray(positions, np.int64)
         if self._sizes is None:
             return rng.shuffled(self._seed, "order", epoch, self._count, positions)
@@ -144,24 +144,24 @@ class ShuffledOrder:
         return self._first_of[shards[k]] + first + inside - (ends[k] - self._sizes[shards[k]])
 
     def upcoming_shards(self, epoch: int, position: int) -> list[int]:
-        """Return the shards of the window around a position, then of the next window. Empty without shards."""
+        """Return the shards of the window at a position and of the next window, in order. Empty without shards."""
         if self._sizes is None:
             return []
         shards, ends = self._shuffle(epoch)
         window = int(self._window(ends, np.asarray([position]))[0][0])
         upcoming = shards[window * WINDOW : (window + 2) * WINDOW].tolist()
-        if (window + 1) * WINDOW >= len(shards):  # the next window is the first of the next epoch
+        if (window + 1) * WINDOW >= len(shards):  # the next window is in the next epoch
             upcoming += self._shuffle(epoch + 1)[0][:WINDOW].tolist()
         return list(dict.fromkeys(upcoming))
 
     def _shuffle_shards(self, epoch: int) -> tuple[Indices, Indices]:
-        """Return the shards in the order of an epoch, and the number of images up to the end of each."""
+        """Return the shards in the order of an epoch, and the position after the last image of each."""
         assert self._sizes is not None
         shards = rng.shuffled(self._seed, "shard_sizes", epoch, len(self._sizes), np.arange(len(self._sizes)))
         return shards, np.cumsum(self._sizes[shards])
 
     def _window(self, ends: Indices, positions: Indices) -> tuple[Indices, Indices, Indices]:
-        """Return the window of each position, its first position, and the one after its last."""
+        """Return the window of each position, and the start and end of that window."""
         borders = np.concatenate([ends[WINDOW - 1 : -1 : WINDOW], ends[-1:]])
         window = np.searchsorted(borders, positions, side="right")
         return window, np.concatenate([[0], borders])[window], borders[window]

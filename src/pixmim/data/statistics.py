@@ -1,10 +1,8 @@
-"""Mean and standard deviation of each channel of a data set, and what else a look at its images tells.
+"""Measure the mean and standard deviation of each channel of a dataset, and what its files hold.
 
-Each image counts the same, whatever its size, since training shows each at one size: the mean is the average of the
-images' means, and the variance that of all pixels about it. For images of one size this is the mean and the deviation
-of all pixels. Values are those that training sees before it normalizes: 255 or 65535 is one, float32 as it is.
-
-Whole images are measured, in float64. Crops, and resizing, show nearly the same values.
+Values are those of training before normalization: 255 or 65535 mean 1.0, float32 is unchanged. Each image has the same
+weight, because training resizes all images to one size: the mean is the average of the image means, and the variance
+that of all pixels around it. Full images are measured, in float64.
 """
 
 import json
@@ -18,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.dataset import BadImage, HasBytes, ImageDataset, ImageSpec, TiffPages
+from pixmim.data.dataset import BadImage, DType, HasBytes, ImageDataset, ImageSpec, TiffPages
 from pixmim.data.decode.image import read
 from pixmim.data.resized_cache import read_settings
 from pixmim.data.shards.fsspec_io import is_url, read_small_file
@@ -27,16 +25,18 @@ from pixmim.utils import rng
 from pixmim.utils.files import cache_path, read_file, write_json
 from pixmim.utils.threads import num_threads, ordered_map, thread_pool
 
-_BLOCK = 2**20  # values that are in float64 at a time
-_MOST_BYTES = 2**20  # of a file of statistics
+_BLOCK_SIZE = 2**20  # values that are converted to float64 at a time
+_MAX_BYTES = 2**20  # of a file of statistics
 
 T = TypeVar("T")
 Vector = npt.NDArray[np.float64]
+Formats = Counter[tuple[int, str]]
+"""Number of images by channels and NumPy dtype of their files."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What training needs: mean and deviation of each channel, measured on `images` of `total` images."""
+    """Mean and standard deviation of each channel, measured on `images` of `total` images."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -45,29 +45,30 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """All that was found in `images` readable images.
+class Measurement:
+    """Statistics of the readable images among those measured.
 
-    mean, std, least, greatest  of each channel, in units of one
-    heights, widths  of the images in pixels (n)
-    bad  reasons for which images could not be read, with how many and one of them
+    Args:
+        mean, std, minimum, maximum: Of each channel (c); NaN without images.
+        sizes: (h, w) of each image in pixels (n 2).
+        bad: Number of images and the path of one, by the reason why they cannot be read.
     """
 
     mean: Vector
     std: Vector
-    least: Vector
-    greatest: Vector
-    heights: npt.NDArray[np.int64]
-    widths: npt.NDArray[np.int64]
+    minimum: Vector
+    maximum: Vector
+    sizes: npt.NDArray[np.int64]
     bad: dict[str, tuple[int, str]]
 
-    @property
-    def images(self) -> int:
-        return len(self.heights)
+    def stats(self, total: int) -> Stats:
+        """Return what normalization needs. The std of a constant channel is 1."""
+        std = np.where(self.std > 0, self.std, 1.0)
+        return Stats(tuple(self.mean.tolist()), tuple(std.tolist()), len(self.sizes), total)
 
 
-def sample(total: int, count: int) -> list[int]:
-    """`count` different images of `total`, always the same ones: one from each of `count` equal parts; 0: all."""
+def sample_indices(total: int, count: int) -> list[int]:
+    """Return `count` indices, always the same, one per equal slice of `total`; all if `count` is 0."""
     if not 0 < count < total:
         return list(range(total))
     u = rng.uniform(0, "stats", 0, np.arange(count), 1)[:, 0].tolist()
@@ -75,163 +76,159 @@ def sample(total: int, count: int) -> list[int]:
     return [first + int(x * (last - first)) for first, last, x in zip(edges, edges[1:], u, strict=False)]
 
 
-def kinds(source: ImageDataset, indices: list[int], pages: TiffPages = "first") -> Counter[tuple[int, str]]:
-    """How many of these images have which channels and kind of number in their files; without those unreadable.
+def count_formats(dataset: ImageDataset, indices: list[int], tiff_pages: TiffPages = "first") -> Formats:
+    """Count the channels and dtypes in the files of these images, except unreadable ones.
 
-    Of other sources than files, only what they bring their images into is known.
+    For a dataset that has no encoded files, it counts what the images are converted to.
     """
-    if not isinstance(source, HasBytes):
-        return Counter({(source.image_spec.channels, str(source.image_spec.dtype)): len(indices)})
+    if not isinstance(dataset, HasBytes):
+        return Counter({(dataset.image_spec.channels, str(dataset.image_spec.dtype)): len(indices)})
 
-    def look(index: int) -> tuple[int, str] | None:
+    def read_format(index: int) -> tuple[int, str] | None:
         try:
-            pixels = read(source.read(index), pages)
+            pixels = read(dataset.read(index), tiff_pages)
         except BadImage:
             return None
         return pixels.shape[2], str(pixels.dtype)
 
-    return Counter(kind for kind in _threads(look, indices, 0) if kind is not None)
+    return Counter(found for found in _map(read_format, indices) if found is not None)
 
 
-def fitting(found: Counter[tuple[int, str]], pages: TiffPages = "first") -> ImageSpec:
-    """The form that loses nothing of most images: their channels, and uint8, uint16 or else float32."""
-    (channels, number), _ = found.most_common(1)[0] if found else ((3, "uint8"), 0)
-    pixels = "uint8" if number in ("uint8", "bool") else "uint16" if number == "uint16" else "float32"
-    return ImageSpec(channels, pixels, pages)  # type: ignore[arg-type]
+def choose_image_spec(formats: Formats, tiff_pages: TiffPages = "first") -> ImageSpec:
+    """Return the specification that keeps all information of the most frequent format."""
+    channels, dtype = max(formats, key=formats.__getitem__, default=(3, "uint8"))
+    lossless: dict[str, DType] = {"uint8": "uint8", "bool": "uint8", "uint16": "uint16"}
+    return ImageSpec(channels, lossless.get(dtype, "float32"), tiff_pages)
 
 
-def measure_statistics(
-    source: ImageDataset, indices: list[int], *, threads: int = 0, progress: Callable[[int], None] = lambda done: None
-) -> Measured:
-    """Read these images of a data set, in its form. The numbers do not depend on threads."""
+def measure(
+    dataset: ImageDataset,
+    indices: list[int],
+    *,
+    threads: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Measurement:
+    """Measure these images, converted to the specification of the dataset.
 
-    def one(index: int) -> tuple[tuple[int, int], Vector] | tuple[str, str]:
+    Args:
+        dataset: The images.
+        indices: The images to read.
+        threads: Number of threads; 0: one per core, at most 16. The result does not depend on it.
+        progress: Called with the number of images done.
+    """
+
+    def measure_image(index: int) -> tuple[tuple[int, ...], Vector] | str:
         try:
-            image = source.read_array(index)
+            image = dataset.read_array(index)
         except BadImage as error:
-            return str(error), source.path_of(index)
-        whole = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
-        moments = _moments(image) / [[whole], [whole**2], [whole], [whole]]
-        return image.shape[:2], moments
+            return str(error)
+        one = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
+        return image.shape[:2], _moments(image) / [[one], [one**2], [one], [one]]
 
     sizes, moments, bad = [], [], dict[str, tuple[int, str]]()
-    for done, (what, values) in enumerate(_threads(one, indices, threads)):
-        if isinstance(what, str):
-            count, example = bad.get(what, (0, str(values)))
-            bad[what] = count + 1, example
+    for done, result in enumerate(_map(measure_image, indices, threads)):
+        if isinstance(result, str):
+            count, example = bad.get(result, (0, dataset.path_of(indices[done])))
+            bad[result] = count + 1, example
         else:
-            sizes.append(what)
-            moments.append(values)
+            sizes.append(result[0])
+            moments.append(result[1])
         progress(done + 1)
-    channels = source.image_spec.channels
-    each = np.asarray(moments, np.float64).reshape(-1, 4, channels)
-    size = np.asarray(sizes, np.int64).reshape(-1, 2)
-    if not len(each):
-        nothing = np.full(channels, np.nan)
-        return Measured(nothing, nothing, nothing, nothing, size[:, 0], size[:, 1], bad)
-    mean = each[:, 0].mean(axis=0)
-    variance = each[:, 1].mean(axis=0) + ((each[:, 0] - mean) ** 2).mean(axis=0)
-    return Measured(
-        mean, np.sqrt(variance), each[:, 2].min(axis=0), each[:, 3].max(axis=0), size[:, 0], size[:, 1], bad
-    )
+    channels, all_sizes = dataset.image_spec.channels, np.asarray(sizes, np.int64).reshape(-1, 2)
+    if not moments:
+        unknown = np.full(channels, np.nan)
+        return Measurement(unknown, unknown, unknown, unknown, all_sizes, bad)
+    means, variances, minima, maxima = np.asarray(moments, np.float64).swapaxes(0, 1)
+    mean = means.mean(axis=0)
+    std = np.sqrt(variances.mean(axis=0) + ((means - mean) ** 2).mean(axis=0))
+    return Measurement(mean, std, minima.min(axis=0), maxima.max(axis=0), all_sizes, bad)
 
 
-def to_keep(found: Measured, total: int) -> Stats:
-    """What training needs of it. A channel that is the same everywhere gets a deviation of one, not zero."""
-    std = np.where(found.std > 0, found.std, 1.0)
-    return Stats(tuple(found.mean.tolist()), tuple(std.tolist()), found.images, total)
-
-
-def report(source: ImageDataset, seen: Counter[tuple[int, str]], found: Measured) -> list[str]:
-    """What was found, in lines for a terminal; `seen` is what `kinds` gave."""
-    held = "; ".join(f"{n:,} of {c} {'channel' if c == 1 else 'channels'} in {p}" for (c, p), n in seen.most_common(5))
-    lines = [f"{len(source):,} images; of {seen.total():,} that could be read: {held or 'nothing'}"]
-    if not isinstance(source, HasBytes):
-        lines = [f"{len(source):,} images of {source.image_spec}"]
-    if found.images:
-        sides = []
-        for name, values in (("height", found.heights), ("width", found.widths)):
-            least, middle, most = values.min(), int(np.median(values)), values.max()
-            sides.append(f"{name} {least}" if least == most else f"{name} {least} to {most}, median {middle}")
-        lines.append(f"{found.images:,} measured as {source.image_spec}: {'; '.join(sides)}")
-        lines.append("channel       mean        std      least   greatest")
-        for k, row in enumerate(zip(found.mean, found.std, found.least, found.greatest, strict=True)):
-            same = "   the same everywhere: its std is taken as 1" if row[1] == 0 else ""
-            lines.append(f"{k + 1:>7}" + "".join(f"{value:>11.5g}" for value in row) + same)
-    unread = sum(count for count, _ in found.bad.values())
-    if unread:
-        lines.append(f"{unread:,} cannot be read so:")
-        for reason, (count, example) in sorted(found.bad.items(), key=lambda item: -item[1][0])[:5]:
+def format_report(dataset: ImageDataset, formats: Formats, result: Measurement) -> list[str]:
+    """Format a measurement as lines for a terminal; `formats` is the result of `count_formats`."""
+    if isinstance(dataset, HasBytes):
+        counts = [f"{n:,} of {c} {'channel' if c == 1 else 'channels'} in {t}" for (c, t), n in formats.most_common(5)]
+        readable = f"; of {formats.total():,} that could be read: {'; '.join(counts) or 'nothing'}"
+    else:
+        readable = f" of {dataset.image_spec}"
+    lines = [f"{len(dataset):,} images{readable}"]
+    if len(result.sizes):
+        low, median, high = result.sizes.min(0), np.median(result.sizes, 0).astype(int), result.sizes.max(0)
+        height, width = (
+            f"{low[i]}" if low[i] == high[i] else f"{low[i]} to {high[i]}, median {median[i]}" for i in (0, 1)
+        )
+        count = f"{len(result.sizes):,} measured as {dataset.image_spec}"
+        lines.append(f"{count}: height {height}; width {width}")
+        lines.append("channel       mean        std    minimum    maximum")
+        for k, row in enumerate(zip(result.mean, result.std, result.minimum, result.maximum, strict=True), 1):
+            constant = "   constant: std 1 is used" if row[1] == 0 else ""
+            lines.append(f"{k:>7}" + "".join(f"{value:>11.5g}" for value in row) + constant)
+    if result.bad:
+        lines.append(f"{sum(count for count, _ in result.bad.values()):,} cannot be read:")
+        for reason, (count, example) in sorted(result.bad.items(), key=lambda item: -item[1][0])[:5]:
             lines.append(f"  {count:,}: {' '.join(reason.split())} ({example})")
-        if len(found.bad) > 5:
-            lines.append(f"  and {len(found.bad) - 5} more reasons")
+        if len(result.bad) > 5:
+            lines.append(f"  and {len(result.bad) - 5} more reasons")
     return lines
 
 
-def remember(spec: str, form: ImageSpec, stats: Stats) -> Path:
-    """Keep what was measured where `load_statistics` finds it; gives the file."""
-    path = place(spec, form)
+def statistics_path(spec: str, image_spec: ImageSpec) -> Path:
+    """Return the file of a dataset's statistics: stats.json in a cache, else one in the user's cache directory."""
+    folder = Path(os.path.expanduser(spec))
+    if read_settings(folder) is not None:
+        return folder / "stats.json"
+    return cache_path("stats", f"{spec}\n{image_spec}").with_suffix(".json")
+
+
+def save_statistics(spec: str, image_spec: ImageSpec, stats: Stats) -> Path:
+    """Write statistics for `load_statistics`; return the file."""
+    path = statistics_path(spec, image_spec)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"data": spec, "form": asdict(form), **asdict(stats)})
+    write_json(path, {"data": spec, "image_spec": asdict(image_spec), **asdict(stats)})
     return path
 
 
-def load_statistics(spec: str, form: ImageSpec) -> Stats | None:
-    """Return what was measured of a data set in this form, or None if nothing was, or it is damaged.
+def load_statistics(spec: str, image_spec: ImageSpec) -> Stats | None:
+    """Return the saved statistics of a dataset in this specification, or None if there are no valid ones.
 
     Raises:
-        UserError: If a remote cache cannot be asked for it.
+        UserError: If a remote cache cannot be reached.
     """
     try:
-        path = place(spec, form)
-        text = read_file(path, _MOST_BYTES) if path.exists() else _beside_far(spec)
-        if text is None:
-            return None
-        kept = json.loads(text)
-        if kept["form"] != asdict(form):
-            return None
-        mean, std = (tuple(float(x) for x in kept[key]) for key in ("mean", "std"))
-        stats = Stats(mean, std, int(kept["images"]), int(kept["total"]))
-        right = len(stats.mean) == len(stats.std) == form.channels and all(np.isfinite(mean + std)) and min(std) > 0
-        return stats if right else None
+        path = statistics_path(spec, image_spec)
+        if path.exists():
+            text = read_file(path, _MAX_BYTES)
+        else:
+            is_cache = is_url(spec) and not is_tar(spec)
+            text = (read_small_file(f"{spec.rstrip('/')}/stats.json", _MAX_BYTES) if is_cache else None) or b"null"
+        content = json.loads(text)
+        mean, std = (tuple(float(x) for x in content[key]) for key in ("mean", "std"))
+        stats = Stats(mean, std, int(content["images"]), int(content["total"]))
+        valid = len(mean) == len(std) == image_spec.channels and all(np.isfinite(mean + std)) and min(std) > 0
+        return stats if valid and content["image_spec"] == asdict(image_spec) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
-def _beside_far(spec: str) -> bytes | None:
-    """What was measured of a cache before it was put far away."""
-    return read_small_file(f"{spec.rstrip('/')}/stats.json", _MOST_BYTES) if is_url(spec) and not is_tar(spec) else None
-
-
-def place(spec: str, form: ImageSpec) -> Path:
-    """Beside a cache's images, so that it goes where they go; for all other data in the user's cache directory."""
-    folder = Path(os.path.expanduser(spec))
-    if read_settings(folder) is not None:
-        return folder / "stats.json"
-    return cache_path("stats", f"{spec}\n{form}").with_suffix(".json")
-
-
 def _moments(pixels: npt.NDArray[np.generic]) -> Vector:
-    """Mean, mean square about it, least and greatest value of each channel of (h w c), in float64 (4 c)."""
-    rows = max(1, _BLOCK // pixels.shape[1])
-    blocks = [pixels[first : first + rows] for first in range(0, pixels.shape[0], rows)]
-    found = np.empty((4, pixels.shape[2]))
-    for k in range(pixels.shape[2]):  # a plane at a time: sums over a short last axis are slow
-        total = square = 0.0
+    """Return mean, variance, minimum and maximum of each channel of an image (h w c), in float64 (4 c)."""
+    rows = max(1, _BLOCK_SIZE // pixels.shape[1])
+    moments = np.empty((4, pixels.shape[2]))
+    for k in range(pixels.shape[2]):  # one channel at a time: sums over a short last axis are slow
+        channel = pixels[..., k]
+        blocks = [channel[first : first + rows] for first in range(0, len(channel), rows)]
+        total = squares = 0.0
         for block in blocks:
-            total += float(block[..., k].sum(dtype=np.float64))
-        mean = total / pixels[..., k].size
+            total += float(block.sum(dtype=np.float64))
+        mean = total / channel.size
         for block in blocks:
-            about = block[..., k].astype(np.float64).ravel() - mean
-            square += float(about @ about)
-        found[:, k] = mean, square / pixels[..., k].size, pixels[..., k].min(), pixels[..., k].max()
-    return found
+            centered = block.astype(np.float64).ravel() - mean
+            squares += float(centered @ centered)
+        moments[:, k] = mean, squares / channel.size, channel.min(), channel.max()
+    return moments
 
 
-def _threads(work: Callable[[int], T], indices: list[int], threads: int) -> Iterator[T]:
-    """What `work` makes of each index, in order, by several threads that are never far ahead."""
-    pool = thread_pool(threads, "pixmim-stats")
-    try:
+def _map(work: Callable[[int], T], indices: list[int], threads: int = 0) -> Iterator[T]:
+    """Yield the result of `work` for each index, in order, from threads with a bounded number of results ahead."""
+    with thread_pool(threads, "pixmim-stats") as pool:
         yield from ordered_map(pool, work, indices, 4 * num_threads(threads))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

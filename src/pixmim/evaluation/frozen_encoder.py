@@ -51,7 +51,7 @@ class FrozenEncoder:
     def check_batch(self, images: int) -> None:
         """Raise UserError if so many images take more memory than is free: their size may come from a file."""
         (h, w), free = self.size, free_memory()
-        size = images * h * w * self.image_spec.channels * (self.image_spec.bytes + 4)
+        size = images * h * w * self.image_spec.channels * (self.image_spec.itemsize + 4)
         if free is not None and size > free:
             raise UserError(
                 f"a batch of {images} images of {h}x{w} pixels takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} "

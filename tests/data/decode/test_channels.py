@@ -154,7 +154,7 @@ def test_sixteen_bit_png_and_ppm(monkeypatch: pytest.MonkeyPatch) -> None:
     [ImageSpec(1, "uint16"), ImageSpec(3, "float32"), ImageSpec(13), ImageSpec(5, "uint16"), ImageSpec(2, "float32")],
 )
 def test_synthetic_shapes_in_any_form(form: ImageSpec) -> None:
-    image, plain = SyntheticShapes(form=form).image(3), SyntheticShapes().image(3)
+    image, plain = SyntheticShapes(image_spec=form).image(3), SyntheticShapes().image(3)
     assert image.dtype == form.torch_dtype and image.shape == (form.channels, *plain.shape[1:])
     assert len({tuple(plane.flatten().tolist()) for plane in image}) == min(form.channels, 6)
     if form.channels >= 3:

@@ -21,15 +21,14 @@ from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import ImageDataset, ImageSpec
+from pixmim.data.dataset import ImageDataset, ImageSpec, InMemoryDataset
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.sampler import WINDOW, BatchShard
 from pixmim.data.shards import fsspec_io, remote
 from pixmim.data.shards.remote import RemoteShards
-from pixmim.data.statistics import Stats, load_statistics, remember
+from pixmim.data.statistics import Stats, load_statistics, save_statistics
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.data.wrappers import InMemoryDataset
 from pixmim.transforms.crops import SimpleResizedCrop
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path
@@ -446,7 +445,7 @@ def test_statistics_of_a_remote_cache(server: Server, served: Path) -> None:
         and load_statistics(f"{server.url}/shards/*.tar", ImageSpec()) is None
     )
     stats = Stats((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 18, 18)
-    remember(str(served / "cached"), ImageSpec(), stats)
+    save_statistics(str(served / "cached"), ImageSpec(), stats)
     assert load_statistics(f"{server.url}/cached/", ImageSpec()) == stats
 
 

@@ -20,7 +20,7 @@ from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.resized_cache import open_cache
 from pixmim.data.shards import webdataset
 from pixmim.data.shards.dataset import ShardDataset
-from pixmim.data.statistics import kinds
+from pixmim.data.statistics import count_formats
 from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
@@ -120,7 +120,7 @@ def test_ignored_images_are_reported(again: bool, tmp_path: Path, capsys: pytest
     with pytest.raises(UserError, match="use key=last-dot"):
         open_dataset(f"{path},key=first")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="key=last-dot is for tars"):
+    with pytest.raises(UserError, match="key=last-dot applies to tars"):
         open_dataset(f"{tmp_path / 'folder'},key=last-dot")
 
 
@@ -242,7 +242,7 @@ def test_dtypes_of_the_files(tmp_path: Path) -> None:
     np.save(array, np.arange(20 * 30, dtype=np.float32).reshape(20, 30, 1))
     write(tmp_path / "x.tar", [("a.png", deep.getvalue()), ("b.png", deep.getvalue()), ("c.npy", array.getvalue())])
     data = open_dataset(str(tmp_path / "x.tar"))
-    assert kinds(data, [0, 1, 2]) == {(1, "uint16"): 2, (1, "float32"): 1}
+    assert count_formats(data, [0, 1, 2]) == {(1, "uint16"): 2, (1, "float32"): 1}
     form = ImageSpec(1, "uint16")
     assert open_dataset(str(tmp_path / "x.tar"), form).image(1).flatten().tolist() == list(range(600))
     make_cache(open_dataset(str(tmp_path / "x.tar"), form), tmp_path / "cached", (20, 20), kind="raw")

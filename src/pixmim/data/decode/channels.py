@@ -39,7 +39,7 @@ def convert(pixels: Array, form: ImageSpec) -> Array:
         )
     if channels == form.channels and pixels.dtype == form.dtype and form.dtype != "float32":
         return pixels
-    check_bytes(pixels[..., 0].size * form.channels * form.bytes)
+    check_bytes(pixels[..., 0].size * form.channels * form.itemsize)
     result, invalid = np.empty((*pixels.shape[:2], form.channels), form.dtype), 0
     for rows in _row_blocks(pixels):
         block = _cast(_luma(pixels[rows]) if channels > form.channels else pixels[rows], form.dtype)

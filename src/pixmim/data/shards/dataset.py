@@ -169,7 +169,7 @@ class ShardDataset(ImageDataset):
     def _raw_pixels(self, index: int, data: bytes) -> npt.NDArray[Any]:
         """Return pixels (h w c)."""
         shape = (*self._entries.item(index)[-2:], self.image_spec.channels)
-        if len(data) != int(np.prod(shape)) * self.image_spec.bytes:
+        if len(data) != int(np.prod(shape)) * self.image_spec.itemsize:
             raise BadImage("size differs from the index")
         stored = np.dtype(self.image_spec.dtype).newbyteorder("<")
         return np.frombuffer(data, stored).reshape(shape).astype(self.image_spec.dtype)

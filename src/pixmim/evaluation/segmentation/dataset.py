@@ -14,12 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
+from pixmim.data.dataset import BadImage, DatasetWrapper, ImageDataset, ImageSpec
 from pixmim.data.decode.image import read_numbers
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import ImageFolder, from_folder
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
-from pixmim.data.wrappers import DatasetWrapper
 from pixmim.transforms.crops import Array
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import read_file, read_text
