@@ -87,7 +87,7 @@ def test_the_grid(name: str, targets: list[TargetConfig]) -> None:
     ("mask", "message"),
     [
         (MaskConfig("blocks", 0.5, block_size=24), "no multiple of the model's patches of 16"),
-        (MaskConfig("blocks", 0.95, block_size=32, whole_blocks=True), "hides all 6 units"),
+        (MaskConfig("blocks", 0.95, block_size=32, whole_blocks=True), "hides all 6 blocks"),
         (MaskConfig("random", 0.99), "leaves 0 visible"),
         (MaskConfig("blocks", 0.5, block_size=64, whole_blocks=True), "same number"),
     ],

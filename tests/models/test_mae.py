@@ -177,7 +177,7 @@ def test_wrong_choices_are_named() -> None:
         create_model("mae", **TINY, img_size=16, predict_patch=8)
     with pytest.raises(UserError, match=r"patches of 12 pixels cannot be predicted .* goes with 4, 8, 16$"):
         create_model("mae", **TINY, img_size=16, decoder_stride=4, predict_patch=12)
-    with pytest.raises(UserError, match="'outputs' must be a whole number from 1 to 4,096, not 0"):
+    with pytest.raises(UserError, match="'outputs' must be an integer from 1 to 4,096, not 0"):
         create_model("mae", **TINY, outputs=0)
     with pytest.raises(UserError, match=r"refuses an option.*decoder_stride"):
         create_model("simmim", "vit_tiny_patch16_224", decoder_stride=2)

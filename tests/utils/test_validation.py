@@ -183,9 +183,9 @@ def test_a_file_with_absurd_values_is_refused_by_its_keys(text: str) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"mean": (123.675, 116.28, 103.53)}, "of 0 to 255, that is --mean 0.485 0.456 0.406"),
-        ({"std": (58.4, 57.1, 57.4)}, "of 0 to 255, that is --std 0.229 0.2239 0.2251"),
-        ({"dtype": "uint16", "channels": 1, "mean": (30_000.0,)}, "of 0 to 65535, that is --mean 0.4578"),
+        ({"mean": (123.675, 116.28, 103.53)}, "for values of 0 to 255: --mean 0.485 0.456 0.406"),
+        ({"std": (58.4, 57.1, 57.4)}, "for values of 0 to 255: --std 0.229 0.2239 0.2251"),
+        ({"dtype": "uint16", "channels": 1, "mean": (30_000.0,)}, "for values of 0 to 65535: --mean 0.4578"),
         ({"mean": (-1.0, 0.0, 0.0)}, "--mean -1 0 0 must be from 0 to 1, as pixels are (--dtype uint8)"),
         ({"std": (0.2, 0.2, 0.0)}, "--std must be a number from 1e-12"),
         ({"mean": (0.5,)}, "--mean has 1 values for 3 channels"),

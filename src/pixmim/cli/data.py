@@ -12,7 +12,7 @@ from pixmim.cli.flags import absolute, checked
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_writable
-from pixmim.utils.validation import MAX_CHANNELS, Count, Size, Some, Threads, Whole
+from pixmim.utils.validation import MAX_CHANNELS, Count, Integer, NonNegative, Size, Threads
 
 _LOOK = 200  # images whose files are looked into for their channels and depth
 
@@ -26,11 +26,11 @@ def cache(args: list[str]) -> int:
         /,
         *,
         size: Size = "224",
-        quality: Annotated[int, Whole(1, 100)] = 95,
+        quality: Annotated[int, Integer(1, 100)] = 95,
         chroma: Literal["444", "420"] = "444",
         raw: bool = False,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-        channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3,
+        channels: Annotated[int, Integer(1, MAX_CHANNELS)] = 3,
         dtype: Literal["uint8", "uint16", "float32"] = "uint8",
         tiff_pages: Literal["first", "channels"] = "first",
         per_shard: Count = 2000,
@@ -101,10 +101,10 @@ def stats(args: list[str]) -> int:
         data: Positional[str],
         /,
         *,
-        channels: Annotated[int, Whole(0, MAX_CHANNELS)] = 0,
+        channels: Annotated[int, Integer(0, MAX_CHANNELS)] = 0,
         dtype: Literal["auto", "uint8", "uint16", "float32"] = "auto",
         tiff_pages: Literal["first", "channels"] = "first",
-        images: Some = 5000,
+        images: NonNegative = 5000,
         threads: Threads = 0,
     ) -> int:
         """Look at a data set: channels, depths, sizes, what cannot be read, mean and std of each channel.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pixmim.utils.errors import UserError
-from pixmim.utils.validation import Count, Positive, Settings, Some, Whole
+from pixmim.utils.validation import Count, Integer, NonNegative, Positive, Settings
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Job(Settings):
     """Slurm's --qos."""
     name: str = ""
     """Name of the job; otherwise the recipe's."""
-    signal: Annotated[int, Whole(1, 65_535)] = 300
+    signal: Annotated[int, Integer(1, 65_535)] = 300
     """Seconds before the time limit at which the run is told to finish its step, save and stop."""
-    restarts: Some = 100
+    restarts: NonNegative = 100
     """Times the job may be started again; the run needs at most this many times --hours, and one more."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 from pixmim.cli.flags import absolute, checked
 from pixmim.utils.console import cell, print_plain
-from pixmim.utils.validation import MAX_CHANNELS, Real, Size, Threads, Whole
+from pixmim.utils.validation import MAX_CHANNELS, Integer, Real, Size, Threads
 
 
 def bench_data(args: list[str]) -> int:
@@ -23,7 +23,7 @@ def bench_data(args: list[str]) -> int:
         *,
         size: Size = "224",
         crop: Literal["simple-resized", "random-resized", "center"] = "simple-resized",
-        channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3,
+        channels: Annotated[int, Integer(1, MAX_CHANNELS)] = 3,
         dtype: Literal["uint8", "uint16", "float32"] = "uint8",
         tiff_pages: Literal["first", "channels"] = "first",
         threads: Threads = 0,
