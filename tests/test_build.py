@@ -101,7 +101,7 @@ def test_masks_that_a_run_would_stumble_over_are_refused_before_it(mask: MaskCon
     ("model", "message"),
     [
         (ArchitectureConfig("mae", decoder_stride=5), "does not divide the encoder's 6x4 patches"),
-        (ArchitectureConfig("mae", predict_patch=32), "goes with 16"),
+        (ArchitectureConfig("mae", predict_patch=32), "choose 16"),
         (ArchitectureConfig("simmim", "vit_tiny_patch16_224", decoder_stride=2), "has no decoder"),
         (ArchitectureConfig("simmim", "vit_tiny_patch16_224", predict_patch=32), "has no decoder"),
     ],

@@ -158,5 +158,5 @@ def test_no_gradient_flows_into_the_target() -> None:
 def test_a_prediction_that_does_not_cover_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match="does not cover images of 3x8x8"):
         ReconstructionLoss(Pixels())(torch.zeros(1, 5, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 5))
-    with pytest.raises(ValueError, match="a mask of 4 patches over 8x8 pixels does not go with patches of 2x2"):
+    with pytest.raises(ValueError, match="a mask of 4 patches over 8x8 pixels does not match patches of 2x2"):
         ReconstructionLoss(Pixels())(torch.zeros(1, 16, 12), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4))
