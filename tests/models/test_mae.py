@@ -19,7 +19,7 @@ DECODER = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
 
 
 def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
-    """MAE row by row: timm's own embedding of the whole image, then a Python choice of tokens."""
+    """MAE row by row: timm's own embedding of the full image, then a selection of tokens in Python."""
     encoder, prefix = model.encoder, model.encoder.num_prefix_tokens
     tokens = encoder._pos_embed(encoder.patch_embed(images))
     rows = []

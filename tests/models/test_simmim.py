@@ -71,7 +71,7 @@ def test_hidden_pixels_change_nothing(options: dict[str, object], head: str) -> 
 
 @KINDS
 def test_loss_is_the_papers(options: dict[str, object]) -> None:
-    """sum(|x - prediction| * mask) / (sum(mask) + 1e-5) / channels, over the pixels of whole images."""
+    """sum(|x - prediction| * mask) / (sum(mask) + 1e-5) / channels, over the pixels of full images."""
     model = make(options)
     size = model.encoder.patch_embed.img_size
     images, mask = torch.randn(2, 3, *size), masks(model, size)
