@@ -52,7 +52,7 @@ class Ours:
         plain = method == "simmim"
         target = target or pixmim.LowFrequency("auto")
         self._reconstruction_loss = pixmim.ReconstructionLoss(target, not plain, "l1" if plain else "mse").to(device)
-        self._generator, self._grid = own_masker(method, self.model.patch), (size // self.model.patch,) * 2
+        self._generator, self._grid = own_mask_generator(method, self.model.patch), (size // self.model.patch,) * 2
         self._loss = self._eager_loss if mode is None else torch.compile(self._eager_loss, mode=mode, fullgraph=True)
         self._steps = 0
 
@@ -69,7 +69,7 @@ class Ours:
         return self._reconstruction_loss(prediction, images, mask).loss
 
 
-def own_masker(method: str, patch: int) -> MaskGenerator:
+def own_mask_generator(method: str, patch: int) -> MaskGenerator:
     """The mask that a method was published with; units are of 32 pixels."""
     unit = max(1, 32 // patch)
     if method == "simmim":
@@ -130,7 +130,7 @@ def training_flops(method: str, backbone: str, size: int, **options: Any) -> int
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", False)  # noqa: B010  # the counter knows products, not every fused kernel
-    mask = own_masker(method, model.patch)(1, (size // model.patch,) * 2).to("meta")
+    mask = own_mask_generator(method, model.patch)(1, (size // model.patch,) * 2).to("meta")
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, size, size, device="meta"), mask)
     return 3 * counter.get_total_flops()

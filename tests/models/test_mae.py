@@ -1,4 +1,4 @@
-"""MAE against its published figures and against a slow form that embeds everything and then drops what is hidden."""
+"""MAE against its published figures, and against a slow form that embeds all patches and drops hidden ones."""
 
 import itertools
 
@@ -25,8 +25,8 @@ def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
     rows = []
     for b, hidden in enumerate(mask.hidden.tolist()):
         visible = [n for n, h in enumerate(hidden) if not h]
-        kept = tokens[b : b + 1, list(range(prefix)) + [prefix + n for n in visible]]
-        latent = encoder.norm(encoder.blocks(encoder.norm_pre(kept)))
+        remaining = tokens[b : b + 1, list(range(prefix)) + [prefix + n for n in visible]]
+        latent = encoder.norm(encoder.blocks(encoder.norm_pre(remaining)))
         latent = model.decoder.embed(latent)
         full = model.decoder.mask_token.expand(1, prefix + len(hidden), -1).clone()
         full[:, :prefix] = latent[:, :prefix]
@@ -39,21 +39,21 @@ def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
 
 
 def slow_downsample(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """One token for each n x n block of them: a sum of one matrix product for each place in the block."""
+    """Merge each n x n block of tokens: a sum of one matrix product per position in the block."""
     if decoder.downsample is None:
         return tokens
     (rows, columns), n = decoder.coarse, decoder.grid[0] // decoder.coarse[0]
-    weight, found = decoder.downsample.weight, []
+    weight, merged = decoder.downsample.weight, []
     for row, column in itertools.product(range(rows), range(columns)):
         total = decoder.downsample.bias.clone()
         for i, j in itertools.product(range(n), range(n)):
             total += weight[:, :, i, j] @ tokens[(row * n + i) * columns * n + column * n + j]
-        found.append(total)
-    return torch.stack(found)
+        merged.append(total)
+    return torch.stack(merged)
 
 
 def slow_upsample(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """A block of n x n tokens for each: one matrix product for each place in the block."""
+    """Split each token into n x n: one matrix product per position in the block."""
     if decoder.upsample is None:
         return tokens
     (rows, columns), n = decoder.coarse, decoder.upsample.stride[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from statistics import NormalDist
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,12 +28,9 @@ _MAX_LEVEL = 10.0
 
 
 class Augmentation(ABC):
-    """Base of augmentations: an image and uniform numbers to an image."""
+    """Base of augmentations: an image and `num_uniforms` uniform numbers to an image."""
 
-    @property
-    @abstractmethod
-    def num_uniforms(self) -> int:
-        """Count of uniform numbers per image."""
+    num_uniforms: ClassVar[int]
 
     @abstractmethod
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
@@ -141,10 +139,7 @@ class RandAugment(Augmentation):
 
     magnitude: float = 9.0
     deviation: float = 0.5
-
-    @property
-    def num_uniforms(self) -> int:
-        return 8  # for each of two layers: operation, probability, magnitude, sign
+    num_uniforms: ClassVar[int] = 8  # for each of two layers: operation, probability, magnitude, sign
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
         for choice, probability, size, sign in (u[:4], u[4:8]):
@@ -161,9 +156,7 @@ class RandAugment(Augmentation):
 class ThreeAugment(Augmentation):
     """3-Augment of DeiT III (arXiv 2204.07118, section 3): grayscale, solarization, or a blur of 0.1 to 2 px."""
 
-    @property
-    def num_uniforms(self) -> int:
-        return 2
+    num_uniforms: ClassVar[int] = 2
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
         choice = int(u[0] * 3)
@@ -183,10 +176,7 @@ class Jitter(Augmentation):
     """
 
     strength: float
-
-    @property
-    def num_uniforms(self) -> int:
-        return 4
+    num_uniforms: ClassVar[int] = 4
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
         low, high = max(0.0, 1 - self.strength), 1 + self.strength

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -112,14 +112,11 @@ class SimpleResizedCrop(Crop):
     size: Size
     padding: int = 4
     interpolation: Interpolation = "bicubic"
+    num_uniforms: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         if not 0 <= self.padding < min(self.shape):
             raise ValueError(f"padding must be smaller than the crop of {self.size}, not {self.padding}")
-
-    @property
-    def num_uniforms(self) -> int:
-        return 2
 
     def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         image = resize(image, cover_size(image.shape[:2], self.shape), self.interpolation)
@@ -199,10 +196,7 @@ class CenterCrop(Crop):
     size: Size
     enlarge: float = 1.0
     interpolation: Interpolation = "bicubic"
-
-    @property
-    def num_uniforms(self) -> int:
-        return 0
+    num_uniforms: ClassVar[int] = 0
 
     def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
         image = resize(image, cover_size(image.shape[:2], self._covered), self.interpolation)
