@@ -187,8 +187,8 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
             # The loader is two batches ahead: what it did while the other's turn lasted must not count.
             seconds = interleaved(turns, -(-options.rounds // 2), CLOCKS[options.clock], max(2, options.steps), warm=3)
     rate, left = options.batch / seconds["cached"], seconds["synthetic"] / seconds["cached"]
-    source = options.data or "synthetic images"
-    print(f"from a cache of {source}: {rate:.1f} images/s, {left:.1%} of the rate without data")
+    dataset_name = options.data or "synthetic images"
+    print(f"from a cache of {dataset_name}: {rate:.1f} images/s, {left:.1%} of the rate without data")
 
 
 def profile(run: Callable[[], object], device: torch.device) -> None:
