@@ -1,8 +1,8 @@
-"""How the cost of PixMIM's step grows with the batch, the image and the model: MAE in the precision chosen here.
+"""Measure the cost of PixMIM's step against batch size, image size and model: MAE in the default precision.
 
-python benchmarks/cost.py               one of the three changes, the others stay as on the first line
+python benchmarks/cost.py               one of the three varies, the others stay as on the first line
 
-GFLOP/s  the products that the model needs over the time of a step: level where cost grows as the work does
+GFLOP/s  the products that the model needs over the time of a step; constant if cost is proportional to work
 """
 
 import argparse

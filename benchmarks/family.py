@@ -80,7 +80,7 @@ def swin_peer(size: int, width: int, depths: list[int], heads: list[int], window
     return Hiding(SwinForMaskedImageModeling(config))
 
 
-TINY = "vit_tiny_patch16_224"  # for its name; sizes are given besides
+TINY = "vit_tiny_patch16_224"  # a name only: the sizes are options
 THIN = {"decoder_dim": 192, "decoder_depth": 4, "decoder_heads": 6}
 S = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
 Row = tuple[Callable[[], nn.Module], dict[str, Any]]

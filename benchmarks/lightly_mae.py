@@ -1,4 +1,4 @@
-"""MAE out of lightly's modules (1.6 or later), put together as its documentation describes them."""
+"""MAE from lightly's modules (1.6 or later), composed as in its documentation."""
 
 from lightly.models import utils
 from lightly.models.modules import MaskedVisionTransformerTIMM
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LightlyMAE(nn.Module):
-    """Predicts hidden patches only; the loss is on normalized pixels. decoder: (width, depth, heads)."""
+    """Predict hidden patches, with the loss on normalized pixels. decoder: (width, depth, heads)."""
 
     def __init__(
         self, size: int, patch: int, width: int, depth: int, heads: int, decoder: tuple[int, int, int]

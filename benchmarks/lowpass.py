@@ -1,4 +1,4 @@
-"""The low-pass by four real products against its FFT forms: time, and error against float64.
+"""Time the low-pass by four real products against its FFT forms, with errors against float64.
 
 python benchmarks/lowpass.py
 """
@@ -13,7 +13,7 @@ SIZE, RADIUS, BATCH, ROUNDS = 224, 40, 64, 9
 
 
 def by_fft(images: Tensor, variant: str) -> Tensor:
-    """The definition, with full complex FFTs."""
+    """Filter by full complex FFTs, as in the definition."""
     h, w = images.shape[-2:]
     i = torch.arange(h, device=images.device)[:, None]
     j = torch.arange(w, device=images.device)[None, :]

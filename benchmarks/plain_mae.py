@@ -1,4 +1,4 @@
-"""A straightforward MAE in plain PyTorch and float32, written from the paper: the yardstick of the benchmark."""
+"""A direct implementation of MAE in plain PyTorch and float32: the reference of the benchmark."""
 
 import torch
 from torch import Tensor, nn

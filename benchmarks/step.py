@@ -1,19 +1,19 @@
-"""One training step of MAE (forward, backward, update): pixmim's against other people's, and what real data cost it.
+"""Time a training step of MAE (forward, backward, optimizer) against other implementations, and with real data.
 
 python benchmarks/step.py                                     a tiny ViT at 64 px, batch 128
 python benchmarks/step.py --backbone vit_base_patch16_224 --size 224 --patch 16 --batch 16 --rounds 3
 
-and on a GPU, with all that there is to know:
+On a GPU, with all details:
 
 python benchmarks/step.py --backbone vit_base_patch16_224 --size 224 --patch 16 --batch 256 --data FOLDER \\
     --compile --profile
 
-plain MAE     what one writes from the paper (plain_mae.py)
+plain MAE     a direct implementation of the paper (plain_mae.py)
 transformers  its ViTMAEForPreTraining
-lightly       its modules for MAE; left out where it is not installed: pip install lightly
+lightly       its modules for MAE, if installed: pip install lightly
 
-MFU  model-FLOPs utilisation: the products that the model needs (of visible patches only, for all alike) over what one
-     large product reaches here in the same precision; on a GPU over what its maker states for bf16, as well
+MFU  model-FLOPs utilization: the products that the model needs (of visible patches only, for all candidates) over the
+     throughput of one large product in the same precision; on a GPU also over the vendor's peak for bf16
 """
 
 import argparse
@@ -146,7 +146,7 @@ def table(options: argparse.Namespace, rows: dict[str, Row], seconds: dict[str, 
 
 
 def memory(row: Row, images: Tensor) -> float:
-    """Bytes at the worst moment of a step: weights and moments, and what the step takes beside them."""
+    """Return the peak bytes of a step: weights, moments, and the step's own memory."""
     kept = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in row.model.parameters())
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -187,11 +187,12 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
             # The loader is two batches ahead: what it did while the other's turn lasted must not count.
             seconds = interleaved(turns, -(-options.rounds // 2), CLOCKS[options.clock], max(2, options.steps), warm=3)
     rate, left = options.batch / seconds["cached"], seconds["synthetic"] / seconds["cached"]
-    print(f"from a cache of {options.data or 'drawn pictures'}: {rate:.1f} images/s, {left:.1%} of the synthetic rate")
+    dataset_name = options.data or "synthetic images"
+    print(f"from a cache of {dataset_name}: {rate:.1f} images/s, {left:.1%} of the rate without data")
 
 
 def profile(run: Callable[[], object], device: torch.device) -> None:
-    """What takes the time of three steps, by kernel or operator."""
+    """Print the time of three steps by kernel or operator."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)

@@ -1,4 +1,4 @@
-"""What the benchmarks of a training step share: pixmim's step, other people's, and the products a model takes."""
+"""Shared by benchmarks of a training step: steps of pixmim and of others, and the FLOP of a model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,16 +16,21 @@ from pixmim.training.precision import autocast, choose_attention
 from pixmim.utils import rng
 
 Step = Callable[[Tensor], None]
-"""Forward, backward and update for normalized images (b c h w)."""
+"""Forward, backward and optimizer step for normalized images (b c h w)."""
 
 
 class Ours:
-    """pixmim's step as `pretrain` makes it: masks of (seed, step, row), forward, backward, update.
+    """The step of `pretrain`: masks of (seed, step, row), forward, backward, optimizer.
 
-    method, backbone, size  of the model, with `options` of `create_model`; mask, distance and normalization are the
-                            method's own
-    target  what must be predicted; PixMIM's unless another is given
-    mode    of torch.compile, for model and objective in one graph; None: not compiled
+    Args:
+        method: Method, whose own mask, distance and normalization are used.
+        backbone: Backbone of the method.
+        size: Side of the images in pixels.
+        precision: Precision of the autocast.
+        device: Device.
+        target: Target of the loss; PixMIM's by default.
+        mode: Mode of torch.compile for model and loss in one graph; None: not compiled.
+        **options: Options of `create_model`.
     """
 
     def __init__(
@@ -42,28 +47,29 @@ class Ours:
         self.model = pixmim.create_model(method, backbone, img_size=size, **options).to(device)
         self.precision, self.device = precision, device
         choose_attention(self.model, device, precision)
-        self._updater = SyncFreeOptimizer(adamw(self.model, 1e-4, (0.9, 0.95), 0.05), None, precision == "fp16", device)
+        optimizer = adamw(self.model, 1e-4, (0.9, 0.95), 0.05)
+        self._optimizer = SyncFreeOptimizer(optimizer, None, precision == "fp16", device)
         plain = method == "simmim"
         target = target or pixmim.LowFrequency("auto")
-        self._objective = pixmim.ReconstructionLoss(target, not plain, "l1" if plain else "mse").to(device)
-        self._masker, self._grid = own_masker(method, self.model.patch), (size // self.model.patch,) * 2
-        self._loss = self._whole if mode is None else torch.compile(self._whole, mode=mode, fullgraph=True)
-        self._done = 0
+        self._reconstruction_loss = pixmim.ReconstructionLoss(target, not plain, "l1" if plain else "mse").to(device)
+        self._generator, self._grid = own_mask_generator(method, self.model.patch), (size // self.model.patch,) * 2
+        self._loss = self._eager_loss if mode is None else torch.compile(self._eager_loss, mode=mode, fullgraph=True)
+        self._steps = 0
 
     def __call__(self, images: Tensor) -> None:
-        u = rng.uniform(0, "mask", self._done, range(len(images)), self._masker.num_uniforms(self._grid))
-        mask = self._masker.sample(torch.from_numpy(u.astype(np.float32)), self._grid).to(self.device)
-        self._updater.backward(self._loss(images, mask))
-        self._updater.step(1e-4)
-        self._done += 1
+        u = rng.uniform(0, "mask", self._steps, range(len(images)), self._generator.num_uniforms(self._grid))
+        mask = self._generator.sample(torch.from_numpy(u.astype(np.float32)), self._grid).to(self.device)
+        self._optimizer.backward(self._loss(images, mask))
+        self._optimizer.step(1e-4)
+        self._steps += 1
 
-    def _whole(self, images: Tensor, mask: Mask) -> Tensor:
+    def _eager_loss(self, images: Tensor, mask: Mask) -> Tensor:
         with autocast(self.device, self.precision):
             prediction = self.model(images, mask)
-        return self._objective(prediction, images, mask).loss
+        return self._reconstruction_loss(prediction, images, mask).loss
 
 
-def own_masker(method: str, patch: int) -> MaskGenerator:
+def own_mask_generator(method: str, patch: int) -> MaskGenerator:
     """The mask that a method was published with; units are of 32 pixels."""
     unit = max(1, 32 // patch)
     if method == "simmim":
@@ -114,17 +120,17 @@ def huggingface_mae(
 
 
 def training_flops(method: str, backbone: str, size: int, **options: Any) -> int:
-    """FLOP of the model's forward and backward for one image: three times the forward's products, which are counted.
+    """Return the FLOP of the model's forward and backward pass for one image: three times the forward products.
 
-    A multiplication and an addition are two. The target's products do not count: they are not the model's. Nothing is
-    computed. The counter's own word on the backward pass of convolutions in groups is not taken: it leaves them whole.
+    A multiplication and an addition are two. The target does not count. Nothing is computed. The backward pass is not
+    counted itself, because FlopCounterMode ignores the groups of convolutions there.
     """
     with torch.device("meta"):
         model: MaskedModel = pixmim.create_model(method, backbone, img_size=size, **options)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", False)  # noqa: B010  # the counter knows products, not every fused kernel
-    mask = own_masker(method, model.patch)(1, (size // model.patch,) * 2).to("meta")
+    mask = own_mask_generator(method, model.patch)(1, (size // model.patch,) * 2).to("meta")
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, size, size, device="meta"), mask)
     return 3 * counter.get_total_flops()

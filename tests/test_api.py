@@ -75,8 +75,8 @@ def test_a_recipe_takes_dotted_and_nested_overrides() -> None:
     [
         ({"batchsize": 3}, "did you mean 'batch_size'"),
         ({"optim.base_lrr": 3}, "optim.base_lrr.*did you mean 'base_lr'"),
-        ({"optim": 3}, "'optim.' must be an object"),
-        ({"steps": 3, "epochs": 3}, "not both"),
+        ({"optim": 3}, "'optim' must be an object"),
+        ({"steps": 3, "epochs": 3}, "not in both"),
     ],
 )
 def test_a_mistake_in_an_override_is_named(overrides: dict[str, Any], message: str) -> None:

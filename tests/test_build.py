@@ -90,7 +90,7 @@ def test_every_combination(name: str, targets: list[TargetConfig]) -> None:
     ("mask", "message"),
     [
         (MaskConfig("blocks", 0.5, block_size=24), "not a multiple of the model's 16-pixel patches"),
-        (MaskConfig("blocks", 0.95, block_size=32, whole_blocks=True), "hides all 6 units"),
+        (MaskConfig("blocks", 0.95, block_size=32, whole_blocks=True), "hides all 6 blocks"),
         (MaskConfig("random", 0.99), "leaves 0 visible"),
         (MaskConfig("blocks", 0.5, block_size=64, whole_blocks=True), "same number"),
     ],
@@ -104,7 +104,7 @@ def test_masks_that_fail_in_training_are_refused(mask: MaskConfig, message: str)
     ("model", "message"),
     [
         (ArchitectureConfig("mae", decoder_stride=5), "does not divide the encoder's 6x4 patches"),
-        (ArchitectureConfig("mae", predict_patch=32), "goes with 16"),
+        (ArchitectureConfig("mae", predict_patch=32), "choose 16"),
         (ArchitectureConfig("simmim", "vit_tiny_patch16_224", decoder_stride=2), "has no decoder"),
         (ArchitectureConfig("simmim", "vit_tiny_patch16_224", predict_patch=32), "has no decoder"),
     ],

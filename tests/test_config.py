@@ -31,26 +31,29 @@ def test_odd_values_survive_json() -> None:
     [
         ({"batchsize": 3}, "unknown key 'batchsize'; did you mean 'batch_size'"),
         ({"optim": {"base_lrr": 1}}, "unknown key 'optim.base_lrr'; did you mean 'base_lr'"),
-        ({"batch_size": "many"}, "'batch_size' cannot be \"many\""),
-        ({"optim": {"betas": [0.9]}}, "'optim.betas' cannot be"),
-        ({"target": {"kind": "pixel"}}, "'target.kind' cannot be"),
-        ({"crop": 3}, "'crop.' must be an object"),
-        ({"steps": 0}, "--steps must be a whole number from 1 to 999,999,999, not 0"),
+        ({"batch_size": "many"}, "--batch-size must be an integer from 1 to 1,048,576, not 'many'"),
+        ({"optim": {"betas": [0.9]}}, "--optim.betas must be 2 values"),
+        ({"target": {"kind": "pixel"}}, "--target.kind must be one of low-frequency, pixels, not 'pixel'"),
+        ({"crop": 3}, "'crop' must be an object"),
+        ({"steps": 0}, "--steps must be an integer from 1 to 999,999,999, not 0"),
         ({"shard_cache_gib": 0.0}, "--shard-cache-gib must be a number above 0 to 1e.09, not 0"),
         ({"size": "big"}, "HEIGHTxWIDTH"),
-        ({"batch_size": 2, "accumulation_steps": 3}, "--accumulation-steps 3 exceeds the 2 images of a batch"),
+        ({"batch_size": 2, "accumulation_steps": 3}, "--accumulation-steps 3 exceeds --batch-size 2"),
         ({"mask": {"ratio": 1.0}}, "--mask.ratio must be a number above 0 and below 1, not 1.0"),
         ({"mean": [0.5]}, "1 values for 3 channels"),
         ({"optim": {"lr_drop_at": 700.0}}, "--optim.lr-drop-at must be a number from 0.2 to 1, not 700.0"),
-        ({"target": {"distance": "cross_entropy"}}, "no bins of .0, 1.: add --target.no-normalize-patches"),
+        ({"target": {"distance": "cross_entropy"}}, "add --target.no-normalize-patches"),
         (
             {"target": {"distance": "cross_entropy", "bins": 0}},
-            "--target.bins must be a whole number from 2 to 4,096",
+            "--target.bins must be an integer from 2 to 4,096",
         ),
-        ({"target": {"normalize_window": 47}}, "normalized once: with a window, add --target.no-normalize-patches"),
+        (
+            {"target": {"normalize_window": 47}},
+            "--target.normalize-window replaces patches: add --target.no-normalize-patches",
+        ),
         ({"crop": {"padding": 300}}, "--crop.padding 300 must be less than each side of --size 224"),
-        ({"model": {"options": {"in_chans": 4}}}, "--model.options takes no in_chans: that is --channels"),
-        ({"target": {"normalize_window": 46}}, "odd side of 3 pixels or more, not 46"),
+        ({"model": {"options": {"in_chans": 4}}}, "--model.options does not take in_chans: use --channels"),
+        ({"target": {"normalize_window": 46}}, "--target.normalize-window must be odd and at least 3, not 46"),
     ],
 )
 def test_mistakes_in_a_file_are_named(change: dict[str, object], message: str) -> None:
@@ -88,6 +91,6 @@ def test_size_and_statistics() -> None:
     assert PretrainConfig(mean=(0.1, 0.2, 0.3)).normalization == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
 
 
-def test_an_unknown_recipe_names_the_nearest() -> None:
+def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'pixmim-vit-small'"):
         get_recipe("pixmim-vit-smal")

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Everything else in the suite runs on a CPU."""
+"""Tests that need a CUDA device. All others run on a CPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +21,16 @@ pytestmark = pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_device() -> None:
     device = torch.device("cuda")
     model = create_model("mae", "vit_tiny_patch16_224", img_size=64, decoder_depth=1).to(device)
-    objective, masker = ReconstructionLoss(LowFrequency(radius="auto")).to(device), RandomMask()
-    updater = SyncFreeOptimizer(adamw(model, 1e-3, (0.9, 0.95), 0.05), 1.0, True, device)
+    loss, generator = ReconstructionLoss(LowFrequency(radius="auto")).to(device), RandomMask()
+    optimizer = SyncFreeOptimizer(adamw(model, 1e-3, (0.9, 0.95), 0.05), 1.0, True, device)
     images = torch.randn(8, 3, 64, 64, device=device)
 
     def step() -> None:
-        mask = masker(8, 16).to(device)
+        mask = generator(8, 16).to(device)
         with torch.autocast("cuda", torch.float16):
             prediction = model(images, mask)
-        updater.backward(objective(prediction, images, mask).loss)
-        updater.step(1e-3)
+        optimizer.backward(loss(prediction, images, mask).loss)
+        optimizer.step(1e-3)
 
     step()
     torch.cuda.set_sync_debug_mode("error")
@@ -43,8 +43,8 @@ def test_a_step_does_not_wait_for_the_device() -> None:
 def test_the_low_pass_stays_exact_under_autocast() -> None:
     images = torch.rand(4, 3, 224, 224, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
-        found = low_pass(images, 40)
-    assert (found.double() - low_pass(images.double(), 40)).abs().max() < 5e-6
+        filtered = low_pass(images, 40)
+    assert (filtered.double() - low_pass(images.double(), 40)).abs().max() < 5e-6
 
 
 def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., PretrainConfig], tmp_path: Path) -> None:
@@ -55,12 +55,12 @@ def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., PretrainCo
         torch.testing.assert_close(one[name], two[name], atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("pixels", ["uint16", "float32"])
-def test_deep_images_reach_the_gpu_whole(pixels: str, tiny_run: Callable[..., PretrainConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_deep_images_are_exact_on_the_gpu(dtype: str, tiny_run: Callable[..., PretrainConfig], tmp_path: Path) -> None:
     mean, std, flip = torch.rand(5), torch.rand(5) + 0.1, torch.tensor([True, False])
-    images = torch.stack([SyntheticShapes(image_spec=ImageSpec(5, pixels)).image(i)[:, :32, :32].float() for i in range(2)])  # type: ignore[arg-type]
-    images = images.to(getattr(torch, pixels)).pin_memory()
+    images = torch.stack([SyntheticShapes(image_spec=ImageSpec(5, dtype)).image(i)[:, :32, :32].float() for i in range(2)])  # type: ignore[arg-type]
+    images = images.to(getattr(torch, dtype)).pin_memory()
     done = flip_and_normalize(images.to("cuda", non_blocking=True), flip.to("cuda"), mean.to("cuda"), std.to("cuda"))
     torch.testing.assert_close(done.cpu(), flip_and_normalize(images, flip, mean, std), atol=1e-5, rtol=1e-5)
-    train(tiny_run(device="cuda", steps=2, channels=5, dtype=pixels), tmp_path / "run")
+    train(tiny_run(device="cuda", steps=2, channels=5, dtype=dtype), tmp_path / "run")
     assert (tmp_path / "run" / "encoder/model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""pixmim's parts in other people's loops, and Hugging Face's ViTMAE as a second opinion on our MAE."""
+"""pixmim's parts in other training loops, and its MAE against Hugging Face's ViTMAE."""
 
 import importlib.util
 from pathlib import Path
@@ -42,10 +42,10 @@ def test_plain_loop_example_learns(pictures: Path) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def translate(theirs: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Their names and split q, k, v to ours."""
-    found: dict[str, torch.Tensor] = {}
-    state = theirs.state_dict()
+def to_pixmim(reference: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Rename Hugging Face's parameters and join q, k and v."""
+    converted: dict[str, torch.Tensor] = {}
+    state = reference.state_dict()
     rename = {
         "vit.embeddings.cls_token": "encoder.cls_token",
         "vit.embeddings.position_embeddings": "encoder.pos_embed",
@@ -61,41 +61,41 @@ def translate(theirs: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
     for name, tensor in state.items():
         new = name
-        for theirs_part, ours in rename.items():
-            new = new.replace(theirs_part, ours)
+        for old_part, new_part in rename.items():
+            new = new.replace(old_part, new_part)
         if ".attention.q_proj." in name:
             parts = [state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
-            found[new.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+            converted[new.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
         elif "_proj." not in name or "o_proj" in name:
-            found[new] = tensor
-    return found
+            converted[new] = tensor
+    return converted
 
 
-def test_our_mae_is_huggingfaces_vitmae() -> None:
+def test_mae_equals_huggingfaces_vitmae() -> None:
     """The same weights, images and mask give the same prediction and the same loss in both libraries."""
-    theirs = transformers.ViTMAEForPreTraining(config()).eval()
-    example("huggingface").fill_positions(theirs)
-    ours = pixmim.create_model(
+    reference = transformers.ViTMAEForPreTraining(config()).eval()
+    example("huggingface").fill_positions(reference)
+    model = pixmim.create_model(
         "mae", "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
         decoder_dim=16, decoder_depth=1, decoder_heads=2,
     ).eval()  # fmt: skip
-    assert isinstance(ours, MAE)
-    found = translate(theirs)
-    torch.testing.assert_close(found["encoder.pos_embed"], ours.encoder.pos_embed.data, atol=1e-6, rtol=0)
-    torch.testing.assert_close(found["decoder.pos_embed"], ours.decoder.pos_embed.data, atol=1e-6, rtol=0)
-    ours.load_state_dict(found, strict=True)
+    assert isinstance(model, MAE)
+    converted = to_pixmim(reference)
+    torch.testing.assert_close(converted["encoder.pos_embed"], model.encoder.pos_embed.data, atol=1e-6, rtol=0)
+    torch.testing.assert_close(converted["decoder.pos_embed"], model.decoder.pos_embed.data, atol=1e-6, rtol=0)
+    model.load_state_dict(converted, strict=True)
 
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
-    output = theirs(images, noise=noise)
+    output = reference(images, noise=noise)
     mask = pixmim.RandomMask(0.75).sample(noise, (4, 4))
     assert torch.equal(mask.hidden, output.mask.bool())
-    prediction = ours(images, mask)
+    prediction = model(images, mask)
     torch.testing.assert_close(prediction, output.logits, atol=1e-5, rtol=0)
     loss = pixmim.ReconstructionLoss(pixmim.Pixels())(prediction, images, mask).loss
     torch.testing.assert_close(loss, output.loss, atol=1e-5, rtol=0)
 
 
-def test_public_names_are_there_and_light() -> None:
+def test_public_names_exist() -> None:
     assert all(getattr(pixmim, name) is not None for name in pixmim.__all__)
     assert pixmim.__all__ == sorted(pixmim._MODULES)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

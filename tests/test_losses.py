@@ -26,30 +26,28 @@ def test_loss_against_a_loop_over_hidden_patches(distance: str, normalize_patche
             mean = sum(target) / 48
             variance = sum((t - mean) ** 2 for t in target) / 47
             target = [(t - mean) / (variance + 1e-6) ** 0.5 for t in target]
-        gaps = [abs(p - t) for p, t in zip(prediction[b, n].float().tolist(), target, strict=True)]
-        apart = {
+        differences = [abs(p - t) for p, t in zip(prediction[b, n].float().tolist(), target, strict=True)]
+        distances = {
             "mse": lambda g: g * g,
             "l1": lambda g: g,
             "smooth_l1": lambda g: g * g / 2 if g < 1 else g - 0.5,
         }[distance]
-        losses.append(sum(map(apart, gaps)) / 48)
+        losses.append(sum(map(distances, differences)) / 48)
         assert value.per_patch[b, n].item() == pytest.approx(losses[-1], rel=1e-5)
     assert value.loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize(("predictions", "images", "masks"), [(1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 2, 3), (3, 2, 2)])
-def test_another_batch_is_refused(predictions: int, images: int, masks: int) -> None:
-    """Of one image, torch would make as many as there are of the others, in silence."""
+def test_different_batch_sizes_are_refused(predictions: int, images: int, masks: int) -> None:
+    """torch would broadcast a batch of one."""
     given = torch.randn(predictions, 6, 48), torch.randn(images, 3, 12, 8), RandomMask(0.5)(masks, 6)
     forward = inspect.unwrap(ReconstructionLoss.forward)  # without the shapes that tests check
-    with pytest.raises(
-        ValueError, match=f"for {predictions} images does not go with {images} images and masks of {masks}"
-    ):
+    with pytest.raises(ValueError, match=f"prediction {predictions}, images {images}, mask {masks}"):
         forward(ReconstructionLoss(Pixels()), *given)
 
 
-def test_larger_patches_weigh_what_is_hidden_of_them() -> None:
-    """A loop over the hidden pixels: each brings the mean distance of the larger patch that it lies in."""
+def test_larger_patches_are_weighted_by_their_hidden_fraction() -> None:
+    """A loop over the hidden pixels: each contributes the mean distance of its predicted patch."""
     images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
     prediction = torch.randn(2, 6, 48, dtype=torch.float64)
     mask = RandomMask(0.6)(2, (4, 6))  # patches of 2 pixels; those of the prediction have 4
@@ -60,8 +58,8 @@ def test_larger_patches_weigh_what_is_hidden_of_them() -> None:
             top, left = y // 4 * 4, x // 4 * 4
             predicted = prediction[b, top // 4 * 3 + left // 4].float().tolist()
             places = itertools.product(range(top, top + 4), range(left, left + 4), range(3))
-            gaps = [abs(p - images[b, c, i, j].item()) for p, (i, j, c) in zip(predicted, places, strict=True)]
-            total, count = total + sum(gaps) / 48, count + 1
+            differences = [abs(p - images[b, c, i, j].item()) for p, (i, j, c) in zip(predicted, places, strict=True)]
+            total, count = total + sum(differences) / 48, count + 1
     assert value.loss.item() == pytest.approx(total / count, rel=1e-5)
     assert value.per_patch.shape == (2, 6)
 
@@ -70,23 +68,23 @@ def test_statistics_against_a_loop_over_seen_pixels() -> None:
     images, seen = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.rand(2, 1, 4, 8) < 0.5
     seen[0, 0, :, :4] = False
     mean, scale = patch_statistics(images, 4, seen)
-    whole = patch_statistics(images, 4)
+    all_pixels = patch_statistics(images, 4)
     for b, left in itertools.product(range(2), (0, 4)):
         block, chosen = images[b, :, :, left : left + 4], seen[b, :, :, left : left + 4].expand(3, -1, -1)
-        for (m, s), values in (((mean, scale), block[chosen].tolist()), (whole, block.flatten().tolist())):
+        for (m, s), values in (((mean, scale), block[chosen].tolist()), (all_pixels, block.flatten().tolist())):
             average = sum(values) / max(len(values), 1)
             variance = sum((v - average) ** 2 for v in values) / max(len(values) - 1, 1)
             torch.testing.assert_close(m[b, :, :, left : left + 4], torch.full_like(block, average))
             torch.testing.assert_close(s[b, :, :, left : left + 4], torch.full_like(block, (variance + 1e-6) ** 0.5))
-    taken = unpatchify(normalize_patches(patchify(images, 4)), 4, (4, 8))
-    torch.testing.assert_close(taken * whole[1] + whole[0], images)
+    normalized = unpatchify(normalize_patches(patchify(images, 4)), 4, (4, 8))
+    torch.testing.assert_close(normalized * all_pixels[1] + all_pixels[0], images)
 
 
 @pytest.mark.parametrize("window", [3, 7, 47])
-def test_window_normalisation_against_a_loop(window: int) -> None:
-    """Windows are cut at the border; the largest holds the whole image, wherever its middle is."""
+def test_window_normalization_against_a_loop(window: int) -> None:
+    """Windows end at the border; the largest covers the full image from any pixel."""
     images, seen = 100 + torch.randn(2, 3, 8, 12, dtype=torch.float64), torch.rand(2, 1, 8, 12) < 0.5
-    found = ReconstructionLoss(Pixels(), False, "l1", window).patches(images, 1).view(2, 8, 12, 3)
+    targets = ReconstructionLoss(Pixels(), False, "l1", window).targets(images, 1).view(2, 8, 12, 3)
     all_of, seen_of = window_statistics(images, window), window_statistics(images, window, seen)
     reach = window // 2
     for b, c, y, x in itertools.product(range(2), range(3), range(8), range(12)):
@@ -99,12 +97,12 @@ def test_window_normalisation_against_a_loop(window: int) -> None:
                 assert mean[b, c, y, x].item() == pytest.approx(average, rel=1e-9)
                 assert scale[b, c, y, x].item() == pytest.approx((variance + 1e-6) ** 0.5, rel=1e-6)
         mean, scale = (s[b, c, y, x].item() for s in all_of)
-        assert found[b, y, x, c].item() == pytest.approx((images[b, c, y, x].item() - mean) / scale, abs=1e-6)
+        assert targets[b, y, x, c].item() == pytest.approx((images[b, c, y, x].item() - mean) / scale, abs=1e-6)
 
 
-def test_window_normalisation_of_a_flat_image_is_zero() -> None:
+def test_window_normalization_of_a_flat_image_is_zero() -> None:
     flat = torch.full((1, 3, 32, 32), 2.2)
-    assert ReconstructionLoss(Pixels(), False, normalize_window=9).patches(flat, 16).abs().max() < 1e-3
+    assert ReconstructionLoss(Pixels(), False, normalize_window=9).targets(flat, 16).abs().max() < 1e-3
 
 
 def test_cross_entropy_against_a_loop_over_hidden_values() -> None:
@@ -124,19 +122,19 @@ def test_cross_entropy_against_a_loop_over_hidden_values() -> None:
     assert value.loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_choices_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ValueError, match="go with each other only"):
+def test_incompatible_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="require each other"):
         ReconstructionLoss(Pixels(), False, "cross_entropy")
-    with pytest.raises(ValueError, match="go with each other only"):
+    with pytest.raises(ValueError, match="require each other"):
         ReconstructionLoss(ColorBins(8), False, "l1")
-    with pytest.raises(ValueError, match=r"no bins of .0, 1.: give ColorBins with normalize_patches=False"):
+    with pytest.raises(ValueError, match="pass normalize_patches=False"):
         ReconstructionLoss(ColorBins(8), distance="cross_entropy")
-    with pytest.raises(ValueError, match=r"no bins of .0, 1.: .* and no window"):
+    with pytest.raises(ValueError, match="and no normalize_window"):
         ReconstructionLoss(ColorBins(8), False, "cross_entropy", normalize_window=47)
-    with pytest.raises(ValueError, match="normalized once: with normalize_window, give normalize_patches=False"):
+    with pytest.raises(ValueError, match="normalize_window replaces normalize_patches: pass normalize_patches=False"):
         ReconstructionLoss(Pixels(), normalize_window=47)
     for side in (1, 46, -3):
-        with pytest.raises(ValueError, match=f"odd side of 3 or more, not {side}"):
+        with pytest.raises(ValueError, match=f"odd and at least 3, not {side}"):
             ReconstructionLoss(Pixels(), False, normalize_window=side)
     with pytest.raises(ValueError, match="does not cover images of 3x8x8 with 8 bins"):
         ReconstructionLoss(ColorBins(8), False, "cross_entropy")(
@@ -144,11 +142,11 @@ def test_choices_that_do_not_go_together_are_refused() -> None:
         )
 
 
-def test_what_is_predicted_for_visible_patches_does_not_count() -> None:
+def test_predictions_of_visible_patches_do_not_count() -> None:
     images, prediction, mask = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 48), RandomMask(0.5)(2, 4)
-    objective = ReconstructionLoss(Pixels())
+    loss = ReconstructionLoss(Pixels())
     other = torch.where(mask.hidden[..., None], prediction, torch.randn_like(prediction))
-    assert torch.equal(objective(prediction, images, mask).loss, objective(other, images, mask).loss)
+    assert torch.equal(loss(prediction, images, mask).loss, loss(other, images, mask).loss)
 
 
 def test_no_gradient_flows_into_the_target() -> None:
@@ -160,5 +158,5 @@ def test_no_gradient_flows_into_the_target() -> None:
 def test_a_prediction_that_does_not_cover_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match="does not cover images of 3x8x8"):
         ReconstructionLoss(Pixels())(torch.zeros(1, 5, 48), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 5))
-    with pytest.raises(ValueError, match="a mask of 4 patches over 8x8 pixels does not go with patches of 2x2"):
+    with pytest.raises(ValueError, match="a mask of 4 patches over 8x8 pixels does not match patches of 2x2"):
         ReconstructionLoss(Pixels())(torch.zeros(1, 16, 12), torch.zeros(1, 3, 8, 8), RandomMask(0.5)(1, 4))

@@ -29,7 +29,7 @@ def test_from_hidden_gives_the_same_mask() -> None:
     assert torch.equal(again.ids_keep, mask.ids_keep) and torch.equal(again.ids_restore, mask.ids_restore)
 
 
-def test_every_patch_is_hidden_as_often() -> None:
+def test_every_patch_is_hidden_equally_often() -> None:
     hidden = RandomMask(0.75)(4000, 16, torch.Generator().manual_seed(1)).hidden
     assert (hidden.float().mean(dim=0) - 0.75).abs().max() < 0.03  # four standard errors
 
@@ -39,11 +39,11 @@ def test_the_generator_decides() -> None:
     assert torch.equal(one, two)
 
 
-def test_masks_that_hide_nothing_everything_or_unevenly_are_refused() -> None:
+def test_masks_that_hide_nothing_all_or_unequal_numbers_are_refused() -> None:
     uneven = Mask.from_hidden(torch.tensor([[True, False, False], [True, True, False]]))
     with pytest.raises(ValueError, match="hide the same number"):
         _ = uneven.indices
-    with pytest.raises(ValueError, match="leave some"):
+    with pytest.raises(ValueError, match="hidden and visible patches"):
         Mask.from_hidden(torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="leaves 0 visible"):
         RandomMask(0.9)(1, 4)
@@ -51,52 +51,52 @@ def test_masks_that_hide_nothing_everything_or_unevenly_are_refused() -> None:
         RandomMask(1.0)
 
 
-def test_lsmae_units_keep_the_published_count_in_whole_units() -> None:
+def test_lsmae_keeps_the_published_count_in_complete_blocks() -> None:
     hidden = BlockwiseRandomMask(0.75, 2)(6, (28, 28)).hidden.view(6, 14, 2, 14, 2)
     assert (~hidden).sum(dim=(1, 2, 3, 4)).tolist() == [196] * 6
-    whole = hidden.all(dim=4).all(dim=2)
-    assert torch.equal(whole, hidden.any(dim=4).any(dim=2)) and ((~whole).sum(dim=(1, 2)) == 49).all()
+    complete = hidden.all(dim=4).all(dim=2)
+    assert torch.equal(complete, hidden.any(dim=4).any(dim=2)) and ((~complete).sum(dim=(1, 2)) == 49).all()
 
 
-def test_lsmae_units_against_a_loop() -> None:
-    """Units in random order, each expanded column by column, patches out of the grid dropped, the first ones kept."""
+def test_lsmae_blocks_against_a_loop() -> None:
+    """Blocks in random order, each expanded column by column, patches outside the grid dropped, the first kept."""
     grid, d, ratio = (5, 7), 2, 0.6
-    masker = BlockwiseRandomMask(ratio, d)
-    u = torch.rand(8, masker.num_uniforms(grid))
-    hidden = masker.sample(u, grid).hidden.view(8, *grid)
+    generator = BlockwiseRandomMask(ratio, d)
+    u = torch.rand(8, generator.num_uniforms(grid))
+    hidden = generator.sample(u, grid).hidden.view(8, *grid)
     for row in range(8):
         order = [
             (y, x)
-            for unit in u[row].argsort().tolist()
-            for x in range(unit % 4 * d, unit % 4 * d + d)
-            for y in range(unit // 4 * d, unit // 4 * d + d)
+            for block in u[row].argsort().tolist()
+            for x in range(block % 4 * d, block % 4 * d + d)
+            for y in range(block // 4 * d, block // 4 * d + d)
             if y < grid[0] and x < grid[1]
         ]
         visible = set(order[: int(35 * (1 - ratio))])
         assert {(y, x) for y in range(5) for x in range(7) if not hidden[row, y, x]} == visible
 
 
-@pytest.mark.parametrize(("size", "units", "hidden"), [(192, 36, 22), (224, 49, 30)])
-def test_simmim_hides_whole_units_by_the_ceiling(size: int, units: int, hidden: int) -> None:
+@pytest.mark.parametrize(("size", "count", "hidden"), [(192, 36, 22), (224, 49, 30)])
+def test_simmim_hides_complete_blocks_by_the_ceiling(size: int, count: int, hidden: int) -> None:
     mask = BlockwiseRandomMask(0.6, 8, whole_blocks=True)(4, (size // 4, size // 4))
     side = size // 32
     blocks = mask.hidden.view(4, side, 8, side, 8)
     assert torch.equal(blocks.all(dim=4).all(dim=2), blocks.any(dim=4).any(dim=2))
-    assert (blocks.all(dim=4).all(dim=2).sum(dim=(1, 2)) == hidden).all() and side**2 == units
+    assert (blocks.all(dim=4).all(dim=2).sum(dim=(1, 2)) == hidden).all() and side**2 == count
 
 
-def test_units_that_would_hide_everything_are_refused() -> None:
-    """SimMIM's trap: 64-px units at 192 px with ratio 0.9."""
-    with pytest.raises(ValueError, match="hides all 9 units"):
+def test_blocks_that_would_hide_everything_are_refused() -> None:
+    """64-px blocks at 192 px with ratio 0.9."""
+    with pytest.raises(ValueError, match="hides all 9 blocks"):
         BlockwiseRandomMask(0.9, 16, whole_blocks=True)(1, (48, 48))
 
 
-def test_squares_stay_in_the_middle_or_move() -> None:
-    still = SquareMask(0.5)(3, (14, 14)).hidden.view(3, 14, 14)
-    assert still.sum(dim=(1, 2)).tolist() == [100] * 3 and still[:, 2:12, 2:12].all()
-    places = SquareMask(0.25, moving=True)(400, (12, 14)).hidden.view(400, 12, 14)
-    assert (places.sum(dim=(1, 2)) == 36).all()
-    tops = places.any(dim=2).int().argmax(dim=1)
+def test_squares_are_centered_or_move() -> None:
+    centered = SquareMask(0.5)(3, (14, 14)).hidden.view(3, 14, 14)
+    assert centered.sum(dim=(1, 2)).tolist() == [100] * 3 and centered[:, 2:12, 2:12].all()
+    squares = SquareMask(0.25, moving=True)(400, (12, 14)).hidden.view(400, 12, 14)
+    assert (squares.sum(dim=(1, 2)) == 36).all()
+    tops = squares.any(dim=2).int().argmax(dim=1)
     assert set(tops.tolist()) == set(range(7))
     with pytest.raises(ValueError, match="hides all"):
         SquareMask(0.95)(1, (3, 3))
@@ -115,7 +115,7 @@ def test_blocks_follow_beit() -> None:
 
 
 @pytest.mark.parametrize(
-    "masker",
+    "generator",
     [
         RandomMask(),
         BlockwiseRandomMask(0.6, 2),
@@ -124,20 +124,20 @@ def test_blocks_follow_beit() -> None:
         BeitBlockMask(),
     ],
 )
-def test_a_row_depends_on_its_own_numbers_only(masker: MaskGenerator) -> None:
-    u = torch.rand(6, masker.num_uniforms((10, 12)))
-    whole = masker.sample(u, (10, 12)).hidden
+def test_a_row_depends_on_its_own_numbers_only(generator: MaskGenerator) -> None:
+    u = torch.rand(6, generator.num_uniforms((10, 12)))
+    batch = generator.sample(u, (10, 12)).hidden
     for row in range(6):
-        assert torch.equal(masker.sample(u[row : row + 1], (10, 12)).hidden[0], whole[row])
+        assert torch.equal(generator.sample(u[row : row + 1], (10, 12)).hidden[0], batch[row])
 
 
-@pytest.mark.parametrize(("unit", "ratio", "distance"), [(32, 0.6, 15.5), (16, 0.6, 7.4), (8, 0.8, 6.0)])
-def test_average_distance_is_simmims(unit: int, ratio: float, distance: float) -> None:
-    hidden = BlockwiseRandomMask(ratio, unit // 4, whole_blocks=True)(
+@pytest.mark.parametrize(("block", "ratio", "distance"), [(32, 0.6, 15.5), (16, 0.6, 7.4), (8, 0.8, 6.0)])
+def test_average_distance_is_simmims(block: int, ratio: float, distance: float) -> None:
+    hidden = BlockwiseRandomMask(ratio, block // 4, whole_blocks=True)(
         40, (48, 48), torch.Generator().manual_seed(1)
     ).hidden
-    found = average_distance(hidden_pixels(hidden, 4, (192, 192)))
-    assert found == pytest.approx(distance, abs=0.4)
+    average = average_distance(hidden_pixels(hidden, 4, (192, 192)))
+    assert average == pytest.approx(distance, abs=0.4)
 
 
 def test_average_distance_against_a_loop() -> None:
@@ -149,7 +149,7 @@ def test_average_distance_against_a_loop() -> None:
     assert average_distance(hidden) == pytest.approx(sum(distances) / len(distances), rel=1e-6)
 
 
-def test_blocks_on_grids_that_hardly_hold_one() -> None:
+def test_blocks_on_grids_too_small_for_them() -> None:
     for grid in ((2, 50), (1, 9), (3, 3), (4, 6)):
         hidden = BeitBlockMask(0.4)(100, grid).hidden
         counts = hidden.sum(dim=1)

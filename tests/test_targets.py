@@ -1,4 +1,4 @@
-"""The low-pass against a plain FFT in float64, written here from the definition."""
+"""The low-pass against a plain FFT in float64."""
 
 import itertools
 import math
@@ -13,9 +13,9 @@ from pixmim.targets import (
     ColorBins,
     LowFrequency,
     Pixels,
-    auto_radius,
+    Variant,
     low_pass,
-    num_kept_bins,
+    resolve_radius,
 )
 
 SIZES = [(8, 8), (9, 9), (8, 11), (11, 8), (32, 20), (33, 64)]
@@ -63,14 +63,21 @@ def test_autocast_does_not_reach_the_filter() -> None:
     assert torch.equal(inside, low_pass(images, 6))
 
 
+def kept_bins(radius: int, variant: Variant) -> int:
+    """Count the bins that the filter keeps at 224 px: the value of a filtered unit impulse at its own pixel."""
+    impulse = torch.zeros(1, 1, 224, 224, dtype=torch.float64)
+    impulse[..., 0, 0] = 1
+    return round(low_pass(impulse, radius, variant)[..., 0, 0].item() * 224 * 224)
+
+
 @pytest.mark.parametrize(("radius", "bins"), [(10, 316), (20, 1264), (30, 2828), (40, 5024), (60, 11304), (112, 39428)])
-def test_released_form_keeps_the_published_number_of_bins(radius: int, bins: int) -> None:
-    assert num_kept_bins((224, 224), radius, "paper-code") == bins
+def test_paper_code_keeps_the_published_number_of_bins(radius: int, bins: int) -> None:
+    assert kept_bins(radius, "paper-code") == bins
 
 
-def test_exact_form_keeps_5025_bins_and_everything_beyond_the_corner() -> None:
-    assert num_kept_bins((224, 224), 40) == 5025
-    assert num_kept_bins((224, 224), 159) == 224 * 224
+def test_the_exact_filter_keeps_5025_bins_and_all_beyond_the_corner() -> None:
+    assert kept_bins(40, "exact") == 5025
+    assert kept_bins(159, "exact") == 224 * 224
 
 
 def test_a_step_overshoots_by_the_measured_amount() -> None:
@@ -90,15 +97,15 @@ def test_the_filter_is_a_projection_that_keeps_constants() -> None:
 
 @pytest.mark.parametrize(("side", "radius"), [(32, 6), (64, 11), (96, 17), (128, 23), (192, 34), (224, 40), (448, 80)])
 def test_auto_radius_keeps_the_relative_cut_off(side: int, radius: int) -> None:
-    assert auto_radius((side, side)) == radius
+    assert resolve_radius("auto", (side, side)) == radius
     images = torch.rand(1, 1, side, side)
     assert torch.equal(low_pass(images, "auto"), low_pass(images, radius))
 
 
 def test_auto_radius_of_a_non_square_image_is_an_ellipse() -> None:
-    """The cut-off in cycles per pixel is the same both ways, so a wave is kept or lost whatever its direction."""
+    """The cut-off in cycles per pixel is the same in both directions."""
     h, w = 56, 112
-    assert auto_radius((h, w)) == (10, 20)
+    assert resolve_radius("auto", (h, w)) == (10, 20)
     y, x = torch.arange(h).double()[:, None], torch.arange(w).double()[None, :]
     for frequency, share in ((0.16, 1.0), (0.2, 0.0)):  # cycles per pixel; the cut-off is 40/224 = 0.179
         for wave in (
@@ -109,7 +116,7 @@ def test_auto_radius_of_a_non_square_image_is_an_ellipse() -> None:
             assert (kept.norm() / wave.norm()).item() == pytest.approx(share, abs=1e-6)
 
 
-def test_module_filters_the_unnormalised_image() -> None:
+def test_module_filters_the_unnormalized_image() -> None:
     mean, std = (0.3, 0.4, 0.5, 0.2), (0.2, 0.1, 0.3, 0.25)
     m, s = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
     images = torch.rand(2, 4, 16, 20, dtype=torch.float64)
@@ -121,7 +128,7 @@ def test_module_filters_the_unnormalised_image() -> None:
 @pytest.mark.parametrize("bins", [2, 7, 8, 256])
 @pytest.mark.parametrize("filtered", [False, True])
 def test_color_bins_against_a_loop(bins: int, filtered: bool) -> None:
-    """Two channels, of noise and of hard edges, which low frequencies overshoot at both ends."""
+    """Noise, and hard edges, at which low frequencies overshoot [0, 1]."""
     mean, std = (0.4, 0.2), (0.3, 0.1)
     pixels = (torch.rand(2, 2, 8, 12, dtype=torch.float64) > 0.5).double()
     pixels[0] = torch.rand(2, 8, 12, dtype=torch.float64)
@@ -141,28 +148,28 @@ def test_color_bins_against_a_loop(bins: int, filtered: bool) -> None:
 def test_the_expected_color_against_a_loop() -> None:
     mean, std = (0.4, 0.2, 0.7), (0.3, 0.1, 0.2)
     scores = torch.randn(1, 2, 4 * 3 * 5)
-    found = ColorBins(5, mean=mean, std=std).expected(scores)
-    assert found.shape == (1, 2, 12)
+    expected = ColorBins(5, mean=mean, std=std).expected(scores)
+    assert expected.shape == (1, 2, 12)
     for n, value in itertools.product(range(2), range(12)):
         weights = [math.exp(v) for v in scores[0, n, value * 5 : value * 5 + 5].tolist()]
         color = sum(w * (k + 0.5) / 5 for k, w in enumerate(weights)) / sum(weights)
-        assert found[0, n, value].item() == pytest.approx((color - mean[value % 3]) / std[value % 3], rel=1e-4)
+        assert expected[0, n, value].item() == pytest.approx((color - mean[value % 3]) / std[value % 3], rel=1e-4)
 
 
 def test_every_grey_level_of_a_file_has_the_same_bin_after_normalization() -> None:
-    """256 bins tell the 256 levels apart, although normalizing and back rounds them."""
+    """256 bins separate the 256 levels, although normalization rounds them."""
     levels = (torch.arange(256.0) / 255).expand(1, 3, 1, 256)
     m, s = (torch.tensor(v).view(1, -1, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     assert torch.equal(ColorBins(256).numbers((levels - m) / s), torch.arange(256).expand(1, 3, 1, 256))
 
 
-def test_mistakes_are_named() -> None:
+def test_invalid_values_are_refused() -> None:
     with pytest.raises(ValueError, match="4 channels, but mean and std of 3"):
         ColorBins(8)(torch.zeros(1, 4, 8, 8))
     for bins in (1, 0, -8):
-        with pytest.raises(ValueError, match=f"2 bins or more, not {bins}"):
+        with pytest.raises(ValueError, match=f"bins must be 2 or more, not {bins}"):
             ColorBins(bins)
     with pytest.raises(ValueError, match="4 channels, but mean and std of 3"):
         LowFrequency(variant="paper-code")(torch.zeros(1, 4, 8, 8))
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         LowFrequency(-1)

@@ -1,10 +1,10 @@
-"""Pre-train vision backbones on your own unlabeled images by masked image modelling, with PixMIM.
+"""Pre-train vision backbones on your own unlabeled images by masked image modeling, with PixMIM.
 
     config = pixmim.get_recipe("pixmim-vit-small", data="photos", epochs=100)
     result = pixmim.pretrain(config, out="runs/photos")
     scores = pixmim.evaluate(result.encoder, "knn", train="labeled/train", test="labeled/test")
 
-Names are loaded on first use: `import pixmim` alone does not import torch, so that the command line answers at once.
+Names are loaded on first use: `import pixmim` does not import torch, so that the command line starts fast.
 """
 
 from importlib import import_module
@@ -27,38 +27,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "BeitBlockMask": "masking",
-    "CenterCrop": "transforms.crops",
-    "ColorBins": "targets",
-    "LowFrequency": "targets",
-    "Mask": "masking",
-    "ModelConfig": "config",
-    "ReconstructionLoss": "losses",
-    "Pixels": "targets",
-    "PretrainConfig": "config",
-    "PretrainResult": "pretraining",
-    "RandomMask": "masking",
-    "RandomResizedCrop": "transforms.crops",
-    "SimpleResizedCrop": "transforms.crops",
-    "SquareMask": "masking",
-    "BlockwiseRandomMask": "masking",
-    "UserError": "utils.errors",
-    "create_loader": "data",
-    "create_model": "models",
-    "embed": "api",
-    "embed_to_file": "api",
-    "evaluate": "api",
-    "get_recipe": "recipes",
-    "load_encoder": "weights.load",
-    "load_model": "weights.load",
-    "low_pass": "targets",
-    "open_dataset": "data",
-    "patchify": "utils.patches",
-    "pretrain": "pretraining",
-    "reconstruct": "api",
-    "unpatchify": "utils.patches",
+_NAMES = {
+    "api": ("embed", "embed_to_file", "evaluate", "reconstruct"),
+    "config": ("ModelConfig", "PretrainConfig"),
+    "data": ("create_loader", "open_dataset"),
+    "losses": ("ReconstructionLoss",),
+    "masking": ("BeitBlockMask", "BlockwiseRandomMask", "Mask", "RandomMask", "SquareMask"),
+    "models": ("create_model",),
+    "pretraining": ("PretrainResult", "pretrain"),
+    "recipes": ("get_recipe",),
+    "targets": ("ColorBins", "LowFrequency", "Pixels", "low_pass"),
+    "transforms.crops": ("CenterCrop", "RandomResizedCrop", "SimpleResizedCrop"),
+    "utils.errors": ("UserError",),
+    "utils.patches": ("patchify", "unpatchify"),
+    "weights.load": ("load_encoder", "load_model"),
 }
+_MODULES = {name: f"pixmim.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "BeitBlockMask",
@@ -97,7 +81,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'pixmim' has no attribute '{name}'")
-    return getattr(import_module(f"pixmim.{_MODULES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """Configurations as frozen data: `ModelConfig` for weights, `PretrainConfig` for a pre-training run.
 
-`config_io.py` reads and writes them as JSON. This module imports no torch, so that `pixmim pretrain --help` answers at
-once. The text under each field is its help; suppressed fields belong to the recipe.
+The text under each field is its help on the command line, where suppressed fields have no flag. This module does not
+import torch, so that `pixmim pretrain --help` is fast. `config_io.py` reads and writes JSON.
 """
 
 import json
@@ -18,33 +18,32 @@ from pixmim.utils.validation import (
     MAX_SIDE,
     Count,
     Device,
+    Integer,
     LearningRate,
+    NonNegative,
     Positive,
-    Rate,
     Real,
     Seed,
     Settings,
     Share,
     Size,
-    Some,
     Text,
     Threads,
-    Whole,
     check,
     check_name,
     parse_size,
 )
 
 MAX_VALUES = 2**26
-"""Most values (pixels times channels) of what the network sees; in float32 they take 256 MiB."""
+"""Largest number of values (pixels times channels) of a cropped image; in float32 they take 256 MiB."""
 
 Option = int | float | bool | str | list[int]
 
 
 def _read_options(words: list[str]) -> dict[str, Option]:
-    """Pairs of names and values on the command line: each value is the JSON it spells, or else a word."""
+    """Parse NAME VALUE pairs of the command line; a value is JSON if it can be, otherwise a word."""
     if len(words) % 2:
-        raise ValueError(f"options come in pairs of a name and a value, but '{words[-1]}' stands alone")
+        raise ValueError(f"options are pairs of a name and a value, but '{words[-1]}' has no value")
     options: dict[str, Option] = {}
     for name, value in zip(words[::2], words[1::2], strict=True):
         try:
@@ -54,7 +53,7 @@ def _read_options(words: list[str]) -> dict[str, Option]:
     return options
 
 
-# Without this, tyro would make a flag of each option that a recipe happens to set, and take no others.
+# By default, tyro makes a flag of each option that a recipe sets, and accepts no others.
 OPTIONS = PrimitiveConstructorSpec(
     nargs="*",
     metavar="[NAME VALUE ...]",
@@ -66,7 +65,7 @@ OPTIONS = PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """Who predicts."""
+    """Encoder, and decoder or head."""
 
     name: str = "mae"
     """Method: mae, lsmae, convmae, simmim."""
@@ -83,7 +82,7 @@ class ArchitectureConfig:
     predict_patch: Annotated[int, KEYWORDS["predict_patch"]] = 0
     """Side of the predicted patches in pixels, up to decoder_stride times the encoder's; 0: the encoder's."""
     head: Literal["linear", "mlp"] = "linear"
-    """simmim: what predicts the pixels."""
+    """simmim: the head that predicts pixels."""
     options: Annotated[dict[str, Option], OPTIONS] = field(default_factory=dict)
     """More keywords for the backbone, such as: embed_dim 128 depth 6 num_heads 4. Added to the recipe's own."""
 
@@ -94,164 +93,161 @@ class ArchitectureConfig:
 
 @dataclass(frozen=True)
 class CropConfig:
-    """What the network sees of the picture."""
+    """Crop of the image that the network sees."""
 
     kind: Literal["simple-resized", "random-resized", "center"] = "simple-resized"
     """simple-resized: PixMIM. random-resized: MAE. center: resize and center crop."""
-    padding: Annotated[int, Whole(0, MAX_SIDE)] = 4
+    padding: Annotated[int, Integer(0, MAX_SIDE)] = 4
     """simple-resized: pixels of reflection on each side."""
     scale: Annotated[tuple[float, float], Real(0, 1, above=True)] = (0.2, 1.0)
-    """random-resized: range of the share of the area."""
+    """random-resized: range of the fraction of the area."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Resampling of the resize, always with antialias."""
+    """Resampling of the resize, always with antialiasing."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """What is hidden."""
+    """Patches that are hidden from the network."""
 
     kind: Literal["random", "blocks", "square", "moving-square", "beit-blocks"] = "random"
     """random: MAE. blocks: squares of several patches (LSMAE, SimMIM). square: one in the center. beit-blocks: BEiT."""
     ratio: Annotated[float, Real(0, 1, above=True, below=True)] = 0.75
-    """Share that is hidden."""
-    block_size: Annotated[int, Whole(1, MAX_SIDE)] = 32
-    """blocks:side in pixels, a multiple of the model's patch."""
+    """Hidden fraction of the patches."""
+    block_size: Annotated[int, Integer(1, MAX_SIDE)] = 32
+    """blocks: side in pixels, a multiple of the model's patch."""
     whole_blocks: bool = False
-    """blocks:hide ceil(ratio x units) whole ones (SimMIM), instead of an exact number of patches (LSMAE)."""
+    """blocks: hide ceil(ratio x blocks) complete ones (SimMIM), instead of an exact number of patches (LSMAE)."""
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """What must be predicted, and how far off is measured."""
+    """Target of the prediction, and the distance to it."""
 
     kind: Literal["low-frequency", "pixels"] = "low-frequency"
-    """low-frequency: PixMIM. pixels: the image as it is."""
+    """low-frequency: PixMIM. pixels: the image itself."""
     radius: Annotated[float | Literal["auto"], Real(0, MAX_SIDE)] = "auto"
     """Cut-off in frequency bins; auto: 40 at 224 pixels and in proportion elsewhere."""
     variant: Literal["exact", "paper-code"] = "exact"
-    """exact: centered and real. paper-code: half a bin off and absolute, as the paper's code."""
+    """exact: centered and real. paper-code: half a bin off center, absolute value, as the paper's code."""
     normalize_patches: bool = True
-    """Normalize each target patch by its own mean and deviation (norm_pix)."""
-    normalize_window: Annotated[int, Whole(0, MAX_SIDE)] = 0
-    """Instead, normalize each value by those of a window of this odd side in pixels (later SimMIM: 47); 0: do not."""
+    """Normalize each target patch by its own mean and deviation (norm_pix_loss)."""
+    normalize_window: Annotated[int, Integer(0, MAX_SIDE)] = 0
+    """Instead, normalize each value in a window of this odd side in pixels (later SimMIM: 47); 0: do not."""
     distance: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
     """Distance between prediction and target. cross_entropy: classify colors, each channel into one of `bins`."""
-    bins: Annotated[int, Whole(2, 4_096)] = 8
+    bins: Annotated[int, Integer(2, 4_096)] = 8
     """cross_entropy: equal parts of [0, 1]."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule: linear warm-up, then a cosine or one step down, update by update."""
+    """AdamW, with a learning rate per step: linear warm-up, then a cosine or one drop."""
 
     base_lr: LearningRate = 1.5e-4
     """Learning rate per 256 images of a batch."""
     lr: Annotated[float | None, Real(0, 100, above=True)] = None
-    """The learning rate itself; otherwise base_lr x batch size / 256."""
+    """Peak learning rate; otherwise base_lr x batch size / 256."""
     schedule: Literal["cosine", "step"] = "cosine"
     """cosine: down to min_lr. step: constant, then a tenth (SimMIM over 800 epochs)."""
     lr_drop_at: Annotated[float, Real(0.2, 1)] = 0.875
-    """step: share of the run, however long, after which the learning rate drops; 7/8 is epoch 700 of 800."""
-    warmup_start_lr: Rate = 0.0
-    """Where the warm-up begins."""
-    min_lr: Rate = 0.0
-    """Where the cosine ends."""
+    """step: fraction of the run after which the learning rate drops; 7/8 is epoch 700 of 800."""
+    warmup_start_lr: Annotated[float, Real(0, 100)] = 0.0
+    """Learning rate at the start of the warm-up."""
+    min_lr: Annotated[float, Real(0, 100)] = 0.0
+    """Learning rate at the end of the cosine."""
     warmup: Annotated[float, Real(0, 1e9)] = 40.0
-    """Epochs of warm-up; never more than a fifth of the run."""
+    """Epochs of warm-up; at most a fifth of the run."""
     warmup_prefix: bool = True
-    """True: the cosine begins after the warm-up (MAE). False: it counts from the first step (SimMIM)."""
+    """True: the cosine starts after the warm-up (MAE). False: it counts from the first step (SimMIM)."""
     betas: Annotated[tuple[float, float], Real(0, 0.999999)] = (0.9, 0.95)
     """AdamW's decay rates of the moments."""
     weight_decay: Annotated[float, Real(0, 10)] = 0.05
     """Not applied to norms, biases, positions and single tokens."""
     clip: Annotated[float | None, Real(0, 1e9, above=True)] = None
-    """Largest norm of the gradient; None: no clipping."""
+    """Largest gradient norm; None: no clipping."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the work is spread over processes and made to fit. Changes nothing of what is computed but rounding."""
+    """Distribution over ranks, compilation and recomputation. The results differ by rounding only."""
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """With several processes: ddp keeps the whole model on each, fsdp a part of it (large ones). auto: ddp."""
+    """With several ranks: ddp replicates the model, fsdp shards it (for large models). auto: ddp."""
     compile: Literal["none", "blocks", "full"] = "none"
-    """torch.compile of each transformer block, or of the whole model (not with fsdp)."""
+    """torch.compile of each transformer block, or of the full model (not with fsdp)."""
     recompute: bool = False
-    """Forget what blocks computed and compute it again for the gradient: less memory, a third more time."""
+    """Recompute the activations of blocks in the backward pass: less memory, a third more time."""
     timeout: Positive = 600.0
-    """Seconds that processes wait for each other before the run ends and says who did not come."""
+    """Abort if a rank makes no progress for this many seconds, and report which."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which stay."""
+    """Intervals of checkpoints, and how many are kept."""
 
-    every: Some = 0
+    every: NonNegative = 0
     """Steps between checkpoints; 0: every ten minutes. One is always written at the end and when interrupted."""
     keep_last: Count = 2
-    """The newest ones that stay."""
+    """Number of recent checkpoints to keep."""
     keep_every_epochs: Annotated[float, Real(0, 1e9)] = 0.0
-    """Besides, one is written every so many epochs, and stays; 0: none."""
+    """Also write and keep a checkpoint at this interval in epochs; 0: none."""
 
 
 @dataclass(frozen=True)
 class OnlineKnnConfig:
-    """Periodic k-NN while training, for the curve of accuracy against epochs."""
+    """Periodic k-NN during training, for the curve of accuracy against epochs."""
 
     train: str = ""
-    """Labeled data that vote."""
+    """Labeled data of the neighbors."""
     test: str = ""
-    """Labeled data that are classified."""
+    """Labeled data to classify."""
     every: Annotated[float, Real(0, 1e9)] = 0.0
-    """Epochs between two measurements; 0: none. The start and the end are measured too."""
-
-
-_WORD = Text(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,99})?", "a word such as pixmim-vit-small")  # it becomes a part of paths
+    """Epochs between evaluations; 0: none. Start and end are evaluated too."""
 
 
 @dataclass(frozen=True)
 class RecipeInfo:
-    """What the recipe was made for, so that a run far from it can be warned about."""
+    """Length of training that a recipe was made for; a run that differs much is warned about."""
 
-    images: Annotated[int, Whole(0, 10**18)] = 1_281_167
-    """Images in the data set."""
-    steps: Annotated[int, Whole(0, 10**18)] = 0
-    """Updates of the weights; 0: unknown."""
+    images: Annotated[int, Integer(0, 10**18)] = 1_281_167
+    """Images in the dataset."""
+    steps: Annotated[int, Integer(0, 10**18)] = 0
+    """Optimizer steps; 0: unknown."""
 
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
-    """What it takes to build a model and to feed it images. Weights from elsewhere carry no more than this."""
+    """A model and its input images: all that is known of weights from other projects."""
 
     model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     size: Size = "224"
-    """Side of the square the network sees, in pixels, or HEIGHTxWIDTH."""
-    channels: Annotated[int, Whole(1, MAX_CHANNELS)] = 3
-    """Color (3), grey (1), or as many as the files have."""
+    """Side of the square that the network sees, in pixels, or HEIGHTxWIDTH."""
+    channels: Annotated[int, Integer(1, MAX_CHANNELS)] = 3
+    """Color (3), grayscale (1), or the number of channels of the files."""
     dtype: Literal["uint8", "uint16", "float32"] = "uint8"
-    """uint8, uint16: 255 or 65535 count as one. float32: floating-point values are taken as they are."""
+    """uint8, uint16: 255 or 65535 is scaled to one. float32: floating-point values are not scaled."""
     tiff_pages: Literal["first", "channels"] = "first"
-    """Of a TIFF with several pages: the first one, or all of them as channels."""
+    """Pages of a TIFF to read: the first, or all of them as channels."""
     bands: str = ""
-    """Channels that pictures show as red, green and blue, counted from 1, such as 4,3,2, or one as grey; otherwise the
-    first three, or of fewer the first."""
+    """Channels to draw as red, green and blue, counted from 1, such as 4,3,2, or one as gray; by default the first
+    three, or the first of fewer."""
     mean: Annotated[tuple[float, ...] | None, Real(-1e9, 1e9)] = None
-    """Mean of each channel; otherwise what `pixmim stats` has measured, or else ImageNet's."""
+    """Mean of each channel; otherwise as measured by `pixmim stats`, or else ImageNet's."""
     std: Annotated[tuple[float, ...] | None, Real(1e-12, 1e9)] = None
     """Standard deviation of each channel; otherwise as the mean."""
     mask: Annotated[MaskConfig | None, Suppress] = None
-    """What was hidden in pre-training; None: unknown. Only drawing reconstructions needs it."""
+    """Mask of the pre-training, for drawing reconstructions; None: unknown."""
     target: Annotated[TargetConfig | None, Suppress] = None
-    """What was predicted in pre-training; None: unknown."""
+    """Target of the pre-training; None: unknown."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, own in (("img_size", "--size"), ("in_chans", "--channels"), ("outputs", "--target.bins")):
+        for name, flag in (("img_size", "--size"), ("in_chans", "--channels"), ("outputs", "--target.bins")):
             if name in self.model.options:
-                raise UserError(f"--model.options takes no {name}: that is {own}")
-        check_normalization(self.mean, self.std, self.channels, self.dtype)
+                raise UserError(f"--model.options does not take {name}: use {flag}")
+        _check_normalization(self)
         if self.target is not None:
             _check_target(self.target, self.dtype)
         self.drawn  # noqa: B018 (raises)
@@ -264,73 +260,76 @@ class ModelConfig(Settings):
 
     @property
     def drawn(self) -> tuple[int, ...]:
-        """Indices of the channels that pictures show. Raises UserError if `bands` names others."""
+        """Indices of the channels to draw. Raises UserError if `bands` is invalid."""
         if not self.bands:
             return tuple(range(3 if self.channels >= 3 else 1))
         words = self.bands.split(",")
         if len(words) not in (1, 3) or not all(w.isascii() and w.isdigit() and len(w) < 6 for w in words):
-            raise UserError(f"--bands is one channel or three, such as 4,3,2, and not {shown(self.bands)}")
-        found = tuple(int(word) - 1 for word in words)
-        if not all(0 <= index < self.channels for index in found):
-            raise UserError(f"--bands {self.bands} names a channel that is not among the {self.channels}: count from 1")
-        return found
+            raise UserError(f"--bands must be one channel or three, such as 4,3,2, not {shown(self.bands)}")
+        indices = tuple(int(word) - 1 for word in words)
+        if not all(0 <= index < self.channels for index in indices):
+            raise UserError(f"--bands {self.bands} must be channels from 1 to {self.channels}")
+        return indices
 
     @property
     def interpolation(self) -> Literal["bicubic", "bilinear"]:
-        """Resampling of images before they reach the model; bicubic where the training is unknown."""
+        """Resampling of images before they enter the model; bicubic if the training is unknown."""
         return "bicubic"
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of what the network sees, in pixels."""
+        """Height and width of the cropped image in pixels."""
         return parse_size(self.size) or (0, 0)
 
     @property
     def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel; ImageNet's for color, their averages for other channels."""
+        """Mean and standard deviation per channel; by default ImageNet's, averaged if there are not three channels."""
         if self.channels == 3:
             return self.mean or (0.485, 0.456, 0.406), self.std or (0.229, 0.224, 0.225)
         return self.mean or (0.449,) * self.channels, self.std or (0.226,) * self.channels
 
 
+_WORD = Text(r"([A-Za-z0-9_][A-Za-z0-9._-]{0,99})?", "a word such as pixmim-vit-small")  # becomes part of paths
+
+
 @dataclass(frozen=True)
 class PretrainConfig(ModelConfig):
-    """Everything that decides what a pre-training run computes."""
+    """A pre-training run: all values that decide its result."""
 
     recipe: Annotated[str, Suppress, _WORD] = ""
-    """Name of the recipe this run began as."""
+    """Name of the recipe."""
     data: str = ""
-    """A folder of images, a cache, tar shards, a URL, hf:NAME, or shapes: for drawn ones; several as a*3+b
+    """A folder of images, a cache, tar shards, a URL, hf:NAME, or shapes: for synthetic images; several as a*3+b
     (docs/data.md lists all)."""
     out: str = ""
-    """Directory of the run; otherwise runs/RECIPE-TIME."""
+    """Folder of the run; otherwise runs/RECIPE-TIME."""
     init: str = ""
-    """Weights to begin from: a file, another run, or timm:NAME; otherwise random ones."""
+    """Initial weights: a file, another run, or timm:NAME; otherwise random."""
     epochs: Positive = 300.0
     """Length in passes over the data."""
-    steps: Annotated[int | None, Whole(1, 999_999_999)] = None
-    """Length in updates of the weights, instead of epochs."""
-    batch_size: Annotated[int, Whole(1, 2**20)] = 4096
-    """Images per update of the weights, over all processes; how many of them are computed at once is another matter."""
-    accumulation_steps: Annotated[int, Whole(0, 2**20)] = 0
-    """Parts a batch is computed in, one after another: the result is the same but for rounding. 0: on a CPU of a size
-    that suits a laptop, on a GPU one, or as many as it takes to fit."""
+    steps: Annotated[int | None, Integer(1, 999_999_999)] = None
+    """Length in optimizer steps, instead of epochs."""
+    batch_size: Annotated[int, Integer(1, 2**20)] = 4096
+    """Images per optimizer step, over all ranks and accumulation steps."""
+    accumulation_steps: Annotated[int, Integer(0, 2**20)] = 0
+    """Parts in which a batch is computed; the result differs by rounding only. 0: on a CPU, parts small enough for a
+    laptop; on a GPU one part, or as many as are needed to fit."""
     seed: Seed = 0
-    """Decides weights, order, crops and masks."""
+    """Seed of weights, order, crops and masks."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    """auto: bf16 if the device supports it, otherwise fp16 on a GPU and fp32 on a CPU."""
     device: Device = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     cache_images: Literal["auto", "gpu", "ram", "none"] = "auto"
-    """Where a cache's images stay once decoded; auto: where they fit into a quarter of the memory."""
+    """Memory that keeps the decoded images of a cache; auto: where they fit into a quarter of it."""
     shard_cache_gib: Positive = 50.0
-    """GiB on this machine for copies of shards from far away; those used longest ago make room for new ones."""
+    """GiB on this machine for copies of remote shards; the least recently used are evicted."""
     threads: Threads = 0
-    """Threads that read and decode images, in each process; 0: one for each core, at most 16."""
-    log_every: Some = 0
+    """Threads that read and decode images, per rank; 0: one per core, at most 16."""
+    log_every: NonNegative = 0
     """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
     max_bad_fraction: Share = 0.25
-    """The run stops when more than this share of the images cannot be read."""
+    """Abort if more than this fraction of the images cannot be read."""
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -343,25 +342,23 @@ class PretrainConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.accumulation_steps > self.batch_size:
-            raise UserError(
-                f"--accumulation-steps {self.accumulation_steps} exceeds the {self.batch_size} images of a batch"
-            )
+            raise UserError(f"--accumulation-steps {self.accumulation_steps} exceeds --batch-size {self.batch_size}")
         low, high = self.crop.scale
         if low > high:
-            raise UserError(f"--crop.scale is two shares, the smaller one first, not {low:g} {high:g}")
+            raise UserError(f"--crop.scale must be two fractions, the smaller one first, not {low:g} {high:g}")
         if self.crop.kind == "simple-resized" and self.crop.padding >= min(self.image_size):
             raise UserError(f"--crop.padding {self.crop.padding} must be less than each side of --size {self.size}")
         if self.parallel.compile == "full" and self.parallel.strategy == "fsdp":
-            raise UserError("with --parallel.strategy fsdp, blocks are compiled one by one: --parallel.compile blocks")
+            raise UserError("--parallel.strategy fsdp needs --parallel.compile blocks or none")
 
     def check_divisible(self, count: int, of: str) -> None:
-        """Raise UserError unless each of `count` processes (or GPUs: `of`) gets an equal share, of enough images."""
+        """Raise UserError unless each of `count` ranks (or GPUs: `of`) gets an equal part of a batch, large enough."""
         if self.batch_size % count:
-            raise UserError(f"a batch of {self.batch_size:,} does not divide among {count} {of}: --batch-size")
+            raise UserError(f"--batch-size {self.batch_size:,} is not divisible by {count} {of}")
         if self.accumulation_steps > self.batch_size // count:
             raise UserError(
                 f"--accumulation-steps {self.accumulation_steps} exceeds the {self.batch_size // count:,} images "
-                f"of a batch that each of {count} {of} computes"
+                f"of a batch on each of {count} {of}"
             )
 
     @property
@@ -371,41 +368,39 @@ class PretrainConfig(ModelConfig):
 
     @property
     def named(self) -> dict[str, str]:
-        """Data and weights that this run opens, by flag; empty where it names none."""
+        """Data and weights that this run opens, by flag; empty if not set."""
         return {"--data": self.data, "--init": self.init, "--knn.train": self.knn.train, "--knn.test": self.knn.test}
 
     @property
     def lr(self) -> float:
-        """The peak learning rate of this run's real batch."""
+        """Peak learning rate: base_lr x batch size / 256 (linear scaling), unless set."""
         return self.optim.lr if self.optim.lr is not None else self.optim.base_lr * self.batch_size / 256
 
 
 def _check_target(target: TargetConfig, dtype: str) -> None:
-    """Raise UserError for settings of a target that exclude each other."""
     window, binned = target.normalize_window, target.distance == "cross_entropy"
     if window and (window < 3 or window % 2 == 0):
-        raise UserError(f"--target.normalize-window must be an odd side of 3 pixels or more, not {window}")
+        raise UserError(f"--target.normalize-window must be odd and at least 3, not {window}")
     if binned and (target.normalize_patches or window):
-        raise UserError("normalized values have no bins of [0, 1]: add --target.no-normalize-patches, and no window")
+        raise UserError(
+            "--target.distance cross_entropy needs values in [0, 1]: add --target.no-normalize-patches, and no window"
+        )
     if target.normalize_patches and window:
-        raise UserError("a target is normalized once: with a window, add --target.no-normalize-patches")
+        raise UserError("--target.normalize-window replaces patches: add --target.no-normalize-patches")
     if binned and dtype == "float32":
-        raise UserError("measured values (--dtype float32) have no bins of [0, 1]: choose another --target.distance")
+        raise UserError("--target.distance cross_entropy needs values in [0, 1], so it excludes --dtype float32")
 
 
-def check_normalization(
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int, dtype: str
-) -> None:
-    """Raise UserError unless mean and std have a value for each channel, in units in which the brightest pixel is 1."""
-    for name, values in (("mean", mean), ("std", std)):
+def _check_normalization(config: ModelConfig) -> None:
+    """Raise UserError unless mean and std have a value for each channel, in units of the largest pixel value."""
+    largest = {"uint8": 255, "uint16": 65_535}.get(config.dtype)
+    for name, values in (("mean", config.mean), ("std", config.std)):
         if values is None:
             continue
-        if len(values) != channels:
-            raise UserError(f"--{name} has {len(values)} values for {channels} channels")
-        words = " ".join(f"{value:g}" for value in values)
-        if dtype != "float32" and not all(0 <= value <= 1 for value in values):
-            most = 255 if dtype == "uint8" else 65_535
-            scaled = " ".join(f"{value / most:.4g}" for value in values)
-            inside = all(0 <= value <= most for value in values)
-            advice = f": of 0 to {most}, that is --{name} {scaled}" if inside else ""
-            raise UserError(f"--{name} {words} must be from 0 to 1, as pixels are (--dtype {dtype}){advice}")
+        if len(values) != config.channels:
+            raise UserError(f"--{name} has {len(values)} values for {config.channels} channels")
+        if largest is not None and not all(0 <= value <= 1 for value in values):
+            given, scaled = " ".join(f"{v:g}" for v in values), " ".join(f"{v / largest:.4g}" for v in values)
+            fits = all(0 <= value <= largest for value in values)
+            advice = f"; for values of 0 to {largest}: --{name} {scaled}" if fits else ""
+            raise UserError(f"--{name} {given} must be from 0 to 1, as pixels are (--dtype {config.dtype}){advice}")

@@ -1,12 +1,11 @@
-"""From a prediction to a number: the target's patches, a distance per patch, the mean over the hidden ones.
+"""Reconstruction loss: patches of the target, a distance per patch, the mean over hidden patches.
 
-Predicted patches may be larger than those of the mask; one that is hidden in part then counts for its hidden share.
+Predicted patches may be larger than those of the mask. A partly hidden patch is weighted by its hidden fraction.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -23,9 +22,7 @@ Distance = Literal["mse", "l1", "smooth_l1", "cross_entropy"]
 def _cross_entropy(
     scores: Float[Tensor, "b m s"], bins: Int[Tensor, "b m d"], reduction: str
 ) -> Float[Tensor, "b m d"]:
-    """-log of the probability that each value's s / d scores give its bin."""
-    each = scores.reshape(bins.numel(), -1)
-    return F.cross_entropy(each, bins.flatten(), reduction=reduction).view(bins.shape)
+    return F.cross_entropy(scores.reshape(bins.numel(), -1), bins.flatten(), reduction=reduction).view(bins.shape)
 
 
 _DISTANCES: dict[str, Callable[..., Tensor]] = {
@@ -36,27 +33,29 @@ _DISTANCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Loss:
-    """loss: the mean of `per_patch` over hidden patches, a scalar. per_patch: the mean distance in each patch (b m)."""
+class Loss(NamedTuple):
+    """The loss of a batch, and the mean distance in each predicted patch, hidden or visible."""
 
     loss: Float[Tensor, ""]
     per_patch: Float[Tensor, "b m"]
 
 
 class ReconstructionLoss(nn.Module):
-    """The loss of one method: target, normalization and distance are three independent choices.
+    """Compare a prediction with a target on hidden patches: target, normalization and distance are independent.
 
-    target             module from normalized images to what must be predicted: Pixels(), LowFrequency(), or
-                       ColorBins() of either, which takes the distance "cross_entropy" and no normalization
-    normalize_patches  MAE's norm_pix: each target patch loses its mean and is divided by sqrt(variance + 1e-6),
-                       with the unbiased variance over all its p*p*c values (arXiv 2111.06377, section 3)
-    distance           "mse" (MAE, PixMIM), "l1" (SimMIM), "smooth_l1", averaged over the values of a patch; for
-                       ColorBins, and only for them, "cross_entropy"
-    normalize_window   in place of normalize_patches: each value loses the mean of its channel over a window of this
-                       odd side around it, and is divided by the deviation there (see `window_statistics`); 0: none
+        loss = sum(hidden * mean_over_values(distance(prediction, targets))) / sum(hidden)
 
-    Raises ValueError for choices that do not go together.
+    Args:
+        target: Module from normalized images to images to be predicted: `Pixels()`, `LowFrequency()`, or `ColorBins()`
+            of either, which needs the distance "cross_entropy" and no normalization.
+        normalize_patches: MAE's norm_pix_loss (arXiv 2111.06377, section 3): normalize each target patch to
+            (x - mean) / sqrt(var + 1e-6), with the unbiased variance over its p*p*c values.
+        distance: "mse" (MAE, PixMIM), "l1" (SimMIM) or "smooth_l1"; "cross_entropy" for `ColorBins`.
+        normalize_window: Odd side in pixels of a window; normalizes each value by the mean and deviation of its channel
+            in the window around it, instead of by patches (see `window_statistics`). 0: no window.
+
+    Raises:
+        ValueError: If the choices exclude each other.
     """
 
     def __init__(
@@ -64,45 +63,45 @@ class ReconstructionLoss(nn.Module):
     ) -> None:
         super().__init__()
         if distance not in _DISTANCES:
-            raise ValueError(f"a distance is one of {', '.join(_DISTANCES)}, not {distance!r}")
+            raise ValueError(f"distance must be one of {', '.join(_DISTANCES)}, not {distance!r}")
         if (distance == "cross_entropy") != isinstance(target, ColorBins):
-            raise ValueError("the distance 'cross_entropy' and the target ColorBins(...) go with each other only")
+            raise ValueError("distance='cross_entropy' and target=ColorBins(...) require each other")
         if isinstance(target, ColorBins) and (normalize_patches or normalize_window):
-            raise ValueError(
-                "normalized values have no bins of [0, 1]: give ColorBins with normalize_patches=False and no window"
-            )
+            raise ValueError("ColorBins needs values in [0, 1]: pass normalize_patches=False and no normalize_window")
         if normalize_patches and normalize_window:
-            raise ValueError("a target is normalized once: with normalize_window, give normalize_patches=False")
+            raise ValueError("normalize_window replaces normalize_patches: pass normalize_patches=False")
         if normalize_window and (normalize_window < 3 or normalize_window % 2 == 0):
-            raise ValueError(f"a window has a middle, so an odd side of 3 or more, not {normalize_window}")
+            raise ValueError(f"normalize_window must be odd and at least 3, not {normalize_window}")
         self.target, self.normalize_patches, self.distance = target, normalize_patches, distance
         self.normalize_window = normalize_window
         self.outputs = target.bins if isinstance(target, ColorBins) else 1
-        """Numbers that are predicted for each value."""
+        """Predicted numbers per value."""
 
     def forward(self, prediction: Float[Tensor, "b m d"], images: Float[Tensor, "b c h w"], mask: Mask) -> Loss:
-        """The loss of a prediction (b m p*p*c*outputs) for normalized images, over the patches that `mask` hides.
+        """Compute the loss over the patches that `mask` hides, in float32 under autocast too.
 
-        A mask on a finer grid gives each predicted patch the weight of its hidden share; then all p*p*c values of a
-        patch count, its visible ones too (LSMAE's pred_downsampling). Computed in float32 whatever the autocast
-        (in float64 for a prediction in it). Raises ValueError if prediction, images and mask are not of one batch, if
-        the prediction does not fit the images, or the mask the prediction.
+        Args:
+            prediction: m patches that cover the image, d = p*p*c*outputs. If p is a multiple of the mask's patch size,
+                all values of a partly hidden patch count, visible ones too (LSMAE's pred_downsampling).
+            images: Normalized images.
+            mask: Mask of the same batch.
+
+        Raises:
+            ValueError: If the batch sizes differ, or prediction, images and mask do not match in size.
         """
         if not len(prediction) == len(images) == len(mask.hidden):
             raise ValueError(
-                f"a prediction for {len(prediction)} images does not go with {len(images)} images and masks of "
-                f"{len(mask.hidden)}: all three are of one batch"
+                f"batch sizes differ: prediction {len(prediction)}, images {len(images)}, mask {len(mask.hidden)}"
             )
         patch = patch_size(prediction, images, self.outputs)
-        patches = self.patches(images, patch)
         prediction = prediction if prediction.dtype == torch.float64 else prediction.float()
-        distance = _DISTANCES[self.distance](prediction, patches, reduction="none").mean(dim=2)
+        distance = _DISTANCES[self.distance](prediction, self.targets(images, patch), reduction="none").mean(dim=2)
         hidden = hidden_share(mask.hidden, patch, (images.shape[2], images.shape[3])).to(distance.dtype)
         return Loss((distance * hidden).sum() / hidden.sum(), distance)
 
     @torch.no_grad()
-    def patches(self, images: Float[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
-        """What must be predicted for each patch, float32 (float64 for float64 images); of ColorBins, their numbers."""
+    def targets(self, images: Float[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
+        """Return the target of each patch: float32 (float64 for float64 images), or the bins of `ColorBins`."""
         if isinstance(self.target, ColorBins):
             return patchify(self.target.numbers(images), patch)
         target = self.target(images)
@@ -116,32 +115,35 @@ class ReconstructionLoss(nn.Module):
     def statistics(
         self, target: Float[Tensor, "b c h w"], patch: int, seen: Bool[Tensor, "b 1 h w"] | None = None
     ) -> "Statistics | None":
-        """What normalization takes from a target around each of its pixels; None where it is not normalized."""
+        """Return the mean and scale that normalization uses at each pixel; None without normalization.
+
+        Args:
+            target: Target before normalization.
+            patch: Patch size in pixels.
+            seen: Pixels to compute the statistics from; None: all.
+        """
         if self.normalize_window:
             return window_statistics(target, self.normalize_window, seen)
         return patch_statistics(target, patch, seen) if self.normalize_patches else None
 
 
 def normalize_patches(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """MAE's norm_pix over the last axis, with the unbiased variance and 1e-6 under the root.
-
-    Written out, because on a CPU torch.var_mean takes eight times as long as its parts.
-    """
-    centerd = patches - patches.mean(dim=-1, keepdim=True)
-    variance = centerd.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
-    return centerd / (variance + 1e-6).sqrt()
+    """Apply MAE's norm_pix to each patch: (x - mean) / sqrt(var + 1e-6), with the unbiased variance."""
+    centered = patches - patches.mean(dim=-1, keepdim=True)  # on a CPU, torch.var_mean takes eight times as long
+    variance = centered.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
+    return centered / (variance + 1e-6).sqrt()
 
 
 Statistics = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
-"""The mean and sqrt(variance + 1e-6) around each pixel: what normalization takes away and a picture must put back."""
+"""Mean and sqrt(var + 1e-6) at each pixel."""
 
 
 def patch_statistics(
     images: Float[Tensor, "b c h w"], patch: int, seen: Bool[Tensor, "b 1 h w"] | None = None
 ) -> Statistics:
-    """What norm_pix takes from each pixel's patch, over all its values or those of `seen` pixels alone.
+    """Return the statistics of norm_pix at each pixel, over all values of its patch or those of `seen` pixels.
 
-    Where no pixel of a patch is seen, the mean is 0 and the deviation that of a constant.
+    In a patch without a seen pixel, the mean is 0 and the scale that of a constant.
     """
     size = (images.shape[2], images.shape[3])
     values, weights = patchify(images, patch), patchify(_weights(images, seen), patch)
@@ -155,25 +157,27 @@ def patch_statistics(
 def window_statistics(
     images: Float[Tensor, "b c h w"], window: int = 47, seen: Bool[Tensor, "b 1 h w"] | None = None
 ) -> Statistics:
-    """What window normalization takes from each value: of its channel, over window x window pixels around it.
+    """Return the statistics of each channel in a window around each pixel, with the unbiased variance.
 
-    Only pixels of the image count, or those that are `seen`; the variance is the unbiased one. Source: the SimMIM of
-    Swin Transformer's repository, later than the paper, there NORM_TARGET, with windows of 47 pixels. Where no pixel
-    of a window is seen, the mean is that of the whole channel.
+    Source: NORM_TARGET of the SimMIM in Swin Transformer's repository, with windows of 47 pixels.
+
+    Args:
+        images: Images; pixels outside the border do not count.
+        window: Side in pixels, odd.
+        seen: Pixels that count; None: all. Windows without one have the mean of the channel.
     """
-    middle = images.mean(dim=(2, 3), keepdim=True)  # sums of squares lose digits far from zero
+    center = images.mean(dim=(2, 3), keepdim=True)  # sums of squares lose precision for large means
     weights = _weights(images, seen)
-    values = (images - middle) * weights
+    values = (images - center) * weights
     count = _window_sum(weights, window).clamp(min=1)
     mean = _window_sum(values, window) / count
     variance = (_window_sum(values.square(), window) - count * mean.square()) / (count - 1).clamp(min=1)
-    return mean + middle, (variance.clamp(min=0) + 1e-6).sqrt()
+    return mean + center, (variance.clamp(min=0) + 1e-6).sqrt()
 
 
 def _window_sum(images: Float[Tensor, "b c h w"], window: int) -> Float[Tensor, "b c h w"]:
-    """The sum over a window around each pixel, down the columns and then along the rows."""
-    down = F.avg_pool2d(images, (window, 1), 1, (window // 2, 0), divisor_override=1)
-    return F.avg_pool2d(down, (1, window), 1, (0, window // 2), divisor_override=1)
+    columns = F.avg_pool2d(images, (window, 1), 1, (window // 2, 0), divisor_override=1)
+    return F.avg_pool2d(columns, (1, window), 1, (0, window // 2), divisor_override=1)
 
 
 def _weights(images: Float[Tensor, "b c h w"], seen: Bool[Tensor, "b 1 h w"] | None) -> Float[Tensor, "b c h w"]:
@@ -181,7 +185,7 @@ def _weights(images: Float[Tensor, "b c h w"], seen: Bool[Tensor, "b 1 h w"] | N
 
 
 def patch_size(prediction: Float[Tensor, "b n d"], images: Float[Tensor, "b c h w"], outputs: int = 1) -> int:
-    """The patch size p for which a prediction (b n p*p*c*outputs) covers the images. Raises ValueError for none."""
+    """Return the patch size p of a prediction, d = p*p*c*outputs. Raises ValueError if it does not cover the images."""
     _, n, d = prediction.shape
     _, c, h, w = images.shape
     patch = math.isqrt(d // (c * outputs))

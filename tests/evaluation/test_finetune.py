@@ -411,7 +411,7 @@ def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -
     measured(
         folder, LinearSettings(str(pictures), str(pictures), protocol="mae", epochs=1)
     )  # a batch is cut to 10 images
-    with pytest.raises(UserError, match="--batch-size must be a whole number from 2"):
+    with pytest.raises(UserError, match="--batch-size must be an integer from 2"):
         measured(folder, LinearSettings(str(pictures), str(pictures), protocol="mae", batch_size=1))
 
 

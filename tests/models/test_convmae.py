@@ -1,4 +1,4 @@
-"""ConvMAE against its published figures, and its promise that nothing hidden leaks."""
+"""ConvMAE against its published figures; hidden pixels must not influence visible latents."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def make(**options: object) -> ConvMAE:
     return model
 
 
-def test_base_has_the_official_number_of_values() -> None:
+def test_base_has_the_official_number_of_parameters() -> None:
     with torch.device("meta"):
         model = create_model("convmae")
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(115.041, abs=6e-4)
@@ -48,7 +48,7 @@ def test_a_coarser_decoder_predicts_patches_of_either_size() -> None:
 
 
 def test_visible_latents_against_a_masked_image() -> None:
-    """A slow form without any gather: zero what is hidden before each depthwise convolution, by index arithmetic."""
+    """A slow form without gather: set hidden pixels to zero before each depthwise convolution, by index arithmetic."""
     model = make(img_size=32).double()
     images, mask = torch.randn(1, 3, 32, 32, dtype=torch.float64), RandomMask(0.5)(1, 4)
     encoder = model.encoder
@@ -78,12 +78,12 @@ def test_visible_latents_against_a_masked_image() -> None:
     torch.testing.assert_close(model.encode(images, mask), expected, atol=1e-12, rtol=0)
 
 
-def test_an_unmasked_encoder_gives_features_and_classes() -> None:
+def test_an_unmasked_encoder_returns_features_or_logits() -> None:
     images = torch.randn(2, 3, 32, 64)
     encoder = ConvMAEEncoder(img_size=(32, 64), **SMALL).eval()
-    found = features(encoder, images, blocks=2)
-    assert found.vector.shape == (2, 2, 32) and found.map.shape == (2, 32, 2, 4)
-    torch.testing.assert_close(found.mean, encoder(images))
+    output = features(encoder, images, blocks=2)
+    assert output.vector.shape == (2, 2, 32) and output.map.shape == (2, 32, 2, 4)
+    torch.testing.assert_close(output.mean, encoder(images))
     classifier = ConvMAEEncoder(img_size=(32, 64), num_classes=7, **SMALL)
     assert classifier(images).shape == (2, 7)
     assert {"fc_norm.weight", "head.weight"} <= set(classifier.state_dict()) and "norm.weight" not in dict(
@@ -91,14 +91,14 @@ def test_an_unmasked_encoder_gives_features_and_classes() -> None:
     )
 
 
-def test_wrong_choices_are_named() -> None:
+def test_invalid_options_are_named() -> None:
     with pytest.raises(UserError, match="did you mean 'convmae_base'"):
         create_model("convmae", "convmae_bas")
     with pytest.raises(UserError, match="multiples of 16"):
         make(img_size=40)
     with pytest.raises(UserError, match="did you mean 'embed_dim'"):
         make(embed_dims=3)
-    with pytest.raises(UserError, match="refuses an option"):
+    with pytest.raises(UserError, match="cannot be built with these options"):
         make(depths=3)
     with pytest.raises(ValueError, match="made for"):
         make(img_size=32)(torch.zeros(1, 3, 48, 48), RandomMask()(1, 9))

@@ -1,4 +1,4 @@
-"""Layer ids against tables written out by hand, and the groups of learning rates made of them."""
+"""Layer ids against explicit tables, and parameter groups of layer-wise decay."""
 
 import pytest
 import timm
@@ -26,13 +26,13 @@ def swin() -> nn.Module:
 
 
 def ids_by_part(model: nn.Module) -> dict[str, set[int]]:
-    """The ids of each part: the first words of names up to the number of a block."""
-    found: dict[str, set[int]] = {}
+    """Return the layer ids of each part: the first words of parameter names, up to the block number."""
+    ids: dict[str, set[int]] = {}
     for name, layer in layer_ids(model).items():
         words = name.split(".")
         last = max((i for i, word in enumerate(words) if word.isdigit()), default=0)
-        found.setdefault(".".join(words[: last + 1]), set()).add(layer)
-    return found
+        ids.setdefault(".".join(words[: last + 1]), set()).add(layer)
+    return ids
 
 
 def test_twelve_blocks_of_a_vit() -> None:
@@ -44,13 +44,13 @@ def test_twelve_blocks_of_a_vit() -> None:
 
 
 def test_swin_two_two_eighteen_two() -> None:
-    found = ids_by_part(swin())
+    ids = ids_by_part(swin())
     blocks = {}
     for stage, (first, depth) in enumerate([(1, 2), (3, 2), (5, 18), (23, 2)]):
         blocks |= {f"layers.{stage}.blocks.{i}": {first + i} for i in range(depth)}
     # timm's downsampling opens a stage, SimMIM's closes the one before: it counts as that one's last block.
     down = {"layers.1": {2}, "layers.2": {4}, "layers.3": {22}}
-    assert found == {"patch_embed": {0}, "norm": {25}, "head": {25}, **blocks, **down}
+    assert ids == {"patch_embed": {0}, "norm": {25}, "head": {25}, **blocks, **down}
 
 
 def test_convmae() -> None:
@@ -86,13 +86,13 @@ def test_scales_of_published_vit_base() -> None:
 
 def test_groups_are_timms_for_a_vit_that_averages() -> None:
     model = vit()
-    theirs = param_groups_layer_decay(model, 0.05, no_weight_decay_list=["pos_embed", "cls_token"], layer_decay=0.75)
-    expected = {id(p): (g["lr_scale"], g["weight_decay"]) for g in theirs for p in g["params"]}
-    mine = layer_decay_param_groups(model, layer_ids(model), 0.75, 0.05)
-    found = {id(p): (g["scale"], g["weight_decay"]) for g in mine for p in g["params"]}
-    assert found.keys() == expected.keys()
+    reference = param_groups_layer_decay(model, 0.05, no_weight_decay_list=["pos_embed", "cls_token"], layer_decay=0.75)
+    expected = {id(p): (g["lr_scale"], g["weight_decay"]) for g in reference for p in g["params"]}
+    groups = layer_decay_param_groups(model, layer_ids(model), 0.75, 0.05)
+    ids = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert ids.keys() == expected.keys()
     for name, p in model.named_parameters():
-        assert found[id(p)] == pytest.approx(expected[id(p)]), name
+        assert ids[id(p)] == pytest.approx(expected[id(p)]), name
 
 
 def test_what_is_not_decayed() -> None:

@@ -1,4 +1,4 @@
-"""MAE against its published figures and against a slow form that embeds everything and then drops what is hidden."""
+"""MAE against its published figures, and against a slow form that embeds all patches and drops hidden ones."""
 
 import itertools
 
@@ -19,14 +19,14 @@ DECODER = {"decoder_dim": 16, "decoder_depth": 2, "decoder_heads": 2}
 
 
 def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
-    """MAE row by row: timm's own embedding of the whole image, then a Python choice of tokens."""
+    """MAE row by row: timm's own embedding of the full image, then a selection of tokens in Python."""
     encoder, prefix = model.encoder, model.encoder.num_prefix_tokens
     tokens = encoder._pos_embed(encoder.patch_embed(images))
     rows = []
     for b, hidden in enumerate(mask.hidden.tolist()):
         visible = [n for n, h in enumerate(hidden) if not h]
-        kept = tokens[b : b + 1, list(range(prefix)) + [prefix + n for n in visible]]
-        latent = encoder.norm(encoder.blocks(encoder.norm_pre(kept)))
+        remaining = tokens[b : b + 1, list(range(prefix)) + [prefix + n for n in visible]]
+        latent = encoder.norm(encoder.blocks(encoder.norm_pre(remaining)))
         latent = model.decoder.embed(latent)
         full = model.decoder.mask_token.expand(1, prefix + len(hidden), -1).clone()
         full[:, :prefix] = latent[:, :prefix]
@@ -39,21 +39,21 @@ def slow_forward(model: MAE, images: Tensor, mask: Mask) -> Tensor:
 
 
 def slow_downsample(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """One token for each n x n block of them: a sum of one matrix product for each place in the block."""
+    """Merge each n x n block of tokens: a sum of one matrix product per position in the block."""
     if decoder.downsample is None:
         return tokens
     (rows, columns), n = decoder.coarse, decoder.grid[0] // decoder.coarse[0]
-    weight, found = decoder.downsample.weight, []
+    weight, merged = decoder.downsample.weight, []
     for row, column in itertools.product(range(rows), range(columns)):
         total = decoder.downsample.bias.clone()
         for i, j in itertools.product(range(n), range(n)):
             total += weight[:, :, i, j] @ tokens[(row * n + i) * columns * n + column * n + j]
-        found.append(total)
-    return torch.stack(found)
+        merged.append(total)
+    return torch.stack(merged)
 
 
 def slow_upsample(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """A block of n x n tokens for each: one matrix product for each place in the block."""
+    """Split each token into n x n: one matrix product per position in the block."""
     if decoder.upsample is None:
         return tokens
     (rows, columns), n = decoder.coarse, decoder.upsample.stride[0]
@@ -169,17 +169,17 @@ def test_wrong_choices_are_named() -> None:
         create_model("mae", **TINY | {"embed_dimm": 3})
     with pytest.raises(UserError, match="multiples of 4"):
         create_model("mae", **TINY, img_size=18)
-    with pytest.raises(UserError, match="width 18 does not divide into 2 heads"):
+    with pytest.raises(UserError, match="width 18 is not divisible by its 2 heads"):
         create_model("mae", **TINY, decoder_dim=18, decoder_heads=2)
     with pytest.raises(UserError, match="stride of 3 does not divide the encoder's 4x6 patches"):
         create_model("mae", **TINY, img_size=(16, 24), decoder_stride=3)
-    with pytest.raises(UserError, match=r"patches of 8 pixels cannot be predicted .* this stride goes with 4$"):
+    with pytest.raises(UserError, match=r"patches of 8 pixels cannot be predicted .* choose 4$"):
         create_model("mae", **TINY, img_size=16, predict_patch=8)
-    with pytest.raises(UserError, match=r"patches of 12 pixels cannot be predicted .* goes with 4, 8, 16$"):
+    with pytest.raises(UserError, match=r"patches of 12 pixels cannot be predicted .* choose 4, 8, 16$"):
         create_model("mae", **TINY, img_size=16, decoder_stride=4, predict_patch=12)
-    with pytest.raises(UserError, match="'outputs' must be a whole number from 1 to 4,096, not 0"):
+    with pytest.raises(UserError, match="'outputs' must be an integer from 1 to 4,096, not 0"):
         create_model("mae", **TINY, outputs=0)
-    with pytest.raises(UserError, match=r"refuses an option.*decoder_stride"):
+    with pytest.raises(UserError, match=r"cannot be built with these options.*decoder_stride"):
         create_model("simmim", "vit_tiny_patch16_224", decoder_stride=2)
     model = create_model("mae", **TINY, **DECODER, img_size=16)
     with pytest.raises(ValueError, match="made for"):

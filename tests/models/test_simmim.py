@@ -1,4 +1,4 @@
-"""SimMIM against its published figures and against its loss written out in pixels."""
+"""SimMIM against its published figures, and its loss against the paper's formula on pixels."""
 
 import pytest
 import timm
@@ -37,15 +37,15 @@ def masks(model: SimMIM, size: tuple[int, int], batch: int = 2) -> Mask:
         ("beit_base_patch16_224", {}, 86.257),
     ],
 )
-def test_models_have_the_official_number_of_values(backbone: str, options: dict[str, object], millions: float) -> None:
+def test_official_number_of_parameters(backbone: str, options: dict[str, object], millions: float) -> None:
     with torch.device("meta"):
         model = create_model("simmim", backbone, **options)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=6e-4)
 
 
 @KINDS
-def test_nothing_hidden_is_the_bare_encoder(options: dict[str, object]) -> None:
-    """With no patch replaced, the map is timm's own forward pass, whatever our way through the encoder."""
+def test_without_hidden_patches_it_is_the_plain_encoder(options: dict[str, object]) -> None:
+    """Without replaced patches, the map equals timm's own forward pass."""
     model = make(options)
     h, w = model.encoder.patch_embed.img_size
     images = torch.randn(2, 3, h, w)
@@ -70,8 +70,8 @@ def test_hidden_pixels_change_nothing(options: dict[str, object], head: str) -> 
 
 
 @KINDS
-def test_loss_is_the_papers(options: dict[str, object]) -> None:
-    """sum(|x - prediction| * mask) / (sum(mask) + 1e-5) / channels, over the pixels of whole images."""
+def test_loss_equals_the_papers(options: dict[str, object]) -> None:
+    """sum(|x - prediction| * mask) / (sum(mask) + 1e-5) / channels, over the pixels of full images."""
     model = make(options)
     size = model.encoder.patch_embed.img_size
     images, mask = torch.randn(2, 3, *size), masks(model, size)
@@ -83,7 +83,7 @@ def test_loss_is_the_papers(options: dict[str, object]) -> None:
 
 
 def test_head_lays_values_out_as_channel_row_column() -> None:
-    """SimMIM's order, the opposite of MAE's: value k of the head is channel k // stride^2 of the pixels below it."""
+    """SimMIM's order, unlike MAE's: value k of the head is channel k // stride^2 of its pixels."""
     model = make(VIT)
     torch.nn.init.zeros_(model.head[-1].weight)
     model.head[-1].bias.data = torch.arange(768.0)
@@ -93,8 +93,8 @@ def test_head_lays_values_out_as_channel_row_column() -> None:
 
 
 @KINDS
-def test_scores_of_bins_stand_last(options: dict[str, object]) -> None:
-    """Value k of the head is score (k // stride^2) % bins of channel k // stride^2 // bins, at a pixel of the place."""
+def test_scores_of_bins_are_last(options: dict[str, object]) -> None:
+    """Value k of the head is score (k // stride^2) % bins of channel k // stride^2 // bins, at one pixel."""
     model = make(options, outputs=5)
     size = options["img_size"]
     torch.nn.init.zeros_(model.head[-1].weight)
@@ -134,7 +134,7 @@ def test_timm_loads_the_encoder(options: dict[str, object]) -> None:
     assert torch.equal(other.eval().forward_features(images), model.encoder.forward_features(images))
 
 
-def test_wrong_choices_are_named() -> None:
+def test_invalid_options_are_named() -> None:
     with pytest.raises(UserError, match="'linear', 'mlp', not 'deep'"):
         create_model("simmim", **VIT, head="deep")
     with pytest.raises(UserError, match="takes a swin_, beit_ or vit_"):

@@ -49,7 +49,7 @@ def test_an_operation_is_timms(name: str, level: float, negative: bool, monkeypa
 
 
 def test_no_bits_are_black() -> None:
-    """What timm meant before Pillow refused it."""
+    """timm's posterize before Pillow refused 0 bits."""
     function, argument = OPERATIONS["Posterize"]
     assert argument is not None and argument(10.0, False) == 0
     assert np.asarray(function(V.to_pil_image(picture()), 0)).max() == 0

@@ -20,13 +20,13 @@ from pixmim.utils import rng
 U8 = torch.uint8
 
 
-def picture(h: int, w: int, c: int = 3) -> torch.Tensor:
+def random_image(h: int, w: int, c: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (c, h, w), dtype=U8)
 
 
 @pytest.mark.parametrize("size", [(50, 70), (70, 50), (33, 33), (20, 90)])
 def test_src_is_resize_reflect_pad_crop(size: tuple[int, int]) -> None:
-    image, crop = picture(*size), SimpleResizedCrop(32)
+    image, crop = random_image(*size), SimpleResizedCrop(32)
     resized = v2.functional.resize(image, 32, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     padded = torch.from_numpy(np.pad(resized.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect"))
     for u in [(0.0, 0.0), (0.999, 0.999), (0.5, 0.1), (0.2, 0.7)]:
@@ -43,15 +43,17 @@ def test_src_reaches_every_offset_evenly() -> None:
 
 
 def test_rrc_boxes_follow_torchvision_in_distribution() -> None:
-    """Same law, other random numbers: means of area, ratio and place agree within four standard errors."""
+    """Other random numbers of the same distribution: means of area, ratio and position agree within four errors."""
     h, w, n = 60, 90, 4000
-    mine = np.asarray([RandomResizedCrop(32).box((h, w), u) for u in rng.uniform(0, "t", 0, np.arange(n), 22).tolist()])
+    boxes = np.asarray(
+        [RandomResizedCrop(32).box((h, w), u) for u in rng.uniform(0, "t", 0, np.arange(n), 22).tolist()]
+    )
     image = torch.zeros(3, h, w)
     other = v2.RandomResizedCrop(32, scale=(0.2, 1.0))
-    theirs = np.asarray([[p[k] for k in ("top", "left", "height", "width")] for p in
+    reference_boxes = np.asarray([[p[k] for k in ("top", "left", "height", "width")] for p in
                          (other.make_params([image]) for _ in range(n))])  # fmt: skip
     for values in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
-        a, b = values(mine), values(theirs)
+        a, b = values(boxes), values(reference_boxes)
         assert abs(a.mean() - b.mean()) < 4 * np.hypot(a.std(), b.std()) / n**0.5
 
 
@@ -60,25 +62,25 @@ def test_rrc_falls_back_to_the_center_for_a_strip() -> None:
     assert (h, w) == (10, 13) and top == 0 and left == (1000 - 13) // 2
 
 
-def test_evaluation_crop_is_torchvisions_resize_256_center_224() -> None:
-    image = picture(300, 421)
+def test_evaluation_crop_equals_resize_256_center_crop_224() -> None:
+    image = random_image(300, 421)
     reference = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(224)])(image)
     assert torch.equal(evaluation_crop(224).crop(image), reference)
 
 
 @pytest.mark.parametrize("size", [(16, 48), (48, 16)])
-def test_non_square_targets_are_covered_with_the_aspect_kept(size: tuple[int, int]) -> None:
+def test_non_square_sizes_are_covered_at_the_same_aspect_ratio(size: tuple[int, int]) -> None:
     for source in ((30, 100), (100, 30), (5, 5)):
-        image = resize_to_cover(picture(*source), size)
+        image = resize_to_cover(random_image(*source), size)
         h, w = image.shape[-2:]
         assert (h == size[0] and w >= size[1]) or (w == size[1] and h >= size[0])
         assert h / w == pytest.approx(source[0] / source[1], rel=0.07)
         for crop in (SimpleResizedCrop(size), RandomResizedCrop(size), CenterCrop(size)):
-            assert crop(picture(*source)).shape == (3, *size)
+            assert crop(random_image(*source)).shape == (3, *size)
 
 
-def test_crops_take_and_give_pil_images_too() -> None:
-    image = Image.fromarray(picture(40, 60).permute(1, 2, 0).numpy())
+def test_crops_of_pil_images() -> None:
+    image = Image.fromarray(random_image(40, 60).permute(1, 2, 0).numpy())
     for crop in (SimpleResizedCrop(32), RandomResizedCrop(32), CenterCrop(32)):
         assert crop(image).size == (32, 32)
     torch.manual_seed(5)
@@ -87,7 +89,7 @@ def test_crops_take_and_give_pil_images_too() -> None:
     assert np.array_equal(one, SimpleResizedCrop(32)(image))
 
 
-def test_finish_flips_scales_and_normalizes() -> None:
+def test_flip_and_normalize() -> None:
     images, flip = torch.randint(0, 256, (3, 2, 4, 5), dtype=U8), torch.tensor([True, False, True])
     mean, std = torch.tensor([0.3, 0.6]), torch.tensor([0.2, 0.5])
     done = flip_and_normalize(images, flip, mean, std)
@@ -103,8 +105,8 @@ def test_a_padding_as_large_as_the_crop_is_refused() -> None:
         SimpleResizedCrop(8, padding=8)
 
 
-def test_a_single_try_is_cut_to_the_image() -> None:
-    """MAE's crop for its linear probe: what one try draws, no larger than the image, at any place in it."""
+def test_a_single_try_is_clipped_to_the_image() -> None:
+    """The crop of MAE's linear probe."""
     crop = RandomResizedCrop(16, scale=(0.08, 1.0), single=True)
     assert crop.num_uniforms == 4
     for h, w in ((40, 40), (30, 90), (90, 30)):
@@ -117,14 +119,14 @@ def test_a_single_try_is_cut_to_the_image() -> None:
 
 
 @pytest.mark.parametrize("crop", [SimpleResizedCrop((8, 12)), RandomResizedCrop((8, 12)), CenterCrop((8, 12))])
-@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
-def test_an_array_is_cropped_as_the_tensor_of_it(crop: Crop, kind: type) -> None:
-    array = (np.random.default_rng(0).random((20, 30, 5)) * 200).astype(kind)
-    seen = []
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_arrays_and_tensors_have_the_same_crops(crop: Crop, dtype: type) -> None:
+    array = (np.random.default_rng(0).random((20, 30, 5)) * 200).astype(dtype)
+    crops = []
     for image in (array, torch.from_numpy(array.transpose(2, 0, 1).copy()), np.ascontiguousarray(array[..., 0])):
         torch.manual_seed(1)
-        seen.append(np.asarray(crop(image)))
-    assert seen[0].shape == (8, 12, 5) and seen[0].dtype == kind
-    assert np.array_equal(seen[0], seen[1].transpose(1, 2, 0)) and np.array_equal(seen[2], seen[0][..., 0])
+        crops.append(np.asarray(crop(image)))
+    assert crops[0].shape == (8, 12, 5) and crops[0].dtype == dtype
+    assert np.array_equal(crops[0], crops[1].transpose(1, 2, 0)) and np.array_equal(crops[2], crops[0][..., 0])
     with pytest.raises(ValueError, match="not one of 4 dimensions"):
         crop(array[None])

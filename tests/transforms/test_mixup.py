@@ -49,10 +49,10 @@ def test_a_box_to_erase_by_hand() -> None:
 
 def test_mixup_sums() -> None:
     x = images()
-    found = [mix(x, 0.8, 0.0, seed=0, number=n) for n in range(300)]
-    for mixed, share in found[:20]:
+    results = [mix(x, 0.8, 0.0, seed=0, number=n) for n in range(300)]
+    for mixed, share in results[:20]:
         torch.testing.assert_close(mixed, x * share + x.flip(0) * (1 - share))
-    shares = np.asarray([share for _, share in found])
+    shares = np.asarray([share for _, share in results])
     assert shares.mean() == pytest.approx(0.5, abs=0.05)
     assert shares.var() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), abs=0.01)  # of Beta(a, a)
 
@@ -89,11 +89,11 @@ def test_both_take_half_of_the_batches_each() -> None:
 @pytest.mark.parametrize(("share", "smoothing"), [(1.0, 0.0), (0.3, 0.0), (1.0, 0.1), (0.7, 0.1)])
 def test_soft_labels_are_timms(share: float, smoothing: float) -> None:
     labels = torch.tensor([0, 3, 1, 1, 2])
-    mine = soft_labels(labels, 4, share, smoothing)
-    torch.testing.assert_close(mine, mixup_target(labels, 4, share, smoothing))
-    torch.testing.assert_close(mine.sum(dim=1), torch.ones(5))
+    targets = soft_labels(labels, 4, share, smoothing)
+    torch.testing.assert_close(targets, mixup_target(labels, 4, share, smoothing))
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(5))
     if share == 1:
         scores = torch.randn(5, 4)
         torch.testing.assert_close(
-            F.cross_entropy(scores, mine), F.cross_entropy(scores, labels, label_smoothing=smoothing)
+            F.cross_entropy(scores, targets), F.cross_entropy(scores, labels, label_smoothing=smoothing)
         )

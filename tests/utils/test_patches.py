@@ -51,5 +51,5 @@ def test_hidden_share_is_that_of_the_pixels(patch: int) -> None:
     pixels = patchify(hidden_pixels(hidden, 2, (16, 24)).float(), patch)
     assert torch.equal(hidden_share(hidden, patch, (16, 24)), pixels.mean(dim=2))
     for wrong in (3, 1):
-        with pytest.raises(ValueError, match="does not go with"):
+        with pytest.raises(ValueError, match="does not match"):
             hidden_share(hidden, wrong, (16, 24))

@@ -24,7 +24,7 @@ def test_numbers_are_uniform_and_uncorrelated() -> None:
     assert u.min() >= 0 and u.max() < 1
     counts, _ = np.histogram(u, bins=64, range=(0, 1))
     expected = u.size / 64
-    assert ((counts - expected) ** 2 / expected).sum() < 110  # chi-square, 63 degrees: 1 in 5000 lies above
+    assert ((counts - expected) ** 2 / expected).sum() < 110  # chi-square, 63 degrees: exceeded once in 5,000
     flat = u.ravel() - 0.5
     for lag in (1, 8):  # between columns, between rows: the standard error is 0.0056
         assert abs((flat[:-lag] * flat[lag:]).mean() * 12) < 0.025
@@ -54,10 +54,10 @@ def test_shuffled_is_a_permutation_of_any_count_and_place_by_place() -> None:
 
 
 def test_shuffled_puts_everything_everywhere_evenly() -> None:
-    """Where each of seven things lands in 7,000 epochs, and which follows which: chi-square against chance."""
+    """Positions and successors of seven items in 7,000 epochs: chi-square against chance."""
     orders = np.stack([rng.permutation(3, epoch, 7) for epoch in range(7000)])
     where = np.stack([np.bincount(orders[:, place], minlength=7) for place in range(7)])
-    assert ((where - 1000) ** 2 / 1000).sum() < 75  # 36 degrees of freedom: 1 in 8,000 lies above
+    assert ((where - 1000) ** 2 / 1000).sum() < 75  # 36 degrees of freedom: exceeded once in 8,000
     pairs = np.bincount(orders[:, 0] * 7 + orders[:, 1], minlength=49).reshape(7, 7)
     expected = np.where(np.eye(7), 0.0, 7000 / 42)
     assert pairs.diagonal().sum() == 0
@@ -65,7 +65,7 @@ def test_shuffled_puts_everything_everywhere_evenly() -> None:
 
 
 def test_shuffled_follows_its_definition() -> None:
-    """Against whole numbers of Python, one place at a time."""
+    """Against Python integers, one position at a time."""
     wrap, golden = 2**64, 0x9E3779B97F4A7C15
 
     def absorb(key: int, value: int) -> int:

@@ -1,4 +1,4 @@
-"""Every field of every settings class refuses what makes no sense, by the name of its flag."""
+"""Every field of every settings class refuses invalid values, naming its flag."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.validation import Rule, hints_of
 
 SETTINGS = {"pretrain": PretrainConfig, "slurm": Job, "all": EvaluateAllSettings} | {
-    name: one.settings for name, one in EVALS.items()
+    name: entry.settings for name, entry in EVALS.items()
 }
 
 NUMBERS = [math.nan, math.inf, -math.inf, -1e30, 1e30, -(10**40), 10**40]
@@ -35,21 +35,21 @@ ABSURD: dict[Any, list[Any]] = {
 
 
 def walk(cls: type[Any], prefix: str = "--") -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """Each field: the names that lead to it, its flag, and its type with its rules."""
+    """Yield the path of names, the flag, and the type with its rules of each field."""
     for name, hint in hints_of(cls).items():
         inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         inner = inner if isinstance(inner, type) else get_origin(inner) or inner  # of a generic class
         flag = prefix + name.replace("_", "-")
         if is_dataclass(inner):
-            own = any(getattr(mark, "name", None) == "" for mark in getattr(hint, "__metadata__", ()))
-            for path, below, kind in walk(inner, prefix=prefix if own else f"{flag}."):  # type: ignore[arg-type]
-                yield (name, *path), below, kind
+            flat = any(getattr(mark, "name", None) == "" for mark in getattr(hint, "__metadata__", ()))
+            for path, nested, kind in walk(inner, prefix=prefix if flat else f"{flag}."):  # type: ignore[arg-type]
+                yield (name, *path), nested, kind
         else:
             yield (name,), flag, hint
 
 
 def absurd(hint: Any) -> list[Any]:
-    """Values that no field of this type may have."""
+    """Return invalid values for any field of this type."""
     plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(plain) is Literal:
         return ["nonsense", "", 3, None, math.nan, ["mae"]]
@@ -69,11 +69,11 @@ def absurd(hint: Any) -> list[Any]:
 
 
 def changed(settings: Any, path: tuple[str, ...], value: Any) -> Any:
-    """The settings with another value, made past the type checker that tests put before every `__init__`."""
+    """Return settings with another value, bypassing the type checker of tests in `__init__`."""
     name, *more = path
-    made = copy.copy(settings)
-    object.__setattr__(made, name, changed(getattr(settings, name), tuple(more), value) if more else value)
-    return made
+    result = copy.copy(settings)
+    object.__setattr__(result, name, changed(getattr(settings, name), tuple(more), value) if more else value)
+    return result
 
 
 def default(cls: type[Any]) -> Any:
@@ -110,21 +110,17 @@ def test_recipes_keep_the_rules(name: str) -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        *(
-            "--epochs=nan",
-            "--steps=0",
-            "--batch-size=99999999999999999999",
-            "--seed=-1",
-            "--channels=0",
-            "--device=gpu",
-        ),
-        *(
-            "--optim.lr=1e400",
-            "--mask.ratio=1",
-            "--target.radius=-1",
-            "--model.decoder-dim=0",
-            "--checkpoint.keep-last=0",
-        ),
+        "--epochs=nan",
+        "--steps=0",
+        "--batch-size=99999999999999999999",
+        "--seed=-1",
+        "--channels=0",
+        "--device=gpu",
+        "--optim.lr=1e400",
+        "--mask.ratio=1",
+        "--target.radius=-1",
+        "--model.decoder-dim=0",
+        "--checkpoint.keep-last=0",
     ],
 )
 def test_absurd_values_on_the_command_line(word: str) -> None:
@@ -132,7 +128,7 @@ def test_absurd_values_on_the_command_line(word: str) -> None:
         read_flags(["demo", word])
 
 
-def test_what_is_no_number_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_that_is_not_a_number_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         read_flags(["demo", "--batch-size=1e3"])
     assert "--batch-size" in capsys.readouterr().err
@@ -183,21 +179,21 @@ def test_a_file_with_absurd_values_is_refused_by_its_keys(text: str) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"mean": (123.675, 116.28, 103.53)}, "of 0 to 255, that is --mean 0.485 0.456 0.406"),
-        ({"std": (58.4, 57.1, 57.4)}, "of 0 to 255, that is --std 0.229 0.2239 0.2251"),
-        ({"dtype": "uint16", "channels": 1, "mean": (30_000.0,)}, "of 0 to 65535, that is --mean 0.4578"),
+        ({"mean": (123.675, 116.28, 103.53)}, "for values of 0 to 255: --mean 0.485 0.456 0.406"),
+        ({"std": (58.4, 57.1, 57.4)}, "for values of 0 to 255: --std 0.229 0.2239 0.2251"),
+        ({"dtype": "uint16", "channels": 1, "mean": (30_000.0,)}, "for values of 0 to 65535: --mean 0.4578"),
         ({"mean": (-1.0, 0.0, 0.0)}, "--mean -1 0 0 must be from 0 to 1, as pixels are (--dtype uint8)"),
         ({"std": (0.2, 0.2, 0.0)}, "--std must be a number from 1e-12"),
         ({"mean": (0.5,)}, "--mean has 1 values for 3 channels"),
     ],
 )
-def test_statistics_are_in_units_of_the_brightest_pixel(given: dict[str, Any], expected: str) -> None:
+def test_statistics_are_in_units_of_the_largest_pixel_value(given: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError) as raised:
         PretrainConfig(**given)
     assert expected in str(raised.value)
 
 
-def test_measured_values_have_any_mean() -> None:
+def test_float_images_have_any_mean() -> None:
     assert PretrainConfig(dtype="float32", channels=1, mean=(-40.0,), std=(273.0,)).normalization == (
         (-40.0,),
         (273.0,),

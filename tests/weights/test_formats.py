@@ -345,7 +345,7 @@ def test_what_the_caller_says_of_mean_and_std_counts(tmp_path: Path) -> None:
 def test_a_mask_of_another_grid_is_refused_by_name(tiny_run: Make) -> None:
     for model in (tiny_run().model, replace(tiny_run().model, name="simmim")):
         module = build_model(tiny_run(model=model))
-        with pytest.raises(ValueError, match="the mask is of 9 patches, and images of 32x32 pixels have 4x4 = 16"):
+        with pytest.raises(ValueError, match="the mask has 9 patches, but images of 32x32 pixels have 4x4 = 16"):
             module(torch.randn(2, 3, 32, 32), Mask.from_hidden(torch.arange(18).reshape(2, 9) % 2 == 0, 4))
 
 

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from pixmim.cli.flags import checked
 from pixmim.utils.console import print_plain
 from pixmim.utils.files import check_output
-from pixmim.utils.validation import Real, Seed, Size, Whole
+from pixmim.utils.validation import Integer, Real, Seed, Size
 
 
 def coverage(args: list[str]) -> int:
@@ -23,7 +23,7 @@ def coverage(args: list[str]) -> int:
         size: Size = "224",
         mask_ratio: Annotated[float, Real(0, 1, below=True)] = 0.75,
         boxes: bool = False,
-        simulate: Annotated[int, Whole(0, 1_000_000)] = 0,
+        simulate: Annotated[int, Integer(0, 1_000_000)] = 0,
         seed: Seed = 0,
         out: Path = Path("coverage"),
         overwrite: bool = False,

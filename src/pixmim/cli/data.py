@@ -15,13 +15,13 @@ from pixmim.cli.flags import absolute, checked
 from pixmim.utils.console import cell, print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_writable
-from pixmim.utils.validation import MAX_CHANNELS, Count, Real, Size, Some, Threads, Whole
+from pixmim.utils.validation import MAX_CHANNELS, Count, Real, Size, NonNegative, Threads, Integer
 
 _INSPECTED = 200  # images whose files `pixmim stats` inspects for channels and dtype
 
 Data = Annotated[Positional[str], arg(help="Images: anything that --data of pretrain accepts.")]
 ViewSize = Annotated[Size, arg(help="Side of the network's input in pixels, or HEIGHTxWIDTH.")]
-Channels = Annotated[int, Whole(1, MAX_CHANNELS), arg(help="Color (3), gray (1), or as many as the files have.")]
+Channels = Annotated[int, Integer(1, MAX_CHANNELS), arg(help="Color (3), gray (1), or as many as the files have.")]
 DType = Annotated[
     Literal["uint8", "uint16", "float32"],
     arg(help="Pixels: uint8 or uint16, whose 255 or 65535 mean 1.0, or float32, unchanged."),
@@ -41,7 +41,7 @@ def cache(args: list[str]) -> int:
         /,
         *,
         size: ViewSize = "224",
-        quality: Annotated[int, Whole(1, 100)] = 95,
+        quality: Annotated[int, Integer(1, 100)] = 95,
         chroma: Literal["444", "420"] = "444",
         raw: bool = False,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
@@ -107,10 +107,10 @@ def stats(args: list[str]) -> int:
         data: Data,
         /,
         *,
-        channels: Annotated[int, Whole(0, MAX_CHANNELS)] = 0,
+        channels: Annotated[int, Integer(0, MAX_CHANNELS)] = 0,
         dtype: Literal["auto", "uint8", "uint16", "float32"] = "auto",
         tiff_pages: TiffPages = "first",
-        images: Some = 5000,
+        images: NonNegative = 5000,
         threads: NumThreads = 0,
     ) -> int:
         """Report channels, dtypes, sizes and unreadable files of a dataset, and measure its mean and std.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from tyro.conf import Suppress
 
-from pixmim.utils.validation import Real, Settings, Sides, Text, Whole, check_value
+from pixmim.utils.validation import Integer, Real, Settings, Sides, Text, check_value
 
 T = TypeVar("T")
 
@@ -32,9 +32,9 @@ class ModelFlags(Settings):
 
     size: Annotated[str, Sides(empty=True)] = ""
     """Image size of MODEL, if its file lacks it: side in pixels, or HEIGHTxWIDTH."""
-    heads: Annotated[int | None, Whole(1, 1_024)] = None
+    heads: Annotated[int | None, Integer(1, 1_024)] = None
     """Attention heads of MODEL, if its file lacks them."""
-    decoder_heads: Annotated[int | None, Whole(1, 1_024)] = None
+    decoder_heads: Annotated[int | None, Integer(1, 1_024)] = None
     """Attention heads of the decoder of MODEL, if its file lacks them."""
     mean: Annotated[tuple[float, ...] | None, Real(-1e9, 1e9)] = None
     """Mean of each channel that MODEL expects, where 255 counts as 1; otherwise its file's own, or ImageNet's."""

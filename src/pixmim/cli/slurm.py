@@ -15,7 +15,7 @@ from pixmim.config import PretrainConfig
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_output, write_text_atomically
-from pixmim.utils.validation import Count, Positive, Settings, Some, Whole
+from pixmim.utils.validation import Count, Positive, Settings, NonNegative, Integer
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Job(Settings):
     """Slurm's --qos."""
     name: str = ""
     """Name of the job; otherwise the recipe's."""
-    signal: Annotated[int, Whole(1, 65_535)] = 300
+    signal: Annotated[int, Integer(1, 65_535)] = 300
     """Seconds before the time limit at which the run finishes its step, saves and stops."""
-    restarts: Some = 100
+    restarts: NonNegative = 100
     """Largest number of restarts of the job."""
 
     def __post_init__(self) -> None:

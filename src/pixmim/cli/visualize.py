@@ -12,7 +12,7 @@ from pixmim.cli.flags import ModelFlags, checked
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output
-from pixmim.utils.validation import Data, Device, Whole
+from pixmim.utils.validation import Data, Device, Integer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +30,7 @@ def reconstruct(args: list[str]) -> int:
         *,
         out: Path = Path("reconstruction.png"),
         overwrite: bool = False,
-        count: Annotated[int, Whole(1, 10_000)] = 16,
+        count: Annotated[int, Integer(1, 10_000)] = 16,
         model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
         bands: str = "",
     ) -> int:
@@ -68,7 +68,7 @@ def attention(args: list[str]) -> int:
         *,
         out: Path = Path("attention.png"),
         overwrite: bool = False,
-        count: Annotated[int, Whole(1, 10_000)] = 8,
+        count: Annotated[int, Integer(1, 10_000)] = 8,
         model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
         bands: str = "",
     ) -> int:
@@ -113,7 +113,7 @@ def embed(args: list[str]) -> int:
         out: Path,
         overwrite: bool = False,
         kind: Annotated[Literal["cls", "mean", "both"], arg(name="features")] = "both",
-        batch_size: Annotated[int, Whole(1, 1_000_000)] = 256,
+        batch_size: Annotated[int, Integer(1, 1_000_000)] = 256,
         device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
         model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008

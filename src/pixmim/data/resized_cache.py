@@ -28,7 +28,7 @@ from pixmim.transforms.crops import Interpolation
 from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import parse_json
 from pixmim.utils.progress import parallel_map
-from pixmim.utils.validation import Whole, check_value, hints_of
+from pixmim.utils.validation import Integer, check_value, hints_of
 
 Kind = Literal["jpeg", "raw"]
 Chroma = Literal["444", "420"]
@@ -43,15 +43,15 @@ class CacheSettings:
 
     data: str
     fingerprint: str
-    images: Annotated[int, Whole(1, 10**11)]
+    images: Annotated[int, Integer(1, 10**11)]
     classes: list[str]
     size: list[int]
     interpolation: Interpolation
     kind: Kind
-    quality: Annotated[int, Whole(0, 100)]
+    quality: Annotated[int, Integer(0, 100)]
     chroma: Chroma | Literal[""]
-    channels: Annotated[int, Whole(1, 2**16)]
-    per_shard: Annotated[int, Whole(1, 10**11)]
+    channels: Annotated[int, Integer(1, 2**16)]
+    per_shard: Annotated[int, Integer(1, 10**11)]
     dtype: DType = "uint8"
     tiff_pages: TiffPages = "first"
 

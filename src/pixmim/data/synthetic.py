@@ -18,7 +18,7 @@ from pixmim.data.decode.channels import convert
 from pixmim.transforms.crops import Array
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.validation import Choice, Whole
+from pixmim.utils.validation import Choice, Integer
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow", "hourglass")
 TEXTURES = ("plain", "stripes", "bars", "checks", "dots", "rings", "grain", "clouds", "waves", "mesh")
@@ -28,10 +28,10 @@ Grid = npt.NDArray[np.floating[Any]]
 
 _NUM_UNIFORMS = 40  # random numbers per sample; some are spare
 
-_OPTIONS: dict[str, Whole | Choice] = {
-    "count": Whole(1, 10**13),
-    "seed": Whole(0, 10**13),
-    "size": Whole(8, 4096),
+_OPTIONS: dict[str, Integer | Choice] = {
+    "count": Integer(1, 10**13),
+    "seed": Integer(0, 10**13),
+    "size": Integer(8, 4096),
     "texture": Choice(("any", "match", "conflict")),
 }
 

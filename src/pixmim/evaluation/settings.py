@@ -13,7 +13,7 @@ from pixmim.evaluation.settings_finetune import (
     FinetuneSettings,
     SegmentationSettings,
 )
-from pixmim.utils.validation import Count, Data, LearningRate, Seed, Settings, Threads, Whole
+from pixmim.utils.validation import Count, Data, Integer, LearningRate, Seed, Settings, Threads
 
 DATA_FIELDS = (
     "train",
@@ -31,7 +31,7 @@ DATA_FIELDS = (
 )
 """Names of settings that hold data, as --data takes them."""
 
-Severities = Annotated[tuple[int, ...], Whole(1, 5)]
+Severities = Annotated[tuple[int, ...], Integer(1, 5)]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class KnnSettings(Settings):
     """Labeled reference data: a folder with one subfolder per class, or anything else that --data takes."""
     test: Data
     """Labeled data to measure on."""
-    k: Annotated[tuple[int, ...], Whole(1, 999_999_999)] = (1, 20)
+    k: Annotated[tuple[int, ...], Integer(1, 999_999_999)] = (1, 20)
     """Numbers of neighbors; each gives its own result."""
 
 
@@ -56,11 +56,11 @@ class LinearSettings(Settings):
     """Labeled data to measure on."""
     protocol: Literal["sweep", "mae"] = "sweep"
     """sweep: many learning rates on cached features. mae: LARS and BatchNorm on augmented images, as published."""
-    epochs: Annotated[int | None, Whole(1, 1_000_000)] = None
+    epochs: Annotated[int | None, Integer(1, 1_000_000)] = None
     """Epochs over the train data. Default: 100 for each member of the sweep; mae: 90."""
     seed: Seed = 0
     """Seed of the held-out part, the order and the crops."""
-    batch_size: Annotated[int, Whole(2, 999_999_999)] = 16384
+    batch_size: Annotated[int, Integer(2, 999_999_999)] = 16384
     """mae: images per step, at most the number of train images."""
     base_lr: LearningRate = 0.1
     """mae: learning rate per 256 images of a batch."""

@@ -12,16 +12,16 @@ from pixmim.utils.validation import (
     MAX_WIDTH,
     Count,
     Data,
+    Integer,
     LearningRate,
+    NonNegative,
     Positive,
     Real,
     Seed,
     Settings,
     Sides,
     Size,
-    Some,
     Threads,
-    Whole,
 )
 
 Unset = TypeVar("Unset")
@@ -39,7 +39,7 @@ class FinetuneRecipe(Settings, Generic[Unset]):
     """Epochs of warm-up; never more than a fifth of the run."""
     warmup_prefix: bool | Unset = _UNSET
     """True: the cosine begins after the warm-up (MAE). False: it counts from the first step (SimMIM, DeiT III)."""
-    batch_size: Annotated[int | Unset, Whole(2, 999_999_999)] = _UNSET
+    batch_size: Annotated[int | Unset, Integer(2, 999_999_999)] = _UNSET
     """Images in an update of the weights."""
     optimizer: Literal["adamw", "lamb"] | Unset = _UNSET
     """AdamW, or LAMB (DeiT III)."""
@@ -102,7 +102,7 @@ class FinetuneSettings(Settings):
     """Begin with random weights of the same architecture; auto is then DeiT III's recipe."""
     size: Annotated[str, Sides(empty=True)] = ""
     """Side in pixels, or HEIGHTxWIDTH, if not the encoder's own; tables of positions are refitted."""
-    accumulation_steps: Some = 0
+    accumulation_steps: NonNegative = 0
     """Parts a batch is computed in, one after another, to fit into memory; each is mixed by itself. 0: on a CPU of a
     size that suits a laptop, on a GPU one."""
     seed: Seed = 0
@@ -121,7 +121,7 @@ class SegmentationSettings(Settings):
     """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both."""
     test: Data
     """The same to be measured on; of ADE20K's layout, validation/ is taken."""
-    foreground: Annotated[int | None, Whole(0, 255)] = None
+    foreground: Annotated[int | None, Integer(0, 255)] = None
     """For masks of an object and all else: this value (often 255) is the class foreground, every other background."""
     ignore: str = "auto"
     """auto: a mask's values are class numbers, but 255 (in ADE20K's layout 0 as well) does not count. none, or a value
@@ -140,7 +140,7 @@ class SegmentationSettings(Settings):
     """Parts a batch is computed in, one after another, to fit into memory."""
     lr: Annotated[float | None, Real(0, 100, above=True)] = None
     """Learning rate; otherwise 1e-4 with uper, and 1e-3 with the linear head."""
-    warmup: Some = 1500
+    warmup: NonNegative = 1500
     """Updates of warm-up, at most a fifth of all; then a straight line to zero."""
     weight_decay: Annotated[float, Real(0, 10)] = 0.05
     """Of AdamW; not applied to norms, biases, positions and single tokens."""
@@ -148,7 +148,7 @@ class SegmentationSettings(Settings):
     """Each layer of the encoder learns at this share of the rate of the one above it."""
     drop_path: Annotated[float, Real(0, 0.99)] = 0.1
     """Rate at which the last block is left out in training; from zero at the first one it rises evenly."""
-    width: Annotated[int, Whole(1, MAX_WIDTH)] = 512
+    width: Annotated[int, Integer(1, MAX_WIDTH)] = 512
     """Channels of UPerNet."""
     threads: Threads = 0
     """Threads that read and decode images; 0: one for each core, at most 16."""
@@ -186,15 +186,15 @@ class DetectionSettings(Settings):
     """Folder of the test images, likewise."""
     masks: Literal["auto", "yes", "no"] = "auto"
     """Learn masks as well (Mask R-CNN), and leave out objects without one; auto: if more than half have one."""
-    size: Annotated[int, Whole(1, MAX_SIDE)] = 1024
+    size: Annotated[int, Integer(1, MAX_SIDE)] = 1024
     """Side in pixels of the square that the network sees."""
     epochs: Positive = 100.0
     """Passes over the train data."""
-    steps: Annotated[int | None, Whole(1, 999_999_999)] = None
+    steps: Annotated[int | None, Integer(1, 999_999_999)] = None
     """Updates, in place of epochs."""
     batch_size: Count = 64
     """Images in an update."""
-    accumulation_steps: Some = 0
+    accumulation_steps: NonNegative = 0
     """Parts a batch is computed in, one after another, to fit into memory; 0: on a CPU of a size that suits a laptop,
     on a GPU one."""
     lr: LearningRate = 1e-4
@@ -205,27 +205,27 @@ class DetectionSettings(Settings):
     """Each layer of the encoder learns at this share of the rate of the one above it."""
     drop_path: Annotated[float, Real(0, 0.99)] = 0.1
     """Stochastic depth of the encoder's last block; 0 at the first."""
-    warmup: Some = 250
+    warmup: NonNegative = 250
     """Updates of linear warm-up, at most a fifth of all."""
     drops: Annotated[tuple[float, float], Real(0, 1)] = (0.889, 0.963)
     """Shares of the training after which the rate is a tenth of what it was."""
     jitter: Annotated[tuple[float, float], Real(0.01, 100)] = (0.1, 2.0)
     """Smallest and largest scale of a train image: 1 fits it into the square."""
-    window: Annotated[int, Whole(1, 1_024)] = 14
+    window: Annotated[int, Integer(1, 1_024)] = 14
     """Side in patches of the windows that most of a ViT's blocks attend in."""
-    global_blocks: Annotated[int, Whole(0, MAX_DEPTH)] = 4
+    global_blocks: Annotated[int, Integer(0, MAX_DEPTH)] = 4
     """Blocks of a ViT that attend to the whole image, evenly spread."""
     relative_positions: bool = True
     """Add relative positions to a ViT that has none; they begin at zero."""
-    width: Annotated[int, Whole(1, MAX_WIDTH)] = 256
+    width: Annotated[int, Integer(1, MAX_WIDTH)] = 256
     """Channels of pyramid and heads."""
-    regions: Annotated[int, Whole(1, 100_000)] = 512
+    regions: Annotated[int, Integer(1, 100_000)] = 512
     """Regions of an image that the heads learn from in an update."""
     seed: Seed = 0
     """Decides heads, order, jitter and the regions learnt from."""
     threads: Threads = 0
     """Threads that read images; 0: one for each core, at most 16."""
-    pictures: Annotated[int, Whole(0, 10_000)] = 8
+    pictures: Annotated[int, Integer(0, 10_000)] = 8
     """Test images that are drawn with what was found in them."""
 
     def __post_init__(self) -> None:

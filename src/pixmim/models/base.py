@@ -1,4 +1,4 @@
-"""The two contracts every model keeps: what pre-training asks of it, and what a finished encoder gives."""
+"""Contracts of models: `MaskedModel` for pre-training, `Features` of a trained encoder."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -11,45 +11,55 @@ from pixmim.utils.errors import UserError
 
 
 def not_used(encoder: nn.Module) -> UserError:
-    """Return the error for a module that is none of the encoders that pixmim drives."""
-    kind = type(encoder).__name__
-    return UserError(f"{kind} is not an encoder that pixmim uses: it takes timm's ViT, Beit and Swin, and ConvMAE")
+    """Return the error for an encoder that pixmim does not support."""
+    return UserError(f"{type(encoder).__name__} is not a supported encoder: use timm's ViT, Beit or Swin, or ConvMAE")
 
 
 class MaskedModel(nn.Module, ABC):
-    """A model that predicts what a mask hides."""
+    """Base of models that predict the patches that a mask hides.
+
+    Attributes:
+        encoder: The module that pre-training produces; except for ConvMAE, its state_dict is a timm checkpoint.
+        patch: Side of the mask's patches in pixels.
+    """
 
     encoder: nn.Module
-    """The module that a run hands over; its state_dict is a timm checkpoint."""
-
     patch: int
-    """Side in pixels of the patches that a mask hides."""
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
-        """Predict every patch, d = p*p*c values each, from the visible ones of normalized images.
+        """Predict all patches from the visible ones.
 
-        Its patches may be larger than the n of the mask: p says how large. A model made for color bins predicts as
-        many scores in place of each value. Raises ValueError for a mask of another grid.
+        Args:
+            images: Normalized images.
+            mask: Mask on the grid of patches of `patch` pixels.
+
+        Returns:
+            Patches of d = p*p*c*outputs values, ordered (row, column, channel, output). p may be a multiple of `patch`,
+            and outputs is 1, or the number of color bins.
+
+        Raises:
+            ValueError: If the mask has another grid.
         """
 
     def check_mask(self, images: Float[Tensor, "b c h w"], mask: Mask) -> None:
-        """Raise ValueError unless a mask is of as many patches as the images have."""
+        """Raise ValueError unless the mask has as many patches as the images."""
         (h, w), n = images.shape[-2:], mask.hidden.shape[1]
         rows, columns = h // self.patch, w // self.patch
         if n != rows * columns:
             raise ValueError(
-                f"the mask is of {n} patches, and images of {h}x{w} pixels have {rows}x{columns} = {rows * columns} of "
-                f"the model's patches of {self.patch} pixels"
+                f"the mask has {n} patches, but images of {h}x{w} pixels have {rows}x{columns} = {rows * columns} "
+                f"patches of {self.patch} pixels"
             )
 
 
 class Features(NamedTuple):
-    """What an encoder says of images, block by block (the last `len` of them, each after the final norm).
+    """Features of images from the last k blocks of an encoder, after its final norm.
 
-    vector  the global token of each block (b k d); the mean of the patch tokens where the encoder has no such token
-    mean    the mean of the last block's patch tokens (b d)
-    map     the last block's patch tokens on their grid (b d rows columns)
+    Attributes:
+        vector: Class token of each block; the mean of the patch tokens if the encoder has no class token.
+        mean: Mean of the last block's patch tokens.
+        map: The last block's patch tokens as a map.
     """
 
     vector: Float[Tensor, "b k d"]

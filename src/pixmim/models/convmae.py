@@ -1,8 +1,7 @@
-"""ConvMAE (Gao et al., arXiv 2205.03892): two stages of masked convolutions before a ViT, decoded as MAE is.
+"""ConvMAE (Gao et al., arXiv 2205.03892): two stages of masked convolutions, then a ViT, with MAE's decoder.
 
-timm has no such encoder, so it is ours. The mask is drawn on the grid of the last stage and enlarged for the first
-two, where hidden places are set to zero before each depthwise convolution: nothing hidden ever reaches what is
-visible.
+timm has no such encoder. The mask is sampled on the grid of the last stage and upsampled for the first two, where
+hidden pixels are set to zero before each depthwise convolution, so that they do not influence visible ones.
 """
 
 from functools import partial
@@ -15,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pixmim.masking import Mask
-from pixmim.models.base import Features, MaskedModel
+from pixmim.models.base import MaskedModel
 from pixmim.models.mae import Decoder, DecoderOptions
 from pixmim.models.vit import gather, init_like_mae
 from pixmim.utils.patches import sincos_positions
@@ -27,7 +26,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "convmae_base": {"embed_dim": (256, 384, 768), "depth": (2, 2, 11), "num_heads": 12},
     "convmae_tiny": {"embed_dim": (48, 96, 192), "depth": (1, 1, 6), "num_heads": 3},
 }
-"""The published encoder, and one of ours for small machines."""
+"""The published encoder, and a small one of pixmim."""
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -37,8 +36,8 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PatchStep(nn.Module):
-    """Convolution with stride = kernel, norm, GELU: from one stage's map to the next one's."""
+class StageEmbed(nn.Module):
+    """Convolution with stride = kernel, norm, GELU: patch embedding of a stage."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -50,7 +49,7 @@ class PatchStep(nn.Module):
 
 
 class ConvMlp(nn.Module):
-    """An MLP over channels, as 1x1 convolutions."""
+    """MLP over channels, as 1x1 convolutions."""
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class ConvMlp(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """A residual block whose 5x5 depthwise convolution does not see what is hidden."""
+    """Residual block whose 5x5 depthwise convolution is masked."""
 
     def __init__(self, width: int, ratio: float, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -81,11 +80,17 @@ class ConvBlock(nn.Module):
 class ConvMAEEncoder(nn.Module):
     """Three stages at strides 4, 8 and 16: convolutions, convolutions, ViT blocks. No class token.
 
-    img_size  (h, w) or a side, in pixels; a multiple of 16
-    num_classes  0: features; otherwise a classifier, mean of the tokens -> fc_norm -> head
-    drop_path_rate  of the last block in training, down to 0 for the first, through all stages
+    With the defaults it has 84,605,824 parameters.
 
-    With the defaults and without classes it holds 84.606 million values, its final norm included.
+    Args:
+        img_size: Side, or (h, w), in pixels; multiples of 16.
+        in_chans: Channels of the images.
+        embed_dim: Width of each stage.
+        depth: Blocks of each stage.
+        num_heads: Attention heads of the third stage.
+        mlp_ratio: Hidden width of MLPs / width.
+        num_classes: 0: features. Otherwise a classifier: mean of the tokens -> fc_norm -> head.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 over all stages.
     """
 
     def __init__(
@@ -104,9 +109,9 @@ class ConvMAEEncoder(nn.Module):
         self.grid = self.img_size[0] // PATCH, self.img_size[1] // PATCH
         self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim[2]
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        self.patch_embed1 = PatchStep(in_chans, embed_dim[0], 4)
-        self.patch_embed2 = PatchStep(embed_dim[0], embed_dim[1], 2)
-        self.patch_embed3 = PatchStep(embed_dim[1], embed_dim[2], 2)
+        self.patch_embed1 = StageEmbed(in_chans, embed_dim[0], 4)
+        self.patch_embed2 = StageEmbed(embed_dim[0], embed_dim[1], 2)
+        self.patch_embed3 = StageEmbed(embed_dim[1], embed_dim[2], 2)
         self.patch_embed4 = nn.Linear(embed_dim[2], embed_dim[2])
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim[2], self.grid)[None], requires_grad=False)
         drops = torch.linspace(0, drop_path_rate, sum(depth), device="cpu").split(depth)
@@ -125,11 +130,11 @@ class ConvMAEEncoder(nn.Module):
     def stages(
         self, images: Float[Tensor, "b c h w"], hidden: Bool[Tensor, "b n"] | None = None
     ) -> tuple[Tensor, Tensor, Float[Tensor, "b n d"]]:
-        """The maps of the first two stages, and the tokens that enter the third, all of them."""
+        """Return the maps of the first two stages, masked where hidden, and all input tokens of the third."""
         if images.shape[-2:] != self.img_size:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, but the model was made for {self.img_size}")
+            raise ValueError(f"images have {tuple(images.shape[-2:])} pixels, the model was made for {self.img_size}")
         visible = None if hidden is None else (~hidden).view(-1, 1, *self.grid).to(images.dtype)
-        visible1, visible2 = _enlarge(visible, 4), _enlarge(visible, 2)
+        visible1, visible2 = _upsample(visible, 4), _upsample(visible, 2)
         first = self.patch_embed1(images)
         for block in self.blocks1:
             first = block(first, visible1)
@@ -140,15 +145,19 @@ class ConvMAEEncoder(nn.Module):
         return first, second, tokens + self.pos_embed
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """The mean of the tokens, through fc_norm and head where there are classes."""
+        """Return the mean of the tokens, or logits if the encoder has classes."""
         *_, tokens = self.stages(images)
         return self.head(self.fc_norm(self.norm(self.blocks3(tokens)).mean(dim=1)))
 
 
 class ConvMAE(MaskedModel):
-    """ConvMAE with its multi-scale decoder input: the first two stages, brought to stride 16, join the third.
+    """ConvMAE: the first two stages, downsampled to stride 16, are added to the third before decoding.
 
-    115.041 million values with the published sizes.
+    115,041,408 parameters with convmae_base.
+
+    Args:
+        encoder: Its weights are initialized as MAE's.
+        decoder: Sizes of the decoder.
     """
 
     def __init__(self, encoder: ConvMAEEncoder, decoder: DecoderOptions) -> None:
@@ -159,36 +168,23 @@ class ConvMAE(MaskedModel):
         self.stage1_output_decode = nn.Conv2d(first, width, 4, 4)
         self.stage2_output_decode = nn.Conv2d(second, width, 2, 2)
         init_like_mae(encoder)
-        for step in (encoder.patch_embed1, encoder.patch_embed2, encoder.patch_embed3):
-            nn.init.xavier_uniform_(step.proj.weight.data.view(step.proj.weight.shape[0], -1))
+        for embed in (encoder.patch_embed1, encoder.patch_embed2, encoder.patch_embed3):
+            nn.init.xavier_uniform_(embed.proj.weight.data.view(embed.proj.weight.shape[0], -1))
         self.decoder = Decoder(width, 0, encoder.grid, PATCH, encoder.in_chans, decoder)
 
     def encode(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b k d"]:
-        """The visible tokens, all three scales summed, after the final norm."""
-        keep, _ = mask.indices
+        """Return the visible tokens, summed over the three scales, after the final norm."""
+        ids_keep, _ = mask.indices
         first, second, tokens = self.encoder.stages(images, mask.hidden)
         scales = (self.stage1_output_decode(first), self.stage2_output_decode(second))
-        finer = [gather(scale.flatten(2).transpose(1, 2), keep) for scale in scales]
-        tokens = self.encoder.blocks3(gather(tokens, keep))
+        finer = [gather(scale.flatten(2).transpose(1, 2), ids_keep) for scale in scales]
+        tokens = self.encoder.blocks3(gather(tokens, ids_keep))
         return self.encoder.norm(tokens + finer[0] + finer[1])
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
-        """Predict all patches of normalized images, d = p*p*c*outputs in (row, column, channel, output) order."""
         self.check_mask(images, mask)
         return self.decoder(self.encode(images, mask), mask)
 
 
-def features(encoder: ConvMAEEncoder, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
-    """What a finished ConvMAE says of whole images; a block's global vector is the mean of its tokens."""
-    *_, tokens = encoder.stages(images)
-    outputs = []
-    for block in encoder.blocks3:
-        tokens = block(tokens)
-        outputs.append(tokens)
-    last = [encoder.norm(output) for output in outputs[-blocks:]]
-    means = [output.mean(dim=1) for output in last]
-    return Features(torch.stack(means, dim=1), means[-1], last[-1].transpose(1, 2).unflatten(2, encoder.grid))
-
-
-def _enlarge(visible: Tensor | None, factor: int) -> Tensor | None:
+def _upsample(visible: Tensor | None, factor: int) -> Tensor | None:
     return None if visible is None else visible.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)

@@ -1,33 +1,72 @@
-"""What an encoder says of images at four depths, as maps: what a head for dense prediction starts from."""
+"""Features and feature maps of trained encoders, for evaluation and for heads of dense prediction."""
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pixmim.models.base import not_used
+from pixmim.models.base import Features, not_used
 from pixmim.models.convmae import ConvMAEEncoder
 
 
+def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int = 1) -> Features:
+    """Compute the features of normalized images.
+
+    Args:
+        encoder: A timm ViT, Beit or Swin, or ConvMAE's encoder.
+        images: Normalized images.
+        blocks: Number of last blocks to return vectors of; a Swin has only those of its last block.
+
+    Raises:
+        UserError: If the encoder is not supported.
+    """
+    if isinstance(encoder, VisionTransformer | Beit):
+        count = min(blocks, len(encoder.blocks))
+        outputs: Any = encoder.forward_intermediates(
+            images, indices=count, return_prefix_tokens=True, norm=True, intermediates_only=True
+        )
+        # timm returns pairs (map, prefix tokens), or maps alone if there are no prefix tokens.
+        last: list[Tensor] = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        means = [tokens.mean(dim=(2, 3)) for tokens in last]
+        vectors = [output[1][:, 0] for output in outputs] if encoder.cls_token is not None else means
+        return Features(torch.stack(vectors, dim=1), means[-1], last[-1])
+    if isinstance(encoder, SwinTransformer):
+        final = encoder.forward_features(images).permute(0, 3, 1, 2)
+        mean = final.mean(dim=(2, 3))
+        return Features(mean[:, None], mean, final)
+    if isinstance(encoder, ConvMAEEncoder):
+        *_, tokens = encoder.stages(images)
+        each = []
+        for block in encoder.blocks3:
+            tokens = block(tokens)
+            each.append(tokens)
+        each = [encoder.norm(tokens) for tokens in each[-blocks:]]
+        means = [tokens.mean(dim=1) for tokens in each]
+        return Features(torch.stack(means, dim=1), means[-1], each[-1].transpose(1, 2).unflatten(2, encoder.grid))
+    raise not_used(encoder)
+
+
 def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _ _ _"]]:
-    """Four maps of normalized images, from an early one to the last, before the encoder's final norm.
+    """Compute four feature maps of normalized images, early to late, before the final norm.
 
-    ViT, Beit   after a third, a half, two thirds and all of the blocks, all at the stride of the patches: of 12 blocks
-                numbers 3, 5, 7 and 11, as BEiT and MAE chose, and of 24 numbers 7, 11, 15 and 23
-    Swin        each stage's, at strides 4 to 32
-    ConvMAE     each stage's at strides 4 to 16, and the last one pooled to stride 32
+    - ViT, Beit: after 1/3, 1/2, 2/3 and all of the blocks, at the stride of the patches; blocks 3, 5, 7 and 11 of 12,
+      as BEiT and MAE do, and 7, 11, 15 and 23 of 24.
+    - Swin: of each stage, at strides 4 to 32.
+    - ConvMAE: of each stage, at strides 4 to 16, and the last one max-pooled to stride 32.
 
-    Raises UserError for a module that pixmim does not know as an encoder.
+    Raises:
+        UserError: If the encoder is not supported.
     """
     if isinstance(encoder, VisionTransformer | Beit):
         count = len(encoder.blocks)
-        wanted = [max(0, depth - 1) for depth in (count // 3, count // 2, 2 * count // 3, count)]
-        taken = sorted(set(wanted))
-        found: Any = encoder.forward_intermediates(images, indices=taken, intermediates_only=True)
-        return [found[taken.index(depth)] for depth in wanted]
+        indices = [max(0, depth - 1) for depth in (count // 3, count // 2, 2 * count // 3, count)]
+        unique = sorted(set(indices))
+        outputs: Any = encoder.forward_intermediates(images, indices=unique, intermediates_only=True)
+        return [outputs[unique.index(index)] for index in indices]
     if isinstance(encoder, SwinTransformer):
         stages: Any = encoder.forward_intermediates(images, intermediates_only=True)
         return list(stages)
@@ -39,7 +78,7 @@ def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Ten
 
 
 def widths(encoder: nn.Module) -> list[int]:
-    """Channels of the four maps. Raises UserError as `maps` does."""
+    """Return the channels of the four maps. Raises UserError if the encoder is not supported."""
     if isinstance(encoder, VisionTransformer | Beit):
         return [encoder.embed_dim] * 4
     if isinstance(encoder, SwinTransformer):

@@ -1,9 +1,9 @@
-"""SimMIM (Xie et al., arXiv 2111.09886): a learnt token replaces hidden patches, a thin head predicts the pixels."""
+"""SimMIM (Xie et al., arXiv 2111.09886): a learned token replaces hidden patches, a light head predicts pixels."""
 
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.masking import Mask
-from pixmim.models import swin, vit
+from pixmim.models import vit
 from pixmim.models.base import MaskedModel
 from pixmim.utils.patches import patchify
 
@@ -20,16 +20,17 @@ Head = Literal["linear", "mlp"]
 
 
 class SimMIM(MaskedModel):
-    """A timm Swin, Beit or plain ViT that sees all patches, the hidden ones as one learnt token.
+    """A timm Swin, Beit or plain ViT over all patches, hidden ones replaced after the patch embedding (section 3.2).
 
-    encoder  keeps the initialization of timm's Swin; a Beit or ViT gets SimMIM's: linear weights from a normal of
-             deviation 0.02 cut at +-0.02, the last of each residual branch divided by sqrt(2 * layer)
-    head     "linear": one 1x1 convolution; "mlp": two of them with a GELU between. It predicts the stride x stride
-             pixels under each place of the encoder's final map (section 3.3)
-    outputs  numbers for each value, last in their order: 1, or the bins of ColorBins
+    `patch` is that of the patch embedding, 4 px for Swin: masks are sampled on this grid, in blocks of 32 px.
+    Parameters: 89,874,104 with Swin-B at 192 px and window 6, 199,881,204 with Swin-L, 86,256,720 with the BEiT-like
+    ViT-B.
 
-    `patch` is the patch of the encoder's embedding, 4 px for Swin: masks are drawn on that grid, in units of 32 px.
-    Values in all: 89.874 million on Swin-B at 192 px with window 6, 199.881 on Swin-L, 86.257 on the BEiT-like ViT-B.
+    Args:
+        encoder: A Swin keeps timm's initialization; a Beit or ViT gets SimMIM's (`init_like_simmim`).
+        head: "linear": a 1x1 convolution to the stride x stride pixels of each token (section 3.3). "mlp": two, with a
+            GELU between them.
+        outputs: Numbers per value: 1, or the number of color bins.
     """
 
     def __init__(self, encoder: SimMIMEncoder, head: Head = "linear", outputs: int = 1) -> None:
@@ -41,24 +42,39 @@ class SimMIM(MaskedModel):
         self.stride = self.patch * (2 ** (len(encoder.layers) - 1) if isinstance(encoder, SwinTransformer) else 1)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed.proj.out_channels))
         predict = nn.Conv2d(width, self.stride**2 * channels * outputs, 1)
-        hidden = [nn.Conv2d(width, width, 1), nn.GELU()] if head == "mlp" else []
-        self.head = nn.Sequential(*hidden, predict)
+        self.head = nn.Sequential(*([nn.Conv2d(width, width, 1), nn.GELU()] if head == "mlp" else []), predict)
         if not isinstance(encoder, SwinTransformer):
             init_like_simmim(encoder)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b n d"]:
-        """Predict all patches of normalized images, d = p*p*c*outputs in (row, column, channel, output) order."""
         self.check_mask(images, mask)
-        drive = swin.encode_replaced if isinstance(self.encoder, SwinTransformer) else vit.encode_replaced
-        found = drive(self.encoder, images, mask.hidden, self.mask_token)  # type: ignore[arg-type]
-        # PixelShuffle reads a place's values as (channel, output, row, column), SimMIM's layout; patchify gives ours.
-        return patchify(F.pixel_shuffle(self.head(found), self.stride), self.patch)
+        if isinstance(self.encoder, SwinTransformer):
+            tokens = _encode_swin(self.encoder, images, mask.hidden, self.mask_token)
+        else:
+            tokens = vit.encode_replaced(self.encoder, images, mask.hidden, self.mask_token)
+        # PixelShuffle reads values as (channel, output, row, column), SimMIM's layout.
+        return patchify(F.pixel_shuffle(self.head(tokens), self.stride), self.patch)
+
+
+def _encode_swin(
+    encoder: SwinTransformer,
+    images: Float[Tensor, "b c h w"],
+    hidden: Bool[Tensor, "b n"],
+    mask_token: Float[Tensor, "1 1 d"],
+) -> Float[Tensor, "b width rows columns"]:
+    """Return the final map. The token replaces patches after the norm of the patch embedding."""
+    x = encoder.patch_embed(images)
+    x = torch.where(hidden.view(*x.shape[:3], 1), mask_token.to(x.dtype).unsqueeze(1), x)
+    return encoder.norm(encoder.layers(x)).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
 def init_like_simmim(encoder: Beit | VisionTransformer) -> None:
-    """SimMIM's initialization of a ViT's linear layers and tokens."""
+    """Initialize a ViT as SimMIM: weights normal with std 0.02, truncated at +-0.02, residual outputs rescaled.
+
+    The last layer of each residual branch in block i (from 1) is divided by sqrt(2 i), as in BEiT.
+    """
     for layer in encoder.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)

@@ -1,1 +1,1 @@
-"""Crops, augmentation and mixing."""
+"""Crops, augmentation, mixup."""

@@ -1,7 +1,7 @@
-"""Augmentation of one image after its crop, for training with labels: RandAugment, 3-Augment, color jitter.
+"""Augmentation of cropped images for supervised training: RandAugment, 3-Augment, color jitter.
 
-What is done to an image is a function of a few uniform numbers, as a crop is, so that an interrupted run goes on with
-the very images it would have seen. The operations on pixels are Pillow's, through timm's functions.
+Like a crop, an augmentation is a function of an image and of a few uniform numbers, so that a resumed run repeats it.
+The operations are Pillow's, through timm.
 """
 
 import math
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from statistics import NormalDist
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,34 +22,32 @@ from torch import Tensor
 from pixmim.transforms.crops import Array, Crop
 
 Fill = int | tuple[int, ...]
-"""What a place shows that lies outside the image once it is moved: a value for each channel, 0 to 255."""
+"""Value of each channel, 0 to 255, outside a moved image."""
 
-_TOP = 10.0  # the greatest magnitude
+_MAX_LEVEL = 10.0
 
 
 class Augmentation(ABC):
-    """The contract of an augmentation: how many uniform numbers it takes, and what it makes of an image with them."""
+    """Base of augmentations: an image and `num_uniforms` uniform numbers to an image."""
 
-    @property
-    @abstractmethod
-    def num_uniforms(self) -> int:
-        """Uniform numbers that `apply` takes."""
+    num_uniforms: ClassVar[int]
 
     @abstractmethod
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
-        """The image, of mode RGB or L, changed as the numbers `u` in [0, 1) decide."""
+        """Return the augmented image (mode RGB or L) for uniform numbers `u` in [0, 1)."""
 
 
 @dataclass(frozen=True)
 class Augmented(Crop):
-    """A crop, and then augmentations one after another.
+    """Augment the output of a crop. uint8 only.
 
-    base   the crop; it decides the shape, and its numbers come first
-    steps  what is done to the crop
-    fill   for each channel, 0 to 255: what lies outside the image, usually the mean that is normalized with
+    Images of three channels are color images. Otherwise each channel is augmented as a grayscale image, with the same
+    numbers, so that changes of saturation have no effect.
 
-    Images of three channels are taken as colors and those of one as grey. Of any other number each channel is taken by
-    itself, with the same numbers; what changes the saturation leaves such images as they are. uint8 only.
+    Args:
+        base: Crop, whose uniform numbers come first.
+        steps: Augmentations, in order.
+        fill: Value of each channel, 0 to 255, outside a moved image; usually the mean of the normalization.
     """
 
     base: Crop
@@ -64,124 +63,120 @@ class Augmented(Crop):
         return self.base.shape
 
     def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
-        first = self.base.num_uniforms
-        self.base.crop_into(image, u[:first], out)
+        count = self.base.num_uniforms
+        self.base.crop_into(image, u[:count], out)
         if out.dtype != np.uint8:
             raise ValueError(f"images are augmented as uint8, not as {out.dtype}")
         if out.shape[2] == 3:
-            out[:] = np.asarray(self._changed(Image.fromarray(out), u[first:], self.fill))
+            out[:] = np.asarray(self._augment(Image.fromarray(out), u[count:], self.fill))
             return
         for channel, fill in enumerate(self.fill):
             plane = Image.fromarray(np.ascontiguousarray(out[..., channel]))
-            out[..., channel] = np.asarray(self._changed(plane, u[first:], fill))
+            out[..., channel] = np.asarray(self._augment(plane, u[count:], fill))
 
     def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
         return None
 
-    def _changed(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
+    def _augment(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
         for step in self.steps:
             image, u = step.apply(image, u[: step.num_uniforms], fill), u[step.num_uniforms :]
         return image
 
 
 def fill_of(mean: Sequence[float]) -> tuple[int, ...]:
-    """The fill that normalization with this mean, of values in [0, 1], makes a zero."""
+    """Return the fill that normalization with this mean (in units of [0, 1]) turns into zero."""
     return tuple(min(255, round(255 * value)) for value in mean)
 
 
-def _signed(most: float) -> Callable[[float, bool], float]:
-    return lambda level, negative: (-1 if negative else 1) * level / _TOP * most
+def _signed(limit: float) -> Callable[[float, bool], float]:
+    return lambda level, negative: (-1 if negative else 1) * level / _MAX_LEVEL * limit
 
 
 def _factor(level: float, negative: bool) -> float:
-    """1 changes nothing; up to 0.9 away from it, and never below 0.1."""
+    """Return 1 +- 0.9 * level / 10, at least 0.1; 1 changes nothing."""
     return max(0.1, 1 + _signed(0.9)(level, negative))
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """Keep so many of the highest bits. None of them is black; Pillow 13 refuses that, and timm with it."""
+    """Keep the highest bits. 0 bits give black, which Pillow 13, and timm with it, refuses."""
     mask = 256 - 2 ** (8 - bits)
     return image.point([value & mask for value in range(256)] * len(image.getbands()))
 
 
 Argument = Callable[[float, bool], float | int]
-"""From a magnitude in [0, 10] and a sign to the argument of an operation."""
+"""Function from a magnitude in [0, 10] and a sign to the argument of an operation."""
 
 OPERATIONS: dict[str, tuple[Callable[..., Image.Image], Argument | None]] = {
     "AutoContrast": (ops.auto_contrast, None),
     "Equalize": (ops.equalize, None),
     "Invert": (ops.invert, None),
     "Rotate": (ops.rotate, _signed(30.0)),  # degrees
-    "Posterize": (_posterize, lambda level, negative: 4 - int(level / _TOP * 4)),  # bits that are kept
-    "Solarize": (ops.solarize, lambda level, negative: 256 - min(256, int(level / _TOP * 256))),  # threshold
-    "SolarizeAdd": (ops.solarize_add, lambda level, negative: min(128, int(level / _TOP * 110))),
+    "Posterize": (_posterize, lambda level, negative: 4 - int(level / _MAX_LEVEL * 4)),  # bits to keep
+    "Solarize": (ops.solarize, lambda level, negative: 256 - min(256, int(level / _MAX_LEVEL * 256))),  # threshold
+    "SolarizeAdd": (ops.solarize_add, lambda level, negative: min(128, int(level / _MAX_LEVEL * 110))),
     "Color": (ops.color, _factor),
     "Contrast": (ops.contrast, _factor),
     "Brightness": (ops.brightness, _factor),
     "Sharpness": (ops.sharpness, _factor),
     "ShearX": (ops.shear_x, _signed(0.3)),
     "ShearY": (ops.shear_y, _signed(0.3)),
-    "TranslateX": (ops.translate_x_rel, _signed(0.45)),  # share of the width
+    "TranslateX": (ops.translate_x_rel, _signed(0.45)),  # fraction of the width
     "TranslateY": (ops.translate_y_rel, _signed(0.45)),
 }
-"""RandAugment's operations in timm's "increasing" form, where a greater magnitude always changes more."""
+"""RandAugment's operations in timm's "increasing" form: a larger magnitude always changes more."""
 
 
 @dataclass(frozen=True)
 class RandAugment(Augmentation):
-    """timm's rand-m9-mstd0.5-inc1, the augmentation of DeiT, MAE, ConvMAE and SimMIM when they fine-tune.
+    """timm's rand-m9-mstd0.5-inc1, with which DeiT, MAE, ConvMAE and SimMIM fine-tune (arXiv 1909.13719).
 
-    Twice one of OPERATIONS is drawn, and applied with probability one half; its magnitude, in [0, 10], is normal.
-    Moves are resampled bicubically.
+    Two random operations, each applied with probability 1/2, with bicubic resampling.
+
+    Args:
+        magnitude: Mean of the magnitude, in [0, 10].
+        deviation: Its standard deviation; magnitudes are normal, clipped to [0, 10].
     """
 
     magnitude: float = 9.0
     deviation: float = 0.5
-
-    @property
-    def num_uniforms(self) -> int:
-        return 8  # for each of two layers: which operation, whether, its magnitude and its sign
+    num_uniforms: ClassVar[int] = 8  # for each of two layers: operation, probability, magnitude, sign
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
-        for which, whether, size, sign in (u[:4], u[4:8]):
-            if whether >= 0.5:
+        for choice, probability, size, sign in (u[:4], u[4:8]):
+            if probability >= 0.5:
                 continue
-            operation, argument = OPERATIONS[list(OPERATIONS)[int(which * len(OPERATIONS))]]
-            level = min(max(NormalDist(self.magnitude, self.deviation).inv_cdf(max(size, 2.0**-54)), 0.0), _TOP)
-            given = [] if argument is None else [argument(level, sign >= 0.5)]
-            image = operation(image, *given, fillcolor=fill, resample=Image.Resampling.BICUBIC)
+            operation, argument = OPERATIONS[list(OPERATIONS)[int(choice * len(OPERATIONS))]]
+            level = min(max(NormalDist(self.magnitude, self.deviation).inv_cdf(max(size, 2.0**-54)), 0.0), _MAX_LEVEL)
+            args = [] if argument is None else [argument(level, sign >= 0.5)]
+            image = operation(image, *args, fillcolor=fill, resample=Image.Resampling.BICUBIC)
         return image
 
 
 @dataclass(frozen=True)
 class ThreeAugment(Augmentation):
-    """DeiT III's (arXiv 2204.07118, section 3): each image turns grey, is solarised, or is blurred by 0.1 to 2 px."""
+    """3-Augment of DeiT III (arXiv 2204.07118, section 3): grayscale, solarization, or a blur of 0.1 to 2 px."""
 
-    @property
-    def num_uniforms(self) -> int:
-        return 2
+    num_uniforms: ClassVar[int] = 2
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
-        which = int(u[0] * 3)
-        if which == 0:
+        choice = int(u[0] * 3)
+        if choice == 0:
             return ImageOps.grayscale(image).convert(image.mode)
-        if which == 1:
-            return ImageOps.solarize(image)  # inverts what is 128 or brighter
+        if choice == 1:
+            return ImageOps.solarize(image)  # inverts values of 128 and more
         return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * u[1]))
 
 
 @dataclass(frozen=True)
 class Jitter(Augmentation):
-    """torchvision's ColorJitter without hue: brightness, contrast and saturation, in any order, each by a factor.
+    """Change brightness, contrast and saturation in random order: torchvision's ColorJitter without hue.
 
-    strength  factors lie between 1 - strength, not below 0, and 1 + strength
+    Args:
+        strength: Factors are uniform in [max(0, 1 - strength), 1 + strength].
     """
 
     strength: float
-
-    @property
-    def num_uniforms(self) -> int:
-        return 4
+    num_uniforms: ClassVar[int] = 4
 
     def apply(self, image: Image.Image, u: Sequence[float], fill: Fill) -> Image.Image:
         low, high = max(0.0, 1 - self.strength), 1 + self.strength
@@ -193,9 +188,16 @@ class Jitter(Augmentation):
 
 
 def augmented(crop: Crop, kind: str, jitter: float, mean: Sequence[float] | Tensor) -> Crop:
-    """A crop with what a recipe names: kind "rand", "three" or "none", and a jitter of this strength, or 0.
+    """Add a fine-tuning recipe's augmentation to a crop.
 
-    The crop itself if nothing is named.
+    Args:
+        crop: The crop.
+        kind: "rand" (`RandAugment`), "three" (`ThreeAugment`) or "none".
+        jitter: Strength of `Jitter`; 0: none.
+        mean: Mean per channel of the normalization, in units of [0, 1].
+
+    Returns:
+        An `Augmented` crop, or the crop itself without augmentation.
     """
     first: dict[str, tuple[Augmentation, ...]] = {"rand": (RandAugment(),), "three": (ThreeAugment(),), "none": ()}
     steps = first[kind] + ((Jitter(jitter),) if jitter else ())

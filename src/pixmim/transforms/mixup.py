@@ -1,6 +1,6 @@
-"""What happens to a whole batch on the device before it is learnt from: erasing, mixup and CutMix, soft labels.
+"""Augmentation of batches on the device: random erasing, mixup, CutMix, soft labels.
 
-All randomness is a function of (seed, number of the batch), so that an interrupted run goes on exactly.
+Randomness is a function of (seed, number of the batch), so that a resumed run repeats it.
 """
 
 import math
@@ -18,10 +18,19 @@ Box = tuple[int, int, int, int]
 
 
 def erase(images: Float[Tensor, "b c h w"], probability: float, seed: int, number: int) -> Float[Tensor, "b c h w"]:
-    """Random erasing, pixel mode: a box of normalized images becomes standard normal noise, in place.
+    """Replace a random box by standard normal noise, in place: random erasing in pixel mode (arXiv 1708.04896).
 
-    Its area is 0.02 to 1/3 of the image's and its aspect 0.3 to 1/0.3, log-uniform; ten tries to fit it in.
-    Source: arXiv 1708.04896, as timm applies it in the recipes of DeiT, MAE and SimMIM.
+    As in the recipes of DeiT, MAE and SimMIM (timm): area of 0.02 to 1/3 of the image, aspect ratio log-uniform in
+    [0.3, 1/0.3], ten tries.
+
+    Args:
+        images: Normalized images.
+        probability: Probability of a box, per image.
+        seed: Seed of the run.
+        number: Number of the batch.
+
+    Returns:
+        The same tensor.
     """
     rows = np.arange(len(images))
     numbers = rng.uniform(seed, "erase", number, rows, 23)
@@ -35,7 +44,7 @@ def erase(images: Float[Tensor, "b c h w"], probability: float, seed: int, numbe
 
 
 def erased_box(size: tuple[int, int], u: list[float]) -> Box | None:
-    """The box that 22 uniform numbers choose in an image of `size` (h, w); None if no try fits."""
+    """Return the box for 22 uniform numbers in an image of size (h, w); None if no try fits."""
     height, width = size
     low, high = math.log(0.3), math.log(1 / 0.3)
     for k in range(10):
@@ -50,12 +59,20 @@ def erased_box(size: tuple[int, int], u: list[float]) -> Box | None:
 def mix(
     images: Float[Tensor, "b c h w"], mixup: float, cutmix: float, seed: int, number: int
 ) -> tuple[Float[Tensor, "b c h w"], float]:
-    """Mixup or CutMix of a batch with itself in reverse order; and the share that each image keeps of its own label.
+    """Mix a batch with itself in reverse order, by mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
 
-    mixup, cutmix  the share is drawn from Beta(a, a) with this a; 0: never. With both, one half of the batches each.
+    As in timm: one ratio per batch, and CutMix's ratio corrected for boxes that cross the border. With both, half of
+    the batches each.
 
-    Sources: arXiv 1710.09412 and 1905.04899; one share for a batch, and the share of CutMix corrected for boxes that
-    leave the image, as timm does.
+    Args:
+        images: Normalized images.
+        mixup: Parameter a of the ratio's Beta(a, a) distribution; 0: no mixup.
+        cutmix: Likewise for CutMix.
+        seed: Seed of the run.
+        number: Number of the batch.
+
+    Returns:
+        The mixed images, and the weight of each image's own label.
     """
     if not (mixup or cutmix):
         return images, 1.0
@@ -73,7 +90,7 @@ def mix(
 
 
 def cut_box(size: tuple[int, int], share: float, center: list[float]) -> Box:
-    """CutMix's box of the image's aspect and 1 - `share` of its area, around a uniform center, cut at the edges."""
+    """Return CutMix's box: the image's aspect ratio, 1 - share of its area, around `center`, clipped to the image."""
     ends = []
     for side, u in zip(size, center, strict=True):
         length, middle = int(side * math.sqrt(1 - share)), int(u * side)
@@ -83,9 +100,13 @@ def cut_box(size: tuple[int, int], share: float, center: list[float]) -> Box:
 
 
 def soft_labels(labels: Int[Tensor, " b"], classes: int, share: float, smoothing: float) -> Float[Tensor, "b classes"]:
-    """Probabilities to learn: `share` of an image's own label, the rest of its partner's (the batch in reverse order).
+    """Return target probabilities of a mixed batch: share * own label + (1 - share) * label in the reversed batch.
 
-    Each label is smoothed first: smoothing / classes for every class, and 1 - smoothing more for its own.
+    Args:
+        labels: Class indices.
+        classes: Number of classes.
+        share: Weight of an image's own label.
+        smoothing: Label smoothing: (1 - smoothing) * one-hot + smoothing / classes.
     """
     own = F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
     return own * share + own.flip(0) * (1 - share)

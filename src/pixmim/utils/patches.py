@@ -1,6 +1,6 @@
-"""Images as grids of patches: patchify and its inverse, sin-cos positions, patch masks drawn on pixels.
+"""Patches of images: patchify and its inverse, masks of pixels, sine-cosine positions.
 
-b batch, n patches, p patch size, c channels, h w image size in pixels, d width. Patches are numbered row by row.
+Shapes: b batch, n patches (row by row), p patch size, c channels, h w image size in pixels, d width.
 """
 
 import math
@@ -11,17 +11,18 @@ from torch import Tensor
 
 
 def grid_of(size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Rows and columns of patches in an image of `size` (h, w) pixels. Raises ValueError if they do not fit whole."""
+    """Return (rows, columns) of patches in an image of (h, w) pixels. Raises ValueError if it is not divisible."""
     h, w = size
     if h % patch or w % patch:
-        raise ValueError(f"an image of {h}x{w} pixels does not divide into patches of {patch}x{patch}")
+        raise ValueError(f"an image of {h}x{w} pixels is not divisible into patches of {patch}x{patch}")
     return h // patch, w // patch
 
 
 def patchify(images: Shaped[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b n d"]:
-    """Cut images into patches, d = p*p*c values each in the order (row, column, channel), as MAE does.
+    """Cut images into patches of d = p*p*c values in the order (row, column, channel), as MAE does.
 
-    Raises ValueError if h or w is not a multiple of `patch`.
+    Raises:
+        ValueError: If h or w is not a multiple of `patch`.
     """
     b, c, h, w = images.shape
     rows, columns = grid_of((h, w), patch)
@@ -30,7 +31,7 @@ def patchify(images: Shaped[Tensor, "b c h w"], patch: int) -> Shaped[Tensor, "b
 
 
 def unpatchify(patches: Float[Tensor, "b n d"], patch: int, size: tuple[int, int]) -> Float[Tensor, "b c h w"]:
-    """The inverse of `patchify` for images of `size` (h, w). Raises ValueError if n or d does not fit that size."""
+    """Invert `patchify` for images of size (h, w). Raises ValueError if n or d does not match."""
     b, n, d = patches.shape
     rows, columns = grid_of(size, patch)
     if n != rows * columns or d % (patch * patch):
@@ -42,41 +43,41 @@ def unpatchify(patches: Float[Tensor, "b n d"], patch: int, size: tuple[int, int
 
 
 def hidden_pixels(hidden: Bool[Tensor, "b n"], patch: int, size: tuple[int, int]) -> Bool[Tensor, "b 1 h w"]:
-    """A mask over patches drawn on the pixels of an image of `size` (h, w): True where the pixel is hidden."""
+    """Expand a mask of patches to the pixels of an image of size (h, w)."""
     rows, columns = grid_of(size, patch)
     blocks = hidden.reshape(-1, 1, rows, 1, columns, 1)
     return blocks.expand(-1, 1, rows, patch, columns, patch).reshape(-1, 1, *size)
 
 
 def hidden_share(hidden: Bool[Tensor, "b n"], patch: int, size: tuple[int, int]) -> Float[Tensor, "b m"]:
-    """The share of each patch of `patch` pixels that is hidden, by a mask over patches of that size or finer ones.
+    """Return the hidden fraction of each patch of `patch` pixels, for a mask of patches of that size or smaller.
 
-    Exactly 0 or 1 where the sizes are the same. Raises ValueError if the mask's patches do not fill larger ones whole.
+    Raises:
+        ValueError: If `patch` is not a multiple of the mask's patch size.
     """
     n, (h, w) = hidden.shape[1], size
     finer = math.isqrt(h * w // n)
     if n * finer * finer != h * w or patch % finer:
-        raise ValueError(f"a mask of {n} patches over {h}x{w} pixels does not go with patches of {patch}x{patch}")
+        raise ValueError(f"a mask of {n} patches over {h}x{w} pixels does not match patches of {patch}x{patch}")
     (rows, columns), times = grid_of(size, patch), patch // finer
     return hidden.float().reshape(-1, rows, times, columns, times).mean(dim=(2, 4)).flatten(1)
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "n d"]:
-    """MAE's fixed 2-D sine-cosine table for a grid of (rows, columns) patches, computed in float64, given in float32.
+    """Return MAE's fixed 2-D sine-cosine positions for (rows, columns) patches, computed in float64.
 
-    Half of the `width` encodes the column (first) and half the row; within a half, sines come before cosines, with
-    frequencies 10000^(-k/m), k = 0..m-1, m = width/4. Raises ValueError if `width` is not a multiple of 4.
+    The first half of the width encodes the column, the second the row: [sin(x w_k), cos(x w_k)] with
+    w_k = 10000^(-k/m), k = 0 .. m-1, m = width/4.
+
+    Raises:
+        ValueError: If the width is not a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {width}")
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")
     m = width // 4
     frequency = 10000.0 ** (-torch.arange(m, dtype=torch.float64) / m)
-
-    def along(count: int) -> Tensor:
-        angle = torch.arange(count, dtype=torch.float64)[:, None] * frequency
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
+    angles = [torch.arange(count, dtype=torch.float64)[:, None] * frequency for count in grid]
+    by_row, by_column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)
     rows, columns = grid
-    by_column = along(columns)[None, :, :].expand(rows, -1, -1)
-    by_row = along(rows)[:, None, :].expand(-1, columns, -1)
+    by_column, by_row = by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1)
     return torch.cat([by_column, by_row], dim=2).reshape(rows * columns, width).float()

@@ -1,10 +1,10 @@
-"""Randomness as a function: (seed, stream, epoch or step, index) -> numbers.
+"""Stateless random numbers: functions of (seed, stream, epoch or step, index).
 
-Nothing here has a state, so there is nothing to save in a checkpoint: a run that resumes in the middle of an epoch,
-or spreads its batch over other threads or machines, computes the very numbers it would have computed.
+Without state there is nothing to save in a checkpoint. A run that resumes within an epoch, or distributes its batches
+over other threads or machines, computes the same numbers.
 
-Each number is a hash of its coordinates: a counter times the 64-bit golden ratio, through the finaliser of
-SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), vectorised in NumPy.
+Each number is a hash of its coordinates: a counter times the 64-bit golden ratio, through the finalizer of SplitMix64
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), vectorized in NumPy.
 """
 
 import zlib
@@ -21,7 +21,7 @@ _ROUNDS = 8
 
 
 def _mix(x: Bits) -> Bits:
-    """SplitMix64's finaliser: every input bit moves every output bit. Multiplication wraps modulo 2^64 on purpose."""
+    """Apply SplitMix64's finalizer. Multiplication wraps modulo 2^64 on purpose."""
     x = (x ^ (x >> np.uint64(30))) * _MULTIPLY_1
     x = (x ^ (x >> np.uint64(27))) * _MULTIPLY_2
     return x ^ (x >> np.uint64(31))
@@ -32,10 +32,14 @@ def _absorb(key: Bits, value: Bits) -> Bits:
 
 
 def bits(seed: int, stream: str, epoch: npt.ArrayLike, indices: npt.ArrayLike, count: int) -> Bits:
-    """Uniform 64-bit integers of shape (len(indices), count); row i depends on nothing but its own epoch and index.
+    """Return uniform 64-bit integers of shape (len(indices), count).
 
-    `stream` names the purpose ("order", "crop", "mask"), so that two uses of one seed share no numbers. `epoch` is
-    one for all rows, or one for each.
+    Args:
+        seed: Seed of the run.
+        stream: Purpose, such as "order", "crop" or "mask": streams of one seed share no numbers.
+        epoch: One for all rows, or one for each.
+        indices: Index of each row, which depends on no other row.
+        count: Numbers per row.
     """
     key = np.zeros(1, np.uint64)
     for word in (np.uint64(seed % 2**64), np.uint64(zlib.crc32(stream.encode())), epoch, indices):
@@ -46,46 +50,51 @@ def bits(seed: int, stream: str, epoch: npt.ArrayLike, indices: npt.ArrayLike, c
 def uniform(
     seed: int, stream: str, epoch: npt.ArrayLike, indices: npt.ArrayLike, count: int
 ) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1) of shape (len(indices), count), multiples of 2^-53."""
+    """Return uniform numbers in [0, 1), multiples of 2^-53, with the arguments of `bits`."""
     return np.multiply(bits(seed, stream, epoch, indices, count) >> np.uint64(11), 2.0**-53, dtype=np.float64)
 
 
 def key(seed: int, stream: str, epoch: int) -> int:
-    """A seed, of 63 bits, for a generator of another library."""
+    """Return a seed of 63 bits for another library's generator."""
     return int(bits(seed, stream, epoch, [0], 1)[0, 0] >> np.uint64(1))
 
 
 def shuffled(
     seed: int, stream: str, epoch: npt.ArrayLike, count: npt.ArrayLike, places: npt.ArrayLike, part: npt.ArrayLike = 0
 ) -> npt.NDArray[np.int64]:
-    """Which of `count` things stands at each place of a random order: int64, of the shape of `places` (1-d).
+    """Return the entries at some positions of a random permutation of 0 .. count - 1, without computing the others.
 
-    For each (seed, stream, epoch, part) a permutation of 0 .. count - 1, of which only what is asked for is computed:
-    a hundred million things cost no more than ten. `epoch`, `count` and `part` are one for all places, or one for each.
+    Each (seed, stream, epoch, part) has its own permutation: a Feistel network over pairs (l, r) of numbers below a
+    and b, a b >= count. Each round adds to one number a hash of the other (Black and Rogaway, "Ciphers with arbitrary
+    finite domains", CT-RSA 2002). Results of count or more pass through the network again.
 
-    A Feistel network over pairs (l, r) of numbers below a and b, a b >= count, whose rounds add to one number a hash of
-    the other (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002); what falls beyond count - 1
-    goes through it again until it does not.
+    Args:
+        seed: Seed of the run.
+        stream: Purpose, as for `bits`.
+        epoch: One for all positions, or one for each; likewise `count` and `part`.
+        count: Length of the permutation.
+        places: Positions (n).
+        part: Number of the permutation within the epoch.
     """
     x = np.array(places, np.uint64)
     n = np.broadcast_to(np.asarray(count, np.uint64), x.shape)
     keys = np.broadcast_to(bits(seed, stream, epoch, part, _ROUNDS), (len(x), _ROUNDS))
     a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
     b = (n + a - np.uint64(1)) // a
-    left = np.arange(len(x))  # rows that are not below their count yet
-    while len(left):
-        x[left] = _network(x[left], a[left], b[left], keys[left])
-        left = left[x[left] >= n[left]]
+    pending = np.arange(len(x))  # rows that are not below their count yet
+    while len(pending):
+        x[pending] = _network(x[pending], a[pending], b[pending], keys[pending])
+        pending = pending[x[pending] >= n[pending]]
     return x.astype(np.int64)
 
 
 def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    """The whole order of one epoch over `count` samples: int64 (count,)."""
+    """Return the full order of an epoch over `count` samples."""
     return shuffled(seed, "order", epoch, count, np.arange(count))
 
 
 def _network(x: Bits, a: Bits, b: Bits, keys: Bits) -> Bits:
-    l, r = x // b, x % b  # noqa: E741 (Feistel's own names)
+    l, r = x // b, x % b  # noqa: E741 (names of a Feistel network)
     for i in range(0, _ROUNDS, 2):
         l = (l + _absorb(keys[:, i], r) % a) % a  # noqa: E741
         r = (r + _absorb(keys[:, i + 1], l) % b) % b

@@ -1,8 +1,8 @@
-"""What settings may be: ranges beside the fields of settings, and the keywords that a model takes.
+"""Ranges of settings, and the model keywords that files and users may set.
 
-Keywords come from files (metadata of weights, a run's config.json) and from the command line, and end in timm's
-constructors, whose other keywords name files, URLs and classes. Whoever builds a model passes `check_options` and
-`check_name` first.
+Keywords come from files (metadata of weights, config.json) and from the command line, and are passed to timm's
+constructors, which have other keywords that name files, URLs and classes. Call `check_name` and `check_options` before
+building a model.
 """
 
 import re
@@ -20,125 +20,84 @@ MAX_SIDE = 16_384
 MAX_CHANNELS = 4_096
 
 MAX_WIDTH = 16_384
-"""Largest width of a layer; the widest published ViT has 6,144."""
+"""Largest layer width; the widest published ViT has 6,144."""
 
 MAX_DEPTH = 96
-"""Most blocks, in all stages together; the deepest published ViT has 48."""
+"""Largest number of blocks over all stages; the deepest published ViT has 48."""
 
+_MAX_TEXT = 2**16
 _NAME = re.compile(r"[a-z0-9_]{1,100}(\.[a-z0-9_]{1,100})?")
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A whole number, or up to `many` of them; `together` bounds their sum too."""
+class Integer:
+    """An integer from `low` to `high`, or up to `max_length` of them; `limit_sum` bounds their sum by `high` too."""
 
-    least: int
-    most: int
-    many: int = 1
-    together: bool = False
+    low: int
+    high: int
+    max_length: int = 1
+    limit_sum: bool = False
 
     def takes(self, value: object) -> bool:
-        values = value if isinstance(value, list | tuple) and 1 <= len(value) <= self.many > 1 else [value]
-        fits = all(type(one) is int and self.least <= one <= self.most for one in values)
-        return fits and not (self.together and sum(values) > self.most)
+        values = value if isinstance(value, list | tuple) and 1 <= len(value) <= self.max_length > 1 else [value]
+        valid = all(type(item) is int and self.low <= item <= self.high for item in values)
+        return valid and not (self.limit_sum and sum(values) > self.high)
 
     def __str__(self) -> str:
-        several = f", or up to {self.many} of them" if self.many > 1 else ""
-        return f"a whole number from {self.least} to {self.most:,}{several}{' in all' if self.together else ''}"
+        several = f", or up to {self.max_length} of them" if self.max_length > 1 else ""
+        return f"an integer from {self.low} to {self.high:,}{several}{' in all' if self.limit_sum else ''}"
 
 
 @dataclass(frozen=True)
 class Real:
-    """A number from `least` to `most`. `above`, `below`: these themselves excluded."""
+    """A number from `low` to `high`; `above` and `below` exclude the bounds themselves."""
 
-    least: float
-    most: float
+    low: float
+    high: float
     above: bool = False
     below: bool = False
 
     def takes(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
-        low = self.least < value if self.above else self.least <= value
-        return low and (value < self.most if self.below else value <= self.most)  # NaN fails
+        above_low = self.low < value if self.above else self.low <= value
+        return above_low and (value < self.high if self.below else value <= self.high)  # NaN fails
 
     def __str__(self) -> str:
         low, high = "above" if self.above else "from", "and below" if self.below else "to"
-        return f"a number {low} {self.least:g} {high} {self.most:g}"
+        return f"a number {low} {self.low:g} {high} {self.high:g}"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text that matches a pattern; `about` describes it."""
+    """A text that matches a pattern."""
 
     pattern: str
-    about: str
+    description: str
 
     def takes(self, value: object) -> bool:
         return isinstance(value, str) and re.fullmatch(self.pattern, value, re.DOTALL) is not None
 
     def __str__(self) -> str:
-        return self.about
+        return self.description
 
 
 @dataclass(frozen=True)
 class Choice:
+    """One of some values, of the same type."""
+
     values: tuple[object, ...]
 
     def takes(self, value: object) -> bool:
-        return any(type(value) is type(one) and value == one for one in self.values)
+        return any(type(value) is type(choice) and value == choice for choice in self.values)
 
     def __str__(self) -> str:
-        return "one of " + ", ".join(repr(one) for one in self.values)
-
-
-_FLAG = Choice((True, False))
-_RATE = Real(0, 1)
-
-KEYWORDS: dict[str, Whole | Real | Choice] = {
-    # of every backbone
-    "img_size": Whole(1, MAX_SIDE, many=2),
-    "in_chans": Whole(1, MAX_CHANNELS),
-    "num_classes": Whole(0, 1_000_000),
-    "patch_size": Whole(1, 1_024, many=2),
-    "embed_dim": Whole(1, MAX_WIDTH, many=5),
-    "depth": Whole(1, MAX_DEPTH, many=5, together=True),
-    "depths": Whole(1, MAX_DEPTH, many=5, together=True),
-    "num_heads": Whole(1, 1_024, many=5),
-    "head_dim": Whole(1, 1_024),
-    "window_size": Whole(1, 1_024, many=5),
-    "mlp_ratio": Real(0.01, 64),
-    "norm_eps": Real(0, 0.1),
-    "init_values": Real(0, 100),
-    "head_init_scale": Real(0, 100),
-    "reg_tokens": Whole(0, 1_024),
-    "global_pool": Choice(("", "avg", "avgmax", "max", "token", "map", "prr")),
-    "pos_embed": Choice(("", "none", "learn")),
-    **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), _RATE),
-    **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), _RATE),
-    **dict.fromkeys(("qkv_bias", "qk_norm", "proj_bias", "scale_attn_norm", "scale_mlp_norm"), _FLAG),
-    **dict.fromkeys(("class_token", "no_embed_class", "pool_include_prefix", "fix_init"), _FLAG),
-    **dict.fromkeys(("pre_norm", "final_norm", "fc_norm", "use_fc_norm"), _FLAG),
-    **dict.fromkeys(("use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"), _FLAG),
-    **dict.fromkeys(("swiglu_mlp", "scale_mlp", "always_partition"), _FLAG),
-    # of what decodes
-    "decoder_dim": Whole(1, MAX_WIDTH),
-    "decoder_depth": Whole(0, MAX_DEPTH),
-    "decoder_heads": Whole(1, 1_024),
-    "decoder_stride": Whole(1, 1_024),
-    "predict_patch": Whole(0, MAX_SIDE),
-    "outputs": Whole(1, 4_096),
-    "head": Choice(("linear", "mlp")),
-}
-
-
-NOT_OF_TIMM = ("norm_eps",)
-"""Keywords that pixmim carries out itself, since no constructor of timm's takes them."""
+        return "one of " + ", ".join(repr(choice) for choice in self.values)
 
 
 @dataclass(frozen=True)
 class Sides:
-    """A side in pixels, or HEIGHTxWIDTH; with `empty`, or nothing for a model's own."""
+    """A side in pixels, or HEIGHTxWIDTH; with `empty`, an empty text too."""
 
     empty: bool = False
 
@@ -149,41 +108,86 @@ class Sides:
         return f"a number of pixels such as 224, or HEIGHTxWIDTH such as 192x384, at most {MAX_SIDE:,} each"
 
 
+Rule = Integer | Real | Choice | Text | Sides
+
+Positive = Annotated[float, Real(0, 1e9, above=True)]
+Count = Annotated[int, Integer(1, 999_999_999)]
+NonNegative = Annotated[int, Integer(0, 999_999_999)]
+Seed = Annotated[int, Integer(0, 2**63 - 1)]
+Threads = Annotated[int, Integer(0, 1_024)]
+Share = Annotated[float, Real(0, 1)]
+LearningRate = Annotated[float, Real(0, 100, above=True)]
+Data = Annotated[str, Text(".+", "data: a folder or another source that --data takes")]
+Device = Annotated[str, Text(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", "auto, cpu, cuda, cuda:1 or mps")]
+Size = Annotated[str, Sides()]
+
+_FLAG = Choice((True, False))
+_RATE = Real(0, 1)
+
+KEYWORDS: dict[str, Integer | Real | Choice] = {
+    # backbones
+    "img_size": Integer(1, MAX_SIDE, max_length=2),
+    "in_chans": Integer(1, MAX_CHANNELS),
+    "num_classes": Integer(0, 1_000_000),
+    "patch_size": Integer(1, 1_024, max_length=2),
+    "embed_dim": Integer(1, MAX_WIDTH, max_length=5),
+    "depth": Integer(1, MAX_DEPTH, max_length=5, limit_sum=True),
+    "depths": Integer(1, MAX_DEPTH, max_length=5, limit_sum=True),
+    "num_heads": Integer(1, 1_024, max_length=5),
+    "head_dim": Integer(1, 1_024),
+    "window_size": Integer(1, 1_024, max_length=5),
+    "mlp_ratio": Real(0.01, 64),
+    "norm_eps": Real(0, 0.1),
+    "init_values": Real(0, 100),
+    "head_init_scale": Real(0, 100),
+    "reg_tokens": Integer(0, 1_024),
+    "global_pool": Choice(("", "avg", "avgmax", "max", "token", "map", "prr")),
+    "pos_embed": Choice(("", "none", "learn")),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), _RATE),
+    **dict.fromkeys(("attn_drop_rate", "drop_path_rate"), _RATE),
+    **dict.fromkeys(("qkv_bias", "qk_norm", "proj_bias", "scale_attn_norm", "scale_mlp_norm"), _FLAG),
+    **dict.fromkeys(("class_token", "no_embed_class", "pool_include_prefix", "fix_init"), _FLAG),
+    **dict.fromkeys(("pre_norm", "final_norm", "fc_norm", "use_fc_norm"), _FLAG),
+    **dict.fromkeys(("use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"), _FLAG),
+    **dict.fromkeys(("swiglu_mlp", "scale_mlp", "always_partition"), _FLAG),
+    # decoders and heads
+    "decoder_dim": Integer(1, MAX_WIDTH),
+    "decoder_depth": Integer(0, MAX_DEPTH),
+    "decoder_heads": Integer(1, 1_024),
+    "decoder_stride": Integer(1, 1_024),
+    "predict_patch": Integer(0, MAX_SIDE),
+    "outputs": Integer(1, 4_096),
+    "head": Choice(("linear", "mlp")),
+}
+
+NOT_OF_TIMM = ("norm_eps",)
+"""Keywords that pixmim applies itself, because timm's constructors do not take them."""
+
+
 def parse_size(text: str) -> tuple[int, int] | None:
-    """Return height and width, or None for a text that is not a size."""
+    """Return (height, width) of a text such as 224 or 192x384, or None if it is not a size."""
     if not re.fullmatch(r"(?i)[0-9]{1,8}(x[0-9]{1,8})?", text):
         return None
     sides = [int(side) for side in text.lower().split("x")]
     return (sides[0], sides[-1]) if all(1 <= side <= MAX_SIDE for side in sides) else None
 
 
-Rule = Whole | Real | Choice | Text | Sides
-
-Positive = Annotated[float, Real(0, 1e9, above=True)]
-Count = Annotated[int, Whole(1, 999_999_999)]
-Some = Annotated[int, Whole(0, 999_999_999)]
-Seed = Annotated[int, Whole(0, 2**63 - 1)]
-Threads = Annotated[int, Whole(0, 1_024)]
-Share = Annotated[float, Real(0, 1)]
-LearningRate = Annotated[float, Real(0, 100, above=True)]
-Rate = Annotated[float, Real(0, 100)]
-"""A learning rate at an end of a schedule."""
-Data = Annotated[str, Text(".+", "data: a folder or what else --data takes")]
-Device = Annotated[str, Text(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", "auto, cpu, cuda, cuda:1 or mps")]
-Size = Annotated[str, Sides()]
-
-
 class Settings:
-    """Settings whose fields are checked, by the rules that annotate them, whenever some are made."""
+    """Base of settings dataclasses, whose fields are checked against their annotations on construction."""
 
     def __post_init__(self) -> None:
         check(self)
 
 
 def check(settings: Any, prefix: str = "--") -> None:
-    """Raise UserError for a field whose value breaks the rule that annotates it, or is of another type.
+    """Check all fields of a dataclass, and of dataclasses in it, against their types and rules.
 
-    The message names the field as its flag, which begins with `prefix`.
+    Args:
+        settings: The dataclass.
+        prefix: Prefix of the flags in messages.
+
+    Raises:
+        UserError: If a value is invalid. The message names its flag.
     """
     for name, hint in hints_of(settings.__class__).items():
         value, flag = getattr(settings, name), prefix + name.replace("_", "-")
@@ -196,13 +200,13 @@ def check(settings: Any, prefix: str = "--") -> None:
 
 @cache
 def hints_of(cls: Any) -> dict[str, Any]:
-    """Return the type of each field of a dataclass, with the rules that annotate it."""
+    """Return the type of each field of a dataclass, with its rules."""
     hints = get_type_hints(cls, include_extras=True)
-    return {one.name: hints[one.name] for one in fields(cls)}
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def check_value(flag: str, value: object, hint: Any) -> None:
-    """Raise UserError unless a flag's value is of its type and keeps the rules that annotate it."""
+    """Raise UserError, naming the flag, unless a value has its type and obeys its rules."""
     if isinstance(value, dict):
         check_options(value)
     expected = _expected(value, hint)
@@ -211,53 +215,61 @@ def check_value(flag: str, value: object, hint: Any) -> None:
 
 
 def _expected(value: object, hint: Any) -> str:
-    """Return what should stand in place of a value, or an empty text if it fits."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if isinstance(hint, TypeVar):  # of settings that may be left out
+    """Describe the values that a type with rules takes; empty if `value` is one of them."""
+    origin, args = get_origin(hint), get_args(hint)
+    if isinstance(hint, TypeVar):  # of settings that may be unset
         return _expected(value, type(None))
-    if kind is Annotated:
+    if origin is Annotated:
         rule = next((mark for mark in hint.__metadata__ if isinstance(mark, Rule)), None)
-        if rule is None or isinstance(rule, Text) or get_origin(inner[0]) is None:
-            return _expected(value, inner[0]) if rule is None or rule.takes(value) else str(rule)
-        several = value if isinstance(value, tuple) else (value,)
-        numbers = [one for one in several if isinstance(one, int | float)]  # None and words are the type's business
-        return _expected(value, inner[0]) or ("" if all(map(rule.takes, numbers)) else str(rule))
-    if kind in (Union, UnionType):
-        found = [_expected(value, one) for one in inner]
-        return "" if "" in found else " or ".join(found)
-    if kind is Literal:
-        fits = any(type(value) is type(one) and value == one for one in inner)
-        return "" if fits else "one of " + ", ".join(map(str, inner))
-    if kind is tuple:
-        any_number = inner[-1] is Ellipsis
-        if not isinstance(value, tuple) or not (any_number or len(value) == len(inner)):
-            return "several values" if any_number else f"{len(inner)} values"
-        return next(filter(None, map(_expected, value, inner[:1] * len(value) if any_number else inner)), "")
-    if hint is float:
-        return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
-    if hint is str:
-        return "" if isinstance(value, str) and "\0" not in value else "a text"
-    if kind is dict:
-        return "" if isinstance(value, dict) else "names and values"
-    if hint in (int, bool, type(None)):
-        word = {int: "a whole number", bool: "true or false", type(None): "nothing"}[hint]
-        return "" if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)) else word
-    return ""
+        if rule is None or isinstance(rule, Text) or get_origin(args[0]) is None:
+            return _expected(value, args[0]) if rule is None or rule.takes(value) else str(rule)
+        values = value if isinstance(value, tuple) else (value,)
+        numbers = [item for item in values if isinstance(item, int | float)]  # the type decides about None and words
+        return _expected(value, args[0]) or ("" if all(map(rule.takes, numbers)) else str(rule))
+    if origin in (Union, UnionType):
+        expected = [_expected(value, option) for option in args]
+        return "" if "" in expected else " or ".join(expected)
+    if origin is Literal:
+        return "" if Choice(args).takes(value) else "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        any_length = args[-1] is Ellipsis
+        if not isinstance(value, tuple) or not (any_length or len(value) == len(args)):
+            return "several values" if any_length else f"{len(args)} values"
+        return next(filter(None, map(_expected, value, args[:1] * len(value) if any_length else args)), "")
+    description, valid = {
+        float: ("a number", isinstance(value, int | float) and not isinstance(value, bool)),
+        int: ("an integer", type(value) is int),
+        bool: ("true or false", isinstance(value, bool)),
+        str: ("a text", isinstance(value, str) and _is_valid_text(value)),
+        dict: ("names and values", isinstance(value, dict)),
+        type(None): ("nothing", value is None),
+    }.get(origin or hint, ("", True))
+    return "" if valid else description
+
+
+def _is_valid_text(text: str) -> bool:
+    """Return True if the operating system takes the text as part of a path."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # an unpaired surrogate
+        return False
+    return len(text) <= _MAX_TEXT and "\0" not in text
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise UserError unless each is a known keyword with a value of its type, within its bounds."""
+    """Raise UserError unless each option is a known keyword with a valid value."""
     for name, value in options.items():
-        kind = KEYWORDS.get(name)
-        if kind is None:
+        rule = KEYWORDS.get(name)
+        if rule is None:
             raise UserError(f"a model has no option {shown(name)}{did_you_mean(name, KEYWORDS)}")
-        if not kind.takes(value):
-            raise UserError(f"the model's option '{name}' must be {kind}, not {shown(value)}")
+        if not rule.takes(value):
+            raise UserError(f"the model's option '{name}' must be {rule}, not {shown(value)}")
 
 
 def check_name(backbone: str) -> None:
-    """Raise UserError unless it is the plain name of a model, such as vit_base_patch16_224.augreg_in21k: no path, no
-    URL, no other source of timm's (hf-hub:, local-dir:).
+    """Raise UserError unless it is a plain model name, such as vit_base_patch16_224.augreg_in21k.
+
+    Paths, URLs and timm's other sources (hf-hub:, local-dir:) are refused.
     """
     if not isinstance(backbone, str) or not _NAME.fullmatch(backbone):
         raise UserError(f"{shown(backbone)} is not the plain name of a model, such as vit_base_patch16_224")

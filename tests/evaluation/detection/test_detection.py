@@ -291,10 +291,10 @@ def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
         ({"data": "coco"}, "leave out --train"),
         ({"train": "", "test": "", "data": str(tmp_path / "coco")}, "instances_train2017.json cannot be read"),
         ({"batch_size": 3, "accumulation_steps": 2}, "does not divide"),
-        ({"steps": 0}, "--steps must be a whole number from 1"),
-        ({"window": 0}, "--window must be a whole number from 1 to 1,024, not 0"),
+        ({"steps": 0}, "--steps must be an integer from 1"),
+        ({"window": 0}, "--window must be an integer from 1 to 1,024, not 0"),
         ({"jitter": (0.0, 1.0)}, "--jitter must be a number from 0.01"),
-        ({"size": 36}, "does not divide into the 8x8 patches"),
+        ({"size": 36}, "not divisible into 8x8 patches"),
     ):
         with pytest.raises(UserError, match=match):
             dict(detection.evaluate_detection(context, replace(TINY, **changes)))  # type: ignore[arg-type]
