@@ -58,7 +58,8 @@ def test_a_run_on_the_gpu_agrees_with_the_cpu(tiny_run: Callable[..., PretrainCo
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_deep_images_are_exact_on_the_gpu(dtype: str, tiny_run: Callable[..., PretrainConfig], tmp_path: Path) -> None:
     mean, std, flip = torch.rand(5), torch.rand(5) + 0.1, torch.tensor([True, False])
-    images = torch.stack([SyntheticShapes(image_spec=ImageSpec(5, dtype)).image(i)[:, :32, :32].float() for i in range(2)])  # type: ignore[arg-type]
+    shapes = SyntheticShapes(image_spec=ImageSpec(5, dtype))  # type: ignore[arg-type]
+    images = torch.stack([shapes.image(i)[:, :32, :32].float() for i in range(2)])
     images = images.to(getattr(torch, dtype)).pin_memory()
     done = flip_and_normalize(images.to("cuda", non_blocking=True), flip.to("cuda"), mean.to("cuda"), std.to("cuda"))
     torch.testing.assert_close(done.cpu(), flip_and_normalize(images, flip, mean, std), atol=1e-5, rtol=1e-5)

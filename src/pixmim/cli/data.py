@@ -15,7 +15,7 @@ from pixmim.cli.flags import absolute, checked
 from pixmim.utils.console import cell, print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_writable
-from pixmim.utils.validation import MAX_CHANNELS, Count, Real, Size, NonNegative, Threads, Integer
+from pixmim.utils.validation import MAX_CHANNELS, Count, Integer, NonNegative, Real, Size, Threads
 
 _INSPECTED = 200  # images whose files `pixmim stats` inspects for channels and dtype
 

@@ -15,7 +15,7 @@ from pixmim.config import PretrainConfig
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_output, write_text_atomically
-from pixmim.utils.validation import Count, Positive, Settings, NonNegative, Integer
+from pixmim.utils.validation import Count, Integer, NonNegative, Positive, Settings
 
 
 @dataclass(frozen=True)
