@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pixmim.models import convmae, swin, vit
-from pixmim.models.base import Features, MaskedModel, not_used
+from pixmim.models.base import Features, MaskedModel, unsupported_encoder
 from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM
 from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
@@ -103,7 +103,7 @@ def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
         return _with_eps(_timm(backbone, **options), eps)
 
 
-def published(name: str, classes: int = 0) -> nn.Module:
+def create_pretrained(name: str, classes: int = 0) -> nn.Module:
     """One of timm's models with its published weights, which timm downloads or finds in its cache. Raises UserError."""
     check_name(name)
     return _timm(name, pretrained=True, num_classes=classes)
@@ -120,7 +120,7 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
         return swin.features(encoder, images)
     if isinstance(encoder, convmae.ConvMAEEncoder):
         return convmae.features(encoder, images, blocks)
-    raise not_used(encoder)
+    raise unsupported_encoder(encoder)
 
 
 def _convmae_encoder(backbone: str, **options: Any) -> convmae.ConvMAEEncoder:

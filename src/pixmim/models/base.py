@@ -10,7 +10,7 @@ from pixmim.masking import Mask
 from pixmim.utils.errors import UserError
 
 
-def not_used(encoder: nn.Module) -> UserError:
+def unsupported_encoder(encoder: nn.Module) -> UserError:
     """Return the error for a module that is none of the encoders that pixmim drives."""
     kind = type(encoder).__name__
     return UserError(f"{kind} is not an encoder that pixmim uses: it takes timm's ViT, Beit and Swin, and ConvMAE")

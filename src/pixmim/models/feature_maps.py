@@ -8,7 +8,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pixmim.models.base import not_used
+from pixmim.models.base import unsupported_encoder
 from pixmim.models.convmae import ConvMAEEncoder
 
 
@@ -35,7 +35,7 @@ def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Ten
         first, second, tokens = encoder.stages(images)
         third = encoder.blocks3(tokens).transpose(1, 2).unflatten(2, encoder.grid)
         return [first, second, third, nn.functional.max_pool2d(third, 2, ceil_mode=True)]
-    raise not_used(encoder)
+    raise unsupported_encoder(encoder)
 
 
 def widths(encoder: nn.Module) -> list[int]:
@@ -46,4 +46,4 @@ def widths(encoder: nn.Module) -> list[int]:
         return [stage["num_chs"] for stage in encoder.feature_info]
     if isinstance(encoder, ConvMAEEncoder):
         return [*encoder.embed_dim, encoder.embed_dim[2]]
-    raise not_used(encoder)
+    raise unsupported_encoder(encoder)

@@ -7,7 +7,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pixmim.models.base import not_used
+from pixmim.models.base import unsupported_encoder
 from pixmim.models.convmae import ConvMAEEncoder
 
 _VIT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre")
@@ -32,7 +32,7 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
         stages: Any = encoder.layers
         depths = [len(stage.blocks) for stage in stages]
         return {n: _of_swin(n, depths) for n, _ in encoder.named_parameters()}
-    raise not_used(encoder)
+    raise unsupported_encoder(encoder)
 
 
 def not_decayed(encoder: nn.Module) -> tuple[str, ...]:
