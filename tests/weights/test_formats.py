@@ -207,45 +207,45 @@ def test_a_probe_of_the_corner_token_of_convmae_is_ignored(tmp_path: Path) -> No
 # ---- wrappers of training code
 
 
-def prefixed(prefix: str, state: State, shift: float = 0.0) -> State:
+def under(prefix: str, state: State, shift: float = 0.0) -> State:
     return {f"{prefix}{name}": value + shift for name, value in state.items()}
 
 
 ENCODER = random(official.vit() | norm("norm", DIM))
 HEAD: State = {"projector.0.weight": torch.ones(3, 3), "criterion.center": torch.ones(1, 3)}
 WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
-    "Lightning": ({"state_dict": prefixed("model.backbone.", ENCODER) | HEAD}, {}, 0),
-    "Lightning, compiled": ({"state_dict": prefixed("_orig_mod.module.model.encoder.", ENCODER) | HEAD}, {}, 0),
-    "DDP": ({"model": prefixed("module.", ENCODER)}, {}, 0),
+    "Lightning": ({"state_dict": under("model.backbone.", ENCODER) | HEAD}, {}, 0),
+    "Lightning, compiled": ({"state_dict": under("_orig_mod.module.model.encoder.", ENCODER) | HEAD}, {}, 0),
+    "DDP": ({"model": under("module.", ENCODER)}, {}, 0),
     "solo-learn": (
-        {"state_dict": prefixed("momentum_backbone.", ENCODER, 1) | prefixed("backbone.", ENCODER) | HEAD}, {}, 0
+        {"state_dict": under("momentum_backbone.", ENCODER, 1) | under("backbone.", ENCODER) | HEAD}, {}, 0
     ),
     "solo-learn's average": (
-        {"state_dict": prefixed("momentum_backbone.", ENCODER, 1) | prefixed("backbone.", ENCODER) | HEAD},
+        {"state_dict": under("momentum_backbone.", ENCODER, 1) | under("backbone.", ENCODER) | HEAD},
         {"prefix": "momentum_backbone."}, 1,
     ),
     "lightly's DINO": (
-        {"state_dict": prefixed("student_backbone.", ENCODER) | prefixed("teacher_backbone.vit.", ENCODER, 1) | HEAD},
+        {"state_dict": under("student_backbone.", ENCODER) | under("teacher_backbone.vit.", ENCODER, 1) | HEAD},
         {"prefix": "teacher_backbone"}, 1,
     ),
     "DINO": (
-        {"student": prefixed("module.backbone.", ENCODER), "teacher": prefixed("backbone.", ENCODER, 1) | HEAD}, {}, 1
+        {"student": under("module.backbone.", ENCODER), "teacher": under("backbone.", ENCODER, 1) | HEAD}, {}, 1
     ),
     "DINO's student": (
-        {"student": prefixed("module.backbone.", ENCODER), "teacher": prefixed("backbone.", ENCODER, 1)},
+        {"student": under("module.backbone.", ENCODER), "teacher": under("backbone.", ENCODER, 1)},
         {"prefix": "student"}, 0,
     ),
     "DINO's student by its full name": (
-        {"student": prefixed("module.backbone.", ENCODER), "teacher": prefixed("backbone.", ENCODER, 1)},
+        {"student": under("module.backbone.", ENCODER), "teacher": under("backbone.", ENCODER, 1)},
         {"prefix": "student.module.backbone"}, 0,
     ),
     "MoCo v3": (
-        {"state_dict": prefixed("module.momentum_encoder.", ENCODER, 1) | prefixed("module.base_encoder.", ENCODER)}, {}, 0
+        {"state_dict": under("module.momentum_encoder.", ENCODER, 1) | under("module.base_encoder.", ENCODER)}, {}, 0
     ),
-    "I-JEPA": ({"encoder": prefixed("module.", ENCODER), "target_encoder": prefixed("module.", ENCODER, 1)}, {}, 1),
-    "timm": ({"state_dict": ENCODER, "state_dict_ema": prefixed("", ENCODER, 1), "epoch": 3}, {}, 0),
-    "timm's average": ({"state_dict": ENCODER, "state_dict_ema": prefixed("", ENCODER, 1)}, {"ema": True}, 1),
-    "DeiT's average": ({"model": ENCODER, "model_ema": prefixed("module.", ENCODER, 1)}, {"ema": True}, 1),
+    "I-JEPA": ({"encoder": under("module.", ENCODER), "target_encoder": under("module.", ENCODER, 1)}, {}, 1),
+    "timm": ({"state_dict": ENCODER, "state_dict_ema": under("", ENCODER, 1), "epoch": 3}, {}, 0),
+    "timm's average": ({"state_dict": ENCODER, "state_dict_ema": under("", ENCODER, 1)}, {"ema": True}, 1),
+    "DeiT's average": ({"model": ENCODER, "model_ema": under("module.", ENCODER, 1)}, {"ema": True}, 1),
 }  # fmt: skip
 
 
@@ -264,7 +264,7 @@ def test_a_model_is_found_in_wrappers_of_training_code(name: str, tmp_path: Path
 def test_official_prefixes_are_no_wrappers_and_a_wrong_prefix_is_named(tmp_path: Path) -> None:
     """Read keys of SimMIM, which start with encoder., and of mmselfsup, which start with backbone., in a wrapper."""
     for state in (official.simmim_vit(), openmmlab(official.mae())):
-        path = saved(tmp_path / "x.pth", prefixed("model.", state), "state_dict")
+        path = saved(tmp_path / "x.pth", under("model.", state), "state_dict")
         assert resolve_model(str(path), hints=BOTH).has_decoder
     with pytest.raises(UserError, match=r"--prefix teacher matches no tensor; their names start with .model"):
         resolve_model(str(path), hints={**BOTH, "prefix": "teacher"})
@@ -290,7 +290,7 @@ def test_an_unsupported_model_is_named(key: str, shape: tuple[int, ...], named: 
     for prefix, rest in (
         (("", {}), ("model.backbone.", {})) if "convol" in named else (("", ENCODER), ("module.", ENCODER))
     ):
-        path = saved(tmp_path / "x.pth", prefixed(prefix, {**rest, key: torch.ones(shape)}))
+        path = saved(tmp_path / "x.pth", under(prefix, {**rest, key: torch.ones(shape)}))
         with pytest.raises(UserError, match=f"{named}.* is not supported"):
             resolve_model(str(path), hints=VIT)
 
@@ -316,7 +316,7 @@ def test_positions_are_interpolated_to_another_grid_of_the_same_length(tiny_run:
 
     run = tiny_run(size="32x48", model=replace(tiny_run().model, name="simmim", backbone="beit_base_patch16_224"))
     beit: Any = build_encoder(run)
-    import_weights(Weights(run, prefixed("encoder.", dict(beit.state_dict())), "a test"), tmp_path / "beit")
+    import_weights(Weights(run, under("encoder.", dict(beit.state_dict())), "a test"), tmp_path / "beit")
     again: Any = load_encoder(tmp_path / "beit", img_size=(48, 32))
     table, old = (module.rel_pos_bias.relative_position_bias_table for module in (again, beit))
     assert torch.equal(table, relative_biases(old, (4, 6), (6, 4)))

@@ -120,7 +120,7 @@ def _push(folder: Path, repository: str) -> str:
 
 
 def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
-    """Return the settings that `weights.infer_config` reads from a file, besides its tensors."""
+    """Return the settings that `weights.infer_config` reads from a file, in addition to its tensors."""
     mean, std = weights.config.normalization
     blocks: Any = getattr(encoder, "blocks", None)
     meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.config.image_size, "mean": mean, "std": std}

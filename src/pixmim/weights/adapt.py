@@ -19,18 +19,9 @@ Grid = tuple[int, int]
 
 
 def interpolate_tables(weights: Weights, state: Tensors, config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """Adapt position tables and the first convolution to a model's image size and channels.
+    """Adapt position tables and the first convolution to a model, given by the shapes of its state and configuration.
 
-    Args:
-        weights: The weights.
-        state: The model's `state_dict`. Only its shapes are used.
-        config: The model's configuration.
-
-    Returns:
-        All tensors of the weights, and a line for each adapted one.
-
-    Raises:
-        UserError: If a table cannot be interpolated.
+    Returns all tensors of the weights, and a line for each adapted one. Raises UserError if a table does not permit it.
     """
     adapted, lines = dict(weights.tensors), []
     for name, value in weights.tensors.items():
@@ -84,10 +75,9 @@ def _patch_size(tensors: Tensors) -> int:
 
 
 def adapt_weights(weights: Weights, state: Tensors, config: ModelConfig) -> dict[str, Tensor]:
-    """Adapt weights to a model and check that they are complete: see `interpolate_tables` for the arguments.
+    """Adapt weights to a model: see `interpolate_tables`.
 
-    Raises:
-        UserError: If tensors are missing, unexpected or of another shape. It names them as the file does.
+    Raises UserError, with the file's own names, if tensors are missing, unexpected or of another shape.
     """
     adapted, _ = interpolate_tables(weights, state, config)
     missing = [original_key(weights, name) for name in state if name not in adapted]

@@ -24,30 +24,17 @@ from pixmim.weights.save import METADATA_KEY
 
 @dataclass(frozen=True)
 class Weights:
-    """A model as data.
+    """A model as data. Tensors have the names of the `state_dict` of pixmim's models, with timm's for the encoder."""
 
-    Attributes:
-        config: Configuration that builds it: a `PretrainConfig` if pixmim trained it, otherwise a `ModelConfig`.
-        tensors: Tensors with the names of the `state_dict` of pixmim's models: `encoder.` and timm's names, and the
-            decoder's.
-        format_name: Project that wrote the file, for messages.
-        ignored_keys: Keys of the file that no model needs, with the reason.
-        format: Format of the file, for its own names in messages; None for pixmim's files.
-        step: Training step in pixmim; 0 for other projects' files.
-        steps: Steps of the complete run; 0 if unknown.
-        classes: Class names of a classifier in the order of its outputs; empty if the file does not contain them.
-        notes: Lines to print: which of several models was chosen, and which values were assumed.
-    """
-
-    config: ModelConfig
+    config: ModelConfig  # a PretrainConfig if pixmim trained it
     tensors: dict[str, Tensor]
-    format_name: str
-    ignored_keys: dict[str, str] = field(default_factory=dict)
-    format: CheckpointFormat | None = None
-    step: int = 0
-    steps: int = 0
-    classes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    format_name: str  # the project that wrote the file, for messages
+    ignored_keys: dict[str, str] = field(default_factory=dict)  # keys that no model needs, with the reason
+    format: CheckpointFormat | None = None  # for the file's own names in messages; None for pixmim's files
+    step: int = 0  # in pixmim's training; 0 for other projects' files
+    steps: int = 0  # of the complete run; 0 if unknown
+    classes: tuple[str, ...] = ()  # of a classifier, in the order of its outputs; empty if the file has none
+    notes: tuple[str, ...] = ()  # lines to print: which of several models was chosen, what was assumed
 
     @property
     def has_decoder(self) -> bool:
@@ -67,13 +54,13 @@ class Weights:
 
 
 def read_run(folder: Path) -> ModelConfig | None:
-    """Return the configuration of the run, or of the imported weights, in a folder; None if there is none."""
+    """Return the configuration of the run or imported weights in a folder; None for other folders."""
     result = read_config(folder)
     return None if result is None else result[0]
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str] | None:
-    """Return a folder's configuration and the text of its config.json; None if it has none of pixmim's.
+    """Return a folder's configuration and the text of its config.json; None for other folders.
 
     Raises:
         UserError: If config.json is not JSON, or is invalid, or links out of the folder.
@@ -251,13 +238,9 @@ def _choose_model(file: RawCheckpoint, hints: ModelHints) -> tuple[str, Checkpoi
 
 
 def find_format(keys: Collection[str], given: str = "") -> tuple[str, CheckpointFormat | None, list[str]]:
-    """Find a supported model among a file's keys, below prefixes of training code.
+    """Find a supported model among a file's keys that start with a given prefix.
 
     The shortest prefix wins; among equally long ones, first one of neither student nor teacher, then a teacher's.
-
-    Args:
-        keys: Names of tensors.
-        given: The prefix to search below. Empty, or with a dot at its end.
 
     Returns:
         The model's prefix, its format or None, and the prefixes of other models.

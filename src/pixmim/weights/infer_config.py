@@ -24,31 +24,21 @@ Size = tuple[int, int]
 
 @dataclass
 class ModelHints:
-    """Facts about a model that its file may not contain, given by the caller or read from the file's settings.
+    """Facts that a file may not contain, given by the caller or read from the file's settings."""
 
-    Attributes:
-        img_size: (height, width) of the images that the weights were trained on. It must match their tables.
-        target_size: (height, width) that the weights will be used at: assumed where their tables are not square.
-        num_heads, decoder_heads: Attention heads.
-        norm_eps: Epsilon of the layer norms.
-        mean, std: Normalization of the input, by channel.
-        prefix: Common prefix of the model's tensors, in a file of several models.
-        ema: Take the moving average of a training file.
-        assumed: Collects flags for the values that were assumed.
-    """
-
-    img_size: object = None
-    target_size: object = None
+    img_size: object = None  # (h, w) of the training images; must match the file's tables
+    target_size: object = None  # (h, w) that the model will be used at: assumed for tables that are not square
     num_heads: object = None
     decoder_heads: object = None
     norm_eps: object = None
     mean: object = None
     std: object = None
-    prefix: str = ""
-    ema: bool = False
-    assumed: list[str] = field(default_factory=list)
+    prefix: str = ""  # of the model's tensors, in a file of several models
+    ema: bool = False  # take the moving average of a training file
+    assumed: list[str] = field(default_factory=list)  # collects flags for the values that were assumed
 
 
+# the published models: timm's names by (width, depth, patch), or for Swin (width, depths)
 VITS = {
     (192, 12, 16): "vit_tiny_patch16_224",
     (384, 12, 16): "vit_small_patch16_224",
@@ -56,47 +46,24 @@ VITS = {
     (1024, 24, 16): "vit_large_patch16_224",
     (1280, 32, 14): "vit_huge_patch14_224",
 }
-"""timm's ViTs by (width, depth, patch)."""
-
 BEITS = {(768, 12, 16): "beit_base_patch16_224", (1024, 24, 16): "beit_large_patch16_224"}
-"""timm's Beits by (width, depth, patch)."""
-
 SWINS: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (2, 2, 6, 2)): "swin_tiny_patch4_window7_224",
     (96, (2, 2, 18, 2)): "swin_small_patch4_window7_224",
     (128, (2, 2, 18, 2)): "swin_base_patch4_window7_224",
     (192, (2, 2, 18, 2)): "swin_large_patch4_window7_224",
 }
-"""timm's Swins by (width, depths)."""
-
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-"""Attention heads of the published ViTs, by width."""
-
-DECODER_HEADS = {512: 16, 384: 12}
-"""Attention heads of the published decoders (MAE and ConvMAE; LSMAE-base), by width."""
-
-SWIN_SIZES = {6: 192, 7: 224, 12: 192, 14: 224}
-"""Image size of the published Swins by window (12: SimMIM's Swin-L)."""
-
-_EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6}
-"""Epsilon of the layer norms in the published models and in timm."""
-
-_HF_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "swin": 1e-5}
-"""transformers' default epsilon of the layer norms, by model_type."""
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width
+DECODER_HEADS = {512: 16, 384: 12}  # by width: MAE and ConvMAE; LSMAE-base
+SWIN_SIZES = {6: 192, 7: 224, 12: 192, 14: 224}  # by window: SimMIM and Swin; 12: SimMIM's Swin-L
+_EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6}  # of the layer norms
+_HF_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "swin": 1e-5}  # transformers' defaults, by model_type
 
 
 def infer_config(file: RawCheckpoint, kind: Kind, tensors: Tensors, hints: ModelHints) -> ModelConfig:
-    """Infer the configuration that builds a recognized model.
+    """Infer the configuration that builds a recognized model from its tensors, with pixmim's names.
 
-    Args:
-        file: The file, for its settings.
-        kind: Architecture of the encoder.
-        tensors: The model's tensors, with pixmim's names.
-        hints: Hints of the caller, or else of the file's settings. Assumptions are added to `hints.assumed`.
-
-    Raises:
-        UserError: If the shapes are ambiguous, or contradict the hints.
-        KeyError: If a tensor is missing.
+    Adds assumptions to `hints.assumed`. Raises UserError for ambiguous shapes, or KeyError for a missing tensor.
     """
     backbone, options, size = _ENCODERS[kind](tensors, hints)
     if hints.norm_eps not in (None, _EPS[kind]):
@@ -292,7 +259,7 @@ _IMPORT = "give --size HEIGHTxWIDTH (to `pixmim import`, where --size has anothe
 def _size_of_table(
     square: int | None, patch: int, hints: ModelHints, table: str, fits: Callable[[int, int], bool]
 ) -> Size:
-    """Return the image size of a table: the hint, a square of `square` patches, or where there is none the target."""
+    """Return the image size of a table: the hint, else a square of `square` patches, else the target size."""
     size = hints.img_size or (hints.target_size if square is None else None)
     if size is None and square is None:
         raise UserError(f"it has {table}, which do not form a square of patches: {_IMPORT}")
@@ -364,7 +331,7 @@ def merge_hints(hints: ModelHints, settings: Mapping[str, Any]) -> ModelHints:
 
 
 def numbers(settings: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
-    """Return a list of numbers in a file's settings, or None if there is none. Raises UserError for anything else."""
+    """Return a list of numbers in a file's settings, or None if missing. Raises UserError for anything else."""
     value = settings.get(name)
     if value is None:
         return None

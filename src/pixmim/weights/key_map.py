@@ -50,33 +50,22 @@ def _rename(table: list[tuple[re.Pattern[str], list[str]]], key: str) -> str | N
 class CheckpointFormat:
     """A project's layout of a model's checkpoint.
 
-    Attributes:
-        name: Name of the project, for messages.
-        kind: Architecture of the encoder.
-        required: Keys that identify the format: it is the first one in `FORMATS` whose keys are all in the file.
-        keys: Its keys and pixmim's. Pixmim's are those of its models' `state_dict`: `encoder.` and timm's keys for the
-            encoder, and for the rest `decoder.` (MAE, ConvMAE) or `head.` and `mask_token` (SimMIM).
-        ignored: Patterns of keys that no model needs, with the reason.
-        transforms: Changes that renaming cannot do, applied in order to tensors with pixmim's names.
-        inverse: Their inverse, applied in order before tensors get the project's names.
+    Pixmim's names are those of its models' `state_dict`: `encoder.` and timm's names for the encoder, and for the rest
+    `decoder.` (MAE, ConvMAE) or `head.` and `mask_token` (SimMIM).
     """
 
-    name: str
-    kind: Kind
-    required: tuple[str, ...]
+    name: str  # of the project, for messages
+    kind: Kind  # architecture of the encoder
+    required: tuple[str, ...]  # identify the format: it is the first in `FORMATS` whose required keys the file contains
     keys: KeyMap
-    ignored: tuple[tuple[str, str], ...] = ()
-    transforms: tuple[Callable[[Tensors], Tensors], ...] = ()
-    inverse: tuple[Callable[[Tensors], Tensors], ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()  # patterns of keys that no model needs, with the reason
+    transforms: tuple[Callable[[Tensors], Tensors], ...] = ()  # applied in order after keys are renamed to pixmim's
+    inverse: tuple[Callable[[Tensors], Tensors], ...] = ()  # applied in order before they are renamed back
 
     def to_pixmim(self, tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
-        """Convert a file's tensors to pixmim's names.
+        """Convert a file's tensors to pixmim's names; also return the ignored keys, with the reason.
 
-        Returns:
-            The tensors, and the ignored keys with the reason.
-
-        Raises:
-            UserError: If a key is not in the table.
+        Raises UserError if a key is not in the table.
         """
         renamed: Tensors = {}
         ignored: dict[str, str] = {}

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickletools import genops, markobject
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -22,21 +22,12 @@ from pixmim.utils.errors import UserError, first_line, shown
 from pixmim.utils.files import open_regular, read_file, read_json
 from pixmim.utils.trust import inside
 
-MAX_FILES = 512
-"""Maximum number of files in an index."""
-
+MAX_FILES = 512  # in an index
 MAX_TENSORS = 65_536
-MAX_NAME = 512
-"""Maximum length of a tensor's name."""
-
-MAX_PICKLE_BYTES = 32 * 2**20
-"""Maximum size of a torch file's pickle, without tensors. Usual training state takes less than 1 MiB."""
-
-MAX_LEGACY_BYTES = 8 * 2**30
-"""Maximum size of a file written by torch before 1.6, which is read into memory. All others are memory-mapped."""
-
+MAX_NAME = 512  # characters of a tensor's name
+MAX_PICKLE_BYTES = 32 * 2**20  # of a torch file without tensors; usual training state takes less than 1 MiB
+MAX_LEGACY_BYTES = 8 * 2**30  # of a file of torch before 1.6, which is read into memory; others are memory-mapped
 _LEGACY_PICKLES = 5  # consecutive pickles in such a file: magic number, version, system, model, names of storages
-
 _MAX_TUPLE = 1_000_000
 
 PARTS = (
@@ -65,27 +56,16 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class RawCheckpoint:
-    """Content of a checkpoint file.
-
-    Attributes:
-        path: The file.
-        tensors: The model's tensors, by the file's own names.
-        settings: Training arguments from the file, flat: {"input_size": 224, "DATA.IMG_SIZE": 192, ...}.
-        config: Content of config.json in the same folder (Hugging Face, timm).
-        preprocessor: Content of preprocessor_config.json in the same folder (Hugging Face).
-        metadata: Metadata of a safetensors file.
-        state: Key of the training file under which the tensors were found.
-        note: Line to print about the model that was chosen, if the file holds several.
-    """
+    """Content of a checkpoint file and of the JSON files next to it."""
 
     path: Path
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    preprocessor: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
-    state: str = ""
-    note: str = ""
+    tensors: dict[str, Tensor]  # the model's, by the file's own names
+    settings: dict[str, Any] = field(default_factory=dict)  # training arguments, flat: {"DATA.IMG_SIZE": 192}
+    config: dict[str, Any] = field(default_factory=dict)  # config.json (Hugging Face, timm)
+    preprocessor: dict[str, Any] = field(default_factory=dict)  # preprocessor_config.json (Hugging Face)
+    metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors file
+    state: str = ""  # key of the model in a training file
+    note: str = ""  # line to print about the chosen model if the file contains several
 
 
 def read(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
@@ -178,10 +158,10 @@ def _read_zip(path: Path) -> Any:
     torch reads zips with another library. Files that the two could interpret differently are refused: with bytes
     before, between or after the directory records, or with names that differ in case only.
     """
-    with open(open_regular(path), "rb", buffering=0) as raw:
-        size = os.fstat(raw.fileno()).st_size
-        _check_zip_end(raw, size)
-        with zipfile.ZipFile(_BoundedReader(raw)) as archive:
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_zip_end(file, size)
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             unpacked = sum(entry.file_size for entry in entries)
             pickles = [entry for entry in entries if ".pkl" in entry.filename.casefold()]
@@ -191,25 +171,29 @@ def _read_zip(path: Path) -> Any:
             if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError(f"its entries would unpack to {unpacked:,} bytes, and torch does not compress them")
             for entry in pickles:
+                if entry.file_size > MAX_PICKLE_BYTES:
+                    raise ValueError(f"a pickle of more than {MAX_PICKLE_BYTES:,} bytes")
                 del entry.CRC  # torch can omit checksums
                 _check_pickles(archive.read(entry), path)
     return _unpickle(path, mmap=True)
 
 
-def _check_zip_end(raw: io.FileIO, size: int) -> None:
-    """Refuse a zip unless its central directory ends where the end record starts, and that ends with the file."""
+def _check_zip_end(file: IO[bytes], size: int) -> None:
+    """Refuse a zip unless its central directory is bounded and ends where the end record starts, at the file's end."""
     end = size - 22
-    raw.seek(max(0, end))
-    signature, *_, length, offset, comment = struct.unpack("<4s4H2LH", raw.read(22).ljust(22, b"\0"))
+    file.seek(max(0, end))
+    signature, *_, length, offset, comment = struct.unpack("<4s4H2LH", file.read(22).ljust(22, b"\0"))
     if signature != b"PK\5\6" or comment:
         raise ValueError("bytes after its central directory")
-    raw.seek(max(0, end - 76))
-    zip64 = raw.read(76).ljust(76, b"\0")
-    if zip64[:4] == b"PK\6\6" and zip64[56:60] == b"PK\6\7":  # the records of a zip64, before the end record
-        length, offset = struct.unpack("<2Q", zip64[40:56])
+    file.seek(max(0, end - 76))
+    zip64 = file.read(76).ljust(76, b"\0")
+    if zip64[56:60] == b"PK\6\7":  # the locator of a zip64, after its end record
         end -= 76
-    if offset + length != end:
-        raise ValueError("bytes around its central directory")
+        length, offset, _, _, end_record = struct.unpack("<2Q2LQ", zip64[40:72])
+        if zip64[:4] != b"PK\6\6" or end_record != end:
+            raise ValueError("bytes around its zip64 records")
+    if length > MAX_PICKLE_BYTES or offset + length != end:
+        raise ValueError("bytes around its central directory, or too many in it")
 
 
 def _read_legacy(path: Path) -> Any:
@@ -267,17 +251,6 @@ def _refusal(path: Path, name: str) -> UserError:
         f"{path} is a pickle that refers to {name}, which could run any code. It was refused before any of it ran. If "
         "you trust its author, save only its tensors, as safetensors, where the file comes from."
     )
-
-
-class _BoundedReader(io.BufferedReader):
-    """A file whose single reads are bounded, since zipfile reads a central directory of any length at once."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        limit = MAX_PICKLE_BYTES + 1
-        data = super().read(limit if size is None or size < 0 else min(size, limit))
-        if len(data) == limit:
-            raise OSError(f"an entry of more than {MAX_PICKLE_BYTES:,} bytes")
-        return data
 
 
 class _CountedBytes(io.BytesIO):
