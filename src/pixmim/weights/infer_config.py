@@ -97,7 +97,7 @@ def _vit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     if "encoder.pos_embed" in tensors:
         rows = tensors["encoder.pos_embed"].shape[1]
         prefix_rows = prefix if not registers or math.isqrt(rows - prefix) ** 2 == rows - prefix else 0
-        size = _size_of_positions(rows - prefix_rows, patch, hints)
+        size = _size_of_table(rows - prefix_rows, patch, hints)
         if registers:
             options |= {"reg_tokens": registers, "no_embed_class": prefix_rows == 0}
     else:
@@ -129,9 +129,9 @@ def _beit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     }
     heads = _heads(dim, HEADS, hints) if table is None else table.shape[1]
     if table is not None:
-        size = _size_of_biases(table.shape[0], patch, hints)
+        size = _size_of_table(table.shape[0], patch, hints, relative=True)
     elif absolute:
-        size = _size_of_positions(tensors["encoder.pos_embed"].shape[1] - 1, patch, hints)
+        size = _size_of_table(tensors["encoder.pos_embed"].shape[1] - 1, patch, hints)
     else:
         size = _default_size(hints, 224)
     name = BEITS.get((dim, depth, patch))
@@ -164,7 +164,7 @@ def _convmae(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     """Return pixmim's name, keywords and image size of a ConvMAE encoder."""
     dims = [tensors[f"encoder.patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3)]
     depths = [_count(tensors, f"encoder.blocks{stage}") for stage in (1, 2, 3)]
-    size = _size_of_positions(tensors["encoder.pos_embed"].shape[1], 16, hints)
+    size = _size_of_table(tensors["encoder.pos_embed"].shape[1], 16, hints)
     heads = _heads(dims[2], HEADS, hints)
     name, options = "convmae_base", Options()
     if (dims, depths) != ([256, 384, 768], [2, 2, 11]):
@@ -238,37 +238,27 @@ def to_pair(size: object) -> Size:
     return (int(size[0]), int(size[-1])) if isinstance(size, list | tuple) else (int(str(size)), int(str(size)))
 
 
-def _size_of_positions(rows: int, patch: int, hints: ModelHints) -> Size:
-    """Return the image size (h, w) of a table of positions: the hint, or a square."""
-    side = math.isqrt(rows)
-    square = side if side * side == rows else None
-    return _size_of_table(square, patch, hints, f"a table of {rows} positions", lambda h, w: h * w == rows)
-
-
-def _size_of_biases(entries: int, patch: int, hints: ModelHints) -> Size:
-    """Return the image size of Beit's table: (2h-1)(2w-1) relative positions and three entries of the class token."""
-    side = (math.isqrt(max(0, entries - 3)) + 1) // 2
-    square = side if (2 * side - 1) ** 2 + 3 == entries else None
-    table = f"a table of {entries} relative positions"
-    return _size_of_table(square, patch, hints, table, lambda h, w: (2 * h - 1) * (2 * w - 1) + 3 == entries)
-
-
 _IMPORT = "give --size HEIGHTxWIDTH (to `pixmim import`, where --size has another meaning)"
 
 
-def _size_of_table(
-    square: int | None, patch: int, hints: ModelHints, table: str, fits: Callable[[int, int], bool]
-) -> Size:
-    """Return the image size of a table: the hint, else a square of `square` patches, else the target size."""
+def _size_of_table(rows: int, patch: int, hints: ModelHints, relative: bool = False) -> Size:
+    """Return the image size of a table of (relative) positions: the hint, else a square, else the target size."""
+
+    def count(h: int, w: int) -> int:
+        return (2 * h - 1) * (2 * w - 1) + 3 if relative else h * w  # Beit's table includes 3 rows of the class token
+
+    side = math.isqrt(rows)
+    square = next((n for n in (side, (side + 1) // 2) if count(n, n) == rows), None)
     size = hints.img_size or (hints.target_size if square is None else None)
+    table = f"a table of {rows} {'relative ' * relative}positions"
     if size is None and square is None:
         raise UserError(f"it has {table}, which do not form a square of patches: {_IMPORT}")
     if size is None:
-        assert square is not None
-        hints.assumed.append(f"--size {square * patch}x{square * patch}")
-        return square * patch, square * patch
+        side = patch * (square or 0)
+        hints.assumed.append(f"--size {side}x{side}")
+        return side, side
     h, w = to_pair(size)
-    if h % patch or w % patch or not fits(h // patch, w // patch):
+    if h % patch or w % patch or count(h // patch, w // patch) != rows:
         patches = f"{h / patch:g}x{w / patch:g} patches of {patch} pixels"
         raise UserError(f"an image size of {h}x{w} makes {patches}, but it has {table}: {_IMPORT}")
     return h, w
