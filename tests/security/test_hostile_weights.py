@@ -633,7 +633,7 @@ def test_the_memory_of_a_pickle_is_bounded(plain: bool, tmp_path: Path, monkeypa
         read_weights(path)
 
 
-@pytest.mark.parametrize("kind", ["compressed", "claimed"])
+@pytest.mark.parametrize("kind", ["compressed", "claimed", "claimed-compressed"])
 def test_a_zip_bomb_is_refused(kind: str, tmp_path: Path) -> None:
     torch.save({"model": official.mae()}, tmp_path / "valid.pth")
     with zipfile.ZipFile(tmp_path / "valid.pth") as valid, zipfile.ZipFile(tmp_path / "x.pth", "w") as bomb:
@@ -643,10 +643,11 @@ def test_a_zip_bomb_is_refused(kind: str, tmp_path: Path) -> None:
             bomb.writestr(entry.filename, valid.read(entry), method)
         if kind == "compressed":
             bomb.writestr("valid/data/99", bytes(10**8), zipfile.ZIP_DEFLATED)
-    if kind == "claimed":  # the central directory claims an entry larger than the file
+    if kind != "compressed":  # the central directory claims an entry larger than the file
         content = bytearray((tmp_path / "x.pth").read_bytes())
         last = content.rindex(b"PK\x01\x02")
-        content[last + 20 : last + 28] = (2**31).to_bytes(4, "little") * 2
+        fields = 2 if kind == "claimed" else 1  # compressed and unpacked size, or the former only
+        content[last + 20 : last + 20 + 4 * fields] = (2**31).to_bytes(4, "little") * fields
         (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(UserError, match="would unpack to"):
         read_weights(tmp_path / "x.pth")

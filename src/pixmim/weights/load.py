@@ -264,7 +264,7 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
         raise UserError(f"{failure}: unexpected {', '.join(unexpected[:4])}")
     used = {name: value for name, value in encoder.items() if name in state}
     lines.append(f"  encoder: {len(used)} tensors")
-    lines += [f"  initialized randomly, since the file lacks them: {', '.join(missing)}"] if missing else []
+    lines += [f"  kept at their initial values, since the file lacks them: {', '.join(missing)}"] if missing else []
     lines += [f"  not used: {', '.join(unused)}"] if unused else []
 
     decoder = {name: value for name, value in adapted.items() if name.startswith(_DECODER)}

@@ -168,7 +168,8 @@ def _read_zip(path: Path) -> Any:
             unique = {entry.filename.casefold() for entry in entries}
             if len(unique) < len(entries) or any(not entry.filename.endswith("/data.pkl") for entry in pickles):
                 raise ValueError("entry names that torch does not write")
-            if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            stored = all(e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries)
+            if unpacked > size or not stored:
                 raise ValueError(f"its entries would unpack to {unpacked:,} bytes, and torch does not compress them")
             for entry in pickles:
                 if entry.file_size > MAX_PICKLE_BYTES:
