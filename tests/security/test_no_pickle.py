@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -362,15 +363,20 @@ sys.addaudithook(_record_open)
 
 
 def opened_files(folder: Path, name: str, command: list[object]) -> list[str]:
-    """Call a command and return the files of a folder that it opens, by their relative paths."""
+    """Call a command and return the files of a folder that it opens, by their relative paths.
+
+    Files whose names differ only in numbers or hashes are read by the same code: one of them is returned.
+    """
     global _opened
     files = {os.path.realpath(path): str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     _opened = set()
     try:
         assert tracebacks(name, "", command) == []
-        return sorted(files[path] for path in _opened & files.keys())
+        opened = sorted(files[path] for path in _opened & files.keys())
     finally:
         _opened = None
+    kinds = {re.sub(r"[0-9a-f]{16,}|\d+", "#", path): path for path in opened}
+    return sorted(kinds.values())
 
 
 def replace_each_file(
