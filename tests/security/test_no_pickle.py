@@ -445,7 +445,7 @@ def tracebacks(name: str, path: str, command: list[object]) -> list[str]:
 )
 def test_each_file_of_a_run(folder: str, expected: set[str], home: Path, marker: Path) -> None:
     replaced = replace_each_file(home / folder, marker, lambda copy, out: commands(copy, home, out))
-    paths = set().union(*replaced.values())
+    paths: set[str] = set().union(*replaced.values())
     assert all(fnmatch.filter(paths, pattern) for pattern in expected), paths
 
 
