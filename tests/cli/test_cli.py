@@ -89,19 +89,19 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--device", "cuda:99"], "--device cuda:99"),
         (["pretrain", "--resume", "/no/run"], "there is no /no/run/config.json"),
         (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
-        (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "there is no /no/run"),
+        (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "/no/run does not exist"),
         (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "did you mean 'knn'"),
         (["evaluate", "knn", "--train", "shapes:", "--test", "shapes:"], "which encoder?"),
-        (["import", "/no/such.pth"], "there is no /no/such.pth"),
+        (["import", "/no/such.pth"], "/no/such.pth does not exist"),
         (["import", "x.pth", "--haeds", "3"], "--heads"),
         (["import", "timm:vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),
-        (["export", "/no/run", "--to", "timm"], "there is no /no/run"),
+        (["export", "/no/run", "--to", "timm"], "/no/run does not exist"),
         (["export", "/no/run", "--to", "tensorflow"], "invalid choice"),
-        (["pretrain", "demo", "--init", "/no/such.pth"], "there is no /no/such.pth"),
+        (["pretrain", "demo", "--init", "/no/such.pth"], "/no/such.pth does not exist"),
         (["pretrain", "demo", "--std", "1", "0", "1"], "--std must be a number from 1e-12"),
         (["stats", "/no/such"], "no folder /no/such"),
         (["cache", "shapes:count=2", "c", "--dtype", "uint16"], "--raw"),
-        (["embed", "/no/run", "--data", "shapes:", "--out", "f.npy"], "there is no /no/run"),
+        (["embed", "/no/run", "--data", "shapes:", "--out", "f.npy"], "/no/run does not exist"),
         (["report"], "which run?"),
         (["report", "/no/run"], "is not a run"),
     ],
@@ -122,15 +122,15 @@ def test_a_run_goes_out_comes_in_and_is_gone_on_from(capsys: pytest.CaptureFixtu
     status, text = say(capsys, "export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "hf")
     assert status == 0 and "ViTMAEForPreTraining.from_pretrained" in text
     status, text = say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "back")
-    assert status == 0 and "recognized as Hugging Face" in text and "of what decodes" in text
+    assert status == 0 and "recognized as Hugging Face" in text and "of the decoder" in text
     ours, back = (load_file(tmp_path / name / "encoder/model.safetensors") for name in ("run", "back"))
     assert ours.keys() == back.keys() and all(torch.equal(ours[name], back[name]) for name in ours)
     again = ["pretrain", "demo", *TINY, *small, "--size", "32x48", "--init", tmp_path / "back", "--out", tmp_path / "b"]
     status, text = say(capsys, *again)
-    assert status == 0 and "positions of 6x6 patches refitted to 4x6" in text and "what decodes: 20 tensors" in text
+    assert status == 0 and "positions interpolated from 6x6 to 4x6 patches" in text and "decoder: 20 tensors" in text
     status, text = say(capsys, "import", tmp_path / "run")
     assert status == 0 and "nothing was written" in text
-    assert "holds a run already" in say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "run")[1]
+    assert "already contains a run" in say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "run")[1]
 
 
 def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:

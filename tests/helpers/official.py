@@ -1,7 +1,7 @@
-"""Files as the methods' own code writes them, at small sizes and with random values, and slow forwards of that code.
+"""Small random checkpoints in the official formats, and slow reference forwards of the official models.
 
-Keys and shapes are the published ones; the forwards are written here from the papers, on the raw tensors of a file,
-and share nothing with pixmim's models.
+Keys and shapes are the published ones. The forwards follow the papers, use the raw tensors of a file, and share no code
+with pixmim's models.
 """
 
 import math
@@ -20,7 +20,7 @@ GRID = SIDE // PATCH
 
 
 def random(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> State:
-    """Values that show any tensor that is forgotten, swapped or transposed."""
+    """Return random tensors, so that any missing, swapped or transposed one changes the output."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():
@@ -74,7 +74,7 @@ def mae(key_bias: bool = True) -> State:
 
 
 def mae_training_file(path: Path) -> State:
-    """What main_pretrain saves; `input_size` there is no word on the model."""
+    """Save what main_pretrain saves. Its `input_size` is unrelated to the model."""
     state = mae()
     args = Namespace(model="mae_vit_tiny", input_size=224, norm_pix_loss=False, mask_ratio=0.6, output_dir=path.parent)
     torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 3, "scaler": {}, "args": args}, path)
@@ -108,7 +108,7 @@ SWIN_DIM, SWIN_DEPTHS, SWIN_HEADS, WINDOW, SWIN_SIDE = 12, (2, 2), (1, 2), 4, 32
 
 
 def swin() -> dict[str, tuple[int, ...]]:
-    """The original code's names: what comes between two stages stands at the end of the first."""
+    """Return the original code's keys, with patch merging at the end of a stage."""
     shapes = conv("patch_embed.proj", 3, SWIN_DIM, 4) | norm("patch_embed.norm", SWIN_DIM)
     for s, depth in enumerate(SWIN_DEPTHS):
         width = SWIN_DIM * 2**s
@@ -154,7 +154,7 @@ def simmim_vit() -> State:
 
 
 def attend(x: Tensor, p: State, name: str, heads: int, bias: Tensor | float = 0.0) -> Tensor:
-    """Attention of (b n d), head by head; `bias` (heads n n) or broadcastable is added to the products."""
+    """Attend over (b n d), head by head; add `bias` (heads n n), or broadcastable, to the scores."""
     w = p[f"{name}.qkv.weight"]
     d = w.shape[1]
     b = p.get(f"{name}.qkv.bias")
@@ -203,14 +203,14 @@ def vit_tokens(images: Tensor, p: State) -> Tensor:
 
 
 def decode(visible: Tensor, cls: Tensor | None, hidden: Tensor, p: State) -> Tensor:
-    """MAE's decoder, image by image: mask tokens put where the mask says."""
+    """Run MAE's decoder image by image, with mask tokens at the hidden patches."""
     out = []
     for i, row in enumerate(hidden):
-        places = p["mask_token"][0].repeat(len(row), 1)
-        places[~row] = visible[i] @ p["decoder_embed.weight"].T + p["decoder_embed.bias"]
+        tokens = p["mask_token"][0].repeat(len(row), 1)
+        tokens[~row] = visible[i] @ p["decoder_embed.weight"].T + p["decoder_embed.bias"]
         if cls is not None:
-            places = torch.cat([(cls[i : i + 1] @ p["decoder_embed.weight"].T + p["decoder_embed.bias"]), places])
-        x = run_blocks((places + p["decoder_pos_embed"][0])[None], p, "decoder_blocks", DECODER_HEADS)
+            tokens = torch.cat([(cls[i : i + 1] @ p["decoder_embed.weight"].T + p["decoder_embed.bias"]), tokens])
+        x = run_blocks((tokens + p["decoder_pos_embed"][0])[None], p, "decoder_blocks", DECODER_HEADS)
         x = ln(x, p, "decoder_norm") @ p["decoder_pred.weight"].T + p["decoder_pred.bias"]
         out.append(x[0, 0 if cls is None else 1 :])
     return torch.stack(out)
@@ -234,7 +234,7 @@ def convmae_stages(images: Tensor, p: State, hidden: Tensor | None) -> tuple[Ten
         for i in range(2 if stage < 3 else 0):
             name = f"blocks{stage}.{i}"
             y = ln(x, p, f"{name}.norm1", 1e-5) @ p[f"{name}.conv1.weight"].flatten(1).T + p[f"{name}.conv1.bias"]
-            if hidden is not None:  # enlarged from the last stage's grid: 4 x 4 places each, then 2 x 2
+            if hidden is not None:  # upsampled from the last stage's grid, by 4, then by 2
                 factor = 8 // 2**stage
                 y = y * (~hidden).view(-1, grid, grid).float().kron(torch.ones(factor, factor))[..., None]
             y = F.conv2d(
@@ -258,12 +258,12 @@ def convmae_forward(images: Tensor, hidden: Tensor, p: State) -> Tensor:
 
 
 def relative_bias(table: Tensor, window: int, cls: bool) -> Tensor:
-    """(heads n n): the entry of each pair of places, by their distance; with a cls token, BEiT's three more entries."""
-    places = [(y, x) for y in range(window) for x in range(window)]
+    """Return (heads n n) biases by relative position; with a class token, BEiT's three further entries."""
+    patches = [(y, x) for y in range(window) for x in range(window)]
     start, n = int(cls), window**2 + int(cls)
     bias = torch.zeros(table.shape[1], n, n)
-    for i, (y, x) in enumerate(places):
-        for j, (v, u) in enumerate(places):
+    for i, (y, x) in enumerate(patches):
+        for j, (v, u) in enumerate(patches):
             bias[:, start + i, start + j] = table[(y - v + window - 1) * (2 * window - 1) + (x - u + window - 1)]
     if cls:
         bias[:, 0, :], bias[:, :, 0], bias[:, 0, 0] = table[-3][:, None], table[-2][:, None], table[-1]
@@ -271,7 +271,7 @@ def relative_bias(table: Tensor, window: int, cls: bool) -> Tensor:
 
 
 def swin_map(x: Tensor, p: State) -> Tensor:
-    """Windows one by one; in every second block they are shifted, and only tokens of one region see each other."""
+    """Attend window by window. In every second block, windows are shifted and attention stays within a region."""
     for s, depth in enumerate(SWIN_DEPTHS):
         for i in range(depth):
             name = f"layers.{s}.blocks.{i}"
@@ -279,17 +279,17 @@ def swin_map(x: Tensor, p: State) -> Tensor:
             shift = WINDOW // 2 if i % 2 and side > WINDOW else 0
             bias = relative_bias(p[f"{name}.attn.relative_position_bias_table"], WINDOW, False)
             y = ln(x, p, f"{name}.norm1", 1e-5).roll((-shift, -shift), (1, 2))
-            region = torch.arange(side).roll(-shift)  # where a row or column came from: before or after the seam
+            region = torch.arange(side).roll(-shift)  # 1 for rows and columns that were rolled around the edge
             region = (region < shift).long() if shift else torch.zeros(side, dtype=torch.long)
             out = torch.zeros_like(y)
             for top in range(0, side, WINDOW):
                 for left in range(0, side, WINDOW):
                     rows, columns = slice(top, top + WINDOW), slice(left, left + WINDOW)
-                    kind = (region[rows, None] * 2 + region[None, columns]).flatten()
-                    apart = (kind[:, None] != kind[None, :]).float() * -100
+                    regions = (region[rows, None] * 2 + region[None, columns]).flatten()
+                    separate = (regions[:, None] != regions[None, :]).float() * -100
                     window = y[:, rows, columns].flatten(1, 2)
-                    found = attend(window, p, f"{name}.attn", SWIN_HEADS[s], bias + apart)
-                    out[:, rows, columns] = found.unflatten(1, (WINDOW, WINDOW))
+                    y_window = attend(window, p, f"{name}.attn", SWIN_HEADS[s], bias + separate)
+                    out[:, rows, columns] = y_window.unflatten(1, (WINDOW, WINDOW))
             x = x + out.roll((shift, shift), (1, 2))
             x = x + mlp(ln(x, p, f"{name}.norm2", 1e-5), p, f"{name}.mlp")
         if f"layers.{s}.downsample.norm.weight" in p:
@@ -303,8 +303,8 @@ def swin_embed(images: Tensor, p: State) -> Tensor:
     return ln(embed(images, p), p, "patch_embed.norm", 1e-5).unflatten(1, (side, side))
 
 
-def shuffled(x: Tensor, p: State, stride: int) -> Tensor:
-    """SimMIM's head: (b rows columns d) to images, each place's values in the order channel, row, column."""
+def simmim_head(x: Tensor, p: State, stride: int) -> Tensor:
+    """Convert (b rows columns d) to images; each patch's values are ordered by channel, row, column."""
     x = x @ p["decoder.0.weight"].flatten(1).T + p["decoder.0.bias"]
     b, rows, columns, _ = x.shape
     x = x.view(b, rows, columns, 3, stride, stride).permute(0, 3, 1, 4, 2, 5)
@@ -315,7 +315,7 @@ def simmim_swin_forward(images: Tensor, hidden: Tensor, state: State) -> Tensor:
     p = {name.removeprefix("encoder."): value for name, value in state.items()}
     x = swin_embed(images, p)
     x = torch.where(hidden.view(*x.shape[:3], 1), p["mask_token"][:, None], x)
-    return shuffled(swin_map(x, p), p, 8)
+    return simmim_head(swin_map(x, p), p, 8)
 
 
 def simmim_vit_forward(images: Tensor, hidden: Tensor, state: State) -> Tensor:
@@ -324,4 +324,4 @@ def simmim_vit_forward(images: Tensor, hidden: Tensor, state: State) -> Tensor:
     x = torch.cat([p["cls_token"].expand(len(x), -1, -1), x], 1)
     bias = relative_bias(p["rel_pos_bias.relative_position_bias_table"], GRID, True)
     x = ln(run_blocks(x, p, "blocks", HEADS, bias), p, "norm")[:, 1:]
-    return shuffled(x.unflatten(1, (GRID, GRID)), p, PATCH)
+    return simmim_head(x.unflatten(1, (GRID, GRID)), p, PATCH)

@@ -1,4 +1,4 @@
-"""Whatever the bytes: a configuration, and a file of weights, give a result or a UserError."""
+"""Fuzz configurations and checkpoint files: any content gives a result or a UserError."""
 
 import json
 import random
@@ -38,7 +38,7 @@ VALUES = st.recursive(
 
 
 def paths(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value of nested dicts and lists."""
+    """Yield the path of every value in nested dicts and lists."""
     yield at
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
@@ -47,90 +47,90 @@ def paths(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def configurations(draw: st.DrawFn, config: PretrainConfig) -> Any:
-    """A run's configuration with a few values replaced, removed or added."""
+    """Draw a run's configuration with a few values replaced, removed or added."""
     content = json.loads(to_json(config))
     for _ in range(draw(st.integers(1, 3))):
-        where = draw(st.sampled_from([path for path in paths(content) if path]))
+        path = draw(st.sampled_from([path for path in paths(content) if path]))
         inner = content
-        for key in where[:-1]:
+        for key in path[:-1]:
             inner = inner[key]
-        how = draw(st.sampled_from(["replace", "remove", "option", "key"]))
-        if how == "remove":
-            del inner[where[-1]]
-        elif how == "key" and isinstance(inner, dict):
+        change = draw(st.sampled_from(["replace", "remove", "option", "key"]))
+        if change == "remove":
+            del inner[path[-1]]
+        elif change == "key" and isinstance(inner, dict):
             inner[draw(st.text(max_size=6))] = draw(VALUES)
-        elif how == "option" and isinstance(content.get("model"), dict):
+        elif change == "option" and isinstance(content.get("model"), dict):
             options = content["model"].setdefault("options", {})
             if isinstance(options, dict):
                 options[draw(st.sampled_from(sorted(KEYWORDS)))] = draw(VALUES)
         else:
-            inner[where[-1]] = draw(VALUES)
+            inner[path[-1]] = draw(VALUES)
         if not content:
             break
     return content
 
 
-def opened(way: Callable[[], object]) -> None:
+def check(call: Callable[[], object]) -> None:
+    """Call a function, which may raise UserError only."""
     try:
-        way()
+        call()
     except UserError as error:
         assert str(error) and len(str(error)) < 3_000
 
 
 @pytest.fixture
-def run(tiny_run: Callable[..., PretrainConfig]) -> PretrainConfig:
+def config(tiny_run: Callable[..., PretrainConfig]) -> PretrainConfig:
     return tiny_run()
 
 
 @FUZZ
 @given(data=st.data())
-def test_a_configuration(data: st.DataObject, config: PretrainConfig) -> None:
-    """What is read can be written, and is then the same."""
+def test_configurations(data: st.DataObject, config: PretrainConfig) -> None:
+    """Write and read back each configuration that is read."""
     text = json.dumps(data.draw(configurations(config)))
     try:
-        found = from_json(text, "config.json")
+        result = from_json(text, "config.json")
     except UserError as error:
         assert str(error).startswith("config.json") and len(str(error)) < 3_000
     else:
-        assert from_json(to_json(found)) == found
+        assert from_json(to_json(result)) == result
 
 
 @FUZZ
 @given(text=st.one_of(st.text(max_size=60), st.text('{}[]":,0123456789eE.-truefalsn\\u ', max_size=60)))
 def test_any_text(text: str) -> None:
-    opened(lambda: from_json(text))
+    check(lambda: from_json(text))
 
 
 @FUZZ
 @given(data=st.data())
-def test_the_metadata_of_a_product(data: st.DataObject, config: PretrainConfig, tmp_path: Path) -> None:
-    """The whole way, from a file to an encoder."""
+def test_metadata_of_an_encoder(data: st.DataObject, config: PretrainConfig, tmp_path: Path) -> None:
     tensors = dict(build_encoder(config).state_dict())
     step = data.draw(st.sampled_from(["6", "", "x", "9" * 30]) | st.text(max_size=4))
     metadata = {METADATA_KEY: json.dumps(data.draw(configurations(config))), "step": step}
     path = tmp_path / "x.safetensors"
     path.write_bytes(save(tensors, metadata))
-    opened(lambda: load_encoder(path))
+    check(lambda: load_encoder(path))
 
 
 @FUZZ
 @given(data=st.data(), name=st.sampled_from(["own.safetensors", "mae.safetensors", "zip.pth", "plain.pth"]))
-def test_bytes_of_a_file_of_weights(data: st.DataObject, name: str, config: PretrainConfig, tmp_path: Path) -> None:
-    """A few bytes are changed, most of them in the header, or the end is missing."""
+def test_bytes_of_a_weights_file(data: st.DataObject, name: str, config: PretrainConfig, tmp_path: Path) -> None:
+    """Change a few bytes, most of them in the header, or truncate the file."""
     path = tmp_path / name
     if name.endswith(".pth"):
         torch.save({"model": official.mae()}, path, _use_new_zipfile_serialization=name == "zip.pth")
     else:
-        mine = name == "own.safetensors"
-        tensors = dict(build_encoder(config).state_dict()) if mine else official.mae()
-        path.write_bytes(save(tensors, {METADATA_KEY: to_json(config)} if mine else None))
+        own = name == "own.safetensors"
+        tensors = dict(build_encoder(config).state_dict()) if own else official.mae()
+        path.write_bytes(save(tensors, {METADATA_KEY: to_json(config)} if own else None))
     content = bytearray(path.read_bytes())
-    chance = random.Random(data.draw(st.integers(0, 2**32)))
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
     for _ in range(data.draw(st.integers(0, 8))):
-        place = chance.choice([chance.randrange(len(content)), chance.randrange(3_000), -chance.randrange(1, 3_000)])
-        content[place] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: chance.randrange(len(content))] if data.draw(st.booleans()) else content)
-    opened(lambda: load_encoder(path, num_heads=4))
+        position = rng.choice([rng.randrange(len(content)), rng.randrange(3_000), -rng.randrange(1, 3_000)])
+        content[position] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: rng.randrange(len(content))] if data.draw(st.booleans()) else content)
+    check(lambda: load_encoder(path, num_heads=4))
 
 
 @FUZZ
@@ -139,29 +139,33 @@ def test_bytes_of_a_file_of_weights(data: st.DataObject, name: str, config: Pret
 )
 def test_any_bytes(content: bytes, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    opened(lambda: resolve_model(str(tmp_path / name)))
+    check(lambda: resolve_model(str(tmp_path / name)))
 
 
 @FUZZ
 @given(data=st.data(), kind=st.sampled_from(["mae", "convmae", "simmim_swin", "simmim_vit"]))
-def test_shapes_and_names_of_a_known_project(data: st.DataObject, kind: str, tmp_path: Path) -> None:
-    """Some tensors have another shape, some another name, some are missing; and a config.json says odd things."""
+def test_shapes_and_names_of_a_supported_project(data: st.DataObject, kind: str, tmp_path: Path) -> None:
+    """Reshape, rename, convert or remove tensors, and add a random config.json."""
     tensors = getattr(official, kind)()
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from(sorted(tensors)))
-        how = data.draw(st.sampled_from(["shape", "name", "gone", "kind"]))
+        change = data.draw(st.sampled_from(["shape", "name", "remove", "kind"]))
         value = tensors.pop(name)
-        if how == "shape":
+        if change == "shape":
             value = torch.zeros(data.draw(st.lists(st.integers(0, 9), max_size=4)))
-        elif how == "kind":
+        elif change == "kind":
             value = value.to(data.draw(st.sampled_from([torch.int64, torch.bool, torch.complex64, torch.float16])))
-        elif how == "name":
+        elif change == "name":
             parts = name.split(".")
             parts[data.draw(st.integers(0, len(parts) - 1))] = data.draw(st.sampled_from(["0", "7", "99999", "x", ""]))
             name = ".".join(parts)
-        if how != "gone":
+        if change != "remove":
             tensors[name] = value
     torch.save({"model": tensors, "args": data.draw(VALUES)}, tmp_path / "x.pth")
-    said = {"image_size": data.draw(VALUES), "num_attention_heads": data.draw(VALUES), "mask_ratio": data.draw(VALUES)}
-    (tmp_path / "config.json").write_text(json.dumps(said))
-    opened(lambda: load_encoder(tmp_path / "x.pth"))
+    config = {
+        "image_size": data.draw(VALUES),
+        "num_attention_heads": data.draw(VALUES),
+        "mask_ratio": data.draw(VALUES),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check(lambda: load_encoder(tmp_path / "x.pth"))

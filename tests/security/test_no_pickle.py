@@ -1,15 +1,17 @@
-"""Nothing of a file is ever run: no code here unpickles, and a pickle planted in any file that a command reads is data.
+"""Test that no file is ever executed: no code of pixmim unpickles, and commands treat planted pickles as data.
 
-The first half looks at the source. The second plants, in place of each file and beside it, what would make a file
-appear if it were unpickled or imported, and calls the commands that read it.
+The first half checks the source. The second half replaces each file that a command opens, and adds files next to it, by
+payloads that create a marker file if they are unpickled or imported, and calls the command.
 """
 
 import ast
 import builtins
+import fnmatch
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -55,53 +57,53 @@ FORBIDDEN = (
     *("logging.config", "builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__"),
 )
 FORBIDDEN = tuple(f"{name}." for name in FORBIDDEN)
-"""Modules and functions that run, or may run, what a file holds; and all below them."""
+"""Modules and functions that execute a file, or may; including everything below them."""
 
 ALLOWED = ("torch.distributed.checkpoint.state_dict.", "pickletools.genops.", "pickletools.markobject.")
-"""Of these: what gathers a state from a model and touches no file; what lists a pickle's instructions and runs none."""
+"""Exceptions: gathers a model's state without any file; lists a pickle's opcodes without executing them."""
 
 NEEDS = {"numpy.load": ("allow_pickle", False), "torch.load": ("weights_only", True)}
-"""What must be said of each call of a function."""
+"""Required keyword of each call of a function."""
 
 
-def faults(text: str) -> list[str]:
-    """Whatever in a Python file could run what another file holds."""
-    tree, names, found = ast.parse(text), {name: f"builtins.{name}" for name in dir(builtins)}, list[str]()
+def find_faults(text: str) -> list[str]:
+    """Return what in a Python source could execute another file."""
+    tree, names, faults = ast.parse(text), {name: f"builtins.{name}" for name in dir(builtins)}, list[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names[alias.asname or alias.name.split(".")[0]] = (
-                    alias.name if alias.asname else alias.name.split(".")[0]
-                )
-                found += _forbidden(alias.name)
+                top = alias.name.split(".")[0]
+                names[alias.asname or top] = alias.name if alias.asname else top
+                faults += _forbidden(alias.name)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                found += _forbidden(f"{node.module}.{alias.name}")
+                faults += _forbidden(f"{node.module}.{alias.name}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
-            found += _forbidden(_full(node, names))
+            faults += _forbidden(_full_name(node, names))
         if isinstance(node, ast.Call):
-            said = {word.arg: getattr(word.value, "value", ...) for word in node.keywords}
-            word, value = NEEDS.get(_full(node.func, names), ("", None))
-            if word and said.get(word) is not value:
-                found.append(f"{_full(node.func, names)} without {word}={value}")
-            found += [f"{word}={said[word]}" for word in ("trust_remote_code", "allow_pickle") if said.get(word, False)]
-            found += ["weights_only=False"] * (not said.get("weights_only", True))
-    return found
+            keywords = {word.arg: getattr(word.value, "value", ...) for word in node.keywords}
+            name = _full_name(node.func, names)
+            word, value = NEEDS.get(name, ("", None))
+            if word and keywords.get(word) is not value:
+                faults.append(f"{name} without {word}={value}")
+            faults += [w for w in ("trust_remote_code", "allow_pickle") if keywords.get(w, False)]
+            faults += ["weights_only=False"] * (not keywords.get("weights_only", True))
+    return faults
 
 
 def _forbidden(name: str) -> list[str]:
-    below = f"{name}."
-    return [name] * (below.startswith(FORBIDDEN) and not below.startswith(ALLOWED))
+    prefix = f"{name}."
+    return [name] * (prefix.startswith(FORBIDDEN) and not prefix.startswith(ALLOWED))
 
 
-def _full(node: ast.expr, names: dict[str, str]) -> str:
-    """The whole name of what `a.b.c` in the source means; empty for anything else."""
+def _full_name(node: ast.expr, names: dict[str, str]) -> str:
+    """Return the qualified name of `a.b.c` in the source; empty for other expressions."""
     if isinstance(node, ast.Name):
         return names.get(node.id, "")
-    above = _full(node.value, names) if isinstance(node, ast.Attribute) else ""
-    return f"{above}.{node.attr}" if above else ""  # type: ignore[attr-defined]
+    parent = _full_name(node.value, names) if isinstance(node, ast.Attribute) else ""
+    return f"{parent}.{node.attr}" if parent else ""  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -131,27 +133,26 @@ def _full(node: ast.expr, names: dict[str, str]) -> str:
         "from timm.models import load_checkpoint",
     ],
 )
-def test_what_runs_files_is_found(text: str) -> None:
-    assert faults(text)
+def test_code_that_executes_files_is_detected(text: str) -> None:
+    assert find_faults(text)
 
 
-def test_what_does_not_is_not() -> None:
+def test_harmless_code_is_not_detected() -> None:
     text = "import re, torch\nimport numpy as np\nfrom torch.distributed.checkpoint.state_dict import get_state_dict\n"
     text += "np.load(path, allow_pickle=False)\ntorch.load(path, weights_only=True)\nre.compile(text)\nmodel.eval()\n"
-    assert faults(text) == []
+    assert find_faults(text) == []
 
 
-def test_nothing_here_runs_a_file() -> None:
-    found = {str(path.relative_to(SOURCE)): faults(path.read_text()) for path in SOURCE.rglob("*.py")}
-    assert {name: wrong for name, wrong in found.items() if wrong} == {}
-    importing = {"importlib": {"__init__.py", "training/trackers.py"}, "subprocess": {"evaluation/results.py"}}
-    for module, homes in importing.items():  # of our own modules by a literal table; git, of our own folder
-        users = {name for name in found if f"import {module}" in (SOURCE / name).read_text()}
-        users |= {name for name in found if f"from {module} import import_module" in (SOURCE / name).read_text()}
-        assert users <= homes
+def test_no_source_file_executes_files() -> None:
+    faults = {str(path.relative_to(SOURCE)): find_faults(path.read_text()) for path in SOURCE.rglob("*.py")}
+    assert {name: found for name, found in faults.items() if found} == {}
+    allowed = {"importlib": {"__init__.py", "training/trackers.py"}, "subprocess": {"evaluation/results.py"}}
+    for module, files in allowed.items():  # imports from literal tables; git in pixmim's own folder
+        statements = (f"import {module}", f"from {module} import import_module")
+        assert {name for name in faults if any(one in (SOURCE / name).read_text() for one in statements)} <= files
 
 
-class Evil:
+class Payload:
     """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
@@ -167,14 +168,14 @@ def saved(save: Callable[[io.BytesIO], object]) -> bytes:
     return buffer.getvalue()
 
 
-def plants(marker: Path) -> dict[str, bytes]:
-    """What creates the marker if it is unpickled, or run, by the suffix that somebody would give it."""
-    evil = Evil(marker)
-    state = {"model": {"encoder.norm.weight": torch.zeros(3)}, "epoch": evil}
-    array = np.array([evil], dtype=object)
+def payloads(marker: Path) -> dict[str, bytes]:
+    """Return content that creates the marker if it is unpickled or executed, by its usual suffix."""
+    payload = Payload(marker)
+    state = {"model": {"encoder.norm.weight": torch.zeros(3)}, "epoch": payload}
+    array = np.array([payload], dtype=object)
     return {
         "pkl": pickle.dumps(state, 2),
-        "pickle": pickle.dumps(evil, 4),
+        "pickle": pickle.dumps(payload, 4),
         "pt": saved(lambda file: torch.save(state, file)),
         "pth": saved(lambda file: torch.save(state, file, _use_new_zipfile_serialization=False)),
         "npy": saved(lambda file: np.save(file, array, allow_pickle=True)),
@@ -183,7 +184,7 @@ def plants(marker: Path) -> dict[str, bytes]:
     }
 
 
-def test_what_is_planted_would_run(tmp_path: Path) -> None:
+def test_payloads_create_the_marker_when_executed(tmp_path: Path) -> None:
     unsafe: dict[str, Callable[[io.BytesIO], object]] = {
         "pt": lambda file: torch.load(file, weights_only=False),
         "pth": lambda file: torch.load(file, weights_only=False),
@@ -191,7 +192,7 @@ def test_what_is_planted_would_run(tmp_path: Path) -> None:
         "npz": lambda file: np.load(file, allow_pickle=True)["mean"],
         "py": lambda file: exec(file.read()),
     }
-    for suffix, content in plants(tmp_path / "marker").items():
+    for suffix, content in payloads(tmp_path / "marker").items():
         unsafe.get(suffix, pickle.load)(io.BytesIO(content))
         assert (tmp_path / "marker").exists(), suffix
         (tmp_path / "marker").unlink()
@@ -199,14 +200,16 @@ def test_what_is_planted_would_run(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of everything that a command reads, and the memory of it in the user's cache directory. Never changed."""
+    """Return a read-only folder with one of everything that commands read, including the user's cache directory."""
     root = tmp_path_factory.mktemp("home")
     quiet, shapes = Console(quiet=True), "shapes:count=12,size=32"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(root / "memory"))
-        draw(root / "pictures")
-        make_cache(open_dataset(str(root / "pictures")), root / "cache", (32, 32), per_shard=4)
-        tar(root / "tars" / "0.tar", {path.name: path.read_bytes() for path in (root / "pictures" / "cats").iterdir()})
+        patch.setenv("XDG_CACHE_HOME", str(root / "user-cache"))
+        write_images(root / "images")
+        make_cache(open_dataset(str(root / "images")), root / "cache", (32, 32), per_shard=4)
+        write_tar(
+            root / "tars" / "0.tar", {path.name: path.read_bytes() for path in (root / "images" / "cats").iterdir()}
+        )
 
         run = tiny_run(data=shapes, steps=4, batch_size=4, threads=1, checkpoint=CheckpointConfig(every=2))
         pretrain(run, root / "finished", console=quiet, report=False)
@@ -228,18 +231,18 @@ def home(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert call(*commands(root / "imported", root, root)["finetune"]) == 130
         patch.setattr(embedding, "features", stopping(embedding.features))
         assert call(*commands(root / "imported", root, root)["embed"]) == 130
-        assert call("stats", root / "tars") == call("stats", root / "pictures") == 0
+        assert call("stats", root / "tars") == call("stats", root / "images") == 0
     return root
 
 
-def draw(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     for number in range(8):
         path = folder / ("cats", "dogs")[number % 2] / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (40, 36, 3), np.uint8)).save(path)
 
 
-def tar(path: Path, files: dict[str, bytes]) -> None:
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, content in files.items():
@@ -249,20 +252,20 @@ def tar(path: Path, files: dict[str, bytes]) -> None:
 
 
 def stopping(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is interrupted the second time that it is called."""
+    """Wrap a function so that its second call is interrupted."""
     calls: list[int] = []
 
-    def instead(*given: Any) -> Any:
+    def interrupted(*args: Any) -> Any:
         calls.append(1)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return function(*given)
+        return function(*args)
 
-    return instead
+    return interrupted
 
 
 def call(*args: object) -> int:
-    """Call a command. Whatever it finds, it ends with a status, and not with a traceback."""
+    """Call a command. Whatever it reads, it must end with a status instead of a traceback."""
     status = cli.main([str(arg) for arg in args])
     assert status in (0, 1, 130)
     return status
@@ -273,19 +276,19 @@ CPU = ("--device", "cpu", "--precision", "fp32")
 
 
 def commands(run: Path, home: Path, out: Path) -> dict[str, list[object]]:
-    """What takes a run or a folder of weights."""
-    pictures = home / "pictures"
-    begin = ["pretrain", home / "run.json", "--steps", 1, "--out", out / "begun", "--init", run]
+    """Return the commands that take a run or a folder of weights."""
+    images = home / "images"
+    init = ["pretrain", home / "run.json", "--steps", 1, "--out", out / "new", "--init", run]
     return {
         "report": ["report", run, "--out", out / "report.html"],
-        "reconstruct": ["reconstruct", run, pictures, "--out", out / "r.png", "--count", 1],
-        "attention": ["attention", run, pictures, "--out", out / "a.png", "--count", 1],
-        "embed": ["embed", run, "--data", pictures, "--out", out / "e.npy", "--batch-size", 3, *CPU],
+        "reconstruct": ["reconstruct", run, images, "--out", out / "r.png", "--count", 1],
+        "attention": ["attention", run, images, "--out", out / "a.png", "--count", 1],
+        "embed": ["embed", run, "--data", images, "--out", out / "e.npy", "--batch-size", 3, *CPU],
         "import": ["import", run, "--to", out / "imported"],
         "export": ["export", run, "--to", "timm", "--out", out / "exported"],
         "evaluate": ["evaluate", "knn", run, *SHAPES, "--untrained", "--out", out / "knn", *CPU],
         "finetune": ["evaluate", "finetune", run, *SHAPES, "--epochs", 1, "--batch-size", 4, "--out", run, *CPU],
-        "init": begin,
+        "init": init,
         "out": ["pretrain", home / "run.json", "--out", run],
         "resume": ["pretrain", "--resume", run],
     }
@@ -293,8 +296,8 @@ def commands(run: Path, home: Path, out: Path) -> dict[str, list[object]]:
 
 @pytest.fixture
 def marker(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the plants of a test would leave a file. None does."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(shutil.copytree(home / "memory", tmp_path / "memory")))
+    """Return the file that payloads would create. The test fails if one does."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shutil.copytree(home / "user-cache", tmp_path / "user-cache")))
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "marker"
     yield path
@@ -302,14 +305,14 @@ def marker(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def without_page(patch: pytest.MonkeyPatch) -> None:
-    """Commands that write a report at their end do without: `report` itself is called where it matters."""
+    """Skip the report at the end of commands. The command `report` itself is tested separately."""
     patch.setattr("pixmim.report.write_report", lambda folders, out, *_: out)
     patch.setattr("pixmim.report.results_table", lambda folders, width, *_: "")
 
 
-def beside(folder: Path, marker: Path) -> None:
-    """Plant files under names that libraries look for into every folder, and a checkpoint as torch writes it."""
-    planted = plants(marker)
+def add_payloads(folder: Path, marker: Path) -> None:
+    """Add payloads to every folder, under names that libraries look for, and as a checkpoint of torch."""
+    contents = payloads(marker)
     names = {
         "pkl": ("data.pkl", ".metadata", "__0_0.distcp", "optimizer.bin", "tokenizer.pkl"),
         "pt": ("model.pt", "rank-00001.safetensors", "training_args.bin"),
@@ -317,18 +320,18 @@ def beside(folder: Path, marker: Path) -> None:
         "py": ("__init__.py", "conftest.py", "sitecustomize.py", "hubconf.py", "modeling_x.py", "torch.py", "a.pth"),
         "npy": ("labels.dat", "index.npy.bak"),
     }
-    for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         for suffix, several in names.items():
             for name in several:
-                (place / name).write_bytes(planted[suffix])
-        sums = {name: zlib.crc32(planted["pkl"]) for name in (".metadata", "__0_0.distcp")}
-        (place / "sums.json").write_text(json.dumps(sums))
+                (path / name).write_bytes(contents[suffix])
+        sums = {name: zlib.crc32(contents["pkl"]) for name in (".metadata", "__0_0.distcp")}
+        (path / "sums.json").write_text(json.dumps(sums))
 
 
-def test_what_lies_beside_is_left_alone(home: Path, tmp_path: Path, marker: Path) -> None:
-    """Also in the folder that the commands are called in. Everything still does its work."""
+def test_additional_files_are_not_read(home: Path, tmp_path: Path, marker: Path) -> None:
+    """Add payloads to the run, which is also the current folder. All commands still succeed."""
     run = Path(shutil.copytree(home / "finished", tmp_path / "run"))
-    beside(run, marker)
+    add_payloads(run, marker)
     os.chdir(run)
     for name, command in commands(run, home, tmp_path / "out").items():
         with pytest.MonkeyPatch.context() as patch:
@@ -338,62 +341,87 @@ def test_what_lies_beside_is_left_alone(home: Path, tmp_path: Path, marker: Path
 
 
 def test_checkpoints_of_torch_are_not_opened(home: Path, tmp_path: Path, marker: Path) -> None:
-    """As the attack was: a run whose checkpoint is a pickle, sums and all."""
+    """Replace a run's checkpoint by a pickle with valid checksums."""
     run = Path(shutil.copytree(home / "broken", tmp_path / "run"))
     (checkpoint,) = (run / "checkpoints").glob("step-*")
     for path in checkpoint.iterdir():
         path.unlink()
-    beside(run, marker)
+    add_payloads(run, marker)
     for name in ("reconstruct", "import", "export", "evaluate", "init", "resume"):
         assert call(*commands(run, home, tmp_path / "out")[name]) == 1, name
     assert call("report", run) == 0
 
 
-SLOW = {
-    "report": ("config.json", "metrics.jsonl", "knn.json", "step-000000004/"),
-    "finetune": ("unfinished/", "encoder/model.safetensors"),
-    "init": ("step-000000002", "config.json", "model.safetensors"),
-    "out": ("step-000000002", "config.json", "metrics.jsonl"),
-    "resume": ("step-000000002", "config.json", "metrics.jsonl"),
-}
-"""Commands that take seconds, and what they read; all others are called whatever is planted."""
+_opened: set[str] | None = None
 
 
-def not_read(path: str, name: str) -> bool:
-    if path.startswith("unfinished/"):
-        return name != "finetune"
-    return name in SLOW and not any(part in path for part in SLOW[name])
+def _record_open(event: str, arguments: tuple[Any, ...]) -> None:
+    if _opened is not None and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+        _opened.add(os.path.realpath(os.fsdecode(arguments[0])))
 
 
-def planted(
+sys.addaudithook(_record_open)
+
+
+def opened_files(folder: Path, name: str, command: list[object]) -> list[str]:
+    """Call a command and return the files of a folder that it opens, by their relative paths.
+
+    Files whose names differ only in numbers or hashes are read by the same code: one of them is returned.
+    """
+    global _opened
+    files = {os.path.realpath(path): str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    _opened = set()
+    try:
+        assert tracebacks(name, "", command) == []
+        opened = sorted(files[path] for path in _opened & files.keys())
+    finally:
+        _opened = None
+    kinds = {re.sub(r"[0-9a-f]{16,}|\d+", "#", path): path for path in opened}
+    return sorted(kinds.values())
+
+
+def replace_each_file(
     folder: Path,
     marker: Path,
-    called: Callable[[Path, Path], dict[str, list[object]]],
-    skip: Callable[[str, str], bool] = lambda path, name: False,
-) -> None:
-    """Replace each file of a folder in turn, by another plant for each command, and call the command.
+    make_commands: Callable[[Path, Path], dict[str, list[object]]],
+    all_files: bool = False,
+) -> dict[str, set[str]]:
+    """Replace each file that a command opens by a payload, one at a time, and call the command.
 
-    called  of a copy of the folder, and of one for what is written: the commands by name
-    skip    of a file and a command: whether that one does not read it, and takes long
+    Args:
+        folder: The folder. Commands are called on copies of it.
+        marker: The file that payloads create.
+        make_commands: Returns the commands by name for a copy of the folder and an output folder.
+        all_files: Replace all files: for libraries that open files without Python, where `opened_files` is incomplete.
+
+    Returns:
+        The replaced files of each command.
     """
-    kinds, raised = cycle(plants(marker).items()), list[str]()
+    contents, errors, replaced = cycle(payloads(marker).items()), list[str](), dict[str, set[str]]()
     copy, out = marker.parent / "copy" / folder.name, marker.parent / "out"
-    for path in sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()):
-        for name, command in called(copy, out).items():
-            if skip(path, name):
-                continue
-            shutil.copytree(folder, copy)
-            suffix, content = next(kinds)
+    every = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+    def fresh_copy() -> None:
+        shutil.rmtree(copy.parent, ignore_errors=True)  # with what a command wrote next to it
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(folder, copy)
+
+    for name, command in make_commands(copy, out).items():
+        fresh_copy()
+        paths = every if all_files else [path for path in opened_files(copy, name, command) if path in every]
+        replaced[name] = set(paths)
+        for path in paths:
+            fresh_copy()
+            suffix, content = next(contents)
             (copy / path).write_bytes(content)
-            raised += tracebacks(name, path, command)
-            shutil.rmtree(copy.parent)  # with what the command wrote beside it
-            shutil.rmtree(out, ignore_errors=True)
+            errors += tracebacks(name, path, command)
             assert not marker.exists(), (path, suffix, name)
-    assert raised == []
+    assert errors == []
+    return replaced
 
 
 def tracebacks(name: str, path: str, command: list[object]) -> list[str]:
-    """Call a command that reads a planted file, and give what it raises."""
+    """Call a command that reads a payload, and return the exceptions that it raises."""
     with pytest.MonkeyPatch.context() as patch:
         if name != "report":
             without_page(patch)
@@ -404,20 +432,27 @@ def tracebacks(name: str, path: str, command: list[object]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("folder", ["finished", "broken", "imported"])
-def test_each_file_of_a_run(folder: str, home: Path, marker: Path) -> None:
-    planted(
-        home / folder,
-        marker,
-        lambda copy, out: commands(copy, home, out),
-        not_read,
-    )
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("finished", {"config.json", "metrics.jsonl", "encoder/model.safetensors", "evaluations/knn-*.json"}),
+        (
+            "broken",
+            {"config.json", "metrics.jsonl", "checkpoints/*/checkpoint.json", "checkpoints/*/rank-*.safetensors"},
+        ),
+        ("imported", {"config.json", "model.safetensors", "encoder/model.safetensors", "unfinished/*/metrics.jsonl"}),
+    ],
+)
+def test_each_file_of_a_run(folder: str, expected: set[str], home: Path, marker: Path) -> None:
+    replaced = replace_each_file(home / folder, marker, lambda copy, out: commands(copy, home, out))
+    paths: set[str] = set().union(*replaced.values())
+    assert all(fnmatch.filter(paths, pattern) for pattern in expected), paths
 
 
-def test_all_a_file_of_weights_may_be(home: Path, tmp_path: Path, marker: Path) -> None:
-    """Every plant under every name that weights have, alone and in a folder, and with a config.json beside it."""
+def test_every_kind_of_weights_file(home: Path, tmp_path: Path, marker: Path) -> None:
+    """Read every payload under every usual name of a weights file, alone, in a folder, and next to a config.json."""
     names = ("model.safetensors", "pytorch_model.bin", "x.pth", "x.pt", "x.ckpt", "x.pkl", "x.npz", "x")
-    for suffix, content in plants(marker).items():
+    for suffix, content in payloads(marker).items():
         for name in names:
             path = tmp_path / suffix / name
             path.parent.mkdir(exist_ok=True)
@@ -438,7 +473,7 @@ EXTENSIONS = ("jpg", "png", "gif", "webp", "bmp", "tif", "npy", "ppm", "eps", "p
 
 
 def data_commands(data: Path | str, home: Path, out: Path) -> dict[str, list[object]]:
-    """What takes a data set."""
+    """Return the commands that take a dataset."""
     return {
         "stats": ["stats", data, "--threads", 1],
         "cache": ["cache", data, out / "cache", "--size", 16, "--threads", 1],
@@ -450,20 +485,20 @@ def data_commands(data: Path | str, home: Path, out: Path) -> dict[str, list[obj
     }
 
 
-def test_pictures(home: Path, tmp_path: Path, marker: Path) -> None:
-    """Every plant as every kind of file, among real pictures: some are bad, and nothing else happens."""
-    data = Path(shutil.copytree(home / "pictures", tmp_path / "data"))
-    for suffix, content in plants(marker).items():
+def test_images_of_a_folder(home: Path, tmp_path: Path, marker: Path) -> None:
+    """Add every payload with every extension to a folder of images. Each counts as an unreadable image."""
+    data = Path(shutil.copytree(home / "images", tmp_path / "data"))
+    for suffix, content in payloads(marker).items():
         for extension in EXTENSIONS:
             (data / "cats" / f"{suffix}.{extension}").write_bytes(content)
-    beside(data, marker)
+    add_payloads(data, marker)
     for name, command in data_commands(data, home, tmp_path / "out").items():
         assert tracebacks(name, str(data), command) == []
 
 
-def test_files_that_are_a_data_set(home: Path, tmp_path: Path, marker: Path) -> None:
-    """A list of files, boxes of objects, annotations, a tar, pictures of several kinds: each is a plant."""
-    for suffix, content in plants(marker).items():
+def test_files_that_are_a_dataset(home: Path, tmp_path: Path, marker: Path) -> None:
+    """Give every payload as --data: as a list of files, annotations, a tar, a table or an image."""
+    for suffix, content in payloads(marker).items():
         for extension in (*EXTENSIONS, "parquet", "arrow"):
             path = tmp_path / f"x.{extension}"
             path.write_bytes(content)
@@ -473,66 +508,66 @@ def test_files_that_are_a_data_set(home: Path, tmp_path: Path, marker: Path) -> 
 
 @pytest.mark.parametrize("folder", ["cache", "tars"])
 def test_each_file_of_a_cache_and_of_tars(folder: str, home: Path, marker: Path) -> None:
-    planted(home / folder, marker, lambda copy, out: data_commands(copy, home, out))
+    replaced = replace_each_file(home / folder, marker, lambda copy, out: data_commands(copy, home, out))
+    assert all(replaced[name] for name in ("stats", "embed", "knn", "pretrain")), replaced
 
 
-def test_what_tars_hold(home: Path, tmp_path: Path, marker: Path) -> None:
-    """Members under names that others unpickle."""
-    for suffix, content in plants(marker).items():
+def test_members_of_tars(home: Path, tmp_path: Path, marker: Path) -> None:
+    """Add every payload to tars, under names that other libraries unpickle."""
+    for suffix, content in payloads(marker).items():
         names = [*EXTENSIONS, "cls", "pyd", "pickle", "pkl", "pth", "ten", "npz", "mp", "cbor", "index", suffix]
         files = {f"{number:04d}.{name}": content for number, name in enumerate(names)}
         files |= {f"good.{name}": content for name in ("cls", "json", "pyd", "pickle")}
-        files |= {"good.jpg": (home / "pictures" / "cats" / "0.jpg").read_bytes()}
-        tar(tmp_path / "tars" / f"{suffix}.tar", files)
+        files |= {"good.jpg": (home / "images" / "cats" / "0.jpg").read_bytes()}
+        write_tar(tmp_path / "tars" / f"{suffix}.tar", files)
     data = tmp_path / "tars"
     for name, command in data_commands(data, home, tmp_path / "out").items():
         assert tracebacks(name, str(data), command) == []
 
 
 def test_each_file_in_the_users_cache_directory(home: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes of tars, statistics, and which runs were made here."""
-    known = {path.parent.name for path in (home / "memory" / "pixmim").rglob("*") if path.is_file()}
-    assert {"tars", "stats"} <= known
-    monkeypatch.setenv("XDG_CACHE_HOME", str(marker.parent / "copy" / "memory"))
+    """Replace each cached tar index and statistics file."""
+    kinds = {path.parent.name for path in (home / "user-cache" / "pixmim").rglob("*") if path.is_file()}
+    assert {"tars", "stats"} <= kinds
+    monkeypatch.setenv("XDG_CACHE_HOME", str(marker.parent / "copy" / "user-cache"))
 
-    def called(copy: Path, out: Path) -> dict[str, list[object]]:
-        kinds = {name: data_commands(home / name, home, out) for name in ("pictures", "tars")}
-        return {f"{name} {data}": kinds[data][name] for data in kinds for name in ("stats", "pretrain")}
+    def make_commands(copy: Path, out: Path) -> dict[str, list[object]]:
+        available = {name: data_commands(home / name, home, out) for name in ("images", "tars")}
+        return {f"{name} {data}": available[data][name] for data in available for name in ("stats", "pretrain")}
 
-    planted(home / "memory", marker, called)
+    replaced = replace_each_file(home / "user-cache", marker, make_commands)
+    assert {path.split("/")[1] for path in set().union(*replaced.values())} >= {"tars", "stats"}
 
 
 def test_unfinished_embeddings(home: Path, marker: Path) -> None:
-    """Kept beside the file to come, from a command that was interrupted."""
-    command = ["embed", home / "imported", "--data", home / "pictures", "--batch-size", 3, *CPU, "--out"]
-    planted(home / "e.npy.partial", marker, lambda copy, out: {"embed": [*command, copy.with_suffix("")]})
+    command = ["embed", home / "imported", "--data", home / "images", "--batch-size", 3, *CPU, "--out"]
+    partial = home / "e.npy.partial"
+    assert replace_each_file(partial, marker, lambda copy, out: {"embed": [*command, copy.with_suffix("")]})["embed"]
 
 
-def test_data_sets_of_hugging_face(home: Path, tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved to disk and as parquet: each file in turn, scripts beside them, pickles as pictures and as types."""
+@pytest.mark.usefixtures("own_datasets_cache")
+def test_datasets_of_hugging_face(home: Path, tmp_path: Path, marker: Path) -> None:
+    """Replace each file of a dataset saved to disk and as parquet, and add scripts, pickles as images and as types."""
     datasets, arrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "library"))
-    datasets.disable_progress_bars()
-    pictures = [{"bytes": path.read_bytes(), "path": path.name} for path in (home / "pictures" / "cats").iterdir()]
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in (home / "images" / "cats").iterdir()]
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cats"])})
-    library = datasets.Dataset.from_dict({"image": pictures, "label": [0] * len(pictures)}, features=kinds)
+    library = datasets.Dataset.from_dict({"image": images, "label": [0] * len(images)}, features=kinds)
     library.save_to_disk(tmp_path / "set" / "saved")
     library.to_parquet(tmp_path / "set" / "tables" / "train.parquet")
     for form in ("saved", "tables"):
-        planted(tmp_path / "set" / form, marker, lambda copy, out: {"stats": data_commands(copy, home, out)["stats"]})
-    beside(tmp_path / "set", marker)
+        folder = tmp_path / "set" / form
+        replace_each_file(
+            folder, marker, lambda copy, out: {"stats": data_commands(copy, home, out)["stats"]}, all_files=True
+        )
+    add_payloads(tmp_path / "set", marker)
     for name in ("saved", "tables", "set"):
         for folder in ("saved", "tables"):
-            (tmp_path / "set" / folder / f"{name}.py").write_bytes(plants(marker)["py"])
-    for content in plants(marker).values():
-        rows = [{"bytes": content, "path": "x.jpg"}, pictures[0], {"bytes": content, "path": "x.npy"}]
+            (tmp_path / "set" / folder / f"{name}.py").write_bytes(payloads(marker)["py"])
+    for content in payloads(marker).values():
+        rows = [{"bytes": content, "path": "x.jpg"}, images[0], {"bytes": content, "path": "x.npy"}]
         typed = arrow.field("image", arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
-        typed = typed.with_metadata(
-            {
-                "ARROW:extension:name": "arrow.py_extension_type",
-                "ARROW:extension:metadata": content,
-            }
-        )
+        extension = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": content}
+        typed = typed.with_metadata(extension)
         table = arrow.table([rows], schema=arrow.schema([typed]))
         arrow.parquet.write_table(table, tmp_path / "typed.parquet")
         assert tracebacks("stats", "typed.parquet", ["stats", tmp_path / "typed.parquet"]) == []
@@ -542,7 +577,7 @@ def test_data_sets_of_hugging_face(home: Path, tmp_path: Path, marker: Path, mon
 
 
 def test_the_current_folder_does_not_configure_matplotlib(tmp_path: Path) -> None:
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")  # would run LaTeX for every label
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")  # would call LaTeX for every label
     code = "import os, pixmim.utils.plotting as p; print(p.matplotlib.rcParams['text.usetex'], os.getcwd())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"False {tmp_path}\n"

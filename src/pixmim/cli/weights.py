@@ -1,4 +1,4 @@
-"""pixmim import and pixmim export: how weights enter the house, and leave it."""
+"""`pixmim import` and `pixmim export`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from pixmim.utils.console import print_plain
 
 
 def import_(args: list[str]) -> int:
-    """Recognize a file of weights, say what is in it, and keep it as a folder that the other commands take."""
+    """Run `pixmim import`."""
 
     def command(
         file: Positional[str],
@@ -21,12 +21,12 @@ def import_(args: list[str]) -> int:
         to: Path | None = None,
         model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
     ) -> int:
-        """Take over weights: of MAE, LSMAE, ConvMAE, SimMIM, mmselfsup, mmpretrain, timm, Hugging Face.
+        """Import weights of MAE, LSMAE, ConvMAE, SimMIM, mmselfsup, mmpretrain, timm or Hugging Face.
 
         Args:
-            file: A file, a folder that holds one, or timm:NAME. Nothing that is in it is run.
-            to: A new folder, for the other commands; otherwise only the report is given.
-            model_flags: What the file does not contain.
+            file: A checkpoint file, a folder that contains one, or timm:NAME. It is read as data and never executed.
+            to: New folder for the model, which all other commands accept. Without it, only the report is printed.
+            model_flags: Facts that the file does not contain.
         """
         from pixmim.weights.load import import_weights, resolve_model
 
@@ -38,7 +38,7 @@ def import_(args: list[str]) -> int:
 
 
 def export(args: list[str]) -> int:
-    """Write a model as another project reads it."""
+    """Run `pixmim export`."""
 
     def command(
         model: Positional[str],
@@ -49,14 +49,14 @@ def export(args: list[str]) -> int:
         push: str = "",
         model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
     ) -> int:
-        """Hand a backbone over.
+        """Export a model for another project.
 
         Args:
-            model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
-            to: Who is to read it. hf takes the decoder along, where transformers has the same model.
-            out: A new folder; otherwise MODEL-FORMAT.
-            push: Name of a repository on the Hugging Face hub, to put the folder there as well (timm, hf, onnx).
-            model_flags: What the file does not contain.
+            model: A run, finished or not, an imported folder, a checkpoint file, or timm:NAME.
+            to: The project. hf includes the decoder if transformers has the same model.
+            out: New folder. Default: MODEL-FORMAT.
+            push: Repository of the Hugging Face hub to upload the folder to (timm, hf, onnx).
+            model_flags: Facts that the file does not contain.
         """
         from pixmim.export import export_model
 

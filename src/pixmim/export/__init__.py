@@ -1,20 +1,56 @@
 """Export encoders to timm, Hugging Face, mmpretrain, detectron2 and ONNX."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pixmim.export.frameworks import to_detectron2, to_mmpretrain, to_timm
 from pixmim.export.huggingface import to_hf
 from pixmim.export.onnx import to_onnx
 from pixmim.utils.errors import UserError, first_line
-from pixmim.utils.files import atomic_folder
+from pixmim.utils.files import atomic_folder, write_text_atomically
 from pixmim.weights.detect import Weights
+from pixmim.weights.formats import MM
+from pixmim.weights.key_map import downsampling_to_previous_stage
 from pixmim.weights.load import build_encoder_with_weights, describe, resolve_model
+from pixmim.weights.save import save_encoder
+
+
+def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
+    """Write timm's hub layout, as in a run's own encoder/."""
+    if weights.config.model.name == "convmae":
+        raise UserError("timm has no ConvMAE: load the encoder with pixmim.load_encoder, or use --to onnx")
+    save_encoder(encoder, folder, weights.config, weights.step, weights.steps)
+    return ['timm.create_model("local-dir:FOLDER", pretrained=True)']
+
+
+def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
+    """Write a plain ViT with mmpretrain's keys, and MAE's decoder if there is one."""
+    if type(encoder) is not VisionTransformer or weights.config.model.name == "simmim":
+        raise UserError("--to mmpretrain supports plain ViTs only (MAE, LSMAE)")
+    _write_torch(folder, {"state_dict": MM.from_pixmim(weights.tensors), "meta": _meta(weights, encoder)})
+    return [
+        "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",
+        f"  with img_size={weights.config.image_size}",
+    ]
+
+
+def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
+    """Write {"model": tensors with the original code's keys}, which detectron2 matches by their suffixes."""
+    state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+    if isinstance(encoder, SwinTransformer):
+        state = downsampling_to_previous_stage(state)
+    meta = _meta(weights, encoder)
+    _write_torch(folder, {"model": state, "matching_heuristics": True, "__author__": "pixmim", "meta": meta})
+    return ['train.init_checkpoint = "FOLDER/model.pth"']
+
 
 FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
     "timm": to_timm,
@@ -23,51 +59,49 @@ FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
     "detectron2": to_detectron2,
     "onnx": to_onnx,
 }
-"""Functions that write a model for each project into an empty folder, and return lines on how to load it there."""
+"""Functions that write a model into an empty folder. They return lines on how to load it; FOLDER is replaced."""
 
 
 def export_model(
-    name: str, to: str, folder: Path | None = None, push: str = "", known: Mapping[str, Any] | None = None
+    name: str, to: str, folder: Path | None = None, push: str = "", hints: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Write a model for another project into a new folder.
 
     Args:
         name: The model: see `resolve_model`.
-        to: One of FORMATS.
+        to: One of `FORMATS`.
         folder: The folder. Default: MODEL-FORMAT.
-        push: A repository of the Hugging Face hub to upload the folder to.
-        known: What a file does not say of its model: see `resolve_model`.
+        push: Repository of the Hugging Face hub to upload the folder to.
+        hints: Facts that the model's file does not contain: see `resolve_model`.
 
     Returns:
-        Lines on what was written and how to load it.
+        Lines to print about what was written and how to load it.
 
     Raises:
-        UserError: If the project has no such model, or the folder cannot be written.
+        UserError: If the project does not support the model, or the folder cannot be written.
     """
-    weights = resolve_model(name, with_decoder=True, hints=known)
+    weights = resolve_model(name, with_decoder=True, hints=hints)
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
     if os.path.lexists(folder):
-        raise UserError(f"{folder} is there already: choose another --out")
+        raise UserError(f"{folder} already exists: choose another --out")
     encoder = build_encoder_with_weights(weights)
     try:
-        with atomic_folder(folder) as beside:
-            how = FORMATS[to](weights, encoder, beside)
+        with atomic_folder(folder) as temporary:
+            usage = FORMATS[to](weights, encoder, temporary)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
+    literal = json.dumps(str(folder))[1:-1].replace("'", "\\'")  # fits into a Python string with quotes of either kind
     lines = [
         *describe(name, weights),
         f"written to {folder}",
-        *(f"  {line.replace('FOLDER', _literal(folder))}" for line in how),
+        *(f"  {line.replace('FOLDER', literal)}" for line in usage),
     ]
     eps = weights.config.model.options.get("norm_eps")
     if eps is not None and to in ("timm", "mmpretrain", "detectron2"):
-        lines.append(f"  {to} adds another value than {eps:g} in its layer norms: features differ by a few thousandths")
+        lines.append(
+            f"  {to} cannot store the layer norms' epsilon of {eps:g}: its features differ by a few thousandths"
+        )
     return [*lines, _push(folder, push)] if push else lines
-
-
-def _literal(folder: Path) -> str:
-    """Return a folder as text between the quotes of a Python string, of either kind."""
-    return json.dumps(str(folder))[1:-1].replace("'", "\\'")
 
 
 def _push(folder: Path, repository: str) -> str:
@@ -75,11 +109,29 @@ def _push(folder: Path, repository: str) -> str:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
-        raise UserError("pushing needs huggingface_hub: pip install 'pixmim[hub]'") from error
+        raise UserError("--push needs huggingface_hub: pip install 'pixmim[hub]'") from error
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True)
         url = api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{folder} is written, but could not be pushed to {repository}: {first_line(error)}") from error
+        raise UserError(f"{folder} was written, but not pushed to {repository}: {first_line(error)}") from error
     return f"pushed to {url}"
+
+
+def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
+    """Return the settings that `weights.infer_config` reads from a file, in addition to its tensors."""
+    mean, std = weights.config.normalization
+    blocks: Any = getattr(encoder, "blocks", None)
+    meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.config.image_size, "mean": mean, "std": std}
+    if blocks is not None and hasattr(blocks[0].attn, "num_heads"):
+        meta |= {"num_attention_heads": blocks[0].attn.num_heads, "layer_norm_eps": blocks[0].norm1.eps}
+    if weights.has_decoder:
+        meta["decoder_num_attention_heads"] = weights.config.model.decoder_heads
+    return meta | {"step": weights.step}
+
+
+def _write_torch(folder: Path, content: dict[str, Any]) -> None:
+    buffer = io.BytesIO()  # torch.save to a path does not raise OSError on a full disk
+    torch.save(content, buffer)
+    write_text_atomically(folder / "model.pth", buffer.getvalue())

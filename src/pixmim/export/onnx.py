@@ -1,4 +1,4 @@
-"""ONNX of an encoder, checked in onnxruntime."""
+"""Export an encoder to ONNX, and compare it with torch in onnxruntime."""
 
 import json
 import warnings
@@ -16,25 +16,24 @@ from pixmim.weights.detect import Weights
 
 
 class _Outputs(nn.Module):
-    """The encoder with the outputs that an application wants: features, or a classifier's logits."""
+    """An encoder that returns its features, or a classifier that returns its logits."""
 
-    def __init__(self, encoder: nn.Module, classifies: bool) -> None:
+    def __init__(self, encoder: nn.Module, is_classifier: bool) -> None:
         super().__init__()
-        self.encoder, self.classifies = encoder, classifies
+        self.encoder, self.is_classifier = encoder, is_classifier
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if self.classifies:
+        if self.is_classifier:
             return (self.encoder(images),)
-        found = features(self.encoder, images)
-        return found.vector[:, -1], found.mean, found.map
+        result = features(self.encoder, images)
+        return result.vector[:, -1], result.mean, result.map
 
 
 def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """ONNX of the encoder for any batch: normalized images to its global vector, mean of patch tokens, and map; of a
-    classifier to its logits.
+    """Write model.onnx for any batch size: normalized images to vector, mean and map, or to a classifier's logits.
 
-    The file is checked in onnxruntime against torch. Raises UserError where onnx, onnxscript or onnxruntime is missing,
-    or the two disagree.
+    Raises:
+        UserError: If onnx, onnxscript or onnxruntime is missing, or onnxruntime and torch disagree.
     """
     try:
         import onnx  # noqa: F401
@@ -42,66 +41,63 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'pixmim[onnx]'") from error
-    run = weights.config
-    classifies = bool(run.model.options.get("num_classes"))
-    model = _Outputs(encoder, classifies)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, run.channels, *run.image_size, generator=generator)
-    names = ["logits"] if classifies else ["vector", "mean", "map"]
+    config = weights.config
+    is_classifier = bool(config.model.options.get("num_classes"))
+    model = _Outputs(encoder, is_classifier)
+    images = torch.randn(3, config.channels, *config.image_size, generator=torch.Generator().manual_seed(0))
+    names = ["logits"] if is_classifier else ["vector", "mean", "map"]
     modules: Iterable[Any] = encoder.modules()
     for module in modules:
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # the exporter cannot take apart a fused attention with a bias of its own
-    batch = torch.export.Dim("batch", min=1, max=65536)
+            module.fused_attn = False  # the exporter does not support fused attention with a bias of its own
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter's deprecation warnings
         program = torch.onnx.export(
             model,
             (images[:2],),
             input_names=["images"],
             output_names=names,
             dynamo=True,
-            dynamic_shapes={"images": {0: batch}},
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=65536)}},
             verbose=False,
         )
-    mean, std = run.normalization
     proto = program.model_proto  # type: ignore[union-attr]
     _strip(proto)
-    said = {
+    mean, std = config.normalization
+    metadata = {
         "mean": mean,
         "std": std,
-        "img_size": run.image_size,
-        "in_chans": run.channels,
-        "dtype": run.dtype,
-        "backbone": run.model.backbone,
+        "img_size": config.image_size,
+        "in_chans": config.channels,
+        "dtype": config.dtype,
+        "backbone": config.model.backbone,
     }
-    for key, value in said.items():
+    for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     write_text_atomically(folder / "model.onnx", proto.SerializeToString())
 
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    worst = 0.0
+    difference = 0.0
     for count in (1, 3):
         with torch.no_grad():
             expected = model(images[:count])
-        got = session.run(names, {"images": images[:count].numpy()})
-        for a, b in zip(expected, got, strict=True):
-            worst = max(worst, float((a - torch.from_numpy(b)).abs().max() / a.abs().max()))
-    if worst > 1e-3:
-        raise UserError(f"onnxruntime and torch differ by {worst:.1e} of the largest value: nothing was written")
+        for a, b in zip(expected, session.run(names, {"images": images[:count].numpy()}), strict=True):
+            difference = max(difference, float((a - torch.from_numpy(b)).abs().max() / a.abs().max()))
+    if difference > 1e-3:
+        raise UserError(f"onnxruntime and torch differ by {difference:.1e} of the largest value: nothing was written")
     return [
-        f"model.onnx: images (batch, {run.channels}, {run.image_size[0]}, {run.image_size[1]}), "
+        f"model.onnx: images (batch, {config.channels}, {config.image_size[0]}, {config.image_size[1]}), "
         "normalized by the mean and std in its metadata",
-        "  -> " + ("logits" if classifies else "vector, mean (batch, width), map (batch, width, rows, columns)"),
-        f"checked in onnxruntime with batches of 1 and 3: within {worst:.1e} of torch's largest value",
+        "  -> " + ("logits" if is_classifier else "vector, mean (batch, width), map (batch, width, rows, columns)"),
+        f"checked in onnxruntime for batch sizes 1 and 3: within {difference:.1e} of torch's largest value",
     ]
 
 
 def _strip(message: Any) -> None:
-    """Clear what the exporter notes of the code: the files and lines of this machine that each node comes from."""
+    """Remove the exporter's notes on each node, which contain paths and code of this machine."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)
         elif field.message_type is not None:
-            for one in value if isinstance(value, Iterable) else (value,):
-                _strip(one)
+            for inner in value if isinstance(value, Iterable) else (value,):
+                _strip(inner)

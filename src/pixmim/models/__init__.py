@@ -113,7 +113,7 @@ def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
         return _with_eps(_timm(backbone, **options), eps)
 
 
-def published(name: str, classes: int = 0) -> nn.Module:
+def create_pretrained(name: str, classes: int = 0) -> nn.Module:
     """Build a timm model with its pretrained weights, from timm's cache or downloaded. Raises UserError."""
     check_name(name)
     return _timm(name, pretrained=True, num_classes=classes)

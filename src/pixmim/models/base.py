@@ -10,7 +10,7 @@ from pixmim.masking import Mask
 from pixmim.utils.errors import UserError
 
 
-def not_used(encoder: nn.Module) -> UserError:
+def unsupported_encoder(encoder: nn.Module) -> UserError:
     """Return the error for an encoder that pixmim does not support."""
     return UserError(f"{type(encoder).__name__} is not a supported encoder: use timm's ViT, Beit or Swin, or ConvMAE")
 

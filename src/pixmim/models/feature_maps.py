@@ -9,7 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pixmim.models.base import Features, not_used
+from pixmim.models.base import Features, unsupported_encoder
 from pixmim.models.convmae import ConvMAEEncoder
 
 
@@ -47,7 +47,7 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
         each = [encoder.norm(tokens) for tokens in each[-blocks:]]
         means = [tokens.mean(dim=1) for tokens in each]
         return Features(torch.stack(means, dim=1), means[-1], each[-1].transpose(1, 2).unflatten(2, encoder.grid))
-    raise not_used(encoder)
+    raise unsupported_encoder(encoder)
 
 
 def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b _ _ _"]]:
@@ -74,7 +74,7 @@ def maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> list[Float[Ten
         first, second, tokens = encoder.stages(images)
         third = encoder.blocks3(tokens).transpose(1, 2).unflatten(2, encoder.grid)
         return [first, second, third, nn.functional.max_pool2d(third, 2, ceil_mode=True)]
-    raise not_used(encoder)
+    raise unsupported_encoder(encoder)
 
 
 def widths(encoder: nn.Module) -> list[int]:
@@ -85,4 +85,4 @@ def widths(encoder: nn.Module) -> list[int]:
         return [stage["num_chs"] for stage in encoder.feature_info]
     if isinstance(encoder, ConvMAEEncoder):
         return [*encoder.embed_dim, encoder.embed_dim[2]]
-    raise not_used(encoder)
+    raise unsupported_encoder(encoder)

@@ -7,7 +7,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pixmim.models.base import not_used
+from pixmim.models.base import unsupported_encoder
 from pixmim.models.convmae import ConvMAEEncoder
 
 # Prefixes of the parameters of layer 0.
@@ -35,7 +35,7 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
         stages: Any = encoder.layers
         depths = [len(stage.blocks) for stage in stages]
         return {name: _swin_layer(name, depths) for name in names}
-    raise not_used(encoder)
+    raise unsupported_encoder(encoder)
 
 
 def not_decayed(encoder: nn.Module) -> tuple[str, ...]:

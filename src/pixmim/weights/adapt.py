@@ -1,117 +1,205 @@
-"""Weights fitted to a model, given as its shapes: refitted where a rule exists, refused with the reason where not."""
+"""Adapt weights to a model of another image size or number of channels, by the rules of the projects they come from."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
 
-from numpy.linalg import LinAlgError
+import numpy as np
+import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from pixmim.config import ModelConfig
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.patches import grid_of
-from pixmim.weights import interpolate as resize
 from pixmim.weights.detect import Weights
 
 Tensors = Mapping[str, Tensor]
+Grid = tuple[int, int]
 
 
 def interpolate_tables(weights: Weights, state: Tensors, config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors, with tables and first convolution refitted to the image size and channels of `run`; what was done.
+    """Adapt position tables and the first convolution to a model, given by the shapes of its state and configuration.
 
-    state  the tensors of the model they are for, of which only the shapes count
-
-    Raises UserError for a table that cannot be refitted.
+    Returns all tensors of the weights, and a line for each adapted one. Raises UserError if a table does not permit it.
     """
-    found, lines = dict(weights.tensors), []
+    adapted, lines = dict(weights.tensors), []
     for name, value in weights.tensors.items():
         if name not in state or (state[name].shape == value.shape and weights.config.image_size == config.image_size):
-            continue  # at another size, a table of as many rows may be for another grid: 6x6 and 4x9
+            continue  # at another image size, even a table of the same length may belong to another grid: 6x6 and 4x9
         try:
-            fitted, line = _refitted(weights, name, value, state[name], config)
-        except (ValueError, IndexError, ArithmeticError, RuntimeError, LinAlgError) as error:  # shapes out of the way
-            raise UserError(f"{name} cannot be refitted: {first_line(error)}") from error
-        if line:
-            found[name] = fitted
-            lines.append(f"  {name}: {line}")
-    return found, lines
+            adapted[name], line = _adapt(weights, name, state[name], config)
+        except (ValueError, IndexError, ArithmeticError, RuntimeError, np.linalg.LinAlgError) as error:
+            raise UserError(f"{name} cannot be interpolated: {first_line(error)}") from error
+        lines += [f"  {name}: {line}"] if line else []
+    return adapted, lines
 
 
-def _refitted(weights: Weights, name: str, value: Tensor, wanted: Tensor, config: ModelConfig) -> tuple[Tensor, str]:
-    """One tensor as the model wants it, and what was done; no words where no rule exists."""
-    new = wanted.shape
+def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig) -> tuple[Tensor, str]:
+    """Return a tensor in the model's shape and what was changed; unchanged and an empty text if no rule applies."""
+    value, new = weights.tensors[name], target.shape
+    patch = _patch_size(weights.tensors)
     if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
-        patch = _patch(weights.tensors)
-        strides = [r.model.decoder_stride if name.startswith("decoder.") else 1 for r in (weights.config, config)]
         old_grid, grid = (
-            grid_of(r.image_size, patch * s) for r, s in zip((weights.config, config), strides, strict=True)
+            grid_of(c.image_size, patch * (c.model.decoder_stride if name.startswith("decoder.") else 1))
+            for c in (weights.config, config)
         )
-        if old_grid == grid:
-            return value, ""
-        return resize.positions(value, old_grid, grid), f"positions of {_by(old_grid)} patches refitted to {_by(grid)}"
+        line = f"positions interpolated from {_by(old_grid)} to {_by(grid)} patches"
+        return positions(value, old_grid, grid), line if old_grid != grid else ""
     if name.endswith("relative_position_bias_table") and new[-1] == value.shape[-1]:
-        old_window, window = _window(weights, name, value), _window(replace(weights, config=config), name, wanted)
+        old_window, window = _window(name, value, weights.config, patch), _window(name, target, config, patch)
         if old_window == window and new == value.shape:
             return value, ""
         if old_window is None or window is None:
-            raise UserError(f"{name} cannot be refitted: of what windows it was trained_at is not known")
-        return (
-            resize.relative_biases(value, old_window, window),
-            f"biases in windows of {_by(old_window)} refitted to {_by(window)}",
-        )
-    same = (new[0], *new[2:]) == (value.shape[0], *value.shape[2:])
-    if "patch_embed" in name and value.ndim == 4 and same and new != value.shape:
-        return resize.channels(value, new[1]), f"{value.shape[1]} channels adapted to {new[1]}"
+            raise UserError(f"{name} cannot be interpolated: its table of {len(value)} entries is not a square window")
+        line = f"relative positions interpolated from {_by(old_window)} to {_by(window)} patches"
+        return relative_biases(value, old_window, window), line
+    same_otherwise = (new[0], *new[2:]) == (value.shape[0], *value.shape[2:])
+    if "patch_embed" in name and value.ndim == 4 and same_otherwise and new != value.shape:
+        return channels(value, new[1]), f"adapted from {value.shape[1]} to {new[1]} channels"
     return value, ""
 
 
-def fit(weights: Weights, state: Tensors, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors for a model, each with its place and all places filled, once tables are refitted.
-
-    Raises UserError naming keys as the file does.
-    """
-    fitted, _ = interpolate_tables(weights, state, config)
-    missing = [original_key(weights, n) for n in state if n not in fitted]
-    odd = [original_key(weights, n) for n in fitted if n not in state]
-    wrong = [n for n in fitted if n in state and fitted[n].shape != state[n].shape]
-    problems = []
-    if missing:
-        problems.append(f"lacks {_some(missing)}")
-    if odd:
-        problems.append(f"holds {_some(odd)}, which {config.model.backbone} does not have")
-    problems += [f"has {shape(fitted[n])} for {original_key(weights, n)}, not {shape(state[n])}" for n in wrong[:4]]
-    if problems:
-        raise UserError(f"the file ({weights.origin}) does not fit: it " + "; it ".join(problems))
-    return fitted
-
-
-def _window(weights: Weights, name: str, table: Tensor) -> tuple[int, int] | None:
-    """(rows, columns) of the window that a table of relative positions is for: the image's grid for a Beit."""
+def _window(name: str, table: Tensor, config: ModelConfig, patch: int) -> Grid | None:
+    """Return (rows, columns) of the window of a table of relative positions: for a Beit, the image's grid."""
     if ".layers." not in name:
-        return grid_of(weights.config.image_size, _patch(weights.tensors))
+        return grid_of(config.image_size, patch)
     side = (round(table.shape[0] ** 0.5) + 1) // 2
     return (side, side) if (2 * side - 1) ** 2 == table.shape[0] else None
 
 
-def _patch(tensors: Mapping[str, Tensor]) -> int:
-    """Pixels that a row of the encoder's table of positions stands for; 16 for ConvMAE."""
-    first = tensors.get("encoder.patch_embed.proj.weight")
-    return 16 if first is None else int(first.shape[-1])
+def _patch_size(tensors: Tensors) -> int:
+    """Return the pixels per row of the encoder's position table."""
+    weight = tensors.get("encoder.patch_embed.proj.weight")
+    return 16 if weight is None else int(weight.shape[-1])  # ConvMAE has several patch embeddings: 4 * 2 * 2
+
+
+def adapt_weights(weights: Weights, state: Tensors, config: ModelConfig) -> dict[str, Tensor]:
+    """Adapt weights to a model: see `interpolate_tables`.
+
+    Raises UserError, with the file's own names, if tensors are missing, unexpected or of another shape.
+    """
+    adapted, _ = interpolate_tables(weights, state, config)
+    missing = [original_key(weights, name) for name in state if name not in adapted]
+    unexpected = [original_key(weights, name) for name in adapted if name not in state]
+    problems = [
+        *([f"is missing {_listed(missing)}"] if missing else []),
+        *([f"contains {_listed(unexpected)}, which {config.model.backbone} does not have"] if unexpected else []),
+    ]
+    mismatched = [name for name in state if name in adapted and adapted[name].shape != state[name].shape]
+    problems += [
+        f"has {format_shape(adapted[name])} for {original_key(weights, name)}: expected {format_shape(state[name])}"
+        for name in mismatched[:4]
+    ]
+    if problems:
+        raise UserError(f"the file ({weights.format_name}) does not match: it {'; it '.join(problems)}")
+    return adapted
 
 
 def original_key(weights: Weights, name: str) -> str:
-    """What the file calls a tensor, in quotes."""
-    theirs = weights.source.names.theirs(name) if weights.source is not None else None
-    return f"'{theirs or name}'"
+    """Return the file's own name of a tensor, in quotes."""
+    key = weights.format.keys.from_pixmim(name) if weights.format is not None else None
+    return f"'{key or name}'"
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def shape(tensor: Tensor) -> str:
-    """A shape in words, 768x3x16x16."""
+def format_shape(tensor: Tensor) -> str:
+    """Return a shape as text: 768x3x16x16."""
     return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _by(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _by(grid: Grid) -> str:
+    return f"{grid[0]}x{grid[1]}"
+
+
+def positions(table: Float[Tensor, "1 n d"], old: Grid, new: Grid) -> Float[Tensor, "1 m d"]:
+    """Interpolate a table of positions from one grid of (rows, columns) to another.
+
+    Bicubic with align_corners=False, without antialiasing, as in MAE's official code. Prefix tokens are kept.
+
+    Raises:
+        ValueError: If the table has fewer rows than the old grid.
+    """
+    prefix = table.shape[1] - old[0] * old[1]
+    if prefix < 0:
+        raise ValueError(f"a table of {table.shape[1]} positions is too short for a grid of {old[0]}x{old[1]}")
+    if old == new:
+        return table
+    grid = table[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
+
+
+def relative_biases(table: Float[Tensor, "n heads"], old: Grid, new: Grid) -> Float[Tensor, "m heads"]:
+    """Interpolate biases by relative position from one window of (rows, columns) to another.
+
+    The table has (2 rows - 1)(2 columns - 1) entries. Any entries after them (Beit's three of the class token) are
+    kept. The known distances are placed at 1, 1 + q, 1 + q + q^2 ..., where q in [1.01, 1.5] maps the largest one to
+    the new largest distance, and interpolated by a cubic spline. Biases change most at small distances, which thus
+    hardly move. Source: the fine-tuning code of SimMIM.
+    """
+    if old == new:
+        return table
+    (h, w), (rows, columns) = ((2 * a - 1, 2 * b - 1) for a, b in (old, new))
+    vertical, horizontal = (
+        torch.from_numpy(_spline_matrix(_geometric(a, b), np.arange(b) - b // 2.0))
+        for a, b in ((h, rows), (w, columns))
+    )
+    grid = table[: h * w].double().unflatten(0, (h, w))
+    fitted = torch.einsum("ay,yxn,bx->abn", vertical, grid, horizontal).flatten(0, 1)
+    return torch.cat([fitted.to(table.dtype), table[h * w :]])
+
+
+def channels(weight: Float[Tensor, "d c h w"], count: int) -> Float[Tensor, "d c2 h w"]:
+    """Adapt a first convolution to another number of channels: summed for one, otherwise repeated and scaled.
+
+    Identical channels thus give the same output as before.
+    """
+    old = weight.shape[1]
+    if count == old:
+        return weight
+    if count == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight.repeat(1, math.ceil(count / old), 1, 1)[:, :count] * (old / count)
+
+
+def _geometric(old: int, new: int) -> np.ndarray:
+    """Place `old` points (odd) in [-new//2, new//2], at distances that grow by a constant factor from the center."""
+    reach, steps = new // 2, old // 2
+    low, high = 1.01, 1.5
+    for _ in range(60):
+        q = (low + high) / 2
+        low, high = (low, q) if sum(q**i for i in range(steps)) > reach else (q, high)
+    distances = np.cumsum([low**i for i in range(steps)])
+    return np.concatenate([-distances[::-1], [0.0], distances])
+
+
+def _spline_matrix(known: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the matrix (targets known) of cubic spline interpolation with not-a-knot ends.
+
+    Fewer than four points give a lower degree. Targets outside of the known points get the value of the outermost one.
+    """
+    if len(known) == 1:
+        return np.ones((len(targets), 1))
+    k = min(3, len(known) - 1)
+    interior = known[2:-2]  # empty for three points, which determine a parabola
+    knots = np.concatenate([np.full(k + 1, known[0]), interior, np.full(k + 1, known[-1])])
+    targets = targets.clip(known[0], known[-1])
+    return np.asarray(_b_splines(knots, k, targets) @ np.linalg.inv(_b_splines(knots, k, known)))
+
+
+def _b_splines(knots: np.ndarray, degree: int, x: np.ndarray) -> np.ndarray:
+    """Return the values (x basis) of the B-splines on these knots, by the recursion of Cox and de Boor."""
+    last = np.flatnonzero(knots < knots[-1])[-1]
+    spans = np.clip(np.searchsorted(knots, x, side="right") - 1, 0, last)
+    basis = (np.arange(len(knots) - 1)[None, :] == spans[:, None]).astype(np.float64)
+    for k in range(1, degree + 1):
+        left, right = knots[k:-1] - knots[: -k - 1], knots[k + 1 :] - knots[1:-k]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rising = np.where(left > 0, (x[:, None] - knots[: -k - 1]) / left, 0.0)
+            falling = np.where(right > 0, (knots[k + 1 :] - x[:, None]) / right, 0.0)
+        basis = rising * basis[:, :-1] + falling * basis[:, 1:]
+    return basis

@@ -1,337 +1,302 @@
-"""A model's tensors with all that it takes to build it, and how they come out of anybody's file."""
+"""Detect which project's model a checkpoint file contains, and convert it to `Weights`: tensors and a configuration."""
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
-from pixmim.config import ArchitectureConfig, MaskConfig, ModelConfig, Option, TargetConfig
+from pixmim.config import ArchitectureConfig, ModelConfig, Option
 from pixmim.config_io import from_json, is_config, read_config_text
 from pixmim.utils.errors import UserError, first_line, shown
 from pixmim.utils.files import parse_json
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import check_name, check_options
-from pixmim.weights import infer_config as sizes
-from pixmim.weights.format import COMPUTED, CheckpointFormat
-from pixmim.weights.formats import describe_unsupported, find_format
-from pixmim.weights.infer_config import ModelHints, pair
-from pixmim.weights.key_map import KeyMap
+from pixmim.weights.formats import FORMATS, TIMM_ANY
+from pixmim.weights.infer_config import ModelHints, infer_config, merge_hints, numbers, read_settings, to_pair
+from pixmim.weights.key_map import CheckpointFormat
 from pixmim.weights.safe_load import RawCheckpoint, read
 from pixmim.weights.save import METADATA_KEY
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model as data.
+    """A model as data. Tensors have the names of the `state_dict` of pixmim's models, with timm's for the encoder."""
 
-    run       its configuration: a PretrainConfig if pixmim trained it, otherwise a ModelConfig
-    tensors   with the names of the `state_dict` of pixmim's models: `encoder.` and timm's names, and the rest
-    origin    who wrote the file, in words
-    left_out  keys of the file that no model needs, each with the reason
-    source    the table its names came through, to speak of them as the file does; None for pixmim's own
-    step      steps of the weights in pixmim's training; 0 for others' files
-    steps     steps of the complete run; 0 if unknown
-    classes   names of a classifier's outputs, in their order; empty where the file does not name them
-    notes     lines to print: what was chosen among several models, and what was assumed
-    """
-
-    config: ModelConfig
+    config: ModelConfig  # a PretrainConfig if pixmim trained it
     tensors: dict[str, Tensor]
-    origin: str
-    ignored_keys: dict[str, str] = field(default_factory=dict)
-    source: CheckpointFormat | None = None
-    step: int = 0
-    steps: int = 0
-    classes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    format_name: str  # the project that wrote the file, for messages
+    ignored_keys: dict[str, str] = field(default_factory=dict)  # keys that no model needs, with the reason
+    format: CheckpointFormat | None = None  # for the file's own names in messages; None for pixmim's files
+    step: int = 0  # in pixmim's training; 0 for other projects' files
+    steps: int = 0  # of the complete run; 0 if unknown
+    classes: tuple[str, ...] = ()  # of a classifier, in the order of its outputs; empty if the file has none
+    notes: tuple[str, ...] = ()  # lines to print: which of several models was chosen, what was assumed
 
     @property
     def has_decoder(self) -> bool:
-        """Whether there is more than the encoder: all that a model in pre-training has."""
+        """Return True if these are the weights of a complete pre-training model, with decoder or head."""
         return "decoder.mask_token" in self.tensors or "mask_token" in self.tensors
 
     @property
     def encoder(self) -> dict[str, Tensor]:
-        """The encoder's tensors, with timm's names."""
-        return {
-            name.removeprefix("encoder."): value for name, value in self.tensors.items() if name.startswith("encoder.")
-        }
+        """Return the encoder's tensors, with timm's names."""
+        return {n.removeprefix("encoder."): value for n, value in self.tensors.items() if n.startswith("encoder.")}
 
     @property
     def progress(self) -> str:
-        """How far its training is, "step 8 of 295"; empty for others' files."""
-        of = f" of {self.steps:,}" if self.steps else ""
-        return f"step {self.step:,}{of}" if self.step or self.steps else ""
+        """Return the training step, "step 8 of 295"; empty for other projects' files."""
+        total = f" of {self.steps:,}" if self.steps else ""
+        return f"step {self.step:,}{total}" if self.step or self.steps else ""
 
 
 def read_run(folder: Path) -> ModelConfig | None:
-    """Return the configuration of the run, or of the imported weights, in a folder; None if there is none."""
-    found = read_config(folder)
-    return None if found is None else found[0]
+    """Return the configuration of the run or imported weights in a folder; None for other folders."""
+    result = read_config(folder)
+    return None if result is None else result[0]
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str] | None:
-    """Read a folder's configuration, and the text that it was read from; None if the folder holds none.
+    """Return a folder's configuration and the text of its config.json; None for other folders.
 
     Raises:
-        UserError: If config.json is not JSON, or a run's and not valid, or leads out of the folder.
+        UserError: If config.json is not JSON, or is invalid, or links out of the folder.
         OSError: If it cannot be read.
     """
     path = folder / "config.json"
     if not path.exists():
         return None
     text = read_config_text(path)
-    content = parse_json(text, str(path))
-    if not is_config(content):  # another project's
+    if not is_config(parse_json(text, str(path))):  # another project's
         return None
     inside(folder, path.name)
     return from_json(text, path), text
 
 
-_TIMM = CheckpointFormat("timm", "vit", (), KeyMap(("**", "encoder.**")), unused=COMPUTED)
-"""Any model of timm's whose config.json names its architecture."""
-
-_EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6}
-"""What the published models of each kind, and timm's, add to the variance in their layer norms."""
-
-_HF_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "swin": 1e-5}
-"""What transformers adds where a config.json does not say."""
-
-
-def read_weights(path: Path, known: ModelHints | None = None) -> Weights:
-    """Read the model in a file of weights, or in a folder that holds one.
-
-    What neither the caller nor the file's own settings say is taken from the published models, and noted.
+def read_weights(path: Path, hints: ModelHints | None = None) -> Weights:
+    """Read the model in a checkpoint file, or in a folder that contains one.
 
     Args:
-        path: The file or folder.
-        known: What the caller says.
+        path: File or folder.
+        hints: Facts that the file does not contain. What is missing is taken from the published models, and noted.
 
     Raises:
-        UserError: If it cannot be read, is not of a kind that pixmim uses, or lacks what its kind has.
+        UserError: If the file cannot be read, or its model is unsupported or incomplete.
     """
-    known = replace(known or ModelHints(), assumed=[])
-    file = read(path, known.prefix.split(".")[0], known.ema)
+    hints = replace(hints or ModelHints(), assumed=[])
+    file = read(path, hints.prefix.split(".")[0], hints.ema)
     try:
         if METADATA_KEY in file.metadata:
-            return feed(_own(file, known), known)
-        said = _said(file)
-        options = {name: getattr(known, name) for name in ("img_size", "num_heads", "decoder_heads", "norm_eps")}
-        options = {name: said.get(name) if value is None else value for name, value in options.items()}
-        check_options({name: value for name, value in options.items() if value is not None})
-        known = replace(known, **options)
-        weights = _of_timm(file) if "architecture" in file.config else _recognized(file, known)
-        return _fed(weights, known, said)
+            return with_normalization(_read_pixmim(file, hints), hints)
+        settings = read_settings(file)
+        hints = merge_hints(hints, settings)
+        weights = _read_timm_folder(file) if "architecture" in file.config else _read_recognized(file, hints)
+        return _with_settings(weights, settings, hints)
     except UserError as error:
         text = str(error)
         raise error if text.startswith(str(file.path)) else UserError(f"{file.path}: {text}") from error
 
 
-def feed(weights: Weights, known: ModelHints) -> Weights:
-    """Return the weights with the mean and std that the caller says. Raises UserError for numbers out of bounds."""
-    given = {name: value for name in ("mean", "std") if (value := getattr(known, name)) is not None}
-    return replace(weights, config=replace(weights.config, **given)) if given else weights
+def with_normalization(weights: Weights, hints: ModelHints) -> Weights:
+    """Replace mean and std by the caller's. Raises UserError for values out of bounds."""
+    values = {name: value for name in ("mean", "std") if (value := getattr(hints, name)) is not None}
+    return replace(weights, config=replace(weights.config, **values)) if values else weights
 
 
-def _fed(weights: Weights, known: ModelHints, said: dict[str, Any]) -> Weights:
-    """Return others' weights with what their files, or the caller, say of their input, and a note of what nobody says.
+def _with_settings(weights: Weights, settings: Mapping[str, Any], hints: ModelHints) -> Weights:
+    """Set mean, std and dtype from the file's settings and the hints, and note what was assumed.
 
-    Values for another number of channels say nothing: one list stands in many a config.json of a grey model.
+    Values for another number of channels are ignored: config.json of many a grayscale model contains those of RGB.
     """
-    run, assumed = weights.config, list(known.assumed)
-    theirs = {
-        name: said[name] * (run.channels if len(said[name]) == 1 else 1) for name in ("mean", "std") if name in said
-    }
-    theirs = {name: values for name, values in theirs.items() if len(values) == run.channels}
-    run = replace(run, dtype=said.get("dtype", run.dtype), **theirs)
-    weights = feed(replace(weights, config=run), known)
-    for name, values in zip(("mean", "std"), run.normalization, strict=True):
-        if getattr(weights.config, name) is None:
-            assumed.append(f"--{name} {' '.join(f'{value:g}' for value in values[:3])}")
-    note = f"assumed, since the file does not say it: {' '.join(assumed)}"
+    config = weights.config
+    values: dict[str, Any] = {}
+    for name in ("mean", "std"):
+        value = settings.get(name, ())
+        value = value * config.channels if len(value) == 1 else value
+        values |= {name: value} if len(value) == config.channels else {}
+    config = replace(config, dtype=settings.get("dtype", config.dtype), **values)
+    weights = with_normalization(replace(weights, config=config), hints)
+    assumed = hints.assumed + [
+        f"--{name} {' '.join(f'{value:g}' for value in default[:3])}"
+        for name, default in zip(("mean", "std"), config.normalization, strict=True)
+        if getattr(weights.config, name) is None
+    ]
+    note = f"assumed, since the file does not state it: {' '.join(assumed)}"
     return replace(weights, notes=(*weights.notes, note)) if assumed else weights
 
 
-def _recognized(file: RawCheckpoint, known: ModelHints) -> Weights:
-    """A model by the names and shapes of its tensors."""
-    prefix, source, note = _choose(file, known)
-    behind = {key.removeprefix(prefix): value for key, value in file.tensors.items() if key.startswith(prefix)}
-    kind = describe_unsupported(behind)
-    if kind:
-        also = "; others of timm's come as timm:NAME, or as a folder with timm's config.json"
+def _read_recognized(file: RawCheckpoint, hints: ModelHints) -> Weights:
+    """Read a model whose project is recognized by the names of its tensors."""
+    prefix, checkpoint_format, note = _choose_model(file, hints)
+    named = {key.removeprefix(prefix): value for key, value in file.tensors.items() if key.startswith(prefix)}
+    if unsupported := describe_unsupported(named):
+        alternative = "; for other ViTs of timm, give timm:NAME or a folder with timm's config.json"
         raise UserError(
-            f"it is {kind}, which pixmim does not use: it takes plain ViT, Beit (SimMIM's ViT), Swin and ConvMAE"
-            + also * kind.startswith("a ViT")
+            f"{unsupported} is not supported: pixmim takes plain ViT, Beit (SimMIM's ViT), Swin and ConvMAE"
+            + alternative * unsupported.startswith("a ViT")
         )
-    if source is None:
-        some = ", ".join(list(behind)[:6])
-        raise UserError(f"its {len(behind)} tensors have names of no project that pixmim knows ({some} ...)")
+    if checkpoint_format is None:
+        raise UserError(
+            f"the names of its {len(named)} tensors match no supported project ({', '.join(list(named)[:6])} ...)"
+        )
+    name, keys = checkpoint_format.name, checkpoint_format.keys
     try:
-        tensors, left = source.translate(behind)
-        left |= {key: f"outside of '{prefix}'" for key in file.tensors if not key.startswith(prefix)}
-        if source.kind == "convmae" and "encoder.fc_norm.weight" not in tensors:
-            for key in [key for key in behind if key.startswith("head.")]:
-                left[prefix + key] = "a probe of the first token, which in ConvMAE is a corner's"
-                tensors.pop(source.names.ours(key) or "", None)
-        model, size = _model(source, tensors, known)
-        pretrained = "mask_token" in tensors or "decoder.mask_token" in tensors
-        run = ModelConfig(
-            model=model,
-            size=f"{size[0]}x{size[1]}",
-            channels=tensors[_first(source)].shape[1],
-            target=_target(file, model) if pretrained else None,
-            mask=_mask(file, model) if pretrained else None,
-        )
+        tensors, ignored = checkpoint_format.to_pixmim(named)
+        ignored |= {key: f"outside of '{prefix}'" for key in file.tensors if not key.startswith(prefix)}
+        if checkpoint_format.kind == "convmae" and "encoder.fc_norm.weight" not in tensors:
+            for key in [key for key in named if key.startswith("head.")]:
+                ignored[prefix + key] = "a probe of the first token, which in ConvMAE is a corner"
+                tensors.pop(keys.to_pixmim(key) or "", None)
+        config = infer_config(file, checkpoint_format.kind, tensors, hints)
     except KeyError as error:
-        name = str(error.args[0])
+        missing = str(error.args[0])
         raise UserError(
-            f"{file.path} looks like {source.name}, but lacks '{source.names.theirs(name) or name}'"
+            f"{file.path} looks like {name}, but '{keys.from_pixmim(missing) or missing}' is missing"
         ) from error
     except UserError as error:
-        raise UserError(f"{file.path} ({source.name}): {error}") from error
-    except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:  # of shapes that are no model's
-        raise UserError(
-            f"{file.path} looks like {source.name}, but the shapes of its tensors do not: {first_line(error)}"
-        ) from error
-    return Weights(run, tensors, source.name, left, source, notes=tuple(filter(None, (file.choice, note))))
+        raise UserError(f"{file.path} ({name}): {error}") from error
+    except (ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:  # shapes of no model
+        raise UserError(f"{file.path} looks like {name}, but its shapes do not match: {first_line(error)}") from error
+    notes = tuple(filter(None, (file.note, note)))
+    return Weights(config, tensors, name, ignored, checkpoint_format, notes=notes)
 
 
-def _choose(file: RawCheckpoint, known: ModelHints) -> tuple[str, CheckpointFormat | None, str]:
-    """The prefix behind which the model is, its source, and a note of what it was chosen among."""
-    given = f"{known.prefix.strip('.')}." if known.prefix else ""
+def _read_pixmim(file: RawCheckpoint, hints: ModelHints) -> Weights:
+    """Read a file that pixmim wrote, by its metadata."""
+    config = from_json(file.metadata[METADATA_KEY], file.path)
+    if hints.img_size is not None and to_pair(hints.img_size) != config.image_size:
+        raise UserError(f"its metadata state an image size of {config.size} pixels: omit --size")
+    progress = {name: file.metadata.get(name, "0") for name in ("step", "steps")}
+    for name, value in progress.items():
+        if not re.fullmatch(r"[0-9]{1,15}", value):
+            raise UserError(f"its metadata's '{name}' is {shown(value)}: expected a number of steps")
+    classes = parse_json(file.metadata.get("classes", "[]"), "its metadata's 'classes'")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"its metadata's 'classes' is {shown(classes)}: expected a list of names")
+    if len(set(classes)) < len(classes):
+        raise UserError("its metadata's 'classes' contains a name twice")
+    complete = any(name.startswith("encoder.") for name in file.tensors)
+    tensors = file.tensors if complete else {f"encoder.{name}": value for name, value in file.tensors.items()}
+    step, steps = (int(value) for value in progress.values())
+    return Weights(config, tensors, "pixmim", step=step, steps=steps, classes=tuple(classes))
+
+
+def _read_timm_folder(file: RawCheckpoint) -> Weights:
+    """Read a model in timm's layout: config.json contains the architecture, its keywords and the input's format."""
+    content = file.config
+    cfg, arguments = content.get("pretrained_cfg", content), content.get("model_args") or {}
+    if not isinstance(cfg, dict) or not isinstance(arguments, dict):
+        raise UserError("its config.json is not timm's: pretrained_cfg and model_args must be objects")
+    check_name(content["architecture"])
+    check_options(arguments)
+    size = cfg.get("input_size", [3, 224, 224])
+    if not isinstance(size, list) or len(size) != 3:
+        raise UserError(f"its config.json's input_size is {shown(size)}: expected [channels, height, width]")
+    check_options({"in_chans": size[0], "img_size": size[1:]})
+    tensors, ignored = TIMM_ANY.to_pixmim(file.tensors)
+    classifier = tensors.get(f"encoder.{cfg.get('classifier', 'head')}.weight")
+    options: dict[str, Option] = {**arguments, "num_classes": 0 if classifier is None else classifier.shape[0]}
+    pool = arguments.get("global_pool", cfg.get("global_pool", content.get("global_pool")))
+    options |= {} if pool is None else {"global_pool": pool}
+    (h, w), channels = to_pair(options.pop("img_size", size[1:])), cast(int, options.pop("in_chans", size[0]))
+    config = ModelConfig(
+        model=ArchitectureConfig("timm", content["architecture"], options=options),
+        size=f"{h}x{w}",
+        channels=channels,
+        mean=numbers(cfg, "mean"),
+        std=numbers(cfg, "std"),
+    )
+    return Weights(config, tensors, "timm", ignored, TIMM_ANY)
+
+
+# ---- the format and prefix of a model
+
+_WRAPPER = re.compile(
+    r"((base|ema|image|momentum|online|student|target|teacher|vision)_)?"
+    r"(backbone|encoder|encoder_[qk]|method|model|module|net|network|trunk|vit|swin|visual)|"
+    r"_orig_mod|_forward_module|model_ema|ema|momentum|online|student|target|teacher|feature_extractor"
+)
+"""Prefixes that training code adds to a model's keys (Lightning, solo-learn, lightly, DINO, torch)."""
+
+_MAX_DEPTH, _MAX_PREFIXES = 8, 4_096
+
+
+def _choose_model(file: RawCheckpoint, hints: ModelHints) -> tuple[str, CheckpointFormat | None, str]:
+    """Return the prefix of the model to use, its format, and a note if a prefix was chosen."""
+    given = f"{hints.prefix.strip('.')}." if hints.prefix else ""
     if given and not any(key.startswith(given) for key in file.tensors) and given.startswith(f"{file.state}."):
         given = given.removeprefix(f"{file.state}.")
     if not any(key.startswith(given) for key in file.tensors):
-        begin = ", ".join(dict.fromkeys(key.split(".")[0] for key in list(file.tensors)[:1000]))
-        raise UserError(f"--prefix {known.prefix}: no tensor's name begins so; they begin with {shown(begin)}")
-    prefix, source, others = find_format(file.tensors, given)
-    also = f"; there is also {', '.join(others[:4])} (--prefix)" if others else ""
-    return prefix, source, f"taken: {shown(prefix)}{also}" if prefix and (others or len(prefix) > len(given)) else ""
+        starts = ", ".join(dict.fromkeys(key.split(".")[0] for key in list(file.tensors)[:1000]))
+        raise UserError(f"--prefix {hints.prefix} matches no tensor; their names start with {shown(starts)}")
+    prefix, checkpoint_format, others = find_format(file.tensors, given)
+    note = f"using {shown(prefix)}" + (f"; also available: {', '.join(others[:4])} (--prefix)" if others else "")
+    return prefix, checkpoint_format, note if prefix and (others or len(prefix) > len(given)) else ""
 
 
-def _own(file: RawCheckpoint, known: ModelHints) -> Weights:
-    run = from_json(file.metadata[METADATA_KEY], file.path)
-    if known.img_size is not None and pair(known.img_size) != run.image_size:
-        raise UserError(f"it was trained_at for images of {run.size} pixels, as it says itself: leave out --size")
-    whole = any(name.startswith("encoder.") for name in file.tensors)
-    tensors = file.tensors if whole else {f"encoder.{name}": value for name, value in file.tensors.items()}
-    done = {name: file.metadata.get(name, "0") for name in ("step", "steps")}
-    for name, value in done.items():
-        if not re.fullmatch(r"[0-9]{1,15}", value):
-            raise UserError(f"its metadata's '{name}' is {shown(value)}, which is no number of updates")
-    classes = parse_json(file.metadata.get("classes", "[]"), "its metadata's 'classes'")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"its metadata's 'classes' are {shown(classes)}, and not a list of names")
-    if len(set(classes)) < len(classes):
-        raise UserError("its metadata's 'classes' hold a name twice")
-    return Weights(run, tensors, "pixmim", step=int(done["step"]), steps=int(done["steps"]), classes=tuple(classes))
+def find_format(keys: Collection[str], given: str = "") -> tuple[str, CheckpointFormat | None, list[str]]:
+    """Find a supported model among a file's keys that start with a given prefix.
+
+    The shortest prefix wins; among equally long ones, first one of neither student nor teacher, then a teacher's.
+
+    Returns:
+        The model's prefix, its format or None, and the prefixes of other models.
+    """
+    prefixes = {given: None}
+    for key in keys:
+        parts, depth = key.removeprefix(given).split(".") if key.startswith(given) else [], 0
+        while depth < min(len(parts), _MAX_DEPTH) and _WRAPPER.fullmatch(parts[depth]):
+            depth += 1
+            if len(prefixes) < _MAX_PREFIXES:
+                prefixes[given + "".join(f"{part}." for part in parts[:depth])] = None
+    models = [
+        (prefix, checkpoint_format)
+        for prefix in sorted(prefixes, key=lambda prefix: (prefix.count("."), _rank(prefix)))
+        for checkpoint_format in FORMATS
+        if all(prefix + key in keys for key in checkpoint_format.required)
+    ]
+    if not models:
+        return given, None, []
+    prefix, checkpoint_format = models[0]
+    others = dict.fromkeys(other for other, _ in models if not other.startswith(prefix))
+    return prefix, checkpoint_format, list(others)
 
 
-def _of_timm(file: RawCheckpoint) -> Weights:
-    """A model in timm's layout: config.json names the architecture and its keywords, and what its input must be."""
-    config = file.config
-    about, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
-    if not isinstance(about, dict) or not isinstance(arguments, dict):
-        raise UserError("its config.json is not timm's: pretrained_cfg and model_args must be objects")
-    check_name(config["architecture"])
-    check_options(arguments)
-    arguments = dict(arguments)
-    size = about.get("input_size", [3, 224, 224])
-    if not isinstance(size, list) or len(size) != 3:
-        raise UserError(f"its config.json's input_size is {shown(size)}, which is not [channels, height, width]")
-    check_options({"in_chans": size[0], "img_size": size[1:]})
-    tensors, left = _TIMM.translate(file.tensors)
-    classifier = tensors.get(f"encoder.{about.get('classifier', 'head')}.weight")
-    own: dict[str, Option] = {"num_classes": 0 if classifier is None else classifier.shape[0]}
-    pool = arguments.get("global_pool", about.get("global_pool", config.get("global_pool")))
-    own |= {"global_pool": pool} if pool is not None else {}
-    sides, channels = pair(arguments.pop("img_size", size[1:])), arguments.pop("in_chans", size[0])
-    run = ModelConfig(
-        model=ArchitectureConfig("timm", config["architecture"], options={**arguments, **own}),
-        size="x".join(map(str, sides)),
-        channels=cast(int, channels),
-        mean=_numbers(about, "mean"),
-        std=_numbers(about, "std"),
-    )
-    return Weights(run, tensors, "timm", left, _TIMM)
+def _rank(prefix: str) -> int:
+    if re.search("teacher|ema|online", prefix):
+        return 1
+    return 2 if re.search("student|momentum|target|encoder_k", prefix) else 0
 
 
-def _numbers(settings: dict[str, Any], name: str) -> tuple[float, ...] | None:
-    """A list of numbers that a file's settings hold; None if they do not. Raises UserError for anything else."""
-    value = settings.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or not value or any(type(one) not in (int, float) for one in value):
-        raise UserError(f"its settings' {name} is {shown(value)}, which is not a list of numbers")
-    return tuple(float(one) for one in value)
+_UNSUPPORTED = (
+    ("*attn.logit_scale", "a Swin V2"),
+    ("*self.logit_scale", "a Swin V2"),
+    ("*.ls1.gamma", "a ViT with layer scale, such as DINOv2's or DeiT III's"),
+    ("*.layer_scale1.lambda1", "a ViT with layer scale, such as DINOv2's"),
+    ("*.mlp.w12.weight", "a ViT with SwiGLU, such as DINOv2's largest"),
+    ("*rope*", "a ViT with rotary positions, such as EVA-02's or DINOv3's"),
+    ("*attn.q_norm.weight", "a ViT with normalized queries and keys"),
+    ("*attn.rel_pos_h", "a ViT with decomposed relative positions, such as SAM's or ViTDet's"),
+    ("*dist_token", "a DeiT with a distillation token"),
+    ("*distillation_token", "a DeiT with a distillation token"),
+    ("*norm_pre.weight", "a ViT of CLIP"),
+    ("*resblocks.0.ln_1.weight", "a transformer of CLIP"),
+    ("*pre_layrnorm.weight", "a transformer of CLIP"),
+    ("*absolute_pos_embed", "a Swin with absolute positions"),
+)
+_ATTENTION = ("*attn*", "*attention*", "*qkv*", "*self_att*")
+_CONVOLUTION = ("*conv*.weight", "*bn1.running_mean", "*features.0.weight", "*dwconv.weight", "*downsample*.weight")
 
 
-def _said(file: RawCheckpoint) -> dict[str, Any]:
-    """What a file's own settings say. MAE's `input_size` is not among them: its model ignores it."""
-    names: dict[str, tuple[str, tuple[type, ...]]] = {
-        "DATA.IMG_SIZE": ("img_size", (int,)),
-        "img_size": ("img_size", (int, list, tuple)),
-        "image_size": ("img_size", (int, list)),
-        "num_attention_heads": ("num_heads", (int,)),
-        "decoder_num_attention_heads": ("decoder_heads", (int,)),
-        "layer_norm_eps": ("norm_eps", (float, int)),
-    }
-    settings = {**file.settings, **file.config}
-    said = {ours: settings[theirs] for theirs, (ours, types) in names.items() if type(settings.get(theirs)) in types}
-    kind = settings.get("model_type")
-    if isinstance(kind, str) and kind in _HF_EPS:
-        said.setdefault("norm_eps", _HF_EPS[kind])
-    prepared = file.prepared
-    found = {"mean": _numbers(settings, "mean"), "std": _numbers(settings, "std")}
-    for name in found:
-        found[name] = _numbers(prepared, f"image_{name}") or found[name]
-    if prepared.get("do_rescale") is False:
-        said["dtype"] = "float32"
-    elif isinstance(factor := prepared.get("rescale_factor"), float) and 0 < factor < 1 / 4096:
-        said["dtype"] = "uint16"
-    if prepared.get("do_normalize") is False:
-        found |= {"mean": (0.0,), "std": (1.0,)}
-    return said | {name: value for name, value in found.items() if value is not None}
-
-
-def _first(source: CheckpointFormat) -> str:
-    return f"encoder.patch_embed{'1' if source.kind == 'convmae' else ''}.proj.weight"
-
-
-def _model(
-    source: CheckpointFormat, tensors: dict[str, Tensor], known: ModelHints
-) -> tuple[ArchitectureConfig, tuple[int, int]]:
-    measure = {"vit": sizes.vit, "beit": sizes.beit, "swin": sizes.swin, "convmae": sizes.convmae}[source.kind]
-    backbone, options, size = measure(tensors, known)
-    if known.norm_eps not in (None, _EPS[source.kind]):
-        options["norm_eps"] = cast(float, known.norm_eps)
-    if source.kind in ("swin", "beit") or "mask_token" in tensors:
-        mlp = any(name.startswith("head.2.") for name in tensors)
-        return ArchitectureConfig("simmim", backbone, head="mlp" if mlp else "linear", options=options), size
-    decoder = sizes.decoder(tensors, known)
-    long = decoder.get("decoder_dim") == 384 or size == (448, 448)
-    method = "convmae" if source.kind == "convmae" else "lsmae" if long else "mae"
-    return replace(ArchitectureConfig(method, backbone, options=options), **decoder), size  # type: ignore[arg-type]
-
-
-def _target(file: RawCheckpoint, model: ArchitectureConfig) -> TargetConfig:
-    """What the model was trained to predict, as far as the file tells; otherwise what its paper did."""
-    if model.name == "simmim":
-        return TargetConfig("pixels", normalize_patches=False, distance="l1")
-    normalized = file.settings.get("norm_pix_loss", file.config.get("norm_pix_loss", True))
-    if "target_generator.low_pass_filter" in file.tensors:
-        return TargetConfig("low-frequency", radius=40.0, variant="paper-code")
-    return TargetConfig("pixels", normalize_patches=bool(normalized))
-
-
-def _mask(file: RawCheckpoint, model: ArchitectureConfig) -> MaskConfig:
-    if model.name == "simmim":
-        return MaskConfig("blocks", ratio=0.6, block_size=32, whole_blocks=True)
-    ratio = file.settings.get("mask_ratio", file.config.get("mask_ratio", 0.75))
-    if type(ratio) not in (int, float) or not 0 <= ratio <= 1:
-        raise UserError(f"its settings' mask_ratio is {shown(ratio)}, and must be between 0 and 1")
-    if ratio in (0, 1):  # a setting of whoever fine-tuned or drew with it: nothing can be learnt so
-        ratio = 0.75
-    return MaskConfig("blocks", ratio=ratio, block_size=32) if model.name == "lsmae" else MaskConfig(ratio=ratio)
+def describe_unsupported(tensors: Mapping[str, Tensor]) -> str:
+    """Return the kind of an unsupported model, judged by the names of its tensors; empty if unclear."""
+    for pattern, kind in _UNSUPPORTED:
+        if any(fnmatchcase(key, pattern) for key in tensors):
+            return kind
+    if any(fnmatchcase(key, pattern) for key in tensors for pattern in _ATTENTION):
+        return ""
+    convolves = any(fnmatchcase(key, pattern) and v.ndim == 4 for key, v in tensors.items() for pattern in _CONVOLUTION)
+    return "a convolutional network (CNN), such as a ResNet or a ConvNeXt" if convolves else ""

@@ -1,42 +1,44 @@
-"""What a model's shapes tell of its sizes; and what they can't tell, from the published models or from the caller."""
+"""Infer a model's configuration from the shapes of its tensors, its file's settings, and hints of the caller.
+
+What none of them determines is taken from the published models, and noted.
+"""
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from torch import Tensor
 
-from pixmim.config import Option
-from pixmim.utils.errors import UserError
-from pixmim.utils.validation import MAX_DEPTH
+from pixmim.config import ArchitectureConfig, MaskConfig, ModelConfig, Option, TargetConfig
+from pixmim.utils.errors import UserError, shown
+from pixmim.utils.validation import MAX_DEPTH, check_options
+from pixmim.weights.key_map import Kind
+from pixmim.weights.safe_load import RawCheckpoint
 
 Tensors = Mapping[str, Tensor]
 Options = dict[str, Option]
+Size = tuple[int, int]
 
 
 @dataclass
 class ModelHints:
-    """What the caller, or a file's own settings, say of a model; what nobody says is taken from the published ones.
+    """Facts that a file may not contain, given by the caller or read from the file's settings."""
 
-    img_size  (h, w) of the images that the weights were trained_at for; it must fit their tables
-    wanted    (h, w) that they are wanted for: taken for theirs where their tables are for no square
-    mean, std, prefix, ema  not of sizes: see `recognize.read_weights`
-    assumed   collects, in words, what was taken since nobody said it
-    """
-
-    img_size: object = None
-    wanted: object = None
+    img_size: object = None  # (h, w) of the training images; must match the file's tables
+    target_size: object = None  # (h, w) that the model will be used at: assumed for tables that are not square
     num_heads: object = None
     decoder_heads: object = None
     norm_eps: object = None
     mean: object = None
     std: object = None
-    prefix: str = ""
-    ema: bool = False
-    assumed: list[str] = field(default_factory=list)
+    prefix: str = ""  # of the model's tensors, in a file of several models
+    ema: bool = False  # take the moving average of a training file
+    assumed: list[str] = field(default_factory=list)  # collects flags for the values that were assumed
 
 
+# the published models: timm's names by (width, depth, patch), or for Swin (width, depths)
 VITS = {
     (192, 12, 16): "vit_tiny_patch16_224",
     (384, 12, 16): "vit_small_patch16_224",
@@ -44,61 +46,79 @@ VITS = {
     (1024, 24, 16): "vit_large_patch16_224",
     (1280, 32, 14): "vit_huge_patch14_224",
 }
-"""timm's name of a ViT of this (width, depth, patch)."""
-
+BEITS = {(768, 12, 16): "beit_base_patch16_224", (1024, 24, 16): "beit_large_patch16_224"}
 SWINS: dict[tuple[int, tuple[int, ...]], str] = {
     (96, (2, 2, 6, 2)): "swin_tiny_patch4_window7_224",
     (96, (2, 2, 18, 2)): "swin_small_patch4_window7_224",
     (128, (2, 2, 18, 2)): "swin_base_patch4_window7_224",
     (192, (2, 2, 18, 2)): "swin_large_patch4_window7_224",
 }
-"""timm's name of a Swin of this (width, depths)."""
-
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-"""Attention heads of the published ViTs, by width."""
-
-DECODER_HEADS = {512: 16, 384: 12}
-"""Attention heads of the published decoders (MAE, ConvMAE; LSMAE-base), by width."""
-
-SWIN_SIDES = {6: 192, 7: 224, 12: 192, 14: 224}
-"""Image size that the published Swins with this window were trained at (12 for SimMIM's Swin-L)."""
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width
+DECODER_HEADS = {512: 16, 384: 12}  # by width: MAE and ConvMAE; LSMAE-base
+SWIN_SIZES = {6: 192, 7: 224, 12: 192, 14: 224}  # by window: SimMIM and Swin; 12: SimMIM's Swin-L
+_EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6}  # of the layer norms
+_HF_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "swin": 1e-5}  # transformers' defaults, by model_type
 
 
-def vit(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, int]]:
-    """timm's name, keywords and image size (h, w) of a plain ViT. `known` is what the caller or the file says."""
+def infer_config(file: RawCheckpoint, kind: Kind, tensors: Tensors, hints: ModelHints) -> ModelConfig:
+    """Infer the configuration that builds a recognized model from its tensors, with pixmim's names.
+
+    Adds assumptions to `hints.assumed`. Raises UserError for ambiguous shapes, or KeyError for a missing tensor.
+    """
+    backbone, options, size = _ENCODERS[kind](tensors, hints)
+    if hints.norm_eps not in (None, _EPS[kind]):
+        options["norm_eps"] = cast(float, hints.norm_eps)
+    if kind in ("swin", "beit") or "mask_token" in tensors:
+        mlp = any(name.startswith("head.2.") for name in tensors)
+        model = ArchitectureConfig("simmim", backbone, head="mlp" if mlp else "linear", options=options)
+    else:
+        decoder = _decoder(tensors, hints)
+        long = decoder.get("decoder_dim") == 384 or size == (448, 448)
+        method = "convmae" if kind == "convmae" else "lsmae" if long else "mae"
+        model = replace(ArchitectureConfig(method, backbone, options=options), **decoder)  # type: ignore[arg-type]
+    pretraining = "mask_token" in tensors or "decoder.mask_token" in tensors
+    return ModelConfig(
+        model=model,
+        size=f"{size[0]}x{size[1]}",
+        channels=tensors[f"encoder.patch_embed{'1' if kind == 'convmae' else ''}.proj.weight"].shape[1],
+        target=_target(file, model) if pretraining else None,
+        mask=_mask(file, model) if pretraining else None,
+    )
+
+
+def _vit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
+    """Return timm's name, keywords and image size (h, w) of a plain ViT."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
-    depth, ratio = count(tensors, "encoder.blocks"), _mlp_ratio(tensors, "encoder.blocks.0", dim)
-    heads = _heads(dim, HEADS, known)
+    depth, heads = _count(tensors, "encoder.blocks"), _heads(dim, HEADS, hints)
+    ratio = _mlp_ratio(tensors, dim)
     options: Options = {}
     registers = tensors["encoder.reg_token"].shape[1] if "encoder.reg_token" in tensors else 0
     prefix = int("encoder.cls_token" in tensors) + registers
-    grid = None
     if "encoder.pos_embed" in tensors:
-        places = tensors["encoder.pos_embed"].shape[1]
-        placed = prefix if not registers or math.isqrt(places - prefix) ** 2 == places - prefix else 0
-        grid = _grid(places - placed, patch, known)
+        rows = tensors["encoder.pos_embed"].shape[1]
+        prefix_rows = prefix if not registers or math.isqrt(rows - prefix) ** 2 == rows - prefix else 0
+        size = _size_of_table(rows - prefix_rows, patch, hints)
         if registers:
-            options |= {"reg_tokens": registers, "no_embed_class": placed == 0}
+            options |= {"reg_tokens": registers, "no_embed_class": prefix_rows == 0}
     else:
+        size = _default_size(hints, 224)
         options["pos_embed"] = "none"
     if "encoder.cls_token" not in tensors:
         options |= {"class_token": False, "global_pool": "avg"}
     name = VITS.get((dim, depth, patch))
     if name is None or ratio != 4 or heads != HEADS.get(dim):
         name = VITS[192, 12, 16]
-        options |= {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
-        options |= {} if ratio == 4 else {"mlp_ratio": ratio}
-    size = (grid[0] * patch, grid[1] * patch) if grid else _side(known, 224)
-    return name, options | _pooling(tensors), size
+        options |= _block_options(patch, dim, depth, heads, ratio)
+    return name, options | _classifier(tensors), size
 
 
-def beit(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, int]]:
-    """timm's name, keywords and image size of a Beit, SimMIM's ViT among them."""
+def _beit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
+    """Return timm's name, keywords and image size of a Beit, such as SimMIM's ViT."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
-    depth = count(tensors, "encoder.blocks")
+    depth = _count(tensors, "encoder.blocks")
     shared = "encoder.rel_pos_bias.relative_position_bias_table" in tensors
-    where = "encoder.rel_pos_bias" if shared else "encoder.blocks.0.attn"
-    table = tensors.get(f"{where}.relative_position_bias_table")
+    module = "encoder.rel_pos_bias" if shared else "encoder.blocks.0.attn"
+    table = tensors.get(f"{module}.relative_position_bias_table")
     absolute = "encoder.pos_embed" in tensors
     options: Options = {
         "use_abs_pos_emb": absolute,
@@ -107,30 +127,26 @@ def beit(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, 
         "init_values": 0.1 if "encoder.blocks.0.gamma_1" in tensors else 0,
         "global_pool": "token",
     }
+    heads = _heads(dim, HEADS, hints) if table is None else table.shape[1]
     if table is not None:
-        heads = table.shape[1]
-        size = _beit_size(table.shape[0], patch, known)
+        size = _size_of_table(table.shape[0], patch, hints, relative=True)
+    elif absolute:
+        size = _size_of_table(tensors["encoder.pos_embed"].shape[1] - 1, patch, hints)
     else:
-        heads = _heads(dim, HEADS, known)
-        size = _side(known, 224)
-    if absolute and table is None:
-        grid = _grid(tensors["encoder.pos_embed"].shape[1] - 1, patch, known)
-        size = (grid[0] * patch, grid[1] * patch)
-    name = {(768, 12, 16): "beit_base_patch16_224", (1024, 24, 16): "beit_large_patch16_224"}.get((dim, depth, patch))
+        size = _default_size(hints, 224)
+    name = BEITS.get((dim, depth, patch))
     if name is None:
-        name = "beit_base_patch16_224"
-        options |= {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
-        ratio = _mlp_ratio(tensors, "encoder.blocks.0", dim)
-        options |= {} if ratio == 4 else {"mlp_ratio": ratio}
-    return name, options | _pooling(tensors), size
+        name = BEITS[768, 12, 16]
+        options |= _block_options(patch, dim, depth, heads, _mlp_ratio(tensors, dim))
+    return name, options | _classifier(tensors), size
 
 
-def swin(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, int]]:
-    """timm's name, keywords and image size of a Swin. Its largest window is the one it was trained_at with."""
+def _swin(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
+    """Return timm's name, keywords and image size of a Swin. Its largest window is the one it was trained with."""
     dim, _, patch, _ = tensors["encoder.patch_embed.proj.weight"].shape
-    stages = range(count(tensors, "encoder.layers"))
-    depths = tuple(count(tensors, f"encoder.layers.{stage}.blocks") for stage in stages)
-    tables = [tensors[f"encoder.layers.{s}.blocks.0.attn.relative_position_bias_table"] for s in stages]
+    stages = range(_count(tensors, "encoder.layers"))
+    depths = tuple(_count(tensors, f"encoder.layers.{stage}.blocks") for stage in stages)
+    tables = [tensors[f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in stages]
     window = max((math.isqrt(table.shape[0]) + 1) // 2 for table in tables)
     options: Options = {"window_size": window}
     name = SWINS.get((dim, depths))
@@ -140,124 +156,197 @@ def swin(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, 
         options |= {} if patch == 4 else {"patch_size": patch}
     if "encoder.head.fc.weight" in tensors:
         options["num_classes"] = tensors["encoder.head.fc.weight"].shape[0]
-    # Otherwise the convention: the last stage's map is one window.
-    return name, options, _side(known, SWIN_SIDES.get(window, window * patch * 2 ** (len(depths) - 1)))
+    one_window = window * patch * 2 ** (len(depths) - 1)  # by convention, the last stage's map is one window
+    return name, options, _default_size(hints, SWIN_SIZES.get(window, one_window))
 
 
-def convmae(tensors: Tensors, known: ModelHints) -> tuple[str, Options, tuple[int, int]]:
-    """pixmim's name, keywords and image size of a ConvMAE encoder."""
+def _convmae(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
+    """Return pixmim's name, keywords and image size of a ConvMAE encoder."""
     dims = [tensors[f"encoder.patch_embed{stage}.proj.weight"].shape[0] for stage in (1, 2, 3)]
-    depths = [count(tensors, f"encoder.blocks{stage}") for stage in (1, 2, 3)]
-    grid = _grid(tensors["encoder.pos_embed"].shape[1], 16, known)
-    heads = _heads(dims[2], HEADS, known, "num_heads")
-    options: Options = {}
-    name = "convmae_base"
+    depths = [_count(tensors, f"encoder.blocks{stage}") for stage in (1, 2, 3)]
+    size = _size_of_table(tensors["encoder.pos_embed"].shape[1], 16, hints)
+    heads = _heads(dims[2], HEADS, hints)
+    name, options = "convmae_base", Options()
     if (dims, depths) != ([256, 384, 768], [2, 2, 11]):
         name, options = "convmae_tiny", {"embed_dim": dims, "depth": depths, "num_heads": heads}
     if "encoder.head.weight" in tensors:
         options["num_classes"] = tensors["encoder.head.weight"].shape[0]
-    return name, options, (grid[0] * 16, grid[1] * 16)
+    return name, options, size
 
 
-def decoder(tensors: Tensors, known: ModelHints) -> dict[str, int]:
-    """Keywords of MAE's decoder, LSMAE's coarser grid and larger patches among them; nothing where there is none."""
+_ENCODERS: dict[Kind, Callable[[Tensors, ModelHints], tuple[str, Options, Size]]] = {
+    "vit": _vit,
+    "beit": _beit,
+    "swin": _swin,
+    "convmae": _convmae,
+}
+
+
+def _decoder(tensors: Tensors, hints: ModelHints) -> dict[str, int]:
+    """Return keywords of MAE's decoder, with LSMAE's coarser grid and larger patches; empty without a decoder."""
     if "decoder.embed.weight" not in tensors:
         return {}
     dim = tensors["decoder.embed.weight"].shape[0]
-    heads = _heads(dim, DECODER_HEADS, known, "decoder_heads", "--decoder-heads")
-    found = {"decoder_dim": dim, "decoder_depth": count(tensors, "decoder.blocks"), "decoder_heads": heads}
+    heads = _heads(dim, DECODER_HEADS, hints, "decoder_heads", "--decoder-heads")
+    options = {"decoder_dim": dim, "decoder_depth": _count(tensors, "decoder.blocks"), "decoder_heads": heads}
     if "decoder.downsample.weight" in tensors:
-        found["decoder_stride"] = tensors["decoder.downsample.weight"].shape[-1]
+        options["decoder_stride"] = tensors["decoder.downsample.weight"].shape[-1]
         channels = tensors["encoder.patch_embed.proj.weight"].shape[1]
-        found["predict_patch"] = math.isqrt(tensors["decoder.predict.weight"].shape[0] // channels)
-    return found
+        options["predict_patch"] = math.isqrt(tensors["decoder.predict.weight"].shape[0] // channels)
+    return options
 
 
-def count(tensors: Tensors, prefix: str) -> int:
-    """How many numbered parts there are under a name. Raises UserError for more than a model can have."""
+def _count(tensors: Tensors, prefix: str) -> int:
+    """Count the numbered modules under a prefix."""
     pattern = re.compile(re.escape(prefix) + r"\.([0-9]{1,9})\.")
-    found = (pattern.match(name) for name in tensors)
-    most = 1 + max((int(match[1]) for match in found if match), default=-1)
-    if most > MAX_DEPTH:
-        raise UserError(f"it counts its {prefix} up to {most:,}: at most {MAX_DEPTH}")
-    return most
-
-
-def pair(size: object) -> tuple[int, int]:
-    """A side, or (h, w), as (h, w)."""
-    if isinstance(size, list | tuple):
-        return int(size[0]), int(size[-1])
-    return int(str(size)), int(str(size))
+    count = 1 + max((int(match[1]) for name in tensors if (match := pattern.match(name))), default=-1)
+    if count > MAX_DEPTH:
+        raise UserError(f"it numbers its {prefix} up to {count - 1:,}: at most {MAX_DEPTH} are supported")
+    return count
 
 
 def _heads(
-    dim: int, published: dict[int, int], known: ModelHints, keyword: str = "num_heads", flag: str = "--heads"
+    dim: int, published: dict[int, int], hints: ModelHints, keyword: str = "num_heads", flag: str = "--heads"
 ) -> int:
-    said = getattr(known, keyword)
-    if said is not None:
-        return int(said)
+    heads = getattr(hints, keyword)
+    if heads is not None:
+        return int(heads)
     if dim not in published:
-        raise UserError(f"shapes do not tell how many attention heads a width of {dim} has: give {flag} ({keyword})")
-    known.assumed.append(f"{flag} {published[dim]}")
+        raise UserError(f"the attention heads for a width of {dim} cannot be inferred: give {flag} ({keyword})")
+    hints.assumed.append(f"{flag} {published[dim]}")
     return published[dim]
 
 
-def _grid(places: int, patch: int, known: ModelHints) -> tuple[int, int]:
-    """Rows and columns of a table of positions: those of the image size that was said, or else of a square."""
-    side = math.isqrt(places)
-    square = (side * patch, side * patch) if side * side == places else None
-    h, w = _size_of_table(square, patch, known, f"a table of {places} positions", lambda h, w: h * w == places)
-    return h // patch, w // patch
+def _block_options(patch: int, dim: int, depth: int, heads: int, ratio: float) -> Options:
+    options: Options = {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
+    return options if ratio == 4 else options | {"mlp_ratio": ratio}
 
 
-_IMPORT = "give --size HEIGHTxWIDTH (to `pixmim import`, where --size is another thing)"
+def _mlp_ratio(tensors: Tensors, dim: int) -> float:
+    return tensors["encoder.blocks.0.mlp.fc1.weight"].shape[0] / dim
 
 
-def _size_of_table(
-    square: tuple[int, int] | None, patch: int, known: ModelHints, table: str, fits: Callable[[int, int], bool]
-) -> tuple[int, int]:
-    """Return the image size (h, w) that a table is for: the one that was said, or a square, or the wanted one."""
-    said = known.img_size or (None if square else known.wanted)
-    if said is None and square is None:
-        raise UserError(f"it has {table}, which is for no square of patches: {_IMPORT}")
-    if said is None:
-        assert square is not None
-        known.assumed.append(f"--size {square[0]}x{square[1]}")
-        return square
-    h, w = pair(said)
-    if h % patch or w % patch or not fits(h // patch, w // patch):
-        trained_at = f"{h / patch:g}x{w / patch:g} patches of {patch} pixels"
-        raise UserError(f"an image size of {h}x{w} makes {trained_at}, and it has {table}: {_IMPORT}")
+def _classifier(tensors: Tensors) -> Options:
+    """Return a classifier's keywords: its number of classes, and the pooling that its norms imply."""
+    options: Options = {"global_pool": "avg"} if "encoder.fc_norm.weight" in tensors else {}
+    head = tensors.get("encoder.head.weight")
+    return options if head is None else options | {"num_classes": head.shape[0]}
+
+
+def to_pair(size: object) -> Size:
+    """Return (h, w) of a side or an (h, w)."""
+    return (int(size[0]), int(size[-1])) if isinstance(size, list | tuple) else (int(str(size)), int(str(size)))
+
+
+_IMPORT = "give --size HEIGHTxWIDTH (to `pixmim import`, where --size has another meaning)"
+
+
+def _size_of_table(rows: int, patch: int, hints: ModelHints, relative: bool = False) -> Size:
+    """Return the image size of a table of (relative) positions: the hint, else a square, else the target size."""
+
+    def count(h: int, w: int) -> int:
+        return (2 * h - 1) * (2 * w - 1) + 3 if relative else h * w  # Beit's table includes 3 rows of the class token
+
+    side = math.isqrt(rows)
+    square = next((n for n in (side, (side + 1) // 2) if count(n, n) == rows), None)
+    size = hints.img_size or (hints.target_size if square is None else None)
+    table = f"a table of {rows} {'relative ' * relative}positions"
+    if size is None and square is None:
+        raise UserError(f"it has {table}, which do not form a square of patches: {_IMPORT}")
+    if size is None:
+        side = patch * (square or 0)
+        hints.assumed.append(f"--size {side}x{side}")
+        return side, side
+    h, w = to_pair(size)
+    if h % patch or w % patch or count(h // patch, w // patch) != rows:
+        patches = f"{h / patch:g}x{w / patch:g} patches of {patch} pixels"
+        raise UserError(f"an image size of {h}x{w} makes {patches}, but it has {table}: {_IMPORT}")
     return h, w
 
 
-def _beit_size(entries: int, patch: int, known: ModelHints) -> tuple[int, int]:
-    """Of (2h-1)(2w-1) distances and three entries that touch the cls token: the size the caller gave, or a square."""
-    side = (math.isqrt(max(0, entries - 3)) + 1) // 2
-    square = (side * patch, side * patch) if (2 * side - 1) ** 2 + 3 == entries else None
-    table = f"a table of {entries} relative positions"
-    return _size_of_table(square, patch, known, table, lambda h, w: (2 * h - 1) * (2 * w - 1) + 3 == entries)
-
-
-def _side(known: ModelHints, default: int) -> tuple[int, int]:
-    said = known.img_size or known.wanted
-    if said is not None:
-        return pair(said)
+def _default_size(hints: ModelHints, default: int) -> Size:
+    size = hints.img_size or hints.target_size
+    if size is not None:
+        return to_pair(size)
     if not default:
-        raise UserError("shapes do not tell the image size: give --size HEIGHTxWIDTH")
-    known.assumed.append(f"--size {default}x{default}")
+        raise UserError("the image size cannot be inferred: give --size HEIGHTxWIDTH")
+    hints.assumed.append(f"--size {default}x{default}")
     return default, default
 
 
-def _mlp_ratio(tensors: Tensors, block: str, dim: int) -> float:
-    return tensors[f"{block}.mlp.fc1.weight"].shape[0] / dim
+# ---- settings in the file, or in files next to it
+
+_SETTINGS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "DATA.IMG_SIZE": ("img_size", (int,)),
+    "img_size": ("img_size", (int, list, tuple)),
+    "image_size": ("img_size", (int, list)),
+    "num_attention_heads": ("num_heads", (int,)),
+    "decoder_num_attention_heads": ("decoder_heads", (int,)),
+    "layer_norm_eps": ("norm_eps", (float, int)),
+}
+"""A file's settings: hint and accepted types. MAE's `input_size` is not one of them: its model ignores it."""
 
 
-def _pooling(tensors: Tensors) -> Options:
-    """A classifier's keywords: its classes, and the pooling that its norms show."""
-    options: Options = {}
-    if "encoder.head.weight" in tensors:
-        options["num_classes"] = tensors["encoder.head.weight"].shape[0]
-    if "encoder.fc_norm.weight" in tensors:
-        options["global_pool"] = "avg"
-    return options
+def read_settings(file: RawCheckpoint) -> dict[str, Any]:
+    """Return a file's settings: `img_size`, `num_heads`, `decoder_heads`, `norm_eps`, `mean`, `std` and `dtype`.
+
+    Raises:
+        UserError: If a value is out of bounds.
+    """
+    content = {**file.settings, **file.config}
+    settings: dict[str, Any] = {
+        hint: content[key] for key, (hint, types) in _SETTINGS.items() if type(content.get(key)) in types
+    }
+    model_type = content.get("model_type")
+    if isinstance(model_type, str) and model_type in _HF_EPS:
+        settings.setdefault("norm_eps", _HF_EPS[model_type])
+    preprocessor = file.preprocessor
+    for name, neutral in (("mean", 0.0), ("std", 1.0)):
+        value = numbers(preprocessor, f"image_{name}") or numbers(content, name)
+        value = (neutral,) if preprocessor.get("do_normalize") is False else value
+        settings |= {} if value is None else {name: value}
+    if preprocessor.get("do_rescale") is False:
+        settings["dtype"] = "float32"
+    elif isinstance(factor := preprocessor.get("rescale_factor"), float) and 0 < factor < 1 / 4096:
+        settings["dtype"] = "uint16"
+    return settings
+
+
+def merge_hints(hints: ModelHints, settings: Mapping[str, Any]) -> ModelHints:
+    """Fill in missing hints from a file's settings. Raises UserError for values out of bounds."""
+    options = {name: getattr(hints, name) for name in ("img_size", "num_heads", "decoder_heads", "norm_eps")}
+    options = {name: settings.get(name) if value is None else value for name, value in options.items()}
+    check_options({name: value for name, value in options.items() if value is not None})
+    return replace(hints, **options)
+
+
+def numbers(settings: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
+    """Return a list of numbers in a file's settings, or None if missing. Raises UserError for anything else."""
+    value = settings.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not value or any(type(one) not in (int, float) for one in value):
+        raise UserError(f"its setting {name} is {shown(value)}: expected a list of numbers")
+    return tuple(float(one) for one in value)
+
+
+def _target(file: RawCheckpoint, model: ArchitectureConfig) -> TargetConfig:
+    """Return the pre-training target that the file states, otherwise the method's own."""
+    if model.name == "simmim":
+        return TargetConfig("pixels", normalize_patches=False, distance="l1")
+    if "target_generator.low_pass_filter" in file.tensors:
+        return TargetConfig("low-frequency", radius=40.0, variant="paper-code")
+    normalize = file.settings.get("norm_pix_loss", file.config.get("norm_pix_loss", True))
+    return TargetConfig("pixels", normalize_patches=bool(normalize))
+
+
+def _mask(file: RawCheckpoint, model: ArchitectureConfig) -> MaskConfig:
+    """Return the pre-training mask that the file states, otherwise the method's own."""
+    if model.name == "simmim":
+        return MaskConfig("blocks", ratio=0.6, block_size=32, whole_blocks=True)
+    ratio = file.settings.get("mask_ratio", file.config.get("mask_ratio", 0.75))
+    if type(ratio) not in (int, float) or not 0 <= ratio <= 1:
+        raise UserError(f"its setting mask_ratio is {shown(ratio)}: expected a number from 0 to 1")
+    if ratio in (0, 1):  # set for fine-tuning or visualization; pre-training with it is impossible
+        ratio = 0.75
+    return MaskConfig("blocks", ratio=ratio, block_size=32) if model.name == "lsmae" else MaskConfig(ratio=ratio)

@@ -1,4 +1,4 @@
-"""From somebody's weights to a ready model: a run's, a file's, or one of timm's."""
+"""Load models from runs, checkpoint files or timm; initialize a run from weights; import weights into a folder."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -13,7 +13,7 @@ from torch import nn
 from pixmim.build import Module, build_encoder, build_model, build_on_meta
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.config_io import portable, pretrain_config, to_json
-from pixmim.models import published
+from pixmim.models import create_pretrained
 from pixmim.models.base import MaskedModel
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.find_batch_size import in_gib
@@ -23,308 +23,306 @@ from pixmim.utils.errors import UserError, did_you_mean, first_line
 from pixmim.utils.files import atomic_folder, check_new, write_text_atomically
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import Size, check_name, check_options, check_value, parse_size
-from pixmim.weights.adapt import fit, interpolate_tables, original_key, shape
-from pixmim.weights.detect import Weights, feed, read_run, read_weights
+from pixmim.weights.adapt import adapt_weights, format_shape, interpolate_tables, original_key
+from pixmim.weights.detect import Weights, read_run, read_weights, with_normalization
 from pixmim.weights.infer_config import ModelHints
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder, save_tensors, timm_config
 
 _DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token")
-"""How names begin that are not the encoder's."""
+"""Prefixes of tensors outside the encoder."""
 
 _CLASSIFIER = ("head.", "fc_norm.", "norm.")
-"""How names begin in which classifiers differ from encoders."""
+"""Prefixes of the encoder's tensors in which classifiers differ from pre-training."""
 
 
 def load_model(file: str | Path, **options: Any) -> MaskedModel:
-    """The ready model of a pre-training file, encoder and decoder, in evaluation mode on the CPU.
+    """Load a pre-training model, encoder and decoder, in evaluation mode on the CPU.
 
-    file     pixmim's, or of MAE, LSMAE, ConvMAE, SimMIM (official code), mmselfsup, mmpretrain, Hugging Face; or a
-             run's folder
-    options  what the file does not tell: size ("192x384", which its tables are for), num_heads, decoder_heads, prefix,
-             ema; or any other keyword of `create_model`: tables of positions are refitted to another img_size
+    `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch.
 
-    `load_model(file)(images, Mask.from_hidden(hidden))` predicts every patch. Raises UserError.
+    Args:
+        file: A checkpoint file of pixmim, MAE, LSMAE, ConvMAE, SimMIM (official code), mmselfsup, mmpretrain or
+            Hugging Face, or the folder of a run.
+        **options: Facts that the file does not contain: size ("192x384", that its tables were trained at), num_heads,
+            decoder_heads, prefix, ema. Any other keyword of `create_model` overrides the file's: with
+            another img_size, position tables are interpolated.
+
+    Raises:
+        UserError: If the file cannot be read, contains only an encoder, or does not match.
     """
-    weights, options = _open(file, options, with_decoder=True)
-    return build_with_weights(
-        replace(weights, config=_with_options(weights.config, options)), trained_at=weights.config
-    )
-
-
-def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False) -> tuple[Weights, dict[str, Any]]:
-    """The weights in a file, and those of the options that are for a model's constructor."""
-    known = {**options, "wanted": options.get("img_size")}
-    known.pop("img_size", None)
-    of_file = {"size", "prefix", "ema"}
-    return resolve_model(str(file), with_decoder=with_decoder, hints=known), {
-        k: v for k, v in options.items() if k not in of_file
-    }
-
-
-def build_with_weights(weights: Weights, trained_at: ModelConfig | None = None) -> MaskedModel:
-    """The whole model of such weights, in evaluation mode on the CPU.
-
-    trained_at  the Run that the weights were trained_at for, where `weights.run` asks for another size
-
-    Raises UserError if they are an encoder's only, or do not fit.
-    """
-    if not weights.has_decoder:
-        raise UserError(f"this ({weights.origin}) holds an encoder only: it predicts nothing")
-    return _filled(weights, build_model, trained_at).eval()
-
-
-def build_encoder_with_weights(weights: Weights, trained_at: ModelConfig | None = None) -> nn.Module:
-    """The encoder of such weights, with a classifier's head if they have one; otherwise as `build_with_weights`.
-
-    Its `pretrained_cfg` says what input it takes, as timm's do, and its `pixmim_config` how to build it.
-    """
-    only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
-    encoder: Any = _filled(replace(weights, tensors=only), _holder, trained_at)["encoder"].eval()
-    encoder.pixmim_config = weights.config
-    about = timm_config(encoder, weights.config, list(weights.classes))
-    known = {"architecture": about["architecture"], **about["pretrained_cfg"]}
-    encoder.pretrained_cfg = encoder.default_cfg = known | {"input_size": tuple(known["input_size"])}
-    module: nn.Module = encoder
-    return module
-
-
-def _holder(config: ModelConfig) -> nn.ModuleDict:
-    return nn.ModuleDict({"encoder": build_encoder(config)})
-
-
-def _filled(weights: Weights, build: Callable[[ModelConfig], Module], trained_at: ModelConfig | None) -> Module:
-    """What `build` makes of the weights' Run, with their tensors.
-
-    A file may say what it likes of sizes: memory is taken only once its tensors are known to have them.
-    """
-    shapes = build_on_meta(lambda: build(weights.config), weights.config.model.backbone).state_dict()
-    state = fit(replace(weights, config=trained_at or weights.config), shapes, weights.config)
-    with torch.random.fork_rng(devices=[]):
-        module = build(weights.config)
-    module.load_state_dict(state)
-    return module
+    weights, config = _open(file, options, with_decoder=True)
+    return build_with_weights(replace(weights, config=config), trained_at=weights.config)
 
 
 def load_encoder(file: str | Path, **options: Any) -> nn.Module:
-    """The encoder in any file that pixmim reads, or of timm:NAME, as a timm module; fine-tuned ones with their head.
+    """Load an encoder, with its head if it was fine-tuned, as a timm module in evaluation mode on the CPU.
 
-    Otherwise as `load_model`.
+    Args:
+        file: As in `load_model`, or timm:NAME.
+        **options: As in `load_model`.
+
+    Raises:
+        UserError: If the file cannot be read or does not match.
     """
-    weights, options = _open(file, options)
-    return build_encoder_with_weights(
-        replace(weights, config=_with_options(weights.config, options)), trained_at=weights.config
+    weights, config = _open(file, options)
+    return build_encoder_with_weights(replace(weights, config=config), trained_at=weights.config)
+
+
+def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False) -> tuple[Weights, ModelConfig]:
+    """Return the weights in a file, and their configuration with the caller's keywords of `create_model`."""
+    hints = {**options, "target_size": options.get("img_size")}
+    hints.pop("img_size", None)
+    weights = resolve_model(str(file), with_decoder=with_decoder, hints=hints)
+    config = weights.config
+    options = {name: value for name, value in options.items() if name not in ("size", "prefix", "ema")}
+    check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})
+    size, channels = options.pop("img_size", config.image_size), options.pop("in_chans", config.channels)
+    h, w = (size, size) if isinstance(size, int) else (size[0], size[-1])
+    own = {one.name for one in fields(ArchitectureConfig)} - {"options"}
+    model = replace(
+        config.model,
+        **{name: value for name, value in options.items() if name in own},
+        options={**config.model.options, **{name: value for name, value in options.items() if name not in own}},
     )
+    return weights, replace(config, model=model, size=f"{h}x{w}", channels=channels)
+
+
+def build_with_weights(weights: Weights, trained_at: ModelConfig | None = None) -> MaskedModel:
+    """Build the complete model of weights, in evaluation mode on the CPU.
+
+    Args:
+        weights: The weights.
+        trained_at: Configuration that they were trained with, if `weights.config` has another image size.
+
+    Raises:
+        UserError: If they contain only an encoder, or do not match.
+    """
+    if not weights.has_decoder:
+        raise UserError(f"this file ({weights.format_name}) contains only an encoder, which cannot predict patches")
+    return _build(weights, build_model, trained_at).eval()
+
+
+def build_encoder_with_weights(weights: Weights, trained_at: ModelConfig | None = None) -> nn.Module:
+    """Build the encoder of weights, with its classifier if there is one. Otherwise as `build_with_weights`.
+
+    Its `pretrained_cfg` describes its input, as timm's do; its `pixmim_config` is the configuration that builds it.
+    """
+    only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
+    weights = replace(weights, tensors=only)
+    module = _build(weights, lambda config: nn.ModuleDict({"encoder": build_encoder(config)}), trained_at)
+    encoder: Any = module["encoder"].eval()
+    config = timm_config(encoder, weights.config, list(weights.classes))
+    cfg = {"architecture": config["architecture"], **config["pretrained_cfg"]}
+    encoder.pretrained_cfg = encoder.default_cfg = cfg | {"input_size": tuple(cfg["input_size"])}
+    encoder.pixmim_config = weights.config
+    return encoder
+
+
+def _build(weights: Weights, build: Callable[[ModelConfig], Module], trained_at: ModelConfig | None) -> Module:
+    """Build a module and load the weights. Allocates memory only after the shapes of its tensors have been checked."""
+    state = build_on_meta(lambda: build(weights.config), weights.config.model.backbone).state_dict()
+    tensors = adapt_weights(replace(weights, config=trained_at or weights.config), state, weights.config)
+    with torch.random.fork_rng(devices=[]):
+        module = build(weights.config)
+    module.load_state_dict(tensors)
+    return module
 
 
 def resolve_model(
     name: str, *, with_decoder: bool = False, head: bool = False, hints: Mapping[str, Any] | None = None
 ) -> Weights:
-    """Open the weights that `name` means: a run's folder, a file or folder of weights, or timm:NAME.
+    """Read the weights of a model given by name: the folder of a run, a checkpoint file or folder, or timm:NAME.
 
     Args:
-        name: Of a run, finished or not, its newest weights are meant.
-        with_decoder: Of a run: everything, and not just its encoder, if there is more.
-        head: Of timm:NAME: with its classifier, if it has one; a file's classifier always comes along.
-        hints: Fields of `ModelHints`: what a file does not say of its model.
+        name: The model. For a run, finished or not, its newest weights are read.
+        with_decoder: Read all weights of a run instead of its encoder, if available.
+        head: Include the classifier of timm:NAME. A file's classifier is always included.
+        hints: Fields of `ModelHints`, and `size` (HEIGHTxWIDTH or a side): facts that the file does not contain.
 
     Raises:
-        UserError: If there is no such model, or it cannot be used.
+        UserError: If the model does not exist or is unsupported.
     """
-    checked = _known(hints or {})
+    model_hints = _to_hints(hints or {})
     if name.startswith("timm:"):
-        return feed(_of_timm(name.removeprefix("timm:"), head), checked)
+        return with_normalization(_download_timm(name.removeprefix("timm:"), head), model_hints)
     path = Path(name).expanduser()
     run = read_run(path) if path.is_dir() else None
     if run is None:
-        return _in_memory(read_weights(path, checked))
-    return feed(_newest(path, run, with_decoder, checked), checked)
+        return _in_memory(read_weights(path, model_hints))
+    return with_normalization(_read_newest(path, run, with_decoder, model_hints), model_hints)
 
 
-def _known(values: Mapping[str, Any]) -> ModelHints:
-    """Return what a caller says, checked; `size` is HEIGHTxWIDTH or a side, as on the command line."""
-    given = {
-        key: value for key, value in values.items() if key in {f.name for f in fields(ModelHints)} and value is not None
-    }
+def _to_hints(values: Mapping[str, Any]) -> ModelHints:
+    """Check the caller's hints. Other keys are ignored."""
+    names = {one.name for one in fields(ModelHints)}
+    hints = {name: value for name, value in values.items() if name in names and value is not None}
     if size := values.get("size"):
         check_value("--size", size, Size)
-        given["img_size"] = list(parse_size(size) or ())
-    check_options({key: given[key] for key in ("num_heads", "decoder_heads") if key in given})
-    return ModelHints(**given)
+        hints["img_size"] = list(parse_size(size) or ())
+    check_options({name: hints[name] for name in ("num_heads", "decoder_heads") if name in hints})
+    return ModelHints(**hints)
 
 
-def _newest(path: Path, config: ModelConfig, with_decoder: bool, hints: ModelHints) -> Weights:
-    """Return the newest weights of a run, finished or not, or those of an import. Raises UserError."""
-    imported, product = inside(path, "model.safetensors"), inside(path, ENCODER_WEIGHTS)
-    file = imported if with_decoder and imported.is_file() else product
+def _read_newest(path: Path, config: ModelConfig, with_decoder: bool, hints: ModelHints) -> Weights:
+    """Read the newest weights of a run, finished or not, or those of an imported folder."""
+    complete, encoder = inside(path, "model.safetensors"), inside(path, ENCODER_WEIGHTS)
+    file = complete if with_decoder and complete.is_file() else encoder
     checkpoints = CheckpointManager(inside(path, "checkpoints"))
     newest = max(checkpoints.steps(), default=0)
-    weights = replace(read_weights(file, hints), config=config) if file.is_file() else None  # the folder may have moved
-    if newest and (weights is None or newest > weights.step or (with_decoder and file is product)):
+    weights = replace(read_weights(file, hints), config=config) if file.is_file() else None  # paths as in config.json
+    if newest and (weights is None or newest > weights.step or (with_decoder and file is encoder)):
         model = build_model(config)
         step, images = checkpoints.load_model(model)
         tensors = {n: value for n, value in model.state_dict().items() if with_decoder or n.startswith("encoder.")}
-        return Weights(
-            config, tensors, "pixmim", step=step, steps=Schedule.of(pretrain_config(config, path), images).steps
-        )
+        steps = Schedule.of(pretrain_config(config, path), images).steps
+        return Weights(config, tensors, "pixmim", step=step, steps=steps)
     if weights is None:
-        raise UserError(
-            f"{path} holds a run without weights: there is neither a checkpoint nor {ENCODER_WEIGHTS} in it"
-        )
+        raise UserError(f"the run {path} contains no weights: neither a checkpoint nor {ENCODER_WEIGHTS}")
     return _in_memory(weights)
 
 
 def describe(name: str, weights: Weights) -> list[str]:
-    """Return lines to print of a model that was opened: how far its training is, and what was chosen or assumed."""
+    """Return lines to print about a loaded model: its training step, and what was chosen or assumed."""
     return [f"{name}: {line}" for line in (weights.progress, *weights.notes) if line]
 
 
 def _in_memory(weights: Weights) -> Weights:
-    """Weights whose file may change or vanish: mapped bytes that are gone would end the process. Raises UserError."""
+    """Copy memory-mapped tensors: if their file is truncated, reading them would end the process with SIGBUS."""
     size, free = sum(value.nbytes for value in weights.tensors.values()), free_memory()
     if free is not None and size > free:
-        raise UserError(f"the weights ({weights.origin}) take {in_gib(size)} GiB, and {in_gib(free)} are free")
+        raise UserError(f"the weights ({weights.format_name}) take {in_gib(size)} GiB, but {in_gib(free)} are free")
     return replace(weights, tensors={name: value.clone() for name, value in weights.tensors.items()})
+
+
+def _download_timm(name: str, head: bool) -> Weights:
+    """Return a pre-trained model of timm, which timm downloads or finds in its cache."""
+    check_name(name)
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(f"timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
+    cfg = timm.get_pretrained_cfg(name)
+    classes = int(cfg.num_classes or 0) if head and cfg is not None else 0
+    try:
+        module: Any = create_pretrained(name, classes)
+    except UserError:
+        raise
+    except Exception as error:  # no network or no such weights: the hub raises many exception types
+        raise UserError(f"timm:{name} cannot be loaded: {first_line(error)}") from error
+    channels, h, w = module.pretrained_cfg["input_size"]
+    config = ModelConfig(
+        model=ArchitectureConfig("timm", name, options={"num_classes": classes} if classes else {}),
+        size=f"{h}x{w}",
+        channels=channels,
+        mean=tuple(module.pretrained_cfg["mean"]),
+        std=tuple(module.pretrained_cfg["std"]),
+    )
+    tensors = {f"encoder.{name}": value for name, value in module.state_dict().items()}
+    return Weights(config, tensors, "timm's pre-trained weights")
 
 
 @torch.no_grad()
 def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
-    """Put the weights that `run.init` names into a model, as far as they fit; says in lines what was used and what not.
+    """Load the weights that `config.init` names into a model.
 
-    The encoder must fit, but for tables of positions, which are refitted, the first convolution, which is
-    adapted to the run's channels, and a classifier's head. What decodes is used as a whole or not at all.
+    The encoder must match, except for position tables, which are interpolated, the first convolution, which is adapted
+    to the number of channels, and a classifier's head. The decoder is used only if all of it matches.
 
-    Raises UserError.
+    Returns:
+        Lines to print about what was used, what was not, and what was assumed.
+
+    Raises:
+        UserError: If the weights cannot be read, or their encoder does not match.
     """
-    heads = next((m.num_heads for m in model.encoder.modules() if hasattr(m, "num_heads")), None)
-    known = {"num_heads": heads, "decoder_heads": config.model.decoder_heads, "wanted": config.image_size}
-    first = f"`pixmim import {quote(config.init)} --prefix NAME --to FOLDER` (or --ema) first, then --init FOLDER"
+    heads = next((module.num_heads for module in model.encoder.modules() if hasattr(module, "num_heads")), None)
+    hints = {"num_heads": heads, "decoder_heads": config.model.decoder_heads, "target_size": config.image_size}
+    alternative = f"`pixmim import {quote(config.init)} --prefix NAME --to FOLDER` (or --ema), then --init FOLDER"
     try:
-        weights = resolve_model(config.init, with_decoder=True, hints=known)
+        weights = resolve_model(config.init, with_decoder=True, hints=hints)
     except UserError as error:
         if not Path(config.init).expanduser().is_file():
             raise
-        raise UserError(f"--init {error}. If its model is behind another prefix: {first}") from error
+        raise UserError(f"--init {error}. If its model has another prefix: {alternative}") from error
     state = model.state_dict()
-    fitted, refits = interpolate_tables(weights, state, config)
-    about = ", ".join(filter(None, (weights.origin, weights.progress)))
-    lines = [f"begins from {config.init} ({about})", *(f"  {note}" for note in weights.notes), *refits]
+    adapted, adaptations = interpolate_tables(weights, state, config)
+    origin = ", ".join(filter(None, (weights.format_name, weights.progress)))
+    lines = [f"initialized from {config.init} ({origin})", *(f"  {note}" for note in weights.notes), *adaptations]
     if any("--prefix" in note or "--ema" in note for note in weights.notes):
-        lines.append(f"  for another model of this file: {first}")
+        lines.append(f"  to use another model of this file: {alternative}")
 
-    encoder = {name: value for name, value in fitted.items() if name.startswith("encoder.")}
-    wrong = [n for n, v in encoder.items() if n in state and v.shape != state[n].shape]
-    if wrong:
-        n = wrong[0]
-        raise UserError(
-            f"--init {config.init}: the encoder differs: {original_key(weights, n)} is {shape(encoder[n])} there "
-            f"and {shape(state[n])} in {config.model.backbone}"
-        )
-    missing = [n for n in state if n.startswith("encoder.") and n not in encoder]
-    if any(not n.startswith("encoder.norm.") for n in missing):
-        raise UserError(f"--init {config.init}: its encoder lacks {', '.join(missing[:4])} of {config.model.backbone}")
-    used = {n: v for n, v in encoder.items() if n in state}
-    lines.append(f"  the encoder: {len(used)} tensors")
-    if missing:
-        lines.append(f"  not in it, so at their start: {', '.join(missing)}")
-    unused = [n.removeprefix("encoder.") for n in encoder if n not in state]
-    strange = [n for n in unused if not n.startswith(_CLASSIFIER)]
-    if strange:
-        raise UserError(
-            f"--init {config.init}: its encoder has {', '.join(strange[:4])}, which {config.model.backbone} does not"
-        )
-    if unused:
-        lines.append(f"  left out of the encoder: {', '.join(unused)}")
+    encoder = {name: value for name, value in adapted.items() if name.startswith("encoder.")}
+    mismatched = [name for name, value in encoder.items() if name in state and value.shape != state[name].shape]
+    missing = [name for name in state if name.startswith("encoder.") and name not in encoder]
+    unused = [name.removeprefix("encoder.") for name in encoder if name not in state]
+    unexpected = [name for name in unused if not name.startswith(_CLASSIFIER)]
+    failure = f"--init {config.init}: the encoder does not match {config.model.backbone}"
+    if mismatched:
+        name = mismatched[0]
+        shapes = f"has shape {format_shape(encoder[name])}, expected {format_shape(state[name])}"
+        raise UserError(f"{failure}: {original_key(weights, name)} {shapes}")
+    if any(not name.startswith("encoder.norm.") for name in missing):
+        raise UserError(f"{failure}: missing {', '.join(missing[:4])}")
+    if unexpected:
+        raise UserError(f"{failure}: unexpected {', '.join(unexpected[:4])}")
+    used = {name: value for name, value in encoder.items() if name in state}
+    lines.append(f"  encoder: {len(used)} tensors")
+    lines += [f"  kept at their initial values, since the file lacks them: {', '.join(missing)}"] if missing else []
+    lines += [f"  not used: {', '.join(unused)}"] if unused else []
 
-    decoder = {n: v for n, v in fitted.items() if n.startswith(_DECODER)}
-    ours = [n for n in state if n.startswith(_DECODER)]
-    differ = [n for n in {*ours, *decoder} if n not in decoder or n not in state or decoder[n].shape != state[n].shape]
-    if decoder and not differ:
-        used |= decoder
-        lines.append(f"  what decodes: {len(decoder)} tensors")
-    elif decoder:
-        lines.append(f"  what decodes begins anew: it differs in {original_key(weights, sorted(differ)[0])}")
+    decoder = {name: value for name, value in adapted.items() if name.startswith(_DECODER)}
+    names = {*decoder, *(name for name in state if name.startswith(_DECODER))}
+    differing = sorted(n for n in names if n not in decoder or n not in state or decoder[n].shape != state[n].shape)
+    if not decoder:
+        lines.append("  decoder: initialized randomly (the file contains only an encoder)")
+    elif differing:
+        lines.append(f"  decoder: initialized randomly (it differs in {original_key(weights, differing[0])})")
     else:
-        lines.append("  what decodes begins anew: the file holds an encoder only")
+        used |= decoder
+        lines.append(f"  decoder: {len(decoder)} tensors")
     model.load_state_dict(used, strict=False)
     return lines
 
 
 def import_weights(weights: Weights, folder: Path | None) -> list[str]:
-    """Check that weights make a model, say what was used and what not, and keep them in `folder` if it is given.
+    """Check that weights build a model, and save them in a folder like a finished run's.
 
-    The folder is then like a finished run's: config.json, encoder/ and, of a model in pre-training, model.safetensors.
-    Raises UserError.
+    The folder contains config.json, encoder/ and, with a decoder, model.safetensors.
+
+    Args:
+        weights: The weights.
+        folder: A new folder. None: write nothing.
+
+    Returns:
+        Lines to print about what was recognized, used, ignored and assumed.
+
+    Raises:
+        UserError: If the weights do not match, or the folder exists.
     """
-    run = weights.config
+    config = weights.config
     if folder is not None:
         if (folder / "config.json").exists():
-            raise UserError(f"{folder} holds a run already: choose another folder")
+            raise UserError(f"{folder} already contains a run: choose another folder")
         check_new(folder)
     encoder = build_with_weights(weights).encoder if weights.has_decoder else build_encoder_with_weights(weights)
 
-    rest = len(weights.tensors) - len(weights.encoder)
-    values = sum(value.numel() for value in weights.tensors.values())
-    classes = run.model.options.get("num_classes", 0)
+    others = len(weights.tensors) - len(weights.encoder)
+    classes = config.model.options.get("num_classes", 0)
     lines = [
-        f"recognized as {weights.origin}" + (f", {weights.progress}" if weights.progress else ""),
-        f"  model: {run.model.name} on {run.model.backbone}, {run.size} pixels, channels: {run.channels}"
+        f"recognized as {weights.format_name}" + (f", {weights.progress}" if weights.progress else ""),
+        f"  model: {config.model.name} on {config.model.backbone}, {config.size} pixels, channels: {config.channels}"
         + (f", {classes} classes" if classes else ""),
-        f"  used: {len(weights.encoder)} tensors of the encoder"
-        + (f", {rest} of what decodes" if rest else "; it decodes nothing")
-        + f": {values:,} values",
+        f"  used: {len(weights.encoder)} tensors of the encoder, "
+        + (f"{others} of the decoder" if others else "no decoder")
+        + f": {sum(value.numel() for value in weights.tensors.values()):,} values",
         *(f"  {note}" for note in weights.notes),
     ]
-    for why in dict.fromkeys(weights.ignored_keys.values()):
-        keys = [key for key, reason in weights.ignored_keys.items() if reason == why]
-        lines.append(f"  left out ({why}): {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
+    for reason in dict.fromkeys(weights.ignored_keys.values()):
+        keys = [key for key, value in weights.ignored_keys.items() if value == reason]
+        lines.append(f"  not used ({reason}): {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else ""))
     if folder is None:
-        return [*lines, "nothing was written: --to FOLDER keeps it"]
-    written = [f"{ENCODER_FOLDER}/"]
-    with atomic_folder(folder) as beside:
-        save_encoder(encoder, beside / ENCODER_FOLDER, run, weights.step, weights.steps, list(weights.classes))
+        return [*lines, "nothing was written: add --to FOLDER to save the model"]
+    with atomic_folder(folder) as temporary:
+        save_encoder(encoder, temporary / ENCODER_FOLDER, config, weights.step, weights.steps, list(weights.classes))
         if weights.has_decoder:
-            save_tensors(weights.tensors, beside / "model.safetensors", run, weights.step, weights.steps)
-            written.append("model.safetensors")
-        write_text_atomically(beside / "config.json", to_json(portable(run)))
-    return [*lines, f"written to {folder}: config.json, {', '.join(written)}"]
-
-
-def _of_timm(name: str, head: bool) -> Weights:
-    """One of timm's pre-trained models, which timm downloads or finds in its cache."""
-    check_name(name)
-    if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
-    config = timm.get_pretrained_cfg(name)
-    classes = int(config.num_classes or 0) if head and config is not None else 0
-    options: dict[str, Any] = {"num_classes": classes} if classes else {}
-    try:
-        module: Any = published(name, classes)
-    except UserError:
-        raise
-    except Exception as error:  # no network, no such weights: the kinds of exception are the hub's
-        raise UserError(f"timm:{name} cannot be had: {first_line(error)}") from error
-    trained_at = module.pretrained_cfg
-    channels, h, w = trained_at["input_size"]
-    run = ModelConfig(
-        model=ArchitectureConfig("timm", name, options=options),
-        size=f"{h}x{w}",
-        channels=channels,
-        mean=tuple(trained_at["mean"]),
-        std=tuple(trained_at["std"]),
-    )
-    return Weights(run, {f"encoder.{n}": v for n, v in module.state_dict().items()}, "timm's pre-trained weights")
-
-
-def _with_options(config: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
-    """A file's Run with the caller's keywords of `create_model` over it."""
-    own = {f.name for f in fields(ArchitectureConfig)} - {"options"}
-    check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})
-    size = options.get("img_size", config.image_size)
-    h, w = (size, size) if isinstance(size, int) else (size[0], size[-1])
-    rest = {n: v for n, v in options.items() if n not in own | {"img_size", "in_chans"}}
-    model = replace(
-        config.model,
-        **{n: v for n, v in options.items() if n in own},
-        options={**config.model.options, **rest},
-    )
-    return replace(config, model=model, size=f"{h}x{w}", channels=options.get("in_chans", config.channels))
+            save_tensors(weights.tensors, temporary / "model.safetensors", config, weights.step, weights.steps)
+        write_text_atomically(temporary / "config.json", to_json(portable(config)))
+    model = ", model.safetensors" if weights.has_decoder else ""
+    return [*lines, f"written to {folder}: config.json, {ENCODER_FOLDER}/{model}"]

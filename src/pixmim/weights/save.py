@@ -1,6 +1,6 @@
-"""pixmim's own files: encoder/, a folder that timm reads, and model.safetensors, a complete model in pre-training.
+"""Save models as safetensors: encoder/ (a folder in timm's layout) and model.safetensors (with the decoder).
 
-Both hold the Run that they came from in the metadata of their weights, so that each is enough by itself.
+The metadata of both contain their configuration, so that each file is sufficient on its own.
 """
 
 import json
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.config_io import portable, to_json
-from pixmim.utils.files import write_text_atomically
+from pixmim.utils.files import write_json, write_text_atomically
 from pixmim.utils.validation import NOT_OF_TIMM
 
 METADATA_KEY = "pixmim"
-"""Where the metadata hold the Run, as JSON."""
+"""Metadata key of the configuration, as JSON."""
 
 ENCODER_FOLDER = "encoder"
-"""Folder of a run that holds its product."""
+"""Folder of a run that contains its encoder."""
 
 ENCODER_WEIGHTS = f"{ENCODER_FOLDER}/model.safetensors"
-"""The weights in it; they are written last, so the folder is complete once they are there."""
+"""The encoder's weights. They are written last, so the folder is complete if they exist."""
 
 
 def save_encoder(
@@ -37,33 +37,32 @@ def save_encoder(
     classes: list[str] | None = None,
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an encoder, or a classifier, as a folder that timm reads with nothing to repeat.
+    """Save an encoder or a classifier as a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` has its options, image size, channels, mean and std. timm
-    has no ConvMAE; pixmim reads that folder as it reads all others.
+    timm reads keywords, image size, channels, mean and std from it. timm has no ConvMAE; pixmim reads that folder too.
 
     Args:
-        encoder: The module; its `state_dict` is written.
-        folder: Made if need be. What is in it is replaced file by file.
-        run: Its settings.
-        step: Steps of training done.
+        encoder: The module whose `state_dict` is written.
+        folder: The folder. Existing files are replaced one by one.
+        config: Its configuration.
+        step: Training step.
         steps: Steps of the complete run; 0 if unknown.
-        classes: Names of what a classifier tells apart, in the order of its outputs.
+        classes: Class names of a classifier in the order of its outputs.
         more: Further metadata of the weights.
 
     Raises:
-        OSError: As writing does.
+        OSError: If writing fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(folder / "config.json", json.dumps(timm_config(encoder, config, classes), indent=2) + "\n")
-    about = {**(more or {}), **({"classes": json.dumps(classes)} if classes else {})}
-    save_tensors(encoder.state_dict(), folder / "model.safetensors", config, step, steps, about)
+    write_json(folder / "config.json", timm_config(encoder, config, classes))
+    metadata = {**(more or {}), **({"classes": json.dumps(classes)} if classes else {})}
+    save_tensors(encoder.state_dict(), folder / "model.safetensors", config, step, steps, metadata)
 
 
 def timm_config(encoder: nn.Module, config: ModelConfig, classes: list[str] | None = None) -> dict[str, Any]:
-    """Return the config.json of timm's hub layout: the architecture, its keywords, and what its input must be."""
+    """Return the config.json of timm's hub layout: architecture, keywords, and format of the input."""
     mean, std = config.normalization
-    known: Any = getattr(encoder, "pretrained_cfg", None) or {}
+    published: Any = getattr(encoder, "pretrained_cfg", None) or {}
     outputs = int(config.model.options.get("num_classes", 0))  # type: ignore[arg-type]
     pretrained: dict[str, Any] = {
         "tag": "pixmim",
@@ -75,36 +74,36 @@ def timm_config(encoder: nn.Module, config: ModelConfig, classes: list[str] | No
         "mean": mean,
         "std": std,
         "num_classes": outputs,
-        "classifier": known.get("classifier", "head"),
+        "classifier": published.get("classifier", "head"),
     }
     if config.channels == 3:  # older timm would "adapt" the first convolution of any other number of channels
-        pretrained["first_conv"] = known.get("first_conv", "patch_embed.proj")
+        pretrained["first_conv"] = published.get("first_conv", "patch_embed.proj")
     if classes:
         pretrained["label_names"] = classes
-    own = {key: value for key, value in config.model.options.items() if key not in ("num_classes", *NOT_OF_TIMM)}
+    options = {key: value for key, value in config.model.options.items() if key not in ("num_classes", *NOT_OF_TIMM)}
     return {
         "architecture": config.model.backbone.split(".")[0],
         "num_classes": outputs,
         "num_features": int(encoder.num_features),  # type: ignore[arg-type]
         "global_pool": config.model.options.get("global_pool", getattr(encoder, "global_pool", "")),
-        "model_args": {**_made(encoder, config), **own},
+        "model_args": {**_method_options(encoder, config), **options},
         "pretrained_cfg": pretrained,
     }
 
 
-def _made(encoder: nn.Module, config: ModelConfig) -> dict[str, Any]:
-    """Return keywords of timm's that a method sets without naming them in a run's options."""
-    trained_at: dict[str, Any] = {"img_size": list(config.image_size), "in_chans": config.channels}
+def _method_options(encoder: nn.Module, config: ModelConfig) -> dict[str, Any]:
+    """Return timm's keywords that the method sets and a run's options therefore do not contain."""
+    options: dict[str, Any] = {"img_size": list(config.image_size), "in_chans": config.channels}
     if isinstance(encoder, SwinTransformer) and config.model.name == "simmim":
-        trained_at["drop_path_rate"] = 0.0
+        options["drop_path_rate"] = 0.0
     if isinstance(encoder, Beit):
         block: Any = encoder.blocks[0]
-        trained_at["global_pool"] = encoder.global_pool
-        trained_at["use_shared_rel_pos_bias"] = encoder.rel_pos_bias is not None
-        trained_at["use_abs_pos_emb"] = encoder.pos_embed is not None
-        trained_at["use_rel_pos_bias"] = block.attn.relative_position_bias_table is not None
-        trained_at["init_values"] = 0.1 if block.gamma_1 is not None else 0
-    return trained_at
+        options["global_pool"] = encoder.global_pool
+        options["use_shared_rel_pos_bias"] = encoder.rel_pos_bias is not None
+        options["use_abs_pos_emb"] = encoder.pos_embed is not None
+        options["use_rel_pos_bias"] = block.attn.relative_position_bias_table is not None
+        options["init_values"] = 0.1 if block.gamma_1 is not None else 0
+    return options
 
 
 def save_tensors(
@@ -115,10 +114,10 @@ def save_tensors(
     steps: int = 0,
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors with what a reader must know to feed them, completely or not at all.
+    """Save tensors atomically as safetensors, with the metadata needed to build and feed their model.
 
-    The metadata are words: the Run, its main points by themselves for other programs, and `more` (a classifier's
-    classes). They name nothing of the machine they are written on.
+    The metadata contain the configuration, its main values separately for other programs, and `more`. They contain no
+    path of this machine. Equal weights give identical files.
     """
     mean, std = config.normalization
     method = config.model.name
@@ -140,11 +139,11 @@ def save_tensors(
         **(more or {}),
     }
     content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=metadata)
-    write_text_atomically(path, _in_order(content))
+    write_text_atomically(path, _sort_metadata(content))
 
 
-def _in_order(content: bytes) -> bytes:
-    """Sort the metadata of a safetensors file, whose order is random: equal weights make equal files."""
+def _sort_metadata(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, which the library writes in random order."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -648,7 +648,7 @@ def test_settings_that_do_not_go_together_are_named(tiny_run: Make, tmp_path: Pa
         build(encoder, replace(QUICK, size="30"), 3)
     with pytest.raises(UserError, match="equal parts of 2 images or more"):
         replace(QUICK, accumulation_steps=4)
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="contains no weights"):
         list(evaluate(str(tmp_path), [("segmentation", QUICK)], tmp_path))
 
 
@@ -663,7 +663,7 @@ def test_overlays_color_classes_and_leave_the_ignored() -> None:
 
 def test_a_window_of_two_is_refitted() -> None:
     """Three distances lie on a parabola; refitted to a window of three, the known ones keep their values."""
-    from pixmim.weights.interpolate import relative_biases
+    from pixmim.weights.adapt import relative_biases
 
     table = torch.randn(9, 2)
     fitted = relative_biases(table, (2, 2), (3, 3)).view(5, 5, 2)
