@@ -58,7 +58,7 @@ class SegmentationDataset(DatasetWrapper):
         values: "Callable[[], _Values] | None" = None,
     ) -> None:
         form = replace(pictures.image_spec, channels=pictures.image_spec.channels + 1)
-        super().__init__(pictures, form=form, classes=classes)
+        super().__init__(pictures, image_spec=form, classes=classes)
         self._mask, self.table, self.values = mask, table, values
 
     @property
