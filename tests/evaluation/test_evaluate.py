@@ -274,7 +274,7 @@ def test_rows_of_other_settings_have_other_labels() -> None:
         "/b, epochs 100, train /a",
         "/b, epochs 100, train /c",
     ]
-    assert [row.label for row in found.each] == ["recall, linear probe: a, epochs 10, train /a", "IoU: sky"]
+    assert [row.label for row in found.per_class] == ["recall, linear probe: a, epochs 10, train /a", "IoU: sky"]
 
 
 @pytest.fixture
