@@ -237,7 +237,7 @@ def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
 def cells(folder: Path, rows: list[Any], name: str = "t.parquet") -> str:
     """A table with paths, written as a stranger may."""
     folder.mkdir(exist_ok=True)
-    column = arrow.read_array(rows, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
+    column = arrow.array(rows, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
     parquet.write_table(arrow.table({"image": column}), folder / name)
     return f"{folder}/{name}"
 
@@ -420,7 +420,7 @@ def test_no_pickle_of_an_extension_type_is_opened(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     about = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Payload())}
     schema = arrow.schema([arrow.field("image", arrow.binary(), metadata=about)])
-    rows = arrow.table([arrow.read_array([b"x"])], schema=schema)
+    rows = arrow.table([arrow.array([b"x"])], schema=schema)
     (tmp_path / "set").mkdir()
     with arrow.OSFile("set/t.arrow", "wb") as sink, arrow.ipc.new_stream(sink, schema) as writer:
         writer.write_table(rows)
@@ -444,7 +444,7 @@ def test_features_that_name_files_or_run_decoders(tmp_path: Path, monkeypatch: p
         [[[[]]]],
     ):
         said = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "l": kind}}}).encode()}
-        rows = arrow.table({"image": arrow.read_array([b"x"]), "l": arrow.read_array([0])}).replace_schema_metadata(
+        rows = arrow.table({"image": arrow.array([b"x"]), "l": arrow.read_array([0])}).replace_schema_metadata(
             said
         )
         parquet.write_table(rows, tmp_path / "t.parquet")
@@ -456,7 +456,7 @@ def test_classes_out_of_range_in_a_table(tmp_path: Path) -> None:
     features = {"image": {"_type": "Image"}, "l": {"_type": "ClassLabel", "names": ["a", "b"]}}
     kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     for numbers, reason in (([0, 2], "holds the class 2, and there are 2"), ([0, 2**40], "holds the class")):
-        columns = {"image": arrow.read_array([{"bytes": b"x", "path": None}] * 2, kind), "l": arrow.read_array(numbers)}
+        columns = {"image": arrow.array([{"bytes": b"x", "path": None}] * 2, kind), "l": arrow.read_array(numbers)}
         said = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
         parquet.write_table(arrow.table(columns).replace_schema_metadata(said), tmp_path / "t.parquet")
         with pytest.raises(UserError, match=reason):
@@ -477,7 +477,7 @@ def test_arrow_data_that_point_out_of_their_buffers(tmp_path: Path) -> None:
 
 def test_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pixmim.data.huggingface._MAX_EXPANDED", 10**6)
-    rows = arrow.table({"image": arrow.read_array([bytes(10**6), bytes(10**6) + b"x"])})
+    rows = arrow.table({"image": arrow.array([bytes(10**6), bytes(10**6) + b"x"])})
     parquet.write_table(rows, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
     assert (tmp_path / "t.parquet").stat().st_size < 10_000
     with pytest.raises(UserError, match=r"t.parquet expands from"):
