@@ -444,9 +444,7 @@ def test_features_that_name_files_or_run_decoders(tmp_path: Path, monkeypatch: p
         [[[[]]]],
     ):
         said = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "l": kind}}}).encode()}
-        rows = arrow.table({"image": arrow.array([b"x"]), "l": arrow.read_array([0])}).replace_schema_metadata(
-            said
-        )
+        rows = arrow.table({"image": arrow.array([b"x"]), "l": arrow.read_array([0])}).replace_schema_metadata(said)
         parquet.write_table(rows, tmp_path / "t.parquet")
         with pytest.raises((UserError, BadImage)):
             open_dataset(f"{tmp_path}/t.parquet").image(0)
