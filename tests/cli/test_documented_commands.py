@@ -63,7 +63,7 @@ def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -
         assert cli.main(shlex.split(line)[1:]) == 0
     runs = ["runs/pixmim", "runs/mae"]
     tuned = [f"{run}/classifier" for run in runs]
-    robust = RobustnessSettings("imagenet-c", "imagenet-a", "imagenet-r", "build_on_meta")
+    robust = RobustnessSettings("imagenet-c", "imagenet-a", "imagenet-r", "sketch")
     scratch = [
         FinetuneSettings(*IMAGENET, from_scratch=True, size="192", changes=FinetuneOverrides(crop=crop))
         for crop in ("random-resized", "simple-resized")

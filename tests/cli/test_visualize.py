@@ -1,4 +1,4 @@
-"""Pictures and embeddings that a person makes of a model."""
+"""pixmim reconstruct, attention and embed."""
 
 import csv
 from collections.abc import Callable
@@ -31,7 +31,7 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 
 @pytest.fixture
 def model(tiny_run: Make, tmp_path: Path) -> str:
-    """A folder with a random whole model."""
+    """Write a folder with a random model and its decoder."""
     run = tiny_run(seed=2)
     import_weights(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "model")
     return str(tmp_path / "model")
@@ -47,33 +47,44 @@ def model(tiny_run: Make, tmp_path: Path) -> str:
         ("beit_base_patch16_224", SMALL | {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
     ],
 )
-def test_attention_is_what_timm_computes_when_it_does_not_fuse(backbone: str, options: dict[str, object]) -> None:
+def test_attention_equals_its_definition(backbone: str, options: dict[str, object]) -> None:
+    """Compare with softmax(q k / sqrt(d) + bias), computed from the input of the last attention."""
     encoder = timm.create_model(backbone, num_classes=0, img_size=(32, 48), **options).eval()
     for parameter in encoder.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     images = torch.randn(2, 3, 32, 48)
+    layer, inputs = encoder.blocks[-1].attn, list[torch.Tensor]()
     with torch.no_grad():
         maps = attention_maps(encoder, images)
-        seen: list[torch.Tensor] = []
-        layer = encoder.blocks[-1].attn
-        layer.fused_attn = False
-        layer.attn_drop.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         encoder(images)
-    prefix = seen[0].shape[-1] - 24
-    rows = seen[0][:, :, :1] if options.get("class_token", True) else seen[0][:, :, prefix:]
+        bias = layer.qkv.bias
+        if backbone.startswith("beit"):
+            bias = torch.cat([layer.q_bias, torch.zeros_like(layer.q_bias), layer.v_bias])
+        q, k, _ = nn.functional.linear(inputs[0], layer.qkv.weight, bias).unflatten(2, (3, 2, 16)).unbind(2)
+        q, k = (x.transpose(1, 2) for x in (q, k))
+        if options.get("qk_norm"):
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        scores = q @ k.transpose(-1, -2) / 4
+        if backbone.startswith("beit"):
+            shared = encoder.rel_pos_bias
+            scores = scores + (layer._get_rel_pos_bias() if shared is None else shared())
+    weights = scores.softmax(dim=-1)
+    prefix = weights.shape[-1] - 24
+    rows = weights[:, :, :1] if options.get("class_token", True) else weights[:, :, prefix:]
     expected = rows[..., prefix:].mean(dim=2)
     torch.testing.assert_close(maps.flatten(2), expected / expected.sum(-1, keepdim=True), atol=1e-5, rtol=0)
-    assert maps.shape == (2, 2, 4, 6)
+    assert maps.shape == (2, 2, 4, 6) and layer.fused_attn == encoder.blocks[0].attn.fused_attn
 
 
-def test_attention_of_convmae_and_of_what_has_none(tiny_run: Make) -> None:
+def test_attention_of_convmae_and_without_attention(tiny_run: Make) -> None:
     run = tiny_run(model=ArchitectureConfig("convmae", "convmae_tiny"))
     assert attention_maps(build_encoder(run), torch.randn(1, 3, 32, 32)).shape == (1, 3, 2, 2)
-    with pytest.raises(UserError, match="no block that looks at the whole image"):
+    with pytest.raises(UserError, match="no block with global attention"):
         attention_maps(nn.Conv2d(3, 3, 1), torch.randn(1, 3, 8, 8))
 
 
-def test_pictures_are_drawn_from_files_and_folders(
+def test_drawings_of_files_and_folders(
     model: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures / "cats" / "bad.jpg").write_bytes(b"no")
@@ -88,10 +99,10 @@ def test_pictures_are_drawn_from_files_and_folders(
     status, text = say(capsys, "attention", model, pictures, "--out", tmp_path / "a.png", "--count", 3)
     assert status == 0 and Image.open(tmp_path / "a.png").size[0] == 4 * (128 + 4) - 4
     status, text = say(capsys, "attention", model, pictures / "cats" / "bad.jpg")
-    assert status == 1 and "not one image" in text
+    assert status == 1 and "no image of" in text
     status, text = say(capsys, "reconstruct", model, pictures / "nothing.jpg")
     assert status == 1 and "there is no" in text
-    assert "which pictures?" in say(capsys, "reconstruct", model)[1]
+    assert "no images given" in say(capsys, "reconstruct", model)[1]
     (Path(model) / "model.safetensors").unlink()
     assert say(capsys, "reconstruct", model, one)[0] == 1
 
@@ -101,15 +112,15 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_embeddings_are_the_features_with_their_files(
+def test_embeddings_are_features_with_file_names(
     model: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures / "cats" / "2.jpg").write_bytes(b"broken")
     args = ["embed", model, "--data", pictures, "--batch-size", 3, "--device", "cpu", "--precision", "fp32"]
     status, text = say(capsys, *args, "--out", tmp_path / "f.npy")
     assert status == 0 and "9 rows" in text and "1 images could not be read" in text
-    found, rows = np.load(tmp_path / "f.npy"), rows_of(tmp_path / "f.csv")
-    assert found.shape == (9, 64) and found.dtype == np.float32
+    array, rows = np.load(tmp_path / "f.npy"), rows_of(tmp_path / "f.csv")
+    assert array.shape == (9, 64) and array.dtype == np.float32
     assert [row["class"] for row in rows] == ["cats"] * 4 + ["dogs"] * 5
     weights = resolve_model(model)
     encoder = build_encoder(weights.config).eval()
@@ -121,7 +132,7 @@ def test_embeddings_are_the_features_with_their_files(
         with torch.no_grad():
             expected = features(encoder, image[None])
         both = torch.cat([expected.vector[0, -1], expected.mean[0]])
-        torch.testing.assert_close(torch.from_numpy(found[row]), both, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(array[row]), both, atol=1e-5, rtol=0)
 
     for name in ("g.npy", "g.csv", "g.npy.skipped.csv", "g.npy.partial/mine"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -131,25 +142,23 @@ def test_embeddings_are_the_features_with_their_files(
         (tmp_path / name).unlink()
     assert "is there already" in say(capsys, *args, "--out", tmp_path / "f.npy")[1]
     assert say(capsys, *args, "--out", tmp_path / "f.npy", "--overwrite", "--features", "cls")[0] == 0
-    assert np.array_equal(np.load(tmp_path / "f.npy"), found[:, :32]) and len(rows_of(tmp_path / "f.csv")) == 9
+    assert np.array_equal(np.load(tmp_path / "f.npy"), array[:, :32]) and len(rows_of(tmp_path / "f.csv")) == 9
     assert "ends with .npy or .parquet" in say(capsys, *args, "--out", tmp_path / "f.csv")[1]
 
     parquet = pytest.importorskip("pyarrow.parquet")
     assert say(capsys, *args, "--out", tmp_path / "f.parquet", "--features", "mean")[0] == 0
     table = parquet.read_table(tmp_path / "f.parquet")
     assert table.column_names == ["file", "class", "mean"] and table["file"].to_pylist() == [r["file"] for r in rows]
-    assert np.array_equal(np.stack(table["mean"].to_numpy()), found[:, 32:])
+    assert np.array_equal(np.stack(table["mean"].to_numpy()), array[:, 32:])
 
 
-def test_embedding_goes_on_where_it_was_interrupted(
-    model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embedding_resumes(model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, data, out = resolve_model(model), open_dataset(str(pictures)), tmp_path / "f.npy"
 
     def run(weights: Weights = weights, path: Path = out) -> None:
         embedding.embed(weights, data, path, batch=3, device="cpu", precision="fp32")
 
-    run(path=tmp_path / "whole.npy")
+    run(path=tmp_path / "uninterrupted.npy")
     calls: list[int] = []
 
     def interrupted(*args: object) -> object:
@@ -165,6 +174,6 @@ def test_embedding_goes_on_where_it_was_interrupted(
     with pytest.raises(UserError, match="unfinished work of another model"):
         run(replace(weights, tensors={key: value + 1 for key, value in weights.tensors.items()}))
     run()
-    assert len(calls) == 3 + 2  # four batches, two of them done before
-    assert np.array_equal(np.load(out), np.load(tmp_path / "whole.npy"))
+    assert len(calls) == 3 + 2  # two of the four batches were done before
+    assert np.array_equal(np.load(out), np.load(tmp_path / "uninterrupted.npy"))
     assert not (tmp_path / "f.npy.partial").exists()

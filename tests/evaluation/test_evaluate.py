@@ -274,7 +274,7 @@ def test_rows_of_other_settings_have_other_labels() -> None:
         "/b, epochs 100, train /a",
         "/b, epochs 100, train /c",
     ]
-    assert [row.label for row in found.each] == ["recall, linear probe: a, epochs 10, train /a", "IoU: sky"]
+    assert [row.label for row in found.per_class] == ["recall, linear probe: a, epochs 10, train /a", "IoU: sky"]
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.M
         ({"coco": "/no/coco"}, "detection: .*/no/coco"),
         ({"stimuli": "/no/stimuli"}, "shape-bias: .*/no/stimuli"),
         ({"imagenet_c": "/no/c"}, "robustness: ImageNet-C needs a classifier"),
-        ({"imagenet_sketch": "/no/build_on_meta"}, "robustness: ImageNet-Sketch needs a classifier"),
+        ({"imagenet_sketch": "/no/sketch"}, "robustness: ImageNet-Sketch needs a classifier"),
     ],
 )
 @pytest.mark.parametrize("untrained", [False, True])

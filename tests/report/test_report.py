@@ -1,3 +1,5 @@
+"""The page of runs: its contents, its table, and its reconstructions."""
+
 import json
 import re
 import shutil
@@ -39,7 +41,7 @@ def runs(tiny_run: Make, tmp_path: Path) -> list[Path]:
     return [tmp_path / "one", tmp_path / "two"]
 
 
-def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Path) -> None:
+def test_page_is_complete_and_self_contained(runs: list[Path], tmp_path: Path) -> None:
     html = write_report(runs, tmp_path / "page.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', html) and "<script" not in html
     assert html.count("data:image/png;base64,") == 2 * 6 * 6  # runs, images, columns
@@ -53,12 +55,12 @@ def test_the_page_is_whole_and_needs_nothing_else(runs: list[Path], tmp_path: Pa
         "two predicts the probabilities of color bins",
     ):
         assert text in html
-    assert "two normalize" not in html  # it predicts pixels as they are, and nothing is borrowed
+    assert "two normalize" not in html  # its target is not normalized
     sheet = Image.open(next((runs[0] / "reconstructions").glob("step-*.png")))
     assert sheet.size == (6 * 132 - 4, 6 * 150 - 4 + 18)
 
 
-def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None:
+def test_table_of_results(runs: list[Path]) -> None:
     for width, interval in ((200, True), (60, False)):
         table = results_table(runs, width)
         assert [str(column.header) for column in table.columns] == ["", "one", "two, untrained"]
@@ -70,10 +72,10 @@ def test_the_table_shows_what_was_measured_and_no_more(runs: list[Path]) -> None
         top1 = [
             text for name, text in zip(cells[0], cells[1], strict=True) if not name.endswith(("balanced", "class)"))
         ]
-        assert len(top1) == 5 and all((" to " in text) == interval for text in top1)  # where the interval fits
+        assert len(top1) == 5 and all((" to " in text) == interval for text in top1)  # if it fits
 
 
-def test_curves_of_other_data_have_other_figures(runs: list[Path], tmp_path: Path) -> None:
+def test_curves_of_different_data_have_separate_figures(runs: list[Path], tmp_path: Path) -> None:
     for run, test, value in ((runs[0], "first", 10.0), (runs[1], "second", 20.0)):
         config = json.loads((run / "config.json").read_text())
         config["knn"] |= {"train": "labeled", "test": test}
@@ -82,13 +84,13 @@ def test_curves_of_other_data_have_other_figures(runs: list[Path], tmp_path: Pat
         lines = [json.dumps({"step": i, "epoch": i, **keys, "knn/majority": 72.4}) + "\n" for i in (1, 2)]
         (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "".join(lines))
     html = write_report(runs, tmp_path / "page.html").read_text()
-    for caption in ("mean of patch tokens. Measured on", "each class counting the same. Measured on"):
+    for caption in ("mean of patch tokens. Measured on", "all classes count equally. Measured on"):
         assert [html.count(f"{caption} {test} (train labeled).") for test in ("first", "second")] == [1, 1]
     assert all(html.count(f">one, {mark}<") == count for mark, count in (("k = 1", 2), ("k = 7", 2), ("majority", 1)))
-    assert html.count("Training loss.") == 1  # the same data, and one axis
+    assert html.count("Training loss.") == 1  # one figure for the same data
 
 
-def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: list[Path], tmp_path: Path) -> None:
+def test_equal_untrained_encoders_share_a_column(runs: list[Path], tmp_path: Path) -> None:
     shutil.copytree(runs[0], tmp_path / "three")
     three = [*runs, tmp_path / "three"]
     for name in ("one", "three"):
@@ -97,18 +99,18 @@ def test_runs_that_began_alike_share_the_column_of_the_untrained_encoder(runs: l
     assert headers == ["", "untrained", "one", "two, untrained", "three"]
 
 
-def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
-    found = reconstruct(resolve_model(str(runs[0]), with_decoder=True), open_dataset(tiny_run().data))
-    c = {name: picture.astype(int) for name, picture in found.columns.items()}
+def test_reconstructions_use_predictions_only_where_hidden(runs: list[Path], tiny_run: Make) -> None:
+    result = reconstruct(resolve_model(str(runs[0]), with_decoder=True), open_dataset(tiny_run().data))
+    c = {name: pixels.astype(int) for name, pixels in result.columns.items()}
     blank = hatch(32, 32)
     hidden = (c["masked"] == blank).all(axis=-1)
     assert 0.7 < hidden.mean() < 0.8
-    assert (c["masked"][~hidden] == c["image"][~hidden]).all()  # visible patches are shown as they are
+    assert (c["masked"][~hidden] == c["image"][~hidden]).all()  # visible patches are not changed
     for name in ("pasted", "unaided"):
-        assert (c[name][~hidden] == c["image"][~hidden]).all()  # and never taken from the prediction
+        assert (c[name][~hidden] == c["image"][~hidden]).all()  # and never come from the prediction
     assert (c["prediction"][hidden] == c["pasted"][hidden]).all()
     assert (c["prediction"] == blank)[~hidden].all()
-    # Borrowed statistics: each hidden patch of "prediction" has the target's mean, up to rounding and clipping.
+    # Each hidden patch of "prediction" has the target's mean, up to rounding and clipping.
     patches = {n: c[n].reshape(6, 4, 8, 4, 8, 3).mean(axis=(2, 4, 5)) for n in ("prediction", "target", "unaided")}
     dark = hidden.reshape(6, 4, 8, 4, 8).all(axis=(2, 4))
     assert np.abs(patches["prediction"] - patches["target"])[dark].mean() < 16
@@ -118,8 +120,8 @@ def test_pictures_are_honest(runs: list[Path], tiny_run: Make) -> None:
     )
 
 
-def drawn_blank(config: PretrainConfig) -> dict[str, np.ndarray]:
-    """Pictures of a model that predicts nothing but zeros: what is then drawn was put there by the drawing."""
+def draw_zeros(config: PretrainConfig) -> dict[str, np.ndarray]:
+    """Draw a model that predicts zeros, so that everything else comes from the target."""
     model = build_model(config).eval()
     layer = model.decoder.predict if isinstance(model, MAE) else model.head[-1]  # type: ignore[index]
     torch.nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
@@ -128,10 +130,10 @@ def drawn_blank(config: PretrainConfig) -> dict[str, np.ndarray]:
     return draw(model, config, torch.stack([crop.crop(data.image(i)) for i in range(6)])).columns
 
 
-def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(tiny_run: Make) -> None:
-    """Patches of 8 pixels hidden, of 16 predicted: borrowed means are a larger patch's; "unaided" has one for all."""
+def test_larger_predicted_patches_are_drawn_in_hidden_pixels(tiny_run: Make) -> None:
+    """Hide patches of 8 pixels, predict 16: means come from the larger patches; "unaided" has one per image."""
     model = replace(tiny_run().model, decoder_stride=2, predict_patch=16)
-    c = drawn_blank(tiny_run(model=model, size="32x48", target=TargetConfig(kind="pixels")))
+    c = draw_zeros(tiny_run(model=model, size="32x48", target=TargetConfig(kind="pixels")))
     mean, std = np.asarray([0.485, 0.456, 0.406]), np.asarray([0.229, 0.224, 0.225])
     hidden = (c["masked"] == hatch(32, 48)).all(axis=-1)
     for i in range(6):
@@ -143,24 +145,24 @@ def test_larger_predicted_patches_are_drawn_where_pixels_are_hidden(tiny_run: Ma
             assert (c[name][i][~hidden[i]] == c["image"][i][~hidden[i]]).all()
 
 
-def test_what_a_window_took_is_borrowed_pixel_by_pixel(tiny_run: Make) -> None:
-    """A prediction of nothing shows the means of windows; "unaided" has one color, that of what is visible."""
+def test_window_means_are_added_per_pixel(tiny_run: Make) -> None:
+    """A prediction of zeros shows the means of windows, and in "unaided" the mean over visible pixels."""
     target = TargetConfig(kind="pixels", normalize_patches=False, normalize_window=15)
-    c = drawn_blank(tiny_run(target=target))
+    c = draw_zeros(tiny_run(target=target))
     hidden = (c["masked"] == hatch(32, 32)).all(axis=-1)
     for image, pasted, unaided, dark in zip(c["image"], c["pasted"], c["unaided"], hidden, strict=True):
         around = [np.s_[max(0, y - 7) : y + 8, max(0, x - 7) : x + 8] for y, x in np.ndindex(32, 32)]
-        means = np.asarray([image[place].mean(axis=(0, 1)) for place in around]).reshape(32, 32, 3)
+        means = np.asarray([image[window].mean(axis=(0, 1)) for window in around]).reshape(32, 32, 3)
         assert np.abs(pasted - means)[dark].max() < 1.5
-        seen = [image[place][~dark[place]].mean(axis=0) for place, d in zip(around, dark.flat, strict=True) if not d]
-        assert np.abs(unaided[dark] - np.mean(seen, axis=0)).max() < 1.5
+        visible = [image[w][~dark[w]].mean(axis=0) for w, d in zip(around, dark.flat, strict=True) if not d]
+        assert np.abs(unaided[dark] - np.mean(visible, axis=0)).max() < 1.5
 
 
 @pytest.mark.parametrize("name", ["mae", "simmim"])
-def test_of_color_bins_the_expected_color_is_drawn(name: str, tiny_run: Make) -> None:
-    """Equal scores expect the middle of [0, 1]; the target is the image in four steps."""
+def test_color_bins_are_drawn_as_the_expected_color(name: str, tiny_run: Make) -> None:
+    """Equal scores give the middle of [0, 1]; the target has four values."""
     target = TargetConfig(kind="pixels", normalize_patches=False, distance="cross_entropy", bins=4)
-    c = drawn_blank(tiny_run(target=target, model=replace(tiny_run().model, name=name)))
+    c = draw_zeros(tiny_run(target=target, model=replace(tiny_run().model, name=name)))
     hidden = (c["masked"] != c["image"]).any(axis=-1)
     assert (np.abs(c["prediction"][hidden] - 127.5) <= 1).all() and (c["unaided"] == c["pasted"]).all()
     assert set(np.unique(c["target"])) <= {32, 96, 159, 223} and len(np.unique(c["target"])) == 4
@@ -174,10 +176,10 @@ def test_radial_spectrum_of_one_wave() -> None:
     assert len(power) == 17 and power.argmax() == 5
     assert power[np.arange(17) != 5].max() < 1e-9 < power[5]
     noise = radial_spectrum(torch.randn(50, 3, 32, 32))
-    assert np.abs(noise - 1).max() < 0.1  # white noise of variance one has power one everywhere
+    assert np.abs(noise - 1).max() < 0.1  # the power of white noise of variance one
 
 
-def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run"):
         write_report([tmp_path], tmp_path / "page.html")
 

@@ -24,7 +24,7 @@ from pixmim.data.shards.local import OpenFile
 from pixmim.data.shards.tar_reader import iter_members
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.data.uri import HubSpec, read_parts, split_root
-from pixmim.evaluation.detection.dataset import open_annotated
+from pixmim.evaluation.detection.dataset import open_detection
 from pixmim.utils.errors import UserError
 
 FUZZ = settings(max_examples=150)
@@ -174,7 +174,7 @@ def test_annotations(tmp_path: Path, data: st.DataObject) -> None:
         content[kind] = data.draw(anything)
     text = json.dumps(data.draw(st.just(content) | anything))
     (tmp_path / "x.json").write_text(text)
-    found = open_or_none(lambda: open_annotated(f"{tmp_path}/x.json", "", ImageSpec()))
+    found = open_or_none(lambda: open_detection(f"{tmp_path}/x.json", "", ImageSpec()))
     if found is not None:
         for index in range(len(found.images)):
             found.objects(index)

@@ -22,9 +22,9 @@ from pixmim.config import ArchitectureConfig, OptimConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.evaluation.shape_bias import draw as draw_bias
 from pixmim.evaluation.visualize import draw_detections, draw_segmentations
-from pixmim.report.figures import curve
 from pixmim.report.results import ModelResults, table
 from pixmim.utils.console import print_plain, printable
+from pixmim.utils.plotting import plot_curves
 
 NAMES = [
     "[red]x[/]",
@@ -199,11 +199,11 @@ def test_evaluations_and_pages(stage: Stage, capsys: pytest.CaptureFixture[str])
 def test_the_python_line_of_a_page_is_one_string_per_name(stage: Stage) -> None:
     import ast
 
-    from pixmim.report import _read, _usage
+    from pixmim.report.page import load_line, read_entry
 
     for run in stage.runs:
-        story = _read(run, run.name, None, lambda line: None)
-        call = ast.parse(_usage(story)).body[0].value  # type: ignore[attr-defined]
+        entry = read_entry(run, run.name, None, lambda line: None)
+        call = ast.parse(load_line(entry)).body[0].value  # type: ignore[attr-defined]
         assert ast.literal_eval(call.args[0]) == f"local-dir:{run / 'encoder'}"
 
 
@@ -277,7 +277,7 @@ def test_errors_name_what_they_are_about(name: str, stage: Stage, capsys: pytest
 
 def test_figures_draw_every_name() -> None:
     xy = ([0.0, 1.0, 2.0], [1.0, 2.0, 3.0])
-    svg = curve({name: xy for name in NAMES}, x="epoch", y="loss")
+    svg = plot_curves({name: xy for name in NAMES}, x="epoch", y="loss")
     assert "<img" not in svg and "<script" not in svg and not _ACTIVE.search(svg.replace("\n", "").replace("\t", ""))
     for text in ("c$\\frac{$", "_hidden", "[/]", "{{7*7}}", "\\x1b[2J"):
         assert f">{text}" in svg

@@ -20,7 +20,7 @@ from pixmim.data import open_dataset
 from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.image_folder import from_list_file
 from pixmim.data.uri import HubSpec, Part, read_parts, split_root
-from pixmim.evaluation.detection.dataset import open_annotated
+from pixmim.evaluation.detection.dataset import open_detection
 from pixmim.utils.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -139,7 +139,7 @@ def test_lists_and_annotations_that_are_no_files(tmp_path: Path, kind: str) -> N
     with pytest.raises(UserError, match="not a regular file"):
         from_list_file(tmp_path / "l.txt")
     with pytest.raises(UserError, match="not a regular file"):
-        open_annotated(f"{tmp_path}/l.json", "", ImageSpec())
+        open_detection(f"{tmp_path}/l.json", "", ImageSpec())
 
 
 # Annotations in COCO's format
@@ -161,8 +161,8 @@ def coco(**changes: Any) -> dict[str, Any]:
 
 def test_annotations_that_are_right(secret: Path) -> None:
     (secret.parent / "given" / "x.json").write_text(json.dumps(coco()))
-    data = open_annotated(f"{secret.parent}/given/x.json", "", ImageSpec())
-    assert data.masks and data.images.image(0).shape == (3, 8, 8) and data.objects(0).areas.tolist() == [16]
+    data = open_detection(f"{secret.parent}/given/x.json", "", ImageSpec())
+    assert not data.unmasked and data.images.image(0).shape == (3, 8, 8) and data.objects(0).areas.tolist() == [16]
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "/etc/passwd", "x\0.png", "\ud800.png", ""])
@@ -172,12 +172,12 @@ def test_images_of_annotations_that_lead_out(secret: Path, name: str) -> None:
     (given / "x.json").write_text(json.dumps(coco(images={"file_name": name})))
     if not name:
         with pytest.raises(UserError, match=r"1 of the 1 images .* are not in"):
-            open_annotated(f"{given}/x.json", "", ImageSpec())
+            open_detection(f"{given}/x.json", "", ImageSpec())
         return
     with pytest.raises(UserError, match=r"1 of the 1 paths in .*x.json lead out"):
-        open_annotated(f"{given}/x.json", "", ImageSpec())
+        open_detection(f"{given}/x.json", "", ImageSpec())
     if name == str(secret):
-        assert len(open_annotated(f"{given}/x.json", str(secret.parent), ImageSpec()).images) == 1
+        assert len(open_detection(f"{given}/x.json", str(secret.parent), ImageSpec()).images) == 1
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_annotations_that_cannot_be(secret: Path, kind: str, change: dict[str, A
     file = secret.parent / "given" / "x.json"
     file.write_text(json.dumps(coco(**{kind: change})))
     with pytest.raises(UserError, match=r"x.json") as caught:
-        open_annotated(str(file), "", ImageSpec())
+        open_detection(str(file), "", ImageSpec())
     assert len(str(caught.value)) < 1000
 
 
@@ -228,7 +228,7 @@ def test_annotations_that_cannot_be(secret: Path, kind: str, change: dict[str, A
 def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=r"x.json"):
-        open_annotated(f"{tmp_path}/x.json", "", ImageSpec())
+        open_detection(f"{tmp_path}/x.json", "", ImageSpec())
 
 
 # Tables

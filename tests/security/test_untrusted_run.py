@@ -57,7 +57,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         monkeypatch.setattr(f"{module}.{name}", instead)
 
-    for module in ("pixmim.report", "pixmim.pretraining", "pixmim.evaluation.evaluate"):
+    for module in ("pixmim.report.page", "pixmim.pretraining", "pixmim.evaluation.evaluate"):
         watch(module, "open_dataset")
     watch("pixmim.weights.load", "resolve_model")
     yield seen
@@ -176,7 +176,7 @@ def test_pictures_of_a_result_come_from_beside_it(foreign: Path, tmp_path: Path)
     lines: list[str] = []
     html = write_report([foreign], foreign / "report.html", warn=lines.append).read_text()
     assert re.findall(r'<img src="data:[^"]*" alt="([^"]*)"', html) == ["run, trained: picture good.png"]
-    assert len([line for line in lines if "a picture of run is left out" in line]) == len(names) - 2
+    assert len([line for line in lines if "an image of run is left out" in line]) == len(names) - 2
 
 
 def test_malformed_results_cost_a_line_each(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""pixmim reconstruct, attention and embed: what a model makes of somebody's pictures."""
+"""pixmim reconstruct, attention and embed."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -23,87 +24,81 @@ if TYPE_CHECKING:
 def reconstruct(args: list[str]) -> int:
     """Draw what a model predicts of hidden patches."""
 
-    def command(
-        model: Positional[str],
-        images: Positional[tuple[Path, ...]],
-        /,
-        *,
-        out: Path = Path("reconstruction.png"),
-        overwrite: bool = False,
-        count: Annotated[int, Integer(1, 10_000)] = 16,
-        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
-        bands: str = "",
-    ) -> int:
-        """Hide patches of pictures and draw what a model predicts there, beside what it saw and should have predicted.
-
-        Args:
-            model: A run, finished or not, an imported folder, or a file of weights with its decoder.
-            images: Pictures, or folders of them.
-            out: The PNG to write: a row for each picture.
-            overwrite: Replace a file that is there.
-            count: Most pictures to draw; of more, a random choice.
-            model_flags: What the file does not contain.
-            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
-        """
-        from pixmim.api import reconstruct as draw
+    def draw(weights: "Weights", images: tuple[Path, ...], count: int, bands: str) -> "Image":
+        from pixmim.api import reconstruct
         from pixmim.report.reconstruct import COLUMNS
 
-        _some(images)
-        kind = _kind(out, overwrite)
-        _save(draw(_opened(model, model_flags, with_decoder=True), images, count=count, bands=bands), out, kind)
+        image = reconstruct(weights, images, count=count, bands=bands)
         print_plain(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
-        print_plain(Console(), f"written to {out}")
-        return 0
+        return image
 
-    return tyro.cli(checked(command), prog="pixmim reconstruct", args=args)
+    about = (
+        "Hide patches of images, and draw the prediction with the input and the target. The model needs its decoder."
+    )
+    return _draw_command(args, "pixmim reconstruct", about, Path("reconstruction.png"), 16, draw)
 
 
 def attention(args: list[str]) -> int:
-    """Draw where the last block of a ViT looks."""
+    """Draw the attention of the last block of a ViT."""
 
-    def command(
-        model: Positional[str],
-        images: Positional[tuple[Path, ...]],
-        /,
-        *,
-        out: Path = Path("attention.png"),
-        overwrite: bool = False,
-        count: Annotated[int, Integer(1, 10_000)] = 8,
-        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
-        bands: str = "",
-    ) -> int:
-        """Draw the attention of the last block over pictures: of all heads together, and of each one.
-
-        Args:
-            model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
-            images: Pictures, or folders of them.
-            out: The PNG to write: a row for each picture.
-            overwrite: Replace a file that is there.
-            count: Most pictures to draw.
-            model_flags: What the file does not contain.
-            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise the run's.
-        """
+    def draw(weights: "Weights", images: tuple[Path, ...], count: int, bands: str) -> "Image":
         from pixmim.build import image_spec
         from pixmim.data.image_folder import from_paths
         from pixmim.evaluation.visualize import labeled_grid
         from pixmim.report.attention import attention_sheet
         from pixmim.report.reconstruct import with_bands
 
-        _some(images)
-        kind = _kind(out, overwrite)
-        weights = with_bands(_opened(model, model_flags), bands)
-        columns, names, bad = attention_sheet(weights, from_paths(images, image_spec(weights.config)), count)
-        _save(labeled_grid(columns, names), out, kind)
-        for line in bad:
+        weights = with_bands(weights, bands)
+        columns, names, errors = attention_sheet(weights, from_paths(images, image_spec(weights.config)), count)
+        for line in errors:
             print_plain(Console(stderr=True), f"left out: {line}")
+        return labeled_grid(columns, names)
+
+    about = "Draw the attention of a ViT's last block over images: the mean of all heads, and each head."
+    return _draw_command(args, "pixmim attention", about, Path("attention.png"), 8, draw)
+
+
+def _draw_command(
+    args: list[str], prog: str, about: str, default_out: Path, default_count: int, draw: Callable[..., "Image"]
+) -> int:
+    def command(
+        model: Positional[str],
+        images: Positional[tuple[Path, ...]],
+        /,
+        *,
+        out: Path = default_out,
+        overwrite: bool = False,
+        count: Annotated[int, Integer(1, 10_000)] = default_count,
+        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
+        bands: str = "",
+    ) -> int:
+        """Draw images.
+
+        Args:
+            model: A run, finished or not, an imported folder, a weights file, or timm:NAME (without a decoder).
+            images: Images, or folders of them.
+            out: The PNG file, with a row per image.
+            overwrite: Replace an existing file.
+            count: Maximum number of images; `reconstruct` makes a random choice of more.
+            model_flags: Values that the weights file lacks.
+            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; by default the run's.
+        """
+        if not images:
+            raise UserError("no images given: add image files or folders after MODEL")
+        kind = _image_format(out)
+        check_output(out, overwrite)
+        weights = _open_model(model, model_flags, with_decoder=prog == "pixmim reconstruct")
+        image = draw(weights, images, count, bands)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(out, partial(image.save, format=kind))
         print_plain(Console(), f"written to {out}")
         return 0
 
-    return tyro.cli(checked(command), prog="pixmim attention", args=args)
+    return tyro.cli(checked(command), prog=prog, description=about, args=args)
 
 
 def embed(args: list[str]) -> int:
-    """Write the features of a data set."""
+    """Write the features of a dataset."""
 
     def command(
         model: Positional[str],
@@ -118,38 +113,31 @@ def embed(args: list[str]) -> int:
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
         model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
     ) -> int:
-        """Write the features of every image of a data set, with its file's name; goes on where it was interrupted.
+        """Write the features of every image of a dataset, with its file name. Resumes an interrupted run.
 
         Args:
-            model: A run, finished or not, an imported folder, a file of weights, or timm:NAME.
-            data: Images, as pretrain's --data takes them.
-            out: .npy (float32, a row for each image; names in a .csv beside it) or .parquet.
-            overwrite: Replace files that are there.
-            kind: cls: the global token. mean: the mean of the patch tokens. Without a global token both are the mean.
-            batch_size: Images at a time.
+            model: A run, finished or not, an imported folder, a weights file, or timm:NAME.
+            data: Images, in the syntax of pretrain's --data.
+            out: .npy (float32, a row per image, file names in a .csv of the same name) or .parquet.
+            overwrite: Replace existing files.
+            kind: cls: the class token. mean: the mean of the patch tokens. Both are the mean without a class token.
+            batch_size: Images per forward pass.
             device: auto, cpu, cuda, cuda:1, mps.
-            precision: auto: bf16 where the device computes in it.
-            model_flags: What the file does not contain.
+            precision: auto: bf16 where the device supports it.
+            model_flags: Values that the weights file lacks.
         """
         from pixmim.api import embed_to_file
 
-        embed_to_file(
-            _opened(model, model_flags),
-            data,
-            out,
-            features=kind,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            overwrite=overwrite,
-        )
+        weights = _open_model(model, model_flags)
+        options = {"batch_size": batch_size, "device": device, "precision": precision, "overwrite": overwrite}
+        embed_to_file(weights, data, out, features=kind, **options)  # type: ignore[arg-type]
         return 0
 
     return tyro.cli(checked(command), prog="pixmim embed", args=args)
 
 
-def _opened(model: str, model_flags: ModelFlags, with_decoder: bool = False) -> "Weights":
-    """Open a model and print how far its training is, and what was assumed of it."""
+def _open_model(model: str, model_flags: ModelFlags, with_decoder: bool = False) -> "Weights":
+    """Open a model, and print the progress of its training and the values assumed."""
     from pixmim.weights.load import describe, resolve_model
 
     weights = resolve_model(model, with_decoder=with_decoder, hints=model_flags.hints)
@@ -158,22 +146,11 @@ def _opened(model: str, model_flags: ModelFlags, with_decoder: bool = False) -> 
     return weights
 
 
-def _some(images: tuple[Path, ...]) -> None:
-    if not images:
-        raise UserError("which pictures? Give files, or folders of them.")
-
-
-def _kind(out: Path, overwrite: bool) -> str:
-    """The format of a picture to be written, by its suffix. Raises UserError or OSError now if that cannot work."""
+def _image_format(out: Path) -> str:
+    """Return Pillow's format for the suffix of a file. Raises UserError for an unknown one."""
     from PIL.Image import SAVE, registered_extensions
 
     kind = registered_extensions().get(out.suffix.lower(), "")
     if kind not in SAVE:
-        raise UserError(f"--out ends with .png, and not with '{out.suffix}'")
-    check_output(out, overwrite)
+        raise UserError(f"--out needs the name of an image file such as {out.stem}.png, not '{out.suffix}'")
     return kind
-
-
-def _save(picture: "Image", out: Path, kind: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, partial(picture.save, format=kind))

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pixmim.utils.process import killable
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels."""
 
-Mask = npt.NDArray[np.bool_]
+BinaryMask = npt.NDArray[np.bool_]
 
 _CSV_COLUMNS = ("width", "height", "x", "y", "w", "h")
 _MAX_BYTES = 2**32  # of a file of annotations
@@ -47,58 +47,54 @@ class ImageObject:
     image: str
     size: tuple[int, int]
     box: Box
-    mask: Mask | None = None
+    mask: BinaryMask | None = None
 
 
 def read_objects(spec: str) -> tuple[list[ImageObject], int]:
-    """Read all objects that `spec` names; boxes that reach beyond their image are clipped.
+    """Read all objects of a file or folder; boxes are clipped to their image.
 
     Args:
-        spec: One of
-            .csv: columns width, height, x, y, w, h (corner and size of the box in pixels), and `image` if several
-            boxes are of one image; without that column each line is an image;
-            .json: a COCO file; crowds are ignored;
-            a folder of VOC .xml files, whose corners count from 1 and are inclusive, or of masks, images in which all
-            pixels that are not 0 are one object;
-            shapes: with the masks of the shapes.
+        spec: A .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
+            if an image has several boxes; a COCO .json file, whose crowds are ignored; a folder of VOC .xml files,
+            whose corners count from 1 and are inclusive; a folder of masks, in each of which all nonzero pixels are one
+            object; or shapes:.
 
     Returns:
-        The objects, and how many were left out because no part of them is in their image.
+        The objects, and the number of those left out because no part is inside the image.
 
     Raises:
         UserError: If the file cannot be read, naming the line or entry.
     """
     path = Path(spec).expanduser()
     if spec.startswith("shapes:"):
-        found: list[ImageObject | None] = list(_read_shapes(spec))
+        shapes = SyntheticShapes.from_spec(spec)
+        entries = [_masked_object(shapes.path_of(i), shapes.sample(i).mask) for i in range(len(shapes))]
     elif path.is_dir():
-        found = list(_read_folder(path))
+        entries = list(_read_folder(path))
     elif path.is_file() and path.suffix.lower() == ".csv":
-        found = list(_read_csv(path))
+        entries = list(_read_csv(path))
     elif path.is_file() and path.suffix.lower() == ".json":
         coco = read_coco(path)
-        entries = [(coco.images[each.image], each.box) for each in coco.objects if not each.crowd]
-        found = [ImageObject(image.name, image.size, box) for image, box in entries]
-        found += [None] * coco.problems.ignored_keys
+        boxes = [(coco.images[each.image], each.box) for each in coco.objects if not each.crowd]
+        entries = [ImageObject(image.name, image.size, box) for image, box in boxes]
+        entries += [None] * coco.problems.left_out
     else:
         raise UserError(f"{spec} is not a .csv, a COCO .json, a folder of VOC .xml or of masks, or shapes:")
-    objects = [each for each in found if each is not None]
+    objects = [each for each in entries if each is not None]
     if not objects:
         raise UserError(f"{spec} has no object inside its images")
-    return objects, len(found) - len(objects)
+    return objects, len(entries) - len(objects)
 
 
-def _clip(
-    image: str, size: tuple[float, float], corner: tuple[float, float], extent: tuple[float, float], where: str
-) -> ImageObject | None:
-    """Return an object with its box clipped to the image; None if nothing is left. All pairs are (x, y)."""
-    (width, height), (x, y), (w, h) = size, corner, extent
+def _clip(image: str, width: float, height: float, xywh: Sequence[float], where: str) -> ImageObject | None:
+    """Return an object with its box clipped to the image; None if nothing is left. Raises UserError."""
+    x, y, w, h = xywh
     if not all(np.isfinite([width, height, x, y, w, h])):
-        raise UserError(f"{where}: a size or a box is not finite")
+        raise UserError(f"{where}: the size or the box is not finite")
     if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
-        raise UserError(f"{where}: an image of {width:g}x{height:g} pixels")
+        raise UserError(f"{where}: invalid image size {width:g}x{height:g}")
     if w < 0 or h < 0:
-        raise UserError(f"{where}: a box of {w:g}x{h:g} pixels")
+        raise UserError(f"{where}: invalid box size {w:g}x{h:g}")
     box = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
     if box[0] >= box[2] or box[1] >= box[3]:
         return None
@@ -118,10 +114,10 @@ def _read_csv(path: Path) -> Iterator[ImageObject | None]:
         for line, row in enumerate(rows, 2):
             where = f"{path}, line {line}"
             try:
-                width, height, x, y, w, h = (float(row[name]) for name in _CSV_COLUMNS)
+                width, height, *xywh = (float(row[name]) for name in _CSV_COLUMNS)
             except (TypeError, ValueError):
                 raise UserError(f"{where}: six numbers are needed: {needed}") from None
-            yield _clip(row.get("image") or f"line {line}", (width, height), (x, y), (w, h), where)
+            yield _clip(row.get("image") or f"line {line}", width, height, xywh, where)
     except csv.Error as error:
         raise UserError(f"{path} is not a CSV file: {error}") from error
 
@@ -143,7 +139,7 @@ def _read_folder(path: Path) -> Iterator[ImageObject | None]:
             raise UserError(f"the mask {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         budget -= mask.nbytes
         if budget < 0:
-            raise UserError(f"the masks in {path} take more than half of the free memory: measure them in parts")
+            raise UserError(f"the masks in {path} take more than half of the free memory: split the folder")
         yield _masked_object(str(file.relative_to(path)), mask)
 
 
@@ -152,7 +148,7 @@ def _read_voc(file: Path) -> Iterator[ImageObject | None]:
         text = read_file(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    if b"<!ENTITY" in text.replace(b"\0", b""):  # in UTF-16 as well; entities expand to any length
+    if b"<!ENTITY" in text.replace(b"\0", b""):  # also finds UTF-16; entities expand to any length
         raise UserError(f"{file} is refused: it defines entities, which VOC annotations do not need")
     try:
         with killable():
@@ -160,49 +156,40 @@ def _read_voc(file: Path) -> Iterator[ImageObject | None]:
         width, height = (float(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
         for box in root.iterfind("object/bndbox"):
             left, top, right, bottom = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
-            extent = right - left + 1, bottom - top + 1
-            yield _clip(root.findtext("filename", file.stem), (width, height), (left - 1, top - 1), extent, str(file))
+            xywh = left - 1, top - 1, right - left + 1, bottom - top + 1
+            yield _clip(root.findtext("filename", file.stem), width, height, xywh, str(file))
     except (ElementTree.ParseError, ValueError, LookupError, OverflowError, RecursionError) as error:
         raise UserError(f"{file} is not a VOC annotation with a size and boxes: {error}") from error
 
 
-def _read_shapes(spec: str) -> Iterator[ImageObject | None]:
-    shapes = SyntheticShapes.from_spec(spec)
-    for index in range(len(shapes)):
-        yield _masked_object(shapes.path_of(index), shapes.sample(index).mask)
-
-
-def _masked_object(image: str, mask: Mask) -> ImageObject | None:
-    box = box_around(mask)
+def _masked_object(image: str, mask: BinaryMask) -> ImageObject | None:
+    box = bounding_box(mask)
     return None if box is None else ImageObject(image, (mask.shape[0], mask.shape[1]), box, mask)
 
 
-def box_around(mask: Mask) -> tuple[int, int, int, int] | None:
-    """Return the box around a mask, right and bottom exclusive; None for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+def bounding_box(mask: BinaryMask) -> tuple[int, int, int, int] | None:
+    """Return the bounding box of a mask, right and bottom exclusive; None for an empty mask."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)).tolist() for axis in (1, 0))
+    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows else None
 
 
 class Problems:
-    """Count what is wrong with annotations: per kind how many, the first one, and the consequence.
+    """Count problems of annotations by kind, with the first example and the consequence.
 
     Attributes:
-        broken: Annotations that cannot have been meant so, unlike a box that reaches beyond its image.
+        broken: Annotations that are certainly wrong, unlike a box that extends beyond its image.
         left_out: Annotations that are not used.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[str, tuple[int, str, str]] = {}
-        self.broken = self.ignored_keys = 0
+        self.broken = self.left_out = 0
 
-    def add(self, kind: str, first: object, consequence: str = "left out", *, broken: bool = False) -> None:
-        """Count one problem; the consequence "left out" counts as an annotation that is not used."""
+    def add(self, kind: str, example: object, consequence: str = "left out", *, broken: bool = False) -> None:
         self.broken += broken
-        self.ignored_keys += consequence == "left out"
-        count, before, _ = self._kinds.get(kind, (0, str(first)[:60], ""))
-        self._kinds[kind] = count + 1, before, consequence
+        self.left_out += consequence == "left out"
+        count, first, _ = self._kinds.get(kind, (0, str(example)[:60], ""))
+        self._kinds[kind] = count + 1, first, consequence
 
     def __str__(self) -> str:
         return "\n".join(
@@ -224,13 +211,13 @@ class CocoObject:
     """A usable annotation of a COCO file.
 
     Attributes:
-        name: What messages call it.
+        name: Name in messages.
         image: Index of its image.
         box: Box, clipped to the image.
         label: Index of its class.
         crowd: True for a region of many objects.
         area: Square pixels, as the file states them.
-        mask: What `read_mask` returned.
+        mask: Result of `read_mask`.
     """
 
     name: str
@@ -253,7 +240,7 @@ class CocoFile:
 
 
 ReadMask = Callable[[Any, tuple[int, int]], tuple[Any, str]]
-"""From an annotation's segmentation and its image's (h, w): a mask or None, and what is wrong with it."""
+"""Function of a segmentation and its image's (h, w) that returns a mask or None, and the kind of problem, or ""."""
 
 
 def read_coco(file: Path, read_mask: ReadMask | None = None) -> CocoFile:
@@ -263,7 +250,7 @@ def read_coco(file: Path, read_mask: ReadMask | None = None) -> CocoFile:
 
     Args:
         file: The JSON file.
-        read_mask: Checks masks. Without it, categories and masks are not read.
+        read_mask: Checks a mask. If None, categories and masks are not read.
 
     Raises:
         UserError: If the file is not in COCO's format, or more than a quarter of its annotations are broken.
@@ -276,7 +263,7 @@ def read_coco(file: Path, read_mask: ReadMask | None = None) -> CocoFile:
     annotations = content.get("annotations")
     if not isinstance(annotations, list):
         raise UserError(f"{file} is not a COCO file: it lacks 'annotations'")
-    ids, twins = set[str](), dict[tuple[Any, ...], CocoObject]()
+    ids, seen = set[str](), dict[tuple[Any, ...], CocoObject]()
     for number, entry in enumerate(annotations):
         name = f"annotation {entry.get('id', number)}" if isinstance(entry, dict) else f"number {number}"
         reason = _broken(entry, index_of, label_of if read_mask else None)
@@ -288,26 +275,21 @@ def read_coco(file: Path, read_mask: ReadMask | None = None) -> CocoFile:
                 problems.add("annotations have the id of another one", name, "all are used")
             ids.add(repr(entry["id"]))
         index = index_of[entry["image_id"]]
-        one = _read_annotation(
-            entry, name, index, label_of[entry["category_id"]] if read_mask else 0, coco, read_mask or _no_mask
-        )
-        if one is None:
+        label = label_of[entry["category_id"]] if read_mask else 0
+        obj = _read_annotation(entry, name, index, label, coco, read_mask)
+        if obj is None:
             continue
         if read_mask:
-            twin = twins.setdefault((index, one.box, one.label), one)
-            if twin is not one and (twin.mask, twin.crowd) == (one.mask, one.crowd):
+            first = seen.setdefault((index, obj.box, obj.label), obj)
+            if first is not obj and (first.mask, first.crowd) == (obj.mask, obj.crowd):
                 problems.add("objects are listed twice", name, "the second is left out")
                 continue
-            if one.crowd:
+            if obj.crowd:
                 problems.add("objects are crowds", name, "neither learned nor measured")
-        coco.objects.append(one)
+        coco.objects.append(obj)
     if problems.broken > _MAX_BROKEN * len(annotations):
         raise UserError(f"{file}: more than a quarter of its {len(annotations):,} annotations are broken:\n{problems}")
     return coco
-
-
-def _no_mask(segmentation: Any, size: tuple[int, int]) -> tuple[None, str]:
-    return None, ""
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -333,7 +315,7 @@ def _read_categories(file: Path, content: dict[str, Any], problems: Problems) ->
         if key in label_of and classes[label_of[key]] != name:
             raise UserError(f"{file}: two categories have the id {key}: '{classes[label_of[key]]}' and '{name}'")
         if name in classes and key not in label_of:
-            problems.add("categories have the name of another one", f"{key}, '{name}'", "they are one class")
+            problems.add("categories have the name of another one", f"{key}, '{name}'", "merged into one class")
         elif name not in classes:
             classes.append(name)
         label_of[key] = classes.index(name)
@@ -349,10 +331,10 @@ def _read_images(file: Path, content: dict[str, Any], problems: Problems) -> dic
         if key in images:
             if images[key].name != name:
                 raise UserError(f"{file}: two images have the id {key}: {images[key].name} and {name}")
-            problems.add("images are listed twice", name, "once is enough")
+            problems.add("images are listed twice", name, "used once")
             continue
         if name in names:
-            problems.add("images have the file of another one", name, "each is an image of its own")
+            problems.add("images have the file of another one", name, "each is used")
         images[key] = CocoImage(name, (int(entry["height"]), int(entry["width"])))
         names.add(name)
     return images
@@ -375,7 +357,7 @@ def _read_entries(
 
 
 def _broken(entry: Any, index_of: Mapping[Any, int], label_of: Mapping[Any, int] | None) -> str:
-    """Return why an annotation cannot be used, as the name of a kind; empty if it can."""
+    """Return the kind of problem that makes an annotation unusable; empty for a usable one."""
     if not isinstance(entry, dict):
         return "annotations are not JSON objects"
     for key, known in (("image_id", index_of), ("category_id", label_of)):
@@ -388,22 +370,22 @@ def _broken(entry: Any, index_of: Mapping[Any, int], label_of: Mapping[Any, int]
 
 
 def _read_annotation(
-    entry: dict[str, Any], name: str, index: int, label: int, coco: CocoFile, read_mask: ReadMask
+    entry: dict[str, Any], name: str, index: int, label: int, coco: CocoFile, read_mask: ReadMask | None
 ) -> CocoObject | None:
-    """Return an annotation as an object; None if its box is not in its image."""
+    """Return an annotation as an object; None if its box is outside its image."""
     size, problems, (x, y, w, h) = coco.images[index].size, coco.problems, entry["bbox"]
     height, width = size
     box = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     if box[2] <= box[0] or box[3] <= box[1]:
         problems.add("boxes are empty, or outside their image", name)
         return None
-    if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:  # less is rounding
-        problems.add("boxes reach beyond their image", name, "clipped")
+    if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:  # otherwise a rounding error
+        problems.add("boxes extend beyond their image", name, "clipped")
     area = entry.get("area")
     if area is not None and not (is_number(area) and area >= 0):
-        problems.add("areas are not numbers from 0", name, "the area of the box is taken", broken=True)
+        problems.add("areas are not numbers from 0", name, "the area of the box is used", broken=True)
         area = None
-    mask, reason = read_mask(entry.get("segmentation"), size)
+    mask, reason = read_mask(entry.get("segmentation"), size) if read_mask else (None, "")
     if reason:
         problems.add(reason, name, "a part is ignored" if mask else "no mask", broken=True)
     box_area = (box[2] - box[0]) * (box[3] - box[1])
@@ -411,17 +393,17 @@ def _read_annotation(
 
 
 def is_number(value: Any) -> bool:
-    """Return True for a JSON number of usual size; NaN is none."""
+    """Return True for a finite JSON number below 2**63."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _is_key(value: Any) -> bool:
-    return isinstance(value, str) or is_number(value)
-
-
-def _is_side(value: Any) -> bool:
-    return is_number(value) and 1 <= value <= _MAX_SIDE
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_key(value: Any) -> bool:
+    return _is_text(value) or is_number(value)
+
+
+def _is_side(value: Any) -> bool:
+    return is_number(value) and 1 <= value <= _MAX_SIDE

@@ -120,7 +120,7 @@ EVALS: dict[str, Eval] = {
     ),
     "robustness": Eval(
         RobustnessSettings,
-        "labeled images: --test, --train; or --imagenet-c, -a, -r, -build_on_meta and a classifier of ImageNet",
+        "labeled images: --test, --train; or --imagenet-c, -a, -r, -sketch and a classifier of ImageNet",
         {
             "imagenet_c/mce": "ImageNet-C, mCE",
             "imagenet_c/ce/*": "ImageNet-C, CE: *",
@@ -129,7 +129,7 @@ EVALS: dict[str, Eval] = {
             "imagenet_c/majority": f"ImageNet-C, {MAJORITY}",
             **_imagenet("a"),
             **_imagenet("r"),
-            **_imagenet("build_on_meta"),
+            **_imagenet("sketch"),
             "in_memory/probe/clean/majority": MAJORITY,
             "in_memory/head/clean/majority": MAJORITY,
             **_in_memory("probe", "error of a probe"),

@@ -17,10 +17,10 @@ from pixmim.evaluation.classifiers import ImageClassifier, imagenet_head, probe_
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.imagenet_classes import CATEGORIES, wnids
 from pixmim.evaluation.settings import ShapeBiasSettings
-from pixmim.evaluation.visualize import new_plot, plot_image
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
 from pixmim.utils.console import plot_label
 from pixmim.utils.errors import UserError
+from pixmim.utils.plotting import new_plot, plot_image
 from pixmim.utils.progress import progress
 
 _WITH_HEAD = "shape bias without --train"

@@ -1,7 +1,6 @@
-"""Draw images, masks, boxes and plots. Every picture of an evaluation and of the report is made here."""
+"""Draw images, masks and boxes for evaluations and reports."""
 
 import colorsys
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,15 +12,12 @@ from torch import Tensor
 
 from pixmim.config import ModelConfig
 from pixmim.utils.console import label
-from pixmim.utils.plotting import Axes, Figure, FigureCanvasAgg
 
 Pixels = npt.NDArray[np.uint8]
 """An image (h w c), or several of one size (n h w c)."""
 
-PLOT_COLORS = ("#1f5fbf", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a", "#3b9ab2")
-
-_DARK = 1 / 8  # of white: an 8-bit image whose brightest percent is below holds 10 or 12 bits in 16
-_FLAT = 1e-3  # of the values themselves: a smaller range is no contrast
+_DARK = 1 / 8  # of white: an image whose brightest percent is darker has 10 or 12 bits stored in 16
+_FLAT = 1e-3  # range relative to the values, below which an image has no contrast
 _MIN_SCORE = 0.5  # of detections that are drawn
 _LONG_EDGE = 320  # pixels of an image with boxes
 _ROW_HEIGHT = 160  # pixels of an image with masks
@@ -30,13 +26,19 @@ _TEXT_HEIGHT = 18  # pixels of a title or a caption
 
 
 def to_pixels(images: Mapping[str, Float[Tensor, "b c h w"]], config: ModelConfig) -> dict[str, Pixels]:
-    """Convert unnormalized images to uint8, all images of one row over the same range.
+    """Convert unnormalized images to uint8, all columns of a row over the same range.
 
-    Shows the channels of `run.bands` as red, green and blue (or one as gray); by default the first three, or the first
-    of one or two. 8-bit color and gray keep their range 0 to 255, unless an image is so dark that its bits lie
-    elsewhere. Everything else has no black and white of its own: each row is stretched from the 1st to the 99th
-    percentile of "image" and "target" together, over all channels if there are three, otherwise per channel, because
-    each may have a unit of its own. Values without contrast become gray.
+    8-bit color and gray keep their range 0 to 255, except in images that are almost black. Everything else is stretched
+    from the 1st to the 99th percentile of "image" and "target", over all channels if there are three, otherwise per
+    channel, because each may have its own unit. Values without contrast become gray.
+
+    Args:
+        images: Images of each column.
+        config: Gives dtype and channels, and `bands`: the channels to show as red, green and blue, or one as gray. By
+            default the first three, or the first of one or two.
+
+    Returns:
+        uint8 (b h w 3) or (b h w 1) by column.
     """
     channels = list(config.drawn)
     selected = {name: values[:, channels].float() for name, values in images.items()}
@@ -57,27 +59,27 @@ def to_pixels(images: Mapping[str, Float[Tensor, "b c h w"]], config: ModelConfi
 
 
 def to_rgb(image: Shaped[Tensor, "c h w"], config: ModelConfig) -> Pixels:
-    """Convert one image as a dataset returns it to uint8 RGB (h w 3), as `to_pixels` does."""
+    """Convert an image as a dataset returns it to uint8 RGB (h w 3), as `to_pixels` does."""
     scale = 1.0 if image.is_floating_point() else float(torch.iinfo(image.dtype).max)
     pixels = to_pixels({"image": image.float()[None] / scale}, config)["image"][0]
     return pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
 def hatch(h: int, w: int) -> Pixels:
-    """Return the pattern for hidden patches (h w 1): gray, with lighter diagonals that no image has by chance."""
+    """Return the pattern for hidden patches (h w 1): gray with lighter diagonals, unlike any image."""
     rows, columns = np.indices((h, w))
     return np.where((rows + columns) % 4 == 0, 160, 120).astype(np.uint8)[..., None]
 
 
 def class_colors(count: int) -> Pixels:
-    """Return one color per class (count 3): hues a golden section of the circle apart, in three tones."""
+    """Return one color per class (count 3): hues by the golden ratio, in three tones."""
     tones = (0.85, 0.95), (0.55, 0.95), (0.9, 0.6)
     colors = [colorsys.hsv_to_rgb((0.6 + 0.618034 * i) % 1, *tones[i % 3]) for i in range(count)]
     return (np.asarray(colors) * 255).astype(np.uint8)
 
 
 def overlay_mask(pixels: Pixels, mask: Integer[np.ndarray, "h w"], colors: Pixels) -> Pixels:
-    """Paint the class of each pixel over a gray version of an image; pixels without a class stay as they are."""
+    """Paint the class of each pixel over a gray version of an image; pixels without a class keep their color."""
     gray = np.broadcast_to(pixels.mean(axis=2, keepdims=True), pixels.shape)
     known = mask < len(colors)
     painted = 0.45 * gray + 0.55 * colors[np.where(known, mask, 0)]
@@ -89,8 +91,8 @@ def draw_segmentations(
 ) -> Image.Image:
     """Draw a row (image, truth, prediction) per image, and a legend of the classes that occur."""
     colors = class_colors(len(classes))
-    drawn = [[pixels, *(overlay_mask(pixels, mask, colors) for mask in masks)] for pixels, *masks in rows]
-    grid = image_grid([[_at_height(part) for part in row] for row in drawn], ("image", "truth", "prediction"))
+    cells = [[pixels, *(overlay_mask(pixels, mask, colors) for mask in masks)] for pixels, *masks in rows]
+    grid = image_grid([[_at_height(part) for part in row] for row in cells], ("image", "truth", "prediction"))
     counts = np.zeros(256, np.int64)
     for _, *masks in rows:
         for mask in masks:
@@ -138,9 +140,9 @@ def draw_detections(
 
 
 def labeled_grid(columns: Mapping[str, Pixels], names: Sequence[str], min_side: int = 112) -> Image.Image:
-    """Draw one row per image and one titled column per kind, with each image's name below its row.
+    """Draw one row per image and one titled column per kind, with the name of the image below its row.
 
-    Small images are enlarged by a whole factor until their shorter side has about `min_side` pixels.
+    Small images are enlarged by an integer factor to a shorter side of about `min_side` pixels.
     """
     factor = max(1, round(min_side / min(next(iter(columns.values())).shape[1:3])))
     enlarged = [pixels.repeat(factor, 1).repeat(factor, 2) for pixels in columns.values()]
@@ -175,27 +177,8 @@ def to_image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
-def new_plot(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of so many inches, and its axes with a light grid and without a frame."""
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    axes: Axes = figure.add_subplot()
-    axes.grid(color="#e6e6e6")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def plot_image(figure: Figure) -> Image.Image:
-    """Rasterize a figure."""
-    canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a glyph is missing, or names are long
-        canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-
-
 def _at_height(pixels: Pixels) -> Image.Image:
-    """Scale an image to the height of a row; at most three times as wide as that."""
+    """Scale an image to the height of a row, at most three times as wide."""
     h, w = pixels.shape[:2]
     size = min(3 * _ROW_HEIGHT, max(1, round(w * _ROW_HEIGHT / h))), _ROW_HEIGHT
     resample = Image.Resampling.NEAREST if h < _ROW_HEIGHT else Image.Resampling.BOX
@@ -203,7 +186,7 @@ def _at_height(pixels: Pixels) -> Image.Image:
 
 
 def _legend(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> Image.Image:
-    """Draw the names of colors, in as many columns as fit into `width` pixels."""
+    """Draw the names of colors in as many columns as fit into `width` pixels."""
     font, line = ImageFont.load_default(12), 20
     texts = [label(name) for name, _ in entries]
     cell = max(int(font.getlength(text)) for text in texts) + 30

@@ -1,6 +1,5 @@
-"""Where the last block of a ViT looks: its attention, drawn over the pictures."""
+"""Draw the attention of the last block of a ViT over images."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.data.dataset import BadImage, ImageDataset
+from pixmim.data.dataset import ImageDataset
 from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
-from pixmim.transforms.crops import CenterCrop, flip_and_normalize, stack_images
+from pixmim.report.reconstruct import load_crops
+from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
 from pixmim.utils.plotting import matplotlib
 from pixmim.weights.detect import Weights
@@ -24,77 +24,61 @@ from pixmim.weights.load import build_encoder_with_weights
 
 @torch.no_grad()
 def attention_maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads rows columns"]:
-    """How much of the last block's attention each patch gets, for each head; every map sums to one over the patches.
+    """Compute the attention of the last block to each patch, per head; each map sums to one.
 
-    With a class token it is what that token gives to the patches; without one, what all patches give on average.
-    Raises UserError for an encoder whose last block does not look at the whole image (Swin) or has no attention.
+    It is the attention of the class token, or without one the average over all patches.
+
+    Args:
+        encoder: A VisionTransformer, Beit or ConvMAE.
+        images: Normalized images.
+
+    Raises:
+        UserError: If the encoder has no block with global attention (Swin, CNNs).
     """
     if not isinstance(encoder, VisionTransformer | Beit | ConvMAEEncoder):
-        raise UserError(f"{type(encoder).__name__} has no block that looks at the whole image: attention is for ViTs")
+        raise UserError(f"attention maps need a ViT: {type(encoder).__name__} has no block with global attention")
     blocks: Any = encoder.blocks3 if isinstance(encoder, ConvMAEEncoder) else encoder.blocks
     layer = blocks[-1].attn
-    seen: dict[str, Tensor] = {}
-    handle = layer.register_forward_pre_hook(lambda _, given: seen.update(tokens=given[0]))
+    recorded: list[Tensor] = []
+    fused, layer.fused_attn = layer.fused_attn, False  # fused attention never computes the weights
+    handle = layer.attn_drop.register_forward_pre_hook(lambda _, args: recorded.append(args[0]))
     try:
         grid = features(encoder, images).map.shape[-2:]
     finally:
         handle.remove()
-    weights = _weights(encoder, layer, seen["tokens"])
-    patches = grid[0] * grid[1]
-    prefix = weights.shape[-1] - patches
+        layer.fused_attn = fused
+    weights = recorded[-1]
+    prefix = weights.shape[-1] - grid[0] * grid[1]
     has_token = getattr(encoder, "cls_token", None) is not None
-    given = weights[:, :, 0, prefix:] if has_token else weights[:, :, prefix:, prefix:].mean(dim=2)
-    return (given / given.sum(dim=-1, keepdim=True)).unflatten(2, grid)
-
-
-def _weights(encoder: nn.Module, layer: Any, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n n"]:
-    """softmax(q k / sqrt(d) + bias), which timm's fused attention never shows."""
-    bias = layer.qkv.bias
-    if getattr(layer, "q_bias", None) is not None:
-        bias = torch.cat([layer.q_bias, torch.zeros_like(layer.q_bias), layer.v_bias])
-    q, k, _ = F.linear(tokens, layer.qkv.weight, bias).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    if hasattr(layer, "q_norm"):
-        q, k = layer.q_norm(q), layer.k_norm(k)
-    products = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if isinstance(encoder, Beit):
-        if encoder.rel_pos_bias is not None:
-            products = products + encoder.rel_pos_bias()
-        if layer.relative_position_bias_table is not None:
-            products = products + layer._get_rel_pos_bias()
-    return products.softmax(dim=-1)
+    maps = weights[:, :, 0, prefix:] if has_token else weights[:, :, prefix:, prefix:].mean(dim=2)
+    return (maps / maps.sum(dim=-1, keepdim=True)).unflatten(2, grid)
 
 
 def attention_sheet(
     weights: Weights, data: ImageDataset, count: int = 8
 ) -> tuple[dict[str, Pixels], list[str], list[str]]:
-    """Pictures by column: the image, the attention of all heads together and of each one, over the first `count`.
+    """Draw the attention over the first `count` images.
 
-    Also gives the names of their files, and what could not be read, a line each. Raises UserError.
+    Returns:
+        uint8 images (n h w c) by column ("image", "all heads", "head 1" ...), the names of the files, and a line for
+        each unreadable image.
+
+    Raises:
+        UserError: If the encoder has no attention maps, or no image can be read.
     """
-    run, encoder = weights.config, build_encoder_with_weights(weights)
-    crop, pictures, names, bad = CenterCrop(run.image_size, interpolation=run.interpolation), [], list[str](), []
-    for index in range(len(data)):
-        try:
-            pictures.append(crop.crop(data.image(index)))
-            names.append(os.path.basename(data.path_of(index)))
-        except BadImage as error:
-            bad.append(f"{data.path_of(index)}: {error}")
-        if len(pictures) == count:
-            break
-    if not pictures:
-        raise UserError(f"not one image of {data.spec} can be read\n" + "\n".join(bad[:3]))
-    mean, std = (torch.tensor(values) for values in run.normalization)
-    images = flip_and_normalize(stack_images(pictures), None, mean, std)
-    maps = attention_maps(encoder, images)
-    maps = F.interpolate(maps, size=run.image_size, mode="bilinear")
-    plain = to_pixels({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, run)["image"]
-    plain = np.broadcast_to(plain, (*plain.shape[:3], 3))
-    columns = {"image": plain, "all heads": _over(plain, maps.mean(dim=1))}
-    return columns | {f"head {i + 1}": _over(plain, maps[:, i]) for i in range(maps.shape[1])}, names, bad
+    config, encoder = weights.config, build_encoder_with_weights(weights)
+    crops, names, errors = load_crops(config, data, count, range(len(data)))
+    mean, std = (torch.tensor(values) for values in config.normalization)
+    images = flip_and_normalize(crops, None, mean, std)
+    maps = F.interpolate(attention_maps(encoder, images), size=config.image_size, mode="bilinear")
+    pixels = to_pixels({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, config)["image"]
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+    columns = {"image": pixels, "all heads": _overlay(pixels, maps.mean(dim=1))}
+    return columns | {f"head {i + 1}": _overlay(pixels, maps[:, i]) for i in range(maps.shape[1])}, names, errors
 
 
-def _over(pictures: Pixels, maps: Float[Tensor, "b h w"]) -> Pixels:
-    """Each map from its least (dark) to its greatest value (bright), laid over its picture."""
+def _overlay(pixels: Pixels, maps: Float[Tensor, "b h w"]) -> Pixels:
+    """Blend each map, scaled to its own range, with its image."""
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
     heat = matplotlib.colormaps["inferno"](((maps - low) / (high - low).clamp(min=1e-12)).numpy())[..., :3]
-    return np.asarray((0.35 * pictures + 0.65 * 255 * heat).round(), np.uint8)
+    return np.asarray((0.35 * pixels + 0.65 * 255 * heat).round(), np.uint8)

@@ -1,20 +1,14 @@
-"""Pictures of what a model predicts, honest about per-patch normalization, and their radial spectra.
+"""Draw what a model predicts of hidden patches, and compute radial power spectra.
 
-With norm_pix the network predicts each patch's pattern only, not its brightness or contrast. To draw it, those two
-numbers must come from somewhere:
-- "prediction" and "pasted" take them from the target: sharp to look at, but hidden patches then hold information
-  that the network did not predict;
-- "unaided" gives every patch the same two numbers, the averages over the visible patches of that image, so that all
-  which differs from patch to patch was predicted. Where predicted patches are larger than hidden ones, those of a
-  patch that is visible in part are taken from its visible pixels, and count for as many.
-With a window around each pixel (normalize_window) the two numbers are those of the pixel's own window and channel, so
-what is borrowed is a blurred image; "unaided" then has one pair for each channel.
-Of color bins the expected color is drawn, the mean of the bins' centers by their probabilities.
-The loss counts hidden patches only; what a network gives for visible ones was never trained, so it is not drawn.
+A network with normalized targets predicts the pattern of a patch, but not its brightness and contrast (or those of a
+window around each pixel). The columns "prediction" and "pasted" take mean and deviation from the target, information
+that the network did not predict. "unaided" uses one mean and deviation per image, averaged over visible pixels, so that
+all differences between patches were predicted. Color bins are drawn as the expected color. Predictions of visible
+patches carry no loss, so they are not drawn.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -49,56 +43,99 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Pictures by column, each uint8 (n h w c), and mean radial power spectra (radii) of some of them."""
+    """Drawings of several images.
+
+    Attributes:
+        step: Training step of the weights.
+        columns: uint8 images (n h w c) for each of COLUMNS.
+        names: File names of the images.
+        spectra: Mean radial power spectra (radii) of image, target and prediction.
+    """
 
     step: int
     columns: dict[str, Pixels]
     names: list[str]
-    """Files of the rows."""
     spectra: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
 def with_bands(weights: Weights, bands: str) -> Weights:
-    """Weights whose run draws these channels as red, green and blue; as they are if none are named."""
+    """Return weights whose config draws these channels as red, green and blue; unchanged for an empty string."""
     return replace(weights, config=replace(weights.config, bands=bands)) if bands else weights
 
 
 def reconstruct(weights: Weights, data: ImageDataset, count: int = 6) -> Reconstruction:
-    """What a whole model makes of `count` pictures of a data set: their center crops.
+    """Draw the reconstruction of the center crops of `count` images in an order that no training epoch uses.
 
-    Raises UserError if the weights are an encoder's only, or not one picture can be read.
+    Raises:
+        UserError: If the weights lack the decoder, or no image can be read.
     """
-    pictures, names = _some_pictures(weights.config, data, count)
-    return draw(build_with_weights(weights), weights.config, pictures, weights.step, names)
+    config, order = weights.config, range(len(data))
+    seed = config.seed if isinstance(config, PretrainConfig) else 0
+    shuffled = (int(rng.shuffled(seed, "order", 2**31, len(data), [position])[0]) for position in order)
+    images, names, _ = load_crops(config, data, count, order if len(data) <= count else shuffled)
+    return draw(build_with_weights(weights), config, images, weights.step, names)
+
+
+def load_crops(
+    config: ModelConfig, data: ImageDataset, count: int, order: Iterable[int]
+) -> tuple[Shaped[Tensor, "b c h w"], list[str], list[str]]:
+    """Read the center crops of the first `count` readable images.
+
+    Returns:
+        The images, the names of their files, and a line for each unreadable image.
+
+    Raises:
+        UserError: If no image can be read.
+    """
+    crop = CenterCrop(config.image_size, interpolation=config.interpolation)
+    images, names, errors = list[Tensor](), list[str](), list[str]()
+    for index in order:
+        try:
+            images.append(crop.crop(data.image(index)))
+            names.append(os.path.basename(data.path_of(index)))
+        except BadImage as error:
+            errors.append(f"{data.path_of(index)}: {error}")
+        if len(images) == count:
+            break
+    if not images:
+        raise UserError("\n".join([f"no image of {data.spec} can be read", *errors[:3]]))
+    return stack_images(images), names, errors
 
 
 @torch.no_grad()
 def draw(
     model: MaskedModel,
     config: ModelConfig,
-    pictures: Shaped[Tensor, "b c h w"],
+    images: Shaped[Tensor, "b c h w"],
     step: int = 0,
     names: Sequence[str] = (),
 ) -> Reconstruction:
-    """What a model makes of pictures of the run's size, with the run's target and masks of step -1, which no training
-    step uses.
+    """Draw the reconstruction of crops, with masks of step -1, which no training step uses.
+
+    Args:
+        model: The model.
+        config: Its configuration.
+        images: Crops of the config's size, as a dataset returns them.
+        step: Training step of the weights.
+        names: File names of the images.
     """
-    objective = build_loss(config)
+    loss = build_loss(config)
     mean, std = (torch.tensor(values) for values in config.normalization)
-    x = flip_and_normalize(pictures, None, mean, std)
+    x = flip_and_normalize(images, None, mean, std)
     mask = build_mask_sampler(config, model.patch)(step=-1, rows=range(len(x)))
 
     prediction = model(x, mask)
-    patch = patch_size(prediction, x, objective.outputs)
-    if isinstance(objective.target, ColorBins):
-        prediction = objective.target.expected(prediction)
-    target = objective.target(x)
+    patch = patch_size(prediction, x, loss.outputs)
+    if isinstance(loss.target, ColorBins):
+        prediction = loss.target.expected(prediction)
+    target = loss.target(x)
     hidden = hidden_pixels(mask.hidden, model.patch, config.image_size)
     filled = unaided = unpatchify(prediction, patch, config.image_size)
-    borrowed, own = (objective.statistics(target, patch, seen) for seen in (None, ~hidden))
-    if borrowed is not None and own is not None:
-        (mean_of, deviation_of), (local_mean, local_deviation) = (_average(s, ~hidden) for s in own), borrowed
-        filled, unaided = filled * local_deviation + local_mean, filled * deviation_of + mean_of
+    borrowed, visible = (loss.statistics(target, patch, where) for where in (None, ~hidden))
+    if borrowed is not None and visible is not None:
+        local_mean, local_std = borrowed
+        global_mean, global_std = (_masked_mean(values, ~hidden) for values in visible)
+        filled, unaided = filled * local_std + local_mean, filled * global_std + global_mean
     normalized = {
         "image": x,
         "masked": x,
@@ -108,19 +145,21 @@ def draw(
         "unaided": torch.where(hidden, unaided, x),
     }
     pixels = {name: value * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1) for name, value in normalized.items()}
-    # The prediction's spectrum is that of the target with its hidden patches predicted: no grey, no seams of its own.
+    # The spectrum of the prediction is that of the target with hidden patches predicted: no hatching, no extra seams.
     compared = {"image": x, "target": target, "prediction": torch.where(hidden, filled, target)}
     spectra = {name: radial_spectrum(value * std.view(1, -1, 1, 1)) for name, value in compared.items()}
-    columns, blank, gone = to_pixels(pixels, config), hatch(*config.image_size), hidden.numpy()[:, 0, ..., None]
-    columns["masked"] = np.where(gone, blank, columns["masked"])
-    columns["prediction"] = np.where(gone, columns["prediction"], blank)
+    columns, pattern, is_hidden = to_pixels(pixels, config), hatch(*config.image_size), hidden.numpy()[:, 0, ..., None]
+    columns["masked"] = np.where(is_hidden, pattern, columns["masked"])
+    columns["prediction"] = np.where(is_hidden, columns["prediction"], pattern)
     return Reconstruction(step, columns, list(names), spectra)
 
 
 def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]:
-    """Mean power of the frequencies at each whole distance from zero, averaged over images and channels; float64 (r).
+    """Compute the radial power spectrum, averaged over images and channels.
 
-    Entry r is the mean of |DFT|^2 / (h w) over bins whose distance rounds to r; the constant (r = 0) included.
+    Returns:
+        float64 (r): entry r is the mean of |DFT|^2 / (h w) over frequencies whose distance from zero rounds to r, up to
+        half the shorter side. The constant (r = 0) is included.
     """
     h, w = images.shape[-2:]
     power = torch.fft.fft2(images.double()).abs().square().mean(dim=(0, 1)) / (h * w)
@@ -130,26 +169,6 @@ def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]
     return np.asarray(mean[: min(h, w) // 2 + 1])
 
 
-def _average(images: Tensor, over: Tensor) -> Tensor:
-    """The mean (b c 1 1) of each channel over the pixels where `over` (b 1 h w) is True."""
-    return (images * over).sum(dim=(2, 3), keepdim=True) / over.sum(dim=(2, 3), keepdim=True)
-
-
-def _some_pictures(config: ModelConfig, data: ImageDataset, count: int) -> tuple[Tensor, list[str]]:
-    """The first readable pictures of an order that no training epoch uses, in order if there are few; their files."""
-    crop = CenterCrop(config.image_size, interpolation=config.interpolation)
-    found, names = list[Tensor](), list[str]()
-    few, seed = len(data) <= count, config.seed if isinstance(config, PretrainConfig) else 0
-    for place in range(len(data)):
-        index = place if few else int(rng.shuffled(seed, "order", 2**31, len(data), [place])[0])
-        try:
-            found.append(crop.crop(data.image(index)))
-            names.append(os.path.basename(data.path_of(index)))
-        except BadImage as error:
-            reason = f"{data.path_of(index)}: {error}"
-            continue
-        if len(found) == count:
-            break
-    if not found:
-        raise UserError(f"not one image of {data.spec} can be read ({reason})")
-    return stack_images(found), names
+def _masked_mean(images: Tensor, where: Tensor) -> Tensor:
+    """Return the mean (b c 1 1) of each channel over the pixels where `where` (b 1 h w) is True."""
+    return (images * where).sum(dim=(2, 3), keepdim=True) / where.sum(dim=(2, 3), keepdim=True)

@@ -1,8 +1,7 @@
-"""Windows, pyramids and the training of a detector, with tiny encoders."""
+"""Windowed attention, pyramids and training of detectors on tiny encoders."""
 
 import json
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +20,19 @@ from pixmim.config_io import to_json
 from pixmim.data.dataset import RGB
 from pixmim.evaluation import detection
 from pixmim.evaluation.context import EvalContext
-from pixmim.evaluation.detection import train as training
-from pixmim.evaluation.detection.backbone import build_maps
-from pixmim.evaluation.detection.dataset import open_annotated
-from pixmim.evaluation.detection.loader import fitted, target
-from pixmim.evaluation.detection.window_attention import (
+from pixmim.evaluation.detection import detector
+from pixmim.evaluation.detection.backbone import (
     RelativePositions,
     attend,
     beit_bias,
-    cut,
-    join,
-    spread,
-    through,
+    build_pyramid,
+    evenly_spaced,
+    merge,
+    partition,
+    run_block,
 )
+from pixmim.evaluation.detection.dataset import open_detection
+from pixmim.evaluation.detection.loader import fit_to_square, make_target
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, rebuild_at_size, wrap_live_encoder
 from pixmim.evaluation.settings import DetectionSettings
@@ -77,58 +76,58 @@ def encoder_of(family: str) -> FrozenEncoder:
     return wrap_live_encoder(run, build_model(run).encoder, CPU, "fp32", step=3)
 
 
-def plain(**options: object) -> VisionTransformer:
-    made = create_encoder("timm", "vit_tiny_patch16_224", **{"img_size": (32, 48), **VIT, **options})
-    assert isinstance(made, VisionTransformer)
-    return made.eval()
+def make_vit(**options: object) -> VisionTransformer:
+    encoder = create_encoder("timm", "vit_tiny_patch16_224", **{"img_size": (32, 48), **VIT, **options})
+    assert isinstance(encoder, VisionTransformer)
+    return encoder.eval()
 
 
-def test_windows_are_cut_and_joined() -> None:
+def test_partition_and_merge() -> None:
     x = torch.arange(2 * 5 * 7, dtype=torch.float32).view(2, 5, 7, 1) + 1
-    windows = cut(x, (2, 3))
+    windows = partition(x, (2, 3))
     assert windows.shape == (2 * 3 * 3, 2, 3, 1)
     assert torch.equal(windows[1, ..., 0], x[0, :2, 3:6, 0])
     assert windows[8, 1].sum() == 0 and windows[8, 0, 1:].sum() == 0  # beyond the map
-    assert torch.equal(join(windows, (2, 3), (5, 7)), x)
+    assert torch.equal(merge(windows, (2, 3), (5, 7)), x)
 
 
-def test_global_blocks_are_spread_as_in_vitdet() -> None:
-    assert spread(12, 4) == {2, 5, 8, 11}
-    assert spread(24, 4) == {5, 11, 17, 23}
-    assert spread(2, 4) == {0, 1} and spread(11, 4) == {2, 5, 7, 10} and spread(3, 0) == set()
+def test_global_blocks_are_those_of_vitdet() -> None:
+    assert evenly_spaced(12, 4) == {2, 5, 8, 11}
+    assert evenly_spaced(24, 4) == {5, 11, 17, 23}
+    assert evenly_spaced(2, 4) == {0, 1} and evenly_spaced(11, 4) == {2, 5, 7, 10} and evenly_spaced(3, 0) == set()
 
 
-def test_one_window_over_all_is_timms_own_block_without_prefix() -> None:
-    encoder = plain()
+def test_one_global_window_equals_timms_block() -> None:
+    encoder = make_vit()
     x = torch.randn(2, 4, 6, 32)
     for block in encoder.blocks:
-        torch.testing.assert_close(through(block, x, (4, 6), None, None).flatten(1, 2), block(x.flatten(1, 2)))
+        torch.testing.assert_close(run_block(block, x, (4, 6), None, None).flatten(1, 2), block(x.flatten(1, 2)))
 
 
-def test_a_window_sees_nothing_of_the_others() -> None:
-    block = plain().blocks[0]
+def test_windows_do_not_attend_to_each_other() -> None:
+    block = make_vit().blocks[0]
     x = torch.randn(1, 4, 6, 32)
     other = x.clone()
     other[:, :, 3:] += 1
-    a, b = (through(block, y, (2, 3), None, None) for y in (x, other))
+    a, b = (run_block(block, y, (2, 3), None, None) for y in (x, other))
     assert torch.equal(a[:, :, :3], b[:, :, :3])
     alone = torch.cat([block(part.flatten(1, 2)).unflatten(1, (2, 3)) for part in (x[:, :2, :3], x[:, :2, 3:])], dim=2)
     torch.testing.assert_close(a[:, :2], alone)
 
 
-def test_relative_positions_at_their_start_change_nothing() -> None:
-    encoder = plain()
+def test_initial_relative_positions_change_nothing() -> None:
+    encoder = make_vit()
     x = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
-        maps = [build_maps(encoder, 16, window=2, relative=relative).eval() for relative in (False, True)]
+        maps = [build_pyramid(encoder, 16, window=2, relative_positions=relative).eval() for relative in (False, True)]
         maps[1].load_state_dict(maps[0].state_dict(), strict=False)
         for name, m in maps[0](x).items():
             torch.testing.assert_close(maps[1](x)[name], m, atol=1e-5, rtol=1e-5)
     assert [tuple(p.rows.shape) for p in maps[1].windowed.positions] == [(7, 16)] * 4  # 4 global of 4
 
 
-def test_relative_positions_against_a_loop() -> None:
-    attention, positions = plain().blocks[0].attn, RelativePositions((3, 4), 16)
+def test_relative_positions_equal_a_loop() -> None:
+    attention, positions = make_vit().blocks[0].attn, RelativePositions((3, 4), 16)
     nn.init.normal_(positions.rows)
     nn.init.normal_(positions.columns)
     x = torch.randn(1, 3, 4, 32)
@@ -145,105 +144,96 @@ def test_relative_positions_against_a_loop() -> None:
     torch.testing.assert_close(attend(attention, x, positions, None), attention.proj(out.flatten(1)).view(1, 3, 4, 32))
 
 
-def test_beits_biases_in_a_window_are_the_near_ones_of_its_table() -> None:
+def test_beit_biases_in_a_window() -> None:
     encoder = create_encoder("simmim", "beit_base_patch16_224", img_size=(32, 48), **BEIT).eval()
     shared = encoder.rel_pos_bias
     nn.init.normal_(shared.relative_position_bias_table)
     table = shared.relative_position_bias_table
-    whole = shared()[:, 1:, 1:]  # without the class token
-    torch.testing.assert_close(beit_bias(table, (4, 6), (4, 6))[0], whole)
+    full = shared()[:, 1:, 1:]  # without the class token
+    torch.testing.assert_close(beit_bias(table, (4, 6), (4, 6))[0], full)
     corner = [r * 6 + c for r in range(2) for c in range(3)]
-    torch.testing.assert_close(beit_bias(table, (4, 6), (2, 3))[0], whole[:, corner][:, :, corner])
+    torch.testing.assert_close(beit_bias(table, (4, 6), (2, 3))[0], full[:, corner][:, :, corner])
     x = torch.randn(2, 24, 32)
     with torch.no_grad():  # timm's own attention, on patches alone
-        wanted = encoder.blocks[0].attn(x, shared_rel_pos_bias=whole[None])
-        found = attend(encoder.blocks[0].attn, x.unflatten(1, (4, 6)), None, beit_bias(table, (4, 6), (4, 6)))
-    torch.testing.assert_close(found.flatten(1, 2), wanted)
+        expected = encoder.blocks[0].attn(x, shared_rel_pos_bias=full[None])
+        actual = attend(encoder.blocks[0].attn, x.unflatten(1, (4, 6)), None, beit_bias(table, (4, 6), (4, 6)))
+    torch.testing.assert_close(actual.flatten(1, 2), expected)
 
 
 @pytest.mark.parametrize(("family", "finest"), [("vit", 2), ("beit", 2), ("swin", 2), ("convmae", 4)])
-def test_every_family_gives_five_maps_and_stays_timms(family: str, finest: int) -> None:
+def test_every_family_has_five_maps_and_keeps_its_state_dict(family: str, finest: int) -> None:
     encoder = encoder_of(family)
     module = rebuild_at_size(encoder, "64x96", drop_path_rate=0.1)
     names = set(module.state_dict())
-    maps = build_maps(module, 16, window=4)
-    found = maps(torch.randn(2, 3, 64, 96))
-    assert list(found) == ["0", "1", "2", "3", "pool"] and maps.strides == [finest * 2**i for i in range(5)]
-    for stride, m in zip(maps.strides, found.values(), strict=True):
+    pyramid = build_pyramid(module, 16, window=4)
+    maps = pyramid(torch.randn(2, 3, 64, 96))
+    assert list(maps) == ["0", "1", "2", "3", "pool"] and pyramid.strides == [finest * 2**i for i in range(5)]
+    for stride, m in zip(pyramid.strides, maps.values(), strict=True):
         assert m.shape[:2] == (2, 16)
         assert m.shape[2:] == (-(-64 // stride), -(-96 // stride))
-    sum(m.square().mean() for m in found.values()).backward()
-    assert set(maps.encoder.state_dict()) == names == set(encoder.module.state_dict())
-    idle = {n for n, p in maps.named_parameters() if p.requires_grad and p.grad is None}
+    sum(m.square().mean() for m in maps.values()).backward()
+    assert set(pyramid.encoder.state_dict()) == names == set(encoder.module.state_dict())
+    idle = {n for n, p in pyramid.named_parameters() if p.requires_grad and p.grad is None}
     assert not idle, idle
 
 
-def test_encoders_that_cannot_be_driven_are_named() -> None:
+def test_unsupported_encoders_are_refused() -> None:
     with pytest.raises(UserError, match="not ParallelThingsBlock"):
-        build_maps(create_encoder("timm", "vit_small_patch16_18x2_224", depth=1, embed_dim=32, num_heads=2), 16)
-    with pytest.raises(UserError, match="multiple of 4 pixels, and this encoder's have 6"):
-        build_maps(plain(patch_size=6, img_size=36), 16)
-    with pytest.raises(UserError, match="and not Linear"):
-        build_maps(nn.Linear(2, 2), 16)
+        build_pyramid(create_encoder("timm", "vit_small_patch16_18x2_224", depth=1, embed_dim=32, num_heads=2), 16)
+    with pytest.raises(UserError, match="multiple of 4 pixels; this encoder's is 6"):
+        build_pyramid(make_vit(patch_size=6, img_size=36), 16)
+    with pytest.raises(UserError, match="not Linear"):
+        build_pyramid(nn.Linear(2, 2), 16)
 
 
-def test_rates_fall_by_layer_and_by_time() -> None:
-    layer = training.layers(training.build(encoder_of("vit"), TINY, 3, True))  # of four blocks
+def test_learning_rates_by_layer_and_by_step() -> None:
+    layer = detector.parameter_layers(detector.build_detector(encoder_of("vit"), TINY, 3, True))  # of four blocks
     encoder, positions = "backbone.module.encoder.", "backbone.module.windowed.positions."
     assert layer[encoder + "pos_embed"] == layer[encoder + "patch_embed.proj.weight"] == 0
     assert layer[encoder + "blocks.3.attn.qkv.weight"] == layer[positions + "3.rows"] == 4
     assert layer[encoder + "blocks.0.norm1.bias"] == layer[positions + "0.columns"] == 1
     top = ("roi_heads.box_predictor.cls_score.weight", "backbone.module.scales.0.0.weight", encoder + "norm.weight")
     assert {layer[name] for name in top if name in layer} == {5} and top[0] in layer and top[1] in layer
-    settings = DetectionSettings()
-    assert training.rate(settings, 0, 1000) == pytest.approx(1e-7)
-    assert training.rate(settings, 200, 1000) == 1e-4  # warm-up is at most a fifth
-    assert training.rate(settings, 125, 10_000) == pytest.approx(1e-4 * (0.001 + 0.999 / 2))
-    assert [training.rate(settings, s, 1000) for s in (888, 889, 962, 963)] == pytest.approx([1e-4, 1e-5, 1e-5, 1e-6])
+    settings, rate = DetectionSettings(), detector.learning_rate
+    assert rate(settings, 0, 1000) == pytest.approx(1e-7)
+    assert rate(settings, 200, 1000) == 1e-4  # warm-up is at most a fifth
+    assert rate(settings, 125, 10_000) == pytest.approx(1e-4 * (0.001 + 0.999 / 2))
+    assert [rate(settings, s, 1000) for s in (888, 889, 962, 963)] == pytest.approx([1e-4, 1e-5, 1e-5, 1e-6])
 
 
-@pytest.fixture
-def undisturbed(tmp_path: Path) -> Iterator[tuple[EvalContext, dict[str, Tensor]]]:
-    """A context, and what training on it gives where nothing interrupts."""
-    whole = EvalContext(encoder_of("vit"), tmp_path / "whole")
-    data = open_annotated(TINY.train, "", whole.encoder.image_spec)
-    model = training.trained(whole, TINY, data, True)
-    yield EvalContext(whole.encoder, tmp_path / "broken"), dict(model.state_dict())
+def test_training_resumes_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, calls, losses = encoder_of("vit"), list[object](), detector.detection_losses
+    data = open_detection(TINY.train, "", encoder.image_spec)
+    expected = detector.train_detector(EvalContext(encoder, tmp_path / "uninterrupted"), TINY, data, True).state_dict()
 
-
-def test_training_goes_on_bitwise_after_an_interruption(
-    undisturbed: tuple[EvalContext, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context, wanted = undisturbed
-    data, calls, losses = open_annotated(TINY.train, "", context.encoder.image_spec), [], training.losses
-
-    def interrupted(*given: object) -> dict[str, Tensor]:
-        calls.append(given)
+    def interrupted(*args: object) -> dict[str, Tensor]:
+        calls.append(args)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
-        return losses(*given)  # type: ignore[arg-type]
+        return losses(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "losses", interrupted)
+    monkeypatch.setattr(detector, "detection_losses", interrupted)
+    context = EvalContext(encoder, tmp_path / "interrupted")
     with pytest.raises(KeyboardInterrupt):
-        training.trained(context, TINY, data, True)
+        detector.train_detector(context, TINY, data, True)
     assert len(calls) == 2
-    torch.manual_seed(99)  # whatever the global generator was left at
-    found = training.trained(context, TINY, data, True).state_dict()
+    torch.manual_seed(99)  # the state of the global generator must not matter
+    resumed = detector.train_detector(context, TINY, data, True).state_dict()
     assert len(calls) == 4
-    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
 
 def test_loss_falls(tmp_path: Path) -> None:
     context = EvalContext(encoder_of("vit"), tmp_path)
     settings = replace(TINY, steps=20, masks="no", relative_positions=False, jitter=(1.0, 1.0), lr=3e-3)
-    training.trained(context, settings, open_annotated(TINY.train, "", context.encoder.image_spec), False)
+    detector.train_detector(context, settings, open_detection(TINY.train, "", context.encoder.image_spec), False)
     lines = (context.work_dir("detection", settings) / "metrics.jsonl").read_text().splitlines()
-    lost = [json.loads(line)["loss"] for line in lines]
-    assert sum(lost[-5:]) < 0.75 * sum(lost[:5])
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("family", ["vit", "beit", "swin", "convmae"])
-def test_every_family_is_measured_and_drawn(family: str, tmp_path: Path) -> None:
+def test_every_family_is_evaluated_and_drawn(family: str, tmp_path: Path) -> None:
     run = PretrainConfig(data="shapes:", size="32", model=MODELS[family], seed=2)
     (tmp_path / "config.json").write_text(to_json(run))
     save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
@@ -252,31 +242,30 @@ def test_every_family_is_measured_and_drawn(family: str, tmp_path: Path) -> None
     assert ("mask/AP" in result.values) == (family == "vit")
     assert 0 <= result.values["box/AP"] <= result.values["box/AP50"] <= 100
     assert sum(name.startswith("ap/") for name in result.values) == 10
-    (drawn,) = result.pictures.values()
-    assert drawn.size[0] > 500 and not list((tmp_path / "unfinished").glob("*"))
+    (drawing,) = result.pictures.values()
+    assert drawing.size[0] > 500 and not list((tmp_path / "unfinished").glob("*"))
 
 
 def test_lower_precision_leaves_boxes_in_float32(tmp_path: Path) -> None:
     encoder = replace(encoder_of("vit"), precision="bf16")
-    model = training.build(encoder, TINY, 10, True).eval()
+    model = detector.build_detector(encoder, TINY, 10, True).eval()
     assert all(m.dtype == torch.float32 for m in model.backbone(torch.randn(1, 3, 32, 32)).values())
     values = dict(detection.evaluate_detection(EvalContext(encoder, tmp_path), replace(TINY, steps=1)))
     assert values["box/AP"] >= 0
 
 
-def test_what_is_found_exactly_is_worth_a_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way back from the square to the image: a detector that knows the truth gets all points for boxes."""
-    test = open_annotated(TINY.test, "", RGB)
-    shown = iter(range(len(test.images)))
+def test_perfect_detections_have_an_ap_of_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detections equal to the targets of the square must match the objects of the image."""
+    test = open_detection(TINY.test, "", RGB)
+    indices = iter(range(len(test.images)))
 
     def oracle(model: object, images: Tensor) -> list[dict[str, Tensor]]:
-        index = next(shown)
+        index = next(indices)
         h, w = test.images.image(index).shape[-2:]
-        wanted = target(test.objects(index), fitted((h, w), 160), masks=True)
-        boxes = wanted["boxes"]
-        at = torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1)
-        masks = roi_align(wanted["masks"].float()[None], at, 28)
-        return [{"boxes": boxes, "labels": wanted["labels"], "scores": torch.ones(len(boxes)), "masks": masks}]
+        target = make_target(test.objects(index), fit_to_square((h, w), 160), masks=True)
+        boxes = target["boxes"]
+        masks = roi_align(target["masks"].float()[None], torch.cat([torch.zeros(len(boxes), 1), boxes], dim=1), 28)
+        return [{"boxes": boxes, "labels": target["labels"], "scores": torch.ones(len(boxes)), "masks": masks}]
 
     monkeypatch.setattr(detection, "detect", oracle)
     context = EvalContext(encoder_of("vit"), tmp_path)
@@ -284,10 +273,10 @@ def test_what_is_found_exactly_is_worth_a_hundred(tmp_path: Path, monkeypatch: p
     assert values["box/AP75"] == values["mask/AP75"] == 100 and values["box/AP"] > 90 and values["mask/AP"] > 80
 
 
-def test_settings_that_do_not_suit_are_named(tmp_path: Path) -> None:
+def test_unusable_settings_are_refused(tmp_path: Path) -> None:
     context = EvalContext(encoder_of("vit"), tmp_path, console=Console(quiet=True))
     for changes, match in (
-        ({"train": "", "test": ""}, "Give --data COCO, or --train and --test"),
+        ({"train": "", "test": ""}, "add --data COCO, or --train and --test"),
         ({"data": "coco"}, "leave out --train"),
         ({"train": "", "test": "", "data": str(tmp_path / "coco")}, "instances_train2017.json cannot be read"),
         ({"batch_size": 3, "accumulation_steps": 2}, "does not divide"),

@@ -1,4 +1,4 @@
-"""Semantic segmentation: pairs, crops, colors, heads, windows, measures, each against a slow or second form."""
+"""Semantic segmentation: datasets, crops, colors, heads, windows and metrics, each against a slow reference."""
 
 import colorsys
 import io
@@ -17,27 +17,44 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.build import build_model
+from pixmim.build import build_encoder, build_model
 from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage, ImageSpec
+from pixmim.data.loader import Batch
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, rebuild_at_size, wrap_live_encoder
-from pixmim.evaluation.segmentation import check_masks, evaluate_segmentation, one_by_one
-from pixmim.evaluation.segmentation.augment import JitteredCrop, distort, mirrored, nearest
+from pixmim.evaluation.segmentation import (
+    check_masks,
+    confusion_matrix,
+    evaluate_segmentation,
+    iterate_pairs,
+    segmentation_metrics,
+)
 from pixmim.evaluation.segmentation.dataset import IGNORE, open_segmentation
-from pixmim.evaluation.segmentation.heads import Segmenter, loss_of
-from pixmim.evaluation.segmentation.metrics import confusion_matrix, segmentation_metrics
-from pixmim.evaluation.segmentation.sliding_window import largest, segment, starts
-from pixmim.evaluation.segmentation.train import build, fit, prepare, rate
+from pixmim.evaluation.segmentation.model import Segmenter, argmax_at_size, segment, segmentation_loss, window_starts
+from pixmim.evaluation.segmentation.train import (
+    JitteredCrop,
+    build,
+    distort_colors,
+    fit,
+    learning_rate,
+    prepare_batch,
+    resize_nearest,
+    symmetric_indices,
+)
 from pixmim.evaluation.settings import SegmentationSettings
 from pixmim.evaluation.visualize import class_colors, overlay_mask
 from pixmim.models import features
 from pixmim.models.feature_maps import maps, widths
+from pixmim.training import trainer
+from pixmim.training.metric_logger import read_metrics
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
+from pixmim.weights.adapt import relative_biases
 from pixmim.weights.save import save_encoder
 
 Make = Callable[..., PretrainConfig]
@@ -72,66 +89,65 @@ def encoder_of(config: PretrainConfig) -> FrozenEncoder:
 
 
 def save_pair(root: Path, name: str, size: tuple[int, int], mask: np.ndarray | None, folder: str = "masks") -> None:
-    """A picture of random pixels of (h, w), and its mask."""
-    for place in ("images", folder):
-        (root / place / name).parent.mkdir(parents=True, exist_ok=True)
+    """Save an image of random pixels of (h, w), and its mask."""
+    for part in ("images", folder):
+        (root / part / name).parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
     Image.fromarray(pixels).save(root / "images" / f"{name}.png")
     if mask is not None:
         Image.fromarray(mask).save(root / folder / f"{name}.png")
 
 
-# --- measures
+# --- metrics
 
 
-def test_overlap_against_sets_of_pixels() -> None:
-    """IoU by sets, over pixels of images that are put together; an empty class, a false one, and pixels ignored."""
+def test_metrics_equal_sets_of_pixels() -> None:
+    """Compare with IoU by sets over several images, with an absent class, a false one, and ignored pixels."""
     generator = torch.Generator().manual_seed(0)
     true = torch.randint(0, 4, (3, 9, 7), generator=generator)
     true[true == 2] = 1  # no pixel of class 2; predictions of it are wrong
     true[0, :4] = IGNORE
-    found = torch.randint(0, 5, (3, 9, 7), generator=generator)
+    predicted = torch.randint(0, 5, (3, 9, 7), generator=generator)
     matrix = sum(
-        (confusion_matrix(p, t, 5) for p, t in zip(found, true, strict=True)), torch.zeros(5, 5, dtype=torch.int64)
+        (confusion_matrix(p, t, 5) for p, t in zip(predicted, true, strict=True)), torch.zeros(5, 5, dtype=torch.int64)
     )
-    places = [i for i, t in enumerate(true.flatten().tolist()) if t != IGNORE]
-    t, p = ({c: {i for i in places if x.flatten()[i] == c} for c in range(5)} for x in (true, found))
-    iou = {c: len(t[c] & p[c]) / len(t[c] | p[c]) for c in range(5) if t[c]}
-    measured = segmentation_metrics(matrix)
-    assert set(iou) == {0, 1, 3} and measured.iou[[2, 4]].isnan().all()
+    pixels = [i for i, t in enumerate(true.flatten().tolist()) if t != IGNORE]
+    t, p = ({c: {i for i in pixels if x.flatten()[i] == c} for c in range(5)} for x in (true, predicted))
+    iou = {c: 100 * len(t[c] & p[c]) / len(t[c] | p[c]) for c in range(5) if t[c]}
+    values = segmentation_metrics(matrix, list("01234"))
+    assert set(iou) == {0, 1, 3} and math.isnan(values["iou/2"]) and math.isnan(values["iou/4"])
     for c, value in iou.items():
-        assert float(measured.iou[c]) == pytest.approx(value)
-    assert measured.mean_iou == pytest.approx(sum(iou.values()) / 3)
-    assert measured.mean_accuracy == pytest.approx(sum(len(t[c] & p[c]) / len(t[c]) for c in iou) / 3)
-    assert measured.pixel_accuracy == pytest.approx(sum(len(t[c] & p[c]) for c in iou) / len(places))
+        assert values[f"iou/{c}"] == pytest.approx(value)
+    assert values["mIoU"] == pytest.approx(sum(iou.values()) / 3)
+    assert values["mAcc"] == pytest.approx(100 * sum(len(t[c] & p[c]) / len(t[c]) for c in iou) / 3)
+    assert values["aAcc"] == pytest.approx(100 * sum(len(t[c] & p[c]) for c in iou) / len(pixels))
+    assert values["majority"] == pytest.approx(100 * max(map(len, t.values())) / len(pixels))
 
 
-def test_overlap_where_all_is_ignored_says_nothing() -> None:
-    nothing = segmentation_metrics(
-        confusion_matrix(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 3)
-    )
-    assert nothing.iou.isnan().all() and math.isnan(nothing.mean_iou) and math.isnan(nothing.pixel_accuracy)
+def test_metrics_of_ignored_pixels_are_undefined() -> None:
+    matrix = confusion_matrix(torch.zeros(4, 4, dtype=torch.int64), torch.full((4, 4), IGNORE), 3)
+    assert all(map(math.isnan, segmentation_metrics(matrix, "abc").values()))
 
 
-def test_overlap_agrees_with_torchmetrics() -> None:
+def test_metrics_equal_torchmetrics() -> None:
     classification = pytest.importorskip("torchmetrics").classification
     generator = torch.Generator().manual_seed(1)
-    true, found = (torch.randint(0, 4, (2, 20, 20), generator=generator) for _ in range(2))
+    true, predicted = (torch.randint(0, 4, (2, 20, 20), generator=generator) for _ in range(2))
     true[0, :5] = IGNORE
-    measured = segmentation_metrics(confusion_matrix(found, true, 4))
+    values = segmentation_metrics(confusion_matrix(predicted, true, 4), list("0123"))
     options = {"num_classes": 4, "ignore_index": IGNORE}
-    iou = classification.MulticlassJaccardIndex(average="none", **options)(found, true)
-    torch.testing.assert_close(measured.iou.float(), iou)
-    for ours, average in ((measured.pixel_accuracy, "micro"), (measured.mean_accuracy, "macro")):
-        theirs = classification.MulticlassAccuracy(average=average, **options)(found, true)
-        assert ours == pytest.approx(float(theirs), abs=1e-6)
+    iou = classification.MulticlassJaccardIndex(average="none", **options)(predicted, true)
+    assert [values[f"iou/{i}"] for i in range(4)] == pytest.approx((100 * iou).tolist(), rel=1e-5)
+    for name, average in (("aAcc", "micro"), ("mAcc", "macro")):
+        expected = classification.MulticlassAccuracy(average=average, **options)(predicted, true)
+        assert values[name] == pytest.approx(100 * float(expected), abs=1e-4)
 
 
-# --- pairs
+# --- datasets
 
 
-def test_pairs_of_a_folder(tmp_path: Path) -> None:
-    """Nested names, a palette whose numbers and not colors count, one channel, as many classes as masks hold."""
+def test_folder_of_images_and_masks(tmp_path: Path) -> None:
+    """Nested names, palette indices, one channel, and as many classes as the masks have."""
     mask = np.zeros((12, 20), np.uint8)
     mask[3:, 5:] = 2
     mask[0, 0] = IGNORE
@@ -155,7 +171,7 @@ def test_pairs_of_a_folder(tmp_path: Path) -> None:
         open_segmentation(str(tmp_path), ImageSpec(), "validation", ["sky", "lane", "car", "rider"])
 
 
-def test_pairs_in_ade20ks_layout(tmp_path: Path) -> None:
+def test_ade20k_layout(tmp_path: Path) -> None:
     mask = np.array([[0, 1], [2, 255]], np.uint8)
     for part, names in (("training", "ab"), ("validation", "c")):
         for name in names:
@@ -169,13 +185,13 @@ def test_pairs_in_ade20ks_layout(tmp_path: Path) -> None:
     assert test.path_of(0).endswith("images/validation/c.png")
 
 
-def test_what_makes_no_pair_is_named(tmp_path: Path) -> None:
+def test_unusable_folders_and_pairs_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder"):
         open_segmentation(str(tmp_path / "nowhere"), ImageSpec(), "training")
-    with pytest.raises(UserError, match="holds no pairs: pictures belong into"):
+    with pytest.raises(UserError, match="lacks images/ or masks/"):
         open_segmentation(str(tmp_path), ImageSpec(), "training")
     save_pair(tmp_path, "lonely", (4, 4), None)
-    with pytest.raises(UserError, match="has a mask with a class"):
+    with pytest.raises(UserError, match=r"no image of .* has a mask that can be read"):
         open_segmentation(str(tmp_path), ImageSpec(), "training")
     (tmp_path / "classes.txt").write_text("a\nb\n")
     save_pair(tmp_path, "small", (4, 4), np.zeros((4, 5), np.uint8))
@@ -183,31 +199,32 @@ def test_what_makes_no_pair_is_named(tmp_path: Path) -> None:
     save_pair(tmp_path, "deep", (4, 4), np.full((4, 4), 999, np.uint16))
     save_pair(tmp_path, "color", (4, 4), np.zeros((4, 4, 3), np.uint8))
     save_pair(tmp_path, "broken", (4, 4), np.zeros((4, 4), np.uint8))
-    (tmp_path / "masks" / "broken.png").write_bytes(b"\x89PNG and no more")
-    save_pair(tmp_path, "whole", (4, 4), np.ones((4, 4), np.uint8))
+    (tmp_path / "masks" / "broken.png").write_bytes(b"\x89PNG")
+    save_pair(tmp_path, "valid", (4, 4), np.ones((4, 4), np.uint8))
     pairs = open_segmentation(str(tmp_path), ImageSpec(), "training")
-    said = {}
+    errors = {}
     for index in range(len(pairs)):
         try:
             pairs.image(index)
         except BadImage as error:
-            said[Path(pairs.path_of(index)).stem] = str(error)
-    assert said.keys() == {"lonely", "small", "many", "deep", "color", "broken"}
-    assert "there is no mask" in said["lonely"] and "of another size: 5x4 pixels, and the picture 4x4" in said["small"]
-    assert "no class: 2, and there are 2" in said["many"] and "no class: 999" in said["deep"]
-    assert "mode RGB" in said["color"] and "cannot be read" in said["broken"]
+            errors[Path(pairs.path_of(index)).stem] = str(error)
+    assert errors.keys() == {"lonely", "small", "many", "deep", "color", "broken"}
+    assert "mask not found" in errors["lonely"] and "mask 5x4, image 4x4" in errors["small"]
+    assert "without a class: 2, of 2 classes" in errors["many"] and "outside 0 to 255: 999" in errors["deep"]
+    assert "mode RGB" in errors["color"] and "cannot be read" in errors["broken"]
     skipped = BadImageLog(tmp_path / "skipped.csv", len(pairs), 1.0)
-    assert [index for index, _ in one_by_one(pairs, skipped, threads=2)] == [6] and len(skipped) == 6
+    assert [index for index, _ in iterate_pairs(pairs, skipped, threads=2)] == [6] and len(skipped) == 6
     assert set(skipped.reasons.split("; ")) == {
-        "1 x there is no mask",
-        "1 x its mask is of another size",
-        "2 x its mask holds a value that is no class",
-        "2 x its mask cannot be read",
+        "1 x mask not found",
+        "1 x image and mask differ in size",
+        "1 x mask value without a class",
+        "1 x mask value outside 0 to 255",
+        "2 x mask cannot be read",
     }
 
 
 def mask_of(*values: int) -> np.ndarray:
-    """Stripes of 8 rows, one for each value."""
+    """Return stripes of 8 rows, one per value."""
     return np.repeat(np.asarray(values, np.uint8), 8)[:, None].repeat(16, axis=1)
 
 
@@ -217,46 +234,46 @@ SMOOTHED = np.concatenate(
 
 
 @pytest.mark.parametrize(
-    ("mask", "options", "found"),
+    ("mask", "options", "pattern"),
     [
-        (mask_of(0, 255), {}, r"255 does not count|2 values, 0 \(50.0 %\), 255 .*--foreground 255 makes"),
+        (mask_of(0, 255), {}, r"2 values, 0 \(50.0 %\), 255 .*--foreground 255"),
         (mask_of(0, 255), {"foreground": 255}, "background 50.0 %, foreground 50.0 %"),
         (mask_of(0, 255), {"ignore": "none"}, "value 0 50.0 %, value 255 50.0 %"),
         (mask_of(0, 0, 0, 1, 255), {}, r"class 0 75.0 %, class 1 25.0 %; 20.0 % of the pixels do not count"),
-        (mask_of(0, 100, 200), {}, "3 values.*no class numbers counted from 0: --ignore none"),
+        (mask_of(0, 100, 200), {}, "3 values.*not class numbers counted from 0: add --ignore none"),
         (mask_of(0, 100, 200, 200), {"ignore": "none"}, "3 classes: value 200 50.0 %, value 0 25.0 %"),
         (mask_of(0, 100, 200), {"ignore": "200"}, "value 0 50.0 %, value 100 50.0 %; 33.3 % of the pixels"),
         (mask_of(0, 100, 200), {"foreground": 200}, "background 66.7 %, foreground 33.3 %"),
         (SMOOTHED, {}, "never fill even 2 x 2 pixels"),
         (SMOOTHED, {"ignore": "none"}, "never fill even 2 x 2 pixels"),
         (SMOOTHED, {"foreground": 255}, "foreground 33.3 %"),
-        (mask_of(1), {}, "has pixels of 1 class|have pixels of 1 class"),
-        (mask_of(255), {}, "255 does not count: --foreground 255 if that"),
+        (mask_of(1), {}, "have pixels of 1 class"),
+        (mask_of(255), {}, "255 does not count: add --foreground 255"),
         (mask_of(0, 1), {"foreground": 7}, "pixels of 1 class.*0 .50.0 %., 1 .50.0 %."),
         (mask_of(0, 1), {"foreground": 7, "ignore": "0"}, "--foreground takes a value"),
         (mask_of(0, 1), {"ignore": "white"}, "--ignore takes auto, none, or a value from 0 to 255, not 'white'"),
     ],
 )
-def test_what_values_of_masks_mean(mask: np.ndarray, options: dict[str, Any], found: str, tmp_path: Path) -> None:
-    """Told in the first lines, or refused with the values found and the way out; never learned in silence."""
+def test_meaning_of_mask_values(mask: np.ndarray, options: dict[str, Any], pattern: str, tmp_path: Path) -> None:
+    """The meaning is printed before training, or refused with the values and the flag to add."""
     for name in "ab":
         save_pair(tmp_path, name, mask.shape, mask)  # type: ignore[arg-type]
     console = Console(file=io.StringIO(), width=500)
     try:
         pairs = open_segmentation(str(tmp_path), ImageSpec(), "training", **options)
         check_masks(pairs, BadImageLog(None, 2, 0.25), "train", console)
-        said = console.file.getvalue()  # type: ignore[attr-defined]
+        text = console.file.getvalue()  # type: ignore[attr-defined]
     except UserError as error:
-        said = str(error)
-        assert "--foreground" in said or "--ignore" in said
-    assert re.search(found, said)
+        text = str(error)
+        assert "--foreground" in text or "--ignore" in text
+    assert re.search(pattern, text)
 
 
 def test_binary_masks_in_ade20ks_layout_and_names_without_pixels(tmp_path: Path) -> None:
     for part in ("training", "validation"):
         for name in "abcde":
             save_pair(tmp_path, f"{part}/{name}", (16, 16), mask_of(0, 1))
-    with pytest.raises(UserError, match="--ignore none every value a class"):
+    with pytest.raises(UserError, match="--ignore none"):
         check_masks(
             open_segmentation(str(tmp_path), ImageSpec(), "training"),
             BadImageLog(None, 5, 0.25),
@@ -268,20 +285,18 @@ def test_binary_masks_in_ade20ks_layout_and_names_without_pixels(tmp_path: Path)
     train = open_segmentation(str(tmp_path), ImageSpec(), "training", ignore="none")
     console = Console(file=io.StringIO(), width=500)
     check_masks(train, BadImageLog(None, 5, 0.25), "train", console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "train masks: 4 images of 3 classes: road 50.0 %, car 50.0 %, rider 0.0 %" in said
-    assert "1 of 5 pairs are left out: 1 x there is no mask" in said
-    assert "warning: 1 classes without a pixel, they cannot be learned: rider" in said
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "train masks: 4 images of 3 classes: road 50.0 %, car 50.0 %, rider 0.0 %" in text
+    assert "1 of 5 images are left out: 1 x mask not found" in text
+    assert "warning: 1 classes without a pixel cannot be learned: rider" in text
     for name in "de":
         (tmp_path / "masks" / "training" / f"{name}.png").unlink()
     with pytest.raises(UserError, match="3 of the first 5 images cannot be read"):
         check_masks(train, BadImageLog(None, 5, 0.25), "train", Console(quiet=True))
 
 
-def test_drawn_masks_are_the_objects_pixels() -> None:
+def test_masks_of_synthetic_shapes() -> None:
     pairs = open_segmentation(TEST, ImageSpec(), "validation")
-    from pixmim.data.synthetic import SyntheticShapes
-
     sample = SyntheticShapes.from_spec(TEST).sample(3)
     assert pairs.classes[0] == "background" and len(pairs.classes) == 11
     assert (pairs.image(3)[-1].numpy() == sample.mask * (sample.shape + 1)).all()
@@ -291,8 +306,8 @@ def test_drawn_masks_are_the_objects_pixels() -> None:
 
 
 @pytest.mark.parametrize(("size", "height", "width"), [((32, 32), 60, 40), ((24, 40), 30, 90), ((32, 32), 28, 20)])
-def test_crops_keep_picture_and_mask_together(size: tuple[int, int], height: int, width: int) -> None:
-    """A picture of its mask in black and white stays one, where the mask counts and no edge makes it grey."""
+def test_crops_keep_image_and_mask_together(size: tuple[int, int], height: int, width: int) -> None:
+    """An image equal to its mask stays so, where the mask counts and no edge makes the image gray."""
     rows, columns = torch.arange(height)[:, None], torch.arange(width)[None, :]
     mask = ((rows // 9 + columns // 11) % 2).to(torch.uint8)
     ignored = 0
@@ -303,11 +318,11 @@ def test_crops_keep_picture_and_mask_together(size: tuple[int, int], height: int
         sharp = known & ((out[0] == 0) | (out[0] == 200))
         assert sharp.sum() > 0.3 * known.sum() and torch.equal(out[0][sharp], out[1][sharp] * 200)
         ignored += int((~known).sum())
-    assert ignored > 0  # half the scale leaves some to the mirror
+    assert ignored > 0  # images smaller than the crop
 
 
-def test_crop_looks_for_a_place_without_one_class_that_has_most() -> None:
-    """Against a loop over the ten windows, in a picture that is not resized."""
+def test_crop_avoids_windows_of_a_single_class() -> None:
+    """Compare with a loop over the ten windows of an image that is not resized."""
     mask = torch.zeros(64, 70, dtype=torch.uint8)
     mask[:30, :30], mask[40:, 50:] = 1, IGNORE
     pair, tries = torch.stack([mask, mask]), []
@@ -324,19 +339,19 @@ def test_crop_looks_for_a_place_without_one_class_that_has_most() -> None:
     assert {0, 9} < set(tries)
 
 
-def test_mirror_and_nearest() -> None:
-    assert mirrored(1, 8, 3).tolist() == [1, 2, 2, 1, 0, 0, 1, 2]
-    assert mirrored(0, 3, 1).tolist() == [0, 0, 0]
+def test_symmetric_indices_and_nearest_resize() -> None:
+    assert symmetric_indices(1, 8, 3).tolist() == [1, 2, 2, 1, 0, 0, 1, 2]
+    assert symmetric_indices(0, 3, 1).tolist() == [0, 0, 0]
     mask = np.random.default_rng(0).integers(0, 9, (7, 5), np.uint8)
-    theirs = F.interpolate(torch.from_numpy(mask)[None, None].float(), size=(11, 3), mode="nearest-exact")
-    assert (nearest(mask, (11, 3)) == theirs[0, 0].numpy()).all()
+    expected = F.interpolate(torch.from_numpy(mask)[None, None].float(), size=(11, 3), mode="nearest-exact")
+    assert (resize_nearest(mask, (11, 3)) == expected[0, 0].numpy()).all()
 
 
-def test_colors_follow_a_loop_over_pixels() -> None:
+def test_color_distortion_equals_a_loop_over_pixels() -> None:
     generator = torch.Generator().manual_seed(3)
     images, u = torch.rand(12, 3, 2, 3, generator=generator), torch.rand(12, 9, generator=generator)
-    images[0, :, 0, 0] = 0.4  # grey has no hue
-    found = distort(images, u)
+    images[0, :, 0, 0] = 0.4  # gray has no hue
+    distorted = distort_colors(images, u)
     for i in range(12):
         b_on, b, c_on, c, late, s_on, s, h_on, h = u[i].tolist()
         for y, x in np.ndindex(2, 3):
@@ -351,9 +366,9 @@ def test_colors_follow_a_loop_over_pixels() -> None:
             rgb = np.asarray(colorsys.hsv_to_rgb(hue, saturation, value))
             if c_on < 0.5 and late >= 0.5:
                 rgb = np.clip(rgb * (0.5 + c), 0, 1)
-            np.testing.assert_allclose(found[i, :, y, x], rgb, atol=2e-5)
-    grey = distort(images[:, :1], u)
-    assert grey.shape == (12, 1, 2, 3) and grey.min() >= 0 and grey.max() <= 1
+            np.testing.assert_allclose(distorted[i, :, y, x], rgb, atol=2e-5)
+    gray = distort_colors(images[:, :1], u)
+    assert gray.shape == (12, 1, 2, 3) and gray.min() >= 0 and gray.max() <= 1
 
 
 # --- encoders and heads
@@ -361,7 +376,7 @@ def test_colors_follow_a_loop_over_pixels() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_maps_of_every_encoder(family: str, tiny_run: Make) -> None:
-    """Shapes at another size than the encoder was made for; the last map is what the features' is made of."""
+    """Check shapes at another image size than the encoder's own; the last map, normalized, is that of `features`."""
     encoder = encoder_of(tiny_run(model=FAMILIES[family]))
     module = rebuild_at_size(encoder, "64x128" if family != "swin" else "128x128").eval()
     x = torch.randn(2, 3, *((64, 128) if family != "swin" else (128, 128)))
@@ -375,20 +390,19 @@ def test_four_maps_of_every_encoder(family: str, tiny_run: Make) -> None:
     torch.testing.assert_close(again, features(module, x).map, atol=1e-5, rtol=1e-5)
 
 
-def test_depths_are_those_of_beit_and_mae(tiny_run: Make) -> None:
-    for depth, wanted in ((12, [3, 5, 7, 11]), (24, [7, 11, 15, 23]), (2, [0, 0, 0, 1])):
+def test_map_depths_are_those_of_beit_and_mae(tiny_run: Make) -> None:
+    for depth, expected in ((12, [3, 5, 7, 11]), (24, [7, 11, 15, 23]), (2, [0, 0, 0, 1])):
         options = {"patch_size": 16, "embed_dim": 8, "depth": depth, "num_heads": 1}
         run = tiny_run(model=replace(FAMILIES["vit"], options=options))
         encoder = encoder_of(run).module
         outputs: list[Tensor] = []
         for block in encoder.blocks:  # type: ignore[union-attr]
             block.register_forward_hook(lambda module, args, output, keep=outputs.append: keep(output))
-        found = maps(encoder, torch.randn(1, 3, 32, 32))
-        for m, d in zip(found, wanted, strict=True):
+        for m, d in zip(maps(encoder, torch.randn(1, 3, 32, 32)), expected, strict=True):
             torch.testing.assert_close(m.flatten(2).transpose(1, 2), outputs[d][:, 1:])
 
 
-def test_an_encoder_made_anew_at_its_own_size_is_the_same(tiny_run: Make) -> None:
+def test_rebuilding_an_encoder_at_its_own_size_changes_nothing(tiny_run: Make) -> None:
     for model in FAMILIES.values():
         encoder = encoder_of(tiny_run(model=model))
         again, x = rebuild_at_size(encoder, "32", drop_path_rate=0.5).eval(), torch.randn(2, 3, 32, 32)
@@ -399,8 +413,8 @@ def test_an_encoder_made_anew_at_its_own_size_is_the_same(tiny_run: Make) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("head", ["linear", "uper"])
-def test_every_encoder_learns_under_both_heads(family: str, head: str, tiny_run: Make, tmp_path: Path) -> None:
-    """A few updates through the whole evaluation; and all that is not frozen moves, all that is frozen does not."""
+def test_every_encoder_trains_with_both_heads(family: str, head: str, tiny_run: Make, tmp_path: Path) -> None:
+    """A few steps change every parameter that is not frozen, and no other."""
     size = "64" if family in ("swin", "convmae") else "32x48"
     settings = replace(QUICK, head=head, size=size, steps=3, accumulation_steps=2)
     run = tiny_run(model=FAMILIES[family], channels=1 if family == "vit" else 3)
@@ -421,16 +435,14 @@ def test_every_encoder_learns_under_both_heads(family: str, head: str, tiny_run:
     frozen = [name for name, p in model.encoder.named_parameters() if not p.requires_grad]
     assert (len(frozen) == len(list(model.encoder.parameters()))) == (head == "linear")
     model.eval()
-    found = segment(model, encoder, torch.randint(0, 255, (run.channels, 50, 70), dtype=torch.uint8), crop)
-    assert found.shape == (50, 70) and found.max() < 11
+    prediction = segment(model, encoder, torch.randint(0, 255, (run.channels, 50, 70), dtype=torch.uint8), crop)
+    assert prediction.shape == (50, 70) and prediction.max() < 11
 
 
-def test_uper_has_the_known_number_of_values(tiny_run: Make) -> None:
-    """UPerNet on ViT-B, counted by hand out of its convolutions and norms."""
+def test_uper_has_the_published_number_of_parameters() -> None:
+    """Count the parameters of UPerNet on ViT-B by hand from its convolutions and norms."""
     with torch.device("meta"):
         run = PretrainConfig(model=ArchitectureConfig("mae", "vit_base_patch16_224"), size="512")
-        from pixmim.build import build_encoder
-
         model = Segmenter(build_encoder(run), "uper", 150)
 
     def conv(i: int, o: int, k: int) -> int:
@@ -440,8 +452,8 @@ def test_uper_has_the_known_number_of_values(tiny_run: Make) -> None:
     head = 4 * conv(768, 512, 1) + conv(768 + 2048, 512, 3) + 3 * conv(768, 512, 1) + 3 * conv(512, 512, 3)
     head += conv(2048, 512, 3) + 512 * 150 + 150
     auxiliary = conv(768, 256, 3) + 256 * 150 + 150
-    for part, wanted in ((model.neck, neck), (model.head, head), (model.auxiliary, auxiliary)):
-        assert part is not None and sum(p.numel() for p in part.parameters()) == wanted
+    for part, expected in ((model.neck, neck), (model.head, head), (model.auxiliary, auxiliary)):
+        assert part is not None and sum(p.numel() for p in part.parameters()) == expected
 
 
 def test_loss_is_cross_entropy_of_labeled_pixels_over_all() -> None:
@@ -451,13 +463,13 @@ def test_loss_is_cross_entropy_of_labeled_pixels_over_all() -> None:
     picked = [
         -float(large[i, masks[i, y, x], y, x]) for i, y, x in np.ndindex(2, 8, 8) if int(masks[i, y, x]) != IGNORE
     ]
-    assert float(loss_of([scores], masks)) == pytest.approx(sum(picked) / 128, rel=1e-5)
-    assert float(loss_of([scores, scores], masks)) == pytest.approx(1.4 * sum(picked) / 128, rel=1e-5)
-    assert float(loss_of([scores], torch.full_like(masks, IGNORE))) == 0
+    assert float(segmentation_loss([scores], masks)) == pytest.approx(sum(picked) / 128, rel=1e-5)
+    assert float(segmentation_loss([scores, scores], masks)) == pytest.approx(1.4 * sum(picked) / 128, rel=1e-5)
+    assert float(segmentation_loss([scores], torch.full_like(masks, IGNORE))) == 0
 
 
-def test_rate_is_maes() -> None:
-    published = SegmentationSettings("a", "b")
+def test_learning_rate_is_maes() -> None:
+    published, rate = SegmentationSettings("a", "b"), learning_rate
     assert rate(published, 1499) == pytest.approx(1e-4 * (1 - 1499 / 160_000))
     assert rate(published, 749) == pytest.approx(0.5e-4 * (1 - 749 / 160_000))
     assert rate(published, 80_000) == pytest.approx(0.5e-4) and rate(published, 159_999) < 1e-9
@@ -465,8 +477,8 @@ def test_rate_is_maes() -> None:
 
 
 @pytest.mark.parametrize("pixels", ["uint16", "float32"])
-def test_deep_pictures_with_masks(pixels: str, tiny_run: Make, tmp_path: Path) -> None:
-    """Five channels of 16 bits or floating point, through crop, training and test."""
+def test_images_of_16_bits_and_floats(pixels: str, tiny_run: Make, tmp_path: Path) -> None:
+    """Train and test on five channels of 16 bits or floating point."""
     (tmp_path / "images").mkdir()
     (tmp_path / "masks").mkdir()
     generator = np.random.default_rng(0)
@@ -484,79 +496,75 @@ def test_deep_pictures_with_masks(pixels: str, tiny_run: Make, tmp_path: Path) -
 
 
 def test_windows_cover_every_pixel() -> None:
+    starts = window_starts
     assert starts(512, 512) == [0] and starts(683, 512) == [0, 171] and starts(1024, 512) == [0, 341, 512]
     assert starts(32, 32) == [0] and starts(33, 32) == [0, 1]
 
 
 class Local(nn.Module):
-    """A network whose scores belong to single pixels, so that windows change nothing."""
+    """A network of pixelwise scores, so that windows change nothing."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [torch.cat([images, images.square(), -images], dim=1)]
 
 
-def test_windows_of_a_local_network_equal_the_whole_picture(tiny_run: Make) -> None:
+def test_windows_of_a_pixelwise_network_equal_the_full_image(tiny_run: Make) -> None:
     encoder = encoder_of(tiny_run())
-    picture = torch.randint(0, 255, (3, 32, 75), dtype=torch.uint8)
-    found = segment(Local(), encoder, picture, (32, 32))
-    (whole,) = Local()(flip_and_normalize(picture[None], None, encoder.mean, encoder.std))
-    assert torch.equal(found, whole[0].argmax(dim=0))
+    image = torch.randint(0, 255, (3, 32, 75), dtype=torch.uint8)
+    (scores,) = Local()(flip_and_normalize(image[None], None, encoder.mean, encoder.std))
+    assert torch.equal(segment(Local(), encoder, image, (32, 32)), scores[0].argmax(dim=0))
 
 
 @pytest.mark.parametrize("head", ["linear", "uper"])
-def test_one_window_equals_the_whole_picture(head: str, tiny_run: Make) -> None:
+def test_one_window_equals_the_full_image(head: str, tiny_run: Make) -> None:
     encoder = encoder_of(tiny_run())
     model, size = build(encoder, replace(QUICK, head=head), 11)
     model.eval()
-    picture = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8)
+    image = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        (scores,) = model(flip_and_normalize(picture[None], None, encoder.mean, encoder.std))
-    wanted = F.interpolate(scores, size=(32, 32), mode="bilinear")[0].argmax(dim=0)
-    assert torch.equal(segment(model, encoder, picture, size), wanted)
+        (scores,) = model(flip_and_normalize(image[None], None, encoder.mean, encoder.std))
+    expected = F.interpolate(scores, size=(32, 32), mode="bilinear")[0].argmax(dim=0)
+    assert torch.equal(segment(model, encoder, image, size), expected)
 
 
 def test_overlapping_windows_are_averaged(tiny_run: Make) -> None:
-    """Against windows laid out by hand, for a network that sees the whole window."""
+    """Compare with two windows by hand, for a network that sees the full window."""
     encoder = encoder_of(tiny_run())
     model, size = build(encoder, QUICK, 11)
     model.eval()
-    picture = torch.randint(0, 255, (3, 32, 50), dtype=torch.uint8)
-    x = flip_and_normalize(picture[None], None, encoder.mean, encoder.std)
+    image = torch.randint(0, 255, (3, 32, 50), dtype=torch.uint8)
+    x = flip_and_normalize(image[None], None, encoder.mean, encoder.std)
     total, count = torch.zeros(11, 32, 50), torch.zeros(50)
     for left in (0, 18):
         with torch.no_grad():
             (scores,) = model(x[..., left : left + 32])
         total[..., left : left + 32] += F.interpolate(scores, size=size, mode="bilinear")[0]
         count[left : left + 32] += 1
-    assert torch.equal(segment(model, encoder, picture, size), (total / count).argmax(dim=0))
+    assert torch.equal(segment(model, encoder, image, size), (total / count).argmax(dim=0))
 
 
-def test_largest_score_in_parts() -> None:
+def test_argmax_in_chunks() -> None:
     scores = torch.randn(40, 5, 6)
-    wanted = F.interpolate(scores[None], size=(11, 9), mode="bilinear")[0].argmax(dim=0)
-    assert torch.equal(largest(scores, (11, 9)), wanted)
+    expected = F.interpolate(scores[None], size=(11, 9), mode="bilinear")[0].argmax(dim=0)
+    assert torch.equal(argmax_at_size(scores, (11, 9)), expected)
 
 
-# --- the whole evaluation
+# --- training and evaluation
 
 
 def test_batches_are_flipped_with_their_masks(tiny_run: Make) -> None:
-    from pixmim.data.loader import Batch
-
     encoder = encoder_of(tiny_run())
     pair = torch.randint(0, 255, (4, 8, 8), dtype=torch.uint8)
     batch = Batch(pair.repeat(2, 1, 1, 1), torch.tensor([False, True]), torch.tensor([5, 5]))
-    x, masks = prepare(batch, encoder, 0, 3)
+    x, masks = prepare_batch(batch, encoder, 0, 3)
     assert torch.equal(masks[1], masks[0].flip(-1)) and torch.equal(masks[0], pair[-1].long())
     torch.testing.assert_close(x[1], x[0].flip(-1))  # one image, one distortion
-    assert not torch.equal(prepare(batch, encoder, 0, 4)[0], x)
+    assert not torch.equal(prepare_batch(batch, encoder, 0, 4)[0], x)
 
 
 @pytest.mark.parametrize("head", ["linear", "uper"])
-def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted after update 3 of 6, with dropout and drop path, it ends bitwise as one that was not."""
-    from pixmim.training import trainer
-
+def test_training_resumes_bitwise(head: str, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt after step 3 of 6, with dropout and drop path, and compare with an uninterrupted training."""
     encoder = encoder_of(tiny_run())
     settings, train = replace(QUICK, head=head, accumulation_steps=2), open_segmentation(TRAIN, ImageSpec(), "training")
 
@@ -565,7 +573,7 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
         fit(model, encoder, settings, train, size, folder=tmp_path / folder, skipped=BadImageLog(None, 60, 0.1))
         return dict(model.state_dict())
 
-    whole = trained("whole")
+    expected = trained("uninterrupted")
 
     class Stops(trainer.PreemptionHandler):
         count = 0
@@ -573,26 +581,26 @@ def test_training_goes_on_exactly(head: str, tiny_run: Make, tmp_path: Path, mon
         @property
         def requested(self) -> bool:  # type: ignore[override]
             type(self).count += 1
-            return type(self).count > 2  # asked once an update
+            return type(self).count > 2  # read once per step
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "PreemptionHandler", Stops)
         with pytest.raises(KeyboardInterrupt):
-            trained("parts")
+            trained("interrupted")
     torch.manual_seed(99)
-    parts = trained("parts")
-    assert whole.keys() == parts.keys()
-    for name, value in whole.items():
-        assert torch.equal(value, parts[name]), name
+    resumed = trained("interrupted")
+    assert expected.keys() == resumed.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
 
 
-def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) -> None:
-    """Found objects against a plain background, by textures and colors; and pictures, values and files are as said."""
+def test_a_trained_head_beats_the_majority_class(tiny_run: Make, tmp_path: Path) -> None:
+    """Segment squares by their color; check values, drawing and files as well."""
     run = tiny_run()
     (tmp_path / "config.json").write_text(to_json(run))
     save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
     context = EvalContext(load_frozen_encoder(str(tmp_path), device="cpu", precision="fp32"), tmp_path)
-    made = tmp_path / "pairs"
+    root = tmp_path / "pairs"
     for part, count in (("training", 40), ("validation", 10)):
         for i in range(count):
             generator = np.random.default_rng([i, count])
@@ -603,18 +611,21 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
                 0, 40, (36, 44, 3)
             )
             mask[0] = 0
-            save_pair(made, f"{part}/{i}", (36, 44), mask, "annotations")
-            Image.fromarray(pixels.astype(np.uint8)).save(made / "images" / part / f"{i}.png")
-    settings = replace(QUICK, train=str(made), test=str(made), steps=40, batch_size=8, head="uper", lr=1e-3)
+            save_pair(root, f"{part}/{i}", (36, 44), mask, "annotations")
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / part / f"{i}.png")
+    settings = replace(QUICK, train=str(root), test=str(root), steps=40, batch_size=8, head="uper", lr=1e-3)
     values = dict(evaluate_segmentation(context, settings))
     true = torch.cat(
         [
             pair[-1].flatten()
-            for _, pair in one_by_one(open_segmentation(str(made), ImageSpec(), "validation"), BadImageLog(None, 10, 0))
+            for _, pair in iterate_pairs(
+                open_segmentation(str(root), ImageSpec(), "validation"), BadImageLog(None, 10, 0)
+            )
         ]
     )
-    majority = segmentation_metrics(confusion_matrix(torch.zeros_like(true, dtype=torch.int64), true.long(), 2))
-    assert values["aAcc"] > 100 * majority.pixel_accuracy + 5 and values["mIoU"] > 100 * majority.mean_iou + 20
+    zeros = torch.zeros_like(true, dtype=torch.int64)
+    baseline = segmentation_metrics(confusion_matrix(zeros, true.long(), 2), "ab")
+    assert values["aAcc"] > baseline["aAcc"] + 5 and values["mIoU"] > baseline["mIoU"] + 20
     assert (
         values["mIoU"] == pytest.approx((values["iou/class 0"] + values["iou/class 1"]) / 2) and values["images"] == 10
     )
@@ -624,8 +635,6 @@ def test_a_trained_head_beats_the_largest_class(tiny_run: Make, tmp_path: Path) 
 
 
 def test_loss_falls(tiny_run: Make, tmp_path: Path) -> None:
-    from pixmim.training.metric_logger import read_metrics
-
     encoder = encoder_of(tiny_run())
     settings = replace(QUICK, head="uper", steps=60, batch_size=8, lr=3e-3)
     model, size = build(encoder, settings, 11)
@@ -642,7 +651,7 @@ def test_loss_falls(tiny_run: Make, tmp_path: Path) -> None:
     assert len(losses) == 60 and sum(losses[-10:]) < 0.85 * sum(losses[:10])
 
 
-def test_settings_that_do_not_go_together_are_named(tiny_run: Make, tmp_path: Path) -> None:
+def test_inconsistent_settings_are_refused(tiny_run: Make, tmp_path: Path) -> None:
     encoder = encoder_of(tiny_run())
     with pytest.raises(UserError, match="choose multiples of 8"):
         build(encoder, replace(QUICK, size="30"), 3)
@@ -652,19 +661,17 @@ def test_settings_that_do_not_go_together_are_named(tiny_run: Make, tmp_path: Pa
         list(evaluate(str(tmp_path), [("segmentation", QUICK)], tmp_path))
 
 
-def test_overlays_color_classes_and_leave_the_ignored() -> None:
-    picture, mask = np.full((2, 2, 3), 100, np.uint8), np.array([[0, 1], [1, IGNORE]])
+def test_overlays_color_all_but_ignored_pixels() -> None:
+    image, mask = np.full((2, 2, 3), 100, np.uint8), np.array([[0, 1], [1, IGNORE]])
     palette = class_colors(2)
-    drawn = overlay_mask(picture, mask, palette)
+    drawn = overlay_mask(image, mask, palette)
     assert drawn[1, 1].tolist() == [100] * 3 and drawn[0, 1].tolist() == drawn[1, 0].tolist()
     np.testing.assert_allclose(drawn[0, 0], 45 + 0.55 * palette[0], atol=1)
     assert len({tuple(c) for c in class_colors(150).tolist()}) == 150
 
 
-def test_a_window_of_two_is_refitted() -> None:
-    """Three distances lie on a parabola; refitted to a window of three, the known ones keep their values."""
-    from pixmim.weights.adapt import relative_biases
-
+def test_relative_biases_of_a_window_of_two_are_interpolated() -> None:
+    """Fit a parabola to three distances; in a window of three the known ones keep their values."""
     table = torch.randn(9, 2)
-    fitted = relative_biases(table, (2, 2), (3, 3)).view(5, 5, 2)
-    torch.testing.assert_close(fitted[1:4, 1:4], table.view(3, 3, 2), atol=1e-5, rtol=0)
+    interpolated = relative_biases(table, (2, 2), (3, 3)).view(5, 5, 2)
+    torch.testing.assert_close(interpolated[1:4, 1:4], table.view(3, 3, 2), atol=1e-5, rtol=0)

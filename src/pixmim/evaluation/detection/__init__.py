@@ -1,4 +1,4 @@
-"""Detection: the encoder fine-tuned in Faster or Mask R-CNN as ViTDet is (arXiv 2203.16527), by average precision."""
+"""Object detection: fine-tune the encoder in Faster or Mask R-CNN as ViTDet does, and measure average precision."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,18 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import class_indices, shares, shortened_list, warn_shared
 from pixmim.evaluation.context import EvalContext, Values, discard
-from pixmim.evaluation.detection.coco_metrics import Found, Tally, pack
-from pixmim.evaluation.detection.dataset import Annotated, Objects, open_annotated, rectangle
-from pixmim.evaluation.detection.detector import detect
-from pixmim.evaluation.detection.loader import fitted, picture, read
-from pixmim.evaluation.detection.masks import View, bitmap, coco
-from pixmim.evaluation.detection.train import build, trained
+from pixmim.evaluation.detection.coco_metrics import CocoMetrics, Detections
+from pixmim.evaluation.detection.dataset import (
+    DetectionDataset,
+    Objects,
+    box_polygon,
+    decode_mask,
+    encode_mask,
+    load_evaluator,
+    open_detection,
+)
+from pixmim.evaluation.detection.detector import build_detector, detect, train_detector
+from pixmim.evaluation.detection.loader import SquareCrop, fit_to_square
 from pixmim.evaluation.settings import DetectionSettings
 from pixmim.evaluation.visualize import draw_detections, image_grid, to_rgb
 from pixmim.transforms.crops import flip_and_normalize
@@ -26,176 +32,166 @@ from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.progress import progress
 
-_NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measured on
+Checked = tuple[DetectionDataset, DetectionDataset, bool]
 
 
-def check_detection(
-    context: EvalContext, settings: DetectionSettings
-) -> tuple[DetectionSettings, Annotated, Annotated, bool]:
-    """Read all annotations and build the detector, once for a context; trains nothing.
+def check_detection(context: EvalContext, settings: DetectionSettings) -> Checked:
+    """Read all annotations and build the detector, once per context, before anything is trained.
 
     Returns:
-        The settings with the files of COCO, train and test data, and whether masks are learned.
+        Train and test data, and whether masks are learned.
 
     Raises:
-        UserError: For data or settings that do not suit.
+        UserError: If the data or the settings cannot be used.
     """
 
-    def make() -> tuple[DetectionSettings, Annotated, Annotated, bool]:
-        coco()
-        found, encoder = _with_data(settings), context.encoder
-        train = open_annotated(found.train, found.train_images, encoder.image_spec, "--train-images")
-        test = _same_classes(train, open_annotated(found.test, found.test_images, encoder.image_spec, "--test-images"))
+    def make() -> Checked:
+        load_evaluator()
+        files, encoder = _annotation_files(settings), context.encoder
         console = context.console or Console(quiet=True)
-        _tell(train, test, console)
-        masks = _masks(found, train, test, console)
-        build(encoder, found, len(train.classes), masks)
-        if masks:
-            train, test = _only_masked(train), _only_masked(test)
-        return found, train, test, masks
+        train = open_detection(files[0], settings.train_images, encoder.image_spec, "--train-images")
+        test = open_detection(files[1], settings.test_images, encoder.image_spec, "--test-images")
+        test = _match_classes(train, test)
+        _print_summary(train, test, console)
+        masks = _choose_masks(settings, train, test, console)
+        build_detector(encoder, settings, len(train.classes), masks)
+        return (_unmasked_as_crowds(train), _unmasked_as_crowds(test), masks) if masks else (train, test, masks)
 
     return context.cached(("detection", repr(settings)), make)
 
 
 def evaluate_detection(context: EvalContext, settings: DetectionSettings) -> Values:
-    """Fine-tune a detector and measure it: see `Tally.values`.
+    """Fine-tune a detector and yield `CocoMetrics.compute` of the test data. Resumes an interrupted training.
 
-    Unfinished training is gone on with. Raises UserError.
+    Raises:
+        UserError: If the data or the settings cannot be used.
     """
-    settings, train, test, masks = check_detection(context, settings)
-    model = trained(context, settings, train, masks)
-    yield from _measured(context, settings, test, model, masks)
+    train, test, masks = check_detection(context, settings)
+    model = train_detector(context, settings, train, masks).eval()
+    yield from _measure(context, settings, test, model, masks)
     discard(context.work_dir("detection", settings))
 
 
-def _measured(
-    context: EvalContext, settings: DetectionSettings, test: Annotated, model: FasterRCNN, masks: bool
+def _measure(
+    context: EvalContext, settings: DetectionSettings, test: DetectionDataset, model: FasterRCNN, masks: bool
 ) -> Values:
-    encoder, tally = context.encoder, Tally(test.classes, masks)
-    pictures: list[Image.Image] = []
+    encoder, metrics = context.encoder, CocoMetrics(test.classes, masks)
+    drawings: list[Image.Image] = []
     skipped = context.skipped(test.images)
-    model.eval()
     with progress(f"objects of {test.images.spec}", len(test.images), context.console) as advance:
         for index in range(len(test.images)):
             try:
-                image, there = read(test, index), test.objects(index)
+                image, objects = test.read(index), test.objects(index)
                 size = int(image.shape[-2]), int(image.shape[-1])
                 if masks:
-                    there = replace(there, masks=[bitmap(mask, size) for mask in there.masks])
+                    objects = replace(objects, masks=[decode_mask(mask, size) for mask in objects.masks])
             except BadImage as error:
                 skipped.record(index, test.images.path_of(index), str(error))
                 continue
             skipped.mark_ok(index)
-            view = fitted(size, settings.size)
-            shown = picture(image, view, encoder.mean.tolist())[None].to(encoder.device)
-            (found,) = detect(model, flip_and_normalize(shown, None, encoder.mean, encoder.std))
-            seen = _in_image(found, view)
-            tally.add(size, there, seen)
-            if len(pictures) < settings.pictures:
-                drawn = [bitmap(mask, size) for mask in seen.masks]
-                pixels = to_rgb(image, encoder.config)
-                pictures.append(
-                    draw_detections(pixels, there.boxes, seen.boxes, seen.labels, seen.scores, drawn, test.classes)
-                )
+            crop = fit_to_square(size, settings.size)
+            square = crop.crop_image(image, encoder.mean.tolist())[None].to(encoder.device)
+            (output,) = detect(model, flip_and_normalize(square, None, encoder.mean, encoder.std))
+            detections = _to_image_pixels(output, crop)
+            metrics.update(size, objects, detections)
+            if len(drawings) < settings.pictures:
+                pixels, decoded = to_rgb(image, encoder.config), [decode_mask(mask, size) for mask in detections.masks]
+                boxes, labels, scores = detections.boxes, detections.labels, detections.scores
+                drawings.append(draw_detections(pixels, objects.boxes, boxes, labels, scores, decoded, test.classes))
             advance(index + 1)
-    if pictures:
-        caption = "detection: what was found, with scores from 0.5, and in white what is there"
-        context.images[caption] = image_grid([pictures[i : i + 4] for i in range(0, len(pictures), 4)])
-    yield from tally.values()
+    if drawings:
+        caption = "Detection: predictions with scores from 0.5 in color, true boxes in white"
+        context.images[caption] = image_grid([drawings[i : i + 4] for i in range(0, len(drawings), 4)])
+    yield from metrics.compute()
 
 
-def _in_image(found: dict[str, Tensor], view: View) -> Found:
-    """What was found in a view, in pixels of the image."""
-    down, across = view.scale
-    h, w = view.image
-    boxes = found["boxes"] / found["boxes"].new_tensor([across, down, across, down])
+def _to_image_pixels(output: dict[str, Tensor], crop: SquareCrop) -> Detections:
+    """Convert a detector's output for a crop to pixels of the image."""
+    down, across = crop.scale
+    h, w = crop.image
+    boxes = output["boxes"] / output["boxes"].new_tensor([across, down, across, down])
     boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([w, h, w, h]))
-    drawn = []
-    if "masks" in found:
-        for share, box in zip(found["masks"], boxes, strict=True):  # one by one: each is as large as the image
-            drawn.append(paste_masks_in_image(share[None], box[None], (h, w))[0, 0].cpu().numpy() >= 0.5)
-    return Found(boxes.cpu().numpy(), found["labels"].cpu().numpy() - 1, found["scores"].cpu().numpy(), pack(drawn))
+    masks = []
+    if "masks" in output:
+        for mask, box in zip(output["masks"], boxes, strict=True):  # one by one: each is as large as the image
+            pasted = paste_masks_in_image(mask[None], box[None], (h, w))[0, 0].cpu().numpy() >= 0.5
+            masks.append(encode_mask(pasted))
+    return Detections(boxes.cpu().numpy(), output["labels"].cpu().numpy() - 1, output["scores"].cpu().numpy(), masks)
 
 
-def _tell(train: Annotated, test: Annotated, console: Console) -> None:
-    """Print the classes of train and test data, and what is wrong with them. Raises UserError where nothing is left."""
-    for what, data in (("train", train), ("test", test)):
-        total, spec = sum(data.counts), data.images.spec
-        found = f"{total:,} objects in {len(data.images):,} images of {shares(data.classes, data.counts)}"
-        for line in [f"{what} data: {found}", *[f"  {line}" for line in data.about.splitlines()]]:
-            print_plain(console, line)
-        if not total:
-            raise UserError(
-                f"{spec} has no object to {'learn from' if what == 'train' else 'be found'} (crowds do not count)"
-            )
-    unknown = [name for name, a, b in zip(train.classes, train.counts, test.counts, strict=True) if b and not a]
-    if unknown:
-        print_plain(
-            console,
-            f"warning: {len(unknown)} test classes have no train object, and an AP of 0: {shortened_list(unknown)}",
-        )
-    warn_shared(train.images, test.images, console)
-
-
-def _masks(settings: DetectionSettings, train: Annotated, test: Annotated, console: Console) -> bool:
-    """Whether masks are learned, and what that means for objects without one, in lines. Raises UserError."""
-    both = train, test
-    lacking = [data for data in both if len(data.unmasked) == sum(data.counts)]
-    if settings.masks == "yes" and lacking:
-        raise UserError(f"--masks yes, but no object of {lacking[0].images.spec} has a mask that can be used")
-    most = all(2 * len(data.unmasked) < sum(data.counts) for data in both)
-    masks = settings.masks == "yes" or (settings.masks == "auto" and most)
-    print_plain(console, "learns boxes and masks (Mask R-CNN)" if masks else "learns boxes only (Faster R-CNN)")
-    for data in both if settings.masks != "no" else ():
-        if data.unmasked:
-            follows = (
-                "these are treated as crowds, neither learned nor measured; --masks no takes all boxes"
-                if masks
-                else "--masks yes learns the masks of the others" * (not lacking)
-            )
-            print_plain(
-                console,
-                f"warning: {len(data.unmasked):,} of the {sum(data.counts):,} objects of {data.images.spec} have no "
-                f"usable mask (the first is {data.unmasked[0]})" + f": {follows}" * bool(follows),
-            )
-    return masks
-
-
-def _only_masked(data: Annotated) -> Annotated:
-    """The data with objects without a mask as crowds."""
-
-    def objects(index: int) -> Objects:
-        found = data.objects(index)
-        without = np.asarray([mask is None for mask in found.masks], bool)
-        masks = [
-            rectangle(box) if mask is None else mask
-            for mask, box in zip(found.masks, found.boxes.tolist(), strict=True)
-        ]
-        return replace(found, crowd=found.crowd | without, masks=masks)
-
-    return replace(data, objects=objects)
-
-
-def _with_data(settings: DetectionSettings) -> DetectionSettings:
-    """The settings with COCO's files in place of its folder. Raises UserError."""
-    if not settings.data:
-        if not (settings.train and settings.test):
-            raise UserError("which images? Give --data COCO, or --train and --test: files in COCO's format, or shapes:")
-        return settings
-    if settings.train or settings.test:
+def _annotation_files(settings: DetectionSettings) -> tuple[str, str]:
+    """Return the annotations of the train and test data. Raises UserError."""
+    if settings.data and (settings.train or settings.test):
         raise UserError("--data names both parts of COCO: leave out --train and --test")
-    files = [Path(settings.data).expanduser() / "annotations" / f"instances_{name}.json" for name in _NAMES]
-    return replace(settings, train=str(files[0]), test=str(files[1]))
+    if settings.data:
+        folder = Path(settings.data).expanduser() / "annotations"
+        return str(folder / "instances_train2017.json"), str(folder / "instances_val2017.json")
+    if not (settings.train and settings.test):
+        raise UserError("no data given: add --data COCO, or --train and --test (files in COCO's format, or shapes:)")
+    return settings.train, settings.test
 
 
-def _same_classes(train: Annotated, test: Annotated) -> Annotated:
-    """Return the test data with the class indices of the train data. Raises UserError for a class that those lack."""
+def _match_classes(train: DetectionDataset, test: DetectionDataset) -> DetectionDataset:
+    """Return the test data with the class indices of the train data. Raises UserError for an unknown class."""
     number = class_indices(test.classes, train.classes, "the test data").numpy()
 
     def objects(index: int) -> Objects:
-        found = test.objects(index)
-        return replace(found, labels=number[found.labels])
+        group = test.objects(index)
+        return replace(group, labels=number[group.labels])
 
     counts = np.zeros(len(train.classes), np.int64)
     counts[number] = test.counts
     return replace(test, objects=objects, classes=train.classes, counts=counts.tolist())
+
+
+def _print_summary(train: DetectionDataset, test: DetectionDataset, console: Console) -> None:
+    """Print the classes and problems of the data. Raises UserError if either part has no object."""
+    for split, data in (("train", train), ("test", test)):
+        total = sum(data.counts)
+        classes = shares(data.classes, data.counts)
+        print_plain(console, f"{split} data: {total:,} objects in {len(data.images):,} images of {classes}")
+        for line in data.problems.splitlines():
+            print_plain(console, f"  {line}")
+        if not total:
+            raise UserError(f"the {split} data {data.images.spec} has no object (crowds do not count)")
+    unseen = [name for name, a, b in zip(train.classes, train.counts, test.counts, strict=True) if b and not a]
+    if unseen:
+        effect = "have no train object, and will have an AP of 0"
+        print_plain(console, f"warning: {len(unseen)} test classes {effect}: {shortened_list(unseen)}")
+    warn_shared(train.images, test.images, console)
+
+
+def _choose_masks(
+    settings: DetectionSettings, train: DetectionDataset, test: DetectionDataset, console: Console
+) -> bool:
+    """Decide whether masks are learned, and print what happens to objects without one. Raises UserError."""
+    splits = train, test
+    maskless = [data for data in splits if len(data.unmasked) == sum(data.counts)]
+    if settings.masks == "yes" and maskless:
+        raise UserError(f"--masks yes, but no object of {maskless[0].images.spec} has a usable mask")
+    most = all(2 * len(data.unmasked) < sum(data.counts) for data in splits)
+    masks = settings.masks == "yes" or (settings.masks == "auto" and most)
+    print_plain(console, "learns boxes and masks (Mask R-CNN)" if masks else "learns boxes only (Faster R-CNN)")
+    effect = ""
+    if masks:
+        effect = ": these are treated as crowds, neither learned nor measured; --masks no uses all boxes"
+    elif not maskless:
+        effect = ": --masks yes learns the masks of the others"
+    for data in splits if settings.masks != "no" else ():
+        if data.unmasked:
+            count = f"{len(data.unmasked):,} of the {sum(data.counts):,} objects of {data.images.spec}"
+            print_plain(console, f"warning: {count} have no usable mask (the first is {data.unmasked[0]}){effect}")
+    return masks
+
+
+def _unmasked_as_crowds(data: DetectionDataset) -> DetectionDataset:
+    """Return the data with objects without a mask turned into crowds."""
+
+    def objects(index: int) -> Objects:
+        group = data.objects(index)
+        unmasked = np.asarray([mask is None for mask in group.masks], bool)
+        pairs = zip(group.masks, group.boxes.tolist(), strict=True)
+        masks = [box_polygon(box) if mask is None else mask for mask, box in pairs]
+        return replace(group, crowd=group.crowd | unmasked, masks=masks)
+
+    return replace(data, objects=objects)

@@ -1,4 +1,4 @@
-"""Images with boxes, and masks where they have any: COCO files, or synthetic shapes."""
+"""Images with boxes and masks from COCO files or synthetic shapes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from pixmim.data.dataset import ImageDataset, ImageSpec
+from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
+from pixmim.data.decode.limits import max_pixels
 from pixmim.data.image_folder import ImageFolder, check_inside
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
-from pixmim.evaluation.annotations import CocoFile, CocoObject, read_coco
-from pixmim.evaluation.detection.masks import Segmentation, check_segmentation
+from pixmim.evaluation.annotations import BinaryMask, CocoFile, CocoObject, is_number, read_coco
 from pixmim.utils.errors import UserError
+
+Segmentation = Any
+"""A mask: polygons [[x, y ...] ...] in pixels, a run-length code {"size": [h, w], "counts": ...}, or bool (h w)."""
+
+_MAX_DISTANCE = 10  # of a polygon, in multiples of the longer side of its image
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,8 @@ class Objects:
     Attributes:
         boxes: float32 (k 4): left, top, right, bottom in pixels.
         labels: int64 (k): class indices.
-        crowd: bool (k): True for a region of many objects, which is neither learned nor has to be found.
-        areas: float64 (k) in square pixels, as COCO states them.
+        crowd: bool (k): True for a region of many objects, which is neither learned nor has to be detected.
+        areas: float64 (k) in square pixels, as COCO defines them.
         masks: k segmentations, None for an object without a usable one; or an empty list.
     """
 
@@ -37,17 +44,17 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Annotated:
-    """A dataset of images with objects.
+class DetectionDataset:
+    """Images with objects.
 
     Attributes:
         images: The images.
-        sizes: (h, w) of each image that its boxes were made for; None if any size is right.
-        objects: Returns the objects of the image with an index.
+        sizes: (h, w) of each image according to its annotations; None if every size is right.
+        objects: Returns the objects of an image index.
         classes: Names of the classes.
         counts: Objects of each class, without crowds.
         unmasked: Names of the objects without a usable mask.
-        about: Problems of the file and their consequences, in lines.
+        problems: Problems of the file and their consequences, one per line.
     """
 
     images: ImageDataset
@@ -56,78 +63,87 @@ class Annotated:
     classes: list[str]
     counts: list[int]
     unmasked: list[Any]
-    about: str = ""
+    problems: str = ""
 
-    @property
-    def masks(self) -> bool:
-        """True if every object has a mask."""
-        return not self.unmasked and sum(self.counts) > 0
+    def read(self, index: int) -> Tensor:
+        """Read an image (c h w); 16-bit images become floats in [0, 1].
+
+        Raises:
+            BadImage: If it cannot be read, or its size differs from its annotations.
+        """
+        image = self.images.image(index)
+        if image.dtype == torch.uint16:  # torch lacks most operators for it
+            image = image.float() / 65535
+        h, w = image.shape[-2:]
+        if self.sizes is not None and (h, w) != self.sizes[index]:
+            raise BadImage("size {}x{} differs from its annotations: {}x{}".format(h, w, *self.sizes[index]))
+        return image
 
 
-def open_annotated(spec: str, folder: str, form: ImageSpec, flag: str = "--train-images") -> Annotated:
-    """Open a COCO file, or `shapes:`. The whole file is checked here.
+def open_detection(spec: str, folder: str, image_spec: ImageSpec, flag: str = "--train-images") -> DetectionDataset:
+    """Open and check a COCO file, or `shapes:`.
 
     Args:
         spec: The JSON file, or shapes:.
         folder: Folder of the images. If empty: ROOT/NAME for ROOT/annotations/instances_NAME.json, otherwise the
             folder of the file.
-        form: Channels and dtype of the images.
+        image_spec: Channels and dtype of the images.
         flag: The flag that names `folder`, for messages.
 
     Raises:
         UserError: If the file or its images cannot be used.
     """
     if spec.startswith("shapes:"):
-        return _open_shapes(SyntheticShapes.from_spec(spec, form))
-    file = Path(os.path.expanduser(spec))
+        return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
+    file = Path(spec).expanduser()
     if folder:
-        root = Path(os.path.expanduser(folder))
+        root = Path(folder).expanduser()
     elif file.parent.name == "annotations" and file.stem.startswith("instances_"):
         root = file.parent.parent / file.stem.removeprefix("instances_")
     else:
         root = file.parent
     if file.is_file() and not root.is_dir():
-        raise UserError(f"there is no folder {root} with the images of {file}: name it with {flag} FOLDER")
+        raise UserError(f"there is no folder {root} with the images of {file}: add {flag} FOLDER")
     coco = read_coco(file, check_segmentation)
     _check_files(coco, file, root, flag)
     objects: list[list[CocoObject]] = [[] for _ in coco.images]
-    for one in coco.objects:
-        objects[one.image].append(one)
-    true = [one for one in coco.objects if not one.crowd]
-    return Annotated(
-        ImageFolder(spec, root, [image.name for image in coco.images], form),
+    for each in coco.objects:
+        objects[each.image].append(each)
+    true = [each for each in coco.objects if not each.crowd]
+    return DetectionDataset(
+        ImageFolder(spec, root, [image.name for image in coco.images], image_spec),
         [image.size for image in coco.images],
         [_to_arrays(group) for group in objects].__getitem__,
         coco.classes,
-        np.bincount([one.label for one in true], minlength=len(coco.classes)).tolist(),
-        [one.name for one in true if one.mask is None],
+        np.bincount([each.label for each in true], minlength=len(coco.classes)).tolist(),
+        [each.name for each in true if each.mask is None],
         str(coco.problems),
     )
 
 
-def rectangle(box: Sequence[float]) -> list[list[float]]:
-    """Return a box as a polygon, for a crowd without a mask."""
+def box_polygon(box: Sequence[float]) -> list[list[float]]:
+    """Return a box as a polygon, the mask of a crowd without one."""
     left, top, right, bottom = box
     return [[left, top, right, top, right, bottom, left, bottom]]
 
 
-def _open_shapes(shapes: SyntheticShapes) -> Annotated:
+def _from_shapes(shapes: SyntheticShapes) -> DetectionDataset:
     def objects(index: int) -> Objects:
         sample = shapes.sample(index)
         area = float(sample.mask.sum())
         return _to_arrays([CocoObject("", index, sample.box, sample.shape, False, area, sample.mask)])
 
     counts = np.bincount(shapes.labels, minlength=len(SHAPES)).tolist()
-    return Annotated(shapes, None, objects, list(SHAPES), counts, [])
+    return DetectionDataset(shapes, None, objects, list(SHAPES), counts, [])
 
 
 def _to_arrays(objects: Sequence[CocoObject]) -> Objects:
     return Objects(
-        np.asarray([one.box for one in objects], np.float32).reshape(-1, 4),
-        np.asarray([one.label for one in objects], np.int64),
-        np.asarray([one.crowd for one in objects], bool),
-        np.asarray([one.area for one in objects], np.float64),
-        [rectangle(one.box) if one.crowd and one.mask is None else one.mask for one in objects],
+        np.asarray([each.box for each in objects], np.float32).reshape(-1, 4),
+        np.asarray([each.label for each in objects], np.int64),
+        np.asarray([each.crowd for each in objects], bool),
+        np.asarray([each.area for each in objects], np.float64),
+        [box_polygon(each.box) if each.crowd and each.mask is None else each.mask for each in objects],
     )
 
 
@@ -138,8 +154,88 @@ def _check_files(coco: CocoFile, file: Path, root: Path, flag: str) -> None:
     missing = [name for name in names if not os.path.isfile(root / name)]
     if len(missing) > len(names) / 4:
         raise UserError(
-            f"{len(missing):,} of the {len(names):,} images of {file} are not in {root}, such as {missing[0]}: name "
-            f"their folder with {flag} FOLDER"
+            f"{len(missing):,} of the {len(names):,} images of {file} are not in {root}, such as {missing[0]}: add "
+            f"{flag} FOLDER"
         )
     for name in missing:
         coco.problems.add(f"images are not in {root}", name)
+
+
+def load_evaluator() -> Any:
+    """Return the package that decodes masks and computes AP as COCO does. Raises UserError if it is not installed."""
+    try:
+        import faster_coco_eval
+    except ImportError as error:
+        raise UserError("detection needs a COCO evaluator: pip install 'pixmim[detection]'") from error
+    return faster_coco_eval
+
+
+def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> BinaryMask:
+    """Return the pixels of a mask in an image of `size` (h, w).
+
+    Raises:
+        BadImage: If its code is damaged.
+    """
+    if isinstance(segmentation, np.ndarray):
+        return segmentation
+    tools = load_evaluator().mask
+    try:
+        if isinstance(segmentation, list):  # pixels in any of the polygons, by COCO's rule for edges
+            return np.asarray(tools.decode(tools.merge(tools.frPyObjects(segmentation, *size))), bool)
+        if isinstance(segmentation["counts"], list):
+            segmentation = tools.frPyObjects(segmentation, *size)
+        return np.asarray(tools.decode(segmentation), bool)
+    except (ValueError, RuntimeError) as error:
+        raise BadImage(f"a mask is damaged: {error}") from None
+
+
+def encode_mask(mask: BinaryMask) -> dict[str, Any]:
+    """Return a mask as a compressed run-length code of some hundred bytes."""
+    return dict(load_evaluator().mask.encode(np.asfortranarray(mask, np.uint8)))
+
+
+def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Segmentation | None, str]:
+    """Check a segmentation of a COCO file.
+
+    Args:
+        segmentation: Polygons or a run-length code.
+        size: (h, w) of the image.
+
+    Returns:
+        The usable part, or None; and the kind of problem with the rest, or an empty string.
+    """
+    if segmentation is None or segmentation == []:
+        return None, ""
+    if isinstance(segmentation, list):
+        reasons = [_check_polygon(polygon, _MAX_DISTANCE * max(size)) for polygon in segmentation]
+        usable = [polygon for polygon, reason in zip(segmentation, reasons, strict=True) if not reason]
+        reason = next(filter(None, reasons), "")
+        return usable or None, f"masks have a polygon {reason}" if reason else ""
+    if not isinstance(segmentation, dict):
+        return None, "masks are neither polygons nor a run-length code"
+    if segmentation.get("size") != list(size):
+        return None, "masks and images differ in size"
+    counts, wrong_sum = segmentation.get("counts"), "masks have counts that do not add up to their pixels"
+    if isinstance(counts, list):
+        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
+            return None, wrong_sum
+        return (segmentation, "") if any(counts[1::2]) else (None, "masks have no pixel")
+    if not isinstance(counts, str) or size[0] * size[1] > max_pixels():
+        return None, "masks have no readable counts"
+    try:
+        return (segmentation, "") if decode_mask(segmentation, size).any() else (None, "masks have no pixel")
+    except BadImage:
+        return None, wrong_sum
+
+
+def _check_polygon(polygon: Any, limit: float) -> str:
+    """Return the problem of a polygon [x, y, x, y, ...]; empty for a valid one."""
+    if not isinstance(polygon, list) or not all(map(is_number, polygon)):
+        return "that is not numbers"
+    if len(polygon) < 6 or len(polygon) % 2:
+        return "with fewer than three corners, or half a corner"
+    if min(polygon) < -limit or max(polygon) > limit:
+        return f"that extends beyond {_MAX_DISTANCE} times its image"
+    if min(polygon[::2]) == max(polygon[::2]) or min(polygon[1::2]) == max(polygon[1::2]):
+        return "without an area"
+    return ""

@@ -1,140 +1,188 @@
-"""Batches of images with their objects, as a function of (seed, position)."""
+"""Batches of jittered images with their objects, as a function of (seed, position)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from pixmim.data.dataset import BadImage
 from pixmim.data.loader import BatchLoader, Finish, LoaderOptions
 from pixmim.data.sampler import BatchShard, SampleBatch
-from pixmim.evaluation.annotations import box_around
-from pixmim.evaluation.detection.dataset import Annotated, Objects
-from pixmim.evaluation.detection.masks import View
+from pixmim.evaluation.annotations import BinaryMask, bounding_box
+from pixmim.evaluation.detection.dataset import DetectionDataset, Objects, Segmentation, decode_mask
 from pixmim.masking import Mask
+
+Target = dict[str, Tensor]
+"""Target of torchvision's detectors: boxes float (k 4), labels int64 (k) from 1, and perhaps masks uint8 (k h w)."""
+
+
+@dataclass(frozen=True)
+class SquareCrop:
+    """A geometric transform of an image: flip, resize, and crop a square, padded at the right and the bottom.
+
+    Attributes:
+        image: (h, w) of the image.
+        resized: (h, w) of the resized image.
+        corner: (row, column) of the square in the resized image.
+        size: Side of the square.
+        flip: True to mirror the image horizontally first.
+    """
+
+    image: tuple[int, int]
+    resized: tuple[int, int]
+    corner: tuple[int, int]
+    size: int
+    flip: bool = False
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Factors of the resize, vertical and horizontal."""
+        return self.resized[0] / self.image[0], self.resized[1] / self.image[1]
+
+    @property
+    def covered(self) -> tuple[int, int]:
+        """(h, w) of the part of the square that the image covers."""
+        return min(self.size, self.resized[0] - self.corner[0]), min(self.size, self.resized[1] - self.corner[1])
+
+    def crop_image(self, image: Shaped[Tensor, "c h w"], fill: Sequence[float]) -> Shaped[Tensor, "c size size"]:
+        """Transform an image, bilinear with antialias; padding has the value `fill` of each channel, in [0, 1]."""
+        image = image.flip(-1) if self.flip else image
+        image = V.resize(image, list(self.resized), interpolation=V.InterpolationMode.BILINEAR, antialias=True)
+        padding = torch.tensor(fill) if image.is_floating_point() else (255 * torch.tensor(fill)).round()
+        out = padding.to(image.dtype).view(-1, 1, 1).repeat(1, self.size, self.size)
+        (row, column), (h, w) = self.corner, self.covered
+        out[:, :h, :w] = image[:, row : row + h, column : column + w]
+        return out
+
+    def crop_boxes(self, boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Transform boxes (k 4), clipped to the square."""
+        down, across = self.scale
+        if self.flip:
+            boxes = np.stack([self.image[1] - boxes[:, 2], boxes[:, 1], self.image[1] - boxes[:, 0], boxes[:, 3]], 1)
+        moved = boxes * [across, down, across, down] - np.asarray([self.corner[1], self.corner[0]] * 2)
+        h, w = self.covered
+        return moved.clip(0, [w, h, w, h]).astype(np.float32)
+
+    def crop_mask(self, segmentation: Segmentation) -> BinaryMask:
+        """Transform a mask to (size size). Raises BadImage for a damaged one."""
+        (down, across), (h, w) = self.scale, self.covered
+        out = np.zeros((self.size, self.size), bool)
+        if isinstance(segmentation, list):
+            moved = []
+            for polygon in segmentation:
+                points = np.asarray(polygon, np.float64).reshape(-1, 2)
+                x = self.image[1] - points[:, 0] if self.flip else points[:, 0]
+                xy = np.stack([x * across - self.corner[1], points[:, 1] * down - self.corner[0]], 1)
+                moved.append(xy.reshape(-1).tolist())
+            out[:h, :w] = decode_mask(moved, (h, w))
+            return out
+        mask = decode_mask(segmentation, self.image)
+        mask = mask[:, ::-1] if self.flip else mask
+        rows = ((np.arange(h) + self.corner[0] + 0.5) / down).astype(np.int64)
+        columns = ((np.arange(w) + self.corner[1] + 0.5) / across).astype(np.int64)
+        out[:h, :w] = mask[rows[:, None], columns]
+        return out
+
+
+def fit_to_square(image: tuple[int, int], size: float) -> SquareCrop:
+    """Resize an image of (h, w) so that its longer edge has `size` pixels."""
+    ratio = size / max(image)
+    resized = max(1, round(image[0] * ratio)), max(1, round(image[1] * ratio))
+    return SquareCrop(image, resized, (0, 0), round(size))
+
+
+def jitter(image: tuple[int, int], size: int, scale: tuple[float, float], u: Sequence[float], flip: bool) -> SquareCrop:
+    """Apply large-scale jitter (arXiv 2012.07177) to an image of (h, w).
+
+    Resize the image to fit into `size` times a random factor, and crop a random part if it is larger than the square.
+
+    Args:
+        image: (h, w) of the image.
+        size: Side of the square.
+        scale: Range of the factor.
+        u: Three uniform numbers in [0, 1).
+        flip: True to mirror the image.
+    """
+    h, w = fit_to_square(image, size * (scale[0] + u[0] * (scale[1] - scale[0]))).resized
+    corner = int(u[1] * (max(h - size, 0) + 1)), int(u[2] * (max(w - size, 0) + 1))
+    return SquareCrop(image, (h, w), corner, size, flip)
+
+
+def make_target(objects: Objects, crop: SquareCrop, masks: bool) -> Target:
+    """Return the target of a crop, without crowds and objects of which less than a pixel is visible.
+
+    With masks, boxes are recomputed from the visible part of the masks.
+    """
+    boxes = crop.crop_boxes(objects.boxes)
+    used = [i for i, box in enumerate(boxes) if not objects.crowd[i] and box[2] - box[0] >= 1 and box[3] - box[1] >= 1]
+    cropped = []
+    for i in used if masks else ():
+        mask = crop.crop_mask(objects.masks[i])
+        box = bounding_box(mask)
+        if box is not None:
+            boxes[i] = box
+            cropped.append((i, mask))
+    used = [i for i, _ in cropped] if masks else used
+    target = {"boxes": torch.from_numpy(boxes[used]), "labels": torch.from_numpy(objects.labels[used] + 1)}
+    if masks:
+        stack = np.stack([mask for _, mask in cropped]) if cropped else np.zeros((0, crop.size, crop.size), bool)
+        target["masks"] = torch.from_numpy(stack.astype(np.uint8))
+    return target
 
 
 @dataclass(frozen=True)
 class DetectionBatch:
-    """Images with the targets of torchvision's detectors.
-
-    Each target has boxes float (k 4), labels int64 (k) from 1, and masks uint8 (k h w) where they are learned.
-    """
+    """Images with their targets."""
 
     images: Shaped[Tensor, "b c h w"]
-    targets: list[dict[str, Tensor]]
+    targets: list[Target]
 
 
-def jitter(image: tuple[int, int], size: int, scale: tuple[float, float], u: Sequence[float], flip: bool) -> View:
-    """Large-scale jitter (arXiv 2012.07177), decided by three numbers in [0, 1).
-
-    The image is resized to fit into `size` times a scale between the two given ones; where it is then larger than the
-    square, a random part is cut out, and where smaller, it is filled on the right and below.
-    """
-    view = fitted(image, size * (scale[0] + u[0] * (scale[1] - scale[0])))
-    h, w = view.resized
-    corner = int(u[1] * (max(h - size, 0) + 1)), int(u[2] * (max(w - size, 0) + 1))
-    return View(image, view.resized, corner, size, flip)
-
-
-def fitted(image: tuple[int, int], size: float) -> View:
-    """The whole image, resized so that its longer edge has `size` pixels."""
-    ratio = size / max(image)
-    resized = max(1, round(image[0] * ratio)), max(1, round(image[1] * ratio))
-    return View(image, resized, (0, 0), round(size))
-
-
-def picture(image: Shaped[Tensor, "c h w"], view: View, fill: Sequence[float]) -> Shaped[Tensor, "c h2 w2"]:
-    """What is seen of an image, bilinear and with antialias; beyond it each channel has the value `fill`, of [0, 1]."""
-    image = image.flip(-1) if view.flip else image
-    image = V.resize(image, list(view.resized), interpolation=V.InterpolationMode.BILINEAR, antialias=True)
-    beyond = torch.tensor(fill) if image.is_floating_point() else (255 * torch.tensor(fill)).round()
-    out = beyond.to(image.dtype).view(-1, 1, 1).repeat(1, view.size, view.size)
-    (row, column), (h, w) = view.corner, view.seen
-    out[:, :h, :w] = image[:, row : row + h, column : column + w]
-    return out
-
-
-def target(objects: Objects, view: View, masks: bool) -> dict[str, Tensor]:
-    """What there is to learn in a view: no crowds, and nothing that lies outside, or less than a pixel of it inside.
-
-    With masks, a box is drawn anew around what is seen of its mask.
-    """
-    boxes = view.boxes(objects.boxes)
-    kept = [i for i, box in enumerate(boxes) if not objects.crowd[i] and box[2] - box[0] >= 1 and box[3] - box[1] >= 1]
-    drawn = []
-    if masks:
-        drawn = [view.mask(objects.masks[i]) for i in kept]
-        found = [box_around(mask) for mask in drawn]
-        for i, box in zip(kept, found, strict=True):
-            boxes[i] = box or 0
-        kept, drawn = [i for i, box in zip(kept, found, strict=True) if box], [m for m in drawn if m.any()]
-    targets = {"boxes": torch.from_numpy(boxes[kept]), "labels": torch.from_numpy(objects.labels[kept] + 1)}
-    if masks:
-        stack = np.stack(drawn) if drawn else np.zeros((0, view.size, view.size), bool)
-        targets["masks"] = torch.from_numpy(stack.astype(np.uint8))
-    return targets
-
-
-def read(data: Annotated, index: int) -> Tensor:
-    """An image, one of 16 bits as floats in [0, 1].
-
-    Raises BadImage if it is not there, or not of the size that its boxes were made for.
-    """
-    image = data.images.image(index)
-    if image.dtype == torch.uint16:  # for which torch has few operators
-        image = image.float() / 65535
-    size = int(image.shape[-2]), int(image.shape[-1])
-    if data.sizes is not None and size != data.sizes[index]:
-        raise BadImage("it has {}x{} pixels, and its boxes were made for {}x{}".format(*size, *data.sizes[index]))
-    return image
-
-
-class DetectionLoader(BatchLoader[tuple[Tensor, dict[str, Tensor]], DetectionBatch]):
-    """Batches of jittered images with their objects.
+class DetectionLoader(BatchLoader[tuple[Tensor, Target], DetectionBatch]):
+    """Load batches of jittered images with their objects.
 
     Args:
-        data: Annotated images.
+        data: Images with objects.
         shard: Positions to train on.
-        size: Side of the square, see `jitter`.
-        scale: Range of the jitter, see `jitter`.
-        instances: Whether masks are learned besides boxes.
-        fill: Value of each channel beyond an image, in [0, 1].
+        size: Side of the square in pixels, see `jitter`.
+        scale: Range of the scale, see `jitter`.
+        with_masks: True to load masks as well as boxes.
+        fill: Value of each channel in the padding, in [0, 1].
         options: See `BatchLoader`.
     """
 
     def __init__(
         self,
-        data: Annotated,
+        data: DetectionDataset,
         shard: BatchShard,
         *,
         size: int,
         scale: tuple[float, float],
-        instances: bool,
+        with_masks: bool,
         fill: Sequence[float],
         **options: Unpack[LoaderOptions],
     ) -> None:
         super().__init__(data.images, 3, shard, **options)
-        self._data, self._size, self._scale, self._instances, self._fill = data, size, scale, instances, fill
+        self._data, self._size, self._scale, self._with_masks, self._fill = data, size, scale, with_masks, fill
 
-    def _read(self, index: int, flip: bool, u: list[float]) -> tuple[Tensor, dict[str, Tensor]]:
-        image = read(self._data, index)
-        view = jitter((int(image.shape[-2]), int(image.shape[-1])), self._size, self._scale, u, flip)
-        return picture(image, view, self._fill), target(self._data.objects(index), view, self._instances)
+    def _read(self, index: int, flip: bool, u: list[float]) -> tuple[Tensor, Target]:
+        image = self._data.read(index)
+        crop = jitter((int(image.shape[-2]), int(image.shape[-1])), self._size, self._scale, u, flip)
+        return crop.crop_image(image, self._fill), make_target(self._data.objects(index), crop, self._with_masks)
 
     def _start(self, samples: SampleBatch, number: int) -> tuple[Callable[[int], None], Finish[DetectionBatch]]:
-        views: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        rows: dict[int, tuple[Tensor, Target]] = {}
 
         def prepare(row: int) -> None:
-            views[row] = self._read_row(samples, row)[0]
+            rows[row] = self._read_row(samples, row)[0]
 
         def finish(mask: Mask | None, weight: float) -> DetectionBatch:
-            images, targets = zip(*(views[row] for row in range(len(views))), strict=True)
+            images, targets = zip(*(rows[row] for row in range(len(rows))), strict=True)
             return DetectionBatch(torch.stack(images), list(targets))
 
         return prepare, finish

@@ -63,7 +63,7 @@ def check_robustness(context: EvalContext, settings: RobustnessSettings) -> None
         corruptions, severities = _select(settings)
         relatives = _relatives(settings)
         if not (settings.imagenet_c or settings.test or relatives):
-            raise UserError("no data given: pass --test, --imagenet-c, --imagenet-a, --imagenet-r or --imagenet-build_on_meta")
+            raise UserError("no data given: pass --test, --imagenet-c, --imagenet-a, --imagenet-r or --imagenet-sketch")
         if settings.imagenet_c:
             _find_imagenet_c(context, settings.imagenet_c, corruptions, severities)
         for name, folder in relatives.items():
@@ -127,7 +127,7 @@ def _select(settings: RobustnessSettings) -> tuple[list[str], list[int]]:
 
 def _relatives(settings: RobustnessSettings) -> dict[str, str]:
     """Return the folders of ImageNet-A, -R and -Sketch that are given, by name."""
-    given = {"a": settings.imagenet_a, "r": settings.imagenet_r, "build_on_meta": settings.imagenet_sketch}
+    given = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
     return {name: folder for name, folder in given.items() if folder}
 
 
@@ -196,7 +196,7 @@ def _open_imagenet_relative(
     """Return the classifier, the classes, the data and their labels. Raises UserError."""
     title = f"ImageNet-{name.upper() if len(name) == 1 else name.title()}"
     classifier = imagenet_head(context, title)
-    classes = classifier.classes if name == "build_on_meta" else imagenet.part(name)
+    classes = classifier.classes if name == "sketch" else imagenet.part(name)
     data = context.data(folder)
     labels = labels_among(data, classes)
     missing = [wnid for wnid in classes if wnid not in data.classes]

@@ -1,14 +1,15 @@
-"""Semantic segmentation: a head on an encoder learns from pictures with masks, and is measured by mean IoU.
+"""Semantic segmentation: train a head on an encoder and measure mean IoU.
 
 The defaults are MAE's protocol on ADE20K (arXiv 2111.06377, appendix A.4): UPerNet, end to end.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from rich.console import Console
 from torch import Tensor
 
@@ -17,8 +18,7 @@ from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import shares, shortened_list, warn_shared
 from pixmim.evaluation.context import EvalContext, Values, discard
 from pixmim.evaluation.segmentation.dataset import IGNORE, SegmentationDataset, open_segmentation
-from pixmim.evaluation.segmentation.metrics import confusion_matrix, segmentation_metrics
-from pixmim.evaluation.segmentation.sliding_window import segment
+from pixmim.evaluation.segmentation.model import segment
 from pixmim.evaluation.segmentation.train import build, fit
 from pixmim.evaluation.settings import SegmentationSettings
 from pixmim.evaluation.visualize import draw_segmentations, to_rgb
@@ -27,19 +27,12 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.progress import progress
 from pixmim.utils.threads import num_threads, ordered_map, thread_pool
 
-_SHOWN = 6  # test pictures in the report
+_DRAWN = 6  # test images in the report
 
 
 @dataclass(frozen=True)
-class CheckedPairs:
-    """Train and test pairs, all of them read once.
-
-    Attributes:
-        train: Pairs to learn from.
-        test: Pairs to measure on.
-        train_skipped: Train pairs that are left out.
-        test_skipped: Test pairs that are left out.
-    """
+class SegmentationSplits:
+    """Train and test images, all read once, with the logs of those that cannot be used."""
 
     train: SegmentationDataset
     test: SegmentationDataset
@@ -47,113 +40,94 @@ class CheckedPairs:
     test_skipped: BadImageLog
 
 
-def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> CheckedPairs:
-    """Open and read all pairs, and build the model, once for a context; trains nothing.
+def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> SegmentationSplits:
+    """Read all images and masks and build the model, once per context, before anything is trained.
 
     Raises:
-        UserError: For data or settings that do not go together.
+        UserError: If the data or the settings cannot be used.
     """
 
-    def make() -> CheckedPairs:
-        form = context.encoder.image_spec
-        train = open_segmentation(
-            settings.train, form, "training", ignore=settings.ignore, foreground=settings.foreground
-        )
-        test = open_segmentation(settings.test, form, "validation", train.classes, table=train.table)
+    def make() -> SegmentationSplits:
+        spec, options = context.encoder.image_spec, {"ignore": settings.ignore, "foreground": settings.foreground}
+        train = open_segmentation(settings.train, spec, "training", **options)  # type: ignore[arg-type]
+        test = open_segmentation(settings.test, spec, "validation", train.classes, table=train.table)
         build(context.encoder, settings, len(train.classes))
         console = context.console or Console(quiet=True)
         warn_shared(train.source, test.source, console)
-        found = CheckedPairs(train, test, context.skipped(train), context.skipped(test))
-        for pairs, skipped, what in ((train, found.train_skipped, "train"), (test, found.test_skipped, "test")):
-            check_masks(pairs, skipped, what, console)
-        return found
+        splits = SegmentationSplits(train, test, context.skipped(train), context.skipped(test))
+        check_masks(train, splits.train_skipped, "train", console)
+        check_masks(test, splits.test_skipped, "test", console)
+        return splits
 
     return context.cached(("segmentation", repr(settings)), make)
 
 
 def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
-    """Train a head, and yield mIoU, aAcc, mAcc and each class's IoU in per cent, over all test pixels together.
+    """Train a head and yield `segmentation_metrics` over the pixels of all test images, and the number of these.
 
-    Classes without a pixel in the test masks have no IoU, and are left out of the means. Raises UserError for data or
-    settings that do not go together.
+    Raises:
+        UserError: If the data or the settings cannot be used.
     """
-    encoder, checked = context.encoder, check_segmentation(context, settings)
-    train, test, skipped = checked.train, checked.test, checked.test_skipped
+    encoder, splits, console = context.encoder, check_segmentation(context, settings), context.console
+    train, test, skipped = splits.train, splits.test, splits.test_skipped
     model, size = build(encoder, settings, len(train.classes))
     folder = context.work_dir("segmentation", settings)
-    fit(
-        model,
-        encoder,
-        settings,
-        train,
-        size,
-        folder=folder,
-        skipped=checked.train_skipped,
-        console=context.console,
-    )
+    fit(model, encoder, settings, train, size, folder=folder, skipped=splits.train_skipped, console=console)
     model.eval()
 
     names, rows = train.classes, []
-    wanted = set(np.linspace(0, len(test) - 1, _SHOWN).round().astype(int).tolist())
+    drawn = set(np.linspace(0, len(test) - 1, _DRAWN).round().astype(int).tolist())
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64, device=encoder.device)
-    with progress(f"segments {test.spec}", len(test), context.console) as advance:
-        for index, pair in one_by_one(test, skipped):
-            truth = pair[-1].to(encoder.device, torch.int64)
-            found = segment(model, encoder, pair[:-1], size)
-            matrix += confusion_matrix(found, truth, len(names))
-            if index in wanted:
-                rows.append((to_rgb(pair[:-1], encoder.config), truth.cpu().numpy(), found.cpu().numpy()))
+    with progress(f"segments {test.spec}", len(test), console) as advance:
+        for index, pair in iterate_pairs(test, skipped):
+            image, truth = pair[:-1], pair[-1].to(encoder.device, torch.int64)
+            prediction = segment(model, encoder, image, size)
+            matrix += confusion_matrix(prediction, truth, len(names))
+            if index in drawn:
+                rows.append((to_rgb(image, encoder.config), truth.cpu().numpy(), prediction.cpu().numpy()))
             advance(index + 1)
     if rows:
-        caption = f"Segmentation with the {settings.head} head: the image, its mask, the prediction"
+        caption = f"Segmentation with the {settings.head} head: image, mask, prediction"
         context.images[caption] = draw_segmentations(rows, names)
     discard(folder)
-    measured = segmentation_metrics(matrix.cpu())
-    yield "mIoU", 100 * measured.mean_iou
-    yield "aAcc", 100 * measured.pixel_accuracy
-    yield "mAcc", 100 * measured.mean_accuracy
-    yield "majority", 100 * float(matrix.sum(dim=1).max() / matrix.sum())
-    for name, iou in zip(names, measured.iou.tolist(), strict=True):
-        yield f"iou/{name}", 100 * iou
+    yield from segmentation_metrics(matrix.cpu(), names).items()
     yield "images", len(test) - len(skipped)
 
 
-def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, what: str, console: Console) -> None:
-    """Read all pairs before training, and print the classes, their shares of the pixels, and what is left out.
+def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console) -> None:
+    """Read all images and masks; print the classes, their shares of the pixels, and what is left out.
 
-    Raises UserError if fewer than two classes have pixels, or too many pairs cannot be used.
+    Raises:
+        UserError: If fewer than two classes have pixels, or too many images or masks cannot be used.
     """
     counts = torch.zeros(256, dtype=torch.int64)
     with progress(f"checks {pairs.spec}", len(pairs), console) as advance:
-        for index, pair in one_by_one(pairs, skipped):
+        for index, pair in iterate_pairs(pairs, skipped):
             counts += torch.bincount(pair[-1].to(torch.int64).flatten(), minlength=256)
             advance(index + 1)
-    found, ignored = counts[: len(pairs.classes)].tolist(), int(counts[IGNORE])
+    pixels, ignored = counts[: len(pairs.classes)].tolist(), int(counts[IGNORE])
     share = f"; {100 * ignored / int(counts.sum()):.1f} % of the pixels do not count" if ignored else ""
-    print_plain(console, f"{what} masks: {len(pairs) - len(skipped):,} images of {shares(pairs.classes, found)}{share}")
+    used = f"{len(pairs) - len(skipped):,} images of {shares(pairs.classes, pixels)}"
+    print_plain(console, f"{split} masks: {used}{share}")
     if len(skipped):
-        print_plain(console, f"  {len(skipped):,} of {len(pairs):,} pairs are left out: {skipped.reasons}")
-    there = [name for name, count in zip(pairs.classes, found, strict=True) if count]
-    if len(there) < 2:
-        held = f" They hold {pairs.values()}." if pairs.values is not None else ""
+        print_plain(console, f"  {len(skipped):,} of {len(pairs):,} images are left out: {skipped.reasons}")
+    empty = [name for name, count in zip(pairs.classes, pixels, strict=True) if not count]
+    if len(pixels) - len(empty) < 2:
+        values = f" The files contain {pairs.values()}." if pairs.values is not None else ""
+        found = f"pixels of {len(pixels) - len(empty)} class; two are needed{share}"
         raise UserError(
-            f"the masks of {pairs.spec} have pixels of {len(there)} class: there is nothing to tell apart{share}."
-            f"{held} --foreground 255 makes 255 the object, and --ignore none every value a class"
+            f"the masks of {pairs.spec} have {found}.{values} Add --foreground 255 if 255 is the object, or --ignore "
+            "none if each value is a class"
         )
-    without = [name for name in pairs.classes if name not in there]
-    if without:
-        follows = "they cannot be learned" if what == "train" else "they have no IoU"
-        print_plain(
-            console,
-            f"{'warning: ' if what == 'train' else '  '}{len(without)} classes without a pixel, {follows}: "
-            f"{shortened_list(without)}",
-        )
+    if empty:
+        mark, effect = ("warning: ", "cannot be learned") if split == "train" else ("  ", "have no IoU")
+        print_plain(console, f"{mark}{len(empty)} classes without a pixel {effect}: {shortened_list(empty)}")
 
 
-def one_by_one(
+def iterate_pairs(
     pairs: SegmentationDataset, skipped: BadImageLog, threads: int = 0
 ) -> Iterator[tuple[int, Shaped[Tensor, "c h w"]]]:
-    """Every pair in order, read ahead by threads, with its index; what cannot be read is left out and accounted for."""
+    """Yield index, and image with mask, in order, read ahead by threads; log and skip what cannot be read."""
 
     def read(index: int) -> Tensor | None:
         try:
@@ -167,3 +141,33 @@ def one_by_one(
             if pair is not None:
                 skipped.mark_ok(index)
                 yield index, pair
+
+
+def confusion_matrix(
+    predicted: Int[Tensor, "*shape"], true: Int[Tensor, "*shape"], classes: int, ignore: int = IGNORE
+) -> Int[Tensor, "k k"]:
+    """Count the pixels of each true class (row) by predicted class (column), without pixels whose truth is `ignore`."""
+    counts = true != ignore
+    pairs = true[counts].long() * classes + predicted[counts].long()
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
+def segmentation_metrics(matrix: Int[Tensor, "k k"], classes: Sequence[str]) -> dict[str, float]:
+    """Compute metrics in per cent from a confusion matrix (rows true, columns predicted).
+
+    Returns:
+        mIoU: mean IoU of the classes with a true pixel. aAcc: pixel accuracy. mAcc: mean recall of these classes.
+        majority: share of the most frequent class. iou/NAME: IoU of each class. Undefined values are NaN.
+    """
+    m = matrix.double()
+    right, true, predicted = m.diagonal(), m.sum(dim=1), m.sum(dim=0)
+    iou = torch.where(true > 0, right / (true + predicted - right), math.nan)
+    recall = torch.where(true > 0, right / true, math.nan)
+    values = {
+        "mIoU": iou.nanmean(),
+        "aAcc": right.sum() / m.sum(),
+        "mAcc": recall.nanmean(),
+        "majority": matrix.sum(dim=1).max() / matrix.sum(),
+        **{f"iou/{name}": value for name, value in zip(classes, iou, strict=True)},
+    }
+    return {name: 100 * float(value) for name, value in values.items()}

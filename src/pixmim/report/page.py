@@ -1,0 +1,343 @@
+"""One self-contained HTML page for one run, or for several side by side."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import shlex
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from rich.table import Table
+
+from pixmim.build import image_spec
+from pixmim.config import ModelConfig, PretrainConfig
+from pixmim.data import open_dataset
+from pixmim.data.bad_images import read_bad_images
+from pixmim.data.dataset import BadImage, ImageDataset
+from pixmim.data.decode.image import open_image
+from pixmim.evaluation.visualize import Pixels, labeled_grid, to_image
+from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
+from pixmim.report.results import ModelResults, circumstances, compare, read_results, table
+from pixmim.targets import resolve_radius
+from pixmim.training.metric_logger import is_number, read_metrics
+from pixmim.utils.console import label, printable_lines
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import atomic_write, check_output, read_file, write_text_atomically
+from pixmim.utils.plotting import plot_curves
+from pixmim.utils.trust import closed, inside, refusal
+from pixmim.utils.validation import NOT_OF_TIMM
+from pixmim.weights.detect import read_config
+from pixmim.weights.load import resolve_model
+from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS
+
+_MAX_CURVES = 8  # values of k in the figure of periodic k-NN
+_MAX_DRAWINGS = 100  # of one run
+_MAX_FILE_BYTES = 2**25  # of a drawing
+_MAX_PIXELS = 2**25  # of all drawings of one run
+_MAJORITY = ", majority"
+DATA_MARK = " · pixmim</title>".encode()
+"""In the first lines of a page: a file with this mark may be overwritten."""
+
+Warn = Callable[[str], None]
+
+
+@dataclass
+class ReportEntry:
+    """One run, or one model that was only evaluated.
+
+    Attributes:
+        config: A PretrainConfig for a run of pixmim; None for a model that was only evaluated.
+        metrics: Lines of metrics.jsonl.
+        drawings: (caption, data URL) of the drawings of evaluations.
+        progress: Progress of the training, such as "step 8 of 295".
+        how_to_finish: Command that finishes the run; empty if the encoder exists.
+        problem: Why there is no reconstruction.
+        skipped: Number of unreadable images.
+        warnings: A line for each file that cannot be read.
+    """
+
+    name: str
+    folder: Path
+    config: ModelConfig | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    drawings: list[tuple[str, str]] = field(default_factory=list)
+    progress: str = ""
+    how_to_finish: str = ""
+    reconstruction: Reconstruction | None = None
+    problem: str = ""
+    skipped: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Return epochs and values of one metric."""
+        lines = [line for line in self.metrics if is_number(line.get(key))]
+        return [line["epoch"] for line in lines], [line[key] for line in lines]
+
+
+def write_report(
+    folders: list[Path], page: Path, data: str | None = None, warn: Warn = lambda text: None, bands: str = ""
+) -> Path:
+    """Write the page of runs, and their reconstructions as PNG files into the run folders.
+
+    Args:
+        folders: Runs, or folders with evaluations.
+        page: The HTML file.
+        data: Images to reconstruct. If None, those of each run made by this user on this machine; a run from elsewhere
+            may name any file or URL.
+        warn: Called with a line for everything that is left out.
+        bands: Channels to draw as red, green and blue, such as "4,3,2"; by default those of each run.
+
+    Raises:
+        UserError: If a folder is not a run, or the page is a file that pixmim did not write.
+        OSError: If the page cannot be written.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a run: there is no such folder")
+    check_output(page, mark=DATA_MARK)
+    entries = [
+        read_entry(folder, name, data, warn, bands) for folder, name in zip(folders, _names(folders), strict=True)
+    ]
+    for entry in entries:
+        for line in [*entry.warnings, *[f"no reconstructions: {entry.problem}"] * bool(entry.problem)]:
+            warn(line)
+        if entry.reconstruction is not None:
+            folder = inside(entry.folder, "reconstructions")
+            folder.mkdir(exist_ok=True)
+            grid = labeled_grid(entry.reconstruction.columns, entry.reconstruction.names)
+            atomic_write(folder / f"step-{entry.reconstruction.step:09d}.png", partial(grid.save, format="PNG"))
+    configs = [(entry.name, entry.config) for entry in entries if entry.config is not None]
+    targets = [(name, config.target) for name, config in configs if config.target is not None]
+    html = _ENVIRONMENT.get_template("page.html.j2").render(
+        title=" and ".join(entry.name for entry in entries) if len(entries) < 4 else f"{len(entries)} runs",
+        entries=entries,
+        trained=[entry for entry in entries if entry.config is not None],
+        results=compare([ModelResults(entry.name, entry.results) for entry in entries]),
+        drawings=[drawing for entry in entries for drawing in entry.drawings],
+        settings=_compare_settings([config for _, config in configs]),
+        curves=_curves(entries),
+        columns=COLUMNS,
+        data_url=data_url,
+        label=label,
+        spectrum=_spectrum,
+        load_line=load_line,
+        binned=[name for name, target in targets if target.distance == "cross_entropy"],
+        normalized=[name for name, target in targets if target.normalize_patches or target.normalize_window],
+    )
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(page, html)
+    return page
+
+
+def results_table(folders: list[Path], width: int) -> Table:
+    """Return the results of these folders as a table for a terminal of `width` columns."""
+    return table([ModelResults(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)], width)
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Return the names of the folders, or their paths if names are not unique."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str = "") -> ReportEntry:
+    """Read a folder; each unreadable file costs a warning. Raises UserError if it has neither a run nor results."""
+    entry = ReportEntry(name, folder)
+    text, problems = "", entry.warnings
+    try:
+        found = read_config(folder)
+        if found is not None:
+            entry.config, text = found
+    except (UserError, OSError) as error:
+        problems.append(str(error))
+    entry.results = read_results(folder, problems.append)
+    entry.metrics = _read_metrics(folder, problems.append)
+    if entry.config is None and not entry.results:
+        raise UserError(problems[0] if problems else f"{folder} is not a run: it has no config.json and no evaluations")
+    if entry.config is not None:
+        try:
+            weights = with_bands(resolve_model(str(folder.absolute()), with_decoder=True), bands)
+            entry.progress = weights.progress
+            entry.reconstruction = reconstruct(weights, _open_data(folder, entry.config, text, data))
+        except (UserError, OSError) as error:  # the data may have been moved
+            entry.problem = "; ".join(str(error).splitlines())
+        if not (folder / ENCODER_WEIGHTS).is_file():
+            resume = f"pixmim pretrain --resume {shlex.quote(str(folder))}"
+            entry.how_to_finish = f"{resume} resumes it, and with --finish writes its encoder at once"
+            warn(f"{name} is unfinished{': ' * bool(entry.progress)}{entry.progress}")
+    entry.skipped = _count_skipped(folder, problems.append)
+    entry.drawings = list(_read_drawings(entry, problems.append))
+    return entry
+
+
+def _open_data(folder: Path, config: ModelConfig, text: str, data: str | None) -> ImageDataset:
+    """Open the images to reconstruct. Raises UserError for data named by a run from elsewhere."""
+    own = config.data if isinstance(config, PretrainConfig) else ""
+    untrusted = closed(text, {"--data": own})
+    if data is None and untrusted:
+        command = f"pixmim report {shlex.quote(str(folder))} --data DATA"
+        raise UserError(f"{refusal(folder, untrusted)}. Add data that you trust: `{command}`")
+    cache = [config.shard_cache_gib] if isinstance(config, PretrainConfig) and not untrusted else []
+    return open_dataset(own if data is None else data, image_spec(config), *cache)
+
+
+def _read_metrics(folder: Path, warn: Warn) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    try:
+        return read_metrics(inside(folder, path.name), warn)
+    except UserError as error:
+        warn(str(error))
+    except OSError as error:
+        warn(f"{path} cannot be read: {error.strerror}")
+    return []
+
+
+def _count_skipped(folder: Path, warn: Warn) -> int:
+    try:
+        path = inside(folder, "skipped.csv")
+    except UserError as error:
+        warn(str(error))
+        return 0
+    rows, problem = read_bad_images(path) if path.exists() else ([], "")
+    if problem:
+        warn(problem)
+    return len(rows)
+
+
+def _read_drawings(entry: ReportEntry, warn: Warn) -> Iterator[tuple[str, str]]:
+    """Yield (caption, data URL) of the drawings of evaluations."""
+    listed = [
+        (f"{entry.name}, {result['encoder']}: {caption}", circumstance, file)
+        for result, circumstance in zip(entry.results, circumstances(entry.results), strict=True)
+        for caption, file in result["pictures"].items()
+    ]
+    left, count = _MAX_PIXELS, Counter(caption for caption, _, _ in listed)
+    for caption, circumstance, file in listed[:_MAX_DRAWINGS]:
+        try:
+            if Path(file).name != file:
+                raise UserError(f"'{file}' is not the name of a file in {entry.folder / 'evaluations'}")
+            path = inside(entry.folder, f"evaluations/{file}")
+            if path.exists():
+                pixels = _read_png(path, left)
+                left -= pixels.shape[0] * pixels.shape[1]
+                yield caption + f" ({circumstance})" * (count[caption] > 1), data_url(pixels)
+        except (UserError, OSError, BadImage) as error:
+            warn(f"an image of {entry.name} is left out: {error}")
+    if len(listed) > _MAX_DRAWINGS:
+        warn(f"only the first {_MAX_DRAWINGS} of the {len(listed):,} images of {entry.name} are shown")
+
+
+def _read_png(path: Path, max_pixels: int) -> Pixels:
+    """Read an untrusted PNG file. Raises OSError or BadImage."""
+    image = open_image(read_file(path, _MAX_FILE_BYTES), ("PNG",))
+    if image.width * image.height > max_pixels:
+        raise BadImage(f"{path} has {image.width * image.height:,} pixels, more than the {max_pixels:,} left")
+    try:
+        return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        raise BadImage(f"{path} is damaged: {error}") from error
+
+
+def data_url(pixels: Pixels) -> str:
+    """Return an image (h w c) as the data URL of a PNG."""
+    buffer = io.BytesIO()
+    to_image(pixels).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _compare_settings(configs: list[ModelConfig]) -> list[dict[str, Any]]:
+    """Return name and values of every config field, those that differ first."""
+
+    def flatten(value: Any, prefix: str) -> dict[str, Any]:
+        if not dataclasses.is_dataclass(value):
+            return {prefix[:-1]: value}
+        parts = [flatten(getattr(value, f.name), f"{prefix}{f.name}.") for f in dataclasses.fields(value)]
+        return {name: leaf for part in parts for name, leaf in part.items()}
+
+    columns = [flatten(config, "") for config in configs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows: list[dict[str, Any]] = [{"name": n, "values": [c.get(n, "unknown") for c in columns]} for n in names]
+    for row in rows:
+        row["differs"] = len({json.dumps(value) for value in row["values"]}) > 1
+    return sorted(rows, key=lambda row: not row["differs"])
+
+
+def load_line(entry: ReportEntry) -> str:
+    """Return the Python line that loads a run's encoder; the folder is a literal, safe for any name."""
+    assert entry.config is not None
+    model, folder = entry.config.model, str(entry.folder / ENCODER_FOLDER)
+    if model.name == "convmae" or any(name in model.options for name in NOT_OF_TIMM):
+        return f"encoder = pixmim.load_encoder({folder!r})"
+    return f"encoder = timm.create_model({'local-dir:' + folder!r}, pretrained=True)"
+
+
+def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
+    """Return (caption, SVG) of each figure with values. Metrics of different data have separate figures."""
+
+    def knn_data(config: PretrainConfig) -> str:
+        return f"{config.knn.test} (train {config.knn.train})"
+
+    loss = "Training loss. Losses compare only between runs with the same target and normalization."
+    top1, balanced = "k-NN accuracy during training, mean of patch tokens", "k-NN accuracy during training, balanced"
+    kinds: list[tuple[dict[str, str], str, str, Callable[[PretrainConfig], str]]] = [
+        ({"loss": ""}, "loss", loss, lambda config: config.data),
+        (_knn_keys("top1", entries) | {"knn/majority": _MAJORITY}, "k-NN top-1 (%)", f"{top1}.", knn_data),
+        (_knn_keys("balanced", entries), "k-NN balanced (%)", f"{balanced}: all classes count equally.", knn_data),
+        ({"lr": ""}, "learning rate", "Learning rate.", lambda config: ""),
+        ({"images_per_s": ""}, "images/s", "Throughput.", lambda config: ""),
+    ]
+    figures = []
+    for keys, axis, caption, data_of in kinds:
+        groups: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        for entry in entries:
+            for key, suffix in keys.items():
+                series = entry.series(key)
+                if isinstance(entry.config, PretrainConfig) and len(series[0]) > 1:
+                    groups.setdefault(data_of(entry.config), {})[entry.name + suffix] = series
+        for data, group in groups.items():
+            measured_on = f" Measured on {label(data, 120)}." if data else ""
+            marker, dashed = "o" if "k-NN" in axis else "", [name for name in group if name.endswith(_MAJORITY)]
+            figures.append((caption + measured_on, plot_curves(group, x="epoch", y=axis, marker=marker, dashed=dashed)))
+    return figures
+
+
+def _knn_keys(value: str, entries: list[ReportEntry]) -> dict[str, str]:
+    """Return the metrics of periodic k-NN, with the suffix of each to a run's name."""
+    logged = {key for entry in entries for line in entry.metrics for key in line}
+    matches = filter(None, (re.fullmatch(f"knn/k([0-9]{{1,9}})/mean/{value}", key) for key in logged))
+    return {m[0]: f", k = {m[1]}" for m in sorted(matches, key=lambda m: int(m[1]))[:_MAX_CURVES]}
+
+
+def _spectrum(entry: ReportEntry) -> str:
+    assert entry.reconstruction is not None and entry.config is not None
+    target, line = entry.config.target, None
+    if target is not None and target.kind == "low-frequency":
+        radius = resolve_radius(target.radius, entry.config.image_size)
+        cutoff = min(radius) if isinstance(radius, tuple) else radius
+        line = cutoff, f"r = {cutoff:g}"
+    series = {
+        name: (list(range(1, len(power))), power[1:].clip(1e-9).tolist())
+        for name, power in entry.reconstruction.spectra.items()
+    }
+    return plot_curves(series, x="frequency (cycles per image)", y="power", log=True, dashed=("prediction",), line=line)
+
+
+def _printable(value: Any) -> Any:
+    """Escape control characters in everything that the page shows as text."""
+    return value if isinstance(value, Markup) else printable_lines(str(value))
+
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("pixmim", "report"), autoescape=True, trim_blocks=True, finalize=_printable
+)
