@@ -13,7 +13,7 @@ from pixmim.config import ModelConfig, OnlineKnnConfig, PretrainConfig
 from pixmim.utils.console import printable
 from pixmim.utils.errors import UserError, did_you_mean, shown
 from pixmim.utils.files import parse_json, read_text
-from pixmim.utils.trust import made_here
+from pixmim.utils.trust import is_trusted
 from pixmim.utils.validation import check_options
 
 VERSION = 1
@@ -100,7 +100,7 @@ def load_config(path: Path) -> tuple[PretrainConfig, str]:
     text = read_config_text(path)
     config = pretrain_config(from_json(text, path), path)
     strange = [word for word in _texts(dataclasses.asdict(config)) if printable(word) != word]
-    if strange and not made_here(text):  # they would reach the terminal as defaults of --help
+    if strange and not is_trusted(text):  # they would reach the terminal as defaults of --help
         raise UserError(f"{path} holds control characters: {shown(strange[0])}")
     return config, text
 

@@ -53,7 +53,7 @@ from pixmim.utils.errors import AlreadyReportedError, UserError, first_line
 from pixmim.utils.files import write_text_atomically
 from pixmim.utils.lock import locked_folder
 from pixmim.utils.threads import num_threads
-from pixmim.utils.trust import remember_run
+from pixmim.utils.trust import trust_config
 from pixmim.weights.detect import read_run
 from pixmim.weights.load import build_encoder_with_weights, initialize_from, load_encoder, resolve_model
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder
@@ -227,7 +227,7 @@ def _train(
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)  # not before all that a mistake in the settings could stop
         write_text_atomically(out / "config.json", text)
-    remember_run(text)
+    trust_config(text)
 
     about = [f"images: {line}" for line in (data.description, kept) if line]
     for line in [*start_summary(config, len(data), schedule, device, precision, world, parts), *about, *origin, *lines]:

@@ -20,7 +20,7 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import from_dict
 from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.transforms.crops import flip_and_normalize
-from pixmim.utils.process import leave
+from pixmim.utils.process import exit_now
 
 
 def main(jobs: str) -> None:
@@ -33,7 +33,7 @@ def main(jobs: str) -> None:
             world.gather(None)
             pixmim.pretraining.flip_and_normalize = poison(world, job["poisoned"], max(1, run.accumulation_steps))  # type: ignore[attr-defined]
             pixmim.pretraining.pretrain(run, out, console=Console(quiet=not world.is_main), report=False, world=world)
-    leave(0)
+    exit_now(0)
 
 
 def poison(world: Distributed, update: int | None, accumulation_steps: int) -> object:

@@ -18,9 +18,9 @@ from pixmim.cli.slurm import slurm
 from pixmim.cli.throughput import bench_data
 from pixmim.cli.visualize import attention, embed, reconstruct
 from pixmim.cli.weights import export, import_
-from pixmim.utils.allocator import retain_freed_memory
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import AlreadyReportedError, UserError, did_you_mean, first_line
+from pixmim.utils.memory import retain_freed_memory
 from pixmim.utils.process import as_process
 
 OVERVIEW = """usage: pixmim COMMAND [...]

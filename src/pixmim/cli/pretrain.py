@@ -15,7 +15,7 @@ from pixmim.recipes import RECIPES, get_recipe
 from pixmim.training.trackers import TrackerName
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
-from pixmim.utils.trust import closed, refusal
+from pixmim.utils.trust import refusal, untrusted_references
 
 
 class Flags(NamedTuple):
@@ -71,7 +71,7 @@ def read_flags(args: list[str]) -> Flags:
     if not resumed and not config.data:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
     typed = {flag for flag in config.named if any(word.split("=")[0] == flag for word in args)}
-    strange = closed(text, {flag: value for flag, value in config.named.items() if flag not in typed})
+    strange = untrusted_references(text, {flag: value for flag, value in config.named.items() if flag not in typed})
     if strange and not finish:
         raise UserError(f"{refusal(resumed or named, strange)}. Pass these flags, or others in their place, to open it")
     return Flags(config, resumed, finish, track)

@@ -26,7 +26,7 @@ from pixmim.data.shards.dataset import INDEX_DTYPE
 from pixmim.transforms.crops import Interpolation, cover_size, resize
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, write_json, write_text_atomically
-from pixmim.utils.threads import thread_pool
+from pixmim.utils.threads import ThreadPool
 
 Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
 """Number in the dataset; files by extension, the image first; class or -1; (h, w) of the image."""
@@ -109,7 +109,7 @@ def make_cache(
     start, images, written, done = time.monotonic(), 0, 0, 0
     skipped = BadImageLog(folder / (f"skipped-{rank}.csv" if world_size > 1 else "skipped.csv"), len(source), 1.0)
     advance, labels = prefetch_in_order(source), source.labels  # labels once: some datasets compute them each time
-    with thread_pool(threads, "pixmim-cache") as pool:
+    with ThreadPool(threads, "pixmim-cache") as pool:
 
         def submit(shard: int) -> deque[Future[Sample | None]]:
             numbers = settings.images_of(shard)

@@ -24,7 +24,7 @@ from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
 from pixmim.data.sampler import BatchShard, CropSampler, Indices, SampleBatch
 from pixmim.masking import Mask
 from pixmim.transforms.crops import Array, Crop, stack_images
-from pixmim.utils.threads import num_threads, thread_pool
+from pixmim.utils.threads import ThreadPool, num_threads
 
 T = TypeVar("T")  # an image, as a loader reads it
 B = TypeVar("B", covariant=True)
@@ -93,7 +93,7 @@ class BatchLoader(ABC, Generic[T, B]):
         self._dataset, self._shard, self._skipped, self._masks = dataset, shard, skipped, masks
         self._sampler = CropSampler(seed, len(dataset), dataset.shard_sizes, crop_uniforms, flip)
         self._device, self._pin = device, device.type == "cuda"
-        self._threads, self._pool = num_threads(threads), thread_pool(threads, "pixmim-load")
+        self._threads, self._pool = num_threads(threads), ThreadPool(threads, "pixmim-load")
         self._pending: deque[tuple[list[Future[Any]], Callable[[], B]]] = deque()
         self._submitted, self._closed = 0, False
         self.wait_seconds = 0.0
@@ -261,7 +261,7 @@ def iterate_in_order(
         stack = stack_images([image for _, image in readable]) if readable else torch.empty(0, 1, 1, 1)
         return stack, np.asarray([index for index, _ in readable], np.int64), part.stop
 
-    with thread_pool(threads, "pixmim-read") as pool:
+    with ThreadPool(threads, "pixmim-read") as pool:
         advance = prefetch_in_order(dataset)
         ahead: deque[tuple[range, Iterator[Tensor | None]]] = deque()
         for start in range(first, len(dataset), batch):

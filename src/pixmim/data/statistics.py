@@ -25,7 +25,7 @@ from pixmim.data.shards.fsspec_io import is_url, read_small_file
 from pixmim.data.shards.webdataset import is_tar
 from pixmim.utils import rng
 from pixmim.utils.files import cache_path, read_file, write_json
-from pixmim.utils.threads import num_threads, ordered_map, thread_pool
+from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 _BLOCK = 2**20  # values that are in float64 at a time
 _MOST_BYTES = 2**20  # of a file of statistics
@@ -230,7 +230,7 @@ def _moments(pixels: npt.NDArray[np.generic]) -> Vector:
 
 def _threads(work: Callable[[int], T], indices: list[int], threads: int) -> Iterator[T]:
     """What `work` makes of each index, in order, by several threads that are never far ahead."""
-    pool = thread_pool(threads, "pixmim-stats")
+    pool = ThreadPool(threads, "pixmim-stats")
     try:
         yield from ordered_map(pool, work, indices, 4 * num_threads(threads))
     finally:

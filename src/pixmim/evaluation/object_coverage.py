@@ -23,10 +23,9 @@ from pixmim.evaluation.results import versions
 from pixmim.evaluation.visualize import PLOT_COLORS, new_plot, plot_image
 from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop, cover_size
 from pixmim.utils import rng
-from pixmim.utils.console import csv_cell
+from pixmim.utils.console import csv_cell, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
-from pixmim.utils.progress import progress
 
 Values = npt.NDArray[np.float64]
 

@@ -32,7 +32,7 @@ from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label, printable_lines
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output, read_file, write_text_atomically
-from pixmim.utils.trust import closed, inside, refusal
+from pixmim.utils.trust import inside, refusal, untrusted_references
 from pixmim.utils.validation import NOT_OF_TIMM
 from pixmim.weights.detect import read_config
 from pixmim.weights.load import resolve_model
@@ -180,7 +180,7 @@ def _read(folder: Path, name: str, data: str | None, warn: Warn, bands: str = ""
 def _data(folder: Path, run: ModelConfig, config: str, data: str | None) -> ImageDataset:
     """The images to draw. Raises UserError where nobody has said that they may be opened."""
     named = run.data if isinstance(run, PretrainConfig) else ""
-    strange = closed(config, {"--data": named})
+    strange = untrusted_references(config, {"--data": named})
     if data is None and strange:
         raise UserError(
             f"{refusal(folder, strange)}. `pixmim report {shlex.quote(str(folder))} --data DATA` draws them"

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from pixmim.utils.process import deferring, heeded
+from pixmim.utils.process import deferring, termination_signals
 
 _URGENT = (signal.SIGINT, signal.SIGTERM)
 """Signals of which the second one stops at once. The others only announce that time is short."""
@@ -56,7 +56,7 @@ class PreemptionHandler:
         self._guard = _Count()  # counts the same signals, in the thread of `process.Guard`
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             deferring.append(self._defers)
-            for number in heeded():
+            for number in termination_signals():
                 self._before[number] = signal.signal(number, self._ask)
         return self
 

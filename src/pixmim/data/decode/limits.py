@@ -7,8 +7,8 @@ import os
 from functools import cache
 
 from pixmim.data.dataset import BadImage
-from pixmim.utils.available_memory import total_memory
 from pixmim.utils.errors import UserError
+from pixmim.utils.memory import total_memory
 
 MAX_ASPECT = 100
 """An image longer than this many times its width is refused: resizing its short edge would fill the memory."""

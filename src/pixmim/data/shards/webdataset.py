@@ -20,7 +20,7 @@ from pixmim.data.shards.remote import open_shards
 from pixmim.data.uri import expand_braces
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
-from pixmim.utils.progress import parallel_map
+from pixmim.utils.threads import parallel_map
 
 _TAR = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)\}*$", re.IGNORECASE)
 

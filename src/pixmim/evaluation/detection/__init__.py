@@ -22,9 +22,8 @@ from pixmim.evaluation.detection.train import build, trained
 from pixmim.evaluation.settings import DetectionSettings
 from pixmim.evaluation.visualize import draw_detections, image_grid, to_rgb
 from pixmim.transforms.crops import flip_and_normalize
-from pixmim.utils.console import print_plain
+from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
-from pixmim.utils.progress import progress
 
 _NAMES = ("train2017", "val2017")  # COCO's parts, to learn from and to be measured on
 

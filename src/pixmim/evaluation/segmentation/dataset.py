@@ -21,10 +21,10 @@ from pixmim.data.image_folder import ImageFolder, from_folder
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
 from pixmim.data.wrappers import DatasetWrapper
 from pixmim.transforms.crops import Array
+from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import read_file, read_text
-from pixmim.utils.progress import status_counter
-from pixmim.utils.threads import num_threads, ordered_map, thread_pool
+from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 IGNORE = 255
 """The value of pixels that do not count."""
@@ -150,7 +150,7 @@ def _values(spec: str, count: int, read: Callable[[int], Mask]) -> _Values:
         return np.bincount(v.ravel(), minlength=256), np.bincount(corner[same], minlength=256)
 
     counts, solid = np.zeros(256, np.int64), np.zeros(256, np.int64)
-    with status_counter(f"reads the masks of {spec}", "masks") as more, thread_pool(0, "pixmim-read") as pool:
+    with status_counter(f"reads the masks of {spec}", "masks") as more, ThreadPool(0, "pixmim-read") as pool:
         for found in ordered_map(pool, one, range(count), 2 * num_threads(0)):
             more(1)
             if found is not None:
