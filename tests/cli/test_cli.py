@@ -115,8 +115,9 @@ def test_mistakes_get_one_clear_line(
     assert not list(tmp_path.rglob("config.json"))  # a mistake leaves no run behind
 
 
-def test_a_run_goes_out_comes_in_and_is_gone_on_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Export to transformers' layout, import that, begin another run from it at another size."""
+@pytest.mark.usefixtures("without_report")
+def test_a_run_is_exported_imported_and_used_to_initialize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Export to transformers' layout, import that, and start another run from it at another size."""
     small = ["--model.decoder-dim", "16", "--model.decoder-depth", "1", "--model.decoder-heads", "2"]
     assert say(capsys, "pretrain", "demo", *TINY, *small, "--out", tmp_path / "run")[0] == 0
     status, text = say(capsys, "export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "hf")
@@ -168,12 +169,14 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert status == 0 and "is complete" in text
 
 
+@pytest.mark.usefixtures("without_report")
 def test_epochs_replace_a_recipes_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     args = ["--data", "shapes:count=8,size=48", "--epochs", "3"]
     assert say(capsys, "pretrain", "demo", *args, *QUICK, "--out", tmp_path / "run")[0] == 0
     assert '"step": 6, ' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
 
 
+@pytest.mark.usefixtures("without_report")
 def test_options_for_the_backbone_join_the_recipes_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ["--model.options", "depth", "2", "embed_dim", "64", "qkv_bias", "False"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from pixmim import cli
+from pixmim import cli, pretraining
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.training.checkpoint import CheckpointManager
 
@@ -82,7 +82,7 @@ class Pretraining(Started):
     def __init__(self, out: Path, *flags: object, ranks: int = 1, limit: int = 0):
         self.out, self.checkpoints = out, CheckpointManager(out / "checkpoints")
         output = out.with_name(f"{out.name}-{time.monotonic_ns()}.txt")
-        super().__init__(output, command, "pretrain", *map(str, flags), ranks=ranks, limit=limit)
+        super().__init__(output, command_without_report, "pretrain", *map(str, flags), ranks=ranks, limit=limit)
 
     def reach(self, step: int) -> None:
         """Wait for a checkpoint of `step` or later."""
@@ -120,6 +120,12 @@ def command(*args: str) -> None:
     """Run a command as the shell does."""
     sys.argv = ["pixmim", *args]
     sys.exit(cli.main())
+
+
+def command_without_report(*args: str) -> None:
+    """Run a command that skips the report at its end."""
+    pretraining.write_report = lambda folders, page, *_: page
+    command(*args)
 
 
 def unheard_command(*args: str) -> None:

@@ -1,11 +1,11 @@
-"""Train jobs in several processes, each of which calls `main` with a file of jobs.
+"""Train a list of jobs in several processes, each of which calls `main` with the same JSON file.
 
-The file holds a list of jobs, which go one after another through the same processes:
+Keys of a job:
 
-    run       a configuration
-    out       where to train it
-    goes_on   a checkpoint of another run to go on from, or an empty string
-    poisoned  the number of the update whose images are NaN on the last process, or null
+    run       the config
+    out       folder of the run
+    goes_on   checkpoint of another run to resume from, or an empty string
+    poisoned  step at which the images are NaN on the last rank, or null
 """
 
 import json
@@ -36,15 +36,15 @@ def main(jobs: str) -> None:
     exit_now(0)
 
 
-def poison(world: Distributed, update: int | None, accumulation_steps: int) -> object:
-    """`flip_and_normalize`, whose images are not finite once on one process."""
+def poison(world: Distributed, step: int | None, accumulation_steps: int) -> object:
+    """Return a `flip_and_normalize` whose images are NaN in one step on the last rank."""
     calls = -1
 
     def spoiled(*given: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         images = flip_and_normalize(*given)
-        spoil = update is not None and calls == update * accumulation_steps and world.rank == world.size - 1
+        spoil = step is not None and calls == step * accumulation_steps and world.rank == world.size - 1
         return images * float("nan") if spoil else images
 
     return spoiled

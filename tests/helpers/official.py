@@ -1,7 +1,7 @@
-"""Files as the methods' own code writes them, at small sizes and with random values, and slow forwards of that code.
+"""Small checkpoints in the layouts of the official code bases, and slow reference forwards.
 
-Keys and shapes are the published ones; the forwards are written here from the papers, on the raw tensors of a file,
-and share nothing with pixmim's models.
+Keys and shapes are the published ones; values are random. The forwards are written from the papers, on the raw tensors
+of a file, and share no code with pixmim's models.
 """
 
 import math
@@ -20,7 +20,7 @@ GRID = SIDE // PATCH
 
 
 def random(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> State:
-    """Values that show any tensor that is forgotten, swapped or transposed."""
+    """Draw values that reveal any tensor that is missing, swapped or transposed."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes.items():
@@ -74,7 +74,7 @@ def mae(key_bias: bool = True) -> State:
 
 
 def mae_training_file(path: Path) -> State:
-    """What main_pretrain saves; `input_size` there is no word on the model."""
+    """Save what main_pretrain does. Its `input_size` does not describe the model."""
     state = mae()
     args = Namespace(model="mae_vit_tiny", input_size=224, norm_pix_loss=False, mask_ratio=0.6, output_dir=path.parent)
     torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 3, "scaler": {}, "args": args}, path)
@@ -108,7 +108,7 @@ SWIN_DIM, SWIN_DEPTHS, SWIN_HEADS, WINDOW, SWIN_SIDE = 12, (2, 2), (1, 2), 4, 32
 
 
 def swin() -> dict[str, tuple[int, ...]]:
-    """The original code's names: what comes between two stages stands at the end of the first."""
+    """Return shapes in the original layout, where a downsampling layer belongs to the stage before it."""
     shapes = conv("patch_embed.proj", 3, SWIN_DIM, 4) | norm("patch_embed.norm", SWIN_DIM)
     for s, depth in enumerate(SWIN_DEPTHS):
         width = SWIN_DIM * 2**s
@@ -203,7 +203,7 @@ def vit_tokens(images: Tensor, p: State) -> Tensor:
 
 
 def decode(visible: Tensor, cls: Tensor | None, hidden: Tensor, p: State) -> Tensor:
-    """MAE's decoder, image by image: mask tokens put where the mask says."""
+    """Run MAE's decoder image by image, with mask tokens at the hidden patches."""
     out = []
     for i, row in enumerate(hidden):
         places = p["mask_token"][0].repeat(len(row), 1)
@@ -234,7 +234,7 @@ def convmae_stages(images: Tensor, p: State, hidden: Tensor | None) -> tuple[Ten
         for i in range(2 if stage < 3 else 0):
             name = f"blocks{stage}.{i}"
             y = ln(x, p, f"{name}.norm1", 1e-5) @ p[f"{name}.conv1.weight"].flatten(1).T + p[f"{name}.conv1.bias"]
-            if hidden is not None:  # enlarged from the last stage's grid: 4 x 4 places each, then 2 x 2
+            if hidden is not None:  # each token of the last grid covers 4 x 4 positions, then 2 x 2
                 factor = 8 // 2**stage
                 y = y * (~hidden).view(-1, grid, grid).float().kron(torch.ones(factor, factor))[..., None]
             y = F.conv2d(
@@ -258,7 +258,7 @@ def convmae_forward(images: Tensor, hidden: Tensor, p: State) -> Tensor:
 
 
 def relative_bias(table: Tensor, window: int, cls: bool) -> Tensor:
-    """(heads n n): the entry of each pair of places, by their distance; with a cls token, BEiT's three more entries."""
+    """Look up the bias (heads n n) of each pair of tokens by offset; BEiT has three extra entries for a class token."""
     places = [(y, x) for y in range(window) for x in range(window)]
     start, n = int(cls), window**2 + int(cls)
     bias = torch.zeros(table.shape[1], n, n)
@@ -271,7 +271,7 @@ def relative_bias(table: Tensor, window: int, cls: bool) -> Tensor:
 
 
 def swin_map(x: Tensor, p: State) -> Tensor:
-    """Windows one by one; in every second block they are shifted, and only tokens of one region see each other."""
+    """Run windows one by one; in every second block they are shifted, and attention is limited to one region."""
     for s, depth in enumerate(SWIN_DEPTHS):
         for i in range(depth):
             name = f"layers.{s}.blocks.{i}"
@@ -279,7 +279,7 @@ def swin_map(x: Tensor, p: State) -> Tensor:
             shift = WINDOW // 2 if i % 2 and side > WINDOW else 0
             bias = relative_bias(p[f"{name}.attn.relative_position_bias_table"], WINDOW, False)
             y = ln(x, p, f"{name}.norm1", 1e-5).roll((-shift, -shift), (1, 2))
-            region = torch.arange(side).roll(-shift)  # where a row or column came from: before or after the seam
+            region = torch.arange(side).roll(-shift)  # of each row or column: before or after the seam
             region = (region < shift).long() if shift else torch.zeros(side, dtype=torch.long)
             out = torch.zeros_like(y)
             for top in range(0, side, WINDOW):
@@ -304,7 +304,7 @@ def swin_embed(images: Tensor, p: State) -> Tensor:
 
 
 def shuffled(x: Tensor, p: State, stride: int) -> Tensor:
-    """SimMIM's head: (b rows columns d) to images, each place's values in the order channel, row, column."""
+    """Apply SimMIM's head: (b rows columns d) to images; values of a patch in the order channel, row, column."""
     x = x @ p["decoder.0.weight"].flatten(1).T + p["decoder.0.bias"]
     b, rows, columns, _ = x.shape
     x = x.view(b, rows, columns, 3, stride, stride).permute(0, 3, 1, 4, 2, 5)

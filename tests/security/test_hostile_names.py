@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from helpers.tiny import TINY
+from helpers.models import TINY
 from pixmim import cli
 from pixmim.config import ArchitectureConfig, OptimConfig, PretrainConfig
 from pixmim.config_io import to_json

@@ -19,7 +19,7 @@ from torch import nn
 
 from helpers.cli import say
 from helpers.commands import Started, stuck_command, unheard_command
-from helpers.tiny import TINY
+from helpers.models import TINY
 from pixmim import cli, pretraining
 from pixmim.config import ArchitectureConfig, CheckpointConfig, PretrainConfig
 from pixmim.config_io import to_json
