@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.cli import say
+from helpers.commands import Started, command_without_report
 from pixmim.cli.sbatch import Job, script
 from pixmim.config_io import to_json
 from pixmim.recipes import get_recipe
@@ -258,6 +259,7 @@ def test_two_real_processes_stop_in_time_and_go_on(
     args = [*small, "--steps", "120", "--log-every", "1", "--knn.every", "0", "--device", "cpu", "--precision", "fp32"]
     assert say(capsys, "slurm", "demo", "--gpus", "2", "--cpus", "1", "--out", "run", *args)[0] == 0
     text = (tmp_path / "run" / "slurm.sh").read_text()
+    recorder = STAND_INS["srun"]
     monkeypatch.setitem(STAND_INS, "srun", SRUN)
     monkeypatch.setitem(STAND_INS, "scontrol", STAND_INS["scontrol"].replace("node3", "127.0.0.1"))
     job = {"RUN": str(tmp_path / "run"), "SLURM_JOB_ID": str(_free_port() - 10000), "SLURM_CPUS_PER_TASK": "1"}
@@ -271,9 +273,13 @@ def test_two_real_processes_stop_in_time_and_go_on(
     stopped = losses()[-1]
     assert 0 < stopped < 120 and not (tmp_path / "run" / "encoder/model.safetensors").exists()
 
+    monkeypatch.setitem(STAND_INS, "srun", recorder)
     exited, _, said = _start(text, tmp_path, 0, **job, SLURM_RESTART_COUNT="1")
     assert exited == 0, said
     assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # not again
+    words = (tmp_path / "notes" / "srun").read_text().split("\0")
+    flags = words[words.index("pixmim.cli") + 1 : -1]
+    Started(tmp_path / "resumed.txt", command_without_report, *flags, ranks=2).end()
     assert losses() == list(range(1, 121)) and (tmp_path / "run" / "encoder/model.safetensors").exists()
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -449,10 +449,9 @@ def test_only_the_first_frame_is_decoded(kind: str) -> None:
 
 
 @pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.3)
     time.sleep(1.1)  # so that the thread that watches has heard of it
-    yield
 
 
 def test_decoding_has_a_time_limit(hurried: None) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ def foreign(tiny_run: Make, tmp_path: Path, pictures: Path, monkeypatch: pytest.
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every data set and every file of weights that is opened."""
     seen: list[str] = []
 
@@ -60,7 +60,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for module in ("pixmim.report", "pixmim.pretraining", "pixmim.evaluation.evaluate"):
         watch(module, "open_dataset")
     watch("pixmim.weights.load", "resolve_model")
-    yield seen
+    return seen
 
 
 def rename(run: Path, **changes: object) -> None:

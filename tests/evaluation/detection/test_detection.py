@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,12 +202,12 @@ def test_rates_fall_by_layer_and_by_time() -> None:
 
 
 @pytest.fixture
-def undisturbed(tmp_path: Path) -> Iterator[tuple[EvalContext, dict[str, Tensor]]]:
+def undisturbed(tmp_path: Path) -> tuple[EvalContext, dict[str, Tensor]]:
     """A context, and what training on it gives where nothing interrupts."""
     whole = EvalContext(encoder_of("vit"), tmp_path / "whole")
     data = open_annotated(TINY.train, "", whole.encoder.image_spec)
     model = training.trained(whole, TINY, data, True)
-    yield EvalContext(whole.encoder, tmp_path / "broken"), dict(model.state_dict())
+    return EvalContext(whole.encoder, tmp_path / "broken"), dict(model.state_dict())
 
 
 def test_training_goes_on_bitwise_after_an_interruption(
