@@ -1,4 +1,4 @@
-"""The commands as a person types them."""
+"""The command line."""
 
 import json
 import os
@@ -27,9 +27,9 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert say(capsys, "--version") == (0, f"pixmim {pixmim.__version__}") and pixmim.__version__[0].isdigit()
 
 
-def test_only_the_command_line_lets_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_command_line_sets_the_wait_policy_of_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "as_process", lambda command: 0)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # what a person has set stays
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # set by the user
     assert cli.main() == 0 and os.environ["OMP_WAIT_POLICY"] == "active"
     monkeypatch.delenv("OMP_WAIT_POLICY")
     assert cli.main(["--version"]) == 0 and "OMP_WAIT_POLICY" not in os.environ
@@ -48,7 +48,6 @@ def test_printed_commands_are_quoted_for_a_shell(tmp_path: Path, capsys: pytest.
 
 
 def test_help_answers_without_torch() -> None:
-    """What makes it quick: no heavy import."""
     code = (
         "import sys\nfrom pixmim.cli import main\n"
         "try: main(['pretrain', '--help'])\nexcept SystemExit: pass\n"
@@ -106,13 +105,13 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "/no/run"], "is not a run"),
     ],
 )
-def test_mistakes_get_one_clear_line(
+def test_mistakes_give_one_line(
     args: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, text = say(capsys, *args)
     assert status != 0 and message in text and "Traceback" not in text
-    assert not list(tmp_path.rglob("config.json"))  # a mistake leaves no run behind
+    assert not list(tmp_path.rglob("config.json"))  # no run is created
 
 
 @pytest.mark.usefixtures("without_report")
@@ -134,7 +133,7 @@ def test_a_run_is_exported_imported_and_used_to_initialize(capsys: pytest.Captur
     assert "holds a run already" in say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "run")[1]
 
 
-def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
+def test_from_images_to_results(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
     out = tmp_path / "run"
     status, text = say(capsys, "pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001")
     assert status == 0 and f"encoder: {out}/encoder" in text and f"report: {out}/report.html" in text
@@ -143,17 +142,18 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
     status, text = say(capsys, "pretrain", "demo", "--out", out, *TINY)
     assert status == 1 and "holds a run with another --data: choose another --out" in text
-    status, text = say(capsys, "pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001")
-    assert status == 0 and "the run is complete: 2 updates are done" in text  # the same command goes on
+    same = ["pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001"]
+    status, text = say(capsys, *same, report=False)
+    assert status == 0 and "the run is complete: 2 updates are done" in text  # the same command resumes
 
     labeled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
     for name in ("knn", "linear"):
-        status, text = say(capsys, "evaluate", name, out, *labeled, "--untrained")
+        status, text = say(capsys, "evaluate", name, out, *labeled, "--untrained", report=False)
         assert status == 0 and "untrained" in text and "%" in text
     assert len(list((out / "evaluations").glob("*.json"))) == 4
 
     again = tmp_path / "again"
-    status, _ = say(capsys, "pretrain", out / "config.json", "--out", again)  # a run's config is a recipe
+    status, _ = say(capsys, "pretrain", out / "config.json", "--out", again, report=False)  # a run's config is a recipe
     assert status == 0
     one, two = (load_file(folder / "encoder/model.safetensors") for folder in (out, again))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -165,7 +165,7 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
     status, text = say(capsys, "pretrain", "--resume", out, "--seed", "9")
     assert status == 1 and "--seed cannot change" in text
-    status, text = say(capsys, "pretrain", "--resume", out)
+    status, text = say(capsys, "pretrain", "--resume", out, report=False)
     assert status == 0 and "is complete" in text
 
 
@@ -189,11 +189,11 @@ def test_options_for_the_backbone_join_the_recipes_own(capsys: pytest.CaptureFix
 
 
 def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
-    """Every command takes its newest checkpoint and says how far it is; it can be ended, and gone on with."""
+    """Every command uses its newest checkpoint and prints the step; it can be finished, and resumed afterwards."""
     run = tmp_path / "run"
     small: list[object] = ["--model.decoder-dim", "16", "--model.decoder-depth", "1"]
     small += ["--model.decoder-heads", "2", "--data", pictures]
-    assert say(capsys, "pretrain", "demo", *TINY, *small, "--checkpoint.every", "1", "--out", run)[0] == 0
+    assert say(capsys, "pretrain", "demo", *TINY, *small, "--checkpoint.every", "1", "--out", run, report=False)[0] == 0
     shutil.rmtree(run / "encoder")
     shutil.rmtree(run / "checkpoints" / "step-000000002")
     labeled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
@@ -208,7 +208,7 @@ def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_pat
         ("pretrain", "demo", *TINY, *small, "--init", run, "--out", tmp_path / "next"),
     ]
     for command in commands:
-        status, text = say(capsys, *command)
+        status, text = say(capsys, *command, report=command[0] == "report")
         assert status == 0 and "step 1 of 2" in text, (command, text)
     page = (run / "report.html").read_text()
     assert "is unfinished" in page and "local-dir:" not in page
@@ -218,7 +218,7 @@ def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "local-dir:" in (run / "report.html").read_text()
     ended, exported = (load_file(folder / "model.safetensors") for folder in (run / "encoder", tmp_path / "timm"))
     assert all(torch.equal(ended[name], exported[name]) for name in exported)
-    status, text = say(capsys, "pretrain", "--resume", run, "--steps", "4")
+    status, text = say(capsys, "pretrain", "--resume", run, "--steps", "4", report=False)
     assert status == 0 and "goes on to step 4 instead of 2: from step 1 on, the learning rate is that of a run" in text
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 4
     assert "step 4 of 4" in say(capsys, "import", run)[1]

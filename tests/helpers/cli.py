@@ -8,12 +8,15 @@ import pytest
 from pixmim import cli
 
 
-def say(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
+def say(capsys: pytest.CaptureFixture[str], *args: object, report: bool = True) -> tuple[int, str]:
     """Run `pixmim` with these arguments; return its exit status and its output on one line."""
-    try:
-        status = cli.main([str(arg) for arg in args])
-    except SystemExit as stop:  # tyro exits on a wrong flag
-        status = int(stop.code or 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if not report:
+            skip_report(patch.setattr)
+        try:
+            status = cli.main([str(arg) for arg in args])
+        except SystemExit as stop:  # tyro exits on a wrong flag
+            status = int(stop.code or 0)
     output = capsys.readouterr()
     return status, " ".join((output.out + output.err).split())
 
