@@ -1,15 +1,15 @@
-# One command for each habit. `make demo` and `make test` need Python 3.11 or later and nothing else.
+# One command per task. `make demo` and `make test` need only Python 3.11 or later.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-# The labelled drawings that the demo's encoder is measured on.
+# Labeled synthetic images for the evaluation of the demo.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
 
 .PHONY: demo test test-long test-lowest check format docs bench clean
 
-demo: .venv/installed  ## pre-train on drawn shapes, measure before and after, write runs/demo/report.html
+demo: .venv/installed  ## pre-train on synthetic shapes, evaluate, write runs/demo/report.html
 	rm -rf runs/demo
 	$(BIN)/pixmim pretrain demo --out runs/demo $(DEMO)
 	$(BIN)/pixmim evaluate knn runs/demo $(LABELLED) --untrained
@@ -44,7 +44,7 @@ format: .venv/developing  ## format, and fix what ruff can fix
 docs: .venv/documenting  ## build the documentation site into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: .venv/developing  ## speed against named peers, interleaved in one process
+bench: .venv/developing  ## throughput against other implementations, interleaved in one process
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/step.py --backbone vit_base_patch16_224 --size 224 --patch 16 --batch 16 --rounds 3
 	$(BIN)/python benchmarks/family.py

@@ -13,7 +13,7 @@ from steps import Ours, training_flops
 from timing import CLOCKS, interleaved, machine
 
 from pixmim.training.precision import choose_device, choose_precision
-from pixmim.utils.allocator import retain_freed_memory
+from pixmim.utils.memory import retain_freed_memory
 
 BACKBONES = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
 SIZES = (96, 160, 224, 320, 448)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
 
 from pixmim.training.precision import choose_device, choose_precision
-from pixmim.utils.allocator import retain_freed_memory
+from pixmim.utils.memory import retain_freed_memory
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from pixmim.evaluation.features import extract_features
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, wrap_live_encoder
 from pixmim.training.precision import autocast, choose_attention, choose_device, choose_precision
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.allocator import retain_freed_memory
+from pixmim.utils.memory import retain_freed_memory
 
 BACKBONES = ("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224")
 

@@ -39,7 +39,7 @@ from pixmim.data.shards.dataset import ShardDataset
 from pixmim.targets import IMAGENET_MEAN, IMAGENET_STD
 from pixmim.training.precision import choose_device, choose_precision
 from pixmim.transforms.crops import SimpleResizedCrop, flip_and_normalize
-from pixmim.utils.allocator import retain_freed_memory
+from pixmim.utils.memory import retain_freed_memory
 
 PIXMIM = "pixmim PixMIM"
 

@@ -1,7 +1,8 @@
-"""What the tests share: small pictures, a tiny run, and a loud skip where a GPU is missing."""
+"""Fixtures that several test packages share, and the settings of every test."""
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from helpers.tiny import TINY
+from helpers.cli import skip_report
+from helpers.models import TINY
 from pixmim.config import ArchitectureConfig, OptimConfig, PretrainConfig
 from pixmim.data.decode import limits
 
 settings.register_profile(
-    "pixmim",  # the same examples each time, and nothing that measures the machine
+    "pixmim",  # the same examples in each session, independent of the speed of the machine
     derandomize=True,
     deadline=None,
     database=None,
@@ -23,8 +25,8 @@ settings.register_profile(
 )
 settings.load_profile("pixmim")
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
-os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, here and in the processes that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may access the network
+os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, also in child processes
 torch.set_num_threads(1)
 
 
@@ -33,15 +35,22 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield new cache directories."""
+    root = tmp_path_factory.mktemp("caches")
+    return (root / str(i) for i in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees, or leaves, anything in the user's cache directory."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test a cache directory of its own, in place of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(next(_caches)))
 
 
 @pytest.fixture
 def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the datasets library a cache in the test's own folder."""
+    """Give the datasets library a cache in the test's folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "library"))
     datasets.disable_progress_bars()
@@ -49,7 +58,7 @@ def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def memory(_own_cache: None) -> Path:
-    """What pixmim remembers."""
+    """Return pixmim's cache directory, which may not exist yet."""
     return Path(os.environ["XDG_CACHE_HOME"]) / "pixmim"
 
 
@@ -57,7 +66,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="SKIPPED FOR WANT OF A CUDA DEVICE: run `make test` on a GPU"))
+                item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the report at the end of commands, which takes much longer than a tiny run."""
+    skip_report(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -68,7 +83,7 @@ def usual_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_run() -> Callable[..., PretrainConfig]:
-    """A Run that trains in a second; keywords replace its fields."""
+    """Return a function that makes a config which trains in a second; keywords replace its fields."""
 
     def make(**changes: object) -> PretrainConfig:
         values: dict[str, object] = {
@@ -81,7 +96,7 @@ def tiny_run() -> Callable[..., PretrainConfig]:
             "device": "cpu",
             "threads": 2,
             "model": ArchitectureConfig(
-                backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=dict(TINY)
+                backbone="vit_tiny_patch16_224", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=TINY
             ),
             "optim": OptimConfig(base_lr=0.05, warmup=0.2),
         }
@@ -92,7 +107,7 @@ def tiny_run() -> Callable[..., PretrainConfig]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of two classes, five readable JPEGs each, of several sizes."""
+    """Return a folder of two classes with five JPEGs each, of several sizes."""
     generator = np.random.default_rng(0)
     root = tmp_path / "pictures"
     for name in ("cats", "dogs"):

@@ -1,4 +1,4 @@
-"""Test that the README's links lead somewhere, and that the API reference is complete."""
+"""Links of the README and completeness of the API reference."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ RAW = "https://raw.githubusercontent.com/pixmim/pixmim/main/"
 
 
 def _anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings as on GitHub."""
     headings = re.findall(r"(?m)^#+ (.*)", page.read_text())
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -25,7 +25,7 @@ def test_links_of_the_readme_are_absolute_and_exist() -> None:
             assert link[1:] in _anchors(ROOT / "README.md"), link
             continue
         assert link.startswith("https://"), (
-            f"{link} is not absolute: a package index shows the README without the files"
+            f"{link} is not absolute, and a package index shows the README without other files"
         )
         for prefix in (REPOSITORY, RAW):
             if link.startswith(prefix):
@@ -36,6 +36,6 @@ def test_links_of_the_readme_are_absolute_and_exist() -> None:
     assert defined == used
 
 
-def test_the_api_reference_holds_each_public_name_once() -> None:
+def test_the_api_reference_contains_each_public_name_once() -> None:
     names = re.findall(r"(?m)^::: pixmim\.(\w+)$", (ROOT / "docs" / "api.md").read_text())
     assert sorted(names) == sorted(pixmim.__all__)

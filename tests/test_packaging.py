@@ -1,4 +1,4 @@
-"""Test that the wheel is complete and that the package works without what Windows lacks."""
+"""Completeness of the wheel, and the package without modules that Windows lacks."""
 
 import os
 import subprocess
@@ -44,7 +44,7 @@ assert pixmim.open_dataset("one.tar").image(0).shape[0] == 3  # reads a shard at
 
 
 def _python(folder: Path, *args: str, **environment: str) -> str:
-    """Run this environment's Python in a folder and return what it printed."""
+    """Run this environment's Python in a folder and return its output."""
     done = subprocess.run(
         [sys.executable, *args], cwd=folder, env=os.environ | environment, capture_output=True, text=True
     )
@@ -62,7 +62,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
+def test_the_wheel_contains_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (record,) = (name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
         listed = {line.split(",")[0] for line in archive.read(record).decode().splitlines()}
@@ -86,6 +86,6 @@ def test_the_unpacked_wheel_lists_the_recipes(wheel: Path, tmp_path: Path) -> No
 
 
 def test_import_and_training_need_no_posix(tmp_path: Path) -> None:
-    """Modules, functions and flags that Windows lacks are removed; the rest of the system stays as it is."""
+    """Modules, functions and flags that Windows lacks are removed from a Linux process."""
     shard(tmp_path / "one.tar", range(1), labels=False)
     _python(tmp_path, "-c", WITHOUT_POSIX + IMPORT_AND_TRAIN)

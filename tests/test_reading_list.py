@@ -1,4 +1,4 @@
-"""Test that the reading list in the README is true."""
+"""Files and length of the README's reading list."""
 
 import re
 from pathlib import Path

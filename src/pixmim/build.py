@@ -18,8 +18,8 @@ from pixmim.models.base import MaskedModel
 from pixmim.targets import ColorBins, LowFrequency, Pixels
 from pixmim.training.find_batch_size import in_gib
 from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop
-from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.memory import free_memory
 from pixmim.utils.patches import grid_of
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -1,4 +1,4 @@
-"""The commands as a person types them."""
+"""The command line."""
 
 import json
 import os
@@ -27,9 +27,9 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert say(capsys, "--version") == (0, f"pixmim {pixmim.__version__}") and pixmim.__version__[0].isdigit()
 
 
-def test_only_the_command_line_lets_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_command_line_sets_the_wait_policy_of_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "as_process", lambda command: 0)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # what a person has set stays
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # set by the user
     assert cli.main() == 0 and os.environ["OMP_WAIT_POLICY"] == "active"
     monkeypatch.delenv("OMP_WAIT_POLICY")
     assert cli.main(["--version"]) == 0 and "OMP_WAIT_POLICY" not in os.environ
@@ -48,7 +48,6 @@ def test_printed_commands_are_quoted_for_a_shell(tmp_path: Path, capsys: pytest.
 
 
 def test_help_answers_without_torch() -> None:
-    """What makes it quick: no heavy import."""
     code = (
         "import sys\nfrom pixmim.cli import main\n"
         "try: main(['pretrain', '--help'])\nexcept SystemExit: pass\n"
@@ -106,17 +105,18 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "/no/run"], "is not a run"),
     ],
 )
-def test_mistakes_get_one_clear_line(
+def test_mistakes_give_one_line(
     args: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, text = say(capsys, *args)
     assert status != 0 and message in text and "Traceback" not in text
-    assert not list(tmp_path.rglob("config.json"))  # a mistake leaves no run behind
+    assert not list(tmp_path.rglob("config.json"))  # no run is created
 
 
-def test_a_run_goes_out_comes_in_and_is_gone_on_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Export to transformers' layout, import that, begin another run from it at another size."""
+@pytest.mark.usefixtures("without_report")
+def test_a_run_is_exported_imported_and_used_to_initialize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Export to transformers' layout, import that, and start another run from it at another size."""
     small = ["--model.decoder-dim", "16", "--model.decoder-depth", "1", "--model.decoder-heads", "2"]
     assert say(capsys, "pretrain", "demo", *TINY, *small, "--out", tmp_path / "run")[0] == 0
     status, text = say(capsys, "export", tmp_path / "run", "--to", "hf", "--out", tmp_path / "hf")
@@ -133,7 +133,7 @@ def test_a_run_goes_out_comes_in_and_is_gone_on_from(capsys: pytest.CaptureFixtu
     assert "already contains a run" in say(capsys, "import", tmp_path / "hf", "--to", tmp_path / "run")[1]
 
 
-def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
+def test_from_images_to_results(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
     out = tmp_path / "run"
     status, text = say(capsys, "pretrain", "demo", "--data", pictures, "--out", out, *TINY, "--optim.lr", "0.001")
     assert status == 0 and f"encoder: {out}/encoder" in text and f"report: {out}/report.html" in text
@@ -147,12 +147,12 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
     labeled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
     for name in ("knn", "linear"):
-        status, text = say(capsys, "evaluate", name, out, *labeled, "--untrained")
+        status, text = say(capsys, "evaluate", name, out, *labeled, "--untrained", report=False)
         assert status == 0 and "untrained" in text and "%" in text
     assert len(list((out / "evaluations").glob("*.json"))) == 4
 
     again = tmp_path / "again"
-    status, _ = say(capsys, "pretrain", out / "config.json", "--out", again)  # a run's config is a recipe
+    status, _ = say(capsys, "pretrain", out / "config.json", "--out", again, report=False)  # a run's config is a recipe
     assert status == 0
     one, two = (load_file(folder / "encoder/model.safetensors") for folder in (out, again))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -164,16 +164,18 @@ def test_from_pictures_to_table(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
     status, text = say(capsys, "pretrain", "--resume", out, "--seed", "9")
     assert status == 1 and "--seed cannot change" in text
-    status, text = say(capsys, "pretrain", "--resume", out)
+    status, text = say(capsys, "pretrain", "--resume", out, report=False)
     assert status == 0 and "is complete" in text
 
 
+@pytest.mark.usefixtures("without_report")
 def test_epochs_replace_a_recipes_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     args = ["--data", "shapes:count=8,size=48", "--epochs", "3"]
     assert say(capsys, "pretrain", "demo", *args, *QUICK, "--out", tmp_path / "run")[0] == 0
     assert '"step": 6, ' in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
 
 
+@pytest.mark.usefixtures("without_report")
 def test_options_for_the_backbone_join_the_recipes_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = ["--model.options", "depth", "2", "embed_dim", "64", "qkv_bias", "False"]
@@ -186,11 +188,11 @@ def test_options_for_the_backbone_join_the_recipes_own(capsys: pytest.CaptureFix
 
 
 def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, pictures: Path) -> None:
-    """Every command takes its newest checkpoint and says how far it is; it can be ended, and gone on with."""
+    """Every command uses its newest checkpoint and prints the step; it can be finished, and resumed afterwards."""
     run = tmp_path / "run"
     small: list[object] = ["--model.decoder-dim", "16", "--model.decoder-depth", "1"]
     small += ["--model.decoder-heads", "2", "--data", pictures]
-    assert say(capsys, "pretrain", "demo", *TINY, *small, "--checkpoint.every", "1", "--out", run)[0] == 0
+    assert say(capsys, "pretrain", "demo", *TINY, *small, "--checkpoint.every", "1", "--out", run, report=False)[0] == 0
     shutil.rmtree(run / "encoder")
     shutil.rmtree(run / "checkpoints" / "step-000000002")
     labeled = ["--train", pictures, "--test", pictures, "--device", "cpu"]
@@ -205,7 +207,7 @@ def test_an_interrupted_run_is_a_run(capsys: pytest.CaptureFixture[str], tmp_pat
         ("pretrain", "demo", *TINY, *small, "--init", run, "--out", tmp_path / "next"),
     ]
     for command in commands:
-        status, text = say(capsys, *command)
+        status, text = say(capsys, *command, report=command[0] == "report")
         assert status == 0 and "step 1 of 2" in text, (command, text)
     page = (run / "report.html").read_text()
     assert "is unfinished" in page and "local-dir:" not in page

@@ -1,4 +1,4 @@
-"""The commands that the documentation shows are commands that pixmim takes."""
+"""The commands on documentation pages are valid."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ ADE = "ADEChallengeData2016"
 
 
 def shown(text: str, command: str = "evaluate") -> list[str]:
-    """The whole commands of a kind in the code of a page; forms with [parts] to be left out are none."""
+    """Return the complete commands of a kind on a page, without those that have placeholders or [optional parts]."""
     found = re.findall(rf"(?m)^(?: {{4}})?(?:\$ )?(pixmim {command} (?:.*\\\n)*.*)", text)
     return [re.sub(r"\\\n *", "", line) for line in found if not re.search(r"\[|\.\.\.|NAME|\$", line)]
 
@@ -35,28 +35,28 @@ PAGES = {path.name: shown(path.read_text()) for path in (ROOT / "README.md", *so
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the evaluations would be told, in place of carrying them out."""
-    calls: list[Any] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collect the arguments of evaluations instead of running them."""
+    recorded: list[Any] = []
 
-    def instead(models: dict[str, Path], evaluations: list[Any], **_: Any) -> list[Any]:
-        calls.append((list(models), evaluations))
+    def record(models: dict[str, Path], evaluations: list[Any], **_: Any) -> list[Any]:
+        recorded.append((list(models), evaluations))
         return []
 
-    monkeypatch.setattr(evaluate, "evaluate_many", instead)
+    monkeypatch.setattr(evaluate, "evaluate_many", record)
     module = sys.modules["pixmim.cli.evaluate"]  # the package has a function of that name
     monkeypatch.setattr(module, "_show", lambda *_: None)
     monkeypatch.setattr("pixmim.api.with_full_paths", lambda settings: settings)
-    return calls
+    return recorded
 
 
 @pytest.mark.parametrize("line", sorted({line for lines in PAGES.values() for line in lines if "--" in line}))
-def test_every_evaluation_in_the_documentation_can_be_typed(line: str, asked: list[Any]) -> None:
-    assert cli.main(shlex.split(line, comments=True)[1:]) == 0 and len(asked) == 1
+def test_documented_evaluations_are_valid(line: str, calls: list[Any]) -> None:
+    assert cli.main(shlex.split(line, comments=True)[1:]) == 0 and len(calls) == 1
 
 
-def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -> None:
-    """Which are the defaults, tested against the published numbers where each protocol is."""
+def test_the_papers_tables_start_with_the_published_settings(calls: list[Any]) -> None:
+    """The published settings are the defaults, which the tests of each protocol compare with the papers."""
     page = (ROOT / "docs" / "evaluate.md").read_text()
     section = page.split("## The paper's tables, each in one line\n")[1].split("\n## ")[0]
     for line in shown(section):
@@ -68,7 +68,7 @@ def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -
         FinetuneSettings(*IMAGENET, from_scratch=True, size="192", changes=FinetuneOverrides(crop=crop))
         for crop in ("random-resized", "simple-resized")
     ]
-    assert asked == [
+    assert calls == [
         (runs, [("linear", LinearSettings(*IMAGENET, protocol="mae"))]),
         (runs, [("finetune", FinetuneSettings(*IMAGENET))]),
         (runs, [("segmentation", SegmentationSettings(ADE, ADE))]),
@@ -80,18 +80,18 @@ def test_the_papers_tables_start_with_the_published_settings(asked: list[Any]) -
     ]
 
 
-def test_coverage_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_coverage_commands_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     class ReachedError(Exception):
         pass
 
-    def instead(data: str, size: tuple[int, int], mask_ratio: float, **_: Any) -> None:
+    def fail(data: str, size: tuple[int, int], mask_ratio: float, **_: Any) -> None:
         raise ReachedError(data, size, mask_ratio)
 
-    monkeypatch.setattr("pixmim.evaluation.object_coverage.measure_coverage", instead)
+    monkeypatch.setattr("pixmim.evaluation.object_coverage.measure_coverage", fail)
     lines = shown((ROOT / "docs" / "evaluate.md").read_text(), "coverage")
     reached = []
     for line in lines:
-        with pytest.raises(ReachedError) as stop:
+        with pytest.raises(ReachedError) as error:
             cli.main(shlex.split(line)[1:])
-        reached.append(stop.value.args)
+        reached.append(error.value.args)
     assert ("imagenet/boxes", (224, 224), 0.75) in reached

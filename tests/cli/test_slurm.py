@@ -42,6 +42,7 @@ def _start(text: str, folder: Path, status: int, **environment: str) -> tuple[in
         (programs / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_CPUS_PER_TASK": "12"}
     path = {"PATH": f"{programs}:{os.environ['PATH']}", "NOTES": str(notes), "STATUS": str(status), "CANCELLED": ""}
+    path["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
     done = subprocess.run(["bash", "-c", text], env=job | path | environment, capture_output=True, text=True)
     requeued = notes / "requeued"
     return done.returncode, requeued.exists() and requeued.read_text() == "123456\n", done.stderr

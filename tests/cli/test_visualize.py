@@ -93,7 +93,7 @@ def test_drawings_of_files_and_folders(
     status, text = say(capsys, "reconstruct", model, one, pictures / "dogs", "--out", out)
     assert status == 0 and "unaided" in text
     assert Image.open(out).size == (6 * (128 + 4) - 4, 6 * (128 + 18 + 4) - 4 + 18)  # 32 px enlarged four times
-    assert "is there already" in say(capsys, "attention", model, one, "--out", out)[1]
+    assert "already" in say(capsys, "attention", model, one, "--out", out)[1]
     assert "Not a directory" in say(capsys, "attention", model, one, "--out", out / "a.png")[1]
     assert say(capsys, "attention", model, one, "--out", out, "--overwrite")[0] == 0
     status, text = say(capsys, "attention", model, pictures, "--out", tmp_path / "a.png", "--count", 3)
@@ -137,10 +137,10 @@ def test_embeddings_are_features_with_file_names(
     for name in ("g.npy", "g.csv", "g.npy.skipped.csv", "g.npy.partial/mine"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-        assert "is there already" in say(capsys, *args, "--out", tmp_path / "g.npy")[1]
+        assert "already" in say(capsys, *args, "--out", tmp_path / "g.npy")[1]
         assert (tmp_path / name).read_text() == "mine" and not (tmp_path / "g.npy.partial/lock").exists()
         (tmp_path / name).unlink()
-    assert "is there already" in say(capsys, *args, "--out", tmp_path / "f.npy")[1]
+    assert "already" in say(capsys, *args, "--out", tmp_path / "f.npy")[1]
     assert say(capsys, *args, "--out", tmp_path / "f.npy", "--overwrite", "--features", "cls")[0] == 0
     assert np.array_equal(np.load(tmp_path / "f.npy"), array[:, :32]) and len(rows_of(tmp_path / "f.csv")) == 9
     assert "ends with .npy or .parquet" in say(capsys, *args, "--out", tmp_path / "f.csv")[1]

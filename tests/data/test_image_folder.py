@@ -11,7 +11,7 @@ from rich.console import Console
 from pixmim.data import open_dataset
 from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.image_folder import EXTENSIONS, ImageFolder, PathList, from_folder, from_list_file
-from pixmim.utils import progress
+from pixmim.utils import console as console_module
 from pixmim.utils.errors import UserError
 
 
@@ -148,7 +148,7 @@ def test_a_long_walk_shows_progress(tree: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(progress, "_MOMENT", 0.0)
     shown: list[str] = []
     console = Console(force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    monkeypatch.setattr(console_module, "Console", lambda stderr: console)
     monkeypatch.setattr("rich.status.Status.update", lambda self, text: shown.append(str(text)))
     from_folder(tree)
     assert str(tree) in shown[0] and "1 images" in shown[0]

@@ -1,3 +1,3 @@
-"""What several tests share. `typecheck` is imported here because jaxtyping imports only the package it is in."""
+"""Helpers of several tests. `typecheck` is imported here because jaxtyping imports only its package."""
 
 from helpers import typecheck as typecheck

@@ -1,4 +1,4 @@
-"""Compare batches bit by bit."""
+"""Bitwise comparison of batches."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,7 @@ from pixmim.data.loader import Batch
 
 
 def same(one: list[Batch], two: list[Batch]) -> bool:
+    """Return True if all batches are bitwise equal."""
     return len(one) == len(two) and all(
         len(parts := tensors(a)) == len(tensors(b))
         and all(torch.equal(x, y) for x, y in zip(parts, tensors(b), strict=True))
@@ -16,5 +17,6 @@ def same(one: list[Batch], two: list[Batch]) -> bool:
 
 
 def tensors(batch: Batch) -> list[Tensor]:
+    """Return the tensors of a batch and its mask."""
     mask = [] if batch.mask is None else [t for t in vars(batch.mask).values() if t is not None]
     return [batch.images, batch.flip, batch.indices, *mask]

@@ -1,4 +1,4 @@
-"""Processes of pixmim, forked from one that has imported it: a start takes milliseconds instead of seconds."""
+"""Run pixmim in processes forked from one that has imported it, so that a start takes milliseconds."""
 
 import multiprocessing
 import os
@@ -10,7 +10,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from pixmim import cli
+from pixmim import cli, pretraining
+from pixmim.data.synthetic import SyntheticShapes
 from pixmim.training.checkpoint import CheckpointManager
 
 _fork = multiprocessing.get_context("forkserver")
@@ -20,14 +21,14 @@ _fork.set_forkserver_preload(
 
 
 class Started:
-    """A function that runs in so many processes, as ranks of one group if there are several.
+    """A function running in one process, or in several as ranks of one group.
 
     Args:
-        output: Where they print to.
-        target: The function, of a module.
+        output: File for what they print.
+        target: The function, at the top level of a module.
         args: Its arguments.
-        ranks: How many processes.
-        limit: Bytes that a file may have; 0: any number.
+        ranks: Number of processes.
+        limit: Maximum size of a file in bytes; 0 is unlimited.
     """
 
     def __init__(self, output: Path, target: Callable[..., object], *args: object, ranks: int = 1, limit: int = 0):
@@ -45,12 +46,12 @@ class Started:
 
     @property
     def pids(self) -> list[int]:
-        """Process numbers, by rank."""
+        """Process numbers by rank."""
         return [process.pid or 0 for process in self.processes]
 
     @property
     def text(self) -> str:
-        """What they have printed so far."""
+        """The output up to now."""
         return self.output.read_text()
 
     @property
@@ -58,7 +59,7 @@ class Started:
         return all(process.is_alive() for process in self.processes)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition, which must come while all processes run."""
+        """Wait for a condition, which must become true while all processes run."""
         deadline = time.monotonic() + 120
         while not condition():
             assert self.running or condition(), self.text
@@ -66,7 +67,7 @@ class Started:
             time.sleep(0.002)
 
     def end(self, status: int | None = 0) -> str:
-        """Return what was printed, once all have ended with this status; None: any but 0."""
+        """Wait until all have ended with this status (None is any but 0), and return the output."""
         wait([process.sentinel for process in self.processes], timeout=120)
         for process in self.processes:
             process.join(timeout=120)
@@ -76,27 +77,27 @@ class Started:
 
 
 class Pretraining(Started):
-    """`pixmim pretrain` with these flags, into the folder `out`."""
+    """`pixmim pretrain` with these flags, which include the folder `out`."""
 
     def __init__(self, out: Path, *flags: object, ranks: int = 1, limit: int = 0):
         self.out, self.checkpoints = out, CheckpointManager(out / "checkpoints")
         output = out.with_name(f"{out.name}-{time.monotonic_ns()}.txt")
-        super().__init__(output, _command, "pretrain", *map(str, flags), ranks=ranks, limit=limit)
+        super().__init__(output, command_without_report, "pretrain", *map(str, flags), ranks=ranks, limit=limit)
 
     def reach(self, step: int) -> None:
-        """Wait until a checkpoint of `step` or later is there."""
-        self.until(lambda: any(found >= step for found in self.checkpoints.steps()))
+        """Wait for a checkpoint of `step` or later."""
+        self.until(lambda: any(saved >= step for saved in self.checkpoints.steps()))
 
     def log(self) -> None:
-        """Wait until a line of metrics is there."""
+        """Wait for a line of metrics."""
         metrics = self.out / "metrics.jsonl"
         self.until(lambda: metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
         return port
 
 
@@ -115,9 +116,41 @@ def _run(
     target(*args)
 
 
-def _command(*args: str) -> None:
+def command(*args: str) -> None:
+    """Run a command as the shell does."""
     sys.argv = ["pixmim", *args]
     sys.exit(cli.main())
+
+
+def command_without_report(*args: str) -> None:
+    """Run a command that skips the report at its end."""
+    pretraining.write_report = lambda folders, page, *_: page
+    command(*args)
+
+
+def unheard_command(*args: str) -> None:
+    """Run a command whose stdout is a closed pipe and whose stderr is a full disk."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    command(*args)
+
+
+def stuck_command(folder: str, images: int, *args: str) -> None:
+    """Run a command in `folder` whose data block after a number of images; create `folder`/stuck then."""
+    os.chdir(folder)
+    os.mkfifo("fifo")
+    read_array, remaining = SyntheticShapes.read_array, iter(range(images))
+
+    def read(self: SyntheticShapes, index: int) -> object:
+        if next(remaining, None) is None:
+            os.open("stuck", os.O_CREAT)
+            Path("fifo").read_bytes()
+        return read_array(self, index)
+
+    SyntheticShapes.read_array = read  # type: ignore[method-assign,assignment]
+    command(*args)
 
 
 def launch(*args: str) -> None:

@@ -18,7 +18,7 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import from_dict
 from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.transforms.crops import flip_and_normalize
-from pixmim.utils.process import leave
+from pixmim.utils.process import exit_now
 
 
 def main(jobs: str) -> None:

@@ -1,4 +1,4 @@
-"""Results of evaluations, made by hand."""
+"""Single evaluations of encoders on disk."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from pixmim.evaluation.results import Result
 
 
 def measured(name: str, folder: Path, train: str, test: str, **options: object) -> Result:
-    """One evaluation of the encoder in a folder, on the CPU."""
+    """Run one evaluation of the encoder in a folder on the CPU."""
     settings = EVALS[name].settings(train, test)
     (result,) = evaluate(str(folder), [(name, settings)], folder, device="cpu", **options)  # type: ignore[arg-type]
     return result

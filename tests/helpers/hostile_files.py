@@ -6,7 +6,10 @@ import struct
 def tiff(
     pages: list[dict[int, tuple[int, list[int]]]], *, order: str = "<", big: bool = False, loop: int = -1
 ) -> bytes:
-    """A TIFF of these tags (kind and values each), with 16x16 zeros behind its header; `loop`: the last page's next."""
+    """Make a TIFF with these tags (type and values each) and 16x16 zeros after its header.
+
+    `loop` is the page to which the last page's offset points; -1 is the end.
+    """
     offset, count, entry = ("Q", "Q", "HHQ") if big else ("I", "H", "HHI")
     inside = 8 if big else 4
     start = 16 if big else 8
@@ -32,7 +35,7 @@ def tiff(
 
 
 def plain(**changes: tuple[int, list[int]]) -> dict[int, tuple[int, list[int]]]:
-    """A page of 16x16 grey 16-bit zeros; keywords such as t259 replace its tags."""
+    """Make the tags of a page of 16x16 gray 16-bit zeros; keywords such as t259 replace them."""
     tags = {256: (3, [16]), 257: (3, [16]), 258: (3, [16]), 259: (3, [1]), 262: (3, [1]), 273: (4, [16]),
             277: (3, [1]), 278: (3, [16]), 279: (4, [496])}  # fmt: skip
     tags[279] = (4, [512])

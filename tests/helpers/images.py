@@ -1,4 +1,4 @@
-"""Encode small images in every format."""
+"""Small images in every format."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""An exception that stands for an interruption."""
+"""Simulated interruptions of training."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -7,12 +7,12 @@ from pixmim.training.preemption import PreemptionHandler
 
 
 class Stopped(PreemptionHandler):
-    """Ctrl-C after some updates."""
+    """A preemption request after `after` steps."""
 
     after = 0
 
     def __enter__(self) -> "Stopped":
-        self.asked_for = 0
+        self.checks = 0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -20,8 +20,8 @@ class Stopped(PreemptionHandler):
 
     @property
     def requested(self) -> bool:  # type: ignore[override]
-        self.asked_for += 1
-        return self.asked_for > Stopped.after  # asked once an update
+        self.checks += 1
+        return self.checks > Stopped.after  # checked once per step
 
     def waiting(self, alone: bool = True) -> Any:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""A measure of masks that papers report."""
+"""AvgDist, a statistic of masks."""
 
 import torch
 from jaxtyping import Bool
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def average_distance(hidden: Bool[Tensor, "b 1 h w"]) -> float:
-    """SimMIM's AvgDist: the mean Euclidean distance, in pixels, from each hidden pixel to the nearest visible one.
+    """Compute SimMIM's AvgDist: the mean Euclidean distance in pixels from hidden pixels to the nearest visible one.
 
-    Source: SimMIM (arXiv 2111.09886), section 4.2; fine-tuning is best between 10 and 20. Exact: the squared distance
-    down each column first, then over all columns of a row. Memory is b*h*w*w numbers. NaN if nothing is hidden.
+    Exact: distances along each column first, then over all columns of a row, with b*h*w*w numbers in memory. NaN if
+    nothing is hidden. Source: SimMIM (arXiv 2111.09886), section 4.2; fine-tuning is best between 10 and 20.
     """
     h, w = hidden.shape[-2:]
     y, far = torch.arange(h).view(1, h, 1), 4 * (h + w)

@@ -6,13 +6,13 @@ import timm
 
 from pixmim.config import ArchitectureConfig
 
-SMALL: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 THIN: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
-MAE = ArchitectureConfig("mae", "vit_tiny_patch16_224", **THIN, options=SMALL)
+MAE = ArchitectureConfig("mae", "vit_tiny_patch16_224", **THIN, options=TINY)
 OTHERS = {
     "convmae": (ArchitectureConfig("convmae", "convmae_tiny", **THIN, options={"depth": [1, 1, 1]}), 32),
-    "vit": (ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=SMALL), 32),
-    "beit": (ArchitectureConfig("simmim", "beit_base_patch16_224", options=SMALL), 32),
+    "vit": (ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=TINY), 32),
+    "beit": (ArchitectureConfig("simmim", "beit_base_patch16_224", options=TINY), 32),
     "swin": (
         ArchitectureConfig(
             "simmim",
@@ -25,5 +25,5 @@ OTHERS = {
 
 
 def old_swin_layout() -> bool:
-    """Return True if this timm takes its own Swin without a classifier for an older layout, and cannot reload it."""
+    """Return True if this timm mistakes its own Swin without a classifier for an older layout when loading it."""
     return tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31)

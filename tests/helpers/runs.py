@@ -13,7 +13,7 @@ from pixmim.pretraining import pretrain
 
 
 def train(config: PretrainConfig, out: Path, **options: Any) -> str:
-    """Train without a report, and return what was printed."""
+    """Train without a report, and return the output."""
     file = io.StringIO()
     pretrain(config, out, console=Console(file=file, width=500), report=False, **options)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Tar shards of small drawn images."""
+"""Tar shards of small images."""
 
 import io
 import tarfile
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def picture(value: int, kind: str = "PNG") -> bytes:
-    """A file of one color, value, and a size that tells it from others."""
+    """Encode an image with color and size that identify `value`."""
     buffer = io.BytesIO()
     Image.new("RGB", (20 + value, 30), (value, 0, 0)).save(buffer, kind)
     return buffer.getvalue()

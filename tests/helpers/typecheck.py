@@ -1,4 +1,4 @@
-"""The run-time type checker of the suite: beartype, with Python's own rule that an int may stand for a float."""
+"""The suite's run-time type checker: beartype, which accepts an int for a float as PEP 484 does."""
 
 from beartype import BeartypeConf
 from beartype import beartype as _beartype

@@ -12,7 +12,7 @@ import threading
 import time
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ def test_lists_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match="more than 8 lines"):
         open_dataset(str(text))
     monkeypatch.setattr(files, "MAX_LIST_BYTES", 20)
-    with pytest.raises(UserError, match="54 bytes are more than the 20 allowed"):
+    with pytest.raises(UserError, match="54 bytes exceed the limit of 20"):
         open_dataset(str(text))
 
 

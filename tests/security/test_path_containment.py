@@ -1,4 +1,4 @@
-"""What a list, a table or annotations may name: files below their own folder, and no URL; all else is refused."""
+"""Lists, tables and annotations may name only files below their own folder, and no URLs."""
 
 import json
 import os
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """A picture beside the folder that a stranger filled."""
+    """Return an image next to an untrusted folder."""
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "secret.png")
     (tmp_path / "given").mkdir()
     Image.new("RGB", (8, 8), (1, 0, 0)).save(tmp_path / "given" / "a.png")
@@ -42,12 +42,12 @@ def secret(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server() -> Iterator[Any]:
-    """Counts who asks."""
-    asked: list[str] = []
+    """Run a server that records requests."""
+    requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_error(404)
 
         do_HEAD = do_GET  # noqa: N815
@@ -55,11 +55,11 @@ def server() -> Iterator[Any]:
         def log_message(self, *args: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as found:
-        threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True).start()
-        vars(found).update(asked=asked, url=f"http://127.0.0.1:{found.server_port}")
-        yield found
-        found.shutdown()
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        vars(server).update(requests=requests, url=f"http://127.0.0.1:{server.server_port}")
+        yield server
+        server.shutdown()
 
 
 # Lists
@@ -68,20 +68,20 @@ def server() -> Iterator[Any]:
 @pytest.mark.parametrize(
     "line", ["../secret.png", "{}/secret.png", "x/../../secret.png", "/etc/passwd", "//etc/passwd"]
 )
-def test_a_list_that_leads_out(secret: Path, line: str) -> None:
+def test_a_list_must_not_lead_out_of_its_folder(secret: Path, line: str) -> None:
     given = secret.parent / "given"
     (given / "list.txt").write_text("a.png\n" + line.format(secret.parent) + "\n")
     with pytest.raises(UserError, match=rf"1 of the 2 paths in {given}/list.txt lead out .*,root=FOLDER"):
         open_dataset(f"{given}/list.txt")
 
 
-def test_a_zero_byte_hides_no_line(secret: Path) -> None:
+def test_a_null_byte_hides_no_line(secret: Path) -> None:
     (secret.parent / "given" / "list.txt").write_bytes(b"a.png\0" + os.fsencode(secret) + b"\n")
     with pytest.raises(UserError, match="zero byte"):
         open_dataset(f"{secret.parent}/given/list.txt")
 
 
-def test_a_root_lets_a_list_lead_elsewhere(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_root_allows_paths_below_another_folder(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = secret.parent / "given"
     (given / "list.txt").write_text(f"a.png\n../secret.png\n{secret}\n{given}/a.png\n./a.png\na..b.png\n")
     for root in (secret.parent, "/", f"{given}/.."):
@@ -102,7 +102,7 @@ def test_a_root_lets_a_list_lead_elsewhere(secret: Path, monkeypatch: pytest.Mon
         from_list_file(given / "list.txt")
 
 
-def test_a_root_in_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_root_is_parsed_from_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("x", "a+b"):
         (tmp_path / name).mkdir()
     for name in ("l.txt", "l.txt,root=x", "t.parquet"):
@@ -124,7 +124,7 @@ def test_a_root_in_a_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("kind", ["fifo", "zero"])
-def test_lists_and_annotations_that_are_no_files(tmp_path: Path, kind: str) -> None:
+def test_lists_and_annotations_must_be_regular_files(tmp_path: Path, kind: str) -> None:
     for name in ("l.txt", "l.json", "t.parquet", "t.arrow"):
         os.mkfifo(tmp_path / name) if kind == "fifo" else (tmp_path / name).symlink_to("/dev/zero")
     for spec in (
@@ -159,14 +159,14 @@ def coco(**changes: Any) -> dict[str, Any]:
     return {kind: [part | changes.get(kind, {})] for kind, part in parts.items()}
 
 
-def test_annotations_that_are_right(secret: Path) -> None:
+def test_valid_annotations_are_read(secret: Path) -> None:
     (secret.parent / "given" / "x.json").write_text(json.dumps(coco()))
     data = open_detection(f"{secret.parent}/given/x.json", "", ImageSpec())
     assert not data.unmasked and data.images.image(0).shape == (3, 8, 8) and data.objects(0).areas.tolist() == [16]
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{}/secret.png", "/etc/passwd", "x\0.png", "\ud800.png", ""])
-def test_images_of_annotations_that_lead_out(secret: Path, name: str) -> None:
+def test_images_of_annotations_must_not_lead_out(secret: Path, name: str) -> None:
     given = secret.parent / "given"
     name = name.format(secret.parent)
     (given / "x.json").write_text(json.dumps(coco(images={"file_name": name})))
@@ -214,7 +214,7 @@ def test_images_of_annotations_that_lead_out(secret: Path, name: str) -> None:
         ("annotations", {"segmentation": {"size": 8, "counts": [64]}}),
     ],
 )
-def test_annotations_that_cannot_be(secret: Path, kind: str, change: dict[str, Any]) -> None:
+def test_invalid_annotations_are_refused(secret: Path, kind: str, change: dict[str, Any]) -> None:
     file = secret.parent / "given" / "x.json"
     file.write_text(json.dumps(coco(**{kind: change})))
     with pytest.raises(UserError, match=r"x.json") as caught:
@@ -225,7 +225,7 @@ def test_annotations_that_cannot_be(secret: Path, kind: str, change: dict[str, A
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, "[]", '{"images": 3}', '{"images": [3], "categories": [], "annotations": []}']
 )
-def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_annotations_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=r"x.json"):
         open_detection(f"{tmp_path}/x.json", "", ImageSpec())
@@ -235,7 +235,7 @@ def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
 
 
 def cells(folder: Path, rows: list[Any], name: str = "t.parquet") -> str:
-    """A table with paths, written as a stranger may."""
+    """Write a table with arbitrary paths."""
     folder.mkdir(exist_ok=True)
     column = arrow.array(rows, arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())]))
     parquet.write_table(arrow.table({"image": column}), folder / name)
@@ -274,7 +274,7 @@ def test_paths_in_a_table_stay_below_it(secret: Path, server: Any, tmp_path: Pat
             continue
         with pytest.raises(BadImage, match=reason):
             data.image(index)
-    assert not server.asked
+    assert not server.requests
     wider = open_dataset(f"{spec},root={tmp_path}")
     assert [int(wider.image(i)[0, 0, 0]) for i in (2, 3, 4, 12)] == [200] * 4
     assert int(open_dataset(f"hf:{spec},root=/").image(3)[0, 0, 0]) == 200
@@ -282,7 +282,7 @@ def test_paths_in_a_table_stay_below_it(secret: Path, server: Any, tmp_path: Pat
         wider.image(8)
 
 
-def test_a_bomb_in_a_zip_and_a_fifo_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zip_bomb_and_a_fifo_in_a_table_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = tmp_path / "given"
     given.mkdir()
     monkeypatch.setattr("pixmim.data.huggingface._MAX_IMAGE_BYTES", 10**5)
@@ -300,7 +300,7 @@ def test_a_bomb_in_a_zip_and_a_fifo_in_a_table(tmp_path: Path, monkeypatch: pyte
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A folder with a table of two grey pictures, in which a stranger may write more."""
+    """Return an untrusted folder with a table of two gray images."""
     rows = []
     for value in (10, 20):
         Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "p.png")
@@ -338,10 +338,10 @@ def test_a_readme_has_no_effect(table: Path, secret: Path, server: Any) -> None:
         for spec in (f"{table}", f"hf:{table}", f"hf:{table}:train"):
             data = open_dataset(spec)
             assert [int(data.image(i)[0, 0, 0]) for i in range(len(data))] == [10, 20]
-    assert not server.asked and not Path("PWNED").exists()
+    assert not server.requests and not Path("PWNED").exists()
 
 
-def test_files_of_a_set_that_lead_out(table: Path, tmp_path: Path) -> None:
+def test_files_of_a_dataset_must_not_lead_out(table: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     cells(other, [{"bytes": b"x", "path": None}])
     (table / "train-more.parquet").symlink_to(other / "t.parquet")
@@ -358,7 +358,7 @@ def test_files_of_a_set_that_lead_out(table: Path, tmp_path: Path) -> None:
         open_dataset(str(table))
 
 
-def test_names_of_splits(table: Path, tmp_path: Path) -> None:
+def test_names_of_splits_are_restricted(table: Path, tmp_path: Path) -> None:
     content = (table / "train.parquet").read_bytes()
     for layout, splits in {
         ("a.parquet", "b.parquet"): "train",
@@ -376,8 +376,8 @@ def test_names_of_splits(table: Path, tmp_path: Path) -> None:
         assert len(open_dataset(f"hf:{folder}:{splits.split(',')[0]}")) in (2, 4)
 
 
-def test_saved_sets_are_their_own_files(table: Path, tmp_path: Path) -> None:
-    """Whatever their JSON files name."""
+def test_saved_datasets_read_only_their_own_files(table: Path, tmp_path: Path) -> None:
+    """Their JSON files cannot name other files."""
     library = datasets.Dataset.from_dict({"image": [b"x"]})
     library.save_to_disk(tmp_path / "other")
     library.save_to_disk(tmp_path / "one")
@@ -433,8 +433,8 @@ def test_no_pickle_of_an_extension_type_is_opened(tmp_path: Path, monkeypatch: p
     assert not Path("PWNED").exists()
 
 
-def test_features_that_name_files_or_run_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library makes features from what a file's schema says; none reads a file, and none decodes."""
+def test_features_cannot_name_files_or_run_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that the library creates from a schema neither read files nor decode."""
     for kind in (
         {"_type": "ClassLabel", "names_file": "/etc/passwd"},
         {"_type": "ClassLabel", "num_classes": 10**9},
@@ -450,7 +450,7 @@ def test_features_that_name_files_or_run_decoders(tmp_path: Path, monkeypatch: p
             open_dataset(f"{tmp_path}/t.parquet").image(0)
 
 
-def test_classes_out_of_range_in_a_table(tmp_path: Path) -> None:
+def test_classes_out_of_range_in_a_table_are_refused(tmp_path: Path) -> None:
     features = {"image": {"_type": "Image"}, "l": {"_type": "ClassLabel", "names": ["a", "b"]}}
     kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     for numbers, reason in (([0, 2], "has class 2, but there are 2"), ([0, 2**40], "has class")):
@@ -461,8 +461,8 @@ def test_classes_out_of_range_in_a_table(tmp_path: Path) -> None:
             open_dataset(f"{tmp_path}/t.parquet")
 
 
-def test_arrow_data_that_point_out_of_their_buffers(tmp_path: Path) -> None:
-    """Else a row would be read from anywhere in the process's memory."""
+def test_arrow_data_must_not_point_out_of_its_buffers(tmp_path: Path) -> None:
+    """Otherwise a row would be read from arbitrary memory of the process."""
     datasets.Dataset.from_dict({"image": [b"x" * 100, b"y" * 100]}).save_to_disk(tmp_path / "set")
     path = tmp_path / "set" / "data-00000-of-00001.arrow"
     content = path.read_bytes()
@@ -473,7 +473,7 @@ def test_arrow_data_that_point_out_of_their_buffers(tmp_path: Path) -> None:
         open_dataset(f"{tmp_path}/set")
 
 
-def test_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decompressed_size_of_parquet_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pixmim.data.huggingface._MAX_EXPANDED", 10**6)
     rows = arrow.table({"image": arrow.array([bytes(10**6), bytes(10**6) + b"x"])})
     parquet.write_table(rows, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
@@ -482,7 +482,7 @@ def test_parquet_that_expands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         open_dataset(f"{tmp_path}/t.parquet")
 
 
-def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_is_not_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "set").mkdir()
     with socket.socket(socket.AF_UNIX) as end:

@@ -1,4 +1,4 @@
-"""A run folder from elsewhere: what of the machine it may touch, and what its malformed files cost."""
+"""Run folders from elsewhere: they open no other data, and each malformed file costs one line."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import re
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,32 +35,32 @@ RESULT = {"evaluation": "knn", "encoder": "trained", "settings": {"test": "x"}, 
 
 @pytest.fixture
 def foreign(tiny_run: Make, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that learnt from local pictures, then handed to somebody else."""
+    """Train a run on local images, and return it as another user would receive it."""
     train(tiny_run(data=str(pictures), size="16", steps=2), tmp_path / "run")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "somebody else's"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other user"))
     return tmp_path / "run"
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every data set and every file of weights that is opened."""
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record every dataset and every file of weights that is opened."""
     seen: list[str] = []
 
-    def watch(module: str, name: str) -> None:
+    def record(module: str, name: str) -> None:
         import importlib
 
-        real = getattr(importlib.import_module(module), name)
+        original = getattr(importlib.import_module(module), name)
 
-        def instead(spec: object, *args: object, **more: object) -> object:
+        def wrapper(spec: object, *args: object, **more: object) -> object:
             seen.append(str(spec))
-            return real(spec, *args, **more)
+            return original(spec, *args, **more)
 
-        monkeypatch.setattr(f"{module}.{name}", instead)
+        monkeypatch.setattr(f"{module}.{name}", wrapper)
 
     for module in ("pixmim.report.page", "pixmim.pretraining", "pixmim.evaluation.evaluate"):
-        watch(module, "open_dataset")
-    watch("pixmim.weights.load", "resolve_model")
-    yield seen
+        record(module, "open_dataset")
+    record("pixmim.weights.load", "resolve_model")
+    return seen
 
 
 def rename(run: Path, **changes: object) -> None:
@@ -68,7 +68,7 @@ def rename(run: Path, **changes: object) -> None:
     (run / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_the_report_opens_no_data_that_a_stranger_named(
+def test_the_report_opens_no_data_of_an_untrusted_config(
     foreign: Path, pictures: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, text = say(capsys, "report", foreign)
@@ -80,22 +80,22 @@ def test_the_report_opens_no_data_that_a_stranger_named(
     assert status == 0 and "not made" not in text and "data:image/png" in (foreign / "report.html").read_text()
     rename(foreign, data="https://example.org/cache")
     assert "not made by you" in say(capsys, "report", foreign)[1] and "https://example.org/cache" not in opened
-    rename(foreign, data="shapes:count=9,size=16+shapes:count=3,size=16*2")  # drawn ones need no trust
+    rename(foreign, data="shapes:count=9,size=16+shapes:count=3,size=16*2")  # synthetic data needs no trust
     assert "not made by you" not in say(capsys, "report", foreign)[1]
 
 
-def test_ones_own_run_needs_no_words(memory: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_own_run_needs_no_confirmation(memory: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(memory.parent))
     lines: list[str] = []
     page = write_report([foreign], foreign / "report.html", warn=lines.append)
     assert not lines and "data:image/png" in page.read_text()
-    rename(foreign, data=f"{foreign.parent}/pictures/cats")  # a changed configuration is nobody's
+    rename(foreign, data=f"{foreign.parent}/pictures/cats")  # a changed config is not trusted
     write_report([foreign], foreign / "report.html", warn=lines.append)
     assert len(lines) == 1
 
 
 @pytest.mark.parametrize("where", ["--resume", "recipe"])
-def test_what_a_stranger_named_is_typed_before_it_is_opened(
+def test_data_of_an_untrusted_config_must_be_typed_before_it_is_opened(
     where: str, foreign: Path, pictures: Path, opened: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     start = ["--resume", foreign] if where == "--resume" else [foreign / "config.json", "--out", tmp_path / "new"]
@@ -110,10 +110,12 @@ def test_what_a_stranger_named_is_typed_before_it_is_opened(
     typed = ["--data", pictures, "--knn.train", pictures, f"--knn.test={pictures}"]
     assert say(capsys, "pretrain", *start, *typed)[0] == 0
     out = foreign if where == "--resume" else tmp_path / "new"
-    assert say(capsys, "pretrain", "--resume", out)[0] == 0  # the person has said so once, and it is theirs now
+    assert (
+        say(capsys, "pretrain", "--resume", out)[0] == 0
+    )  # after the user has typed the data once, the config is trusted
 
 
-def test_an_untrained_encoder_opens_no_weights_that_a_stranger_named(foreign: Path, opened: list[str]) -> None:
+def test_an_untrained_encoder_opens_no_weights_of_an_untrusted_config(foreign: Path, opened: list[str]) -> None:
     load_frozen_encoder(str(foreign), device="cpu", untrained=True)
     for init in ("/their/weights.pth", "timm:vit_tiny_patch16_224"):
         rename(foreign, init=init)
@@ -148,7 +150,7 @@ def test_a_link_that_leads_out_of_a_run_is_not_followed(name: str, foreign: Path
     assert not outside.is_file() or outside.read_bytes() == before
 
 
-def test_pictures_of_a_result_come_from_beside_it(foreign: Path, tmp_path: Path) -> None:
+def test_images_of_a_result_come_from_its_folder(foreign: Path, tmp_path: Path) -> None:
     folder = foreign / "evaluations"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8)
@@ -253,7 +255,7 @@ def test_a_metrics_file_is_regular_and_bounded(tmp_path: Path, monkeypatch: pyte
         read_metrics(tmp_path / "large.jsonl")
 
 
-def test_lines_of_metrics_are_not_added_to_what_a_link_leads_to(tmp_path: Path) -> None:
+def test_metrics_are_not_appended_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     console = Console(file=io.StringIO(), width=500)
     log = MetricLogger(tmp_path / "m.jsonl", steps=2, start=0, every=1, epoch=1, images=1, console=console)
@@ -263,7 +265,7 @@ def test_lines_of_metrics_are_not_added_to_what_a_link_leads_to(tmp_path: Path) 
     assert (tmp_path / "mine").read_text() == "kept" and "cannot be written" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_malformed_account_costs_one_line_and_is_continued(tmp_path: Path) -> None:
+def test_a_malformed_bad_image_log_costs_one_line_and_is_continued(tmp_path: Path) -> None:
     path = tmp_path / "skipped.csv"
     path.write_bytes(b"image,reason\na,b\n\0\xff,x\n" + b"x" * 200_000 + b",y\nb,c\n")
     rows, problem = read_bad_images(path)
@@ -274,7 +276,7 @@ def test_a_malformed_account_costs_one_line_and_is_continued(tmp_path: Path) -> 
     assert path.read_bytes().endswith(b",y\nb,c\n'=1,'-no good\r\n\xfc,'-no good\r\n")
 
 
-def test_accounts_of_several_processes_lose_nothing(tmp_path: Path) -> None:
+def test_bad_image_logs_of_several_ranks_are_merged(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("root,x\n")
     (tmp_path / "skipped.csv").write_text("image,reason\na,b\n")
     (tmp_path / "skipped-1.csv").write_text("image,reason\na,b\n'=c,d\n")
@@ -291,7 +293,7 @@ def test_accounts_of_several_processes_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "[]", '{"key": 3}', '{"key": [1]}', '{"key": [1, "2"]}', '{"key": [1, 99]}'])
-def test_malformed_counts_are_measured_again(text: str, tmp_path: Path) -> None:
+def test_malformed_counts_are_recomputed(text: str, tmp_path: Path) -> None:
     (tmp_path / "counts.json").write_text(text)
     console = Console(file=io.StringIO(), width=500)
     file = CountsFile(tmp_path, console)
@@ -309,7 +311,7 @@ def test_malformed_counts_are_measured_again(text: str, tmp_path: Path) -> None:
         '{"type": "pixmim.PretrainConfig", "version": 1, "x": 1}',
     ],
 )
-def test_a_broken_configuration_is_one_line(
+def test_a_broken_config_gives_one_line(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -338,7 +340,7 @@ def test_a_result_is_saved_inside_its_folder(foreign: Path, tmp_path: Path, caps
     assert status == 1 and "leads out of" in text and not list((tmp_path / "outside").iterdir())
 
 
-def test_files_for_pictures_are_checked_before_the_work(
+def test_output_images_are_checked_before_the_work(
     foreign: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], opened: list[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -390,18 +392,18 @@ def test_damaged_unfinished_work_is_named(
 
 
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", ".hidden", "a/b", "a b", "x" * 101, "\x1b[2J"])
-def test_a_recipe_is_a_name_and_no_path(name: str, tiny_run: Make) -> None:
+def test_a_recipe_is_a_name_instead_of_a_path(name: str, tiny_run: Make) -> None:
     with pytest.raises(UserError, match="--recipe must be a word"):
         tiny_run(recipe=name)
 
 
 @pytest.mark.parametrize("device", ["meta", "hpu:3", "cuda:x", "vulkan", "cpu:0\n"])
-def test_a_device_is_one_of_those_known(device: str, tiny_run: Make) -> None:
+def test_an_unknown_device_is_refused(device: str, tiny_run: Make) -> None:
     with pytest.raises(UserError, match="--device must be auto, cpu, cuda"):
         tiny_run(device=device)
 
 
-def test_a_run_folder_called_like_a_model_of_timm_is_a_folder(
+def test_a_run_folder_named_like_a_timm_model_is_a_folder(
     foreign: Path, opened: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign.rename(tmp_path / "timm:vit_tiny_patch16_224")

@@ -1,4 +1,4 @@
-"""Text from files, made safe for terminals and spreadsheets."""
+"""Untrusted names on terminals and in spreadsheets, and progress outside a terminal."""
 
 import io
 import os
@@ -6,11 +6,12 @@ import os
 import pytest
 from rich.console import Console
 
-from pixmim.utils.console import csv_cell, print_plain, printable
+from pixmim.utils import console as module
+from pixmim.utils.console import csv_cell, label, print_plain, printable, progress
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
+    ("name", "escaped"),
     [
         ("plain [mae] $x$ \u4f60\u597d.jpg", "plain [mae] $x$ \u4f60\u597d.jpg"),
         ("a\x1b[2Jb", "a\\x1b[2Jb"),
@@ -21,15 +22,30 @@ from pixmim.utils.console import csv_cell, print_plain, printable
         ("half \ud800", "half \\ud800"),
     ],
 )
-def test_a_name_is_shown_and_nothing_in_it_acts(name: str, shown: str) -> None:
-    assert printable(name) == shown
+def test_control_characters_are_escaped(name: str, escaped: str) -> None:
+    assert printable(name) == escaped
     console = Console(file=io.StringIO(), force_terminal=True, width=20)
-    print_plain(console, f"first\n{name.replace(chr(10), '')}")
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
-    assert printed == f"first\n{printable(name.replace(chr(10), ''))}\n"
+    line = name.replace("\n", "")
+    print_plain(console, f"first\n{line}")
+    assert console.file.getvalue() == f"first\n{printable(line)}\n"  # type: ignore[attr-defined]
 
 
-def test_no_cell_of_a_spreadsheet_is_a_formula() -> None:
+def test_long_labels_are_elided_in_the_middle() -> None:
+    assert label("a" * 48) == "a" * 48
+    assert label("a" * 30 + "b" * 30) == "a" * 24 + "…" + "b" * 23
+
+
+def test_no_csv_cell_is_a_formula() -> None:
     assert csv_cell("cats") == "cats" and csv_cell("") == ""
     for text in ("=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"):
         assert csv_cell(text) == f"'{text}"
+
+
+def test_outside_a_terminal_progress_is_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 6.0, 6.0, 7.0])
+    monkeypatch.setattr(module, "time", type("Clock", (), {"monotonic": staticmethod(lambda: next(clock))}))
+    console = Console(file=io.StringIO(), width=100)
+    with progress("features", 2_000, console) as advance:
+        for done in (1, 1_500, 2_000):
+            advance(done)
+    assert console.file.getvalue() == "features: 1,500 of 2,000\n"  # type: ignore[attr-defined]

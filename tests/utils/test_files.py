@@ -1,4 +1,4 @@
-"""Files: read only if regular and within a bound, written completely or not at all."""
+"""Reading regular files within bounds, and atomic writes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from pixmim.utils.files import (
 )
 
 
-def test_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
+def test_new_content_replaces_the_old(tmp_path: Path) -> None:
     write_text_atomically(tmp_path / "a.json", "old")
     write_text_atomically(tmp_path / "a.json", "größer")
     write_text_atomically(tmp_path / "b.bin", b"\x00\xff")
@@ -43,7 +43,7 @@ def test_a_failed_write_keeps_the_previous_content_and_leaves_no_temporary_file(
     assert os.listdir(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
 
 
-def test_a_link_at_the_target_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+def test_a_link_at_the_target_is_replaced_and_its_own_target_stays(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("mine")
     (tmp_path / "a.json").symlink_to(tmp_path / "other")
     write_text_atomically(tmp_path / "a.json", "new")
@@ -61,8 +61,8 @@ def _fifo(path: Path) -> None:
 
 
 def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(path))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
 
 
 def _device(path: Path) -> None:
@@ -70,27 +70,27 @@ def _device(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_fifo, _socket, _device, Path.mkdir])
-def test_only_regular_files_are_read_and_nothing_waits(make: object, tmp_path: Path) -> None:
+def test_only_regular_files_are_read_without_blocking(make: object, tmp_path: Path) -> None:
     make(tmp_path / "x")  # type: ignore[operator]
     with pytest.raises(OSError, match="not a regular file"):
         read_file(tmp_path / "x")
 
 
-def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"12345")
     (tmp_path / "link").symlink_to(tmp_path / "x")
     assert read_file(tmp_path / "x", 5) == read_file(tmp_path / "link", 5) == b"12345"
-    with pytest.raises(OSError, match="5 bytes are more than the 4 allowed"):
+    with pytest.raises(OSError, match="5 bytes exceed the limit of 4"):
         read_file(tmp_path / "x", 4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_a_file_that_holds_more_than_its_size_says_is_refused() -> None:
+def test_a_file_with_more_content_than_its_size_is_refused() -> None:
     with pytest.raises(OSError, match="grew"):
         read_file("/proc/self/status")
 
 
-def test_json_is_bounded_in_depth_and_says_what_is_wrong(tmp_path: Path) -> None:
+def test_json_is_bounded_in_depth_and_errors_name_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"a": [1, {"b": None}]}))
     assert read_json(tmp_path / "x.json") == {"a": [1, {"b": None}]}
     for text in ("[" * 100_000, "[" * 65 + "]" * 65, '{"a": ' * 65 + "1" + "}" * 65):
@@ -102,9 +102,9 @@ def test_json_is_bounded_in_depth_and_says_what_is_wrong(tmp_path: Path) -> None
     assert parse_json("[" * 64 + "]" * 64, "x.json")
 
 
-def test_two_writers_of_one_file_leave_one_of_the_contents(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_of_the_contents(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    contents = [bytes([number]) * 100_000 for number in range(8)]
+    contents = [bytes([i]) * 100_000 for i in range(8)]
     threads = [threading.Thread(target=write_text_atomically, args=(path, content)) for content in contents]
     for thread in threads:
         thread.start()
@@ -113,7 +113,7 @@ def test_two_writers_of_one_file_leave_one_of_the_contents(tmp_path: Path) -> No
     assert path.read_bytes() in contents and os.listdir(tmp_path) == ["x"]
 
 
-def test_text_is_added_to_regular_files_only_and_whole_or_not_at_all(
+def test_text_is_appended_to_regular_files_only_and_completely_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.csv"
@@ -123,35 +123,35 @@ def test_text_is_added_to_regular_files_only_and_whole_or_not_at_all(
     (tmp_path / "link").symlink_to(path)
     os.mkfifo(tmp_path / "fifo")
     for name in ("link", "fifo"):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"symbolic link|No such device"):
             append(tmp_path / name, "b")
-    real, calls = os.write, list[int]()
+    write, calls = os.write, list[int]()
 
-    def full(descriptor: int, data: bytes) -> int:
+    def write_until_full(descriptor: int, data: bytes) -> int:
         calls.append(1)
         if len(calls) > 1:
             raise OSError(28, "No space left on device")
-        return real(descriptor, data[:3])
+        return write(descriptor, data[:3])
 
-    monkeypatch.setattr("pixmim.utils.files.os.write", full)
+    monkeypatch.setattr("pixmim.utils.files.os.write", write_until_full)
     with pytest.raises(OSError, match="No space left"):
         append(path, "a long line\n")
     assert path.read_bytes() == b"a\n\xfc?\n" and len(calls) == 2
 
 
-def test_rows_of_any_names_become_csv(tmp_path: Path) -> None:
+def test_csv_holds_any_names(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [["name"], [os.fsdecode(b"\xfc"), 3], ["a,\n", "\ud800"]])
     assert (tmp_path / "a.csv").read_bytes() == b'name\r\n\xfc,3\r\n"a,\n",?\r\n'
 
 
-def test_names_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
+def test_names_of_the_maximum_length_can_be_written(tmp_path: Path) -> None:
     for name in ("n" * 255, "\U0001f600" * 63):
         write_text_atomically(tmp_path / name, "x")
         check_writable(tmp_path / name)
     assert len(os.listdir(tmp_path)) == 2
 
 
-def test_what_cannot_be_written_is_known_before_and_nothing_is_made(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_detected_before_the_work_and_leaves_no_files(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     check_writable(tmp_path / "new" / "newer" / "x.png")
     for path in (tmp_path, tmp_path / "file" / "x.png"):

@@ -1,4 +1,4 @@
-"""One process works in a folder; the lock of one that has ended is taken over by the rule that `lock.py` states."""
+"""One process at a time works in a folder; the lock of a dead process is taken over by the rule in `lock.py`."""
 
 import json
 import os
@@ -25,9 +25,9 @@ HOLD = """
 import sys
 from pathlib import Path
 from pixmim.utils.errors import UserError
-from pixmim.utils.lock import alone
+from pixmim.utils.lock import locked_folder
 try:
-    with alone(Path(sys.argv[1])):
+    with locked_folder(Path(sys.argv[1])):
         print("held", flush=True)
         sys.stdin.read()
 except UserError:
@@ -35,23 +35,23 @@ except UserError:
 """
 
 
-def holder(folder: Path) -> "subprocess.Popen[str]":
-    """Start a process that prints whether it holds a folder, and holds it until its standard input is closed."""
+def start_holder(folder: Path) -> "subprocess.Popen[str]":
+    """Start a process that prints whether it holds the lock of a folder, and keeps it until its stdin is closed."""
     command, pipe = [sys.executable, "-c", HOLD, str(folder)], subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
 
-def test_a_folder_is_held_until_its_process_ends(tmp_path: Path) -> None:
+def test_a_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
-    first = holder(run)
-    assert first.stdout is not None and first.stdout.readline() == "held\n"
+    holder = start_holder(run)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with (
-        pytest.raises(UserError, match=f"{run} is in use by process {first.pid} on .*remove {run}/lock"),
+        pytest.raises(UserError, match=f"{run} is in use by process {holder.pid} on .*remove {run}/lock"),
         locked_folder(run),
     ):
         pass
-    first.kill()
-    first.wait()
+    holder.kill()
+    holder.wait()
     with locked_folder(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
         with pytest.raises(UserError, match="in use"), locked_folder(run):
@@ -65,68 +65,63 @@ def test_a_folder_is_held_until_its_process_ends(tmp_path: Path) -> None:
     assert not run.exists()
 
 
-def test_a_number_that_another_process_has_got_since_holds_nothing(tmp_path: Path) -> None:
+def test_a_reused_or_invalid_process_number_holds_nothing(tmp_path: Path) -> None:
     with locked_folder(tmp_path):
-        mine = json.loads((tmp_path / "lock").read_text())
+        holder = json.loads((tmp_path / "lock").read_text())
     for change in ({"started": "1"}, {"pid": 2**22 + 1}, {"pid": -7}, {"pid": 10**30}):
-        (tmp_path / "lock").write_text(json.dumps(mine | change))
+        (tmp_path / "lock").write_text(json.dumps(holder | change))
         with locked_folder(tmp_path):
             pass
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("content", ['{"host": "other", "pid": 1, "system": "x", "started": "1"}', "", "[" * 99, "[]"])
-def test_another_hosts_lock_counts_while_it_beats(
+def test_the_lock_of_another_host_is_held_while_it_is_renewed(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, lines = tmp_path / "lock", list[str]()
+    path, lines, clock = tmp_path / "lock", list[str](), [0.0]
 
-    def sleep(seconds: float, beats: bool) -> None:
+    def sleep(seconds: float, renewed: bool) -> None:
         clock[0] += seconds
-        if beats:
+        if renewed:
             os.utime(path, (1, 1))
 
-    clock = [0.0]
-    own = SimpleNamespace(monotonic=lambda: clock[0], time=time.time, time_ns=time.time_ns)  # other threads sleep on
-    monkeypatch.setattr(lock, "time", own)
+    fake_time = SimpleNamespace(monotonic=lambda: clock[0])  # other threads keep the real time module
+    monkeypatch.setattr(lock, "time", fake_time)
     path.write_text(content)
-    own.sleep = lambda seconds: sleep(seconds, True)
+    fake_time.sleep = lambda seconds: sleep(seconds, True)
     with pytest.raises(UserError, match="in use"), locked_folder(tmp_path, lines.append):
         pass
     assert clock[0] == 1 and len(lines) == 1 and "90 s" in lines[0]
     path.write_text(content)
-    own.sleep = lambda seconds: sleep(seconds, False)
+    fake_time.sleep = lambda seconds: sleep(seconds, False)
     with locked_folder(tmp_path):
         assert 1 + lock.STILL < clock[0] < 5 + lock.STILL
-    path.write_text(content)
-    os.utime(path, (time.time() - 2 * lock.OLD,) * 2)
-    before = clock[0]
-    with locked_folder(tmp_path):
-        assert clock[0] == before
     assert os.listdir(tmp_path) == []
 
 
-def test_it_beats_and_ends_the_process_that_has_lost_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_renewed_and_a_process_that_lost_it_is_terminated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.01)
-    ended: list[int] = []
-    monkeypatch.setattr(lock.os, "kill", lambda pid, number: ended.append(number))
+    signals: list[int] = []
+    monkeypatch.setattr(lock.os, "kill", lambda pid, number: signals.append(number))
     with locked_folder(tmp_path):
         os.utime(tmp_path / "lock", (1, 1))
         while (tmp_path / "lock").stat().st_mtime == 1:
             time.sleep(0.01)
         (tmp_path / "lock").write_text("another's")
-        while not ended:
+        while not signals:
             time.sleep(0.01)
     assert (tmp_path / "lock").read_text() == "another's"
 
 
-def test_of_several_that_find_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
-    (tmp_path / "lock").write_text(
-        json.dumps({"host": "h", "pid": 2**22 + 1, "system": lock._system(), "started": "1"})
-    )
-    several = [holder(tmp_path) for _ in range(4)]
-    printed = sorted(process.stdout.readline() for process in several if process.stdout is not None)
-    for process in several:
+def test_one_of_several_processes_takes_over_a_dead_lock(tmp_path: Path) -> None:
+    dead = {"host": "h", "pid": 2**22 + 1, "system": lock._system(), "started": "1"}
+    (tmp_path / "lock").write_text(json.dumps(dead))
+    holders = [start_holder(tmp_path) for _ in range(4)]
+    printed = sorted(process.stdout.readline() for process in holders if process.stdout is not None)
+    for process in holders:
         process.communicate()
     assert printed == ["held\n", "refused\n", "refused\n", "refused\n"] and os.listdir(tmp_path) == []
 
@@ -147,10 +142,10 @@ def test_runs_do_not_share_a_folder(
         assert status == 1 and f"{tmp_path}/run is in use by process" in text
     for name in ("metrics.jsonl", "report.html", "encoder"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("mine")
-        with pytest.raises(UserError, match="belongs to no run"):
+        (tmp_path / name / name).write_text("the user's")
+        with pytest.raises(UserError, match=r"--out"):
             check_new_run(tmp_path / name)
-    (tmp_path / "run" / "report.html").write_text("mine")
+    (tmp_path / "run" / "report.html").write_text("the user's")
     status, text = say(capsys, "evaluate", "knn", "run", "--train", "shapes:", "--test", "shapes:")
     assert status == 1 and "pixmim did not write it" in text
-    assert (tmp_path / "run" / "report.html").read_text() == "mine" and not (tmp_path / "~").exists()
+    assert (tmp_path / "run" / "report.html").read_text() == "the user's" and not (tmp_path / "~").exists()

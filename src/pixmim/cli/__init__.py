@@ -17,9 +17,9 @@ from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
 from pixmim.cli.visualize import attention, embed, reconstruct
 from pixmim.cli.weights import export, import_
-from pixmim.utils.allocator import retain_freed_memory
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import AlreadyReportedError, UserError, did_you_mean, first_line
+from pixmim.utils.memory import retain_freed_memory
 from pixmim.utils.process import as_process
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {

@@ -69,7 +69,7 @@ def cache(args: list[str]) -> int:
         from pixmim.data import open_dataset
         from pixmim.data.build_resized_cache import make_cache
         from pixmim.data.dataset import ImageSpec
-        from pixmim.utils.progress import progress
+        from pixmim.utils.console import progress
 
         console = Console()
         dataset = open_dataset(absolute(data), ImageSpec(channels, dtype, tiff_pages))
@@ -126,7 +126,7 @@ def stats(args: list[str]) -> int:
         from pixmim.data import open_dataset, statistics
         from pixmim.data.dataset import ImageSpec
         from pixmim.data.resized_cache import read_settings
-        from pixmim.utils.progress import progress
+        from pixmim.utils.console import progress
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)

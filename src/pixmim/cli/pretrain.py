@@ -15,7 +15,7 @@ from pixmim.recipes import RECIPES, get_recipe
 from pixmim.training.trackers import TrackerName
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
-from pixmim.utils.trust import closed, refusal
+from pixmim.utils.trust import refusal, untrusted_references
 
 
 class Flags(NamedTuple):

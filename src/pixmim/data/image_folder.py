@@ -20,9 +20,9 @@ from pixmim.data.decode.kinds import describe_file, describe_first_file
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.uri import split_root
 from pixmim.transforms.crops import Array
+from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import read_file
-from pixmim.utils.progress import status_counter
 
 MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
 """Bounds of a text file that lists images."""

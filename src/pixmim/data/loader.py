@@ -94,7 +94,7 @@ class BatchLoader(ABC, Generic[T, B]):
         self._dataset, self._shard, self._skipped, self._masks = dataset, shard, skipped, masks
         self._sampler = CropSampler(seed, len(dataset), dataset.shard_sizes, crop_uniforms, flip)
         self._device, self._pin = device, device.type == "cuda"
-        self._threads, self._pool = num_threads(threads), thread_pool(threads, "pixmim-load")
+        self._threads, self._pool = num_threads(threads), ThreadPool(threads, "pixmim-load")
         self._pending: deque[tuple[list[Future[Any]], Callable[[], B]]] = deque()
         self._submitted, self._closed = 0, False
         self.wait_seconds = 0.0

@@ -23,7 +23,7 @@ from pixmim.data.shards.fsspec_io import is_url, read_small_file
 from pixmim.data.shards.webdataset import is_tar
 from pixmim.utils import rng
 from pixmim.utils.files import cache_path, read_file, write_json
-from pixmim.utils.threads import num_threads, ordered_map, thread_pool
+from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 _BLOCK_SIZE = 2**20  # values that are converted to float64 at a time
 _MAX_BYTES = 2**20  # of a file of statistics

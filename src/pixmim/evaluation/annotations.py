@@ -17,9 +17,9 @@ from pixmim.data.decode.image import read_numbers
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_file, read_text
+from pixmim.utils.memory import free_memory
 from pixmim.utils.process import killable
 
 Box = tuple[float, float, float, float]

@@ -24,9 +24,8 @@ from pixmim.evaluation.features import FeatureSet, check_finite
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import label, print_plain
+from pixmim.utils.console import label, print_plain, progress
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.progress import progress
 
 _LISTED = 12  # classes named in a line
 _RESOLVED = 100_000  # images whose links are followed one by one

@@ -22,11 +22,10 @@ from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint, frozen_
 from pixmim.models import features
 from pixmim.training.precision import Precision, autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import csv_cell, print_plain, utf8
+from pixmim.utils.console import csv_cell, print_plain, progress, utf8
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output, read_file, read_json, write_csv, write_text_atomically
 from pixmim.utils.lock import LOCK_NAME, locked_folder
-from pixmim.utils.progress import progress
 from pixmim.weights.detect import Weights
 
 Kind = Literal["cls", "mean", "both"]

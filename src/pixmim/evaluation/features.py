@@ -15,8 +15,8 @@ from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.models import features
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
+from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
-from pixmim.utils.progress import progress
 
 BLOCKS = 4
 """Blocks, counted from the end, whose global tokens are kept."""

@@ -16,9 +16,9 @@ from pixmim.config_io import pretrain_config
 from pixmim.data.dataset import ImageSpec
 from pixmim.training.precision import Precision, choose_attention, choose_device, choose_precision
 from pixmim.transforms.crops import flip_and_normalize
-from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError
-from pixmim.utils.trust import closed, refusal
+from pixmim.utils.memory import free_memory
+from pixmim.utils.trust import refusal, untrusted_references
 from pixmim.weights.detect import Weights, read_config
 from pixmim.weights.load import build_encoder_with_weights, describe, initialize_from, resolve_model
 
@@ -83,7 +83,7 @@ def load_frozen_encoder(
         if found is None:
             raise UserError(f"{name} is not a run, so what it was before training is not known")
         run, text = pretrain_config(found[0], name), found[1]
-        strange = closed(text, {"--init": run.init})
+        strange = untrusted_references(text, {"--init": run.init})
         if strange:
             raise UserError(f"{refusal(name, strange)}. Without --untrained, those weights can be measured themselves")
         model = build_model(run)

@@ -22,7 +22,7 @@ from pixmim.evaluation.annotations import ImageObject, read_objects
 from pixmim.evaluation.results import versions
 from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop, cover_size
 from pixmim.utils import rng
-from pixmim.utils.console import csv_cell
+from pixmim.utils.console import csv_cell, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
 from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image

@@ -62,7 +62,7 @@ def versions() -> dict[str, str]:
     """Versions of what computes, and the commit if pixmim runs from a checkout."""
     checkout = Path(__file__).parents[3]
     found = {name: version(name) for name in ("pixmim", "torch", "timm")} | {"python": platform.python_version()}
-    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    git = ["git", "--no-optional-locks", "-C", str(checkout), "describe", "--always", "--dirty"]
     if not (checkout / ".git").exists():  # git would look further up, and obey what a stranger's repository configures
         return found
     with suppress(OSError, subprocess.SubprocessError):

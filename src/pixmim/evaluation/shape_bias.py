@@ -18,7 +18,7 @@ from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.imagenet_classes import CATEGORIES, wnids
 from pixmim.evaluation.settings import ShapeBiasSettings
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
-from pixmim.utils.console import plot_label
+from pixmim.utils.console import plot_label, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.plotting import new_plot, plot_image
 from pixmim.utils.progress import progress

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from pixmim.utils.process import deferring, heeded
+from pixmim.utils.process import deferring, termination_signals
 
 _URGENT = (signal.SIGINT, signal.SIGTERM)
 """Signals of which the second one stops at once. The others only announce that time is short."""

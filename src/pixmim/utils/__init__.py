@@ -1,1 +1,1 @@
-"""Helpers without knowledge of models or data."""
+"""Utilities that depend on neither models nor data."""

@@ -1,8 +1,7 @@
-"""Files: read only if they are regular and within a bound, written completely or not at all.
+"""Read files safely and write them atomically.
 
-Every file may come from a stranger. A FIFO, a device or a file that grows while it is read would hang a command or fill
-the memory; a symbolic link placed where a temporary file will be would redirect a write. The functions here refuse all
-of them.
+Any file may come from a stranger. A FIFO, a device or a file that grows while it is read would block a command or fill
+the memory. A symbolic link under the name of a temporary file would redirect a write. All of them are refused.
 """
 
 import codecs
@@ -24,33 +23,33 @@ from pixmim.utils.errors import UserError, shown
 from pixmim.utils.process import killable
 
 MAX_TEXT_BYTES = 64 * 2**20
-"""Default bound of a text or JSON file that is read into memory."""
-
-NAMES = "pixmim-names"
-"""Error handler of text files that hold names: writes bytes that are not UTF-8 as they are in the file's name."""
+"""Default maximum size of a text or JSON file that is read into memory."""
 
 _MAX_JSON_DEPTH = 64
 
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_ENCODE_ERRORS = "pixmim-filenames"  # writes bytes of file names that are not UTF-8 unchanged
 
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFCHR: "a character device",
-    stat.S_IFBLK: "a block device",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFDIR: "a folder",
-}
+
+_SAFE = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # 0 where a platform lacks one
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE | _NOFOLLOW
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFE | _NOFOLLOW
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a regular file for reading and return its descriptor. Symbolic links are followed.
-
-    Never waits, whatever the path leads to.
+    """Open a regular file for reading without blocking, and return its descriptor. Symbolic links are followed.
 
     Raises:
         OSError: If the file cannot be opened, or is a FIFO, a device, a socket or a folder.
     """
-    return _open(path)[0]
+    _check_regular(os.stat(path), path)  # before opening: opening a device may have side effects
+    descriptor = os.open(path, os.O_RDONLY | _SAFE)
+    try:
+        _check_regular(os.fstat(descriptor), path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def read_file(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
@@ -59,19 +58,17 @@ def read_file(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> byte
     Raises:
         OSError: If it is not a regular file, is larger than `limit`, or grows while it is read.
     """
-    descriptor, size = _open(path)
-    try:
+    with open(open_regular(path), "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise OSError(errno.EFBIG, f"{size:,} bytes are more than the {limit:,} allowed", str(path))
-        parts, left = [], size + 1  # one more than there is: a file that grows shows
-        while left and (part := os.read(descriptor, left)):
-            parts.append(part)
-            left -= len(part)
-        if not left:
-            raise OSError(errno.EFBIG, "it grew while it was read", str(path))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-    finally:
-        os.close(descriptor)
+            raise OSError(errno.EFBIG, f"{size:,} bytes exceed the limit of {limit:,}", str(path))
+        chunks, remaining = [], size + 1  # one byte more, to detect growth
+        while remaining and (chunk := file.read(remaining)):
+            chunks.append(chunk)
+            remaining -= len(chunk)
+    if not remaining:
+        raise OSError(errno.EFBIG, "file grew while it was read", str(path))
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> str:
@@ -80,20 +77,20 @@ def read_text(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> Any:
-    """Read a JSON file as `read_file` does.
-
-    Raises:
-        OSError: As `read_file`.
-        UserError: If it is not JSON, or nested deeper than 64 levels.
-    """
+    """Read a JSON file. Raises OSError as `read_file` and UserError as `parse_json`."""
     return parse_json(read_text(path, limit), str(path))
 
 
 def parse_json(text: str, source: str, unique: bool = False) -> Any:
-    """Parse JSON from an untrusted `source`, which is its name in errors. With `unique`, no key may be there twice.
+    """Parse untrusted JSON.
+
+    Args:
+        text: The JSON text.
+        source: Name of the text in error messages.
+        unique: Whether to reject objects with duplicate keys.
 
     Raises:
-        UserError: If the text is not JSON, or nested deeper than 64 levels.
+        UserError: If the text is not valid JSON, or nested deeper than 64 levels.
     """
     try:
         with killable():
@@ -106,24 +103,23 @@ def parse_json(text: str, source: str, unique: bool = False) -> Any:
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file through `write(file)` under a temporary name and move it into place once it is complete.
+    """Write a file through `write(file)` to a temporary file, and rename it once it is complete and synced.
 
-    Until then the previous content stays. The temporary name is random and must not exist: neither another process nor
-    a symbolic link can stand there.
+    Until then the previous content remains. The temporary name is random and created exclusively, so neither another
+    process nor a symbolic link can occupy it.
 
     Raises:
-        OSError: As writing does; it names `path`. No temporary file is left behind.
+        OSError: If writing fails; it names `path`. The temporary file is removed.
     """
     temporary = _temporary(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
-        with open(os.open(temporary, flags, 0o666), "w+b") as file:
+        with open(os.open(temporary, _CREATE, 0o666), "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):  # a full disk names no file at all
+        if error.errno and error.filename in (None, str(temporary)):  # a full disk gives no file name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -131,8 +127,8 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` as `atomic_write` does; text as UTF-8, with the bytes that surrogates stand for in file names."""
-    data = content.encode("utf-8", NAMES) if isinstance(content, str) else content
+    """Write text or bytes with `atomic_write`. Text is UTF-8; surrogates from file names become their raw bytes."""
+    data = content.encode("utf-8", _ENCODE_ERRORS) if isinstance(content, str) else content
     atomic_write(path, lambda file: file.write(data))
 
 
@@ -141,117 +137,112 @@ def write_json(path: Path, content: object) -> None:
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-def check_new(folder: Path) -> None:
-    """Raise UserError unless a folder is absent, or empty and not the one that the process is in.
-
-    Raises OSError if it cannot be made.
-    """
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()) or folder.samefile(".")):
-        raise UserError(f"{folder} is there already: choose another folder")
-    if not os.path.lexists(folder):
-        check_writable(folder)
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Give a new, empty folder to write into, which becomes `folder` once the block is left without an error.
-
-    `folder` must not exist, or be empty. The temporary folder is beside it, under a random name that must not exist.
-
-    Raises:
-        OSError: As writing does. Nothing is left behind.
-        UserError: If something is in `folder` already.
-    """
-    folder = folder.absolute()
-    check_new(folder)
-    beside = _temporary(folder)
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.mkdir()
-    try:
-        yield beside
-        check_new(folder)
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """Write rows as CSV, as `write_text_atomically` does with their text."""
+    """Write rows as CSV atomically, encoded as by `write_text_atomically`."""
 
     def write(file: IO[bytes]) -> None:
-        text = io.TextIOWrapper(file, "utf-8", NAMES, newline="")
+        text = io.TextIOWrapper(file, "utf-8", _ENCODE_ERRORS, newline="")
         csv.writer(text).writerows(rows)
-        text.detach()  # flushes, and leaves the file open
+        text.detach()  # flushes and leaves the file open
 
     atomic_write(path, write)
 
 
 def append(path: Path, text: str) -> None:
-    """Add text at the end of a regular file, made if need be. A symbolic link in its place is not followed.
+    """Append text to a regular file, which is created if necessary. A symbolic link is not followed.
 
     Raises:
-        OSError: As writing does, or if `path` is a link or not a regular file. No part of the text is added.
+        OSError: If writing fails, or `path` is a link or not a regular file. The file keeps its previous content.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        status = os.fstat(descriptor)
+    with open(os.open(path, _APPEND, 0o666), "ab", buffering=0) as file:
+        status = os.fstat(file.fileno())
         _check_regular(status, path)
-        left = memoryview(text.encode("utf-8", NAMES))
+        remaining = memoryview(text.encode("utf-8", _ENCODE_ERRORS))
         try:
-            while left:
-                left = left[os.write(descriptor, left) :]
+            while remaining:
+                remaining = remaining[os.write(file.fileno(), remaining) :]
         except OSError:
             with suppress(OSError):
-                os.truncate(descriptor, status.st_size)
+                os.truncate(file.fileno(), status.st_size)
             raise
+
+
+def check_new(folder: Path) -> None:
+    """Check that a folder can be created, or is empty and not the current directory.
+
+    Raises:
+        UserError: If it exists and is not empty, or is the current directory.
+        OSError: If it cannot be created.
+    """
+    if os.path.lexists(folder):
+        if not folder.is_dir() or any(folder.iterdir()) or folder.samefile("."):
+            raise UserError(f"{folder} already exists: choose another folder")
+    else:
+        check_writable(folder)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new, empty folder to write into, and rename it to `folder` if the block succeeds.
+
+    `folder` must not exist, or be empty. The temporary folder has a random name next to it.
+
+    Raises:
+        OSError: If writing fails. The temporary folder is removed.
+        UserError: If `folder` exists and is not empty.
+    """
+    folder = folder.absolute()
+    check_new(folder)
+    temporary = _temporary(folder)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        check_new(folder)
+        os.rename(temporary, folder)
     finally:
-        os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_writable(path: Path) -> None:
-    """Raise an OSError now, before the work, if writing `path` later cannot work. Makes no folder and no file."""
+    """Raise an OSError now, before the work, if `path` cannot be written. Leaves no file or folder behind."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     probe = _temporary(next(folder for folder in path.absolute().parents if folder.exists()) / path.name)
     try:
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.close(os.open(probe, _CREATE, 0o666))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     probe.unlink()
 
 
 def check_output(path: Path, overwrite: bool = False, mark: bytes = b"") -> None:
-    """Check, before the work, that a file which the user named can be written, and takes no other file's place.
+    """Check, before the work, that an output file can be written and does not replace a file of the user.
 
     Args:
-        path: The file to be written.
-        overwrite: Whether the user has said that what is there may go (--overwrite).
-        mark: What the beginning of a file holds that pixmim itself made and may renew.
+        path: The output file.
+        overwrite: Whether an existing file may be replaced (--overwrite).
+        mark: Bytes near the start of files written by pixmim, which may be replaced without `overwrite`.
 
     Raises:
-        UserError: If another file is there.
-        OSError: As `check_writable`.
+        UserError: If another file exists at `path`.
+        OSError: If `path` cannot be written.
     """
     check_writable(path)
     if overwrite or not os.path.lexists(path):
         return
-    descriptor = open_regular(path)
-    try:
-        head = os.read(descriptor, 2**16)
-    finally:
-        os.close(descriptor)
+    with open(open_regular(path), "rb") as file:
+        head = file.read(2**16)
     if not mark:
-        raise UserError(f"{path} is there already: choose another name, or add --overwrite to replace it")
+        raise UserError(f"{path} already exists: choose another name, or add --overwrite to replace it")
     if mark not in head:
-        raise UserError(f"{path} is there already, and pixmim did not write it: move it, or choose another name")
+        raise UserError(f"{path} already exists, and pixmim did not write it: move it, or choose another name")
 
 
 def cache_path(kind: str, key: str) -> Path:
-    """Return where a fact about `key` is cached, without a suffix; its folder may not exist yet.
+    """Return the path, without suffix, under which data about `key` is cached. Its folder may not exist yet.
 
-    Below $XDG_CACHE_HOME/pixmim, or ~/.cache/pixmim. All of that may be removed at any time.
+    It is in $XDG_CACHE_HOME/pixmim, or ~/.cache/pixmim, whose files may be deleted at any time.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     home = base if base.is_absolute() else Path("~/.cache").expanduser()
@@ -259,52 +250,40 @@ def cache_path(kind: str, key: str) -> Path:
 
 
 def _temporary(path: Path) -> Path:
-    """Return a random name beside `path`; no name of a file is longer than 255 bytes."""
+    """Return a random name in the folder of `path`, short enough for the limit of 255 bytes."""
     return path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex}.tmp")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {shown(key)} is there twice")
-        found[key] = value
-    return found
-
-
-def _open(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Open a regular file for reading; return its descriptor and its size."""
-    _check_regular(os.stat(path), path)  # opening a device may already have an effect
-    descriptor = os.open(path, _FLAGS)
-    try:
-        status = os.fstat(descriptor)
-        _check_regular(status, path)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor, status.st_size
 
 
 def _check_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
         raise OSError(errno.EINVAL, f"not a regular file, but {kind}", str(path))
 
 
-def _check_depth(content: Any, left: int) -> None:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"duplicate key {shown(key)}")
+        content[key] = value
+    return content
+
+
+def _check_depth(content: Any, levels: int) -> None:
     if isinstance(content, dict | list):
-        if not left:
+        if not levels:
             raise RecursionError
         for value in content.values() if isinstance(content, dict) else content:
-            _check_depth(value, left - 1)
+            _check_depth(value, levels - 1)
 
 
-def _name_bytes(error: UnicodeError) -> tuple[bytes, int]:
-    """Encode surrogates: those that stand for a byte of a file's name as that byte, all others as "?"."""
+def _encode_surrogates(error: UnicodeError) -> tuple[bytes, int]:
+    """Encode surrogates that represent a byte of a file name as that byte, and others as "?"."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     codes = map(ord, error.object[error.start : error.end])
     return b"".join(bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else b"?" for code in codes), error.end
 
 
-codecs.register_error(NAMES, _name_bytes)
+codecs.register_error(_ENCODE_ERRORS, _encode_surrogates)

@@ -1,6 +1,7 @@
-"""The process of a command: a signal ends it within two seconds, and output that nobody reads does not end it.
+"""Signals, exit and standard streams of a command line process.
 
-Only the command line installs this, through `as_process`. Importing pixmim changes nothing.
+A signal ends a command within two seconds, and output that cannot be written does not end it. Only the command line
+installs this, through `as_process`: importing pixmim changes nothing.
 """
 
 import atexit
@@ -16,42 +17,42 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 LIMIT = 2.0
-"""Seconds within which a signal ends a command, whatever the command is doing."""
+"""Seconds within which a signal ends a command, whatever it is executing."""
 
-_MARGIN = 0.3  # of them, kept for a busy machine
+_MARGIN = 0.3  # seconds of LIMIT reserved for a busy machine
 
 _WAKE: int = getattr(signal, "SIGURG", 0)  # interrupts a thread's system call, and is ignored by default
 
 deferring: list[Callable[[int], bool]] = []
-"""Functions that return True for a signal after which the process ends by itself, in its own time."""
+"""Functions that return True for a signal after which the process ends by itself, however long that takes."""
 
 
 def as_process(command: Callable[[], int]) -> int:
-    """Run a command as a process of its own. Return its exit status, or end the process with it.
+    """Run a command as the main function of this process. Return its exit status, or exit with it.
 
-    After a signal, or with threads that still run, the interpreter does not end by itself: it would wait for a thread
-    that is stuck.
+    The process exits here after a signal, or if other threads are running: the interpreter would wait for threads that
+    are stuck.
     """
     steady_streams()
     with Guard() as guard:
-        status, several = 0, "MASTER_ADDR" in os.environ
+        status, is_distributed = 0, "MASTER_ADDR" in os.environ
         try:
             status = command()
         except BaseException:
             if not guard.number:
                 raise
         if guard.number:
-            leave(exit_status(guard.number))
-        if several or set(threading.enumerate()) - {threading.main_thread(), guard.thread}:
-            leave(status)
+            exit_now(exit_status(guard.number))
+        if is_distributed or set(threading.enumerate()) - {threading.main_thread(), guard.thread}:
+            exit_now(status)
     return status
 
 
-def leave(status: int) -> NoReturn:
-    """End this process without taking the interpreter down piece by piece.
+def exit_now(status: int) -> NoReturn:
+    """Exit after the `atexit` functions, without finalizing the interpreter or the process group.
 
-    Threads of a process group that meet an interpreter half gone may abort, and torchrun then takes a run that is
-    complete for one that failed. So the group is not taken down either.
+    Threads of a process group may abort during finalization, and torchrun would then report a failure of a complete
+    run.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -60,118 +61,121 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def heeded() -> list[int]:
-    """Return the signals that end a command. Under nohup, SIGHUP does not."""
-    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
-    numbers = [number for number in known if number is not None]
-    nohup = [n for n in numbers if n == getattr(signal, "SIGHUP", None) and signal.getsignal(n) == signal.SIG_IGN]
-    return [number for number in numbers if number not in nohup]
+def termination_signals() -> list[int]:
+    """Return the signals that end a command: all but SIGHUP under nohup."""
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+    hangup = getattr(signal, "SIGHUP", None)
+    return [n for n in numbers if n is not None and not (n == hangup and signal.getsignal(n) == signal.SIG_IGN)]
 
 
 def exit_status(number: int) -> int:
-    """Return the exit status of a process that a signal has ended.
+    """Return the exit status after a signal.
 
-    SIGUSR1 announces a cluster's time limit, so that a script may start the command again: 130, as after Ctrl-C.
+    SIGUSR1 announces the time limit of a cluster job. Its status is that of Ctrl-C, 130, so that a job script can
+    recognize that the command should be run again.
     """
     return 130 if number == getattr(signal, "SIGUSR1", 0) else 128 + number
 
 
 @contextmanager
 def killable() -> Iterator[None]:
-    """In a `with` statement: a signal ends a command without Python's help.
+    """Restore the system's default signal handling during a block.
 
-    For compiled code that holds Python's lock for long, such as a parser of text: no handler and no thread runs then.
-    Does nothing outside a command, in other threads than the main one, and while the process ends in its own time.
+    Use it for compiled code that holds the GIL for long, such as a JSON parser: neither Python's handlers nor threads
+    run then. Does nothing outside a command, in other threads than the main one, or while signals are deferred.
     """
-    if not _guarded or deferring or threading.current_thread() is not threading.main_thread():
+    if not _guards or deferring or threading.current_thread() is not threading.main_thread():
         yield
         return
-    ending = [number for number in heeded() if exit_status(number) == 128 + number]  # what the system gives as well
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in ending}
+    numbers = [number for number in termination_signals() if exit_status(number) == 128 + number]  # not SIGUSR1
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-_guarded: list["Guard"] = []
+_guards: list["Guard"] = []
 
 
 class Guard:
-    """In a `with` statement: a signal raises KeyboardInterrupt. If that does not end the process in time, it is ended.
+    """Context manager in which a signal raises KeyboardInterrupt, and ends the process if that takes too long.
 
-    A thread learns of signals from the C handler, so it also works while the main thread is stuck: in a system call,
-    in a lock, in the join of another thread, or in a loop that catches everything. A signal that one of `deferring`
-    takes is left to it.
+    A thread is notified of signals by Python's C handler, so this works while the main thread is blocked: in a system
+    call, on a lock, joining another thread, or in a loop that catches everything. Signals for which a function in
+    `deferring` returns True are left to it.
 
-    number  the signal that ended the command, or 0
+    Attributes:
+        number: The signal that ended the command, or 0.
+        thread: The thread that is notified.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self.thread = threading.Thread(target=self._watch, name="pixmim-signals", daemon=True)
-        self._before: dict[int, Any] = {}
-        self._over = threading.Event()
+        self._handlers: dict[int, Any] = {}
+        self._exited = threading.Event()
 
     def __enter__(self) -> "Guard":
-        if threading.current_thread() is not threading.main_thread() or not _WAKE:  # elsewhere there are no handlers
+        if threading.current_thread() is not threading.main_thread() or not _WAKE:  # Python allows no handlers there
             return self
         self._hook = sys.unraisablehook
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        for number in heeded():
-            self._before[number] = signal.signal(number, self._end)
-        self._before[_WAKE] = signal.signal(_WAKE, lambda number, frame: None)
+        for number in termination_signals():
+            self._handlers[number] = signal.signal(number, self._interrupt)
+        self._handlers[_WAKE] = signal.signal(_WAKE, lambda number, frame: None)
         self.thread.start()
-        _guarded.append(self)
+        _guards.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if not self._before:
+        if not self._handlers:
             return
-        _guarded.remove(self)
-        self._over.set()
+        _guards.remove(self)
+        self._exited.set()
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         sys.unraisablehook = self._hook
         os.close(self._write)
         self.thread.join()
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        if self.number:  # one press of Ctrl-C may arrive twice, and nothing ends the process sooner than it does now
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.number:  # Ctrl-C may arrive twice, and a second signal cannot end the process any sooner
             return
         self.number = number
-        sys.unraisablehook = lambda unraisable: None  # KeyboardInterrupt in a callback is no news
+        sys.unraisablehook = lambda unraisable: None  # do not print KeyboardInterrupt raised in a callback
         raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        while heard := os.read(self._read, 1):
-            number = heard[0]
-            if number == _WAKE or number not in self._before:
+        while received := os.read(self._read, 1):
+            number = received[0]
+            if number == _WAKE or number not in self._handlers:
                 continue
-            # Of two signals at once, another thread may take both. The main thread then sleeps on, and runs no handler.
+            # Another thread may have received the signal: interrupt the main thread's system call, so that it runs the
+            # handler.
             signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
             if not any([defers(number) for defers in list(deferring)]):
-                if not self._over.wait(LIMIT - _MARGIN):
+                if not self._exited.wait(LIMIT - _MARGIN):
                     os._exit(exit_status(number))
                 break
         os.close(self._read)
 
 
 def steady_streams() -> None:
-    """Make stdout and stderr streams that never fail.
+    """Replace stdout and stderr by streams that never raise.
 
-    What cannot be written (a closed pipe, a vanished terminal, a full disk) is dropped, and so is all that follows.
-    What cannot be encoded is escaped.
+    After a failed write (closed pipe, closed terminal, full disk) all output is dropped. Characters that the encoding
+    lacks are escaped.
     """
-    for descriptor in (0, 1, 2):  # a closed one would be given to the next file that is opened
+    for descriptor in (0, 1, 2):  # a closed descriptor would be reused by the next file that is opened
         try:
             os.fstat(descriptor)
         except OSError:
-            _discard(descriptor)
+            _redirect_to_null(descriptor)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
         if old is not None and not isinstance(old, io.TextIOWrapper):
@@ -179,32 +183,26 @@ def steady_streams() -> None:
         if old is not None:
             with suppress(OSError):
                 old.flush()
-        raw = _Steady(descriptor, "wb", closefd=False)
-        new = io.TextIOWrapper(
-            raw if old and old.write_through else io.BufferedWriter(raw),
-            encoding=old.encoding if old else "utf-8",
-            errors="backslashreplace",
-            line_buffering=bool(old and old.line_buffering),
-            write_through=bool(old and old.write_through),
-        )
-        setattr(sys, name, new)
+        encoding, by_line = (old.encoding, old.line_buffering or old.write_through) if old else ("utf-8", False)
+        raw = io.BufferedWriter(_SteadyStream(descriptor, "wb", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=by_line))
 
 
-class _Steady(io.FileIO):
-    """A standard stream whose writes never fail."""
+class _SteadyStream(io.FileIO):
+    """A raw stream whose writes never raise."""
 
     def write(self, data: Any) -> int:
         try:
-            while (count := super().write(data)) is None:  # a full pipe that does not block
+            while (count := super().write(data)) is None:  # a full non-blocking pipe
                 select.select([], [self], [])
             return count
         except OSError:
-            _discard(self.fileno())
+            _redirect_to_null(self.fileno())
             return len(data)
 
 
-def _discard(descriptor: int) -> None:
-    """Let a descriptor lead nowhere, for this process and those that it starts."""
+def _redirect_to_null(descriptor: int) -> None:
+    """Redirect a descriptor to the null device, for this process and its children."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != descriptor:
         os.dup2(null, descriptor)

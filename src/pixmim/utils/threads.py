@@ -1,57 +1,63 @@
-"""Threads that read and decode: how many, and results in order while others are in the making."""
+"""Thread pools that never block the end of a process, and ordered parallel maps."""
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
-from time import monotonic
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from rich.console import Console
+
+from pixmim.utils.console import printable, progress_bar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S")
 
-PATIENCE = 1.0
-"""Seconds that work in progress is waited for when a pool is closed early."""
+SHUTDOWN_TIMEOUT = 1.0
+"""Seconds to wait for running jobs when a pool is closed early."""
+
+_BAR_DELAY = 2.0  # seconds until `parallel_map` shows a bar
 
 _Job = tuple[Future[Any], Callable[[], Any]]
 
 
 def num_threads(threads: int, processes: int = 1) -> int:
-    """The number of threads meant: 0 is one for each core, at most 16; `processes` of a run share the cores."""
+    """Return `threads`, or for 0 one per core and at most 16. `processes` of a run share the cores."""
     return threads or min(16, max(1, (os.cpu_count() or 1) // processes))
 
 
-def thread_pool(threads: int, name: str) -> "Workers":
-    """A pool of `num_threads(threads)`, each of which computes alone: no team of its own for every small resize."""
-    return Workers(num_threads(threads), name)
+class ThreadPool(Executor):
+    """A pool of daemon threads, in which torch uses one thread each.
 
+    A thread may be stuck reading a file that never answers. ThreadPoolExecutor would wait for it forever, on shutdown
+    and at exit. This pool, if it is closed early (with `cancel_futures`, or by an exception in its `with` block), waits
+    for SHUTDOWN_TIMEOUT seconds and then abandons the threads.
 
-class Workers(Executor):
-    """A pool of threads that never holds up the end of a process.
-
-    A thread may be stuck in a file that never answers. ThreadPoolExecutor would wait for it without end, when it is
-    closed and again when the interpreter ends. These are daemon threads, and a pool that is closed early (with
-    `cancel_futures`, or by an exception in its `with` statement) waits for them for PATIENCE seconds, then leaves them.
+    Args:
+        threads: Number of threads; 0 is one per core and at most 16.
+        name: Prefix of the threads' names.
     """
 
     def __init__(self, threads: int, name: str) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._closed = False
         self._threads = [
-            Thread(target=_work, args=(self._jobs,), name=f"{name}-{i}", daemon=True) for i in range(threads)
+            Thread(target=_work, args=(self._jobs,), name=f"{name}-{i}", daemon=True)
+            for i in range(num_threads(threads))
         ]
         for thread in self._threads:
             thread.start()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Schedule a call and return its future."""
         if self._closed:
             raise RuntimeError("the pool is closed")
         future: Future[T] = Future()
@@ -59,18 +65,18 @@ class Workers(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Close the pool. With `cancel_futures`, wait for SHUTDOWN_TIMEOUT seconds at most."""
         self._closed = True
         if cancel_futures:
             with suppress(Empty):
                 while True:
-                    job = self._jobs.get_nowait()
-                    if job is not None:
+                    if job := self._jobs.get_nowait():
                         job[0].cancel()
         for _ in self._threads:
             self._jobs.put(None)
-        deadline = monotonic() + PATIENCE
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT
         for thread in self._threads if wait else []:
-            thread.join(max(0.0, deadline - monotonic()) if cancel_futures else None)
+            thread.join(max(0.0, deadline - time.monotonic()) if cancel_futures else None)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.shutdown(cancel_futures=kind is not None)
@@ -83,26 +89,53 @@ class Workers(Executor):
 def _work(jobs: "SimpleQueue[_Job | None]") -> None:
     torch.set_num_threads(1)
     while (job := jobs.get()) is not None:
-        _do(*job)
-        del job  # hold on to nothing while waiting for the next one
+        _run(*job)
+        del job  # free its references while waiting for the next one
 
 
-def _do(future: Future[Any], call: Callable[[], Any]) -> None:
+def _run(future: Future[Any], call: Callable[[], Any]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
         future.set_result(call())
     except BaseException as error:
         future.set_exception(error)
-        del future  # which holds the error, whose traceback holds this frame
+        del future  # break the cycle of future, error, traceback and this frame
 
 
-def ordered_map(pool: Executor, work: Callable[[S], T], things: Iterable[S], most: int) -> Iterator[T]:
-    """What `work` makes of each thing, in order; at most `most` results wait while one is asked for."""
-    ahead: deque[Future[T]] = deque()
-    for thing in things:
-        ahead.append(pool.submit(work, thing))
-        if len(ahead) > most:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
+def ordered_map(pool: Executor, function: Callable[[S], T], items: Iterable[S], prefetch: int) -> Iterator[T]:
+    """Yield `function(item)` in order, computing up to `prefetch` results ahead."""
+    futures: deque[Future[T]] = deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > prefetch:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def parallel_map(description: str, function: Callable[[int], T], count: int, threads: int = 16) -> list[T]:
+    """Call `function` with 0 to `count - 1` in threads. Show a bar on a terminal after two seconds.
+
+    Returns:
+        The results in order. The first exception is raised as soon as it is known; pending calls are cancelled.
+    """
+    if not count:
+        return []
+    bar = progress_bar(Console(stderr=True))
+    task, bar_time, started = bar.add_task(printable(description), total=count), time.monotonic() + _BAR_DELAY, False
+    results: list[T] = []
+    with ThreadPool(min(threads, count), "pixmim-files") as pool:
+        futures = [pool.submit(function, i) for i in range(count)]
+        try:
+            for future in futures:
+                if not started and wait([future], max(0.0, bar_time - time.monotonic())).not_done:
+                    bar.start()
+                    started = True
+                results.append(future.result())
+                bar.update(task, completed=len(results))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if started:
+                bar.stop()
+    return results

@@ -21,6 +21,7 @@ from pixmim.training.optim import Schedule
 from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError, did_you_mean, first_line
 from pixmim.utils.files import atomic_folder, check_new, write_text_atomically
+from pixmim.utils.memory import free_memory
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import Size, check_name, check_options, check_value, parse_size
 from pixmim.weights.adapt import adapt_weights, format_shape, interpolate_tables, original_key

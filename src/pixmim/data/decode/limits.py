@@ -13,8 +13,8 @@ from functools import cache
 from typing import TypeVar
 
 from pixmim.data.dataset import BadImage
-from pixmim.utils.available_memory import total_memory
 from pixmim.utils.errors import UserError
+from pixmim.utils.memory import total_memory
 
 MAX_SECONDS = 30.0
 """An image that takes longer to decode is a BadImage."""

@@ -20,7 +20,7 @@ from pixmim.data.shards.fsspec_io import is_url
 from pixmim.data.shards.local import MAX_OPEN_FILES, FileVersion, LocalShards, OpenFile, ShardStore
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path
-from pixmim.utils.threads import Workers
+from pixmim.utils.threads import ThreadPool
 
 _PREFETCH_THREADS = 4
 _TOUCH_SECONDS = 60.0  # between two records of which cached files are in use, for other processes
@@ -65,7 +65,7 @@ class RemoteShards(ShardStore):
         self._downloads: dict[int, Future[OpenFile]] = {}  # pending or running
         self._upcoming: list[int] = []  # in order of need
         self._prefetched: frozenset[int] = frozenset()  # the first of them, as many as the cache can hold
-        self._pool: Workers | None = None
+        self._pool: ThreadPool | None = None
         self._verified: set[int] = set()  # whose version was compared with the server's
         self._accepts_ranges = True  # until a server returns a complete file instead
         self._used: set[int] = set()  # since `_touch_used`
@@ -121,7 +121,7 @@ class RemoteShards(ShardStore):
             self._downloads = {shard: job for shard, job in self._downloads.items() if not job.cancel()}
             for shard in fitting:
                 if shard not in self._open_files and shard not in self._downloads:
-                    self._pool = self._pool or Workers(_PREFETCH_THREADS, "pixmim-prefetch")
+                    self._pool = self._pool or ThreadPool(_PREFETCH_THREADS, "pixmim-prefetch")
                     self._downloads[shard] = Future()
                     self._pool.submit(self._prefetch_one, shard, self._downloads[shard])
 

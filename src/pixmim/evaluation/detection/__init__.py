@@ -28,9 +28,8 @@ from pixmim.evaluation.detection.loader import SquareCrop, fit_to_square
 from pixmim.evaluation.settings import DetectionSettings
 from pixmim.evaluation.visualize import draw_detections, image_grid, to_rgb
 from pixmim.transforms.crops import flip_and_normalize
-from pixmim.utils.console import print_plain
+from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
-from pixmim.utils.progress import progress
 
 Checked = tuple[DetectionDataset, DetectionDataset, bool]
 

@@ -19,11 +19,10 @@ from pixmim.evaluation.classifiers import ImageClassifier
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.robustness.corruptions import VERSION, corrupt
 from pixmim.transforms.crops import Crop
-from pixmim.utils.console import print_plain
+from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_json, write_text_atomically
-from pixmim.utils.progress import progress
-from pixmim.utils.threads import thread_pool
+from pixmim.utils.threads import ThreadPool
 
 Variant = tuple[str, int]
 """A corruption and its severity."""
@@ -105,7 +104,7 @@ def count_correct(
     total, *right = torch.tensor(counts).view(-1, classes)
     with (
         progress(f"{len(variants)} variants of {data.spec}", len(data), context.console) as advance,
-        thread_pool(0, "pixmim-corrupt") as pool,
+        ThreadPool(0, "pixmim-corrupt") as pool,
     ):
         for images, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256, first=first):
             if len(indices):

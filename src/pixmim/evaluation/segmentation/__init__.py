@@ -22,10 +22,9 @@ from pixmim.evaluation.segmentation.model import segment
 from pixmim.evaluation.segmentation.train import build, fit
 from pixmim.evaluation.settings import SegmentationSettings
 from pixmim.evaluation.visualize import draw_segmentations, to_rgb
-from pixmim.utils.console import print_plain
+from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
-from pixmim.utils.progress import progress
-from pixmim.utils.threads import num_threads, ordered_map, thread_pool
+from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 _DRAWN = 6  # test images in the report
 
@@ -136,7 +135,7 @@ def iterate_pairs(
             skipped.record(index, pairs.path_of(index), str(error))
             return None
 
-    with thread_pool(threads, "pixmim-read") as pool:
+    with ThreadPool(threads, "pixmim-read") as pool:
         for index, pair in enumerate(ordered_map(pool, read, range(len(pairs)), 2 * num_threads(threads))):
             if pair is not None:
                 skipped.mark_ok(index)

@@ -20,10 +20,10 @@ from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import ImageFolder, from_folder
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
 from pixmim.transforms.crops import Array
+from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import read_file, read_text
-from pixmim.utils.progress import status_counter
-from pixmim.utils.threads import num_threads, ordered_map, thread_pool
+from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 IGNORE = 255
 """Class index of pixels that do not count."""

@@ -1,3 +1,0 @@
-"""Keywords of the smallest ViT that tests train."""
-
-TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
