@@ -12,7 +12,7 @@ from pixmim.config import ModelConfig, OnlineKnnConfig, PretrainConfig
 from pixmim.utils.console import printable
 from pixmim.utils.errors import UserError, did_you_mean, shown
 from pixmim.utils.files import parse_json, read_text
-from pixmim.utils.trust import made_here
+from pixmim.utils.trust import is_trusted
 from pixmim.utils.validation import check_value, hints_of
 
 VERSION = 1
@@ -98,7 +98,7 @@ def load_config(path: Path) -> tuple[PretrainConfig, str]:
     text = read_config_text(path)
     config = pretrain_config(from_json(text, path), path)
     unprintable = [word for word in _texts(asdict(config)) if printable(word) != word]
-    if unprintable and not made_here(text):  # --help would print them as defaults
+    if unprintable and not is_trusted(text):  # --help would print them as defaults
         raise UserError(f"{path} contains control characters: {shown(unprintable[0])}")
     return config, text
 

@@ -50,7 +50,7 @@ from pixmim.utils.errors import AlreadyReportedError, UserError
 from pixmim.utils.files import write_text_atomically
 from pixmim.utils.lock import locked_folder
 from pixmim.utils.threads import num_threads
-from pixmim.utils.trust import remember_run
+from pixmim.utils.trust import trust_config
 from pixmim.weights.load import build_encoder_with_weights, initialize_from, load_encoder, resolve_model
 from pixmim.weights.save import ENCODER_FOLDER, save_encoder
 
@@ -241,7 +241,7 @@ def _train(
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out / "config.json", config_text)
-    remember_run(config_text)
+    trust_config(config_text)
     summary = start_summary(config, len(data), schedule, device, precision, world, parts)
     for line in [*summary, *(f"images: {line}" for line in (data.description, cache_line) if line), *notes]:
         print_plain(console, line)

@@ -33,7 +33,7 @@ def main(jobs: str) -> None:
             pixmim.pretraining.flip_and_normalize = poison(world, job["poisoned"], max(1, config.accumulation_steps))  # type: ignore[attr-defined]
             console = Console(quiet=not world.is_main)
             pixmim.pretraining.pretrain(config, out, console=console, report=False, world=world)
-    leave(0)
+    exit_now(0)
 
 
 def poison(world: Distributed, step: int | None, accumulation_steps: int) -> object:

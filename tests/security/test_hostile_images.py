@@ -449,10 +449,9 @@ def test_only_the_first_frame_is_decoded(kind: str) -> None:
 
 
 @pytest.fixture
-def short_time_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_SECONDS", 0.3)
     time.sleep(1.1)  # the watcher thread uses it from its next round on
-    yield
 
 
 def test_decoding_has_a_time_limit(short_time_limit: None) -> None:

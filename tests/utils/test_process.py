@@ -190,7 +190,7 @@ def test_signal_handlers_are_restored_after_a_command() -> None:
     assert guard.number == signal.SIGTERM and not guard.thread.is_alive()
     assert [signal.getsignal(number) for number in numbers] == before and sys.unraisablehook is hook
     assert signal.set_wakeup_fd(-1) == -1
-    with PreemptionHandler(verbose=False) as interrupts:
+    with PreemptionHandler(verbose=False) as handler:
         signal.raise_signal(signal.SIGTERM)
     assert handler.requested and [signal.getsignal(number) for number in numbers] == before
     assert not process.deferring
@@ -212,8 +212,8 @@ def test_a_pool_that_is_closed_early_abandons_a_stuck_thread(monkeypatch: pytest
 
 
 def test_several_processes_are_not_parted_by_a_signal() -> None:
-    with PreemptionHandler(verbose=False) as interrupts:
-        with interrupts.waiting(alone=False):
+    with PreemptionHandler(verbose=False) as handler:
+        with handler.waiting(alone=False):
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Interrupted), handler.waiting():
             raise AssertionError("the earlier signal was ignored")

@@ -72,7 +72,7 @@ def read_flags(args: list[str]) -> Flags:
     if not resumed and not config.data:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
     typed = {flag for flag in config.named if any(word.split("=")[0] == flag for word in args)}
-    untrusted = closed(text, {flag: value for flag, value in config.named.items() if flag not in typed})
+    untrusted = untrusted_references(text, {flag: value for flag, value in config.named.items() if flag not in typed})
     if untrusted and not finish:
         raise UserError(f"{refusal(resumed or recipe, untrusted)}. Pass these flags, or others in their place")
     return Flags(config, resumed, finish, track)

@@ -25,7 +25,7 @@ from pixmim.data.shards.dataset import INDEX_DTYPE
 from pixmim.transforms.crops import Interpolation, cover_size, resize
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, write_json, write_text_atomically
-from pixmim.utils.threads import ordered_map, thread_pool
+from pixmim.utils.threads import ThreadPool, ordered_map
 
 Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
 """Dataset index; files by extension, the image first; class or -1; (h, w) of the image."""
@@ -127,7 +127,7 @@ def make_cache(
     def indices() -> Iterator[int]:
         return chain.from_iterable(map(settings.images_of, missing))
 
-    with thread_pool(threads, "pixmim-cache") as pool:
+    with ThreadPool(threads, "pixmim-cache") as pool:
         made = ordered_map(pool, make_sample, indices(), per_shard)  # continues while a shard is written
         samples = zip(prefetch_in_order(dataset, indices()), made, strict=True)
 

@@ -25,7 +25,7 @@ from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
 from pixmim.data.sampler import BatchShard, CropSampler, Indices, SampleBatch
 from pixmim.masking import Mask
 from pixmim.transforms.crops import Array, Crop, stack_images
-from pixmim.utils.threads import num_threads, ordered_map, thread_pool
+from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 T = TypeVar("T")  # an image as a loader reads it
 B = TypeVar("B", covariant=True)  # a batch
@@ -258,7 +258,7 @@ def iterate_in_order(
         skipped.mark_ok(index)
         return crop.crop(image)
 
-    with thread_pool(threads, "pixmim-read") as pool:
+    with ThreadPool(threads, "pixmim-read") as pool:
         indices = range(first, len(dataset))
         images = zip(prefetch_in_order(dataset, indices), ordered_map(pool, read, indices, _AHEAD * batch), strict=True)
         for start in range(first, len(dataset), batch):

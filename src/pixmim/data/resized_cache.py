@@ -27,7 +27,7 @@ from pixmim.data.shards.remote import open_shards
 from pixmim.transforms.crops import Interpolation
 from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import parse_json
-from pixmim.utils.progress import parallel_map
+from pixmim.utils.threads import parallel_map
 from pixmim.utils.validation import Integer, check_value, hints_of
 
 Kind = Literal["jpeg", "raw"]

@@ -230,5 +230,5 @@ def _moments(pixels: npt.NDArray[np.generic]) -> Vector:
 
 def _map(work: Callable[[int], T], indices: list[int], threads: int = 0) -> Iterator[T]:
     """Yield the result of `work` for each index, in order, from threads with a bounded number of results ahead."""
-    with thread_pool(threads, "pixmim-stats") as pool:
+    with ThreadPool(threads, "pixmim-stats") as pool:
         yield from ordered_map(pool, work, indices, 4 * num_threads(threads))

@@ -26,7 +26,6 @@ from pixmim.utils.console import csv_cell, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
 from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image
-from pixmim.utils.progress import progress
 
 Values = npt.NDArray[np.float64]
 

@@ -21,7 +21,6 @@ from pixmim.transforms.crops import CenterCrop, evaluation_crop
 from pixmim.utils.console import plot_label, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.plotting import new_plot, plot_image
-from pixmim.utils.progress import progress
 
 _WITH_HEAD = "shape bias without --train"
 _STIMULUS = re.compile(r"([a-z]+)\d*-([a-z]+)\d*", re.IGNORECASE)

@@ -34,7 +34,7 @@ from pixmim.utils.console import label, printable_lines
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output, read_file, write_text_atomically
 from pixmim.utils.plotting import plot_curves
-from pixmim.utils.trust import closed, inside, refusal
+from pixmim.utils.trust import inside, refusal, untrusted_references
 from pixmim.utils.validation import NOT_OF_TIMM
 from pixmim.weights.detect import read_config
 from pixmim.weights.load import resolve_model
@@ -184,7 +184,7 @@ def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str
 def _open_data(folder: Path, config: ModelConfig, text: str, data: str | None) -> ImageDataset:
     """Open the images to reconstruct. Raises UserError for data named by a run from elsewhere."""
     own = config.data if isinstance(config, PretrainConfig) else ""
-    untrusted = closed(text, {"--data": own})
+    untrusted = untrusted_references(text, {"--data": own})
     if data is None and untrusted:
         command = f"pixmim report {shlex.quote(str(folder))} --data DATA"
         raise UserError(f"{refusal(folder, untrusted)}. Add data that you trust: `{command}`")

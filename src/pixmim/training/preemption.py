@@ -57,7 +57,7 @@ class PreemptionHandler:
         self._guard_stops = _StopsAtOnce()  # for the same signals in the thread of `process.Guard`
         if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             deferring.append(self._defers)
-            for number in heeded():
+            for number in termination_signals():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

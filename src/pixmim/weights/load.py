@@ -18,7 +18,6 @@ from pixmim.models.base import MaskedModel
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.find_batch_size import in_gib
 from pixmim.training.optim import Schedule
-from pixmim.utils.available_memory import free_memory
 from pixmim.utils.errors import UserError, did_you_mean, first_line
 from pixmim.utils.files import atomic_folder, check_new, write_text_atomically
 from pixmim.utils.memory import free_memory

@@ -30,7 +30,7 @@ from pixmim.data.uri import expand_braces
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path, read_file, write_text_atomically
-from pixmim.utils.progress import parallel_map
+from pixmim.utils.threads import parallel_map
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
 """Of several images in one sample, the first in this order is used."""

@@ -200,7 +200,7 @@ def _count_values(spec: str, layout: _Layout, paths: Sequence[str]) -> MaskValue
         return np.stack([np.bincount(x.ravel(), minlength=256) for x in (v, solid)])
 
     total = np.zeros((2, 256), np.int64)
-    with status_counter(f"reads the masks of {spec}", "masks") as advance, thread_pool(0, "pixmim-read") as pool:
+    with status_counter(f"reads the masks of {spec}", "masks") as advance, ThreadPool(0, "pixmim-read") as pool:
         for counts in ordered_map(pool, count, paths, 2 * num_threads(0)):
             advance(1)
             total += counts
