@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pixmim.api import embed, embed_to_file, evaluate, reconstruct
+    from pixmim.api import embed, embed_to_file, evaluate, evaluate_to_folder, reconstruct
     from pixmim.config import ModelConfig, PretrainConfig
     from pixmim.data import create_loader, open_dataset
     from pixmim.losses import ReconstructionLoss
@@ -49,6 +49,7 @@ _MODULES = {
     "embed": "api",
     "embed_to_file": "api",
     "evaluate": "api",
+    "evaluate_to_folder": "api",
     "get_recipe": "recipes",
     "load_encoder": "weights.load",
     "load_model": "weights.load",
@@ -82,6 +83,7 @@ __all__ = [
     "embed",
     "embed_to_file",
     "evaluate",
+    "evaluate_to_folder",
     "get_recipe",
     "load_encoder",
     "load_model",

@@ -22,13 +22,12 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
 from pixmim.evaluation.classification import check_labeled, majority, rated, tally, wilson_interval
-from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.context import EvalContext, FeatureSet, Values, extract_features
 from pixmim.evaluation.evals import EVALS
-from pixmim.evaluation.evaluate import EVALUATIONS, evaluate, evaluate_many, online_knn
-from pixmim.evaluation.features import FeatureSet, extract_features
-from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
+from pixmim.evaluation.evaluate import EVALUATIONS, State, evaluate, evaluate_many, online_knn
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import classify, knn
-from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardise
+from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardize
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.report.results import ModelResults, circumstances, compare
@@ -39,6 +38,7 @@ from pixmim.weights.save import save_encoder
 
 Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
+BOTH: tuple[State, ...] = ("untrained", "trained")
 
 
 def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: list[str] | None = None) -> FeatureSet:
@@ -65,7 +65,7 @@ def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
     apart = dict(knn(frozen(90, apart=30), frozen(60, apart=30, seed=1)))
     assert {apart[f"k{k}/{name}/top1"] for k in (1, 20) for name in ("mean", "cls")} == {100}
     noise = dict(knn(frozen(900), frozen(600, seed=1)))
-    with pytest.raises(UserError, match="--k takes numbers of neighbours from 1 on, such as 1 20, not 5 0"):
+    with pytest.raises(UserError, match="--k takes numbers of neighbors from 1 on, such as 1 20, not 5 0"):
         dict(knn(frozen(9), frozen(9), (5, 0)))
     assert noise["k20/mean/top1/low"] < 100 / 3 < noise["k20/mean/top1/high"]
 
@@ -144,7 +144,7 @@ def test_probe_does_not_look_at_the_test_set_to_choose() -> None:
 
 def test_standardising_uses_the_train_sets_statistics() -> None:
     a = torch.randn(50, 3) * 7 + 2
-    x, mean, deviation = standardise(a)
+    x, mean, deviation = standardize(a)
     torch.testing.assert_close(x, (a - a.mean(0)) / a.std(0), atol=1e-5, rtol=0)
     torch.testing.assert_close((mean, deviation), (a.mean(0), a.std(0)))
 
@@ -360,9 +360,9 @@ def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.M
         ({"imagenet_sketch": "/no/sketch"}, "robustness: ImageNet-Sketch needs a classifier"),
     ],
 )
-@pytest.mark.parametrize("untrained", [False, True])
+@pytest.mark.parametrize("states", [("trained",), ("untrained", "trained")])
 def test_all_checks_every_evaluation_before_the_first_one_starts(
-    product: Path, more: dict[str, str], words: str, untrained: bool, monkeypatch: pytest.MonkeyPatch
+    product: Path, more: dict[str, str], words: str, states: tuple[State, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is missing for the last of a list is said before anything is computed, of one model and of several."""
 
@@ -374,7 +374,7 @@ def test_all_checks_every_evaluation_before_the_first_one_starts(
     parts = EvaluateAllSettings(TRAIN, TEST, finetune=True, **more).parts()  # type: ignore[arg-type]
     for evaluations in (parts, sorted(parts, key=lambda part: part[0] != "finetune")):
         with pytest.raises(UserError, match=words):
-            list(evaluate_many({str(product): product}, evaluations, untrained=untrained, device="cpu"))
+            list(evaluate_many({str(product): product}, evaluations, states, device="cpu"))
     complete = EvaluateAllSettings(TRAIN, TEST, finetune=True).parts()
     with pytest.raises(AssertionError, match="something is computed"):
         list(evaluate_many({str(product): product}, complete, device="cpu"))
@@ -390,16 +390,16 @@ def test_a_standing_classifier_is_found_before_other_evaluations(product: Path) 
     (product / "classifier-untrained/mine.txt").write_text("mine")
     calls: list[str] = []
     parts = EvaluateAllSettings(TRAIN, TEST, finetune=True).parts()
-    with pytest.raises(UserError, match="classifier-untrained is there already"):
-        for result, _ in evaluate_many({str(product): product}, parts, untrained=True, device="cpu"):
+    with pytest.raises(UserError, match="classifier-untrained exists"):
+        for result, _ in evaluate_many({str(product): product}, parts, BOTH, device="cpu"):
             calls.append(result.evaluation)
     assert calls == []
 
 
-def test_several_encoders_evaluate_many(
+def test_several_encoders_are_loaded_once_and_share_data(
     product: Path, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is measured as by itself; what two runs of the same beginning were before training, once."""
+    """Evaluate each like a single one, and the initial weights that two runs share only once."""
     folders = {str(tmp_path / name): tmp_path / name for name in ("a", "b")}
     for folder in folders.values():
         shutil.copytree(product, folder)
@@ -410,18 +410,28 @@ def test_several_encoders_evaluate_many(
         yield "k1/cls/top1", 1.0
 
     monkeypatch.setitem(EVALUATIONS, "knn", EVALUATIONS["knn"]._replace(run=run))
-    ways = [("knn", EVALS["knn"].settings(TRAIN, TEST))]
-    found = list(evaluate_many(folders, ways, untrained=True, device="cpu"))
+    loads = list[tuple[str, bool]]()
+
+    def load(name: str, *, untrained: bool, **options: Any) -> FrozenEncoder:
+        loads.append((Path(name).name, untrained))
+        return load_frozen_encoder(name, untrained=untrained, **options)
+
+    monkeypatch.setattr("pixmim.evaluation.evaluate.load_frozen_encoder", load)
+    console = Console(file=io.StringIO(), width=300)
+    evaluations: list[tuple[str, Any]] = [("knn", EVALS["knn"].settings(TRAIN, TEST))]
+    found = list(evaluate_many(folders, evaluations, BOTH, device="cpu", console=console))
     assert [(folder.name, Path(r.model).name, r.encoder) for r, folder in found] == [
         ("a", "a", "untrained"), ("a", "a", "trained"), ("b", "b", "untrained"), ("b", "b", "trained")
     ]  # fmt: skip
     assert calls == ["untrained", "trained", "trained"]
+    assert loads == [("a", True), ("a", False), ("b", True), ("b", False)]
+    assert console.file.getvalue().count("train data: 30 images") == 1  # type: ignore[attr-defined]
     (tmp_path / "b" / "config.json").write_text(to_json(tiny_run(seed=6)))
-    assert len(list(evaluate_many(folders, ways, untrained=True, device="cpu"))) == 4
+    assert len(list(evaluate_many(folders, evaluations, BOTH, device="cpu"))) == 4
     assert calls[3:] == ["untrained", "trained"] * 2
     with pytest.raises(UserError, match="there is no"):
-        list(evaluate_many({**folders, "/no/run": tmp_path}, ways, device="cpu"))
-    assert len(calls) == 7  # it was said before anything was measured
+        list(evaluate_many({**folders, "/no/run": tmp_path}, evaluations, device="cpu"))
+    assert len(calls) == 7
 
 
 def test_a_result_says_what_it_takes_to_repeat_it(product: Path) -> None:

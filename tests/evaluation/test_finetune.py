@@ -25,7 +25,7 @@ from pixmim.data import open_dataset
 from pixmim.data.loader import Batch
 from pixmim.evaluation import finetune
 from pixmim.evaluation import linear_probe_mae as probe
-from pixmim.evaluation import settings_finetune as settings
+from pixmim.evaluation import settings as settings_module
 from pixmim.evaluation.classification import evaluate_classifier, open_labeled
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.evaluate import evaluate
@@ -117,9 +117,7 @@ def test_a_classifier_is_replaced_only_when_told(
         (replace(same, train="shapes:count=50,size=32"), "--train"),
         (replace(same, recipe="convmae-base", changes=replace(SHORT, mixup=0)), "--mixup"),
     ):
-        with pytest.raises(
-            UserError, match=f"is there already, fine-tuned with another {words}: .* or add --overwrite"
-        ):
+        with pytest.raises(UserError, match=f"exists, fine-tuned with another {words}: .* or add --overwrite"):
             measured(folder, other)
     assert calls == [1] and weights.read_bytes() == kept and not (folder / "unfinished").exists()
     measured(folder, replace(same, seed=1), overwrite=True)
@@ -140,10 +138,10 @@ def test_what_is_no_classifier_of_ours_is_refused_too(product: Callable[[str], P
     measured(folder, settings)  # an empty folder is free
     plain = (folder / "encoder/model.safetensors").read_bytes()
     for name, content, words in (
-        ("notes.txt", b"mine", "holds no finished classifier"),
-        ("config.json", b"{}", "holds no finished classifier"),
-        ("model.safetensors", plain, "does not say how it was fine-tuned"),
-        ("model.safetensors", b"?", "cannot be read.* is there already"),
+        ("notes.txt", b"mine", "is not a finished classifier"),
+        ("config.json", b"{}", "is not a finished classifier"),
+        ("model.safetensors", plain, "does not contain how it was fine-tuned"),
+        ("model.safetensors", b"?", "cannot be read.* exists"),
     ):
         shutil.rmtree(classifier)
         classifier.mkdir()
@@ -252,7 +250,7 @@ def test_binary_cross_entropy_counts_every_class_present() -> None:
         float(F.logsigmoid(s if y else -s)) for ss, ys in zip(scores, present, strict=True)
         for s, y in zip(ss, ys, strict=True)
     )  # fmt: skip
-    assert float(finetune.loss_of(scores, targets, "bce")) == pytest.approx(slow / 6)
+    assert float(finetune.classification_loss(scores, targets, "bce")) == pytest.approx(slow / 6)
 
 
 def test_the_average_follows_the_weights() -> None:
@@ -261,7 +259,7 @@ def test_the_average_follows_the_weights() -> None:
     averaged = finetune.Averaged(model, 0.75)
     for value in (1.0, 2.0):
         nn.init.constant_(model.weight, value)
-        averaged.follow()
+        averaged.update()
     assert averaged.result.weight.tolist() == [[0.25 * 0.75 + 0.5] * 2]  # type: ignore[union-attr, operator]
     assert finetune.Averaged(model, 0.0).result is model
 
@@ -325,7 +323,7 @@ def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], P
 
 def test_overrides_replace_the_values_of_a_recipe() -> None:
     assert all(value is not None for recipe in FINETUNE_RECIPES.values() for value in vars(recipe).values())
-    assert all(name in Path(settings.__file__).read_text() for name in FINETUNE_RECIPES)  # the help of --recipe
+    assert all(name in Path(settings_module.__file__).read_text() for name in FINETUNE_RECIPES)  # the help of --recipe
     changed = apply_overrides(FINETUNE_RECIPES["mae-vit-base"], FinetuneOverrides(epochs=3, clip=1.0))
     assert (changed.epochs, changed.clip, changed.layer_decay) == (3, 1.0, 0.65)
     with pytest.raises(UserError, match=r"--layer-decay must be a number from 0.001 to 1, not 2"):
@@ -423,6 +421,10 @@ def test_the_probe_sees_the_final_norm_of_the_frozen_encoder(product: Callable[[
         feature = probe.frozen_feature(context.encoder, kind, x)
         torch.testing.assert_close(feature, expected)
         assert not feature.requires_grad
-    assert probe._parts(16384) == (512, 32) and probe._parts(300) == (300, 1) and probe._parts(1500) == (512, 2)
+    assert (
+        probe.split_batch(16384) == (512, 32)
+        and probe.split_batch(300) == (300, 1)
+        and probe.split_batch(1500) == (512, 2)
+    )
     with pytest.raises(UserError, match="no class token"):
-        probe._kind(load_frozen_encoder(str(product("convmae")), device="cpu").module, "cls")
+        probe.feature_kind(load_frozen_encoder(str(product("convmae")), device="cpu").module, "cls")

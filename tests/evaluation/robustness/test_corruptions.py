@@ -13,10 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.evaluation.robustness.blur import disk, glass
-from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, corrupt
+from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, FROST_COLORS, corrupt, disk, glass_blur
 from pixmim.evaluation.robustness.filters import crystals, enlarge, plasma, smear, smooth
-from pixmim.evaluation.robustness.weather import PANES
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
 
@@ -230,7 +228,7 @@ def test_zoom_blur_has_the_published_number_of_enlargements(monkeypatch: pytest.
         factors.append(factor)
         return x
 
-    monkeypatch.setattr("pixmim.evaluation.robustness.blur.enlarge", enlarge_nothing)
+    monkeypatch.setattr("pixmim.evaluation.robustness.corruptions.enlarge", enlarge_nothing)
     counts = []
     for severity in (1, 2, 3, 4, 5):
         factors.clear()
@@ -242,7 +240,7 @@ def test_zoom_blur_has_the_published_number_of_enlargements(monkeypatch: pytest.
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_glass_copies_as_a_loop_over_pixels_does(scale: float) -> None:
     x, reach, rounds = torch.rand(3, 20, 31), 2, 3
-    made = glass(x, (0, reach, rounds), np.random.default_rng(4), scale)
+    made = glass_blur(x, (0, reach, rounds), np.random.default_rng(4), scale)
     draw, wanted, edge = np.random.default_rng(4), x.clone(), math.ceil(reach * scale)
     rows, columns = range(edge + 1, 20 - edge + 1), range(edge + 1, 31 - edge + 1)
     for _ in range(rounds):
@@ -258,7 +256,7 @@ def test_glass_copies_as_a_loop_over_pixels_does(scale: float) -> None:
 
 
 def test_ice_has_the_light_of_the_photographs_and_the_spectrum_of_crystals() -> None:
-    mean, deviation = (np.array(values) for values in zip(*PANES, strict=True))
+    mean, deviation = (np.array(values) for values in zip(*FROST_COLORS, strict=True))
     seen = set()
     for seed in range(20):
         ice = corrupt(grey(0), "frost", 5, seed=seed).double().numpy() / 255 / 0.75
@@ -300,5 +298,5 @@ def test_what_is_not_defined_is_refused() -> None:
         corrupt(grey(1), "snoww", 1)
     with pytest.raises(UserError, match="1, 2, 3, 4 or 5"):
         corrupt(grey(1), "snow", 6)
-    with pytest.raises(UserError, match=r"3 channels \(color\) or 1 \(grey\), not of 4"):
+    with pytest.raises(UserError, match=r"3 channels \(color\) or 1 \(gray\), not of 4"):
         corrupt(grey(1, channels=4), "snow", 1)

@@ -17,11 +17,10 @@ from pixmim.build import build_encoder
 from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.evaluation import imagenet_classes as imagenet
+from pixmim.evaluation import classifiers as imagenet
 from pixmim.evaluation import knn, robustness, shape_bias
 from pixmim.evaluation import linear_probe as linear
-from pixmim.evaluation.context import EvalContext
-from pixmim.evaluation.features import extract_features
+from pixmim.evaluation.context import EvalContext, extract_features
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.linear_probe import fit_sweep
 from pixmim.evaluation.robustness import ALEXNET, corruption_errors, count
@@ -36,7 +35,7 @@ Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=400,size=32", "shapes:count=150,size=32,seed=1"
 
 
-def bench_of(config: PretrainConfig, folder: Path, module: nn.Module | None = None) -> EvalContext:
+def context_of(config: PretrainConfig, folder: Path, module: nn.Module | None = None) -> EvalContext:
     module = (module or build_encoder(config)).eval()
     return EvalContext(wrap_live_encoder(config, module, torch.device("cpu"), "fp32"), folder)
 
@@ -83,7 +82,7 @@ def test_the_tables_of_imagenet() -> None:
     assert len(imagenet.CATEGORIES["bird"]) == 49 and len(imagenet.CATEGORIES["dog"]) == 109
     every = imagenet.wnids()
     assert len(every) == 1000 and every == sorted(every) and every[0] == "n01440764"
-    a, r = imagenet.part("a"), imagenet.part("r")
+    a, r = imagenet.subset_wnids("a"), imagenet.subset_wnids("r")
     assert len(a) == len(r) == 200 and len(set(a) & set(r)) == 86 and a == sorted(a) and r == sorted(r)
 
 
@@ -107,28 +106,31 @@ class RunnerUp(nn.Module):
 def test_a_part_of_imagenet_is_cut_out_before_the_decision(name: str, tiny_run: Make, tmp_path: Path) -> None:
     """Among the thousand a class that is none of the 200 always wins, so only who leaves it out first finds those
     three quarters of the pictures whose second choice is right."""
-    part, every = imagenet.part(name), imagenet.wnids()
+    part, every = imagenet.subset_wnids(name), imagenet.wnids()
     first = next(i for i, wnid in enumerate(every) if wnid not in part)
     for place, wnid in enumerate(part):
         painted = every.index(part[place - 1] if place % 4 == 0 else wnid)
         path = tmp_path / name / wnid / "1.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (32, 32), (painted // 4, painted % 4 * 60, 0)).save(path)
-    context = bench_of(tiny_run(), tmp_path, RunnerUp(first))
+    context = context_of(tiny_run(), tmp_path, RunnerUp(first))
     settings = RobustnessSettings(**{f"imagenet_{name}": str(tmp_path / name)})
     found = dict(robustness.evaluate_robustness(context, settings))
     assert found[f"imagenet_{name}/top1"] == 75
     (tmp_path / name / part[3] / "1.png").unlink()
+    context = context_of(tiny_run(), tmp_path, RunnerUp(first))
     with pytest.raises(UserError, match=f"lacks 1 of the 200 class folders of ImageNet-{name.upper()}"):
         dict(robustness.evaluate_robustness(context, settings))
 
 
 def test_imagenet_c_trees(tiny_run: Make, tmp_path: Path) -> None:
-    context, every = bench_of(tiny_run(), tmp_path, Always()), imagenet.wnids()
+    context, every = context_of(tiny_run(), tmp_path, Always()), imagenet.wnids()
     for severity in (1, 2, 3, 4, 5):
         write(tmp_path / f"c/snow/{severity}/{every[7]}/1.png", 10)
         write(tmp_path / f"c/snow/{severity}/{every[8]}/1.png", 20)
-    with pytest.raises(UserError, match=r"lacks 70 of 75 parts of ImageNet-C: gaussian_noise/1, .* a part has no mCE"):
+    with pytest.raises(
+        UserError, match=r"lacks 70 of 75 parts of ImageNet-C: gaussian_noise/1, .* select a part, which has no mCE"
+    ):
         dict(robustness.evaluate_robustness(context, RobustnessSettings(imagenet_c=str(tmp_path / "c"))))
     some = dict(
         robustness.evaluate_robustness(
@@ -150,13 +152,12 @@ def test_whole_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
     tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imagenet, "wnids", lambda: [f"n{i}" for i in range(4)])
-    monkeypatch.setattr("pixmim.evaluation.classifiers.wnids", imagenet.wnids)
     for severity in (1, 2, 3, 4, 5):
         for i in range(4):
             write(tmp_path / f"c/fog/{severity}/n{i}/1.png", 0)
     found = dict(
         robustness.evaluate_robustness(
-            bench_of(tiny_run(), tmp_path, Always()),
+            context_of(tiny_run(), tmp_path, Always()),
             RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("fog",)),
         )
     )
@@ -168,7 +169,7 @@ def test_whole_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
 def test_public_sets_need_a_classifier_of_imagenet(name: str, tiny_run: Make, tmp_path: Path) -> None:
     for run in (tiny_run(), classifier(tiny_run(), 10)):
         with pytest.raises(UserError, match=r"1000 classes, and this encoder has (none|one of 10)"):
-            dict(robustness.evaluate_robustness(bench_of(run, tmp_path), RobustnessSettings(**{name: str(tmp_path)})))
+            dict(robustness.evaluate_robustness(context_of(run, tmp_path), RobustnessSettings(**{name: str(tmp_path)})))
 
 
 TAUGHT = PretrainConfig(
@@ -204,7 +205,7 @@ def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_pa
     data = [f"shapes:count={count},size=32,seed={seed},texture=match" for count, seed in ((600, 2), (500, 3))]
     found = []
     for module in (of_textures, None):
-        context = bench_of(TAUGHT, tmp_path, module)
+        context = context_of(TAUGHT, tmp_path, module)
         found.append(
             dict(knn.evaluate_knn(context, KnnSettings(*data)))
             | dict(linear.evaluate_linear(context, LinearSettings(*data, epochs=20)))
@@ -215,7 +216,7 @@ def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_pa
 
 def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> None:
     """Pictures that are named by their texture, which noise and blur destroy; by its own head, and by a probe."""
-    context = bench_of(TAUGHT, tmp_path, of_textures)
+    context = context_of(TAUGHT, tmp_path, of_textures)
     data = "shapes:count=200,size=32,seed=1,texture=match"  # shape and texture have the same number
     some = ("gaussian_noise", "defocus_blur", "contrast")
     settings = RobustnessSettings(test=data, corruptions=some)
@@ -242,7 +243,7 @@ def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> N
 
 
 def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = bench_of(TAUGHT, tmp_path, of_textures)
+    context = context_of(TAUGHT, tmp_path, of_textures)
     settings = RobustnessSettings(test="shapes:count=300,size=32", corruptions=("contrast", "fog"), severities=(2,))
     whole = dict(robustness.evaluate_robustness(context, settings))
     seen = []
@@ -264,7 +265,7 @@ def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypa
 
 
 def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> None:
-    context = bench_of(tiny_run(), tmp_path)
+    context = context_of(tiny_run(), tmp_path)
     for settings, message in (
         (RobustnessSettings(), "no data given"),
         (RobustnessSettings(test=TEST), "has no classifier: give --train"),
@@ -356,7 +357,7 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     write(root / "cat/cat4-cat1.png", 5)  # no conflict: left out
     write(root / "elephant/elephant1-dog3.png", 5)  # shape
     write(root / "truck/truck2-dog3.png", 5)  # neither
-    context = bench_of(tiny_run(), tmp_path, Reds())
+    context = context_of(tiny_run(), tmp_path, Reds())
     found = dict(shape_bias.evaluate_shape_bias(context, ShapeBiasSettings(str(root))))
     assert found["head/stimuli"] == 4
     assert found["head/shape_bias"] == pytest.approx(200 / 3)
@@ -369,7 +370,7 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x)[:, order]
 
-    flipped = bench_of(tiny_run(), tmp_path, Flipped())
+    flipped = context_of(tiny_run(), tmp_path, Flipped())
     flipped.encoder = replace(flipped.encoder, names=tuple(reversed(imagenet.wnids())))  # its outputs, by its own names
     assert dict(shape_bias.evaluate_shape_bias(flipped, ShapeBiasSettings(str(root)))) == pytest.approx(
         found, nan_ok=True
@@ -389,7 +390,7 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
             dict(shape_bias.evaluate_shape_bias(context, ShapeBiasSettings(str(root))))
         (root / name).unlink()
     with pytest.raises(UserError, match=r"1000 classes, and this encoder has none"):
-        dict(shape_bias.evaluate_shape_bias(bench_of(tiny_run(), tmp_path), ShapeBiasSettings(str(root))))
+        dict(shape_bias.evaluate_shape_bias(context_of(tiny_run(), tmp_path), ShapeBiasSettings(str(root))))
 
 
 def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
@@ -398,7 +399,7 @@ def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
     settings = ShapeBiasSettings(
         "shapes:count=200,size=32,texture=conflict,seed=2", "shapes:count=300,size=32,texture=match", epochs=20
     )
-    context = bench_of(TAUGHT, tmp_path, of_textures)
+    context = context_of(TAUGHT, tmp_path, of_textures)
     textural = dict(shape_bias.evaluate_shape_bias(context, settings))
     assert textural["probe/shape_bias"] < 40 and textural["probe/texture"] > 20
     assert context.images
@@ -433,7 +434,7 @@ def test_classifiers_keep_their_heads(tiny_run: Make, tmp_path: Path, monkeypatc
     module = build_encoder(run)
     save_tensors(module.state_dict(), tmp_path / "fine-tuned.safetensors", run, 3)
     assert load_frozen_encoder(str(tmp_path / "fine-tuned.safetensors"), device="cpu").classes == 10
-    assert bench_of(tiny_run(), tmp_path).encoder.classes == 0
+    assert context_of(tiny_run(), tmp_path).encoder.classes == 0
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))
