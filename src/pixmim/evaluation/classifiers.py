@@ -60,17 +60,21 @@ def _timm_info(name: str) -> list[str]:
     return files("timm.data").joinpath("_info", name).read_text().split()
 
 
+Kind = Literal["head", "probe"]
+"""Classifier of images: the encoder's own head, or a probe that is fitted here."""
+
+
 @dataclass(frozen=True)
 class ImageClassifier:
     """A classifier of images.
 
     Attributes:
-        kind: "head": the encoder's own; "probe": fitted here.
+        kind: Kind of the classifier.
         classes: Names of its outputs, in order; empty if they are unknown. Datasets are matched to them by name.
         scores: Returns the logits (b c) of images as the evaluation crop returns them.
     """
 
-    kind: Literal["head", "probe"]
+    kind: Kind
     classes: list[str]
     scores: Callable[[Tensor], Float[Tensor, "b c"]]
 

@@ -89,7 +89,7 @@ def evaluate_many(
         overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
 
     Yields:
-        Each result and its folder, as soon as it is available.
+        Each result and its folder, when it is complete.
 
     Raises:
         UserError: For an unknown evaluation, a model without an encoder, or unsuitable data or settings; before the

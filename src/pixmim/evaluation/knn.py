@@ -86,8 +86,8 @@ def classify(
     """Classify queries, for each k, by the k most similar references, weighted by exp(cosine / temperature).
 
     The first class wins among classes with equal votes; among references that are equally similar at the k-th rank any
-    may vote. Each block of references is moved to the device once and compared with `rows` queries at a time. Besides
-    the features, memory holds block x (d + rows) values and the max(k) best references of each query.
+    may vote. Each block of references is moved to the device once and compared with `rows` queries at a time. Memory
+    holds the features, block x (d + rows) values and the max(k) best references of each query.
     """
     parts = queries.split(rows)
     best: list[tuple[Tensor, Tensor]] = [

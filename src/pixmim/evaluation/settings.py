@@ -40,25 +40,27 @@ DropPath = Annotated[float, Real(0, 0.99)]
 
 
 @dataclass(frozen=True)
-class KnnSettings(Settings):
-    """k-NN as in DINO: cosine similarity of frozen features, votes weighted by exp(similarity / 0.07)."""
+class LabeledSettings(Settings):
+    """Labeled train and test data."""
 
     train: Data
-    """Labeled reference data: a folder with one subfolder per class, or anything else that --data takes."""
+    """Labeled data to train on: a folder with one subfolder per class, or anything else that --data takes."""
     test: Data
     """Labeled data to evaluate on."""
+
+
+@dataclass(frozen=True)
+class KnnSettings(LabeledSettings):
+    """k-NN as in DINO: cosine similarity of frozen features, votes weighted by exp(similarity / 0.07)."""
+
     k: Annotated[tuple[int, ...], Whole(1, 999_999_999)] = (1, 20)
     """Numbers of neighbors; each gives its own result."""
 
 
 @dataclass(frozen=True)
-class LinearSettings(Settings):
+class LinearSettings(LabeledSettings):
     """Linear probe on the frozen encoder: DINOv2's sweep, the best chosen on a held-out part; or MAE's protocol."""
 
-    train: Data
-    """Labeled data to train on."""
-    test: Data
-    """Labeled data to evaluate on."""
     protocol: Literal["sweep", "mae"] = "sweep"
     """sweep: many learning rates on cached features. mae: LARS and BatchNorm on augmented images, as published."""
     epochs: Annotated[int | None, Whole(1, 1_000_000)] = None
@@ -139,13 +141,9 @@ FinetuneOverrides = FinetuneRecipe[None]
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(Settings):
+class FinetuneSettings(LabeledSettings):
     """Fine-tune the complete encoder with labels, by its method's published recipe, and save the classifier."""
 
-    train: Data
-    """Labeled data to train on."""
-    test: Data
-    """Labeled data to evaluate on."""
     recipe: str = "auto"
     """auto: by the encoder's kind and size; or mae-vit-base, mae-vit-large, mae-vit-huge, convmae-base,
     simmim-swin-base-100, simmim-swin-base-800, simmim-swin-large, simmim-vit-base, deit3-vit-base."""
@@ -329,13 +327,9 @@ class ShapeBiasSettings(Settings):
 
 
 @dataclass(frozen=True)
-class EvaluateAllSettings(Settings):
+class EvaluateAllSettings(LabeledSettings):
     """Run k-NN, linear probe, robustness, and the evaluations of the other flags, and write one page."""
 
-    train: Data
-    """Labeled data to train on."""
-    test: Data
-    """Labeled data to evaluate on."""
     severities: Severities = (1, 2, 3, 4, 5)
     """Severities of the corruptions made in memory, from 1 to 5."""
     stimuli: str = ""

@@ -1,6 +1,6 @@
 """Published fine-tuning recipes, and the choice of one for an encoder."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Never
 
 from timm.models.beit import Beit
@@ -140,26 +140,10 @@ def describe(name: str, recipe: Recipe, images: int, steps: int, warmup: int, ac
     """Return a summary of a fine-tuning in lines."""
     batch, peak = recipe.batch_size, recipe.base_lr * recipe.batch_size / 256
     parts = f" in {accumulation_steps} parts of {batch // accumulation_steps:,}" if accumulation_steps > 1 else ""
-    crop = f"random resized crop {recipe.scale[0]:g}-{recipe.scale[1]:g}" if recipe.crop == "random-resized" else "SRC"
-    augment = {"rand": ["RandAugment m9-mstd0.5-inc1"], "three": ["3-Augment"], "none": []}[recipe.augment]
-    strengths = {
-        "jitter": recipe.jitter,
-        "erasing": recipe.erase,
-        "mixup": recipe.mixup,
-        "CutMix": recipe.cutmix,
-        "smoothing": recipe.smoothing,
-        "drop path": recipe.drop_path,
-        "average of weights": recipe.average,
-        "clip": recipe.clip,
-    }
     lines = [
-        f"fine-tuning by {name}: {recipe.epochs:g} epochs of {images:,} images, {steps:,} steps of {batch:,}{parts}; "
-        f"{'AdamW' if recipe.optimizer == 'adamw' else 'LAMB'}, rate {peak:.3g} ({recipe.base_lr:g} x {batch:,}/256) "
-        f"after {warmup:,} steps of warm-up, to {recipe.min_lr:g}; layer decay {recipe.layer_decay:g}, "
-        f"weight decay {recipe.weight_decay:g}",
-        f"  {', '.join([crop, *augment, *(f'{word} {value:g}' for word, value in strengths.items() if value)])}; "
-        f"{'binary ' if recipe.loss == 'bce' else ''}cross-entropy on the "
-        + ("mean of the patch tokens" if recipe.pool == "mean" else "class token"),
+        f"fine-tuning by {name}: {images:,} images, {steps:,} steps of {batch:,}{parts}, {warmup:,} of warm-up, "
+        f"peak rate {peak:.3g} ({recipe.base_lr:g} x {batch:,}/256)",
+        "  " + ", ".join(f"{key} {value}" for key, value in asdict(recipe).items() if key != "batch_size"),
     ]
     if warmup < round(recipe.warmup * images / batch):
         lines.append(f"  the warm-up of {recipe.warmup:g} epochs is reduced to a fifth of the steps")

@@ -22,7 +22,14 @@ from pixmim.evaluation.classification import (
     shortened_list,
     wilson_interval,
 )
-from pixmim.evaluation.classifiers import ImageClassifier, encoder_head, imagenet_head, probe_classifier, subset_wnids
+from pixmim.evaluation.classifiers import (
+    ImageClassifier,
+    Kind,
+    encoder_head,
+    imagenet_head,
+    probe_classifier,
+    subset_wnids,
+)
 from pixmim.evaluation.context import EvalContext, Values, discard
 from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_channels, check_corruption
 from pixmim.evaluation.robustness.count import CLEAN, CountsFile, LabeledImages, count_correct
@@ -51,17 +58,17 @@ ALEXNET = {
 """AlexNet's error on each corruption of ImageNet-C, averaged over the five severities (arXiv 1903.12261)."""
 
 
-def check_robustness(context: EvalContext, settings: RobustnessSettings) -> LabeledImages | None:
+def check_robustness(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind, LabeledImages] | None:
     """Check data, settings and encoder without fitting or measuring; images of ImageNet-C are not listed.
 
     Returns:
-        The images to corrupt in memory, if --test is given.
+        If --test is given, the kind of classifier and the images to corrupt in memory.
 
     Raises:
         UserError: For what `evaluate_robustness` would refuse.
     """
 
-    def check() -> LabeledImages | None:
+    def check() -> tuple[Kind, LabeledImages] | None:
         _select(settings)
         if settings.imagenet_c:
             _find_imagenet_c(context, settings)
@@ -78,7 +85,7 @@ def check_robustness(context: EvalContext, settings: RobustnessSettings) -> Labe
 
 def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> Values:
     """Evaluate on all data of the settings; resumes an interrupted evaluation. Raises UserError."""
-    images = check_robustness(context, settings)
+    in_memory = check_robustness(context, settings)
     file = CountsFile(context.work_dir("robustness", settings), context.console)
     if settings.imagenet_c:
         yield from _imagenet_c(context, settings, file)
@@ -88,8 +95,8 @@ def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> V
         counts = torch.stack([correct, total])
         yield from rated(counts, relative.classes, f"imagenet_{name}/")
         yield f"imagenet_{name}/majority", majority(counts)
-    if images is not None:
-        yield from _in_memory(context, settings, images, file)
+    if in_memory is not None:
+        yield from _in_memory(context, settings, *in_memory, file)
     discard(file.folder)
 
 
@@ -188,21 +195,23 @@ def _open_relative(context: EvalContext, name: str, folder: str) -> tuple[ImageC
     return classifier, LabeledImages(data, labels, classes, [classifier.classes.index(wnid) for wnid in classes])
 
 
-def _open_test(context: EvalContext, settings: RobustnessSettings) -> LabeledImages:
-    """Open the images to corrupt, and print their classes. `outputs` is None for a probe. Raises UserError."""
+def _open_test(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind, LabeledImages]:
+    """Open the images to corrupt, and print their classes.
+
+    The encoder's head is preferred to a probe if it has all classes of the data by name. Raises UserError.
+    """
     encoder, console = context.encoder, context.console or Console(quiet=True)
     check_channels(encoder.image_spec.channels)
     if encoder.image_spec.dtype != "uint8":
         raise UserError(f"corruptions need 8-bit images, and this encoder reads {encoder.image_spec.dtype}")
-    data = context.data(settings.test)
-    if _classifier_kind(context, settings) == "probe":
+    data, names = context.data(settings.test), encoder_head(context).classes
+    named, kind = bool(names) and set(data.classes) <= set(names), settings.classifier
+    if kind == "probe" or (kind == "auto" and settings.train and not named):
         if not settings.train:
             raise UserError("a probe needs labeled clean data: pass --train")
         splits = open_labeled(context, settings.train, settings.test)
-        return LabeledImages(data, splits.test_labels, splits.classes)
+        return "probe", LabeledImages(data, splits.test_labels, splits.classes)
     line, labels = check_classes(data), torch.from_numpy(cast(np.ndarray, data.labels))
-    names = encoder_head(context).classes
-    named = bool(names) and set(data.classes) <= set(names)
     if encoder.names and not named:
         labels_among(data, names)  # raises UserError with the name of the missing class
     if not named and encoder.classes != len(data.classes):
@@ -216,28 +225,20 @@ def _open_test(context: EvalContext, settings: RobustnessSettings) -> LabeledIma
         print_plain(
             console, "warning: the classifier does not name its classes; using the class folders in sorted order"
         )
-        return LabeledImages(data, labels, data.classes)
+        return "head", LabeledImages(data, labels, data.classes)
     if len(data.classes) < len(names):
         print_plain(console, f"only the outputs of these classes compete, of {len(names):,} outputs of the classifier")
-    return LabeledImages(data, labels, data.classes, [names.index(name) for name in data.classes])
+    return "head", LabeledImages(data, labels, data.classes, [names.index(name) for name in data.classes])
 
 
-def _classifier_kind(context: EvalContext, settings: RobustnessSettings) -> str:
-    """Return "head" or "probe". The head is preferred if it has all classes of the test data by name."""
-    if settings.classifier != "auto":
-        return settings.classifier
-    names = set(encoder_head(context).classes)
-    named = bool(names) and set(context.data(settings.test).classes) <= names
-    return "head" if named or not settings.train else "probe"
-
-
-def _in_memory(context: EvalContext, settings: RobustnessSettings, images: LabeledImages, file: CountsFile) -> Values:
+def _in_memory(
+    context: EvalContext, settings: RobustnessSettings, kind: Kind, images: LabeledImages, file: CountsFile
+) -> Values:
     """Yield errors on clean images and on images corrupted after the evaluation crop, in per cent.
 
     Below in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, their mean;
     lost, error minus clean in points; times, error over clean; severity/NAME/SEVERITY.
     """
-    kind = _classifier_kind(context, settings)
     classifier = (
         encoder_head(context)
         if kind == "head"

@@ -66,7 +66,7 @@ class CountsFile:
                 self._warn("is not a JSON object")
 
     def load(self, key: str, length: int, maximum: int) -> list[int]:
-        """Return `length` saved counts in [0, maximum]; zeros if there are none."""
+        """Return `length` saved counts in [0, maximum]; zeros if nothing is saved."""
         counts = self._counts.get(key)
         if counts is None:
             return [0] * length
