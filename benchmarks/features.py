@@ -24,7 +24,7 @@ from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.dataset import ImageDataset, Subset
 from pixmim.data.loader import iterate_in_order
-from pixmim.evaluation.features import extract_features
+from pixmim.evaluation.context import extract_features
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, wrap_live_encoder
 from pixmim.training.precision import autocast, choose_attention, choose_device, choose_precision
 from pixmim.transforms.crops import evaluation_crop

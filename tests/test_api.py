@@ -1,4 +1,4 @@
-"""The public API, as a notebook uses it."""
+"""Test the public API, as a notebook uses it."""
 
 import importlib
 import json
@@ -169,7 +169,7 @@ def test_a_timm_model_is_evaluated(result: pixmim.PretrainResult) -> None:
         pixmim.evaluate(torch.nn.Linear(2, 2), "knn", **LABELLED)
 
 
-def test_embed_gives_a_row_for_each_readable_image(
+def test_embed_returns_a_row_for_each_readable_image(
     result: pixmim.PretrainResult, pictures: Path, tmp_path: Path
 ) -> None:
     (pictures / "cats" / "0.jpg").write_bytes(b"")
@@ -188,7 +188,7 @@ def test_embed_to_file_writes_the_rows_of_embed(result: pixmim.PretrainResult, p
         pixmim.embed_to_file(result, pictures, tmp_path / "f.npy", device="cpu", console=QUIET)
 
 
-def test_reconstruct_gives_a_picture(result: pixmim.PretrainResult, pictures: Path) -> None:
+def test_reconstruct_returns_an_image(result: pixmim.PretrainResult, pictures: Path) -> None:
     two, one = (pixmim.reconstruct(result, pictures, count=count) for count in (2, 1))
     assert isinstance(two, Image.Image) and two.height > one.height
 

@@ -1,4 +1,4 @@
-"""The notebook of the first steps runs as it is, and shows what it promises."""
+"""Test that the quick start notebook runs and shows the promised output."""
 
 from pathlib import Path
 from typing import Any

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pixmim.api import embed, embed_to_file, evaluate, reconstruct
+    from pixmim.api import embed, embed_to_file, evaluate, evaluate_to_folder, reconstruct
     from pixmim.config import ModelConfig, PretrainConfig
     from pixmim.data import create_loader, open_dataset
     from pixmim.losses import ReconstructionLoss
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "api": ("embed", "embed_to_file", "evaluate", "reconstruct"),
+    "api": ("embed", "embed_to_file", "evaluate", "evaluate_to_folder", "reconstruct"),
     "config": ("ModelConfig", "PretrainConfig"),
     "data": ("create_loader", "open_dataset"),
     "losses": ("ReconstructionLoss",),
@@ -66,6 +66,7 @@ __all__ = [
     "embed",
     "embed_to_file",
     "evaluate",
+    "evaluate_to_folder",
     "get_recipe",
     "load_encoder",
     "load_model",

@@ -1,8 +1,9 @@
-"""What to do with an encoder, a call each: measure it, compute features, draw reconstructions."""
+"""Functions of the public API that use an encoder: evaluate it, compute features, draw reconstructions."""
 
 import copy
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,17 +26,19 @@ from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.embed import Kind, embed_batches
 from pixmim.evaluation.embed import embed as write_embeddings
 from pixmim.evaluation.evals import EVALS, check_name
-from pixmim.evaluation.evaluate import measure
-from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, of_module
+from pixmim.evaluation.evaluate import evaluate_many, measure
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, encoder_from_module, load_frozen_encoder
 from pixmim.evaluation.results import save
-from pixmim.evaluation.settings import DATA_FIELDS
+from pixmim.evaluation.settings import DATA_FIELDS, EvaluateAllSettings
 from pixmim.evaluation.visualize import labeled_grid
 from pixmim.pretraining import PretrainResult
+from pixmim.report import DATA_MARK, write_report
 from pixmim.report.reconstruct import reconstruct as draw
 from pixmim.report.reconstruct import with_bands
 from pixmim.training.precision import Precision
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError, did_you_mean
+from pixmim.utils.files import check_output, check_writable
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import resolve_model
 
@@ -56,15 +59,15 @@ def evaluate(
     console: Console | None = None,
     **settings: Any,
 ) -> dict[str, float]:
-    """Measure an encoder.
+    """Evaluate an encoder.
 
     Args:
-        model: The encoder. A module is measured as a copy: its weights and its mode stay as they are.
+        model: The encoder. A module is evaluated as a copy: its weights and its mode stay as they are.
         evaluation: "knn", "linear", "finetune", "segmentation", "detection", "robustness" or "shape-bias".
-        out: Folder in which the result is kept, and unfinished work is resumed; otherwise nothing is kept.
+        out: Folder for the result and unfinished work, to resume from. By default nothing is saved.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
-        console: Where progress is printed.
+        console: Where to print progress.
         **settings: Settings of the evaluation, such as `train` and `test`; `pixmim evaluate NAME --help` lists them.
 
     Returns:
@@ -74,19 +77,71 @@ def evaluate(
         UserError: If there is no such evaluation, setting or encoder, or the data do not suit.
     """
     check_name(evaluation)
-    kind = EVALS[evaluation].settings
-    known = [field.name for field in fields(kind)]
-    for name in settings:
-        if name not in known:
-            raise UserError(f"{evaluation} has no setting '{name}'{did_you_mean(name, known)}")
-    given = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in settings.items()}
+    parts = _evaluations(evaluation, settings)
     encoder = _encoder(model, device, precision)
     with TemporaryDirectory(prefix="pixmim-") as scratch:
         context = EvalContext(encoder, Path(out or scratch), "trained", console or Console())
-        (result,) = measure(context, _name(model), [(evaluation, with_full_paths(kind(**given)))])
+        (result,) = measure(context, _name(model), parts)
         if out is not None:
             save(result, Path(out))
     return result.values
+
+
+def evaluate_to_folder(
+    models: Sequence[str | os.PathLike[str]],
+    evaluation: str,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    untrained: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    precision: Precision = "auto",
+    hints: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> tuple[list[Path], Path]:
+    """Evaluate encoders side by side, save each result, and write one report. Resumes if it was interrupted.
+
+    Args:
+        models: Runs' folders, files of weights, or timm:NAME.
+        evaluation: As for `evaluate`, or "all".
+        out: Folder for results and report. By default results are saved in a run's folder, or in evaluations/MODEL, and
+            the report of several models in report.html.
+        untrained: Evaluate the initial weights of runs as well.
+        overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: "auto", "bf16", "fp16" or "fp32".
+        hints: What a file of weights does not contain, such as `size` or `num_heads`.
+        console: Where to print progress.
+        **settings: Settings of the evaluation, as for `evaluate`.
+
+    Returns:
+        The folder of each model's results, and the report.
+
+    Raises:
+        UserError: As for `evaluate`, before the first evaluation starts.
+    """
+    parts, console = _evaluations(evaluation, settings), console or Console()
+    names = list(dict.fromkeys(os.fspath(model) for model in models))
+    root = Path(out) if out is not None else None
+    folders = {name: _result_folder(name, root, several=len(names) > 1) for name in names}
+    page = report_path(list(folders.values()), root / "report.html" if root else None)
+    check_output(page, mark=DATA_MARK)
+    for folder in folders.values():
+        check_writable(folder / "evaluations" / "results.json")
+    for result, folder in evaluate_many(
+        folders,
+        parts,
+        ("untrained", "trained") if untrained else ("trained",),
+        device=device,
+        precision=precision,
+        console=console,
+        hints=hints,
+        overwrite=overwrite,
+    ):
+        save(result, folder)
+    write_report(list(folders.values()), page, warn=lambda line: print_plain(console, f"warning: {line}"))
+    return list(folders.values()), page
 
 
 def embed(
@@ -108,24 +163,24 @@ def embed(
         batch_size: Images per forward pass.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
-        console: Where progress is printed.
+        console: Where to print progress.
 
     Returns:
-        Features, float32 (n, d), and the paths of the n images. Unreadable images are left out.
+        Features, float32 (n, d), and the paths of the n images. Unreadable images are skipped.
 
     Raises:
         UserError: If the encoder or the data cannot be opened, or no image can be read.
     """
     encoder = _encoder(model, device, precision)
-    source = _open(data, encoder.image_spec)
-    skipped = BadImageLog(None, len(source), 1.0)
+    dataset = _open(data, encoder.image_spec)
+    skipped = BadImageLog(None, len(dataset), 1.0)
     rows, paths = list[npt.NDArray[np.float32]](), list[str]()
-    names = ("cls", "mean") if features == "both" else (features,)
-    for found, indices, _ in embed_batches(encoder, source, skipped, batch_size, console=console or Console()):
-        rows.append(np.concatenate([found[name] for name in names], axis=1))
-        paths += [source.path_of(index) for index in indices.tolist()]
+    kinds = ("cls", "mean") if features == "both" else (features,)
+    for batch, indices, _ in embed_batches(encoder, dataset, skipped, batch_size, console=console or Console()):
+        rows.append(np.concatenate([batch[kind] for kind in kinds], axis=1))
+        paths += [dataset.path_of(index) for index in indices.tolist()]
     if not paths:
-        raise UserError(f"no image of {source.spec} can be read: {skipped.reasons}")
+        raise UserError(f"no image of {dataset.spec} can be read: {skipped.reasons}")
     return np.concatenate(rows), paths
 
 
@@ -144,23 +199,23 @@ def embed_to_file(
     """Write the features of every readable image of a dataset to a file. Resumes if it was interrupted.
 
     Args:
-        model: A result, a run's folder, a file of weights, timm:NAME, or weights that are open.
+        model: A result, a run's folder, a file of weights, timm:NAME, or opened weights.
         data: The images.
-        out: A .npy, float32 (n, d), with a .csv of the n paths beside it; or a .parquet.
+        out: A .npy file, float32 (n, d), written with a .csv of the n paths; or a .parquet file.
         features: "mean" of the patch tokens, "cls" for the class token, or "both", cls first.
         batch_size: Images per forward pass.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
-        overwrite: Replace files that exist.
-        console: Where progress and the names of the files are printed.
+        overwrite: Replace existing files.
+        console: Where to print progress and the names of the files.
 
     Raises:
         UserError: If the encoder or the data cannot be opened, no image can be read, or `out` exists.
     """
     weights = model if isinstance(model, Weights) else resolve_model(_name(model))
-    source, console = _open(data, image_spec(weights.config)), console or Console()
-    how: Any = {"device": device, "precision": precision, "overwrite": overwrite, "console": console}
-    for line in write_embeddings(weights, source, Path(out), features, batch=batch_size, **how):
+    dataset, console = _open(data, image_spec(weights.config)), console or Console()
+    options: Any = {"device": device, "precision": precision, "overwrite": overwrite, "console": console}
+    for line in write_embeddings(weights, dataset, Path(out), features, batch=batch_size, **options):
         print_plain(console, line)
 
 
@@ -170,9 +225,9 @@ def reconstruct(
     """Draw what a model predicts of hidden patches.
 
     Args:
-        model: A run with its decoder: a result, a folder, a file of weights, or weights that are open.
-        data: The images. Of more than `count`, a random choice that is the same each time.
-        count: Number of images, a row each.
+        model: A run with its decoder: a result, a folder, a file of weights, or opened weights.
+        data: The images. Of more than `count`, a random but fixed selection.
+        count: Number of images, one per row.
         bands: Channels to draw as red, green and blue, counted from 1, such as "4,3,2".
 
     Returns:
@@ -183,12 +238,39 @@ def reconstruct(
     """
     weights = model if isinstance(model, Weights) else resolve_model(_name(model), with_decoder=True)
     weights = with_bands(weights, bands)
-    found = draw(weights, _open(data, image_spec(weights.config)), count)
-    return labeled_grid(found.columns, found.names)
+    drawing = draw(weights, _open(data, image_spec(weights.config)), count)
+    return labeled_grid(drawing.columns, drawing.names)
+
+
+def report_path(folders: list[Path], page: Path | None) -> Path:
+    """Return the path of the report: `page`, or a file in the only folder, or in the working directory."""
+    return page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+
+
+def _result_folder(model: str, out: Path | None, *, several: bool) -> Path:
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
+    if out is not None:
+        return out / name if several else out
+    folder = Path(model).expanduser()
+    return folder if folder.is_dir() else Path("evaluations") / name
+
+
+def _evaluations(evaluation: str, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the evaluations by name, with their settings and absolute paths of data. Raises UserError."""
+    kind = EvaluateAllSettings if evaluation == "all" else EVALS[evaluation].settings
+    known = [field.name for field in fields(kind)]
+    values = dict(settings)
+    for name, value in settings.items():
+        if name not in known:
+            raise UserError(f"{evaluation} has no setting '{name}'{did_you_mean(name, known)}")
+        if isinstance(value, os.PathLike):
+            values[name] = str(value)
+    checked = with_full_paths(kind(**values))
+    return checked.parts() if isinstance(checked, EvaluateAllSettings) else [(evaluation, checked)]
 
 
 def with_full_paths(settings: Any) -> Any:
-    """Return an evaluation's settings with full paths of data, so that results tell what they were measured on."""
+    """Return an evaluation's settings with absolute paths of data, which results are saved with."""
     data = [field.name for field in fields(settings) if field.name in DATA_FIELDS]
     return replace(settings, **{name: absolute(getattr(settings, name)) for name in data})
 
@@ -199,32 +281,31 @@ def _name(model: AnyEncoder) -> str:
     return str(model.folder if isinstance(model, PretrainResult) else os.fspath(model))
 
 
-def _open(data: Images, form: ImageSpec) -> ImageDataset:
+def _open(data: Images, spec: ImageSpec) -> ImageDataset:
     if isinstance(data, str | os.PathLike):
-        return open_dataset(absolute(os.fspath(data)), form)
-    return from_paths([Path(path) for path in data], form)
+        return open_dataset(absolute(os.fspath(data)), spec)
+    return from_paths([Path(path) for path in data], spec)
 
 
 def _encoder(model: AnyEncoder, device: str, precision: Precision) -> FrozenEncoder:
     if isinstance(model, nn.Module):
-        config = getattr(model, "pixmim_config", None) or _config_of(model)
-        return of_module(config, copy.deepcopy(model), device, precision)
+        config = getattr(model, "pixmim_config", None) or _timm_config(model)
+        return encoder_from_module(config, copy.deepcopy(model), device, precision)
     return load_frozen_encoder(_name(model), device=device, precision=precision)
 
 
-def _config_of(module: nn.Module) -> ModelConfig:
-    """Return the configuration of a module of timm's. Raises UserError for any other module."""
-    known: Any = getattr(module, "pretrained_cfg", None)
-    if not known or "architecture" not in known:
+def _timm_config(module: nn.Module) -> ModelConfig:
+    """Return the configuration of a timm module. Raises UserError for any other module."""
+    cfg: Any = getattr(module, "pretrained_cfg", None)
+    if not cfg or "architecture" not in cfg:
         raise UserError(f"{type(module).__name__} is not a timm model: its pretrained_cfg names no architecture")
-    patches: Any = getattr(module, "patch_embed", None)
-    channels, *size = known["input_size"]
-    h, w = getattr(patches, "img_size", None) or size
+    channels, *size = cfg["input_size"]
+    h, w = getattr(getattr(module, "patch_embed", None), "img_size", None) or size
     classes = getattr(module, "num_classes", 0)
     return ModelConfig(
-        model=ArchitectureConfig("timm", known["architecture"], options={"num_classes": classes} if classes else {}),
+        model=ArchitectureConfig("timm", cfg["architecture"], options={"num_classes": classes} if classes else {}),
         size=f"{h}x{w}",
         channels=channels,
-        mean=tuple(known["mean"]),
-        std=tuple(known["std"]),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
     )

@@ -90,7 +90,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "demo", "--resume", "/no/run"], "leave out 'demo'"),
         (["evaluate", "knn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "/no/run does not exist"),
         (["evaluate", "kn", "/no/run", "--train", "shapes:", "--test", "shapes:"], "did you mean 'knn'"),
-        (["evaluate", "knn", "--train", "shapes:", "--test", "shapes:"], "which encoder?"),
+        (["evaluate", "knn", "--train", "shapes:", "--test", "shapes:"], "no model given"),
         (["import", "/no/such.pth"], "/no/such.pth does not exist"),
         (["import", "x.pth", "--haeds", "3"], "--heads"),
         (["import", "timm:vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'"),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from pixmim import cli
-from pixmim.evaluation import evaluate
 from pixmim.evaluation.settings import (
     DetectionSettings,
     FinetuneOverrides,
@@ -39,11 +38,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the arguments of evaluations instead of running them."""
     recorded: list[Any] = []
 
-    def record(models: dict[str, Path], evaluations: list[Any], **_: Any) -> list[Any]:
-        recorded.append((list(models), evaluations))
+    def instead(models: dict[str, Path], evaluations: list[Any], *_: Any, **__: Any) -> list[Any]:
+        calls.append((list(models), evaluations))
         return []
 
-    monkeypatch.setattr(evaluate, "evaluate_many", record)
+    monkeypatch.setattr("pixmim.api.evaluate_many", instead)
+    monkeypatch.setattr("pixmim.api.write_report", lambda *_, **__: None)
     module = sys.modules["pixmim.cli.evaluate"]  # the package has a function of that name
     monkeypatch.setattr(module, "_show", lambda *_: None)
     monkeypatch.setattr("pixmim.api.with_full_paths", lambda settings: settings)

@@ -1,4 +1,4 @@
-"""k-NN, the linear probe and their numbers against slow forms and closed ones."""
+"""Test k-NN and the linear probe against slow implementations, and the checks of all evaluations."""
 
 import io
 import json
@@ -22,13 +22,12 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
 from pixmim.evaluation.classification import check_labeled, majority, rated, tally, wilson_interval
-from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.context import EvalContext, FeatureSet, Values, extract_features
 from pixmim.evaluation.evals import EVALS
-from pixmim.evaluation.evaluate import EVALUATIONS, evaluate, evaluate_many, online_knn
-from pixmim.evaluation.features import FeatureSet, extract_features
-from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
+from pixmim.evaluation.evaluate import EVALUATIONS, State, evaluate, evaluate_many, online_knn
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import classify, knn
-from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardise
+from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardize
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.report.results import ModelResults, circumstances, compare
@@ -39,6 +38,7 @@ from pixmim.weights.save import save_encoder
 
 Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
+BOTH: tuple[State, ...] = ("untrained", "trained")
 
 
 def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: list[str] | None = None) -> FeatureSet:
@@ -50,7 +50,7 @@ def frozen(n: int, classes: int = 3, apart: float = 0.0, seed: int = 0, names: l
 
 
 def test_knn_against_a_loop() -> None:
-    """Several k in one pass; the last is more than there are voters."""
+    """Use several k in one pass; the last exceeds the number of references."""
     train, test = frozen(60, apart=1), frozen(40, apart=1, seed=1)
     answers = classify(train.mean, train.labels, test.mean, 3, k=(1, 5, 20, 100), rows=7, block=16)
     for i in range(40):
@@ -65,15 +65,13 @@ def test_knn_of_separate_classes_is_perfect_and_of_noise_is_chance() -> None:
     apart = dict(knn(frozen(90, apart=30), frozen(60, apart=30, seed=1)))
     assert {apart[f"k{k}/{name}/top1"] for k in (1, 20) for name in ("mean", "cls")} == {100}
     noise = dict(knn(frozen(900), frozen(600, seed=1)))
-    with pytest.raises(UserError, match="--k takes numbers of neighbours from 1 on, such as 1 20, not 5 0"):
+    with pytest.raises(UserError, match="--k takes numbers of neighbors from 1 on, such as 1 20, not 5 0"):
         dict(knn(frozen(9), frozen(9), (5, 0)))
     assert noise["k20/mean/top1/low"] < 100 / 3 < noise["k20/mean/top1/high"]
 
 
-def test_knn_is_labeled_with_the_number_of_neighbours_that_voted(
-    product: Path, sets: Callable[..., str], tiny_run: Make
-) -> None:
-    """No value of a k that was cut stands under the larger one, in one evaluation and while training."""
+def test_a_large_k_is_reduced_in_its_label(product: Path, sets: Callable[..., str], tiny_run: Make) -> None:
+    """Label a reduced k by its actual value, in an evaluation and in training."""
     train, test = frozen(12), frozen(40, seed=1)
     values = dict(knn(train, test, (1, 20, 30)))
     assert {key.split("/")[0] for key in values} == {"k1", "k12", "majority"}
@@ -99,7 +97,7 @@ def test_knn_is_labeled_with_the_number_of_neighbours_that_voted(
 
 
 def test_probe_follows_autograd() -> None:
-    """The written-out gradient and momentum against torch.optim.SGD on cross-entropy, for every rate of the sweep."""
+    """Compare the explicit gradient and momentum with torch.optim.SGD on cross-entropy."""
     data = frozen(50, apart=1)
     weights = fit(data.mean, data.labels, 3, RATES[6:9], epochs=3, batch=10, seed=4)
     from pixmim.utils import rng
@@ -144,13 +142,13 @@ def test_probe_does_not_look_at_the_test_set_to_choose() -> None:
 
 def test_standardising_uses_the_train_sets_statistics() -> None:
     a = torch.randn(50, 3) * 7 + 2
-    x, mean, deviation = standardise(a)
+    x, mean, deviation = standardize(a)
     torch.testing.assert_close(x, (a - a.mean(0)) / a.std(0), atol=1e-5, rtol=0)
     torch.testing.assert_close((mean, deviation), (a.mean(0), a.std(0)))
 
 
 def test_interval_is_wilsons() -> None:
-    """Published example: 95 % of 81/263 is 0.2553 to 0.3662 (Newcombe 1998, table I)."""
+    """Compare with the published example 81/263: 0.2553 to 0.3662 (Newcombe 1998, table I)."""
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson_interval(0, 29) == pytest.approx((0.0, 0.1170), abs=1e-4)
     assert wilson_interval(0, 0) == (0.0, 1.0)
@@ -165,7 +163,7 @@ def test_classes_are_matched_by_name() -> None:
 
 
 def test_unbalanced_data_against_loops() -> None:
-    """Balanced accuracy, recalls and the majority: sums in float64 over lists; a class without images has none."""
+    """Compare balanced accuracy, recalls and majority with sums over lists; a class without images has no recall."""
     wanted = torch.tensor([0] * 72 + [1] * 20 + [3] * 8)
     answers = torch.where(torch.arange(100) % 7 == 0, 2, torch.where(torch.arange(100) % 3 == 0, 0, wanted))
     counts = tally(answers, wanted, 4)
@@ -183,7 +181,7 @@ def test_unbalanced_data_against_loops() -> None:
 
 @pytest.fixture
 def sets(tmp_path: Path) -> Callable[..., str]:
-    """Folders of classes: color noise, other for each seed."""
+    """Make folders of classes with color noise."""
 
     def make(name: str, seed: int = 0, **classes: int) -> str:
         draw = np.random.default_rng(seed)
@@ -202,7 +200,7 @@ EVERY = [("knn", {}), ("linear", {}), ("linear", {"protocol": "mae"}), ("finetun
 
 
 @pytest.mark.parametrize(("name", "more"), EVERY)
-def test_what_cannot_mean_anything_is_refused_by_every_measure(
+def test_meaningless_data_are_refused_by_every_evaluation(
     name: str, more: dict[str, str], product: Path, sets: Callable[..., str]
 ) -> None:
     good = sets("good", a=3, b=2)
@@ -220,26 +218,26 @@ def test_what_cannot_mean_anything_is_refused_by_every_measure(
             online_knn(replace(run, knn=replace(run.knn, every=1.0, train=good, test=str(Path(good).parent / "alone"))))
 
 
-def test_the_first_lines_tell_classes_and_what_is_the_same(sets: Callable[..., str], tmp_path: Path) -> None:
-    """The same place, another name for the same bytes, and a link; drawn images by their seed."""
+def test_classes_and_shared_images_are_printed(sets: Callable[..., str], tmp_path: Path) -> None:
+    """Detect the same path, the same bytes, a symbolic link, and the same seed of synthetic shapes."""
     train, test = sets("train", a=6, b=2), sets("test", seed=1, a=3, b=1)
 
-    def said(train: str, test: str) -> str:
+    def printed(train: str, test: str) -> str:
         console = Console(file=io.StringIO(), width=300)
         check_labeled(open_dataset(train), open_dataset(test), console)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
-    assert "train data: 8 images of 2 classes: a 75.0 %, b 25.0 %\n" in said(train, test)
-    assert "warning" not in said(train, test)
+    assert "train data: 8 images of 2 classes: a 75.0 %, b 25.0 %\n" in printed(train, test)
+    assert "warning" not in printed(train, test)
     shutil.copy(Path(train) / "b" / "0-1.png", Path(test) / "b" / "other.png")
     (Path(test) / "a" / "link.png").symlink_to(Path(train) / "a" / "0-3.png")
-    assert "warning: 2 of the 6 test images" in said(train, test)
-    assert "warning: all 8 test images" in said(train, train)
-    assert "warning: all 20 test images" in said("shapes:count=30", "shapes:count=20")
-    assert "warning" not in said("shapes:count=30", "shapes:count=20,seed=1")
+    assert "warning: 2 of the 6 test images" in printed(train, test)
+    assert "warning: all 8 test images" in printed(train, train)
+    assert "warning: all 20 test images" in printed("shapes:count=30", "shapes:count=20")
+    assert "warning" not in printed("shapes:count=30", "shapes:count=20,seed=1")
 
 
-def test_labels_hold_as_many_stars_as_their_keys() -> None:
+def test_labels_have_as_many_stars_as_their_keys() -> None:
     shown = [
         item for protocol in EVALS.values() for item in [*protocol.display_names.items(), *protocol.class_names.items()]
     ]
@@ -279,7 +277,7 @@ def test_rows_of_other_settings_have_other_labels() -> None:
 
 @pytest.fixture
 def product(tiny_run: Make, tmp_path: Path) -> Path:
-    """A run's folder with an encoder that was not trained at all, but says so in no way."""
+    """Make the folder of a run with an untrained encoder."""
     run = tiny_run(seed=5)
     (tmp_path / "config.json").write_text(to_json(run))
     save_encoder(build_model(run).encoder, tmp_path / "encoder", run, step=7)
@@ -301,7 +299,7 @@ def test_features_are_those_of_the_bare_encoder_whatever_the_batch(product: Path
     assert F.cosine_similarity(low.mean, one.mean).min() > 0.999
 
 
-def test_evaluation_is_repeatable_and_kept(product: Path) -> None:
+def test_evaluation_is_repeatable_and_saved(product: Path) -> None:
     results = [measured(name, product, TRAIN, TEST) for name in ("knn", "linear", "knn")]
     assert results[0].values == results[2].values and results[0].step == 7
     assert measured("knn", product, TRAIN, TEST, untrained=True).values == results[0].values
@@ -309,7 +307,7 @@ def test_evaluation_is_repeatable_and_kept(product: Path) -> None:
     assert save(results[2], product) == path and path.parent.name == "evaluations"
 
 
-def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_run: Make, pictures: Path) -> None:
+def test_unsuitable_models_and_data_are_refused(product: Path, tmp_path: Path, tiny_run: Make, pictures: Path) -> None:
     with pytest.raises(UserError, match="there is no"):
         measured("knn", tmp_path / "nowhere", TRAIN, TEST)
     with pytest.raises(UserError, match="did you mean 'linear'"):
@@ -326,14 +324,14 @@ def test_what_cannot_be_evaluated_is_named(product: Path, tmp_path: Path, tiny_r
         load_frozen_encoder(str(product))
 
 
-def test_looking_at_an_encoder_in_training_leaves_it_in_training(tiny_run: Make) -> None:
+def test_extracting_features_keeps_the_training_mode(tiny_run: Make) -> None:
     module = build_model(tiny_run()).encoder.train()
     extract_features(wrap_live_encoder(tiny_run(), module, torch.device("cpu"), "fp32"), open_dataset(TEST))
     assert module.training
 
 
-def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call, several results; on drawn data shape is set against texture by itself."""
+def test_all_runs_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Return several results of one call; synthetic data add shape bias."""
     assert [name for name, _ in EvaluateAllSettings("/a", "/b").parts()] == ["knn", "linear", "robustness"]
     more = EvaluateAllSettings("/a", "/b", stimuli="/c", finetune=True, pairs="/ade", coco="/coco").parts()
     assert [name for name, _ in more][3:] == ["shape-bias", "finetune", "segmentation", "detection"]
@@ -344,7 +342,7 @@ def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.M
         "pixmim.evaluation.linear_probe.fit_sweep", lambda *a, **b: (probes.append(1), fit_sweep(*a, **b))[1]
     )
     results = list(evaluate(str(product), drawn.parts(), product, device="cpu"))
-    assert len(probes) == 2  # of clean pictures, for linear and robustness; and of those for shape bias
+    assert len(probes) == 2  # one for linear and robustness, one for shape bias
     assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
     assert results[3].settings["data"] == f"{TEST},texture=conflict"
     assert results[0].values == measured("knn", product, TRAIN, TEST).values
@@ -360,23 +358,23 @@ def test_all_stands_for_what_the_data_allow(product: Path, monkeypatch: pytest.M
         ({"imagenet_sketch": "/no/sketch"}, "robustness: ImageNet-Sketch needs a classifier"),
     ],
 )
-@pytest.mark.parametrize("untrained", [False, True])
+@pytest.mark.parametrize("states", [("trained",), ("untrained", "trained")])
 def test_all_checks_every_evaluation_before_the_first_one_starts(
-    product: Path, more: dict[str, str], words: str, untrained: bool, monkeypatch: pytest.MonkeyPatch
+    product: Path, more: dict[str, str], words: str, states: tuple[State, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is missing for the last of a list is said before anything is computed, of one model and of several."""
+    """Refuse missing data of the last evaluation before anything is computed, for one model and several."""
 
     def never(*_: object, **__: object) -> None:
-        raise AssertionError("something is computed")
+        raise AssertionError("computed")
 
     monkeypatch.setattr("pixmim.evaluation.context.extract_features", never)
     monkeypatch.setattr("pixmim.evaluation.finetune.Trainer.resume_and_fit", never)
     parts = EvaluateAllSettings(TRAIN, TEST, finetune=True, **more).parts()  # type: ignore[arg-type]
     for evaluations in (parts, sorted(parts, key=lambda part: part[0] != "finetune")):
         with pytest.raises(UserError, match=words):
-            list(evaluate_many({str(product): product}, evaluations, untrained=untrained, device="cpu"))
+            list(evaluate_many({str(product): product}, evaluations, states, device="cpu"))
     complete = EvaluateAllSettings(TRAIN, TEST, finetune=True).parts()
-    with pytest.raises(AssertionError, match="something is computed"):
+    with pytest.raises(AssertionError, match="computed"):
         list(evaluate_many({str(product): product}, complete, device="cpu"))
 
 
@@ -384,22 +382,22 @@ def test_every_evaluation_has_functions_and_settings() -> None:
     assert list(EVALUATIONS) == list(EVALS)
 
 
-def test_a_standing_classifier_is_found_before_other_evaluations(product: Path) -> None:
-    """Of the untrained encoder as well, whose turn comes first or last."""
+def test_an_existing_classifier_is_refused_before_other_evaluations(product: Path) -> None:
+    """Check the classifier of the untrained encoder as well."""
     (product / "classifier-untrained").mkdir()
     (product / "classifier-untrained/mine.txt").write_text("mine")
     calls: list[str] = []
     parts = EvaluateAllSettings(TRAIN, TEST, finetune=True).parts()
-    with pytest.raises(UserError, match="classifier-untrained is there already"):
-        for result, _ in evaluate_many({str(product): product}, parts, untrained=True, device="cpu"):
+    with pytest.raises(UserError, match="classifier-untrained exists"):
+        for result, _ in evaluate_many({str(product): product}, parts, BOTH, device="cpu"):
             calls.append(result.evaluation)
     assert calls == []
 
 
-def test_several_encoders_evaluate_many(
+def test_several_encoders_are_loaded_once_and_share_data(
     product: Path, tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is measured as by itself; what two runs of the same beginning were before training, once."""
+    """Evaluate each like a single one, and the initial weights that two runs share only once."""
     folders = {str(tmp_path / name): tmp_path / name for name in ("a", "b")}
     for folder in folders.values():
         shutil.copytree(product, folder)
@@ -410,21 +408,31 @@ def test_several_encoders_evaluate_many(
         yield "k1/cls/top1", 1.0
 
     monkeypatch.setitem(EVALUATIONS, "knn", EVALUATIONS["knn"]._replace(run=run))
-    ways = [("knn", EVALS["knn"].settings(TRAIN, TEST))]
-    found = list(evaluate_many(folders, ways, untrained=True, device="cpu"))
+    loads = list[tuple[str, bool]]()
+
+    def load(name: str, *, untrained: bool, **options: Any) -> FrozenEncoder:
+        loads.append((Path(name).name, untrained))
+        return load_frozen_encoder(name, untrained=untrained, **options)
+
+    monkeypatch.setattr("pixmim.evaluation.evaluate.load_frozen_encoder", load)
+    console = Console(file=io.StringIO(), width=300)
+    evaluations: list[tuple[str, Any]] = [("knn", EVALS["knn"].settings(TRAIN, TEST))]
+    found = list(evaluate_many(folders, evaluations, BOTH, device="cpu", console=console))
     assert [(folder.name, Path(r.model).name, r.encoder) for r, folder in found] == [
         ("a", "a", "untrained"), ("a", "a", "trained"), ("b", "b", "untrained"), ("b", "b", "trained")
     ]  # fmt: skip
     assert calls == ["untrained", "trained", "trained"]
+    assert loads == [("a", True), ("a", False), ("b", True), ("b", False)]
+    assert console.file.getvalue().count("train data: 30 images") == 1  # type: ignore[attr-defined]
     (tmp_path / "b" / "config.json").write_text(to_json(tiny_run(seed=6)))
-    assert len(list(evaluate_many(folders, ways, untrained=True, device="cpu"))) == 4
+    assert len(list(evaluate_many(folders, evaluations, BOTH, device="cpu"))) == 4
     assert calls[3:] == ["untrained", "trained"] * 2
     with pytest.raises(UserError, match="there is no"):
-        list(evaluate_many({**folders, "/no/run": tmp_path}, ways, device="cpu"))
-    assert len(calls) == 7  # it was said before anything was measured
+        list(evaluate_many({**folders, "/no/run": tmp_path}, evaluations, device="cpu"))
+    assert len(calls) == 7
 
 
-def test_a_result_says_what_it_takes_to_repeat_it(product: Path) -> None:
+def test_a_result_contains_what_is_needed_to_repeat_it(product: Path) -> None:
     result = json.loads(save(measured("knn", product, TRAIN, TEST, precision="fp32"), product).read_text())
     assert result["settings"] == {"train": TRAIN, "test": TEST, "k": [1, 20]} and result["step"] == 7
     config = json.loads((product / "config.json").read_text())
@@ -434,7 +442,7 @@ def test_a_result_says_what_it_takes_to_repeat_it(product: Path) -> None:
 
 
 def test_a_few_unreadable_images_are_left_out_and_too_many_end_it(product: Path, tmp_path: Path) -> None:
-    """A share counts and not a number: 60 of 300 are few, and 80 of 200 are not."""
+    """Skip 60 of 300 unreadable images, and refuse 80 of 200."""
     for readable, name in ((240, "few"), (120, "many")):
         for i in range(readable + (60 if name == "few" else 80)):
             path = tmp_path / name / str(i % 2) / f"{i * 7919 % 1000:03d}.png"

@@ -1,4 +1,4 @@
-"""Fine-tuning and MAE's probe on drawn shapes with real, tiny encoders; and their resumption, bit by bit."""
+"""Test fine-tuning and MAE's probe on synthetic shapes with tiny encoders, and their bitwise resume."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from pixmim.data import open_dataset
 from pixmim.data.loader import Batch
 from pixmim.evaluation import finetune
 from pixmim.evaluation import linear_probe_mae as probe
-from pixmim.evaluation import settings_finetune as settings
+from pixmim.evaluation import settings as settings_module
 from pixmim.evaluation.classification import evaluate_classifier, open_labeled
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.evaluate import evaluate
@@ -60,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def product(tiny_run: Make, tmp_path: Path) -> Callable[[str], Path]:
-    """The folder of a finished run of a method, its encoder as it was at first."""
+    """Make the folder of a finished run of a method, with its initial encoder."""
 
     def make(method: str = "mae") -> Path:
         run = tiny_run(seed=5, model=replace(METHODS[method], options=OPTIONS[method]))
@@ -79,7 +79,7 @@ def measured(folder: Path, settings: FinetuneSettings | LinearSettings, **option
     return result
 
 
-def bench_of(folder: Path) -> EvalContext:
+def context_of(folder: Path) -> EvalContext:
     return EvalContext(load_frozen_encoder(str(folder), device="cpu", precision="fp32"), folder)
 
 
@@ -90,20 +90,20 @@ def test_every_kind_of_encoder(product: Callable[[str], Path], method: str) -> N
     names = [name for name in result.values if not name.startswith("recall/")]
     assert names == ["top1", "top1/low", "top1/high", "balanced", "top5", "loss", "majority"]
     assert result.values["top5"] >= result.values["top1"] >= result.values["top1/low"]
-    assert not (folder / "unfinished").exists()  # what is measured needs no checkpoint
+    assert not (folder / "unfinished").exists()  # no checkpoint remains
 
     with safe_open(folder / "classifier/model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == open_dataset(TRAIN).classes
-    context = bench_of(folder)
+    context = context_of(folder)
     again = load_encoder(folder / "classifier/model.safetensors")
     data = open_labeled(context, TRAIN, TEST)
     assert dict(evaluate_classifier(context, data, context.encoder, (32, 32), again)) == pytest.approx(result.values)
 
 
-def test_a_classifier_is_replaced_only_when_told(
+def test_a_classifier_is_replaced_only_with_overwrite(
     product: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same settings train nothing again; others are refused before training, with what differs and what to do."""
+    """Reuse the classifier of the same settings; refuse others before training, naming the difference."""
     folder, calls, really = product("mae"), list[int](), finetune.Trainer
     monkeypatch.setattr(finetune, "Trainer", lambda *a, **b: (calls.append(1), really(*a, **b))[1])
     same = FinetuneSettings(TRAIN, TEST, changes=SHORT)
@@ -117,9 +117,7 @@ def test_a_classifier_is_replaced_only_when_told(
         (replace(same, train="shapes:count=50,size=32"), "--train"),
         (replace(same, recipe="convmae-base", changes=replace(SHORT, mixup=0)), "--mixup"),
     ):
-        with pytest.raises(
-            UserError, match=f"is there already, fine-tuned with another {words}: .* or add --overwrite"
-        ):
+        with pytest.raises(UserError, match=f"exists, fine-tuned with another {words}: .* or add --overwrite"):
             measured(folder, other)
     assert calls == [1] and weights.read_bytes() == kept and not (folder / "unfinished").exists()
     measured(folder, replace(same, seed=1), overwrite=True)
@@ -133,17 +131,17 @@ def test_a_classifier_is_replaced_only_when_told(
     assert {path.name for path in folder.glob("classifier*")} == {"classifier", "classifier-untrained"}
 
 
-def test_what_is_no_classifier_of_ours_is_refused_too(product: Callable[[str], Path]) -> None:
+def test_other_files_in_the_folder_are_refused(product: Callable[[str], Path]) -> None:
     folder, settings = product("mae"), FinetuneSettings(TRAIN, TEST, changes=SHORT)
     classifier = folder / "classifier"
     classifier.mkdir()
     measured(folder, settings)  # an empty folder is free
     plain = (folder / "encoder/model.safetensors").read_bytes()
     for name, content, words in (
-        ("notes.txt", b"mine", "holds no finished classifier"),
-        ("config.json", b"{}", "holds no finished classifier"),
-        ("model.safetensors", plain, "does not say how it was fine-tuned"),
-        ("model.safetensors", b"?", "cannot be read.* is there already"),
+        ("notes.txt", b"mine", "is not a finished classifier"),
+        ("config.json", b"{}", "is not a finished classifier"),
+        ("model.safetensors", plain, "does not contain how it was fine-tuned"),
+        ("model.safetensors", b"?", "cannot be read.* exists"),
     ):
         shutil.rmtree(classifier)
         classifier.mkdir()
@@ -151,7 +149,7 @@ def test_what_is_no_classifier_of_ours_is_refused_too(product: Callable[[str], P
         with pytest.raises(UserError, match=f"(?s){words}.*--overwrite"):
             measured(folder, settings)
         assert [(path.name, path.read_bytes()) for path in classifier.iterdir()] == [(name, content)]
-    work = finetune.check_finetune(replace(bench_of(folder), overwrite=True), settings).work
+    work = finetune.check_finetune(replace(context_of(folder), overwrite=True), settings).work
     shutil.rmtree(classifier)
     classifier.mkdir()
     (classifier / "config.json").write_text("{}")
@@ -169,8 +167,7 @@ def test_timm_loads_the_classifier_strictly(product: Callable[[str], Path]) -> N
 
 
 def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_path: Path) -> None:
-    """Drawn shapes in three colors, which are the classes: fine-tuning and MAE's probe learn them in seconds, through
-    all that the recipe does to images but what changes colors."""
+    """Learn three colors in seconds by fine-tuning and MAE's probe, with all augmentation that keeps colors."""
     for part, seed in (("train", 0), ("test", 1)):
         drawn = open_dataset(f"shapes:count=60,size=32,seed={seed}")
         for index in range(len(drawn)):
@@ -202,13 +199,13 @@ def test_a_trained_classifier_beats_chance(product: Callable[[str], Path], tmp_p
         (LinearSettings(TRAIN, TEST, protocol="mae", epochs=3, batch_size=20), 4),
     ],
 )
-def test_interrupted_and_gone_on_is_bitwise_the_same(
+def test_an_interrupted_training_resumes_bitwise(
     product: Callable[[str], Path], tmp_path: Path, settings: Any, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past the end of an epoch, with drop path, mixing, erasing, an average of weights, AdamW, LAMB and LARS."""
+    """Resume past an epoch with drop path, mixup, erasing, EMA, AdamW, LAMB and LARS."""
     folder = product("mae")
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
-    whole = measured(folder, settings)
+    complete = measured(folder, settings)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "PreemptionHandler", Stopped)
         patch.setattr(Stopped, "after", after)
@@ -216,15 +213,15 @@ def test_interrupted_and_gone_on_is_bitwise_the_same(
             measured(broken, settings)
     (checkpoint,) = (broken / "unfinished").glob("*/checkpoints/step-*")
     assert 3 < int(checkpoint.name.removeprefix("step-")) < 9
-    assert measured(broken, settings).values == whole.values
+    assert measured(broken, settings).values == complete.values
     for path in folder.glob("classifier/model.safetensors"):
-        mine, theirs = load_file(path), load_file(broken / path.relative_to(folder))
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        state, resumed = load_file(path), load_file(broken / path.relative_to(folder))
+        assert all(torch.equal(state[name], resumed[name]) for name in state)
 
 
 def test_the_loss_by_hand(product: Callable[[str], Path]) -> None:
-    """Without mixing, the loss is cross-entropy with smoothed labels; with it, it is pure in (seed, number)."""
-    context = bench_of(product("mae"))
+    """Compare with smoothed cross-entropy without mixup; with mixup, the loss is a function of (seed, number)."""
+    context = context_of(product("mae"))
     settings = FinetuneSettings(TRAIN, TEST, accumulation_steps=1)
     data = open_labeled(context, TRAIN, TEST)
     plain = replace(FINETUNE_RECIPES["mae-vit-base"], mixup=0, cutmix=0, erase=0, batch_size=8, drop_path=0)
@@ -252,7 +249,7 @@ def test_binary_cross_entropy_counts_every_class_present() -> None:
         float(F.logsigmoid(s if y else -s)) for ss, ys in zip(scores, present, strict=True)
         for s, y in zip(ss, ys, strict=True)
     )  # fmt: skip
-    assert float(finetune.loss_of(scores, targets, "bce")) == pytest.approx(slow / 6)
+    assert float(finetune.classification_loss(scores, targets, "bce")) == pytest.approx(slow / 6)
 
 
 def test_the_average_follows_the_weights() -> None:
@@ -261,27 +258,27 @@ def test_the_average_follows_the_weights() -> None:
     averaged = finetune.Averaged(model, 0.75)
     for value in (1.0, 2.0):
         nn.init.constant_(model.weight, value)
-        averaged.follow()
+        averaged.update()
     assert averaged.result.weight.tolist() == [[0.25 * 0.75 + 0.5] * 2]  # type: ignore[union-attr, operator]
     assert finetune.Averaged(model, 0.0).result is model
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_a_classifier_begins_as_the_encoder(product: Callable[[str], Path], method: str) -> None:
+def test_a_classifier_is_initialized_from_the_encoder(product: Callable[[str], Path], method: str) -> None:
     encoder = load_frozen_encoder(str(product(method)), device="cpu", precision="fp32")
     run = classifier_config(encoder.config, encoder.module, 10, "mean", "")
     classifier = build(run, 0.1, 2e-5, seed=0)
     assert load_encoder_weights(classifier, run, encoder.module, encoder.config) == []
-    theirs, mine = encoder.module.state_dict(), classifier.state_dict()
-    new = {name for name in mine if name not in theirs}
+    source, state = encoder.module.state_dict(), classifier.state_dict()
+    new = {name for name in state if name not in source}
     tables = {name for name in new if "relative_position_bias_table" in name}
     assert all(name.startswith(("head.", "fc_norm.")) for name in new - tables)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine.keys() & theirs.keys())
+    assert all(torch.equal(state[name], source[name]) for name in state.keys() & source.keys())
     if method == "simmim-vit":  # the shared table, once for each block
         assert len(tables) == 2
-        shared = theirs["rel_pos_bias.relative_position_bias_table"]
-        assert all(torch.equal(mine[name], shared) for name in tables)
-    head = next(value for name, value in mine.items() if name.startswith("head.") and value.ndim == 2)
+        shared = source["rel_pos_bias.relative_position_bias_table"]
+        assert all(torch.equal(state[name], shared) for name in tables)
+    head = next(value for name, value in state.items() if name.startswith("head.") and value.ndim == 2)
     assert 1e-5 < head.std() < 3e-5 and all(p.requires_grad for p in classifier.parameters())
     drops = [m.drop_prob for m in classifier.modules() if type(m).__name__ == "DropPath"]
     assert max(drops) == pytest.approx(0.1)
@@ -299,7 +296,7 @@ def test_another_size(product: Callable[[str], Path], method: str) -> None:
         assert run.model.options["window_size"] == 8
 
 
-def test_what_the_class_token_needs(product: Callable[[str], Path]) -> None:
+def test_pooling_the_class_token(product: Callable[[str], Path]) -> None:
     vit, swin = (load_frozen_encoder(str(product(m)), device="cpu") for m in ("mae", "simmim-swin"))
     run = classifier_config(vit.config, vit.module, 10, "cls", "")
     classifier = build(run, 0.0, 2e-5, seed=0)
@@ -325,12 +322,12 @@ def test_from_scratch_is_deit_threes_with_either_crop(product: Callable[[str], P
 
 def test_overrides_replace_the_values_of_a_recipe() -> None:
     assert all(value is not None for recipe in FINETUNE_RECIPES.values() for value in vars(recipe).values())
-    assert all(name in Path(settings.__file__).read_text() for name in FINETUNE_RECIPES)  # the help of --recipe
+    assert all(name in Path(settings_module.__file__).read_text() for name in FINETUNE_RECIPES)  # the help of --recipe
     changed = apply_overrides(FINETUNE_RECIPES["mae-vit-base"], FinetuneOverrides(epochs=3, clip=1.0))
     assert (changed.epochs, changed.clip, changed.layer_decay) == (3, 1.0, 0.65)
     with pytest.raises(UserError, match=r"--layer-decay must be a number from 0.001 to 1, not 2"):
         FinetuneOverrides(layer_decay=2)
-    with pytest.raises(UserError, match="with --loss bce give --smoothing 0"):
+    with pytest.raises(UserError, match="add --smoothing 0"):
         apply_overrides(changed, FinetuneOverrides(loss="bce"))
     with pytest.raises(UserError, match="--scale is two shares"):
         apply_overrides(changed, FinetuneOverrides(scale=(1.0, 0.5)))
@@ -387,7 +384,7 @@ def test_a_swin_of_unknown_training_needs_a_recipe() -> None:
     assert choose("simmim-swin-base-800", config, encoder, from_scratch=False) == "simmim-swin-base-800"
 
 
-def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -> None:
+def test_unsuitable_data_are_refused(product: Callable[[str], Path], pictures: Path) -> None:
     folder = product("mae")
 
     def run(train: Path, test: Path, **changes: Any) -> None:
@@ -415,14 +412,18 @@ def test_data_that_do_not_suit(product: Callable[[str], Path], pictures: Path) -
         measured(folder, LinearSettings(str(pictures), str(pictures), protocol="mae", batch_size=1))
 
 
-def test_the_probe_sees_the_final_norm_of_the_frozen_encoder(product: Callable[[str], Path]) -> None:
-    context = bench_of(product("mae"))
+def test_the_probe_uses_the_final_norm_of_the_frozen_encoder(product: Callable[[str], Path]) -> None:
+    context = context_of(product("mae"))
     x = torch.randn(3, 3, 32, 32)
     tokens = context.encoder.module.forward_features(x)  # type: ignore[operator]
     for kind, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(dim=1))):
         feature = probe.frozen_feature(context.encoder, kind, x)
         torch.testing.assert_close(feature, expected)
         assert not feature.requires_grad
-    assert probe._parts(16384) == (512, 32) and probe._parts(300) == (300, 1) and probe._parts(1500) == (512, 2)
+    assert (
+        probe.split_batch(16384) == (512, 32)
+        and probe.split_batch(300) == (300, 1)
+        and probe.split_batch(1500) == (512, 2)
+    )
     with pytest.raises(UserError, match="no class token"):
-        probe._kind(load_frozen_encoder(str(product("convmae")), device="cpu").module, "cls")
+        probe.feature_kind(load_frozen_encoder(str(product("convmae")), device="cpu").module, "cls")

@@ -1,4 +1,4 @@
-"""Object coverage: expectations against enumeration, a second library's crop, and simulation; and what is read."""
+"""Test object coverage against enumeration, torchvision's crop and simulation; and the readers of annotations."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop as Theirs
+from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 
 from pixmim import cli
 from pixmim.evaluation.annotations import ImageObject, read_objects
@@ -25,8 +25,8 @@ from pixmim.utils.errors import UserError
 BOXES = [
     ((375, 500), (100.0, 60.0, 380.0, 300.0)),
     ((375, 500), (3.0, 5.0, 9.0, 8.0)),  # tiny, in the corner
-    ((500, 333), (0.0, 0.0, 333.0, 500.0)),  # the whole image
-    ((120, 600), (10.5, 20.25, 580.0, 100.0)),  # five times as long as wide: RRC's tries fail, often
+    ((500, 333), (0.0, 0.0, 333.0, 500.0)),  # the complete image
+    ((120, 600), (10.5, 20.25, 580.0, 100.0)),  # five times as wide as high: RRC often fails
     ((64, 64), (20.0, 20.0, 21.0, 64.0)),
 ]
 
@@ -56,7 +56,7 @@ def test_rrc_against_torchvisions_own_boxes() -> None:
     for size, (left, top, right, bottom) in BOXES[:1] + BOXES[3:4]:
         image, found = torch.zeros(1, *size), []
         for _ in range(4000):
-            i, j, h, w = Theirs.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3])
+            i, j, h, w = TorchvisionCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3])
             down, across = min(bottom, i + h) - max(top, i), min(right, j + w) - max(left, j)
             found.append(max(down, 0) * max(across, 0) / (bottom - top) / (right - left))
         error = np.std(found) / len(found) ** 0.5
@@ -68,7 +68,7 @@ def test_src_against_all_its_crops_and_without_what_is_mirrored() -> None:
     whole = ImageObject("a", (40, 60), (0.0, 0.0, 60.0, 40.0))
     crop = SimpleResizedCrop(40, padding=4)
     kept = []
-    for top in range(-4, 5):  # rows of the image that the crop holds, and columns
+    for top in range(-4, 5):  # rows and columns of the image in the crop
         for left in range(-4, 25):
             kept.append((40 - abs(top)) * (min(60, left + 40) - max(0, left)) / (40 * 60))
     assert expected_coverage(whole, crop) == pytest.approx(np.mean(kept), abs=1e-12)

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from pixmim import __version__
-from pixmim.cli.coverage import coverage
 from pixmim.cli.data import bench_data, cache, stats
-from pixmim.cli.evaluate import evaluate, report
+from pixmim.cli.evaluate import coverage, evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
 from pixmim.cli.visualize import attention, embed, reconstruct

@@ -1,6 +1,5 @@
-"""pixmim evaluate and pixmim report."""
+"""pixmim evaluate, report and coverage."""
 
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +13,12 @@ from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.files import check_output, check_writable
-from pixmim.utils.validation import Device
+from pixmim.utils.files import check_output
+from pixmim.utils.validation import Device, Real, Seed, Size, Integer
 
 
 def evaluate(args: list[str]) -> int:
-    """Measure an encoder, and keep the result."""
+    """Evaluate encoders, and save the results."""
     if not args or args[0] in ("list", "-h", "--help"):
         print(_overview())
         return 0
@@ -41,85 +40,56 @@ def evaluate(args: list[str]) -> int:
         device: Device = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
         model_flags: Annotated[flags_type, arg(name="")] = flags_type(),  # type: ignore[valid-type]  # noqa: B008
-    ) -> tuple[tuple[str, ...], Any, Path | None, dict[str, Any]]:
-        """Measure an encoder, or several side by side.
+    ) -> int:
+        """Evaluate an encoder, or several side by side.
 
         Args:
             models: Runs, finished or not, imported folders, files of weights, or timm:NAME.
             settings: Settings.
-            untrained: Of runs: measure the encoders as they were before training as well, for comparison.
+            untrained: Evaluate the initial weights of runs as well, for comparison.
             overwrite: Replace a classifier that was fine-tuned with other settings; train one of the same again.
-            out: Where results and the page are kept; otherwise with the run, or in evaluations/MODEL, and the page of
-                several in report.html.
+            out: Folder for results and report. Default: the run, or evaluations/MODEL; the report of several models is
+                report.html.
             device: auto, cpu, cuda, cuda:1, mps.
-            precision: auto: bf16 where the device computes in it.
+            precision: auto: bf16 if the device supports it.
             model_flags: What the file does not contain.
         """
-        how = {"untrained": untrained, "overwrite": overwrite, "device": device, "precision": precision}
-        return models, settings, out, {**how, "known": model_flags.hints}  # type: ignore[attr-defined]
+        if not models:
+            raise UserError(f"no model given: pixmim evaluate {name} MODEL [MODEL ...]")
+        from pixmim.api import evaluate_to_folder
+
+        console = Console()
+        options: dict[str, Any] = {"untrained": untrained, "overwrite": overwrite, "console": console}
+        options |= {"device": device, "precision": precision, "hints": model_flags.hints}  # type: ignore[attr-defined]
+        _show(*evaluate_to_folder(models, name, out, **options, **vars(settings)), console)
+        return 0
 
     about = str(settings_type.__doc__) + (f" Needs {EVALS[name].needs}." if name in EVALS else "")
-    models, settings, out, how = tyro.cli(
-        checked(command), prog=f"pixmim evaluate {name}", description=about, args=args[1:]
-    )
-    if not models:
-        raise UserError(f"which encoder? pixmim evaluate {name} MODEL [MODEL ...]")
-    from pixmim.api import with_full_paths
-    from pixmim.evaluation.evaluate import evaluate_many
-    from pixmim.evaluation.results import save
-    from pixmim.report import DATA_MARK
-
-    console, settings = Console(), with_full_paths(settings)
-    evaluations = settings.parts() if isinstance(settings, EvaluateAllSettings) else [(name, settings)]
-    homes = {model: _home(model, out, several=len(set(models)) > 1) for model in models}
-    page = _page(list(homes.values()), out / "report.html" if out else None)
-    check_output(page, mark=DATA_MARK)
-    for home in homes.values():
-        check_writable(home / "evaluations" / "results.json")
-    for result, home in evaluate_many(homes, evaluations, console=console, **how):
-        save(result, home)
-    _show(list(homes.values()), page, console)
-    return 0
+    return tyro.cli(checked(command), prog=f"pixmim evaluate {name}", description=about, args=args[1:])
 
 
 def _overview() -> str:
     width = max(map(len, EVALS))
-    about = {name: str(p.settings.__doc__).splitlines()[0] for name, p in EVALS.items()}
+    about = {name: str(evaluation.settings.__doc__).splitlines()[0] for name, evaluation in EVALS.items()}
     about["all"] = str(EvaluateAllSettings.__doc__)
-    what = "\n".join(f"  {name:<{width}}  {line}" for name, line in about.items())
-    needs = "\n".join(f"  {name:<{width}}  {p.needs}" for name, p in EVALS.items())
+    names = "\n".join(f"  {name:<{width}}  {line}" for name, line in about.items())
+    needs = "\n".join(f"  {name:<{width}}  {evaluation.needs}" for name, evaluation in EVALS.items())
     return (
-        f"usage: pixmim evaluate NAME MODEL [MODEL ...] [--untrained] ...\n\n{what}\n\nWhat each needs:\n\n{needs}\n\n"
-        "MODEL is a run, an imported folder, a file of weights, or timm:NAME; of several, one table is made.\n"
+        f"usage: pixmim evaluate NAME MODEL [MODEL ...] [--untrained] ...\n\n{names}\n\nWhat each needs:\n\n{needs}\n\n"
+        "MODEL is a run, an imported folder, a file of weights, or timm:NAME; several are compared in one table.\n"
         "`pixmim evaluate NAME --help` explains every flag."
     )
 
 
-def _home(model: str, out: Path | None, *, several: bool) -> Path:
-    """Where the results of a model are kept: where it was asked for, or with a run, or else by the model's name."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
-    if out is not None:
-        return out / name if several else out
-    folder = Path(model).expanduser()
-    return folder if folder.is_dir() else Path("evaluations") / name
+def _show(folders: list[Path], page: Path, console: Console) -> None:
+    from pixmim.report import results_table
 
-
-def _page(folders: list[Path], page: Path | None) -> Path:
-    """Return where the page of these folders goes; that of a single one by default into it."""
-    return page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-
-
-def _show(folders: list[Path], page: Path, console: Console, data: str | None = None, bands: str = "") -> None:
-    """Write the page of what is in these folders, and print its table."""
-    from pixmim.report import results_table, write_report
-
-    write_report(folders, page, data, lambda line: print_plain(console, f"warning: {line}"), bands)
     console.print(results_table(folders, console.width))
     print_plain(console, f"report: {page}")
 
 
 def report(args: list[str]) -> int:
-    """Write the page of one run, or of several side by side."""
+    """Write the report of one run, or of several side by side."""
 
     def command(
         runs: Positional[tuple[Path, ...]], /, *, data: str | None = None, out: Path | None = None, bands: str = ""
@@ -127,15 +97,67 @@ def report(args: list[str]) -> int:
         """Write one self-contained HTML page.
 
         Args:
-            runs: Directories of runs, side by side on the page.
-            data: Images to draw reconstructions of, as pretrain's --data takes them; otherwise each run's own. Those
-                that a run from elsewhere names are not opened.
-            out: Where to write it; otherwise RUN/report.html, or report.html for several runs.
-            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2; otherwise each run's.
+            runs: Folders of runs, side by side on the page.
+            data: Images to reconstruct, as pretrain's --data takes them. Default: each run's own, unless the run is
+                from elsewhere.
+            out: The HTML file. Default: RUN/report.html, or report.html for several runs.
+            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2. Default: each run's.
         """
         if not runs:
-            raise UserError("which run? pixmim report RUN [RUN ...]")
-        _show(list(runs), _page(list(runs), out), Console(), None if data is None else absolute(data), bands)
+            raise UserError("no run given: pixmim report RUN [RUN ...]")
+        from pixmim.api import report_path
+        from pixmim.report import write_report
+
+        console, page, images = Console(), report_path(list(runs), out), None if data is None else absolute(data)
+        write_report(list(runs), page, images, lambda line: print_plain(console, f"warning: {line}"), bands)
+        _show(list(runs), page, console)
         return 0
 
     return tyro.cli(command, prog="pixmim report", args=args)
+
+
+def coverage(args: list[str]) -> int:
+    """Measure the share of objects that crops keep."""
+
+    def command(
+        data: Positional[str],
+        /,
+        *,
+        size: Size = "224",
+        mask_ratio: Annotated[float, Real(0, 1, below=True)] = 0.75,
+        boxes: bool = False,
+        simulate: Annotated[int, Integer(0, 1_000_000)] = 0,
+        seed: Seed = 0,
+        out: Path = Path("coverage"),
+        overwrite: bool = False,
+    ) -> int:
+        """Object coverage: the share of an object that RRC, SRC and CC keep, and what masking leaves of it.
+
+        Needs image sizes and boxes only; no model and no pixels. Writes a table of all objects, the means, and a figure
+        of coverage against object size.
+
+        Args:
+            data: A .csv (width,height,x,y,w,h[,image]), COCO's .json, a folder of VOC's .xml or of masks, or shapes:.
+            size: Side of the crop, or HEIGHTxWIDTH.
+            mask_ratio: Share of the patches that is hidden.
+            boxes: Use the boxes of masks instead of the masks.
+            simulate: Crops to sample for each object, to check the expectation; 0: none.
+            seed: Seed of these.
+            out: Folder for coverage.csv, coverage.json and coverage.png.
+            overwrite: Replace existing files.
+        """
+        from pixmim.evaluation.object_coverage import measure_coverage
+        from pixmim.utils.validation import parse_size
+
+        for suffix in ("json", "csv", "png"):
+            check_output(out / f"coverage.{suffix}", overwrite)
+        console, crop = Console(), parse_size(size)
+        assert crop is not None  # checked by the type of the flag
+        result = measure_coverage(data, crop, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
+        console.print(result.table())
+        if result.outside:
+            print_plain(console, f"{result.outside} objects have no pixel inside their image and are skipped")
+        print_plain(console, "written: " + ", ".join(map(str, result.save(out))))
+        return 0
+
+    return tyro.cli(checked(command), prog="pixmim coverage", args=args)

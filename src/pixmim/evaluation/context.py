@@ -1,4 +1,4 @@
-"""What an evaluation works with: the encoder, features that are computed once, and a place for its files."""
+"""Context of an evaluation: the encoder, datasets, features that are computed once, and the folder for its files."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,31 +8,64 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from jaxtyping import Float, Int
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset
-from pixmim.evaluation.features import FeatureSet, bad_image_log, check_finite, extract_features
+from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
+from pixmim.models import features
+from pixmim.training.precision import autocast
+from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.console import print_plain
+from pixmim.utils.errors import UserError
+from pixmim.utils.progress import progress
 from pixmim.utils.trust import inside
 
 T = TypeVar("T")
 
 Values = Iterator[tuple[str, float]]
-"""What an evaluation yields: named numbers, shares in per cent."""
+"""Named results of an evaluation; shares are in per cent."""
+
+BLOCKS = 4
+"""Number of last blocks whose global tokens are features."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of n images, float32 on the CPU.
+
+    Attributes:
+        vector: Global token of each of the last k blocks after the final norm (n k d), last block last. Encoders
+            without a global token return the mean of the patch tokens.
+        mean: Mean of the last block's patch tokens (n d).
+        labels: Class of each image (n).
+        classes: Names of the classes.
+    """
+
+    vector: Float[Tensor, "n k d"]
+    mean: Float[Tensor, "n d"]
+    labels: Int[Tensor, " n"]
+    classes: list[str]
 
 
 @dataclass
 class EvalContext:
     """The encoder to evaluate. An evaluation is a function of an EvalContext and its settings that yields Values.
 
-    folder    where results, pictures, and unfinished work that can be gone on with, are kept
-    which     "trained", or "untrained" for the weights that a run began with
-    overwrite  whether the user has said that a classifier with other settings may be replaced (--overwrite)
-    pictures  what an evaluation drew, by caption: saved beside its result, and shown in the report
+    Attributes:
+        encoder: The encoder.
+        folder: Folder for results, images and unfinished work.
+        encoder_state: "trained", or "untrained" for the initial weights of a run.
+        console: Where to print; None prints nothing.
+        overwrite: Replace a classifier that was fine-tuned with other settings (--overwrite).
+        images: Images drawn by an evaluation, by caption; saved with its result and shown in the report.
+        shared: Datasets opened by any context that has this dictionary.
     """
 
     encoder: FrozenEncoder
@@ -41,48 +74,109 @@ class EvalContext:
     console: Console | None = None
     overwrite: bool = False
     images: dict[str, Image.Image] = field(default_factory=dict)
-    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    shared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def data(self, spec: str) -> ImageDataset:
-        """A data set, read in the encoder's form. Raises UserError."""
-        return open_dataset(spec, self.encoder.image_spec)
+        """Open a dataset in the encoder's image format, once for all contexts. Raises UserError."""
+        return self.once_for_all(("data", spec), lambda: open_dataset(spec, self.encoder.image_spec))
 
     def skipped(self, data: ImageDataset) -> BadImageLog:
-        """The account of images that cannot be read, of a data set that is evaluated on."""
+        """Return the log of unreadable images of a dataset. At most 25 % may be skipped."""
         return bad_image_log(data, self.folder / "evaluations-skipped.csv")
 
     def features(self, spec: str) -> FeatureSet:
-        """The features of a labeled data set, computed the first time they are asked for. Raises UserError."""
+        """Return the features of a labeled dataset, computed once. Raises UserError."""
 
-        def make() -> FeatureSet:
+        def compute() -> FeatureSet:
             data = self.data(spec)
             skipped = self.skipped(data)
-            found = extract_features(self.encoder, data, skipped, console=self.console)
+            result = extract_features(self.encoder, data, skipped, console=self.console)
             if len(skipped) and self.console is not None:
-                print_plain(
-                    self.console,
-                    f"{len(skipped):,} of the {len(data):,} images of {spec} are left out: {skipped.reasons}",
-                )
-            check_finite(found.mean, f"features of {spec}")
-            return found
+                line = f"{len(skipped):,} of the {len(data):,} images of {spec} are skipped: {skipped.reasons}"
+                print_plain(self.console, line)
+            check_finite(result.mean, f"features of {spec}")
+            return result
 
-        return self.cached(("features", spec), make)
+        return self.cached(("features", spec), compute)
 
-    def cached(self, what: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """What several evaluations of one call need, made the first time it is asked for."""
-        if what not in self._made:
-            self._made[what] = make()
-        found: T = self._made[what]
-        return found
+    def cached(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """Return the cached result of `compute`, which several evaluations of this context use."""
+        return _cached(self._cache, key, compute)
+
+    def once_for_all(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+        """Return a cached result that depends on the data and the encoder's image format only."""
+        return _cached(self.shared, (*key, self.encoder.image_spec), compute)
 
     def work_dir(self, name: str, settings: Any) -> Path:
-        """A folder for the unfinished work of an evaluation with these settings, to be gone on with next time."""
+        """Return the folder for unfinished work of an evaluation with these settings, to resume from."""
         key = sha256(repr((self.encoder_state, fingerprint(self.encoder), settings)).encode()).hexdigest()[:12]
         return inside(self.folder, f"unfinished/{name}-{self.encoder_state}-{key}")
 
 
+def _cached(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], compute: Callable[[], T]) -> T:
+    if key not in cache:
+        cache[key] = compute()
+    value: T = cache[key]
+    return value
+
+
 def discard(work: Path) -> None:
-    """Remove the folder of work that is finished, and the one above it if that is empty then."""
+    """Remove the folder of finished work, and its parent if that is empty."""
     shutil.rmtree(work, ignore_errors=True)
     with suppress(OSError):
         work.parent.rmdir()
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: FrozenEncoder,
+    data: ImageDataset,
+    skipped: BadImageLog | None = None,
+    batch: int = 256,
+    console: Console | None = None,
+) -> FeatureSet:
+    """Compute the features of a labeled dataset: resize to 256/224 of the size, center crop, no augmentation.
+
+    Args:
+        encoder: The encoder.
+        data: The dataset.
+        skipped: Log of unreadable images.
+        batch: Images per forward pass.
+        console: Where to show a progress bar.
+
+    Raises:
+        UserError: If the data have no labels.
+    """
+    if data.labels is None:
+        raise UserError(data.no_labels_message)
+    if skipped is None:
+        skipped = bad_image_log(data)
+    encoder.check_batch(min(batch, len(data)))
+    all_labels = torch.from_numpy(data.labels)  # once: some datasets compute them on each access
+    vectors, means, labels = [], [], []
+    training = encoder.module.training
+    encoder.module.eval()
+    bar = progress(f"features of {data.spec}", len(data), console)
+    with bar as advance, autocast(encoder.device, encoder.precision):  # one autocast context casts weights once
+        for images, indices, end in iterate_in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
+            if len(indices):
+                result = features(encoder.module, encoder.preprocess(images), BLOCKS)
+                vectors.append(result.vector.float().cpu())
+                means.append(result.mean.float().cpu())
+                labels.append(all_labels[torch.from_numpy(indices)])
+            advance(end)
+    encoder.module.train(training)
+    return FeatureSet(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
+
+
+def bad_image_log(data: ImageDataset, path: Path | None = None) -> BadImageLog:
+    """Return a log of unreadable images, saved to `path` if given. At most 25 % may be skipped."""
+    return BadImageLog(path, len(data), 0.25, "that an evaluation may leave out: mend or remove them")
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Raise UserError if any value is not finite: the largest of such values would be arbitrary."""
+    bad = int((~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)).sum())
+    if bad:
+        raise UserError(f"the {name} are not finite for {bad:,} of {len(values):,} images: try --precision fp32")

@@ -1,4 +1,4 @@
-"""The features of every image of a data set, in a file: embeddings for search, clustering, or another's probe."""
+"""Write the features of every image of a dataset to a file: embeddings for search, clustering or an external probe."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
-from functools import partial as part_of
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +30,9 @@ from pixmim.weights.detect import Weights
 
 Kind = Literal["cls", "mean", "both"]
 
-_MAX_BYTES = 2**31  # of a batch that is kept
+_MAX_BYTES = 2**31  # of a saved batch
 
 
-@torch.no_grad()
 def embed(
     weights: Weights,
     data: ImageDataset,
@@ -46,65 +45,59 @@ def embed(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> list[str]:
-    """Write one row for each readable image, in the order of the data; says in lines what was written.
+    """Write one row for each readable image, in the order of the data. Resumes from OUT.partial, batch by batch.
 
-    out   .npy: float32 (n, d), or (n, 2 d) with the global vector first for "both", and beside it a .csv with each
-          row's file and class; .parquet: columns file, class (where there are classes), cls, mean
-    kind  cls: the global token after the final norm; mean: the mean of the patch tokens; both
-    overwrite  replace files of these names
+    Args:
+        weights: Weights of the encoder.
+        data: The images.
+        out: A .npy file: float32 (n, d), or (n, 2 d) with the global token first for "both", with a .csv of each row's
+            file and class; or a .parquet file: columns file, class (if there are classes), cls, mean.
+        kind: cls: the global token after the final norm; mean: the mean of the patch tokens; both.
+        batch: Images per forward pass.
+        device: Device, such as cuda:1.
+        precision: Precision of the forward passes.
+        overwrite: Replace existing files.
+        console: Where to print.
 
-    What is done is kept in OUT.partial, batch by batch; the same call goes on from there. Raises UserError, also while
-    another process writes the same file.
+    Returns:
+        Lines about the written files.
+
+    Raises:
+        UserError: If a file exists, no image can be read, or another process is writing the same file.
     """
     if out.suffix not in (".npy", ".parquet"):
-        raise UserError(f"--out ends with .npy or .parquet, and not with '{out.suffix}'")
+        raise UserError(f"--out must end in .npy or .parquet, not in '{out.suffix}'")
     if out.suffix == ".parquet":
-        _parquet()  # before the work, not after it
-    partial = out.with_name(out.name + ".partial")
-    if partial.is_symlink():
-        raise UserError(f"{partial} is a symbolic link: remove it first")
-    with locked_folder(partial, part_of(print_plain, console or Console(quiet=True))):
-        begun, left_out = (partial / "state.json").exists(), _left_out(out)
-        if not begun and any(path.name != LOCK_NAME for path in partial.iterdir()):
-            raise UserError(f"{partial} is there already, and holds no unfinished work: choose another --out")
-        for path in [out, *[out.with_suffix(".csv")] * (out.suffix == ".npy"), *[left_out] * (not begun)]:
+        _import_parquet()  # before the work
+    work, skipped_path = out.with_name(out.name + ".partial"), out.with_name(f"{out.name}.skipped.csv")
+    if work.is_symlink():
+        raise UserError(f"{work} is a symbolic link: remove it first")
+    with locked_folder(work, partial(print_plain, console or Console(quiet=True))):
+        resuming = (work / "state.json").exists()
+        if not resuming and any(path.name != LOCK_NAME for path in work.iterdir()):
+            raise UserError(f"{work} is there already, and is not unfinished work: choose another --out")
+        csv = [out.with_suffix(".csv")] if out.suffix == ".npy" else []
+        for path in [out, *csv, *([] if resuming else [skipped_path])]:
             check_output(path, overwrite)
-        if overwrite and not begun:
-            left_out.unlink(missing_ok=True)
-        return _embed(weights, data, out, partial, kind, batch, device, precision, console)
-
-
-def _embed(
-    weights: Weights,
-    data: ImageDataset,
-    out: Path,
-    partial: Path,
-    kind: Kind,
-    batch: int,
-    device: str,
-    precision: Precision,
-    console: Console | None,
-) -> list[str]:
-    encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
-    state = _resume(
-        partial, {"model": fingerprint(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
-    )
-    first = state["done"]
-    skipped = BadImageLog(_left_out(out), len(data), 1.0)
-    for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console):
-        if len(indices):
-            arrays: dict[str, Any] = {"index": indices}
-            arrays |= {key: value for key, value in rows.items() if kind in (key, "both")}
-            atomic_write(partial / f"{first:09d}.npz", part_of(np.savez, **arrays))
-        first = end
-        write_text_atomically(partial / "state.json", json.dumps(state | {"done": end}))
-    if not any(partial.glob("*.npz")):
-        raise UserError(f"not one image of {data.spec} can be read: see {_left_out(out)}")
-    table = _gathered(partial, len(data))
-    written = _write(out, table, data)
-    shutil.rmtree(partial)
+        if overwrite and not resuming:
+            skipped_path.unlink(missing_ok=True)
+        encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
+        identity = {"model": fingerprint(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
+        first = _resume(work, identity)
+        skipped = BadImageLog(skipped_path, len(data), 1.0)
+        for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console):
+            if len(indices):
+                arrays: dict[str, Any] = {key: value for key, value in rows.items() if kind in (key, "both")}
+                atomic_write(work / f"{first:09d}.npz", partial(np.savez, index=indices, **arrays))
+            first = end
+            _save_state(work, identity, end)
+        if not any(work.glob("*.npz")):
+            raise UserError(f"no image of {data.spec} can be read: see {skipped_path}")
+        table = _read_batches(work, len(data))
+        written = _write(out, table, data)
+        shutil.rmtree(work)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}"]
-    return lines + ([f"{len(skipped)} images could not be read: see {_left_out(out)}"] if len(skipped) else [])
+    return lines + ([f"{len(skipped)} images could not be read: see {skipped_path}"] if len(skipped) else [])
 
 
 def embed_batches(
@@ -115,109 +108,106 @@ def embed_batches(
     first: int = 0,
     console: Console | None = None,
 ) -> Iterator[tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], int]]:
-    """Yield features of the readable images of each batch, by kind, their indices, and the index where the next begins.
+    """Yield features of the readable images of each batch, by kind, their indices, and the index of the next batch.
 
     Args:
         encoder: The encoder.
         data: The images.
-        skipped: Log of images that cannot be read.
+        skipped: Log of unreadable images.
         batch: Images per forward pass.
         first: Index of the first image.
-        console: Shows a bar if it is a terminal.
+        console: Where to show a progress bar.
     """
     encoder.module.eval()
     encoder.check_batch(min(batch, len(data)))
+    crop = evaluation_crop(encoder.size)
     with progress(f"features of {data.spec}", len(data), console) as advance:
         advance(first)
-        for images, indices, end in iterate_in_order(
-            data, evaluation_crop(encoder.size), skipped=skipped, batch=batch, first=first
-        ):
+        for images, indices, end in iterate_in_order(data, crop, skipped=skipped, batch=batch, first=first):
             rows = {}
             if len(indices):
                 with torch.no_grad(), autocast(encoder.device, encoder.precision):
-                    found = features(encoder.module, encoder.preprocess(images))
-                both = {"cls": found.vector[:, -1], "mean": found.mean}
+                    result = features(encoder.module, encoder.preprocess(images))
+                both = {"cls": result.vector[:, -1], "mean": result.mean}
                 rows = {key: value.float().cpu().numpy() for key, value in both.items()}
             yield rows, indices, end
             advance(end)
 
 
-def _left_out(out: Path) -> Path:
-    """The account of images that could not be read."""
-    return out.with_name(f"{out.name}.skipped.csv")
+def _save_state(work: Path, identity: dict[str, Any], done: int) -> None:
+    write_text_atomically(work / "state.json", json.dumps(identity | {"done": done}))
 
 
-def _resume(partial: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What is done already of the same work; nothing of other work that was left unfinished under this name."""
-    note = partial / "state.json"
-    if note.exists():
-        state = read_json(note)
-        done = state.get("done") if isinstance(state, dict) else None
-        if type(done) is not int or done < 0:
-            raise UserError(f"{note} is damaged: remove {partial} first")
-        if {key: state.get(key) for key in wanted} != wanted:
-            raise UserError(
-                f"{partial} holds unfinished work of another model, other images or --features: remove it first"
-            )
-        for path in partial.glob("*.npz"):  # written, but not noted
-            if not path.stem.isdecimal() or int(path.stem) >= done:
-                path.unlink()
-        return wanted | {"done": done}
-    write_text_atomically(note, json.dumps(wanted | {"done": 0}))
-    return wanted | {"done": 0}
+def _resume(work: Path, identity: dict[str, Any]) -> int:
+    """Return the number of images that are done. Raises UserError for unfinished work of other arguments."""
+    path = work / "state.json"
+    if not path.exists():
+        _save_state(work, identity, 0)
+        return 0
+    state = read_json(path)
+    done = state.get("done") if isinstance(state, dict) else None
+    if type(done) is not int or done < 0:
+        raise UserError(f"{path} is damaged: remove {work} first")
+    if {key: state.get(key) for key in identity} != identity:
+        raise UserError(
+            f"{work} holds unfinished work of another model, other images or other --features: remove it first"
+        )
+    for file in work.glob("*.npz"):  # written after the last saved state
+        if not file.stem.isdecimal() or int(file.stem) >= done:
+            file.unlink()
+    return done
 
 
-def _gathered(partial: Path, images: int) -> dict[str, np.ndarray]:
-    """All rows that were kept. Raises UserError if a file of them is damaged."""
+def _read_batches(work: Path, images: int) -> dict[str, npt.NDArray[Any]]:
+    """Read and check all saved rows. Raises UserError if a file is damaged."""
     try:
-        files = [io.BytesIO(read_file(path, _MAX_BYTES)) for path in sorted(partial.glob("*.npz"))]
+        files = [io.BytesIO(read_file(path, _MAX_BYTES)) for path in sorted(work.glob("*.npz"))]
         for file in files:
             with zipfile.ZipFile(file) as members:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
                     raise ValueError("it is compressed")
             file.seek(0)
-        parts = [dict(np.load(file, allow_pickle=False)) for file in files]
-        table = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        batches = [dict(np.load(file, allow_pickle=False)) for file in files]
+        table = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
         index = table["index"]
         if index.dtype != np.int64 or not ((index >= 0) & (index < images)).all():
-            raise ValueError("it has rows of images that are not there")
+            raise ValueError("its indices are out of range")
         rows = [value for key, value in table.items() if key != "index"]
         if not rows or any(len(v) != len(index) or v.ndim != 2 or v.dtype != np.float32 for v in rows):
-            raise ValueError("it has more rows of one kind than of another")
+            raise ValueError("its arrays differ in length or type")
     except (
         *(OSError, ValueError, KeyError, EOFError, MemoryError, TypeError, RuntimeError),  # NotImplementedError as well
         *(zipfile.BadZipFile, zlib.error),
     ) as error:
-        raise UserError(f"{partial} holds unfinished work that is damaged ({error}): remove it first") from error
+        raise UserError(f"{work} holds damaged unfinished work ({error}): remove it first") from error
     return table
 
 
-def _write(out: Path, table: dict[str, np.ndarray], data: ImageDataset) -> list[Path]:
-    files = [data.path_of(index) for index in table["index"].tolist()]
-    classes = None if data.labels is None else [data.classes[data.labels[index]] for index in table["index"].tolist()]
+def _write(out: Path, table: dict[str, npt.NDArray[Any]], data: ImageDataset) -> list[Path]:
+    index = table["index"].tolist()
+    files = [data.path_of(i) for i in index]
+    classes = None if data.labels is None else [data.classes[data.labels[i]] for i in index]
     values = {key: value for key, value in table.items() if key != "index"}
     if out.suffix == ".parquet":
-        arrow, parquet = _parquet()
+        arrow, parquet = _import_parquet()
         columns: dict[str, Any] = {"file": [utf8(name) for name in files]}
         columns |= {"class": [utf8(name) for name in classes]} if classes is not None else {}
         for key, value in values.items():
             columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.array(value.reshape(-1)), value.shape[1])
-        atomic_write(out, part_of(parquet.write_table, arrow.table(columns)))
+        atomic_write(out, partial(parquet.write_table, arrow.table(columns)))
         return [out]
-    names = out.with_suffix(".csv")
-    rows = [["row", "file"] + (["class"] if classes is not None else [])]
-    for row, name in enumerate(files):
-        rows.append([str(row), csv_cell(name)] + ([csv_cell(classes[row])] if classes is not None else []))
-    write_csv(names, rows)
-    whole = np.concatenate(list(values.values()), axis=1)
-    atomic_write(out, lambda file: np.save(file, whole))
-    return [out, names]
+    header = ["row", "file", *([] if classes is None else ["class"])]
+    names = zip(files, *([] if classes is None else [classes]), strict=True)
+    write_csv(out.with_suffix(".csv"), [header, *([str(i), *map(csv_cell, row)] for i, row in enumerate(names))])
+    array = np.concatenate(list(values.values()), axis=1)
+    atomic_write(out, lambda file: np.save(file, array))
+    return [out, out.with_suffix(".csv")]
 
 
-def _parquet() -> tuple[Any, Any]:
+def _import_parquet() -> tuple[Any, Any]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError("parquet needs pyarrow: pip install 'pixmim[parquet]'; or end --out with .npy") from error
+        raise UserError("parquet needs pyarrow: pip install 'pixmim[parquet]'; or pass --out FILE.npy") from error
     return pyarrow, pyarrow.parquet

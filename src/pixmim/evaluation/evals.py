@@ -1,6 +1,6 @@
-"""Evaluations by name: their settings, and which of their values are shown under which label.
+"""Evaluations by name: their settings, and the labels of their values.
 
-Imports no torch, as `settings`. `evaluate.EVALUATIONS` names the functions.
+Imports no torch, as `settings`. `evaluate.EVALUATIONS` holds the functions.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Eval:
 
     Attributes:
         settings: Class of the settings.
-        needs: What a user must have.
+        needs: Data and packages that a user must have.
         display_names: Labels of values by their keys. A * in a key matches any text, and a * in the label repeats it.
             `KEY/low` and `KEY/high`, where given, are the ends of the 95 % interval.
         class_names: The same for the values of single classes, which only the page shows.
@@ -41,25 +41,28 @@ class Eval:
 MAJORITY = "majority (always the largest class)"
 """Label of the baseline that always predicts the largest class."""
 
+_LABELED = "labeled images: --train, --test"
+_FEATURES = {"mean": "k-NN (k = *), mean of patch tokens", "cls": "k-NN (k = *), class token"}
+
 
 def _accuracy(title: str, prefix: str = "") -> dict[str, str]:
     return {f"{prefix}majority": MAJORITY, f"{prefix}top1": title, f"{prefix}balanced": f"{title}, balanced"}
 
 
-def _imagenet(part: str) -> dict[str, str]:
-    key, title = f"imagenet_{part}", f"ImageNet-{part.upper() if len(part) == 1 else part.title()}"
+def _imagenet(part: str, title: str) -> dict[str, str]:
+    key = f"imagenet_{part}"
     return {f"{key}/top1": title, f"{key}/balanced": f"{title}, balanced", f"{key}/majority": f"{title}, {MAJORITY}"}
 
 
 def _in_memory(kind: str, title: str) -> dict[str, str]:
-    key = f"in_memory/{kind}"
-    return {
-        f"{key}/clean": f"{title}, clean",
-        f"{key}/clean/balanced": f"{title}, clean, balanced",
-        f"{key}/error": f"{title}, corrupted in memory",
-        f"{key}/corrupted/balanced": f"{title}, corrupted in memory, balanced",
-        f"{key}/corruption/*": "  *",
+    names = {
+        "clean": f"{title}, clean",
+        "clean/balanced": f"{title}, clean, balanced",
+        "error": f"{title}, corrupted in memory",
+        "corrupted/balanced": f"{title}, corrupted in memory, balanced",
+        "corruption/*": "  *",
     }
+    return {f"in_memory/{kind}/{key}": name for key, name in names.items()}
 
 
 def _shape_bias(kind: str, of: str) -> dict[str, str]:
@@ -71,29 +74,29 @@ def _shape_bias(kind: str, of: str) -> dict[str, str]:
     }
 
 
-_KNN = {"mean": "k-NN (k = *), mean of patch tokens", "cls": "k-NN (k = *), class token"}
-
 EVALS: dict[str, Eval] = {
     "knn": Eval(
         KnnSettings,
-        "labeled images: --train, --test",
-        {"majority": MAJORITY}
-        | {
-            f"k*/{token}/{key}": title + more
-            for token, title in _KNN.items()
-            for key, more in (("top1", ""), ("balanced", ", balanced"))
+        _LABELED,
+        {
+            "majority": MAJORITY,
+            **{
+                f"k*/{feature}/{key}": f"{title}{suffix}"
+                for feature, title in _FEATURES.items()
+                for key, suffix in (("top1", ""), ("balanced", ", balanced"))
+            },
         },
-        {f"k*/{token}/recall/*": f"recall, {title}: *" for token, title in _KNN.items()},
+        {f"k*/{feature}/recall/*": f"recall, {title}: *" for feature, title in _FEATURES.items()},
     ),
     "linear": Eval(
         LinearSettings,
-        "labeled images: --train, --test",
+        _LABELED,
         _accuracy("linear probe") | _accuracy("linear probe, MAE's protocol", "mae/"),
         {"recall/*": "recall, linear probe: *", "mae/recall/*": "recall, linear probe, MAE's protocol: *"},
     ),
     "finetune": Eval(
         FinetuneSettings,
-        "labeled images: --train, --test",
+        _LABELED,
         _accuracy("fine-tuned") | {"top5": "fine-tuned, top 5"},
         {"recall/*": "recall, fine-tuned: *"},
     ),
@@ -112,9 +115,9 @@ EVALS: dict[str, Eval] = {
         DetectionSettings,
         "images with boxes in COCO's format: --data, or --train and --test; and pixmim[detection]",
         {
-            f"{kind}/{measure}": f"{title}, {measure}"
+            f"{kind}/{metric}": f"{title}, {metric}"
             for kind, title in (("box", "boxes"), ("mask", "masks"))
-            for measure in ("AP", "AP50", "AP75")
+            for metric in ("AP", "AP50", "AP75")
         },
         {"ap/*": "AP of boxes: *", "mask_ap/*": "AP of masks: *"},
     ),
@@ -127,16 +130,16 @@ EVALS: dict[str, Eval] = {
             "imagenet_c/error": "ImageNet-C, error",
             "imagenet_c/balanced": "ImageNet-C, error, balanced",
             "imagenet_c/majority": f"ImageNet-C, {MAJORITY}",
-            **_imagenet("a"),
-            **_imagenet("r"),
-            **_imagenet("sketch"),
+            **_imagenet("a", "ImageNet-A"),
+            **_imagenet("r", "ImageNet-R"),
+            **_imagenet("sketch", "ImageNet-Sketch"),
             "in_memory/probe/clean/majority": MAJORITY,
             "in_memory/head/clean/majority": MAJORITY,
             **_in_memory("probe", "error of a probe"),
             **_in_memory("head", "error"),
         },
         {
-            **{f"imagenet_{p}/recall/*": f"recall, ImageNet-{p.upper()}: *" for p in "car"},
+            **{f"imagenet_{part}/recall/*": f"recall, ImageNet-{part.upper()}: *" for part in "car"},
             "imagenet_sketch/recall/*": "recall, ImageNet-Sketch: *",
             "in_memory/*/clean/recall/*": "recall of the *, clean: *",
             "in_memory/*/corrupted/recall/*": "recall of the *, corrupted in memory: *",

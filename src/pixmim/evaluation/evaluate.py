@@ -1,9 +1,9 @@
-"""Evaluate encoders. `EVALUATIONS` names the functions; `evals.EVALS` their settings."""
+"""Evaluate encoders. `EVALUATIONS` holds the functions of each evaluation; `evals.EVALS` its settings and labels."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -13,10 +13,9 @@ from pixmim.build import image_spec
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.evaluation.classification import check_labeled
-from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.context import EvalContext, Values, extract_features
 from pixmim.evaluation.detection import check_detection, evaluate_detection
 from pixmim.evaluation.evals import check_name
-from pixmim.evaluation.features import extract_features
 from pixmim.evaluation.finetune import check_finetune, evaluate_finetune
 from pixmim.evaluation.frozen_encoder import fingerprint, load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import DEFAULT_K, check_knn, evaluate_knn, knn, usable_k
@@ -29,13 +28,15 @@ from pixmim.training.precision import Precision, choose_device, choose_precision
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
+State = Literal["trained", "untrained"]
+
 
 class Evaluation(NamedTuple):
     """Functions of one evaluation.
 
     Attributes:
         check: Raises UserError for data, settings or an encoder that `run` would refuse, as far as can be known before
-            anything is trained or measured.
+            anything is trained or evaluated.
         run: Yields the values.
     """
 
@@ -55,32 +56,40 @@ EVALUATIONS = {
 
 
 def evaluate(
-    model: str,
+    model: str, evaluations: list[tuple[str, Any]], folder: Path, *, untrained: bool = False, **options: Any
+) -> Iterator[Result]:
+    """Evaluate one encoder, or with `untrained` the initial weights of a run instead: see `evaluate_many`."""
+    states: tuple[State, ...] = ("untrained",) if untrained else ("trained",)
+    for result, _ in evaluate_many({model: folder}, evaluations, states, **options):
+        yield result
+
+
+def evaluate_many(
+    models: Mapping[str, Path],
     evaluations: list[tuple[str, Any]],
-    folder: Path,
+    states: Sequence[State] = ("trained",),
     *,
-    untrained: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
     console: Console | None = None,
-    known: Mapping[str, Any] | None = None,
+    hints: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-) -> Iterator[Result]:
-    """Evaluate an encoder in one or several ways; features are computed once for all of them.
+) -> Iterator[tuple[Result, Path]]:
+    """Evaluate encoders. Weights are loaded once; datasets are opened once, and features computed once per encoder.
 
     Args:
-        model: A run, an imported folder, a file of weights, or timm:NAME.
+        models: Runs, imported folders, files of weights or timm:NAME, each with the folder for its results and
+            unfinished work.
         evaluations: Keys of EVALUATIONS, each with its settings.
-        folder: Where results and unfinished work are kept.
-        untrained: Evaluate the initial weights of a run instead.
+        states: "untrained" evaluates the initial weights of each run: once, if several runs have the same.
         device: Device, such as cuda:1.
         precision: Precision of the forward passes.
         console: Where to print; None prints nothing.
-        known: What a file does not say of its model: see `weights.load.resolve_model`.
+        hints: What a file does not contain: see `weights.load.resolve_model`.
         overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
 
     Yields:
-        Each result as soon as it is there.
+        Each result and its folder, when it is complete.
 
     Raises:
         UserError: For an unknown evaluation, a model without an encoder, or unsuitable data or settings; before the
@@ -88,73 +97,39 @@ def evaluate(
     """
     for name, _ in evaluations:
         check_name(name)
-    encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=untrained, hints=known)
-    for line in encoder.notes:
-        print_plain(console or Console(quiet=True), line)
-    which = "untrained" if untrained else "trained"
-    yield from measure(EvalContext(encoder, folder, which, console, overwrite), model, evaluations)
-
-
-def evaluate_many(
-    models: Mapping[str, Path],
-    evaluations: list[tuple[str, Any]],
-    *,
-    untrained: bool = False,
-    device: str = "auto",
-    precision: Precision = "auto",
-    console: Console | None = None,
-    known: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> Iterator[tuple[Result, Path]]:
-    """Evaluate several encoders in the same ways.
-
-    Args:
-        models: Models as for `evaluate`, each with the folder for its results.
-        evaluations: As for `evaluate`.
-        untrained: Evaluate the initial weights of each run as well: once, if several runs began with the same.
-        device: As for `evaluate`.
-        precision: As for `evaluate`.
-        console: As for `evaluate`.
-        known: As for `evaluate`.
-        overwrite: As for `evaluate`.
-
-    Yields:
-        Each result and its folder, as soon as it is there.
-
-    Raises:
-        UserError: As `evaluate`, for each of several models before any is evaluated.
-    """
-    for name, _ in evaluations:
-        check_name(name)
-    for model, folder in models.items() if len(models) > 1 or untrained else ():
-        encoder = load_frozen_encoder(model, device=device, precision=precision, hints=known)
-        _check(EvalContext(encoder, folder, overwrite=overwrite), evaluations)
-        if untrained:
-            encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=True)
-            tunings = [each for each in evaluations if each[0] == "finetune"]  # these keep a classifier of their own
-            _check(EvalContext(encoder, folder, "untrained", overwrite=overwrite), tunings)
-    begun: dict[str, list[Result]] = {}
+    shared: dict[tuple[Any, ...], Any] = {}
+    queue: list[tuple[str, Path, str, EvalContext | None]] = []
     for model, folder in models.items():
-        if untrained:
-            encoder = load_frozen_encoder(model, device=device, precision=precision, untrained=True)
-            start = fingerprint(encoder)
-            for result in begun.get(start, []):
-                yield replace(result, model=model), folder
-            if start not in begun:
-                begun[start] = []
-                for result in measure(
-                    EvalContext(encoder, folder, "untrained", console, overwrite), model, evaluations
-                ):
-                    begun[start].append(result)
-                    yield result, folder
-        how: Any = {"device": device, "precision": precision, "console": console, "known": known}
-        how["overwrite"] = overwrite
-        for result in evaluate(model, evaluations, folder, **how):
+        for state in states:
+            untrained = state == "untrained"
+            encoder = load_frozen_encoder(
+                model, device=device, precision=precision, untrained=untrained, hints=None if untrained else hints
+            )
+            key = fingerprint(encoder) if untrained else model
+            if any(key == other for _, _, other, _ in queue):
+                queue.append((model, folder, key, None))
+                continue
+            for line in encoder.notes:
+                print_plain(console or Console(quiet=True), line)
+            context = EvalContext(encoder, folder, state, console, overwrite, shared=shared)
+            check(context, evaluations)
+            queue.append((model, folder, key, context))
+            del encoder, context
+    results: dict[str, list[Result]] = {}
+    while queue:
+        model, folder, key, waiting = queue.pop(0)
+        if waiting is None:
+            yield from ((replace(result, model=model), folder) for result in results[key])
+            continue
+        results[key] = []
+        for result in measure(waiting, model, evaluations):
+            results[key].append(result)
             yield result, folder
+        del waiting  # its features may fill the memory
 
 
-def _check(context: EvalContext, evaluations: list[tuple[str, Any]]) -> None:
-    """Raise UserError for data and settings of any of these evaluations; measures nothing."""
+def check(context: EvalContext, evaluations: list[tuple[str, Any]]) -> None:
+    """Raise UserError for data, settings or an encoder that an evaluation would refuse."""
     for name, settings in evaluations:
         try:
             EVALUATIONS[name].check(context, settings)
@@ -163,9 +138,9 @@ def _check(context: EvalContext, evaluations: list[tuple[str, Any]]) -> None:
 
 
 def measure(context: EvalContext, model: str, evaluations: list[tuple[str, Any]]) -> Iterator[Result]:
-    """Measure the encoder of a context in one or several ways; `model` is its name in the results."""
+    """Run evaluations on the encoder of a context; `model` is its name in the results."""
     encoder = context.encoder
-    _check(context, evaluations)
+    check(context, evaluations)
     for name, settings in evaluations:
         context.images.clear()
         values = dict(EVALUATIONS[name].run(context, settings))
@@ -187,37 +162,39 @@ def measure(context: EvalContext, model: str, evaluations: list[tuple[str, Any]]
 def online_knn(
     config: PretrainConfig, console: Console | None = None
 ) -> Callable[[nn.Module], dict[str, float]] | None:
-    """Return a function that measures k-NN of an encoder in training; None if the run does not ask for it.
+    """Return a function that evaluates an encoder in training by k-NN; None if the run does not use it.
 
-    The function returns no number if features are not finite. Raises UserError for data without labels.
+    The function returns no values if features are not finite.
+
+    Raises:
+        UserError: For data without labels.
     """
     if not config.knn.every:
         return None
     if not (config.knn.train and config.knn.test):
-        raise UserError("--knn.every needs labeled data: give --knn.train and --knn.test")
-    sets = tuple(
-        open_dataset(spec, image_spec(config), config.shard_cache_gib) for spec in (config.knn.train, config.knn.test)
+        raise UserError("--knn.every needs labeled data: pass --knn.train and --knn.test")
+    spec = image_spec(config)
+    train_data, test_data = (
+        open_dataset(data, spec, config.shard_cache_gib) for data in (config.knn.train, config.knn.test)
     )
     try:
-        check_labeled(sets[0], sets[1], console)
+        check_labeled(train_data, test_data, console)
     except UserError as error:
         raise UserError(f"--knn.train and --knn.test: {error}") from None
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     warned: set[str] = set()
 
-    def watch(module: nn.Module) -> dict[str, float]:
+    def evaluate_encoder(module: nn.Module) -> dict[str, float]:
         encoder = wrap_live_encoder(config, module, device, precision)
-        train, test = (extract_features(encoder, data) for data in sets)
-        if not all(bool(torch.isfinite(part.mean).all()) for part in (train, test)):
+        train, test = (extract_features(encoder, data) for data in (train_data, test_data))
+        if not all(bool(torch.isfinite(features.mean).all()) for features in (train, test)):
             return {}
-        _, line = usable_k(DEFAULT_K, len(train.labels))
-        if line and line not in warned:
-            warned.add(line)
-            print_plain(console or Console(quiet=True), line)
+        _, warning = usable_k(DEFAULT_K, len(train.labels))
+        if warning and warning not in warned:
+            warned.add(warning)
+            print_plain(console or Console(quiet=True), warning)
         names = ("top1", "balanced", "majority")
-        return {
-            f"knn/{key}": value for key, value in knn(train, test) if key.count("/") < 3 and key.split("/")[-1] in names
-        }
+        return {f"knn/{k}": v for k, v in knn(train, test) if k.count("/") < 3 and k.split("/")[-1] in names}
 
-    return watch
+    return evaluate_encoder

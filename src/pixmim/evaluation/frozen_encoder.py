@@ -1,4 +1,4 @@
-"""The encoder that is measured, ready to use: a run's product, the same untrained, or one in training."""
+"""The encoder to evaluate, with what its input needs: loaded from weights, untrained, or in training."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +25,20 @@ from pixmim.weights.load import build_encoder_with_weights, describe, initialize
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A timm module with what is needed to feed it. size: (h, w) in pixels; mean, std: per channel, on the device.
+    """A timm module and the format of its input.
 
-    run    what builds it
-    names  of the outputs of its own classifier, in their order; empty where its file does not name them
-    notes  lines to print: how far its training is, and what was assumed of it
+    Attributes:
+        config: Configuration that builds the module.
+        module: The timm module, on `device`.
+        size: Height and width of its images in pixels.
+        image_spec: Channels and dtype of its images.
+        mean: Mean per channel, on `device`.
+        std: Standard deviation per channel, on `device`.
+        device: Device of the module.
+        precision: Precision of the forward passes.
+        step: Training step of its weights.
+        names: Names of the outputs of its own classifier, in order; empty if its file does not name them.
+        notes: Lines to print: how far it is trained, and which values were assumed.
     """
 
     config: ModelConfig
@@ -45,22 +54,22 @@ class FrozenEncoder:
     notes: tuple[str, ...] = ()
 
     def preprocess(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Pictures as they come out of a crop, on the device and normalized."""
+        """Move cropped images to the device and normalize them."""
         return flip_and_normalize(images.to(self.device, non_blocking=True), None, self.mean, self.std)
 
     def check_batch(self, images: int) -> None:
-        """Raise UserError if so many images take more memory than is free: their size may come from a file."""
+        """Raise UserError if a batch of images exceeds the free memory: the image size may come from a file."""
         (h, w), free = self.size, free_memory()
         size = images * h * w * self.image_spec.channels * (self.image_spec.itemsize + 4)
         if free is not None and size > free:
             raise UserError(
-                f"a batch of {images} images of {h}x{w} pixels takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} "
-                "are free: give fewer at once, or another size"
+                f"a batch of {images} images of {h}x{w} pixels needs {size / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+                "are free: use a smaller batch or another image size"
             )
 
     @property
     def classes(self) -> int:
-        """What its own classifier tells apart: the outputs of its head, or 0 if it has none."""
+        """Number of outputs of its own classifier; 0 if it has none."""
         head = getattr(self.module, "head", None)
         layer = getattr(head, "fc", head)
         return layer.out_features if isinstance(layer, nn.Linear) else 0
@@ -74,57 +83,53 @@ def load_frozen_encoder(
     untrained: bool = False,
     hints: Mapping[str, Any] | None = None,
 ) -> FrozenEncoder:
-    """The encoder that `name` means (see `resolve_model`, also for `hints`); with `untrained` the one a run began with.
+    """Load the encoder of a run, a file of weights, or timm:NAME.
 
-    Raises UserError.
+    Args:
+        name: See `weights.load.resolve_model`.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: "auto", "bf16", "fp16" or "fp32".
+        untrained: Load the initial weights of a run instead.
+        hints: What its file does not contain: see `weights.load.resolve_model`.
+
+    Raises:
+        UserError: If there is no such model, or its initial weights are unknown.
     """
-    if untrained:
-        found = read_config(Path(name).expanduser())
-        if found is None:
-            raise UserError(f"{name} is not a run, so what it was before training is not known")
-        run, text = pretrain_config(found[0], name), found[1]
-        strange = untrusted_references(text, {"--init": run.init})
-        if strange:
-            raise UserError(f"{refusal(name, strange)}. Without --untrained, those weights can be measured themselves")
-        model = build_model(run)
-        if run.init:
-            initialize_from(model, run)
-        return of_module(run, model.encoder, device, precision)
-    weights = resolve_model(name, head=True, hints=hints)
-    encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
-    return replace(encoder, notes=tuple(describe(name, weights)))
+    if not untrained:
+        weights = resolve_model(name, head=True, hints=hints)
+        encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
+        return replace(encoder, notes=tuple(describe(name, weights)))
+    content = read_config(Path(name).expanduser())
+    if content is None:
+        raise UserError(f"{name} is not a run: its initial weights are unknown. Leave out --untrained")
+    config, text = pretrain_config(content[0], name), content[1]
+    untrusted = closed(text, {"--init": config.init})
+    if untrusted:
+        raise UserError(f"{refusal(name, untrusted)}. Without --untrained, those weights can be evaluated themselves")
+    model = build_model(config)
+    if config.init:
+        initialize_from(model, config)
+    return encoder_from_module(config, model.encoder, device, precision)
 
 
 def frozen_encoder_from_weights(
     weights: Weights, *, device: str = "auto", precision: Precision = "auto"
 ) -> FrozenEncoder:
-    """The encoder of weights that are at hand. Raises UserError."""
-    found = of_module(weights.config, build_encoder_with_weights(weights), device, precision, weights.step)
-    if len(weights.classes) not in (0, found.classes):
-        raise UserError(f"the file names {len(weights.classes)} classes, and its classifier has {found.classes}")
-    return replace(found, names=weights.classes)
+    """Build the encoder of loaded weights. Raises UserError."""
+    encoder = encoder_from_module(weights.config, build_encoder_with_weights(weights), device, precision, weights.step)
+    if len(weights.classes) not in (0, encoder.classes):
+        raise UserError(f"the file names {len(weights.classes)} classes, and its classifier has {encoder.classes}")
+    return replace(encoder, names=weights.classes)
 
 
-def fingerprint(encoder: FrozenEncoder) -> str:
-    """A text that is the same for encoders of which every evaluation, and fine-tuning, must find the same."""
-    run = encoder.config
-    found = sha256(
-        repr((run.model, run.image_size, encoder.image_spec, run.normalization, getattr(run, "epochs", None))).encode()
-    )
-    for name, value in encoder.module.state_dict().items():
-        found.update(name.encode())
-        found.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def of_module(
+def encoder_from_module(
     config: ModelConfig, module: nn.Module, device: str, precision: Precision, step: int = 0
 ) -> FrozenEncoder:
-    """Move a module to a device, and wrap it. Raises UserError if there is no such device."""
-    where = choose_device(device)
-    chosen = choose_precision(precision, where)
-    choose_attention(module, where, chosen)
-    return wrap_live_encoder(config, module.to(where), where, chosen, step)
+    """Move a module to a device and wrap it. Raises UserError if the device does not exist."""
+    target = choose_device(device)
+    resolved = choose_precision(precision, target)
+    choose_attention(module, target, resolved)
+    return wrap_live_encoder(config, module.to(target), target, resolved, step)
 
 
 def wrap_live_encoder(
@@ -135,17 +140,37 @@ def wrap_live_encoder(
     return FrozenEncoder(config, module, config.image_size, image_spec(config), mean, std, device, precision, step)
 
 
-def rebuild_at_size(encoder: FrozenEncoder, size: str, **options: Any) -> nn.Module:
-    """A copy of an encoder made for images of another size ("512", "192x384"), on its device, to be trained further.
-
-    Tables of positions are refitted. options: more keywords for the backbone, such as drop_path_rate. Raises UserError
-    for a size that it cannot take.
-    """
-    run = replace(encoder.config, size=size)
-    run = replace(run, model=replace(run.model, options={**run.model.options, **options}))
-    tensors = {f"encoder.{name}": value.detach().cpu() for name, value in encoder.module.state_dict().items()}
-    module = build_encoder_with_weights(
-        Weights(run, tensors, "the encoder that is measured"), trained_at=encoder.config
+def fingerprint(encoder: FrozenEncoder) -> str:
+    """Return a digest of an encoder: equal digests give equal results in every evaluation."""
+    config = encoder.config
+    digest = sha256(
+        repr(
+            (config.model, config.image_size, encoder.image_spec, config.normalization, getattr(config, "epochs", None))
+        ).encode()
     )
+    for name, value in encoder.module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def rebuild_at_size(encoder: FrozenEncoder, size: str, **options: Any) -> nn.Module:
+    """Build a copy of an encoder for another image size, on the same device, to train it further.
+
+    Position tables are interpolated.
+
+    Args:
+        encoder: The encoder.
+        size: Side in pixels, or HEIGHTxWIDTH.
+        **options: More keywords of the backbone, such as drop_path_rate.
+
+    Raises:
+        UserError: If the encoder does not support the size.
+    """
+    config = replace(encoder.config, size=size)
+    config = replace(config, model=replace(config.model, options={**config.model.options, **options}))
+    tensors = {f"encoder.{name}": value.detach().cpu() for name, value in encoder.module.state_dict().items()}
+    weights = Weights(config, tensors, "the encoder that is measured")
+    module = build_encoder_with_weights(weights, trained_at=encoder.config)
     choose_attention(module, encoder.device, encoder.precision)
     return module.to(encoder.device)

@@ -8,25 +8,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixmim.evaluation.classification import majority, open_labeled, rated, same_classes, tally
-from pixmim.evaluation.context import EvalContext, Values
-from pixmim.evaluation.features import FeatureSet
+from pixmim.evaluation.context import EvalContext, FeatureSet, Values
 from pixmim.evaluation.settings import KnnSettings
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
 DEFAULT_K = (1, 20)
-"""Numbers of neighbours that vote, each a measure of its own."""
+"""Numbers of neighbors; each gives its own result."""
 
 ROWS, BLOCK = 1024, 16384
-"""Queries and references compared at a time: 64 MiB of similarities, whatever the size of the data."""
+"""Queries and references compared at a time: 64 MiB of similarities for datasets of any size."""
 
 CPU = torch.device("cpu")
 
 
 def check_knn(context: EvalContext, settings: KnnSettings) -> None:
     """Raise UserError for data or settings that `evaluate_knn` would refuse."""
-    data = open_labeled(context, settings.train, settings.test)
-    usable_k(settings.k, len(data.train))
+    usable_k(settings.k, len(open_labeled(context, settings.train, settings.test).train))
 
 
 def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
@@ -40,38 +38,36 @@ def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
 
 
 def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
-    """Return each k, cut to the number of references, once, and a warning about those that are cut.
+    """Limit each k to the number of references, without duplicates; also return a warning if any is too large.
 
     Raises:
         UserError: If there is no k, or one is below 1.
     """
     if not k or min(k) < 1:
-        raise UserError(f"--k takes numbers of neighbours from 1 on, such as 1 20, not {' '.join(map(str, k))}")
-    large = [f"{each:,}" for each in k if each > references]
-    warning = (
-        f"warning: k = {' and '.join(large)} exceeds the {references:,} train images; measured with k = {references:,}"
-    )
+        raise UserError(f"--k takes numbers of neighbors from 1 on, such as 1 20, not {' '.join(map(str, k))}")
+    large = " and ".join(f"{each:,}" for each in k if each > references)
+    warning = f"warning: k = {large} exceeds the {references:,} train images; measured with k = {references:,}"
     return list(dict.fromkeys(min(each, references) for each in k)), warning if large else ""
 
 
 def knn(train: FeatureSet, test: FeatureSet, k: Sequence[int] = DEFAULT_K, device: torch.device = CPU) -> Values:
     """Yield the metrics of k-NN on the global token ("cls") and on the mean of the patch tokens ("mean").
 
-    The names are those of `classification.rated`, as kK/FEATURE/..., and "majority"; values are in per cent. K is the
-    number that voted: see `usable_k`.
+    The names are those of `classification.rated` with the prefix kK/FEATURE/, and "majority"; values are in per cent.
+    K is limited to the number of train images: see `usable_k`.
 
     Raises:
-        UserError: If k is below 1, or train lacks a test class.
+        UserError: If a k is below 1, or train lacks a test class.
     """
     k, _ = usable_k(k, len(train.labels))
-    labels = same_classes(train, test)
+    labels, classes = same_classes(train, test), len(train.classes)
     for name, references, queries in (
         ("cls", train.vector[:, -1], test.vector[:, -1]),
         ("mean", train.mean, test.mean),
     ):
-        answers = classify(references, train.labels, queries, len(train.classes), k, device=device)
-        for each, answer in answers.items():
-            counts = tally(answer, labels, len(train.classes))
+        predictions = classify(references, train.labels, queries, classes, k, device=device)
+        for each, predicted in predictions.items():
+            counts = tally(predicted, labels, classes)
             yield from rated(counts, train.classes, f"k{each}/{name}/")
     yield "majority", majority(counts)
 
@@ -89,10 +85,9 @@ def classify(
 ) -> dict[int, Int[Tensor, " m"]]:
     """Classify queries, for each k, by the k most similar references, weighted by exp(cosine / temperature).
 
-    The first class wins among classes with equal votes; among references that are equally similar at the k-th place
-    any may vote. k is cut to the number of references. Each block of references goes to the device once and is
-    compared with all queries, `rows` at a time. Besides the features, memory holds block x (d + rows) values and the
-    max(k) best so far of each query.
+    The first class wins among classes with equal votes; among references that are equally similar at the k-th rank any
+    may vote. Each block of references is moved to the device once and compared with `rows` queries at a time. Memory
+    holds the features, block x (d + rows) values and the max(k) best references of each query.
     """
     parts = queries.split(rows)
     best: list[tuple[Tensor, Tensor]] = [
@@ -104,14 +99,14 @@ def classify(
         for i, part in enumerate(parts):
             nearest = (F.normalize(part.to(device), dim=1) @ chunk.T).topk(min(max(k), len(chunk)), dim=1)
             similarities = torch.cat([best[i][0], nearest.values], dim=1)
-            neighbours = torch.cat([best[i][1], chunk_labels[nearest.indices]], dim=1)
+            neighbors = torch.cat([best[i][1], chunk_labels[nearest.indices]], dim=1)
             similarities, order = similarities.topk(min(max(k), similarities.shape[1]), dim=1)
-            best[i] = similarities, neighbours.gather(1, order)
-    answers: dict[int, list[Tensor]] = {each: [] for each in k}
-    for similarities, neighbours in best:
+            best[i] = similarities, neighbors.gather(1, order)
+    predictions: dict[int, list[Tensor]] = {each: [] for each in k}
+    for similarities, neighbors in best:
         weights = (similarities / temperature).exp()
-        for each, predicted in answers.items():
+        for each, predicted in predictions.items():
             votes = torch.zeros(len(similarities), classes, dtype=similarities.dtype, device=device)
-            votes.scatter_add_(1, neighbours[:, :each], weights[:, :each])
+            votes.scatter_add_(1, neighbors[:, :each], weights[:, :each])
             predicted.append(votes.argmax(dim=1).cpu())
-    return {each: torch.cat(predicted) for each, predicted in answers.items()}
+    return {each: torch.cat(predicted) for each, predicted in predictions.items()}

@@ -2,7 +2,7 @@
 
 The sweep of DINOv2 (arXiv 2304.07193, appendix), which suits small data: the global tokens of the last 1 or 4 blocks,
 with and without the mean of the patch tokens, at thirteen learning rates. Features are first standardized by the train
-set's statistics, like the parameter-free BatchNorm of MAE's probe: MAE's features are far from unit scale.
+set's statistics, like the parameter-free BatchNorm of MAE's probe, because MAE's features are not of unit scale.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixmim.evaluation.classification import majority, open_labeled, rated, same_classes, tally
-from pixmim.evaluation.context import EvalContext, Values
-from pixmim.evaluation.features import BLOCKS, FeatureSet
+from pixmim.evaluation.context import BLOCKS, EvalContext, FeatureSet, Values
 from pixmim.evaluation.linear_probe_mae import check_linear_mae, evaluate_linear_mae
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models.base import Features
@@ -30,7 +29,7 @@ class ProbeConfig:
     """One member of the sweep.
 
     Attributes:
-        blocks: Blocks whose global tokens are used.
+        blocks: Number of last blocks whose global tokens are used.
         mean: Use the mean of the patch tokens as well.
         rate: Learning rate.
     """
@@ -81,10 +80,10 @@ def check_linear(context: EvalContext, settings: LinearSettings) -> None:
 
 def evaluate_linear(context: EvalContext, settings: LinearSettings) -> Values:
     """Evaluate a linear probe: see `evaluate_probe`, or `evaluate_linear_mae` for MAE's protocol. Raises UserError."""
+    check_linear(context, settings)
     if settings.protocol == "mae":
         yield from evaluate_linear_mae(context, settings)
         return
-    open_labeled(context, settings.train, settings.test)
     test = context.features(settings.test)
     labels = same_classes(context.features(settings.train), test)
     epochs = 100 if settings.epochs is None else settings.epochs
@@ -92,7 +91,7 @@ def evaluate_linear(context: EvalContext, settings: LinearSettings) -> Values:
 
 
 def cached_probe(context: EvalContext, train: str, epochs: int, seed: int) -> Probe:
-    """Return the result of `fit_sweep` on a dataset, computed once for all evaluations of one call."""
+    """Return the result of `fit_sweep` on a dataset, computed once for all evaluations of a context."""
     return context.cached(
         ("probe", train, epochs, seed), lambda: fit_sweep(context.features(train), epochs=epochs, seed=seed)
     )
@@ -107,7 +106,7 @@ def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) ->
         labels: Test labels, as indices into the probe's classes.
 
     Yields:
-        What `classification.rated` does, "majority", the held-out accuracy, and the chosen member of the sweep.
+        The values of `classification.rated`, "majority", the held-out accuracy, and the chosen member of the sweep.
     """
     counts = tally(probe.scores(test).argmax(dim=1), labels, len(probe.classes))
     yield from rated(counts, probe.classes)
@@ -119,22 +118,22 @@ def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) ->
 
 
 def fit_sweep(train: FeatureSet, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0) -> Probe:
-    """Fit all members of the sweep, choose the best on the share `held_out` of train, and fit it again to all of it."""
+    """Fit all members of the sweep, choose the best on the share `held_out` of train, and refit it on all of train."""
     order = torch.from_numpy(rng.permutation(seed, 0, len(train.labels)))
-    held = max(1, round(held_out * len(order)))
-    test, kept = order.split([held, len(order) - held])
+    count = max(1, round(held_out * len(order)))
+    test, rest = order.split([count, len(order) - count])
     classes = len(train.classes)
     best, chosen = -1.0, ProbeConfig(1, False, RATES[0])
     for blocks in sorted({1, min(BLOCKS, train.vector.shape[1])}):
         for mean in (False, True):
-            x = standardise(ProbeConfig(blocks, mean, 0).select(train))[0]
-            weights = fit(x[kept], train.labels[kept], classes, RATES, epochs, batch, seed)
-            answers = (F.pad(x[test], (0, 1), value=1.0) @ weights.transpose(1, 2)).argmax(dim=2)
-            accuracies = (answers == train.labels[test]).float().mean(dim=1).tolist()
+            x = standardize(ProbeConfig(blocks, mean, 0).select(train))[0]
+            weights = fit(x[rest], train.labels[rest], classes, RATES, epochs, batch, seed)
+            predictions = (F.pad(x[test], (0, 1), value=1.0) @ weights.transpose(1, 2)).argmax(dim=2)
+            accuracies = (predictions == train.labels[test]).float().mean(dim=1).tolist()
             for rate, accuracy in zip(RATES, accuracies, strict=True):
                 if accuracy > best:
                     best, chosen = accuracy, ProbeConfig(blocks, mean, rate)
-    x, center, deviation = standardise(chosen.select(train))
+    x, center, deviation = standardize(chosen.select(train))
     (weights,) = fit(x, train.labels, classes, (chosen.rate,), epochs, batch, seed)
     return Probe(chosen, center, deviation, weights, train.classes, best)
 
@@ -150,7 +149,7 @@ def fit(
 ) -> Float[Tensor, "r c e"]:
     """Fit one softmax regression per rate by SGD (momentum 0.9, no decay, cosine), all on the same batches.
 
-    Returns weights with the bias as last column, e = d + 1. They start at zero, so only the order is random.
+    Returns weights with the bias as last column, e = d + 1. They are initialized to zero: only the order is random.
     """
     x = F.pad(x, (0, 1), value=1.0)
     weights = torch.zeros(len(rates), classes, x.shape[1])
@@ -158,9 +157,9 @@ def fit(
     batch = min(batch, len(x))
     lr = torch.tensor(rates).view(-1, 1, 1) * batch / 256
     steps = max(1, epochs * len(x) // batch)
-    stream = np.concatenate([rng.permutation(seed, 1 + e, len(x)) for e in range(-(-steps * batch // len(x)))])
+    order = np.concatenate([rng.permutation(seed, 1 + e, len(x)) for e in range(-(-steps * batch // len(x)))])
     for step in range(steps):
-        rows = torch.from_numpy(stream[step * batch : (step + 1) * batch])
+        rows = torch.from_numpy(order[step * batch : (step + 1) * batch])
         part = x[rows]
         # The gradient of the mean cross-entropy: (softmax - one-hot)^T x / batch, for each probe.
         error = (part @ weights.transpose(1, 2)).softmax(dim=2)
@@ -170,7 +169,7 @@ def fit(
     return weights
 
 
-def standardise(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features with zero mean and unit deviation, and the mean and deviation (d) that they had."""
+def standardize(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features with zero mean and unit deviation, and their original mean and deviation (d)."""
     deviation, mean = torch.std_mean(x, dim=0)
     return (x - mean) / (deviation + 1e-6), mean, deviation

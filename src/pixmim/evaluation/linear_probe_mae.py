@@ -1,9 +1,8 @@
-"""MAE's linear probe (arXiv 2111.06377, table 10), which PixMIM reports: LARS on features of augmented images.
+"""MAE's linear probe (arXiv 2111.06377, table 10), reported by PixMIM: LARS on features of augmented images.
 
-The frozen encoder sees another crop of each image in every epoch, so its features are computed anew each time.
+The frozen encoder sees another crop of each image in every epoch, so features are recomputed instead of cached.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from pixmim.build import seeded
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import LabeledSplits, evaluate_classifier, open_labeled
-from pixmim.evaluation.context import EvalContext, discard
+from pixmim.evaluation.context import EvalContext, Values, discard
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
@@ -27,54 +26,57 @@ from pixmim.transforms.crops import RandomResizedCrop, flip_and_normalize
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
-PART = 512
-"""Images that BatchNorm takes its statistics from; the published batch is 32 of these."""
+MICROBATCH = 512
+"""Images that BatchNorm computes statistics of; the published batch is 32 of these."""
 
-_WARMUP = 10  # epochs
+_WARMUP_EPOCHS = 10
 
 
 def check_linear_mae(context: EvalContext, settings: LinearSettings) -> tuple[LabeledSplits, str]:
     """Return the data and the kind of feature. Raises UserError for what `evaluate_linear_mae` would refuse."""
     data = open_labeled(context, settings.train, settings.test, all_classes=True)
-    kind = _kind(context.encoder.module, settings.feature)
+    kind = feature_kind(context.encoder.module, settings.feature)
     if settings.batch_size < 2 or len(data.train) < 2:
         raise UserError("BatchNorm needs a batch of at least 2 images")
     return data, kind
 
 
-def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Iterator[tuple[str, float]]:
-    """Fit BatchNorm without parameters and one linear layer to the frozen encoder's features, and measure them.
+def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Values:
+    """Fit BatchNorm without parameters and one linear layer to the frozen encoder's features, and evaluate them.
 
     Feature -> BatchNorm1d(affine=False, eps=1e-6) -> Linear with weights N(0, 0.01). LARS with momentum 0.9, no decay,
     rate 0.1 x batch / 256; 10 epochs of warm-up, cosine to 0 over 90; single-try random resized crop (0.08, 1), flip.
 
-    Yields "mae/top1" and the rest of `classification.evaluate_classifier`. Raises UserError for unsuitable data.
+    Yields:
+        The values of `classification.evaluate_classifier` with the prefix "mae/".
+
+    Raises:
+        UserError: For unsuitable data.
     """
     encoder, (data, kind) = context.encoder, check_linear_mae(context, settings)
     encoder.module.eval()
     images, epochs = len(data.train), 90 if settings.epochs is None else settings.epochs
-    part, parts = _parts(min(settings.batch_size, images))
-    batch = part * parts
+    microbatch, count = split_batch(min(settings.batch_size, images))
+    batch = microbatch * count
     steps = max(1, round(epochs * images / batch))
-    warmup = min(round(_WARMUP * images / batch), steps // 5)
+    warmup = min(round(_WARMUP_EPOCHS * images / batch), steps // 5)
     schedule = Schedule(steps, warmup, settings.base_lr * batch / 256, 0.0)
 
-    console = context.console or Console(quiet=True)
-    cut = f" (cut from {settings.batch_size:,}: there are {images:,} images)" if batch < settings.batch_size else ""
+    reduced = f" (reduced from {settings.batch_size:,} for {images:,} images)" if batch < settings.batch_size else ""
     print_plain(
-        console,
-        f"linear probe by MAE's protocol: {epochs} epochs of {images:,} images, {steps:,} updates of {batch:,}{cut}; "
-        f"LARS, rate {schedule.peak:.3g} after {warmup} updates of warm-up, to 0; "
+        context.console or Console(quiet=True),
+        f"linear probe by MAE's protocol: {epochs} epochs of {images:,} images, {steps:,} steps of {batch:,}{reduced}; "
+        f"LARS, rate {schedule.peak:.3g} after {warmup} steps of warm-up, to 0; "
         + ("class token" if kind == "cls" else "mean of the patch tokens"),
     )
-    head = _head(int(encoder.module.num_features), len(data.classes), settings.seed)  # type: ignore[arg-type]
+    head = _build_head(int(encoder.module.num_features), len(data.classes), settings.seed)  # type: ignore[arg-type]
     head = head.to(encoder.device)
 
     def open_loader(first: int) -> Loader:
         return Loader(
             data.train,
             RandomResizedCrop(encoder.size, (0.08, 1.0), single=True),
-            BatchShard(part, first * part),
+            BatchShard(microbatch, first * microbatch),
             skipped=context.skipped(data.train),
             seed=settings.seed,
             threads=settings.threads,
@@ -84,7 +86,7 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Itera
     def compute_loss(batch: Batch, number: int) -> Tensor:
         to: Any = {"device": encoder.device, "non_blocking": True}
         images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
-        return F.cross_entropy(head(frozen_feature(encoder, kind, images)), data.labels[batch.indices].to(**to))
+        return F.cross_entropy(head(frozen_feature(encoder, kind, images)), data.train_labels[batch.indices].to(**to))
 
     work = context.work_dir("linear-mae", settings)
     trainer = Trainer(
@@ -95,7 +97,7 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Itera
         work,
         images=images,
         batch_size=batch,
-        accumulation_steps=parts,
+        accumulation_steps=count,
         console=context.console,
     )
     trainer.resume_and_fit(open_loader, compute_loss)
@@ -109,27 +111,28 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Itera
 
 @torch.no_grad()
 def frozen_feature(encoder: FrozenEncoder, kind: str, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-    """Compute the frozen encoder's feature of normalized images: "cls", its class token, or "mean" of the patches."""
+    """Compute the frozen encoder's feature of normalized images: class token ("cls") or mean of patch tokens."""
     with autocast(encoder.device, encoder.precision):
-        found = features(encoder.module, images)
-    return (found.vector[:, -1] if kind == "cls" else found.mean).float()
+        result = features(encoder.module, images)
+    return (result.vector[:, -1] if kind == "cls" else result.mean).float()
 
 
-def _head(width: int, classes: int, seed: int) -> nn.Sequential:
+def feature_kind(module: nn.Module, feature: str) -> str:
+    """Return "cls" or "mean". Raises UserError if the encoder has no class token."""
+    has_token = getattr(module, "cls_token", None) is not None
+    if feature == "cls" and not has_token:
+        raise UserError("the encoder has no class token: pass --feature mean")
+    return ("cls" if has_token else "mean") if feature == "auto" else feature
+
+
+def split_batch(batch: int) -> tuple[int, int]:
+    """Return size and number of the microbatches of a batch; images that do not fill one are dropped."""
+    return (batch, 1) if batch <= MICROBATCH else (MICROBATCH, batch // MICROBATCH)
+
+
+def _build_head(width: int, classes: int, seed: int) -> nn.Sequential:
     with seeded(seed):
         linear = nn.Linear(width, classes)
         nn.init.normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
-
-
-def _kind(module: nn.Module, feature: str) -> str:
-    token = getattr(module, "cls_token", None) is not None
-    if feature == "cls" and not token:
-        raise UserError("the encoder has no class token: --feature mean")
-    return ("cls" if token else "mean") if feature == "auto" else feature
-
-
-def _parts(batch: int) -> tuple[int, int]:
-    """A batch as so many images in so many equal parts, each of at most PART; the rest is left out of it."""
-    return (batch, 1) if batch <= PART else (PART, batch // PART)

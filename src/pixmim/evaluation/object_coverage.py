@@ -1,16 +1,15 @@
 """Object coverage: the share of an object that a crop keeps, J = A2 / A1 (PixMIM, arXiv 2303.02416, section 4.2).
 
-A1 is the object's area in the image, A2 the part of it inside the crop; pixels that the padding of SimpleResizedCrop
-mirrors do not count. Random masking that hides a share r of the patches leaves (1 - r) J in expectation.
+A1 is the object's area in the image, A2 the part of it inside the crop; pixels mirrored by the padding of
+SimpleResizedCrop do not count. Random masking that hides a share r of the patches leaves (1 - r) J in expectation.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,7 @@ from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image
 
 Values = npt.NDArray[np.float64]
 
-_POINTS = 64  # of the quadrature over the area of RandomResizedCrop, and as many over its ratio
+_POINTS = 64  # quadrature points over the area of RandomResizedCrop, and over its ratio
 
 
 def crops(size: tuple[int, int]) -> dict[str, Crop]:
@@ -46,57 +45,59 @@ def expected_coverage(obj: ImageObject, crop: Crop) -> float:
     """Return the expected coverage of an object, in [0, 1].
 
     Exact for SimpleResizedCrop and CenterCrop. For RandomResizedCrop exact over the positions of each box, and by
-    quadrature over its area and ratio, with failing tries and the fallback.
+    quadrature over its area and ratio, including failed tries and the fallback.
 
     Raises:
         TypeError: For another crop.
     """
     if isinstance(crop, RandomResizedCrop):
         heights, widths, failed = _boxes(crop, obj.size)
-        last = _inside(obj, crop.fallback(obj.size)) if failed else 0.0
+        fallback = _coverage(obj, crop.fallback(obj.size)) if failed else 0.0
         if failed == 1:
-            return last
-        rows = _along(obj, 0, lambda edge: window_cover(edge, heights[:, None], obj.size[0]))
-        columns = _along(obj, 1, lambda edge: window_cover(edge, widths[:, None], obj.size[1]))
-        return (1 - failed) * float(_kept(obj, rows, columns).mean()) + failed * last
-    scale, (h, w), (height, width) = _scale(obj.size, crop), crop.shape, cover_size(obj.size, crop.shape)
+            return fallback
+        rows = _covered(obj, 0, lambda edge: window_cover(edge, heights[:, None], obj.size[0]))
+        columns = _covered(obj, 1, lambda edge: window_cover(edge, widths[:, None], obj.size[1]))
+        return (1 - failed) * float(_product(obj, rows, columns).mean()) + failed * fallback
     if isinstance(crop, SimpleResizedCrop):
+        scale, (h, w), (height, width) = _scale(obj.size, crop), crop.shape, cover_size(obj.size, crop.shape)
         p = crop.padding
-        rows = _along(obj, 0, lambda edge: window_cover(edge * scale[0] + p, h, height + 2 * p) / scale[0])
-        columns = _along(obj, 1, lambda edge: window_cover(edge * scale[1] + p, w, width + 2 * p) / scale[1])
-        return float(_kept(obj, rows, columns)[0])
+        rows = _covered(obj, 0, lambda edge: window_cover(edge * scale[0] + p, h, height + 2 * p) / scale[0])
+        columns = _covered(obj, 1, lambda edge: window_cover(edge * scale[1] + p, w, width + 2 * p) / scale[1])
+        return float(_product(obj, rows, columns)[0])
     if isinstance(crop, CenterCrop):
-        return float(_inside(obj, _window(obj, crop, ())))
-    raise TypeError(f"{type(crop).__name__} has no expectation here")
+        return _coverage(obj, _window(obj, crop, ()))
+    raise TypeError(f"expected coverage is not implemented for {type(crop).__name__}")
 
 
 def sampled_coverage(obj: ImageObject, crop: Crop, draws: int, seed: int = 0, index: int = 0) -> Values:
     """Return the coverage (draws) of an object by crops sampled from (seed, index), as in training."""
     numbers = rng.uniform(seed, f"coverage {index}", 0, np.arange(draws), max(crop.num_uniforms, 1)).tolist()
-    return np.array([_inside(obj, _window(obj, crop, u[: crop.num_uniforms])) for u in numbers])
+    return np.array([_coverage(obj, _window(obj, crop, u[: crop.num_uniforms])) for u in numbers])
 
 
 def _window(obj: ImageObject, crop: Crop, u: Sequence[float]) -> tuple[float, float, float, float]:
-    """Return the part (top, left, height, width) of the image, in its own pixels, that the numbers `u` select."""
+    """Return the part (top, left, height, width) of the image, in its own pixels, selected by the numbers `u`."""
     if isinstance(crop, RandomResizedCrop):
         return crop.box(obj.size, u)
-    corner = crop.offset_without_resize(cover_size(obj.size, crop.shape), u)
-    assert corner is not None  # an image that just covers the crop is only cut
+    offset = crop.offset_without_resize(cover_size(obj.size, crop.shape), u)
+    assert offset is not None  # an image of the cover size is cropped without resizing
     y, x = _scale(obj.size, crop)
-    return corner[0] / y, corner[1] / x, crop.shape[0] / y, crop.shape[1] / x
+    return offset[0] / y, offset[1] / x, crop.shape[0] / y, crop.shape[1] / x
 
 
-def _inside(obj: ImageObject, window: tuple[float, float, float, float]) -> float:
+def _coverage(obj: ImageObject, window: tuple[float, float, float, float]) -> float:
     """Return the share of an object inside one window."""
     top, left, h, w = window
-    rows = _along(obj, 0, lambda edge: np.clip(edge - top, 0, h)[None])
-    columns = _along(obj, 1, lambda edge: np.clip(edge - left, 0, w)[None])
-    return float(_kept(obj, rows, columns)[0])
+    rows = _covered(obj, 0, lambda edge: np.clip(edge - top, 0, h)[None])
+    columns = _covered(obj, 1, lambda edge: np.clip(edge - left, 0, w)[None])
+    return float(_product(obj, rows, columns)[0])
 
 
-def _along(obj: ImageObject, axis: int, covered: Any) -> Values:
-    """Return the covered share of an object's extent along an axis (0 down, 1 across): (k 1), or (k n) for n pixels of
-    a mask. `covered` returns how much is covered before each of several edges."""
+def _covered(obj: ImageObject, axis: int, covered: Callable[[Values], Values]) -> Values:
+    """Return the covered share of an object along an axis (0 down, 1 across): (k 1), or (k n) for a mask's n pixels.
+
+    `covered` returns the covered length before each of several edges.
+    """
     if obj.mask is not None:
         edges = np.arange(obj.size[axis] + 1, dtype=np.float64)
     else:
@@ -104,7 +105,7 @@ def _along(obj: ImageObject, axis: int, covered: Any) -> Values:
     return np.diff(np.atleast_2d(covered(edges)), axis=1) / np.diff(edges)
 
 
-def _kept(obj: ImageObject, rows: Values, columns: Values) -> Values:
+def _product(obj: ImageObject, rows: Values, columns: Values) -> Values:
     """Return the covered share of the object (k) from the covered shares of its rows and columns."""
     if obj.mask is None:
         return (rows * columns)[:, 0]
@@ -117,12 +118,12 @@ def _scale(size: tuple[int, int], crop: Crop) -> tuple[float, float]:
     return height / size[0], width / size[1]
 
 
-def window_cover(edge: npt.ArrayLike, window: npt.ArrayLike, length: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return how many pixels of [0, edge] a random window covers in expectation, along one axis.
+def window_cover(edge: npt.ArrayLike, window: npt.ArrayLike, length: npt.ArrayLike) -> Values:
+    """Return the expected number of pixels of [0, edge] covered by a random window, along one axis.
 
-    The window begins at any whole pixel at which it fits, each with the same probability. It covers pixel j with
-    probability min(j + 1, length - j, window, length - window + 1) / (length - window + 1); this is the sum of that up
-    to `edge`, which may be within a pixel. The difference of two such values is the cover of an interval.
+    The window starts at any integer pixel at which it fits, with equal probability. It covers pixel j with probability
+    min(j + 1, length - j, window, length - window + 1) / (length - window + 1); this function is the sum of that up to
+    `edge`, which may be fractional. The difference of two values is the cover of an interval.
 
     Args:
         edge: Positions in [0, length].
@@ -131,19 +132,18 @@ def window_cover(edge: npt.ArrayLike, window: npt.ArrayLike, length: npt.ArrayLi
     """
     t, w, n = (np.asarray(value, np.float64) for value in (edge, window, length))
     top = np.minimum(w, n - w + 1)  # starts that cover a pixel of the middle; also the pixels of either ramp
-    whole = np.floor(t)
-    up = np.minimum(whole, top)
-    risen = up * (up + 1) / 2 + (whole - up) * top + (t - whole) * np.minimum(whole + 1, top)
+    full = np.floor(t)
+    up = np.minimum(full, top)
+    total = up * (up + 1) / 2 + (full - up) * top + (t - full) * np.minimum(full + 1, top)
     down = np.maximum(t - (n - top), 0)
-    whole = np.floor(down)
-    lost = whole * (whole - 1) / 2 + (down - whole) * whole
-    return np.asarray((risen - lost) / (n - w + 1))
+    full = np.floor(down)
+    excess = full * (full - 1) / 2 + (down - full) * full
+    return np.asarray((total - excess) / (n - w + 1))
 
 
 @lru_cache(256)
 def _boxes(crop: RandomResizedCrop, size: tuple[int, int]) -> tuple[Values, Values, float]:
-    """Return the heights and widths of the boxes of RandomResizedCrop that fit into an image of `size` (h, w), all
-    equally likely, and the probability that none of ten tries fits."""
+    """Return heights and widths of the equally likely boxes that fit an image, and the probability of ten misfits."""
     height, width = size
     u = (np.arange(_POINTS) + 0.5) / _POINTS
     area = height * width * (crop.scale[0] + u[:, None] * (crop.scale[1] - crop.scale[0]))
@@ -160,12 +160,12 @@ class Coverage:
 
     Attributes:
         spec: The data.
-        size: (h, w) of the crops.
+        size: Height and width of the crops.
         mask_ratio: Share of the patches that is hidden.
         objects: The objects.
         values: Expected coverage of each object.
-        drawn: Mean of each object's sampled coverage, and the variance of that mean.
-        outside: Objects left out because no part of them is in their image.
+        sampled: Mean of each object's sampled coverage, and the variance of that mean.
+        outside: Number of skipped objects that are outside their image.
     """
 
     spec: str
@@ -173,7 +173,7 @@ class Coverage:
     mask_ratio: float
     objects: list[ImageObject]
     values: dict[str, Values]
-    drawn: dict[str, tuple[Values, Values]]
+    sampled: dict[str, tuple[Values, Values]]
     outside: int
 
     def means(self) -> dict[str, dict[str, float]]:
@@ -181,25 +181,24 @@ class Coverage:
         masking; and the objects' mean by sampling with its standard error, if crops were sampled."""
         _, image, count = np.unique([o.image for o in self.objects], return_inverse=True, return_counts=True)
         weight = 1 / count[image] / len(count)
-        found = {}
-        for name, each in self.values.items():
-            image_mean, object_mean = float((each * weight).sum()), float(each.mean())
-            found[name] = {"image": image_mean, "object": object_mean}
-            found[name] |= {f"masked/{k}": (1 - self.mask_ratio) * v for k, v in list(found[name].items())}
-            if name in self.drawn:
-                mean, variance = self.drawn[name]
-                found[name]["simulated/object"] = float(mean.mean())
-                found[name]["simulated/error"] = math.sqrt(float(variance.sum())) / len(mean)
-        return found
+        means = {}
+        for name, values in self.values.items():
+            over = {"image": float((values * weight).sum()), "object": float(values.mean())}
+            means[name] = over | {f"masked/{key}": (1 - self.mask_ratio) * value for key, value in over.items()}
+            if name in self.sampled:
+                mean, variance = self.sampled[name]
+                means[name]["simulated/object"] = float(mean.mean())
+                means[name]["simulated/error"] = math.sqrt(float(variance.sum())) / len(mean)
+        return means
 
     def table(self) -> Table:
         """Return the means in per cent as a table for a terminal."""
         table = Table("object coverage", "images", "objects", f"images, {self.mask_ratio:.0%} masked", box=None)
-        if self.drawn:
+        if self.sampled:
             table.add_column("objects, simulated")
         for name, mean in self.means().items():
             cells = [f"{100 * mean[key]:.1f} %" for key in ("image", "object", "masked/image")]
-            if name in self.drawn:
+            if name in self.sampled:
                 cells.append(f"{100 * mean['simulated/object']:.2f} ± {100 * mean['simulated/error']:.2f} %")
             table.add_row(name, *cells)
         return table
@@ -207,13 +206,20 @@ class Coverage:
     def save(self, folder: Path) -> list[Path]:
         """Write coverage.json (means), coverage.csv (a line per object) and coverage.png; return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"coverage.{end}" for end in ("json", "csv", "png")]
-        about = {"data": self.spec, "size": self.size, "mask_ratio": self.mask_ratio, "outside": self.outside}
-        counts = {"objects": len(self.objects), "images": len({o.image for o in self.objects})}
-        content = {**about, **counts, "means": self.means(), "versions": versions()}
+        paths = [folder / f"coverage.{suffix}" for suffix in ("json", "csv", "png")]
+        content = {
+            "data": self.spec,
+            "size": self.size,
+            "mask_ratio": self.mask_ratio,
+            "outside": self.outside,
+            "objects": len(self.objects),
+            "images": len({o.image for o in self.objects}),
+            "means": self.means(),
+            "versions": versions(),
+        }
         rows: list[list[str]] = [["image", "share_of_image", *self.values]]
         for i, obj in enumerate(self.objects):
-            rows.append([csv_cell(obj.image), f"{_share(obj):.6f}", *(f"{v[i]:.6f}" for v in self.values.values())])
+            rows.append([csv_cell(obj.image), f"{_area(obj):.6f}", *(f"{v[i]:.6f}" for v in self.values.values())])
         write_text_atomically(paths[0], json.dumps(content, indent=2) + "\n")
         write_csv(paths[1], rows)
         atomic_write(paths[2], partial(draw(self).save, format="PNG"))
@@ -230,11 +236,11 @@ def measure_coverage(
     seed: int = 0,
     console: Console | None = None,
 ) -> Coverage:
-    """Measure the coverage of all objects that `spec` names by all crops of `crops`.
+    """Measure the coverage of all annotated objects by all crops of `crops`.
 
     Args:
         spec: Annotations: see `annotations.read_objects`.
-        size: (h, w) of the crops.
+        size: Height and width of the crops.
         mask_ratio: Share of the patches that is hidden.
         boxes: Use the boxes of masks instead of the masks.
         draws: Crops to sample for each object and crop, as a check; 0: none.
@@ -249,34 +255,33 @@ def measure_coverage(
     objects, outside = read_objects(spec)
     if boxes:
         objects = [ImageObject(o.image, o.size, o.box) for o in objects]
-    every = crops(size)
-    values = {name: np.empty(len(objects)) for name in every}
-    drawn = {name: (np.empty(len(objects)), np.empty(len(objects))) for name in every if draws > 1}
+    values = {name: np.empty(len(objects)) for name in crops(size)}
+    sampled = {name: (np.empty(len(objects)), np.empty(len(objects))) for name in values if draws > 1}
     with progress(f"coverage of {spec}", len(objects), console) as advance:
         for i, obj in enumerate(objects):
-            for name, crop in every.items():
+            for name, crop in crops(size).items():
                 values[name][i] = expected_coverage(obj, crop)
-                if name in drawn:
-                    each = sampled_coverage(obj, crop, draws, seed, i)
-                    drawn[name][0][i], drawn[name][1][i] = each.mean(), each.var(ddof=1) / draws
+                if name in sampled:
+                    coverages = sampled_coverage(obj, crop, draws, seed, i)
+                    sampled[name][0][i], sampled[name][1][i] = coverages.mean(), coverages.var(ddof=1) / draws
             advance(i + 1)
-    return Coverage(spec, size, mask_ratio, objects, values, drawn, outside)
+    return Coverage(spec, size, mask_ratio, objects, values, sampled, outside)
 
 
 def draw(coverage: Coverage, bins: int = 10) -> Image.Image:
     """Plot the mean coverage against the object's share of its image, with equally many objects per point."""
     figure, axes = new_plot(5.6, 3.6)
-    shares = np.array([_share(obj) for obj in coverage.objects])
-    parts = np.array_split(np.argsort(shares, kind="stable"), min(bins, len(shares)))
-    for (name, each), color in zip(coverage.values.items(), PLOT_COLORS, strict=False):
-        points = [(100 * shares[part].mean(), 100 * each[part].mean()) for part in parts]
+    areas = np.array([_area(obj) for obj in coverage.objects])
+    groups = np.array_split(np.argsort(areas, kind="stable"), min(bins, len(areas)))
+    for (name, values), color in zip(coverage.values.items(), PLOT_COLORS, strict=False):
+        points = [(100 * areas[group].mean(), 100 * values[group].mean()) for group in groups]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.6, label=name, color=color)
     axes.set(xlabel="object's share of the image (%)", ylabel="object coverage (%)", ylim=(None, 101))
     axes.legend(frameon=False)
     return plot_image(figure)
 
 
-def _share(obj: ImageObject) -> float:
+def _area(obj: ImageObject) -> float:
     """Return the object's share of its image's area."""
     if obj.mask is not None:
         return float(obj.mask.mean())

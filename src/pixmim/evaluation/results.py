@@ -1,4 +1,4 @@
-"""The one contract of evaluations: a function of (context, settings) yields named values; they end here, in JSON."""
+"""Results of evaluations, and their JSON files."""
 
 import json
 import platform
@@ -20,38 +20,49 @@ from pixmim.utils.trust import inside
 
 @dataclass(frozen=True)
 class Result:
-    """Values of one evaluation of one encoder, what it drew, and what it takes to repeat it."""
+    """Values of one evaluation of one encoder, and what is needed to repeat it.
+
+    Attributes:
+        evaluation: Name of the evaluation.
+        model: Name of the model.
+        encoder: "trained" or "untrained".
+        step: Training step of the weights.
+        settings: Settings of the evaluation.
+        values: Values by name.
+        config: Configuration that builds the encoder, with its training if that is known.
+        device: Device of the evaluation.
+        precision: Precision of the evaluation.
+        versions: See `versions`.
+        pictures: Images by caption. In the JSON, names of PNG files in the same folder by caption.
+    """
 
     evaluation: str
     model: str
     encoder: str
-    """"trained" or "untrained"."""
     step: int
     settings: dict[str, Any]
     values: dict[str, float]
     config: dict[str, Any]
-    """The Run that builds the encoder, and trained it if it is pixmim's."""
     device: str
     precision: str
     versions: dict[str, str]
     pictures: dict[str, Image.Image] = field(default_factory=dict)
-    """Pictures by caption; in the JSON, names of PNG files beside it by caption."""
 
 
 def save(result: Result, folder: Path) -> Path:
-    """Write a result into a folder's `evaluations/`, in place of an older one of the same settings.
+    """Write a result to a folder's `evaluations/`, replacing one with the same settings. Returns the JSON file.
 
-    Numbers that are not finite become null.
+    Values that are not finite become null.
     """
     folder = inside(folder, "evaluations")
     folder.mkdir(parents=True, exist_ok=True)
     key = sha256(json.dumps(result.settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
     path = folder / f"{result.evaluation}-{result.encoder}-{key}.json"
     names = {}
-    for caption, picture in result.pictures.items():
+    for caption, image in result.pictures.items():
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
         names[caption] = f"{path.stem}-{words}.png"
-        atomic_write(folder / names[caption], partial(picture.save, format="PNG"))
+        atomic_write(folder / names[caption], partial(image.save, format="PNG"))
     content = asdict(replace(result, pictures={})) | {"pictures": names}
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
@@ -59,12 +70,13 @@ def save(result: Result, folder: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, and the commit if pixmim runs from a checkout."""
+    """Return the versions of pixmim, torch, timm and Python, and the commit if pixmim runs from a checkout."""
     checkout = Path(__file__).parents[3]
     found = {name: version(name) for name in ("pixmim", "torch", "timm")} | {"python": platform.python_version()}
     git = ["git", "--no-optional-locks", "-C", str(checkout), "describe", "--always", "--dirty"]
-    if not (checkout / ".git").exists():  # git would look further up, and obey what a stranger's repository configures
+    if not (checkout / ".git").exists():  # git would search parent folders and obey the configuration of any repository
         return found
+    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     with suppress(OSError, subprocess.SubprocessError):
         found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     return found

@@ -1,59 +1,66 @@
-"""Settings of the evaluations, as frozen dataclasses. The text below a field is its `--help`.
+"""Settings of the evaluations, as frozen dataclasses. The string below a field is its `--help`.
 
-Imports no torch, so that `pixmim evaluate NAME --help` answers at once.
+Imports no torch, so that `pixmim evaluate NAME --help` is fast.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pixmim.evaluation.settings_finetune import (
-    DetectionSettings,
-    FinetuneOverrides,
-    FinetuneRecipe,
-    FinetuneSettings,
-    SegmentationSettings,
+from tyro.conf import arg
+
+from pixmim.utils.errors import UserError
+from pixmim.utils.validation import (
+    MAX_DEPTH,
+    MAX_SIDE,
+    MAX_WIDTH,
+    Count,
+    Data,
+    LearningRate,
+    Positive,
+    Real,
+    Seed,
+    Settings,
+    Sides,
+    Size,
+    NonNegative,
+    Threads,
+    Integer,
 )
-from pixmim.utils.validation import Count, Data, Integer, LearningRate, Seed, Settings, Threads
 
 DATA_FIELDS = (
-    "train",
-    "test",
-    "data",
-    "train_images",
-    "test_images",
-    "imagenet_c",
-    "imagenet_a",
-    "imagenet_r",
-    "imagenet_sketch",
-    "stimuli",
-    "pairs",
-    "coco",
+    *("train", "test", "data", "train_images", "test_images", "stimuli", "pairs", "coco"),
+    *("imagenet_c", "imagenet_a", "imagenet_r", "imagenet_sketch"),
 )
 """Names of settings that hold data, as --data takes them."""
 
 Severities = Annotated[tuple[int, ...], Integer(1, 5)]
+Decay = Annotated[float, Real(0, 10)]
+LayerDecay = Annotated[float, Real(1e-3, 1)]
+DropPath = Annotated[float, Real(0, 0.99)]
 
 
 @dataclass(frozen=True)
-class KnnSettings(Settings):
-    """k-NN as in DINO: cosine similarity of frozen features, votes weighted by exp(similarity / 0.07)."""
+class LabeledSettings(Settings):
+    """Labeled train and test data."""
 
     train: Data
-    """Labeled reference data: a folder with one subfolder per class, or anything else that --data takes."""
+    """Labeled data to train on: a folder with one subfolder per class, or anything else that --data takes."""
     test: Data
-    """Labeled data to measure on."""
+    """Labeled data to evaluate on."""
+
+
+@dataclass(frozen=True)
+class KnnSettings(LabeledSettings):
+    """k-NN as in DINO: cosine similarity of frozen features, votes weighted by exp(similarity / 0.07)."""
+
     k: Annotated[tuple[int, ...], Integer(1, 999_999_999)] = (1, 20)
     """Numbers of neighbors; each gives its own result."""
 
 
 @dataclass(frozen=True)
-class LinearSettings(Settings):
+class LinearSettings(LabeledSettings):
     """Linear probe on the frozen encoder: DINOv2's sweep, the best chosen on a held-out part; or MAE's protocol."""
 
-    train: Data
-    """Labeled data to train on."""
-    test: Data
-    """Labeled data to measure on."""
     protocol: Literal["sweep", "mae"] = "sweep"
     """sweep: many learning rates on cached features. mae: LARS and BatchNorm on augmented images, as published."""
     epochs: Annotated[int | None, Integer(1, 1_000_000)] = None
@@ -70,6 +77,211 @@ class LinearSettings(Settings):
     """mae: threads that decode images; 0: one per core, at most 16."""
 
 
+Unset = TypeVar("Unset")
+
+_UNSET: Any = None
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(Settings, Generic[Unset]):
+    """Settings of a fine-tuning recipe. `Unset` is None where they may be left out, as in overrides of a recipe."""
+
+    epochs: Annotated[float | Unset, Real(0.001, 1e06)] = _UNSET
+    """Epochs over the train data."""
+    warmup: Annotated[float | Unset, Real(0, 1e06)] = _UNSET
+    """Epochs of warm-up, at most a fifth of all."""
+    warmup_prefix: bool | Unset = _UNSET
+    """True: the cosine starts after the warm-up (MAE). False: at the first step (SimMIM, DeiT III)."""
+    batch_size: Annotated[int | Unset, Integer(2, 999_999_999)] = _UNSET
+    """Images per step."""
+    optimizer: Literal["adamw", "lamb"] | Unset = _UNSET
+    """AdamW, or LAMB (DeiT III)."""
+    base_lr: Annotated[float | Unset, Real(0, 100, above=True)] = _UNSET
+    """Learning rate of the head per 256 images of a batch."""
+    warmup_start_lr: Annotated[float | Unset, Real(0, 100)] = _UNSET
+    """Learning rate at the start of the warm-up."""
+    min_lr: Annotated[float | Unset, Real(0, 100)] = _UNSET
+    """Learning rate at the end of the cosine."""
+    layer_decay: Annotated[float | Unset, Real(0.001, 1)] = _UNSET
+    """Learning rate of each layer relative to the layer above it."""
+    weight_decay: Annotated[float | Unset, Real(0, 10)] = _UNSET
+    """Not applied to norms, biases, positions and single tokens."""
+    clip: Annotated[float | Unset, Real(0, 1e06)] = _UNSET
+    """Largest norm of the gradient; 0: unlimited."""
+    drop_path: Annotated[float | Unset, Real(0, 0.99)] = _UNSET
+    """Stochastic depth rate of the last block; linear from 0 at the first."""
+    crop: Literal["random-resized", "simple-resized"] | Unset = _UNSET
+    """random-resized, or simple-resized (AlexNet, DeiT III, PixMIM)."""
+    scale: Annotated[tuple[float, float] | Unset, Real(0, 1, above=True)] = _UNSET
+    """random-resized: range of the share of the area."""
+    augment: Literal["rand", "three", "none"] | Unset = _UNSET
+    """rand: RandAugment m9-mstd0.5-inc1. three: 3-Augment (DeiT III)."""
+    jitter: Annotated[float | Unset, Real(0, 1)] = _UNSET
+    """Strength of the jitter of brightness, contrast and saturation."""
+    erase: Annotated[float | Unset, Real(0, 1)] = _UNSET
+    """Probability of random erasing, by noise."""
+    mixup: Annotated[float | Unset, Real(0, 100)] = _UNSET
+    """Alpha of mixup; 0: off."""
+    cutmix: Annotated[float | Unset, Real(0, 100)] = _UNSET
+    """Alpha of CutMix; 0: off."""
+    smoothing: Annotated[float | Unset, Real(0, 0.99)] = _UNSET
+    """Label smoothing."""
+    loss: Literal["ce", "bce"] | Unset = _UNSET
+    """ce: cross-entropy. bce: binary cross-entropy of each class (DeiT III)."""
+    pool: Literal["mean", "cls"] | Unset = _UNSET
+    """Input of the head: the mean of the patch tokens, or the class token."""
+    head_std: Annotated[float | Unset, Real(0, 10)] = _UNSET
+    """Standard deviation of the head's initial weights."""
+    average: Annotated[float | Unset, Real(0, 0.999999)] = _UNSET
+    """Decay per step of a moving average of the weights (EMA) to evaluate, such as 0.9999; 0: off."""
+
+
+FinetuneOverrides = FinetuneRecipe[None]
+"""Values that replace a recipe's own; None keeps the recipe's."""
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(LabeledSettings):
+    """Fine-tune the complete encoder with labels, by its method's published recipe, and save the classifier."""
+
+    recipe: str = "auto"
+    """auto: by the encoder's kind and size; or mae-vit-base, mae-vit-large, mae-vit-huge, convmae-base,
+    simmim-swin-base-100, simmim-swin-base-800, simmim-swin-large, simmim-vit-base, deit3-vit-base."""
+    from_scratch: bool = False
+    """Start from random weights of the same architecture; auto is then DeiT III's recipe."""
+    size: Annotated[str, Sides(empty=True)] = ""
+    """Side in pixels, or HEIGHTxWIDTH. Default: the encoder's. Position tables are interpolated."""
+    accumulation_steps: NonNegative = 0
+    """Number of parts in which a batch is computed, to fit into memory; each is mixed separately. 0: on a CPU, parts of
+    a size that suits a laptop; on a GPU, one part."""
+    seed: Seed = 0
+    """Seed of the head, the order, and all other randomness in training."""
+    threads: Threads = 0
+    """Threads that decode images; 0: one per core, at most 16."""
+    changes: Annotated[FinetuneOverrides, arg(name="")] = field(default_factory=FinetuneOverrides)
+    """Values that replace the recipe's."""
+
+
+@dataclass(frozen=True)
+class SegmentationSettings(Settings):
+    """Semantic segmentation by UPerNet end to end, or a linear head: mean IoU. The defaults are MAE's on ADE20K."""
+
+    train: Data
+    """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both."""
+    test: Data
+    """Data to evaluate on, likewise; of ADE20K's layout, validation/ is used."""
+    foreground: Annotated[int | None, Integer(0, 255)] = None
+    """For masks of an object: this value (often 255) is the class foreground, every other one background."""
+    ignore: str = "auto"
+    """auto: mask values are class numbers, and 255 (in ADE20K's layout also 0) is ignored. none, or a value to ignore:
+    all (other) values of the train masks are the classes, in order."""
+    head: Literal["uper", "linear"] = "uper"
+    """uper: UPerNet with an auxiliary head. linear: BatchNorm and one linear layer on each patch of the last map."""
+    frozen: bool | None = None
+    """Freeze the encoder. Default: with the linear head only."""
+    size: Size = "512"
+    """Side of the crops and of the test windows in pixels, or HEIGHTxWIDTH."""
+    steps: Count = 160_000
+    """Steps."""
+    batch_size: Count = 16
+    """Images per step."""
+    accumulation_steps: Count = 1
+    """Number of parts in which a batch is computed, to fit into memory."""
+    lr: Annotated[float | None, Real(0, 100, above=True)] = None
+    """Learning rate. Default: 1e-4 with uper, 1e-3 with the linear head."""
+    warmup: NonNegative = 1500
+    """Steps of warm-up, at most a fifth of all; then linear to zero."""
+    weight_decay: Decay = 0.05
+    """Weight decay of AdamW; not applied to norms, biases, positions and single tokens."""
+    layer_decay: LayerDecay = 0.65
+    """Learning rate of each layer of the encoder relative to the layer above it."""
+    drop_path: DropPath = 0.1
+    """Stochastic depth rate of the last block; linear from 0 at the first."""
+    width: Annotated[int, Integer(1, MAX_WIDTH)] = 512
+    """Channels of UPerNet."""
+    threads: Threads = 0
+    """Threads that decode images; 0: one per core, at most 16."""
+    seed: Seed = 0
+    """Seed of the head, the order, crops and colors."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.accumulation_steps or self.batch_size // self.accumulation_steps < 2:
+            raise UserError(
+                f"--batch-size {self.batch_size} does not divide into --accumulation-steps "
+                f"{self.accumulation_steps} equal parts of 2 images or more"
+            )
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.lr if self.lr is not None else 1e-4 if self.head == "uper" else 1e-3
+
+
+@dataclass(frozen=True)
+class DetectionSettings(Settings):
+    """Average precision of boxes and masks: Faster or Mask R-CNN on the encoder, fine-tuned as ViTDet on COCO."""
+
+    train: str = ""
+    """Objects to train on: a JSON file in COCO's format, or shapes:."""
+    test: str = ""
+    """Objects to evaluate on, likewise."""
+    data: str = ""
+    """Instead of both: the folder of COCO, with annotations/, train2017/ and val2017/."""
+    train_images: str = ""
+    """Folder of the train images. Default: ROOT/NAME for ROOT/annotations/instances_NAME.json, or the file's own."""
+    test_images: str = ""
+    """Folder of the test images, likewise."""
+    masks: Literal["auto", "yes", "no"] = "auto"
+    """Train masks as well (Mask R-CNN), and ignore objects without one; auto: if more than half have one."""
+    size: Annotated[int, Integer(1, MAX_SIDE)] = 1024
+    """Side of the square input in pixels."""
+    epochs: Positive = 100.0
+    """Epochs over the train data."""
+    steps: Annotated[int | None, Integer(1, 999_999_999)] = None
+    """Steps, instead of epochs."""
+    batch_size: Count = 64
+    """Images per step."""
+    accumulation_steps: NonNegative = 0
+    """Number of parts in which a batch is computed, to fit into memory. 0: on a CPU, parts of a size that suits a
+    laptop; on a GPU, one part."""
+    lr: LearningRate = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: Decay = 0.1
+    """Weight decay; not applied to norms, biases and absolute positions."""
+    layer_decay: LayerDecay = 0.7
+    """Learning rate of each layer of the encoder relative to the layer above it."""
+    drop_path: DropPath = 0.1
+    """Stochastic depth rate of the last block; linear from 0 at the first."""
+    warmup: NonNegative = 250
+    """Steps of linear warm-up, at most a fifth of all."""
+    drops: Annotated[tuple[float, float], Real(0, 1)] = (0.889, 0.963)
+    """Shares of the training after which the learning rate is divided by ten."""
+    jitter: Annotated[tuple[float, float], Real(0.01, 100)] = (0.1, 2.0)
+    """Smallest and largest scale of a train image; 1 fits it into the square."""
+    window: Annotated[int, Integer(1, 1_024)] = 14
+    """Side in patches of the attention windows of most of a ViT's blocks."""
+    global_blocks: Annotated[int, Integer(0, MAX_DEPTH)] = 4
+    """Number of a ViT's blocks with global attention, evenly spaced."""
+    relative_positions: bool = True
+    """Add relative positions to a ViT without; they are initialized to zero."""
+    width: Annotated[int, Integer(1, MAX_WIDTH)] = 256
+    """Channels of pyramid and heads."""
+    regions: Annotated[int, Integer(1, 100_000)] = 512
+    """Regions of an image that the heads train on in a step."""
+    seed: Seed = 0
+    """Seed of the heads, the order, the jitter and the regions."""
+    threads: Threads = 0
+    """Threads that decode images; 0: one per core, at most 16."""
+    pictures: Annotated[int, Integer(0, 10_000)] = 8
+    """Number of test images to draw with their detections."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.jitter[0] > self.jitter[1]:
+            raise UserError("--jitter takes the smallest scale and the largest, not {:g} {:g}".format(*self.jitter))
+
+
 @dataclass(frozen=True)
 class RobustnessSettings(Settings):
     """Robustness to corruptions: ImageNet-C, -A, -R, -Sketch, or any labeled images, corrupted in memory."""
@@ -83,12 +295,12 @@ class RobustnessSettings(Settings):
     imagenet_sketch: str = ""
     """ImageNet-Sketch: WNID/*.JPEG, 1000 classes."""
     test: str = ""
-    """Labeled data to corrupt in memory and measure on."""
+    """Labeled data to corrupt in memory and evaluate on."""
     train: str = ""
     """Labeled clean data to fit a linear probe to, if the encoder has no classifier of the test data."""
     classifier: Literal["auto", "head", "probe"] = "auto"
-    """Classifier of the test data. head: the encoder's own, class folders in the order of its outputs. probe: a linear
-    probe. auto: the head if it is one of ImageNet and the folders are named by WordNet ids, or without --train."""
+    """Classifier of the test data. head: the encoder's own. probe: a linear probe. auto: the head if it has all classes
+    of the data by name, or without --train."""
     corruptions: tuple[str, ...] = ()
     """Names of corruptions, such as gaussian_noise or jpeg_compression. Default: all 15."""
     severities: Severities = (1, 2, 3, 4, 5)
@@ -101,7 +313,7 @@ class RobustnessSettings(Settings):
 
 @dataclass(frozen=True)
 class ShapeBiasSettings(Settings):
-    """Shape bias: does shape or texture decide, if an image has the shape of one class and the texture of another?"""
+    """Shape bias: share of decisions by shape on images with the shape of one class and the texture of another."""
 
     data: Data
     """Cue-conflict stimuli: SHAPE/SHAPE1-TEXTURE2.png; or shapes:texture=conflict."""
@@ -115,17 +327,13 @@ class ShapeBiasSettings(Settings):
 
 
 @dataclass(frozen=True)
-class EvaluateAllSettings(Settings):
-    """Run k-NN, linear probe, robustness, and what the other flags ask for, and write one page."""
+class EvaluateAllSettings(LabeledSettings):
+    """Run k-NN, linear probe, robustness, and the evaluations of the other flags, and write one page."""
 
-    train: Data
-    """Labeled data to train on."""
-    test: Data
-    """Labeled data to measure on."""
     severities: Severities = (1, 2, 3, 4, 5)
     """Severities of the corruptions made in memory, from 1 to 5."""
     stimuli: str = ""
-    """Cue-conflict stimuli for shape bias. With shapes: as data, they are made."""
+    """Cue-conflict stimuli for shape bias. Synthetic with shapes: as data."""
     imagenet_c: str = ""
     """ImageNet-C, as for robustness."""
     imagenet_a: str = ""
@@ -143,47 +351,22 @@ class EvaluateAllSettings(Settings):
 
     def parts(self) -> list[tuple[str, Any]]:
         """Return the evaluations by name, with their settings."""
-        found: list[tuple[str, Any]] = [
+        imagenet = self.imagenet_c, self.imagenet_a, self.imagenet_r, self.imagenet_sketch
+        parts: list[tuple[str, Any]] = [
             ("knn", KnnSettings(self.train, self.test)),
             ("linear", LinearSettings(self.train, self.test)),
-            (
-                "robustness",
-                RobustnessSettings(
-                    self.imagenet_c,
-                    self.imagenet_a,
-                    self.imagenet_r,
-                    self.imagenet_sketch,
-                    self.test,
-                    self.train,
-                    severities=self.severities,
-                ),
-            ),
+            ("robustness", RobustnessSettings(*imagenet, self.test, self.train, severities=self.severities)),
         ]
-        drawn = all(data.startswith("shapes:") and "texture=" not in data for data in (self.train, self.test))
+        synthetic = all(data.startswith("shapes:") and "texture=" not in data for data in (self.train, self.test))
         if self.stimuli:
-            found.append(("shape-bias", ShapeBiasSettings(self.stimuli, self.train)))
-        elif drawn:  # train where both cues agree, test where they conflict
+            parts.append(("shape-bias", ShapeBiasSettings(self.stimuli, self.train)))
+        elif synthetic:  # train where both cues agree, test where they conflict
             train, test = (f"{data}{'' if data.endswith(':') else ','}texture=" for data in (self.train, self.test))
-            found.append(("shape-bias", ShapeBiasSettings(f"{test}conflict", f"{train}match")))
+            parts.append(("shape-bias", ShapeBiasSettings(f"{test}conflict", f"{train}match")))
         if self.finetune:
-            found.append(("finetune", FinetuneSettings(self.train, self.test)))
+            parts.append(("finetune", FinetuneSettings(self.train, self.test)))
         if self.pairs:
-            found.append(("segmentation", SegmentationSettings(self.pairs, self.pairs)))
+            parts.append(("segmentation", SegmentationSettings(self.pairs, self.pairs)))
         if self.coco:
-            found.append(("detection", DetectionSettings(data=self.coco)))
-        return found
-
-
-__all__ = [
-    "DATA_FIELDS",
-    "DetectionSettings",
-    "EvaluateAllSettings",
-    "FinetuneOverrides",
-    "FinetuneRecipe",
-    "FinetuneSettings",
-    "KnnSettings",
-    "LinearSettings",
-    "RobustnessSettings",
-    "SegmentationSettings",
-    "ShapeBiasSettings",
-]
+            parts.append(("detection", DetectionSettings(data=self.coco)))
+        return parts

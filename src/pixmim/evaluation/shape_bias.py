@@ -13,9 +13,8 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.classification import check_classes, labels_among
-from pixmim.evaluation.classifiers import ImageClassifier, imagenet_head, probe_classifier
+from pixmim.evaluation.classifiers import CATEGORIES, imagenet_head, probe_classifier, wnids
 from pixmim.evaluation.context import EvalContext, Values
-from pixmim.evaluation.imagenet_classes import CATEGORIES, wnids
 from pixmim.evaluation.settings import ShapeBiasSettings
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
 from pixmim.utils.console import plot_label, progress
@@ -28,7 +27,6 @@ _STIMULUS = re.compile(r"([a-z]+)\d*-([a-z]+)\d*", re.IGNORECASE)
 
 def check_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> None:
     """Raise UserError for stimuli, train data or an encoder that `evaluate_shape_bias` would refuse; fits nothing."""
-    data = context.data(settings.data)
     if settings.train:
         train = context.data(settings.train)
         check_classes(train)
@@ -36,6 +34,7 @@ def check_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> None:
     else:
         imagenet_head(context, _WITH_HEAD)
         names = list(CATEGORIES)
+    data = context.data(settings.data)
     _check_conflict(data, *cues(data, names))
 
 
@@ -43,7 +42,7 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
     """Yield the shape bias and the decisions behind it, in per cent, for all stimuli and for those of each shape.
 
     With the encoder's own classifier of ImageNet, a category's probability is the mean over its classes, and the
-    complete stimulus is seen. A probe ("probe/" before the names: an adaptation of the protocol) sees the evaluation
+    complete stimulus is used. A probe ("probe/" before the names: an adaptation of the protocol) uses the evaluation
     crop, as in fitting. Draws the plot of categories. Raises UserError.
     """
     data = context.data(settings.data)
@@ -52,93 +51,91 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
         names, groups, crop = classifier.classes, None, evaluation_crop(context.encoder.size)
     else:
         classifier = imagenet_head(context, _WITH_HEAD)
-        place = {name: i for i, name in enumerate(classifier.classes)}
-        ours = [place[wnid] for wnid in wnids()]
-        groups = [tuple(ours[number] for number in group) for group in CATEGORIES.values()]
+        output = {name: i for i, name in enumerate(classifier.classes)}
+        outputs = [output[wnid] for wnid in wnids()]
+        groups = [tuple(outputs[index] for index in category) for category in CATEGORIES.values()]
         names, crop = list(CATEGORIES), CenterCrop(context.encoder.size)
     shapes, textures = cues(data, names)
-    seen, answers = [], []
+    readable, predictions = [], []
     with progress(data.spec, len(data), context.console) as advance:
         for images, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256):
             if len(indices):
-                answers.append(_answers(classifier, images, groups))
-                seen.append(torch.from_numpy(indices))
+                scores = classifier.scores(images)
+                predictions.append((scores if groups is None else categories(scores, groups)).argmax(dim=1))
+                readable.append(torch.from_numpy(indices))
             advance(end)
-    if not seen:
-        raise UserError(f"not one stimulus of {data.spec} can be read")
-    order, given = torch.cat(seen), torch.cat(answers)
+    if not readable:
+        raise UserError(f"no stimulus of {data.spec} can be read")
+    order, predicted = torch.cat(readable), torch.cat(predictions)
     shapes, textures = shapes[order], textures[order]
     _check_conflict(data, shapes, textures)
-    by_shape, by_texture, bias = shape_decisions(given, shapes, textures)
-    yield f"{classifier.kind}/shape_bias", 100 * bias
-    yield f"{classifier.kind}/shape", 100 * by_shape
-    yield f"{classifier.kind}/texture", 100 * by_texture
-    yield f"{classifier.kind}/stimuli", float((shapes != textures).sum())
-    counts = torch.bincount(shapes[shapes != textures])
-    yield f"{classifier.kind}/majority", 100 * float(counts.max() / counts.sum())
-    each: dict[str, float] = {}
+    kind, conflict = classifier.kind, shapes != textures
+    by_shape, by_texture, bias = shape_decisions(predicted, shapes, textures)
+    yield f"{kind}/shape_bias", 100 * bias
+    yield f"{kind}/shape", 100 * by_shape
+    yield f"{kind}/texture", 100 * by_texture
+    yield f"{kind}/stimuli", float(conflict.sum())
+    counts = torch.bincount(shapes[conflict])
+    yield f"{kind}/majority", 100 * float(counts.max() / counts.sum())
+    biases: dict[str, float] = {}
     for i, name in enumerate(names):
-        mine = shapes == i
-        if bool((mine & (shapes != textures)).any()):
-            by_shape, by_texture, each[name] = shape_decisions(given[mine], shapes[mine], textures[mine])
-            yield f"{classifier.kind}/category/{name}/shape_bias", 100 * each[name]
-            yield f"{classifier.kind}/category/{name}/shape", 100 * by_shape
-            yield f"{classifier.kind}/category/{name}/texture", 100 * by_texture
-    yield f"{classifier.kind}/balanced", 100 * float(torch.tensor(list(each.values()), dtype=torch.float64).nanmean())
-    who = "its own classifier" if classifier.kind == "head" else "a linear probe"
-    context.images[f"Shape bias by category, {who}"] = draw(each, bias)
+        rows = shapes == i
+        if bool((rows & conflict).any()):
+            by_shape, by_texture, biases[name] = shape_decisions(predicted[rows], shapes[rows], textures[rows])
+            yield f"{kind}/category/{name}/shape_bias", 100 * biases[name]
+            yield f"{kind}/category/{name}/shape", 100 * by_shape
+            yield f"{kind}/category/{name}/texture", 100 * by_texture
+    yield f"{kind}/balanced", 100 * float(torch.tensor(list(biases.values()), dtype=torch.float64).nanmean())
+    title = "its own classifier" if kind == "head" else "a linear probe"
+    context.images[f"Shape bias by category, {title}"] = draw(biases, bias)
 
 
 def _check_conflict(data: ImageDataset, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:
     if not bool((shapes != textures).any()):
-        raise UserError(f"in {data.spec} shape and texture agree in every stimulus: there is nothing to decide")
+        raise UserError(f"in {data.spec} shape and texture agree in every stimulus: pass stimuli with conflicting cues")
 
 
 def shape_decisions(
-    answers: Int[Tensor, " n"], shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]
+    predictions: Int[Tensor, " n"], shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]
 ) -> tuple[float, float, float]:
     """Return the shares of predictions of the shape and of the texture, and the shape bias: shape / (shape + texture).
 
-    All in [0, 1]. Stimuli whose shape and texture agree are left out. Shape bias is NaN if no prediction names either;
+    All in [0, 1]. Stimuli whose shape and texture agree are left out. Shape bias is NaN without predictions of either;
     all three are NaN if no stimulus is left (arXiv 1811.12231).
     """
     conflict = shapes != textures
     total = int(conflict.sum())
-    by_shape = int((conflict & (answers == shapes)).sum())
-    by_texture = int((conflict & (answers == textures)).sum())
-    named = by_shape + by_texture
+    by_shape = int((conflict & (predictions == shapes)).sum())
+    by_texture = int((conflict & (predictions == textures)).sum())
+    decisions = by_shape + by_texture
     if not total:
         return math.nan, math.nan, math.nan
-    return by_shape / total, by_texture / total, by_shape / named if named else math.nan
+    return by_shape / total, by_texture / total, by_shape / decisions if decisions else math.nan
 
 
 def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Return shape and texture of each stimulus as indices into `names`, from file names or from synthetic shapes.
 
     Raises:
-        UserError: If a folder or file is named otherwise.
+        UserError: If a folder or file has another name.
     """
     shapes = labels_among(data, names)
     if isinstance(data, SyntheticShapes):  # shape and texture with the same number are one class where they agree
-        place = torch.tensor([names.index(name) for name in data.classes])
-        return shapes, place[torch.from_numpy(data.texture_labels)]
+        index = torch.tensor([names.index(name) for name in data.classes])
+        return shapes, index[torch.from_numpy(data.texture_labels)]
     textures = []
-    for index in range(len(data)):
-        path = Path(data.path_of(index))
-        found = _STIMULUS.fullmatch(path.stem)
-        if found is None:
-            raise UserError(f"{path}: a stimulus is named SHAPE1-TEXTURE2.png, as cat4-elephant2.png")
-        shape, texture = found[1].lower(), found[2].lower()
-        if shape != names[int(shapes[index])]:
-            raise UserError(f"{path}: its name says the shape is {shape}, and its folder {names[int(shapes[index])]}")
+    for i in range(len(data)):
+        path, folder = Path(data.path_of(i)), names[int(shapes[i])]
+        match = _STIMULUS.fullmatch(path.stem)
+        if match is None:
+            raise UserError(f"{path}: stimuli are named SHAPE1-TEXTURE2.png, such as cat4-elephant2.png")
+        shape, texture = match[1].lower(), match[2].lower()
+        if shape != folder:
+            raise UserError(f"{path}: the shape of its name is {shape}, and of its folder {folder}")
         if texture not in names:
-            raise UserError(f"{path}: the texture {texture} is none of the classes: {', '.join(names)}")
+            raise UserError(f"{path}: the texture {texture} is not one of the classes: {', '.join(names)}")
         textures.append(names.index(texture))
     return shapes, torch.tensor(textures)
-
-
-def _answers(classifier: ImageClassifier, images: Tensor, groups: list[tuple[int, ...]] | None) -> Int[Tensor, " b"]:
-    return classifier.predict(images) if groups is None else categories(classifier.scores(images), groups).argmax(dim=1)
 
 
 def categories(scores: Float[Tensor, "b c"], groups: list[tuple[int, ...]]) -> Float[Tensor, "b k"]:
@@ -147,20 +144,20 @@ def categories(scores: Float[Tensor, "b c"], groups: list[tuple[int, ...]]) -> F
     return torch.stack([probabilities[:, list(group)].mean(dim=1) for group in groups], dim=1)
 
 
-def draw(each: dict[str, float], bias: float) -> Image.Image:
-    """Draw a row per category, a dot at its share of shape decisions, and a line at the share of all."""
-    figure, axes = new_plot(5.2, 0.9 + 0.26 * len(each))
+def draw(biases: dict[str, float], bias: float) -> Image.Image:
+    """Draw one row per category with a dot at its shape bias, and a line at the shape bias of all."""
+    figure, axes = new_plot(5.2, 0.9 + 0.26 * len(biases))
     axes.grid(visible=False)
-    rows = range(len(each))
+    rows = range(len(biases))
     axes.hlines(rows, 0, 100, color="#e6e6e6", linewidth=1, zorder=0)
-    axes.scatter([100 * value for value in each.values()], rows, color="#1f5fbf", s=34, zorder=2)
+    axes.scatter([100 * value for value in biases.values()], rows, color="#1f5fbf", s=34, zorder=2)
     axes.axvline(100 * bias, color="#d1495b", linewidth=1.6, zorder=1)
     axes.annotate(
         f"all: {100 * bias:.1f} %", (100 * bias, 1), xycoords=("data", "axes fraction"), xytext=(4, 3),
         textcoords="offset points", color="#d1495b", fontsize=9, annotation_clip=False,
     )  # fmt: skip
     axes.set(xlim=(-2, 102), xlabel="share of shape in decisions for shape or texture (%)", yticks=list(rows))
-    axes.set_yticklabels([plot_label(name) for name in each])
+    axes.set_yticklabels([plot_label(name) for name in biases])
     axes.invert_yaxis()
     axes.spines["left"].set_visible(False)
     axes.tick_params(left=False)

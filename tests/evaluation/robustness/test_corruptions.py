@@ -1,4 +1,4 @@
-"""The 15 corruptions against independent formulas, and their properties."""
+"""Test the 15 corruptions against independent formulas and the published strength."""
 
 import io
 import itertools
@@ -13,10 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.evaluation.robustness.blur import disk, glass
-from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, corrupt
+from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, FROST_COLORS, corrupt, disk, glass_blur
 from pixmim.evaluation.robustness.filters import crystals, enlarge, plasma, smear, smooth
-from pixmim.evaluation.robustness.weather import PANES
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
 
@@ -24,12 +22,12 @@ from pixmim.utils.errors import UserError
 RELATIVE = {"elastic_transform", "frost", "glass_blur"}
 
 
-def pictures(size: int, count: int = 4) -> list[Tensor]:
+def shapes(size: int, count: int = 4) -> list[Tensor]:
     data = SyntheticShapes(count=count, size=size)
     return [evaluation_crop(size).crop(data.image(i)) for i in range(count)]
 
 
-def grey(value: int, size: int = 224, channels: int = 3) -> Tensor:
+def gray(value: int, size: int = 224, channels: int = 3) -> Tensor:
     return torch.full((channels, size, size), value, dtype=torch.uint8)
 
 
@@ -93,7 +91,7 @@ def test_psnr_agrees_with_the_authors_code(name: str, dozen: list[Tensor]) -> No
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_pure_uint8_and_stronger_with_severity(name: str) -> None:
-    images = pictures(112)
+    images = shapes(112)
     change = []
     for severity in (1, 2, 3, 4, 5):
         made = [corrupt(image, name, severity, seed=3, index=i) for i, image in enumerate(images)]
@@ -103,40 +101,40 @@ def test_pure_uint8_and_stronger_with_severity(name: str) -> None:
     assert change[0] > 1
     if name not in RELATIVE:
         # The published constants make severities 2 and 3 of snow about equal.
-        assert all(later >= 0.97 * sooner for sooner, later in itertools.pairwise(change)), change
+        assert all(stronger >= 0.97 * weaker for weaker, stronger in itertools.pairwise(change)), change
     elif name == "elastic_transform":  # two kinds: a shear of up to 24 px and 49 px, then waves of few pixels
         assert change[0] < change[1] and change[2] < change[3] < change[4]
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 48, 80), (3, 256, 96)])
-def test_any_size_and_grey(name: str, shape: tuple[int, int, int]) -> None:
+def test_any_size_and_gray(name: str, shape: tuple[int, int, int]) -> None:
     image = torch.randint(0, 256, shape, dtype=torch.uint8)
     for severity in (1, 5):
         assert corrupt(image, name, severity).shape == shape
 
 
-def test_chance_is_the_images_own() -> None:
-    image = pictures(64, 1)[0]
+def test_randomness_depends_on_the_image_and_the_seed() -> None:
+    image = shapes(64, 1)[0]
     for name in ("gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "snow", "frost", "fog"):
         made = [corrupt(image, name, 3, seed=s, index=i) for s, i in ((0, 0), (0, 1), (1, 0))]
         assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
-    one = corrupt(grey(128), "gaussian_noise", 1).float() - 128
-    five = corrupt(grey(128), "gaussian_noise", 5).float() - 128
+    one = corrupt(gray(128), "gaussian_noise", 1).float() - 128
+    five = corrupt(gray(128), "gaussian_noise", 5).float() - 128
     assert np.corrcoef(one.flatten(), five.flatten())[0, 1] > 0.9  # severities of one image share their noise
 
 
 @pytest.mark.parametrize("severity", [1, 2, 3])
 def test_noise_has_the_published_strength(severity: int) -> None:
     sigma = (0.08, 0.12, 0.18)[severity - 1]
-    made = corrupt(grey(128), "gaussian_noise", severity).double() / 255
+    made = corrupt(gray(128), "gaussian_noise", severity).double() / 255
     assert float(made.mean()) == pytest.approx(128 / 255, abs=0.003)
     assert float(made.std()) == pytest.approx(sigma, rel=0.02)
     photons = (60, 25, 12)[severity - 1]  # a Poisson count of mean v c, over c, has variance v / c
-    made = corrupt(grey(64), "shot_noise", severity).double() / 255
+    made = corrupt(gray(64), "shot_noise", severity).double() / 255
     assert float(made.var()) == pytest.approx(64 / 255 / photons, rel=0.03)
     share = (0.03, 0.06, 0.09)[severity - 1]
-    made = corrupt(grey(128), "impulse_noise", severity)
+    made = corrupt(gray(128), "impulse_noise", severity)
     assert float((made == 0).double().mean()) == pytest.approx(share / 2, rel=0.06)
     assert float((made == 255).double().mean()) == pytest.approx(share / 2, rel=0.06)
     assert set(made.unique().tolist()) == {0, 128, 255}
@@ -145,7 +143,7 @@ def test_noise_has_the_published_strength(severity: int) -> None:
 def test_brightness_is_hsvs() -> None:
     import colorsys
 
-    image = pictures(32, 1)[0]
+    image = shapes(32, 1)[0]
     image[:, 0, 0] = 0
     made = corrupt(image, "brightness", 2).permute(1, 2, 0).reshape(-1, 3)
     for before, after in zip(image.permute(1, 2, 0).reshape(-1, 3)[:300], made[:300], strict=True):
@@ -154,8 +152,8 @@ def test_brightness_is_hsvs() -> None:
         np.testing.assert_allclose(after.numpy(), wanted, atol=0.51)
 
 
-def test_contrast_pixelate_and_jpeg_are_what_they_say() -> None:
-    image = pictures(64, 1)[0]
+def test_contrast_pixelate_and_jpeg_follow_their_formulas() -> None:
+    image = shapes(64, 1)[0]
     x = image.double().numpy()
     wanted = (x - x.mean(axis=(1, 2), keepdims=True)) * 0.2 + x.mean(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(corrupt(image, "contrast", 3).numpy(), wanted, atol=0.51)
@@ -213,8 +211,8 @@ def test_smoothing_and_enlarging_against_loops() -> None:
     torch.testing.assert_close(enlarge(ramp, 2.0), 5 + (ramp - 5) / 2)
 
 
-def test_zoom_blur_of_the_middle_stays_and_of_a_point_points_outwards() -> None:
-    image = grey(0, 225)
+def test_zoom_blur_keeps_the_center_and_smears_outwards() -> None:
+    image = gray(0, 225)
     image[:, 112, 112] = 255
     image[:, 112, 180] = 255
     made = corrupt(image, "zoom_blur", 3)[0]
@@ -230,11 +228,11 @@ def test_zoom_blur_has_the_published_number_of_enlargements(monkeypatch: pytest.
         factors.append(factor)
         return x
 
-    monkeypatch.setattr("pixmim.evaluation.robustness.blur.enlarge", enlarge_nothing)
+    monkeypatch.setattr("pixmim.evaluation.robustness.corruptions.enlarge", enlarge_nothing)
     counts = []
     for severity in (1, 2, 3, 4, 5):
         factors.clear()
-        assert torch.equal(corrupt(grey(90, 16), "zoom_blur", severity), grey(90, 16))
+        assert torch.equal(corrupt(gray(90, 16), "zoom_blur", severity), gray(90, 16))
         counts.append((len(factors), round(max(factors), 6)))
     assert counts == [(12, 1.11), (16, 1.15), (11, 1.2), (13, 1.24), (11, 1.3)]
 
@@ -242,7 +240,7 @@ def test_zoom_blur_has_the_published_number_of_enlargements(monkeypatch: pytest.
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_glass_copies_as_a_loop_over_pixels_does(scale: float) -> None:
     x, reach, rounds = torch.rand(3, 20, 31), 2, 3
-    made = glass(x, (0, reach, rounds), np.random.default_rng(4), scale)
+    made = glass_blur(x, (0, reach, rounds), np.random.default_rng(4), scale)
     draw, wanted, edge = np.random.default_rng(4), x.clone(), math.ceil(reach * scale)
     rows, columns = range(edge + 1, 20 - edge + 1), range(edge + 1, 31 - edge + 1)
     for _ in range(rounds):
@@ -257,11 +255,11 @@ def test_glass_copies_as_a_loop_over_pixels_does(scale: float) -> None:
     assert torch.equal(made, wanted) and not torch.equal(made, x)
 
 
-def test_ice_has_the_light_of_the_photographs_and_the_spectrum_of_crystals() -> None:
-    mean, deviation = (np.array(values) for values in zip(*PANES, strict=True))
+def test_frost_has_the_colors_of_the_photographs_and_the_spectrum_of_crystals() -> None:
+    mean, deviation = (np.array(values) for values in zip(*FROST_COLORS, strict=True))
     seen = set()
     for seed in range(20):
-        ice = corrupt(grey(0), "frost", 5, seed=seed).double().numpy() / 255 / 0.75
+        ice = corrupt(gray(0), "frost", 5, seed=seed).double().numpy() / 255 / 0.75
         pane = int(np.abs(ice.mean(axis=(1, 2)) - mean).sum(axis=1).argmin())
         np.testing.assert_allclose(ice.mean(axis=(1, 2)), mean[pane], atol=0.005)
         np.testing.assert_allclose(ice.std(axis=(1, 2)), deviation[pane], rtol=0.05)
@@ -283,22 +281,22 @@ def test_ice_has_the_light_of_the_photographs_and_the_spectrum_of_crystals() -> 
     assert 0.42 < np.mean(steps) < 0.60
 
 
-def test_fields_and_glass_keep_what_they_should() -> None:
+def test_plasma_and_glass_keep_range_and_mean() -> None:
     field = plasma((40, 64), 2.0, np.random.default_rng(0))
     assert field.shape == (1, 40, 64) and float(field.min()) >= 0 and float(field.max()) <= 1
     rough = [float(plasma((64, 64), d, np.random.default_rng(0)).diff(dim=2).abs().mean()) for d in (3.0, 2.0, 1.4)]
     assert rough == sorted(rough)  # a slower decay leaves more detail
-    assert torch.equal(corrupt(grey(90), "glass_blur", 5), grey(90))
-    assert torch.equal(corrupt(grey(90), "elastic_transform", 5), grey(90))
-    image = pictures(224, 1)[0]
+    assert torch.equal(corrupt(gray(90), "glass_blur", 5), gray(90))
+    assert torch.equal(corrupt(gray(90), "elastic_transform", 5), gray(90))
+    image = shapes(224, 1)[0]
     moved = corrupt(image, "glass_blur", 3).float()
     assert float(moved.mean()) == pytest.approx(float(image.float().mean()), abs=1)  # pixels are copied, none is made
 
 
-def test_what_is_not_defined_is_refused() -> None:
+def test_unknown_corruptions_severities_and_channels_are_refused() -> None:
     with pytest.raises(UserError, match="did you mean 'snow'"):
-        corrupt(grey(1), "snoww", 1)
+        corrupt(gray(1), "snoww", 1)
     with pytest.raises(UserError, match="1, 2, 3, 4 or 5"):
-        corrupt(grey(1), "snow", 6)
-    with pytest.raises(UserError, match=r"3 channels \(color\) or 1 \(grey\), not of 4"):
-        corrupt(grey(1, channels=4), "snow", 1)
+        corrupt(gray(1), "snow", 6)
+    with pytest.raises(UserError, match=r"3 channels \(color\) or 1 \(gray\), not of 4"):
+        corrupt(gray(1, channels=4), "snow", 1)

@@ -1,4 +1,4 @@
-"""Robustness and shape bias: published normalisers, the layouts of the public sets, and encoders that were trained."""
+"""Test robustness and shape bias: published normalization, layouts of the public datasets, and trained encoders."""
 
 import json
 import math
@@ -17,11 +17,10 @@ from pixmim.build import build_encoder
 from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.evaluation import imagenet_classes as imagenet
+from pixmim.evaluation import classifiers as imagenet
 from pixmim.evaluation import knn, robustness, shape_bias
 from pixmim.evaluation import linear_probe as linear
-from pixmim.evaluation.context import EvalContext
-from pixmim.evaluation.features import extract_features
+from pixmim.evaluation.context import EvalContext, extract_features
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.linear_probe import fit_sweep
 from pixmim.evaluation.robustness import ALEXNET, corruption_errors, count
@@ -36,7 +35,7 @@ Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=400,size=32", "shapes:count=150,size=32,seed=1"
 
 
-def bench_of(config: PretrainConfig, folder: Path, module: nn.Module | None = None) -> EvalContext:
+def context_of(config: PretrainConfig, folder: Path, module: nn.Module | None = None) -> EvalContext:
     module = (module or build_encoder(config)).eval()
     return EvalContext(wrap_live_encoder(config, module, torch.device("cpu"), "fp32"), folder)
 
@@ -45,9 +44,8 @@ def classifier(config: PretrainConfig, classes: int) -> PretrainConfig:
     return replace(config, model=replace(config.model, options={**config.model.options, "num_classes": classes}))
 
 
-class Always(nn.Module):
-    """A classifier of 1000 classes that looks at nothing but the mean red of a picture: its score is highest for the
-    class whose number is that mean, in steps of a quarter of a grey level; and higher still for class 7."""
+class AlwaysSeven(nn.Module):
+    """A classifier of 1000 classes that always predicts class 7; the runner-up is four times the mean red value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,15 +79,14 @@ def test_the_tables_of_imagenet() -> None:
     assert sum(map(len, imagenet.CATEGORIES.values())) == 207 and len(imagenet.CATEGORIES) == 16
     assert len({i for each in imagenet.CATEGORIES.values() for i in each}) == 207
     assert len(imagenet.CATEGORIES["bird"]) == 49 and len(imagenet.CATEGORIES["dog"]) == 109
-    every = imagenet.wnids()
-    assert len(every) == 1000 and every == sorted(every) and every[0] == "n01440764"
-    a, r = imagenet.part("a"), imagenet.part("r")
+    wnids = imagenet.wnids()
+    assert len(wnids) == 1000 and wnids == sorted(wnids) and wnids[0] == "n01440764"
+    a, r = imagenet.subset_wnids("a"), imagenet.subset_wnids("r")
     assert len(a) == len(r) == 200 and len(set(a) & set(r)) == 86 and a == sorted(a) and r == sorted(r)
 
 
 class RunnerUp(nn.Module):
-    """A classifier of ImageNet whose first choice is always class `first`, and whose second the one whose number is
-    painted into the picture: four times its red, and its green in steps of 60."""
+    """A classifier of ImageNet that predicts class `first`; the runner-up is encoded in the image's red and green."""
 
     def __init__(self, first: int) -> None:
         super().__init__()
@@ -104,38 +101,40 @@ class RunnerUp(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["a", "r"])
-def test_a_part_of_imagenet_is_cut_out_before_the_decision(name: str, tiny_run: Make, tmp_path: Path) -> None:
-    """Among the thousand a class that is none of the 200 always wins, so only who leaves it out first finds those
-    three quarters of the pictures whose second choice is right."""
-    part, every = imagenet.part(name), imagenet.wnids()
+def test_outputs_of_other_classes_are_removed_before_the_argmax(name: str, tiny_run: Make, tmp_path: Path) -> None:
+    """Predict a class outside the 200 first, and the correct class second for three quarters of the images."""
+    part, every = imagenet.subset_wnids(name), imagenet.wnids()
     first = next(i for i, wnid in enumerate(every) if wnid not in part)
-    for place, wnid in enumerate(part):
-        painted = every.index(part[place - 1] if place % 4 == 0 else wnid)
+    for i, wnid in enumerate(part):
+        encoded = every.index(part[i - 1] if i % 4 == 0 else wnid)
         path = tmp_path / name / wnid / "1.png"
         path.parent.mkdir(parents=True)
-        Image.new("RGB", (32, 32), (painted // 4, painted % 4 * 60, 0)).save(path)
-    context = bench_of(tiny_run(), tmp_path, RunnerUp(first))
+        Image.new("RGB", (32, 32), (encoded // 4, encoded % 4 * 60, 0)).save(path)
+    context = context_of(tiny_run(), tmp_path, RunnerUp(first))
     settings = RobustnessSettings(**{f"imagenet_{name}": str(tmp_path / name)})
     found = dict(robustness.evaluate_robustness(context, settings))
     assert found[f"imagenet_{name}/top1"] == 75
     (tmp_path / name / part[3] / "1.png").unlink()
+    context = context_of(tiny_run(), tmp_path, RunnerUp(first))
     with pytest.raises(UserError, match=f"lacks 1 of the 200 class folders of ImageNet-{name.upper()}"):
         dict(robustness.evaluate_robustness(context, settings))
 
 
 def test_imagenet_c_trees(tiny_run: Make, tmp_path: Path) -> None:
-    context, every = bench_of(tiny_run(), tmp_path, Always()), imagenet.wnids()
+    context, every = context_of(tiny_run(), tmp_path, AlwaysSeven()), imagenet.wnids()
     for severity in (1, 2, 3, 4, 5):
         write(tmp_path / f"c/snow/{severity}/{every[7]}/1.png", 10)
         write(tmp_path / f"c/snow/{severity}/{every[8]}/1.png", 20)
-    with pytest.raises(UserError, match=r"lacks 70 of 75 parts of ImageNet-C: gaussian_noise/1, .* a part has no mCE"):
+    with pytest.raises(
+        UserError, match=r"lacks 70 of 75 parts of ImageNet-C: gaussian_noise/1, .* select a part, which has no mCE"
+    ):
         dict(robustness.evaluate_robustness(context, RobustnessSettings(imagenet_c=str(tmp_path / "c"))))
     some = dict(
         robustness.evaluate_robustness(
             context, RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("snow",))
         )
     )
-    assert some["imagenet_c/error"] == some["imagenet_c/severity/snow/4"] == 50  # all are taken for class 7
+    assert some["imagenet_c/error"] == some["imagenet_c/severity/snow/4"] == 50  # all predictions are class 7
     assert not any("ce" in key.split("/") or "mce" in key for key in some)  # two classes are not a thousand
     write(tmp_path / "c/snow/5/unknown/1.png", 10)
     with pytest.raises(UserError, match="a class 'unknown', which is not one of the 1000"):
@@ -146,17 +145,16 @@ def test_imagenet_c_trees(tiny_run: Make, tmp_path: Path) -> None:
         )
 
 
-def test_whole_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
+def test_complete_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
     tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imagenet, "wnids", lambda: [f"n{i}" for i in range(4)])
-    monkeypatch.setattr("pixmim.evaluation.classifiers.wnids", imagenet.wnids)
     for severity in (1, 2, 3, 4, 5):
         for i in range(4):
             write(tmp_path / f"c/fog/{severity}/n{i}/1.png", 0)
     found = dict(
         robustness.evaluate_robustness(
-            bench_of(tiny_run(), tmp_path, Always()),
+            context_of(tiny_run(), tmp_path, AlwaysSeven()),
             RobustnessSettings(imagenet_c=str(tmp_path / "c"), corruptions=("fog",)),
         )
     )
@@ -168,10 +166,10 @@ def test_whole_imagenet_c_of_one_corruption_has_a_ce_and_no_mce(
 def test_public_sets_need_a_classifier_of_imagenet(name: str, tiny_run: Make, tmp_path: Path) -> None:
     for run in (tiny_run(), classifier(tiny_run(), 10)):
         with pytest.raises(UserError, match=r"1000 classes, and this encoder has (none|one of 10)"):
-            dict(robustness.evaluate_robustness(bench_of(run, tmp_path), RobustnessSettings(**{name: str(tmp_path)})))
+            dict(robustness.evaluate_robustness(context_of(run, tmp_path), RobustnessSettings(**{name: str(tmp_path)})))
 
 
-TAUGHT = PretrainConfig(
+TINY_CONVMAE = PretrainConfig(
     size="32",
     model=ArchitectureConfig(
         "convmae",
@@ -182,14 +180,14 @@ TAUGHT = PretrainConfig(
 
 
 @pytest.fixture(scope="module")
-def of_textures() -> nn.Module:
-    """A tiny classifier, taught in seconds to name textures; convolutions learn them sooner than a ViT does."""
+def texture_classifier() -> nn.Module:
+    """A tiny classifier of textures, trained in seconds; convolutions learn them faster than a ViT."""
     torch.manual_seed(0)
     data, crop = SyntheticShapes(count=2000, size=32), evaluation_crop(32)
     images = torch.stack([crop.crop(data.image(i)) for i in range(len(data))]).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in TAUGHT.normalization)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in TINY_CONVMAE.normalization)
     images, labels = (images - mean) / std, torch.from_numpy(data.texture_labels)
-    module = build_encoder(TAUGHT)
+    module = build_encoder(TINY_CONVMAE)
     optimizer = torch.optim.AdamW(module.parameters(), lr=4e-3)
     for step in range(300):
         rows = torch.from_numpy(np.random.default_rng(step).integers(0, len(data), 64))
@@ -200,11 +198,11 @@ def of_textures() -> nn.Module:
     return module.eval()
 
 
-def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_path: Path) -> None:
+def test_a_trained_encoder_beats_an_untrained_one(texture_classifier: nn.Module, tmp_path: Path) -> None:
     data = [f"shapes:count={count},size=32,seed={seed},texture=match" for count, seed in ((600, 2), (500, 3))]
     found = []
-    for module in (of_textures, None):
-        context = bench_of(TAUGHT, tmp_path, module)
+    for module in (texture_classifier, None):
+        context = context_of(TINY_CONVMAE, tmp_path, module)
         found.append(
             dict(knn.evaluate_knn(context, KnnSettings(*data)))
             | dict(linear.evaluate_linear(context, LinearSettings(*data, epochs=20)))
@@ -213,9 +211,9 @@ def test_a_trained_encoder_beats_an_untrained_one(of_textures: nn.Module, tmp_pa
         assert found[0][f"{name}/low"] > found[1][f"{name}/high"]
 
 
-def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> None:
-    """Pictures that are named by their texture, which noise and blur destroy; by its own head, and by a probe."""
-    context = bench_of(TAUGHT, tmp_path, of_textures)
+def test_more_corruption_costs_more(texture_classifier: nn.Module, tmp_path: Path) -> None:
+    """Classify by texture, which noise and blur destroy, with the encoder's head and with a probe."""
+    context = context_of(TINY_CONVMAE, tmp_path, texture_classifier)
     data = "shapes:count=200,size=32,seed=1,texture=match"  # shape and texture have the same number
     some = ("gaussian_noise", "defocus_blur", "contrast")
     settings = RobustnessSettings(test=data, corruptions=some)
@@ -241,10 +239,12 @@ def test_more_corruption_costs_more(of_textures: nn.Module, tmp_path: Path) -> N
     assert other["in_memory/probe/corruption/contrast"] == found["in_memory/probe/corruption/contrast"]
 
 
-def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = bench_of(TAUGHT, tmp_path, of_textures)
+def test_an_interrupted_evaluation_resumes(
+    texture_classifier: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(TINY_CONVMAE, tmp_path, texture_classifier)
     settings = RobustnessSettings(test="shapes:count=300,size=32", corruptions=("contrast", "fog"), severities=(2,))
-    whole = dict(robustness.evaluate_robustness(context, settings))
+    complete = dict(robustness.evaluate_robustness(context, settings))
     seen = []
 
     def failing(*args: object) -> Iterator[object]:
@@ -259,15 +259,15 @@ def test_interrupted_it_goes_on(of_textures: nn.Module, tmp_path: Path, monkeypa
         dict(robustness.evaluate_robustness(context, settings))
     assert len(list(tmp_path.rglob("counts.json"))) == 1
     monkeypatch.setattr(count, "corrupted", lambda images, *rest: (seen.append(len(images)), made(images, *rest))[1])
-    assert dict(robustness.evaluate_robustness(context, settings)) == whole
+    assert dict(robustness.evaluate_robustness(context, settings)) == complete
     assert seen[1:] == [44] and not list(tmp_path.rglob("counts.json"))
 
 
-def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> None:
-    context = bench_of(tiny_run(), tmp_path)
+def test_unsuitable_settings_are_refused(tiny_run: Make, tmp_path: Path) -> None:
+    context = context_of(tiny_run(), tmp_path)
     for settings, message in (
         (RobustnessSettings(), "no data given"),
-        (RobustnessSettings(test=TEST), "has no classifier: give --train"),
+        (RobustnessSettings(test=TEST), "has no classifier: pass --train"),
         (RobustnessSettings(test=TEST, classifier="probe"), "--train"),
         (RobustnessSettings(test=TEST, train=TRAIN, corruptions=("frosst",)), "did you mean 'frost'"),
         (RobustnessSettings(test=TEST, train=TRAIN, severities=()), "--severities takes some of"),
@@ -277,7 +277,7 @@ def test_what_cannot_be_measured_is_named(tiny_run: Make, tmp_path: Path) -> Non
 
 
 def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
-    """Outputs in any order of names give the same; a folder that is no name is an error, also after an import."""
+    """Match outputs by name in any order, also after an import; refuse a folder that is not a class."""
     run, names = classifier(tiny_run(), 3), ["c", "a", "b"]
     module = build_encoder(run)
     module.head.weight.data.normal_(std=1.0)  # type: ignore[union-attr, operator]
@@ -317,10 +317,12 @@ def test_a_classifiers_own_names_decide(tiny_run: Make, tmp_path: Path) -> None:
 
 def test_shape_decisions_against_a_loop() -> None:
     generator = np.random.default_rng(0)
-    answers, shapes, textures = (torch.from_numpy(generator.integers(0, 4, 200)) for _ in range(3))
-    rows = [(a, s, t) for a, s, t in zip(answers.tolist(), shapes.tolist(), textures.tolist(), strict=True) if s != t]
+    predictions, shapes, textures = (torch.from_numpy(generator.integers(0, 4, 200)) for _ in range(3))
+    rows = [
+        (a, s, t) for a, s, t in zip(predictions.tolist(), shapes.tolist(), textures.tolist(), strict=True) if s != t
+    ]
     by_shape, by_texture = sum(a == s for a, s, _ in rows), sum(a == t for a, _, t in rows)
-    found = shape_decisions(answers, shapes, textures)
+    found = shape_decisions(predictions, shapes, textures)
     assert found == pytest.approx((by_shape / len(rows), by_texture / len(rows), by_shape / (by_shape + by_texture)))
     three, four = torch.tensor([3, 3]), torch.tensor([0, 1])
     assert math.isnan(shape_decisions(three, four, four.flip(0))[2])
@@ -356,7 +358,7 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
     write(root / "cat/cat4-cat1.png", 5)  # no conflict: left out
     write(root / "elephant/elephant1-dog3.png", 5)  # shape
     write(root / "truck/truck2-dog3.png", 5)  # neither
-    context = bench_of(tiny_run(), tmp_path, Reds())
+    context = context_of(tiny_run(), tmp_path, Reds())
     found = dict(shape_bias.evaluate_shape_bias(context, ShapeBiasSettings(str(root))))
     assert found["head/stimuli"] == 4
     assert found["head/shape_bias"] == pytest.approx(200 / 3)
@@ -369,54 +371,53 @@ def test_cue_conflict_folders(tiny_run: Make, tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x)[:, order]
 
-    flipped = bench_of(tiny_run(), tmp_path, Flipped())
+    flipped = context_of(tiny_run(), tmp_path, Flipped())
     flipped.encoder = replace(flipped.encoder, names=tuple(reversed(imagenet.wnids())))  # its outputs, by its own names
     assert dict(shape_bias.evaluate_shape_bias(flipped, ShapeBiasSettings(str(root)))) == pytest.approx(
         found, nan_ok=True
     )
     flipped.encoder = replace(flipped.encoder, names=tuple(f"class {i}" for i in range(1000)))
-    with pytest.raises(UserError, match="ImageNet's classes by WordNet id, and this one has 'class 0'"):
+    with pytest.raises(UserError, match="ImageNet's WordNet ids, and this one has 'class 0'"):
         dict(shape_bias.evaluate_shape_bias(flipped, ShapeBiasSettings(str(root))))
     (picture,) = context.images.values()
     assert picture.width > 300
     for name, message in (
-        ("cat/cat1-zebra2.png", "the texture zebra is none"),
-        ("cat/dog1-cat2.png", "the shape is dog, and its folder cat"),
-        ("cat/photo.png", "is named SHAPE1-TEXTURE2.png"),
+        ("cat/cat1-zebra2.png", "the texture zebra is not one of"),
+        ("cat/dog1-cat2.png", "is dog, and of its folder cat"),
+        ("cat/photo.png", "named SHAPE1-TEXTURE2.png"),
     ):
         write(root / name, 5)
         with pytest.raises(UserError, match=message):
-            dict(shape_bias.evaluate_shape_bias(context, ShapeBiasSettings(str(root))))
+            dict(shape_bias.evaluate_shape_bias(context_of(tiny_run(), tmp_path, Reds()), ShapeBiasSettings(str(root))))
         (root / name).unlink()
     with pytest.raises(UserError, match=r"1000 classes, and this encoder has none"):
-        dict(shape_bias.evaluate_shape_bias(bench_of(tiny_run(), tmp_path), ShapeBiasSettings(str(root))))
+        dict(shape_bias.evaluate_shape_bias(context_of(tiny_run(), tmp_path), ShapeBiasSettings(str(root))))
 
 
-def test_shapes_in_conflict(of_textures: nn.Module, tmp_path: Path) -> None:
-    """Over an encoder that was taught textures, a probe that may use either cue decides by them; and one that was
-    fitted to textures has a lower shape bias than one that was fitted to shapes."""
+def test_shapes_in_conflict(texture_classifier: nn.Module, tmp_path: Path) -> None:
+    """On an encoder of textures, a probe decides by texture; fitted to textures, its shape bias is lower still."""
     settings = ShapeBiasSettings(
         "shapes:count=200,size=32,texture=conflict,seed=2", "shapes:count=300,size=32,texture=match", epochs=20
     )
-    context = bench_of(TAUGHT, tmp_path, of_textures)
+    context = context_of(TINY_CONVMAE, tmp_path, texture_classifier)
     textural = dict(shape_bias.evaluate_shape_bias(context, settings))
     assert textural["probe/shape_bias"] < 40 and textural["probe/texture"] > 20
     assert context.images
     each = [value for name, value in textural.items() if name.endswith("/shape_bias") and "/category/" in name]
-    known = [value for value in each if value == value]  # of a category none of whose answers names a cue there is none
+    known = [value for value in each if value == value]  # NaN without a decision
     assert textural["probe/balanced"] == pytest.approx(sum(known) / len(known))
 
     train = open_dataset("shapes:count=500,size=32")
     stimuli = open_dataset("shapes:count=200,size=32,texture=conflict,seed=2")
     assert isinstance(train, SyntheticShapes) and isinstance(stimuli, SyntheticShapes)
-    voters, asked = extract_features(context.encoder, train), extract_features(context.encoder, stimuli)
-    shapes, textures = shape_bias.cues(stimuli, voters.classes)
+    references, queries = extract_features(context.encoder, train), extract_features(context.encoder, stimuli)
+    shapes, textures = shape_bias.cues(stimuli, references.classes)
     assert textural["probe/majority"] == pytest.approx(100 * max(torch.bincount(shapes).tolist()) / 200)
     biases = [
         shape_decisions(
-            fit_sweep(replace(voters, labels=labels), epochs=20).scores(asked).argmax(dim=1), shapes, textures
+            fit_sweep(replace(references, labels=labels), epochs=20).scores(queries).argmax(dim=1), shapes, textures
         )[2]
-        for labels in (voters.labels, torch.from_numpy(train.texture_labels))
+        for labels in (references.labels, torch.from_numpy(train.texture_labels))
     ]
     assert biases[0] > biases[1] + 0.2
 
@@ -433,7 +434,7 @@ def test_classifiers_keep_their_heads(tiny_run: Make, tmp_path: Path, monkeypatc
     module = build_encoder(run)
     save_tensors(module.state_dict(), tmp_path / "fine-tuned.safetensors", run, 3)
     assert load_frozen_encoder(str(tmp_path / "fine-tuned.safetensors"), device="cpu").classes == 10
-    assert bench_of(tiny_run(), tmp_path).encoder.classes == 0
+    assert context_of(tiny_run(), tmp_path).encoder.classes == 0
 
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))

@@ -1,6 +1,6 @@
-"""Fine-tuning: the whole encoder learns classes, by the recipe that was published for its kind.
+"""Fine-tuning: train the complete encoder with labels, by the published recipe of its method.
 
-The classifier is kept beside the results, in timm's names, with its classes in the metadata.
+The classifier is saved with the results, as a timm folder with its classes in the metadata.
 """
 
 import json
@@ -45,209 +45,204 @@ from pixmim.weights.load import build_encoder_with_weights
 from pixmim.weights.safe_load import read
 from pixmim.weights.save import save_encoder
 
-_SETTINGS = "finetune"
-"""Where a classifier's metadata hold what decided its weights, as JSON."""
+_METADATA_KEY = "finetune"
+"""Metadata key of a classifier's file for the settings that determine its weights, as JSON."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a fine-tuning will do, decided before any of it.
+class FinetunePlan:
+    """A checked fine-tuning.
 
-    name      of the recipe
-    parts     of a batch
-    run       builds the classifier
-    folder    where the classifier is kept
-    work      where unfinished work is kept
-    settings  what decides its weights, by flag: kept with it, so that it is not taken for another one
-    reused    whether it is there already
+    Attributes:
+        data: Train and test data.
+        name: Name of the recipe.
+        recipe: The recipe with overrides.
+        settings: Settings, with the resolved number of accumulation steps.
+        config: Configuration that builds the classifier.
+        folder: Folder of the classifier.
+        work: Folder of unfinished work.
+        provenance: Settings that determine the weights, by flag; saved with them, so that they are not mistaken for
+            the result of other settings.
+        finished: True if `folder` holds the finished classifier of these settings.
     """
 
     data: LabeledSplits
     name: str
     recipe: Recipe
-    parts: int
+    settings: FinetuneSettings
     config: ModelConfig
     folder: Path
     work: Path
-    settings: dict[str, Any]
-    reused: bool
+    provenance: dict[str, Any]
+    finished: bool
 
 
-def check_finetune(context: EvalContext, settings: FinetuneSettings) -> Plan:
-    """Check data, settings and the classifier's folder, and train nothing.
+def check_finetune(context: EvalContext, settings: FinetuneSettings) -> FinetunePlan:
+    """Check data, settings and the classifier's folder without training.
 
     Raises:
         UserError: If data, settings or the encoder do not suit, or another classifier is in the folder.
     """
 
-    def make() -> Plan:
+    def check() -> FinetunePlan:
         encoder, data = context.encoder, open_labeled(context, settings.train, settings.test, all_classes=True)
         name = choose(settings.recipe, encoder.config, encoder.module, settings.from_scratch)
         recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)
         if data.train.image_spec.dtype != "uint8" and (recipe.augment != "none" or recipe.jitter):
-            raise UserError("only images of 8 bits are augmented: add --augment none --jitter 0")
-        run = classifier_config(encoder.config, encoder.module, len(data.classes), recipe.pool, settings.size)
+            raise UserError("only 8-bit images can be augmented: pass --augment none --jitter 0")
+        config = classifier_config(encoder.config, encoder.module, len(data.classes), recipe.pool, settings.size)
         width = int(encoder.module.num_features)  # type: ignore[arg-type]
-        parts = equal_parts(recipe.batch_size, settings.accumulation_steps, encoder.device, run.image_size, width)
-        _begun(encoder, settings, recipe, run)
-        which = "" if context.encoder_state == "trained" else f"-{context.encoder_state}"
-        folder = inside(context.folder, f"classifier{'-from-scratch' if settings.from_scratch else which}")
-        decides = _decides(context, settings, recipe, parts, run, data)
-        work = context.work_dir("finetune", replace(settings, accumulation_steps=parts))
-        reused = not context.overwrite and _finished(folder, decides, work)
-        return Plan(data, name, recipe, parts, run, folder, work, decides, reused)
+        steps = equal_parts(recipe.batch_size, settings.accumulation_steps, encoder.device, config.image_size, width)
+        resolved = replace(settings, accumulation_steps=steps)
+        _initial_model(encoder, resolved, recipe, config)  # raises if the weights do not fit
+        state = "" if context.encoder_state == "trained" else f"-{context.encoder_state}"
+        folder = inside(context.folder, f"classifier{'-from-scratch' if settings.from_scratch else state}")
+        provenance = _provenance(encoder, resolved, recipe, config, data)
+        work = context.work_dir("finetune", resolved)
+        finished = not context.overwrite and _is_finished(folder, provenance, work)
+        return FinetunePlan(data, name, recipe, resolved, config, folder, work, provenance, finished)
 
-    return context.cached(("finetune", repr(settings)), make)
+    return context.cached(("finetune", repr(settings)), check)
 
 
 def evaluate_finetune(context: EvalContext, settings: FinetuneSettings) -> Values:
-    """Train a classifier, keep it, and measure it: see `classification.evaluate_classifier` for what is yielded.
+    """Train a classifier, save it, and evaluate it: see `classification.evaluate_classifier` for the values.
 
     A finished classifier of the same settings is not trained again. Raises UserError: see `check_finetune`.
     """
-    todo, encoder, console = check_finetune(context, settings), context.encoder, context.console or Console(quiet=True)
-    settings = replace(settings, accumulation_steps=todo.parts)
-    if todo.reused:
-        print_plain(console, f"the classifier of these settings is there: {todo.folder} (--overwrite trains it again)")
-        product = build_encoder_with_weights(read_weights(todo.folder)).to(encoder.device)
-        choose_attention(product, encoder.device, encoder.precision)
+    plan, encoder, console = check_finetune(context, settings), context.encoder, context.console or Console(quiet=True)
+    if plan.finished:
+        print_plain(console, f"using the finished classifier {plan.folder} (--overwrite trains it again)")
+        model = build_encoder_with_weights(read_weights(plan.folder)).to(encoder.device)
+        choose_attention(model, encoder.device, encoder.precision)
     else:
-        product = _trained(context, settings, todo).eval()
-        if not context.overwrite:  # another process may have kept one meanwhile
-            _finished(todo.folder, todo.settings, todo.work)
-        about = {_SETTINGS: json.dumps(todo.settings)}
-        save_encoder(product, todo.folder, todo.config, encoder.step, classes=todo.data.classes, more=about)
-        print_plain(console, f"  the classifier: {todo.folder}")
-    yield from evaluate_classifier(context, todo.data, encoder, todo.config.image_size, product)
-    discard(todo.work)
+        model = _train(context, plan).eval()
+        if not context.overwrite:  # another process may have saved one meanwhile
+            _is_finished(plan.folder, plan.provenance, plan.work)
+        metadata = {_METADATA_KEY: json.dumps(plan.provenance)}
+        save_encoder(model, plan.folder, plan.config, encoder.step, classes=plan.data.classes, more=metadata)
+        print_plain(console, f"  classifier: {plan.folder}")
+    yield from evaluate_classifier(context, plan.data, encoder, plan.config.image_size, model)
+    discard(plan.work)
 
 
-def _trained(context: EvalContext, settings: FinetuneSettings, todo: Plan) -> nn.Module:
-    """Train a classifier, from where it was interrupted if it was."""
-    encoder, data, recipe, run, parts = context.encoder, todo.data, todo.recipe, todo.config, todo.parts
-    model, lines = _begun(encoder, settings, recipe, run)
+def _train(context: EvalContext, plan: FinetunePlan) -> nn.Module:
+    """Train a classifier; resumes."""
+    encoder, data, recipe, settings = context.encoder, plan.data, plan.recipe, plan.settings
+    model, notes = _initial_model(encoder, settings, recipe, plan.config)
     model = model.to(encoder.device)
     choose_attention(model, encoder.device, encoder.precision)
-    trained = Averaged(model, recipe.average)
+    averaged = Averaged(model, recipe.average)
 
-    per_epoch = len(data.train) / recipe.batch_size
+    images, per_epoch = len(data.train), len(data.train) / recipe.batch_size
     steps = max(1, round(recipe.epochs * per_epoch))
     warmup = min(round(recipe.warmup * per_epoch), steps // 5)
     peak = recipe.base_lr * recipe.batch_size / 256
     schedule = Schedule(steps, warmup, peak, recipe.min_lr, recipe.warmup_start_lr, warmup_prefix=recipe.warmup_prefix)
-    begun = "random weights" if settings.from_scratch else f"the {context.encoder_state} encoder"
-    console = context.console or Console(quiet=True)
-    about = describe(todo.name, recipe, len(data.train), steps, warmup, parts)
-    for line in [*about, f"  begins with {begun}", *lines]:
-        print_plain(console, line)
+    initial = "random weights" if settings.from_scratch else f"the {context.encoder_state} encoder"
+    summary = describe(plan.name, recipe, images, steps, warmup, settings.accumulation_steps)
+    for line in [*summary, f"  initialized from {initial}", *notes]:
+        print_plain(context.console or Console(quiet=True), line)
 
     trainer = Trainer(
-        trained,
+        averaged,
         SyncFreeOptimizer(_optimizer(model, recipe), recipe.clip or None, encoder.precision == "fp16", encoder.device),
         schedule.lr,
         steps,
-        todo.work,
-        images=len(data.train),
+        plan.work,
+        images=images,
         batch_size=recipe.batch_size,
-        accumulation_steps=parts,
+        accumulation_steps=settings.accumulation_steps,
         console=context.console,
     )
     trainer.resume_and_fit(
-        lambda first: open_loader(context, settings, recipe, data.train, run.image_size, first),
+        lambda first: open_loader(context, settings, recipe, data.train, plan.config.image_size, first),
         lambda batch, number: compute_loss(model, batch, number, encoder, recipe, data, settings.seed),
-        lambda step: trained.follow(),
+        lambda step: averaged.update(),
     )
-    return trained.result
+    return averaged.result
 
 
-def _begun(
+def _initial_model(
     encoder: FrozenEncoder, settings: FinetuneSettings, recipe: Recipe, config: ModelConfig
 ) -> tuple[nn.Module, list[str]]:
-    """Return the classifier as it is before training, and lines about what had to be refitted. Raises UserError."""
+    """Return the classifier before training, and lines about interpolated tables. Raises UserError."""
     model = build(config, recipe.drop_path, recipe.head_std, settings.seed)
     return model, [] if settings.from_scratch else load_encoder_weights(model, config, encoder.module, encoder.config)
 
 
-def _decides(
-    context: EvalContext,
-    settings: FinetuneSettings,
-    recipe: Recipe,
-    parts: int,
-    config: ModelConfig,
-    data: LabeledSplits,
+def _provenance(
+    encoder: FrozenEncoder, settings: FinetuneSettings, recipe: Recipe, config: ModelConfig, data: LabeledSplits
 ) -> dict[str, Any]:
-    """Return what decides the weights of a classifier, by flag. Data and encoder are digests: files name no places."""
-    encoder = context.encoder
-    begun = (
+    """Return the settings that determine a classifier's weights, by flag. Paths are stored as digests only."""
+    initial = (
         repr((config.model, config.image_size, encoder.image_spec, config.normalization))
         if settings.from_scratch
         else fingerprint(encoder)
     )
     images = f"{data.train.spec} {data.train.fingerprint()} {len(data.train)} {data.classes}"
     digests = {
-        name: sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        for name, text in (("MODEL", begun), ("--train", images))
+        flag: sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        for flag, text in (("MODEL", initial), ("--train", images))
     }
-    numbers = {f"--{name.replace('_', '-')}": value for name, value in asdict(recipe).items() if name != "about"}
-    own = {
+    values = {
         "--size": config.size,
-        "--accumulation-steps": parts,
+        "--accumulation-steps": settings.accumulation_steps,
         "--seed": settings.seed,
         "--precision": encoder.precision,
     }
-    found: dict[str, Any] = json.loads(json.dumps({**digests, **numbers, **own}))  # as it is read again
-    return found
+    flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(recipe).items()}
+    provenance: dict[str, Any] = json.loads(json.dumps({**digests, **flags, **values}))  # as read from a file
+    return provenance
 
 
-def _finished(folder: Path, decides: dict[str, Any], work: Path) -> bool:
-    """Return whether the finished classifier of these settings is in a folder.
+def _is_finished(folder: Path, provenance: dict[str, Any], work: Path) -> bool:
+    """Return True if a folder holds the finished classifier of these settings.
 
     Raises:
-        UserError: If anything else is there, but for what writing the same classifier left when it was interrupted.
+        UserError: If it holds anything else, except what an interrupted save of the same classifier left.
     """
     config, weights = (inside(folder, name) for name in ("config.json", "model.safetensors"))
     if not os.path.lexists(folder):
         return False
-    instead = "move it, choose another --out, or add --overwrite to replace it"
+    fix = "move it, choose another --out, or add --overwrite to replace it"
     if not weights.is_file():
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
         if not names or (names == {config.name} and work.exists()):
             return False
-        raise UserError(f"{folder} is there already, and holds no finished classifier: {instead}")
+        raise UserError(f"{folder} exists and is not a finished classifier: {fix}")
     try:
-        before = parse_json(read(weights).metadata.get(_SETTINGS, "null"), str(weights))
+        previous = parse_json(read(weights).metadata.get(_METADATA_KEY, "null"), str(weights))
     except UserError as error:
-        raise UserError(f"{error}. {folder} is there already: {instead}") from error
-    if not isinstance(before, dict):
-        raise UserError(f"{folder} is there already, and its file does not say how it was fine-tuned: {instead}")
-    others = [flag for flag, value in decides.items() if before.get(flag) != value]
-    if others:
-        raise UserError(f"{folder} is there already, fine-tuned with another {shortened_list(others)}: {instead}")
+        raise UserError(f"{error}. {folder} exists: {fix}") from error
+    if not isinstance(previous, dict):
+        raise UserError(f"{folder} exists, and its file does not contain how it was fine-tuned: {fix}")
+    different = [flag for flag, value in provenance.items() if previous.get(flag) != value]
+    if different:
+        raise UserError(f"{folder} exists, fine-tuned with another {shortened_list(different)}: {fix}")
     return True
 
 
 class Averaged(nn.Module):
-    """A model and, with a decay above 0, the exponential average of its weights over updates."""
+    """A model and, with a decay above 0, the exponential moving average of its weights."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
         self.model, self._decay = model, decay
-        self.average: nn.Module | None = None
-        if decay:
-            self.average = deepcopy(model).requires_grad_(False)
+        self.average = deepcopy(model).requires_grad_(False) if decay else None
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
     @torch.no_grad()
-    def follow(self) -> None:
-        """Move the average towards the model's weights, after an update."""
+    def update(self) -> None:
+        """Update the average after a step."""
         if self.average is not None:
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - self._decay)
 
     @property
     def result(self) -> nn.Module:
-        """What is measured: the average, where there is one."""
+        """The average if there is one, otherwise the model."""
         return self.average if self.average is not None else self.model
 
 
@@ -259,13 +254,13 @@ def open_loader(
     size: tuple[int, int],
     first: int,
 ) -> Loader:
-    """Load cropped and augmented images, from part number `first` of a batch on."""
+    """Load cropped and augmented images, from microbatch number `first`."""
     crop = RandomResizedCrop(size, recipe.scale) if recipe.crop == "random-resized" else SimpleResizedCrop(size)
-    part = recipe.batch_size // settings.accumulation_steps
+    microbatch = recipe.batch_size // settings.accumulation_steps
     return Loader(
         train,
         augmented(crop, recipe.augment, recipe.jitter, context.encoder.mean.tolist()),
-        BatchShard(part, first * part),
+        BatchShard(microbatch, first * microbatch),
         skipped=context.skipped(train),
         seed=settings.seed,
         threads=settings.threads,
@@ -276,22 +271,21 @@ def open_loader(
 def compute_loss(
     model: nn.Module, batch: Batch, number: int, encoder: FrozenEncoder, recipe: Recipe, data: LabeledSplits, seed: int
 ) -> Float[Tensor, ""]:
-    """Compute the loss of a part of a batch. All its randomness is a function of (seed, number)."""
+    """Compute the loss of a microbatch. All its randomness is a function of (seed, number)."""
     to: Any = {"device": encoder.device, "non_blocking": True}
     images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
-    labels = data.labels[batch.indices].to(**to)
+    labels = data.train_labels[batch.indices].to(**to)
     images, share = mix(erase(images, recipe.erase, seed, number), recipe.mixup, recipe.cutmix, seed, number)
     targets = soft_labels(labels, len(data.classes), share, recipe.smoothing)
-    # Dropped paths are drawn from torch's global generator.
-    torch.manual_seed(rng.key(seed, "paths", number))
+    torch.manual_seed(rng.key(seed, "paths", number))  # drop path uses torch's global generator
     model.train()
     with autocast(encoder.device, encoder.precision):
         scores = model(images)
-    return loss_of(scores.float(), targets, recipe.loss)
+    return classification_loss(scores.float(), targets, recipe.loss)
 
 
-def loss_of(scores: Float[Tensor, "b classes"], targets: Float[Tensor, "b classes"], kind: str) -> Tensor:
-    """ "ce": cross-entropy. "bce": binary cross-entropy, where a class counts as present if its target is not zero."""
+def classification_loss(scores: Float[Tensor, "b k"], targets: Float[Tensor, "b k"], kind: str) -> Tensor:
+    """Cross-entropy ("ce"), or binary cross-entropy ("bce") where each class with a nonzero target is present."""
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(scores, (targets > 0).float())
     return F.cross_entropy(scores, targets)

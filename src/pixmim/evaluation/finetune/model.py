@@ -1,4 +1,4 @@
-"""An encoder with a head for classes, as fine-tuning begins with it."""
+"""The classifier that fine-tuning trains: an encoder with a new head."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,34 +17,35 @@ from pixmim.weights.adapt import interpolate_tables
 from pixmim.weights.detect import Weights
 
 _NEW = ("head.", "fc_norm.")
-"""How names begin that start anew in a classifier."""
+"""Key prefixes that are newly initialized in a classifier."""
 
-_LEFT = (*_NEW, "norm.")
-"""How names begin that an encoder may have and its classifier not."""
+_UNUSED = (*_NEW, "norm.")
+"""Key prefixes that an encoder may have and its classifier not."""
 
 
 def classifier_config(config: ModelConfig, module: nn.Module, classes: int, pool: str, size: str) -> ModelConfig:
-    """The Run that builds the classifier: the encoder's with a head, and perhaps another image size.
+    """Return the configuration of the classifier: the encoder's with a head, and optionally another image size.
 
-    pool  "mean": the patch tokens' mean -> fc_norm -> head, as MAE; "cls": the class token after the final norm. A Swin
-          and ConvMAE know the mean only.
+    Args:
+        config: Configuration of the encoder.
+        module: The encoder.
+        classes: Number of classes.
+        pool: "mean": mean of the patch tokens -> fc_norm -> head, as MAE; "cls": class token after the final norm.
+            Swin and ConvMAE support the mean only.
+        size: Side in pixels, or HEIGHTxWIDTH; empty for the encoder's.
 
-    Raises UserError for an encoder that is none of pixmim's kinds, and for a pooling that it does not have.
+    Raises:
+        UserError: If the kind of encoder is not supported, or it has no class token to pool.
     """
     options: dict[str, Any] = {**config.model.options, "num_classes": classes}
+    if not isinstance(module, VisionTransformer | Beit | SwinTransformer | ConvMAEEncoder):
+        raise UserError(f"{type(module).__name__} cannot be fine-tuned: pass a ViT, Beit, Swin or ConvMAE")
+    if pool == "cls" and getattr(module, "cls_token", None) is None:
+        raise UserError(f"{config.model.backbone} has no class token: pass --pool mean")
     if isinstance(module, VisionTransformer | Beit):
-        if pool == "cls" and getattr(module, "cls_token", None) is None:
-            raise UserError(f"{config.model.backbone} has no class token: --pool mean")
         options["global_pool"] = "avg" if pool == "mean" else "token"
-    elif isinstance(module, SwinTransformer | ConvMAEEncoder):
-        if pool == "cls":
-            raise UserError(f"{config.model.backbone} has no class token: --pool mean")
-    else:
-        raise UserError(
-            f"{type(module).__name__} is no encoder that pixmim can fine-tune: it takes ViT, Beit, Swin, ConvMAE"
-        )
     if isinstance(module, Beit) and module.rel_pos_bias is not None:
-        # SimMIM's fine-tuning gives each block a table of its own, which begins as the shared one.
+        # SimMIM's fine-tuning gives each block its own table, initialized from the shared one.
         options |= {"use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
     resized = replace(config, size=size or config.size)
     window = options.get("window_size")
@@ -54,7 +55,7 @@ def classifier_config(config: ModelConfig, module: nn.Module, classes: int, pool
 
 
 def build(config: ModelConfig, drop_path: float, head_std: float, seed: int) -> nn.Module:
-    """A classifier with random weights, all of them trained; the head's are normal, its biases zero."""
+    """Build a classifier with random weights, all trainable; the head's are normal, its biases zero."""
     model = replace(config.model, options={**config.model.options, "drop_path_rate": drop_path})
     with seeded(seed):
         classifier = build_encoder(replace(config, model=model))
@@ -67,35 +68,31 @@ def build(config: ModelConfig, drop_path: float, head_std: float, seed: int) -> 
 
 
 def load_encoder_weights(
-    classifier: nn.Module, config: ModelConfig, encoder: nn.Module, made: ModelConfig
+    classifier: nn.Module, config: ModelConfig, encoder: nn.Module, encoder_config: ModelConfig
 ) -> list[str]:
-    """Put an encoder's weights into a classifier; what had to be refitted, in lines.
+    """Copy an encoder's weights into a classifier.
 
-    run, made  what built the classifier, and the encoder
+    Returns:
+        Lines about interpolated tables.
 
-    Raises UserError if they do not fit.
+    Raises:
+        UserError: If the weights do not fit.
     """
     state = {f"encoder.{name}": value for name, value in classifier.state_dict().items()}
     tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     shared = "encoder.rel_pos_bias.relative_position_bias_table"
     if shared in tensors and shared not in state:
         table = tensors.pop(shared)
-        for name in state:
-            if name.endswith("attn.relative_position_bias_table"):
-                tensors[name] = table
-    fitted, lines = interpolate_tables(Weights(made, tensors, "the encoder"), state, config)
-    used = {
-        name.removeprefix("encoder."): value
-        for name, value in fitted.items()
-        if name in state and not name.removeprefix("encoder.").startswith(_NEW)
-    }
-    names = classifier.state_dict()
-    missing = [name for name in names if name not in used and not name.startswith(_NEW)]
-    odd = [n.removeprefix("encoder.") for n in fitted if n not in state]
-    odd = [name for name in odd if not name.startswith(_LEFT)]
-    wrong = [name for name, value in used.items() if value.shape != names[name].shape]
-    if missing or odd or wrong:
-        some = ", ".join([*missing, *odd, *wrong][:4])
-        raise UserError(f"the encoder does not fit the classifier of {config.model.backbone}: {some}")
+        tensors |= {name: table for name in state if name.endswith("attn.relative_position_bias_table")}
+    fitted, lines = interpolate_tables(Weights(encoder_config, tensors, "the encoder"), state, config)
+    fitted = {name.removeprefix("encoder."): value for name, value in fitted.items()}
+    target = classifier.state_dict()
+    used = {name: value for name, value in fitted.items() if name in target and not name.startswith(_NEW)}
+    missing = [name for name in target if name not in used and not name.startswith(_NEW)]
+    unexpected = [name for name in fitted if name not in target and not name.startswith(_UNUSED)]
+    mismatched = [name for name, value in used.items() if value.shape != target[name].shape]
+    if missing or unexpected or mismatched:
+        names = ", ".join([*missing, *unexpected, *mismatched][:4])
+        raise UserError(f"the encoder does not fit the classifier of {config.model.backbone}: {names}")
     classifier.load_state_dict(used, strict=False)
     return lines

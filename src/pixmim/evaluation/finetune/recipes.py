@@ -1,6 +1,6 @@
-"""How published backbones were fine-tuned: recipes as data, one of which suits a given encoder."""
+"""Published fine-tuning recipes, and the choice of one for an encoder."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Never
 
 from timm.models.beit import Beit
@@ -67,8 +67,8 @@ FINETUNE_RECIPES: dict[str, Recipe] = {
     "simmim-swin-base-800": replace(_SIMMIM, layer_decay=0.8, head_std=0.02),
     "simmim-swin-large": replace(_SIMMIM, layer_decay=0.7, drop_path=0.2, head_std=0.02),
     "simmim-vit-base": _SIMMIM,
-    # DeiT III (arXiv 2204.07118), from random weights: ViT-B/16 at 192 px, and 20 epochs more at 224 px: 83.8 %. Its
-    # repeated augmentation (each image three times in a batch) is left out.
+    # DeiT III (arXiv 2204.07118), from random weights: ViT-B/16 at 192 px, and 20 epochs more at 224 px: 83.8 %.
+    # Without its repeated augmentation (each image three times in a batch).
     "deit3-vit-base": replace(
         _MAE,
         epochs=800,
@@ -90,13 +90,14 @@ FINETUNE_RECIPES: dict[str, Recipe] = {
         head_std=0.02,
     ),
 }
-"""By name. All are for ImageNet-1k; nothing in them is scaled to smaller data."""
+"""Recipes by name, for ImageNet-1k; nothing is scaled to smaller data."""
 
 
 def choose(name: str, config: ModelConfig, encoder: nn.Module, from_scratch: bool) -> str:
-    """The name of the recipe meant: "auto" goes by the encoder's kind and size, and how long it was trained.
+    """Return the name of a recipe; "auto" selects it by the encoder's kind and size and the epochs of its training.
 
-    Raises UserError for an unknown name.
+    Raises:
+        UserError: If there is no such recipe, or "auto" needs the epochs and they are unknown.
     """
     if name != "auto":
         if name not in FINETUNE_RECIPES:
@@ -114,7 +115,7 @@ def choose(name: str, config: ModelConfig, encoder: nn.Module, from_scratch: boo
             return "simmim-swin-large"
         if not isinstance(config, PretrainConfig):
             raise UserError(
-                "the length of these weights' pre-training is unknown, and a Swin's fine-tuning depends on it: give "
+                "a Swin's recipe depends on the epochs of its pre-training, which these weights do not contain: pass "
                 "--recipe simmim-swin-base-100 (up to 300 epochs) or --recipe simmim-swin-base-800"
             )
         return "simmim-swin-base-100" if config.epochs <= 300 else "simmim-swin-base-800"
@@ -124,45 +125,28 @@ def choose(name: str, config: ModelConfig, encoder: nn.Module, from_scratch: boo
     return "mae-vit-huge" if width >= 1280 else "mae-vit-large" if width >= 1024 else "mae-vit-base"
 
 
-def apply_overrides(recipe: Recipe, changes: FinetuneOverrides) -> Recipe:
-    """Return the recipe with the user's overrides. Raises UserError for values that do not go together."""
-    changed: dict[str, Any] = {name: value for name, value in vars(changes).items() if value is not None}
-    recipe = replace(recipe, **changed)
+def apply_overrides(recipe: Recipe, overrides: FinetuneOverrides) -> Recipe:
+    """Return the recipe with the user's overrides. Raises UserError for values that contradict each other."""
+    changes: dict[str, Any] = {name: value for name, value in vars(overrides).items() if value is not None}
+    recipe = replace(recipe, **changes)
     if recipe.scale[0] > recipe.scale[1]:
         raise UserError("--scale is two shares of the area, the smaller one first, not {:g} {:g}".format(*recipe.scale))
     if recipe.loss == "bce" and recipe.smoothing:
-        raise UserError("a smoothed label counts every class as present: with --loss bce give --smoothing 0")
+        raise UserError("--loss bce takes every class of a smoothed label as present: add --smoothing 0")
     return recipe
 
 
-def describe(name: str, recipe: Recipe, images: int, steps: int, warmup: int, parts: int = 1) -> list[str]:
-    """What is used, in lines."""
+def describe(name: str, recipe: Recipe, images: int, steps: int, warmup: int, accumulation_steps: int) -> list[str]:
+    """Return a summary of a fine-tuning in lines."""
     batch, peak = recipe.batch_size, recipe.base_lr * recipe.batch_size / 256
-    crop = f"random resized crop {recipe.scale[0]:g}-{recipe.scale[1]:g}" if recipe.crop == "random-resized" else "SRC"
-    augment = {"rand": "RandAugment m9-mstd0.5-inc1", "three": "3-Augment", "none": ""}[recipe.augment]
-    more = {
-        "jitter": recipe.jitter,
-        "erasing": recipe.erase,
-        "mixup": recipe.mixup,
-        "CutMix": recipe.cutmix,
-        "smoothing": recipe.smoothing,
-        "drop path": recipe.drop_path,
-        "average of weights": recipe.average,
-        "clip": recipe.clip,
-    }
+    parts = f" in {accumulation_steps} parts of {batch // accumulation_steps:,}" if accumulation_steps > 1 else ""
     lines = [
-        f"fine-tunes as {name}: {recipe.epochs:g} epochs of {images:,} images, {steps:,} updates of {batch:,}"
-        f"{f' in {parts} parts of {batch // parts:,}' if parts > 1 else ''}; "
-        f"{'AdamW' if recipe.optimizer == 'adamw' else 'LAMB'}, rate {peak:.3g} ({recipe.base_lr:g} x {batch:,}/256) "
-        f"after {warmup:,} updates of warm-up, to {recipe.min_lr:g}; layer decay {recipe.layer_decay:g}, "
-        f"weight decay {recipe.weight_decay:g}",
-        "  "
-        + ", ".join([crop, *([augment] if augment else []), *(f"{word} {x:g}" for word, x in more.items() if x)])
-        + f"; {'binary ' if recipe.loss == 'bce' else ''}cross-entropy on the "
-        + ("mean of the patch tokens" if recipe.pool == "mean" else "class token"),
+        f"fine-tuning by {name}: {images:,} images, {steps:,} steps of {batch:,}{parts}, {warmup:,} of warm-up, "
+        f"peak rate {peak:.3g} ({recipe.base_lr:g} x {batch:,}/256)",
+        "  " + ", ".join(f"{key} {value}" for key, value in asdict(recipe).items() if key != "batch_size"),
     ]
     if warmup < round(recipe.warmup * images / batch):
-        lines.append(f"  the warm-up of {recipe.warmup:g} epochs is cut to a fifth of the run")
+        lines.append(f"  the warm-up of {recipe.warmup:g} epochs is reduced to a fifth of the steps")
     if steps < 500:
-        lines.append(f"  {steps:,} updates are few: a smaller --batch-size or more --epochs make more of them")
+        lines.append(f"  {steps:,} steps are few: use a smaller --batch-size or more --epochs")
     return lines

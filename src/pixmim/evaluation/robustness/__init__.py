@@ -1,4 +1,4 @@
-"""Robustness: ImageNet-C, -A, -R and -Sketch as published, and corruptions made in memory of any images.
+"""Robustness: ImageNet-C, -A, -R and -Sketch as published, and any labeled images corrupted in memory.
 
 ImageNet-C: arXiv 1903.12261. -A: 1907.07174. -R: 2006.16241. -Sketch: 1905.13549.
 """
@@ -9,12 +9,10 @@ from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
-from pixmim.data.dataset import ImageDataset
-from pixmim.evaluation import imagenet_classes as imagenet
+from pixmim.data import open_dataset
 from pixmim.evaluation.classification import (
     check_classes,
     labels_among,
@@ -24,14 +22,21 @@ from pixmim.evaluation.classification import (
     shortened_list,
     wilson_interval,
 )
-from pixmim.evaluation.classifiers import ImageClassifier, encoder_head, imagenet_head, probe_classifier
+from pixmim.evaluation.classifiers import (
+    ImageClassifier,
+    Kind,
+    encoder_head,
+    imagenet_head,
+    probe_classifier,
+    subset_wnids,
+)
 from pixmim.evaluation.context import EvalContext, Values, discard
-from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_channels
-from pixmim.evaluation.robustness.count import CLEAN, CountsFile, count_correct
+from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_channels, check_corruption
+from pixmim.evaluation.robustness.count import CLEAN, CountsFile, LabeledImages, count_correct
 from pixmim.evaluation.settings import RobustnessSettings
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
 from pixmim.utils.console import print_plain
-from pixmim.utils.errors import UserError, did_you_mean
+from pixmim.utils.errors import UserError
 
 ALEXNET = {
     "gaussian_noise": 0.886428,
@@ -50,51 +55,53 @@ ALEXNET = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-"""AlexNet's error on each corruption of ImageNet-C, mean over the five severities (arXiv 1903.12261)."""
+"""AlexNet's error on each corruption of ImageNet-C, averaged over the five severities (arXiv 1903.12261)."""
 
 
-def check_robustness(context: EvalContext, settings: RobustnessSettings) -> None:
-    """Raise UserError for data, settings or an encoder that `evaluate_robustness` would refuse; fits nothing.
+def check_robustness(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind, LabeledImages] | None:
+    """Check data, settings and encoder without fitting or measuring; images of ImageNet-C are not listed.
 
-    The folders of ImageNet-C are looked for, and their images not listed.
+    Returns:
+        If --test is given, the kind of classifier and the images to corrupt in memory.
+
+    Raises:
+        UserError: For what `evaluate_robustness` would refuse.
     """
 
-    def make() -> None:
-        corruptions, severities = _select(settings)
-        relatives = _relatives(settings)
-        if not (settings.imagenet_c or settings.test or relatives):
-            raise UserError("no data given: pass --test, --imagenet-c, --imagenet-a, --imagenet-r or --imagenet-sketch")
+    def check() -> tuple[Kind, LabeledImages] | None:
+        _select(settings)
         if settings.imagenet_c:
-            _find_imagenet_c(context, settings.imagenet_c, corruptions, severities)
-        for name, folder in relatives.items():
-            _open_imagenet_relative(context, name, folder)
+            _find_imagenet_c(context, settings)
+        for name, folder in _relatives(settings).items():
+            _open_relative(context, name, folder)
         if settings.test:
-            _check_form(context)
-            data = context.data(settings.test)
-            if _classifier_kind(context, data, settings) == "probe":
-                open_labeled(context, settings.train, settings.test)
-            else:
-                _head_labels(context, data)
+            return _open_test(context, settings)
+        if not (settings.imagenet_c or _relatives(settings)):
+            raise UserError("no data given: pass --test, --imagenet-c, --imagenet-a, --imagenet-r or --imagenet-sketch")
+        return None
 
-    context.cached(("robustness", repr(settings)), make)
+    return context.cached(("robustness", repr(settings)), check)
 
 
 def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> Values:
-    """Evaluate on all data that the settings name; resumes an interrupted evaluation. Raises UserError."""
-    check_robustness(context, settings)
-    corruptions, severities = _select(settings)
+    """Evaluate on all data of the settings; resumes an interrupted evaluation. Raises UserError."""
+    in_memory = check_robustness(context, settings)
     file = CountsFile(context.work_dir("robustness", settings), context.console)
     if settings.imagenet_c:
-        yield from _imagenet_c(context, settings.imagenet_c, corruptions, severities, file)
+        yield from _imagenet_c(context, settings, file)
     for name, folder in _relatives(settings).items():
-        yield from _imagenet_relative(context, name, folder, file)
-    if settings.test:
-        yield from _in_memory(context, settings, corruptions, severities, file)
+        classifier, relative = _open_relative(context, name, folder)
+        (correct,), total = count_correct(context, relative, classifier, evaluation_crop(context.encoder.size), file)
+        counts = torch.stack([correct, total])
+        yield from rated(counts, relative.classes, f"imagenet_{name}/")
+        yield f"imagenet_{name}/majority", majority(counts)
+    if in_memory is not None:
+        yield from _in_memory(context, settings, *in_memory, file)
     discard(file.folder)
 
 
 def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], float | None]:
-    """Compute ImageNet-C's CE of each corruption and their mean, mCE, in per cent of AlexNet's errors.
+    """Compute the CE of each corruption and their mean, mCE, in per cent of AlexNet's errors (arXiv 1903.12261).
 
     CE is the sum of the errors over the severities, divided by the same sum for AlexNet.
 
@@ -102,23 +109,22 @@ def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, 
         errors: Errors in [0, 1] at each of the five severities, by corruption.
 
     Returns:
-        The CEs, and the mCE; None unless all 15 corruptions are given, because a mean of some is another number.
+        The CEs, and the mCE; None unless all 15 corruptions are given, because the mean of a part is not comparable.
 
     Raises:
         ValueError: For other than five severities.
     """
-    for name, each in errors.items():
-        if len(each) != 5:
-            raise ValueError(f"CE takes the errors of five severities, and {name} has {len(each)}")
-    ces = {name: 100 * sum(each) / (5 * ALEXNET[name]) for name, each in errors.items()}
+    for name, values in errors.items():
+        if len(values) != 5:
+            raise ValueError(f"CE takes the errors of five severities, and {name} has {len(values)}")
+    ces = {name: 100 * sum(values) / (5 * ALEXNET[name]) for name, values in errors.items()}
     return ces, sum(ces.values()) / len(ces) if ces.keys() == ALEXNET.keys() else None
 
 
 def _select(settings: RobustnessSettings) -> tuple[list[str], list[int]]:
+    """Return corruptions in the order of CORRUPTIONS, and sorted severities."""
     for name in settings.corruptions:
-        if name not in CORRUPTIONS:
-            known = ", ".join(CORRUPTIONS)
-            raise UserError(f"there is no corruption '{name}'{did_you_mean(name, CORRUPTIONS)} Known: {known}")
+        check_corruption(name)
     if not settings.severities:
         raise UserError("--severities takes some of 1, 2, 3, 4 and 5")
     corruptions = [name for name in CORRUPTIONS if name in (settings.corruptions or CORRUPTIONS)]
@@ -126,52 +132,48 @@ def _select(settings: RobustnessSettings) -> tuple[list[str], list[int]]:
 
 
 def _relatives(settings: RobustnessSettings) -> dict[str, str]:
-    """Return the folders of ImageNet-A, -R and -Sketch that are given, by name."""
-    given = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
-    return {name: folder for name, folder in given.items() if folder}
+    """Return the given folders of ImageNet-A, -R and -Sketch by name."""
+    folders = {"a": settings.imagenet_a, "r": settings.imagenet_r, "sketch": settings.imagenet_sketch}
+    return {name: folder for name, folder in folders.items() if folder}
 
 
-def _find_imagenet_c(
-    context: EvalContext, folder: str, corruptions: list[str], severities: list[int]
-) -> tuple[ImageClassifier, Path]:
-    """Return the classifier and the root of ImageNet-C. Raises UserError for a missing part."""
+def _find_imagenet_c(context: EvalContext, settings: RobustnessSettings) -> tuple[ImageClassifier, Path]:
     classifier = imagenet_head(context, "ImageNet-C")
-    root = Path(folder).expanduser()
-    missing = [f"{c}/{s}" for c in corruptions for s in severities if not (root / c / str(s)).is_dir()]
+    root, (corruptions, severities) = Path(settings.imagenet_c).expanduser(), _select(settings)
+    parts = [f"{name}/{severity}" for name in corruptions for severity in severities]
+    missing = [part for part in parts if not (root / part).is_dir()]
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of {len(corruptions) * len(severities)} parts of ImageNet-C: "
-            f"{shortened_list(missing)}. --corruptions and --severities measure a part; a part has no mCE"
+            f"{root} lacks {len(missing)} of {len(parts)} parts of ImageNet-C: {shortened_list(missing)}. "
+            "--corruptions and --severities select a part, which has no mCE"
         )
     return classifier, root
 
 
-def _imagenet_c(
-    context: EvalContext, folder: str, corruptions: list[str], severities: list[int], file: CountsFile
-) -> Values:
-    """Yield errors, CE and mCE on stored images, cropped at the center to the encoder's size without resizing.
+def _imagenet_c(context: EvalContext, settings: RobustnessSettings, file: CountsFile) -> Values:
+    """Yield errors, CE and mCE on stored images, cropped at the center without resizing.
 
-    CE needs all severities and classes, because AlexNet's errors were measured so; mCE also needs all corruptions.
+    CE needs all severities and classes, as AlexNet's errors were measured; mCE also needs all corruptions.
     """
-    classifier, root = _find_imagenet_c(context, folder, corruptions, severities)
+    (classifier, root), (corruptions, severities) = _find_imagenet_c(context, settings), _select(settings)
     errors: dict[str, list[float]] = {name: [] for name in corruptions}
     classes, crop = classifier.classes, CenterCrop(context.encoder.size)
-    counts, complete = torch.zeros(2, len(classes), dtype=torch.int64), True
+    counts, complete = torch.zeros(2, len(classes), dtype=torch.int64), severities == list(SEVERITIES)
     for name in corruptions:
         for severity in severities:
-            data = context.data(str(root / name / str(severity)))
-            labels = labels_among(data, classes)
+            data = open_dataset(str(root / name / str(severity)), context.encoder.image_spec)
+            images = LabeledImages(data, labels_among(data, classes), classes)
             complete = complete and len(data.classes) == len(classes)
-            (right,), total = count_correct(context, data, crop, classifier, labels, len(classes), file)
-            errors[name].append(1 - float(right.sum() / total.sum()))
-            counts += torch.stack([right, total])
+            (correct,), total = count_correct(context, images, classifier, crop, file)
+            errors[name].append(1 - float(correct.sum() / total.sum()))
+            counts += torch.stack([correct, total])
             yield f"imagenet_c/severity/{name}/{severity}", 100 * errors[name][-1]
-    yield from _by_class(counts, classes, "imagenet_c/")
-    means = {name: sum(each) / len(each) for name, each in errors.items()}
+    yield from _class_values(counts, classes, "imagenet_c/")
+    means = {name: sum(values) / len(values) for name, values in errors.items()}
     yield "imagenet_c/error", 100 * sum(means.values()) / len(means)
     for name, mean in means.items():
         yield f"imagenet_c/corruption/{name}", 100 * mean
-    if complete and severities == list(SEVERITIES):
+    if complete:
         ces, mce = corruption_errors(errors)
         for name, ce in ces.items():
             yield f"imagenet_c/ce/{name}", ce
@@ -179,80 +181,85 @@ def _imagenet_c(
             yield "imagenet_c/mce", mce
 
 
-def _imagenet_relative(context: EvalContext, name: str, folder: str, file: CountsFile) -> Values:
-    """Yield top-1 on ImageNet-A, -R or -Sketch at the evaluation crop; for A and R only their 200 outputs compete."""
-    classifier, classes, data, labels = _open_imagenet_relative(context, name, folder)
-    among = [classifier.classes.index(wnid) for wnid in classes]
-    crop = evaluation_crop(context.encoder.size)
-    (right,), total = count_correct(context, data, crop, classifier, labels, len(classes), file, among=among)
-    counts = torch.stack([right, total])
-    yield from rated(counts, classes, f"imagenet_{name}/")
-    yield f"imagenet_{name}/majority", majority(counts)
-
-
-def _open_imagenet_relative(
-    context: EvalContext, name: str, folder: str
-) -> tuple[ImageClassifier, list[str], ImageDataset, Int[Tensor, " n"]]:
-    """Return the classifier, the classes, the data and their labels. Raises UserError."""
+def _open_relative(context: EvalContext, name: str, folder: str) -> tuple[ImageClassifier, LabeledImages]:
+    """Open ImageNet-A, -R or -Sketch; for A and R only the outputs of their 200 classes compete."""
     title = f"ImageNet-{name.upper() if len(name) == 1 else name.title()}"
-    classifier = imagenet_head(context, title)
-    classes = classifier.classes if name == "sketch" else imagenet.part(name)
-    data = context.data(folder)
+    classifier, data = imagenet_head(context, title), context.data(folder)
+    classes = classifier.classes if name == "sketch" else subset_wnids("a" if name == "a" else "r")
     labels = labels_among(data, classes)
     missing = [wnid for wnid in classes if wnid not in data.classes]
     if missing:
         raise UserError(
             f"{folder} lacks {len(missing)} of the {len(classes)} class folders of {title}: {shortened_list(missing)}"
         )
-    return classifier, classes, data, labels
+    return classifier, LabeledImages(data, labels, classes, [classifier.classes.index(wnid) for wnid in classes])
 
 
-def _by_class(counts: Tensor, names: list[str], key: str) -> Values:
-    """Yield the error with all classes weighted alike, each class's recall, and the majority share, in per cent."""
-    for name, value in rated(counts, names, key):
-        if name == f"{key}balanced":
-            yield name, 100 - value
-        elif not name.startswith(f"{key}top1"):
-            yield name, value
-    yield f"{key}majority", majority(counts)
+def _open_test(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind, LabeledImages]:
+    """Open the images to corrupt, and print their classes.
+
+    The encoder's head is preferred to a probe if it has all classes of the data by name. Raises UserError.
+    """
+    encoder, console = context.encoder, context.console or Console(quiet=True)
+    check_channels(encoder.image_spec.channels)
+    if encoder.image_spec.dtype != "uint8":
+        raise UserError(f"corruptions need 8-bit images, and this encoder reads {encoder.image_spec.dtype}")
+    data, names = context.data(settings.test), encoder_head(context).classes
+    named, kind = bool(names) and set(data.classes) <= set(names), settings.classifier
+    if kind == "probe" or (kind == "auto" and settings.train and not named):
+        if not settings.train:
+            raise UserError("a probe needs labeled clean data: pass --train")
+        splits = open_labeled(context, settings.train, settings.test)
+        return "probe", LabeledImages(data, splits.test_labels, splits.classes)
+    line, labels = check_classes(data), torch.from_numpy(cast(np.ndarray, data.labels))
+    if encoder.names and not named:
+        labels_among(data, names)  # raises UserError with the name of the missing class
+    if not named and encoder.classes != len(data.classes):
+        actual = f"a classifier of {encoder.classes}" if encoder.classes else "no classifier"
+        raise UserError(
+            f"{data.spec} has {len(data.classes)} classes, and this encoder has {actual}: pass --train, labeled data "
+            "of the same classes to fit a probe to"
+        )
+    print_plain(console, f"test data: {line}")
+    if not named:
+        print_plain(
+            console, "warning: the classifier does not name its classes; using the class folders in sorted order"
+        )
+        return "head", LabeledImages(data, labels, data.classes)
+    if len(data.classes) < len(names):
+        print_plain(console, f"only the outputs of these classes compete, of {len(names):,} outputs of the classifier")
+    return "head", LabeledImages(data, labels, data.classes, [names.index(name) for name in data.classes])
 
 
 def _in_memory(
-    context: EvalContext, settings: RobustnessSettings, corruptions: list[str], severities: list[int], file: CountsFile
+    context: EvalContext, settings: RobustnessSettings, kind: Kind, images: LabeledImages, file: CountsFile
 ) -> Values:
-    """Yield errors on images that are corrupted after the evaluation crop, and on clean ones, in per cent.
+    """Yield errors on clean images and on images corrupted after the evaluation crop, in per cent.
 
-    Below in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, the mean of
-    those; lost, error minus clean in points; times, error over clean; severity/NAME/SEVERITY.
+    Below in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, their mean;
+    lost, error minus clean in points; times, error over clean; severity/NAME/SEVERITY.
     """
-    _check_form(context)
-    data = context.data(settings.test)
-    classifier, labels, among, names = _select_classifier(context, data, settings)
-    variants = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
-    right, total = count_correct(
-        context,
-        data,
-        evaluation_crop(context.encoder.size),
-        classifier,
-        labels,
-        len(names),
-        file,
-        among=among,
-        variants=variants,
-        seed=settings.seed,
+    classifier = (
+        encoder_head(context)
+        if kind == "head"
+        else probe_classifier(context, settings.train, epochs=settings.epochs, seed=settings.seed)
     )
-    images = int(total.sum())
-    errors = {variant: 100 * (1 - int(count.sum()) / images) for variant, count in zip(variants, right, strict=True)}
-    clean = errors[CLEAN]
+    corruptions, severities = _select(settings)
+    variants = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
+    crop = evaluation_crop(context.encoder.size)
+    correct, total = count_correct(context, images, classifier, crop, file, variants, settings.seed)
+    count = int(total.sum())
+    errors = {variant: 100 * (1 - int(c.sum()) / count) for variant, c in zip(variants, correct, strict=True)}
+    clean, key = errors[CLEAN], f"in_memory/{kind}"
     means = {name: sum(errors[name, s] for s in severities) / len(severities) for name in corruptions}
     error = sum(means.values()) / len(means)
-    key = f"in_memory/{classifier.kind}"
-    low, high = wilson_interval(images - int(right[0].sum()), images)
+    low, high = wilson_interval(count - int(correct[0].sum()), count)
     yield f"{key}/clean", clean
     yield f"{key}/clean/low", 100 * low
     yield f"{key}/clean/high", 100 * high
-    yield from _by_class(torch.stack([right[0], total]), names, f"{key}/clean/")
-    yield from _by_class(torch.stack([right[1:].sum(dim=0), total * (len(variants) - 1)]), names, f"{key}/corrupted/")
+    yield from _class_values(torch.stack([correct[0], total]), images.classes, f"{key}/clean/")
+    all_corrupted = torch.stack([correct[1:].sum(dim=0), total * (len(variants) - 1)])
+    yield from _class_values(all_corrupted, images.classes, f"{key}/corrupted/")
     yield f"{key}/error", error
     yield f"{key}/lost", error - clean
     yield f"{key}/times", error / clean if clean else float("inf")
@@ -262,67 +269,11 @@ def _in_memory(
         yield f"{key}/severity/{name}/{severity}", errors[name, severity]
 
 
-def _check_form(context: EvalContext) -> None:
-    """Raise UserError if the encoder's images cannot be corrupted."""
-    form = context.encoder.image_spec
-    check_channels(form.channels)
-    if form.dtype != "uint8":
-        raise UserError(f"corruptions are defined for 8-bit images, and this encoder reads {form.dtype}")
-
-
-def _classifier_kind(context: EvalContext, data: ImageDataset, settings: RobustnessSettings) -> str:
-    """Return "head" or "probe", whichever classifies the test data. Raises UserError for a probe without train data."""
-    kind = settings.classifier
-    if kind == "auto":
-        kind = "head" if _head_knows(context, data) or not settings.train else "probe"
-    if kind == "probe" and not settings.train:
-        raise UserError("a probe needs labeled clean data: pass --train")
-    return kind
-
-
-def _head_knows(context: EvalContext, data: ImageDataset) -> bool:
-    """Return whether the encoder's own classifier has all classes of the data by name."""
-    head = encoder_head(context)
-    return bool(head.classes) and set(data.classes) <= set(head.classes)
-
-
-def _head_labels(context: EvalContext, data: ImageDataset) -> tuple[Int[Tensor, " n"], str]:
-    """Return the labels of data for the encoder's own classifier, and a line about their classes.
-
-    Raises:
-        UserError: If that classifier does not have these classes.
-    """
-    line = check_classes(data)
-    if not _head_knows(context, data):
-        if context.encoder.names:
-            labels_among(data, encoder_head(context).classes)  # names the class that is missing
-        if context.encoder.classes != len(data.classes):
-            has = f"a classifier of {context.encoder.classes}" if context.encoder.classes else "no classifier"
-            raise UserError(
-                f"{data.spec} has {len(data.classes)} classes, and this encoder has {has}: give --train, labeled data "
-                "of the same classes to fit a probe to"
-            )
-    return torch.from_numpy(cast(np.ndarray, data.labels)), line
-
-
-def _select_classifier(
-    context: EvalContext, data: ImageDataset, settings: RobustnessSettings
-) -> tuple[ImageClassifier, Int[Tensor, " n"], list[int] | None, list[str]]:
-    """Return the classifier of the test data, their labels, the outputs that compete (None: all), and the classes."""
-    if _classifier_kind(context, data, settings) == "probe":
-        labeled = open_labeled(context, settings.train, settings.test)
-        probe = probe_classifier(context, settings.train, epochs=settings.epochs, seed=settings.seed)
-        return probe, labeled.wanted, None, labeled.classes
-    labels, line = _head_labels(context, data)
-    head, console = encoder_head(context), context.console or Console(quiet=True)
-    print_plain(console, f"test data: {line}")
-    if _head_knows(context, data):
-        if len(data.classes) < len(head.classes):
-            print_plain(
-                console, f"of the {len(head.classes):,} outputs of the classifier, only those of these classes compete"
-            )
-        return head, labels, [head.classes.index(name) for name in data.classes], data.classes
-    print_plain(
-        console, "warning: the classifier does not name its classes: its outputs are taken for these in sorted order"
-    )
-    return head, labels, None, data.classes
+def _class_values(counts: Tensor, names: list[str], key: str) -> Values:
+    """Yield the error with all classes weighted equally, the recall of each class, and the majority share."""
+    for name, value in rated(counts, names, key):
+        if name == f"{key}balanced":
+            yield name, 100 - value
+        elif not name.startswith(f"{key}top1"):
+            yield name, value
+    yield f"{key}majority", majority(counts)

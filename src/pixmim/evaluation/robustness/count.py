@@ -1,9 +1,10 @@
-"""Count right predictions on clean and corrupted images; the counts are kept in a file, to resume from."""
+"""Count correct predictions on clean and corrupted images. Counts are saved to a file, so evaluations resume."""
 
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,23 @@ Variant = tuple[str, int]
 CLEAN: Variant = ("clean", 0)
 
 
+@dataclass(frozen=True)
+class LabeledImages:
+    """Images to classify.
+
+    Attributes:
+        data: The images.
+        labels: Label of each image, as an index into `classes`.
+        classes: Names of the classes.
+        outputs: Output of the classifier for each class; None: its outputs are the classes.
+    """
+
+    data: ImageDataset
+    labels: Int[Tensor, " n"]
+    classes: list[str]
+    outputs: list[int] | None = None
+
+
 class CountsFile:
     """Counts by name, in a JSON file."""
 
@@ -46,102 +64,94 @@ class CountsFile:
             else:
                 self._warn("is not a JSON object")
 
-    def load(self, key: str, length: int, most: int) -> list[int]:
-        """Return `length` counts from 0 to `most` each; zeros if none are kept."""
+    def load(self, key: str, length: int, maximum: int) -> list[int]:
+        """Return `length` saved counts in [0, maximum]; zeros if nothing is saved."""
         counts = self._counts.get(key)
         if counts is None:
             return [0] * length
         valid = isinstance(counts, list) and len(counts) == length
-        if valid and all(type(count) is int and 0 <= count <= most for count in counts):
+        if valid and all(type(count) is int and 0 <= count <= maximum for count in counts):
             return list(counts)
         self._warn("contains impossible counts")
         return [0] * length
 
     def save(self, key: str, counts: list[int]) -> None:
-        """Keep counts, in place of older ones."""
+        """Save counts, replacing older ones."""
         self._counts[key] = counts
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self._path, json.dumps(self._counts))
 
     def _warn(self, problem: str) -> None:
-        print_plain(self._console, f"warning: {self._path} {problem}: that part is measured again")
+        print_plain(self._console, f"warning: {self._path} {problem}: restarting this part")
 
 
 def count_correct(
     context: EvalContext,
-    data: ImageDataset,
-    crop: Crop,
+    images: LabeledImages,
     classifier: ImageClassifier,
-    labels: Int[Tensor, " n"],
-    classes: int,
+    crop: Crop,
     file: CountsFile,
-    *,
-    among: Sequence[int] | None = None,
     variants: Sequence[Variant] = (CLEAN,),
     seed: int = 0,
 ) -> tuple[Int[Tensor, "v k"], Int[Tensor, " k"]]:
-    """Count the images of each class that are classified right, for each variant, and all that could be read.
+    """Count correct predictions for each variant and class, and the readable images of each class.
 
-    Images are read once for all variants; counts are kept after each batch.
+    Images are read once for all variants. Counts are saved after each batch.
 
     Args:
         context: The context.
-        data: The images.
-        crop: Crop of each image.
+        images: Images to classify.
         classifier: Predicts the classes.
-        labels: Label of each image.
-        classes: Number of classes.
-        file: Where counts are kept.
-        among: The outputs that compete; None: all.
+        crop: Crop of each image.
+        file: File of the counts.
         variants: Corruptions, or CLEAN.
         seed: Seed of the corruptions.
 
     Raises:
         UserError: If no image can be read.
     """
+    data, classes = images.data, len(images.classes)
     key = f"version {VERSION}, {len(variants)} variants: {data.spec} {data.fingerprint()}"
     first, *counts = file.load(key, 1 + (1 + len(variants)) * classes, len(data))
-    total, *right = torch.tensor(counts).view(-1, classes)
+    total, *correct = torch.tensor(counts).view(-1, classes)
     with (
         progress(f"{len(variants)} variants of {data.spec}", len(data), context.console) as advance,
         ThreadPool(0, "pixmim-corrupt") as pool,
     ):
-        for images, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256, first=first):
+        for batch, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256, first=first):
             if len(indices):
-                wanted = labels[indices]
-                for count, changed in zip(
-                    right, corrupted(images, indices.tolist(), variants, seed, pool), strict=True
-                ):
-                    answers = classifier.predict(changed, among)
-                    count += torch.bincount(wanted[answers == wanted], minlength=classes)
-                total += torch.bincount(wanted, minlength=classes)
-            if len(variants) > 1 or end == len(data):  # a stored set has up to 75 parts, each of few seconds
-                file.save(key, [end, *torch.stack([total, *right]).flatten().tolist()])
+                labels = images.labels[indices]
+                for count, x in zip(correct, corrupted(batch, indices.tolist(), variants, seed, pool), strict=True):
+                    hits = labels[classifier.predict(x, images.outputs) == labels]
+                    count += torch.bincount(hits, minlength=classes)
+                total += torch.bincount(labels, minlength=classes)
+            if len(variants) > 1 or end == len(data):  # each of ImageNet-C's 75 parts takes only seconds
+                file.save(key, [end, *torch.stack([total, *correct]).flatten().tolist()])
             advance(end)
     if not bool(total.any()):
         raise UserError(f"no image of {data.spec} can be read")
-    return torch.stack(right), total
+    return torch.stack(correct), total
 
 
 def corrupted(
     images: Tensor, indices: list[int], variants: Sequence[Variant], seed: int, pool: Executor
 ) -> Iterator[Tensor]:
-    """Yield each variant of a batch; the next one is computed by threads meanwhile."""
+    """Yield each variant of a batch, while threads compute the next one."""
 
     def start(variant: Variant) -> list[Future[Tensor]]:
         if variant == CLEAN:
             return []
-        make = partial(_corrupt_one, variant=variant, seed=seed)
-        return [pool.submit(make, image, index) for image, index in zip(images, indices, strict=True)]
+        function = partial(_corrupt, variant=variant, seed=seed)
+        return [pool.submit(function, image, index) for image, index in zip(images, indices, strict=True)]
 
     pending: deque[list[Future[Tensor]]] = deque()
     for variant in [*variants, None]:
         if variant is not None:
             pending.append(start(variant))
         if len(pending) > (variant is not None):
-            parts = pending.popleft()
-            yield torch.stack([part.result() for part in parts]) if parts else images
+            futures = pending.popleft()
+            yield torch.stack([future.result() for future in futures]) if futures else images
 
 
-def _corrupt_one(image: Tensor, index: int, *, variant: Variant, seed: int) -> Tensor:
+def _corrupt(image: Tensor, index: int, *, variant: Variant, seed: int) -> Tensor:
     return corrupt(image, *variant, seed=seed, index=index)
