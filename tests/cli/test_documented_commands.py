@@ -38,11 +38,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the arguments of evaluations instead of running them."""
     recorded: list[Any] = []
 
-    def instead(models: dict[str, Path], evaluations: list[Any], *_: Any, **__: Any) -> list[Any]:
-        calls.append((list(models), evaluations))
+    def record(models: dict[str, Path], evaluations: list[Any], *_: Any, **__: Any) -> list[Any]:
+        recorded.append((list(models), evaluations))
         return []
 
-    monkeypatch.setattr("pixmim.api.evaluate_many", instead)
+    monkeypatch.setattr("pixmim.api.evaluate_many", record)
     monkeypatch.setattr("pixmim.api.write_report", lambda *_, **__: None)
     module = sys.modules["pixmim.cli.evaluate"]  # the package has a function of that name
     monkeypatch.setattr(module, "_show", lambda *_: None)

@@ -142,7 +142,7 @@ def test_embeddings_are_features_with_file_names(
         (tmp_path / name).unlink()
     assert "already" in say(capsys, *args, "--out", tmp_path / "f.npy")[1]
     assert say(capsys, *args, "--out", tmp_path / "f.npy", "--overwrite", "--features", "cls")[0] == 0
-    assert np.array_equal(np.load(tmp_path / "f.npy"), found[:, :32]) and len(rows_of(tmp_path / "f.csv")) == 9
+    assert np.array_equal(np.load(tmp_path / "f.npy"), array[:, :32]) and len(rows_of(tmp_path / "f.csv")) == 9
     assert ".npy or .parquet" in say(capsys, *args, "--out", tmp_path / "f.csv")[1]
 
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -14,7 +14,7 @@ from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import check_output
-from pixmim.utils.validation import Device, Real, Seed, Size, Integer
+from pixmim.utils.validation import Device, Integer, Real, Seed, Size
 
 
 def evaluate(args: list[str]) -> int:

@@ -165,8 +165,8 @@ def format_report(dataset: ImageDataset, formats: Formats, result: Measurement) 
             lines.append(f"{number:>7}" + "".join(f"{value:>11.5g}" for value in row) + constant)
     if result.bad:
         lines.append(f"{sum(count for count, _ in result.bad.values()):,} cannot be read:")
-        for reason, (count, example) in sorted(result.bad.items(), key=lambda item: -item[1][0])[:5]:
-            lines.append(f"  {count:,}: {' '.join(reason.split())} ({example})")
+        for reason, (number, example) in sorted(result.bad.items(), key=lambda item: -item[1][0])[:5]:
+            lines.append(f"  {number:,}: {' '.join(reason.split())} ({example})")
         if len(result.bad) > 5:
             lines.append(f"  and {len(result.bad) - 5} more reasons")
     return lines

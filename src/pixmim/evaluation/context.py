@@ -22,9 +22,8 @@ from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
 from pixmim.models import features
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import print_plain
+from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
-from pixmim.utils.progress import progress
 from pixmim.utils.trust import inside
 
 T = TypeVar("T")

@@ -103,7 +103,7 @@ def load_frozen_encoder(
     if content is None:
         raise UserError(f"{name} is not a run: its initial weights are unknown. Leave out --untrained")
     config, text = pretrain_config(content[0], name), content[1]
-    untrusted = closed(text, {"--init": config.init})
+    untrusted = untrusted_references(text, {"--init": config.init})
     if untrusted:
         raise UserError(f"{refusal(name, untrusted)}. Without --untrained, those weights can be evaluated themselves")
     model = build_model(config)

@@ -15,16 +15,16 @@ from pixmim.utils.validation import (
     MAX_WIDTH,
     Count,
     Data,
+    Integer,
     LearningRate,
+    NonNegative,
     Positive,
     Real,
     Seed,
     Settings,
     Sides,
     Size,
-    NonNegative,
     Threads,
-    Integer,
 )
 
 DATA_FIELDS = (
