@@ -177,8 +177,10 @@ class Coverage:
     outside: int
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Return, for each crop, the mean over images (each the mean of its objects) and over objects; the same after
-        masking; and the objects' mean by sampling with its standard error, if crops were sampled."""
+        """Return the means of each crop over images (each the mean of its objects) and over objects.
+
+        "masked/..." are the same after masking. If crops were sampled, "simulated/..." is the mean over objects.
+        """
         _, image, count = np.unique([o.image for o in self.objects], return_inverse=True, return_counts=True)
         weight = 1 / count[image] / len(count)
         means = {}

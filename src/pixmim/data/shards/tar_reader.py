@@ -115,7 +115,7 @@ def _parse_number(field: bytes) -> int:
 
 
 def _parse_pax(content: bytes) -> dict[str, str]:
-    """Return "path", "size" and "GNU.sparse" from the records "LENGTH KEY=VALUE\\n" of a pax header."""
+    """Return "path", "size" and "GNU.sparse" from the lines "LENGTH KEY=VALUE" of a pax header."""
     records: dict[str, str] = {}
     at, end = 0, len(content.rstrip(b"\0"))
     while at < end:
