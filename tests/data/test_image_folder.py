@@ -192,7 +192,7 @@ def test_an_image_outside_of_class_folders_removes_the_classes(pictures: Path) -
         Image.new("RGB", (9, 9)).save(pictures / "cats" / f"a{i}.png")
     data = open_dataset(str(pictures))
     assert data.labels is None and f"{pictures}/loose.png is outside" in data.no_labels_message
-    assert "outside" not in open_dataset(str(pictures / "cats")).no_labels_message
+    assert "loose.png" not in open_dataset(str(pictures / "cats")).no_labels_message
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])

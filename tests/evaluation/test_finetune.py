@@ -403,7 +403,7 @@ def test_unsuitable_data_are_refused(product: Callable[[str], Path], pictures: P
         run(pictures / "cats", pictures)
     with pytest.raises(UserError, match="does not divide into --accumulation-steps 3 equal parts"):
         run(pictures, pictures, accumulation_steps=3)
-    with pytest.raises(UserError, match="does not divide into"):
+    with pytest.raises(UserError, match="36x36"):
         run(pictures, pictures, size="36")
     measured(
         folder, LinearSettings(str(pictures), str(pictures), protocol="mae", epochs=1)

@@ -89,7 +89,7 @@ def test_a_root_allows_paths_below_another_folder(secret: Path, monkeypatch: pyt
         assert [int(data.image(i)[0, 0, 0]) for i in range(5)] == [1, 200, 200, 1, 1]
     with pytest.raises(UserError, match=r"2 of the 6 paths .* lead out"):
         open_dataset(f"{given}/list.txt,root={given}")
-    with pytest.raises(UserError, match=r"no folder .*/nosuch"):
+    with pytest.raises(UserError, match=r"nosuch"):
         open_dataset(f"{given}/list.txt,root=/nosuch")
     with pytest.raises(UserError, match=r"root= applies to .txt"):
         open_dataset(f"{given},root=/")

@@ -87,7 +87,7 @@ def test_one_of_two_processes_is_killed(config: PretrainConfig, tmp_path: Path) 
 
 @linux
 def test_a_stuck_rank_ends_the_run_and_is_named(config: PretrainConfig, tmp_path: Path) -> None:
-    broken = started(tmp_path, "broken", "--parallel.timeout", 3, "--steps", 100_000, "--batch-size", 9, ranks=3)
+    broken = started(tmp_path, "broken", "--parallel.timeout", 10, "--steps", 100_000, "--batch-size", 9, ranks=3)
     broken.reach(8)
     os.kill(broken.pids[1], signal.SIGSTOP)
     for rank in (0, 2):
@@ -174,7 +174,8 @@ def test_a_damaged_checkpoint_is_set_aside(kind: str, config: PretrainConfig, tm
 @pytest.mark.parametrize(("processes", "killed"), [(1, 1), (2, 2), (2, 1)])
 def test_killed_at_twenty_random_moments(processes: int, killed: int, config: PretrainConfig, tmp_path: Path) -> None:
     """Kill a run while it starts, trains, or writes one of its many checkpoints."""
-    length = ("--steps", 1500, "--checkpoint.every", 3)
+    # A rank whose peer was killed before the two connected waits for it until the timeout.
+    length = ("--steps", 1500, "--checkpoint.every", 3, "--parallel.timeout", 60)
     quiet = started(tmp_path, "quiet", *length, ranks=processes)
     quiet.end()
     generator, kills, writing = random.Random(0), 0, 0

@@ -216,7 +216,7 @@ def test_unusable_coco_files_are_refused(coco_set: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: No such file"):
         open_detection(str(coco_set / "none.json"), "", RGB)
     file.write_text(json.dumps(valid))
-    with pytest.raises(UserError, match=r"no folder .*nowhere .*: add --test-images FOLDER"):
+    with pytest.raises(UserError, match=r"nowhere.*--test-images"):
         open_detection(str(file), str(coco_set / "nowhere"), RGB, "--test-images")
     Image.new("RGB", (20, 30)).save(coco_set / "few" / "3.png")
     data = open_detection(str(file), str(coco_set / "few"), RGB)
