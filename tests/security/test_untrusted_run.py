@@ -251,7 +251,7 @@ def test_a_metrics_file_is_regular_and_bounded(tmp_path: Path, monkeypatch: pyte
         read_metrics(tmp_path / "metrics.jsonl")
     monkeypatch.setattr("pixmim.training.metric_logger._MAX_BYTES", 10)
     (tmp_path / "large.jsonl").write_text("x" * 11)
-    with pytest.raises(OSError, match="more than the"):
+    with pytest.raises(OSError, match="limit of 10"):
         read_metrics(tmp_path / "large.jsonl")
 
 
@@ -262,7 +262,7 @@ def test_metrics_are_not_appended_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").unlink()
     (tmp_path / "m.jsonl").symlink_to(tmp_path / "mine")
     log.write({"step": 1, "epoch": 1})
-    assert (tmp_path / "mine").read_text() == "kept" and "cannot be written" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert (tmp_path / "mine").read_text() == "kept" and "cannot write" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_malformed_bad_image_log_costs_one_line_and_is_continued(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_output_images_are_checked_before_the_work(
     for name in ("reconstruct", "attention"):
         for out in (tmp_path / "file" / "x.png", tmp_path, tmp_path / "x.exe", tmp_path / "x"):
             status, text = say(capsys, name, foreign, pictures, "--out", out)
-            assert status == 1 and "Traceback" not in text and (str(out) in text or "--out ends" in text)
+            assert status == 1 and "Traceback" not in text and str(out) in text
         assert not opened
         assert say(capsys, name, foreign, pictures, "--out", tmp_path / name / "new" / "x.png")[0] == 0
         assert os.listdir(tmp_path / name / "new") == ["x.png"]

@@ -152,5 +152,5 @@ def _image_format(out: Path) -> str:
 
     kind = registered_extensions().get(out.suffix.lower(), "")
     if kind not in SAVE:
-        raise UserError(f"--out needs the name of an image file such as {out.stem}.png, not '{out.suffix}'")
+        raise UserError(f"--out {out} is not the name of an image file: pass one such as {out.stem}.png")
     return kind
