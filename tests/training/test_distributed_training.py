@@ -18,8 +18,6 @@ from pixmim.config import CheckpointConfig, MaskConfig, OptimConfig, ParallelCon
 from pixmim.pretraining import pretrain
 from pixmim.training.metric_logger import read_metrics
 
-pytestmark = pytest.mark.xdist_group("several")  # one process trains the runs that all of these read
-
 STEPS, HALF = 8, 4
 FSDP = ParallelConfig("fsdp")
 
