@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from pixmim.build import build_model
 from pixmim.config import CropConfig, OptimConfig, PretrainConfig, TargetConfig
 from pixmim.config_io import from_json, to_json
 from pixmim.recipes import RECIPES, get_recipe
@@ -94,3 +95,12 @@ def test_size_and_statistics() -> None:
 def test_an_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'pixmim-vit-small'"):
         get_recipe("pixmim-vit-smal")
+
+
+@pytest.mark.parametrize(("name", "patches", "steps"), [("64", 64, 15_625), ("96", 144, 15_625)])
+def test_recipes_for_few_images_have_small_patches(name: str, patches: int, steps: int) -> None:
+    config = get_recipe(f"pixmim-vit-tiny-{name}")
+    model = build_model(config)
+    assert model.patch == 8 and (int(name) // model.patch) ** 2 == patches
+    assert config.target.kind == "low-frequency" and config.crop.kind == "simple-resized"
+    assert config.recipe_info.steps == steps

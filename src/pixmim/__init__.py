@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pixmim.advice import Advice, advise
     from pixmim.api import embed, embed_to_file, evaluate, evaluate_to_folder, reconstruct
     from pixmim.config import ModelConfig, PretrainConfig
     from pixmim.data import create_loader, open_dataset
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "advice": ("Advice", "advise"),
     "api": ("embed", "embed_to_file", "evaluate", "evaluate_to_folder", "reconstruct"),
     "config": ("ModelConfig", "PretrainConfig"),
     "data": ("create_loader", "open_dataset"),
@@ -45,6 +47,7 @@ _NAMES = {
 _MODULES = {name: f"pixmim.{module}" for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Advice",
     "BeitBlockMask",
     "BlockwiseRandomMask",
     "CenterCrop",
@@ -61,6 +64,7 @@ __all__ = [
     "SimpleResizedCrop",
     "SquareMask",
     "UserError",
+    "advise",
     "create_loader",
     "create_model",
     "embed",

@@ -121,7 +121,7 @@ def simmim_vit_base() -> PretrainConfig:
 
 
 def pixmim_vit_small() -> PretrainConfig:
-    """PixMIM with ViT-S/16 at 224 px, for tens of thousands of images and one GPU."""
+    """PixMIM with ViT-S/16 at 224 px, for 10,000 to 500,000 images on one GPU."""
     return PretrainConfig(
         epochs=300,
         batch_size=512,
@@ -132,13 +132,27 @@ def pixmim_vit_small() -> PretrainConfig:
 
 
 def pixmim_vit_tiny() -> PretrainConfig:
-    """PixMIM with ViT-Ti/16 at 224 px, for a few thousand images on a small GPU or a CPU."""
+    """PixMIM with ViT-Ti/16 at 224 px, for 1,000 to 10,000 images on a small GPU."""
     return PretrainConfig(
         epochs=200,
         batch_size=128,
         model=ArchitectureConfig("mae", "vit_tiny_patch16_224", decoder_dim=128, decoder_depth=2, decoder_heads=4),
         optim=OptimConfig(base_lr=2e-3, warmup=10),
         recipe_info=_trained_for(200, 128, images=10_000),
+    )
+
+
+def pixmim_vit_tiny_small_images(size: Literal["64", "96"]) -> PretrainConfig:
+    """PixMIM with ViT-Ti/8 at 64 or 96 px, for 200 to 10,000 images on a CPU: 64 or 144 patches."""
+    epochs, images, batch_size = (1000, 1_000, 64) if size == "64" else (400, 5_000, 128)
+    config = pixmim_vit_tiny()
+    return replace(
+        config,
+        epochs=epochs,
+        batch_size=batch_size,
+        size=size,
+        model=replace(config.model, options={"patch_size": 8}),
+        recipe_info=_trained_for(epochs, batch_size, images),
     )
 
 
@@ -179,9 +193,16 @@ class RecipeEntry:
 _NO_NUMBER = "ImageNet-1k: no published number"
 
 RECIPES: dict[str, RecipeEntry] = {
+    # Images of your own, from few to many; `pixmim advise` chooses among them.
+    "pixmim-vit-tiny-64": RecipeEntry(
+        partial(pixmim_vit_tiny_small_images, "64"), "200 to 1,000 images of your own, hours on a CPU"
+    ),
+    "pixmim-vit-tiny-96": RecipeEntry(
+        partial(pixmim_vit_tiny_small_images, "96"), "1,000 to 10,000 images of your own, a night on a CPU"
+    ),
+    "pixmim-vit-tiny": RecipeEntry(pixmim_vit_tiny, "1,000 to 10,000 images of your own, a small GPU"),
+    "pixmim-vit-small": RecipeEntry(pixmim_vit_small, "10,000 to 500,000 images of your own, one GPU"),
     "demo": RecipeEntry(demo, "synthetic shapes, two CPU cores, minutes: the probe gains more than ten points"),
-    "pixmim-vit-tiny": RecipeEntry(pixmim_vit_tiny, "a few thousand images of your own, a small GPU or a CPU"),
-    "pixmim-vit-small": RecipeEntry(pixmim_vit_small, "tens of thousands of images of your own, one GPU"),
     # PixMIM, table 1: linear probe and fine-tuning, MAE's rows too; ViT-L: MAE, table 3
     "pixmim-vit-base-300": RecipeEntry(partial(pixmim_vit, "base", 300), "ImageNet-1k: 63.3 linear, 83.1 fine-tuned"),
     "pixmim-vit-base": RecipeEntry(partial(pixmim_vit, "base", 800), "ImageNet-1k: 67.5 linear, 83.5 fine-tuned"),

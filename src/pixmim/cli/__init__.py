@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from pixmim import __version__
+from pixmim.cli.advise import advise
 from pixmim.cli.data import bench_data, cache, stats
 from pixmim.cli.evaluate import coverage, evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
@@ -22,6 +23,7 @@ from pixmim.utils.memory import retain_freed_memory
 from pixmim.utils.process import as_process
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "advise": (advise, "examine your images, and print the command that suits them"),
     "pretrain": (pretrain, "train a backbone on your own images"),
     "slurm": (slurm, "write a script for Slurm's sbatch that trains on a cluster"),
     "cache": (cache, "resize images once, for all epochs"),
@@ -43,7 +45,7 @@ OVERVIEW = "\n".join(
     [
         "usage: pixmim COMMAND [...]\n",
         *(f"  {name:<13}{text}" for name, (_, text) in _COMMANDS.items()),
-        "\n`pixmim COMMAND --help` explains every flag. To start: pixmim pretrain pixmim-vit-tiny --data FOLDER",
+        "\n`pixmim COMMAND --help` explains every flag. To start: pixmim advise FOLDER",
     ]
 )
 

@@ -85,7 +85,7 @@ def _draw_command(
         """
         if not images:
             raise UserError("no images given: add image files or folders after MODEL")
-        kind = _image_format(out)
+        kind = image_format(out)
         check_output(out, overwrite)
         weights = _open_model(model, model_flags, with_decoder=prog == "pixmim reconstruct")
         image = draw(weights, images, count, bands)
@@ -146,7 +146,7 @@ def _open_model(model: str, model_flags: ModelFlags, with_decoder: bool = False)
     return weights
 
 
-def _image_format(out: Path) -> str:
+def image_format(out: Path) -> str:
     """Return Pillow's format for the suffix of a file. Raises UserError for an unknown one."""
     from PIL.Image import SAVE, registered_extensions
 

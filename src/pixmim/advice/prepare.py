@@ -1,0 +1,98 @@
+"""Commands that prepare a dataset for pre-training, and the list of its images without masks."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pixmim.config import PretrainConfig
+from pixmim.data.dataset import RGB, ImageDataset, ImageSpec
+from pixmim.data.image_folder import ImageFolder
+from pixmim.data.survey import Survey
+from pixmim.utils.errors import UserError, shown
+from pixmim.utils.files import check_output, write_text_atomically
+
+
+def prepare_list(dataset: ImageDataset, found: Survey) -> tuple[list[str], str]:
+    """Return the command that lists the images without masks, if there are masks, and the --data that results."""
+    if not found.masks:
+        return [], found.data
+    file = Path(f"{_name(found.data)}-images.txt")
+    return [shlex.join(["pixmim", "advise", found.data, "--list", str(file)])], _list_spec(dataset, file)
+
+
+def prepare_cache(found: Survey, config: PretrainConfig, *, cached: bool) -> tuple[list[str], str]:
+    """Return the commands that resize images and measure mean and std, as far as needed, and the --data that results.
+
+    Args:
+        found: The survey.
+        config: Configuration of the run, with its --data.
+        cached: Whether to resize the images into a cache.
+    """
+    commands, source = list[str](), config.data
+    spec = ImageSpec(config.channels, config.dtype, config.tiff_pages)
+    flags = [] if spec == RGB else spec.flags.split()
+    if cached:
+        raw = [] if spec.dtype == "uint8" and spec.channels in (1, 3) else ["--raw"]
+        cache = f"{_name(found.data)}-{config.size}"
+        commands.append(shlex.join(["pixmim", "cache", source, cache, "--size", config.size, *flags, *raw]))
+        source = cache
+    if flags:
+        commands.append(shlex.join(["pixmim", "stats", source, *flags]))
+    return commands, source
+
+
+def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], file: Path) -> str:
+    """Write the paths of images as a list for --data.
+
+    Args:
+        dataset: A folder or a list of images.
+        images: Indices of the images to list.
+        file: A new .txt file.
+
+    Returns:
+        The --data that reads the list.
+
+    Raises:
+        UserError: If the dataset is of another kind, or the file cannot be written.
+    """
+    if file.suffix != ".txt":
+        raise UserError(f"--list {file} is not the name of a list: it must end in .txt")
+    if not isinstance(dataset, ImageFolder):
+        raise UserError(f"--list {file} needs a folder of images, which {dataset.spec} is not")
+    check_output(file)
+    root, folder = _root(dataset), os.path.abspath(file.parent)
+    paths = [os.path.abspath(dataset.path_of(int(index))) for index in images]
+    for path in paths:
+        if path.strip() != path or "\n" in path:
+            raise UserError(f"--list cannot contain the name {shown(path)}, which has line breaks or blanks at its end")
+    if _is_inside(root, folder):
+        paths = [os.path.relpath(path, folder) for path in paths]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(file, "\n".join(paths) + "\n")
+    return _list_spec(dataset, file)
+
+
+def _name(data: str) -> str:
+    """Return a name for files made of a dataset."""
+    name = Path(data.split(",")[0]).name.removesuffix(".txt")
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "images"
+
+
+def _list_spec(dataset: ImageDataset, file: Path) -> str:
+    """Return the --data that reads a list of the dataset's files, which must be below the list's folder or root=."""
+    root = _root(dataset)
+    return str(file) if _is_inside(root, os.path.abspath(file.parent)) else f"{file},root={root}"
+
+
+def _root(dataset: ImageDataset) -> str:
+    """Return the folder that contains all files."""
+    folders = {os.path.dirname(os.path.abspath(dataset.path_of(index))) for index in range(len(dataset))}
+    return os.path.commonpath(folders)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return Path(path).is_relative_to(folder)

@@ -1,0 +1,117 @@
+"""`pixmim advise` and `pixmim.advise`: the commands printed are valid, and lists contain images only."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pixmim
+from helpers.cli import say
+from pixmim import cli
+from pixmim.cli.pretrain import read_flags
+
+NOISE = np.random.default_rng(0)
+
+
+@pytest.fixture
+def tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of five elongated images with masks beside them, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("my tiles")
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(NOISE.integers(0, 256, (120, 48, 3), np.uint8)).save(folder / f"{i}.jpg")
+        Image.fromarray(NOISE.integers(0, 2, (120, 48)).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_the_commands_run_in_order_and_train_on_the_images_without_masks(
+    tiles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = pixmim.advise(tiles, trial=False, device="cpu")
+    first, last = (shlex.split(command) for command in advice.commands)
+    assert say(capsys, *first[1:], "--no-trial", "--device", "cpu")[0] == 0
+    config = read_flags(last[2:]).config
+    assert config == advice.config and config.size == "104x40"
+    dataset = pixmim.open_dataset(config.data)
+    assert [Path(dataset.path_of(i)).name for i in range(len(dataset))] == [f"{i}.jpg" for i in range(5)]
+    status, output = say(capsys, *first[1:])
+    assert status == 1 and "my-tiles-images.txt" in output  # exists
+
+
+def test_a_list_elsewhere_names_the_folder_that_it_may_read(tiles: Path, tmp_path: Path) -> None:
+    advice = pixmim.advise(tiles, write_list=tmp_path / "lists" / "a.txt", trial=False, device="cpu")
+    assert len(advice.commands) == 1
+    assert len(pixmim.open_dataset(advice.config.data)) == 5
+    with pytest.raises(pixmim.UserError, match=r"--list .*\.txt"):
+        pixmim.advise(tiles, write_list="a.csv", trial=False, device="cpu")
+    with pytest.raises(pixmim.UserError, match=r"--list a\.txt needs a folder"):
+        pixmim.advise("shapes:count=20,size=32", write_list="a.txt", trial=False, device="cpu")
+
+
+def test_the_printed_command_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["advise", "shapes:count=40,size=32", "--images", "20", "--device", "cpu"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    words = shlex.split(last)
+    assert words[:2] == ["pixmim", "pretrain"] and read_flags(words[2:]).config.data == "shapes:count=40,size=32"
+    assert any("images/s" in line for line in lines)
+
+
+def test_slow_reading_and_16_bits_add_their_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    for i in range(8):
+        Image.fromarray(NOISE.integers(0, 9_000, (64, 64), np.uint16)).save(f"scans/{i}.png")
+    monkeypatch.setattr("pixmim.advice.measure_speed", lambda *_: 1e9)
+    advice = pixmim.advise("scans", device="cpu")
+    cache, stats, last = (shlex.split(command) for command in advice.commands)
+    for command in (cache, stats):
+        assert say(capsys, *command[1:])[0] == 0
+    config = read_flags(last[2:]).config
+    assert (config.data, config.channels, config.dtype) == ("scans-64", 1, "uint16") and config == advice.config
+    again = pixmim.advise("scans-64", device="cpu")  # a cache is not cached again
+    assert again.survey.images == 8 and again.survey.image_spec.dtype == "uint16"
+    assert [shlex.split(command)[1] for command in again.commands] == ["stats", "pretrain"]
+
+
+def test_json_contains_the_survey_the_suggestions_and_the_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spectrum, file = tmp_path / "spectrum.png", tmp_path / "advice.json"
+    args = ["advise", "shapes:count=30,size=32", "--device", "cpu", "--no-trial"]
+    assert cli.main([*args, "--json", "-", "--out", str(spectrum)]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert set(values) == {"survey", "suggestions", "questions", "commands"}
+    assert values["survey"]["images"] == 30 and len(values["survey"]["spectrum"]["power"]) == 16
+    assert {"topic", "flags", "reason", "basis"} == set(values["suggestions"][0])
+    assert Image.open(spectrum).width > 300
+    assert cli.main([*args, "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["commands"] == values["commands"]
+    status, output = say(capsys, *args, "--json", file)
+    assert status == 1 and "--overwrite" in output
+
+
+def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "flat.png")
+    for args, part in (
+        (["/no/such/folder"], "/no/such/folder"),
+        ([os.fspath(tmp_path), "--out", os.fspath(tmp_path / "spectrum.png"), "--no-trial"], "contrast"),
+        ([os.fspath(tmp_path), "--out", "spectrum.html"], "--out spectrum.html"),
+        ([os.fspath(tmp_path), "--images", "0"], "--images"),
+    ):
+        status, output = say(capsys, "advise", *args)
+        assert status == 1 and part in output
+    with pytest.raises(pixmim.UserError, match="--images"):
+        pixmim.advise(tmp_path, images=10**6)
+
+
+def test_list_begins_with_recipes_for_ones_own_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    first = capsys.readouterr().out.splitlines()[:4]
+    assert all("of your own" in line for line in first) and first[0].startswith("pixmim-vit-tiny-64")

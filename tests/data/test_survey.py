@@ -1,0 +1,104 @@
+"""What a survey finds in small folders."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixmim.data import open_dataset
+from pixmim.data.survey import Survey, split_masks, survey
+from pixmim.utils.errors import UserError
+
+NOISE = np.random.default_rng(0)
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def photo(height: int = 40, width: int = 48) -> np.ndarray:
+    coarse = Image.fromarray(NOISE.integers(0, 256, (9, 9, 3), np.uint8))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def mask() -> np.ndarray:
+    return np.kron(NOISE.integers(0, 2, (10, 12), np.uint8) * 255, np.ones((4, 4), np.uint8))
+
+
+def examine(folder: Path, **options: int) -> Survey:
+    dataset = open_dataset(str(folder))
+    return survey(dataset, split_masks(dataset), **options)
+
+
+def names(dataset_folder: Path) -> tuple[list[str], list[str]]:
+    dataset = open_dataset(str(dataset_folder))
+    images, masks = ([Path(dataset.path_of(int(i))).name for i in part] for part in split_masks(dataset))
+    return images, masks
+
+
+@pytest.mark.parametrize("form", ["images/{}.jpg masks/{}.png", "{}.jpg {}_mask.png", "{}.jpg {}.png"])
+def test_masks_are_found_by_folder_by_name_and_beside_a_jpeg(tmp_path: Path, form: str) -> None:
+    image_name, mask_name = form.split()
+    for i in range(6):
+        save(tmp_path / image_name.format(i), photo())
+        save(tmp_path / mask_name.format(i), mask())
+    images, masks = names(tmp_path)
+    assert images == [Path(image_name.format(i)).name for i in range(6)]
+    assert masks == [Path(mask_name.format(i)).name for i in range(6)]
+    found = examine(tmp_path)
+    assert (found.images, found.masks, found.examined) == (6, 6, 6) and found.mask_example.endswith(".png")
+
+
+def test_photographs_named_like_masks_are_images_and_a_folder_of_masks_is_a_dataset(tmp_path: Path) -> None:
+    for i in range(5):
+        save(tmp_path / "photos" / "labels" / f"{i}.jpg", photo())
+        save(tmp_path / "photos" / f"{i}.jpg", photo())
+        save(tmp_path / "alone" / f"{i}_mask.png", mask())
+    assert len(names(tmp_path / "photos")[0]) == 10
+    assert len(names(tmp_path / "alone")[0]) == 5
+
+
+def test_sizes_flat_damaged_and_duplicated_images_are_counted(tmp_path: Path) -> None:
+    for i in range(10):
+        save(tmp_path / f"{i}.png", photo(100, 40 + i))
+    Image.open(tmp_path / "3.png").resize((90, 200)).save(tmp_path / "copy.png")
+    save(tmp_path / "flat.png", np.full((100, 44, 3), 9, np.uint8))
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    found = examine(tmp_path, size=32)
+    assert (found.images, found.examined, found.usable) == (13, 12, 11)
+    assert [Path(path).name for path in found.flat] == ["flat.png"]
+    assert [[Path(path).name for path in group] for group in found.duplicates] == [["3.png", "copy.png"]]
+    assert [count for count, _ in found.unreadable.values()] == [1]
+    assert found.heights[:2] == (100, 100) and 40 <= found.widths[0] <= found.widths[1] <= 50
+    assert 2 < found.elongation < 2.5 and found.same_orientation == 1
+    assert found.spectrum is not None and found.spectrum.size == 32 and found.spectrum.images == 11
+    text = "\n".join(found.lines())
+    assert "3.png and copy.png" in text and "flat.png" in text and "bad.png" in text and str(tmp_path / "3") not in text
+
+
+def test_channels_and_dtype_are_those_of_the_files(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / f"{i}.png", NOISE.integers(0, 4_000, (40, 40), np.uint16))
+    found = examine(tmp_path)
+    assert (found.image_spec.channels, found.image_spec.dtype) == (1, "uint16") and not found.flat
+
+
+def test_images_without_contrast_have_no_spectrum(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / f"{i}.png", np.full((20, 20, 3), i, np.uint8))
+    found = examine(tmp_path)
+    assert found.spectrum is None and len(found.flat) == 3 and found.duplicates == [] and found.usable == 1
+
+
+def test_a_dataset_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"a\.png"):
+        examine(tmp_path)
+
+
+def test_the_sample_is_bounded_and_datasets_without_files_are_examined() -> None:
+    dataset = open_dataset("shapes:count=500,size=32")
+    found = survey(dataset, split_masks(dataset), sample=20)
+    assert (found.images, found.examined, found.masks) == (500, 20, 0)
