@@ -246,7 +246,8 @@ def test_sizes_unlike_the_tensors_take_no_memory(
     folder = hostile(options=options, **fields)
     for name in (folder, folder / "encoder/model.safetensors"):
         with pytest.raises(
-            UserError, match=r"match: it (has|is missing)|a table of 17 positions is too|values of an im|not take img_size"
+            UserError,
+            match=r"match: it (has|is missing)|a table of 17 positions is too|values of an im|not take img_size",
         ):
             load_encoder(name)
 

@@ -2,15 +2,16 @@
 
     data     = part {"+" part}
     part     = source ["*" weight]          weight: an integer of at least 1
-    source   = path [",root=" folder] | tars [",key=last-dot"] | glob | URL | "shapes:" ...
-             | "hf:" name [":" split] {"," option "=" value}
+    source   = path {option} | glob {option} | URL {option} | "shapes:" ... | "hf:" name [":" split] {option}
+    option   = "," name "=" value           which names depends on what the source is
 
-A path that exists is taken literally, whatever characters it has. `root=` belongs to lists and tables, and names a
-folder that the paths in them may lead to. Imports no torch, so that the command line starts fast.
+A path that exists is taken literally, whatever characters it has. Imports no torch, so that the command line starts
+fast.
 """
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -24,7 +25,11 @@ _MAX_WEIGHT_DIGITS = 6
 _WILDCARD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.(-?\d+))?\n?\}|[{,}]")
 _MAX_NAMES = 1_000_000  # in the expansion of a brace pattern
-_ROOTED = re.compile(r"(.+?),root=(.+)", re.DOTALL)
+_HAS_OWN_OPTIONS = re.compile(r"hf:(?!//)|shapes:")
+_OPTION = re.compile(r",(?=\w+=)")
+_MAX_OPTIONS = 100
+_OPTIONS = ("root", "key", "image", "path", "label", "group", "include", "exclude")
+_REPEATABLE = ("include", "exclude")
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,9 @@ def _split_weight(text: str) -> tuple[str, str]:
 
 def is_there(text: str) -> bool:
     """Return True if a part is a URL, an existing path, or a pattern in an existing folder."""
-    source, _ = _split_weight(text)
-    if not _exists(source):
-        source = source.partition(",key=")[0]
+    source, options = split_options(_split_weight(text)[0])
     if _ADDRESS.match(source) or _exists(source):
-        return True
-    path, root = split_root(source)
-    if root is not None:
-        return _exists(path) and root.exists()
+        return all(_exists(root) for root in options.get("root", []))
     literal = _WILDCARD.split(source, maxsplit=1)[0]
     folder = os.path.dirname(literal)
     return literal != source and (_exists(folder) if folder else "+" not in source)
@@ -111,29 +111,71 @@ def _absolute_source(source: str) -> str:
         return str(replace(hub, place=place, root=root)) if hub.path or root else source
     if _ADDRESS.match(source):
         return source
-    path, folder = split_root(source)
-    suffix = f",root={os.path.abspath(folder)}" if folder else ""  # keeps links, since a list may name them
+    path, options = split_options(source)
+    pairs = [(name, value) for name, values in options.items() for value in values]
+    suffix = "".join(
+        f",{name}={os.path.abspath(os.path.expanduser(value)) if name == 'root' else value}" for name, value in pairs
+    )  # abspath keeps links, since a list may name them
     return os.path.realpath(os.path.expanduser(path)) + suffix
 
 
-def split_root(source: str) -> tuple[str, Path | None]:
-    """Split `PATH,root=FOLDER`, a list or a table, into path and folder. Without `root=`, the folder is None."""
-    match = None if _exists(source) or _ADDRESS.match(source) else _ROOTED.fullmatch(source)
-    return (match[1], Path(os.path.expanduser(match[2]))) if match else (source, None)
+def split_options(source: str) -> tuple[str, dict[str, list[str]]]:
+    """Split `PATH,option=value,...` into the path and the values of each option, in their order.
 
-
-def split_key(source: str) -> tuple[str, bool]:
-    """Split `TARS,key=last-dot` into the tars, and True if sample keys end at the last dot of a file name.
+    The longest existing path is the path. If there is none (a pattern, a URL, a misspelled name), known options at the
+    end are split off. `hf:` and `shapes:` have options of their own and stay as they are.
 
     Raises:
-        UserError: If `key=` has another value.
+        UserError: If there are more than a hundred options.
     """
-    tars, comma, key = source.rpartition(",key=")
-    if not comma or _exists(source) or source.startswith(("hf:", "shapes:")):
-        return source, False
-    if key != "last-dot":
-        raise UserError(f"key={key} in '{source}' is not supported: use key=last-dot, or leave it out")
-    return tars, True
+    pieces = _OPTION.split(source)
+    if len(pieces) == 1 or _exists(source) or _HAS_OWN_OPTIONS.match(source):
+        return source, {}
+    if len(pieces) > _MAX_OPTIONS:
+        raise UserError(f"'{source[:100]}...' has {len(pieces):,} options: use at most {_MAX_OPTIONS}")
+    count = next((n for n in range(len(pieces), 0, -1) if _exists(",".join(pieces[:n]))), 0)
+    if not count:
+        count = len(pieces)
+        while count > 1 and pieces[count - 1].partition("=")[0] in _OPTIONS:
+            count -= 1
+    options: dict[str, list[str]] = {}
+    for piece in pieces[count:]:
+        name, _, value = piece.partition("=")
+        options.setdefault(name, []).append(value)
+    return ",".join(pieces[:count]), options
+
+
+def read_options(source: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
+    """Split a source as `split_options` does, and check its options.
+
+    Args:
+        source: The source.
+        kind: What the path is, for the message, such as "a .txt list".
+        known: Names of the options that it may have.
+
+    Raises:
+        UserError: If an option is unknown, has no value, or is given twice without being a pattern.
+    """
+    path, options = split_options(source)
+    for name, values in options.items():
+        if name not in known:
+            names = f"Its options: {', '.join(known)}" if known else "It takes no options"
+            raise UserError(f"{path} is {kind} and has no option {name}={did_you_mean(name, known) or '.'} {names}")
+        if not all(values):
+            raise UserError(f"'{source}' has no value for {name}=")
+        if len(values) > 1 and name not in _REPEATABLE:
+            raise UserError(f"'{source}' has {name}= {len(values)} times: give it once")
+    return path, options
+
+
+def read_root(options: dict[str, list[str]], source: str) -> Path | None:
+    """Return the folder that `root=` names; None without it. Raises UserError if there is no such folder."""
+    if "root" not in options:
+        return None
+    root = Path(os.path.expanduser(options["root"][0]))
+    if not root.is_dir():
+        raise UserError(f"no folder {root}, which '{source}' names as root=")
+    return root
 
 
 def expand_braces(pattern: str) -> list[str]:
