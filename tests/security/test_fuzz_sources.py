@@ -213,6 +213,7 @@ words = [
     ":",
     "image=",
     ",label=",
+    "split:train:",
     ",exclude=*",
     "x",
     "shapes:",

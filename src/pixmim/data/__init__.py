@@ -11,8 +11,9 @@ from pixmim.data.label_table import is_label_table, open_label_table
 from pixmim.data.resized_cache import open_cache, read_settings
 from pixmim.data.shards.fsspec_io import is_url
 from pixmim.data.shards.webdataset import find_tars, is_tar, open_webdataset
+from pixmim.data.split import split_dataset
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.data.uri import Part, read_options, read_parts, split_options
+from pixmim.data.uri import Part, SplitSpec, read_options, read_parts, split_options
 from pixmim.utils.errors import UserError
 
 __all__ = ["create_loader", "open_dataset"]
@@ -25,7 +26,7 @@ def open_dataset(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float 
         spec: A folder, a .txt list of images, a .csv, .tsv or .parquet table of paths and labels, a resized cache,
             tars, a Hugging Face dataset (`hf:NAME`, or a folder or file of parquet or Arrow), `shapes:`, or several
             with weights, `a*3+b`. A cache and tars can be at a URL. Options follow after commas, such as
-            `photos,exclude=*_mask.png`.
+            `photos,exclude=*_mask.png`; `split:train:` before all of it chooses a part: see `SplitSpec`.
         image_spec: Channels and dtype that images are converted to.
         shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
 
@@ -37,10 +38,15 @@ def open_dataset(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float 
     """
     if not spec:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
-    parts = read_parts(spec)
-    if parts == [Part(spec)]:
-        return _open_part(spec, image_spec, shard_cache_gib)
-    return ConcatDataset(spec, [(_open_part(part.source, image_spec, shard_cache_gib), part.weight) for part in parts])
+    parts, (split, source) = read_parts(spec), SplitSpec.read(spec)
+
+    def open_part(part: Part) -> ImageDataset:
+        data = _open_part(part.source, image_spec, shard_cache_gib)
+        return data if split is None else split_dataset(data, split)
+
+    if parts == [Part(source)]:
+        return open_part(parts[0])
+    return ConcatDataset(spec, [(open_part(part), part.weight) for part in parts])
 
 
 def _open_part(spec: str, image_spec: ImageSpec, shard_cache_gib: float) -> ImageDataset:

@@ -80,6 +80,9 @@ class ImageDataset(ABC):
     left_out = ""
     """Note on images or rows that are left out, for the user; otherwise empty."""
 
+    groups: npt.NDArray[np.int64] | None = None
+    """Number of each image's group (n), such as a patient, which a split keeps together. None without groups."""
+
     def __init__(
         self,
         spec: str,

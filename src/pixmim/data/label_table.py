@@ -29,9 +29,6 @@ _MAX_SOUGHT = 100  # files that are looked for at opening
 class LabelTable(ImageFolder):
     """Images that a table lists."""
 
-    groups: npt.NDArray[np.int64] | None = None
-    """Number of each image's group (n), such as a patient; an image without one has its own. None without groups."""
-
     header: Sequence[str] = ()
     """Names of the columns."""
 

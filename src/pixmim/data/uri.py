@@ -1,6 +1,7 @@
 """Parse what is passed as --data: the parts of a mixture with their weights, and the options of each part.
 
-    data     = part {"+" part}
+    data     = [split] part {"+" part}
+    split    = "split:" ("train" | "test") [",share=" number] [",seed=" integer] ":"
     part     = source ["*" weight]          weight: an integer of at least 1
     source   = path {option} | glob {option} | URL {option} | "shapes:" ... | "hf:" name [":" split] {option}
     option   = "," name "=" value           which names depends on what the source is
@@ -25,11 +26,53 @@ _MAX_WEIGHT_DIGITS = 6
 _WILDCARD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.(-?\d+))?\n?\}|[{,}]")
 _MAX_NAMES = 1_000_000  # in the expansion of a brace pattern
+_SPLIT = re.compile(r"split:(train|test)((?:,\w+=[^,:]*)*):(.+)", re.DOTALL)
 _HAS_OWN_OPTIONS = re.compile(r"hf:(?!//)|shapes:")
 _OPTION = re.compile(r",(?=\w+=)")
 _MAX_OPTIONS = 100
 _OPTIONS = ("root", "key", "image", "path", "label", "group", "include", "exclude")
 _REPEATABLE = ("include", "exclude")
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """The prefix `split:SIDE[,share=0.8][,seed=0]:` of a dataset: the train or the test images of a random split.
+
+    Args:
+        side: "train" or "test".
+        share: Share of the train images of each class.
+        seed: Seed of the split.
+    """
+
+    side: str
+    share: float = 0.8
+    seed: int = 0
+
+    @staticmethod
+    def read(spec: str) -> "tuple[SplitSpec | None, str]":
+        """Split the prefix from a spec. It is None if there is none, or if the spec is an existing path.
+
+        Raises:
+            UserError: If the prefix is malformed.
+        """
+        if not spec.startswith("split:") or _exists(spec):
+            return None, spec
+        match = _SPLIT.fullmatch(spec)
+        given = [option.split("=", 1) for option in match[2].split(",")[1:]] if match else []
+        options = {"share": "0.8", "seed": "0"} | {name: value for name, value in given}
+        valid = len(options) == 2 and len(given) == len({name for name, _ in given})
+        valid &= bool(re.fullmatch(r"0?\.[0-9]{1,4}", options["share"])) and float(options["share"]) > 0
+        if not match or not valid or not re.fullmatch("[0-9]{1,9}", options["seed"]) or match[3].startswith("split:"):
+            raise UserError(
+                f"'{spec[:200]}' is not a split: write split:train,share=0.8,seed=0:DATA, and test for the other part. "
+                "share is above 0 and below 1, with at most 4 digits; both options may be left out"
+            )
+        return SplitSpec(match[1], float(options["share"]), int(options["seed"])), match[3]
+
+    @property
+    def prefix(self) -> str:
+        """The prefix as text, with all of its values."""
+        return f"split:{self.side},share={self.share},seed={self.seed}:"
 
 
 @dataclass(frozen=True)
@@ -41,7 +84,7 @@ class Part:
 
 
 def read_parts(spec: str) -> list[Part]:
-    """Split a spec into the parts that `+` joins.
+    """Split a spec into the parts that `+` joins. A prefix `split:...:`, which applies to each, is left out.
 
     Only `*` and digits at the end of a part are a weight, so `shards/*.tar*2` is the glob `shards/*.tar`, twice. Paths
     may contain `+`: a part ends at the first `+` where the text before it exists. After a URL, text that does not
@@ -52,6 +95,7 @@ def read_parts(spec: str) -> list[Part]:
     """
     if "\0" in spec:
         raise UserError(f"{spec!r} is not a dataset: it contains a zero byte")
+    _, spec = SplitSpec.read(spec)
     if _exists(spec):
         return [Part(spec)]
     pieces, sources = spec.split("+"), list[str]()
@@ -100,7 +144,9 @@ def absolute(spec: str) -> str:
     """Return a spec with absolute paths. Names, URLs and options stay as they are."""
     if not spec:
         return spec
-    return "+".join(f"{_absolute_source(p.source)}{f'*{p.weight}' * (p.weight > 1)}" for p in read_parts(spec))
+    split, spec = SplitSpec.read(spec)
+    prefix = split.prefix if split is not None else ""
+    return prefix + "+".join(f"{_absolute_source(p.source)}{f'*{p.weight}' * (p.weight > 1)}" for p in read_parts(spec))
 
 
 def _absolute_source(source: str) -> str:
