@@ -215,6 +215,8 @@ def embed_to_file(
     weights = model if isinstance(model, Weights) else resolve_model(_name(model))
     dataset, console = _open(data, image_spec(weights.config)), console or Console()
     options: Any = {"device": device, "precision": precision, "overwrite": overwrite, "console": console}
+    if dataset.left_out:
+        print_plain(console, dataset.left_out)
     for line in write_embeddings(weights, dataset, Path(out), features, batch=batch_size, **options):
         print_plain(console, line)
 

@@ -23,7 +23,7 @@ from pixmim.data.shards.dataset import INDEX_DTYPE
 from pixmim.data.shards.local import OpenFile
 from pixmim.data.shards.tar_reader import iter_members
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.data.uri import HubSpec, read_parts, split_root
+from pixmim.data.uri import HubSpec, read_parts, split_options
 from pixmim.evaluation.detection.dataset import open_detection
 from pixmim.utils.errors import UserError
 
@@ -212,6 +212,9 @@ words = [
     "u/s",
     ":",
     "image=",
+    ",label=",
+    "split:train:",
+    ",exclude=*",
     "x",
     "shapes:",
     "s3://b",
@@ -228,7 +231,7 @@ def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> No
     (tmp_path / "b.txt").touch()
     open_or_none(lambda: read_parts(spec))
     open_or_none(lambda: HubSpec.read(spec))
-    split_root(spec)
+    open_or_none(lambda: split_options(spec))
     resolved = open_or_none(lambda: absolute(spec))
     if resolved:
         assert open_or_none(lambda: absolute(resolved)) == resolved

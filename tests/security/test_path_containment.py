@@ -19,7 +19,7 @@ from pixmim.cli.flags import absolute
 from pixmim.data import open_dataset
 from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.image_folder import from_list_file
-from pixmim.data.uri import HubSpec, Part, read_parts, split_root
+from pixmim.data.uri import HubSpec, Part, read_parts, split_options
 from pixmim.evaluation.detection.dataset import open_detection
 from pixmim.utils.errors import UserError
 
@@ -91,7 +91,7 @@ def test_a_root_allows_paths_below_another_folder(secret: Path, monkeypatch: pyt
         open_dataset(f"{given}/list.txt,root={given}")
     with pytest.raises(UserError, match=r"nosuch"):
         open_dataset(f"{given}/list.txt,root=/nosuch")
-    with pytest.raises(UserError, match=r"root= applies to .txt"):
+    with pytest.raises(UserError, match=r"folder of images and has no option root="):
         open_dataset(f"{given},root=/")
     (secret.parent / "link").symlink_to(given)  # a list may spell its own folder by any name
     (given / "list.txt").write_text(f"{secret.parent}/link/a.png\n")
@@ -108,11 +108,9 @@ def test_a_root_is_parsed_from_a_spec(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("l.txt", "l.txt,root=x", "t.parquet"):
         (tmp_path / name).write_text("")
     monkeypatch.chdir(tmp_path)
-    assert split_root("l.txt,root=x") == ("l.txt,root=x", None)  # a file of that name
-    assert split_root("l.txt,root=a+b") == ("l.txt", Path("a+b")) and split_root("hf:a/b,root=x") == (
-        "hf:a/b,root=x",
-        None,
-    )
+    assert split_options("l.txt,root=x") == ("l.txt,root=x", {})  # a file of that name
+    assert split_options("l.txt,root=a+b") == ("l.txt", {"root": ["a+b"]})
+    assert split_options("hf:a/b,root=x") == ("hf:a/b,root=x", {})
     assert read_parts("l.txt,root=a+b*2+t.parquet,root=/") == [Part("l.txt,root=a+b", 2), Part("t.parquet,root=/")]
     whole = absolute("l.txt,root=a+b*2+t.parquet,root=x+hf:t.parquet:train,root=x+hf:u/s,root=a,b+hf:u/s")
     assert whole == (

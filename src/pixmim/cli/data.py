@@ -73,6 +73,8 @@ def cache(args: list[str]) -> int:
 
         console = Console()
         dataset = open_dataset(absolute(data), ImageSpec(channels, dtype, tiff_pages))
+        if dataset.left_out:
+            print_plain(console, dataset.left_out)
         with progress(f"caching {data}", len(dataset), console) as advance:
             result = make_cache(
                 dataset,

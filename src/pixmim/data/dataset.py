@@ -77,6 +77,12 @@ class ImageDataset(ABC):
     stray_file = ""
     """Image outside the class folders, because of which there are no labels; otherwise empty."""
 
+    left_out = ""
+    """Note on images or rows that are left out, for the user; otherwise empty."""
+
+    groups: npt.NDArray[np.int64] | None = None
+    """Number of each image's group (n), such as a patient, which a split keeps together. None without groups."""
+
     def __init__(
         self,
         spec: str,
@@ -171,7 +177,7 @@ class DatasetWrapper(ImageDataset):
     def __init__(self, source: ImageDataset, **changes: Any) -> None:
         attributes = ("spec", "image_spec", "classes", "description", "sizes", "shard_sizes")
         super().__init__(**({name: getattr(source, name) for name in attributes} | changes))
-        self.source, self.stray_file = source, source.stray_file
+        self.source, self.stray_file, self.left_out = source, source.stray_file, source.left_out
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -266,6 +272,7 @@ class ConcatDataset(ImageDataset):
             sizes=None if any(size is None for size in sizes) else self._repeat(sizes),
             shard_sizes=self._repeat([_shard_sizes(part) for part, _ in parts]) if sharded else None,
         )
+        self.left_out = "; ".join(part.left_out for part, _ in parts if part.left_out)
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:

@@ -27,7 +27,7 @@ from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.limits import check_bytes
 from pixmim.data.image_folder import EXTENSIONS
-from pixmim.data.uri import HubSpec, split_root
+from pixmim.data.uri import HubSpec, read_options
 from pixmim.transforms.crops import Array
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import open_regular, read_file
@@ -192,8 +192,8 @@ def open_huggingface(spec: str, form: ImageSpec = RGB) -> ArrowDataset:
     if spec.startswith("hf:"):
         hub = HubSpec.read(spec)
     else:
-        place, root = split_root(spec)
-        hub = HubSpec(place, root=str(root or ""))
+        place, options = read_options(spec, "a table of images", ("image", "label", "root"))
+        hub = HubSpec(place, **{name: value for name, (value,) in options.items()})
     roots = [Path(os.path.expanduser(hub.root))] if hub.root else []
     if roots and not roots[0].is_dir():
         raise UserError(f"the folder {roots[0]} of root= in '{spec}' does not exist")
@@ -272,7 +272,7 @@ def _load_local(path: Path, roots: list[Path], hub: HubSpec) -> tuple[list[str],
     options: dict[str, Any] = {}
     if suffix == ".parquet":
         for file in chain.from_iterable(splits.values()):
-            _check_parquet(file)
+            check_parquet(file)
         options["batch_size"] = _ROWS_PER_BATCH
     literal = {split: [glob.escape(file) for file in files] for split, files in splits.items()}
     return _prepare(datasets.load_dataset_builder(_READERS[suffix], data_files=literal, **options))
@@ -345,8 +345,8 @@ def _group_by_split(names: list[str]) -> Splits:
     return dict(splits) or {"train": names}
 
 
-def _check_parquet(file: str) -> None:
-    """Refuse decompression bombs."""
+def check_parquet(file: str) -> None:
+    """Raise UserError for a decompression bomb."""
     import pyarrow
     from pyarrow import parquet
 

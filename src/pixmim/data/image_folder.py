@@ -4,7 +4,8 @@ import codecs
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.kinds import describe_file, describe_first_file
 from pixmim.data.decode.limits import max_bytes
-from pixmim.data.uri import split_root
+from pixmim.data.uri import read_options, read_root, split_options
 from pixmim.transforms.crops import Array
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
@@ -72,6 +73,7 @@ class ImageFolder(ImageDataset):
         labels: Class index of each image (n).
         classes: Names of the classes.
         description: A note on how the files are read.
+        left_out: A note on what is left out.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class ImageFolder(ImageDataset):
         labels: npt.NDArray[np.int64] | None = None,
         classes: Sequence[str] = (),
         description: str = "",
+        left_out: str = "",
     ) -> None:
         super().__init__(spec, form, labels=labels, classes=classes, description=description)
+        self.left_out = left_out
         self._root, self._paths = "" if root == Path() else str(root), paths
 
     def __len__(self) -> int:
@@ -114,20 +118,31 @@ def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     Files are chosen by extension and decoded by content. Hidden files and folders are ignored. Links are followed, and
     each folder is read once. If every image is in a subfolder, the first-level subfolders are the classes.
 
+    Args:
+        folder: The folder, with options as in `photos,include=*.jpg,exclude=*_mask.png`: see `name_filter`.
+        form: Channels and dtype that images are converted to.
+
     Raises:
-        UserError: If the folder does not exist, cannot be read, or has no images.
+        UserError: If the folder does not exist, cannot be read, or has no such images.
     """
-    root = Path(os.path.expanduser(folder))
+    name = split_options(str(folder))[0]
+    root = Path(os.path.expanduser(name))
     if not root.is_dir():
         raise UserError(_describe_missing_folder(root))
+    _, options = read_options(str(folder), "a folder of images", ("include", "exclude"))
+    accepts = name_filter(options.get("include", []), options.get("exclude", [])) if options else None
     try:
-        images, counts, others, unreadable = _walk(root)
+        images, counts, others, unreadable, left_out = _walk(root, accepts)
     except OSError as error:
         raise UserError(f"the folder {root} cannot be read: {error.strerror}") from error
-    note = ""
+    patterns = ",".join(f"{key}={value}" for key, values in options.items() for value in values)
+    note = f"{left_out:,} images left out by {patterns}" if options else ""
     if unreadable:
         example = root / os.fsdecode(unreadable[0])
-        note = f"folders ignored because they cannot be read: {len(unreadable)}, such as {example}"
+        ignored = f"folders ignored because they cannot be read: {len(unreadable)}, such as {example}"
+        note = f"{note}; {ignored}" if note else ignored
+    if not images and left_out:
+        raise UserError(f"no images left in {root}: {note}")
     if not images:
         content = f"{others} other files" if others else note or "nothing"
         example_file = describe_first_file(root) if others else ""
@@ -137,7 +152,7 @@ def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
         )
     paths = PathList(images)
     if b"" in counts:
-        dataset = ImageFolder(str(folder), root, paths, form, description=note)
+        dataset = ImageFolder(str(folder), root, paths, form, description=note, left_out=note)
         if len(counts) > 1:
             dataset.stray_file = dataset.path_of(next(i for i, path in enumerate(images) if b"/" not in path))
         return dataset
@@ -145,18 +160,35 @@ def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     classes = sorted(tops)
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.repeat(np.asarray([label_of[top] for top in tops], np.int64), list(tops.values()))
-    return ImageFolder(str(folder), root, paths, form, labels, classes, note)
+    return ImageFolder(str(folder), root, paths, form, labels, classes, note, note)
 
 
-def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
-    """Find the image files below a folder.
+def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that tests the path of an image, relative to its folder.
+
+    It returns True if the path matches one of the patterns in `include`, or there are none, and none in `exclude`. In a
+    pattern, `*` is any text, `?` a character and `[ab]` one of several; case matters. A pattern without a slash is
+    compared with the name of the file, one with a slash with the path, where `*` may contain slashes.
+    """
+
+    def matches(path: str, patterns: Sequence[str]) -> bool:
+        name = path.rpartition("/")[2]
+        return any(fnmatchcase(path if "/" in pattern else name, pattern) for pattern in patterns)
+
+    return lambda path: (not include or matches(path, include)) and not matches(path, exclude)
+
+
+def _walk(
+    root: Path, accepts: Callable[[str], bool] | None = None
+) -> tuple[list[bytes], Counter[bytes], int, list[bytes], int]:
+    """Find the image files below a folder whose path is accepted.
 
     A folder that several links lead to is listed under its first path in alphabetical order. A link with an image's
     extension counts as an image; checking its target would cost a `stat` for each.
 
     Returns:
         Relative paths in byte order; the number of images by first-level folder (with a slash; "" for `root` itself);
-        the number of other files; and the folders that cannot be read.
+        the number of other files; the folders that cannot be read; and the number of images that are not accepted.
 
     Raises:
         OSError: If `root` itself cannot be read.
@@ -166,7 +198,7 @@ def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
     counts: Counter[bytes] = Counter()
     unreadable: list[bytes] = []
     visited: set[tuple[int, int]] = set()
-    others, prefix, stack = 0, os.path.join(os.fsencode(root), b""), [b""]
+    others, left_out, prefix, stack = 0, 0, os.path.join(os.fsencode(root), b""), [b""]
     with status_counter(f"listing {root}", "images") as add:
         while stack:
             folder = stack.pop()
@@ -184,6 +216,9 @@ def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
                             continue
                         is_folder = entry.is_dir(follow_symlinks=False)
                         if not is_folder and entry.name.lower().endswith(extensions):
+                            if accepts is not None and not accepts(os.fsdecode(folder + entry.name)):
+                                left_out += 1
+                                continue
                             files.append(folder + entry.name)
                             if not len(files) % 4096:  # `add` is slow
                                 add(4096)
@@ -204,12 +239,13 @@ def _walk(root: Path) -> tuple[list[bytes], Counter[bytes], int, list[bytes]]:
             others += ignored
             stack += [path + b"/" for path in sorted(subfolders, reverse=True)]
     images.sort()
-    return images, counts, others, unreadable
+    return images, counts, others, unreadable, left_out
 
 
 def _describe_missing_folder(root: Path) -> str:
     if root.exists():
-        return f"{root} {describe_file(root)}. A dataset is a folder of images, a cache, tars, or a .txt of paths"
+        kinds = "a folder of images, a cache, tars, a .txt of paths or a .csv of labels"
+        return f"{root} {describe_file(root)}. A dataset is {kinds}"
     siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
     return f"the folder {root} does not exist{did_you_mean(root.name, siblings)}"
 
@@ -236,7 +272,8 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     Raises:
         UserError: If the file cannot be read, lists nothing, or a path is elsewhere.
     """
-    name, root = split_root(str(spec))
+    name, options = read_options(str(spec), "a .txt list", ("root",))
+    root = read_root(options, str(spec))
     file = Path(os.path.expanduser(name))
     text = _read_list(file)
     paths = PathList(line for line in text.split(b"\n") if line.strip())
@@ -253,8 +290,12 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     return ImageFolder(str(spec), file.parent, paths, form)
 
 
-def _read_list(file: Path) -> bytes:
-    """Return the lines of a text file as UTF-8, without blanks at their ends."""
+def read_utf8(file: Path) -> bytes:
+    """Return the content of a text file in UTF-8, or in UTF-16 with a byte-order mark, as UTF-8.
+
+    Raises:
+        UserError: If it cannot be read, is too large, or contains a zero byte.
+    """
     try:
         text = read_file(file, MAX_LIST_BYTES)
     except OSError as error:
@@ -269,7 +310,12 @@ def _read_list(file: Path) -> bytes:
         raise UserError(f"{file} has more than {MAX_LINES:,} lines: make a cache or tars of the images")
     if b"\0" in text:
         raise UserError(f"{file} is not a text file: it contains a zero byte. Save it as UTF-8")
-    text = text.replace(b"\r\n", b"\n")
+    return text
+
+
+def _read_list(file: Path) -> bytes:
+    """Return the lines of a text file as UTF-8, without blanks at their ends."""
+    text = read_utf8(file).replace(b"\r\n", b"\n")
     if not re.search(rb"(?m)^[ \t]|[ \t]$", text):
         return text
     return b"\n".join(_strip_line(line, file.parent) for line in text.split(b"\n"))

@@ -151,7 +151,7 @@ def format_report(dataset: ImageDataset, formats: Formats, result: Measurement) 
         readable = f"; of {formats.total():,} that could be read: {'; '.join(counts) or 'nothing'}"
     else:
         readable = f" of {dataset.image_spec}"
-    lines = [f"{len(dataset):,} images{readable}"]
+    lines = [f"{len(dataset):,} images{readable}", *filter(None, [dataset.left_out])]
     if len(result.sizes):
         low, median, high = result.sizes.min(0), np.median(result.sizes, 0).astype(int), result.sizes.max(0)
         height, width = (

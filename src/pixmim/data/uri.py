@@ -1,16 +1,18 @@
 """Parse what is passed as --data: the parts of a mixture with their weights, and the options of each part.
 
-    data     = part {"+" part}
+    data     = [split] part {"+" part}
+    split    = "split:" ("train" | "test") [",share=" number] [",seed=" integer] ":"
     part     = source ["*" weight]          weight: an integer of at least 1
-    source   = path [",root=" folder] | tars [",key=last-dot"] | glob | URL | "shapes:" ...
-             | "hf:" name [":" split] {"," option "=" value}
+    source   = path {option} | glob {option} | URL {option} | "shapes:" ... | "hf:" name [":" split] {option}
+    option   = "," name "=" value           which names depends on what the source is
 
-A path that exists is taken literally, whatever characters it has. `root=` belongs to lists and tables, and names a
-folder that the paths in them may lead to. Imports no torch, so that the command line starts fast.
+A path that exists is taken literally, whatever characters it has. Imports no torch, so that the command line starts
+fast.
 """
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -24,7 +26,53 @@ _MAX_WEIGHT_DIGITS = 6
 _WILDCARD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.(-?\d+))?\n?\}|[{,}]")
 _MAX_NAMES = 1_000_000  # in the expansion of a brace pattern
-_ROOTED = re.compile(r"(.+?),root=(.+)", re.DOTALL)
+_SPLIT = re.compile(r"split:(train|test)((?:,\w+=[^,:]*)*):(.+)", re.DOTALL)
+_HAS_OWN_OPTIONS = re.compile(r"hf:(?!//)|shapes:")
+_OPTION = re.compile(r",(?=\w+=)")
+_MAX_OPTIONS = 100
+_OPTIONS = ("root", "key", "image", "path", "label", "group", "include", "exclude")
+_REPEATABLE = ("include", "exclude")
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """The prefix `split:SIDE[,share=0.8][,seed=0]:` of a dataset: the train or the test images of a random split.
+
+    Args:
+        side: "train" or "test".
+        share: Share of the train images of each class.
+        seed: Seed of the split.
+    """
+
+    side: str
+    share: float = 0.8
+    seed: int = 0
+
+    @staticmethod
+    def read(spec: str) -> "tuple[SplitSpec | None, str]":
+        """Split the prefix from a spec. It is None if there is none, or if the spec is an existing path.
+
+        Raises:
+            UserError: If the prefix is malformed.
+        """
+        if not spec.startswith("split:") or _exists(spec):
+            return None, spec
+        match = _SPLIT.fullmatch(spec)
+        given = [option.split("=", 1) for option in match[2].split(",")[1:]] if match else []
+        options = {"share": "0.8", "seed": "0"} | {name: value for name, value in given}
+        valid = len(options) == 2 and len(given) == len({name for name, _ in given})
+        valid &= bool(re.fullmatch(r"0?\.[0-9]{1,4}", options["share"])) and float(options["share"]) > 0
+        if not match or not valid or not re.fullmatch("[0-9]{1,9}", options["seed"]) or match[3].startswith("split:"):
+            raise UserError(
+                f"'{spec[:200]}' is not a split: write split:train,share=0.8,seed=0:DATA, and test for the other part. "
+                "share is above 0 and below 1, with at most 4 digits; both options may be left out"
+            )
+        return SplitSpec(match[1], float(options["share"]), int(options["seed"])), match[3]
+
+    @property
+    def prefix(self) -> str:
+        """The prefix as text, with all of its values."""
+        return f"split:{self.side},share={self.share},seed={self.seed}:"
 
 
 @dataclass(frozen=True)
@@ -36,7 +84,7 @@ class Part:
 
 
 def read_parts(spec: str) -> list[Part]:
-    """Split a spec into the parts that `+` joins.
+    """Split a spec into the parts that `+` joins. A prefix `split:...:`, which applies to each, is left out.
 
     Only `*` and digits at the end of a part are a weight, so `shards/*.tar*2` is the glob `shards/*.tar`, twice. Paths
     may contain `+`: a part ends at the first `+` where the text before it exists. After a URL, text that does not
@@ -47,6 +95,7 @@ def read_parts(spec: str) -> list[Part]:
     """
     if "\0" in spec:
         raise UserError(f"{spec!r} is not a dataset: it contains a zero byte")
+    _, spec = SplitSpec.read(spec)
     if _exists(spec):
         return [Part(spec)]
     pieces, sources = spec.split("+"), list[str]()
@@ -83,14 +132,9 @@ def _split_weight(text: str) -> tuple[str, str]:
 
 def is_there(text: str) -> bool:
     """Return True if a part is a URL, an existing path, or a pattern in an existing folder."""
-    source, _ = _split_weight(text)
-    if not _exists(source):
-        source = source.partition(",key=")[0]
+    source, options = split_options(_split_weight(text)[0])
     if _ADDRESS.match(source) or _exists(source):
-        return True
-    path, root = split_root(source)
-    if root is not None:
-        return _exists(path) and root.exists()
+        return all(_exists(root) for root in options.get("root", []))
     literal = _WILDCARD.split(source, maxsplit=1)[0]
     folder = os.path.dirname(literal)
     return literal != source and (_exists(folder) if folder else "+" not in source)
@@ -100,7 +144,9 @@ def absolute(spec: str) -> str:
     """Return a spec with absolute paths. Names, URLs and options stay as they are."""
     if not spec:
         return spec
-    return "+".join(f"{_absolute_source(p.source)}{f'*{p.weight}' * (p.weight > 1)}" for p in read_parts(spec))
+    split, spec = SplitSpec.read(spec)
+    prefix = split.prefix if split is not None else ""
+    return prefix + "+".join(f"{_absolute_source(p.source)}{f'*{p.weight}' * (p.weight > 1)}" for p in read_parts(spec))
 
 
 def _absolute_source(source: str) -> str:
@@ -111,29 +157,71 @@ def _absolute_source(source: str) -> str:
         return str(replace(hub, place=place, root=root)) if hub.path or root else source
     if _ADDRESS.match(source):
         return source
-    path, folder = split_root(source)
-    suffix = f",root={os.path.abspath(folder)}" if folder else ""  # keeps links, since a list may name them
+    path, options = split_options(source)
+    pairs = [(name, value) for name, values in options.items() for value in values]
+    suffix = "".join(
+        f",{name}={os.path.abspath(os.path.expanduser(value)) if name == 'root' else value}" for name, value in pairs
+    )  # abspath keeps links, since a list may name them
     return os.path.realpath(os.path.expanduser(path)) + suffix
 
 
-def split_root(source: str) -> tuple[str, Path | None]:
-    """Split `PATH,root=FOLDER`, a list or a table, into path and folder. Without `root=`, the folder is None."""
-    match = None if _exists(source) or _ADDRESS.match(source) else _ROOTED.fullmatch(source)
-    return (match[1], Path(os.path.expanduser(match[2]))) if match else (source, None)
+def split_options(source: str) -> tuple[str, dict[str, list[str]]]:
+    """Split `PATH,option=value,...` into the path and the values of each option, in their order.
 
-
-def split_key(source: str) -> tuple[str, bool]:
-    """Split `TARS,key=last-dot` into the tars, and True if sample keys end at the last dot of a file name.
+    The longest existing path is the path. If there is none (a pattern, a URL, a misspelled name), known options at the
+    end are split off. `hf:` and `shapes:` have options of their own and stay as they are.
 
     Raises:
-        UserError: If `key=` has another value.
+        UserError: If there are more than a hundred options.
     """
-    tars, comma, key = source.rpartition(",key=")
-    if not comma or _exists(source) or source.startswith(("hf:", "shapes:")):
-        return source, False
-    if key != "last-dot":
-        raise UserError(f"key={key} in '{source}' is not supported: use key=last-dot, or leave it out")
-    return tars, True
+    pieces = _OPTION.split(source)
+    if len(pieces) == 1 or _exists(source) or _HAS_OWN_OPTIONS.match(source):
+        return source, {}
+    if len(pieces) > _MAX_OPTIONS:
+        raise UserError(f"'{source[:100]}...' has {len(pieces):,} options: use at most {_MAX_OPTIONS}")
+    count = next((n for n in range(len(pieces), 0, -1) if _exists(",".join(pieces[:n]))), 0)
+    if not count:
+        count = len(pieces)
+        while count > 1 and pieces[count - 1].partition("=")[0] in _OPTIONS:
+            count -= 1
+    options: dict[str, list[str]] = {}
+    for piece in pieces[count:]:
+        name, _, value = piece.partition("=")
+        options.setdefault(name, []).append(value)
+    return ",".join(pieces[:count]), options
+
+
+def read_options(source: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
+    """Split a source as `split_options` does, and check its options.
+
+    Args:
+        source: The source.
+        kind: What the path is, for the message, such as "a .txt list".
+        known: Names of the options that it may have.
+
+    Raises:
+        UserError: If an option is unknown, has no value, or is given twice without being a pattern.
+    """
+    path, options = split_options(source)
+    for name, values in options.items():
+        if name not in known:
+            names = f"Its options: {', '.join(known)}" if known else "It takes no options"
+            raise UserError(f"{path} is {kind} and has no option {name}={did_you_mean(name, known) or '.'} {names}")
+        if not all(values):
+            raise UserError(f"'{source}' has no value for {name}=")
+        if len(values) > 1 and name not in _REPEATABLE:
+            raise UserError(f"'{source}' has {name}= {len(values)} times: give it once")
+    return path, options
+
+
+def read_root(options: dict[str, list[str]], source: str) -> Path | None:
+    """Return the folder that `root=` names; None without it. Raises UserError if there is no such folder."""
+    if "root" not in options:
+        return None
+    root = Path(os.path.expanduser(options["root"][0]))
+    if not root.is_dir():
+        raise UserError(f"no folder {root}, which '{source}' names as root=")
+    return root
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -108,7 +108,8 @@ def check_classes(data: ImageDataset) -> str:
         )
     counts = np.bincount(data.labels, minlength=len(data.classes))
     _check_several(data.spec, [name for name, count in zip(data.classes, counts, strict=True) if count])
-    return f"{len(data):,} images of {shares(data.classes, counts.tolist())}"
+    note = f" ({data.left_out})" if data.left_out else ""
+    return f"{len(data):,} images of {shares(data.classes, counts.tolist())}{note}"
 
 
 def class_indices(classes: Sequence[str], known: Sequence[str], spec: str) -> Int[Tensor, " k"]:

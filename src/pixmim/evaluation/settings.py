@@ -44,7 +44,7 @@ class LabeledSettings(Settings):
     """Labeled train and test data."""
 
     train: Data
-    """Labeled data to train on: a folder with one subfolder per class, or anything else that --data takes."""
+    """Labeled data to train on: a folder with one subfolder per class, labels.csv, or another --data."""
     test: Data
     """Labeled data to evaluate on."""
 

@@ -17,6 +17,7 @@ _FRAMES = "extract its frames first, for example: ffmpeg -i VIDEO frames/%06d.jp
 _CONVERT = "convert it to PNG, JPEG or TIFF first"
 _ARRAYS = "save its images as .npy or TIFF first"
 _LIST = "pass a .txt with one path per line instead"
+_TABLE = "name it FILE.csv, or pass a .txt with one path per line"
 _FLOATS = "save it as a float32 TIFF first"
 _PIXEL_ARRAY = "save its pixels as .npy or 16-bit TIFF first, for example with pydicom's pixel_array"
 _SLICES = "save its slices as .npy or TIFF first, for example with nibabel"
@@ -64,7 +65,7 @@ _TEXTS = (
     (re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", re.DOTALL), "an SVG drawing", _CONVERT),
     (re.compile(rb"\s*<"), "XML", "pass the images themselves"),
     (re.compile(rb"\s*[\[{]"), "JSON", "pass the images themselves"),
-    (re.compile(rb"[^\n,;\t]*[,;\t][^\n]*\n[^\n,;\t]*[,;\t]"), "a table (CSV)", _LIST),
+    (re.compile(rb"[^\n,;\t]*[,;\t][^\n]*\n[^\n,;\t]*[,;\t]"), "a table (CSV)", _TABLE),
     (re.compile(rb""), "text", _LIST),
 )
 
