@@ -36,7 +36,7 @@ Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"
 CPU = torch.device("cpu")
 
-NO_TOKEN = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+NO_TOKEN: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 VIT = OTHERS["vit"][0]
 ENCODERS = {**OTHERS, "vit without class token": (replace(VIT, options={**TINY, **NO_TOKEN}), 32)}
 
