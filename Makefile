@@ -14,6 +14,7 @@ demo: .venv/installed  ## pre-train on synthetic shapes, evaluate, write runs/de
 	$(BIN)/pixmim pretrain demo --out runs/demo $(DEMO)
 	$(BIN)/pixmim evaluate knn runs/demo $(LABELLED) --untrained
 	$(BIN)/pixmim evaluate linear runs/demo $(LABELLED) --untrained
+	$(BIN)/pixmim evaluate attentive runs/demo $(LABELLED) --untrained
 
 test: .venv/developing  ## the test suite
 	$(BIN)/python $(PYTEST)

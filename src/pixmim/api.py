@@ -63,7 +63,7 @@ def evaluate(
 
     Args:
         model: The encoder. A module is evaluated as a copy: its weights and its mode stay as they are.
-        evaluation: "knn", "linear", "finetune", "segmentation", "detection", "robustness" or "shape-bias".
+        evaluation: "knn", "linear", "attentive", "finetune", "segmentation", "detection", "robustness" or "shape-bias".
         out: Folder for the result and unfinished work, to resume from. By default nothing is saved.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".

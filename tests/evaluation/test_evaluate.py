@@ -196,7 +196,10 @@ def sets(tmp_path: Path) -> Callable[..., str]:
     return make
 
 
-EVERY = [("knn", {}), ("linear", {}), ("linear", {"protocol": "mae"}), ("finetune", {}), ("robustness", {})]
+EVERY = [
+    *[("knn", {}), ("linear", {}), ("linear", {"protocol": "mae"}), ("attentive", {})],
+    *[("finetune", {}), ("robustness", {})],
+]
 
 
 @pytest.mark.parametrize(("name", "more"), EVERY)
@@ -332,10 +335,11 @@ def test_extracting_features_keeps_the_training_mode(tiny_run: Make) -> None:
 
 def test_all_runs_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Return several results of one call; synthetic data add shape bias."""
-    assert [name for name, _ in EvaluateAllSettings("/a", "/b").parts()] == ["knn", "linear", "robustness"]
+    assert [name for name, _ in EvaluateAllSettings("/a", "/b").parts()] == ["knn", "linear", "attentive", "robustness"]
     more = EvaluateAllSettings("/a", "/b", stimuli="/c", finetune=True, pairs="/ade", coco="/coco").parts()
-    assert [name for name, _ in more][3:] == ["shape-bias", "finetune", "segmentation", "detection"]
+    assert [name for name, _ in more][4:] == ["shape-bias", "finetune", "segmentation", "detection"]
     assert all(name in EVALS and isinstance(s, EVALS[name].settings) for name, s in more)
+    assert "attentive" not in dict(EvaluateAllSettings("/a", "/b", attentive=False).parts())
     drawn = EvaluateAllSettings(TRAIN, TEST, severities=(1,))
     probes = []
     monkeypatch.setattr(
@@ -343,8 +347,8 @@ def test_all_runs_what_the_data_allow(product: Path, monkeypatch: pytest.MonkeyP
     )
     results = list(evaluate(str(product), drawn.parts(), product, device="cpu"))
     assert len(probes) == 2  # one for linear and robustness, one for shape bias
-    assert [result.evaluation for result in results] == ["knn", "linear", "robustness", "shape-bias"]
-    assert results[3].settings["data"] == f"{TEST},texture=conflict"
+    assert [result.evaluation for result in results] == ["knn", "linear", "attentive", "robustness", "shape-bias"]
+    assert results[4].settings["data"] == f"{TEST},texture=conflict"
     assert results[0].values == measured("knn", product, TRAIN, TEST).values
 
 

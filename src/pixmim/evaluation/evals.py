@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pixmim.evaluation.settings import (
+    AttentiveSettings,
     DetectionSettings,
     FinetuneSettings,
     KnnSettings,
@@ -93,6 +94,12 @@ EVALS: dict[str, Eval] = {
         _LABELED,
         _accuracy("linear probe") | _accuracy("linear probe, MAE's protocol", "mae/"),
         {"recall/*": "recall, linear probe: *", "mae/recall/*": "recall, linear probe, MAE's protocol: *"},
+    ),
+    "attentive": Eval(
+        AttentiveSettings,
+        _LABELED,
+        _accuracy("attentive probe"),
+        {"recall/*": "recall, attentive probe: *"},
     ),
     "finetune": Eval(
         FinetuneSettings,

@@ -12,6 +12,7 @@ from torch import nn
 from pixmim.build import image_spec
 from pixmim.config import PretrainConfig
 from pixmim.data import open_dataset
+from pixmim.evaluation.attentive_probe import check_attentive, evaluate_attentive
 from pixmim.evaluation.classification import check_labeled
 from pixmim.evaluation.context import EvalContext, Values, extract_features
 from pixmim.evaluation.detection import check_detection, evaluate_detection
@@ -47,6 +48,7 @@ class Evaluation(NamedTuple):
 EVALUATIONS = {
     "knn": Evaluation(check_knn, evaluate_knn),
     "linear": Evaluation(check_linear, evaluate_linear),
+    "attentive": Evaluation(check_attentive, evaluate_attentive),
     "finetune": Evaluation(check_finetune, evaluate_finetune),
     "segmentation": Evaluation(check_segmentation, evaluate_segmentation),
     "detection": Evaluation(check_detection, evaluate_detection),

@@ -77,6 +77,18 @@ class LinearSettings(LabeledSettings):
     """mae: threads that decode images; 0: one per core, at most 16."""
 
 
+@dataclass(frozen=True)
+class AttentiveSettings(LabeledSettings):
+    """Attentive probe on the frozen patch tokens: learned queries pool them for a linear layer (arXiv 2506.10178)."""
+
+    queries: Annotated[int, Integer(1, MAX_WIDTH)] = 32
+    """Number of queries; reduced to a divisor of the encoder's width."""
+    epochs: Annotated[int, Integer(1, 1_000_000)] = 50
+    """Epochs over the train data for each of five learning rates."""
+    seed: Seed = 0
+    """Seed of the held-out part, the initial weights and the order."""
+
+
 Unset = TypeVar("Unset")
 
 _UNSET: Any = None
@@ -328,7 +340,7 @@ class ShapeBiasSettings(Settings):
 
 @dataclass(frozen=True)
 class EvaluateAllSettings(LabeledSettings):
-    """Run k-NN, linear probe, robustness, and the evaluations of the other flags, and write one page."""
+    """Run k-NN, linear and attentive probe, robustness, and the evaluations of the other flags, and write one page."""
 
     severities: Severities = (1, 2, 3, 4, 5)
     """Severities of the corruptions made in memory, from 1 to 5."""
@@ -342,6 +354,8 @@ class EvaluateAllSettings(LabeledSettings):
     """ImageNet-R, likewise."""
     imagenet_sketch: str = ""
     """ImageNet-Sketch, likewise."""
+    attentive: bool = True
+    """Evaluate the attentive probe. Its patch tokens take disk space for a time."""
     finetune: bool = False
     """Fine-tune by the published recipe as well. Takes long."""
     pairs: str = ""
@@ -355,6 +369,7 @@ class EvaluateAllSettings(LabeledSettings):
         parts: list[tuple[str, Any]] = [
             ("knn", KnnSettings(self.train, self.test)),
             ("linear", LinearSettings(self.train, self.test)),
+            *([("attentive", AttentiveSettings(self.train, self.test))] if self.attentive else []),
             ("robustness", RobustnessSettings(*imagenet, self.test, self.train, severities=self.severities)),
         ]
         synthetic = all(data.startswith("shapes:") and "texture=" not in data for data in (self.train, self.test))

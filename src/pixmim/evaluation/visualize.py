@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pixmim.config import ModelConfig
 from pixmim.utils.console import label
+from pixmim.utils.plotting import matplotlib
 
 Pixels = npt.NDArray[np.uint8]
 """An image (h w c), or several of one size (n h w c)."""
@@ -170,6 +171,13 @@ def image_grid(
             text = label(captions[i], max(12, page.width // 7))
             pen.text((2, top + ys[i] + heights[i] - below), text, fill="#666", font=font)
     return page
+
+
+def heat_overlay(pixels: Pixels, maps: Float[Tensor, "b h w"]) -> Pixels:
+    """Blend images (b h w 3) with a map each, as heat over its own range."""
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    heat = matplotlib.colormaps["inferno"](((maps - low) / (high - low).clamp(min=1e-12)).numpy())[..., :3]
+    return np.asarray((0.35 * pixels + 0.65 * 255 * heat).round(), np.uint8)
 
 
 def to_image(pixels: Pixels) -> Image.Image:

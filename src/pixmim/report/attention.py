@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.data.dataset import ImageDataset
-from pixmim.evaluation.visualize import Pixels, to_pixels
+from pixmim.evaluation.visualize import Pixels, heat_overlay, to_pixels
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.report.reconstruct import load_crops
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
-from pixmim.utils.plotting import matplotlib
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import build_encoder_with_weights
 
@@ -73,12 +72,5 @@ def attention_sheet(
     maps = F.interpolate(attention_maps(encoder, images), size=config.image_size, mode="bilinear")
     pixels = to_pixels({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, config)["image"]
     pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
-    columns = {"image": pixels, "all heads": _overlay(pixels, maps.mean(dim=1))}
-    return columns | {f"head {i + 1}": _overlay(pixels, maps[:, i]) for i in range(maps.shape[1])}, names, errors
-
-
-def _overlay(pixels: Pixels, maps: Float[Tensor, "b h w"]) -> Pixels:
-    """Blend each map, scaled to its own range, with its image."""
-    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
-    heat = matplotlib.colormaps["inferno"](((maps - low) / (high - low).clamp(min=1e-12)).numpy())[..., :3]
-    return np.asarray((0.35 * pixels + 0.65 * 255 * heat).round(), np.uint8)
+    columns = {"image": pixels, "all heads": heat_overlay(pixels, maps.mean(dim=1))}
+    return columns | {f"head {i + 1}": heat_overlay(pixels, maps[:, i]) for i in range(maps.shape[1])}, names, errors

@@ -1,0 +1,270 @@
+"""Attentive probe on frozen patch tokens: learned queries pool them, and a linear layer classifies the result.
+
+Efficient probing (arXiv 2506.10178). Masked image modeling spreads what it learns over the patch tokens, so a linear
+probe of their mean or of the class token understates the encoder.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixmim.build import seeded
+from pixmim.data.dataset import BadImage
+from pixmim.evaluation.classification import class_indices, majority, open_labeled, rated, tally
+from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.patch_tokens import TokenSet, check_space, extract_tokens
+from pixmim.evaluation.settings import AttentiveSettings
+from pixmim.evaluation.visualize import heat_overlay, labeled_grid, to_rgb
+from pixmim.transforms.crops import evaluation_crop
+from pixmim.utils import rng
+from pixmim.utils.console import print_plain, progress
+from pixmim.utils.errors import UserError
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""Learning rates of AdamW; the best on a held-out part of the train set is chosen."""
+
+BATCH = 256
+"""Images per step, at most. Small sets have smaller batches, for about eight steps per epoch."""
+
+CPU = torch.device("cpu")
+
+_DRAWN_IMAGES, _DRAWN_QUERIES = 6, 6
+
+
+class AttentiveProbe(nn.Module):
+    """A classifier of patch tokens x (n d).
+
+    Query u_q attends with a_q = softmax(x u_q / sqrt(d)). Values x W are split into one part of the channels for each
+    query, and part q is pooled: sum_n a_q[n] v[n, q]. BatchNorm without parameters and a linear layer follow.
+    Source: arXiv 2506.10178, section 3.
+
+    Args:
+        width: Width d of the tokens.
+        classes: Number of classes.
+        queries: Number of queries, a divisor of `width`.
+    """
+
+    def __init__(self, width: int, classes: int, queries: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(queries, width) * width**-0.5)
+        self.values = nn.Parameter(torch.randn(queries, width, width // queries) * width**-0.5)
+        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.head = nn.Linear(width, classes)
+
+    def attention(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b q n"]:
+        """Return the attention of each query over the tokens; it sums to one."""
+        return (self.queries @ x.transpose(1, 2) / math.sqrt(x.shape[-1])).softmax(dim=-1)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b c"]:
+        """Return the logits."""
+        # Tokens are pooled before they are multiplied with W: equal, for a fraction of the work.
+        pooled = torch.einsum("bqd,qdv->bqv", self.attention(x) @ x, self.values)
+        logits: Tensor = self.head(self.norm(pooled.flatten(1)))
+        return logits
+
+
+@dataclass(frozen=True)
+class FittedProbe:
+    """A probe that is fitted to the complete train set.
+
+    Attributes:
+        module: The probe, in eval mode.
+        rate: Its learning rate: the best on the held-out part.
+        held_out: Accuracy in [0, 1] on the held-out part, of a probe of that rate fitted without it.
+    """
+
+    module: AttentiveProbe
+    rate: float
+    held_out: float
+
+
+def check_attentive(context: EvalContext, settings: AttentiveSettings) -> None:
+    """Raise UserError for data or settings that `evaluate_attentive` would refuse, or if the disk is too full."""
+    splits = open_labeled(context, settings.train, settings.test)
+    _check_count(len(splits.train))
+    check_space(context, len(splits.train) + len(splits.test))
+
+
+def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Values:
+    """Evaluate an attentive probe on the frozen patch tokens after the final norm, and draw its attention.
+
+    Yields:
+        The values of `classification.rated`, "majority", the held-out accuracy, the learning rate and the queries.
+
+    Raises:
+        UserError: For unsuitable data.
+    """
+    check_attentive(context, settings)
+    with extract_tokens(context, settings.train) as train, extract_tokens(context, settings.test) as test:
+        width, classes = train.tokens.shape[2], len(train.classes)
+        queries = usable_queries(settings.queries, width)
+        if queries < settings.queries and context.console is not None:
+            print_plain(context.console, f"{queries} queries: {settings.queries} do not divide the width of {width}")
+        probe = fit_probe(
+            train,
+            queries=queries,
+            epochs=settings.epochs,
+            seed=settings.seed,
+            device=context.encoder.device,
+            console=context.console,
+        )
+        labels = class_indices(test.classes, train.classes, "the test data")[test.labels]
+        counts = tally(predict([probe.module], test, np.arange(len(labels)))[0], labels, classes)
+        yield from rated(counts, train.classes)
+        yield "majority", majority(counts)
+        yield "held_out", 100 * probe.held_out
+        yield "setting/rate", probe.rate
+        yield "setting/queries", queries
+        draw_attention(context, probe.module, settings.test, test)
+
+
+def usable_queries(queries: int, width: int) -> int:
+    """Return the largest number of queries up to `queries` that divides the width."""
+    return max(count for count in range(1, min(queries, width) + 1) if width % count == 0)
+
+
+def fit_probe(
+    train: TokenSet,
+    *,
+    queries: int,
+    epochs: int = 50,
+    held_out: float = 0.1,
+    seed: int = 0,
+    device: torch.device = CPU,
+    console: Console | None = None,
+) -> FittedProbe:
+    """Choose the learning rate on the share `held_out` of train, and fit a probe to all of train.
+
+    Args:
+        train: Train images.
+        queries: Number of queries.
+        epochs: Epochs over the images.
+        held_out: Share of the images that learning rates are compared on; the same images as for the linear probe.
+        seed: Seed of the held-out part, the initial weights and the order.
+        device: Device of the probe.
+        console: Where to show a progress bar.
+
+    Raises:
+        UserError: If there are fewer than three images.
+    """
+    _check_count(len(train.labels))
+    order = rng.permutation(seed, 0, len(train.labels))
+    count = max(1, round(held_out * len(order)))
+    test, rest = np.sort(order[:count]), np.sort(order[count:])
+    options: Any = {"queries": queries, "epochs": epochs, "seed": seed, "device": device, "console": console}
+    probes = fit(train, rest, RATES, **options)
+    correct = [int((p == train.labels[torch.from_numpy(test)]).sum()) for p in predict(probes, train, test)]
+    best = correct.index(max(correct))
+    (module,) = fit(train, np.sort(order), (RATES[best],), **options)
+    return FittedProbe(module, RATES[best], correct[best] / count)
+
+
+def fit(
+    train: TokenSet,
+    rows: Int[np.ndarray, " r"],
+    rates: tuple[float, ...],
+    *,
+    queries: int,
+    epochs: int,
+    seed: int,
+    device: torch.device = CPU,
+    console: Console | None = None,
+) -> list[AttentiveProbe]:
+    """Fit one probe per learning rate by AdamW, all on the same batches: warm-up over a tenth, then a cosine to zero.
+
+    Args:
+        train: Train images.
+        rows: Rows of `train` to fit to.
+        rates: Learning rates.
+        queries: Number of queries.
+        epochs: Epochs over the rows.
+        seed: Seed of the initial weights, the same for all probes, and of the order.
+        device: Device of the probes.
+        console: Where to show a progress bar.
+    """
+    width, classes = train.tokens.shape[2], len(train.classes)
+    probes = []
+    for _ in rates:
+        with seeded(seed):
+            probes.append(AttentiveProbe(width, classes, queries).to(device))
+    optimizer = torch.optim.AdamW(
+        [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)],
+        weight_decay=0.01,
+    )
+    batch = min(BATCH, len(rows), max(16, len(rows) // 8))
+    steps = max(1, epochs * len(rows) // batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_peak(step, steps))
+    epochs = -(-steps * batch // len(rows))
+    order = np.concatenate([rows[rng.permutation(seed, 1 + epoch, len(rows))] for epoch in range(epochs)])
+    with progress("steps of the attentive probe", steps, console) as advance:
+        for step in range(steps):
+            selected = np.sort(order[step * batch : (step + 1) * batch])  # read in the order of the file
+            x, labels = train.batch(selected, device)
+            optimizer.zero_grad()
+            for probe in probes:
+                F.cross_entropy(probe(x), labels).backward()
+            optimizer.step()
+            schedule.step()
+            advance(step + 1)
+    return [probe.eval() for probe in probes]
+
+
+@torch.no_grad()
+def predict(probes: list[AttentiveProbe], data: TokenSet, rows: Int[np.ndarray, " r"]) -> list[Int[Tensor, " r"]]:
+    """Return the class that each probe predicts for these rows, on the CPU. They are read once."""
+    device = probes[0].queries.device
+
+    def parts() -> Iterator[Tensor]:
+        for start in range(0, len(rows), BATCH):
+            x, _ = data.batch(rows[start : start + BATCH], device)
+            yield torch.stack([probe(x).argmax(dim=1) for probe in probes]).cpu()
+
+    return list(torch.cat(list(parts()), dim=1))
+
+
+@torch.no_grad()
+def draw_attention(context: EvalContext, probe: AttentiveProbe, spec: str, test: TokenSet) -> None:
+    """Add to the context's images: a few test images, and the attention of the queries with the largest head weights.
+
+    Inputs of the head have unit variance, so the norm of its weights is the share of a query in the logits.
+    """
+    data, config, size = context.data(spec), context.encoder.config, context.encoder.size
+    rows, pictures, names = [], [], []
+    for row in np.unique(np.linspace(0, len(test.labels) - 1, _DRAWN_IMAGES).round().astype(np.int64)):
+        index = int(test.indices[row])
+        with suppress(BadImage):  # it was readable when the tokens were computed
+            pictures.append(to_rgb(evaluation_crop(size).crop(data.image(index)), config))
+            names.append(os.path.basename(data.path_of(index)))
+            rows.append(row)
+    if not rows:
+        return
+    pixels = np.stack(pictures)
+    x, _ = test.batch(np.asarray(rows), probe.queries.device)
+    norms = probe.head.weight.unflatten(1, (len(probe.queries), -1)).norm(dim=(0, 2))
+    order = norms.argsort(descending=True, stable=True)[:_DRAWN_QUERIES].tolist()
+    maps = probe.attention(x)[:, order].unflatten(2, test.grid).cpu()
+    maps = F.interpolate(maps, size=size, mode="bilinear")
+    columns = {f"query {query + 1}": heat_overlay(pixels, maps[:, i]) for i, query in enumerate(order)}
+    context.images["Attention of the probe's queries"] = labeled_grid({"image": pixels, **columns}, names)
+
+
+def _share_of_peak(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / max(1, steps // 10)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def _check_count(images: int) -> None:
+    if images < 3:
+        raise UserError(
+            f"the attentive probe needs at least 3 train images, one of them to choose its learning rate, and {images} "
+            "can be read: pass more as --train"
+        )

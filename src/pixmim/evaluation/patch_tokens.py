@@ -1,0 +1,132 @@
+"""Patch tokens of a dataset, computed once and kept in a file instead of in memory."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import TemporaryFile
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Int
+from torch import Tensor
+
+from pixmim.data.loader import iterate_in_order
+from pixmim.evaluation.classification import check_classes
+from pixmim.evaluation.context import EvalContext, check_finite
+from pixmim.evaluation.frozen_encoder import FrozenEncoder
+from pixmim.models import features
+from pixmim.training.precision import autocast
+from pixmim.transforms.crops import evaluation_crop
+from pixmim.utils.console import print_plain, progress
+from pixmim.utils.errors import UserError
+
+_BYTES = 2  # of a float16
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Patch tokens of i images.
+
+    Attributes:
+        tokens: Patch tokens after the final norm (i n d), mapped from a file.
+        labels: Class of each image (i).
+        classes: Names of the classes.
+        grid: Rows and columns of the patches of an image, n in all.
+        indices: Dataset index of each image (i).
+    """
+
+    tokens: Float16[np.ndarray, "i n d"]
+    labels: Int[Tensor, " i"]
+    classes: list[str]
+    grid: tuple[int, int]
+    indices: Int[np.ndarray, " i"]
+
+    def batch(
+        self, rows: Int[np.ndarray, " b"], device: torch.device
+    ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, " b"]]:
+        """Read the tokens of these rows as float32, and their labels, onto a device."""
+        tokens = torch.from_numpy(self.tokens[rows])
+        return tokens.to(device).float(), self.labels[torch.from_numpy(rows)].to(device)
+
+
+def check_space(context: EvalContext, images: int) -> None:
+    """Raise UserError unless the patch tokens of so many images fit on the disk of the context's folder."""
+    rows, columns, width = token_shape(context.encoder)
+    needed = images * rows * columns * width * _BYTES
+    folder = next(path for path in (context.folder.absolute(), *context.folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the patch tokens of {images:,} images need {needed / 2**30:,.1f} GiB in {folder} for a time, and "
+            f"{free / 2**30:,.1f} are free: pass another --out, or fewer images; or leave the attentive probe out of "
+            "`evaluate all` with --no-attentive"
+        )
+
+
+@torch.no_grad()
+def token_shape(encoder: FrozenEncoder) -> tuple[int, int, int]:
+    """Return rows, columns and width of the patch tokens of an image."""
+    encoder.check_batch(1)
+    image = torch.zeros(1, encoder.image_spec.channels, *encoder.size, device=encoder.device)
+    with _evaluating(encoder):
+        width, rows, columns = features(encoder.module, image).map.shape[1:]
+    return rows, columns, width
+
+
+@contextmanager
+def extract_tokens(context: EvalContext, spec: str, batch: int = 256) -> Iterator[TokenSet]:
+    """Compute the patch tokens of a labeled dataset, on the images of `context.extract_features`.
+
+    They are float16 in a file in the context's folder. It has no name where the system allows that, so nothing is left
+    however the process ends.
+
+    Args:
+        context: The context.
+        spec: The dataset.
+        batch: Images per forward pass.
+
+    Raises:
+        UserError: If the data have no labels or no readable image, or tokens are not finite.
+    """
+    encoder, data = context.encoder, context.data(spec)
+    check_classes(data)
+    skipped, indices = context.skipped(data), []
+    encoder.check_batch(min(batch, len(data)))
+    rows, columns, width = token_shape(encoder)
+    context.folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=context.folder, prefix="tokens-") as file:
+        bar = progress(f"patch tokens of {spec}", len(data), context.console)
+        with bar as advance, torch.no_grad(), _evaluating(encoder):
+            crop = evaluation_crop(encoder.size)
+            for images, read, end in iterate_in_order(data, crop, skipped=skipped, batch=batch):
+                if len(read):
+                    tokens = features(encoder.module, encoder.preprocess(images)).map.flatten(2).transpose(1, 2)
+                    tokens = tokens.to(torch.float16).cpu()
+                    check_finite(tokens, f"patch tokens of {spec}")
+                    # Written instead of assigned to a map: a full disk is an error then, and not a fatal signal.
+                    file.write(np.ascontiguousarray(tokens.numpy()).data)
+                    indices.append(read)
+                advance(end)
+        if len(skipped) and context.console is not None:
+            line = f"{len(skipped):,} of the {len(data):,} images of {spec} are skipped: {skipped.reasons}"
+            print_plain(context.console, line)
+        if not indices:
+            raise UserError(f"no image of {spec} can be read: see evaluations-skipped.csv")
+        file.flush()
+        order = np.concatenate(indices)
+        labels = torch.from_numpy(np.asarray(data.labels)[order])
+        mapped = np.memmap(file, np.float16, "r", shape=(len(order), rows * columns, width))
+        yield TokenSet(mapped, labels, data.classes, (rows, columns), order)
+
+
+@contextmanager
+def _evaluating(encoder: FrozenEncoder) -> Iterator[None]:
+    """Set the encoder's eval mode and precision, and restore its mode afterwards."""
+    training = encoder.module.training
+    encoder.module.eval()
+    try:
+        with autocast(encoder.device, encoder.precision):
+            yield
+    finally:
+        encoder.module.train(training)
