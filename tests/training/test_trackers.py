@@ -88,9 +88,9 @@ def test_wandb(tracked: pixmim.PretrainResult) -> None:
         for data in leveldb_records(file.read_bytes()):
             record = record_type.FromString(data)
             if record.HasField("run"):
-                ids.add(record.config.run_id)
-                assert (record.config.project, record.config.display_name) == ("pixmim", "photos")
-                config |= {item.key: json.loads(item.value_json) for item in record.config.config.update}
+                ids.add(record.run.run_id)
+                assert (record.run.project, record.run.display_name) == ("pixmim", "photos")
+                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             for name, text in items.items():
                 value, step = json.loads(text), json.loads(items.get("step", "0"))

@@ -20,7 +20,7 @@ def test_patchify_orders_values_by_row_column_channel(channels: int, size: tuple
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="10x8 pixels does not divide"):
+    with pytest.raises(ValueError, match="10x8 pixels is not divisible"):
         patchify(torch.zeros(1, 3, 10, 8), 4)
     with pytest.raises(ValueError, match="do not make an image"):
         unpatchify(torch.zeros(1, 5, 48), 4, (8, 8))
