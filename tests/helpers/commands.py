@@ -34,6 +34,7 @@ class Started:
     def __init__(self, output: Path, target: Callable[..., object], *args: object, ranks: int = 1, limit: int = 0):
         self.output = output
         output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()  # a process may be killed before it opens the file
         environment = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "XDG_CACHE_HOME") if name in os.environ}
         if ranks > 1:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
