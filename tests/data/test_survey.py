@@ -1,4 +1,4 @@
-"""What a survey finds in small folders."""
+"""Test what a survey finds in small folders."""
 
 from pathlib import Path
 

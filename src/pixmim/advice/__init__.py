@@ -93,9 +93,10 @@ def advise(
     split = split_masks(dataset)
     size = min(get_recipe(choose_recipe(len(split[0]), target)).image_size)
     found = replace(survey(dataset, split, size=size, sample=images, console=console), data=os.fspath(data))
-    commands, source = prepare_list(dataset, found)
     if write_list is not None:
-        commands, source = [], write_image_list(dataset, split[0], Path(write_list))
+        commands, source = list[str](), write_image_list(dataset, split[0], Path(write_list))
+    else:
+        commands, source = prepare_list(dataset, found)
     suggestions = apply_rules(found, source, target)
     config, cached = configure(source, suggestions), False
     if trial:

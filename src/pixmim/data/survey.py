@@ -40,7 +40,7 @@ _LOSSLESS, _LOSSY = {".png", ".bmp", ".gif", ".tif", ".tiff"}, {".jpg", ".jpeg"}
 
 @dataclass(frozen=True)
 class Survey:
-    """What a sample of a dataset contains. Paths are those of the files; masks are not images.
+    """Contents of a sample of a dataset. Paths are those of the files; masks are not images.
 
     Attributes:
         data: The dataset, as the user wrote it.
@@ -213,7 +213,7 @@ def is_cache(dataset: ImageDataset) -> bool:
 def split_masks(dataset: ImageDataset) -> tuple[Indices, Indices]:
     """Separate images from masks that are in the same folders.
 
-    Candidates are files in a folder such as masks/, files named like x_mask.png, and a lossless file beside a JPEG of
+    Candidates are files in a folder such as masks/, files named like x_mask.png, and lossless files next to a JPEG of
     the same name. They are masks if most of a sample of them have few colors.
 
     Returns:
@@ -274,7 +274,7 @@ def _readable(dataset: ImageDataset, indices: list[int]) -> Iterator[Array]:
 
 
 def _mask_candidates(dataset: ImageFolder) -> Iterator[Indices]:
-    """Yield the indices of files that may be masks, for each kind of evidence: folder, name, and a JPEG beside it."""
+    """Yield the indices of files that may be masks, by folder, by name, and by a JPEG of the same name."""
     root = Path(os.path.expanduser(dataset.spec))
     by_folder, by_name, by_twin = list[int](), list[int](), list[int]()
     lossy = ""  # path without suffix of the last JPEG: paths are sorted, so a twin follows it

@@ -20,7 +20,6 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
 from pixmim.models import features
-from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
@@ -91,13 +90,17 @@ class EvalContext:
             data = self.data(spec)
             skipped = self.skipped(data)
             result = extract_features(self.encoder, data, skipped, console=self.console)
-            if len(skipped) and self.console is not None:
-                line = f"{len(skipped):,} of the {len(data):,} images of {spec} are skipped: {skipped.reasons}"
-                print_plain(self.console, line)
+            self.print_skipped(skipped, data)
             check_finite(result.mean, f"features of {spec}")
             return result
 
         return self.cached(("features", spec), compute)
+
+    def print_skipped(self, skipped: BadImageLog, data: ImageDataset) -> None:
+        """Print how many images of a dataset are skipped, and why, if any are."""
+        if len(skipped) and self.console is not None:
+            line = f"{len(skipped):,} of the {len(data):,} images of {data.spec} are skipped: {skipped.reasons}"
+            print_plain(self.console, line)
 
     def cached(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
         """Return the cached result of `compute`, which several evaluations of this context use."""
@@ -154,10 +157,8 @@ def extract_features(
     encoder.check_batch(min(batch, len(data)))
     all_labels = torch.from_numpy(data.labels)  # once: some datasets compute them on each access
     vectors, means, labels = [], [], []
-    training = encoder.module.training
-    encoder.module.eval()
     bar = progress(f"features of {data.spec}", len(data), console)
-    with bar as advance, autocast(encoder.device, encoder.precision):  # one autocast context casts weights once
+    with bar as advance, encoder.evaluating():  # one autocast context casts weights once
         for images, indices, end in iterate_in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
             if len(indices):
                 result = features(encoder.module, encoder.preprocess(images), BLOCKS)
@@ -165,7 +166,6 @@ def extract_features(
                 means.append(result.mean.float().cpu())
                 labels.append(all_labels[torch.from_numpy(indices)])
             advance(end)
-    encoder.module.train(training)
     return FeatureSet(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
 
 

@@ -1,6 +1,7 @@
 """The encoder to evaluate, with what its input needs: loaded from weights, untrained, or in training."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +15,7 @@ from pixmim.build import build_model, image_spec
 from pixmim.config import ModelConfig
 from pixmim.config_io import pretrain_config
 from pixmim.data.dataset import ImageSpec
-from pixmim.training.precision import Precision, choose_attention, choose_device, choose_precision
+from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
 from pixmim.utils.memory import free_memory
@@ -56,6 +57,17 @@ class FrozenEncoder:
     def preprocess(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Move cropped images to the device and normalize them."""
         return flip_and_normalize(images.to(self.device, non_blocking=True), None, self.mean, self.std)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Set the eval mode and the precision of the module within a `with` statement; its mode is restored."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with autocast(self.device, self.precision):
+                yield
+        finally:
+            self.module.train(training)
 
     def check_batch(self, images: int) -> None:
         """Raise UserError if a batch of images exceeds the free memory: the image size may come from a file."""

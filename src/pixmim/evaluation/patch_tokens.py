@@ -16,9 +16,8 @@ from pixmim.evaluation.classification import check_classes
 from pixmim.evaluation.context import EvalContext, check_finite
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.models import features
-from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import print_plain, progress
+from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
 
 _BYTES = 2  # of a float16
@@ -51,7 +50,7 @@ class TokenSet:
 
 
 def check_space(context: EvalContext, images: int) -> None:
-    """Raise UserError unless the patch tokens of so many images fit on the disk of the context's folder."""
+    """Raise UserError unless the patch tokens of this number of images fit on the disk of the context's folder."""
     rows, columns, width = token_shape(context.encoder)
     needed = images * rows * columns * width * _BYTES
     folder = next(path for path in (context.folder.absolute(), *context.folder.absolute().parents) if path.exists())
@@ -69,7 +68,7 @@ def token_shape(encoder: FrozenEncoder) -> tuple[int, int, int]:
     """Return rows, columns and width of the patch tokens of an image."""
     encoder.check_batch(1)
     image = torch.zeros(1, encoder.image_spec.channels, *encoder.size, device=encoder.device)
-    with _evaluating(encoder):
+    with encoder.evaluating():
         width, rows, columns = features(encoder.module, image).map.shape[1:]
     return rows, columns, width
 
@@ -97,20 +96,18 @@ def extract_tokens(context: EvalContext, spec: str, batch: int = 256) -> Iterato
     context.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=context.folder, prefix="tokens-") as file:
         bar = progress(f"patch tokens of {spec}", len(data), context.console)
-        with bar as advance, torch.no_grad(), _evaluating(encoder):
+        with bar as advance, torch.no_grad(), encoder.evaluating():
             crop = evaluation_crop(encoder.size)
             for images, read, end in iterate_in_order(data, crop, skipped=skipped, batch=batch):
                 if len(read):
                     tokens = features(encoder.module, encoder.preprocess(images)).map.flatten(2).transpose(1, 2)
                     tokens = tokens.to(torch.float16).cpu()
                     check_finite(tokens, f"patch tokens of {spec}")
-                    # Written instead of assigned to a map: a full disk is an error then, and not a fatal signal.
+                    # Written instead of assigned to a map: a full disk is then an error instead of a fatal signal.
                     file.write(np.ascontiguousarray(tokens.numpy()).data)
                     indices.append(read)
                 advance(end)
-        if len(skipped) and context.console is not None:
-            line = f"{len(skipped):,} of the {len(data):,} images of {spec} are skipped: {skipped.reasons}"
-            print_plain(context.console, line)
+        context.print_skipped(skipped, data)
         if not indices:
             raise UserError(f"no image of {spec} can be read: see evaluations-skipped.csv")
         file.flush()
@@ -118,15 +115,3 @@ def extract_tokens(context: EvalContext, spec: str, batch: int = 256) -> Iterato
         labels = torch.from_numpy(np.asarray(data.labels)[order])
         mapped = np.memmap(file, np.float16, "r", shape=(len(order), rows * columns, width))
         yield TokenSet(mapped, labels, data.classes, (rows, columns), order)
-
-
-@contextmanager
-def _evaluating(encoder: FrozenEncoder) -> Iterator[None]:
-    """Set the encoder's eval mode and precision, and restore its mode afterwards."""
-    training = encoder.module.training
-    encoder.module.eval()
-    try:
-        with autocast(encoder.device, encoder.precision):
-            yield
-    finally:
-        encoder.module.train(training)
