@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pixmim.transforms.crops import CenterCrop, RandomResizedCrop, SimpleResizedCrop
     from pixmim.utils.errors import UserError
     from pixmim.utils.patches import patchify, unpatchify
+    from pixmim.viewer import view
     from pixmim.weights.load import load_encoder, load_model
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _NAMES = {
     "transforms.crops": ("CenterCrop", "RandomResizedCrop", "SimpleResizedCrop"),
     "utils.errors": ("UserError",),
     "utils.patches": ("patchify", "unpatchify"),
+    "viewer": ("view",),
     "weights.load": ("load_encoder", "load_model"),
 }
 _MODULES = {name: f"pixmim.{module}" for module, names in _NAMES.items() for name in names}
@@ -80,6 +82,7 @@ __all__ = [
     "pretrain",
     "reconstruct",
     "unpatchify",
+    "view",
 ]
 
 

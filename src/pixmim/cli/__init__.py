@@ -15,6 +15,7 @@ from pixmim.cli.data import bench_data, cache, stats
 from pixmim.cli.evaluate import coverage, evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
+from pixmim.cli.view import view
 from pixmim.cli.visualize import attention, embed, reconstruct
 from pixmim.cli.weights import export, import_
 from pixmim.utils.console import print_plain
@@ -33,6 +34,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "list": (list_recipes, "list the recipes"),
     "evaluate": (evaluate, "measure a backbone; `pixmim evaluate list` lists the evaluations"),
     "report": (report, "write a page of settings, curves, reconstructions and results of one or more runs"),
+    "view": (view, "open a page of curves, reconstructions and neighbors in the browser"),
     "reconstruct": (reconstruct, "draw reconstructions of hidden patches"),
     "attention": (attention, "draw attention maps of a ViT"),
     "embed": (embed, "write the features of a dataset"),

@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixmim.config import ModelConfig
 from pixmim.data.dataset import ImageDataset
 from pixmim.evaluation.visualize import Pixels, heat_overlay, to_pixels
 from pixmim.models import features
@@ -67,10 +68,15 @@ def attention_sheet(
     """
     config, encoder = weights.config, build_encoder_with_weights(weights)
     crops, names, errors = load_crops(config, data, count, range(len(data)))
+    return draw_attention(encoder, config, crops), names, errors
+
+
+def draw_attention(encoder: nn.Module, config: ModelConfig, crops: Shaped[Tensor, "b c h w"]) -> dict[str, Pixels]:
+    """Draw the attention over crops of the config's size: uint8 images (n h w c) by column, as `attention_sheet`."""
     mean, std = (torch.tensor(values) for values in config.normalization)
     images = flip_and_normalize(crops, None, mean, std)
     maps = F.interpolate(attention_maps(encoder, images), size=config.image_size, mode="bilinear")
     pixels = to_pixels({"image": images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)}, config)["image"]
     pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
     columns = {"image": pixels, "all heads": heat_overlay(pixels, maps.mean(dim=1))}
-    return columns | {f"head {i + 1}": heat_overlay(pixels, maps[:, i]) for i in range(maps.shape[1])}, names, errors
+    return columns | {f"head {i + 1}": heat_overlay(pixels, maps[:, i]) for i in range(maps.shape[1])}

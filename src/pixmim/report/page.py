@@ -107,7 +107,7 @@ def write_report(
             raise UserError(f"{folder} is not a run: there is no such folder")
     check_output(page, mark=DATA_MARK)
     entries = [
-        read_entry(folder, name, data, warn, bands) for folder, name in zip(folders, _names(folders), strict=True)
+        read_entry(folder, name, data, warn, bands) for folder, name in zip(folders, unique_names(folders), strict=True)
     ]
     for entry in entries:
         for line in [*entry.warnings, *[f"no reconstructions: {entry.problem}"] * bool(entry.problem)]:
@@ -125,7 +125,7 @@ def write_report(
         trained=[entry for entry in entries if entry.config is not None],
         results=compare([ModelResults(entry.name, entry.results) for entry in entries]),
         drawings=[drawing for entry in entries for drawing in entry.drawings],
-        settings=_compare_settings([config for _, config in configs]),
+        settings=compare_settings([config for _, config in configs]),
         curves=_curves(entries),
         columns=COLUMNS,
         data_url=data_url,
@@ -142,10 +142,12 @@ def write_report(
 
 def results_table(folders: list[Path], width: int) -> Table:
     """Return the results of these folders as a table for a terminal of `width` columns."""
-    return table([ModelResults(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)], width)
+    return table(
+        [ModelResults(name, read_results(f)) for f, name in zip(folders, unique_names(folders), strict=True)], width
+    )
 
 
-def _names(folders: list[Path]) -> list[str]:
+def unique_names(folders: list[Path]) -> list[str]:
     """Return the names of the folders, or their paths if names are not unique."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
@@ -169,7 +171,7 @@ def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str
         try:
             weights = with_bands(resolve_model(str(folder.absolute()), with_decoder=True), bands)
             entry.progress = weights.progress
-            entry.reconstruction = reconstruct(weights, _open_data(folder, entry.config, text, data))
+            entry.reconstruction = reconstruct(weights, open_run_data(folder, entry.config, text, data))
         except (UserError, OSError) as error:  # the data may have been moved
             entry.problem = "; ".join(str(error).splitlines())
         if not (folder / ENCODER_WEIGHTS).is_file():
@@ -181,7 +183,7 @@ def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str
     return entry
 
 
-def _open_data(folder: Path, config: ModelConfig, text: str, data: str | None) -> ImageDataset:
+def open_run_data(folder: Path, config: ModelConfig, text: str, data: str | None) -> ImageDataset:
     """Open the images to reconstruct. Raises UserError for data named by a run from elsewhere."""
     own = config.data if isinstance(config, PretrainConfig) else ""
     untrusted = untrusted_references(text, {"--data": own})
@@ -256,7 +258,7 @@ def data_url(pixels: Pixels) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _compare_settings(configs: list[ModelConfig]) -> list[dict[str, Any]]:
+def compare_settings(configs: list[ModelConfig]) -> list[dict[str, Any]]:
     """Return name and values of every config field, those that differ first."""
 
     def flatten(value: Any, prefix: str) -> dict[str, Any]:

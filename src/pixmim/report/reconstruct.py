@@ -22,6 +22,7 @@ from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.evaluation.visualize import Pixels, hatch, to_pixels
 from pixmim.losses import patch_size
+from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
 from pixmim.targets import ColorBins
 from pixmim.transforms.crops import CenterCrop, flip_and_normalize, stack_images
@@ -109,8 +110,9 @@ def draw(
     images: Shaped[Tensor, "b c h w"],
     step: int = 0,
     names: Sequence[str] = (),
+    mask: Mask | None = None,
 ) -> Reconstruction:
-    """Draw the reconstruction of crops, with masks of step -1, which no training step uses.
+    """Draw the reconstruction of crops.
 
     Args:
         model: The model.
@@ -118,11 +120,12 @@ def draw(
         images: Crops of the config's size, as a dataset returns them.
         step: Training step of the weights.
         names: File names of the images.
+        mask: Masks of the crops; by default those of step -1, which no training step uses.
     """
     loss = build_loss(config)
     mean, std = (torch.tensor(values) for values in config.normalization)
     x = flip_and_normalize(images, None, mean, std)
-    mask = build_mask_sampler(config, model.patch)(step=-1, rows=range(len(x)))
+    mask = mask or build_mask_sampler(config, model.patch)(step=-1, rows=range(len(x)))
 
     prediction = model(x, mask)
     patch = patch_size(prediction, x, loss.outputs)

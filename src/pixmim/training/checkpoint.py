@@ -112,19 +112,24 @@ class CheckpointManager:
             raise UserError(f"no checkpoint in {self._folder} is valid. To restart, remove {self._folder}")
         return 0
 
-    def load_model(self, model: nn.Module) -> tuple[int, int]:
-        """Restore only the weights of the newest checkpoint, in place.
+    def load_model(self, model: nn.Module, step: int | None = None) -> tuple[int, int]:
+        """Restore only the weights of a checkpoint, in place.
+
+        Args:
+            model: The model.
+            step: Step of the checkpoint; None: the newest.
 
         Returns:
             The number of steps done, and the size of the dataset.
 
         Raises:
-            UserError: If no checkpoint exists, or the newest is damaged or of another model.
+            UserError: If it does not exist, is damaged or of another model.
         """
         steps = self._steps_inside()
-        if not steps:
-            raise UserError(f"no checkpoint in {self._folder}")
-        path, state = self._path(steps[-1]), _prefixed("model", model.state_dict())
+        step = max(steps, default=None) if step is None else step
+        if step is None or step not in steps:
+            raise UserError(f"no checkpoint{'' if step is None else f' of step {step:,}'} in {self._folder}")
+        path, state = self._path(step), _prefixed("model", model.state_dict())
         try:
             manifest = files.read_manifest(path)
             weights = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
@@ -134,7 +139,7 @@ class CheckpointManager:
             files.restore(path, weights, state)
         except DamagedError as error:
             raise UserError(f"the checkpoint {path} is damaged: {first_line(error)}") from error
-        return steps[-1], manifest.images
+        return step, manifest.images
 
     def _steps_inside(self) -> list[int]:
         """Return `steps()`. Raises UserError if the folder is a symbolic link out of the run."""

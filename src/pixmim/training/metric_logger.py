@@ -47,7 +47,7 @@ def read_metrics(path: Path, warn: Callable[[str], None] = lambda text: None) ->
     for number, line in enumerate(lines[:_MAX_LINES], 1):
         try:
             if line.strip():
-                good.append(_parse_metrics(line, f"line {number}"))
+                good.append(parse_metrics(line, f"line {number}"))
         except UserError as error:
             if number < len(lines):
                 bad.append(str(error))
@@ -59,7 +59,7 @@ def read_metrics(path: Path, warn: Callable[[str], None] = lambda text: None) ->
     return good
 
 
-def _parse_metrics(text: str, source: str) -> dict[str, Any]:
+def parse_metrics(text: str, source: str) -> dict[str, Any]:
     """Parse an untrusted line of metrics. Raises UserError."""
     line = parse_json(text, source)
     if not isinstance(line, dict):

@@ -1,0 +1,78 @@
+"""A local page for runs, their encoders and one's own images: `pixmim view`."""
+
+import secrets
+import socket
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pixmim.utils.console import print_plain
+from pixmim.utils.errors import UserError
+
+__all__ = ["view"]
+
+
+def view(
+    runs: Sequence[str | Path],
+    *,
+    data: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    open_browser: bool = True,
+    device: str = "auto",
+    console: Console | None = None,
+) -> None:
+    """Open a page for runs, their encoders and images in the browser, until Ctrl-C.
+
+    The page is served by this machine alone and asks no other. Every request needs the secret token of the printed
+    address, also on this machine, which may have other users.
+
+    Args:
+        runs: Folders of runs, finished or not, or of imported weights.
+        data: Images to choose from, in the syntax of --data; by default those of the first run.
+        host: Address to listen on. Others than 127.0.0.1 make the page reachable from other machines.
+        port: Port to listen on; 0: a free one.
+        open_browser: Open the page in the browser.
+        device: Device of encoders: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        console: Prints the address.
+
+    Raises:
+        UserError: If a folder is not a run, the port is taken, or the extra `view` is missing.
+    """
+    try:
+        import uvicorn
+
+        from pixmim.viewer.page import Page
+        from pixmim.viewer.server import LOOPBACK, build_app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+            raise
+        raise UserError("the page needs Starlette and uvicorn: pip install 'pixmim[view]'") from error
+    console, token = console or Console(), secrets.token_urlsafe(24)
+    page = Page([Path(run) for run in runs], data, device)
+    with _listen(host, port) as listener:
+        port = listener.getsockname()[1]
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/?token={token}"
+        if host not in LOOPBACK:
+            print_plain(
+                console, f"listening on {host}: who knows this address and its token sees your images, unencrypted"
+            )
+        print_plain(console, f"{address}\nCtrl-C ends it")
+        if open_browser:
+            webbrowser.open(address)
+        settings = uvicorn.Config(build_app(page, token, host), log_level="error", access_log=False, lifespan="off")
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises UserError if the address is not of this machine, or the port is taken."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror or error}. Leave out --port for a free one"
+        ) from error

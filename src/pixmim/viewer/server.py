@@ -1,0 +1,180 @@
+"""The page's web application: addresses, the access token, and limits on what a request may ask for."""
+
+import hmac
+import inspect
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from pixmim.utils.errors import UserError
+from pixmim.viewer.images import MAX_UPLOAD_BYTES
+from pixmim.viewer.page import Page
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+_STATIC = Path(__file__).with_name("static")
+_FILES = {"page.css": "text/css", "page.js": "text/javascript"}
+_COOKIE = "pixmim-view"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_MAX_JSON_BYTES = 2**20
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def build_app(page: Page, token: str, host: str = "127.0.0.1") -> Starlette:
+    """Build the web application of a page.
+
+    Args:
+        page: The contents.
+        token: Secret that a request must know, as the parameter `token` at first and then as a cookie.
+        host: Address that it listens on. Requests for another host name are refused, unless it is any address: a web
+            site could otherwise point its own name to this machine (DNS rebinding).
+    """
+
+    def route(path: str, answer: Callable[..., Any], kind: str = "", method: str = "GET") -> Route:
+        """Return a route whose `answer` takes the query (or the JSON body), checked against its annotations."""
+
+        async def endpoint(request: Request) -> Response:
+            if not _knows(request, token):
+                return PlainTextResponse("403: open the address that the command printed", 403)
+            if method == "POST" and request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
+                return PlainTextResponse("403: a request from another site", 403)
+            try:
+                result = await run_in_threadpool(answer, **await _arguments(request, answer))
+            except (UserError, OSError) as error:
+                return JSONResponse({"error": str(error)}, 400)
+            return Response(result, media_type=kind) if kind else JSONResponse(result)
+
+        return Route(path, _with_headers(endpoint), methods=[method])
+
+    async def index(request: Request) -> Response:
+        if "token" in request.query_params and _equal(request.query_params["token"], token):
+            response: Response = RedirectResponse("/")
+            response.set_cookie(_cookie(request), token, httponly=True, samesite="strict")
+            return response
+        if not _knows(request, token):
+            return PlainTextResponse("403: open the address that the command printed", 403)
+        return Response((_STATIC / "page.html").read_text("utf-8"), media_type="text/html")
+
+    hosts = ["*"] if host in ("0.0.0.0", "::") else [host, *LOOPBACK]
+    files = {name: (_STATIC / name).read_text("utf-8") for name in _FILES}
+    static = [route(f"/static/{name}", partial(_constant, files[name]), kind) for name, kind in _FILES.items()]
+    return Starlette(
+        routes=[
+            Route("/", _with_headers(index)),
+            *static,
+            route("/api/page", page.describe),
+            route("/api/status", page.status),
+            route("/api/metrics", page.metrics),
+            route("/api/checkpoint", page.checkpoint, "image/png"),
+            route("/api/upload", page.upload, method="POST"),
+            route("/api/image", page.image),
+            route("/api/thumbnail", page.thumbnail, "image/jpeg"),
+            route("/api/mask", page.mask),
+            route("/api/reconstruct", page.reconstruct, method="POST"),
+            route("/api/low-pass", page.low_pass),
+            route("/api/attention", page.attention, "image/png"),
+            route("/api/index", page.start_index, method="POST"),
+            route("/api/indexes", page.indexes),
+            route("/api/neighbors", page.neighbors),
+            route("/api/list", page.listed),
+            route("/api/list.csv", page.listed_csv, "text/csv"),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+    )
+
+
+def _constant(text: str, /) -> str:
+    return text
+
+
+def _with_headers(endpoint: Endpoint) -> Endpoint:
+    async def wrapped(request: Request) -> Response:
+        response = await endpoint(request)
+        response.headers.update(_HEADERS)
+        return response
+
+    return wrapped
+
+
+def _knows(request: Request, token: str) -> bool:
+    return _equal(request.cookies.get(_cookie(request), ""), token)
+
+
+def _equal(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+def _cookie(request: Request) -> str:
+    """Return the name of the cookie: cookies are shared by all ports of a host, and several pages may be open."""
+    return f"{_COOKIE}-{request.url.port or 80}"
+
+
+async def _arguments(request: Request, answer: Callable[..., Any]) -> dict[str, Any]:
+    """Return the arguments of a function from a request: its query, its JSON body, or its raw body as `content`.
+
+    Raises:
+        UserError: If one is missing, is unknown, or has another type, or the body is too large.
+    """
+    parameters = inspect.signature(answer, eval_str=True).parameters
+    values: dict[str, Any] = dict(request.query_params)
+    if "content" in parameters:
+        values["content"] = await _body(request, MAX_UPLOAD_BYTES)
+    elif request.method == "POST":
+        try:
+            values = json.loads(await _body(request, _MAX_JSON_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the request is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError("the request is not an object")
+    missing = [
+        name for name, one in parameters.items() if one.default is inspect.Parameter.empty and name not in values
+    ]
+    if missing or not values.keys() <= parameters.keys():
+        raise UserError(f"the request takes {', '.join(parameters) or 'nothing'}, not {', '.join(values)}"[:500])
+    return {name: _convert(name, value, parameters[name].annotation) for name, value in values.items()}
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """Read the body of a request, as long as it has at most `limit` bytes. Raises UserError."""
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > limit:
+            raise UserError(f"more than {limit / 2**20:g} MiB were sent")
+    return bytes(content)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Convert one argument to the type of its parameter: int, float, str, bytes, or a list of bool or int."""
+    if kind in (Sequence[bool], Sequence[int]):
+        allowed = (bool, int) if kind == Sequence[bool] else (int,)
+        if isinstance(value, list) and all(type(one) in allowed for one in value):
+            return value
+    elif kind in (str, bytes) and isinstance(value, kind):
+        return value
+    elif kind in (int, float) and isinstance(value, str | int | float) and len(str(value)) < 32:
+        try:
+            number = kind(value)
+            if abs(number) <= 1e9:  # neither NaN nor infinite
+                return number
+        except (ValueError, OverflowError):
+            pass
+    raise UserError(f"{name} has the wrong type")
