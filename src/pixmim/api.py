@@ -193,6 +193,7 @@ def embed_to_file(
     batch_size: int = 256,
     device: str = "auto",
     precision: Precision = "auto",
+    thumbnails: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> None:
@@ -206,6 +207,7 @@ def embed_to_file(
         batch_size: Images per forward pass.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
+        thumbnails: Add thumbnails and a projection to the plane to a .parquet file, for embedding-atlas and others.
         overwrite: Replace existing files.
         console: Where to print progress and the names of the files.
 
@@ -215,6 +217,7 @@ def embed_to_file(
     weights = model if isinstance(model, Weights) else resolve_model(_name(model))
     dataset, console = _open(data, image_spec(weights.config)), console or Console()
     options: Any = {"device": device, "precision": precision, "overwrite": overwrite, "console": console}
+    options["thumbnails"] = thumbnails
     if dataset.left_out:
         print_plain(console, dataset.left_out)
     for line in write_embeddings(weights, dataset, Path(out), features, batch=batch_size, **options):

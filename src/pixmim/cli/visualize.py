@@ -106,6 +106,7 @@ def embed(args: list[str]) -> int:
         *,
         data: Data,
         out: Path,
+        thumbnails: bool = False,
         overwrite: bool = False,
         kind: Annotated[Literal["cls", "mean", "both"], arg(name="features")] = "both",
         batch_size: Annotated[int, Integer(1, 1_000_000)] = 256,
@@ -119,6 +120,7 @@ def embed(args: list[str]) -> int:
             model: A run, finished or not, an imported folder, a weights file, or timm:NAME.
             data: Images, in the syntax of pretrain's --data.
             out: .npy (float32, a row per image, file names in a .csv of the same name) or .parquet.
+            thumbnails: Add thumbnails and, with umap-learn, a projection x and y to .parquet, for embedding-atlas.
             overwrite: Replace existing files.
             kind: cls: the class token. mean: the mean of the patch tokens. Both are the mean without a class token.
             batch_size: Images per forward pass.
@@ -130,6 +132,7 @@ def embed(args: list[str]) -> int:
 
         weights = _open_model(model, model_flags)
         options = {"batch_size": batch_size, "device": device, "precision": precision, "overwrite": overwrite}
+        options["thumbnails"] = thumbnails
         embed_to_file(weights, data, out, features=kind, **options)  # type: ignore[arg-type]
         return 0
 

@@ -3,9 +3,10 @@
 import io
 import json
 import shutil
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Shaped
 from rich.console import Console
+from torch import Tensor
 
+from pixmim.config import ModelConfig
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint, frozen_encoder_from_weights
+from pixmim.evaluation.visualize import to_image, to_rgb
 from pixmim.models import features
 from pixmim.training.precision import Precision, autocast
 from pixmim.transforms.crops import evaluation_crop
@@ -42,6 +47,7 @@ def embed(
     batch: int = 256,
     device: str = "auto",
     precision: Precision = "auto",
+    thumbnails: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> list[str]:
@@ -56,6 +62,8 @@ def embed(
         batch: Images per forward pass.
         device: Device, such as cuda:1.
         precision: Precision of the forward passes.
+        thumbnails: Add columns to a .parquet file: thumbnail, a JPEG of at most 96 pixels a side, as the struct (bytes,
+            path) of Hugging Face's datasets; and x and y, a projection by UMAP, if umap-learn is installed.
         overwrite: Replace existing files.
         console: Where to print.
 
@@ -67,6 +75,8 @@ def embed(
     """
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out must end in .npy or .parquet, not in '{out.suffix}'")
+    if thumbnails and out.suffix != ".parquet":
+        raise UserError(f"--thumbnails needs --out FILE.parquet, not {out}")
     if out.suffix == ".parquet":
         _import_parquet()  # before the work
     work, skipped_path = out.with_name(out.name + ".partial"), out.with_name(f"{out.name}.skipped.csv")
@@ -94,9 +104,10 @@ def embed(
         if not any(work.glob("*.npz")):
             raise UserError(f"no image of {data.spec} can be read: see {skipped_path}")
         table = _read_batches(work, len(data))
-        written = _write(out, table, data)
+        more, lines = _pictures(table, data, weights.config) if thumbnails else ({}, [])
+        written = _write(out, table, data, more)
         shutil.rmtree(work)
-    lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}"]
+    lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}", *lines]
     return lines + ([f"{len(skipped)} images could not be read: see {skipped_path}"] if len(skipped) else [])
 
 
@@ -183,7 +194,48 @@ def _read_batches(work: Path, images: int) -> dict[str, npt.NDArray[Any]]:
     return table
 
 
-def _write(out: Path, table: dict[str, npt.NDArray[Any]], data: ImageDataset) -> list[Path]:
+def _pictures(
+    table: dict[str, npt.NDArray[Any]], data: ImageDataset, config: ModelConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the columns of `thumbnails`, and a line if there is no projection."""
+    pictures = [{"bytes": thumbnail(data.image(i), config), "path": None} for i in table["index"].tolist()]
+    features = table.get("mean", table.get("cls"))
+    assert features is not None
+    try:
+        x, y = project(features).T
+    except UserError as error:
+        return {"thumbnail": pictures}, [f"no columns x and y: {error}"]
+    return {"x": x, "y": y, "thumbnail": pictures}, []
+
+
+def thumbnail(image: Shaped[Tensor, "c h w"], config: ModelConfig, side: int = 96) -> bytes:
+    """Return a JPEG of an image, at most `side` pixels wide and high."""
+    picture = to_image(to_rgb(image, config))
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def project(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Project features (n d) to the plane (n 2) by UMAP on cosine distances. Equal features give equal projections.
+
+    Raises:
+        UserError: If umap-learn is not installed, or there are fewer than four images.
+    """
+    if len(features) < 4:
+        raise UserError(f"UMAP needs at least four images, not {len(features)}")
+    try:
+        import umap
+    except ImportError as error:
+        raise UserError("UMAP needs umap-learn: pip install 'pixmim[map]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fixed seed excludes threads, and few images limit the neighbors
+        model = umap.UMAP(n_neighbors=min(15, len(features) - 1), metric="cosine", random_state=0, init="random")
+        return np.asarray(model.fit_transform(features), np.float32)
+
+
+def _write(out: Path, table: dict[str, npt.NDArray[Any]], data: ImageDataset, more: Mapping[str, Any]) -> list[Path]:
     index = table["index"].tolist()
     files = [data.path_of(i) for i in index]
     classes = None if data.labels is None else [data.classes[data.labels[i]] for i in index]
@@ -194,7 +246,7 @@ def _write(out: Path, table: dict[str, npt.NDArray[Any]], data: ImageDataset) ->
         columns |= {"class": [utf8(name) for name in classes]} if classes is not None else {}
         for key, value in values.items():
             columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.array(value.reshape(-1)), value.shape[1])
-        atomic_write(out, partial(parquet.write_table, arrow.table(columns)))
+        atomic_write(out, partial(parquet.write_table, arrow.table(columns | dict(more))))
         return [out]
     header = ["row", "file", *([] if classes is None else ["class"])]
     names = zip(files, *([] if classes is None else [classes]), strict=True)

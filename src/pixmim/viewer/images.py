@@ -15,7 +15,8 @@ from pixmim.build import image_spec
 from pixmim.config import ModelConfig
 from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
-from pixmim.evaluation.visualize import Pixels, to_image, to_rgb
+from pixmim.evaluation.embed import thumbnail
+from pixmim.evaluation.visualize import Pixels, to_image
 from pixmim.transforms.crops import CenterCrop, Crop, as_image, evaluation_crop
 from pixmim.utils.console import label
 from pixmim.utils.errors import UserError
@@ -91,11 +92,7 @@ class ImageStore:
 
     def thumbnail(self, key: str, config: ModelConfig, side: int) -> bytes:
         """Return a JPEG of an image, at most `side` pixels wide and high."""
-        picture = to_image(to_rgb(self.read(key, image_spec(config)), config))
-        picture.thumbnail((side, side))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=88)
-        return buffer.getvalue()
+        return thumbnail(self.read(key, image_spec(config)), config, side)
 
 
 def png(pixels: Pixels) -> bytes:

@@ -22,6 +22,7 @@ from pixmim.targets import resolve_radius
 from pixmim.utils.console import csv_cell, label, printable
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import inside
+from pixmim.viewer.atlas import Atlas
 from pixmim.viewer.images import ImageStore, png
 from pixmim.viewer.index import EncoderIndex
 from pixmim.viewer.runs import Models, Run, low_passed, painted_mask, random_mask, read_new_metrics
@@ -55,6 +56,7 @@ class Page:
             for run in self.runs
             for untrained in (False, True)
         ]  # fmt: skip
+        self._maps = [Atlas() for _ in self._encoders]
 
     def _open_data(self, spec: ImageSpec) -> ImageDataset:
         if self._data is not None:
@@ -132,11 +134,13 @@ class Page:
         return label(data.classes[number]) if number >= 0 else ""
 
     def thumbnail(self, image: str, side: int) -> bytes:
-        """Return a JPEG of an image, at most `side` pixels wide and high."""
+        """Return a JPEG of an image, at most `side` pixels wide and high: 16 to 1,024."""
+        _check_range("side", side, 16, 1024)
         return self._images.thumbnail(image, self.runs[0].config, side)
 
     def mask(self, run: int, kind: str, ratio: float, block_size: int, seed: int) -> dict[str, Any]:
         """Return the hidden patches of a random mask, row by row: see `random_mask`."""
+        _check_range("block_size", block_size, 1, 4096)
         mask = random_mask(self._run(run), kind, ratio, block_size, seed)
         return {"hidden": mask.hidden[0].int().tolist(), "grid": self._run(run).grid}
 
@@ -157,6 +161,7 @@ class Page:
 
     def low_pass(self, image: str, run: int, radius: float) -> dict[str, Any]:
         """Return what a low-pass of this radius keeps and removes, as data URLs, with its spectrum."""
+        _check_range("radius", radius, 0, 4096)
         result = low_passed(self._run(run).config, self._images.crop(image, self._run(run).config), radius)
         pictures = {"kept": _data_url(png(result.kept)), "removed": _data_url(png(result.removed))}
         return {**pictures, "share": result.share, "spectrum": result.spectrum}
@@ -177,8 +182,28 @@ class Page:
             for e in self._encoders
         ]
 
+    def start_map(self, encoder: int) -> None:
+        """Start to write the map of an encoder's index, unless it exists. Raises UserError before the index does."""
+        chosen = self._encoder(encoder)
+        if chosen.index is None or chosen.encoder is None:
+            raise UserError("the index is not complete yet")
+        config = chosen.encoder.config
+        self._maps[encoder].start(chosen.index, self._images.data(image_spec(config)), config)
+
+    def maps(self) -> list[str]:
+        """Return the state of each encoder's map: see `Atlas.state`."""
+        return [one.state for one in self._maps]
+
+    def map_folder(self, encoder: int) -> Path:
+        """Return the folder of a map. Raises UserError if it does not exist."""
+        self._encoder(encoder)
+        if self._maps[encoder].state != "ready":
+            raise UserError("there is no map of this encoder yet")
+        return self._maps[encoder].folder
+
     def neighbors(self, image: str, count: int) -> list[dict[str, Any]]:
-        """Return the images nearest to an image, by each encoder with a complete index."""
+        """Return the `count` images nearest to an image, by each encoder with a complete index."""
+        _check_range("count", count, 1, _MAX_ROWS)
         result = []
         for number, encoder in enumerate(self._encoders):
             if encoder.index is None or encoder.encoder is None:
@@ -196,6 +221,8 @@ class Page:
             UserError: If the index is not complete.
         """
         index = self._encoder(encoder).index
+        if kind not in ("duplicates", "outliers"):
+            raise UserError(f"there is no list '{kind[:20]}'")
         if index is None:
             raise UserError("the index is not complete yet")
         if kind == "duplicates":
@@ -235,3 +262,8 @@ class Page:
 
 def _data_url(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{name} must be between {low:,} and {high:,}, not {value:g}")

@@ -10,11 +10,13 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
 
 from pixmim.utils.errors import UserError
 from pixmim.viewer.images import MAX_UPLOAD_BYTES
@@ -26,16 +28,23 @@ _STATIC = Path(__file__).with_name("static")
 _FILES = {"page.css": "text/css", "page.js": "text/javascript"}
 _COOKIE = "pixmim-view"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_FORBIDDEN = "403: open the address that the command printed"
 _MAX_JSON_BYTES = 2**20
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+
+_MAP_POLICY = (  # embedding-atlas runs WebAssembly in workers, and sets styles
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; worker-src 'self' blob:; font-src 'self' data:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self' data: blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
 
 
 def build_app(page: Page, token: str, host: str = "127.0.0.1") -> Starlette:
@@ -53,7 +62,7 @@ def build_app(page: Page, token: str, host: str = "127.0.0.1") -> Starlette:
 
         async def endpoint(request: Request) -> Response:
             if not _knows(request, token):
-                return PlainTextResponse("403: open the address that the command printed", 403)
+                return PlainTextResponse(_FORBIDDEN, 403)
             if method == "POST" and request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
                 return PlainTextResponse("403: a request from another site", 403)
             try:
@@ -70,8 +79,19 @@ def build_app(page: Page, token: str, host: str = "127.0.0.1") -> Starlette:
             response.set_cookie(_cookie(request), token, httponly=True, samesite="strict")
             return response
         if not _knows(request, token):
-            return PlainTextResponse("403: open the address that the command printed", 403)
+            return PlainTextResponse(_FORBIDDEN, 403)
         return Response((_STATIC / "page.html").read_text("utf-8"), media_type="text/html")
+
+    async def map_file(request: Request) -> Response:
+        if not _knows(request, token):
+            return PlainTextResponse(_FORBIDDEN, 403)
+        try:
+            files = StaticFiles(directory=page.map_folder(request.path_params["encoder"]))
+            response = await files.get_response(request.path_params["path"] or "index.html", request.scope)
+        except (UserError, HTTPException):
+            return PlainTextResponse("404: there is no such file", 404)
+        response.headers["Content-Security-Policy"] = _MAP_POLICY
+        return response
 
     hosts = ["*"] if host in ("0.0.0.0", "::") else [host, *LOOPBACK]
     files = {name: (_STATIC / name).read_text("utf-8") for name in _FILES}
@@ -93,6 +113,9 @@ def build_app(page: Page, token: str, host: str = "127.0.0.1") -> Starlette:
             route("/api/attention", page.attention, "image/png"),
             route("/api/index", page.start_index, method="POST"),
             route("/api/indexes", page.indexes),
+            route("/api/map", page.start_map, method="POST"),
+            route("/api/maps", page.maps),
+            Route("/map/{encoder:int}/{path:path}", _with_headers(map_file)),
             route("/api/neighbors", page.neighbors),
             route("/api/list", page.listed),
             route("/api/list.csv", page.listed_csv, "text/csv"),
@@ -108,7 +131,8 @@ def _constant(text: str, /) -> str:
 def _with_headers(endpoint: Endpoint) -> Endpoint:
     async def wrapped(request: Request) -> Response:
         response = await endpoint(request)
-        response.headers.update(_HEADERS)
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)
         return response
 
     return wrapped
@@ -165,12 +189,11 @@ async def _body(request: Request, limit: int) -> bytes:
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """Convert one argument to the type of its parameter: int, float, str, bytes, or a list of bool or int."""
     if kind in (Sequence[bool], Sequence[int]):
-        allowed = (bool, int) if kind == Sequence[bool] else (int,)
-        if isinstance(value, list) and all(type(one) in allowed for one in value):
-            return value
+        if isinstance(value, list) and all(type(one) in (bool, int) for one in value):
+            return [bool(one) for one in value] if kind == Sequence[bool] else value
     elif kind in (str, bytes) and isinstance(value, kind):
         return value
-    elif kind in (int, float) and isinstance(value, str | int | float) and len(str(value)) < 32:
+    elif kind in (int, float) and type(value) in (str, int, float) and len(str(value)) < 32:
         try:
             number = kind(value)
             if abs(number) <= 1e9:  # neither NaN nor infinite

@@ -452,6 +452,29 @@ async function drawLists() {
 
 picked.neighbors = async () => { await findNeighbors(); await drawAttention(); };
 
+// Map
+
+async function drawMap() {
+  const encoder = Number($("map-encoder").value), say = (text) => { $("map-state").textContent = text; };
+  indexes = await ask("/api/indexes");
+  const index = indexes[encoder];
+  if (index && index.error) return say(index.error);
+  if (!index) await send("/api/index", { encoder });
+  if (!index || !index.complete) {
+    say(index && index.total ? `features of all images: ${Math.round((100 * index.done) / index.total)} %` : "features of all images: starting");
+    return setTimeout(startMap, 700);
+  }
+  const state = (await ask("/api/maps"))[encoder];
+  if (state === "") await send("/api/map", { encoder });
+  if (state === "" || state === "working") { say("projecting, and writing thumbnails"); return setTimeout(startMap, 700); }
+  if (state !== "ready") return say(state);
+  say("");
+  $("map-frame").src = `/map/${encoder}/`;
+  $("map-frame").hidden = false;
+}
+
+const startMap = () => drawMap().catch((error) => show(error.message));
+
 // Tabs
 
 function select(tab) {
@@ -502,6 +525,8 @@ async function start() {
   $("mask-ratio-label").textContent = `${Math.round(100 * first.ratio)} %`;
   $("radius").max = Math.floor(Math.min(...first.size) / 2);
   $("radius").value = first.radius || Math.round((40 * Math.min(...first.size)) / 224);
+  $("map-encoder").append(...page.encoders.map((name, i) => element("option", { value: i }, name)));
+  $("map-start").addEventListener("click", startMap);
   $("checkpoint-run").addEventListener("change", drawCheckpoint);
   $("checkpoint-step").addEventListener("input", drawCheckpoint);
   $("mask-ratio").addEventListener("input", () => {

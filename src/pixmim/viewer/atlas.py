@@ -1,0 +1,86 @@
+"""The map: every image of an index as a point, shown by embedding-atlas (https://github.com/apple/embedding-atlas)."""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pixmim.config import ModelConfig
+from pixmim.data.dataset import ImageDataset
+from pixmim.evaluation.embed import project, thumbnail
+from pixmim.utils.console import utf8
+from pixmim.utils.errors import UserError
+from pixmim.viewer.index import Index
+
+_TIMEOUT = 600  # seconds
+
+
+@dataclass
+class Atlas:
+    """The files of embedding-atlas's page for one index, in a temporary folder.
+
+    Attributes:
+        state: "", "working", "ready", or why it failed.
+    """
+
+    state: str = ""
+    _folder: "TemporaryDirectory[str]" = field(default_factory=lambda: TemporaryDirectory(prefix="pixmim-map-"))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the page, with an index.html once the state is "ready"."""
+        return Path(self._folder.name, "page")
+
+    def start(self, index: Index, data: ImageDataset, config: ModelConfig) -> None:
+        """Start to write the page in a thread, unless it is written or in progress."""
+        with self._lock:
+            if self.state in ("working", "ready"):
+                return
+            self.state = "working"
+        threading.Thread(target=self._run, args=(index, data, config), name="pixmim-map", daemon=True).start()
+
+    def _run(self, index: Index, data: ImageDataset, config: ModelConfig) -> None:
+        try:
+            table = Path(self._folder.name, "images.parquet")
+            write_table(table, index, data, config)
+            export_page(table, self.folder)
+            self.state = "ready"
+        except (UserError, OSError) as error:
+            self.state = str(error)
+
+
+def write_table(out: Path, index: Index, data: ImageDataset, config: ModelConfig) -> None:
+    """Write file, class, projection and thumbnail of each image as .parquet. Raises UserError without the extra."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("the map needs embedding-atlas: pip install 'pixmim[map]'") from error
+    numbers = index.indices.tolist()
+    x, y = project(index.features.numpy()).T
+    columns = {"file": [utf8(data.path_of(i)) for i in numbers]}
+    labels = data.labels
+    if labels is not None:
+        columns["class"] = [utf8(data.classes[labels[i]]) if labels[i] >= 0 else "" for i in numbers]
+    pictures = [{"bytes": thumbnail(data.image(i), config), "path": None} for i in numbers]
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "x": x, "y": y, "thumbnail": pictures}), out)
+
+
+def export_page(table: Path, folder: Path) -> None:
+    """Write embedding-atlas's page for a table of `write_table`. Raises UserError if it is missing or fails."""
+    command = [sys.executable, "-P", "-m", "embedding_atlas.cli", str(table)]  # -P: import nothing from this folder
+    command += ["--x", "x", "--y", "y", "--image", "thumbnail", "--pagerank", "", "--export-application", str(folder)]
+    options: Any = {"capture_output": True, "text": True, "timeout": _TIMEOUT, "stdin": subprocess.DEVNULL}
+    try:
+        subprocess.run(command, check=True, cwd=table.parent, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **options)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"embedding-atlas did not answer within {_TIMEOUT} s") from error
+    except subprocess.CalledProcessError as error:
+        if "No module named" in error.stderr:
+            raise UserError("the map needs embedding-atlas: pip install 'pixmim[map]'") from error
+        raise UserError(f"embedding-atlas failed: {(error.stderr.strip().splitlines() or ['?'])[-1]}") from error

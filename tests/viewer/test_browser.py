@@ -1,0 +1,216 @@
+"""The page in a real browser: what it shows is what the library returns, and it asks no other host."""
+
+import base64
+import io
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.runs import train
+from pixmim.config import PretrainConfig
+from pixmim.viewer import _listen
+from pixmim.viewer.page import Page
+from pixmim.viewer.server import build_app
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="the browser tests need chromium: apt-get install chromium")
+
+DATA = "shapes:count=30,size=32"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def runs(two_runs: list[Path], tmp_path: Path) -> list[Path]:
+    return [Path(shutil.copytree(run, tmp_path / run.name)) for run in two_runs]
+
+
+@pytest.fixture
+def served(runs: list[Path]) -> Iterator[tuple[str, Page]]:
+    """Yield the address of a page, and its contents."""
+    import uvicorn
+
+    page = Page(runs, DATA, "cpu")
+    with _listen("127.0.0.1", 0) as listener:
+        config = uvicorn.Config(build_app(page, "secret"), log_level="error", lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/?token=secret", page
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def tab(browser: Any, served: tuple[str, Page]) -> Iterator[Any]:
+    """Yield an open page, and check at the end that it had no error and asked no other host."""
+    context, problems, hosts = browser.new_context(viewport={"width": 1280, "height": 900}), list[str](), set[str]()
+    tab = context.new_page()
+    tab.set_default_timeout(30_000)
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on(
+        "console", lambda line: problems.append(line.text) if line.type == "error" and "400" not in line.text else None
+    )
+    tab.on("request", lambda request: hosts.add(request.url.split("/")[2]) if "://" in request.url else None)
+    tab.goto(served[0])
+    tab.wait_for_selector("#charts svg")
+    yield tab
+    context.close()
+    assert not problems and hosts == {served[0].split("/")[2]}
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait for a condition. The page's policy forbids playwright's own way, which evaluates a string."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def picture(tab: Any, selector: str) -> np.ndarray:
+    url = tab.get_attribute(selector, "src")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+def drawn(page: Page, image: str, hidden: list[bool], run: int, column: str) -> np.ndarray:
+    url = page.reconstruct(image, hidden, [run])[0]["columns"][column]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+def open_reconstruct(tab: Any) -> None:
+    tab.click("#tab-reconstruct")
+    tab.wait_for_selector("#predictions figure")
+    tab.wait_for_selector("#low-pass figure")
+
+
+def test_training_shows_curves_checkpoints_and_settings(tab: Any) -> None:
+    assert "pixmim: step 6" in tab.inner_text("#live") and "mae: step 6" in tab.inner_text("#live")
+    titles = tab.locator("#charts h3").all_inner_texts()
+    assert {"Loss", "Learning rate", "Images per second"} <= set(titles)
+    assert tab.locator("#charts figure").first.locator("polyline").count() == 2
+    assert "target.kind" in tab.inner_text("#settings")
+    tab.wait_for_selector("#checkpoint-image")
+    assert "step 6 (3 of 3)" in tab.inner_text("#checkpoint-label")
+    tab.focus("#checkpoint-step")
+    tab.keyboard.press("ArrowLeft")
+    assert "step 4 (2 of 3)" in tab.inner_text("#checkpoint-label")
+    assert tab.get_attribute("#checkpoint-image", "src").endswith("step=4")
+
+
+def test_curves_grow_while_a_run_trains(tab: Any, runs: list[Path], tiny_run: Callable[..., PretrainConfig]) -> None:
+    assert "training" not in tab.inner_text("#live")
+    train(tiny_run(log_every=1, steps=9), runs[0], resume=True)
+    until(lambda: "step 9" in tab.inner_text("#live"))
+    assert "pixmim: step 9, epoch 1.8 · training" in tab.inner_text("#live")
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write('broken\n{"step": 7, "epoch": 1.4, "loss": 0.5}\n{"step": 8')
+    until(lambda: "1 lines of metrics.jsonl" in tab.inner_text("#live"))
+    assert "mae: step 7" in tab.inner_text("#live")
+
+
+def test_a_painted_mask_is_predicted_as_by_the_library(tab: Any, served: tuple[str, Page]) -> None:
+    open_reconstruct(tab)
+    before = picture(tab, "#predictions img >> nth=1")
+    hidden = np.reshape(served[1].mask(0, "as-trained", 0.75, 16, 0)["hidden"], (4, 4)).astype(bool)
+    assert np.array_equal(before, drawn(served[1], "d0", hidden.ravel().tolist(), 0, "masked"))
+    box = tab.locator("#painter-canvas").bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 8, box["y"] + box["height"] / 8)  # drag along the first row
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + 7 * box["width"] / 8, box["y"] + box["height"] / 8, steps=12)
+    tab.mouse.up()
+    hidden[0] = not hidden[0, 0]
+    expected = drawn(served[1], "d0", hidden.ravel().tolist(), 1, "prediction")
+    until(lambda: np.array_equal(picture(tab, "#predictions img >> nth=8"), expected))  # of the second model
+    assert f"{int(hidden.sum())} of 16 patches hidden" in tab.inner_text("#painter-state")
+
+
+def test_a_mask_is_painted_with_the_keyboard(tab: Any) -> None:
+    open_reconstruct(tab)
+    tab.click("#mask-clear")
+    tab.focus("#painter")
+    for key in ("ArrowRight", "ArrowDown", "Space"):
+        tab.keyboard.press(key)
+    assert "row 2, column 2: hidden. 2 of 16 patches hidden" in tab.inner_text("#painter-state")
+
+
+def test_an_own_image_is_uploaded_and_reconstructed(tab: Any, served: tuple[str, Page], tmp_path: Path) -> None:
+    open_reconstruct(tab)
+    name = "<img src=x onerror=document.title=1>.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(tmp_path / name)
+    tab.set_input_files("#reconstruct .file input", tmp_path / name)
+    until(lambda: "onerror" in tab.inner_text("#reconstruct .name"))
+    key = served[1].upload((tmp_path / name).read_bytes(), name)["image"]
+    hidden = [bool(one) for one in served[1].mask(0, "as-trained", 0.75, 16, 0)["hidden"]]
+    expected = drawn(served[1], key, hidden, 0, "image")
+    until(lambda: np.array_equal(picture(tab, "#predictions img >> nth=0"), expected))
+    assert tab.title() != "1" and tab.locator("img[src=x]").count() == 0
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    tab.set_input_files("#reconstruct .file input", tmp_path / "bad.png")
+    tab.wait_for_selector("#message:not([hidden])")
+    assert "bad.png cannot be read" in tab.inner_text("#message")
+
+
+def test_the_radius_moves_the_low_pass(tab: Any, served: tuple[str, Page]) -> None:
+    open_reconstruct(tab)
+    tab.focus("#radius")
+    tab.keyboard.press("Home")
+    until(lambda: tab.locator("#low-pass svg text", has_text="r = 1").count() and tab.locator("#low-pass img").count())
+    expected = served[1].low_pass("d0", 0, 1)
+    assert f"{100 * expected['share']:.1f} % of the variance" in tab.inner_text("#low-pass")
+    assert tab.get_attribute("#low-pass img >> nth=0", "src") == expected["kept"]
+
+
+def test_neighbors_beside_those_of_the_untrained_encoder(tab: Any, served: tuple[str, Page]) -> None:
+    tab.click("#tab-neighbors")
+    for box in (0, 1):
+        tab.locator("#encoders input").nth(box).check()
+        until(lambda: tab.locator("#found h3").count() == box + 1)  # noqa: B023
+    answers = served[1].neighbors("d0", 10)
+    shown = tab.locator("#found .neighbor button").evaluate_all("all => all.map(one => one.dataset.image)")
+    assert shown == ["d0", *(one["image"] for answer in answers for one in answer["images"])]
+    until(lambda: tab.locator("#lists h2").count() == 4)
+    with tab.expect_download() as download:
+        tab.click("#lists a >> nth=0")
+    assert Path(download.value.path()).read_text().startswith("file,nearest,cosine")
+    tab.locator("#found .neighbor button").nth(3).click()  # a neighbor becomes the query
+    until(lambda: tab.get_attribute("#found button >> nth=0", "data-image") == shown[3])
+
+
+def test_two_tabs_do_not_disturb_each_other(tab: Any, served: tuple[str, Page]) -> None:
+    other = tab.context.new_page()
+    other.goto(served[0].partition("?")[0] + "#reconstruct")
+    open_reconstruct(tab)
+    other.wait_for_selector("#predictions figure")
+    other.fill("#reconstruct .number input", "5")
+    other.keyboard.press("Enter")
+    first = picture(tab, "#predictions img >> nth=0")
+    until(lambda: not np.array_equal(first, picture(other, "#predictions img >> nth=0")))
+    assert np.array_equal(first, picture(tab, "#predictions img >> nth=0"))
+
+
+def test_tabs_are_chosen_with_the_keyboard_on_a_narrow_screen_too(tab: Any) -> None:
+    tab.set_viewport_size({"width": 400, "height": 800})
+    tab.focus("#tab-training")
+    for panel in ("reconstruct", "neighbors", "map", "training"):
+        tab.keyboard.press("ArrowRight")
+        assert tab.is_visible(f"#{panel}") and tab.locator('[role="tabpanel"]:visible').count() == 1
+        wide = tab.evaluate(
+            "[...document.querySelectorAll('main *')].filter(one => one.getBoundingClientRect().right > 400)"
+            ".filter(one => !one.closest('.thumbnails')).map(one => one.outerHTML.slice(0, 80))"
+        )
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 400, (panel, wide)
+    assert tab.evaluate("[...document.images].every(image => image.hasAttribute('alt'))")

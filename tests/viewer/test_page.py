@@ -1,0 +1,251 @@
+"""What the page shows is what the library returns."""
+
+import base64
+import io
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pixmim
+from pixmim.build import image_spec
+from pixmim.evaluation.frozen_encoder import load_frozen_encoder
+from pixmim.evaluation.neighbors import nearest_others
+from pixmim.masking import Mask
+from pixmim.report.reconstruct import draw
+from pixmim.transforms.crops import CenterCrop
+from pixmim.utils.errors import UserError
+from pixmim.viewer.images import ImageStore
+from pixmim.viewer.index import EncoderIndex
+from pixmim.viewer.page import Page
+from pixmim.viewer.runs import Run, random_mask, read_new_metrics
+from pixmim.weights.load import build_with_weights, resolve_model
+
+DATA = "shapes:count=30,size=32"
+
+
+def pixels(url: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+def test_description_lists_runs_settings_and_images(page: Page) -> None:
+    described = page.describe()
+    assert [run["name"] for run in described["runs"]] == ["pixmim", "mae"]
+    assert described["runs"][0]["grid"] == [4, 4] and described["dataset"]["count"] == 30
+    assert {"name": "target.kind", "values": ["low-frequency", "pixels"]} in described["settings"]
+    assert json.dumps(described)
+
+
+def test_data_of_a_run_from_elsewhere_is_not_opened(two_runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(two_runs[0], tmp_path / "run")
+    config = tmp_path / "run/config.json"
+    config.write_text(config.read_text().replace('"shapes:count=40,size=32"', '"/etc"'))
+    described = Page([tmp_path / "run"]).describe()
+    assert "not made by you" in described["problem"] and described["dataset"]["count"] == 0
+    with pytest.raises(UserError, match="not made by you"):
+        Page([tmp_path / "run"]).thumbnail("d0", 32)
+
+
+def test_reconstruction_under_a_painted_mask_is_that_of_the_library(page: Page, two_runs: list[Path]) -> None:
+    hidden = [i % 3 > 0 for i in range(16)]
+    for number, (answer, folder) in enumerate(zip(page.reconstruct("d4", hidden, [0, 1]), two_runs, strict=True)):
+        weights = resolve_model(str(folder), with_decoder=True)
+        crop = CenterCrop(32).crop(pixmim.open_dataset(DATA, image_spec(weights.config)).image(4))[None]
+        mask = Mask.from_hidden(torch.tensor([hidden]))
+        expected = draw(build_with_weights(weights), weights.config, crop, mask=mask)
+        assert answer["name"] == ("pixmim", "mae")[number] and answer["step"] == 6
+        for name, drawn in expected.columns.items():
+            assert np.array_equal(pixels(answer["columns"][name]), drawn[0].squeeze()), name
+
+
+def test_a_mask_must_hide_some_patches_but_not_all(page: Page) -> None:
+    for hidden in ([True] * 16, [False] * 16):
+        with pytest.raises(UserError, match="at least one"):
+            page.reconstruct("d0", hidden, [0])
+    assert "patches" in page.reconstruct("d0", [True, False], [0])[0]["error"]  # of another grid
+
+
+def test_random_masks_have_the_ratio_and_depend_on_the_seed(page: Page) -> None:
+    one, two = (page.mask(0, "random", 0.5, 8, seed)["hidden"] for seed in (0, 1))
+    assert sum(one) == sum(two) == 8 and one != two and one == page.mask(0, "random", 0.5, 8, 0)["hidden"]
+    blocks = np.reshape(page.mask(0, "blocks", 0.5, 16, 0)["hidden"], (2, 2, 2, 2)).transpose(0, 2, 1, 3).reshape(4, 4)
+    assert blocks.sum() == 8 and set(blocks.sum(axis=1)) == {0, 4}
+    with pytest.raises(UserError, match="block"):
+        page.mask(0, "blocks", 0.5, 9, 0)
+
+
+def test_low_pass_splits_the_image(page: Page) -> None:
+    full = page.low_pass("d3", 0, 32)
+    assert full["share"] == pytest.approx(1, abs=1e-5) and set(pixels(full["removed"]).ravel()) == {128}
+    half = page.low_pass("d3", 0, 4)
+    run = Run.open(Path(page.runs[0].folder), "run")
+    image = CenterCrop(32).crop(pixmim.open_dataset(DATA, image_spec(run.config)).image(3))[None].double() / 255
+    kept = pixmim.low_pass(image, 4)
+    expected = (kept.var(dim=(2, 3)) / run_std(run) ** 2).sum() / (image.var(dim=(2, 3)) / run_std(run) ** 2).sum()
+    assert half["share"] == pytest.approx(float(expected), abs=1e-4)
+    np.testing.assert_allclose(pixels(half["kept"]), (kept[0].permute(1, 2, 0) * 255).clip(0, 255), atol=1)
+
+
+def run_std(run: Run) -> torch.Tensor:
+    return torch.tensor(run.config.normalization[1]).double()
+
+
+def test_every_checkpoint_is_drawn_with_the_same_masks(page: Page) -> None:
+    assert page.status(0)["steps"] == [2, 4, 6]
+    sheets = [np.asarray(Image.open(io.BytesIO(page.checkpoint(0, step)))) for step in (2, 6)]
+    width = sheets[0].shape[1] // 6
+    assert np.array_equal(sheets[0][:, : 2 * width], sheets[1][:, : 2 * width])  # image and masked
+    assert not np.array_equal(sheets[0], sheets[1])
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        page.checkpoint(0, 3)
+
+
+def test_uploads_are_decoded_like_any_image(page: Page) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(buffer, "PNG")
+    answer = page.upload(buffer.getvalue(), "<img src=x onerror=alert(1)>.png")
+    assert set(pixels(page.low_pass(answer["image"], 0, 4)["kept"]).ravel()) == {90}
+    assert page.neighbors(answer["image"], 3) == []  # without an index
+    with pytest.raises(UserError, match="cannot be read"):
+        page.upload(b"GIF89a not an image", "x.gif")
+
+
+def test_only_the_newest_uploads_are_kept() -> None:
+    store = ImageStore(lambda spec: pixmim.open_dataset(DATA, spec))
+    keys = []
+    for value in range(20):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(buffer, "PNG")
+        keys.append(store.add(buffer.getvalue(), "x.png", pixmim.data.dataset.RGB))
+    store.read(keys[-16], pixmim.data.dataset.RGB)
+    with pytest.raises(UserError, match="choose it again"):
+        store.read(keys[-17], pixmim.data.dataset.RGB)
+
+
+@pytest.mark.parametrize("image", ["d30", "d-1", "d1e3", "d", "x", "../d0", "d00000000000000000000001", "d٣"])
+def test_no_other_image_can_be_named(page: Page, image: str) -> None:
+    with pytest.raises(UserError):
+        page.thumbnail(image, 32)
+
+
+def finished(page: Page, encoder: int) -> None:
+    page.start_index(encoder)
+    for _ in range(600):
+        progress = page.indexes()[encoder]
+        assert progress is not None and not progress["error"], progress
+        if progress["complete"]:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the index is not complete after 30 s")
+
+
+def test_neighbors_are_those_of_the_features(two_runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(two_runs[0], tmp_path / "run")
+    page = Page([tmp_path / "run"], DATA, "cpu")
+    finished(page, 0)
+    features, paths = pixmim.embed(str(tmp_path / "run"), DATA, device="cpu")
+    unit = torch.nn.functional.normalize(torch.from_numpy(features).double())
+    cosines = unit @ unit.T
+    cosines.fill_diagonal_(-2)
+    (answer,) = page.neighbors("d7", 5)
+    assert [one["image"] for one in answer["images"]] == [f"d{i}" for i in cosines[7].argsort(descending=True)[:5]]
+    assert [one["cosine"] for one in answer["images"]] == pytest.approx(cosines[7].topk(5).values.tolist(), abs=1e-5)
+    pair = page.listed(0, "duplicates", 1)[0]
+    i, j = divmod(int(cosines.argmax()), 30)
+    assert {pair["image"], pair["other"]["image"]} == {f"d{i}", f"d{j}"}
+    assert page.listed(0, "outliers", 1)[0]["image"] == f"d{int(cosines.max(dim=1).values.argmin())}"
+    lines = page.listed_csv(0, "outliers").splitlines()
+    assert len(lines) == 31 and lines[0] == "file,cosine" and paths[0] in "".join(lines)
+    with pytest.raises(UserError, match="not complete"):
+        page.listed(1, "outliers")
+
+
+def test_index_is_kept_and_renewed_when_the_encoder_changes(two_runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(two_runs[0], tmp_path / "run")
+    calls: list[int] = []
+
+    def make(model: Path) -> EncoderIndex:
+        def opened(spec: object) -> object:
+            calls.append(1)
+            return pixmim.open_dataset(DATA, spec)  # type: ignore[arg-type]
+
+        return EncoderIndex(str(model), False, tmp_path / "index.safetensors", opened, "cpu")  # type: ignore[arg-type]
+
+    first = make(tmp_path / "run").compute()
+    before = (tmp_path / "index.safetensors").stat().st_mtime_ns
+    again = make(tmp_path / "run").compute()
+    assert torch.equal(first.features, again.features) and (tmp_path / "index.safetensors").stat().st_mtime_ns == before
+    other = make(two_runs[1]).compute()
+    assert not torch.equal(first.features, other.features)
+    (tmp_path / "index.safetensors").write_bytes(b"damaged")
+    assert torch.equal(make(tmp_path / "run").compute().features, first.features)
+    assert torch.equal(nearest_others(first.features)[1], first.nearest)
+
+
+def test_untrained_encoder_has_an_index_of_its_own(two_runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(two_runs[0], tmp_path / "run")
+    page = Page([tmp_path / "run"], DATA, "cpu")
+    finished(page, 1)
+    encoder = load_frozen_encoder(str(tmp_path / "run"), device="cpu", untrained=True)
+    index = page._encoders[1].index
+    assert index is not None and page._encoders[1].encoder is not None
+    for name, value in encoder.module.state_dict().items():
+        assert torch.equal(value, page._encoders[1].encoder.module.state_dict()[name])
+
+
+def test_a_failing_index_says_why(two_runs: list[Path], tmp_path: Path) -> None:
+    page = Page(two_runs, str(tmp_path / "nothing"), "cpu")
+    page.start_index(0)
+    for _ in range(200):
+        progress = page.indexes()[0]
+        if progress is not None and progress["error"]:
+            break
+        time.sleep(0.05)
+    assert progress is not None and "nothing" in progress["error"]
+
+
+def test_new_metrics_are_read_as_they_are_written(tmp_path: Path) -> None:
+    assert read_new_metrics(tmp_path).records == []
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "epoch": 0.1, "loss": 2.0}\n{"step": 2, "ep')
+    first = read_new_metrics(tmp_path)
+    assert [record["step"] for record in first.records] == [1] and not first.restarted and first.broken == 0
+    with path.open("a") as file:
+        file.write('och": 0.2}\nnot json\n{"step": -1, "epoch": 0}\n[]\n')
+    second = read_new_metrics(tmp_path, first.position)
+    assert [record["step"] for record in second.records] == [2] and second.broken == 3 and not second.restarted
+    assert read_new_metrics(tmp_path, second.position) == replace(second, records=[], broken=0)
+
+
+def test_a_replaced_file_is_read_from_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "epoch": 0.1}\n{"step": 2, "epoch": 0.2}\n')
+    before = read_new_metrics(tmp_path)
+    other = tmp_path / "other"  # as a resumed run writes it: a new file of the same length
+    other.write_text('{"step": 1, "epoch": 0.1}\n{"step": 3, "epoch": 0.3}\n')
+    other.replace(path)
+    after = read_new_metrics(tmp_path, before.position)
+    assert after.restarted and [record["step"] for record in after.records] == [1, 3]
+    for position in ("", "x", "1:-5", "0:99999999999", f"{path.stat().st_ino}:999999", ":", "²:²"):
+        assert [record["step"] for record in read_new_metrics(tmp_path, position).records] == [1, 3]
+
+
+def test_metrics_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "secret").write_text('{"step": 1, "epoch": 1}\n')
+    (tmp_path / "run/metrics.jsonl").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="leads out"):
+        read_new_metrics(tmp_path / "run")
+
+
+def test_masks_as_in_training_are_those_of_the_run(page: Page) -> None:
+    run = page.runs[0]
+    assert run.config.mask is not None
+    hidden = random_mask(run, "as-trained", 0.1, 8, 5).hidden
+    assert int(hidden.sum()) == 16 - int(16 * (1 - run.config.mask.ratio))
