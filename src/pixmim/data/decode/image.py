@@ -1,7 +1,7 @@
 """Decode image files.
 
-simplejpeg decodes common JPEGs (the same pixels as Pillow, faster), `scientific` what Pillow does not read, and Pillow
-everything else. Rules:
+simplejpeg decodes common JPEGs (the same pixels as Pillow, faster), `scientific` and `dicom` what Pillow does not read,
+and Pillow everything else. Rules:
 - EXIF orientation is applied. ICC profiles are ignored: values are taken as sRGB, as in ImageNet training.
 - Transparency is composited on white, and is never a channel. Of an animation, the first frame is read.
 - The format is decided by content, whatever a file's extension is.
@@ -17,9 +17,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-from pixmim.data.dataset import RGB, BadImage, ImageSpec, TiffPages
+from pixmim.data.dataset import RGB, BadImage, DType, ImageSpec, TiffPages
 from pixmim.data.decode import headers
 from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, convert
+from pixmim.data.decode.dicom import is_dicom, read_dicom
 from pixmim.data.decode.kinds import HEAD_BYTES, identify
 from pixmim.data.decode.limits import MAX_PIXELS_VARIABLE, check_size, max_pixels, run_with_time_limit
 from pixmim.data.decode.scientific import NPY_MAGIC, read_npy, read_png16, read_tiff
@@ -44,7 +45,7 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
         pixels = _decode_jpeg(data, form.channels)
         if pixels is not None:
             return convert(pixels, form)
-    pixels = read(data, form.tiff_pages, deep=form.dtype != "uint8")
+    pixels = read(data, form.tiff_pages, form.dtype)
     try:
         return np.ascontiguousarray(convert(pixels, form))
     except ChannelMismatch as error:
@@ -53,18 +54,19 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
         raise BadImage(f"{error}{hint}") from None
 
 
-def read(data: bytes, pages: TiffPages = "first", *, deep: bool = True) -> Array:
+def read(data: bytes, pages: TiffPages = "first", dtype: DType = "uint16") -> Array:
     """Decode an image file to pixels (h w c) with its own channels and dtype.
 
     Args:
         data: The file's content.
-        pages: Which pages of a TIFF.
-        deep: Keep the 16 bits of color. Otherwise Pillow reads the upper 8, and no other library is needed.
+        pages: Which pages of a TIFF, or frames of a DICOM file.
+        dtype: Pixels of the run. For uint8, Pillow reads the upper 8 of 16 bits of color, and no other library is
+            needed. For float32, DICOM is read as measurements.
 
     Raises:
         BadImage: If that is not possible.
     """
-    return run_with_time_limit(lambda: _read(data, pages, deep))
+    return run_with_time_limit(lambda: _read(data, pages, dtype))
 
 
 def read_numbers(data: bytes, *, color: bool = False) -> Array:
@@ -135,7 +137,8 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
     return apply_exif_orientation(pixels, header.orientation)
 
 
-def _read(data: bytes, pages: TiffPages, deep: bool) -> Array:
+def _read(data: bytes, pages: TiffPages, dtype: DType) -> Array:
+    deep = dtype != "uint8"
     if not data:
         raise BadImage("the file is empty")
     if data.startswith(NPY_MAGIC):
@@ -148,6 +151,8 @@ def _read(data: bytes, pages: TiffPages, deep: bool) -> Array:
         return read_png16(data, width, height, orientation)
     if data[:4] in headers.TIFF_MAGIC:
         return _read_tiff(headers.sanitize_tiff(data, pages), pages, deep)
+    if is_dicom(data):
+        return read_dicom(data, pages, dtype)
     with open_image(data) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _ppm_max_value(image) > 255:
             raise BadImage("Pillow reads only 8 bits of 16-bit color PPM: save it as PNG or TIFF")
