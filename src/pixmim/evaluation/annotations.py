@@ -17,6 +17,7 @@ from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.box_formats import read_boxes
+from pixmim.evaluation.mask_files import find_masks
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_file, read_text
 from pixmim.utils.memory import free_memory
@@ -56,8 +57,8 @@ def read_objects(spec: str) -> tuple[list[ImageObject], int]:
     Args:
         spec: A .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
             if an image has several boxes; a COCO .json file, whose crowds are ignored; a dataset in the layout of
-            VOC or YOLO (`box_formats`); a folder of masks, in each of which all nonzero pixels are one object; or
-            shapes:.
+            VOC or YOLO (`box_formats`); a folder of masks, or of images with masks beside them (`mask_files`), in each
+            of which all nonzero pixels are one object; or shapes:.
 
     Returns:
         The objects, and the number of those left out because no part is inside the image.
@@ -123,11 +124,13 @@ def _read_csv(path: Path) -> Iterator[ImageObject | None]:
 
 
 def _read_masks(path: Path) -> Iterator[ImageObject | None]:
-    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS]
+    files = [(file, file) for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS]
+    if files and (beside := find_masks(path)) is not None:
+        files = [(path / mask, path / image) for image, masks in beside.masks.items() for mask in masks]
     if not files:
         raise UserError(f"{path} contains neither VOC .xml files, YOLO labels nor masks")
     budget = (free_memory() or 2**62) // 2
-    for file in files:
+    for file, image in files:
         try:
             mask = read_numbers(read_file(file, max_bytes()), color=True) != 0
         except (OSError, BadImage) as error:
@@ -135,7 +138,7 @@ def _read_masks(path: Path) -> Iterator[ImageObject | None]:
         budget -= mask.nbytes
         if budget < 0:
             raise UserError(f"the masks in {path} take more than half of the free memory: split the folder")
-        yield _masked_object(str(file.relative_to(path)), mask)
+        yield _masked_object(str(image.relative_to(path)), mask)
 
 
 def _masked_object(image: str, mask: BinaryMask) -> ImageObject | None:

@@ -179,7 +179,8 @@ class SegmentationSettings(Settings):
     """Semantic segmentation by UPerNet end to end, or a linear head: mean IoU. The defaults are MAE's on ADE20K."""
 
     train: Data
-    """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both."""
+    """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both, or with
+    masks beside the images (x_mask.png, or SAMPLE/masks/)."""
     test: Data
     """Data to evaluate on, likewise; of ADE20K's layout, validation/ is used."""
     foreground: Annotated[int | None, Integer(0, 255)] = None

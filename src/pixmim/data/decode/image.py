@@ -45,7 +45,8 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
         pixels = _decode_jpeg(data, form.channels)
         if pixels is not None:
             return convert(pixels, form)
-    pixels = read(data, form.tiff_pages, form.dtype)
+    keep = "uint16" if form.stretch and form.dtype == "uint8" else form.dtype  # all bits, for the percentiles
+    pixels = read(data, form.tiff_pages, keep)
     try:
         return np.ascontiguousarray(convert(pixels, form))
     except ChannelMismatch as error:
