@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from pixmim.data.caching import create_loader
+from pixmim.data.channel_files import open_channel_files
 from pixmim.data.dataset import RGB, ConcatDataset, ImageDataset, ImageSpec
 from pixmim.data.huggingface import is_arrow_dataset, open_huggingface
 from pixmim.data.image_folder import from_folder, from_list_file
@@ -27,7 +28,8 @@ def open_dataset(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float 
         spec: A folder, a .txt list of images, a .csv, .tsv or .parquet table of paths and labels, a resized cache,
             a .zip, tars, a Hugging Face dataset (`hf:NAME`, or a folder or file of parquet or Arrow), `shapes:`, or
             several with weights, `a*3+b`. A cache, a .zip and tars can be at a URL. Options follow after commas, such
-            as `photos,exclude=*_mask.png`; `split:train:` before all of it chooses a part: see `SplitSpec`.
+            as `photos,exclude=*_mask.png` or `cells,channels={sample}_c{channel}.tif`; `split:train:` before all of
+            it chooses a part: see `SplitSpec`.
         image_spec: Channels and dtype that images are converted to.
         shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
 
@@ -58,6 +60,8 @@ def _open_part(spec: str, image_spec: ImageSpec, shard_cache_gib: float) -> Imag
     location, options = split_options(spec)
     location = location.rstrip("/") if is_url(location) else os.path.expanduser(location)
     path = Path(location)
+    if "channels" in options:
+        return open_channel_files(spec, image_spec)
     if is_zip(location):
         return open_zip(spec, image_spec, shard_cache_gib)
     if not (is_url(location) and is_tar(location)) and read_settings(location) is not None:

@@ -71,7 +71,7 @@ def _read_names(path: Path) -> list[str]:
 
 def _read_voc(files: list[Path], folder: Path) -> tuple[Content, Path]:
     by_stem = {Path(name).stem: name for name in sorted(os.listdir(folder))} if folder.is_dir() else {}
-    images, annotations, names = [], [], set[str]()
+    images, annotations, names = list[Content](), list[Content](), set[str]()
     for number, file in enumerate(files):
         size, filename, objects = _parse_voc(file)
         name = next((name for name in (filename, by_stem.get(file.stem, "")) if (folder / name).is_file()), filename)

@@ -59,12 +59,12 @@ def _stretch(pixels: Array, form: ImageSpec) -> Array:
 
     Where both percentiles are one value, minimum and maximum take their place. A flat channel becomes zero.
     """
-    percentiles = parse_stretch(form.stretch)
+    percentiles = np.asarray(parse_stretch(form.stretch))
     check_bytes(pixels.size * form.itemsize)
     result = np.empty(pixels.shape, form.dtype)
     white = 1.0 if form.dtype == "float32" else float(np.iinfo(form.dtype).max)
     for k in range(pixels.shape[2]):
-        channel = pixels[..., k].astype(np.uint8) if pixels.dtype == bool else pixels[..., k]
+        channel: Array = pixels[..., k].astype(np.uint8) if pixels.dtype == bool else pixels[..., k]
         if invalid := channel.size - int(np.isfinite(channel).sum()):
             raise BadImage(f"{invalid:,} of its values are not finite numbers: fill or crop them first")
         low, high = np.percentile(channel, percentiles)
