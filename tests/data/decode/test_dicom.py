@@ -159,6 +159,17 @@ def test_messages_name_what_to_do() -> None:
         read(encoded(dataset(VALUES, 12, WindowCenter=3, WindowWidth=0)))
 
 
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "JPEG2000.dcm"])
+def test_files_of_scanners_that_pydicom_comes_with(name: str) -> None:
+    file = pydicom.dcmread(path := pydicom.data.get_testdata_file(name, download=False))  # type: ignore[arg-type]
+    data = Path(str(path)).read_bytes()
+    assert np.array_equal(decode(data, FLOAT)[..., 0], apply_modality_lut(file.pixel_array, file).astype(np.float32))
+    low, high = (0, 2**file.BitsStored - 1) if not file.PixelRepresentation else (-(2**15), 2**15 - 1)
+    low, high = (float(apply_modality_lut(np.asarray([limit]), file)[0]) for limit in (low, high))
+    expected = (apply_voi_lut(apply_modality_lut(file.pixel_array, file), file) - low) / (high - low)
+    assert np.abs(decode(data, GRAY16)[..., 0] - 65535.0 * np.clip(expected, 0, 1)).max() <= 1
+
+
 def test_a_folder_of_dicom_is_found_and_its_format_measured(tmp_path: Path) -> None:
     for number, kind in enumerate(("dcm", "DCM", "dcm")):
         (tmp_path / f"{number}.{kind}").write_bytes(encoded(dataset(VALUES, 12)))

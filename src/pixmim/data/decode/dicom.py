@@ -69,7 +69,7 @@ def read_dicom(data: bytes, pages: TiffPages, dtype: DType) -> Array:
     except BadImage:
         raise
     except Exception as error:  # damaged files raise almost anything
-        hint = f": {_PLUGINS}" if "missing dependencies" in str(error) else ""
+        hint = f": {_PLUGINS}" if "plugin" in str(error) else ""
         raise BadImage(f"{type(error).__name__}: {first_line(error)[:200].rstrip(':')}{hint}") from None
 
 

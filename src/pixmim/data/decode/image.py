@@ -50,7 +50,8 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
     try:
         return np.ascontiguousarray(convert(pixels, form))
     except ChannelMismatch as error:
-        pages = headers.count_pages(data) if data[:4] in headers.TIFF_MAGIC and form.tiff_pages == "first" else 1
+        is_tiff = data[:4] in headers.TIFF_MAGIC and not is_dicom(data)
+        pages = headers.count_pages(data) if is_tiff and form.tiff_pages == "first" else 1
         hint = f"; or --tiff-pages channels, for its {pages} pages" if pages > 1 else ""
         raise BadImage(f"{error}{hint}") from None
 
@@ -150,10 +151,10 @@ def _read(data: bytes, pages: TiffPages, dtype: DType) -> Array:
             width, height = image.size
             orientation = _orientation(image)
         return read_png16(data, width, height, orientation)
+    if is_dicom(data):  # before TIFF, whose header some files have in their preamble
+        return read_dicom(data, pages, dtype)
     if data[:4] in headers.TIFF_MAGIC:
         return _read_tiff(headers.sanitize_tiff(data, pages), pages, deep)
-    if is_dicom(data):
-        return read_dicom(data, pages, dtype)
     with open_image(data) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _ppm_max_value(image) > 255:
             raise BadImage("Pillow reads only 8 bits of 16-bit color PPM: save it as PNG or TIFF")
