@@ -90,10 +90,12 @@ class ZipFolder(ImageFolder):
                 data = inflate.decompress(data, size + 1)  # stops there, whatever follows
             except zlib.error as error:
                 raise BadImage(f"damaged: {error}") from None
+            if zlib.crc32(data) != crc:
+                raise BadImage("damaged: its checksum differs from the archive's table")
         elif method != zipfile.ZIP_STORED:
             raise BadImage(f"compressed with zip's method {method}: pack it again, stored or deflated")
-        if len(data) != size or zlib.crc32(data) != crc:
-            raise BadImage("damaged: its size or checksum differs from the archive's table")
+        if len(data) != size:  # a stored file has no other check, as in a folder
+            raise BadImage("damaged: its size differs from the archive's table")
         return data
 
 
