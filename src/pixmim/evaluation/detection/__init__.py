@@ -132,7 +132,9 @@ def _annotation_files(settings: DetectionSettings) -> tuple[str, str]:
         folder /= "annotations"
         return str(folder / "instances_train2017.json"), str(folder / "instances_val2017.json")
     if not (settings.train and settings.test):
-        raise UserError("no data given: add --data FOLDER (COCO, VOC or YOLO), or --train and --test")
+        raise UserError(
+            "no data given: add --data COCO, or --train and --test (boxes of COCO, VOC or YOLO, or shapes:)"
+        )
     return settings.train, settings.test
 
 
