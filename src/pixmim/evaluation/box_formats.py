@@ -111,12 +111,12 @@ def _parse_voc(file: Path) -> tuple[tuple[float, float], str, list[Content]]:
 
 
 def _load_yaml(file: Path) -> Content:
-    import yaml  # a dependency of timm
+    from yaml import YAMLError, safe_load  # a dependency of timm; builds plain data only
 
     try:
         with killable():
-            content = yaml.safe_load(read_text(file, _MAX_TEXT_BYTES))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            content = safe_load(read_text(file, _MAX_TEXT_BYTES))
+    except (OSError, YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {first_line(error)}") from None
     return content if isinstance(content, dict) else {}
 
