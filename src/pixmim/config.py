@@ -27,6 +27,7 @@ from pixmim.utils.validation import (
     Settings,
     Share,
     Size,
+    Stretch,
     Text,
     Threads,
     check,
@@ -230,6 +231,9 @@ class ModelConfig(Settings):
     """uint8, uint16: 255 or 65535 is scaled to one. float32: floating-point values are not scaled."""
     tiff_pages: Literal["first", "channels"] = "first"
     """Pages of a TIFF to read: the first, or all of them as channels."""
+    stretch: Stretch = ""
+    """Percentiles of each channel of an image that are mapped to its full range, such as 1,99, for microscopy and
+    X-rays; by default pixels stay as they are."""
     bands: str = ""
     """Channels to draw as red, green and blue, counted from 1, such as 4,3,2, or one as gray; by default the first
     three, or the first of fewer."""

@@ -137,7 +137,7 @@ def coverage(args: list[str]) -> int:
         of coverage against object size.
 
         Args:
-            data: A .csv (width,height,x,y,w,h[,image]), COCO's .json, a folder of VOC's .xml or of masks, or shapes:.
+            data: A .csv (width,height,x,y,w,h[,image]), COCO's .json, boxes of VOC or YOLO, masks, or shapes:.
             size: Side of the crop, or HEIGHTxWIDTH.
             mask_ratio: Share of the patches that is hidden.
             boxes: Use the boxes of masks instead of the masks.

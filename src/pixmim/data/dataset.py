@@ -28,11 +28,19 @@ _SHARD_SIZE = 1000  # images in a shard of a dataset without shards, where it is
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Channels and dtype that every image of a dataset is converted to."""
+    """Channels and dtype that every image of a dataset is converted to.
+
+    Args:
+        channels: Number of channels.
+        dtype: Type of a value.
+        tiff_pages: Pages of a TIFF, or frames of a DICOM file, that are used.
+        stretch: Percentiles of each channel that are mapped to the full range, such as "1,99"; "" for none.
+    """
 
     channels: int = 3
     dtype: DType = "uint8"
     tiff_pages: TiffPages = "first"
+    stretch: str = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,11 +55,13 @@ class ImageSpec:
     def flags(self) -> str:
         """Command-line flags that select this specification."""
         pages = " --tiff-pages channels" if self.tiff_pages == "channels" else ""
-        return f"--channels {self.channels} --dtype {self.dtype}{pages}"
+        stretch = f" --stretch {self.stretch}" if self.stretch else ""
+        return f"--channels {self.channels} --dtype {self.dtype}{pages}{stretch}"
 
     def __str__(self) -> str:
         pages = ", pages as channels" if self.tiff_pages == "channels" else ""
-        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.dtype}{pages}"
+        stretch = f", percentiles {self.stretch} stretched" if self.stretch else ""
+        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.dtype}{pages}{stretch}"
 
 
 RGB = ImageSpec()

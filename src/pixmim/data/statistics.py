@@ -205,7 +205,7 @@ def load_statistics(spec: str, image_spec: ImageSpec) -> Stats | None:
         mean, std = (tuple(float(x) for x in content[key]) for key in ("mean", "std"))
         stats = Stats(mean, std, int(content["images"]), int(content["total"]))
         valid = len(mean) == len(std) == image_spec.channels and all(np.isfinite(mean + std)) and min(std) > 0
-        return stats if valid and content["image_spec"] == asdict(image_spec) else None
+        return stats if valid and {"stretch": "", **content["image_spec"]} == asdict(image_spec) else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 

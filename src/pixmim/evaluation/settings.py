@@ -179,7 +179,8 @@ class SegmentationSettings(Settings):
     """Semantic segmentation by UPerNet end to end, or a linear head: mean IoU. The defaults are MAE's on ADE20K."""
 
     train: Data
-    """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both."""
+    """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both, or with
+    masks beside the images (x_mask.png, or SAMPLE/masks/)."""
     test: Data
     """Data to evaluate on, likewise; of ADE20K's layout, validation/ is used."""
     foreground: Annotated[int | None, Integer(0, 255)] = None
@@ -235,13 +236,15 @@ class DetectionSettings(Settings):
     """Average precision of boxes and masks: Faster or Mask R-CNN on the encoder, fine-tuned as ViTDet on COCO."""
 
     train: str = ""
-    """Objects to train on: a JSON file in COCO's format, or shapes:."""
+    """Objects to train on: a JSON file in COCO's format, a folder, list or data.yaml of VOC or YOLO, or shapes:."""
     test: str = ""
     """Objects to evaluate on, likewise."""
     data: str = ""
-    """Instead of both: the folder of COCO, with annotations/, train2017/ and val2017/."""
+    """Instead of both: the folder of COCO (annotations/, train2017/, val2017/), of VOC (ImageSets/) or of YOLO
+    (data.yaml)."""
     train_images: str = ""
-    """Folder of the train images. Default: ROOT/NAME for ROOT/annotations/instances_NAME.json, or the file's own."""
+    """Folder of the train images. Default: ROOT/NAME for ROOT/annotations/instances_NAME.json, that of VOC's or YOLO's
+    layout, or the file's own."""
     test_images: str = ""
     """Folder of the test images, likewise."""
     masks: Literal["auto", "yes", "no"] = "auto"

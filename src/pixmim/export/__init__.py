@@ -101,6 +101,11 @@ def export_model(
         lines.append(
             f"  {to} cannot store the layer norms' epsilon of {eps:g}: its features differ by a few thousandths"
         )
+    if weights.config.stretch:
+        lines.append(
+            f"  {to} cannot store --stretch {weights.config.stretch}: map these percentiles of each channel "
+            "of an image to its full range first"
+        )
     return [*lines, _push(folder, push)] if push else lines
 
 

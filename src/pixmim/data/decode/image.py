@@ -1,7 +1,7 @@
 """Decode image files.
 
-simplejpeg decodes common JPEGs (the same pixels as Pillow, faster), `scientific` what Pillow does not read, and Pillow
-everything else. Rules:
+simplejpeg decodes common JPEGs (the same pixels as Pillow, faster), `scientific` and `dicom` what Pillow does not read,
+and Pillow everything else. Rules:
 - EXIF orientation is applied. ICC profiles are ignored: values are taken as sRGB, as in ImageNet training.
 - Transparency is composited on white, and is never a channel. Of an animation, the first frame is read.
 - The format is decided by content, whatever a file's extension is.
@@ -17,9 +17,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-from pixmim.data.dataset import RGB, BadImage, ImageSpec, TiffPages
+from pixmim.data.dataset import RGB, BadImage, DType, ImageSpec, TiffPages
 from pixmim.data.decode import headers
 from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, convert
+from pixmim.data.decode.dicom import is_dicom, read_dicom
 from pixmim.data.decode.kinds import HEAD_BYTES, identify
 from pixmim.data.decode.limits import MAX_PIXELS_VARIABLE, check_size, max_pixels, run_with_time_limit
 from pixmim.data.decode.scientific import NPY_MAGIC, read_npy, read_png16, read_tiff
@@ -44,27 +45,30 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
         pixels = _decode_jpeg(data, form.channels)
         if pixels is not None:
             return convert(pixels, form)
-    pixels = read(data, form.tiff_pages, deep=form.dtype != "uint8")
+    keep = "uint16" if form.stretch and form.dtype == "uint8" else form.dtype  # all bits, for the percentiles
+    pixels = read(data, form.tiff_pages, keep)
     try:
         return np.ascontiguousarray(convert(pixels, form))
     except ChannelMismatch as error:
-        pages = headers.count_pages(data) if data[:4] in headers.TIFF_MAGIC and form.tiff_pages == "first" else 1
+        is_tiff = data[:4] in headers.TIFF_MAGIC and not is_dicom(data)
+        pages = headers.count_pages(data) if is_tiff and form.tiff_pages == "first" else 1
         hint = f"; or --tiff-pages channels, for its {pages} pages" if pages > 1 else ""
         raise BadImage(f"{error}{hint}") from None
 
 
-def read(data: bytes, pages: TiffPages = "first", *, deep: bool = True) -> Array:
+def read(data: bytes, pages: TiffPages = "first", dtype: DType = "uint16") -> Array:
     """Decode an image file to pixels (h w c) with its own channels and dtype.
 
     Args:
         data: The file's content.
-        pages: Which pages of a TIFF.
-        deep: Keep the 16 bits of color. Otherwise Pillow reads the upper 8, and no other library is needed.
+        pages: Which pages of a TIFF, or frames of a DICOM file.
+        dtype: Pixels of the run. For uint8, Pillow reads the upper 8 of 16 bits of color, and no other library is
+            needed. For float32, DICOM is read as measurements.
 
     Raises:
         BadImage: If that is not possible.
     """
-    return run_with_time_limit(lambda: _read(data, pages, deep))
+    return run_with_time_limit(lambda: _read(data, pages, dtype))
 
 
 def read_numbers(data: bytes, *, color: bool = False) -> Array:
@@ -135,7 +139,8 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
     return apply_exif_orientation(pixels, header.orientation)
 
 
-def _read(data: bytes, pages: TiffPages, deep: bool) -> Array:
+def _read(data: bytes, pages: TiffPages, dtype: DType) -> Array:
+    deep = dtype != "uint8"
     if not data:
         raise BadImage("the file is empty")
     if data.startswith(NPY_MAGIC):
@@ -146,6 +151,8 @@ def _read(data: bytes, pages: TiffPages, deep: bool) -> Array:
             width, height = image.size
             orientation = _orientation(image)
         return read_png16(data, width, height, orientation)
+    if is_dicom(data):  # before TIFF, whose header some files have in their preamble
+        return read_dicom(data, pages, dtype)
     if data[:4] in headers.TIFF_MAGIC:
         return _read_tiff(headers.sanitize_tiff(data, pages), pages, deep)
     with open_image(data) as image:
