@@ -294,21 +294,21 @@ def _train(
     if knn is not None:
         measures.append((max(1, round(config.knn.every / trainer.epoch)), lambda model: knn(model.encoder)))
     if held_out is not None:
-        measure = online_held_out(config, held_out, masks, criterion, device, precision, world, console)
-        measures.append((measure_every(config, schedule.steps, trainer.epoch), measure))
+        held_out_loss = online_held_out(config, held_out, masks, criterion, device, precision, world, console)
+        measures.append((measure_every(config, schedule.steps, trainer.epoch), held_out_loss))
     interrupted = False
 
     def measure_at(step: int) -> None:
         nonlocal interrupted
-        due = [measure for every, measure in measures if step in (0, schedule.steps) or step % every == 0]
+        due = [function for every, function in measures if step in (0, schedule.steps) or step % every == 0]
         if not due:
             return
         scores: dict[str, float] = {}
         try:
             with trainer.interrupts.waiting(world.size == 1):
-                whole = unsharded(model, lambda: build_model(config).to(device))
-                for measure in due:
-                    scores |= measure(whole)
+                full = unsharded(model, lambda: build_model(config).to(device))
+                for function in due:
+                    scores |= function(full)
         except Interrupted:
             interrupted = True  # the resumed run measures it
             return

@@ -1,9 +1,9 @@
 """The model card of an export: results with intervals, code that runs, and no path of this machine."""
 
 import json
-import os
 import re
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,18 @@ def front_matter(card: str) -> dict[str, Any]:
     return values
 
 
+def code_of_the_docs() -> str:
+    """Return the code of docs/weights.md that classifies with an attentive probe."""
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text()
+    return next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "attentive.safetensors" in code)
+
+
 def run_code(text: str, folder: Path) -> dict[str, Any]:
     """Run the Python code of a section in the folder of the card, and return its variables."""
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    before, names = Path.cwd(), dict[str, Any]()
-    os.chdir(folder)
-    try:
+    names: dict[str, Any] = {}
+    with chdir(folder):
         exec(compile(code, "README.md", "exec"), names)
-    finally:
-        os.chdir(before)
     return names
 
 
@@ -150,6 +153,11 @@ def test_the_attentive_probe_is_exported_with_code_that_repeats_its_predictions(
         predicted = names["classify"](encoder.preprocess(images)).argmax(dim=1)
         assert data.labels is not None
         correct = (predicted == torch.from_numpy(np.asarray(data.labels))).float().mean()
+        if name == "mae":
+            shown = names | {"images": encoder.preprocess(images)}
+            with torch.no_grad(), chdir(tmp_path / "mae-out"):
+                exec(code_of_the_docs(), shown)
+            assert torch.equal(shown["logits"], names["classify"](shown["images"]))
         assert names["classes"] == data.classes and 100 * float(correct) == pytest.approx(done.values["top1"], abs=3.4)
 
 

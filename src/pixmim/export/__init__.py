@@ -126,7 +126,7 @@ def _find_probe(run: Path, weights: Weights, to: str) -> tuple[AttentiveProbe, l
     """Return the newest attentive probe of a run, and its classes. Raises UserError if none fits the weights."""
     if to != "timm":
         raise UserError(f"--attentive needs --to timm, not --to {to}")
-    files = sorted(inside(run, "evaluations").glob("attentive-trained-*.safetensors"), key=lambda f: f.stat().st_mtime)
+    files = sorted(inside(run, "evaluations").glob("attentive-trained-*.safetensors"), key=lambda f: f.lstat().st_mtime)
     if not files:
         raise UserError(f"{run} has no attentive probe: run `pixmim evaluate attentive` with it as MODEL first")
     probe, classes, step = load_probe(inside(run, f"evaluations/{files[-1].name}"))
