@@ -307,6 +307,10 @@ class PretrainConfig(ModelConfig):
     (docs/data.md lists all)."""
     out: str = ""
     """Folder of the run; otherwise runs/RECIPE-TIME."""
+    hold_out: Annotated[float, Real(0, 0.5)] = 0.0
+    """Fraction of the images, at most 4,096, that is kept out of training, to measure its loss and effective rank."""
+    hold_out_every: Annotated[float, Real(0, 1e9)] = 0.0
+    """Epochs between measurements of these; 0: a fiftieth of the run, at least one. Start and end are measured too."""
     init: str = ""
     """Initial weights: a file, another run, or timm:NAME; otherwise random."""
     epochs: Positive = 300.0

@@ -26,10 +26,13 @@ from pixmim.data.bad_images import BadImageLog, merge_logs
 from pixmim.data.caching import choose_cache_location, decoded_bytes
 from pixmim.data.loader import Batch
 from pixmim.data.sampler import BatchShard
+from pixmim.data.split import hold_out
 from pixmim.evaluation.evaluate import online_knn
+from pixmim.evaluation.held_out import measure_every, online_held_out
 from pixmim.evaluation.visualize import labeled_grid
 from pixmim.losses import ReconstructionLoss
 from pixmim.masking import Mask
+from pixmim.models.base import MaskedModel
 from pixmim.models.layer_decay import not_decayed
 from pixmim.report import write_report
 from pixmim.report.reconstruct import reconstruct
@@ -197,6 +200,7 @@ def _train(
     # Data, masks, model and loss.
     knn = online_knn(config, console)
     data, crop = open_dataset(config.data, image_spec(config), config.shard_cache_gib), build_crop(config)
+    data, held_out = hold_out(data, config.hold_out, config.seed) if config.hold_out else (data, None)
     config.check_divisible(world.size, "processes")
     counts = world.gather(len(data))
     if len(set(counts)) > 1:
@@ -216,6 +220,8 @@ def _train(
     notes = check_length(out, schedule, done, len(data))
     if config.init and not done:
         notes = initialize_from(model, config) + notes
+    if held_out is not None:
+        notes.append(f"{len(held_out):,} images are held out of training: their effective rank is at most that number")
 
     # Parallelism, optimizer, and parts of a batch that fit in memory.
     network = parallelize(model, config.parallel, world, device, precision)
@@ -284,23 +290,33 @@ def _train(
         # Gradients are summed over the parts of a batch, but averaged over the ranks.
         return compute_loss(network, criterion, images, batch.mask, precision) * (batch.weight * world.size)
 
-    knn_every, knn_interrupted = max(1, round(config.knn.every / trainer.epoch)), False
+    measures: list[tuple[int, Callable[[MaskedModel], dict[str, float]]]] = []
+    if knn is not None:
+        measures.append((max(1, round(config.knn.every / trainer.epoch)), lambda model: knn(model.encoder)))
+    if held_out is not None:
+        held_out_loss = online_held_out(config, held_out, masks, criterion, device, precision, world, console)
+        measures.append((measure_every(config, schedule.steps, trainer.epoch), held_out_loss))
+    interrupted = False
 
-    def measure_knn(step: int) -> None:
-        nonlocal knn_interrupted
-        if knn is None or not (step in (0, schedule.steps) or step % knn_every == 0):
+    def measure_at(step: int) -> None:
+        nonlocal interrupted
+        due = [function for every, function in measures if step in (0, schedule.steps) or step % every == 0]
+        if not due:
             return
+        scores: dict[str, float] = {}
         try:
             with trainer.interrupts.waiting(world.size == 1):
-                scores = knn(unsharded(model, lambda: build_model(config).to(device)).encoder)
+                full = unsharded(model, lambda: build_model(config).to(device))
+                for function in due:
+                    scores |= function(full)
         except Interrupted:
-            knn_interrupted = True  # the resumed run measures it
+            interrupted = True  # the resumed run measures it
             return
         trainer.log.write({"step": step, "epoch": round(step * trainer.epoch, 6), **scores})
         trainer.log.pause()
 
     def after_step(step: int) -> None:
-        measure_knn(step)
+        measure_at(step)
         if on_step_end is not None:
             on_step_end(step)
 
@@ -325,11 +341,11 @@ def _train(
     ):
         measured = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
         if world.broadcast(start not in measured):
-            measure_knn(start)
+            measure_at(start)
         step = trainer.fit(loader, batch_loss, after_step)
 
     # Export.
-    if step < schedule.steps or knn_interrupted:
+    if step < schedule.steps or interrupted:
         return step, False
     encoder = unsharded(model, lambda: build_model(config).to(device)).encoder
     world.gather(None)  # until here, other ranks may still write to their logs of bad images

@@ -33,7 +33,7 @@ FILES = (
 
 MAY_CHANGE = {
     *("data", "out", "device", "cache_images", "shard_cache_gib", "threads", "log_every", "max_bad_fraction"),
-    *("accumulation_steps", "parallel", "checkpoint", "knn", "bands"),
+    *("accumulation_steps", "parallel", "checkpoint", "knn", "hold_out_every", "bands"),
 }
 """Fields that may change when a run is resumed: they affect at most rounding (data: it may have moved)."""
 

@@ -7,7 +7,9 @@ import pytest
 from rich.console import Console
 
 from pixmim.data import open_dataset
-from pixmim.data.split import split_labeled
+from pixmim.data.dataset import ImageDataset, Subset
+from pixmim.data.sampler import ShuffledOrder
+from pixmim.data.split import hold_out, split_labeled
 from pixmim.data.uri import absolute, read_parts
 from pixmim.evaluation.classification import check_labeled
 from pixmim.utils.errors import UserError
@@ -110,3 +112,57 @@ def test_data_that_cannot_be_split(pictures: Path) -> None:
     (pictures / "l.csv").write_text("path,label\ncats/0.jpg,a\ndogs/0.jpg,b")
     with pytest.raises(UserError, match=r"split:test,share=0\.8,seed=0:: each class has a single image"):
         open_dataset(f"split:test:{pictures}/l.csv")
+
+
+def indices(data: ImageDataset) -> list[int]:
+    assert isinstance(data, Subset)
+    return data.indices
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.5])
+def test_held_out_images_are_a_function_of_the_seed(share: float) -> None:
+    data = open_dataset("shapes:count=200,size=16")
+    train, held = hold_out(data, share, seed=1)
+    assert sorted(indices(train) + indices(held)) == list(range(200)) and len(held) == max(1, round(200 * share))
+    assert indices(hold_out(data, share, seed=1)[1]) == indices(held)
+    assert indices(hold_out(data, 0.5, seed=2)[1]) != indices(hold_out(data, 0.5, seed=1)[1])
+
+
+def test_at_most_4096_images_are_held_out() -> None:
+    train, held = hold_out(open_dataset("shapes:count=100000,size=16"), 0.2, 0)
+    assert len(held) == 4096 and len(train) == 100_000 - 4096
+
+
+def test_groups_are_held_out_together() -> None:
+    data = open_dataset("shapes:count=100,size=16")
+    data.groups = np.arange(100) // 7
+    train, held = hold_out(data, 0.2, 0)
+    assert train.groups is not None and held.groups is not None
+    assert 0 < len(held) <= 20 and not set(train.groups) & set(held.groups)
+    data.groups = np.zeros(100, np.int64)
+    with pytest.raises(UserError, match="--hold-out"):
+        hold_out(data, 0.2, 0)
+
+
+def test_copies_in_a_mixture_are_held_out_together() -> None:
+    data = open_dataset("shapes:count=30,size=16*3+shapes:count=10,size=16,seed=5")
+    train, held = hold_out(data, 0.1, 0)
+    assert len(held) == 3 + 1 and len(train) == 3 * 27 + 9
+
+    def names(side: ImageDataset) -> set[str]:
+        return {side.path_of(i) for i in range(len(side))}
+
+    assert len(names(held)) == 4 and not names(train) & names(held)
+
+
+def test_the_shards_of_the_images_to_train_on_stay() -> None:
+    data = open_dataset("shapes:count=20,size=16")
+    data.shard_sizes = np.asarray([1, 3, 1, 8, 1, 6])
+    train, held = hold_out(data, 0.3, 0)
+    assert train.shard_sizes is not None and held.shard_sizes is None
+    assert len(train.shard_sizes) == len(data.shard_sizes) and train.shard_sizes.sum() == len(train)
+    ends = np.cumsum(data.shard_sizes)
+    expected = np.bincount(np.searchsorted(ends, indices(train), side="right"), minlength=len(ends))
+    assert train.shard_sizes.tolist() == expected.tolist()
+    order = ShuffledOrder(0, len(train), train.shard_sizes).at(0, np.arange(len(train)))
+    assert sorted(order.tolist()) == list(range(len(train)))  # also where a shard has lost all its images

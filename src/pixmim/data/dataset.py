@@ -232,11 +232,23 @@ class InMemoryDataset(DatasetWrapper):
 
 
 class Subset(DatasetWrapper):
-    """Some images of a dataset, in the given order. It has no shards."""
+    """Some images of a dataset, in the given order.
 
-    def __init__(self, source: ImageDataset, indices: Sequence[int]) -> None:
+    Args:
+        source: The dataset.
+        indices: Indices of its images.
+        keep_shards: Keep its shards, without the other images; needs increasing indices. By default, it has no shards.
+    """
+
+    def __init__(self, source: ImageDataset, indices: Sequence[int], *, keep_shards: bool = False) -> None:
         self.indices = list(indices)
-        super().__init__(source, sizes=None if source.sizes is None else source.sizes[self.indices], shard_sizes=None)
+        sizes = None if source.sizes is None else source.sizes[self.indices]
+        shards = source.shard_sizes if keep_shards else None
+        if shards is not None:
+            owner = np.searchsorted(np.cumsum(shards), self.indices, side="right")
+            shards = np.bincount(owner, minlength=len(shards))  # some may become empty: their numbers stay
+        super().__init__(source, sizes=sizes, shard_sizes=shards)
+        self.groups = None if source.groups is None else source.groups[self.indices]
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -268,7 +280,7 @@ class ConcatDataset(ImageDataset):
     """
 
     def __init__(self, spec: str, parts: Sequence[tuple[ImageDataset, int]]) -> None:
-        self._parts = list(parts)
+        self.parts = list(parts)
         lengths = [len(part) * weight for part, weight in parts]
         self._starts = [0, *np.cumsum(lengths).tolist()]
         labeled = all(part.classes for part, _ in parts)
@@ -289,8 +301,8 @@ class ConcatDataset(ImageDataset):
         if not self.classes:
             return None
         ids = {name: i for i, name in enumerate(self.classes)}
-        merged = [np.asarray([*(ids[name] for name in part.classes), -1]) for part, _ in self._parts]  # -1 stays -1
-        return self._repeat([to[part.labels] for to, (part, _) in zip(merged, self._parts, strict=True)])
+        merged = [np.asarray([*(ids[name] for name in part.classes), -1]) for part, _ in self.parts]  # -1 stays -1
+        return self._repeat([to[part.labels] for to, (part, _) in zip(merged, self.parts, strict=True)])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -304,12 +316,12 @@ class ConcatDataset(ImageDataset):
         return part.path_of(inside)
 
     def fingerprint(self) -> str:
-        text = "+".join(f"{weight}*{part.fingerprint()}" for part, weight in self._parts)
+        text = "+".join(f"{weight}*{part.fingerprint()}" for part, weight in self.parts)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prefetch(self, shards: Sequence[int]) -> None:
         first = 0
-        for part, weight in self._parts:
+        for part, weight in self.parts:
             count = len(_shard_sizes(part)) * weight
             if part.shard_sizes is not None:
                 inside = [(shard - first) % len(part.shard_sizes) for shard in shards if first <= shard < first + count]
@@ -319,12 +331,12 @@ class ConcatDataset(ImageDataset):
     def _find(self, index: int) -> tuple[ImageDataset, int]:
         """Return the dataset that holds an image, and its index there."""
         number = bisect_right(self._starts, index) - 1
-        part, _ = self._parts[number]
+        part, _ = self.parts[number]
         return part, (index - self._starts[number]) % len(part)
 
     def _repeat(self, values: Sequence[Any]) -> npt.NDArray[Any]:
         """Concatenate an array of each dataset, repeated by its weight."""
-        return np.concatenate([v for v, (_, weight) in zip(values, self._parts, strict=True) for _ in range(weight)])
+        return np.concatenate([v for v, (_, weight) in zip(values, self.parts, strict=True) for _ in range(weight)])
 
 
 def _describe(part: ImageDataset, weight: int, total: int) -> str:

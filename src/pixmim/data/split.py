@@ -1,12 +1,15 @@
-"""Split labeled images into train and test: stratified by class, and by group where there are groups."""
+"""Split datasets: labeled images into train and test, and any images into those to train on and those held out."""
 
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.dataset import ImageDataset, Subset
+from pixmim.data.dataset import ConcatDataset, ImageDataset, Subset
 from pixmim.data.uri import SplitSpec
 from pixmim.utils.errors import UserError
 from pixmim.utils.rng import shuffled
+
+MAX_HELD_OUT = 4_096
+"""Most images that are held out: more would be missed in training, and measure little better."""
 
 
 def split_labeled(
@@ -65,3 +68,43 @@ def split_dataset(data: ImageDataset, spec: SplitSpec) -> Subset:
     note = f"{len(chosen):,} of {len(data):,} images by {spec.prefix}{groups}"
     subset.description = f"{data.description}; {note}" if data.description else note
     return subset
+
+
+def hold_out(data: ImageDataset, share: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """Keep a share of the images out of training, as a function of the seed, the number of images and their groups.
+
+    A group is on one side, and so are the copies of an image that a mixture repeats. At most `MAX_HELD_OUT` images are
+    held out, and at least one of each part of a mixture.
+
+    Args:
+        data: The images.
+        share: Share to hold out, above 0.
+        seed: Seed of the choice.
+
+    Returns:
+        The images to train on, with their shards, and those held out, each once. Both are in the order of `data`.
+
+    Raises:
+        UserError: If a part of the data is a single image or group.
+    """
+    parts = data.parts if isinstance(data, ConcatDataset) else [(data, 1)]
+    share = min(share, MAX_HELD_OUT / sum(len(part) for part, _ in parts))
+    sides = [(*_hold_out(part, share, seed), weight) for part, weight in parts]
+    if not isinstance(data, ConcatDataset):
+        return sides[0][:2]
+    train = ConcatDataset(data.spec, [(kept, weight) for kept, _, weight in sides])
+    return train, ConcatDataset(data.spec, [(held, 1) for _, held, _ in sides])
+
+
+def _hold_out(data: ImageDataset, share: float, seed: int) -> tuple[Subset, Subset]:
+    count = max(1, round(share * len(data)))
+    _, group_of = np.unique(np.arange(len(data)) if data.groups is None else data.groups, return_inverse=True)
+    sizes = np.bincount(group_of)
+    if len(sizes) < 2:
+        raise UserError(f"--hold-out needs two images or groups at least, and {data.spec} has one")
+    order = shuffled(seed, "hold-out", 0, len(sizes), np.arange(min(count, len(sizes) - 1)))
+    fits = np.cumsum(sizes[order]) <= count
+    fits[0] = True
+    held = np.isin(group_of, order[fits])
+    kept = Subset(data, np.flatnonzero(~held).tolist(), keep_shards=True)
+    return kept, Subset(data, np.flatnonzero(held).tolist())

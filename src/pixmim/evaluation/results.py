@@ -56,8 +56,7 @@ def save(result: Result, folder: Path) -> Path:
     """
     folder = inside(folder, "evaluations")
     folder.mkdir(parents=True, exist_ok=True)
-    key = sha256(json.dumps(result.settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    path = folder / f"{result.evaluation}-{result.encoder}-{key}.json"
+    path = folder / f"{file_stem(result.evaluation, result.encoder, result.settings)}.json"
     names = {}
     for caption, image in result.pictures.items():
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
@@ -67,6 +66,12 @@ def save(result: Result, folder: Path) -> Path:
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
     return path
+
+
+def file_stem(evaluation: str, encoder: str, settings: dict[str, Any]) -> str:
+    """Return the name, without suffix, of the files of an evaluation with these settings."""
+    key = sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    return f"{evaluation}-{encoder}-{key}"
 
 
 def versions() -> dict[str, str]:

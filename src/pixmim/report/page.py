@@ -44,7 +44,7 @@ _MAX_CURVES = 8  # values of k in the figure of periodic k-NN
 _MAX_DRAWINGS = 100  # of one run
 _MAX_FILE_BYTES = 2**25  # of a drawing
 _MAX_PIXELS = 2**25  # of all drawings of one run
-_MAJORITY = ", majority"
+_MAJORITY, _HELD_OUT = ", majority", ", held out"
 DATA_MARK = " · pixmim</title>".encode()
 """In the first lines of a page: a file with this mark may be overwritten."""
 
@@ -119,7 +119,7 @@ def write_report(
             atomic_write(folder / f"step-{entry.reconstruction.step:09d}.png", partial(grid.save, format="PNG"))
     configs = [(entry.name, entry.config) for entry in entries if entry.config is not None]
     targets = [(name, config.target) for name, config in configs if config.target is not None]
-    html = _ENVIRONMENT.get_template("page.html.j2").render(
+    html = ENVIRONMENT.get_template("page.html.j2").render(
         title=" and ".join(entry.name for entry in entries) if len(entries) < 4 else f"{len(entries)} runs",
         entries=entries,
         trained=[entry for entry in entries if entry.config is not None],
@@ -289,9 +289,13 @@ def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
         return f"{config.knn.test} (train {config.knn.train})"
 
     loss = "Training loss. Losses compare only between runs with the same target and normalization."
+    held_out = "Dashed: center crops of held-out images, with fixed masks; that it rises shows over-fitting."
+    loss += f" {held_out}" * any("held_out_loss" in line for entry in entries for line in entry.metrics)
+    rank = "Effective rank (RankMe) of the features of held-out images; at most the number of these images."
     top1, balanced = "k-NN accuracy during training, mean of patch tokens", "k-NN accuracy during training, balanced"
     kinds: list[tuple[dict[str, str], str, str, Callable[[PretrainConfig], str]]] = [
-        ({"loss": ""}, "loss", loss, lambda config: config.data),
+        ({"loss": "", "held_out_loss": _HELD_OUT}, "loss", loss, lambda config: config.data),
+        ({"rankme": ""}, "effective rank", rank, lambda config: config.data),
         (_knn_keys("top1", entries) | {"knn/majority": _MAJORITY}, "k-NN top-1 (%)", f"{top1}.", knn_data),
         (_knn_keys("balanced", entries), "k-NN balanced (%)", f"{balanced}: all classes count equally.", knn_data),
         ({"lr": ""}, "learning rate", "Learning rate.", lambda config: ""),
@@ -307,7 +311,8 @@ def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
                     groups.setdefault(data_of(entry.config), {})[entry.name + suffix] = series
         for data, group in groups.items():
             measured_on = f" Measured on {label(data, 120)}." if data else ""
-            marker, dashed = "o" if "k-NN" in axis else "", [name for name in group if name.endswith(_MAJORITY)]
+            marker = "o" if "k-NN" in axis else ""
+            dashed = [name for name in group if name.endswith((_MAJORITY, _HELD_OUT))]
             figures.append((caption + measured_on, plot_curves(group, x="epoch", y=axis, marker=marker, dashed=dashed)))
     return figures
 
@@ -338,6 +343,7 @@ def _printable(value: Any) -> Any:
     return value if isinstance(value, Markup) else printable_lines(str(value))
 
 
-_ENVIRONMENT = jinja2.Environment(
+ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("pixmim", "report"), autoescape=True, trim_blocks=True, finalize=_printable
 )
+"""Templates of pages. Everything they show is escaped."""
