@@ -26,19 +26,21 @@ from pixmim.data.bad_images import BadImageLog, merge_logs
 from pixmim.data.caching import choose_cache_location, decoded_bytes
 from pixmim.data.loader import Batch
 from pixmim.data.sampler import BatchShard
+from pixmim.evaluation.best import Best, BestEncoder, read_best
 from pixmim.evaluation.evaluate import online_knn
 from pixmim.evaluation.visualize import labeled_grid
 from pixmim.losses import ReconstructionLoss
 from pixmim.masking import Mask
-from pixmim.models.layer_decay import not_decayed
+from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.report import write_report
+from pixmim.report.gain import describe_gain
 from pixmim.report.reconstruct import reconstruct
 from pixmim.run_folder import check_length, check_links, open_run
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
 from pixmim.training.metric_logger import end_summary, read_metrics, start_summary
-from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw
+from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw_by_layer
 from pixmim.training.parallelize import parallelize, step_context, sync_last_microbatch, unsharded
 from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.training.preemption import Interrupted
@@ -76,6 +78,11 @@ class PretrainResult:
         """Records of metrics.jsonl, each with `step`, `epoch` and numbers."""
         return read_metrics(self.folder / "metrics.jsonl")
 
+    @property
+    def best(self) -> Best | None:
+        """Measure, value and step of the encoder in encoder-best/; None without `keep_best`."""
+        return read_best(self.folder)
+
     @cached_property
     def encoder(self) -> nn.Module:
         """The trained encoder as a timm module on the CPU, in eval mode, with the `pretrained_cfg` of the run."""
@@ -97,6 +104,7 @@ def pretrain(
     """Pre-train an encoder. Resumes from the newest checkpoint if the run was interrupted.
 
     Writes config.json, metrics.jsonl, skipped.csv and checkpoints/ to `out`, and at the end encoder/ and report.html.
+    With `keep_best`, encoder-best/ is the encoder of the best periodic measurement.
     On a CPU, an interrupted and resumed run ends with bitwise the same weights as an uninterrupted one on as many
     ranks. Ctrl-C finishes the step, saves a checkpoint and returns. Under torchrun or Slurm, call it on every rank.
 
@@ -120,6 +128,11 @@ def pretrain(
     """
     if not config.data:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
+    if config.optim.decoder_warmup and not config.init:
+        raise UserError(
+            "no weights to continue from: pass --init FILE, RUN, timm:NAME or hf:NAME. Without them, "
+            f"--optim.decoder-warmup {config.optim.decoder_warmup:g} would freeze a random encoder"
+        )
     group = init_distributed(config.device, config.parallel.timeout) if world is None else nullcontext(world)
     with group as world, ExitStack() as stack:
         console = Console(quiet=not world.is_main) if console is None else console
@@ -217,9 +230,12 @@ def _train(
     if config.init and not done:
         notes = initialize_from(model, config) + notes
 
+    best = BestEncoder(config, out, schedule.steps, console)
+
     # Parallelism, optimizer, and parts of a batch that fit in memory.
     network = parallelize(model, config.parallel, world, device, precision)
-    adam = adamw(model, config.lr, config.optim.betas, config.optim.weight_decay, not_decayed(model.encoder))
+    layers, exempt = layer_ids(model.encoder), not_decayed(model.encoder)
+    adam = adamw_by_layer(model, layers, config.lr, config.optim, exempt, schedule.decoder)
     optimizer = SyncFreeOptimizer(adam, config.optim.clip, scaling=precision == "fp16", device=device)
 
     def trial(images: int) -> None:
@@ -284,19 +300,23 @@ def _train(
         # Gradients are summed over the parts of a batch, but averaged over the ranks.
         return compute_loss(network, criterion, images, batch.mask, precision) * (batch.weight * world.size)
 
-    knn_every, knn_interrupted = max(1, round(config.knn.every / trainer.epoch)), False
+    knn_every = max(1, round(config.knn.every / trainer.epoch)) if config.knn.every else schedule.steps
+    knn_interrupted = False
 
     def measure_knn(step: int) -> None:
         nonlocal knn_interrupted
-        if knn is None or not (step in (0, schedule.steps) or step % knn_every == 0):
+        if knn is None or not (step == schedule.steps or step % knn_every == 0):
             return
         try:
             with trainer.interrupts.waiting(world.size == 1):
-                scores = knn(unsharded(model, lambda: build_model(config).to(device)).encoder)
+                encoder = unsharded(model, lambda: build_model(config).to(device)).encoder
+                scores = knn(encoder)
         except Interrupted:
             knn_interrupted = True  # the resumed run measures it
             return
         trainer.log.write({"step": step, "epoch": round(step * trainer.epoch, 6), **scores})
+        if world.is_main:
+            best.offer(step, scores, encoder)
         trainer.log.pause()
 
     def after_step(step: int) -> None:
@@ -337,6 +357,8 @@ def _train(
         save_encoder(encoder, out / ENCODER_FOLDER, config, step, schedule.steps)
         skipped_steps, bad = int(optimizer.state["skipped"].item()), merge_logs(out)
         for line in end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait):
+            print_plain(console, line)
+        for line in filter(None, (describe_gain(config, read_metrics(out / "metrics.jsonl")), best.summary)):
             print_plain(console, line)
     return step, True
 

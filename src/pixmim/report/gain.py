@@ -1,0 +1,55 @@
+"""Compare the encoder of a run with its start (--init), by the k-NN accuracy measured during training."""
+
+from shlex import quote
+from typing import Any
+
+from pixmim.config import ModelConfig, PretrainConfig
+from pixmim.evaluation.best import MEASURES, find_key
+from pixmim.evaluation.classification import difference_interval, wilson_interval
+from pixmim.training.metric_logger import is_number
+from pixmim.utils.console import label
+
+COUNT = "knn/images"
+"""Key of the number of test images in metrics.jsonl."""
+
+
+def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> str:
+    """Return a sentence: whether the newest measured encoder is better than the start, with 95 % intervals.
+
+    The difference counts only if its interval excludes zero. It treats both measurements as independent samples, which
+    for the same test images is cautious.
+
+    Args:
+        config: Configuration of the run.
+        metrics: Lines of its metrics.jsonl.
+
+    Returns:
+        The sentence; empty if the run has no --init, or was not measured before and after its first step.
+    """
+    pattern = MEASURES["knn"].key
+    lines = [line for line in metrics if is_number(line.get(COUNT)) and find_key(pattern, line)]
+    if not isinstance(config, PretrainConfig) or not config.init or len(lines) < 2 or lines[0]["step"]:
+        return ""
+    first, last = lines[0], lines[-1]
+    key = find_key(pattern, first)
+    if key is None or not all(_is_rate(line.get(key), line[COUNT]) for line in (first, last)):
+        return ""
+    counts = [(round(line[key] * line[COUNT] / 100), int(line[COUNT])) for line in (first, last)]
+    low, high = difference_interval(*counts[0], *counts[1])
+    verdict = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
+    before, after = (f"{100 * n / total:.1f} % ({_range(*wilson_interval(n, total))})" for n, total in counts)
+    advice = f" Use the start itself: {quote(config.init)}." if high < 0 else ""
+    return (
+        f"The encoder is {verdict} its start: k-NN top-1 on {counts[1][1]:,} images of {label(config.knn.test, 120)} "
+        f"was {before} at the start and is {after} at step {last['step']:,}, a difference of "
+        f"{last[key] - first[key]:+.1f} points ({_range(low, high)}).{advice}"
+    )
+
+
+def _is_rate(value: Any, count: float) -> bool:
+    """Return True for a share in per cent of a number of images: the file may be untrusted."""
+    return is_number(value) and 0 <= value <= 100 and 1 <= count < 2**53
+
+
+def _range(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f}"
