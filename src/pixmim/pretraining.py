@@ -33,10 +33,10 @@ from pixmim.losses import ReconstructionLoss
 from pixmim.masking import Mask
 from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.report import write_report
-from pixmim.report.gain import describe_gain
+from pixmim.report.gain import gain_summary
 from pixmim.report.reconstruct import reconstruct
 from pixmim.run_folder import check_length, check_links, open_run
-from pixmim.training.checkpoint import CheckpointManager
+from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
 from pixmim.training.metric_logger import end_summary, read_metrics, start_summary
@@ -128,11 +128,6 @@ def pretrain(
     """
     if not config.data:
         raise UserError("no data given: pass --data FOLDER, or --data shapes: for the built-in synthetic dataset")
-    if config.optim.decoder_warmup and not config.init:
-        raise UserError(
-            "no weights to continue from: pass --init FILE, RUN, timm:NAME or hf:NAME. Without them, "
-            f"--optim.decoder-warmup {config.optim.decoder_warmup:g} would freeze a random encoder"
-        )
     group = init_distributed(config.device, config.parallel.timeout) if world is None else nullcontext(world)
     with group as world, ExitStack() as stack:
         console = Console(quiet=not world.is_main) if console is None else console
@@ -229,7 +224,6 @@ def _train(
     notes = check_length(out, schedule, done, len(data))
     if config.init and not done:
         notes = initialize_from(model, config) + notes
-
     best = BestEncoder(config, out, schedule.steps, console)
 
     # Parallelism, optimizer, and parts of a batch that fit in memory.
@@ -300,12 +294,11 @@ def _train(
         # Gradients are summed over the parts of a batch, but averaged over the ranks.
         return compute_loss(network, criterion, images, batch.mask, precision) * (batch.weight * world.size)
 
-    knn_every = max(1, round(config.knn.every / trainer.epoch)) if config.knn.every else schedule.steps
-    knn_interrupted = False
+    knn_every, knn_interrupted = config.knn.every / trainer.epoch, False
 
     def measure_knn(step: int) -> None:
         nonlocal knn_interrupted
-        if knn is None or not (step == schedule.steps or step % knn_every == 0):
+        if knn is None or not (step in (0, schedule.steps) or is_multiple_of(step, knn_every)):
             return
         try:
             with trainer.interrupts.waiting(world.size == 1):
@@ -356,9 +349,8 @@ def _train(
     if world.is_main:
         save_encoder(encoder, out / ENCODER_FOLDER, config, step, schedule.steps)
         skipped_steps, bad = int(optimizer.state["skipped"].item()), merge_logs(out)
-        for line in end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait):
-            print_plain(console, line)
-        for line in filter(None, (describe_gain(config, read_metrics(out / "metrics.jsonl")), best.summary)):
+        lines = end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait)
+        for line in [*lines, *gain_summary(config, out)]:
             print_plain(console, line)
     return step, True
 

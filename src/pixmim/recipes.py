@@ -162,11 +162,8 @@ def adapt(init: str = "") -> PretrainConfig:
     Model, image size, channels, normalization and mask are those of the weights: see `continue_from`. Low learning
     rates, lowest in the first layers, keep what the encoder knows; a new decoder is trained alone at first.
     """
-    config = PretrainConfig(
-        epochs=100,
-        batch_size=128,
-        optim=OptimConfig(base_lr=1.5e-4, warmup=5, layer_decay=0.75, decoder_warmup=10),
-    )
+    optim = OptimConfig(base_lr=1.5e-4, warmup=5, layer_decay=0.75, decoder_warmup=10)
+    config = PretrainConfig(epochs=100, batch_size=128, optim=optim)
     if not init:
         return config
     from pixmim.weights.start import continue_from  # imports torch
@@ -202,14 +199,11 @@ def _trained_for(epochs: int, batch_size: int, images: int = _IMAGENET) -> Recip
 
 @dataclass(frozen=True)
 class RecipeEntry:
-    """A recipe's builder, and in one line its purpose or its published accuracy (per cent, ImageNet-1k).
-
-    A recipe `from_weights` depends on `init`, which its builder takes.
-    """
+    """A recipe's builder, and in one line its purpose or its published accuracy (per cent, ImageNet-1k)."""
 
     build: Callable[..., PretrainConfig]
     aim: str
-    from_weights: bool = False
+    from_init: bool = False  # the builder takes `init`, the weights to start from
 
 
 _NO_NUMBER = "ImageNet-1k: no published number"
@@ -272,8 +266,8 @@ def get_recipe(name: str, **overrides: Any) -> PretrainConfig:
     if name not in RECIPES:
         raise UserError(f"there is no recipe '{name}'{did_you_mean(name, RECIPES)} Run `pixmim list` for all.")
     entry = RECIPES[name]
-    built = entry.build(os.fspath(overrides.get("init", ""))) if entry.from_weights else entry.build()
-    values = asdict(replace(built, recipe=name))
+    config = entry.build(os.fspath(overrides.get("init", ""))) if entry.from_init else entry.build()
+    values = asdict(replace(config, recipe=name))
     if "epochs" in overrides:
         if overrides.get("steps") is not None:
             raise UserError("give the length of a run in epochs or in steps, not in both")

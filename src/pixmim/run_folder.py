@@ -60,6 +60,11 @@ def open_run(
         UserError: If another process uses the folder, if it cannot be created, or if it contains another run or files
             that the run would overwrite.
     """
+    if config.optim.decoder_warmup and not config.init:
+        raise UserError(
+            "no weights to continue from: pass --init FILE, RUN, timm:NAME or hf:NAME. Without them, "
+            f"--optim.decoder-warmup {config.optim.decoder_warmup:g} would freeze a random encoder"
+        )
     folder = lock_run_folder(out, config.recipe or "run", world, stack, console)
     config = with_full_paths(config, folder)
     check_links(folder)

@@ -19,7 +19,6 @@ from pixmim.weights.save import save_encoder
 
 BEST_FOLDER = "encoder-best"
 """Folder of a run with its best encoder, in timm's layout like encoder/."""
-
 BEST_WEIGHTS = f"{BEST_FOLDER}/model.safetensors"
 
 
@@ -30,18 +29,16 @@ class Measure(NamedTuple):
         key: Pattern of its key in metrics.jsonl. Of several keys, the one with the largest number is used.
         higher: True if higher is better.
         label: Its name in messages.
-        unit: Its unit.
     """
 
     key: str
     higher: bool
     label: str
-    unit: str = ""
 
 
 MEASURES: dict[str, Measure] = {
-    "knn": Measure(r"knn/k([0-9]+)/mean/top1", True, "k-NN top-1", " %"),
-    "knn-balanced": Measure(r"knn/k([0-9]+)/mean/balanced", True, "k-NN balanced", " %"),
+    "knn": Measure(r"knn/k([0-9]{1,9})/mean/top1", True, "k-NN top-1 (%)"),
+    "knn-balanced": Measure(r"knn/k([0-9]{1,9})/mean/balanced", True, "k-NN balanced (%)"),
 }
 """Measures that --keep-best takes, by name."""
 
@@ -54,14 +51,13 @@ class Best(NamedTuple):
     step: int
 
     def __str__(self) -> str:
-        measure = MEASURES[self.measure]
-        return f"{measure.label} {self.value:.4g}{measure.unit} at step {self.step:,}"
+        return f"{MEASURES[self.measure].label} {self.value:.4g} at step {self.step:,}"
 
 
 def find_key(pattern: str, metrics: Mapping[str, object]) -> str | None:
-    """Return the key that matches a pattern of one number, the largest number first; None if there is none."""
-    matches = [match for match in (re.fullmatch(pattern, key) for key in metrics) if match]
-    return max(matches, key=lambda match: [int(number) for number in match.groups()])[0] if matches else None
+    """Return the key that matches a pattern; of several, the one with the largest number in it."""
+    matches = filter(None, (re.fullmatch(pattern, key) for key in metrics))
+    return max(((tuple(map(int, match.groups())), match[0]) for match in matches), default=((), None))[1]
 
 
 class BestEncoder:
@@ -88,11 +84,6 @@ class BestEncoder:
             raise UserError(f"--keep-best {name} needs labeled data: pass --knn.train and --knn.test")
         self._data = hashlib.sha256(repr((config.knn.train, config.knn.test)).encode()).hexdigest()[:16]
         self._best = read_best(out, self._data) if name else None
-
-    @property
-    def summary(self) -> str:
-        """Return a line that names the best step; empty if no encoder was kept."""
-        return f"best encoder: {self._best}, in {self._out / BEST_FOLDER}" if self._best is not None else ""
 
     def offer(self, step: int, metrics: Mapping[str, float], encoder: nn.Module) -> None:
         """Save an encoder if its measurement is the best so far; of equal ones, the first. Call on rank 0 only."""

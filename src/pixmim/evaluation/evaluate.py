@@ -80,7 +80,7 @@ def evaluate_many(
     """Evaluate encoders. Weights are loaded once; datasets are opened once, and features computed once per encoder.
 
     Args:
-        models: Runs, imported folders, files of weights or timm:NAME, each with the folder for its results and
+        models: Runs, imported folders, files of weights, timm:NAME or hf:NAME, each with the folder for its results and
             unfinished work.
         evaluations: Keys of EVALUATIONS, each with its settings.
         states: "untrained" evaluates the initial weights of each run: once, if several runs have the same.

@@ -1,16 +1,24 @@
 """Compare the encoder of a run with its start (--init), by the k-NN accuracy measured during training."""
 
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from pixmim.config import ModelConfig, PretrainConfig
-from pixmim.evaluation.best import MEASURES, find_key
+from pixmim.evaluation.best import BEST_FOLDER, MEASURES, find_key, read_best
 from pixmim.evaluation.classification import difference_interval, wilson_interval
-from pixmim.training.metric_logger import is_number
+from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label
 
 COUNT = "knn/images"
 """Key of the number of test images in metrics.jsonl."""
+
+
+def gain_summary(config: PretrainConfig, folder: Path) -> list[str]:
+    """Return lines for the end of a run: the comparison with its start, and its best encoder, if there are any."""
+    gain, best = describe_gain(config, read_metrics(folder / "metrics.jsonl")), read_best(folder)
+    kept = f"best encoder: {best}, in {folder / BEST_FOLDER}" if best is not None and config.keep_best else ""
+    return [line for line in (gain, kept) if line]
 
 
 def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> str:
