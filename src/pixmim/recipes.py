@@ -218,7 +218,7 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "pixmim-vit-tiny": RecipeEntry(pixmim_vit_tiny, "1,000 to 10,000 images of your own, a small GPU"),
     "pixmim-vit-small": RecipeEntry(pixmim_vit_small, "10,000 to 500,000 images of your own, one GPU"),
-    "adapt": RecipeEntry(adapt, "continues from published weights (--init) on 200 images of your own or more", True),
+    "adapt": RecipeEntry(adapt, "published weights (--init) continued on your own images, 200 or more", True),
     "demo": RecipeEntry(demo, "synthetic shapes, two CPU cores, minutes: the probe gains more than ten points"),
     # PixMIM, table 1: linear probe and fine-tuning, MAE's rows too; ViT-L: MAE, table 3
     "pixmim-vit-base-300": RecipeEntry(partial(pixmim_vit, "base", 300), "ImageNet-1k: 63.3 linear, 83.1 fine-tuned"),

@@ -1,6 +1,7 @@
 """Test the sentence that compares a run with its start, and its interval."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from pixmim.config import OnlineKnnConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.evaluation.classification import difference_interval
-from pixmim.report.gain import describe_gain
+from pixmim.report.gain import describe_gain, gain_summary
 from pixmim.report.page import write_report
 
 CONFIG = PretrainConfig(data="shapes:", init="my start", knn=OnlineKnnConfig("labeled/train", "labeled/test", 1.0))
@@ -93,3 +94,8 @@ def test_the_page_begins_with_the_sentence_and_draws_the_start(tmp_path: Path) -
     first = page.split("</h1>")[1].split("</p>")[0]
     assert "better than its start" in first and "+30.0 points" in first
     assert "run, k = 20, start" in page and "majority, start" not in page
+
+
+def test_a_measure_without_values_keeps_nothing_and_says_so(tmp_path: Path) -> None:
+    (line,) = gain_summary(replace(CONFIG, keep_best="knn"), tmp_path)
+    assert "--keep-best knn" in line and gain_summary(CONFIG, tmp_path) == []

@@ -16,9 +16,12 @@ COUNT = "knn/images"
 
 def gain_summary(config: PretrainConfig, folder: Path) -> list[str]:
     """Return lines for the end of a run: the comparison with its start, and its best encoder, if there are any."""
-    gain, best = describe_gain(config, read_metrics(folder / "metrics.jsonl")), read_best(folder)
-    kept = f"best encoder: {best}, in {folder / BEST_FOLDER}" if best is not None and config.keep_best else ""
-    return [line for line in (gain, kept) if line]
+    lines, best = [describe_gain(config, read_metrics(folder / "metrics.jsonl"))], read_best(folder)
+    if config.keep_best and best is None:
+        lines.append(f"warning: --keep-best {config.keep_best} has kept no encoder: the measure has no value")
+    elif config.keep_best:
+        lines.append(f"best encoder: {best}, in {folder / BEST_FOLDER}")
+    return [line for line in lines if line]
 
 
 def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> str:
