@@ -119,7 +119,7 @@ def test_the_start_is_measured_like_evaluate_and_the_best_encoder_is_kept(
     top1 = {step: line["knn/k20/mean/top1"] for step, line in lines.items()}
     assert best == Best("knn", max(top1.values()), min(step for step in top1 if top1[step] == max(top1.values())))
     assert pixmim.evaluate(str(out / "encoder-best"), "knn", **labels)["k20/mean/top1"] == best.value
-    assert f"at step {best.step:,}" in text and "its start: k-NN top-1 on 20 images" in text
+    assert f"at step {best.step:,}" in text and "its start: k-NN top-1 (k20) on 20 images" in text
 
 
 def test_measuring_and_keeping_change_nothing(

@@ -80,6 +80,8 @@ def test_without_a_measured_start_there_is_no_sentence() -> None:
     assert describe_gain(CONFIG, curve(50.0, 60.0)[2:]) == ""  # it begins after the first step
     assert describe_gain(None, curve(50.0, 60.0)) == ""
     assert describe_gain(PretrainConfig(data="shapes:"), curve(50.0, 60.0)) == ""  # random weights
+    moved = [*curve(50.0, 60.0), *curve(0.0, 0.0, 60.0, images=90)[4:]]  # resumed with other test images
+    assert describe_gain(CONFIG, moved) == ""
     broken = [line | {"knn/k20/mean/top1": 1e300} for line in curve(50.0, 60.0)]
     assert describe_gain(CONFIG, broken) == describe_gain(CONFIG, curve(50.0, 60.0, images=0)) == ""
 

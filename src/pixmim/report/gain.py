@@ -35,7 +35,7 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
         metrics: Lines of its metrics.jsonl.
 
     Returns:
-        The sentence; empty if the run has no --init, or was not measured before and after its first step.
+        The sentence; empty if the run has no --init, or was not measured on the same images before and after.
     """
     pattern = MEASURES["knn"].key
     lines = [line for line in metrics if is_number(line.get(COUNT)) and find_key(pattern, line)]
@@ -43,23 +43,24 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
         return ""
     first, last = lines[0], lines[-1]
     key = find_key(pattern, first)
-    if key is None or not all(_is_rate(line.get(key), line[COUNT]) for line in (first, last)):
+    images = int(first[COUNT])
+    if key is None or not 1 <= images == last[COUNT] or not all(_is_share(line.get(key)) for line in (first, last)):
         return ""
-    counts = [(round(line[key] * line[COUNT] / 100), int(line[COUNT])) for line in (first, last)]
-    low, high = difference_interval(*counts[0], *counts[1])
+    correct = [round(line[key] * images / 100) for line in (first, last)]
+    low, high = difference_interval(correct[0], images, correct[1], images)
     verdict = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
-    before, after = (f"{100 * n / total:.1f} % ({_range(*wilson_interval(n, total))})" for n, total in counts)
+    before, after = (f"{100 * n / images:.1f} % ({_range(*wilson_interval(n, images))})" for n in correct)
     advice = f" Use the start itself: {quote(config.init)}." if high < 0 else ""
     return (
-        f"The encoder is {verdict} its start: k-NN top-1 on {counts[1][1]:,} images of {label(config.knn.test, 120)} "
-        f"was {before} at the start and is {after} at step {last['step']:,}, a difference of "
-        f"{last[key] - first[key]:+.1f} points ({_range(low, high)}).{advice}"
+        f"The encoder is {verdict} its start: k-NN top-1 ({key.split('/')[1]}) on {images:,} images of "
+        f"{label(config.knn.test, 120)} was {before} at the start and is {after} at step {last['step']:,}, a "
+        f"difference of {last[key] - first[key]:+.1f} points ({_range(low, high)}).{advice}"
     )
 
 
-def _is_rate(value: Any, count: float) -> bool:
-    """Return True for a share in per cent of a number of images: the file may be untrusted."""
-    return is_number(value) and 0 <= value <= 100 and 1 <= count < 2**53
+def _is_share(value: Any) -> bool:
+    """Return True for a share in per cent: the file may be untrusted."""
+    return is_number(value) and 0 <= value <= 100
 
 
 def _range(low: float, high: float) -> str:
