@@ -43,7 +43,7 @@ from pixmim.weights.detect import Weights
 from pixmim.weights.load import resolve_model
 
 AnyEncoder = nn.Module | PretrainResult | str | os.PathLike[str]
-"""A timm module, the result of a run, or a name: a run's folder, a file of weights, or timm:NAME."""
+"""A timm module, the result of a run, or a name: a run's folder, a file of weights, timm:NAME or hf:NAME."""
 
 Images = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Anything that --data takes, or a list of image files and folders."""
@@ -103,7 +103,7 @@ def evaluate_to_folder(
     """Evaluate encoders side by side, save each result, and write one report. Resumes if it was interrupted.
 
     Args:
-        models: Runs' folders, files of weights, or timm:NAME.
+        models: Runs' folders, files of weights, timm:NAME or hf:NAME.
         evaluation: As for `evaluate`, or "all".
         out: Folder for results and report. By default results are saved in a run's folder, or in evaluations/MODEL, and
             the report of several models in report.html.
@@ -199,7 +199,7 @@ def embed_to_file(
     """Write the features of every readable image of a dataset to a file. Resumes if it was interrupted.
 
     Args:
-        model: A result, a run's folder, a file of weights, timm:NAME, or opened weights.
+        model: A result, a run's folder, a file of weights, timm:NAME, hf:NAME, or opened weights.
         data: The images.
         out: A .npy file, float32 (n, d), written with a .csv of the n paths; or a .parquet file.
         features: "mean" of the patch tokens, "cls" for the class token, or "both", cls first.

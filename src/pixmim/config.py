@@ -168,6 +168,10 @@ class OptimConfig:
     """Not applied to norms, biases, positions and single tokens."""
     clip: Annotated[float | None, Real(0, 1e9, above=True)] = None
     """Largest gradient norm; None: no clipping."""
+    layer_decay: Annotated[float, Real(0, 1, above=True)] = 1.0
+    """Learning rate of each layer of the encoder / that of the layer above; the decoder has the full rate."""
+    decoder_warmup: Annotated[float, Real(0, 1e9)] = 0.0
+    """With --init: epochs before the warm-up that train only the decoder; at most a fifth of the run."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ class OnlineKnnConfig:
     test: str = ""
     """Labeled data to classify."""
     every: Annotated[float, Real(0, 1e9)] = 0.0
-    """Epochs between evaluations; 0: none. Start and end are evaluated too."""
+    """Epochs between evaluations; 0: only start and end."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +316,7 @@ class PretrainConfig(ModelConfig):
     hold_out_every: Annotated[float, Real(0, 1e9)] = 0.0
     """Epochs between measurements of these; 0: a fiftieth of the run, at least one. Start and end are measured too."""
     init: str = ""
-    """Initial weights: a file, another run, or timm:NAME; otherwise random."""
+    """Initial weights: a file, another run, timm:NAME or hf:NAME; otherwise random."""
     epochs: Positive = 300.0
     """Length in passes over the data."""
     steps: Annotated[int | None, Integer(1, 999_999_999)] = None
@@ -338,6 +342,8 @@ class PretrainConfig(ModelConfig):
     """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
     max_bad_fraction: Share = 0.25
     """Abort if more than this fraction of the images cannot be read."""
+    keep_best: Annotated[str, _WORD] = ""
+    """Keep the encoder with the best knn or knn-balanced, as measured with --knn.*, in encoder-best/."""
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     target: TargetConfig = field(default_factory=TargetConfig)

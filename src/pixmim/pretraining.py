@@ -27,21 +27,23 @@ from pixmim.data.caching import choose_cache_location, decoded_bytes
 from pixmim.data.loader import Batch
 from pixmim.data.sampler import BatchShard
 from pixmim.data.split import hold_out
+from pixmim.evaluation.best import Best, BestEncoder, read_best
 from pixmim.evaluation.evaluate import online_knn
 from pixmim.evaluation.held_out import measure_every, online_held_out
 from pixmim.evaluation.visualize import labeled_grid
 from pixmim.losses import ReconstructionLoss
 from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
-from pixmim.models.layer_decay import not_decayed
+from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.report import write_report
+from pixmim.report.gain import gain_summary
 from pixmim.report.reconstruct import reconstruct
 from pixmim.run_folder import check_length, check_links, open_run
-from pixmim.training.checkpoint import CheckpointManager
+from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
 from pixmim.training.metric_logger import end_summary, read_metrics, start_summary
-from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw
+from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw_by_layer
 from pixmim.training.parallelize import parallelize, step_context, sync_last_microbatch, unsharded
 from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.training.preemption import Interrupted
@@ -79,6 +81,11 @@ class PretrainResult:
         """Records of metrics.jsonl, each with `step`, `epoch` and numbers."""
         return read_metrics(self.folder / "metrics.jsonl")
 
+    @property
+    def best(self) -> Best | None:
+        """Measure, value and step of the encoder in encoder-best/; None without `keep_best`."""
+        return read_best(self.folder)
+
     @cached_property
     def encoder(self) -> nn.Module:
         """The trained encoder as a timm module on the CPU, in eval mode, with the `pretrained_cfg` of the run."""
@@ -100,6 +107,7 @@ def pretrain(
     """Pre-train an encoder. Resumes from the newest checkpoint if the run was interrupted.
 
     Writes config.json, metrics.jsonl, skipped.csv and checkpoints/ to `out`, and at the end encoder/ and report.html.
+    With `keep_best`, encoder-best/ is the encoder of the best periodic measurement.
     On a CPU, an interrupted and resumed run ends with bitwise the same weights as an uninterrupted one on as many
     ranks. Ctrl-C finishes the step, saves a checkpoint and returns. Under torchrun or Slurm, call it on every rank.
 
@@ -222,10 +230,12 @@ def _train(
         notes = initialize_from(model, config) + notes
     if held_out is not None:
         notes.append(f"{len(held_out):,} images are held out of training: their effective rank is at most that number")
+    best = BestEncoder(config, out, schedule.steps, console)
 
     # Parallelism, optimizer, and parts of a batch that fit in memory.
     network = parallelize(model, config.parallel, world, device, precision)
-    adam = adamw(model, config.lr, config.optim.betas, config.optim.weight_decay, not_decayed(model.encoder))
+    layers, exempt = layer_ids(model.encoder), not_decayed(model.encoder)
+    adam = adamw_by_layer(model, layers, config.lr, config.optim, exempt, schedule.decoder)
     optimizer = SyncFreeOptimizer(adam, config.optim.clip, scaling=precision == "fp16", device=device)
 
     def trial(images: int) -> None:
@@ -290,9 +300,9 @@ def _train(
         # Gradients are summed over the parts of a batch, but averaged over the ranks.
         return compute_loss(network, criterion, images, batch.mask, precision) * (batch.weight * world.size)
 
-    measures: list[tuple[int, Callable[[MaskedModel], dict[str, float]]]] = []
+    measures: list[tuple[float, Callable[[MaskedModel], dict[str, float]]]] = []  # and the steps between two
     if knn is not None:
-        measures.append((max(1, round(config.knn.every / trainer.epoch)), lambda model: knn(model.encoder)))
+        measures.append((config.knn.every / trainer.epoch, lambda model: knn(model.encoder)))
     if held_out is not None:
         held_out_loss = online_held_out(config, held_out, masks, criterion, device, precision, world, console)
         measures.append((measure_every(config, schedule.steps, trainer.epoch), held_out_loss))
@@ -300,7 +310,8 @@ def _train(
 
     def measure_at(step: int) -> None:
         nonlocal interrupted
-        due = [function for every, function in measures if step in (0, schedule.steps) or step % every == 0]
+        ends = (0, schedule.steps)
+        due = [function for every, function in measures if step in ends or is_multiple_of(step, every)]
         if not due:
             return
         scores: dict[str, float] = {}
@@ -313,6 +324,8 @@ def _train(
             interrupted = True  # the resumed run measures it
             return
         trainer.log.write({"step": step, "epoch": round(step * trainer.epoch, 6), **scores})
+        if world.is_main:
+            best.offer(step, scores, full.encoder)
         trainer.log.pause()
 
     def after_step(step: int) -> None:
@@ -352,7 +365,8 @@ def _train(
     if world.is_main:
         save_encoder(encoder, out / ENCODER_FOLDER, config, step, schedule.steps)
         skipped_steps, bad = int(optimizer.state["skipped"].item()), merge_logs(out)
-        for line in end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait):
+        lines = end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait)
+        for line in [*lines, *gain_summary(config, out)]:
             print_plain(console, line)
     return step, True
 

@@ -44,7 +44,7 @@ def evaluate(args: list[str]) -> int:
         """Evaluate an encoder, or several side by side.
 
         Args:
-            models: Runs, finished or not, imported folders, files of weights, or timm:NAME.
+            models: Runs, finished or not, imported folders, files of weights, timm:NAME or hf:NAME.
             settings: Settings.
             untrained: Evaluate the initial weights of runs as well, for comparison.
             overwrite: Replace a classifier that was fine-tuned with other settings; train one of the same again.
@@ -76,7 +76,7 @@ def _overview() -> str:
     needs = "\n".join(f"  {name:<{width}}  {evaluation.needs}" for name, evaluation in EVALS.items())
     return (
         f"usage: pixmim evaluate NAME MODEL [MODEL ...] [--untrained] ...\n\n{names}\n\nWhat each needs:\n\n{needs}\n\n"
-        "MODEL is a run, an imported folder, a file of weights, or timm:NAME; several are compared in one table.\n"
+        "MODEL is a run, an imported folder, a file of weights, timm:NAME or hf:NAME; several share one table.\n"
         "`pixmim evaluate NAME --help` explains every flag."
     )
 

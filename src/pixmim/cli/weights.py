@@ -24,7 +24,7 @@ def import_(args: list[str]) -> int:
         """Import weights of MAE, LSMAE, ConvMAE, SimMIM, mmselfsup, mmpretrain, timm or Hugging Face.
 
         Args:
-            file: A checkpoint file, a folder that contains one, or timm:NAME. It is read as data and never executed.
+            file: A checkpoint file, a folder that contains one, timm:NAME or hf:NAME. It is read as data.
             to: New folder for the model, which all other commands accept. Without it, only the report is printed.
             model_flags: Facts that the file does not contain.
         """
@@ -54,7 +54,7 @@ def export(args: list[str]) -> int:
         """Export a model for another project, with a model card (README.md).
 
         Args:
-            model: A run, finished or not, an imported folder, a checkpoint file, or timm:NAME.
+            model: A run, finished or not, an imported folder, a checkpoint file, timm:NAME or hf:NAME.
             to: The project. hf includes the decoder if transformers has the same model.
             out: New folder. Default: MODEL-FORMAT.
             push: Repository of the Hugging Face hub to upload the folder to (timm, hf, onnx).

@@ -234,6 +234,17 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     return (center - margin) / (1 + z * z / total), (center + margin) / (1 + z * z / total)
 
 
+def difference_interval(correct: int, total: int, correct2: int, total2: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the second share minus the first, for independent samples.
+
+    Newcombe's hybrid of Wilson intervals (Statistics in Medicine 17, 1998, method 10).
+    """
+    (low, high), (low2, high2) = wilson_interval(correct, total), wilson_interval(correct2, total2)
+    share, share2 = correct / total, correct2 / total2
+    gain = share2 - share
+    return gain - math.hypot(share2 - low2, high - share), gain + math.hypot(high2 - share2, share - low)
+
+
 def tally(predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: int) -> Int[Tensor, "2 k"]:
     """Count the correctly predicted images of each class, and all of its images."""
     correct = torch.bincount(labels[predictions == labels], minlength=classes)

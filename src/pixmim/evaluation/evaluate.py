@@ -80,7 +80,7 @@ def evaluate_many(
     """Evaluate encoders. Weights are loaded once; datasets are opened once, and features computed once per encoder.
 
     Args:
-        models: Runs, imported folders, files of weights or timm:NAME, each with the folder for its results and
+        models: Runs, imported folders, files of weights, timm:NAME or hf:NAME, each with the folder for its results and
             unfinished work.
         evaluations: Keys of EVALUATIONS, each with its settings.
         states: "untrained" evaluates the initial weights of each run: once, if several runs have the same.
@@ -171,10 +171,10 @@ def online_knn(
     Raises:
         UserError: For data without labels.
     """
-    if not config.knn.every:
+    if not (config.knn.train or config.knn.test or config.knn.every):
         return None
     if not (config.knn.train and config.knn.test):
-        raise UserError("--knn.every needs labeled data: pass --knn.train and --knn.test")
+        raise UserError("k-NN during training needs labeled data: pass --knn.train and --knn.test")
     spec = image_spec(config)
     train_data, test_data = (
         open_dataset(data, spec, config.shard_cache_gib) for data in (config.knn.train, config.knn.test)
@@ -197,6 +197,7 @@ def online_knn(
             warned.add(warning)
             print_plain(console or Console(quiet=True), warning)
         names = ("top1", "balanced", "majority")
-        return {f"knn/{k}": v for k, v in knn(train, test) if k.count("/") < 3 and k.split("/")[-1] in names}
+        values = {f"knn/{k}": v for k, v in knn(train, test) if k.count("/") < 3 and k.split("/")[-1] in names}
+        return values | {"knn/images": len(test.labels)}
 
     return evaluate_encoder

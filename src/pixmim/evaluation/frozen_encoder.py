@@ -95,7 +95,7 @@ def load_frozen_encoder(
     untrained: bool = False,
     hints: Mapping[str, Any] | None = None,
 ) -> FrozenEncoder:
-    """Load the encoder of a run, a file of weights, or timm:NAME.
+    """Load the encoder of a run, a file of weights, timm:NAME or hf:NAME.
 
     Args:
         name: See `weights.load.resolve_model`.

@@ -53,6 +53,13 @@ class MaskedModel(nn.Module, ABC):
             )
 
 
+def freeze_pooling(encoder: nn.Module) -> None:
+    """Exclude what pools the patch tokens of a classifier from training: no prediction depends on it."""
+    for name in ("fc_norm", "attn_pool"):
+        if isinstance(module := getattr(encoder, name, None), nn.Module):
+            module.requires_grad_(False)
+
+
 class Features(NamedTuple):
     """Features of images from the last k blocks of an encoder, after its final norm.
 

@@ -26,6 +26,7 @@ from pixmim.data.bad_images import read_bad_images
 from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.data.decode.image import open_image
 from pixmim.evaluation.visualize import Pixels, labeled_grid, to_image
+from pixmim.report.gain import describe_gain
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
 from pixmim.report.results import ModelResults, circumstances, compare, read_results, table
 from pixmim.targets import resolve_radius
@@ -44,7 +45,7 @@ _MAX_CURVES = 8  # values of k in the figure of periodic k-NN
 _MAX_DRAWINGS = 100  # of one run
 _MAX_FILE_BYTES = 2**25  # of a drawing
 _MAX_PIXELS = 2**25  # of all drawings of one run
-_MAJORITY, _HELD_OUT = ", majority", ", held out"
+_MAJORITY, _START, _HELD_OUT = ", majority", ", start", ", held out"
 DATA_MARK = " · pixmim</title>".encode()
 """In the first lines of a page: a file with this mark may be overwritten."""
 
@@ -78,6 +79,11 @@ class ReportEntry:
     problem: str = ""
     skipped: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def gain(self) -> str:
+        """Return whether the encoder is better than its start; see `describe_gain`."""
+        return describe_gain(self.config, self.metrics)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return epochs and values of one metric."""
@@ -308,11 +314,15 @@ def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
             for key, suffix in keys.items():
                 series = entry.series(key)
                 if isinstance(entry.config, PretrainConfig) and len(series[0]) > 1:
-                    groups.setdefault(data_of(entry.config), {})[entry.name + suffix] = series
+                    group = groups.setdefault(data_of(entry.config), {})
+                    group[entry.name + suffix] = series
+                    if entry.config.init and "k-NN" in axis and suffix != _MAJORITY:
+                        x, y = series
+                        group[entry.name + suffix + _START] = [x[0], x[-1]], [y[0], y[0]]
         for data, group in groups.items():
             measured_on = f" Measured on {label(data, 120)}." if data else ""
             marker = "o" if "k-NN" in axis else ""
-            dashed = [name for name in group if name.endswith((_MAJORITY, _HELD_OUT))]
+            dashed = [name for name in group if name.endswith((_MAJORITY, _START, _HELD_OUT))]
             figures.append((caption + measured_on, plot_curves(group, x="epoch", y=axis, marker=marker, dashed=dashed)))
     return figures
 

@@ -225,7 +225,8 @@ def start_summary(
     if config.target.distance == "cross_entropy":
         target += f" in {config.target.bins} bins"
     height, width = config.image_size
-    drop = f", a tenth of it from step {schedule.drop:,}" if schedule.drop is not None else ""
+    alone = f" after {schedule.decoder:,} steps that train only the decoder" if schedule.decoder else ""
+    drop = f", a tenth of it from step {schedule.decoder + schedule.drop:,}" if schedule.drop is not None else ""
     share = config.batch_size // world.size
     most = f"{'' if share % parts == 0 else 'up to '}{-(-share // parts):,}"
     split = f" in {parts} parts of {most}" if parts > 1 else ""
@@ -239,7 +240,7 @@ def start_summary(
         f"crop {config.crop.kind}",
         f"{images:,} images; {schedule.steps:,} steps of {config.batch_size:,} images = "
         f"{schedule.steps * config.batch_size / images:,.1f} epochs; "
-        f"learning rate {config.lr:.3g} after {schedule.warmup:,} steps of warm-up{drop}",
+        f"learning rate {config.lr:.3g} after {schedule.warmup:,} steps of warm-up{alone}{drop}",
         f"{hardware} in {precision}, seed {config.seed}",
     ]
     usual_lr = config.optim.base_lr * config.batch_size / 256
