@@ -68,7 +68,7 @@ def evaluate(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
         console: Where to print progress.
-        **settings: Settings of the evaluation, such as `train` and `test`; `pixmim evaluate NAME --help` lists them.
+        **settings: Settings of the evaluation, such as `train` and `test`, or `labelled`: see `pixmim evaluate NAME --help`.
 
     Returns:
         Values by name, shares in per cent: `scores["k20/mean/top1"]`.
@@ -107,7 +107,7 @@ def evaluate_to_folder(
         evaluation: As for `evaluate`, or "all".
         out: Folder for results and report. By default results are saved in a run's folder, or in evaluations/MODEL, and
             the report of several models in report.html.
-        untrained: Evaluate the initial weights of runs as well.
+        untrained: Evaluate the initial weights of runs as well; `shots` does so where they are known.
         overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
