@@ -68,7 +68,8 @@ def evaluate(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
         console: Where to print progress.
-        **settings: Settings of the evaluation, such as `train` and `test`, or `labelled`: see `pixmim evaluate NAME --help`.
+        **settings: Settings of the evaluation, such as `train` and `test`, or `labelled`; `pixmim evaluate NAME --help`
+            lists them.
 
     Returns:
         Values by name, shares in per cent: `scores["k20/mean/top1"]`.
