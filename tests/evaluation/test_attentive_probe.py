@@ -141,7 +141,7 @@ def test_tokens_are_those_of_the_bare_encoder(name: str, tiny_run: Make, tmp_pat
     model, side = ENCODERS[name]
     context = context_of(tiny_run(model=model, size=str(side)), tmp_path)
     encoder, data = context.encoder, context.data(TEST)
-    with extract_tokens(context, TEST, batch=7) as found, torch.no_grad():
+    with extract_tokens(context, TEST, batch=7) as (found,), torch.no_grad():
         images = torch.stack([evaluation_crop(encoder.size).crop(data.image(i)) for i in range(20)])
         module: Any = encoder.module.eval()
         if isinstance(module, ConvMAEEncoder):

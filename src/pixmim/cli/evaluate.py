@@ -82,10 +82,11 @@ def _overview() -> str:
 
 
 def _show(folders: list[Path], page: Path, console: Console) -> None:
-    from pixmim.report import results_table
+    from pixmim.report import gain_lines, results_table
 
     console.print(results_table(folders, console.width))
-    print_plain(console, f"report: {page}")
+    for line in [*gain_lines(folders), f"report: {page}"]:
+        print_plain(console, line)
 
 
 def report(args: list[str]) -> int:

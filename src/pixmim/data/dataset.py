@@ -88,10 +88,13 @@ class ImageDataset(ABC):
     """Image outside the class folders, because of which there are no labels; otherwise empty."""
 
     left_out = ""
-    """Note on images or rows that are left out, for the user; otherwise empty."""
+    """Note on images or rows that are left out or kept together, for the user; otherwise empty."""
 
     groups: npt.NDArray[np.int64] | None = None
     """Number of each image's group (n), such as a patient, which a split keeps together. None without groups."""
+
+    group_names: Sequence[str] = ()
+    """Name of each group by its number; empty for an image that is its own group."""
 
     def __init__(
         self,
@@ -188,6 +191,7 @@ class DatasetWrapper(ImageDataset):
         attributes = ("spec", "image_spec", "classes", "description", "sizes", "shard_sizes")
         super().__init__(**({name: getattr(source, name) for name in attributes} | changes))
         self.source, self.stray_file, self.left_out = source, source.stray_file, source.left_out
+        self.groups, self.group_names = source.groups, source.group_names
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:

@@ -21,6 +21,7 @@ from pixmim.evaluation.finetune import check_finetune, evaluate_finetune
 from pixmim.evaluation.frozen_encoder import fingerprint, load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import DEFAULT_K, check_knn, evaluate_knn, knn, usable_k
 from pixmim.evaluation.linear_probe import check_linear, evaluate_linear
+from pixmim.evaluation.repeated import split_table
 from pixmim.evaluation.results import Result, versions
 from pixmim.evaluation.robustness import check_robustness, evaluate_robustness
 from pixmim.evaluation.segmentation import check_segmentation, evaluate_segmentation
@@ -76,6 +77,7 @@ def evaluate_many(
     console: Console | None = None,
     hints: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    optional_start: bool = False,
 ) -> Iterator[tuple[Result, Path]]:
     """Evaluate encoders. Weights are loaded once; datasets are opened once, and features computed once per encoder.
 
@@ -89,6 +91,7 @@ def evaluate_many(
         console: Where to print; None prints nothing.
         hints: What a file does not contain: see `weights.load.resolve_model`.
         overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
+        optional_start: Print a line for models without known initial weights, instead of an error.
 
     Yields:
         Each result and its folder, when it is complete.
@@ -104,9 +107,15 @@ def evaluate_many(
     for model, folder in models.items():
         for state in states:
             untrained = state == "untrained"
-            encoder = load_frozen_encoder(
-                model, device=device, precision=precision, untrained=untrained, hints=None if untrained else hints
-            )
+            try:
+                encoder = load_frozen_encoder(
+                    model, device=device, precision=precision, untrained=untrained, hints=None if untrained else hints
+                )
+            except UserError as error:
+                if not (untrained and optional_start):
+                    raise
+                print_plain(console or Console(quiet=True), f"{model} is evaluated without its start: {error}")
+                continue
             key = fingerprint(encoder) if untrained else model
             if any(key == other for _, _, other, _ in queue):
                 queue.append((model, folder, key, None))
@@ -158,6 +167,7 @@ def measure(context: EvalContext, model: str, evaluations: list[tuple[str, Any]]
             precision=encoder.precision,
             versions=versions(),
             pictures=dict(context.images),
+            split=split_table(context, settings),
         )
 
 

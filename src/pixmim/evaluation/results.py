@@ -14,7 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from pixmim.utils.files import atomic_write, write_text_atomically
+from pixmim.utils.console import csv_cell, utf8
+from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
 from pixmim.utils.trust import inside
 
 
@@ -34,6 +35,8 @@ class Result:
         precision: Precision of the evaluation.
         versions: See `versions`.
         pictures: Images by caption. In the JSON, names of PNG files in the same folder by caption.
+        split: Path, class, group and part of each image, with a header, if labeled data were split. In the JSON, the
+            name of a CSV file in the same folder.
     """
 
     evaluation: str
@@ -47,6 +50,12 @@ class Result:
     precision: str
     versions: dict[str, str]
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+    split: list[list[str]] = field(default_factory=list)
+
+    @property
+    def split_file(self) -> str:
+        """Name of the CSV file of `split`; empty without one."""
+        return f"split-{sha256(repr(self.split).encode()).hexdigest()[:10]}.csv" if self.split else ""
 
 
 def save(result: Result, folder: Path) -> Path:
@@ -62,7 +71,9 @@ def save(result: Result, folder: Path) -> Path:
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
         names[caption] = f"{path.stem}-{words}.png"
         atomic_write(folder / names[caption], partial(image.save, format="PNG"))
-    content = asdict(replace(result, pictures={})) | {"pictures": names}
+    content = asdict(replace(result, pictures={}, split=[])) | {"pictures": names, "split": result.split_file}
+    if result.split:
+        write_csv(folder / result.split_file, (map(csv_cell, map(utf8, row)) for row in result.split))
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
     return path

@@ -28,6 +28,7 @@ from pixmim.data.decode.image import open_image
 from pixmim.evaluation.visualize import Pixels, labeled_grid, to_image
 from pixmim.report.gain import describe_gain
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
+from pixmim.report.repeated import answers, figures
 from pixmim.report.results import ModelResults, circumstances, compare, read_results, table
 from pixmim.targets import resolve_radius
 from pixmim.training.metric_logger import is_number, read_metrics
@@ -125,11 +126,14 @@ def write_report(
             atomic_write(folder / f"step-{entry.reconstruction.step:09d}.png", partial(grid.save, format="PNG"))
     configs = [(entry.name, entry.config) for entry in entries if entry.config is not None]
     targets = [(name, config.target) for name, config in configs if config.target is not None]
+    results = compare([ModelResults(entry.name, entry.results) for entry in entries])
     html = ENVIRONMENT.get_template("page.html.j2").render(
         title=" and ".join(entry.name for entry in entries) if len(entries) < 4 else f"{len(entries)} runs",
         entries=entries,
         trained=[entry for entry in entries if entry.config is not None],
-        results=compare([ModelResults(entry.name, entry.results) for entry in entries]),
+        results=results,
+        answers=answers(results),
+        repeated=figures(results),
         drawings=[drawing for entry in entries for drawing in entry.drawings],
         settings=_compare_settings([config for _, config in configs]),
         curves=_curves(entries),
@@ -148,7 +152,16 @@ def write_report(
 
 def results_table(folders: list[Path], width: int) -> Table:
     """Return the results of these folders as a table for a terminal of `width` columns."""
-    return table([ModelResults(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)], width)
+    return table(_read_all(folders), width)
+
+
+def gain_lines(folders: list[Path]) -> list[str]:
+    """Return what encoders gained over their start, by number of labels: see `repeated.answers`."""
+    return answers(compare(_read_all(folders)))
+
+
+def _read_all(folders: list[Path]) -> list[ModelResults]:
+    return [ModelResults(name, read_results(f)) for f, name in zip(folders, _names(folders), strict=True)]
 
 
 def _names(folders: list[Path]) -> list[str]:
