@@ -238,6 +238,9 @@ class ModelConfig(Settings):
     stretch: Stretch = ""
     """Percentiles of each channel of an image that are mapped to its full range, such as 1,99, for microscopy and
     X-rays; by default pixels stay as they are."""
+    max_no_data: Share = 1.0
+    """Largest share of the pixels of a GeoTIFF that may have no data; images with more are left out. Such pixels take
+    the mean of the others."""
     bands: str = ""
     """Channels to draw as red, green and blue, counted from 1, such as 4,3,2, or one as gray; by default the first
     three, or the first of fewer."""

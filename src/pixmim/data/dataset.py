@@ -35,12 +35,14 @@ class ImageSpec:
         dtype: Type of a value.
         tiff_pages: Pages of a TIFF, or frames of a DICOM file, that are used.
         stretch: Percentiles of each channel that are mapped to the full range, such as "1,99"; "" for none.
+        max_no_data: Largest share of the pixels of a GeoTIFF that may have no data; an image with more is unreadable.
     """
 
     channels: int = 3
     dtype: DType = "uint8"
     tiff_pages: TiffPages = "first"
     stretch: str = ""
+    max_no_data: float = 1.0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -56,7 +58,8 @@ class ImageSpec:
         """Command-line flags that select this specification."""
         pages = " --tiff-pages channels" if self.tiff_pages == "channels" else ""
         stretch = f" --stretch {self.stretch}" if self.stretch else ""
-        return f"--channels {self.channels} --dtype {self.dtype}{pages}{stretch}"
+        no_data = f" --max-no-data {self.max_no_data:g}" if self.max_no_data < 1 else ""
+        return f"--channels {self.channels} --dtype {self.dtype}{pages}{stretch}{no_data}"
 
     def __str__(self) -> str:
         pages = ", pages as channels" if self.tiff_pages == "channels" else ""
