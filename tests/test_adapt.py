@@ -202,3 +202,16 @@ def test_the_command_and_python_give_the_same_settings(start: Path, tmp_path: Pa
     with pytest.raises(UserError, match="--init FILE, RUN, timm:NAME or hf:NAME"):
         pixmim.pretrain(get_recipe("adapt", data="shapes:count=9"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_encoder_of_the_lowest_held_out_loss_is_kept(tiny_run: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--keep-best rankme needs .*--hold-out"):
+        train(tiny_run(keep_best="rankme"), tmp_path / "run")
+    train(tiny_run(keep_best="held-out-loss", hold_out=0.2, hold_out_every=0.4, epochs=2, steps=None), tmp_path / "run")
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    losses = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    assert len(losses) > 3 and read_best(tmp_path / "run") == (
+        "held-out-loss",
+        min(losses.values()),
+        min(losses, key=losses.__getitem__),
+    )

@@ -84,9 +84,10 @@ class BestEncoder:
             )
         if name.startswith("knn") and not (config.knn.train and config.knn.test):
             raise UserError(f"--keep-best {name} needs labeled data: pass --knn.train and --knn.test")
-        if name in ("held-out-loss", "rankme") and not config.hold_out:
+        held_out = name in ("held-out-loss", "rankme")
+        if held_out and not config.hold_out:
             raise UserError(f"--keep-best {name} needs images that are held out: pass --hold-out 0.02")
-        measured_on = (config.knn.train, config.knn.test) if name.startswith("knn") else config.hold_out
+        measured_on = config.hold_out if held_out else (config.knn.train, config.knn.test)
         self._data = hashlib.sha256(repr(measured_on).encode()).hexdigest()[:16]
         self._best = read_best(out, self._data) if name else None
 

@@ -58,7 +58,7 @@ class LabeledSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.train) != bool(self.test) or bool(self.train) == bool(self.labelled):
-            raise UserError("pass labeled data: --train and --test, or --labelled, which is split")
+            raise UserError("--train and --test must be given together, or --labelled instead, which is split")
 
     def resolved(self) -> "LabeledSettings":
         """Return settings with the two parts of `labelled`, unless it is for folds, as train and test data.

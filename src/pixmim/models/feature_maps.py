@@ -44,9 +44,8 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
             tokens = block(tokens)
             each.append(tokens)
         each = [encoder.norm(tokens) for tokens in each[-blocks:]]
-        means = [tokens.mean(dim=1) for tokens in each]
-        grids = [tokens.transpose(1, 2).unflatten(2, encoder.grid) for tokens in each]
-        return Features(torch.stack(means, dim=1), grids)
+        maps = [tokens.transpose(1, 2).unflatten(2, encoder.grid) for tokens in each]
+        return Features(torch.stack([one.mean(dim=(2, 3)) for one in maps], dim=1), maps)
     raise unsupported_encoder(encoder)
 
 
