@@ -29,7 +29,7 @@ from pixmim.evaluation.evals import EVALS, check_name
 from pixmim.evaluation.evaluate import evaluate_many, measure
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, encoder_from_module, load_frozen_encoder
 from pixmim.evaluation.results import save
-from pixmim.evaluation.settings import DATA_FIELDS, EvaluateAllSettings
+from pixmim.evaluation.settings import DATA_FIELDS, EvaluateAllSettings, LabeledSettings
 from pixmim.evaluation.visualize import labeled_grid
 from pixmim.pretraining import PretrainResult
 from pixmim.report import DATA_MARK, write_report
@@ -43,7 +43,7 @@ from pixmim.weights.detect import Weights
 from pixmim.weights.load import resolve_model
 
 AnyEncoder = nn.Module | PretrainResult | str | os.PathLike[str]
-"""A timm module, the result of a run, or a name: a run's folder, a file of weights, or timm:NAME."""
+"""A timm module, the result of a run, or a name: a run's folder, a file of weights, timm:NAME or hf:NAME."""
 
 Images = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Anything that --data takes, or a list of image files and folders."""
@@ -68,7 +68,8 @@ def evaluate(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
         console: Where to print progress.
-        **settings: Settings of the evaluation, such as `train` and `test`; `pixmim evaluate NAME --help` lists them.
+        **settings: Settings of the evaluation, such as `train` and `test`, or `labelled`; `pixmim evaluate NAME --help`
+            lists them.
 
     Returns:
         Values by name, shares in per cent: `scores["k20/mean/top1"]`.
@@ -103,11 +104,11 @@ def evaluate_to_folder(
     """Evaluate encoders side by side, save each result, and write one report. Resumes if it was interrupted.
 
     Args:
-        models: Runs' folders, files of weights, or timm:NAME.
+        models: Runs' folders, files of weights, timm:NAME or hf:NAME.
         evaluation: As for `evaluate`, or "all".
         out: Folder for results and report. By default results are saved in a run's folder, or in evaluations/MODEL, and
             the report of several models in report.html.
-        untrained: Evaluate the initial weights of runs as well.
+        untrained: Evaluate the initial weights of runs as well; `shots` does so where they are known.
         overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
@@ -129,17 +130,23 @@ def evaluate_to_folder(
     check_output(page, mark=DATA_MARK)
     for folder in folders.values():
         check_writable(folder / "evaluations" / "results.json")
+    splits: dict[Path, None] = {}
     for result, folder in evaluate_many(
         folders,
         parts,
-        ("untrained", "trained") if untrained else ("trained",),
+        ("untrained", "trained") if untrained or settings.get("shots") else ("trained",),
         device=device,
         precision=precision,
         console=console,
         hints=hints,
         overwrite=overwrite,
+        optional_start=not untrained,
     ):
-        save(result, folder)
+        path = save(result, folder)
+        if result.split:
+            splits[path.with_name(result.split_file)] = None
+    for path in splits:
+        print_plain(console, f"which image was in which part: {path}")
     write_report(list(folders.values()), page, warn=lambda line: print_plain(console, f"warning: {line}"))
     return list(folders.values()), page
 
@@ -200,7 +207,7 @@ def embed_to_file(
     """Write the features of every readable image of a dataset to a file. Resumes if it was interrupted.
 
     Args:
-        model: A result, a run's folder, a file of weights, timm:NAME, or opened weights.
+        model: A result, a run's folder, a file of weights, timm:NAME, hf:NAME, or opened weights.
         data: The images.
         out: A .npy file, float32 (n, d), written with a .csv of the n paths; or a .parquet file.
         features: "mean" of the patch tokens, "cls" for the class token, or "both", cls first.
@@ -271,6 +278,8 @@ def _evaluations(evaluation: str, settings: Mapping[str, Any]) -> list[tuple[str
         if isinstance(value, os.PathLike):
             values[name] = str(value)
     checked = with_full_paths(kind(**values))
+    if isinstance(checked, LabeledSettings):
+        checked = checked.resolved()
     return checked.parts() if isinstance(checked, EvaluateAllSettings) else [(evaluation, checked)]
 
 

@@ -32,7 +32,7 @@ MAX_PATCHES = 2**18
 
 def image_spec(config: ModelConfig) -> ImageSpec:
     """Return the channels and dtype that every image is converted to before it is cropped."""
-    return ImageSpec(config.channels, config.dtype, config.tiff_pages)
+    return ImageSpec(config.channels, config.dtype, config.tiff_pages, config.stretch, config.max_no_data)
 
 
 def with_dataset_stats(config: PretrainConfig) -> tuple[PretrainConfig, list[str]]:

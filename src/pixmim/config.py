@@ -27,6 +27,7 @@ from pixmim.utils.validation import (
     Settings,
     Share,
     Size,
+    Stretch,
     Text,
     Threads,
     check,
@@ -167,6 +168,10 @@ class OptimConfig:
     """Not applied to norms, biases, positions and single tokens."""
     clip: Annotated[float | None, Real(0, 1e9, above=True)] = None
     """Largest gradient norm; None: no clipping."""
+    layer_decay: Annotated[float, Real(0, 1, above=True)] = 1.0
+    """Learning rate of each layer of the encoder / that of the layer above; the decoder has the full rate."""
+    decoder_warmup: Annotated[float, Real(0, 1e9)] = 0.0
+    """With --init: epochs before the warm-up that train only the decoder; at most a fifth of the run."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ class OnlineKnnConfig:
     test: str = ""
     """Labeled data to classify."""
     every: Annotated[float, Real(0, 1e9)] = 0.0
-    """Epochs between evaluations; 0: none. Start and end are evaluated too."""
+    """Epochs between evaluations; 0: only start and end."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,12 @@ class ModelConfig(Settings):
     """uint8, uint16: 255 or 65535 is scaled to one. float32: floating-point values are not scaled."""
     tiff_pages: Literal["first", "channels"] = "first"
     """Pages of a TIFF to read: the first, or all of them as channels."""
+    stretch: Stretch = ""
+    """Percentiles of each channel of an image that are mapped to its full range, such as 1,99, for microscopy and
+    X-rays; by default pixels stay as they are."""
+    max_no_data: Share = 1.0
+    """Largest share of the pixels of a GeoTIFF that may have no data; images with more are left out. Such pixels take
+    the mean of the others."""
     bands: str = ""
     """Channels to draw as red, green and blue, counted from 1, such as 4,3,2, or one as gray; by default the first
     three, or the first of fewer."""
@@ -303,8 +314,12 @@ class PretrainConfig(ModelConfig):
     (docs/data.md lists all)."""
     out: str = ""
     """Folder of the run; otherwise runs/RECIPE-TIME."""
+    hold_out: Annotated[float, Real(0, 0.5)] = 0.0
+    """Fraction of the images, at most 4,096, that is kept out of training, to measure its loss and effective rank."""
+    hold_out_every: Annotated[float, Real(0, 1e9)] = 0.0
+    """Epochs between measurements of these; 0: a fiftieth of the run, at least one. Start and end are measured too."""
     init: str = ""
-    """Initial weights: a file, another run, or timm:NAME; otherwise random."""
+    """Initial weights: a file, another run, timm:NAME or hf:NAME; otherwise random."""
     epochs: Positive = 300.0
     """Length in passes over the data."""
     steps: Annotated[int | None, Integer(1, 999_999_999)] = None
@@ -330,6 +345,8 @@ class PretrainConfig(ModelConfig):
     """Steps between lines of metrics; 0: two hundred lines a run, at least every 50 steps."""
     max_bad_fraction: Share = 0.25
     """Abort if more than this fraction of the images cannot be read."""
+    keep_best: Annotated[str, _WORD] = ""
+    """Keep the encoder with the best knn or knn-balanced, as measured with --knn.*, in encoder-best/."""
     crop: CropConfig = field(default_factory=CropConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     target: TargetConfig = field(default_factory=TargetConfig)

@@ -115,7 +115,7 @@ def portable(config: C) -> C:
     """Return a configuration without the data, folders and weights of this machine."""
     if not isinstance(config, PretrainConfig):
         return config
-    init = config.init if config.init.startswith("timm:") else ""
+    init = config.init if config.init.startswith(("timm:", "hf:")) else ""
     return replace(config, data="", out="", init=init, knn=OnlineKnnConfig())
 
 

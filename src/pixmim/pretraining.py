@@ -26,19 +26,24 @@ from pixmim.data.bad_images import BadImageLog, merge_logs
 from pixmim.data.caching import choose_cache_location, decoded_bytes
 from pixmim.data.loader import Batch
 from pixmim.data.sampler import BatchShard
+from pixmim.data.split import hold_out
+from pixmim.evaluation.best import Best, BestEncoder, read_best
 from pixmim.evaluation.evaluate import online_knn
+from pixmim.evaluation.held_out import measure_every, online_held_out
 from pixmim.evaluation.visualize import labeled_grid
 from pixmim.losses import ReconstructionLoss
 from pixmim.masking import Mask
-from pixmim.models.layer_decay import not_decayed
+from pixmim.models.base import MaskedModel
+from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.report import write_report
+from pixmim.report.gain import gain_summary
 from pixmim.report.reconstruct import reconstruct
 from pixmim.run_folder import check_length, check_links, open_run
-from pixmim.training.checkpoint import CheckpointManager
+from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
 from pixmim.training.metric_logger import end_summary, read_metrics, start_summary
-from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw
+from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw_by_layer
 from pixmim.training.parallelize import parallelize, step_context, sync_last_microbatch, unsharded
 from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.training.preemption import Interrupted
@@ -76,6 +81,11 @@ class PretrainResult:
         """Records of metrics.jsonl, each with `step`, `epoch` and numbers."""
         return read_metrics(self.folder / "metrics.jsonl")
 
+    @property
+    def best(self) -> Best | None:
+        """Measure, value and step of the encoder in encoder-best/; None without `keep_best`."""
+        return read_best(self.folder)
+
     @cached_property
     def encoder(self) -> nn.Module:
         """The trained encoder as a timm module on the CPU, in eval mode, with the `pretrained_cfg` of the run."""
@@ -97,6 +107,7 @@ def pretrain(
     """Pre-train an encoder. Resumes from the newest checkpoint if the run was interrupted.
 
     Writes config.json, metrics.jsonl, skipped.csv and checkpoints/ to `out`, and at the end encoder/ and report.html.
+    With `keep_best`, encoder-best/ is the encoder of the best periodic measurement.
     On a CPU, an interrupted and resumed run ends with bitwise the same weights as an uninterrupted one on as many
     ranks. Ctrl-C finishes the step, saves a checkpoint and returns. Under torchrun or Slurm, call it on every rank.
 
@@ -197,6 +208,7 @@ def _train(
     # Data, masks, model and loss.
     knn = online_knn(config, console)
     data, crop = open_dataset(config.data, image_spec(config), config.shard_cache_gib), build_crop(config)
+    data, held_out = hold_out(data, config.hold_out, config.seed) if config.hold_out else (data, None)
     config.check_divisible(world.size, "processes")
     counts = world.gather(len(data))
     if len(set(counts)) > 1:
@@ -216,10 +228,14 @@ def _train(
     notes = check_length(out, schedule, done, len(data))
     if config.init and not done:
         notes = initialize_from(model, config) + notes
+    if held_out is not None:
+        notes.append(f"{len(held_out):,} images are held out of training: their effective rank is at most that number")
+    best = BestEncoder(config, out, schedule.steps, console)
 
     # Parallelism, optimizer, and parts of a batch that fit in memory.
     network = parallelize(model, config.parallel, world, device, precision)
-    adam = adamw(model, config.lr, config.optim.betas, config.optim.weight_decay, not_decayed(model.encoder))
+    layers, exempt = layer_ids(model.encoder), not_decayed(model.encoder)
+    adam = adamw_by_layer(model, layers, config.lr, config.optim, exempt, schedule.decoder)
     optimizer = SyncFreeOptimizer(adam, config.optim.clip, scaling=precision == "fp16", device=device)
 
     def trial(images: int) -> None:
@@ -284,23 +300,36 @@ def _train(
         # Gradients are summed over the parts of a batch, but averaged over the ranks.
         return compute_loss(network, criterion, images, batch.mask, precision) * (batch.weight * world.size)
 
-    knn_every, knn_interrupted = max(1, round(config.knn.every / trainer.epoch)), False
+    measures: list[tuple[float, Callable[[MaskedModel], dict[str, float]]]] = []  # and the steps between two
+    if knn is not None:
+        measures.append((config.knn.every / trainer.epoch, lambda model: knn(model.encoder)))
+    if held_out is not None:
+        held_out_loss = online_held_out(config, held_out, masks, criterion, device, precision, world, console)
+        measures.append((measure_every(config, schedule.steps, trainer.epoch), held_out_loss))
+    interrupted = False
 
-    def measure_knn(step: int) -> None:
-        nonlocal knn_interrupted
-        if knn is None or not (step in (0, schedule.steps) or step % knn_every == 0):
+    def measure_at(step: int) -> None:
+        nonlocal interrupted
+        ends = (0, schedule.steps)
+        due = [function for every, function in measures if step in ends or is_multiple_of(step, every)]
+        if not due:
             return
+        scores: dict[str, float] = {}
         try:
             with trainer.interrupts.waiting(world.size == 1):
-                scores = knn(unsharded(model, lambda: build_model(config).to(device)).encoder)
+                full = unsharded(model, lambda: build_model(config).to(device))
+                for function in due:
+                    scores |= function(full)
         except Interrupted:
-            knn_interrupted = True  # the resumed run measures it
+            interrupted = True  # the resumed run measures it
             return
         trainer.log.write({"step": step, "epoch": round(step * trainer.epoch, 6), **scores})
+        if world.is_main:
+            best.offer(step, scores, full.encoder)
         trainer.log.pause()
 
     def after_step(step: int) -> None:
-        measure_knn(step)
+        measure_at(step)
         if on_step_end is not None:
             on_step_end(step)
 
@@ -325,18 +354,19 @@ def _train(
     ):
         measured = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
         if world.broadcast(start not in measured):
-            measure_knn(start)
+            measure_at(start)
         step = trainer.fit(loader, batch_loss, after_step)
 
     # Export.
-    if step < schedule.steps or knn_interrupted:
+    if step < schedule.steps or interrupted:
         return step, False
     encoder = unsharded(model, lambda: build_model(config).to(device)).encoder
     world.gather(None)  # until here, other ranks may still write to their logs of bad images
     if world.is_main:
         save_encoder(encoder, out / ENCODER_FOLDER, config, step, schedule.steps)
         skipped_steps, bad = int(optimizer.state["skipped"].item()), merge_logs(out)
-        for line in end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait):
+        lines = end_summary(config, out, step, skipped_steps, bad, len(data), trainer.log.data_wait)
+        for line in [*lines, *gain_summary(config, out)]:
             print_plain(console, line)
     return step, True
 

@@ -156,6 +156,21 @@ def pixmim_vit_tiny_small_images(size: Literal["64", "96"]) -> PretrainConfig:
     )
 
 
+def adapt(init: str = "") -> PretrainConfig:
+    """Continue from published weights, or from another run, on your own images, with PixMIM's crop and target.
+
+    Model, image size, channels, normalization and mask are those of the weights: see `continue_from`. Low learning
+    rates, lowest in the first layers, keep what the encoder knows; a new decoder is trained alone at first.
+    """
+    optim = OptimConfig(base_lr=1.5e-4, warmup=5, layer_decay=0.75, decoder_warmup=10)
+    config = PretrainConfig(epochs=100, batch_size=128, optim=optim)
+    if not init:
+        return config
+    from pixmim.weights.start import continue_from  # imports torch
+
+    return continue_from(config, init)
+
+
 def demo() -> PretrainConfig:
     """PixMIM with a ViT of 1.2 million parameters on synthetic shapes at 48 px: learns in minutes on two CPU cores."""
     return PretrainConfig(
@@ -186,8 +201,9 @@ def _trained_for(epochs: int, batch_size: int, images: int = _IMAGENET) -> Recip
 class RecipeEntry:
     """A recipe's builder, and in one line its purpose or its published accuracy (per cent, ImageNet-1k)."""
 
-    build: Callable[[], PretrainConfig]
+    build: Callable[..., PretrainConfig]
     aim: str
+    from_init: bool = False  # the builder takes `init`, the weights to start from
 
 
 _NO_NUMBER = "ImageNet-1k: no published number"
@@ -202,6 +218,7 @@ RECIPES: dict[str, RecipeEntry] = {
     ),
     "pixmim-vit-tiny": RecipeEntry(pixmim_vit_tiny, "1,000 to 10,000 images of your own, a small GPU"),
     "pixmim-vit-small": RecipeEntry(pixmim_vit_small, "10,000 to 500,000 images of your own, one GPU"),
+    "adapt": RecipeEntry(adapt, "published weights (--init) continued on your own images, 200 or more", True),
     "demo": RecipeEntry(demo, "synthetic shapes, two CPU cores, minutes: the probe gains more than ten points"),
     # PixMIM, table 1: linear probe and fine-tuning, MAE's rows too; ViT-L: MAE, table 3
     "pixmim-vit-base-300": RecipeEntry(partial(pixmim_vit, "base", 300), "ImageNet-1k: 63.3 linear, 83.1 fine-tuned"),
@@ -235,7 +252,7 @@ def get_recipe(name: str, **overrides: Any) -> PretrainConfig:
     """Build a recipe's configuration, optionally with other values.
 
     Args:
-        name: A key of `RECIPES`, such as "pixmim-vit-small".
+        name: A key of `RECIPES`, such as "pixmim-vit-small". The recipe "adapt" reads its model from `init`.
         **overrides: Fields of `PretrainConfig`. Fields of its parts are given as a mapping (`optim={"base_lr": 1e-3}`)
             or by a dotted name (`**{"optim.base_lr": 1e-3}`). `model.options` are added to the recipe's own. `epochs`
             replaces a length in steps.
@@ -248,7 +265,9 @@ def get_recipe(name: str, **overrides: Any) -> PretrainConfig:
     """
     if name not in RECIPES:
         raise UserError(f"there is no recipe '{name}'{did_you_mean(name, RECIPES)} Run `pixmim list` for all.")
-    values = asdict(replace(RECIPES[name].build(), recipe=name))
+    entry = RECIPES[name]
+    config = entry.build(os.fspath(overrides.get("init", ""))) if entry.from_init else entry.build()
+    values = asdict(replace(config, recipe=name))
     if "epochs" in overrides:
         if overrides.get("steps") is not None:
             raise UserError("give the length of a run in epochs or in steps, not in both")

@@ -15,6 +15,7 @@ from pixmim.build import with_dataset_stats
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, pretrain_config
 from pixmim.data.uri import absolute
+from pixmim.evaluation.best import BEST_FOLDER, BEST_WEIGHTS
 from pixmim.training.distributed import Distributed
 from pixmim.training.optim import Schedule
 from pixmim.training.trackers import ID_FILE
@@ -28,12 +29,13 @@ from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS
 FILES = (
     *("config.json", "metrics.jsonl", "skipped.csv", "checkpoints", ID_FILE, "tensorboard"),
     *(ENCODER_FOLDER, f"{ENCODER_FOLDER}/config.json", ENCODER_WEIGHTS),
+    *(BEST_FOLDER, f"{BEST_FOLDER}/config.json", BEST_WEIGHTS),
 )
 """Files and folders that a run writes."""
 
 MAY_CHANGE = {
     *("data", "out", "device", "cache_images", "shard_cache_gib", "threads", "log_every", "max_bad_fraction"),
-    *("accumulation_steps", "parallel", "checkpoint", "knn", "bands"),
+    *("accumulation_steps", "parallel", "checkpoint", "knn", "hold_out_every", "keep_best", "bands"),
 }
 """Fields that may change when a run is resumed: they affect at most rounding (data: it may have moved)."""
 
@@ -58,6 +60,11 @@ def open_run(
         UserError: If another process uses the folder, if it cannot be created, or if it contains another run or files
             that the run would overwrite.
     """
+    if config.optim.decoder_warmup and not config.init:
+        raise UserError(
+            "no weights to continue from: pass --init FILE, RUN, timm:NAME or hf:NAME. Without them, "
+            f"--optim.decoder-warmup {config.optim.decoder_warmup:g} would freeze a random encoder"
+        )
     folder = lock_run_folder(out, config.recipe or "run", world, stack, console)
     config = with_full_paths(config, folder)
     check_links(folder)

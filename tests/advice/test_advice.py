@@ -1,5 +1,6 @@
 """`pixmim advise` and `pixmim.advise`: the commands printed are valid, and lists contain images only."""
 
+import html
 import json
 import os
 import shlex
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 import pixmim
 from helpers.cli import say
-from pixmim import cli
+from pixmim import cli, recipes
 from pixmim.cli.pretrain import read_flags
 
 NOISE = np.random.default_rng(0)
@@ -83,26 +86,78 @@ def test_slow_reading_and_16_bits_add_their_preparation(
 def test_json_contains_the_survey_the_suggestions_and_the_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spectrum, file = tmp_path / "spectrum.png", tmp_path / "advice.json"
+    file = tmp_path / "advice.json"
     args = ["advise", "shapes:count=30,size=32", "--device", "cpu", "--no-trial"]
-    assert cli.main([*args, "--json", "-", "--out", str(spectrum)]) == 0
+    assert cli.main([*args, "--json", "-"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert set(values) == {"survey", "suggestions", "questions", "commands"}
+    assert set(values) == {"survey", "suggestions", "questions", "commands", "config"}
+    assert values["config"]["data"] == "shapes:count=30,size=32"
     assert values["survey"]["images"] == 30 and len(values["survey"]["spectrum"]["power"]) == 16
     assert {"topic", "flags", "reason", "basis"} == set(values["suggestions"][0])
-    assert Image.open(spectrum).width > 300
     assert cli.main([*args, "--json", str(file)]) == 0
     assert json.loads(file.read_text())["commands"] == values["commands"]
     status, output = say(capsys, *args, "--json", file)
     assert status == 1 and "--overwrite" in output
 
 
+def test_the_page_shows_findings_pictures_and_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names come from files: they are escaped, and the page needs no other file."""
+    folder, out = tmp_path / "<b>photos", tmp_path / "advice"
+    folder.mkdir()
+    pixels = NOISE.integers(0, 256, (64, 80, 3), np.uint8)
+    for name in ("<script>one", "two"):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    for i in range(5):
+        Image.fromarray(NOISE.integers(0, 256, (64, 80, 3), np.uint8)).save(folder / f"{i}.png")
+    Image.new("RGB", (64, 64)).save(folder / "black&white.png")
+    (folder / "<i>broken.jpg").write_bytes(b"nothing")
+    args = ("advise", folder, "--out", out, "--no-trial", "--device", "cpu")
+    status, output = say(capsys, *args)
+    page = (out / "index.html").read_text()
+    assert (
+        status == 0 and f"page: {out}/index.html" in output and [path.name for path in out.iterdir()] == ["index.html"]
+    )
+    for name in ("<script>one", "<b>photos", "<i>broken", "black&white"):
+        assert name not in page and html.escape(name) in page
+    assert page.count("data:image/png") == 1 + 2 + 1  # spectrum, near-duplicates, without contrast
+    assert 'src="http' not in page and "<link" not in page
+    command = pixmim.advise(folder, trial=False, device="cpu").commands[-1]
+    assert html.escape(command, quote=True).replace("&#x27;", "&#39;") in page
+    assert say(capsys, *args)[0] == 0  # a page of pixmim is replaced, another file is not
+    (out / "index.html").write_text("mine")
+    status, output = say(capsys, *args)
+    assert status == 1 and "index.html" in output and (out / "index.html").read_text() == "mine"
+
+
+def test_a_page_without_findings_has_no_pictures_of_them(tmp_path: Path) -> None:
+    page = pixmim.advise("shapes:count=20,size=32", trial=False, device="cpu").write_page(tmp_path / "new" / "page")
+    assert "Near-duplicates" not in page.read_text() and "without contrast</h2>" not in page.read_text()
+
+
+def test_the_command_for_published_weights_trains_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a file in place of timm:NAME, since tests have no network."""
+    monkeypatch.setitem(recipes.RECIPES, "adapt", recipes.RECIPES.get("adapt", recipes.RECIPES["pixmim-vit-tiny"]))
+    for i in range(4):
+        Image.fromarray(NOISE.integers(0, 256, (96, 96, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    (start,) = (s for s in pixmim.advise(tmp_path, trial=False, device="cpu").suggestions if s.topic == "start")
+    words = shlex.split(start.reason.split("`")[1])
+    name, file = words[words.index("--init") + 1], tmp_path / "start.safetensors"
+    save_file(timm.create_model(name.removeprefix("timm:"), num_classes=0).state_dict(), file)
+    words[words.index(name)] = str(file)
+    more = ["--out", tmp_path / "run", "--steps", 1, "--batch-size", 2, "--threads", 1, "--device", "cpu"]
+    status, output = say(capsys, *words[1:], *more, report=False)
+    assert status == 0, output
+    assert "encoder: 150 tensors" in output and "positions interpolated" in output
+
+
 def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "flat.png")
     for args, part in (
         (["/no/such/folder"], "/no/such/folder"),
-        ([os.fspath(tmp_path), "--out", os.fspath(tmp_path / "spectrum.png"), "--no-trial"], "contrast"),
-        ([os.fspath(tmp_path), "--out", "spectrum.html"], "--out spectrum.html"),
         ([os.fspath(tmp_path), "--images", "0"], "--images"),
     ):
         status, output = say(capsys, "advise", *args)

@@ -214,7 +214,7 @@ def test_list_encodings(coding: str, end: str, pictures: Path) -> None:
     ("content", "kind"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer: .*git lfs pull"),
-        (bytes(128) + b"DICM" + bytes(99), "DICOM: .*pydicom"),
+        (b"\x08\0\x05\0CS" + bytes(99), "DICOM: .*pydicom"),
         (b"PK\3\4" + bytes(40), "a zip archive .*unpack"),
         (b"\0\0\0\x18ftypmp42" + bytes(20), "a video: .*ffmpeg"),
         (b"RIFF\0\0\0\0AVI LIST" + bytes(20), "a video: .*ffmpeg"),

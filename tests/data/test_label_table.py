@@ -57,7 +57,7 @@ def test_rows_are_those_of_a_slow_reader(write: Write, pictures: Path) -> None:
     assert [data.path_of(i) for i in range(len(data))] == [f"{pictures}/{row['File']}" for row in expected]
     assert names(data) == [row["Class"].strip() for row in expected] and data.classes == sorted(set(names(data)))
     assert data.left_out == f"left out of labels.csv: {10 - len(expected)} rows without a label"
-    assert "paths from column 'File', classes from 'Class'; left out" in data.description
+    assert "paths from column 'File', classes from 'Class', groups from 'patient'; left out" in data.description
     assert isinstance(data, LabelTable) and data.groups is not None
     for i, one in enumerate(expected):  # an image without a group is its own
         for j, two in enumerate(expected):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from helpers.models import OTHERS, TINY
 from pixmim.build import build_model, seeded
 from pixmim.config import PretrainConfig
-from pixmim.evaluation.attentive_probe import RATES, AttentiveProbe, fit, fit_probe, predict, usable_queries
+from pixmim.evaluation.attentive_probe import RATES, AttentiveProbe, fit, fit_probe, load_probe, predict, usable_queries
 from pixmim.evaluation.context import EvalContext, FeatureSet
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import EVALUATIONS
@@ -141,7 +141,7 @@ def test_tokens_are_those_of_the_bare_encoder(name: str, tiny_run: Make, tmp_pat
     model, side = ENCODERS[name]
     context = context_of(tiny_run(model=model, size=str(side)), tmp_path)
     encoder, data = context.encoder, context.data(TEST)
-    with extract_tokens(context, TEST, batch=7) as found, torch.no_grad():
+    with extract_tokens(context, TEST, batch=7) as (found,), torch.no_grad():
         images = torch.stack([evaluation_crop(encoder.size).crop(data.image(i)) for i in range(20)])
         module: Any = encoder.module.eval()
         if isinstance(module, ConvMAEEncoder):
@@ -171,7 +171,8 @@ def test_an_evaluation_yields_metrics_and_draws_queries(context: EvalContext) ->
     assert "4 queries: 5 do not divide the width of 32" in context.console.file.getvalue()  # type: ignore[union-attr]
     (sheet,) = context.images.values()
     assert sheet.width > 5 * 112 and sheet.height > 6 * 112  # the image and four queries, of six images
-    assert list(context.folder.iterdir()) == []
+    (file,) = (path for path in context.folder.rglob("*") if path.is_file())  # no tokens
+    assert load_probe(file)[1] == context.data(TRAIN).classes
     assert dict(EVALUATIONS["attentive"].run(context, settings)) == found
 
 

@@ -59,8 +59,12 @@ FORBIDDEN = (
 FORBIDDEN = tuple(f"{name}." for name in FORBIDDEN)
 """Modules and functions that execute a file, or may; including everything below them."""
 
-ALLOWED = ("torch.distributed.checkpoint.state_dict.", "pickletools.genops.", "pickletools.markobject.")
-"""Exceptions: gathers a model's state without any file; lists a pickle's opcodes without executing them."""
+ALLOWED = (
+    *("torch.distributed.checkpoint.state_dict.", "pickletools.genops.", "pickletools.markobject."),
+    *("yaml.safe_load.", "yaml.YAMLError."),
+)
+"""Exceptions: gathers a model's state without any file; lists a pickle's opcodes without executing them; builds plain
+data from YAML, without its tags."""
 
 NEEDS = {"numpy.load": ("allow_pickle", False), "torch.load": ("weights_only", True)}
 """Required keyword of each call of a function."""
@@ -130,6 +134,8 @@ def _full_name(node: ast.expr, names: dict[str, str]) -> str:
         "__import__(name)",
         "import os\nos.system(text)",
         "import yaml\nyaml.load(text)",
+        "from yaml import load\nload(text)",
+        "from yaml import unsafe_load",
         "from timm.models import load_checkpoint",
     ],
 )

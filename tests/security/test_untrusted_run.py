@@ -408,7 +408,7 @@ def test_a_run_folder_named_like_a_timm_model_is_a_folder(
 ) -> None:
     foreign.rename(tmp_path / "timm:vit_tiny_patch16_224")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pixmim.weights.load._download_timm", lambda *_: pytest.fail("timm was asked"))
+    monkeypatch.setattr("pixmim.weights.load.download_timm", lambda *_: pytest.fail("timm was asked"))
     write_report([Path("timm:vit_tiny_patch16_224")], tmp_path / "page.html", warn=lambda line: None)
     assert (tmp_path / "page.html").is_file()
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from helpers import distributed_worker
 from helpers.commands import Started
 from helpers.models import MAE, OTHERS
-from pixmim.config import CheckpointConfig, MaskConfig, OptimConfig, ParallelConfig, PretrainConfig
+from pixmim.config import CheckpointConfig, MaskConfig, OnlineKnnConfig, OptimConfig, ParallelConfig, PretrainConfig
+from pixmim.evaluation.best import read_best
 from pixmim.pretraining import pretrain
 from pixmim.training.metric_logger import read_metrics
+from pixmim.weights.load import load_encoder
 
 STEPS, HALF = 8, 4
 FSDP = ParallelConfig("fsdp")
@@ -30,7 +32,12 @@ def launch(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
 
 
 def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
+    return [line["loss"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+
+
+def top1(out: Path) -> dict[int, float]:
+    key = "knn/k20/mean/top1"
+    return {line["step"]: line[key] for line in read_metrics(out / "metrics.jsonl") if key in line}
 
 
 def product(out: Path) -> dict[str, torch.Tensor]:
@@ -72,6 +79,14 @@ def other(name: str, **changes: Any) -> PretrainConfig:
     return make(model=model, size=str(size), steps=3, mask=mask, **changes)
 
 
+def adapted(root: Path, **changes: Any) -> PretrainConfig:
+    """A run from the encoder of the first one, with a new decoder, whose best encoder is kept."""
+    optim = OptimConfig(base_lr=0.05, warmup=0.2, layer_decay=0.5, decoder_warmup=0.2)
+    knn = OnlineKnnConfig("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1", every=0.6)
+    init = str(root / "one" / "encoder")
+    return make(init=init, optim=optim, knn=knn, keep_best="knn", **changes)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train runs on 1, 2 and 4 processes, some resumed by other numbers of them, each in the folder of its name."""
@@ -89,6 +104,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
 
     pretrain(make(), root / "one", console=Console(quiet=True), report=False)
+    pretrain(adapted(root), root / "adapted", console=Console(quiet=True), report=False)
     for name in OTHERS | UNEVEN:
         pretrain(other(name), root / name, console=Console(quiet=True), report=False)
     launch(4, [job("ddp-4", make()), job("fsdp-4", make(parallel=FSDP))], root)
@@ -109,6 +125,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("fsdp-2-again", make(parallel=FSDP), resume_from="fsdp-2"),
             job("ddp-4-then-fsdp-2", make(parallel=FSDP), resume_from="ddp-4"),
             job("fsdp-4-then-ddp-2", make(), resume_from="fsdp-4"),
+            *(job(f"adapted-{mode}", adapted(root, parallel=ParallelConfig(mode))) for mode in ("ddp", "fsdp")),
             *(job(f"{name}-ddp", other(name)) for name in OTHERS),
             *(job(f"{name}-fsdp", other(name, parallel=FSDP)) for name in OTHERS),
         ],
@@ -124,6 +141,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_number_of_processes_trains_what_one_trains(name: str, trained: Path) -> None:
     assert losses(trained / name) == pytest.approx(losses(trained / "one"), rel=2e-5)
     assert largest_difference(trained / name, trained / "one") < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_several_processes_adapt_an_encoder_and_keep_the_best(mode: str, trained: Path) -> None:
+    assert losses(trained / f"adapted-{mode}") == pytest.approx(losses(trained / "adapted"), rel=2e-5)
+    assert largest_difference(trained / f"adapted-{mode}", trained / "adapted") < 1e-4
+    best, values = read_best(trained / f"adapted-{mode}"), top1(trained / f"adapted-{mode}")
+    assert best is not None and best.value == max(values.values()) == values[best.step]
+    load_encoder(trained / f"adapted-{mode}" / "encoder-best")
 
 
 def test_masks_of_several_sizes_have_their_weight_in_the_batch(trained: Path) -> None:

@@ -7,11 +7,12 @@ import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
+from pixmim.config import OptimConfig, PretrainConfig
 from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES
 from pixmim.models import create_model
-from pixmim.models.layer_decay import not_decayed
+from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.recipes import get_recipe
-from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw
+from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw, adamw_by_layer
 from pixmim.training.precision import choose_device, choose_precision
 from pixmim.utils.errors import UserError
 
@@ -180,3 +181,49 @@ def test_devices_and_precisions() -> None:
         choose_device("cuda:77")
     with pytest.raises(UserError, match="--device gpu"):
         choose_device("gpu")
+
+
+def test_rates_of_an_encoder_decay_by_layer_below_its_decoder_and_start_after_it() -> None:
+    """The rate of a step, for each parameter, against explicit products."""
+    model = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=2, decoder_depth=1)
+    layers = layer_ids(model.encoder)
+    optimizer = adamw_by_layer(model, layers, 1.0, OptimConfig(layer_decay=0.5, weight_decay=0.1), decoder_steps=3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    sync_free = SyncFreeOptimizer(optimizer, None, False, CPU)
+    for number in (0, 2, 3, 9):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        sync_free.step(0.01, number)
+        rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rates.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+        for name, rate in rates.items():
+            layers_below = {"patch_embed": 4, "cls_token": 4, "blocks.0": 3, "blocks.1": 2, "norm": 1}
+            part = name.removeprefix("encoder.")
+            below = 0 if part == name else next(n for start, n in layers_below.items() if part.startswith(start))
+            frozen = part != name and number < 3
+            assert rate == pytest.approx(0.0 if frozen else 0.01 * 0.5**below), name
+            moved = not torch.equal(before[name], dict(model.named_parameters())[name])
+            assert moved == (rate > 0), name
+    plain = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert "encoder.cls_token" in plain and "encoder.blocks.1.mlp.fc1.weight" not in plain
+
+
+def test_without_decay_and_warm_up_the_groups_are_those_of_adamw() -> None:
+    model = create_model("mae", "vit_tiny_patch16_224", img_size=32, depth=1, decoder_depth=1)
+    one = adamw_by_layer(model, layer_ids(model.encoder), 1.0, OptimConfig())
+    two = adamw(model, 1.0, (0.9, 0.95), 0.05)
+    ids = [[[id(p) for p in group["params"]] for group in each.param_groups] for each in (one, two)]
+    assert ids[0] == ids[1]
+
+
+def test_the_schedule_follows_the_warm_up_of_the_decoder() -> None:
+    config = PretrainConfig(batch_size=10, steps=100, optim=OptimConfig(lr=1.0, warmup=1, decoder_warmup=1))
+    schedule = Schedule.of(config, images=100)
+    assert (schedule.decoder, schedule.warmup) == (10, 10)
+    assert [schedule.lr(step) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
+    rest = Schedule(90, 10, 1.0, 0.0)
+    assert [schedule.lr(step + 10) for step in range(90)] == [rest.lr(step) for step in range(90)]
+    assert Schedule.of(replace(config, steps=20), images=100).decoder == 4  # at most a fifth
+    dropped = Schedule.of(replace(config, optim=replace(config.optim, schedule="step", lr_drop_at=0.5)), images=100)
+    assert [dropped.lr(step) for step in (54, 55)] == [1.0, 0.1]

@@ -77,7 +77,8 @@ def changed(settings: Any, path: tuple[str, ...], value: Any) -> Any:
 
 
 def default(cls: type[Any]) -> Any:
-    return cls(**{one.name: "x" for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING})
+    required = {one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING}
+    return cls(**dict.fromkeys(required | ({"train", "test"} & {one.name for one in fields(cls)}), "x"))
 
 
 @pytest.mark.parametrize("command", SETTINGS)

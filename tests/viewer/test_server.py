@@ -14,7 +14,7 @@ from pixmim.utils.errors import UserError
 from pixmim.viewer.page import Page
 from pixmim.viewer.server import build_app
 
-pytest.importorskip("httpx", reason="starlette's test client needs httpx")
+pytest.importorskip("httpx2", reason="starlette's test client needs httpx2")
 from starlette.testclient import TestClient
 
 BASE = "http://127.0.0.1"

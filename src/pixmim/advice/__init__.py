@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pixmim.advice.page import write_page
 from pixmim.advice.prepare import prepare_cache, prepare_list, write_image_list
 from pixmim.advice.rules import QUESTIONS, Suggestion, apply_rules, choose_recipe, configure, judge_speed
 from pixmim.advice.speed import measure_speed
@@ -25,7 +26,7 @@ from pixmim.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Advice:
-    """The survey of a dataset, and what follows from it. `print` shows all of it.
+    """The survey of a dataset, and what follows from it. `print` shows all of it, `write_page` draws it.
 
     Attributes:
         survey: What was found.
@@ -43,13 +44,23 @@ class Advice:
     config: PretrainConfig
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the configuration, which the last command contains, as values for JSON."""
+        """Return everything as values for JSON."""
         values = asdict(self)
-        del values["config"]
         if self.survey.spectrum is not None:
             for name in ("power", "variance"):
                 values["survey"]["spectrum"][name] = getattr(self.survey.spectrum, name).tolist()
         return values
+
+    def write_page(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a self-contained page, index.html, and return its path.
+
+        Args:
+            folder: Its folder. A page of pixmim in it is replaced.
+
+        Raises:
+            UserError: If another file has the name of the page.
+        """
+        return write_page(self, Path(folder))
 
     def __str__(self) -> str:
         sections = {

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pixmim.build import image_spec
 from pixmim.config import PretrainConfig
-from pixmim.data.dataset import RGB, ImageDataset, ImageSpec
+from pixmim.data.dataset import RGB, ImageDataset
 from pixmim.data.image_folder import ImageFolder
 from pixmim.data.survey import Survey
 from pixmim.utils.errors import UserError, shown
@@ -33,7 +34,7 @@ def prepare_cache(found: Survey, config: PretrainConfig, *, cached: bool) -> tup
         cached: Whether to resize the images into a cache.
     """
     commands, source = list[str](), config.data
-    spec = ImageSpec(config.channels, config.dtype, config.tiff_pages)
+    spec = image_spec(config)
     flags = [] if spec == RGB else spec.flags.split()
     if cached:
         raw = [] if spec.dtype == "uint8" and spec.channels in (1, 3) else ["--raw"]

@@ -197,10 +197,10 @@ def _duplicates(found: Survey) -> Suggestion | None:
 def _start(found: Survey, data: str, device: torch.device) -> Suggestion:
     if found.usable >= _FEW_IMAGES or found.image_spec.dtype == "float32":
         return Suggestion("start", [], "random weights", "guess")
-    flags = ["pixmim-vit-small", "--init", "timm:vit_small_patch16_224"]
+    flags = ["--init", "timm:vit_small_patch16_224"]
     if device.type == "cpu":
-        flags = ["pixmim-vit-tiny", "--init", "timm:vit_tiny_patch16_224", "--size", "96"]
-    command = shlex.join(["pixmim", "pretrain", *flags, "--optim.base-lr", "1.5e-4", "--data", data])
+        flags = ["--init", "timm:vit_tiny_patch16_224", "--size", "96"]
+    command = shlex.join(["pixmim", "pretrain", "adapt", *flags, "--data", data])
     reason = (
         f"{found.usable:,} images are few for random weights. Also try published weights, and compare on your labels: "
         f"`{command}`"

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ from pixmim.cli.flags import absolute, checked
 from pixmim.utils.console import cell, print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_writable
-from pixmim.utils.validation import MAX_CHANNELS, Count, Integer, NonNegative, Real, Size, Threads
+from pixmim.utils.validation import MAX_CHANNELS, Count, Integer, NonNegative, Percentiles, Real, Share, Size, Threads
 
 _INSPECTED = 200  # images whose files `pixmim stats` inspects for channels and dtype
 
@@ -28,6 +29,12 @@ DType = Annotated[
 ]
 TiffPages = Annotated[
     Literal["first", "channels"], arg(help="Pages of a TIFF to use: the first, or all of them as channels.")
+]
+Stretch = Annotated[
+    str, Percentiles(), arg(help="Percentiles of each channel of an image to map to the full range, such as 1,99.")
+]
+MaxNoData = Annotated[
+    Share, arg(help="Largest share of the pixels of a GeoTIFF that may have no data; images with more are left out.")
 ]
 NumThreads = Annotated[Threads, arg(help="Number of threads. 0: one per core, at most 16.")]
 
@@ -48,6 +55,8 @@ def cache(args: list[str]) -> int:
         channels: Channels = 3,
         dtype: DType = "uint8",
         tiff_pages: TiffPages = "first",
+        stretch: Stretch = "",
+        max_no_data: MaxNoData = 1.0,
         per_shard: Count = 2000,
         threads: NumThreads = 0,
     ) -> int:
@@ -72,7 +81,7 @@ def cache(args: list[str]) -> int:
         from pixmim.utils.console import progress
 
         console = Console()
-        dataset = open_dataset(absolute(data), ImageSpec(channels, dtype, tiff_pages))
+        dataset = open_dataset(absolute(data), ImageSpec(channels, dtype, tiff_pages, stretch, max_no_data))
         if dataset.left_out:
             print_plain(console, dataset.left_out)
         with progress(f"caching {data}", len(dataset), console) as advance:
@@ -112,6 +121,8 @@ def stats(args: list[str]) -> int:
         channels: Annotated[int, Integer(0, MAX_CHANNELS)] = 0,
         dtype: Literal["auto", "uint8", "uint16", "float32"] = "auto",
         tiff_pages: TiffPages = "first",
+        stretch: Stretch = "",
+        max_no_data: MaxNoData = 1.0,
         images: NonNegative = 5000,
         threads: NumThreads = 0,
     ) -> int:
@@ -132,15 +143,20 @@ def stats(args: list[str]) -> int:
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)
-        likely = settings.image_spec if settings is not None else ImageSpec(tiff_pages=tiff_pages)
+        likely = (
+            settings.image_spec
+            if settings is not None
+            else ImageSpec(tiff_pages=tiff_pages, stretch=stretch, max_no_data=max_no_data)
+        )
         dataset = open_dataset(spec, likely)
         inspected = statistics.sample_indices(len(dataset), _INSPECTED)
         formats = statistics.count_formats(dataset, inspected, tiff_pages)
         if settings is None:
-            likely = statistics.choose_image_spec(formats, tiff_pages)
-        image_spec = ImageSpec(
-            channels or likely.channels, likely.dtype if dtype == "auto" else dtype, likely.tiff_pages
-        )
+            likely = replace(
+                statistics.choose_image_spec(formats, tiff_pages), stretch=stretch, max_no_data=max_no_data
+            )
+        chosen_dtype = likely.dtype if dtype == "auto" else dtype
+        image_spec = replace(likely, channels=channels or likely.channels, dtype=chosen_dtype)
         if image_spec != dataset.image_spec:
             dataset = open_dataset(spec, image_spec)
         check_writable(statistics.statistics_path(spec, image_spec))
@@ -173,6 +189,8 @@ def bench_data(args: list[str]) -> int:
         channels: Channels = 3,
         dtype: DType = "uint8",
         tiff_pages: TiffPages = "first",
+        stretch: Stretch = "",
+        max_no_data: MaxNoData = 1.0,
         threads: NumThreads = 0,
         target_rate: Annotated[float | None, Real(0, 1e9, above=True)] = None,
         seconds: Annotated[float, Real(0, 3_600, above=True)] = 1.0,
@@ -193,7 +211,13 @@ def bench_data(args: list[str]) -> int:
         from pixmim.data.throughput import measure, recommend
 
         config = PretrainConfig(
-            size=size, channels=channels, dtype=dtype, tiff_pages=tiff_pages, crop=CropConfig(kind=crop)
+            size=size,
+            channels=channels,
+            dtype=dtype,
+            tiff_pages=tiff_pages,
+            stretch=stretch,
+            max_no_data=max_no_data,
+            crop=CropConfig(kind=crop),
         )
         spec = image_spec(config)
         dataset = open_dataset(absolute(data), spec)

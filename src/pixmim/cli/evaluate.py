@@ -44,7 +44,7 @@ def evaluate(args: list[str]) -> int:
         """Evaluate an encoder, or several side by side.
 
         Args:
-            models: Runs, finished or not, imported folders, files of weights, or timm:NAME.
+            models: Runs, finished or not, imported folders, files of weights, timm:NAME or hf:NAME.
             settings: Settings.
             untrained: Evaluate the initial weights of runs as well, for comparison.
             overwrite: Replace a classifier that was fine-tuned with other settings; train one of the same again.
@@ -76,16 +76,17 @@ def _overview() -> str:
     needs = "\n".join(f"  {name:<{width}}  {evaluation.needs}" for name, evaluation in EVALS.items())
     return (
         f"usage: pixmim evaluate NAME MODEL [MODEL ...] [--untrained] ...\n\n{names}\n\nWhat each needs:\n\n{needs}\n\n"
-        "MODEL is a run, an imported folder, a file of weights, or timm:NAME; several are compared in one table.\n"
+        "MODEL is a run, an imported folder, a file of weights, timm:NAME or hf:NAME; several share one table.\n"
         "`pixmim evaluate NAME --help` explains every flag."
     )
 
 
 def _show(folders: list[Path], page: Path, console: Console) -> None:
-    from pixmim.report import results_table
+    from pixmim.report import gain_lines, results_table
 
     console.print(results_table(folders, console.width))
-    print_plain(console, f"report: {page}")
+    for line in [*gain_lines(folders), f"report: {page}"]:
+        print_plain(console, line)
 
 
 def report(args: list[str]) -> int:
@@ -137,7 +138,7 @@ def coverage(args: list[str]) -> int:
         of coverage against object size.
 
         Args:
-            data: A .csv (width,height,x,y,w,h[,image]), COCO's .json, a folder of VOC's .xml or of masks, or shapes:.
+            data: A .csv (width,height,x,y,w,h[,image]), COCO's .json, boxes of VOC or YOLO, masks, or shapes:.
             size: Side of the crop, or HEIGHTxWIDTH.
             mask_ratio: Share of the patches that is hidden.
             boxes: Use the boxes of masks instead of the masks.

@@ -129,7 +129,7 @@ def _missing_paths(config: PretrainConfig) -> list[str]:
 
     specs = [spec for spec in (config.data, config.knn.train, config.knn.test) if spec]
     missing = [part.source for spec in specs for part in read_parts(spec) if not is_there(part.source)]
-    if config.init and not config.init.startswith("timm:") and not Path(config.init).expanduser().exists():
+    if config.init and not config.init.startswith(("timm:", "hf:")) and not Path(config.init).expanduser().exists():
         missing.append(config.init)
     return missing
 

@@ -117,7 +117,7 @@ def embed(args: list[str]) -> int:
         """Write the features of every image of a dataset, with its file name. Resumes an interrupted run.
 
         Args:
-            model: A run, finished or not, an imported folder, a weights file, or timm:NAME.
+            model: A run, finished or not, an imported folder, a weights file, timm:NAME or hf:NAME.
             data: Images, in the syntax of pretrain's --data.
             out: .npy (float32, a row per image, file names in a .csv of the same name) or .parquet.
             thumbnails: Add thumbnails and, with umap-learn, a projection x and y to .parquet, for embedding-atlas.

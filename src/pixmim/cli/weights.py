@@ -24,7 +24,7 @@ def import_(args: list[str]) -> int:
         """Import weights of MAE, LSMAE, ConvMAE, SimMIM, mmselfsup, mmpretrain, timm or Hugging Face.
 
         Args:
-            file: A checkpoint file, a folder that contains one, or timm:NAME. It is read as data and never executed.
+            file: A checkpoint file, a folder that contains one, timm:NAME or hf:NAME. It is read as data.
             to: New folder for the model, which all other commands accept. Without it, only the report is printed.
             model_flags: Facts that the file does not contain.
         """
@@ -47,20 +47,25 @@ def export(args: list[str]) -> int:
         to: Literal["timm", "hf", "mmpretrain", "detectron2", "onnx"],
         out: Path | None = None,
         push: str = "",
+        description: str = "",
+        attentive: bool = False,
         model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
     ) -> int:
-        """Export a model for another project.
+        """Export a model for another project, with a model card (README.md).
 
         Args:
-            model: A run, finished or not, an imported folder, a checkpoint file, or timm:NAME.
+            model: A run, finished or not, an imported folder, a checkpoint file, timm:NAME or hf:NAME.
             to: The project. hf includes the decoder if transformers has the same model.
             out: New folder. Default: MODEL-FORMAT.
             push: Repository of the Hugging Face hub to upload the folder to (timm, hf, onnx).
+            description: What the images of the training show and where they are from, for the model card.
+            attentive: Add the run's newest attentive probe, a classifier (timm).
             model_flags: Facts that the file does not contain.
         """
         from pixmim.export import export_model
 
-        for line in export_model(model, to, out, push, model_flags.hints):
+        hints = model_flags.hints
+        for line in export_model(model, to, out, push, hints, description=description, attentive=attentive):
             print_plain(Console(), line)
         return 0
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from pixmim.data.caching import create_loader
+from pixmim.data.channel_files import open_channel_files
 from pixmim.data.dataset import RGB, ConcatDataset, ImageDataset, ImageSpec
 from pixmim.data.huggingface import is_arrow_dataset, open_huggingface
 from pixmim.data.image_folder import from_folder, from_list_file
@@ -14,6 +15,7 @@ from pixmim.data.shards.webdataset import find_tars, is_tar, open_webdataset
 from pixmim.data.split import split_dataset
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.data.uri import Part, SplitSpec, read_options, read_parts, split_options
+from pixmim.data.zip_archive import is_zip, open_zip
 from pixmim.utils.errors import UserError
 
 __all__ = ["create_loader", "open_dataset"]
@@ -24,9 +26,10 @@ def open_dataset(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float 
 
     Args:
         spec: A folder, a .txt list of images, a .csv, .tsv or .parquet table of paths and labels, a resized cache,
-            tars, a Hugging Face dataset (`hf:NAME`, or a folder or file of parquet or Arrow), `shapes:`, or several
-            with weights, `a*3+b`. A cache and tars can be at a URL. Options follow after commas, such as
-            `photos,exclude=*_mask.png`; `split:train:` before all of it chooses a part: see `SplitSpec`.
+            a .zip, tars, a Hugging Face dataset (`hf:NAME`, or a folder or file of parquet or Arrow), `shapes:`, or
+            several with weights, `a*3+b`. A cache, a .zip and tars can be at a URL. Options follow after commas, such
+            as `photos,exclude=*_mask.png` or `cells,channels={sample}_c{channel}.tif`; `split:train:` before all of
+            it chooses a part: see `SplitSpec`.
         image_spec: Channels and dtype that images are converted to.
         shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
 
@@ -57,6 +60,10 @@ def _open_part(spec: str, image_spec: ImageSpec, shard_cache_gib: float) -> Imag
     location, options = split_options(spec)
     location = location.rstrip("/") if is_url(location) else os.path.expanduser(location)
     path = Path(location)
+    if "channels" in options:
+        return open_channel_files(spec, image_spec)
+    if is_zip(location):
+        return open_zip(spec, image_spec, shard_cache_gib)
     if not (is_url(location) and is_tar(location)) and read_settings(location) is not None:
         read_options(spec, "a resized cache", ())
         return open_cache(location, image_spec, shard_cache_gib)

@@ -103,6 +103,8 @@ def make_cache(
         per_shard=per_shard,
         dtype=dataset.image_spec.dtype,
         tiff_pages=dataset.image_spec.tiff_pages,
+        stretch=dataset.image_spec.stretch,
+        max_no_data=dataset.image_spec.max_no_data,
     )
     _write_or_check_settings(folder, settings)
     start, images, written, done = time.monotonic(), 0, 0, 0

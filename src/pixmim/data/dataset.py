@@ -28,11 +28,21 @@ _SHARD_SIZE = 1000  # images in a shard of a dataset without shards, where it is
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Channels and dtype that every image of a dataset is converted to."""
+    """Channels and dtype that every image of a dataset is converted to.
+
+    Args:
+        channels: Number of channels.
+        dtype: Type of a value.
+        tiff_pages: Pages of a TIFF, or frames of a DICOM file, that are used.
+        stretch: Percentiles of each channel that are mapped to the full range, such as "1,99"; "" for none.
+        max_no_data: Largest share of the pixels of a GeoTIFF that may have no data; an image with more is unreadable.
+    """
 
     channels: int = 3
     dtype: DType = "uint8"
     tiff_pages: TiffPages = "first"
+    stretch: str = ""
+    max_no_data: float = 1.0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -47,11 +57,14 @@ class ImageSpec:
     def flags(self) -> str:
         """Command-line flags that select this specification."""
         pages = " --tiff-pages channels" if self.tiff_pages == "channels" else ""
-        return f"--channels {self.channels} --dtype {self.dtype}{pages}"
+        stretch = f" --stretch {self.stretch}" if self.stretch else ""
+        no_data = f" --max-no-data {self.max_no_data:g}" if self.max_no_data < 1 else ""
+        return f"--channels {self.channels} --dtype {self.dtype}{pages}{stretch}{no_data}"
 
     def __str__(self) -> str:
         pages = ", pages as channels" if self.tiff_pages == "channels" else ""
-        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.dtype}{pages}"
+        stretch = f", percentiles {self.stretch} stretched" if self.stretch else ""
+        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.dtype}{pages}{stretch}"
 
 
 RGB = ImageSpec()
@@ -78,10 +91,13 @@ class ImageDataset(ABC):
     """Image outside the class folders, because of which there are no labels; otherwise empty."""
 
     left_out = ""
-    """Note on images or rows that are left out, for the user; otherwise empty."""
+    """Note on images or rows that are left out or kept together, for the user; otherwise empty."""
 
     groups: npt.NDArray[np.int64] | None = None
     """Number of each image's group (n), such as a patient, which a split keeps together. None without groups."""
+
+    group_names: Sequence[str] = ()
+    """Name of each group by its number; empty for an image that is its own group."""
 
     def __init__(
         self,
@@ -178,6 +194,7 @@ class DatasetWrapper(ImageDataset):
         attributes = ("spec", "image_spec", "classes", "description", "sizes", "shard_sizes")
         super().__init__(**({name: getattr(source, name) for name in attributes} | changes))
         self.source, self.stray_file, self.left_out = source, source.stray_file, source.left_out
+        self.groups, self.group_names = source.groups, source.group_names
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -222,11 +239,23 @@ class InMemoryDataset(DatasetWrapper):
 
 
 class Subset(DatasetWrapper):
-    """Some images of a dataset, in the given order. It has no shards."""
+    """Some images of a dataset, in the given order.
 
-    def __init__(self, source: ImageDataset, indices: Sequence[int]) -> None:
+    Args:
+        source: The dataset.
+        indices: Indices of its images.
+        keep_shards: Keep its shards, without the other images; needs increasing indices. By default, it has no shards.
+    """
+
+    def __init__(self, source: ImageDataset, indices: Sequence[int], *, keep_shards: bool = False) -> None:
         self.indices = list(indices)
-        super().__init__(source, sizes=None if source.sizes is None else source.sizes[self.indices], shard_sizes=None)
+        sizes = None if source.sizes is None else source.sizes[self.indices]
+        shards = source.shard_sizes if keep_shards else None
+        if shards is not None:
+            owner = np.searchsorted(np.cumsum(shards), self.indices, side="right")
+            shards = np.bincount(owner, minlength=len(shards))  # some may become empty: their numbers stay
+        super().__init__(source, sizes=sizes, shard_sizes=shards)
+        self.groups = None if source.groups is None else source.groups[self.indices]
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -258,7 +287,7 @@ class ConcatDataset(ImageDataset):
     """
 
     def __init__(self, spec: str, parts: Sequence[tuple[ImageDataset, int]]) -> None:
-        self._parts = list(parts)
+        self.parts = list(parts)
         lengths = [len(part) * weight for part, weight in parts]
         self._starts = [0, *np.cumsum(lengths).tolist()]
         labeled = all(part.classes for part, _ in parts)
@@ -279,8 +308,8 @@ class ConcatDataset(ImageDataset):
         if not self.classes:
             return None
         ids = {name: i for i, name in enumerate(self.classes)}
-        merged = [np.asarray([*(ids[name] for name in part.classes), -1]) for part, _ in self._parts]  # -1 stays -1
-        return self._repeat([to[part.labels] for to, (part, _) in zip(merged, self._parts, strict=True)])
+        merged = [np.asarray([*(ids[name] for name in part.classes), -1]) for part, _ in self.parts]  # -1 stays -1
+        return self._repeat([to[part.labels] for to, (part, _) in zip(merged, self.parts, strict=True)])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -294,12 +323,12 @@ class ConcatDataset(ImageDataset):
         return part.path_of(inside)
 
     def fingerprint(self) -> str:
-        text = "+".join(f"{weight}*{part.fingerprint()}" for part, weight in self._parts)
+        text = "+".join(f"{weight}*{part.fingerprint()}" for part, weight in self.parts)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prefetch(self, shards: Sequence[int]) -> None:
         first = 0
-        for part, weight in self._parts:
+        for part, weight in self.parts:
             count = len(_shard_sizes(part)) * weight
             if part.shard_sizes is not None:
                 inside = [(shard - first) % len(part.shard_sizes) for shard in shards if first <= shard < first + count]
@@ -309,12 +338,12 @@ class ConcatDataset(ImageDataset):
     def _find(self, index: int) -> tuple[ImageDataset, int]:
         """Return the dataset that holds an image, and its index there."""
         number = bisect_right(self._starts, index) - 1
-        part, _ = self._parts[number]
+        part, _ = self.parts[number]
         return part, (index - self._starts[number]) % len(part)
 
     def _repeat(self, values: Sequence[Any]) -> npt.NDArray[Any]:
         """Concatenate an array of each dataset, repeated by its weight."""
-        return np.concatenate([v for v, (_, weight) in zip(values, self._parts, strict=True) for _ in range(weight)])
+        return np.concatenate([v for v, (_, weight) in zip(values, self.parts, strict=True) for _ in range(weight)])
 
 
 def _describe(part: ImageDataset, weight: int, total: int) -> str:

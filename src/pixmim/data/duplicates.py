@@ -1,8 +1,13 @@
-"""Find near-duplicate images by a perceptual hash."""
+"""Find images with the same bytes, and near-duplicates by a perceptual hash."""
+
+import hashlib
+import os
+from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 
+from pixmim.data.dataset import BadImage, HasBytes, HasExtent, ImageDataset
 from pixmim.transforms.crops import Array
 
 MAX_DISTANCE = 30
@@ -52,3 +57,41 @@ def group_duplicates(hashes: Bool[Array, "n bits"], max_distance: int = MAX_DIST
                 is_first[index] = False
                 groups.setdefault(int(matches[0]), []).append(index)
     return [[first, *others] for first, others in sorted(groups.items())]
+
+
+def number_equal_images(data: ImageDataset) -> Int[Array, " n"]:
+    """Return a number for each image (n): the index of the first image with the same bytes.
+
+    Of images in files, only those whose files have the same size are read. Images that are unreadable, at a URL or
+    synthetic count as different.
+    """
+    numbers = np.arange(len(data))
+    if not isinstance(data, HasBytes):
+        return numbers
+    candidates = numbers
+    if isinstance(data, HasExtent):
+        sizes = np.fromiter(file_sizes(data), np.int64)
+        _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+        candidates = np.flatnonzero((counts[inverse] > 1) & (sizes > 0))
+    first: dict[bytes, int] = {}
+    for index in candidates.tolist():
+        if (content := digest(data, index)) is not None:
+            numbers[index] = first.setdefault(content, index)
+    return numbers
+
+
+def file_sizes(data: ImageDataset) -> Iterator[int]:
+    """Yield the bytes of each image; 0 if unknown or remote, and nothing for images that are not in files."""
+    for file, _, length in map(data.extent, range(len(data))) if isinstance(data, HasExtent) else ():
+        try:
+            yield 0 if "://" in file else length or os.stat(file).st_size
+        except (OSError, ValueError):
+            yield 0
+
+
+def digest(data: HasBytes, index: int) -> bytes | None:
+    """Return a hash of the bytes of an image; None if it cannot be read."""
+    try:
+        return hashlib.sha256(data.read(index)).digest()
+    except BadImage:
+        return None

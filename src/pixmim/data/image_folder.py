@@ -4,12 +4,13 @@ import codecs
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
 """Bounds of a text file that lists images."""
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy")
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy", ".dcm")
 )
 
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -132,35 +133,77 @@ def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     _, options = read_options(str(folder), "a folder of images", ("include", "exclude"))
     accepts = name_filter(options.get("include", []), options.get("exclude", [])) if options else None
     try:
-        images, counts, others, unreadable, left_out = _walk(root, accepts)
+        listing = _walk(root, accepts)
     except OSError as error:
         raise UserError(f"the folder {root} cannot be read: {error.strerror}") from error
+    return open_listing(str(root), listing, options, lambda *rest: ImageFolder(str(folder), root, *rest), form)
+
+
+@dataclass
+class Listing:
+    """The image files below a folder, or in an archive.
+
+    Args:
+        images: Relative paths in byte order.
+        others: Number of other files.
+        left_out: Number of images that patterns leave out.
+        links: Number of links that are ignored.
+        unreadable: Folders that cannot be read.
+    """
+
+    images: list[bytes] = field(default_factory=list)
+    others: int = 0
+    left_out: int = 0
+    links: int = 0
+    unreadable: list[bytes] = field(default_factory=list)
+
+
+F = TypeVar("F", bound=ImageFolder)
+
+
+def open_listing(
+    root: str, listing: Listing, options: Mapping[str, Sequence[str]], make: Callable[..., F], form: ImageSpec
+) -> F:
+    """Make the dataset of a listing. Its classes are the first-level folders, if every image is in one.
+
+    Args:
+        root: The folder or archive.
+        listing: Its images.
+        options: The patterns that chose them.
+        make: Makes the dataset, from `paths` and the arguments after it of `ImageFolder`.
+        form: Channels and dtype that images are converted to.
+
+    Raises:
+        UserError: If there are no images.
+    """
     patterns = ",".join(f"{key}={value}" for key, values in options.items() for value in values)
-    note = f"{left_out:,} images left out by {patterns}" if options else ""
-    if unreadable:
-        example = root / os.fsdecode(unreadable[0])
-        ignored = f"folders ignored because they cannot be read: {len(unreadable)}, such as {example}"
-        note = f"{note}; {ignored}" if note else ignored
-    if not images and left_out:
+    notes = [f"{listing.left_out:,} images left out by {patterns}"] if options else []
+    if listing.links:
+        notes.append(f"{listing.links:,} links ignored")
+    if listing.unreadable:
+        example = os.path.join(root, os.fsdecode(listing.unreadable[0]))
+        notes.append(f"folders ignored because they cannot be read: {len(listing.unreadable)}, such as {example}")
+    note = "; ".join(notes)
+    if not listing.images and listing.left_out:
         raise UserError(f"no images left in {root}: {note}")
-    if not images:
-        content = f"{others} other files" if others else note or "nothing"
-        example_file = describe_first_file(root) if others else ""
+    if not listing.images:
+        content = f"{listing.others} other files" if listing.others else note or "nothing"
+        example_file = describe_first_file(Path(root)) if listing.others else ""
         raise UserError(
             f"no images in {root} (found {content}); supported: {' '.join(sorted(EXTENSIONS))}"
             + f". {example_file}" * bool(example_file)
         )
-    paths = PathList(images)
+    paths = PathList(listing.images)
+    counts = Counter(path[: path.find(b"/") + 1] for path in listing.images)
     if b"" in counts:
-        dataset = ImageFolder(str(folder), root, paths, form, description=note, left_out=note)
+        dataset = make(paths, form, None, (), note, note)
         if len(counts) > 1:
-            dataset.stray_file = dataset.path_of(next(i for i, path in enumerate(images) if b"/" not in path))
+            dataset.stray_file = dataset.path_of(next(i for i, path in enumerate(listing.images) if b"/" not in path))
         return dataset
-    tops = {os.fsdecode(top[:-1]): count for top, count in sorted(counts.items())}  # in the order of the paths
-    classes = sorted(tops)
+    classes = sorted(os.fsdecode(top[:-1]) for top in counts)
     label_of = {name: label for label, name in enumerate(classes)}
-    labels = np.repeat(np.asarray([label_of[top] for top in tops], np.int64), list(tops.values()))
-    return ImageFolder(str(folder), root, paths, form, labels, classes, note, note)
+    labels = np.repeat([label_of[os.fsdecode(top[:-1])] for top in counts], list(counts.values()))
+    return make(paths, form, labels, classes, note, note)
 
 
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
@@ -178,27 +221,18 @@ def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
     return lambda path: (not include or matches(path, include)) and not matches(path, exclude)
 
 
-def _walk(
-    root: Path, accepts: Callable[[str], bool] | None = None
-) -> tuple[list[bytes], Counter[bytes], int, list[bytes], int]:
+def _walk(root: Path, accepts: Callable[[str], bool] | None = None) -> Listing:
     """Find the image files below a folder whose path is accepted.
 
     A folder that several links lead to is listed under its first path in alphabetical order. A link with an image's
     extension counts as an image; checking its target would cost a `stat` for each.
 
-    Returns:
-        Relative paths in byte order; the number of images by first-level folder (with a slash; "" for `root` itself);
-        the number of other files; the folders that cannot be read; and the number of images that are not accepted.
-
     Raises:
         OSError: If `root` itself cannot be read.
     """
-    extensions = tuple(map(os.fsencode, EXTENSIONS))
-    images: list[bytes] = []
-    counts: Counter[bytes] = Counter()
-    unreadable: list[bytes] = []
+    extensions, listing = tuple(map(os.fsencode, EXTENSIONS)), Listing()
     visited: set[tuple[int, int]] = set()
-    others, left_out, prefix, stack = 0, 0, os.path.join(os.fsencode(root), b""), [b""]
+    prefix, stack = os.path.join(os.fsencode(root), b""), [b""]
     with status_counter(f"listing {root}", "images") as add:
         while stack:
             folder = stack.pop()
@@ -217,7 +251,7 @@ def _walk(
                         is_folder = entry.is_dir(follow_symlinks=False)
                         if not is_folder and entry.name.lower().endswith(extensions):
                             if accepts is not None and not accepts(os.fsdecode(folder + entry.name)):
-                                left_out += 1
+                                listing.left_out += 1
                                 continue
                             files.append(folder + entry.name)
                             if not len(files) % 4096:  # `add` is slow
@@ -230,16 +264,14 @@ def _walk(
                 if not folder:
                     raise
                 if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those vanished during the walk
-                    unreadable.append(folder)
+                    listing.unreadable.append(folder)
                 continue
             add(len(files) % 4096)
-            if files:
-                images += sorted(files)  # sorted runs make the final sort fast
-                counts[folder[: folder.find(b"/") + 1]] += len(files)
-            others += ignored
+            listing.images += sorted(files)  # sorted runs make the final sort fast
+            listing.others += ignored
             stack += [path + b"/" for path in sorted(subfolders, reverse=True)]
-    images.sort()
-    return images, counts, others, unreadable, left_out
+    listing.images.sort()
+    return listing
 
 
 def _describe_missing_folder(root: Path) -> str:

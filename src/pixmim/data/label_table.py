@@ -22,6 +22,11 @@ PATH_COLUMNS = (
 LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name", "target")
 """Usual names of a column of classes, likewise."""
 
+GROUP_COLUMNS = tuple(
+    f"{name}{suffix}" for name in ("group", "patient", "subject", "slide", "video") for suffix in ("", "_id")
+)
+"""Usual names of a column of what belongs together, likewise."""
+
 _MAX_LENGTH = 4096  # characters of a path, class or group
 _MAX_SOUGHT = 100  # files that are looked for at opening
 
@@ -69,7 +74,7 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> LabelTable:
 
     Args:
         spec: The file, with options as in `labels.csv,path=file,label=finding,group=patient,root=FOLDER`. The first
-            three name columns; paths and labels are otherwise those of PATH_COLUMNS and LABEL_COLUMNS. Paths start
+            three name columns, which are otherwise those of PATH_COLUMNS, LABEL_COLUMNS and GROUP_COLUMNS. Paths start
             from `root`, by default the folder of the file, and must stay below it.
         form: Channels and dtype that images are converted to.
 
@@ -81,7 +86,7 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> LabelTable:
     file = Path(os.path.expanduser(name))
     root = read_root(options, spec) or file.parent
     header, rows = open_table(file)
-    usual = {"path": PATH_COLUMNS, "label": LABEL_COLUMNS, "group": ()}
+    usual = {"path": PATH_COLUMNS, "label": LABEL_COLUMNS, "group": GROUP_COLUMNS}
     found = {role: _find_column(file, header, role, options.get(role), names) for role, names in usual.items()}
     columns = {role: index for role, index in found.items() if index is not None}
     images, counts = _collect(file, rows, columns)
@@ -96,13 +101,15 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> LabelTable:
     labels, classes = _number([label for label, _ in images.values()]) if "label" in columns else (None, [])
     about = f"paths from column '{header[columns['path']]}'"
     about += f", classes from '{header[columns['label']]}'" if classes else ", no classes"
+    about += f", groups from '{header[columns['group']]}'" if "group" in columns else ""
     dataset = LabelTable(
         spec, root, paths, form, labels, classes, about + f"; {left_out}" * bool(left_out), left_out=left_out
     )
     dataset.header = header
     if "group" in columns:
         unique = [group or f"\0{row}" for row, (_, group) in enumerate(images.values())]
-        dataset.groups, _ = _number(unique)
+        dataset.groups, names = _number(unique)
+        dataset.group_names = ["" if name.startswith("\0") else name for name in names]
     return dataset
 
 

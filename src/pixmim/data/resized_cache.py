@@ -28,7 +28,7 @@ from pixmim.transforms.crops import Interpolation
 from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import parse_json
 from pixmim.utils.threads import parallel_map
-from pixmim.utils.validation import Integer, check_value, hints_of
+from pixmim.utils.validation import Integer, Share, Stretch, check_value, hints_of
 
 Kind = Literal["jpeg", "raw"]
 Chroma = Literal["444", "420"]
@@ -54,6 +54,8 @@ class CacheSettings:
     per_shard: Annotated[int, Integer(1, 10**11)]
     dtype: DType = "uint8"
     tiff_pages: TiffPages = "first"
+    stretch: Stretch = ""
+    max_no_data: Share = 1.0
 
     @property
     def num_shards(self) -> int:
@@ -61,7 +63,7 @@ class CacheSettings:
 
     @property
     def image_spec(self) -> ImageSpec:
-        return ImageSpec(self.channels, self.dtype, self.tiff_pages)
+        return ImageSpec(self.channels, self.dtype, self.tiff_pages, self.stretch, self.max_no_data)
 
     def images_of(self, shard: int) -> range:
         """Return the dataset indices of the images in a shard."""

@@ -1,12 +1,19 @@
-"""Split labeled images into train and test: stratified by class, and by group where there are groups."""
+"""Split labeled images into train and test, into folds or by numbers of labels; and hold images out of training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.dataset import ImageDataset, Subset
+from pixmim.data.dataset import ConcatDataset, ImageDataset, Subset
+from pixmim.data.duplicates import number_equal_images
 from pixmim.data.uri import SplitSpec
 from pixmim.utils.errors import UserError
 from pixmim.utils.rng import shuffled
+
+MAX_HELD_OUT = 4_096
+"""Most images that are held out: more would be missed in training, and measure little better."""
 
 
 def split_labeled(
@@ -43,25 +50,185 @@ def split_labeled(
     return is_train[group_of]
 
 
-def split_dataset(data: ImageDataset, spec: SplitSpec) -> Subset:
-    """Return the train or the test images of a labeled dataset, in their order.
+def fold_labeled(
+    labels: npt.NDArray[np.int64], folds: int, seed: int, groups: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.int64]:
+    """Return the fold in which each image is tested (n): stratified, with each group in one fold.
+
+    Groups are taken in random order, the largest first. Each goes to the fold that has the smallest shares of its
+    classes, and of equal ones to the fold with the fewest images.
+
+    Args:
+        labels: Class of each image (n).
+        folds: Number of folds.
+        seed: Seed of the order.
+        groups: Group of each image (n); by default each image is its own.
+    """
+    _, group_of = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
+    sizes = np.bincount(group_of)
+    pairs, counts = np.unique(np.stack([group_of, labels], 1), axis=0, return_counts=True)
+    starts = np.searchsorted(pairs[:, 0], np.arange(len(sizes) + 1))
+    held, filled = np.zeros((folds, labels.max(initial=-1) + 1)), np.zeros(folds, np.int64)
+    totals, fold_of = np.bincount(labels), np.zeros(len(sizes), np.int64)
+    order = shuffled(seed, "folds", 0, len(sizes), np.arange(len(sizes)))
+    for group in order[np.argsort(-sizes[order], kind="stable")]:
+        own = slice(starts[group], starts[group + 1])
+        classes, shares = pairs[own, 1], counts[own] / totals[pairs[own, 1]]
+        fold = np.lexsort((filled, held[:, classes] @ shares))[0]
+        held[fold, classes] += shares
+        filled[fold] += sizes[group]
+        fold_of[group] = fold
+    return fold_of[group_of]
+
+
+def draw_labels(labels: npt.NDArray[np.int64], count: int, seed: int, draw: int) -> npt.NDArray[np.int64]:
+    """Return the rows of `count` random images of each class, or of all if it has fewer, in increasing order.
+
+    A larger count adds images to those of a smaller one. The images of a class depend on no other class.
+
+    Args:
+        labels: Class of each image.
+        count: Number of images of each class.
+        seed: Seed of all draws.
+        draw: Number of the draw.
+    """
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = shuffled(seed, "shots", draw, len(members), np.arange(min(count, len(members))), part=label)
+        chosen.append(members[order])
+    return np.sort(np.concatenate(chosen))
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The part of each image of a labeled dataset in a split.
+
+    Attributes:
+        part: Number of the part of each image (n).
+        names: Name of each part: train and test, or those of the folds.
+        note: What was kept together, for the user.
+    """
+
+    part: npt.NDArray[np.int64]
+    names: Sequence[str]
+    note: str
+
+    def rows(self, data: ImageDataset) -> list[list[str]]:
+        """Return a table of path, class, group and part of each image, with a header."""
+        assert data.labels is not None
+        groups = [""] * len(data) if data.groups is None else [data.group_names[group] for group in data.groups]
+        images = zip(map(data.path_of, range(len(data))), data.labels, groups, self.part, strict=True)
+        rows = [[path, data.classes[label], group, self.names[part]] for path, label, group, part in images]
+        return [["path", "class", "group", "part"], *rows]
+
+
+def assign_split(data: ImageDataset, share: float, seed: int) -> Assignment:
+    """Split a labeled dataset by `split_labeled`. Images with the same bytes stay together, as groups do.
 
     Raises:
-        UserError: If the data have no labels, an image has none, or no image is left.
+        UserError: If the data have no labels, or an image has none.
     """
+    labels, groups, note = _keep_together(data)
+    return Assignment(1 - split_labeled(labels, share, seed, groups).astype(np.int64), ("train", "test"), note)
+
+
+def assign_folds(data: ImageDataset, folds: int, seed: int) -> Assignment:
+    """Divide a labeled dataset by `fold_labeled`. Images with the same bytes stay together, as groups do.
+
+    Raises:
+        UserError: As `assign_split`, or if a class has fewer images or groups than there are folds.
+    """
+    labels, groups, note = _keep_together(data)
+    for label in np.unique(labels):
+        count, different = int((labels == label).sum()), len(np.unique(groups[labels == label]))
+        if different < folds:
+            of = f" in {different:,} groups" * (different < count)
+            raise UserError(
+                f"--folds {folds}: class '{data.classes[label]}' of {data.spec} has {count:,} images{of}, which cannot "
+                "be in each fold: use fewer folds, or leave the class out"
+            )
+    return Assignment(fold_labeled(labels, folds, seed, groups), [f"fold {i + 1}" for i in range(folds)], note)
+
+
+def _keep_together(data: ImageDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], str]:
+    """Return labels and groups of a dataset, and a note. Groups that share bytes are one. Raises UserError."""
     if data.labels is None:
         raise UserError(data.no_labels_message)
     if (data.labels < 0).any():
         raise UserError(
             f"split: needs a label for each image, and {data.spec} has {int((data.labels < 0).sum()):,} without"
         )
-    is_train = split_labeled(data.labels, spec.share, spec.seed, data.groups)
-    chosen = np.flatnonzero(is_train == (spec.side == "train"))
+    equal = number_equal_images(data)
+    copies = len(data) - len(np.unique(equal))
+    note = f"{copies:,} images have the same bytes as another and are in its part" if copies else ""
+    if data.groups is None:
+        return data.labels, equal, note
+    merged = data.groups
+    while True:  # until no group has an image in common with another
+        before = merged
+        for numbers in (data.groups, equal):
+            least = np.full(numbers.max() + 1, len(data))
+            np.minimum.at(least, numbers, merged)
+            merged = least[numbers]
+        if (merged == before).all():
+            return data.labels, merged, note
+
+
+def split_dataset(data: ImageDataset, spec: SplitSpec) -> Subset:
+    """Return the train or the test images of a labeled dataset, in their order.
+
+    Raises:
+        UserError: If the data have no labels, an image has none, or no image is left.
+    """
+    split = assign_split(data, spec.share, spec.seed)
+    chosen = np.flatnonzero(split.part == split.names.index(spec.side))
     if not len(chosen):
         raise UserError(f"no image of {data.spec} is left for {spec.prefix}: each class has a single image or group")
-    groups = f", {len(np.unique(data.groups[chosen])):,} groups" if data.groups is not None else ""
     subset = Subset(data, chosen.tolist())
     subset.spec = f"{spec.prefix}{data.spec}"
+    groups = f", {len(np.unique(data.groups[chosen])):,} groups" if data.groups is not None else ""
     note = f"{len(chosen):,} of {len(data):,} images by {spec.prefix}{groups}"
-    subset.description = f"{data.description}; {note}" if data.description else note
+    subset.description = "; ".join(filter(None, (data.description, note, split.note)))
+    subset.left_out = "; ".join(filter(None, (data.left_out, split.note)))
     return subset
+
+
+def hold_out(data: ImageDataset, share: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """Keep a share of the images out of training, as a function of the seed, the number of images and their groups.
+
+    A group is on one side, and so are the copies of an image that a mixture repeats. At most `MAX_HELD_OUT` images are
+    held out, and at least one of each part of a mixture.
+
+    Args:
+        data: The images.
+        share: Share to hold out, above 0.
+        seed: Seed of the choice.
+
+    Returns:
+        The images to train on, with their shards, and those held out, each once. Both are in the order of `data`.
+
+    Raises:
+        UserError: If a part of the data is a single image or group.
+    """
+    parts = data.parts if isinstance(data, ConcatDataset) else [(data, 1)]
+    share = min(share, MAX_HELD_OUT / sum(len(part) for part, _ in parts))
+    sides = [(*_hold_out(part, share, seed), weight) for part, weight in parts]
+    if not isinstance(data, ConcatDataset):
+        return sides[0][:2]
+    train = ConcatDataset(data.spec, [(kept, weight) for kept, _, weight in sides])
+    return train, ConcatDataset(data.spec, [(held, 1) for _, held, _ in sides])
+
+
+def _hold_out(data: ImageDataset, share: float, seed: int) -> tuple[Subset, Subset]:
+    count = max(1, round(share * len(data)))
+    _, group_of = np.unique(np.arange(len(data)) if data.groups is None else data.groups, return_inverse=True)
+    sizes = np.bincount(group_of)
+    if len(sizes) < 2:
+        raise UserError(f"--hold-out needs two images or groups at least, and {data.spec} has one")
+    order = shuffled(seed, "hold-out", 0, len(sizes), np.arange(min(count, len(sizes) - 1)))
+    fits = np.cumsum(sizes[order]) <= count
+    fits[0] = True
+    held = np.isin(group_of, order[fits])
+    kept = Subset(data, np.flatnonzero(~held).tolist(), keep_shards=True)
+    return kept, Subset(data, np.flatnonzero(held).tolist())

@@ -2,7 +2,7 @@
 
 Values are those of training before normalization: 255 or 65535 mean 1.0, float32 is unchanged. Each image has the same
 weight, because training resizes all images to one size: the mean is the average of the image means, and the variance
-that of all pixels around it. Full images are measured, in float64.
+that of all pixels around it. Full images are measured, in float64. Pixels of a GeoTIFF without data count for nothing.
 """
 
 import json
@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage, DType, HasBytes, ImageDataset, ImageSpec, TiffPages
+from pixmim.data.decode.headers import TIFF_MAGIC
 from pixmim.data.decode.image import read
+from pixmim.data.decode.no_data import find_no_data
 from pixmim.data.resized_cache import read_settings
 from pixmim.data.shards.fsspec_io import is_url, read_small_file
 from pixmim.data.shards.webdataset import is_tar
@@ -123,7 +125,9 @@ def measure(
         except BadImage as error:
             return str(error)
         one = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
-        return image.shape[:2], _moments(image) / [[one], [one**2], [one], [one]]
+        moments = _moments(image) / [[one], [one**2], [one], [one]]
+        moments[1] /= _valid_share(dataset, index)  # pixels without data are at the mean
+        return image.shape[:2], moments
 
     sizes, moments, bad = [], [], dict[str, tuple[int, str]]()
     for done, result in enumerate(_map(measure_image, indices, threads)):
@@ -205,9 +209,31 @@ def load_statistics(spec: str, image_spec: ImageSpec) -> Stats | None:
         mean, std = (tuple(float(x) for x in content[key]) for key in ("mean", "std"))
         stats = Stats(mean, std, int(content["images"]), int(content["total"]))
         valid = len(mean) == len(std) == image_spec.channels and all(np.isfinite(mean + std)) and min(std) > 0
-        return stats if valid and content["image_spec"] == asdict(image_spec) else None
+        return (
+            stats
+            if valid and {"stretch": "", "max_no_data": 1.0, **content["image_spec"]} == asdict(image_spec)
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def _valid_share(dataset: ImageDataset, index: int) -> Vector | float:
+    """Return the share of values with data in each channel of an image, whose others were filled."""
+    data = dataset.read(index) if isinstance(dataset, HasBytes) else b""
+    if data[:4] not in TIFF_MAGIC:
+        return 1.0
+    shares = [np.ones(1)]
+
+    def count(pixels: npt.NDArray[np.generic], value: float | None) -> npt.NDArray[np.generic]:
+        missing = find_no_data(pixels, value)
+        shares.append(np.ones(1) if missing is None else 1 - missing.mean(axis=(0, 1)))
+        return pixels
+
+    spec = dataset.image_spec
+    read(data, spec.tiff_pages, spec.dtype, count)
+    same = len(shares[-1]) == spec.channels
+    return shares[-1] if same else float(shares[-1].mean())
 
 
 def _moments(pixels: npt.NDArray[np.generic]) -> Vector:

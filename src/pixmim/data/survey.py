@@ -91,12 +91,13 @@ class Survey:
         read = self.examined + sum(count for count, _ in self.unreadable.values())
         return max(1, round(self.images * (self.examined - len(self.flat)) / read))
 
+    def short(self, path: str) -> str:
+        """Return the path of an image for display, relative to the dataset."""
+        return label(os.path.relpath(path, self.data) if Path(path).is_relative_to(self.data) else path)
+
     def lines(self) -> list[str]:
         """Return the survey as lines for a terminal."""
-
-        def short(path: str) -> str:
-            return label(os.path.relpath(path, self.data) if Path(path).is_relative_to(self.data) else path)
-
+        short = self.short
         lines = [f"{self.images:,} images in {self.data}, of which {self.examined:,} were examined"]
         if self.masks:
             lines.append(f"{self.masks:,} other files that are masks, such as {short(self.mask_example)}")

@@ -30,7 +30,7 @@ _SPLIT = re.compile(r"split:(train|test)((?:,\w+=[^,:]*)*):(.+)", re.DOTALL)
 _HAS_OWN_OPTIONS = re.compile(r"hf:(?!//)|shapes:")
 _OPTION = re.compile(r",(?=\w+=)")
 _MAX_OPTIONS = 100
-_OPTIONS = ("root", "key", "image", "path", "label", "group", "include", "exclude")
+_OPTIONS = ("root", "key", "image", "path", "label", "group", "include", "exclude", "channels")
 _REPEATABLE = ("include", "exclude")
 
 

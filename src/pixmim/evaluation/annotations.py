@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,8 @@ from pixmim.data.decode.image import read_numbers
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.synthetic import SyntheticShapes
+from pixmim.evaluation.box_formats import read_boxes
+from pixmim.evaluation.mask_files import find_masks
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_file, read_text
 from pixmim.utils.memory import free_memory
@@ -55,9 +56,9 @@ def read_objects(spec: str) -> tuple[list[ImageObject], int]:
 
     Args:
         spec: A .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
-            if an image has several boxes; a COCO .json file, whose crowds are ignored; a folder of VOC .xml files,
-            whose corners count from 1 and are inclusive; a folder of masks, in each of which all nonzero pixels are one
-            object; or shapes:.
+            if an image has several boxes; a COCO .json file, whose crowds are ignored; a dataset in the layout of
+            VOC or YOLO (`box_formats`); a folder of masks, or of images with masks beside them (`mask_files`), in each
+            of which all nonzero pixels are one object; or shapes:.
 
     Returns:
         The objects, and the number of those left out because no part is inside the image.
@@ -65,21 +66,21 @@ def read_objects(spec: str) -> tuple[list[ImageObject], int]:
     Raises:
         UserError: If the file cannot be read, naming the line or entry.
     """
-    path = Path(spec).expanduser()
+    path, boxes = Path(spec).expanduser(), None
     if spec.startswith("shapes:"):
         shapes = SyntheticShapes.from_spec(spec)
         entries = [_masked_object(shapes.path_of(i), shapes.sample(i).mask) for i in range(len(shapes))]
-    elif path.is_dir():
-        entries = list(_read_folder(path))
     elif path.is_file() and path.suffix.lower() == ".csv":
         entries = list(_read_csv(path))
-    elif path.is_file() and path.suffix.lower() == ".json":
-        coco = read_coco(path)
-        boxes = [(coco.images[each.image], each.box) for each in coco.objects if not each.crowd]
-        entries = [ImageObject(image.name, image.size, box) for image, box in boxes]
+    elif (path.is_file() and path.suffix.lower() == ".json") or (boxes := read_boxes(path)) is not None:
+        coco = read_coco(path, content=boxes[0]) if boxes else read_coco(path)
+        used = [(coco.images[each.image], each.box) for each in coco.objects if boxes or not each.crowd]
+        entries = [ImageObject(image.name, image.size, box) for image, box in used]
         entries += [None] * coco.problems.left_out
+    elif path.is_dir():
+        entries = list(_read_masks(path))
     else:
-        raise UserError(f"{spec} is not a .csv, a COCO .json, a folder of VOC .xml or of masks, or shapes:")
+        raise UserError(f"{spec} is not a .csv, a COCO .json, VOC's or YOLO's boxes, a folder of masks, or shapes:")
     objects = [each for each in entries if each is not None]
     if not objects:
         raise UserError(f"{spec} has no object inside its images")
@@ -122,17 +123,14 @@ def _read_csv(path: Path) -> Iterator[ImageObject | None]:
         raise UserError(f"{path} is not a CSV file: {error}") from error
 
 
-def _read_folder(path: Path) -> Iterator[ImageObject | None]:
-    files = sorted(path.rglob("*.xml"))
-    if files:
-        for file in files:
-            yield from _read_voc(file)
-        return
-    files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS]
+def _read_masks(path: Path) -> Iterator[ImageObject | None]:
+    files = [(file, file) for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS]
+    if files and (beside := find_masks(path)) is not None:
+        files = [(path / mask, path / image) for image, masks in beside.masks.items() for mask in masks]
     if not files:
-        raise UserError(f"{path} contains neither VOC .xml files nor masks")
+        raise UserError(f"{path} contains neither VOC .xml files, YOLO labels nor masks")
     budget = (free_memory() or 2**62) // 2
-    for file in files:
+    for file, image in files:
         try:
             mask = read_numbers(read_file(file, max_bytes()), color=True) != 0
         except (OSError, BadImage) as error:
@@ -140,26 +138,7 @@ def _read_folder(path: Path) -> Iterator[ImageObject | None]:
         budget -= mask.nbytes
         if budget < 0:
             raise UserError(f"the masks in {path} take more than half of the free memory: split the folder")
-        yield _masked_object(str(file.relative_to(path)), mask)
-
-
-def _read_voc(file: Path) -> Iterator[ImageObject | None]:
-    try:
-        text = read_file(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    if b"<!ENTITY" in text.replace(b"\0", b""):  # also finds UTF-16; entities expand to any length
-        raise UserError(f"{file} is refused: it defines entities, which VOC annotations do not need")
-    try:
-        with killable():
-            root = ElementTree.fromstring(text)
-        width, height = (float(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
-        for box in root.iterfind("object/bndbox"):
-            left, top, right, bottom = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
-            xywh = left - 1, top - 1, right - left + 1, bottom - top + 1
-            yield _clip(root.findtext("filename", file.stem), width, height, xywh, str(file))
-    except (ElementTree.ParseError, ValueError, LookupError, OverflowError, RecursionError) as error:
-        raise UserError(f"{file} is not a VOC annotation with a size and boxes: {error}") from error
+        yield _masked_object(str(image.relative_to(path)), mask)
 
 
 def _masked_object(image: str, mask: BinaryMask) -> ImageObject | None:
@@ -243,7 +222,7 @@ ReadMask = Callable[[Any, tuple[int, int]], tuple[Any, str]]
 """Function of a segmentation and its image's (h, w) that returns a mask or None, and the kind of problem, or ""."""
 
 
-def read_coco(file: Path, read_mask: ReadMask | None = None) -> CocoFile:
+def read_coco(file: Path, read_mask: ReadMask | None = None, content: dict[str, Any] | None = None) -> CocoFile:
     """Read and check a file in COCO's format.
 
     Annotations that cannot be used are left out and counted in `problems`.
@@ -251,11 +230,12 @@ def read_coco(file: Path, read_mask: ReadMask | None = None) -> CocoFile:
     Args:
         file: The JSON file.
         read_mask: Checks a mask. If None, categories and masks are not read.
+        content: What the file holds, if it was read from another format.
 
     Raises:
         UserError: If the file is not in COCO's format, or more than a quarter of its annotations are broken.
     """
-    content, problems = _read_json(file), Problems()
+    content, problems = _read_json(file) if content is None else content, Problems()
     classes, label_of = _read_categories(file, content, problems) if read_mask else ([], {})
     images = _read_images(file, content, problems)
     coco = CocoFile(list(images.values()), classes, problems=problems)

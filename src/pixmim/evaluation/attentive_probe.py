@@ -4,31 +4,39 @@ Efficient probing (arXiv 2506.10178). Masked image modeling spreads what it lear
 probe of their mean or of the class token understates the encoder.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.build import seeded
 from pixmim.data.dataset import BadImage
-from pixmim.evaluation.classification import class_indices, majority, open_labeled, rated, tally
+from pixmim.evaluation.classification import class_indices, majority, rated, tally
 from pixmim.evaluation.context import EvalContext, Values
-from pixmim.evaluation.patch_tokens import TokenSet, check_space, extract_tokens
+from pixmim.evaluation.patch_tokens import TokenSet, check_space, extract_tokens, token_shape
+from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
+from pixmim.evaluation.results import file_stem
 from pixmim.evaluation.settings import AttentiveSettings
 from pixmim.evaluation.visualize import heat_overlay, labeled_grid, to_rgb
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils import rng
 from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
+from pixmim.utils.files import parse_json, write_text_atomically
+from pixmim.utils.trust import inside
+from pixmim.weights.safe_load import read
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Learning rates of AdamW; the best on a held-out part of the train set is chosen."""
@@ -90,26 +98,29 @@ class FittedProbe:
 
 def check_attentive(context: EvalContext, settings: AttentiveSettings) -> None:
     """Raise UserError for data or settings that `evaluate_attentive` would refuse, or if the disk is too full."""
-    splits = open_labeled(context, settings.train, settings.test)
-    _check_count(len(splits.train))
-    check_space(context, len(splits.train) + len(splits.test))
+    smallest, images = check_repeated(context, settings)
+    _check_count(smallest)
+    check_space(context, images, len(selected_blocks(context, settings)) or 1)
 
 
 def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Values:
     """Evaluate an attentive probe on the frozen patch tokens after the final norm, and draw its attention.
 
     Yields:
-        The values of `classification.rated`, "majority", the held-out accuracy, the learning rate and the queries.
+        The values of `classification.rated`, "majority", the held-out accuracy, the learning rate and the queries, as
+        often as `repeated.repeat` does. The attention is drawn of the last probe.
 
     Raises:
         UserError: For unsuitable data.
     """
     check_attentive(context, settings)
-    with extract_tokens(context, settings.train) as train, extract_tokens(context, settings.test) as test:
-        width, classes = train.tokens.shape[2], len(train.classes)
-        queries = usable_queries(settings.queries, width)
-        if queries < settings.queries and context.console is not None:
-            print_plain(context.console, f"{queries} queries: {settings.queries} do not divide the width of {width}")
+    blocks, width = selected_blocks(context, settings), token_shape(context.encoder)[2]
+    queries = usable_queries(settings.queries, width)
+    if queries < settings.queries and context.console is not None:
+        print_plain(context.console, f"{queries} queries: {settings.queries} do not divide the width of {width}")
+    probes: list[tuple[AttentiveProbe, TokenSet]] = []
+
+    def measure(train: TokenSet, test: TokenSet) -> Values:
         probe = fit_probe(
             train,
             queries=queries,
@@ -118,14 +129,25 @@ def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Val
             device=context.encoder.device,
             console=context.console,
         )
+        probes[:] = [(probe.module, test)]
         labels = class_indices(test.classes, train.classes, "the test data")[test.labels]
-        counts = tally(predict([probe.module], test, np.arange(len(labels)))[0], labels, classes)
+        counts = tally(predict([probe.module], test, np.arange(len(labels)))[0], labels, len(train.classes))
         yield from rated(counts, train.classes)
         yield "majority", majority(counts)
         yield "held_out", 100 * probe.held_out
         yield "setting/rate", probe.rate
         yield "setting/queries", queries
-        draw_attention(context, probe.module, settings.test, test)
+
+    with ExitStack() as stack:
+        tokens = {s: stack.enter_context(extract_tokens(context, s, blocks)) for s in dict.fromkeys(settings.sources)}
+        train, test = (tokens[source] for source in settings.sources)
+        yield from repeat(context, settings, train, test, measure)
+        draw_attention(context, probes[0][0], settings.sources[1], probes[0][1])
+    if context.encoder_state == "trained" and not (settings.folds or settings.shots or settings.layers):
+        folder = inside(context.folder, "evaluations")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{file_stem('attentive', 'trained', asdict(settings))}.safetensors"
+        save_probe(probes[0][0], train[0].classes, context.encoder.step, path)
 
 
 def usable_queries(queries: int, width: int) -> int:
@@ -256,6 +278,35 @@ def draw_attention(context: EvalContext, probe: AttentiveProbe, spec: str, test:
     maps = F.interpolate(maps, size=size, mode="bilinear")
     columns = {f"query {query + 1}": heat_overlay(pixels, maps[:, i]) for i, query in enumerate(order)}
     context.images["Attention of the probe's queries"] = labeled_grid({"image": pixels, **columns}, names)
+
+
+def save_probe(probe: AttentiveProbe, classes: list[str], step: int, path: Path) -> None:
+    """Save a probe as safetensors: its `state_dict`, and in the metadata its classes and the step of the encoder."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in probe.state_dict().items()}
+    write_text_atomically(path, save(tensors, {"probe": json.dumps({"classes": classes, "step": step})}))
+
+
+def load_probe(path: Path) -> tuple[AttentiveProbe, list[str], int]:
+    """Return a saved probe in eval mode, its classes, and the step of its encoder. The file may be untrusted.
+
+    Raises:
+        UserError: If it is not a file of `save_probe`.
+    """
+    file = read(path)
+    info = parse_json(file.metadata.get("probe", "null"), str(path))
+    info = info if isinstance(info, dict) else {}
+    classes: Any = info.get("classes")
+    shapes = {name: tuple(value.shape) for name, value in file.tensors.items()}
+    queries, width = shapes["queries"] if len(shapes.get("queries", ())) == 2 else (0, 0)
+    known = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    known = known and type(info.get("step")) is int
+    fits = queries and width % queries == 0 and shapes.get("values") == (queries, width, width // queries)
+    if known and fits and shapes.get("head.weight") == (len(classes), width):
+        probe = AttentiveProbe(width, len(classes), queries)
+        if shapes == {name: tuple(value.shape) for name, value in probe.state_dict().items()}:
+            probe.load_state_dict(file.tensors)
+            return probe.eval(), classes, info["step"]
+    raise UserError(f"{path} is not an attentive probe of pixmim: repeat `pixmim evaluate attentive`")
 
 
 def _share_of_peak(step: int, steps: int) -> float:

@@ -1,6 +1,5 @@
 """Classification: check labeled data before an evaluation, and compute accuracy and recalls after it."""
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.data.dataset import BadImage, HasBytes, HasExtent, ImageDataset
+from pixmim.data.dataset import HasBytes, HasExtent, ImageDataset
+from pixmim.data.duplicates import digest, file_sizes
 from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values, check_finite
@@ -83,6 +83,7 @@ def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | No
     test_labels = indices[torch.from_numpy(cast(np.ndarray, test.labels))]
     for name, line in zip(("train", "test"), lines, strict=True):
         print_plain(out, f"{name} data: {line}")
+    check_groups(train, test)
     if not out.quiet:
         warn_shared(train, test, out)
     missing = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
@@ -90,6 +91,21 @@ def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | No
         names = shortened_list([label(train.classes[index]) for index in missing])
         print_plain(out, f"warning: {len(missing)} test classes have no train image, and a recall of 0: {names}")
     return LabeledSplits(train, test, train_labels, test_labels, train.classes)
+
+
+def check_groups(train: ImageDataset, test: ImageDataset) -> None:
+    """Raise UserError if a group, such as a patient, has images in both train and test data."""
+    names = [
+        {data.group_names[i] for i in np.unique(data.groups)} - {""} if data.groups is not None else set()
+        for data in (train, test)
+    ]
+    shared = sorted(names[0] & names[1])
+    if shared:
+        raise UserError(
+            f"{len(shared):,} groups have images in both the train data {train.spec} and the test data {test.spec}: "
+            f"{shortened_list(shared)}. Results would measure memorization: move each group to one of them, or split "
+            "one table with --labelled. If the column is no group, name another one, such as ,group=path"
+        )
 
 
 def check_classes(data: ImageDataset) -> str:
@@ -108,8 +124,9 @@ def check_classes(data: ImageDataset) -> str:
         )
     counts = np.bincount(data.labels, minlength=len(data.classes))
     _check_several(data.spec, [name for name, count in zip(data.classes, counts, strict=True) if count])
+    groups = f", in {len(np.unique(data.groups)):,} groups" if data.groups is not None else ""
     note = f" ({data.left_out})" if data.left_out else ""
-    return f"{len(data):,} images of {shares(data.classes, counts.tolist())}{note}"
+    return f"{len(data):,} images of {shares(data.classes, counts.tolist())}{groups}{note}"
 
 
 def class_indices(classes: Sequence[str], known: Sequence[str], spec: str) -> Int[Tensor, " k"]:
@@ -186,14 +203,14 @@ def shared_images(train: ImageDataset, test: ImageDataset) -> set[int]:
     shared = {index for index, location in enumerate(_locations(test, resolve)) if location in locations}
     if not resolve or not isinstance(train, HasBytes) or not isinstance(test, HasBytes):
         return shared
-    train_sizes = dict(enumerate(_file_sizes(train)))
-    test_sizes = {index: size for index, size in enumerate(_file_sizes(test)) if size and index not in shared}
+    train_sizes = dict(enumerate(file_sizes(train)))
+    test_sizes = {index: size for index, size in enumerate(file_sizes(test)) if size and index not in shared}
     common = set(train_sizes.values()) & set(test_sizes.values())
     train_rest, test_rest = ([i for i, n in sizes.items() if n in common] for sizes in (train_sizes, test_sizes))
     if sum(train_sizes[i] for i in train_rest) + sum(test_sizes[i] for i in test_rest) > _MAX_COMPARED_BYTES:
         return shared
-    digests = {_digest(train, i) for i in train_rest} - {None}
-    return shared | {i for i in test_rest if _digest(test, i) in digests}
+    digests = {digest(train, i) for i in train_rest} - {None}
+    return shared | {i for i in test_rest if digest(test, i) in digests}
 
 
 def _locations(data: ImageDataset, resolve: bool) -> Iterator[object]:
@@ -208,22 +225,6 @@ def _locations(data: ImageDataset, resolve: bool) -> Iterator[object]:
         yield (os.path.realpath(file) if resolve else os.path.join(real(folder), name)), first
 
 
-def _file_sizes(data: ImageDataset) -> Iterator[int]:
-    """Yield the bytes of each image; 0 if unknown or remote."""
-    for file, _, length in map(data.extent, range(len(data))) if isinstance(data, HasExtent) else ():
-        try:
-            yield 0 if "://" in file else length or os.stat(file).st_size
-        except (OSError, ValueError):
-            yield 0
-
-
-def _digest(data: HasBytes, index: int) -> bytes | None:
-    try:
-        return hashlib.sha256(data.read(index)).digest()
-    except BadImage:
-        return None
-
-
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """Return the 95 % confidence interval of the share `correct` / `total` by Wilson's score, both ends in [0, 1]."""
     if total == 0:
@@ -232,6 +233,17 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     center = share + z * z / (2 * total)
     margin = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return (center - margin) / (1 + z * z / total), (center + margin) / (1 + z * z / total)
+
+
+def difference_interval(correct: int, total: int, correct2: int, total2: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the second share minus the first, for independent samples.
+
+    Newcombe's hybrid of Wilson intervals (Statistics in Medicine 17, 1998, method 10).
+    """
+    (low, high), (low2, high2) = wilson_interval(correct, total), wilson_interval(correct2, total2)
+    share, share2 = correct / total, correct2 / total2
+    gain = share2 - share
+    return gain - math.hypot(share2 - low2, high - share), gain + math.hypot(high2 - share2, share - low)
 
 
 def tally(predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], classes: int) -> Int[Tensor, "2 k"]:

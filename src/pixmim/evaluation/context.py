@@ -1,13 +1,14 @@
 """Context of an evaluation: the encoder, datasets, features that are computed once, and the folder for its files."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -24,6 +25,7 @@ from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import inside
+from pixmim.utils.validation import MAX_DEPTH
 
 T = TypeVar("T")
 
@@ -44,12 +46,18 @@ class FeatureSet:
         mean: Mean of the last block's patch tokens (n d).
         labels: Class of each image (n).
         classes: Names of the classes.
+        indices: Dataset index of each image (n); None if unknown.
     """
 
     vector: Float[Tensor, "n k d"]
     mean: Float[Tensor, "n d"]
     labels: Int[Tensor, " n"]
     classes: list[str]
+    indices: Int[np.ndarray, " n"] | None = None
+
+    def select(self, rows: Int[np.ndarray, " r"]) -> "FeatureSet":
+        """Return the features of some rows."""
+        return FeatureSet(self.vector[rows], self.mean[rows], self.labels[rows], self.classes)
 
 
 @dataclass
@@ -85,16 +93,21 @@ class EvalContext:
 
     def features(self, spec: str) -> FeatureSet:
         """Return the features of a labeled dataset, computed once. Raises UserError."""
+        return self.block_features(spec)[0]
 
-        def compute() -> FeatureSet:
+    def block_features(self, spec: str, blocks: tuple[int, ...] = ()) -> list[FeatureSet]:
+        """Return the features of a labeled dataset from each of some blocks, or as `features`. Raises UserError."""
+
+        def compute() -> list[FeatureSet]:
             data = self.data(spec)
             skipped = self.skipped(data)
-            result = extract_features(self.encoder, data, skipped, console=self.console)
+            result = extract_block_features(self.encoder, data, blocks, skipped, console=self.console)
             self.print_skipped(skipped, data)
-            check_finite(result.mean, f"features of {spec}")
+            for each in result:
+                check_finite(each.mean, f"features of {spec}")
             return result
 
-        return self.cached(("features", spec), compute)
+        return self.cached(("features", spec, blocks), compute)
 
     def print_skipped(self, skipped: BadImageLog, data: ImageDataset) -> None:
         """Print how many images of a dataset are skipped, and why, if any are."""
@@ -130,19 +143,27 @@ def discard(work: Path) -> None:
         work.parent.rmdir()
 
 
+def extract_features(encoder: FrozenEncoder, data: ImageDataset, **options: Any) -> FeatureSet:
+    """Compute the features of a labeled dataset as `extract_block_features` does."""
+    return extract_block_features(encoder, data, **options)[0]
+
+
 @torch.no_grad()
-def extract_features(
+def extract_block_features(
     encoder: FrozenEncoder,
     data: ImageDataset,
+    blocks: Sequence[int] = (),
     skipped: BadImageLog | None = None,
     batch: int = 256,
     console: Console | None = None,
-) -> FeatureSet:
+) -> list[FeatureSet]:
     """Compute the features of a labeled dataset: resize to 256/224 of the size, center crop, no augmentation.
 
     Args:
         encoder: The encoder.
         data: The dataset.
+        blocks: Indices of blocks; each gets features of its own, with k = 1, all from one pass. By default one set of
+            features, with k = BLOCKS.
         skipped: Log of unreadable images.
         batch: Images per forward pass.
         console: Where to show a progress bar.
@@ -156,17 +177,22 @@ def extract_features(
         skipped = bad_image_log(data)
     encoder.check_batch(min(batch, len(data)))
     all_labels = torch.from_numpy(data.labels)  # once: some datasets compute them on each access
-    vectors, means, labels = [], [], []
+    vectors, means = ([list[Tensor]() for _ in blocks or [0]] for _ in range(2))
+    read = []
     bar = progress(f"features of {data.spec}", len(data), console)
     with bar as advance, encoder.evaluating():  # one autocast context casts weights once
         for images, indices, end in iterate_in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
             if len(indices):
-                result = features(encoder.module, encoder.preprocess(images), BLOCKS)
-                vectors.append(result.vector.float().cpu())
-                means.append(result.mean.float().cpu())
-                labels.append(all_labels[torch.from_numpy(indices)])
+                result = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else BLOCKS)
+                for i, each in enumerate(map(result.of_block, blocks) if blocks else [result]):
+                    vectors[i].append(each.vector.float().cpu())
+                    means[i].append(each.mean.float().cpu())
+                read.append(indices)
             advance(end)
-    return FeatureSet(torch.cat(vectors), torch.cat(means), torch.cat(labels), data.classes)
+    order = np.concatenate(read)
+    labels = all_labels[torch.from_numpy(order)]
+    pairs = zip(vectors, means, strict=True)
+    return [FeatureSet(torch.cat(vector), torch.cat(mean), labels, data.classes, order) for vector, mean in pairs]
 
 
 def bad_image_log(data: ImageDataset, path: Path | None = None) -> BadImageLog:

@@ -27,7 +27,8 @@ class Eval:
         settings: Class of the settings.
         needs: Data and packages that a user must have.
         display_names: Labels of values by their keys. A * in a key matches any text, and a * in the label repeats it.
-            `KEY/low` and `KEY/high`, where given, are the ends of the 95 % interval.
+            `KEY/low` and `KEY/high`, where given, are the ends of the 95 % interval; `KEY/std` is the deviation and
+            `KEY/fold/I` the values of repetitions.
         class_names: The same for the values of single classes, which only the page shows.
         unit: Unit of the values.
     """
@@ -42,12 +43,19 @@ class Eval:
 MAJORITY = "majority (always the largest class)"
 """Label of the baseline that always predicts the largest class."""
 
-_LABELED = "labeled images: --train, --test"
+_LABELED = "labeled images: --train, --test; or --labelled"
 _FEATURES = {"mean": "k-NN (k = *), mean of patch tokens", "cls": "k-NN (k = *), class token"}
 
 
 def _accuracy(title: str, prefix: str = "") -> dict[str, str]:
     return {f"{prefix}majority": MAJORITY, f"{prefix}top1": title, f"{prefix}balanced": f"{title}, balanced"}
+
+
+def _repeated(names: dict[str, str]) -> dict[str, str]:
+    """Add the labels of values by number of labels and by block: see `repeated.repeat`."""
+    each = {key: title for key, title in names.items() if key != "majority"}
+    shots = {f"shots/*/{key}": f"* labels per class: {title}" for key, title in each.items()}
+    return names | shots | {f"block/*/{key}": f"block *: {title}" for key, title in each.items()}
 
 
 def _imagenet(part: str, title: str) -> dict[str, str]:
@@ -79,26 +87,28 @@ EVALS: dict[str, Eval] = {
     "knn": Eval(
         KnnSettings,
         _LABELED,
-        {
-            "majority": MAJORITY,
-            **{
-                f"k*/{feature}/{key}": f"{title}{suffix}"
-                for feature, title in _FEATURES.items()
-                for key, suffix in (("top1", ""), ("balanced", ", balanced"))
-            },
-        },
+        _repeated(
+            {
+                "majority": MAJORITY,
+                **{
+                    f"k*/{feature}/{key}": f"{title}{suffix}"
+                    for feature, title in _FEATURES.items()
+                    for key, suffix in (("top1", ""), ("balanced", ", balanced"))
+                },
+            }
+        ),
         {f"k*/{feature}/recall/*": f"recall, {title}: *" for feature, title in _FEATURES.items()},
     ),
     "linear": Eval(
         LinearSettings,
         _LABELED,
-        _accuracy("linear probe") | _accuracy("linear probe, MAE's protocol", "mae/"),
+        _repeated(_accuracy("linear probe")) | _accuracy("linear probe, MAE's protocol", "mae/"),
         {"recall/*": "recall, linear probe: *", "mae/recall/*": "recall, linear probe, MAE's protocol: *"},
     ),
     "attentive": Eval(
         AttentiveSettings,
         _LABELED,
-        _accuracy("attentive probe"),
+        _repeated(_accuracy("attentive probe")),
         {"recall/*": "recall, attentive probe: *"},
     ),
     "finetune": Eval(

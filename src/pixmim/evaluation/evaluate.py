@@ -21,6 +21,7 @@ from pixmim.evaluation.finetune import check_finetune, evaluate_finetune
 from pixmim.evaluation.frozen_encoder import fingerprint, load_frozen_encoder, wrap_live_encoder
 from pixmim.evaluation.knn import DEFAULT_K, check_knn, evaluate_knn, knn, usable_k
 from pixmim.evaluation.linear_probe import check_linear, evaluate_linear
+from pixmim.evaluation.repeated import split_table
 from pixmim.evaluation.results import Result, versions
 from pixmim.evaluation.robustness import check_robustness, evaluate_robustness
 from pixmim.evaluation.segmentation import check_segmentation, evaluate_segmentation
@@ -76,11 +77,12 @@ def evaluate_many(
     console: Console | None = None,
     hints: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    optional_start: bool = False,
 ) -> Iterator[tuple[Result, Path]]:
     """Evaluate encoders. Weights are loaded once; datasets are opened once, and features computed once per encoder.
 
     Args:
-        models: Runs, imported folders, files of weights or timm:NAME, each with the folder for its results and
+        models: Runs, imported folders, files of weights, timm:NAME or hf:NAME, each with the folder for its results and
             unfinished work.
         evaluations: Keys of EVALUATIONS, each with its settings.
         states: "untrained" evaluates the initial weights of each run: once, if several runs have the same.
@@ -89,6 +91,7 @@ def evaluate_many(
         console: Where to print; None prints nothing.
         hints: What a file does not contain: see `weights.load.resolve_model`.
         overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
+        optional_start: Print a line for models without known initial weights, instead of an error.
 
     Yields:
         Each result and its folder, when it is complete.
@@ -104,9 +107,15 @@ def evaluate_many(
     for model, folder in models.items():
         for state in states:
             untrained = state == "untrained"
-            encoder = load_frozen_encoder(
-                model, device=device, precision=precision, untrained=untrained, hints=None if untrained else hints
-            )
+            try:
+                encoder = load_frozen_encoder(
+                    model, device=device, precision=precision, untrained=untrained, hints=None if untrained else hints
+                )
+            except UserError as error:
+                if not (untrained and optional_start):
+                    raise
+                print_plain(console or Console(quiet=True), f"{model} is evaluated without its start: {error}")
+                continue
             key = fingerprint(encoder) if untrained else model
             if any(key == other for _, _, other, _ in queue):
                 queue.append((model, folder, key, None))
@@ -158,6 +167,7 @@ def measure(context: EvalContext, model: str, evaluations: list[tuple[str, Any]]
             precision=encoder.precision,
             versions=versions(),
             pictures=dict(context.images),
+            split=split_table(context, settings),
         )
 
 
@@ -171,10 +181,10 @@ def online_knn(
     Raises:
         UserError: For data without labels.
     """
-    if not config.knn.every:
+    if not (config.knn.train or config.knn.test or config.knn.every):
         return None
     if not (config.knn.train and config.knn.test):
-        raise UserError("--knn.every needs labeled data: pass --knn.train and --knn.test")
+        raise UserError("k-NN during training needs labeled data: pass --knn.train and --knn.test")
     spec = image_spec(config)
     train_data, test_data = (
         open_dataset(data, spec, config.shard_cache_gib) for data in (config.knn.train, config.knn.test)
@@ -197,6 +207,7 @@ def online_knn(
             warned.add(warning)
             print_plain(console or Console(quiet=True), warning)
         names = ("top1", "balanced", "majority")
-        return {f"knn/{k}": v for k, v in knn(train, test) if k.count("/") < 3 and k.split("/")[-1] in names}
+        values = {f"knn/{k}": v for k, v in knn(train, test) if k.count("/") < 3 and k.split("/")[-1] in names}
+        return values | {"knn/images": len(test.labels)}
 
     return evaluate_encoder

@@ -95,7 +95,7 @@ def load_frozen_encoder(
     untrained: bool = False,
     hints: Mapping[str, Any] | None = None,
 ) -> FrozenEncoder:
-    """Load the encoder of a run, a file of weights, or timm:NAME.
+    """Load the encoder of a run, a file of weights, timm:NAME or hf:NAME.
 
     Args:
         name: See `weights.load.resolve_model`.
@@ -113,7 +113,7 @@ def load_frozen_encoder(
         return replace(encoder, notes=tuple(describe(name, weights)))
     content = read_config(Path(name).expanduser())
     if content is None:
-        raise UserError(f"{name} is not a run: its initial weights are unknown. Leave out --untrained")
+        raise UserError(f"{name} is not a run: its initial weights (--untrained) are unknown")
     config, text = pretrain_config(content[0], name), content[1]
     untrusted = untrusted_references(text, {"--init": config.init})
     if untrusted:

@@ -7,8 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluation.classification import majority, open_labeled, rated, same_classes, tally
+from pixmim.evaluation.classification import majority, rated, same_classes, tally
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values
+from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
 from pixmim.evaluation.settings import KnnSettings
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
@@ -24,17 +25,31 @@ CPU = torch.device("cpu")
 
 def check_knn(context: EvalContext, settings: KnnSettings) -> None:
     """Raise UserError for data or settings that `evaluate_knn` would refuse."""
-    usable_k(settings.k, len(open_labeled(context, settings.train, settings.test).train))
+    usable_k(settings.k, check_repeated(context, settings)[0])
 
 
 def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
-    """Classify the test data by k-NN: see `knn`. Raises UserError."""
-    check_knn(context, settings)
-    train = context.features(settings.train)
-    _, warning = usable_k(settings.k, len(train.labels))
+    """Classify the test data by k-NN: see `knn` and `repeated.repeat`. Raises UserError.
+
+    With folds or numbers of labels, a k above the number of train images keeps its name, so that means are of the same.
+    """
+    smallest, _ = check_repeated(context, settings)
+    train, test = (context.block_features(spec, selected_blocks(context, settings)) for spec in settings.sources)
+    _, warning = usable_k(settings.k, min(smallest, len(train[0].labels)))
     if warning and context.console is not None:
         print_plain(context.console, warning)
-    yield from knn(train, context.features(settings.test), settings.k, context.encoder.device)
+
+    def measure(references: FeatureSet, queries: FeatureSet) -> Values:
+        found = dict(knn(references, queries, settings.k, context.encoder.device))
+        if not (settings.folds or settings.shots):
+            yield from found.items()
+            return
+        for k in settings.k:
+            used = f"k{min(k, len(references.labels))}/"
+            yield from ((f"k{k}/{key.removeprefix(used)}", v) for key, v in found.items() if key.startswith(used))
+        yield "majority", found["majority"]
+
+    yield from repeat(context, settings, train, test, measure)
 
 
 def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:

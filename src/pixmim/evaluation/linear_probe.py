@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluation.classification import majority, open_labeled, rated, same_classes, tally
+from pixmim.evaluation.classification import majority, rated, same_classes, tally
 from pixmim.evaluation.context import BLOCKS, EvalContext, FeatureSet, Values
 from pixmim.evaluation.linear_probe_mae import check_linear_mae, evaluate_linear_mae
+from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models.base import Features
 from pixmim.utils import rng
@@ -75,19 +76,30 @@ def check_linear(context: EvalContext, settings: LinearSettings) -> None:
     if settings.protocol == "mae":
         check_linear_mae(context, settings)
     else:
-        open_labeled(context, settings.train, settings.test)
+        check_repeated(context, settings)
 
 
 def evaluate_linear(context: EvalContext, settings: LinearSettings) -> Values:
-    """Evaluate a linear probe: see `evaluate_probe`, or `evaluate_linear_mae` for MAE's protocol. Raises UserError."""
+    """Evaluate a linear probe: see `evaluate_probe` and `repeated.repeat`, or `evaluate_linear_mae` for MAE's protocol.
+
+    Raises:
+        UserError: For unsuitable data or settings.
+    """
     check_linear(context, settings)
     if settings.protocol == "mae":
         yield from evaluate_linear_mae(context, settings)
         return
-    test = context.features(settings.test)
-    labels = same_classes(context.features(settings.train), test)
-    epochs = 100 if settings.epochs is None else settings.epochs
-    yield from evaluate_probe(cached_probe(context, settings.train, epochs, settings.seed), test, labels)
+    epochs, blocks = 100 if settings.epochs is None else settings.epochs, selected_blocks(context, settings)
+
+    def measure(train: FeatureSet, test: FeatureSet) -> Values:
+        if blocks or settings.folds or settings.shots:
+            probe = fit_sweep(train, epochs=epochs, seed=settings.seed)
+        else:  # other evaluations may use it
+            probe = cached_probe(context, settings.train, epochs, settings.seed)
+        yield from evaluate_probe(probe, test, same_classes(train, test))
+
+    train, test = (context.block_features(spec, blocks) for spec in settings.sources)
+    yield from repeat(context, settings, train, test, measure)
 
 
 def cached_probe(context: EvalContext, train: str, epochs: int, seed: int) -> Probe:

@@ -1,7 +1,7 @@
 """Patch tokens of a dataset, computed once and kept in a file instead of in memory."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryFile
@@ -19,6 +19,7 @@ from pixmim.models import features
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
+from pixmim.utils.validation import MAX_DEPTH
 
 _BYTES = 2  # of a float16
 
@@ -28,31 +29,38 @@ class TokenSet:
     """Patch tokens of i images.
 
     Attributes:
-        tokens: Patch tokens after the final norm (i n d), mapped from a file.
+        tokens: Patch tokens after the final norm (t n d), mapped from a file.
         labels: Class of each image (i).
         classes: Names of the classes.
         grid: Rows and columns of the patches of an image, n in all.
         indices: Dataset index of each image (i).
+        rows: Row of `tokens` for each image (i); None if they are in the same order.
     """
 
-    tokens: Float16[np.ndarray, "i n d"]
+    tokens: Float16[np.ndarray, "t n d"]
     labels: Int[Tensor, " i"]
     classes: list[str]
     grid: tuple[int, int]
     indices: Int[np.ndarray, " i"]
+    rows: Int[np.ndarray, " i"] | None = None
 
     def batch(
         self, rows: Int[np.ndarray, " b"], device: torch.device
     ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, " b"]]:
         """Read the tokens of these rows as float32, and their labels, onto a device."""
-        tokens = torch.from_numpy(self.tokens[rows])
+        tokens = torch.from_numpy(self.tokens[rows if self.rows is None else self.rows[rows]])
         return tokens.to(device).float(), self.labels[torch.from_numpy(rows)].to(device)
 
+    def select(self, rows: Int[np.ndarray, " r"]) -> "TokenSet":
+        """Return the tokens of some rows, which stay in the file."""
+        inner = rows if self.rows is None else self.rows[rows]
+        return TokenSet(self.tokens, self.labels[rows], self.classes, self.grid, self.indices[rows], inner)
 
-def check_space(context: EvalContext, images: int) -> None:
-    """Raise UserError unless the patch tokens of this number of images fit on the disk of the context's folder."""
+
+def check_space(context: EvalContext, images: int, blocks: int = 1) -> None:
+    """Raise UserError unless the patch tokens of so many images and blocks fit on the disk of the context's folder."""
     rows, columns, width = token_shape(context.encoder)
-    needed = images * rows * columns * width * _BYTES
+    needed = images * blocks * rows * columns * width * _BYTES
     folder = next(path for path in (context.folder.absolute(), *context.folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -74,7 +82,9 @@ def token_shape(encoder: FrozenEncoder) -> tuple[int, int, int]:
 
 
 @contextmanager
-def extract_tokens(context: EvalContext, spec: str, batch: int = 256) -> Iterator[TokenSet]:
+def extract_tokens(
+    context: EvalContext, spec: str, blocks: Sequence[int] = (), batch: int = 256
+) -> Iterator[list[TokenSet]]:
     """Compute the patch tokens of a labeled dataset, on the images of `context.extract_features`.
 
     They are float16 in a file in the context's folder. It has no name where the system allows that, so nothing is left
@@ -83,6 +93,7 @@ def extract_tokens(context: EvalContext, spec: str, batch: int = 256) -> Iterato
     Args:
         context: The context.
         spec: The dataset.
+        blocks: Indices of blocks, all from one pass, each with a set of tokens; by default the last block alone.
         batch: Images per forward pass.
 
     Raises:
@@ -100,7 +111,8 @@ def extract_tokens(context: EvalContext, spec: str, batch: int = 256) -> Iterato
             crop = evaluation_crop(encoder.size)
             for images, read, end in iterate_in_order(data, crop, skipped=skipped, batch=batch):
                 if len(read):
-                    tokens = features(encoder.module, encoder.preprocess(images)).map.flatten(2).transpose(1, 2)
+                    maps = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else 1).maps
+                    tokens = torch.stack([maps[block] for block in blocks or [-1]], dim=1).flatten(3).transpose(2, 3)
                     tokens = tokens.to(torch.float16).cpu()
                     check_finite(tokens, f"patch tokens of {spec}")
                     # Written instead of assigned to a map: a full disk is then an error instead of a fatal signal.
@@ -113,5 +125,6 @@ def extract_tokens(context: EvalContext, spec: str, batch: int = 256) -> Iterato
         file.flush()
         order = np.concatenate(indices)
         labels = torch.from_numpy(np.asarray(data.labels)[order])
-        mapped = np.memmap(file, np.float16, "r", shape=(len(order), rows * columns, width))
-        yield TokenSet(mapped, labels, data.classes, (rows, columns), order)
+        count = len(blocks or [-1])
+        mapped = np.memmap(file, np.float16, "r", shape=(len(order), count, rows * columns, width))
+        yield [TokenSet(mapped[:, i], labels, data.classes, (rows, columns), order) for i in range(count)]

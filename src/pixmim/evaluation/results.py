@@ -14,7 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from pixmim.utils.files import atomic_write, write_text_atomically
+from pixmim.utils.console import csv_cell, utf8
+from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
 from pixmim.utils.trust import inside
 
 
@@ -34,6 +35,8 @@ class Result:
         precision: Precision of the evaluation.
         versions: See `versions`.
         pictures: Images by caption. In the JSON, names of PNG files in the same folder by caption.
+        split: Path, class, group and part of each image, with a header, if labeled data were split. In the JSON, the
+            name of a CSV file in the same folder.
     """
 
     evaluation: str
@@ -47,6 +50,12 @@ class Result:
     precision: str
     versions: dict[str, str]
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+    split: list[list[str]] = field(default_factory=list)
+
+    @property
+    def split_file(self) -> str:
+        """Name of the CSV file of `split`; empty without one."""
+        return f"split-{sha256(repr(self.split).encode()).hexdigest()[:10]}.csv" if self.split else ""
 
 
 def save(result: Result, folder: Path) -> Path:
@@ -56,17 +65,24 @@ def save(result: Result, folder: Path) -> Path:
     """
     folder = inside(folder, "evaluations")
     folder.mkdir(parents=True, exist_ok=True)
-    key = sha256(json.dumps(result.settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    path = folder / f"{result.evaluation}-{result.encoder}-{key}.json"
+    path = folder / f"{file_stem(result.evaluation, result.encoder, result.settings)}.json"
     names = {}
     for caption, image in result.pictures.items():
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
         names[caption] = f"{path.stem}-{words}.png"
         atomic_write(folder / names[caption], partial(image.save, format="PNG"))
-    content = asdict(replace(result, pictures={})) | {"pictures": names}
+    content = asdict(replace(result, pictures={}, split=[])) | {"pictures": names, "split": result.split_file}
+    if result.split:
+        write_csv(folder / result.split_file, (map(csv_cell, map(utf8, row)) for row in result.split))
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
     write_text_atomically(path, json.dumps(content, indent=2) + "\n")
     return path
+
+
+def file_stem(evaluation: str, encoder: str, settings: dict[str, Any]) -> str:
+    """Return the name, without suffix, of the files of an evaluation with these settings."""
+    key = sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    return f"{evaluation}-{encoder}-{key}"
 
 
 def versions() -> dict[str, str]:

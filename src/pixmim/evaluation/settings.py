@@ -3,7 +3,7 @@
 Imports no torch, so that `pixmim evaluate NAME --help` is fast.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from tyro.conf import arg
@@ -24,11 +24,12 @@ from pixmim.utils.validation import (
     Settings,
     Sides,
     Size,
+    Text,
     Threads,
 )
 
 DATA_FIELDS = (
-    *("train", "test", "data", "train_images", "test_images", "stimuli", "pairs", "coco"),
+    *("train", "test", "labelled", "data", "train_images", "test_images", "stimuli", "pairs", "coco"),
     *("imagenet_c", "imagenet_a", "imagenet_r", "imagenet_sketch"),
 )
 """Names of settings that hold data, as --data takes them."""
@@ -41,16 +42,79 @@ DropPath = Annotated[float, Real(0, 0.99)]
 
 @dataclass(frozen=True)
 class LabeledSettings(Settings):
-    """Labeled train and test data."""
+    """Labeled train and test data: two sources, or one that is split."""
 
-    train: Data
+    train: str = ""
     """Labeled data to train on: a folder with one subfolder per class, labels.csv, or another --data."""
-    test: Data
+    test: str = ""
     """Labeled data to evaluate on."""
+    labelled: str = ""
+    """Instead of both: labeled data to split by class, and by group where a table has such a column."""
+    split: Annotated[float, Real(0, 1, above=True, below=True)] = 0.8
+    """labelled: share of the images of each class to train on."""
+    split_seed: Seed = 0
+    """Seed of the split, the folds and the labels that --shots draws."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.train) != bool(self.test) or bool(self.train) == bool(self.labelled):
+            raise UserError("--train and --test must be given together, or --labelled instead, which is split")
+
+    def resolved(self) -> "LabeledSettings":
+        """Return settings with the two parts of `labelled`, unless it is for folds, as train and test data.
+
+        Raises:
+            UserError: If `labelled` is a mixture.
+        """
+        from pixmim.data.uri import SplitSpec, read_parts
+
+        if self.labelled and len(read_parts(self.labelled)) > 1:
+            raise UserError(f"--labelled takes one source, not several joined by +: '{self.labelled}'")
+        if not self.labelled or getattr(self, "folds", None):
+            return self
+        train, test = (
+            SplitSpec(side, self.split, self.split_seed).prefix + self.labelled for side in ("train", "test")
+        )
+        return replace(self, train=train, test=test, labelled="")
 
 
 @dataclass(frozen=True)
-class KnnSettings(LabeledSettings):
+class FrozenSettings(LabeledSettings):
+    """Labeled data, and what to repeat on features of a frozen encoder."""
+
+    folds: Annotated[int, Integer(0, 1_000)] = 0
+    """labelled: instead of one split, test each of so many parts once (cross-validation): mean and deviation. `all`
+    then leaves robustness to corruptions made in memory out."""
+    shots: Annotated[str, Text("(([0-9]{1,9}|all)(,([0-9]{1,9}|all))*)?", "numbers such as 10,100,all")] = ""
+    """Train on so many labels per class as well, such as 10,100,all: mean and deviation over --draws of the images.
+    The initial weights of runs are evaluated on the same images."""
+    draws: Annotated[int, Integer(1, 1_000)] = 5
+    """shots: number of random draws of the labels."""
+    layers: Annotated[str, Text("(all|[0-9]{1,4}(,[0-9]{1,4})*)?", "all, or numbers of blocks such as 1,3,5")] = ""
+    """Evaluate the features of these blocks of the encoder: all, or numbers such as 1,3,5."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds and (self.folds == 1 or not self.labelled):
+            raise UserError(f"--folds {self.folds} needs --labelled DATA, and at least 2 folds")
+        if self.shots and (self.folds or self.layers):
+            raise UserError(f"--shots {self.shots} excludes --{'folds' if self.folds else 'layers'}: use one of them")
+        if "0" in self.counts:
+            raise UserError(f"--shots must be numbers of labels from 1 on, or all, not {self.shots}")
+
+    @property
+    def counts(self) -> list[str]:
+        """Numbers of labels per class, as text: `shots` without repetitions."""
+        return list(dict.fromkeys(n.lstrip("0") or "0" for n in self.shots.split(","))) if self.shots else []
+
+    @property
+    def sources(self) -> tuple[str, str]:
+        """Data to train on and to evaluate on; the same for folds."""
+        return (self.labelled, self.labelled) if self.folds else (self.train, self.test)
+
+
+@dataclass(frozen=True)
+class KnnSettings(FrozenSettings):
     """k-NN as in DINO: cosine similarity of frozen features, votes weighted by exp(similarity / 0.07)."""
 
     k: Annotated[tuple[int, ...], Integer(1, 999_999_999)] = (1, 20)
@@ -58,7 +122,7 @@ class KnnSettings(LabeledSettings):
 
 
 @dataclass(frozen=True)
-class LinearSettings(LabeledSettings):
+class LinearSettings(FrozenSettings):
     """Linear probe on the frozen encoder: DINOv2's sweep, the best chosen on a held-out part; or MAE's protocol."""
 
     protocol: Literal["sweep", "mae"] = "sweep"
@@ -76,9 +140,14 @@ class LinearSettings(LabeledSettings):
     threads: Threads = 0
     """mae: threads that decode images; 0: one per core, at most 16."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol == "mae" and (self.folds or self.shots or self.layers):
+            raise UserError("--protocol mae trains on augmented images: leave out --folds, --shots and --layers")
+
 
 @dataclass(frozen=True)
-class AttentiveSettings(LabeledSettings):
+class AttentiveSettings(FrozenSettings):
     """Attentive probe on the frozen patch tokens: learned queries pool them for a linear layer (arXiv 2506.10178)."""
 
     queries: Annotated[int, Integer(1, MAX_WIDTH)] = 32
@@ -179,7 +248,8 @@ class SegmentationSettings(Settings):
     """Semantic segmentation by UPerNet end to end, or a linear head: mean IoU. The defaults are MAE's on ADE20K."""
 
     train: Data
-    """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both."""
+    """A folder with images/ and masks/ of the same names, or ADE20K's with training/ and validation/ in both, or with
+    masks beside the images (x_mask.png, or SAMPLE/masks/)."""
     test: Data
     """Data to evaluate on, likewise; of ADE20K's layout, validation/ is used."""
     foreground: Annotated[int | None, Integer(0, 255)] = None
@@ -235,13 +305,15 @@ class DetectionSettings(Settings):
     """Average precision of boxes and masks: Faster or Mask R-CNN on the encoder, fine-tuned as ViTDet on COCO."""
 
     train: str = ""
-    """Objects to train on: a JSON file in COCO's format, or shapes:."""
+    """Objects to train on: a JSON file in COCO's format, a folder, list or data.yaml of VOC or YOLO, or shapes:."""
     test: str = ""
     """Objects to evaluate on, likewise."""
     data: str = ""
-    """Instead of both: the folder of COCO, with annotations/, train2017/ and val2017/."""
+    """Instead of both: the folder of COCO (annotations/, train2017/, val2017/), of VOC (ImageSets/) or of YOLO
+    (data.yaml)."""
     train_images: str = ""
-    """Folder of the train images. Default: ROOT/NAME for ROOT/annotations/instances_NAME.json, or the file's own."""
+    """Folder of the train images. Default: ROOT/NAME for ROOT/annotations/instances_NAME.json, that of VOC's or YOLO's
+    layout, or the file's own."""
     test_images: str = ""
     """Folder of the test images, likewise."""
     masks: Literal["auto", "yes", "no"] = "auto"
@@ -339,7 +411,7 @@ class ShapeBiasSettings(Settings):
 
 
 @dataclass(frozen=True)
-class EvaluateAllSettings(LabeledSettings):
+class EvaluateAllSettings(FrozenSettings):
     """Run k-NN, linear and attentive probe, robustness, and the evaluations of the other flags, and write one page."""
 
     severities: Severities = (1, 2, 3, 4, 5)
@@ -363,15 +435,24 @@ class EvaluateAllSettings(LabeledSettings):
     coco: str = ""
     """The folder of COCO: detection by ViTDet's protocol as well. Takes long."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds and (self.finetune or self.stimuli):
+            raise UserError(
+                f"--folds {self.folds} excludes --{'finetune' if self.finetune else 'stimuli'}: use --split"
+            )
+
     def parts(self) -> list[tuple[str, Any]]:
         """Return the evaluations by name, with their settings."""
         imagenet = self.imagenet_c, self.imagenet_a, self.imagenet_r, self.imagenet_sketch
-        parts: list[tuple[str, Any]] = [
-            ("knn", KnnSettings(self.train, self.test)),
-            ("linear", LinearSettings(self.train, self.test)),
-            *([("attentive", AttentiveSettings(self.train, self.test))] if self.attentive else []),
-            ("robustness", RobustnessSettings(*imagenet, self.test, self.train, severities=self.severities)),
-        ]
+        common = {field.name: getattr(self, field.name) for field in fields(FrozenSettings)}
+        parts: list[tuple[str, Any]] = [("knn", KnnSettings(**common)), ("linear", LinearSettings(**common))]
+        if self.attentive:
+            parts.append(("attentive", AttentiveSettings(**common)))
+        if not self.folds or any(imagenet):
+            parts.append(
+                ("robustness", RobustnessSettings(*imagenet, self.test, self.train, severities=self.severities))
+            )
         synthetic = all(data.startswith("shapes:") and "texture=" not in data for data in (self.train, self.test))
         if self.stimuli:
             parts.append(("shape-bias", ShapeBiasSettings(self.stimuli, self.train)))

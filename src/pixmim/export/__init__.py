@@ -12,10 +12,14 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from pixmim.evaluation.attentive_probe import AttentiveProbe, load_probe
+from pixmim.export.attentive import write_probe
 from pixmim.export.huggingface import to_hf
+from pixmim.export.model_card import model_card
 from pixmim.export.onnx import to_onnx
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.files import atomic_folder, write_text_atomically
+from pixmim.utils.trust import inside
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats import MM
 from pixmim.weights.key_map import downsampling_to_previous_stage
@@ -63,9 +67,16 @@ FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
 
 
 def export_model(
-    name: str, to: str, folder: Path | None = None, push: str = "", hints: Mapping[str, Any] | None = None
+    name: str,
+    to: str,
+    folder: Path | None = None,
+    push: str = "",
+    hints: Mapping[str, Any] | None = None,
+    *,
+    description: str = "",
+    attentive: bool = False,
 ) -> list[str]:
-    """Write a model for another project into a new folder.
+    """Write a model for another project into a new folder, with a model card: README.md.
 
     Args:
         name: The model: see `resolve_model`.
@@ -73,6 +84,8 @@ def export_model(
         folder: The folder. Default: MODEL-FORMAT.
         push: Repository of the Hugging Face hub to upload the folder to.
         hints: Facts that the model's file does not contain: see `resolve_model`.
+        description: What the images of the training show, for the model card.
+        attentive: Add the newest attentive probe of the run, as attentive.safetensors and attentive.json (timm only).
 
     Returns:
         Lines to print about what was written and how to load it.
@@ -84,24 +97,45 @@ def export_model(
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
     if os.path.lexists(folder):
         raise UserError(f"{folder} already exists: choose another --out")
-    encoder = build_encoder_with_weights(weights)
+    encoder, run = build_encoder_with_weights(weights), Path(name).expanduser()
+    probe = _find_probe(run, weights, to) if attentive else None
+    eps, stretch, notes = weights.config.model.options.get("norm_eps"), weights.config.stretch, list[str]()
+    if eps is not None and to in ("timm", "mmpretrain", "detectron2"):
+        notes.append(f"{to} cannot store the layer norms' epsilon of {eps:g}: its features differ by a few thousandths")
+    if stretch:
+        text = "map these percentiles of each channel of an image to its full range first"
+        notes.append(f"{to} cannot store --stretch {stretch}: {text}")
     try:
         with atomic_folder(folder) as temporary:
             usage = FORMATS[to](weights, encoder, temporary)
+            code = [] if probe is None else write_probe(*probe, temporary, is_map=isinstance(encoder, SwinTransformer))
+            card = model_card(weights, to, usage, run, description, notes, code)
+            write_text_atomically(temporary / "README.md", card)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
     literal = json.dumps(str(folder))[1:-1].replace("'", "\\'")  # fits into a Python string with quotes of either kind
     lines = [
         *describe(name, weights),
-        f"written to {folder}",
+        f"written to {folder}, with a model card to complete: README.md",
         *(f"  {line.replace('FOLDER', literal)}" for line in usage),
     ]
-    eps = weights.config.model.options.get("norm_eps")
-    if eps is not None and to in ("timm", "mmpretrain", "detectron2"):
-        lines.append(
-            f"  {to} cannot store the layer norms' epsilon of {eps:g}: its features differ by a few thousandths"
-        )
+    lines += [f"  {note}" for note in notes]
+    if probe is not None:
+        lines.append(f"  attentive.safetensors, attentive.json: the attentive probe, {len(probe[1]):,} classes")
     return [*lines, _push(folder, push)] if push else lines
+
+
+def _find_probe(run: Path, weights: Weights, to: str) -> tuple[AttentiveProbe, list[str]]:
+    """Return the newest attentive probe of a run, and its classes. Raises UserError if none fits the weights."""
+    if to != "timm":
+        raise UserError(f"--attentive needs --to timm, not --to {to}")
+    files = sorted(inside(run, "evaluations").glob("attentive-trained-*.safetensors"), key=lambda f: f.lstat().st_mtime)
+    if not files:
+        raise UserError(f"{run} has no attentive probe: run `pixmim evaluate attentive` with it as MODEL first")
+    probe, classes, step = load_probe(inside(run, f"evaluations/{files[-1].name}"))
+    if step != weights.step:
+        raise UserError(f"the probe is of step {step:,}, the encoder of {weights.step:,}: repeat the evaluation")
+    return probe, classes
 
 
 def _push(folder: Path, repository: str) -> str:

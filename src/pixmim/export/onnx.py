@@ -70,6 +70,7 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         "img_size": config.image_size,
         "in_chans": config.channels,
         "dtype": config.dtype,
+        "stretch": config.stretch,
         "backbone": config.model.backbone,
     }
     for key, value in metadata.items():

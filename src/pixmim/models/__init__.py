@@ -13,6 +13,7 @@ from torch import nn
 
 from pixmim.models import convmae, vit
 from pixmim.models.base import MaskedModel
+from pixmim.models.feature_maps import depth as depth
 from pixmim.models.feature_maps import features as features
 from pixmim.models.mae import MAE, DecoderOptions
 from pixmim.models.simmim import SimMIM

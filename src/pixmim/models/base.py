@@ -53,15 +53,34 @@ class MaskedModel(nn.Module, ABC):
             )
 
 
+def freeze_pooling(encoder: nn.Module) -> None:
+    """Exclude what pools the patch tokens of a classifier from training: no prediction depends on it."""
+    for name in ("fc_norm", "attn_pool"):
+        if isinstance(module := getattr(encoder, name, None), nn.Module):
+            module.requires_grad_(False)
+
+
 class Features(NamedTuple):
     """Features of images from the last k blocks of an encoder, after its final norm.
 
     Attributes:
         vector: Class token of each block; the mean of the patch tokens if the encoder has no class token.
-        mean: Mean of the last block's patch tokens.
-        map: The last block's patch tokens as a map.
+        maps: The patch tokens of each block as a map.
     """
 
     vector: Float[Tensor, "b k d"]
-    mean: Float[Tensor, "b d"]
-    map: Float[Tensor, "b d rows columns"]
+    maps: list[Float[Tensor, "b d rows columns"]]
+
+    @property
+    def map(self) -> Float[Tensor, "b d rows columns"]:
+        """The last block's patch tokens as a map."""
+        return self.maps[-1]
+
+    @property
+    def mean(self) -> Float[Tensor, "b d"]:
+        """Mean of the last block's patch tokens."""
+        return self.map.mean(dim=(2, 3))
+
+    def of_block(self, index: int) -> "Features":
+        """Return the features of one of the blocks alone."""
+        return Features(self.vector[:, [index]], [self.maps[index]])

@@ -31,13 +31,12 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
         )
         # timm returns pairs (map, prefix tokens), or maps alone if there are no prefix tokens.
         last: list[Tensor] = [output[0] if isinstance(output, tuple) else output for output in outputs]
-        means = [tokens.mean(dim=(2, 3)) for tokens in last]
-        vectors = [output[1][:, 0] for output in outputs] if encoder.cls_token is not None else means
-        return Features(torch.stack(vectors, dim=1), means[-1], last[-1])
+        has_token = encoder.cls_token is not None
+        vectors = [o[1][:, 0] for o in outputs] if has_token else [tokens.mean(dim=(2, 3)) for tokens in last]
+        return Features(torch.stack(vectors, dim=1), last)
     if isinstance(encoder, SwinTransformer):
         final = encoder.forward_features(images).permute(0, 3, 1, 2)
-        mean = final.mean(dim=(2, 3))
-        return Features(mean[:, None], mean, final)
+        return Features(final.mean(dim=(2, 3))[:, None], [final])
     if isinstance(encoder, ConvMAEEncoder):
         *_, tokens = encoder.stages(images)
         each = []
@@ -45,8 +44,19 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
             tokens = block(tokens)
             each.append(tokens)
         each = [encoder.norm(tokens) for tokens in each[-blocks:]]
-        means = [tokens.mean(dim=1) for tokens in each]
-        return Features(torch.stack(means, dim=1), means[-1], each[-1].transpose(1, 2).unflatten(2, encoder.grid))
+        maps = [tokens.transpose(1, 2).unflatten(2, encoder.grid) for tokens in each]
+        return Features(torch.stack([one.mean(dim=(2, 3)) for one in maps], dim=1), maps)
+    raise unsupported_encoder(encoder)
+
+
+def depth(encoder: nn.Module) -> int:
+    """Return the number of blocks that `features` has features of. Raises UserError if the encoder is not supported."""
+    if isinstance(encoder, VisionTransformer | Beit):
+        return len(encoder.blocks)
+    if isinstance(encoder, SwinTransformer):
+        return 1
+    if isinstance(encoder, ConvMAEEncoder):
+        return len(encoder.blocks3)
     raise unsupported_encoder(encoder)
 
 

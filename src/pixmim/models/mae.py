@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixmim.masking import Mask
-from pixmim.models.base import MaskedModel
+from pixmim.models.base import MaskedModel, freeze_pooling
 from pixmim.models.vit import encode_visible, fix_sincos_positions, gather, init_like_mae, prefix_tokens
 from pixmim.utils.errors import UserError
 from pixmim.utils.patches import sincos_positions
@@ -73,6 +73,7 @@ class MAE(MaskedModel):
         grid, channels = encoder.patch_embed.grid_size, encoder.patch_embed.proj.in_channels
         init_like_mae(encoder)
         fix_sincos_positions(encoder)
+        freeze_pooling(encoder)
         for token in prefix_tokens(encoder):
             nn.init.normal_(token, std=0.02)
         self.decoder = Decoder(encoder.embed_dim, encoder.num_prefix_tokens, grid, self.patch, channels, decoder)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pixmim.masking import Mask
 from pixmim.models import vit
-from pixmim.models.base import MaskedModel
+from pixmim.models.base import MaskedModel, freeze_pooling
 from pixmim.utils.patches import patchify
 
 SimMIMEncoder = SwinTransformer | Beit | VisionTransformer
@@ -43,6 +43,7 @@ class SimMIM(MaskedModel):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed.proj.out_channels))
         predict = nn.Conv2d(width, self.stride**2 * channels * outputs, 1)
         self.head = nn.Sequential(*([nn.Conv2d(width, width, 1), nn.GELU()] if head == "mlp" else []), predict)
+        freeze_pooling(encoder)
         if not isinstance(encoder, SwinTransformer):
             init_like_simmim(encoder)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)

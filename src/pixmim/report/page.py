@@ -26,7 +26,9 @@ from pixmim.data.bad_images import read_bad_images
 from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.data.decode.image import open_image
 from pixmim.evaluation.visualize import Pixels, labeled_grid, to_image
+from pixmim.report.gain import describe_gain
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
+from pixmim.report.repeated import answers, figures
 from pixmim.report.results import ModelResults, circumstances, compare, read_results, table
 from pixmim.targets import resolve_radius
 from pixmim.training.metric_logger import is_number, read_metrics
@@ -44,7 +46,7 @@ _MAX_CURVES = 8  # values of k in the figure of periodic k-NN
 _MAX_DRAWINGS = 100  # of one run
 _MAX_FILE_BYTES = 2**25  # of a drawing
 _MAX_PIXELS = 2**25  # of all drawings of one run
-_MAJORITY = ", majority"
+_MAJORITY, _START, _HELD_OUT = ", majority", ", start", ", held out"
 DATA_MARK = " · pixmim</title>".encode()
 """In the first lines of a page: a file with this mark may be overwritten."""
 
@@ -78,6 +80,11 @@ class ReportEntry:
     problem: str = ""
     skipped: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def gain(self) -> str:
+        """Return whether the encoder is better than its start; see `describe_gain`."""
+        return describe_gain(self.config, self.metrics)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return epochs and values of one metric."""
@@ -119,11 +126,14 @@ def write_report(
             atomic_write(folder / f"step-{entry.reconstruction.step:09d}.png", partial(grid.save, format="PNG"))
     configs = [(entry.name, entry.config) for entry in entries if entry.config is not None]
     targets = [(name, config.target) for name, config in configs if config.target is not None]
-    html = _ENVIRONMENT.get_template("page.html.j2").render(
+    results = compare([ModelResults(entry.name, entry.results) for entry in entries])
+    html = ENVIRONMENT.get_template("page.html.j2").render(
         title=" and ".join(entry.name for entry in entries) if len(entries) < 4 else f"{len(entries)} runs",
         entries=entries,
         trained=[entry for entry in entries if entry.config is not None],
-        results=compare([ModelResults(entry.name, entry.results) for entry in entries]),
+        results=results,
+        answers=answers(results),
+        repeated=figures(results),
         drawings=[drawing for entry in entries for drawing in entry.drawings],
         settings=compare_settings([config for _, config in configs]),
         curves=_curves(entries),
@@ -142,9 +152,16 @@ def write_report(
 
 def results_table(folders: list[Path], width: int) -> Table:
     """Return the results of these folders as a table for a terminal of `width` columns."""
-    return table(
-        [ModelResults(name, read_results(f)) for f, name in zip(folders, unique_names(folders), strict=True)], width
-    )
+    return table(_read_all(folders), width)
+
+
+def gain_lines(folders: list[Path]) -> list[str]:
+    """Return what encoders gained over their start, by number of labels: see `repeated.answers`."""
+    return answers(compare(_read_all(folders)))
+
+
+def _read_all(folders: list[Path]) -> list[ModelResults]:
+    return [ModelResults(name, read_results(f)) for f, name in zip(folders, unique_names(folders), strict=True)]
 
 
 def unique_names(folders: list[Path]) -> list[str]:
@@ -291,9 +308,13 @@ def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
         return f"{config.knn.test} (train {config.knn.train})"
 
     loss = "Training loss. Losses compare only between runs with the same target and normalization."
+    held_out = "Dashed: center crops of held-out images, with fixed masks; that it rises shows over-fitting."
+    loss += f" {held_out}" * any("held_out_loss" in line for entry in entries for line in entry.metrics)
+    rank = "Effective rank (RankMe) of the features of held-out images; at most the number of these images."
     top1, balanced = "k-NN accuracy during training, mean of patch tokens", "k-NN accuracy during training, balanced"
     kinds: list[tuple[dict[str, str], str, str, Callable[[PretrainConfig], str]]] = [
-        ({"loss": ""}, "loss", loss, lambda config: config.data),
+        ({"loss": "", "held_out_loss": _HELD_OUT}, "loss", loss, lambda config: config.data),
+        ({"rankme": ""}, "effective rank", rank, lambda config: config.data),
         (_knn_keys("top1", entries) | {"knn/majority": _MAJORITY}, "k-NN top-1 (%)", f"{top1}.", knn_data),
         (_knn_keys("balanced", entries), "k-NN balanced (%)", f"{balanced}: all classes count equally.", knn_data),
         ({"lr": ""}, "learning rate", "Learning rate.", lambda config: ""),
@@ -306,10 +327,15 @@ def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
             for key, suffix in keys.items():
                 series = entry.series(key)
                 if isinstance(entry.config, PretrainConfig) and len(series[0]) > 1:
-                    groups.setdefault(data_of(entry.config), {})[entry.name + suffix] = series
+                    group = groups.setdefault(data_of(entry.config), {})
+                    group[entry.name + suffix] = series
+                    if entry.config.init and "k-NN" in axis and suffix != _MAJORITY:
+                        x, y = series
+                        group[entry.name + suffix + _START] = [x[0], x[-1]], [y[0], y[0]]
         for data, group in groups.items():
             measured_on = f" Measured on {label(data, 120)}." if data else ""
-            marker, dashed = "o" if "k-NN" in axis else "", [name for name in group if name.endswith(_MAJORITY)]
+            marker = "o" if "k-NN" in axis else ""
+            dashed = [name for name in group if name.endswith((_MAJORITY, _START, _HELD_OUT))]
             figures.append((caption + measured_on, plot_curves(group, x="epoch", y=axis, marker=marker, dashed=dashed)))
     return figures
 
@@ -340,6 +366,7 @@ def _printable(value: Any) -> Any:
     return value if isinstance(value, Markup) else printable_lines(str(value))
 
 
-_ENVIRONMENT = jinja2.Environment(
+ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("pixmim", "report"), autoescape=True, trim_blocks=True, finalize=_printable
 )
+"""Templates of pages. Everything they show is escaped."""

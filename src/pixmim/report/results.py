@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ _MAX_BYTES = 16 * 2**20  # of one file
 _MAX_VALUES = 200_000  # of all files
 _MAX_VALUE = 1e15
 _MAX_LABEL = 300  # characters
+_MAX_EACH = 10  # values of repetitions in a cell
+_PART = re.compile(r"(.+)/(?:low|high|std|(?:fold|draw)/\d+)", re.DOTALL)  # belongs to another value
+_IN_LABEL = ("changes", "shots", "layers")  # settings that need no mention, because labels show them
 
 
 @dataclass(frozen=True)
@@ -34,20 +38,33 @@ class ModelResults:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value, and the ends of its 95 % interval if it has one."""
+    """A value and the ends of its 95 % interval, or the mean of `each` value with their standard deviation."""
 
     value: float
     unit: str
     low: float | None = None
     high: float | None = None
+    deviation: float | None = None
+    each: tuple[float, ...] = ()
 
     @property
     def text(self) -> str:
-        return f"{self.value:.1f} {self.unit}".strip()
+        deviation = "" if self.deviation is None else f" ± {self.deviation:.1f}"
+        return f"{self.value:.1f}{deviation} {self.unit}".strip()
 
     @property
     def range(self) -> str:
-        return "" if self.low is None or self.high is None else f"{self.low:.1f} to {self.high:.1f}"
+        if self.each and len(self.each) <= _MAX_EACH:
+            return ", ".join(f"{value:.1f}" for value in self.each)
+        low, high = (min(self.each), max(self.each)) if self.each else (self.low, self.high)
+        return "" if low is None or high is None else f"{low:.1f} to {high:.1f}"
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """The 95 % interval, or one standard deviation to either side."""
+        deviation = self.deviation or 0.0
+        low, high = self.value - deviation, self.value + deviation
+        return low if self.low is None else self.low, high if self.high is None else self.high
 
 
 @dataclass(frozen=True)
@@ -59,12 +76,14 @@ class Row:
         on: Data that it was measured on.
         cells: One per column; None if it was not measured.
         per_class: True for the value of a single class.
+        key: Name of the value in the JSON.
     """
 
     label: str
     on: str
     cells: list[Cell | None]
     per_class: bool = False
+    key: str = ""
 
     def is_significant(self, cell: Cell | None) -> bool:
         """Return True if all other values are below this cell's interval."""
@@ -88,7 +107,7 @@ def read_results(folder: Path, warn: Callable[[str], None] = lambda text: None) 
         folder: The folder, which may come from elsewhere.
         warn: Called with a line for each file or value that is left out.
     """
-    paths, results, count = sorted(folder.glob("evaluations/*.json")), list[dict[str, Any]](), 0
+    paths, results, total = sorted(folder.glob("evaluations/*.json")), list[dict[str, Any]](), 0
     for path in paths[:_MAX_FILES]:
         try:
             text = read_text(inside(folder, f"evaluations/{path.name}"), _MAX_BYTES)
@@ -99,8 +118,8 @@ def read_results(folder: Path, warn: Callable[[str], None] = lambda text: None) 
         except OSError as error:
             warn(f"{path} cannot be read: {error.strerror}")
             continue
-        count += len(result["values"])
-        if count > _MAX_VALUES:
+        total += len(result["values"])
+        if total > _MAX_VALUES:
             warn(f"{folder / 'evaluations'}: more than {_MAX_VALUES:,} values; left out from {path.name} on")
             break
         if bad:
@@ -165,13 +184,17 @@ def _rows(
     suffix: str,
 ) -> Iterator[Row]:
     """Yield the rows of results with the same settings; labels end with the suffix."""
-    keys = list(dict.fromkeys(key for _, result in results for key in result["values"]))
+    every = dict.fromkeys(key for _, result in results for key in result["values"])
+    parts = {key: match[1] for key in every if (match := _PART.fullmatch(key))}
+    keys = [key for key in every if parts.get(key) not in every]
 
     def find_cell(model: ModelResults, state: str, key: str) -> Cell | None:
         for owner, result in results:
             values = result["values"]
             if owner is model and result["encoder"] == state and values.get(key) is not None:
-                return Cell(values[key], evaluation.unit, values.get(key + "/low"), values.get(key + "/high"))
+                low, high, deviation = (values.get(f"{key}/{end}") for end in ("low", "high", "std"))
+                each = [value for part in ("fold", "draw") for value in _numbered(values, f"{key}/{part}")]
+                return Cell(values[key], evaluation.unit, low, high, deviation, tuple(each))
         return None
 
     for pattern, title in [*evaluation.display_names.items(), *evaluation.class_names.items()]:
@@ -182,7 +205,16 @@ def _rows(
                 name = re.sub(r"\*", lambda _, words=words: next(words).replace("_", " "), title)  # type: ignore[misc]
                 text = label(name + suffix * (MAJORITY not in title), _MAX_LABEL)
                 cells = [find_cell(model, state, key) for model, state in columns]
-                yield Row(text, on, cells, pattern in evaluation.class_names)
+                yield Row(text, on, cells, pattern in evaluation.class_names, key)
+
+
+def _numbered(values: dict[str, Any], key: str) -> Iterator[float]:
+    """Yield the values of KEY/1, KEY/2 and so on, up to the first that is missing."""
+    for number in count(1):
+        value = values.get(f"{key}/{number}")
+        if value is None:
+            return
+        yield value
 
 
 @cache
@@ -219,7 +251,7 @@ def _differences(settings: Sequence[dict[str, Any]]) -> list[str]:
     texts = []
     for each in flat:
         group = groups[_data(each)]
-        names = [n for n in sorted(each) if n != "changes" and any(other.get(n) != each[n] for other in group)]
+        names = [n for n in sorted(each) if n not in _IN_LABEL and any(other.get(n) != each[n] for other in group)]
         texts.append("".join(f", {n} {label(str(each[n]))}" for n in names if each[n] not in (None, "", [])))
     return texts
 
@@ -250,7 +282,7 @@ def _settings_key(result: dict[str, Any]) -> str:
 
 def _data(settings: dict[str, Any]) -> str:
     """Return the test data, or the only data."""
-    return str(settings.get("test") or settings.get("data") or "")
+    return str(settings.get("test") or settings.get("labelled") or settings.get("data") or "")
 
 
 def table(models: list[ModelResults], width: int) -> Table:

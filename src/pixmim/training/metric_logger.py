@@ -132,6 +132,7 @@ class MetricLogger:
         self._count = 0
         self._start_time = self._line_time = time.perf_counter()
         self._start, self._waited, self._printed_at, self._seconds = start, 0.0, 0.0, 0.0
+        self._held_out = ""  # the last held-out loss
 
     def __enter__(self) -> "MetricLogger":
         self._bar.start()
@@ -172,7 +173,7 @@ class MetricLogger:
         rate, wait = self._count * self._images / seconds, min(1.0, (waited - self._waited) / seconds)
         position = {"step": step, "epoch": round(step * self._epoch, 6)}
         self.write({**position, **means, **values, "images_per_s": rate, "data_wait_fraction": wait})
-        text = f"loss {means.get('loss', float('nan')):.4f} · {rate:,.0f} images/s · {bound_by(wait)}"
+        text = f"loss {means.get('loss', float('nan')):.4f}{self._held_out} · {rate:,.0f} images/s · {bound_by(wait)}"
         self._bar.update(self._task, text=text)
         if not self._console.is_terminal and (now - self._printed_at > 5 or step == self._steps):
             left = (now - self._start_time) / max(1, step - self._start) * (self._steps - step)
@@ -187,6 +188,8 @@ class MetricLogger:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record as it is. If the disk is full, it is written with a later one."""
+        if "held_out_loss" in record:
+            self._held_out = f", held out {record['held_out_loss']:.4f}"
         self._unwritten += json.dumps(record) + "\n"
         self._flush()
         if self._on_write is not None and self._path is not None:
@@ -222,7 +225,8 @@ def start_summary(
     if config.target.distance == "cross_entropy":
         target += f" in {config.target.bins} bins"
     height, width = config.image_size
-    drop = f", a tenth of it from step {schedule.drop:,}" if schedule.drop is not None else ""
+    alone = f" after {schedule.decoder:,} steps that train only the decoder" if schedule.decoder else ""
+    drop = f", a tenth of it from step {schedule.decoder + schedule.drop:,}" if schedule.drop is not None else ""
     share = config.batch_size // world.size
     most = f"{'' if share % parts == 0 else 'up to '}{-(-share // parts):,}"
     split = f" in {parts} parts of {most}" if parts > 1 else ""
@@ -236,7 +240,7 @@ def start_summary(
         f"crop {config.crop.kind}",
         f"{images:,} images; {schedule.steps:,} steps of {config.batch_size:,} images = "
         f"{schedule.steps * config.batch_size / images:,.1f} epochs; "
-        f"learning rate {config.lr:.3g} after {schedule.warmup:,} steps of warm-up{drop}",
+        f"learning rate {config.lr:.3g} after {schedule.warmup:,} steps of warm-up{alone}{drop}",
         f"{hardware} in {precision}, seed {config.seed}",
     ]
     usual_lr = config.optim.base_lr * config.batch_size / 256

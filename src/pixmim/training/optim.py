@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pixmim.config import PretrainConfig
+from pixmim.config import OptimConfig, PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Schedule:
         first: Learning rate at step 0.
         drop: Step from which on the rate is a tenth of the peak (SimMIM over 800 epochs); None: a cosine.
         warmup_prefix: Start the cosine after the warm-up instead of at step 0.
+        decoder: Steps before all this in which only the decoder is trained: a short rise, then the peak.
     """
 
     steps: int
@@ -36,24 +37,30 @@ class Schedule:
     first: float = 0.0
     drop: int | None = None
     warmup_prefix: bool = True
+    decoder: int = 0
 
     @staticmethod
     def of(config: PretrainConfig, images: int) -> "Schedule":
-        """Return the schedule of a run over `images` images. Warm-up takes at most a fifth of the steps."""
+        """Return the schedule of a run over `images` images. Each warm-up takes at most a fifth of the steps."""
         steps_per_epoch, optim = images / config.batch_size, config.optim
         steps = config.steps if config.steps is not None else max(1, round(config.epochs * steps_per_epoch))
-        warmup = min(round(optim.warmup * steps_per_epoch), steps // 5)
-        drop = round(optim.lr_drop_at * steps) if optim.schedule == "step" else None
-        return Schedule(steps, warmup, config.lr, optim.min_lr, optim.warmup_start_lr, drop, optim.warmup_prefix)
+        decoder = min(round(optim.decoder_warmup * steps_per_epoch), steps // 5)
+        warmup = min(round(optim.warmup * steps_per_epoch), (steps - decoder) // 5)
+        drop = round(optim.lr_drop_at * (steps - decoder)) if optim.schedule == "step" else None
+        first, prefix = optim.warmup_start_lr, optim.warmup_prefix
+        return Schedule(steps, warmup, config.lr, optim.min_lr, first, drop, prefix, decoder)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
+        if step < self.decoder:
+            return self.peak * min(1.0, 5 * (step + 1) / self.decoder)
+        step, steps = step - self.decoder, self.steps - self.decoder
         if step < self.warmup:
             return self.first + (self.peak - self.first) * step / self.warmup
         if self.drop is not None:
             return self.peak if step < self.drop else self.peak / 10
         start = self.warmup if self.warmup_prefix else 0
-        progress = (step - start) / (self.steps - start)
+        progress = (step - start) / (steps - start)
         return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -75,6 +82,35 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def adamw_by_layer(
+    model: nn.Module,
+    layers: Mapping[str, int],
+    lr: float,
+    optim: OptimConfig,
+    exempt: tuple[str, ...] = (),
+    decoder_steps: int = 0,
+) -> torch.optim.AdamW:
+    """Create fused AdamW with layer-wise learning rates for a model whose encoder may be frozen at first.
+
+    Args:
+        model: A model with an `encoder`. All other parameters count as one layer above it, with the full rate.
+        layers: Layer of each parameter of the encoder.
+        lr: Learning rate.
+        optim: Decay from layer to layer, betas and weight decay.
+        exempt: See `adamw`.
+        decoder_steps: Steps at the start of the training in which the encoder stays as it is.
+    """
+    if optim.layer_decay == 1 and not decoder_steps:
+        return adamw(model, lr, optim.betas, optim.weight_decay, exempt)
+    top = max(layers.values()) + 1
+    named = {f"encoder.{name}": layer for name, layer in layers.items()}
+    named = {name: named.get(name, top) for name, _ in model.named_parameters()}
+    groups = layer_decay_param_groups(model, named, optim.layer_decay, optim.weight_decay, exempt)
+    for group in groups:
+        group["from_step"] = decoder_steps if group["layer"] < top else 0
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
+
+
 def layer_decay_param_groups(
     model: nn.Module, layers: Mapping[str, int], decay: float, weight_decay: float, exempt: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
@@ -89,7 +125,12 @@ def layer_decay_param_groups(
         if p.requires_grad:
             groups.setdefault((layers[name], _is_exempt(name, p, exempt)), []).append(p)
     return [
-        {"params": params, "scale": decay ** (top - layer), "weight_decay": 0.0 if plain else weight_decay}
+        {
+            "params": params,
+            "layer": layer,
+            "scale": decay ** (top - layer),
+            "weight_decay": 0.0 if plain else weight_decay,
+        }
         for (layer, plain), params in sorted(groups.items(), key=lambda item: item[0])
     ]
 
@@ -132,14 +173,21 @@ class SyncFreeOptimizer:
         """Accumulate the gradient of a loss."""
         (loss * self.state["scale"]).backward() if self._scaling else loss.backward()
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, number: int = 0) -> Tensor:
         """Apply and clear the accumulated gradient, at this learning rate times the "scale" of each group, if any.
+
+        Until the step number of its "from_step", if any, a group has rate 0: its weights stay bitwise as they are. To
+        freeze it by `requires_grad` instead would compile the model anew, and change what ranks reduce.
+
+        Args:
+            lr: Learning rate.
+            number: Number of the step, counted from 0.
 
         Returns:
             The norm of the gradient, a scalar on the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
+            group["lr"] = lr * group.get("scale", 1.0) if number >= group.get("from_step", 0) else 0.0
         s = self.state
         norm = total_norm(self._parameters) / s["scale"]
         finite = torch.isfinite(norm)

@@ -224,7 +224,7 @@ class Trainer:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             raise
-        return total, self.optimizer.step(self.lr(step))
+        return total, self.optimizer.step(self.lr(step), step)
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, waited: float) -> None:
         self.log.update(step, loss=loss, grad_norm=norm)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ def plot_curves(
     log: bool = False,
     dashed: Sequence[str] = (),
     line: tuple[float, str] | None = None,
+    ticks: Sequence[str] = (),
+    bands: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType({}),
 ) -> str:
     """Plot named series of (x, y) values as an SVG figure.
 
@@ -70,6 +73,8 @@ def plot_curves(
         log: Use a logarithmic y axis.
         dashed: Names of series drawn with dashes.
         line: Position and label of a vertical line.
+        ticks: Labels of x = 0, 1, 2, ...
+        bands: Lower and upper end of a band around each value of a series, by its name.
     """
     with matplotlib.rc_context(_SVG_STYLE):
         figure, axes = new_plot(5.2, 3.0)
@@ -77,6 +82,11 @@ def plot_curves(
             style, every = "--" if name in dashed else "-", slice(None, None, -(-len(xs) // _MAX_POINTS) or 1)
             color = PLOT_COLORS[i % len(PLOT_COLORS)]
             axes.plot(xs[every], ys[every], style, marker=marker, markersize=3, linewidth=1.6, color=color)
+            if name in bands:
+                low, high = zip(*bands[name], strict=True)
+                axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
+        if ticks:
+            axes.set_xticks(range(len(ticks)), [plot_label(tick) for tick in ticks])
         if line is not None:
             axes.axvline(line[0], color="#888", linewidth=1, linestyle=":")
             axes.annotate(

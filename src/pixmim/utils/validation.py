@@ -108,7 +108,18 @@ class Sides:
         return f"a number of pixels such as 224, or HEIGHTxWIDTH such as 192x384, at most {MAX_SIDE:,} each"
 
 
-Rule = Integer | Real | Choice | Text | Sides
+@dataclass(frozen=True)
+class Percentiles:
+    """Two percentiles, such as 1,99; empty for none."""
+
+    def takes(self, value: object) -> bool:
+        return isinstance(value, str) and (not value or parse_stretch(value) is not None)
+
+    def __str__(self) -> str:
+        return "two increasing percentiles, such as 1,99"
+
+
+Rule = Integer | Real | Choice | Text | Sides | Percentiles
 
 Positive = Annotated[float, Real(0, 1e9, above=True)]
 Count = Annotated[int, Integer(1, 999_999_999)]
@@ -120,6 +131,7 @@ LearningRate = Annotated[float, Real(0, 100, above=True)]
 Data = Annotated[str, Text(".+", "data: a folder or another source that --data takes")]
 Device = Annotated[str, Text(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", "auto, cpu, cuda, cuda:1 or mps")]
 Size = Annotated[str, Sides()]
+Stretch = Annotated[str, Percentiles()]
 
 _FLAG = Choice((True, False))
 _RATE = Real(0, 1)
@@ -170,6 +182,13 @@ def parse_size(text: str) -> tuple[int, int] | None:
         return None
     sides = [int(side) for side in text.lower().split("x")]
     return (sides[0], sides[-1]) if all(1 <= side <= MAX_SIDE for side in sides) else None
+
+
+def parse_stretch(text: str) -> tuple[float, float] | None:
+    """Return the percentiles of a text such as 1,99 or 0.5,99.5, or None if it is not two increasing ones."""
+    match = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]{1,4})?),([0-9]{1,3}(?:\.[0-9]{1,4})?)", text)
+    low, high = (float(match[1]), float(match[2])) if match else (1.0, 0.0)
+    return (low, high) if low < high <= 100 else None
 
 
 class Settings:

@@ -6,32 +6,31 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from pixmim.build import Module, build_encoder, build_model, build_on_meta
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.config_io import portable, pretrain_config, to_json
-from pixmim.models import create_pretrained
 from pixmim.models.base import MaskedModel
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.find_batch_size import in_gib
 from pixmim.training.optim import Schedule
-from pixmim.utils.errors import UserError, did_you_mean, first_line
+from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_folder, check_new, write_text_atomically
 from pixmim.utils.memory import free_memory
 from pixmim.utils.trust import inside
-from pixmim.utils.validation import Size, check_name, check_options, check_value, parse_size
+from pixmim.utils.validation import Size, check_options, check_value, parse_size
 from pixmim.weights.adapt import adapt_weights, format_shape, interpolate_tables, original_key
 from pixmim.weights.detect import Weights, read_run, read_weights, with_normalization
 from pixmim.weights.infer_config import ModelHints
+from pixmim.weights.published import download_hub, download_timm
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder, save_tensors, timm_config
 
 _DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token")
 """Prefixes of tensors outside the encoder."""
 
-_CLASSIFIER = ("head.", "fc_norm.", "norm.")
+_CLASSIFIER = ("head.", "fc_norm.", "norm.", "attn_pool.")
 """Prefixes of the encoder's tensors in which classifiers differ from pre-training."""
 
 
@@ -58,7 +57,7 @@ def load_encoder(file: str | Path, **options: Any) -> nn.Module:
     """Load an encoder, with its head if it was fine-tuned, as a timm module in evaluation mode on the CPU.
 
     Args:
-        file: As in `load_model`, or timm:NAME.
+        file: As in `load_model`, or timm:NAME, or hf:NAME.
         **options: As in `load_model`.
 
     Raises:
@@ -131,7 +130,7 @@ def _build(weights: Weights, build: Callable[[ModelConfig], Module], trained_at:
 def resolve_model(
     name: str, *, with_decoder: bool = False, head: bool = False, hints: Mapping[str, Any] | None = None
 ) -> Weights:
-    """Read the weights of a model given by name: the folder of a run, a checkpoint file or folder, or timm:NAME.
+    """Read the weights of a model by name: the folder of a run, a checkpoint file or folder, timm:NAME or hf:NAME.
 
     Args:
         name: The model. For a run, finished or not, its newest weights are read.
@@ -144,8 +143,8 @@ def resolve_model(
     """
     model_hints = _to_hints(hints or {})
     if name.startswith("timm:"):
-        return with_normalization(_download_timm(name.removeprefix("timm:"), head), model_hints)
-    path = Path(name).expanduser()
+        return with_normalization(download_timm(name.removeprefix("timm:"), head), model_hints)
+    path = download_hub(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name).expanduser()
     run = read_run(path) if path.is_dir() else None
     if run is None:
         return _in_memory(read_weights(path, model_hints))
@@ -192,31 +191,6 @@ def _in_memory(weights: Weights) -> Weights:
     if free is not None and size > free:
         raise UserError(f"the weights ({weights.format_name}) take {in_gib(size)} GiB, but {in_gib(free)} are free")
     return replace(weights, tensors={name: value.clone() for name, value in weights.tensors.items()})
-
-
-def _download_timm(name: str, head: bool) -> Weights:
-    """Return a pre-trained model of timm, which timm downloads or finds in its cache."""
-    check_name(name)
-    if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
-    cfg = timm.get_pretrained_cfg(name)
-    classes = int(cfg.num_classes or 0) if head and cfg is not None else 0
-    try:
-        module: Any = create_pretrained(name, classes)
-    except UserError:
-        raise
-    except Exception as error:  # no network or no such weights: the hub raises many exception types
-        raise UserError(f"timm:{name} cannot be loaded: {first_line(error)}") from error
-    channels, h, w = module.pretrained_cfg["input_size"]
-    config = ModelConfig(
-        model=ArchitectureConfig("timm", name, options={"num_classes": classes} if classes else {}),
-        size=f"{h}x{w}",
-        channels=channels,
-        mean=tuple(module.pretrained_cfg["mean"]),
-        std=tuple(module.pretrained_cfg["std"]),
-    )
-    tensors = {f"encoder.{name}": value for name, value in module.state_dict().items()}
-    return Weights(config, tensors, "timm's pre-trained weights")
 
 
 @torch.no_grad()
@@ -270,10 +244,12 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
     decoder = {name: value for name, value in adapted.items() if name.startswith(_DECODER)}
     names = {*decoder, *(name for name in state if name.startswith(_DECODER))}
     differing = sorted(n for n in names if n not in decoder or n not in state or decoder[n].shape != state[n].shape)
-    if not decoder:
-        lines.append("  decoder: initialized randomly (the file contains only an encoder)")
-    elif differing:
-        lines.append(f"  decoder: initialized randomly (it differs in {original_key(weights, differing[0])})")
+    if differing:
+        reason = (
+            f"it differs in {original_key(weights, differing[0])}" if decoder else "the file contains only an encoder"
+        )
+        advice = "" if config.optim.decoder_warmup else "; --optim.decoder-warmup 5 trains it before the encoder"
+        lines.append(f"  decoder: initialized randomly ({reason}){advice}")
     else:
         used |= decoder
         lines.append(f"  decoder: {len(decoder)} tensors")

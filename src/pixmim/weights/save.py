@@ -86,12 +86,12 @@ def timm_config(encoder: nn.Module, config: ModelConfig, classes: list[str] | No
         "num_classes": outputs,
         "num_features": int(encoder.num_features),  # type: ignore[arg-type]
         "global_pool": config.model.options.get("global_pool", getattr(encoder, "global_pool", "")),
-        "model_args": {**_method_options(encoder, config), **options},
+        "model_args": {**method_options(encoder, config), **options},
         "pretrained_cfg": pretrained,
     }
 
 
-def _method_options(encoder: nn.Module, config: ModelConfig) -> dict[str, Any]:
+def method_options(encoder: nn.Module, config: ModelConfig) -> dict[str, Any]:
     """Return timm's keywords that the method sets and a run's options therefore do not contain."""
     options: dict[str, Any] = {"img_size": list(config.image_size), "in_chans": config.channels}
     if isinstance(encoder, SwinTransformer) and config.model.name == "simmim":

@@ -80,12 +80,6 @@ def test_missing_values_are_refused() -> None:
             decode(written(holes, predictor=3, compression="deflate"), ImageSpec(1, "float32"))
     with pytest.raises(BadImage, match="not finite"):
         decode(written(np.full((9, 9), 1e300)), ImageSpec(1, "float32"))
-    holes = HEIGHTS.copy()
-    holes[:2] = -9999
-    tag = [(42113, "s", 0, "-9999", True)]
-    with pytest.raises(BadImage, match=r"60 of its values are missing \(no data: -9999"):
-        decode(written(holes, extratags=tag), ImageSpec(1, "float32"))
-    assert np.array_equal(decode(written(HEIGHTS, extratags=tag), ImageSpec(1, "float32"))[..., 0], HEIGHTS)
 
 
 def test_a_fourth_channel_is_transparency_only_if_it_is_tagged_so() -> None:

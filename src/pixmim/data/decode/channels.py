@@ -4,7 +4,7 @@ Channels: grey is repeated to three channels, and color becomes grey by its luma
 
 Dtypes: unsigned 8-bit and 16-bit values are fractions of their largest value, so 255, 65535 and 1.0 are equal. All
 others (floating point, signed, 32 bits) are measurements, such as metres or Hounsfield units, without a value that
-means white: only float32 takes them, unchanged. Values that are not finite are an error.
+means white: only float32 takes them, unchanged, unless they are stretched. Values that are not finite are an error.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import numpy as np
 from pixmim.data.dataset import BadImage, DType, ImageSpec
 from pixmim.data.decode.limits import check_bytes
 from pixmim.transforms.crops import Array
+from pixmim.utils.validation import parse_stretch
 
 _LUMA = np.asarray((19595, 38470, 7471), np.uint32)
 """ITU-R 601's weights of red, green and blue in units of 1/65536, rounded as in Pillow."""
@@ -26,13 +27,15 @@ class ChannelMismatch(BadImage):
 
 
 def convert(pixels: Array, form: ImageSpec) -> Array:
-    """Convert pixels (h w c) of any dtype to (h w form.channels) of form.dtype.
+    """Convert pixels (h w c) of any dtype to (h w form.channels) of form.dtype, stretched as form.stretch says.
 
     Raises:
         ChannelMismatch: If the number of channels differs, and is not 1 for 3 or 3 for 1.
         BadImage: If there is no conversion, or a value is not finite.
     """
     channels = pixels.shape[2]
+    if form.stretch:
+        pixels = _stretch(pixels, form)
     if channels != form.channels and (channels, form.channels) not in ((3, 1), (1, 3)):
         raise ChannelMismatch(
             f"{channels} channel{'s' * (channels > 1)} instead of {form.channels}: pass --channels {channels}"
@@ -48,6 +51,29 @@ def convert(pixels: Array, form: ImageSpec) -> Array:
         result[rows] = block
     if invalid:
         raise BadImage(f"{invalid:,} of its values are not finite numbers: fill or crop them first")
+    return result
+
+
+def _stretch(pixels: Array, form: ImageSpec) -> Array:
+    """Map percentiles of each channel to the full range of form.dtype; values beyond them are clipped.
+
+    Where both percentiles are one value, minimum and maximum take their place. A flat channel becomes zero.
+    """
+    percentiles = np.asarray(parse_stretch(form.stretch))
+    check_bytes(pixels.size * form.itemsize)
+    result = np.empty(pixels.shape, form.dtype)
+    white = 1.0 if form.dtype == "float32" else float(np.iinfo(form.dtype).max)
+    for k in range(pixels.shape[2]):
+        channel: Array = pixels[..., k].astype(np.uint8) if pixels.dtype == bool else pixels[..., k]
+        if invalid := channel.size - int(np.isfinite(channel).sum()):
+            raise BadImage(f"{invalid:,} of its values are not finite numbers: fill or crop them first")
+        low, high = np.percentile(channel, percentiles)
+        if low == high:
+            low, high = float(channel.min()), float(channel.max())
+        scale = 1 / (high - low) if high > low else 0.0
+        for rows in _row_blocks(pixels):
+            values = np.clip((channel[rows].astype(np.float64) - low) * scale, 0, 1) * white
+            result[rows, :, k] = values if form.dtype == "float32" else np.rint(values)
     return result
 
 

@@ -285,7 +285,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
             return JpegHeader(width, height, ord(components or b"\0"), orientation or 1, parts)
         if length < 2 or marker < 2 or 0xD0 <= marker <= 0xD9:
             break
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:  # F7 is JPEG-LS
             multi_scan, components = marker not in (0xC0, 0xC1), head[9:10]
             width, height = int.from_bytes(head[7:9], "big"), int.from_bytes(head[5:7], "big")
         elif marker == 0xE1 and not orientation and head[4:] == b"Exif\0\0":

@@ -1,7 +1,7 @@
 """Decode image files.
 
-simplejpeg decodes common JPEGs (the same pixels as Pillow, faster), `scientific` what Pillow does not read, and Pillow
-everything else. Rules:
+simplejpeg decodes common JPEGs (the same pixels as Pillow, faster), `scientific` and `dicom` what Pillow does not read,
+and Pillow everything else. Rules:
 - EXIF orientation is applied. ICC profiles are ignored: values are taken as sRGB, as in ImageNet training.
 - Transparency is composited on white, and is never a channel. Of an animation, the first frame is read.
 - The format is decided by content, whatever a file's extension is.
@@ -11,17 +11,20 @@ everything else. Rules:
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-from pixmim.data.dataset import RGB, BadImage, ImageSpec, TiffPages
+from pixmim.data.dataset import RGB, BadImage, DType, ImageSpec, TiffPages
 from pixmim.data.decode import headers
 from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, convert
+from pixmim.data.decode.dicom import is_dicom, read_dicom
 from pixmim.data.decode.kinds import HEAD_BYTES, identify
 from pixmim.data.decode.limits import MAX_PIXELS_VARIABLE, check_size, max_pixels, run_with_time_limit
+from pixmim.data.decode.no_data import TAG, fill_no_data, parse_no_data
 from pixmim.data.decode.scientific import NPY_MAGIC, read_npy, read_png16, read_tiff
 from pixmim.transforms.crops import Array
 
@@ -29,6 +32,8 @@ _PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported to register them; `Ima
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
 """Pillow's names of the formats that are read. No other format is ever opened."""
+
+HandleNoData = Callable[[Array, float | None], Array]
 
 _BLOCK = 2**20  # pixels that Pillow converts at a time
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _DEPTH = 258, 262, 277, 284, 338, 339, 32997
@@ -44,27 +49,33 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
         pixels = _decode_jpeg(data, form.channels)
         if pixels is not None:
             return convert(pixels, form)
-    pixels = read(data, form.tiff_pages, deep=form.dtype != "uint8")
+    keep = "uint16" if form.stretch and form.dtype == "uint8" else form.dtype  # all bits, for the percentiles
+    pixels = read(data, form.tiff_pages, keep, partial(fill_no_data, max_share=form.max_no_data))
     try:
         return np.ascontiguousarray(convert(pixels, form))
     except ChannelMismatch as error:
-        pages = headers.count_pages(data) if data[:4] in headers.TIFF_MAGIC and form.tiff_pages == "first" else 1
+        is_tiff = data[:4] in headers.TIFF_MAGIC and not is_dicom(data)
+        pages = headers.count_pages(data) if is_tiff and form.tiff_pages == "first" else 1
         hint = f"; or --tiff-pages channels, for its {pages} pages" if pages > 1 else ""
         raise BadImage(f"{error}{hint}") from None
 
 
-def read(data: bytes, pages: TiffPages = "first", *, deep: bool = True) -> Array:
+def read(
+    data: bytes, pages: TiffPages = "first", dtype: DType = "uint16", handle_no_data: HandleNoData = fill_no_data
+) -> Array:
     """Decode an image file to pixels (h w c) with its own channels and dtype.
 
     Args:
         data: The file's content.
-        pages: Which pages of a TIFF.
-        deep: Keep the 16 bits of color. Otherwise Pillow reads the upper 8, and no other library is needed.
+        pages: Which pages of a TIFF, or frames of a DICOM file.
+        dtype: Pixels of the run. For uint8, Pillow reads the upper 8 of 16 bits of color, and no other library is
+            needed. For float32, DICOM is read as measurements.
+        handle_no_data: Called with the pixels of a TIFF and the value of those without data, if it names one.
 
     Raises:
         BadImage: If that is not possible.
     """
-    return run_with_time_limit(lambda: _read(data, pages, deep))
+    return run_with_time_limit(lambda: _read(data, pages, dtype, handle_no_data))
 
 
 def read_numbers(data: bytes, *, color: bool = False) -> Array:
@@ -135,7 +146,8 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
     return apply_exif_orientation(pixels, header.orientation)
 
 
-def _read(data: bytes, pages: TiffPages, deep: bool) -> Array:
+def _read(data: bytes, pages: TiffPages, dtype: DType, handle_no_data: HandleNoData) -> Array:
+    deep = dtype != "uint8"
     if not data:
         raise BadImage("the file is empty")
     if data.startswith(NPY_MAGIC):
@@ -146,8 +158,10 @@ def _read(data: bytes, pages: TiffPages, deep: bool) -> Array:
             width, height = image.size
             orientation = _orientation(image)
         return read_png16(data, width, height, orientation)
+    if is_dicom(data):  # before TIFF, whose header some files have in their preamble
+        return read_dicom(data, pages, dtype)
     if data[:4] in headers.TIFF_MAGIC:
-        return _read_tiff(headers.sanitize_tiff(data, pages), pages, deep)
+        return handle_no_data(*_read_tiff(headers.sanitize_tiff(data, pages), pages, deep))
     with open_image(data) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _ppm_max_value(image) > 255:
             raise BadImage("Pillow reads only 8 bits of 16-bit color PPM: save it as PNG or TIFF")
@@ -157,8 +171,8 @@ def _read(data: bytes, pages: TiffPages, deep: bool) -> Array:
         return apply_exif_orientation(_to_array(image), _orientation(image))
 
 
-def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> Array:
-    """Read a sanitized TIFF, with Pillow if it supports all of it."""
+def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, float | None]:
+    """Read a sanitized TIFF, with Pillow if it supports all of it; also return the value of pixels without data."""
     try:
         image = _open_checked(data, ("TIFF",))
     except BadImage as error:
@@ -168,8 +182,9 @@ def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> Array:
     with image:
         if not _pillow_supports(image, deep) or (pages == "channels" and headers.count_pages(data) > 1):
             return read_tiff(data, pages)
+        value = parse_no_data(getattr(image, "tag_v2", {}).get(TAG))
         _load(image)
-        return _to_array(image)  # Pillow has applied the orientation
+        return _to_array(image), value  # Pillow has applied the orientation
 
 
 def _read_numbers(data: bytes, color: bool) -> Array:

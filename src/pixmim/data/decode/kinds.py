@@ -19,16 +19,16 @@ _ARRAYS = "save its images as .npy or TIFF first"
 _LIST = "pass a .txt with one path per line instead"
 _TABLE = "name it FILE.csv, or pass a .txt with one path per line"
 _FLOATS = "save it as a float32 TIFF first"
-_PIXEL_ARRAY = "save its pixels as .npy or 16-bit TIFF first, for example with pydicom's pixel_array"
+_DICOM = "name it FILE.dcm; without the 128 bytes before its DICM, save it again with pydicom"
 _SLICES = "save its slices as .npy or TIFF first, for example with nibabel"
 
 _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, kind, advice
     (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself: git lfs pull"),
     (0, b"/annex/objects/", "a git-annex pointer", "fetch the file itself: git annex get"),
-    (128, b"DICM", "DICOM", _PIXEL_ARRAY),
-    (0, b"\x08\0\x05\0", "DICOM", _PIXEL_ARRAY),
+    (128, b"DICM", "DICOM", _DICOM),
+    (0, b"\x08\0\x05\0", "DICOM", _DICOM),
     *((344, magic, "a NIfTI volume", _SLICES) for magic in (b"n+1\0", b"ni1\0")),
-    (0, b"PK\3\4", "a zip archive (or .npz)", _UNPACK),
+    (0, b"PK\3\4", "a zip archive (or .npz)", "pass it as --data FILE.zip, or unpack it first"),
     (0, b"\x1f\x8b", "compressed (gzip)", _UNPACK),
     (0, b"BZh", "compressed (bzip2)", _UNPACK),
     (0, b"\xfd7zXZ", "compressed (xz)", _UNPACK),

@@ -5,7 +5,7 @@ Rules for TIFF:
 - As channels, all pages of the first one's size and dtype are used, except reduced copies (overviews).
 - Packed values, such as of 12 bits, are fractions of their largest value; 12 bits stored in 16 are fractions of 65535.
 - Unsigned values are inverted if zero is white (MinIsWhite).
-- A measurement equal to GDAL's "no data" value is missing.
+- GDAL's tag names the value of pixels without data: see `no_data`.
 """
 
 import io
@@ -22,6 +22,7 @@ from pixmim.data.dataset import BadImage, TiffPages
 from pixmim.data.decode.channels import apply_exif_orientation, composite_on_white
 from pixmim.data.decode.headers import read_jpeg_header
 from pixmim.data.decode.limits import check_bytes, check_size
+from pixmim.data.decode.no_data import TAG, parse_no_data
 from pixmim.transforms.crops import Array
 from pixmim.utils.errors import first_line
 
@@ -30,12 +31,14 @@ _MAX_SIDE = 2**40
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _ASSOCIATED, _UNASSOCIATED = 1, 2
-_ORIENTATION, _NO_DATA = 274, 42113
+_ORIENTATION = 274
 _OLD_JPEG, _JPEG, _LERC = 6, 7, 34887
 
 
-def read_tiff(data: bytes, pages: TiffPages) -> Array:
-    """Read the first page of a TIFF, or all pages one after another, as (h w c). Raises BadImage.
+def read_tiff(data: bytes, pages: TiffPages) -> tuple[Array, float | None]:
+    """Read the first page of a TIFF, or all pages one after another, as (h w c), and the value of pixels without data.
+
+    That value is None if the file names none. Raises BadImage.
 
     Args:
         data: What `sanitize_tiff` returned.
@@ -49,7 +52,8 @@ def read_tiff(data: bytes, pages: TiffPages) -> Array:
             chosen = [page for page in same if not page.is_reduced]
         _check_page(first, len(chosen))
         parts = [_read_page(page, data) for page in chosen]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        value = parse_no_data(first.tags[TAG].value) if TAG in first.tags else None  # tifffile's is 0 for some
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2), value
 
 
 @contextmanager
@@ -101,8 +105,6 @@ def _read_page(page: Any, data: bytes) -> Array:
     if unsigned and bits not in (1, 8, 16):  # packed: its largest value is white
         white = np.iinfo(pixels.dtype).max
         pixels = np.rint(pixels * (white / (2**bits - 1))).astype(pixels.dtype)
-    if not unsigned and _NO_DATA in page.tags and (missing := int((pixels == page.nodata).sum())):
-        raise BadImage(f"{missing:,} of its values are missing (no data: {page.nodata}): fill or crop them first")
     extra = [int(kind) for kind in page.extrasamples]
     alpha = next((i for i, kind in enumerate(extra) if kind in (_ASSOCIATED, _UNASSOCIATED)), None)
     if alpha is not None:

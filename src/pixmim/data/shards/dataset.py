@@ -7,7 +7,7 @@ import io
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -101,6 +101,7 @@ class ShardDataset(ImageDataset):
             sizes=np.stack([entries["h"], entries["w"]], axis=1) if entries["h"].all() else None,
             shard_sizes=counts if store.is_remote else None,
         )
+        self._stored = form if kind == "shards" else replace(form, stretch="")  # a cache was stretched when it was made
         self.raw, self._names, self._store, self._entries = raw, names, store, entries
         self._starts: list[int] = [0, *np.cumsum(counts)[:-1].tolist()]
         self._keys = lru_cache(maxsize=2)(lambda shard: _unpack_keys(indexes[shard].keys, int(counts[shard])))
@@ -150,7 +151,7 @@ class ShardDataset(ImageDataset):
         data = self._read_sample(index)
         if self.raw:
             return self._raw_pixels(index, data)
-        pixels = decode(data, self.image_spec)
+        pixels = decode(data, self._stored)
         if self.sizes is not None and pixels.shape[:2] != self._entries.item(index)[-2:]:
             raise BadImage("size differs from the index")
         return pixels

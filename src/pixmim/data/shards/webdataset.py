@@ -32,7 +32,22 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path, read_file, write_text_atomically
 from pixmim.utils.threads import parallel_map
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm", "jpe", "jfif", "npy")
+IMAGE_EXTENSIONS = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "tif",
+    "tiff",
+    "bmp",
+    "gif",
+    "ppm",
+    "pgm",
+    "jpe",
+    "jfif",
+    "npy",
+    "dcm",
+)
 """Of several images in one sample, the first in this order is used."""
 
 MAX_CLASSES = 1_000_000

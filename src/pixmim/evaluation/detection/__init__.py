@@ -121,12 +121,20 @@ def _to_image_pixels(output: dict[str, Tensor], crop: SquareCrop) -> Detections:
 def _annotation_files(settings: DetectionSettings) -> tuple[str, str]:
     """Return the annotations of the train and test data. Raises UserError."""
     if settings.data and (settings.train or settings.test):
-        raise UserError("--data names both parts of COCO: leave out --train and --test")
+        raise UserError("--data names both parts: leave out --train and --test")
     if settings.data:
-        folder = Path(settings.data).expanduser() / "annotations"
+        folder = Path(settings.data).expanduser()
+        lists = folder / "ImageSets" / "Main"
+        if lists.is_dir():
+            return str(lists / "train.txt"), str(lists / ("test.txt" if (lists / "test.txt").is_file() else "val.txt"))
+        if (yaml := folder / "data.yaml").is_file():
+            return str(yaml), str(yaml)
+        folder /= "annotations"
         return str(folder / "instances_train2017.json"), str(folder / "instances_val2017.json")
     if not (settings.train and settings.test):
-        raise UserError("no data given: add --data COCO, or --train and --test (files in COCO's format, or shapes:)")
+        raise UserError(
+            "no data given: add --data COCO, or --train and --test (boxes of COCO, VOC or YOLO, or shapes:)"
+        )
     return settings.train, settings.test
 
 

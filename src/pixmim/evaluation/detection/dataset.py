@@ -1,4 +1,4 @@
-"""Images with boxes and masks from COCO files or synthetic shapes."""
+"""Images with boxes and masks from COCO files, VOC, YOLO or synthetic shapes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from pixmim.data.decode.limits import max_pixels
 from pixmim.data.image_folder import ImageFolder, check_inside
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
 from pixmim.evaluation.annotations import BinaryMask, CocoFile, CocoObject, is_number, read_coco
+from pixmim.evaluation.box_formats import read_boxes
 from pixmim.utils.errors import UserError
 
 Segmentation = Any
@@ -81,12 +82,12 @@ class DetectionDataset:
 
 
 def open_detection(spec: str, folder: str, image_spec: ImageSpec, flag: str = "--train-images") -> DetectionDataset:
-    """Open and check a COCO file, or `shapes:`.
+    """Open and check a COCO file, a dataset in the layout of VOC or YOLO (`box_formats`), or `shapes:`.
 
     Args:
-        spec: The JSON file, or shapes:.
-        folder: Folder of the images. If empty: ROOT/NAME for ROOT/annotations/instances_NAME.json, otherwise the
-            folder of the file.
+        spec: The JSON file, the folder or file of another layout, or shapes:.
+        folder: Folder of the images. If empty: that of the layout; ROOT/NAME for ROOT/annotations/instances_NAME.json;
+            otherwise the folder of the file.
         image_spec: Channels and dtype of the images.
         flag: The flag that names `folder`, for messages.
 
@@ -96,7 +97,14 @@ def open_detection(spec: str, folder: str, image_spec: ImageSpec, flag: str = "-
     if spec.startswith("shapes:"):
         return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
     file = Path(spec).expanduser()
-    if folder:
+    boxes = None
+    if file.suffix != ".json":
+        boxes = read_boxes(file, "test" if flag == "--test-images" else "train", folder)
+        if boxes is None and file.is_dir():
+            raise UserError(f"{file} has no boxes in the layout of VOC or YOLO: see docs/evaluate.md")
+    if boxes is not None:
+        root = boxes[1]
+    elif folder:
         root = Path(folder).expanduser()
     elif file.parent.name == "annotations" and file.stem.startswith("instances_"):
         root = file.parent.parent / file.stem.removeprefix("instances_")
@@ -104,7 +112,7 @@ def open_detection(spec: str, folder: str, image_spec: ImageSpec, flag: str = "-
         root = file.parent
     if file.is_file() and not root.is_dir():
         raise UserError(f"there is no folder {root} with the images of {file}: add {flag} FOLDER")
-    coco = read_coco(file, check_segmentation)
+    coco = read_coco(file, check_segmentation, content=None if boxes is None else boxes[0])
     _check_files(coco, file, root, flag)
     objects: list[list[CocoObject]] = [[] for _ in coco.images]
     for each in coco.objects:

@@ -107,7 +107,7 @@ def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, co
     pixels, ignored = counts[: len(pairs.classes)].tolist(), int(counts[IGNORE])
     share = f"; {100 * ignored / int(counts.sum()):.1f} % of the pixels do not count" if ignored else ""
     used = f"{len(pairs) - len(skipped):,} images of {shares(pairs.classes, pixels)}"
-    print_plain(console, f"{split} masks: {used}{share}")
+    print_plain(console, f"{split} masks: {used}{share}{f'; {pairs.left_out}' * bool(pairs.left_out)}")
     if len(skipped):
         print_plain(console, f"  {len(skipped):,} of {len(pairs):,} images are left out: {skipped.reasons}")
     empty = [name for name, count in zip(pairs.classes, pixels, strict=True) if not count]

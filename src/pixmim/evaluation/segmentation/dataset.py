@@ -1,4 +1,4 @@
-"""Images with a class for each pixel: folders of images and masks, ADE20K's layout, or synthetic shapes.
+"""Images with a class for each pixel: folders of images and masks, masks beside images, ADE20K's layout, or shapes.
 
 The mask is the last channel of its image, so loaders and crops treat both together.
 """
@@ -19,6 +19,7 @@ from pixmim.data.decode.image import read_numbers
 from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import ImageFolder, from_folder
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
+from pixmim.evaluation.mask_files import MASK_SUFFIXES, MaskFiles, find_masks
 from pixmim.transforms.crops import Array
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
@@ -33,7 +34,6 @@ NO_CLASS = 254
 Split = Literal["training", "validation"]
 ClassMap = npt.NDArray[np.uint8]
 
-_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 _MAX_NAMES_BYTES = 2**20
 
 
@@ -104,7 +104,8 @@ def open_segmentation(
 
     Args:
         spec: `shapes:`, or a folder with `images/` and `masks/` (or `annotations/`). In ADE20K's layout both contain
-            `training/` and `validation/`; mask value 0 is then ignored, and 1 is the first class.
+            `training/` and `validation/`; mask value 0 is then ignored, and 1 is the first class. Or a folder with
+            masks beside the images: see `mask_files`. Masks of single objects become background (0) and object (1).
         image_spec: Channels and dtype of the images.
         split: The part to open in ADE20K's layout.
         classes: Names of the classes. None: lines of classes.txt, the table objectInfo150.txt of ADE20K, or else
@@ -120,13 +121,17 @@ def open_segmentation(
     if spec.startswith("shapes:"):
         return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
     layout = _find_layout(spec, split)
-    images = from_folder(layout.images, image_spec)
-    paths = [str(Path(images.path_of(i)).relative_to(layout.images)) for i in range(len(images))]
-    images = ImageFolder(spec, layout.images, paths, image_spec)
+    paths, left_out = list(layout.beside.masks) if layout.beside else [], ""
+    if layout.beside is None:
+        folder = from_folder(layout.images, image_spec)
+        paths = [str(Path(folder.path_of(i)).relative_to(layout.images)) for i in range(len(folder))]
+    elif layout.beside.without:
+        left_out = f"{layout.beside.without:,} images without a mask beside them are left out"
+    images = ImageFolder(spec, layout.images, paths, image_spec, left_out=left_out)
     listed = _read_class_names(layout.root)
     if listed is not None and classes is not None and listed != list(classes):
         raise UserError(f"{layout.root} and the train data differ in their classes: {_difference(listed, classes)}")
-    names = list(classes or listed or [])
+    names = list(classes or listed or (["background", "object"] if layout.beside and layout.beside.instances else []))
     values = lru_cache(1)(lambda: _count_values(spec, layout, paths))
     if table is None:
         table, names = _class_table(spec, layout, names, ignore, foreground, values)
@@ -147,21 +152,39 @@ def open_segmentation(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Folders of a dataset. ignore_zero: mask value 0 does not count."""
+    """Folders of a dataset, or the masks beside its images. ignore_zero: mask value 0 does not count."""
 
     root: Path
     images: Path
     masks: Path
     ignore_zero: bool
+    beside: MaskFiles | None = None
 
     def read_mask(self, image: str) -> ClassMap:
         """Read the values of an image's mask; of a palette image the indices instead of the colors."""
+        if self.beside is None:
+            return self._read_values(self._find_mask(image))
+        masks = [self.root / mask for mask in self.beside.masks[image]]
+        if not self.beside.instances:
+            return self._read_values(masks[0])
+        union = np.zeros((0, 0), np.uint8)
+        for path in masks:
+            mask = self._read_values(path, color=True) != 0
+            if union.size and mask.shape != union.shape:
+                raise BadImage(f"masks of one image differ in size: {path}")
+            union = mask.astype(np.uint8) | union if union.size else mask.astype(np.uint8)
+        return union
+
+    def _find_mask(self, image: str) -> Path:
         stem = self.masks / image
-        path = next((p for suffix in _SUFFIXES if os.path.isfile(p := stem.with_suffix(suffix))), None)
+        path = next((p for suffix in MASK_SUFFIXES if os.path.isfile(p := stem.with_suffix(suffix))), None)
         if path is None:
             raise BadImage(f"mask not found: {stem.with_suffix('.png')}")
+        return path
+
+    def _read_values(self, path: Path, color: bool = False) -> ClassMap:
         try:
-            values = read_numbers(read_file(path, max_bytes()))
+            values = read_numbers(read_file(path, max_bytes()), color=color)
         except (OSError, BadImage) as error:
             raise BadImage(f"mask cannot be read: {path}, {getattr(error, 'strerror', None) or error}") from None
         low, high = values.min(), values.max()
@@ -178,9 +201,11 @@ def _find_layout(spec: str, split: Split) -> _Layout:
     images = root / "images"
     masks = next((root / name for name in ("masks", "annotations") if (root / name).is_dir()), None)
     if masks is None or not images.is_dir():
+        if (beside := find_masks(root)) is not None:
+            return _Layout(root, root, root, ignore_zero=False, beside=beside)
         raise UserError(
             f"{root} lacks images/ or masks/: put images into {images}, and masks of the same names into "
-            f"{root / 'masks'} (or annotations)"
+            f"{root / 'masks'} (or annotations), or x_mask.png beside each x.jpg"
         )
     if all((folder / part).is_dir() for folder in (images, masks) for part in ("training", "validation")):
         return _Layout(root, images / split, masks / split, ignore_zero=True)

@@ -1,0 +1,199 @@
+"""Images in a zip archive, read in place and by several threads. Nothing is ever extracted.
+
+The table of contents is read by `zipfile`, members by their offsets. Stored and deflated members are supported.
+"""
+
+import io
+import os
+import posixpath
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pixmim.data.dataset import RGB, BadImage, ImageSpec
+from pixmim.data.decode.limits import check_bytes
+from pixmim.data.image_folder import EXTENSIONS, ImageFolder, Listing, name_filter, open_listing
+from pixmim.data.shards.fsspec_io import file_version, is_url
+from pixmim.data.shards.local import OpenFile, ShardStore
+from pixmim.data.shards.remote import open_shards
+from pixmim.data.uri import read_options
+from pixmim.utils.errors import UserError, first_line, shown
+
+_MAX_TABLE_BYTES = 2**28  # of the table of contents: two million members of common names
+_MEMBER = np.dtype([("offset", "<i8"), ("length", "<i8"), ("size", "<i8"), ("method", "<i8"), ("crc", "<i8")])
+_HUGE = 2**62  # fits _MEMBER, and no file
+_HEADER_BYTES = 30  # of a member's own header, without its name and extra fields
+
+Member = tuple[int, int, int, int, int]
+"""Offset of the header, compressed and real number of bytes, compression method and CRC-32."""
+
+
+def is_zip(name: str) -> bool:
+    """Return True if a path or URL is named like a zip archive; a path must be a file."""
+    if is_url(name):
+        return name.split("?", 1)[0].lower().endswith(".zip")
+    return name.lower().endswith(".zip") and os.path.isfile(name)
+
+
+class ZipFolder(ImageFolder):
+    """Images in a zip archive.
+
+    Args:
+        archive: Path or URL of the archive.
+        store: Reads it, as shard 0.
+        members: Where each image is, of dtype _MEMBER (n).
+        arguments: Those of `ImageFolder`.
+    """
+
+    def __init__(self, archive: str, store: ShardStore, members: npt.NDArray[Any], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._archive, self._store, self._members = archive, store, members
+        self._root = f"{archive}/{self._root}".rstrip("/")
+        if store.is_remote:
+            self.shard_sizes = np.asarray([len(members)], np.int64)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        self._store.prefetch(shards)
+
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """Return the archive, the offset of an image's member, and the number of bytes of its file."""
+        offset, _, size, *_ = self._members[index].item()
+        return self._archive, offset, size
+
+    def read(self, index: int) -> bytes:
+        """Return the file of one image.
+
+        Raises:
+            BadImage: If it is damaged, too large, or compressed in another way.
+            UserError: If the archive has changed, or is no longer available.
+        """
+        offset, length, size, method, crc = self._members[index].item()
+        check_bytes(max(length, size))
+        try:
+            header = self._store.read(0, _HEADER_BYTES, offset)
+            if len(header) < _HEADER_BYTES or not header.startswith(b"PK\3\4"):
+                raise BadImage("damaged: its header is not where the archive's table says")
+            data = self._store.read(0, length, offset + _HEADER_BYTES + sum(struct.unpack_from("<HH", header, 26)))
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from None
+        if method == zipfile.ZIP_DEFLATED:
+            inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+            try:
+                data = inflate.decompress(data, size + 1)  # stops there, whatever follows
+            except zlib.error as error:
+                raise BadImage(f"damaged: {error}") from None
+            if zlib.crc32(data) != crc:
+                raise BadImage("damaged: its checksum differs from the archive's table")
+        elif method != zipfile.ZIP_STORED:
+            raise BadImage(f"compressed with zip's method {method}: pack it again, stored or deflated")
+        if len(data) != size:  # a stored file has no other check, as in a folder
+            raise BadImage("damaged: its size differs from the archive's table")
+        return data
+
+
+def open_zip(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ImageFolder:
+    """Open all images in a zip archive, as those of a folder.
+
+    Folders that contain everything are left out, so an archive of `photos/` is read like that folder.
+
+    Args:
+        spec: Path or URL of the archive, with options as in `photos.zip,exclude=*_mask.png`.
+        form: Channels and dtype that images are converted to.
+        shard_cache_gib: Bound of the disk cache for a remote archive, in GiB.
+
+    Raises:
+        UserError: If it cannot be read, is encrypted, has no images, or names that do not belong into an archive.
+    """
+    name, options = read_options(spec, "a zip archive", ("include", "exclude"))
+    version = file_version(name)
+    if version is None:
+        raise UserError(f"{name} does not exist")
+    store = open_shards([name], [version], shard_cache_gib)
+    members, others, links = _read_table(store.open(0), name)
+    common = posixpath.commonpath([posixpath.dirname(path) for path in members]) if members else ""
+    start = len(common) + bool(common)
+    accepts = name_filter(options.get("include", []), options.get("exclude", []))
+    by_path = {os.fsencode(path[start:]): member for path, member in members.items() if accepts(path[start:])}
+    listing = Listing(sorted(by_path), others, left_out=len(members) - len(by_path), links=links)
+    entries = np.asarray([by_path[path] for path in listing.images], _MEMBER)
+    return open_listing(
+        name, listing, options, lambda *rest: ZipFolder(name, store, entries, spec, Path(common), *rest), form
+    )
+
+
+def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], int, int]:
+    """Return the image members of an archive by path, the number of other files, and of links. Raises UserError."""
+    try:
+        with zipfile.ZipFile(_TableReader(file, name)) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, OverflowError, struct.error) as error:
+        raise UserError(f"{name} is not a zip archive that can be read: {first_line(error)}") from None
+    images, others, links, packed, encrypted = dict[str, Member](), 0, 0, 0, 0
+    unsafe, repeated = [], []
+    for info in infos:
+        name_inside = info.filename.replace("\\", "/")  # as some programs on Windows write it
+        parts = [part for part in name_inside.split("/") if part not in ("", ".")]
+        path = "/".join(parts)
+        packed += info.compress_size
+        if re.match("/|[A-Za-z]:", name_inside) or ".." in parts:
+            unsafe.append(shown(name_inside))
+        elif name_inside.endswith("/") or any(part.startswith(".") for part in parts):
+            continue
+        elif stat.S_ISLNK(info.external_attr >> 16):
+            links += 1
+        elif posixpath.splitext(path)[1].lower() not in EXTENSIONS:
+            others += 1
+        elif path in images:
+            repeated.append(shown(path))
+        else:
+            encrypted += info.flag_bits & 1
+            offset, size = min(info.header_offset, _HUGE), min(info.file_size, _HUGE)
+            images[path] = offset, info.compress_size, size, info.compress_type, info.CRC
+    problem = (
+        (unsafe and f"{len(unsafe):,} of its paths lead out of it, such as {unsafe[0]}")
+        or (repeated and f"it has several files of one path, such as {repeated[0]}")
+        or (encrypted and f"{encrypted:,} of its {len(images):,} images are encrypted: unpack it first")
+        or (packed > file.size and f"its files overlap ({packed:,} bytes in {file.size:,}): it is a zip bomb")
+    )
+    if problem:
+        raise UserError(f"the zip archive {name} is refused: {problem}")
+    return images, others, links
+
+
+class _TableReader(io.RawIOBase):
+    """What `zipfile` reads the table of contents from: an open file of bounded reads."""
+
+    def __init__(self, file: OpenFile, name: str) -> None:
+        self._file, self._name, self._at = file, name, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        position = offset + (0, self._at, self._file.size)[whence]
+        if position < 0:
+            raise OSError("before the start of the file")
+        self._at = position
+        return position
+
+    def read(self, size: int = -1) -> bytes:
+        size = self._file.size - self._at if size < 0 else size
+        if size > _MAX_TABLE_BYTES:
+            raise UserError(
+                f"{self._name} has a table of contents of more than {_MAX_TABLE_BYTES >> 20} MiB: pack it into several "
+                "archives, or into tars"
+            )
+        data = self._file.read(size, self._at)
+        self._at += len(data)
+        return data

@@ -1,0 +1,78 @@
+"""Find masks in the folders of their images.
+
+- `x_mask.png` beside `x.png` (also -mask, .mask, seg, segmentation, label, labels, gt)
+- `x.png` beside `x.jpg`
+- `SAMPLE/masks/*.png` beside the one image in `SAMPLE/images/`: one mask for each object
+"""
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from pixmim.data.image_folder import from_folder
+from pixmim.utils.errors import UserError
+
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
+"""Formats that keep numbers as they are."""
+
+_MASK_STEM = re.compile(r"(.+?)[_\-. ](?:masks?|seg|segmentation|labels?|gt)", re.IGNORECASE)
+_LOSSY = (".jpg", ".jpeg")
+
+
+class MaskFiles(NamedTuple):
+    """Masks of each image, as paths below a folder.
+
+    Args:
+        masks: The masks of each image; several only of separate objects.
+        instances: Whether each mask is one object.
+        without: Number of images without a mask.
+    """
+
+    masks: dict[str, list[str]]
+    instances: bool
+    without: int
+
+
+def find_masks(root: Path) -> MaskFiles | None:
+    """Find the masks of the images in a folder; None if there are none beside them."""
+    try:
+        files = from_folder(root)
+    except UserError:  # no images
+        return None
+    paths = [os.path.relpath(files.path_of(i), root) for i in range(len(files))]
+    for find, instances in ((_find_instances, True), (_find_named, False), (_find_twins, False)):
+        masks = find(paths)
+        if masks:
+            used = {mask for group in masks.values() for mask in group}
+            return MaskFiles(masks, instances, len(paths) - len(used) - len(masks))
+    return None
+
+
+def _find_instances(paths: list[str]) -> dict[str, list[str]]:
+    samples: dict[Path, dict[str, list[str]]] = defaultdict(lambda: {"images": [], "masks": []})
+    for path in map(Path, paths):
+        if path.parent.name in ("images", "masks") and len(path.parts) > 2:
+            samples[path.parent.parent][path.parent.name].append(str(path))
+    complete = [sample for sample in samples.values() if sample["masks"]]
+    if any(len(sample["images"]) != 1 for sample in complete):
+        return {}
+    return {sample["images"][0]: sample["masks"] for sample in complete}
+
+
+def _find_named(paths: list[str]) -> dict[str, list[str]]:
+    stem_of = {os.path.splitext(path)[0]: path for path in paths}
+    masks = {}
+    for path in paths:
+        stem, suffix = os.path.splitext(path)
+        match = _MASK_STEM.fullmatch(stem)
+        if match and suffix.lower() in MASK_SUFFIXES and match[1] in stem_of:
+            masks[stem_of[match[1]]] = [path]
+    return masks
+
+
+def _find_twins(paths: list[str]) -> dict[str, list[str]]:
+    lossy = {os.path.splitext(path)[0]: path for path in paths if path.lower().endswith(_LOSSY)}
+    lossless = {os.path.splitext(path)[0]: path for path in paths if path.lower().endswith(MASK_SUFFIXES)}
+    return {image: [lossless[stem]] for stem, image in lossy.items() if stem in lossless}

@@ -1,0 +1,103 @@
+"""Test the sentence that compares a run with its start, and its interval."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pixmim.config import OnlineKnnConfig, PretrainConfig
+from pixmim.config_io import to_json
+from pixmim.evaluation.classification import difference_interval
+from pixmim.report.gain import describe_gain, gain_summary
+from pixmim.report.page import write_report
+
+CONFIG = PretrainConfig(data="shapes:", init="my start", knn=OnlineKnnConfig("labeled/train", "labeled/test", 1.0))
+
+
+def curve(*values: float, images: int = 200) -> list[dict[str, Any]]:
+    lines = [
+        {"step": 10 * i, "epoch": float(i), "knn/k1/mean/top1": 1.0, "knn/k20/mean/top1": value, "knn/images": images}
+        for i, value in enumerate(values)
+    ]
+    return [line for pair in lines for line in (pair, {"step": pair["step"], "epoch": 0.0, "loss": 1.0})]
+
+
+def wilson_ends(share: float, n: int) -> tuple[float, float]:
+    """Return both ends by bisection of their definition: |p - share| = 1.96 sqrt(p (1 - p) / n)."""
+    ends = []
+    for outer in (0.0, 1.0):
+        inner, end = share, outer
+        for _ in range(100):
+            middle = (inner + end) / 2
+            inside = abs(middle - share) <= 1.96 * math.sqrt(middle * (1 - middle) / n)
+            inner, end = (middle, end) if inside else (inner, middle)
+        ends.append(inner)
+    return ends[0], ends[1]
+
+
+@pytest.mark.parametrize(("a", "n", "b", "m"), [(56, 70, 48, 80), (9, 10, 3, 10), (0, 20, 20, 20), (5, 9, 5, 9)])
+def test_the_interval_of_a_difference_is_newcombes(a: int, n: int, b: int, m: int) -> None:
+    (l1, u1), (l2, u2) = wilson_ends(a / n, n), wilson_ends(b / m, m)
+    p, q = a / n, b / m
+    expected = q - p - math.sqrt((q - l2) ** 2 + (u1 - p) ** 2), q - p + math.sqrt((u2 - q) ** 2 + (p - l1) ** 2)
+    assert difference_interval(a, n, b, m) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_published_example_of_the_interval() -> None:
+    """Newcombe 1998, table II, method 10: 56/70 - 48/80 = 0.2000 (0.0524 to 0.3339)."""
+    low, high = difference_interval(48, 80, 56, 70)
+    assert (low, high) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+
+def test_the_interval_covers_the_difference_in_95_percent() -> None:
+    generator, n = np.random.default_rng(0), 150
+    draws = generator.binomial(n, [0.6, 0.7], (2000, 2))
+    covered = [low <= 0.1 <= high for low, high in (difference_interval(int(a), n, int(b), n) for a, b in draws)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            (60.0, 50.0, 75.0),
+            ["better than its start", "60.0 % (53.1 to 66.5)", "75.0 % (68.6 to 80.5)", "+15.0 points"],
+        ),
+        ((60.0, 70.0, 45.0), ["worse than its start", "-15.0 points", "Use the start itself: 'my start'"]),
+        ((60.0, 62.0), ["not clearly different from its start", "+2.0 points", "at step 10"]),
+    ],
+)
+def test_the_sentence_says_better_worse_or_neither(values: tuple[float, ...], words: list[str]) -> None:
+    text = describe_gain(CONFIG, curve(*values))
+    assert all(word in text for word in [*words, "200 images of labeled/test"]), text
+
+
+def test_without_a_measured_start_there_is_no_sentence() -> None:
+    assert describe_gain(CONFIG, curve(50.0)) == describe_gain(CONFIG, []) == ""
+    assert describe_gain(CONFIG, curve(50.0, 60.0)[2:]) == ""  # it begins after the first step
+    assert describe_gain(None, curve(50.0, 60.0)) == ""
+    assert describe_gain(PretrainConfig(data="shapes:"), curve(50.0, 60.0)) == ""  # random weights
+    moved = [*curve(50.0, 60.0), *curve(0.0, 0.0, 60.0, images=90)[4:]]  # resumed with other test images
+    assert describe_gain(CONFIG, moved) == ""
+    broken = [line | {"knn/k20/mean/top1": 1e300} for line in curve(50.0, 60.0)]
+    assert describe_gain(CONFIG, broken) == describe_gain(CONFIG, curve(50.0, 60.0, images=0)) == ""
+
+
+def test_the_page_begins_with_the_sentence_and_draws_the_start(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(CONFIG))
+    lines = [line | {"knn/k20/cls/top1": 3.0, "knn/majority": 20.0} for line in curve(40.0, 55.0, 70.0)]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n".replace("'", '"') for line in lines))
+    page = write_report([folder], tmp_path / "report.html", warn=lambda _: None).read_text()
+    first = page.split("</h1>")[1].split("</p>")[0]
+    assert "better than its start" in first and "+30.0 points" in first
+    assert "run, k = 20, start" in page and "majority, start" not in page
+
+
+def test_a_measure_without_values_keeps_nothing_and_says_so(tmp_path: Path) -> None:
+    (line,) = gain_summary(replace(CONFIG, keep_best="knn"), tmp_path)
+    assert "--keep-best knn" in line and gain_summary(CONFIG, tmp_path) == []
