@@ -147,7 +147,7 @@ class Page:
     def reconstruct(self, image: str, hidden: Sequence[bool], runs: Sequence[int]) -> list[dict[str, Any]]:
         """Return the drawings of an image by several runs, each as data URLs by column, or with an "error"."""
         mask: Mask = painted_mask(hidden)
-        results = []
+        results = list[dict[str, Any]]()
         for run in runs:
             one = self._run(run)
             try:

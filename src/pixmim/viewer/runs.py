@@ -182,11 +182,12 @@ def random_mask(run: Run, kind: str, ratio: float, block_size: int, seed: int) -
         UserError: If the values do not fit the patches.
     """
     config = run.config
-    if kind not in ("random", "blocks", "as-trained"):
+    if kind == "random":
+        config = replace(config, mask=MaskConfig("random", ratio))
+    elif kind == "blocks":
+        config = replace(config, mask=MaskConfig("blocks", ratio, block_size))
+    elif kind != "as-trained":
         raise UserError(f"there is no mask '{kind[:20]}'")
-    if kind != "as-trained":
-        own = MaskConfig(kind=kind, ratio=ratio, block_size=block_size)
-        config = replace(config, mask=own)
     patch = config.image_size[0] // run.grid[0]
     return build_mask_sampler(config, patch)(step=-1 - seed, rows=[0])
 
