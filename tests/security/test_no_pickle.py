@@ -153,7 +153,9 @@ def test_no_source_file_executes_files() -> None:
     faults = {str(path.relative_to(SOURCE)): find_faults(path.read_text()) for path in SOURCE.rglob("*.py")}
     assert {name: found for name, found in faults.items() if found} == {}
     allowed = {"importlib": {"__init__.py", "training/trackers.py"}, "subprocess": {"evaluation/results.py"}}
-    for module, files in allowed.items():  # imports from literal tables; git in pixmim's own folder
+    allowed["subprocess"].add("viewer/atlas.py")
+    # Imports from literal tables; git in pixmim's own folder; embedding-atlas of this Python, without its own folder.
+    for module, files in allowed.items():
         statements = (f"import {module}", f"from {module} import import_module")
         assert {name for name in faults if any(one in (SOURCE / name).read_text() for one in statements)} <= files
 
