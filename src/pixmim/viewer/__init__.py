@@ -2,6 +2,7 @@
 
 import secrets
 import socket
+import threading
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,8 +62,8 @@ def view(
                 console, f"listening on {host}: who knows this address and its token sees your images, unencrypted"
             )
         print_plain(console, f"{address}\nCtrl-C ends it")
-        if open_browser:
-            webbrowser.open(address)
+        if open_browser:  # in a thread: a browser in the terminal returns when it is closed
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         settings = uvicorn.Config(build_app(page, token, host), log_level="error", access_log=False, lifespan="off")
         uvicorn.Server(settings).run(sockets=[listener])
 
