@@ -250,9 +250,9 @@ def test_the_python_call_splits_labeled_data(product: Path, tinted: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "--train and --test, or --labelled"),
-        ({"train": "a"}, "--train and --test, or --labelled"),
-        ({"train": "a", "test": "b", "labelled": "c"}, "--train and --test, or --labelled"),
+        ({}, "--train and --test must be given together"),
+        ({"train": "a"}, "--train and --test must be given together"),
+        ({"train": "a", "test": "b", "labelled": "c"}, "--train and --test must be given together"),
         ({"labelled": "a", "split": 1.0}, "--split must be a number above 0 and below 1, not 1"),
         ({"labelled": "a", "split": 0.0}, "--split must be a number above 0"),
         ({"labelled": "a", "folds": 1}, "--folds 1 .* at least 2 folds"),
