@@ -1,4 +1,4 @@
-"""Masks beside images are found by name, by a twin, or in a folder for each sample."""
+"""Masks next to images are found by name, by a twin, or in a folder for each sample."""
 
 from pathlib import Path
 

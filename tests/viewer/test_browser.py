@@ -1,4 +1,4 @@
-"""The page in a real browser: what it shows is what the library returns, and it asks no other host."""
+"""The page in a real browser: it shows the results of the library, and contacts no other host."""
 
 import base64
 import io
@@ -57,7 +57,7 @@ def served(runs: list[Path]) -> Iterator[tuple[str, Page]]:
 
 @pytest.fixture
 def tab(browser: Any, served: tuple[str, Page]) -> Iterator[Any]:
-    """Yield an open page, and check at the end that it had no error and asked no other host."""
+    """Yield an open page, and check at the end that it had no error and contacted no other host."""
     context, problems, hosts = browser.new_context(viewport={"width": 1280, "height": 900}), list[str](), set[str]()
     tab = context.new_page()
     tab.set_default_timeout(30_000)

@@ -1,4 +1,4 @@
-"""What the page shows is what the library returns."""
+"""The page shows the results of the library."""
 
 import base64
 import io

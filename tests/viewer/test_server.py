@@ -1,4 +1,4 @@
-"""The page's web application: who may ask it, and for what."""
+"""The page's web application: access and arguments of its requests."""
 
 import io
 import json

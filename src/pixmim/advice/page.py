@@ -1,4 +1,4 @@
-"""Write advice as a self-contained page, with pictures of near-duplicates and of images without contrast."""
+"""Write advice as a self-contained page, with small images of near-duplicates and of images without contrast."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pixmim.advice import Advice
 
 _MAX_GROUPS, _MAX_OF_GROUP, _MAX_FLAT = 12, 6, 24
-_SIDE = 112  # pixels of a picture
+_SIDE = 112  # pixels of a small image
 
 
 def check_page(folder: Path) -> Path:

@@ -36,7 +36,7 @@ def advise(args: list[str]) -> int:
             images: Images to examine, evenly distributed and always the same.
             list_file: Write a list of the images without masks, for --data.
             json_file: Write everything as JSON to a file, or to the standard output (-) instead of the text.
-            out: Folder for a page with pictures, index.html.
+            out: Folder for a page with small images, index.html.
             overwrite: Replace an existing file of --json.
             device: Device to train on: auto, cpu, cuda, cuda:1, mps.
             trial: Measure the speed of training with a few steps.

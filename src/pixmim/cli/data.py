@@ -143,18 +143,14 @@ def stats(args: list[str]) -> int:
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)
-        likely = (
-            settings.image_spec
-            if settings is not None
-            else ImageSpec(tiff_pages=tiff_pages, stretch=stretch, max_no_data=max_no_data)
-        )
+        flags = ImageSpec(tiff_pages=tiff_pages, stretch=stretch, max_no_data=max_no_data)
+        likely = flags if settings is None else settings.image_spec
         dataset = open_dataset(spec, likely)
         inspected = statistics.sample_indices(len(dataset), _INSPECTED)
         formats = statistics.count_formats(dataset, inspected, tiff_pages)
         if settings is None:
-            likely = replace(
-                statistics.choose_image_spec(formats, tiff_pages), stretch=stretch, max_no_data=max_no_data
-            )
+            found = statistics.choose_image_spec(formats, tiff_pages)
+            likely = replace(flags, channels=found.channels, dtype=found.dtype)
         chosen_dtype = likely.dtype if dtype == "auto" else dtype
         image_spec = replace(likely, channels=channels or likely.channels, dtype=chosen_dtype)
         if image_spec != dataset.image_spec:

@@ -27,11 +27,14 @@ from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 MAX_SAMPLE = 20_000
 """Most images of a survey: near-duplicates are found by comparing all pairs."""
 
+MASK_WORDS = "(?:masks?|seg|segmentation|labels?|gt)"
+"""Pattern of the words that mark a file as a mask."""
+
 _FEW = 64  # images that decide on channels, dtype and masks
 _FLAT = 0.02  # of the usual contrast, below which an image shows nothing
 _MAX_COLORS = 32  # of a mask, among up to 10,000 of its pixels
 _MIN_MASKS = 0.8  # of the candidates examined that must have few colors
-_MASK_NAME = re.compile(r"(?:^|[_\-. ])(?:masks?|seg|segmentation|labels?|gt)(?:$|[_\-. ]?\d*$)", re.IGNORECASE)
+_MASK_NAME = re.compile(rf"(?:^|[_\-. ]){MASK_WORDS}(?:$|[_\-. ]?\d*$)", re.IGNORECASE)
 _MASK_FOLDERS = {"mask", "masks", "labels", "annotations", "segmentation", "groundtruth", "ground_truth", "gt"}
 Indices = npt.NDArray[np.int64]
 
@@ -87,7 +90,7 @@ class Survey:
 
     @property
     def usable(self) -> int:
-        """Estimated number of images that are readable and not flat."""
+        """Estimated number of images that are readable and have contrast."""
         read = self.examined + sum(count for count, _ in self.unreadable.values())
         return max(1, round(self.images * (self.examined - len(self.flat)) / read))
 

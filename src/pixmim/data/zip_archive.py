@@ -169,7 +169,7 @@ def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], int, i
 
 
 class _TableReader(io.RawIOBase):
-    """What `zipfile` reads the table of contents from: an open file of bounded reads."""
+    """File from which `zipfile` reads the table of contents, by bounded reads."""
 
     def __init__(self, file: OpenFile, name: str) -> None:
         self._file, self._name, self._at = file, name, 0

@@ -6,7 +6,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +78,7 @@ def embed(
     if thumbnails and out.suffix != ".parquet":
         raise UserError(f"--thumbnails needs --out FILE.parquet, not {out}")
     if out.suffix == ".parquet":
-        _import_parquet()  # before the work
+        import_parquet()  # before the work
     work, skipped_path = out.with_name(out.name + ".partial"), out.with_name(f"{out.name}.skipped.csv")
     if work.is_symlink():
         raise UserError(f"{work} is a symbolic link: remove it first")
@@ -104,7 +104,7 @@ def embed(
         if not any(work.glob("*.npz")):
             raise UserError(f"no image of {data.spec} can be read: see {skipped_path}")
         table = _read_batches(work, len(data))
-        more, lines = _pictures(table, data, weights.config) if thumbnails else ({}, [])
+        more, lines = _map_columns(table, data, weights.config) if thumbnails else ({}, [])
         written = _write(out, table, data, more)
         shutil.rmtree(work)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}", *lines]
@@ -194,18 +194,32 @@ def _read_batches(work: Path, images: int) -> dict[str, npt.NDArray[Any]]:
     return table
 
 
-def _pictures(
+def _map_columns(
     table: dict[str, npt.NDArray[Any]], data: ImageDataset, config: ModelConfig
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the columns of `thumbnails`, and a line if there is no projection."""
-    pictures = [{"bytes": thumbnail(data.image(i), config), "path": None} for i in table["index"].tolist()]
+    thumbnails = thumbnail_column(data, table["index"].tolist(), config)
     features = table.get("mean", table.get("cls"))
     assert features is not None
     try:
         x, y = project(features).T
     except UserError as error:
-        return {"thumbnail": pictures}, [f"no columns x and y: {error}"]
-    return {"x": x, "y": y, "thumbnail": pictures}, []
+        return {"thumbnail": thumbnails}, [f"no columns x and y: {error}"]
+    return {"x": x, "y": y, "thumbnail": thumbnails}, []
+
+
+def thumbnail_column(data: ImageDataset, indices: Sequence[int], config: ModelConfig) -> list[dict[str, Any]]:
+    """Return thumbnails of images as the struct (bytes, path) of Hugging Face's datasets. Raises BadImage."""
+    return [{"bytes": thumbnail(data.image(index), config), "path": None} for index in indices]
+
+
+def file_columns(data: ImageDataset, indices: Sequence[int]) -> dict[str, list[str]]:
+    """Return the columns file and, if there are classes, class of images; the class of an image without one is ""."""
+    labels = data.labels  # once: some datasets compute them at each access
+    columns = {"file": [data.path_of(index) for index in indices]}
+    if labels is not None:
+        columns["class"] = [data.classes[labels[index]] if labels[index] >= 0 else "" for index in indices]
+    return columns
 
 
 def thumbnail(image: Shaped[Tensor, "c h w"], config: ModelConfig, side: int = 96) -> bytes:
@@ -236,27 +250,25 @@ def project(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _write(out: Path, table: dict[str, npt.NDArray[Any]], data: ImageDataset, more: Mapping[str, Any]) -> list[Path]:
-    index = table["index"].tolist()
-    files = [data.path_of(i) for i in index]
-    classes = None if data.labels is None else [data.classes[data.labels[i]] for i in index]
+    names = file_columns(data, table["index"].tolist())
     values = {key: value for key, value in table.items() if key != "index"}
     if out.suffix == ".parquet":
-        arrow, parquet = _import_parquet()
-        columns: dict[str, Any] = {"file": [utf8(name) for name in files]}
-        columns |= {"class": [utf8(name) for name in classes]} if classes is not None else {}
+        arrow, parquet = import_parquet()
+        columns: dict[str, Any] = {key: [utf8(name) for name in column] for key, column in names.items()}
         for key, value in values.items():
             columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.array(value.reshape(-1)), value.shape[1])
         atomic_write(out, partial(parquet.write_table, arrow.table(columns | dict(more))))
         return [out]
-    header = ["row", "file", *([] if classes is None else ["class"])]
-    names = zip(files, *([] if classes is None else [classes]), strict=True)
-    write_csv(out.with_suffix(".csv"), [header, *([str(i), *map(csv_cell, row)] for i, row in enumerate(names))])
+    rows = zip(*names.values(), strict=True)
+    lines = [["row", *names], *([str(i), *map(csv_cell, row)] for i, row in enumerate(rows))]
+    write_csv(out.with_suffix(".csv"), lines)
     array = np.concatenate(list(values.values()), axis=1)
     atomic_write(out, lambda file: np.save(file, array))
     return [out, out.with_suffix(".csv")]
 
 
-def _import_parquet() -> tuple[Any, Any]:
+def import_parquet() -> tuple[Any, Any]:
+    """Return the modules pyarrow and pyarrow.parquet. Raises UserError without the extra."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,8 +1,8 @@
 """Find masks in the folders of their images.
 
-- `x_mask.png` beside `x.png` (also -mask, .mask, seg, segmentation, label, labels, gt)
-- `x.png` beside `x.jpg`
-- `SAMPLE/masks/*.png` beside the one image in `SAMPLE/images/`: one mask for each object
+- `x_mask.png` next to `x.png` (also -mask, .mask, seg, segmentation, label, labels, gt)
+- `x.png` next to `x.jpg`
+- `SAMPLE/masks/*.png` for the one image in `SAMPLE/images/`: one mask for each object
 """
 
 import os
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pixmim.data.image_folder import from_folder
+from pixmim.data.survey import MASK_WORDS
 from pixmim.utils.errors import UserError
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
 """Formats that keep numbers as they are."""
 
-_MASK_STEM = re.compile(r"(.+?)[_\-. ](?:masks?|seg|segmentation|labels?|gt)", re.IGNORECASE)
+_MASK_STEM = re.compile(rf"(.+?)[_\-. ]{MASK_WORDS}", re.IGNORECASE)
 _LOSSY = (".jpg", ".jpeg")
 
 
@@ -26,7 +27,7 @@ class MaskFiles(NamedTuple):
 
     Args:
         masks: The masks of each image; several only of separate objects.
-        instances: Whether each mask is one object.
+        instances: True if each mask is one object.
         without: Number of images without a mask.
     """
 
@@ -36,7 +37,7 @@ class MaskFiles(NamedTuple):
 
 
 def find_masks(root: Path) -> MaskFiles | None:
-    """Find the masks of the images in a folder; None if there are none beside them."""
+    """Find the masks of the images in a folder; None if it has none."""
     try:
         files = from_folder(root)
     except UserError:  # no images

@@ -22,7 +22,9 @@ def nearest(
         queries: A row for each query.
         count: Rows per query; at most n are returned.
     """
-    return _top(F.normalize(features, dim=1), F.normalize(queries, dim=1), count)
+    unit = F.normalize(features, dim=1)
+    parts = [(F.normalize(part, dim=1) @ unit.T).topk(min(count, len(unit)), dim=1) for part in queries.split(_BLOCK)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def nearest_others(
@@ -69,10 +71,3 @@ def most_similar_pairs(
         if len(pairs) == count:
             break
     return [(i, j, value) for (i, j), value in pairs.items()]
-
-
-def _top(
-    unit: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], count: int
-) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    parts = [(part @ unit.T).topk(min(count, len(unit)), dim=1) for part in queries.split(_BLOCK)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

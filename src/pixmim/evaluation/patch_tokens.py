@@ -58,7 +58,7 @@ class TokenSet:
 
 
 def check_space(context: EvalContext, images: int, blocks: int = 1) -> None:
-    """Raise UserError unless the patch tokens of so many images and blocks fit on the disk of the context's folder."""
+    """Raise UserError unless the patch tokens of `images` images and `blocks` blocks fit on the context's disk."""
     rows, columns, width = token_shape(context.encoder)
     needed = images * blocks * rows * columns * width * _BYTES
     folder = next(path for path in (context.folder.absolute(), *context.folder.absolute().parents) if path.exists())

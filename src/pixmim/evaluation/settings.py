@@ -83,10 +83,10 @@ class FrozenSettings(LabeledSettings):
     """Labeled data, and what to repeat on features of a frozen encoder."""
 
     folds: Annotated[int, Integer(0, 1_000)] = 0
-    """labelled: instead of one split, test each of so many parts once (cross-validation): mean and deviation. `all`
+    """labelled: instead of one split, test each of N parts once (cross-validation): mean and deviation. `all`
     then leaves robustness to corruptions made in memory out."""
     shots: Annotated[str, Text("(([0-9]{1,9}|all)(,([0-9]{1,9}|all))*)?", "numbers such as 10,100,all")] = ""
-    """Train on so many labels per class as well, such as 10,100,all: mean and deviation over --draws of the images.
+    """Train on N labels per class as well, such as 10,100,all: mean and deviation over --draws of the images.
     The initial weights of runs are evaluated on the same images."""
     draws: Annotated[int, Integer(1, 1_000)] = 5
     """shots: number of random draws of the labels."""

@@ -49,7 +49,7 @@ def model_card(
     Args:
         weights: The exported model.
         to: The project it is exported for.
-        usage: Lines on how it is loaded; FOLDER stands for the exported folder.
+        usage: Lines on how it is loaded, with FOLDER for the exported folder.
         run: Folder of the run, whose results and unreadable images are shown; it need not exist.
         description: What the images are, in the user's words; otherwise a placeholder.
         notes: What the export leaves out.

@@ -268,10 +268,10 @@ def _read_png(path: Path, max_pixels: int) -> Pixels:
         raise BadImage(f"{path} is damaged: {error}") from error
 
 
-def data_url(pixels: Pixels) -> str:
-    """Return an image (h w c) as the data URL of a PNG."""
+def data_url(pixels: Pixels, *, optimize: bool = True) -> str:
+    """Return an image (h w c) as the data URL of a PNG; without `optimize` faster, and larger."""
     buffer = io.BytesIO()
-    to_image(pixels).save(buffer, "PNG", optimize=True)
+    to_image(pixels).save(buffer, "PNG", optimize=optimize)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -70,11 +70,17 @@ def reconstruct(weights: Weights, data: ImageDataset, count: int = 6) -> Reconst
     Raises:
         UserError: If the weights lack the decoder, or no image can be read.
     """
-    config, order = weights.config, range(len(data))
+    images, names = choose_crops(weights.config, data, count)
+    return draw(build_with_weights(weights), weights.config, images, weights.step, names)
+
+
+def choose_crops(config: ModelConfig, data: ImageDataset, count: int) -> tuple[Shaped[Tensor, "b c h w"], list[str]]:
+    """Read the center crops of `count` images, always the same, and the names of their files. Raises UserError."""
+    order = range(len(data))
     seed = config.seed if isinstance(config, PretrainConfig) else 0
     shuffled = (int(rng.shuffled(seed, "order", 2**31, len(data), [position])[0]) for position in order)
     images, names, _ = load_crops(config, data, count, order if len(data) <= count else shuffled)
-    return draw(build_with_weights(weights), config, images, weights.step, names)
+    return images, names
 
 
 def load_crops(

@@ -177,7 +177,7 @@ class SyncFreeOptimizer:
         """Apply and clear the accumulated gradient, at this learning rate times the "scale" of each group, if any.
 
         Until the step number of its "from_step", if any, a group has rate 0: its weights stay bitwise as they are. To
-        freeze it by `requires_grad` instead would compile the model anew, and change what ranks reduce.
+        freeze it by `requires_grad` instead would compile the model again, and change what ranks reduce.
 
         Args:
             lr: Learning rate.

@@ -27,7 +27,7 @@ def view(
 ) -> None:
     """Open a page for runs, their encoders and images in the browser, until Ctrl-C.
 
-    The page is served by this machine alone and asks no other. Every request needs the secret token of the printed
+    The page is served by this machine alone and contacts no other. Every request needs the secret token of the printed
     address, also on this machine, which may have other users.
 
     Args:

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pixmim.config import ModelConfig
-from pixmim.data.dataset import ImageDataset
-from pixmim.evaluation.embed import project, thumbnail
+from pixmim.data.dataset import BadImage, ImageDataset
+from pixmim.evaluation.embed import file_columns, import_parquet, project, thumbnail_column
 from pixmim.utils.console import utf8
 from pixmim.utils.errors import UserError
 from pixmim.viewer.index import Index
@@ -50,25 +50,23 @@ class Atlas:
             write_table(table, index, data, config)
             export_page(table, self.folder)
             self.state = "ready"
-        except (UserError, OSError) as error:
+        except (UserError, OSError, BadImage) as error:
             self.state = str(error)
 
 
 def write_table(out: Path, index: Index, data: ImageDataset, config: ModelConfig) -> None:
-    """Write file, class, projection and thumbnail of each image as .parquet. Raises UserError without the extra."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("the map needs embedding-atlas: pip install 'pixmim[map]'") from error
+    """Write file, class, projection and thumbnail of each image as .parquet.
+
+    Raises:
+        UserError: Without the extra.
+        BadImage: If an image cannot be read any more.
+    """
+    x, y = project(index.features.numpy()).T  # names the extra if it is missing
+    arrow, parquet = import_parquet()
     numbers = index.indices.tolist()
-    x, y = project(index.features.numpy()).T
-    columns = {"file": [utf8(data.path_of(i)) for i in numbers]}
-    labels = data.labels
-    if labels is not None:
-        columns["class"] = [utf8(data.classes[labels[i]]) if labels[i] >= 0 else "" for i in numbers]
-    pictures = [{"bytes": thumbnail(data.image(i), config), "path": None} for i in numbers]
-    pyarrow.parquet.write_table(pyarrow.table({**columns, "x": x, "y": y, "thumbnail": pictures}), out)
+    columns: dict[str, Any] = {k: [utf8(name) for name in names] for k, names in file_columns(data, numbers).items()}
+    columns |= {"x": x, "y": y, "thumbnail": thumbnail_column(data, numbers, config)}
+    parquet.write_table(arrow.table(columns), out)
 
 
 def export_page(table: Path, folder: Path) -> None:

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 
-import numpy as np
 from jaxtyping import Shaped
+from PIL import Image
 from torch import Tensor
 
 from pixmim.build import image_spec
@@ -16,7 +16,6 @@ from pixmim.config import ModelConfig
 from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.evaluation.embed import thumbnail
-from pixmim.evaluation.visualize import Pixels, to_image
 from pixmim.transforms.crops import CenterCrop, Crop, as_image, evaluation_crop
 from pixmim.utils.console import label
 from pixmim.utils.errors import UserError
@@ -67,7 +66,7 @@ class ImageStore:
         return self.data(spec).path_of(self.index(key, spec))
 
     def index(self, key: str, spec: ImageSpec) -> int:
-        """Return the number of an image of the dataset. Raises UserError if there is none with this id."""
+        """Return the number of an image of the dataset. Raises UserError for another id."""
         number = key.removeprefix("d")
         if key.startswith("d") and number.isascii() and number.isdigit() and len(number) < 16:
             if int(number) < len(self.data(spec)):
@@ -95,8 +94,8 @@ class ImageStore:
         return thumbnail(self.read(key, image_spec(config)), config, side)
 
 
-def png(pixels: Pixels) -> bytes:
-    """Encode pixels (h w c) as a PNG."""
+def png(image: Image.Image) -> bytes:
+    """Encode an image as a PNG."""
     buffer = io.BytesIO()
-    to_image(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()

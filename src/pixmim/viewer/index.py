@@ -62,7 +62,7 @@ class Index:
 
 @dataclass
 class Progress:
-    """How far the computation of an index is; `error` says why it failed."""
+    """Progress of the computation of an index; `error` is the reason if it failed."""
 
     done: int = 0
     total: int = 0
@@ -141,7 +141,7 @@ class EncoderIndex:
         return index
 
     def _read(self, identity: dict[str, str], images: int) -> Index | None:
-        """Return the saved index; None if there is none of this encoder and these images."""
+        """Return the saved index, or None without one of this encoder and these images."""
         if not self.file.exists():
             return None
         try:

@@ -1,9 +1,7 @@
-"""What the page shows, as plain data and images. `server` gives each method an address."""
+"""Contents of the page, as plain data and images. `server` gives each method an address."""
 
-import base64
 import csv
 import io
-import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +11,11 @@ from pixmim.build import image_spec
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import read_bad_images
 from pixmim.data.dataset import ImageDataset, ImageSpec
-from pixmim.evaluation.visualize import labeled_grid
+from pixmim.evaluation.visualize import labeled_grid, to_image
 from pixmim.masking import Mask
 from pixmim.report.attention import draw_attention
-from pixmim.report.page import compare_settings, open_run_data, unique_names
-from pixmim.report.reconstruct import COLUMNS, load_crops
+from pixmim.report.page import compare_settings, data_url, open_run_data, unique_names
+from pixmim.report.reconstruct import COLUMNS, choose_crops
 from pixmim.targets import resolve_radius
 from pixmim.utils.console import csv_cell, label, printable
 from pixmim.utils.errors import UserError
@@ -110,20 +108,16 @@ class Page:
     def checkpoint(self, run: int, step: int) -> bytes:
         """Return a PNG of the reconstructions by a checkpoint; images and masks are the same for all checkpoints."""
         config = self._run(run).config
-        data = self._images.data(image_spec(config))
-        order = random.Random(0).sample(range(len(data)), min(len(data), 4 * _SHEET))
-        crops, names, _ = load_crops(config, data, _SHEET, order)
+        crops, names = choose_crops(config, self._images.data(image_spec(config)), _SHEET)
         drawn = self._models.checkpoint(run, step, crops, names)
-        buffer = io.BytesIO()
-        labeled_grid(drawn.columns, drawn.names, 176).save(buffer, "PNG")
-        return buffer.getvalue()
+        return png(labeled_grid(drawn.columns, drawn.names, 176))
 
     def upload(self, content: bytes, name: str) -> dict[str, str]:
         """Keep an uploaded image; return its id and name. Raises UserError if it cannot be decoded."""
         return {"image": self._images.add(content, name, self._spec), "name": label(name)}
 
     def image(self, image: str) -> dict[str, Any]:
-        """Return the name and class of an image. Raises UserError if there is none."""
+        """Return the name and class of an image. Raises UserError if it does not exist."""
         return {"image": image, "name": label(self._images.name(image, self._spec), 80), "class": self._class_of(image)}
 
     def _class_of(self, image: str) -> str:
@@ -155,7 +149,7 @@ class Page:
             except UserError as error:
                 results.append({"name": one.name, "error": str(error)})
                 continue
-            columns = {name: _data_url(png(pixels[0])) for name, pixels in drawn.columns.items()}
+            columns = {name: data_url(pixels[0], optimize=False) for name, pixels in drawn.columns.items()}
             results.append({"name": one.name, "step": drawn.step, "columns": columns})
         return results
 
@@ -163,13 +157,14 @@ class Page:
         """Return what a low-pass of this radius keeps and removes, as data URLs, with its spectrum."""
         _check_range("radius", radius, 0, 4096)
         result = low_passed(self._run(run).config, self._images.crop(image, self._run(run).config), radius)
-        pictures = {"kept": _data_url(png(result.kept)), "removed": _data_url(png(result.removed))}
-        return {**pictures, "share": result.share, "spectrum": result.spectrum}
+        kept, removed = (data_url(pixels, optimize=False) for pixels in (result.kept, result.removed))
+        return {"kept": kept, "removed": removed, "share": result.share, "spectrum": result.spectrum}
 
     def attention(self, image: str, run: int) -> bytes:
         """Return a PNG of the attention of a run's last block over an image. Raises UserError if it has none."""
         config = self._run(run).config
-        return png(draw_attention(self._models.encoder(run), config, self._images.crop(image, config))["all heads"][0])
+        drawn = draw_attention(self._models.encoder(run), config, self._images.crop(image, config))
+        return png(to_image(drawn["all heads"][0]))
 
     def start_index(self, encoder: int) -> None:
         """Start to compute the index of an encoder, unless it exists."""
@@ -258,10 +253,6 @@ class Page:
         if not 0 <= encoder < len(self._encoders):
             raise UserError(f"there is no encoder {encoder}")
         return self._encoders[encoder]
-
-
-def _data_url(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

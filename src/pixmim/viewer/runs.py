@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from pixmim.build import build_mask_sampler, build_model
-from pixmim.config import MaskConfig, ModelConfig, PretrainConfig
+from pixmim.config import MaskConfig, ModelConfig
 from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
@@ -56,11 +56,6 @@ class Run:
         if found is None:
             raise UserError(f"{folder} is not a run: it has no config.json")
         return Run(folder, name, *found)
-
-    @property
-    def data(self) -> str:
-        """The data that it was trained on; empty for imported weights."""
-        return self.config.data if isinstance(self.config, PretrainConfig) else ""
 
     @cached_property
     def grid(self) -> tuple[int, int]:
@@ -202,7 +197,7 @@ def painted_mask(hidden: Sequence[bool]) -> Mask:
 
 @dataclass(frozen=True)
 class LowPassed:
-    """What a low-pass keeps of an image, and what it removes.
+    """The parts of an image that a low-pass keeps and removes.
 
     Attributes:
         kept: uint8 pixels (h w c).

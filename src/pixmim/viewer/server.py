@@ -1,4 +1,4 @@
-"""The page's web application: addresses, the access token, and limits on what a request may ask for."""
+"""The page's web application: addresses, the access token, and limits of a request."""
 
 import hmac
 import inspect

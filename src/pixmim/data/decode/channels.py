@@ -27,7 +27,7 @@ class ChannelMismatch(BadImage):
 
 
 def convert(pixels: Array, form: ImageSpec) -> Array:
-    """Convert pixels (h w c) of any dtype to (h w form.channels) of form.dtype, stretched as form.stretch says.
+    """Convert pixels (h w c) of any dtype to (h w form.channels) of form.dtype, stretched by form.stretch.
 
     Raises:
         ChannelMismatch: If the number of channels differs, and is not 1 for 3 or 3 for 1.

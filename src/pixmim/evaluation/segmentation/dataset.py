@@ -1,4 +1,4 @@
-"""Images with a class for each pixel: folders of images and masks, masks beside images, ADE20K's layout, or shapes.
+"""Images with a class for each pixel: folders of images and masks, masks next to images, ADE20K's layout, or shapes.
 
 The mask is the last channel of its image, so loaders and crops treat both together.
 """
@@ -152,7 +152,7 @@ def open_segmentation(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Folders of a dataset, or the masks beside its images. ignore_zero: mask value 0 does not count."""
+    """Folders of a dataset, or the masks next to its images. ignore_zero: mask value 0 does not count."""
 
     root: Path
     images: Path

@@ -393,7 +393,7 @@ function drawEncoders() {
   $("encoders").replaceChildren(element("legend", {}, "Encoders (a tick computes features of all images, once)"), ...boxes);
 }
 
-const startIndex = latest(async (current, encoder) => {
+const startIndex = latest(async (_, encoder) => {
   await send("/api/index", { encoder });
   await watchIndexes();
 });
