@@ -49,7 +49,7 @@ class LabeledSettings(Settings):
     test: str = ""
     """Labeled data to evaluate on."""
     labelled: str = ""
-    """Instead of both: labeled data to split by class, and by group where a table has such a column."""
+    """In place of both: labeled data to split by class, and by group where a table has such a column."""
     split: Annotated[float, Real(0, 1, above=True, below=True)] = 0.8
     """labelled: share of the images of each class to train on."""
     split_seed: Seed = 0
@@ -58,7 +58,7 @@ class LabeledSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.train) != bool(self.test) or bool(self.train) == bool(self.labelled):
-            raise UserError("--train and --test must be given together, or --labelled instead, which is split")
+            raise UserError("--train and --test must be given together, or --labelled, which is split")
 
     def resolved(self) -> "LabeledSettings":
         """Return settings with the two parts of `labelled`, unless it is for folds, as train and test data.
