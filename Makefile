@@ -15,6 +15,7 @@ demo: .venv/installed  ## pre-train on synthetic shapes, evaluate, write runs/de
 	$(BIN)/pixmim evaluate knn runs/demo $(LABELLED) --untrained
 	$(BIN)/pixmim evaluate linear runs/demo $(LABELLED) --untrained
 	$(BIN)/pixmim evaluate attentive runs/demo $(LABELLED) --untrained
+	@echo "look at what it learned: $(BIN)/pixmim view runs/demo"
 
 test: .venv/developing  ## the test suite
 	$(BIN)/python $(PYTEST)
@@ -58,7 +59,7 @@ bench: .venv/developing  ## throughput against other implementations, interleave
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pixmim needs Python 3.11 or later: make PYTHON=...")'
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[view]'
 	touch $@
 
 .venv/developing: .venv/installed

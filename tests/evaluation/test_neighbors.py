@@ -1,16 +1,25 @@
 """Nearest images by features, compared with loops in float64."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+import pixmim
+from helpers.runs import train
+from pixmim.config import PretrainConfig
 from pixmim.evaluation import neighbors
-from pixmim.evaluation.neighbors import most_similar_pairs, nearest, nearest_others
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder
+from pixmim.evaluation.neighbors import Index, load_index, most_similar_pairs, nearest, nearest_others
+from pixmim.utils.errors import UserError
 
 
 @pytest.fixture
 def features() -> torch.Tensor:
-    return torch.randn(50, 6, generator=torch.Generator().manual_seed(3))
+    return F.normalize(torch.randn(50, 6, generator=torch.Generator().manual_seed(3)), dim=1)
 
 
 def cosines(features: torch.Tensor) -> np.ndarray:
@@ -20,7 +29,7 @@ def cosines(features: torch.Tensor) -> np.ndarray:
 
 
 def test_nearest_are_those_of_a_loop(features: torch.Tensor) -> None:
-    values, indices = nearest(features, features[:7], 5)
+    values, indices = nearest(features, 3 * features[:7], 5)
     for row, expected in enumerate(cosines(features)[:7]):
         order = np.argsort(-expected)[:5]
         assert indices[row].tolist() == order.tolist()
@@ -50,3 +59,35 @@ def test_pairs_are_listed_once_from_the_most_similar_on() -> None:
     assert [(i, j) for i, j, _ in pairs] == [(2, 3), (0, 1), (1, 2)]
     assert [round(value, 3) for *_, value in pairs] == [0.95, 0.9, 0.5]
     assert len(most_similar_pairs(similarity, index, 2)) == 2
+
+
+@pytest.fixture(scope="session")
+def encoders(tiny_run: Callable[..., PretrainConfig], tmp_path_factory: pytest.TempPathFactory) -> list[FrozenEncoder]:
+    """Return the trained and the untrained encoder of a run."""
+    run = tmp_path_factory.mktemp("index") / "run"
+    train(tiny_run(), run)
+    return [load_frozen_encoder(str(run), device="cpu", untrained=untrained) for untrained in (False, True)]
+
+
+def test_index_is_kept_and_renewed_when_encoder_or_images_change(encoders: list[FrozenEncoder], tmp_path: Path) -> None:
+    file = tmp_path / "index.safetensors"
+
+    def load(encoder: FrozenEncoder, count: int = 30) -> tuple[Index, bool]:
+        """Return the index, and whether it was computed."""
+        calls: list[int] = []
+        data = pixmim.open_dataset(f"shapes:count={count},size=32", encoder.image_spec)
+        return load_index(file, encoder, data, lambda done, total: calls.append(done)), bool(calls)
+
+    first, computed = load(encoders[0])
+    again, recomputed = load(encoders[0])
+    assert computed and not recomputed and torch.equal(first.unit, again.unit)
+    assert first.unit.norm(dim=1).tolist() == pytest.approx([1.0] * 30, abs=1e-5)
+    assert torch.equal(nearest_others(first.unit)[1], again.nearest)
+    assert [index for index, _ in first.query(first.unit[4:5], 3, without=4)] != [4] and len(first.outliers(5)) == 5
+    other, recomputed = load(encoders[1])
+    assert recomputed and not torch.equal(other.unit, first.unit)
+    assert load(encoders[0], count=20)[1]
+    file.write_bytes(b"damaged")
+    assert torch.equal(load(encoders[0])[0].unit, first.unit)
+    with pytest.raises(UserError, match="fewer than two"):
+        load(encoders[0], count=1)

@@ -11,8 +11,9 @@ import pytest
 from pixmim.config import OnlineKnnConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.evaluation.classification import difference_interval
-from pixmim.report.gain import describe_gain, gain_summary
+from pixmim.report.gain import describe_gain, gain_summary, verdict
 from pixmim.report.page import write_report
+from pixmim.report.results import ModelResults, compare
 
 CONFIG = PretrainConfig(data="shapes:", init="my start", knn=OnlineKnnConfig("labeled/train", "labeled/test", 1.0))
 
@@ -75,11 +76,48 @@ def test_the_sentence_says_better_worse_or_neither(values: tuple[float, ...], wo
     assert all(word in text for word in [*words, "200 images of labeled/test"]), text
 
 
+def test_the_start_of_a_new_run_is_random_weights() -> None:
+    text = describe_gain(replace(CONFIG, init=""), curve(60.0, 45.0))
+    assert "worse than its start, random weights" in text and "Use the start" not in text
+
+
+def result(encoder: str, value: float | None, name: str = "linear", **values: float) -> dict[str, Any]:
+    """Return a result with the interval of 200 images."""
+    low, high = wilson_ends((value or 0) / 100, 200)
+    values |= {} if value is None else {"top1": value, "top1/low": 100 * low, "top1/high": 100 * high}
+    return {"evaluation": name, "encoder": encoder, "settings": {"test": "labeled"}, "values": values}
+
+
+def judge(*results: dict[str, Any], metrics: list[dict[str, Any]] | None = None) -> str:
+    return verdict(CONFIG, metrics or [], compare([ModelResults("a", list(results))]), "a", Path("runs/a b"))
+
+
+@pytest.mark.parametrize(
+    ("trained", "untrained", "words"),
+    [
+        (60.0, 30.0, "It learned: linear probe 60.0 % (53.1 to 66.5), on labeled, and 30.0 % (24.1 to 36.7) with"),
+        (60.0, 55.0, "It is not clear that it learned: linear probe 60.0 %"),
+        (30.0, 60.0, "It is worse than untrained: linear probe 30.0 %"),
+    ],
+)
+def test_the_verdict_compares_with_the_untrained_network(trained: float, untrained: float, words: str) -> None:
+    assert words in judge(result("trained", trained), result("untrained", untrained))
+
+
+def test_the_verdict_takes_the_best_evidence() -> None:
+    weak = result("trained", None, "knn", **{"k20/mean/top1": 40.0})
+    assert "k-NN (k = 20)" in judge(weak) and "--untrained" in judge(weak)
+    assert "linear probe" in judge(weak, result("trained", 50.0))
+    assert "than its start" in judge(result("trained", 50.0), metrics=curve(40.0, 70.0))
+    (text,) = {judge(metrics=[{"step": step, "epoch": 1.0, "loss": 1 / step} for step in (1, 4)])}
+    assert "1.000 to 0.250 in 4 steps" in text and "pixmim evaluate knn 'runs/a b'" in text
+    assert judge() == ""
+
+
 def test_without_a_measured_start_there_is_no_sentence() -> None:
     assert describe_gain(CONFIG, curve(50.0)) == describe_gain(CONFIG, []) == ""
     assert describe_gain(CONFIG, curve(50.0, 60.0)[2:]) == ""  # it begins after the first step
     assert describe_gain(None, curve(50.0, 60.0)) == ""
-    assert describe_gain(PretrainConfig(data="shapes:"), curve(50.0, 60.0)) == ""  # random weights
     moved = [*curve(50.0, 60.0), *curve(0.0, 0.0, 60.0, images=90)[4:]]  # resumed with other test images
     assert describe_gain(CONFIG, moved) == ""
     broken = [line | {"knn/k20/mean/top1": 1e300} for line in curve(50.0, 60.0)]

@@ -44,7 +44,7 @@ def runs(tiny_run: Make, tmp_path: Path) -> list[Path]:
 def test_page_is_complete_and_self_contained(runs: list[Path], tmp_path: Path) -> None:
     html = write_report(runs, tmp_path / "page.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', html) and "<script" not in html
-    assert html.count("data:image/png;base64,") == 2 * 6 * 6  # runs, images, columns
+    assert html.count("data:image/png;base64,") == 2 * 6 * 6 + 12  # runs, images, columns, and the first screen
     for text in (
         "linear probe",
         "k-NN (k = 20), mean of patch tokens",
@@ -188,3 +188,18 @@ def test_a_run_whose_data_moved_still_has_a_page(tiny_run: Make, tmp_path: Path,
     train(tiny_run(data=str(pictures)), tmp_path / "run")
     pictures.rename(tmp_path / "moved")
     assert "does not exist" in write_report([tmp_path / "run"], tmp_path / "p.html").read_text()
+
+
+def test_neighbors_are_added_and_kept_beside_the_run(runs: list[Path], tmp_path: Path) -> None:
+    assert "Pairs most alike" not in write_report(runs[:1], tmp_path / "page.html").read_text()
+    html = write_report(runs[:1], tmp_path / "page.html", neighbors=True).read_text()
+    assert html.count("data:image/jpeg;base64,") == 20 * 7 + 20 * 2 and "cosine 0." in html
+    assert not re.search(r'(?:src|href)="(?!data:|#)', html)
+    assert (runs[0] / "index.safetensors").exists()
+
+
+def test_neighbors_of_one_image_are_a_warning(tiny_run: Make, tmp_path: Path) -> None:
+    train(tiny_run(), tmp_path / "run")
+    warnings: list[str] = []
+    write_report([tmp_path / "run"], tmp_path / "p.html", "shapes:count=1,size=32", warnings.append, neighbors=True)
+    assert any("no neighbors" in line and "fewer than two" in line for line in warnings)

@@ -93,7 +93,13 @@ def report(args: list[str]) -> int:
     """Write the report of one run, or of several side by side."""
 
     def command(
-        runs: Positional[tuple[Path, ...]], /, *, data: str | None = None, out: Path | None = None, bands: str = ""
+        runs: Positional[tuple[Path, ...]],
+        /,
+        *,
+        data: str | None = None,
+        out: Path | None = None,
+        bands: str = "",
+        neighbors: bool = False,
     ) -> int:
         """Write one self-contained HTML page.
 
@@ -103,6 +109,7 @@ def report(args: list[str]) -> int:
                 from elsewhere.
             out: The HTML file. Default: RUN/report.html, or report.html for several runs.
             bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2. Default: each run's.
+            neighbors: Add the images nearest to 20 random ones, and the pairs most alike.
         """
         if not runs:
             raise UserError("no run given: pixmim report RUN [RUN ...]")
@@ -110,7 +117,9 @@ def report(args: list[str]) -> int:
         from pixmim.report import write_report
 
         console, page, images = Console(), report_path(list(runs), out), None if data is None else absolute(data)
-        write_report(list(runs), page, images, lambda line: print_plain(console, f"warning: {line}"), bands)
+        write_report(
+            list(runs), page, images, lambda line: print_plain(console, f"warning: {line}"), bands, neighbors, console
+        )
         _show(list(runs), page, console)
         return 0
 

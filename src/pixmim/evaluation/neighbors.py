@@ -1,49 +1,159 @@
 """Find the most similar images by their features, all near-duplicates, and the images least like any other."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from rich.console import Console
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
+from pixmim.data.bad_images import BadImageLog
+from pixmim.data.dataset import ImageDataset
+from pixmim.evaluation.embed import embed_batches
+from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import write_text_atomically
+from pixmim.utils.trust import inside
+from pixmim.weights.safe_load import read
+
 _BLOCK = 2048  # images whose similarities to all others are in memory at once
+_BATCH = 64
+_TENSORS = ("unit", "indices", "similarity", "nearest")
+
+
+@dataclass(frozen=True)
+class Index:
+    """Features of n readable images by one encoder, and the image most similar to each.
+
+    Attributes:
+        unit: The mean patch token of each image, scaled to length 1.
+        indices: Dataset index of each row.
+        similarity: Cosine of each row with the nearest other row.
+        nearest: That other row.
+    """
+
+    unit: Float[Tensor, "n d"]
+    indices: Int[Tensor, " n"]
+    similarity: Float[Tensor, " n"]
+    nearest: Int[Tensor, " n"]
+
+    def query(self, vector: Float[Tensor, "1 d"], count: int, without: int | None = None) -> list[tuple[int, float]]:
+        """Return dataset index and cosine of the images nearest to a vector, except the image `without`."""
+        cosines, rows = nearest(self.unit, vector, count + 1)
+        found = zip(self.indices[rows[0]].tolist(), cosines[0].tolist(), strict=True)
+        return [(index, cosine) for index, cosine in found if index != without][:count]
+
+    def duplicates(self, count: int) -> list[tuple[int, int, float]]:
+        """Return the most similar pairs of images, as dataset indices and cosine."""
+        pairs = most_similar_pairs(self.similarity, self.nearest, count)
+        return [(int(self.indices[i]), int(self.indices[j]), cosine) for i, j, cosine in pairs]
+
+    def outliers(self, count: int) -> list[tuple[int, float]]:
+        """Return the images whose nearest other image is least similar, as dataset index and cosine."""
+        rows = self.similarity.argsort(stable=True)[:count]
+        return list(zip(self.indices[rows].tolist(), self.similarity[rows].tolist(), strict=True))
+
+
+def index_file(run: Path, untrained: bool = False) -> Path:
+    """Return where the index of a run's encoder, or of its initial weights, is kept."""
+    return run / f"index{'-untrained' * untrained}.safetensors"
+
+
+def load_index(
+    file: Path,
+    encoder: FrozenEncoder,
+    data: ImageDataset,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    console: Console | None = None,
+) -> Index:
+    """Read an index from its file, or compute and save it if there is none of this encoder and these images.
+
+    A folder that cannot be written costs nothing: the index is then computed again the next time.
+
+    Args:
+        file: Where the index is kept: see `index_file`.
+        encoder: The encoder.
+        data: The images, in the encoder's format.
+        advance: Called with the work done and its total: two units for each image.
+        console: Where to show a progress bar.
+
+    Raises:
+        UserError: If fewer than two images can be read, or the file leads out of its folder.
+    """
+    identity = {"model": fingerprint(encoder), "data": data.fingerprint(), "images": str(len(data))}
+    index = _read(inside(file.parent, file.name), identity, len(data))
+    if index is not None:
+        return index
+    vectors, indices, total = list[np.ndarray[Any, Any]](), list[np.ndarray[Any, Any]](), 2 * len(data)
+    for rows, batch, end in embed_batches(encoder, data, BadImageLog(None, len(data), 1.0), _BATCH, console=console):
+        vectors += [rows["mean"]] * bool(len(batch))
+        indices.append(batch)
+        advance(end, total)
+    if sum(map(len, vectors)) < 2:
+        raise UserError(f"fewer than two images of {data.spec} can be read")
+    unit = F.normalize(torch.from_numpy(np.concatenate(vectors)), dim=1)
+    others = nearest_others(unit, lambda done: advance(len(data) + done, total))
+    index = Index(unit, torch.from_numpy(np.concatenate(indices)), *others)
+    with suppress(OSError):
+        write_text_atomically(file, save({name: getattr(index, name).contiguous() for name in _TENSORS}, identity))
+    return index
+
+
+def _read(file: Path, identity: dict[str, str], images: int) -> Index | None:
+    """Return the index in a file, or None if there is none of this identity, or it is damaged."""
+    try:
+        saved = read(file)
+    except UserError:
+        return None
+    if {name: saved.metadata.get(name) for name in identity} != identity or set(saved.tensors) != set(_TENSORS):
+        return None
+    unit, indices, similarity, other = (saved.tensors[name].clone() for name in _TENSORS)
+    n = len(unit)
+    fits = n > 1 and unit.ndim == 2 and all(values.shape == (n,) for values in (indices, similarity, other))
+    for rows, end in ((indices, images), (other, n)):
+        fits = fits and rows.dtype == torch.int64 and int(rows.min()) >= 0 and int(rows.max()) < end
+    return Index(unit, indices, similarity, other) if fits else None
 
 
 def nearest(
-    features: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], count: int
+    unit: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], count: int
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
     """Return the cosine similarities and indices of the `count` rows nearest to each query, the nearest first.
 
     Exact. Among equally similar rows any may be first.
 
     Args:
-        features: A row for each image.
-        queries: A row for each query.
+        unit: A row of length 1 for each image.
+        queries: A row for each query, of any length.
         count: Rows per query; at most n are returned.
     """
-    unit = F.normalize(features, dim=1)
     parts = [(F.normalize(part, dim=1) @ unit.T).topk(min(count, len(unit)), dim=1) for part in queries.split(_BLOCK)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 def nearest_others(
-    features: Float[Tensor, "n d"], advance: Callable[[int], None] = lambda done: None
+    unit: Float[Tensor, "n d"], advance: Callable[[int], None] = lambda done: None
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Return the similarity and index of the image nearest to each image, apart from itself.
 
     Compares all n^2 pairs, 2,048 images with all others at a time.
 
     Args:
-        features: A row for each image; at least two.
+        unit: A row of length 1 for each image; at least two.
         advance: Called with the number of images that are done.
 
     Raises:
         ValueError: If there are fewer than two images.
     """
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} images have no nearest other image: at least two are needed")
-    unit = F.normalize(features, dim=1)
+    if len(unit) < 2:
+        raise ValueError(f"{len(unit)} images have no nearest other image: at least two are needed")
     similarity, index = torch.empty(len(unit)), torch.empty(len(unit), dtype=torch.int64)
     for start in range(0, len(unit), _BLOCK):
         block = unit[start : start + _BLOCK] @ unit.T

@@ -1,5 +1,6 @@
-"""Compare the encoder of a run with its start (--init), by the k-NN accuracy measured during training."""
+"""Say whether a run learned something: what its encoder gained over its start, or over the untrained network."""
 
+import re
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -7,11 +8,18 @@ from typing import Any
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.evaluation.best import BEST_FOLDER, MEASURES, find_key, read_best
 from pixmim.evaluation.classification import difference_interval, wilson_interval
+from pixmim.report.repeated import initial_cell
+from pixmim.report.results import Cell, Comparison, Row
 from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label
 
 COUNT = "knn/images"
 """Key of the number of test images in metrics.jsonl."""
+
+_HEADLINES = [
+    re.compile(title) for title in ("attentive probe", "linear probe", r"k-NN \(k = \d+\), mean of .*", "fine-tuned")
+]
+"""Labels of the values that a verdict may rest on, the best first."""
 
 
 def gain_summary(config: PretrainConfig, folder: Path) -> list[str]:
@@ -35,11 +43,11 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
         metrics: Lines of its metrics.jsonl.
 
     Returns:
-        The sentence; empty if the run has no --init, or was not measured on the same images before and after.
+        The sentence; empty if the run was not measured on the same images before and after.
     """
     pattern = MEASURES["knn"].key
     lines = [line for line in metrics if is_number(line.get(COUNT)) and find_key(pattern, line)]
-    if not isinstance(config, PretrainConfig) or not config.init or len(lines) < 2 or lines[0]["step"]:
+    if not isinstance(config, PretrainConfig) or len(lines) < 2 or lines[0]["step"]:
         return ""
     first, last = lines[0], lines[-1]
     key = find_key(pattern, first)
@@ -50,11 +58,66 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
     low, high = difference_interval(correct[0], images, correct[1], images)
     verdict = "better than" if low > 0 else "worse than" if high < 0 else "not clearly different from"
     before, after = (f"{100 * n / images:.1f} % ({_range(*wilson_interval(n, images))})" for n in correct)
-    advice = f" Use the start itself: {quote(config.init)}." if high < 0 else ""
+    advice = f" Use the start itself: {quote(config.init)}." if config.init and high < 0 else ""
+    start = "its start" if config.init else "its start, random weights"
     return (
-        f"The encoder is {verdict} its start: k-NN top-1 ({key.split('/')[1]}) on {images:,} images of "
+        f"The encoder is {verdict} {start}: k-NN top-1 ({key.split('/')[1]}) on {images:,} images of "
         f"{label(config.knn.test, 120)} was {before} at the start and is {after} at step {last['step']:,}, a "
         f"difference of {last[key] - first[key]:+.1f} points ({_range(low, high)}).{advice}"
+    )
+
+
+def verdict(
+    config: ModelConfig | None, metrics: list[dict[str, Any]], comparison: Comparison, name: str, folder: Path
+) -> str:
+    """Return one or two sentences: whether a run learned something, by the best evidence there is.
+
+    That is, in this order: k-NN at its start and at its end; an evaluation of the trained and the untrained encoder;
+    an evaluation of the trained one; the loss.
+
+    Args:
+        config: Configuration of the run.
+        metrics: Lines of its metrics.jsonl.
+        comparison: Evaluations of all runs of the page.
+        name: Name of the run in `comparison`.
+        folder: Its folder.
+
+    Returns:
+        The sentences; empty if nothing was measured.
+    """
+    gain = describe_gain(config, metrics)
+    if gain:
+        return gain
+    columns = comparison.columns
+    trained = next((columns.index(each) for each in (name, "trained") if each in columns), None)
+    for title in _HEADLINES:
+        rows = [row for row in comparison.rows if title.fullmatch(row.label)]
+        row = next((row for row in reversed(rows) if trained is not None and row.cells[trained] is not None), None)
+        if row is not None and trained is not None and (cell := row.cells[trained]) is not None:
+            return _judge(row, cell, initial_cell(comparison, row, name))
+    losses = [line["loss"] for line in metrics if is_number(line.get("loss"))]
+    if len(losses) < 2:
+        return ""
+    return (
+        f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {metrics[-1]['step']:,} steps. Whether the encoder "
+        "is of use to you, only labels can tell: "
+        f"pixmim evaluate knn {quote(str(folder))} --train DATA --test DATA --untrained."
+    )
+
+
+def _judge(row: Row, cell: Cell, start: Cell | None) -> str:
+    """Say whether a value is better than that of the initial weights: if their 95 % intervals do not meet."""
+
+    def shown(value: Cell) -> str:
+        return value.text + f" ({value.range})" * bool(value.range)
+
+    if start is None:
+        return f"{row.label}: {shown(cell)}, on {row.on}. The untrained network was not measured: add --untrained."
+    (low, high), (start_low, start_high) = cell.band, start.band
+    learned = "It learned" if low > start_high else "It is worse than untrained" if high < start_low else ""
+    return (
+        f"{learned or 'It is not clear that it learned'}: {row.label} {shown(cell)}, on {row.on}, and "
+        f"{shown(start)} with the initial weights."
     )
 
 

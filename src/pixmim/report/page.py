@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from rich.console import Console
 from rich.table import Table
 
 from pixmim.build import image_spec
@@ -26,7 +27,8 @@ from pixmim.data.bad_images import read_bad_images
 from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.data.decode.image import open_image
 from pixmim.evaluation.visualize import Pixels, labeled_grid, to_image
-from pixmim.report.gain import describe_gain
+from pixmim.report.gain import verdict
+from pixmim.report.neighbors import NeighborSheet, draw_neighbors
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
 from pixmim.report.repeated import answers, figures
 from pixmim.report.results import ModelResults, circumstances, compare, read_results, table
@@ -46,6 +48,8 @@ _MAX_CURVES = 8  # values of k in the figure of periodic k-NN
 _MAX_DRAWINGS = 100  # of one run
 _MAX_FILE_BYTES = 2**25  # of a drawing
 _MAX_PIXELS = 2**25  # of all drawings of one run
+_FIRST = 6  # images on the first screen
+_MIN_SIDE, _MAX_SIDE = 160, 240  # height of a reconstruction on the page
 _MAJORITY, _START, _HELD_OUT = ", majority", ", start", ", held out"
 DATA_MARK = " · pixmim</title>".encode()
 """In the first lines of a page: a file with this mark may be overwritten."""
@@ -64,6 +68,7 @@ class ReportEntry:
         progress: Progress of the training, such as "step 8 of 295".
         how_to_finish: Command that finishes the run; empty if the encoder exists.
         problem: Why there is no reconstruction.
+        neighbors: Similar images, if they are wanted.
         skipped: Number of unreadable images.
         warnings: A line for each file that cannot be read.
     """
@@ -78,13 +83,9 @@ class ReportEntry:
     how_to_finish: str = ""
     reconstruction: Reconstruction | None = None
     problem: str = ""
+    neighbors: NeighborSheet | None = None
     skipped: int = 0
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def gain(self) -> str:
-        """Return whether the encoder is better than its start; see `describe_gain`."""
-        return describe_gain(self.config, self.metrics)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return epochs and values of one metric."""
@@ -93,7 +94,13 @@ class ReportEntry:
 
 
 def write_report(
-    folders: list[Path], page: Path, data: str | None = None, warn: Warn = lambda text: None, bands: str = ""
+    folders: list[Path],
+    page: Path,
+    data: str | None = None,
+    warn: Warn = lambda text: None,
+    bands: str = "",
+    neighbors: bool = False,
+    console: Console | None = None,
 ) -> Path:
     """Write the page of runs, and their reconstructions as PNG files into the run folders.
 
@@ -104,6 +111,8 @@ def write_report(
             may name any file or URL.
         warn: Called with a line for everything that is left out.
         bands: Channels to draw as red, green and blue, such as "4,3,2"; by default those of each run.
+        neighbors: Add the images nearest to 20 random ones, and the pairs most alike: see `draw_neighbors`.
+        console: Where to show progress bars.
 
     Raises:
         UserError: If a folder is not a run, or the page is a file that pixmim did not write.
@@ -117,6 +126,8 @@ def write_report(
         read_entry(folder, name, data, warn, bands) for folder, name in zip(folders, unique_names(folders), strict=True)
     ]
     for entry in entries:
+        if neighbors and entry.config is not None:
+            entry.neighbors = _draw_neighbors(entry, data, console)
         for line in [*entry.warnings, *[f"no reconstructions: {entry.problem}"] * bool(entry.problem)]:
             warn(line)
         if entry.reconstruction is not None:
@@ -136,8 +147,11 @@ def write_report(
         repeated=figures(results),
         drawings=[drawing for entry in entries for drawing in entry.drawings],
         settings=compare_settings([config for _, config in configs]),
+        verdicts=[(e, verdict(e.config, e.metrics, results, e.name, e.folder)) for e in entries],
         curves=_curves(entries),
+        first=_first_pictures(entries),
         columns=COLUMNS,
+        shown=_shown,
         data_url=data_url,
         label=label,
         spectrum=_spectrum,
@@ -209,6 +223,38 @@ def open_run_data(folder: Path, config: ModelConfig, text: str, data: str | None
         raise UserError(f"{refusal(folder, untrusted)}. Add data that you trust: `{command}`")
     cache = [config.shard_cache_gib] if isinstance(config, PretrainConfig) and not untrusted else []
     return open_dataset(own if data is None else data, image_spec(config), *cache)
+
+
+def _draw_neighbors(entry: ReportEntry, data: str | None, console: Console | None) -> NeighborSheet | None:
+    """Return the sheet of a run; None, with a warning on the page, if its encoder or data cannot be read."""
+    assert entry.config is not None
+    try:
+        text = (read_config(entry.folder) or (entry.config, ""))[1]
+        images = open_run_data(entry.folder, entry.config, text, data)
+        return draw_neighbors(entry.folder, entry.config, images, console=console)
+    except (UserError, OSError) as error:
+        entry.warnings.append(f"no neighbors: {'; '.join(str(error).splitlines())}")
+        return None
+
+
+def _first_pictures(entries: list[ReportEntry]) -> list[tuple[str, str, Pixels, Pixels]]:
+    """Return run, name, masked image and reconstruction of six images; of several runs, of fewer images of each."""
+    drawn = [(entry.name, entry.reconstruction) for entry in entries if entry.reconstruction is not None]
+    count = max(1, _FIRST // max(1, len(drawn)))
+    return [
+        (run, name, r.columns["masked"][i], r.columns["pasted"][i])
+        for run, r in drawn[:_FIRST]
+        for i, name in enumerate(r.names[:count])
+    ]
+
+
+def _shown(pixels: Pixels) -> str:
+    """Return the attributes of an <img>: enlarged by a whole number if it is small, and at most 240 pixels high."""
+    h, w = pixels.shape[:2]
+    factor = -(-_MIN_SIDE // h)
+    exact = factor * h <= _MAX_SIDE
+    height = factor * h if exact else min(h, _MAX_SIDE)
+    return Markup(f'width="{round(w * height / h)}" height="{height}"' + ' class="pixels"' * (exact and factor > 1))
 
 
 def _read_metrics(folder: Path, warn: Warn) -> list[dict[str, Any]]:

@@ -46,11 +46,17 @@ def answers(comparison: Comparison) -> list[str]:
         for name, cell in zip(comparison.columns, row.cells, strict=True):
             if match[1] != "shots" or cell is None or name.endswith("untrained"):
                 continue
-            start = _start(comparison, row, name)
+            start = initial_cell(comparison, row, name)
             gain = f" (start {start.value:.1f} %, {_gain(cell, start)})" if start is not None else ""
             model = "" if name == "trained" else f"{name}, "
             lines.append(f"{model}{title} at {match[2]} labels per class: {cell.value:.1f} %{gain}")
     return lines
+
+
+def initial_cell(comparison: Comparison, row: Row, name: str) -> Cell | None:
+    """Return the cell of the initial weights of a model; several models may share them."""
+    own = [f"{name}, untrained", "untrained"]
+    return next((row.cells[comparison.columns.index(each)] for each in own if each in comparison.columns), None)
 
 
 def _headlines(comparison: Comparison) -> Iterator[tuple[re.Match[str], str, Row]]:
@@ -66,12 +72,6 @@ def _headlines(comparison: Comparison) -> Iterator[tuple[re.Match[str], str, Row
         is_first = match[4] is None or first.setdefault(row.on, match[4]) == match[4]
         if is_first and match[5] == ("balanced" if row.on in uneven else "top1"):
             yield match, row.label.partition(": ")[2], row
-
-
-def _start(comparison: Comparison, row: Row, name: str) -> Cell | None:
-    """Return the cell of the initial weights of a model; several models may share them."""
-    own = [f"{name}, untrained", "untrained"]
-    return next((row.cells[comparison.columns.index(each)] for each in own if each in comparison.columns), None)
 
 
 def _gain(cell: Cell, start: Cell) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 from pixmim.config import ModelConfig
 from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.evaluation.embed import file_columns, import_parquet, project, thumbnail_column
+from pixmim.evaluation.neighbors import Index
 from pixmim.utils.console import utf8
 from pixmim.utils.errors import UserError
-from pixmim.viewer.index import Index
 
 _TIMEOUT = 600  # seconds
 
@@ -61,7 +61,7 @@ def write_table(out: Path, index: Index, data: ImageDataset, config: ModelConfig
         UserError: Without the extra.
         BadImage: If an image cannot be read any more.
     """
-    x, y = project(index.features.numpy()).T  # names the extra if it is missing
+    x, y = project(index.unit.numpy()).T  # names the extra if it is missing
     arrow, parquet = import_parquet()
     numbers = index.indices.tolist()
     columns: dict[str, Any] = {k: [utf8(name) for name in names] for k, names in file_columns(data, numbers).items()}

@@ -49,11 +49,10 @@ class Page:
         self._data, self._spec = data, image_spec(self.runs[0].config)
         self._images, self._models = ImageStore(self._open_data), Models(self.runs)
         self._encoders = [
-            EncoderIndex(str(run.folder), untrained, run.folder / f"index{'-untrained' * untrained}.safetensors",
-                         self._images.data, device)
+            EncoderIndex(run.folder, untrained, self._images.data, device)
             for run in self.runs
             for untrained in (False, True)
-        ]  # fmt: skip
+        ]
         self._maps = [Atlas() for _ in self._encoders]
 
     def _open_data(self, spec: ImageSpec) -> ImageDataset:
