@@ -1,7 +1,14 @@
-"""The page in a real browser: it shows the results of the library, and contacts no other host."""
+"""The page in a real browser: it shows the results of the library, and contacts no other host.
+
+The screenshots in docs/ are made by the last test, of better runs than its own:
+
+    export PIXMIM_SCREENSHOTS=docs/images PIXMIM_SCREENSHOT_RUNS=runs/demo,runs/demo-mae
+    pytest tests/viewer/test_browser.py -k screenshots
+"""
 
 import base64
 import io
+import os
 import shutil
 import threading
 import time
@@ -35,7 +42,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def runs(two_runs: list[Path], tmp_path: Path) -> list[Path]:
+def runs(two_runs: list[Path], tmp_path: Path, request: pytest.FixtureRequest) -> list[Path]:
+    if "screenshots" in request.node.name and (names := os.environ.get("PIXMIM_SCREENSHOT_RUNS")):
+        two_runs = [Path(name) for name in names.split(",")]
     return [Path(shutil.copytree(run, tmp_path / run.name)) for run in two_runs]
 
 
@@ -214,3 +223,34 @@ def test_tabs_are_chosen_with_the_keyboard_on_a_narrow_screen_too(tab: Any) -> N
         )
         assert tab.evaluate("document.documentElement.scrollWidth") <= 400, (panel, wide)
     assert tab.evaluate("[...document.images].every(image => image.hasAttribute('alt'))")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_screenshots_of_every_tab(tab: Any, tmp_path: Path, scheme: str) -> None:
+    folder = Path(os.environ.get("PIXMIM_SCREENSHOTS", tmp_path))
+    tab.emulate_media(color_scheme=scheme)
+    tab.set_viewport_size({"width": 1280, "height": 860})
+    backgrounds = set()
+    for panel, ready in (
+        ("training", "#checkpoint-image"),
+        ("reconstruct", "#low-pass img"),
+        ("neighbors", "#lists img"),
+    ):
+        tab.click(f"#tab-{panel}")
+        if panel == "neighbors" and scheme == "light":
+            for box in (0, 1):
+                tab.locator("#encoders input").nth(box).check()
+        elif panel == "neighbors":
+            tab.locator("#encoders input").first.check()
+        tab.wait_for_selector(ready)
+        until(
+            lambda: tab.evaluate(
+                "[...document.images].filter(i => i.offsetParent && i.getBoundingClientRect().top < innerHeight)"
+                ".every(i => i.complete)"
+            )
+        )
+        image = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
+        image.quantize(256).save(folder / f"view-{panel}{'-dark' * (scheme == 'dark')}.png", optimize=True)
+        backgrounds.add(image.getpixel((2, 2)))
+        assert len(image.getcolors(2**20) or []) > 100, panel  # not an empty page
+    assert len(backgrounds) == 1 and (sum(backgrounds.pop()) > 384) == (scheme == "light")
