@@ -21,6 +21,8 @@ MODELS = {
     "lsmae-larger": ArchitectureConfig(
         "lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, predict_patch=32, options=dict(SMALL)
     ),
+    "mff": ArchitectureConfig("mff", "vit_tiny_patch16_224", **THIN, options=SMALL | {"depth": 3}),
+    "pixio": ArchitectureConfig("pixio", "vit_tiny_patch16_224", **THIN, options=dict(SMALL)),
     "convmae": ArchitectureConfig("convmae", "convmae_tiny", **THIN),
     "simmim-vit": ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=dict(SMALL)),
     "simmim-beit": ArchitectureConfig("simmim", "beit_base_patch16_224", head="mlp", options=dict(SMALL)),
@@ -35,6 +37,7 @@ MASKS = [
     MaskConfig("square", 0.3),
     MaskConfig("moving-square", 0.3),
     MaskConfig("beit-blocks", 0.6),
+    MaskConfig("green-noise", 0.5),
 ]
 TARGETS = [
     TargetConfig(kind, normalize_patches=normalize, normalize_window=window, distance=distance)

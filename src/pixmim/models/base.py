@@ -64,7 +64,7 @@ class Features(NamedTuple):
     """Features of images from the last k blocks of an encoder, after its final norm.
 
     Attributes:
-        vector: Class token of each block; the mean of the patch tokens if the encoder has no class token.
+        vector: Class token of each block, of Pixio the mean of its 8; the mean of the patch tokens if there is none.
         maps: The patch tokens of each block as a map.
     """
 

@@ -25,14 +25,20 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
         UserError: If the encoder is not supported.
     """
     if isinstance(encoder, VisionTransformer | Beit):
-        count = min(blocks, len(encoder.blocks))
         outputs: Any = encoder.forward_intermediates(
-            images, indices=count, return_prefix_tokens=True, norm=True, intermediates_only=True
+            images,
+            indices=min(blocks, len(encoder.blocks)),
+            return_prefix_tokens=True,
+            norm=True,
+            intermediates_only=True,
         )
         # timm returns pairs (map, prefix tokens), or maps alone if there are no prefix tokens.
         last: list[Tensor] = [output[0] if isinstance(output, tuple) else output for output in outputs]
-        has_token = encoder.cls_token is not None
-        vectors = [o[1][:, 0] for o in outputs] if has_token else [tokens.mean(dim=(2, 3)) for tokens in last]
+        count = class_tokens(encoder)
+        vectors = [
+            o[1][:, :count].mean(dim=1) if count else tokens.mean(dim=(2, 3))
+            for o, tokens in zip(outputs, last, strict=True)
+        ]
         return Features(torch.stack(vectors, dim=1), last)
     if isinstance(encoder, SwinTransformer):
         final = encoder.forward_features(images).permute(0, 3, 1, 2)
@@ -47,6 +53,11 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
         maps = [tokens.transpose(1, 2).unflatten(2, encoder.grid) for tokens in each]
         return Features(torch.stack([one.mean(dim=(2, 3)) for one in maps], dim=1), maps)
     raise unsupported_encoder(encoder)
+
+
+def class_tokens(encoder: VisionTransformer | Beit) -> int:
+    """Return the number of class tokens, the first ones: 8 of Pixio, whose registers are class tokens too."""
+    return int(getattr(encoder, "class_tokens", encoder.cls_token is not None))
 
 
 def depth(encoder: nn.Module) -> int:
