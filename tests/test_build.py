@@ -26,6 +26,7 @@ MODELS = {
     "convmae": ArchitectureConfig("convmae", "convmae_tiny", **THIN),
     "simmim-vit": ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=dict(SMALL)),
     "simmim-beit": ArchitectureConfig("simmim", "beit_base_patch16_224", head="mlp", options=dict(SMALL)),
+    "simmim-cnn": ArchitectureConfig("simmim", "convnext_atto", options={"depths": [1, 1, 1, 1]}),
     "simmim-swin": ArchitectureConfig(
         "simmim", "swin_tiny_patch4_window7_224", options={"embed_dim": 24, "window_size": 4}
     ),

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], MaskGenerator, ReconstructionLo
     "ConvMAE": ("convmae", "convmae_tiny", CONVMAE | THIN, RandomMask(), NORMALIZED),
     "SimMIM on ViT": ("simmim", "vit_tiny_patch16_224", VIT, BlockwiseRandomMask(0.6, 2, whole_blocks=True), ABSOLUTE),
     "SimMIM on Beit": ("simmim", "beit_base_patch16_224", VIT, BeitBlockMask(0.4), ABSOLUTE),
+    "SimMIM on ResNet": ("simmim", "resnet10t", {}, RandomMask(0.5), ABSOLUTE),
     "SimMIM on Swin": (
         "simmim",
         "swin_tiny_patch4_window7_224",

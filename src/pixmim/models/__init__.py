@@ -14,6 +14,7 @@ from torch import nn
 
 from pixmim.models import convmae, vit
 from pixmim.models.base import MaskedModel
+from pixmim.models.cnn import CNNSimMIM, is_cnn
 from pixmim.models.feature_maps import depth as depth
 from pixmim.models.feature_maps import features as features
 from pixmim.models.mae import MAE, DecoderOptions
@@ -46,8 +47,10 @@ def _convmae(backbone: str, **options: Any) -> MaskedModel:
 
 def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: Any) -> MaskedModel:
     encoder = create_encoder("simmim", backbone, **options)
+    if is_cnn(encoder):
+        return CNNSimMIM(encoder, head, outputs)  # type: ignore[arg-type]
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
-        raise UserError(f"SimMIM takes a swin_, beit_ or vit_ backbone of timm, not '{backbone}'")
+        raise UserError(f"SimMIM takes a Swin, Beit, ViT or convolutional network of timm, not '{backbone}'")
     return SimMIM(encoder, head, outputs)  # type: ignore[arg-type]
 
 
@@ -83,8 +86,9 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
 
     Args:
         name: "mae", "lsmae", "mff", "pixio", "convmae" or "simmim".
-        backbone: mae, lsmae, mff, pixio: any plain timm ViT (vit_base_patch16_224). simmim: a timm Swin, Beit or ViT
-            (swin_base_patch4_window7_224). convmae: convmae_base or convmae_tiny.
+        backbone: mae, lsmae, mff, pixio: any plain timm ViT (vit_base_patch16_224). simmim: a timm Swin, Beit or ViT,
+            or a network of convolutions (swin_base_patch4_window7_224, resnet50, convnext_base). convmae: convmae_base
+            or convmae_tiny.
         **options: Fields of `DecoderOptions`, or for simmim head ("linear", "mlp"). outputs is 1, or the bins of
             `ColorBins`. The others are passed to the backbone (img_size, in_chans, ...).
 
@@ -151,7 +155,17 @@ def _timm(backbone: str, pretrained: bool = False, num_classes: int = 0, **optio
     if not timm.is_model(backbone):
         known = timm.list_models(backbone.split("_")[0] + "_*") or timm.list_models("vit_*")
         raise UserError(f"timm has no model '{backbone}'{did_you_mean(backbone, known)}")
-    encoder: nn.Module = timm.create_model(backbone, pretrained=pretrained, num_classes=num_classes, **options)
+    options |= {"pretrained": pretrained, "num_classes": num_classes}
+    try:
+        encoder: nn.Module = timm.create_model(backbone, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        size = options.pop("img_size")  # convolutions take any size, as long as their strides divide it
+        encoder = timm.create_model(backbone, **options)
+        if is_cnn(encoder):
+            stride = encoder.feature_info[-1]["reduction"]  # type: ignore[index]
+            _check_size(size if isinstance(size, tuple) else (size, size), stride, backbone)
     embed: Any = getattr(encoder, "patch_embed", None)
     if hasattr(embed, "img_size") and hasattr(embed, "patch_size"):
         _check_size(embed.img_size, embed.patch_size[0], backbone)

@@ -12,7 +12,10 @@ from pixmim.utils.errors import UserError
 
 def unsupported_encoder(encoder: nn.Module) -> UserError:
     """Return the error for an encoder that pixmim does not support."""
-    return UserError(f"{type(encoder).__name__} is not a supported encoder: use timm's ViT, Beit or Swin, or ConvMAE")
+    name = type(encoder).__name__
+    return UserError(
+        f"{name} is not a supported encoder: use timm's ViT, Beit, Swin or CNNs such as ResNet, or ConvMAE"
+    )
 
 
 class MaskedModel(nn.Module, ABC):
