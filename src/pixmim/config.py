@@ -71,7 +71,8 @@ class ArchitectureConfig:
     name: str = "mae"
     """Method: mae, lsmae, mff, pixio, convmae, simmim."""
     backbone: str = "vit_base_patch16_224"
-    """mae, lsmae, mff, pixio: a plain timm ViT. simmim: a timm Swin, Beit or ViT. convmae: convmae_base or _tiny."""
+    """mae, lsmae, mff, pixio: a plain timm ViT. simmim: a Swin, Beit, ViT or CNN of timm.
+    convmae: convmae_base or _tiny."""
     decoder_dim: Annotated[int, KEYWORDS["decoder_dim"]] = 512
     """Width of the decoder (not for simmim)."""
     decoder_depth: Annotated[int, KEYWORDS["decoder_depth"]] = 8
