@@ -1,9 +1,10 @@
-"""The parts of pixmim in a plain PyTorch loop of one's own.
+"""The building blocks of pixmim in your own PyTorch loop.
 
-python examples/plain_loop.py FOLDER
+python examples/plain_loop.py FOLDER_OF_CLASS_FOLDERS
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,19 +14,26 @@ from torchvision.transforms import v2
 import pixmim
 
 
+def load_images(folder: str, size: int, batch: int) -> DataLoader[Any]:
+    """Return batches of (images, labels), with PixMIM's crop as a transform of torchvision."""
+    steps = [pixmim.SimpleResizedCrop(size), v2.RandomHorizontalFlip(), v2.ToImage()]
+    normalize = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), normalize])
+    return DataLoader(ImageFolder(folder, transform), batch_size=batch, shuffle=True, drop_last=True)
+
+
 def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float]:
-    """Train for some steps on a folder of class folders; gives the loss of each step."""
+    """Train for some steps; return the loss of each."""
     model = pixmim.create_model("mae", "vit_tiny_patch16_224", img_size=size, decoder_dim=128, decoder_depth=2)
-    objective = pixmim.ReconstructionLoss(pixmim.LowFrequency(radius="auto"))
-    masker = pixmim.RandomMask(0.75)
-    transform = v2.Compose([pixmim.SimpleResizedCrop(size), v2.RandomHorizontalFlip(), v2.ToImage(), SCALE, NORMALISE])
-    loader = DataLoader(ImageFolder(folder, transform), batch_size=batch, shuffle=True, drop_last=True)
+    loss_fn = pixmim.ReconstructionLoss(pixmim.LowFrequency(radius="auto"))
+    random_mask = pixmim.RandomMask(0.75)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
     losses: list[float] = []
+    loader = load_images(folder, size, batch)
     while len(losses) < steps:
         for images, _ in loader:
-            mask = masker(len(images), (size // model.patch) ** 2)
-            loss = objective(model(images, mask), images, mask).loss
+            mask = random_mask(len(images), (size // model.patch) ** 2)
+            loss = loss_fn(model(images, mask), images, mask).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -34,9 +42,6 @@ def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float
                 break
     return losses
 
-
-SCALE = v2.ToDtype(torch.float32, scale=True)
-NORMALISE = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 if __name__ == "__main__":
     for number, value in enumerate(train(sys.argv[1], steps=20), start=1):

@@ -21,9 +21,12 @@ MODELS = {
     "lsmae-larger": ArchitectureConfig(
         "lsmae", "vit_tiny_patch16_224", **THIN, decoder_stride=2, predict_patch=32, options=dict(SMALL)
     ),
+    "mff": ArchitectureConfig("mff", "vit_tiny_patch16_224", **THIN, options=SMALL | {"depth": 3}),
+    "pixio": ArchitectureConfig("pixio", "vit_tiny_patch16_224", **THIN, options=dict(SMALL)),
     "convmae": ArchitectureConfig("convmae", "convmae_tiny", **THIN),
     "simmim-vit": ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=dict(SMALL)),
     "simmim-beit": ArchitectureConfig("simmim", "beit_base_patch16_224", head="mlp", options=dict(SMALL)),
+    "simmim-cnn": ArchitectureConfig("simmim", "convnext_atto", options={"depths": [1, 1, 1, 1]}),
     "simmim-swin": ArchitectureConfig(
         "simmim", "swin_tiny_patch4_window7_224", options={"embed_dim": 24, "window_size": 4}
     ),
@@ -35,6 +38,7 @@ MASKS = [
     MaskConfig("square", 0.3),
     MaskConfig("moving-square", 0.3),
     MaskConfig("beit-blocks", 0.6),
+    MaskConfig("green-noise", 0.5),
 ]
 TARGETS = [
     TargetConfig(kind, normalize_patches=normalize, normalize_window=window, distance=distance)

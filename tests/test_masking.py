@@ -1,8 +1,21 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from helpers.masks import average_distance
-from pixmim.masking import BeitBlockMask, BlockwiseRandomMask, Mask, MaskGenerator, RandomMask, SquareMask
+from pixmim import masking
+from pixmim.masking import (
+    BeitBlockMask,
+    BlockwiseRandomMask,
+    GreenNoiseMask,
+    Mask,
+    MaskGenerator,
+    RandomMask,
+    SquareMask,
+)
+from pixmim.utils import rng
 from pixmim.utils.patches import hidden_pixels
 
 
@@ -122,6 +135,7 @@ def test_blocks_follow_beit() -> None:
         BlockwiseRandomMask(0.6, 2, True),
         SquareMask(0.3, True),
         BeitBlockMask(),
+        GreenNoiseMask(),
     ],
 )
 def test_a_row_depends_on_its_own_numbers_only(generator: MaskGenerator) -> None:
@@ -156,3 +170,49 @@ def test_blocks_on_grids_too_small_for_them() -> None:
         assert counts.min() >= 1 and counts.max() <= max(1, int(grid[0] * grid[1] * 0.4))
     with pytest.raises(ValueError, match="hides no patch"):
         BeitBlockMask(0.1)(1, (3, 3))
+
+
+def test_green_noise_is_the_difference_of_two_gaussian_blurs() -> None:
+    """Compare one pattern with a periodic convolution of the same white noise, value by value, in float64."""
+    side, count = 32, masking._BANK_VALUES // 32**2
+    u = rng.uniform(0, "green noise", 0, np.arange(count * side), 2 * side)[:side]
+    white = np.sqrt(-2 * np.log(1 - u[:, :side])) * np.cos(2 * math.pi * u[:, side:])
+    offsets = np.arange(-3 * side, 3 * side + 1)  # the kernel, summed over its periodic images
+
+    def kernel(sigma: float) -> np.ndarray:
+        line = np.zeros(side)
+        np.add.at(line, offsets % side, np.exp(-(offsets**2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi)))
+        return np.outer(line, line)
+
+    wide, narrow = kernel(2.0), kernel(0.5)
+    band = narrow / narrow.sum() - wide / wide.sum()
+    ys, xs = np.indices((side, side))
+    expected = [[(white * band[(y - ys) % side, (x - xs) % side]).sum() for x in range(4)] for y in range(4)]
+    # A sampled Gaussian of sigma 0.5 is not band-limited: its spectrum differs from the continuous one by 2 %.
+    assert np.corrcoef(np.ravel(expected), masking._green_noise(side)[0, :4, :4].numpy().ravel())[0, 1] > 0.99
+
+
+def test_green_noise_hides_clumps_of_the_largest_power_at_middle_frequencies() -> None:
+    mask = GreenNoiseMask(0.75)(300, (32, 32), torch.Generator().manual_seed(0))
+    assert ((~mask.hidden).sum(dim=1) == 256).all() and mask.ids_keep is not None
+    hidden = mask.hidden.view(300, 32, 32).double()
+    power = np.asarray(torch.fft.fft2(hidden - 0.75).abs().square().mean(dim=0))
+    f = np.fft.fftfreq(32)
+    radius = np.sqrt(f[:, None] ** 2 + f[None, :] ** 2)
+    low, middle, high = (power[(radius > a) & (radius <= b)].mean() for a, b in ((0, 0.06), (0.12, 0.25), (0.42, 0.6)))
+    assert middle > 2 * low and middle > 2 * high  # of random patches all three are equal
+    assert abs(float(hidden.mean(dim=0).std()) - math.sqrt(0.75 * 0.25 / 300)) < 0.005  # no place is preferred
+
+
+def test_windows_of_green_noise_are_flipped_and_shifted() -> None:
+    generator, grid = GreenNoiseMask(), (6, 9)
+    u = torch.tensor([[0.3, 0.25, 0.5, 0.0, 0.0]])
+    plain = generator.sample(u, grid).hidden.view(6, 9)
+    bank = masking._green_noise(128)
+    window = bank[int(0.3 * len(bank)), 32:38, 64:73]
+    assert torch.equal(plain, window <= window.flatten().sort(descending=True).values[13])
+    for column, axis in ((3, 0), (4, 1)):
+        flipped = u.clone()
+        flipped[0, column] = 0.9
+        assert torch.equal(generator.sample(flipped, grid).hidden.view(6, 9), plain.flip(axis))
+    assert generator.sample(torch.ones(1, 5), (200, 3)).hidden.shape == (1, 600)  # float32 may round up to 1

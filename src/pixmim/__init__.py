@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pixmim.config import ModelConfig, PretrainConfig
     from pixmim.data import create_loader, open_dataset
     from pixmim.losses import ReconstructionLoss
-    from pixmim.masking import BeitBlockMask, BlockwiseRandomMask, Mask, RandomMask, SquareMask
+    from pixmim.masking import BeitBlockMask, BlockwiseRandomMask, GreenNoiseMask, Mask, RandomMask, SquareMask
     from pixmim.models import create_model
     from pixmim.pretraining import PretrainResult, pretrain
     from pixmim.recipes import get_recipe
@@ -35,7 +35,7 @@ _NAMES = {
     "config": ("ModelConfig", "PretrainConfig"),
     "data": ("create_loader", "open_dataset"),
     "losses": ("ReconstructionLoss",),
-    "masking": ("BeitBlockMask", "BlockwiseRandomMask", "Mask", "RandomMask", "SquareMask"),
+    "masking": ("BeitBlockMask", "BlockwiseRandomMask", "GreenNoiseMask", "Mask", "RandomMask", "SquareMask"),
     "models": ("create_model",),
     "pretraining": ("PretrainResult", "pretrain"),
     "recipes": ("get_recipe",),
@@ -54,6 +54,7 @@ __all__ = [
     "BlockwiseRandomMask",
     "CenterCrop",
     "ColorBins",
+    "GreenNoiseMask",
     "LowFrequency",
     "Mask",
     "ModelConfig",

@@ -12,7 +12,15 @@ from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data.dataset import ImageSpec
 from pixmim.data.statistics import load_statistics
 from pixmim.losses import ReconstructionLoss
-from pixmim.masking import BeitBlockMask, BlockwiseRandomMask, MaskGenerator, MaskSampler, RandomMask, SquareMask
+from pixmim.masking import (
+    BeitBlockMask,
+    BlockwiseRandomMask,
+    GreenNoiseMask,
+    MaskGenerator,
+    MaskSampler,
+    RandomMask,
+    SquareMask,
+)
 from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
 from pixmim.targets import ColorBins, LowFrequency, Pixels
@@ -77,6 +85,8 @@ def build_mask_sampler(config: ModelConfig, patch: int) -> MaskSampler:
         generator = BlockwiseRandomMask(m.ratio, m.block_size // patch, m.whole_blocks)
     elif m.kind == "beit-blocks":
         generator = BeitBlockMask(m.ratio)
+    elif m.kind == "green-noise":
+        generator = GreenNoiseMask(m.ratio)
     else:
         generator = SquareMask(m.ratio, moving=m.kind == "moving-square")
     try:

@@ -69,9 +69,10 @@ class ArchitectureConfig:
     """Encoder, and decoder or head."""
 
     name: str = "mae"
-    """Method: mae, lsmae, convmae, simmim."""
+    """Method: mae, lsmae, mff, pixio, convmae, simmim."""
     backbone: str = "vit_base_patch16_224"
-    """mae, lsmae: a plain timm ViT. simmim: a timm Swin, Beit or ViT. convmae: convmae_base or _tiny."""
+    """mae, lsmae, mff, pixio: a plain timm ViT. simmim: a Swin, Beit, ViT or CNN of timm.
+    convmae: convmae_base or _tiny."""
     decoder_dim: Annotated[int, KEYWORDS["decoder_dim"]] = 512
     """Width of the decoder (not for simmim)."""
     decoder_depth: Annotated[int, KEYWORDS["decoder_depth"]] = 8
@@ -112,8 +113,9 @@ class CropConfig:
 class MaskConfig:
     """Patches that are hidden from the network."""
 
-    kind: Literal["random", "blocks", "square", "moving-square", "beit-blocks"] = "random"
-    """random: MAE. blocks: squares of several patches (LSMAE, SimMIM). square: one in the center. beit-blocks: BEiT."""
+    kind: Literal["random", "blocks", "square", "moving-square", "beit-blocks", "green-noise"] = "random"
+    """random: MAE. blocks: squares of several patches (LSMAE, SimMIM, Pixio). square: one in the center. beit-blocks:
+    BEiT. green-noise: clumps of a few patches (ColorMAE)."""
     ratio: Annotated[float, Real(0, 1, above=True, below=True)] = 0.75
     """Hidden fraction of the patches."""
     block_size: Annotated[int, Integer(1, MAX_SIDE)] = 32

@@ -252,6 +252,53 @@ class BeitBlockMask(MaskGenerator):
 _MAX_BLOCKS = 24
 
 
+@dataclass(frozen=True)
+class GreenNoiseMask(MaskGenerator):
+    """Keep the int(n * (1 - ratio)) patches visible where green noise is largest: ColorMAE (arXiv 2407.13036).
+
+    Green noise is white noise through a band-pass, the difference of two Gaussians, so that hidden and visible patches
+    form clumps of a few patches. Each image has a random window, flipped or not, of one of a bank of patterns, as in
+    ColorMAE's code. Its patterns are published, and the code that made them is not: the Gaussians of 0.5 and 2 patches
+    are pixmim's.
+    """
+
+    ratio: float = 0.75
+
+    def num_uniforms(self, grid: Grid) -> int:
+        return 5
+
+    def sample(self, u: Float[Tensor, "b u"], grid: Grid) -> Mask:
+        bank = _green_noise(max(128, 2 ** math.ceil(math.log2(2 * max(grid))))).to(u.device)
+        patterns, side, _ = bank.shape
+        pattern = (u[:, 0] * patterns).long().clamp(max=patterns - 1)[:, None, None]
+        rows, columns = (_window(u[:, i], u[:, i + 2], length, side) for i, length in ((1, grid[0]), (2, grid[1])))
+        noise = bank[pattern, rows[:, :, None], columns[:, None, :]]
+        return _keep_first(_rank(-noise.flatten(1)), self.ratio)
+
+
+_GREEN_SIGMAS = 0.5, 2.0  # of the Gaussians, in patches
+_BANK_VALUES = 2**20  # of all patterns together
+
+
+@lru_cache(maxsize=2)
+def _green_noise(side: int) -> Float[Tensor, "patterns side side"]:
+    """Return a bank of periodic patterns of green noise, always the same: normal white noise through the band-pass."""
+    count = max(1, _BANK_VALUES // side**2)
+    u = rng.uniform(0, "green noise", 0, np.arange(count * side), 2 * side)
+    radius, angle = np.sqrt(-2 * np.log1p(-u[:, :side])), 2 * np.pi * u[:, side:]
+    white = (radius * np.cos(angle)).reshape(count, side, side)  # Box and Muller's transform
+    f = np.fft.fftfreq(side)
+    narrow, wide = (np.exp(-2 * (np.pi * sigma) ** 2 * (f[:, None] ** 2 + f[None, :] ** 2)) for sigma in _GREEN_SIGMAS)
+    return torch.from_numpy(np.fft.ifft2(np.fft.fft2(white) * (narrow - wide)).real.astype(np.float32))
+
+
+def _window(start: Tensor, flip: Tensor, length: int, side: int) -> Int[Tensor, "b length"]:
+    """Return consecutive indices, modulo `side`, from a random start, in reverse order if `flip` is 1/2 or more."""
+    index = torch.arange(length, device=start.device).expand(len(start), -1)
+    index = torch.where(flip[:, None] < 0.5, index, length - 1 - index)
+    return ((start * side).long()[:, None] + index) % side
+
+
 class MaskSampler:
     """Sample the masks of a run as a function of (seed, step, row of the batch).
 

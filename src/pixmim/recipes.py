@@ -66,6 +66,34 @@ def lsmae_base_448() -> PretrainConfig:
     )
 
 
+def mff_vit_base(epochs: int) -> PretrainConfig:
+    """MFF with ViT-B/16 (arXiv 2308.00261): MAE whose decoder sees a fusion of blocks, with PixMIM's crop of images."""
+    config = mae_vit("base", epochs)
+    crop = CropConfig(kind="simple-resized", interpolation="bilinear")
+    return replace(config, model=ArchitectureConfig("mff", "vit_base_patch16_224"), crop=crop)
+
+
+def colormae_vit_base(epochs: int) -> PretrainConfig:
+    """ColorMAE with ViT-B/16 (arXiv 2407.13036): MAE with masks of green noise."""
+    return replace(mae_vit("base", epochs), mask=MaskConfig("green-noise"))
+
+
+def pixio_vit_huge() -> PretrainConfig:
+    """Pixio with ViT-H/16 at 256 px (arXiv 2512.15715), as its code trains on ImageNet-21k: 642,000 steps of 8192.
+
+    Blocks of 4 x 4 patches are hidden, and the decoder is 32 blocks deep. The encoder has 8 class tokens.
+    """
+    return replace(
+        mae_vit("large", 400),
+        batch_size=8192,
+        size="256",
+        model=ArchitectureConfig("pixio", "vit_huge_patch14_224", decoder_depth=32, options={"patch_size": 16}),
+        mask=MaskConfig("blocks", ratio=0.75, block_size=64),
+        optim=OptimConfig(base_lr=2.5e-5),
+        recipe_info=_trained_for(400, 8192, images=1605 * 8192),
+    )
+
+
 def convmae_base() -> PretrainConfig:
     """ConvMAE-Base (arXiv 2205.03892): as MAE, for 1600 epochs; batch 2048, the lower end of the paper's range."""
     return replace(
@@ -118,6 +146,22 @@ def simmim_swin_large_800() -> PretrainConfig:
 def simmim_vit_base() -> PretrainConfig:
     """SimMIM with a BEiT-like ViT-B/16 at 224 px; otherwise as `simmim_swin_base_800`, without stochastic depth."""
     return replace(simmim_swin_base_800(), size="224", model=ArchitectureConfig("simmim", "beit_base_patch16_224"))
+
+
+def simmim_cnn(backbone: str) -> PretrainConfig:
+    """SimMIM with a network of convolutions at 224 px, 300 epochs, in the way of A2MIM (arXiv 2205.13943).
+
+    L1 on pixels instead of A2MIM's weighted L1 and, for ResNet, its loss on frequencies.
+    """
+    return replace(
+        simmim_swin_base(),
+        epochs=300,
+        size="224",
+        model=ArchitectureConfig("simmim", backbone),
+        crop=CropConfig(kind="random-resized", scale=(0.8, 1.0), interpolation="bilinear"),
+        optim=OptimConfig(base_lr=1.5e-4, min_lr=1e-5, warmup=10, betas=(0.9, 0.999)),
+        recipe_info=_trained_for(300, 2048),
+    )
 
 
 def pixmim_vit_small() -> PretrainConfig:
@@ -235,6 +279,16 @@ RECIPES: dict[str, RecipeEntry] = {
     "mae-vit-large-1600": RecipeEntry(partial(mae_vit, "large", 1600), "ImageNet-1k: 75.8 linear, 85.9 fine-tuned"),
     "lsmae-base-448": RecipeEntry(lsmae_base_448, _NO_NUMBER),
     "pixmim-lsmae-base-448": RecipeEntry(lambda: with_pixmim(lsmae_base_448()), _NO_NUMBER),
+    # As the papers of MFF, ColorMAE and Pixio (frozen, on ADE20K, of 2 billion images) report; below, of A2MIM
+    "mff-vit-base-300": RecipeEntry(partial(mff_vit_base, 300), "ImageNet-1k: 64.2 linear, 83.0 fine-tuned"),
+    "mff-vit-base": RecipeEntry(partial(mff_vit_base, 800), "ImageNet-1k: 68.3 linear, 83.7 fine-tuned"),
+    "pixmim-mff-vit-base": RecipeEntry(lambda: with_pixmim(mff_vit_base(800)), _NO_NUMBER),
+    "colormae-vit-base-300": RecipeEntry(partial(colormae_vit_base, 300), "ImageNet-1k: 83.0 fine-tuned"),
+    "colormae-vit-base": RecipeEntry(partial(colormae_vit_base, 800), "ImageNet-1k: 83.6 fine-tuned"),
+    "colormae-vit-base-1600": RecipeEntry(partial(colormae_vit_base, 1600), "ImageNet-1k: 83.8 fine-tuned"),
+    "pixmim-colormae-vit-base": RecipeEntry(lambda: with_pixmim(colormae_vit_base(800)), _NO_NUMBER),
+    "pixio-vit-huge": RecipeEntry(pixio_vit_huge, "ImageNet-21k: no published number (ADE20K, 2 billion images: 50.2)"),
+    "pixmim-pixio-vit-huge": RecipeEntry(lambda: with_pixmim(pixio_vit_huge()), "ImageNet-21k: no published number"),
     "convmae-base": RecipeEntry(convmae_base, "ImageNet-1k: 70.9 linear, 85.0 fine-tuned"),
     "pixmim-convmae-base": RecipeEntry(lambda: with_pixmim(convmae_base()), _NO_NUMBER),
     "simmim-swin-base": RecipeEntry(simmim_swin_base, "ImageNet-1k: 82.8 fine-tuned at 192 px, 83.5 at 224 px"),
@@ -243,6 +297,12 @@ RECIPES: dict[str, RecipeEntry] = {
     "pixmim-simmim-swin-base-800": RecipeEntry(lambda: with_pixmim(simmim_swin_base_800()), _NO_NUMBER),
     "simmim-swin-large-800": RecipeEntry(simmim_swin_large_800, "ImageNet-1k: 85.4 fine-tuned at 224 px"),
     "pixmim-simmim-swin-large-800": RecipeEntry(lambda: with_pixmim(simmim_swin_large_800()), _NO_NUMBER),
+    "simmim-resnet50": RecipeEntry(partial(simmim_cnn, "resnet50"), "ImageNet-1k: 80.4 fine-tuned, with A2MIM's loss"),
+    "pixmim-simmim-resnet50": RecipeEntry(lambda: with_pixmim(simmim_cnn("resnet50")), _NO_NUMBER),
+    "simmim-convnext-base": RecipeEntry(
+        partial(simmim_cnn, "convnext_base"), "ImageNet-1k: 84.1 fine-tuned, with A2MIM's loss"
+    ),
+    "pixmim-simmim-convnext-base": RecipeEntry(lambda: with_pixmim(simmim_cnn("convnext_base")), _NO_NUMBER),
     "simmim-vit-base": RecipeEntry(simmim_vit_base, "ImageNet-1k: 83.8 fine-tuned"),
     "pixmim-simmim-vit-base": RecipeEntry(lambda: with_pixmim(simmim_vit_base()), _NO_NUMBER),
 }

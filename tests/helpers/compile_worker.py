@@ -14,6 +14,7 @@ from pixmim import (
     BeitBlockMask,
     BlockwiseRandomMask,
     ColorBins,
+    GreenNoiseMask,
     LowFrequency,
     RandomMask,
     ReconstructionLoss,
@@ -40,9 +41,12 @@ COLORS = ReconstructionLoss(ColorBins(4, LowFrequency("auto")), False, "cross_en
 CASES: dict[str, tuple[str, str, dict[str, Any], MaskGenerator, ReconstructionLoss]] = {
     "MAE": ("mae", "vit_tiny_patch16_224", VIT | THIN, RandomMask(), NORMALIZED),
     "LSMAE of colors": ("lsmae", "vit_tiny_patch16_224", VIT | THIN | BINS, BlockwiseRandomMask(0.75, 2), COLORS),
+    "MFF": ("mff", "vit_tiny_patch16_224", VIT | THIN | {"depth": 3}, GreenNoiseMask(), NORMALIZED),
+    "Pixio": ("pixio", "vit_tiny_patch16_224", VIT | THIN, BlockwiseRandomMask(0.75, 4), NORMALIZED),
     "ConvMAE": ("convmae", "convmae_tiny", CONVMAE | THIN, RandomMask(), NORMALIZED),
     "SimMIM on ViT": ("simmim", "vit_tiny_patch16_224", VIT, BlockwiseRandomMask(0.6, 2, whole_blocks=True), ABSOLUTE),
     "SimMIM on Beit": ("simmim", "beit_base_patch16_224", VIT, BeitBlockMask(0.4), ABSOLUTE),
+    "SimMIM on ResNet": ("simmim", "resnet10t", {}, RandomMask(0.5), ABSOLUTE),
     "SimMIM on Swin": (
         "simmim",
         "swin_tiny_patch4_window7_224",

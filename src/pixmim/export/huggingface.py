@@ -12,10 +12,10 @@ from torch import nn
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import write_json, write_text_atomically
 from pixmim.weights.detect import Weights
-from pixmim.weights.formats import HF_BEIT, HF_SWIN, HF_SWIN_BODY, HF_VIT, HF_VIT_BODY
+from pixmim.weights.formats import HF_BEIT, HF_PIXIO, HF_SWIN, HF_SWIN_BODY, HF_VIT, HF_VIT_BODY
 from pixmim.weights.key_map import CheckpointFormat
 
-_BODIES = ("ViTModel", "BeitModel", "SwinModel")
+_BODIES = ("ViTModel", "BeitModel", "SwinModel", "PixioModel")
 
 
 def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
@@ -52,7 +52,8 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         "image_std": std,
     }
     write_json(folder / "preprocessor_config.json", preprocessor)
-    return [f'transformers.{kind}.from_pretrained("FOLDER"{", add_pooling_layer=False" * (kind in _BODIES)})']
+    pooler = ", add_pooling_layer=False" * (kind in _BODIES and kind != "PixioModel")
+    return [f'transformers.{kind}.from_pretrained("FOLDER"{pooler})']
 
 
 def _model(weights: Weights, encoder: nn.Module) -> tuple[CheckpointFormat, str, dict[str, Any]]:
@@ -63,7 +64,13 @@ def _model(weights: Weights, encoder: nn.Module) -> tuple[CheckpointFormat, str,
         masked = (HF_SWIN, "SwinForMaskedImageModeling") if weights.has_decoder else (HF_SWIN_BODY, "SwinModel")
         return *masked, _swin(encoder)
     if not isinstance(encoder, VisionTransformer):
-        raise UserError("transformers has no ConvMAE: use --to onnx")
+        kind = weights.config.model.backbone
+        raise UserError(f"transformers' models do not have the layout of {kind}: use --to timm or --to onnx")
+    if weights.config.model.name == "pixio":
+        blocks = _blocks(encoder)
+        ratio = blocks.pop("intermediate_size") // encoder.embed_dim
+        config = {"model_type": "pixio", **blocks, "mlp_ratio": ratio, "n_cls_tokens": encoder.num_prefix_tokens}
+        return HF_PIXIO, "PixioModel", config
     if encoder.num_prefix_tokens != 1 or encoder.cls_token is None or encoder.pos_embed is None:
         raise UserError("transformers' ViT has one class token and a table of positions, but this model does not")
     patch = encoder.patch_embed.patch_size[0]
@@ -71,7 +78,7 @@ def _model(weights: Weights, encoder: nn.Module) -> tuple[CheckpointFormat, str,
     h, w = weights.config.image_size
     if weights.has_decoder and weights.config.model.name == "simmim":
         return HF_VIT, "ViTForMaskedImageModeling", config
-    if not weights.has_decoder or h != w:  # transformers' ViTMAE supports square images only
+    if not weights.has_decoder or h != w or weights.config.model.name == "mff":  # ViTMAE: squares, no fusion
         return HF_VIT_BODY, "ViTModel", config
     model, mask, target = weights.config.model, weights.config.mask, weights.config.target
     config |= {

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 import timm
@@ -13,6 +14,7 @@ from torch import nn
 
 from pixmim.models import convmae, vit
 from pixmim.models.base import MaskedModel
+from pixmim.models.cnn import CNNSimMIM, is_cnn
 from pixmim.models.feature_maps import depth as depth
 from pixmim.models.feature_maps import features as features
 from pixmim.models.mae import MAE, DecoderOptions
@@ -21,9 +23,15 @@ from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
 from pixmim.utils.validation import check_name, check_options
 
 
-def _mae(backbone: str, **options: Any) -> MAE:
+def _mae(backbone: str, method: str = "mae", **options: Any) -> MAE:
     decoder, options = _split(options)
-    return MAE(vit.check_plain(create_encoder("mae", backbone, **options), backbone), decoder)
+    encoder = vit.check_plain(create_encoder(method, backbone, **options), backbone)
+    return MAE(encoder, decoder, fused=method == "mff", learned_positions=method == "pixio")
+
+
+def _pixio(backbone: str, **options: Any) -> MAE:
+    """Build Pixio (arXiv 2512.15715): 8 class tokens, learned positions, and by default 256 px and a deep decoder."""
+    return _mae(backbone, "pixio", **{"decoder_depth": 32, **options})
 
 
 def _lsmae(backbone: str, **options: Any) -> MAE:
@@ -39,8 +47,10 @@ def _convmae(backbone: str, **options: Any) -> MaskedModel:
 
 def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: Any) -> MaskedModel:
     encoder = create_encoder("simmim", backbone, **options)
+    if is_cnn(encoder):
+        return CNNSimMIM(encoder, head, outputs)  # type: ignore[arg-type]
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
-        raise UserError(f"SimMIM takes a swin_, beit_ or vit_ backbone of timm, not '{backbone}'")
+        raise UserError(f"SimMIM takes a Swin, Beit, ViT or convolutional network of timm, not '{backbone}'")
     return SimMIM(encoder, head, outputs)  # type: ignore[arg-type]
 
 
@@ -49,6 +59,8 @@ Module = TypeVar("Module", bound=nn.Module)
 BUILDERS: dict[str, Callable[..., MaskedModel]] = {
     "mae": _mae,
     "lsmae": _lsmae,
+    "mff": partial(_mae, method="mff"),
+    "pixio": _pixio,
     "convmae": _convmae,
     "simmim": _simmim,
 }
@@ -62,6 +74,9 @@ SIMMIM_BEIT = {
 }
 """timm keywords of SimMIM's ViT: a Beit with one relative position bias table for all blocks, layer scale 0.1."""
 
+PIXIO = {"img_size": 256, "reg_tokens": 7}
+"""timm keywords of Pixio's ViT: its 8 class tokens are timm's one and 7 registers, all with positions."""
+
 BACKBONES = {"convmae": "convmae_base", "simmim": "swin_base_patch4_window7_224"}
 """Default backbones other than ViT-B/16."""
 
@@ -70,9 +85,10 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
     """Build a model for pre-training, with random weights from torch's global generator.
 
     Args:
-        name: "mae", "lsmae", "convmae" or "simmim".
-        backbone: mae, lsmae: any plain timm ViT (vit_base_patch16_224). simmim: a timm Swin, Beit or ViT
-            (swin_base_patch4_window7_224). convmae: convmae_base or convmae_tiny.
+        name: "mae", "lsmae", "mff", "pixio", "convmae" or "simmim".
+        backbone: mae, lsmae, mff, pixio: any plain timm ViT (vit_base_patch16_224). simmim: a timm Swin, Beit or ViT,
+            or a network of convolutions (swin_base_patch4_window7_224, resnet50, convnext_base). convmae: convmae_base
+            or convmae_tiny.
         **options: Fields of `DecoderOptions`, or for simmim head ("linear", "mlp"). outputs is 1, or the bins of
             `ColorBins`. The others are passed to the backbone (img_size, in_chans, ...).
 
@@ -107,6 +123,8 @@ def create_encoder(name: str, backbone: str, **options: Any) -> nn.Module:
             return _with_eps(_convmae_encoder(backbone, **options), eps)
         if name == "lsmae":
             options = {"img_size": 448, **options}
+        if name == "pixio":
+            return _with_eps(_with_class_tokens(_timm(backbone, **{**PIXIO, **options})), eps)
         if name == "simmim" and backbone.startswith("beit"):
             options = {**SIMMIM_BEIT, **options}
         if name == "simmim" and backbone.startswith("swin"):
@@ -137,10 +155,26 @@ def _timm(backbone: str, pretrained: bool = False, num_classes: int = 0, **optio
     if not timm.is_model(backbone):
         known = timm.list_models(backbone.split("_")[0] + "_*") or timm.list_models("vit_*")
         raise UserError(f"timm has no model '{backbone}'{did_you_mean(backbone, known)}")
-    encoder: nn.Module = timm.create_model(backbone, pretrained=pretrained, num_classes=num_classes, **options)
+    options |= {"pretrained": pretrained, "num_classes": num_classes}
+    try:
+        encoder: nn.Module = timm.create_model(backbone, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        size = options.pop("img_size")  # convolutions take any size, as long as their strides divide it
+        encoder = timm.create_model(backbone, **options)
+        if is_cnn(encoder):
+            stride = encoder.feature_info[-1]["reduction"]  # type: ignore[index]
+            _check_size(size if isinstance(size, tuple) else (size, size), stride, backbone)
     embed: Any = getattr(encoder, "patch_embed", None)
     if hasattr(embed, "img_size") and hasattr(embed, "patch_size"):
         _check_size(embed.img_size, embed.patch_size[0], backbone)
+    return encoder
+
+
+def _with_class_tokens(encoder: Module) -> Module:
+    """Mark all prefix tokens as class tokens, whose mean is the feature of an image: see `features`."""
+    encoder.class_tokens = encoder.num_prefix_tokens  # type: ignore[assignment]
     return encoder
 
 

@@ -12,7 +12,10 @@ from pixmim.utils.errors import UserError
 
 def unsupported_encoder(encoder: nn.Module) -> UserError:
     """Return the error for an encoder that pixmim does not support."""
-    return UserError(f"{type(encoder).__name__} is not a supported encoder: use timm's ViT, Beit or Swin, or ConvMAE")
+    name = type(encoder).__name__
+    return UserError(
+        f"{name} is not a supported encoder: use timm's ViT, Beit, Swin or CNNs such as ResNet, or ConvMAE"
+    )
 
 
 class MaskedModel(nn.Module, ABC):
@@ -64,7 +67,7 @@ class Features(NamedTuple):
     """Features of images from the last k blocks of an encoder, after its final norm.
 
     Attributes:
-        vector: Class token of each block; the mean of the patch tokens if the encoder has no class token.
+        vector: Class token of each block, of Pixio the mean of its 8; the mean of the patch tokens if there is none.
         maps: The patch tokens of each block as a map.
     """
 

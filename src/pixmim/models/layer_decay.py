@@ -2,12 +2,14 @@
 
 from typing import Any, cast
 
+from timm.models import group_parameters
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.models.base import unsupported_encoder
+from pixmim.models.cnn import is_cnn
 from pixmim.models.convmae import ConvMAEEncoder
 
 # Prefixes of the parameters of layer 0.
@@ -21,6 +23,7 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
     - ViT (MAE), Beit (BEiT, SimMIM): block i is layer i + 1. Biases shared by all blocks belong to the head's layer.
     - Swin (SimMIM): blocks are counted over all stages. A downsampling belongs to the last block before it.
     - ConvMAE: both convolutional stages are layer 0, block i of the third stage is layer i + 1.
+    - CNNs of timm: the stem is layer 0, stage i is layer i + 1, as timm groups them.
 
     Raises:
         UserError: If the encoder is not supported.
@@ -35,6 +38,9 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
         stages: Any = encoder.layers
         depths = [len(stage.blocks) for stage in stages]
         return {name: _swin_layer(name, depths) for name in names}
+    if is_cnn(encoder):
+        network: Any = encoder
+        return dict(group_parameters(network, network.group_matcher(coarse=True), reverse=True))
     raise unsupported_encoder(encoder)
 
 

@@ -56,17 +56,26 @@ class DecoderOptions:
 
 
 class MAE(MaskedModel):
-    """A timm VisionTransformer with MAE's decoder; with blockwise masks and a narrower decoder, LSMAE.
+    """A timm VisionTransformer with MAE's decoder, and what others have made of it: LSMAE, MFF and Pixio.
 
     With vit_base_patch16_224 and the default decoder it has 111,907,840 parameters, as the official model; LSMAE-base
     at 448 px, with decoder (384, 8, 12), has 101,339,520.
 
     Args:
-        encoder: Any plain timm ViT. Its weights are initialized as MAE's, its positions fixed to sine-cosine.
+        encoder: Any plain timm ViT. Its weights are initialized as MAE's.
         decoder: Sizes of the decoder.
+        fused: Give the decoder several blocks' tokens: see `LevelFusion`.
+        learned_positions: Learn the positions of encoder and decoder, from normal values of deviation 0.02 on, as Pixio
+            (arXiv 2512.15715); otherwise they are fixed to sine-cosine.
     """
 
-    def __init__(self, encoder: VisionTransformer, decoder: DecoderOptions) -> None:
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        decoder: DecoderOptions,
+        fused: bool = False,
+        learned_positions: bool = False,
+    ) -> None:
         super().__init__()
         self.encoder: VisionTransformer = encoder
         self.patch = encoder.patch_embed.patch_size[0]
@@ -77,10 +86,43 @@ class MAE(MaskedModel):
         for token in prefix_tokens(encoder):
             nn.init.normal_(token, std=0.02)
         self.decoder = Decoder(encoder.embed_dim, encoder.num_prefix_tokens, grid, self.patch, channels, decoder)
+        self.fusion = LevelFusion(encoder.embed_dim, len(encoder.blocks)) if fused else None
+        if learned_positions:
+            for positions in (encoder.pos_embed, self.decoder.pos_embed):
+                nn.init.trunc_normal_(positions.requires_grad_(True), std=0.02)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
         self.check_mask(images, mask)
-        return self.decoder(encode_visible(self.encoder, images, mask), mask)
+        return self.decoder(encode_visible(self.encoder, images, mask, self.fusion), mask)
+
+
+class LevelFusion(nn.Module):
+    """A weighted sum of the tokens of every second block, for the decoder: MFF (arXiv 2308.00261).
+
+    Blocks 1, 3, ..., 11 of 0 to 11. All but the last go through a linear map; the weights are the softmax of learned
+    numbers, equal at first. The encoder thus need not carry details of the pixels to its last block. It adds 2,952,966
+    parameters to ViT-B, which are left out of the exported encoder.
+
+    Args:
+        width: Width of the tokens.
+        depth: Number of blocks.
+    """
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.levels = range(1 - depth % 2, depth, 2)
+        self.projections = nn.ModuleList(nn.Linear(width, width) for _ in self.levels[:-1])
+        self.weights = nn.Parameter(torch.ones(len(self.levels), 1, 1, 1))
+
+    def forward(self, blocks: nn.Sequential, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """Apply the blocks one after another, and return the sum."""
+        outputs = []
+        for number, block in enumerate(blocks):
+            tokens = block(tokens)
+            if number in self.levels:
+                outputs.append(tokens)
+        projected = [layer(level) for layer, level in zip(self.projections, outputs, strict=False)]
+        return (torch.stack([*projected, tokens]) * self.weights.softmax(dim=0)).sum(dim=0)
 
 
 class Decoder(nn.Module):

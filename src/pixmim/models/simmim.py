@@ -41,8 +41,7 @@ class SimMIM(MaskedModel):
         width, channels = int(encoder.num_features), int(embed.proj.in_channels)
         self.stride = self.patch * (2 ** (len(encoder.layers) - 1) if isinstance(encoder, SwinTransformer) else 1)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed.proj.out_channels))
-        predict = nn.Conv2d(width, self.stride**2 * channels * outputs, 1)
-        self.head = nn.Sequential(*([nn.Conv2d(width, width, 1), nn.GELU()] if head == "mlp" else []), predict)
+        self.head = build_head(width, self.stride**2 * channels * outputs, head)
         freeze_pooling(encoder)
         if not isinstance(encoder, SwinTransformer):
             init_like_simmim(encoder)
@@ -56,6 +55,13 @@ class SimMIM(MaskedModel):
             tokens = vit.encode_replaced(self.encoder, images, mask.hidden, self.mask_token)
         # PixelShuffle reads values as (channel, output, row, column), SimMIM's layout.
         return patchify(F.pixel_shuffle(self.head(tokens), self.stride), self.patch)
+
+
+def build_head(width: int, values: int, head: Head) -> nn.Sequential:
+    """Build the head that predicts the values of each position of a map of this width."""
+    return nn.Sequential(
+        *([nn.Conv2d(width, width, 1), nn.GELU()] if head == "mlp" else []), nn.Conv2d(width, values, 1)
+    )
 
 
 def _encode_swin(

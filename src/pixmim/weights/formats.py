@@ -1,5 +1,7 @@
 """Checkpoint formats of other projects: one literal tuple, `FORMATS`, of key tables."""
 
+from dataclasses import replace
+
 from pixmim.weights.key_map import (
     CheckpointFormat,
     KeyMap,
@@ -8,7 +10,9 @@ from pixmim.weights.key_map import (
     drop_key_bias,
     fold_batch_norm,
     fuse_qkv,
+    join_class_tokens,
     reorder_merged_patches,
+    split_class_tokens,
     split_qkv,
 )
 
@@ -38,7 +42,7 @@ _MAE_DECODER = (
 )
 
 MAE = CheckpointFormat(
-    "MAE (official code)",
+    "MAE or Pixio (official code)",
     "vit",
     ("decoder_embed.weight", "patch_embed.proj.weight"),
     KeyMap(
@@ -47,7 +51,7 @@ MAE = CheckpointFormat(
         ("decoder_upsample.*", "decoder.upsample.*"),
         ("**", "encoder.**"),
     ),
-    transforms=(fuse_qkv,),
+    transforms=(fuse_qkv, split_class_tokens),
 )
 
 CONVMAE = CheckpointFormat(
@@ -96,7 +100,7 @@ SWIN = CheckpointFormat(
 # ---- timm, whose keys are pixmim's for an encoder, and MAE's for an encoder alone or fine-tuned
 
 TIMM_VIT = CheckpointFormat(
-    "timm's ViT (or MAE: encoder alone, or fine-tuned)",
+    "timm's ViT (or MAE, Pixio: encoder alone, or fine-tuned)",
     "vit",
     ("blocks.0.norm1.weight", "patch_embed.proj.weight"),
     KeyMap(
@@ -104,7 +108,7 @@ TIMM_VIT = CheckpointFormat(
         ("head.1.*", "encoder.head.*"),
         ("**", "encoder.**"),
     ),
-    transforms=(fuse_qkv, fold_batch_norm),
+    transforms=(fuse_qkv, split_class_tokens, fold_batch_norm),
 )
 
 TIMM_SWIN = CheckpointFormat(
@@ -150,6 +154,8 @@ def _mm_vit(prefix: str) -> CheckpointFormat:
             *_rows(f"{prefix}layers.*", "encoder.blocks.*", *_MM_BLOCK),
             (f"{prefix}ln1.*", "encoder.norm.*"),
             (f"{prefix}ln2.*", "encoder.fc_norm.*"),
+            (f"{prefix}proj_layers.*.*", "fusion.projections.*.*"),  # this and the next: MFF
+            (f"{prefix}proj_weights", "fusion.weights"),
             ("neck.mask_token", "decoder.mask_token"),
             ("neck.decoder_embed.*", "decoder.embed.*"),
             ("neck.decoder_pos_embed", "decoder.pos_embed"),
@@ -232,8 +238,8 @@ _HF_SWIN_BLOCK = (
 )
 
 
-def _hf_vit(prefix: str) -> CheckpointFormat:
-    """ViTMAE, and ViT plain or for masked images (SimMIM's); without prefix their body alone."""
+def _hf_vit(prefix: str, norms: tuple[tuple[str, str], ...] = _HF_NORMS) -> CheckpointFormat:
+    """ViTMAE, and ViT plain or for masked images (SimMIM's); without prefix their body alone. Pixio has other norms."""
     return CheckpointFormat(
         "Hugging Face ViTMAE or ViT",
         "vit",
@@ -243,7 +249,7 @@ def _hf_vit(prefix: str) -> CheckpointFormat:
             (f"{prefix}embeddings.mask_token", "mask_token"),
             (f"{prefix}embeddings.position_embeddings", "encoder.pos_embed"),
             (f"{prefix}embeddings.patch_embeddings.projection.*", "encoder.patch_embed.proj.*"),
-            *_rows(f"{prefix}encoder.layer.*", "encoder.blocks.*", *_HF_BLOCK),
+            *_rows(f"{prefix}encoder.layer.*", "encoder.blocks.*", *norms, *_HF_BLOCK),
             *_rows(f"{prefix}layers.*", "encoder.blocks.*", *_HF_BLOCK_IN_MEMORY),
             (f"{prefix}layernorm.*", "encoder.norm.*"),
             ("classifier.*", "encoder.head.*"),
@@ -257,8 +263,8 @@ def _hf_vit(prefix: str) -> CheckpointFormat:
             ("decoder.*.*", "head.*.*"),
         ),
         ignored=((f"{prefix}pooler.*", "a layer over the class token that pre-training does not have"),),
-        transforms=(fuse_qkv,),
-        inverse=(split_qkv,),
+        transforms=(fuse_qkv, split_class_tokens),
+        inverse=(split_qkv, join_class_tokens),
     )
 
 
@@ -319,12 +325,17 @@ def _hf_beit(prefix: str) -> CheckpointFormat:
 MM, MM_BODY = _mm_vit("backbone."), _mm_vit("")
 MM_SWIN, MM_SWIN_BODY = _mm_swin("backbone."), _mm_swin("")
 HF_VIT, HF_VIT_BODY = _hf_vit("vit."), _hf_vit("")
+HF_PIXIO = replace(
+    _hf_vit("", (("norm1.*", "norm1.*"), ("norm2.*", "norm2.*"))),
+    name="Hugging Face Pixio",
+    required=("embeddings.cls_token", "encoder.layer.0.norm1.weight"),
+)
 HF_SWIN, HF_SWIN_BODY = _hf_swin("swin."), _hf_swin("")
 HF_BEIT, HF_BEIT_BODY = _hf_beit("beit."), _hf_beit("")
 
 FORMATS = (
     *(MAE, CONVMAE, SIMMIM_SWIN, SIMMIM_VIT, SWIN, TIMM_SWIN, TIMM_BEIT, MM, MM_BODY, MM_SWIN, MM_SWIN_BODY),
     *(HF_VIT, HF_BEIT, HF_BEIT_BODY),  # HF_BEIT_BODY has the keys that identify HF_VIT_BODY too, so it comes first
-    *(HF_VIT_BODY, HF_SWIN, HF_SWIN_BODY, TIMM_VIT),
+    *(HF_PIXIO, HF_VIT_BODY, HF_SWIN, HF_SWIN_BODY, TIMM_VIT),
 )
 """Formats in the order in which they are tried."""

@@ -75,6 +75,10 @@ def infer_config(file: RawCheckpoint, kind: Kind, tensors: Tensors, hints: Model
         decoder = _decoder(tensors, hints)
         long = decoder.get("decoder_dim") == 384 or size == (448, 448)
         method = "convmae" if kind == "convmae" else "lsmae" if long else "mae"
+        if "fusion.weights" in tensors:
+            method = "mff"
+        elif options.get("no_embed_class") is False and "encoder.cls_token" in tensors:
+            method = "pixio"  # no other ViT has registers with positions beside a class token
         model = replace(ArchitectureConfig(method, backbone, options=options), **decoder)  # type: ignore[arg-type]
     pretraining = "mask_token" in tensors or "decoder.mask_token" in tensors
     return ModelConfig(
@@ -349,4 +353,5 @@ def _mask(file: RawCheckpoint, model: ArchitectureConfig) -> MaskConfig:
         raise UserError(f"its setting mask_ratio is {shown(ratio)}: expected a number from 0 to 1")
     if ratio in (0, 1):  # set for fine-tuning or visualization; pre-training with it is impossible
         ratio = 0.75
-    return MaskConfig("blocks", ratio=ratio, block_size=32) if model.name == "lsmae" else MaskConfig(ratio=ratio)
+    side = {"lsmae": 32, "pixio": 64}.get(model.name)
+    return MaskConfig(ratio=ratio) if side is None else MaskConfig("blocks", ratio=ratio, block_size=side)

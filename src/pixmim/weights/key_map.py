@@ -122,6 +122,22 @@ def split_qkv(tensors: Tensors) -> Tensors:
     return split
 
 
+def split_class_tokens(tensors: Tensors) -> Tensors:
+    """Split several class tokens (Pixio) into timm's one, and registers."""
+    token = tensors.get("encoder.cls_token")
+    if token is None or token.ndim != 3 or token.shape[1] < 2 or "encoder.reg_token" in tensors:
+        return tensors
+    return tensors | {"encoder.cls_token": token[:, :1], "encoder.reg_token": token[:, 1:]}
+
+
+def join_class_tokens(tensors: Tensors) -> Tensors:
+    """Invert `split_class_tokens`."""
+    joined = dict(tensors)
+    if "encoder.reg_token" in joined:
+        joined["encoder.cls_token"] = torch.cat([joined["encoder.cls_token"], joined.pop("encoder.reg_token")], dim=1)
+    return joined
+
+
 def drop_key_bias(tensors: Tensors) -> Tensors:
     """Remove Beit's bias of k, a buffer of zeros in timm."""
     return {name: value for name, value in tensors.items() if not name.endswith("k_bias")}
