@@ -43,7 +43,9 @@ def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float
     while len(losses) < steps:
         for images, _ in loader:
             ids_keep, ids_mask = utils.random_token_mask((len(images), model.encoder.sequence_length), 0.75)
-            hidden = torch.zeros(len(images), model.encoder.sequence_length, dtype=torch.bool).scatter(1, ids_mask, True)
+            hidden = torch.zeros(len(images), model.encoder.sequence_length, dtype=torch.bool).scatter(
+                1, ids_mask, True
+            )
             mask = pixmim.Mask.from_hidden(hidden[:, 1:])  # without the class token
             loss = loss_fn(model(images, ids_keep), images, mask).loss
             loss.backward()

@@ -40,7 +40,12 @@ class PixMIM(lightning.LightningModule):
 def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float]:
     """Train for some steps; return the loss of each."""
     module = PixMIM(size)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     lightning.Trainer(max_steps=steps, accelerator="auto", devices=1, **quiet).fit(
         module, load_images(folder, size, batch)
     )

@@ -1,4 +1,4 @@
-"""Export and import of Pixio, which has several class tokens, and of MFF, which has layers beside MAE's."""
+"""Export and import of Pixio, which has several class tokens, and of MFF, which has more layers than MAE."""
 
 from collections.abc import Callable
 from dataclasses import replace

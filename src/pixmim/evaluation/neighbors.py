@@ -73,7 +73,7 @@ def load_index(
     advance: Callable[[int, int], None] = lambda done, total: None,
     console: Console | None = None,
 ) -> Index:
-    """Read an index from its file, or compute and save it if there is none of this encoder and these images.
+    """Read the index of an encoder and images from its file, or compute and save it.
 
     A folder that cannot be written costs nothing: the index is then computed again the next time.
 
@@ -107,7 +107,7 @@ def load_index(
 
 
 def _read(file: Path, identity: dict[str, str], images: int) -> Index | None:
-    """Return the index in a file, or None if there is none of this identity, or it is damaged."""
+    """Return the index in a file, or None if the file is missing, damaged, or of another encoder or dataset."""
     try:
         saved = read(file)
     except UserError:

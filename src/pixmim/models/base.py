@@ -67,7 +67,7 @@ class Features(NamedTuple):
     """Features of images from the last k blocks of an encoder, after its final norm.
 
     Attributes:
-        vector: Class token of each block, of Pixio the mean of its 8; the mean of the patch tokens if there is none.
+        vector: Class token of each block, of Pixio the mean of its 8; without one the mean of the patch tokens.
         maps: The patch tokens of each block as a map.
     """
 

@@ -15,6 +15,7 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.evaluation.visualize import Pixels, heat_overlay, to_pixels
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
+from pixmim.models.feature_maps import class_tokens
 from pixmim.report.reconstruct import load_crops
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
@@ -49,8 +50,8 @@ def attention_maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> Floa
         layer.fused_attn = fused
     weights = recorded[-1]
     prefix = weights.shape[-1] - grid[0] * grid[1]
-    has_token = getattr(encoder, "cls_token", None) is not None
-    maps = weights[:, :, 0, prefix:] if has_token else weights[:, :, prefix:, prefix:].mean(dim=2)
+    tokens = 0 if isinstance(encoder, ConvMAEEncoder) else class_tokens(encoder)
+    maps = weights[:, :, slice(tokens) if tokens else slice(prefix, None), prefix:].mean(dim=2)
     return (maps / maps.sum(dim=-1, keepdim=True)).unflatten(2, grid)
 
 

@@ -99,14 +99,14 @@ def verdict(
     if len(losses) < 2:
         return ""
     return (
-        f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {metrics[-1]['step']:,} steps. Whether the encoder "
-        "is of use to you, only labels can tell: "
+        f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {metrics[-1]['step']:,} steps. Labels show "
+        "whether the encoder is useful: "
         f"pixmim evaluate knn {quote(str(folder))} --train DATA --test DATA --untrained."
     )
 
 
 def _judge(row: Row, cell: Cell, start: Cell | None) -> str:
-    """Say whether a value is better than that of the initial weights: if their 95 % intervals do not meet."""
+    """Say whether a value is better than that of the initial weights: if their 95 % intervals do not overlap."""
 
     def shown(value: Cell) -> str:
         return value.text + f" ({value.range})" * bool(value.range)

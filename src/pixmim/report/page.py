@@ -249,7 +249,7 @@ def _first_pictures(entries: list[ReportEntry]) -> list[tuple[str, str, Pixels, 
 
 
 def _shown(pixels: Pixels) -> str:
-    """Return the attributes of an <img>: enlarged by a whole number if it is small, and at most 240 pixels high."""
+    """Return the attributes of an <img>: enlarged by an integer factor if it is small, and at most 240 pixels high."""
     h, w = pixels.shape[:2]
     factor = -(-_MIN_SIDE // h)
     exact = factor * h <= _MAX_SIDE

@@ -78,7 +78,7 @@ def infer_config(file: RawCheckpoint, kind: Kind, tensors: Tensors, hints: Model
         if "fusion.weights" in tensors:
             method = "mff"
         elif options.get("no_embed_class") is False and "encoder.cls_token" in tensors:
-            method = "pixio"  # no other ViT has registers with positions beside a class token
+            method = "pixio"  # only Pixio has a class token and registers with positions
         model = replace(ArchitectureConfig(method, backbone, options=options), **decoder)  # type: ignore[arg-type]
     pretraining = "mask_token" in tensors or "decoder.mask_token" in tensors
     return ModelConfig(
