@@ -45,7 +45,7 @@ def batches(
 @pytest.mark.parametrize("crop", [SimpleResizedCrop(SIZE), SimpleResizedCrop(SIZE, padding=0), CenterCrop(SIZE)])
 def test_batches_do_not_depend_on_the_cache_location(shards: ShardDataset, crop: Crop) -> None:
     for shard in (BatchShard(8), BatchShard(6, start=31, rank=1, world_size=3)):
-        none, ram, gpu = (batches(location, shards, crop, 9, shard) for location in ("none", "ram", "gpu"))
+        none, ram, gpu = (batches(location, shards, crop, 4, shard) for location in ("none", "ram", "gpu"))
         assert same(none, ram) and same(none, gpu)
     assert not any(thread.name.startswith("pixmim") for thread in threading.enumerate())
 
@@ -57,7 +57,7 @@ def test_unreadable_images_are_replaced_equally(shards: ShardDataset, tmp_path: 
         data[(start := int(shards._entries[index]["offset"])) : start + 40] = bytes(40)
     tar.write_bytes(data)
     crop = SimpleResizedCrop(SIZE)
-    none, gpu = (batches(location, shards, crop, 12, BatchShard(5)) for location in ("none", "gpu"))
+    none, gpu = (batches(location, shards, crop, 4, BatchShard(5)) for location in ("none", "gpu"))
     assert same(none, gpu)
 
 
@@ -69,7 +69,7 @@ def test_choose_cache_location(shards: ShardDataset, monkeypatch: pytest.MonkeyP
     def choose(crop: Crop = simple, cache_images: str = "auto", device: torch.device = gpu) -> str:
         return caching.choose_cache_location(shards, crop, cache_images, device)[0]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(caching, "total_ram", lambda: 4 * size)
+    monkeypatch.setattr(caching, "total_memory", lambda: 4 * size)
     monkeypatch.setattr(caching, "_gpu_memory", lambda device: 4 * size)
     assert choose() == "gpu" and choose(device=CPU) == "ram" and choose(RandomResizedCrop(SIZE)) == "ram"
     assert choose(SimpleResizedCrop(16)) == "ram"  # another size, so it resizes
@@ -82,7 +82,7 @@ def test_choose_cache_location(shards: ShardDataset, monkeypatch: pytest.MonkeyP
     assert choose() == "ram"
     location, why = caching.choose_cache_location(shards, simple, "auto", CPU, processes=2)  # each has a copy
     assert location == "none" and "a quarter of the RAM, which 2 processes share (" in why
-    monkeypatch.setattr(caching, "total_ram", lambda: 4 * size - 4)
+    monkeypatch.setattr(caching, "total_memory", lambda: 4 * size - 4)
     assert choose() == "none" and choose(cache_images="ram") == "ram" and choose(cache_images="gpu") == "gpu"
     with pytest.raises(UserError, match="needs a cache at --size"):
         choose(RandomResizedCrop(SIZE), cache_images="gpu")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pixmim import cli
 from pixmim.data import label_table, open_dataset
-from pixmim.data.label_table import LabelTable
+from pixmim.data.image_folder import ImageFolder
 from pixmim.data.uri import absolute, read_parts
 from pixmim.evaluation.classification import check_labeled
 from pixmim.utils.errors import UserError
@@ -31,7 +31,7 @@ def write(pictures: Path) -> Write:
 
 
 def names(data: object) -> list[str]:
-    assert isinstance(data, LabelTable) and data.labels is not None
+    assert isinstance(data, ImageFolder) and data.labels is not None
     return [data.classes[label] for label in data.labels]
 
 
@@ -58,7 +58,7 @@ def test_rows_are_those_of_a_slow_reader(write: Write, pictures: Path) -> None:
     assert names(data) == [row["Class"].strip() for row in expected] and data.classes == sorted(set(names(data)))
     assert data.left_out == f"left out of labels.csv: {10 - len(expected)} rows without a label"
     assert "paths from column 'File', classes from 'Class', groups from 'patient'; left out" in data.description
-    assert isinstance(data, LabelTable) and data.groups is not None
+    assert isinstance(data, ImageFolder) and data.groups is not None
     for i, one in enumerate(expected):  # an image without a group is its own
         for j, two in enumerate(expected):
             same = i == j or one["patient"] == two["patient"] != ""
@@ -222,7 +222,7 @@ def test_parquet_of_paths(pictures: Path) -> None:
     data = open_dataset(f"{pictures}/t.parquet")
     assert names(data) == ["b", "a", "a"] and data.path_of(2) == f"{pictures}/dogs/0.jpg" and "2 rows" in data.left_out
     data = open_dataset(f"{pictures}/t.parquet,label=grade,group=label")
-    assert names(data) == ["3", "1", "2", "3"] and isinstance(data, LabelTable) and data.groups is not None
+    assert names(data) == ["3", "1", "2", "3"] and isinstance(data, ImageFolder) and data.groups is not None
     parquet.write_table(pyarrow.table(columns), pictures / "all.parquet")  # the bytes could be images
     assert names(open_dataset(f"{pictures}/all.parquet,path=file,label=score")) == ["1.0", "1.0", "2.0", "2.0"]
     for column in ("raw", "list"):

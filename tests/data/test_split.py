@@ -207,9 +207,9 @@ def test_drawn_labels_are_stratified_and_a_larger_number_adds_to_them() -> None:
     assert set(few) != set(draw_labels(labels, 3, 0, draw=2)) and set(few) != set(draw_labels(labels, 3, 1, draw=1))
     more = np.append(labels, [3] * 9)  # another class changes nothing
     assert set(few) == set(draw_labels(more, 3, 0, draw=1)[:-3])
-    frequency = sum(np.bincount(draw_labels(labels, 3, 0, draw), minlength=234) for draw in range(2000)) / 2000
+    frequency = sum(np.bincount(draw_labels(labels, 3, 0, draw), minlength=234) for draw in range(300)) / 300
     for label, count in enumerate([4, 30, 200]):
-        assert np.abs(frequency[labels == label] - 3 / count).max() < 0.05
+        assert np.abs(frequency[labels == label] - 3 / count).max() < 0.1
 
 
 def test_images_with_the_same_bytes_stay_together(pictures: Path) -> None:

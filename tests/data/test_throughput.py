@@ -25,6 +25,11 @@ ROWS = [
 PHOTOS = Report(ROWS, ROWS[1], "limited by decoding", 500)
 
 
+@pytest.fixture(autouse=True)
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_REPEATS", 1)
+
+
 def advice(report: Report, target_rate: float | None = None) -> str:
     return "\n".join(recommend(report, target_rate))
 
@@ -74,7 +79,7 @@ def test_the_current_way_depends_on_memory(
     memory: int, current: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_cache(open_dataset(str(pictures)), tmp_path / "cache", (24, 24))
-    monkeypatch.setattr(module, "total_ram", lambda: memory)
+    monkeypatch.setattr(module, "total_memory", lambda: memory)
     monkeypatch.setattr(module, "_measure_rate", lambda *args: 1.0 if args[-1] else 100.0)
     report = measure(open_dataset(str(tmp_path / "cache")), SimpleResizedCrop(24), (24, 24))
     assert report.current.name == current

@@ -81,7 +81,7 @@ def test_hugging_face_fields() -> None:
         ("hf:", "'' in 'hf:' is neither a path nor the name"),
         ("hf:u/s/t", "'u/s/t' in 'hf:u/s/t' is neither"),
         ("hf:u/s,label", "neither"),
-        ("hf:u/s,lable=x", "no option 'lable'; did you mean 'label'"),
+        ("hf:u/s,lable=x", "no option lable=; did you mean 'label'"),
         ("hf:u/s,label=", "no value for label"),
         ("hf:./nosuch:train", "./nosuch does not exist"),
     ],

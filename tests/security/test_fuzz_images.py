@@ -28,7 +28,7 @@ FORMS = [
     ImageSpec(2, "uint8", "channels"),
     ImageSpec(3, "float32", "channels"),
 ]  # fmt: skip
-bounded = settings(max_examples=60, phases=[Phase.generate])
+bounded = settings(max_examples=20, phases=[Phase.generate])
 
 
 @pytest.fixture(autouse=True, scope="module")

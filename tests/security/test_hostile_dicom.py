@@ -86,7 +86,7 @@ def test_runs_of_a_compressed_frame_are_bounded(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_more_elements_than_are_needed_are_not_kept(tmp_path: Path) -> None:
-    private = b"".join(struct.pack("<HH2sH", 0x0009, 0x1000 + i % 0xEFF, b"LO", 0) for i in range(200_000))
+    private = b"".join(struct.pack("<HH2sH", 0x0009, 0x1000 + i % 0xEFF, b"LO", 0) for i in range(50_000))
     data = encoded(dataset(VALUES, 12))
     start = data.index(b"\x28\x00\x02\x00")
     tracemalloc.start()
@@ -96,7 +96,7 @@ def test_more_elements_than_are_needed_are_not_kept(tmp_path: Path) -> None:
     assert peak < 4 * len(private)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(13))
 def test_damage_gives_an_image_or_one_line(seed: int) -> None:
     rng = np.random.default_rng(seed)
     data = bytearray(encoded(dataset(VALUES, 12, WindowCenter=40, WindowWidth=400)))

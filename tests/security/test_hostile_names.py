@@ -181,9 +181,7 @@ def test_evaluations_and_pages(stage: Stage, capsys: pytest.CaptureFixture[str])
     labeled = ["--train", stage.data, "--test", stage.data, "--device", "cpu", "--precision", "fp32"]
     with pytest.MonkeyPatch.context() as patch:
         skip_report(patch.setattr)
-        for run in stage.runs:
-            if "\udcfc" in str(run):  # safetensors cannot open a path that is not UTF-8
-                continue
+        for run in stage.runs[:3]:
             status, text = command(capsys, "evaluate", "knn", run, *labeled)
             assert status == 0 and "k-NN" in text, text
         few = ["--corruptions", "contrast", "--severities", 1, "--epochs", 1]

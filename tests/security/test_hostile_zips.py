@@ -113,7 +113,7 @@ def test_a_large_table_of_contents_is_refused(tmp_path: Path, monkeypatch: pytes
         open_dataset(str(path))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(20))
 def test_damage_gives_images_or_one_line(tmp_path: Path, seed: int) -> None:
     path = pack(tmp_path / "x.zip", ("a/1.png", PNG), ("b/2.png", PNG), method=zipfile.ZIP_DEFLATED)
     rng, data = np.random.default_rng(seed), bytearray(path.read_bytes())

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from timm.data import auto_augment as theirs
 from torchvision.transforms.v2 import functional as V
 
 from pixmim.transforms import augment
-from pixmim.transforms.augment import OPERATIONS, Augmented, Jitter, RandAugment, ThreeAugment, augmented, fill_of
+from pixmim.transforms.augment import OPERATIONS, Augmented, Jitter, RandAugment, ThreeAugment, augmented
 from pixmim.transforms.crops import CenterCrop, SimpleResizedCrop
 
 FILL = (124, 116, 104)
@@ -33,19 +34,18 @@ def test_operations_are_timms_in_its_order() -> None:
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))
-@pytest.mark.parametrize("level", [0.0, 4.4, 8.7, 9.3])
-@pytest.mark.parametrize("negative", [False, True])
-def test_an_operation_is_timms(name: str, level: float, negative: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random, "random", lambda: 0.9 if negative else 0.1)
+def test_an_operation_is_timms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = [name, name + "Increasing", name + "Rel"]
     (full,) = [n for n in theirs.rand_augment_choices("", True) if n in known]
     hparams = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
-    op = theirs.AugmentOp(full, prob=1.0, magnitude=level, hparams=hparams)
     image = V.to_pil_image(picture())
     function, argument = OPERATIONS[name]
-    given = [] if argument is None else [argument(level, negative)]
-    mine = function(image, *given, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
-    assert np.array_equal(np.asarray(mine), np.asarray(op(image)))
+    for level, negative in product((0.0, 4.4, 8.7, 9.3), (False, True)):
+        monkeypatch.setattr(random, "random", lambda: 0.9 if negative else 0.1)  # noqa: B023
+        op = theirs.AugmentOp(full, prob=1.0, magnitude=level, hparams=hparams)
+        given = [] if argument is None else [argument(level, negative)]
+        mine = function(image, *given, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(mine), np.asarray(op(image))), (level, negative)
 
 
 def test_no_bits_are_black() -> None:
@@ -141,5 +141,5 @@ def test_what_a_recipe_names() -> None:
     base = CenterCrop(32)
     assert augmented(base, "none", 0.0, (0.5,)) is base
     three = augmented(base, "three", 0.3, (0.485, 0.456, 0.406))
-    assert isinstance(three, Augmented) and three.fill == FILL == fill_of((0.485, 0.456, 0.406))
+    assert isinstance(three, Augmented) and three.fill == FILL
     assert three.steps == (ThreeAugment(), Jitter(0.3))

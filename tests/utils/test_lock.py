@@ -1,13 +1,13 @@
 """One process at a time works in a folder; the lock of a dead process is taken over by the rule in `lock.py`."""
 
-import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -24,15 +24,21 @@ from pixmim.utils.lock import locked_folder
 HOLD = """
 import sys
 from pathlib import Path
+from pixmim.utils import lock
 from pixmim.utils.errors import UserError
-from pixmim.utils.lock import locked_folder
+lock.BEAT = 0.1
 try:
-    with locked_folder(Path(sys.argv[1])):
+    with lock.locked_folder(Path(sys.argv[1])):
         print("held", flush=True)
         sys.stdin.read()
 except UserError:
     print("refused", flush=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def fast_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.1)
 
 
 def start_holder(folder: Path) -> "subprocess.Popen[str]":
@@ -51,12 +57,14 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
     ):
         pass
     holder.kill()
-    holder.wait()
-    with locked_folder(run):
-        assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
-        with pytest.raises(UserError, match="in use"), locked_folder(run):
-            pass
-    assert os.listdir(run) == []
+    holder.communicate()
+    contenders = [start_holder(run) for _ in range(3)]
+    printed = sorted(process.stdout.readline() for process in contenders if process.stdout is not None)
+    for process in contenders:
+        process.communicate()
+    assert printed == ["held\n", "refused\n", "refused\n"] and os.listdir(run) == []
+    with locked_folder(run), pytest.raises(UserError, match="in use"), locked_folder(run):
+        pass
     with pytest.raises(FileExistsError), locked_folder(run, new=True):
         pass
     run.rmdir()
@@ -65,65 +73,30 @@ def test_a_folder_is_locked_until_its_process_ends(tmp_path: Path) -> None:
     assert not run.exists()
 
 
-def test_a_reused_or_invalid_process_number_holds_nothing(tmp_path: Path) -> None:
+def test_the_lock_of_another_host_is_held_while_it_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "STILL", 1.5)
+    path, lines = tmp_path / "lock", list[str]()
     with locked_folder(tmp_path):
-        holder = json.loads((tmp_path / "lock").read_text())
-    for change in ({"started": "1"}, {"pid": 2**22 + 1}, {"pid": -7}, {"pid": 10**30}):
-        (tmp_path / "lock").write_text(json.dumps(holder | change))
-        with locked_folder(tmp_path):
-            pass
+        content = path.read_text()
+    path.write_text(re.sub("host=.*", "host=other", content))
+    renewals = iter(range(10**6))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="on 'other'"):
+        patch.setattr(lock, "_modified", lambda path: next(renewals))
+        locked_folder(tmp_path).__enter__()
+    with locked_folder(tmp_path, lines.append):
+        assert len(lines) == 1
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", ['{"host": "other", "pid": 1, "system": "x", "started": "1"}', "", "[" * 99, "[]"])
-def test_the_lock_of_another_host_is_held_while_it_is_renewed(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, lines, clock = tmp_path / "lock", list[str](), [0.0]
-
-    def sleep(seconds: float, renewed: bool) -> None:
-        clock[0] += seconds
-        if renewed:
-            os.utime(path, (1, 1))
-
-    fake_time = SimpleNamespace(monotonic=lambda: clock[0])  # other threads keep the real time module
-    monkeypatch.setattr(lock, "time", fake_time)
-    path.write_text(content)
-    fake_time.sleep = lambda seconds: sleep(seconds, True)
-    with pytest.raises(UserError, match="in use"), locked_folder(tmp_path, lines.append):
-        pass
-    assert clock[0] == 1 and len(lines) == 1 and "90 s" in lines[0]
-    path.write_text(content)
-    fake_time.sleep = lambda seconds: sleep(seconds, False)
-    with locked_folder(tmp_path):
-        assert 1 + lock.STILL < clock[0] < 5 + lock.STILL
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_lock_is_renewed_and_a_process_that_lost_it_is_terminated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock, "BEAT", 0.01)
+def test_a_process_that_lost_its_lock_is_terminated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     signals: list[int] = []
     monkeypatch.setattr(lock.os, "kill", lambda pid, number: signals.append(number))
     with locked_folder(tmp_path):
-        os.utime(tmp_path / "lock", (1, 1))
-        while (tmp_path / "lock").stat().st_mtime == 1:
-            time.sleep(0.01)
+        (tmp_path / "lock").unlink()
         (tmp_path / "lock").write_text("another's")
         while not signals:
             time.sleep(0.01)
-    assert (tmp_path / "lock").read_text() == "another's"
-
-
-def test_one_of_several_processes_takes_over_a_dead_lock(tmp_path: Path) -> None:
-    dead = {"host": "h", "pid": 2**22 + 1, "system": lock._system(), "started": "1"}
-    (tmp_path / "lock").write_text(json.dumps(dead))
-    holders = [start_holder(tmp_path) for _ in range(4)]
-    printed = sorted(process.stdout.readline() for process in holders if process.stdout is not None)
-    for process in holders:
-        process.communicate()
-    assert printed == ["held\n", "refused\n", "refused\n", "refused\n"] and os.listdir(tmp_path) == []
+    assert signals == [signal.SIGTERM] and (tmp_path / "lock").read_text() == "another's"
 
 
 def test_runs_do_not_share_a_folder(

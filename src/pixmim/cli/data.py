@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,27 +16,46 @@ from pixmim.cli.flags import absolute, checked
 from pixmim.utils.console import cell, print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_writable
-from pixmim.utils.validation import MAX_CHANNELS, Count, Integer, NonNegative, Percentiles, Real, Share, Size, Threads
+from pixmim.utils.validation import (
+    MAX_CHANNELS,
+    Count,
+    Integer,
+    NonNegative,
+    Real,
+    Settings,
+    Share,
+    Size,
+    Stretch,
+    Threads,
+)
 
 _INSPECTED = 200  # images whose files `pixmim stats` inspects for channels and dtype
 
 Data = Annotated[Positional[str], arg(help="Images: anything that --data of pretrain accepts.")]
 ViewSize = Annotated[Size, arg(help="Side of the network's input in pixels, or HEIGHTxWIDTH.")]
-Channels = Annotated[int, Integer(1, MAX_CHANNELS), arg(help="Color (3), gray (1), or as many as the files have.")]
-DType = Annotated[
-    Literal["uint8", "uint16", "float32"],
-    arg(help="Pixels: uint8 or uint16, whose 255 or 65535 mean 1.0, or float32, unchanged."),
-]
-TiffPages = Annotated[
-    Literal["first", "channels"], arg(help="Pages of a TIFF to use: the first, or all of them as channels.")
-]
-Stretch = Annotated[
-    str, Percentiles(), arg(help="Percentiles of each channel of an image to map to the full range, such as 1,99.")
-]
-MaxNoData = Annotated[
-    Share, arg(help="Largest share of the pixels of a GeoTIFF that may have no data; images with more are left out.")
-]
 NumThreads = Annotated[Threads, arg(help="Number of threads. 0: one per core, at most 16.")]
+
+
+@dataclass(frozen=True)
+class _FileFlags(Settings):
+    """Flags on how files are read."""
+
+    tiff_pages: Literal["first", "channels"] = "first"
+    """Pages of a TIFF to use: the first, or all of them as channels."""
+    stretch: Stretch = ""
+    """Percentiles of each channel of an image to map to the full range, such as 1,99."""
+    max_no_data: Share = 1.0
+    """Largest share of the pixels of a GeoTIFF that may have no data; images with more are left out."""
+
+
+@dataclass(frozen=True)
+class _ImageFlags(_FileFlags):
+    """Flags of an `ImageSpec`."""
+
+    channels: Annotated[int, Integer(1, MAX_CHANNELS)] = 3
+    """Color (3), gray (1), or as many as the files have."""
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    """Pixels: uint8 or uint16, whose 255 or 65535 mean 1.0, or float32, unchanged."""
 
 
 def cache(args: list[str]) -> int:
@@ -52,11 +71,7 @@ def cache(args: list[str]) -> int:
         chroma: Literal["444", "420"] = "444",
         raw: bool = False,
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
-        channels: Channels = 3,
-        dtype: DType = "uint8",
-        tiff_pages: TiffPages = "first",
-        stretch: Stretch = "",
-        max_no_data: MaxNoData = 1.0,
+        images: Annotated[_ImageFlags, arg(name="")] = _ImageFlags(),
         per_shard: Count = 2000,
         threads: NumThreads = 0,
     ) -> int:
@@ -81,7 +96,7 @@ def cache(args: list[str]) -> int:
         from pixmim.utils.console import progress
 
         console = Console()
-        dataset = open_dataset(absolute(data), ImageSpec(channels, dtype, tiff_pages, stretch, max_no_data))
+        dataset = open_dataset(absolute(data), ImageSpec(**asdict(images)))
         if dataset.left_out:
             print_plain(console, dataset.left_out)
         with progress(f"caching {data}", len(dataset), console) as advance:
@@ -120,9 +135,7 @@ def stats(args: list[str]) -> int:
         *,
         channels: Annotated[int, Integer(0, MAX_CHANNELS)] = 0,
         dtype: Literal["auto", "uint8", "uint16", "float32"] = "auto",
-        tiff_pages: TiffPages = "first",
-        stretch: Stretch = "",
-        max_no_data: MaxNoData = 1.0,
+        files: Annotated[_FileFlags, arg(name="")] = _FileFlags(),
         images: NonNegative = 5000,
         threads: NumThreads = 0,
     ) -> int:
@@ -143,13 +156,13 @@ def stats(args: list[str]) -> int:
 
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)
-        flags = ImageSpec(tiff_pages=tiff_pages, stretch=stretch, max_no_data=max_no_data)
+        flags = ImageSpec(**asdict(files))
         likely = flags if settings is None else settings.image_spec
         dataset = open_dataset(spec, likely)
         inspected = statistics.sample_indices(len(dataset), _INSPECTED)
-        formats = statistics.count_formats(dataset, inspected, tiff_pages)
+        formats = statistics.count_formats(dataset, inspected, files.tiff_pages)
         if settings is None:
-            found = statistics.choose_image_spec(formats, tiff_pages)
+            found = statistics.choose_image_spec(formats)
             likely = replace(flags, channels=found.channels, dtype=found.dtype)
         chosen_dtype = likely.dtype if dtype == "auto" else dtype
         image_spec = replace(likely, channels=channels or likely.channels, dtype=chosen_dtype)
@@ -182,11 +195,7 @@ def bench_data(args: list[str]) -> int:
         *,
         size: ViewSize = "224",
         crop: Literal["simple-resized", "random-resized", "center"] = "simple-resized",
-        channels: Channels = 3,
-        dtype: DType = "uint8",
-        tiff_pages: TiffPages = "first",
-        stretch: Stretch = "",
-        max_no_data: MaxNoData = 1.0,
+        images: Annotated[_ImageFlags, arg(name="")] = _ImageFlags(),
         threads: NumThreads = 0,
         target_rate: Annotated[float | None, Real(0, 1e9, above=True)] = None,
         seconds: Annotated[float, Real(0, 3_600, above=True)] = 1.0,
@@ -206,15 +215,7 @@ def bench_data(args: list[str]) -> int:
         from pixmim.data.dataset import RGB
         from pixmim.data.throughput import measure, recommend
 
-        config = PretrainConfig(
-            size=size,
-            channels=channels,
-            dtype=dtype,
-            tiff_pages=tiff_pages,
-            stretch=stretch,
-            max_no_data=max_no_data,
-            crop=CropConfig(kind=crop),
-        )
+        config = PretrainConfig(size=size, crop=CropConfig(kind=crop), **asdict(images))
         spec = image_spec(config)
         dataset = open_dataset(absolute(data), spec)
         scale = 2 if crop == "random-resized" else 1  # that crop enlarges a part of the image

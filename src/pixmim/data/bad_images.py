@@ -46,21 +46,13 @@ class BadImageLog:
         return index in self._bad
 
     def mark_ok(self, index: int) -> None:
-        """Record that an image was read.
-
-        Raises:
-            UserError: If too many are unreadable: threads may have read the unreadable ones first.
-        """
+        """Record that an image was read. Raises UserError as `record`: threads may have read unreadable ones first."""
         if not self._seen[index]:
             with self._lock:
                 self._see(index)
 
     def record(self, index: int, image: str, reason: str) -> None:
-        """Record that an image cannot be read.
-
-        Raises:
-            UserError: If too many are unreadable.
-        """
+        """Record that an image cannot be read. Raises UserError if too many are unreadable."""
         with self._lock:
             if index in self._bad:
                 return
@@ -98,14 +90,7 @@ class BadImageLog:
 
 
 def read_bad_images(path: Path) -> tuple[list[list[str]], str]:
-    """Read a skipped.csv.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its valid rows without the header, and its first problem; "" if there is no problem.
-    """
+    """Return the valid rows of a skipped.csv without the header, and its first problem; "" if there is none."""
     try:
         reader = csv.reader(io.StringIO(read_text(path, _MAX_BYTES), newline=""))
     except OSError as error:

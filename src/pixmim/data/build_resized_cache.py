@@ -33,21 +33,13 @@ Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
 
 @dataclass(frozen=True)
 class CacheResult:
-    """Result of one process.
-
-    Args:
-        images: Images written.
-        skipped: Images that could not be read.
-        bytes: Bytes written.
-        seconds: Duration.
-        complete: True if all shards of the cache exist now.
-    """
+    """Images and bytes that one process wrote, and images that it could not read."""
 
     images: int
     skipped: int
     bytes: int
     seconds: float
-    complete: bool
+    complete: bool  # all shards of the cache exist now
 
 
 def make_cache(
@@ -79,9 +71,6 @@ def make_cache(
         part: (rank, world size): write every world-size-th shard. Default: from torchrun's or Slurm's environment.
         progress: Called with the number of images done.
 
-    Returns:
-        What this process wrote.
-
     Raises:
         UserError: If the folder has other content, or a cache of other images or settings, or if JPEG cannot store
             the images.
@@ -99,12 +88,8 @@ def make_cache(
         kind=kind,
         quality=quality if kind == "jpeg" else 0,
         chroma=chroma if kind == "jpeg" else "",
-        channels=dataset.image_spec.channels,
         per_shard=per_shard,
-        dtype=dataset.image_spec.dtype,
-        tiff_pages=dataset.image_spec.tiff_pages,
-        stretch=dataset.image_spec.stretch,
-        max_no_data=dataset.image_spec.max_no_data,
+        **asdict(dataset.image_spec),
     )
     _write_or_check_settings(folder, settings)
     start, images, written, done = time.monotonic(), 0, 0, 0

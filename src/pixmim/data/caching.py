@@ -5,7 +5,6 @@ memory and the crop does not resize; else in RAM, if they take at most a quarter
 cache has image sizes that are known before decoding, so only a resized cache is cached by default.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any, Literal, Unpack
 
@@ -19,6 +18,7 @@ from pixmim.data.sampler import BatchShard, SampleBatch
 from pixmim.masking import Mask
 from pixmim.transforms.crops import Crop, as_int16_view, reflect_indices
 from pixmim.utils.errors import UserError
+from pixmim.utils.memory import total_memory
 from pixmim.utils.threads import ordered_map
 
 CacheLocation = Literal["gpu", "ram", "none"]
@@ -37,7 +37,7 @@ def choose_cache_location(
     device: torch.device,
     processes: int = 1,
 ) -> tuple[CacheLocation, str]:
-    """Choose where decoded images are cached.
+    """Return where decoded images are cached, and a line that explains it; "" if there was no choice.
 
     Args:
         dataset: The images.
@@ -45,9 +45,6 @@ def choose_cache_location(
         cache_images: The user's choice, `--cache-images`.
         device: Device of the run.
         processes: Processes of the run on this machine. Each caches images of its own, in the same RAM.
-
-    Returns:
-        The location, and a line that explains it; "" if there was no choice.
 
     Raises:
         UserError: If images cannot be cached on the GPU as requested.
@@ -68,7 +65,8 @@ def choose_cache_location(
     fits_gpu = croppable and device.type != "cpu" and size <= MEMORY_FRACTION * _gpu_memory(device)
     if cache_images == "gpu" or (cache_images == "auto" and fits_gpu):
         return "gpu", f"cached on the GPU, {decoded} (--cache-images ram or none: do not)"
-    if cache_images == "ram" or (cache_images == "auto" and size <= MEMORY_FRACTION * total_ram() / processes):
+    fits_ram = size <= MEMORY_FRACTION * (total_memory() or 0) / processes
+    if cache_images == "ram" or (cache_images == "auto" and fits_ram):
         return "ram", f"cached in RAM once decoded, {decoded} (--cache-images none: do not)"
     if cache_images == "none":
         return "none", "read from disk each time"
@@ -81,15 +79,7 @@ def choose_cache_location(
 def create_loader(
     dataset: ImageDataset, crop: Crop, shard: BatchShard, location: CacheLocation, **options: Unpack[LoaderOptions]
 ) -> BatchLoader[Any, Batch]:
-    """Create the loader for a cache location.
-
-    Args:
-        dataset: The images.
-        crop: The crop of each image.
-        shard: Positions of this rank.
-        location: Cache of decoded images, as `choose_cache_location` returns it.
-        options: See `BatchLoader`.
-    """
+    """Create the loader for a cache location, as `choose_cache_location` returns it. Options: see `BatchLoader`."""
     if location == "gpu":
         return GpuLoader(dataset, crop, shard, **options)
     return Loader(InMemoryDataset(dataset) if location == "ram" else dataset, crop, shard, **options)
@@ -102,14 +92,6 @@ def decoded_bytes(dataset: ImageDataset) -> int | None:
     return int(dataset.sizes.prod(axis=1).sum()) * dataset.image_spec.channels * dataset.image_spec.itemsize
 
 
-def total_ram() -> int:
-    """Return the bytes of RAM of this machine; 0 if the system does not report them."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
 def _gpu_memory(device: torch.device) -> int:
     """Return the bytes of a GPU's own memory; 0 for a device that shares the RAM."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
@@ -118,11 +100,7 @@ def _gpu_memory(device: torch.device) -> int:
 class GpuLoader(BatchLoader[None, Batch]):
     """Read all images onto the device once and crop them there. Yields bitwise the batches of `Loader`.
 
-    Args:
-        dataset: One whose image sizes are known.
-        crop: One that does not resize them: see `Crop.offset_without_resize`.
-        shard: Positions of this rank.
-        options: See `BatchLoader`.
+    The sizes of all images must be known, and the crop must not resize them: see `Crop.offset_without_resize`.
     """
 
     def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:

@@ -23,12 +23,7 @@ from pixmim.utils.files import read_file
 
 
 class ChannelFiles(ImageFolder):
-    """Samples of several files each, whose channels are concatenated.
-
-    Args:
-        files: Absolute paths of each sample's files, in the order of the channels.
-        arguments: Those of `ImageFolder`; its paths are the names of the samples.
-    """
+    """Samples whose channels are in several files, given by the name of each sample, which is its path here."""
 
     def __init__(self, files: Mapping[str, list[str]], *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -65,16 +60,11 @@ class ChannelFiles(ImageFolder):
         return np.concatenate(arrays, axis=2)
 
 
-def open_channel_files(spec: str, form: ImageSpec = RGB) -> ChannelFiles:
-    """Open a folder whose files hold one channel of an image each.
+def open_channel_files(spec: str, form: ImageSpec = RGB) -> ImageFolder:
+    """Open a folder whose files hold one channel of an image each, as in `cells,channels={sample}_c{channel}.tif`.
 
-    A sample without all channels is left out and counted. Channels are sorted by name, numbers by their value.
-
-    Args:
-        spec: The folder with a pattern of its files, as in `cells,channels={sample}_c{channel}.tif`, and `include=`
-            and `exclude=` as for `from_folder`. A pattern with a slash starts at the folder; otherwise it is that of a
-            file's name, in any subfolder.
-        form: Channels and dtype that images are converted to.
+    A pattern with a slash starts at the folder; otherwise it is that of a file's name, in any subfolder. A sample
+    without all channels is left out and counted. Channels are sorted by name, numbers by their value.
 
     Raises:
         UserError: If the folder cannot be read, or no sample is complete.

@@ -87,8 +87,8 @@ class ImageDataset(ABC):
         shard_sizes: Images in each contiguous shard that is best read together; None if any order is as fast.
     """
 
-    stray_file = ""
-    """Image outside the class folders, because of which there are no labels; otherwise empty."""
+    label_hint = "an evaluation needs one subfolder per class, or a column (label=)"
+    """What a dataset without labels lacks, for the user."""
 
     left_out = ""
     """Note on images or rows that are left out or kept together, for the user; otherwise empty."""
@@ -122,19 +122,14 @@ class ImageDataset(ABC):
     @property
     def no_labels_message(self) -> str:
         """Error of an evaluation that needs labels."""
-        hint = f". {self.stray_file} is outside the class folders: move it into one" if self.stray_file else ""
-        return f"{self.spec} has no labels: an evaluation needs one subfolder per class, or a column (label=){hint}"
+        return f"{self.spec} has no labels: {self.label_hint}"
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read_array(self, index: int) -> Shaped[Array, "h w c"]:
-        """Read and decode one image, converted to `image_spec`.
-
-        Raises:
-            BadImage: If it cannot be read.
-        """
+        """Read and decode one image, converted to `image_spec`. Raises BadImage if it cannot be read."""
 
     def image(self, index: int) -> Shaped[Tensor, "c h w"]:
         """Read one image as `read_array` does, as a tensor."""
@@ -183,17 +178,12 @@ def prefetch_in_order(dataset: ImageDataset, indices: Iterable[int]) -> Iterator
 
 
 class DatasetWrapper(ImageDataset):
-    """Forward everything to another dataset, except what is given here and what a subclass overrides.
-
-    Args:
-        source: The other dataset.
-        changes: Arguments of `ImageDataset` that differ.
-    """
+    """Forward everything to another dataset, except arguments of `ImageDataset` given here and what is overridden."""
 
     def __init__(self, source: ImageDataset, **changes: Any) -> None:
         attributes = ("spec", "image_spec", "classes", "description", "sizes", "shard_sizes")
         super().__init__(**({name: getattr(source, name) for name in attributes} | changes))
-        self.source, self.stray_file, self.left_out = source, source.stray_file, source.left_out
+        self.source, self.label_hint, self.left_out = source, source.label_hint, source.left_out
         self.groups, self.group_names = source.groups, source.group_names
 
     @property
@@ -241,10 +231,7 @@ class InMemoryDataset(DatasetWrapper):
 class Subset(DatasetWrapper):
     """Some images of a dataset, in the given order.
 
-    Args:
-        source: The dataset.
-        indices: Indices of its images.
-        keep_shards: Keep its shards, without the other images; needs increasing indices. By default, it has no shards.
+    It has no shards, unless `keep_shards` keeps those of the dataset without the other images (increasing indices).
     """
 
     def __init__(self, source: ImageDataset, indices: Sequence[int], *, keep_shards: bool = False) -> None:
@@ -279,11 +266,7 @@ class ConcatDataset(ImageDataset):
     """Several datasets as one, each repeated as often as its weight.
 
     Copies of an image have different indices, so they are cropped differently. There are labels if all datasets have
-    them; classes are merged by name, in order of first appearance.
-
-    Args:
-        spec: What the user passed to open it.
-        parts: Datasets of one `image_spec`, with their weights (at least 1).
+    them; classes are merged by name, in order of first appearance. All datasets have one `image_spec`.
     """
 
     def __init__(self, spec: str, parts: Sequence[tuple[ImageDataset, int]]) -> None:

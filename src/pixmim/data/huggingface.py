@@ -11,10 +11,8 @@ import glob
 import os
 import re
 import zipfile
-from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.limits import check_bytes
 from pixmim.data.image_folder import EXTENSIONS
-from pixmim.data.uri import HubSpec, read_options
+from pixmim.data.uri import HubSpec, read_options, read_root
 from pixmim.transforms.crops import Array
 from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import open_regular, read_file
@@ -51,18 +49,17 @@ _SPLITS = {"train": "train|training", "validation": "validation|valid|dev|val", 
 
 
 class ArrowDataset(ImageDataset):
-    """Images in one column of a `datasets.Dataset`.
+    """Images in one column of a `datasets.Dataset`, with or without a selection or shuffle.
 
     Args:
-        dataset: A map-style dataset, with or without a selection or shuffle.
+        dataset: The rows.
         spec: What the user passed.
         form: Channels and dtype that images are converted to.
         name: Prefix of row numbers in messages; `spec` by default.
         image: Column of the library's Image, bytes, structs of bytes and path, or paths. By default the only Image
             column, or else the only column of bytes.
         label: Column of ClassLabel, integers, strings or booleans. By default the only ClassLabel.
-        folder: Folder that relative paths start from, and that paths must not leave after links are resolved.
-        roots: Further folders that paths may lead to.
+        roots: Folders that paths may lead to, after links are resolved. Relative ones start from the first.
         url_prefix: Prefix of URLs that may be opened; "" for none.
 
     Raises:
@@ -78,30 +75,28 @@ class ArrowDataset(ImageDataset):
         name: str = "",
         image: str = "",
         label: str = "",
-        folder: Path = Path(),
-        roots: Sequence[Path] = (),
+        roots: Sequence[Path] = (Path(),),
         url_prefix: str = "",
     ) -> None:
         if not len(dataset):
             raise UserError(f"{spec} has no rows")
         self._name, self._url_prefix = name or spec, url_prefix
-        self._folder, self._roots = folder.absolute(), [root.resolve() for root in (folder, *roots)]
+        self._folder, self._roots = roots[0].absolute(), [root.resolve() for root in roots]
         indices = dataset._indices  # the library has no public access to the rows of a selection
-        self._rows = None if indices is None else indices.column(0).to_numpy()
-        self._length = len(dataset)
+        rows = None if indices is None else indices.column(0).to_numpy()
+        self._rows: Any = range(len(dataset)) if rows is None else rows
         column = image or _find_image_column(dataset, spec)
-        self._bytes, self._paths = _image_chunks(dataset, column, spec)
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in dataset.data.column(column).chunks]).tolist()
-        labels, classes, note = _read_labels(dataset, label, self._rows, spec)
+        self._bytes, self._paths = _image_columns(dataset, column, spec)
+        labels, classes, note = _read_labels(dataset, label, rows, spec)
         description = f"images from column '{column}', {note}"
         super().__init__(spec, form, labels=labels, classes=classes, description=description)
         self._fingerprint = f"{dataset._fingerprint}-{column}"  # covers all rows and every change of the dataset
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._rows)
 
     def path_of(self, index: int) -> str:
-        path = self._path(*self._locate(index))
+        path = self._path(int(self._rows[index]))
         return f"{self._name}#{index}" + (f" ({path})" if path else "")
 
     def fingerprint(self) -> str:
@@ -111,12 +106,12 @@ class ArrowDataset(ImageDataset):
         """Return the image file of a row. Raises BadImage."""
         import pyarrow
 
-        chunk, row = self._locate(index)
-        if self._bytes and (cell := self._bytes[chunk][row]).is_valid:
+        row = int(self._rows[index])
+        if self._bytes is not None and (cell := self._bytes[row]).is_valid:
             buffer = cell.as_buffer()
             check_bytes(buffer.size)
             return pyarrow.BufferReader(buffer).read()  # unlike as_py(), releases the GIL
-        path = self._path(chunk, row)
+        path = self._path(row)
         if not path:
             raise BadImage("the row has neither bytes nor a path")
         try:
@@ -133,14 +128,8 @@ class ArrowDataset(ImageDataset):
     def read_array(self, index: int) -> Shaped[Array, "h w c"]:
         return decode(self.read(index), self.image_spec)
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        """Return the chunk of the table that holds a row, and the row's position in the chunk."""
-        row = index if self._rows is None else int(self._rows[index])
-        chunk = bisect_right(self._starts, row) - 1
-        return chunk, row - self._starts[chunk]
-
-    def _path(self, chunk: int, row: int) -> str:
-        return (self._paths[chunk][row].as_py() or "") if self._paths else ""
+    def _path(self, row: int) -> str:
+        return (self._paths[row].as_py() or "") if self._paths is not None else ""
 
     def _read_file(self, path: str) -> bytes:
         """Read the file that a row names, which may be in a zip archive."""
@@ -194,61 +183,49 @@ def open_huggingface(spec: str, form: ImageSpec = RGB) -> ArrowDataset:
     else:
         place, options = read_options(spec, "a table of images", ("image", "label", "root"))
         hub = HubSpec(place, **{name: value for name, (value,) in options.items()})
-    roots = [Path(os.path.expanduser(hub.root))] if hub.root else []
-    if roots and not roots[0].is_dir():
-        raise UserError(f"the folder {roots[0]} of root= in '{spec}' does not exist")
+    root = read_root(hub.root, spec)
+    roots = [] if root is None else [root]
     try:
         import datasets
         from huggingface_hub import constants
     except ImportError as error:
         raise UserError(f"{hub} needs the library datasets: pip install 'pixmim[hub]'") from error
-    with _explain_errors(hub):
+    try:
         if hub.path is None:
             builder = datasets.load_dataset_builder(hub.place, hub.config or None, revision=hub.revision or None)
             splits, load = _prepare(builder)
             config = datasets.config
             caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
-            folders, url_prefix = [Path(folder) for folder in caches], f"hf://datasets/{hub.place}"
+            roots, url_prefix = [*map(Path, caches), *roots], f"hf://datasets/{hub.place}"
         else:
             splits, load = _load_local(hub.path, roots, hub)
-            folders, url_prefix = [hub.path if hub.path.is_dir() else hub.path.parent], ""
+            roots, url_prefix = [hub.path if hub.path.is_dir() else hub.path.parent, *roots], ""
         split = hub.split or ("train" if "train" in splits or len(splits) > 1 else splits[0])
         if split not in splits:
             hint = did_you_mean(split, splits) or "."
             raise UserError(f"{hub} has no split '{split}'{hint} Its splits: {', '.join(splits)}")
-        return ArrowDataset(
-            load(split),
-            spec,
-            form,
-            name=f"hf:{hub.place}:{split}",
-            image=hub.image,
-            label=hub.label,
-            folder=folders[0],
-            roots=[*folders[1:], *roots],
-            url_prefix=url_prefix,
-        )
-
-
-@contextmanager
-def _explain_errors(hub: HubSpec) -> Iterator[None]:
-    """Raise errors of the library as UserError, with advice."""
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-
-    try:
-        yield
+        name, columns = f"hf:{hub.place}:{split}", {"image": hub.image, "label": hub.label}
+        return ArrowDataset(load(split), spec, form, name=name, roots=roots, url_prefix=url_prefix, **columns)
     except UserError:
         raise
     except Exception as error:  # networks, disks, parsers and the library's own checks
-        cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
-        advice = ""
-        if isinstance(error, DatasetNotFoundError):
-            advice = "; check the name, and log in with `hf auth login` if the dataset is private or gated"
-        elif isinstance(error, ConnectionError):
-            advice = (
-                "; without a network (or with HF_HUB_OFFLINE set) only datasets loaded before are available. There is "
-                f"no folder {Path(hub.place).absolute()} either"
-            )
-        raise UserError(f"{hub} cannot be loaded: {' '.join(str(cause).split())[:500]}{advice}") from error
+        raise _explained(hub, error) from error
+
+
+def _explained(hub: HubSpec, error: Exception) -> UserError:
+    """Return the error for one of the library, with advice."""
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    cause = error.__cause__ if type(error) is DatasetGenerationError and error.__cause__ else error
+    advice = ""
+    if isinstance(error, DatasetNotFoundError):
+        advice = "; check the name, and log in with `hf auth login` if the dataset is private or gated"
+    elif isinstance(error, ConnectionError):
+        advice = (
+            "; without a network (or with HF_HUB_OFFLINE set) only datasets loaded before are available. There is no "
+            f"folder {Path(hub.place).absolute()} either"
+        )
+    return UserError(f"{hub} cannot be loaded: {' '.join(str(cause).split())[:500]}{advice}")
 
 
 def _prepare(builder: Any) -> tuple[list[str], Callable[[str], Dataset]]:
@@ -402,28 +379,23 @@ def _find_image_column(dataset: Dataset, spec: str) -> str:
     return columns[0]
 
 
-def _image_chunks(dataset: Dataset, column: str, spec: str) -> list[list[Any]]:
-    """Return the chunks of a column's bytes, and of its paths; an empty list for what the column does not have.
-
-    Raises:
-        UserError: If there is no such column, or it has another type.
-        pyarrow.ArrowInvalid: If offsets in the data point outside of their buffers.
-    """
+def _image_columns(dataset: Dataset, column: str, spec: str) -> tuple[Any, Any]:
+    """Return the bytes and the paths in a column; None for what it does not have. Raises UserError as `_column`."""
     from pyarrow import types
 
-    chunks, arrow_type = _column(dataset, column, spec).chunks, dataset.data.schema.field(column).type
-    if _is_type(arrow_type, "binary"):
-        return [chunks, []]
-    if _is_type(arrow_type, "string"):
-        return [[], chunks]
-    if types.is_struct(arrow_type):
-        arrays = [chunk.flatten() for chunk in chunks]  # views; a null struct is null in each field
-        types_of = {"bytes": "binary", "path": "string"}
-        fields = {f.name: i for i, f in enumerate(arrow_type) if _is_type(f.type, types_of.get(f.name, ""))}
-        if fields:
-            return [[array[fields[name]] for array in arrays] if name in fields else [] for name in types_of]
+    values = _column(dataset, column, spec)
+    if types.is_struct(values.type):
+        names = [field.name for field in values.type]
+        fields = dict(zip(names, values.flatten(), strict=True))  # views; a null struct is null in each field
+    else:
+        fields = {"bytes": values, "path": values}
+    data, paths = fields.get("bytes"), fields.get("path")
+    data = data if data is not None and _is_type(data.type, "binary") else None
+    paths = paths if paths is not None and _is_type(paths.type, "string") else None
+    if data is not None or paths is not None:
+        return data, paths
     raise UserError(
-        f"column '{column}' of {spec} holds {arrow_type} instead of images, which are the library's Image, bytes, "
+        f"column '{column}' of {spec} holds {values.type} instead of images, which are the library's Image, bytes, "
         f"structs of bytes and path, or paths; its columns: {', '.join(dataset.column_names)}"
     )
 
@@ -433,11 +405,8 @@ def _read_labels(
 ) -> tuple[npt.NDArray[np.int64] | None, list[str], str]:
     """Return the class index of each row, the names of the classes, and a note on the column.
 
-    Args:
-        dataset: The dataset.
-        name: The column. If empty, the only ClassLabel; or no labels, if it is not the only one or lacks values.
-        rows: Rows of a selection, in order; None for all.
-        spec: The dataset's name in errors.
+    If no name is given, the column is the only ClassLabel; there are no labels if it is not the only one or lacks
+    values. `rows` are those of a selection, in order.
 
     Raises:
         UserError: If there is no such column, it has another type, or a row has no class although `name` is given.

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,13 @@ from pixmim.utils.files import read_file
 MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
 """Bounds of a text file that lists images."""
 
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm", ".npy", ".dcm")
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "ppm", "pgm"),
+    *("jpe", "jfif", "npy", "dcm"),
 )
+"""Of several images in one sample of a tar, the first in this order is used."""
+
+EXTENSIONS = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
@@ -51,31 +55,14 @@ class PathList(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: Any) -> Any:  # an integer; only `Sequence` has slices
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) + 1 if index else 0
         return os.fsdecode(self._text[start : int(self._ends[index])])
 
 
 class ImageFolder(ImageDataset):
-    """Image files, in the order given.
-
-    Args:
-        spec: What the user passed.
-        root: Folder that relative paths start from.
-        paths: Path of each image.
-        form: Channels and dtype that images are converted to.
-        labels: Class index of each image (n).
-        classes: Names of the classes.
-        description: A note on how the files are read.
-        left_out: A note on what is left out.
-    """
+    """Image files, in the order given. Relative paths start from `root`. Other arguments: see `ImageDataset`."""
 
     def __init__(
         self,
@@ -116,12 +103,9 @@ class ImageFolder(ImageDataset):
 def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     """Open all images below a folder, in the byte order of their paths.
 
-    Files are chosen by extension and decoded by content. Hidden files and folders are ignored. Links are followed, and
-    each folder is read once. If every image is in a subfolder, the first-level subfolders are the classes.
-
-    Args:
-        folder: The folder, with options as in `photos,include=*.jpg,exclude=*_mask.png`: see `name_filter`.
-        form: Channels and dtype that images are converted to.
+    Files are chosen by extension, and by options as in `photos,include=*.jpg,exclude=*_mask.png` (see `name_filter`),
+    and decoded by content. Hidden files and folders are ignored. Links are followed, and each folder is read once. If
+    every image is in a subfolder, the first-level subfolders are the classes.
 
     Raises:
         UserError: If the folder does not exist, cannot be read, or has no such images.
@@ -141,40 +125,21 @@ def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
 
 @dataclass
 class Listing:
-    """The image files below a folder, or in an archive.
-
-    Args:
-        images: Relative paths in byte order.
-        others: Number of other files.
-        left_out: Number of images that patterns leave out.
-        links: Number of links that are ignored.
-        unreadable: Folders that cannot be read.
-    """
+    """The image files below a folder, or in an archive, by relative paths in byte order."""
 
     images: list[bytes] = field(default_factory=list)
-    others: int = 0
-    left_out: int = 0
-    links: int = 0
-    unreadable: list[bytes] = field(default_factory=list)
-
-
-F = TypeVar("F", bound=ImageFolder)
+    others: int = 0  # other files
+    left_out: int = 0  # images that patterns leave out
+    links: int = 0  # ignored ones
+    unreadable: list[bytes] = field(default_factory=list)  # folders
 
 
 def open_listing(
-    root: str, listing: Listing, options: Mapping[str, Sequence[str]], make: Callable[..., F], form: ImageSpec
-) -> F:
-    """Make the dataset of a listing. Its classes are the first-level folders, if every image is in one.
+    root: str, listing: Listing, options: Mapping[str, Sequence[str]], make: Callable[..., ImageFolder], form: ImageSpec
+) -> ImageFolder:
+    """Call `make` with a listing's paths and the arguments of `ImageFolder` after them, and return the dataset.
 
-    Args:
-        root: The folder or archive.
-        listing: Its images.
-        options: The patterns that chose them.
-        make: Makes the dataset, from `paths` and the arguments after it of `ImageFolder`.
-        form: Channels and dtype that images are converted to.
-
-    Raises:
-        UserError: If there are no images.
+    Its classes are the first-level folders, if every image is in one. Raises UserError if there are no images.
     """
     patterns = ",".join(f"{key}={value}" for key, values in options.items() for value in values)
     notes = [f"{listing.left_out:,} images left out by {patterns}"] if options else []
@@ -188,17 +153,16 @@ def open_listing(
         raise UserError(f"no images left in {root}: {note}")
     if not listing.images:
         content = f"{listing.others} other files" if listing.others else note or "nothing"
-        example_file = describe_first_file(Path(root)) if listing.others else ""
-        raise UserError(
-            f"no images in {root} (found {content}); supported: {' '.join(sorted(EXTENSIONS))}"
-            + f". {example_file}" * bool(example_file)
-        )
+        example = f". {describe_first_file(Path(root))}" if listing.others else ""
+        supported = " ".join(sorted(EXTENSIONS))
+        raise UserError(f"no images in {root} (found {content}); supported: {supported}{example}".rstrip(". "))
     paths = PathList(listing.images)
     counts = Counter(path[: path.find(b"/") + 1] for path in listing.images)
     if b"" in counts:
         dataset = make(paths, form, None, (), note, note)
         if len(counts) > 1:
-            dataset.stray_file = dataset.path_of(next(i for i, path in enumerate(listing.images) if b"/" not in path))
+            stray_file = dataset.path_of(next(i for i, path in enumerate(listing.images) if b"/" not in path))
+            dataset.label_hint += f". {stray_file} is outside the class folders: move it into one"
         return dataset
     classes = sorted(os.fsdecode(top[:-1]) for top in counts)
     label_of = {name: label for label, name in enumerate(classes)}
@@ -209,9 +173,9 @@ def open_listing(
 def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
     """Return a function that tests the path of an image, relative to its folder.
 
-    It returns True if the path matches one of the patterns in `include`, or there are none, and none in `exclude`. In a
-    pattern, `*` is any text, `?` a character and `[ab]` one of several; case matters. A pattern without a slash is
-    compared with the name of the file, one with a slash with the path, where `*` may contain slashes.
+    The path must match one of the patterns in `include`, unless there are none, and none in `exclude`: `*` is any text,
+    `?` a character and `[ab]` one of several; case matters. A pattern without a slash is compared with the name of the
+    file, one with a slash with the path, where `*` may contain slashes.
     """
 
     def matches(path: str, patterns: Sequence[str]) -> bool:
@@ -222,13 +186,10 @@ def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
 
 
 def _walk(root: Path, accepts: Callable[[str], bool] | None = None) -> Listing:
-    """Find the image files below a folder whose path is accepted.
+    """Find the image files below a folder whose path is accepted. Raises OSError if `root` itself cannot be read.
 
     A folder that several links lead to is listed under its first path in alphabetical order. A link with an image's
     extension counts as an image; checking its target would cost a `stat` for each.
-
-    Raises:
-        OSError: If `root` itself cannot be read.
     """
     extensions, listing = tuple(map(os.fsencode, EXTENSIONS)), Listing()
     visited: set[tuple[int, int]] = set()
@@ -236,9 +197,7 @@ def _walk(root: Path, accepts: Callable[[str], bool] | None = None) -> Listing:
     with status_counter(f"listing {root}", "images") as add:
         while stack:
             folder = stack.pop()
-            files: list[bytes] = []
-            subfolders: list[bytes] = []
-            ignored = 0
+            files, subfolders, ignored = list[bytes](), list[bytes](), 0
             try:
                 status = os.stat(prefix + folder)
                 if (status.st_dev, status.st_ino) in visited:
@@ -305,10 +264,10 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
         UserError: If the file cannot be read, lists nothing, or a path is elsewhere.
     """
     name, options = read_options(str(spec), "a .txt list", ("root",))
-    root = read_root(options, str(spec))
+    root = read_root(options.get("root", [""])[0], str(spec))
     file = Path(os.path.expanduser(name))
-    text = _read_list(file)
-    paths = PathList(line for line in text.split(b"\n") if line.strip())
+    lines = [line for line in map(bytes.strip, read_utf8(file).split(b"\n")) if line]
+    text, paths = b"\n".join(lines), PathList(lines)
     if not paths:
         raise UserError(f"{file} lists no images")
     folders = [file.parent] if root is None else [file.parent, root]
@@ -323,11 +282,7 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
 
 
 def read_utf8(file: Path) -> bytes:
-    """Return the content of a text file in UTF-8, or in UTF-16 with a byte-order mark, as UTF-8.
-
-    Raises:
-        UserError: If it cannot be read, is too large, or contains a zero byte.
-    """
+    """Return the content of a text file in UTF-8, or in UTF-16 with a byte-order mark, as UTF-8. Raises UserError."""
     try:
         text = read_file(file, MAX_LIST_BYTES)
     except OSError as error:
@@ -345,39 +300,13 @@ def read_utf8(file: Path) -> bytes:
     return text
 
 
-def _read_list(file: Path) -> bytes:
-    """Return the lines of a text file as UTF-8, without blanks at their ends."""
-    text = read_utf8(file).replace(b"\r\n", b"\n")
-    if not re.search(rb"(?m)^[ \t]|[ \t]$", text):
-        return text
-    return b"\n".join(_strip_line(line, file.parent) for line in text.split(b"\n"))
-
-
-def _strip_line(line: bytes, folder: Path) -> bytes:
-    """Remove blanks around a path, unless a file of that very name exists."""
-    stripped = line.strip(b" \t")
-    if stripped in (line, b""):
-        return stripped
-    try:
-        return line if os.path.exists(os.path.join(os.fsencode(folder), line)) else stripped
-    except ValueError:
-        return stripped
-
-
 def check_inside(names: Iterable[str], folders: Sequence[Path], source: str, total: int, remedy: str) -> None:
     """Check that untrusted paths are below some folders. Relative paths start from the first folder.
 
     Links inside the folders are followed, as everywhere in a folder of images, so a path without `..` is not resolved.
 
-    Args:
-        names: Paths to check.
-        folders: Allowed folders.
-        source: The file that lists the paths, for the message.
-        total: Number of all paths in `source`.
-        remedy: What the user can do, for the message.
-
     Raises:
-        UserError: If a path is elsewhere.
+        UserError: If a path is elsewhere. It has the file that lists the `total` paths, `source`, and the `remedy`.
     """
     tops = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
     real_tops = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)

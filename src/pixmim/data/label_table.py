@@ -1,45 +1,42 @@
-"""Images and labels from a table: a .csv, .tsv or .parquet file with a column of paths and one of classes."""
+"""Images and labels from a table: a .csv, .tsv or .parquet file with a column of paths and one of classes.
 
+A .csv is separated by commas, semicolons or tabs, whichever its first line has most of; a .tsv by tabs. Both are in
+UTF-8, or in UTF-16 with a byte-order mark. A .parquet needs pyarrow.
+"""
+
+import csv
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import RGB, ImageSpec
-from pixmim.data.image_folder import ImageFolder, PathList, check_inside
-from pixmim.data.table_reader import Rows, column_list, open_table
+from pixmim.data.huggingface import check_parquet
+from pixmim.data.image_folder import MAX_LINES, ImageFolder, PathList, check_inside, read_utf8
 from pixmim.data.uri import read_options, read_root
-from pixmim.utils.errors import UserError, did_you_mean, shown
+from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
 
-PATH_COLUMNS = (
-    *("path", "file", "filename", "file_name", "filepath", "file_path"),
-    *("image", "image_path", "image_file", "image_name", "img"),
-)
-"""Usual names of a column of paths. The first that a table has is used; case does not matter."""
+USUAL_COLUMNS = {
+    "path": (
+        *("path", "file", "filename", "file_name", "filepath", "file_path"),
+        *("image", "image_path", "image_file", "image_name", "img"),
+    ),
+    "label": ("label", "class", "category", "class_name", "label_name", "target"),
+    "group": tuple(f"{name}{end}" for name in ("group", "patient", "subject", "slide", "video") for end in ("", "_id")),
+}
+"""Usual names of the columns of paths, classes, and what belongs together. The first that a table has is used."""
 
-LABEL_COLUMNS = ("label", "class", "category", "class_name", "label_name", "target")
-"""Usual names of a column of classes, likewise."""
-
-GROUP_COLUMNS = tuple(
-    f"{name}{suffix}" for name in ("group", "patient", "subject", "slide", "video") for suffix in ("", "_id")
-)
-"""Usual names of a column of what belongs together, likewise."""
-
+_MAX_COLUMNS, _MAX_LINE_BYTES = 10_000, 2**22
 _MAX_LENGTH = 4096  # characters of a path, class or group
 _MAX_SOUGHT = 100  # files that are looked for at opening
+_MAX_LISTED = 20  # columns in a message
 
-
-class LabelTable(ImageFolder):
-    """Images that a table lists."""
-
-    header: Sequence[str] = ()
-    """Names of the columns."""
-
-    @property
-    def no_labels_message(self) -> str:
-        return f"{self.spec} has no labels: add ,label=COLUMN with one of its columns: {column_list(self.header)}"
+Rows = Callable[[Sequence[int]], Iterator[list[str]]]
+"""Yields the values of some columns, by their numbers, for each row; "" for none. Raises UserError."""
 
 
 def is_label_table(file: Path, options: Mapping[str, Sequence[str]]) -> bool:
@@ -57,26 +54,22 @@ def is_label_table(file: Path, options: Mapping[str, Sequence[str]]) -> bool:
     try:
         import pyarrow
         from pyarrow import parquet, types
+
+        schema = parquet.read_schema(file)
     except ImportError:
         return False  # the reader of images names what to install
-    try:
-        schema = parquet.read_schema(file)
     except (OSError, pyarrow.ArrowException):
         return False  # the reader of images explains the damage
     kinds = (types.is_binary, types.is_large_binary, types.is_struct)
     return not any(is_kind(arrow_type) for arrow_type in schema.types for is_kind in kinds)
 
 
-def open_label_table(spec: str, form: ImageSpec = RGB) -> LabelTable:
-    """Open the images that a table lists. A table without a column of classes has no labels.
+def open_label_table(spec: str, form: ImageSpec = RGB) -> ImageFolder:
+    """Open the images that a table lists, as in `labels.csv,path=file,label=finding,group=patient,root=FOLDER`.
 
-    Rows without a label or a path, and repeated rows, are left out and counted. Classes are sorted by name.
-
-    Args:
-        spec: The file, with options as in `labels.csv,path=file,label=finding,group=patient,root=FOLDER`. The first
-            three name columns, which are otherwise those of PATH_COLUMNS, LABEL_COLUMNS and GROUP_COLUMNS. Paths start
-            from `root`, by default the folder of the file, and must stay below it.
-        form: Channels and dtype that images are converted to.
+    The first three options name columns, which are otherwise those of USUAL_COLUMNS. A table without a column of
+    classes has no labels. Paths start from `root`, by default the folder of the file, and must stay below it. Rows
+    without a label or a path, and repeated rows, are left out and counted. Classes are sorted by name.
 
     Raises:
         UserError: If the table cannot be read, lacks a column, lists no image, none that exists or one outside the
@@ -84,10 +77,13 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> LabelTable:
     """
     name, options = read_options(spec, "a table of labels", ("path", "label", "group", "root"))
     file = Path(os.path.expanduser(name))
-    root = read_root(options, spec) or file.parent
-    header, rows = open_table(file)
-    usual = {"path": PATH_COLUMNS, "label": LABEL_COLUMNS, "group": GROUP_COLUMNS}
-    found = {role: _find_column(file, header, role, options.get(role), names) for role, names in usual.items()}
+    root = read_root(options.get("root", [""])[0], spec) or file.parent
+    header, rows = (_open_parquet if file.suffix == ".parquet" else _open_text)(file)
+    if not any(header):
+        raise UserError(f"{file} is empty: its first line must name the columns")
+    if len(header) > _MAX_COLUMNS:
+        raise UserError(f"{file} has {len(header):,} columns: more than {_MAX_COLUMNS:,}")
+    found = {role: _find_column(file, header, role, options.get(role, [""])[0]) for role in USUAL_COLUMNS}
     columns = {role: index for role, index in found.items() if index is not None}
     images, counts = _collect(file, rows, columns)
     notes = [f"{count:,} rows {why}" for why, count in counts.items() if count]
@@ -96,16 +92,15 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> LabelTable:
         raise UserError(f"{file} lists no images" + f"; {left_out}" * bool(left_out))
     remedy = f"'{name},root=FOLDER' starts them from a folder that they are all below"
     check_inside(images, [root], str(file), len(images), remedy)
+    _check_files(list(images)[:_MAX_SOUGHT], root, file)
     paths = PathList(map(os.fsencode, images))
-    _check_files(paths, root, file)
     labels, classes = _number([label for label, _ in images.values()]) if "label" in columns else (None, [])
     about = f"paths from column '{header[columns['path']]}'"
     about += f", classes from '{header[columns['label']]}'" if classes else ", no classes"
     about += f", groups from '{header[columns['group']]}'" if "group" in columns else ""
-    dataset = LabelTable(
-        spec, root, paths, form, labels, classes, about + f"; {left_out}" * bool(left_out), left_out=left_out
-    )
-    dataset.header = header
+    about += f"; {left_out}" * bool(left_out)
+    dataset = ImageFolder(spec, root, paths, form, labels, classes, about, left_out)
+    dataset.label_hint = f"add ,label=COLUMN with one of its columns: {_listed(header)}"
     if "group" in columns:
         unique = [group or f"\0{row}" for row, (_, group) in enumerate(images.values())]
         dataset.groups, names = _number(unique)
@@ -143,9 +138,8 @@ def _number(names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
     return np.asarray([index[name] for name in names], np.int64), unique
 
 
-def _check_files(paths: PathList, root: Path, file: Path) -> None:
-    """Raise UserError if none of the first files exists. Single ones that are missing are counted when read."""
-    sought = [paths[index] for index in range(min(len(paths), _MAX_SOUGHT))]
+def _check_files(sought: Sequence[str], root: Path, file: Path) -> None:
+    """Raise UserError if none of these files exists. Single ones that are missing are counted when read."""
     if not any(os.path.isfile(os.path.join(root, path)) for path in sought):
         raise UserError(
             f"{os.path.join(root, sought[0])}, which {file} lists, does not exist"
@@ -154,26 +148,104 @@ def _check_files(paths: PathList, root: Path, file: Path) -> None:
         )
 
 
-def _find_column(
-    file: Path, header: Sequence[str], role: str, given: Sequence[str] | None, usual: Sequence[str]
-) -> int | None:
+def _find_column(file: Path, header: Sequence[str], role: str, given: str) -> int | None:
     """Return the number of the column that was given, or else of the first with a usual name; None without any."""
-    names = list(header)
-    if given and given[0] not in names:
+    names = list(header) if given else [name.lower() for name in header]
+    wanted = given or next((name for name in USUAL_COLUMNS[role] if name in names), "")
+    if given and given not in names:
         raise UserError(
-            f"{file} has no column '{given[0]}' ({role}=){did_you_mean(given[0], names[:1000]) or '.'} Its columns: "
-            f"{column_list(header)}"
+            f"{file} has no column '{given}' ({role}=){did_you_mean(given, names[:1000]) or '.'} Its columns: "
+            f"{_listed(header)}"
         )
-    if given:
-        wanted = given[0]
-    else:
-        names = [name.lower() for name in names]
-        wanted = next((name for name in usual if name in names), "")
     if not wanted and role == "path":
         raise UserError(
-            f"{file} has no column named {', '.join(usual[:3])} or similar: add ,path=COLUMN with one of its columns: "
-            f"{column_list(header)}"
+            f"{file} has no column named path, file, filename or similar: add ,path=COLUMN with one of its columns: "
+            f"{_listed(header)}"
         )
     if wanted and names.count(wanted) > 1:
         raise UserError(f"{file} has {names.count(wanted)} columns '{wanted}': rename them")
     return names.index(wanted) if wanted else None
+
+
+def _listed(header: Sequence[str]) -> str:
+    more = f" and {len(header) - _MAX_LISTED:,} more" if len(header) > _MAX_LISTED else ""
+    return ", ".join(name[:100] for name in header[:_MAX_LISTED]) + more
+
+
+def _open_text(file: Path) -> tuple[list[str], Rows]:
+    """Return the header of a .csv or .tsv, and its rows."""
+    data = read_utf8(file)
+    if b"\n" not in data:
+        data = data.replace(b"\r", b"\n")
+    first = data.partition(b"\n")[0].decode("utf-8", "replace")
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
+    reader = csv.reader(_lines(file, data), delimiter=delimiter, strict=True)
+
+    def records() -> Iterator[list[str]]:
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num:,}: {error}") from None
+
+    header = [name.strip() for name in next(records(), [])]
+
+    def rows(indices: Sequence[int]) -> Iterator[list[str]]:
+        for row in records():
+            if len(row) == len(header):
+                yield [row[index].strip() for index in indices]
+            elif len(row) > 1 or "".join(row).strip():  # not a blank line
+                raise UserError(
+                    f"{file}, line {reader.line_num:,}: {len(row):,} values, but the header has {len(header):,}"
+                )
+
+    return header, rows
+
+
+def _lines(file: Path, data: bytes) -> Iterator[str]:
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if len(line) > _MAX_LINE_BYTES:
+            raise UserError(f"{file}, line {number:,}: longer than {_MAX_LINE_BYTES:,} bytes; is it a table?")
+        try:
+            yield line.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{file}, line {number:,}: not text in UTF-8. Save it as UTF-8") from None
+
+
+def _open_parquet(file: Path) -> tuple[list[str], Rows]:
+    """Return the columns of a .parquet, and its rows."""
+    try:
+        import pyarrow
+        from pyarrow import parquet, types
+    except ImportError as error:
+        raise UserError(f"{file} needs pyarrow: pip install 'pixmim[parquet]'") from error
+    check_parquet(str(file))
+    try:
+        table = parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file} cannot be read: {first_line(error)}") from error
+    schema, count = table.schema_arrow, table.metadata.num_rows
+    if count > MAX_LINES:
+        raise UserError(f"{file} has {count:,} rows: more than {MAX_LINES:,}")
+
+    def rows(indices: Sequence[int]) -> Iterator[list[str]]:
+        names = [schema.names[index] for index in indices]
+        for name in names:
+            kind = schema.field(name).type
+            if types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+                raise UserError(f"column '{name}' of {file} holds {kind}: paths, labels and groups are text or numbers")
+        try:  # as dictionaries: a text that repeats in each row is in memory once
+            reader = parquet.ParquetFile(file, read_dictionary=names)
+            for batch in reader.iter_batches(columns=names):
+                yield from map(list, zip(*(_texts(batch.column(name)) for name in names), strict=True))
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(f"{file} cannot be read: {first_line(error)}") from error
+
+    return list(schema.names), rows
+
+
+def _texts(array: Any) -> list[str]:
+    """Return the values of an Arrow array as text; "" for null and NaN."""
+    if hasattr(array, "dictionary"):
+        texts = _texts(array.dictionary)
+        return ["" if index is None else texts[index] for index in array.indices.to_pylist()]
+    return ["" if value is None or value != value else str(value).strip() for value in array.to_pylist()]

@@ -191,14 +191,7 @@ class LoaderOptions(TypedDict, total=False):
 
 
 class Loader(BatchLoader[Array, Batch]):
-    """Read, decode and crop images when they are needed.
-
-    Args:
-        dataset: The images.
-        crop: The crop of each image.
-        shard: Positions of this rank.
-        options: See `BatchLoader`.
-    """
+    """Read, decode and crop images when they are needed. Options: see `BatchLoader`."""
 
     def __init__(self, dataset: ImageDataset, crop: Crop, shard: BatchShard, **options: Unpack[LoaderOptions]) -> None:
         super().__init__(dataset, crop.num_uniforms, shard, **options)
@@ -237,16 +230,10 @@ def iterate_in_order(
 ) -> Iterator[tuple[Shaped[Tensor, "b c h w"], npt.NDArray[np.int64], int]]:
     """Yield each image of a dataset once, in order, for an evaluation.
 
-    Args:
-        dataset: The images.
-        crop: The crop of each image, without randomness.
-        skipped: Log of unreadable images, which are omitted.
-        batch: Images to read per batch. A batch with unreadable images is smaller, and may be empty.
-        threads: Number of threads; 0: one per core, at most 16.
-        first: Dataset index to start at.
+    Unreadable images are omitted, so a batch may be smaller, and even empty. The crop has no randomness.
 
     Yields:
-        Images, their dataset indices, and the index to read next.
+        Images, their dataset indices, and the index to read next. The first index is `first`.
     """
 
     def read(index: int) -> Tensor | None:

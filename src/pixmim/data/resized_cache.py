@@ -20,7 +20,7 @@ import numpy as np
 
 from pixmim.data.dataset import RGB, BadImage, DType, ImageSpec, TiffPages
 from pixmim.data.decode.limits import check_size
-from pixmim.data.shards.dataset import INDEX_DTYPE, IndexEntries, ShardDataset, ShardIndex, find_invalid_entry
+from pixmim.data.shards.dataset import INDEX_DTYPE, IndexEntries, ShardDataset, ShardIndex
 from pixmim.data.shards.fsspec_io import file_version, is_url, read_small_file
 from pixmim.data.shards.local import FileVersion
 from pixmim.data.shards.remote import open_shards
@@ -81,16 +81,11 @@ def checksum(entries: bytes) -> int:
 
 
 def read_settings(folder: str | Path) -> CacheSettings | None:
-    """Read the settings of the cache in a folder or at a URL, or return None if there is no cache.
-
-    Raises:
-        UserError: If the file cannot be read or its values are invalid.
-    """
+    """Read the settings of the cache in a folder or at a URL, or return None if there is no cache. Raises UserError."""
     name = f"{folder}/settings.json"
-    text = read_small_file(name)
-    if text is None:
+    content = _read_json(name)
+    if content is None:
         return None
-    content = parse_json(text.decode("utf-8", "surrogateescape"), name)
     try:
         _check_settings(content)
     except UserError as error:
@@ -117,12 +112,7 @@ def read_index(folder: str | Path, shard: int) -> IndexEntries | None:
 
 
 def open_cache(folder: str | Path, image_spec: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ShardDataset:
-    """Open a complete cache.
-
-    Args:
-        folder: A folder or a URL.
-        image_spec: Channels and dtype of the images, which must be those of the cache.
-        shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
+    """Open a complete cache in a folder or at a URL.
 
     Raises:
         UserError: If there is no cache, it is incomplete or damaged, or its images have another specification.
@@ -162,6 +152,12 @@ def open_cache(folder: str | Path, image_spec: ImageSpec = RGB, shard_cache_gib:
     )
 
 
+def _read_json(name: str) -> Any:
+    """Return the content of a JSON file at a path or URL; an object without keys for null, and None without a file."""
+    text = read_small_file(name)
+    return None if text is None else parse_json(text.decode("utf-8", "surrogateescape"), name) or {}
+
+
 def _check_settings(content: Any) -> None:
     """Raise UserError unless the content of a settings.json has all settings, with valid values."""
     hints = hints_of(CacheSettings)
@@ -181,10 +177,9 @@ def _check_settings(content: Any) -> None:
 def _check_shard_list(cache: str, settings: CacheSettings) -> None:
     """Raise UserError unless index.json lists as many shards as the settings require, before any is opened."""
     name = f"{cache}/index.json"
-    text = read_small_file(name)
-    if text is None:
+    content = _read_json(name)
+    if content is None:
         raise UserError(f"the cache {cache} is not finished: run the same `pixmim cache` again")
-    content = parse_json(text.decode("utf-8", "surrogateescape"), name)
     shards = content.get("shards") if isinstance(content, dict) else None
     count = len(shards) if isinstance(shards, list) else 0
     if count != settings.num_shards:
@@ -196,22 +191,24 @@ def _check_shard_list(cache: str, settings: CacheSettings) -> None:
 
 def _find_damage(entries: IndexEntries, shard: int, settings: CacheSettings) -> str:
     """Describe why a shard's index does not fit the settings; "" if it does."""
-    samples, tar_bytes = entries[:-1], int(entries[-1]["offset"])
-    damage = find_invalid_entry(samples, tar_bytes, len(settings.classes))
-    if damage or not len(samples):
-        return damage
-    numbers, expected = samples["image"], settings.images_of(shard)
+    samples, tar_bytes, expected = entries[:-1], int(entries[-1]["offset"]), settings.images_of(shard)
+    if not len(samples):
+        return ""
+    numbers, offset, length, label, h, w = (samples[name].astype(np.int64) for name in INDEX_DTYPE.names or ())
+    if ((offset < 0) | (length < 0) | (offset > tar_bytes - length)).any():
+        return f"an image outside of the {tar_bytes:,} bytes of its tar"
+    if ((label < -1) | (label >= len(settings.classes))).any():
+        return f"a class number from {label.min():,} to {label.max():,}, of {len(settings.classes):,} classes"
     if numbers[0] < expected[0] or numbers[-1] > expected[-1] or (numbers[1:] <= numbers[:-1]).any():
         return f"images other than {expected[0]:,} to {expected[-1]:,} in order"
-    pixels = samples["h"].astype(np.int64) * samples["w"]
+    if min(h.min(), w.min()) < 1:
+        return "an image without pixels"
+    pixels = h * w
     try:
         for extreme in (pixels.argmax(), pixels.argmin()):
-            check_size(int(samples["w"][extreme]), int(samples["h"][extreme]))
+            check_size(int(w[extreme]), int(h[extreme]))
     except BadImage as error:
         return str(error)
-    if (
-        settings.kind == "raw"
-        and (pixels * settings.channels * settings.image_spec.itemsize != samples["length"]).any()
-    ):
+    if settings.kind == "raw" and (pixels * settings.channels * settings.image_spec.itemsize != length).any():
         return "byte counts that differ from the image sizes"
     return ""

@@ -73,14 +73,9 @@ class SampleBatch:
 
 
 class CropSampler:
-    """Map positions of a run to samples.
+    """Map positions of a run to samples; `count` and `shard_sizes` as in `ShuffledOrder`.
 
-    Args:
-        seed: Seed of the run.
-        count: Images in the dataset.
-        shard_sizes: Images in each shard if the dataset is best read shard by shard, otherwise None.
-        num_uniforms: Number of random numbers that a crop takes.
-        flip: Probability of a horizontal flip.
+    A crop takes `num_uniforms` random numbers, and an image is flipped with probability `flip`.
     """
 
     def __init__(self, seed: int, count: int, shard_sizes: Indices | None, num_uniforms: int, flip: float) -> None:
@@ -118,15 +113,10 @@ class ShuffledOrder:
     Args:
         seed: Seed of the run.
         count: Images in the dataset.
-        shard_sizes: Images in each shard, or None.
-
-    Raises:
-        ValueError: If the shards do not hold `count` images.
+        shard_sizes: Images in each shard, `count` together; or None.
     """
 
     def __init__(self, seed: int, count: int, shard_sizes: Indices | None = None) -> None:
-        if shard_sizes is not None and int(shard_sizes.sum()) != count:
-            raise ValueError(f"the shards hold {int(shard_sizes.sum())} images, the dataset {count}")
         self._seed, self._count, self._sizes = seed, count, shard_sizes
         if shard_sizes is not None:
             self._first_of = np.cumsum(shard_sizes) - shard_sizes

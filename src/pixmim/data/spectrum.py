@@ -16,20 +16,14 @@ _MIN_DEVIATION = 1e-9  # standard deviation below which an image has no spectrum
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Mean spectrum of square grayscale images.
+    """Mean spectrum of square grayscale images."""
 
-    Attributes:
-        size: Side of the images in pixels.
-        power: Mean power per frequency bin at each radius 1, 2, ..., size // 2, of images with unit variance.
-        variance: Share of the variance at radii in (r - 1, r], for r = 0, 1, ..., up to the corners; sums to one.
-        exponent: Exponent b of the power law f^-b that fits `power`; None for images of fewer than 12 pixels.
-        images: Number of images.
-    """
-
-    size: int
+    size: int  # side of the images in pixels
     power: Vector
+    """Mean power per frequency bin at each radius 1, 2, ..., size // 2, of images with unit variance."""
     variance: Vector
-    exponent: float | None
+    """Share of the variance at radii in (r - 1, r], for r = 0, 1, ..., up to the corners; sums to one."""
+    exponent: float | None  # b of the power law f^-b that fits `power`; None for images of fewer than 12 pixels
     images: int
 
     def share_kept(self, radius: float) -> float:
@@ -54,44 +48,29 @@ def radial_spectrum(images: Iterable[Float[Array, "size size"]]) -> Spectrum | N
     Returns:
         The spectrum, or None if no image has variance.
     """
-    mean = None
+    size = count = 0
     for image in images:
-        mean = mean or _RadialMean(len(image))
-        mean.add(image)
-    return mean.result() if mean is not None and mean.images else None
-
-
-class _RadialMean:
-    """Sums of the spectra of images."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.images = size, 0
-        hann = np.hanning(size + 1)[:-1]
-        self._window = hann[:, None] * hann
-        f = np.fft.fftfreq(size, 1 / size)
-        distance = np.hypot(f[:, None], f)
-        self._rings = np.rint(distance).astype(np.int64).ravel()
-        self._radii = np.ceil(distance - 1e-9).astype(np.int64).ravel()  # as the low-pass counts: inside r or on it
-        self._power = np.zeros(self._rings.max() + 1)
-        self._variance = np.zeros(self._radii.max() + 1)
-
-    def add(self, image: Float[Array, "size size"]) -> None:
-        """Add an image, unless it is flat or not finite."""
+        if not size:
+            size = len(image)
+            hann = np.hanning(size + 1)[:-1]
+            window = hann[:, None] * hann
+            f = np.fft.fftfreq(size, 1 / size)
+            distance = np.hypot(f[:, None], f)
+            rings = np.rint(distance).astype(np.int64).ravel()
+            radii = np.ceil(distance - 1e-9).astype(np.int64).ravel()  # as the low-pass counts: inside r or on it
+            power, variance = np.zeros(rings.max() + 1), np.zeros(radii.max() + 1)
         x = image.astype(np.float64)
         if not np.isfinite(x).all() or x.std() < _MIN_DEVIATION:
-            return
+            continue
         x = (x - x.mean()) / x.std()
-        window = self._window
         windowed = (x - (x * window).sum() / window.sum()) * window
-        power = np.abs(np.fft.fft2(windowed)).ravel() ** 2 / (window**2).sum()
-        self._power += np.bincount(self._rings, power, len(self._power))
-        self._variance += np.bincount(self._radii, np.abs(np.fft.fft2(x)).ravel() ** 2, len(self._variance))
-        self.images += 1
-
-    def result(self) -> Spectrum:
-        """Return the mean spectrum."""
-        power = (self._power / np.bincount(self._rings) / self.images)[1 : self.size // 2 + 1]
-        return Spectrum(self.size, power, self._variance / self._variance.sum(), fit_exponent(power), self.images)
+        power += np.bincount(rings, np.abs(np.fft.fft2(windowed)).ravel() ** 2 / (window**2).sum(), len(power))
+        variance += np.bincount(radii, np.abs(np.fft.fft2(x)).ravel() ** 2, len(variance))
+        count += 1
+    if not count:
+        return None
+    power = (power / np.bincount(rings) / count)[1 : size // 2 + 1]
+    return Spectrum(size, power, variance / variance.sum(), fit_exponent(power), count)
 
 
 def fit_exponent(power: Float[Array, " radii"]) -> float | None:

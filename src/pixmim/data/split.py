@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +22,13 @@ def split_labeled(
 ) -> npt.NDArray[np.bool_]:
     """Return which images are train images: a function of the labels, the groups and the seed.
 
-    Each class is split on its own, in a random order of its groups. Groups go to train until the number of images is
-    as close to `share` of the class as they allow; at least one group is a train group, and if there are two, at least
-    one is a test group. A group of several classes counts for its most frequent one (of equal ones, the first).
-
-    Args:
-        labels: Class of each image (n).
-        share: Share of the train images.
-        seed: Seed of the order.
-        groups: Group of each image (n); by default each image is its own.
+    Each class is split on its own, in a random order of its groups (by default, each image is its own). Groups go to
+    train until the number of images is as close to `share` of the class as they allow; at least one group is a train
+    group, and if there are two, at least one is a test group. A group of several classes counts for its most frequent
+    one (of equal ones, the first).
     """
-    _, group_of = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
-    sizes, class_of = np.bincount(group_of), np.full(group_of.max(initial=-1) + 1, -1)
-    pairs, counts = np.unique(np.stack([group_of, labels], 1), axis=0, return_counts=True)
+    sizes, group_of, pairs, counts = _count_groups(labels, groups)
+    class_of = np.full(len(sizes), -1)
     for group, label in pairs[np.argsort(-counts, kind="stable")]:  # most frequent first
         if class_of[group] < 0:
             class_of[group] = label
@@ -55,18 +50,10 @@ def fold_labeled(
 ) -> npt.NDArray[np.int64]:
     """Return the fold in which each image is tested (n): stratified, with each group in one fold.
 
-    Groups are taken in random order, the largest first. Each goes to the fold that has the smallest shares of its
-    classes, and of equal ones to the fold with the fewest images.
-
-    Args:
-        labels: Class of each image (n).
-        folds: Number of folds.
-        seed: Seed of the order.
-        groups: Group of each image (n); by default each image is its own.
+    Groups (by default, each image is its own) are taken in random order, the largest first. Each goes to the fold that
+    has the smallest shares of its classes, and of equal ones to the fold with the fewest images.
     """
-    _, group_of = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
-    sizes = np.bincount(group_of)
-    pairs, counts = np.unique(np.stack([group_of, labels], 1), axis=0, return_counts=True)
+    sizes, group_of, pairs, counts = _count_groups(labels, groups)
     starts = np.searchsorted(pairs[:, 0], np.arange(len(sizes) + 1))
     held, filled = np.zeros((folds, labels.max(initial=-1) + 1)), np.zeros(folds, np.int64)
     totals, fold_of = np.bincount(labels), np.zeros(len(sizes), np.int64)
@@ -81,16 +68,16 @@ def fold_labeled(
     return fold_of[group_of]
 
 
+def _count_groups(labels: npt.NDArray[np.int64], groups: npt.NDArray[np.int64] | None) -> tuple[npt.NDArray[Any], ...]:
+    """Return the size of each group (g), each image's group (n), and pairs of group and label with their counts."""
+    _, group_of = np.unique(np.arange(len(labels)) if groups is None else groups, return_inverse=True)
+    return np.bincount(group_of), group_of, *np.unique(np.stack([group_of, labels], 1), axis=0, return_counts=True)
+
+
 def draw_labels(labels: npt.NDArray[np.int64], count: int, seed: int, draw: int) -> npt.NDArray[np.int64]:
     """Return the rows of `count` random images of each class, or of all if it has fewer, in increasing order.
 
     A larger count adds images to those of a smaller one. The images of a class depend on no other class.
-
-    Args:
-        labels: Class of each image.
-        count: Number of images of each class.
-        seed: Seed of all draws.
-        draw: Number of the draw.
     """
     chosen = []
     for label in np.unique(labels):
@@ -102,17 +89,11 @@ def draw_labels(labels: npt.NDArray[np.int64], count: int, seed: int, draw: int)
 
 @dataclass(frozen=True)
 class Assignment:
-    """The part of each image of a labeled dataset in a split.
+    """The part of each image of a labeled dataset in a split."""
 
-    Attributes:
-        part: Number of the part of each image (n).
-        names: Name of each part: train and test, or those of the folds.
-        note: What was kept together, for the user.
-    """
-
-    part: npt.NDArray[np.int64]
-    names: Sequence[str]
-    note: str
+    part: npt.NDArray[np.int64]  # number of the part of each image (n)
+    names: Sequence[str]  # of the parts: train and test, or the folds
+    note: str  # what was kept together, for the user
 
     def rows(self, data: ImageDataset) -> list[list[str]]:
         """Return a table of path, class, group and part of each image, with a header."""
@@ -124,21 +105,13 @@ class Assignment:
 
 
 def assign_split(data: ImageDataset, share: float, seed: int) -> Assignment:
-    """Split a labeled dataset by `split_labeled`. Images with the same bytes stay together, as groups do.
-
-    Raises:
-        UserError: If the data have no labels, or an image has none.
-    """
+    """Split a labeled dataset by `split_labeled`. Images with the same bytes stay together. Raises UserError."""
     labels, groups, note = _keep_together(data)
     return Assignment(1 - split_labeled(labels, share, seed, groups).astype(np.int64), ("train", "test"), note)
 
 
 def assign_folds(data: ImageDataset, folds: int, seed: int) -> Assignment:
-    """Divide a labeled dataset by `fold_labeled`. Images with the same bytes stay together, as groups do.
-
-    Raises:
-        UserError: As `assign_split`, or if a class has fewer images or groups than there are folds.
-    """
+    """Divide a labeled dataset by `fold_labeled`. Images with the same bytes stay together. Raises UserError."""
     labels, groups, note = _keep_together(data)
     for label in np.unique(labels):
         count, different = int((labels == label).sum()), len(np.unique(groups[labels == label]))
@@ -176,11 +149,7 @@ def _keep_together(data: ImageDataset) -> tuple[npt.NDArray[np.int64], npt.NDArr
 
 
 def split_dataset(data: ImageDataset, spec: SplitSpec) -> Subset:
-    """Return the train or the test images of a labeled dataset, in their order.
-
-    Raises:
-        UserError: If the data have no labels, an image has none, or no image is left.
-    """
+    """Return the train or the test images of a labeled dataset, in their order. Raises UserError if none is left."""
     split = assign_split(data, spec.share, spec.seed)
     chosen = np.flatnonzero(split.part == split.names.index(spec.side))
     if not len(chosen):
@@ -199,11 +168,6 @@ def hold_out(data: ImageDataset, share: float, seed: int) -> tuple[ImageDataset,
 
     A group is on one side, and so are the copies of an image that a mixture repeats. At most `MAX_HELD_OUT` images are
     held out, and at least one of each part of a mixture.
-
-    Args:
-        data: The images.
-        share: Share to hold out, above 0.
-        seed: Seed of the choice.
 
     Returns:
         The images to train on, with their shards, and those held out, each once. Both are in the order of `data`.

@@ -5,7 +5,6 @@ weight, because training resizes all images to one size: the mean is the average
 that of all pixels around it. Full images are measured, in float64. Pixels of a GeoTIFF without data count for nothing.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage, DType, HasBytes, ImageDataset, ImageSpec, TiffPages
-from pixmim.data.decode.headers import TIFF_MAGIC
 from pixmim.data.decode.image import read
-from pixmim.data.decode.no_data import find_no_data
+from pixmim.data.decode.no_data import recorded_shares
 from pixmim.data.resized_cache import read_settings
 from pixmim.data.shards.fsspec_io import is_url, read_small_file
 from pixmim.data.shards.webdataset import is_tar
 from pixmim.utils import rng
-from pixmim.utils.files import cache_path, read_file, write_json
+from pixmim.utils.errors import UserError
+from pixmim.utils.files import cache_path, parse_json, read_file, write_json
 from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 _BLOCK_SIZE = 2**20  # values that are converted to float64 at a time
@@ -48,20 +47,14 @@ class Stats:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Statistics of the readable images among those measured.
-
-    Args:
-        mean, std, minimum, maximum: Of each channel (c); NaN without images.
-        sizes: (h, w) of each image in pixels (n 2).
-        bad: Number of images and the path of one, by the reason why they cannot be read.
-    """
+    """Statistics of each channel (c) of the readable images among those measured; NaN without images."""
 
     mean: Vector
     std: Vector
     minimum: Vector
     maximum: Vector
-    sizes: npt.NDArray[np.int64]
-    bad: dict[str, tuple[int, str]]
+    sizes: npt.NDArray[np.int64]  # (h, w) of each image in pixels (n 2)
+    bad: dict[str, tuple[int, str]]  # number of images and the path of one, by the reason why they cannot be read
 
     def stats(self, total: int) -> Stats:
         """Return what normalization needs. The std of a constant channel is 1."""
@@ -96,11 +89,11 @@ def count_formats(dataset: ImageDataset, indices: list[int], tiff_pages: TiffPag
     return Counter(found for found in _map(read_format, indices) if found is not None)
 
 
-def choose_image_spec(formats: Formats, tiff_pages: TiffPages = "first") -> ImageSpec:
+def choose_image_spec(formats: Formats) -> ImageSpec:
     """Return the specification that keeps all information of the most frequent format."""
     channels, dtype = max(formats, key=formats.__getitem__, default=(3, "uint8"))
     lossless: dict[str, DType] = {"uint8": "uint8", "bool": "uint8", "uint16": "uint16"}
-    return ImageSpec(channels, lossless.get(dtype, "float32"), tiff_pages)
+    return ImageSpec(channels, lossless.get(dtype, "float32"))
 
 
 def measure(
@@ -110,23 +103,19 @@ def measure(
     threads: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Measurement:
-    """Measure these images, converted to the specification of the dataset.
-
-    Args:
-        dataset: The images.
-        indices: The images to read.
-        threads: Number of threads; 0: one per core, at most 16. The result does not depend on it.
-        progress: Called with the number of images done.
-    """
+    """Measure these images, converted to the specification of the dataset. `threads` do not change the result."""
 
     def measure_image(index: int) -> tuple[tuple[int, ...], Vector] | str:
         try:
-            image = dataset.read_array(index)
+            with recorded_shares() as shares:
+                image = dataset.read_array(index)
         except BadImage as error:
             return str(error)
         one = float(np.iinfo(image.dtype).max) if image.dtype.kind == "u" else 1.0
         moments = _moments(image) / [[one], [one**2], [one], [one]]
-        moments[1] /= _valid_share(dataset, index)  # pixels without data are at the mean
+        if shares:  # pixels without data are at the mean
+            share = np.concatenate(shares)
+            moments[1] /= share if len(share) == image.shape[2] else share.mean()
         return image.shape[:2], moments
 
     sizes, moments, bad = [], [], dict[str, tuple[int, str]]()
@@ -198,42 +187,18 @@ def load_statistics(spec: str, image_spec: ImageSpec) -> Stats | None:
     Raises:
         UserError: If a remote cache cannot be reached.
     """
+    path, text = statistics_path(spec, image_spec), None
+    if is_url(spec) and not is_tar(spec) and not path.exists():
+        text = read_small_file(f"{spec.rstrip('/')}/stats.json", _MAX_BYTES)
     try:
-        path = statistics_path(spec, image_spec)
-        if path.exists():
-            text = read_file(path, _MAX_BYTES)
-        else:
-            is_cache = is_url(spec) and not is_tar(spec)
-            text = (read_small_file(f"{spec.rstrip('/')}/stats.json", _MAX_BYTES) if is_cache else None) or b"null"
-        content = json.loads(text)
+        content = parse_json((text or read_file(path, _MAX_BYTES)).decode(), str(path))
         mean, std = (tuple(float(x) for x in content[key]) for key in ("mean", "std"))
-        stats = Stats(mean, std, int(content["images"]), int(content["total"]))
         valid = len(mean) == len(std) == image_spec.channels and all(np.isfinite(mean + std)) and min(std) > 0
-        return (
-            stats
-            if valid and {"stretch": "", "max_no_data": 1.0, **content["image_spec"]} == asdict(image_spec)
-            else None
-        )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-
-
-def _valid_share(dataset: ImageDataset, index: int) -> Vector | float:
-    """Return the share of values with data in each channel of an image, whose others were filled."""
-    data = dataset.read(index) if isinstance(dataset, HasBytes) else b""
-    if data[:4] not in TIFF_MAGIC:
-        return 1.0
-    shares = [np.ones(1)]
-
-    def count(pixels: npt.NDArray[np.generic], value: float | None) -> npt.NDArray[np.generic]:
-        missing = find_no_data(pixels, value)
-        shares.append(np.ones(1) if missing is None else 1 - missing.mean(axis=(0, 1)))
-        return pixels
-
-    spec = dataset.image_spec
-    read(data, spec.tiff_pages, spec.dtype, count)
-    same = len(shares[-1]) == spec.channels
-    return shares[-1] if same else float(shares[-1].mean())
+        if valid and content["image_spec"] == asdict(image_spec):
+            return Stats(mean, std, int(content["images"]), int(content["total"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, UserError):
+        pass
+    return None
 
 
 def _moments(pixels: npt.NDArray[np.generic]) -> Vector:

@@ -3,9 +3,11 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,45 +45,25 @@ _LOSSLESS, _LOSSY = {".png", ".bmp", ".gif", ".tif", ".tiff"}, {".jpg", ".jpeg"}
 
 @dataclass(frozen=True)
 class Survey:
-    """Contents of a sample of a dataset. Paths are those of the files; masks are not images.
+    """Contents of a sample of a dataset. Paths are those of the files; masks are not images."""
 
-    Attributes:
-        data: The dataset, as the user wrote it.
-        images: Images in the dataset.
-        masks: Files that are masks of other images.
-        mask_example: One of them.
-        examined: Readable images in the sample.
-        image_spec: Channels and dtype that keep all information of most images.
-        formats: Number of images by "channels x dtype" of their files, among 64.
-        heights: 5 %, 50 % and 95 % quantile of the heights in pixels.
-        widths: The same of the widths.
-        aspect: Median of height / width.
-        elongation: Median of longer / shorter side.
-        same_orientation: Share of the images that are longer in the direction of the median.
-        unreadable: Number of images and the path of one, by reason.
-        flat: Images with almost no contrast.
-        duplicates: Groups of near-duplicates.
-        spectrum: Mean spectrum of the images, cropped to a square of the training size; None if all are flat.
-        images_per_s: Images that this machine reads, decodes and crops per second, with all its threads.
-    """
-
-    data: str
-    images: int
-    masks: int
+    data: str  # as the user wrote it
+    images: int  # in the dataset
+    masks: int  # files that are masks of other images
     mask_example: str
-    examined: int
-    image_spec: ImageSpec
-    formats: dict[str, int]
-    heights: tuple[int, int, int]
+    examined: int  # readable images in the sample
+    image_spec: ImageSpec  # channels and dtype that keep all information of most images
+    formats: dict[str, int]  # number of images by "channels x dtype" of their files, among 64
+    heights: tuple[int, int, int]  # 5 %, 50 % and 95 % quantile in pixels
     widths: tuple[int, int, int]
-    aspect: float
-    elongation: float
-    same_orientation: float
-    unreadable: dict[str, tuple[int, str]]
-    flat: list[str]
-    duplicates: list[list[str]]
-    spectrum: Spectrum | None
-    images_per_s: float
+    aspect: float  # median of height / width
+    elongation: float  # median of longer / shorter side
+    same_orientation: float  # share of the images that are longer in the direction of the median
+    unreadable: dict[str, tuple[int, str]]  # number of images and the path of one, by reason
+    flat: list[str]  # images with almost no contrast
+    duplicates: list[list[str]]  # groups of near-duplicates
+    spectrum: Spectrum | None  # mean of squares of the training size; None if all are flat
+    images_per_s: float  # that this machine reads, decodes and crops with all its threads
 
     @property
     def short_side(self) -> int:
@@ -133,7 +115,7 @@ def survey(
     sample: int = 2_000,
     console: Console | None = None,
 ) -> Survey:
-    """Examine a sample of a dataset.
+    """Examine a sample of a dataset. Raises UserError if no image can be read.
 
     Args:
         dataset: The dataset.
@@ -141,12 +123,6 @@ def survey(
         size: Side in pixels of the crops whose spectrum is measured. Smaller images are not enlarged for it.
         sample: Images to read, evenly distributed; at most MAX_SAMPLE.
         console: Shows progress.
-
-    Returns:
-        What was found.
-
-    Raises:
-        UserError: If no image can be read.
     """
     data, (images, masks) = dataset.spec, split
     first = [int(images[i]) for i in sample_indices(len(images), _FEW)]
@@ -196,8 +172,8 @@ def survey(
         elongation=float(np.median(np.maximum(ratio, 1 / ratio))),
         same_orientation=float(np.mean(ratio > 1 if aspect > 1 else ratio < 1)),
         unreadable=unreadable,
-        flat=[dataset.path_of(image.index) for image, flat in zip(found, is_flat, strict=True) if flat],
-        duplicates=[[dataset.path_of(shown[i].index) for i in group] for group in groups],
+        flat=[dataset.path_of(image.number) for image, flat in zip(found, is_flat, strict=True) if flat],
+        duplicates=[[dataset.path_of(shown[i].number) for i in group] for group in groups],
         spectrum=spectrum,
         images_per_s=len(found) * num_threads(0) / max(1e-9, sum(image.seconds for image in found)),
     )
@@ -215,13 +191,10 @@ def is_cache(dataset: ImageDataset) -> bool:
 
 
 def split_masks(dataset: ImageDataset) -> tuple[Indices, Indices]:
-    """Separate images from masks that are in the same folders.
+    """Return the indices of the images, and of masks in the same folders. If all would be masks, they are images.
 
     Candidates are files in a folder such as masks/, files named like x_mask.png, and lossless files next to a JPEG of
     the same name. They are masks if most of a sample of them have few colors.
-
-    Returns:
-        The indices of the images, and of the masks. If all files would be masks, they count as images.
     """
     is_mask = np.zeros(len(dataset), np.bool_)
     if isinstance(dataset, ImageFolder):
@@ -234,9 +207,8 @@ def split_masks(dataset: ImageDataset) -> tuple[Indices, Indices]:
     return np.flatnonzero(~is_mask), np.flatnonzero(is_mask)
 
 
-@dataclass(frozen=True)
-class _Image:
-    index: int
+class _Image(NamedTuple):
+    number: int
     size: tuple[int, int]
     deviation: float
     hash: npt.NDArray[np.bool_]
@@ -265,16 +237,11 @@ def _examine(dataset: ImageDataset, indices: list[int], side: int) -> Iterator[t
 
 def _side(dataset: ImageDataset, indices: list[int], size: int) -> int:
     """Return an even side, at most `size`, to which most images are not enlarged: that would add no frequencies."""
-    sides = [min(image.shape[:2]) for image in _readable(dataset, indices)]
-    return int(np.clip(np.median(sides) // 2 * 2, 8, size)) if sides else size
-
-
-def _readable(dataset: ImageDataset, indices: list[int]) -> Iterator[Array]:
+    sides = []
     for index in indices:
-        try:
-            yield dataset.read_array(index)
-        except BadImage:
-            continue
+        with suppress(BadImage):
+            sides.append(min(dataset.read_array(index).shape[:2]))
+    return int(np.clip(np.median(sides) // 2 * 2, 8, size)) if sides else size
 
 
 def _mask_candidates(dataset: ImageFolder) -> Iterator[Indices]:

@@ -6,6 +6,7 @@ have similar colors and differ in texture, so only the outline identifies the sh
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,21 +39,13 @@ _OPTIONS: dict[str, Integer | Choice] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A drawn image with its annotations.
+    """A drawn image with its annotations."""
 
-    Args:
-        image: Pixels, uint8 (h w 3).
-        shape: Index into SHAPES.
-        texture: Index into TEXTURES, of the object.
-        mask: Pixels of the object, bool (h w).
-        box: (left, top, right, bottom) of the mask in pixels, right and bottom exclusive.
-    """
-
-    image: npt.NDArray[np.uint8]
-    shape: int
-    texture: int
-    mask: npt.NDArray[np.bool_]
-    box: tuple[int, int, int, int]
+    image: npt.NDArray[np.uint8]  # (h w 3)
+    shape: int  # index into SHAPES
+    texture: int  # of the object, index into TEXTURES
+    mask: npt.NDArray[np.bool_]  # pixels of the object (h w)
+    box: tuple[int, int, int, int]  # left, top, right and bottom of the mask in pixels, the last two exclusive
 
 
 class SyntheticShapes(ImageDataset):
@@ -80,11 +73,7 @@ class SyntheticShapes(ImageDataset):
 
     @staticmethod
     def from_spec(spec: str, image_spec: ImageSpec = RGB) -> "SyntheticShapes":
-        """Parse `shapes:` and its comma-separated options.
-
-        Raises:
-            UserError: If an option is unknown or its value is invalid.
-        """
+        """Parse `shapes:` and its comma-separated options. Raises UserError."""
         options: dict[str, Any] = {}
         for part in filter(None, spec.removeprefix("shapes:").split(",")):
             key, _, text = part.partition("=")
@@ -178,27 +167,22 @@ class SyntheticShapes(ImageDataset):
 def _level(name: str, x: Grid, y: Grid) -> Grid:
     """Return a function of object coordinates (y points down): positive inside, about a distance at the edge."""
     ax, ay, r = np.abs(x), np.abs(y), np.sqrt(x * x + y * y)
-    if name == "circle":
-        return 0.9 - r
-    if name == "square":
-        return 0.8 - np.maximum(ax, ay)
-    if name == "triangle":
-        return np.minimum(0.7 - y, 0.5 * (y + 1) - 0.87 * ax + 0.05)
-    if name == "star":
-        return 0.6 * (0.68 + 0.28 * np.cos(5 * np.arctan2(x, -y)) - r)
-    if name == "cross":
-        return np.maximum(np.minimum(0.3 - ax, 0.95 - ay), np.minimum(0.3 - ay, 0.95 - ax))
-    if name == "ring":
-        return 0.25 - np.abs(r - 0.7)
-    if name == "crescent":
-        return np.minimum(0.95 - r, np.sqrt((x - 0.5) ** 2 + y * y) - 0.75)
-    if name == "heart":
-        v = 0.2 - y - 0.75 * np.sqrt(ax)
-        return 0.5 * (0.95 - np.sqrt(x * x * 1.1 + v * v * 1.2))
-    if name == "arrow":
-        shaft = np.minimum(0.28 - ay, np.minimum(x + 0.95, 0.3 - x))
-        return np.maximum(shaft, np.minimum(x + 0.05, 0.7 * (0.95 - x - ay)))
-    return np.minimum(0.9 - ay, 0.75 * (ay * 0.9 + 0.1 - ax))  # hourglass
+    smaller, larger, v = np.minimum, np.maximum, 0.2 - y - 0.75 * np.sqrt(ax)
+    levels: dict[str, Callable[[], Grid]] = {
+        "circle": lambda: 0.9 - r,
+        "square": lambda: 0.8 - larger(ax, ay),
+        "triangle": lambda: smaller(0.7 - y, 0.5 * (y + 1) - 0.87 * ax + 0.05),
+        "star": lambda: 0.6 * (0.68 + 0.28 * np.cos(5 * np.arctan2(x, -y)) - r),
+        "cross": lambda: larger(smaller(0.3 - ax, 0.95 - ay), smaller(0.3 - ay, 0.95 - ax)),
+        "ring": lambda: 0.25 - np.abs(r - 0.7),
+        "crescent": lambda: smaller(0.95 - r, np.sqrt((x - 0.5) ** 2 + y * y) - 0.75),
+        "heart": lambda: 0.5 * (0.95 - np.sqrt(x * x * 1.1 + v * v * 1.2)),
+        "arrow": lambda: larger(
+            smaller(0.28 - ay, smaller(x + 0.95, 0.3 - x)), smaller(x + 0.05, 0.7 * (0.95 - x - ay))
+        ),
+        "hourglass": lambda: smaller(0.9 - ay, 0.75 * (ay * 0.9 + 0.1 - ax)),
+    }
+    return levels[name]()
 
 
 def _texture(texture: int, x: Grid, y: Grid, u: list[float]) -> Grid:
@@ -208,22 +192,18 @@ def _texture(texture: int, x: Grid, y: Grid, u: list[float]) -> Grid:
     s, t = x * cos + y * sin, y * cos - x * sin  # along and across the stripes
     frequencies = {"stripes": 22, "bars": 9, "checks": 12, "dots": 13, "rings": 20, "waves": 16, "mesh": 14}
     f = np.float32(frequencies.get(name, 0) * scale)
-    if name == "plain":
-        return 0.5 + 0.25 * s * np.float32(u[2])
-    if name == "stripes":
-        return 0.5 + 0.5 * np.sin(f * s + phase)
-    if name == "bars":
-        return (np.sin(f * s + phase) > 0).astype(np.float32)
-    if name == "checks":
-        return (np.sin(f * s + phase) * np.sin(f * t) > 0).astype(np.float32)
-    if name == "dots":
-        return (np.sin(f * s + phase) + np.sin(f * t) > 0.9).astype(np.float32)
-    if name == "mesh":
-        return (np.maximum(np.sin(f * s + phase), np.sin(f * t)) > 0.75).astype(np.float32)
-    if name == "rings":
-        return 0.5 + 0.5 * np.sin(f * np.hypot(x - np.float32(u[2] - 0.5), y - np.float32(u[3] - 0.5)))
-    if name == "waves":
-        return 0.5 + 0.5 * np.sin(f * s + 1.6 * np.sin(np.float32(9 * scale) * t))
+    textures: dict[str, Callable[[], Grid]] = {
+        "plain": lambda: 0.5 + 0.25 * s * np.float32(u[2]),
+        "stripes": lambda: 0.5 + 0.5 * np.sin(f * s + phase),
+        "bars": lambda: (np.sin(f * s + phase) > 0).astype(np.float32),
+        "checks": lambda: (np.sin(f * s + phase) * np.sin(f * t) > 0).astype(np.float32),
+        "dots": lambda: (np.sin(f * s + phase) + np.sin(f * t) > 0.9).astype(np.float32),
+        "mesh": lambda: (np.maximum(np.sin(f * s + phase), np.sin(f * t)) > 0.75).astype(np.float32),
+        "rings": lambda: 0.5 + 0.5 * np.sin(f * np.hypot(x - np.float32(u[2] - 0.5), y - np.float32(u[3] - 0.5))),
+        "waves": lambda: 0.5 + 0.5 * np.sin(f * s + 1.6 * np.sin(np.float32(9 * scale) * t)),
+    }
+    if name in textures:
+        return textures[name]()
     cells = 24 if name == "grain" else 6
     lattice = rng.uniform(int(u[2] * 2**32), "grain", 0, np.arange(cells), cells).astype(np.float32)
     if name == "grain":

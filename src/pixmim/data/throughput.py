@@ -13,7 +13,7 @@ import numpy as np
 
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.caching import MEMORY_FRACTION, decoded_bytes, total_ram
+from pixmim.data.caching import MEMORY_FRACTION, decoded_bytes
 from pixmim.data.dataset import HasExtent, ImageDataset, InMemoryDataset, Subset
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import Kind, open_cache
@@ -21,6 +21,7 @@ from pixmim.data.sampler import BatchShard, ShuffledOrder
 from pixmim.data.shards.dataset import ShardDataset
 from pixmim.transforms.crops import Crop
 from pixmim.utils.files import open_regular
+from pixmim.utils.memory import total_memory
 from pixmim.utils.threads import num_threads
 
 _REPEATS = 3  # the median of these is reported
@@ -47,21 +48,13 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Report:
-    """Measured throughputs.
-
-    Args:
-        rows: All ways to read the images.
-        current: The way that training uses after the first epoch, as the data is now.
-        limit: Its bottleneck.
-        sampled: Number of images that were measured with.
-        bad: Summary of the unreadable ones among them; may be empty.
-    """
+    """Measured throughputs."""
 
     rows: list[Throughput]
-    current: Throughput
-    limit: str
-    sampled: int
-    bad: str = ""
+    current: Throughput  # what training reaches after the first epoch, as the data is now
+    limit: str  # its bottleneck
+    sampled: int  # images that were measured with
+    bad: str = ""  # summary of the unreadable ones among them
 
 
 def measure(
@@ -85,13 +78,10 @@ def measure(
         seconds: Longest duration of one measurement.
         on_start: Called with the name of each measurement.
 
-    Returns:
-        The report.
-
     Raises:
         UserError: If most images are unreadable.
     """
-    threads, images, ram = num_threads(threads), len(dataset), total_ram()
+    threads, images, ram = num_threads(threads), len(dataset), total_memory() or 0
     order = ShuffledOrder(0, images, dataset.shard_sizes)
     sample = Subset(dataset, order.at(0, np.arange(min(_MAX_SAMPLE, images))).tolist())
     skipped, rows = BadImageLog(None, len(sample), 0.5, "allowed here"), dict[str, Throughput]()

@@ -26,7 +26,7 @@ _MAX_WEIGHT_DIGITS = 6
 _WILDCARD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.(-?\d+))?\n?\}|[{,}]")
 _MAX_NAMES = 1_000_000  # in the expansion of a brace pattern
-_SPLIT = re.compile(r"split:(train|test)((?:,\w+=[^,:]*)*):(.+)", re.DOTALL)
+_SPLIT = re.compile(r"split:(train|test)((?:,share=0?\.[0-9]{1,4}|,seed=[0-9]{1,9})*):(?!split:)(.+)", re.DOTALL)
 _HAS_OWN_OPTIONS = re.compile(r"hf:(?!//)|shapes:")
 _OPTION = re.compile(r",(?=\w+=)")
 _MAX_OPTIONS = 100
@@ -50,24 +50,18 @@ class SplitSpec:
 
     @staticmethod
     def read(spec: str) -> "tuple[SplitSpec | None, str]":
-        """Split the prefix from a spec. It is None if there is none, or if the spec is an existing path.
-
-        Raises:
-            UserError: If the prefix is malformed.
-        """
+        """Split the prefix from a spec. It is None if there is none, or if the spec is an existing path."""
         if not spec.startswith("split:") or _exists(spec):
             return None, spec
         match = _SPLIT.fullmatch(spec)
-        given = [option.split("=", 1) for option in match[2].split(",")[1:]] if match else []
-        options = {"share": "0.8", "seed": "0"} | {name: value for name, value in given}
-        valid = len(options) == 2 and len(given) == len({name for name, _ in given})
-        valid &= bool(re.fullmatch(r"0?\.[0-9]{1,4}", options["share"])) and float(options["share"]) > 0
-        if not match or not valid or not re.fullmatch("[0-9]{1,9}", options["seed"]) or match[3].startswith("split:"):
+        options = dict(option.split("=") for option in match[2].split(",")[1:]) if match else {}
+        share, seed = float(options.get("share", 0.8)), int(options.get("seed", 0))
+        if not match or match[2].count(",") != len(options) or not share:
             raise UserError(
                 f"'{spec[:200]}' is not a split: write split:train,share=0.8,seed=0:DATA, and test for the other part. "
                 "share is above 0 and below 1, with at most 4 digits; both options may be left out"
             )
-        return SplitSpec(match[1], float(options["share"]), int(options["seed"])), match[3]
+        return SplitSpec(match[1], share, seed), match[3]
 
     @property
     def prefix(self) -> str:
@@ -184,44 +178,45 @@ def split_options(source: str) -> tuple[str, dict[str, list[str]]]:
         count = len(pieces)
         while count > 1 and pieces[count - 1].partition("=")[0] in _OPTIONS:
             count -= 1
+    return ",".join(pieces[:count]), _group(pieces[count:])
+
+
+def _group(pieces: Sequence[str]) -> dict[str, list[str]]:
     options: dict[str, list[str]] = {}
-    for piece in pieces[count:]:
-        name, _, value = piece.partition("=")
+    for name, _, value in (piece.partition("=") for piece in pieces):
         options.setdefault(name, []).append(value)
-    return ",".join(pieces[:count]), options
+    return options
 
 
 def read_options(source: str, kind: str, known: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
-    """Split a source as `split_options` does, and check its options.
-
-    Args:
-        source: The source.
-        kind: What the path is, for the message, such as "a .txt list".
-        known: Names of the options that it may have.
+    """Split a source as `split_options` does, and check that its options are some of those `known` for its `kind`.
 
     Raises:
         UserError: If an option is unknown, has no value, or is given twice without being a pattern.
     """
     path, options = split_options(source)
+    check_options(source, f"{path} is {kind} and", options, known)
+    return path, options
+
+
+def check_options(source: str, what: str, options: dict[str, list[str]], known: Sequence[str]) -> None:
+    """Raise UserError for options as `read_options` does."""
     for name, values in options.items():
         if name not in known:
             names = f"Its options: {', '.join(known)}" if known else "It takes no options"
-            raise UserError(f"{path} is {kind} and has no option {name}={did_you_mean(name, known) or '.'} {names}")
+            raise UserError(f"{what} has no option {name}={did_you_mean(name, known) or '.'} {names}")
         if not all(values):
             raise UserError(f"'{source}' has no value for {name}=")
         if len(values) > 1 and name not in _REPEATABLE:
             raise UserError(f"'{source}' has {name}= {len(values)} times: give it once")
-    return path, options
 
 
-def read_root(options: dict[str, list[str]], source: str) -> Path | None:
-    """Return the folder that `root=` names; None without it. Raises UserError if there is no such folder."""
-    if "root" not in options:
-        return None
-    root = Path(os.path.expanduser(options["root"][0]))
-    if not root.is_dir():
+def read_root(name: str, source: str) -> Path | None:
+    """Return the folder that `root=` names; None without a name. Raises UserError if there is no such folder."""
+    root = Path(os.path.expanduser(name))
+    if name and not root.is_dir():
         raise UserError(f"no folder {root}, which '{source}' names as root=")
-    return root
+    return root if name else None
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -240,28 +235,23 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _count_names(pattern: str) -> int:
     """Return an upper bound of the number of names: `braceexpand` builds many of them before it yields the first."""
-    count, alternatives = 1, 0  # of the current alternative up to here, and of those before it
-    stack: list[tuple[int, int]] = []
+    stack = [[1, 0]]  # by depth: names of the current alternative up to here, and of those before it
     for token in _BRACES.finditer(pattern):
         first, last, first_letter, last_letter, step = token.groups()
         if first:
-            count *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
+            stack[-1][0] *= abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1
         elif first_letter:
-            count *= abs(ord(last_letter) - ord(first_letter)) + 1
+            stack[-1][0] *= abs(ord(last_letter) - ord(first_letter)) + 1
         elif token[0] == "{":
-            stack.append((count, alternatives))
-            count, alternatives = 1, 0
-        elif token[0] == "," and stack:
-            count, alternatives = 1, alternatives + count
+            stack.append([1, 0])
+        elif token[0] == "," and len(stack) > 1:
+            stack[-1] = [1, sum(stack[-1])]
+        elif token[0] == "}" and len(stack) > 1:
+            inner = sum(stack.pop())
+            stack[-1][0] *= inner
         elif token[0] == "}":
-            if not stack:
-                raise ValueError("unbalanced braces")
-            inner = alternatives + count
-            count, alternatives = stack.pop()
-            count *= inner
-    if stack:
-        raise ValueError("unbalanced braces")
-    return count
+            raise ValueError("unbalanced braces")
+    return stack[0][0]  # braceexpand refuses a brace that is not closed
 
 
 @dataclass(frozen=True)
@@ -289,17 +279,9 @@ class HubSpec:
     @staticmethod
     def read(spec: str) -> "HubSpec":
         """Parse a spec. Raises UserError."""
-        known = [field.name for field in fields(HubSpec)][2:]
-        place, *options = re.split(r",(?=\w+=)", spec.removeprefix("hf:"))
-        values: dict[str, str] = {}
-        for option in options:
-            key, _, value = option.partition("=")
-            if key not in known:
-                hint = did_you_mean(key, known) or "."
-                raise UserError(f"hf: has no option '{key}'{hint} Its options: {', '.join(known)}")
-            if not value:
-                raise UserError(f"'{spec}' has no value for {key}")
-            values[key] = value
+        place, *pieces = _OPTION.split(spec.removeprefix("hf:"))
+        options = _group(pieces)
+        check_options(spec, "hf:", options, [field.name for field in fields(HubSpec)][2:])
         split = ""
         if not _exists(place) and ":" in place:
             place, _, split = place.rpartition(":")
@@ -311,7 +293,7 @@ class HubSpec:
                     f"'{place}' in '{spec}' is neither a path nor the name of a dataset; "
                     "hf:USER/NAME:SPLIT,image=COLUMN,label=COLUMN is the pattern, all after the name optional"
                 )
-        return HubSpec(place, split, **values)
+        return HubSpec(place, split, **{name: values[0] for name, values in options.items()})
 
     @property
     def path(self) -> Path | None:

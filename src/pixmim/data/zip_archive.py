@@ -44,14 +44,7 @@ def is_zip(name: str) -> bool:
 
 
 class ZipFolder(ImageFolder):
-    """Images in a zip archive.
-
-    Args:
-        archive: Path or URL of the archive.
-        store: Reads it, as shard 0.
-        members: Where each image is, of dtype _MEMBER (n).
-        arguments: Those of `ImageFolder`.
-    """
+    """Images in an archive at a path or URL, which is shard 0 of a store. `members` (n) has dtype _MEMBER."""
 
     def __init__(self, archive: str, store: ShardStore, members: npt.NDArray[Any], *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -69,12 +62,7 @@ class ZipFolder(ImageFolder):
         return self._archive, offset, size
 
     def read(self, index: int) -> bytes:
-        """Return the file of one image.
-
-        Raises:
-            BadImage: If it is damaged, too large, or compressed in another way.
-            UserError: If the archive has changed, or is no longer available.
-        """
+        """Return the file of one image. Raises BadImage, and UserError if the archive has changed or is gone."""
         offset, length, size, method, crc = self._members[index].item()
         check_bytes(max(length, size))
         try:
@@ -100,14 +88,9 @@ class ZipFolder(ImageFolder):
 
 
 def open_zip(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) -> ImageFolder:
-    """Open all images in a zip archive, as those of a folder.
+    """Open all images in a zip archive, as those of a folder: a path or URL with options as for `from_folder`.
 
     Folders that contain everything are left out, so an archive of `photos/` is read like that folder.
-
-    Args:
-        spec: Path or URL of the archive, with options as in `photos.zip,exclude=*_mask.png`.
-        form: Channels and dtype that images are converted to.
-        shard_cache_gib: Bound of the disk cache for a remote archive, in GiB.
 
     Raises:
         UserError: If it cannot be read, is encrypted, has no images, or names that do not belong into an archive.
@@ -132,7 +115,7 @@ def open_zip(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) ->
 def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], int, int]:
     """Return the image members of an archive by path, the number of other files, and of links. Raises UserError."""
     try:
-        with zipfile.ZipFile(_TableReader(file, name)) as archive:
+        with _BoundedFile(file.duplicate()) as table, zipfile.ZipFile(table) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, OverflowError, struct.error) as error:
         raise UserError(f"{name} is not a zip archive that can be read: {first_line(error)}") from None
@@ -168,32 +151,13 @@ def _read_table(file: OpenFile, name: str) -> tuple[Mapping[str, Member], int, i
     return images, others, links
 
 
-class _TableReader(io.RawIOBase):
+class _BoundedFile(io.FileIO):
     """File from which `zipfile` reads the table of contents, by bounded reads."""
 
-    def __init__(self, file: OpenFile, name: str) -> None:
-        self._file, self._name, self._at = file, name, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = offset + (0, self._at, self._file.size)[whence]
-        if position < 0:
-            raise OSError("before the start of the file")
-        self._at = position
-        return position
-
-    def read(self, size: int = -1) -> bytes:
-        size = self._file.size - self._at if size < 0 else size
-        if size > _MAX_TABLE_BYTES:
-            raise UserError(
-                f"{self._name} has a table of contents of more than {_MAX_TABLE_BYTES >> 20} MiB: pack it into several "
-                "archives, or into tars"
+    def read(self, size: int | None = -1) -> bytes:
+        if (size or 0) > _MAX_TABLE_BYTES:
+            raise ValueError(
+                f"its table of contents has more than {_MAX_TABLE_BYTES >> 20} MiB. Pack it into several archives, or "
+                "into tars"
             )
-        data = self._file.read(size, self._at)
-        self._at += len(data)
-        return data
+        return super().read(-1 if size is None else size)

@@ -39,20 +39,16 @@ class Augmentation(ABC):
 
 @dataclass(frozen=True)
 class Augmented(Crop):
-    """Augment the output of a crop. uint8 only.
+    """Augment the output of a crop, whose uniform numbers come first. uint8 only.
 
     Images of three channels are color images. Otherwise each channel is augmented as a grayscale image, with the same
     numbers, so that changes of saturation have no effect.
-
-    Args:
-        base: Crop, whose uniform numbers come first.
-        steps: Augmentations, in order.
-        fill: Value of each channel, 0 to 255, outside a moved image; usually the mean of the normalization.
     """
 
     base: Crop
     steps: tuple[Augmentation, ...]
     fill: tuple[int, ...]
+    """Value of each channel, 0 to 255, outside a moved image; usually the mean of the normalization."""
 
     @property
     def num_uniforms(self) -> int:
@@ -81,11 +77,6 @@ class Augmented(Crop):
         for step in self.steps:
             image, u = step.apply(image, u[: step.num_uniforms], fill), u[step.num_uniforms :]
         return image
-
-
-def fill_of(mean: Sequence[float]) -> tuple[int, ...]:
-    """Return the fill that normalization with this mean (in units of [0, 1]) turns into zero."""
-    return tuple(min(255, round(255 * value)) for value in mean)
 
 
 def _signed(limit: float) -> Callable[[float, bool], float]:
@@ -188,18 +179,16 @@ class Jitter(Augmentation):
 
 
 def augmented(crop: Crop, kind: str, jitter: float, mean: Sequence[float] | Tensor) -> Crop:
-    """Add a fine-tuning recipe's augmentation to a crop.
+    """Add a fine-tuning recipe's augmentation to a crop, if it has any.
 
     Args:
         crop: The crop.
         kind: "rand" (`RandAugment`), "three" (`ThreeAugment`) or "none".
         jitter: Strength of `Jitter`; 0: none.
         mean: Mean per channel of the normalization, in units of [0, 1].
-
-    Returns:
-        An `Augmented` crop, or the crop itself without augmentation.
     """
     first: dict[str, tuple[Augmentation, ...]] = {"rand": (RandAugment(),), "three": (ThreeAugment(),), "none": ()}
     steps = first[kind] + ((Jitter(jitter),) if jitter else ())
     values = mean.tolist() if isinstance(mean, torch.Tensor) else mean
-    return Augmented(crop, steps, fill_of(values)) if steps else crop
+    fill = tuple(min(255, round(255 * value)) for value in values)  # which normalization turns into zero
+    return Augmented(crop, steps, fill) if steps else crop

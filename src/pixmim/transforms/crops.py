@@ -50,13 +50,7 @@ class Crop(ABC):
 
     @abstractmethod
     def crop_into(self, image: Shaped[Array, "h w c"], u: Sequence[float], out: Shaped[Array, "h2 w2 c"]) -> None:
-        """Write a crop into `out`, which has the image's dtype.
-
-        Args:
-            image: Image of any size.
-            u: Uniform numbers in [0, 1).
-            out: Array of shape `self.shape`.
-        """
+        """Write the crop for uniform numbers `u` in [0, 1) into `out`, which has the shape of the crop."""
 
     @abstractmethod
     def offset_without_resize(self, size: tuple[int, int], u: Sequence[float]) -> tuple[int, int] | None:
@@ -255,13 +249,9 @@ def cover_size(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]
 def flip_and_normalize(
     images: Shaped[Tensor, "b c h w"], flip: Bool[Tensor, " b"] | None, mean: Tensor, std: Tensor
 ) -> Float[Tensor, "b c h w"]:
-    """Flip, scale to [0, 1] and normalize a batch on its device.
+    """Flip rows of a batch horizontally, scale it to [0, 1] and normalize it by channel, on its device.
 
-    Args:
-        images: uint8 (255 is scaled to one), uint16 (65535 is scaled to one), or floating-point images (not scaled).
-        flip: Rows to flip horizontally; None: no row.
-        mean: Mean per channel.
-        std: Standard deviation per channel.
+    255 in uint8 and 65535 in uint16 are scaled to one; floating-point images are not scaled.
     """
     scale = 1.0 if images.is_floating_point() else float(torch.iinfo(images.dtype).max)
     shape = (1, -1, 1, 1)

@@ -20,17 +20,8 @@ Box = tuple[int, int, int, int]
 def erase(images: Float[Tensor, "b c h w"], probability: float, seed: int, number: int) -> Float[Tensor, "b c h w"]:
     """Replace a random box by standard normal noise, in place: random erasing in pixel mode (arXiv 1708.04896).
 
-    As in the recipes of DeiT, MAE and SimMIM (timm): area of 0.02 to 1/3 of the image, aspect ratio log-uniform in
-    [0.3, 1/0.3], ten tries.
-
-    Args:
-        images: Normalized images.
-        probability: Probability of a box, per image.
-        seed: Seed of the run.
-        number: Number of the batch.
-
-    Returns:
-        The same tensor.
+    As in the recipes of DeiT, MAE and SimMIM (timm): a box with `probability` in each image, of 0.02 to 1/3 of its
+    area, aspect ratio log-uniform in [0.3, 1/0.3], ten tries. Returns the same tensor.
     """
     rows = np.arange(len(images))
     numbers = rng.uniform(seed, "erase", number, rows, 23)
@@ -62,14 +53,7 @@ def mix(
     """Mix a batch with itself in reverse order, by mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
 
     As in timm: one ratio per batch, and CutMix's ratio corrected for boxes that cross the border. With both, half of
-    the batches each.
-
-    Args:
-        images: Normalized images.
-        mixup: Parameter a of the ratio's Beta(a, a) distribution; 0: no mixup.
-        cutmix: Likewise for CutMix.
-        seed: Seed of the run.
-        number: Number of the batch.
+    the batches each. `mixup` and `cutmix` are the parameters a of the ratios' distributions Beta(a, a); 0: none.
 
     Returns:
         The mixed images, and the weight of each image's own label.
@@ -102,11 +86,7 @@ def cut_box(size: tuple[int, int], share: float, center: list[float]) -> Box:
 def soft_labels(labels: Int[Tensor, " b"], classes: int, share: float, smoothing: float) -> Float[Tensor, "b classes"]:
     """Return target probabilities of a mixed batch: share * own label + (1 - share) * label in the reversed batch.
 
-    Args:
-        labels: Class indices.
-        classes: Number of classes.
-        share: Weight of an image's own label.
-        smoothing: Label smoothing: (1 - smoothing) * one-hot + smoothing / classes.
+    Labels are smoothed: (1 - smoothing) * one-hot + smoothing / classes.
     """
     own = F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
     return own * share + own.flip(0) * (1 - share)

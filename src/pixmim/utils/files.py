@@ -39,8 +39,7 @@ _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _SAFE | _NOFOLLOW
 def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a regular file for reading without blocking, and return its descriptor. Symbolic links are followed.
 
-    Raises:
-        OSError: If the file cannot be opened, or is a FIFO, a device, a socket or a folder.
+    Raises OSError for a FIFO, a device, a socket or a folder.
     """
     _check_regular(os.stat(path), path)  # before opening: opening a device may have side effects
     descriptor = os.open(path, os.O_RDONLY | _SAFE)
@@ -53,11 +52,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def read_file(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
-    """Read a regular file of at most `limit` bytes.
-
-    Raises:
-        OSError: If it is not a regular file, is larger than `limit`, or grows while it is read.
-    """
+    """Read a regular file. Raises OSError if it is larger than `limit` bytes, or grows while it is read."""
     with open(open_regular(path), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -82,15 +77,10 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> Any:
 
 
 def parse_json(text: str, source: str, unique: bool = False) -> Any:
-    """Parse untrusted JSON.
-
-    Args:
-        text: The JSON text.
-        source: Name of the text in error messages.
-        unique: Whether to reject objects with duplicate keys.
+    """Parse untrusted JSON text, which errors call `source`.
 
     Raises:
-        UserError: If the text is not valid JSON, or nested deeper than 64 levels.
+        UserError: If it is not valid JSON, is nested deeper than 64 levels, or, with `unique`, repeats a key.
     """
     try:
         with killable():
@@ -151,8 +141,7 @@ def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
 def append(path: Path, text: str) -> None:
     """Append text to a regular file, which is created if necessary. A symbolic link is not followed.
 
-    Raises:
-        OSError: If writing fails, or `path` is a link or not a regular file. The file keeps its previous content.
+    If that raises an OSError, the file keeps its previous content.
     """
     with open(os.open(path, _APPEND, 0o666), "ab", buffering=0) as file:
         status = os.fstat(file.fileno())
@@ -168,12 +157,7 @@ def append(path: Path, text: str) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Check that a folder can be created, or is empty and not the current directory.
-
-    Raises:
-        UserError: If it exists and is not empty, or is the current directory.
-        OSError: If it cannot be created.
-    """
+    """Raise UserError unless a folder is new, or empty and not the current directory; OSError if it cannot be made."""
     if os.path.lexists(folder):
         if not folder.is_dir() or any(folder.iterdir()) or folder.samefile("."):
             raise UserError(f"{folder} already exists: choose another folder")
@@ -183,12 +167,9 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new, empty folder to write into, and rename it to `folder` if the block succeeds.
-
-    `folder` must not exist, or be empty. The temporary folder has a random name next to it.
+    """Yield a new, empty folder to write into, and rename it to `folder` if the block succeeds; otherwise remove it.
 
     Raises:
-        OSError: If writing fails. The temporary folder is removed.
         UserError: If `folder` exists and is not empty.
     """
     folder = folder.absolute()
@@ -219,10 +200,7 @@ def check_writable(path: Path) -> None:
 def check_output(path: Path, overwrite: bool = False, mark: bytes = b"") -> None:
     """Check, before the work, that an output file can be written and does not replace a file of the user.
 
-    Args:
-        path: The output file.
-        overwrite: Whether an existing file may be replaced (--overwrite).
-        mark: Bytes near the start of files written by pixmim, which may be replaced without `overwrite`.
+    Files with `mark` near their start were written by pixmim and may be replaced without --overwrite.
 
     Raises:
         UserError: If another file exists at `path`.

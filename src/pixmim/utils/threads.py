@@ -4,7 +4,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -13,9 +13,8 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from rich.console import Console
 
-from pixmim.utils.console import printable, progress_bar
+from pixmim.utils.console import status_counter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,8 +22,6 @@ S = TypeVar("S")
 
 SHUTDOWN_TIMEOUT = 1.0
 """Seconds to wait for running jobs when a pool is closed early."""
-
-_BAR_DELAY = 2.0  # seconds until `parallel_map` shows a bar
 
 _Job = tuple[Future[Any], Callable[[], Any]]
 
@@ -35,15 +32,11 @@ def num_threads(threads: int, processes: int = 1) -> int:
 
 
 class ThreadPool(Executor):
-    """A pool of daemon threads, in which torch uses one thread each.
+    """A pool of daemon threads (see `num_threads`), in which torch uses one thread each.
 
     A thread may be stuck reading a file that never answers. ThreadPoolExecutor would wait for it forever, on shutdown
     and at exit. This pool, if it is closed early (with `cancel_futures`, or by an exception in its `with` block), waits
     for SHUTDOWN_TIMEOUT seconds and then abandons the threads.
-
-    Args:
-        threads: Number of threads; 0 is one per core and at most 16.
-        name: Prefix of the threads' names.
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -115,27 +108,11 @@ def ordered_map(pool: Executor, function: Callable[[S], T], items: Iterable[S], 
 
 
 def parallel_map(description: str, function: Callable[[int], T], count: int, threads: int = 16) -> list[T]:
-    """Call `function` with 0 to `count - 1` in threads. Show a bar on a terminal after two seconds.
-
-    Returns:
-        The results in order. The first exception is raised as soon as it is known; pending calls are cancelled.
-    """
-    if not count:
-        return []
-    bar = progress_bar(Console(stderr=True))
-    task, bar_time, started = bar.add_task(printable(description), total=count), time.monotonic() + _BAR_DELAY, False
+    """Return `function(i)` for 0 to `count - 1`, called in threads. An exception cancels the calls that are pending."""
     results: list[T] = []
-    with ThreadPool(min(threads, count), "pixmim-files") as pool:
-        futures = [pool.submit(function, i) for i in range(count)]
-        try:
-            for future in futures:
-                if not started and wait([future], max(0.0, bar_time - time.monotonic())).not_done:
-                    bar.start()
-                    started = True
-                results.append(future.result())
-                bar.update(task, completed=len(results))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if started:
-                bar.stop()
+    pool = ThreadPool(min(threads, max(1, count)), "pixmim-files")
+    with status_counter(description, f"of {count:,}") as add, pool:
+        for result in ordered_map(pool, function, range(count), count):
+            results.append(result)
+            add(1)
     return results

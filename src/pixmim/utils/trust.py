@@ -31,11 +31,9 @@ def is_trusted(config: str) -> bool:
 
 
 def untrusted_references(config: str, references: Mapping[str, str]) -> dict[str, str]:
-    """Return the references of a config that may not be opened, by flag; empty if the config is trusted.
+    """Return the references of a config's text that may not be opened, by flag; empty if the config is trusted.
 
-    Args:
-        config: The text of a config.json.
-        references: The data and weights that it names, by flag, without those that the user typed.
+    The references are the data and weights that it names, by flag, without those that the user typed.
     """
     external = {flag: value for flag, value in references.items() if value and not _is_synthetic(value)}
     return external if external and not is_trusted(config) else {}
@@ -48,11 +46,7 @@ def refusal(folder: str | Path, references: Mapping[str, str]) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of the file `name` in an untrusted folder.
-
-    Raises:
-        UserError: If the name, or a symbolic link, leads out of the folder.
-    """
+    """Return the path of a file in an untrusted folder. Raises UserError if its name, or a link, leads out of it."""
     path = folder / name
     root = os.path.realpath(folder)  # Path.resolve raises if links form a loop
     try:

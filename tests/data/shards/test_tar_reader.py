@@ -25,7 +25,7 @@ def write(path: Path, names: dict[str, int], form: int = tarfile.PAX_FORMAT) -> 
 
 
 def found(path: Path) -> list[tuple[str, int, int]]:
-    return [tuple(member) for member in iter_members(OpenFile(path), str(path))]
+    return [tuple(member)[:3] for member in iter_members(OpenFile(path), str(path)) if not member.is_link]
 
 
 def by_tarfile(path: Path, **options: object) -> list[tuple[str, int, int]]:
@@ -105,8 +105,8 @@ def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     intact = write(tmp_path / "x.tar", {"a.jpg": 2000}).read_bytes()
     path = tmp_path / "bad.tar"
     for content, reason in {
-        gzip.compress(intact): r"gzip-compressed",
-        b"<html>404</html>" * 100: "bad.tar is not a tar file",
+        gzip.compress(intact): r"compressed \(gzip\)",
+        b"<html>404</html>" * 100: "bad.tar is not a tar, but a web page",
         b"": "bad.tar is empty",
         intact[:1000]: r"truncated: a.jpg at byte 0 needs 2,000 bytes, but the file ends at byte 1,000",
         intact[:2560]: "truncated at byte 2,560: the blocks that end a tar are missing",
@@ -130,7 +130,7 @@ def test_damage_is_an_error_or_harmless(tmp_path: Path, form: int) -> None:
     intact = write(tmp_path / "x.tar", {"a.jpg": 600, long: 10, "c.jpg": 0}, form).read_bytes()
     before, path, generator = found(tmp_path / "x.tar"), tmp_path / "bad.tar", np.random.default_rng(form)
     ends = before[-1][1]
-    for trial in range(600):
+    for trial in range(150):
         content = bytearray(intact)
         place = int(generator.integers(ends))
         if trial % 2:

@@ -155,7 +155,7 @@ def test_errors(shards: Path, tmp_path: Path) -> None:
         open_dataset(str(shards))
     (tmp_path / "zipped").mkdir()
     (tmp_path / "zipped" / "x.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
-    with pytest.raises(UserError, match=r"gzip-compressed"):
+    with pytest.raises(UserError, match=r"compressed \(gzip\)"):
         open_dataset(str(tmp_path / "zipped"))
 
 
@@ -211,7 +211,7 @@ def test_damage_never_gives_a_wrong_image(tmp_path: Path) -> None:
     assert isinstance(data, ShardDataset)
     spans = [(int(e["offset"]), int(e["offset"] + e["length"])) for e in data._entries]
     path, generator, read = tmp_path / "bad.tar", np.random.default_rng(0), 0
-    for trial in range(150):
+    for trial in range(50):
         content = bytearray(intact)
         place = int(generator.integers(spans[-1][1]))
         if trial % 3:
@@ -232,7 +232,7 @@ def test_damage_never_gives_a_wrong_image(tmp_path: Path) -> None:
                 continue
             read += 1
             assert start <= place < end or (image.shape[2] == 20 + i and image[0].unique().tolist() == [i])
-    assert read > 250
+    assert read > 80
 
 
 def test_dtypes_of_the_files(tmp_path: Path) -> None:

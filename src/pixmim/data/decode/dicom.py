@@ -44,15 +44,9 @@ def is_dicom(data: bytes) -> bool:
 
 
 def read_dicom(data: bytes, pages: TiffPages, dtype: DType) -> Array:
-    """Read the first frame of a DICOM file, or all frames one after another, as (h w c).
+    """Read the first frame of a DICOM file, or all frames one after another, as (h w c). Raises BadImage.
 
-    Args:
-        data: The file's content.
-        pages: Which frames.
-        dtype: Pixels of the run; float32 keeps measurements.
-
-    Raises:
-        BadImage: If that is not possible.
+    For a run in float32, measurements are kept.
     """
     pydicom = _load_pydicom()
     try:
@@ -76,7 +70,6 @@ def read_dicom(data: bytes, pages: TiffPages, dtype: DType) -> Array:
 @cache
 def _load_pydicom() -> Any:
     try:
-        import pydicom
         import pydicom.pixels
     except ImportError:
         raise BadImage("DICOM needs pydicom: pip install 'pixmim[dicom]'") from None

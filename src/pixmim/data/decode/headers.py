@@ -85,11 +85,7 @@ class TiffHeader:
         self._entry = struct.Struct(f"{self.order}HH{'Q' if self.is_big else 'I'}")
 
     def pages(self, limit: int = MAX_PAGES) -> list[Page]:
-        """Return the first `limit` pages with their KEPT_TAGS.
-
-        Raises:
-            BadImage: If the list of pages is truncated, circular, or longer than MAX_PAGES.
-        """
+        """Return the first `limit` pages with their KEPT_TAGS. Raises BadImage if the list is truncated or circular."""
         pages: list[Page] = []
         seen: set[int] = set()
         remaining = len(self.data) + 4096
@@ -214,11 +210,7 @@ class TiffHeader:
 
 
 def sanitize_tiff(data: bytes, pages: TiffPages = "first") -> bytes:
-    """Return a TIFF of the first page or of all pages, checked and reduced to KEPT_TAGS.
-
-    Raises:
-        BadImage: If a page is damaged, or claims more than is allowed.
-    """
+    """Return a TIFF of the first page or of all pages, checked and reduced to KEPT_TAGS. Raises BadImage."""
     header = TiffHeader(data)
     chosen = header.pages(1 if pages == "first" else MAX_PAGES)
     if pages == "first" and not header.full_pages(chosen):
@@ -262,11 +254,7 @@ class JpegHeader(NamedTuple):
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
-    """Read the segments of a JPEG before its pixels.
-
-    Raises:
-        BadImage: If it is damaged, or has more scans than are allowed.
-    """
+    """Read the segments of a JPEG before its pixels. Raises BadImage if it is damaged, or has too many scans."""
     width, height, components, orientation = 0, 0, b"", 0
     offset, part_start, multi_scan = 2, 0, False
     parts: list[tuple[int, int]] = []

@@ -11,7 +11,6 @@ and Pillow everything else. Rules:
 
 import io
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,24 +32,18 @@ _PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported to register them; `Ima
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
 """Pillow's names of the formats that are read. No other format is ever opened."""
 
-HandleNoData = Callable[[Array, float | None], Array]
-
 _BLOCK = 2**20  # pixels that Pillow converts at a time
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _DEPTH = 258, 262, 277, 284, 338, 339, 32997
 
 
 def decode(data: bytes, form: ImageSpec = RGB) -> Array:
-    """Decode an image file to pixels (h w form.channels) of form.dtype.
-
-    Raises:
-        BadImage: If that is not possible.
-    """
+    """Decode an image file to pixels (h w form.channels) of form.dtype. Raises BadImage."""
     if data.startswith(headers.JPEG_MAGIC) and form.channels in (1, 3):
         pixels = _decode_jpeg(data, form.channels)
         if pixels is not None:
             return convert(pixels, form)
     keep = "uint16" if form.stretch and form.dtype == "uint8" else form.dtype  # all bits, for the percentiles
-    pixels = read(data, form.tiff_pages, keep, partial(fill_no_data, max_share=form.max_no_data))
+    pixels = read(data, form.tiff_pages, keep, form.max_no_data)
     try:
         return np.ascontiguousarray(convert(pixels, form))
     except ChannelMismatch as error:
@@ -60,9 +53,7 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
         raise BadImage(f"{error}{hint}") from None
 
 
-def read(
-    data: bytes, pages: TiffPages = "first", dtype: DType = "uint16", handle_no_data: HandleNoData = fill_no_data
-) -> Array:
+def read(data: bytes, pages: TiffPages = "first", dtype: DType = "uint16", max_no_data: float = 1.0) -> Array:
     """Decode an image file to pixels (h w c) with its own channels and dtype.
 
     Args:
@@ -70,36 +61,24 @@ def read(
         pages: Which pages of a TIFF, or frames of a DICOM file.
         dtype: Pixels of the run. For uint8, Pillow reads the upper 8 of 16 bits of color, and no other library is
             needed. For float32, DICOM is read as measurements.
-        handle_no_data: Called with the pixels of a TIFF and the value of those without data, if it names one.
+        max_no_data: Largest share of the pixels of a TIFF that may have no data; they are filled.
 
     Raises:
         BadImage: If that is not possible.
     """
-    return run_with_time_limit(lambda: _read(data, pages, dtype, handle_no_data))
+    return run_with_time_limit(lambda: _read(data, pages, dtype, max_no_data))
 
 
 def read_numbers(data: bytes, *, color: bool = False) -> Array:
-    """Read the values (h w) of a mask; of a palette image, the palette indices.
-
-    Args:
-        data: The file's content.
-        color: Return the luma of a color image instead of refusing it.
-
-    Raises:
-        BadImage: If it cannot be read.
-    """
+    """Read the values (h w) of a mask: palette indices, grey values, or with `color` also luma. Raises BadImage."""
     return run_with_time_limit(lambda: _read_numbers(data, color))
 
 
 def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an image file with Pillow. Only the header is read; load the pixels under `limits.run_with_time_limit`.
 
-    Args:
-        data: The file's content, which decides the format.
-        formats: Allowed formats, some of FORMATS.
-
     Raises:
-        BadImage: If it has another format, is damaged, or claims more than is allowed.
+        BadImage: If it has none of `formats`, is damaged, or claims more than is allowed.
     """
     if data.startswith(headers.JPEG_MAGIC):
         data = headers.read_jpeg_header(data).without_metadata(data)
@@ -146,7 +125,7 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
     return apply_exif_orientation(pixels, header.orientation)
 
 
-def _read(data: bytes, pages: TiffPages, dtype: DType, handle_no_data: HandleNoData) -> Array:
+def _read(data: bytes, pages: TiffPages, dtype: DType, max_no_data: float) -> Array:
     deep = dtype != "uint8"
     if not data:
         raise BadImage("the file is empty")
@@ -161,7 +140,7 @@ def _read(data: bytes, pages: TiffPages, dtype: DType, handle_no_data: HandleNoD
     if is_dicom(data):  # before TIFF, whose header some files have in their preamble
         return read_dicom(data, pages, dtype)
     if data[:4] in headers.TIFF_MAGIC:
-        return handle_no_data(*_read_tiff(headers.sanitize_tiff(data, pages), pages, deep))
+        return fill_no_data(*_read_tiff(headers.sanitize_tiff(data, pages), pages, deep), max_no_data)
     with open_image(data) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _ppm_max_value(image) > 255:
             raise BadImage("Pillow reads only 8 bits of 16-bit color PPM: save it as PNG or TIFF")

@@ -22,6 +22,17 @@ _FLOATS = "save it as a float32 TIFF first"
 _DICOM = "name it FILE.dcm; without the 128 bytes before its DICM, save it again with pydicom"
 _SLICES = "save its slices as .npy or TIFF first, for example with nibabel"
 
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"7z\xbc\xaf": "7z",
+    b"Rar!": "rar",
+}
+_SCIENTIFIC = {b"\x89HDF": "HDF5 (or .mat, .nc)", b"MATLAB 5": "a MATLAB file", b"CDF": "NetCDF", b"SIMPLE  =": "FITS"}
+_DRAWINGS = {b"8BPS": "a Photoshop file", b"\0\0\1\0": "an icon", b"%!PS": "PostScript"}
 _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, kind, advice
     (0, b"version https://git-lfs", "a Git LFS pointer", "fetch the file itself: git lfs pull"),
     (0, b"/annex/objects/", "a git-annex pointer", "fetch the file itself: git annex get"),
@@ -29,13 +40,7 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, kind, advi
     (0, b"\x08\0\x05\0", "DICOM", _DICOM),
     *((344, magic, "a NIfTI volume", _SLICES) for magic in (b"n+1\0", b"ni1\0")),
     (0, b"PK\3\4", "a zip archive (or .npz)", "pass it as --data FILE.zip, or unpack it first"),
-    (0, b"\x1f\x8b", "compressed (gzip)", _UNPACK),
-    (0, b"BZh", "compressed (bzip2)", _UNPACK),
-    (0, b"\xfd7zXZ", "compressed (xz)", _UNPACK),
-    (0, b"\x28\xb5\x2f\xfd", "compressed (zstd)", _UNPACK),
-    (0, b"\x04\x22\x4d\x18", "compressed (lz4)", _UNPACK),
-    (0, b"7z\xbc\xaf", "a 7z archive", _UNPACK),
-    (0, b"Rar!", "a rar archive", _UNPACK),
+    *((0, magic, f"compressed ({kind})", _UNPACK) for magic, kind in _COMPRESSED.items()),
     (257, b"ustar", "a tar archive", "pass it as --data FILE.tar"),
     (0, b"%PDF", "a PDF", "render its pages first, for example: pdftoppm -png FILE page"),
     *((at, magic, "JPEG XL", _CONVERT) for at, magic in ((0, b"\xff\x0a"), (4, b"JXL "))),
@@ -48,15 +53,10 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, kind, advi
     *((0, magic, "a video", _FRAMES) for magic in (b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3", b"FLV\1")),
     (0, b"OggS", "a video or sound", _FRAMES),
     (0, b"0&\xb2u\x8ef\xcf\x11", "a video", _FRAMES),
-    (0, b"\x89HDF", "HDF5 (or .mat, .nc)", _ARRAYS),
-    (0, b"MATLAB 5", "a MATLAB file", _ARRAYS),
-    (0, b"CDF", "NetCDF", _ARRAYS),
-    (0, b"SIMPLE  =", "FITS", _ARRAYS),
+    *((0, magic, kind, _ARRAYS) for magic, kind in _SCIENTIFIC.items()),
     (0, b"v/1\1", "OpenEXR", _FLOATS),
     (0, b"#?RADIANCE", "Radiance HDR", _FLOATS),
-    (0, b"8BPS", "a Photoshop file", _CONVERT),
-    (0, b"\0\0\1\0", "an icon", _CONVERT),
-    (0, b"%!PS", "PostScript", _CONVERT),
+    *((0, magic, kind, _CONVERT) for magic, kind in _DRAWINGS.items()),
     (0, b"PAR1", "a parquet table", "pass it as --data FILE.parquet"),
 )
 

@@ -35,13 +35,7 @@ T = TypeVar("T")
 def size_bounds(memory: int | None, threads: int, override: str = "") -> tuple[int, int]:
     """Return the maximum number of pixels of an image, and of bytes of a file or an array.
 
-    Args:
-        memory: Memory of this process in bytes; the threads share half of it. None if unknown.
-        threads: Number of threads that decode at the same time.
-        override: Maximum number of pixels set by the user, or "".
-
-    Raises:
-        UserError: If `override` is not a positive integer.
+    The threads share half of the memory in bytes (None: unknown). `override` is a number of pixels set by the user.
     """
     share = (memory or 2**62) // 2 // threads
     max_pixels = min(max(share // _PIXEL_BYTES, _PIXELS_RANGE[0]), _PIXELS_RANGE[1])

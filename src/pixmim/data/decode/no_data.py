@@ -1,6 +1,9 @@
 """Pixels without data: those with the value that GDAL's tag 42113 of a GeoTIFF names."""
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +12,18 @@ from pixmim.data.dataset import BadImage
 from pixmim.transforms.crops import Array
 
 TAG = 42113
+
+_recorder = threading.local()
+
+
+@contextmanager
+def recorded_shares() -> Iterator[list[npt.NDArray[np.float64]]]:
+    """Yield a list of the shares of values with data in each channel (c), for each TIFF that this thread decodes."""
+    _recorder.shares = shares = list[npt.NDArray[np.float64]]()
+    try:
+        yield shares
+    finally:
+        del _recorder.shares
 
 
 def parse_no_data(text: object) -> float | None:
@@ -19,27 +34,18 @@ def parse_no_data(text: object) -> float | None:
         return None
 
 
-def find_no_data(pixels: Array, value: float | None) -> npt.NDArray[np.bool_] | None:
-    """Return where pixels (h w c) have no data; None if all have."""
-    if value is None or not _fits(pixels, value):
-        return None
-    missing = np.isnan(pixels) if math.isnan(value) else pixels == pixels.dtype.type(value)
-    return missing if missing.any() else None
-
-
 def fill_no_data(pixels: Array, value: float | None, max_share: float = 1.0) -> Array:
-    """Replace values without data by the mean of the other values of the channel.
-
-    Args:
-        pixels: Pixels (h w c).
-        value: Value of pixels without data; None: all have data.
-        max_share: Largest share of the pixels that may lack data.
+    """Replace the values (h w c) without data, which are `value`, by the mean of the other values of the channel.
 
     Raises:
-        BadImage: If the share is larger, or a channel has no data at all.
+        BadImage: If the share of pixels without data is above `max_share`, or a channel has no data at all.
     """
-    missing = find_no_data(pixels, value)
-    if missing is None:
+    missing = np.zeros((1, 1, pixels.shape[2]), bool)
+    if value is not None and _fits(pixels, value):
+        missing = np.isnan(pixels) if math.isnan(value) else pixels == pixels.dtype.type(value)
+    if hasattr(_recorder, "shares"):
+        _recorder.shares.append(1 - missing.mean(axis=(0, 1)))
+    if value is None or not missing.any():
         return pixels
     share = float(missing.any(axis=2).mean())
     if share > max_share:

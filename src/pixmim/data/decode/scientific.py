@@ -11,8 +11,6 @@ Rules for TIFF:
 import io
 import math
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,33 +36,23 @@ _OLD_JPEG, _JPEG, _LERC = 6, 7, 34887
 def read_tiff(data: bytes, pages: TiffPages) -> tuple[Array, float | None]:
     """Read the first page of a TIFF, or all pages one after another, as (h w c), and the value of pixels without data.
 
-    That value is None if the file names none. Raises BadImage.
-
-    Args:
-        data: What `sanitize_tiff` returned.
-        pages: Which pages.
+    `data` was sanitized. The value is None if the file names none. Raises BadImage.
     """
-    with _open_tiff(data) as file:
-        first = file.pages.first
-        chosen = [first]
-        if pages == "channels":
-            same = [page for page in file.pages if page.shape == first.shape and page.dtype == first.dtype]
-            chosen = [page for page in same if not page.is_reduced]
-        _check_page(first, len(chosen))
-        parts = [_read_page(page, data) for page in chosen]
-        value = parse_no_data(first.tags[TAG].value) if TAG in first.tags else None  # tifffile's is 0 for some
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2), value
-
-
-@contextmanager
-def _open_tiff(data: bytes) -> Iterator[Any]:
     try:
         import tifffile
     except ImportError:
         raise BadImage("Pillow cannot read this TIFF; tifffile may: pip install 'pixmim[tiff]'") from None
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            yield file
+            first: Any = file.pages.first
+            chosen: list[Any] = [first] if pages == "first" else list(file.pages)
+            if pages == "channels":
+                same = [page for page in chosen if page.shape == first.shape and page.dtype == first.dtype]
+                chosen = [page for page in same if not page.is_reduced]
+            _check_page(first, len(chosen))
+            parts = [_read_page(page, data) for page in chosen]
+            value = parse_no_data(first.tags[TAG].value) if TAG in first.tags else None  # tifffile's is 0 for some
+            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2), value
     except BadImage:
         raise
     except Exception as error:  # damaged files raise almost anything

@@ -7,9 +7,9 @@ import io
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,35 +32,11 @@ IndexEntries = npt.NDArray[Any]
 _MAX_KEY_BYTES = 2**30  # of one tar's samples
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The samples of one tar.
-
-    Args:
-        entries: Samples in order.
-        keys: Their names, joined by zero bytes and compressed; empty if an entry's number is its name.
-    """
+class ShardIndex(NamedTuple):
+    """The samples of one tar, and their names, joined by zero bytes and compressed; empty if their numbers are."""
 
     entries: IndexEntries
     keys: bytes = b""
-
-
-def find_invalid_entry(entries: IndexEntries, tar_bytes: int, num_classes: int) -> str:
-    """Describe the first entry that does not fit a tar of this size and number of classes; "" if all fit."""
-    offset, length, label = entries["offset"], entries["length"].astype(np.int64), entries["label"]
-    h, w = entries["h"], entries["w"]
-    for text, invalid in (
-        (
-            "{length:,} bytes at byte {offset:,} of a tar of {tar_bytes:,} bytes",
-            (offset < 0) | (length < 0) | (offset > tar_bytes - length),
-        ),
-        ("class {label} of {num_classes:,} classes", (label < -1) | (label >= num_classes)),
-        ("a size of {h}x{w} pixels", (h < 0) | (w < 0) | ((h == 0) != (w == 0))),
-    ):
-        if invalid.any():
-            values = zip(INDEX_DTYPE.names or (), entries[int(invalid.argmax())].item(), strict=True)
-            return f"image {{image}} has {text}".format(tar_bytes=tar_bytes, num_classes=num_classes, **dict(values))
-    return ""
 
 
 class ShardDataset(ImageDataset):
@@ -74,8 +50,7 @@ class ShardDataset(ImageDataset):
         indexes: The samples of each tar.
         classes: Names of the classes; empty if there are no labels.
         raw: Whether samples are pixels (h w c), little-endian, instead of image files.
-        kind: What the tars are, for the summary of a run.
-        note: What the user should know about samples left out.
+        kind: What the tars are, and `note` what is left out of them, for the summary of a run.
     """
 
     def __init__(
@@ -128,12 +103,7 @@ class ShardDataset(ImageDataset):
         return self._names[self._shard(index)], int(entry["offset"]), int(entry["length"])
 
     def read(self, index: int) -> bytes:
-        """Return the file of one image; for raw pixels, an .npy file.
-
-        Raises:
-            BadImage: If it cannot be read.
-            UserError: If its shard is not available.
-        """
+        """Return the file of one image; for raw pixels, an .npy file. Raises BadImage, and UserError as `open`."""
         data = self._read_sample(index)
         if not self.raw:
             return data
@@ -142,12 +112,6 @@ class ShardDataset(ImageDataset):
         return file.getvalue()
 
     def read_array(self, index: int) -> Shaped[Array, "h w c"]:
-        """Read and decode one image.
-
-        Raises:
-            BadImage: If it cannot be read or decoded.
-            UserError: If its shard is not available.
-        """
         data = self._read_sample(index)
         if self.raw:
             return self._raw_pixels(index, data)

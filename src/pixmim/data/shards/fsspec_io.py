@@ -10,6 +10,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,10 +51,7 @@ def is_url(name: str) -> bool:
 
 
 def read_small_file(name: str, limit: int = MAX_TEXT_BYTES) -> bytes | None:
-    """Read a complete file.
-
-    Returns:
-        Its content, or None if it does not exist.
+    """Return the content of a file, or None if it does not exist.
 
     Raises:
         UserError: If it cannot be read, is not a regular file, or is larger than `limit` bytes.
@@ -80,11 +78,7 @@ def read_small_file(name: str, limit: int = MAX_TEXT_BYTES) -> bytes | None:
 
 
 def file_version(name: str) -> FileVersion | None:
-    """Return the current version of a file, or None if it does not exist.
-
-    Raises:
-        UserError: If the server fails, or it is not a regular file.
-    """
+    """Return the current version of a file, or None if there is none. Raises UserError if it is not a regular file."""
     if not is_url(name):
         try:
             status = Path(name).stat()
@@ -99,10 +93,7 @@ def file_version(name: str) -> FileVersion | None:
 
 
 def find_matching(pattern: str) -> dict[str, FileVersion | None]:
-    """Find the files that match a glob pattern, sorted, with their versions where a server's listing has them.
-
-    Of what a server lists, only files below the pattern's folder are returned.
-    """
+    """Find the files that match a glob pattern, sorted, with their versions where a server's listing has them."""
     if not is_url(pattern):
         return dict.fromkeys(sorted(name for name in glob(pattern) if Path(name).is_file()))
     filesystem, path = _filesystem(pattern)
@@ -113,7 +104,7 @@ def find_matching(pattern: str) -> dict[str, FileVersion | None]:
     folder = str(filesystem.unstrip_protocol(re.split(r"[*\[]", path, maxsplit=1)[0].rpartition("/")[0])) + "/"
     files: dict[str, FileVersion | None] = {}
     for name, info in sorted(listing.items()):
-        url = str(filesystem.unstrip_protocol(name))
+        url = str(filesystem.unstrip_protocol(name))  # below the folder, whatever the server lists
         if info["type"] == "file" and url.startswith(folder) and ".." not in url.split("/"):
             # A time has another format in a listing than for one file, so those versions are requested one by one.
             complete = info.get("size") and any(info.get(tag) for tag in _CONTENT_TAGS)
@@ -122,10 +113,7 @@ def find_matching(pattern: str) -> dict[str, FileVersion | None]:
 
 
 def read_range(url: str, offset: int, length: int) -> bytes | None:
-    """Read a part of a remote file. The caller verifies its version.
-
-    Returns:
-        The bytes, or None if the server sends only complete files.
+    """Return a part of a remote file, whose version the caller verifies; None if the server sends only complete files.
 
     Raises:
         UserError: If the file cannot be read or no longer exists.
@@ -154,11 +142,9 @@ def read_range(url: str, offset: int, length: int) -> bytes | None:
 
 
 def download(url: str, to: Path, expected: FileVersion) -> None:
-    """Download a complete file of the expected version.
+    """Download a complete file of the expected version. Raises UserError, also if the server is too slow."""
+    from fsspec.callbacks import Callback
 
-    Raises:
-        UserError: If that fails, the version is another, or the server sends more bytes or too slowly.
-    """
     filesystem, path = _filesystem(url)
 
     def download_once() -> bool:
@@ -168,7 +154,8 @@ def download(url: str, to: Path, expected: FileVersion) -> None:
         if expected.size > shutil.disk_usage(to.parent).free:
             raise OSError(errno.ENOSPC, "No space left on device")
         limit = REQUEST_SECONDS + expected.size / MIN_BYTES_PER_SECOND
-        filesystem.get_file(path, str(to), callback=_download_guard(url, expected.size), **_time_limit(url, limit))
+        callback = Callback(hooks={"check": partial(_check_download, url, expected.size, time.monotonic())})
+        filesystem.get_file(path, str(to), callback=callback, **_time_limit(url, limit))
         if to.stat().st_size != expected.size:
             raise OSError(f"received {to.stat().st_size:,} of {expected.size:,} bytes")
         return True
@@ -178,10 +165,9 @@ def download(url: str, to: Path, expected: FileVersion) -> None:
 
 
 def with_retries(url: str, action: Callable[[], T], max_seconds: float = float("inf")) -> T | None:
-    """Call `action`, repeating it with growing pauses for up to `max_seconds` while it fails with a transient error.
+    """Return the result of `action`, repeated with growing pauses for up to `max_seconds` while it may succeed.
 
-    Returns:
-        Its result, or None if the file does not exist.
+    Returns None if the file does not exist.
 
     Raises:
         NoAccessError: If the server denies access.
@@ -260,22 +246,13 @@ def _http_get(
     return response
 
 
-def _download_guard(url: str, size: int) -> Any:
-    """Return an fsspec callback that aborts a download with more bytes than expected, or with too few a second."""
-    from fsspec.callbacks import Callback
-
-    start = time.monotonic()
-
-    class DownloadGuard(Callback):  # type: ignore[misc]
-        def relative_update(self, inc: int = 1) -> None:
-            super().relative_update(inc)
-            if self.value > size:
-                raise UserError(f"{url} sends more than the {size:,} bytes expected")
-            seconds = time.monotonic() - start
-            if seconds > REQUEST_SECONDS and self.value < (seconds - REQUEST_SECONDS) * MIN_BYTES_PER_SECOND:
-                raise UserError(f"{url} is too slow: {self.value:,} bytes in {seconds:.0f} s")
-
-    return DownloadGuard()
+def _check_download(url: str, expected: int, start: float, size: int | None, value: int) -> None:
+    """Abort a download since `start` if it has more bytes (`value`) than expected, or too few a second."""
+    if value > expected:
+        raise UserError(f"{url} sends more than the {expected:,} bytes expected")
+    seconds = time.monotonic() - start
+    if seconds > REQUEST_SECONDS and value < (seconds - REQUEST_SECONDS) * MIN_BYTES_PER_SECOND:
+        raise UserError(f"{url} is too slow: {value:,} bytes in {seconds:.0f} s")
 
 
 def _version_from(url: str, info: dict[str, Any]) -> FileVersion:

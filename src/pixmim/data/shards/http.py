@@ -20,14 +20,9 @@ MAX_LISTING_BYTES = 64 * 2**20
 
 
 async def get(filesystem: Any, url: str, limit: int, headers: dict[str, str]) -> tuple[int, str, bytes]:
-    """Read a response until it ends or holds `limit` bytes or more, through the session of fsspec's file system.
+    """Return status, Content-Range header and content of a response, read until it has `limit` bytes or more.
 
-    Returns:
-        The status, the Content-Range header, and the content.
-
-    Raises:
-        FileNotFoundError: On status 404.
-        aiohttp.ClientError: On another error status, or if the connection breaks.
+    Raises FileNotFoundError on status 404, and aiohttp.ClientError on others or if the connection breaks.
     """
     session = await filesystem.set_session()
     chunks: list[bytes] = []

@@ -36,13 +36,7 @@ class FileVersion(NamedTuple):
 
 
 class OpenFile:
-    """A read-only file descriptor, closed when the last reference is dropped.
-
-    One thread may evict it while another still reads.
-
-    Raises:
-        OSError: If the file cannot be opened or is not a regular file.
-    """
+    """A regular file, open for reading until the last reference is dropped: one thread may evict it, another read."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._descriptor, self._lock = path, open_regular(path), Lock()
@@ -57,6 +51,10 @@ class OpenFile:
         with self._lock:
             os.lseek(self._descriptor, offset, os.SEEK_SET)
             return os.read(self._descriptor, length)
+
+    def duplicate(self) -> int:
+        """Return another descriptor of the file."""
+        return os.dup(self._descriptor)
 
     @property
     def version(self) -> FileVersion:

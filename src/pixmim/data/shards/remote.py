@@ -1,17 +1,15 @@
 """Remote tar shards. Prefetched shards are downloaded and cached on disk; other images are read by range requests."""
 
-import atexit
 import os
 import sys
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from threading import Condition, Lock
-from time import monotonic
 
 from filelock import FileLock
 
@@ -23,23 +21,13 @@ from pixmim.utils.files import cache_path
 from pixmim.utils.threads import ThreadPool
 
 _PREFETCH_THREADS = 4
-_TOUCH_SECONDS = 60.0  # between two records of which cached files are in use, for other processes
 
 _STALE_SECONDS = 600.0
 """A partial download that has not grown for this long was left by a process that was killed."""
 
 
 def open_shards(names: Sequence[str], versions: Sequence[FileVersion], cache_gib: float) -> ShardStore:
-    """Return a store of shards that are all local or all at URLs.
-
-    Args:
-        names: Paths or URLs.
-        versions: The version of each that its index was made for.
-        cache_gib: Bound of the disk cache for remote shards.
-
-    Raises:
-        UserError: If some are local and others remote.
-    """
+    """Return a store of shards that are all local or all at URLs; see `RemoteShards`. Raises UserError for a mix."""
     remote = sum(map(is_url, names))
     if remote not in (0, len(names)):
         raise UserError(f"{remote} of {len(names)} shards are remote and the others local: pass them as two datasets")
@@ -47,12 +35,9 @@ def open_shards(names: Sequence[str], versions: Sequence[FileVersion], cache_gib
 
 
 class RemoteShards(ShardStore):
-    """Shards at URLs.
+    """Shards at URLs, each of the version given. Unknown tags are requested on first use.
 
-    Args:
-        urls: Their URLs.
-        versions: The version of each that its index was made for. Unknown tags are requested on first use.
-        cache_gib: Bound of the disk cache, which all datasets of the user share.
+    All datasets of the user share a disk cache of at most `cache_gib`.
     """
 
     is_remote = True
@@ -62,40 +47,35 @@ class RemoteShards(ShardStore):
         self._cache = DiskCache(cache_path("copies", "").parent, int(cache_gib * 2**30))
         self._lock = Lock()
         self._open_files: OrderedDict[int, OpenFile] = OrderedDict()  # least recently used first
-        self._downloads: dict[int, Future[OpenFile]] = {}  # pending or running
+        self._opening = [Lock() for _ in urls]  # held by the thread that downloads a shard
         self._upcoming: list[int] = []  # in order of need
-        self._prefetched: frozenset[int] = frozenset()  # the first of them, as many as the cache can hold
+        self._prefetched: list[int] = []  # the first of them, as many as the cache can hold
+        self._queue: list[int] = []  # those that no thread has started to download
         self._pool: ThreadPool | None = None
         self._verified: set[int] = set()  # whose version was compared with the server's
         self._accepts_ranges = True  # until a server returns a complete file instead
-        self._used: set[int] = set()  # since `_touch_used`
-        self._touched_at = monotonic()
         self._warned = False
         self.description = (
             f"at a URL, with a disk cache in {self._cache.folder}, at most {cache_gib:g} GiB (--shard-cache-gib)"
         )
 
     def open(self, shard: int) -> OpenFile:
-        file = self._already_open(shard)
-        if file is not None:
+        with self._opening[shard]:
+            file = self._already_open(shard)
+            if file is None:
+                url, version = self._urls[shard], self._verified_version(shard)
+                keep = [_cache_name(self._urls[s], self._versions[s]) for s in self._upcoming]
+                name, size = _cache_name(url, version), version.size
+                file = self._cache.fetch(name, size, lambda to: fsspec_io.download(url, to, version), keep)
+                with self._lock:
+                    self._add_open_file(shard, file)
             return file
-        with self._lock:
-            running = self._downloads.get(shard)
-            if running is not None and running.cancel():  # needed now: do not wait for a thread of the pool
-                running = None
-            if running is None:
-                download = self._downloads[shard] = Future()
-                download.set_running_or_notify_cancel()
-        if running is not None:
-            return running.result()
-        self._download(shard, download)
-        return download.result()
 
     def read(self, shard: int, length: int, offset: int) -> bytes:
         file = self._already_open(shard)
         if file is None and shard in self._upcoming and shard not in self._prefetched:
             self._warn_cache_too_small()
-        if file is None and self._accepts_ranges and shard not in self._prefetched and shard not in self._downloads:
+        if file is None and self._accepts_ranges and not (shard in self._prefetched or self._opening[shard].locked()):
             url, version = self._urls[shard], self._verified_version(shard)
             file = self._cache.lookup(_cache_name(url, version), version.size)
             if file is None:
@@ -111,28 +91,20 @@ class RemoteShards(ShardStore):
     def prefetch(self, shards: Sequence[int]) -> None:
         with self._lock:
             self._upcoming = list(dict.fromkeys(shards))[: MAX_OPEN_FILES // 2]
-            total, fitting = 0, []
-            for shard in self._upcoming:
-                total += self._versions[shard].size
-                if total > self._cache.max_bytes:
-                    break
-                fitting.append(shard)
-            self._prefetched = frozenset(fitting)
-            self._downloads = {shard: job for shard, job in self._downloads.items() if not job.cancel()}
-            for shard in fitting:
-                if shard not in self._open_files and shard not in self._downloads:
-                    self._pool = self._pool or ThreadPool(_PREFETCH_THREADS, "pixmim-prefetch")
-                    self._downloads[shard] = Future()
-                    self._pool.submit(self._prefetch_one, shard, self._downloads[shard])
+            sizes = accumulate(self._versions[shard].size for shard in self._upcoming)
+            self._prefetched = self._upcoming[: sum(size <= self._cache.max_bytes for size in sizes)]
+            missing = [shard for shard in self._prefetched if shard not in self._open_files]
+            self._queue = [shard for shard in missing if not self._opening[shard].locked()]
+            for _ in self._queue:
+                self._pool = self._pool or ThreadPool(_PREFETCH_THREADS, "pixmim-prefetch")
+                self._pool.submit(self._prefetch_next)
 
     def _already_open(self, shard: int) -> OpenFile | None:
         with self._lock:
             file = self._open_files.get(shard)
             if file is not None:
                 self._open_files.move_to_end(shard)
-                self._used.add(shard)
-                if monotonic() - self._touched_at > _TOUCH_SECONDS:
-                    self._touch_used()
+                file.touch()
             return file
 
     def _add_open_file(self, shard: int, file: OpenFile) -> None:
@@ -143,28 +115,12 @@ class RemoteShards(ShardStore):
         while len(self._open_files) > MAX_OPEN_FILES:
             self._open_files.popitem(last=False)
 
-    def _prefetch_one(self, shard: int, download: "Future[OpenFile]") -> None:
-        if download.set_running_or_notify_cancel():
-            self._download(shard, download)
-
-    def _download(self, shard: int, download: "Future[OpenFile]") -> None:
-        """Resolve `download` with the open file of a shard, from the cache or the server."""
-        try:
-            url, version = self._urls[shard], self._verified_version(shard)
-            with self._lock:
-                self._touch_used()
-                keep = [_cache_name(self._urls[s], self._versions[s]) for s in self._upcoming]
-            name = _cache_name(url, version)
-            file = self._cache.fetch(name, version.size, lambda to: fsspec_io.download(url, to, version), keep)
-        except BaseException as error:  # a reader of the shard tries again, and raises it there
-            with self._lock:
-                del self._downloads[shard]
-            download.set_exception(error)
-            return
+    def _prefetch_next(self) -> None:
         with self._lock:
-            self._add_open_file(shard, file)
-            del self._downloads[shard]
-        download.set_result(file)
+            shard = self._queue.pop(0) if self._queue else None
+        if shard is not None:
+            with suppress(Exception):  # a reader of the shard tries again, and raises it there
+                self.open(shard)
 
     def _verified_version(self, shard: int) -> FileVersion:
         """Return a shard's version, compared with the server's on first use."""
@@ -183,14 +139,6 @@ class RemoteShards(ShardStore):
             self._verified.add(shard)
         return self._versions[shard]
 
-    def _touch_used(self) -> None:
-        """Record which cached files were used, in order of their last use."""
-        for shard, file in self._open_files.items():
-            if shard in self._used:
-                file.touch()
-        self._used.clear()
-        self._touched_at = monotonic()
-
     def _warn_cache_too_small(self) -> None:
         with self._lock:
             if self._warned:
@@ -206,19 +154,6 @@ class RemoteShards(ShardStore):
 
 def _cache_name(url: str, version: FileVersion) -> str:
     return cache_path("copies", f"{url}\0{version.size}\0{version.tag}").name
-
-
-# The disk cache
-
-
-_PARTS: set[Path] = set()  # partial downloads of this process
-
-
-@atexit.register
-def _remove_parts() -> None:
-    """Remove partial downloads: daemon threads may still be writing them when the process exits."""
-    for part in list(_PARTS):
-        part.unlink(missing_ok=True)
 
 
 class DiskCache:
@@ -270,7 +205,6 @@ class DiskCache:
 
     def _download(self, name: str, size: int, download: Callable[[Path], None], keep: Sequence[str]) -> OpenFile | None:
         part = self.folder / f"{name}.{uuid.uuid4().hex}.part"  # unguessable, so nobody can place a link there
-        _PARTS.add(part)
         with self._changed:
             self._changed.wait_for(
                 lambda: not self._downloading or sum(self._downloading.values()) + size <= self.max_bytes
@@ -290,7 +224,6 @@ class DiskCache:
                 return self.lookup(name, size)
         finally:
             part.unlink(missing_ok=True)
-            _PARTS.discard(part)
             with self._changed:
                 self._downloading.pop(name, None)
                 self._changed.notify_all()

@@ -4,15 +4,14 @@ Not `tarfile`: it ends silently where a tar is truncated between two files, take
 3.11.9 the square of an extended header's length (6 s for 64 KiB). A test compares the two.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from pixmim.data.decode.kinds import HEAD_BYTES, identify
 from pixmim.data.shards.local import OpenFile
 from pixmim.utils.errors import UserError
 
 BLOCK = 512
-
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 _MAX_EXTENDED_HEADER = 1 << 20  # bytes
 _MAX_NAME = 1 << 15  # bytes: eight times the limit of file systems
@@ -23,22 +22,18 @@ _REMEDY = "Copy or create it again, or leave it out"
 
 
 class Member(NamedTuple):
-    """A regular file in a tar: its name, and the offset and number of its bytes."""
+    """A file in a tar: its name, the offset and number of its bytes, and whether it is a link."""
 
     name: str
     offset: int
     length: int
+    is_link: bool = False
 
 
-def iter_members(tar: OpenFile, path: str, on_link: Callable[[str], object] = lambda name: None) -> Iterator[Member]:
-    """Yield the regular files of a tar in order; concatenated tars are read as one.
+def iter_members(tar: OpenFile, path: str) -> Iterator[Member]:
+    """Yield the regular files and links of a tar in order; concatenated tars are read as one.
 
     Every step moves forward, so reading ends. Folders and devices are left out.
-
-    Args:
-        tar: The open file.
-        path: Its name in error messages.
-        on_link: Called with the name of each symbolic or hard link. Links are left out too.
 
     Raises:
         UserError: If it is compressed, truncated, damaged, mostly zeros, or not a tar; it names the byte.
@@ -82,10 +77,8 @@ def iter_members(tar: OpenFile, path: str, on_link: Callable[[str], object] = la
                 f"{path} is truncated: {name} at byte {at:,} needs {length:,} bytes, but the file ends at byte "
                 f"{size:,}. {_REMEDY}"
             )
-        if kind in b"0\x007" and not name.endswith("/"):
-            yield Member(name, start, length)
-        elif kind in b"12":
-            on_link(name)
+        if kind in b"0\x00712" and not name.endswith("/"):
+            yield Member(name, start, length, kind in b"12")
         if not is_extended and kind not in b"gK":
             extended = {}
         at = start + -(-length // BLOCK) * BLOCK
@@ -152,8 +145,5 @@ def _skip_zeros(tar: OpenFile, at: int, end: int) -> int:
 def _describe_damage(tar: OpenFile, path: str, at: int) -> str:
     if at:
         return f"{path} is damaged at byte {at:,}, where a file's header must be. {_REMEDY}"
-    start = tar.read(8, 0)
-    for magic, kind in _COMPRESSED.items():
-        if start.startswith(magic):
-            return f"{path} is {kind}-compressed; random access needs an uncompressed tar. Decompress it first"
-    return f"{path} is not a tar file"
+    kind = identify(tar.read(HEAD_BYTES, 0))
+    return f"{path} is not a tar" + f", but {kind}" * bool(kind)

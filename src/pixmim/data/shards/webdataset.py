@@ -11,7 +11,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from posixpath import dirname
 from typing import Any
@@ -20,8 +20,9 @@ import numpy as np
 from rich.console import Console
 
 from pixmim.data.dataset import RGB, ImageSpec
+from pixmim.data.image_folder import IMAGE_EXTENSIONS
 from pixmim.data.shards import fsspec_io
-from pixmim.data.shards.dataset import INDEX_DTYPE, ShardDataset, ShardIndex, find_invalid_entry
+from pixmim.data.shards.dataset import INDEX_DTYPE, ShardDataset, ShardIndex
 from pixmim.data.shards.fsspec_io import NoAccessError, is_url
 from pixmim.data.shards.local import FileVersion, OpenFile, ShardStore
 from pixmim.data.shards.remote import open_shards
@@ -31,24 +32,6 @@ from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import cache_path, read_file, write_text_atomically
 from pixmim.utils.threads import parallel_map
-
-IMAGE_EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "tif",
-    "tiff",
-    "bmp",
-    "gif",
-    "ppm",
-    "pgm",
-    "jpe",
-    "jfif",
-    "npy",
-    "dcm",
-)
-"""Of several images in one sample, the first in this order is used."""
 
 MAX_CLASSES = 1_000_000
 """A larger number in a .cls file is an identifier."""
@@ -71,11 +54,8 @@ def is_tar(spec: str) -> bool:
 def find_tars(spec: str) -> dict[str, FileVersion | None] | None:
     """Find the tars of a path, a URL, a pattern, or a folder (a local one must contain only tars).
 
-    Returns:
-        Their names, with their versions where those are known; None if `spec` is something else.
-
-    Raises:
-        UserError: If nothing matches a pattern, or a URL leads to no tars.
+    Returns their names, with their versions where those are known; None if `spec` is something else. Raises UserError
+    if nothing matches a pattern, or a URL leads to no tars.
     """
     if is_url(spec):
         return _expand(spec if is_tar(spec) else f"{spec}/*.tar")
@@ -104,33 +84,21 @@ def _expand(pattern: str) -> dict[str, FileVersion | None]:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """Samples of one tar, and what was left out.
-
-    Args:
-        index: Samples with an image.
-        extra_images: Images left out because their sample has another one.
-        links: Links left out whose names are an image's.
-        without_image: Samples left out.
-        unlabeled: Samples with an image and no class.
-        class_names: Sorted contents of .cls files, words or numbers. Labels are positions in this list.
-        extensions: Of files in samples without an image, with their counts.
-    """
+    """Samples of one tar that have an image, and what was left out."""
 
     index: ShardIndex
-    extra_images: int = 0
-    links: int = 0
-    without_image: int = 0
-    unlabeled: int = 0
+    extra_images: int = 0  # left out because their sample has another one
+    links: int = 0  # left out, with the name of an image
+    without_image: int = 0  # samples left out
+    unlabeled: int = 0  # samples with an image and no class
     class_names: list[str] = field(default_factory=list)
+    """Sorted contents of .cls files, words or numbers. Labels are positions in this list."""
     extensions: dict[str, int] = field(default_factory=dict)
+    """Extensions of files in samples without an image, with their counts."""
 
 
 def load_or_scan(name: str, version: FileVersion, store: ShardStore, shard: int, last_dot: bool = False) -> ScanResult:
-    """Return the index of a tar from the cache, or scan it and cache the result.
-
-    Raises:
-        UserError: As `iter_members`, and as opening the shard does.
-    """
+    """Return the index of a tar from the cache, or scan it and cache the result. Raises UserError."""
     path = cache_path("tars", (name if is_url(name) else os.path.abspath(name)) + "\0last" * last_dot)
     result = _load_index(path, name, version)
     if result is None:
@@ -140,26 +108,20 @@ def load_or_scan(name: str, version: FileVersion, store: ShardStore, shard: int,
 
 
 def scan(tar: OpenFile, name: str, last_dot: bool = False) -> ScanResult:
-    """Group the files of a tar into samples, ordered by each sample's first file.
+    """Group the files of a tar into samples, ordered by each sample's first file. Raises UserError as `iter_members`.
 
-    The key of a sample is its folder and the file name up to the first dot. Files of one key need not be adjacent; a
-    repeated extension starts a new sample. Hidden files are ignored.
-
-    Args:
-        tar: The open tar.
-        name: Its path or URL, for messages.
-        last_dot: Whether keys end at the last dot of a file name instead of the first.
-
-    Raises:
-        UserError: As `iter_members`.
+    The key of a sample is its folder and the file name up to the first dot, or the last one. Files of one key need not
+    be adjacent; a repeated extension starts a new sample. Hidden files are ignored.
     """
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     latest: dict[str, dict[str, tuple[int, int]]] = {}
-    links: list[str] = []
-    for member in iter_members(tar, name, links.append):
+    links = 0
+    for member in iter_members(tar, name):
         folder, slash, file = member.name.rpartition("/")
         stem, dot, extension = file.rpartition(".") if last_dot else file.partition(".")
-        if not stem or not dot or stem.startswith("."):
+        if member.is_link:
+            links += file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+        if member.is_link or not stem or not dot or stem.startswith("."):
             continue
         key, extension = folder + slash + stem, extension.lower()
         sample = latest.get(key)
@@ -187,7 +149,7 @@ def scan(tar: OpenFile, name: str, last_dot: bool = False) -> ScanResult:
     return ScanResult(
         index,
         extra_images=extra_images,
-        links=sum(link.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for link in links),
+        links=links,
         without_image=len(samples) - len(entries),
         unlabeled=class_of.count(""),
         class_names=classes,
@@ -216,20 +178,11 @@ def _load_index(path: Path, name: str, version: FileVersion) -> ScanResult | Non
         if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
             return None
         cached: dict[str, Any] = json.loads(header)
-        count, facts = cached["samples"], cached["facts"]
-        names, extensions = facts["class_names"], facts.pop("extensions")
-        valid = (
-            cached["version"] == [_FORMAT, name, *version]
-            and all(type(value) is int for value in [count, *extensions.values()])
-            and all(type(value) is int for key, value in facts.items() if key != "class_names")
-            and type(names) is list
-            and all(type(word) is str for word in names)
-        )
-        entries = np.frombuffer(body[: count * INDEX_DTYPE.itemsize], INDEX_DTYPE)
-        if not valid or len(entries) != count or find_invalid_entry(entries, version.size, len(names)):
+        if cached["version"] != [_FORMAT, name, *version]:
             return None
-        return ScanResult(ShardIndex(entries, body[entries.nbytes :]), extensions=extensions, **facts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        entries = np.frombuffer(body[: cached["samples"] * INDEX_DTYPE.itemsize], INDEX_DTYPE)
+        return ScanResult(ShardIndex(entries, body[entries.nbytes :]), **cached["facts"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -252,19 +205,11 @@ def open_webdataset(
     shard_cache_gib: float = 50.0,
     last_dot: bool = False,
 ) -> ShardDataset:
-    """Open the samples of tars, scanning those whose index is not cached.
-
-    A truncated or damaged tar is an error: samples before the damage are not used either.
-
-    Args:
-        spec: What the user passed.
-        tars: What `find_tars` returned.
-        form: Channels and dtype that images are converted to.
-        shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
-        last_dot: Whether keys end at the last dot of a file name instead of the first.
+    """Open the samples of the tars that `find_tars` returned, scanning those whose index is not cached.
 
     Raises:
-        UserError: If a tar is missing or damaged, or none contains an image.
+        UserError: If a tar is missing, truncated or damaged (samples before the damage are not used either), or none
+            contains an image.
     """
     names = list(tars)
     current = parallel_map("finding shards", lambda i: tars[names[i]] or fsspec_io.file_version(names[i]), len(names))
@@ -318,7 +263,7 @@ def _merge_labels(tars: Sequence[str], scans: Sequence[ScanResult]) -> tuple[lis
     for i, scan in enumerate(scans):
         entries = scan.index.entries.copy()
         entries["label"] = np.asarray([label_of[name] for name in scan.class_names], np.int32)[entries["label"]]
-        indexes[i] = replace(scan.index, entries=entries)
+        indexes[i] = scan.index._replace(entries=entries)
     return classes, indexes
 
 
