@@ -13,7 +13,8 @@ from helpers.shards import shard
 ROOT = Path(__file__).parents[1]
 
 WITHOUT_POSIX = """
-import importlib.abc, os, signal, sys
+import ctypes, importlib, importlib.abc, logging, os, pkgutil, signal, sys, warnings
+import torch._dynamo
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -26,6 +27,30 @@ sys.meta_path.insert(0, Blocker())
 for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "posix_fadvise", "pread", "sched_getaffinity"):
     delattr(os, name)
 del signal.SIGHUP, signal.SIGUSR1
+"""
+
+IMPORT_ALL = """
+def guarded(function):
+    def call(*args, **kwargs):
+        caller = sys._getframe(1).f_globals["__name__"]
+        assert not caller.startswith("pixmim"), f"{caller} calls {function.__qualname__}"
+        return function(*args, **kwargs)
+    return call
+
+originals = warnings.filterwarnings, warnings.simplefilter, logging.Logger.addHandler, torch.manual_seed, ctypes.CDLL
+warnings.filterwarnings, warnings.simplefilter = guarded(warnings.filterwarnings), guarded(warnings.simplefilter)
+logging.Logger.addHandler, torch.manual_seed = guarded(logging.Logger.addHandler), guarded(torch.manual_seed)
+limit = torch._dynamo.config.recompile_limit
+import pixmim
+for module in pkgutil.walk_packages(pixmim.__path__, "pixmim."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+
+ctypes.CDLL = guarded(ctypes.CDLL.__init__)
+from pixmim.training.precision import choose_device
+choose_device("cpu")
+assert torch._dynamo.config.recompile_limit == limit
+warnings.filterwarnings, warnings.simplefilter, logging.Logger.addHandler, torch.manual_seed, ctypes.CDLL = originals
 """
 
 IMPORT_AND_TRAIN = """
@@ -85,7 +110,10 @@ def test_the_unpacked_wheel_lists_the_recipes(wheel: Path, tmp_path: Path) -> No
     assert "pixmim-vit-small" in _python(elsewhere, "-m", "pixmim.cli", "list", PYTHONPATH=str(site))
 
 
-def test_import_and_training_need_no_posix(tmp_path: Path) -> None:
-    """Modules, functions and flags that Windows lacks are removed from a Linux process."""
+def test_imports_change_nothing_and_import_and_training_need_no_posix(tmp_path: Path) -> None:
+    """Importing all of pixmim and choosing a device set no filter, handler, seed or compiler option.
+
+    Modules, functions and flags that Windows lacks are removed from a Linux process.
+    """
     shard(tmp_path / "one.tar", range(1), labels=False)
-    _python(tmp_path, "-c", WITHOUT_POSIX + IMPORT_AND_TRAIN)
+    _python(tmp_path, "-c", WITHOUT_POSIX + IMPORT_ALL + IMPORT_AND_TRAIN)

@@ -19,7 +19,20 @@ from pixmim import cli
 from pixmim.config_io import to_json
 from pixmim.recipes import RECIPES, get_recipe
 
-QUICK = ["--batch-size", "4", "--precision", "fp32", "--device", "cpu", "--knn.every", "0"]
+QUICK = [
+    "--batch-size",
+    "4",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+    "--knn.train",
+    "",
+    "--knn.test",
+    "",
+    "--knn.every",
+    "0",
+]
 TINY = ["--steps", "2", "--size", "48", *QUICK]
 
 

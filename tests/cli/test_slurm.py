@@ -256,7 +256,8 @@ def test_two_real_processes_stop_in_time_and_resume(
     """Run the script with two processes: rendezvous by Slurm's variables, USR1, requeue, and the end of the run."""
     monkeypatch.chdir(tmp_path)
     small = ["--size", "48", "--batch-size", "4", "--data", "shapes:count=40,size=48", "--model.decoder-depth", "1"]
-    args = [*small, "--steps", "120", "--log-every", "1", "--knn.every", "0", "--device", "cpu", "--precision", "fp32"]
+    alone = ["--knn.train", "", "--knn.test", "", "--knn.every", "0", "--device", "cpu", "--precision", "fp32"]
+    args = [*small, *alone, "--steps", "60", "--log-every", "1"]
     assert say(capsys, "slurm", "demo", "--gpus", "2", "--cpus", "1", "--out", "run", *args)[0] == 0
     text = (tmp_path / "run" / "slurm.sh").read_text()
     monkeypatch.setitem(PROGRAMS, "srun", SRUN)
@@ -271,12 +272,12 @@ def test_two_real_processes_stop_in_time_and_resume(
     assert status == 0, stderr
     assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]
     stopped = losses()[-1]
-    assert 0 < stopped < 120 and not (tmp_path / "run" / "encoder/model.safetensors").exists()
+    assert 0 < stopped < 60 and not (tmp_path / "run" / "encoder/model.safetensors").exists()
 
     status, _, stderr = _start(text, tmp_path, 0, **job, SLURM_RESTART_COUNT="1")
     assert status == 0, stderr
     assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # only once
-    assert losses() == list(range(1, 121)) and (tmp_path / "run" / "encoder/model.safetensors").exists()
+    assert losses() == list(range(1, 61)) and (tmp_path / "run" / "encoder/model.safetensors").exists()
 
 
 def _free_port() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pixmim import cli, pretraining
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.training.checkpoint import CheckpointManager
+from pixmim.utils.process import exit_now
 
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(
@@ -154,8 +155,27 @@ def stuck_command(folder: str, images: int, *args: str) -> None:
     command(*args)
 
 
-def launch(*args: str) -> None:
-    """Run torchrun in this process."""
-    from torch.distributed.run import main
+def launch(out: str, *args: str) -> None:
+    """Train in two processes of torch's elastic agent, as torchrun does, which restarts them once."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    main(list(args))
+    multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # has children
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id=out,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, _rank)(out, *args)
+
+
+def _rank(out: str, *args: str) -> None:
+    Path(f"{out}-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    pretraining.write_report = lambda folders, page, *_: page
+    if status := cli.main(["pretrain", *args]):
+        exit_now(status)

@@ -22,7 +22,7 @@ from pixmim.utils.validation import KEYWORDS
 from pixmim.weights.load import resolve_model
 from pixmim.weights.save import METADATA_KEY
 
-FUZZ = settings(max_examples=100)
+FUZZ = settings(max_examples=30)
 
 NUMBERS = st.one_of(
     st.integers(-3, 70), st.sampled_from([2**31, 2**63, 10**30, 1e308, -0.0, float("nan"), float("inf"), 0.5])

@@ -452,7 +452,13 @@ def tracebacks(name: str, path: str, command: list[object]) -> list[str]:
     ],
 )
 def test_each_file_of_a_run(folder: str, expected: set[str], home: Path, marker: Path) -> None:
-    replaced = replace_each_file(home / folder, marker, lambda copy, out: commands(copy, home, out))
+    some = {"broken": ("report", "import", "evaluate", "resume"), "imported": ("embed", "import", "finetune")}
+
+    def chosen(copy: Path, out: Path) -> dict[str, list[object]]:
+        every = commands(copy, home, out)
+        return {name: every[name] for name in some.get(folder, every)}
+
+    replaced = replace_each_file(home / folder, marker, chosen)
     paths: set[str] = set().union(*replaced.values())
     assert all(fnmatch.filter(paths, pattern) for pattern in expected), paths
 

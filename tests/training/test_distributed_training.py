@@ -76,7 +76,7 @@ def other(name: str, **changes: Any) -> PretrainConfig:
     """Another model, for a few steps."""
     model, size = (OTHERS | UNEVEN)[name]
     mask = MaskConfig("beit-blocks", 0.4) if name in UNEVEN else MaskConfig()
-    return make(model=model, size=str(size), steps=3, mask=mask, **changes)
+    return make(model=model, size=str(size), steps=2, mask=mask, **changes)
 
 
 def adapted(root: Path, **changes: Any) -> PretrainConfig:
@@ -117,7 +117,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("fsdp-parts-2", make(accumulation_steps=3, parallel=FSDP)),
             job("blocks-2", other("blocks", accumulation_steps=3)),
             job("recomputed-2", make(parallel=ParallelConfig(recompute=True))),
-            job("ddp-bf16", make(precision="bf16")),
             job("fsdp-bf16", make(precision="bf16", parallel=FSDP)),
             job("poisoned", make(), poisoned=3),
             job("fsdp-poisoned", make(parallel=FSDP), poisoned=3),
@@ -125,8 +124,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("fsdp-2-again", make(parallel=FSDP), resume_from="fsdp-2"),
             job("ddp-4-then-fsdp-2", make(parallel=FSDP), resume_from="ddp-4"),
             job("fsdp-4-then-ddp-2", make(), resume_from="fsdp-4"),
-            *(job(f"adapted-{mode}", adapted(root, parallel=ParallelConfig(mode))) for mode in ("ddp", "fsdp")),
-            *(job(f"{name}-ddp", other(name)) for name in OTHERS),
+            job("adapted-fsdp", adapted(root, parallel=FSDP)),
+            job("swin-ddp", other("swin")),
             *(job(f"{name}-fsdp", other(name, parallel=FSDP)) for name in OTHERS),
         ],
         root,
@@ -143,13 +142,12 @@ def test_any_number_of_processes_trains_what_one_trains(name: str, trained: Path
     assert largest_difference(trained / name, trained / "one") < 1e-4
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_several_processes_adapt_an_encoder_and_keep_the_best(mode: str, trained: Path) -> None:
-    assert losses(trained / f"adapted-{mode}") == pytest.approx(losses(trained / "adapted"), rel=2e-5)
-    assert largest_difference(trained / f"adapted-{mode}", trained / "adapted") < 1e-4
-    best, values = read_best(trained / f"adapted-{mode}"), top1(trained / f"adapted-{mode}")
+def test_several_processes_adapt_an_encoder_and_keep_the_best(trained: Path) -> None:
+    assert losses(trained / "adapted-fsdp") == pytest.approx(losses(trained / "adapted"), rel=2e-5)
+    assert largest_difference(trained / "adapted-fsdp", trained / "adapted") < 1e-4
+    best, values = read_best(trained / "adapted-fsdp"), top1(trained / "adapted-fsdp")
     assert best is not None and best.value == max(values.values()) == values[best.step]
-    load_encoder(trained / f"adapted-{mode}" / "encoder-best")
+    load_encoder(trained / "adapted-fsdp" / "encoder-best")
 
 
 def test_masks_of_several_sizes_have_their_weight_in_the_batch(trained: Path) -> None:
@@ -157,15 +155,14 @@ def test_masks_of_several_sizes_have_their_weight_in_the_batch(trained: Path) ->
     assert largest_difference(trained / "blocks-2", trained / "blocks") < 1e-4
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_model_can_be_parallelized(name: str, strategy: str, trained: Path) -> None:
-    assert losses(trained / f"{name}-{strategy}") == pytest.approx(losses(trained / name), rel=2e-4)
+@pytest.mark.parametrize("name", [*(f"{name}-fsdp" for name in OTHERS), "swin-ddp"])
+def test_every_model_can_be_parallelized(name: str, trained: Path) -> None:
+    assert losses(trained / name) == pytest.approx(losses(trained / name.split("-")[0]), rel=2e-4)
 
 
-def test_fsdp_in_bf16_is_as_accurate_as_ddp(trained: Path) -> None:
-    one, ddp, fsdp = (losses(trained / name) for name in ("one", "ddp-bf16", "fsdp-bf16"))
-    assert ddp == pytest.approx(one, rel=5e-3) and fsdp == pytest.approx(one, rel=5e-3)
+def test_fsdp_in_bf16_is_accurate(trained: Path) -> None:
+    one, fsdp = (losses(trained / name) for name in ("one", "fsdp-bf16"))
+    assert fsdp == pytest.approx(one, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", ["ddp-2", "fsdp-2"])

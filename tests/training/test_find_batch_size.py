@@ -22,6 +22,12 @@ T = TypeVar("T")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+@pytest.fixture(autouse=True)
+def _without_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the collection of garbage, which takes seconds in a process that has imported much."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
 class Trial:
     """Compute at most `most` images, and record the attempts."""
 
@@ -108,3 +114,12 @@ def test_a_cpu_computes_fewer_images_at_once_if_they_or_the_model_are_larger() -
 )
 def test_out_of_memory_errors_are_recognized(error: Exception, is_one: bool) -> None:
     assert is_out_of_memory(error) == is_one
+
+
+def test_an_allocation_beyond_the_memory_names_the_flag_to_change() -> None:
+    """Recognize the error of torch's own allocator."""
+    with (
+        pytest.raises(UserError, match=r"out of memory with 2,048 images .*--accumulation-steps 2 halves them"),
+        out_of_memory_hint(2048, 1),
+    ):
+        torch.empty(2**55)

@@ -21,7 +21,7 @@ import pixmim
 from pixmim.config import OnlineKnnConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.training import trackers
-from pixmim.training.trackers import TRACKERS, TrackedRun, Trackers
+from pixmim.training.trackers import TRACKERS, Trackers
 from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
@@ -150,7 +150,7 @@ def test_tracking_changes_no_result(tracked: pixmim.PretrainResult, tiny_run: Ma
 class Failing:
     """Fails in one of its methods."""
 
-    def __init__(self, run: TrackedRun, at: str) -> None:
+    def __init__(self, at: str) -> None:
         self.calls, self._at = list[str](), at
         self._call("open")
 
@@ -173,8 +173,8 @@ class Failing:
 def test_a_tracker_that_fails_costs_one_warning(at: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened = list[Failing]()
 
-    def open_one(which: str) -> Callable[[TrackedRun], Failing]:
-        return lambda run: opened.append(one := Failing(run, which)) or one  # type: ignore[func-returns-value]
+    def open_one(which: str) -> Callable[..., Failing]:
+        return lambda *_: opened.append(one := Failing(which)) or one  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     monkeypatch.setitem(TRACKERS, "wandb", open_one(at))

@@ -90,7 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_plain(Console(stderr=True), f"error: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if "torch" in sys.modules:  # its errors are RuntimeErrors
+            from pixmim.training.find_batch_size import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+        elif not isinstance(error, MemoryError):
             raise
         print(
             f"error: out of memory ({first_line(error)}). Use a larger --accumulation-steps if the command has it, "
@@ -100,11 +105,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    if "torch" not in sys.modules:  # its errors are RuntimeErrors
-        return isinstance(error, MemoryError)
-    from pixmim.training.find_batch_size import is_out_of_memory
-
-    return is_out_of_memory(error)

@@ -84,9 +84,9 @@ def pretrain(args: list[str]) -> int:
     config, resumed, finish, track = read_flags(args)
     from pixmim.pretraining import finish_run
     from pixmim.pretraining import pretrain as train
-    from pixmim.training.distributed import rank_info
+    from pixmim.training.distributed import find_rank
 
-    console = Console(quiet=rank_info().rank > 0)
+    console = Console(quiet=not find_rank().is_main)
     if finish:
         result = finish_run(resumed)
         print_plain(console, f"finished at step {result.step:,}")

@@ -77,8 +77,8 @@ def slurm(args: list[str]) -> int:
         return job, script, overwrite
 
     (job, file, overwrite), words = tyro.cli(command, prog="pixmim slurm", args=args, return_unknown_args=True)
-    config, resumed, finish, _ = read_flags(words)
-    if resumed or finish:
+    config, resumed, *_ = read_flags(words)
+    if resumed:
         raise UserError(f"leave out --resume: with --out {shlex.quote(resumed)}, the script resumes that run")
     config.check_divisible(job.tasks, "GPUs")
     name = job.name or config.recipe or "run"
@@ -92,7 +92,11 @@ def slurm(args: list[str]) -> int:
         from pixmim.run_folder import check_same_run, with_full_paths
 
         check_same_run(with_full_paths(config, out), out)
-    _check_build(config)
+    from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, build_on_meta
+
+    build_mask_sampler(config, build_on_meta(lambda: build_model(config), config.model.backbone).patch)
+    build_crop(config)
+    build_loss(config)
     file = file or out / "slurm.sh"
     check_output(file, overwrite)
 
@@ -105,22 +109,12 @@ def slurm(args: list[str]) -> int:
     share = f"{config.batch_size // job.tasks:,} of the {config.batch_size:,} images"
     print_plain(console, f"{job.tasks} processes, one per GPU; each computes {share}")
     for path in _missing_paths(config):
-        print_plain(
-            console, f"warning: {path} does not exist on this machine: make sure that the compute nodes can read it"
-        )
+        line = f"warning: {path} does not exist on this machine: make sure that the compute nodes can read it"
+        print_plain(console, line)
     if exists:
         print_plain(console, f"{out} contains a run: the job resumes it")
     print_plain(console, f"wrote {file}; submit it with: sbatch {shlex.quote(str(file))}")
     return 0
-
-
-def _check_build(config: PretrainConfig) -> None:
-    """Raise UserError for a model, mask, crop or loss that cannot be built. Allocates no weights."""
-    from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, build_on_meta
-
-    build_mask_sampler(config, build_on_meta(lambda: build_model(config), config.model.backbone).patch)
-    build_crop(config)
-    build_loss(config)
 
 
 def _missing_paths(config: PretrainConfig) -> list[str]:
@@ -137,13 +131,8 @@ def _missing_paths(config: PretrainConfig) -> list[str]:
 def sbatch_script(job: Job, name: str, command: list[str], run: Path, folder: Path, file: Path) -> str:
     """Return the text of a script for sbatch.
 
-    Args:
-        job: Resources to request.
-        name: Name of the job.
-        command: Words of the command that each process executes.
-        run: Folder of the run, absolute. The output of the job is written there.
-        folder: Working directory of the job, absolute.
-        file: Path of the script, absolute; only named in a message.
+    Each process executes the words of `command`. The output of the job is written to `run`, and `folder` is its working
+    directory; `file` is the path of the script. All three are absolute.
 
     Raises:
         UserError: For a name or path that Slurm would change.

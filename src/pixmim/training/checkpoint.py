@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar, cast
 
 from torch import Tensor, nn
@@ -32,12 +31,8 @@ class CheckpointManager:
     functions of (seed, step), and no settings of the optimizer, which are in the run's configuration. Checksums detect
     damage. A checkpoint may be untrusted: nothing outside the parent of `folder` is read.
 
-    Args:
-        folder: Folder of the checkpoints.
-        keep_last: Number of newest checkpoints to keep.
-        keep_if: Return True for the steps of further checkpoints to keep.
-        world: Ranks of the run. Each writes its share of the state.
-        warn: Called with warnings.
+    The newest `keep_last` are kept, and those of steps for which `keep_if` returns True. Each rank of `world` writes
+    its share of the state.
     """
 
     def __init__(
@@ -55,7 +50,7 @@ class CheckpointManager:
     def __enter__(self) -> "CheckpointManager":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._writer.shutdown(wait=True)
 
     def steps(self) -> list[int]:
@@ -68,12 +63,8 @@ class CheckpointManager:
     ) -> None:
         """Copy the state after `step` steps to host memory, and write it in the background. Collective.
 
-        Args:
-            step: Steps done.
-            model: The model.
-            optimizer: Its optimizer.
-            images: Size of the dataset.
-            wait: Return when the checkpoint is on disk, or raise UserError. Otherwise the next save warns of a failure.
+        With `wait`, return when the checkpoint is on disk, or raise UserError. Otherwise the next save warns of a
+        failure. `images` is the size of the dataset.
         """
         self._wait_for_writer(must_succeed=False)
         if not self._path(step).exists():
@@ -106,18 +97,15 @@ class CheckpointManager:
                 return step
             aside = path.with_name(f"damaged-{path.name}")
             if self._world.is_main:
-                _move_aside(path, aside)
+                _remove(aside)
+                os.replace(path, aside)
             self._warn(f"warning: the checkpoint of step {step:,} is damaged ({damage}); renamed it to {aside.name}")
         if steps:
             raise UserError(f"no checkpoint in {self._folder} is valid. To restart, remove {self._folder}")
         return 0
 
     def load_model(self, model: nn.Module, step: int | None = None) -> tuple[int, int]:
-        """Restore only the weights of a checkpoint, in place.
-
-        Args:
-            model: The model.
-            step: Step of the checkpoint; None: the newest.
+        """Restore only the weights of a checkpoint, by default the newest, in place.
 
         Returns:
             The number of steps done, and the size of the dataset.
@@ -201,9 +189,9 @@ class CheckpointManager:
         except OSError as error:
             failure = f"{type(error).__name__}: {first_line(error)}"
         outcomes = self._world.gather((result, failure), self._world.saving)
-        failure = next(filter(None, (text for _, text in outcomes)), "")
-        if failure:
-            raise OSError(failure)
+        for _, failure in outcomes:
+            if failure:
+                raise OSError(failure)
         return cast(list[T], [result for result, _ in outcomes])
 
     def _wait_for_writer(self, must_succeed: bool) -> None:
@@ -244,15 +232,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _move_aside(path: Path, aside: Path) -> None:
-    """Rename a damaged checkpoint, replacing one that was renamed earlier."""
-    try:
-        _remove(aside)
-        os.replace(path, aside)
-    except OSError as error:
-        raise UserError(f"{path} is damaged and cannot be renamed ({first_line(error)}): remove it") from error
 
 
 def _sync(folder: Path) -> None:

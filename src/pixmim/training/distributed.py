@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,56 +28,17 @@ _GRACE = 10.0
 
 
 @dataclass(frozen=True)
-class RankInfo:
-    """Position of a process: `rank` of `size`, and `local` of those on its machine, all counted from 0."""
+class Distributed:
+    """The ranks of a run. With a single process, every method returns at once."""
 
     rank: int = 0
     size: int = 1
-    local: int = 0
-
-
-def rank_info() -> RankInfo:
-    """Return this process's position, from the environment variables of torchrun or Slurm.
-
-    Slurm's count only together with MASTER_ADDR, since it also numbers independent processes.
-    """
-    known = [("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    if "MASTER_ADDR" in os.environ:
-        known.append(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-    for names in known:
-        if all(name in os.environ for name in names):
-            return RankInfo(*(int(os.environ[name]) for name in names))
-    return RankInfo()
-
-
-@dataclass(frozen=True)
-class Distributed:
-    """The ranks of a run. With a single process, every method returns at once.
-
-    Args:
-        rank_info: Position of this process.
-        store: Key-value store of the ranks. It also works while ranks wait in a collective.
-        saving: Process group for checkpoints, which are written in a thread.
-        host: Process group on the host, on which the training loop synchronizes.
-        timeout: Time limit of a collective of these two groups, in seconds.
-    """
-
-    rank_info: RankInfo = RankInfo()
-    store: Any = None
-    saving: Any = None
-    host: Any = None
-    timeout: float = 0.0
+    local: int = 0  # number of this process among those of its machine
+    store: Any = None  # of keys and values. It also works while ranks wait in a collective
+    saving: Any = None  # process group for checkpoints, which are written in a thread
+    host: Any = None  # process group on the host, on which the training loop synchronizes
+    timeout: float = 0.0  # of a collective of these two groups, in seconds
     _pending: list[tuple[Tensor, Any]] = field(default_factory=list)
-
-    @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return self.rank_info.rank
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return self.rank_info.size
 
     @property
     def is_main(self) -> bool:
@@ -165,22 +126,34 @@ class Distributed:
 SINGLE_PROCESS = Distributed()
 
 
+def find_rank() -> Distributed:
+    """Return this process's position, from the environment variables of torchrun or Slurm, without process groups.
+
+    Slurm's count only together with MASTER_ADDR, since it also numbers independent processes.
+    """
+    known = [("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if "MASTER_ADDR" in os.environ:
+        known.append(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    for names in known:
+        if all(name in os.environ for name in names):
+            rank, size, local = (int(os.environ[name]) for name in names)
+            return Distributed(rank, size, local)
+    return SINGLE_PROCESS
+
+
 @contextmanager
 def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
     """Initialize the process group of a run, if there are several processes.
 
-    Use it once in a process, which then ends with `pixmim.utils.process.leave`.
-
-    Args:
-        device: The value of --device. With "auto" or "cuda", each rank gets a GPU of its own.
-        timeout: Seconds after which a rank that waits for others gives up.
+    With --device "auto" or "cuda", each rank gets a GPU of its own. A rank that waits for others gives up after
+    `timeout` seconds.
 
     Raises:
         UserError: If the process group cannot be initialized, or another rank ends.
     """
-    info = rank_info()
+    info = find_rank()
     if info.size == 1:
-        yield SINGLE_PROCESS
+        yield info
         return
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if gpu:
@@ -193,7 +166,15 @@ def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
         torch.cuda.set_device(info.local)
     limit = timedelta(seconds=timeout)
     try:
-        store = _init_store(info, limit)
+        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            info.size,
+            is_master=info.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            timeout=limit,
+        )
+        # torchrun's store survives a restart of the processes, so each start has keys of its own.
+        store = PrefixStore(f"pixmim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
             store=PrefixStore("group", store),
@@ -207,7 +188,7 @@ def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
             f"rank {info.rank} of {info.size} failed to initialize the process group: {first_line(error)}"
         ) from error
     saving, host = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
-    world = Distributed(info, store, saving, host, timeout)
+    world = replace(info, store=store, saving=saving, host=host, timeout=timeout, _pending=[])
     try:
         yield world
     except RuntimeError as error:
@@ -220,16 +201,3 @@ def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
     for _, work in world._pending:
         work.wait()
     world.gather(None)  # no rank leaves while another one still works
-
-
-def _init_store(info: RankInfo, timeout: timedelta) -> Any:
-    """Connect to the store of torchrun, or of rank 0."""
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        info.size,
-        is_master=info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=timeout,
-    )
-    # torchrun's store survives a restart of the processes, so each start has keys of its own.
-    return PrefixStore(f"pixmim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -45,13 +45,8 @@ def find_accumulation_steps(
     This is --accumulation-steps if given. Otherwise a CPU takes parts of at most `images_at_once`, and a GPU halves the
     share until a trial fits. FSDP always takes one part: a rank whose trial fails would block the others.
 
-    Args:
-        config: Configuration of the run.
-        world: Ranks of the run.
-        device: Device of this rank.
-        width: Width of the encoder.
-        trial: Compute the gradient of a given number of images.
-        reserved: Bytes of device memory to leave free.
+    `trial` computes the gradient of a given number of images, and `reserved` bytes of device memory are left free.
+    `width` is that of the encoder.
 
     Raises:
         UserError: If not even one image fits.
@@ -65,22 +60,18 @@ def find_accumulation_steps(
     if parallel_mode(config.parallel, world) == "fsdp":
         return 1
     images = share
-
-    def attempt() -> None:
-        reservation = torch.empty(reserved, dtype=torch.uint8, device=device)
-        trial(images)
-        del reservation
-
-    while not all(world.gather(_fits(attempt))):
+    while not all(world.gather(_fits(trial, images, reserved, device))):
         if images == 1:
             raise UserError("not even one image fits in memory: choose a smaller model or a smaller --size")
         images = -(-images // 2)
     return -(-share // images)
 
 
-def _fits(attempt: Callable[[], None]) -> bool:
+def _fits(trial: Callable[[int], None], images: int, reserved: int, device: torch.device) -> bool:
     try:
-        attempt()
+        reservation = torch.empty(reserved, dtype=torch.uint8, device=device)
+        trial(images)
+        del reservation
         return True
     except Exception as error:
         if not is_out_of_memory(error):

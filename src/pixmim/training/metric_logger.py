@@ -5,12 +5,10 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from pixmim.config import PretrainConfig
@@ -18,7 +16,7 @@ from pixmim.targets import resolve_radius
 from pixmim.training.distributed import Distributed
 from pixmim.training.optim import Schedule
 from pixmim.training.parallelize import parallel_mode
-from pixmim.utils.console import print_plain
+from pixmim.utils.console import print_plain, progress_bar
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import append, parse_json, read_text, write_text_atomically
 
@@ -88,16 +86,8 @@ def bound_by(data_wait: float) -> str:
 class MetricLogger:
     """Log means of metrics every `every` steps, to metrics.jsonl and the terminal.
 
-    Args:
-        path: metrics.jsonl, from which lines after step `start` are removed; None on ranks other than 0.
-        steps: Steps of the run.
-        start: Steps done before this process started.
-        every: Steps between two lines.
-        epoch: Epochs per step.
-        images: Images per step.
-        console: Prints progress.
-        total: Sums a tensor over the ranks.
-        on_write: Called with each record that is written.
+    Lines of metrics.jsonl after step `start` are removed; its path is None on ranks other than 0. `epoch` is the number
+    of epochs per step, and `images` that of images. `total` sums a tensor over the ranks; `on_write` gets each record.
     """
 
     def __init__(
@@ -111,7 +101,7 @@ class MetricLogger:
         images: int,
         console: Console,
         total: Callable[[Tensor], Tensor] = lambda values: values,
-        on_write: Callable[[dict[str, Any]], None] | None = None,
+        on_write: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
         self._path, self._unwritten, self._total, self._on_write = path, "", total, on_write
         if path is not None:
@@ -119,15 +109,8 @@ class MetricLogger:
             write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
         self._steps, self._every, self._epoch, self._images = steps, every, epoch, images
         self._console = console
-        self._bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=steps, completed=start, text="")
+        self._bar = progress_bar(console)
+        self._task = self._bar.add_task("", total=steps, completed=start)
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self._start_time = self._line_time = time.perf_counter()
@@ -138,7 +121,7 @@ class MetricLogger:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
         self._flush()
 
@@ -157,10 +140,7 @@ class MetricLogger:
     def log(self, step: int, waited: float, **values: float) -> None:
         """Write a line with the means since the last line.
 
-        Args:
-            step: Steps done.
-            waited: Seconds of waiting for data since the process started.
-            values: Further numbers.
+        `waited` is the number of seconds of waiting for data since the process started.
         """
         sums = self._total(torch.stack(list(self._sums.values()))).tolist() if self._sums else []
         means = {
@@ -174,8 +154,8 @@ class MetricLogger:
         position = {"step": step, "epoch": round(step * self._epoch, 6)}
         self.write({**position, **means, **values, "images_per_s": rate, "data_wait_fraction": wait})
         text = f"loss {means.get('loss', float('nan')):.4f}{self._held_out} · {rate:,.0f} images/s · {bound_by(wait)}"
-        self._bar.update(self._task, text=text)
-        if not self._console.is_terminal and (now - self._printed_at > 5 or step == self._steps):
+        self._bar.update(self._task, description=text)
+        if step == self._steps or (not self._console.is_terminal and now - self._printed_at > 5):
             left = (now - self._start_time) / max(1, step - self._start) * (self._steps - step)
             print_plain(self._console, f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left")
             self._printed_at = now
@@ -220,47 +200,43 @@ def start_summary(
     parts: int,
 ) -> list[str]:
     """Return lines that describe a run, and warn about unusual settings. `images`: size of the dataset."""
-    radius = resolve_radius(config.target.radius, config.image_size)
-    target = f"low frequencies up to radius {radius}" if config.target.kind == "low-frequency" else "pixels"
-    if config.target.distance == "cross_entropy":
-        target += f" in {config.target.bins} bins"
-    height, width = config.image_size
+    c, share = config, config.batch_size // world.size
+    radius = resolve_radius(c.target.radius, c.image_size)
+    target = f"low frequencies up to radius {radius}" if c.target.kind == "low-frequency" else "pixels"
+    target += f" in {c.target.bins} bins" if c.target.distance == "cross_entropy" else ""
     alone = f" after {schedule.decoder:,} steps that train only the decoder" if schedule.decoder else ""
     drop = f", a tenth of it from step {schedule.decoder + schedule.drop:,}" if schedule.drop is not None else ""
-    share = config.batch_size // world.size
-    most = f"{'' if share % parts == 0 else 'up to '}{-(-share // parts):,}"
-    split = f" in {parts} parts of {most}" if parts > 1 else ""
+    split = f" in {parts} parts of {'up to ' * bool(share % parts)}{-(-share // parts):,}" if parts > 1 else ""
+    hardware = f"{device}, each batch{split}," if split else str(device)
     if world.size > 1:
-        mode = parallel_mode(config.parallel, world)
+        mode = parallel_mode(c.parallel, world)
         hardware = f"{world.size} processes on {device.type} ({mode}), each {share:,} images of a batch{split},"
-    else:
-        hardware = f"{device}, each batch{split}," if split else str(device)
     lines = [
-        f"{config.model.name} on {config.model.backbone} at {height}x{width}, predicting {target}, "
-        f"crop {config.crop.kind}",
-        f"{images:,} images; {schedule.steps:,} steps of {config.batch_size:,} images = "
-        f"{schedule.steps * config.batch_size / images:,.1f} epochs; "
-        f"learning rate {config.lr:.3g} after {schedule.warmup:,} steps of warm-up{alone}{drop}",
-        f"{hardware} in {precision}, seed {config.seed}",
+        f"{c.model.name} on {c.model.backbone} at {c.image_size[0]}x{c.image_size[1]}, predicting {target}, "
+        f"crop {c.crop.kind}",
+        f"{images:,} images; {schedule.steps:,} steps of {c.batch_size:,} images = "
+        f"{schedule.steps * c.batch_size / images:,.1f} epochs; "
+        f"learning rate {c.lr:.3g} after {schedule.warmup:,} steps of warm-up{alone}{drop}",
+        f"{hardware} in {precision}, seed {c.seed}",
     ]
-    usual_lr = config.optim.base_lr * config.batch_size / 256
-    usual_images = config.dtype == "uint8" and config.channels in (1, 3)
-    if config.recipe_info.steps and schedule.steps < config.recipe_info.steps / 10:
+    usual_lr = c.optim.base_lr * c.batch_size / 256
+    recipe_steps = c.recipe_info.steps
+    if schedule.steps < recipe_steps / 10:
         lines.append(
-            f"warning: {schedule.steps:,} steps are less than a tenth of the {config.recipe_info.steps:,} that this "
+            f"warning: {schedule.steps:,} steps are less than a tenth of the {recipe_steps:,} that this "
             "recipe was made for: pass more --epochs or a smaller --batch-size"
         )
-    if config.optim.lr is not None and not 0.25 < config.lr / usual_lr < 4:
+    if c.optim.lr is not None and not 0.25 < c.lr / usual_lr < 4:
         lines.append(
-            f"warning: --optim.lr {config.lr:.3g} is unusual for a batch of {config.batch_size:,}: without it, the "
-            f"learning rate is {usual_lr:.3g}"
+            f"warning: --optim.lr {c.lr:.3g} is unusual for a batch of {c.batch_size:,}: without it, the learning "
+            f"rate is {usual_lr:.3g}"
         )
-    if not usual_images and (config.mean is None or config.std is None):
+    if (c.dtype != "uint8" or c.channels not in (1, 3)) and (c.mean is None or c.std is None):
         lines.append(
             "warning: mean and std are not measured, so those of photographs are used: run `pixmim stats DATA`"
         )
-    if images < config.batch_size:
-        lines.append(f"warning: a batch of {config.batch_size:,} contains each of the {images:,} images more than once")
+    if images < c.batch_size:
+        lines.append(f"warning: a batch of {c.batch_size:,} contains each of the {images:,} images more than once")
     return lines
 
 

@@ -19,15 +19,11 @@ class Schedule:
     MAE's cosine starts after the warm-up (arXiv 2111.06377, appendix A). SimMIM's and DeiT III's starts at step 0, and
     the warm-up replaces its first part (timm's CosineLRScheduler with `warmup_prefix=False`).
 
-    Args:
-        steps: Number of steps of the run.
-        warmup: Number of steps of warm-up.
-        peak: Learning rate at the end of the warm-up.
-        final: Learning rate at the end of the cosine.
-        first: Learning rate at step 0.
+    Attributes:
+        steps: Number of steps of the run. The first `decoder` train only the decoder: a short rise, then the peak.
+        warmup: Number of steps of warm-up, from the learning rate `first` to `peak`.
+        final: Learning rate at the end of the cosine. It starts after the warm-up; without `warmup_prefix`, at step 0.
         drop: Step from which on the rate is a tenth of the peak (SimMIM over 800 epochs); None: a cosine.
-        warmup_prefix: Start the cosine after the warm-up instead of at step 0.
-        decoder: Steps before all this in which only the decoder is trained: a short rise, then the peak.
     """
 
     steps: int
@@ -92,19 +88,14 @@ def adamw_by_layer(
 ) -> torch.optim.AdamW:
     """Create fused AdamW with layer-wise learning rates for a model whose encoder may be frozen at first.
 
-    Args:
-        model: A model with an `encoder`. All other parameters count as one layer above it, with the full rate.
-        layers: Layer of each parameter of the encoder.
-        lr: Learning rate.
-        optim: Decay from layer to layer, betas and weight decay.
-        exempt: See `adamw`.
-        decoder_steps: Steps at the start of the training in which the encoder stays as it is.
+    `layers` holds the layer of each parameter of the model's `encoder`. All other parameters count as one layer above
+    it, with the full rate. In the first `decoder_steps`, the encoder stays as it is. See `adamw` for `exempt`.
     """
     if optim.layer_decay == 1 and not decoder_steps:
         return adamw(model, lr, optim.betas, optim.weight_decay, exempt)
     top = max(layers.values()) + 1
-    named = {f"encoder.{name}": layer for name, layer in layers.items()}
-    named = {name: named.get(name, top) for name, _ in model.named_parameters()}
+    encoder = {f"encoder.{name}": layer for name, layer in layers.items()}
+    named = {name: encoder.get(name, top) for name, _ in model.named_parameters()}
     groups = layer_decay_param_groups(model, named, optim.layer_decay, optim.weight_decay, exempt)
     for group in groups:
         group["from_step"] = decoder_steps if group["layer"] < top else 0
@@ -125,13 +116,8 @@ def layer_decay_param_groups(
         if p.requires_grad:
             groups.setdefault((layers[name], _is_exempt(name, p, exempt)), []).append(p)
     return [
-        {
-            "params": params,
-            "layer": layer,
-            "scale": decay ** (top - layer),
-            "weight_decay": 0.0 if plain else weight_decay,
-        }
-        for (layer, plain), params in sorted(groups.items(), key=lambda item: item[0])
+        {"params": p, "layer": layer, "scale": decay ** (top - layer), "weight_decay": 0.0 if plain else weight_decay}
+        for (layer, plain), p in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -145,11 +131,8 @@ class SyncFreeOptimizer:
     Fused AdamW does all three in its kernel: it divides by `grad_scale`, and does nothing if `found_inf` is 1 (the two
     values that torch's GradScaler passes to it). LARS and LAMB below take the same two values.
 
-    Args:
-        optimizer: Fused AdamW, LARS or LAMB.
-        clip: Largest norm of the gradient, or None.
-        scaling: Scale the loss against underflow, as float16 needs: halved on a bad step, doubled after 2000 good ones.
-        device: Device of the parameters.
+    `clip` is the largest norm of the gradient. `scaling` scales the loss against underflow, as float16 needs: halved on
+    a bad step, doubled after 2000 good ones.
 
     Attributes:
         state: Loss scale and counts, as scalars on the device; part of a checkpoint.
@@ -179,9 +162,7 @@ class SyncFreeOptimizer:
         Until the step number of its "from_step", if any, a group has rate 0: its weights stay bitwise as they are. To
         freeze it by `requires_grad` instead would compile the model again, and change what ranks reduce.
 
-        Args:
-            lr: Learning rate.
-            number: Number of the step, counted from 0.
+        `number` is that of the step, counted from 0.
 
         Returns:
             The norm of the gradient, a scalar on the device.
@@ -229,8 +210,7 @@ class _Skippable(torch.optim.Optimizer):
                     self._step(p, gradient.nan_to_num(0.0, 0.0, 0.0), good, group, self.state[p])
 
     def _step(self, p: Tensor, gradient: Tensor, good: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
-        """Take a step with one parameter; if `good` is 0, leave it and its state unchanged."""
-        raise NotImplementedError
+        raise NotImplementedError  # takes a step with one parameter; if `good` is 0, leaves it and its state unchanged
 
 
 class LARS(_Skippable):

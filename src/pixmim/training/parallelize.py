@@ -46,13 +46,6 @@ def parallelize(
     checkpoints stay. FSDP2 shards block by block, so that one is gathered while another computes; weights are gathered
     in the precision of the run, and gradients are reduced in float32.
 
-    Args:
-        model: The model, on the device. It is changed in place.
-        config: Strategy, compilation and recomputation.
-        world: Ranks of the run.
-        device: Device of this rank.
-        precision: Precision of the run.
-
     Raises:
         UserError: If the precision does not go with the strategy.
     """

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from pixmim.utils.process import deferring, termination_signals
@@ -29,19 +29,16 @@ class _StopsAtOnce:
         self._first: float | None = None
 
     def __call__(self, number: int) -> bool:
-        if number not in _URGENT:
-            return False
         now = time.monotonic()
-        if self._first is None:
+        if number in _URGENT and self._first is None:
             self._first = now
-        return now - self._first > _REPEAT_SECONDS
+        return number in _URGENT and now - (self._first or now) > _REPEAT_SECONDS
 
 
 class PreemptionHandler:
     """Set `requested` on a signal, within a `with` statement. A second SIGINT or SIGTERM has its previous effect.
 
-    Args:
-        verbose: Print on the first signal that the run stops after its step.
+    With `verbose`, print on the first signal that the run stops after its step.
     """
 
     requested = False
@@ -61,16 +58,12 @@ class PreemptionHandler:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     @contextmanager
     def waiting(self, alone: bool = True) -> Iterator[None]:
-        """Raise Interrupted within this `with` statement on a signal, instead of waiting any longer.
-
-        Args:
-            alone: Whether no other rank would wait for this one; if False, this does nothing.
-        """
+        """Raise Interrupted within this `with` statement on a signal, unless another rank would wait for this one."""
         if not alone:
             yield
             return

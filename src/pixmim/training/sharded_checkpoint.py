@@ -138,10 +138,9 @@ def write_manifest(folder: Path, step: int, images: int, shares: Iterable[Mappin
         for name, entry in share.items():
             tensor = tensors.setdefault(name, {"dtype": entry.dtype, "shape": entry.shape, "pieces": []})
             tensor["pieces"] += entry.pieces
-    content = {"step": step, "images": images, "tensors": tensors}
-    text = _text(content)
+    text = _text({"step": step, "images": images, "tensors": tensors})
     with (folder / MANIFEST).open("x") as file:
-        file.write(f'{{"format":{FORMAT},"crc32":{_crc32(text)},"content":{text}}}')
+        file.write(f'{{"format":{FORMAT},"crc32":{zlib.crc32(text.encode())},"content":{text}}}')
         file.flush()
         os.fsync(file.fileno())
 
@@ -167,7 +166,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         content = manifest["content"]
-        if _crc32(_text(content)) != manifest["crc32"]:
+        if zlib.crc32(_text(content).encode()) != manifest["crc32"]:
             raise DamagedError(f"{MANIFEST} has a wrong checksum")
         tensors = {name: _entry(value) for name, value in content["tensors"].items()}
         return Manifest(_count(content["step"]), _count(content["images"]), tensors)
@@ -181,9 +180,8 @@ def difference(tensors: Mapping[str, Entry], state: Mapping[str, Tensor]) -> str
         if name not in tensors:
             return f"it lacks {name}"
         entry, part = tensors[name], _part(state[name])
-        saved, expected = (entry.dtype, entry.shape), (_DTYPES[part.rows.dtype], part.shape)
-        if saved != expected:
-            return f"{name} is {_describe(*saved)} instead of {_describe(*expected)}"
+        if (entry.dtype, entry.shape) != (_DTYPES[part.rows.dtype], part.shape):
+            return f"{name} is {entry.dtype[:8]} {entry.shape[:8]} instead of {_DTYPES[part.rows.dtype]} {part.shape}"
     extra = next((name for name in tensors if name not in state), None)
     return "" if extra is None else f"it has {extra[:100]}, which the model lacks"
 
@@ -237,18 +235,17 @@ def _read(file: BufferedReader, piece: Piece, part: Part) -> Tensor:
 
 def _copy(piece: Piece, rows: Tensor, part: Part) -> None:
     """Copy the rows that a piece and a part have in common."""
-    if part.shape:
-        low, high = max(piece.start, part.start), min(piece.end, part.end)
-        part.rows[low - part.start : high - part.start].copy_(rows[low - piece.start : high - piece.start])
-    else:
+    if not part.shape:
         part.rows.copy_(rows)
+        return
+    low, high = max(piece.start, part.start), min(piece.end, part.end)
+    part.rows[low - part.start : high - part.start].copy_(rows[low - piece.start : high - piece.start])
 
 
 def _entry(value: dict[str, Any]) -> Entry:
     """Parse an entry of an untrusted manifest. Raises ValueError, or the errors of wrong types."""
     shape = tuple(_count(size) for size in value["shape"])
-    pieces = [Piece(*map(_count, piece)) for piece in value["pieces"]]
-    pieces.sort(key=lambda piece: piece.start)
+    pieces = sorted((Piece(*map(_count, piece)) for piece in value["pieces"]), key=lambda piece: piece.start)
     at = 0
     for piece in pieces:
         if piece.start != at or piece.end <= at:
@@ -271,11 +268,6 @@ def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
-def _describe(dtype: str, shape: tuple[int, ...]) -> str:
-    """Describe a tensor in a few words, even if they are untrusted."""
-    return f"{dtype[:8]} {'x'.join(map(str, shape[:8])) or 'scalar'}"
-
-
 def _file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
@@ -287,7 +279,3 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _text(content: object) -> str:
     return json.dumps(content, separators=(",", ":"))
-
-
-def _crc32(text: str) -> int:
-    return zlib.crc32(text.encode())

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -31,49 +30,15 @@ PROJECT = "pixmim"
 ID_FILE = "tracking_id"
 
 
-class TrackedRun(NamedTuple):
-    """A run to track.
-
-    Attributes:
-        folder: Folder of the run.
-        config: Content of config.json.
-        start: Steps done before this process started. Later steps may be logged a second time.
-        id: Eight hexadecimal digits, which stay the same when the run is resumed.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    start: int
-    id: str
-
-    @property
-    def name(self) -> str:
-        """Name of the folder."""
-        return self.folder.absolute().name
-
-
-class Tracker(Protocol):
-    """An open tracker. Any method may raise any exception."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Log scalars of a step."""
-
-    def log_image(self, step: int, name: str, image: "Image") -> None:
-        """Log an image."""
-
-    def close(self) -> None:
-        """Flush and close."""
-
-
 class TensorBoard:
     """Event files in the run's folder: `tensorboard --logdir runs`."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], start: int, run_id: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = run.start + 1 if run.start else 0  # readers drop earlier events of this step and later ones
-        self._writer = SummaryWriter(str(inside(run.folder, "tensorboard")), purge_step=purge_step)
-        self._writer.add_text("config", f"```\n{json.dumps(run.config, indent=2)}\n```")
+        purge_step = start + 1 if start else 0  # readers drop earlier events of this step and later ones
+        self._writer = SummaryWriter(str(inside(folder, "tensorboard")), purge_step=purge_step)
+        self._writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -91,16 +56,16 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases, with its files in the run's folder. WANDB_MODE=offline needs no account."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], start: int, run_id: str) -> None:
         self._wandb: Any = import_module("wandb")
-        inside(run.folder, "wandb")
+        inside(folder, "wandb")
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=run.name,
-            id=run.id,
+            name=folder.absolute().name,
+            id=run_id,
             resume="allow",
-            dir=str(run.folder),
-            config=run.config,
+            dir=str(folder),
+            config=config,
             reinit="create_new",  # leaves a run of the caller open
             settings=self._wandb.Settings(console="off"),
         )
@@ -119,22 +84,23 @@ class WandB:
 class MLflow:
     """A run of an MLflow experiment, at MLFLOW_TRACKING_URI or in the current folder."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], start: int, run_id: str) -> None:
         mlflow: Any = import_module("mlflow")
         self._metric: Any = import_module("mlflow.entities").Metric
         self._client, self._pending = mlflow.MlflowClient(), list[Any]()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         existing = self._client.get_experiment_by_name(name)
         experiment = existing.experiment_id if existing else self._client.create_experiment(name)
-        runs = self._client.search_runs([experiment], f"tags.`pixmim.id` = '{run.id}'")
+        runs = self._client.search_runs([experiment], f"tags.`pixmim.id` = '{run_id}'")
         if runs:
             self._id = runs[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            self._id = self._client.create_run(experiment, run_name=run.name, tags={"pixmim.id": run.id}).info.run_id
-            for key, value in _flat(run.config):  # cannot be changed later
+            name, tags = folder.absolute().name, {"pixmim.id": run_id}
+            self._id = self._client.create_run(experiment, run_name=name, tags=tags).info.run_id
+            for key, value in _flat(config):  # cannot be changed later
                 self._client.log_param(self._id, key, value)
-        self._client.log_dict(self._id, run.config, "config.json")
+        self._client.log_dict(self._id, config, "config.json")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)
@@ -153,10 +119,10 @@ class MLflow:
 class Trackio:
     """A run of Trackio, on this machine or in the Space that TRACKIO_SPACE_ID names."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], start: int, run_id: str) -> None:
         self._trackio: Any = import_module("trackio")
-        name = f"{run.name}-{run.id}"  # Trackio resumes a run by its name
-        self._run = self._trackio.init(project=PROJECT, name=name, config=run.config, resume="allow", embed=False)
+        name = f"{folder.absolute().name}-{run_id}"  # Trackio resumes a run by its name
+        self._run = self._trackio.init(project=PROJECT, name=name, config=config, resume="allow", embed=False)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -168,20 +134,14 @@ class Trackio:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WandB,
-    "mlflow": MLflow,
-    "trackio": Trackio,
-}
+Tracker = TensorBoard | WandB | MLflow | Trackio
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+"""Made with the folder of a run, the content of its config.json, the steps done before this process started (later ones
+may be logged a second time), and an id that stays the same when the run is resumed. Any method may raise anything."""
 
 
 class Trackers:
     """The trackers of a run. A tracker that fails is dropped with a warning, and never ends the run.
-
-    Args:
-        names: Names of trackers, or one name.
-        console: Prints warnings.
 
     Raises:
         UserError: If a tracker is unknown, or its library is not installed.
@@ -202,7 +162,7 @@ class Trackers:
         """Open all trackers for a run that starts at step `start`."""
         for name in self._names:
             with self._guarded(name):
-                self._open[name] = TRACKERS[name](TrackedRun(folder, config, start, _run_id(folder)))
+                self._open[name] = TRACKERS[name](folder, config, start, _run_id(folder))
 
     def log(self, record: dict[str, Any]) -> None:
         """Log a record of metrics.jsonl."""
@@ -211,19 +171,18 @@ class Trackers:
 
     def log_image(self, step: int, name: str, draw: "Callable[[], Image]") -> None:
         """Log an image, which is drawn only if a tracker is open. A UserError or OSError becomes a warning."""
-        if not self._open:
-            return
-        try:
-            image = draw()
-        except (UserError, OSError) as error:
-            self._warn(f"{name} are not sent to the trackers: {error}")
-            return
-        self._for_each(lambda tracker: tracker.log_image(step, name, image))
+        if self._open:
+            try:
+                image = draw()
+            except (UserError, OSError) as error:
+                self._warn(f"{name} are not sent to the trackers: {error}")
+            else:
+                self._for_each(lambda tracker: tracker.log_image(step, name, image))
 
     def __enter__(self) -> "Trackers":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._for_each(lambda tracker: tracker.close())
         self._open.clear()
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -75,7 +74,7 @@ class Trainer:
         world: Distributed = SINGLE_PROCESS,
         checkpoint: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
         log_every: int = 0,
-        on_log: Callable[[dict[str, Any]], None] | None = None,
+        on_log: Callable[[dict[str, Any]], object] | None = None,
         console: Console | None = None,
     ) -> None:
         self.model, self.optimizer, self.lr, self.steps, self.folder = model, optimizer, lr, steps, folder
@@ -123,14 +122,14 @@ class Trainer:
             self._exits = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._exits.__exit__(kind, error, at)
+    def __exit__(self, *error: Any) -> None:
+        self._exits.__exit__(*error)
 
     def fit(
         self,
         loader: Iterator[Batch],
         compute_loss: Callable[[Batch, int], Tensor],
-        on_step_end: Callable[[int], None] = lambda step: None,
+        on_step_end: Callable[[int], object] = lambda step: None,
     ) -> int:
         """Train until the last step, or until interrupted; both end with a checkpoint.
 
@@ -150,8 +149,8 @@ class Trainer:
         Raises:
             UserError: If the gradient is not finite in many consecutive steps, or a rank is stuck.
         """
-        step, saved_at = self.start, time.monotonic()
-        autosave = math.inf if self._checkpoint.every else AUTOSAVE
+        step, saved_at, every = self.start, time.monotonic(), self._checkpoint.every
+        autosave = math.inf if every else AUTOSAVE
         with self.world.naming_stuck_ranks():
             while step < self.steps:
                 try:
@@ -166,7 +165,8 @@ class Trainer:
                 is_due = self.world.is_main and time.monotonic() - saved_at > autosave
                 stop, is_due = self.world.any_rank_delayed(self.interrupts.requested, is_due)
                 is_last = stop or step == self.steps
-                if is_last or is_due or self._is_planned(step):
+                is_due |= self._is_milestone(step) or (every > 0 and step % every == 0)
+                if is_last or is_due:
                     self._save(step, wait=is_last)
                     saved_at = time.monotonic()
                 if is_last:
@@ -177,7 +177,7 @@ class Trainer:
         self,
         open_loader: Callable[[int], AbstractContextManager[Iterator[Batch]]],
         compute_loss: Callable[[Batch, int], Tensor],
-        on_step_end: Callable[[int], None] = lambda step: None,
+        on_step_end: Callable[[int], object] = lambda step: None,
     ) -> None:
         """Train to the last step, as the only process in `folder`.
 
@@ -241,9 +241,6 @@ class Trainer:
 
     def _is_milestone(self, step: int) -> bool:
         return is_multiple_of(step, self._checkpoint.keep_every_epochs / self.epoch)
-
-    def _is_planned(self, step: int) -> bool:
-        return self._is_milestone(step) or (self._checkpoint.every > 0 and step % self._checkpoint.every == 0)
 
     def _save(self, step: int, wait: bool) -> None:
         self.checkpoints.save(step, self.model, self.optimizer, images=self.images, wait=wait)

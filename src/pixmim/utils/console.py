@@ -19,7 +19,7 @@ _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 _LEVELS = {"error:": "red", "warning:": "yellow"}
 
-_COUNTER_DELAY, _COUNTER_INTERVAL = 1.0, 0.1  # seconds until a counter is shown, and between its refreshes
+_COUNTER_INTERVAL = 0.1  # seconds between refreshes of a counter
 _LINE_INTERVAL = 5.0  # seconds between progress lines outside a terminal
 
 
@@ -105,29 +105,22 @@ def progress(description: str, total: int, console: Console | None) -> Iterator[
 
 @contextmanager
 def status_counter(description: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show a running count on a terminal, "`description`: 12,345 `unit`", if the work takes longer than a second.
+    """Show a running count on a terminal, "`description`: 12,345 `unit`".
 
     Yields:
         A function to call with the number of additional items done. Most calls only read the clock.
     """
-    console = Console(stderr=True)
-    status = console.status("")
-    next_update = time.monotonic() + _COUNTER_DELAY
-    done = 0
+    done, next_update = 0, time.monotonic() + _COUNTER_INTERVAL
+    with Console(stderr=True).status(cell(description)) as status:
 
-    def add(count: int) -> None:
-        nonlocal done, next_update
-        done += count
-        now = time.monotonic()
-        if now >= next_update and console.is_terminal:
-            status.update(cell(f"{description}: {done:,} {unit}"))
-            status.start()
-            next_update = now + _COUNTER_INTERVAL
+        def add(count: int) -> None:
+            nonlocal done, next_update
+            done += count
+            if time.monotonic() >= next_update:
+                status.update(cell(f"{description}: {done:,} {unit}"))
+                next_update = time.monotonic() + _COUNTER_INTERVAL
 
-    try:
         yield add
-    finally:
-        status.stop()
 
 
 def _escape(code: int) -> str:

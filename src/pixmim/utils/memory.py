@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_ROOT = Path("/")
+_ROOT = Path("/")  # of proc/ and sys/
 _CGROUP_FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -22,9 +22,6 @@ def free_memory(root: Path = _ROOT) -> int | None:
 
     The minimum of the memory available without swapping, the remainder of each enclosing control group's limit
     (containers, Slurm; cached files count as free), and the remainder of `ulimit -v`.
-
-    Args:
-        root: Folder that contains proc/ and sys/.
     """
     free = [_meminfo(root, "MemAvailable"), free_addresses(root), *(limit - used for limit, used in _cgroups(root))]
     return min((max(0, value) for value in free if value is not None), default=None)
@@ -35,9 +32,6 @@ def total_memory(root: Path = _ROOT) -> int | None:
 
     The minimum of the machine's memory, the limits of its control groups and `ulimit -v`. In contrast to
     `free_memory`, it is the same at every start.
-
-    Args:
-        root: Folder that contains proc/ and sys/.
     """
     total = [_meminfo(root, "MemTotal"), _address_limit(), *(limit for limit, _ in _cgroups(root))]
     return min((value for value in total if value is not None), default=None)

@@ -63,18 +63,10 @@ def plot_curves(
     ticks: Sequence[str] = (),
     bands: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType({}),
 ) -> str:
-    """Plot named series of (x, y) values as an SVG figure.
+    """Plot named series of (x, y) values as an SVG figure. Long series are subsampled.
 
-    Args:
-        series: Values by name. Long series are subsampled.
-        x: Label of the x axis.
-        y: Label of the y axis.
-        marker: matplotlib's marker of each point.
-        log: Use a logarithmic y axis.
-        dashed: Names of series drawn with dashes.
-        line: Position and label of a vertical line.
-        ticks: Labels of x = 0, 1, 2, ...
-        bands: Lower and upper end of a band around each value of a series, by its name.
+    `line` is position and label of a vertical line, `ticks` are labels of x = 0, 1, 2, ..., and `bands` are the lower
+    and upper ends of a band around each value of a series, by its name.
     """
     with matplotlib.rc_context(_SVG_STYLE):
         figure, axes = new_plot(5.2, 3.0)

@@ -13,15 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 LIMIT = 2.0
 """Seconds within which a signal ends a command, whatever it is executing."""
 
 _MARGIN = 0.3  # seconds of LIMIT reserved for a busy machine
-
-_WAKE: int = getattr(signal, "SIGURG", 0)  # interrupts a thread's system call, and is ignored by default
 
 deferring: list[Callable[[int], bool]] = []
 """Functions that return True for a signal after which the process ends by itself, however long that takes."""
@@ -55,17 +53,17 @@ def exit_now(status: int) -> NoReturn:
     run.
     """
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # None, or closed
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # closed
             stream.flush()
     os._exit(status)
 
 
 def termination_signals() -> list[int]:
     """Return the signals that end a command: all but SIGHUP under nohup."""
-    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
-    hangup = getattr(signal, "SIGHUP", None)
-    return [n for n in numbers if n is not None and not (n == hangup and signal.getsignal(n) == signal.SIG_IGN)]
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    numbers = [number for number in (getattr(signal, name, None) for name in names) if number is not None]
+    return [n for n in numbers if n != getattr(signal, "SIGHUP", 0) or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def exit_status(number: int) -> int:
@@ -118,20 +116,19 @@ class Guard:
         self._exited = threading.Event()
 
     def __enter__(self) -> "Guard":
-        if threading.current_thread() is not threading.main_thread() or not _WAKE:  # Python allows no handlers there
-            return self
+        if threading.current_thread() is not threading.main_thread() or os.name == "nt":
+            return self  # Python allows no handlers there
         self._hook = sys.unraisablehook
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in termination_signals():
             self._handlers[number] = signal.signal(number, self._interrupt)
-        self._handlers[_WAKE] = signal.signal(_WAKE, lambda number, frame: None)
         self.thread.start()
         _guards.append(self)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._handlers:
             return
         _guards.remove(self)
@@ -153,12 +150,7 @@ class Guard:
     def _watch(self) -> None:
         while received := os.read(self._read, 1):
             number = received[0]
-            if number == _WAKE or number not in self._handlers:
-                continue
-            # Another thread may have received the signal: interrupt the main thread's system call, so that it runs the
-            # handler.
-            signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
-            if not any([defers(number) for defers in list(deferring)]):
+            if number in self._handlers and not any([defers(number) for defers in list(deferring)]):
                 if not self._exited.wait(LIMIT - _MARGIN):
                     os._exit(exit_status(number))
                 break
@@ -178,14 +170,14 @@ def steady_streams() -> None:
             _redirect_to_null(descriptor)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
-        if old is not None and not isinstance(old, io.TextIOWrapper):
-            continue
-        if old is not None:
+        encoding, by_line = "utf-8", False
+        if isinstance(old, io.TextIOWrapper):
             with suppress(OSError):
                 old.flush()
-        encoding, by_line = (old.encoding, old.line_buffering or old.write_through) if old else ("utf-8", False)
-        raw = io.BufferedWriter(_SteadyStream(descriptor, "wb", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=by_line))
+            encoding, by_line = old.encoding, old.line_buffering or old.write_through
+        if old is None or isinstance(old, io.TextIOWrapper):
+            raw = io.BufferedWriter(_SteadyStream(descriptor, "wb", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=by_line))
 
 
 class _SteadyStream(io.FileIO):
