@@ -42,6 +42,23 @@ def test_plain_loop_example_learns(pictures: Path) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "library", "options"),
+    [
+        ("lightning_module", "lightning", {"size": 32}),
+        ("lightly_mae", "lightly", {"size": 32}),
+        ("huggingface_trainer", "accelerate", {"config": config()}),
+    ],
+)
+def test_examples_in_other_libraries_learn(
+    name: str, library: str, options: dict[str, object], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(library, reason=f"SKIPPED FOR WANT OF {library}: pip install {library}")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    losses = example(name).train(str(pictures), steps=8, batch=5, **options)
+    assert len(losses) == 8 and losses[-1] < 0.99 * losses[0]
+
+
 def to_pixmim(reference: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Rename Hugging Face's parameters and join q, k and v."""
     converted: dict[str, torch.Tensor] = {}
