@@ -149,7 +149,7 @@ def test_an_unreadable_root_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_long_walk_shows_progress(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console_module, "_COUNTER_DELAY", 0.0)
+    monkeypatch.setattr(console_module, "_COUNTER_INTERVAL", 0.0)
     shown: list[str] = []
     console = Console(force_terminal=True, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr(console_module, "Console", lambda stderr: console)

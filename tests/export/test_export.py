@@ -212,7 +212,7 @@ def test_torch_files_are_read_back_bitwise(name: str, to: str, make_model: MakeM
 
 def test_unsupported_models_are_refused_with_the_reason(make_model: MakeModel, tmp_path: Path, tiny_run: Make) -> None:
     convmae, _ = make_model("convmae")
-    for to, message in (("timm", "timm has no ConvMAE"), ("hf", "no ConvMAE"), ("mmpretrain", "plain ViTs only")):
+    for to, message in (("timm", "timm has no ConvMAE"), ("hf", "of convmae"), ("mmpretrain", "plain ViTs only")):
         with pytest.raises(UserError, match=message):
             export_model(convmae, to, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()

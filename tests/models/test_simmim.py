@@ -137,8 +137,8 @@ def test_timm_loads_the_encoder(options: dict[str, object]) -> None:
 def test_invalid_options_are_named() -> None:
     with pytest.raises(UserError, match="'linear', 'mlp', not 'deep'"):
         create_model("simmim", **VIT, head="deep")
-    with pytest.raises(UserError, match="takes a swin_, beit_ or vit_"):
-        create_model("simmim", "resnet18")
+    with pytest.raises(UserError, match="takes a Swin, Beit, ViT or convolutional network"):
+        create_model("simmim", "pit_ti_224")
     with pytest.raises(UserError, match="multiples of 16"):
         create_model("simmim", **VIT | {"img_size": 40})
     with pytest.raises(ValueError, match="hide the same number"):

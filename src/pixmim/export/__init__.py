@@ -38,7 +38,7 @@ def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
 def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     """Write a plain ViT with mmpretrain's keys, and MAE's decoder if there is one."""
     if type(encoder) is not VisionTransformer or weights.config.model.name in ("simmim", "pixio"):
-        raise UserError("--to mmpretrain supports plain ViTs with one class token only (MAE, LSMAE, MFF)")
+        raise UserError("--to mmpretrain supports plain ViTs only, with one class token (MAE, LSMAE, MFF)")
     _write_torch(folder, {"state_dict": MM.from_pixmim(weights.tensors), "meta": _meta(weights, encoder)})
     return [
         "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",

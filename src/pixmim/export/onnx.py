@@ -56,13 +56,14 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
             model,
             (images[:2],),
             input_names=["images"],
-            output_names=names,
+            output_names=[f"output_{name}" for name in names],
             dynamo=True,
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=65536)}},
             verbose=False,
         )
     proto = program.model_proto  # type: ignore[union-attr]
     _strip(proto)
+    _name_outputs(proto.graph, names)
     mean, std = config.normalization
     metadata = {
         "mean": mean,
@@ -92,6 +93,17 @@ def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         "  -> " + ("logits" if is_classifier else "vector, mean (batch, width), map (batch, width, rows, columns)"),
         f"checked in onnxruntime for batch sizes 1 and 3: within {difference:.1e} of torch's largest value",
     ]
+
+
+def _name_outputs(graph: Any, names: list[str]) -> None:
+    """Rename the outputs "output_NAME" to NAME, and inner values of that name, which the exporter takes from torch."""
+    renamed = {name: f"inner_{name}" for name in names} | {f"output_{name}": name for name in names}
+    for node in graph.node:
+        for values in (node.input, node.output):
+            for i, value in enumerate(values):
+                values[i] = renamed.get(value, value)
+    for value in (*graph.value_info, *graph.output):
+        value.name = renamed.get(value.name, value.name)
 
 
 def _strip(message: Any) -> None:

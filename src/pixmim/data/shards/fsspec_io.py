@@ -78,7 +78,7 @@ def read_small_file(name: str, limit: int = MAX_TEXT_BYTES) -> bytes | None:
 
 
 def file_version(name: str) -> FileVersion | None:
-    """Return the current version of a file, or None if there is none. Raises UserError if it is not a regular file."""
+    """Return the version of a file, or None if it does not exist. Raises UserError if it is not a regular file."""
     if not is_url(name):
         try:
             status = Path(name).stat()
