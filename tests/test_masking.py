@@ -5,16 +5,9 @@ import pytest
 import torch
 
 from helpers.masks import average_distance
-from pixmim import masking
-from pixmim.masking import (
-    BeitBlockMask,
-    BlockwiseRandomMask,
-    GreenNoiseMask,
-    Mask,
-    MaskGenerator,
-    RandomMask,
-    SquareMask,
-)
+from pixmim import mask_patterns
+from pixmim.mask_patterns import BeitBlockMask, GreenNoiseMask, SquareMask
+from pixmim.masking import BlockwiseRandomMask, Mask, MaskGenerator, RandomMask
 from pixmim.utils import rng
 from pixmim.utils.patches import hidden_pixels
 
@@ -174,7 +167,7 @@ def test_blocks_on_grids_too_small_for_them() -> None:
 
 def test_green_noise_is_the_difference_of_two_gaussian_blurs() -> None:
     """Compare one pattern with a periodic convolution of the same white noise, value by value, in float64."""
-    side, count = 32, masking._BANK_VALUES // 32**2
+    side, count = 32, mask_patterns._BANK_VALUES // 32**2
     u = rng.uniform(0, "green noise", 0, np.arange(count * side), 2 * side)[:side]
     white = np.sqrt(-2 * np.log(1 - u[:, :side])) * np.cos(2 * math.pi * u[:, side:])
     offsets = np.arange(-3 * side, 3 * side + 1)  # the kernel, summed over its periodic images
@@ -189,7 +182,7 @@ def test_green_noise_is_the_difference_of_two_gaussian_blurs() -> None:
     ys, xs = np.indices((side, side))
     expected = [[(white * band[(y - ys) % side, (x - xs) % side]).sum() for x in range(4)] for y in range(4)]
     # A sampled Gaussian of sigma 0.5 is not band-limited: its spectrum differs from the continuous one by 2 %.
-    assert np.corrcoef(np.ravel(expected), masking._green_noise(side)[0, :4, :4].numpy().ravel())[0, 1] > 0.99
+    assert np.corrcoef(np.ravel(expected), mask_patterns._green_noise(side)[0, :4, :4].numpy().ravel())[0, 1] > 0.99
 
 
 def test_green_noise_hides_clumps_of_the_largest_power_at_middle_frequencies() -> None:
@@ -208,7 +201,7 @@ def test_windows_of_green_noise_are_flipped_and_shifted() -> None:
     generator, grid = GreenNoiseMask(), (6, 9)
     u = torch.tensor([[0.3, 0.25, 0.5, 0.0, 0.0]])
     plain = generator.sample(u, grid).hidden.view(6, 9)
-    bank = masking._green_noise(128)
+    bank = mask_patterns._green_noise(128)
     window = bank[int(0.3 * len(bank)), 32:38, 64:73]
     assert torch.equal(plain, window <= window.flatten().sort(descending=True).values[13])
     for column, axis in ((3, 0), (4, 1)):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pixmim.config import ModelConfig, PretrainConfig
     from pixmim.data import create_loader, open_dataset
     from pixmim.losses import ReconstructionLoss
-    from pixmim.masking import BeitBlockMask, BlockwiseRandomMask, GreenNoiseMask, Mask, RandomMask, SquareMask
+    from pixmim.mask_patterns import BeitBlockMask, GreenNoiseMask, SquareMask
+    from pixmim.masking import BlockwiseRandomMask, Mask, RandomMask
     from pixmim.models import create_model
     from pixmim.pretraining import PretrainResult, pretrain
     from pixmim.recipes import get_recipe
@@ -35,7 +36,8 @@ _NAMES = {
     "config": ("ModelConfig", "PretrainConfig"),
     "data": ("create_loader", "open_dataset"),
     "losses": ("ReconstructionLoss",),
-    "masking": ("BeitBlockMask", "BlockwiseRandomMask", "GreenNoiseMask", "Mask", "RandomMask", "SquareMask"),
+    "mask_patterns": ("BeitBlockMask", "GreenNoiseMask", "SquareMask"),
+    "masking": ("BlockwiseRandomMask", "Mask", "RandomMask"),
     "models": ("create_model",),
     "pretraining": ("PretrainResult", "pretrain"),
     "recipes": ("get_recipe",),

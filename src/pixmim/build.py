@@ -12,15 +12,8 @@ from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data.dataset import ImageSpec
 from pixmim.data.statistics import load_statistics
 from pixmim.losses import ReconstructionLoss
-from pixmim.masking import (
-    BeitBlockMask,
-    BlockwiseRandomMask,
-    GreenNoiseMask,
-    MaskGenerator,
-    MaskSampler,
-    RandomMask,
-    SquareMask,
-)
+from pixmim.mask_patterns import BeitBlockMask, GreenNoiseMask, SquareMask
+from pixmim.masking import BlockwiseRandomMask, MaskGenerator, MaskSampler, RandomMask
 from pixmim.models import create_encoder, create_model
 from pixmim.models.base import MaskedModel
 from pixmim.targets import ColorBins, LowFrequency, Pixels

@@ -164,8 +164,8 @@ def _timm(backbone: str, pretrained: bool = False, num_classes: int = 0, **optio
         size = options.pop("img_size")  # convolutions take any size, as long as their strides divide it
         encoder = timm.create_model(backbone, **options)
         if is_cnn(encoder):
-            stride = encoder.feature_info[-1]["reduction"]  # type: ignore[index]
-            _check_size(size if isinstance(size, tuple) else (size, size), stride, backbone)
+            info: Any = encoder.feature_info
+            _check_size(size if isinstance(size, tuple) else (size, size), info[-1]["reduction"], backbone)
     embed: Any = getattr(encoder, "patch_embed", None)
     if hasattr(embed, "img_size") and hasattr(embed, "patch_size"):
         _check_size(embed.img_size, embed.patch_size[0], backbone)
@@ -174,7 +174,7 @@ def _timm(backbone: str, pretrained: bool = False, num_classes: int = 0, **optio
 
 def _with_class_tokens(encoder: Module) -> Module:
     """Mark all prefix tokens as class tokens, whose mean is the feature of an image: see `features`."""
-    encoder.class_tokens = encoder.num_prefix_tokens  # type: ignore[assignment]
+    encoder.class_tokens = encoder.num_prefix_tokens
     return encoder
 
 

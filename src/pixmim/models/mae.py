@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel, freeze_pooling
+from pixmim.models.fusion import LevelFusion
 from pixmim.models.vit import encode_visible, fix_sincos_positions, gather, init_like_mae, prefix_tokens
 from pixmim.utils.errors import UserError
 from pixmim.utils.patches import sincos_positions
@@ -88,41 +89,12 @@ class MAE(MaskedModel):
         self.decoder = Decoder(encoder.embed_dim, encoder.num_prefix_tokens, grid, self.patch, channels, decoder)
         self.fusion = LevelFusion(encoder.embed_dim, len(encoder.blocks)) if fused else None
         if learned_positions:
-            for positions in (encoder.pos_embed, self.decoder.pos_embed):
+            for positions in (cast(nn.Parameter, encoder.pos_embed), self.decoder.pos_embed):
                 nn.init.trunc_normal_(positions.requires_grad_(True), std=0.02)
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
         self.check_mask(images, mask)
         return self.decoder(encode_visible(self.encoder, images, mask, self.fusion), mask)
-
-
-class LevelFusion(nn.Module):
-    """A weighted sum of the tokens of every second block, for the decoder: MFF (arXiv 2308.00261).
-
-    Blocks 1, 3, ..., 11 of 0 to 11. All but the last go through a linear map; the weights are the softmax of learned
-    numbers, equal at first. The encoder thus need not carry details of the pixels to its last block. It adds 2,952,966
-    parameters to ViT-B, which are left out of the exported encoder.
-
-    Args:
-        width: Width of the tokens.
-        depth: Number of blocks.
-    """
-
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.levels = range(1 - depth % 2, depth, 2)
-        self.projections = nn.ModuleList(nn.Linear(width, width) for _ in self.levels[:-1])
-        self.weights = nn.Parameter(torch.ones(len(self.levels), 1, 1, 1))
-
-    def forward(self, blocks: nn.Sequential, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """Apply the blocks one after another, and return the sum."""
-        outputs = []
-        for number, block in enumerate(blocks):
-            tokens = block(tokens)
-            if number in self.levels:
-                outputs.append(tokens)
-        projected = [layer(level) for layer, level in zip(self.projections, outputs, strict=False)]
-        return (torch.stack([*projected, tokens]) * self.weights.softmax(dim=0)).sum(dim=0)
 
 
 class Decoder(nn.Module):
