@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from helpers.runs import train
@@ -73,6 +74,19 @@ def test_mff_survives_mmpretrains_keys(mff: Path, tmp_path: Path) -> None:
     other = load_model(str(tmp_path / "mm/model.pth"))
     images, mask = torch.randn(2, 3, 32, 32), RandomMask()(2, 16)
     torch.testing.assert_close(other(images, mask), own(images, mask))
+
+
+@pytest.mark.parametrize("method", ["pixio", "mff", "resnet10t", "convnext_atto"])
+def test_the_encoder_of_a_run_is_loaded_by_timm(method: str, tiny_run: Make, tmp_path: Path) -> None:
+    model = replace(tiny_run().model, name=method)
+    if method in ("resnet10t", "convnext_atto"):
+        model = ArchitectureConfig("simmim", method)
+    train(tiny_run(model=model, size="64"), tmp_path / "run")
+    own, images = load_encoder(str(tmp_path / "run")).eval(), torch.randn(2, 3, 64, 64)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'run/encoder'}", pretrained=True).eval()
+    assert torch.equal(theirs.forward_features(images), own.forward_features(images))  # type: ignore[operator]
+    lines = export_model(str(tmp_path / "run"), "onnx", tmp_path / "onnx")
+    assert any("checked in onnxruntime" in line for line in lines)
 
 
 def test_a_fused_decoder_is_not_exported_as_vitmae(mff: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.config_io import portable, to_json
+from pixmim.models.cnn import is_cnn
 from pixmim.utils.files import write_json, write_text_atomically
 from pixmim.utils.validation import NOT_OF_TIMM
 
@@ -63,12 +64,13 @@ def timm_config(encoder: nn.Module, config: ModelConfig, classes: list[str] | No
     """Return the config.json of timm's hub layout: architecture, keywords, and format of the input."""
     mean, std = config.normalization
     published: Any = getattr(encoder, "pretrained_cfg", None) or {}
+    pool = getattr(encoder, "global_pool", "")  # of a CNN a module
     outputs = int(config.model.options.get("num_classes", 0))  # type: ignore[arg-type]
     pretrained: dict[str, Any] = {
         "tag": "pixmim",
         "custom_load": False,
         "input_size": [config.channels, *config.image_size],
-        "fixed_input_size": True,
+        "fixed_input_size": not is_cnn(encoder),
         "interpolation": config.interpolation,
         "crop_pct": 0.875,
         "mean": mean,
@@ -85,7 +87,7 @@ def timm_config(encoder: nn.Module, config: ModelConfig, classes: list[str] | No
         "architecture": config.model.backbone.split(".")[0],
         "num_classes": outputs,
         "num_features": int(encoder.num_features),  # type: ignore[arg-type]
-        "global_pool": config.model.options.get("global_pool", getattr(encoder, "global_pool", "")),
+        "global_pool": config.model.options.get("global_pool", pool if isinstance(pool, str) else "avg"),
         "model_args": {**method_options(encoder, config), **options},
         "pretrained_cfg": pretrained,
     }
@@ -93,7 +95,11 @@ def timm_config(encoder: nn.Module, config: ModelConfig, classes: list[str] | No
 
 def method_options(encoder: nn.Module, config: ModelConfig) -> dict[str, Any]:
     """Return timm's keywords that the method sets and a run's options therefore do not contain."""
-    options: dict[str, Any] = {"img_size": list(config.image_size), "in_chans": config.channels}
+    options: dict[str, Any] = {"in_chans": config.channels}
+    if not is_cnn(encoder):  # timm's CNNs take any size
+        options["img_size"] = list(config.image_size)
+    if config.model.name == "pixio":
+        options["reg_tokens"] = encoder.num_prefix_tokens - 1  # type: ignore[operator]
     if isinstance(encoder, SwinTransformer) and config.model.name == "simmim":
         options["drop_path_rate"] = 0.0
     if isinstance(encoder, Beit):
