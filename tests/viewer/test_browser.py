@@ -171,6 +171,12 @@ def test_an_own_image_is_uploaded_and_reconstructed(tab: Any, served: tuple[str,
     tab.set_input_files("#reconstruct .file input", tmp_path / "bad.png")
     tab.wait_for_selector("#message:not([hidden])")
     assert "bad.png cannot be read" in tab.inner_text("#message")
+    before = picture(tab, "#predictions img >> nth=1")
+    tab.click("#mask-next")
+    until(lambda: not np.array_equal(picture(tab, "#predictions img >> nth=1"), before))
+    assert "bad.png cannot be read" in tab.inner_text("#message")  # what succeeds does not hide what failed
+    tab.locator("#reconstruct .thumbnails button").nth(1).click()
+    tab.wait_for_selector("#message", state="hidden")
 
 
 def test_the_radius_moves_the_low_pass(tab: Any, served: tuple[str, Page]) -> None:

@@ -26,9 +26,13 @@ function svg(name, attributes = {}, text = "") {
   return node;
 }
 
-function show(message) {
-  $("message").textContent = message;
-  $("message").hidden = !message;
+const messages = new Map(); // by what failed: the success of one thing must not hide the failure of another
+
+function show(source, message) {
+  if (message) messages.set(source, message);
+  else messages.delete(source);
+  $("message").textContent = [...messages.values()].join(" · ");
+  $("message").hidden = !messages.size;
 }
 
 async function ask(path, query = {}, options = {}) {
@@ -42,16 +46,17 @@ async function ask(path, query = {}, options = {}) {
 
 const send = (path, values) => ask(path, {}, { method: "POST", body: JSON.stringify(values) });
 
-// Run the newest of several overlapping requests; answers to older ones are dropped.
-function latest(work) {
+// Run the newest of several overlapping requests; answers to older ones are dropped. A message of the same source
+// stays until the next request starts.
+function latest(source, work) {
   let number = 0;
   return async (...args) => {
     const own = ++number;
+    show(source, "");
     try {
       await work(() => own === number, ...args);
-      if (own === number) show("");
     } catch (error) {
-      if (own === number) show(error.message);
+      if (own === number) show(source, error.message);
     }
   };
 }
@@ -172,8 +177,9 @@ function drawCharts() {
 async function keepPolling() {
   try {
     if (await poll()) await updateStatus();
+    show("server", "");
   } catch (error) {
-    show(`the page's server does not answer (${error.message}); is pixmim view still running?`);
+    show("server", `the page's server does not answer (${error.message}); is pixmim view still running?`);
   }
   setTimeout(keepPolling, document.hidden ? 10000 : 2000);
 }
@@ -248,12 +254,12 @@ function thumbnail(image, text, side, action) {
   return element("button", { title: text, "data-image": image, "aria-pressed": "false", onclick: action }, picture);
 }
 
-const upload = latest(async (current, tab, file) => {
+const upload = latest("image", async (current, tab, file) => {
   const answer = await ask("/api/upload", { name: file.name }, { method: "POST", body: file });
   if (current()) await choose(tab, answer.image);
 });
 
-const choose = latest(async (current, tab, image) => {
+const choose = latest("image", async (current, tab, image) => {
   const answer = await ask("/api/image", { image });
   if (!current()) return;
   chosen[tab] = image;
@@ -329,7 +335,7 @@ function preparePainter() {
   for (const name of ["focus", "blur"]) painter.addEventListener(name, drawMask);
 }
 
-const drawNewMask = latest(async (current) => {
+const drawNewMask = latest("mask", async (current) => {
   const values = { run: 0, kind: $("mask-kind").value, ratio: $("mask-ratio").value, block_size: 2 * page.runs[0].patch, seed: $("mask-seed").value };
   const answer = await ask("/api/mask", values);
   if (!current()) return;
@@ -339,7 +345,7 @@ const drawNewMask = latest(async (current) => {
   await reconstruct();
 });
 
-const reconstruct = latest(async (current) => {
+const reconstruct = latest("reconstruction", async (current) => {
   const runs = [...document.querySelectorAll("#models input:checked")].map((box) => Number(box.value));
   if (!chosen.reconstruct || !mask.hidden.length || !runs.length) return;
   $("predictions").setAttribute("aria-busy", "true");
@@ -357,7 +363,7 @@ const reconstruct = latest(async (current) => {
 
 const reconstructSoon = debounce(reconstruct, 150);
 
-const drawLowPass = latest(async (current) => {
+const drawLowPass = latest("low-pass", async (current) => {
   const radius = Number($("radius").value);
   $("radius-label").textContent = `${radius} bins${radius === page.runs[0].radius ? `, the target of ${page.runs[0].name}` : ""}`;
   if (!chosen.reconstruct) return;
@@ -393,25 +399,25 @@ function drawEncoders() {
   $("encoders").replaceChildren(element("legend", {}, "Encoders (a tick computes features of all images, once)"), ...boxes);
 }
 
-const startIndex = latest(async (_, encoder) => {
+const startIndex = latest("index", async (_, encoder) => {
   await send("/api/index", { encoder });
   await watchIndexes();
 });
 
-async function watchIndexes() {
+const watchIndexes = latest("indexes", async () => {
   const before = indexes.map((one) => Boolean(one && one.complete));
   indexes = await ask("/api/indexes");
   drawEncoders();
   if (indexes.some((one, i) => one && one.complete && !before[i])) { await findNeighbors(); await drawLists(); }
   if (indexes.some((one) => one && !one.complete && !one.error)) setTimeout(watchIndexes, 700);
-}
+});
 
 function neighbor(one, text) {
   return element("figure", { class: "neighbor" }, thumbnail(one.image, one.name, 108, () => choose("neighbors", one.image)),
     element("figcaption", {}, [one.class, text].filter(Boolean).join(" · ")));
 }
 
-const findNeighbors = latest(async (current) => {
+const findNeighbors = latest("neighbors", async (current) => {
   if (!chosen.neighbors) return;
   const answers = await ask("/api/neighbors", { image: chosen.neighbors, count: 10 });
   if (!current()) return;
@@ -423,7 +429,7 @@ const findNeighbors = latest(async (current) => {
   $("found").replaceChildren(element("div", { class: "strip" }, query), ...rows);
 });
 
-const drawAttention = latest(async (current) => {
+const drawAttention = latest("attention", async (current) => {
   if (!chosen.neighbors) return;
   $("attention").replaceChildren(...page.runs.map((run, i) => {
     const picture = element("img", { src: `/api/attention?image=${chosen.neighbors}&run=${i}`, alt: `attention of ${run.name}` });
@@ -473,7 +479,7 @@ async function drawMap() {
   $("map-frame").hidden = false;
 }
 
-const startMap = () => drawMap().catch((error) => show(error.message));
+const startMap = latest("map", () => drawMap());
 
 // Tabs
 
@@ -487,7 +493,7 @@ function select(tab) {
   const name = tab.getAttribute("aria-controls"), place = document.querySelector(`.picker[data-for="${name}"]`);
   history.replaceState(null, "", `#${name}`);
   if (place && !place.childElementCount) makePicker(place);
-  if (name === "neighbors") watchIndexes().catch((error) => show(error.message));
+  if (name === "neighbors") watchIndexes();
 }
 
 function prepareTabs() {
@@ -510,7 +516,7 @@ async function start() {
   page = await ask("/api/page");
   document.title = `${page.runs.map((run) => run.name).join(", ")} · pixmim view`;
   $("about").textContent = page.runs.map((run) => `${run.name}: ${run.about}`).join(" · ");
-  if (page.problem) show(page.problem);
+  show("dataset", page.problem);
   page.runs.forEach((run, i) => {
     logs.push({ records: [], position: "", broken: 0, seen: 0 });
     $("checkpoint-run").append(element("option", { value: i }, run.name));
@@ -543,4 +549,4 @@ async function start() {
   await updateStatus();
 }
 
-start().catch((error) => show(error.message));
+start().catch((error) => show("server", error.message));
