@@ -17,6 +17,7 @@ from helpers.cli import say
 from pixmim import cli, recipes
 from pixmim.advice.speed import measure_speed
 from pixmim.cli.pretrain import read_flags
+from pixmim.data.split import split_labeled
 
 NOISE = np.random.default_rng(0)
 
@@ -51,10 +52,36 @@ def test_a_list_elsewhere_names_the_folder_that_it_may_read(tiles: Path, tmp_pat
     advice = pixmim.advise(tiles, write_list=tmp_path / "lists" / "a.txt", trial=False, device="cpu")
     assert len(advice.commands) == 1
     assert len(pixmim.open_dataset(advice.config.data)) == 5
-    with pytest.raises(pixmim.UserError, match=r"--list .*\.txt"):
-        pixmim.advise(tiles, write_list="a.csv", trial=False, device="cpu")
+    with pytest.raises(pixmim.UserError, match=r"--list .*\.txt or \.csv"):
+        pixmim.advise(tiles, write_list="a.json", trial=False, device="cpu")
     with pytest.raises(pixmim.UserError, match=r"--list a\.txt needs a folder"):
         pixmim.advise("shapes:count=20,size=32", write_list="a.txt", trial=False, device="cpu")
+
+
+def test_a_table_keeps_near_duplicates_in_one_part_of_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(24):
+        image = Image.fromarray(NOISE.integers(0, 256, (20, 20, 3), np.uint8)).resize((64, 64))
+        for copy in range(1 + number % 3):  # the copies of one image are in one class
+            file = Path("set", "ab"[number % 2], f"{number:02}-{copy}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.point(lambda value, copy=copy: max(0, value - copy)).save(file)
+    with pytest.raises(pixmim.UserError, match=r"all 48 images must be examined: add --images 48"):
+        pixmim.advise("set", images=47, write_list="set.csv", trial=False, device="cpu")
+    advice = pixmim.advise("set", write_list="set.csv", trial=False, device="cpu")
+    assert advice.config.data == "set.csv"
+    dataset = pixmim.open_dataset("set.csv")
+    assert dataset.classes == ["a", "b"] and dataset.groups is not None and dataset.labels is not None
+    is_train = split_labeled(dataset.labels, 0.5, 0, dataset.groups)
+    parts: dict[str, set[bool]] = {}
+    for index, part in enumerate(is_train):
+        parts.setdefault(Path(dataset.path_of(index)).name[:2], set()).add(bool(part))
+    assert len(parts) == 24 and all(len(sides) == 1 for sides in parts.values())
+    Path("flat").mkdir()
+    for file in Path("set/a").iterdir():
+        file.rename(Path("flat", file.name))
+    pixmim.advise("flat", write_list="flat.csv", trial=False, device="cpu")
+    assert Path("flat.csv").read_text().startswith("path,group\nflat/00-0.png,\nflat/02-0.png,near-duplicates 1\n")
 
 
 def test_the_printed_command_is_the_last_line(

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from pixmim.advice.page import write_page
-from pixmim.advice.prepare import prepare_cache, prepare_list, write_image_list
+from pixmim.advice.prepare import check_list, prepare_cache, prepare_list, write_image_list
 from pixmim.advice.rules import QUESTIONS, Suggestion, apply_rules, choose_recipe, configure, judge_speed
 from pixmim.advice.speed import measure_speed
 from pixmim.config import PretrainConfig
@@ -86,7 +86,8 @@ def advise(
     Args:
         data: The dataset, anything that --data takes.
         images: Images to examine (1 to 20,000), evenly distributed and always the same.
-        write_list: A new .txt file that lists the images without masks; the commands then use it.
+        write_list: A new file that lists the images without masks; the commands then use it. A .txt has their paths, a
+            .csv also their class, if they have one, and near-duplicates as groups that a split keeps together.
         device: Device to train on: "auto", "cpu", "cuda" or "mps".
         trial: Measure the speed of training with a few steps.
         console: Shows progress.
@@ -102,10 +103,12 @@ def advise(
     target = choose_device(device)
     dataset = open_unconverted(os.fspath(data))
     split = split_masks(dataset)
+    if write_list is not None:
+        check_list(dataset, len(split[0]), images, Path(write_list))
     size = min(get_recipe(choose_recipe(len(split[0]), target)).image_size)
     found = replace(survey(dataset, split, size=size, sample=images, console=console), data=os.fspath(data))
     if write_list is not None:
-        commands, source = list[str](), write_image_list(dataset, split[0], Path(write_list))
+        commands, source = list[str](), write_image_list(dataset, split[0], found, Path(write_list))
     else:
         commands, source = prepare_list(dataset, found)
     suggestions = apply_rules(found, source, target)

@@ -1,5 +1,7 @@
 """Commands that prepare a dataset for pre-training, and the list of its images without masks."""
 
+import csv
+import io
 import os
 import re
 import shlex
@@ -12,7 +14,7 @@ from pixmim.build import image_spec
 from pixmim.config import PretrainConfig
 from pixmim.data.dataset import RGB, ImageDataset
 from pixmim.data.image_folder import ImageFolder
-from pixmim.data.survey import Survey
+from pixmim.data.survey import MAX_SAMPLE, Survey
 from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import check_output, write_text_atomically
 
@@ -46,26 +48,46 @@ def prepare_cache(found: Survey, config: PretrainConfig, *, cached: bool) -> tup
     return commands, source
 
 
-def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], file: Path) -> str:
-    """Write the paths of images as a list for --data.
+def check_list(dataset: ImageDataset, images: int, examined: int, file: Path) -> None:
+    """Check that the `images` of a dataset can be listed in a file.
+
+    Raises:
+        UserError: If the dataset has no files, the list has another suffix or exists, or it is to name the groups of
+            near-duplicates, and not all images will be examined.
+    """
+    if file.suffix not in (".txt", ".csv"):
+        raise UserError(f"--list {file} is not the name of a list: it must end in .txt or .csv")
+    if not isinstance(dataset, ImageFolder):
+        raise UserError(f"--list {file} needs a folder of images, which {dataset.spec} is not")
+    if file.suffix == ".csv" and examined < images:
+        raise UserError(
+            f"--list {file} names near-duplicates, for which all {images:,} images must be examined: "
+            + (f"add --images {images}" if images <= MAX_SAMPLE else f"at most {MAX_SAMPLE:,} can be; use a .txt list")
+        )
+    check_output(file)
+
+
+def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], found: Survey, file: Path) -> str:
+    """Write a list for --data: a .txt of paths, or a .csv of path, label and group.
+
+    Near-duplicates are one group, so that --labelled does not split them. The class is that of the dataset; without
+    classes, there is no such column.
 
     Args:
         dataset: A folder or a list of images.
         images: Indices of the images to list.
-        file: A new .txt file.
+        found: The survey of all of them.
+        file: A new file, see `check_list`.
 
     Returns:
         The --data that reads the list.
 
     Raises:
-        UserError: If the dataset is of another kind, or the file cannot be written.
+        UserError: If a list cannot contain the name of an image, or the file cannot be written.
     """
-    if file.suffix != ".txt":
-        raise UserError(f"--list {file} is not the name of a list: it must end in .txt")
-    if not isinstance(dataset, ImageFolder):
-        raise UserError(f"--list {file} needs a folder of images, which {dataset.spec} is not")
-    check_output(file)
     root, folder = _root(dataset), os.path.abspath(file.parent)
+    group_of = {path: f"near-duplicates {i}" for i, group in enumerate(found.duplicates, 1) for path in group}
+    groups = [group_of.get(dataset.path_of(int(index)), "") for index in images]
     paths = [os.path.abspath(dataset.path_of(int(index))) for index in images]
     for path in paths:
         if path.strip() != path or "\n" in path:
@@ -73,13 +95,21 @@ def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], file:
     if _is_inside(root, folder):
         paths = [os.path.relpath(path, folder) for path in paths]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(file, "\n".join(paths) + "\n")
+    text, labels = io.StringIO(), dataset.labels
+    if file.suffix == ".txt":
+        text.writelines(f"{path}\n" for path in paths)
+    elif labels is None:
+        csv.writer(text).writerows([("path", "group"), *zip(paths, groups, strict=True)])
+    else:
+        names = [dataset.classes[label] if label >= 0 else "" for label in labels[images]]
+        csv.writer(text).writerows([("path", "label", "group"), *zip(paths, names, groups, strict=True)])
+    write_text_atomically(file, text.getvalue())
     return _list_spec(dataset, file)
 
 
 def _name(data: str) -> str:
     """Return a name for files made of a dataset."""
-    name = Path(data.split(",")[0]).name.removesuffix(".txt")
+    name = re.sub(r"[.](txt|csv)$", "", Path(data.split(",")[0]).name)
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "images"
 
 

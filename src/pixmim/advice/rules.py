@@ -190,7 +190,10 @@ def _target(found: Survey, recipe: PretrainConfig) -> Suggestion | None:
 def _duplicates(found: Survey) -> Suggestion | None:
     if not found.duplicates:
         return None
-    reason = "harmless for pre-training; for an evaluation, keep each group in the training data or in the test data"
+    reason = (
+        "harmless for pre-training; an evaluation must have each group in its training data or in its test data: "
+        "advise --list FILE.csv writes the groups, which --labelled keeps together"
+    )
     return Suggestion("duplicates", [], reason, "guess")
 
 

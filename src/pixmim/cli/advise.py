@@ -22,7 +22,7 @@ def advise(args: list[str]) -> int:
         /,
         *,
         images: Annotated[int, Integer(1, 20_000)] = 2_000,
-        list_file: Annotated[Path | None, arg(name="list", metavar="FILE.txt")] = None,
+        list_file: Annotated[Path | None, arg(name="list", metavar="FILE.txt|FILE.csv")] = None,
         json_file: Annotated[str, arg(name="json", metavar="FILE|-")] = "",
         out: Annotated[Path | None, arg(metavar="FOLDER")] = None,
         overwrite: bool = False,
@@ -34,7 +34,8 @@ def advise(args: list[str]) -> int:
         Args:
             data: Images: anything that --data of pretrain accepts.
             images: Images to examine, evenly distributed and always the same.
-            list_file: Write a list of the images without masks, for --data.
+            list_file: Write a list of the images without masks, for --data. A .csv also has classes, and
+                near-duplicates as groups, which --labelled keeps together.
             json_file: Write everything as JSON to a file, or to the standard output (-) instead of the text.
             out: Folder for a page with small images, index.html.
             overwrite: Replace an existing file of --json.
