@@ -23,6 +23,7 @@ MODELS = {
     ),
     "mff": ArchitectureConfig("mff", "vit_tiny_patch16_224", **THIN, options=SMALL | {"depth": 3}),
     "pixio": ArchitectureConfig("pixio", "vit_tiny_patch16_224", **THIN, options=dict(SMALL)),
+    "crossmae": ArchitectureConfig("crossmae", "vit_tiny_patch16_224", **THIN, options=SMALL | {"depth": 2}),
     "convmae": ArchitectureConfig("convmae", "convmae_tiny", **THIN),
     "simmim-vit": ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=dict(SMALL)),
     "simmim-beit": ArchitectureConfig("simmim", "beit_base_patch16_224", head="mlp", options=dict(SMALL)),

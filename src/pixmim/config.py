@@ -69,10 +69,9 @@ class ArchitectureConfig:
     """Encoder, and decoder or head."""
 
     name: str = "mae"
-    """Method: mae, lsmae, mff, pixio, convmae, simmim."""
+    """Method: mae, lsmae, mff, pixio, crossmae, convmae, simmim."""
     backbone: str = "vit_base_patch16_224"
-    """mae, lsmae, mff, pixio: a plain timm ViT. simmim: a Swin, Beit, ViT or CNN of timm.
-    convmae: convmae_base or _tiny."""
+    """convmae: convmae_base or _tiny. simmim: a Swin, Beit, ViT or CNN of timm. Others: a plain timm ViT."""
     decoder_dim: Annotated[int, KEYWORDS["decoder_dim"]] = 512
     """Width of the decoder (not for simmim)."""
     decoder_depth: Annotated[int, KEYWORDS["decoder_depth"]] = 8

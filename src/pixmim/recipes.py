@@ -78,6 +78,11 @@ def colormae_vit_base(epochs: int) -> PretrainConfig:
     return replace(mae_vit("base", epochs), mask=MaskConfig("green-noise"))
 
 
+def crossmae_vit_base() -> PretrainConfig:
+    """CrossMAE with ViT-B/16 (arXiv 2401.14391): MAE with a decoder of 12 blocks of cross-attention."""
+    return replace(mae_vit("base", 800), model=ArchitectureConfig("crossmae", "vit_base_patch16_224", decoder_depth=12))
+
+
 def pixio_vit_huge() -> PretrainConfig:
     """Pixio with ViT-H/16 at 256 px (arXiv 2512.15715), as its code trains on ImageNet-21k: 642,000 steps of 8192.
 
@@ -287,6 +292,8 @@ RECIPES: dict[str, RecipeEntry] = {
     "colormae-vit-base": RecipeEntry(partial(colormae_vit_base, 800), "ImageNet-1k: 83.6 fine-tuned"),
     "colormae-vit-base-1600": RecipeEntry(partial(colormae_vit_base, 1600), "ImageNet-1k: 83.8 fine-tuned"),
     "pixmim-colormae-vit-base": RecipeEntry(lambda: with_pixmim(colormae_vit_base(800)), _NO_NUMBER),
+    "crossmae-vit-base": RecipeEntry(crossmae_vit_base, "ImageNet-1k: 83.7 fine-tuned"),
+    "pixmim-crossmae-vit-base": RecipeEntry(lambda: with_pixmim(crossmae_vit_base()), _NO_NUMBER),
     "pixio-vit-huge": RecipeEntry(pixio_vit_huge, "ImageNet-21k: no published number (ADE20K, 2 billion images: 50.2)"),
     "pixmim-pixio-vit-huge": RecipeEntry(lambda: with_pixmim(pixio_vit_huge()), "ImageNet-21k: no published number"),
     "convmae-base": RecipeEntry(convmae_base, "ImageNet-1k: 70.9 linear, 85.0 fine-tuned"),

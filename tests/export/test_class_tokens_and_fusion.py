@@ -76,7 +76,7 @@ def test_mff_survives_mmpretrains_keys(mff: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(other(images, mask), own(images, mask))
 
 
-@pytest.mark.parametrize("method", ["pixio", "mff", "resnet10t", "convnext_atto"])
+@pytest.mark.parametrize("method", ["pixio", "mff", "crossmae", "resnet10t", "convnext_atto"])
 def test_the_encoder_of_a_run_is_loaded_by_timm(method: str, tiny_run: Make, tmp_path: Path) -> None:
     model = replace(tiny_run().model, name=method)
     if method in ("resnet10t", "convnext_atto"):
@@ -89,14 +89,16 @@ def test_the_encoder_of_a_run_is_loaded_by_timm(method: str, tiny_run: Make, tmp
     assert any("checked in onnxruntime" in line for line in lines)
 
 
-def test_a_fused_decoder_is_not_exported_as_vitmae(mff: Path, tmp_path: Path) -> None:
-    lines = export_model(str(mff), "hf", tmp_path / "hf")
+@pytest.mark.parametrize("method", ["mff", "crossmae"])
+def test_another_decoder_is_not_exported_as_vitmae(method: str, tiny_run: Make, tmp_path: Path) -> None:
+    run = make_run(tiny_run, tmp_path / "run", method)
+    lines = export_model(str(run), "hf", tmp_path / "hf")
     assert any("ViTModel" in line for line in lines) and not any("ViTMAE" in line for line in lines)
     model = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False)
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         token = model(images).last_hidden_state[:, 0]
-    torch.testing.assert_close(token, features(load_encoder(str(mff)), images).vector[:, -1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(token, features(load_encoder(str(run)), images).vector[:, -1], atol=1e-5, rtol=0)
 
 
 def test_imported_weights_of_pixio_keep_their_method(pixio: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], MaskGenerator, ReconstructionLo
     "LSMAE of colors": ("lsmae", "vit_tiny_patch16_224", VIT | THIN | BINS, BlockwiseRandomMask(0.75, 2), COLORS),
     "MFF": ("mff", "vit_tiny_patch16_224", VIT | THIN | {"depth": 3}, GreenNoiseMask(), NORMALIZED),
     "Pixio": ("pixio", "vit_tiny_patch16_224", VIT | THIN, BlockwiseRandomMask(0.75, 4), NORMALIZED),
+    "CrossMAE": ("crossmae", "vit_tiny_patch16_224", VIT | THIN | {"decoder_depth": 2}, RandomMask(), NORMALIZED),
     "ConvMAE": ("convmae", "convmae_tiny", CONVMAE | THIN, RandomMask(), NORMALIZED),
     "SimMIM on ViT": ("simmim", "vit_tiny_patch16_224", VIT, BlockwiseRandomMask(0.6, 2, whole_blocks=True), ABSOLUTE),
     "SimMIM on Beit": ("simmim", "beit_base_patch16_224", VIT, BeitBlockMask(0.4), ABSOLUTE),

@@ -73,6 +73,18 @@ def mae(key_bias: bool = True) -> State:
     return random(vit(key_bias) | norm("norm", DIM) | decoder(1))
 
 
+def crossmae(depth: int = 3) -> State:
+    """Return the tensors of CrossMAE with weighted feature maps, the input among them: no final norm of the encoder."""
+    shapes = {"mask_token": (1, 1, WIDE), "decoder_pos_embed": (1, 1 + GRID**2, WIDE), "wfm.linear.weight": (depth, 3)}
+    for i in range(depth):
+        b = f"decoder_blocks.{i}"
+        shapes |= norm(f"dec_norms.{i}", DIM) | norm(f"{b}.norm1", WIDE) | linear(f"{b}.cross_attn.q", WIDE, WIDE)
+        shapes |= linear(f"{b}.cross_attn.kv", DIM, 2 * WIDE) | linear(f"{b}.cross_attn.proj", WIDE, WIDE)
+        shapes |= norm(f"{b}.norm2", WIDE) | linear(f"{b}.mlp.fc1", WIDE, 4 * WIDE)
+        shapes |= linear(f"{b}.mlp.fc2", 4 * WIDE, WIDE)
+    return random(vit() | shapes | norm("decoder_norm", WIDE) | linear("decoder_pred", WIDE, 3 * PATCH**2))
+
+
 def mae_training_file(path: Path) -> State:
     """Save what main_pretrain saves. Its `input_size` is unrelated to the model."""
     state = mae()
@@ -222,6 +234,35 @@ def mae_forward(images: Tensor, hidden: Tensor, p: State) -> Tensor:
     x = torch.cat([(p["cls_token"] + p["pos_embed"][:, :1]).expand(len(x), -1, -1), x], 1)
     x = ln(run_blocks(x, p, "blocks", HEADS), p, "norm")
     return decode(x[:, 1:], x[:, 0], hidden, p)
+
+
+def crossmae_forward(images: Tensor, hidden: Tensor, p: State) -> Tensor:
+    """Predict each patch of each image on its own, from a mask token that attends to the visible tokens."""
+    embedded, out = embed(images, p) + p["pos_embed"][:, 1:], []
+    for tokens, row in zip(embedded, hidden, strict=True):
+        levels = [torch.cat([p["cls_token"][0] + p["pos_embed"][0, :1], tokens[~row]])[None]]
+        for i in range(DEPTH):
+            one = {name.replace(f"blocks.{i}.", "only.0."): v for name, v in p.items() if name.startswith("blocks.")}
+            levels.append(run_blocks(levels[-1], one, "only", HEADS))
+        predictions = []
+        for position in p["decoder_pos_embed"][0, 1:]:
+            x, i = p["mask_token"][0, 0] + position, 0
+            while f"dec_norms.{i}.weight" in p:
+                b, size = f"decoder_blocks.{i}", WIDE // DECODER_HEADS
+                mixed = sum(w * level[0] for w, level in zip(p["wfm.linear.weight"][i], levels, strict=True))
+                kv = ln(mixed, p, f"dec_norms.{i}") @ p[f"{b}.cross_attn.kv.weight"].T + p[f"{b}.cross_attn.kv.bias"]
+                q = p[f"{b}.cross_attn.q.weight"] @ ln(x, p, f"{b}.norm1") + p[f"{b}.cross_attn.q.bias"]
+                heads = []
+                for h in range(DECODER_HEADS):
+                    part = slice(h * size, (h + 1) * size)
+                    share = (kv[:, :WIDE][:, part] @ q[part] / size**0.5).softmax(0)
+                    heads.append(share @ kv[:, WIDE:][:, part])
+                x = x + p[f"{b}.cross_attn.proj.weight"] @ torch.cat(heads) + p[f"{b}.cross_attn.proj.bias"]
+                x = x + mlp(ln(x, p, f"{b}.norm2"), p, f"{b}.mlp")
+                i += 1
+            predictions.append(p["decoder_pred.weight"] @ ln(x, p, "decoder_norm") + p["decoder_pred.bias"])
+        out.append(torch.stack(predictions))
+    return torch.stack(out)
 
 
 def convmae_stages(images: Tensor, p: State, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,13 +1,14 @@
-"""MFF and Pixio, which are MAE with another input of the decoder, or other positions and more class tokens."""
+"""MFF, CrossMAE and Pixio: MAE with another input of the decoder, another decoder, or other positions and tokens."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from pixmim import RandomMask, create_model
-from pixmim.masking import BlockwiseRandomMask
+from pixmim.masking import BlockwiseRandomMask, Mask
 from pixmim.models import create_encoder, features
 from pixmim.models.mae import MAE
+from pixmim.utils.errors import UserError
 
 TINY = {"backbone": "vit_tiny_patch16_224", "patch_size": 4, "embed_dim": 32, "num_heads": 2, "img_size": 16}
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -47,6 +48,42 @@ def test_weights_of_mff_are_equal_at_first() -> None:
     assert model.fusion.weights.softmax(dim=0).flatten().tolist() == [0.5, 0.5]
     bound = 1 / 32**0.5  # PyTorch's own initialization, as in the released code
     assert 0.9 * bound < model.fusion.projections[0].weight.abs().max() <= bound
+
+
+def test_crossmae_has_the_published_layers() -> None:
+    with torch.device("meta"):
+        model = create_model("crossmae", "vit_base_patch16_224")
+    block = 2 * 768 + 4 * 512 + 2 * (512 + 1) * 512 + (768 + 1) * 1024 + (512 + 1) * 2048 + (2048 + 1) * 512
+    others = 13 * 12 + 512 + 197 * 512 + 2 * 512 + (512 + 1) * 768  # mixes, mask token, positions, norm, prediction
+    assert sum(p.numel() for p in model.parameters()) == 85_798_656 + 12 * block + others == 127_287_964
+
+
+def test_crossmae_predicts_hidden_patches_alone_in_training_and_all_later() -> None:
+    model = create_model("crossmae", **TINY, **DECODER, depth=2).double()
+    images, mask = torch.randn(3, 3, 16, 16, dtype=torch.float64), RandomMask(0.6)(3, 16)
+    trained, complete = model(images, mask), model.eval()(images, mask)
+    assert (trained[~mask.hidden] == 0).all() and (complete[~mask.hidden] != 0).all()
+    torch.testing.assert_close(trained[mask.hidden], complete[mask.hidden], atol=1e-12, rtol=0)
+    other = Mask.from_hidden(mask.hidden.flip(1))
+    assert not torch.allclose(model(images, other), complete)
+
+
+def test_each_patch_of_crossmae_is_predicted_on_its_own() -> None:
+    """With one more patch hidden, which no other patch reads, only what is visible changes the predictions."""
+    model = create_model("crossmae", **TINY, **DECODER, depth=2).double().eval()
+    images, hidden = torch.randn(1, 3, 16, 16, dtype=torch.float64), torch.arange(16)[None] % 4 > 0
+    changed = images.clone()
+    changed[..., 4:8] += 1  # a column of patches that is hidden
+    mask = Mask.from_hidden(hidden)
+    assert torch.equal(model(images, mask), model(changed, mask))
+    changed[..., :4] += 1
+    assert not torch.allclose(model(images, mask), model(changed, mask))
+
+
+@pytest.mark.parametrize("option", [{"decoder_stride": 2}, {"decoder_stride": 2, "predict_patch": 8}])
+def test_crossmae_refuses_a_coarser_decoder(option: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="stride"):
+        create_model("crossmae", **TINY, **DECODER, **option)
 
 
 def test_pixio_has_the_published_sizes() -> None:

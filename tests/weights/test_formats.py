@@ -83,6 +83,7 @@ PRE_TRAINED: list[tuple[str, Callable[[], State], Callable[[State], State], Forw
     ("MAE", official.mae, dict, official.mae_forward, 16, 32, BOTH),
     ("MAE", lambda: official.mae(key_bias=False), dict, official.mae_forward, 16, 32, BOTH),
     ("MAE", official.mae, lambda s: {f"module.{k}": v for k, v in s.items()}, official.mae_forward, 16, 32, BOTH),
+    ("CrossMAE", official.crossmae, dict, official.crossmae_forward, 16, 32, BOTH),
     ("ConvMAE", official.convmae, dict, official.convmae_forward, 4, 32, BOTH),
     ("SimMIM on Swin", official.simmim_swin, dict, official.simmim_swin_forward, 64, 32, {"img_size": 32}),
     ("SimMIM on ViT", official.simmim_vit, dict, official.simmim_vit_forward, 16, 32, {}),

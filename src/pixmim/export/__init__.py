@@ -37,8 +37,8 @@ def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
 
 def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     """Write a plain ViT with mmpretrain's keys, and MAE's decoder if there is one."""
-    if type(encoder) is not VisionTransformer or weights.config.model.name in ("simmim", "pixio"):
-        raise UserError("--to mmpretrain supports plain ViTs only, with one class token (MAE, LSMAE, MFF)")
+    if type(encoder) is not VisionTransformer or weights.config.model.name in ("simmim", "pixio", "crossmae"):
+        raise UserError("--to mmpretrain supports MAE, LSMAE and MFF only")
     _write_torch(folder, {"state_dict": MM.from_pixmim(weights.tensors), "meta": _meta(weights, encoder)})
     return [
         "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",

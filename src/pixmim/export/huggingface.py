@@ -78,7 +78,7 @@ def _model(weights: Weights, encoder: nn.Module) -> tuple[CheckpointFormat, str,
     h, w = weights.config.image_size
     if weights.has_decoder and weights.config.model.name == "simmim":
         return HF_VIT, "ViTForMaskedImageModeling", config
-    if not weights.has_decoder or h != w or weights.config.model.name == "mff":  # ViTMAE: squares, no fusion
+    if not weights.has_decoder or h != w or weights.config.model.name in ("mff", "crossmae"):  # not ViTMAE's
         return HF_VIT_BODY, "ViTModel", config
     model, mask, target = weights.config.model, weights.config.mask, weights.config.target
     config |= {

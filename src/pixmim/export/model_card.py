@@ -16,6 +16,7 @@ _PAPERS = {
     "mae": ("MAE", "2111.06377"),
     "lsmae": ("LSMAE", "2210.07224"),
     "mff": ("MFF", "2308.00261"),
+    "crossmae": ("CrossMAE", "2401.14391"),
     "pixio": ("Pixio", "2512.15715"),
     "convmae": ("ConvMAE", "2205.03892"),
     "simmim": ("SimMIM", "2111.09886"),

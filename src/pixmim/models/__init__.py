@@ -15,6 +15,7 @@ from torch import nn
 from pixmim.models import convmae, vit
 from pixmim.models.base import MaskedModel
 from pixmim.models.cnn import CNNSimMIM, is_cnn
+from pixmim.models.crossmae import CrossMAE
 from pixmim.models.feature_maps import depth as depth
 from pixmim.models.feature_maps import features as features
 from pixmim.models.mae import MAE, DecoderOptions
@@ -27,6 +28,12 @@ def _mae(backbone: str, method: str = "mae", **options: Any) -> MAE:
     decoder, options = _split(options)
     encoder = vit.check_plain(create_encoder(method, backbone, **options), backbone)
     return MAE(encoder, decoder, fused=method == "mff", learned_positions=method == "pixio")
+
+
+def _crossmae(backbone: str, **options: Any) -> CrossMAE:
+    """Build CrossMAE (arXiv 2401.14391), by default with 12 decoder blocks."""
+    decoder, options = _split({"decoder_depth": 12, **options})
+    return CrossMAE(vit.check_plain(create_encoder("crossmae", backbone, **options), backbone), decoder)
 
 
 def _pixio(backbone: str, **options: Any) -> MAE:
@@ -61,6 +68,7 @@ BUILDERS: dict[str, Callable[..., MaskedModel]] = {
     "lsmae": _lsmae,
     "mff": partial(_mae, method="mff"),
     "pixio": _pixio,
+    "crossmae": _crossmae,
     "convmae": _convmae,
     "simmim": _simmim,
 }
@@ -85,10 +93,10 @@ def create_model(name: str, backbone: str | None = None, **options: Any) -> Mask
     """Build a model for pre-training, with random weights from torch's global generator.
 
     Args:
-        name: "mae", "lsmae", "mff", "pixio", "convmae" or "simmim".
-        backbone: mae, lsmae, mff, pixio: any plain timm ViT (vit_base_patch16_224). simmim: a timm Swin, Beit or ViT,
-            or a network of convolutions (swin_base_patch4_window7_224, resnet50, convnext_base). convmae: convmae_base
-            or convmae_tiny.
+        name: "mae", "lsmae", "mff", "pixio", "crossmae", "convmae" or "simmim".
+        backbone: simmim: a timm Swin, Beit or ViT, or a network of convolutions (swin_base_patch4_window7_224,
+            resnet50, convnext_base). convmae: convmae_base or convmae_tiny. Others: any plain timm ViT
+            (vit_base_patch16_224).
         **options: Fields of `DecoderOptions`, or for simmim head ("linear", "mlp"). outputs is 1, or the bins of
             `ColorBins`. The others are passed to the backbone (img_size, in_chans, ...).
 

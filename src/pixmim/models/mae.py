@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel, freeze_pooling
 from pixmim.models.fusion import LevelFusion
-from pixmim.models.vit import encode_visible, fix_sincos_positions, gather, init_like_mae, prefix_tokens
+from pixmim.models.vit import embed_visible, fix_sincos_positions, gather, init_like_mae, prefix_tokens
 from pixmim.utils.errors import UserError
 from pixmim.utils.patches import sincos_positions
 
@@ -81,11 +81,7 @@ class MAE(MaskedModel):
         self.encoder: VisionTransformer = encoder
         self.patch = encoder.patch_embed.patch_size[0]
         grid, channels = encoder.patch_embed.grid_size, encoder.patch_embed.proj.in_channels
-        init_like_mae(encoder)
-        fix_sincos_positions(encoder)
-        freeze_pooling(encoder)
-        for token in prefix_tokens(encoder):
-            nn.init.normal_(token, std=0.02)
+        prepare_encoder(encoder)
         self.decoder = Decoder(encoder.embed_dim, encoder.num_prefix_tokens, grid, self.patch, channels, decoder)
         self.fusion = LevelFusion(encoder.embed_dim, len(encoder.blocks)) if fused else None
         if learned_positions:
@@ -94,7 +90,18 @@ class MAE(MaskedModel):
 
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
         self.check_mask(images, mask)
-        return self.decoder(encode_visible(self.encoder, images, mask, self.fusion), mask)
+        tokens, blocks = embed_visible(self.encoder, images, mask), self.encoder.blocks
+        tokens = blocks(tokens) if self.fusion is None else self.fusion(blocks, tokens)
+        return self.decoder(self.encoder.norm(tokens), mask)
+
+
+def prepare_encoder(encoder: VisionTransformer) -> None:
+    """Initialize a ViT as MAE's, with fixed sine-cosine positions, and freeze what no prediction depends on."""
+    init_like_mae(encoder)
+    fix_sincos_positions(encoder)
+    freeze_pooling(encoder)
+    for token in prefix_tokens(encoder):
+        nn.init.normal_(token, std=0.02)
 
 
 class Decoder(nn.Module):

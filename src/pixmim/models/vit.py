@@ -1,6 +1,5 @@
 """Run a plain timm VisionTransformer or Beit on masked images, from outside: its state_dict stays a timm checkpoint."""
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -59,25 +58,11 @@ def prefix_tokens(encoder: VisionTransformer) -> list[Tensor]:
     return [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
 
 
-def encode_visible(
-    encoder: VisionTransformer,
-    images: Float[Tensor, "b c h w"],
-    mask: Mask,
-    fusion: Callable[[nn.Sequential, Tensor], Tensor] | None = None,
-) -> Float[Tensor, "b m d"]:
-    """Encode the prefix tokens and the k visible patches, m = prefix + k (MAE, section 3).
+def embed_visible(encoder: VisionTransformer, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:
+    """Return the first block's input, prefix tokens and the k visible patches, m = prefix + k (MAE, section 3).
 
     Equal to dropping hidden tokens after timm's patch embedding. But hidden patches are not embedded: the patch
     convolution is a matrix product with the visible patches.
-
-    Args:
-        encoder: The encoder.
-        images: Normalized images of its size.
-        mask: The mask.
-        fusion: Applies the blocks to the tokens and combines their outputs; by default the output of the last block.
-
-    Returns:
-        Tokens after the final norm.
 
     Raises:
         ValueError: If the images have another size than the encoder, or the mask has no index tables.
@@ -94,8 +79,7 @@ def encode_visible(
 
     positions = cast(Tensor, encoder.pos_embed)[:, _positioned_prefix(encoder) :]
     tokens = tokens + gather(positions.expand(len(images), -1, -1), ids_keep)
-    tokens = encoder.norm_pre(encoder.pos_drop(_prepend_prefix(encoder, tokens)))
-    return encoder.norm(encoder.blocks(tokens) if fusion is None else fusion(encoder.blocks, tokens))
+    return encoder.norm_pre(encoder.pos_drop(_prepend_prefix(encoder, tokens)))
 
 
 def encode_replaced(

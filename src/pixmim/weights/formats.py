@@ -5,6 +5,7 @@ from dataclasses import replace
 from pixmim.weights.key_map import (
     CheckpointFormat,
     KeyMap,
+    add_final_norm,
     downsampling_to_next_stage,
     downsampling_to_previous_stage,
     drop_key_bias,
@@ -52,6 +53,20 @@ MAE = CheckpointFormat(
         ("**", "encoder.**"),
     ),
     transforms=(fuse_qkv, split_class_tokens),
+)
+
+CROSSMAE = CheckpointFormat(
+    "CrossMAE (official code)",
+    "vit",
+    ("wfm.linear.weight", "decoder_blocks.0.cross_attn.q.weight"),
+    KeyMap(
+        ("wfm.linear.*", "decoder.mix.*"),
+        ("dec_norms.*.*", "decoder.blocks.*.context_norm.*"),
+        *((f"decoder_blocks.*.cross_attn.{part}.*", f"decoder.blocks.*.{part}.*") for part in ("q", "kv", "proj")),
+        *_MAE_DECODER,
+        ("**", "encoder.**"),
+    ),
+    transforms=(add_final_norm,),
 )
 
 CONVMAE = CheckpointFormat(
@@ -334,7 +349,7 @@ HF_SWIN, HF_SWIN_BODY = _hf_swin("swin."), _hf_swin("")
 HF_BEIT, HF_BEIT_BODY = _hf_beit("beit."), _hf_beit("")
 
 FORMATS = (
-    *(MAE, CONVMAE, SIMMIM_SWIN, SIMMIM_VIT, SWIN, TIMM_SWIN, TIMM_BEIT, MM, MM_BODY, MM_SWIN, MM_SWIN_BODY),
+    *(CROSSMAE, MAE, CONVMAE, SIMMIM_SWIN, SIMMIM_VIT, SWIN, TIMM_SWIN, TIMM_BEIT, MM, MM_BODY, MM_SWIN, MM_SWIN_BODY),
     *(HF_VIT, HF_BEIT, HF_BEIT_BODY),  # HF_BEIT_BODY has the keys that identify HF_VIT_BODY too, so it comes first
     *(HF_PIXIO, HF_VIT_BODY, HF_SWIN, HF_SWIN_BODY, TIMM_VIT),
 )

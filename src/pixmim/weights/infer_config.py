@@ -54,7 +54,7 @@ SWINS: dict[tuple[int, tuple[int, ...]], str] = {
     (192, (2, 2, 18, 2)): "swin_large_patch4_window7_224",
 }
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width
-DECODER_HEADS = {512: 16, 384: 12}  # by width: MAE and ConvMAE; LSMAE-base
+DECODER_HEADS = {512: 16, 384: 12, 256: 8}  # by width: MAE and ConvMAE; LSMAE-base; CrossMAE-small
 SWIN_SIZES = {6: 192, 7: 224, 12: 192, 14: 224}  # by window: SimMIM and Swin; 12: SimMIM's Swin-L
 _EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6}  # of the layer norms
 _HF_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "swin": 1e-5}  # transformers' defaults, by model_type
@@ -77,6 +77,8 @@ def infer_config(file: RawCheckpoint, kind: Kind, tensors: Tensors, hints: Model
         method = "convmae" if kind == "convmae" else "lsmae" if long else "mae"
         if "fusion.weights" in tensors:
             method = "mff"
+        elif "decoder.mix.weight" in tensors:
+            method = "crossmae"
         elif options.get("no_embed_class") is False and "encoder.cls_token" in tensors:
             method = "pixio"  # only Pixio has a class token and registers with positions
         model = replace(ArchitectureConfig(method, backbone, options=options), **decoder)  # type: ignore[arg-type]
@@ -188,9 +190,9 @@ _ENCODERS: dict[Kind, Callable[[Tensors, ModelHints], tuple[str, Options, Size]]
 
 def _decoder(tensors: Tensors, hints: ModelHints) -> dict[str, int]:
     """Return keywords of MAE's decoder, with LSMAE's coarser grid and larger patches; empty without a decoder."""
-    if "decoder.embed.weight" not in tensors:
+    if "decoder.predict.weight" not in tensors:
         return {}
-    dim = tensors["decoder.embed.weight"].shape[0]
+    dim = tensors["decoder.predict.weight"].shape[1]
     heads = _heads(dim, DECODER_HEADS, hints, "decoder_heads", "--decoder-heads")
     options = {"decoder_dim": dim, "decoder_depth": _count(tensors, "decoder.blocks"), "decoder_heads": heads}
     if "decoder.downsample.weight" in tensors:

@@ -155,6 +155,12 @@ def fold_batch_norm(tensors: Tensors) -> Tensors:
     return folded
 
 
+def add_final_norm(tensors: Tensors) -> Tensors:
+    """Add the final norm of an encoder that was trained without one: a norm with unit weights."""
+    width = tensors["encoder.patch_embed.proj.weight"].shape[0]
+    return {"encoder.norm.weight": torch.ones(width), "encoder.norm.bias": torch.zeros(width)} | tensors
+
+
 def downsampling_to_next_stage(tensors: Tensors) -> Tensors:
     """Move Swin's patch merging from the end of a stage (original code) to the start of the next one (timm)."""
     return _shift_downsampling(tensors, +1)
