@@ -1,13 +1,16 @@
 """pixmim's parts in other training loops, and its MAE against Hugging Face's ViTMAE."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import torchvision
 
 import pixmim
+from pixmim.config import PretrainConfig
 from pixmim.models.mae import MAE
 
 transformers = pytest.importorskip("transformers")
@@ -47,6 +50,7 @@ def test_plain_loop_example_learns(pictures: Path) -> None:
     [
         ("lightning_module", "lightning", {"size": 32}),
         ("lightly_mae", "lightly", {"size": 32}),
+        ("stable_pretraining_mae", "stable_pretraining", {"size": 32}),
         ("huggingface_trainer", "accelerate", {"config": config()}),
     ],
 )
@@ -57,6 +61,21 @@ def test_examples_in_other_libraries_learn(
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     losses = example(name).train(str(pictures), steps=8, batch=5, **options)
     assert len(losses) == 8 and losses[-1] < 0.99 * losses[0]
+
+
+def test_an_encoder_is_distilled_by_lightly_train(
+    tiny_run: Callable[..., PretrainConfig], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lightly_train", reason="SKIPPED FOR WANT OF lightly-train: pip install lightly-train")
+    monkeypatch.setenv("LIGHTLY_TRAIN_EVENTS_DISABLED", "1")
+    pixmim.pretrain(tiny_run(size="224"), out=tmp_path / "run")
+    weights = example("lightly_train_distillation").distill(
+        str(tmp_path / "run"), str(pictures), str(tmp_path / "out"), epochs=1, batch=4
+    )
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(
+        torch.load(weights, weights_only=True), strict=False
+    )
+    assert not unexpected and set(missing) <= {"fc.weight", "fc.bias"}
 
 
 def to_pixmim(reference: torch.nn.Module) -> dict[str, torch.Tensor]:
