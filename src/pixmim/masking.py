@@ -166,7 +166,8 @@ class BlockwiseRandomMask(MaskGenerator):
         order = ranks(u)[:, block_of_patch]
         if not self.whole_blocks:
             within = (column % size * size + row % size).flatten()
-            return keep_first(ranks(order * size**2 + within), self.ratio)
+            # Below 4 MAX_PATCHES, so exact in float32.
+            return keep_first(ranks((order * size**2 + within).float()), self.ratio)
         blocks = self.num_uniforms(grid)
         hidden = math.ceil(blocks * self.ratio)
         if hidden >= blocks:
@@ -207,9 +208,20 @@ class MaskSampler:
         return mask, int(mask.hidden.sum()) / self._count_hidden(step)
 
 
-def ranks(values: Tensor) -> Tensor:
+def ranks(values: Float[Tensor, "b n"]) -> Int[Tensor, "b n"]:
     """Return the rank of each value in its row. Stable, so that devices agree on ties."""
+    if values.device.type == "cpu" and values.dtype == torch.float32:
+        return _inverse(_stable_argsort(values))
     return _inverse(torch.argsort(values, dim=1, stable=True))
+
+
+def _stable_argsort(values: Float[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """Sort float32 values on a CPU as integers, with the index of each in the lower bits: a tenth of argsort's time."""
+    bits = (values + 0.0).view(torch.int32).long()  # the sum replaces -0, which equals 0, by 0
+    ascending = bits ^ (bits >> 31 & 0x7FFFFFFF)  # negative numbers descend with their bits
+    keys = ascending << 32 | torch.arange(values.shape[1], device=values.device)
+    keys.numpy().sort(axis=1)  # NumPy's is vectorized
+    return keys & 0xFFFFFFFF
 
 
 def _inverse(permutation: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:

@@ -1,8 +1,10 @@
 """Prepare a model for training: recompute activations, compile, replicate (DDP) or shard (FSDP2), in this order."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar, cast
 
@@ -18,6 +20,7 @@ from pixmim.config import ParallelConfig
 from pixmim.training.distributed import Distributed
 from pixmim.training.precision import Precision
 from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.files import cache_path
 
 ParallelMode = Literal["none", "ddp", "fsdp"]
 Module = TypeVar("Module", bound=nn.Module)
@@ -28,6 +31,28 @@ def parallel_mode(config: ParallelConfig, world: Distributed) -> ParallelMode:
     if world.size == 1:
         return "none"
     return "ddp" if config.strategy == "auto" else config.strategy
+
+
+def choose_compilation(config: ParallelConfig, device: torch.device) -> tuple[ParallelConfig, str]:
+    """Resolve `compile`: "auto" is "blocks" on a CUDA GPU and "none" elsewhere. Compiles a sum to see whether it works.
+
+    torch keeps what it compiles in $TORCHINDUCTOR_CACHE_DIR, by default in pixmim's cache directory instead of /tmp: the
+    next run starts without compiling.
+
+    Returns:
+        The configuration for `parallelize` and `step_context`, and a line to print if there is no working compiler.
+    """
+    kind = config.compile
+    if kind == "auto":
+        kind = "blocks" if device.type == "cuda" else "none"
+    if kind != "none":
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path("compiled", torch.__version__)))
+        try:
+            torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
+        except Exception as error:  # of Dynamo, Triton, or the operating system
+            line = f"not compiled, because torch.compile does not work on this machine: {first_line(error)}"
+            return replace(config, compile="none"), line
+    return replace(config, compile=kind), ""
 
 
 def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -42,7 +67,7 @@ def parallelize(
 ) -> nn.Module:
     """Return the module to call in place of `model`, whose own parameters are trained and saved.
 
-    Call it before the optimizer is created, which must see the shards. Compilation is in place, so that names in
+    `config` is from `choose_compilation`. Call it before the optimizer is created, which must see the shards. Compilation is in place, so that names in
     checkpoints stay. FSDP2 shards block by block, so that one is gathered while another computes; weights are gathered
     in the precision of the run, and gradients are reduced in float32.
 
@@ -93,9 +118,7 @@ def step_context(config: ParallelConfig) -> Iterator[None]:
             with torch._dynamo.config.patch(recompile_limit=64):
                 yield
         except TorchDynamoException as error:
-            raise UserError(
-                f"torch.compile failed ({first_line(error)}): leave out --parallel.compile {config.compile}"
-            ) from error
+            raise UserError(f"torch.compile failed ({first_line(error)}): pass --parallel.compile none") from error
 
 
 def sync_last_microbatch(network: nn.Module, last: bool) -> AbstractContextManager[object]:
