@@ -375,6 +375,8 @@ def run_all(options: argparse.Namespace) -> int:
     flags += ["--packages", str(options.packages)] if options.packages is not None else []
     paths = [str(SOURCE / "src"), *([str(options.packages.resolve())] if options.packages is not None else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    # Of all parts, so that one compiles for the next; torch's own is in the same place.
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "pixmim-gpu-compiled"))
     with open(options.out / "log.txt", "w") as log:
         for name in options.only:
             result_path(options.out, name).unlink(missing_ok=True)
