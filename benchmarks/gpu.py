@@ -49,7 +49,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Part:
-    """What one part has measured so far: rows of tables. The file is replaced at each row."""
+    """Tables of one part. Its file is replaced at each row, so that a part that is killed keeps what it has measured."""
 
     name: str
     dry: bool
@@ -326,7 +326,7 @@ def claims(part: Part) -> str | None:
     return None
 
 
-class Plan(NamedTuple):
+class Limited(NamedTuple):
     """A part, and its limit in seconds."""
 
     run: Callable[[Part], str | None]
@@ -334,12 +334,12 @@ class Plan(NamedTuple):
 
 
 PARTS = {
-    "ceilings": Plan(ceilings, 40),
-    "tests": Plan(tests, 130),
-    "step": Plan(step, 220),
-    "pretrain": Plan(pretrain, 90),
-    "knn": Plan(knn, 40),
-    "claims": Plan(claims, 600),
+    "ceilings": Limited(ceilings, 40),
+    "tests": Limited(tests, 130),
+    "step": Limited(step, 220),
+    "pretrain": Limited(pretrain, 90),
+    "knn": Limited(knn, 40),
+    "claims": Limited(claims, 600),
 }
 
 
@@ -370,7 +370,7 @@ def run_all(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"missing in this Python: {', '.join(missing)}; --help says how to carry them", flush=True)
+        print(f"missing in this Python: {', '.join(missing)}; to carry them, see --help", flush=True)
     flags = ["--out", str(options.out), "--data", options.data, *(["--dry"] if options.dry else [])]
     flags += ["--packages", str(options.packages)] if options.packages is not None else []
     paths = [str(SOURCE / "src"), *([str(options.packages.resolve())] if options.packages is not None else [])]
@@ -430,7 +430,7 @@ def result_path(out: Path, name: str) -> Path:
 
 
 def read_result(out: Path, name: str) -> dict[str, Any]:
-    """Return a part's file; an empty result if there is none."""
+    """Return the content of a part's file, or an empty result without one."""
     path = result_path(out, name)
     return json.loads(path.read_text()) if path.exists() else {"end": "failed: it wrote nothing", "tables": {}}
 
@@ -478,7 +478,7 @@ NOT_YET = "No GPU has been measured yet."
 
 
 def with_section(page: str, out: Path) -> str:
-    """Return a page whose section "On a GPU" holds the tables of `out`, or one line that there are none."""
+    """Return a page whose section "On a GPU" holds the tables of `out`, or one line without any."""
     body = text_of(out)
     table = "\n".join(f"    {line}".rstrip() for line in body.splitlines()) if body else NOT_YET
     section = f"""## On a GPU

@@ -156,7 +156,7 @@ def test_deep_images_are_exact(dtype: str, device: torch.device, tiny_run: Make,
 
 @pytest.fixture(scope="module")
 def plain(tiny_run: Make, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, float], None]:
-    """Return an assertion that a run of three steps ends near the plain one on the CPU, measured by its movement."""
+    """Return an assertion that a run of three steps ends as the plain one on the CPU does, in shares of its movement."""
     config, out = tiny_run(data=cache, steps=3, log_every=3), tmp_path_factory.mktemp("plain")
     initial = build_model(config).encoder.state_dict()
     train(config, out)
@@ -175,7 +175,7 @@ def plain(tiny_run: Make, cache: str, tmp_path_factory: pytest.TempPathFactory) 
     [{}, {"accumulation_steps": 2}, {"cache_images": "gpu"}, {"cache_images": "ram", "precision": "bf16"}],
     ids=lambda changes: ", ".join(map(str, changes.values())) or "as it is",
 )
-def test_a_run_ends_near_the_plain_run_on_the_cpu(
+def test_a_run_agrees_with_the_plain_run_on_the_cpu(
     changes: dict[str, Any], device: torch.device, plain: Any, tiny_run: Make, tmp_path: Path, cache: str
 ) -> None:
     train(tiny_run(data=cache, steps=3, device=device.type, parallel=EAGER, **changes), tmp_path / "run")
@@ -185,12 +185,12 @@ def test_a_run_ends_near_the_plain_run_on_the_cpu(
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["auto", "none", "blocks", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_compiled_and_half_precision_runs_end_near_the_plain_run_on_the_cpu(
+def test_compiled_and_half_precision_runs_agree_with_the_plain_run_on_the_cpu(
     compile: Any, precision: Precision, plain: Any, tiny_run: Make, tmp_path: Path, cache: str
 ) -> None:
     config = tiny_run(data=cache, steps=3, device="cuda", precision=precision, parallel=ParallelConfig(compile=compile))
     text = Started(tmp_path / "output.txt", print_training, config, tmp_path / "run").end()
-    assert "3 steps" in text and "not compiled" not in text
+    assert "3 steps" in text and "nothing is compiled" not in text
     plain(tmp_path / "run", 1e-3 if precision == "fp32" else 0.05)
 
 

@@ -63,7 +63,7 @@ def test_what_a_part_measured_before_its_error_is_kept(
         assert row["error"] == "no memory"
         raise RuntimeError("lost the device")
 
-    monkeypatch.setitem(script.PARTS, "knn", script.Plan(broken, 1))
+    monkeypatch.setitem(script.PARTS, "knn", script.Limited(broken, 1))
     with pytest.raises(RuntimeError):
         script.run_part(script.Part("knn", True, tmp_path))
     assert script.read_result(tmp_path, "knn") == {

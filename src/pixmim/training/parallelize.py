@@ -50,7 +50,7 @@ def choose_compilation(config: ParallelConfig, device: torch.device) -> tuple[Pa
         try:
             torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
         except Exception as error:  # of Dynamo, Triton, or the operating system
-            line = f"not compiled, because torch.compile does not work on this machine: {first_line(error)}"
+            line = f"warning: torch.compile does not work on this machine, so nothing is compiled: {first_line(error)}"
             return replace(config, compile="none"), line
     return replace(config, compile=kind), ""
 
