@@ -49,7 +49,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Part:
-    """Tables of one part. Its file is replaced at each row, so that a part that is killed keeps what it has measured."""
+    """Tables of one part. Its file is replaced at each row: a part that is killed keeps what it has measured."""
 
     name: str
     dry: bool

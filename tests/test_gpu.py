@@ -156,7 +156,7 @@ def test_deep_images_are_exact(dtype: str, device: torch.device, tiny_run: Make,
 
 @pytest.fixture(scope="module")
 def plain(tiny_run: Make, cache: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, float], None]:
-    """Return an assertion that a run of three steps ends as the plain one on the CPU does, in shares of its movement."""
+    """Return an assertion that a run of three steps moves its weights as the plain one on the CPU, up to a share."""
     config, out = tiny_run(data=cache, steps=3, log_every=3), tmp_path_factory.mktemp("plain")
     initial = build_model(config).encoder.state_dict()
     train(config, out)

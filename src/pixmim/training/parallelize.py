@@ -34,10 +34,10 @@ def parallel_mode(config: ParallelConfig, world: Distributed) -> ParallelMode:
 
 
 def choose_compilation(config: ParallelConfig, device: torch.device) -> tuple[ParallelConfig, str]:
-    """Resolve `compile`: "auto" is "blocks" on a CUDA GPU and "none" elsewhere. Compiles a sum to see whether it works.
+    """Resolve `compile`: "auto" is "blocks" on a CUDA GPU and "none" elsewhere. Compiles a sum to test the compiler.
 
-    torch keeps what it compiles in $TORCHINDUCTOR_CACHE_DIR, by default in pixmim's cache directory instead of /tmp: the
-    next run starts without compiling.
+    Compiled code is kept for the next run in $TORCHINDUCTOR_CACHE_DIR: by default in pixmim's cache directory, since
+    torch's own default, in /tmp, does not outlive a job or a reboot.
 
     Returns:
         The configuration for `parallelize` and `step_context`, and a line to print if there is no working compiler.
@@ -67,9 +67,9 @@ def parallelize(
 ) -> nn.Module:
     """Return the module to call in place of `model`, whose own parameters are trained and saved.
 
-    `config` is from `choose_compilation`. Call it before the optimizer is created, which must see the shards. Compilation is in place, so that names in
-    checkpoints stay. FSDP2 shards block by block, so that one is gathered while another computes; weights are gathered
-    in the precision of the run, and gradients are reduced in float32.
+    `config` is from `choose_compilation`. Call it before the optimizer is created, which must see the shards.
+    Compilation is in place, so that names in checkpoints stay. FSDP2 shards block by block, so that one is gathered
+    while another computes; weights are gathered in the precision of the run, and gradients are reduced in float32.
 
     Raises:
         UserError: If the precision does not go with the strategy.
@@ -77,9 +77,9 @@ def parallelize(
     if config.recompute:
         for block in transformer_blocks(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if config.compile != "none":
-        for part in transformer_blocks(model) if config.compile == "blocks" else [model]:
-            part.compile(fullgraph=True, dynamic=False)
+    parts = {"blocks": transformer_blocks(model), "full": [model]}
+    for part in parts.get(config.compile, []):
+        part.compile(fullgraph=True, dynamic=False)
 
     mode = parallel_mode(config, world)
     if mode == "ddp":
@@ -108,7 +108,7 @@ def step_context(config: ParallelConfig) -> Iterator[None]:
     with warnings.catch_warnings():
         # Predictions are a slice of the decoder's output, and nothing writes to them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        if config.compile == "none":
+        if config.compile not in ("blocks", "full"):
             yield
             return
         from torch._dynamo.exc import TorchDynamoException  # takes seconds
