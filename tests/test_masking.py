@@ -7,7 +7,7 @@ import torch
 from helpers.masks import average_distance
 from pixmim import mask_patterns
 from pixmim.mask_patterns import BeitBlockMask, GreenNoiseMask, SquareMask
-from pixmim.masking import BlockwiseRandomMask, Mask, MaskGenerator, RandomMask, ranks
+from pixmim.masking import BlockwiseRandomMask, Mask, MaskGenerator, RandomMask
 from pixmim.utils import rng
 from pixmim.utils.patches import hidden_pixels
 
@@ -33,17 +33,6 @@ def test_from_hidden_gives_the_same_mask() -> None:
     mask = RandomMask(0.75)(4, 16)
     again = Mask.from_hidden(mask.hidden)
     assert torch.equal(again.ids_keep, mask.ids_keep) and torch.equal(again.ids_restore, mask.ids_restore)
-
-
-def test_ranks_are_those_of_a_stable_sort() -> None:
-    ties = torch.randint(-3, 4, (50, 40)).float() / 4
-    signed_zeros = torch.where(torch.rand(50, 40) < 0.5, 0.0, -0.0)
-    extremes = torch.tensor([[float("inf"), -1e-45, 0.0, 1e-45, -float("inf"), 3.4e38, -3.4e38, -0.0]])
-    for values in (ties, signed_zeros, ties + signed_zeros, torch.randn(50, 196), extremes):
-        for row, found in zip(values.tolist(), ranks(values), strict=True):
-            order = sorted(range(len(row)), key=row.__getitem__)  # Python's sort is stable
-            assert [found[index] for index in order] == list(range(len(row)))
-        assert torch.equal(ranks(values), ranks(values.double()))
 
 
 def test_every_patch_is_hidden_equally_often() -> None:
