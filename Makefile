@@ -7,7 +7,7 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadscope
 # Labeled synthetic images for the evaluation of the demo.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
 
-.PHONY: demo test test-long test-lowest check format docs bench clean
+.PHONY: demo test test-long test-lowest check format docs bench gpu clean
 
 demo: .venv/installed  ## pre-train on synthetic shapes, evaluate, write runs/demo/report.html
 	rm -rf runs/demo
@@ -54,7 +54,12 @@ bench: .venv/developing  ## throughput against other implementations, interleave
 	$(BIN)/python benchmarks/lowpass.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/knn.py
+	$(BIN)/python benchmarks/host.py
 	@echo "and, with a folder of photographs: $(BIN)/python benchmarks/data.py (loaders.py, features.py) --data FOLDER"
+
+# With the machine's own Python, which needs torch and no network: make gpu GPU="--packages packages --data photos"
+gpu:  ## everything that needs a GPU, in nine minutes; make gpu GPU=--dry: at tiny size on the CPU
+	$(PYTHON) benchmarks/gpu.py $(GPU)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pixmim needs Python 3.11 or later: make PYTHON=...")'

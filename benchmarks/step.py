@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 from plain_mae import PlainMAE
-from steps import Ours, Step, huggingface_mae, theirs, training_flops
-from timing import CLOCKS, interleaved, machine, product_rate, stated_peak, wait
+from steps import COMPILE, Ours, Step, huggingface_mae, memory, theirs, training_flops
+from timing import CLOCKS, interleaved, largest_costs, machine, product_rate, stated_peak
 from torch import Tensor, nn
 
 import pixmim
@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in a turn; 10 on a GPU, otherwise 1")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: for a CPU that others use too")
     parser.add_argument("--data", help="images or a cache of them; drawn ones if left out")
-    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="all that is not float32")
+    parser.add_argument(
+        "--compile", nargs="?", const="full", choices=COMPILE, default="none", help="all in half precision"
+    )
     parser.add_argument("--profile", action="store_true", help="print what takes pixmim's time")
     options = parser.parse_args()
     retain_freed_memory()
@@ -77,7 +79,7 @@ def main() -> None:
     )
 
     about = f"{options.backbone} at {options.size} px, patch {options.patch}, batch {options.batch}; {machine()}"
-    print(about + (f"; {fast} by torch.compile, mode {options.compile}" if options.compile else ""))
+    print(about + (f"; {fast} compiled: {options.compile}" if options.compile != "none" else ""))
     table(options, rows, seconds, images)
     ours = f"{PIXMIM}, {fast}"
     spent = seconds["target"] / seconds[ours]
@@ -85,7 +87,8 @@ def main() -> None:
     verdict(seconds, fast)
     with_data(options, rows[ours].step, images)
     if options.profile:
-        profile(turns[ours], device)
+        for name, share in largest_costs(turns[ours], device, 25):
+            print(f"{share:6.1%}  {name}")
 
 
 def candidates(options: argparse.Namespace, device: torch.device, fast: str) -> dict[str, Row]:
@@ -93,15 +96,15 @@ def candidates(options: argparse.Namespace, device: torch.device, fast: str) -> 
     rows: dict[str, Row] = {}
     others, thin = peers(), decoder(options.backbone)
     for precision in dict.fromkeys(("fp32", fast)):
-        mode = options.compile if precision == fast else None
+        compile = options.compile if precision == fast else "none"
         for name, target in (("pixmim MAE", pixmim.Pixels()), (PIXMIM, None)):
-            ours = Ours("mae", options.backbone, options.size, precision, device, target, mode, **shape(options))
+            ours = Ours("mae", options.backbone, options.size, precision, device, target, compile, **shape(options))
             rows[f"{name}, {precision}"] = Row(ours, precision, ours.model)
         vit: Any = ours.model.encoder
         sizes = (options.size, options.patch, vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads, thin)
         for name, build in others.items():
             model = build(*sizes)
-            rows[f"{name}, {precision}"] = Row(theirs(model, precision, device, mode), precision, model)
+            rows[f"{name}, {precision}"] = Row(theirs(model, precision, device, compile), precision, model)
     return rows
 
 
@@ -141,17 +144,8 @@ def table(options: argparse.Namespace, rows: dict[str, Row], seconds: dict[str, 
         if stated:
             line += f", {flops * rate / stated:.1%} of {stated / 1e12:.0f}"
         if images.device.type == "cuda":
-            line += f"   {memory(row, images) / 2**30:5.1f} GiB"
+            line += f"   {memory(row.step, row.model, images) / 2**30:5.1f} GiB"
         print(line)
-
-
-def memory(row: Row, images: Tensor) -> float:
-    """Return the peak bytes of a step: weights, moments, and the step's own memory."""
-    kept = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in row.model.parameters())
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    row.step(images)
-    return kept + torch.cuda.max_memory_allocated() - before
 
 
 def verdict(seconds: dict[str, float], fast: str) -> None:
@@ -189,19 +183,6 @@ def with_data(options: argparse.Namespace, step: Step, images: Tensor) -> None:
     rate, left = options.batch / seconds["cached"], seconds["synthetic"] / seconds["cached"]
     dataset_name = options.data or "synthetic images"
     print(f"from a cache of {dataset_name}: {rate:.1f} images/s, {left:.1%} of the rate without data")
-
-
-def profile(run: Callable[[], object], device: torch.device) -> None:
-    """Print the time of three steps by kernel or operator."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as found:
-        for _ in range(3):
-            run()
-        wait()
-    by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
 
 
 if __name__ == "__main__":

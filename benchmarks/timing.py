@@ -48,18 +48,52 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def product_rate(device: torch.device, precision: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """FLOP a second of one large matrix product here: the best of eight. What a step could reach at most."""
-    side = 8192 if device.type == "cuda" else 2048
+def product_rate(
+    device: torch.device, precision: str, clock: Callable[[], float] = time.perf_counter, side: int = 0
+) -> float:
+    """Return FLOP/s of one large matrix product, the best of eight: what a step could reach at most."""
+    side = side or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
+    return 2 * side**3 / least(lambda: a @ b, 8, clock)
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Return bytes/s that are read and written by a copy of `size` bytes on the device, the best of eight."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / least(lambda: target.copy_(source), 8)
+
+
+def least(run: Callable[[], object], rounds: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the least seconds of a call."""
     best = float("inf")
-    for _ in range(8):
+    for _ in range(rounds):
         wait()
         began = clock()
-        a @ b
+        run()
         wait()
         best = min(best, clock() - began)
-    return 2 * side**3 / best
+    return best
+
+
+def profiled(run: Callable[[], object], device: torch.device) -> torch.profiler.profile:
+    """Profile three calls, by kernel or operator."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as found:
+        for _ in range(3):
+            run()
+        wait()
+    return found
+
+
+def largest_costs(run: Callable[[], object], device: torch.device, count: int) -> list[tuple[str, float]]:
+    """Return the most expensive kernels or operators of a call, each with its share of all."""
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: float(getattr(event, own)) for event in profiled(run, device).key_averages()}
+    total = sum(times.values()) or 1.0
+    return [(name[:60], times[name] / total) for name in sorted(times, key=times.__getitem__, reverse=True)[:count]]
 
 
 def stated_peak() -> float | None:

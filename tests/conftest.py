@@ -65,7 +65,7 @@ def memory(_own_cache: None) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # keywords also hold the names of folders
                 item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
 
 

@@ -181,8 +181,9 @@ class ParallelConfig:
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several ranks: ddp replicates the model, fsdp shards it (for large models). auto: ddp."""
-    compile: Literal["none", "blocks", "full"] = "none"
-    """torch.compile of each transformer block, or of the full model (not with fsdp)."""
+    compile: Literal["auto", "none", "blocks", "full"] = "auto"
+    """torch.compile of each transformer block, or of the full model (not with fsdp). auto: blocks on a CUDA GPU, none
+    elsewhere. Without a working compiler nothing is compiled."""
     recompute: bool = False
     """Recompute the activations of blocks in the backward pass: less memory, a third more time."""
     timeout: Positive = 600.0

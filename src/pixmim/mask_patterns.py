@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pixmim.masking import Grid, Mask, MaskGenerator, keep_first, ranks
+from pixmim.masking import Grid, Mask, MaskGenerator, keep_first
 from pixmim.utils import rng
+from pixmim.utils.ranks import ranks
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pixmim.utils import rng
+from pixmim.utils.ranks import inverse, ranks
 
 Grid = tuple[int, int]
 """(rows, columns) of patches."""
@@ -59,7 +60,7 @@ class Mask:
             visible = int(counts[0])
         # Visible and hidden patches each keep their order, so a cumulative count is an index.
         restore = torch.where(hidden, visible + hidden.cumsum(dim=1), (~hidden).cumsum(dim=1)) - 1
-        return Mask(hidden, _inverse(restore)[:, :visible], restore)
+        return Mask(hidden, inverse(restore)[:, :visible], restore)
 
     @property
     def indices(self) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b n"]]:
@@ -166,7 +167,8 @@ class BlockwiseRandomMask(MaskGenerator):
         order = ranks(u)[:, block_of_patch]
         if not self.whole_blocks:
             within = (column % size * size + row % size).flatten()
-            return keep_first(ranks(order * size**2 + within), self.ratio)
+            # Below 4 MAX_PATCHES, so exact in float32.
+            return keep_first(ranks((order * size**2 + within).float()), self.ratio)
         blocks = self.num_uniforms(grid)
         hidden = math.ceil(blocks * self.ratio)
         if hidden >= blocks:
@@ -205,17 +207,6 @@ class MaskSampler:
         if self._generator.has_fixed_count(self._grid):
             return mask, len(rows) / self._batch_size
         return mask, int(mask.hidden.sum()) / self._count_hidden(step)
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Return the rank of each value in its row. Stable, so that devices agree on ties."""
-    return _inverse(torch.argsort(values, dim=1, stable=True))
-
-
-def _inverse(permutation: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-    """Return the inverse of the permutation in each row."""
-    numbers = torch.arange(permutation.shape[1], device=permutation.device).expand_as(permutation)
-    return torch.empty_like(permutation).scatter_(1, permutation, numbers)
 
 
 def keep_first(rank: Tensor, ratio: float) -> Mask:

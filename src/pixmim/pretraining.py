@@ -44,7 +44,7 @@ from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
 from pixmim.training.metric_logger import end_summary, read_metrics, start_summary
 from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw_by_layer
-from pixmim.training.parallelize import parallelize, step_context, sync_last_microbatch, unsharded
+from pixmim.training.parallelize import choose_compilation, parallelize, step_context, sync_last_microbatch, unsharded
 from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.training.preemption import Interrupted
 from pixmim.training.trackers import Trackers
@@ -233,7 +233,9 @@ def _train(
     best = BestEncoder(config, out, schedule.steps, console)
 
     # Parallelism, optimizer, and parts of a batch that fit in memory.
-    network = parallelize(model, config.parallel, world, device, precision)
+    parallel, not_compiled = choose_compilation(config.parallel, device)
+    notes += [not_compiled] * bool(not_compiled)
+    network = parallelize(model, parallel, world, device, precision)
     layers, exempt = layer_ids(model.encoder), not_decayed(model.encoder)
     adam = adamw_by_layer(model, layers, config.lr, config.optim, exempt, schedule.decoder)
     optimizer = SyncFreeOptimizer(adam, config.optim.clip, scaling=precision == "fp16", device=device)
@@ -248,7 +250,7 @@ def _train(
 
     reserved = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # AdamW's moments
     reserved += (decoded_bytes(data) or 0) if location == "gpu" else 0
-    with step_context(config.parallel):
+    with step_context(parallel):
         width = int(model.encoder.num_features)  # type: ignore[arg-type]
         parts = find_accumulation_steps(config, world, device, width, trial, reserved)
 
@@ -349,7 +351,7 @@ def _train(
             threads=num_threads(config.threads, processes=local_ranks),
         ) as loader,
         trainer,
-        step_context(config.parallel),
+        step_context(parallel),
         out_of_memory_hint(shard.local_batch_size, parts),
     ):
         measured = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]

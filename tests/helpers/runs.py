@@ -19,6 +19,11 @@ def train(config: PretrainConfig, out: Path, **options: Any) -> str:
     return file.getvalue()
 
 
+def print_training(config: PretrainConfig, out: Path) -> None:
+    """Train, as the target of another process."""
+    print(train(config, out))
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "encoder/model.safetensors")
 

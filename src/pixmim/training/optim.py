@@ -189,7 +189,7 @@ class SyncFreeOptimizer:
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the Euclidean norm of all gradients, including the shards of other ranks."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([grad for p in parameters if (grad := p.grad) is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

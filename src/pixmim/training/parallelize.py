@@ -1,8 +1,10 @@
 """Prepare a model for training: recompute activations, compile, replicate (DDP) or shard (FSDP2), in this order."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar, cast
 
@@ -18,6 +20,7 @@ from pixmim.config import ParallelConfig
 from pixmim.training.distributed import Distributed
 from pixmim.training.precision import Precision
 from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.files import cache_path
 
 ParallelMode = Literal["none", "ddp", "fsdp"]
 Module = TypeVar("Module", bound=nn.Module)
@@ -28,6 +31,28 @@ def parallel_mode(config: ParallelConfig, world: Distributed) -> ParallelMode:
     if world.size == 1:
         return "none"
     return "ddp" if config.strategy == "auto" else config.strategy
+
+
+def choose_compilation(config: ParallelConfig, device: torch.device) -> tuple[ParallelConfig, str]:
+    """Resolve `compile`: "auto" is "blocks" on a CUDA GPU and "none" elsewhere. Compiles a sum to test the compiler.
+
+    Compiled code is kept for the next run in $TORCHINDUCTOR_CACHE_DIR: by default in pixmim's cache directory, since
+    torch's own default, in /tmp, does not outlive a job or a reboot.
+
+    Returns:
+        The configuration for `parallelize` and `step_context`, and a line to print if there is no working compiler.
+    """
+    kind = config.compile
+    if kind == "auto":
+        kind = "blocks" if device.type == "cuda" else "none"
+    if kind != "none":
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path("compiled", torch.__version__)))
+        try:
+            torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
+        except Exception as error:  # of Dynamo, Triton, or the operating system
+            line = f"warning: torch.compile does not work on this machine, so nothing is compiled: {first_line(error)}"
+            return replace(config, compile="none"), line
+    return replace(config, compile=kind), ""
 
 
 def transformer_blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -42,9 +67,9 @@ def parallelize(
 ) -> nn.Module:
     """Return the module to call in place of `model`, whose own parameters are trained and saved.
 
-    Call it before the optimizer is created, which must see the shards. Compilation is in place, so that names in
-    checkpoints stay. FSDP2 shards block by block, so that one is gathered while another computes; weights are gathered
-    in the precision of the run, and gradients are reduced in float32.
+    `config` is from `choose_compilation`. Call it before the optimizer is created, which must see the shards.
+    Compilation is in place, so that names in checkpoints stay. FSDP2 shards block by block, so that one is gathered
+    while another computes; weights are gathered in the precision of the run, and gradients are reduced in float32.
 
     Raises:
         UserError: If the precision does not go with the strategy.
@@ -52,9 +77,9 @@ def parallelize(
     if config.recompute:
         for block in transformer_blocks(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if config.compile != "none":
-        for part in transformer_blocks(model) if config.compile == "blocks" else [model]:
-            part.compile(fullgraph=True, dynamic=False)
+    parts = {"blocks": transformer_blocks(model), "full": [model]}
+    for part in parts.get(config.compile, []):
+        part.compile(fullgraph=True, dynamic=False)
 
     mode = parallel_mode(config, world)
     if mode == "ddp":
@@ -83,7 +108,7 @@ def step_context(config: ParallelConfig) -> Iterator[None]:
     with warnings.catch_warnings():
         # Predictions are a slice of the decoder's output, and nothing writes to them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        if config.compile == "none":
+        if config.compile not in ("blocks", "full"):
             yield
             return
         from torch._dynamo.exc import TorchDynamoException  # takes seconds
@@ -93,9 +118,7 @@ def step_context(config: ParallelConfig) -> Iterator[None]:
             with torch._dynamo.config.patch(recompile_limit=64):
                 yield
         except TorchDynamoException as error:
-            raise UserError(
-                f"torch.compile failed ({first_line(error)}): leave out --parallel.compile {config.compile}"
-            ) from error
+            raise UserError(f"torch.compile failed ({first_line(error)}): pass --parallel.compile none") from error
 
 
 def sync_last_microbatch(network: nn.Module, last: bool) -> AbstractContextManager[object]:
