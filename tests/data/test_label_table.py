@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from helpers.cli import say
 from pixmim import cli
+from pixmim.cli.pretrain import read_flags
 from pixmim.data import label_table, open_dataset
 from pixmim.data.image_folder import ImageFolder
-from pixmim.data.uri import absolute, read_parts
+from pixmim.data.uri import absolute, read_parts, with_patterns
 from pixmim.evaluation.classification import check_labeled
 from pixmim.utils.errors import UserError
 
@@ -136,7 +138,7 @@ def test_left_out_rows_are_counted_and_printed(write: Write, capsys: pytest.Capt
         ),
         ("path,label\na.jpg,1", ",group=visit", "no column 'visit' (group=). Its columns: path, label"),
         ("foo,label\na.jpg,1", "", "add ,path=COLUMN with one of its columns: foo, label"),
-        ("a.jpg,1\nb.jpg,2", "", "add ,path=COLUMN with one of its columns: a.jpg, 1"),
+        ("a.jpg,1\nb.jpg,2", "", "no header: its first line must name the columns"),
         ("path,label\na.jpg,1", ",lable=x", "no option lable=; did you mean 'label'? Its options: path, label, group"),
         ("path,label\na.jpg,1", ",image=x", "no option image="),
         ("path,label\na.jpg,1", ",label=", "no value for label="),
@@ -224,7 +226,7 @@ def test_parquet_of_paths(pictures: Path) -> None:
     data = open_dataset(f"{pictures}/t.parquet,label=grade,group=label")
     assert names(data) == ["3", "1", "2", "3"] and isinstance(data, ImageFolder) and data.groups is not None
     parquet.write_table(pyarrow.table(columns), pictures / "all.parquet")  # the bytes could be images
-    assert names(open_dataset(f"{pictures}/all.parquet,path=file,label=score")) == ["1.0", "1.0", "2.0", "2.0"]
+    assert names(open_dataset(f"{pictures}/all.parquet,path=file,label=score")) == ["1", "1", "2", "2"]
     for column in ("raw", "list"):
         assert f"column '{column}'" in refusal(f"{pictures}/all.parquet,path=file,label={column}")
     assert "no column 'nosuch' (path=)" in refusal(f"{pictures}/all.parquet,path=nosuch")
@@ -297,3 +299,88 @@ def test_commands_print_what_is_left_out(pictures: Path, tmp_path: Path, capsys:
             cli.main([*command, f"{pictures},exclude=cats/*", *([str(tmp_path / "c")] * (command == ["cache"]))]) == 0
         )
         assert "5 images left out by exclude=cats/*" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mark", [", ", ",", "\t", " "])
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_has_the_class_of_each_image_after_its_path(pictures: Path, mark: str, coding: str) -> None:
+    lines = [f"{folder}/{i}.jpg{mark}ü{i % 2}" for folder in ("cats", "dogs") for i in (3, 0, 4)]
+    (pictures / "list.txt").write_bytes(("\r\n".join(["", *lines, "cats/1.jpg", lines[0]])).encode(coding))
+    data = open_dataset(f"{pictures}/list.txt")
+    assert [data.path_of(i) for i in range(len(data))] == [f"{pictures}/{line.split(mark)[0]}" for line in lines]
+    assert names(data) == [line.split(mark)[1] for line in lines] and data.classes == ["ü0", "ü1"]
+    assert data.left_out == "left out of list.txt: 1 rows without a label, 1 rows that repeat another"
+
+
+def test_a_list_of_paths_with_commas_and_blanks_has_no_classes(pictures: Path) -> None:
+    for name in ("a, b.jpg", "a b", "a.jpg,b"):  # the last two are files of these names
+        (pictures / name).write_bytes((pictures / "cats/0.jpg").read_bytes())
+        (pictures / "list.txt").write_text(f"{name}\ncats/0.jpg\n")
+        data = open_dataset(f"{pictures}/list.txt")
+        assert data.labels is None and data.path_of(0) == f"{pictures}/{name}"
+        assert "PATH, CLASS" in data.no_labels_message
+
+
+def test_a_list_with_classes_is_refused_as_a_table_is(pictures: Path) -> None:
+    def refused(text: str, options: str = "") -> str:
+        (pictures / "list.txt").write_text(text)
+        return refusal(f"{pictures}/list.txt{options}")
+
+    assert "two labels, 'a' and 'b'" in refused("cats/0.jpg, a\n./cats/0.jpg, b\n")
+    assert "lead out" in refused("../x.jpg, a\n") and "root=FOLDER" in refused("/etc/x.jpg, a\n")
+    assert "nor does any of the first 2" in refused("cats/8.jpg, a\ncats/9.jpg, b\n")
+    assert "no option label=" in refused("cats/0.jpg, a\n", ",label=x")
+    (pictures / "list.txt").write_text(f"cats/0.jpg, a\n{pictures.parent}/other/1.jpg, b\n")
+    (pictures.parent / "other").mkdir()
+    assert len(open_dataset(f"{pictures}/list.txt,root={pictures.parent}/other")) == 2
+
+
+def test_tables_of_other_programs(write: Write, pictures: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"path": ["cats/0.jpg", "cats/1.jpg", "dogs/0.jpg"], "label": [1.0, None, 20.0]})
+    parquet.write_table(table, pictures / "pandas.parquet")  # pandas: integers with a missing value
+    assert open_dataset(f"{pictures}/pandas.parquet").classes == ["1", "20"]
+    assert open_dataset(write("path,label\ncats/0.jpg,a\ndogs/0.jpg,b\n", "commas.tsv")).classes == ["a", "b"]
+    excel = write("\ufeff path ;label\ncats/0.jpg ; a\ndogs/0.jpg;b ", "excel.csv")
+    assert open_dataset(excel).classes == ["a", "b"]
+    windows = refusal(write("path,label\nC:\\x\\cats\\0.jpg,a\ncats\\1.jpg,b\n"))
+    assert "those of Windows. Replace each \\ by /" in windows
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "x.txt", "x.zip", "x"])
+def test_a_missing_file_is_not_called_a_folder(pictures: Path, name: str) -> None:
+    assert f"the {'file' if '.' in name else 'folder'} {pictures / 'no' / name} does not" in refusal(
+        str(pictures / "no" / name)
+    )
+
+
+def test_flags_choose_images_as_options_of_the_data(pictures: Path) -> None:
+    spec = with_patterns(f"{pictures}*2+{pictures}", ["*.jpg"], ["0*", "dogs/*"])
+    data = open_dataset(spec)
+    one = [f"{pictures}/cats/{i}.jpg" for i in range(1, 5)]
+    assert [data.path_of(i) for i in range(len(data))] == one * 3 and absolute(spec) == spec
+    split = with_patterns(f"split:test,share=0.5:{pictures}", [], ["0*"])
+    assert split == f"split:test,share=0.5,seed=0:{pictures},exclude=0*"
+    assert with_patterns("x", [], []) == "x"
+    for pattern in ("", "a+b", "*3", "a,root=b"):
+        with pytest.raises(UserError, match=r"write \? in place"):
+            with_patterns(str(pictures), [pattern], [])
+    with pytest.raises(UserError, match="'shapes:' is neither"):
+        with_patterns(f"{pictures}+shapes:", [], ["a"])
+
+
+def test_flags_choose_images_in_every_command(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = f"{pictures},include=*.jpg,exclude=0*"
+    flags = ["--include", "*.jpg", "--exclude", "0*"]
+    assert read_flags(["demo", "--data", str(pictures), *flags]).config.data == chosen
+    for args, message in (
+        (["stats", str(pictures), *flags], "left out by include=*.jpg,exclude=0*"),
+        (["advise", str(pictures), "--no-trial", *flags], "exclude=0*"),
+        (["cache", str(pictures), str(tmp_path / "cache"), "--size", "16", *flags], "left out by include"),
+        (["evaluate", "knn", "x", "--labelled", "shapes:", *flags], "'shapes:' is neither"),
+        (["evaluate", "detection", "x", "--data", str(pictures), *flags], "choose labeled images"),
+        (["embed", "x", "--data", "shapes:", "--out", "x.npy", *flags], ""),
+    ):
+        say(capsys, *args)[1].index(message)

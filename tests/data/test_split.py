@@ -114,7 +114,7 @@ def test_data_that_cannot_be_split(pictures: Path) -> None:
     with pytest.raises(UserError, match="no labels"):
         open_dataset(f"split:train:{pictures}/cats")
     (pictures / "l.csv").write_text("path,label\ncats/0.jpg,a\ndogs/0.jpg,b")
-    with pytest.raises(UserError, match=r"split:test,share=0\.8,seed=0:: each class has a single image"):
+    with pytest.raises(UserError, match=r"split:test,share=0\.8,seed=0: each class has a single image"):
         open_dataset(f"split:test:{pictures}/l.csv")
 
 

@@ -164,6 +164,7 @@ def test_an_evaluation_yields_metrics_and_draws_queries(context: EvalContext) ->
     found = dict(EVALUATIONS["attentive"].run(context, settings))
     assert context.encoder.module.training
     names = {"top1", "top1/low", "top1/high", "balanced", "majority", "held_out", "setting/rate", "setting/queries"}
+    names.add("setting/chosen_by_balanced")
     assert {name for name in found if not name.startswith("recall/")} == names
     assert found["top1/low"] <= found["top1"] <= found["top1/high"]
     assert found["majority"] == 100 * np.bincount(np.asarray(context.data(TEST).labels)).max() / 20

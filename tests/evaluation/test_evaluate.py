@@ -21,7 +21,7 @@ from pixmim.build import build_model
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
-from pixmim.evaluation.classification import check_labeled, majority, rated, tally, wilson_interval
+from pixmim.evaluation.classification import check_labeled, compare_held_out, majority, rated, tally, wilson_interval
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values, extract_features
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import EVALUATIONS, State, evaluate, evaluate_many, online_knn
@@ -138,6 +138,32 @@ def test_probe_does_not_look_at_the_test_set_to_choose() -> None:
         for apart in (0.0, 30.0)
     ]
     assert chosen[0] == chosen[1]
+
+
+def test_the_rate_is_chosen_by_balanced_accuracy_where_classes_are_unequal() -> None:
+    """Compare with loops in float64; a class without images on the held-out part does not count."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 12 + [1] * 4 + [3] * 2)
+    predictions = torch.randint(4, (9, 18), generator=generator)
+    predictions[0] = 0  # always the largest class: 67 % accuracy, and 33 % balanced
+    unequal, equal = torch.tensor([0] * 8 + [1] * 4 + [2] * 4 + [3] * 4), torch.tensor([0] * 7 + [1, 2, 3] * 4)
+    for train, is_balanced in ((unequal, True), (equal, False)):
+        for row, score in zip(predictions, compare_held_out(predictions, labels, train, 4), strict=True):
+            hits = [int(p == t) for p, t in zip(row.tolist(), labels.tolist(), strict=True)]
+            recalls = [sum(hits[:12]) / 12, sum(hits[12:16]) / 4, sum(hits[16:]) / 2]
+            assert score == pytest.approx(sum(recalls) / 3 if is_balanced else sum(hits) / 18, abs=1e-12)
+
+
+def test_a_probe_of_a_rare_class_does_not_give_it_up() -> None:
+    """Of 400 images 20 are of the second class, which accuracy alone would never predict at the smallest rates."""
+    rare = torch.arange(400) % 20 == 0
+
+    def features(seed: int) -> FeatureSet:
+        mean = torch.randn(400, 8, generator=torch.Generator().manual_seed(seed)) + 1.5 * rare[:, None]
+        return FeatureSet(mean[:, None], mean, rare.long(), ["common", "rare"])
+
+    found = linear(features(0), features(1), epochs=20)
+    assert found["setting/chosen_by_balanced"] == 1 and found["recall/rare"] > 50 and found["held_out"] > 60
 
 
 def test_standardising_uses_the_train_sets_statistics() -> None:

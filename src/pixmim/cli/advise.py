@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.flags import checked
+from pixmim.cli.flags import ChoiceFlags, checked
 from pixmim.utils.console import print_plain
 from pixmim.utils.files import check_output, write_text_atomically
 from pixmim.utils.validation import Device, Integer
@@ -21,6 +21,7 @@ def advise(args: list[str]) -> int:
         data: Positional[str],
         /,
         *,
+        choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
         images: Annotated[int, Integer(1, 20_000)] = 2_000,
         list_file: Annotated[Path | None, arg(name="list", metavar="FILE.txt|FILE.csv")] = None,
         json_file: Annotated[str, arg(name="json", metavar="FILE|-")] = "",
@@ -33,6 +34,7 @@ def advise(args: list[str]) -> int:
 
         Args:
             data: Images: anything that --data of pretrain accepts.
+            choice: Images to choose by their names.
             images: Images to examine, evenly distributed and always the same.
             list_file: Write a list of the images without masks, for --data. A .csv also has classes, and
                 near-duplicates as groups, which --labelled keeps together.
@@ -50,7 +52,8 @@ def advise(args: list[str]) -> int:
         if out is not None:
             check_page(out)
         console = Console(stderr=json_file == "-")
-        advice = advise(data, images=images, write_list=list_file, device=device, trial=trial, console=console)
+        chosen = choice.choose(data)
+        advice = advise(chosen, images=images, write_list=list_file, device=device, trial=trial, console=console)
         if out is not None:
             print_plain(console, f"page: {advice.write_page(out)}")
         text = json.dumps(advice.to_dict(), indent=2)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from pixmim.cli.flags import absolute, checked
+from pixmim.cli.flags import ChoiceFlags, absolute, checked
 from pixmim.utils.console import cell, print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import check_writable
@@ -66,6 +66,7 @@ def cache(args: list[str]) -> int:
         out: Positional[Path],
         /,
         *,
+        choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
         size: ViewSize = "224",
         quality: Annotated[int, Integer(1, 100)] = 95,
         chroma: Literal["444", "420"] = "444",
@@ -82,6 +83,7 @@ def cache(args: list[str]) -> int:
 
         Args:
             out: Folder of the cache.
+            choice: Images to choose by their names.
             quality: JPEG quality.
             chroma: 444 keeps colors at full resolution; 420 is smaller and faster, but distorts the target more.
             raw: Store pixels instead of JPEGs: no decoding, four times the size. Required unless uint8 with 1 or 3
@@ -95,7 +97,7 @@ def cache(args: list[str]) -> int:
         from pixmim.data.dataset import ImageSpec
         from pixmim.utils.console import progress
 
-        console = Console()
+        console, data = Console(), choice.choose(data)
         dataset = open_dataset(absolute(data), ImageSpec(**asdict(images)))
         if dataset.left_out:
             print_plain(console, dataset.left_out)
@@ -133,6 +135,7 @@ def stats(args: list[str]) -> int:
         data: Data,
         /,
         *,
+        choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
         channels: Annotated[int, Integer(0, MAX_CHANNELS)] = 0,
         dtype: Literal["auto", "uint8", "uint16", "float32"] = "auto",
         files: Annotated[_FileFlags, arg(name="")] = _FileFlags(),
@@ -145,6 +148,7 @@ def stats(args: list[str]) -> int:
         directory under the dataset's absolute path. Each image has the same weight, whatever its size.
 
         Args:
+            choice: Images to choose by their names.
             channels: Channels that images are converted to. 0: those of most files.
             dtype: Pixels that images are converted to. auto: the smallest that keeps the values of most files.
             images: Images to measure, evenly distributed over the dataset and always the same. 0: all.
@@ -154,6 +158,7 @@ def stats(args: list[str]) -> int:
         from pixmim.data.resized_cache import read_settings
         from pixmim.utils.console import progress
 
+        data = choice.choose(data)
         console, spec = Console(), absolute(data)
         settings = read_settings(spec)
         flags = ImageSpec(**asdict(files))

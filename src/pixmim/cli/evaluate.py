@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, Suppress, arg
 
-from pixmim.cli.flags import ModelFlags, ModelFlagsWithoutSize, absolute, checked
+from pixmim.cli.flags import ChoiceFlags, ModelFlags, ModelFlagsWithoutSize, absolute, checked
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.utils.console import print_plain
@@ -34,6 +34,7 @@ def evaluate(args: list[str]) -> int:
         /,
         *,
         settings: Annotated[settings_type, arg(name="")],  # type: ignore[valid-type]
+        choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
         untrained: bool = False,
         overwrite: overwrite_type = False,  # type: ignore[valid-type]
         out: Path | None = None,
@@ -46,6 +47,7 @@ def evaluate(args: list[str]) -> int:
         Args:
             models: Runs, finished or not, imported folders, files of weights, timm:NAME or hf:NAME.
             settings: Settings.
+            choice: Images to choose by their names, of all data but --imagenet-* and --stimuli.
             untrained: Evaluate the initial weights of runs as well, for comparison.
             overwrite: Replace a classifier that was fine-tuned with other settings; train one of the same again.
             out: Folder for results and report. Default: the run, or evaluations/MODEL; the report of several models is
@@ -61,11 +63,22 @@ def evaluate(args: list[str]) -> int:
         console = Console()
         options: dict[str, Any] = {"untrained": untrained, "overwrite": overwrite, "console": console}
         options |= {"device": device, "precision": precision, "hints": model_flags.hints}  # type: ignore[attr-defined]
-        _show(*evaluate_to_folder(models, name, out, **options, **vars(settings)), console)
+        _show(*evaluate_to_folder(models, name, out, **options, **_chosen(name, vars(settings), choice)), console)
         return 0
 
     about = str(settings_type.__doc__) + (f" Needs {EVALS[name].needs}." if name in EVALS else "")
     return tyro.cli(checked(command), prog=f"pixmim evaluate {name}", description=about, args=args[1:])
+
+
+def _chosen(evaluation: str, settings: dict[str, Any], choice: ChoiceFlags) -> dict[str, Any]:
+    """Return settings with the patterns of `choice` in their data. Raises UserError if these are no labeled images."""
+    if choice == ChoiceFlags():
+        return settings
+    known = ("train", "test", "labelled", "data") if evaluation not in ("segmentation", "detection") else ()
+    names = [name for name in known if settings.get(name)]
+    if not names:
+        raise UserError("--include and --exclude choose labeled images: pass --train and --test, or --labelled")
+    return settings | {name: choice.choose(settings[name]) for name in names}
 
 
 def _overview() -> str:

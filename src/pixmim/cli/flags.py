@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, UseAppendAction, arg
 
 from pixmim.utils.validation import Integer, Real, Settings, Sides, Text, check_value
 
@@ -57,6 +57,26 @@ class ModelFlagsWithoutSize(ModelFlags):
     """The same without --size, for commands in which it is the size to train at."""
 
     size: Suppress[str] = ""
+
+
+_Patterns = Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PATTERN")]
+
+
+@dataclass(frozen=True)
+class ChoiceFlags(Settings):
+    """Flags that choose images of the data by the names of their files."""
+
+    include: _Patterns = ()
+    """Use only images whose file name matches this pattern, such as '*.jpg'; may be repeated. A pattern with a slash is
+    compared with the path below the folder."""
+    exclude: _Patterns = ()
+    """Leave out images that match this pattern, such as '*_mask.png'; may be repeated."""
+
+    def choose(self, data: str) -> str:
+        """Return --data with the patterns, unless it is empty. Raises UserError if it cannot have any."""
+        from pixmim.data.uri import with_patterns
+
+        return with_patterns(data, self.include, self.exclude) if data else data
 
 
 def absolute(data: str) -> str:

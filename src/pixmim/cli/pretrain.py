@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from pixmim.cli.flags import ChoiceFlags
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config
 from pixmim.recipes import RECIPES, get_recipe
@@ -51,8 +52,9 @@ def read_flags(args: list[str]) -> Flags:
         resume: str = "",
         finish: bool = False,
         track: tuple[TrackerName, ...] = (),
+        choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
         config: Annotated[PretrainConfig, arg(name="")] = base,
-    ) -> tuple[bool, tuple[TrackerName, ...], PretrainConfig]:
+    ) -> tuple[bool, tuple[TrackerName, ...], ChoiceFlags, PretrainConfig]:
         """Pre-train a backbone on unlabeled images.
 
         Args:
@@ -60,11 +62,12 @@ def read_flags(args: list[str]) -> Flags:
             resume: Folder of a run to resume from its newest checkpoint; if finished, with more --epochs or --steps.
             finish: With --resume: finish the run now, with the encoder of its newest checkpoint.
             track: Trackers that receive metrics, configuration and reconstructions; each has an extra of its name.
+            choice: Images of --data to choose by their names.
             config: Settings.
         """
-        return finish, track, config
+        return finish, track, choice, config
 
-    finish, track, config = tyro.cli(command, prog="pixmim pretrain", args=args)
+    finish, track, choice, config = tyro.cli(command, prog="pixmim pretrain", args=args)
     config = replace(config, model=replace(config.model, options={**base.model.options, **config.model.options}))
     if finish and not resumed:
         raise UserError("--finish needs an existing run: pixmim pretrain --resume RUN --finish")
@@ -76,6 +79,7 @@ def read_flags(args: list[str]) -> Flags:
     untrusted = untrusted_references(text, {flag: value for flag, value in config.named.items() if flag not in typed})
     if untrusted and not finish:
         raise UserError(f"{refusal(resumed or recipe, untrusted)}. Pass these flags, or others in their place")
+    config = replace(config, data=choice.choose(config.data))
     return Flags(config, resumed, finish, track)
 
 

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.flags import ModelFlags, checked
+from pixmim.cli.flags import ChoiceFlags, ModelFlags, checked
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output
@@ -105,6 +105,7 @@ def embed(args: list[str]) -> int:
         /,
         *,
         data: Data,
+        choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
         out: Path,
         thumbnails: bool = False,
         overwrite: bool = False,
@@ -119,6 +120,7 @@ def embed(args: list[str]) -> int:
         Args:
             model: A run, finished or not, an imported folder, a weights file, timm:NAME or hf:NAME.
             data: Images, in the syntax of pretrain's --data.
+            choice: Images to choose by their names.
             out: .npy (float32, a row per image, file names in a .csv of the same name) or .parquet.
             thumbnails: Add thumbnails and, with umap-learn, a projection x and y to .parquet, for embedding-atlas.
             overwrite: Replace existing files.
@@ -133,7 +135,7 @@ def embed(args: list[str]) -> int:
         weights = _open_model(model, model_flags)
         options = {"batch_size": batch_size, "device": device, "precision": precision, "overwrite": overwrite}
         options["thumbnails"] = thumbnails
-        embed_to_file(weights, data, out, features=kind, **options)  # type: ignore[arg-type]
+        embed_to_file(weights, choice.choose(data), out, features=kind, **options)  # type: ignore[arg-type]
         return 0
 
     return tyro.cli(checked(command), prog="pixmim embed", args=args)

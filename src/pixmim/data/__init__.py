@@ -7,8 +7,8 @@ from pixmim.data.caching import create_loader
 from pixmim.data.channel_files import open_channel_files
 from pixmim.data.dataset import RGB, ConcatDataset, ImageDataset, ImageSpec
 from pixmim.data.huggingface import is_arrow_dataset, open_huggingface
-from pixmim.data.image_folder import from_folder, from_list_file
-from pixmim.data.label_table import is_label_table, open_label_table
+from pixmim.data.image_folder import from_folder
+from pixmim.data.label_table import is_label_table, open_label_table, open_list
 from pixmim.data.resized_cache import open_cache, read_settings
 from pixmim.data.shards.fsspec_io import is_url
 from pixmim.data.shards.webdataset import find_tars, is_tar, open_webdataset
@@ -25,11 +25,11 @@ def open_dataset(spec: str, image_spec: ImageSpec = RGB, shard_cache_gib: float 
     """Open a dataset.
 
     Args:
-        spec: A folder, a .txt list of images, a .csv, .tsv or .parquet table of paths and labels, a resized cache,
-            a .zip, tars, a Hugging Face dataset (`hf:NAME`, or a folder or file of parquet or Arrow), `shapes:`, or
-            several with weights, `a*3+b`. A cache, a .zip and tars can be at a URL. Options follow after commas, such
-            as `photos,exclude=*_mask.png` or `cells,channels={sample}_c{channel}.tif`; `split:train:` before all of
-            it chooses a part: see `SplitSpec`.
+        spec: A folder, a .txt list of images (and classes), a .csv, .tsv or .parquet table of paths and labels, a
+            resized cache, a .zip, tars, a Hugging Face dataset (`hf:NAME`, or a folder or file of parquet or Arrow),
+            `shapes:`, or several with weights, `a*3+b`. A cache, a .zip and tars can be at a URL. Options follow after
+            commas, such as `photos,exclude=*_mask.png` or `cells,channels={sample}_c{channel}.tif`; `split:train:`
+            before all of it chooses a part: see `SplitSpec`.
         image_spec: Channels and dtype that images are converted to.
         shard_cache_gib: Bound of the disk cache for remote shards, in GiB.
 
@@ -75,7 +75,7 @@ def _open_part(spec: str, image_spec: ImageSpec, shard_cache_gib: float) -> Imag
     if is_label_table(path, options):
         return open_label_table(spec, image_spec)
     if path.is_file() and path.suffix == ".txt":
-        return from_list_file(spec, image_spec)
+        return open_list(spec, image_spec)
     if is_arrow_dataset(path):
         return open_huggingface(spec, image_spec)
     return from_folder(spec, image_spec)

@@ -37,7 +37,7 @@ IMAGE_EXTENSIONS = (
 
 EXTENSIONS = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
-_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 class PathList(Sequence[str]):
@@ -237,8 +237,9 @@ def _describe_missing_folder(root: Path) -> str:
     if root.exists():
         kinds = "a folder of images, a cache, tars, a .txt of paths or a .csv of labels"
         return f"{root} {describe_file(root)}. A dataset is {kinds}"
-    siblings = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
-    return f"the folder {root} does not exist{did_you_mean(root.name, siblings)}"
+    parent, is_file = root.parent, root.suffix in (".txt", ".csv", ".tsv", ".parquet", ".zip")
+    names = [path.name for path in parent.iterdir() if path.is_dir() != is_file] if parent.is_dir() else []
+    return f"the {'file' if is_file else 'folder'} {root} does not exist{did_you_mean(root.name, names)}"
 
 
 def from_paths(paths: Sequence[str | Path], form: ImageSpec = RGB) -> ImageFolder:
@@ -276,9 +277,20 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
         tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
         pattern = re.compile(rb"(?m)^(?:(?=/)(?!" + tops + rb").*|.*\.\..*)$")
         suspicious = (os.fsdecode(match[0]) for match in pattern.finditer(text))
-    remedy = f"--data '{name},root=FOLDER' allows paths below FOLDER"
-    check_inside(suspicious, folders, str(file), len(paths), remedy)
-    return ImageFolder(str(spec), file.parent, paths, form)
+    check_inside(suspicious, folders, str(file), len(paths), root_remedy(name))
+    dataset = ImageFolder(str(spec), file.parent, paths, form)
+    dataset.label_hint = "an evaluation needs a class in each line of the list, after the path: PATH, CLASS"
+    return dataset
+
+
+def root_remedy(name: str) -> str:
+    """Return what to do about paths that lead out of the folder of a list."""
+    return f"--data '{name},root=FOLDER' allows paths below FOLDER"
+
+
+def is_image_name(path: str) -> bool:
+    """Return True if a path ends as those of image files do."""
+    return path.lower().endswith(tuple(EXTENSIONS))
 
 
 def read_utf8(file: Path) -> bytes:
@@ -287,7 +299,7 @@ def read_utf8(file: Path) -> bytes:
         text = read_file(file, MAX_LIST_BYTES)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    for mark, encoding in _BYTE_ORDER_MARKS:
+    for mark, encoding in BYTE_ORDER_MARKS:
         if text.startswith(mark):
             try:
                 text = text.removeprefix(mark) if encoding == "utf-8" else text.decode(encoding).encode()

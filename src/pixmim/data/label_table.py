@@ -1,7 +1,8 @@
-"""Images and labels from a table: a .csv, .tsv or .parquet file with a column of paths and one of classes.
+"""Images and labels from a table: a .csv, .tsv or .parquet file with a column of paths and one of classes, or a .txt.
 
-A .csv is separated by commas, semicolons or tabs, whichever its first line has most of; a .tsv by tabs. Both are in
-UTF-8, or in UTF-16 with a byte-order mark. A .parquet needs pyarrow.
+A .csv is separated by commas, semicolons or tabs, whichever its first line has most of; a .tsv by tabs, if its first
+line has any. A .txt has no header: each line is a path and a class, after a tab, a comma or a space. All are in UTF-8,
+or in UTF-16 with a byte-order mark. A .parquet needs pyarrow.
 """
 
 import csv
@@ -16,9 +17,20 @@ import numpy.typing as npt
 
 from pixmim.data.dataset import RGB, ImageSpec
 from pixmim.data.huggingface import check_parquet
-from pixmim.data.image_folder import MAX_LINES, ImageFolder, PathList, check_inside, read_utf8
+from pixmim.data.image_folder import (
+    BYTE_ORDER_MARKS,
+    MAX_LINES,
+    ImageFolder,
+    PathList,
+    check_inside,
+    from_list_file,
+    is_image_name,
+    read_utf8,
+    root_remedy,
+)
 from pixmim.data.uri import read_options, read_root
 from pixmim.utils.errors import UserError, did_you_mean, first_line, shown
+from pixmim.utils.files import open_regular
 
 USUAL_COLUMNS = {
     "path": (
@@ -85,22 +97,90 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> ImageFolder:
         raise UserError(f"{file} has {len(header):,} columns: more than {_MAX_COLUMNS:,}")
     found = {role: _find_column(file, header, role, options.get(role, [""])[0]) for role in USUAL_COLUMNS}
     columns = {role: index for role, index in found.items() if index is not None}
+    about = f"paths from column '{header[columns['path']]}'"
+    about += f", classes from '{header[columns['label']]}'" if "label" in columns else ", no classes"
+    about += f", groups from '{header[columns['group']]}'" if "group" in columns else ""
+    remedy = f"'{name},root=FOLDER' starts them from a folder that they are all below"
+    dataset = _make(spec, form, file, [root], rows, columns, about, remedy)
+    dataset.label_hint = f"add ,label=COLUMN with one of its columns: {_listed(header)}"
+    return dataset
+
+
+def open_list(spec: str, form: ImageSpec = RGB) -> ImageFolder:
+    """Open the images that a .txt file lists, with their classes if its first line has one.
+
+    A line is a path as `from_list_file` takes it, or with classes `PATH, CLASS`, also separated by a tab or a space:
+    the class is what follows the last of the first line's separator. Lines without a class are left out and counted.
+
+    Raises:
+        UserError: As `from_list_file`, and as `open_label_table` of a list with classes.
+    """
+    name, options = read_options(spec, "a .txt list", ("root",))
+    file, root = Path(os.path.expanduser(name)), read_root(options.get("root", [""])[0], spec)
+    separator = _separator(_first_line(file), file.parent)
+    if not separator:
+        return from_list_file(spec, form)
+
+    def rows(indices: Sequence[int]) -> Iterator[list[str]]:
+        for line in map(str.strip, _lines(file, read_utf8(file))):
+            path, _, label = line.rpartition(separator)
+            if not path or is_image_name(label):  # a path that contains the separator
+                path, label = line, ""
+            if line:
+                yield [(path.strip(), label.strip())[index] for index in indices]
+
+    folders, remedy = [file.parent, *([] if root is None else [root])], root_remedy(name)
+    return _make(spec, form, file, folders, rows, {"path": 0, "label": 1}, "a path and a class in each line", remedy)
+
+
+def _first_line(file: Path) -> str:
+    """Return the first line of a text file that is not blank; empty if there is none, or it cannot be read."""
+    try:
+        with open(open_regular(file), "rb") as stream:
+            head = stream.read(4 * _MAX_LENGTH)
+    except OSError:
+        return ""
+    encoding = next((code for mark, code in BYTE_ORDER_MARKS if head.startswith(mark)), "utf-8")
+    text = head.decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace")
+    return next(filter(None, map(str.strip, text.lstrip("\ufeff").split("\n"))), "")
+
+
+def _separator(line: str, folder: Path) -> str:
+    """Return what separates the path and the class of a line; empty if it is a path alone."""
+    mark = next((mark for mark in ("\t", ",", " ") if mark in line), "")
+    path = line.rpartition(mark)[0].strip() if mark else ""
+    if not path or is_image_name(line) or os.path.isfile(folder / line):
+        return ""
+    return mark if is_image_name(path) or os.path.isfile(folder / path) else ""
+
+
+def _make(
+    spec: str,
+    form: ImageSpec,
+    file: Path,
+    folders: Sequence[Path],
+    rows: Rows,
+    columns: Mapping[str, int],
+    about: str,
+    remedy: str,
+) -> ImageFolder:
+    """Open the images of the rows of a table, whose paths start from the first folder. Raises UserError."""
     images, counts = _collect(file, rows, columns)
     notes = [f"{count:,} rows {why}" for why, count in counts.items() if count]
     left_out = f"left out of {file.name}: {', '.join(notes)}" if notes else ""
     if not images:
         raise UserError(f"{file} lists no images" + f"; {left_out}" * bool(left_out))
-    remedy = f"'{name},root=FOLDER' starts them from a folder that they are all below"
-    check_inside(images, [root], str(file), len(images), remedy)
-    _check_files(list(images)[:_MAX_SOUGHT], root, file)
+    check_inside(images, folders, str(file), len(images), remedy)
+    _check_files(
+        list(images)[:_MAX_SOUGHT],
+        folders[0],
+        file,
+        f"paths must include the extension and start from {folders[0]}; {remedy}",
+    )
     paths = PathList(map(os.fsencode, images))
     labels, classes = _number([label for label, _ in images.values()]) if "label" in columns else (None, [])
-    about = f"paths from column '{header[columns['path']]}'"
-    about += f", classes from '{header[columns['label']]}'" if classes else ", no classes"
-    about += f", groups from '{header[columns['group']]}'" if "group" in columns else ""
     about += f"; {left_out}" * bool(left_out)
-    dataset = ImageFolder(spec, root, paths, form, labels, classes, about, left_out)
-    dataset.label_hint = f"add ,label=COLUMN with one of its columns: {_listed(header)}"
+    dataset = ImageFolder(spec, folders[0], paths, form, labels, classes, about, left_out)
     if "group" in columns:
         unique = [group or f"\0{row}" for row, (_, group) in enumerate(images.values())]
         dataset.groups, names = _number(unique)
@@ -116,7 +196,7 @@ def _collect(file: Path, rows: Rows, columns: Mapping[str, int]) -> tuple[dict[s
         row = dict(zip(columns, values, strict=True))
         if too_long := next((value for value in values if len(value) > _MAX_LENGTH), ""):
             raise UserError(f"{file} has a value of {len(too_long):,} characters, {shown(too_long)}: is it a table?")
-        path, entry = row["path"], (row.get("label", ""), row.get("group", ""))
+        path, entry = row["path"].removeprefix("./"), (row.get("label", ""), row.get("group", ""))
         if "label" in row and not entry[0]:
             counts["without a label"] += 1
         elif not path:
@@ -138,14 +218,15 @@ def _number(names: Sequence[str]) -> tuple[npt.NDArray[np.int64], list[str]]:
     return np.asarray([index[name] for name in names], np.int64), unique
 
 
-def _check_files(sought: Sequence[str], root: Path, file: Path) -> None:
+def _check_files(sought: Sequence[str], root: Path, file: Path, remedy: str) -> None:
     """Raise UserError if none of these files exists. Single ones that are missing are counted when read."""
-    if not any(os.path.isfile(os.path.join(root, path)) for path in sought):
-        raise UserError(
-            f"{os.path.join(root, sought[0])}, which {file} lists, does not exist"
-            + f", nor do the next {len(sought) - 1}" * (len(sought) > 1)
-            + f": paths must include the extension and start from {root}, or from FOLDER with ,root=FOLDER"
-        )
+    if any(os.path.isfile(os.path.join(root, path)) for path in sought):
+        return
+    example = f"{os.path.join(root, sought[0])}, which {file} lists, does not exist"
+    example += f", nor does any of the first {len(sought)}" * (len(sought) > 1)
+    if os.sep == "/" and "\\" in sought[0]:
+        raise UserError(f"{example}: its paths are those of Windows. Replace each \\ by /, and leave out the drive")
+    raise UserError(f"{example}: {remedy}")
 
 
 def _find_column(file: Path, header: Sequence[str], role: str, given: str) -> int | None:
@@ -158,6 +239,8 @@ def _find_column(file: Path, header: Sequence[str], role: str, given: str) -> in
             f"{_listed(header)}"
         )
     if not wanted and role == "path":
+        if any(map(is_image_name, header)):
+            raise UserError(f"{file} has no header: its first line must name the columns, such as path,label")
         raise UserError(
             f"{file} has no column named path, file, filename or similar: add ,path=COLUMN with one of its columns: "
             f"{_listed(header)}"
@@ -178,14 +261,16 @@ def _open_text(file: Path) -> tuple[list[str], Rows]:
     if b"\n" not in data:
         data = data.replace(b"\r", b"\n")
     first = data.partition(b"\n")[0].decode("utf-8", "replace")
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
+    delimiter = "\t" if file.suffix.lower() == ".tsv" and "\t" in first else max(",;\t", key=first.count)
     reader = csv.reader(_lines(file, data), delimiter=delimiter, strict=True)
 
     def records() -> Iterator[list[str]]:
         try:
             yield from reader
         except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num:,}: {error}") from None
+            raise UserError(
+                f"{file}, line {reader.line_num:,}: {error}. Is a quotation mark missing or too much before it?"
+            ) from None
 
     header = [name.strip() for name in next(records(), [])]
 
@@ -248,4 +333,9 @@ def _texts(array: Any) -> list[str]:
     if hasattr(array, "dictionary"):
         texts = _texts(array.dictionary)
         return ["" if index is None else texts[index] for index in array.indices.to_pylist()]
-    return ["" if value is None or value != value else str(value).strip() for value in array.to_pylist()]
+    return ["" if value is None or value != value else _text(value) for value in array.to_pylist()]
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; 1.0 as "1", because pandas makes integers with a missing value floating-point."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()

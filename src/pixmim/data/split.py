@@ -153,7 +153,9 @@ def split_dataset(data: ImageDataset, spec: SplitSpec) -> Subset:
     split = assign_split(data, spec.share, spec.seed)
     chosen = np.flatnonzero(split.part == split.names.index(spec.side))
     if not len(chosen):
-        raise UserError(f"no image of {data.spec} is left for {spec.prefix}: each class has a single image or group")
+        raise UserError(
+            f"no image of {data.spec} is left for {spec.prefix[:-1]}: each class has a single image or group"
+        )
     subset = Subset(data, chosen.tolist())
     subset.spec = f"{spec.prefix}{data.spec}"
     groups = f", {len(np.unique(data.groups[chosen])):,} groups" if data.groups is not None else ""

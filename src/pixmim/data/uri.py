@@ -143,6 +143,29 @@ def absolute(spec: str) -> str:
     return prefix + "+".join(f"{_absolute_source(p.source)}{f'*{p.weight}' * (p.weight > 1)}" for p in read_parts(spec))
 
 
+def with_patterns(spec: str, include: Sequence[str], exclude: Sequence[str]) -> str:
+    """Return a spec each of whose parts has these patterns as options `include=` and `exclude=`.
+
+    Raises:
+        UserError: If a part is not a folder or a .zip, or a pattern would be read as another part of a spec.
+    """
+    pairs = [("include", pattern) for pattern in include] + [("exclude", pattern) for pattern in exclude]
+    if not pairs:
+        return spec
+    for name, pattern in pairs:
+        if not pattern or "+" in pattern or _OPTION.search(pattern) or _WEIGHTED.fullmatch(f"-{pattern}"):
+            raise UserError(
+                f"--{name} '{pattern}' is empty, or has a +, a ',name=' or digits after a last *, which mean something "
+                "else in --data: write ? in place of the character"
+            )
+    split, spec = SplitSpec.read(spec)
+    parts, suffix = read_parts(spec), "".join(f",{name}={pattern}" for name, pattern in pairs)
+    if other := next((part.source for part in parts if _HAS_OWN_OPTIONS.match(part.source)), ""):
+        raise UserError(f"--include and --exclude choose files of a folder or a .zip, and '{other}' is neither")
+    prefix = split.prefix if split is not None else ""
+    return prefix + "+".join(f"{part.source}{suffix}{f'*{part.weight}' * (part.weight > 1)}" for part in parts)
+
+
 def _absolute_source(source: str) -> str:
     if source.startswith("hf:") and not source.startswith("hf://"):
         hub = HubSpec.read(source)

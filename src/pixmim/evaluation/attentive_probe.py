@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pixmim.build import seeded
 from pixmim.data.dataset import BadImage
-from pixmim.evaluation.classification import class_indices, majority, rated, tally
+from pixmim.evaluation.classification import class_indices, compare_held_out, is_unequal, majority, rated, tally
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.patch_tokens import TokenSet, check_space, extract_tokens, token_shape
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
@@ -39,7 +39,7 @@ from pixmim.utils.trust import inside
 from pixmim.weights.safe_load import read
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-"""Learning rates of AdamW; the best on a held-out part of the train set is chosen."""
+"""Learning rates of AdamW; the best on a held-out part of the train set is chosen, see `compare_held_out`."""
 
 BATCH = 256
 """Images per step, at most. Small sets have smaller batches, for about eight steps per epoch."""
@@ -88,7 +88,7 @@ class FittedProbe:
     Attributes:
         module: The probe, in eval mode.
         rate: Its learning rate: the best on the held-out part.
-        held_out: Accuracy in [0, 1] on the held-out part, of a probe of that rate fitted without it.
+        held_out: Score of `compare_held_out` on the held-out part, of a probe of that rate fitted without it.
     """
 
     module: AttentiveProbe
@@ -107,7 +107,7 @@ def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Val
     """Evaluate an attentive probe on the frozen patch tokens after the final norm, and draw its attention.
 
     Yields:
-        The values of `classification.rated`, "majority", the held-out accuracy, the learning rate and the queries, as
+        The values of `classification.rated`, "majority", the held-out score, the learning rate and the queries, as
         often as `repeated.repeat` does. The attention is drawn of the last probe.
 
     Raises:
@@ -137,6 +137,7 @@ def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Val
         yield "held_out", 100 * probe.held_out
         yield "setting/rate", probe.rate
         yield "setting/queries", queries
+        yield "setting/chosen_by_balanced", float(is_unequal(train.labels))
 
     with ExitStack() as stack:
         tokens = {s: stack.enter_context(extract_tokens(context, s, blocks)) for s in dict.fromkeys(settings.sources)}
@@ -185,10 +186,11 @@ def fit_probe(
     test, rest = np.sort(order[:count]), np.sort(order[count:])
     options: Any = {"queries": queries, "epochs": epochs, "seed": seed, "device": device, "console": console}
     probes = fit(train, rest, RATES, **options)
-    correct = [int((p == train.labels[torch.from_numpy(test)]).sum()) for p in predict(probes, train, test)]
-    best = correct.index(max(correct))
+    predictions, labels = torch.stack(predict(probes, train, test)), train.labels[torch.from_numpy(test)]
+    scores = compare_held_out(predictions, labels, train.labels, len(train.classes))
+    best = scores.index(max(scores))
     (module,) = fit(train, np.sort(order), (RATES[best],), **options)
-    return FittedProbe(module, RATES[best], correct[best] / count)
+    return FittedProbe(module, RATES[best], scores[best])
 
 
 def fit(

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.evaluation.classification import majority, rated, same_classes, tally
+from pixmim.evaluation.classification import compare_held_out, is_unequal, majority, rated, same_classes, tally
 from pixmim.evaluation.context import BLOCKS, EvalContext, FeatureSet, Values
 from pixmim.evaluation.linear_probe_mae import check_linear_mae, evaluate_linear_mae
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
@@ -55,7 +55,8 @@ class Probe:
         deviation: Standard deviation of the train features (d).
         weights: Weights of each class, the bias last (c d+1).
         classes: Names of the classes.
-        held_out: Accuracy in [0, 1] on the held-out part, of the same member fitted without it.
+        held_out: Score of `compare_held_out` on the held-out part, of the same member fitted without it.
+        balanced: The score is the mean recall of the classes instead of the accuracy.
     """
 
     config: ProbeConfig
@@ -64,6 +65,7 @@ class Probe:
     weights: Float[Tensor, "c e"]
     classes: list[str]
     held_out: float
+    balanced: bool
 
     def scores(self, features: FeatureSet | Features) -> Float[Tensor, "n c"]:
         """Return the logits of each image."""
@@ -118,7 +120,7 @@ def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) ->
         labels: Test labels, as indices into the probe's classes.
 
     Yields:
-        The values of `classification.rated`, "majority", the held-out accuracy, and the chosen member of the sweep.
+        The values of `classification.rated`, "majority", the held-out score, and the chosen member of the sweep.
     """
     counts = tally(probe.scores(test).argmax(dim=1), labels, len(probe.classes))
     yield from rated(counts, probe.classes)
@@ -127,10 +129,14 @@ def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) ->
     yield "setting/blocks", probe.config.blocks
     yield "setting/mean", float(probe.config.mean)
     yield "setting/rate", probe.config.rate
+    yield "setting/chosen_by_balanced", float(probe.balanced)
 
 
 def fit_sweep(train: FeatureSet, *, epochs: int = 100, batch: int = 256, held_out: float = 0.1, seed: int = 0) -> Probe:
-    """Fit all members of the sweep, choose the best on the share `held_out` of train, and refit it on all of train."""
+    """Fit all members of the sweep, choose the best on the share `held_out` of train, and refit it on all of train.
+
+    The best is that of `compare_held_out`: by balanced accuracy if the classes are unequal.
+    """
     order = torch.from_numpy(rng.permutation(seed, 0, len(train.labels)))
     count = max(1, round(held_out * len(order)))
     test, rest = order.split([count, len(order) - count])
@@ -141,13 +147,13 @@ def fit_sweep(train: FeatureSet, *, epochs: int = 100, batch: int = 256, held_ou
             x = standardize(ProbeConfig(blocks, mean, 0).select(train))[0]
             weights = fit(x[rest], train.labels[rest], classes, RATES, epochs, batch, seed)
             predictions = (F.pad(x[test], (0, 1), value=1.0) @ weights.transpose(1, 2)).argmax(dim=2)
-            accuracies = (predictions == train.labels[test]).float().mean(dim=1).tolist()
-            for rate, accuracy in zip(RATES, accuracies, strict=True):
-                if accuracy > best:
-                    best, chosen = accuracy, ProbeConfig(blocks, mean, rate)
+            scores = compare_held_out(predictions, train.labels[test], train.labels, classes)
+            for rate, score in zip(RATES, scores, strict=True):
+                if score > best:
+                    best, chosen = score, ProbeConfig(blocks, mean, rate)
     x, center, deviation = standardize(chosen.select(train))
     (weights,) = fit(x, train.labels, classes, (chosen.rate,), epochs, batch, seed)
-    return Probe(chosen, center, deviation, weights, train.classes, best)
+    return Probe(chosen, center, deviation, weights, train.classes, best, is_unequal(train.labels))
 
 
 def fit(
