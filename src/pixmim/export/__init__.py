@@ -108,7 +108,7 @@ def export_model(
     try:
         with atomic_folder(folder) as temporary:
             usage = FORMATS[to](weights, encoder, temporary)
-            code = [] if probe is None else write_probe(*probe, temporary, is_map=isinstance(encoder, SwinTransformer))
+            code = [] if probe is None else write_probe(*probe, temporary, encoder)
             card = model_card(weights, to, usage, run, description, notes, code)
             write_text_atomically(temporary / "README.md", card)
     except OSError as error:

@@ -7,10 +7,12 @@ from functools import partial
 from typing import Literal, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -61,7 +63,7 @@ def parallelize(
         with warnings.catch_warnings():
             # Its successor does not exist in all supported releases.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            # Buffers are constants (masks of windows, indices).
+            # Buffers are constants (masks of windows, indices), or averaged by `average_statistics`.
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if mode == "fsdp":
         if precision == "fp16":
@@ -115,3 +117,33 @@ def unsharded(model: Module, build: Callable[[], Module]) -> Module:
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     copy.load_state_dict(cast(dict[str, torch.Tensor], state))
     return copy
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms of a model. They use the statistics of the images of one forward pass on one rank."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+@contextmanager
+def keep_statistics(model: nn.Module) -> Iterator[None]:
+    """Run forward passes of a model in training within a `with` statement, without a trace in its batch norms."""
+    norms = [norm for norm in batch_norms(model) if norm.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module, world: Distributed) -> None:
+    """Replace the running statistics of batch norms by their mean over the ranks, in place. Collective."""
+    values = [b for norm in batch_norms(model) for b in norm.buffers() if b.is_floating_point()]
+    if world.size == 1 or not values:
+        return
+    mean = torch.cat([value.flatten() for value in values]) / world.size
+    dist.all_reduce(mean)
+    for value, part in zip(values, mean.split([value.numel() for value in values]), strict=True):
+        value.copy_(part.view_as(value))
