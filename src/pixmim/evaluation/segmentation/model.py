@@ -70,7 +70,7 @@ class Segmenter(nn.Module):
 
 
 def _build_neck(encoder: nn.Module) -> nn.ModuleList:
-    """Build a module per feature map: scales of 4, 2, 1 and 1/2 for a ViT, norms for Swin and ConvNeXt, or identities."""
+    """Build a module per map: scales of 4, 2, 1 and 1/2 for a ViT, norms for Swin and ConvNeXt, else identities."""
     sizes = widths(encoder)
     if isinstance(encoder, VisionTransformer | Beit):
         d = sizes[0]
