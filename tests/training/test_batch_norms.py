@@ -15,7 +15,7 @@ from pixmim.training.parallelize import keep_statistics
 Make = Callable[..., PretrainConfig]
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Ends a run after a step."""
 
 
@@ -26,9 +26,9 @@ def test_statistics_resume_bitwise_with_accumulated_gradients(tiny_run: Make, tm
 
     def stop(step: int) -> None:
         if step == 3:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(config, tmp_path / "two", on_step_end=stop)
     train(config, tmp_path / "two")
     assert equal(tmp_path / "one", tmp_path / "two")
