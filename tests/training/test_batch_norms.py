@@ -1,6 +1,7 @@
 """Test that batch norms resume bitwise, and that trial steps leave no trace in them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from torch import nn
 
 from helpers.models import CNNS
 from helpers.runs import equal, train, weights
-from pixmim.config import CheckpointConfig, PretrainConfig
+from pixmim.config import CheckpointConfig, ParallelConfig, PretrainConfig
 from pixmim.training.parallelize import keep_statistics
+from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
 
@@ -33,6 +35,17 @@ def test_statistics_resume_bitwise_with_accumulated_gradients(tiny_run: Make, tm
     train(config, tmp_path / "two")
     assert equal(tmp_path / "one", tmp_path / "two")
     assert weights(tmp_path / "one")["layer4.0.bn2.num_batches_tracked"] == 4 * 2
+
+
+def test_flags_about_blocks_that_would_do_nothing_or_harm_are_refused(tiny_run: Make, tmp_path: Path) -> None:
+    for backbone, options, message in (
+        ("resnet10t", {"recompute": True}, "no blocks to recompute"),
+        ("resnet10t", {"compile": "blocks"}, "no blocks to recompute or compile"),
+        ("efficientnet_b0", {"recompute": True}, "count each image twice"),
+    ):
+        config = tiny_run(model=replace(CNNS["resnet"], backbone=backbone), parallel=ParallelConfig(**options))
+        with pytest.raises(UserError, match=message):
+            train(config, tmp_path / backbone)
 
 
 def test_trial_steps_keep_the_statistics() -> None:

@@ -49,13 +49,21 @@ def parallelize(
     in the precision of the run, and gradients are reduced in float32.
 
     Raises:
-        UserError: If the precision does not go with the strategy.
+        UserError: If the precision does not go with the strategy, or a flag about blocks with the model.
     """
+    blocks = list(transformer_blocks(model))
+    if not blocks and (config.recompute or config.compile == "blocks"):
+        raise UserError(
+            "this model has no blocks to recompute or compile: leave out --parallel.recompute, and use "
+            "--parallel.compile full or none"
+        )
     if config.recompute:
-        for block in transformer_blocks(model):
+        if any(batch_norms(block) for block in blocks):
+            raise UserError("--parallel.recompute would count each image twice in batch norms: leave it out")
+        for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if config.compile != "none":
-        for part in transformer_blocks(model) if config.compile == "blocks" else [model]:
+        for part in blocks if config.compile == "blocks" else [model]:
             part.compile(fullgraph=True, dynamic=False)
 
     mode = parallel_mode(config, world)
@@ -74,7 +82,7 @@ def parallelize(
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # autocast decides the precision of each operation
         )
-        for module in [*transformer_blocks(model), model]:
+        for module in [*blocks, model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
 
