@@ -20,7 +20,6 @@ from pixmim.build import build_mask_sampler, build_model
 from pixmim.config import PretrainConfig
 from pixmim.export import export_model
 from pixmim.models import features
-from pixmim.models.layer_decay import layer_ids
 from pixmim.recipes import get_recipe
 from pixmim.utils.errors import UserError
 from pixmim.weights.load import import_weights, initialize_from, resolve_model
@@ -138,8 +137,16 @@ def saved(path: Path, state: State) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("name", A2MIM)
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of imported weights, by name."""
+    root = tmp_path_factory.mktemp("a2mim")
+    for name, (make, _) in A2MIM.items():
+        import_weights(resolve_model(saved(root / f"{name}.pth", make())), root / name)
+    return {name: root / name for name in A2MIM}
+
+
+@pytest.mark.parametrize(("name", "scaled"), [("resnet", True), ("convnext", True), ("convnext", False)])
 def test_a2mim_predicts_what_its_code_predicts(name: str, scaled: bool, tmp_path: Path) -> None:
     make, predict = A2MIM[name]
     state = make()
@@ -151,7 +158,7 @@ def test_a2mim_predicts_what_its_code_predicts(name: str, scaled: bool, tmp_path
     tiles = prediction.detach().view(2, 2, 3, 32, 32, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 64, 96)
     state = {key: value.double() for key, value in state.items()}
     torch.testing.assert_close(tiles, predict(state, images, mask.hidden).detach(), atol=1e-9, rtol=1e-9)
-    lines = import_weights(resolve_model(source), tmp_path / "imported")
+    lines = import_weights(resolve_model(source), None)
     assert "OpenMixup (A2MIM)" in lines[0] and any("a moving average" in line for line in lines)
 
 
@@ -163,7 +170,7 @@ def test_a_token_of_the_first_stage_leaves_an_encoder(name: str, tmp_path: Path)
     state["backbone.mask_token"] = torch.zeros(1, 7, 1, 1)
     for part in ("weight", "bias"):
         state[f"neck.decoder.0.{part}"] = state.pop(f"neck.decoder_pred.0.{part}")
-    lines = import_weights(resolve_model(saved(tmp_path / "simmim.pth", state)), tmp_path / "imported")
+    lines = import_weights(resolve_model(saved(tmp_path / "simmim.pth", state)), None)
     assert any("no decoder" in line for line in lines)
     assert any("not used (of a token in front of the first stage" in line and "and 2 more" in line for line in lines)
 
@@ -186,17 +193,14 @@ def test_the_backbone_alone_and_a_classifier_are_read(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", A2MIM)
-def test_mmpretrains_keys_are_read_back(name: str, tmp_path: Path) -> None:
-    source = saved(tmp_path / "a2mim.pth", A2MIM[name][0]())
-    import_weights(resolve_model(source), tmp_path / "run")
-    export_model(str(tmp_path / "run"), "mmpretrain", tmp_path / "out")
+def test_mmpretrains_keys_are_those_of_the_file(name: str, imported: dict[str, Path], tmp_path: Path) -> None:
+    export_model(str(imported[name]), "mmpretrain", tmp_path / "out")
     state = torch.load(tmp_path / "out/model.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(state[key], value) for key, value in A2MIM[name][0]().items())
 
 
-def test_detectron2_has_its_own_names_of_a_resnet(tmp_path: Path) -> None:
-    import_weights(resolve_model(saved(tmp_path / "x.pth", resnet())), tmp_path / "run")
-    lines = export_model(str(tmp_path / "run"), "detectron2", tmp_path / "out")
+def test_detectron2_has_its_own_names_of_a_resnet(imported: dict[str, Path], tmp_path: Path) -> None:
+    lines = export_model(str(imported["resnet"]), "detectron2", tmp_path / "out")
     state, own = torch.load(tmp_path / "out/model.pth", weights_only=True)["model"], resnet()
     for theirs, ours in (
         ("stem.conv1.weight", "conv1.weight"),
@@ -208,9 +212,8 @@ def test_detectron2_has_its_own_names_of_a_resnet(tmp_path: Path) -> None:
         assert torch.equal(state[theirs], own[f"backbone.{ours}"])
     assert len(state) == len([key for key in own if "mask_" not in key and "neck" not in key])
     assert any("depth=18" in line and "stride_in_1x1=False" in line for line in lines)
-    import_weights(resolve_model(saved(tmp_path / "y.pth", convnext())), tmp_path / "other")
     with pytest.raises(UserError, match="detectron2 has ResNets only, no convnext_tiny"):
-        export_model(str(tmp_path / "other"), "detectron2", tmp_path / "out2")
+        export_model(str(imported["convnext"]), "detectron2", tmp_path / "out2")
 
 
 # ---- runs that start from weights
@@ -261,4 +264,3 @@ def test_other_cnns_are_named_with_what_takes_them(tmp_path: Path) -> None:
     save_file(timm.create_model("mobilenetv3_small_050").state_dict(), str(tmp_path / "x.safetensors"))
     with pytest.raises(UserError, match=r"a convolutional network .* is not supported.*timm:NAME"):
         resolve_model(str(tmp_path / "x.safetensors"))
-    assert max(layer_ids(load_encoder(saved(tmp_path / "y.pth", resnet()))).values()) == 4

@@ -58,8 +58,8 @@ def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig, fir
             raise UserError(f"{name} cannot be interpolated: its table of {len(value)} entries is not a square window")
         line = f"relative positions interpolated from {_by(old_window)} to {_by(window)} patches"
         return relative_biases(value, old_window, window), line
-    same_otherwise = (new[0], *new[2:]) == (value.shape[0], *value.shape[2:])
-    if name == first and value.ndim == 4 and same_otherwise and new != value.shape:
+    old = value.shape
+    if name == first and len(old) == 4 and new != old and (new[0], *new[2:]) == (old[0], *old[2:]):
         return channels(value, new[1]), f"adapted from {value.shape[1]} to {new[1]} channels"
     return value, ""
 
