@@ -39,9 +39,9 @@ def test_statistics_resume_bitwise_with_accumulated_gradients(tiny_run: Make, tm
 
 def test_flags_about_blocks_that_would_do_nothing_or_harm_are_refused(tiny_run: Make, tmp_path: Path) -> None:
     for backbone, options, message in (
-        ("resnet10t", {"recompute": True}, "no blocks to recompute"),
-        ("resnet10t", {"compile": "blocks"}, "no blocks to recompute or compile"),
-        ("efficientnet_b0", {"recompute": True}, "count each image twice"),
+        ("test_resnet", {"recompute": True}, "no blocks to recompute"),
+        ("test_resnet", {"compile": "blocks"}, "no blocks to recompute or compile"),
+        ("test_efficientnet", {"recompute": True}, "count each image twice"),
     ):
         config = tiny_run(model=replace(CNNS["resnet"], backbone=backbone), parallel=ParallelConfig(**options))
         with pytest.raises(UserError, match=message):

@@ -222,15 +222,14 @@ def test_detectron2_has_its_own_names_of_a_resnet(imported: dict[str, Path], tmp
 @pytest.mark.parametrize("layout", ["folder of timm", "bare file"])
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 def test_adapt_starts_from_a_classifier_bitwise(name: str, layout: str, tmp_path: Path) -> None:
-    source: Any = timm.create_model(name, num_classes=7, **CNNS["convnext"].options if "conv" in name else {})
+    source: Any = timm.create_model(name, num_classes=7)
     if layout == "bare file":
         init = str(tmp_path / "model.safetensors")
         save_file(source.state_dict(), init)
     else:
         init = str(tmp_path / "timm")
-        args = CNNS["convnext"].options if "conv" in name else {}
         data = {"input_size": (3, 80, 80), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-        save_for_hf(source, init, model_args=args, data_config=data, safe_serialization=True)
+        save_for_hf(source, init, data_config=data, safe_serialization=True)
     config = get_recipe("adapt", data="shapes:", init=init)
     assert config.model.name == "simmim" and config.mask.kind == "blocks" and config.target.kind == "low-frequency"
     assert config.size == ("224" if layout == "bare file" else "64")  # a multiple of 32
@@ -249,14 +248,13 @@ def test_adapt_describes_timms_cnns_without_their_weights() -> None:
 
 def test_the_first_convolution_of_a_cnn_is_adapted_to_the_channels(tiny_run: Make, tmp_path: Path) -> None:
     for name, key in (("resnet18", "conv1.weight"), ("convnext_atto", "stem.0.weight")):
-        options = CNNS["convnext"].options if "conv" in name else {}
-        source: Any = timm.create_model(name, num_classes=0, **options)
+        source: Any = timm.create_model(name, num_classes=0)
         save_file(source.state_dict(), str(tmp_path / f"{name}.safetensors"))
-        arch = replace(CNNS["resnet"], backbone=name, options=options)
-        config = tiny_run(size="64", channels=1, model=arch, init=str(tmp_path / f"{name}.safetensors"))
-        model = build_model(config)
-        lines = initialize_from(model, config)
-        assert torch.equal(model.encoder.state_dict()[key], source.state_dict()[key].sum(dim=1, keepdim=True))
+        model = replace(CNNS["resnet"], backbone=name)
+        config = tiny_run(size="64", channels=1, model=model, init=str(tmp_path / f"{name}.safetensors"))
+        module = build_model(config)
+        lines = initialize_from(module, config)
+        assert torch.equal(module.encoder.state_dict()[key], source.state_dict()[key].sum(dim=1, keepdim=True))
         assert any("adapted from 3 to 1 channels" in line for line in lines)
 
 
