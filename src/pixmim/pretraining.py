@@ -44,15 +44,7 @@ from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
 from pixmim.training.metric_logger import end_summary, read_metrics, start_summary
 from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw_by_layer
-from pixmim.training.parallelize import (
-    average_statistics,
-    batch_norms,
-    keep_statistics,
-    parallelize,
-    step_context,
-    sync_last_microbatch,
-    unsharded,
-)
+from pixmim.training.parallelize import batch_norm_notes, parallelize, step_context, trial_step, unsharded
 from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.training.preemption import Interrupted
 from pixmim.training.trackers import Trackers
@@ -249,7 +241,7 @@ def _train(
     def trial(images: int) -> None:
         noise = torch.randn(images, config.channels, *config.image_size, device=device)
         try:
-            with sync_last_microbatch(network, last=False), keep_statistics(model):
+            with trial_step(network):
                 optimizer.backward(compute_loss(network, criterion, noise, masks(0, range(images)), precision))
         finally:
             adam.zero_grad(set_to_none=True)
@@ -259,10 +251,7 @@ def _train(
     with step_context(config.parallel):
         width = int(model.encoder.num_features)  # type: ignore[arg-type]
         parts = find_accumulation_steps(config, world, device, width, trial, reserved)
-
-    if batch_norms(model) and parts * world.size > 1:
-        share = config.batch_size // (parts * world.size)
-        notes.append(f"batch norms: statistics of {share:,} images at a time, of each part on each process")
+    notes += batch_norm_notes(model, config.batch_size, parts * world.size)
 
     # Files of the run: only after every setting has been validated.
     config_text = to_json(config)
@@ -341,7 +330,6 @@ def _train(
         trainer.log.pause()
 
     def after_step(step: int) -> None:
-        average_statistics(model, world)
         measure_at(step)
         if on_step_end is not None:
             on_step_end(step)

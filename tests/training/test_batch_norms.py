@@ -11,7 +11,7 @@ from torch import nn
 from helpers.models import CNNS
 from helpers.runs import equal, train, weights
 from pixmim.config import CheckpointConfig, ParallelConfig, PretrainConfig
-from pixmim.training.parallelize import keep_statistics
+from pixmim.training.parallelize import trial_step
 from pixmim.utils.errors import UserError
 
 Make = Callable[..., PretrainConfig]
@@ -51,7 +51,7 @@ def test_flags_about_blocks_that_would_do_nothing_or_harm_are_refused(tiny_run: 
 def test_trial_steps_keep_the_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout()).train()
     before = {name: value.clone() for name, value in model.named_buffers()}
-    with keep_statistics(model):
+    with trial_step(model):
         model(torch.randn(2, 3, 8, 8)).sum().backward()
         assert model[2].training and not model[1].training
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers()) and model[1].training

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -71,7 +71,7 @@ def parallelize(
         with warnings.catch_warnings():
             # Its successor does not exist in all supported releases.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            # Buffers are constants (masks of windows, indices), or averaged by `average_statistics`.
+            # Buffers are constants (masks of windows, indices), or averaged by `settle_statistics`.
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if mode == "fsdp":
         if precision == "fp16":
@@ -123,7 +123,7 @@ def unsharded(model: Module, build: Callable[[], Module]) -> Module:
         return model
     copy = build()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    copy.load_state_dict(cast(dict[str, torch.Tensor], state))
+    copy.load_state_dict(cast(dict[str, Tensor], state))
     return copy
 
 
@@ -132,26 +132,42 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
+def batch_norm_notes(model: nn.Module, batch_size: int, parts: int) -> list[str]:
+    """Return a line about the statistics of batch norms, if a batch is computed in several parts, over all ranks."""
+    if parts == 1 or not batch_norms(model):
+        return []
+    return [f"batch norms: statistics of {batch_size // parts:,} images at a time, of each part on each process"]
+
+
 @contextmanager
-def keep_statistics(model: nn.Module) -> Iterator[None]:
-    """Run forward passes of a model in training within a `with` statement, without a trace in its batch norms."""
-    norms = [norm for norm in batch_norms(model) if norm.training]
+def trial_step(network: nn.Module) -> Iterator[None]:
+    """Run a forward and backward pass that reduces no gradients and leaves no trace in batch norms."""
+    norms = [norm for norm in batch_norms(network) if norm.training]
     for norm in norms:
         norm.eval()
     try:
-        yield
+        with sync_last_microbatch(network, last=False):
+            yield
     finally:
         for norm in norms:
             norm.train()
 
 
 @torch.no_grad()
-def average_statistics(model: nn.Module, world: Distributed) -> None:
-    """Replace the running statistics of batch norms by their mean over the ranks, in place. Collective."""
-    values = [b for norm in batch_norms(model) for b in norm.buffers() if b.is_floating_point()]
-    if world.size == 1 or not values:
+def settle_statistics(
+    norms: list[_BatchNorm], buffers: list[Tensor], before: list[Tensor], bad: Tensor, world: Distributed
+) -> None:
+    """Set buffers to their values before a bad step, and the statistics of norms to their mean over the ranks.
+
+    A step without a finite gradient may leave statistics that are not finite. Collective.
+    """
+    if not norms:
         return
-    mean = torch.cat([value.flatten() for value in values]) / world.size
-    dist.all_reduce(mean)
-    for value, part in zip(values, mean.split([value.numel() for value in values]), strict=True):
-        value.copy_(part.view_as(value))
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(torch.where(bad, value, buffer))
+    statistics = [value for norm in norms for value in norm.buffers() if value.is_floating_point()]
+    if world.size > 1 and statistics:
+        mean = torch.cat([value.flatten() for value in statistics]) / world.size
+        dist.all_reduce(mean)
+        for value, part in zip(statistics, mean.split([value.numel() for value in statistics]), strict=True):
+            value.copy_(part.view_as(value))

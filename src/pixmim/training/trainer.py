@@ -16,7 +16,7 @@ from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import SINGLE_PROCESS, Distributed
 from pixmim.training.metric_logger import MetricLogger
 from pixmim.training.optim import SyncFreeOptimizer
-from pixmim.training.parallelize import batch_norms, sync_last_microbatch
+from pixmim.training.parallelize import batch_norms, settle_statistics, sync_last_microbatch
 from pixmim.training.preemption import Interrupted, PreemptionHandler
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
@@ -84,9 +84,8 @@ class Trainer:
         """Epochs per step."""
         self.start = 0
         """Steps done before this process started."""
-        self._has_norms = bool(batch_norms(model))
         self._checkpoint, self._console, self._on_log = checkpoint, console or Console(quiet=True), on_log
-        self._log_every = log_every or max(1, min(50, steps // 200))
+        self._log_every, self._norms = log_every or max(1, min(50, steps // 200)), batch_norms(model)
         self.checkpoints = CheckpointManager(
             folder / "checkpoints", checkpoint.keep_last, keep_if=self._is_milestone, world=world, warn=self._print
         )
@@ -207,12 +206,9 @@ class Trainer:
     def _step(
         self, step: int, loader: Iterator[Batch], compute_loss: Callable[[Batch, int], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Take a step; return loss and gradient norm. Raises Interrupted, after which all buffers are restored.
-
-        They are restored too if the gradient is not finite, for batch norms then have statistics that are not.
-        """
+        """Take a step; return loss and gradient norm. Raises Interrupted, after which all buffers are restored."""
         single = self.world.size == 1
-        buffers = list(self.network.buffers()) if self._has_norms or (single and self.accumulation_steps > 1) else []
+        buffers = list(self.network.buffers()) if self._norms or (single and self.accumulation_steps > 1) else []
         before = [buffer.clone() for buffer in buffers]  # a forward pass may change them
         total = torch.zeros((), device=self.optimizer.device)
         try:
@@ -229,10 +225,7 @@ class Trainer:
                 buffer.copy_(value)
             raise
         norm = self.optimizer.step(self.lr(step), step)
-        if self._has_norms:
-            bad = self.optimizer.state["streak"] > 0  # on the device
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(torch.where(bad, value, buffer))
+        settle_statistics(self._norms, buffers, before, self.optimizer.state["streak"] > 0, self.world)
         return total, norm
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, waited: float) -> None:
