@@ -219,9 +219,9 @@ def test_unsupported_models_are_refused_with_the_reason(make_model: MakeModel, t
         (convmae, "timm", "timm has no ConvMAE"),
         (convmae, "hf", "of convmae"),
         (convmae, "mmpretrain", "plain ViTs only"),
-        (resnet, "hf", "of simmim on test_resnet"),
+        (resnet, "hf", "the layout of test_resnet"),
         (resnet, "mmpretrain", "supports ResNet, ConvNeXt and plain ViTs only"),
-        (resnet, "detectron2", "detectron2 has ResNets only, no test_resnet"),
+        (resnet, "detectron2", "ResNets only, not test_resnet"),
     ):
         with pytest.raises(UserError, match=message):
             export_model(folder, to, tmp_path / "out")
