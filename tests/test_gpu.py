@@ -201,8 +201,13 @@ def test_blocks_of_every_model_compile_on_the_gpu(tmp_path: Path) -> None:
 
 
 def test_blocks_are_compiled_by_default_on_a_gpu_only(device: torch.device) -> None:
-    config, line = choose_compilation(ParallelConfig(), device)
+    model = compile_worker.create_model("mae", "vit_tiny_patch16_224", img_size=32, decoder_depth=1)
+    config, line = choose_compilation(ParallelConfig(), model, device)
     assert (config.compile, line) == ("blocks" if device.type == "cuda" else "none", "")
+    assert (
+        choose_compilation(ParallelConfig(), compile_worker.create_model("simmim", "resnet10t"), device)[0].compile
+        == "none"
+    )
 
 
 def test_a_bad_gradient_halves_the_scale_and_changes_nothing(device: torch.device) -> None:

@@ -44,7 +44,14 @@ from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
 from pixmim.training.metric_logger import end_summary, read_metrics, start_summary
 from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw_by_layer
-from pixmim.training.parallelize import choose_compilation, parallelize, step_context, sync_last_microbatch, unsharded
+from pixmim.training.parallelize import (
+    batch_norm_notes,
+    choose_compilation,
+    parallelize,
+    step_context,
+    trial_step,
+    unsharded,
+)
 from pixmim.training.precision import Precision, autocast, choose_attention, choose_device, choose_precision
 from pixmim.training.preemption import Interrupted
 from pixmim.training.trackers import Trackers
@@ -233,7 +240,7 @@ def _train(
     best = BestEncoder(config, out, schedule.steps, console)
 
     # Parallelism, optimizer, and parts of a batch that fit in memory.
-    parallel, not_compiled = choose_compilation(config.parallel, device)
+    parallel, not_compiled = choose_compilation(config.parallel, model, device)
     notes += [not_compiled] * bool(not_compiled)
     network = parallelize(model, parallel, world, device, precision)
     layers, exempt = layer_ids(model.encoder), not_decayed(model.encoder)
@@ -243,7 +250,7 @@ def _train(
     def trial(images: int) -> None:
         noise = torch.randn(images, config.channels, *config.image_size, device=device)
         try:
-            with sync_last_microbatch(network, last=False):
+            with trial_step(network):
                 optimizer.backward(compute_loss(network, criterion, noise, masks(0, range(images)), precision))
         finally:
             adam.zero_grad(set_to_none=True)
@@ -253,6 +260,7 @@ def _train(
     with step_context(parallel):
         width = int(model.encoder.num_features)  # type: ignore[arg-type]
         parts = find_accumulation_steps(config, world, device, width, trial, reserved)
+    notes += batch_norm_notes(model, config.batch_size, parts * world.size)
 
     # Files of the run: only after every setting has been validated.
     config_text = to_json(config)

@@ -154,10 +154,7 @@ def simmim_vit_base() -> PretrainConfig:
 
 
 def simmim_cnn(backbone: str) -> PretrainConfig:
-    """SimMIM with a network of convolutions at 224 px, 300 epochs, in the way of A2MIM (arXiv 2205.13943).
-
-    L1 on pixels instead of A2MIM's weighted L1 and, for ResNet, its loss on frequencies.
-    """
+    """SimMIM with a CNN at 224 px, 300 epochs, in the way of A2MIM (arXiv 2205.13943), by L1 on pixels."""
     return replace(
         simmim_swin_base(),
         epochs=300,

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import to_pil_image
 
 from helpers.interrupt import Stopped
+from helpers.models import CNNS
 from pixmim import load_encoder
 from pixmim.build import build_encoder, build_model
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
@@ -49,12 +50,14 @@ METHODS = {
     "convmae": ArchitectureConfig("convmae", "convmae_tiny", 16, 1, 2),
     "simmim-vit": ArchitectureConfig("simmim", "beit_base_patch16_224"),
     "simmim-swin": ArchitectureConfig("simmim", "swin_tiny_patch4_window7_224"),
+    **CNNS,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "mae": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "convmae": {"embed_dim": [8, 12, 24], "depth": [1, 1, 2], "num_heads": 2},
     "simmim-vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "simmim-swin": {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4},
+    **{name: model.options for name, model in CNNS.items()},
 }
 
 
@@ -262,6 +265,13 @@ def test_the_average_follows_the_weights() -> None:
     assert averaged.result.weight.tolist() == [[0.25 * 0.75 + 0.5] * 2]  # type: ignore[union-attr, operator]
     assert finetune.Averaged(model, 0.0).result is model
 
+    norm = nn.BatchNorm1d(1, momentum=1.0)  # its running mean is that of the last batch
+    averaged = finetune.Averaged(norm, 0.75)
+    for value in (1.0, 2.0):
+        norm(torch.full((4, 1), value))
+        averaged.update()
+    assert averaged.result.running_mean.item() == 0.25 * 0.75 + 0.5  # type: ignore[union-attr, operator]
+
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_classifier_is_initialized_from_the_encoder(product: Callable[[str], Path], method: str) -> None:
@@ -272,13 +282,14 @@ def test_a_classifier_is_initialized_from_the_encoder(product: Callable[[str], P
     source, state = encoder.module.state_dict(), classifier.state_dict()
     new = {name for name in state if name not in source}
     tables = {name for name in new if "relative_position_bias_table" in name}
-    assert all(name.startswith(("head.", "fc_norm.")) for name in new - tables)
+    prefixes = {"resnet": "fc.", "convnext": "head.fc."}.get(method, ("head.", "fc_norm."))
+    assert all(name.startswith(prefixes) for name in new - tables)
     assert all(torch.equal(state[name], source[name]) for name in state.keys() & source.keys())
     if method == "simmim-vit":  # the shared table, once for each block
         assert len(tables) == 2
         shared = source["rel_pos_bias.relative_position_bias_table"]
         assert all(torch.equal(state[name], shared) for name in tables)
-    head = next(value for name, value in state.items() if name.startswith("head.") and value.ndim == 2)
+    head = next(value for name, value in state.items() if name.startswith(prefixes) and value.ndim == 2)
     assert 1e-5 < head.std() < 3e-5 and all(p.requires_grad for p in classifier.parameters())
     drops = [m.drop_prob for m in classifier.modules() if type(m).__name__ == "DropPath"]
     assert max(drops) == pytest.approx(0.1)
@@ -290,7 +301,7 @@ def test_another_size(product: Callable[[str], Path], method: str) -> None:
     run = classifier_config(encoder.config, encoder.module, 10, "mean", "64")
     classifier = build(run, 0.0, 2e-5, seed=0)
     lines = load_encoder_weights(classifier, run, encoder.module, encoder.config)
-    assert any("interpolated" in line for line in lines)
+    assert any("interpolated" in line for line in lines) == (method not in CNNS)
     assert classifier(torch.randn(1, 3, 64, 64)).shape == (1, 10)
     if method == "simmim-swin":
         assert run.model.options["window_size"] == 8
@@ -346,9 +357,16 @@ def test_published_numbers() -> None:
         "simmim-swin-base-800": (100, 20, 0.8, 0.1, 5),
         "simmim-swin-large": (100, 20, 0.7, 0.2, 5),
         "simmim-vit-base": (100, 20, 0.65, 0.1, 5),
+        "a2mim-resnet": (300, 5, 1, 0.05, 0),
+        "a2mim-convnext-tiny": (400, 5, 0.7, 0.1, 0),
+        "a2mim-convnext-small": (300, 5, 1, 0.4, 0),
+        "a2mim-convnext-base": (300, 5, 1, 0.5, 0),
         "deit3-vit-base": (800, 5, 1, 0.2, 1),
     }
-    assert {r.weight_decay for r in FINETUNE_RECIPES.values()} == {0.05}
+    decays = {"a2mim-resnet": 0.02, "a2mim-convnext-tiny": 0.01}
+    assert {name: r.weight_decay for name, r in FINETUNE_RECIPES.items() if r.weight_decay != 0.05} == decays
+    rates = {"a2mim-resnet": 5e-3, "a2mim-convnext-tiny": 4e-4, "a2mim-convnext-base": 4e-3}
+    assert {name: peak[name] for name in rates} == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(
@@ -361,6 +379,8 @@ def test_published_numbers() -> None:
         ("pixmim-simmim-swin-base-800", "simmim-swin-base-800"),
         ("simmim-swin-large-800", "simmim-swin-large"),
         ("simmim-vit-base", "simmim-vit-base"),
+        ("simmim-resnet50", "a2mim-resnet"),
+        ("simmim-convnext-base", "a2mim-convnext-base"),
     ],
 )
 def test_auto_goes_by_method_and_backbone(recipe: str, tuning: str) -> None:
@@ -368,7 +388,8 @@ def test_auto_goes_by_method_and_backbone(recipe: str, tuning: str) -> None:
     with torch.device("meta"):
         encoder = build_encoder(run)
     assert choose("auto", run, encoder, from_scratch=False) == tuning
-    assert choose("auto", run, encoder, from_scratch=True) == "deit3-vit-base"
+    from_scratch = tuning if tuning.startswith("a2mim") else "deit3-vit-base"
+    assert choose("auto", run, encoder, from_scratch=True) == from_scratch
     assert choose("mae-vit-huge", run, encoder, from_scratch=True) == "mae-vit-huge"
     with pytest.raises(UserError, match="did you mean 'convmae-base'"):
         choose("convmae", run, encoder, from_scratch=False)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.cli import say
-from helpers.models import old_swin_layout
+from helpers.models import CNNS, old_swin_layout
 from pixmim import load_encoder, load_model, patchify
 from pixmim.build import build_model
 from pixmim.config import ArchitectureConfig, OnlineKnnConfig, PretrainConfig
@@ -53,6 +53,7 @@ MODELS = {
         ),
         "32",
     ),
+    **{name: (model, "64") for name, model in CNNS.items()},
 }  # fmt: skip
 
 
@@ -123,7 +124,8 @@ def test_timm_needs_no_further_arguments_for_the_encoder_of_a_run(
 @pytest.mark.parametrize(
     ("name", "to"),
     [
-        *((name, to) for name in MODELS if name != "convmae" for to in ("timm", "hf", "detectron2")),
+        *((name, to) for name in MODELS if name not in ("convmae", *CNNS) for to in ("timm", "hf", "detectron2")),
+        *((name, "timm") for name in CNNS),
         ("mae", "mmpretrain"),
         ("mae-oblong", "mmpretrain"),
     ],
@@ -179,7 +181,7 @@ def test_transformers_loads_its_layout(name: str, make_model: MakeModel, tmp_pat
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["convmae", "simmim-beit", "simmim-swin", "mae-oblong"])
+@pytest.mark.parametrize("name", ["convmae", "simmim-beit", "simmim-swin", "mae-oblong", "convnext"])
 def test_onnx_matches_torch_for_any_batch_size(name: str, make_model: MakeModel, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     folder, module = make_model(name)
@@ -212,9 +214,17 @@ def test_torch_files_are_read_back_bitwise(name: str, to: str, make_model: MakeM
 
 def test_unsupported_models_are_refused_with_the_reason(make_model: MakeModel, tmp_path: Path, tiny_run: Make) -> None:
     convmae, _ = make_model("convmae")
-    for to, message in (("timm", "timm has no ConvMAE"), ("hf", "of convmae"), ("mmpretrain", "plain ViTs only")):
+    resnet, _ = make_model("resnet")
+    for folder, to, message in (
+        (convmae, "timm", "timm has no ConvMAE"),
+        (convmae, "hf", "of convmae"),
+        (convmae, "mmpretrain", "plain ViTs only"),
+        (resnet, "hf", "the layout of test_resnet"),
+        (resnet, "mmpretrain", "supports ResNet, ConvNeXt and plain ViTs only"),
+        (resnet, "detectron2", "ResNets only, not test_resnet"),
+    ):
         with pytest.raises(UserError, match=message):
-            export_model(convmae, to, tmp_path / "out")
+            export_model(folder, to, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
     mae, _ = make_model("mae")
     (tmp_path / "full").mkdir()

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from helpers.cli import say
-from helpers.models import old_swin_layout
+from helpers.models import CNNS, old_swin_layout
 from pixmim.build import build_model
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.data import open_dataset
@@ -136,10 +136,12 @@ def test_the_attentive_probe_is_exported_with_code_that_repeats_its_predictions(
             "swin_tiny_patch4_window7_224",
             options={"embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
         ),
+        **CNNS,
     }.items():
         if name == "simmim-swin" and old_swin_layout():
             continue
-        run = make_run(tiny_run(model=architecture), tmp_path / name, step=7)
+        size = "64" if name in CNNS else "32"  # a map of 2 x 2
+        run = make_run(tiny_run(model=architecture, size=size), tmp_path / name, step=7)
         settings = AttentiveSettings(train=TRAIN, test=TEST, epochs=2)
         (done,) = evaluate(str(run), [("attentive", settings)], run, device="cpu", precision="fp32")
         path = save(done, run)

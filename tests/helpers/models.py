@@ -7,6 +7,10 @@ import timm
 from pixmim.config import ArchitectureConfig
 
 TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+CNNS = {
+    "resnet": ArchitectureConfig("simmim", "test_resnet"),
+    "convnext": ArchitectureConfig("simmim", "test_convnext"),
+}
 THIN: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 MAE = ArchitectureConfig("mae", "vit_tiny_patch16_224", **THIN, options=TINY)
 OTHERS = {

@@ -38,6 +38,10 @@ def slow_forward(model: CNNSimMIM, name: str, images: Tensor, mask: Mask) -> Ten
         handle = model.encoder.get_submodule(BEFORE_LAST[name]).register_forward_hook(mark)
         final = model.encoder.forward_features(seen[None])  # type: ignore[operator]
         handle.remove()
+        if name == "convnext_atto":  # timm has the final norm in its head
+            norm = model.encoder.head.norm  # type: ignore[union-attr]
+            final = F.layer_norm(final.permute(0, 2, 3, 1), final.shape[1:2], norm.weight, norm.bias, 1e-6)
+            final = final.permute(0, 3, 1, 2)
         for y in range(rows):
             for x in range(columns):
                 values = F.conv2d(final[:, :, y : y + 1, x : x + 1], model.head[0].weight, model.head[0].bias).view(
@@ -78,7 +82,9 @@ def test_encoders_are_timms_and_all_but_their_classifier_learn(name: str) -> Non
     encoder = timm.create_model(name, in_chans=4, num_classes=0)
     encoder.load_state_dict(model.encoder.state_dict())  # with the statistics of batch norms
     result = features(model.encoder.eval(), images)
-    assert torch.equal(result.map, encoder.eval().forward_features(images)) and result.vector.shape[:2] == (2, 1)
+    last = encoder.eval().forward_features(images)
+    expected = encoder.head.norm(last) if name == "convnext_atto" else last
+    assert torch.equal(result.map, expected) and result.vector.shape[:2] == (2, 1)
     assert [one.shape[1] for one in maps(model.encoder, images)] == widths(model.encoder) and len(widths(encoder)) == 4
     ids = layer_ids(model.encoder)
     assert ids.keys() == dict(model.encoder.named_parameters()).keys() and min(ids.values()) == 0
@@ -89,6 +95,17 @@ def test_stages_decay_one_by_one() -> None:
     assert {name.partition(".")[0]: layer for name, layer in ids.items()} == {
         "conv1": 0, "bn1": 0, "layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4
     }  # fmt: skip
+
+
+def test_convnext_decays_by_the_groups_of_its_code() -> None:
+    """Three blocks of the third stage are a layer; a downsampling is in the layer of the blocks after it."""
+    with torch.device("meta"):
+        base, tiny = (layer_ids(timm.create_model(f"convnext_{name}", num_classes=2)) for name in ("base", "tiny"))
+    assert [base[f"stages.2.blocks.{block}.gamma"] for block in (0, 2, 3, 26)] == [3, 3, 4, 11]
+    names = ("stem.0.weight", "stages.0.blocks.1.gamma", "stages.1.downsample.1.weight", "stages.2.downsample.1.weight")
+    assert [base[name] for name in names] == [0, 1, 2, 3]
+    names = ("stages.3.downsample.1.weight", "stages.3.blocks.2.gamma", "head.norm.weight", "head.fc.weight")
+    assert [base[name] for name in names] == [12, 12, 13, 13] and [tiny[name] for name in names] == [6, 6, 7, 7]
 
 
 def test_a_network_that_is_no_sequence_is_refused() -> None:

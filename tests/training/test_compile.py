@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from helpers import compile_worker
 from helpers.commands import Started
@@ -38,10 +39,8 @@ def test_compiled_code_is_kept_in_the_cache_directory(memory: Path, monkeypatch:
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    assert choose_compilation(ParallelConfig(compile="none"), torch.device("cpu")) == (
-        ParallelConfig(compile="none"),
-        "",
-    )
+    model, cpu, none = nn.Linear(1, 1), torch.device("cpu"), ParallelConfig(compile="none")
+    assert choose_compilation(none, model, cpu) == (none, "")
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    choose_compilation(ParallelConfig(compile="full"), torch.device("cpu"))
+    choose_compilation(ParallelConfig(compile="full"), model, cpu)
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent == memory / "compiled"

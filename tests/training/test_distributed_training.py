@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from helpers import distributed_worker
 from helpers.commands import Started
-from helpers.models import MAE, OTHERS
+from helpers.models import CNNS, MAE, OTHERS
 from pixmim.config import CheckpointConfig, MaskConfig, OnlineKnnConfig, OptimConfig, ParallelConfig, PretrainConfig
 from pixmim.evaluation.best import read_best
 from pixmim.pretraining import pretrain
@@ -107,6 +107,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrain(adapted(root), root / "adapted", console=Console(quiet=True), report=False)
     for name in OTHERS | UNEVEN:
         pretrain(other(name), root / name, console=Console(quiet=True), report=False)
+    normed = make(model=CNNS["resnet"])
+    pretrain(dataclasses.replace(normed, steps=1), root / "normed-1", console=Console(quiet=True), report=False)
+    parts = dataclasses.replace(normed, accumulation_steps=2)
+    pretrain(parts, root / "normed-parts", console=Console(quiet=True), report=False)
     launch(4, [job("ddp-4", make()), job("fsdp-4", make(parallel=FSDP))], root)
     launch(
         2,
@@ -120,12 +124,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("fsdp-bf16", make(precision="bf16", parallel=FSDP)),
             job("poisoned", make(), poisoned=3),
             job("fsdp-poisoned", make(parallel=FSDP), poisoned=3),
+            job("normed-poisoned", normed, poisoned=3),
             job("ddp-2-again", make(), resume_from="ddp-2"),
             job("fsdp-2-again", make(parallel=FSDP), resume_from="fsdp-2"),
             job("ddp-4-then-fsdp-2", make(parallel=FSDP), resume_from="ddp-4"),
             job("fsdp-4-then-ddp-2", make(), resume_from="fsdp-4"),
             job("adapted-fsdp", adapted(root, parallel=FSDP)),
             job("swin-ddp", other("swin")),
+            job("normed-2", normed),
+            job("normed-2-again", normed, resume_from="normed-2"),
+            job("normed-1-of-2", dataclasses.replace(normed, steps=1)),
             *(job(f"{name}-fsdp", other(name, parallel=FSDP)) for name in OTHERS),
         ],
         root,
@@ -165,7 +173,14 @@ def test_fsdp_in_bf16_is_accurate(trained: Path) -> None:
     assert fsdp == pytest.approx(one, rel=5e-3)
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2"])
+def test_batch_norms_use_the_images_of_a_process_and_average_their_statistics(trained: Path) -> None:
+    """Two processes are two parts of a batch; the first step's mean in the first norm is that of the full batch."""
+    assert losses(trained / "normed-2") == pytest.approx(losses(trained / "normed-parts"), rel=1e-3)
+    first = "conv1.1.running_mean"
+    torch.testing.assert_close(product(trained / "normed-1-of-2")[first], product(trained / "normed-1")[first])
+
+
+@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "normed-2"])
 def test_the_same_number_of_processes_resumes_bitwise(name: str, trained: Path) -> None:
     assert largest_difference(trained / name, trained / f"{name}-again") == 0
     assert losses(trained / f"{name}-again") == losses(trained / name)[HALF:]
@@ -177,14 +192,14 @@ def test_another_number_of_processes_resumes_a_run(name: str, trained: Path) -> 
     assert largest_difference(trained / name, trained / "one") < 1e-4
 
 
-@pytest.mark.parametrize("name", ["poisoned", "fsdp-poisoned"])
+@pytest.mark.parametrize("name", ["poisoned", "fsdp-poisoned", "normed-poisoned"])
 def test_a_bad_gradient_on_one_process_is_skipped_on_all(name: str, trained: Path) -> None:
     lines = list(read_metrics(trained / name / "metrics.jsonl"))
     assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
-    clean = losses(trained / "one")
-    assert losses(trained / name)[:3] == pytest.approx(clean[:3], rel=2e-5)
+    other = trained / ("normed-2" if name == "normed-poisoned" else "one")
+    assert losses(trained / name)[:3] == pytest.approx(losses(other)[:3], rel=2e-5)
     assert all(torch.isfinite(value).all() for value in product(trained / name).values())
-    assert largest_difference(trained / name, trained / "one") > 1e-3  # a step is missing
+    assert largest_difference(trained / name, other) > 1e-3  # a step is missing
 
 
 def test_checkpoints_of_several_processes_are_written_by_several(trained: Path) -> None:

@@ -82,8 +82,8 @@ class FrozenEncoder:
     @property
     def classes(self) -> int:
         """Number of outputs of its own classifier; 0 if it has none."""
-        head = getattr(self.module, "head", None)
-        layer = getattr(head, "fc", head)
+        module: Any = self.module
+        layer = module.get_classifier() if hasattr(module, "get_classifier") else getattr(module, "head", None)
         return layer.out_features if isinstance(layer, nn.Linear) else 0
 
 

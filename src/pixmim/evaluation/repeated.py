@@ -50,7 +50,10 @@ def selected_blocks(context: EvalContext, settings: FrozenSettings) -> tuple[int
         return ()
     count = depth(context.encoder.module)
     if count == 1:
-        raise UserError(f"--layers {settings.layers}: the encoder has comparable features of its last block only")
+        raise UserError(
+            f"--layers {settings.layers}: the encoder has comparable features of its last block only: the stages of "
+            f"{type(context.encoder.module).__name__} have different widths"
+        )
     numbers = list(range(1, count + 1)) if settings.layers == "all" else [int(n) for n in settings.layers.split(",")]
     if not all(1 <= number <= count for number in numbers):
         raise UserError(f"--layers {settings.layers}: the encoder has blocks 1 to {count}")

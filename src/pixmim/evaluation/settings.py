@@ -227,9 +227,10 @@ class FinetuneSettings(LabeledSettings):
 
     recipe: str = "auto"
     """auto: by the encoder's kind and size; or mae-vit-base, mae-vit-large, mae-vit-huge, convmae-base,
-    simmim-swin-base-100, simmim-swin-base-800, simmim-swin-large, simmim-vit-base, deit3-vit-base."""
+    simmim-swin-base-100, simmim-swin-base-800, simmim-swin-large, simmim-vit-base, a2mim-resnet, a2mim-convnext-tiny,
+    a2mim-convnext-small, a2mim-convnext-base, deit3-vit-base."""
     from_scratch: bool = False
-    """Start from random weights of the same architecture; auto is then DeiT III's recipe."""
+    """Start from random weights of the same architecture; auto is then DeiT III's recipe, of CNNs the same one."""
     size: Annotated[str, Sides(empty=True)] = ""
     """Side in pixels, or HEIGHTxWIDTH. Default: the encoder's. Position tables are interpolated."""
     accumulation_steps: NonNegative = 0

@@ -3,11 +3,13 @@
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -17,11 +19,13 @@ from pixmim.export.attentive import write_probe
 from pixmim.export.huggingface import to_hf
 from pixmim.export.model_card import model_card
 from pixmim.export.onnx import to_onnx
+from pixmim.models.cnn import is_cnn
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.files import atomic_folder, write_text_atomically
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import Weights
-from pixmim.weights.formats import MM
+from pixmim.weights.formats import MM, MM_CONVNEXT, MM_RESNET
+from pixmim.weights.infer_config import RESNETS
 from pixmim.weights.key_map import downsampling_to_previous_stage
 from pixmim.weights.load import build_encoder_with_weights, describe, resolve_model
 from pixmim.weights.save import save_encoder
@@ -36,9 +40,15 @@ def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
 
 
 def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """Write a plain ViT with mmpretrain's keys, and MAE's decoder if there is one."""
+    """Write a plain ViT, ResNet or ConvNeXt with mmpretrain's keys, and the decoder or head if there is one."""
+    depth = _resnet_depth(weights)
+    if depth or isinstance(encoder, ConvNeXt):
+        keys, meta = MM_RESNET if depth else MM_CONVNEXT, _meta(weights, encoder)
+        _write_torch(folder, {"state_dict": keys.from_pixmim(weights.tensors), "meta": meta})
+        name = f"ResNet with depth={depth}" if depth else "ConvNeXt"
+        return [f"init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of {name}"]
     if type(encoder) is not VisionTransformer or weights.config.model.name in ("simmim", "pixio", "crossmae"):
-        raise UserError("--to mmpretrain supports MAE, LSMAE and MFF only")
+        raise UserError("--to mmpretrain supports ResNet, ConvNeXt, and the ViTs of MAE, LSMAE and MFF only")
     _write_torch(folder, {"state_dict": MM.from_pixmim(weights.tensors), "meta": _meta(weights, encoder)})
     return [
         "init_cfg=dict(type='Pretrained', checkpoint='FOLDER/model.pth', prefix='backbone.') of VisionTransformer",
@@ -47,13 +57,38 @@ def to_mmpretrain(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
 
 
 def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """Write {"model": tensors with the original code's keys}, which detectron2 matches by their suffixes."""
+    """Write {"model": tensors with the original code's keys}, which detectron2 matches by their suffixes.
+
+    Those of a ResNet are detectron2's own.
+    """
+    depth, usage = _resnet_depth(weights), 'train.init_checkpoint = "FOLDER/model.pth"'
+    if is_cnn(encoder) and not depth:
+        raise UserError(
+            f"detectron2 has torchvision's ResNets only, not {weights.config.model.backbone}: use --to timm or --to onnx"
+        )
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     if isinstance(encoder, SwinTransformer):
         state = downsampling_to_previous_stage(state)
+    if depth:
+        state = {_detectron2_resnet(key): value for key, value in state.items()}
+        usage += f" of ResNet with depth={depth}, stride_in_1x1=False and images in RGB"
     meta = _meta(weights, encoder)
     _write_torch(folder, {"model": state, "matching_heuristics": True, "__author__": "pixmim", "meta": meta})
-    return ['train.init_checkpoint = "FOLDER/model.pth"']
+    return [usage]
+
+
+def _resnet_depth(weights: Weights) -> int:
+    """Return the layers of a ResNet as torchvision has them; 0 for other models."""
+    name = weights.config.model.backbone.split(".")[0]
+    return int(name.removeprefix("resnet")) if name in RESNETS.values() else 0
+
+
+def _detectron2_resnet(key: str) -> str:
+    """Return detectron2's name of a tensor of torchvision's ResNet: layer1.0.bn2.bias is res2.0.conv2.norm.bias."""
+    key = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", key)
+    key = re.sub(r"(^|\.)bn(\d)\.", r"\1conv\2.norm.", key)
+    key = key.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    return key if key.startswith(("res", "fc.")) else f"stem.{key}"
 
 
 FORMATS: dict[str, Callable[[Weights, nn.Module, Path], list[str]]] = {
@@ -108,7 +143,7 @@ def export_model(
     try:
         with atomic_folder(folder) as temporary:
             usage = FORMATS[to](weights, encoder, temporary)
-            code = [] if probe is None else write_probe(*probe, temporary, is_map=isinstance(encoder, SwinTransformer))
+            code = [] if probe is None else write_probe(*probe, temporary, encoder)
             card = model_card(weights, to, usage, run, description, notes, code)
             write_text_atomically(temporary / "README.md", card)
     except OSError as error:
@@ -158,7 +193,7 @@ def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
     mean, std = weights.config.normalization
     blocks: Any = getattr(encoder, "blocks", None)
     meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.config.image_size, "mean": mean, "std": std}
-    if blocks is not None and hasattr(blocks[0].attn, "num_heads"):
+    if blocks is not None and hasattr(blocks[0], "attn") and hasattr(blocks[0].attn, "num_heads"):
         meta |= {"num_attention_heads": blocks[0].attn.num_heads, "layer_norm_eps": blocks[0].norm1.eps}
     if weights.has_decoder:
         meta["decoder_num_attention_heads"] = weights.config.model.decoder_heads

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from safetensors.torch import save
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
 
 from pixmim.evaluation.attentive_probe import AttentiveProbe
+from pixmim.models.cnn import final_norm, is_cnn
 from pixmim.utils.files import write_json, write_text_atomically
 
 _CODE = """\
@@ -20,24 +23,29 @@ with open("attentive.json") as file:
 
 @torch.no_grad()
 def classify(images):  # normalized, (b c h w)
-    x = encoder.forward_features(images){tokens}  # patch tokens (b n d)
+    x = {tokens}  # patch tokens (b n d)
     attention = (probe["queries"] @ x.transpose(1, 2) / x.shape[-1] ** 0.5).softmax(dim=-1)
     pooled = torch.einsum("bqd,qdv->bqv", attention @ x, probe["values"]).flatten(1)
     pooled = (pooled - probe["norm.running_mean"]) / (probe["norm.running_var"] + {eps}).sqrt()
     return pooled @ probe["head.weight"].T + probe["head.bias"]  # logits (b classes)"""
 
 
-def write_probe(probe: AttentiveProbe, classes: list[str], folder: Path, *, is_map: bool) -> list[str]:
+def write_probe(probe: AttentiveProbe, classes: list[str], folder: Path, encoder: nn.Module) -> list[str]:
     """Write attentive.safetensors and attentive.json into a folder; return lines of Python that classify with them.
 
     Args:
         probe: The probe.
         classes: Its classes, in the order of its outputs.
         folder: The folder of an encoder, exported to timm.
-        is_map: True if the encoder returns a map (b h w d), as a Swin, otherwise tokens.
+        encoder: The encoder.
     """
     tensors = {name: value.contiguous() for name, value in probe.state_dict().items()}
     write_text_atomically(folder / "attentive.safetensors", save(tensors, {"format": "pt"}))
     write_json(folder / "attentive.json", {"classes": classes, "queries": len(probe.queries)})
-    tokens = ".flatten(1, 2)" if is_map else "[:, encoder.num_prefix_tokens :]"
+    tokens = "encoder.forward_features(images)"
+    if is_cnn(encoder):
+        tokens = f"encoder.head.norm({tokens})" if isinstance(final_norm(encoder), nn.LayerNorm) else tokens
+        tokens += ".flatten(2).transpose(1, 2)"
+    else:
+        tokens += ".flatten(1, 2)" if isinstance(encoder, SwinTransformer) else "[:, encoder.num_prefix_tokens :]"
     return _CODE.format(tokens=tokens, eps=probe.norm.eps).splitlines()

@@ -55,7 +55,10 @@ def _convmae(backbone: str, **options: Any) -> MaskedModel:
 def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: Any) -> MaskedModel:
     encoder = create_encoder("simmim", backbone, **options)
     if is_cnn(encoder):
-        return CNNSimMIM(encoder, head, outputs)  # type: ignore[arg-type]
+        model = CNNSimMIM(encoder, head, outputs)  # type: ignore[arg-type]
+        size: Any = options.get("img_size", 224)
+        _check_size(size if isinstance(size, tuple) else (size, size), model.patch, backbone)
+        return model
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
         raise UserError(f"SimMIM takes a Swin, Beit, ViT or convolutional network of timm, not '{backbone}'")
     return SimMIM(encoder, head, outputs)  # type: ignore[arg-type]
@@ -164,20 +167,22 @@ def _timm(backbone: str, pretrained: bool = False, num_classes: int = 0, **optio
         known = timm.list_models(backbone.split("_")[0] + "_*") or timm.list_models("vit_*")
         raise UserError(f"timm has no model '{backbone}'{did_you_mean(backbone, known)}")
     options |= {"pretrained": pretrained, "num_classes": num_classes}
-    try:
-        encoder: nn.Module = timm.create_model(backbone, **options)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-        size = options.pop("img_size")  # convolutions take any size, as long as their strides divide it
-        encoder = timm.create_model(backbone, **options)
-        if is_cnn(encoder):
-            info: Any = encoder.feature_info
-            _check_size(size if isinstance(size, tuple) else (size, size), info[-1]["reduction"], backbone)
+    encoder = _without_lacking(backbone, options)
     embed: Any = getattr(encoder, "patch_embed", None)
     if hasattr(embed, "img_size") and hasattr(embed, "patch_size"):
         _check_size(embed.img_size, embed.patch_size[0], backbone)
     return encoder
+
+
+def _without_lacking(backbone: str, options: dict[str, Any]) -> nn.Module:
+    """Build a timm model without keywords that change nothing: an image size for CNNs, a rate 0 of dropped paths."""
+    try:
+        return timm.create_model(backbone, **options)
+    except TypeError as error:
+        for name in ("img_size", "drop_path_rate"):
+            if f"'{name}'" in str(error) and name in options and (name == "img_size" or not options[name]):
+                return _without_lacking(backbone, {key: value for key, value in options.items() if key != name})
+        raise
 
 
 def _with_class_tokens(encoder: Module) -> Module:
@@ -209,7 +214,8 @@ def _option_errors(backbone: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AssertionError, LookupError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"{backbone} cannot be built with these options: {first_line(error)}") from error
+        hint = ": it has no stochastic depth (--drop-path 0)" if "drop_path_rate" in str(error) else ""
+        raise UserError(f"{backbone} cannot be built with these options: {first_line(error)}{hint}") from error
 
 
 def _check_size(size: tuple[int, int], patch: int, backbone: str) -> None:

@@ -29,7 +29,8 @@ class CNNSimMIM(MaskedModel):
 
     `patch` is the stride of the network, 32 px, which is A2MIM's block size: masks are sampled on the last map. In
     front of the last stage (of ConvNeXt, after its downsampling), features x of hidden positions become s x + t, with a
-    learned t, and a learned scale s for each channel that is 1e-6 at first. The head is SimMIM's.
+    learned t, and a learned scale s for each channel that is 1e-6 at first. The head is SimMIM's, of ConvNeXt after its
+    final norm.
 
     Args:
         encoder: A timm network with `feature_info` whose forward pass is a sequence of its modules, such as ResNet,
@@ -82,7 +83,7 @@ class CNNSimMIM(MaskedModel):
         for number, name in enumerate(self._names):
             width = x.shape[1] if number == self._last else width
             x = self.encoder.get_submodule(name)(x)
-        same = x.device.type == "meta" or torch.equal(x, encoder.forward_features(images))
+        same = x.device.type == "meta" or torch.equal(x, final_norm(encoder)(encoder.forward_features(images)))
         self.encoder.train(training)
         if not same:
             raise UserError(
@@ -97,13 +98,19 @@ def is_cnn(encoder: nn.Module) -> TypeGuard[nn.Module]:
     return has_map and not hasattr(encoder, "patch_embed") and getattr(encoder, "output_fmt", "NCHW") == "NCHW"
 
 
+def final_norm(encoder: nn.Module) -> nn.Module:
+    """Return the norm over channels that ConvNeXt has in its head, where timm pools first; an identity for others."""
+    norm = getattr(getattr(encoder, "head", None), "norm", None)
+    return norm if isinstance(norm, nn.LayerNorm) else nn.Identity()
+
+
 def _sequence(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield names and modules of `forward_features` in order, with stages one by one."""
+    """Yield names and modules of `forward_features` and `final_norm` in order, with stages one by one."""
     info: Any = encoder.feature_info
     containers = {cast(str, stage["module"]).partition(".")[0] for stage in info if "." in stage["module"]}
     for name, child in encoder.named_children():
         if name in _AFTER:
-            return
+            break
         stages = child.named_children() if name in containers else [("", child)]
         for part, stage in stages:
             path = f"{name}.{part}" if part else name
@@ -111,6 +118,8 @@ def _sequence(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield from ((f"{path}.{half}", getattr(stage, half)) for half in ("downsample", "blocks"))
             else:
                 yield path, stage
+    if isinstance(norm := final_norm(encoder), nn.LayerNorm):
+        yield "head.norm", norm
 
 
 def _resize(hidden: Tensor, h: int, w: int) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from timm.models import group_parameters
 from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -23,7 +24,8 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
     - ViT (MAE), Beit (BEiT, SimMIM): block i is layer i + 1. Biases shared by all blocks belong to the head's layer.
     - Swin (SimMIM): blocks are counted over all stages. A downsampling belongs to the last block before it.
     - ConvMAE: both convolutional stages are layer 0, block i of the third stage is layer i + 1.
-    - CNNs of timm: the stem is layer 0, stage i is layer i + 1, as timm groups them.
+    - ConvNeXt: stages 0 and 1 are layers 1 and 2, three blocks of stage 2 a layer, as in its code and A2MIM's.
+    - Other CNNs of timm: the stem is layer 0, stage i is layer i + 1, as timm groups them.
 
     Raises:
         UserError: If the encoder is not supported.
@@ -38,6 +40,9 @@ def layer_ids(encoder: nn.Module) -> dict[str, int]:
         stages: Any = encoder.layers
         depths = [len(stage.blocks) for stage in stages]
         return {name: _swin_layer(name, depths) for name in names}
+    if isinstance(encoder, ConvNeXt):
+        blocks = len(cast(Any, encoder.stages)[-2].blocks)
+        return {name: _convnext_layer(name, 12 if blocks > 9 else 6) for name in names}
     if is_cnn(encoder):
         network: Any = encoder
         return dict(group_parameters(network, network.group_matcher(coarse=True), reverse=True))
@@ -57,6 +62,15 @@ def _vit_layer(name: str, embedding: tuple[str, ...], blocks: str, depth: int) -
         return 0
     part, *rest = name.split(".")
     return int(rest[0]) + 1 if part == blocks else depth + 1
+
+
+def _convnext_layer(name: str, last: int) -> int:
+    if not name.startswith("stages"):
+        return 0 if name.startswith("stem") else last + 1
+    stage, part, block = name.split(".")[1:4]
+    if stage == "2":
+        return min(3 + int(block) // 3, last - 1) if part == "blocks" else 3
+    return {"0": 1, "1": 2}.get(stage, last)
 
 
 def _swin_layer(name: str, depths: list[int]) -> int:

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Literal, TypeVar, cast
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -33,8 +35,9 @@ def parallel_mode(config: ParallelConfig, world: Distributed) -> ParallelMode:
     return "ddp" if config.strategy == "auto" else config.strategy
 
 
-def choose_compilation(config: ParallelConfig, device: torch.device) -> tuple[ParallelConfig, str]:
-    """Resolve `compile`: "auto" is "blocks" on a CUDA GPU and "none" elsewhere. Compiles a sum to test the compiler.
+def choose_compilation(config: ParallelConfig, model: nn.Module, device: torch.device) -> tuple[ParallelConfig, str]:
+    """Resolve `compile`: "auto" is "blocks" on a CUDA GPU if the model has blocks, and otherwise "none". Compiles a sum to
+    test the compiler.
 
     Compiled code is kept for the next run in $TORCHINDUCTOR_CACHE_DIR: by default in pixmim's cache directory, since
     torch's own default, in /tmp, does not outlive a job or a reboot.
@@ -44,7 +47,7 @@ def choose_compilation(config: ParallelConfig, device: torch.device) -> tuple[Pa
     """
     kind = config.compile
     if kind == "auto":
-        kind = "blocks" if device.type == "cuda" else "none"
+        kind = "blocks" if device.type == "cuda" and any(transformer_blocks(model)) else "none"
     if kind != "none":
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path("compiled", torch.__version__)))
         try:
@@ -72,12 +75,20 @@ def parallelize(
     while another computes; weights are gathered in the precision of the run, and gradients are reduced in float32.
 
     Raises:
-        UserError: If the precision does not go with the strategy.
+        UserError: If the precision does not go with the strategy, or a flag about blocks with the model.
     """
+    blocks = list(transformer_blocks(model))
+    if not blocks and (config.recompute or config.compile == "blocks"):
+        raise UserError(
+            "this model has no blocks to recompute or compile: leave out --parallel.recompute, and use "
+            "--parallel.compile full or none"
+        )
     if config.recompute:
-        for block in transformer_blocks(model):
+        if any(batch_norms(block) for block in blocks):
+            raise UserError("--parallel.recompute would count each image twice in batch norms: leave it out")
+        for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    parts = {"blocks": transformer_blocks(model), "full": [model]}
+    parts = {"blocks": blocks, "full": [model]}
     for part in parts.get(config.compile, []):
         part.compile(fullgraph=True, dynamic=False)
 
@@ -86,7 +97,7 @@ def parallelize(
         with warnings.catch_warnings():
             # Its successor does not exist in all supported releases.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            # Buffers are constants (masks of windows, indices).
+            # Buffers are constants (masks of windows, indices), or averaged by `settle_statistics`.
             return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if mode == "fsdp":
         if precision == "fp16":
@@ -97,7 +108,7 @@ def parallelize(
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # autocast decides the precision of each operation
         )
-        for module in [*transformer_blocks(model), model]:
+        for module in [*blocks, model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
 
@@ -136,5 +147,51 @@ def unsharded(model: Module, build: Callable[[], Module]) -> Module:
         return model
     copy = build()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    copy.load_state_dict(cast(dict[str, torch.Tensor], state))
+    copy.load_state_dict(cast(dict[str, Tensor], state))
     return copy
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms of a model. They use the statistics of the images of one forward pass on one rank."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def batch_norm_notes(model: nn.Module, batch_size: int, parts: int) -> list[str]:
+    """Return a line about the statistics of batch norms, if a batch is computed in several parts, over all ranks."""
+    if parts == 1 or not batch_norms(model):
+        return []
+    return [f"batch norms: statistics of {batch_size // parts:,} images at a time, of each part on each process"]
+
+
+@contextmanager
+def trial_step(network: nn.Module) -> Iterator[None]:
+    """Run a forward and backward pass that reduces no gradients and leaves no trace in batch norms."""
+    norms = [norm for norm in batch_norms(network) if norm.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        with sync_last_microbatch(network, last=False):
+            yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+@torch.no_grad()
+def settle_statistics(
+    norms: list[_BatchNorm], buffers: list[Tensor], before: list[Tensor], bad: Tensor, world: Distributed
+) -> None:
+    """Set buffers to their values before a bad step, and the statistics of norms to their mean over the ranks.
+
+    A step without a finite gradient may leave statistics that are not finite. Collective.
+    """
+    if not norms:
+        return
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(torch.where(bad, value, buffer))
+    statistics = [value for norm in norms for value in norm.buffers() if value.is_floating_point()]
+    if world.size > 1 and statistics:
+        mean = torch.cat([value.flatten() for value in statistics]) / world.size
+        dist.all_reduce(mean)
+        for value, part in zip(statistics, mean.split([value.numel() for value in statistics]), strict=True):
+            value.copy_(part.view_as(value))

@@ -16,7 +16,7 @@ from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import SINGLE_PROCESS, Distributed
 from pixmim.training.metric_logger import MetricLogger
 from pixmim.training.optim import SyncFreeOptimizer
-from pixmim.training.parallelize import sync_last_microbatch
+from pixmim.training.parallelize import batch_norms, settle_statistics, sync_last_microbatch
 from pixmim.training.preemption import Interrupted, PreemptionHandler
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
@@ -85,7 +85,7 @@ class Trainer:
         self.start = 0
         """Steps done before this process started."""
         self._checkpoint, self._console, self._on_log = checkpoint, console or Console(quiet=True), on_log
-        self._log_every = log_every or max(1, min(50, steps // 200))
+        self._log_every, self._norms = log_every or max(1, min(50, steps // 200)), batch_norms(model)
         self.checkpoints = CheckpointManager(
             folder / "checkpoints", checkpoint.keep_last, keep_if=self._is_milestone, world=world, warn=self._print
         )
@@ -208,7 +208,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Take a step; return loss and gradient norm. Raises Interrupted, after which all buffers are restored."""
         single = self.world.size == 1
-        buffers = list(self.network.buffers()) if single and self.accumulation_steps > 1 else []
+        buffers = list(self.network.buffers()) if self._norms or (single and self.accumulation_steps > 1) else []
         before = [buffer.clone() for buffer in buffers]  # a forward pass may change them
         total = torch.zeros((), device=self.optimizer.device)
         try:
@@ -224,7 +224,9 @@ class Trainer:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
             raise
-        return total, self.optimizer.step(self.lr(step), step)
+        norm = self.optimizer.step(self.lr(step), step)
+        settle_statistics(self._norms, buffers, before, self.optimizer.state["streak"] > 0, self.world)
+        return total, norm
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, waited: float) -> None:
         self.log.update(step, loss=loss, grad_norm=norm)

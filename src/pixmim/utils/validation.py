@@ -145,6 +145,7 @@ KEYWORDS: dict[str, Integer | Real | Choice] = {
     "embed_dim": Integer(1, MAX_WIDTH, max_length=5),
     "depth": Integer(1, MAX_DEPTH, max_length=5, limit_sum=True),
     "depths": Integer(1, MAX_DEPTH, max_length=5, limit_sum=True),
+    "dims": Integer(1, MAX_WIDTH, max_length=5),
     "num_heads": Integer(1, 1_024, max_length=5),
     "head_dim": Integer(1, 1_024),
     "window_size": Integer(1, 1_024, max_length=5),
@@ -161,7 +162,7 @@ KEYWORDS: dict[str, Integer | Real | Choice] = {
     **dict.fromkeys(("class_token", "no_embed_class", "pool_include_prefix", "fix_init"), _FLAG),
     **dict.fromkeys(("pre_norm", "final_norm", "fc_norm", "use_fc_norm"), _FLAG),
     **dict.fromkeys(("use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias"), _FLAG),
-    **dict.fromkeys(("swiglu_mlp", "scale_mlp", "always_partition"), _FLAG),
+    **dict.fromkeys(("swiglu_mlp", "scale_mlp", "always_partition", "conv_mlp"), _FLAG),
     # decoders and heads
     "decoder_dim": Integer(1, MAX_WIDTH),
     "decoder_depth": Integer(0, MAX_DEPTH),

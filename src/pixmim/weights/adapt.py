@@ -24,19 +24,23 @@ def interpolate_tables(weights: Weights, state: Tensors, config: ModelConfig) ->
     Returns all tensors of the weights, and a line for each adapted one. Raises UserError if a table does not permit it.
     """
     adapted, lines = dict(weights.tensors), []
+    first = next((name for name, value in state.items() if name.startswith("encoder.") and value.ndim == 4), "")
     for name, value in weights.tensors.items():
         if name not in state or (state[name].shape == value.shape and weights.config.image_size == config.image_size):
             continue  # at another image size, even a table of the same length may belong to another grid: 6x6 and 4x9
         try:
-            adapted[name], line = _adapt(weights, name, state[name], config)
+            adapted[name], line = _adapt(weights, name, state[name], config, first)
         except (ValueError, IndexError, ArithmeticError, RuntimeError, np.linalg.LinAlgError) as error:
             raise UserError(f"{name} cannot be interpolated: {first_line(error)}") from error
         lines += [f"  {name}: {line}"] if line else []
     return adapted, lines
 
 
-def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig) -> tuple[Tensor, str]:
-    """Return a tensor in the model's shape and what was changed; unchanged and an empty text if no rule applies."""
+def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig, first: str) -> tuple[Tensor, str]:
+    """Return a tensor in the model's shape and what was changed; unchanged and an empty text if no rule applies.
+
+    `first` is the name of the first convolution.
+    """
     value, new = weights.tensors[name], target.shape
     patch = _patch_size(weights.tensors)
     if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
@@ -54,8 +58,8 @@ def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig) -> 
             raise UserError(f"{name} cannot be interpolated: its table of {len(value)} entries is not a square window")
         line = f"relative positions interpolated from {_by(old_window)} to {_by(window)} patches"
         return relative_biases(value, old_window, window), line
-    same_otherwise = (new[0], *new[2:]) == (value.shape[0], *value.shape[2:])
-    if "patch_embed" in name and value.ndim == 4 and same_otherwise and new != value.shape:
+    old = value.shape
+    if name == first and len(old) == 4 and new != old and (new[0], *new[2:]) == (old[0], *old[2:]):
         return channels(value, new[1]), f"adapted from {value.shape[1]} to {new[1]} channels"
     return value, ""
 

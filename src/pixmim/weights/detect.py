@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from pixmim.config import ArchitectureConfig, ModelConfig, Option
@@ -132,11 +133,12 @@ def _read_recognized(file: RawCheckpoint, hints: ModelHints) -> Weights:
     """Read a model whose project is recognized by the names of its tensors."""
     prefix, checkpoint_format, note = _choose_model(file, hints)
     named = {key.removeprefix(prefix): value for key, value in file.tensors.items() if key.startswith(prefix)}
-    if unsupported := describe_unsupported(named):
-        alternative = "; for other ViTs of timm, give timm:NAME or a folder with timm's config.json"
+    is_cnn = checkpoint_format is not None and checkpoint_format.kind in ("resnet", "convnext")
+    if not is_cnn and (unsupported := describe_unsupported(named)):
+        alternative = "; for other models of timm, give timm:NAME or a folder with timm's config.json"
         raise UserError(
-            f"{unsupported} is not supported: pixmim takes plain ViT, Beit (SimMIM's ViT), Swin and ConvMAE"
-            + alternative * unsupported.startswith("a ViT")
+            f"{unsupported} is not supported: pixmim takes plain ViT, Beit (SimMIM's ViT), Swin, ResNet, "
+            "ConvNeXt and ConvMAE" + alternative * unsupported.startswith(("a ViT", "a conv"))
         )
     if checkpoint_format is None:
         raise UserError(
@@ -150,6 +152,12 @@ def _read_recognized(file: RawCheckpoint, hints: ModelHints) -> Weights:
             for key in [key for key in named if key.startswith("head.")]:
                 ignored[prefix + key] = "a probe of the first token, which in ConvMAE is a corner"
                 tensors.pop(keys.to_pixmim(key) or "", None)
+        if is_cnn and "mask_token" in tensors and not _has_token_of_last_stage(tensors):
+            for key in [key for key in named if (keys.to_pixmim(key) or "").startswith(("mask_", "head."))]:
+                ignored[prefix + key] = "of a token in front of the first stage, where pixmim has none"
+                tensors.pop(keys.to_pixmim(key) or "")
+        elif is_cnn and "mask_token" in tensors:  # A2MIM without a scale adds the token to the features
+            tensors.setdefault("mask_scale", torch.ones_like(tensors["mask_token"]))
         config = infer_config(file, checkpoint_format.kind, tensors, hints)
     except KeyError as error:
         missing = str(error.args[0])
@@ -162,6 +170,13 @@ def _read_recognized(file: RawCheckpoint, hints: ModelHints) -> Weights:
         raise UserError(f"{file.path} looks like {name}, but its shapes do not match: {first_line(error)}") from error
     notes = tuple(filter(None, (file.note, note)))
     return Weights(config, tensors, name, ignored, checkpoint_format, notes=notes)
+
+
+def _has_token_of_last_stage(tensors: Mapping[str, Tensor]) -> bool:
+    """Return True if the mask token of a CNN has the width of the features in front of its last stage."""
+    into, name = ("encoder.layer4.0.conv1.weight", "encoder.stages.3.blocks.0.norm.weight")
+    width = tensors[into].shape[1] if into in tensors else tensors[name].shape[0]
+    return tensors["mask_token"].shape[1] == width
 
 
 def _read_pixmim(file: RawCheckpoint, hints: ModelHints) -> Weights:

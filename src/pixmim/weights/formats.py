@@ -220,6 +220,71 @@ def _mm_swin(prefix: str) -> CheckpointFormat:
     )
 
 
+# ---- CNNs: timm (ResNet: torchvision too), and A2MIM's OpenMixup, whose keys are mmpretrain's
+
+TIMM_RESNET = CheckpointFormat(
+    "timm's or torchvision's ResNet",
+    "resnet",
+    ("conv1.weight", "layer1.0.conv1.weight", "layer4.0.bn1.running_mean"),
+    KeyMap(("**", "encoder.**")),
+    ignored=(("mask_*", "used in pre-training only"),),  # of A2MIM, whose tool extracts the backbone
+)
+
+TIMM_CONVNEXT = CheckpointFormat(
+    "timm's ConvNeXt",
+    "convnext",
+    ("stem.0.weight", "stages.0.blocks.0.conv_dw.weight"),
+    KeyMap(("**", "encoder.**")),
+)
+
+_MM_CNN = (
+    ("backbone.mask_token", "mask_token"),
+    ("backbone.mask_gamma", "mask_scale"),
+    ("neck.decoder_pred.*.*", "head.*.*"),
+    ("neck.decoder.*.*", "head.*.*"),  # SimMIM's
+)
+_MM_CNN_IGNORED = (
+    ("ema_*", "a moving average of the training"),
+    ("data_preprocessor.*", "belongs to the data loader"),
+)
+
+MM_RESNET = CheckpointFormat(
+    "OpenMixup (A2MIM) or mmpretrain, ResNet",
+    "resnet",
+    ("backbone.conv1.weight", "backbone.layer1.0.conv1.weight"),
+    KeyMap(*_MM_CNN, ("head.fc.*", "encoder.fc.*"), ("backbone.**", "encoder.**")),
+    ignored=_MM_CNN_IGNORED,
+)
+
+
+def _mm_convnext(prefix: str) -> CheckpointFormat:
+    """A complete model, or without prefix a backbone alone, as A2MIM's tool extracts it."""
+    return CheckpointFormat(
+        "OpenMixup (A2MIM) or mmpretrain, ConvNeXt",
+        "convnext",
+        (f"{prefix}downsample_layers.0.0.weight", f"{prefix}stages.0.0.depthwise_conv.weight"),
+        KeyMap(
+            *_MM_CNN,
+            (f"{prefix}downsample_layers.0.*.*", "encoder.stem.*.*"),
+            (f"{prefix}downsample_layers.*.*.*", "encoder.stages.*.downsample.*.*"),
+            *_rows(
+                f"{prefix}stages.*.*",
+                "encoder.stages.*.blocks.*",
+                ("depthwise_conv.*", "conv_dw.*"),
+                ("norm.*", "norm.*"),
+                ("pointwise_conv1.*", "mlp.fc1.*"),
+                ("pointwise_conv2.*", "mlp.fc2.*"),
+                ("gamma", "gamma"),
+            ),
+            (f"{prefix}norm3.*", "encoder.head.norm.*"),
+            ("head.fc.*", "encoder.head.fc.*"),
+        ),
+        ignored=(*_MM_CNN_IGNORED, ("mask_*", "used in pre-training only")),
+    )
+
+
+MM_CONVNEXT, MM_CONVNEXT_BODY = _mm_convnext("backbone."), _mm_convnext("")
+
 # ---- transformers of Hugging Face
 
 _HF_NORMS = (("layernorm_before.*", "norm1.*"), ("layernorm_after.*", "norm2.*"))
@@ -352,5 +417,6 @@ FORMATS = (
     *(CROSSMAE, MAE, CONVMAE, SIMMIM_SWIN, SIMMIM_VIT, SWIN, TIMM_SWIN, TIMM_BEIT, MM, MM_BODY, MM_SWIN, MM_SWIN_BODY),
     *(HF_VIT, HF_BEIT, HF_BEIT_BODY),  # HF_BEIT_BODY has the keys that identify HF_VIT_BODY too, so it comes first
     *(HF_PIXIO, HF_VIT_BODY, HF_SWIN, HF_SWIN_BODY, TIMM_VIT),
+    *(MM_RESNET, MM_CONVNEXT, MM_CONVNEXT_BODY, TIMM_RESNET, TIMM_CONVNEXT),
 )
 """Formats in the order in which they are tried."""

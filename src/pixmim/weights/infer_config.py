@@ -53,10 +53,27 @@ SWINS: dict[tuple[int, tuple[int, ...]], str] = {
     (128, (2, 2, 18, 2)): "swin_base_patch4_window7_224",
     (192, (2, 2, 18, 2)): "swin_large_patch4_window7_224",
 }
+RESNETS: dict[tuple[int, tuple[int, ...]], str] = {  # by (last convolution of a block, depths)
+    (2, (2, 2, 2, 2)): "resnet18",
+    (2, (3, 4, 6, 3)): "resnet34",
+    (3, (2, 2, 2, 2)): "resnet26",
+    (3, (3, 4, 6, 3)): "resnet50",
+    (3, (3, 4, 23, 3)): "resnet101",
+    (3, (3, 8, 36, 3)): "resnet152",
+    (3, (3, 24, 36, 3)): "resnet200",
+}
+CONVNEXTS = {
+    (96, (3, 3, 9, 3)): "convnext_tiny",
+    (96, (3, 3, 27, 3)): "convnext_small",
+    (128, (3, 3, 27, 3)): "convnext_base",
+    (192, (3, 3, 27, 3)): "convnext_large",
+    (256, (3, 3, 27, 3)): "convnext_xlarge",
+}
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width
 DECODER_HEADS = {512: 16, 384: 12, 256: 8}  # by width: MAE and ConvMAE; LSMAE-base; CrossMAE-small
 SWIN_SIZES = {6: 192, 7: 224, 12: 192, 14: 224}  # by window: SimMIM and Swin; 12: SimMIM's Swin-L
-_EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6}  # of the layer norms
+_EPS = {"vit": 1e-6, "beit": 1e-6, "swin": 1e-5, "convmae": 1e-6, "resnet": None, "convnext": 1e-6}  # of layer norms
+_FIRST = {"convmae": "patch_embed1.proj", "resnet": "conv1", "convnext": "stem.0"}  # convolution; others: patch_embed
 _HF_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "beit": 1e-12, "swin": 1e-5}  # transformers' defaults, by model_type
 
 
@@ -68,7 +85,7 @@ def infer_config(file: RawCheckpoint, kind: Kind, tensors: Tensors, hints: Model
     backbone, options, size = _ENCODERS[kind](tensors, hints)
     if hints.norm_eps not in (None, _EPS[kind]):
         options["norm_eps"] = cast(float, hints.norm_eps)
-    if kind in ("swin", "beit") or "mask_token" in tensors:
+    if kind in ("swin", "beit", "resnet", "convnext") or "mask_token" in tensors:
         mlp = any(name.startswith("head.2.") for name in tensors)
         model = ArchitectureConfig("simmim", backbone, head="mlp" if mlp else "linear", options=options)
     else:
@@ -86,7 +103,7 @@ def infer_config(file: RawCheckpoint, kind: Kind, tensors: Tensors, hints: Model
     return ModelConfig(
         model=model,
         size=f"{size[0]}x{size[1]}",
-        channels=tensors[f"encoder.patch_embed{'1' if kind == 'convmae' else ''}.proj.weight"].shape[1],
+        channels=tensors[f"encoder.{_FIRST.get(kind, 'patch_embed.proj')}.weight"].shape[1],
         target=_target(file, model) if pretraining else None,
         mask=_mask(file, model) if pretraining else None,
     )
@@ -180,11 +197,42 @@ def _convmae(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     return name, options, size
 
 
+def _resnet(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
+    """Return timm's name, keywords and image size of a ResNet."""
+    depths = tuple(_count(tensors, f"encoder.layer{stage}") for stage in (1, 2, 3, 4))
+    last = 3 if "encoder.layer1.0.conv3.weight" in tensors else 2
+    name, options = RESNETS.get((last, depths)), Options()
+    if name is None:
+        raise UserError(
+            f"it is a ResNet of {depths} blocks, which timm does not have; known: {', '.join(RESNETS.values())}"
+        )
+    if "encoder.fc.weight" in tensors:
+        options["num_classes"] = tensors["encoder.fc.weight"].shape[0]
+    return name, options, _default_size(hints, 224)
+
+
+def _convnext(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
+    """Return timm's name, keywords and image size of a ConvNeXt."""
+    stages = range(_count(tensors, "encoder.stages"))
+    depths = tuple(_count(tensors, f"encoder.stages.{stage}.blocks") for stage in stages)
+    dims = [tensors[f"encoder.stages.{stage}.blocks.0.norm.weight"].shape[0] for stage in stages]
+    name, options = CONVNEXTS.get((dims[0], depths)), Options()
+    if name is None:
+        name, options = CONVNEXTS[96, (3, 3, 9, 3)], {"depths": list(depths), "dims": dims}
+    if tensors["encoder.stages.0.blocks.0.mlp.fc1.weight"].ndim == 4:
+        options["conv_mlp"] = True
+    if "encoder.head.fc.weight" in tensors:
+        options["num_classes"] = tensors["encoder.head.fc.weight"].shape[0]
+    return name, options, _default_size(hints, 224)
+
+
 _ENCODERS: dict[Kind, Callable[[Tensors, ModelHints], tuple[str, Options, Size]]] = {
     "vit": _vit,
     "beit": _beit,
     "swin": _swin,
     "convmae": _convmae,
+    "resnet": _resnet,
+    "convnext": _convnext,
 }
 
 

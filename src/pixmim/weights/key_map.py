@@ -12,7 +12,7 @@ from torch import Tensor
 from pixmim.utils.errors import UserError
 
 Tensors = dict[str, Tensor]
-Kind = Literal["vit", "beit", "swin", "convmae"]
+Kind = Literal["vit", "beit", "swin", "convmae", "resnet", "convnext"]
 
 
 class KeyMap:
@@ -51,7 +51,7 @@ class CheckpointFormat:
     """A project's layout of a model's checkpoint.
 
     Pixmim's names are those of its models' `state_dict`: `encoder.` and timm's names for the encoder, and for the rest
-    `decoder.` (MAE, ConvMAE) or `head.` and `mask_token` (SimMIM).
+    `decoder.` (MAE, ConvMAE) or `head.`, `mask_token` and of CNNs `mask_scale` (SimMIM).
     """
 
     name: str  # of the project, for messages

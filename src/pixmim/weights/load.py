@@ -27,11 +27,13 @@ from pixmim.weights.infer_config import ModelHints
 from pixmim.weights.published import download_hub, download_timm
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder, save_tensors, timm_config
 
-_DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token")
+_DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token", "mask_scale")
 """Prefixes of tensors outside the encoder."""
 
-_CLASSIFIER = ("head.", "fc_norm.", "norm.", "attn_pool.")
+_CLASSIFIER = ("head.", "fc.", "classifier.", "fc_norm.", "norm.", "attn_pool.")
 """Prefixes of the encoder's tensors in which classifiers differ from pre-training."""
+
+_FINAL_NORM = ("encoder.norm.", "encoder.head.norm.")
 
 
 def load_model(file: str | Path, **options: Any) -> MaskedModel:
@@ -232,7 +234,7 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
         name = mismatched[0]
         shapes = f"has shape {format_shape(encoder[name])}, expected {format_shape(state[name])}"
         raise UserError(f"{failure}: {original_key(weights, name)} {shapes}")
-    if any(not name.startswith("encoder.norm.") for name in missing):
+    if any(not name.startswith(_FINAL_NORM) for name in missing):
         raise UserError(f"{failure}: missing {', '.join(missing[:4])}")
     if unexpected:
         raise UserError(f"{failure}: unexpected {', '.join(unexpected[:4])}")

@@ -11,6 +11,7 @@ from timm.models.swin_transformer import SwinTransformer
 
 from pixmim.build import build_encoder, build_on_meta
 from pixmim.config import ArchitectureConfig, MaskConfig, ModelConfig, Option, PretrainConfig, TargetConfig
+from pixmim.models.cnn import is_cnn
 from pixmim.models.vit import check_plain
 from pixmim.utils.errors import UserError
 from pixmim.weights.load import resolve_model
@@ -32,7 +33,7 @@ def continue_from(recipe: PretrainConfig, init: str) -> PretrainConfig:
     """
     try:
         start, has_decoder = _read(init)
-        model = _architecture(start, has_decoder)
+        model, stride = _architecture(start, has_decoder)
     except UserError as error:
         to = f"`pixmim import {quote(init)} --to FOLDER` takes what a file does not state; then --init FOLDER"
         raise UserError(f"--init {init}: {error}" + f". {to}" * Path(init).expanduser().is_file()) from error
@@ -40,7 +41,7 @@ def continue_from(recipe: PretrainConfig, init: str) -> PretrainConfig:
     mask = MaskConfig("blocks", ratio=0.6, block_size=32, whole_blocks=True) if simmim else MaskConfig()
     target = start.target or (TargetConfig(normalize_patches=False, distance="l1") if simmim else TargetConfig())
     mean, std = start.normalization
-    h, w = start.image_size
+    h, w = (max(stride, side // stride * stride) for side in start.image_size)
     return replace(
         recipe,
         init=init,
@@ -66,8 +67,12 @@ def _read(init: str) -> tuple[ModelConfig, bool]:
     return weights.config, weights.has_decoder
 
 
-def _architecture(start: ModelConfig, has_decoder: bool) -> ArchitectureConfig:
-    """Return the masked model of an encoder, without a classifier. Raises UserError for unsupported encoders."""
+def _architecture(start: ModelConfig, has_decoder: bool) -> tuple[ArchitectureConfig, int]:
+    """Return the masked model of an encoder, without a classifier, and of what its image size must be a multiple.
+
+    Raises:
+        UserError: For unsupported encoders.
+    """
     options: dict[str, Option] = {name: v for name, v in start.model.options.items() if name != "num_classes"}
     model = replace(start.model, options=options)
     encoder: Any = build_on_meta(lambda: build_encoder(replace(start, model=model)), model.backbone)
@@ -80,12 +85,14 @@ def _architecture(start: ModelConfig, has_decoder: bool) -> ArchitectureConfig:
         if isinstance(encoder, Beit):  # keywords that SimMIM's form of it would replace
             own: dict[str, Any] = method_options(encoder, start)
             options |= {name: value for name, value in own.items() if name not in ("img_size", "in_chans")}
-        is_simmim = isinstance(encoder, Beit | SwinTransformer)
+        is_simmim = isinstance(encoder, Beit | SwinTransformer) or is_cnn(encoder)
         if not is_simmim:
             check_plain(encoder, model.backbone)
         model = replace(model, name="simmim" if is_simmim else "mae", options=options)
+    if is_cnn(encoder):
+        return model, encoder.feature_info[-1]["reduction"]
     if has_decoder:
-        return model
+        return model, 1
     width = int(encoder.num_features)
     dim, depth, heads = (128, 2, 4) if width <= 192 else (256, 4, 8) if width <= 384 else (512, 8, 16)
-    return replace(model, decoder_dim=dim, decoder_depth=depth, decoder_heads=heads)
+    return replace(model, decoder_dim=dim, decoder_depth=depth, decoder_heads=heads), 1

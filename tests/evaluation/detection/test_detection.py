@@ -14,6 +14,7 @@ from torchvision.ops import roi_align
 
 pytest.importorskip("faster_coco_eval")
 
+from helpers.models import CNNS
 from pixmim.build import build_model
 from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.config_io import to_json
@@ -54,6 +55,7 @@ MODELS = {
     "convmae": ArchitectureConfig(
         "convmae", "convmae_tiny", decoder_dim=16, decoder_depth=1, decoder_heads=2, options=CONVMAE
     ),
+    **CNNS,
 }
 TINY = DetectionSettings(
     "shapes:count=24,size=40",
@@ -160,7 +162,9 @@ def test_beit_biases_in_a_window() -> None:
     torch.testing.assert_close(actual.flatten(1, 2), expected)
 
 
-@pytest.mark.parametrize(("family", "finest"), [("vit", 2), ("beit", 2), ("swin", 2), ("convmae", 4)])
+@pytest.mark.parametrize(
+    ("family", "finest"), [("vit", 2), ("beit", 2), ("swin", 2), ("convmae", 4), ("resnet", 4), ("convnext", 4)]
+)
 def test_every_family_has_five_maps_and_keeps_its_state_dict(family: str, finest: int) -> None:
     encoder = encoder_of(family)
     module = rebuild_at_size(encoder, "64x96", drop_path_rate=0.1)
@@ -175,6 +179,16 @@ def test_every_family_has_five_maps_and_keeps_its_state_dict(family: str, finest
     assert set(pyramid.encoder.state_dict()) == names == set(encoder.module.state_dict())
     idle = {n for n, p in pyramid.named_parameters() if p.requires_grad and p.grad is None}
     assert not idle, idle
+
+
+def test_batch_norms_keep_their_statistics_and_learn_their_weights() -> None:
+    """Train mode changes no statistics: few images of detection's size are computed at once."""
+    module = rebuild_at_size(encoder_of("resnet"), "64", drop_path_rate=0.1)
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    pyramid = build_pyramid(module, 16).train()
+    sum(m.square().mean() for m in pyramid(torch.randn(2, 3, 64, 64)).values()).backward()
+    assert before and all(torch.equal(value, before[name]) for name, value in module.named_buffers())
+    assert module.bn1.weight.grad is not None  # type: ignore[union-attr]
 
 
 def test_unsupported_encoders_are_refused() -> None:
@@ -232,7 +246,7 @@ def test_loss_falls(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("family", ["vit", "beit", "swin", "convmae"])
+@pytest.mark.parametrize("family", MODELS)
 def test_every_family_is_evaluated_and_drawn(family: str, tmp_path: Path) -> None:
     run = PretrainConfig(data="shapes:", size="32", model=MODELS[family], seed=2)
     (tmp_path / "config.json").write_text(to_json(run))

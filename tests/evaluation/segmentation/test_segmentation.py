@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.models import CNNS
 from pixmim.build import build_encoder, build_model
 from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.config_io import to_json
@@ -81,6 +82,7 @@ FAMILIES = {
         decoder_heads=2,
         options={"embed_dim": [16, 24, 32], "depth": [1, 1, 2], "num_heads": 2},
     ),
+    **CNNS,
 }
 
 
@@ -382,11 +384,18 @@ def test_four_maps_of_every_encoder(family: str, tiny_run: Make) -> None:
     x = torch.randn(2, 3, *((64, 128) if family != "swin" else (128, 128)))
     found = maps(module, x)
     assert [m.shape[1] for m in found] == widths(module)
-    strides = {"vit": [8] * 4, "beit": [8] * 4, "swin": [4, 8, 16, 32], "convmae": [4, 8, 16, 32]}[family]
+    strides = [8] * 4 if family in ("vit", "beit") else [4, 8, 16, 32]
     assert [tuple(m.shape[2:]) for m in found] == [(x.shape[2] // s, x.shape[3] // s) for s in strides]
     last = found[2] if family == "convmae" else found[3]
-    norm: nn.Module = module.norm  # type: ignore[assignment]
-    again = norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    norm: Any = {"resnet": nn.Identity(), "convnext": getattr(module, "head", None)}.get(family, module)
+    norm = getattr(norm, "norm", norm)
+    last = last.permute(0, 2, 3, 1)
+    again = (
+        nn.functional.layer_norm(last, last.shape[-1:], norm.weight, norm.bias, norm.eps)
+        if hasattr(norm, "eps")
+        else last
+    )
+    again = again.permute(0, 3, 1, 2)
     torch.testing.assert_close(again, features(module, x).map, atol=1e-5, rtol=1e-5)
 
 
@@ -415,7 +424,7 @@ def test_rebuilding_an_encoder_at_its_own_size_changes_nothing(tiny_run: Make) -
 @pytest.mark.parametrize("head", ["linear", "uper"])
 def test_every_encoder_trains_with_both_heads(family: str, head: str, tiny_run: Make, tmp_path: Path) -> None:
     """A few steps change every parameter that is not frozen, and no other."""
-    size = "64" if family in ("swin", "convmae") else "32x48"
+    size = "32x48" if family in ("vit", "beit") else "64"
     settings = replace(QUICK, head=head, size=size, steps=3, accumulation_steps=2)
     run = tiny_run(model=FAMILIES[family], channels=1 if family == "vit" else 3)
     encoder = encoder_of(run)

@@ -19,7 +19,10 @@ from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from pixmim.models.cnn import is_cnn
 from pixmim.models.convmae import PATCH, ChannelNorm, ConvMAEEncoder
+from pixmim.models.feature_maps import maps
+from pixmim.training.parallelize import batch_norms
 from pixmim.utils.errors import UserError
 
 Grid = tuple[int, int]
@@ -36,7 +39,7 @@ def build_pyramid(
     """Build a module that returns a Pyramid, with `.encoder`, `.out_channels` and `.strides`.
 
     Args:
-        encoder: A ViT, Beit, Swin or ConvMAE, built for the size of the images.
+        encoder: A ViT, Beit, Swin, CNN or ConvMAE, built for the size of the images.
         width: Channels of the maps.
         window: Side in patches of the windows of a ViT's attention.
         global_blocks: Number of blocks of a ViT that attend to the full map, evenly spaced.
@@ -50,9 +53,9 @@ def build_pyramid(
             parameter.requires_grad_(False)
     if isinstance(encoder, VisionTransformer | Beit):
         return ViTPyramid(encoder, width, window, global_blocks, relative_positions)
-    if isinstance(encoder, SwinTransformer | ConvMAEEncoder):
+    if isinstance(encoder, SwinTransformer | ConvMAEEncoder) or is_cnn(encoder):
         return StagePyramid(encoder, width, window, global_blocks, relative_positions)
-    raise UserError(f"detection supports ViT, Beit, Swin and ConvMAE, not {type(encoder).__name__}")
+    raise UserError(f"detection supports ViT, Beit, Swin, CNNs and ConvMAE, not {type(encoder).__name__}")
 
 
 class ViTPyramid(nn.Module):
@@ -104,14 +107,13 @@ class ViTPyramid(nn.Module):
 
 
 class StagePyramid(nn.Module):
-    """A feature pyramid network over the normalized stages of a Swin or ConvMAE.
+    """A feature pyramid network over the normalized stages of a Swin, CNN or ConvMAE.
 
-    ConvMAE has three stages; max-pooling adds a fourth. Its last stage attends in windows as a ViT does.
+    ConvMAE has three stages; max-pooling adds a fourth. Its last stage attends in windows as a ViT does. Batch norms of
+    a CNN keep their statistics, since few images of this size are computed at once; their weights are trained.
     """
 
-    def __init__(
-        self, encoder: SwinTransformer | ConvMAEEncoder, width: int, window: int, global_blocks: int, relative: bool
-    ) -> None:
+    def __init__(self, encoder: nn.Module, width: int, window: int, global_blocks: int, relative: bool) -> None:
         super().__init__()
         self.encoder, self.out_channels = encoder, width
         if isinstance(encoder, ConvMAEEncoder):
@@ -119,19 +121,22 @@ class StagePyramid(nn.Module):
             widths = list(encoder.embed_dim)
             self.strides = _strides(PATCH)
         else:
-            widths = [int(info["num_chs"]) for info in cast(Any, encoder).feature_info]
-            self.strides = _strides(4 * int(cast(Any, encoder).patch_embed.patch_size[0]))
-            if len(widths) != 4:
-                raise UserError(f"detection needs a Swin of 4 stages; this one has {len(widths)}")
+            info: Any = cast(Any, encoder).feature_info
+            widths, strides = ([int(stage[key]) for stage in info[-4:]] for key in ("num_chs", "reduction"))
+            if [stride // strides[0] for stride in strides] != [1, 2, 4, 8]:
+                raise UserError(
+                    f"detection needs 4 stages that each halve the map; this encoder's strides are {strides}"
+                )
+            self.strides = [*strides, 2 * strides[-1]]
         self.norms = nn.ModuleList(ChannelNorm(channels) for channels in widths)
         channels = widths + widths[-1:] * (4 - len(widths))
         self.pyramid = FeaturePyramidNetwork(channels, width, LastLevelMaxPool(), ChannelNorm)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Pyramid:
-        maps = [norm(stage) for norm, stage in zip(self.norms, self._stages(images), strict=True)]
-        if len(maps) == 3:
-            maps.append(F.max_pool2d(maps[-1], 2))
-        return dict(self.pyramid(OrderedDict((str(i), m) for i, m in enumerate(maps))))
+        stages = [norm(stage) for norm, stage in zip(self.norms, self._stages(images), strict=True)]
+        if len(stages) == 3:
+            stages.append(F.max_pool2d(stages[-1], 2))
+        return dict(self.pyramid(OrderedDict((str(i), m) for i, m in enumerate(stages))))
 
     def _stages(self, images: Float[Tensor, "b c h w"]) -> list[Tensor]:
         encoder = self.encoder
@@ -139,11 +144,13 @@ class StagePyramid(nn.Module):
             first, second, tokens = encoder.stages(images)
             third = self.windowed(encoder, list(encoder.blocks3), tokens.unflatten(1, encoder.grid))
             return [first, second, third.permute(0, 3, 1, 2)]
-        x, stages = encoder.patch_embed(images), []
-        for stage in cast(Any, encoder.layers):
-            x = stage(x)
-            stages.append(x.permute(0, 3, 1, 2))
-        return stages
+        return maps(encoder, images)
+
+    def train(self, mode: bool = True) -> "StagePyramid":
+        super().train(mode)
+        for norm in batch_norms(self.encoder):
+            norm.eval()
+        return self
 
 
 def _strides(patch: int) -> list[int]:

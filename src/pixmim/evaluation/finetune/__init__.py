@@ -30,6 +30,7 @@ from pixmim.evaluation.settings import FinetuneSettings
 from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.training.find_batch_size import equal_parts
 from pixmim.training.optim import LAMB, Schedule, SyncFreeOptimizer, layer_decay_param_groups
+from pixmim.training.parallelize import batch_norms
 from pixmim.training.precision import autocast, choose_attention
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.augment import augmented
@@ -139,6 +140,8 @@ def _train(context: EvalContext, plan: FinetunePlan) -> nn.Module:
     warmup = min(round(recipe.warmup * per_epoch), steps // 5)
     peak = recipe.base_lr * recipe.batch_size / 256
     schedule = Schedule(steps, warmup, peak, recipe.min_lr, recipe.warmup_start_lr, warmup_prefix=recipe.warmup_prefix)
+    if batch_norms(model) and settings.accumulation_steps > 1:
+        notes.append("  batch norms: statistics of each part of a batch; --accumulation-steps sets their number")
     initial = "random weights" if settings.from_scratch else f"the {context.encoder_state} encoder"
     summary = describe(plan.name, recipe, images, steps, warmup, settings.accumulation_steps)
     for line in [*summary, f"  initialized from {initial}", *notes]:
@@ -224,7 +227,7 @@ def _is_finished(folder: Path, provenance: dict[str, Any], work: Path) -> bool:
 
 
 class Averaged(nn.Module):
-    """A model and, with a decay above 0, the exponential moving average of its weights."""
+    """A model and, with a decay above 0, the exponential moving average of its weights and buffers."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
@@ -238,7 +241,11 @@ class Averaged(nn.Module):
     def update(self) -> None:
         """Update the average after a step."""
         if self.average is not None:
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - self._decay)
+            mean, new = (
+                [*module.parameters(), *(buffer for buffer in module.buffers() if buffer.is_floating_point())]
+                for module in (self.average, self.model)
+            )
+            torch._foreach_lerp_(mean, new, 1 - self._decay)
 
     @property
     def result(self) -> nn.Module:

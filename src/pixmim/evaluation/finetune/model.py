@@ -10,16 +10,14 @@ from torch import nn
 
 from pixmim.build import build_encoder, seeded
 from pixmim.config import ModelConfig
+from pixmim.models.cnn import is_cnn
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.models.vit import init_like_mae
 from pixmim.utils.errors import UserError
 from pixmim.weights.adapt import interpolate_tables
 from pixmim.weights.detect import Weights
 
-_NEW = ("head.", "fc_norm.")
-"""Key prefixes that are newly initialized in a classifier."""
-
-_UNUSED = (*_NEW, "norm.")
+_UNUSED = ("head.", "fc_norm.", "norm.")
 """Key prefixes that an encoder may have and its classifier not."""
 
 
@@ -31,15 +29,15 @@ def classifier_config(config: ModelConfig, module: nn.Module, classes: int, pool
         module: The encoder.
         classes: Number of classes.
         pool: "mean": mean of the patch tokens -> fc_norm -> head, as MAE; "cls": class token after the final norm.
-            Swin and ConvMAE support the mean only.
+            Swin, ConvMAE and CNNs support the mean only; CNNs have timm's own classifier after it.
         size: Side in pixels, or HEIGHTxWIDTH; empty for the encoder's.
 
     Raises:
         UserError: If the kind of encoder is not supported, or it has no class token to pool.
     """
     options: dict[str, Any] = {**config.model.options, "num_classes": classes}
-    if not isinstance(module, VisionTransformer | Beit | SwinTransformer | ConvMAEEncoder):
-        raise UserError(f"{type(module).__name__} cannot be fine-tuned: pass a ViT, Beit, Swin or ConvMAE")
+    if not isinstance(module, VisionTransformer | Beit | SwinTransformer | ConvMAEEncoder) and not is_cnn(module):
+        raise UserError(f"{type(module).__name__} cannot be fine-tuned: pass a ViT, Beit, Swin, CNN or ConvMAE")
     if pool == "cls" and getattr(module, "cls_token", None) is None:
         raise UserError(f"{config.model.backbone} has no class token: pass --pool mean")
     if isinstance(module, VisionTransformer | Beit):
@@ -58,10 +56,10 @@ def build(config: ModelConfig, drop_path: float, head_std: float, seed: int) -> 
     """Build a classifier with random weights, all trainable; the head's are normal, its biases zero."""
     model = replace(config.model, options={**config.model.options, "drop_path_rate": drop_path})
     with seeded(seed):
-        classifier = build_encoder(replace(config, model=model))
+        classifier: Any = build_encoder(replace(config, model=model))
         if isinstance(classifier, ConvMAEEncoder):
             init_like_mae(classifier)
-        head: Any = classifier.head.fc if isinstance(classifier, SwinTransformer) else classifier.head
+        head = classifier.head if isinstance(classifier, ConvMAEEncoder) else classifier.get_classifier()
         nn.init.normal_(head.weight, std=head_std)
         nn.init.zeros_(head.bias)
     return classifier.requires_grad_(True)
@@ -84,15 +82,21 @@ def load_encoder_weights(
     if shared in tensors and shared not in state:
         table = tensors.pop(shared)
         tensors |= {name: table for name in state if name.endswith("attn.relative_position_bias_table")}
+    new = _new_keys(classifier)
     fitted, lines = interpolate_tables(Weights(encoder_config, tensors, "the encoder"), state, config)
     fitted = {name.removeprefix("encoder."): value for name, value in fitted.items()}
     target = classifier.state_dict()
-    used = {name: value for name, value in fitted.items() if name in target and not name.startswith(_NEW)}
-    missing = [name for name in target if name not in used and not name.startswith(_NEW)]
-    unexpected = [name for name in fitted if name not in target and not name.startswith(_UNUSED)]
+    used = {name: value for name, value in fitted.items() if name in target and not name.startswith(new)}
+    missing = [name for name in target if name not in used and not name.startswith(new)]
+    unexpected = [name for name in fitted if name not in target and not name.startswith((*new, *_UNUSED))]
     mismatched = [name for name, value in used.items() if value.shape != target[name].shape]
     if missing or unexpected or mismatched:
         names = ", ".join([*missing, *unexpected, *mismatched][:4])
         raise UserError(f"the encoder does not fit the classifier of {config.model.backbone}: {names}")
     classifier.load_state_dict(used, strict=False)
     return lines
+
+
+def _new_keys(classifier: nn.Module) -> tuple[str, ...]:
+    """Return key prefixes that are newly initialized in a classifier; ConvNeXt's head has a norm of the encoder too."""
+    return (f"{classifier.pretrained_cfg['classifier']}.",) if is_cnn(classifier) else ("head.", "fc_norm.")  # type: ignore[index]

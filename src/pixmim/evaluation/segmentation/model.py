@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int, Shaped
 from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ class Segmenter(nn.Module):
     """An encoder with a segmentation head: linear, or UPerNet (arXiv 1807.10221) as BEiT and MAE use it.
 
     Args:
-        encoder: A ViT, Beit, Swin or ConvMAE.
+        encoder: A ViT, Beit, Swin, CNN or ConvMAE.
         head: "linear": BatchNorm and a 1x1 convolution on the last map, after the encoder's final norm; or "uper".
         classes: Number of classes.
         width: Channels of UPerNet.
@@ -38,7 +40,7 @@ class Segmenter(nn.Module):
         self, encoder: nn.Module, head: Literal["linear", "uper"], classes: int, width: int = 512, frozen: bool = False
     ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self._frozen = encoder, frozen
         sizes = widths(encoder)
         self.neck: nn.ModuleList | None = None
         self.auxiliary: nn.Module | None = None
@@ -53,6 +55,12 @@ class Segmenter(nn.Module):
             if frozen or name.startswith(_UNUSED if head == "uper" else _UNUSED[1:]):
                 parameter.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "Segmenter":
+        super().train(mode)
+        if self._frozen:  # or batch norms would change their statistics
+            self.encoder.eval()
+        return self
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b classes _ _"]]:
         """Return class scores on a grid coarser than the pixels; in training those of the auxiliary head as well."""
         if self.neck is None or self.auxiliary is None:
@@ -62,14 +70,15 @@ class Segmenter(nn.Module):
 
 
 def _build_neck(encoder: nn.Module) -> nn.ModuleList:
-    """Build a module per feature map: scales of 4, 2, 1 and 1/2 for a ViT, norms for a Swin, nothing for ConvMAE."""
+    """Build a module per map: scales of 4, 2, 1 and 1/2 for a ViT, norms for Swin and ConvNeXt, else identities."""
     sizes = widths(encoder)
     if isinstance(encoder, VisionTransformer | Beit):
         d = sizes[0]
         up = [nn.ConvTranspose2d(d, d, 2, 2) for _ in range(3)]
         quadruple = nn.Sequential(up[0], nn.BatchNorm2d(d), nn.GELU(), up[1])
         return nn.ModuleList([quadruple, up[2], nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
-    return nn.ModuleList(ChannelNorm(size) if hasattr(encoder, "layers") else nn.Identity() for size in sizes)
+    normed = isinstance(encoder, SwinTransformer | ConvNeXt)
+    return nn.ModuleList(ChannelNorm(size) if normed else nn.Identity() for size in sizes)
 
 
 class UPerHead(nn.Module):

@@ -42,7 +42,7 @@ def build(encoder: FrozenEncoder, settings: SegmentationSettings, classes: int) 
         try:
             model = Segmenter(module, settings.head, classes, settings.width, frozen)
         except TypeError as error:
-            raise UserError(f"segmentation needs a ViT, Beit, Swin or ConvMAE: {error}") from error
+            raise UserError(f"segmentation needs a ViT, Beit, Swin, CNN or ConvMAE: {error}") from error
     return model.to(encoder.device), size
 
 
