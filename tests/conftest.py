@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from PIL import Image
+
+import helpers.typecheck  # noqa: F401  # before any module of pixmim
 
 if TYPE_CHECKING:
     from pixmim.config import PretrainConfig
@@ -120,11 +120,6 @@ def tiny_run() -> Callable[..., "PretrainConfig"]:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Return a folder of two classes with five JPEGs each, of several sizes."""
-    generator = np.random.default_rng(0)
-    root = tmp_path / "pictures"
-    for name in ("cats", "dogs"):
-        (root / name).mkdir(parents=True)
-        for i in range(5):
-            pixels = generator.integers(0, 255, (40 + i, 56 - i, 3), np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.jpg", quality=90)
-    return root
+    from helpers.images import write_pictures
+
+    return write_pictures(tmp_path / "pictures")
