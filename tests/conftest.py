@@ -1,20 +1,22 @@
-"""Fixtures that several test packages share, and the settings of every test."""
+"""Fixtures that several test packages share, and the settings of every test.
+
+Fixtures import torch and pixmim themselves: the process that only distributes tests to others imports this file too,
+and the others wait for it.
+"""
 
 import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from PIL import Image
 
-from helpers.cli import skip_report
-from helpers.models import TINY
-from pixmim.config import ArchitectureConfig, OptimConfig, PretrainConfig
-from pixmim.data.decode import limits
+import helpers.typecheck  # noqa: F401  # before any module of pixmim
+
+if TYPE_CHECKING:
+    from pixmim.config import PretrainConfig
 
 settings.register_profile(
     "pixmim",  # the same examples in each session, independent of the speed of the machine
@@ -27,11 +29,12 @@ settings.load_profile("pixmim")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may access the network
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, also in child processes
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -63,6 +66,9 @@ def memory(_own_cache: None) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords also hold the names of folders
@@ -72,18 +78,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the report at the end of commands, which takes much longer than a tiny run."""
+    from helpers.cli import skip_report
+
     skip_report(monkeypatch.setattr)
 
 
 @pytest.fixture
 def usual_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds of images on a machine with enough memory, whichever one the tests run on."""
+    from pixmim.data.decode import limits
+
     monkeypatch.setattr(limits, "_machine_bounds", lambda: (120_000_000, 2**30))
 
 
 @pytest.fixture(scope="session")
-def tiny_run() -> Callable[..., PretrainConfig]:
+def tiny_run() -> Callable[..., "PretrainConfig"]:
     """Return a function that makes a config which trains in a second; keywords replace its fields."""
+    from helpers.models import TINY
+    from pixmim.config import ArchitectureConfig, OptimConfig, PretrainConfig
 
     def make(**changes: object) -> PretrainConfig:
         values: dict[str, object] = {
@@ -108,11 +120,6 @@ def tiny_run() -> Callable[..., PretrainConfig]:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Return a folder of two classes with five JPEGs each, of several sizes."""
-    generator = np.random.default_rng(0)
-    root = tmp_path / "pictures"
-    for name in ("cats", "dogs"):
-        (root / name).mkdir(parents=True)
-        for i in range(5):
-            pixels = generator.integers(0, 255, (40 + i, 56 - i, 3), np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.jpg", quality=90)
-    return root
+    from helpers.images import write_pictures
+
+    return write_pictures(tmp_path / "pictures")

@@ -24,12 +24,14 @@ MODELS = {
     "mff": ArchitectureConfig("mff", "vit_tiny_patch16_224", **THIN, options=SMALL | {"depth": 3}),
     "pixio": ArchitectureConfig("pixio", "vit_tiny_patch16_224", **THIN, options=dict(SMALL)),
     "crossmae": ArchitectureConfig("crossmae", "vit_tiny_patch16_224", **THIN, options=SMALL | {"depth": 2}),
-    "convmae": ArchitectureConfig("convmae", "convmae_tiny", **THIN),
+    "convmae": ArchitectureConfig("convmae", "convmae_tiny", **THIN, options={"depth": [1, 1, 1]}),
     "simmim-vit": ArchitectureConfig("simmim", "vit_tiny_patch16_224", options=dict(SMALL)),
     "simmim-beit": ArchitectureConfig("simmim", "beit_base_patch16_224", head="mlp", options=dict(SMALL)),
     "simmim-cnn": ArchitectureConfig("simmim", "convnext_atto", options={"depths": [1, 1, 1, 1]}),
     "simmim-swin": ArchitectureConfig(
-        "simmim", "swin_tiny_patch4_window7_224", options={"embed_dim": 24, "window_size": 4}
+        "simmim",
+        "swin_tiny_patch4_window7_224",
+        options={"embed_dim": 24, "window_size": 4, "depths": [2, 1, 1, 1]},
     ),
 }
 MASKS = [
@@ -54,6 +56,12 @@ BINNED = [
 CROPS = [CropConfig(kind) for kind in ("simple-resized", "random-resized", "center")]
 
 
+def test_every_combination_is_a_configuration() -> None:
+    for mask, crop, target in itertools.product(MASKS, CROPS, TARGETS + BINNED):
+        config = PretrainConfig(size="96x64", batch_size=3, mask=mask, crop=crop, target=target)
+        assert (config.mask, config.crop, config.target) == (mask, crop, target)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("targets", [TARGETS, BINNED], ids=["values", "bins"])
 def test_every_combination(name: str, targets: list[TargetConfig]) -> None:
@@ -62,26 +70,24 @@ def test_every_combination(name: str, targets: list[TargetConfig]) -> None:
     model = build_model(base)
     mean, std = (torch.tensor(v) for v in base.normalization)
     shapes = [SyntheticShapes(size=64).image(i) for i in range(3)]
+    losses = [build_loss(replace(base, target=target)) for target in targets]
+    batches = []
+    for crop in CROPS:
+        transform = build_crop(replace(base, crop=crop))
+        cropped = [transform.crop(image, [0.3] * transform.num_uniforms) for image in shapes]
+        batches.append(flip_and_normalize(torch.stack(cropped), None, mean, std))
     refused = []
     for mask_config in MASKS:
-        config = replace(base, mask=mask_config)
         try:
-            masks = build_mask_sampler(config, model.patch)
+            masks = build_mask_sampler(replace(base, mask=mask_config), model.patch)
         except UserError as error:
             refused.append((mask_config.kind, str(error)))
             continue
         mask = masks(0, range(3))
-        for crop in CROPS:
-            transform = build_crop(replace(config, crop=crop))
-            images = flip_and_normalize(
-                torch.stack([transform.crop(image, [0.3] * transform.num_uniforms) for image in shapes]),
-                None,
-                mean,
-                std,
-            )
+        for crop, images in zip(CROPS, batches, strict=True):
             prediction = model(images, mask)
-            for target in targets:
-                loss = build_loss(replace(config, target=target))(prediction, images, mask).loss
+            for target, compute_loss in zip(targets, losses, strict=True):
+                loss = compute_loss(prediction, images, mask).loss
                 assert torch.isfinite(loss), (mask_config, crop, target)
         loss.backward()
         missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data.dataset import ImageSpec
@@ -152,11 +153,25 @@ def build_on_meta(build: Callable[[], Module], name: str) -> Module:
     Raises:
         UserError: With the `name` of the model, if its sizes do not fit together.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInitialization():
         try:
             return build()
         except RuntimeError as error:
             raise UserError(f"{name} cannot be built: {first_line(error)}") from error
+
+
+class _WithoutInitialization(TorchFunctionMode):
+    """Skip the initialization of weights, which takes most of the time on the meta device and changes nothing there."""
+
+    _skipped = frozenset(
+        getattr(torch.Tensor, name)
+        for name in ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+    )
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in self._skipped and args[0].is_meta else func(*args, **(kwargs or {}))
 
 
 def check_memory(build: Callable[[], nn.Module], name: str) -> None:

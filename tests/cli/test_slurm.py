@@ -3,15 +3,19 @@
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helpers.cli import say
+from helpers.commands import Started, command_in
 from pixmim.cli.slurm import Job, sbatch_script
 from pixmim.config_io import to_json
 from pixmim.recipes import get_recipe
@@ -230,24 +234,42 @@ def test_an_existing_run_is_resumed(
 
 
 SRUN = """#!/bin/bash
-# Starts two tasks as Slurm's srun does, and the first time sends USR1 to them once they compute.
-for number in 0 1; do
-    SLURM_NTASKS=2 SLURM_PROCID=$number SLURM_LOCALID=$number "${@:5}" &
-    tasks[number]=$!
-done
-if [ ! -e "$NOTES/started" ]; then
-    touch "$NOTES/started"
-    until [ -s "$RUN/metrics.jsonl" ]; do sleep 0.05; kill -0 ${tasks[0]} || exit 1; done
-    kill -USR1 ${tasks[@]}
-fi
-highest=0
-for task in ${tasks[@]}; do
-    status=0
-    wait $task || status=$?
-    [ $status -le $highest ] || highest=$status
-done
-exit $highest
+# Leaves the tasks to the test: notes its command and environment, and exits with the status that the test sends.
+printf '%s\\0' "${@:5}" > "$NOTES/command"
+env -0 > "$NOTES/variables.tmp"
+mv "$NOTES/variables.tmp" "$NOTES/variables"
+read status < "$NOTES/status"
+exit "$status"
 """
+
+
+def _run_tasks(folder: Path, notes: Path, interrupt: bool) -> int:
+    """Run what `srun` was called with in two processes, as Slurm does, and return the higher exit status."""
+    deadline = time.monotonic() + 60
+    while not (notes / "variables").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    words = (notes / "command").read_text().rstrip("\0").split("\0")
+    assert words[:4] == [sys.executable, "-m", "pixmim.cli", "pretrain"]
+    pairs = [line.partition("=")[::2] for line in (notes / "variables").read_text().split("\0")]
+    given = {name: value for name, value in pairs if name.startswith(("SLURM_", "MASTER_", "OMP_"))}
+    (notes / "variables").unlink()
+    tasks = []
+    for number in ("0", "1"):
+        own = {"SLURM_NTASKS": "2", "SLURM_PROCID": number, "SLURM_LOCALID": number}
+        output = folder / f"task-{number}.txt"
+        tasks.append(Started(output, command_in, str(folder), *words[3:], variables=given | own))
+    if interrupt:
+        metrics = folder / "run" / "metrics.jsonl"
+        tasks[0].until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        for task in tasks:
+            os.kill(task.pids[0], signal.SIGUSR1)
+    statuses = []
+    for task in tasks:
+        task.processes[0].join(120)
+        statuses.append(task.processes[0].exitcode)
+    assert all(status in (0, 130) for status in statuses), "".join(task.text for task in tasks)
+    return max(statuses)
 
 
 def test_two_real_processes_stop_in_time_and_resume(
@@ -262,22 +284,34 @@ def test_two_real_processes_stop_in_time_and_resume(
     text = (tmp_path / "run" / "slurm.sh").read_text()
     monkeypatch.setitem(PROGRAMS, "srun", SRUN)
     monkeypatch.setitem(PROGRAMS, "scontrol", PROGRAMS["scontrol"].replace("node3", "127.0.0.1"))
-    job = {"RUN": str(tmp_path / "run"), "SLURM_JOB_ID": str(_free_port() - 10000), "SLURM_CPUS_PER_TASK": "1"}
+    job = {"SLURM_JOB_ID": str(_free_port() - 10000), "SLURM_CPUS_PER_TASK": "1"}
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    os.mkfifo(notes / "status")
+    status_of_tasks = os.open(notes / "status", os.O_RDWR)
+
+    def run(interrupt: bool, **more: str) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            script, status = pool.submit(_start, text, tmp_path, 0, **job, **more), 1
+            try:
+                status = _run_tasks(tmp_path, notes, interrupt)
+            finally:
+                os.write(status_of_tasks, f"{status}\n".encode())
+            status, _, stderr = script.result(timeout=60)
+        assert status == 0, stderr
+        assert (notes / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # only once
 
     def losses() -> list[int]:
         lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
         return [line["step"] for line in lines if "loss" in line]
 
-    status, _, stderr = _start(text, tmp_path, 0, **job)
-    assert status == 0, stderr
-    assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]
+    run(interrupt=True)
     stopped = losses()[-1]
     assert 0 < stopped < 60 and not (tmp_path / "run" / "encoder/model.safetensors").exists()
 
-    status, _, stderr = _start(text, tmp_path, 0, **job, SLURM_RESTART_COUNT="1")
-    assert status == 0, stderr
-    assert (tmp_path / "notes" / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]  # only once
+    run(interrupt=False, SLURM_RESTART_COUNT="1")
     assert losses() == list(range(1, 61)) and (tmp_path / "run" / "encoder/model.safetensors").exists()
+    os.close(status_of_tasks)
 
 
 def _free_port() -> int:

@@ -24,8 +24,8 @@ def say(capsys: pytest.CaptureFixture[str], *args: object, report: bool = True) 
 def skip_report(patch: Callable[[str, object], None]) -> None:
     """Make commands skip the page at their end. `patch` sets an attribute by its dotted name."""
 
-    def write_report(folders: list[Path], page: Path, *_: object) -> Path:
+    def write_report(folders: list[Path], page: Path, *_: object, **__: object) -> Path:
         return page
 
-    patch("pixmim.report.write_report", write_report)
-    patch("pixmim.pretraining.write_report", write_report)
+    for module in ("report", "pretraining", "api"):
+        patch(f"pixmim.{module}.write_report", write_report)

@@ -6,9 +6,10 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import MappingProxyType
 
 from pixmim import cli, pretraining
 from pixmim.data.synthetic import SyntheticShapes
@@ -30,13 +31,23 @@ class Started:
         args: Its arguments.
         ranks: Number of processes.
         limit: Maximum size of a file in bytes; 0 is unlimited.
+        variables: More environment variables.
     """
 
-    def __init__(self, output: Path, target: Callable[..., object], *args: object, ranks: int = 1, limit: int = 0):
+    def __init__(
+        self,
+        output: Path,
+        target: Callable[..., object],
+        *args: object,
+        ranks: int = 1,
+        limit: int = 0,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ):
         self.output = output
         output.parent.mkdir(parents=True, exist_ok=True)
         output.touch()  # a process may be killed before it opens the file
         environment = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "XDG_CACHE_HOME") if name in os.environ}
+        environment |= variables
         if ranks > 1:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
         self.processes = []
@@ -128,6 +139,12 @@ def command_without_report(*args: str) -> None:
     """Run a command that skips the report at its end."""
     pretraining.write_report = lambda folders, page, *_: page
     command(*args)
+
+
+def command_in(folder: str, *args: str) -> None:
+    """Run a command in a folder, without the report at its end."""
+    os.chdir(folder)
+    command_without_report(*args)
 
 
 def unheard_command(*args: str) -> None:

@@ -1,6 +1,7 @@
 """Small images in every format."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,17 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def write_pictures(root: Path) -> Path:
+    """Write two classes with five JPEGs each, of several sizes, and return their folder."""
+    generator = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (root / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = generator.integers(0, 255, (40 + i, 56 - i, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.jpg", quality=90)
+    return root
 
 
 JPEG, PNG = encoded(Image.fromarray(PIXELS), "JPEG"), encoded(Image.fromarray(PIXELS), "PNG")

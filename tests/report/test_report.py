@@ -30,15 +30,22 @@ Make = Callable[..., PretrainConfig]
 LABELLED = ("shapes:count=30,size=32", "shapes:count=20,size=32,seed=1")
 
 
-@pytest.fixture
-def runs(tiny_run: Make, tmp_path: Path) -> list[Path]:
-    train(tiny_run(log_every=1), tmp_path / "one")
+@pytest.fixture(scope="module")
+def evaluated(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return two runs with results. Do not change them."""
+    root = tmp_path_factory.mktemp("report")
+    train(tiny_run(log_every=1), root / "one")
     bins = TargetConfig(kind="pixels", normalize_patches=False, distance="cross_entropy")
-    train(tiny_run(log_every=1, seed=3, target=bins), tmp_path / "two")
+    train(tiny_run(log_every=1, seed=3, target=bins), root / "two")
     for name in ("knn", "linear"):
-        save(measured(name, tmp_path / "one", *LABELLED), tmp_path / "one")
-    save(measured("knn", tmp_path / "two", *LABELLED, untrained=True), tmp_path / "two")
-    return [tmp_path / "one", tmp_path / "two"]
+        save(measured(name, root / "one", *LABELLED), root / "one")
+    save(measured("knn", root / "two", *LABELLED, untrained=True), root / "two")
+    return [root / "one", root / "two"]
+
+
+@pytest.fixture
+def runs(evaluated: list[Path], tmp_path: Path) -> list[Path]:
+    return [Path(shutil.copytree(run, tmp_path / run.name)) for run in evaluated]
 
 
 def test_page_is_complete_and_self_contained(runs: list[Path], tmp_path: Path) -> None:

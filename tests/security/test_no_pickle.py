@@ -29,6 +29,7 @@ from PIL import Image
 from rich.console import Console
 
 import pixmim
+from helpers.cli import skip_report
 from helpers.interrupt import Stopped
 from pixmim import cli
 from pixmim.build import build_model
@@ -314,7 +315,7 @@ def marker(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 def without_page(patch: pytest.MonkeyPatch) -> None:
     """Skip the report at the end of commands. The command `report` itself is tested separately."""
-    patch.setattr("pixmim.report.write_report", lambda folders, out, *_: out)
+    skip_report(patch.setattr)
     patch.setattr("pixmim.report.results_table", lambda folders, width, *_: "")
 
 

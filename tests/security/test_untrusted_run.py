@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from helpers.cli import say
+from helpers.images import write_pictures
 from helpers.runs import train
 from pixmim import cli
 from pixmim.config import PretrainConfig
@@ -33,12 +34,26 @@ Make = Callable[..., PretrainConfig]
 RESULT = {"evaluation": "knn", "encoder": "trained", "settings": {"test": "x"}, "values": {"k1/mean/top1": 12.5}}
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_run: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images, a run on them, and the cache directory of the user who trained it."""
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        train(tiny_run(data=str(write_pictures(root / "pictures")), size="16", steps=2), root / "run")
+    return root
+
+
 @pytest.fixture
-def foreign(tiny_run: Make, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Train a run on local images, and return it as another user would receive it."""
-    train(tiny_run(data=str(pictures), size="16", steps=2), tmp_path / "run")
+def pictures(trained: Path) -> Path:
+    return trained / "pictures"
+
+
+@pytest.fixture
+def foreign(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a run on local images as another user would receive it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other user"))
-    return tmp_path / "run"
+    return Path(shutil.copytree(trained / "run", tmp_path / "run"))
 
 
 @pytest.fixture
@@ -84,8 +99,8 @@ def test_the_report_opens_no_data_of_an_untrusted_config(
     assert "not made by you" not in say(capsys, "report", foreign)[1]
 
 
-def test_the_users_own_run_needs_no_confirmation(memory: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(memory.parent))
+def test_the_users_own_run_needs_no_confirmation(trained: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(trained / "cache"))
     lines: list[str] = []
     page = write_report([foreign], foreign / "report.html", warn=lines.append)
     assert not lines and "data:image/png" in page.read_text()
@@ -108,11 +123,10 @@ def test_data_of_an_untrusted_config_must_be_typed_before_it_is_opened(
     assert f"--data {pictures}" not in text
     rename(foreign, init="", knn=knn)
     typed = ["--data", pictures, "--knn.train", pictures, f"--knn.test={pictures}"]
-    assert say(capsys, "pretrain", *start, *typed)[0] == 0
+    assert say(capsys, "pretrain", *start, *typed, report=False)[0] == 0
     out = foreign if where == "--resume" else tmp_path / "new"
-    assert (
-        say(capsys, "pretrain", "--resume", out)[0] == 0
-    )  # after the user has typed the data once, the config is trusted
+    status, _ = say(capsys, "pretrain", "--resume", out, report=False)
+    assert status == 0  # after the user has typed the data once, the config is trusted
 
 
 def test_an_untrained_encoder_opens_no_weights_of_an_untrusted_config(foreign: Path, opened: list[str]) -> None:

@@ -289,17 +289,16 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _read_categories(file: Path, content: dict[str, Any], problems: Problems) -> tuple[list[str], dict[Any, int]]:
     """Return the class names, and the class index of each category id."""
     entries = _read_entries(file, content, "categories", {"id": _is_key, "name": _is_text})
-    classes, label_of = list[str](), dict[Any, int]()
+    index_of, label_of = dict[str, int](), dict[Any, int]()
     for entry in sorted(entries, key=lambda entry: (isinstance(entry["id"], str), entry["id"])):
         key, name = entry["id"], entry["name"]
-        if key in label_of and classes[label_of[key]] != name:
-            raise UserError(f"{file}: two categories have the id {key}: '{classes[label_of[key]]}' and '{name}'")
-        if name in classes and key not in label_of:
+        if key in label_of and index_of.get(name) != label_of[key]:
+            other = list(index_of)[label_of[key]]
+            raise UserError(f"{file}: two categories have the id {key}: '{other}' and '{name}'")
+        if name in index_of and key not in label_of:
             problems.add("categories have the name of another one", f"{key}, '{name}'", "merged into one class")
-        elif name not in classes:
-            classes.append(name)
-        label_of[key] = classes.index(name)
-    return classes, label_of
+        label_of[key] = index_of.setdefault(name, len(index_of))
+    return list(index_of), label_of
 
 
 def _read_images(file: Path, content: dict[str, Any], problems: Problems) -> dict[Any, CocoImage]:

@@ -36,11 +36,11 @@ def parallel_mode(config: ParallelConfig, world: Distributed) -> ParallelMode:
 
 
 def choose_compilation(config: ParallelConfig, model: nn.Module, device: torch.device) -> tuple[ParallelConfig, str]:
-    """Resolve `compile`: "auto" is "blocks" on a CUDA GPU if the model has blocks, and otherwise "none". Compiles a sum to
-    test the compiler.
+    """Resolve `compile`, and compile a sum to test the compiler.
 
-    Compiled code is kept for the next run in $TORCHINDUCTOR_CACHE_DIR: by default in pixmim's cache directory, since
-    torch's own default, in /tmp, does not outlive a job or a reboot.
+    "auto" is "blocks" on a CUDA GPU if the model has blocks, and otherwise "none". Compiled code is kept for the next
+    run in $TORCHINDUCTOR_CACHE_DIR: by default in pixmim's cache directory, since torch's own default, in /tmp, does
+    not outlive a job or a reboot.
 
     Returns:
         The configuration for `parallelize` and `step_context`, and a line to print if there is no working compiler.

@@ -6,7 +6,7 @@ building a model.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
@@ -255,16 +255,11 @@ def _expected(value: object, hint: Any) -> str:
         any_length = args[-1] is Ellipsis
         if not isinstance(value, tuple) or not (any_length or len(value) == len(args)):
             return "several values" if any_length else f"{len(args)} values"
+        if any_length and args[0] in (int, float):  # one number of each type decides for all
+            value = tuple({type(item): item for item in value}.values())
         return next(filter(None, map(_expected, value, args[:1] * len(value) if any_length else args)), "")
-    description, valid = {
-        float: ("a number", isinstance(value, int | float) and not isinstance(value, bool)),
-        int: ("an integer", type(value) is int),
-        bool: ("true or false", isinstance(value, bool)),
-        str: ("a text", isinstance(value, str) and _is_valid_text(value)),
-        dict: ("names and values", isinstance(value, dict)),
-        type(None): ("nothing", value is None),
-    }.get(origin or hint, ("", True))
-    return "" if valid else description
+    description, is_valid = _PLAIN.get(origin or hint, ("", None))
+    return "" if is_valid is None or is_valid(value) else description
 
 
 def _is_valid_text(text: str) -> bool:
@@ -274,6 +269,17 @@ def _is_valid_text(text: str) -> bool:
     except UnicodeEncodeError:  # an unpaired surrogate
         return False
     return len(text) <= _MAX_TEXT and "\0" not in text
+
+
+_PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    float: ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    int: ("an integer", lambda value: type(value) is int),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    str: ("a text", lambda value: isinstance(value, str) and _is_valid_text(value)),
+    dict: ("names and values", lambda value: isinstance(value, dict)),
+    type(None): ("nothing", lambda value: value is None),
+}
+"""What a plain type takes, and whether it takes a value."""
 
 
 def check_options(options: Mapping[str, object]) -> None:
