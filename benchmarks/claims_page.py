@@ -150,10 +150,16 @@ class Results:
         """Return half of the 95 % interval over test images of a contrast, as if arms were tested on different ones."""
         arms = list(weights)
         share = self.layout(data, arms, measure, self.scale.steps).mean(axis=1) / 100
-        any_file = next(one for name, one in self.files.items() if name.startswith(f"{data}-") and "images" in one)
-        kinds = {"robustness": "corrupt", NOISE: "corrupt", "shape-bias": "conflict"}
-        images = any_file["images"][kinds.get(measure.split("/")[0], "test")]
-        return 196 * math.sqrt(sum(w * w * p * (1 - p) for w, p in zip(weights.values(), share, strict=True)) / images)
+        counts = next(
+            one["images"] for name, one in self.files.items() if name.startswith(f"{data}-") and "images" in one
+        )
+        images = np.full(len(arms), counts["corrupt" if measure == NOISE or "robustness" in measure else "test"], float)
+        if measure == BIAS:  # a share of the decisions for shape or texture only
+            decided = (
+                self.layout(data, arms, f"shape-bias/probe/{cue}", self.scale.steps) for cue in ("shape", "texture")
+            )
+            images = sum(decided).mean(axis=1) / 100 * counts["conflict"]
+        return 196 * float(np.sqrt((np.square(list(weights.values())) * share * (1 - share) / images).sum()))
 
 
 FOUR = ("mae", "target", "crop", "both")
@@ -309,9 +315,18 @@ def values_table(results: Results, data: str) -> list[str]:
         ]
         rows.append([title, f"{start.mean():.1f}", *(f"{value:.1f}" for value in end.mean(axis=1)), *effects])
     seeds = results.layout(data, FOUR, LINEAR, results.scale.steps).shape[1]
-    note = f"Means of {seeds} seeds in per cent; effects ± 95 % over seeds (over test images)."
+    note = (
+        f"Means of {seeds} seeds in per cent; effects ± 95 % over seeds (over test images). Of errors, less is better."
+    )
     header = ["", "start", *TITLES.values(), *(f"effect of {name}" for name in CONTRASTS)]
-    return [note, "", *table(header, rows)]
+    lines = [note, "", *table(header, rows), "", "The effects on their way:", ""]
+    steps = (*results.scale.curve, *results.scale.points)
+    rows = [
+        [f"{MEASURES[measure]}, {name}", *(shown(results.effect(data, FOUR, weights, measure, s)) for s in steps)]
+        for measure in (LINEAR, NOISE)
+        for name, weights in CONTRASTS.items()
+    ]
+    return [*lines, *table(["", *(f"step {s}" for s in steps)], rows)]
 
 
 def sweep_table(results: Results) -> list[str]:
