@@ -369,6 +369,10 @@ def draw(results: Results, path: Path) -> bool:
         for (curves, effects), data in zip(axes, present, strict=True):
             draw_curves(curves, results, data)
             draw_effects(effects, results, data)
+        for axis in axes[0]:
+            axis.legend(
+                frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=4, columnspacing=1, handlelength=1
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
     return True
@@ -383,7 +387,6 @@ def draw_curves(axes: Axes, results: Results, data: str) -> None:
         )
     axes.set(title=NAMES[data], xlabel="step", ylabel="linear probe (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
 
 
 def draw_effects(axes: Axes, results: Results, data: str) -> None:
@@ -401,7 +404,6 @@ def draw_effects(axes: Axes, results: Results, data: str) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="points, with 95 % interval over seeds; errors: less is better")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
 
 
 def write(folder: Path, scale: Scale, page: Path) -> str:
