@@ -11,6 +11,7 @@ is a process of its own and writes one JSON file to `--out`. A run that is kille
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -249,8 +250,11 @@ def measure(encoder: FrozenEncoder, data: Mapping[str, str], scale: Scale, every
     with TemporaryDirectory(prefix="pixmim-") as scratch:
         context = EvalContext(encoder, Path(scratch), "trained", Console(quiet=True))
         for result in evaluate_all(context, "", parts):
-            kept = {k: v for k, v in result.values.items() if not re.search("recall|category|severity", k)}
-            found |= {f"{result.evaluation}/{k}": v for k, v in kept.items()}
+            for name, value in result.values.items():
+                if math.isfinite(value) and not re.search("recall|category|severity", name):
+                    found[f"{result.evaluation}/{re.sub('^k[0-9]+/', '', name)}"] = (
+                        value  # fewer images, fewer neighbors
+                    )
             found[f"{result.evaluation}/seconds"] = round(time.perf_counter() - began, 1)
             began = time.perf_counter()
     return found

@@ -37,8 +37,8 @@ LINEAR, NOISE, BIAS = "linear/top1", "noise", "shape-bias/probe/shape_bias"
 CORRUPTED = "robustness/in_memory/probe/error"
 MEASURES = {
     LINEAR: "linear probe",
-    "knn/k20/mean/top1": "k-NN, mean of patch tokens",
-    "knn/k20/cls/top1": "k-NN, class token",
+    "knn/mean/top1": "k-NN, mean of patch tokens",
+    "knn/cls/top1": "k-NN, class token",
     "attentive/top1": "attentive probe",
     "robustness/in_memory/probe/clean": "error, clean",
     CORRUPTED: "error, 15 corruptions",
@@ -335,7 +335,7 @@ def sweep_table(results: Results) -> list[str]:
         rows = []
         for arm in SWEEP:
             cells = []
-            for measure in (LINEAR, "knn/k20/mean/top1", "attentive/top1", CORRUPTED, NOISE, BIAS):
+            for measure in (LINEAR, "knn/mean/top1", "attentive/top1", CORRUPTED, NOISE, BIAS):
                 mean = results.layout("caltech101", SWEEP, measure, results.scale.steps).mean(axis=1)[SWEEP.index(arm)]
                 effect = results.effect("caltech101", SWEEP, {arm: 1, "mae": -1}, measure) if arm != "mae" else None
                 cells.append(f"{mean:.1f}" + (f" ({shown(effect)})" if effect else ""))

@@ -94,11 +94,11 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_and_is_not_repeated(
     command = ["--tiny", "--out", str(tmp_path / "out"), "--jobs", "0", "--only", "shapes", "--limit", "1"]
     measured, measure = list[Any](), claims.measure
 
-    def killed(model: Any, *rest: Any) -> dict[str, float]:
-        measured.append(model)
+    def killed(*settings: Any, **more: Any) -> dict[str, float]:
+        measured.append(settings)
         if len(measured) == 3:  # after the start and the first point
             raise KeyboardInterrupt
-        return measure(model, *rest)
+        return measure(*settings, **more)
 
     monkeypatch.setattr(claims, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
