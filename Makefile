@@ -7,7 +7,11 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadscope
 # Labeled synthetic images for the evaluation of the demo.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
 
-.PHONY: demo test test-long test-lowest check format docs bench gpu clean
+# Labeled shards of Caltech-101 and Imagewoof, see benchmarks/claims.py, and the folder of the results.
+OBJECTS ?= objects128
+CLAIMS ?= runs/claims
+
+.PHONY: demo test test-long test-lowest check format docs bench gpu claims claims-page clean
 
 demo: .venv/installed  ## pre-train on synthetic shapes, evaluate, write runs/demo/report.html
 	rm -rf runs/demo
@@ -60,6 +64,13 @@ bench: .venv/developing  ## throughput against other implementations, interleave
 # With the machine's own Python, which needs torch and no network: make gpu GPU="--packages packages --data photos"
 gpu:  ## everything that needs a GPU, in nine minutes; make gpu GPU=--dry: at tiny size on the CPU
 	$(PYTHON) benchmarks/gpu.py $(GPU)
+
+claims: .venv/developing  ## the paper's claims, small: train and measure what is missing, in hours; resumes
+	$(BIN)/python benchmarks/claims.py --objects $(OBJECTS) --out $(CLAIMS)
+	$(MAKE) claims-page
+
+claims-page: .venv/developing  ## docs/claims.md and its figure, from the results that are there
+	$(BIN)/python benchmarks/claims.py --out $(CLAIMS) --table
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pixmim needs Python 3.11 or later: make PYTHON=...")'
