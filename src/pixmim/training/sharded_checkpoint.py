@@ -242,7 +242,7 @@ def _copy(piece: Piece, rows: Tensor, part: Part) -> None:
     part.rows[low - part.start : high - part.start].copy_(rows[low - piece.start : high - piece.start])
 
 
-def _entry(value: dict[str, Any]) -> Entry:
+def _entry(value: Any) -> Entry:
     """Parse an entry of an untrusted manifest. Raises ValueError, or the errors of wrong types."""
     shape = tuple(_count(size) for size in value["shape"])
     pieces = sorted((Piece(*map(_count, piece)) for piece in value["pieces"]), key=lambda piece: piece.start)
