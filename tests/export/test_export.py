@@ -218,9 +218,9 @@ def test_unsupported_models_are_refused_with_the_reason(make_model: MakeModel, t
     for folder, to, message in (
         (convmae, "timm", "timm has no ConvMAE"),
         (convmae, "hf", "of convmae"),
-        (convmae, "mmpretrain", "plain ViTs only"),
+        (convmae, "mmpretrain", "--to mmpretrain"),
         (resnet, "hf", "the layout of test_resnet"),
-        (resnet, "mmpretrain", "supports ResNet, ConvNeXt and plain ViTs only"),
+        (resnet, "mmpretrain", "--to mmpretrain"),
         (resnet, "detectron2", "ResNets only, not test_resnet"),
     ):
         with pytest.raises(UserError, match=message):
