@@ -66,7 +66,7 @@ def to_detectron2(weights: Weights, encoder: nn.Module, folder: Path) -> list[st
     depth, usage = _resnet_depth(weights), 'train.init_checkpoint = "FOLDER/model.pth"'
     if is_cnn(encoder) and not depth:
         raise UserError(
-            f"detectron2 has torchvision's ResNets only, not {weights.config.model.backbone}: use --to timm or --to onnx"
+            f"detectron2 has torchvision's ResNets only, not {weights.config.model.backbone}: use --to timm or onnx"
         )
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     if isinstance(encoder, SwinTransformer):
