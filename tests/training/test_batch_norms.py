@@ -22,7 +22,9 @@ class StoppedError(Exception):
 
 
 def test_statistics_resume_bitwise_with_accumulated_gradients(tiny_run: Make, tmp_path: Path) -> None:
-    config = tiny_run(model=CNNS["resnet"], steps=4, accumulation_steps=2, checkpoint=CheckpointConfig(every=2))
+    config = tiny_run(
+        model=CNNS["resnet"], size="64", steps=4, accumulation_steps=2, checkpoint=CheckpointConfig(every=2)
+    )
     printed = train(config, tmp_path / "one")
     assert "batch norms: statistics of 4 images at a time" in printed
 
@@ -43,7 +45,9 @@ def test_flags_about_blocks_that_would_do_nothing_or_harm_are_refused(tiny_run: 
         ("test_resnet", {"compile": "blocks"}, "no blocks to recompute or compile"),
         ("test_efficientnet", {"recompute": True}, "count each image twice"),
     ):
-        config = tiny_run(model=replace(CNNS["resnet"], backbone=backbone), parallel=ParallelConfig(**options))
+        config = tiny_run(
+            size="64", model=replace(CNNS["resnet"], backbone=backbone), parallel=ParallelConfig(**options)
+        )
         with pytest.raises(UserError, match=message):
             train(config, tmp_path / backbone)
 

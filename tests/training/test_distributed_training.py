@@ -107,7 +107,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrain(adapted(root), root / "adapted", console=Console(quiet=True), report=False)
     for name in OTHERS | UNEVEN:
         pretrain(other(name), root / name, console=Console(quiet=True), report=False)
-    normed = make(model=CNNS["resnet"])
+    normed = make(model=CNNS["resnet"], size="64")
     pretrain(dataclasses.replace(normed, steps=1), root / "normed-1", console=Console(quiet=True), report=False)
     parts = dataclasses.replace(normed, accumulation_steps=2)
     pretrain(parts, root / "normed-parts", console=Console(quiet=True), report=False)
