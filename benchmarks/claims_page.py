@@ -122,7 +122,7 @@ class Results:
         return Results({name: one for name, one in files.items() if one["finished"]}, scale)
 
     def value(self, data: str, arm: str, seed: int, measure: str, step: int) -> float | None:
-        """Return one value in per cent, or None if there is none."""
+        """Return one value in per cent; None if it is missing."""
         file = self.files.get(f"start-{data}-{seed}" if step == 0 else Run(data, arm, seed).name)
         values = file["points"].get(str(step), {}) if file else {}
         if measure == NOISE:
@@ -172,11 +172,11 @@ def shown(effect: Effect | None) -> str:
 
 
 def verdict(effect: Effect | None, sign: int) -> str:
-    """Return what an interval says on a claim of this direction."""
+    """Return the verdict of an interval on a claim of this direction."""
     if effect is None:
         return "no result yet"
     if abs(effect[0]) <= effect[1]:
-        return "cannot be told apart"
+        return "undecided"
     return "agrees" if effect[0] * sign > 0 else "disagrees"
 
 
@@ -405,7 +405,7 @@ def draw_effects(axes: Axes, results: Results, data: str) -> None:
 
 
 def write(folder: Path, scale: Scale, page: Path) -> str:
-    """Replace the generated part of the page, and write the figure beside it. Returns a line on what was there."""
+    """Replace the generated part of the page, and write the figure to images/. Return a summary."""
     results = Results.read(folder, scale)
     image = Path("images/claims.svg")
     drawn = draw(results, page.parent / image)
