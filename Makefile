@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadscope
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 # Labeled synthetic images for the evaluation of the demo.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48

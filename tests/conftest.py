@@ -31,6 +31,45 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may access the network
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, also in child processes
 
 
+SLOWEST = (
+    "training/test_distributed_training.py",
+    "training/test_compile.py",
+    "security/test_no_pickle.py",
+    "test_quickstart.py",
+    "viewer/test_browser.py",
+    "evaluation/robustness/test_robustness.py",
+    "training/test_fault_tolerance.py",
+    "cli/test_cli.py",
+    "export/test_export.py",
+    "test_packaging.py",
+    "cli/test_slurm.py",
+    "security/test_hostile_images.py",
+    "utils/test_process.py",
+    "export/test_class_tokens_and_fusion.py",
+    "test_build.py",
+    "evaluation/test_held_out.py",
+)
+"""Modules that take 10 seconds or more come first, so that all processes end at the same time."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes: one more than there are cores, because some tests wait for time to pass."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unsynchronized() -> Iterator[None]:
+    """Skip the wait for the disk in this process: only a loss of power could tell, and there are thousands."""
+
+    def fsync(file: object) -> None:
+        os.fstat(file if isinstance(file, int) else file.fileno())  # type: ignore[attr-defined]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     import torch
@@ -69,6 +108,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    places = {Path(__file__).parent / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords also hold the names of folders

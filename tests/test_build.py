@@ -46,7 +46,7 @@ MASKS = [
 TARGETS = [
     TargetConfig(kind, normalize_patches=normalize, normalize_window=window, distance=distance)
     for kind, (normalize, window), distance in itertools.product(
-        ("low-frequency", "pixels"), ((True, 0), (False, 0), (False, 47)), ("mse", "l1", "smooth_l1")
+        ("low-frequency", "pixels"), ((True, 0), (False, 0), (False, 9)), ("mse", "l1", "smooth_l1")
     )
 ]
 BINNED = [

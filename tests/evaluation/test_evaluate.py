@@ -397,7 +397,7 @@ def test_all_checks_every_evaluation_before_the_first_one_starts(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr("pixmim.evaluation.context.extract_features", never)
+    monkeypatch.setattr("pixmim.evaluation.context.extract_block_features", never)
     monkeypatch.setattr("pixmim.evaluation.finetune.Trainer.resume_and_fit", never)
     parts = EvaluateAllSettings(TRAIN, TEST, finetune=True, **more).parts()  # type: ignore[arg-type]
     for evaluations in (parts, sorted(parts, key=lambda part: part[0] != "finetune")):
