@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from pixmim.build import build_mask_sampler, build_model
+from pixmim.build import WithoutInitialization, build_mask_sampler, build_model, build_on_meta
 from pixmim.config import MaskConfig, ModelConfig
 from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.masking import Mask
@@ -60,8 +60,8 @@ class Run:
     @cached_property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches of its model."""
-        with torch.device("meta"):
-            return grid_of(self.config.image_size, build_model(self.config).patch)
+        model = build_on_meta(lambda: build_model(self.config), self.config.model.backbone)
+        return grid_of(self.config.image_size, model.patch)
 
     def steps(self) -> list[int]:
         """Return the steps of its complete checkpoints."""
@@ -145,7 +145,8 @@ class Models:
         """
         config = self._runs[run].config
         with self._lock:
-            model = build_model(config)
+            with WithoutInitialization():
+                model = build_model(config)
             CheckpointManager(inside(self._runs[run].folder, "checkpoints")).load_model(model, step)
             return draw(model.eval(), config, crops, step, names)
 
