@@ -159,7 +159,7 @@ class WithoutInitialization(TorchFunctionMode):
             tensor, *values = [*args, *kwargs.values()]
             constant = all(isinstance(value, int | float | None) for value in values)
             if name in _RANDOM or (constant and isinstance(tensor, Tensor) and tensor.is_meta):
-                return kwargs["tensor"] if "tensor" in kwargs else tensor
+                return kwargs.get("tensor", tensor)
         return func(*args, **kwargs)
 
 

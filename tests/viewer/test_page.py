@@ -16,10 +16,12 @@ from PIL import Image
 
 import pixmim
 from pixmim.build import image_spec
+from pixmim.evaluation.attentive_probe import AttentiveProbe, save_probe
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
+from pixmim.evaluation.visualize import heat_overlay, to_rgb
 from pixmim.masking import Mask
 from pixmim.report.reconstruct import draw
-from pixmim.transforms.crops import CenterCrop
+from pixmim.transforms.crops import CenterCrop, evaluation_crop
 from pixmim.utils.errors import UserError
 from pixmim.viewer.images import ImageStore
 from pixmim.viewer.index import EncoderIndex
@@ -236,3 +238,30 @@ def test_masks_as_in_training_are_those_of_the_run(page: Page) -> None:
     assert run.config.mask is not None
     hidden = random_mask(run, "as-trained", 0.1, 8, 5).hidden
     assert int(hidden.sum()) == 16 - int(16 * (1 - run.config.mask.ratio))
+
+
+def test_attention_is_that_of_the_queries_of_a_probe_of_these_weights(two_runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(two_runs[0], run)
+    page = Page([run], DATA, "cpu")
+    last_block = page.attention("d3", 0)
+    assert list(last_block["columns"]) == ["all heads"] and "last block" in last_block["about"]
+    (run / "evaluations").mkdir(exist_ok=True)
+    encoder = load_frozen_encoder(str(run), device="cpu")
+    torch.manual_seed(0)
+    probe = AttentiveProbe(32, 2, 4).eval()
+    save_probe(probe, ["a", "b"], encoder.step, run / "evaluations/attentive-trained-zz.safetensors")
+    drawn = page.attention("d3", 0)
+    assert "2 classes" in drawn["about"] and len(drawn["columns"]) == 4
+    crop = evaluation_crop(encoder.size).crop(pixmim.open_dataset(DATA, encoder.image_spec).image(3))
+    with torch.no_grad():
+        tokens = encoder.module.forward_features(encoder.preprocess(crop[None]))[0, 1:].double()
+    for name, url in drawn["columns"].items():  # a loop in float64
+        query = probe.queries[int(name.removeprefix("query ")) - 1].detach().double()
+        scores = [float(query @ token) / 32**0.5 for token in tokens]
+        share = torch.tensor(scores).double().softmax(0).reshape(1, 1, 4, 4)
+        heat = torch.nn.functional.interpolate(share, size=(32, 32), mode="bilinear")[0, 0]
+        expected = heat_overlay(to_rgb(crop, encoder.config)[None], heat[None])[0]
+        np.testing.assert_allclose(pixels(url).astype(int), expected, atol=3)
+    save_probe(probe, ["a", "b"], encoder.step + 1, run / "evaluations/attentive-trained-zzz.safetensors")
+    assert page.attention("d3", 0) == last_block  # of other weights

@@ -132,8 +132,8 @@ class Models:
             model, step = self._load(run, self._version(run))
             return draw(model, self._runs[run].config, crop, step, mask=mask)
 
-    def encoder(self, run: int) -> nn.Module:
-        """Return the encoder of a run's newest weights, in evaluation mode."""
+    def encoder(self, run: int) -> tuple[nn.Module, int]:
+        """Return the encoder of a run's newest weights, in evaluation mode, and their training step."""
         with self._lock:
             return self._load_encoder(run, self._version(run))
 
@@ -156,8 +156,9 @@ class Models:
         files = [path for name in ("model.safetensors", "encoder") if (path := inside(folder, name)).exists()]
         return (*self._runs[run].steps()[-1:], *(path.stat().st_mtime_ns for path in files))
 
-    def _load_encoder_uncached(self, run: int, version: tuple[Any, ...]) -> nn.Module:
-        return build_encoder_with_weights(resolve_model(str(self._runs[run].folder.absolute())))
+    def _load_encoder_uncached(self, run: int, version: tuple[Any, ...]) -> tuple[nn.Module, int]:
+        weights = resolve_model(str(self._runs[run].folder.absolute()))
+        return build_encoder_with_weights(weights), weights.step
 
     def _load_uncached(self, run: int, version: tuple[Any, ...]) -> tuple[MaskedModel, int]:
         weights = resolve_model(str(self._runs[run].folder.absolute()), with_decoder=True)

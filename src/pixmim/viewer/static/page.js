@@ -431,12 +431,15 @@ const findNeighbors = latest("neighbors", async (current) => {
 
 const drawAttention = latest("attention", async (current) => {
   if (!chosen.neighbors) return;
-  $("attention").replaceChildren(...page.runs.map((run, i) => {
-    const picture = element("img", { src: `/api/attention?image=${chosen.neighbors}&run=${i}`, alt: `attention of ${run.name}` });
-    const caption = element("figcaption", {}, run.name);
-    picture.addEventListener("error", () => { picture.hidden = true; caption.textContent = `${run.name}: no attention maps`; });
-    return element("figure", {}, picture, caption);
+  const image = chosen.neighbors;
+  const rows = await Promise.all(page.runs.map(async (run, i) => {
+    let answer;
+    try { answer = await ask("/api/attention", { image, run: i }); } catch (error) { answer = { about: error.message, columns: {} }; }
+    const figures = Object.entries(answer.columns).map(([name, url]) =>
+      element("figure", {}, element("img", { src: url, alt: `attention of ${run.name}, ${name}` }), element("figcaption", {}, name)));
+    return [element("h3", {}, `${run.name}: ${answer.about}`), element("div", { class: "strip" }, ...figures)];
   }));
+  if (current()) $("attention").replaceChildren(...rows.flat());
 });
 
 async function drawLists() {
