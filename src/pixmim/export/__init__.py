@@ -19,7 +19,6 @@ from pixmim.export.model_card import model_card
 from pixmim.export.onnx import to_onnx
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.files import atomic_folder, write_text_atomically
-from pixmim.utils.trust import inside
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats import MM
 from pixmim.weights.key_map import downsampling_to_previous_stage

@@ -60,7 +60,7 @@ class Page:
         if self._data is not None:
             return open_dataset(self._data, spec)
         run = self.runs[0]
-        return open_run_data(run.folder, run.config, run.text, None)
+        return open_run_data(run.folder, run.config, run.text, None, "view")
 
     def describe(self) -> dict[str, Any]:
         """Return everything about the runs and the dataset that stays while the page is open."""
@@ -96,10 +96,12 @@ class Page:
         }
 
     def status(self, run: int) -> dict[str, Any]:
-        """Return what changes while a run trains, apart from its metrics: checkpoints and skipped images."""
-        path = inside(self._run(run).folder, "skipped.csv")
+        """Return what changes while a run trains, apart from its metrics: checkpoints, skipped images and its state."""
+        one = self._run(run)
+        path = inside(one.folder, "skipped.csv")
         rows, problem = read_bad_images(path) if path.exists() else ([], "")
-        return {"steps": self._run(run).steps(), "skipped": rows[:_MAX_ROWS], "count": len(rows), "problem": problem}
+        skipped = {"skipped": rows[:_MAX_ROWS], "count": len(rows), "problem": problem}
+        return {"steps": one.steps(), "unfinished": one.unfinished(), **skipped}
 
     def metrics(self, run: int, position: str) -> dict[str, Any]:
         """Return new records of a run: see `read_new_metrics`."""

@@ -1,7 +1,9 @@
 """The runs of the page: their metrics as they grow, their models, and what those predict."""
 
 import os
+import shlex
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -29,7 +31,10 @@ from pixmim.utils.patches import grid_of
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import read_config
 from pixmim.weights.load import build_encoder_with_weights, build_with_weights, resolve_model
+from pixmim.weights.save import ENCODER_WEIGHTS
 
+_UNITS = ("days", 86_400), ("hours", 3600), ("minutes", 60), ("seconds", 1)
+_SILENT = 120  # seconds without a log line, after which a run may have been stopped
 _MAX_READ = 2**24  # bytes of metrics.jsonl per request
 
 
@@ -62,6 +67,18 @@ class Run:
         """Rows and columns of patches of its model."""
         model = build_on_meta(lambda: build_model(self.config), self.config.model.backbone)
         return grid_of(self.config.image_size, model.patch)
+
+    def unfinished(self) -> str:
+        """Return when a run that has not finished last logged, and how to resume it; empty for a finished one."""
+        if inside(self.folder, ENCODER_WEIGHTS).is_file():
+            return ""
+        command = f"if it was stopped, `pixmim pretrain --resume {shlex.quote(str(self.folder))}` resumes it"
+        try:
+            age = max(0, time.time() - inside(self.folder, "metrics.jsonl").stat().st_mtime)
+        except OSError:
+            return f"nothing logged yet; {command}"
+        unit, seconds = next((u for u in _UNITS if age >= 2 * u[1]), _UNITS[-1])
+        return f"last logged {age / seconds:.0f} {unit} ago" + f"; {command}" * (age > _SILENT)
 
     def steps(self) -> list[int]:
         """Return the steps of its complete checkpoints."""

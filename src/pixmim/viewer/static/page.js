@@ -176,7 +176,8 @@ function drawCharts() {
 
 async function keepPolling() {
   try {
-    if (await poll()) await updateStatus();
+    const grown = await poll();
+    if (grown || statuses.some((status) => status.unfinished)) await updateStatus();
     show("server", "");
   } catch (error) {
     show("server", `the page's server does not answer (${error.message}); is pixmim view still running?`);
@@ -191,6 +192,8 @@ async function updateStatus() {
   const rows = statuses.flatMap((status, run) => status.skipped.map((row) => [page.runs[run].name, ...row]));
   const count = statuses.reduce((sum, status) => sum + status.count, 0);
   const problems = statuses.map((status) => status.problem).filter(Boolean);
+  $("unfinished").replaceChildren(...statuses.flatMap((status, run) =>
+    (status.unfinished ? [element("p", { class: "soft" }, `${page.runs[run].name} is not finished: ${status.unfinished}`)] : [])));
   $("skipped").replaceChildren(
     element("p", { class: "soft" }, count ? `${count.toLocaleString("en")} images could not be read.` : "None."),
     ...problems.map((text) => element("p", { class: "soft" }, text)),
