@@ -454,7 +454,7 @@ async function drawLists() {
     const link = (kind) => element("a", { href: `/api/list.csv?encoder=${encoder}&kind=${kind}`, download: `${kind}.csv` }, "all as CSV");
     parts.push(
       element("h2", {}, `Most alike by ${page.encoders[encoder]} (`, link("duplicates"), ")"),
-      element("div", { class: "strip" }, ...duplicates.map((one) => element("div", { class: "strip" }, neighbor(one, ""), neighbor(one.other, one.cosine.toFixed(3))))),
+      element("div", { class: "strip" }, ...duplicates.map((one) => element("div", { class: "pair" }, neighbor(one, ""), neighbor(one.other, one.cosine.toFixed(3))))),
       element("h2", {}, `Least like any other by ${page.encoders[encoder]} (`, link("outliers"), ")"),
       element("div", { class: "strip" }, ...outliers.map((one) => neighbor(one, one.cosine.toFixed(3)))),
     );
