@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model
+from pixmim.build import (
+    WithoutInitialization,
+    build_crop,
+    build_loss,
+    build_mask_sampler,
+    build_model,
+    build_on_meta,
+)
 from pixmim.config import ArchitectureConfig, CropConfig, MaskConfig, PretrainConfig, TargetConfig
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.transforms.crops import flip_and_normalize
@@ -123,3 +130,17 @@ def test_masks_that_fail_in_training_are_refused(mask: MaskConfig, message: str)
 def test_models_that_cannot_be_built_are_refused(model: ArchitectureConfig, message: str) -> None:
     with pytest.raises(UserError, match=message), torch.device("meta"):
         build_model(PretrainConfig(size="96x64", model=model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_built_without_initialization_differs_in_nothing_that_is_not_loaded(name: str) -> None:
+    """Compare parameters and all buffers, also those that no file contains, after loading the same weights."""
+    config = PretrainConfig(model=MODELS[name], size="64")
+    expected, on_meta = build_model(config), build_on_meta(lambda: build_model(config), name)
+    with WithoutInitialization():
+        built = build_model(config)
+    built.load_state_dict(expected.state_dict())
+    for kind in ("named_parameters", "named_buffers"):
+        one, two, three = (dict(getattr(model, kind)()) for model in (expected, built, on_meta))
+        assert one.keys() == two.keys() == three.keys()
+        assert all(torch.equal(value, two[key]) and three[key].shape == value.shape for key, value in one.items())

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pixmim.config import ModelConfig, PretrainConfig
@@ -147,31 +147,36 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+class WithoutInitialization(TorchFunctionMode):
+    """Skip random initialization within a `with` statement, for modules whose weights are loaded afterwards.
+
+    It takes most of the time of building a model, above all on the meta device, where each step of it is Python.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _RANDOM or name in _SCALING:
+            tensor, *values = [*args, *kwargs.values()]
+            constant = all(isinstance(value, int | float | None) for value in values)
+            if name in _RANDOM or (constant and isinstance(tensor, Tensor) and tensor.is_meta):
+                return kwargs.get("tensor", tensor)
+        return func(*args, **kwargs)
+
+
+_RANDOM, _SCALING = {"uniform_", "normal_", "erfinv_"}, {"mul_", "add_", "clamp_", "zero_", "fill_"}
+
+
 def build_on_meta(build: Callable[[], Module], name: str) -> Module:
     """Build a module on PyTorch's meta device, without memory for its weights.
 
     Raises:
         UserError: With the `name` of the model, if its sizes do not fit together.
     """
-    with torch.device("meta"), _WithoutInitialization():
+    with torch.device("meta"), WithoutInitialization():
         try:
             return build()
         except RuntimeError as error:
             raise UserError(f"{name} cannot be built: {first_line(error)}") from error
-
-
-class _WithoutInitialization(TorchFunctionMode):
-    """Skip the initialization of weights, which takes most of the time on the meta device and changes nothing there."""
-
-    _skipped = frozenset(
-        getattr(torch.Tensor, name)
-        for name in ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
-    )
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return args[0] if func in self._skipped and args[0].is_meta else func(*args, **(kwargs or {}))
 
 
 def check_memory(build: Callable[[], nn.Module], name: str) -> None:

@@ -7,6 +7,7 @@ The screenshots in docs/ are made by the last test, of better runs than its own:
 """
 
 import base64
+import importlib.util
 import io
 import os
 import shutil
@@ -18,10 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers.runs import train
 from pixmim.config import PretrainConfig
+from pixmim.evaluation.attentive_probe import AttentiveProbe, save_probe
+from pixmim.utils.errors import UserError
 from pixmim.viewer import _listen
 from pixmim.viewer.page import Page
 from pixmim.viewer.server import build_app
@@ -205,6 +209,69 @@ def test_neighbors_beside_those_of_the_untrained_encoder(tab: Any, served: tuple
     until(lambda: tab.get_attribute("#found button >> nth=0", "data-image") == shown[3])
 
 
+def test_attention_of_a_probe_is_shown(tab: Any, served: tuple[str, Page], runs: list[Path]) -> None:
+    (runs[1] / "evaluations").mkdir()
+    with torch.random.fork_rng(devices=[]):
+        probe = AttentiveProbe(32, 2, 4)
+    save_probe(probe, ["a", "b"], 6, runs[1] / "evaluations/attentive-trained-x.safetensors")
+    tab.click("#tab-neighbors")
+    tab.wait_for_selector("#attention img")
+    first, second = tab.locator("#attention h3").all_inner_texts()
+    assert "last block" in first and "queries of its attentive probe of 2 classes" in second
+    answer = served[1].attention("d0", 1)["columns"]
+    assert tab.locator("#attention figcaption").all_inner_texts() == ["all heads", *answer]
+    assert tab.get_attribute("#attention img >> nth=1", "src") == next(iter(answer.values()))
+
+
+def test_a_run_that_was_killed_is_named_as_unfinished(tab: Any, runs: list[Path]) -> None:
+    assert not tab.inner_text("#unfinished")
+    shutil.rmtree(runs[0] / "encoder")
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "epoch": 1.4, "loss": 0.5}\n')
+    os.utime(runs[0] / "metrics.jsonl", (0, time.time() - 3 * 3600))
+    until(lambda: "pixmim is not finished: last logged 3 hours ago" in tab.inner_text("#unfinished"))
+    assert f"pixmim pretrain --resume {runs[0]}" in tab.inner_text("#unfinished")
+
+
+def test_the_map_is_drawn_by_the_program_that_is_asked_to(tab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page in the place of embedding-atlas's."""
+
+    def export(table: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "index.html").write_text(f"<p id=points>{table.read_text()}</p>")
+
+    written = lambda out, index, data, config: out.write_text(f"{len(index.unit)} points")  # noqa: E731
+    monkeypatch.setattr("pixmim.viewer.atlas.write_table", written)
+    monkeypatch.setattr("pixmim.viewer.atlas.export_page", export)
+    tab.click("#tab-map")
+    tab.click("#map-start")
+    tab.wait_for_selector("#map-frame:not([hidden])")
+    assert tab.frame_locator("#map-frame").locator("#points").inner_text() == "30 points"
+    assert tab.inner_text("#map-state") == ""
+
+
+def test_the_map_names_what_it_needs(tab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise UserError("the map needs embedding-atlas: pip install 'pixmim[map]'")
+
+    monkeypatch.setattr("pixmim.viewer.atlas.write_table", missing)
+    tab.click("#tab-map")
+    tab.click("#map-start")
+    until(lambda: "pip install 'pixmim[map]'" in tab.inner_text("#map-state"))
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("embedding_atlas", "umap")),
+    reason="the real map needs embedding-atlas and umap-learn: pip install 'pixmim[map]'",
+)
+def test_the_map_of_embedding_atlas_loads_from_this_machine_alone(tab: Any) -> None:
+    tab.set_default_timeout(300_000)
+    tab.click("#tab-map")
+    tab.click("#map-start")
+    tab.wait_for_selector("#map-frame:not([hidden])")
+    tab.frame_locator("#map-frame").locator("body *").first.wait_for()
+
+
 def test_two_tabs_do_not_disturb_each_other(tab: Any, served: tuple[str, Page]) -> None:
     other = tab.context.new_page()
     other.goto(served[0].partition("?")[0] + "#reconstruct")
@@ -229,6 +296,19 @@ def test_tabs_are_chosen_with_the_keyboard_on_a_narrow_screen_too(tab: Any) -> N
         )
         assert tab.evaluate("document.documentElement.scrollWidth") <= 400, (panel, wide)
     assert tab.evaluate("[...document.images].every(image => image.hasAttribute('alt'))")
+    ends = tab.evaluate("[...document.querySelectorAll('[role=tab]')].map(one => one.getBoundingClientRect().right)")
+    assert max(ends) <= 400  # no tab has to be scrolled to
+    tab.click("#tab-neighbors")
+    tab.locator("#encoders input").first.check()
+    tab.wait_for_selector("#lists .pair")
+    sides = (
+        tab.locator("#found .strip").nth(1).locator(".neighbor").evaluate_all("all => all.map(one => one.offsetTop)")
+    )
+    assert sides.count(sides[0]) == 3  # neighbors in a row
+    tab.click("#tab-training")
+    tab.wait_for_selector("#checkpoint-image")
+    assert tab.locator("#checkpoint-image").bounding_box()["width"] > 700  # it scrolls, so that it can be read
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

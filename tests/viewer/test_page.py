@@ -1,13 +1,17 @@
 """The page shows the results of the library."""
 
 import base64
+import errno
 import io
 import json
+import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +19,16 @@ import torch
 from PIL import Image
 
 import pixmim
+from helpers.runs import train
 from pixmim.build import image_spec
+from pixmim.config import PretrainConfig
+from pixmim.evaluation.attentive_probe import AttentiveProbe, save_probe
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
+from pixmim.evaluation.visualize import heat_overlay, to_rgb
 from pixmim.masking import Mask
+from pixmim.report import write_report
 from pixmim.report.reconstruct import draw
-from pixmim.transforms.crops import CenterCrop
+from pixmim.transforms.crops import CenterCrop, evaluation_crop
 from pixmim.utils.errors import UserError
 from pixmim.viewer.images import ImageStore
 from pixmim.viewer.index import EncoderIndex
@@ -236,3 +245,86 @@ def test_masks_as_in_training_are_those_of_the_run(page: Page) -> None:
     assert run.config.mask is not None
     hidden = random_mask(run, "as-trained", 0.1, 8, 5).hidden
     assert int(hidden.sum()) == 16 - int(16 * (1 - run.config.mask.ratio))
+
+
+def test_attention_is_that_of_the_queries_of_a_probe_of_these_weights(two_runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(two_runs[0], run)
+    page = Page([run], DATA, "cpu")
+    last_block = page.attention("d3", 0)
+    assert list(last_block["columns"]) == ["all heads"] and "last block" in last_block["about"]
+    (run / "evaluations").mkdir(exist_ok=True)
+    encoder = load_frozen_encoder(str(run), device="cpu")
+    torch.manual_seed(0)
+    probe = AttentiveProbe(32, 2, 4).eval()
+    save_probe(probe, ["a", "b"], encoder.step, run / "evaluations/attentive-trained-zz.safetensors")
+    drawn = page.attention("d3", 0)
+    assert "2 classes" in drawn["about"] and len(drawn["columns"]) == 4
+    crop = evaluation_crop(encoder.size).crop(pixmim.open_dataset(DATA, encoder.image_spec).image(3))
+    with torch.no_grad():
+        tokens = encoder.module.forward_features(encoder.preprocess(crop[None]))[0, 1:].double()
+    for name, url in drawn["columns"].items():  # a loop in float64
+        query = probe.queries[int(name.removeprefix("query ")) - 1].detach().double()
+        scores = [float(query @ token) / 32**0.5 for token in tokens]
+        share = torch.tensor(scores).double().softmax(0).reshape(1, 1, 4, 4)
+        heat = torch.nn.functional.interpolate(share, size=(32, 32), mode="bilinear")[0, 0]
+        expected = heat_overlay(to_rgb(crop, encoder.config)[None], heat[None])[0]
+        np.testing.assert_allclose(pixels(url).astype(int), expected, atol=3)
+    save_probe(probe, ["a", "b"], encoder.step + 1, run / "evaluations/attentive-trained-zzz.safetensors")
+    assert page.attention("d3", 0) == last_block  # of other weights
+
+
+def test_a_run_that_was_stopped_says_so_and_how_to_resume_it(two_runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    shutil.copytree(two_runs[0], run)
+    page = Page([run], DATA, "cpu")
+    assert page.status(0)["unfinished"] == ""
+    shutil.rmtree(run / "encoder")
+    os.utime(run / "metrics.jsonl", (0, time.time() - 3 * 3600))
+    assert page.status(0)["unfinished"].startswith("last logged 3 hours ago; ")
+    assert f"`pixmim pretrain --resume '{run}'`" in page.status(0)["unfinished"]
+    os.utime(run / "metrics.jsonl")
+    assert "--resume" not in page.status(0)["unfinished"]  # it trains
+    (run / "metrics.jsonl").unlink()
+    shutil.rmtree(run / "checkpoints")
+    assert "nothing logged yet" in page.status(0)["unfinished"] and page.status(0)["steps"] == []
+    assert "neither a checkpoint nor" in page.reconstruct("d0", [True] + [False] * 15, [0])[0]["error"]
+
+
+def test_images_that_have_moved_are_asked_for(
+    tiny_run: Callable[..., PretrainConfig], tmp_path: Path, pictures: Path
+) -> None:
+    train(tiny_run(data=str(pictures), steps=1), tmp_path / "run")
+    assert Page([tmp_path / "run"]).describe()["problem"] == ""
+    pictures.rename(tmp_path / "elsewhere")
+    page = Page([tmp_path / "run"])
+    problem = page.describe()["problem"]
+    assert f"the folder {pictures} does not exist" in problem and f"pixmim view {tmp_path}/run --data DATA" in problem
+    assert page.metrics(0, "")["records"] and page.status(0)["steps"]
+    warnings: list[str] = []
+    write_report([tmp_path / "run"], tmp_path / "page.html", warn=warnings.append)
+    assert "does not exist" in warnings[0] and f"pixmim report {tmp_path}/run --data DATA" in warnings[0]
+    assert "does not exist" in (tmp_path / "page.html").read_text()
+
+
+def test_a_folder_that_cannot_be_written_to_is_read(
+    two_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the refusal of the system is simulated."""
+    run, real = tmp_path / "run", os.open
+    shutil.copytree(two_runs[0], run)
+
+    def refuse(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(str(run)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    page = Page([run], DATA, "cpu")
+    finished(page, 0)
+    assert page.neighbors("d0", 3)[0]["images"] and not (run / "index.safetensors").exists()
+    warnings: list[str] = []
+    write_report([run], tmp_path / "page.html", DATA, warnings.append)
+    assert "Permission denied" in warnings[0] and (tmp_path / "page.html").stat().st_size > 10_000
+    with pytest.raises(UserError, match=r"report\.html cannot be written: Permission denied.*--out"):
+        write_report([run], run / "report.html", DATA)

@@ -142,7 +142,7 @@ def test_a_decoder_that_no_longer_fits_is_reported_with_the_flag(tmp_path: Path)
         ("timm:vit_small_patch16_dinov3", r"vit_small_patch16_dinov3 .*rotary positions \(timm's Eva\)"),
         ("timm:eva02_tiny_patch14_224", "eva02_tiny_patch14_224 .*rotary positions"),
         ("timm:deit_tiny_distilled_patch16_224", "'deit_tiny_distilled_patch16_224' is not a plain VisionTransformer"),
-        ("timm:resnet50", "resnet50"),
+        ("timm:mixer_s16_224", "mixer_s16_224"),
         ("timm:vit_tiny_patch16_223", "did you mean 'vit_tiny_patch16_224'"),
         ("timm:../secret", "plain name of a model"),
         ("hf:../secret", "a name on the hub"),

@@ -29,7 +29,7 @@ from pixmim.evaluation.patch_tokens import TokenSet, check_space, extract_tokens
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
 from pixmim.evaluation.results import file_stem
 from pixmim.evaluation.settings import AttentiveSettings
-from pixmim.evaluation.visualize import heat_overlay, labeled_grid, to_rgb
+from pixmim.evaluation.visualize import Pixels, heat_overlay, labeled_grid, to_rgb
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils import rng
 from pixmim.utils.console import print_plain, progress
@@ -258,10 +258,7 @@ def predict(probes: list[AttentiveProbe], data: TokenSet, rows: Int[np.ndarray, 
 
 @torch.no_grad()
 def draw_attention(context: EvalContext, probe: AttentiveProbe, spec: str, test: TokenSet) -> None:
-    """Add to the context's images: a few test images, and the attention of the queries with the largest head weights.
-
-    Inputs of the head have unit variance, so the norm of its weights is the share of a query in the logits.
-    """
+    """Add to the context's images: a few test images, and the attention of some queries, as `draw_queries` does."""
     data, config, size = context.data(spec), context.encoder.config, context.encoder.size
     rows, pictures, names = [], [], []
     for row in np.unique(np.linspace(0, len(test.labels) - 1, _DRAWN_IMAGES).round().astype(np.int64)):
@@ -274,12 +271,22 @@ def draw_attention(context: EvalContext, probe: AttentiveProbe, spec: str, test:
         return
     pixels = np.stack(pictures)
     x, _ = test.batch(np.asarray(rows), probe.queries.device)
+    columns = {"image": pixels, **draw_queries(probe, x, test.grid, pixels)}
+    context.images["Attention of the probe's queries"] = labeled_grid(columns, names)
+
+
+def draw_queries(
+    probe: AttentiveProbe, x: Float[Tensor, "b n d"], grid: tuple[int, int], pixels: Pixels
+) -> dict[str, Pixels]:
+    """Draw the attention of the queries with the largest head weights, at most six, over images (b h w 3).
+
+    Inputs of the head have unit variance, so the norm of its weights is the share of a query in the logits.
+    """
     norms = probe.head.weight.unflatten(1, (len(probe.queries), -1)).norm(dim=(0, 2))
     order = norms.argsort(descending=True, stable=True)[:_DRAWN_QUERIES].tolist()
-    maps = probe.attention(x)[:, order].unflatten(2, test.grid).cpu()
-    maps = F.interpolate(maps, size=size, mode="bilinear")
-    columns = {f"query {query + 1}": heat_overlay(pixels, maps[:, i]) for i, query in enumerate(order)}
-    context.images["Attention of the probe's queries"] = labeled_grid({"image": pixels, **columns}, names)
+    maps = probe.attention(x)[:, order].unflatten(2, grid).cpu()
+    maps = F.interpolate(maps, size=pixels.shape[1:3], mode="bilinear")
+    return {f"query {query + 1}": heat_overlay(pixels, maps[:, i]) for i, query in enumerate(order)}
 
 
 def save_probe(probe: AttentiveProbe, classes: list[str], step: int, path: Path) -> None:
@@ -309,6 +316,21 @@ def load_probe(path: Path) -> tuple[AttentiveProbe, list[str], int]:
             probe.load_state_dict(file.tensors)
             return probe.eval(), classes, info["step"]
     raise UserError(f"{path} is not an attentive probe of pixmim: repeat `pixmim evaluate attentive`")
+
+
+def load_newest_probe(run: Path, step: int) -> tuple[AttentiveProbe, list[str]]:
+    """Return the newest attentive probe of a run, and its classes. The folder may be untrusted.
+
+    Raises:
+        UserError: If there is none, or its encoder is of another `step`.
+    """
+    files = sorted(inside(run, "evaluations").glob("attentive-trained-*.safetensors"), key=lambda f: f.lstat().st_mtime)
+    if not files:
+        raise UserError(f"{run} has no attentive probe: run `pixmim evaluate attentive` with it as MODEL first")
+    probe, classes, trained = load_probe(inside(run, f"evaluations/{files[-1].name}"))
+    if trained != step:
+        raise UserError(f"the probe is of step {trained:,}, the encoder of {step:,}: repeat the evaluation")
+    return probe, classes
 
 
 def _share_of_peak(step: int, steps: int) -> float:

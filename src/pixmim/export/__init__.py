@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pixmim.evaluation.attentive_probe import AttentiveProbe, load_probe
+from pixmim.evaluation.attentive_probe import AttentiveProbe, load_newest_probe
 from pixmim.export.attentive import write_probe
 from pixmim.export.huggingface import to_hf
 from pixmim.export.model_card import model_card
@@ -22,7 +22,6 @@ from pixmim.export.onnx import to_onnx
 from pixmim.models.cnn import is_cnn
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.files import atomic_folder, write_text_atomically
-from pixmim.utils.trust import inside
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats import MM, MM_CONVNEXT, MM_RESNET
 from pixmim.weights.infer_config import RESNETS
@@ -164,13 +163,7 @@ def _find_probe(run: Path, weights: Weights, to: str) -> tuple[AttentiveProbe, l
     """Return the newest attentive probe of a run, and its classes. Raises UserError if none fits the weights."""
     if to != "timm":
         raise UserError(f"--attentive needs --to timm, not --to {to}")
-    files = sorted(inside(run, "evaluations").glob("attentive-trained-*.safetensors"), key=lambda f: f.lstat().st_mtime)
-    if not files:
-        raise UserError(f"{run} has no attentive probe: run `pixmim evaluate attentive` with it as MODEL first")
-    probe, classes, step = load_probe(inside(run, f"evaluations/{files[-1].name}"))
-    if step != weights.step:
-        raise UserError(f"the probe is of step {step:,}, the encoder of {weights.step:,}: repeat the evaluation")
-    return probe, classes
+    return load_newest_probe(run, weights.step)
 
 
 def _push(folder: Path, repository: str) -> str:

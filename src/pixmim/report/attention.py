@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pixmim.config import ModelConfig
 from pixmim.data.dataset import ImageDataset
-from pixmim.evaluation.visualize import Pixels, heat_overlay, to_pixels
+from pixmim.evaluation.attentive_probe import AttentiveProbe, draw_queries
+from pixmim.evaluation.visualize import Pixels, heat_overlay, to_pixels, to_rgb
 from pixmim.models import features
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.models.feature_maps import class_tokens
@@ -70,6 +71,23 @@ def attention_sheet(
     config, encoder = weights.config, build_encoder_with_weights(weights)
     crops, names, errors = load_crops(config, data, count, range(len(data)))
     return draw_attention(encoder, config, crops), names, errors
+
+
+@torch.no_grad()
+def draw_query_attention(
+    encoder: nn.Module, config: ModelConfig, crops: Shaped[Tensor, "b c h w"], probe: AttentiveProbe
+) -> dict[str, Pixels]:
+    """Draw the attention of an attentive probe's queries over crops of the config's size, by query.
+
+    Raises:
+        UserError: If the probe is of another encoder.
+    """
+    mean, std = (torch.tensor(values) for values in config.normalization)
+    patches = features(encoder, flip_and_normalize(crops, None, mean, std)).map
+    if patches.shape[1] != probe.queries.shape[1]:
+        raise UserError(f"the probe is of tokens {probe.queries.shape[1]} wide, the encoder's are {patches.shape[1]}")
+    pixels = np.stack([to_rgb(crop, config) for crop in crops])
+    return draw_queries(probe, patches.flatten(2).transpose(1, 2), (patches.shape[2], patches.shape[3]), pixels)
 
 
 def draw_attention(encoder: nn.Module, config: ModelConfig, crops: Shaped[Tensor, "b c h w"]) -> dict[str, Pixels]:

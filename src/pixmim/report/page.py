@@ -115,13 +115,16 @@ def write_report(
         console: Where to show progress bars.
 
     Raises:
-        UserError: If a folder is not a run, or the page is a file that pixmim did not write.
+        UserError: If a folder is not a run, or the page is a file that pixmim did not write, or in a read-only folder.
         OSError: If the page cannot be written.
     """
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a run: there is no such folder")
-    check_output(page, mark=DATA_MARK)
+    try:
+        check_output(page, mark=DATA_MARK)
+    except PermissionError as error:
+        raise UserError(f"{page} cannot be written: {error.strerror}. Pass another file: --out FILE.html") from error
     entries = [
         read_entry(folder, name, data, warn, bands) for folder, name in zip(folders, unique_names(folders), strict=True)
     ]
@@ -131,10 +134,7 @@ def write_report(
         for line in [*entry.warnings, *[f"no reconstructions: {entry.problem}"] * bool(entry.problem)]:
             warn(line)
         if entry.reconstruction is not None:
-            folder = inside(entry.folder, "reconstructions")
-            folder.mkdir(exist_ok=True)
-            grid = labeled_grid(entry.reconstruction.columns, entry.reconstruction.names)
-            atomic_write(folder / f"step-{entry.reconstruction.step:09d}.png", partial(grid.save, format="PNG"))
+            _save_reconstruction(entry.folder, entry.reconstruction, warn)
     configs = [(entry.name, entry.config) for entry in entries if entry.config is not None]
     targets = [(name, config.target) for name, config in configs if config.target is not None]
     results = compare([ModelResults(entry.name, entry.results) for entry in entries])
@@ -162,6 +162,17 @@ def write_report(
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(page, html)
     return page
+
+
+def _save_reconstruction(run: Path, reconstruction: Reconstruction, warn: Warn) -> None:
+    """Write a reconstruction as PNG into the folder of a run, or a warning if that cannot be written to."""
+    folder = inside(run, "reconstructions")
+    grid = labeled_grid(reconstruction.columns, reconstruction.names)
+    try:
+        folder.mkdir(exist_ok=True)
+        atomic_write(folder / f"step-{reconstruction.step:09d}.png", partial(grid.save, format="PNG"))
+    except OSError as error:
+        warn(f"{folder} has no copy of the reconstructions on the page: {error.strerror}")
 
 
 def results_table(folders: list[Path], width: int) -> Table:
@@ -214,15 +225,26 @@ def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str
     return entry
 
 
-def open_run_data(folder: Path, config: ModelConfig, text: str, data: str | None) -> ImageDataset:
-    """Open the images to reconstruct. Raises UserError for data named by a run from elsewhere."""
+def open_run_data(
+    folder: Path, config: ModelConfig, text: str, data: str | None, command: str = "report"
+) -> ImageDataset:
+    """Open the images to reconstruct.
+
+    Raises:
+        UserError: For data named by a run from elsewhere, or that do not exist. It names the flag of the `command`.
+    """
     own = config.data if isinstance(config, PretrainConfig) else ""
     untrusted = untrusted_references(text, {"--data": own})
+    command = f"pixmim {command} {shlex.quote(str(folder))} --data DATA"
     if data is None and untrusted:
-        command = f"pixmim report {shlex.quote(str(folder))} --data DATA"
         raise UserError(f"{refusal(folder, untrusted)}. Add data that you trust: `{command}`")
     cache = [config.shard_cache_gib] if isinstance(config, PretrainConfig) and not untrusted else []
-    return open_dataset(own if data is None else data, image_spec(config), *cache)
+    try:
+        return open_dataset(own if data is None else data, image_spec(config), *cache)
+    except UserError as error:
+        if data is not None or not own:
+            raise
+        raise UserError(f"the images of {folder}: {error}. If they have moved: `{command}`") from error
 
 
 def _draw_neighbors(entry: ReportEntry, data: str | None, console: Console | None) -> NeighborSheet | None:

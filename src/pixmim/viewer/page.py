@@ -11,9 +11,10 @@ from pixmim.build import image_spec
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import read_bad_images
 from pixmim.data.dataset import ImageDataset, ImageSpec
-from pixmim.evaluation.visualize import labeled_grid, to_image
+from pixmim.evaluation.attentive_probe import load_newest_probe
+from pixmim.evaluation.visualize import labeled_grid
 from pixmim.masking import Mask
-from pixmim.report.attention import draw_attention
+from pixmim.report.attention import draw_attention, draw_query_attention
 from pixmim.report.page import compare_settings, data_url, open_run_data, unique_names
 from pixmim.report.reconstruct import COLUMNS, choose_crops
 from pixmim.targets import resolve_radius
@@ -59,7 +60,7 @@ class Page:
         if self._data is not None:
             return open_dataset(self._data, spec)
         run = self.runs[0]
-        return open_run_data(run.folder, run.config, run.text, None)
+        return open_run_data(run.folder, run.config, run.text, None, "view")
 
     def describe(self) -> dict[str, Any]:
         """Return everything about the runs and the dataset that stays while the page is open."""
@@ -95,10 +96,12 @@ class Page:
         }
 
     def status(self, run: int) -> dict[str, Any]:
-        """Return what changes while a run trains, apart from its metrics: checkpoints and skipped images."""
-        path = inside(self._run(run).folder, "skipped.csv")
+        """Return what changes while a run trains, apart from its metrics: checkpoints, skipped images and its state."""
+        one = self._run(run)
+        path = inside(one.folder, "skipped.csv")
         rows, problem = read_bad_images(path) if path.exists() else ([], "")
-        return {"steps": self._run(run).steps(), "skipped": rows[:_MAX_ROWS], "count": len(rows), "problem": problem}
+        skipped = {"skipped": rows[:_MAX_ROWS], "count": len(rows), "problem": problem}
+        return {"steps": one.steps(), "unfinished": one.unfinished(), **skipped}
 
     def metrics(self, run: int, position: str) -> dict[str, Any]:
         """Return new records of a run: see `read_new_metrics`."""
@@ -159,11 +162,22 @@ class Page:
         kept, removed = (data_url(pixels, optimize=False) for pixels in (result.kept, result.removed))
         return {"kept": kept, "removed": removed, "share": result.share, "spectrum": result.spectrum}
 
-    def attention(self, image: str, run: int) -> bytes:
-        """Return a PNG of the attention of a run's last block over an image. Raises UserError if it has none."""
-        config = self._run(run).config
-        drawn = draw_attention(self._models.encoder(run), config, self._images.crop(image, config))
-        return png(to_image(drawn["all heads"][0]))
+    def attention(self, image: str, run: int) -> dict[str, Any]:
+        """Return attention over an image as data URLs by column: of the queries of a run's attentive probe.
+
+        Without a probe of the newest weights it is that of the last block. Raises UserError if there is none either.
+        """
+        config, (encoder, step) = self._run(run).config, self._models.encoder(run)
+        try:
+            probe, classes = load_newest_probe(self._run(run).folder, step)
+            crop = self._images.crop(image, config, evaluation=True)
+            drawn = draw_query_attention(encoder, config, crop, probe)
+            about = f"queries of its attentive probe of {len(classes):,} classes, those of the largest weight"
+        except (UserError, OSError):  # as a rule there is no probe
+            maps = draw_attention(encoder, config, self._images.crop(image, config))
+            drawn, about = {"all heads": maps["all heads"]}, "last block, mean of all heads"
+        columns = {name: data_url(pixels[0], optimize=False) for name, pixels in drawn.items()}
+        return {"about": about, "columns": columns}
 
     def start_index(self, encoder: int) -> None:
         """Start to compute the index of an encoder, unless it exists."""

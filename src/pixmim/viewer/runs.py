@@ -1,7 +1,9 @@
 """The runs of the page: their metrics as they grow, their models, and what those predict."""
 
 import os
+import shlex
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -13,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from pixmim.build import build_mask_sampler, build_model
+from pixmim.build import WithoutInitialization, build_mask_sampler, build_model, build_on_meta
 from pixmim.config import MaskConfig, ModelConfig
 from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.masking import Mask
@@ -29,7 +31,10 @@ from pixmim.utils.patches import grid_of
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import read_config
 from pixmim.weights.load import build_encoder_with_weights, build_with_weights, resolve_model
+from pixmim.weights.save import ENCODER_WEIGHTS
 
+_UNITS = ("days", 86_400), ("hours", 3600), ("minutes", 60), ("seconds", 1)
+_SILENT = 120  # seconds without a log line, after which a run may have been stopped
 _MAX_READ = 2**24  # bytes of metrics.jsonl per request
 
 
@@ -60,8 +65,20 @@ class Run:
     @cached_property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches of its model."""
-        with torch.device("meta"):
-            return grid_of(self.config.image_size, build_model(self.config).patch)
+        model = build_on_meta(lambda: build_model(self.config), self.config.model.backbone)
+        return grid_of(self.config.image_size, model.patch)
+
+    def unfinished(self) -> str:
+        """Return when a run that has not finished last logged, and how to resume it; empty for a finished one."""
+        if inside(self.folder, ENCODER_WEIGHTS).is_file():
+            return ""
+        command = f"if it was stopped, `pixmim pretrain --resume {shlex.quote(str(self.folder))}` resumes it"
+        try:
+            age = max(0, time.time() - inside(self.folder, "metrics.jsonl").stat().st_mtime)
+        except OSError:
+            return f"nothing logged yet; {command}"
+        unit, seconds = next((u for u in _UNITS if age >= 2 * u[1]), _UNITS[-1])
+        return f"last logged {age / seconds:.0f} {unit} ago" + f"; {command}" * (age > _SILENT)
 
     def steps(self) -> list[int]:
         """Return the steps of its complete checkpoints."""
@@ -132,8 +149,8 @@ class Models:
             model, step = self._load(run, self._version(run))
             return draw(model, self._runs[run].config, crop, step, mask=mask)
 
-    def encoder(self, run: int) -> nn.Module:
-        """Return the encoder of a run's newest weights, in evaluation mode."""
+    def encoder(self, run: int) -> tuple[nn.Module, int]:
+        """Return the encoder of a run's newest weights, in evaluation mode, and their training step."""
         with self._lock:
             return self._load_encoder(run, self._version(run))
 
@@ -145,7 +162,8 @@ class Models:
         """
         config = self._runs[run].config
         with self._lock:
-            model = build_model(config)
+            with WithoutInitialization():
+                model = build_model(config)
             CheckpointManager(inside(self._runs[run].folder, "checkpoints")).load_model(model, step)
             return draw(model.eval(), config, crops, step, names)
 
@@ -155,8 +173,9 @@ class Models:
         files = [path for name in ("model.safetensors", "encoder") if (path := inside(folder, name)).exists()]
         return (*self._runs[run].steps()[-1:], *(path.stat().st_mtime_ns for path in files))
 
-    def _load_encoder_uncached(self, run: int, version: tuple[Any, ...]) -> nn.Module:
-        return build_encoder_with_weights(resolve_model(str(self._runs[run].folder.absolute())))
+    def _load_encoder_uncached(self, run: int, version: tuple[Any, ...]) -> tuple[nn.Module, int]:
+        weights = resolve_model(str(self._runs[run].folder.absolute()))
+        return build_encoder_with_weights(weights), weights.step
 
     def _load_uncached(self, run: int, version: tuple[Any, ...]) -> tuple[MaskedModel, int]:
         weights = resolve_model(str(self._runs[run].folder.absolute()), with_decoder=True)

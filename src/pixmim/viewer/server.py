@@ -110,7 +110,7 @@ def build_app(page: Page, token: str, host: str = "127.0.0.1") -> Starlette:
             route("/api/mask", page.mask),
             route("/api/reconstruct", page.reconstruct, method="POST"),
             route("/api/low-pass", page.low_pass),
-            route("/api/attention", page.attention, "image/png"),
+            route("/api/attention", page.attention),
             route("/api/index", page.start_index, method="POST"),
             route("/api/indexes", page.indexes),
             route("/api/map", page.start_map, method="POST"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pixmim.build import Module, build_encoder, build_model, build_on_meta
+from pixmim.build import Module, WithoutInitialization, build_encoder, build_model, build_on_meta
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.config_io import portable, pretrain_config, to_json
 from pixmim.models.base import MaskedModel
@@ -123,7 +123,7 @@ def _build(weights: Weights, build: Callable[[ModelConfig], Module], trained_at:
     """Build a module and load the weights. Allocates memory only after the shapes of its tensors have been checked."""
     state = build_on_meta(lambda: build(weights.config), weights.config.model.backbone).state_dict()
     tensors = adapt_weights(replace(weights, config=trained_at or weights.config), state, weights.config)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), WithoutInitialization():
         module = build(weights.config)
     module.load_state_dict(tensors)
     return module
@@ -172,7 +172,8 @@ def _read_newest(path: Path, config: ModelConfig, with_decoder: bool, hints: Mod
     newest = max(checkpoints.steps(), default=0)
     weights = replace(read_weights(file, hints), config=config) if file.is_file() else None  # paths as in config.json
     if newest and (weights is None or newest > weights.step or (with_decoder and file is encoder)):
-        model = build_model(config)
+        with WithoutInitialization():
+            model = build_model(config)
         step, images = checkpoints.load_model(model)
         tensors = {n: value for n, value in model.state_dict().items() if with_decoder or n.startswith("encoder.")}
         steps = Schedule.of(pretrain_config(config, path), images).steps

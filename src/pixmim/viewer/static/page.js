@@ -176,7 +176,8 @@ function drawCharts() {
 
 async function keepPolling() {
   try {
-    if (await poll()) await updateStatus();
+    const grown = await poll();
+    if (grown || statuses.some((status) => status.unfinished)) await updateStatus();
     show("server", "");
   } catch (error) {
     show("server", `the page's server does not answer (${error.message}); is pixmim view still running?`);
@@ -191,6 +192,8 @@ async function updateStatus() {
   const rows = statuses.flatMap((status, run) => status.skipped.map((row) => [page.runs[run].name, ...row]));
   const count = statuses.reduce((sum, status) => sum + status.count, 0);
   const problems = statuses.map((status) => status.problem).filter(Boolean);
+  $("unfinished").replaceChildren(...statuses.flatMap((status, run) =>
+    (status.unfinished ? [element("p", { class: "soft" }, `${page.runs[run].name} is not finished: ${status.unfinished}`)] : [])));
   $("skipped").replaceChildren(
     element("p", { class: "soft" }, count ? `${count.toLocaleString("en")} images could not be read.` : "None."),
     ...problems.map((text) => element("p", { class: "soft" }, text)),
@@ -431,12 +434,15 @@ const findNeighbors = latest("neighbors", async (current) => {
 
 const drawAttention = latest("attention", async (current) => {
   if (!chosen.neighbors) return;
-  $("attention").replaceChildren(...page.runs.map((run, i) => {
-    const picture = element("img", { src: `/api/attention?image=${chosen.neighbors}&run=${i}`, alt: `attention of ${run.name}` });
-    const caption = element("figcaption", {}, run.name);
-    picture.addEventListener("error", () => { picture.hidden = true; caption.textContent = `${run.name}: no attention maps`; });
-    return element("figure", {}, picture, caption);
+  const image = chosen.neighbors;
+  const rows = await Promise.all(page.runs.map(async (run, i) => {
+    let answer;
+    try { answer = await ask("/api/attention", { image, run: i }); } catch (error) { answer = { about: error.message, columns: {} }; }
+    const figures = Object.entries(answer.columns).map(([name, url]) =>
+      element("figure", {}, element("img", { src: url, alt: `attention of ${run.name}, ${name}` }), element("figcaption", {}, name)));
+    return [element("h3", {}, `${run.name}: ${answer.about}`), element("div", { class: "strip" }, ...figures)];
   }));
+  if (current()) $("attention").replaceChildren(...rows.flat());
 });
 
 async function drawLists() {
@@ -448,7 +454,7 @@ async function drawLists() {
     const link = (kind) => element("a", { href: `/api/list.csv?encoder=${encoder}&kind=${kind}`, download: `${kind}.csv` }, "all as CSV");
     parts.push(
       element("h2", {}, `Most alike by ${page.encoders[encoder]} (`, link("duplicates"), ")"),
-      element("div", { class: "strip" }, ...duplicates.map((one) => element("div", { class: "strip" }, neighbor(one, ""), neighbor(one.other, one.cosine.toFixed(3))))),
+      element("div", { class: "strip" }, ...duplicates.map((one) => element("div", { class: "pair" }, neighbor(one, ""), neighbor(one.other, one.cosine.toFixed(3))))),
       element("h2", {}, `Least like any other by ${page.encoders[encoder]} (`, link("outliers"), ")"),
       element("div", { class: "strip" }, ...outliers.map((one) => neighbor(one, one.cosine.toFixed(3)))),
     );
