@@ -36,19 +36,12 @@ _MAX_BROKEN = 1 / 4  # of a COCO file's annotations
 
 @dataclass(frozen=True)
 class ImageObject:
-    """One object of an image, for object coverage.
-
-    Attributes:
-        image: Name of the image.
-        size: (h, w) of the image in pixels.
-        box: Box inside the image.
-        mask: Pixels of the object (h w), if they are known; the box is then the box around them.
-    """
+    """One object of an image, for object coverage."""
 
     image: str
-    size: tuple[int, int]
-    box: Box
-    mask: BinaryMask | None = None
+    size: tuple[int, int]  # (h, w) of the image in pixels
+    box: Box  # box inside the image
+    mask: BinaryMask | None = None  # pixels of the object (h w), if they are known; the box is then the box around them
 
 
 def read_objects(spec: str) -> tuple[list[ImageObject], int]:
@@ -187,25 +180,15 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class CocoObject:
-    """A usable annotation of a COCO file.
+    """A usable annotation of a COCO file."""
 
-    Attributes:
-        name: Name in messages.
-        image: Index of its image.
-        box: Box, clipped to the image.
-        label: Index of its class.
-        crowd: True for a region of many objects.
-        area: Square pixels, as the file states them.
-        mask: Result of `read_mask`.
-    """
-
-    name: str
-    image: int
-    box: Box
-    label: int
-    crowd: bool
-    area: float
-    mask: Any = None
+    name: str  # name in messages
+    image: int  # index of its image
+    box: Box  # box, clipped to the image
+    label: int  # index of its class
+    crowd: bool  # True for a region of many objects
+    area: float  # square pixels, as the file states them
+    mask: Any = None  # result of `read_mask`
 
 
 @dataclass(frozen=True)

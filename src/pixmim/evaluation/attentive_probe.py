@@ -83,17 +83,11 @@ class AttentiveProbe(nn.Module):
 
 @dataclass(frozen=True)
 class FittedProbe:
-    """A probe that is fitted to the complete train set.
+    """A probe that is fitted to the complete train set."""
 
-    Attributes:
-        module: The probe, in eval mode.
-        rate: Its learning rate: the best on the held-out part.
-        held_out: Accuracy in [0, 1] on the held-out part, of a probe of that rate fitted without it.
-    """
-
-    module: AttentiveProbe
-    rate: float
-    held_out: float
+    module: AttentiveProbe  # the probe, in eval mode
+    rate: float  # its learning rate: the best on the held-out part
+    held_out: float  # accuracy in [0, 1] on the held-out part, of a probe of that rate fitted without it
 
 
 def check_attentive(context: EvalContext, settings: AttentiveSettings) -> None:

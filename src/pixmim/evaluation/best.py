@@ -23,17 +23,11 @@ BEST_WEIGHTS = f"{BEST_FOLDER}/model.safetensors"
 
 
 class Measure(NamedTuple):
-    """A logged value that tells which of two encoders is better.
+    """A logged value that tells which of two encoders is better."""
 
-    Attributes:
-        key: Pattern of its key in metrics.jsonl. Of several keys, the one with the largest number is used.
-        higher: True if higher is better.
-        label: Its name in messages.
-    """
-
-    key: str
-    higher: bool
-    label: str
+    key: str  # Pattern of its key in metrics.jsonl. Of several keys, the one with the largest number is used.
+    higher: bool  # True if higher is better
+    label: str  # its name in messages
 
 
 MEASURES: dict[str, Measure] = {

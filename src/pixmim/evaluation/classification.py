@@ -32,21 +32,13 @@ _MAX_COMPARED_BYTES = 2**28  # bytes of images of equal size that are compared
 
 @dataclass(frozen=True)
 class LabeledSplits:
-    """Train and test data with the same classes.
+    """Train and test data with the same classes."""
 
-    Attributes:
-        train: Images to train on.
-        test: Images to evaluate on.
-        train_labels: Class of each train image (n).
-        test_labels: Class of each test image (m), as an index into `classes`.
-        classes: Names of the classes of the train data.
-    """
-
-    train: ImageDataset
-    test: ImageDataset
-    train_labels: Int[Tensor, " n"]
-    test_labels: Int[Tensor, " m"]
-    classes: list[str]
+    train: ImageDataset  # images to train on
+    test: ImageDataset  # images to evaluate on
+    train_labels: Int[Tensor, " n"]  # class of each train image (n)
+    test_labels: Int[Tensor, " m"]  # class of each test image (m), as an index into `classes`
+    classes: list[str]  # names of the classes of the train data
 
 
 def open_labeled(context: EvalContext, train: str, test: str, *, all_classes: bool = False) -> LabeledSplits:

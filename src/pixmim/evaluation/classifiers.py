@@ -66,16 +66,12 @@ Kind = Literal["head", "probe"]
 
 @dataclass(frozen=True)
 class ImageClassifier:
-    """A classifier of images.
-
-    Attributes:
-        kind: Kind of the classifier.
-        classes: Names of its outputs, in order; empty if they are unknown. Datasets are matched to them by name.
-        scores: Returns the logits (b c) of images as the evaluation crop returns them.
-    """
+    """A classifier of images."""
 
     kind: Kind
+    # names of its outputs, in order, by which datasets are matched; empty if they are unknown
     classes: list[str]
+    # logits (b c) of images as the evaluation crop returns them
     scores: Callable[[Tensor], Float[Tensor, "b c"]]
 
     def predict(self, images: Tensor, outputs: Sequence[int] | None = None) -> Int[Tensor, " b"]:

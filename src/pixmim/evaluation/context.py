@@ -38,22 +38,15 @@ BLOCKS = 4
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of n images, float32 on the CPU.
+    """Features of n images, float32 on the CPU."""
 
-    Attributes:
-        vector: Global token of each of the last k blocks after the final norm (n k d), last block last. Encoders
-            without a global token return the mean of the patch tokens.
-        mean: Mean of the last block's patch tokens (n d).
-        labels: Class of each image (n).
-        classes: Names of the classes.
-        indices: Dataset index of each image (n); None if unknown.
-    """
-
+    # Global token of each of the last k blocks after the final norm (n k d), last block last. Encoders without a global
+    # token return the mean of the patch tokens.
     vector: Float[Tensor, "n k d"]
-    mean: Float[Tensor, "n d"]
-    labels: Int[Tensor, " n"]
+    mean: Float[Tensor, "n d"]  # mean of the last block's patch tokens (n d)
+    labels: Int[Tensor, " n"]  # class of each image (n)
     classes: list[str]
-    indices: Int[np.ndarray, " n"] | None = None
+    indices: Int[np.ndarray, " n"] | None = None  # dataset index of each image (n); None if unknown
 
     def select(self, rows: Int[np.ndarray, " r"]) -> "FeatureSet":
         """Return the features of some rows."""
@@ -62,24 +55,16 @@ class FeatureSet:
 
 @dataclass
 class EvalContext:
-    """The encoder to evaluate. An evaluation is a function of an EvalContext and its settings that yields Values.
-
-    Attributes:
-        encoder: The encoder.
-        folder: Folder for results, images and unfinished work.
-        encoder_state: "trained", or "untrained" for the initial weights of a run.
-        console: Where to print; None prints nothing.
-        overwrite: Replace a classifier that was fine-tuned with other settings (--overwrite).
-        images: Images drawn by an evaluation, by caption; saved with its result and shown in the report.
-        shared: Datasets opened by any context that has this dictionary.
-    """
+    """The encoder to evaluate. An evaluation is a function of an EvalContext and its settings that yields Values."""
 
     encoder: FrozenEncoder
-    folder: Path
-    encoder_state: str = "trained"
-    console: Console | None = None
-    overwrite: bool = False
+    folder: Path  # folder for results, images and unfinished work
+    encoder_state: str = "trained"  # "trained", or "untrained" for the initial weights of a run
+    console: Console | None = None  # where to print; None prints nothing
+    overwrite: bool = False  # replace a classifier that was fine-tuned with other settings (--overwrite)
+    # images drawn by an evaluation, by caption; saved with its result and shown in the report
     images: dict[str, Image.Image] = field(default_factory=dict)
+    # datasets opened by any context that has this dictionary
     shared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 

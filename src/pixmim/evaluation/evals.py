@@ -21,21 +21,15 @@ from pixmim.utils.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Eval:
-    """Settings and labels of an evaluation.
-
-    Attributes:
-        settings: Class of the settings.
-        needs: Data and packages that a user must have.
-        display_names: Labels of values by their keys. A * in a key matches any text, and a * in the label repeats it.
-            `KEY/low` and `KEY/high`, where given, are the ends of the 95 % interval; `KEY/std` is the deviation and
-            `KEY/fold/I` the values of repetitions.
-        class_names: The same for the values of single classes, which only the page shows.
-        unit: Unit of the values.
-    """
+    """Settings and labels of an evaluation."""
 
     settings: type[Any]
-    needs: str
+    needs: str  # data and packages that a user must have
+    # Labels of values by their keys. A * in a key matches any text, and a * in the label repeats it. `KEY/low` and
+    # `KEY/high`, where given, are the ends of the 95 % interval; `KEY/std` is the deviation and `KEY/fold/I` the values
+    # of repetitions.
     display_names: dict[str, str] = field(default_factory=dict)
+    # the same for the values of single classes, which only the page shows
     class_names: dict[str, str] = field(default_factory=dict)
     unit: str = "%"
 

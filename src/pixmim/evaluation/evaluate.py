@@ -34,16 +34,12 @@ State = Literal["trained", "untrained"]
 
 
 class Evaluation(NamedTuple):
-    """Functions of one evaluation.
+    """Functions of one evaluation."""
 
-    Attributes:
-        check: Raises UserError for data, settings or an encoder that `run` would refuse, as far as can be known before
-            anything is trained or evaluated.
-        run: Yields the values.
-    """
-
+    # raises UserError for data, settings or an encoder that `run` would refuse, as far as can be known before anything
+    # is trained or evaluated
     check: Callable[[EvalContext, Any], object]
-    run: Callable[[EvalContext, Any], Values]
+    run: Callable[[EvalContext, Any], Values]  # yields the values
 
 
 EVALUATIONS = {

@@ -26,33 +26,20 @@ from pixmim.weights.load import build_encoder_with_weights, describe, initialize
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A timm module and the format of its input.
+    """A timm module and the format of its input."""
 
-    Attributes:
-        config: Configuration that builds the module.
-        module: The timm module, on `device`.
-        size: Height and width of its images in pixels.
-        image_spec: Channels and dtype of its images.
-        mean: Mean per channel, on `device`.
-        std: Standard deviation per channel, on `device`.
-        device: Device of the module.
-        precision: Precision of the forward passes.
-        step: Training step of its weights.
-        names: Names of the outputs of its own classifier, in order; empty if its file does not name them.
-        notes: Lines to print: how far it is trained, and which values were assumed.
-    """
-
-    config: ModelConfig
-    module: nn.Module
-    size: tuple[int, int]
-    image_spec: ImageSpec
-    mean: Tensor
-    std: Tensor
+    config: ModelConfig  # configuration that builds the module
+    module: nn.Module  # the timm module, on `device`
+    size: tuple[int, int]  # height and width of its images in pixels
+    image_spec: ImageSpec  # channels and dtype of its images
+    mean: Tensor  # mean per channel, on `device`
+    std: Tensor  # standard deviation per channel, on `device`
     device: torch.device
     precision: Precision
-    step: int
+    step: int  # training step of its weights
+    # names of the outputs of its own classifier, in order; empty if its file does not name them
     names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # lines to print: how far it is trained, and which values were assumed
 
     def preprocess(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Move cropped images to the device and normalize them."""

@@ -27,16 +27,10 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """One member of the sweep.
+    """One member of the sweep."""
 
-    Attributes:
-        blocks: Number of last blocks whose global tokens are used.
-        mean: Use the mean of the patch tokens as well.
-        rate: Learning rate.
-    """
-
-    blocks: int
-    mean: bool
+    blocks: int  # number of last blocks whose global tokens are used
+    mean: bool  # use the mean of the patch tokens as well
     rate: float
 
     def select(self, features: FeatureSet | Features) -> Float[Tensor, "n d"]:
@@ -47,23 +41,14 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear classifier of features: the best of the sweep, fitted to the complete train set.
+    """A linear classifier of features: the best of the sweep, fitted to the complete train set."""
 
-    Attributes:
-        config: The member of the sweep.
-        mean: Mean of the train features (d).
-        deviation: Standard deviation of the train features (d).
-        weights: Weights of each class, the bias last (c d+1).
-        classes: Names of the classes.
-        held_out: Accuracy in [0, 1] on the held-out part, of the same member fitted without it.
-    """
-
-    config: ProbeConfig
-    mean: Float[Tensor, " d"]
-    deviation: Float[Tensor, " d"]
-    weights: Float[Tensor, "c e"]
+    config: ProbeConfig  # the member of the sweep
+    mean: Float[Tensor, " d"]  # mean of the train features (d)
+    deviation: Float[Tensor, " d"]  # standard deviation of the train features (d)
+    weights: Float[Tensor, "c e"]  # weights of each class, the bias last (c d+1)
     classes: list[str]
-    held_out: float
+    held_out: float  # accuracy in [0, 1] on the held-out part, of the same member fitted without it
 
     def scores(self, features: FeatureSet | Features) -> Float[Tensor, "n c"]:
         """Return the logits of each image."""

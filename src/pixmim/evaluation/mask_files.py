@@ -23,17 +23,11 @@ _LOSSY = (".jpg", ".jpeg")
 
 
 class MaskFiles(NamedTuple):
-    """Masks of each image, as paths below a folder.
+    """Masks of each image, as paths below a folder."""
 
-    Args:
-        masks: The masks of each image; several only of separate objects.
-        instances: True if each mask is one object.
-        without: Number of images without a mask.
-    """
-
-    masks: dict[str, list[str]]
-    instances: bool
-    without: int
+    masks: dict[str, list[str]]  # the masks of each image; several only of separate objects
+    instances: bool  # True if each mask is one object
+    without: int  # number of images without a mask
 
 
 def find_masks(root: Path) -> MaskFiles | None:

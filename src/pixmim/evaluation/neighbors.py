@@ -30,19 +30,12 @@ _TENSORS = ("unit", "indices", "similarity", "nearest")
 
 @dataclass(frozen=True)
 class Index:
-    """Features of n readable images by one encoder, and the image most similar to each.
+    """Features of n readable images by one encoder, and the image most similar to each."""
 
-    Attributes:
-        unit: The mean patch token of each image, scaled to length 1.
-        indices: Dataset index of each row.
-        similarity: Cosine of each row with the nearest other row.
-        nearest: That other row.
-    """
-
-    unit: Float[Tensor, "n d"]
-    indices: Int[Tensor, " n"]
-    similarity: Float[Tensor, " n"]
-    nearest: Int[Tensor, " n"]
+    unit: Float[Tensor, "n d"]  # the mean patch token of each image, scaled to length 1
+    indices: Int[Tensor, " n"]  # dataset index of each row
+    similarity: Float[Tensor, " n"]  # cosine of each row with the nearest other row
+    nearest: Int[Tensor, " n"]  # that other row
 
     def query(self, vector: Float[Tensor, "1 d"], count: int, without: int | None = None) -> list[tuple[int, float]]:
         """Return dataset index and cosine of the images nearest to a vector, except the image `without`."""

@@ -156,25 +156,15 @@ def _boxes(crop: RandomResizedCrop, size: tuple[int, int]) -> tuple[Values, Valu
 
 @dataclass(frozen=True)
 class Coverage:
-    """Coverage of a set of objects, in [0, 1], by the name of the crop.
+    """Coverage of a set of objects, in [0, 1], by the name of the crop."""
 
-    Attributes:
-        spec: The data.
-        size: Height and width of the crops.
-        mask_ratio: Share of the patches that is hidden.
-        objects: The objects.
-        values: Expected coverage of each object.
-        sampled: Mean of each object's sampled coverage, and the variance of that mean.
-        outside: Number of skipped objects that are outside their image.
-    """
-
-    spec: str
-    size: tuple[int, int]
-    mask_ratio: float
+    spec: str  # the data
+    size: tuple[int, int]  # height and width of the crops
+    mask_ratio: float  # share of the patches that is hidden
     objects: list[ImageObject]
-    values: dict[str, Values]
-    sampled: dict[str, tuple[Values, Values]]
-    outside: int
+    values: dict[str, Values]  # expected coverage of each object
+    sampled: dict[str, tuple[Values, Values]]  # mean of each object's sampled coverage, and the variance of that mean
+    outside: int  # number of skipped objects that are outside their image
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return the means of each crop over images (each the mean of its objects) and over objects.

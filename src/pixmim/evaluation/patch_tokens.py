@@ -26,23 +26,14 @@ _BYTES = 2  # of a float16
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Patch tokens of i images.
+    """Patch tokens of i images."""
 
-    Attributes:
-        tokens: Patch tokens after the final norm (t n d), mapped from a file.
-        labels: Class of each image (i).
-        classes: Names of the classes.
-        grid: Rows and columns of the patches of an image, n in all.
-        indices: Dataset index of each image (i).
-        rows: Row of `tokens` for each image (i); None if they are in the same order.
-    """
-
-    tokens: Float16[np.ndarray, "t n d"]
-    labels: Int[Tensor, " i"]
+    tokens: Float16[np.ndarray, "t n d"]  # patch tokens after the final norm (t n d), mapped from a file
+    labels: Int[Tensor, " i"]  # class of each image (i)
     classes: list[str]
-    grid: tuple[int, int]
-    indices: Int[np.ndarray, " i"]
-    rows: Int[np.ndarray, " i"] | None = None
+    grid: tuple[int, int]  # rows and columns of the patches of an image, n in all
+    indices: Int[np.ndarray, " i"]  # dataset index of each image (i)
+    rows: Int[np.ndarray, " i"] | None = None  # row of `tokens` for each image (i); None if they are in the same order
 
     def batch(
         self, rows: Int[np.ndarray, " b"], device: torch.device

@@ -21,35 +21,22 @@ from pixmim.utils.trust import inside
 
 @dataclass(frozen=True)
 class Result:
-    """Values of one evaluation of one encoder, and what is needed to repeat it.
-
-    Attributes:
-        evaluation: Name of the evaluation.
-        model: Name of the model.
-        encoder: "trained" or "untrained".
-        step: Training step of the weights.
-        settings: Settings of the evaluation.
-        values: Values by name.
-        config: Configuration that builds the encoder, with its training if that is known.
-        device: Device of the evaluation.
-        precision: Precision of the evaluation.
-        versions: See `versions`.
-        pictures: Images by caption. In the JSON, names of PNG files in the same folder by caption.
-        split: Path, class, group and part of each image, with a header, if labeled data were split. In the JSON, the
-            name of a CSV file in the same folder.
-    """
+    """Values of one evaluation of one encoder, and what is needed to repeat it."""
 
     evaluation: str
     model: str
-    encoder: str
-    step: int
+    encoder: str  # "trained" or "untrained"
+    step: int  # training step of the weights
     settings: dict[str, Any]
-    values: dict[str, float]
-    config: dict[str, Any]
+    values: dict[str, float]  # values by name
+    config: dict[str, Any]  # configuration that builds the encoder, with its training if that is known
     device: str
     precision: str
     versions: dict[str, str]
+    # Images by caption. In the JSON, names of PNG files in the same folder by caption.
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+    # Path, class, group and part of each image, with a header, if labeled data were split. In the JSON, the name of a
+    # CSV file in the same folder.
     split: list[list[str]] = field(default_factory=list)
 
     @property

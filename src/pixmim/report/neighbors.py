@@ -28,16 +28,10 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class NeighborSheet:
-    """The neighbors of some images, by one encoder.
+    """The neighbors of some images, by one encoder."""
 
-    Attributes:
-        rows: Random images, each followed by those most similar to it.
-        pairs: The pairs most alike, the most similar first.
-        images: Number of images in the dataset.
-    """
-
-    rows: list[list[Thumbnail]]
-    pairs: list[tuple[Thumbnail, Thumbnail]]
+    rows: list[list[Thumbnail]]  # random images, each followed by those most similar to it
+    pairs: list[tuple[Thumbnail, Thumbnail]]  # the pairs most alike, the most similar first
     images: int
 
 

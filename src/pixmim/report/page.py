@@ -59,33 +59,21 @@ Warn = Callable[[str], None]
 
 @dataclass
 class ReportEntry:
-    """One run, or one model that was only evaluated.
-
-    Attributes:
-        config: A PretrainConfig for a run of pixmim; None for a model that was only evaluated.
-        metrics: Lines of metrics.jsonl.
-        drawings: (caption, data URL) of the drawings of evaluations.
-        progress: Progress of the training, such as "step 8 of 295".
-        how_to_finish: Command that finishes the run; empty if the encoder exists.
-        problem: Why there is no reconstruction.
-        neighbors: Similar images, if they are wanted.
-        skipped: Number of unreadable images.
-        warnings: A line for each file that cannot be read.
-    """
+    """One run, or one model that was only evaluated."""
 
     name: str
     folder: Path
-    config: ModelConfig | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    config: ModelConfig | None = None  # a PretrainConfig for a run of pixmim; None for a model that was only evaluated
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
     results: list[dict[str, Any]] = field(default_factory=list)
-    drawings: list[tuple[str, str]] = field(default_factory=list)
-    progress: str = ""
-    how_to_finish: str = ""
+    drawings: list[tuple[str, str]] = field(default_factory=list)  # (caption, data URL) of the drawings of evaluations
+    progress: str = ""  # progress of the training, such as "step 8 of 295"
+    how_to_finish: str = ""  # command that finishes the run; empty if the encoder exists
     reconstruction: Reconstruction | None = None
-    problem: str = ""
-    neighbors: NeighborSheet | None = None
-    skipped: int = 0
-    warnings: list[str] = field(default_factory=list)
+    problem: str = ""  # why there is no reconstruction
+    neighbors: NeighborSheet | None = None  # similar images, if they are wanted
+    skipped: int = 0  # number of unreadable images
+    warnings: list[str] = field(default_factory=list)  # a line for each file that cannot be read
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return epochs and values of one metric."""

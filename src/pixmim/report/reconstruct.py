@@ -44,18 +44,12 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Drawings of several images.
+    """Drawings of several images."""
 
-    Attributes:
-        step: Training step of the weights.
-        columns: uint8 images (n h w c) for each of COLUMNS.
-        names: File names of the images.
-        spectra: Mean radial power spectra (radii) of image, target and prediction.
-    """
-
-    step: int
-    columns: dict[str, Pixels]
-    names: list[str]
+    step: int  # training step of the weights
+    columns: dict[str, Pixels]  # uint8 images (n h w c) for each of COLUMNS
+    names: list[str]  # file names of the images
+    # mean radial power spectra (radii) of image, target and prediction
     spectra: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 

@@ -69,21 +69,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One value of one evaluation with one set of settings, for every encoder.
-
-    Attributes:
-        label: Label of the value.
-        on: Data that it was measured on.
-        cells: One per column; None if it was not measured.
-        per_class: True for the value of a single class.
-        key: Name of the value in the JSON.
-    """
+    """One value of one evaluation with one set of settings, for every encoder."""
 
     label: str
-    on: str
-    cells: list[Cell | None]
-    per_class: bool = False
-    key: str = ""
+    on: str  # data that it was measured on
+    cells: list[Cell | None]  # one per column; None if it was not measured
+    per_class: bool = False  # True for the value of a single class
+    key: str = ""  # name of the value in the JSON
 
     def is_significant(self, cell: Cell | None) -> bool:
         """Return True if all other values are below this cell's interval."""

@@ -27,44 +27,28 @@ _MAX_DISTANCE = 10  # of a polygon, in multiples of the longer side of its image
 
 @dataclass(frozen=True)
 class Objects:
-    """The k objects of an image.
+    """The k objects of an image."""
 
-    Attributes:
-        boxes: float32 (k 4): left, top, right, bottom in pixels.
-        labels: int64 (k): class indices.
-        crowd: bool (k): True for a region of many objects, which is neither learned nor has to be detected.
-        areas: float64 (k) in square pixels, as COCO defines them.
-        masks: k segmentations, None for an object without a usable one; or an empty list.
-    """
-
-    boxes: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.float32]  # float32 (k 4): left, top, right, bottom in pixels
+    labels: npt.NDArray[np.int64]  # int64 (k): class indices
+    # bool (k): True for a region of many objects, which is neither learned nor has to be detected
     crowd: npt.NDArray[np.bool_]
-    areas: npt.NDArray[np.float64]
-    masks: list[Segmentation | None]
+    areas: npt.NDArray[np.float64]  # float64 (k) in square pixels, as COCO defines them
+    masks: list[Segmentation | None]  # k segmentations, None for an object without a usable one; or an empty list
 
 
 @dataclass(frozen=True)
 class DetectionDataset:
-    """Images with objects.
-
-    Attributes:
-        images: The images.
-        sizes: (h, w) of each image according to its annotations; None if every size is right.
-        objects: Returns the objects of an image index.
-        classes: Names of the classes.
-        counts: Objects of each class, without crowds.
-        unmasked: Names of the objects without a usable mask.
-        problems: Problems of the file and their consequences, one per line.
-    """
+    """Images with objects."""
 
     images: ImageDataset
+    # (h, w) of each image according to its annotations; None if every size is right
     sizes: list[tuple[int, int]] | None
-    objects: Callable[[int], Objects]
+    objects: Callable[[int], Objects]  # returns the objects of an image index
     classes: list[str]
-    counts: list[int]
-    unmasked: list[Any]
-    problems: str = ""
+    counts: list[int]  # objects of each class, without crowds
+    unmasked: list[Any]  # names of the objects without a usable mask
+    problems: str = ""  # problems of the file and their consequences, one per line
 
     def read(self, index: int) -> Tensor:
         """Read an image (c h w); 16-bit images become floats in [0, 1].

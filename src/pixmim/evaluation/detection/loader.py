@@ -23,21 +23,13 @@ Target = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class SquareCrop:
-    """A geometric transform of an image: flip, resize, and crop a square, padded at the right and the bottom.
+    """A geometric transform of an image: flip, resize, and crop a square, padded at the right and the bottom."""
 
-    Attributes:
-        image: (h, w) of the image.
-        resized: (h, w) of the resized image.
-        corner: (row, column) of the square in the resized image.
-        size: Side of the square.
-        flip: True to mirror the image horizontally first.
-    """
-
-    image: tuple[int, int]
-    resized: tuple[int, int]
-    corner: tuple[int, int]
+    image: tuple[int, int]  # (h, w) of the image
+    resized: tuple[int, int]  # (h, w) of the resized image
+    corner: tuple[int, int]  # (row, column) of the square in the resized image
     size: int
-    flip: bool = False
+    flip: bool = False  # True to mirror the image horizontally first
 
     @property
     def scale(self) -> tuple[float, float]:

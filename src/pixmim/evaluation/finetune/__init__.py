@@ -51,30 +51,19 @@ _METADATA_KEY = "finetune"
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """A checked fine-tuning.
-
-    Attributes:
-        data: Train and test data.
-        name: Name of the recipe.
-        recipe: The recipe with overrides.
-        settings: Settings, with the resolved number of accumulation steps.
-        config: Configuration that builds the classifier.
-        folder: Folder of the classifier.
-        work: Folder of unfinished work.
-        provenance: Settings that determine the weights, by flag; saved with them, so that they are not mistaken for
-            the result of other settings.
-        finished: True if `folder` holds the finished classifier of these settings.
-    """
+    """A checked fine-tuning."""
 
     data: LabeledSplits
     name: str
-    recipe: Recipe
-    settings: FinetuneSettings
-    config: ModelConfig
-    folder: Path
-    work: Path
+    recipe: Recipe  # the recipe with overrides
+    settings: FinetuneSettings  # settings, with the resolved number of accumulation steps
+    config: ModelConfig  # configuration that builds the classifier
+    folder: Path  # folder of the classifier
+    work: Path  # folder of unfinished work
+    # settings that determine the weights, by flag; saved with them, so that they are not mistaken for the result of
+    # other settings
     provenance: dict[str, Any]
-    finished: bool
+    finished: bool  # True if `folder` holds the finished classifier of these settings
 
 
 def check_finetune(context: EvalContext, settings: FinetuneSettings) -> FinetunePlan:

@@ -33,19 +33,12 @@ CLEAN: Variant = ("clean", 0)
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images to classify.
-
-    Attributes:
-        data: The images.
-        labels: Label of each image, as an index into `classes`.
-        classes: Names of the classes.
-        outputs: Output of the classifier for each class; None: its outputs are the classes.
-    """
+    """Images to classify."""
 
     data: ImageDataset
-    labels: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"]  # label of each image, as an index into `classes`
     classes: list[str]
-    outputs: list[int] | None = None
+    outputs: list[int] | None = None  # output of the classifier for each class; None: its outputs are the classes
 
 
 class CountsFile:

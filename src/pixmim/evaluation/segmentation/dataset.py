@@ -39,15 +39,10 @@ _MAX_NAMES_BYTES = 2**20
 
 @dataclass(frozen=True)
 class MaskValues:
-    """Values found in mask files.
+    """Values found in mask files."""
 
-    Attributes:
-        counts: Pixels of each value (256).
-        solid: True for values that fill 2 x 2 pixels anywhere (256).
-    """
-
-    counts: npt.NDArray[np.int64]
-    solid: npt.NDArray[np.bool_]
+    counts: npt.NDArray[np.int64]  # pixels of each value (256)
+    solid: npt.NDArray[np.bool_]  # True for values that fill 2 x 2 pixels anywhere (256)
 
     def __str__(self) -> str:
         values = [v for v in np.argsort(-self.counts, kind="stable") if self.counts[v]]
