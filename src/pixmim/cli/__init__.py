@@ -56,13 +56,9 @@ _HOME = re.compile(r"^((?:--[\w.-]+=)?)~(?=/|$)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command; without `argv`, that of this process, whose signals and standard streams are then handled too.
 
-    Args:
-        argv: Command and flags; None: those of this process, whose signals and standard streams are then handled too.
-
-    Returns:
-        The exit status: 0 done, 1 an error that the user can fix, 130 interrupted.
+    Returns the exit status: 0 done, 1 an error that the user can fix, 130 interrupted.
     """
     if argv is None:
         # Before torch is imported. Spinning threads take cores from those that compute: on shared cores, training was

@@ -30,8 +30,7 @@ class Flags(NamedTuple):
 def read_flags(args: list[str]) -> Flags:
     """Parse the flags of `pixmim pretrain`; the recipe, or the run to resume, is read first, for the defaults.
 
-    Raises:
-        UserError: If flags are missing or contradict each other.
+    Raises UserError if flags are missing or contradict each other.
     """
     resumed = _value_of("--resume", args)
     recipe = args[0] if args and not args[0].startswith("-") else ""

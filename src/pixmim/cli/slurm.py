@@ -132,10 +132,8 @@ def sbatch_script(job: Job, name: str, command: list[str], run: Path, folder: Pa
     """Return the text of a script for sbatch.
 
     Each process executes the words of `command`. The output of the job is written to `run`, and `folder` is its working
-    directory; `file` is the path of the script. All three are absolute.
-
-    Raises:
-        UserError: For a name or path that Slurm would change.
+    directory; `file` is the path of the script. All three are absolute. Raises UserError for a name or path that Slurm
+    would change.
     """
     options = {"partition": job.partition, "account": job.account, "qos": job.qos, "mem": job.mem}
     seconds = round(job.hours * 3600)

@@ -45,19 +45,12 @@ class ImageObject:
 
 
 def read_objects(spec: str) -> tuple[list[ImageObject], int]:
-    """Read all objects of a file or folder; boxes are clipped to their image.
+    """Read all objects, boxes clipped to their image, and the number of those left out because no part is inside it.
 
-    Args:
-        spec: A .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
-            if an image has several boxes; a COCO .json file, whose crowds are ignored; a dataset in the layout of
-            VOC or YOLO (`box_formats`); a folder of masks, or of images with masks beside them (`mask_files`), in each
-            of which all nonzero pixels are one object; or shapes:.
-
-    Returns:
-        The objects, and the number of those left out because no part is inside the image.
-
-    Raises:
-        UserError: If the file cannot be read, naming the line or entry.
+    `spec` is a .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
+    if an image has several boxes; a COCO .json file, whose crowds are ignored; a dataset in the layout of VOC or YOLO
+    (`box_formats`); a folder of masks, or of images with masks beside them (`mask_files`), in each of which all nonzero
+    pixels are one object; or shapes:. Raises UserError, naming the line or entry.
     """
     path, boxes = Path(spec).expanduser(), None
     if spec.startswith("shapes:"):
@@ -148,9 +141,7 @@ def bounding_box(mask: BinaryMask) -> tuple[int, int, int, int] | None:
 class Problems:
     """Count problems of annotations by kind, with the first example and the consequence.
 
-    Attributes:
-        broken: Annotations that are certainly wrong, unlike a box that extends beyond its image.
-        left_out: Annotations that are not used.
+    `broken` annotations are certainly wrong, unlike a box that extends beyond its image; those `left_out` are not used.
     """
 
     def __init__(self) -> None:
@@ -206,17 +197,10 @@ ReadMask = Callable[[Any, tuple[int, int]], tuple[Any, str]]
 
 
 def read_coco(file: Path, read_mask: ReadMask | None = None, content: dict[str, Any] | None = None) -> CocoFile:
-    """Read and check a file in COCO's format.
+    """Read and check a file in COCO's format; annotations that cannot be used are left out and counted in `problems`.
 
-    Annotations that cannot be used are left out and counted in `problems`.
-
-    Args:
-        file: The JSON file.
-        read_mask: Checks a mask. If None, categories and masks are not read.
-        content: What the file holds, if it was read from another format.
-
-    Raises:
-        UserError: If the file is not in COCO's format, or more than a quarter of its annotations are broken.
+    Without `read_mask`, categories and masks are not read. `content` is what the file holds, if it was read from
+    another format. Raises UserError for another format, or if more than a quarter of the annotations are broken.
     """
     content, problems = _read_json(file) if content is None else content, Problems()
     classes, label_of = _read_categories(file, content, problems) if read_mask else ([], {})

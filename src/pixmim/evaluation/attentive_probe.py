@@ -50,16 +50,11 @@ _DRAWN_IMAGES, _DRAWN_QUERIES = 6, 6
 
 
 class AttentiveProbe(nn.Module):
-    """A classifier of patch tokens x (n d).
+    """A classifier of patch tokens x (n d); the number of queries must divide d.
 
     Query u_q attends with a_q = softmax(x u_q / sqrt(d)). Values x W are split into one part of the channels for each
     query, and part q is pooled: sum_n a_q[n] v[n, q]. BatchNorm without parameters and a linear layer follow.
     Source: arXiv 2506.10178, section 3.
-
-    Args:
-        width: Width d of the tokens.
-        classes: Number of classes.
-        queries: Number of queries, a divisor of `width`.
     """
 
     def __init__(self, width: int, classes: int, queries: int) -> None:
@@ -98,14 +93,10 @@ def check_attentive(context: EvalContext, settings: AttentiveSettings) -> None:
 
 
 def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Values:
-    """Evaluate an attentive probe on the frozen patch tokens after the final norm, and draw its attention.
+    """Evaluate an attentive probe on the frozen patch tokens after the final norm, and draw the last one's attention.
 
-    Yields:
-        The values of `classification.rated`, "majority", the held-out accuracy, the learning rate and the queries, as
-        often as `repeated.repeat` does. The attention is drawn of the last probe.
-
-    Raises:
-        UserError: For unsuitable data.
+    Yields the values of `classification.rated`, "majority", the held-out accuracy, the learning rate and the queries,
+    as often as `repeated.repeat` does. Raises UserError for unsuitable data.
     """
     check_attentive(context, settings)
     blocks, width = selected_blocks(context, settings), token_shape(context.encoder)[2]
@@ -161,17 +152,7 @@ def fit_probe(
 ) -> FittedProbe:
     """Choose the learning rate on the share `held_out` of train, and fit a probe to all of train.
 
-    Args:
-        train: Train images.
-        queries: Number of queries.
-        epochs: Epochs over the images.
-        held_out: Share of the images that learning rates are compared on; the same images as for the linear probe.
-        seed: Seed of the held-out part, the initial weights and the order.
-        device: Device of the probe.
-        console: Where to show a progress bar.
-
-    Raises:
-        UserError: If there are fewer than three images.
+    The held-out images are those of the linear probe with the same seed. Raises UserError for fewer than three images.
     """
     _check_count(len(train.labels))
     order = rng.permutation(seed, 0, len(train.labels))
@@ -198,15 +179,7 @@ def fit(
 ) -> list[AttentiveProbe]:
     """Fit one probe per learning rate by AdamW, all on the same batches: warm-up over a tenth, then a cosine to zero.
 
-    Args:
-        train: Train images.
-        rows: Rows of `train` to fit to.
-        rates: Learning rates.
-        queries: Number of queries.
-        epochs: Epochs over the rows.
-        seed: Seed of the initial weights, the same for all probes, and of the order.
-        device: Device of the probes.
-        console: Where to show a progress bar.
+    All have the same initial weights, which depend on the seed, as the order of the rows does.
     """
     width, classes = train.tokens.shape[2], len(train.classes)
     probes = []
@@ -281,11 +254,7 @@ def save_probe(probe: AttentiveProbe, classes: list[str], step: int, path: Path)
 
 
 def load_probe(path: Path) -> tuple[AttentiveProbe, list[str], int]:
-    """Return a saved probe in eval mode, its classes, and the step of its encoder. The file may be untrusted.
-
-    Raises:
-        UserError: If it is not a file of `save_probe`.
-    """
+    """Return a saved probe in eval mode, its classes, and its encoder's step. Raises UserError for any other file."""
     file = read(path)
     info = parse_json(file.metadata.get("probe", "null"), str(path))
     info = info if isinstance(info, dict) else {}

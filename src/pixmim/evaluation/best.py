@@ -59,14 +59,7 @@ def find_key(pattern: str, metrics: Mapping[str, object]) -> str | None:
 class BestEncoder:
     """The best encoder of a run so far. Its state is its file, so that a resumed run continues with it.
 
-    Args:
-        config: Configuration of the run.
-        out: Folder of the run.
-        steps: Steps of the run.
-        console: Prints a warning if writing fails.
-
-    Raises:
-        UserError: If --keep-best names no measure, or one that the run does not take.
+    Raises UserError if --keep-best names no measure, or one that the run does not take.
     """
 
     def __init__(self, config: PretrainConfig, out: Path, steps: int, console: Console) -> None:
@@ -106,9 +99,7 @@ class BestEncoder:
 def read_best(out: Path, measured_on: str = "") -> Best | None:
     """Return the best measurement of a run, which may be untrusted; None if no encoder was kept, or it is damaged.
 
-    Args:
-        out: Folder of the run.
-        measured_on: Digest of what is measured on; values on other images are not compared.
+    Measurements on other images than those of the digest `measured_on` are not compared.
     """
     try:
         path = inside(out, BEST_WEIGHTS)

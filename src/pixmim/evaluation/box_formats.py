@@ -33,18 +33,10 @@ _NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")
 
 
 def read_boxes(path: Path, part: Part = "train", images: str = "") -> tuple[Content, Path] | None:
-    """Read the boxes of a VOC or YOLO dataset.
+    """Read the boxes of a VOC or YOLO dataset, and return them with the folder of the images; None for anything else.
 
-    Args:
-        path: A folder or file of the layouts above.
-        part: Split of a data.yaml to read: its `train`, or its `test` or else `val`.
-        images: Folder of VOC's images; by default JPEGImages/, or that of the .xml files.
-
-    Returns:
-        The content and the folder of the images; None if `path` is something else.
-
-    Raises:
-        UserError: If a file cannot be read or used.
+    `images` is the folder of VOC's images: by default JPEGImages/, or that of the .xml files. Of a data.yaml, `part`
+    reads its `train`, or its `test` or else `val`. Raises UserError if a file cannot be read or used.
     """
     is_list = path.suffix == ".txt" and path.parent.name == "Main" and path.parent.parent.name == "ImageSets"
     if is_list and path.is_file():

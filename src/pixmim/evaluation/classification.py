@@ -42,16 +42,9 @@ class LabeledSplits:
 
 
 def open_labeled(context: EvalContext, train: str, test: str, *, all_classes: bool = False) -> LabeledSplits:
-    """Open train and test data and print their classes, once for all contexts that share data.
+    """Open and check (`check_labeled`) train and test data, once for all contexts that share data. Raises UserError.
 
-    Args:
-        context: The context.
-        train: Labeled data to train on.
-        test: Labeled data to evaluate on.
-        all_classes: Refuse test data that lack a class of the train data.
-
-    Raises:
-        UserError: See `check_labeled`.
+    With `all_classes`, test data that lack a class of the train data are refused.
     """
     splits = context.once_for_all(
         ("labeled", train, test), lambda: check_labeled(context.data(train), context.data(test), context.console)
@@ -65,8 +58,7 @@ def open_labeled(context: EvalContext, train: str, test: str, *, all_classes: bo
 def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | None = None) -> LabeledSplits:
     """Match the classes of train and test data by name, print their shares, and warn of images that are in both.
 
-    Raises:
-        UserError: If there are no labels or fewer than two classes, or the train data lack a test class.
+    Raises UserError if there are no labels or fewer than two classes, or the train data lack a test class.
     """
     out = console or Console(quiet=True)
     lines = [check_classes(data) for data in (train, test)]
@@ -101,11 +93,7 @@ def check_groups(train: ImageDataset, test: ImageDataset) -> None:
 
 
 def check_classes(data: ImageDataset) -> str:
-    """Return a line about the classes of labeled data.
-
-    Raises:
-        UserError: If an image has no label, or fewer than two classes have images.
-    """
+    """Return a line about the classes of labeled data. Raises UserError for unlabeled images, or a single class."""
     if data.labels is None:
         raise UserError(data.no_labels_message)
     unlabeled = np.flatnonzero(data.labels < 0)
@@ -135,11 +123,7 @@ def class_indices(classes: Sequence[str], known: Sequence[str], spec: str) -> In
 
 
 def labels_among(data: ImageDataset, known: Sequence[str]) -> Int[Tensor, " n"]:
-    """Return the label of each image as an index into the known classes.
-
-    Raises:
-        UserError: If a class is unknown, or `check_classes` refuses the data.
-    """
+    """Return each image's label as an index into the known classes. Raises UserError, as `check_classes` does."""
     check_classes(data)
     return class_indices(data.classes, known, data.spec)[torch.from_numpy(cast(np.ndarray, data.labels))]
 
@@ -248,9 +232,7 @@ def rated(counts: Int[Tensor, "2 k"], names: Sequence[str], prefix: str = "") ->
     """Yield metrics in per cent from the counts of `tally`, with `prefix` before their names.
 
     "top1" and the ends of its 95 % interval; "recall/NAME" of each class that has images; "balanced", the mean recall.
-
-    Raises:
-        UserError: If the images are of fewer than two classes.
+    Raises UserError if the images are of fewer than two classes.
     """
     correct, total = counts
     _check_several("the readable test data", [name for name, count in zip(names, total, strict=True) if count])
@@ -277,20 +259,10 @@ def evaluate_classifier(
     size: tuple[int, int],
     classify: Callable[[Tensor], Tensor],
 ) -> Values:
-    """Evaluate a classifier on the test data, resized to 256/224 of `size` and cropped at the center.
+    """Evaluate a classifier of normalized images on the test data, resized to 256/224 of `size` and center-cropped.
 
-    Args:
-        context: The context.
-        data: Train and test data.
-        encoder: Normalization, device and precision.
-        size: Height and width of the crop.
-        classify: Returns a score for each class of normalized images.
-
-    Yields:
-        The values of `rated`; "top5" if there are more than 5 classes; "loss", the mean cross-entropy; and "majority".
-
-    Raises:
-        UserError: If no image can be read, or scores are not finite.
+    Yields the values of `rated`; "top5" if there are more than 5 classes; "loss", the mean cross-entropy; and
+    "majority". Raises UserError if no image can be read, or scores are not finite.
     """
     counts, in_top5, loss = torch.zeros(2, len(data.classes), dtype=torch.int64), 0, 0.0
     with progress(f"predictions for {data.test.spec}", len(data.test), context.console) as advance:

@@ -144,17 +144,8 @@ def extract_block_features(
 ) -> list[FeatureSet]:
     """Compute the features of a labeled dataset: resize to 256/224 of the size, center crop, no augmentation.
 
-    Args:
-        encoder: The encoder.
-        data: The dataset.
-        blocks: Indices of blocks; each gets features of its own, with k = 1, all from one pass. By default one set of
-            features, with k = BLOCKS.
-        skipped: Log of unreadable images.
-        batch: Images per forward pass.
-        console: Where to show a progress bar.
-
-    Raises:
-        UserError: If the data have no labels.
+    Each of the `blocks` (indices) gets features of its own, with k = 1, all from one pass; by default there is one set
+    of features, with k = BLOCKS. Raises UserError if the data have no labels.
     """
     if data.labels is None:
         raise UserError(data.no_labels_message)

@@ -53,25 +53,13 @@ def embed(
 ) -> list[str]:
     """Write one row for each readable image, in the order of the data. Resumes from OUT.partial, batch by batch.
 
-    Args:
-        weights: Weights of the encoder.
-        data: The images.
-        out: A .npy file: float32 (n, d), or (n, 2 d) with the global token first for "both", with a .csv of each row's
-            file and class; or a .parquet file: columns file, class (if there are classes), cls, mean.
-        kind: cls: the global token after the final norm; mean: the mean of the patch tokens; both.
-        batch: Images per forward pass.
-        device: Device, such as cuda:1.
-        precision: Precision of the forward passes.
-        thumbnails: Add columns to a .parquet file: thumbnail, a JPEG of at most 96 pixels a side, as the struct (bytes,
-            path) of Hugging Face's datasets; and x and y, a projection by UMAP, if umap-learn is installed.
-        overwrite: Replace existing files.
-        console: Where to print.
+    A .npy file has float32 (n, d), or (n, 2 d) with the global token first for "both", and a .csv of each row's file
+    and class. A .parquet file has the columns file, class (if there are classes), cls (the global token after the final
+    norm) and mean (of the patch tokens); with `thumbnails` also thumbnail, a JPEG of at most 96 pixels a side, as the
+    struct (bytes, path) of Hugging Face's datasets, and x and y, a projection by UMAP, if umap-learn is installed.
 
-    Returns:
-        Lines about the written files.
-
-    Raises:
-        UserError: If a file exists, no image can be read, or another process is writing the same file.
+    Returns lines about the written files. Raises UserError if a file exists, no image can be read, or another process
+    is writing the same file.
     """
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out must end in .npy or .parquet, not in '{out.suffix}'")
@@ -119,16 +107,7 @@ def embed_batches(
     first: int = 0,
     console: Console | None = None,
 ) -> Iterator[tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], int]]:
-    """Yield features of the readable images of each batch, by kind, their indices, and the index of the next batch.
-
-    Args:
-        encoder: The encoder.
-        data: The images.
-        skipped: Log of unreadable images.
-        batch: Images per forward pass.
-        first: Index of the first image.
-        console: Where to show a progress bar.
-    """
+    """Yield features of the readable images of each batch, by kind, their indices, and the index of the next batch."""
     encoder.module.eval()
     encoder.check_batch(min(batch, len(data)))
     crop = evaluation_crop(encoder.size)
@@ -234,8 +213,7 @@ def thumbnail(image: Shaped[Tensor, "c h w"], config: ModelConfig, side: int = 9
 def project(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Project features (n d) to the plane (n 2) by UMAP on cosine distances. Equal features give equal projections.
 
-    Raises:
-        UserError: If umap-learn is not installed, or there are fewer than four images.
+    Raises UserError if umap-learn is not installed, or there are fewer than four images.
     """
     if len(features) < 4:
         raise UserError(f"UMAP needs at least four images, not {len(features)}")

@@ -78,8 +78,7 @@ def evaluate_many(
     """Evaluate encoders. Weights are loaded once; datasets are opened once, and features computed once per encoder.
 
     Args:
-        models: Runs, imported folders, files of weights, timm:NAME or hf:NAME, each with the folder for its results and
-            unfinished work.
+        models: Names as for `weights.load.resolve_model`, each with the folder for its results and unfinished work.
         evaluations: Keys of EVALUATIONS, each with its settings.
         states: "untrained" evaluates the initial weights of each run: once, if several runs have the same.
         device: Device, such as cuda:1.
@@ -93,8 +92,7 @@ def evaluate_many(
         Each result and its folder, when it is complete.
 
     Raises:
-        UserError: For an unknown evaluation, a model without an encoder, or unsuitable data or settings; before the
-            first evaluation starts.
+        UserError: Before the first evaluation starts, for what cannot be evaluated.
     """
     for name, _ in evaluations:
         check_name(name)
@@ -172,10 +170,7 @@ def online_knn(
 ) -> Callable[[nn.Module], dict[str, float]] | None:
     """Return a function that evaluates an encoder in training by k-NN; None if the run does not use it.
 
-    The function returns no values if features are not finite.
-
-    Raises:
-        UserError: For data without labels.
+    The function returns no values if features are not finite. Raises UserError for data without labels.
     """
     if not (config.knn.train or config.knn.test or config.knn.every):
         return None

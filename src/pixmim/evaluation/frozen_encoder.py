@@ -82,17 +82,10 @@ def load_frozen_encoder(
     untrained: bool = False,
     hints: Mapping[str, Any] | None = None,
 ) -> FrozenEncoder:
-    """Load the encoder of a run, a file of weights, timm:NAME or hf:NAME.
+    """Load the encoder of a run, a file of weights, timm:NAME or hf:NAME, or a run's initial weights (`untrained`).
 
-    Args:
-        name: See `weights.load.resolve_model`.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-        precision: "auto", "bf16", "fp16" or "fp32".
-        untrained: Load the initial weights of a run instead.
-        hints: What its file does not contain: see `weights.load.resolve_model`.
-
-    Raises:
-        UserError: If there is no such model, or its initial weights are unknown.
+    See `weights.load.resolve_model` for `name` and `hints`. Raises UserError if there is no such model, or its initial
+    weights are unknown.
     """
     if not untrained:
         weights = resolve_model(name, head=True, hints=hints)
@@ -156,15 +149,8 @@ def fingerprint(encoder: FrozenEncoder) -> str:
 def rebuild_at_size(encoder: FrozenEncoder, size: str, **options: Any) -> nn.Module:
     """Build a copy of an encoder for another image size, on the same device, to train it further.
 
-    Position tables are interpolated.
-
-    Args:
-        encoder: The encoder.
-        size: Side in pixels, or HEIGHTxWIDTH.
-        **options: More keywords of the backbone, such as drop_path_rate.
-
-    Raises:
-        UserError: If the encoder does not support the size.
+    Position tables are interpolated; `options` are more keywords of the backbone. Raises UserError for unsupported
+    sizes.
     """
     config = replace(encoder.config, size=size)
     config = replace(config, model=replace(config.model, options={**config.model.options, **options}))

@@ -55,8 +55,7 @@ def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
 def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
     """Limit each k to the number of references, without duplicates; also return a warning if any is too large.
 
-    Raises:
-        UserError: If there is no k, or one is below 1.
+    Raises UserError if there is no k, or one is below 1.
     """
     if not k or min(k) < 1:
         raise UserError(f"--k takes numbers of neighbors from 1 on, such as 1 20, not {' '.join(map(str, k))}")
@@ -68,11 +67,9 @@ def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
 def knn(train: FeatureSet, test: FeatureSet, k: Sequence[int] = DEFAULT_K, device: torch.device = CPU) -> Values:
     """Yield the metrics of k-NN on the global token ("cls") and on the mean of the patch tokens ("mean").
 
-    The names are those of `classification.rated` with the prefix kK/FEATURE/, and "majority"; values are in per cent.
-    K is limited to the number of train images: see `usable_k`.
-
-    Raises:
-        UserError: If a k is below 1, or train lacks a test class.
+    The names are those of `classification.rated` with the prefix kK/FEATURE/, and "majority"; values are in per cent. K
+    is limited to the number of train images (`usable_k`). Raises UserError if a k is below 1, or train lacks a test
+    class.
     """
     k, _ = usable_k(k, len(train.labels))
     labels, classes = same_classes(train, test), len(train.classes)

@@ -65,11 +65,7 @@ def check_linear(context: EvalContext, settings: LinearSettings) -> None:
 
 
 def evaluate_linear(context: EvalContext, settings: LinearSettings) -> Values:
-    """Evaluate a linear probe: see `evaluate_probe` and `repeated.repeat`, or `evaluate_linear_mae` for MAE's protocol.
-
-    Raises:
-        UserError: For unsuitable data or settings.
-    """
+    """Evaluate a linear probe by `fit_sweep` and `repeated.repeat`, or `evaluate_linear_mae`. Raises UserError."""
     check_linear(context, settings)
     if settings.protocol == "mae":
         yield from evaluate_linear_mae(context, settings)
@@ -95,15 +91,10 @@ def cached_probe(context: EvalContext, train: str, epochs: int, seed: int) -> Pr
 
 
 def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) -> Values:
-    """Yield the metrics of a probe in per cent.
+    """Yield the metrics of a probe in per cent; `labels` are indices into the probe's classes.
 
-    Args:
-        probe: The probe.
-        test: Features of the test set.
-        labels: Test labels, as indices into the probe's classes.
-
-    Yields:
-        The values of `classification.rated`, "majority", the held-out accuracy, and the chosen member of the sweep.
+    These are the values of `classification.rated`, "majority", the held-out accuracy, and the chosen member of the
+    sweep.
     """
     counts = tally(probe.scores(test).argmax(dim=1), labels, len(probe.classes))
     yield from rated(counts, probe.classes)

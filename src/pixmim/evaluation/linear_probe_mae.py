@@ -47,11 +47,8 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
     Feature -> BatchNorm1d(affine=False, eps=1e-6) -> Linear with weights N(0, 0.01). LARS with momentum 0.9, no decay,
     rate 0.1 x batch / 256; 10 epochs of warm-up, cosine to 0 over 90; single-try random resized crop (0.08, 1), flip.
 
-    Yields:
-        The values of `classification.evaluate_classifier` with the prefix "mae/".
-
-    Raises:
-        UserError: For unsuitable data.
+    Yields the values of `classification.evaluate_classifier` with the prefix "mae/". Raises UserError for unsuitable
+    data.
     """
     encoder, (data, kind) = context.encoder, check_linear_mae(context, settings)
     encoder.module.eval()

@@ -68,17 +68,9 @@ def load_index(
 ) -> Index:
     """Read the index of an encoder and images from its file, or compute and save it.
 
-    A folder that cannot be written costs nothing: the index is then computed again the next time.
-
-    Args:
-        file: Where the index is kept: see `index_file`.
-        encoder: The encoder.
-        data: The images, in the encoder's format.
-        advance: Called with the work done and its total: two units for each image.
-        console: Where to show a progress bar.
-
-    Raises:
-        UserError: If fewer than two images can be read, or the file leads out of its folder.
+    A folder that cannot be written costs nothing: the index is then computed again the next time. `advance` is called
+    with the work done and its total: two units for each image. Raises UserError if fewer than two images can be read,
+    or the file leads out of its folder.
     """
     identity = {"model": fingerprint(encoder), "data": data.fingerprint(), "images": str(len(data))}
     index = _read(inside(file.parent, file.name), identity, len(data))
@@ -120,12 +112,7 @@ def nearest(
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
     """Return the cosine similarities and indices of the `count` rows nearest to each query, the nearest first.
 
-    Exact. Among equally similar rows any may be first.
-
-    Args:
-        unit: A row of length 1 for each image.
-        queries: A row for each query, of any length.
-        count: Rows per query; at most n are returned.
+    Exact, and at most n. Rows of `unit` have length 1, queries any. Among equally similar rows any may be first.
     """
     parts = [(F.normalize(part, dim=1) @ unit.T).topk(min(count, len(unit)), dim=1) for part in queries.split(_BLOCK)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
@@ -136,14 +123,8 @@ def nearest_others(
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Return the similarity and index of the image nearest to each image, apart from itself.
 
-    Compares all n^2 pairs, 2,048 images with all others at a time.
-
-    Args:
-        unit: A row of length 1 for each image; at least two.
-        advance: Called with the number of images that are done.
-
-    Raises:
-        ValueError: If there are fewer than two images.
+    Compares all n^2 pairs, 2,048 images with all others at a time; `advance` is called with the images done. Rows of
+    `unit` have length 1. Raises ValueError if there are fewer than two.
     """
     if len(unit) < 2:
         raise ValueError(f"{len(unit)} images have no nearest other image: at least two are needed")
@@ -160,13 +141,7 @@ def nearest_others(
 def most_similar_pairs(
     similarity: Float[Tensor, " n"], index: Int[Tensor, " n"], count: int
 ) -> list[tuple[int, int, float]]:
-    """Return the `count` most similar pairs (i, j, cosine), i < j, among each image and its nearest other.
-
-    Args:
-        similarity: From `nearest_others`.
-        index: From `nearest_others`.
-        count: Number of pairs.
-    """
+    """Return the `count` most similar pairs (i, j, cosine), i < j, of the result of `nearest_others`."""
     pairs: dict[tuple[int, int], float] = {}
     for i in similarity.argsort(descending=True, stable=True).tolist():
         j = int(index[i])

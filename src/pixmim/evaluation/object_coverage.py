@@ -45,10 +45,7 @@ def expected_coverage(obj: ImageObject, crop: Crop) -> float:
     """Return the expected coverage of an object, in [0, 1].
 
     Exact for SimpleResizedCrop and CenterCrop. For RandomResizedCrop exact over the positions of each box, and by
-    quadrature over its area and ratio, including failed tries and the fallback.
-
-    Raises:
-        TypeError: For another crop.
+    quadrature over its area and ratio, including failed tries and the fallback. Raises TypeError for another crop.
     """
     if isinstance(crop, RandomResizedCrop):
         heights, widths, failed = _boxes(crop, obj.size)
@@ -119,16 +116,11 @@ def _scale(size: tuple[int, int], crop: Crop) -> tuple[float, float]:
 
 
 def window_cover(edge: npt.ArrayLike, window: npt.ArrayLike, length: npt.ArrayLike) -> Values:
-    """Return the expected number of pixels of [0, edge] covered by a random window, along one axis.
+    """Return the expected number of pixels of [0, edge] covered by a random window, along one axis of `length` pixels.
 
     The window starts at any integer pixel at which it fits, with equal probability. It covers pixel j with probability
     min(j + 1, length - j, window, length - window + 1) / (length - window + 1); this function is the sum of that up to
-    `edge`, which may be fractional. The difference of two values is the cover of an interval.
-
-    Args:
-        edge: Positions in [0, length].
-        window: Length of the window.
-        length: Length of the image. All three are broadcast.
+    `edge`, which may be fractional. The difference of two values is the cover of an interval. All three are broadcast.
     """
     t, w, n = (np.asarray(value, np.float64) for value in (edge, window, length))
     top = np.minimum(w, n - w + 1)  # starts that cover a pixel of the middle; also the pixels of either ramp
@@ -228,19 +220,10 @@ def measure_coverage(
     seed: int = 0,
     console: Console | None = None,
 ) -> Coverage:
-    """Measure the coverage of all annotated objects by all crops of `crops`.
+    """Measure the coverage of all annotated objects (see `annotations.read_objects`) by all crops of `crops`.
 
-    Args:
-        spec: Annotations: see `annotations.read_objects`.
-        size: Height and width of the crops.
-        mask_ratio: Share of the patches that is hidden.
-        boxes: Use the boxes of masks instead of the masks.
-        draws: Crops to sample for each object and crop, as a check; 0: none.
-        seed: Seed of these.
-        console: Where to show a progress bar.
-
-    Raises:
-        UserError: If `mask_ratio` is not in [0, 1), or the annotations cannot be read.
+    With `boxes`, masks are replaced by their boxes. If `draws` is above 1, as many crops of each object are sampled as
+    a check. Raises UserError if `mask_ratio` is not in [0, 1), or the annotations cannot be read.
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"--mask-ratio is a share from 0 to below 1, not {mask_ratio:g}")

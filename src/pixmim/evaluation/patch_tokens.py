@@ -79,16 +79,8 @@ def extract_tokens(
     """Compute the patch tokens of a labeled dataset, on the images of `context.extract_features`.
 
     They are float16 in a file in the context's folder. It has no name where the system allows that, so nothing is left
-    however the process ends.
-
-    Args:
-        context: The context.
-        spec: The dataset.
-        blocks: Indices of blocks, all from one pass, each with a set of tokens; by default the last block alone.
-        batch: Images per forward pass.
-
-    Raises:
-        UserError: If the data have no labels or no readable image, or tokens are not finite.
+    however the process ends. Each of the `blocks` (indices) has a set of tokens; by default the last block alone.
+    Raises UserError if the data have no labels or no readable image, or tokens are not finite.
     """
     encoder, data = context.encoder, context.data(spec)
     check_classes(data)

@@ -63,8 +63,7 @@ class LabeledSettings(Settings):
     def resolved(self) -> "LabeledSettings":
         """Return settings with the two parts of `labelled`, unless it is for folds, as train and test data.
 
-        Raises:
-            UserError: If `labelled` is a mixture.
+        Raises UserError if `labelled` is a mixture.
         """
         from pixmim.data.uri import SplitSpec, read_parts
 

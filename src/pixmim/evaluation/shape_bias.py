@@ -116,8 +116,7 @@ def shape_decisions(
 def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Return shape and texture of each stimulus as indices into `names`, from file names or from synthetic shapes.
 
-    Raises:
-        UserError: If a folder or file has another name.
+    Raises UserError if a folder or file has another name.
     """
     shapes = labels_among(data, names)
     if isinstance(data, SyntheticShapes):  # shape and texture with the same number are one class where they agree

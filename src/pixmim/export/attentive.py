@@ -28,13 +28,9 @@ def classify(images):  # normalized, (b c h w)
 
 
 def write_probe(probe: AttentiveProbe, classes: list[str], folder: Path, *, is_map: bool) -> list[str]:
-    """Write attentive.safetensors and attentive.json into a folder; return lines of Python that classify with them.
+    """Write attentive.safetensors and attentive.json into the folder of an encoder exported to timm.
 
-    Args:
-        probe: The probe.
-        classes: Its classes, in the order of its outputs.
-        folder: The folder of an encoder, exported to timm.
-        is_map: True if the encoder returns a map (b h w d), as a Swin, otherwise tokens.
+    Returns lines of Python that classify with them; `is_map` if the encoder returns a map (b h w d), as a Swin.
     """
     tensors = {name: value.contiguous() for name, value in probe.state_dict().items()}
     write_text_atomically(folder / "attentive.safetensors", save(tensors, {"format": "pt"}))

@@ -32,8 +32,7 @@ class _Outputs(nn.Module):
 def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     """Write model.onnx for any batch size: normalized images to vector, mean and map, or to a classifier's logits.
 
-    Raises:
-        UserError: If onnx, onnxscript or onnxruntime is missing, or onnxruntime and torch disagree.
+    Raises UserError if onnx, onnxscript or onnxruntime is missing, or onnxruntime and torch disagree.
     """
     try:
         import onnx  # noqa: F401

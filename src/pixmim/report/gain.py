@@ -36,14 +36,7 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
     """Return a sentence: whether the newest measured encoder is better than the start, with 95 % intervals.
 
     The difference counts only if its interval excludes zero. It treats both measurements as independent samples, which
-    for the same test images is cautious.
-
-    Args:
-        config: Configuration of the run.
-        metrics: Lines of its metrics.jsonl.
-
-    Returns:
-        The sentence; empty if the run was not measured on the same images before and after.
+    for the same test images is cautious. Empty if the run was not measured on the same images before and after.
     """
     pattern = MEASURES["knn"].key
     lines = [line for line in metrics if is_number(line.get(COUNT)) and find_key(pattern, line)]
@@ -70,20 +63,10 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
 def verdict(
     config: ModelConfig | None, metrics: list[dict[str, Any]], comparison: Comparison, name: str, folder: Path
 ) -> str:
-    """Return one or two sentences: whether a run learned something, by the best evidence there is.
+    """Return one or two sentences: whether a run learned something, by the best evidence there is; empty without any.
 
-    That is, in this order: k-NN at its start and at its end; an evaluation of the trained and the untrained encoder;
-    an evaluation of the trained one; the loss.
-
-    Args:
-        config: Configuration of the run.
-        metrics: Lines of its metrics.jsonl.
-        comparison: Evaluations of all runs of the page.
-        name: Name of the run in `comparison`.
-        folder: Its folder.
-
-    Returns:
-        The sentences; empty if nothing was measured.
+    That is, in this order: k-NN at its start and at its end; an evaluation of the trained and the untrained encoder; an
+    evaluation of the trained one; the loss. `name` is that of the run in the comparison of all runs.
     """
     gain = describe_gain(config, metrics)
     if gain:

@@ -40,10 +40,8 @@ def draw_neighbors(
 ) -> NeighborSheet:
     """Draw 20 random images with the 6 nearest to each, and the 20 pairs most alike, by the encoder of a run.
 
-    The features of all images are read from the run's folder, or computed and kept there: see `load_index`.
-
-    Raises:
-        UserError: If the run has no encoder yet, or fewer than two images can be read.
+    The features of all images are read from the run's folder, or computed and kept there: see `load_index`. Raises
+    UserError if the run has no encoder yet, or fewer than two images can be read.
     """
     index = load_index(index_file(run), load_frozen_encoder(str(run.absolute())), data, console=console)
 

@@ -61,8 +61,7 @@ def with_bands(weights: Weights, bands: str) -> Weights:
 def reconstruct(weights: Weights, data: ImageDataset, count: int = 6) -> Reconstruction:
     """Draw the reconstruction of the center crops of `count` images in an order that no training epoch uses.
 
-    Raises:
-        UserError: If the weights lack the decoder, or no image can be read.
+    Raises UserError if the weights lack the decoder, or no image can be read.
     """
     images, names = choose_crops(weights.config, data, count)
     return draw(build_with_weights(weights), weights.config, images, weights.step, names)
@@ -80,13 +79,9 @@ def choose_crops(config: ModelConfig, data: ImageDataset, count: int) -> tuple[S
 def load_crops(
     config: ModelConfig, data: ImageDataset, count: int, order: Iterable[int]
 ) -> tuple[Shaped[Tensor, "b c h w"], list[str], list[str]]:
-    """Read the center crops of the first `count` readable images.
+    """Read the center crops of the first `count` readable images. Raises UserError if there are none.
 
-    Returns:
-        The images, the names of their files, and a line for each unreadable image.
-
-    Raises:
-        UserError: If no image can be read.
+    Returns the images, the names of their files, and a line for each unreadable image.
     """
     crop = CenterCrop(config.image_size, interpolation=config.interpolation)
     images, names, errors = list[Tensor](), list[str](), list[str]()
@@ -112,15 +107,9 @@ def draw(
     names: Sequence[str] = (),
     mask: Mask | None = None,
 ) -> Reconstruction:
-    """Draw the reconstruction of crops.
+    """Draw the reconstruction of crops of the config's size, as a dataset returns them.
 
-    Args:
-        model: The model.
-        config: Its configuration.
-        images: Crops of the config's size, as a dataset returns them.
-        step: Training step of the weights.
-        names: File names of the images.
-        mask: Masks of the crops; by default those of step -1, which no training step uses.
+    The masks are by default those of step -1, which no training step uses.
     """
     loss = build_loss(config)
     mean, std = (torch.tensor(values) for values in config.normalization)
@@ -158,11 +147,10 @@ def draw(
 
 
 def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]:
-    """Compute the radial power spectrum, averaged over images and channels.
+    """Compute the radial power spectrum, averaged over images and channels: float64 (r).
 
-    Returns:
-        float64 (r): entry r is the mean of |DFT|^2 / (h w) over frequencies whose distance from zero rounds to r, up to
-        half the shorter side. The constant (r = 0) is included.
+    Entry r is the mean of |DFT|^2 / (h w) over frequencies whose distance from zero rounds to r, up to half the shorter
+    side. The constant (r = 0) is included.
     """
     h, w = images.shape[-2:]
     power = torch.fft.fft2(images.double()).abs().square().mean(dim=(0, 1)) / (h * w)

@@ -93,12 +93,7 @@ class Comparison:
 
 
 def read_results(folder: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Read the results in a folder's `evaluations/`.
-
-    Args:
-        folder: The folder, which may come from elsewhere.
-        warn: Called with a line for each file or value that is left out.
-    """
+    """Read the results in `evaluations/` of an untrusted folder; `warn` gets a line for each file or value left out."""
     paths, results, total = sorted(folder.glob("evaluations/*.json")), list[dict[str, Any]](), 0
     for path in paths[:_MAX_FILES]:
         try:

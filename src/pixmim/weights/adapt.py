@@ -118,10 +118,8 @@ def _by(grid: Grid) -> str:
 def positions(table: Float[Tensor, "1 n d"], old: Grid, new: Grid) -> Float[Tensor, "1 m d"]:
     """Interpolate a table of positions from one grid of (rows, columns) to another.
 
-    Bicubic with align_corners=False, without antialiasing, as in MAE's official code. Prefix tokens are kept.
-
-    Raises:
-        ValueError: If the table has fewer rows than the old grid.
+    Bicubic with align_corners=False, without antialiasing, as in MAE's official code. Prefix tokens are kept. Raises
+    ValueError if the table has fewer rows than the old grid.
     """
     prefix = table.shape[1] - old[0] * old[1]
     if prefix < 0:

@@ -294,8 +294,7 @@ _SETTINGS: dict[str, tuple[str, tuple[type, ...]]] = {
 def read_settings(file: RawCheckpoint) -> dict[str, Any]:
     """Return a file's settings: `img_size`, `num_heads`, `decoder_heads`, `norm_eps`, `mean`, `std` and `dtype`.
 
-    Raises:
-        UserError: If a value is out of bounds.
+    Raises UserError if a value is out of bounds.
     """
     content = {**file.settings, **file.config}
     settings: dict[str, Any] = {

@@ -89,12 +89,8 @@ def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False)
 def build_with_weights(weights: Weights, trained_at: ModelConfig | None = None) -> MaskedModel:
     """Build the complete model of weights, in evaluation mode on the CPU.
 
-    Args:
-        weights: The weights.
-        trained_at: Configuration that they were trained with, if `weights.config` has another image size.
-
-    Raises:
-        UserError: If they contain only an encoder, or do not match.
+    `trained_at` is the configuration that they were trained with, if `weights.config` has another image size. Raises
+    UserError if they contain only an encoder, or do not match.
     """
     if not weights.has_decoder:
         raise UserError(f"this file ({weights.format_name}) contains only an encoder, which cannot predict patches")
@@ -195,16 +191,11 @@ def _in_memory(weights: Weights) -> Weights:
 
 @torch.no_grad()
 def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
-    """Load the weights that `config.init` names into a model.
+    """Load the weights that `config.init` names into a model; return lines about what was used, unused and assumed.
 
     The encoder must match, except for position tables, which are interpolated, the first convolution, which is adapted
-    to the number of channels, and a classifier's head. The decoder is used only if all of it matches.
-
-    Returns:
-        Lines to print about what was used, what was not, and what was assumed.
-
-    Raises:
-        UserError: If the weights cannot be read, or their encoder does not match.
+    to the number of channels, and a classifier's head; otherwise raises UserError. The decoder is used only if all of
+    it matches.
     """
     heads = next((module.num_heads for module in model.encoder.modules() if hasattr(module, "num_heads")), None)
     hints = {"num_heads": heads, "decoder_heads": config.model.decoder_heads, "target_size": config.image_size}
@@ -258,19 +249,10 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
 
 
 def import_weights(weights: Weights, folder: Path | None) -> list[str]:
-    """Check that weights build a model, and save them in a folder like a finished run's.
+    """Check that weights build a model, and save them in a new folder like a finished run's, unless it is None.
 
-    The folder contains config.json, encoder/ and, with a decoder, model.safetensors.
-
-    Args:
-        weights: The weights.
-        folder: A new folder. None: write nothing.
-
-    Returns:
-        Lines to print about what was recognized, used, ignored and assumed.
-
-    Raises:
-        UserError: If the weights do not match, or the folder exists.
+    The folder contains config.json, encoder/ and, with a decoder, model.safetensors. Returns lines about what was
+    recognized, used, ignored and assumed. Raises UserError if the weights do not match, or the folder exists.
     """
     config = weights.config
     if folder is not None:

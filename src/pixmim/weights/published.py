@@ -21,14 +21,9 @@ _KINDS = (
 
 
 def describe_timm(name: str, head: bool = False) -> ModelConfig:
-    """Return what timm knows about a model with pretrained weights, without downloading them.
+    """Return what timm knows about a model with pretrained weights, and with `head` its classifier, without a download.
 
-    Args:
-        name: A model of timm, with or without a tag.
-        head: Include its classifier.
-
-    Raises:
-        UserError: If timm has no such model, or no weights for it.
+    Raises UserError if timm has no such model, or no weights for it.
     """
     check_name(name)
     if not timm.is_model(name.split(".")[0]):

@@ -72,15 +72,8 @@ def read(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
     """Read a checkpoint file, or a folder that contains one, onto the CPU.
 
     Torch files are read with `weights_only=True` and a list of harmless classes. A pickle that refers to anything else
-    is refused before any of it runs.
-
-    Args:
-        path: File or folder.
-        state: Preferred key of a training file's model, such as student.
-        ema: Take the moving average of a training file instead of the model.
-
-    Raises:
-        UserError: If the file cannot be read, or contains no model, or with `ema` no average.
+    is refused before any of it runs. Of a training file, the model with the key `state`, such as student, is preferred,
+    or with `ema` its moving average. Raises UserError if the file cannot be read, or contains no such model.
     """
     if path.is_dir():
         existing = [path / name for name in PARTS if (path / name).exists()]

@@ -41,18 +41,8 @@ def save_encoder(
     """Save an encoder or a classifier as a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     timm reads keywords, image size, channels, mean and std from it. timm has no ConvMAE; pixmim reads that folder too.
-
-    Args:
-        encoder: The module whose `state_dict` is written.
-        folder: The folder. Existing files are replaced one by one.
-        config: Its configuration.
-        step: Training step.
-        steps: Steps of the complete run; 0 if unknown.
-        classes: Class names of a classifier in the order of its outputs.
-        more: Further metadata of the weights.
-
-    Raises:
-        OSError: If writing fails.
+    Existing files are replaced one by one. `steps` are those of the complete run, 0 if unknown; `classes` are names in
+    the order of a classifier's outputs; `more` is further metadata. Raises OSError if writing fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", timm_config(encoder, config, classes))

@@ -35,13 +35,9 @@ Checked = tuple[DetectionDataset, DetectionDataset, bool]
 
 
 def check_detection(context: EvalContext, settings: DetectionSettings) -> Checked:
-    """Read all annotations and build the detector, once per context, before anything is trained.
+    """Read all annotations and build the detector, before anything is trained. Raises UserError.
 
-    Returns:
-        Train and test data, and whether masks are learned.
-
-    Raises:
-        UserError: If the data or the settings cannot be used.
+    Returns train and test data, and whether masks are learned.
     """
 
     def make() -> Checked:
@@ -60,11 +56,7 @@ def check_detection(context: EvalContext, settings: DetectionSettings) -> Checke
 
 
 def evaluate_detection(context: EvalContext, settings: DetectionSettings) -> Values:
-    """Fine-tune a detector and yield `CocoMetrics.compute` of the test data. Resumes an interrupted training.
-
-    Raises:
-        UserError: If the data or the settings cannot be used.
-    """
+    """Fine-tune a detector and yield `CocoMetrics.compute` of the test data. Resumes. Raises UserError."""
     train, test, masks = check_detection(context, settings)
     model = train_detector(context, settings, train, masks).eval()
     yield from _measure(context, settings, test, model, masks)

@@ -53,8 +53,7 @@ class DetectionDataset:
     def read(self, index: int) -> Tensor:
         """Read an image (c h w); 16-bit images become floats in [0, 1].
 
-        Raises:
-            BadImage: If it cannot be read, or its size differs from its annotations.
+        Raises BadImage if it cannot be read, or its size differs from its annotations.
         """
         image = self.images.image(index)
         if image.dtype == torch.uint16:  # torch lacks most operators for it
@@ -68,15 +67,8 @@ class DetectionDataset:
 def open_detection(spec: str, folder: str, image_spec: ImageSpec, flag: str = "--train-images") -> DetectionDataset:
     """Open and check a COCO file, a dataset in the layout of VOC or YOLO (`box_formats`), or `shapes:`.
 
-    Args:
-        spec: The JSON file, the folder or file of another layout, or shapes:.
-        folder: Folder of the images. If empty: that of the layout; ROOT/NAME for ROOT/annotations/instances_NAME.json;
-            otherwise the folder of the file.
-        image_spec: Channels and dtype of the images.
-        flag: The flag that names `folder`, for messages.
-
-    Raises:
-        UserError: If the file or its images cannot be used.
+    The images are in `folder`, which messages call `flag`; if empty, in that of the layout; in ROOT/NAME for
+    ROOT/annotations/instances_NAME.json; otherwise in the folder of the file. Raises UserError.
     """
     if spec.startswith("shapes:"):
         return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
@@ -163,11 +155,7 @@ def load_evaluator() -> Any:
 
 
 def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> BinaryMask:
-    """Return the pixels of a mask in an image of `size` (h, w).
-
-    Raises:
-        BadImage: If its code is damaged.
-    """
+    """Return the pixels of a mask in an image of `size` (h, w). Raises BadImage if its code is damaged."""
     if isinstance(segmentation, np.ndarray):
         return segmentation
     tools = load_evaluator().mask
@@ -187,15 +175,7 @@ def encode_mask(mask: BinaryMask) -> dict[str, Any]:
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Segmentation | None, str]:
-    """Check a segmentation of a COCO file.
-
-    Args:
-        segmentation: Polygons or a run-length code.
-        size: (h, w) of the image.
-
-    Returns:
-        The usable part, or None; and the kind of problem with the rest, or an empty string.
-    """
+    """Return the usable part of a segmentation in a COCO file, or None, and the kind of problem with the rest or ""."""
     if segmentation is None or segmentation == []:
         return None, ""
     if isinstance(segmentation, list):

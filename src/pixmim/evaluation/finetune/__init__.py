@@ -69,8 +69,7 @@ class FinetunePlan:
 def check_finetune(context: EvalContext, settings: FinetuneSettings) -> FinetunePlan:
     """Check data, settings and the classifier's folder without training.
 
-    Raises:
-        UserError: If data, settings or the encoder do not suit, or another classifier is in the folder.
+    Raises UserError if data, settings or the encoder do not suit, or another classifier is in the folder.
     """
 
     def check() -> FinetunePlan:
@@ -188,8 +187,7 @@ def _provenance(
 def _is_finished(folder: Path, provenance: dict[str, Any], work: Path) -> bool:
     """Return True if a folder holds the finished classifier of these settings.
 
-    Raises:
-        UserError: If it holds anything else, except what an interrupted save of the same classifier left.
+    Raises UserError if it holds anything else, except what an interrupted save of the same classifier left.
     """
     config, weights = (inside(folder, name) for name in ("config.json", "model.safetensors"))
     if not os.path.lexists(folder):

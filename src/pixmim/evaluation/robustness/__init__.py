@@ -61,11 +61,7 @@ ALEXNET = {
 def check_robustness(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind, LabeledImages] | None:
     """Check data, settings and encoder without fitting or measuring; images of ImageNet-C are not listed.
 
-    Returns:
-        If --test is given, the kind of classifier and the images to corrupt in memory.
-
-    Raises:
-        UserError: For what `evaluate_robustness` would refuse.
+    If --test is given, returns the kind of classifier and the images to corrupt in memory. Raises UserError.
     """
 
     def check() -> tuple[Kind, LabeledImages] | None:
@@ -103,16 +99,9 @@ def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> V
 def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], float | None]:
     """Compute the CE of each corruption and their mean, mCE, in per cent of AlexNet's errors (arXiv 1903.12261).
 
-    CE is the sum of the errors over the severities, divided by the same sum for AlexNet.
-
-    Args:
-        errors: Errors in [0, 1] at each of the five severities, by corruption.
-
-    Returns:
-        The CEs, and the mCE; None unless all 15 corruptions are given, because the mean of a part is not comparable.
-
-    Raises:
-        ValueError: For other than five severities.
+    CE is the sum of the errors, in [0, 1], over the five severities, divided by the same sum for AlexNet. mCE is None
+    unless all 15 corruptions are given, because the mean of a part is not comparable. Raises ValueError for other
+    severities.
     """
     for name, values in errors.items():
         if len(values) != 5:

@@ -271,17 +271,10 @@ VERSION = 2
 def corrupt(
     image: UInt8[Tensor, "c h w"], name: str, severity: int, *, seed: int = 0, index: int = 0
 ) -> UInt8[Tensor, "c h w"]:
-    """Corrupt an image, as a pure function of the arguments.
+    """Corrupt an image of 1 or 3 channels at a severity of 1 to 5, as a pure function of the arguments.
 
-    Args:
-        image: Image with 1 or 3 channels.
-        name: Key of CORRUPTIONS.
-        severity: 1 to 5.
-        seed: Seed of the random numbers.
-        index: Index of the image in its dataset. All severities of an image share their random numbers.
-
-    Raises:
-        UserError: If the corruption, the severity or the number of channels is not supported.
+    All severities of the image with an `index` in its dataset share their random numbers. Raises UserError if the
+    corruption, the severity or the number of channels is not supported.
     """
     check_corruption(name)
     if severity not in SEVERITIES:

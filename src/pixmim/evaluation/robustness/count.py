@@ -89,19 +89,7 @@ def count_correct(
 ) -> tuple[Int[Tensor, "v k"], Int[Tensor, " k"]]:
     """Count correct predictions for each variant and class, and the readable images of each class.
 
-    Images are read once for all variants. Counts are saved after each batch.
-
-    Args:
-        context: The context.
-        images: Images to classify.
-        classifier: Predicts the classes.
-        crop: Crop of each image.
-        file: File of the counts.
-        variants: Corruptions, or CLEAN.
-        seed: Seed of the corruptions.
-
-    Raises:
-        UserError: If no image can be read.
+    Images are read once for all variants. Counts are saved after each batch. Raises UserError if no image can be read.
     """
     data, classes = images.data, len(images.classes)
     key = f"version {VERSION}, {len(variants)} variants: {data.spec} {data.fingerprint()}"

@@ -40,11 +40,7 @@ class SegmentationSplits:
 
 
 def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> SegmentationSplits:
-    """Read all images and masks and build the model, once per context, before anything is trained.
-
-    Raises:
-        UserError: If the data or the settings cannot be used.
-    """
+    """Read all images and masks and build the model, before anything is trained. Raises UserError."""
 
     def make() -> SegmentationSplits:
         spec, options = context.encoder.image_spec, {"ignore": settings.ignore, "foreground": settings.foreground}
@@ -62,11 +58,7 @@ def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> 
 
 
 def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
-    """Train a head and yield `segmentation_metrics` over the pixels of all test images, and the number of these.
-
-    Raises:
-        UserError: If the data or the settings cannot be used.
-    """
+    """Train a head and yield `segmentation_metrics` over the pixels of all test images, and the number of these."""
     encoder, splits, console = context.encoder, check_segmentation(context, settings), context.console
     train, test, skipped = splits.train, splits.test, splits.test_skipped
     model, size = build(encoder, settings, len(train.classes))
@@ -96,8 +88,7 @@ def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) 
 def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console) -> None:
     """Read all images and masks; print the classes, their shares of the pixels, and what is left out.
 
-    Raises:
-        UserError: If fewer than two classes have pixels, or too many images or masks cannot be used.
+    Raises UserError if fewer than two classes have pixels, or too many images or masks cannot be used.
     """
     counts = torch.zeros(256, dtype=torch.int64)
     with progress(f"checks {pairs.spec}", len(pairs), console) as advance:
@@ -154,9 +145,8 @@ def confusion_matrix(
 def segmentation_metrics(matrix: Int[Tensor, "k k"], classes: Sequence[str]) -> dict[str, float]:
     """Compute metrics in per cent from a confusion matrix (rows true, columns predicted).
 
-    Returns:
-        mIoU: mean IoU of the classes with a true pixel. aAcc: pixel accuracy. mAcc: mean recall of these classes.
-        majority: share of the most frequent class. iou/NAME: IoU of each class. Undefined values are NaN.
+    mIoU: mean IoU of the classes with a true pixel. aAcc: pixel accuracy. mAcc: mean recall of these classes.
+    majority: share of the most frequent class. iou/NAME: IoU of each class. Undefined values are NaN.
     """
     m = matrix.double()
     right, true, predicted = m.diagonal(), m.sum(dim=1), m.sum(dim=0)

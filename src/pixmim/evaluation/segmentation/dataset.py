@@ -53,12 +53,8 @@ class MaskValues:
 class SegmentationDataset(DatasetWrapper):
     """A dataset of images (h, w, c + 1) whose last channel is the mask: class indices or IGNORE.
 
-    Args:
-        source: The images.
-        read_mask: Returns the mask (h w) of an image index. Raises BadImage.
-        classes: Names of the classes.
-        table: Class index, IGNORE or NO_CLASS of each value in a mask file (256).
-        values: Returns the values found in the mask files.
+    `table` has the class index, IGNORE or NO_CLASS of each value in a mask file (256); `values` returns the values
+    found.
     """
 
     def __init__(
@@ -110,8 +106,7 @@ def open_segmentation(
         table: Class table of the train data, to be used for test data.
 
     Raises:
-        UserError: If the folder has another layout, classes.txt differs from `classes`, or mask values are not class
-            numbers.
+        UserError: For another layout, if classes.txt differs from `classes`, or if mask values are not class numbers.
     """
     if spec.startswith("shapes:"):
         return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
