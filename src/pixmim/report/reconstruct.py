@@ -79,7 +79,7 @@ def choose_crops(config: ModelConfig, data: ImageDataset, count: int) -> tuple[S
 def load_crops(
     config: ModelConfig, data: ImageDataset, count: int, order: Iterable[int]
 ) -> tuple[Shaped[Tensor, "b c h w"], list[str], list[str]]:
-    """Read the center crops of the first `count` readable images. Raises UserError if there are none.
+    """Read the center crops of the first `count` readable images. Raises UserError if no image can be read.
 
     Returns the images, the names of their files, and a line for each unreadable image.
     """

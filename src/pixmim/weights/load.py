@@ -249,7 +249,7 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
 
 
 def import_weights(weights: Weights, folder: Path | None) -> list[str]:
-    """Check that weights build a model, and save them in a new folder like a finished run's, unless it is None.
+    """Check that weights build a model, and save them in a new folder, if one is given, like a finished run's.
 
     The folder contains config.json, encoder/ and, with a decoder, model.safetensors. Returns lines about what was
     recognized, used, ignored and assumed. Raises UserError if the weights do not match, or the folder exists.

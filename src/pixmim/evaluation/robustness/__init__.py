@@ -99,9 +99,8 @@ def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> V
 def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], float | None]:
     """Compute the CE of each corruption and their mean, mCE, in per cent of AlexNet's errors (arXiv 1903.12261).
 
-    CE is the sum of the errors, in [0, 1], over the five severities, divided by the same sum for AlexNet. mCE is None
-    unless all 15 corruptions are given, because the mean of a part is not comparable. Raises ValueError for other
-    severities.
+    CE is the sum of the errors, in [0, 1], over the five severities, divided by the same sum for AlexNet. Of fewer than
+    15 corruptions there is no mCE, because the mean of a part is not comparable. Raises ValueError for other severities.
     """
     for name, values in errors.items():
         if len(values) != 5:
