@@ -19,7 +19,7 @@ from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.box_formats import read_boxes
 from pixmim.evaluation.mask_files import find_masks
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import read_file, read_text
+from pixmim.utils.files import read_file, read_text, readable
 from pixmim.utils.memory import free_memory
 from pixmim.utils.process import killable
 
@@ -73,26 +73,16 @@ def read_objects(spec: str) -> tuple[list[ImageObject], int]:
     return objects, len(entries) - len(objects)
 
 
-def _clip(image: str, width: float, height: float, xywh: Sequence[float], where: str) -> ImageObject | None:
-    """Return an object with its box clipped to the image; None if nothing is left. Raises UserError."""
+def _clip(xywh: Sequence[float], width: float, height: float) -> Box | None:
+    """Return the part of a box that is inside its image; None if nothing is left."""
     x, y, w, h = xywh
-    if not all(np.isfinite([width, height, x, y, w, h])):
-        raise UserError(f"{where}: the size or the box is not finite")
-    if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
-        raise UserError(f"{where}: invalid image size {width:g}x{height:g}")
-    if w < 0 or h < 0:
-        raise UserError(f"{where}: invalid box size {w:g}x{h:g}")
     box = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
-    if box[0] >= box[2] or box[1] >= box[3]:
-        return None
-    return ImageObject(image, (round(height), round(width)), box)
+    return None if box[0] >= box[2] or box[1] >= box[3] else box
 
 
 def _read_csv(path: Path) -> Iterator[ImageObject | None]:
-    try:
+    with readable(path):
         text = read_text(path, _MAX_BYTES)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     rows, needed = csv.DictReader(io.StringIO(text, newline="")), ", ".join(_CSV_COLUMNS)
     try:
         missing = [name for name in _CSV_COLUMNS if name not in (rows.fieldnames or ())]
@@ -104,7 +94,14 @@ def _read_csv(path: Path) -> Iterator[ImageObject | None]:
                 width, height, *xywh = (float(row[name]) for name in _CSV_COLUMNS)
             except (TypeError, ValueError):
                 raise UserError(f"{where}: six numbers are needed: {needed}") from None
-            yield _clip(row.get("image") or f"line {line}", width, height, xywh, where)
+            if not all(np.isfinite([width, height, *xywh])):
+                raise UserError(f"{where}: the size or the box is not finite")
+            if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
+                raise UserError(f"{where}: invalid image size {width:g}x{height:g}")
+            if min(xywh[2:]) < 0:
+                raise UserError(f"{where}: invalid box size {xywh[2]:g}x{xywh[3]:g}")
+            box, size = _clip(xywh, width, height), (round(height), round(width))
+            yield None if box is None else ImageObject(row.get("image") or f"line {line}", size, box)
     except csv.Error as error:
         raise UserError(f"{path} is not a CSV file: {error}") from error
 
@@ -241,11 +238,8 @@ def read_coco(file: Path, read_mask: ReadMask | None = None, content: dict[str, 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        data = read_file(file, _MAX_BYTES)
-        with killable():
-            content = json.loads(data)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+        with readable(file), killable():
+            content = json.loads(read_file(file, _MAX_BYTES))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -322,8 +316,8 @@ def _read_annotation(
     """Return an annotation as an object; None if its box is outside its image."""
     size, problems, (x, y, w, h) = coco.images[index].size, coco.problems, entry["bbox"]
     height, width = size
-    box = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    if box[2] <= box[0] or box[3] <= box[1]:
+    box = _clip(entry["bbox"], float(width), float(height))
+    if box is None:
         problems.add("boxes are empty, or outside their image", name)
         return None
     if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:  # otherwise a rounding error
@@ -349,7 +343,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    return _is_text(value) or is_number(value)
+    return isinstance(value, str) or is_number(value)
 
 
 def _is_side(value: Any) -> bool:

@@ -32,7 +32,7 @@ from pixmim.evaluation.settings import AttentiveSettings
 from pixmim.evaluation.visualize import heat_overlay, labeled_grid, to_rgb
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils import rng
-from pixmim.utils.console import print_plain, progress
+from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json, write_text_atomically
 from pixmim.utils.trust import inside
@@ -101,8 +101,8 @@ def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Val
     check_attentive(context, settings)
     blocks, width = selected_blocks(context, settings), token_shape(context.encoder)[2]
     queries = usable_queries(settings.queries, width)
-    if queries < settings.queries and context.console is not None:
-        print_plain(context.console, f"{queries} queries: {settings.queries} do not divide the width of {width}")
+    if queries < settings.queries:
+        context.print(f"{queries} queries: {settings.queries} do not divide the width of {width}")
     probes: list[tuple[AttentiveProbe, TokenSet]] = []
 
     def measure(train: TokenSet, test: TokenSet) -> Values:

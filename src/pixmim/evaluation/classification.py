@@ -60,20 +60,19 @@ def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | No
 
     Raises UserError if there are no labels or fewer than two classes, or the train data lack a test class.
     """
-    out = console or Console(quiet=True)
     lines = [check_classes(data) for data in (train, test)]
     train_labels = torch.from_numpy(cast(np.ndarray, train.labels))
     indices = class_indices(test.classes, train.classes, "the test data")
     test_labels = indices[torch.from_numpy(cast(np.ndarray, test.labels))]
     for name, line in zip(("train", "test"), lines, strict=True):
-        print_plain(out, f"{name} data: {line}")
+        print_plain(console, f"{name} data: {line}")
     check_groups(train, test)
-    if not out.quiet:
-        warn_shared(train, test, out)
+    if console is not None and not console.quiet:
+        warn_shared(train, test, console)
     missing = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
     if missing:
         names = shortened_list([label(train.classes[index]) for index in missing])
-        print_plain(out, f"warning: {len(missing)} test classes have no train image, and a recall of 0: {names}")
+        print_plain(console, f"warning: {len(missing)} test classes have no train image, and a recall of 0: {names}")
     return LabeledSplits(train, test, train_labels, test_labels, train.classes)
 
 
@@ -153,7 +152,7 @@ def shares(names: Sequence[str], counts: Sequence[int]) -> str:
     return f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {', '.join(listed)}"
 
 
-def warn_shared(train: ImageDataset, test: ImageDataset, console: Console) -> None:
+def warn_shared(train: ImageDataset, test: ImageDataset, console: Console | None) -> None:
     """Print a warning if test images are train images as well."""
     count = len(shared_images(train, test))
     if count:
@@ -262,7 +261,7 @@ def evaluate_classifier(
     """Evaluate a classifier of normalized images on the test data, resized to 256/224 of `size` and center-cropped.
 
     Yields the values of `rated`; "top5" if there are more than 5 classes; "loss", the mean cross-entropy; and
-    "majority". Raises UserError if no image can be read, or scores are not finite.
+    "majority". Raises UserError if scores are not finite.
     """
     counts, in_top5, loss = torch.zeros(2, len(data.classes), dtype=torch.int64), 0, 0.0
     with progress(f"predictions for {data.test.spec}", len(data.test), context.console) as advance:
@@ -280,8 +279,6 @@ def evaluate_classifier(
                 counts += tally(top[:, 0], labels, len(data.classes))
             advance(end)
     count = int(counts[1].sum())
-    if not count:
-        raise UserError(f"no image of {data.test.spec} can be read: see evaluations-skipped.csv")
     yield from rated(counts, data.classes)
     if len(data.classes) > 5:
         yield "top5", 100 * in_top5 / count

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import MAX_DEPTH
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 Values = Iterator[tuple[str, float]]
@@ -94,11 +96,14 @@ class EvalContext:
 
         return self.cached(("features", spec, blocks), compute)
 
+    def print(self, line: str) -> None:
+        """Print a line on the console, if there is one."""
+        print_plain(self.console, line)
+
     def print_skipped(self, skipped: BadImageLog, data: ImageDataset) -> None:
         """Print how many images of a dataset are skipped, and why, if any are."""
-        if len(skipped) and self.console is not None:
-            line = f"{len(skipped):,} of the {len(data):,} images of {data.spec} are skipped: {skipped.reasons}"
-            print_plain(self.console, line)
+        if len(skipped):
+            self.print(f"{len(skipped):,} of the {len(data):,} images of {data.spec} are skipped: {skipped.reasons}")
 
     def cached(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
         """Return the cached result of `compute`, which several evaluations of this context use."""
@@ -112,6 +117,16 @@ class EvalContext:
         """Return the folder for unfinished work of an evaluation with these settings, to resume from."""
         key = sha256(repr((self.encoder_state, fingerprint(self.encoder), settings)).encode()).hexdigest()[:12]
         return inside(self.folder, f"unfinished/{name}-{self.encoder_state}-{key}")
+
+
+def checked_once(check: Callable[[EvalContext, S], T]) -> Callable[[EvalContext, S], T]:
+    """Call a check once for equal settings of a context: evaluations use what their checks return."""
+
+    @wraps(check)
+    def cached(context: EvalContext, settings: S) -> T:
+        return context.cached((check.__name__, repr(settings)), lambda: check(context, settings))
+
+    return cached
 
 
 def _cached(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], compute: Callable[[], T]) -> T:

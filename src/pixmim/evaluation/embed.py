@@ -70,7 +70,7 @@ def embed(
     work, skipped_path = out.with_name(out.name + ".partial"), out.with_name(f"{out.name}.skipped.csv")
     if work.is_symlink():
         raise UserError(f"{work} is a symbolic link: remove it first")
-    with locked_folder(work, partial(print_plain, console or Console(quiet=True))):
+    with locked_folder(work, partial(print_plain, console)):
         resuming = (work / "state.json").exists()
         if not resuming and any(path.name != LOCK_NAME for path in work.iterdir()):
             raise UserError(f"{work} is there already, and is not unfinished work: choose another --out")

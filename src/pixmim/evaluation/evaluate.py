@@ -108,14 +108,14 @@ def evaluate_many(
             except UserError as error:
                 if not (untrained and optional_start):
                     raise
-                print_plain(console or Console(quiet=True), f"{model} is evaluated without its start: {error}")
+                print_plain(console, f"{model} is evaluated without its start: {error}")
                 continue
             key = fingerprint(encoder) if untrained else model
             if any(key == other for _, _, other, _ in queue):
                 queue.append((model, folder, key, None))
                 continue
             for line in encoder.notes:
-                print_plain(console or Console(quiet=True), line)
+                print_plain(console, line)
             context = EvalContext(encoder, folder, state, console, overwrite, shared=shared)
             check(context, evaluations)
             queue.append((model, folder, key, context))
@@ -196,7 +196,7 @@ def online_knn(
         _, warning = usable_k(DEFAULT_K, len(train.labels))
         if warning and warning not in warned:
             warned.add(warning)
-            print_plain(console or Console(quiet=True), warning)
+            print_plain(console, warning)
         names = ("top1", "balanced", "majority")
         values = {f"knn/{k}": v for k, v in knn(train, test) if k.count("/") < 3 and k.split("/")[-1] in names}
         return values | {"knn/images": len(test.labels)}

@@ -11,7 +11,6 @@ from pixmim.evaluation.classification import majority, rated, same_classes, tall
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
 from pixmim.evaluation.settings import KnnSettings
-from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
 DEFAULT_K = (1, 20)
@@ -36,8 +35,8 @@ def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
     smallest, _ = check_repeated(context, settings)
     train, test = (context.block_features(spec, selected_blocks(context, settings)) for spec in settings.sources)
     _, warning = usable_k(settings.k, min(smallest, len(train[0].labels)))
-    if warning and context.console is not None:
-        print_plain(context.console, warning)
+    if warning:
+        context.print(warning)
 
     def measure(references: FeatureSet, queries: FeatureSet) -> Values:
         found = dict(knn(references, queries, settings.k, context.encoder.device))

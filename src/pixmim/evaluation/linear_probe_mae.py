@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +22,6 @@ from pixmim.training.optim import LARS, Schedule, SyncFreeOptimizer
 from pixmim.training.precision import autocast
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import RandomResizedCrop, flip_and_normalize
-from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
 MICROBATCH = 512
@@ -60,11 +58,10 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
     schedule = Schedule(steps, warmup, settings.base_lr * batch / 256, 0.0)
 
     reduced = f" (reduced from {settings.batch_size:,} for {images:,} images)" if batch < settings.batch_size else ""
-    print_plain(
-        context.console or Console(quiet=True),
+    context.print(
         f"linear probe by MAE's protocol: {epochs} epochs of {images:,} images, {steps:,} steps of {batch:,}{reduced}; "
         f"LARS, rate {schedule.peak:.3g} after {warmup} steps of warm-up, to 0; "
-        + ("class token" if kind == "cls" else "mean of the patch tokens"),
+        + ("class token" if kind == "cls" else "mean of the patch tokens")
     )
     head = _build_head(int(encoder.module.num_features), len(data.classes), settings.seed)  # type: ignore[arg-type]
     head = head.to(encoder.device)

@@ -80,7 +80,7 @@ def extract_tokens(
 
     They are float16 in a file in the context's folder. It has no name where the system allows that, so nothing is left
     however the process ends. Each of the `blocks` (indices) has a set of tokens; by default the last block alone.
-    Raises UserError if the data have no labels or no readable image, or tokens are not finite.
+    Raises UserError if the data have no labels, or tokens are not finite.
     """
     encoder, data = context.encoder, context.data(spec)
     check_classes(data)
@@ -103,8 +103,6 @@ def extract_tokens(
                     indices.append(read)
                 advance(end)
         context.print_skipped(skipped, data)
-        if not indices:
-            raise UserError(f"no image of {spec} can be read: see evaluations-skipped.csv")
         file.flush()
         order = np.concatenate(indices)
         labels = torch.from_numpy(np.asarray(data.labels)[order])

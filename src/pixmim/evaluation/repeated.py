@@ -13,7 +13,7 @@ from pixmim.evaluation.context import EvalContext, FeatureSet, Values
 from pixmim.evaluation.patch_tokens import TokenSet
 from pixmim.evaluation.settings import FrozenSettings
 from pixmim.models import depth
-from pixmim.utils.console import label, print_plain
+from pixmim.utils.console import label
 from pixmim.utils.errors import UserError
 
 S = TypeVar("S", FeatureSet, TokenSet)
@@ -118,9 +118,7 @@ def _folds(context: EvalContext, settings: FrozenSettings) -> Assignment:
 
 
 def _print_once(context: EvalContext, line: str) -> None:
-    if context.console is not None:
-        console = context.console
-        context.once_for_all(("printed", line), lambda: print_plain(console, line))
+    context.once_for_all(("printed", line), lambda: context.print(line))
 
 
 def split_table(context: EvalContext, settings: Any) -> list[list[str]]:

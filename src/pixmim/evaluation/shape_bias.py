@@ -64,8 +64,6 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
                 predictions.append((scores if groups is None else categories(scores, groups)).argmax(dim=1))
                 readable.append(torch.from_numpy(indices))
             advance(end)
-    if not readable:
-        raise UserError(f"no stimulus of {data.spec} can be read")
     order, predicted = torch.cat(readable), torch.cat(predictions)
     shapes, textures = shapes[order], textures[order]
     _check_conflict(data, shapes, textures)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pixmim.utils.errors import UserError, first_line, shown
-from pixmim.utils.files import open_regular, read_file, read_json
+from pixmim.utils.files import open_regular, read_file, read_json, readable
 from pixmim.utils.trust import inside
 
 MAX_FILES = 512  # in an index
@@ -96,11 +96,8 @@ def read(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
 
 
 def _read_file(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
-    try:
-        with open(open_regular(path), "rb") as file:
-            start, size = file.read(64), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    with readable(path), open(open_regular(path), "rb") as file:
+        start, size = file.read(64), os.fstat(file.fileno()).st_size
     try:
         if path.suffix == ".safetensors":
             tensors, metadata = _read_safetensors(path)
@@ -338,10 +335,8 @@ def _training_arguments(content: Any) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with readable(path):
         content = read_json(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return content if isinstance(content, dict) else {}
 
 

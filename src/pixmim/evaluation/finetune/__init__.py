@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +21,7 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import LabeledSplits, evaluate_classifier, open_labeled, shortened_list
-from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
 from pixmim.evaluation.finetune.model import build, classifier_config, load_encoder_weights
 from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES, Recipe, apply_overrides, choose, describe
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
@@ -36,7 +35,6 @@ from pixmim.transforms.augment import augmented
 from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop, flip_and_normalize
 from pixmim.transforms.mixup import erase, mix, soft_labels
 from pixmim.utils import rng
-from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json
 from pixmim.utils.trust import inside
@@ -66,31 +64,28 @@ class FinetunePlan:
     finished: bool  # True if `folder` holds the finished classifier of these settings
 
 
+@checked_once
 def check_finetune(context: EvalContext, settings: FinetuneSettings) -> FinetunePlan:
     """Check data, settings and the classifier's folder without training.
 
     Raises UserError if data, settings or the encoder do not suit, or another classifier is in the folder.
     """
-
-    def check() -> FinetunePlan:
-        encoder, data = context.encoder, open_labeled(context, settings.train, settings.test, all_classes=True)
-        name = choose(settings.recipe, encoder.config, encoder.module, settings.from_scratch)
-        recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)
-        if data.train.image_spec.dtype != "uint8" and (recipe.augment != "none" or recipe.jitter):
-            raise UserError("only 8-bit images can be augmented: pass --augment none --jitter 0")
-        config = classifier_config(encoder.config, encoder.module, len(data.classes), recipe.pool, settings.size)
-        width = int(encoder.module.num_features)  # type: ignore[arg-type]
-        steps = equal_parts(recipe.batch_size, settings.accumulation_steps, encoder.device, config.image_size, width)
-        resolved = replace(settings, accumulation_steps=steps)
-        _initial_model(encoder, resolved, recipe, config)  # raises if the weights do not fit
-        state = "" if context.encoder_state == "trained" else f"-{context.encoder_state}"
-        folder = inside(context.folder, f"classifier{'-from-scratch' if settings.from_scratch else state}")
-        provenance = _provenance(encoder, resolved, recipe, config, data)
-        work = context.work_dir("finetune", resolved)
-        finished = not context.overwrite and _is_finished(folder, provenance, work)
-        return FinetunePlan(data, name, recipe, resolved, config, folder, work, provenance, finished)
-
-    return context.cached(("finetune", repr(settings)), check)
+    encoder, data = context.encoder, open_labeled(context, settings.train, settings.test, all_classes=True)
+    name = choose(settings.recipe, encoder.config, encoder.module, settings.from_scratch)
+    recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)
+    if data.train.image_spec.dtype != "uint8" and (recipe.augment != "none" or recipe.jitter):
+        raise UserError("only 8-bit images can be augmented: pass --augment none --jitter 0")
+    config = classifier_config(encoder.config, encoder.module, len(data.classes), recipe.pool, settings.size)
+    width = int(encoder.module.num_features)  # type: ignore[arg-type]
+    steps = equal_parts(recipe.batch_size, settings.accumulation_steps, encoder.device, config.image_size, width)
+    resolved = replace(settings, accumulation_steps=steps)
+    _initial_model(encoder, resolved, recipe, config)  # raises if the weights do not fit
+    state = "" if context.encoder_state == "trained" else f"-{context.encoder_state}"
+    folder = inside(context.folder, f"classifier{'-from-scratch' if settings.from_scratch else state}")
+    provenance = _provenance(encoder, resolved, recipe, config, data)
+    work = context.work_dir("finetune", resolved)
+    finished = not context.overwrite and _is_finished(folder, provenance, work)
+    return FinetunePlan(data, name, recipe, resolved, config, folder, work, provenance, finished)
 
 
 def evaluate_finetune(context: EvalContext, settings: FinetuneSettings) -> Values:
@@ -98,9 +93,9 @@ def evaluate_finetune(context: EvalContext, settings: FinetuneSettings) -> Value
 
     A finished classifier of the same settings is not trained again. Raises UserError: see `check_finetune`.
     """
-    plan, encoder, console = check_finetune(context, settings), context.encoder, context.console or Console(quiet=True)
+    plan, encoder = check_finetune(context, settings), context.encoder
     if plan.finished:
-        print_plain(console, f"using the finished classifier {plan.folder} (--overwrite trains it again)")
+        context.print(f"using the finished classifier {plan.folder} (--overwrite trains it again)")
         model = build_encoder_with_weights(read_weights(plan.folder)).to(encoder.device)
         choose_attention(model, encoder.device, encoder.precision)
     else:
@@ -109,7 +104,7 @@ def evaluate_finetune(context: EvalContext, settings: FinetuneSettings) -> Value
             _is_finished(plan.folder, plan.provenance, plan.work)
         metadata = {_METADATA_KEY: json.dumps(plan.provenance)}
         save_encoder(model, plan.folder, plan.config, encoder.step, classes=plan.data.classes, more=metadata)
-        print_plain(console, f"  classifier: {plan.folder}")
+        context.print(f"  classifier: {plan.folder}")
     yield from evaluate_classifier(context, plan.data, encoder, plan.config.image_size, model)
     discard(plan.work)
 
@@ -130,7 +125,7 @@ def _train(context: EvalContext, plan: FinetunePlan) -> nn.Module:
     initial = "random weights" if settings.from_scratch else f"the {context.encoder_state} encoder"
     summary = describe(plan.name, recipe, images, steps, warmup, settings.accumulation_steps)
     for line in [*summary, f"  initialized from {initial}", *notes]:
-        print_plain(context.console or Console(quiet=True), line)
+        context.print(line)
 
     trainer = Trainer(
         averaged,

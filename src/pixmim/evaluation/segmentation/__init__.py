@@ -16,7 +16,7 @@ from torch import Tensor
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import shares, shortened_list, warn_shared
-from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
 from pixmim.evaluation.segmentation.dataset import IGNORE, SegmentationDataset, open_segmentation
 from pixmim.evaluation.segmentation.model import segment
 from pixmim.evaluation.segmentation.train import build, fit
@@ -39,22 +39,18 @@ class SegmentationSplits:
     test_skipped: BadImageLog
 
 
+@checked_once
 def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> SegmentationSplits:
     """Read all images and masks and build the model, before anything is trained. Raises UserError."""
-
-    def make() -> SegmentationSplits:
-        spec, options = context.encoder.image_spec, {"ignore": settings.ignore, "foreground": settings.foreground}
-        train = open_segmentation(settings.train, spec, "training", **options)  # type: ignore[arg-type]
-        test = open_segmentation(settings.test, spec, "validation", train.classes, table=train.table)
-        build(context.encoder, settings, len(train.classes))
-        console = context.console or Console(quiet=True)
-        warn_shared(train.source, test.source, console)
-        splits = SegmentationSplits(train, test, context.skipped(train), context.skipped(test))
-        check_masks(train, splits.train_skipped, "train", console)
-        check_masks(test, splits.test_skipped, "test", console)
-        return splits
-
-    return context.cached(("segmentation", repr(settings)), make)
+    spec, console = context.encoder.image_spec, context.console
+    train = open_segmentation(settings.train, spec, "training", ignore=settings.ignore, foreground=settings.foreground)
+    test = open_segmentation(settings.test, spec, "validation", train.classes, table=train.table)
+    build(context.encoder, settings, len(train.classes))
+    warn_shared(train.source, test.source, console)
+    splits = SegmentationSplits(train, test, context.skipped(train), context.skipped(test))
+    check_masks(train, splits.train_skipped, "train", console)
+    check_masks(test, splits.test_skipped, "test", console)
+    return splits
 
 
 def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
@@ -85,7 +81,7 @@ def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) 
     yield "images", len(test) - len(skipped)
 
 
-def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console) -> None:
+def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console | None) -> None:
     """Read all images and masks; print the classes, their shares of the pixels, and what is left out.
 
     Raises UserError if fewer than two classes have pixels, or too many images or masks cannot be used.

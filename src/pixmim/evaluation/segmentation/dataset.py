@@ -23,7 +23,7 @@ from pixmim.evaluation.mask_files import MASK_SUFFIXES, MaskFiles, find_masks
 from pixmim.transforms.crops import Array
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.files import read_file, read_text
+from pixmim.utils.files import read_file, read_text, readable
 from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 IGNORE = 255
@@ -302,10 +302,8 @@ def _read_class_names(root: Path) -> list[str] | None:
     file = next((root / name for name in ("classes.txt", "objectInfo150.txt") if os.path.lexists(root / name)), None)
     if file is None:
         return None
-    try:
+    with readable(file):
         lines = read_text(file, _MAX_NAMES_BYTES).splitlines()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     if file.name == "classes.txt":
         names = [line.strip() for line in lines if line.strip()]
     else:  # a table whose last column, NAME, lists synonyms
