@@ -7,8 +7,8 @@ probe of their mean or of the class token understates the encoder.
 import json
 import math
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pixmim.evaluation.classification import class_indices, majority, rated, tal
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.patch_tokens import TokenSet, check_space, extract_tokens, token_shape
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
-from pixmim.evaluation.results import file_stem
+from pixmim.evaluation.results import result_file
 from pixmim.evaluation.settings import AttentiveSettings
 from pixmim.evaluation.visualize import heat_overlay, labeled_grid, to_rgb
 from pixmim.transforms.crops import evaluation_crop
@@ -35,7 +35,6 @@ from pixmim.utils import rng
 from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json, write_text_atomically
-from pixmim.utils.trust import inside
 from pixmim.weights.safe_load import read
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -106,14 +105,8 @@ def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Val
     probes: list[tuple[AttentiveProbe, TokenSet]] = []
 
     def measure(train: TokenSet, test: TokenSet) -> Values:
-        probe = fit_probe(
-            train,
-            queries=queries,
-            epochs=settings.epochs,
-            seed=settings.seed,
-            device=context.encoder.device,
-            console=context.console,
-        )
+        options: Any = {"queries": queries, "device": context.encoder.device, "console": context.console}
+        probe = fit_probe(train, epochs=settings.epochs, seed=settings.seed, **options)
         probes[:] = [(probe.module, test)]
         labels = class_indices(test.classes, train.classes, "the test data")[test.labels]
         counts = tally(predict([probe.module], test, np.arange(len(labels)))[0], labels, len(train.classes))
@@ -129,9 +122,7 @@ def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Val
         yield from repeat(context, settings, train, test, measure)
         draw_attention(context, probes[0][0], settings.sources[1], probes[0][1])
     if context.encoder_state == "trained" and not (settings.folds or settings.shots or settings.layers):
-        folder = inside(context.folder, "evaluations")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{file_stem('attentive', 'trained', asdict(settings))}.safetensors"
+        path = result_file(context.folder, "attentive", "trained", asdict(settings), ".safetensors")
         save_probe(probes[0][0], train[0].classes, context.encoder.step, path)
 
 
@@ -182,17 +173,19 @@ def fit(
     All have the same initial weights, which depend on the seed, as the order of the rows does.
     """
     width, classes = train.tokens.shape[2], len(train.classes)
-    probes = []
-    for _ in rates:
-        with seeded(seed):
-            probes.append(AttentiveProbe(width, classes, queries).to(device))
+    with seeded(seed):
+        first = AttentiveProbe(width, classes, queries).to(device)
+    probes = [deepcopy(first) for _ in rates]
     optimizer = torch.optim.AdamW(
         [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)],
         weight_decay=0.01,
     )
     batch = min(BATCH, len(rows), max(16, len(rows) // 8))
     steps = max(1, epochs * len(rows) // batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_peak(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1.0, (i + 1) / max(1, steps // 10)) * (0.5 + 0.5 * math.cos(math.pi * i / steps)),
+    )
     epochs = -(-steps * batch // len(rows))
     order = np.concatenate([rows[rng.permutation(seed, 1 + epoch, len(rows))] for epoch in range(epochs)])
     with progress("steps of the attentive probe", steps, console) as advance:
@@ -211,14 +204,11 @@ def fit(
 @torch.no_grad()
 def predict(probes: list[AttentiveProbe], data: TokenSet, rows: Int[np.ndarray, " r"]) -> list[Int[Tensor, " r"]]:
     """Return the class that each probe predicts for these rows, on the CPU. They are read once."""
-    device = probes[0].queries.device
-
-    def parts() -> Iterator[Tensor]:
-        for start in range(0, len(rows), BATCH):
-            x, _ = data.batch(rows[start : start + BATCH], device)
-            yield torch.stack([probe(x).argmax(dim=1) for probe in probes]).cpu()
-
-    return list(torch.cat(list(parts()), dim=1))
+    parts = []
+    for start in range(0, len(rows), BATCH):
+        x, _ = data.batch(rows[start : start + BATCH], probes[0].queries.device)
+        parts.append(torch.stack([probe(x).argmax(dim=1) for probe in probes]).cpu())
+    return list(torch.cat(parts, dim=1))
 
 
 @torch.no_grad()
@@ -257,12 +247,10 @@ def load_probe(path: Path) -> tuple[AttentiveProbe, list[str], int]:
     """Return a saved probe in eval mode, its classes, and its encoder's step. Raises UserError for any other file."""
     file = read(path)
     info = parse_json(file.metadata.get("probe", "null"), str(path))
-    info = info if isinstance(info, dict) else {}
-    classes: Any = info.get("classes")
+    classes: Any = info.get("classes") if isinstance(info, dict) and type(info.get("step")) is int else None
     shapes = {name: tuple(value.shape) for name, value in file.tensors.items()}
     queries, width = shapes["queries"] if len(shapes.get("queries", ())) == 2 else (0, 0)
     known = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    known = known and type(info.get("step")) is int
     fits = queries and width % queries == 0 and shapes.get("values") == (queries, width, width // queries)
     if known and fits and shapes.get("head.weight") == (len(classes), width):
         probe = AttentiveProbe(width, len(classes), queries)
@@ -272,13 +260,6 @@ def load_probe(path: Path) -> tuple[AttentiveProbe, list[str], int]:
     raise UserError(f"{path} is not an attentive probe of pixmim: repeat `pixmim evaluate attentive`")
 
 
-def _share_of_peak(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / max(1, steps // 10)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
 def _check_count(images: int) -> None:
     if images < 3:
-        raise UserError(
-            f"the attentive probe needs at least 3 train images, one of them to choose its learning rate, and {images} "
-            "can be read: pass more as --train"
-        )
+        raise UserError(f"the attentive probe needs at least 3 train images: pass more than {images} as --train")

@@ -176,10 +176,8 @@ def online_knn(
         return None
     if not (config.knn.train and config.knn.test):
         raise UserError("k-NN during training needs labeled data: pass --knn.train and --knn.test")
-    spec = image_spec(config)
-    train_data, test_data = (
-        open_dataset(data, spec, config.shard_cache_gib) for data in (config.knn.train, config.knn.test)
-    )
+    sources = config.knn.train, config.knn.test
+    train_data, test_data = (open_dataset(data, image_spec(config), config.shard_cache_gib) for data in sources)
     try:
         check_labeled(train_data, test_data, console)
     except UserError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from pixmim.build import build_model, image_spec
@@ -41,9 +41,12 @@ class FrozenEncoder:
     names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # lines to print: how far it is trained, and which values were assumed
 
-    def preprocess(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Move cropped images to the device and normalize them."""
-        return flip_and_normalize(images.to(self.device, non_blocking=True), None, self.mean, self.std)
+    def preprocess(
+        self, images: Shaped[Tensor, "b c h w"], flip: Bool[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Move cropped images to the device, flip some of them and normalize them."""
+        flip = None if flip is None else flip.to(self.device, non_blocking=True)
+        return flip_and_normalize(images.to(self.device, non_blocking=True), flip, self.mean, self.std)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -135,11 +138,8 @@ def wrap_live_encoder(
 def fingerprint(encoder: FrozenEncoder) -> str:
     """Return a digest of an encoder: equal digests give equal results in every evaluation."""
     config = encoder.config
-    digest = sha256(
-        repr(
-            (config.model, config.image_size, encoder.image_spec, config.normalization, getattr(config, "epochs", None))
-        ).encode()
-    )
+    parts = config.model, config.image_size, encoder.image_spec, config.normalization, getattr(config, "epochs", None)
+    digest = sha256(repr(parts).encode())
     for name, value in encoder.module.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())

@@ -3,8 +3,6 @@
 The frozen encoder sees another crop of each image in every epoch, so features are recomputed instead of cached.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from pixmim.models import features
 from pixmim.training.optim import LARS, Schedule, SyncFreeOptimizer
 from pixmim.training.precision import autocast
 from pixmim.training.trainer import Trainer
-from pixmim.transforms.crops import RandomResizedCrop, flip_and_normalize
+from pixmim.transforms.crops import RandomResizedCrop
 from pixmim.utils.errors import UserError
 
 MICROBATCH = 512
@@ -63,8 +61,11 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
         f"LARS, rate {schedule.peak:.3g} after {warmup} steps of warm-up, to 0; "
         + ("class token" if kind == "cls" else "mean of the patch tokens")
     )
-    head = _build_head(int(encoder.module.num_features), len(data.classes), settings.seed)  # type: ignore[arg-type]
-    head = head.to(encoder.device)
+    with seeded(settings.seed):
+        linear = nn.Linear(int(encoder.module.num_features), len(data.classes))  # type: ignore[arg-type]
+        nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear).to(encoder.device)
 
     def open_loader(first: int) -> Loader:
         return Loader(
@@ -78,9 +79,8 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
         )
 
     def compute_loss(batch: Batch, number: int) -> Tensor:
-        to: Any = {"device": encoder.device, "non_blocking": True}
-        images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
-        return F.cross_entropy(head(frozen_feature(encoder, kind, images)), data.train_labels[batch.indices].to(**to))
+        scores = head(frozen_feature(encoder, kind, encoder.preprocess(batch.images, batch.flip)))
+        return F.cross_entropy(scores, data.train_labels[batch.indices].to(encoder.device, non_blocking=True))
 
     work = context.work_dir("linear-mae", settings)
     trainer = Trainer(
@@ -122,11 +122,3 @@ def feature_kind(module: nn.Module, feature: str) -> str:
 def split_batch(batch: int) -> tuple[int, int]:
     """Return size and number of the microbatches of a batch; images that do not fill one are dropped."""
     return (batch, 1) if batch <= MICROBATCH else (MICROBATCH, batch // MICROBATCH)
-
-
-def _build_head(width: int, classes: int, seed: int) -> nn.Sequential:
-    with seeded(seed):
-        linear = nn.Linear(width, classes)
-        nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)

@@ -50,10 +50,8 @@ def save(result: Result, folder: Path) -> Path:
 
     Values that are not finite become null.
     """
-    folder = inside(folder, "evaluations")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{file_stem(result.evaluation, result.encoder, result.settings)}.json"
-    names = {}
+    path = result_file(folder, result.evaluation, result.encoder, result.settings, ".json")
+    names, folder = {}, path.parent
     for caption, image in result.pictures.items():
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
         names[caption] = f"{path.stem}-{words}.png"
@@ -66,17 +64,18 @@ def save(result: Result, folder: Path) -> Path:
     return path
 
 
-def file_stem(evaluation: str, encoder: str, settings: dict[str, Any]) -> str:
-    """Return the name, without suffix, of the files of an evaluation with these settings."""
+def result_file(folder: Path, evaluation: str, encoder: str, settings: dict[str, Any], suffix: str) -> Path:
+    """Return the file of an evaluation with these settings in the folder's `evaluations/`, which is created."""
+    folder = inside(folder, "evaluations")
+    folder.mkdir(parents=True, exist_ok=True)
     key = sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    return f"{evaluation}-{encoder}-{key}"
+    return folder / f"{evaluation}-{encoder}-{key}{suffix}"
 
 
 def versions() -> dict[str, str]:
     """Return the versions of pixmim, torch, timm and Python, and the commit if pixmim runs from a checkout."""
     checkout = Path(__file__).parents[3]
     found = {name: version(name) for name in ("pixmim", "torch", "timm")} | {"python": platform.python_version()}
-    git = ["git", "--no-optional-locks", "-C", str(checkout), "describe", "--always", "--dirty"]
     if not (checkout / ".git").exists():  # git would search parent folders and obey the configuration of any repository
         return found
     git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]

@@ -32,7 +32,7 @@ from pixmim.training.optim import LAMB, Schedule, SyncFreeOptimizer, layer_decay
 from pixmim.training.precision import autocast, choose_attention
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.augment import augmented
-from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop, flip_and_normalize
+from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop
 from pixmim.transforms.mixup import erase, mix, soft_labels
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
@@ -254,9 +254,8 @@ def compute_loss(
     model: nn.Module, batch: Batch, number: int, encoder: FrozenEncoder, recipe: Recipe, data: LabeledSplits, seed: int
 ) -> Float[Tensor, ""]:
     """Compute the loss of a microbatch. All its randomness is a function of (seed, number)."""
-    to: Any = {"device": encoder.device, "non_blocking": True}
-    images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
-    labels = data.train_labels[batch.indices].to(**to)
+    images = encoder.preprocess(batch.images, batch.flip)
+    labels = data.train_labels[batch.indices].to(encoder.device, non_blocking=True)
     images, share = mix(erase(images, recipe.erase, seed, number), recipe.mixup, recipe.cutmix, seed, number)
     targets = soft_labels(labels, len(data.classes), share, recipe.smoothing)
     torch.manual_seed(rng.key(seed, "paths", number))  # drop path uses torch's global generator
