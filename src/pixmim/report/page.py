@@ -9,6 +9,7 @@ import shlex
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,16 +28,15 @@ from pixmim.data.bad_images import read_bad_images
 from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.data.decode.image import open_image
 from pixmim.evaluation.visualize import Pixels, labeled_grid, to_image
-from pixmim.report.gain import verdict
+from pixmim.report.gain import answers, figures, verdict
 from pixmim.report.neighbors import NeighborSheet, draw_neighbors
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
-from pixmim.report.repeated import answers, figures
 from pixmim.report.results import ModelResults, circumstances, compare, read_results, table
 from pixmim.targets import resolve_radius
 from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label, printable_lines
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, check_output, read_file, write_text_atomically
+from pixmim.utils.files import atomic_write, check_output, read_file, readable, write_text_atomically
 from pixmim.utils.plotting import plot_curves
 from pixmim.utils.trust import inside, refusal, untrusted_references
 from pixmim.utils.validation import NOT_OF_TIMM
@@ -115,7 +115,9 @@ def write_report(
     ]
     for entry in entries:
         if neighbors and entry.config is not None:
-            entry.neighbors = _draw_neighbors(entry, data, console)
+            with _warning(entry.warnings, "no neighbors: "):
+                images = open_run_data(entry.folder, entry.config, (read_config(entry.folder) or ("", ""))[1], data)
+                entry.neighbors = draw_neighbors(entry.folder, entry.config, images, console=console)
         for line in [*entry.warnings, *[f"no reconstructions: {entry.problem}"] * bool(entry.problem)]:
             warn(line)
         if entry.reconstruction is not None:
@@ -158,7 +160,7 @@ def results_table(folders: list[Path], width: int) -> Table:
 
 
 def gain_lines(folders: list[Path]) -> list[str]:
-    """Return what encoders gained over their start, by number of labels: see `repeated.answers`."""
+    """Return what encoders gained over their start, by number of labels: see `gain.answers`."""
     return answers(compare(_read_all(folders)))
 
 
@@ -172,18 +174,24 @@ def unique_names(folders: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
+@contextmanager
+def _warning(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Turn the error of a file, which may be untrusted, into a warning."""
+    try:
+        yield
+    except (UserError, OSError, BadImage) as error:
+        problems.append(prefix + "; ".join(str(error).splitlines()))
+
+
 def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str = "") -> ReportEntry:
     """Read a folder; each unreadable file costs a warning. Raises UserError if it has neither a run nor results."""
     entry = ReportEntry(name, folder)
     text, problems = "", entry.warnings
-    try:
-        found = read_config(folder)
-        if found is not None:
-            entry.config, text = found
-    except (UserError, OSError) as error:
-        problems.append(str(error))
+    with _warning(problems):
+        entry.config, text = read_config(folder) or (None, "")
     entry.results = read_results(folder, problems.append)
-    entry.metrics = _read_metrics(folder, problems.append)
+    with _warning(problems), readable(folder / "metrics.jsonl"):
+        entry.metrics = read_metrics(inside(folder, "metrics.jsonl"), problems.append)
     if entry.config is None and not entry.results:
         raise UserError(problems[0] if problems else f"{folder} is not a run: it has no config.json and no evaluations")
     if entry.config is not None:
@@ -197,8 +205,12 @@ def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str
             resume = f"pixmim pretrain --resume {shlex.quote(str(folder))}"
             entry.how_to_finish = f"{resume} resumes it, and with --finish writes its encoder at once"
             warn(f"{name} is unfinished{': ' * bool(entry.progress)}{entry.progress}")
-    entry.skipped = _count_skipped(folder, problems.append)
-    entry.drawings = list(_read_drawings(entry, problems.append))
+    with _warning(problems):
+        path = inside(folder, "skipped.csv")
+        rows, problem = read_bad_images(path) if path.exists() else ([], "")
+        entry.skipped = len(rows)
+        problems += [problem] * bool(problem)
+    entry.drawings = list(_read_drawings(entry))
     return entry
 
 
@@ -211,18 +223,6 @@ def open_run_data(folder: Path, config: ModelConfig, text: str, data: str | None
         raise UserError(f"{refusal(folder, untrusted)}. Add data that you trust: `{command}`")
     cache = [config.shard_cache_gib] if isinstance(config, PretrainConfig) and not untrusted else []
     return open_dataset(own if data is None else data, image_spec(config), *cache)
-
-
-def _draw_neighbors(entry: ReportEntry, data: str | None, console: Console | None) -> NeighborSheet | None:
-    """Return the sheet of a run; None, with a warning on the page, if its encoder or data cannot be read."""
-    assert entry.config is not None
-    try:
-        text = (read_config(entry.folder) or (entry.config, ""))[1]
-        images = open_run_data(entry.folder, entry.config, text, data)
-        return draw_neighbors(entry.folder, entry.config, images, console=console)
-    except (UserError, OSError) as error:
-        entry.warnings.append(f"no neighbors: {'; '.join(str(error).splitlines())}")
-        return None
 
 
 def _first_pictures(entries: list[ReportEntry]) -> list[tuple[str, str, Pixels, Pixels]]:
@@ -245,30 +245,7 @@ def _shown(pixels: Pixels) -> str:
     return Markup(f'width="{round(w * height / h)}" height="{height}"' + ' class="pixels"' * (exact and factor > 1))
 
 
-def _read_metrics(folder: Path, warn: Warn) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    try:
-        return read_metrics(inside(folder, path.name), warn)
-    except UserError as error:
-        warn(str(error))
-    except OSError as error:
-        warn(f"{path} cannot be read: {error.strerror}")
-    return []
-
-
-def _count_skipped(folder: Path, warn: Warn) -> int:
-    try:
-        path = inside(folder, "skipped.csv")
-    except UserError as error:
-        warn(str(error))
-        return 0
-    rows, problem = read_bad_images(path) if path.exists() else ([], "")
-    if problem:
-        warn(problem)
-    return len(rows)
-
-
-def _read_drawings(entry: ReportEntry, warn: Warn) -> Iterator[tuple[str, str]]:
+def _read_drawings(entry: ReportEntry) -> Iterator[tuple[str, str]]:
     """Yield (caption, data URL) of the drawings of evaluations."""
     listed = [
         (f"{entry.name}, {result['encoder']}: {caption}", circumstance, file)
@@ -277,7 +254,7 @@ def _read_drawings(entry: ReportEntry, warn: Warn) -> Iterator[tuple[str, str]]:
     ]
     left, count = _MAX_PIXELS, Counter(caption for caption, _, _ in listed)
     for caption, circumstance, file in listed[:_MAX_DRAWINGS]:
-        try:
+        with _warning(entry.warnings, f"an image of {entry.name} is left out: "):
             if Path(file).name != file:
                 raise UserError(f"'{file}' is not the name of a file in {entry.folder / 'evaluations'}")
             path = inside(entry.folder, f"evaluations/{file}")
@@ -285,10 +262,9 @@ def _read_drawings(entry: ReportEntry, warn: Warn) -> Iterator[tuple[str, str]]:
                 pixels = _read_png(path, left)
                 left -= pixels.shape[0] * pixels.shape[1]
                 yield caption + f" ({circumstance})" * (count[caption] > 1), data_url(pixels)
-        except (UserError, OSError, BadImage) as error:
-            warn(f"an image of {entry.name} is left out: {error}")
     if len(listed) > _MAX_DRAWINGS:
-        warn(f"only the first {_MAX_DRAWINGS} of the {len(listed):,} images of {entry.name} are shown")
+        line = f"only the first {_MAX_DRAWINGS} of the {len(listed):,} images of {entry.name} are shown"
+        entry.warnings.append(line)
 
 
 def _read_png(path: Path, max_pixels: int) -> Pixels:

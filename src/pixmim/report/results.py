@@ -15,7 +15,7 @@ from rich.table import Table
 from pixmim.evaluation.evals import EVALS, MAJORITY, Eval
 from pixmim.utils.console import cell, label
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import parse_json, read_text
+from pixmim.utils.files import parse_json, read_text, readable
 from pixmim.utils.trust import inside
 
 _MAX_FILES = 1000
@@ -97,13 +97,11 @@ def read_results(folder: Path, warn: Callable[[str], None] = lambda text: None) 
     paths, results, total = sorted(folder.glob("evaluations/*.json")), list[dict[str, Any]](), 0
     for path in paths[:_MAX_FILES]:
         try:
-            text = read_text(inside(folder, f"evaluations/{path.name}"), _MAX_BYTES)
+            with readable(path):
+                text = read_text(inside(folder, f"evaluations/{path.name}"), _MAX_BYTES)
             result, bad = _validate(parse_json(text, str(path)))
         except UserError as error:
             warn(str(error) if str(path) in str(error) else f"{path}: {error}")
-            continue
-        except OSError as error:
-            warn(f"{path} cannot be read: {error.strerror}")
             continue
         total += len(result["values"])
         if total > _MAX_VALUES:
