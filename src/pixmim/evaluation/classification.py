@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 from pixmim.data.dataset import HasBytes, HasExtent, ImageDataset
 from pixmim.data.duplicates import digest, file_sizes
-from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.evaluation.context import EvalContext, FeatureSet, Values, check_finite
+from pixmim.evaluation.context import EvalContext, FeatureSet, Values, check_finite, read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import label, print_plain, progress
+from pixmim.utils.console import label, print_plain
 from pixmim.utils.errors import UserError, did_you_mean
 
 _MAX_LISTED = 12  # classes in a line
@@ -264,20 +263,17 @@ def evaluate_classifier(
     "majority". Raises UserError if scores are not finite.
     """
     counts, in_top5, loss = torch.zeros(2, len(data.classes), dtype=torch.int64), 0, 0.0
-    with progress(f"predictions for {data.test.spec}", len(data.test), context.console) as advance:
-        skipped = context.skipped(data.test)
-        for images, indices, end in iterate_in_order(data.test, evaluation_crop(size), skipped=skipped, batch=256):
-            if len(indices):
-                x = encoder.preprocess(images)
-                with torch.no_grad(), autocast(encoder.device, encoder.precision):
-                    scores = classify(x)
-                scores, labels = scores.float().cpu(), data.test_labels[torch.from_numpy(indices)]
-                check_finite(scores, "scores of the classifier")
-                loss += float(F.cross_entropy(scores, labels, reduction="sum"))
-                top = scores.topk(min(5, len(data.classes)), dim=1).indices
-                in_top5 += int((top == labels[:, None]).sum())
-                counts += tally(top[:, 0], labels, len(data.classes))
-            advance(end)
+    skipped, crop = context.skipped(data.test), evaluation_crop(size)
+    for images, indices, _ in read_batches(data.test, crop, skipped, "predictions for", context.console):
+        x = encoder.preprocess(images)
+        with torch.no_grad(), autocast(encoder.device, encoder.precision):
+            scores = classify(x)
+        scores, labels = scores.float().cpu(), data.test_labels[torch.from_numpy(indices)]
+        check_finite(scores, "scores of the classifier")
+        loss += float(F.cross_entropy(scores, labels, reduction="sum"))
+        top = scores.topk(min(5, len(data.classes)), dim=1).indices
+        in_top5 += int((top == labels[:, None]).sum())
+        counts += tally(top[:, 0], labels, len(data.classes))
     count = int(counts[1].sum())
     yield from rated(counts, data.classes)
     if len(data.classes) > 5:

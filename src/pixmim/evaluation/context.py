@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
@@ -22,7 +22,7 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
 from pixmim.models import features
-from pixmim.transforms.crops import evaluation_crop
+from pixmim.transforms.crops import Crop, evaluation_crop
 from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import inside
@@ -143,6 +143,24 @@ def discard(work: Path) -> None:
         work.parent.rmdir()
 
 
+def read_batches(
+    data: ImageDataset,
+    crop: Crop,
+    skipped: BadImageLog,
+    title: str,
+    console: Console | None,
+    batch: int = 256,
+    first: int = 0,
+) -> Iterator[tuple[Shaped[Tensor, "b c h w"], Int[np.ndarray, " b"], int]]:
+    """Yield the readable images of each batch from index `first` on, their indices and the next index; show a bar."""
+    with progress(f"{title} {data.spec}", len(data), console) as advance:
+        advance(first)
+        for images, indices, end in iterate_in_order(data, crop, skipped=skipped, batch=batch, first=first):
+            if len(indices):
+                yield images, indices, end
+            advance(end)
+
+
 def extract_features(encoder: FrozenEncoder, data: ImageDataset, **options: Any) -> FeatureSet:
     """Compute the features of a labeled dataset as `extract_block_features` does."""
     return extract_block_features(encoder, data, **options)[0]
@@ -169,17 +187,14 @@ def extract_block_features(
     encoder.check_batch(min(batch, len(data)))
     all_labels = torch.from_numpy(data.labels)  # once: some datasets compute them on each access
     vectors, means = ([list[Tensor]() for _ in blocks or [0]] for _ in range(2))
-    read = []
-    bar = progress(f"features of {data.spec}", len(data), console)
-    with bar as advance, encoder.evaluating():  # one autocast context casts weights once
-        for images, indices, end in iterate_in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
-            if len(indices):
-                result = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else BLOCKS)
-                for i, each in enumerate(map(result.of_block, blocks) if blocks else [result]):
-                    vectors[i].append(each.vector.float().cpu())
-                    means[i].append(each.mean.float().cpu())
-                read.append(indices)
-            advance(end)
+    read, crop = [], evaluation_crop(encoder.size)
+    with encoder.evaluating():  # one autocast context casts weights once
+        for images, indices, _ in read_batches(data, crop, skipped, "features of", console, batch):
+            result = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else BLOCKS)
+            for i, each in enumerate(map(result.of_block, blocks) if blocks else [result]):
+                vectors[i].append(each.vector.float().cpu())
+                means[i].append(each.mean.float().cpu())
+            read.append(indices)
     order = np.concatenate(read)
     labels = all_labels[torch.from_numpy(order)]
     pairs = zip(vectors, means, strict=True)

@@ -78,7 +78,7 @@ def load_index(
         return index
     vectors, indices, total = list[np.ndarray[Any, Any]](), list[np.ndarray[Any, Any]](), 2 * len(data)
     for rows, batch, end in embed_batches(encoder, data, BadImageLog(None, len(data), 1.0), _BATCH, console=console):
-        vectors += [rows["mean"]] * bool(len(batch))
+        vectors.append(rows["mean"])
         indices.append(batch)
         advance(end, total)
     if sum(map(len, vectors)) < 2:

@@ -11,13 +11,11 @@ import torch
 from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
-from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.classification import check_classes
-from pixmim.evaluation.context import EvalContext, check_finite
+from pixmim.evaluation.context import EvalContext, check_finite, read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.models import features
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import MAX_DEPTH
 
@@ -89,19 +87,16 @@ def extract_tokens(
     rows, columns, width = token_shape(encoder)
     context.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=context.folder, prefix="tokens-") as file:
-        bar = progress(f"patch tokens of {spec}", len(data), context.console)
-        with bar as advance, torch.no_grad(), encoder.evaluating():
+        with torch.no_grad(), encoder.evaluating():
             crop = evaluation_crop(encoder.size)
-            for images, read, end in iterate_in_order(data, crop, skipped=skipped, batch=batch):
-                if len(read):
-                    maps = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else 1).maps
-                    tokens = torch.stack([maps[block] for block in blocks or [-1]], dim=1).flatten(3).transpose(2, 3)
-                    tokens = tokens.to(torch.float16).cpu()
-                    check_finite(tokens, f"patch tokens of {spec}")
-                    # Written instead of assigned to a map: a full disk is then an error instead of a fatal signal.
-                    file.write(np.ascontiguousarray(tokens.numpy()).data)
-                    indices.append(read)
-                advance(end)
+            for images, read, _ in read_batches(data, crop, skipped, "patch tokens of", context.console, batch):
+                maps = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else 1).maps
+                tokens = torch.stack([maps[block] for block in blocks or [-1]], dim=1).flatten(3).transpose(2, 3)
+                tokens = tokens.to(torch.float16).cpu()
+                check_finite(tokens, f"patch tokens of {spec}")
+                # Written instead of assigned to a map: a full disk is then an error instead of a fatal signal.
+                file.write(np.ascontiguousarray(tokens.numpy()).data)
+                indices.append(read)
         context.print_skipped(skipped, data)
         file.flush()
         order = np.concatenate(indices)

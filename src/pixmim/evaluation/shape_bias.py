@@ -10,14 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from pixmim.data.dataset import ImageDataset
-from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.classification import check_classes, labels_among
 from pixmim.evaluation.classifiers import CATEGORIES, imagenet_head, probe_classifier, wnids
-from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.context import EvalContext, Values, read_batches
 from pixmim.evaluation.settings import ShapeBiasSettings
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
-from pixmim.utils.console import plot_label, progress
+from pixmim.utils.console import plot_label
 from pixmim.utils.errors import UserError
 from pixmim.utils.plotting import new_plot, plot_image
 
@@ -57,13 +56,10 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
         names, crop = list(CATEGORIES), CenterCrop(context.encoder.size)
     shapes, textures = cues(data, names)
     readable, predictions = [], []
-    with progress(data.spec, len(data), context.console) as advance:
-        for images, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256):
-            if len(indices):
-                scores = classifier.scores(images)
-                predictions.append((scores if groups is None else categories(scores, groups)).argmax(dim=1))
-                readable.append(torch.from_numpy(indices))
-            advance(end)
+    for images, indices, _ in read_batches(data, crop, context.skipped(data), "shape bias on", context.console):
+        scores = classifier.scores(images)
+        predictions.append((scores if groups is None else categories(scores, groups)).argmax(dim=1))
+        readable.append(torch.from_numpy(indices))
     order, predicted = torch.cat(readable), torch.cat(predictions)
     shapes, textures = shapes[order], textures[order]
     _check_conflict(data, shapes, textures)

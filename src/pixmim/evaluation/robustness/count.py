@@ -15,12 +15,11 @@ from rich.console import Console
 from torch import Tensor
 
 from pixmim.data.dataset import ImageDataset
-from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.classifiers import ImageClassifier
-from pixmim.evaluation.context import EvalContext
+from pixmim.evaluation.context import EvalContext, read_batches
 from pixmim.evaluation.robustness.corruptions import VERSION, corrupt
 from pixmim.transforms.crops import Crop
-from pixmim.utils.console import print_plain, progress
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_json, write_text_atomically
 from pixmim.utils.threads import ThreadPool
@@ -95,20 +94,16 @@ def count_correct(
     key = f"version {VERSION}, {len(variants)} variants: {data.spec} {data.fingerprint()}"
     first, *counts = file.load(key, 1 + (1 + len(variants)) * classes, len(data))
     total, *correct = torch.tensor(counts).view(-1, classes)
-    with (
-        progress(f"{len(variants)} variants of {data.spec}", len(data), context.console) as advance,
-        ThreadPool(0, "pixmim-corrupt") as pool,
-    ):
-        for batch, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256, first=first):
-            if len(indices):
-                labels = images.labels[indices]
-                for count, x in zip(correct, corrupted(batch, indices.tolist(), variants, seed, pool), strict=True):
-                    hits = labels[classifier.predict(x, images.outputs) == labels]
-                    count += torch.bincount(hits, minlength=classes)
-                total += torch.bincount(labels, minlength=classes)
+    skipped, title = context.skipped(data), f"{len(variants)} variants of"
+    with ThreadPool(0, "pixmim-corrupt") as pool:
+        for batch, indices, end in read_batches(data, crop, skipped, title, context.console, first=first):
+            labels = images.labels[indices]
+            for count, x in zip(correct, corrupted(batch, indices.tolist(), variants, seed, pool), strict=True):
+                hits = labels[classifier.predict(x, images.outputs) == labels]
+                count += torch.bincount(hits, minlength=classes)
+            total += torch.bincount(labels, minlength=classes)
             if len(variants) > 1 or end == len(data):  # each of ImageNet-C's 75 parts takes only seconds
                 file.save(key, [end, *torch.stack([total, *correct]).flatten().tolist()])
-            advance(end)
     return torch.stack(correct), total
 
 
