@@ -1,4 +1,4 @@
-"""pixmim reconstruct, attention and embed."""
+"""pixmim reconstruct, attention, embed and view."""
 
 from collections.abc import Callable
 from functools import partial
@@ -132,6 +132,33 @@ def embed(
     options = {"batch_size": batch_size, "device": device, "precision": precision, "overwrite": overwrite}
     options["thumbnails"] = thumbnails
     embed_to_file(weights, data, out, features=kind, **options)  # type: ignore[arg-type]
+    return 0
+
+
+@command("view", "Look at runs in the browser.")
+def view(
+    runs: Positional[tuple[str, ...]],
+    /,
+    *,
+    data: Data | None = None,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Integer(0, 65_535)] = 0,
+    browser: Annotated[bool, arg(name="browser")] = True,
+    device: Device = "auto",
+) -> int:
+    """Open a page with curves, reconstructions and neighbors in the browser, while a run trains or afterwards.
+
+    Args:
+        runs: Folders of runs, or of imported weights.
+        data: Images to choose from, in the syntax of pretrain's --data; by default those of the first run.
+        host: Address to listen on. 0.0.0.0 lets other machines open the page, if they know its token.
+        port: Port to listen on; 0: a free one.
+        browser: Open the browser.
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+    from pixmim.viewer import view as open_page
+
+    open_page(runs, data=data, host=host, port=port, open_browser=browser, device=device)
     return 0
 
 

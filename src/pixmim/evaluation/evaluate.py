@@ -75,24 +75,12 @@ def evaluate_many(
     overwrite: bool = False,
     optional_start: bool = False,
 ) -> Iterator[tuple[Result, Path]]:
-    """Evaluate encoders. Weights are loaded once; datasets are opened once, and features computed once per encoder.
+    """Evaluate encoders, and yield each result with its folder. Weights, datasets and features are loaded once.
 
-    Args:
-        models: Names as for `weights.load.resolve_model`, each with the folder for its results and unfinished work.
-        evaluations: Keys of EVALUATIONS, each with its settings.
-        states: "untrained" evaluates the initial weights of each run: once, if several runs have the same.
-        device: Device, such as cuda:1.
-        precision: Precision of the forward passes.
-        console: Where to print; None prints nothing.
-        hints: What a file does not contain: see `weights.load.resolve_model`.
-        overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
-        optional_start: Print a line for models without known initial weights, instead of an error.
-
-    Yields:
-        Each result and its folder, when it is complete.
-
-    Raises:
-        UserError: Before the first evaluation starts, for what cannot be evaluated.
+    `models` are names as for `resolve_model`, each with the folder for its results and unfinished work; "untrained"
+    evaluates the initial weights of each run: once, if several runs have the same. With `optional_start`, a line is
+    printed for models whose initial weights are unknown. `overwrite` trains a classifier again, also one of other
+    settings. Raises UserError before the first evaluation starts.
     """
     for name, _ in evaluations:
         check_name(name)

@@ -8,23 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixmim.evaluation.attentive_probe import AttentiveProbe, load_probe
-from pixmim.export.attentive import write_probe
 from pixmim.export.huggingface import to_hf
 from pixmim.export.model_card import model_card
 from pixmim.export.onnx import to_onnx
 from pixmim.utils.errors import UserError, first_line
-from pixmim.utils.files import atomic_folder, write_text_atomically
+from pixmim.utils.files import atomic_folder, write_json, write_text_atomically
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import Weights
 from pixmim.weights.formats import MM
 from pixmim.weights.key_map import downsampling_to_previous_stage
 from pixmim.weights.load import build_encoder_with_weights, describe, resolve_model
 from pixmim.weights.save import save_encoder
+
+_PROBE_CODE = """\
+import json
+import timm
+import torch
+from safetensors.torch import load_file
+
+encoder = timm.create_model("local-dir:.", pretrained=True).eval()
+probe = load_file("attentive.safetensors")
+with open("attentive.json") as file:
+    classes = json.load(file)["classes"]
+
+@torch.no_grad()
+def classify(images):  # normalized, (b c h w)
+    x = encoder.forward_features(images){tokens}  # patch tokens (b n d)
+    attention = (probe["queries"] @ x.transpose(1, 2) / x.shape[-1] ** 0.5).softmax(dim=-1)
+    pooled = torch.einsum("bqd,qdv->bqv", attention @ x, probe["values"]).flatten(1)
+    pooled = (pooled - probe["norm.running_mean"]) / (probe["norm.running_var"] + {eps}).sqrt()
+    return pooled @ probe["head.weight"].T + probe["head.bias"]  # logits (b classes)"""
+"""Python that classifies with an exported attentive probe, by torch and timm only."""
 
 
 def to_timm(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
@@ -76,22 +96,13 @@ def export_model(
     description: str = "",
     attentive: bool = False,
 ) -> list[str]:
-    """Write a model for another project into a new folder, with a model card: README.md.
+    """Write a model for another project into a new folder, by default MODEL-FORMAT, with a model card: README.md.
 
-    Args:
-        name: The model: see `resolve_model`.
-        to: One of `FORMATS`.
-        folder: The folder. Default: MODEL-FORMAT.
-        push: Repository of the Hugging Face hub to upload the folder to.
-        hints: Facts that the model's file does not contain: see `resolve_model`.
-        description: What the images of the training show, for the model card.
-        attentive: Add the newest attentive probe of the run, as attentive.safetensors and attentive.json (timm only).
-
-    Returns:
-        Lines to print about what was written and how to load it.
-
-    Raises:
-        UserError: If the project does not support the model, or the folder cannot be written.
+    See `resolve_model` for `name` and `hints`. `to` is one of `FORMATS`, `push` a repository of the Hugging Face hub
+    to upload the folder to, and `description` what the images of the training show. With `attentive`, the newest
+    attentive probe of the run is added as attentive.safetensors and attentive.json (timm only). Returns lines about
+    what was written and how to load it. Raises UserError if the project does not support the model, or the folder
+    cannot be written.
     """
     weights = resolve_model(name, with_decoder=True, hints=hints)
     folder = folder or Path(f"{Path(name.replace(':', '-')).name}-{to}")
@@ -108,7 +119,7 @@ def export_model(
     try:
         with atomic_folder(folder) as temporary:
             usage = FORMATS[to](weights, encoder, temporary)
-            code = [] if probe is None else write_probe(*probe, temporary, is_map=isinstance(encoder, SwinTransformer))
+            code = [] if probe is None else _write_probe(*probe, temporary, is_map=isinstance(encoder, SwinTransformer))
             card = model_card(weights, to, usage, run, description, notes, code)
             write_text_atomically(temporary / "README.md", card)
     except OSError as error:
@@ -123,6 +134,18 @@ def export_model(
     if probe is not None:
         lines.append(f"  attentive.safetensors, attentive.json: the attentive probe, {len(probe[1]):,} classes")
     return [*lines, _push(folder, push)] if push else lines
+
+
+def _write_probe(probe: AttentiveProbe, classes: list[str], folder: Path, *, is_map: bool) -> list[str]:
+    """Write attentive.safetensors and attentive.json into the folder of an encoder exported to timm.
+
+    Returns lines of Python that classify with them; `is_map` if the encoder returns a map (b h w d), as a Swin.
+    """
+    tensors = {name: value.contiguous() for name, value in probe.state_dict().items()}
+    write_text_atomically(folder / "attentive.safetensors", save(tensors, {"format": "pt"}))
+    write_json(folder / "attentive.json", {"classes": classes, "queries": len(probe.queries)})
+    tokens = ".flatten(1, 2)" if is_map else "[:, encoder.num_prefix_tokens :]"
+    return _PROBE_CODE.format(tokens=tokens, eps=probe.norm.eps).splitlines()
 
 
 def _find_probe(run: Path, weights: Weights, to: str) -> tuple[AttentiveProbe, list[str]]:

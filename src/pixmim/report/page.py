@@ -92,19 +92,10 @@ def write_report(
 ) -> Path:
     """Write the page of runs, and their reconstructions as PNG files into the run folders.
 
-    Args:
-        folders: Runs, or folders with evaluations.
-        page: The HTML file.
-        data: Images to reconstruct. If None, those of each run made by this user on this machine; a run from elsewhere
-            may name any file or URL.
-        warn: Called with a line for everything that is left out.
-        bands: Channels to draw as red, green and blue, such as "4,3,2"; by default those of each run.
-        neighbors: Add the images nearest to 20 random ones, and the pairs most alike: see `draw_neighbors`.
-        console: Where to show progress bars.
-
-    Raises:
-        UserError: If a folder is not a run, or the page is a file that pixmim did not write.
-        OSError: If the page cannot be written.
+    Without `data`, the images to reconstruct are those of each run made by this user on this machine; a run from
+    elsewhere may name any file or URL. `bands` are the channels to draw as red, green and blue, such as "4,3,2"; by
+    default those of each run. `warn` is called with a line for everything that is left out. Raises UserError if a
+    folder is not a run, or the page is a file that pixmim did not write; OSError if the page cannot be written.
     """
     for folder in folders:
         if not folder.is_dir():

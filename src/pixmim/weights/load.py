@@ -128,14 +128,10 @@ def resolve_model(
 ) -> Weights:
     """Read the weights of a model by name: the folder of a run, a checkpoint file or folder, timm:NAME or hf:NAME.
 
-    Args:
-        name: The model. For a run, finished or not, its newest weights are read.
-        with_decoder: Read all weights of a run instead of its encoder, if available.
-        head: Include the classifier of timm:NAME. A file's classifier is always included.
-        hints: Fields of `ModelHints`, and `size` (HEIGHTxWIDTH or a side): facts that the file does not contain.
-
-    Raises:
-        UserError: If the model does not exist or is unsupported.
+    Of a run, finished or not, the newest weights are read: its encoder, or if available all (`with_decoder`). A file's
+    classifier is always included, that of timm:NAME with `head`. `hints` are fields of `ModelHints`, and `size`
+    (HEIGHTxWIDTH or a side): facts that the file does not contain. Raises UserError if the model does not exist or is
+    unsupported.
     """
     model_hints = _to_hints(hints or {})
     if name.startswith("timm:"):

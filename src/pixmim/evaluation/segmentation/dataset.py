@@ -93,20 +93,13 @@ def open_segmentation(
 ) -> SegmentationDataset:
     """Open images with masks. A mask has the path of its image below `images/`, except for the suffix.
 
-    Args:
-        spec: `shapes:`, or a folder with `images/` and `masks/` (or `annotations/`). In ADE20K's layout both contain
-            `training/` and `validation/`; mask value 0 is then ignored, and 1 is the first class. Or a folder with
-            masks beside the images: see `mask_files`. Masks of single objects become background (0) and object (1).
-        image_spec: Channels and dtype of the images.
-        split: The part to open in ADE20K's layout.
-        classes: Names of the classes. None: lines of classes.txt, the table objectInfo150.txt of ADE20K, or else
-            "class 0" up to the largest value in the masks.
-        ignore: "auto", "none" or a mask value, see `SegmentationSettings`.
-        foreground: Mask value of the object; all other values are background.
-        table: Class table of the train data, to be used for test data.
-
-    Raises:
-        UserError: For another layout, if classes.txt differs from `classes`, or if mask values are not class numbers.
+    `spec` is `shapes:`, or a folder with `images/` and `masks/` (or `annotations/`). In ADE20K's layout both contain
+    `training/` and `validation/`; mask value 0 is then ignored, and 1 is the first class. Or a folder with masks beside
+    the images: see `mask_files`. Masks of single objects become background (0) and object (1). By default, the classes
+    are lines of classes.txt, the table objectInfo150.txt of ADE20K, or else "class 0" up to the largest value in the
+    masks. `ignore` and `foreground` are those of `SegmentationSettings`; `table` is the class table of the train data,
+    for test data. Raises UserError for another layout, if classes.txt differs from `classes`, or if mask values are not
+    class numbers.
     """
     if spec.startswith("shapes:"):
         return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
