@@ -23,8 +23,7 @@ from pixmim.utils.files import read_file, read_text, readable
 from pixmim.utils.memory import free_memory
 from pixmim.utils.process import killable
 
-Box = tuple[float, float, float, float]
-"""(left, top, right, bottom) in pixels."""
+Box = tuple[float, float, float, float]  # (left, top, right, bottom) in pixels
 
 BinaryMask = npt.NDArray[np.bool_]
 

@@ -40,8 +40,7 @@ from pixmim.weights.safe_load import read
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Learning rates of AdamW; the best on a held-out part of the train set is chosen."""
 
-BATCH = 256
-"""Images per step, at most. Small sets have smaller batches, for about eight steps per epoch."""
+BATCH = 256  # Images per step, at most. Small sets have smaller batches, for about eight steps per epoch.
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,7 @@ from pixmim.utils.trust import inside
 from pixmim.weights.safe_load import read
 from pixmim.weights.save import save_encoder
 
-BEST_FOLDER = "encoder-best"
-"""Folder of a run with its best encoder, in timm's layout like encoder/."""
+BEST_FOLDER = "encoder-best"  # folder of a run with its best encoder, in timm's layout like encoder/
 BEST_WEIGHTS = f"{BEST_FOLDER}/model.safetensors"
 
 

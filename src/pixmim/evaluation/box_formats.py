@@ -26,8 +26,7 @@ from pixmim.utils.process import killable
 from pixmim.utils.threads import ThreadPool, ordered_map
 
 Part = Literal["train", "test"]
-Content = dict[str, Any]
-"""Images, annotations and categories, as in COCO's JSON."""
+Content = dict[str, Any]  # images, annotations and categories, as in COCO's JSON
 
 _MAX_TEXT_BYTES, _MAX_CLASSES = 2**22, 10_000
 _NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")

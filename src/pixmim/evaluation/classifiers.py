@@ -60,8 +60,7 @@ def _timm_info(name: str) -> list[str]:
     return files("timm.data").joinpath("_info", name).read_text().split()
 
 
-Kind = Literal["head", "probe"]
-"""Classifier of images: the encoder's own head, or a probe that is fitted here."""
+Kind = Literal["head", "probe"]  # classifier of images: the encoder's own head, or a probe that is fitted here
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,9 @@ from pixmim.utils.validation import MAX_DEPTH
 S = TypeVar("S")
 T = TypeVar("T")
 
-Values = Iterator[tuple[str, float]]
-"""Named results of an evaluation; shares are in per cent."""
+Values = Iterator[tuple[str, float]]  # named results of an evaluation; shares are in per cent
 
-BLOCKS = 4
-"""Number of last blocks whose global tokens are features."""
+BLOCKS = 4  # number of last blocks whose global tokens are features
 
 
 @dataclass(frozen=True)

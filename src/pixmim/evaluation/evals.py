@@ -34,8 +34,7 @@ class Eval:
     unit: str = "%"
 
 
-MAJORITY = "majority (always the largest class)"
-"""Label of the baseline that always predicts the largest class."""
+MAJORITY = "majority (always the largest class)"  # label of the baseline that always predicts the largest class
 
 _LABELED = "labeled images: --train, --test; or --labelled"
 _FEATURES = {"mean": "k-NN (k = *), mean of patch tokens", "cls": "k-NN (k = *), class token"}

@@ -13,11 +13,9 @@ from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
 from pixmim.evaluation.settings import KnnSettings
 from pixmim.utils.errors import UserError
 
-DEFAULT_K = (1, 20)
-"""Numbers of neighbors; each gives its own result."""
+DEFAULT_K = (1, 20)  # numbers of neighbors; each gives its own result
 
-ROWS, BLOCK = 1024, 16384
-"""Queries and references compared at a time: 64 MiB of similarities for datasets of any size."""
+ROWS, BLOCK = 1024, 16384  # queries and references compared at a time: 64 MiB of similarities for datasets of any size
 
 CPU = torch.device("cpu")
 

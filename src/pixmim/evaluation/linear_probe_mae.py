@@ -22,8 +22,7 @@ from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import RandomResizedCrop
 from pixmim.utils.errors import UserError
 
-MICROBATCH = 512
-"""Images that BatchNorm computes statistics of; the published batch is 32 of these."""
+MICROBATCH = 512  # images that BatchNorm computes statistics of; the published batch is 32 of these
 
 _WARMUP_EPOCHS = 10
 

@@ -15,8 +15,7 @@ from pixmim.data.image_folder import from_folder
 from pixmim.data.survey import MASK_WORDS
 from pixmim.utils.errors import UserError
 
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
-"""Formats that keep numbers as they are."""
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 
 _MASK_STEM = re.compile(rf"(.+?)[_\-. ]{MASK_WORDS}", re.IGNORECASE)
 _LOSSY = (".jpg", ".jpeg")

@@ -14,8 +14,7 @@ from pixmim.config import ModelConfig
 from pixmim.utils.console import label
 from pixmim.utils.plotting import matplotlib
 
-Pixels = npt.NDArray[np.uint8]
-"""An image (h w c), or several of one size (n h w c)."""
+Pixels = npt.NDArray[np.uint8]  # an image (h w c), or several of one size (n h w c)
 
 _DARK = 1 / 8  # of white: an image whose brightest percent is darker has 10 or 12 bits stored in 16
 _FLAT = 1e-3  # range relative to the values, below which an image has no contrast

@@ -14,8 +14,7 @@ from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label
 from pixmim.utils.plotting import plot_curves
 
-COUNT = "knn/images"
-"""Key of the number of test images in metrics.jsonl."""
+COUNT = "knn/images"  # key of the number of test images in metrics.jsonl
 
 _HEADLINES = [
     re.compile(title) for title in ("attentive probe", "linear probe", r"k-NN \(k = \d+\), mean of .*", "fine-tuned")

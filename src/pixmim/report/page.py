@@ -51,8 +51,7 @@ _MAX_PIXELS = 2**25  # of all drawings of one run
 _FIRST = 6  # images on the first screen
 _MIN_SIDE, _MAX_SIDE = 160, 240  # height of a reconstruction on the page
 _MAJORITY, _START, _HELD_OUT = ", majority", ", start", ", held out"
-DATA_MARK = " · pixmim</title>".encode()
-"""In the first lines of a page: a file with this mark may be overwritten."""
+DATA_MARK = " · pixmim</title>".encode()  # in the first lines of a page: a file with this mark may be overwritten
 
 Warn = Callable[[str], None]
 

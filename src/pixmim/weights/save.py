@@ -19,11 +19,9 @@ from pixmim.models.cnn import is_cnn
 from pixmim.utils.files import write_json, write_text_atomically
 from pixmim.utils.validation import NOT_OF_TIMM
 
-METADATA_KEY = "pixmim"
-"""Metadata key of the configuration, as JSON."""
+METADATA_KEY = "pixmim"  # metadata key of the configuration, as JSON
 
-ENCODER_FOLDER = "encoder"
-"""Folder of a run that contains its encoder."""
+ENCODER_FOLDER = "encoder"  # folder of a run that contains its encoder
 
 ENCODER_WEIGHTS = f"{ENCODER_FOLDER}/model.safetensors"
 """The encoder's weights. They are written last, so the folder is complete if they exist."""

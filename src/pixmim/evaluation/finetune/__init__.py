@@ -43,8 +43,7 @@ from pixmim.weights.load import build_encoder_with_weights
 from pixmim.weights.safe_load import read
 from pixmim.weights.save import save_encoder
 
-_METADATA_KEY = "finetune"
-"""Metadata key of a classifier's file for the settings that determine its weights, as JSON."""
+_METADATA_KEY = "finetune"  # metadata key of a classifier's file for the settings that determine its weights, as JSON
 
 
 @dataclass(frozen=True)

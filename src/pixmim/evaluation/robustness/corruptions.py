@@ -26,8 +26,7 @@ from pixmim.evaluation.robustness.filters import crystals, enlarge, plasma, smea
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError, did_you_mean
 
-Pixels = Float[Tensor, "c h w"]
-"""An image in [0, 1]. Corruptions may return values outside this range."""
+Pixels = Float[Tensor, "c h w"]  # An image in [0, 1]. Corruptions may return values outside this range.
 
 Constants = tuple[float, ...]
 Generator = np.random.Generator
@@ -264,8 +263,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[Constants, ...]]] = {
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-VERSION = 2
-"""Raise when the same arguments give other pixels, so that a resumed evaluation does not mix two versions."""
+VERSION = 2  # raise when the same arguments give other pixels, so that a resumed evaluation does not mix two versions
 
 
 def corrupt(

@@ -24,8 +24,7 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_json, write_text_atomically
 from pixmim.utils.threads import ThreadPool
 
-Variant = tuple[str, int]
-"""A corruption and its severity."""
+Variant = tuple[str, int]  # a corruption and its severity
 
 CLEAN: Variant = ("clean", 0)
 

@@ -26,10 +26,8 @@ from pixmim.utils.errors import UserError, did_you_mean
 from pixmim.utils.files import read_file, read_text, readable
 from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
-IGNORE = 255
-"""Class index of pixels that do not count."""
-NO_CLASS = 254
-"""Entry of a class table for values that do not belong to a class."""
+IGNORE = 255  # class index of pixels that do not count
+NO_CLASS = 254  # entry of a class table for values that do not belong to a class
 
 Split = Literal["training", "validation"]
 ClassMap = npt.NDArray[np.uint8]
