@@ -5,7 +5,6 @@ The defaults are MAE's protocol on ADE20K (arXiv 2111.06377, appendix A.4): UPer
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,38 +27,31 @@ from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 _DRAWN = 6  # test images in the report
 
-
-@dataclass(frozen=True)
-class SegmentationSplits:
-    """Train and test images, all read once, with the logs of those that cannot be used."""
-
-    train: SegmentationDataset
-    test: SegmentationDataset
-    train_skipped: BadImageLog
-    test_skipped: BadImageLog
+Checked = tuple[SegmentationDataset, SegmentationDataset, BadImageLog, BadImageLog]
+"""Train and test images, all read once, with the logs of those that cannot be used."""
 
 
 @checked_once
-def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> SegmentationSplits:
+def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> Checked:
     """Read all images and masks and build the model, before anything is trained. Raises UserError."""
     spec, console = context.encoder.image_spec, context.console
     train = open_segmentation(settings.train, spec, "training", ignore=settings.ignore, foreground=settings.foreground)
     test = open_segmentation(settings.test, spec, "validation", train.classes, table=train.table)
     build(context.encoder, settings, len(train.classes))
     warn_shared(train.source, test.source, console)
-    splits = SegmentationSplits(train, test, context.skipped(train), context.skipped(test))
-    check_masks(train, splits.train_skipped, "train", console)
-    check_masks(test, splits.test_skipped, "test", console)
-    return splits
+    skipped = context.skipped(train), context.skipped(test)
+    check_masks(train, skipped[0], "train", console)
+    check_masks(test, skipped[1], "test", console)
+    return train, test, *skipped
 
 
 def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
     """Train a head and yield `segmentation_metrics` over the pixels of all test images, and the number of these."""
-    encoder, splits, console = context.encoder, check_segmentation(context, settings), context.console
-    train, test, skipped = splits.train, splits.test, splits.test_skipped
+    encoder, console = context.encoder, context.console
+    train, test, train_skipped, skipped = check_segmentation(context, settings)
     model, size = build(encoder, settings, len(train.classes))
     folder = context.work_dir("segmentation", settings)
-    fit(model, encoder, settings, train, size, folder=folder, skipped=splits.train_skipped, console=console)
+    fit(model, encoder, settings, train, size, folder=folder, skipped=train_skipped, console=console)
     model.eval()
 
     names, rows = train.classes, []

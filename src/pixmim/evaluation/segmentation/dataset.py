@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -100,19 +101,29 @@ def open_segmentation(
     class numbers.
     """
     if spec.startswith("shapes:"):
-        return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
+        shapes = SyntheticShapes.from_spec(spec, image_spec)
+
+        def draw_mask(index: int) -> ClassMap:
+            sample = shapes.sample(index)
+            return (sample.mask * (sample.shape + 1)).astype(np.uint8)
+
+        return SegmentationDataset(shapes, draw_mask, ["background", *SHAPES])
     layout = _find_layout(spec, split)
-    paths, left_out = list(layout.beside.masks) if layout.beside else [], ""
-    if layout.beside is None:
+    beside, left_out = layout.beside, ""
+    if beside is None:
         folder = from_folder(layout.images, image_spec)
         paths = [str(Path(folder.path_of(i)).relative_to(layout.images)) for i in range(len(folder))]
-    elif layout.beside.without:
-        left_out = f"{layout.beside.without:,} images without a mask beside them are left out"
+    else:
+        paths = list(beside.masks)
+        left_out = f"{beside.without:,} images without a mask beside them are left out" * bool(beside.without)
     images = ImageFolder(spec, layout.images, paths, image_spec, left_out=left_out)
     listed = _read_class_names(layout.root)
     if listed is not None and classes is not None and listed != list(classes):
-        raise UserError(f"{layout.root} and the train data differ in their classes: {_difference(listed, classes)}")
-    names = list(classes or listed or (["background", "object"] if layout.beside and layout.beside.instances else []))
+        pairs = zip_longest(listed, classes)
+        first = next(f"number {i} is '{a}' instead of '{b}'" for i, (a, b) in enumerate(pairs) if a != b)
+        difference = first if len(listed) == len(classes) else f"{len(listed)} instead of {len(classes)}"
+        raise UserError(f"{layout.root} and the train data differ in their classes: {difference}")
+    names = list(classes or listed or (["background", "object"] if beside and beside.instances else []))
     values = lru_cache(1)(lambda: _count_values(spec, layout, paths))
     if table is None:
         table, names = _class_table(spec, layout, names, ignore, foreground, values)
@@ -144,7 +155,11 @@ class _Layout:
     def read_mask(self, image: str) -> ClassMap:
         """Read the values of an image's mask; of a palette image the indices instead of the colors."""
         if self.beside is None:
-            return self._read_values(self._find_mask(image))
+            stem = self.masks / image
+            path = next((p for suffix in MASK_SUFFIXES if os.path.isfile(p := stem.with_suffix(suffix))), None)
+            if path is None:
+                raise BadImage(f"mask not found: {stem.with_suffix('.png')}")
+            return self._read_values(path)
         masks = [self.root / mask for mask in self.beside.masks[image]]
         if not self.beside.instances:
             return self._read_values(masks[0])
@@ -155,13 +170,6 @@ class _Layout:
                 raise BadImage(f"masks of one image differ in size: {path}")
             union = mask.astype(np.uint8) | union if union.size else mask.astype(np.uint8)
         return union
-
-    def _find_mask(self, image: str) -> Path:
-        stem = self.masks / image
-        path = next((p for suffix in MASK_SUFFIXES if os.path.isfile(p := stem.with_suffix(suffix))), None)
-        if path is None:
-            raise BadImage(f"mask not found: {stem.with_suffix('.png')}")
-        return path
 
     def _read_values(self, path: Path, color: bool = False) -> ClassMap:
         try:
@@ -302,18 +310,3 @@ def _read_class_names(root: Path) -> list[str] | None:
     if not 0 < len(names) < IGNORE:
         raise UserError(f"{file} names {len(names)} classes; 1 to 254 are possible")
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def _difference(names: Sequence[str], expected: Sequence[str]) -> str:
-    if len(names) != len(expected):
-        return f"{len(names)} instead of {len(expected)}"
-    i = next(i for i in range(len(names)) if names[i] != expected[i])
-    return f"number {i} is '{names[i]}' instead of '{expected[i]}'"
-
-
-def _from_shapes(shapes: SyntheticShapes) -> SegmentationDataset:
-    def read_mask(index: int) -> ClassMap:
-        sample = shapes.sample(index)
-        return (sample.mask * (sample.shape + 1)).astype(np.uint8)
-
-    return SegmentationDataset(shapes, read_mask, ["background", *SHAPES])
