@@ -57,7 +57,8 @@ def open_labeled(context: EvalContext, train: str, test: str, *, all_classes: bo
 def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | None = None) -> LabeledSplits:
     """Match the classes of train and test data by name, print their shares, and warn of images that are in both.
 
-    Raises UserError if there are no labels or fewer than two classes, or the train data lack a test class.
+    Raises UserError if there are no labels or fewer than two classes, if the train data lack a test class, or if a
+    group, such as a patient, has images in both.
     """
     lines = [check_classes(data) for data in (train, test)]
     train_labels = torch.from_numpy(cast(np.ndarray, train.labels))
@@ -65,7 +66,16 @@ def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | No
     test_labels = indices[torch.from_numpy(cast(np.ndarray, test.labels))]
     for name, line in zip(("train", "test"), lines, strict=True):
         print_plain(console, f"{name} data: {line}")
-    check_groups(train, test)
+    groups = [
+        {data.group_names[i] for i in np.unique(data.groups)} - {""} if data.groups is not None else set()
+        for data in (train, test)
+    ]
+    if shared := sorted(groups[0] & groups[1]):
+        raise UserError(
+            f"{len(shared):,} groups have images in both the train data {train.spec} and the test data {test.spec}: "
+            f"{shortened_list(shared)}. Results would measure memorization: move each group to one of them, or split "
+            "one table with --labelled. If the column is no group, name another one, such as ,group=path"
+        )
     if console is not None and not console.quiet:
         warn_shared(train, test, console)
     missing = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
@@ -73,21 +83,6 @@ def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | No
         names = shortened_list([label(train.classes[index]) for index in missing])
         print_plain(console, f"warning: {len(missing)} test classes have no train image, and a recall of 0: {names}")
     return LabeledSplits(train, test, train_labels, test_labels, train.classes)
-
-
-def check_groups(train: ImageDataset, test: ImageDataset) -> None:
-    """Raise UserError if a group, such as a patient, has images in both train and test data."""
-    names = [
-        {data.group_names[i] for i in np.unique(data.groups)} - {""} if data.groups is not None else set()
-        for data in (train, test)
-    ]
-    shared = sorted(names[0] & names[1])
-    if shared:
-        raise UserError(
-            f"{len(shared):,} groups have images in both the train data {train.spec} and the test data {test.spec}: "
-            f"{shortened_list(shared)}. Results would measure memorization: move each group to one of them, or split "
-            "one table with --labelled. If the column is no group, name another one, such as ,group=path"
-        )
 
 
 def check_classes(data: ImageDataset) -> str:

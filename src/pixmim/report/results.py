@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,9 @@ def compare(models: list[ModelResults]) -> Comparison:
         groups: dict[str, list[tuple[ModelResults, dict[str, Any]]]] = {}
         for model in models:
             for result in model.results:
-                if result["evaluation"] == name:
-                    groups.setdefault(_settings_key(result), []).append((model, result))
+                if result["evaluation"] == name:  # k is part of the names of k-NN's values
+                    key = json.dumps({n: v for n, v in result["settings"].items() if n != "k"}, sort_keys=True)
+                    groups.setdefault(key, []).append((model, result))
         settings = [json.loads(key) for key in sorted(groups)]
         for key, on, suffix in zip(sorted(groups), map(_data, settings), _differences(settings), strict=True):
             for row in _rows(evaluation, groups[key], columns, label(on, _MAX_LABEL), suffix):
@@ -178,7 +179,8 @@ def _rows(
             values = result["values"]
             if owner is model and result["encoder"] == state and values.get(key) is not None:
                 low, high, deviation = (values.get(f"{key}/{end}") for end in ("low", "high", "std"))
-                each = [value for part in ("fold", "draw") for value in _numbered(values, f"{key}/{part}")]
+                numbered = (map(values.get, (f"{key}/{part}/{i}" for i in count(1))) for part in ("fold", "draw"))
+                each = [value for part in numbered for value in takewhile(lambda value: value is not None, part)]
                 return Cell(values[key], evaluation.unit, low, high, deviation, tuple(each))
         return None
 
@@ -191,15 +193,6 @@ def _rows(
                 text = label(name + suffix * (MAJORITY not in title), _MAX_LABEL)
                 cells = [find_cell(model, state, key) for model, state in columns]
                 yield Row(text, on, cells, pattern in evaluation.class_names, key)
-
-
-def _numbered(values: dict[str, Any], key: str) -> Iterator[float]:
-    """Yield the values of KEY/1, KEY/2 and so on, up to the first that is missing."""
-    for number in count(1):
-        value = values.get(f"{key}/{number}")
-        if value is None:
-            return
-        yield value
 
 
 @cache
@@ -258,11 +251,6 @@ def _drop_columns(columns: list[tuple[ModelResults, str]], rows: list[Row]) -> C
     rows = [replace(row, cells=[row.cells[i] for i in names]) for row in rows]
     per_class = [row for row in rows if row.per_class]
     return Comparison(list(names.values()), [row for row in rows if not row.per_class], per_class)
-
-
-def _settings_key(result: dict[str, Any]) -> str:
-    """Return what must be equal for values to share a row, without k, which is part of the names of k-NN's values."""
-    return json.dumps({name: value for name, value in result["settings"].items() if name != "k"}, sort_keys=True)
 
 
 def _data(settings: dict[str, Any]) -> str:

@@ -38,7 +38,8 @@ def interpolate_tables(weights: Weights, state: Tensors, config: ModelConfig) ->
 def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig) -> tuple[Tensor, str]:
     """Return a tensor in the model's shape and what was changed; unchanged and an empty text if no rule applies."""
     value, new = weights.tensors[name], target.shape
-    patch = _patch_size(weights.tensors)
+    embedding = weights.tensors.get("encoder.patch_embed.proj.weight")
+    patch = 16 if embedding is None else int(embedding.shape[-1])  # ConvMAE has several patch embeddings: 4 * 2 * 2
     if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
         old_grid, grid = (
             grid_of(c.image_size, patch * (c.model.decoder_stride if name.startswith("decoder.") else 1))
@@ -66,12 +67,6 @@ def _window(name: str, table: Tensor, config: ModelConfig, patch: int) -> Grid |
         return grid_of(config.image_size, patch)
     side = (round(table.shape[0] ** 0.5) + 1) // 2
     return (side, side) if (2 * side - 1) ** 2 == table.shape[0] else None
-
-
-def _patch_size(tensors: Tensors) -> int:
-    """Return the pixels per row of the encoder's position table."""
-    weight = tensors.get("encoder.patch_embed.proj.weight")
-    return 16 if weight is None else int(weight.shape[-1])  # ConvMAE has several patch embeddings: 4 * 2 * 2
 
 
 def adapt_weights(weights: Weights, state: Tensors, config: ModelConfig) -> dict[str, Tensor]:

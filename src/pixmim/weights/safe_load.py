@@ -100,9 +100,18 @@ def _read_file(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
         start, size = file.read(64), os.fstat(file.fileno()).st_size
     try:
         if path.suffix == ".safetensors":
-            tensors, metadata = _read_safetensors(path)
-            return RawCheckpoint(path, _checked(tensors, size), metadata=metadata)
-        content = _read_zip(path) if start.startswith(b"PK\x03\x04") else _read_legacy(path)
+            with safe_open(path, "pt") as tensors_file:
+                names = list(tensors_file.keys())
+                if len(names) > MAX_TENSORS:
+                    raise ValueError(f"{len(names):,} tensors, at most {MAX_TENSORS:,}")
+                tensors = {name: tensors_file.get_tensor(name) for name in names}
+                return RawCheckpoint(path, _checked(tensors, size), metadata=tensors_file.metadata() or {})
+        if start.startswith(b"PK\x03\x04"):
+            content = _read_zip(path)
+        else:  # torch before 1.6: consecutive pickles, followed by the tensors' bytes
+            data = read_file(path, MAX_LEGACY_BYTES)
+            _check_pickles(data, path)
+            content = _unpickle(_CountedBytes(data), mmap=False)
         tensors, state, note = _find_model(content, path, state, ema)
         return RawCheckpoint(path, _checked(tensors, size), _training_arguments(content), state=state, note=note)
     except UserError:
@@ -132,14 +141,6 @@ def _read_index(index: Path) -> dict[str, Tensor]:
             path = inside(index.parent, name)
         tensors |= _read_file(path).tensors
     return tensors
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        if len(names) > MAX_TENSORS:
-            raise ValueError(f"{len(names):,} tensors, at most {MAX_TENSORS:,}")
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 def _read_zip(path: Path) -> Any:
@@ -185,13 +186,6 @@ def _check_zip_end(file: IO[bytes], size: int) -> None:
             raise ValueError("bytes around its zip64 records")
     if length > MAX_PICKLE_BYTES or offset + length != end:
         raise ValueError("bytes around its central directory, or too many in it")
-
-
-def _read_legacy(path: Path) -> Any:
-    """Read a file of torch before 1.6: consecutive pickles, followed by the tensors' bytes."""
-    data = read_file(path, MAX_LEGACY_BYTES)
-    _check_pickles(data, path)
-    return _unpickle(_CountedBytes(data), mmap=False)
 
 
 def _unpickle(source: "Path | io.BytesIO", mmap: bool) -> Any:

@@ -26,7 +26,11 @@ def continue_from(recipe: PretrainConfig, init: str) -> PretrainConfig:
     downloaded. Raises UserError if the weights cannot be read, or pixmim does not pre-train their model.
     """
     try:
-        start, has_decoder = _read(init)
+        if init.startswith("timm:"):
+            start, has_decoder = describe_timm(init.removeprefix("timm:")), False
+        else:
+            weights = resolve_model(init, with_decoder=True)
+            start, has_decoder = weights.config, weights.has_decoder
         model = _architecture(start, has_decoder)
     except UserError as error:
         to = f"`pixmim import {quote(init)} --to FOLDER` takes what a file does not state; then --init FOLDER"
@@ -51,14 +55,6 @@ def continue_from(recipe: PretrainConfig, init: str) -> PretrainConfig:
         target=replace(target, kind="low-frequency", radius="auto") if target.kind == "pixels" else target,
         optim=replace(recipe.optim, decoder_warmup=0.0) if has_decoder else recipe.optim,
     )
-
-
-def _read(init: str) -> tuple[ModelConfig, bool]:
-    """Return the configuration of weights, and whether they include a decoder. Raises UserError."""
-    if init.startswith("timm:"):
-        return describe_timm(init.removeprefix("timm:")), False
-    weights = resolve_model(init, with_decoder=True)
-    return weights.config, weights.has_decoder
 
 
 def _architecture(start: ModelConfig, has_decoder: bool) -> ArchitectureConfig:

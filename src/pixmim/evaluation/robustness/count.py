@@ -1,11 +1,10 @@
 """Count correct predictions on clean and corrupted images. Counts are saved to a file, so evaluations resume."""
 
 import json
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,14 @@ class CountsFile:
 
     def __init__(self, folder: Path, console: Console | None) -> None:
         self.folder, self._path, self._console = folder, folder / "counts.json", console
-        self._counts: dict[str, Any] = {}
+        content: Any = {}
         if self._path.exists():
-            try:
+            content = None
+            with suppress(UserError):
                 content = read_json(self._path)
-            except UserError:
-                content = None
-            if isinstance(content, dict):
-                self._counts = content
-            else:
-                self._warn("is not a JSON object")
+        if not isinstance(content, dict):
+            self._warn("is not a JSON object")
+        self._counts: dict[str, Any] = content if isinstance(content, dict) else {}
 
     def load(self, key: str, length: int, maximum: int) -> list[int]:
         """Return `length` saved counts in [0, maximum]; zeros if nothing is saved."""
@@ -114,17 +111,11 @@ def corrupted(
     def start(variant: Variant) -> list[Future[Tensor]]:
         if variant == CLEAN:
             return []
-        function = partial(_corrupt, variant=variant, seed=seed)
-        return [pool.submit(function, image, index) for image, index in zip(images, indices, strict=True)]
+        pairs = zip(images, indices, strict=True)
+        return [pool.submit(corrupt, image, *variant, seed=seed, index=index) for image, index in pairs]
 
-    pending: deque[list[Future[Tensor]]] = deque()
-    for variant in [*variants, None]:
-        if variant is not None:
-            pending.append(start(variant))
-        if len(pending) > (variant is not None):
-            futures = pending.popleft()
-            yield torch.stack([future.result() for future in futures]) if futures else images
-
-
-def _corrupt(image: Tensor, index: int, *, variant: Variant, seed: int) -> Tensor:
-    return corrupt(image, *variant, seed=seed, index=index)
+    started = map(start, variants)
+    upcoming = next(started, [])
+    for _ in variants:
+        futures, upcoming = upcoming, next(started, [])
+        yield torch.stack([future.result() for future in futures]) if futures else images
