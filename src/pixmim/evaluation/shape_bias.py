@@ -64,10 +64,8 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
     shapes, textures = shapes[order], textures[order]
     _check_conflict(data, shapes, textures)
     kind, conflict = classifier.kind, shapes != textures
-    by_shape, by_texture, bias = shape_decisions(predicted, shapes, textures)
-    yield f"{kind}/shape_bias", 100 * bias
-    yield f"{kind}/shape", 100 * by_shape
-    yield f"{kind}/texture", 100 * by_texture
+    decisions = shape_decisions(predicted, shapes, textures)
+    yield from _decided(kind, *decisions)
     yield f"{kind}/stimuli", float(conflict.sum())
     counts = torch.bincount(shapes[conflict])
     yield f"{kind}/majority", 100 * float(counts.max() / counts.sum())
@@ -75,13 +73,17 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
     for i, name in enumerate(names):
         rows = shapes == i
         if bool((rows & conflict).any()):
-            by_shape, by_texture, biases[name] = shape_decisions(predicted[rows], shapes[rows], textures[rows])
-            yield f"{kind}/category/{name}/shape_bias", 100 * biases[name]
-            yield f"{kind}/category/{name}/shape", 100 * by_shape
-            yield f"{kind}/category/{name}/texture", 100 * by_texture
+            *shares, biases[name] = shape_decisions(predicted[rows], shapes[rows], textures[rows])
+            yield from _decided(f"{kind}/category/{name}", *shares, biases[name])
     yield f"{kind}/balanced", 100 * float(torch.tensor(list(biases.values()), dtype=torch.float64).nanmean())
     title = "its own classifier" if kind == "head" else "a linear probe"
-    context.images[f"Shape bias by category, {title}"] = draw(biases, bias)
+    context.images[f"Shape bias by category, {title}"] = draw(biases, decisions[2])
+
+
+def _decided(key: str, by_shape: float, by_texture: float, bias: float) -> Values:
+    yield f"{key}/shape_bias", 100 * bias
+    yield f"{key}/shape", 100 * by_shape
+    yield f"{key}/texture", 100 * by_texture
 
 
 def _check_conflict(data: ImageDataset, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal
 
 import torch
@@ -155,16 +156,6 @@ def fold_batch_norm(tensors: Tensors) -> Tensors:
     return folded
 
 
-def downsampling_to_next_stage(tensors: Tensors) -> Tensors:
-    """Move Swin's patch merging from the end of a stage (original code) to the start of the next one (timm)."""
-    return _shift_downsampling(tensors, +1)
-
-
-def downsampling_to_previous_stage(tensors: Tensors) -> Tensors:
-    """Invert `downsampling_to_next_stage`."""
-    return _shift_downsampling(tensors, -1)
-
-
 def _shift_downsampling(tensors: Tensors, offset: int) -> Tensors:
     shifted: Tensors = {}
     for name, value in tensors.items():
@@ -174,6 +165,11 @@ def _shift_downsampling(tensors: Tensors, offset: int) -> Tensors:
             name = f"{stem}.{int(stage) + offset}.downsample.{rest}"
         shifted[name] = value
     return shifted
+
+
+# Swin's patch merging is at the end of a stage in the original code, and at the start of the next one in timm.
+downsampling_to_next_stage = partial(_shift_downsampling, offset=+1)
+downsampling_to_previous_stage = partial(_shift_downsampling, offset=-1)
 
 
 def reorder_merged_patches(tensors: Tensors) -> Tensors:

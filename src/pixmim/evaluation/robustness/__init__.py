@@ -154,12 +154,10 @@ def _imagenet_c(context: EvalContext, settings: RobustnessSettings, file: Counts
     yield from _class_values(counts, classes, "imagenet_c/")
     means = {name: sum(values) / len(values) for name, values in errors.items()}
     yield "imagenet_c/error", 100 * sum(means.values()) / len(means)
-    for name, mean in means.items():
-        yield f"imagenet_c/corruption/{name}", 100 * mean
+    yield from ((f"imagenet_c/corruption/{name}", 100 * mean) for name, mean in means.items())
     if complete:
         ces, mce = corruption_errors(errors)
-        for name, ce in ces.items():
-            yield f"imagenet_c/ce/{name}", ce
+        yield from ((f"imagenet_c/ce/{name}", ce) for name, ce in ces.items())
         if mce is not None:
             yield "imagenet_c/mce", mce
 
@@ -220,11 +218,10 @@ def _in_memory(
     Below in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, their mean;
     lost, error minus clean in points; times, error over clean; severity/NAME/SEVERITY.
     """
-    classifier = (
-        encoder_head(context)
-        if kind == "head"
-        else probe_classifier(context, settings.train, epochs=settings.epochs, seed=settings.seed)
-    )
+    if kind == "head":
+        classifier = encoder_head(context)
+    else:
+        classifier = probe_classifier(context, settings.train, epochs=settings.epochs, seed=settings.seed)
     corruptions, severities = _select(settings)
     variants = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
     crop = evaluation_crop(context.encoder.size)
@@ -244,10 +241,8 @@ def _in_memory(
     yield f"{key}/error", error
     yield f"{key}/lost", error - clean
     yield f"{key}/times", error / clean if clean else float("inf")
-    for name, mean in means.items():
-        yield f"{key}/corruption/{name}", mean
-    for name, severity in variants[1:]:
-        yield f"{key}/severity/{name}/{severity}", errors[name, severity]
+    yield from ((f"{key}/corruption/{name}", mean) for name, mean in means.items())
+    yield from ((f"{key}/severity/{name}/{severity}", errors[name, severity]) for name, severity in variants[1:])
 
 
 def _class_values(counts: Tensor, names: list[str], key: str) -> Values:
