@@ -85,40 +85,36 @@ def evaluate_many(
     for name, _ in evaluations:
         check_name(name)
     shared: dict[tuple[Any, ...], Any] = {}
-    queue: list[tuple[str, Path, str, EvalContext | None]] = []
+    order, contexts = list[tuple[str, Path, str]](), dict[str, EvalContext]()
     for model, folder in models.items():
         for state in states:
             untrained = state == "untrained"
+            options: Any = {"device": device, "precision": precision, "hints": None if untrained else hints}
             try:
-                encoder = load_frozen_encoder(
-                    model, device=device, precision=precision, untrained=untrained, hints=None if untrained else hints
-                )
+                encoder = load_frozen_encoder(model, untrained=untrained, **options)
             except UserError as error:
                 if not (untrained and optional_start):
                     raise
                 print_plain(console, f"{model} is evaluated without its start: {error}")
                 continue
             key = fingerprint(encoder) if untrained else model
-            if any(key == other for _, _, other, _ in queue):
-                queue.append((model, folder, key, None))
-                continue
-            for line in encoder.notes:
-                print_plain(console, line)
-            context = EvalContext(encoder, folder, state, console, overwrite, shared=shared)
-            check(context, evaluations)
-            queue.append((model, folder, key, context))
-            del encoder, context
+            order.append((model, folder, key))
+            if key not in contexts:
+                for line in encoder.notes:
+                    print_plain(console, line)
+                contexts[key] = EvalContext(encoder, folder, state, console, overwrite, shared=shared)
+                check(contexts[key], evaluations)
+            del encoder
     results: dict[str, list[Result]] = {}
-    while queue:
-        model, folder, key, waiting = queue.pop(0)
-        if waiting is None:
+    for model, folder, key in order:
+        if key in results:
             yield from ((replace(result, model=model), folder) for result in results[key])
             continue
         results[key] = []
-        for result in measure(waiting, model, evaluations):
+        for result in measure(contexts[key], model, evaluations):
             results[key].append(result)
             yield result, folder
-        del waiting  # its features may fill the memory
+        del contexts[key]  # its features may fill the memory
 
 
 def check(context: EvalContext, evaluations: list[tuple[str, Any]]) -> None:
