@@ -12,12 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage
-from pixmim.data.decode.image import read_numbers
-from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.box_formats import read_boxes
-from pixmim.evaluation.mask_files import find_masks
+from pixmim.evaluation.mask_files import find_masks, read_mask
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_file, read_text, readable
 from pixmim.utils.memory import free_memory
@@ -114,9 +112,9 @@ def _read_masks(path: Path) -> Iterator[ImageObject | None]:
     budget = (free_memory() or 2**62) // 2
     for file, image in files:
         try:
-            mask = read_numbers(read_file(file, max_bytes()), color=True) != 0
-        except (OSError, BadImage) as error:
-            raise UserError(f"the mask {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            mask = read_mask(file, color=True) != 0
+        except BadImage as error:
+            raise UserError(str(error)) from error
         budget -= mask.nbytes
         if budget < 0:
             raise UserError(f"the masks in {path} take more than half of the free memory: split the folder")

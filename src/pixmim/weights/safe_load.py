@@ -348,26 +348,17 @@ def _no_op(*_: Any) -> None:
     """A placeholder for functions that checkpoints call."""
 
 
+_LIGHTNING = "lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing"
+
 # weights_only substitutes the first of a pair for the name that a pickle refers to. numpy's own reconstruction would
 # trust the file's claims about memory, so its scalars and arrays (accuracies, losses) are placeholders too.
 _HARMLESS: list[Any] = [
     Namespace,  # training scripts of MAE, ConvMAE and timm
     *((OrderedDict, name) for name in ("yacs.config.CfgNode", "mmengine.config.config.ConfigDict")),
-    *(
-        (OrderedDict, f"{package}.AttributeDict")  # Lightning's hyper_parameters
-        for package in (
-            "lightning.fabric.utilities.data",
-            "lightning_fabric.utilities.data",
-            "pytorch_lightning.utilities.parsing",
-        )
-    ),
+    *((OrderedDict, f"{module}.AttributeDict") for module in _LIGHTNING),  # of hyper_parameters
     *((_no_op, name) for name in ("getattr", "builtins.getattr")),  # HistoryBuffer's table of its own methods
     *((_Inert, f"mmengine.{name}") for name in ("config.config.Config", "logging.history_buffer.HistoryBuffer")),
     *((_Inert, f"pathlib.{name}") for name in ("PosixPath", "_local.PosixPath")),  # before and since Python 3.13
     *((_Inert, f"numpy.{name}") for name in ("dtype", "ndarray")),
-    *(
-        (_Inert, f"numpy.{module}.multiarray.{name}")
-        for module in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
+    *((_Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 ]

@@ -16,15 +16,13 @@ import numpy.typing as npt
 from jaxtyping import Shaped
 
 from pixmim.data.dataset import BadImage, DatasetWrapper, ImageDataset, ImageSpec
-from pixmim.data.decode.image import read_numbers
-from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import ImageFolder, from_folder
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
-from pixmim.evaluation.mask_files import MASK_SUFFIXES, MaskFiles, find_masks
+from pixmim.evaluation.mask_files import MASK_SUFFIXES, MaskFiles, find_masks, read_mask
 from pixmim.transforms.crops import Array
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.files import read_file, read_text, readable
+from pixmim.utils.files import read_text, readable
 from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 IGNORE = 255  # class index of pixels that do not count
@@ -129,7 +127,7 @@ def open_segmentation(
         table, names = _class_table(spec, layout, names, ignore, foreground, values)
     lookup = table
 
-    def read_mask(index: int) -> ClassMap:
+    def read_classes(index: int) -> ClassMap:
         raw = layout.read_mask(paths[index])
         mask = lookup[raw]
         if (mask == NO_CLASS).any():
@@ -139,7 +137,7 @@ def open_segmentation(
             )
         return mask
 
-    return SegmentationDataset(images, read_mask, names, lookup, values)
+    return SegmentationDataset(images, read_classes, names, lookup, values)
 
 
 @dataclass(frozen=True)
@@ -172,10 +170,7 @@ class _Layout:
         return union
 
     def _read_values(self, path: Path, color: bool = False) -> ClassMap:
-        try:
-            values = read_numbers(read_file(path, max_bytes()), color=color)
-        except (OSError, BadImage) as error:
-            raise BadImage(f"mask cannot be read: {path}, {getattr(error, 'strerror', None) or error}") from None
+        values = read_mask(path, color)
         low, high = values.min(), values.max()
         if low < 0 or high > IGNORE:
             raise BadImage(f"mask value outside 0 to 255: {low if low < 0 else high} in {path}")
