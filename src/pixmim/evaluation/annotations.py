@@ -234,9 +234,11 @@ def read_coco(file: Path, read_mask: ReadMask | None = None, content: dict[str, 
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    with readable(file):
+        data = read_file(file, _MAX_BYTES)
     try:
-        with readable(file), killable():
-            content = json.loads(read_file(file, _MAX_BYTES))
+        with killable():
+            content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -170,7 +170,7 @@ def _warning(problems: list[str], prefix: str = "") -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, BadImage) as error:
-        problems.append(prefix + "; ".join(str(error).splitlines()))
+        problems.append(f"{prefix}{'; '.join(str(error).splitlines())}" if prefix else str(error))
 
 
 def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str = "") -> ReportEntry:
