@@ -140,10 +140,7 @@ def fit_probe(
     device: torch.device = CPU,
     console: Console | None = None,
 ) -> FittedProbe:
-    """Choose the learning rate on the share `held_out` of train, and fit a probe to all of train.
-
-    The held-out images are those of the linear probe with the same seed. Raises UserError for fewer than three images.
-    """
+    """Choose the learning rate on the share `held_out` of train, and fit a probe to all of train. Raises UserError."""
     _check_count(len(train.labels))
     order = rng.permutation(seed, 0, len(train.labels))
     count = max(1, round(held_out * len(order)))
@@ -167,10 +164,7 @@ def fit(
     device: torch.device = CPU,
     console: Console | None = None,
 ) -> list[AttentiveProbe]:
-    """Fit one probe per learning rate by AdamW, all on the same batches: warm-up over a tenth, then a cosine to zero.
-
-    All have the same initial weights, which depend on the seed, as the order of the rows does.
-    """
+    """Fit a probe per learning rate by AdamW, with equal initial weights and batches: a tenth of warm-up, cosine."""
     width, classes = train.tokens.shape[2], len(train.classes)
     with seeded(seed):
         first = AttentiveProbe(width, classes, queries).to(device)

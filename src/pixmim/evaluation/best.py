@@ -56,10 +56,7 @@ def find_key(pattern: str, metrics: Mapping[str, object]) -> str | None:
 
 
 class BestEncoder:
-    """The best encoder of a run so far. Its state is its file, so that a resumed run continues with it.
-
-    Raises UserError if --keep-best names no measure, or one that the run does not take.
-    """
+    """The best encoder of a run so far, whose file is its state when a run resumes. Raises UserError."""
 
     def __init__(self, config: PretrainConfig, out: Path, steps: int, console: Console) -> None:
         self._config, self._out, self._steps, self._console = config, out, steps, console

@@ -191,10 +191,7 @@ def thumbnail(image: Shaped[Tensor, "c h w"], config: ModelConfig, side: int = 9
 
 
 def project(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Project features (n d) to the plane (n 2) by UMAP on cosine distances. Equal features give equal projections.
-
-    Raises UserError if umap-learn is not installed, or there are fewer than four images.
-    """
+    """Project features (n d) to (n 2) by UMAP on cosine distances, the same for equal features. Raises UserError."""
     if len(features) < 4:
         raise UserError(f"UMAP needs at least four images, not {len(features)}")
     try:

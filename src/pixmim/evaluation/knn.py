@@ -50,10 +50,7 @@ def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
 
 
 def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
-    """Limit each k to the number of references, without duplicates; also return a warning if any is too large.
-
-    Raises UserError if there is no k, or one is below 1.
-    """
+    """Limit each k to the number of references; also return a warning for larger ones. Raises UserError."""
     if not k or min(k) < 1:
         raise UserError(f"--k takes numbers of neighbors from 1 on, such as 1 20, not {' '.join(map(str, k))}")
     large = " and ".join(f"{each:,}" for each in k if each > references)

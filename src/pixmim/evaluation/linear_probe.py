@@ -91,11 +91,7 @@ def cached_probe(context: EvalContext, train: str, epochs: int, seed: int) -> Pr
 
 
 def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) -> Values:
-    """Yield the metrics of a probe in per cent; `labels` are indices into the probe's classes.
-
-    These are the values of `classification.rated`, "majority", the held-out accuracy, and the chosen member of the
-    sweep.
-    """
+    """Yield `rated`, "majority", the held-out accuracy and the member of the sweep; labels index its classes."""
     counts = tally(probe.scores(test).argmax(dim=1), labels, len(probe.classes))
     yield from rated(counts, probe.classes)
     yield "majority", majority(counts)

@@ -110,10 +110,7 @@ def _read(file: Path, identity: dict[str, str], images: int) -> Index | None:
 def nearest(
     unit: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], count: int
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """Return the cosine similarities and indices of the `count` rows nearest to each query, the nearest first.
-
-    Exact, and at most n. Rows of `unit` have length 1, queries any. Among equally similar rows any may be first.
-    """
+    """Return cosines and indices of the (at most n) rows of length 1 nearest to each query, nearest first. Exact."""
     parts = [(F.normalize(part, dim=1) @ unit.T).topk(min(count, len(unit)), dim=1) for part in queries.split(_BLOCK)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 

@@ -46,10 +46,7 @@ class Result:
 
 
 def save(result: Result, folder: Path) -> Path:
-    """Write a result to a folder's `evaluations/`, replacing one with the same settings. Returns the JSON file.
-
-    Values that are not finite become null.
-    """
+    """Write a result to the folder's `evaluations/`; return the JSON file, which has null for values not finite."""
     path = result_file(folder, result.evaluation, result.encoder, result.settings, ".json")
     names, folder = {}, path.parent
     for caption, image in result.pictures.items():

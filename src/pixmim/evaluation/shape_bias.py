@@ -110,10 +110,7 @@ def shape_decisions(
 
 
 def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Return shape and texture of each stimulus as indices into `names`, from file names or from synthetic shapes.
-
-    Raises UserError if a folder or file has another name.
-    """
+    """Return shape and texture of each stimulus as indices into `names`, by file names or shapes:. Raises UserError."""
     shapes = labels_among(data, names)
     if isinstance(data, SyntheticShapes):  # shape and texture with the same number are one class where they agree
         index = torch.tensor([names.index(name) for name in data.classes])

@@ -59,10 +59,7 @@ def with_bands(weights: Weights, bands: str) -> Weights:
 
 
 def reconstruct(weights: Weights, data: ImageDataset, count: int = 6) -> Reconstruction:
-    """Draw the reconstruction of the center crops of `count` images in an order that no training epoch uses.
-
-    Raises UserError if the weights lack the decoder, or no image can be read.
-    """
+    """Draw center crops of `count` images in an order that no epoch uses. Raises UserError without a decoder."""
     images, names = choose_crops(weights.config, data, count)
     return draw(build_with_weights(weights), weights.config, images, weights.step, names)
 
@@ -107,10 +104,7 @@ def draw(
     names: Sequence[str] = (),
     mask: Mask | None = None,
 ) -> Reconstruction:
-    """Draw the reconstruction of crops of the config's size, as a dataset returns them.
-
-    The masks are by default those of step -1, which no training step uses.
-    """
+    """Draw the reconstruction of crops, by default with the masks of step -1, which no training step uses."""
     loss = build_loss(config)
     mean, std = (torch.tensor(values) for values in config.normalization)
     x = flip_and_normalize(images, None, mean, std)

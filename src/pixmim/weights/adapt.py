@@ -70,10 +70,7 @@ def _window(name: str, table: Tensor, config: ModelConfig, patch: int) -> Grid |
 
 
 def adapt_weights(weights: Weights, state: Tensors, config: ModelConfig) -> dict[str, Tensor]:
-    """Adapt weights to a model: see `interpolate_tables`.
-
-    Raises UserError, with the file's own names, if tensors are missing, unexpected or of another shape.
-    """
+    """Adapt weights to a model by `interpolate_tables`. Raises UserError with the file's own names of tensors."""
     adapted, _ = interpolate_tables(weights, state, config)
     missing = [original_key(weights, name) for name in state if name not in adapted]
     unexpected = [original_key(weights, name) for name in adapted if name not in state]
@@ -147,10 +144,7 @@ def relative_biases(table: Float[Tensor, "n heads"], old: Grid, new: Grid) -> Fl
 
 
 def channels(weight: Float[Tensor, "d c h w"], count: int) -> Float[Tensor, "d c2 h w"]:
-    """Adapt a first convolution to another number of channels: summed for one, otherwise repeated and scaled.
-
-    Identical channels thus give the same output as before.
-    """
+    """Adapt a first convolution to other channels, so that equal channels give the same output: summed, or repeated."""
     old = weight.shape[1]
     if count == old:
         return weight

@@ -60,11 +60,7 @@ def read_run(folder: Path) -> ModelConfig | None:
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str] | None:
-    """Return a folder's configuration and the text of its config.json; None for other folders.
-
-    Raises UserError if config.json is not JSON, or is invalid, or links out of the folder; OSError if it cannot be
-    read.
-    """
+    """Return a folder's configuration and config.json's text; None for other folders. Raises UserError, OSError."""
     path = folder / "config.json"
     if not path.exists():
         return None

@@ -64,10 +64,7 @@ class CheckpointFormat:
     inverse: tuple[Callable[[Tensors], Tensors], ...] = ()  # applied in order before they are renamed back
 
     def to_pixmim(self, tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
-        """Convert a file's tensors to pixmim's names; also return the ignored keys, with the reason.
-
-        Raises UserError if a key is not in the table.
-        """
+        """Convert tensors to pixmim's names; also return ignored keys with the reason. Raises UserError for others."""
         renamed: Tensors = {}
         ignored: dict[str, str] = {}
         unknown = []
@@ -99,10 +96,7 @@ class CheckpointFormat:
 
 
 def fuse_qkv(tensors: Tensors) -> Tensors:
-    """Concatenate separate q, k and v to one qkv, with zeros for a missing bias of k.
-
-    Beit keeps its separate biases of q and v, as in timm.
-    """
+    """Concatenate q, k and v to one qkv, with zeros for a missing bias of k; Beit keeps its biases, as in timm."""
     fused = dict(tensors)
     for name in tensors:
         if name.endswith((".attn.q.weight", ".attn.q.bias")):

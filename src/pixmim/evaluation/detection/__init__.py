@@ -36,10 +36,7 @@ Checked = tuple[DetectionDataset, DetectionDataset, bool]
 
 @checked_once
 def check_detection(context: EvalContext, settings: DetectionSettings) -> Checked:
-    """Read all annotations and build the detector, before anything is trained. Raises UserError.
-
-    Returns train and test data, and whether masks are learned.
-    """
+    """Return train and test data, and whether masks are learned; also build the detector once. Raises UserError."""
     load_evaluator()
     files, encoder, console = _annotation_files(settings), context.encoder, context.console
     train = open_detection(files[0], settings.train_images, encoder.image_spec, "--train-images")

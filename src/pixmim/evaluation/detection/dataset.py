@@ -51,10 +51,7 @@ class DetectionDataset:
     problems: str = ""  # problems of the file and their consequences, one per line
 
     def read(self, index: int) -> Tensor:
-        """Read an image (c h w); 16-bit images become floats in [0, 1].
-
-        Raises BadImage if it cannot be read, or its size differs from its annotations.
-        """
+        """Read an image (c h w), 16 bits as floats in [0, 1]. Raises BadImage, also for another size."""
         image = self.images.image(index)
         if image.dtype == torch.uint16:  # torch lacks most operators for it
             image = image.float() / 65535

@@ -65,10 +65,7 @@ class FinetunePlan:
 
 @checked_once
 def check_finetune(context: EvalContext, settings: FinetuneSettings) -> FinetunePlan:
-    """Check data, settings and the classifier's folder without training.
-
-    Raises UserError if data, settings or the encoder do not suit, or another classifier is in the folder.
-    """
+    """Check data, settings, encoder and the classifier's folder without training. Raises UserError."""
     encoder, data = context.encoder, open_labeled(context, settings.train, settings.test, all_classes=True)
     name = choose(settings.recipe, encoder.config, encoder.module, settings.from_scratch)
     recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)

@@ -161,10 +161,7 @@ def fog(x: Pixels, constants: Constants, generator: Generator, scale: float) -> 
 
 
 def brightness(x: Pixels, constants: Constants, generator: Generator, scale: float) -> Pixels:
-    """Raise the value of HSV; black becomes gray. Constants: increase.
-
-    The HSV value is the largest channel, and all channels are proportional to it.
-    """
+    """Raise the value of HSV, the largest channel, and all channels in proportion. Constants: increase."""
     value = x.amax(dim=0, keepdim=True)
     raised = (value + constants[0]).clamp(0, 1)
     return torch.where(value > 0, x / value.clamp(min=1e-6) * raised, raised)

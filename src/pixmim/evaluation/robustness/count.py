@@ -82,10 +82,7 @@ def count_correct(
     variants: Sequence[Variant] = (CLEAN,),
     seed: int = 0,
 ) -> tuple[Int[Tensor, "v k"], Int[Tensor, " k"]]:
-    """Count correct predictions for each variant and class, and the readable images of each class.
-
-    Images are read once for all variants. Counts are saved after each batch.
-    """
+    """Count correct predictions by variant and class, and readable images by class; saved after each batch."""
     data, classes = images.data, len(images.classes)
     key = f"version {VERSION}, {len(variants)} variants: {data.spec} {data.fingerprint()}"
     first, *counts = file.load(key, 1 + (1 + len(variants)) * classes, len(data))

@@ -74,10 +74,7 @@ def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) 
 
 
 def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console | None) -> None:
-    """Read all images and masks; print the classes, their shares of the pixels, and what is left out.
-
-    Raises UserError if fewer than two classes have pixels, or too many images or masks cannot be used.
-    """
+    """Read all images and masks; print classes, their shares of the pixels, and what is left out. Raises UserError."""
     counts = torch.zeros(256, dtype=torch.int64)
     with progress(f"checks {pairs.spec}", len(pairs), console) as advance:
         for index, pair in iterate_pairs(pairs, skipped):
