@@ -4,7 +4,6 @@ A1 is the object's area in the image, A2 the part of it inside the crop; pixels 
 SimpleResizedCrop do not count. Random masking that hides a share r of the patches leaves (1 - r) J in expectation.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleR
 from pixmim.utils import rng
 from pixmim.utils.console import csv_cell, progress
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
+from pixmim.utils.files import atomic_write, write_csv, write_json
 from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image
 
 Values = npt.NDArray[np.float64]
@@ -204,7 +203,7 @@ class Coverage:
         rows: list[list[str]] = [["image", "share_of_image", *self.values]]
         for i, obj in enumerate(self.objects):
             rows.append([csv_cell(obj.image), f"{_area(obj):.6f}", *(f"{v[i]:.6f}" for v in self.values.values())])
-        write_text_atomically(paths[0], json.dumps(content, indent=2) + "\n")
+        write_json(paths[0], content)
         write_csv(paths[1], rows)
         atomic_write(paths[2], partial(draw(self).save, format="PNG"))
         return paths

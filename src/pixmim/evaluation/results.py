@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from pixmim.utils.console import csv_cell, utf8
-from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
+from pixmim.utils.files import atomic_write, write_csv, write_json
 from pixmim.utils.trust import inside
 
 
@@ -57,7 +57,7 @@ def save(result: Result, folder: Path) -> Path:
     if result.split:
         write_csv(folder / result.split_file, (map(csv_cell, map(utf8, row)) for row in result.split))
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
-    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
     return path
 
 

@@ -53,9 +53,9 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
     if not isinstance(config, PretrainConfig) or len(lines) < 2 or lines[0]["step"]:
         return ""
     first, last = lines[0], lines[-1]
-    key = find_key(pattern, first)
-    images = int(first[COUNT])
-    if key is None or not 1 <= images == last[COUNT] or not all(_is_share(line.get(key)) for line in (first, last)):
+    key, images = find_key(pattern, first) or "", int(first[COUNT])
+    shares = [line.get(key) for line in (first, last)]  # the file may be untrusted
+    if not 1 <= images == last[COUNT] or not all(is_number(share) and 0 <= share <= 100 for share in shares):
         return ""
     correct = [round(line[key] * images / 100) for line in (first, last)]
     low, high = difference_interval(correct[0], images, correct[1], images)
@@ -112,11 +112,6 @@ def _judge(row: Row, cell: Cell, start: Cell | None) -> str:
         f"{learned or 'It is not clear that it learned'}: {row.label} {shown(cell)}, on {row.on}, and "
         f"{shown(start)} with the initial weights."
     )
-
-
-def _is_share(value: Any) -> bool:
-    """Return True for a share in per cent: the file may be untrusted."""
-    return is_number(value) and 0 <= value <= 100
 
 
 def _range(low: float, high: float) -> str:

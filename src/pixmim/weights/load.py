@@ -133,7 +133,13 @@ def resolve_model(
     (HEIGHTxWIDTH or a side): facts that the file does not contain. Raises UserError if the model does not exist or is
     unsupported.
     """
-    model_hints = _to_hints(hints or {})
+    names, values = {one.name for one in fields(ModelHints)}, hints or {}
+    known = {name: value for name, value in values.items() if name in names and value is not None}
+    if size := values.get("size"):
+        check_value("--size", size, Size)
+        known["img_size"] = list(parse_size(size) or ())
+    check_options({name: known[name] for name in ("num_heads", "decoder_heads") if name in known})
+    model_hints = ModelHints(**known)
     if name.startswith("timm:"):
         return with_normalization(download_timm(name.removeprefix("timm:"), head), model_hints)
     path = download_hub(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name).expanduser()
@@ -141,17 +147,6 @@ def resolve_model(
     if run is None:
         return _in_memory(read_weights(path, model_hints))
     return with_normalization(_read_newest(path, run, with_decoder, model_hints), model_hints)
-
-
-def _to_hints(values: Mapping[str, Any]) -> ModelHints:
-    """Check the caller's hints. Other keys are ignored."""
-    names = {one.name for one in fields(ModelHints)}
-    hints = {name: value for name, value in values.items() if name in names and value is not None}
-    if size := values.get("size"):
-        check_value("--size", size, Size)
-        hints["img_size"] = list(parse_size(size) or ())
-    check_options({name: hints[name] for name in ("num_heads", "decoder_heads") if name in hints})
-    return ModelHints(**hints)
 
 
 def _read_newest(path: Path, config: ModelConfig, with_decoder: bool, hints: ModelHints) -> Weights:

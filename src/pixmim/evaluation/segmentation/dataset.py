@@ -264,19 +264,15 @@ def _class_table(
 def _count_classes(spec: str, first: int, values: MaskValues) -> int:
     """Return the number of classes, if mask values are class numbers from `first`. Raises UserError otherwise."""
     used = np.flatnonzero(values.counts[:IGNORE])
-    used = used[used >= first]
+    used, found = used[used >= first], f"the masks of {spec} contain {values}"
     if not len(used):
-        raise UserError(
-            f"the masks of {spec} contain {values}, and {'0 and 255 do' if first else '255 does'} not count: add "
-            "--foreground 255 if 255 is the object, or --ignore none if each value is a class"
-        )
+        fix = "--foreground 255 if 255 is the object, or --ignore none if each value is a class"
+        raise UserError(f"{found}, and {'0 and 255 do' if first else '255 does'} not count: add {fix}")
     _check_solid(spec, used, values)
     count = int(used[-1]) + 1 - first
     if 2 * len(used) < count:
-        raise UserError(
-            f"the masks of {spec} contain {values}, which are not class numbers counted from {first}: add --ignore "
-            "none to make each value a class, or name all classes in classes.txt"
-        )
+        fix = "--ignore none to make each value a class, or name all classes in classes.txt"
+        raise UserError(f"{found}, which are not class numbers counted from {first}: add {fix}")
     return count
 
 
