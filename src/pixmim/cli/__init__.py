@@ -10,13 +10,11 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from pixmim import __version__
-from pixmim.cli.advise import advise
-from pixmim.cli.data import bench_data, cache, stats
+from pixmim.cli.data import advise, bench_data, cache, stats
 from pixmim.cli.evaluate import coverage, evaluate, report
 from pixmim.cli.pretrain import list_recipes, pretrain
 from pixmim.cli.slurm import slurm
-from pixmim.cli.view import view
-from pixmim.cli.visualize import attention, embed, reconstruct
+from pixmim.cli.visualize import attention, embed, reconstruct, view
 from pixmim.cli.weights import export, import_
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import AlreadyReportedError, UserError, did_you_mean, first_line
@@ -56,13 +54,9 @@ _HOME = re.compile(r"^((?:--[\w.-]+=)?)~(?=/|$)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command; without `argv`, that of this process, whose signals and standard streams are then handled too.
 
-    Args:
-        argv: Command and flags; None: those of this process, whose signals and standard streams are then handled too.
-
-    Returns:
-        The exit status: 0 done, 1 an error that the user can fix, 130 interrupted.
+    Returns the exit status: 0 done, 1 an error that the user can fix, 130 interrupted.
     """
     if argv is None:
         # Before torch is imported. Spinning threads take cores from those that compute: on shared cores, training was

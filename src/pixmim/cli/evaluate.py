@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, Suppress, arg
 
-from pixmim.cli.flags import ChoiceFlags, ModelFlags, ModelFlagsWithoutSize, absolute, checked
+from pixmim.cli.flags import ChoiceFlags, ModelFlags, ModelFlagsWithoutSize, absolute, checked, command
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.utils.console import print_plain
@@ -29,7 +29,7 @@ def evaluate(args: list[str]) -> int:
     overwrite_type = bool if name in ("finetune", "all") else Suppress[bool]
     flags_type = ModelFlagsWithoutSize if any(f.name == "size" for f in fields(settings_type)) else ModelFlags
 
-    def command(
+    def run(
         models: Positional[tuple[str, ...]],
         /,
         *,
@@ -67,7 +67,7 @@ def evaluate(args: list[str]) -> int:
         return 0
 
     about = str(settings_type.__doc__) + (f" Needs {EVALS[name].needs}." if name in EVALS else "")
-    return tyro.cli(checked(command), prog=f"pixmim evaluate {name}", description=about, args=args[1:])
+    return tyro.cli(checked(run), prog=f"pixmim evaluate {name}", description=about, args=args[1:])
 
 
 def _chosen(evaluation: str, settings: dict[str, Any], choice: ChoiceFlags) -> dict[str, Any]:
@@ -102,85 +102,77 @@ def _show(folders: list[Path], page: Path, console: Console) -> None:
         print_plain(console, line)
 
 
-def report(args: list[str]) -> int:
-    """Write the report of one run, or of several side by side."""
+@command("report")
+def report(
+    runs: Positional[tuple[Path, ...]],
+    /,
+    *,
+    data: str | None = None,
+    out: Path | None = None,
+    bands: str = "",
+    neighbors: bool = False,
+) -> int:
+    """Write one self-contained HTML page.
 
-    def command(
-        runs: Positional[tuple[Path, ...]],
-        /,
-        *,
-        data: str | None = None,
-        out: Path | None = None,
-        bands: str = "",
-        neighbors: bool = False,
-    ) -> int:
-        """Write one self-contained HTML page.
+    Args:
+        runs: Folders of runs, side by side on the page.
+        data: Images to reconstruct, as pretrain's --data takes them. Default: each run's own, unless the run is
+            from elsewhere.
+        out: The HTML file. Default: RUN/report.html, or report.html for several runs.
+        bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2. Default: each run's.
+        neighbors: Add the images nearest to 20 random ones, and the pairs most alike.
+    """
+    if not runs:
+        raise UserError("no run given: pixmim report RUN [RUN ...]")
+    from pixmim.api import report_path
+    from pixmim.report import write_report
 
-        Args:
-            runs: Folders of runs, side by side on the page.
-            data: Images to reconstruct, as pretrain's --data takes them. Default: each run's own, unless the run is
-                from elsewhere.
-            out: The HTML file. Default: RUN/report.html, or report.html for several runs.
-            bands: Channels to draw as red, green and blue, counted from 1, such as 4,3,2. Default: each run's.
-            neighbors: Add the images nearest to 20 random ones, and the pairs most alike.
-        """
-        if not runs:
-            raise UserError("no run given: pixmim report RUN [RUN ...]")
-        from pixmim.api import report_path
-        from pixmim.report import write_report
-
-        console, page, images = Console(), report_path(list(runs), out), None if data is None else absolute(data)
-        write_report(
-            list(runs), page, images, lambda line: print_plain(console, f"warning: {line}"), bands, neighbors, console
-        )
-        _show(list(runs), page, console)
-        return 0
-
-    return tyro.cli(command, prog="pixmim report", args=args)
+    console, page, images = Console(), report_path(list(runs), out), None if data is None else absolute(data)
+    write_report(
+        list(runs), page, images, lambda line: print_plain(console, f"warning: {line}"), bands, neighbors, console
+    )
+    _show(list(runs), page, console)
+    return 0
 
 
-def coverage(args: list[str]) -> int:
-    """Measure the share of objects that crops keep."""
+@command("coverage")
+def coverage(
+    data: Positional[str],
+    /,
+    *,
+    size: Size = "224",
+    mask_ratio: Annotated[float, Real(0, 1, below=True)] = 0.75,
+    boxes: bool = False,
+    simulate: Annotated[int, Integer(0, 1_000_000)] = 0,
+    seed: Seed = 0,
+    out: Path = Path("coverage"),
+    overwrite: bool = False,
+) -> int:
+    """Object coverage: the share of an object that RRC, SRC and CC keep, and what masking leaves of it.
 
-    def command(
-        data: Positional[str],
-        /,
-        *,
-        size: Size = "224",
-        mask_ratio: Annotated[float, Real(0, 1, below=True)] = 0.75,
-        boxes: bool = False,
-        simulate: Annotated[int, Integer(0, 1_000_000)] = 0,
-        seed: Seed = 0,
-        out: Path = Path("coverage"),
-        overwrite: bool = False,
-    ) -> int:
-        """Object coverage: the share of an object that RRC, SRC and CC keep, and what masking leaves of it.
+    Needs image sizes and boxes only; no model and no pixels. Writes a table of all objects, the means, and a figure
+    of coverage against object size.
 
-        Needs image sizes and boxes only; no model and no pixels. Writes a table of all objects, the means, and a figure
-        of coverage against object size.
+    Args:
+        data: A .csv (width,height,x,y,w,h[,image]), COCO's .json, boxes of VOC or YOLO, masks, or shapes:.
+        size: Side of the crop, or HEIGHTxWIDTH.
+        mask_ratio: Share of the patches that is hidden.
+        boxes: Use the boxes of masks instead of the masks.
+        simulate: Crops to sample for each object, to check the expectation; 0: none.
+        seed: Seed of these.
+        out: Folder for coverage.csv, coverage.json and coverage.png.
+        overwrite: Replace existing files.
+    """
+    from pixmim.evaluation.object_coverage import measure_coverage
+    from pixmim.utils.validation import parse_size
 
-        Args:
-            data: A .csv (width,height,x,y,w,h[,image]), COCO's .json, boxes of VOC or YOLO, masks, or shapes:.
-            size: Side of the crop, or HEIGHTxWIDTH.
-            mask_ratio: Share of the patches that is hidden.
-            boxes: Use the boxes of masks instead of the masks.
-            simulate: Crops to sample for each object, to check the expectation; 0: none.
-            seed: Seed of these.
-            out: Folder for coverage.csv, coverage.json and coverage.png.
-            overwrite: Replace existing files.
-        """
-        from pixmim.evaluation.object_coverage import measure_coverage
-        from pixmim.utils.validation import parse_size
-
-        for suffix in ("json", "csv", "png"):
-            check_output(out / f"coverage.{suffix}", overwrite)
-        console, crop = Console(), parse_size(size)
-        assert crop is not None  # checked by the type of the flag
-        result = measure_coverage(data, crop, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
-        console.print(result.table())
-        if result.outside:
-            print_plain(console, f"{result.outside} objects have no pixel inside their image and are skipped")
-        print_plain(console, "written: " + ", ".join(map(str, result.save(out))))
-        return 0
-
-    return tyro.cli(checked(command), prog="pixmim coverage", args=args)
+    for suffix in ("json", "csv", "png"):
+        check_output(out / f"coverage.{suffix}", overwrite)
+    console, crop = Console(), parse_size(size)
+    assert crop is not None  # checked by the type of the flag
+    result = measure_coverage(data, crop, mask_ratio, boxes=boxes, draws=simulate, seed=seed, console=console)
+    console.print(result.table())
+    if result.outside:
+        print_plain(console, f"{result.outside} objects have no pixel inside their image and are skipped")
+    print_plain(console, "written: " + ", ".join(map(str, result.save(out))))
+    return 0

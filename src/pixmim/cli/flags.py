@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+import tyro
 from tyro.conf import Suppress, UseAppendAction, arg
 
 from pixmim.utils.validation import Integer, Real, Settings, Sides, Text, check_value
@@ -24,6 +25,16 @@ def checked(command: Callable[..., T]) -> Callable[..., T]:
         return command(*args, **kwargs)
 
     return run
+
+
+def command(name: str, description: str | None = None) -> Callable[[Callable[..., int]], Callable[[list[str]], int]]:
+    """Make a function the command `pixmim NAME`, whose flags and help are its parameters and docstring."""
+
+    def decorate(function: Callable[..., int]) -> Callable[[list[str]], int]:
+        run: Callable[..., int] = checked(function)
+        return lambda args: tyro.cli(run, prog=f"pixmim {name}", description=description, args=args)
+
+    return decorate
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,7 @@ class Flags(NamedTuple):
 
 
 def read_flags(args: list[str]) -> Flags:
-    """Parse the flags of `pixmim pretrain`; the recipe, or the run to resume, is read first, for the defaults.
-
-    Raises:
-        UserError: If flags are missing or contradict each other.
-    """
+    """Parse the flags of `pixmim pretrain`, with defaults from a recipe or the run to resume. Raises UserError."""
     resumed = _value_of("--resume", args)
     recipe = args[0] if args and not args[0].startswith("-") else ""
     if resumed and recipe:

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -132,10 +133,8 @@ def sbatch_script(job: Job, name: str, command: list[str], run: Path, folder: Pa
     """Return the text of a script for sbatch.
 
     Each process executes the words of `command`. The output of the job is written to `run`, and `folder` is its working
-    directory; `file` is the path of the script. All three are absolute.
-
-    Raises:
-        UserError: For a name or path that Slurm would change.
+    directory; `file` is the path of the script. All three are absolute. Raises UserError for a name or path that Slurm
+    would change.
     """
     options = {"partition": job.partition, "account": job.account, "qos": job.qos, "mem": job.mem}
     seconds = round(job.hours * 3600)
@@ -145,15 +144,20 @@ def sbatch_script(job: Job, name: str, command: list[str], run: Path, folder: Pa
             lines.append(word)
         else:
             lines[-1] += f" {word}"
-    return _SCRIPT.format(
-        job=job,
-        name=_quote(name),
-        folder=_quote(str(folder)),
-        output=_quote(str(run).replace("%", "%%") + "/slurm-%j.out"),
-        time=f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
-        options="".join(f"#SBATCH --{flag}={_quote(value)}\n" for flag, value in options.items() if value),
-        submit=shlex.quote(f"sbatch {shlex.quote(str(file))}"),
-        command=" \\\n    ".join(lines),
+    return (
+        files("pixmim.cli")
+        .joinpath("slurm.sh.txt")
+        .read_text("utf-8")
+        .format(
+            job=job,
+            name=_quote(name),
+            folder=_quote(str(folder)),
+            output=_quote(str(run).replace("%", "%%") + "/slurm-%j.out"),
+            time=f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
+            options="".join(f"#SBATCH --{flag}={_quote(value)}\n" for flag, value in options.items() if value),
+            submit=shlex.quote(f"sbatch {shlex.quote(str(file))}"),
+            command=" \\\n    ".join(lines),
+        )
     )
 
 
@@ -162,57 +166,3 @@ def _quote(value: str) -> str:
     if not value.isprintable() or "\\" in value:
         raise UserError(f"{value!r} contains a backslash or unprintable characters, which Slurm changes: rename it")
     return value if shlex.quote(value) == value else '"' + value.replace('"', '\\"') + '"'
-
-
-_SCRIPT = """\
-#!/bin/bash
-# Written by `pixmim slurm`. Submit it with sbatch, whose own flags override those below.
-
-#SBATCH --job-name={name}
-#SBATCH --chdir={folder}
-# Restarts append to the same file.
-#SBATCH --output={output}
-#SBATCH --open-mode=append
-#
-# {job.tasks} processes, one per GPU, started by srun. No torchrun: USR1 would end it.
-#SBATCH --nodes={job.nodes}
-#SBATCH --ntasks-per-node={job.gpus}
-#SBATCH --gres=gpu:{job.gpus}
-#SBATCH --cpus-per-task={job.cpus}
-{options}#
-# USR1 is sent to the processes {job.signal} s before the limit: they finish the step, save, and exit with 130.
-#SBATCH --time={time}
-#SBATCH --signal=USR1@{job.signal}
-# Slurm itself requeues the job after a preemption (which sends TERM first) or a node failure.
-#SBATCH --requeue
-
-set -eu
-
-# Rendezvous: the first machine, and a port derived from the job's number.
-machines=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR=${{machines%%$'\\n'*}}
-export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
-
-# TERM is sent to this script if the job is cancelled or preempted, but not at the time limit.
-terminated=
-trap 'terminated=yes' TERM
-
-# The same command starts the run and resumes it.
-# kill-on-bad-exit=0: a process that stopped in time, with 130, does not end the others.
-# wait: once a process has ended, the others get ten minutes to end by themselves.
-# cpus-per-task: srun does not inherit it.
-status=0
-srun --label --kill-on-bad-exit=0 --wait=600 --cpus-per-task="$SLURM_CPUS_PER_TASK" \\
-    {command} || status=$?
-
-# 0: complete. 130: stopped in time. Anything else is an error, which a restart would repeat.
-if [ "$status" -ne 130 ] || [ -n "$terminated" ]; then
-    exit "$status"
-fi
-if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {job.restarts} ]; then
-    echo "stopped after {job.restarts} restarts. To resume:" {submit} >&2
-    exit 130
-fi
-scontrol requeue "$SLURM_JOB_ID"
-"""

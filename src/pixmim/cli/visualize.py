@@ -1,4 +1,4 @@
-"""pixmim reconstruct, attention and embed."""
+"""pixmim reconstruct, attention, embed and view."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from pixmim.cli.flags import ChoiceFlags, ModelFlags, checked
+from pixmim.cli.flags import ChoiceFlags, ModelFlags, checked, command
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, check_output
@@ -61,7 +61,7 @@ def attention(args: list[str]) -> int:
 def _draw_command(
     args: list[str], prog: str, about: str, default_out: Path, default_count: int, draw: Callable[..., "Image"]
 ) -> int:
-    def command(
+    def run(
         model: Positional[str],
         images: Positional[tuple[Path, ...]],
         /,
@@ -94,51 +94,74 @@ def _draw_command(
         print_plain(Console(), f"written to {out}")
         return 0
 
-    return tyro.cli(checked(command), prog=prog, description=about, args=args)
+    return tyro.cli(checked(run), prog=prog, description=about, args=args)
 
 
-def embed(args: list[str]) -> int:
-    """Write the features of a dataset."""
+@command("embed")
+def embed(
+    model: Positional[str],
+    /,
+    *,
+    data: Data,
+    choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
+    out: Path,
+    thumbnails: bool = False,
+    overwrite: bool = False,
+    kind: Annotated[Literal["cls", "mean", "both"], arg(name="features")] = "both",
+    batch_size: Annotated[int, Integer(1, 1_000_000)] = 256,
+    device: Device = "auto",
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
+) -> int:
+    """Write the features of every image of a dataset, with its file name. Resumes an interrupted run.
 
-    def command(
-        model: Positional[str],
-        /,
-        *,
-        data: Data,
-        choice: Annotated[ChoiceFlags, arg(name="")] = ChoiceFlags(),  # noqa: B008
-        out: Path,
-        thumbnails: bool = False,
-        overwrite: bool = False,
-        kind: Annotated[Literal["cls", "mean", "both"], arg(name="features")] = "both",
-        batch_size: Annotated[int, Integer(1, 1_000_000)] = 256,
-        device: Device = "auto",
-        precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
-        model_flags: Annotated[ModelFlags, arg(name="")] = ModelFlags(),  # noqa: B008
-    ) -> int:
-        """Write the features of every image of a dataset, with its file name. Resumes an interrupted run.
+    Args:
+        model: A run, finished or not, an imported folder, a weights file, timm:NAME or hf:NAME.
+        data: Images, in the syntax of pretrain's --data.
+        choice: Images to choose by their names.
+        out: .npy (float32, a row per image, file names in a .csv of the same name) or .parquet.
+        thumbnails: Add thumbnails and, with umap-learn, a projection x and y to .parquet, for embedding-atlas.
+        overwrite: Replace existing files.
+        kind: cls: the class token. mean: the mean of the patch tokens. Both are the mean without a class token.
+        batch_size: Images per forward pass.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: auto: bf16 where the device supports it.
+        model_flags: Values that the weights file lacks.
+    """
+    from pixmim.api import embed_to_file
 
-        Args:
-            model: A run, finished or not, an imported folder, a weights file, timm:NAME or hf:NAME.
-            data: Images, in the syntax of pretrain's --data.
-            choice: Images to choose by their names.
-            out: .npy (float32, a row per image, file names in a .csv of the same name) or .parquet.
-            thumbnails: Add thumbnails and, with umap-learn, a projection x and y to .parquet, for embedding-atlas.
-            overwrite: Replace existing files.
-            kind: cls: the class token. mean: the mean of the patch tokens. Both are the mean without a class token.
-            batch_size: Images per forward pass.
-            device: auto, cpu, cuda, cuda:1, mps.
-            precision: auto: bf16 where the device supports it.
-            model_flags: Values that the weights file lacks.
-        """
-        from pixmim.api import embed_to_file
+    weights = _open_model(model, model_flags)
+    options = {"batch_size": batch_size, "device": device, "precision": precision, "overwrite": overwrite}
+    options["thumbnails"] = thumbnails
+    embed_to_file(weights, choice.choose(data), out, features=kind, **options)  # type: ignore[arg-type]
+    return 0
 
-        weights = _open_model(model, model_flags)
-        options = {"batch_size": batch_size, "device": device, "precision": precision, "overwrite": overwrite}
-        options["thumbnails"] = thumbnails
-        embed_to_file(weights, choice.choose(data), out, features=kind, **options)  # type: ignore[arg-type]
-        return 0
 
-    return tyro.cli(checked(command), prog="pixmim embed", args=args)
+@command("view", "Look at runs in the browser.")
+def view(
+    runs: Positional[tuple[str, ...]],
+    /,
+    *,
+    data: Data | None = None,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Integer(0, 65_535)] = 0,
+    browser: Annotated[bool, arg(name="browser")] = True,
+    device: Device = "auto",
+) -> int:
+    """Open a page with curves, reconstructions and neighbors in the browser, while a run trains or afterwards.
+
+    Args:
+        runs: Folders of runs, or of imported weights.
+        data: Images to choose from, in the syntax of pretrain's --data; by default those of the first run.
+        host: Address to listen on. 0.0.0.0 lets other machines open the page, if they know its token.
+        port: Port to listen on; 0: a free one.
+        browser: Open the browser.
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+    from pixmim.viewer import view as open_page
+
+    open_page(runs, data=data, host=host, port=port, open_browser=browser, device=device)
+    return 0
 
 
 def _open_model(model: str, model_flags: ModelFlags, with_decoder: bool = False) -> "Weights":

@@ -12,19 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage
-from pixmim.data.decode.image import read_numbers
-from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.box_formats import read_boxes
-from pixmim.evaluation.mask_files import find_masks
+from pixmim.evaluation.mask_files import find_masks, read_mask
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import read_file, read_text
+from pixmim.utils.files import read_file, read_text, readable
 from pixmim.utils.memory import free_memory
 from pixmim.utils.process import killable
 
-Box = tuple[float, float, float, float]
-"""(left, top, right, bottom) in pixels."""
+Box = tuple[float, float, float, float]  # (left, top, right, bottom) in pixels
 
 BinaryMask = npt.NDArray[np.bool_]
 
@@ -36,35 +33,21 @@ _MAX_BROKEN = 1 / 4  # of a COCO file's annotations
 
 @dataclass(frozen=True)
 class ImageObject:
-    """One object of an image, for object coverage.
-
-    Attributes:
-        image: Name of the image.
-        size: (h, w) of the image in pixels.
-        box: Box inside the image.
-        mask: Pixels of the object (h w), if they are known; the box is then the box around them.
-    """
+    """One object of an image, for object coverage."""
 
     image: str
-    size: tuple[int, int]
-    box: Box
-    mask: BinaryMask | None = None
+    size: tuple[int, int]  # (h, w) of the image in pixels
+    box: Box  # box inside the image
+    mask: BinaryMask | None = None  # pixels of the object (h w), if they are known; the box is then the box around them
 
 
 def read_objects(spec: str) -> tuple[list[ImageObject], int]:
-    """Read all objects of a file or folder; boxes are clipped to their image.
+    """Read all objects, boxes clipped to their image, and the number of those left out because no part is inside it.
 
-    Args:
-        spec: A .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
-            if an image has several boxes; a COCO .json file, whose crowds are ignored; a dataset in the layout of
-            VOC or YOLO (`box_formats`); a folder of masks, or of images with masks beside them (`mask_files`), in each
-            of which all nonzero pixels are one object; or shapes:.
-
-    Returns:
-        The objects, and the number of those left out because no part is inside the image.
-
-    Raises:
-        UserError: If the file cannot be read, naming the line or entry.
+    `spec` is a .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
+    if an image has several boxes; a COCO .json file, whose crowds are ignored; a dataset in the layout of VOC or YOLO
+    (`box_formats`); a folder of masks, or of images with masks beside them (`mask_files`), in each of which all nonzero
+    pixels are one object; or shapes:. Raises UserError, naming the line or entry.
     """
     path, boxes = Path(spec).expanduser(), None
     if spec.startswith("shapes:"):
@@ -87,26 +70,16 @@ def read_objects(spec: str) -> tuple[list[ImageObject], int]:
     return objects, len(entries) - len(objects)
 
 
-def _clip(image: str, width: float, height: float, xywh: Sequence[float], where: str) -> ImageObject | None:
-    """Return an object with its box clipped to the image; None if nothing is left. Raises UserError."""
+def _clip(xywh: Sequence[float], width: float, height: float) -> Box | None:
+    """Return the part of a box that is inside its image; None if nothing is left."""
     x, y, w, h = xywh
-    if not all(np.isfinite([width, height, x, y, w, h])):
-        raise UserError(f"{where}: the size or the box is not finite")
-    if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
-        raise UserError(f"{where}: invalid image size {width:g}x{height:g}")
-    if w < 0 or h < 0:
-        raise UserError(f"{where}: invalid box size {w:g}x{h:g}")
     box = max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)
-    if box[0] >= box[2] or box[1] >= box[3]:
-        return None
-    return ImageObject(image, (round(height), round(width)), box)
+    return None if box[0] >= box[2] or box[1] >= box[3] else box
 
 
 def _read_csv(path: Path) -> Iterator[ImageObject | None]:
-    try:
+    with readable(path):
         text = read_text(path, _MAX_BYTES)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     rows, needed = csv.DictReader(io.StringIO(text, newline="")), ", ".join(_CSV_COLUMNS)
     try:
         missing = [name for name in _CSV_COLUMNS if name not in (rows.fieldnames or ())]
@@ -118,7 +91,14 @@ def _read_csv(path: Path) -> Iterator[ImageObject | None]:
                 width, height, *xywh = (float(row[name]) for name in _CSV_COLUMNS)
             except (TypeError, ValueError):
                 raise UserError(f"{where}: six numbers are needed: {needed}") from None
-            yield _clip(row.get("image") or f"line {line}", width, height, xywh, where)
+            if not all(np.isfinite([width, height, *xywh])):
+                raise UserError(f"{where}: the size or the box is not finite")
+            if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
+                raise UserError(f"{where}: invalid image size {width:g}x{height:g}")
+            if min(xywh[2:]) < 0:
+                raise UserError(f"{where}: invalid box size {xywh[2]:g}x{xywh[3]:g}")
+            box, size = _clip(xywh, width, height), (round(height), round(width))
+            yield None if box is None else ImageObject(row.get("image") or f"line {line}", size, box)
     except csv.Error as error:
         raise UserError(f"{path} is not a CSV file: {error}") from error
 
@@ -132,9 +112,9 @@ def _read_masks(path: Path) -> Iterator[ImageObject | None]:
     budget = (free_memory() or 2**62) // 2
     for file, image in files:
         try:
-            mask = read_numbers(read_file(file, max_bytes()), color=True) != 0
-        except (OSError, BadImage) as error:
-            raise UserError(f"the mask {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            mask = read_mask(file, color=True) != 0
+        except BadImage as error:
+            raise UserError(str(error)) from error
         budget -= mask.nbytes
         if budget < 0:
             raise UserError(f"the masks in {path} take more than half of the free memory: split the folder")
@@ -155,9 +135,7 @@ def bounding_box(mask: BinaryMask) -> tuple[int, int, int, int] | None:
 class Problems:
     """Count problems of annotations by kind, with the first example and the consequence.
 
-    Attributes:
-        broken: Annotations that are certainly wrong, unlike a box that extends beyond its image.
-        left_out: Annotations that are not used.
+    `broken` annotations are certainly wrong, unlike a box that extends beyond its image; those `left_out` are not used.
     """
 
     def __init__(self) -> None:
@@ -187,25 +165,15 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class CocoObject:
-    """A usable annotation of a COCO file.
+    """A usable annotation of a COCO file."""
 
-    Attributes:
-        name: Name in messages.
-        image: Index of its image.
-        box: Box, clipped to the image.
-        label: Index of its class.
-        crowd: True for a region of many objects.
-        area: Square pixels, as the file states them.
-        mask: Result of `read_mask`.
-    """
-
-    name: str
-    image: int
-    box: Box
-    label: int
-    crowd: bool
-    area: float
-    mask: Any = None
+    name: str  # name in messages
+    image: int  # index of its image
+    box: Box  # box, clipped to the image
+    label: int  # index of its class
+    crowd: bool  # True for a region of many objects
+    area: float  # square pixels, as the file states them
+    mask: Any = None  # result of `read_mask`
 
 
 @dataclass(frozen=True)
@@ -223,17 +191,10 @@ ReadMask = Callable[[Any, tuple[int, int]], tuple[Any, str]]
 
 
 def read_coco(file: Path, read_mask: ReadMask | None = None, content: dict[str, Any] | None = None) -> CocoFile:
-    """Read and check a file in COCO's format.
+    """Read and check a file in COCO's format; annotations that cannot be used are left out and counted in `problems`.
 
-    Annotations that cannot be used are left out and counted in `problems`.
-
-    Args:
-        file: The JSON file.
-        read_mask: Checks a mask. If None, categories and masks are not read.
-        content: What the file holds, if it was read from another format.
-
-    Raises:
-        UserError: If the file is not in COCO's format, or more than a quarter of its annotations are broken.
+    Without `read_mask`, categories and masks are not read. `content` is what the file holds, if it was read from
+    another format. Raises UserError for another format, or if more than a quarter of the annotations are broken.
     """
     content, problems = _read_json(file) if content is None else content, Problems()
     classes, label_of = _read_categories(file, content, problems) if read_mask else ([], {})
@@ -273,12 +234,11 @@ def read_coco(file: Path, read_mask: ReadMask | None = None, content: dict[str, 
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
+    with readable(file):
         data = read_file(file, _MAX_BYTES)
+    try:
         with killable():
             content = json.loads(data)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -354,8 +314,8 @@ def _read_annotation(
     """Return an annotation as an object; None if its box is outside its image."""
     size, problems, (x, y, w, h) = coco.images[index].size, coco.problems, entry["bbox"]
     height, width = size
-    box = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    if box[2] <= box[0] or box[3] <= box[1]:
+    box = _clip(entry["bbox"], float(width), float(height))
+    if box is None:
         problems.add("boxes are empty, or outside their image", name)
         return None
     if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:  # otherwise a rounding error
@@ -381,7 +341,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    return _is_text(value) or is_number(value)
+    return isinstance(value, str) or is_number(value)
 
 
 def _is_side(value: Any) -> bool:

@@ -7,8 +7,8 @@ probe of their mean or of the class token understates the encoder.
 import json
 import math
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from pixmim.evaluation.classification import class_indices, compare_held_out, is
 from pixmim.evaluation.context import EvalContext, Values
 from pixmim.evaluation.patch_tokens import TokenSet, check_space, extract_tokens, token_shape
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
-from pixmim.evaluation.results import file_stem
+from pixmim.evaluation.results import result_file
 from pixmim.evaluation.settings import AttentiveSettings
 from pixmim.evaluation.visualize import Pixels, heat_overlay, labeled_grid, to_rgb
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils import rng
-from pixmim.utils.console import print_plain, progress
+from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json, write_text_atomically
 from pixmim.utils.trust import inside
@@ -41,8 +41,7 @@ from pixmim.weights.safe_load import read
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Learning rates of AdamW; the best on a held-out part of the train set is chosen, see `compare_held_out`."""
 
-BATCH = 256
-"""Images per step, at most. Small sets have smaller batches, for about eight steps per epoch."""
+BATCH = 256  # Images per step, at most. Small sets have smaller batches, for about eight steps per epoch.
 
 CPU = torch.device("cpu")
 
@@ -50,16 +49,11 @@ _DRAWN_IMAGES, _DRAWN_QUERIES = 6, 6
 
 
 class AttentiveProbe(nn.Module):
-    """A classifier of patch tokens x (n d).
+    """A classifier of patch tokens x (n d); the number of queries must divide d.
 
     Query u_q attends with a_q = softmax(x u_q / sqrt(d)). Values x W are split into one part of the channels for each
     query, and part q is pooled: sum_n a_q[n] v[n, q]. BatchNorm without parameters and a linear layer follow.
     Source: arXiv 2506.10178, section 3.
-
-    Args:
-        width: Width d of the tokens.
-        classes: Number of classes.
-        queries: Number of queries, a divisor of `width`.
     """
 
     def __init__(self, width: int, classes: int, queries: int) -> None:
@@ -83,17 +77,11 @@ class AttentiveProbe(nn.Module):
 
 @dataclass(frozen=True)
 class FittedProbe:
-    """A probe that is fitted to the complete train set.
+    """A probe that is fitted to the complete train set."""
 
-    Attributes:
-        module: The probe, in eval mode.
-        rate: Its learning rate: the best on the held-out part.
-        held_out: Score of `compare_held_out` on the held-out part, of a probe of that rate fitted without it.
-    """
-
-    module: AttentiveProbe
-    rate: float
-    held_out: float
+    module: AttentiveProbe  # the probe, in eval mode
+    rate: float  # its learning rate: the best on the held-out part
+    held_out: float  # score of `compare_held_out` on the held-out part, of a probe of that rate fitted without it
 
 
 def check_attentive(context: EvalContext, settings: AttentiveSettings) -> None:
@@ -104,31 +92,21 @@ def check_attentive(context: EvalContext, settings: AttentiveSettings) -> None:
 
 
 def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Values:
-    """Evaluate an attentive probe on the frozen patch tokens after the final norm, and draw its attention.
+    """Evaluate an attentive probe on the frozen patch tokens after the final norm, and draw the last one's attention.
 
-    Yields:
-        The values of `classification.rated`, "majority", the held-out score, the learning rate and the queries, as
-        often as `repeated.repeat` does. The attention is drawn of the last probe.
-
-    Raises:
-        UserError: For unsuitable data.
+    Yields the values of `classification.rated`, "majority", the held-out score, the learning rate and the queries,
+    as often as `repeated.repeat` does. Raises UserError for unsuitable data.
     """
     check_attentive(context, settings)
     blocks, width = selected_blocks(context, settings), token_shape(context.encoder)[2]
     queries = usable_queries(settings.queries, width)
-    if queries < settings.queries and context.console is not None:
-        print_plain(context.console, f"{queries} queries: {settings.queries} do not divide the width of {width}")
+    if queries < settings.queries:
+        context.print(f"{queries} queries: {settings.queries} do not divide the width of {width}")
     probes: list[tuple[AttentiveProbe, TokenSet]] = []
 
     def measure(train: TokenSet, test: TokenSet) -> Values:
-        probe = fit_probe(
-            train,
-            queries=queries,
-            epochs=settings.epochs,
-            seed=settings.seed,
-            device=context.encoder.device,
-            console=context.console,
-        )
+        options: Any = {"queries": queries, "device": context.encoder.device, "console": context.console}
+        probe = fit_probe(train, epochs=settings.epochs, seed=settings.seed, **options)
         probes[:] = [(probe.module, test)]
         labels = class_indices(test.classes, train.classes, "the test data")[test.labels]
         counts = tally(predict([probe.module], test, np.arange(len(labels)))[0], labels, len(train.classes))
@@ -145,9 +123,7 @@ def evaluate_attentive(context: EvalContext, settings: AttentiveSettings) -> Val
         yield from repeat(context, settings, train, test, measure)
         draw_attention(context, probes[0][0], settings.sources[1], probes[0][1])
     if context.encoder_state == "trained" and not (settings.folds or settings.shots or settings.layers):
-        folder = inside(context.folder, "evaluations")
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{file_stem('attentive', 'trained', asdict(settings))}.safetensors"
+        path = result_file(context.folder, "attentive", "trained", asdict(settings), ".safetensors")
         save_probe(probes[0][0], train[0].classes, context.encoder.step, path)
 
 
@@ -166,20 +142,7 @@ def fit_probe(
     device: torch.device = CPU,
     console: Console | None = None,
 ) -> FittedProbe:
-    """Choose the learning rate on the share `held_out` of train, and fit a probe to all of train.
-
-    Args:
-        train: Train images.
-        queries: Number of queries.
-        epochs: Epochs over the images.
-        held_out: Share of the images that learning rates are compared on; the same images as for the linear probe.
-        seed: Seed of the held-out part, the initial weights and the order.
-        device: Device of the probe.
-        console: Where to show a progress bar.
-
-    Raises:
-        UserError: If there are fewer than three images.
-    """
+    """Choose the learning rate on the share `held_out` of train, and fit a probe to all of train. Raises UserError."""
     _check_count(len(train.labels))
     order = rng.permutation(seed, 0, len(train.labels))
     count = max(1, round(held_out * len(order)))
@@ -204,30 +167,21 @@ def fit(
     device: torch.device = CPU,
     console: Console | None = None,
 ) -> list[AttentiveProbe]:
-    """Fit one probe per learning rate by AdamW, all on the same batches: warm-up over a tenth, then a cosine to zero.
-
-    Args:
-        train: Train images.
-        rows: Rows of `train` to fit to.
-        rates: Learning rates.
-        queries: Number of queries.
-        epochs: Epochs over the rows.
-        seed: Seed of the initial weights, the same for all probes, and of the order.
-        device: Device of the probes.
-        console: Where to show a progress bar.
-    """
+    """Fit a probe per learning rate by AdamW, with equal initial weights and batches: a tenth of warm-up, cosine."""
     width, classes = train.tokens.shape[2], len(train.classes)
-    probes = []
-    for _ in rates:
-        with seeded(seed):
-            probes.append(AttentiveProbe(width, classes, queries).to(device))
+    with seeded(seed):
+        first = AttentiveProbe(width, classes, queries).to(device)
+    probes = [deepcopy(first) for _ in rates]
     optimizer = torch.optim.AdamW(
         [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)],
         weight_decay=0.01,
     )
     batch = min(BATCH, len(rows), max(16, len(rows) // 8))
     steps = max(1, epochs * len(rows) // batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_peak(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1.0, (i + 1) / max(1, steps // 10)) * (0.5 + 0.5 * math.cos(math.pi * i / steps)),
+    )
     epochs = -(-steps * batch // len(rows))
     order = np.concatenate([rows[rng.permutation(seed, 1 + epoch, len(rows))] for epoch in range(epochs)])
     with progress("steps of the attentive probe", steps, console) as advance:
@@ -246,14 +200,11 @@ def fit(
 @torch.no_grad()
 def predict(probes: list[AttentiveProbe], data: TokenSet, rows: Int[np.ndarray, " r"]) -> list[Int[Tensor, " r"]]:
     """Return the class that each probe predicts for these rows, on the CPU. They are read once."""
-    device = probes[0].queries.device
-
-    def parts() -> Iterator[Tensor]:
-        for start in range(0, len(rows), BATCH):
-            x, _ = data.batch(rows[start : start + BATCH], device)
-            yield torch.stack([probe(x).argmax(dim=1) for probe in probes]).cpu()
-
-    return list(torch.cat(list(parts()), dim=1))
+    parts = []
+    for start in range(0, len(rows), BATCH):
+        x, _ = data.batch(rows[start : start + BATCH], probes[0].queries.device)
+        parts.append(torch.stack([probe(x).argmax(dim=1) for probe in probes]).cpu())
+    return list(torch.cat(parts, dim=1))
 
 
 @torch.no_grad()
@@ -296,19 +247,13 @@ def save_probe(probe: AttentiveProbe, classes: list[str], step: int, path: Path)
 
 
 def load_probe(path: Path) -> tuple[AttentiveProbe, list[str], int]:
-    """Return a saved probe in eval mode, its classes, and the step of its encoder. The file may be untrusted.
-
-    Raises:
-        UserError: If it is not a file of `save_probe`.
-    """
+    """Return a saved probe in eval mode, its classes, and its encoder's step. Raises UserError for any other file."""
     file = read(path)
     info = parse_json(file.metadata.get("probe", "null"), str(path))
-    info = info if isinstance(info, dict) else {}
-    classes: Any = info.get("classes")
+    classes: Any = info.get("classes") if isinstance(info, dict) and type(info.get("step")) is int else None
     shapes = {name: tuple(value.shape) for name, value in file.tensors.items()}
     queries, width = shapes["queries"] if len(shapes.get("queries", ())) == 2 else (0, 0)
     known = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    known = known and type(info.get("step")) is int
     fits = queries and width % queries == 0 and shapes.get("values") == (queries, width, width // queries)
     if known and fits and shapes.get("head.weight") == (len(classes), width):
         probe = AttentiveProbe(width, len(classes), queries)
@@ -333,13 +278,6 @@ def load_newest_probe(run: Path, step: int) -> tuple[AttentiveProbe, list[str]]:
     return probe, classes
 
 
-def _share_of_peak(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / max(1, steps // 10)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
 def _check_count(images: int) -> None:
     if images < 3:
-        raise UserError(
-            f"the attentive probe needs at least 3 train images, one of them to choose its learning rate, and {images} "
-            "can be read: pass more as --train"
-        )
+        raise UserError(f"the attentive probe needs at least 3 train images: pass more than {images} as --train")

@@ -17,23 +17,16 @@ from pixmim.utils.trust import inside
 from pixmim.weights.safe_load import read
 from pixmim.weights.save import save_encoder
 
-BEST_FOLDER = "encoder-best"
-"""Folder of a run with its best encoder, in timm's layout like encoder/."""
+BEST_FOLDER = "encoder-best"  # folder of a run with its best encoder, in timm's layout like encoder/
 BEST_WEIGHTS = f"{BEST_FOLDER}/model.safetensors"
 
 
 class Measure(NamedTuple):
-    """A logged value that tells which of two encoders is better.
+    """A logged value that tells which of two encoders is better."""
 
-    Attributes:
-        key: Pattern of its key in metrics.jsonl. Of several keys, the one with the largest number is used.
-        higher: True if higher is better.
-        label: Its name in messages.
-    """
-
-    key: str
-    higher: bool
-    label: str
+    key: str  # Pattern of its key in metrics.jsonl. Of several keys, the one with the largest number is used.
+    higher: bool  # True if higher is better
+    label: str  # its name in messages
 
 
 MEASURES: dict[str, Measure] = {
@@ -63,17 +56,7 @@ def find_key(pattern: str, metrics: Mapping[str, object]) -> str | None:
 
 
 class BestEncoder:
-    """The best encoder of a run so far. Its state is its file, so that a resumed run continues with it.
-
-    Args:
-        config: Configuration of the run.
-        out: Folder of the run.
-        steps: Steps of the run.
-        console: Prints a warning if writing fails.
-
-    Raises:
-        UserError: If --keep-best names no measure, or one that the run does not take.
-    """
+    """The best encoder of a run so far, whose file is its state when a run resumes. Raises UserError."""
 
     def __init__(self, config: PretrainConfig, out: Path, steps: int, console: Console) -> None:
         self._config, self._out, self._steps, self._console = config, out, steps, console
@@ -112,9 +95,7 @@ class BestEncoder:
 def read_best(out: Path, measured_on: str = "") -> Best | None:
     """Return the best measurement of a run, which may be untrusted; None if no encoder was kept, or it is damaged.
 
-    Args:
-        out: Folder of the run.
-        measured_on: Digest of what is measured on; values on other images are not compared.
+    Measurements on other images than those of the digest `measured_on` are not compared.
     """
     try:
         path = inside(out, BEST_WEIGHTS)

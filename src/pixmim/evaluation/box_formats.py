@@ -9,6 +9,7 @@ YOLO   a folder with images/ and labels/*.txt; a folder below images/, as in ima
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
@@ -20,36 +21,29 @@ from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import check_inside, from_folder
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, first_line, shown
-from pixmim.utils.files import read_file, read_text
+from pixmim.utils.files import read_file, read_text, readable
 from pixmim.utils.process import killable
 from pixmim.utils.threads import ThreadPool, ordered_map
 
 Part = Literal["train", "test"]
-Content = dict[str, Any]
-"""Images, annotations and categories, as in COCO's JSON."""
+Content = dict[str, Any]  # images, annotations and categories, as in COCO's JSON
 
 _MAX_TEXT_BYTES, _MAX_CLASSES = 2**22, 10_000
 _NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")
 
 
 def read_boxes(path: Path, part: Part = "train", images: str = "") -> tuple[Content, Path] | None:
-    """Read the boxes of a VOC or YOLO dataset.
+    """Read the boxes of a VOC or YOLO dataset, and return them with the folder of the images; None for anything else.
 
-    Args:
-        path: A folder or file of the layouts above.
-        part: Split of a data.yaml to read: its `train`, or its `test` or else `val`.
-        images: Folder of VOC's images; by default JPEGImages/, or that of the .xml files.
-
-    Returns:
-        The content and the folder of the images; None if `path` is something else.
-
-    Raises:
-        UserError: If a file cannot be read or used.
+    `images` is the folder of VOC's images: by default JPEGImages/, or that of the .xml files. Of a data.yaml, `part`
+    reads its `train`, or its `test` or else `val`. Raises UserError if a file cannot be read or used.
     """
     is_list = path.suffix == ".txt" and path.parent.name == "Main" and path.parent.parent.name == "ImageSets"
     if is_list and path.is_file():
         root = path.parents[2]
-        files = [root / "Annotations" / f"{name}.xml" for name in _read_names(path)]
+        with readable(path):
+            names = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
+        files = [root / "Annotations" / f"{name}.xml" for name in names]
         check_inside(map(str, files), [root], str(path), len(files), "an entry is the name of an image")
         return _read_voc(files, Path(images) if images else root / "JPEGImages")
     if path.is_dir() and (files := sorted((path / "Annotations").glob("*.xml")) or sorted(path.rglob("*.xml"))):
@@ -60,13 +54,6 @@ def read_boxes(path: Path, part: Part = "train", images: str = "") -> tuple[Cont
     if path.is_dir():
         return _read_yolo(path / "images" if (path / "labels").is_dir() else path, None)
     return None
-
-
-def _read_names(path: Path) -> list[str]:
-    try:
-        return [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_voc(files: list[Path], folder: Path) -> tuple[Content, Path]:
@@ -85,10 +72,8 @@ def _read_voc(files: list[Path], folder: Path) -> tuple[Content, Path]:
 
 def _parse_voc(file: Path) -> tuple[tuple[float, float], str, list[Content]]:
     """Return (h w), the name of the image, and its objects. Raises UserError."""
-    try:
+    with readable(file):
         text = read_file(file, _MAX_TEXT_BYTES)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     plain = text.replace(b"\0", b"")  # also finds UTF-16
     if b"<!ENTITY" in plain or b"<!DOCTYPE" in plain:  # entities expand to any length, or name other files
         raise UserError(f"{file} is refused: it defines entities or a document type, which VOC annotations do not need")
@@ -193,12 +178,9 @@ def _size_of(path: str) -> tuple[int, int]:
 
 def _parse_yolo(file: Path, height: int, width: int) -> Iterator[Content]:
     """Yield the objects of an image; an object that cannot be read has no box. Raises UserError."""
-    try:
+    lines = list[str]()
+    with readable(file), suppress(FileNotFoundError):  # an image without objects has no file
         lines = read_text(file).splitlines()
-    except FileNotFoundError:  # an image without objects
-        return
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     for words in filter(None, map(str.split, lines)):
         try:
             number, *values = map(float, words)

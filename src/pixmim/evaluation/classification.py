@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 from pixmim.data.dataset import HasBytes, HasExtent, ImageDataset
 from pixmim.data.duplicates import digest, file_sizes
-from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import SyntheticShapes
-from pixmim.evaluation.context import EvalContext, FeatureSet, Values, check_finite
+from pixmim.evaluation.context import EvalContext, FeatureSet, Values, check_finite, read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import label, print_plain, progress
+from pixmim.utils.console import label, print_plain
 from pixmim.utils.errors import UserError, did_you_mean
 
 _MAX_LISTED = 12  # classes in a line
@@ -32,34 +31,19 @@ _MAX_COMPARED_BYTES = 2**28  # bytes of images of equal size that are compared
 
 @dataclass(frozen=True)
 class LabeledSplits:
-    """Train and test data with the same classes.
+    """Train and test data with the same classes."""
 
-    Attributes:
-        train: Images to train on.
-        test: Images to evaluate on.
-        train_labels: Class of each train image (n).
-        test_labels: Class of each test image (m), as an index into `classes`.
-        classes: Names of the classes of the train data.
-    """
-
-    train: ImageDataset
-    test: ImageDataset
-    train_labels: Int[Tensor, " n"]
-    test_labels: Int[Tensor, " m"]
-    classes: list[str]
+    train: ImageDataset  # images to train on
+    test: ImageDataset  # images to evaluate on
+    train_labels: Int[Tensor, " n"]  # class of each train image (n)
+    test_labels: Int[Tensor, " m"]  # class of each test image (m), as an index into `classes`
+    classes: list[str]  # names of the classes of the train data
 
 
 def open_labeled(context: EvalContext, train: str, test: str, *, all_classes: bool = False) -> LabeledSplits:
-    """Open train and test data and print their classes, once for all contexts that share data.
+    """Open and check (`check_labeled`) train and test data, once for all contexts that share data. Raises UserError.
 
-    Args:
-        context: The context.
-        train: Labeled data to train on.
-        test: Labeled data to evaluate on.
-        all_classes: Refuse test data that lack a class of the train data.
-
-    Raises:
-        UserError: See `check_labeled`.
+    With `all_classes`, test data that lack a class of the train data are refused.
     """
     splits = context.once_for_all(
         ("labeled", train, test), lambda: check_labeled(context.data(train), context.data(test), context.console)
@@ -73,47 +57,36 @@ def open_labeled(context: EvalContext, train: str, test: str, *, all_classes: bo
 def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | None = None) -> LabeledSplits:
     """Match the classes of train and test data by name, print their shares, and warn of images that are in both.
 
-    Raises:
-        UserError: If there are no labels or fewer than two classes, or the train data lack a test class.
+    Raises UserError if there are no labels or fewer than two classes, if the train data lack a test class, or if a
+    group, such as a patient, has images in both.
     """
-    out = console or Console(quiet=True)
     lines = [check_classes(data) for data in (train, test)]
     train_labels = torch.from_numpy(cast(np.ndarray, train.labels))
     indices = class_indices(test.classes, train.classes, "the test data")
     test_labels = indices[torch.from_numpy(cast(np.ndarray, test.labels))]
     for name, line in zip(("train", "test"), lines, strict=True):
-        print_plain(out, f"{name} data: {line}")
-    check_groups(train, test)
-    if not out.quiet:
-        warn_shared(train, test, out)
-    missing = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
-    if missing:
-        names = shortened_list([label(train.classes[index]) for index in missing])
-        print_plain(out, f"warning: {len(missing)} test classes have no train image, and a recall of 0: {names}")
-    return LabeledSplits(train, test, train_labels, test_labels, train.classes)
-
-
-def check_groups(train: ImageDataset, test: ImageDataset) -> None:
-    """Raise UserError if a group, such as a patient, has images in both train and test data."""
-    names = [
+        print_plain(console, f"{name} data: {line}")
+    groups = [
         {data.group_names[i] for i in np.unique(data.groups)} - {""} if data.groups is not None else set()
         for data in (train, test)
     ]
-    shared = sorted(names[0] & names[1])
-    if shared:
+    if shared := sorted(groups[0] & groups[1]):
         raise UserError(
             f"{len(shared):,} groups have images in both the train data {train.spec} and the test data {test.spec}: "
             f"{shortened_list(shared)}. Results would measure memorization: move each group to one of them, or split "
             "one table with --labelled. If the column is no group, name another one, such as ,group=path"
         )
+    if console is not None and not console.quiet:
+        warn_shared(train, test, console)
+    missing = sorted(set(test_labels.tolist()) - set(train_labels.tolist()))
+    if missing:
+        names = shortened_list([label(train.classes[index]) for index in missing])
+        print_plain(console, f"warning: {len(missing)} test classes have no train image, and a recall of 0: {names}")
+    return LabeledSplits(train, test, train_labels, test_labels, train.classes)
 
 
 def check_classes(data: ImageDataset) -> str:
-    """Return a line about the classes of labeled data.
-
-    Raises:
-        UserError: If an image has no label, or fewer than two classes have images.
-    """
+    """Return a line about the classes of labeled data. Raises UserError for unlabeled images, or a single class."""
     if data.labels is None:
         raise UserError(data.no_labels_message)
     unlabeled = np.flatnonzero(data.labels < 0)
@@ -143,11 +116,7 @@ def class_indices(classes: Sequence[str], known: Sequence[str], spec: str) -> In
 
 
 def labels_among(data: ImageDataset, known: Sequence[str]) -> Int[Tensor, " n"]:
-    """Return the label of each image as an index into the known classes.
-
-    Raises:
-        UserError: If a class is unknown, or `check_classes` refuses the data.
-    """
+    """Return each image's label as an index into the known classes. Raises UserError, as `check_classes` does."""
     check_classes(data)
     return class_indices(data.classes, known, data.spec)[torch.from_numpy(cast(np.ndarray, data.labels))]
 
@@ -177,7 +146,7 @@ def shares(names: Sequence[str], counts: Sequence[int]) -> str:
     return f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {', '.join(listed)}"
 
 
-def warn_shared(train: ImageDataset, test: ImageDataset, console: Console) -> None:
+def warn_shared(train: ImageDataset, test: ImageDataset, console: Console | None) -> None:
     """Print a warning if test images are train images as well."""
     count = len(shared_images(train, test))
     if count:
@@ -256,9 +225,7 @@ def rated(counts: Int[Tensor, "2 k"], names: Sequence[str], prefix: str = "") ->
     """Yield metrics in per cent from the counts of `tally`, with `prefix` before their names.
 
     "top1" and the ends of its 95 % interval; "recall/NAME" of each class that has images; "balanced", the mean recall.
-
-    Raises:
-        UserError: If the images are of fewer than two classes.
+    Raises UserError if the images are of fewer than two classes.
     """
     correct, total = counts
     _check_several("the readable test data", [name for name, count in zip(names, total, strict=True) if count])
@@ -305,39 +272,24 @@ def evaluate_classifier(
     size: tuple[int, int],
     classify: Callable[[Tensor], Tensor],
 ) -> Values:
-    """Evaluate a classifier on the test data, resized to 256/224 of `size` and cropped at the center.
+    """Evaluate a classifier of normalized images on the test data, resized to 256/224 of `size` and center-cropped.
 
-    Args:
-        context: The context.
-        data: Train and test data.
-        encoder: Normalization, device and precision.
-        size: Height and width of the crop.
-        classify: Returns a score for each class of normalized images.
-
-    Yields:
-        The values of `rated`; "top5" if there are more than 5 classes; "loss", the mean cross-entropy; and "majority".
-
-    Raises:
-        UserError: If no image can be read, or scores are not finite.
+    Yields the values of `rated`; "top5" if there are more than 5 classes; "loss", the mean cross-entropy; and
+    "majority". Raises UserError if scores are not finite.
     """
     counts, in_top5, loss = torch.zeros(2, len(data.classes), dtype=torch.int64), 0, 0.0
-    with progress(f"predictions for {data.test.spec}", len(data.test), context.console) as advance:
-        skipped = context.skipped(data.test)
-        for images, indices, end in iterate_in_order(data.test, evaluation_crop(size), skipped=skipped, batch=256):
-            if len(indices):
-                x = encoder.preprocess(images)
-                with torch.no_grad(), autocast(encoder.device, encoder.precision):
-                    scores = classify(x)
-                scores, labels = scores.float().cpu(), data.test_labels[torch.from_numpy(indices)]
-                check_finite(scores, "scores of the classifier")
-                loss += float(F.cross_entropy(scores, labels, reduction="sum"))
-                top = scores.topk(min(5, len(data.classes)), dim=1).indices
-                in_top5 += int((top == labels[:, None]).sum())
-                counts += tally(top[:, 0], labels, len(data.classes))
-            advance(end)
+    skipped, crop = context.skipped(data.test), evaluation_crop(size)
+    for images, indices, _ in read_batches(data.test, crop, skipped, "predictions for", context.console):
+        x = encoder.preprocess(images)
+        with torch.no_grad(), autocast(encoder.device, encoder.precision):
+            scores = classify(x)
+        scores, labels = scores.float().cpu(), data.test_labels[torch.from_numpy(indices)]
+        check_finite(scores, "scores of the classifier")
+        loss += float(F.cross_entropy(scores, labels, reduction="sum"))
+        top = scores.topk(min(5, len(data.classes)), dim=1).indices
+        in_top5 += int((top == labels[:, None]).sum())
+        counts += tally(top[:, 0], labels, len(data.classes))
     count = int(counts[1].sum())
-    if not count:
-        raise UserError(f"no image of {data.test.spec} can be read: see evaluations-skipped.csv")
     yield from rated(counts, data.classes)
     if len(data.classes) > 5:
         yield "top5", 100 * in_top5 / count

@@ -60,22 +60,17 @@ def _timm_info(name: str) -> list[str]:
     return files("timm.data").joinpath("_info", name).read_text().split()
 
 
-Kind = Literal["head", "probe"]
-"""Classifier of images: the encoder's own head, or a probe that is fitted here."""
+Kind = Literal["head", "probe"]  # classifier of images: the encoder's own head, or a probe that is fitted here
 
 
 @dataclass(frozen=True)
 class ImageClassifier:
-    """A classifier of images.
-
-    Attributes:
-        kind: Kind of the classifier.
-        classes: Names of its outputs, in order; empty if they are unknown. Datasets are matched to them by name.
-        scores: Returns the logits (b c) of images as the evaluation crop returns them.
-    """
+    """A classifier of images."""
 
     kind: Kind
+    # names of its outputs, in order, by which datasets are matched; empty if they are unknown
     classes: list[str]
+    # logits (b c) of images as the evaluation crop returns them
     scores: Callable[[Tensor], Float[Tensor, "b c"]]
 
     def predict(self, images: Tensor, outputs: Sequence[int] | None = None) -> Int[Tensor, " b"]:

@@ -4,13 +4,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
@@ -21,39 +22,31 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
 from pixmim.models import features
-from pixmim.transforms.crops import evaluation_crop
+from pixmim.transforms.crops import Crop, evaluation_crop
 from pixmim.utils.console import print_plain, progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import inside
 from pixmim.utils.validation import MAX_DEPTH
 
+S = TypeVar("S")
 T = TypeVar("T")
 
-Values = Iterator[tuple[str, float]]
-"""Named results of an evaluation; shares are in per cent."""
+Values = Iterator[tuple[str, float]]  # named results of an evaluation; shares are in per cent
 
-BLOCKS = 4
-"""Number of last blocks whose global tokens are features."""
+BLOCKS = 4  # number of last blocks whose global tokens are features
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of n images, float32 on the CPU.
+    """Features of n images, float32 on the CPU."""
 
-    Attributes:
-        vector: Global token of each of the last k blocks after the final norm (n k d), last block last. Encoders
-            without a global token return the mean of the patch tokens.
-        mean: Mean of the last block's patch tokens (n d).
-        labels: Class of each image (n).
-        classes: Names of the classes.
-        indices: Dataset index of each image (n); None if unknown.
-    """
-
+    # Global token of each of the last k blocks after the final norm (n k d), last block last. Encoders without a global
+    # token return the mean of the patch tokens.
     vector: Float[Tensor, "n k d"]
-    mean: Float[Tensor, "n d"]
-    labels: Int[Tensor, " n"]
+    mean: Float[Tensor, "n d"]  # mean of the last block's patch tokens (n d)
+    labels: Int[Tensor, " n"]  # class of each image (n)
     classes: list[str]
-    indices: Int[np.ndarray, " n"] | None = None
+    indices: Int[np.ndarray, " n"] | None = None  # dataset index of each image (n); None if unknown
 
     def select(self, rows: Int[np.ndarray, " r"]) -> "FeatureSet":
         """Return the features of some rows."""
@@ -62,24 +55,16 @@ class FeatureSet:
 
 @dataclass
 class EvalContext:
-    """The encoder to evaluate. An evaluation is a function of an EvalContext and its settings that yields Values.
-
-    Attributes:
-        encoder: The encoder.
-        folder: Folder for results, images and unfinished work.
-        encoder_state: "trained", or "untrained" for the initial weights of a run.
-        console: Where to print; None prints nothing.
-        overwrite: Replace a classifier that was fine-tuned with other settings (--overwrite).
-        images: Images drawn by an evaluation, by caption; saved with its result and shown in the report.
-        shared: Datasets opened by any context that has this dictionary.
-    """
+    """The encoder to evaluate. An evaluation is a function of an EvalContext and its settings that yields Values."""
 
     encoder: FrozenEncoder
-    folder: Path
-    encoder_state: str = "trained"
-    console: Console | None = None
-    overwrite: bool = False
+    folder: Path  # folder for results, images and unfinished work
+    encoder_state: str = "trained"  # "trained", or "untrained" for the initial weights of a run
+    console: Console | None = None  # where to print; None prints nothing
+    overwrite: bool = False  # replace a classifier that was fine-tuned with other settings (--overwrite)
+    # images drawn by an evaluation, by caption; saved with its result and shown in the report
     images: dict[str, Image.Image] = field(default_factory=dict)
+    # datasets opened by any context that has this dictionary
     shared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _cache: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
@@ -109,11 +94,14 @@ class EvalContext:
 
         return self.cached(("features", spec, blocks), compute)
 
+    def print(self, line: str) -> None:
+        """Print a line on the console, if there is one."""
+        print_plain(self.console, line)
+
     def print_skipped(self, skipped: BadImageLog, data: ImageDataset) -> None:
         """Print how many images of a dataset are skipped, and why, if any are."""
-        if len(skipped) and self.console is not None:
-            line = f"{len(skipped):,} of the {len(data):,} images of {data.spec} are skipped: {skipped.reasons}"
-            print_plain(self.console, line)
+        if len(skipped):
+            self.print(f"{len(skipped):,} of the {len(data):,} images of {data.spec} are skipped: {skipped.reasons}")
 
     def cached(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
         """Return the cached result of `compute`, which several evaluations of this context use."""
@@ -129,6 +117,16 @@ class EvalContext:
         return inside(self.folder, f"unfinished/{name}-{self.encoder_state}-{key}")
 
 
+def checked_once(check: Callable[[EvalContext, S], T]) -> Callable[[EvalContext, S], T]:
+    """Call a check once for equal settings of a context: evaluations use what their checks return."""
+
+    @wraps(check)
+    def cached(context: EvalContext, settings: S) -> T:
+        return context.cached((check.__name__, repr(settings)), lambda: check(context, settings))
+
+    return cached
+
+
 def _cached(cache: dict[tuple[Any, ...], Any], key: tuple[Any, ...], compute: Callable[[], T]) -> T:
     if key not in cache:
         cache[key] = compute()
@@ -141,6 +139,24 @@ def discard(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     with suppress(OSError):
         work.parent.rmdir()
+
+
+def read_batches(
+    data: ImageDataset,
+    crop: Crop,
+    skipped: BadImageLog,
+    title: str,
+    console: Console | None,
+    batch: int = 256,
+    first: int = 0,
+) -> Iterator[tuple[Shaped[Tensor, "b c h w"], Int[np.ndarray, " b"], int]]:
+    """Yield the readable images of each batch from index `first` on, their indices and the next index; show a bar."""
+    with progress(f"{title} {data.spec}", len(data), console) as advance:
+        advance(first)
+        for images, indices, end in iterate_in_order(data, crop, skipped=skipped, batch=batch, first=first):
+            if len(indices):
+                yield images, indices, end
+            advance(end)
 
 
 def extract_features(encoder: FrozenEncoder, data: ImageDataset, **options: Any) -> FeatureSet:
@@ -159,17 +175,8 @@ def extract_block_features(
 ) -> list[FeatureSet]:
     """Compute the features of a labeled dataset: resize to 256/224 of the size, center crop, no augmentation.
 
-    Args:
-        encoder: The encoder.
-        data: The dataset.
-        blocks: Indices of blocks; each gets features of its own, with k = 1, all from one pass. By default one set of
-            features, with k = BLOCKS.
-        skipped: Log of unreadable images.
-        batch: Images per forward pass.
-        console: Where to show a progress bar.
-
-    Raises:
-        UserError: If the data have no labels.
+    Each of the `blocks` (indices) gets features of its own, with k = 1, all from one pass; by default there is one set
+    of features, with k = BLOCKS. Raises UserError if the data have no labels.
     """
     if data.labels is None:
         raise UserError(data.no_labels_message)
@@ -178,17 +185,14 @@ def extract_block_features(
     encoder.check_batch(min(batch, len(data)))
     all_labels = torch.from_numpy(data.labels)  # once: some datasets compute them on each access
     vectors, means = ([list[Tensor]() for _ in blocks or [0]] for _ in range(2))
-    read = []
-    bar = progress(f"features of {data.spec}", len(data), console)
-    with bar as advance, encoder.evaluating():  # one autocast context casts weights once
-        for images, indices, end in iterate_in_order(data, evaluation_crop(encoder.size), skipped=skipped, batch=batch):
-            if len(indices):
-                result = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else BLOCKS)
-                for i, each in enumerate(map(result.of_block, blocks) if blocks else [result]):
-                    vectors[i].append(each.vector.float().cpu())
-                    means[i].append(each.mean.float().cpu())
-                read.append(indices)
-            advance(end)
+    read, crop = [], evaluation_crop(encoder.size)
+    with encoder.evaluating():  # one autocast context casts weights once
+        for images, indices, _ in read_batches(data, crop, skipped, "features of", console, batch):
+            result = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else BLOCKS)
+            for i, each in enumerate(map(result.of_block, blocks) if blocks else [result]):
+                vectors[i].append(each.vector.float().cpu())
+                means[i].append(each.mean.float().cpu())
+            read.append(indices)
     order = np.concatenate(read)
     labels = all_labels[torch.from_numpy(order)]
     pairs = zip(vectors, means, strict=True)

@@ -1,12 +1,11 @@
 """Write the features of every image of a dataset to a file: embeddings for search, clustering or an external probe."""
 
 import io
-import json
 import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +20,15 @@ from torch import Tensor
 from pixmim.config import ModelConfig
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset
-from pixmim.data.loader import iterate_in_order
+from pixmim.evaluation.context import read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint, frozen_encoder_from_weights
 from pixmim.evaluation.visualize import to_image, to_rgb
 from pixmim.models import features
 from pixmim.training.precision import Precision, autocast
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import csv_cell, print_plain, progress, utf8
+from pixmim.utils.console import csv_cell, print_plain, utf8
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, check_output, read_file, read_json, write_csv, write_text_atomically
+from pixmim.utils.files import atomic_write, check_output, read_file, read_json, write_csv, write_json
 from pixmim.utils.lock import LOCK_NAME, locked_folder
 from pixmim.weights.detect import Weights
 
@@ -53,25 +52,13 @@ def embed(
 ) -> list[str]:
     """Write one row for each readable image, in the order of the data. Resumes from OUT.partial, batch by batch.
 
-    Args:
-        weights: Weights of the encoder.
-        data: The images.
-        out: A .npy file: float32 (n, d), or (n, 2 d) with the global token first for "both", with a .csv of each row's
-            file and class; or a .parquet file: columns file, class (if there are classes), cls, mean.
-        kind: cls: the global token after the final norm; mean: the mean of the patch tokens; both.
-        batch: Images per forward pass.
-        device: Device, such as cuda:1.
-        precision: Precision of the forward passes.
-        thumbnails: Add columns to a .parquet file: thumbnail, a JPEG of at most 96 pixels a side, as the struct (bytes,
-            path) of Hugging Face's datasets; and x and y, a projection by UMAP, if umap-learn is installed.
-        overwrite: Replace existing files.
-        console: Where to print.
+    A .npy file has float32 (n, d), or (n, 2 d) with the global token first for "both", and a .csv of each row's file
+    and class. A .parquet file has the columns file, class (if there are classes), cls (the global token after the final
+    norm) and mean (of the patch tokens); with `thumbnails` also thumbnail, a JPEG of at most 96 pixels a side, as the
+    struct (bytes, path) of Hugging Face's datasets, and x and y, a projection by UMAP, if umap-learn is installed.
 
-    Returns:
-        Lines about the written files.
-
-    Raises:
-        UserError: If a file exists, no image can be read, or another process is writing the same file.
+    Returns lines about the written files. Raises UserError if a file exists, no image can be read, or another process
+    is writing the same file.
     """
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out must end in .npy or .parquet, not in '{out.suffix}'")
@@ -82,7 +69,7 @@ def embed(
     work, skipped_path = out.with_name(out.name + ".partial"), out.with_name(f"{out.name}.skipped.csv")
     if work.is_symlink():
         raise UserError(f"{work} is a symbolic link: remove it first")
-    with locked_folder(work, partial(print_plain, console or Console(quiet=True))):
+    with locked_folder(work, partial(print_plain, console)):
         resuming = (work / "state.json").exists()
         if not resuming and any(path.name != LOCK_NAME for path in work.iterdir()):
             raise UserError(f"{work} is there already, and is not unfinished work: choose another --out")
@@ -96,15 +83,20 @@ def embed(
         first = _resume(work, identity)
         skipped = BadImageLog(skipped_path, len(data), 1.0)
         for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console):
-            if len(indices):
-                arrays: dict[str, Any] = {key: value for key, value in rows.items() if kind in (key, "both")}
-                atomic_write(work / f"{first:09d}.npz", partial(np.savez, index=indices, **arrays))
+            arrays: dict[str, Any] = {key: value for key, value in rows.items() if kind in (key, "both")}
+            atomic_write(work / f"{first:09d}.npz", partial(np.savez, index=indices, **arrays))
             first = end
-            _save_state(work, identity, end)
+            write_json(work / "state.json", identity | {"done": end})
         if not any(work.glob("*.npz")):
             raise UserError(f"no image of {data.spec} can be read: see {skipped_path}")
         table = _read_batches(work, len(data))
-        more, lines = _map_columns(table, data, weights.config) if thumbnails else ({}, [])
+        more, lines = dict[str, Any](), list[str]()
+        if thumbnails:
+            try:
+                more["x"], more["y"] = project(next(table[key] for key in ("mean", "cls") if key in table)).T
+            except UserError as error:
+                lines.append(f"no columns x and y: {error}")
+            more["thumbnail"] = thumbnail_column(data, table["index"].tolist(), weights.config)
         written = _write(out, table, data, more)
         shutil.rmtree(work)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}", *lines]
@@ -119,41 +111,22 @@ def embed_batches(
     first: int = 0,
     console: Console | None = None,
 ) -> Iterator[tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], int]]:
-    """Yield features of the readable images of each batch, by kind, their indices, and the index of the next batch.
-
-    Args:
-        encoder: The encoder.
-        data: The images.
-        skipped: Log of unreadable images.
-        batch: Images per forward pass.
-        first: Index of the first image.
-        console: Where to show a progress bar.
-    """
+    """Yield features of the readable images of each batch, by kind, their indices, and the index of the next batch."""
     encoder.module.eval()
     encoder.check_batch(min(batch, len(data)))
     crop = evaluation_crop(encoder.size)
-    with progress(f"features of {data.spec}", len(data), console) as advance:
-        advance(first)
-        for images, indices, end in iterate_in_order(data, crop, skipped=skipped, batch=batch, first=first):
-            rows = {}
-            if len(indices):
-                with torch.no_grad(), autocast(encoder.device, encoder.precision):
-                    result = features(encoder.module, encoder.preprocess(images))
-                both = {"cls": result.vector[:, -1], "mean": result.mean}
-                rows = {key: value.float().cpu().numpy() for key, value in both.items()}
-            yield rows, indices, end
-            advance(end)
-
-
-def _save_state(work: Path, identity: dict[str, Any], done: int) -> None:
-    write_text_atomically(work / "state.json", json.dumps(identity | {"done": done}))
+    for images, indices, end in read_batches(data, crop, skipped, "features of", console, batch, first):
+        with torch.no_grad(), autocast(encoder.device, encoder.precision):
+            result = features(encoder.module, encoder.preprocess(images))
+        both = {"cls": result.vector[:, -1], "mean": result.mean}
+        yield {key: value.float().cpu().numpy() for key, value in both.items()}, indices, end
 
 
 def _resume(work: Path, identity: dict[str, Any]) -> int:
     """Return the number of images that are done. Raises UserError for unfinished work of other arguments."""
     path = work / "state.json"
     if not path.exists():
-        _save_state(work, identity, 0)
+        write_json(path, identity | {"done": 0})
         return 0
     state = read_json(path)
     done = state.get("done") if isinstance(state, dict) else None
@@ -194,20 +167,6 @@ def _read_batches(work: Path, images: int) -> dict[str, npt.NDArray[Any]]:
     return table
 
 
-def _map_columns(
-    table: dict[str, npt.NDArray[Any]], data: ImageDataset, config: ModelConfig
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the columns of `thumbnails`, and a line if there is no projection."""
-    thumbnails = thumbnail_column(data, table["index"].tolist(), config)
-    features = table.get("mean", table.get("cls"))
-    assert features is not None
-    try:
-        x, y = project(features).T
-    except UserError as error:
-        return {"thumbnail": thumbnails}, [f"no columns x and y: {error}"]
-    return {"x": x, "y": y, "thumbnail": thumbnails}, []
-
-
 def thumbnail_column(data: ImageDataset, indices: Sequence[int], config: ModelConfig) -> list[dict[str, Any]]:
     """Return thumbnails of images as the struct (bytes, path) of Hugging Face's datasets. Raises BadImage."""
     return [{"bytes": thumbnail(data.image(index), config), "path": None} for index in indices]
@@ -232,11 +191,7 @@ def thumbnail(image: Shaped[Tensor, "c h w"], config: ModelConfig, side: int = 9
 
 
 def project(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Project features (n d) to the plane (n 2) by UMAP on cosine distances. Equal features give equal projections.
-
-    Raises:
-        UserError: If umap-learn is not installed, or there are fewer than four images.
-    """
+    """Project features (n d) to (n 2) by UMAP on cosine distances, the same for equal features. Raises UserError."""
     if len(features) < 4:
         raise UserError(f"UMAP needs at least four images, not {len(features)}")
     try:
@@ -249,7 +204,7 @@ def project(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return np.asarray(model.fit_transform(features), np.float32)
 
 
-def _write(out: Path, table: dict[str, npt.NDArray[Any]], data: ImageDataset, more: Mapping[str, Any]) -> list[Path]:
+def _write(out: Path, table: dict[str, npt.NDArray[Any]], data: ImageDataset, more: dict[str, Any]) -> list[Path]:
     names = file_columns(data, table["index"].tolist())
     values = {key: value for key, value in table.items() if key != "index"}
     if out.suffix == ".parquet":
@@ -257,7 +212,7 @@ def _write(out: Path, table: dict[str, npt.NDArray[Any]], data: ImageDataset, mo
         columns: dict[str, Any] = {key: [utf8(name) for name in column] for key, column in names.items()}
         for key, value in values.items():
             columns[key] = arrow.FixedSizeListArray.from_arrays(arrow.array(value.reshape(-1)), value.shape[1])
-        atomic_write(out, partial(parquet.write_table, arrow.table(columns | dict(more))))
+        atomic_write(out, partial(parquet.write_table, arrow.table(columns | more)))
         return [out]
     rows = zip(*names.values(), strict=True)
     lines = [["row", *names], *([str(i), *map(csv_cell, row)] for i, row in enumerate(rows))]

@@ -6,49 +6,37 @@ Imports no torch, as `settings`. `evaluate.EVALUATIONS` holds the functions.
 from dataclasses import dataclass, field
 from typing import Any
 
-from pixmim.evaluation.settings import (
-    AttentiveSettings,
-    DetectionSettings,
-    FinetuneSettings,
-    KnnSettings,
-    LinearSettings,
-    RobustnessSettings,
-    SegmentationSettings,
-    ShapeBiasSettings,
-)
+from pixmim.evaluation import settings
 from pixmim.utils.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Settings and labels of an evaluation.
-
-    Attributes:
-        settings: Class of the settings.
-        needs: Data and packages that a user must have.
-        display_names: Labels of values by their keys. A * in a key matches any text, and a * in the label repeats it.
-            `KEY/low` and `KEY/high`, where given, are the ends of the 95 % interval; `KEY/std` is the deviation and
-            `KEY/fold/I` the values of repetitions.
-        class_names: The same for the values of single classes, which only the page shows.
-        unit: Unit of the values.
-    """
+    """Settings and labels of an evaluation."""
 
     settings: type[Any]
-    needs: str
+    needs: str  # data and packages that a user must have
+    # Labels of values by their keys. A * in a key matches any text, and a * in the label repeats it. `KEY/low` and
+    # `KEY/high`, where given, are the ends of the 95 % interval; `KEY/std` is the deviation and `KEY/fold/I` the values
+    # of repetitions.
     display_names: dict[str, str] = field(default_factory=dict)
+    # the same for the values of single classes, which only the page shows
     class_names: dict[str, str] = field(default_factory=dict)
     unit: str = "%"
 
 
-MAJORITY = "majority (always the largest class)"
-"""Label of the baseline that always predicts the largest class."""
+MAJORITY = "majority (always the largest class)"  # label of the baseline that always predicts the largest class
 
 _LABELED = "labeled images: --train, --test; or --labelled"
-_FEATURES = {"mean": "k-NN (k = *), mean of patch tokens", "cls": "k-NN (k = *), class token"}
+_MEAN, _TOKEN = "k-NN (k = *), mean of patch tokens", "k-NN (k = *), class token"
+
+
+def _rates(title: str, prefix: str = "") -> dict[str, str]:
+    return {f"{prefix}top1": title, f"{prefix}balanced": f"{title}, balanced"}
 
 
 def _accuracy(title: str, prefix: str = "") -> dict[str, str]:
-    return {f"{prefix}majority": MAJORITY, f"{prefix}top1": title, f"{prefix}balanced": f"{title}, balanced"}
+    return {f"{prefix}majority": MAJORITY} | _rates(title, prefix)
 
 
 def _repeated(names: dict[str, str]) -> dict[str, str]:
@@ -59,8 +47,7 @@ def _repeated(names: dict[str, str]) -> dict[str, str]:
 
 
 def _imagenet(part: str, title: str) -> dict[str, str]:
-    key = f"imagenet_{part}"
-    return {f"{key}/top1": title, f"{key}/balanced": f"{title}, balanced", f"{key}/majority": f"{title}, {MAJORITY}"}
+    return _rates(title, f"imagenet_{part}/") | {f"imagenet_{part}/majority": f"{title}, {MAJORITY}"}
 
 
 def _in_memory(kind: str, title: str) -> dict[str, str]:
@@ -85,40 +72,31 @@ def _shape_bias(kind: str, of: str) -> dict[str, str]:
 
 EVALS: dict[str, Eval] = {
     "knn": Eval(
-        KnnSettings,
+        settings.KnnSettings,
         _LABELED,
-        _repeated(
-            {
-                "majority": MAJORITY,
-                **{
-                    f"k*/{feature}/{key}": f"{title}{suffix}"
-                    for feature, title in _FEATURES.items()
-                    for key, suffix in (("top1", ""), ("balanced", ", balanced"))
-                },
-            }
-        ),
-        {f"k*/{feature}/recall/*": f"recall, {title}: *" for feature, title in _FEATURES.items()},
+        _repeated({"majority": MAJORITY} | _rates(_MEAN, "k*/mean/") | _rates(_TOKEN, "k*/cls/")),
+        {"k*/mean/recall/*": f"recall, {_MEAN}: *", "k*/cls/recall/*": f"recall, {_TOKEN}: *"},
     ),
     "linear": Eval(
-        LinearSettings,
+        settings.LinearSettings,
         _LABELED,
         _repeated(_accuracy("linear probe")) | _accuracy("linear probe, MAE's protocol", "mae/"),
         {"recall/*": "recall, linear probe: *", "mae/recall/*": "recall, linear probe, MAE's protocol: *"},
     ),
     "attentive": Eval(
-        AttentiveSettings,
+        settings.AttentiveSettings,
         _LABELED,
         _repeated(_accuracy("attentive probe")),
         {"recall/*": "recall, attentive probe: *"},
     ),
     "finetune": Eval(
-        FinetuneSettings,
+        settings.FinetuneSettings,
         _LABELED,
         _accuracy("fine-tuned") | {"top5": "fine-tuned, top 5"},
         {"recall/*": "recall, fine-tuned: *"},
     ),
     "segmentation": Eval(
-        SegmentationSettings,
+        settings.SegmentationSettings,
         "images with masks: --train, --test",
         {
             "mIoU": "segmentation, mean IoU",
@@ -129,7 +107,7 @@ EVALS: dict[str, Eval] = {
         {"iou/*": "IoU: *"},
     ),
     "detection": Eval(
-        DetectionSettings,
+        settings.DetectionSettings,
         "images with boxes in COCO's format: --data, or --train and --test; and pixmim[detection]",
         {
             f"{kind}/{metric}": f"{title}, {metric}"
@@ -139,7 +117,7 @@ EVALS: dict[str, Eval] = {
         {"ap/*": "AP of boxes: *", "mask_ap/*": "AP of masks: *"},
     ),
     "robustness": Eval(
-        RobustnessSettings,
+        settings.RobustnessSettings,
         "labeled images: --test, --train; or --imagenet-c, -a, -r, -sketch and a classifier of ImageNet",
         {
             "imagenet_c/mce": "ImageNet-C, mCE",
@@ -163,7 +141,7 @@ EVALS: dict[str, Eval] = {
         },
     ),
     "shape-bias": Eval(
-        ShapeBiasSettings,
+        settings.ShapeBiasSettings,
         "cue-conflict stimuli: --data, and for encoders without a classifier of ImageNet: --train",
         {
             "head/majority": f"shapes of the stimuli, {MAJORITY}",

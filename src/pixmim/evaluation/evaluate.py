@@ -34,16 +34,12 @@ State = Literal["trained", "untrained"]
 
 
 class Evaluation(NamedTuple):
-    """Functions of one evaluation.
+    """Functions of one evaluation."""
 
-    Attributes:
-        check: Raises UserError for data, settings or an encoder that `run` would refuse, as far as can be known before
-            anything is trained or evaluated.
-        run: Yields the values.
-    """
-
+    # raises UserError for data, settings or an encoder that `run` would refuse, as far as can be known before anything
+    # is trained or evaluated
     check: Callable[[EvalContext, Any], object]
-    run: Callable[[EvalContext, Any], Values]
+    run: Callable[[EvalContext, Any], Values]  # yields the values
 
 
 EVALUATIONS = {
@@ -79,64 +75,46 @@ def evaluate_many(
     overwrite: bool = False,
     optional_start: bool = False,
 ) -> Iterator[tuple[Result, Path]]:
-    """Evaluate encoders. Weights are loaded once; datasets are opened once, and features computed once per encoder.
+    """Evaluate encoders, and yield each result with its folder. Weights, datasets and features are loaded once.
 
-    Args:
-        models: Runs, imported folders, files of weights, timm:NAME or hf:NAME, each with the folder for its results and
-            unfinished work.
-        evaluations: Keys of EVALUATIONS, each with its settings.
-        states: "untrained" evaluates the initial weights of each run: once, if several runs have the same.
-        device: Device, such as cuda:1.
-        precision: Precision of the forward passes.
-        console: Where to print; None prints nothing.
-        hints: What a file does not contain: see `weights.load.resolve_model`.
-        overwrite: Replace a classifier that was fine-tuned with other settings, and train an existing one again.
-        optional_start: Print a line for models without known initial weights, instead of an error.
-
-    Yields:
-        Each result and its folder, when it is complete.
-
-    Raises:
-        UserError: For an unknown evaluation, a model without an encoder, or unsuitable data or settings; before the
-            first evaluation starts.
+    `models` are names as for `resolve_model`, each with the folder for its results and unfinished work; "untrained"
+    evaluates the initial weights of each run: once, if several runs have the same. With `optional_start`, a line is
+    printed for models whose initial weights are unknown. `overwrite` trains a classifier again, also one of other
+    settings. Raises UserError before the first evaluation starts.
     """
     for name, _ in evaluations:
         check_name(name)
     shared: dict[tuple[Any, ...], Any] = {}
-    queue: list[tuple[str, Path, str, EvalContext | None]] = []
+    order, contexts = list[tuple[str, Path, str]](), dict[str, EvalContext]()
     for model, folder in models.items():
         for state in states:
             untrained = state == "untrained"
+            options: Any = {"device": device, "precision": precision, "hints": None if untrained else hints}
             try:
-                encoder = load_frozen_encoder(
-                    model, device=device, precision=precision, untrained=untrained, hints=None if untrained else hints
-                )
+                encoder = load_frozen_encoder(model, untrained=untrained, **options)
             except UserError as error:
                 if not (untrained and optional_start):
                     raise
-                print_plain(console or Console(quiet=True), f"{model} is evaluated without its start: {error}")
+                print_plain(console, f"{model} is evaluated without its start: {error}")
                 continue
             key = fingerprint(encoder) if untrained else model
-            if any(key == other for _, _, other, _ in queue):
-                queue.append((model, folder, key, None))
-                continue
-            for line in encoder.notes:
-                print_plain(console or Console(quiet=True), line)
-            context = EvalContext(encoder, folder, state, console, overwrite, shared=shared)
-            check(context, evaluations)
-            queue.append((model, folder, key, context))
-            del encoder, context
+            order.append((model, folder, key))
+            if key not in contexts:
+                for line in encoder.notes:
+                    print_plain(console, line)
+                contexts[key] = EvalContext(encoder, folder, state, console, overwrite, shared=shared)
+                check(contexts[key], evaluations)
+            del encoder
     results: dict[str, list[Result]] = {}
-    while queue:
-        model, folder, key, waiting = queue.pop(0)
-        if waiting is None:
+    for model, folder, key in order:
+        if key in results:
             yield from ((replace(result, model=model), folder) for result in results[key])
             continue
         results[key] = []
-        for result in measure(waiting, model, evaluations):
+        for result in measure(contexts[key], model, evaluations):
             results[key].append(result)
             yield result, folder
-        del waiting  # its features may fill the memory
+        del contexts[key]  # its features may fill the memory
 
 
 def check(context: EvalContext, evaluations: list[tuple[str, Any]]) -> None:
@@ -176,19 +154,14 @@ def online_knn(
 ) -> Callable[[nn.Module], dict[str, float]] | None:
     """Return a function that evaluates an encoder in training by k-NN; None if the run does not use it.
 
-    The function returns no values if features are not finite.
-
-    Raises:
-        UserError: For data without labels.
+    The function returns no values if features are not finite. Raises UserError for data without labels.
     """
     if not (config.knn.train or config.knn.test or config.knn.every):
         return None
     if not (config.knn.train and config.knn.test):
         raise UserError("k-NN during training needs labeled data: pass --knn.train and --knn.test")
-    spec = image_spec(config)
-    train_data, test_data = (
-        open_dataset(data, spec, config.shard_cache_gib) for data in (config.knn.train, config.knn.test)
-    )
+    sources = config.knn.train, config.knn.test
+    train_data, test_data = (open_dataset(data, image_spec(config), config.shard_cache_gib) for data in sources)
     try:
         check_labeled(train_data, test_data, console)
     except UserError as error:
@@ -205,7 +178,7 @@ def online_knn(
         _, warning = usable_k(DEFAULT_K, len(train.labels))
         if warning and warning not in warned:
             warned.add(warning)
-            print_plain(console or Console(quiet=True), warning)
+            print_plain(console, warning)
         names = ("top1", "balanced", "majority")
         values = {f"knn/{k}": v for k, v in knn(train, test) if k.count("/") < 3 and k.split("/")[-1] in names}
         return values | {"knn/images": len(test.labels)}

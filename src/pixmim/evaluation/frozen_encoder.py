@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from pixmim.build import build_model, image_spec
@@ -26,37 +26,27 @@ from pixmim.weights.load import build_encoder_with_weights, describe, initialize
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A timm module and the format of its input.
+    """A timm module and the format of its input."""
 
-    Attributes:
-        config: Configuration that builds the module.
-        module: The timm module, on `device`.
-        size: Height and width of its images in pixels.
-        image_spec: Channels and dtype of its images.
-        mean: Mean per channel, on `device`.
-        std: Standard deviation per channel, on `device`.
-        device: Device of the module.
-        precision: Precision of the forward passes.
-        step: Training step of its weights.
-        names: Names of the outputs of its own classifier, in order; empty if its file does not name them.
-        notes: Lines to print: how far it is trained, and which values were assumed.
-    """
-
-    config: ModelConfig
-    module: nn.Module
-    size: tuple[int, int]
-    image_spec: ImageSpec
-    mean: Tensor
-    std: Tensor
+    config: ModelConfig  # configuration that builds the module
+    module: nn.Module  # the timm module, on `device`
+    size: tuple[int, int]  # height and width of its images in pixels
+    image_spec: ImageSpec  # channels and dtype of its images
+    mean: Tensor  # mean per channel, on `device`
+    std: Tensor  # standard deviation per channel, on `device`
     device: torch.device
     precision: Precision
-    step: int
+    step: int  # training step of its weights
+    # names of the outputs of its own classifier, in order; empty if its file does not name them
     names: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # lines to print: how far it is trained, and which values were assumed
 
-    def preprocess(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Move cropped images to the device and normalize them."""
-        return flip_and_normalize(images.to(self.device, non_blocking=True), None, self.mean, self.std)
+    def preprocess(
+        self, images: Shaped[Tensor, "b c h w"], flip: Bool[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Move cropped images to the device, flip some of them and normalize them."""
+        flip = None if flip is None else flip.to(self.device, non_blocking=True)
+        return flip_and_normalize(images.to(self.device, non_blocking=True), flip, self.mean, self.std)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -95,17 +85,10 @@ def load_frozen_encoder(
     untrained: bool = False,
     hints: Mapping[str, Any] | None = None,
 ) -> FrozenEncoder:
-    """Load the encoder of a run, a file of weights, timm:NAME or hf:NAME.
+    """Load the encoder of a run, a file of weights, timm:NAME or hf:NAME, or a run's initial weights (`untrained`).
 
-    Args:
-        name: See `weights.load.resolve_model`.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-        precision: "auto", "bf16", "fp16" or "fp32".
-        untrained: Load the initial weights of a run instead.
-        hints: What its file does not contain: see `weights.load.resolve_model`.
-
-    Raises:
-        UserError: If there is no such model, or its initial weights are unknown.
+    See `weights.load.resolve_model` for `name` and `hints`. Raises UserError if there is no such model, or its initial
+    weights are unknown.
     """
     if not untrained:
         weights = resolve_model(name, head=True, hints=hints)
@@ -155,11 +138,8 @@ def wrap_live_encoder(
 def fingerprint(encoder: FrozenEncoder) -> str:
     """Return a digest of an encoder: equal digests give equal results in every evaluation."""
     config = encoder.config
-    digest = sha256(
-        repr(
-            (config.model, config.image_size, encoder.image_spec, config.normalization, getattr(config, "epochs", None))
-        ).encode()
-    )
+    parts = config.model, config.image_size, encoder.image_spec, config.normalization, getattr(config, "epochs", None)
+    digest = sha256(repr(parts).encode())
     for name, value in encoder.module.state_dict().items():
         digest.update(name.encode())
         digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
@@ -169,15 +149,8 @@ def fingerprint(encoder: FrozenEncoder) -> str:
 def rebuild_at_size(encoder: FrozenEncoder, size: str, **options: Any) -> nn.Module:
     """Build a copy of an encoder for another image size, on the same device, to train it further.
 
-    Position tables are interpolated.
-
-    Args:
-        encoder: The encoder.
-        size: Side in pixels, or HEIGHTxWIDTH.
-        **options: More keywords of the backbone, such as drop_path_rate.
-
-    Raises:
-        UserError: If the encoder does not support the size.
+    Position tables are interpolated; `options` are more keywords of the backbone. Raises UserError for unsupported
+    sizes.
     """
     config = replace(encoder.config, size=size)
     config = replace(config, model=replace(config.model, options={**config.model.options, **options}))

@@ -30,13 +30,7 @@ _DEFAULT_COUNT = 50  # measurements of a run
 
 
 def measure_every(config: PretrainConfig, steps: int, epoch: float) -> int:
-    """Return the steps between measurements: by default a fiftieth of the run, and at least one epoch.
-
-    Args:
-        config: Configuration of the run.
-        steps: Steps of the run.
-        epoch: Epochs per step.
-    """
+    """Return the steps (of `epoch` epochs) between measurements: by default 1/50 of the run, at least an epoch."""
     return max(1, round((config.hold_out_every or max(1.0, steps * epoch / _DEFAULT_COUNT)) / epoch))
 
 
@@ -53,17 +47,7 @@ def online_held_out(
     """Return a function that measures a model in training, on center crops with fixed masks. Collective.
 
     Its values are "held_out_loss" and "rankme", without those that are not finite. They do not depend on the number of
-    ranks, which share the batches.
-
-    Args:
-        config: Configuration of the run.
-        data: The images that are held out.
-        masks: Masks of the run.
-        criterion: Loss of the run.
-        device: Device of the model.
-        precision: Precision of the forward passes.
-        world: Ranks of the run.
-        console: Prints once how many images cannot be read.
+    ranks, which share the batches. How many images cannot be read is printed once.
     """
     crop = CenterCrop(config.image_size, interpolation=config.interpolation)
     mean, std = (torch.tensor(values, device=device) for values in config.normalization)

@@ -11,14 +11,11 @@ from pixmim.evaluation.classification import majority, rated, same_classes, tall
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values
 from pixmim.evaluation.repeated import check_repeated, repeat, selected_blocks
 from pixmim.evaluation.settings import KnnSettings
-from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
-DEFAULT_K = (1, 20)
-"""Numbers of neighbors; each gives its own result."""
+DEFAULT_K = (1, 20)  # numbers of neighbors; each gives its own result
 
-ROWS, BLOCK = 1024, 16384
-"""Queries and references compared at a time: 64 MiB of similarities for datasets of any size."""
+ROWS, BLOCK = 1024, 16384  # queries and references compared at a time: 64 MiB of similarities for datasets of any size
 
 CPU = torch.device("cpu")
 
@@ -36,8 +33,8 @@ def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
     smallest, _ = check_repeated(context, settings)
     train, test = (context.block_features(spec, selected_blocks(context, settings)) for spec in settings.sources)
     _, warning = usable_k(settings.k, min(smallest, len(train[0].labels)))
-    if warning and context.console is not None:
-        print_plain(context.console, warning)
+    if warning:
+        context.print(warning)
 
     def measure(references: FeatureSet, queries: FeatureSet) -> Values:
         found = dict(knn(references, queries, settings.k, context.encoder.device))
@@ -53,11 +50,7 @@ def evaluate_knn(context: EvalContext, settings: KnnSettings) -> Values:
 
 
 def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
-    """Limit each k to the number of references, without duplicates; also return a warning if any is too large.
-
-    Raises:
-        UserError: If there is no k, or one is below 1.
-    """
+    """Limit each k to the number of references; also return a warning for larger ones. Raises UserError."""
     if not k or min(k) < 1:
         raise UserError(f"--k takes numbers of neighbors from 1 on, such as 1 20, not {' '.join(map(str, k))}")
     large = " and ".join(f"{each:,}" for each in k if each > references)
@@ -68,11 +61,9 @@ def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
 def knn(train: FeatureSet, test: FeatureSet, k: Sequence[int] = DEFAULT_K, device: torch.device = CPU) -> Values:
     """Yield the metrics of k-NN on the global token ("cls") and on the mean of the patch tokens ("mean").
 
-    The names are those of `classification.rated` with the prefix kK/FEATURE/, and "majority"; values are in per cent.
-    K is limited to the number of train images: see `usable_k`.
-
-    Raises:
-        UserError: If a k is below 1, or train lacks a test class.
+    The names are those of `classification.rated` with the prefix kK/FEATURE/, and "majority"; values are in per cent. K
+    is limited to the number of train images (`usable_k`). Raises UserError if a k is below 1, or train lacks a test
+    class.
     """
     k, _ = usable_k(k, len(train.labels))
     labels, classes = same_classes(train, test), len(train.classes)

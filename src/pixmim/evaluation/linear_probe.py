@@ -27,16 +27,10 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """One member of the sweep.
+    """One member of the sweep."""
 
-    Attributes:
-        blocks: Number of last blocks whose global tokens are used.
-        mean: Use the mean of the patch tokens as well.
-        rate: Learning rate.
-    """
-
-    blocks: int
-    mean: bool
+    blocks: int  # number of last blocks whose global tokens are used
+    mean: bool  # use the mean of the patch tokens as well
     rate: float
 
     def select(self, features: FeatureSet | Features) -> Float[Tensor, "n d"]:
@@ -47,25 +41,15 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear classifier of features: the best of the sweep, fitted to the complete train set.
+    """A linear classifier of features: the best of the sweep, fitted to the complete train set."""
 
-    Attributes:
-        config: The member of the sweep.
-        mean: Mean of the train features (d).
-        deviation: Standard deviation of the train features (d).
-        weights: Weights of each class, the bias last (c d+1).
-        classes: Names of the classes.
-        held_out: Score of `compare_held_out` on the held-out part, of the same member fitted without it.
-        balanced: The score is the mean recall of the classes instead of the accuracy.
-    """
-
-    config: ProbeConfig
-    mean: Float[Tensor, " d"]
-    deviation: Float[Tensor, " d"]
-    weights: Float[Tensor, "c e"]
+    config: ProbeConfig  # the member of the sweep
+    mean: Float[Tensor, " d"]  # mean of the train features (d)
+    deviation: Float[Tensor, " d"]  # standard deviation of the train features (d)
+    weights: Float[Tensor, "c e"]  # weights of each class, the bias last (c d+1)
     classes: list[str]
-    held_out: float
-    balanced: bool
+    held_out: float  # score of `compare_held_out` on the held-out part, of the same member fitted without it
+    balanced: bool  # the score is the mean recall of the classes instead of the accuracy
 
     def scores(self, features: FeatureSet | Features) -> Float[Tensor, "n c"]:
         """Return the logits of each image."""
@@ -82,11 +66,7 @@ def check_linear(context: EvalContext, settings: LinearSettings) -> None:
 
 
 def evaluate_linear(context: EvalContext, settings: LinearSettings) -> Values:
-    """Evaluate a linear probe: see `evaluate_probe` and `repeated.repeat`, or `evaluate_linear_mae` for MAE's protocol.
-
-    Raises:
-        UserError: For unsuitable data or settings.
-    """
+    """Evaluate a linear probe by `fit_sweep` and `repeated.repeat`, or `evaluate_linear_mae`. Raises UserError."""
     check_linear(context, settings)
     if settings.protocol == "mae":
         yield from evaluate_linear_mae(context, settings)
@@ -112,16 +92,7 @@ def cached_probe(context: EvalContext, train: str, epochs: int, seed: int) -> Pr
 
 
 def evaluate_probe(probe: Probe, test: FeatureSet, labels: Int[Tensor, " n"]) -> Values:
-    """Yield the metrics of a probe in per cent.
-
-    Args:
-        probe: The probe.
-        test: Features of the test set.
-        labels: Test labels, as indices into the probe's classes.
-
-    Yields:
-        The values of `classification.rated`, "majority", the held-out score, and the chosen member of the sweep.
-    """
+    """Yield `rated`, "majority", the held-out score and the member of the sweep; labels index its classes."""
     counts = tally(probe.scores(test).argmax(dim=1), labels, len(probe.classes))
     yield from rated(counts, probe.classes)
     yield "majority", majority(counts)

@@ -3,11 +3,8 @@
 The frozen encoder sees another crop of each image in every epoch, so features are recomputed instead of cached.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,12 +19,10 @@ from pixmim.models import features
 from pixmim.training.optim import LARS, Schedule, SyncFreeOptimizer
 from pixmim.training.precision import autocast
 from pixmim.training.trainer import Trainer
-from pixmim.transforms.crops import RandomResizedCrop, flip_and_normalize
-from pixmim.utils.console import print_plain
+from pixmim.transforms.crops import RandomResizedCrop
 from pixmim.utils.errors import UserError
 
-MICROBATCH = 512
-"""Images that BatchNorm computes statistics of; the published batch is 32 of these."""
+MICROBATCH = 512  # images that BatchNorm computes statistics of; the published batch is 32 of these
 
 _WARMUP_EPOCHS = 10
 
@@ -47,11 +42,8 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
     Feature -> BatchNorm1d(affine=False, eps=1e-6) -> Linear with weights N(0, 0.01). LARS with momentum 0.9, no decay,
     rate 0.1 x batch / 256; 10 epochs of warm-up, cosine to 0 over 90; single-try random resized crop (0.08, 1), flip.
 
-    Yields:
-        The values of `classification.evaluate_classifier` with the prefix "mae/".
-
-    Raises:
-        UserError: For unsuitable data.
+    Yields the values of `classification.evaluate_classifier` with the prefix "mae/". Raises UserError for unsuitable
+    data.
     """
     encoder, (data, kind) = context.encoder, check_linear_mae(context, settings)
     encoder.module.eval()
@@ -63,14 +55,16 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
     schedule = Schedule(steps, warmup, settings.base_lr * batch / 256, 0.0)
 
     reduced = f" (reduced from {settings.batch_size:,} for {images:,} images)" if batch < settings.batch_size else ""
-    print_plain(
-        context.console or Console(quiet=True),
+    context.print(
         f"linear probe by MAE's protocol: {epochs} epochs of {images:,} images, {steps:,} steps of {batch:,}{reduced}; "
         f"LARS, rate {schedule.peak:.3g} after {warmup} steps of warm-up, to 0; "
-        + ("class token" if kind == "cls" else "mean of the patch tokens"),
+        + ("class token" if kind == "cls" else "mean of the patch tokens")
     )
-    head = _build_head(int(encoder.module.num_features), len(data.classes), settings.seed)  # type: ignore[arg-type]
-    head = head.to(encoder.device)
+    with seeded(settings.seed):
+        linear = nn.Linear(int(encoder.module.num_features), len(data.classes))  # type: ignore[arg-type]
+        nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear).to(encoder.device)
 
     def open_loader(first: int) -> Loader:
         return Loader(
@@ -84,9 +78,8 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
         )
 
     def compute_loss(batch: Batch, number: int) -> Tensor:
-        to: Any = {"device": encoder.device, "non_blocking": True}
-        images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
-        return F.cross_entropy(head(frozen_feature(encoder, kind, images)), data.train_labels[batch.indices].to(**to))
+        scores = head(frozen_feature(encoder, kind, encoder.preprocess(batch.images, batch.flip)))
+        return F.cross_entropy(scores, data.train_labels[batch.indices].to(encoder.device, non_blocking=True))
 
     work = context.work_dir("linear-mae", settings)
     trainer = Trainer(
@@ -128,11 +121,3 @@ def feature_kind(module: nn.Module, feature: str) -> str:
 def split_batch(batch: int) -> tuple[int, int]:
     """Return size and number of the microbatches of a batch; images that do not fill one are dropped."""
     return (batch, 1) if batch <= MICROBATCH else (MICROBATCH, batch // MICROBATCH)
-
-
-def _build_head(width: int, classes: int, seed: int) -> nn.Sequential:
-    with seeded(seed):
-        linear = nn.Linear(width, classes)
-        nn.init.normal_(linear.weight, std=0.01)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)

@@ -9,31 +9,38 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy.typing as npt
+
+from pixmim.data.dataset import BadImage
+from pixmim.data.decode.image import read_numbers
+from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import from_folder
 from pixmim.data.survey import MASK_WORDS
 from pixmim.utils.errors import UserError
+from pixmim.utils.files import read_file
 
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
-"""Formats that keep numbers as they are."""
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 
 _MASK_STEM = re.compile(rf"(.+?)[_\-. ]{MASK_WORDS}", re.IGNORECASE)
 _LOSSY = (".jpg", ".jpeg")
 
 
 class MaskFiles(NamedTuple):
-    """Masks of each image, as paths below a folder.
+    """Masks of each image, as paths below a folder."""
 
-    Args:
-        masks: The masks of each image; several only of separate objects.
-        instances: True if each mask is one object.
-        without: Number of images without a mask.
-    """
+    masks: dict[str, list[str]]  # the masks of each image; several only of separate objects
+    instances: bool  # True if each mask is one object
+    without: int  # number of images without a mask
 
-    masks: dict[str, list[str]]
-    instances: bool
-    without: int
+
+def read_mask(path: Path, color: bool) -> npt.NDArray[Any]:
+    """Read the numbers (h w) of a mask; with `color`, any color of a palette or RGB counts. Raises BadImage."""
+    try:
+        return read_numbers(read_file(path, max_bytes()), color=color)
+    except (OSError, BadImage) as error:
+        raise BadImage(f"mask cannot be read: {path}, {getattr(error, 'strerror', None) or error}") from None
 
 
 def find_masks(root: Path) -> MaskFiles | None:

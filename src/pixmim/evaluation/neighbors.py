@@ -30,19 +30,12 @@ _TENSORS = ("unit", "indices", "similarity", "nearest")
 
 @dataclass(frozen=True)
 class Index:
-    """Features of n readable images by one encoder, and the image most similar to each.
+    """Features of n readable images by one encoder, and the image most similar to each."""
 
-    Attributes:
-        unit: The mean patch token of each image, scaled to length 1.
-        indices: Dataset index of each row.
-        similarity: Cosine of each row with the nearest other row.
-        nearest: That other row.
-    """
-
-    unit: Float[Tensor, "n d"]
-    indices: Int[Tensor, " n"]
-    similarity: Float[Tensor, " n"]
-    nearest: Int[Tensor, " n"]
+    unit: Float[Tensor, "n d"]  # the mean patch token of each image, scaled to length 1
+    indices: Int[Tensor, " n"]  # dataset index of each row
+    similarity: Float[Tensor, " n"]  # cosine of each row with the nearest other row
+    nearest: Int[Tensor, " n"]  # that other row
 
     def query(self, vector: Float[Tensor, "1 d"], count: int, without: int | None = None) -> list[tuple[int, float]]:
         """Return dataset index and cosine of the images nearest to a vector, except the image `without`."""
@@ -75,17 +68,9 @@ def load_index(
 ) -> Index:
     """Read the index of an encoder and images from its file, or compute and save it.
 
-    A folder that cannot be written costs nothing: the index is then computed again the next time.
-
-    Args:
-        file: Where the index is kept: see `index_file`.
-        encoder: The encoder.
-        data: The images, in the encoder's format.
-        advance: Called with the work done and its total: two units for each image.
-        console: Where to show a progress bar.
-
-    Raises:
-        UserError: If fewer than two images can be read, or the file leads out of its folder.
+    A folder that cannot be written costs nothing: the index is then computed again the next time. `advance` is called
+    with the work done and its total: two units for each image. Raises UserError if fewer than two images can be read,
+    or the file leads out of its folder.
     """
     identity = {"model": fingerprint(encoder), "data": data.fingerprint(), "images": str(len(data))}
     index = _read(inside(file.parent, file.name), identity, len(data))
@@ -93,7 +78,7 @@ def load_index(
         return index
     vectors, indices, total = list[np.ndarray[Any, Any]](), list[np.ndarray[Any, Any]](), 2 * len(data)
     for rows, batch, end in embed_batches(encoder, data, BadImageLog(None, len(data), 1.0), _BATCH, console=console):
-        vectors += [rows["mean"]] * bool(len(batch))
+        vectors.append(rows["mean"])
         indices.append(batch)
         advance(end, total)
     if sum(map(len, vectors)) < 2:
@@ -125,15 +110,7 @@ def _read(file: Path, identity: dict[str, str], images: int) -> Index | None:
 def nearest(
     unit: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], count: int
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """Return the cosine similarities and indices of the `count` rows nearest to each query, the nearest first.
-
-    Exact. Among equally similar rows any may be first.
-
-    Args:
-        unit: A row of length 1 for each image.
-        queries: A row for each query, of any length.
-        count: Rows per query; at most n are returned.
-    """
+    """Return cosines and indices of the (at most n) rows of length 1 nearest to each query, nearest first. Exact."""
     parts = [(F.normalize(part, dim=1) @ unit.T).topk(min(count, len(unit)), dim=1) for part in queries.split(_BLOCK)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
@@ -143,14 +120,8 @@ def nearest_others(
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Return the similarity and index of the image nearest to each image, apart from itself.
 
-    Compares all n^2 pairs, 2,048 images with all others at a time.
-
-    Args:
-        unit: A row of length 1 for each image; at least two.
-        advance: Called with the number of images that are done.
-
-    Raises:
-        ValueError: If there are fewer than two images.
+    Compares all n^2 pairs, 2,048 images with all others at a time; `advance` is called with the images done. Rows of
+    `unit` have length 1. Raises ValueError if there are fewer than two.
     """
     if len(unit) < 2:
         raise ValueError(f"{len(unit)} images have no nearest other image: at least two are needed")
@@ -167,13 +138,7 @@ def nearest_others(
 def most_similar_pairs(
     similarity: Float[Tensor, " n"], index: Int[Tensor, " n"], count: int
 ) -> list[tuple[int, int, float]]:
-    """Return the `count` most similar pairs (i, j, cosine), i < j, among each image and its nearest other.
-
-    Args:
-        similarity: From `nearest_others`.
-        index: From `nearest_others`.
-        count: Number of pairs.
-    """
+    """Return the `count` most similar pairs (i, j, cosine), i < j, of the result of `nearest_others`."""
     pairs: dict[tuple[int, int], float] = {}
     for i in similarity.argsort(descending=True, stable=True).tolist():
         j = int(index[i])

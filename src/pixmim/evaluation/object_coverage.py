@@ -4,7 +4,6 @@ A1 is the object's area in the image, A2 the part of it inside the crop; pixels 
 SimpleResizedCrop do not count. Random masking that hides a share r of the patches leaves (1 - r) J in expectation.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleR
 from pixmim.utils import rng
 from pixmim.utils.console import csv_cell, progress
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
+from pixmim.utils.files import atomic_write, write_csv, write_json
 from pixmim.utils.plotting import PLOT_COLORS, new_plot, plot_image
 
 Values = npt.NDArray[np.float64]
@@ -45,10 +44,7 @@ def expected_coverage(obj: ImageObject, crop: Crop) -> float:
     """Return the expected coverage of an object, in [0, 1].
 
     Exact for SimpleResizedCrop and CenterCrop. For RandomResizedCrop exact over the positions of each box, and by
-    quadrature over its area and ratio, including failed tries and the fallback.
-
-    Raises:
-        TypeError: For another crop.
+    quadrature over its area and ratio, including failed tries and the fallback. Raises TypeError for another crop.
     """
     if isinstance(crop, RandomResizedCrop):
         heights, widths, failed = _boxes(crop, obj.size)
@@ -119,16 +115,11 @@ def _scale(size: tuple[int, int], crop: Crop) -> tuple[float, float]:
 
 
 def window_cover(edge: npt.ArrayLike, window: npt.ArrayLike, length: npt.ArrayLike) -> Values:
-    """Return the expected number of pixels of [0, edge] covered by a random window, along one axis.
+    """Return the expected number of pixels of [0, edge] covered by a random window, along one axis of `length` pixels.
 
     The window starts at any integer pixel at which it fits, with equal probability. It covers pixel j with probability
     min(j + 1, length - j, window, length - window + 1) / (length - window + 1); this function is the sum of that up to
-    `edge`, which may be fractional. The difference of two values is the cover of an interval.
-
-    Args:
-        edge: Positions in [0, length].
-        window: Length of the window.
-        length: Length of the image. All three are broadcast.
+    `edge`, which may be fractional. The difference of two values is the cover of an interval. All three are broadcast.
     """
     t, w, n = (np.asarray(value, np.float64) for value in (edge, window, length))
     top = np.minimum(w, n - w + 1)  # starts that cover a pixel of the middle; also the pixels of either ramp
@@ -156,25 +147,15 @@ def _boxes(crop: RandomResizedCrop, size: tuple[int, int]) -> tuple[Values, Valu
 
 @dataclass(frozen=True)
 class Coverage:
-    """Coverage of a set of objects, in [0, 1], by the name of the crop.
+    """Coverage of a set of objects, in [0, 1], by the name of the crop."""
 
-    Attributes:
-        spec: The data.
-        size: Height and width of the crops.
-        mask_ratio: Share of the patches that is hidden.
-        objects: The objects.
-        values: Expected coverage of each object.
-        sampled: Mean of each object's sampled coverage, and the variance of that mean.
-        outside: Number of skipped objects that are outside their image.
-    """
-
-    spec: str
-    size: tuple[int, int]
-    mask_ratio: float
+    spec: str  # the data
+    size: tuple[int, int]  # height and width of the crops
+    mask_ratio: float  # share of the patches that is hidden
     objects: list[ImageObject]
-    values: dict[str, Values]
-    sampled: dict[str, tuple[Values, Values]]
-    outside: int
+    values: dict[str, Values]  # expected coverage of each object
+    sampled: dict[str, tuple[Values, Values]]  # mean of each object's sampled coverage, and the variance of that mean
+    outside: int  # number of skipped objects that are outside their image
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return the means of each crop over images (each the mean of its objects) and over objects.
@@ -222,7 +203,7 @@ class Coverage:
         rows: list[list[str]] = [["image", "share_of_image", *self.values]]
         for i, obj in enumerate(self.objects):
             rows.append([csv_cell(obj.image), f"{_area(obj):.6f}", *(f"{v[i]:.6f}" for v in self.values.values())])
-        write_text_atomically(paths[0], json.dumps(content, indent=2) + "\n")
+        write_json(paths[0], content)
         write_csv(paths[1], rows)
         atomic_write(paths[2], partial(draw(self).save, format="PNG"))
         return paths
@@ -238,19 +219,10 @@ def measure_coverage(
     seed: int = 0,
     console: Console | None = None,
 ) -> Coverage:
-    """Measure the coverage of all annotated objects by all crops of `crops`.
+    """Measure the coverage of all annotated objects (see `annotations.read_objects`) by all crops of `crops`.
 
-    Args:
-        spec: Annotations: see `annotations.read_objects`.
-        size: Height and width of the crops.
-        mask_ratio: Share of the patches that is hidden.
-        boxes: Use the boxes of masks instead of the masks.
-        draws: Crops to sample for each object and crop, as a check; 0: none.
-        seed: Seed of these.
-        console: Where to show a progress bar.
-
-    Raises:
-        UserError: If `mask_ratio` is not in [0, 1), or the annotations cannot be read.
+    With `boxes`, masks are replaced by their boxes. If `draws` is above 1, as many crops of each object are sampled as
+    a check. Raises UserError if `mask_ratio` is not in [0, 1), or the annotations cannot be read.
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"--mask-ratio is a share from 0 to below 1, not {mask_ratio:g}")

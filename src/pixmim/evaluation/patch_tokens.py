@@ -11,13 +11,11 @@ import torch
 from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
-from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.classification import check_classes
-from pixmim.evaluation.context import EvalContext, check_finite
+from pixmim.evaluation.context import EvalContext, check_finite, read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.models import features
 from pixmim.transforms.crops import evaluation_crop
-from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.validation import MAX_DEPTH
 
@@ -26,23 +24,14 @@ _BYTES = 2  # of a float16
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Patch tokens of i images.
+    """Patch tokens of i images."""
 
-    Attributes:
-        tokens: Patch tokens after the final norm (t n d), mapped from a file.
-        labels: Class of each image (i).
-        classes: Names of the classes.
-        grid: Rows and columns of the patches of an image, n in all.
-        indices: Dataset index of each image (i).
-        rows: Row of `tokens` for each image (i); None if they are in the same order.
-    """
-
-    tokens: Float16[np.ndarray, "t n d"]
-    labels: Int[Tensor, " i"]
+    tokens: Float16[np.ndarray, "t n d"]  # patch tokens after the final norm (t n d), mapped from a file
+    labels: Int[Tensor, " i"]  # class of each image (i)
     classes: list[str]
-    grid: tuple[int, int]
-    indices: Int[np.ndarray, " i"]
-    rows: Int[np.ndarray, " i"] | None = None
+    grid: tuple[int, int]  # rows and columns of the patches of an image, n in all
+    indices: Int[np.ndarray, " i"]  # dataset index of each image (i)
+    rows: Int[np.ndarray, " i"] | None = None  # row of `tokens` for each image (i); None if they are in the same order
 
     def batch(
         self, rows: Int[np.ndarray, " b"], device: torch.device
@@ -88,16 +77,8 @@ def extract_tokens(
     """Compute the patch tokens of a labeled dataset, on the images of `context.extract_features`.
 
     They are float16 in a file in the context's folder. It has no name where the system allows that, so nothing is left
-    however the process ends.
-
-    Args:
-        context: The context.
-        spec: The dataset.
-        blocks: Indices of blocks, all from one pass, each with a set of tokens; by default the last block alone.
-        batch: Images per forward pass.
-
-    Raises:
-        UserError: If the data have no labels or no readable image, or tokens are not finite.
+    however the process ends. Each of the `blocks` (indices) has a set of tokens; by default the last block alone.
+    Raises UserError if the data have no labels, or tokens are not finite.
     """
     encoder, data = context.encoder, context.data(spec)
     check_classes(data)
@@ -106,22 +87,17 @@ def extract_tokens(
     rows, columns, width = token_shape(encoder)
     context.folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=context.folder, prefix="tokens-") as file:
-        bar = progress(f"patch tokens of {spec}", len(data), context.console)
-        with bar as advance, torch.no_grad(), encoder.evaluating():
+        with torch.no_grad(), encoder.evaluating():
             crop = evaluation_crop(encoder.size)
-            for images, read, end in iterate_in_order(data, crop, skipped=skipped, batch=batch):
-                if len(read):
-                    maps = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else 1).maps
-                    tokens = torch.stack([maps[block] for block in blocks or [-1]], dim=1).flatten(3).transpose(2, 3)
-                    tokens = tokens.to(torch.float16).cpu()
-                    check_finite(tokens, f"patch tokens of {spec}")
-                    # Written instead of assigned to a map: a full disk is then an error instead of a fatal signal.
-                    file.write(np.ascontiguousarray(tokens.numpy()).data)
-                    indices.append(read)
-                advance(end)
+            for images, read, _ in read_batches(data, crop, skipped, "patch tokens of", context.console, batch):
+                maps = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else 1).maps
+                tokens = torch.stack([maps[block] for block in blocks or [-1]], dim=1).flatten(3).transpose(2, 3)
+                tokens = tokens.to(torch.float16).cpu()
+                check_finite(tokens, f"patch tokens of {spec}")
+                # Written instead of assigned to a map: a full disk is then an error instead of a fatal signal.
+                file.write(np.ascontiguousarray(tokens.numpy()).data)
+                indices.append(read)
         context.print_skipped(skipped, data)
-        if not indices:
-            raise UserError(f"no image of {spec} can be read: see evaluations-skipped.csv")
         file.flush()
         order = np.concatenate(indices)
         labels = torch.from_numpy(np.asarray(data.labels)[order])

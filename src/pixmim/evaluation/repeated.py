@@ -13,7 +13,7 @@ from pixmim.evaluation.context import EvalContext, FeatureSet, Values
 from pixmim.evaluation.patch_tokens import TokenSet
 from pixmim.evaluation.settings import FrozenSettings
 from pixmim.models import depth
-from pixmim.utils.console import label, print_plain
+from pixmim.utils.console import label
 from pixmim.utils.errors import UserError
 
 S = TypeVar("S", FeatureSet, TokenSet)
@@ -22,11 +22,8 @@ S = TypeVar("S", FeatureSet, TokenSet)
 def check_repeated(context: EvalContext, settings: FrozenSettings) -> tuple[int, int]:
     """Check labeled data, folds, numbers of labels and blocks, and print what they are.
 
-    Returns:
-        The smallest number of images that is trained on, and the number of all images.
-
-    Raises:
-        UserError: For unsuitable data, a class with fewer images than folds, or a block that the encoder lacks.
+    Returns the smallest number of images that is trained on, and the number of all images. Raises UserError for
+    unsuitable data, a class with fewer images than folds, or a block that the encoder lacks.
     """
     selected_blocks(context, settings)
     if settings.folds:
@@ -67,18 +64,10 @@ def repeat(
     test: Sequence[S],
     measure: Callable[[S, S], Values],
 ) -> Values:
-    """Evaluate as often as the settings want.
+    """Evaluate features of each block as often as the settings want; with folds, train and test are the same.
 
-    Args:
-        context: The context.
-        settings: Folds, numbers of labels and blocks.
-        train: Features to train on, of each block; with folds, of all images.
-        test: Features to evaluate on, likewise.
-        measure: Evaluates features of test images, given those of train images.
-
-    Yields:
-        The values of `measure`, of block N with the prefix block/N/. Over folds their mean, KEY/std, the standard
-        deviation, and KEY/fold/I. With N labels per class the prefix is shots/N/, and KEY/draw/I are the single draws.
+    Yields the values of `measure`, of block N with the prefix block/N/. Over folds their mean, KEY/std, the standard
+    deviation, and KEY/fold/I. With N labels per class the prefix is shots/N/, and KEY/draw/I are the single draws.
     """
     prefixes = [f"block/{index + 1}/" for index in selected_blocks(context, settings)] or [""]
     for prefix, a, b in zip(prefixes, train, test, strict=True):
@@ -132,9 +121,7 @@ def _folds(context: EvalContext, settings: FrozenSettings) -> Assignment:
 
 
 def _print_once(context: EvalContext, line: str) -> None:
-    if context.console is not None:
-        console = context.console
-        context.once_for_all(("printed", line), lambda: print_plain(console, line))
+    context.once_for_all(("printed", line), lambda: context.print(line))
 
 
 def split_table(context: EvalContext, settings: Any) -> list[list[str]]:

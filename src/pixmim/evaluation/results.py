@@ -15,41 +15,28 @@ from typing import Any
 from PIL import Image
 
 from pixmim.utils.console import csv_cell, utf8
-from pixmim.utils.files import atomic_write, write_csv, write_text_atomically
+from pixmim.utils.files import atomic_write, write_csv, write_json
 from pixmim.utils.trust import inside
 
 
 @dataclass(frozen=True)
 class Result:
-    """Values of one evaluation of one encoder, and what is needed to repeat it.
-
-    Attributes:
-        evaluation: Name of the evaluation.
-        model: Name of the model.
-        encoder: "trained" or "untrained".
-        step: Training step of the weights.
-        settings: Settings of the evaluation.
-        values: Values by name.
-        config: Configuration that builds the encoder, with its training if that is known.
-        device: Device of the evaluation.
-        precision: Precision of the evaluation.
-        versions: See `versions`.
-        pictures: Images by caption. In the JSON, names of PNG files in the same folder by caption.
-        split: Path, class, group and part of each image, with a header, if labeled data were split. In the JSON, the
-            name of a CSV file in the same folder.
-    """
+    """Values of one evaluation of one encoder, and what is needed to repeat it."""
 
     evaluation: str
     model: str
-    encoder: str
-    step: int
+    encoder: str  # "trained" or "untrained"
+    step: int  # training step of the weights
     settings: dict[str, Any]
-    values: dict[str, float]
-    config: dict[str, Any]
+    values: dict[str, float]  # values by name
+    config: dict[str, Any]  # configuration that builds the encoder, with its training if that is known
     device: str
     precision: str
     versions: dict[str, str]
+    # Images by caption. In the JSON, names of PNG files in the same folder by caption.
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+    # Path, class, group and part of each image, with a header, if labeled data were split. In the JSON, the name of a
+    # CSV file in the same folder.
     split: list[list[str]] = field(default_factory=list)
 
     @property
@@ -59,14 +46,9 @@ class Result:
 
 
 def save(result: Result, folder: Path) -> Path:
-    """Write a result to a folder's `evaluations/`, replacing one with the same settings. Returns the JSON file.
-
-    Values that are not finite become null.
-    """
-    folder = inside(folder, "evaluations")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{file_stem(result.evaluation, result.encoder, result.settings)}.json"
-    names = {}
+    """Write a result to the folder's `evaluations/`; return the JSON file, which has null for values not finite."""
+    path = result_file(folder, result.evaluation, result.encoder, result.settings, ".json")
+    names, folder = {}, path.parent
     for caption, image in result.pictures.items():
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
         names[caption] = f"{path.stem}-{words}.png"
@@ -75,21 +57,22 @@ def save(result: Result, folder: Path) -> Path:
     if result.split:
         write_csv(folder / result.split_file, (map(csv_cell, map(utf8, row)) for row in result.split))
     content["values"] = {key: value if value - value == 0 else None for key, value in result.values.items()}
-    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
     return path
 
 
-def file_stem(evaluation: str, encoder: str, settings: dict[str, Any]) -> str:
-    """Return the name, without suffix, of the files of an evaluation with these settings."""
+def result_file(folder: Path, evaluation: str, encoder: str, settings: dict[str, Any], suffix: str) -> Path:
+    """Return the file of an evaluation with these settings in the folder's `evaluations/`, which is created."""
+    folder = inside(folder, "evaluations")
+    folder.mkdir(parents=True, exist_ok=True)
     key = sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    return f"{evaluation}-{encoder}-{key}"
+    return folder / f"{evaluation}-{encoder}-{key}{suffix}"
 
 
 def versions() -> dict[str, str]:
     """Return the versions of pixmim, torch, timm and Python, and the commit if pixmim runs from a checkout."""
     checkout = Path(__file__).parents[3]
     found = {name: version(name) for name in ("pixmim", "torch", "timm")} | {"python": platform.python_version()}
-    git = ["git", "--no-optional-locks", "-C", str(checkout), "describe", "--always", "--dirty"]
     if not (checkout / ".git").exists():  # git would search parent folders and obey the configuration of any repository
         return found
     git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]

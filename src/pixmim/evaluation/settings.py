@@ -61,11 +61,7 @@ class LabeledSettings(Settings):
             raise UserError("--train and --test must be given together, or --labelled, which is split")
 
     def resolved(self) -> "LabeledSettings":
-        """Return settings with the two parts of `labelled`, unless it is for folds, as train and test data.
-
-        Raises:
-            UserError: If `labelled` is a mixture.
-        """
+        """Return settings with the parts of `labelled`, unless for folds, as train and test. Raises UserError."""
         from pixmim.data.uri import SplitSpec, read_parts
 
         if self.labelled and len(read_parts(self.labelled)) > 1:

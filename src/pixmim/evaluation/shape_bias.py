@@ -10,14 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from pixmim.data.dataset import ImageDataset
-from pixmim.data.loader import iterate_in_order
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.classification import check_classes, labels_among
 from pixmim.evaluation.classifiers import CATEGORIES, imagenet_head, probe_classifier, wnids
-from pixmim.evaluation.context import EvalContext, Values
+from pixmim.evaluation.context import EvalContext, Values, read_batches
 from pixmim.evaluation.settings import ShapeBiasSettings
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
-from pixmim.utils.console import plot_label, progress
+from pixmim.utils.console import plot_label
 from pixmim.utils.errors import UserError
 from pixmim.utils.plotting import new_plot, plot_image
 
@@ -57,23 +56,16 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
         names, crop = list(CATEGORIES), CenterCrop(context.encoder.size)
     shapes, textures = cues(data, names)
     readable, predictions = [], []
-    with progress(data.spec, len(data), context.console) as advance:
-        for images, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256):
-            if len(indices):
-                scores = classifier.scores(images)
-                predictions.append((scores if groups is None else categories(scores, groups)).argmax(dim=1))
-                readable.append(torch.from_numpy(indices))
-            advance(end)
-    if not readable:
-        raise UserError(f"no stimulus of {data.spec} can be read")
+    for images, indices, _ in read_batches(data, crop, context.skipped(data), "shape bias on", context.console):
+        scores = classifier.scores(images)
+        predictions.append((scores if groups is None else categories(scores, groups)).argmax(dim=1))
+        readable.append(torch.from_numpy(indices))
     order, predicted = torch.cat(readable), torch.cat(predictions)
     shapes, textures = shapes[order], textures[order]
     _check_conflict(data, shapes, textures)
     kind, conflict = classifier.kind, shapes != textures
-    by_shape, by_texture, bias = shape_decisions(predicted, shapes, textures)
-    yield f"{kind}/shape_bias", 100 * bias
-    yield f"{kind}/shape", 100 * by_shape
-    yield f"{kind}/texture", 100 * by_texture
+    decisions = shape_decisions(predicted, shapes, textures)
+    yield from _decided(kind, *decisions)
     yield f"{kind}/stimuli", float(conflict.sum())
     counts = torch.bincount(shapes[conflict])
     yield f"{kind}/majority", 100 * float(counts.max() / counts.sum())
@@ -81,13 +73,17 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
     for i, name in enumerate(names):
         rows = shapes == i
         if bool((rows & conflict).any()):
-            by_shape, by_texture, biases[name] = shape_decisions(predicted[rows], shapes[rows], textures[rows])
-            yield f"{kind}/category/{name}/shape_bias", 100 * biases[name]
-            yield f"{kind}/category/{name}/shape", 100 * by_shape
-            yield f"{kind}/category/{name}/texture", 100 * by_texture
+            *shares, biases[name] = shape_decisions(predicted[rows], shapes[rows], textures[rows])
+            yield from _decided(f"{kind}/category/{name}", *shares, biases[name])
     yield f"{kind}/balanced", 100 * float(torch.tensor(list(biases.values()), dtype=torch.float64).nanmean())
     title = "its own classifier" if kind == "head" else "a linear probe"
-    context.images[f"Shape bias by category, {title}"] = draw(biases, bias)
+    context.images[f"Shape bias by category, {title}"] = draw(biases, decisions[2])
+
+
+def _decided(key: str, by_shape: float, by_texture: float, bias: float) -> Values:
+    yield f"{key}/shape_bias", 100 * bias
+    yield f"{key}/shape", 100 * by_shape
+    yield f"{key}/texture", 100 * by_texture
 
 
 def _check_conflict(data: ImageDataset, shapes: Int[Tensor, " n"], textures: Int[Tensor, " n"]) -> None:
@@ -114,11 +110,7 @@ def shape_decisions(
 
 
 def cues(data: ImageDataset, names: list[str]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Return shape and texture of each stimulus as indices into `names`, from file names or from synthetic shapes.
-
-    Raises:
-        UserError: If a folder or file has another name.
-    """
+    """Return shape and texture of each stimulus as indices into `names`, by file names or shapes:. Raises UserError."""
     shapes = labels_among(data, names)
     if isinstance(data, SyntheticShapes):  # shape and texture with the same number are one class where they agree
         index = torch.tensor([names.index(name) for name in data.classes])

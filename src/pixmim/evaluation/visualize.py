@@ -14,8 +14,7 @@ from pixmim.config import ModelConfig
 from pixmim.utils.console import label
 from pixmim.utils.plotting import matplotlib
 
-Pixels = npt.NDArray[np.uint8]
-"""An image (h w c), or several of one size (n h w c)."""
+Pixels = npt.NDArray[np.uint8]  # an image (h w c), or several of one size (n h w c)
 
 _DARK = 1 / 8  # of white: an image whose brightest percent is darker has 10 or 12 bits stored in 16
 _FLAT = 1e-3  # range relative to the values, below which an image has no contrast
@@ -27,19 +26,12 @@ _TEXT_HEIGHT = 18  # pixels of a title or a caption
 
 
 def to_pixels(images: Mapping[str, Float[Tensor, "b c h w"]], config: ModelConfig) -> dict[str, Pixels]:
-    """Convert unnormalized images to uint8, all columns of a row over the same range.
+    """Convert unnormalized images to uint8 (b h w 3) or (b h w 1), all columns of a row over the same range.
 
     8-bit color and gray keep their range 0 to 255, except in images that are almost black. Everything else is stretched
     from the 1st to the 99th percentile of "image" and "target", over all channels if there are three, otherwise per
-    channel, because each may have its own unit. Values without contrast become gray.
-
-    Args:
-        images: Images of each column.
-        config: Gives dtype and channels, and `bands`: the channels to show as red, green and blue, or one as gray. By
-            default the first three, or the first of one or two.
-
-    Returns:
-        uint8 (b h w 3) or (b h w 1) by column.
+    channel, because each may have its own unit. Values without contrast become gray. The channels are those of
+    `config.drawn`.
     """
     channels = list(config.drawn)
     selected = {name: values[:, channels].float() for name, values in images.items()}

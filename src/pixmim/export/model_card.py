@@ -49,14 +49,9 @@ def model_card(
 ) -> str:
     """Return the text of a model card.
 
-    Args:
-        weights: The exported model.
-        to: The project it is exported for.
-        usage: Lines on how it is loaded, with FOLDER for the exported folder.
-        run: Folder of the run, whose results and unreadable images are shown; it need not exist.
-        description: What the images are, in the user's words; otherwise a placeholder.
-        notes: What the export leaves out.
-        probe: Python lines that classify with an exported attentive probe; empty without one.
+    `usage` and `probe` are lines on how the model and an attentive probe are loaded, with FOLDER for the exported
+    folder. `run` is the folder of the run, which need not exist, for its results and unreadable images. An empty
+    `description` of the images becomes a placeholder; `notes` state what the export leaves out.
     """
     config = weights.config
     problems: list[str] = []

@@ -30,11 +30,7 @@ class _Outputs(nn.Module):
 
 
 def to_onnx(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
-    """Write model.onnx for any batch size: normalized images to vector, mean and map, or to a classifier's logits.
-
-    Raises:
-        UserError: If onnx, onnxscript or onnxruntime is missing, or onnxruntime and torch disagree.
-    """
+    """Write model.onnx for any batch size: images to vector, mean and map, or to logits. Raises UserError."""
     try:
         import onnx  # noqa: F401
         import onnxruntime

@@ -28,14 +28,8 @@ from pixmim.weights.load import build_encoder_with_weights
 def attention_maps(encoder: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b heads rows columns"]:
     """Compute the attention of the last block to each patch, per head; each map sums to one.
 
-    It is the attention of the class token, or without one the average over all patches.
-
-    Args:
-        encoder: A VisionTransformer, Beit or ConvMAE.
-        images: Normalized images.
-
-    Raises:
-        UserError: If the encoder has no block with global attention (Swin, CNNs).
+    It is the attention of the class token, or without one the average over all patches. Images are normalized. Raises
+    UserError if the encoder has no block with global attention (Swin, CNNs).
     """
     if not isinstance(encoder, VisionTransformer | Beit | ConvMAEEncoder):
         raise UserError(f"attention maps need a ViT: {type(encoder).__name__} has no block with global attention")
@@ -61,12 +55,8 @@ def attention_sheet(
 ) -> tuple[dict[str, Pixels], list[str], list[str]]:
     """Draw the attention over the first `count` images.
 
-    Returns:
-        uint8 images (n h w c) by column ("image", "all heads", "head 1" ...), the names of the files, and a line for
-        each unreadable image.
-
-    Raises:
-        UserError: If the encoder has no attention maps, or no image can be read.
+    Returns uint8 images (n h w c) by column ("image", "all heads", "head 1" ...), the names of the files, and a line
+    for each unreadable image. Raises UserError if the encoder has no attention maps, or no image can be read.
     """
     config, encoder = weights.config, build_encoder_with_weights(weights)
     crops, names, errors = load_crops(config, data, count, range(len(data)))

@@ -1,6 +1,7 @@
-"""Say whether a run learned something: what its encoder gained over its start, or over the untrained network."""
+"""Say what an encoder gained over its start or the untrained network: by run, number of labels per class, and block."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -8,18 +9,27 @@ from typing import Any
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.evaluation.best import BEST_FOLDER, MEASURES, find_key, read_best
 from pixmim.evaluation.classification import difference_interval, wilson_interval
-from pixmim.report.repeated import initial_cell
 from pixmim.report.results import Cell, Comparison, Row
 from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label
+from pixmim.utils.plotting import plot_curves
 
-COUNT = "knn/images"
-"""Key of the number of test images in metrics.jsonl."""
+COUNT = "knn/images"  # key of the number of test images in metrics.jsonl
 
 _HEADLINES = [
     re.compile(title) for title in ("attentive probe", "linear probe", r"k-NN \(k = \d+\), mean of .*", "fine-tuned")
 ]
 """Labels of the values that a verdict may rest on, the best first."""
+
+_LABELS_OR_BLOCK = re.compile(r"(shots|block)/([a-z0-9]{1,10})/((?:k([0-9]{1,9})/mean/)?(top1|balanced))")
+_MAX_FIGURES, _MAX_TICKS = 24, 100
+_AXES = {"shots": "labels per class", "block": "block"}
+_CAPTIONS = {
+    "shots": "Accuracy against the number of labels per class, {}. Bands: one standard deviation over draws of the "
+    "labels; for plain accuracy with all labels, the 95 % interval over the test images.",
+    "block": "Accuracy by block of the encoder, {}. Bands: the 95 % interval over the test images, or one standard "
+    "deviation over folds.",
+}
 
 
 def gain_summary(config: PretrainConfig, folder: Path) -> list[str]:
@@ -36,23 +46,16 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
     """Return a sentence: whether the newest measured encoder is better than the start, with 95 % intervals.
 
     The difference counts only if its interval excludes zero. It treats both measurements as independent samples, which
-    for the same test images is cautious.
-
-    Args:
-        config: Configuration of the run.
-        metrics: Lines of its metrics.jsonl.
-
-    Returns:
-        The sentence; empty if the run was not measured on the same images before and after.
+    for the same test images is cautious. Empty if the run was not measured on the same images before and after.
     """
     pattern = MEASURES["knn"].key
     lines = [line for line in metrics if is_number(line.get(COUNT)) and find_key(pattern, line)]
     if not isinstance(config, PretrainConfig) or len(lines) < 2 or lines[0]["step"]:
         return ""
     first, last = lines[0], lines[-1]
-    key = find_key(pattern, first)
-    images = int(first[COUNT])
-    if key is None or not 1 <= images == last[COUNT] or not all(_is_share(line.get(key)) for line in (first, last)):
+    key, images = find_key(pattern, first) or "", int(first[COUNT])
+    shares = [line.get(key) for line in (first, last)]  # the file may be untrusted
+    if not 1 <= images == last[COUNT] or not all(is_number(share) and 0 <= share <= 100 for share in shares):
         return ""
     correct = [round(line[key] * images / 100) for line in (first, last)]
     low, high = difference_interval(correct[0], images, correct[1], images)
@@ -70,20 +73,10 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
 def verdict(
     config: ModelConfig | None, metrics: list[dict[str, Any]], comparison: Comparison, name: str, folder: Path
 ) -> str:
-    """Return one or two sentences: whether a run learned something, by the best evidence there is.
+    """Return one or two sentences: whether a run learned something, by the best evidence there is; empty without any.
 
-    That is, in this order: k-NN at its start and at its end; an evaluation of the trained and the untrained encoder;
-    an evaluation of the trained one; the loss.
-
-    Args:
-        config: Configuration of the run.
-        metrics: Lines of its metrics.jsonl.
-        comparison: Evaluations of all runs of the page.
-        name: Name of the run in `comparison`.
-        folder: Its folder.
-
-    Returns:
-        The sentences; empty if nothing was measured.
+    That is, in this order: k-NN at its start and at its end; an evaluation of the trained and the untrained encoder; an
+    evaluation of the trained one; the loss. `name` is that of the run in the comparison of all runs.
     """
     gain = describe_gain(config, metrics)
     if gain:
@@ -121,10 +114,68 @@ def _judge(row: Row, cell: Cell, start: Cell | None) -> str:
     )
 
 
-def _is_share(value: Any) -> bool:
-    """Return True for a share in per cent: the file may be untrusted."""
-    return is_number(value) and 0 <= value <= 100
-
-
 def _range(low: float, high: float) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def figures(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return (caption, SVG) of the values of each probe, and of k-NN with its first k, against labels or blocks."""
+    groups: dict[tuple[str, str, str], list[tuple[str, Row]]] = {}
+    for match, title, row in _headlines(comparison):
+        groups.setdefault((match[1], title, row.on), []).append((match[2], row))
+    found = []
+    for (kind, title, on), group in list(groups.items())[:_MAX_FIGURES]:
+        group = group[:_MAX_TICKS]
+        series, bands = {}, {}
+        for i, name in enumerate(comparison.columns):
+            points = [(x, cell) for x, (_, row) in enumerate(group) if (cell := row.cells[i]) is not None]
+            if points:
+                series[name] = [x for x, _ in points], [cell.value for _, cell in points]
+                bands[name] = [cell.band for _, cell in points]
+        svg = plot_curves(series, x=_AXES[kind], y="%", marker="o", ticks=[tick for tick, _ in group], bands=bands)
+        found.append((_CAPTIONS[kind].format(f"{title}, on {on}"), svg))
+    return found
+
+
+def answers(comparison: Comparison) -> list[str]:
+    """Return a line for each number of labels and each encoder: its accuracy, and what it gained over its start.
+
+    The range in a line is over draws: each draw compares both encoders on the same labels.
+    """
+    lines = []
+    for match, title, row in _headlines(comparison):
+        for name, cell in zip(comparison.columns, row.cells, strict=True):
+            if match[1] != "shots" or cell is None or name.endswith("untrained"):
+                continue
+            start = initial_cell(comparison, row, name)
+            gain = f" (start {start.value:.1f} %, {_gain(cell, start)})" if start is not None else ""
+            model = "" if name == "trained" else f"{name}, "
+            lines.append(f"{model}{title} at {match[2]} labels per class: {cell.value:.1f} %{gain}")
+    return lines
+
+
+def initial_cell(comparison: Comparison, row: Row, name: str) -> Cell | None:
+    """Return the cell of the initial weights of a model; several models may share them."""
+    own = [f"{name}, untrained", "untrained"]
+    return next((row.cells[comparison.columns.index(each)] for each in own if each in comparison.columns), None)
+
+
+def _headlines(comparison: Comparison) -> Iterator[tuple[re.Match[str], str, Row]]:
+    """Yield key, title and row of the accuracies by labels or block; of k-NN, those of the mean token and its first k.
+
+    They are balanced accuracies where the classes of the test data differ in size.
+    """
+    found = [(match, row) for row in comparison.rows if (match := _LABELS_OR_BLOCK.fullmatch(row.key))]
+    values = {(row.on, match[0]): [cell and round(cell.value, 3) for cell in row.cells] for match, row in found}
+    uneven = {on for (on, key), v in values.items() if v != values.get((on, key.replace("top1", "balanced")), v)}
+    first: dict[str, str] = {}
+    for match, row in found:
+        is_first = match[4] is None or first.setdefault(row.on, match[4]) == match[4]
+        if is_first and match[5] == ("balanced" if row.on in uneven else "top1"):
+            yield match, row.label.partition(": ")[2], row
+
+
+def _gain(cell: Cell, start: Cell) -> str:
+    gains = [a - b for a, b in zip(cell.each, start.each, strict=False)]
+    spread = f"; {min(gains):+.1f} to {max(gains):+.1f} over {len(gains)} draws" if len(gains) > 1 else ""
+    return f"{cell.value - start.value:+.1f}{spread}"

@@ -28,16 +28,10 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class NeighborSheet:
-    """The neighbors of some images, by one encoder.
+    """The neighbors of some images, by one encoder."""
 
-    Attributes:
-        rows: Random images, each followed by those most similar to it.
-        pairs: The pairs most alike, the most similar first.
-        images: Number of images in the dataset.
-    """
-
-    rows: list[list[Thumbnail]]
-    pairs: list[tuple[Thumbnail, Thumbnail]]
+    rows: list[list[Thumbnail]]  # random images, each followed by those most similar to it
+    pairs: list[tuple[Thumbnail, Thumbnail]]  # the pairs most alike, the most similar first
     images: int
 
 
@@ -46,10 +40,8 @@ def draw_neighbors(
 ) -> NeighborSheet:
     """Draw 20 random images with the 6 nearest to each, and the 20 pairs most alike, by the encoder of a run.
 
-    The features of all images are read from the run's folder, or computed and kept there: see `load_index`.
-
-    Raises:
-        UserError: If the run has no encoder yet, or fewer than two images can be read.
+    The features of all images are read from the run's folder, or computed and kept there: see `load_index`. Raises
+    UserError if the run has no encoder yet, or fewer than two images can be read.
     """
     index = load_index(index_file(run), load_frozen_encoder(str(run.absolute())), data, console=console)
 

@@ -9,6 +9,7 @@ import shlex
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,16 +28,15 @@ from pixmim.data.bad_images import read_bad_images
 from pixmim.data.dataset import BadImage, ImageDataset
 from pixmim.data.decode.image import open_image
 from pixmim.evaluation.visualize import Pixels, labeled_grid, to_image
-from pixmim.report.gain import verdict
+from pixmim.report.gain import answers, figures, verdict
 from pixmim.report.neighbors import NeighborSheet, draw_neighbors
 from pixmim.report.reconstruct import COLUMNS, Reconstruction, reconstruct, with_bands
-from pixmim.report.repeated import answers, figures
 from pixmim.report.results import ModelResults, circumstances, compare, read_results, table
 from pixmim.targets import resolve_radius
 from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label, printable_lines
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import atomic_write, check_output, read_file, write_text_atomically
+from pixmim.utils.files import atomic_write, check_output, read_file, readable, write_text_atomically
 from pixmim.utils.plotting import plot_curves
 from pixmim.utils.trust import inside, refusal, untrusted_references
 from pixmim.utils.validation import NOT_OF_TIMM
@@ -51,41 +51,28 @@ _MAX_PIXELS = 2**25  # of all drawings of one run
 _FIRST = 6  # images on the first screen
 _MIN_SIDE, _MAX_SIDE = 160, 240  # height of a reconstruction on the page
 _MAJORITY, _START, _HELD_OUT = ", majority", ", start", ", held out"
-DATA_MARK = " · pixmim</title>".encode()
-"""In the first lines of a page: a file with this mark may be overwritten."""
+DATA_MARK = " · pixmim</title>".encode()  # in the first lines of a page: a file with this mark may be overwritten
 
 Warn = Callable[[str], None]
 
 
 @dataclass
 class ReportEntry:
-    """One run, or one model that was only evaluated.
-
-    Attributes:
-        config: A PretrainConfig for a run of pixmim; None for a model that was only evaluated.
-        metrics: Lines of metrics.jsonl.
-        drawings: (caption, data URL) of the drawings of evaluations.
-        progress: Progress of the training, such as "step 8 of 295".
-        how_to_finish: Command that finishes the run; empty if the encoder exists.
-        problem: Why there is no reconstruction.
-        neighbors: Similar images, if they are wanted.
-        skipped: Number of unreadable images.
-        warnings: A line for each file that cannot be read.
-    """
+    """One run, or one model that was only evaluated."""
 
     name: str
     folder: Path
-    config: ModelConfig | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    config: ModelConfig | None = None  # a PretrainConfig for a run of pixmim; None for a model that was only evaluated
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
     results: list[dict[str, Any]] = field(default_factory=list)
-    drawings: list[tuple[str, str]] = field(default_factory=list)
-    progress: str = ""
-    how_to_finish: str = ""
+    drawings: list[tuple[str, str]] = field(default_factory=list)  # (caption, data URL) of the drawings of evaluations
+    progress: str = ""  # progress of the training, such as "step 8 of 295"
+    how_to_finish: str = ""  # command that finishes the run; empty if the encoder exists
     reconstruction: Reconstruction | None = None
-    problem: str = ""
-    neighbors: NeighborSheet | None = None
-    skipped: int = 0
-    warnings: list[str] = field(default_factory=list)
+    problem: str = ""  # why there is no reconstruction
+    neighbors: NeighborSheet | None = None  # similar images, if they are wanted
+    skipped: int = 0  # number of unreadable images
+    warnings: list[str] = field(default_factory=list)  # a line for each file that cannot be read
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Return epochs and values of one metric."""
@@ -104,19 +91,10 @@ def write_report(
 ) -> Path:
     """Write the page of runs, and their reconstructions as PNG files into the run folders.
 
-    Args:
-        folders: Runs, or folders with evaluations.
-        page: The HTML file.
-        data: Images to reconstruct. If None, those of each run made by this user on this machine; a run from elsewhere
-            may name any file or URL.
-        warn: Called with a line for everything that is left out.
-        bands: Channels to draw as red, green and blue, such as "4,3,2"; by default those of each run.
-        neighbors: Add the images nearest to 20 random ones, and the pairs most alike: see `draw_neighbors`.
-        console: Where to show progress bars.
-
-    Raises:
-        UserError: If a folder is not a run, or the page is a file that pixmim did not write, or in a read-only folder.
-        OSError: If the page cannot be written.
+    Without `data`, the images to reconstruct are those of each run made by this user on this machine; a run from
+    elsewhere may name any file or URL. `bands` are the channels to draw as red, green and blue, such as "4,3,2"; by
+    default those of each run. `warn` is called with a line for everything that is left out. Raises UserError if a
+    folder is not a run, or the page is a file that pixmim did not write; OSError if the page cannot be written.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -130,7 +108,9 @@ def write_report(
     ]
     for entry in entries:
         if neighbors and entry.config is not None:
-            entry.neighbors = _draw_neighbors(entry, data, console)
+            with _warning(entry.warnings, "no neighbors: "):
+                images = open_run_data(entry.folder, entry.config, (read_config(entry.folder) or ("", ""))[1], data)
+                entry.neighbors = draw_neighbors(entry.folder, entry.config, images, console=console)
         for line in [*entry.warnings, *[f"no reconstructions: {entry.problem}"] * bool(entry.problem)]:
             warn(line)
         if entry.reconstruction is not None:
@@ -181,7 +161,7 @@ def results_table(folders: list[Path], width: int) -> Table:
 
 
 def gain_lines(folders: list[Path]) -> list[str]:
-    """Return what encoders gained over their start, by number of labels: see `repeated.answers`."""
+    """Return what encoders gained over their start, by number of labels: see `gain.answers`."""
     return answers(compare(_read_all(folders)))
 
 
@@ -195,18 +175,24 @@ def unique_names(folders: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
+@contextmanager
+def _warning(problems: list[str], prefix: str = "") -> Iterator[None]:
+    """Turn the error of a file, which may be untrusted, into a warning."""
+    try:
+        yield
+    except (UserError, OSError, BadImage) as error:
+        problems.append(f"{prefix}{'; '.join(str(error).splitlines())}" if prefix else str(error))
+
+
 def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str = "") -> ReportEntry:
     """Read a folder; each unreadable file costs a warning. Raises UserError if it has neither a run nor results."""
     entry = ReportEntry(name, folder)
     text, problems = "", entry.warnings
-    try:
-        found = read_config(folder)
-        if found is not None:
-            entry.config, text = found
-    except (UserError, OSError) as error:
-        problems.append(str(error))
+    with _warning(problems):
+        entry.config, text = read_config(folder) or (None, "")
     entry.results = read_results(folder, problems.append)
-    entry.metrics = _read_metrics(folder, problems.append)
+    with _warning(problems), readable(folder / "metrics.jsonl"):
+        entry.metrics = read_metrics(inside(folder, "metrics.jsonl"), problems.append)
     if entry.config is None and not entry.results:
         raise UserError(problems[0] if problems else f"{folder} is not a run: it has no config.json and no evaluations")
     if entry.config is not None:
@@ -220,8 +206,12 @@ def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str
             resume = f"pixmim pretrain --resume {shlex.quote(str(folder))}"
             entry.how_to_finish = f"{resume} resumes it, and with --finish writes its encoder at once"
             warn(f"{name} is unfinished{': ' * bool(entry.progress)}{entry.progress}")
-    entry.skipped = _count_skipped(folder, problems.append)
-    entry.drawings = list(_read_drawings(entry, problems.append))
+    with _warning(problems):
+        path = inside(folder, "skipped.csv")
+        rows, problem = read_bad_images(path) if path.exists() else ([], "")
+        entry.skipped = len(rows)
+        problems += [problem] * bool(problem)
+    entry.drawings = list(_read_drawings(entry))
     return entry
 
 
@@ -247,18 +237,6 @@ def open_run_data(
         raise UserError(f"the images of {folder}: {error}. If they have moved: `{command}`") from error
 
 
-def _draw_neighbors(entry: ReportEntry, data: str | None, console: Console | None) -> NeighborSheet | None:
-    """Return the sheet of a run; None, with a warning on the page, if its encoder or data cannot be read."""
-    assert entry.config is not None
-    try:
-        text = (read_config(entry.folder) or (entry.config, ""))[1]
-        images = open_run_data(entry.folder, entry.config, text, data)
-        return draw_neighbors(entry.folder, entry.config, images, console=console)
-    except (UserError, OSError) as error:
-        entry.warnings.append(f"no neighbors: {'; '.join(str(error).splitlines())}")
-        return None
-
-
 def _first_pictures(entries: list[ReportEntry]) -> list[tuple[str, str, Pixels, Pixels]]:
     """Return run, name, masked image and reconstruction of six images; of several runs, of fewer images of each."""
     drawn = [(entry.name, entry.reconstruction) for entry in entries if entry.reconstruction is not None]
@@ -279,30 +257,7 @@ def _shown(pixels: Pixels) -> str:
     return Markup(f'width="{round(w * height / h)}" height="{height}"' + ' class="pixels"' * (exact and factor > 1))
 
 
-def _read_metrics(folder: Path, warn: Warn) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    try:
-        return read_metrics(inside(folder, path.name), warn)
-    except UserError as error:
-        warn(str(error))
-    except OSError as error:
-        warn(f"{path} cannot be read: {error.strerror}")
-    return []
-
-
-def _count_skipped(folder: Path, warn: Warn) -> int:
-    try:
-        path = inside(folder, "skipped.csv")
-    except UserError as error:
-        warn(str(error))
-        return 0
-    rows, problem = read_bad_images(path) if path.exists() else ([], "")
-    if problem:
-        warn(problem)
-    return len(rows)
-
-
-def _read_drawings(entry: ReportEntry, warn: Warn) -> Iterator[tuple[str, str]]:
+def _read_drawings(entry: ReportEntry) -> Iterator[tuple[str, str]]:
     """Yield (caption, data URL) of the drawings of evaluations."""
     listed = [
         (f"{entry.name}, {result['encoder']}: {caption}", circumstance, file)
@@ -311,7 +266,7 @@ def _read_drawings(entry: ReportEntry, warn: Warn) -> Iterator[tuple[str, str]]:
     ]
     left, count = _MAX_PIXELS, Counter(caption for caption, _, _ in listed)
     for caption, circumstance, file in listed[:_MAX_DRAWINGS]:
-        try:
+        with _warning(entry.warnings, f"an image of {entry.name} is left out: "):
             if Path(file).name != file:
                 raise UserError(f"'{file}' is not the name of a file in {entry.folder / 'evaluations'}")
             path = inside(entry.folder, f"evaluations/{file}")
@@ -319,10 +274,9 @@ def _read_drawings(entry: ReportEntry, warn: Warn) -> Iterator[tuple[str, str]]:
                 pixels = _read_png(path, left)
                 left -= pixels.shape[0] * pixels.shape[1]
                 yield caption + f" ({circumstance})" * (count[caption] > 1), data_url(pixels)
-        except (UserError, OSError, BadImage) as error:
-            warn(f"an image of {entry.name} is left out: {error}")
     if len(listed) > _MAX_DRAWINGS:
-        warn(f"only the first {_MAX_DRAWINGS} of the {len(listed):,} images of {entry.name} are shown")
+        line = f"only the first {_MAX_DRAWINGS} of the {len(listed):,} images of {entry.name} are shown"
+        entry.warnings.append(line)
 
 
 def _read_png(path: Path, max_pixels: int) -> Pixels:

@@ -44,18 +44,12 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Drawings of several images.
+    """Drawings of several images."""
 
-    Attributes:
-        step: Training step of the weights.
-        columns: uint8 images (n h w c) for each of COLUMNS.
-        names: File names of the images.
-        spectra: Mean radial power spectra (radii) of image, target and prediction.
-    """
-
-    step: int
-    columns: dict[str, Pixels]
-    names: list[str]
+    step: int  # training step of the weights
+    columns: dict[str, Pixels]  # uint8 images (n h w c) for each of COLUMNS
+    names: list[str]  # file names of the images
+    # mean radial power spectra (radii) of image, target and prediction
     spectra: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
@@ -65,11 +59,7 @@ def with_bands(weights: Weights, bands: str) -> Weights:
 
 
 def reconstruct(weights: Weights, data: ImageDataset, count: int = 6) -> Reconstruction:
-    """Draw the reconstruction of the center crops of `count` images in an order that no training epoch uses.
-
-    Raises:
-        UserError: If the weights lack the decoder, or no image can be read.
-    """
+    """Draw center crops of `count` images in an order that no epoch uses. Raises UserError without a decoder."""
     images, names = choose_crops(weights.config, data, count)
     return draw(build_with_weights(weights), weights.config, images, weights.step, names)
 
@@ -86,13 +76,9 @@ def choose_crops(config: ModelConfig, data: ImageDataset, count: int) -> tuple[S
 def load_crops(
     config: ModelConfig, data: ImageDataset, count: int, order: Iterable[int]
 ) -> tuple[Shaped[Tensor, "b c h w"], list[str], list[str]]:
-    """Read the center crops of the first `count` readable images.
+    """Read the center crops of the first `count` readable images. Raises UserError if no image can be read.
 
-    Returns:
-        The images, the names of their files, and a line for each unreadable image.
-
-    Raises:
-        UserError: If no image can be read.
+    Returns the images, the names of their files, and a line for each unreadable image.
     """
     crop = CenterCrop(config.image_size, interpolation=config.interpolation)
     images, names, errors = list[Tensor](), list[str](), list[str]()
@@ -118,16 +104,7 @@ def draw(
     names: Sequence[str] = (),
     mask: Mask | None = None,
 ) -> Reconstruction:
-    """Draw the reconstruction of crops.
-
-    Args:
-        model: The model.
-        config: Its configuration.
-        images: Crops of the config's size, as a dataset returns them.
-        step: Training step of the weights.
-        names: File names of the images.
-        mask: Masks of the crops; by default those of step -1, which no training step uses.
-    """
+    """Draw the reconstruction of crops, by default with the masks of step -1, which no training step uses."""
     loss = build_loss(config)
     mean, std = (torch.tensor(values) for values in config.normalization)
     x = flip_and_normalize(images, None, mean, std)
@@ -164,11 +141,10 @@ def draw(
 
 
 def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]:
-    """Compute the radial power spectrum, averaged over images and channels.
+    """Compute the radial power spectrum, averaged over images and channels: float64 (r).
 
-    Returns:
-        float64 (r): entry r is the mean of |DFT|^2 / (h w) over frequencies whose distance from zero rounds to r, up to
-        half the shorter side. The constant (r = 0) is included.
+    Entry r is the mean of |DFT|^2 / (h w) over frequencies whose distance from zero rounds to r, up to half the shorter
+    side. The constant (r = 0) is included.
     """
     h, w = images.shape[-2:]
     power = torch.fft.fft2(images.double()).abs().square().mean(dim=(0, 1)) / (h * w)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from pixmim.evaluation.evals import EVALS, MAJORITY, Eval
 from pixmim.utils.console import cell, label
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import parse_json, read_text
+from pixmim.utils.files import parse_json, read_text, readable
 from pixmim.utils.trust import inside
 
 _MAX_FILES = 1000
@@ -69,21 +69,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One value of one evaluation with one set of settings, for every encoder.
-
-    Attributes:
-        label: Label of the value.
-        on: Data that it was measured on.
-        cells: One per column; None if it was not measured.
-        per_class: True for the value of a single class.
-        key: Name of the value in the JSON.
-    """
+    """One value of one evaluation with one set of settings, for every encoder."""
 
     label: str
-    on: str
-    cells: list[Cell | None]
-    per_class: bool = False
-    key: str = ""
+    on: str  # data that it was measured on
+    cells: list[Cell | None]  # one per column; None if it was not measured
+    per_class: bool = False  # True for the value of a single class
+    key: str = ""  # name of the value in the JSON
 
     def is_significant(self, cell: Cell | None) -> bool:
         """Return True if all other values are below this cell's interval."""
@@ -101,22 +93,15 @@ class Comparison:
 
 
 def read_results(folder: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Read the results in a folder's `evaluations/`.
-
-    Args:
-        folder: The folder, which may come from elsewhere.
-        warn: Called with a line for each file or value that is left out.
-    """
+    """Read the results in `evaluations/` of an untrusted folder; `warn` gets a line for each file or value left out."""
     paths, results, total = sorted(folder.glob("evaluations/*.json")), list[dict[str, Any]](), 0
     for path in paths[:_MAX_FILES]:
         try:
-            text = read_text(inside(folder, f"evaluations/{path.name}"), _MAX_BYTES)
+            with readable(path):
+                text = read_text(inside(folder, f"evaluations/{path.name}"), _MAX_BYTES)
             result, bad = _validate(parse_json(text, str(path)))
         except UserError as error:
             warn(str(error) if str(path) in str(error) else f"{path}: {error}")
-            continue
-        except OSError as error:
-            warn(f"{path} cannot be read: {error.strerror}")
             continue
         total += len(result["values"])
         if total > _MAX_VALUES:
@@ -167,8 +152,9 @@ def compare(models: list[ModelResults]) -> Comparison:
         groups: dict[str, list[tuple[ModelResults, dict[str, Any]]]] = {}
         for model in models:
             for result in model.results:
-                if result["evaluation"] == name:
-                    groups.setdefault(_settings_key(result), []).append((model, result))
+                if result["evaluation"] == name:  # k is part of the names of k-NN's values
+                    key = json.dumps({n: v for n, v in result["settings"].items() if n != "k"}, sort_keys=True)
+                    groups.setdefault(key, []).append((model, result))
         settings = [json.loads(key) for key in sorted(groups)]
         for key, on, suffix in zip(sorted(groups), map(_data, settings), _differences(settings), strict=True):
             for row in _rows(evaluation, groups[key], columns, label(on, _MAX_LABEL), suffix):
@@ -193,7 +179,8 @@ def _rows(
             values = result["values"]
             if owner is model and result["encoder"] == state and values.get(key) is not None:
                 low, high, deviation = (values.get(f"{key}/{end}") for end in ("low", "high", "std"))
-                each = [value for part in ("fold", "draw") for value in _numbered(values, f"{key}/{part}")]
+                numbered = (map(values.get, (f"{key}/{part}/{i}" for i in count(1))) for part in ("fold", "draw"))
+                each = [value for part in numbered for value in takewhile(lambda value: value is not None, part)]
                 return Cell(values[key], evaluation.unit, low, high, deviation, tuple(each))
         return None
 
@@ -206,15 +193,6 @@ def _rows(
                 text = label(name + suffix * (MAJORITY not in title), _MAX_LABEL)
                 cells = [find_cell(model, state, key) for model, state in columns]
                 yield Row(text, on, cells, pattern in evaluation.class_names, key)
-
-
-def _numbered(values: dict[str, Any], key: str) -> Iterator[float]:
-    """Yield the values of KEY/1, KEY/2 and so on, up to the first that is missing."""
-    for number in count(1):
-        value = values.get(f"{key}/{number}")
-        if value is None:
-            return
-        yield value
 
 
 @cache
@@ -273,11 +251,6 @@ def _drop_columns(columns: list[tuple[ModelResults, str]], rows: list[Row]) -> C
     rows = [replace(row, cells=[row.cells[i] for i in names]) for row in rows]
     per_class = [row for row in rows if row.per_class]
     return Comparison(list(names.values()), [row for row in rows if not row.per_class], per_class)
-
-
-def _settings_key(result: dict[str, Any]) -> str:
-    """Return what must be equal for values to share a row, without k, which is part of the names of k-NN's values."""
-    return json.dumps({name: value for name, value in result["settings"].items() if name != "k"}, sort_keys=True)
 
 
 def _data(settings: dict[str, Any]) -> str:

@@ -63,11 +63,13 @@ def plot_label(name: str) -> str:
     return label(name).replace("$", r"\$")
 
 
-def print_plain(console: Console, text: str) -> None:
+def print_plain(console: Console | None, text: str) -> None:
     """Print plain text without wrapping, highlighting or markup, and with control characters escaped.
 
-    A leading "error:" or "warning:" is colored.
+    A leading "error:" or "warning:" is colored. Without a console, nothing is printed.
     """
+    if console is None:
+        return
     escaped = Text(printable_lines(text))
     for level, style in _LEVELS.items():
         if text.startswith(level):

@@ -51,6 +51,15 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     return descriptor
 
 
+@contextmanager
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError within a `with` statement into a UserError: PATH cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)} cannot be read: {error.strerror or error}") from error
+
+
 def read_file(path: str | os.PathLike[str], limit: int = MAX_TEXT_BYTES) -> bytes:
     """Read a regular file. Raises OSError if it is larger than `limit` bytes, or grows while it is read."""
     with open(open_regular(path), "rb", buffering=0) as file:

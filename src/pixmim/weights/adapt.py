@@ -42,7 +42,8 @@ def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig, fir
     `first` is the name of the first convolution.
     """
     value, new = weights.tensors[name], target.shape
-    patch = _patch_size(weights.tensors)
+    embedding = weights.tensors.get("encoder.patch_embed.proj.weight")
+    patch = 16 if embedding is None else int(embedding.shape[-1])  # ConvMAE has several patch embeddings: 4 * 2 * 2
     if name.endswith("pos_embed") and new[-1] == value.shape[-1]:
         old_grid, grid = (
             grid_of(c.image_size, patch * (c.model.decoder_stride if name.startswith("decoder.") else 1))
@@ -72,17 +73,8 @@ def _window(name: str, table: Tensor, config: ModelConfig, patch: int) -> Grid |
     return (side, side) if (2 * side - 1) ** 2 == table.shape[0] else None
 
 
-def _patch_size(tensors: Tensors) -> int:
-    """Return the pixels per row of the encoder's position table."""
-    weight = tensors.get("encoder.patch_embed.proj.weight")
-    return 16 if weight is None else int(weight.shape[-1])  # ConvMAE has several patch embeddings: 4 * 2 * 2
-
-
 def adapt_weights(weights: Weights, state: Tensors, config: ModelConfig) -> dict[str, Tensor]:
-    """Adapt weights to a model: see `interpolate_tables`.
-
-    Raises UserError, with the file's own names, if tensors are missing, unexpected or of another shape.
-    """
+    """Adapt weights to a model by `interpolate_tables`. Raises UserError with the file's own names of tensors."""
     adapted, _ = interpolate_tables(weights, state, config)
     missing = [original_key(weights, name) for name in state if name not in adapted]
     unexpected = [original_key(weights, name) for name in adapted if name not in state]
@@ -122,10 +114,8 @@ def _by(grid: Grid) -> str:
 def positions(table: Float[Tensor, "1 n d"], old: Grid, new: Grid) -> Float[Tensor, "1 m d"]:
     """Interpolate a table of positions from one grid of (rows, columns) to another.
 
-    Bicubic with align_corners=False, without antialiasing, as in MAE's official code. Prefix tokens are kept.
-
-    Raises:
-        ValueError: If the table has fewer rows than the old grid.
+    Bicubic with align_corners=False, without antialiasing, as in MAE's official code. Prefix tokens are kept. Raises
+    ValueError if the table has fewer rows than the old grid.
     """
     prefix = table.shape[1] - old[0] * old[1]
     if prefix < 0:
@@ -158,10 +148,7 @@ def relative_biases(table: Float[Tensor, "n heads"], old: Grid, new: Grid) -> Fl
 
 
 def channels(weight: Float[Tensor, "d c h w"], count: int) -> Float[Tensor, "d c2 h w"]:
-    """Adapt a first convolution to another number of channels: summed for one, otherwise repeated and scaled.
-
-    Identical channels thus give the same output as before.
-    """
+    """Adapt a first convolution to other channels, so that equal channels give the same output: summed, or repeated."""
     old = weight.shape[1]
     if count == old:
         return weight

@@ -61,12 +61,7 @@ def read_run(folder: Path) -> ModelConfig | None:
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, str] | None:
-    """Return a folder's configuration and the text of its config.json; None for other folders.
-
-    Raises:
-        UserError: If config.json is not JSON, or is invalid, or links out of the folder.
-        OSError: If it cannot be read.
-    """
+    """Return a folder's configuration and config.json's text; None for other folders. Raises UserError, OSError."""
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -80,12 +75,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, str] | None:
 def read_weights(path: Path, hints: ModelHints | None = None) -> Weights:
     """Read the model in a checkpoint file, or in a folder that contains one.
 
-    Args:
-        path: File or folder.
-        hints: Facts that the file does not contain. What is missing is taken from the published models, and noted.
-
-    Raises:
-        UserError: If the file cannot be read, or its model is unsupported or incomplete.
+    What neither file nor hints contain is taken from the published models, and noted. Raises UserError if the file
+    cannot be read, or its model is unsupported or incomplete.
     """
     hints = replace(hints or ModelHints(), assumed=[])
     file = read(path, hints.prefix.split(".")[0], hints.ema)
@@ -253,12 +244,9 @@ def _choose_model(file: RawCheckpoint, hints: ModelHints) -> tuple[str, Checkpoi
 
 
 def find_format(keys: Collection[str], given: str = "") -> tuple[str, CheckpointFormat | None, list[str]]:
-    """Find a supported model among a file's keys that start with a given prefix.
+    """Return prefix and format (or None) of a model among a file's keys below `given`, and other models' prefixes.
 
     The shortest prefix wins; among equally long ones, first one of neither student nor teacher, then a teacher's.
-
-    Returns:
-        The model's prefix, its format or None, and the prefixes of other models.
     """
     prefixes = {given: None}
     for key in keys:

@@ -342,11 +342,7 @@ _SETTINGS: dict[str, tuple[str, tuple[type, ...]]] = {
 
 
 def read_settings(file: RawCheckpoint) -> dict[str, Any]:
-    """Return a file's settings: `img_size`, `num_heads`, `decoder_heads`, `norm_eps`, `mean`, `std` and `dtype`.
-
-    Raises:
-        UserError: If a value is out of bounds.
-    """
+    """Return a file's `img_size`, `num_heads`, `decoder_heads`, `norm_eps`, `mean`, `std`, `dtype`."""
     content = {**file.settings, **file.config}
     settings: dict[str, Any] = {
         hint: content[key] for key, (hint, types) in _SETTINGS.items() if type(content.get(key)) in types

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal
 
 import torch
@@ -63,10 +64,7 @@ class CheckpointFormat:
     inverse: tuple[Callable[[Tensors], Tensors], ...] = ()  # applied in order before they are renamed back
 
     def to_pixmim(self, tensors: Tensors) -> tuple[Tensors, dict[str, str]]:
-        """Convert a file's tensors to pixmim's names; also return the ignored keys, with the reason.
-
-        Raises UserError if a key is not in the table.
-        """
+        """Convert tensors to pixmim's names; also return ignored keys with the reason. Raises UserError for others."""
         renamed: Tensors = {}
         ignored: dict[str, str] = {}
         unknown = []
@@ -98,10 +96,7 @@ class CheckpointFormat:
 
 
 def fuse_qkv(tensors: Tensors) -> Tensors:
-    """Concatenate separate q, k and v to one qkv, with zeros for a missing bias of k.
-
-    Beit keeps its separate biases of q and v, as in timm.
-    """
+    """Concatenate q, k and v to one qkv, with zeros for a missing bias of k; Beit keeps its biases, as in timm."""
     fused = dict(tensors)
     for name in tensors:
         if name.endswith((".attn.q.weight", ".attn.q.bias")):
@@ -161,16 +156,6 @@ def add_final_norm(tensors: Tensors) -> Tensors:
     return {"encoder.norm.weight": torch.ones(width), "encoder.norm.bias": torch.zeros(width)} | tensors
 
 
-def downsampling_to_next_stage(tensors: Tensors) -> Tensors:
-    """Move Swin's patch merging from the end of a stage (original code) to the start of the next one (timm)."""
-    return _shift_downsampling(tensors, +1)
-
-
-def downsampling_to_previous_stage(tensors: Tensors) -> Tensors:
-    """Invert `downsampling_to_next_stage`."""
-    return _shift_downsampling(tensors, -1)
-
-
 def _shift_downsampling(tensors: Tensors, offset: int) -> Tensors:
     shifted: Tensors = {}
     for name, value in tensors.items():
@@ -180,6 +165,11 @@ def _shift_downsampling(tensors: Tensors, offset: int) -> Tensors:
             name = f"{stem}.{int(stage) + offset}.downsample.{rest}"
         shifted[name] = value
     return shifted
+
+
+# Swin's patch merging is at the end of a stage in the original code, and at the start of the next one in timm.
+downsampling_to_next_stage = partial(_shift_downsampling, offset=+1)
+downsampling_to_previous_stage = partial(_shift_downsampling, offset=-1)
 
 
 def reorder_merged_patches(tensors: Tensors) -> Tensors:

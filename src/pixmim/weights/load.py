@@ -91,12 +91,8 @@ def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False)
 def build_with_weights(weights: Weights, trained_at: ModelConfig | None = None) -> MaskedModel:
     """Build the complete model of weights, in evaluation mode on the CPU.
 
-    Args:
-        weights: The weights.
-        trained_at: Configuration that they were trained with, if `weights.config` has another image size.
-
-    Raises:
-        UserError: If they contain only an encoder, or do not match.
+    `trained_at` is the configuration that they were trained with, if `weights.config` has another image size. Raises
+    UserError if they contain only an encoder, or do not match.
     """
     if not weights.has_decoder:
         raise UserError(f"this file ({weights.format_name}) contains only an encoder, which cannot predict patches")
@@ -134,16 +130,18 @@ def resolve_model(
 ) -> Weights:
     """Read the weights of a model by name: the folder of a run, a checkpoint file or folder, timm:NAME or hf:NAME.
 
-    Args:
-        name: The model. For a run, finished or not, its newest weights are read.
-        with_decoder: Read all weights of a run instead of its encoder, if available.
-        head: Include the classifier of timm:NAME. A file's classifier is always included.
-        hints: Fields of `ModelHints`, and `size` (HEIGHTxWIDTH or a side): facts that the file does not contain.
-
-    Raises:
-        UserError: If the model does not exist or is unsupported.
+    Of a run, finished or not, the newest weights are read: its encoder, or if available all (`with_decoder`). A file's
+    classifier is always included, that of timm:NAME with `head`. `hints` are fields of `ModelHints`, and `size`
+    (HEIGHTxWIDTH or a side): facts that the file does not contain. Raises UserError if the model does not exist or is
+    unsupported.
     """
-    model_hints = _to_hints(hints or {})
+    names, values = {one.name for one in fields(ModelHints)}, hints or {}
+    known = {name: value for name, value in values.items() if name in names and value is not None}
+    if size := values.get("size"):
+        check_value("--size", size, Size)
+        known["img_size"] = list(parse_size(size) or ())
+    check_options({name: known[name] for name in ("num_heads", "decoder_heads") if name in known})
+    model_hints = ModelHints(**known)
     if name.startswith("timm:"):
         return with_normalization(download_timm(name.removeprefix("timm:"), head), model_hints)
     path = download_hub(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name).expanduser()
@@ -151,17 +149,6 @@ def resolve_model(
     if run is None:
         return _in_memory(read_weights(path, model_hints))
     return with_normalization(_read_newest(path, run, with_decoder, model_hints), model_hints)
-
-
-def _to_hints(values: Mapping[str, Any]) -> ModelHints:
-    """Check the caller's hints. Other keys are ignored."""
-    names = {one.name for one in fields(ModelHints)}
-    hints = {name: value for name, value in values.items() if name in names and value is not None}
-    if size := values.get("size"):
-        check_value("--size", size, Size)
-        hints["img_size"] = list(parse_size(size) or ())
-    check_options({name: hints[name] for name in ("num_heads", "decoder_heads") if name in hints})
-    return ModelHints(**hints)
 
 
 def _read_newest(path: Path, config: ModelConfig, with_decoder: bool, hints: ModelHints) -> Weights:
@@ -198,16 +185,11 @@ def _in_memory(weights: Weights) -> Weights:
 
 @torch.no_grad()
 def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
-    """Load the weights that `config.init` names into a model.
+    """Load the weights that `config.init` names into a model; return lines about what was used, unused and assumed.
 
     The encoder must match, except for position tables, which are interpolated, the first convolution, which is adapted
-    to the number of channels, and a classifier's head. The decoder is used only if all of it matches.
-
-    Returns:
-        Lines to print about what was used, what was not, and what was assumed.
-
-    Raises:
-        UserError: If the weights cannot be read, or their encoder does not match.
+    to the number of channels, and a classifier's head; otherwise raises UserError. The decoder is used only if all of
+    it matches.
     """
     heads = next((module.num_heads for module in model.encoder.modules() if hasattr(module, "num_heads")), None)
     hints = {"num_heads": heads, "decoder_heads": config.model.decoder_heads, "target_size": config.image_size}
@@ -261,19 +243,10 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
 
 
 def import_weights(weights: Weights, folder: Path | None) -> list[str]:
-    """Check that weights build a model, and save them in a folder like a finished run's.
+    """Check that weights build a model, and save them in a new folder, if one is given, like a finished run's.
 
-    The folder contains config.json, encoder/ and, with a decoder, model.safetensors.
-
-    Args:
-        weights: The weights.
-        folder: A new folder. None: write nothing.
-
-    Returns:
-        Lines to print about what was recognized, used, ignored and assumed.
-
-    Raises:
-        UserError: If the weights do not match, or the folder exists.
+    The folder contains config.json, encoder/ and, with a decoder, model.safetensors. Returns lines about what was
+    recognized, used, ignored and assumed. Raises UserError if the weights do not match, or the folder exists.
     """
     config = weights.config
     if folder is not None:

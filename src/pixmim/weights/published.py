@@ -21,15 +21,7 @@ _KINDS = (
 
 
 def describe_timm(name: str, head: bool = False) -> ModelConfig:
-    """Return what timm knows about a model with pretrained weights, without downloading them.
-
-    Args:
-        name: A model of timm, with or without a tag.
-        head: Include its classifier.
-
-    Raises:
-        UserError: If timm has no such model, or no weights for it.
-    """
+    """Describe a pretrained model of timm without loading it; `head` keeps its classifier. Raises UserError."""
     check_name(name)
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model '{name}'{did_you_mean(name, timm.list_models())}")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pixmim.utils.errors import UserError, first_line, shown
-from pixmim.utils.files import open_regular, read_file, read_json
+from pixmim.utils.files import open_regular, read_file, read_json, readable
 from pixmim.utils.trust import inside
 
 MAX_FILES = 512  # in an index
@@ -72,15 +72,8 @@ def read(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
     """Read a checkpoint file, or a folder that contains one, onto the CPU.
 
     Torch files are read with `weights_only=True` and a list of harmless classes. A pickle that refers to anything else
-    is refused before any of it runs.
-
-    Args:
-        path: File or folder.
-        state: Preferred key of a training file's model, such as student.
-        ema: Take the moving average of a training file instead of the model.
-
-    Raises:
-        UserError: If the file cannot be read, or contains no model, or with `ema` no average.
+    is refused before any of it runs. Of a training file, the model with the key `state`, such as student, is preferred,
+    or with `ema` its moving average. Raises UserError if the file cannot be read, or contains no such model.
     """
     if path.is_dir():
         existing = [path / name for name in PARTS if (path / name).exists()]
@@ -103,16 +96,22 @@ def read(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
 
 
 def _read_file(path: Path, state: str = "", ema: bool = False) -> RawCheckpoint:
-    try:
-        with open(open_regular(path), "rb") as file:
-            start, size = file.read(64), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    with readable(path), open(open_regular(path), "rb") as file:
+        start, size = file.read(64), os.fstat(file.fileno()).st_size
     try:
         if path.suffix == ".safetensors":
-            tensors, metadata = _read_safetensors(path)
-            return RawCheckpoint(path, _checked(tensors, size), metadata=metadata)
-        content = _read_zip(path) if start.startswith(b"PK\x03\x04") else _read_legacy(path)
+            with safe_open(path, "pt") as tensors_file:
+                names = list(tensors_file.keys())
+                if len(names) > MAX_TENSORS:
+                    raise ValueError(f"{len(names):,} tensors, at most {MAX_TENSORS:,}")
+                tensors = {name: tensors_file.get_tensor(name) for name in names}
+                return RawCheckpoint(path, _checked(tensors, size), metadata=tensors_file.metadata() or {})
+        if start.startswith(b"PK\x03\x04"):
+            content = _read_zip(path)
+        else:  # torch before 1.6: consecutive pickles, followed by the tensors' bytes
+            data = read_file(path, MAX_LEGACY_BYTES)
+            _check_pickles(data, path)
+            content = _unpickle(_CountedBytes(data), mmap=False)
         tensors, state, note = _find_model(content, path, state, ema)
         return RawCheckpoint(path, _checked(tensors, size), _training_arguments(content), state=state, note=note)
     except UserError:
@@ -142,14 +141,6 @@ def _read_index(index: Path) -> dict[str, Tensor]:
             path = inside(index.parent, name)
         tensors |= _read_file(path).tensors
     return tensors
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        if len(names) > MAX_TENSORS:
-            raise ValueError(f"{len(names):,} tensors, at most {MAX_TENSORS:,}")
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 def _read_zip(path: Path) -> Any:
@@ -195,13 +186,6 @@ def _check_zip_end(file: IO[bytes], size: int) -> None:
             raise ValueError("bytes around its zip64 records")
     if length > MAX_PICKLE_BYTES or offset + length != end:
         raise ValueError("bytes around its central directory, or too many in it")
-
-
-def _read_legacy(path: Path) -> Any:
-    """Read a file of torch before 1.6: consecutive pickles, followed by the tensors' bytes."""
-    data = read_file(path, MAX_LEGACY_BYTES)
-    _check_pickles(data, path)
-    return _unpickle(_CountedBytes(data), mmap=False)
 
 
 def _unpickle(source: "Path | io.BytesIO", mmap: bool) -> Any:
@@ -345,10 +329,8 @@ def _training_arguments(content: Any) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with readable(path):
         content = read_json(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -366,26 +348,17 @@ def _no_op(*_: Any) -> None:
     """A placeholder for functions that checkpoints call."""
 
 
+_LIGHTNING = "lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "pytorch_lightning.utilities.parsing"
+
 # weights_only substitutes the first of a pair for the name that a pickle refers to. numpy's own reconstruction would
 # trust the file's claims about memory, so its scalars and arrays (accuracies, losses) are placeholders too.
 _HARMLESS: list[Any] = [
     Namespace,  # training scripts of MAE, ConvMAE and timm
     *((OrderedDict, name) for name in ("yacs.config.CfgNode", "mmengine.config.config.ConfigDict")),
-    *(
-        (OrderedDict, f"{package}.AttributeDict")  # Lightning's hyper_parameters
-        for package in (
-            "lightning.fabric.utilities.data",
-            "lightning_fabric.utilities.data",
-            "pytorch_lightning.utilities.parsing",
-        )
-    ),
+    *((OrderedDict, f"{module}.AttributeDict") for module in _LIGHTNING),  # of hyper_parameters
     *((_no_op, name) for name in ("getattr", "builtins.getattr")),  # HistoryBuffer's table of its own methods
     *((_Inert, f"mmengine.{name}") for name in ("config.config.Config", "logging.history_buffer.HistoryBuffer")),
     *((_Inert, f"pathlib.{name}") for name in ("PosixPath", "_local.PosixPath")),  # before and since Python 3.13
     *((_Inert, f"numpy.{name}") for name in ("dtype", "ndarray")),
-    *(
-        (_Inert, f"numpy.{module}.multiarray.{name}")
-        for module in ("core", "_core")
-        for name in ("_reconstruct", "scalar")
-    ),
+    *((_Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
 ]

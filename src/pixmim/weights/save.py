@@ -19,11 +19,9 @@ from pixmim.models.cnn import is_cnn
 from pixmim.utils.files import write_json, write_text_atomically
 from pixmim.utils.validation import NOT_OF_TIMM
 
-METADATA_KEY = "pixmim"
-"""Metadata key of the configuration, as JSON."""
+METADATA_KEY = "pixmim"  # metadata key of the configuration, as JSON
 
-ENCODER_FOLDER = "encoder"
-"""Folder of a run that contains its encoder."""
+ENCODER_FOLDER = "encoder"  # folder of a run that contains its encoder
 
 ENCODER_WEIGHTS = f"{ENCODER_FOLDER}/model.safetensors"
 """The encoder's weights. They are written last, so the folder is complete if they exist."""
@@ -41,18 +39,8 @@ def save_encoder(
     """Save an encoder or a classifier as a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     timm reads keywords, image size, channels, mean and std from it. timm has no ConvMAE; pixmim reads that folder too.
-
-    Args:
-        encoder: The module whose `state_dict` is written.
-        folder: The folder. Existing files are replaced one by one.
-        config: Its configuration.
-        step: Training step.
-        steps: Steps of the complete run; 0 if unknown.
-        classes: Class names of a classifier in the order of its outputs.
-        more: Further metadata of the weights.
-
-    Raises:
-        OSError: If writing fails.
+    Existing files are replaced one by one. `steps` are those of the complete run, 0 if unknown; `classes` are names in
+    the order of a classifier's outputs; `more` is further metadata. Raises OSError if writing fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", timm_config(encoder, config, classes))

@@ -22,14 +22,9 @@ from pixmim.weights.save import method_options
 def continue_from(recipe: PretrainConfig, init: str) -> PretrainConfig:
     """Fill in what weights decide: model, image size, channels, normalization, mask, and distance to the target.
 
-    The target becomes PixMIM's, low frequencies. A decoder that the weights lack gets a size that suits the encoder.
-
-    Args:
-        recipe: All other settings. The warm-up of the decoder is dropped if the weights have a decoder.
-        init: A file, a run, timm:NAME or hf:NAME; of timm:NAME, nothing is downloaded.
-
-    Raises:
-        UserError: If the weights cannot be read, or pixmim does not pre-train their model.
+    The target becomes PixMIM's, low frequencies. A decoder that the weights lack gets a size that suits the encoder; if
+    they have one, its warm-up is dropped. `init` is a file, a run, timm:NAME or hf:NAME; of timm:NAME, nothing is
+    downloaded. Raises UserError if the weights cannot be read, or pixmim does not pre-train their model.
     """
     try:
         start, has_decoder = _read(init)

@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import class_indices, shares, shortened_list, warn_shared
-from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
 from pixmim.evaluation.detection.coco_metrics import CocoMetrics, Detections
 from pixmim.evaluation.detection.dataset import (
     DetectionDataset,
@@ -34,37 +34,22 @@ from pixmim.utils.errors import UserError
 Checked = tuple[DetectionDataset, DetectionDataset, bool]
 
 
+@checked_once
 def check_detection(context: EvalContext, settings: DetectionSettings) -> Checked:
-    """Read all annotations and build the detector, once per context, before anything is trained.
-
-    Returns:
-        Train and test data, and whether masks are learned.
-
-    Raises:
-        UserError: If the data or the settings cannot be used.
-    """
-
-    def make() -> Checked:
-        load_evaluator()
-        files, encoder = _annotation_files(settings), context.encoder
-        console = context.console or Console(quiet=True)
-        train = open_detection(files[0], settings.train_images, encoder.image_spec, "--train-images")
-        test = open_detection(files[1], settings.test_images, encoder.image_spec, "--test-images")
-        test = _match_classes(train, test)
-        _print_summary(train, test, console)
-        masks = _choose_masks(settings, train, test, console)
-        build_detector(encoder, settings, len(train.classes), masks)
-        return (_unmasked_as_crowds(train), _unmasked_as_crowds(test), masks) if masks else (train, test, masks)
-
-    return context.cached(("detection", repr(settings)), make)
+    """Return train and test data, and whether masks are learned; also build the detector once. Raises UserError."""
+    load_evaluator()
+    files, encoder, console = _annotation_files(settings), context.encoder, context.console
+    train = open_detection(files[0], settings.train_images, encoder.image_spec, "--train-images")
+    test = open_detection(files[1], settings.test_images, encoder.image_spec, "--test-images")
+    test = _match_classes(train, test)
+    _print_summary(train, test, console)
+    masks = _choose_masks(settings, train, test, console)
+    build_detector(encoder, settings, len(train.classes), masks)
+    return (_unmasked_as_crowds(train), _unmasked_as_crowds(test), masks) if masks else (train, test, masks)
 
 
 def evaluate_detection(context: EvalContext, settings: DetectionSettings) -> Values:
-    """Fine-tune a detector and yield `CocoMetrics.compute` of the test data. Resumes an interrupted training.
-
-    Raises:
-        UserError: If the data or the settings cannot be used.
-    """
+    """Fine-tune a detector and yield `CocoMetrics.compute` of the test data. Resumes. Raises UserError."""
     train, test, masks = check_detection(context, settings)
     model = train_detector(context, settings, train, masks).eval()
     yield from _measure(context, settings, test, model, masks)
@@ -151,7 +136,7 @@ def _match_classes(train: DetectionDataset, test: DetectionDataset) -> Detection
     return replace(test, objects=objects, classes=train.classes, counts=counts.tolist())
 
 
-def _print_summary(train: DetectionDataset, test: DetectionDataset, console: Console) -> None:
+def _print_summary(train: DetectionDataset, test: DetectionDataset, console: Console | None) -> None:
     """Print the classes and problems of the data. Raises UserError if either part has no object."""
     for split, data in (("train", train), ("test", test)):
         total = sum(data.counts)
@@ -169,7 +154,7 @@ def _print_summary(train: DetectionDataset, test: DetectionDataset, console: Con
 
 
 def _choose_masks(
-    settings: DetectionSettings, train: DetectionDataset, test: DetectionDataset, console: Console
+    settings: DetectionSettings, train: DetectionDataset, test: DetectionDataset, console: Console | None
 ) -> bool:
     """Decide whether masks are learned, and print what happens to objects without one. Raises UserError."""
     splits = train, test

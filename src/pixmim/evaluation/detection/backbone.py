@@ -36,17 +36,11 @@ _UNUSED = ("norm.", "fc_norm.", "head.", "cls_token", "reg_token")  # prefixes o
 def build_pyramid(
     encoder: nn.Module, width: int = 256, window: int = 14, global_blocks: int = 4, relative_positions: bool = True
 ) -> "ViTPyramid | StagePyramid":
-    """Build a module that returns a Pyramid, with `.encoder`, `.out_channels` and `.strides`.
+    """Build a module that returns a Pyramid of a ViT, Beit, Swin, CNN or ConvMAE built for the size of the images.
 
-    Args:
-        encoder: A ViT, Beit, Swin, CNN or ConvMAE, built for the size of the images.
-        width: Channels of the maps.
-        window: Side in patches of the windows of a ViT's attention.
-        global_blocks: Number of blocks of a ViT that attend to the full map, evenly spaced.
-        relative_positions: Add decomposed relative positions to a ViT, initialized to zero.
-
-    Raises:
-        UserError: If the encoder is not supported.
+    It has `.encoder`, `.out_channels` and `.strides`. Of a ViT, all blocks but `global_blocks`, evenly spaced, attend
+    in windows of `window` patches a side, and `relative_positions` adds decomposed ones, initialized to zero. Raises
+    UserError.
     """
     for name, parameter in encoder.named_parameters():
         if name.startswith(_UNUSED):
@@ -161,14 +155,9 @@ def _strides(patch: int) -> list[int]:
 
 
 class WindowedBlocks(nn.Module):
-    """Run the blocks of a ViT over a map, most of them in windows. Holds the relative positions, not the blocks.
+    """Run the blocks of a ViT over a map of `grid`, all but `global_blocks` in windows of `window` patches a side.
 
-    Args:
-        blocks: The blocks.
-        grid: (rows, columns) of the map.
-        window: Side of the windows.
-        global_blocks: Number of blocks that attend to the full map.
-        relative: Add relative positions to blocks of a VisionTransformer.
+    Holds the relative positions, which blocks of a VisionTransformer get if `relative`, but not the blocks.
     """
 
     def __init__(self, blocks: list[nn.Module], grid: Grid, window: int, global_blocks: int, relative: bool) -> None:
@@ -204,15 +193,7 @@ def evenly_spaced(depth: int, count: int) -> set[int]:
 def run_block(
     block: nn.Module, x: FeatureMap, window: Grid, positions: "RelativePositions | None", bias: Tensor | None
 ) -> FeatureMap:
-    """Run a timm Block of a VisionTransformer or Beit with its attention in windows.
-
-    Args:
-        block: The block.
-        x: The map.
-        window: (rows, columns) of the windows.
-        positions: Relative positions in a window.
-        bias: A Beit's biases in a window (1 heads n n).
-    """
+    """Run a timm Block of a VisionTransformer or Beit, whose bias is (1 heads n n), with its attention in windows."""
     b: Any = block
     y = attend(b.attn, partition(b.norm1(x), window), positions, bias)
     y = merge(y, window, (x.shape[1], x.shape[2]))
@@ -258,13 +239,9 @@ def merge(windows: Float[Tensor, "windows rows2 columns2 d"], window: Grid, grid
 
 
 class RelativePositions(nn.Module):
-    """Decomposed relative positions (MViTv2, arXiv 2112.01526), initialized to zero.
+    """Decomposed relative positions (MViTv2, arXiv 2112.01526) in an attention over `grid`, initialized to zero.
 
     Each attention score gains the products of its query with a vector per vertical and one per horizontal distance.
-
-    Args:
-        grid: (rows, columns) that the attention covers.
-        width: Channels of a head.
     """
 
     def __init__(self, grid: Grid, width: int) -> None:

@@ -22,15 +22,10 @@ class Detections:
 
 @dataclass
 class CocoMetrics:
-    """Collect objects and detections image by image, and compute average precision.
+    """Collect objects and detections image by image, and compute average precision."""
 
-    Attributes:
-        classes: Names of the classes, in the order of the labels.
-        masks: True to measure masks as well as boxes.
-    """
-
-    classes: list[str]
-    masks: bool
+    classes: list[str]  # names of the classes, in the order of the labels
+    masks: bool  # True to measure masks as well as boxes
     _images: list[dict[str, Any]] = field(default_factory=list)
     _objects: list[dict[str, Any]] = field(default_factory=list)
     _detections: list[dict[str, Any]] = field(default_factory=list)

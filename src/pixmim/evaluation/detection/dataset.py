@@ -27,51 +27,31 @@ _MAX_DISTANCE = 10  # of a polygon, in multiples of the longer side of its image
 
 @dataclass(frozen=True)
 class Objects:
-    """The k objects of an image.
+    """The k objects of an image."""
 
-    Attributes:
-        boxes: float32 (k 4): left, top, right, bottom in pixels.
-        labels: int64 (k): class indices.
-        crowd: bool (k): True for a region of many objects, which is neither learned nor has to be detected.
-        areas: float64 (k) in square pixels, as COCO defines them.
-        masks: k segmentations, None for an object without a usable one; or an empty list.
-    """
-
-    boxes: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.float32]  # float32 (k 4): left, top, right, bottom in pixels
+    labels: npt.NDArray[np.int64]  # int64 (k): class indices
+    # bool (k): True for a region of many objects, which is neither learned nor has to be detected
     crowd: npt.NDArray[np.bool_]
-    areas: npt.NDArray[np.float64]
-    masks: list[Segmentation | None]
+    areas: npt.NDArray[np.float64]  # float64 (k) in square pixels, as COCO defines them
+    masks: list[Segmentation | None]  # k segmentations, None for an object without a usable one; or an empty list
 
 
 @dataclass(frozen=True)
 class DetectionDataset:
-    """Images with objects.
-
-    Attributes:
-        images: The images.
-        sizes: (h, w) of each image according to its annotations; None if every size is right.
-        objects: Returns the objects of an image index.
-        classes: Names of the classes.
-        counts: Objects of each class, without crowds.
-        unmasked: Names of the objects without a usable mask.
-        problems: Problems of the file and their consequences, one per line.
-    """
+    """Images with objects."""
 
     images: ImageDataset
+    # (h, w) of each image according to its annotations; None if every size is right
     sizes: list[tuple[int, int]] | None
-    objects: Callable[[int], Objects]
+    objects: Callable[[int], Objects]  # returns the objects of an image index
     classes: list[str]
-    counts: list[int]
-    unmasked: list[Any]
-    problems: str = ""
+    counts: list[int]  # objects of each class, without crowds
+    unmasked: list[Any]  # names of the objects without a usable mask
+    problems: str = ""  # problems of the file and their consequences, one per line
 
     def read(self, index: int) -> Tensor:
-        """Read an image (c h w); 16-bit images become floats in [0, 1].
-
-        Raises:
-            BadImage: If it cannot be read, or its size differs from its annotations.
-        """
+        """Read an image (c h w), 16 bits as floats in [0, 1]. Raises BadImage, also for another size."""
         image = self.images.image(index)
         if image.dtype == torch.uint16:  # torch lacks most operators for it
             image = image.float() / 65535
@@ -84,15 +64,8 @@ class DetectionDataset:
 def open_detection(spec: str, folder: str, image_spec: ImageSpec, flag: str = "--train-images") -> DetectionDataset:
     """Open and check a COCO file, a dataset in the layout of VOC or YOLO (`box_formats`), or `shapes:`.
 
-    Args:
-        spec: The JSON file, the folder or file of another layout, or shapes:.
-        folder: Folder of the images. If empty: that of the layout; ROOT/NAME for ROOT/annotations/instances_NAME.json;
-            otherwise the folder of the file.
-        image_spec: Channels and dtype of the images.
-        flag: The flag that names `folder`, for messages.
-
-    Raises:
-        UserError: If the file or its images cannot be used.
+    The images are in `folder`, which messages call `flag`; if empty, in that of the layout; in ROOT/NAME for
+    ROOT/annotations/instances_NAME.json; otherwise in the folder of the file. Raises UserError.
     """
     if spec.startswith("shapes:"):
         return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
@@ -179,11 +152,7 @@ def load_evaluator() -> Any:
 
 
 def decode_mask(segmentation: Segmentation, size: tuple[int, int]) -> BinaryMask:
-    """Return the pixels of a mask in an image of `size` (h, w).
-
-    Raises:
-        BadImage: If its code is damaged.
-    """
+    """Return the pixels of a mask in an image of `size` (h, w). Raises BadImage if its code is damaged."""
     if isinstance(segmentation, np.ndarray):
         return segmentation
     tools = load_evaluator().mask
@@ -203,15 +172,7 @@ def encode_mask(mask: BinaryMask) -> dict[str, Any]:
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Segmentation | None, str]:
-    """Check a segmentation of a COCO file.
-
-    Args:
-        segmentation: Polygons or a run-length code.
-        size: (h, w) of the image.
-
-    Returns:
-        The usable part, or None; and the kind of problem with the rest, or an empty string.
-    """
+    """Return the usable part of a segmentation in a COCO file, or None, and the kind of problem with the rest or ""."""
     if segmentation is None or segmentation == []:
         return None, ""
     if isinstance(segmentation, list):

@@ -89,11 +89,10 @@ def detection_losses(model: FasterRCNN, images: Float[Tensor, "b c h w"], target
 
 @torch.no_grad()
 def detect(model: FasterRCNN, images: Float[Tensor, "b c h w"]) -> list[dict[str, Tensor]]:
-    """Detect objects in normalized images.
+    """Detect at most 100 objects per normalized image, highest score first.
 
-    Returns:
-        At most 100 detections per image, highest score first: boxes (k 4) in pixels, labels (k) from 1, scores (k), and
-        for Mask R-CNN masks (k 1 28 28), probabilities inside each box.
+    Returns boxes (k 4) in pixels, labels (k) from 1, scores (k), and for Mask R-CNN masks (k 1 28 28), probabilities
+    inside each box.
     """
     maps, image_list = model.backbone(images), _image_list(images)
     proposals, _ = model.rpn(image_list, maps)

@@ -23,21 +23,13 @@ Target = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class SquareCrop:
-    """A geometric transform of an image: flip, resize, and crop a square, padded at the right and the bottom.
+    """A geometric transform of an image: flip, resize, and crop a square, padded at the right and the bottom."""
 
-    Attributes:
-        image: (h, w) of the image.
-        resized: (h, w) of the resized image.
-        corner: (row, column) of the square in the resized image.
-        size: Side of the square.
-        flip: True to mirror the image horizontally first.
-    """
-
-    image: tuple[int, int]
-    resized: tuple[int, int]
-    corner: tuple[int, int]
+    image: tuple[int, int]  # (h, w) of the image
+    resized: tuple[int, int]  # (h, w) of the resized image
+    corner: tuple[int, int]  # (row, column) of the square in the resized image
     size: int
-    flip: bool = False
+    flip: bool = False  # True to mirror the image horizontally first
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -97,16 +89,9 @@ def fit_to_square(image: tuple[int, int], size: float) -> SquareCrop:
 
 
 def jitter(image: tuple[int, int], size: int, scale: tuple[float, float], u: Sequence[float], flip: bool) -> SquareCrop:
-    """Apply large-scale jitter (arXiv 2012.07177) to an image of (h, w).
+    """Apply large-scale jitter (arXiv 2012.07177) to an image of (h, w), by three uniform numbers in [0, 1).
 
     Resize the image to fit into `size` times a random factor, and crop a random part if it is larger than the square.
-
-    Args:
-        image: (h, w) of the image.
-        size: Side of the square.
-        scale: Range of the factor.
-        u: Three uniform numbers in [0, 1).
-        flip: True to mirror the image.
     """
     h, w = fit_to_square(image, size * (scale[0] + u[0] * (scale[1] - scale[0]))).resized
     corner = int(u[1] * (max(h - size, 0) + 1)), int(u[2] * (max(w - size, 0) + 1))
@@ -144,16 +129,9 @@ class DetectionBatch:
 
 
 class DetectionLoader(BatchLoader[tuple[Tensor, Target], DetectionBatch]):
-    """Load batches of jittered images with their objects.
+    """Load batches of images with their objects, jittered by `jitter`.
 
-    Args:
-        data: Images with objects.
-        shard: Positions to train on.
-        size: Side of the square in pixels, see `jitter`.
-        scale: Range of the scale, see `jitter`.
-        with_masks: True to load masks as well as boxes.
-        fill: Value of each channel in the padding, in [0, 1].
-        options: See `BatchLoader`.
+    Padding has the value `fill` of each channel, in [0, 1]. Options: see `BatchLoader`.
     """
 
     def __init__(

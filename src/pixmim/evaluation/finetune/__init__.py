@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +21,7 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import LabeledSplits, evaluate_classifier, open_labeled, shortened_list
-from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
 from pixmim.evaluation.finetune.model import build, classifier_config, load_encoder_weights
 from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES, Recipe, apply_overrides, choose, describe
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
@@ -34,10 +33,9 @@ from pixmim.training.parallelize import batch_norms
 from pixmim.training.precision import autocast, choose_attention
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.augment import augmented
-from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop, flip_and_normalize
+from pixmim.transforms.crops import RandomResizedCrop, SimpleResizedCrop
 from pixmim.transforms.mixup import erase, mix, soft_labels
 from pixmim.utils import rng
-from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json
 from pixmim.utils.trust import inside
@@ -46,64 +44,45 @@ from pixmim.weights.load import build_encoder_with_weights
 from pixmim.weights.safe_load import read
 from pixmim.weights.save import save_encoder
 
-_METADATA_KEY = "finetune"
-"""Metadata key of a classifier's file for the settings that determine its weights, as JSON."""
+_METADATA_KEY = "finetune"  # metadata key of a classifier's file for the settings that determine its weights, as JSON
 
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """A checked fine-tuning.
-
-    Attributes:
-        data: Train and test data.
-        name: Name of the recipe.
-        recipe: The recipe with overrides.
-        settings: Settings, with the resolved number of accumulation steps.
-        config: Configuration that builds the classifier.
-        folder: Folder of the classifier.
-        work: Folder of unfinished work.
-        provenance: Settings that determine the weights, by flag; saved with them, so that they are not mistaken for
-            the result of other settings.
-        finished: True if `folder` holds the finished classifier of these settings.
-    """
+    """A checked fine-tuning."""
 
     data: LabeledSplits
     name: str
-    recipe: Recipe
-    settings: FinetuneSettings
-    config: ModelConfig
-    folder: Path
-    work: Path
+    recipe: Recipe  # the recipe with overrides
+    settings: FinetuneSettings  # settings, with the resolved number of accumulation steps
+    config: ModelConfig  # configuration that builds the classifier
+    folder: Path  # folder of the classifier
+    work: Path  # folder of unfinished work
+    # settings that determine the weights, by flag; saved with them, so that they are not mistaken for the result of
+    # other settings
     provenance: dict[str, Any]
-    finished: bool
+    finished: bool  # True if `folder` holds the finished classifier of these settings
 
 
+@checked_once
 def check_finetune(context: EvalContext, settings: FinetuneSettings) -> FinetunePlan:
-    """Check data, settings and the classifier's folder without training.
-
-    Raises:
-        UserError: If data, settings or the encoder do not suit, or another classifier is in the folder.
-    """
-
-    def check() -> FinetunePlan:
-        encoder, data = context.encoder, open_labeled(context, settings.train, settings.test, all_classes=True)
-        name = choose(settings.recipe, encoder.config, encoder.module, settings.from_scratch)
-        recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)
-        if data.train.image_spec.dtype != "uint8" and (recipe.augment != "none" or recipe.jitter):
-            raise UserError("only 8-bit images can be augmented: pass --augment none --jitter 0")
-        config = classifier_config(encoder.config, encoder.module, len(data.classes), recipe.pool, settings.size)
-        width = int(encoder.module.num_features)  # type: ignore[arg-type]
-        steps = equal_parts(recipe.batch_size, settings.accumulation_steps, encoder.device, config.image_size, width)
-        resolved = replace(settings, accumulation_steps=steps)
-        _initial_model(encoder, resolved, recipe, config)  # raises if the weights do not fit
-        state = "" if context.encoder_state == "trained" else f"-{context.encoder_state}"
-        folder = inside(context.folder, f"classifier{'-from-scratch' if settings.from_scratch else state}")
-        provenance = _provenance(encoder, resolved, recipe, config, data)
-        work = context.work_dir("finetune", resolved)
-        finished = not context.overwrite and _is_finished(folder, provenance, work)
-        return FinetunePlan(data, name, recipe, resolved, config, folder, work, provenance, finished)
-
-    return context.cached(("finetune", repr(settings)), check)
+    """Check data, settings, encoder and the classifier's folder without training. Raises UserError."""
+    encoder, data = context.encoder, open_labeled(context, settings.train, settings.test, all_classes=True)
+    name = choose(settings.recipe, encoder.config, encoder.module, settings.from_scratch)
+    recipe = apply_overrides(FINETUNE_RECIPES[name], settings.changes)
+    if data.train.image_spec.dtype != "uint8" and (recipe.augment != "none" or recipe.jitter):
+        raise UserError("only 8-bit images can be augmented: pass --augment none --jitter 0")
+    config = classifier_config(encoder.config, encoder.module, len(data.classes), recipe.pool, settings.size)
+    width = int(encoder.module.num_features)  # type: ignore[arg-type]
+    steps = equal_parts(recipe.batch_size, settings.accumulation_steps, encoder.device, config.image_size, width)
+    resolved = replace(settings, accumulation_steps=steps)
+    _initial_model(encoder, resolved, recipe, config)  # raises if the weights do not fit
+    state = "" if context.encoder_state == "trained" else f"-{context.encoder_state}"
+    folder = inside(context.folder, f"classifier{'-from-scratch' if settings.from_scratch else state}")
+    provenance = _provenance(encoder, resolved, recipe, config, data)
+    work = context.work_dir("finetune", resolved)
+    finished = not context.overwrite and _is_finished(folder, provenance, work)
+    return FinetunePlan(data, name, recipe, resolved, config, folder, work, provenance, finished)
 
 
 def evaluate_finetune(context: EvalContext, settings: FinetuneSettings) -> Values:
@@ -111,9 +90,9 @@ def evaluate_finetune(context: EvalContext, settings: FinetuneSettings) -> Value
 
     A finished classifier of the same settings is not trained again. Raises UserError: see `check_finetune`.
     """
-    plan, encoder, console = check_finetune(context, settings), context.encoder, context.console or Console(quiet=True)
+    plan, encoder = check_finetune(context, settings), context.encoder
     if plan.finished:
-        print_plain(console, f"using the finished classifier {plan.folder} (--overwrite trains it again)")
+        context.print(f"using the finished classifier {plan.folder} (--overwrite trains it again)")
         model = build_encoder_with_weights(read_weights(plan.folder)).to(encoder.device)
         choose_attention(model, encoder.device, encoder.precision)
     else:
@@ -122,7 +101,7 @@ def evaluate_finetune(context: EvalContext, settings: FinetuneSettings) -> Value
             _is_finished(plan.folder, plan.provenance, plan.work)
         metadata = {_METADATA_KEY: json.dumps(plan.provenance)}
         save_encoder(model, plan.folder, plan.config, encoder.step, classes=plan.data.classes, more=metadata)
-        print_plain(console, f"  classifier: {plan.folder}")
+        context.print(f"  classifier: {plan.folder}")
     yield from evaluate_classifier(context, plan.data, encoder, plan.config.image_size, model)
     discard(plan.work)
 
@@ -145,7 +124,7 @@ def _train(context: EvalContext, plan: FinetunePlan) -> nn.Module:
     initial = "random weights" if settings.from_scratch else f"the {context.encoder_state} encoder"
     summary = describe(plan.name, recipe, images, steps, warmup, settings.accumulation_steps)
     for line in [*summary, f"  initialized from {initial}", *notes]:
-        print_plain(context.console or Console(quiet=True), line)
+        context.print(line)
 
     trainer = Trainer(
         averaged,
@@ -202,8 +181,7 @@ def _provenance(
 def _is_finished(folder: Path, provenance: dict[str, Any], work: Path) -> bool:
     """Return True if a folder holds the finished classifier of these settings.
 
-    Raises:
-        UserError: If it holds anything else, except what an interrupted save of the same classifier left.
+    Raises UserError if it holds anything else, except what an interrupted save of the same classifier left.
     """
     config, weights = (inside(folder, name) for name in ("config.json", "model.safetensors"))
     if not os.path.lexists(folder):
@@ -279,9 +257,8 @@ def compute_loss(
     model: nn.Module, batch: Batch, number: int, encoder: FrozenEncoder, recipe: Recipe, data: LabeledSplits, seed: int
 ) -> Float[Tensor, ""]:
     """Compute the loss of a microbatch. All its randomness is a function of (seed, number)."""
-    to: Any = {"device": encoder.device, "non_blocking": True}
-    images = flip_and_normalize(batch.images.to(**to), batch.flip.to(**to), encoder.mean, encoder.std)
-    labels = data.train_labels[batch.indices].to(**to)
+    images = encoder.preprocess(batch.images, batch.flip)
+    labels = data.train_labels[batch.indices].to(encoder.device, non_blocking=True)
     images, share = mix(erase(images, recipe.erase, seed, number), recipe.mixup, recipe.cutmix, seed, number)
     targets = soft_labels(labels, len(data.classes), share, recipe.smoothing)
     torch.manual_seed(rng.key(seed, "paths", number))  # drop path uses torch's global generator

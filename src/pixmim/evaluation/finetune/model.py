@@ -24,16 +24,9 @@ _UNUSED = ("head.", "fc_norm.", "norm.")
 def classifier_config(config: ModelConfig, module: nn.Module, classes: int, pool: str, size: str) -> ModelConfig:
     """Return the configuration of the classifier: the encoder's with a head, and optionally another image size.
 
-    Args:
-        config: Configuration of the encoder.
-        module: The encoder.
-        classes: Number of classes.
-        pool: "mean": mean of the patch tokens -> fc_norm -> head, as MAE; "cls": class token after the final norm.
-            Swin, ConvMAE and CNNs support the mean only; CNNs have timm's own classifier after it.
-        size: Side in pixels, or HEIGHTxWIDTH; empty for the encoder's.
-
-    Raises:
-        UserError: If the kind of encoder is not supported, or it has no class token to pool.
+    `pool` is "mean": mean of the patch tokens -> fc_norm -> head, as MAE; or "cls": class token after the final norm,
+    which Swin, ConvMAE and CNNs lack. CNNs have timm's own classifier. Raises UserError if the kind of encoder is not
+    supported, or it has no class token to pool.
     """
     options: dict[str, Any] = {**config.model.options, "num_classes": classes}
     if not isinstance(module, VisionTransformer | Beit | SwinTransformer | ConvMAEEncoder) and not is_cnn(module):
@@ -68,14 +61,7 @@ def build(config: ModelConfig, drop_path: float, head_std: float, seed: int) -> 
 def load_encoder_weights(
     classifier: nn.Module, config: ModelConfig, encoder: nn.Module, encoder_config: ModelConfig
 ) -> list[str]:
-    """Copy an encoder's weights into a classifier.
-
-    Returns:
-        Lines about interpolated tables.
-
-    Raises:
-        UserError: If the weights do not fit.
-    """
+    """Copy an encoder's weights into a classifier; return lines about interpolated tables. Raises UserError."""
     state = {f"encoder.{name}": value for name, value in classifier.state_dict().items()}
     tensors = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     shared = "encoder.rel_pos_bias.relative_position_bias_table"

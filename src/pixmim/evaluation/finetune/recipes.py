@@ -136,10 +136,8 @@ FINETUNE_RECIPES: dict[str, Recipe] = {
 def choose(name: str, config: ModelConfig, encoder: nn.Module, from_scratch: bool) -> str:
     """Return the name of a recipe; "auto" selects it by the encoder's kind and size and the epochs of its training.
 
-    CNNs have the same recipe from random weights, for which it was made.
-
-    Raises:
-        UserError: If there is no such recipe, or "auto" needs the epochs and they are unknown.
+    CNNs have the same recipe from random weights. Raises UserError if there is no such recipe, or "auto" needs the
+    epochs and they are unknown.
     """
     if name != "auto":
         if name not in FINETUNE_RECIPES:

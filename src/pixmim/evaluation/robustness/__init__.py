@@ -9,7 +9,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from pixmim.data import open_dataset
@@ -30,12 +29,11 @@ from pixmim.evaluation.classifiers import (
     probe_classifier,
     subset_wnids,
 )
-from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
 from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_channels, check_corruption
 from pixmim.evaluation.robustness.count import CLEAN, CountsFile, LabeledImages, count_correct
 from pixmim.evaluation.settings import RobustnessSettings
 from pixmim.transforms.crops import CenterCrop, evaluation_crop
-from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 
 ALEXNET = {
@@ -58,29 +56,22 @@ ALEXNET = {
 """AlexNet's error on each corruption of ImageNet-C, averaged over the five severities (arXiv 1903.12261)."""
 
 
+@checked_once
 def check_robustness(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind, LabeledImages] | None:
     """Check data, settings and encoder without fitting or measuring; images of ImageNet-C are not listed.
 
-    Returns:
-        If --test is given, the kind of classifier and the images to corrupt in memory.
-
-    Raises:
-        UserError: For what `evaluate_robustness` would refuse.
+    If --test is given, returns the kind of classifier and the images to corrupt in memory. Raises UserError.
     """
-
-    def check() -> tuple[Kind, LabeledImages] | None:
-        _select(settings)
-        if settings.imagenet_c:
-            _find_imagenet_c(context, settings)
-        for name, folder in _relatives(settings).items():
-            _open_relative(context, name, folder)
-        if settings.test:
-            return _open_test(context, settings)
-        if not (settings.imagenet_c or _relatives(settings)):
-            raise UserError("no data given: pass --test, --imagenet-c, --imagenet-a, --imagenet-r or --imagenet-sketch")
-        return None
-
-    return context.cached(("robustness", repr(settings)), check)
+    _select(settings)
+    if settings.imagenet_c:
+        _find_imagenet_c(context, settings)
+    for name, folder in _relatives(settings).items():
+        _open_relative(context, name, folder)
+    if settings.test:
+        return _open_test(context, settings)
+    if not (settings.imagenet_c or _relatives(settings)):
+        raise UserError("no data given: pass --test, --imagenet-c, --imagenet-a, --imagenet-r or --imagenet-sketch")
+    return None
 
 
 def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> Values:
@@ -103,16 +94,8 @@ def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> V
 def corruption_errors(errors: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], float | None]:
     """Compute the CE of each corruption and their mean, mCE, in per cent of AlexNet's errors (arXiv 1903.12261).
 
-    CE is the sum of the errors over the severities, divided by the same sum for AlexNet.
-
-    Args:
-        errors: Errors in [0, 1] at each of the five severities, by corruption.
-
-    Returns:
-        The CEs, and the mCE; None unless all 15 corruptions are given, because the mean of a part is not comparable.
-
-    Raises:
-        ValueError: For other than five severities.
+    CE is the sum of the errors, in [0, 1], over the five severities, divided by the same sum for AlexNet. Of fewer than
+    15 corruptions there is no mCE, because the mean of a part is not comparable. Raises ValueError for others.
     """
     for name, values in errors.items():
         if len(values) != 5:
@@ -171,12 +154,10 @@ def _imagenet_c(context: EvalContext, settings: RobustnessSettings, file: Counts
     yield from _class_values(counts, classes, "imagenet_c/")
     means = {name: sum(values) / len(values) for name, values in errors.items()}
     yield "imagenet_c/error", 100 * sum(means.values()) / len(means)
-    for name, mean in means.items():
-        yield f"imagenet_c/corruption/{name}", 100 * mean
+    yield from ((f"imagenet_c/corruption/{name}", 100 * mean) for name, mean in means.items())
     if complete:
         ces, mce = corruption_errors(errors)
-        for name, ce in ces.items():
-            yield f"imagenet_c/ce/{name}", ce
+        yield from ((f"imagenet_c/ce/{name}", ce) for name, ce in ces.items())
         if mce is not None:
             yield "imagenet_c/mce", mce
 
@@ -200,7 +181,7 @@ def _open_test(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind
 
     The encoder's head is preferred to a probe if it has all classes of the data by name. Raises UserError.
     """
-    encoder, console = context.encoder, context.console or Console(quiet=True)
+    encoder = context.encoder
     check_channels(encoder.image_spec.channels)
     if encoder.image_spec.dtype != "uint8":
         raise UserError(f"corruptions need 8-bit images, and this encoder reads {encoder.image_spec.dtype}")
@@ -220,14 +201,12 @@ def _open_test(context: EvalContext, settings: RobustnessSettings) -> tuple[Kind
             f"{data.spec} has {len(data.classes)} classes, and this encoder has {actual}: pass --train, labeled data "
             "of the same classes to fit a probe to"
         )
-    print_plain(console, f"test data: {line}")
+    context.print(f"test data: {line}")
     if not named:
-        print_plain(
-            console, "warning: the classifier does not name its classes; using the class folders in sorted order"
-        )
+        context.print("warning: the classifier does not name its classes; using the class folders in sorted order")
         return "head", LabeledImages(data, labels, data.classes)
     if len(data.classes) < len(names):
-        print_plain(console, f"only the outputs of these classes compete, of {len(names):,} outputs of the classifier")
+        context.print(f"only the outputs of these classes compete, of {len(names):,} outputs of the classifier")
     return "head", LabeledImages(data, labels, data.classes, [names.index(name) for name in data.classes])
 
 
@@ -239,11 +218,10 @@ def _in_memory(
     Below in_memory/head or in_memory/probe: clean; corruption/NAME, the mean over the severities; error, their mean;
     lost, error minus clean in points; times, error over clean; severity/NAME/SEVERITY.
     """
-    classifier = (
-        encoder_head(context)
-        if kind == "head"
-        else probe_classifier(context, settings.train, epochs=settings.epochs, seed=settings.seed)
-    )
+    if kind == "head":
+        classifier = encoder_head(context)
+    else:
+        classifier = probe_classifier(context, settings.train, epochs=settings.epochs, seed=settings.seed)
     corruptions, severities = _select(settings)
     variants = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
     crop = evaluation_crop(context.encoder.size)
@@ -263,10 +241,8 @@ def _in_memory(
     yield f"{key}/error", error
     yield f"{key}/lost", error - clean
     yield f"{key}/times", error / clean if clean else float("inf")
-    for name, mean in means.items():
-        yield f"{key}/corruption/{name}", mean
-    for name, severity in variants[1:]:
-        yield f"{key}/severity/{name}/{severity}", errors[name, severity]
+    yield from ((f"{key}/corruption/{name}", mean) for name, mean in means.items())
+    yield from ((f"{key}/severity/{name}/{severity}", errors[name, severity]) for name, severity in variants[1:])
 
 
 def _class_values(counts: Tensor, names: list[str], key: str) -> Values:

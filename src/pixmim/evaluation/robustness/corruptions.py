@@ -26,8 +26,7 @@ from pixmim.evaluation.robustness.filters import crystals, enlarge, plasma, smea
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError, did_you_mean
 
-Pixels = Float[Tensor, "c h w"]
-"""An image in [0, 1]. Corruptions may return values outside this range."""
+Pixels = Float[Tensor, "c h w"]  # An image in [0, 1]. Corruptions may return values outside this range.
 
 Constants = tuple[float, ...]
 Generator = np.random.Generator
@@ -162,10 +161,7 @@ def fog(x: Pixels, constants: Constants, generator: Generator, scale: float) -> 
 
 
 def brightness(x: Pixels, constants: Constants, generator: Generator, scale: float) -> Pixels:
-    """Raise the value of HSV; black becomes gray. Constants: increase.
-
-    The HSV value is the largest channel, and all channels are proportional to it.
-    """
+    """Raise the value of HSV, the largest channel, and all channels in proportion. Constants: increase."""
     value = x.amax(dim=0, keepdim=True)
     raised = (value + constants[0]).clamp(0, 1)
     return torch.where(value > 0, x / value.clamp(min=1e-6) * raised, raised)
@@ -264,24 +260,16 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[Constants, ...]]] = {
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-VERSION = 2
-"""Raise when the same arguments give other pixels, so that a resumed evaluation does not mix two versions."""
+VERSION = 2  # raise when the same arguments give other pixels, so that a resumed evaluation does not mix two versions
 
 
 def corrupt(
     image: UInt8[Tensor, "c h w"], name: str, severity: int, *, seed: int = 0, index: int = 0
 ) -> UInt8[Tensor, "c h w"]:
-    """Corrupt an image, as a pure function of the arguments.
+    """Corrupt an image of 1 or 3 channels at a severity of 1 to 5, as a pure function of the arguments.
 
-    Args:
-        image: Image with 1 or 3 channels.
-        name: Key of CORRUPTIONS.
-        severity: 1 to 5.
-        seed: Seed of the random numbers.
-        index: Index of the image in its dataset. All severities of an image share their random numbers.
-
-    Raises:
-        UserError: If the corruption, the severity or the number of channels is not supported.
+    All severities of the image with an `index` in its dataset share their random numbers. Raises UserError if the
+    corruption, the severity or the number of channels is not supported.
     """
     check_corruption(name)
     if severity not in SEVERITIES:

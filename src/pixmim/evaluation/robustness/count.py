@@ -1,11 +1,10 @@
 """Count correct predictions on clean and corrupted images. Counts are saved to a file, so evaluations resume."""
 
 import json
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,43 @@ from rich.console import Console
 from torch import Tensor
 
 from pixmim.data.dataset import ImageDataset
-from pixmim.data.loader import iterate_in_order
 from pixmim.evaluation.classifiers import ImageClassifier
-from pixmim.evaluation.context import EvalContext
+from pixmim.evaluation.context import EvalContext, read_batches
 from pixmim.evaluation.robustness.corruptions import VERSION, corrupt
 from pixmim.transforms.crops import Crop
-from pixmim.utils.console import print_plain, progress
+from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_json, write_text_atomically
 from pixmim.utils.threads import ThreadPool
 
-Variant = tuple[str, int]
-"""A corruption and its severity."""
+Variant = tuple[str, int]  # a corruption and its severity
 
 CLEAN: Variant = ("clean", 0)
 
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images to classify.
-
-    Attributes:
-        data: The images.
-        labels: Label of each image, as an index into `classes`.
-        classes: Names of the classes.
-        outputs: Output of the classifier for each class; None: its outputs are the classes.
-    """
+    """Images to classify."""
 
     data: ImageDataset
-    labels: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"]  # label of each image, as an index into `classes`
     classes: list[str]
-    outputs: list[int] | None = None
+    outputs: list[int] | None = None  # output of the classifier for each class; None: its outputs are the classes
 
 
 class CountsFile:
     """Counts by name, in a JSON file."""
 
     def __init__(self, folder: Path, console: Console | None) -> None:
-        self.folder, self._path, self._console = folder, folder / "counts.json", console or Console(quiet=True)
-        self._counts: dict[str, Any] = {}
+        self.folder, self._path, self._console = folder, folder / "counts.json", console
+        content: Any = {}
         if self._path.exists():
-            try:
+            content = None
+            with suppress(UserError):
                 content = read_json(self._path)
-            except UserError:
-                content = None
-            if isinstance(content, dict):
-                self._counts = content
-            else:
-                self._warn("is not a JSON object")
+        if not isinstance(content, dict):
+            self._warn("is not a JSON object")
+        self._counts: dict[str, Any] = content if isinstance(content, dict) else {}
 
     def load(self, key: str, length: int, maximum: int) -> list[int]:
         """Return `length` saved counts in [0, maximum]; zeros if nothing is saved."""
@@ -94,42 +82,21 @@ def count_correct(
     variants: Sequence[Variant] = (CLEAN,),
     seed: int = 0,
 ) -> tuple[Int[Tensor, "v k"], Int[Tensor, " k"]]:
-    """Count correct predictions for each variant and class, and the readable images of each class.
-
-    Images are read once for all variants. Counts are saved after each batch.
-
-    Args:
-        context: The context.
-        images: Images to classify.
-        classifier: Predicts the classes.
-        crop: Crop of each image.
-        file: File of the counts.
-        variants: Corruptions, or CLEAN.
-        seed: Seed of the corruptions.
-
-    Raises:
-        UserError: If no image can be read.
-    """
+    """Count correct predictions by variant and class, and readable images by class; saved after each batch."""
     data, classes = images.data, len(images.classes)
     key = f"version {VERSION}, {len(variants)} variants: {data.spec} {data.fingerprint()}"
     first, *counts = file.load(key, 1 + (1 + len(variants)) * classes, len(data))
     total, *correct = torch.tensor(counts).view(-1, classes)
-    with (
-        progress(f"{len(variants)} variants of {data.spec}", len(data), context.console) as advance,
-        ThreadPool(0, "pixmim-corrupt") as pool,
-    ):
-        for batch, indices, end in iterate_in_order(data, crop, skipped=context.skipped(data), batch=256, first=first):
-            if len(indices):
-                labels = images.labels[indices]
-                for count, x in zip(correct, corrupted(batch, indices.tolist(), variants, seed, pool), strict=True):
-                    hits = labels[classifier.predict(x, images.outputs) == labels]
-                    count += torch.bincount(hits, minlength=classes)
-                total += torch.bincount(labels, minlength=classes)
+    skipped, title = context.skipped(data), f"{len(variants)} variants of"
+    with ThreadPool(0, "pixmim-corrupt") as pool:
+        for batch, indices, end in read_batches(data, crop, skipped, title, context.console, first=first):
+            labels = images.labels[indices]
+            for count, x in zip(correct, corrupted(batch, indices.tolist(), variants, seed, pool), strict=True):
+                hits = labels[classifier.predict(x, images.outputs) == labels]
+                count += torch.bincount(hits, minlength=classes)
+            total += torch.bincount(labels, minlength=classes)
             if len(variants) > 1 or end == len(data):  # each of ImageNet-C's 75 parts takes only seconds
                 file.save(key, [end, *torch.stack([total, *correct]).flatten().tolist()])
-            advance(end)
-    if not bool(total.any()):
-        raise UserError(f"no image of {data.spec} can be read")
     return torch.stack(correct), total
 
 
@@ -141,17 +108,11 @@ def corrupted(
     def start(variant: Variant) -> list[Future[Tensor]]:
         if variant == CLEAN:
             return []
-        function = partial(_corrupt, variant=variant, seed=seed)
-        return [pool.submit(function, image, index) for image, index in zip(images, indices, strict=True)]
+        pairs = zip(images, indices, strict=True)
+        return [pool.submit(corrupt, image, *variant, seed=seed, index=index) for image, index in pairs]
 
-    pending: deque[list[Future[Tensor]]] = deque()
-    for variant in [*variants, None]:
-        if variant is not None:
-            pending.append(start(variant))
-        if len(pending) > (variant is not None):
-            futures = pending.popleft()
-            yield torch.stack([future.result() for future in futures]) if futures else images
-
-
-def _corrupt(image: Tensor, index: int, *, variant: Variant, seed: int) -> Tensor:
-    return corrupt(image, *variant, seed=seed, index=index)
+    started = map(start, variants)
+    upcoming = next(started, [])
+    for _ in variants:
+        futures, upcoming = upcoming, next(started, [])
+        yield torch.stack([future.result() for future in futures]) if futures else images

@@ -28,11 +28,7 @@ def enlarge(x: Float[Tensor, "c h w"], factor: float) -> Float[Tensor, "c h w"]:
 def smear(x: Float[Tensor, "c h w"], radius: float, sigma: float, angle: float) -> Float[Tensor, "c h w"]:
     """Motion blur: average 2 ceil(radius) + 1 pixels along a line from each pixel, weighted by half a Gaussian.
 
-    Args:
-        x: The image; edge pixels are repeated outside it.
-        radius: Half the length of the line, in pixels.
-        sigma: Sigma of the Gaussian, in pixels.
-        angle: Direction in degrees: 0 to the right, 90 down.
+    Radius and sigma are in pixels, the angle in degrees: 0 to the right, 90 down. Edge pixels are repeated outside.
     """
     h, w = x.shape[1:]
     reach = 2 * math.ceil(radius)

@@ -5,7 +5,6 @@ The defaults are MAE's protocol on ADE20K (arXiv 2111.06377, appendix A.4): UPer
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import shares, shortened_list, warn_shared
-from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
 from pixmim.evaluation.segmentation.dataset import IGNORE, SegmentationDataset, open_segmentation
 from pixmim.evaluation.segmentation.model import segment
 from pixmim.evaluation.segmentation.train import build, fit
@@ -28,50 +27,31 @@ from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 _DRAWN = 6  # test images in the report
 
-
-@dataclass(frozen=True)
-class SegmentationSplits:
-    """Train and test images, all read once, with the logs of those that cannot be used."""
-
-    train: SegmentationDataset
-    test: SegmentationDataset
-    train_skipped: BadImageLog
-    test_skipped: BadImageLog
+Checked = tuple[SegmentationDataset, SegmentationDataset, BadImageLog, BadImageLog]
+"""Train and test images, all read once, with the logs of those that cannot be used."""
 
 
-def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> SegmentationSplits:
-    """Read all images and masks and build the model, once per context, before anything is trained.
-
-    Raises:
-        UserError: If the data or the settings cannot be used.
-    """
-
-    def make() -> SegmentationSplits:
-        spec, options = context.encoder.image_spec, {"ignore": settings.ignore, "foreground": settings.foreground}
-        train = open_segmentation(settings.train, spec, "training", **options)  # type: ignore[arg-type]
-        test = open_segmentation(settings.test, spec, "validation", train.classes, table=train.table)
-        build(context.encoder, settings, len(train.classes))
-        console = context.console or Console(quiet=True)
-        warn_shared(train.source, test.source, console)
-        splits = SegmentationSplits(train, test, context.skipped(train), context.skipped(test))
-        check_masks(train, splits.train_skipped, "train", console)
-        check_masks(test, splits.test_skipped, "test", console)
-        return splits
-
-    return context.cached(("segmentation", repr(settings)), make)
+@checked_once
+def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> Checked:
+    """Read all images and masks and build the model, before anything is trained. Raises UserError."""
+    spec, console = context.encoder.image_spec, context.console
+    train = open_segmentation(settings.train, spec, "training", ignore=settings.ignore, foreground=settings.foreground)
+    test = open_segmentation(settings.test, spec, "validation", train.classes, table=train.table)
+    build(context.encoder, settings, len(train.classes))
+    warn_shared(train.source, test.source, console)
+    skipped = context.skipped(train), context.skipped(test)
+    check_masks(train, skipped[0], "train", console)
+    check_masks(test, skipped[1], "test", console)
+    return train, test, *skipped
 
 
 def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
-    """Train a head and yield `segmentation_metrics` over the pixels of all test images, and the number of these.
-
-    Raises:
-        UserError: If the data or the settings cannot be used.
-    """
-    encoder, splits, console = context.encoder, check_segmentation(context, settings), context.console
-    train, test, skipped = splits.train, splits.test, splits.test_skipped
+    """Train a head and yield `segmentation_metrics` over the pixels of all test images, and the number of these."""
+    encoder, console = context.encoder, context.console
+    train, test, train_skipped, skipped = check_segmentation(context, settings)
     model, size = build(encoder, settings, len(train.classes))
     folder = context.work_dir("segmentation", settings)
-    fit(model, encoder, settings, train, size, folder=folder, skipped=splits.train_skipped, console=console)
+    fit(model, encoder, settings, train, size, folder=folder, skipped=train_skipped, console=console)
     model.eval()
 
     names, rows = train.classes, []
@@ -93,12 +73,8 @@ def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) 
     yield "images", len(test) - len(skipped)
 
 
-def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console) -> None:
-    """Read all images and masks; print the classes, their shares of the pixels, and what is left out.
-
-    Raises:
-        UserError: If fewer than two classes have pixels, or too many images or masks cannot be used.
-    """
+def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console | None) -> None:
+    """Read all images and masks; print classes, their shares of the pixels, and what is left out. Raises UserError."""
     counts = torch.zeros(256, dtype=torch.int64)
     with progress(f"checks {pairs.spec}", len(pairs), console) as advance:
         for index, pair in iterate_pairs(pairs, skipped):
@@ -154,9 +130,8 @@ def confusion_matrix(
 def segmentation_metrics(matrix: Int[Tensor, "k k"], classes: Sequence[str]) -> dict[str, float]:
     """Compute metrics in per cent from a confusion matrix (rows true, columns predicted).
 
-    Returns:
-        mIoU: mean IoU of the classes with a true pixel. aAcc: pixel accuracy. mAcc: mean recall of these classes.
-        majority: share of the most frequent class. iou/NAME: IoU of each class. Undefined values are NaN.
+    mIoU: mean IoU of the classes with a true pixel. aAcc: pixel accuracy. mAcc: mean recall of these classes.
+    majority: share of the most frequent class. iou/NAME: IoU of each class. Undefined values are NaN.
     """
     m = matrix.double()
     right, true, predicted = m.diagonal(), m.sum(dim=1), m.sum(dim=0)

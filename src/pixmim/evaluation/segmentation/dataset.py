@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -15,21 +16,17 @@ import numpy.typing as npt
 from jaxtyping import Shaped
 
 from pixmim.data.dataset import BadImage, DatasetWrapper, ImageDataset, ImageSpec
-from pixmim.data.decode.image import read_numbers
-from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import ImageFolder, from_folder
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
-from pixmim.evaluation.mask_files import MASK_SUFFIXES, MaskFiles, find_masks
+from pixmim.evaluation.mask_files import MASK_SUFFIXES, MaskFiles, find_masks, read_mask
 from pixmim.transforms.crops import Array
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.files import read_file, read_text
+from pixmim.utils.files import read_text, readable
 from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
-IGNORE = 255
-"""Class index of pixels that do not count."""
-NO_CLASS = 254
-"""Entry of a class table for values that do not belong to a class."""
+IGNORE = 255  # class index of pixels that do not count
+NO_CLASS = 254  # entry of a class table for values that do not belong to a class
 
 Split = Literal["training", "validation"]
 ClassMap = npt.NDArray[np.uint8]
@@ -39,15 +36,10 @@ _MAX_NAMES_BYTES = 2**20
 
 @dataclass(frozen=True)
 class MaskValues:
-    """Values found in mask files.
+    """Values found in mask files."""
 
-    Attributes:
-        counts: Pixels of each value (256).
-        solid: True for values that fill 2 x 2 pixels anywhere (256).
-    """
-
-    counts: npt.NDArray[np.int64]
-    solid: npt.NDArray[np.bool_]
+    counts: npt.NDArray[np.int64]  # pixels of each value (256)
+    solid: npt.NDArray[np.bool_]  # True for values that fill 2 x 2 pixels anywhere (256)
 
     def __str__(self) -> str:
         values = [v for v in np.argsort(-self.counts, kind="stable") if self.counts[v]]
@@ -58,12 +50,8 @@ class MaskValues:
 class SegmentationDataset(DatasetWrapper):
     """A dataset of images (h, w, c + 1) whose last channel is the mask: class indices or IGNORE.
 
-    Args:
-        source: The images.
-        read_mask: Returns the mask (h w) of an image index. Raises BadImage.
-        classes: Names of the classes.
-        table: Class index, IGNORE or NO_CLASS of each value in a mask file (256).
-        values: Returns the values found in the mask files.
+    `table` has the class index, IGNORE or NO_CLASS of each value in a mask file (256); `values` returns the values
+    found.
     """
 
     def __init__(
@@ -102,42 +90,44 @@ def open_segmentation(
 ) -> SegmentationDataset:
     """Open images with masks. A mask has the path of its image below `images/`, except for the suffix.
 
-    Args:
-        spec: `shapes:`, or a folder with `images/` and `masks/` (or `annotations/`). In ADE20K's layout both contain
-            `training/` and `validation/`; mask value 0 is then ignored, and 1 is the first class. Or a folder with
-            masks beside the images: see `mask_files`. Masks of single objects become background (0) and object (1).
-        image_spec: Channels and dtype of the images.
-        split: The part to open in ADE20K's layout.
-        classes: Names of the classes. None: lines of classes.txt, the table objectInfo150.txt of ADE20K, or else
-            "class 0" up to the largest value in the masks.
-        ignore: "auto", "none" or a mask value, see `SegmentationSettings`.
-        foreground: Mask value of the object; all other values are background.
-        table: Class table of the train data, to be used for test data.
-
-    Raises:
-        UserError: If the folder has another layout, classes.txt differs from `classes`, or mask values are not class
-            numbers.
+    `spec` is `shapes:`, or a folder with `images/` and `masks/` (or `annotations/`). In ADE20K's layout both contain
+    `training/` and `validation/`; mask value 0 is then ignored, and 1 is the first class. Or a folder with masks beside
+    the images: see `mask_files`. Masks of single objects become background (0) and object (1). By default, the classes
+    are lines of classes.txt, the table objectInfo150.txt of ADE20K, or else "class 0" up to the largest value in the
+    masks. `ignore` and `foreground` are those of `SegmentationSettings`; `table` is the class table of the train data,
+    for test data. Raises UserError for another layout, if classes.txt differs from `classes`, or if mask values are not
+    class numbers.
     """
     if spec.startswith("shapes:"):
-        return _from_shapes(SyntheticShapes.from_spec(spec, image_spec))
+        shapes = SyntheticShapes.from_spec(spec, image_spec)
+
+        def draw_mask(index: int) -> ClassMap:
+            sample = shapes.sample(index)
+            return (sample.mask * (sample.shape + 1)).astype(np.uint8)
+
+        return SegmentationDataset(shapes, draw_mask, ["background", *SHAPES])
     layout = _find_layout(spec, split)
-    paths, left_out = list(layout.beside.masks) if layout.beside else [], ""
-    if layout.beside is None:
+    beside, left_out = layout.beside, ""
+    if beside is None:
         folder = from_folder(layout.images, image_spec)
         paths = [str(Path(folder.path_of(i)).relative_to(layout.images)) for i in range(len(folder))]
-    elif layout.beside.without:
-        left_out = f"{layout.beside.without:,} images without a mask beside them are left out"
+    else:
+        paths = list(beside.masks)
+        left_out = f"{beside.without:,} images without a mask beside them are left out" * bool(beside.without)
     images = ImageFolder(spec, layout.images, paths, image_spec, left_out=left_out)
     listed = _read_class_names(layout.root)
     if listed is not None and classes is not None and listed != list(classes):
-        raise UserError(f"{layout.root} and the train data differ in their classes: {_difference(listed, classes)}")
-    names = list(classes or listed or (["background", "object"] if layout.beside and layout.beside.instances else []))
+        pairs = zip_longest(listed, classes)
+        first = next(f"number {i} is '{a}' instead of '{b}'" for i, (a, b) in enumerate(pairs) if a != b)
+        difference = first if len(listed) == len(classes) else f"{len(listed)} instead of {len(classes)}"
+        raise UserError(f"{layout.root} and the train data differ in their classes: {difference}")
+    names = list(classes or listed or (["background", "object"] if beside and beside.instances else []))
     values = lru_cache(1)(lambda: _count_values(spec, layout, paths))
     if table is None:
         table, names = _class_table(spec, layout, names, ignore, foreground, values)
     lookup = table
 
-    def read_mask(index: int) -> ClassMap:
+    def read_classes(index: int) -> ClassMap:
         raw = layout.read_mask(paths[index])
         mask = lookup[raw]
         if (mask == NO_CLASS).any():
@@ -147,7 +137,7 @@ def open_segmentation(
             )
         return mask
 
-    return SegmentationDataset(images, read_mask, names, lookup, values)
+    return SegmentationDataset(images, read_classes, names, lookup, values)
 
 
 @dataclass(frozen=True)
@@ -163,7 +153,11 @@ class _Layout:
     def read_mask(self, image: str) -> ClassMap:
         """Read the values of an image's mask; of a palette image the indices instead of the colors."""
         if self.beside is None:
-            return self._read_values(self._find_mask(image))
+            stem = self.masks / image
+            path = next((p for suffix in MASK_SUFFIXES if os.path.isfile(p := stem.with_suffix(suffix))), None)
+            if path is None:
+                raise BadImage(f"mask not found: {stem.with_suffix('.png')}")
+            return self._read_values(path)
         masks = [self.root / mask for mask in self.beside.masks[image]]
         if not self.beside.instances:
             return self._read_values(masks[0])
@@ -175,18 +169,8 @@ class _Layout:
             union = mask.astype(np.uint8) | union if union.size else mask.astype(np.uint8)
         return union
 
-    def _find_mask(self, image: str) -> Path:
-        stem = self.masks / image
-        path = next((p for suffix in MASK_SUFFIXES if os.path.isfile(p := stem.with_suffix(suffix))), None)
-        if path is None:
-            raise BadImage(f"mask not found: {stem.with_suffix('.png')}")
-        return path
-
     def _read_values(self, path: Path, color: bool = False) -> ClassMap:
-        try:
-            values = read_numbers(read_file(path, max_bytes()), color=color)
-        except (OSError, BadImage) as error:
-            raise BadImage(f"mask cannot be read: {path}, {getattr(error, 'strerror', None) or error}") from None
+        values = read_mask(path, color)
         low, high = values.min(), values.max()
         if low < 0 or high > IGNORE:
             raise BadImage(f"mask value outside 0 to 255: {low if low < 0 else high} in {path}")
@@ -280,19 +264,15 @@ def _class_table(
 def _count_classes(spec: str, first: int, values: MaskValues) -> int:
     """Return the number of classes, if mask values are class numbers from `first`. Raises UserError otherwise."""
     used = np.flatnonzero(values.counts[:IGNORE])
-    used = used[used >= first]
+    used, found = used[used >= first], f"the masks of {spec} contain {values}"
     if not len(used):
-        raise UserError(
-            f"the masks of {spec} contain {values}, and {'0 and 255 do' if first else '255 does'} not count: add "
-            "--foreground 255 if 255 is the object, or --ignore none if each value is a class"
-        )
+        fix = "--foreground 255 if 255 is the object, or --ignore none if each value is a class"
+        raise UserError(f"{found}, and {'0 and 255 do' if first else '255 does'} not count: add {fix}")
     _check_solid(spec, used, values)
     count = int(used[-1]) + 1 - first
     if 2 * len(used) < count:
-        raise UserError(
-            f"the masks of {spec} contain {values}, which are not class numbers counted from {first}: add --ignore "
-            "none to make each value a class, or name all classes in classes.txt"
-        )
+        fix = "--ignore none to make each value a class, or name all classes in classes.txt"
+        raise UserError(f"{found}, which are not class numbers counted from {first}: add {fix}")
     return count
 
 
@@ -312,10 +292,8 @@ def _read_class_names(root: Path) -> list[str] | None:
     file = next((root / name for name in ("classes.txt", "objectInfo150.txt") if os.path.lexists(root / name)), None)
     if file is None:
         return None
-    try:
+    with readable(file):
         lines = read_text(file, _MAX_NAMES_BYTES).splitlines()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     if file.name == "classes.txt":
         names = [line.strip() for line in lines if line.strip()]
     else:  # a table whose last column, NAME, lists synonyms
@@ -323,18 +301,3 @@ def _read_class_names(root: Path) -> list[str] | None:
     if not 0 < len(names) < IGNORE:
         raise UserError(f"{file} names {len(names)} classes; 1 to 254 are possible")
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
-def _difference(names: Sequence[str], expected: Sequence[str]) -> str:
-    if len(names) != len(expected):
-        return f"{len(names)} instead of {len(expected)}"
-    i = next(i for i in range(len(names)) if names[i] != expected[i])
-    return f"number {i} is '{names[i]}' instead of '{expected[i]}'"
-
-
-def _from_shapes(shapes: SyntheticShapes) -> SegmentationDataset:
-    def read_mask(index: int) -> ClassMap:
-        sample = shapes.sample(index)
-        return (sample.mask * (sample.shape + 1)).astype(np.uint8)
-
-    return SegmentationDataset(shapes, read_mask, ["background", *SHAPES])

@@ -28,12 +28,8 @@ _CHUNK = 16  # classes interpolated at once, which bounds the memory of a large 
 class Segmenter(nn.Module):
     """An encoder with a segmentation head: linear, or UPerNet (arXiv 1807.10221) as BEiT and MAE use it.
 
-    Args:
-        encoder: A ViT, Beit, Swin, CNN or ConvMAE.
-        head: "linear": BatchNorm and a 1x1 convolution on the last map, after the encoder's final norm; or "uper".
-        classes: Number of classes.
-        width: Channels of UPerNet.
-        frozen: Do not train the encoder.
+    "linear" is BatchNorm and a 1x1 convolution on the last map, after the encoder's final norm. UPerNet has `width`
+    channels. A frozen encoder is not trained.
     """
 
     def __init__(
@@ -84,10 +80,7 @@ def _build_neck(encoder: nn.Module) -> nn.ModuleList:
 class UPerHead(nn.Module):
     """UPerNet: pool the coarsest map at four scales, add it to the finer maps, and concatenate all.
 
-    Args:
-        sizes: Channels of the four maps, finest first.
-        classes: Number of classes.
-        width: Channels of the head.
+    `sizes` are the channels of the four maps, finest first; `width` is that of the head.
     """
 
     def __init__(self, sizes: list[int], classes: int, width: int) -> None:
@@ -152,14 +145,8 @@ def segment(
 ) -> Int[Tensor, "h w"]:
     """Predict the class of each pixel of an image of any size, on the encoder's device.
 
-    The image is resized to cover `size`, aspect kept. Windows overlap by a third and their scores are averaged, then
-    interpolated to the image's size.
-
-    Args:
-        model: A `Segmenter` in evaluation mode.
-        encoder: Gives device, precision and normalization.
-        image: The image, as a dataset returns it.
-        size: (h, w) of the windows in pixels.
+    The image is resized to cover `size`, aspect kept. Windows of `size` (h, w) overlap by a third and their scores are
+    averaged, then interpolated to the image's size.
     """
     resized = resize_to_cover(image, size, "bilinear").to(encoder.device)
     x = flip_and_normalize(resized[None], None, encoder.mean, encoder.std)

@@ -123,16 +123,11 @@ class JitteredCrop(Crop):
     Resize the image to cover `size` times a random scale, aspect kept, and crop `size` at a random position: the first
     of ten in which the most frequent class has less than `max_share` of the labeled pixels. An image smaller than
     the crop is continued by mirroring, which the mask ignores.
-
-    Attributes:
-        size: (h, w) of the result in pixels.
-        scale: Range of the scale.
-        max_share: Share of the most frequent class, in [0, 1].
     """
 
-    size: tuple[int, int]
-    scale: tuple[float, float] = (0.5, 2.0)
-    max_share: float = 0.75
+    size: tuple[int, int]  # (h, w) of the result in pixels
+    scale: tuple[float, float] = (0.5, 2.0)  # range of the scale
+    max_share: float = 0.75  # share of the most frequent class, in [0, 1]
 
     @property
     def num_uniforms(self) -> int:
