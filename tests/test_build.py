@@ -6,18 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pixmim.build import (
-    WithoutInitialization,
-    build_crop,
-    build_loss,
-    build_mask_sampler,
-    build_model,
-    build_on_meta,
-)
+from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model
 from pixmim.config import ArchitectureConfig, CropConfig, MaskConfig, PretrainConfig, TargetConfig
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
+from pixmim.utils.initialization import WithoutInitialization, build_on_meta
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 THIN = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}

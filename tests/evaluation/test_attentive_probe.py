@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from helpers.models import OTHERS, TINY
-from pixmim.build import build_model, seeded
+from pixmim.build import build_model
 from pixmim.config import PretrainConfig
 from pixmim.evaluation.attentive_probe import RATES, AttentiveProbe, fit, fit_probe, load_probe, predict, usable_queries
 from pixmim.evaluation.context import EvalContext, FeatureSet
@@ -31,6 +31,7 @@ from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
+from pixmim.utils.initialization import seeded
 
 Make = Callable[..., PretrainConfig]
 TRAIN, TEST = "shapes:count=30,size=32", "shapes:count=20,size=32,seed=1"

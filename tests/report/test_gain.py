@@ -114,6 +114,16 @@ def test_the_verdict_takes_the_best_evidence() -> None:
     assert judge() == ""
 
 
+def test_the_verdict_rests_on_the_most_labels() -> None:
+    def few_and_all(encoder: str, few: float, everything: float) -> dict[str, Any]:
+        low, high = wilson_ends(everything / 100, 200)
+        values = {"shots/5/top1": few, "shots/all/top1": everything}
+        return result(encoder, None, **values, **{"shots/all/top1/low": 100 * low, "shots/all/top1/high": 100 * high})
+
+    text = judge(few_and_all("trained", 20.0, 60.0), few_and_all("untrained", 40.0, 30.0))
+    assert "It learned: all labels per class: linear probe 60.0 % (53.1 to 66.5)" in text and "30.0 %" in text
+
+
 def test_without_a_measured_start_there_is_no_sentence() -> None:
     assert describe_gain(CONFIG, curve(50.0)) == describe_gain(CONFIG, []) == ""
     assert describe_gain(CONFIG, curve(50.0, 60.0)[2:]) == ""  # it begins after the first step

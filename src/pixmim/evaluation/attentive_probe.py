@@ -21,7 +21,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.build import seeded
 from pixmim.data.dataset import BadImage
 from pixmim.evaluation.classification import class_indices, compare_held_out, is_unequal, majority, rated, tally
 from pixmim.evaluation.context import EvalContext, Values
@@ -35,6 +34,7 @@ from pixmim.utils import rng
 from pixmim.utils.console import progress
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json, write_text_atomically
+from pixmim.utils.initialization import seeded
 from pixmim.utils.trust import inside
 from pixmim.weights.safe_load import read
 

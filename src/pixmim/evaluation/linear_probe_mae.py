@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixmim.build import seeded
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import LabeledSplits, evaluate_classifier, open_labeled
@@ -21,6 +20,7 @@ from pixmim.training.precision import autocast
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import RandomResizedCrop
 from pixmim.utils.errors import UserError
+from pixmim.utils.initialization import seeded
 
 MICROBATCH = 512  # images that BatchNorm computes statistics of; the published batch is 32 of these
 

@@ -21,6 +21,9 @@ _HEADLINES = [
 ]
 """Labels of the values that a verdict may rest on, the best first."""
 
+_PER_CLASS = " labels per class: "
+"""Between the number and the title of a value of --shots; the largest number comes last."""
+
 _LABELS_OR_BLOCK = re.compile(r"(shots|block)/([a-z0-9]{1,10})/((?:k([0-9]{1,9})/mean/)?(top1|balanced))")
 _MAX_FIGURES, _MAX_TICKS = 24, 100
 _AXES = {"shots": "labels per class", "block": "block"}
@@ -84,7 +87,7 @@ def verdict(
     columns = comparison.columns
     trained = next((columns.index(each) for each in (name, "trained") if each in columns), None)
     for title in _HEADLINES:
-        rows = [row for row in comparison.rows if title.fullmatch(row.label)]
+        rows = [row for row in comparison.rows if title.fullmatch(row.label.partition(_PER_CLASS)[2] or row.label)]
         row = next((row for row in reversed(rows) if trained is not None and row.cells[trained] is not None), None)
         if row is not None and trained is not None and (cell := row.cells[trained]) is not None:
             return _judge(row, cell, initial_cell(comparison, row, name))

@@ -97,12 +97,6 @@ def out_of_memory_hint(images: int, parts: int) -> Iterator[None]:
         ) from None
 
 
-def in_gib(size: float) -> str:
-    """Format a number of bytes in GiB."""
-    gib = size / 2**30
-    return f"{gib:,.0f}" if gib >= 10 else f"{gib:.1f}"
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an error means that the device or the machine has no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -100,3 +100,9 @@ def _read(path: Path) -> str:
     with suppress(OSError):
         return path.read_text()
     return ""
+
+
+def in_gib(size: float) -> str:
+    """Format a number of bytes in GiB."""
+    gib = size / 2**30
+    return f"{gib:,.0f}" if gib >= 10 else f"{gib:.1f}"

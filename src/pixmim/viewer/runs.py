@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from pixmim.build import WithoutInitialization, build_mask_sampler, build_model, build_on_meta
+from pixmim.build import build_mask_sampler, build_model
 from pixmim.config import MaskConfig, ModelConfig
 from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.masking import Mask
@@ -27,6 +27,7 @@ from pixmim.training.metric_logger import parse_metrics
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import open_regular
+from pixmim.utils.initialization import WithoutInitialization, build_on_meta
 from pixmim.utils.patches import grid_of
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import read_config

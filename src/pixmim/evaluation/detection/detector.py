@@ -13,7 +13,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
-from pixmim.build import seeded
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.detection.backbone import build_pyramid
@@ -29,6 +28,7 @@ from pixmim.training.precision import Precision, autocast
 from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import flip_and_normalize
 from pixmim.utils import rng
+from pixmim.utils.initialization import seeded
 
 _ENCODER = "backbone.module.encoder."
 _POSITIONS = "backbone.module.windowed.positions."

@@ -8,12 +8,13 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pixmim.build import build_encoder, seeded
+from pixmim.build import build_encoder
 from pixmim.config import ModelConfig
 from pixmim.models.cnn import is_cnn
 from pixmim.models.convmae import ConvMAEEncoder
 from pixmim.models.vit import init_like_mae
 from pixmim.utils.errors import UserError
+from pixmim.utils.initialization import seeded
 from pixmim.weights.adapt import interpolate_tables
 from pixmim.weights.detect import Weights
 

@@ -12,7 +12,6 @@ from jaxtyping import Float, Shaped
 from rich.console import Console
 from torch import Tensor
 
-from pixmim.build import seeded
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
@@ -27,6 +26,7 @@ from pixmim.training.trainer import Trainer
 from pixmim.transforms.crops import Array, Crop, cover_size, flip_and_normalize, resize
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
+from pixmim.utils.initialization import seeded
 
 _TRIES = 10
 COLOR_UNIFORMS = 9
