@@ -155,7 +155,7 @@ def test_the_rate_is_chosen_by_balanced_accuracy_where_classes_are_unequal() -> 
 
 
 def test_a_probe_of_a_rare_class_does_not_give_it_up() -> None:
-    """Of 400 images 20 are of the second class, which accuracy alone would never predict at the smallest rates."""
+    """Train on 400 images, 20 of them of the second class, which a choice by accuracy could never predict."""
     rare = torch.arange(400) % 20 == 0
 
     def features(seed: int) -> FeatureSet:

@@ -134,7 +134,7 @@ def open_list(spec: str, form: ImageSpec = RGB) -> ImageFolder:
 
 
 def _first_line(file: Path) -> str:
-    """Return the first line of a text file that is not blank; empty if there is none, or it cannot be read."""
+    """Return the first line of a text file that is not blank; empty without one, or if it cannot be read."""
     try:
         with open(open_regular(file), "rb") as stream:
             head = stream.read(4 * _MAX_LENGTH)

@@ -267,7 +267,7 @@ def load_newest_probe(run: Path, step: int) -> tuple[AttentiveProbe, list[str]]:
     """Return the newest attentive probe of a run, and its classes. The folder may be untrusted.
 
     Raises:
-        UserError: If there is none, or its encoder is of another `step`.
+        UserError: If the run has no probe, or its encoder is of another `step`.
     """
     files = sorted(inside(run, "evaluations").glob("attentive-trained-*.safetensors"), key=lambda f: f.lstat().st_mtime)
     if not files:

@@ -165,7 +165,7 @@ class Page:
     def attention(self, image: str, run: int) -> dict[str, Any]:
         """Return attention over an image as data URLs by column: of the queries of a run's attentive probe.
 
-        Without a probe of the newest weights it is that of the last block. Raises UserError if there is none either.
+        Without a probe of the newest weights it is that of the last block. Raises UserError if it has no maps either.
         """
         config, (encoder, step) = self._run(run).config, self._models.encoder(run)
         try:
