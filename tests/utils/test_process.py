@@ -77,13 +77,13 @@ def wait_for(child: "subprocess.Popen[str]", word: str = "ready") -> None:
     assert line == word + "\n", line + child.communicate()[1]
 
 
-def end(child: "subprocess.Popen[str]", status: int, limit: float = SLACK) -> str:
-    """Wait for a process to end with a status, and return what it wrote to stderr."""
+def end(child: "subprocess.Popen[str]", *statuses: int, limit: float = SLACK) -> str:
+    """Wait for a process to end with one of several statuses, and return what it wrote to stderr."""
     try:
         _, text = child.communicate(timeout=limit)
     finally:
         child.kill()
-    assert child.returncode == status, text
+    assert child.returncode in statuses, text
     assert "Traceback" not in text and "Exception" not in text
     return text
 
@@ -135,7 +135,7 @@ def test_a_signal_that_arrives_twice_counts_once_and_temporary_files_are_removed
     wait_for(child)
     child.send_signal(signal.SIGINT)
     child.send_signal(signal.SIGTERM)
-    end(child, 130)
+    end(child, 130, 143)  # of either: the kernel may deliver both at once
     assert not list(tmp_path.iterdir())
 
 
