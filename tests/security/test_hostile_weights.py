@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 
 from helpers import official
 from helpers.cli import say
-from pixmim import build, create_model, load_encoder, load_model
+from pixmim import create_model, load_encoder, load_model
 from pixmim.build import build_encoder, build_mask_sampler, build_model
 from pixmim.config import PretrainConfig
 from pixmim.config_io import from_json, to_json
 from pixmim.evaluation.frozen_encoder import frozen_encoder_from_weights
 from pixmim.models import create_encoder
+from pixmim.utils import initialization
 from pixmim.utils.errors import UserError, shown
 from pixmim.weights import load, safe_load
 from pixmim.weights.detect import Weights, read_weights
@@ -242,7 +243,7 @@ def test_sizes_unlike_the_tensors_take_no_memory(
     options: dict[str, Any], fields: dict[str, Any], hostile: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Building the model would raise another error, since no memory is free."""
-    monkeypatch.setattr(build, "free_memory", lambda: 0)
+    monkeypatch.setattr(initialization, "free_memory", lambda: 0)
     folder = hostile(options=options, **fields)
     for name in (folder, folder / "encoder/model.safetensors"):
         with pytest.raises(
@@ -256,7 +257,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_built(
     tiny_run: Make, hostile: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = hostile()
-    monkeypatch.setattr(build, "free_memory", lambda: 1000)
+    monkeypatch.setattr(initialization, "free_memory", lambda: 1000)
     for build_any in (build_model, build_encoder):
         with pytest.raises(UserError, match=r"vit_tiny_patch16_224 needs .* GiB"):
             build_any(tiny_run())
