@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -132,7 +132,7 @@ class Run:
         return f"{self.data}-{self.arm}-{self.seed}"
 
 
-def plan(only: Mapping[str, Any] | tuple[str, ...] = tuple(SETS)) -> list[Run]:
+def plan(only: Collection[str] = tuple(SETS)) -> list[Run]:
     """Return the runs of some sets, in order."""
     return [Run(SETS[name][0], arm, seed) for name in SETS if name in only for seed in SEEDS for arm in SETS[name][1]]
 
@@ -177,7 +177,12 @@ def pretrain_config(run: Run, scale: Scale, objects: str, device: str = "auto") 
 
 def finetune_changes(run: Run, scale: Scale) -> FinetuneOverrides:
     """Return what differs from DeiT III's recipe: the length, a batch and a rate for it, and the arm's crop."""
-    common = {"epochs": scale.supervised_epochs, "batch_size": scale.batch, "base_lr": 6e-3, "drop_path": 0.0}
+    common: dict[str, Any] = {
+        "epochs": scale.supervised_epochs,
+        "batch_size": scale.batch,
+        "base_lr": 6e-3,
+        "drop_path": 0.0,
+    }
     return FinetuneOverrides(**common | {"crop": "random-resized"} | SUPERVISED[run.arm])
 
 

@@ -155,10 +155,10 @@ class Results:
         )
         images = np.full(len(arms), counts["corrupt" if measure == NOISE or "robustness" in measure else "test"], float)
         if measure == BIAS:  # a share of the decisions for shape or texture only
-            decided = (
+            cues = [
                 self.layout(data, arms, f"shape-bias/probe/{cue}", self.scale.steps) for cue in ("shape", "texture")
-            )
-            images = sum(decided).mean(axis=1) / 100 * counts["conflict"]
+            ]
+            images = (cues[0] + cues[1]).mean(axis=1) / 100 * counts["conflict"]
         return 196 * float(np.sqrt((np.square(list(weights.values())) * share * (1 - share) / images).sum()))
 
 
