@@ -32,22 +32,25 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, also in chi
 
 
 SLOWEST = (
-    "training/test_distributed_training.py",
-    "training/test_compile.py",
     "security/test_no_pickle.py",
-    "test_quickstart.py",
-    "viewer/test_browser.py",
-    "evaluation/robustness/test_robustness.py",
-    "training/test_fault_tolerance.py",
-    "cli/test_cli.py",
+    "training/test_compile.py",
     "export/test_export.py",
-    "test_packaging.py",
-    "cli/test_slurm.py",
-    "security/test_hostile_images.py",
-    "utils/test_process.py",
-    "export/test_class_tokens_and_fusion.py",
+    "training/test_distributed_training.py",
+    "viewer/test_browser.py",
+    "training/test_fault_tolerance.py",
+    "evaluation/robustness/test_robustness.py",
+    "test_quickstart.py",
     "test_build.py",
-    "evaluation/test_held_out.py",
+    "evaluation/test_finetune.py",
+    "export/test_class_tokens_and_fusion.py",
+    "utils/test_process.py",
+    "cli/test_cli.py",
+    "evaluation/segmentation/test_segmentation.py",
+    "cli/test_slurm.py",
+    "test_packaging.py",
+    "security/test_hostile_images.py",
+    "security/test_hostile_names.py",
+    "security/test_untrusted_run.py",
 )
 """Modules that take 10 seconds or more come first, so that all processes end at the same time."""
 
