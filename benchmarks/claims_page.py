@@ -17,7 +17,7 @@ from claims import ARMS, DATA, RADII, SEEDS, SETS, Run, Scale, is_finished, plan
 from scipy import stats
 
 from pixmim.utils.files import write_text_atomically
-from pixmim.utils.plotting import PLOT_COLORS, Axes, Figure, FigureCanvasSVG, matplotlib
+from pixmim.utils.plotting import PLOT_COLORS, Axes, Figure, matplotlib
 
 BEGIN, END = "<!-- results: written by `make claims-page` -->", "<!-- end of the results -->"
 
@@ -129,7 +129,8 @@ class Results:
             noise = [
                 values.get(f"robustness/in_memory/probe/corruption/{n}_noise") for n in ("gaussian", "shot", "impulse")
             ]
-            return None if None in noise else sum(noise) / 3
+            known = [value for value in noise if value is not None]
+            return sum(known) / 3 if len(known) == 3 else None
         return values.get(measure)
 
     def layout(self, data: str, arms: Sequence[str], measure: str, step: int) -> npt.NDArray[np.float64]:
@@ -372,7 +373,7 @@ def draw(results: Results, path: Path) -> bool:
                 frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=4, columnspacing=1, handlelength=1
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+        figure.savefig(path, format="svg", metadata={"Date": None})
     return True
 
 

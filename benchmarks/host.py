@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from steps import Compile, Ours
@@ -66,7 +67,13 @@ def main() -> None:
 
 
 def host_step(depth: int, compile: Compile) -> Ours:
-    options = {"embed_dim": WIDTH, "depth": depth, "num_heads": 2, "decoder_dim": WIDTH, "decoder_heads": 2}
+    options: dict[str, Any] = {
+        "embed_dim": WIDTH,
+        "depth": depth,
+        "num_heads": 2,
+        "decoder_dim": WIDTH,
+        "decoder_heads": 2,
+    }
     return Ours("mae", "vit_base_patch16_224", SIZE, "fp32", torch.device("cpu"), None, compile, **options)
 
 

@@ -50,7 +50,10 @@ def neck(x: Tensor, state: State) -> Tensor:
 
 def heads(width: int, final: int) -> State:
     generator = torch.Generator().manual_seed(1)
-    shapes = {"backbone.mask_token": (1, width, 1, 1), "backbone.mask_gamma": (1, width, 1, 1)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "backbone.mask_token": (1, width, 1, 1),
+        "backbone.mask_gamma": (1, width, 1, 1),
+    }
     shapes |= {"neck.decoder_pred.0.weight": (3072, final, 1, 1), "neck.decoder_pred.0.bias": (3072,)}
     return {key: torch.randn(shape, generator=generator) * 0.3 for key, shape in shapes.items()}
 

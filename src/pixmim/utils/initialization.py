@@ -31,7 +31,9 @@ class WithoutInitialization(TorchFunctionMode):
     It takes most of the time of building a model, above all on the meta device, where each step of it is Python.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in _RANDOM or name in _SCALING:
             tensor, *values = [*args, *kwargs.values()]

@@ -214,7 +214,7 @@ def _resnet(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
 def _convnext(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     """Return timm's name, keywords and image size of a ConvNeXt."""
     stages = range(_count(tensors, "encoder.stages"))
-    depths = tuple(_count(tensors, f"encoder.stages.{stage}.blocks") for stage in stages)
+    depths: Any = tuple(_count(tensors, f"encoder.stages.{stage}.blocks") for stage in stages)
     dims = [tensors[f"encoder.stages.{stage}.blocks.0.norm.weight"].shape[0] for stage in stages]
     name, options = CONVNEXTS.get((dims[0], depths)), Options()
     if name is None:

@@ -86,7 +86,8 @@ def _architecture(start: ModelConfig, has_decoder: bool) -> tuple[ArchitectureCo
             check_plain(encoder, model.backbone)
         model = replace(model, name="simmim" if is_simmim else "mae", options=options)
     if is_cnn(encoder):
-        return model, encoder.feature_info[-1]["reduction"]
+        info: Any = encoder.feature_info
+        return model, int(info[-1]["reduction"])
     if has_decoder:
         return model, 1
     width = int(encoder.num_features)

@@ -53,7 +53,7 @@ def build(config: ModelConfig, drop_path: float, head_std: float, seed: int) -> 
         classifier: Any = build_encoder(replace(config, model=model))
         if isinstance(classifier, ConvMAEEncoder):
             init_like_mae(classifier)
-        head = classifier.head if isinstance(classifier, ConvMAEEncoder) else classifier.get_classifier()
+        head: Any = classifier.head if isinstance(classifier, ConvMAEEncoder) else classifier.get_classifier()
         nn.init.normal_(head.weight, std=head_std)
         nn.init.zeros_(head.bias)
     return classifier.requires_grad_(True)
