@@ -5,11 +5,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -76,7 +75,7 @@ def parallelize(
     """
     if config.recompute:
         for block in transformer_blocks(model):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = recomputed(block.forward)
     parts = {"blocks": transformer_blocks(model), "full": [model]}
     for part in parts.get(config.compile, []):
         part.compile(fullgraph=True, dynamic=False)
@@ -100,6 +99,16 @@ def parallelize(
         for module in [*transformer_blocks(model), model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
+
+
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a forward pass that keeps its inputs only. A Python function: torch.compile does not trace a `partial`."""
+
+    def recompute(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return result
+
+    return recompute
 
 
 @contextmanager
