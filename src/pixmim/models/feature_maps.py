@@ -58,7 +58,7 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
         output: Tensor = network.forward_features(images)
         # ConvNeXt pools before its norm; MobileNet has a layer of the classifier, which pre-training does not reach.
         is_plain = network.head_hidden_size == network.num_features
-        vector = network.forward_head(output, pre_logits=True) if is_plain else final.mean(dim=(2, 3))
+        vector = network.forward_head(output, pre_logits=True) if is_plain else output.mean(dim=(2, 3))
         return Features(vector[:, None], [final_norm(network)(output)])
     raise unsupported_encoder(encoder)
 

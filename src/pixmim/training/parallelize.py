@@ -5,8 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -87,7 +86,7 @@ def parallelize(
         if any(batch_norms(block) for block in blocks):
             raise UserError("--parallel.recompute would count each image twice in batch norms: leave it out")
         for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = recomputed(block.forward)
     parts = {"blocks": blocks, "full": [model]}
     for part in parts.get(config.compile, []):
         part.compile(fullgraph=True, dynamic=False)
@@ -111,6 +110,16 @@ def parallelize(
         for module in [*blocks, model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return model
+
+
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a forward pass that keeps its inputs only. A Python function: torch.compile does not trace a `partial`."""
+
+    def recompute(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return result
+
+    return recompute
 
 
 @contextmanager
