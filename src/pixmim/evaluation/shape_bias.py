@@ -73,8 +73,8 @@ def evaluate_shape_bias(context: EvalContext, settings: ShapeBiasSettings) -> Va
     for i, name in enumerate(names):
         rows = shapes == i
         if bool((rows & conflict).any()):
-            *shares, biases[name] = shape_decisions(predicted[rows], shapes[rows], textures[rows])
-            yield from _decided(f"{kind}/category/{name}", *shares, biases[name])
+            by_shape, by_texture, biases[name] = shape_decisions(predicted[rows], shapes[rows], textures[rows])
+            yield from _decided(f"{kind}/category/{name}", by_shape, by_texture, biases[name])
     yield f"{kind}/balanced", 100 * float(torch.tensor(list(biases.values()), dtype=torch.float64).nanmean())
     title = "its own classifier" if kind == "head" else "a linear probe"
     context.images[f"Shape bias by category, {title}"] = draw(biases, decisions[2])

@@ -54,7 +54,7 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
         return ""
     first, last = lines[0], lines[-1]
     key, images = find_key(pattern, first) or "", int(first[COUNT])
-    shares = [line.get(key) for line in (first, last)]  # the file may be untrusted
+    shares: list[Any] = [line.get(key) for line in (first, last)]  # the file may be untrusted
     if not 1 <= images == last[COUNT] or not all(is_number(share) and 0 <= share <= 100 for share in shares):
         return ""
     correct = [round(line[key] * images / 100) for line in (first, last)]
