@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from pixmim.build import (
-    WithoutInitialization,
     build_crop,
     build_loss,
     build_mask_sampler,
     build_model,
-    build_on_meta,
 )
 from pixmim.config import ArchitectureConfig, CropConfig, MaskConfig, PretrainConfig, TargetConfig
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.transforms.crops import flip_and_normalize
+from pixmim.utils.building import WithoutInitialization, build_on_meta
 from pixmim.utils.errors import UserError
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}

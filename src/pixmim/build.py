@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.data.dataset import ImageSpec
@@ -20,11 +19,10 @@ from pixmim.models.base import MaskedModel
 from pixmim.targets import ColorBins, LowFrequency, Pixels
 from pixmim.training.find_batch_size import in_gib
 from pixmim.transforms.crops import CenterCrop, Crop, RandomResizedCrop, SimpleResizedCrop
-from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.building import build_on_meta
+from pixmim.utils.errors import UserError
 from pixmim.utils.memory import free_memory
 from pixmim.utils.patches import grid_of
-
-Module = TypeVar("Module", bound=nn.Module)
 
 _UNKNOWN = "the pre-training of these weights is unknown: no mask and no target to reconstruct with"
 
@@ -145,38 +143,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
-
-
-class WithoutInitialization(TorchFunctionMode):
-    """Skip random initialization within a `with` statement, for modules whose weights are loaded afterwards.
-
-    It takes most of the time of building a model, above all on the meta device, where each step of it is Python.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name in _RANDOM or name in _SCALING:
-            tensor, *values = [*args, *kwargs.values()]
-            constant = all(isinstance(value, int | float | None) for value in values)
-            if name in _RANDOM or (constant and isinstance(tensor, Tensor) and tensor.is_meta):
-                return kwargs.get("tensor", tensor)
-        return func(*args, **kwargs)
-
-
-_RANDOM, _SCALING = {"uniform_", "normal_", "erfinv_"}, {"mul_", "add_", "clamp_", "zero_", "fill_"}
-
-
-def build_on_meta(build: Callable[[], Module], name: str) -> Module:
-    """Build a module on PyTorch's meta device, without memory for its weights.
-
-    Raises:
-        UserError: With the `name` of the model, if its sizes do not fit together.
-    """
-    with torch.device("meta"), WithoutInitialization():
-        try:
-            return build()
-        except RuntimeError as error:
-            raise UserError(f"{name} cannot be built: {first_line(error)}") from error
 
 
 def check_memory(build: Callable[[], nn.Module], name: str) -> None:

@@ -92,7 +92,8 @@ def slurm(args: list[str]) -> int:
         from pixmim.run_folder import check_same_run, with_full_paths
 
         check_same_run(with_full_paths(config, out), out)
-    from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, build_on_meta
+    from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model
+    from pixmim.utils.building import build_on_meta
 
     build_mask_sampler(config, build_on_meta(lambda: build_model(config), config.model.backbone).patch)
     build_crop(config)

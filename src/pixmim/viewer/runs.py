@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from pixmim.build import WithoutInitialization, build_mask_sampler, build_model, build_on_meta
+from pixmim.build import build_mask_sampler, build_model
 from pixmim.config import MaskConfig, ModelConfig
 from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.masking import Mask
@@ -25,6 +25,7 @@ from pixmim.targets import low_pass
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.metric_logger import parse_metrics
 from pixmim.transforms.crops import flip_and_normalize
+from pixmim.utils.building import WithoutInitialization, build_on_meta
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import open_regular
 from pixmim.utils.patches import grid_of

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pixmim.build import Module, WithoutInitialization, build_encoder, build_model, build_on_meta
+from pixmim.build import build_encoder, build_model
 from pixmim.config import ArchitectureConfig, ModelConfig, PretrainConfig
 from pixmim.config_io import portable, pretrain_config, to_json
 from pixmim.models.base import MaskedModel
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.find_batch_size import in_gib
 from pixmim.training.optim import Schedule
+from pixmim.utils.building import Module, WithoutInitialization, build_on_meta
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_folder, check_new, write_text_atomically
 from pixmim.utils.memory import free_memory

@@ -9,9 +9,10 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 
-from pixmim.build import build_encoder, build_on_meta
+from pixmim.build import build_encoder
 from pixmim.config import ArchitectureConfig, MaskConfig, ModelConfig, Option, PretrainConfig, TargetConfig
 from pixmim.models.vit import check_plain
+from pixmim.utils.building import build_on_meta
 from pixmim.utils.errors import UserError
 from pixmim.weights.load import resolve_model
 from pixmim.weights.published import describe_timm
