@@ -1,5 +1,6 @@
 """pixmim evaluate, report and coverage."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,15 +71,15 @@ def evaluate(args: list[str]) -> int:
     return tyro.cli(checked(command), prog=f"pixmim evaluate {name}", description=about, args=args[1:])
 
 
-def _chosen(evaluation: str, settings: dict[str, Any], choice: ChoiceFlags) -> dict[str, Any]:
+def _chosen(evaluation: str, settings: Mapping[str, Any], choice: ChoiceFlags) -> dict[str, Any]:
     """Return settings with the patterns of `choice` in their data. Raises UserError if these are no labeled images."""
     if choice == ChoiceFlags():
-        return settings
+        return dict(settings)
     known = ("train", "test", "labelled", "data") if evaluation not in ("segmentation", "detection") else ()
     names = [name for name in known if settings.get(name)]
     if not names:
         raise UserError("--include and --exclude choose labeled images: pass --train and --test, or --labelled")
-    return settings | {name: choice.choose(settings[name]) for name in names}
+    return {**settings} | {name: choice.choose(settings[name]) for name in names}
 
 
 def _overview() -> str:

@@ -20,10 +20,12 @@ class WithoutInitialization(TorchFunctionMode):
     It takes most of the time of building a model, above all on the meta device, where each step of it is Python.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in _RANDOM or name in _SCALING:
-            tensor, *values = [*args, *kwargs.values()]
+            tensor, *values = (*args, *kwargs.values())
             constant = all(isinstance(value, int | float | None) for value in values)
             if name in _RANDOM or (constant and isinstance(tensor, Tensor) and tensor.is_meta):
                 return kwargs.get("tensor", tensor)
