@@ -19,7 +19,7 @@ from pixmim.data.uri import absolute, read_parts, with_patterns
 from pixmim.evaluation.classification import check_labeled
 from pixmim.utils.errors import UserError
 
-Write = Callable[[str], str]
+Write = Callable[..., str]
 
 
 @pytest.fixture
