@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -336,8 +337,9 @@ def test_a_list_with_classes_is_refused_as_a_table_is(pictures: Path) -> None:
 
 
 def test_tables_of_other_programs(write: Write, pictures: Path) -> None:
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = pa.table({"path": ["cats/0.jpg", "cats/1.jpg", "dogs/0.jpg"], "label": [1.0, None, 20.0]})
+    pyarrow: Any = pytest.importorskip("pyarrow")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"path": ["cats/0.jpg", "cats/1.jpg", "dogs/0.jpg"], "label": [1.0, None, 20.0]})
     parquet.write_table(table, pictures / "pandas.parquet")  # pandas: integers with a missing value
     assert open_dataset(f"{pictures}/pandas.parquet").classes == ["1", "20"]
     assert open_dataset(write("path,label\ncats/0.jpg,a\ndogs/0.jpg,b\n", "commas.tsv")).classes == ["a", "b"]

@@ -261,8 +261,9 @@ def test_attention_is_that_of_the_queries_of_a_probe_of_these_weights(two_runs: 
     drawn = page.attention("d3", 0)
     assert "2 classes" in drawn["about"] and len(drawn["columns"]) == 4
     crop = evaluation_crop(encoder.size).crop(pixmim.open_dataset(DATA, encoder.image_spec).image(3))
+    module: Any = encoder.module
     with torch.no_grad():
-        tokens = encoder.module.forward_features(encoder.preprocess(crop[None]))[0, 1:].double()
+        tokens = module.forward_features(encoder.preprocess(crop[None]))[0, 1:].double()
     for name, url in drawn["columns"].items():  # a loop in float64
         query = probe.queries[int(name.removeprefix("query ")) - 1].detach().double()
         scores = [float(query @ token) / 32**0.5 for token in tokens]
