@@ -264,10 +264,9 @@ def _run_tasks(folder: Path, notes: Path, interrupt: bool) -> int:
         tasks[0].until(lambda: metrics.exists() and metrics.stat().st_size > 0)
         for task in tasks:
             os.kill(task.pids[0], signal.SIGUSR1)
-    statuses = []
     for task in tasks:
         task.processes[0].join(120)
-        statuses.append(task.processes[0].exitcode)
+    statuses = [-1 if task.processes[0].exitcode is None else task.processes[0].exitcode for task in tasks]
     assert all(status in (0, 130) for status in statuses), "".join(task.text for task in tasks)
     return max(status or 0 for status in statuses)
 

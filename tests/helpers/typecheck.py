@@ -17,7 +17,7 @@ import jaxtyping
 from beartype import BeartypeConf
 from beartype import beartype as _beartype
 
-check = _beartype(conf=BeartypeConf(is_pep484_tower=True))
+check = _beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 
 _jaxtyped = jaxtyping.jaxtyped
 _checks: dict[CodeType, "_Checks"] = {}
