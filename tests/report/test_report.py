@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from helpers.evaluated import measured
 from helpers.runs import train
@@ -202,7 +203,10 @@ def test_neighbors_are_added_and_kept_beside_the_run(runs: list[Path], tmp_path:
     html = write_report(runs[:1], tmp_path / "page.html", neighbors=True).read_text()
     assert html.count("data:image/jpeg;base64,") == 20 * 7 + 20 * 2 and "cosine 0." in html
     assert not re.search(r'(?:src|href)="(?!data:|#)', html)
-    assert (runs[0] / "index.safetensors").exists()
+    unit = load_file(runs[0] / "index.safetensors")["unit"].double()
+    cosines = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
+    typical = float(re.search(r"two random images have\s+(\d\.\d{4}) \(median\)", html)[1])  # type: ignore[index]
+    assert cosines.quantile(0.3) < typical < cosines.quantile(0.7)  # of 20 of them with all
 
 
 def test_neighbors_of_one_image_are_a_warning(tiny_run: Make, tmp_path: Path) -> None:

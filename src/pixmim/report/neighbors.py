@@ -33,6 +33,7 @@ class NeighborSheet:
     rows: list[list[Thumbnail]]  # random images, each followed by those most similar to it
     pairs: list[tuple[Thumbnail, Thumbnail]]  # the pairs most alike, the most similar first
     images: int
+    typical: float  # median cosine of a random image and any other
 
 
 def draw_neighbors(
@@ -48,7 +49,7 @@ def draw_neighbors(
     def draw(number: int, cosine: float | None = None) -> Thumbnail:
         columns = file_columns(data, [number])
         texts = [label(columns["file"][0].rpartition("/")[2], 24), *columns.get("class", [])]
-        texts += [] if cosine is None else [f"cosine {cosine:.4f}"]
+        texts += [] if cosine is None else [f"cosine {cosine:.6f}"]
         try:
             jpeg = thumbnail(data.image(number), config, _SIDE)
         except BadImage:
@@ -64,4 +65,5 @@ def draw_neighbors(
         for number, vector in queries
     ]
     pairs = [(draw(i), draw(j, cosine)) for i, j, cosine in index.duplicates(_PAIRS)]
-    return NeighborSheet(rows, pairs, len(data))
+    cosines = index.unit[chosen].float() @ index.unit.float().T
+    return NeighborSheet(rows, pairs, len(data), float(cosines.median()))
