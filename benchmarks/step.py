@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from plain_mae import PlainMAE
-from steps import COMPILE, Ours, Step, huggingface_mae, memory, theirs, training_flops
+from steps import COMPILE, Compile, Ours, Step, huggingface_mae, memory, theirs, training_flops
 from timing import CLOCKS, interleaved, largest_costs, machine, product_rate, stated_peak
 from torch import Tensor, nn
 
@@ -96,7 +96,7 @@ def candidates(options: argparse.Namespace, device: torch.device, fast: str) -> 
     rows: dict[str, Row] = {}
     others, thin = peers(), decoder(options.backbone)
     for precision in dict.fromkeys(("fp32", fast)):
-        compile = options.compile if precision == fast else "none"
+        compile: Compile = options.compile if precision == fast else "none"
         for name, target in (("pixmim MAE", pixmim.Pixels()), (PIXMIM, None)):
             ours = Ours("mae", options.backbone, options.size, precision, device, target, compile, **shape(options))
             rows[f"{name}, {precision}"] = Row(ours, precision, ours.model)
