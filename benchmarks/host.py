@@ -37,15 +37,16 @@ GRID, BATCH = (14, 14), 256
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="also measure compiled blocks")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: with the casts of a GPU")
     parser.add_argument("--rounds", type=int, default=50)
     options = parser.parse_args()
     retain_freed_memory()
     torch.set_num_threads(1)
-    print(f"{machine()}; median of {options.rounds}, ms of the processor")
+    print(f"{machine()}; {options.precision}; median of {options.rounds}, ms of the processor")
     print(f"{'a step of':<22}{'forward':>9}{'loss':>9}{'backward':>9}{'update':>9}{'all':>9}{'least':>9}")
     kinds: list[Compile] = ["none", "blocks"] if options.compile else ["none"]
     steps = {
-        f"{name}{', compiled' * (kind != 'none')}": host_step(depth, kind)
+        f"{name}{', compiled' * (kind != 'none')}": host_step(depth, kind, options.precision)
         for kind in kinds
         for name, depth in DEPTHS.items()
     }
@@ -66,6 +67,7 @@ def main() -> None:
         print(f"{name:<22}{seconds / BATCH * 1e6:9.2f}")
 
 
+<<<<<<< HEAD
 def host_step(depth: int, compile: Compile) -> Ours:
     options: dict[str, Any] = {
         "embed_dim": WIDTH,
@@ -75,6 +77,13 @@ def host_step(depth: int, compile: Compile) -> Ours:
         "decoder_heads": 2,
     }
     return Ours("mae", "vit_base_patch16_224", SIZE, "fp32", torch.device("cpu"), None, compile, **options)
+=======
+def host_step(depth: int, compile: Compile, precision: str) -> Ours:
+    sizes: dict[str, Any] = {"embed_dim": WIDTH, "num_heads": 2, "decoder_dim": WIDTH, "decoder_heads": 2}
+    return Ours(
+        "mae", "vit_base_patch16_224", SIZE, precision, torch.device("cpu"), None, compile, depth=depth, **sizes
+    )
+>>>>>>> h-gpu
 
 
 def staged(step: Ours, images: Tensor) -> list[float]:

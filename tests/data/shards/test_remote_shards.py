@@ -411,7 +411,9 @@ def test_batches_do_not_depend_on_the_bound(many: tuple[str, Slow, int], shards:
 
 def test_sequential_reads_prefetch(many: tuple[str, Slow, int], tmp_path: Path) -> None:
     url, slow, _ = many
-    making = threading.Thread(target=make_cache, args=(open_cache(url), tmp_path / "again", (16, 16)))
+    source = open_cache(url)
+    # Eight images are read ahead: four shards, fewer than are prefetched.
+    making = threading.Thread(target=make_cache, args=(source, tmp_path / "again", (16, 16)), kwargs={"per_shard": 8})
     making.start()
     assert {0, 1, 2, 3} <= set(slow.wait(4))  # others download while the first is awaited
     for gate in slow.gates:
