@@ -94,17 +94,10 @@ class Predicting(nn.Module):
 
     def __init__(self, backbone: str) -> None:
         super().__init__()
-<<<<<<< HEAD
-        self.body: Any = timm.create_model(backbone, num_classes=0)
-        body: Any = self.body
-        self.stride = int(body.feature_info[-1]["reduction"])
-        self.head = nn.Conv2d(int(body.num_features), 3 * self.stride**2, 1)
-=======
         body: Any = timm.create_model(backbone, num_classes=0)
         self.body = body
         self.stride: int = body.feature_info[-1]["reduction"]
         self.head = nn.Conv2d(body.num_features, 3 * self.stride**2, 1)
->>>>>>> h-gpu
 
     def forward(self, images: Tensor) -> Tensor:
         predicted = nn.functional.pixel_shuffle(self.head(self.body.forward_features(images)), self.stride)

@@ -67,23 +67,11 @@ def main() -> None:
         print(f"{name:<22}{seconds / BATCH * 1e6:9.2f}")
 
 
-<<<<<<< HEAD
-def host_step(depth: int, compile: Compile) -> Ours:
-    options: dict[str, Any] = {
-        "embed_dim": WIDTH,
-        "depth": depth,
-        "num_heads": 2,
-        "decoder_dim": WIDTH,
-        "decoder_heads": 2,
-    }
-    return Ours("mae", "vit_base_patch16_224", SIZE, "fp32", torch.device("cpu"), None, compile, **options)
-=======
 def host_step(depth: int, compile: Compile, precision: str) -> Ours:
     sizes: dict[str, Any] = {"embed_dim": WIDTH, "num_heads": 2, "decoder_dim": WIDTH, "decoder_heads": 2}
     return Ours(
         "mae", "vit_base_patch16_224", SIZE, precision, torch.device("cpu"), None, compile, depth=depth, **sizes
     )
->>>>>>> h-gpu
 
 
 def staged(step: Ours, images: Tensor) -> list[float]:
