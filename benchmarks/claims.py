@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ from rich.console import Console
 
 import pixmim
 from pixmim.build import build_crop, build_model
+from pixmim.config_io import flatten
 from pixmim.evaluation.annotations import read_objects
 from pixmim.evaluation.context import EvalContext
 from pixmim.evaluation.evaluate import measure as evaluate_all
@@ -188,15 +189,7 @@ def finetune_changes(run: Run, scale: Scale) -> FinetuneOverrides:
 
 def differences(first: Any, second: Any) -> set[str]:
     """Return the dotted names of the values that differ between two configurations."""
-
-    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, value
-
-    a, b = (dict(flat(asdict(config))) for config in (first, second))
+    a, b = (dict(flatten(asdict(config))) for config in (first, second))
     return {name for name in a | b if a.get(name) != b.get(name)}
 
 

@@ -47,6 +47,11 @@ REPLACED = ("tyro", "braceexpand", "simplejpeg")
 Row = dict[str, Any]
 
 
+def summary(error: BaseException) -> str:
+    """Return the first line of an error, as `pixmim.utils.errors.first_line`: pixmim itself may not import here."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass
 class Part:
     """Tables of one part. Its file is replaced at each row: a part that is killed keeps what it has measured."""
@@ -74,7 +79,7 @@ class Part:
         try:
             yield row
         except Exception as error:
-            row["error"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            row["error"] = summary(error)[:160]
             traceback.print_exc()
         self.add(table, **row)
 
@@ -413,7 +418,7 @@ def run_part(part: Part) -> int:
     try:
         part.end = PARTS[part.name].run(part) or "complete"
     except BaseException as error:
-        part.end = f"failed: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
+        part.end = f"failed: {summary(error)[:200]}"
         raise
     finally:
         part.write()

@@ -9,7 +9,7 @@ import timm
 import torch
 from lightly.models import utils
 from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
-from plain_loop import load_images
+from plain_loop import load_steps
 from torch import Tensor, nn
 
 import pixmim
@@ -39,21 +39,15 @@ def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float
     loss_fn = pixmim.ReconstructionLoss(pixmim.LowFrequency(radius="auto"))  # in place of MSELoss on patches
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     losses: list[float] = []
-    loader = load_images(folder, size, batch)  # with pixmim.SimpleResizedCrop
-    while len(losses) < steps:
-        for images, _ in loader:
-            ids_keep, ids_mask = utils.random_token_mask((len(images), model.encoder.sequence_length), 0.75)
-            hidden = torch.zeros(len(images), model.encoder.sequence_length, dtype=torch.bool).scatter(
-                1, ids_mask, True
-            )
-            mask = pixmim.Mask.from_hidden(hidden[:, 1:])  # without the class token
-            loss = loss_fn(model(images, ids_keep), images, mask).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if len(losses) == steps:
-                break
+    for images in load_steps(folder, size, batch, steps):  # with pixmim.SimpleResizedCrop
+        ids_keep, ids_mask = utils.random_token_mask((len(images), model.encoder.sequence_length), 0.75)
+        hidden = torch.zeros(len(images), model.encoder.sequence_length, dtype=torch.bool).scatter(1, ids_mask, True)
+        mask = pixmim.Mask.from_hidden(hidden[:, 1:])  # without the class token
+        loss = loss_fn(model(images, ids_keep), images, mask).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
     return losses
 
 

@@ -4,6 +4,8 @@ python examples/plain_loop.py FOLDER_OF_CLASS_FOLDERS
 """
 
 import sys
+from collections.abc import Iterator
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -22,6 +24,12 @@ def load_images(folder: str, size: int, batch: int) -> DataLoader[Any]:
     return DataLoader(ImageFolder(folder, transform), batch_size=batch, shuffle=True, drop_last=True)
 
 
+def load_steps(folder: str, size: int, batch: int, steps: int) -> Iterator[torch.Tensor]:
+    """Yield the images of a number of batches, epoch after epoch."""
+    epochs = repeat(load_images(folder, size, batch))
+    return (images for images, _ in islice(chain.from_iterable(epochs), steps))
+
+
 def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float]:
     """Train for some steps; return the loss of each."""
     model = pixmim.create_model("mae", "vit_tiny_patch16_224", img_size=size, decoder_dim=128, decoder_depth=2)
@@ -29,17 +37,13 @@ def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float
     random_mask = pixmim.RandomMask(0.75)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
     losses: list[float] = []
-    loader = load_images(folder, size, batch)
-    while len(losses) < steps:
-        for images, _ in loader:
-            mask = random_mask(len(images), (size // model.patch) ** 2)
-            loss = loss_fn(model(images, mask), images, mask).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if len(losses) == steps:
-                break
+    for images in load_steps(folder, size, batch, steps):
+        mask = random_mask(len(images), (size // model.patch) ** 2)
+        loss = loss_fn(model(images, mask), images, mask).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
     return losses
 
 

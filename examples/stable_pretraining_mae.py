@@ -7,7 +7,7 @@ import sys
 
 import timm
 import torch
-from plain_loop import load_images
+from plain_loop import load_steps
 from stable_pretraining.methods import MAE
 
 import pixmim
@@ -20,17 +20,13 @@ def train(folder: str, steps: int, size: int = 96, batch: int = 8) -> list[float
     loss_fn = pixmim.ReconstructionLoss(pixmim.LowFrequency(radius="auto"))  # in place of output.loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     losses: list[float] = []
-    loader = load_images(folder, size, batch)  # with pixmim.SimpleResizedCrop
-    while len(losses) < steps:
-        for images, _ in loader:
-            output = model(images)
-            loss = loss_fn(output.predictions, images, pixmim.Mask.from_hidden(output.mask.bool())).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            if len(losses) == steps:
-                break
+    for images in load_steps(folder, size, batch, steps):  # with pixmim.SimpleResizedCrop
+        output = model(images)
+        loss = loss_fn(output.predictions, images, pixmim.Mask.from_hidden(output.mask.bool())).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
     return losses
 
 

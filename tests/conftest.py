@@ -63,7 +63,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def _unsynchronized() -> Iterator[None]:
-    """Skip the wait for the disk in this process: only a loss of power could tell, and there are thousands."""
+    """Skip the wait for the disk in this process: only a loss of power would show it, and there are thousands."""
 
     def fsync(file: object) -> None:
         os.fstat(file if isinstance(file, int) else file.fileno())  # type: ignore[attr-defined]

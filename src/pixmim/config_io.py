@@ -3,7 +3,7 @@
 import json
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pixmim.config import ModelConfig, OnlineKnnConfig, PretrainConfig
 from pixmim.utils.console import printable
 from pixmim.utils.errors import UserError, did_you_mean, shown
-from pixmim.utils.files import parse_json, read_text
+from pixmim.utils.files import parse_json, read_text, readable
 from pixmim.utils.trust import is_trusted
 from pixmim.utils.validation import check_value, hints_of
 
@@ -36,12 +36,19 @@ def is_config(content: object) -> bool:
     return isinstance(content, dict) and isinstance(content.get("type"), str) and content["type"] in _TYPES
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of nested values, such as those of `asdict`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def read_config_text(path: Path) -> str:
     """Read the text of a config.json, up to `MAX_CHARACTERS`. Raises UserError if it cannot be read."""
-    try:
+    with readable(path):
         return read_text(path, MAX_CHARACTERS)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def from_json(text: str, source: str | Path = "the configuration") -> ModelConfig:

@@ -1,7 +1,5 @@
 """Commands that prepare a dataset for pre-training, and the list of its images without masks."""
 
-import csv
-import io
 import os
 import re
 import shlex
@@ -16,7 +14,7 @@ from pixmim.data.dataset import RGB, ImageDataset
 from pixmim.data.image_folder import ImageFolder
 from pixmim.data.survey import MAX_SAMPLE, Survey
 from pixmim.utils.errors import UserError, shown
-from pixmim.utils.files import check_output, write_text_atomically
+from pixmim.utils.files import check_output, write_csv, write_text_atomically
 
 
 def prepare_list(dataset: ImageDataset, found: Survey) -> tuple[list[str], str]:
@@ -52,8 +50,8 @@ def check_list(dataset: ImageDataset, images: int, examined: int, file: Path) ->
     """Check that the `images` of a dataset can be listed in a file.
 
     Raises:
-        UserError: If the dataset has no files, the list has another suffix or exists, or it is to name the groups of
-            near-duplicates, and not all images will be examined.
+        UserError: If the dataset has no files, the list has another suffix or exists, or some images will not be
+            examined, of which a .csv would lack the duplicates.
     """
     if file.suffix not in (".txt", ".csv"):
         raise UserError(f"--list {file} is not the name of a list: it must end in .txt or .csv")
@@ -70,8 +68,8 @@ def check_list(dataset: ImageDataset, images: int, examined: int, file: Path) ->
 def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], found: Survey, file: Path) -> str:
     """Write a list for --data: a .txt of paths, or a .csv of path, label and group.
 
-    Near-duplicates are one group, so that --labelled does not split them. The class is that of the dataset; without
-    classes, there is no such column.
+    Duplicates of one image are a group, which --labelled does not split. The label is the dataset's class; without
+    classes there is no such column.
 
     Args:
         dataset: A folder or a list of images.
@@ -86,8 +84,6 @@ def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], found
         UserError: If a list cannot contain the name of an image, or the file cannot be written.
     """
     root, folder = _root(dataset), os.path.abspath(file.parent)
-    group_of = {path: f"near-duplicates {i}" for i, group in enumerate(found.duplicates, 1) for path in group}
-    groups = [group_of.get(dataset.path_of(int(index)), "") for index in images]
     paths = [os.path.abspath(dataset.path_of(int(index))) for index in images]
     for path in paths:
         if path.strip() != path or "\n" in path:
@@ -95,15 +91,15 @@ def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], found
     if _is_inside(root, folder):
         paths = [os.path.relpath(path, folder) for path in paths]
     file.parent.mkdir(parents=True, exist_ok=True)
-    text, labels = io.StringIO(), dataset.labels
     if file.suffix == ".txt":
-        text.writelines(f"{path}\n" for path in paths)
-    elif labels is None:
-        csv.writer(text).writerows([("path", "group"), *zip(paths, groups, strict=True)])
-    else:
-        names = [dataset.classes[label] if label >= 0 else "" for label in labels[images]]
-        csv.writer(text).writerows([("path", "label", "group"), *zip(paths, names, groups, strict=True)])
-    write_text_atomically(file, text.getvalue())
+        write_text_atomically(file, "\n".join(paths) + "\n")
+        return _list_spec(dataset, file)
+    columns, labels = {"path": paths}, dataset.labels
+    if labels is not None:
+        columns["label"] = [dataset.classes[label] if label >= 0 else "" for label in labels[images]]
+    group_of = {path: f"near-duplicates {i}" for i, group in enumerate(found.duplicates, 1) for path in group}
+    columns["group"] = [group_of.get(dataset.path_of(int(index)), "") for index in images]
+    write_csv(file, [columns, *zip(*columns.values(), strict=True)])
     return _list_spec(dataset, file)
 
 

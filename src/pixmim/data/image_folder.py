@@ -24,7 +24,7 @@ from pixmim.data.uri import read_options, read_root, split_options
 from pixmim.transforms.crops import Array
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.files import read_file
+from pixmim.utils.files import read_file, readable
 
 MAX_LIST_BYTES, MAX_LINES = 2**30, 50_000_000
 """Bounds of a text file that lists images."""
@@ -295,10 +295,8 @@ def is_image_name(path: str) -> bool:
 
 def read_utf8(file: Path) -> bytes:
     """Return the content of a text file in UTF-8, or in UTF-16 with a byte-order mark, as UTF-8. Raises UserError."""
-    try:
+    with readable(file):
         text = read_file(file, MAX_LIST_BYTES)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     for mark, encoding in BYTE_ORDER_MARKS:
         if text.startswith(mark):
             try:

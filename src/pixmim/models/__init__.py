@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import timm
+from timm.layers.helpers import to_2tuple
 from timm.models.beit import Beit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -57,7 +58,7 @@ def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: An
     if is_cnn(encoder):
         model = CNNSimMIM(encoder, head, outputs)  # type: ignore[arg-type]
         size: Any = options.get("img_size", 224)
-        _check_size(size if isinstance(size, tuple) else (size, size), model.patch, backbone)
+        _check_size(to_2tuple(size), model.patch, backbone)
         return model
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
         raise UserError(f"SimMIM takes a Swin, Beit, ViT or convolutional network of timm, not '{backbone}'")
@@ -157,7 +158,7 @@ def _convmae_encoder(backbone: str, **options: Any) -> convmae.ConvMAEEncoder:
         )
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     size = given.get("img_size", 224)
-    _check_size(size if isinstance(size, tuple) else (size, size), convmae.PATCH, backbone)
+    _check_size(to_2tuple(size), convmae.PATCH, backbone)
     return convmae.ConvMAEEncoder(**{**convmae.SIZES[backbone], **given})
 
 

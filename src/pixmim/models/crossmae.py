@@ -16,6 +16,7 @@ from pixmim.models.mae import DecoderOptions, prepare_encoder
 from pixmim.models.vit import embed_visible, gather, init_like_mae
 from pixmim.utils.errors import UserError
 from pixmim.utils.patches import sincos_positions
+from pixmim.utils.ranks import inverse
 
 
 class CrossMAE(MaskedModel):
@@ -85,7 +86,7 @@ class CrossDecoder(nn.Module):
         visible = ids_keep.shape[1] if self.training else 0
         positions = self.pos_embed[:, self.prefix :].expand(len(levels), -1, -1)
         if visible:
-            positions = gather(positions, ids_restore.argsort(dim=1)[:, visible:])
+            positions = gather(positions, inverse(ids_restore)[:, visible:])
         x = self.mask_token + positions
         for block, context in zip(self.blocks, self.mix(levels).unbind(dim=-1), strict=True):
             x = block(x, context)

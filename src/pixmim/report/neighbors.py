@@ -65,5 +65,5 @@ def draw_neighbors(
         for number, vector in queries
     ]
     pairs = [(draw(i), draw(j, cosine)) for i, j, cosine in index.duplicates(_PAIRS)]
-    cosines = index.unit[chosen].float() @ index.unit.float().T
+    cosines = index.unit[chosen] @ index.unit.T
     return NeighborSheet(rows, pairs, len(data), float(cosines.median()))

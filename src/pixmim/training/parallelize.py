@@ -188,16 +188,17 @@ def trial_step(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def settle_statistics(
-    norms: list[_BatchNorm], buffers: list[Tensor], before: list[Tensor], bad: Tensor, world: Distributed
+    norms: list[_BatchNorm], buffers: list[Tensor], before: list[Tensor], streak: Tensor, world: Distributed
 ) -> None:
     """Set buffers to their values before a bad step, and the statistics of norms to their mean over the ranks.
 
-    A step without a finite gradient may leave statistics that are not finite. Collective.
+    A step without a finite gradient, after which `streak` is above 0, may leave statistics that are not finite.
+    Collective.
     """
     if not norms:
         return
     for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(torch.where(bad, value, buffer))
+        buffer.copy_(torch.where(streak > 0, value, buffer))
     statistics = [value for norm in norms for value in norm.buffers() if value.is_floating_point()]
     if world.size > 1 and statistics:
         mean = torch.cat([value.flatten() for value in statistics]) / world.size

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from pixmim.config_io import flatten
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError, did_you_mean, first_line
 from pixmim.utils.files import read_text, write_text_atomically
@@ -98,7 +99,7 @@ class MLflow:
         else:
             name, tags = folder.absolute().name, {"pixmim.id": run_id}
             self._id = self._client.create_run(experiment, run_name=name, tags=tags).info.run_id
-            for key, value in _flat(config):  # cannot be changed later
+            for key, value in flatten(config):  # cannot be changed later
                 self._client.log_param(self._id, key, value)
         self._client.log_dict(self._id, config, "config.json")
 
@@ -214,12 +215,3 @@ def _run_id(folder: Path) -> str:
     if not re.fullmatch("[0-9a-f]{8}", text):
         raise UserError(f"{path} is not an id of eight hexadecimal digits: remove it to track a new run")
     return text
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of nested values."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -144,9 +144,10 @@ def _read_recognized(file: RawCheckpoint, hints: ModelHints) -> Weights:
                 ignored[prefix + key] = "a probe of the first token, which in ConvMAE is a corner"
                 tensors.pop(keys.to_pixmim(key) or "", None)
         if is_cnn and "mask_token" in tensors and not _has_token_of_last_stage(tensors):
-            for key in [key for key in named if (keys.to_pixmim(key) or "").startswith(("mask_", "head."))]:
-                ignored[prefix + key] = "of a token in front of the first stage, where pixmim has none"
-                tensors.pop(keys.to_pixmim(key) or "")
+            for key in named:
+                if (own := keys.to_pixmim(key) or "").startswith(("mask_", "head.")):
+                    ignored[prefix + key] = "of a token in front of the first stage, where pixmim has none"
+                    tensors.pop(own)
         elif is_cnn and "mask_token" in tensors:  # A2MIM without a scale adds the token to the features
             tensors.setdefault("mask_scale", torch.ones_like(tensors["mask_token"]))
         config = infer_config(file, checkpoint_format.kind, tensors, hints)

@@ -62,7 +62,7 @@ RESNETS: dict[tuple[int, tuple[int, ...]], str] = {  # by (last convolution of a
     (3, (3, 8, 36, 3)): "resnet152",
     (3, (3, 24, 36, 3)): "resnet200",
 }
-CONVNEXTS = {
+CONVNEXTS: dict[tuple[int, tuple[int, ...]], str] = {  # by (width, depths)
     (96, (3, 3, 9, 3)): "convnext_tiny",
     (96, (3, 3, 27, 3)): "convnext_small",
     (128, (3, 3, 27, 3)): "convnext_base",
@@ -214,7 +214,7 @@ def _resnet(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
 def _convnext(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     """Return timm's name, keywords and image size of a ConvNeXt."""
     stages = range(_count(tensors, "encoder.stages"))
-    depths: Any = tuple(_count(tensors, f"encoder.stages.{stage}.blocks") for stage in stages)
+    depths = tuple(_count(tensors, f"encoder.stages.{stage}.blocks") for stage in stages)
     dims = [tensors[f"encoder.stages.{stage}.blocks.0.norm.weight"].shape[0] for stage in stages]
     name, options = CONVNEXTS.get((dims[0], depths)), Options()
     if name is None:

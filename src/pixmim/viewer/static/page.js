@@ -485,7 +485,7 @@ async function drawMap() {
   $("map-frame").hidden = false;
 }
 
-const startMap = latest("map", () => drawMap());
+const startMap = latest("map", drawMap);
 
 // Tabs
 
