@@ -7,11 +7,13 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reo
 # Labeled synthetic images for the evaluation of the demo.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
 
-# Labeled shards of Caltech-101 and Imagewoof, see benchmarks/claims.py, and the folder of the results.
+# Labeled shards of Caltech-101 and Imagewoof, see benchmarks/claims.py, and folders of results. To measure all anew,
+# choose other folders: make claims CLAIMS=runs/claims.
 OBJECTS ?= objects128
-CLAIMS ?= runs/claims
+CLAIMS ?= benchmarks/results/claims
+METHODS ?= benchmarks/results/methods
 
-.PHONY: demo test test-long test-lowest check format docs bench gpu claims claims-page clean
+.PHONY: demo test test-long test-lowest check format docs bench gpu claims claims-page methods methods-page clean
 
 demo: .venv/installed  ## pre-train on synthetic shapes, evaluate, write runs/demo/report.html
 	rm -rf runs/demo
@@ -71,6 +73,13 @@ claims: .venv/developing  ## the paper's claims, small: train and measure what i
 
 claims-page: .venv/developing  ## docs/claims.md and its figure, from the results that are there
 	$(BIN)/python benchmarks/claims.py --out $(CLAIMS) --table
+
+methods: .venv/developing  ## every method, small, plain and with PixMIM: train and measure what is missing, in hours; resumes
+	$(BIN)/python benchmarks/methods.py --objects $(OBJECTS) --out $(METHODS)
+	$(MAKE) methods-page
+
+methods-page: .venv/developing  ## the table of docs/methods.md, from the results that are there
+	$(BIN)/python benchmarks/methods.py --out $(METHODS) --table
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pixmim needs Python 3.11 or later: make PYTHON=...")'

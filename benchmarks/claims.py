@@ -11,32 +11,24 @@ is a process of its own and writes one JSON file to `--out`. A run that is kille
 import argparse
 import hashlib
 import json
-import math
-import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
+from runs import Record, add_arguments, measure, work_off
 
 import pixmim
 from pixmim.build import build_crop, build_model
 from pixmim.config_io import flatten
 from pixmim.evaluation.annotations import read_objects
-from pixmim.evaluation.context import EvalContext
-from pixmim.evaluation.evaluate import measure as evaluate_all
-from pixmim.evaluation.frozen_encoder import FrozenEncoder, encoder_from_module, load_frozen_encoder
+from pixmim.evaluation.frozen_encoder import encoder_from_module, load_frozen_encoder
 from pixmim.evaluation.object_coverage import sampled_coverage
 from pixmim.evaluation.results import versions
 from pixmim.evaluation.settings import (
@@ -47,7 +39,6 @@ from pixmim.evaluation.settings import (
     RobustnessSettings,
     ShapeBiasSettings,
 )
-from pixmim.utils.files import write_text_atomically
 
 
 @dataclass(frozen=True)
@@ -209,26 +200,8 @@ def check_arms(scale: Scale, objects: str) -> None:
             raise ValueError(f"{run.name} differs in {sorted(found)} instead of {sorted(named)}")
 
 
-class Record:
-    """The JSON file of a run: its settings, and the values measured so far."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        settings = json.loads(json.dumps(settings))
-        self.values: dict[str, Any] = {"settings": settings, "points": {}, "finished": False}
-        if path.exists():
-            self.values = json.loads(path.read_text())
-            if self.values["settings"] != settings:
-                raise SystemExit(f"{path} has other settings than this run: choose another --out")
-
-    def save(self, **values: Any) -> None:
-        self.values |= values
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.path, json.dumps(self.values, indent=1) + "\n")
-
-
-def measure(encoder: FrozenEncoder, data: Mapping[str, str], scale: Scale, everything: bool) -> dict[str, float]:
-    """Evaluate an encoder by what is compared; values by evaluation and name. Features are computed once."""
+def evaluations(data: Mapping[str, str], scale: Scale, everything: bool) -> list[tuple[str, Any]]:
+    """Return the evaluations of an encoder with their settings: at some steps k-NN and the linear probe only."""
     linear, attentive = scale.probes
     train, test, corrupt = data["labeled"], data["test"], data["corrupt"]
     parts: list[tuple[str, Any]] = [
@@ -244,32 +217,23 @@ def measure(encoder: FrozenEncoder, data: Mapping[str, str], scale: Scale, every
             ("robustness", robustness),
             ("shape-bias", ShapeBiasSettings(data["conflict"], data["match"], epochs=linear)),
         ]
-    found, began = dict[str, float](), time.perf_counter()
-    with TemporaryDirectory(prefix="pixmim-") as scratch:
-        context = EvalContext(encoder, Path(scratch), "trained", Console(quiet=True))
-        for result in evaluate_all(context, "", parts):
-            for name, value in result.values.items():
-                if math.isfinite(value) and not re.search("recall|category|severity", name):
-                    found[f"{result.evaluation}/{re.sub('^k[0-9]+/', '', name)}"] = (
-                        value  # fewer images, fewer neighbors
-                    )
-            found[f"{result.evaluation}/seconds"] = round(time.perf_counter() - began, 1)
-            began = time.perf_counter()
-    return found
+    return parts
 
 
 def pretrain_and_measure(run: Run, scale: Scale, objects: str, out: Path, device: str) -> None:
     """Train to each point in turn and measure the encoder there. The start is measured once for all arms of a seed."""
     config, work = pretrain_config(run, scale, objects, device), out / "work" / run.name
     data = sources(run.data, scale, objects)
-    record = Record(out / f"{run.name}.json", {"config": asdict(config), "scale": asdict(scale), "sources": data})
+    record = Record(
+        out / f"{run.name}.json", {"config": asdict(config), "scale": asdict(scale), "sources": data}, objects
+    )
     encoder = encoder_from_module(config, build_model(config).encoder, device, "auto")
     digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in encoder.module.state_dict().values()))
     images = {name: len(pixmim.open_dataset(spec)) for name, spec in data.items()}
     record.save(start=digest.hexdigest(), versions=versions(), images=images)
-    start = Record(out / f"start-{run.data}-{run.seed}.json", {"start": digest.hexdigest(), "sources": data})
+    start = Record(out / f"start-{run.data}-{run.seed}.json", {"start": digest.hexdigest(), "sources": data}, objects)
     if not start.values["finished"]:
-        start.save(points={"0": measure(encoder, data, scale, everything=True)}, finished=True)
+        start.save(points={"0": measure(encoder, evaluations(data, scale, True))}, finished=True)
     for point in sorted(scale.curve + scale.points):
         if str(point) in record.values["points"]:
             continue
@@ -280,7 +244,8 @@ def pretrain_and_measure(run: Run, scale: Scale, objects: str, out: Path, device
         if newest_step(work) < point:
             raise KeyboardInterrupt
         trained = time.perf_counter()
-        values = measure(load_frozen_encoder(str(work), device=device), data, scale, point in scale.points)
+        encoder = load_frozen_encoder(str(work), device=device)
+        values = measure(encoder, evaluations(data, scale, point in scale.points))
         times = {"train_seconds": round(trained - began, 1), "test_seconds": round(time.perf_counter() - trained, 1)}
         lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
         loss = [line["loss"] for line in lines if "loss" in line and line["step"] <= point]
@@ -304,7 +269,7 @@ def train_supervised(run: Run, scale: Scale, objects: str, out: Path, device: st
     config = pretrain_config(replace(run, arm="mae"), scale, objects, device)
     changes, data, work = finetune_changes(run, scale), sources(run.data, scale, objects), out / "work" / run.name
     settings = {"config": asdict(config), "changes": asdict(changes), "scale": asdict(scale), "sources": data}
-    record = Record(out / f"{run.name}.json", settings)
+    record = Record(out / f"{run.name}.json", settings, objects)
     encoder: Any = build_model(config).encoder
     encoder.pixmim_config = config
     began = time.perf_counter()
@@ -334,7 +299,9 @@ def measure_crops(run: Run, scale: Scale, objects: str, out: Path, device: str) 
         for name, arm in (("rrc", "mae"), ("src", "crop"))
     }
     data = sources(run.data, scale, objects)
-    record = Record(out / f"{run.name}.json", {"crops": {k: repr(v) for k, v in crops.items()}, "sources": data})
+    record = Record(
+        out / f"{run.name}.json", {"crops": {k: repr(v) for k, v in crops.items()}, "sources": data}, objects
+    )
     drawn, _ = read_objects(data["test"])
     values = {
         name: 100
@@ -346,36 +313,16 @@ def measure_crops(run: Run, scale: Scale, objects: str, out: Path, device: str) 
 
 
 def execute(run: Run, scale: Scale, objects: str, out: Path, device: str) -> None:
-    """Execute or resume one run, unless another process does."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / f"{run.name}.lock", timeout=0):
-            others: dict[str, Callable[..., None]] = dict.fromkeys(SUPERVISED, train_supervised)
-            function = (others | {"coverage": measure_crops}).get(run.arm, pretrain_and_measure)
-            function(run, scale, objects, out, device)
-    except Timeout:
-        print(f"{run.name}: another process works on it", flush=True)
-
-
-def is_finished(run: Run, out: Path) -> bool:
-    path = out / f"{run.name}.json"
-    return path.exists() and json.loads(path.read_text())["finished"]
+    """Execute or resume one run."""
+    others: dict[str, Callable[..., None]] = dict.fromkeys(SUPERVISED, train_supervised)
+    function = (others | {"coverage": measure_crops}).get(run.arm, pretrain_and_measure)
+    function(run, scale, objects, out, device)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", default="", help="folder of the labeled shards")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    add_arguments(parser, SCALES)
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS), help="sets to run")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="sizes of the runs")
-    parser.add_argument(
-        "--tiny", action="store_const", const="tiny", dest="scale", help="the smallest sizes, for tests"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time; 0: in this process")
-    parser.add_argument("--limit", type=int, default=None, help="stop after this many runs")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # in a process of its own
-    parser.add_argument("--table", action="store_true", help="write the page and its figure, and run nothing")
     parser.add_argument("--page", type=Path, default=Path(__file__).parents[1] / "docs" / "claims.md")
     options = parser.parse_args(arguments)
     scale, out = SCALES[options.scale], options.out
@@ -384,33 +331,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(claims_page.write(out, scale, options.page))
         return 0
-    objects = str(Path(options.objects).resolve()) if options.objects else ""
+    objects = options.objects = str(Path(options.objects).resolve()) if options.objects else ""
     check_arms(scale, objects)
-    runs = plan(tuple(options.only))
-    if options.run:
-        execute(next(run for run in plan() if run.name == options.run), scale, objects, out, options.device)
-        return 0
-    waiting = [run for run in runs if not is_finished(run, out)]
-    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished", flush=True)
-    again = ["--objects", objects, "--out", str(out), "--scale", options.scale, "--device", options.device]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, options.jobs)))}
-
-    def start(run: Run) -> bool:
-        began = time.perf_counter()
-        if options.jobs == 0:
-            execute(run, scale, objects, out, options.device)
-            code = 0
-        else:
-            command = [sys.executable, __file__, *again, "--run", run.name]
-            code = subprocess.run(command, env=threads | dict(os.environ)).returncode
-        seconds = time.perf_counter() - began
-        print(f"{run.name}: {'failed' if code else 'finished'} after {seconds:.0f} s", flush=True)
-        return code == 0
-
-    if options.jobs == 0:  # signals reach the main thread only
-        return 0 if all([start(run) for run in waiting[: options.limit]]) else 1
-    with ThreadPoolExecutor(options.jobs) as pool:
-        return 0 if all(list(pool.map(start, waiting[: options.limit]))) else 1
+    runs = {run.name: run for run in plan()}
+    names = [run.name for run in plan(tuple(options.only))]
+    return work_off(names, lambda name: execute(runs[name], scale, objects, out, options.device), options, __file__)
 
 
 if __name__ == "__main__":

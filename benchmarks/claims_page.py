@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from claims import ARMS, DATA, RADII, SEEDS, SETS, Run, Scale, is_finished, plan
+from claims import ARMS, DATA, RADII, SEEDS, SETS, Run, Scale, plan
+from runs import is_finished, replace_generated, table
 from scipy import stats
 
-from pixmim.utils.files import write_text_atomically
 from pixmim.utils.plotting import PLOT_COLORS, Axes, Figure, matplotlib
 
 BEGIN, END = "<!-- results: written by `make claims-page` -->", "<!-- end of the results -->"
@@ -98,7 +98,7 @@ class Results:
     @staticmethod
     def read(folder: Path, scale: Scale) -> "Results":
         """Read finished runs. Raises ValueError if arms of one data set were not measured in the same way."""
-        names = [run.name for run in plan() if is_finished(run, folder)]
+        names = [run.name for run in plan() if is_finished(run.name, folder)]
         names += [f"start-{data}-{seed}" for data in DATA for seed in SEEDS]
         paths = {name: folder / f"{name}.json" for name in names}
         files = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
@@ -179,11 +179,6 @@ def verdict(effect: Effect | None, sign: int) -> str:
     if abs(effect[0]) <= effect[1]:
         return "undecided"
     return "agrees" if effect[0] * sign > 0 else "disagrees"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table of Markdown in lines."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def claims(results: Results) -> list[list[str]]:
@@ -410,12 +405,6 @@ def write(folder: Path, scale: Scale, page: Path) -> str:
     results = Results.read(folder, scale)
     image = Path("images/claims.svg")
     drawn = draw(results, page.parent / image)
-    content = page.read_text()
-    before, _, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{page} has no part between '{BEGIN}' and '{END}'")
-    generated = text(results, str(image) if drawn else None)
-    write_text_atomically(page, f"{before}{BEGIN}\n{generated}\n{END}{after}")
+    replace_generated(page, BEGIN, END, text(results, str(image) if drawn else None))
     finished = sum(run.name in results.files for run in plan())
     return f"{page}: {finished} of {len(plan())} runs"
