@@ -67,6 +67,7 @@ def _simmim(backbone: str, **options: Any) -> dict[str, Any]:
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MAE": ("mae-vit-base-300", MAE),
+    "MAE, 32 and 48 px first": ("mae-vit-base-300", MAE | {"first_sizes": "32,48"}),
     "LSMAE": ("lsmae-base-448", MAE | BLOCKS),
     "MFF": ("mff-vit-base-300", MAE | {"crop.kind": "random-resized", "crop.interpolation": "bicubic"}),
     "ColorMAE, green noise": ("colormae-vit-base-300", MAE),

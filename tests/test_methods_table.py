@@ -44,7 +44,7 @@ def test_a_method_is_trained_measured_and_not_repeated(
         assert set(methods.MEASURES) <= set(values)
     capsys.readouterr()
     assert methods.main([*command[:-1], "0"]) == 0
-    assert "1 of 66 runs" in capsys.readouterr().out
+    assert "1 of 72 runs" in capsys.readouterr().out
 
 
 def test_the_table_contains_paired_intervals(methods: Any, tmp_path: Path) -> None:

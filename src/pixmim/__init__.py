@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from pixmim.mask_patterns import BeitBlockMask, GreenNoiseMask, SquareMask
     from pixmim.masking import BlockwiseRandomMask, Mask, RandomMask
     from pixmim.models import create_model
-    from pixmim.pretraining import PretrainResult, pretrain
+    from pixmim.pretraining import pretrain
     from pixmim.recipes import get_recipe
+    from pixmim.run_folder import PretrainResult
     from pixmim.targets import ColorBins, LowFrequency, Pixels, low_pass
     from pixmim.transforms.crops import CenterCrop, RandomResizedCrop, SimpleResizedCrop
     from pixmim.utils.errors import UserError
@@ -39,7 +40,8 @@ _NAMES = {
     "mask_patterns": ("BeitBlockMask", "GreenNoiseMask", "SquareMask"),
     "masking": ("BlockwiseRandomMask", "Mask", "RandomMask"),
     "models": ("create_model",),
-    "pretraining": ("PretrainResult", "pretrain"),
+    "pretraining": ("pretrain",),
+    "run_folder": ("PretrainResult",),
     "recipes": ("get_recipe",),
     "targets": ("ColorBins", "LowFrequency", "Pixels", "low_pass"),
     "transforms.crops": ("CenterCrop", "RandomResizedCrop", "SimpleResizedCrop"),

@@ -31,10 +31,10 @@ from pixmim.evaluation.frozen_encoder import FrozenEncoder, encoder_from_module,
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import DATA_FIELDS, EvaluateAllSettings, LabeledSettings
 from pixmim.evaluation.visualize import labeled_grid
-from pixmim.pretraining import PretrainResult
 from pixmim.report import DATA_MARK, write_report
 from pixmim.report.reconstruct import reconstruct as draw
 from pixmim.report.reconstruct import with_bands
+from pixmim.run_folder import PretrainResult
 from pixmim.training.precision import Precision
 from pixmim.utils.console import print_plain
 from pixmim.utils.errors import UserError, did_you_mean

@@ -7,8 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,17 @@ from PIL.Image import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model, image_spec
+from pixmim.build import build_model, image_spec
 from pixmim.config import PretrainConfig
 from pixmim.config_io import pretrain_config, to_json
 from pixmim.data import create_loader, open_dataset
 from pixmim.data.bad_images import BadImageLog, merge_logs
 from pixmim.data.caching import choose_cache_location, decoded_bytes
-from pixmim.data.loader import Batch
+from pixmim.data.loader import Batch, BatchLoader
+from pixmim.data.loader_chain import LoaderChain
 from pixmim.data.sampler import BatchShard
 from pixmim.data.split import hold_out
-from pixmim.evaluation.best import Best, BestEncoder, read_best
+from pixmim.evaluation.best import BestEncoder
 from pixmim.evaluation.evaluate import online_knn
 from pixmim.evaluation.held_out import measure_every, online_held_out
 from pixmim.evaluation.visualize import labeled_grid
@@ -38,7 +38,8 @@ from pixmim.models.layer_decay import layer_ids, not_decayed
 from pixmim.report import write_report
 from pixmim.report.gain import gain_summary
 from pixmim.report.reconstruct import reconstruct
-from pixmim.run_folder import check_length, check_links, open_run
+from pixmim.run_folder import PretrainResult, check_length, check_links, open_run
+from pixmim.stages import build_stages
 from pixmim.training.checkpoint import CheckpointManager, is_multiple_of
 from pixmim.training.distributed import Distributed, init_distributed
 from pixmim.training.find_batch_size import find_accumulation_steps, out_of_memory_hint
@@ -63,40 +64,8 @@ from pixmim.utils.files import write_text_atomically
 from pixmim.utils.lock import locked_folder
 from pixmim.utils.threads import num_threads
 from pixmim.utils.trust import trust_config
-from pixmim.weights.load import build_encoder_with_weights, initialize_from, load_encoder, resolve_model
+from pixmim.weights.load import build_encoder_with_weights, initialize_from, resolve_model
 from pixmim.weights.save import ENCODER_FOLDER, save_encoder
-
-
-@dataclass(frozen=True)
-class PretrainResult:
-    """A pre-training run that has finished or was interrupted.
-
-    Attributes:
-        config: The configuration, as written to config.json.
-        folder: Folder of the run.
-        step: Number of steps done.
-        finished: False after an interruption; the same call resumes the run.
-    """
-
-    config: PretrainConfig
-    folder: Path
-    step: int
-    finished: bool
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """Records of metrics.jsonl, each with `step`, `epoch` and numbers."""
-        return read_metrics(self.folder / "metrics.jsonl")
-
-    @property
-    def best(self) -> Best | None:
-        """Measure, value and step of the encoder in encoder-best/; None without `keep_best`."""
-        return read_best(self.folder)
-
-    @cached_property
-    def encoder(self) -> nn.Module:
-        """The trained encoder as a timm module on the CPU, in eval mode, with the `pretrained_cfg` of the run."""
-        return load_encoder(self.folder)
 
 
 def pretrain(
@@ -214,7 +183,7 @@ def _train(
     """Train in a checked and locked folder; return the number of steps done, and whether the run is finished."""
     # Data, masks, model and loss.
     knn = online_knn(config, console)
-    data, crop = open_dataset(config.data, image_spec(config), config.shard_cache_gib), build_crop(config)
+    data = open_dataset(config.data, image_spec(config), config.shard_cache_gib)
     data, held_out = hold_out(data, config.hold_out, config.seed) if config.hold_out else (data, None)
     config.check_divisible(world.size, "processes")
     counts = world.gather(len(data))
@@ -223,14 +192,15 @@ def _train(
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     model = build_model(config)
-    masks = build_mask_sampler(config, model.patch)
     choose_attention(model, device, precision)
-    model, criterion = model.to(device), build_loss(config).to(device)
-    local_ranks = world.local_world_size()
-    location, cache_line = choose_cache_location(data, crop, config.cache_images, device, processes=local_ranks)
+    model = model.to(device)
 
     # Length, and where to start.
     schedule = Schedule.of(config, len(data))
+    stages = build_stages(config, model, schedule.steps)
+    criteria, last = {stage.size: stage.loss.to(device) for stage in stages}, stages[-1]
+    local_ranks = world.local_world_size()
+    location, cache_line = choose_cache_location(data, stages[0].crop, config.cache_images, device, local_ranks)
     done = max(CheckpointManager(out / "checkpoints").steps(), default=0)
     notes = check_length(out, schedule, done, len(data))
     if config.init and not done:
@@ -251,7 +221,8 @@ def _train(
         noise = torch.randn(images, config.channels, *config.image_size, device=device)
         try:
             with trial_step(network):
-                optimizer.backward(compute_loss(network, criterion, noise, masks(0, range(images)), precision))
+                loss = compute_loss(network, last.loss, noise, last.masks(0, range(images)), precision)
+                optimizer.backward(loss)
         finally:
             adam.zero_grad(set_to_none=True)
 
@@ -260,6 +231,8 @@ def _train(
     with step_context(parallel):
         width = int(model.encoder.num_features)  # type: ignore[arg-type]
         parts = find_accumulation_steps(config, world, device, width, trial, reserved)
+    if len(stages) > 1:
+        notes.append("image sizes: " + ", ".join(f"{s.size[0]}x{s.size[1]} until step {s.end:,}" for s in stages))
     notes += batch_norm_notes(model, config.batch_size, parts * world.size)
 
     # Files of the run: only after every setting has been validated.
@@ -308,13 +281,14 @@ def _train(
         images = flip_and_normalize(images, flip, mean, std)
         assert batch.mask is not None
         # Gradients are summed over the parts of a batch, but averaged over the ranks.
+        criterion = criteria[images.shape[-2], images.shape[-1]]
         return compute_loss(network, criterion, images, batch.mask, precision) * (batch.weight * world.size)
 
     measures: list[tuple[float, Callable[[MaskedModel], dict[str, float]]]] = []  # and the steps between two
     if knn is not None:
         measures.append((config.knn.every / trainer.epoch, lambda model: knn(model.encoder)))
     if held_out is not None:
-        held_out_loss = online_held_out(config, held_out, masks, criterion, device, precision, world, console)
+        held_out_loss = online_held_out(config, held_out, last.masks, last.loss, device, precision, world, console)
         measures.append((measure_every(config, schedule.steps, trainer.epoch), held_out_loss))
     interrupted = False
 
@@ -344,23 +318,27 @@ def _train(
             on_step_end(step)
 
     skipped = out / (f"skipped-{world.rank}.csv" if world.rank else "skipped.csv")
-    shard = BatchShard(config.batch_size, start * config.batch_size, world.rank, world.size, parts)
-    with (
-        create_loader(
+    bad_images = BadImageLog(skipped, len(data), config.max_bad_fraction)
+
+    def open_loader(number: int, part: int) -> BatchLoader[Any, Batch]:
+        return create_loader(
             data,
-            crop,
-            shard,
+            stages[number].crop,
+            BatchShard(config.batch_size, part // parts * config.batch_size, world.rank, world.size, parts),
             location,
             device=device,
-            skipped=BadImageLog(skipped, len(data), config.max_bad_fraction),
+            skipped=bad_images,
             flip=config.crop.flip,
             seed=config.seed,
-            masks=masks.at,
+            masks=stages[number].masks.at,
             threads=num_threads(config.threads, processes=local_ranks),
-        ) as loader,
+        )
+
+    with (
+        LoaderChain(open_loader, [stage.end * parts for stage in stages], start * parts) as loader,
         trainer,
         step_context(parallel),
-        out_of_memory_hint(shard.local_batch_size, parts),
+        out_of_memory_hint(-(-config.batch_size // world.size // parts), parts),
     ):
         measured = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" not in line]
         if world.broadcast(start not in measured):

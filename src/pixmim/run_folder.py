@@ -4,19 +4,22 @@ import os
 import shlex
 import time
 from contextlib import ExitStack
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from pixmim.build import with_dataset_stats
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, pretrain_config
 from pixmim.data.uri import absolute
-from pixmim.evaluation.best import BEST_FOLDER, BEST_WEIGHTS
+from pixmim.evaluation.best import BEST_FOLDER, BEST_WEIGHTS, Best, read_best
 from pixmim.training.distributed import Distributed
+from pixmim.training.metric_logger import read_metrics
 from pixmim.training.optim import Schedule
 from pixmim.training.trackers import ID_FILE
 from pixmim.utils.console import print_plain
@@ -24,6 +27,7 @@ from pixmim.utils.errors import UserError
 from pixmim.utils.lock import locked_folder
 from pixmim.utils.trust import inside
 from pixmim.weights.detect import read_run
+from pixmim.weights.load import load_encoder
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS
 
 FILES = (
@@ -38,6 +42,38 @@ MAY_CHANGE = {
     *("accumulation_steps", "parallel", "checkpoint", "knn", "hold_out_every", "keep_best", "bands"),
 }
 """Fields that may change when a run is resumed: they affect at most rounding (data: it may have moved)."""
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """A pre-training run that has finished or was interrupted.
+
+    Attributes:
+        config: The configuration, as written to config.json.
+        folder: Folder of the run.
+        step: Number of steps done.
+        finished: False after an interruption; the same call resumes the run.
+    """
+
+    config: PretrainConfig
+    folder: Path
+    step: int
+    finished: bool
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Records of metrics.jsonl, each with `step`, `epoch` and numbers."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    @property
+    def best(self) -> Best | None:
+        """Measure, value and step of the encoder in encoder-best/; None without `keep_best`."""
+        return read_best(self.folder)
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """The trained encoder as a timm module on the CPU, in eval mode, with the `pretrained_cfg` of the run."""
+        return load_encoder(self.folder)
 
 
 def open_run(

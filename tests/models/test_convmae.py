@@ -101,4 +101,4 @@ def test_invalid_options_are_named() -> None:
     with pytest.raises(UserError, match="cannot be built with these options"):
         make(depths=3)
     with pytest.raises(ValueError, match="made for"):
-        make(img_size=32)(torch.zeros(1, 3, 48, 48), RandomMask()(1, 9))
+        make(img_size=32)(torch.zeros(1, 3, 48, 64), RandomMask()(1, 12))

@@ -183,4 +183,4 @@ def test_wrong_choices_are_named() -> None:
         create_model("simmim", "vit_tiny_patch16_224", decoder_stride=2)
     model = create_model("mae", **TINY, **DECODER, img_size=16)
     with pytest.raises(ValueError, match="made for"):
-        model(torch.zeros(1, 3, 24, 24), RandomMask()(1, 36))
+        model(torch.zeros(1, 3, 24, 32), RandomMask()(1, 48))

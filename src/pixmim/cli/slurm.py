@@ -93,12 +93,11 @@ def slurm(args: list[str]) -> int:
         from pixmim.run_folder import check_same_run, with_full_paths
 
         check_same_run(with_full_paths(config, out), out)
-    from pixmim.build import build_crop, build_loss, build_mask_sampler, build_model
+    from pixmim.build import build_model
+    from pixmim.stages import build_stages
     from pixmim.utils.initialization import build_on_meta
 
-    build_mask_sampler(config, build_on_meta(lambda: build_model(config), config.model.backbone).patch)
-    build_crop(config)
-    build_loss(config)
+    build_stages(config, build_on_meta(lambda: build_model(config), config.model.backbone), steps=1)
     file = file or out / "slurm.sh"
     check_output(file, overwrite)
 

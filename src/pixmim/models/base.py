@@ -24,10 +24,12 @@ class MaskedModel(nn.Module, ABC):
     Attributes:
         encoder: The module that pre-training produces; except for ConvMAE, its state_dict is a timm checkpoint.
         patch: Side of the mask's patches in pixels.
+        any_size: Whether images may also have another size, in the proportions of the one that the model was made for.
     """
 
     encoder: nn.Module
     patch: int
+    any_size: bool = True
 
     @abstractmethod
     def forward(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, "b m d"]:

@@ -17,7 +17,7 @@ from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
 from pixmim.models.mae import Decoder, DecoderOptions
 from pixmim.models.vit import gather, init_like_mae
-from pixmim.utils.patches import sincos_positions
+from pixmim.utils.patches import interpolate_positions, proportional_grid, sincos_positions
 
 PATCH = 16
 """Stride of the last stage, in pixels."""
@@ -131,9 +131,8 @@ class ConvMAEEncoder(nn.Module):
         self, images: Float[Tensor, "b c h w"], hidden: Bool[Tensor, "b n"] | None = None
     ) -> tuple[Tensor, Tensor, Float[Tensor, "b n d"]]:
         """Return the maps of the first two stages, masked where hidden, and all input tokens of the third."""
-        if images.shape[-2:] != self.img_size:
-            raise ValueError(f"images have {tuple(images.shape[-2:])} pixels, the model was made for {self.img_size}")
-        visible = None if hidden is None else (~hidden).view(-1, 1, *self.grid).to(images.dtype)
+        grid = proportional_grid(images, PATCH, self.grid)
+        visible = None if hidden is None else (~hidden).view(-1, 1, *grid).to(images.dtype)
         visible1, visible2 = _upsample(visible, 4), _upsample(visible, 2)
         first = self.patch_embed1(images)
         for block in self.blocks1:
@@ -142,7 +141,7 @@ class ConvMAEEncoder(nn.Module):
         for block in self.blocks2:
             second = block(second, visible2)
         tokens = self.patch_embed4(self.patch_embed3(second).flatten(2).transpose(1, 2))
-        return first, second, tokens + self.pos_embed
+        return first, second, tokens + interpolate_positions(self.pos_embed, self.grid, grid)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Return the mean of the tokens, or logits if the encoder has classes."""

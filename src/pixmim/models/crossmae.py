@@ -15,7 +15,7 @@ from pixmim.models.base import MaskedModel
 from pixmim.models.mae import DecoderOptions, prepare_encoder
 from pixmim.models.vit import embed_visible, gather, init_like_mae
 from pixmim.utils.errors import UserError
-from pixmim.utils.patches import sincos_positions
+from pixmim.utils.patches import interpolate_positions, scaled_grid, sincos_positions
 from pixmim.utils.ranks import inverse
 
 
@@ -67,7 +67,7 @@ class CrossDecoder(nn.Module):
         grid, channels = encoder.patch_embed.grid_size, encoder.patch_embed.proj.in_channels
         patch, dim = encoder.patch_embed.patch_size[0], options.decoder_dim
         options.patch_ratio(patch, grid)
-        self.prefix = encoder.num_prefix_tokens
+        self.prefix, self.grid = encoder.num_prefix_tokens, grid
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions = F.pad(sincos_positions(dim, grid), (0, 0, self.prefix, 0))  # as in the released files
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
@@ -84,7 +84,9 @@ class CrossDecoder(nn.Module):
         """Predict patches from the tokens of l levels: hidden patches in training, otherwise all."""
         ids_keep, ids_restore = mask.indices
         visible = ids_keep.shape[1] if self.training else 0
-        positions = self.pos_embed[:, self.prefix :].expand(len(levels), -1, -1)
+        grid = scaled_grid(self.grid, ids_restore.shape[1])
+        positions = interpolate_positions(self.pos_embed[:, self.prefix :], self.grid, grid)
+        positions = positions.expand(len(levels), -1, -1)
         if visible:
             positions = gather(positions, inverse(ids_restore)[:, visible:])
         x = self.mask_token + positions

@@ -15,7 +15,7 @@ from pixmim.models.base import MaskedModel, freeze_pooling
 from pixmim.models.fusion import LevelFusion
 from pixmim.models.vit import embed_visible, fix_sincos_positions, gather, init_like_mae, prefix_tokens
 from pixmim.utils.errors import UserError
-from pixmim.utils.patches import sincos_positions
+from pixmim.utils.patches import interpolate_positions, scaled_grid, sincos_positions
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,11 @@ class Decoder(nn.Module):
         b, n = ids_restore.shape
         mask_tokens = self.mask_token.to(visible.dtype).expand(b, n - ids_keep.shape[1], -1)
         tokens = torch.cat([prefix, gather(torch.cat([visible, mask_tokens], dim=1), ids_restore)], dim=1)
-        tokens = self.blocks(self._on_map(self.downsample, tokens, self.grid) + self.pos_embed)
-        tokens = self._on_map(self.upsample, tokens, self.coarse)
+        grid = scaled_grid(self.grid, n)
+        tokens = self._on_map(self.downsample, tokens, grid)
+        coarse = scaled_grid(self.coarse, tokens.shape[1] - self.prefix)
+        tokens = self.blocks(tokens + interpolate_positions(self.pos_embed, self.coarse, coarse))
+        tokens = self._on_map(self.upsample, tokens, coarse)
         return self.predict(self.norm(tokens))[:, self.prefix :]
 
     def _on_map(self, layer: nn.Module | None, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

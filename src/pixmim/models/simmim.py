@@ -33,6 +33,8 @@ class SimMIM(MaskedModel):
         outputs: Numbers per value: 1, or the number of color bins.
     """
 
+    any_size = False
+
     def __init__(self, encoder: SimMIMEncoder, head: Head = "linear", outputs: int = 1) -> None:
         super().__init__()
         self.encoder: SimMIMEncoder = encoder

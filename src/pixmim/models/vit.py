@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pixmim.masking import Mask
 from pixmim.utils.errors import UserError
-from pixmim.utils.patches import patchify, sincos_positions
+from pixmim.utils.patches import interpolate_positions, patchify, proportional_grid, sincos_positions
 
 
 def check_plain(encoder: nn.Module, name: str) -> VisionTransformer:
@@ -64,20 +64,19 @@ def embed_visible(encoder: VisionTransformer, images: Float[Tensor, "b c h w"], 
     Equal to dropping hidden tokens after timm's patch embedding. But hidden patches are not embedded: the patch
     convolution is a matrix product with the visible patches.
 
+    At another image size, positions are interpolated.
+
     Raises:
-        ValueError: If the images have another size than the encoder, or the mask has no index tables.
+        ValueError: If the images have another aspect ratio than the encoder's, or the mask has no index tables.
     """
-    embed = encoder.patch_embed
-    if images.shape[-2:] != embed.img_size:
-        raise ValueError(
-            f"images have {tuple(images.shape[-2:])} pixels, the model was made for {tuple(embed.img_size)}"
-        )
-    ids_keep, _ = mask.indices
+    embed, (ids_keep, _) = encoder.patch_embed, mask.indices
+    grid = proportional_grid(images, embed.patch_size[0], embed.grid_size)
     patches = gather(patchify(images, embed.patch_size[0]), ids_keep)
     weight = embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channel last, like patchify
     tokens = embed.norm(F.linear(patches, weight, embed.proj.bias))
 
-    positions = cast(Tensor, encoder.pos_embed)[:, _positioned_prefix(encoder) :]
+    positions = interpolate_positions(cast(Tensor, encoder.pos_embed), embed.grid_size, grid)
+    positions = positions[:, _positioned_prefix(encoder) :]
     tokens = tokens + gather(positions.expand(len(images), -1, -1), ids_keep)
     return encoder.norm_pre(encoder.pos_drop(_prepend_prefix(encoder, tokens)))
 

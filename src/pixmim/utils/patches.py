@@ -8,6 +8,7 @@ import math
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def grid_of(size: tuple[int, int], patch: int) -> tuple[int, int]:
@@ -81,3 +82,46 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "n d"]:
     rows, columns = grid
     by_column, by_row = by_column.expand(rows, -1, -1), by_row[:, None].expand(-1, columns, -1)
     return torch.cat([by_column, by_row], dim=2).reshape(rows * columns, width).float()
+
+
+def proportional_grid(images: Float[Tensor, "b c h w"], patch: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Return (rows, columns) of the patches of images. Raises ValueError unless `grid` has the same proportions."""
+    rows, columns = grid_of((images.shape[-2], images.shape[-1]), patch)
+    if rows * grid[1] != columns * grid[0]:
+        h, w = images.shape[-2:]
+        raise ValueError(
+            f"images of {h}x{w} pixels do not have the proportions of {grid[0] * patch}x{grid[1] * patch}, which the "
+            "model was made for"
+        )
+    return rows, columns
+
+
+def scaled_grid(grid: tuple[int, int], patches: int) -> tuple[int, int]:
+    """Return (rows, columns) of another number of patches in the same proportion. Raises ValueError if there are none.
+
+    >>> scaled_grid((14, 28), 98)
+    (7, 14)
+    """
+    rows = math.isqrt(patches * grid[0] // grid[1])
+    columns = rows * grid[1] // grid[0]
+    if rows * columns != patches or rows * grid[1] != columns * grid[0]:
+        raise ValueError(f"{patches} patches do not have the proportions of {grid[0]}x{grid[1]}")
+    return rows, columns
+
+
+def interpolate_positions(
+    table: Float[Tensor, "1 n d"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "1 m d"]:
+    """Interpolate a table of positions from one grid of (rows, columns) to another.
+
+    Bicubic with align_corners=False, without antialiasing, as in MAE's official code. Prefix tokens are kept. Raises
+    ValueError if the table has fewer rows than the old grid.
+    """
+    prefix = table.shape[1] - old[0] * old[1]
+    if prefix < 0:
+        raise ValueError(f"a table of {table.shape[1]} positions is too short for a grid of {old[0]}x{old[1]}")
+    if old == new:
+        return table
+    grid = table[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)

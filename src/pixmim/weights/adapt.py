@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from pixmim.config import ModelConfig
 from pixmim.utils.errors import UserError, first_line
-from pixmim.utils.patches import grid_of
+from pixmim.utils.patches import grid_of, interpolate_positions
 from pixmim.weights.detect import Weights
 
 Tensors = Mapping[str, Tensor]
@@ -50,7 +49,7 @@ def _adapt(weights: Weights, name: str, target: Tensor, config: ModelConfig, fir
             for c in (weights.config, config)
         )
         line = f"positions interpolated from {_by(old_grid)} to {_by(grid)} patches"
-        return positions(value, old_grid, grid), line if old_grid != grid else ""
+        return interpolate_positions(value, old_grid, grid), line if old_grid != grid else ""
     if name.endswith("relative_position_bias_table") and new[-1] == value.shape[-1]:
         old_window, window = _window(name, value, weights.config, patch), _window(name, target, config, patch)
         if old_window == window and new == value.shape:
@@ -109,22 +108,6 @@ def _listed(names: list[str]) -> str:
 
 def _by(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"
-
-
-def positions(table: Float[Tensor, "1 n d"], old: Grid, new: Grid) -> Float[Tensor, "1 m d"]:
-    """Interpolate a table of positions from one grid of (rows, columns) to another.
-
-    Bicubic with align_corners=False, without antialiasing, as in MAE's official code. Prefix tokens are kept. Raises
-    ValueError if the table has fewer rows than the old grid.
-    """
-    prefix = table.shape[1] - old[0] * old[1]
-    if prefix < 0:
-        raise ValueError(f"a table of {table.shape[1]} positions is too short for a grid of {old[0]}x{old[1]}")
-    if old == new:
-        return table
-    grid = table[:, prefix:].unflatten(1, old).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)
 
 
 def relative_biases(table: Float[Tensor, "n heads"], old: Grid, new: Grid) -> Float[Tensor, "m heads"]:
