@@ -4,6 +4,7 @@ Fixtures import torch and pixmim themselves: the process that only distributes t
 and the others wait for it.
 """
 
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ settings.load_profile("pixmim")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may access the network
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, also in child processes
+
+gc.disable()  # until all modules are imported: nothing of them is garbage
 
 
 SLOWEST = (
@@ -117,6 +120,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords also hold the names of folders
                 item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a collection visits what tests make, instead of a million objects of imported modules
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions complain of objects that are left at the end
 
 
 @pytest.fixture

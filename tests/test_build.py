@@ -1,4 +1,4 @@
-"""Test every combination of crop, mask, model and target: it works, or is refused with the reason."""
+"""Test combinations of crop, mask, model and target: each works, or is refused with the reason."""
 
 import itertools
 from dataclasses import replace
@@ -65,8 +65,11 @@ def test_every_combination_is_a_configuration() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("targets", [TARGETS, BINNED], ids=["values", "bins"])
-def test_every_combination(name: str, targets: list[TargetConfig]) -> None:
-    """96 x 64 pixels, with three synthetic images through each crop, mask and target."""
+def test_every_three_of_crop_mask_model_and_target(name: str, targets: list[TargetConfig]) -> None:
+    """96 x 64 pixels, with three synthetic images through each mask and target, and a third of the crops.
+
+    The crop that a mask and a target meet depends on the model, so that all models together try each three of the four.
+    """
     base = PretrainConfig(model=MODELS[name], size="96x64", batch_size=3, target=targets[0])
     model = build_model(base)
     mean, std = (torch.tensor(v) for v in base.normalization)
@@ -78,16 +81,16 @@ def test_every_combination(name: str, targets: list[TargetConfig]) -> None:
         cropped = [transform.crop(image, [0.3] * transform.num_uniforms) for image in shapes]
         batches.append(flip_and_normalize(torch.stack(cropped), None, mean, std))
     refused = []
-    for mask_config in MASKS:
+    for turn, mask_config in enumerate(MASKS, list(MODELS).index(name)):
         try:
             masks = build_mask_sampler(replace(base, mask=mask_config), model.patch)
         except UserError as error:
             refused.append((mask_config.kind, str(error)))
             continue
         mask = masks(0, range(3))
-        for crop, images in zip(CROPS, batches, strict=True):
+        for number, (crop, images) in enumerate(zip(CROPS, batches, strict=True), turn):
             prediction = model(images, mask)
-            for target, compute_loss in zip(targets, losses, strict=True):
+            for target, compute_loss in list(zip(targets, losses, strict=True))[number % 3 :: 3]:
                 loss = compute_loss(prediction, images, mask).loss
                 assert torch.isfinite(loss), (mask_config, crop, target)
         loss.backward()
