@@ -33,7 +33,7 @@ def script() -> ModuleType:
 
 
 def dry_run(out: str) -> None:
-    """Run the script. Parts after the first are forked from this process, which has imported torch, to save CPU time."""
+    """Run the script, with parts after the first forked from this process, which has imported torch."""
     script = load_script()
     start = script.run_within
 
