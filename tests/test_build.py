@@ -68,7 +68,7 @@ def test_every_combination_is_a_configuration() -> None:
 def test_every_three_of_crop_mask_model_and_target(name: str, targets: list[TargetConfig]) -> None:
     """96 x 64 pixels, with three synthetic images through each mask and target, and a third of the crops.
 
-    The crop that a mask and a target meet depends on the model, so that all models together try each three of the four.
+    The crop of a mask and a target depends on the model, so that all models together try each three of the four.
     """
     base = PretrainConfig(model=MODELS[name], size="96x64", batch_size=3, target=targets[0])
     model = build_model(base)
