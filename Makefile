@@ -4,6 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
+# Bytecode is kept: it takes each of many processes seconds to compile what it imports. pip would compile everything on one
+# core. The packages of which much is imported are compiled on all cores, the others when they are imported.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+HEAVY := torch sympy scipy pandas timm matplotlib numpy torchvision
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(HEAVY:%=.venv/lib/python3*/site-packages/%) src || true
+
 # Labeled synthetic images for the evaluation of the demo.
 LABELLED := --train shapes:count=4000,seed=101,size=48 --test shapes:count=2000,seed=102,size=48
 
@@ -81,18 +88,22 @@ methods: .venv/developing  ## every method, small, plain and with PixMIM: train 
 methods-page: .venv/developing  ## the table of docs/methods.md, from the results that are there
 	$(BIN)/python benchmarks/methods.py --out $(METHODS) --table
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pixmim needs Python 3.11 or later: make PYTHON=...")'
-	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[view]'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) '.[view]'
+	$(COMPILE)
 	touch $@
 
-.venv/developing: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+.venv/developing: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) '.[dev]'
+	$(COMPILE)
+	touch .venv/installed $@
 
 .venv/documenting: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(INSTALL) '.[docs]'
 	touch $@
 
 clean:

@@ -4,6 +4,7 @@ Fixtures import torch and pixmim themselves: the process that only distributes t
 and the others wait for it.
 """
 
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -30,27 +31,35 @@ settings.load_profile("pixmim")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may access the network
 os.environ["OMP_NUM_THREADS"] = "1"  # the same sums on any machine, also in child processes
 
+gc.disable()  # until all modules are imported: nothing of them is garbage
+
 
 SLOWEST = (
-    "security/test_no_pickle.py",
-    "training/test_compile.py",
     "export/test_export.py",
-    "training/test_distributed_training.py",
     "viewer/test_browser.py",
-    "training/test_fault_tolerance.py",
+    "training/test_compile.py",
+    "security/test_no_pickle.py",
+    "training/test_distributed_training.py",
     "evaluation/robustness/test_robustness.py",
-    "test_quickstart.py",
-    "test_build.py",
+    "test_gpu_script.py",
+    "training/test_fault_tolerance.py",
     "evaluation/test_finetune.py",
     "export/test_class_tokens_and_fusion.py",
-    "utils/test_process.py",
+    "test_quickstart.py",
     "cli/test_cli.py",
     "evaluation/segmentation/test_segmentation.py",
+    "evaluation/test_held_out.py",
     "cli/test_slurm.py",
     "test_packaging.py",
-    "security/test_hostile_images.py",
+    "utils/test_process.py",
+    "test_build.py",
     "security/test_hostile_names.py",
+    "evaluation/test_evaluate.py",
     "security/test_untrusted_run.py",
+    "evaluation/robustness/test_corruptions.py",
+    "training/test_resume.py",
+    "evaluation/detection/test_detection.py",
+    "security/test_hostile_images.py",
 )
 """Modules that take 10 seconds or more come first, so that all processes end at the same time."""
 
@@ -117,6 +126,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):  # keywords also hold the names of folders
                 item.add_marker(pytest.mark.skip(reason="requires a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a collection visits what tests make, instead of a million objects of imported modules
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions complain of objects that are left at the end
 
 
 @pytest.fixture

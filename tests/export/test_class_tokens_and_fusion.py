@@ -86,8 +86,9 @@ def test_the_encoder_of_a_run_is_loaded_by_timm(method: str, tiny_run: Make, tmp
     own, images = load_encoder(str(tmp_path / "run")).eval(), torch.randn(2, 3, 64, 64)
     theirs = timm.create_model(f"local-dir:{tmp_path / 'run/encoder'}", pretrained=True).eval()
     assert torch.equal(theirs.forward_features(images), own.forward_features(images))  # type: ignore[operator]
-    lines = export_model(str(tmp_path / "run"), "onnx", tmp_path / "onnx")
-    assert any("checked in onnxruntime" in line for line in lines)
+    if method in ("pixio", "mff", "resnet10t"):  # test_export.py exports a ConvNeXt, and the ViT of CrossMAE
+        lines = export_model(str(tmp_path / "run"), "onnx", tmp_path / "onnx")
+        assert any("checked in onnxruntime" in line for line in lines)
 
 
 @pytest.mark.parametrize("method", ["mff", "crossmae"])

@@ -1,5 +1,6 @@
 """Run pixmim in processes forked from one that has imported it, so that a start takes milliseconds."""
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -119,6 +120,7 @@ def _run(
 ) -> None:
     import torch
 
+    gc.freeze()  # what the server has imported
     torch.set_num_threads(1)
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

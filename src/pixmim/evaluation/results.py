@@ -75,7 +75,8 @@ def versions() -> dict[str, str]:
     found = {name: version(name) for name in ("pixmim", "torch", "timm")} | {"python": platform.python_version()}
     if not (checkout / ".git").exists():  # git would search parent folders and obey the configuration of any repository
         return found
-    git = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    # Without the lock of the index, which a git that is killed at the time limit would leave behind.
+    git = ["git", "--no-optional-locks", "-C", str(checkout), "describe", "--always", "--dirty"]
     with suppress(OSError, subprocess.SubprocessError):
         found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     return found
