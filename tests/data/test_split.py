@@ -11,7 +11,7 @@ from pixmim.data import open_dataset
 from pixmim.data.dataset import ImageDataset, Subset
 from pixmim.data.sampler import ShuffledOrder
 from pixmim.data.split import assign_folds, assign_split, draw_labels, fold_labeled, hold_out, split_labeled
-from pixmim.data.uri import SplitSpec, absolute, read_parts, describe_split
+from pixmim.data.uri import SplitSpec, absolute, describe_split, read_parts
 from pixmim.evaluation.classification import check_labeled
 from pixmim.utils.errors import UserError
 

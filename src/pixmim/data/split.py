@@ -130,8 +130,8 @@ def _keep_together(data: ImageDataset) -> tuple[npt.NDArray[np.int64], npt.NDArr
         raise UserError(data.no_labels_message)
     if (data.labels < 0).any():
         raise UserError(
-            f"a split needs a label for each image, and {data.spec} has {int((data.labels < 0).sum()):,} without: label "
-            "or remove them"
+            f"a split needs a label for each image, and {data.spec} has {int((data.labels < 0).sum()):,} without: "
+            "label or remove them"
         )
     equal = number_equal_images(data)
     copies = len(data) - len(np.unique(equal))
