@@ -8,7 +8,7 @@ import numpy as np
 
 from pixmim.data.split import Assignment, assign_folds, assign_split, draw_labels
 from pixmim.data.uri import SplitSpec, read_parts
-from pixmim.evaluation.classification import check_classes, open_labeled, shortened_list
+from pixmim.evaluation.classification import alike_classes, check_classes, open_labeled, shortened_list
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values
 from pixmim.evaluation.evals import labels_per_class
 from pixmim.evaluation.patch_tokens import TokenSet
@@ -115,7 +115,8 @@ def _folds(context: EvalContext, settings: FrozenSettings) -> Assignment:
         data = context.data(settings.labelled)
         line = f"labeled data: {check_classes(data)}"
         folds = assign_folds(data, settings.folds, settings.split_seed)
-        _print_once(context, "; ".join(filter(None, (line, folds.note))))
+        for each in ("; ".join(filter(None, (line, folds.note))), *alike_classes(data.classes)):
+            _print_once(context, each)
         return folds
 
     return context.once_for_all(("folds", settings.labelled, settings.folds, settings.split_seed), assign)
