@@ -37,7 +37,7 @@ class Ready(list[Tensor]):
         return self.pop(0)
 
 
-class Frozen(nn.Module):
+class EncoderAndHead(nn.Module):
     """An encoder and what is trained before it, each with a batch norm."""
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ def test_resumed_training_is_bitwise_the_same_and_restores_the_generator(tmp_pat
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_the_statistics_of_a_frozen_encoder_stay(steps: int, tmp_path: Path) -> None:
-    net = Frozen()
+    net = EncoderAndHead()
     adam = adamw_by_layer(net, {"weight": 0, "bias": 0}, 0.1, OptimConfig(), decoder_steps=2)
     before = deepcopy(net.state_dict())
     with trainer_of(net, tmp_path, accumulation_steps=2, steps=steps, optimizer=adam) as trainer:

@@ -143,7 +143,7 @@ class Page:
     def reconstruct(self, image: str, hidden: Sequence[bool], runs: Sequence[int]) -> list[dict[str, Any]]:
         """Return the drawings of an image by several runs, each as data URLs by column, or with an "error".
 
-        A "note" says if they are not by the newest weights, because those are damaged.
+        A "note" names the checkpoint in use if the newest one is damaged.
         """
         mask: Mask = painted_mask(hidden)
         results = list[dict[str, Any]]()
