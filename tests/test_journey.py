@@ -44,8 +44,8 @@ def test_from_a_table_of_labels_to_the_gain_over_the_start(
     by_labels = ["--labelled", labels, "--split", "0.6", "--shots", "1,3,all", "--draws", "2"]
     status, text = say(capsys, "evaluate", "linear", "run", *by_labels, "--epochs", "5")
     assert status == 0 and "images of 4 classes" in text and " groups" in text, text
-    for count in ("1", "3", "all"):
-        assert f"at {count} labels per class: " in text and f"{count} labels per class: linear probe" in text, text
+    for labels in ("1 label per class", "3 labels per class", "all labels"):
+        assert f" with {labels}: " in text and f" {labels}: linear probe" in text, text
     assert text.count(" % (start ") == 3
     assert "Accuracy against the number of labels per class" in Path("run/report.html").read_text()
     (split,) = Path("run/evaluations").glob("split-*.csv")

@@ -166,7 +166,8 @@ def embed(
     Args:
         model: The encoder.
         data: The images.
-        features: "mean" of the patch tokens, "cls" for the class token, or "both", cls first.
+        features: "mean" of the patch tokens, "cls" for the class token (without one, the vector that the network
+            pools), or "both", cls first.
         batch_size: Images per forward pass.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".
@@ -182,9 +183,9 @@ def embed(
     dataset = _open(data, encoder.image_spec)
     skipped = BadImageLog(None, len(dataset), 1.0)
     rows, paths = list[npt.NDArray[np.float32]](), list[str]()
-    kinds = ("cls", "mean") if features == "both" else (features,)
-    for batch, indices, _ in embed_batches(encoder, dataset, skipped, batch_size, console=console or Console()):
-        rows.append(np.concatenate([batch[kind] for kind in kinds], axis=1))
+    batches = embed_batches(encoder, dataset, skipped, batch_size, console=console or Console(), kind=features)
+    for batch, indices, _ in batches:
+        rows.append(np.concatenate(list(batch.values()), axis=1))
         paths += [dataset.path_of(index) for index in indices.tolist()]
     if not paths:
         raise UserError(f"no image of {dataset.spec} can be read: {skipped.reasons}")
@@ -210,7 +211,8 @@ def embed_to_file(
         model: A result, a run's folder, a file of weights, timm:NAME, hf:NAME, or opened weights.
         data: The images.
         out: A .npy file, float32 (n, d), written with a .csv of the n paths; or a .parquet file.
-        features: "mean" of the patch tokens, "cls" for the class token, or "both", cls first.
+        features: "mean" of the patch tokens, "cls" for the class token (without one, the vector that the network
+            pools), or "both", cls first.
         batch_size: Images per forward pass.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: "auto", "bf16", "fp16" or "fp32".

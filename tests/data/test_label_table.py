@@ -77,6 +77,10 @@ def test_rows_are_those_of_a_slow_reader(write: Write, pictures: Path) -> None:
         ("a.TSV", "path\tlabel\ncats/0.jpg\t1,5\ndogs/0.jpg\t2"),
         ("a.csv", '"path","label"\r\n"cats/0.jpg","1,5"\r\n\r\ndogs/0.jpg,2\r\n'),
         ("a.csv", 'label,path\r"1,5",cats/0.jpg\r2,dogs/0.jpg'),
+        ("a.csv", "sep=;\r\npath;label\r\ncats/0.jpg;1,5\r\ndogs/0.jpg;2\r\n"),
+        ("a.csv", '\ufeff"sep=,",\npath,label\ncats/0.jpg,"1,5"\ndogs/0.jpg,2\n'),
+        ("a.csv", "SEP=|\rlabel|path\r1,5|cats/0.jpg\r2|dogs/0.jpg"),
+        ("a.csv", '"path";"label";"of, with, commas"\ncats/0.jpg;1,5;\ndogs/0.jpg;2;\n'),
     ],
 )
 def test_separators_quotes_and_line_ends(write: Write, pictures: Path, name: str, text: str) -> None:
@@ -85,9 +89,10 @@ def test_separators_quotes_and_line_ends(write: Write, pictures: Path, name: str
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_encodings(pictures: Path, coding: str) -> None:
+@pytest.mark.parametrize("first", ["", "sep=,\r\n"])
+def test_encodings(pictures: Path, coding: str, first: str) -> None:
     Image.new("RGB", (9, 9)).save(pictures / "größe.png")
-    (pictures / "a.csv").write_bytes("path,label\ngröße.png,ä\ncats/0.jpg,b".encode(coding))
+    (pictures / "a.csv").write_bytes(f"{first}path,label\ngröße.png,ä\ncats/0.jpg,b".encode(coding))
     data = open_dataset(str(pictures / "a.csv"))
     assert names(data) == ["ä", "b"] and data.image(0).shape == (3, 9, 9)
 
@@ -152,6 +157,8 @@ def test_left_out_rows_are_counted_and_printed(write: Write, capsys: pytest.Capt
         ("\n\n\npath,label", "", "is empty"),
         ("path,label\na.jpg,1\nb.jpg", "", "line 3: 1 values, but the header has 2"),
         ("path,label\na.jpg,1,2\n", "", "line 2: 3 values, but the header has 2"),
+        ("sep=;\npath;label\na.jpg;1;2\n", "", "line 3: 3 values, but the header has 2"),
+        ("sep=;\n", "", "is empty"),
         ('path,label\na.jpg,"1\nb.jpg,2\n', "", "line 3: unexpected end of data"),
         ("path,label\na\0.jpg,1\n", "", "zero byte"),
         ("path,label\n../a.jpg,1\ncats/0.jpg,2", "", "1 of the 2 paths"),

@@ -11,7 +11,7 @@ from pixmim.data import open_dataset
 from pixmim.data.dataset import ImageDataset, Subset
 from pixmim.data.sampler import ShuffledOrder
 from pixmim.data.split import assign_folds, assign_split, draw_labels, fold_labeled, hold_out, split_labeled
-from pixmim.data.uri import absolute, read_parts
+from pixmim.data.uri import SplitSpec, absolute, describe_split, read_parts
 from pixmim.evaluation.classification import check_labeled
 from pixmim.utils.errors import UserError
 
@@ -52,7 +52,7 @@ def test_a_group_counts_for_its_most_frequent_class() -> None:
 
 def paths(spec: str) -> list[str]:
     data = open_dataset(spec)
-    assert data.spec == spec
+    assert data.spec == describe_split(spec)
     return [data.path_of(i) for i in range(len(data))]
 
 
@@ -90,6 +90,13 @@ def test_the_prefix_is_kept_with_absolute_paths(pictures: Path, monkeypatch: pyt
     assert [part.weight for part in read_parts(spec)] == [2, 1]
 
 
+@pytest.mark.parametrize(("share", "seed"), [(0.8, 0), (1e-7, 2**63 - 1), (1 / 3, 5)])
+def test_any_share_and_seed_can_be_written_as_a_prefix(share: float, seed: int) -> None:
+    spec = SplitSpec("test", share, seed).prefix + "labels.csv"
+    assert SplitSpec.read(spec) == (SplitSpec("test", share, seed), "labels.csv")
+    assert "split:" not in describe_split(spec) and describe_split(spec).startswith("test part of labels.csv (share ")
+
+
 @pytest.mark.parametrize(
     "prefix",
     [
@@ -102,6 +109,7 @@ def test_the_prefix_is_kept_with_absolute_paths(pictures: Path, monkeypatch: pyt
         "split:test,sead=1:",
         "split:test,seed=1,seed=2:",
         "split:test,share=0.0:",
+        "split:test,share=1e-5:",
         "split:train:split:test:",
     ],
 )
@@ -114,7 +122,7 @@ def test_data_that_cannot_be_split(pictures: Path) -> None:
     with pytest.raises(UserError, match="no labels"):
         open_dataset(f"split:train:{pictures}/cats")
     (pictures / "l.csv").write_text("path,label\ncats/0.jpg,a\ndogs/0.jpg,b")
-    with pytest.raises(UserError, match=r"split:test,share=0\.8,seed=0: each class has a single image"):
+    with pytest.raises(UserError, match=r"left for the test part: each class has a single image"):
         open_dataset(f"split:test:{pictures}/l.csv")
 
 

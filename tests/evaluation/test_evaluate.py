@@ -21,7 +21,15 @@ from pixmim.build import build_model
 from pixmim.config import PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
-from pixmim.evaluation.classification import check_labeled, compare_held_out, majority, rated, tally, wilson_interval
+from pixmim.evaluation.classification import (
+    alike_classes,
+    check_labeled,
+    compare_held_out,
+    majority,
+    rated,
+    tally,
+    wilson_interval,
+)
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values, extract_features
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import EVALUATIONS, State, evaluate, evaluate_many, online_knn
@@ -94,6 +102,21 @@ def test_a_large_k_is_reduced_in_its_label(product: Path, sets: Callable[..., st
     twice = [watch(build_model(tiny_run(seed=5)).encoder) for _ in range(2)]
     assert {key for key in twice[1] if "top1" in key} == {f"knn/k{k}/{f}/top1" for k in (1, 7) for f in ("cls", "mean")}
     assert console.file.getvalue().count(line) == 1  # type: ignore[attr-defined]
+
+
+def test_classes_that_differ_only_in_spelling_are_named(tmp_path: Path) -> None:
+    """Case, spaces, and a letter with a combining mark; names of other letters are not."""
+    assert alike_classes(["cat", "car", "ß", "s", "a b", "ab"]) == []
+    (line,) = alike_classes(["Cat", "cat ", "cats", "caf\u00e9", "cafe\u0301"])
+    assert line.startswith("warning: ") and "'Cat' and 'cat '" in line and "cats" not in line and line.count("caf") == 2
+    for folder in ("Cat", "cat"):
+        for i in range(2):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (i, 9 * len(folder), ord(folder[0]))).save(tmp_path / folder / f"{i}.png")
+    console = Console(file=io.StringIO(), width=300)
+    data = open_dataset(str(tmp_path))
+    check_labeled(data, data, console)
+    assert console.file.getvalue().count("'Cat' and 'cat'") == 1  # type: ignore[attr-defined]
 
 
 def test_probe_follows_autograd() -> None:

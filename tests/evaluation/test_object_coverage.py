@@ -134,6 +134,7 @@ def test_every_kind_of_file_says_the_same(tmp_path: Path) -> None:
     [
         ("a.csv", "width,height,x,y\n1,2,3,4\n", "lacks the columns w, h"),
         ("a.csv", "width,height,x,y,w,h\n10,10,1,1,x,2\n", "line 2: six numbers"),
+        ("a.csv", "sep=;\nwidth;height;x;y;w;h\n10;10;1;1;x;2\n", "line 2: six numbers"),
         ("a.csv", "width,height,x,y,w,h\n10,10,1,1,-3,2\n", "line 2: invalid box size -3x2"),
         ("a.csv", "width,height,x,y,w,h\n0,10,1,1,3,2\n", "line 2: invalid image size 0x10"),
         ("a.csv", "width,height,x,y,w,h\n10,10,nan,1,3,2\n", "not finite"),

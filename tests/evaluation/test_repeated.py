@@ -17,7 +17,7 @@ import pixmim
 from helpers.models import OTHERS
 from pixmim.api import evaluate_to_folder
 from pixmim.build import build_model
-from pixmim.config import PretrainConfig
+from pixmim.config import ArchitectureConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.data import open_dataset
 from pixmim.data.split import assign_folds, draw_labels
@@ -37,6 +37,7 @@ from pixmim.evaluation.settings import (
     LinearSettings,
 )
 from pixmim.report import gain_lines
+from pixmim.report.results import ModelResults, compare
 from pixmim.utils.errors import UserError
 from pixmim.weights.save import save_encoder
 
@@ -161,12 +162,28 @@ def test_numbers_of_labels_are_means_over_the_same_draws(context: EvalContext, t
     assert found["majority"] == everything["majority"] and "shots/all/k1/mean/top1/low" in found
     assert context.console is not None
     text = context.console.file.getvalue()  # type: ignore[attr-defined]
-    assert text.count("at 4 labels per class, 1 of 3 classes have fewer and use all: c 3") == 1
-    assert "at 2 labels" not in text
+    assert text.count("with 4 labels per class, 1 of 3 classes have fewer and use all: c 3") == 1
+    assert "with 2 labels" not in text
 
     probe = values_of("linear", context, LinearSettings(TRAIN, TEST, shots="1,all", draws=2, epochs=2))
     whole = values_of("linear", context, LinearSettings(TRAIN, TEST, epochs=2))
     assert probe["shots/all/top1"] == pytest.approx(whole["top1"]) and "shots/1/top1/std" in probe
+
+
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("vit", {"cls", "mean"}), ("swin", {"mean"}), ("convmae", {"mean"}), ("convnext", {"pooled", "mean"})],
+)
+def test_only_a_class_token_is_named_so(name: str, features: set[str], tiny_run: Make, tmp_path: Path) -> None:
+    """The pooled vector of Swin and ConvMAE is the mean of the patch tokens; ConvNeXt pools before its norm."""
+    model, side = {**OTHERS, "convnext": (ArchitectureConfig("simmim", "test_convnext"), 64)}[name]
+    config = tiny_run(model=model, size=str(side))
+    encoder = wrap_live_encoder(config, build_model(config).encoder, CPU, "fp32")
+    values = values_of("knn", EvalContext(encoder, tmp_path), KnnSettings(TRAIN, TEST, k=(1,)))
+    assert {key.split("/")[1] for key in values if key.startswith("k1/")} == features
+    result = {"evaluation": "knn", "encoder": "trained", "settings": {}, "values": values}
+    labels = " ".join(row.label for row in compare([ModelResults("run", [result])]).rows)
+    assert ("class token" in labels, "pooled by the network" in labels) == ("cls" in features, "pooled" in features)
 
 
 @pytest.mark.parametrize("name", ["vit", "beit", "convmae"])
@@ -224,7 +241,7 @@ def test_a_model_is_compared_with_its_start_on_the_same_labels(product: Path, ti
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "without its start" in text and text.count("which image was in which part") == 2
     lines = gain_lines(folders)
-    assert len(lines) == 4 and all(f" at {n} labels per class: " in "\n".join(lines) for n in ("2", "all"))
+    assert len(lines) == 4 and all(f" with {n}: " in "\n".join(lines) for n in ("2 labels per class", "all labels"))
     assert [" (start " in line for line in lines].count(True) == 2
     html = page.read_text()
     assert (
@@ -277,10 +294,12 @@ def test_data_and_encoders_that_do_not_suit(context: EvalContext, tinted: Path, 
         return str(caught.value)
 
     assert "--folds 6: class 'c'" in refusal("knn", KnnSettings(labelled=str(tinted), folds=6))
-    assert "a single class, 'a'" in refusal("linear", LinearSettings(labelled=f"{tinted},include=a/*"))
+    alone = refusal("linear", LinearSettings(labelled=f"{tinted},include=a/*"))
+    assert alone.startswith(f"train part of {tinted},include=a/* (share 0.8, seed 0) has a single class, 'a'")
     assert "a single class, 'a'" in refusal("linear", LinearSettings(labelled=f"{tinted},include=a/*", folds=2))
     (tinted / "l.csv").write_text("path,finding\na/00.png,x\nb/00.png,y\n")
     assert ",label=COLUMN" in refusal("finetune", FinetuneSettings(labelled=f"{tinted}/l.csv"))
+    assert "leave out split:" in refusal("knn", KnnSettings(labelled=f"split:train:{tinted}"))
     assert "--labelled takes one source" in refusal("knn", KnnSettings(labelled=f"{tinted}+{tinted}"))
     depth = len(context.encoder.module.blocks)  # type: ignore[arg-type]
     assert f"blocks 1 to {depth}" in refusal("attentive", AttentiveSettings(TRAIN, TEST, layers=f"1,{depth + 1}"))

@@ -121,7 +121,7 @@ def test_the_verdict_rests_on_the_most_labels() -> None:
         return result(encoder, None, **values, **{"shots/all/top1/low": 100 * low, "shots/all/top1/high": 100 * high})
 
     text = judge(few_and_all("trained", 20.0, 60.0), few_and_all("untrained", 40.0, 30.0))
-    assert "It learned: all labels per class: linear probe 60.0 % (53.1 to 66.5)" in text and "30.0 %" in text
+    assert "It learned: all labels: linear probe 60.0 % (53.1 to 66.5)" in text and "30.0 %" in text
 
 
 def test_without_a_measured_start_there_is_no_sentence() -> None:

@@ -241,7 +241,7 @@ def refused(folder: Path, weights: bool = True) -> None:
     model, updater = build()
     if weights:
         with pytest.raises(UserError) as error:
-            CheckpointManager(folder.parent).load_model(model)
+            CheckpointManager(folder.parent).load_model(model, 2)
         assert len(str(error.value)) < 500 and "\n" not in str(error.value)
     warnings: list[str] = []
     try:
@@ -251,6 +251,20 @@ def refused(folder: Path, weights: bool = True) -> None:
     except UserError as error:
         warnings.append(str(error))
     assert len(warnings) == 1 and len(warnings[0]) < 500 and "\n" not in warnings[0]
+
+
+def test_weights_are_read_from_the_newest_valid_checkpoint_and_all_stay(written: Path) -> None:
+    (model, _), warnings = build(), list[str]()
+    checkpoints = CheckpointManager(written.parent, warn=warnings.append)
+    expected = load_file(written.with_name("step-000000001") / "rank-00000.safetensors")["model.weight"]
+    file = written / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert checkpoints.load_model(model) == (1, 7) and torch.equal(model.weight, expected)
+    assert len(warnings) == 1 and f"of step 1, since the checkpoint {written} is damaged" in warnings[0]
+    (written.with_name("step-000000001") / "checkpoint.json").write_text("{")
+    with pytest.raises(UserError, match="step-000000002 is damaged"):
+        checkpoints.load_model(model)
+    assert checkpoints.steps() == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "rank-00000.safetensors"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixmim.config import CheckpointConfig
+from pixmim.config import CheckpointConfig, OptimConfig
 from pixmim.training.metric_logger import read_metrics
-from pixmim.training.optim import SyncFreeOptimizer
+from pixmim.training.optim import SyncFreeOptimizer, adamw_by_layer
 from pixmim.training.trainer import Trainer
 from pixmim.utils.errors import UserError
 
@@ -37,10 +37,27 @@ class Ready(list[Tensor]):
         return self.pop(0)
 
 
-def trainer_of(model: nn.Module, folder: Path, accumulation_steps: int = 1, steps: int = 4) -> Trainer:
+class EncoderAndHead(nn.Module):
+    """An encoder and what is trained before it, each with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.head(self.encoder(x)) - x).square().mean()
+
+
+def trainer_of(
+    model: nn.Module,
+    folder: Path,
+    accumulation_steps: int = 1,
+    steps: int = 4,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Trainer:
     torch.manual_seed(0)
     folder.mkdir(exist_ok=True)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), fused=True)
     sync_free = SyncFreeOptimizer(optimizer, None, scaling=False, device=torch.device("cpu"))
     return Trainer(
         model,
@@ -126,6 +143,17 @@ def test_resumed_training_is_bitwise_the_same_and_restores_the_generator(tmp_pat
         train(tmp_path / "cut", stop=3)
     resumed = train(tmp_path / "cut")
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_the_statistics_of_a_frozen_encoder_stay(steps: int, tmp_path: Path) -> None:
+    net = EncoderAndHead()
+    adam = adamw_by_layer(net, {"weight": 0, "bias": 0}, 0.1, OptimConfig(), decoder_steps=2)
+    before = deepcopy(net.state_dict())
+    with trainer_of(net, tmp_path, accumulation_steps=2, steps=steps, optimizer=adam) as trainer:
+        trainer.fit(parts(), lambda x, _: net(x))
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if steps > 2 or name.startswith("head")}
 
 
 def test_repeated_bad_gradients_end_the_training(tmp_path: Path) -> None:

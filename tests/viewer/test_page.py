@@ -25,6 +25,7 @@ from pixmim.config import PretrainConfig
 from pixmim.evaluation.attentive_probe import AttentiveProbe, save_probe
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
 from pixmim.evaluation.visualize import heat_overlay, to_rgb
+from pixmim.export import export_model
 from pixmim.masking import Mask
 from pixmim.report import write_report
 from pixmim.report.reconstruct import draw
@@ -273,6 +274,28 @@ def test_attention_is_that_of_the_queries_of_a_probe_of_these_weights(two_runs: 
         np.testing.assert_allclose(pixels(url).astype(int), expected, atol=3)
     save_probe(probe, ["a", "b"], encoder.step + 1, run / "evaluations/attentive-trained-zzz.safetensors")
     assert page.attention("d3", 0) == last_block  # of other weights
+
+
+def test_a_damaged_checkpoint_is_named_wherever_its_run_is_used(two_runs: list[Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(two_runs[0], tmp_path / "run"))
+    file = run / "checkpoints/step-000000006/rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert resolve_model(str(run)).step == 6  # the encoder of the finished run
+    line = f"using the checkpoint of step 4, since the checkpoint {file.parent} is damaged"
+
+    def mentions(*texts: str) -> bool:
+        return all(line in text.replace("&#39;", "'") for text in texts)
+
+    page = Page([run], DATA, "cpu")
+    hidden = [True, *[False] * 15]
+    (drawn,) = page.reconstruct("d0", hidden, [0])
+    assert drawn["step"] == 4 and mentions(drawn["note"])
+    shutil.rmtree(run / "encoder")
+    assert mentions(page.attention("d0", 0)["about"], write_report([run], tmp_path / "r.html", DATA).read_text())
+    assert mentions("".join(load_frozen_encoder(str(run), device="cpu").notes))
+    assert mentions("".join(export_model(str(run), "timm", tmp_path / "out")))
+    with pytest.warns(UserWarning, match="using the checkpoint of step 4"):
+        pixmim.load_encoder(run)
 
 
 def test_a_run_that_was_stopped_says_so_and_how_to_resume_it(two_runs: list[Path], tmp_path: Path) -> None:

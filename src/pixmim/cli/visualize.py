@@ -122,7 +122,8 @@ def embed(
         out: .npy (float32, a row per image, file names in a .csv of the same name) or .parquet.
         thumbnails: Add thumbnails and, with umap-learn, a projection x and y to .parquet, for embedding-atlas.
         overwrite: Replace existing files.
-        kind: cls: the class token. mean: the mean of the patch tokens. Both are the mean without a class token.
+        kind: cls: the class token, or without one the vector that the network pools (column pooled). mean: the mean of
+            the patch tokens.
         batch_size: Images per forward pass.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto: bf16 where the device supports it.

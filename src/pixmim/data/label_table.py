@@ -1,13 +1,15 @@
 """Images and labels from a table: a .csv, .tsv or .parquet file with a column of paths and one of classes, or a .txt.
 
-A .csv is separated by commas, semicolons or tabs, whichever its first line has most of; a .tsv by tabs, if its first
-line has any. A .txt has no header: each line is a path and a class, after a tab, a comma or a space. All are in UTF-8,
-or in UTF-16 with a byte-order mark. A .parquet needs pyarrow.
+A .csv is separated by what Excel's first line `sep=;` names, or else by commas, semicolons or tabs, whichever its first
+line has most of outside quotes; a .tsv by tabs, if its first line has any. A .txt has no header: each line is a path
+and a class, after a tab, a comma or a space. All are in UTF-8, or in UTF-16 with a byte-order mark. A .parquet needs
+pyarrow.
 """
 
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,11 @@ USUAL_COLUMNS = {
     "group": tuple(f"{name}{end}" for name in ("group", "patient", "subject", "slide", "video") for end in ("", "_id")),
 }
 """Usual names of the columns of paths, classes, and what belongs together. The first that a table has is used."""
+
+_EXCEL_SEPARATOR = re.compile(rb'(?i)"?sep=([\x20-\x7e\t])"?[,;\t]*\r?\n')
+"""A first line that tells Excel the separator; it may be quoted, or filled up to the number of columns."""
+
+_QUOTED = re.compile(r'"[^"]*"')
 
 _MAX_COLUMNS, _MAX_LINE_BYTES = 10_000, 2**22
 _MAX_LENGTH = 4096  # characters of a path, class or group
@@ -90,7 +97,7 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     name, options = read_options(spec, "a table of labels", ("path", "label", "group", "root"))
     file = Path(os.path.expanduser(name))
     root = read_root(options.get("root", [""])[0], spec) or file.parent
-    header, rows = (_open_parquet if file.suffix == ".parquet" else _open_text)(file)
+    header, rows = (_open_parquet if file.suffix == ".parquet" else open_csv)(file)
     if not any(header):
         raise UserError(f"{file} is empty: its first line must name the columns")
     if len(header) > _MAX_COLUMNS:
@@ -255,21 +262,26 @@ def _listed(header: Sequence[str]) -> str:
     return ", ".join(name[:100] for name in header[:_MAX_LISTED]) + more
 
 
-def _open_text(file: Path) -> tuple[list[str], Rows]:
-    """Return the header of a .csv or .tsv, and its rows."""
+def open_csv(file: Path) -> tuple[list[str], Rows]:
+    """Return the header of a .csv or .tsv, and its rows. Raises UserError."""
     data = read_utf8(file)
     if b"\n" not in data:
         data = data.replace(b"\r", b"\n")
-    first = data.partition(b"\n")[0].decode("utf-8", "replace")
+    first = _QUOTED.sub("", data.partition(b"\n")[0].decode("utf-8", "replace"))
     delimiter = "\t" if file.suffix.lower() == ".tsv" and "\t" in first else max(",;\t", key=first.count)
-    reader = csv.reader(_lines(file, data), delimiter=delimiter, strict=True)
+    lines, skipped = _lines(file, data), 0
+    if named := _EXCEL_SEPARATOR.match(data):
+        delimiter, skipped = named[1].decode(), 1
+        next(lines)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
 
     def records() -> Iterator[list[str]]:
         try:
             yield from reader
         except csv.Error as error:
             raise UserError(
-                f"{file}, line {reader.line_num:,}: {error}. Is a quotation mark missing or too much before it?"
+                f"{file}, line {skipped + reader.line_num:,}: {error}. Is a quotation mark missing or too much before "
+                "it?"
             ) from None
 
     header = [name.strip() for name in next(records(), [])]
@@ -279,9 +291,8 @@ def _open_text(file: Path) -> tuple[list[str], Rows]:
             if len(row) == len(header):
                 yield [row[index].strip() for index in indices]
             elif len(row) > 1 or "".join(row).strip():  # not a blank line
-                raise UserError(
-                    f"{file}, line {reader.line_num:,}: {len(row):,} values, but the header has {len(header):,}"
-                )
+                line = skipped + reader.line_num
+                raise UserError(f"{file}, line {line:,}: {len(row):,} values, but the header has {len(header):,}")
 
     return header, rows
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pixmim.data.dataset import ConcatDataset, ImageDataset, Subset
 from pixmim.data.duplicates import number_equal_images
-from pixmim.data.uri import SplitSpec
+from pixmim.data.uri import SplitSpec, describe_split
 from pixmim.utils.errors import UserError
 from pixmim.utils.rng import shuffled
 
@@ -130,7 +130,8 @@ def _keep_together(data: ImageDataset) -> tuple[npt.NDArray[np.int64], npt.NDArr
         raise UserError(data.no_labels_message)
     if (data.labels < 0).any():
         raise UserError(
-            f"split: needs a label for each image, and {data.spec} has {int((data.labels < 0).sum()):,} without"
+            f"a split needs a label for each image, and {data.spec} has {int((data.labels < 0).sum()):,} without: "
+            "label or remove them"
         )
     equal = number_equal_images(data)
     copies = len(data) - len(np.unique(equal))
@@ -154,12 +155,12 @@ def split_dataset(data: ImageDataset, spec: SplitSpec) -> Subset:
     chosen = np.flatnonzero(split.part == split.names.index(spec.side))
     if not len(chosen):
         raise UserError(
-            f"no image of {data.spec} is left for {spec.prefix[:-1]}: each class has a single image or group"
+            f"no image of {data.spec} is left for the {spec.side} part: each class has a single image or group"
         )
     subset = Subset(data, chosen.tolist())
-    subset.spec = f"{spec.prefix}{data.spec}"
+    subset.spec = describe_split(f"{spec.prefix}{data.spec}")
     groups = f", {len(np.unique(data.groups[chosen])):,} groups" if data.groups is not None else ""
-    note = f"{len(chosen):,} of {len(data):,} images by {spec.prefix}{groups}"
+    note = f"{len(chosen):,} of {len(data):,} images, the {spec.side} part of a split{groups}"
     subset.description = "; ".join(filter(None, (data.description, note, split.note)))
     subset.left_out = "; ".join(filter(None, (data.left_out, split.note)))
     return subset

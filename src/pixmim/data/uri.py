@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -26,7 +27,7 @@ _MAX_WEIGHT_DIGITS = 6
 _WILDCARD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.(-?\d+))?\n?\}|[{,}]")
 _MAX_NAMES = 1_000_000  # in the expansion of a brace pattern
-_SPLIT = re.compile(r"split:(train|test)((?:,share=0?\.[0-9]{1,4}|,seed=[0-9]{1,9})*):(?!split:)(.+)", re.DOTALL)
+_SPLIT = re.compile(r"split:(train|test)((?:,share=0?\.[0-9]{1,20}|,seed=[0-9]{1,20})*):(?!split:)(.+)", re.DOTALL)
 _HAS_OWN_OPTIONS = re.compile(r"hf:(?!//)|shapes:")
 _OPTION = re.compile(r",(?=\w+=)")
 _MAX_OPTIONS = 100
@@ -59,14 +60,23 @@ class SplitSpec:
         if not match or match[2].count(",") != len(options) or not share:
             raise UserError(
                 f"'{spec[:200]}' is not a split: write split:train,share=0.8,seed=0:DATA, and test for the other part. "
-                "share is above 0 and below 1, with at most 4 digits; both options may be left out"
+                "share is above 0 and below 1; both options may be left out"
             )
         return SplitSpec(match[1], share, seed), match[3]
 
     @property
     def prefix(self) -> str:
         """The prefix as text, with all of its values."""
-        return f"split:{self.side},share={self.share},seed={self.seed}:"
+        return f"split:{self.side},share={Decimal(str(self.share)):f},seed={self.seed}:"
+
+
+def describe_split(spec: str) -> str:
+    """Return a spec for messages, which may come from --labelled: "test part of DATA (share 0.8, seed 0)"."""
+    match = _SPLIT.fullmatch(spec)
+    if not match:
+        return spec
+    options = match[2].lstrip(",").replace(",", ", ").replace("=", " ")
+    return f"{match[1]} part of {match[3]}{f' ({options})' * bool(options)}"
 
 
 @dataclass(frozen=True)

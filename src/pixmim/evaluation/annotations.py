@@ -1,7 +1,5 @@
 """Read object annotations: boxes and masks from CSV, COCO and VOC files, mask images, and synthetic shapes."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +11,12 @@ import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage
 from pixmim.data.image_folder import EXTENSIONS
+from pixmim.data.label_table import open_csv
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.box_formats import read_boxes
 from pixmim.evaluation.mask_files import find_masks, read_mask
 from pixmim.utils.errors import UserError
-from pixmim.utils.files import read_file, read_text, readable
+from pixmim.utils.files import read_file, readable
 from pixmim.utils.memory import free_memory
 from pixmim.utils.process import killable
 
@@ -78,29 +77,25 @@ def _clip(xywh: Sequence[float], width: float, height: float) -> Box | None:
 
 
 def _read_csv(path: Path) -> Iterator[ImageObject | None]:
-    with readable(path):
-        text = read_text(path, _MAX_BYTES)
-    rows, needed = csv.DictReader(io.StringIO(text, newline="")), ", ".join(_CSV_COLUMNS)
-    try:
-        missing = [name for name in _CSV_COLUMNS if name not in (rows.fieldnames or ())]
-        if missing:
-            raise UserError(f"{path} lacks the columns {', '.join(missing)}; needed: {needed}[, image]")
-        for line, row in enumerate(rows, 2):
-            where = f"{path}, line {line}"
-            try:
-                width, height, *xywh = (float(row[name]) for name in _CSV_COLUMNS)
-            except (TypeError, ValueError):
-                raise UserError(f"{where}: six numbers are needed: {needed}") from None
-            if not all(np.isfinite([width, height, *xywh])):
-                raise UserError(f"{where}: the size or the box is not finite")
-            if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
-                raise UserError(f"{where}: invalid image size {width:g}x{height:g}")
-            if min(xywh[2:]) < 0:
-                raise UserError(f"{where}: invalid box size {xywh[2]:g}x{xywh[3]:g}")
-            box, size = _clip(xywh, width, height), (round(height), round(width))
-            yield None if box is None else ImageObject(row.get("image") or f"line {line}", size, box)
-    except csv.Error as error:
-        raise UserError(f"{path} is not a CSV file: {error}") from error
+    (header, rows), needed = open_csv(path), ", ".join(_CSV_COLUMNS)
+    missing = [name for name in _CSV_COLUMNS if name not in header]
+    if missing:
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; needed: {needed}[, image]")
+    named = header.index("image") if "image" in header else 0
+    for line, (*numbers, image) in enumerate(rows([*map(header.index, _CSV_COLUMNS), named]), 2):
+        where = f"{path}, line {line}"
+        try:
+            width, height, *xywh = map(float, numbers)
+        except ValueError:
+            raise UserError(f"{where}: six numbers are needed: {needed}") from None
+        if not all(np.isfinite([width, height, *xywh])):
+            raise UserError(f"{where}: the size or the box is not finite")
+        if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
+            raise UserError(f"{where}: invalid image size {width:g}x{height:g}")
+        if min(xywh[2:]) < 0:
+            raise UserError(f"{where}: invalid box size {xywh[2]:g}x{xywh[3]:g}")
+        box, size = _clip(xywh, width, height), (round(height), round(width))
+        yield None if box is None else ImageObject((image if "image" in header else "") or f"line {line}", size, box)
 
 
 def _read_masks(path: Path) -> Iterator[ImageObject | None]:

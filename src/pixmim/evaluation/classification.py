@@ -2,6 +2,7 @@
 
 import math
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,6 +67,8 @@ def check_labeled(train: ImageDataset, test: ImageDataset, console: Console | No
     test_labels = indices[torch.from_numpy(cast(np.ndarray, test.labels))]
     for name, line in zip(("train", "test"), lines, strict=True):
         print_plain(console, f"{name} data: {line}")
+    for line in alike_classes(train.classes):
+        print_plain(console, line)
     groups = [
         {data.group_names[i] for i in np.unique(data.groups)} - {""} if data.groups is not None else set()
         for data in (train, test)
@@ -100,6 +103,20 @@ def check_classes(data: ImageDataset) -> str:
     groups = f", in {len(np.unique(data.groups)):,} groups" if data.groups is not None else ""
     note = f" ({data.left_out})" if data.left_out else ""
     return f"{len(data):,} images of {shares(data.classes, counts.tolist())}{groups}{note}"
+
+
+def alike_classes(names: Sequence[str]) -> list[str]:
+    """Return a warning if names of classes differ only in case, spaces or the encoding of equal characters."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    alike = [f"{' and '.join(repr(label(name)) for name in group)}" for group in groups.values() if len(group) > 1]
+    if not alike:
+        return []
+    return [
+        f"warning: classes differ only in case, spaces or Unicode normalization, and are nearly always one class: "
+        f"{shortened_list(alike)}. They are measured as separate ones: rename them, unless they should be"
+    ]
 
 
 def class_indices(classes: Sequence[str], known: Sequence[str], spec: str) -> Int[Tensor, " k"]:

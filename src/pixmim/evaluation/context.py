@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from hashlib import sha256
 from pathlib import Path
@@ -40,17 +40,17 @@ BLOCKS = 4  # number of last blocks whose global tokens are features
 class FeatureSet:
     """Features of n images, float32 on the CPU."""
 
-    # Global token of each of the last k blocks after the final norm (n k d), last block last. Encoders without a global
-    # token return the mean of the patch tokens.
+    # `Features.vector` of each of the last k blocks after the final norm (n k d), last block last
     vector: Float[Tensor, "n k d"]
     mean: Float[Tensor, "n d"]  # mean of the last block's patch tokens (n d)
     labels: Int[Tensor, " n"]  # class of each image (n)
     classes: list[str]
     indices: Int[np.ndarray, " n"] | None = None  # dataset index of each image (n); None if unknown
+    vector_name: str = "cls"  # of `Features`
 
     def select(self, rows: Int[np.ndarray, " r"]) -> "FeatureSet":
         """Return the features of some rows."""
-        return FeatureSet(self.vector[rows], self.mean[rows], self.labels[rows], self.classes)
+        return replace(self, vector=self.vector[rows], mean=self.mean[rows], labels=self.labels[rows], indices=None)
 
 
 @dataclass
@@ -89,7 +89,7 @@ class EvalContext:
             result = extract_block_features(self.encoder, data, blocks, skipped, console=self.console)
             self.print_skipped(skipped, data)
             for each in result:
-                check_finite(each.mean, f"features of {spec}")
+                check_finite(each.mean, f"features of {data.spec}")
             return result
 
         return self.cached(("features", spec, blocks), compute)
@@ -185,7 +185,7 @@ def extract_block_features(
     encoder.check_batch(min(batch, len(data)))
     all_labels = torch.from_numpy(data.labels)  # once: some datasets compute them on each access
     vectors, means = ([list[Tensor]() for _ in blocks or [0]] for _ in range(2))
-    read, crop = [], evaluation_crop(encoder.size)
+    read, crop, name = [], evaluation_crop(encoder.size), "cls"
     with encoder.evaluating():  # one autocast context casts weights once
         for images, indices, _ in read_batches(data, crop, skipped, "features of", console, batch):
             result = features(encoder.module, encoder.preprocess(images), MAX_DEPTH if blocks else BLOCKS)
@@ -193,10 +193,11 @@ def extract_block_features(
                 vectors[i].append(each.vector.float().cpu())
                 means[i].append(each.mean.float().cpu())
             read.append(indices)
+            name = result.vector_name
     order = np.concatenate(read)
     labels = all_labels[torch.from_numpy(order)]
     pairs = zip(vectors, means, strict=True)
-    return [FeatureSet(torch.cat(vector), torch.cat(mean), labels, data.classes, order) for vector, mean in pairs]
+    return [FeatureSet(torch.cat(vector), torch.cat(mean), labels, data.classes, order, name) for vector, mean in pairs]
 
 
 def bad_image_log(data: ImageDataset, path: Path | None = None) -> BadImageLog:

@@ -52,10 +52,11 @@ def embed(
 ) -> list[str]:
     """Write one row for each readable image, in the order of the data. Resumes from OUT.partial, batch by batch.
 
-    A .npy file has float32 (n, d), or (n, 2 d) with the global token first for "both", and a .csv of each row's file
-    and class. A .parquet file has the columns file, class (if there are classes), cls (the global token after the final
-    norm) and mean (of the patch tokens); with `thumbnails` also thumbnail, a JPEG of at most 96 pixels a side, as the
-    struct (bytes, path) of Hugging Face's datasets, and x and y, a projection by UMAP, if umap-learn is installed.
+    A .npy file has float32 (n, d), or (n, 2 d) with the class token first for "both", and a .csv of each row's file and
+    class. A .parquet file has the columns file, class (if there are classes), cls (the class token after the final
+    norm; without one pooled, the vector that the network pools) and mean (of the patch tokens); with `thumbnails` also
+    thumbnail, a JPEG of at most 96 pixels a side, as the struct (bytes, path) of Hugging Face's datasets, and x and y,
+    a projection by UMAP, if umap-learn is installed.
 
     Returns lines about the written files. Raises UserError if a file exists, no image can be read, or another process
     is writing the same file.
@@ -82,9 +83,9 @@ def embed(
         identity = {"model": fingerprint(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
         first = _resume(work, identity)
         skipped = BadImageLog(skipped_path, len(data), 1.0)
-        for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console):
-            arrays: dict[str, Any] = {key: value for key, value in rows.items() if kind in (key, "both")}
-            atomic_write(work / f"{first:09d}.npz", partial(np.savez, index=indices, **arrays))
+        for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console, kind):
+            arrays: dict[str, Any] = {"index": indices, **rows}
+            atomic_write(work / f"{first:09d}.npz", partial(np.savez, **arrays))
             first = end
             write_json(work / "state.json", identity | {"done": end})
         if not any(work.glob("*.npz")):
@@ -93,7 +94,7 @@ def embed(
         more, lines = dict[str, Any](), list[str]()
         if thumbnails:
             try:
-                more["x"], more["y"] = project(next(table[key] for key in ("mean", "cls") if key in table)).T
+                more["x"], more["y"] = project(next(reversed(table.values()))).T
             except UserError as error:
                 lines.append(f"no columns x and y: {error}")
             more["thumbnail"] = thumbnail_column(data, table["index"].tolist(), weights.config)
@@ -110,16 +111,21 @@ def embed_batches(
     batch: int,
     first: int = 0,
     console: Console | None = None,
+    kind: Kind = "mean",
 ) -> Iterator[tuple[dict[str, npt.NDArray[np.float32]], npt.NDArray[np.int64], int]]:
-    """Yield features of the readable images of each batch, by kind, their indices, and the index of the next batch."""
+    """Yield features of the readable images of each batch by name, their indices, and the index of the next batch.
+
+    The names are those of columns, see `embed`; the mean is the last one.
+    """
     encoder.module.eval()
     encoder.check_batch(min(batch, len(data)))
     crop = evaluation_crop(encoder.size)
     for images, indices, end in read_batches(data, crop, skipped, "features of", console, batch, first):
         with torch.no_grad(), autocast(encoder.device, encoder.precision):
             result = features(encoder.module, encoder.preprocess(images))
-        both = {"cls": result.vector[:, -1], "mean": result.mean}
-        yield {key: value.float().cpu().numpy() for key, value in both.items()}, indices, end
+        both = {result.vector_name: result.vector[:, -1], "mean": result.mean}
+        chosen = {key: value for key, value in both.items() if kind == "both" or (kind == "mean") == (key == "mean")}
+        yield {key: value.float().cpu().numpy() for key, value in chosen.items()}, indices, end
 
 
 def _resume(work: Path, identity: dict[str, Any]) -> int:

@@ -28,7 +28,8 @@ class Eval:
 MAJORITY = "majority (always the largest class)"  # label of the baseline that always predicts the largest class
 
 _LABELED = "labeled images: --train, --test; or --labelled"
-_MEAN, _TOKEN = "k-NN (k = *), mean of patch tokens", "k-NN (k = *), class token"
+_FEATURES = {"mean": "mean of patch tokens", "cls": "class token", "pooled": "pooled by the network"}
+_KNN = {f"k*/{key}/": f"k-NN (k = *), {name}" for key, name in _FEATURES.items()}
 
 
 def _rates(title: str, prefix: str = "") -> dict[str, str]:
@@ -42,7 +43,7 @@ def _accuracy(title: str, prefix: str = "") -> dict[str, str]:
 def _repeated(names: dict[str, str]) -> dict[str, str]:
     """Add the labels of values by number of labels and by block: see `repeated.repeat`."""
     each = {key: title for key, title in names.items() if key != "majority"}
-    shots = {f"shots/*/{key}": f"* labels per class: {title}" for key, title in each.items()}
+    shots = {f"shots/*/{key}": f"*: {title}" for key, title in each.items()}  # see `labels_per_class`
     return names | shots | {f"block/*/{key}": f"block *: {title}" for key, title in each.items()}
 
 
@@ -70,12 +71,17 @@ def _shape_bias(kind: str, of: str) -> dict[str, str]:
     }
 
 
+def labels_per_class(count: str) -> str:
+    """Return a value of --shots in words, "10 labels per class" or "all labels"."""
+    return "all labels" if count == "all" else f"{count} {'label' if count == '1' else 'labels'} per class"
+
+
 EVALS: dict[str, Eval] = {
     "knn": Eval(
         settings.KnnSettings,
         _LABELED,
-        _repeated({"majority": MAJORITY} | _rates(_MEAN, "k*/mean/") | _rates(_TOKEN, "k*/cls/")),
-        {"k*/mean/recall/*": f"recall, {_MEAN}: *", "k*/cls/recall/*": f"recall, {_TOKEN}: *"},
+        _repeated({"majority": MAJORITY} | {k: v for key, name in _KNN.items() for k, v in _rates(name, key).items()}),
+        {f"{key}recall/*": f"recall, {name}: *" for key, name in _KNN.items()},
     ),
     "linear": Eval(
         settings.LinearSettings,

@@ -59,18 +59,20 @@ def usable_k(k: Sequence[int], references: int) -> tuple[list[int], str]:
 
 
 def knn(train: FeatureSet, test: FeatureSet, k: Sequence[int] = DEFAULT_K, device: torch.device = CPU) -> Values:
-    """Yield the metrics of k-NN on the global token ("cls") and on the mean of the patch tokens ("mean").
+    """Yield the metrics of k-NN on the mean of the patch tokens ("mean"), and on the class token ("cls").
 
-    The names are those of `classification.rated` with the prefix kK/FEATURE/, and "majority"; values are in per cent. K
-    is limited to the number of train images (`usable_k`). Raises UserError if a k is below 1, or train lacks a test
-    class.
+    Of an encoder without a class token it is the vector that the network pools ("pooled"), unless that is the mean. The
+    names are those of `classification.rated` with the prefix kK/FEATURE/, and "majority"; values are in per cent. K is
+    limited to the number of train images (`usable_k`). Raises UserError if a k is below 1, or train lacks a test class.
     """
     k, _ = usable_k(k, len(train.labels))
     labels, classes = same_classes(train, test), len(train.classes)
     for name, references, queries in (
-        ("cls", train.vector[:, -1], test.vector[:, -1]),
+        (train.vector_name, train.vector[:, -1], test.vector[:, -1]),
         ("mean", train.mean, test.mean),
     ):
+        if name == "pooled" and torch.equal(references, train.mean):
+            continue
         predictions = classify(references, train.labels, queries, classes, k, device=device)
         for each, predicted in predictions.items():
             counts = tally(predicted, labels, classes)

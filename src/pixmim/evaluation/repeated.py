@@ -8,8 +8,9 @@ import numpy as np
 
 from pixmim.data.split import Assignment, assign_folds, assign_split, draw_labels
 from pixmim.data.uri import SplitSpec, read_parts
-from pixmim.evaluation.classification import check_classes, open_labeled, shortened_list
+from pixmim.evaluation.classification import alike_classes, check_classes, open_labeled, shortened_list
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values
+from pixmim.evaluation.evals import labels_per_class
 from pixmim.evaluation.patch_tokens import TokenSet
 from pixmim.evaluation.settings import FrozenSettings
 from pixmim.models import depth
@@ -35,7 +36,7 @@ def check_repeated(context: EvalContext, settings: FrozenSettings) -> tuple[int,
     for count in (int(count) for count in settings.counts if count != "all"):
         few = [f"{label(splits.classes[i])} {sizes[i]:,}" for i in np.flatnonzero((sizes > 0) & (sizes < count))]
         if few:
-            line = f"at {count:,} labels per class, {len(few)} of {len(sizes)} classes have fewer and use all: "
+            line = f"with {labels_per_class(f'{count:,}')}, {len(few)} of {len(sizes)} classes have fewer and use all: "
             _print_once(context, line + shortened_list(few))
         smallest = min(smallest, int(sizes.clip(max=count).sum()))
     return smallest, len(splits.train) + len(splits.test)
@@ -114,7 +115,8 @@ def _folds(context: EvalContext, settings: FrozenSettings) -> Assignment:
         data = context.data(settings.labelled)
         line = f"labeled data: {check_classes(data)}"
         folds = assign_folds(data, settings.folds, settings.split_seed)
-        _print_once(context, "; ".join(filter(None, (line, folds.note))))
+        for each in ("; ".join(filter(None, (line, folds.note))), *alike_classes(data.classes)):
+            _print_once(context, each)
         return folds
 
     return context.once_for_all(("folds", settings.labelled, settings.folds, settings.split_seed), assign)

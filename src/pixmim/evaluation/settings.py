@@ -66,6 +66,8 @@ class LabeledSettings(Settings):
 
         if self.labelled and len(read_parts(self.labelled)) > 1:
             raise UserError(f"--labelled takes one source, not several joined by +: '{self.labelled}'")
+        if SplitSpec.read(self.labelled)[0] is not None:
+            raise UserError(f"--labelled splits its data: leave out split:...: before them in '{self.labelled}'")
         if not self.labelled or getattr(self, "folds", None):
             return self
         train, test = (

@@ -69,12 +69,14 @@ class Features(NamedTuple):
     """Features of images from the last k blocks of an encoder, after its final norm.
 
     Attributes:
-        vector: Class token of each block, of Pixio the mean of its 8; without one the mean of the patch tokens.
+        vector: Class token of each block, of Pixio the mean of its 8; without one the pooled map, as the network pools.
         maps: The patch tokens of each block as a map.
+        vector_name: "cls" if the vector is the class token, otherwise "pooled".
     """
 
     vector: Float[Tensor, "b k d"]
     maps: list[Float[Tensor, "b d rows columns"]]
+    vector_name: str = "pooled"
 
     @property
     def map(self) -> Float[Tensor, "b d rows columns"]:
@@ -88,4 +90,4 @@ class Features(NamedTuple):
 
     def of_block(self, index: int) -> "Features":
         """Return the features of one of the blocks alone."""
-        return Features(self.vector[:, [index]], [self.maps[index]])
+        return Features(self.vector[:, [index]], [self.maps[index]], self.vector_name)

@@ -40,7 +40,7 @@ def features(encoder: nn.Module, images: Float[Tensor, "b c h w"], blocks: int =
             o[1][:, :count].mean(dim=1) if count else tokens.mean(dim=(2, 3))
             for o, tokens in zip(outputs, last, strict=True)
         ]
-        return Features(torch.stack(vectors, dim=1), last)
+        return Features(torch.stack(vectors, dim=1), last, "cls" if count else "pooled")
     if isinstance(encoder, SwinTransformer):
         final = encoder.forward_features(images).permute(0, 3, 1, 2)
         return Features(final.mean(dim=(2, 3))[:, None], [final])

@@ -9,6 +9,7 @@ from typing import Any
 from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.evaluation.best import BEST_FOLDER, MEASURES, find_key, read_best
 from pixmim.evaluation.classification import difference_interval, wilson_interval
+from pixmim.evaluation.evals import labels_per_class
 from pixmim.report.results import Cell, Comparison, Row
 from pixmim.training.metric_logger import is_number, read_metrics
 from pixmim.utils.console import label
@@ -20,9 +21,6 @@ _HEADLINES = [
     re.compile(title) for title in ("attentive probe", "linear probe", r"k-NN \(k = \d+\), mean of .*", "fine-tuned")
 ]
 """Labels of the values that a verdict may rest on, the best first."""
-
-_PER_CLASS = " labels per class: "
-"""Between the number and the title of a value of --shots; the largest number comes last."""
 
 _LABELS_OR_BLOCK = re.compile(r"(shots|block)/([a-z0-9]{1,10})/((?:k([0-9]{1,9})/mean/)?(top1|balanced))")
 _MAX_FIGURES, _MAX_TICKS = 24, 100
@@ -87,7 +85,7 @@ def verdict(
     columns = comparison.columns
     trained = next((columns.index(each) for each in (name, "trained") if each in columns), None)
     for title in _HEADLINES:
-        rows = [row for row in comparison.rows if title.fullmatch(row.label.partition(_PER_CLASS)[2] or row.label)]
+        rows = [row for row in comparison.rows if title.fullmatch(_title(row))]  # the most labels come last
         row = next((row for row in reversed(rows) if trained is not None and row.cells[trained] is not None), None)
         if row is not None and trained is not None and (cell := row.cells[trained]) is not None:
             return _judge(row, cell, initial_cell(comparison, row, name))
@@ -99,6 +97,10 @@ def verdict(
         "whether the encoder is useful: "
         f"pixmim evaluate knn {quote(str(folder))} --train DATA --test DATA --untrained."
     )
+
+
+def _title(row: Row) -> str:
+    return row.label.partition(": ")[2] if row.key.startswith("shots/") else row.label
 
 
 def _judge(row: Row, cell: Cell, start: Cell | None) -> str:
@@ -153,7 +155,7 @@ def answers(comparison: Comparison) -> list[str]:
             start = initial_cell(comparison, row, name)
             gain = f" (start {start.value:.1f} %, {_gain(cell, start)})" if start is not None else ""
             model = "" if name == "trained" else f"{name}, "
-            lines.append(f"{model}{title} at {match[2]} labels per class: {cell.value:.1f} %{gain}")
+            lines.append(f"{model}{title} with {labels_per_class(match[2])}: {cell.value:.1f} %{gain}")
     return lines
 
 

@@ -199,6 +199,7 @@ def read_entry(folder: Path, name: str, data: str | None, warn: Warn, bands: str
         try:
             weights = with_bands(resolve_model(str(folder.absolute()), with_decoder=True), bands)
             entry.progress = weights.progress
+            problems += [note.removeprefix("warning: ") for note in weights.notes]
             entry.reconstruction = reconstruct(weights, open_run_data(folder, entry.config, text, data))
         except (UserError, OSError) as error:  # the data may have been moved
             entry.problem = "; ".join(str(error).splitlines())

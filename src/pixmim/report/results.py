@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pixmim.evaluation.evals import EVALS, MAJORITY, Eval
+from pixmim.data.uri import describe_split
+from pixmim.evaluation.evals import EVALS, MAJORITY, Eval, labels_per_class
 from pixmim.utils.console import cell, label
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import parse_json, read_text, readable
@@ -188,7 +189,8 @@ def _rows(
         for key in keys:
             match = _pattern(pattern).fullmatch(key)
             if match is not None:
-                words = iter(match.groups())
+                first, *rest = (*match.groups(), "")
+                words = iter([labels_per_class(first) if key.startswith("shots/") else first, *rest])
                 name = re.sub(r"\*", lambda _, words=words: next(words).replace("_", " "), title)  # type: ignore[misc]
                 text = label(name + suffix * (MAJORITY not in title), _MAX_LABEL)
                 cells = [find_cell(model, state, key) for model, state in columns]
@@ -230,7 +232,9 @@ def _differences(settings: Sequence[dict[str, Any]]) -> list[str]:
     for each in flat:
         group = groups[_data(each)]
         names = [n for n in sorted(each) if n not in _IN_LABEL and any(other.get(n) != each[n] for other in group)]
-        texts.append("".join(f", {n} {label(str(each[n]))}" for n in names if each[n] not in (None, "", [])))
+        texts.append(
+            "".join(f", {n} {label(describe_split(str(each[n])))}" for n in names if each[n] not in (None, "", []))
+        )
     return texts
 
 
@@ -255,7 +259,7 @@ def _drop_columns(columns: list[tuple[ModelResults, str]], rows: list[Row]) -> C
 
 def _data(settings: dict[str, Any]) -> str:
     """Return the test data, or the only data."""
-    return str(settings.get("test") or settings.get("labelled") or settings.get("data") or "")
+    return describe_split(str(settings.get("test") or settings.get("labelled") or settings.get("data") or ""))
 
 
 def table(models: list[ModelResults], width: int) -> Table:

@@ -105,29 +105,29 @@ class CheckpointManager:
         return 0
 
     def load_model(self, model: nn.Module, step: int | None = None) -> tuple[int, int]:
-        """Restore only the weights of a checkpoint, by default the newest, in place.
+        """Restore only the weights of a checkpoint in place: of a given step, or of the newest valid one.
 
-        Returns:
-            The number of steps done, and the size of the dataset.
-
-        Raises:
-            UserError: If it does not exist, is damaged or of another model.
+        Returns the number of steps done, and the size of the dataset. Damaged ones cost a warning and stay, since the
+        run may be in progress. Raises UserError if it does not exist, is of another model, or all are damaged.
         """
         steps = self._steps_inside()
-        step = max(steps, default=None) if step is None else step
-        if step is None or step not in steps:
+        if not steps or step not in (None, *steps):
             raise UserError(f"no checkpoint{'' if step is None else f' of step {step:,}'} in {self._folder}")
-        path, state = self._path(step), _prefixed("model", model.state_dict())
-        try:
-            manifest = files.read_manifest(path)
-            weights = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
-            mismatch = files.difference(weights, state)
-            if mismatch:
-                raise UserError(f"the checkpoint {path} is of another model: {mismatch}")
-            files.restore(path, weights, state)
-        except DamagedError as error:
-            raise UserError(f"the checkpoint {path} is damaged: {first_line(error)}") from error
-        return step, manifest.images
+        damage, state = list[str](), _prefixed("model", model.state_dict())
+        for number in [step] if step is not None else reversed(steps):
+            path = self._path(number)
+            try:
+                manifest = files.read_manifest(path)
+                weights = {name: entry for name, entry in manifest.tensors.items() if name.startswith("model.")}
+                if mismatch := files.difference(weights, state):
+                    raise UserError(f"the checkpoint {path} is of another model: {mismatch}")
+                files.restore(path, weights, state)
+                if damage:
+                    self._warn(f"warning: using the checkpoint of step {number:,}, since {damage[0]}")
+                return number, manifest.images
+            except DamagedError as error:
+                damage.append(f"the checkpoint {path} is damaged: {first_line(error)}")
+        raise UserError(damage[0])
 
     def _steps_inside(self) -> list[int]:
         """Return `steps()`. Raises UserError if the folder is a symbolic link out of the run."""

@@ -186,6 +186,11 @@ class SyncFreeOptimizer:
             s["good"].masked_fill_(grow, 0.0)
         return norm
 
+    def frozen(self, number: int) -> set[int]:
+        """Return the ids of the parameters that stay as they are in a step."""
+        groups = (group for group in self.optimizer.param_groups if number < group.get("from_step", 0))
+        return {id(p) for group in groups for p in group["params"]}
+
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the Euclidean norm of all gradients, including the shards of other ranks."""

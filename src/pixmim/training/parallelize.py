@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pixmim.config import ParallelConfig
 from pixmim.training.distributed import Distributed
+from pixmim.training.optim import SyncFreeOptimizer
 from pixmim.training.precision import Precision
 from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.files import cache_path
@@ -188,17 +189,24 @@ def trial_step(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def settle_statistics(
-    norms: list[_BatchNorm], buffers: list[Tensor], before: list[Tensor], streak: Tensor, world: Distributed
+    norms: list[_BatchNorm],
+    buffers: list[Tensor],
+    before: list[Tensor],
+    optimizer: SyncFreeOptimizer,
+    step: int,
+    world: Distributed,
 ) -> None:
     """Set buffers to their values before a bad step, and the statistics of norms to their mean over the ranks.
 
-    A step without a finite gradient, after which `streak` is above 0, may leave statistics that are not finite.
-    Collective.
+    A step without a finite gradient, after which the optimizer's streak is above 0, may leave statistics that are not
+    finite. Norms whose weights are frozen in the step keep their statistics. Collective.
     """
     if not norms:
         return
+    frozen, streak = optimizer.frozen(step), optimizer.state["streak"]
+    held = {id(buffer) for norm in norms if id(norm.weight) in frozen for buffer in norm.buffers()}
     for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(torch.where(streak > 0, value, buffer))
+        buffer.copy_(value if id(buffer) in held else torch.where(streak > 0, value, buffer))
     statistics = [value for norm in norms for value in norm.buffers() if value.is_floating_point()]
     if world.size > 1 and statistics:
         mean = torch.cat([value.flatten() for value in statistics]) / world.size

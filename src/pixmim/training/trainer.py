@@ -225,7 +225,7 @@ class Trainer:
                 buffer.copy_(value)
             raise
         norm = self.optimizer.step(self.lr(step), step)
-        settle_statistics(self._norms, buffers, before, self.optimizer.state["streak"], self.world)
+        settle_statistics(self._norms, buffers, before, self.optimizer, step, self.world)
         return total, norm
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, waited: float) -> None:

@@ -71,8 +71,10 @@ def write_table(out: Path, index: Index, data: ImageDataset, config: ModelConfig
 
 def export_page(table: Path, folder: Path) -> None:
     """Write embedding-atlas's page for a table of `write_table`. Raises UserError if it is missing or fails."""
+    columns = ", ".join(import_parquet()[1].read_schema(table).names)  # without embedding-atlas's own, the table's path
     command = [sys.executable, "-P", "-m", "embedding_atlas.cli", str(table)]  # -P: import nothing from this folder
     command += ["--x", "x", "--y", "y", "--image", "thumbnail", "--pagerank", "", "--export-application", str(folder)]
+    command += ["--query", f"SELECT {columns} FROM data"]
     options: Any = {"capture_output": True, "text": True, "timeout": _TIMEOUT, "stdin": subprocess.DEVNULL}
     try:
         subprocess.run(command, check=True, cwd=table.parent, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **options)

@@ -141,7 +141,10 @@ class Page:
         return {"hidden": mask.hidden[0].int().tolist(), "grid": self._run(run).grid}
 
     def reconstruct(self, image: str, hidden: Sequence[bool], runs: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the drawings of an image by several runs, each as data URLs by column, or with an "error"."""
+        """Return the drawings of an image by several runs, each as data URLs by column, or with an "error".
+
+        A "note" names the checkpoint in use if the newest one is damaged.
+        """
         mask: Mask = painted_mask(hidden)
         results = list[dict[str, Any]]()
         for run in runs:
@@ -152,7 +155,8 @@ class Page:
                 results.append({"name": one.name, "error": str(error)})
                 continue
             columns = {name: data_url(pixels[0], optimize=False) for name, pixels in drawn.columns.items()}
-            results.append({"name": one.name, "step": drawn.step, "columns": columns})
+            note = self._models.notes[run]
+            results.append({"name": one.name, "step": drawn.step, "columns": columns, "note": note})
         return results
 
     def low_pass(self, image: str, run: int, radius: float) -> dict[str, Any]:
@@ -177,7 +181,8 @@ class Page:
             maps = draw_attention(encoder, config, self._images.crop(image, config))
             drawn, about = {"all heads": maps["all heads"]}, "last block, mean of all heads"
         columns = {name: data_url(pixels[0], optimize=False) for name, pixels in drawn.items()}
-        return {"about": about, "columns": columns}
+        note = self._models.notes[run]
+        return {"about": f"{about}. {note}" if note else about, "columns": columns}
 
     def start_index(self, encoder: int) -> None:
         """Start to compute the index of an encoder, unless it exists."""

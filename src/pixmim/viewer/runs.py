@@ -134,6 +134,8 @@ class Models:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs, self._lock = list(runs), threading.Lock()
+        self.notes = dict.fromkeys(range(len(runs)), "")
+        """What is to be known of the weights of each run that were loaded last, such as a damaged checkpoint."""
         self._load = lru_cache(maxsize=2 * len(runs))(self._load_uncached)
         self._load_encoder = lru_cache(maxsize=2 * len(runs))(self._load_encoder_uncached)
 
@@ -176,10 +178,12 @@ class Models:
 
     def _load_encoder_uncached(self, run: int, version: tuple[Any, ...]) -> tuple[nn.Module, int]:
         weights = resolve_model(str(self._runs[run].folder.absolute()))
+        self.notes[run] = " ".join(weights.notes)
         return build_encoder_with_weights(weights), weights.step
 
     def _load_uncached(self, run: int, version: tuple[Any, ...]) -> tuple[MaskedModel, int]:
         weights = resolve_model(str(self._runs[run].folder.absolute()), with_decoder=True)
+        self.notes[run] = " ".join(weights.notes)
         return build_with_weights(weights), weights.step
 
 

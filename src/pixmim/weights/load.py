@@ -1,5 +1,6 @@
 """Load models from runs, checkpoint files or timm; initialize a run from weights; import weights into a folder."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -74,6 +75,9 @@ def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False)
     hints = {**options, "target_size": options.get("img_size")}
     hints.pop("img_size", None)
     weights = resolve_model(str(file), with_decoder=with_decoder, hints=hints)
+    for note in weights.notes:
+        if note.startswith("warning: "):
+            warnings.warn(note.removeprefix("warning: "), stacklevel=3)
     config = weights.config
     options = {name: value for name, value in options.items() if name not in ("size", "prefix", "ema")}
     check_options({name: value for name, value in options.items() if name not in ("name", "backbone")})
@@ -155,24 +159,33 @@ def _read_newest(path: Path, config: ModelConfig, with_decoder: bool, hints: Mod
     """Read the newest weights of a run, finished or not, or those of an imported folder."""
     complete, encoder = inside(path, "model.safetensors"), inside(path, ENCODER_WEIGHTS)
     file = complete if with_decoder and complete.is_file() else encoder
-    checkpoints = CheckpointManager(inside(path, "checkpoints"))
+    notes = list[str]()
+    checkpoints = CheckpointManager(inside(path, "checkpoints"), warn=notes.append)
     newest = max(checkpoints.steps(), default=0)
     weights = replace(read_weights(file, hints), config=config) if file.is_file() else None  # paths as in config.json
-    if newest and (weights is None or newest > weights.step or (with_decoder and file is encoder)):
+    suffices = weights is not None and not (with_decoder and file is encoder)
+    if newest and not (suffices and weights is not None and newest <= weights.step):
         with WithoutInitialization():
             model = build_model(config)
-        step, images = checkpoints.load_model(model)
-        tensors = {n: value for n, value in model.state_dict().items() if with_decoder or n.startswith("encoder.")}
-        steps = Schedule.of(pretrain_config(config, path), images).steps
-        return Weights(config, tensors, "pixmim", step=step, steps=steps)
+        try:
+            step, images = checkpoints.load_model(model)
+        except UserError as error:
+            if not suffices:
+                raise
+            step, notes = 0, [f"warning: using {file.relative_to(path)}, since {error}"]
+        if not suffices or (weights is not None and step > weights.step):
+            tensors = {n: value for n, value in model.state_dict().items() if with_decoder or n.startswith("encoder.")}
+            steps = Schedule.of(pretrain_config(config, path), images).steps
+            return Weights(config, tensors, "pixmim", step=step, steps=steps, notes=tuple(notes))
     if weights is None:
         raise UserError(f"the run {path} contains no weights: neither a checkpoint nor {ENCODER_WEIGHTS}")
-    return _in_memory(weights)
+    return _in_memory(replace(weights, notes=(*weights.notes, *notes)))
 
 
 def describe(name: str, weights: Weights) -> list[str]:
     """Return lines to print about a loaded model: its training step, and what was chosen or assumed."""
-    return [f"{name}: {line}" for line in (weights.progress, *weights.notes) if line]
+    lines = [line.partition("warning: ") for line in (weights.progress, *weights.notes) if line]
+    return [f"{level}{name}: {before}{line}" for before, level, line in lines]
 
 
 def _in_memory(weights: Weights) -> Weights:

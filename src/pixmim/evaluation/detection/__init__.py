@@ -11,7 +11,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from pixmim.data.dataset import BadImage
-from pixmim.evaluation.classification import class_indices, shares, shortened_list, warn_shared
+from pixmim.evaluation.classification import alike_classes, class_indices, shares, shortened_list, warn_shared
 from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
 from pixmim.evaluation.detection.coco_metrics import CocoMetrics, Detections
 from pixmim.evaluation.detection.dataset import (
@@ -142,6 +142,8 @@ def _print_summary(train: DetectionDataset, test: DetectionDataset, console: Con
         total = sum(data.counts)
         classes = shares(data.classes, data.counts)
         print_plain(console, f"{split} data: {total:,} objects in {len(data.images):,} images of {classes}")
+        for line in alike_classes(data.classes) if split == "train" else []:
+            print_plain(console, line)
         for line in data.problems.splitlines():
             print_plain(console, f"  {line}")
         if not total:

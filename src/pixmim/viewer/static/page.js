@@ -358,6 +358,7 @@ const reconstruct = latest("reconstruction", async (current) => {
   if (painted) $("painter-image").src = painted.columns.image;
   $("predictions").replaceChildren(...answers.flatMap((one) => [
     element("h3", {}, one.error ? one.name : `${one.name}, step ${one.step.toLocaleString("en")}`),
+    ...(one.note ? [element("p", { class: "soft" }, one.note)] : []),
     one.error ? element("p", { class: "soft" }, one.error) : element("div", { class: "strip" }, ...Object.entries(one.columns).map(([name, url]) =>
       element("figure", {}, element("img", { src: url, alt: `${name}: ${page.columns[name]}` }), element("figcaption", {}, element("strong", {}, name), ` ${page.columns[name]}`)))),
   ]));
