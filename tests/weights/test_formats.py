@@ -24,7 +24,8 @@ from pixmim.build import build_encoder, build_model
 from pixmim.config import MaskConfig, PretrainConfig, TargetConfig
 from pixmim.masking import Mask
 from pixmim.utils.errors import UserError
-from pixmim.weights.adapt import channels, positions, relative_biases
+from pixmim.utils.patches import interpolate_positions
+from pixmim.weights.adapt import channels, relative_biases
 from pixmim.weights.detect import Weights, read_weights
 from pixmim.weights.formats import FORMATS
 from pixmim.weights.load import import_weights, initialize_from, resolve_model
@@ -305,7 +306,7 @@ def test_positions_are_interpolated_to_another_grid_of_the_same_length(tiny_run:
     state["pos_embed"] = torch.randn(1, 37, DIM)
     path = saved(tmp_path / "x.pth", state)
     encoder = load_encoder(path, **VIT, img_size=(32, 72))
-    expected = positions(state["pos_embed"], (6, 6), (4, 9))
+    expected = interpolate_positions(state["pos_embed"], (6, 6), (4, 9))
     assert torch.equal(encoder.pos_embed, expected) and not torch.equal(expected, state["pos_embed"])
     unchanged = load_encoder(path, **VIT, size="32x72", img_size=(32, 72))
     assert torch.equal(unchanged.pos_embed, state["pos_embed"])
@@ -538,10 +539,10 @@ def test_positions_are_interpolated_by_the_rule_of_mae() -> None:
     table = torch.randn(1, 1 + 4 * 4, 6)
     grid = table[0, 1:].view(4, 4, 6).double()
     expected = torch.einsum("ay,bx,yxd->abd", matrix(4, 3), matrix(4, 6), grid).flatten(0, 1)
-    interpolated = positions(table, (4, 4), (3, 6))
+    interpolated = interpolate_positions(table, (4, 4), (3, 6))
     assert torch.equal(interpolated[:, 0], table[:, 0])
     torch.testing.assert_close(interpolated[0, 1:].double(), expected, atol=1e-5, rtol=0)
-    assert positions(table, (4, 4), (4, 4)) is table
+    assert interpolate_positions(table, (4, 4), (4, 4)) is table
 
 
 def test_relative_biases_are_interpolated_by_the_rule_of_simmim() -> None:
