@@ -172,19 +172,22 @@ def stuck_command(folder: str, images: int, *args: str) -> None:
     command(*args)
 
 
-def launch(out: str, *args: str) -> None:
-    """Train in two processes of torch's elastic agent, as torchrun does, which restarts them once."""
+def launch(out: str, processes: int, restarts: int, *args: str) -> None:
+    """Train in processes of torch's elastic agent, as torchrun does, which restarts all of them if one is lost.
+
+    The process number of a rank is in OUT-START-RANK.pid, where START counts the restarts.
+    """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # has children
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=2,
+        nproc_per_node=processes,
         run_id=out,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=1,
+        max_restarts=restarts,
         monitor_interval=0.1,
         start_method="fork",
     )
@@ -192,7 +195,8 @@ def launch(out: str, *args: str) -> None:
 
 
 def _rank(out: str, *args: str) -> None:
-    Path(f"{out}-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    start, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    Path(f"{out}-{start}-{rank}.pid").write_text(str(os.getpid()))
     pretraining.write_report = lambda folders, page, *_: page
     if status := cli.main(["pretrain", *args]):
         exit_now(status)

@@ -3,9 +3,10 @@
 import dataclasses
 import os
 import random
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,18 +44,31 @@ def same(one: Path, other: Path) -> bool:
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc: needs Linux")
+long = pytest.mark.skipif(not os.environ.get("PIXMIM_LONG"), reason="kills for minutes: make test-long")
+
+
+def kill_in_turn(folder: Path, processes: int, victims: Sequence[int], *flags: str) -> tuple[Path, str]:
+    """Train in processes of torch's elastic agent and kill these ranks one after another, each after a checkpoint.
+
+    Returns the folder of the run, and its output.
+    """
+    out = folder / "broken"
+    args = (str(folder / "run.json"), "--out", str(out), *flags)
+    broken = Started(folder / "broken.txt", launch, str(out), processes, len(victims), *args)
+    checkpoints = CheckpointManager(out / "checkpoints")
+    for start, victim in enumerate(victims):
+        before = max(checkpoints.steps(), default=0)
+        broken.until(lambda before=before: max(checkpoints.steps(), default=0) > before)  # type: ignore[misc]
+        os.kill(int((folder / f"broken-{start}-{victim}.pid").read_text()), signal.SIGKILL)
+    return out, broken.end()
 
 
 @linux
 def test_one_of_two_processes_is_killed(config: PretrainConfig, tmp_path: Path) -> None:
     """torch's agent restarts both, and they resume from the newest checkpoint."""
-    out = tmp_path / "broken"
     length = ("--steps", "100", "--checkpoint.every", "8")  # the run is still far from its end when a process is killed
-    broken = Started(tmp_path / "broken.txt", launch, str(out), str(tmp_path / "run.json"), "--out", str(out), *length)
-    checkpoints = CheckpointManager(out / "checkpoints")
-    broken.until(lambda: any(step >= 8 for step in checkpoints.steps()))
-    os.kill(int((tmp_path / "broken-1.pid").read_text()), signal.SIGKILL)
-    assert "resuming from step" in broken.end()
+    out, text = kill_in_turn(tmp_path, 2, [1], *length)
+    assert "resuming from step" in text
     quiet = started(tmp_path, "quiet", *length, ranks=2)
     quiet.end()
     assert same(quiet.out, out)
@@ -136,7 +150,7 @@ def test_a_damaged_checkpoint_is_set_aside(kind: str, config: PretrainConfig, tm
 
 
 @linux
-@pytest.mark.skipif(not os.environ.get("PIXMIM_LONG"), reason="sixty random kills take minutes: make test-long")
+@long
 @pytest.mark.parametrize(("processes", "killed"), [(1, 1), (2, 2), (2, 1)])
 def test_killed_at_twenty_random_moments(processes: int, killed: int, config: PretrainConfig, tmp_path: Path) -> None:
     """Kill a run while it starts, trains, or writes one of its many checkpoints."""
@@ -161,3 +175,19 @@ def test_killed_at_twenty_random_moments(processes: int, killed: int, config: Pr
     broken.end()
     assert writing and same(quiet.out, broken.out)
     print(f"{processes} processes, {kills} kills of {killed} at once, {writing} in the middle of a checkpoint")
+
+
+@linux
+@long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("processes", [4, 8])
+def test_each_rank_is_killed_in_turn(processes: int, strategy: str, config: PretrainConfig, tmp_path: Path) -> None:
+    """Each rank accumulates over parts of one and two images."""
+    length = ("--batch-size", str(3 * processes), "--accumulation-steps", "2", "--parallel.strategy", strategy)
+    length += ("--steps", str(8 * processes))
+    out, text = kill_in_turn(tmp_path, processes, range(processes), *length)
+    resumed = [int(step) for step in re.findall(r"resuming from step (\d+)", text)]
+    quiet = started(tmp_path, "quiet", *length, ranks=processes)
+    quiet.end()
+    print(f"{strategy}, {processes} processes, killed in turn: resumed from steps {resumed}")
+    assert len(resumed) == processes and resumed == sorted(set(resumed)) and same(quiet.out, out)
