@@ -75,7 +75,9 @@ def measure(kind: str, count: int) -> None:
 def listed(folder: Path, count: int) -> Iterator[str]:
     """Write a list with the names of ImageNet, of 28 characters."""
     with (folder / "list.txt").open("w") as file:
-        file.writelines(f"n{i // PER_FOLDER:08d}/n{i // PER_FOLDER:08d}_{i % PER_FOLDER:03d}.JPEG\n" for i in range(count))
+        file.writelines(
+            f"n{i // PER_FOLDER:08d}/n{i // PER_FOLDER:08d}_{i % PER_FOLDER:03d}.JPEG\n" for i in range(count)
+        )
     yield str(folder / "list.txt")
 
 

@@ -296,6 +296,7 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
         tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
         pattern = re.compile(rb"(?:\A|(?<=\0))(?:(?=/)(?!" + tops + rb")[^\0]*|[^\0]*\.\.[^\0]*)")
         suspicious = (os.fsdecode(bytes(match[0])) for match in pattern.finditer(paths.text))
+    check_inside(suspicious, folders, str(file), len(paths), root_remedy(name))
     dataset = ImageFolder(str(spec), file.parent, paths, form)
     dataset.label_hint = "an evaluation needs a class in each line of the list, after the path: PATH, CLASS"
     return dataset

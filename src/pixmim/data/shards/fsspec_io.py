@@ -108,9 +108,7 @@ def find_matching(pattern: str) -> dict[str, FileVersion | None]:
         kind = "file" if depth == len(levels) else "directory"
         entries = [entry for folder in found for entry in _list_folder(filesystem, pattern, folder).items()]
         found = {
-            name: info
-            for name, info in entries
-            if info["type"] == kind and fnmatchcase(name.rpartition("/")[2], level)
+            name: info for name, info in entries if info["type"] == kind and fnmatchcase(name.rpartition("/")[2], level)
         }
     files: dict[str, FileVersion | None] = {}
     for name, info in sorted(found.items()):
