@@ -25,7 +25,7 @@ INPUTS = {
     "image-bytes": (45_179, "bytes of a stored image"),
     "core-us": (667, "microseconds of a core to read, decode and crop an image"),
     "shard-images": (2_000, "images in a shard"),
-    "path-bytes": (34.5, "bytes of a path in a list"),
+    "path-bytes": (34.7, "bytes of a path in a list"),
     "latency": (0.15, "seconds of a small request to object storage"),
     "threads": (16, "requests at the same time when indexes are read"),
     "store-requests": (5_500, "requests per second that object storage answers for one prefix"),
@@ -69,10 +69,10 @@ def budget(model: str, **inputs: float) -> Iterator[str]:
     yield line("a shard", f"{i['shard_images'] * i['image_bytes'] / 1e6:.0f} MB", "shard-images x image-bytes")
     windows = 2 * WINDOW * i["shard_images"] * i["image_bytes"]
     yield line("shard cache of a node, at least", f"{windows / 1e9:.1f} GB", f"two windows of {WINDOW} shards")
-    whole, single = total * i["image_bytes"], total * i["image_bytes"] / nodes
-    yield line("network, whole shards", f"{whole / 1e9:.1f} GB/s a node", "every node reads every shard")
-    yield line("  of its adapter", f"{whole / i['adapter']:.0%}", "that / adapter")
-    yield line("  from the storage", f"{whole * nodes / 1e9:.0f} GB/s", "nodes x that")
+    full, single = total * i["image_bytes"], total * i["image_bytes"] / nodes
+    yield line("network, full shards", f"{full / 1e9:.1f} GB/s a node", "every node reads every shard")
+    yield line("  of its adapter", f"{full / i['adapter']:.0%}", "that / adapter")
+    yield line("  from the storage", f"{full * nodes / 1e9:.0f} GB/s", "nodes x that")
     yield line("network, single images", f"{single / 1e9:.1f} GB/s a node", "a node reads its own images")
     yield line("  requests", f"{total:,.0f}/s", "one for an image")
     yield line("  prefixes of the storage", f"{total / i['store_requests']:.0f}", "requests / store-requests")

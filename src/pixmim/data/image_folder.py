@@ -293,9 +293,11 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     folders = [file.parent] if root is None else [file.parent, root]
     suspicious: Iterable[str] = paths
     if os.sep == "/":  # a path without a leading slash and without ".." is below the folder
+        is_usual = not paths.text.startswith(b"/") and not any(sign in paths.text for sign in (b"\0/", b".."))
         tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
-        pattern = re.compile(rb"(?:\A|(?<=\0))(?:(?=/)(?!" + tops + rb")[^\0]*|[^\0]*\.\.[^\0]*)")
-        suspicious = (os.fsdecode(bytes(match[0])) for match in pattern.finditer(paths.text))
+        pattern = re.compile(rb"(?m)^(?:(?=/)(?!" + tops + rb").*|.*\.\..*)$")
+        lines = b"" if is_usual else paths.text.replace(b"\0", b"\n")
+        suspicious = (os.fsdecode(bytes(match[0])) for match in pattern.finditer(lines))
     check_inside(suspicious, folders, str(file), len(paths), root_remedy(name))
     dataset = ImageFolder(str(spec), file.parent, paths, form)
     dataset.label_hint = "an evaluation needs a class in each line of the list, after the path: PATH, CLASS"

@@ -147,11 +147,11 @@ def _agree_on_name(store: Any, info: Distributed, timeout: float) -> str:
 
     torchrun's store survives its processes, so each start needs keys of its own. torchrun counts restarts, but the
     counts of two machines differ once one of them has noticed a failure as a change of the other. So rank 0 answers
-    whoever asks, which may be a rank of an earlier start, until as many as there are ranks have read the answer.
+    every request, which may be that of a process that has ended, until all ranks have read the answer.
     """
     own = uuid.uuid4().hex
     if not info.is_main:
-        store.set(f"asks/{info.rank}", own)
+        store.set(f"request/{info.rank}", own)
         name = store.get(f"name/{own}").decode()
         store.add(f"{name}/read", 1)
         return name
@@ -159,10 +159,10 @@ def _agree_on_name(store: Any, info: Distributed, timeout: float) -> str:
     while store.add(f"{own}/read", 0) < info.size - 1:
         if time.monotonic() > deadline:
             raise RuntimeError(f"waited {timeout:g} s for the other ranks")
-        for key in (f"asks/{rank}" for rank in range(1, info.size)):
-            if store.check([key]) and (asking := store.get(key).decode()) not in answered:
-                store.set(f"name/{asking}", own)
-                answered.add(asking)
+        for key in (f"request/{rank}" for rank in range(1, info.size)):
+            if store.check([key]) and (request := store.get(key).decode()) not in answered:
+                store.set(f"name/{request}", own)
+                answered.add(request)
         time.sleep(0.02)
     return own
 

@@ -179,7 +179,7 @@ def trial_step(network: nn.Module, optimizer: Optimizer, reduces: bool = False) 
 
     Gradients are reduced over the ranks only with `reduces`. DDP sums them in one bucket in its first such pass, and
     from then on in buckets in the order in which gradients arrived. Three or more floats have another sum in another
-    order, so a run that resumes would differ from one that continues, unless both begin with such a pass.
+    order, so a run that resumes would differ from one that continues, unless such a pass comes first in both.
     """
     norms = [norm for norm in batch_norms(network) if norm.training]
     for norm in norms:

@@ -46,8 +46,8 @@ GIB = 2**30
 class Server(ThreadingHTTPServer):
     """Serves a folder, counts requests for files and ranges, and fails as often as `failures` lists.
 
-    Each new GET request meets one of the `faults`, in turn, and succeeds if it is repeated. A path that starts as one
-    in `always` meets that fault each time.
+    The first answer to each GET request is one of the `faults`, in turn, and a repeated request succeeds. A path that
+    starts as one in `always` has that fault each time.
     """
 
     daemon_threads = True
