@@ -33,7 +33,7 @@ demo: .venv/installed  ## pre-train on synthetic shapes, evaluate, write runs/de
 test: .venv/developing  ## the test suite
 	$(BIN)/python $(PYTEST)
 
-test-long: .venv/developing  ## the tests that take minutes: random kills, and the demo on two seeds
+test-long: .venv/developing  ## the tests that take minutes: kills of up to 8 processes, and the demo on two seeds
 	PIXMIM_LONG=1 $(BIN)/python $(PYTEST) tests/training/test_fault_tolerance.py tests/test_pretrain.py
 
 # With the oldest versions that pyproject.toml promises, and the Python of most rented GPU machines.

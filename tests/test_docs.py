@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import pixmim
 
 ROOT = Path(__file__).parents[1]
@@ -39,3 +41,11 @@ def test_links_of_the_readme_are_absolute_and_exist() -> None:
 def test_the_api_reference_contains_each_public_name_once() -> None:
     names = re.findall(r"(?m)^::: pixmim\.(\w+)$", (ROOT / "docs" / "api.md").read_text())
     assert sorted(names) == sorted(pixmim.__all__)
+
+
+def test_the_budget_of_a_large_run_is_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from budget import budget
+
+    lines = "".join(f"    {line}\n" for line in budget("ViT-B/16"))
+    assert lines in (ROOT / "docs" / "performance.md").read_text()

@@ -48,6 +48,7 @@ from pixmim.training.optim import Schedule, SyncFreeOptimizer, adamw_by_layer
 from pixmim.training.parallelize import (
     batch_norm_notes,
     choose_compilation,
+    parallel_mode,
     parallelize,
     step_context,
     trial_step,
@@ -217,20 +218,19 @@ def _train(
     adam = adamw_by_layer(model, layers, config.lr, config.optim, exempt, schedule.decoder)
     optimizer = SyncFreeOptimizer(adam, config.optim.clip, scaling=precision == "fp16", device=device)
 
-    def trial(images: int) -> None:
+    def trial(images: int, reduces: bool = False) -> None:
         noise = torch.randn(images, config.channels, *config.image_size, device=device)
-        try:
-            with trial_step(network):
-                loss = compute_loss(network, last.loss, noise, last.masks(0, range(images)), precision)
-                optimizer.backward(loss)
-        finally:
-            adam.zero_grad(set_to_none=True)
+        with trial_step(network, adam, reduces):
+            loss = compute_loss(network, last.loss, noise, last.masks(0, range(images)), precision)
+            optimizer.backward(loss)
 
     reserved = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # AdamW's moments
     reserved += (decoded_bytes(data) or 0) if location == "gpu" else 0
     with step_context(parallel):
         width = int(model.encoder.num_features)  # type: ignore[arg-type]
         parts = find_accumulation_steps(config, world, device, width, trial, reserved)
+        if parallel_mode(config.parallel, world) == "ddp":  # its sums depend on buckets ordered in the first such pass
+            trial(-(-config.batch_size // world.size // parts), reduces=True)
     if len(stages) > 1:
         notes.append("image sizes: " + ", ".join(f"{s.size[0]}x{s.size[1]} until step {s.end:,}" for s in stages))
     notes += batch_norm_notes(model, config.batch_size, parts * world.size)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from pixmim import cli, pretraining
+from pixmim.data.loader import Batch, BatchLoader
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.utils.process import exit_now
@@ -174,19 +176,23 @@ def stuck_command(folder: str, images: int, *args: str) -> None:
     command(*args)
 
 
-def launch(out: str, *args: str) -> None:
-    """Train in two processes of torch's elastic agent, as torchrun does, which restarts them once."""
+def launch(out: str, processes: int, restarts: int, *args: str) -> None:
+    """Train in processes of torch's elastic agent, as torchrun does, which restarts all of them if one is lost.
+
+    The number of a process is in OUT-PROCESSES-START-RANK.pid, where START counts the restarts, and the images of each
+    batch that it reads in a line of OUT-PROCESSES-START-RANK.read.
+    """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     multiprocessing.process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # has children
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=2,
+        nproc_per_node=processes,
         run_id=out,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=1,
+        max_restarts=restarts,
         monitor_interval=0.1,
         start_method="fork",
     )
@@ -194,7 +200,18 @@ def launch(out: str, *args: str) -> None:
 
 
 def _rank(out: str, *args: str) -> None:
-    Path(f"{out}-{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    names = ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "RANK")
+    stem = "-".join([out, *(os.environ[name] for name in names)])
+    Path(f"{stem}.pid").write_text(str(os.getpid()))
+    read = BatchLoader.__next__
+
+    def recorded(loader: BatchLoader[Any, Batch]) -> Batch:
+        batch = read(loader)
+        with Path(f"{stem}.read").open("a") as file:
+            print(*batch.indices.tolist(), file=file)
+        return batch
+
+    BatchLoader.__next__ = recorded  # type: ignore[method-assign,assignment]
     pretraining.write_report = lambda folders, page, *_: page
     if status := cli.main(["pretrain", *args]):
         exit_now(status)

@@ -111,7 +111,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrain(dataclasses.replace(normed, steps=1), root / "normed-1", console=Console(quiet=True), report=False)
     parts = dataclasses.replace(normed, accumulation_steps=2)
     pretrain(parts, root / "normed-parts", console=Console(quiet=True), report=False)
-    launch(4, [job("ddp-4", make()), job("fsdp-4", make(parallel=FSDP))], root)
+    four = [job("ddp-4", make()), job("fsdp-4", make(parallel=FSDP)), job("ddp-4-again", make(), resume_from="ddp-4")]
+    launch(4, four, root)
     launch(
         2,
         [
@@ -180,7 +181,7 @@ def test_batch_norms_use_the_images_of_a_process_and_average_their_statistics(tr
     torch.testing.assert_close(product(trained / "normed-1-of-2")[first], product(trained / "normed-1")[first])
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "normed-2"])
+@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "normed-2", "ddp-4"])
 def test_the_same_number_of_processes_resumes_bitwise(name: str, trained: Path) -> None:
     assert largest_difference(trained / name, trained / f"{name}-again") == 0
     assert losses(trained / f"{name}-again") == losses(trained / name)[HALF:]

@@ -3,20 +3,26 @@
 import dataclasses
 import os
 import random
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from helpers.commands import Pretraining, Started, launch
 from pixmim.config import CheckpointConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.training.checkpoint import CheckpointManager
+from pixmim.training.distributed import Distributed, _agree_on_name
+from pixmim.training.metric_logger import read_metrics
 
 Make = Callable[..., PretrainConfig]
 STEPS = 40
@@ -43,21 +49,64 @@ def same(one: Path, other: Path) -> bool:
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc: needs Linux")
+long = pytest.mark.skipif(not os.environ.get("PIXMIM_LONG"), reason="kills for minutes: make test-long")
+
+
+def launched(
+    folder: Path, name: str, processes: int, *flags: str, victims: Sequence[int] = (), restarts: int = 0
+) -> tuple[Path, str]:
+    """Train in processes of torch's elastic agent and kill some ranks one after another, each after a checkpoint.
+
+    Returns the folder of the run, and the output, once the run has ended: with an error if there are fewer restarts
+    than victims.
+    """
+    out, output = folder / name, folder / f"{name}-{processes}.txt"
+    args = (str(folder / "run.json"), "--out", str(out), *flags)
+    process = Started(output, launch, str(out), processes, restarts, *args)
+    checkpoints = CheckpointManager(out / "checkpoints")
+    for start, victim in enumerate(victims):
+        before = max(checkpoints.steps(), default=0)
+        process.until(lambda before=before: max(checkpoints.steps(), default=0) > before)  # type: ignore[misc]
+        os.kill(int((folder / f"{name}-{processes}-{start}-{victim}.pid").read_text()), signal.SIGKILL)
+    return out, process.end(None if restarts < len(victims) else 0)
+
+
+def images_read(folder: Path, name: str, launches: Mapping[int, int]) -> list[list[int]]:
+    """Return the images of each step, over all ranks, given the first step of each number of processes."""
+    steps: list[list[int]] = []
+    for processes, first in launches.items():
+        files = [folder / f"{name}-{processes}-0-{rank}.read" for rank in range(processes)]
+        batches = zip(*([line.split() for line in file.read_text().splitlines()] for file in files), strict=False)
+        steps[first:] = [[int(index) for share in batch for index in share] for batch in batches]
+    return steps
 
 
 @linux
 def test_one_of_two_processes_is_killed(config: PretrainConfig, tmp_path: Path) -> None:
     """torch's agent restarts both, and they resume from the newest checkpoint."""
-    out = tmp_path / "broken"
     length = ("--steps", "100", "--checkpoint.every", "8")  # the run is still far from its end when a process is killed
-    broken = Started(tmp_path / "broken.txt", launch, str(out), str(tmp_path / "run.json"), "--out", str(out), *length)
-    checkpoints = CheckpointManager(out / "checkpoints")
-    broken.until(lambda: any(step >= 8 for step in checkpoints.steps()))
-    os.kill(int((tmp_path / "broken-1.pid").read_text()), signal.SIGKILL)
-    assert "resuming from step" in broken.end()
+    out, text = launched(tmp_path, "broken", 2, *length, victims=[1], restarts=1)
+    assert "resuming from step" in text
     quiet = started(tmp_path, "quiet", *length, ranks=2)
     quiet.end()
     assert same(quiet.out, out)
+
+
+def test_starts_in_one_store_do_not_mix() -> None:
+    """The store of torchrun's agent outlives its processes, also if there are others afterwards."""
+    server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
+
+    def name(rank: int, size: int) -> str:
+        store = dist.TCPStore("127.0.0.1", server.port, None, False)  # type: ignore[attr-defined]
+        return _agree_on_name(store, Distributed(rank, size), timeout=30)
+
+    agreed = []
+    for size in (4, 2, 3, 3):
+        with ThreadPoolExecutor(size) as pool:
+            agreed.append(set(pool.map(name, reversed(range(size)), [size] * size)))
+    assert [len(names) for names in agreed] == [1] * 4 and len(set.union(*agreed)) == 4
+    with pytest.raises(RuntimeError, match=r"waited 0\.1 s for the other ranks"):
+        _agree_on_name(server, Distributed(0, 2), timeout=0.1)
 
 
 def test_a_rank_whose_peer_is_killed_ends_with_the_reason(config: PretrainConfig, tmp_path: Path) -> None:
@@ -136,7 +185,7 @@ def test_a_damaged_checkpoint_is_set_aside(kind: str, config: PretrainConfig, tm
 
 
 @linux
-@pytest.mark.skipif(not os.environ.get("PIXMIM_LONG"), reason="sixty random kills take minutes: make test-long")
+@long
 @pytest.mark.parametrize(("processes", "killed"), [(1, 1), (2, 2), (2, 1)])
 def test_killed_at_twenty_random_moments(processes: int, killed: int, config: PretrainConfig, tmp_path: Path) -> None:
     """Kill a run while it starts, trains, or writes one of its many checkpoints."""
@@ -161,3 +210,44 @@ def test_killed_at_twenty_random_moments(processes: int, killed: int, config: Pr
     broken.end()
     assert writing and same(quiet.out, broken.out)
     print(f"{processes} processes, {kills} kills of {killed} at once, {writing} in the middle of a checkpoint")
+
+
+def resumed_from(text: str) -> list[int]:
+    return [int(step) for step in re.findall(r"resuming from step (\d+)", text)]
+
+
+@linux
+@long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("processes", [4, 8])
+def test_each_rank_is_killed_in_turn(processes: int, strategy: str, config: PretrainConfig, tmp_path: Path) -> None:
+    """Each rank accumulates over parts of one and two images."""
+    length = ("--batch-size", str(3 * processes), "--accumulation-steps", "2", "--parallel.strategy", strategy)
+    length += ("--steps", str(8 * processes))
+    out, text = launched(tmp_path, "broken", processes, *length, victims=range(processes), restarts=processes)
+    resumed = resumed_from(text)
+    quiet = started(tmp_path, "quiet", *length, ranks=processes)
+    quiet.end()
+    print(f"{strategy}, {processes} processes, killed in turn: resumed from steps {resumed}")
+    assert len(resumed) == processes and resumed == sorted(set(resumed)) and same(quiet.out, out)
+
+
+@linux
+@long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_other_numbers_of_processes_read_each_image_once(strategy: str, config: PretrainConfig, tmp_path: Path) -> None:
+    """Four processes, then two, then three, each killed or complete within an epoch of 5.3 steps."""
+    flags = ("--batch-size", "12", "--steps", "32", "--log-every", "1", "--parallel.strategy", strategy)
+    quiet, _ = launched(tmp_path, "quiet", 1, *flags)
+    launches = {4: 0}
+    launched(tmp_path, "broken", 4, *flags, victims=[1])
+    for processes, victims in ((2, [0]), (3, [])):
+        broken, text = launched(tmp_path, "broken", processes, *flags, victims=victims)
+        (launches[processes],) = resumed_from(text)
+    assert 0 < launches[2] < launches[3] < 32 and launches[2] * 12 % 64 and launches[3] * 12 % 64, launches
+    print(f"{strategy}: resumed on other numbers of processes at {launches}")
+    one, several = ([line["loss"] for line in read_metrics(out / "metrics.jsonl")] for out in (quiet, broken))
+    assert len(one) == 32 and several == pytest.approx(one, rel=2e-5)
+    read = images_read(tmp_path, "broken", launches)
+    assert read == images_read(tmp_path, "quiet", {1: 0})
+    assert [sorted(epoch) for epoch in np.reshape(read, (6, 64)).tolist()] == [list(range(64))] * 6

@@ -1,14 +1,15 @@
 """Images in files: all below a folder, or those that a text file or the caller lists."""
 
 import codecs
+import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ IMAGE_EXTENSIONS = (
 )
 """Of several images in one sample of a tar, the first in this order is used."""
 
+_BLOCK = 100_000  # paths that are separate objects while a list is made
+
 EXTENSIONS = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -44,13 +47,19 @@ class PathList(Sequence[str]):
     """An immutable list of paths in one block of memory: 5 bytes per path in addition to its own (9 above 4 GiB).
 
     Args:
-        paths: Paths without zero bytes, encoded as the file system does.
+        paths: Paths without zero bytes, encoded as the file system does. An iterator is consumed in blocks, so that
+            its objects, which are three times as large, do not exist at the same time.
+
+    Attributes:
+        text: The paths, with a zero byte after each.
     """
 
     def __init__(self, paths: Iterable[bytes]) -> None:
-        self._text = b"\0".join(chain(paths, [b""]))
-        ends = np.flatnonzero(np.frombuffer(self._text, np.uint8) == 0)
-        self._ends = ends.astype(np.min_scalar_type(len(self._text)))
+        self.text, paths = bytearray(), iter(paths)
+        while block := list(islice(paths, _BLOCK)):
+            self.text += b"\0".join(block) + b"\0"
+        ends = np.flatnonzero(np.frombuffer(self.text, np.uint8) == 0)
+        self._ends = ends.astype(np.min_scalar_type(len(self.text)))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -58,7 +67,7 @@ class PathList(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:  # an integer; only `Sequence` has slices
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) + 1 if index else 0
-        return os.fsdecode(self._text[start : int(self._ends[index])])
+        return os.fsdecode(bytes(self.text[start : int(self._ends[index])]))
 
 
 class ImageFolder(ImageDataset):
@@ -116,18 +125,22 @@ def from_folder(folder: str | Path, form: ImageSpec = RGB) -> ImageFolder:
         raise UserError(_describe_missing_folder(root))
     _, options = read_options(str(folder), "a folder of images", ("include", "exclude"))
     accepts = name_filter(options.get("include", []), options.get("exclude", [])) if options else None
+    listing = Listing()
+    listing.images = _walk(root, accepts, listing)
     try:
-        listing = _walk(root, accepts)
+        return open_listing(str(root), listing, options, lambda *rest: ImageFolder(str(folder), root, *rest), form)
     except OSError as error:
         raise UserError(f"the folder {root} cannot be read: {error.strerror}") from error
-    return open_listing(str(root), listing, options, lambda *rest: ImageFolder(str(folder), root, *rest), form)
 
 
 @dataclass
 class Listing:
-    """The image files below a folder, or in an archive, by relative paths in byte order."""
+    """The image files below a folder, or in an archive, by relative paths in byte order.
 
-    images: list[bytes] = field(default_factory=list)
+    `images` may be an iterator; the other fields are then complete at its end.
+    """
+
+    images: Iterable[bytes] = ()
     others: int = 0  # other files
     left_out: int = 0  # images that patterns leave out
     links: int = 0  # ignored ones
@@ -141,6 +154,14 @@ def open_listing(
 
     Its classes are the first-level folders, if every image is in one. Raises UserError if there are no images.
     """
+    counts = Counter[bytes]()  # of the first-level folders
+
+    def counted() -> Iterator[bytes]:
+        for path in listing.images:
+            counts[path[: path.find(b"/") + 1]] += 1
+            yield path
+
+    paths = PathList(counted())
     patterns = ",".join(f"{key}={value}" for key, values in options.items() for value in values)
     notes = [f"{listing.left_out:,} images left out by {patterns}"] if options else []
     if listing.links:
@@ -149,19 +170,17 @@ def open_listing(
         example = os.path.join(root, os.fsdecode(listing.unreadable[0]))
         notes.append(f"folders ignored because they cannot be read: {len(listing.unreadable)}, such as {example}")
     note = "; ".join(notes)
-    if not listing.images and listing.left_out:
+    if not paths and listing.left_out:
         raise UserError(f"no images left in {root}: {note}")
-    if not listing.images:
+    if not paths:
         content = f"{listing.others} other files" if listing.others else note or "nothing"
         example = f". {describe_first_file(Path(root))}" if listing.others else ""
         supported = " ".join(sorted(EXTENSIONS))
         raise UserError(f"no images in {root} (found {content}); supported: {supported}{example}".rstrip(". "))
-    paths = PathList(listing.images)
-    counts = Counter(path[: path.find(b"/") + 1] for path in listing.images)
     if b"" in counts:
         dataset = make(paths, form, None, (), note, note)
         if len(counts) > 1:
-            stray_file = dataset.path_of(next(i for i, path in enumerate(listing.images) if b"/" not in path))
+            stray_file = dataset.path_of(next(i for i, path in enumerate(paths) if "/" not in path))
             dataset.label_hint += f". {stray_file} is outside the class folders: move it into one"
         return dataset
     classes = sorted(os.fsdecode(top[:-1]) for top in counts)
@@ -185,52 +204,53 @@ def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
     return lambda path: (not include or matches(path, include)) and not matches(path, exclude)
 
 
-def _walk(root: Path, accepts: Callable[[str], bool] | None = None) -> Listing:
-    """Find the image files below a folder whose path is accepted. Raises OSError if `root` itself cannot be read.
+def _walk(root: Path, accepts: Callable[[str], bool] | None, listing: Listing) -> Iterator[bytes]:
+    """Yield the image files below a folder whose path is accepted, in byte order, and count the rest in `listing`.
 
-    A folder that several links lead to is listed under its first path in alphabetical order. A link with an image's
-    extension counts as an image; checking its target would cost a `stat` for each.
+    A folder that several links lead to is listed under its first path. A link with an image's extension counts as an
+    image; checking its target would cost a `stat` for each. Raises OSError if `root` itself cannot be read.
     """
-    extensions, listing = tuple(map(os.fsencode, EXTENSIONS)), Listing()
+    extensions = tuple(map(os.fsencode, EXTENSIONS))
     visited: set[tuple[int, int]] = set()
-    prefix, stack = os.path.join(os.fsencode(root), b""), [b""]
+    prefix, stack = os.path.join(os.fsencode(root), b""), [b""]  # the next path last; folders end with a slash
     with status_counter(f"listing {root}", "images") as add:
         while stack:
-            folder = stack.pop()
-            files, subfolders, ignored = list[bytes](), list[bytes](), 0
+            path = stack.pop()
+            if path and not path.endswith(b"/"):
+                yield path
+                continue
+            found, ignored, count = list[bytes](), 0, 0
             try:
-                status = os.stat(prefix + folder)
+                status = os.stat(prefix + path)
                 if (status.st_dev, status.st_ino) in visited:
                     continue
                 visited.add((status.st_dev, status.st_ino))
-                with os.scandir(prefix + folder) as entries:
+                with os.scandir(prefix + path) as entries:
                     for entry in entries:
                         if entry.name.startswith(b"."):
                             continue
                         is_folder = entry.is_dir(follow_symlinks=False)
                         if not is_folder and entry.name.lower().endswith(extensions):
-                            if accepts is not None and not accepts(os.fsdecode(folder + entry.name)):
+                            if accepts is not None and not accepts(os.fsdecode(path + entry.name)):
                                 listing.left_out += 1
                                 continue
-                            files.append(folder + entry.name)
-                            if not len(files) % 4096:  # `add` is slow
+                            found.append(path + entry.name)
+                            count += 1
+                            if not count % 4096:  # `add` is slow
                                 add(4096)
                         elif is_folder or (entry.is_symlink() and os.path.isdir(entry.path)):
-                            subfolders.append(folder + entry.name)
+                            found.append(path + entry.name + b"/")
                         else:
                             ignored += 1
             except OSError as error:
-                if not folder:
+                if not path:
                     raise
                 if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those vanished during the walk
-                    listing.unreadable.append(folder)
+                    listing.unreadable.append(path.rstrip(b"/"))
                 continue
-            add(len(files) % 4096)
-            listing.images += sorted(files)  # sorted runs make the final sort fast
+            add(count % 4096)
             listing.others += ignored
-            stack += [path + b"/" for path in sorted(subfolders, reverse=True)]
-    listing.images.sort()
-    return listing
+            stack += sorted(found, reverse=True)
 
 
 def _describe_missing_folder(root: Path) -> str:
@@ -267,16 +287,17 @@ def from_list_file(spec: str | Path, form: ImageSpec = RGB) -> ImageFolder:
     name, options = read_options(str(spec), "a .txt list", ("root",))
     root = read_root(options.get("root", [""])[0], str(spec))
     file = Path(os.path.expanduser(name))
-    lines = [line for line in map(bytes.strip, read_utf8(file).split(b"\n")) if line]
-    text, paths = b"\n".join(lines), PathList(lines)
+    paths = PathList(line for line in map(bytes.strip, io.BytesIO(read_utf8(file))) if line)
     if not paths:
         raise UserError(f"{file} lists no images")
     folders = [file.parent] if root is None else [file.parent, root]
     suspicious: Iterable[str] = paths
-    if os.sep == "/":  # a line without a leading slash and without ".." is below the folder
+    if os.sep == "/":  # a path without a leading slash and without ".." is below the folder
+        is_usual = not paths.text.startswith(b"/") and not any(sign in paths.text for sign in (b"\0/", b".."))
         tops = b"|".join(re.escape(os.fsencode(os.path.join(os.path.abspath(folder), ""))) for folder in folders)
         pattern = re.compile(rb"(?m)^(?:(?=/)(?!" + tops + rb").*|.*\.\..*)$")
-        suspicious = (os.fsdecode(match[0]) for match in pattern.finditer(text))
+        lines = b"" if is_usual else paths.text.replace(b"\0", b"\n")
+        suspicious = (os.fsdecode(bytes(match[0])) for match in pattern.finditer(lines))
     check_inside(suspicious, folders, str(file), len(paths), root_remedy(name))
     dataset = ImageFolder(str(spec), file.parent, paths, form)
     dataset.label_hint = "an evaluation needs a class in each line of the list, after the path: PATH, CLASS"

@@ -105,8 +105,9 @@ def open_zip(spec: str, form: ImageSpec = RGB, shard_cache_gib: float = 50.0) ->
     start = len(common) + bool(common)
     accepts = name_filter(options.get("include", []), options.get("exclude", []))
     by_path = {os.fsencode(path[start:]): member for path, member in members.items() if accepts(path[start:])}
-    listing = Listing(sorted(by_path), others, left_out=len(members) - len(by_path), links=links)
-    entries = np.asarray([by_path[path] for path in listing.images], _MEMBER)
+    paths = sorted(by_path)
+    listing = Listing(paths, others, left_out=len(members) - len(by_path), links=links)
+    entries = np.asarray([by_path[path] for path in paths], _MEMBER)
     return open_listing(
         name, listing, options, lambda *rest: ZipFolder(name, store, entries, spec, Path(common), *rest), form
     )

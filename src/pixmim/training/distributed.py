@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -141,6 +142,31 @@ def find_rank() -> Distributed:
     return SINGLE_PROCESS
 
 
+def _agree_on_name(store: Any, info: Distributed, timeout: float) -> str:
+    """Return a new name on which all ranks of this start agree. Raises RuntimeError if a rank does not come.
+
+    torchrun's store survives its processes, so each start needs keys of its own. torchrun counts restarts, but the
+    counts of two machines differ once one of them has noticed a failure as a change of the other. So rank 0 answers
+    every request, which may be that of a process that has ended, until all ranks have read the answer.
+    """
+    own = uuid.uuid4().hex
+    if not info.is_main:
+        store.set(f"request/{info.rank}", own)
+        name = store.get(f"name/{own}").decode()
+        store.add(f"{name}/read", 1)
+        return name
+    answered, deadline = set[str](), time.monotonic() + timeout
+    while store.add(f"{own}/read", 0) < info.size - 1:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"waited {timeout:g} s for the other ranks")
+        for key in (f"request/{rank}" for rank in range(1, info.size)):
+            if store.check([key]) and (request := store.get(key).decode()) not in answered:
+                store.set(f"name/{request}", own)
+                answered.add(request)
+        time.sleep(0.02)
+    return own
+
+
 @contextmanager
 def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
     """Initialize the process group of a run, if there are several processes.
@@ -173,8 +199,7 @@ def init_distributed(device: str, timeout: float) -> Iterator[Distributed]:
             is_master=info.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
             timeout=limit,
         )
-        # torchrun's store survives a restart of the processes, so each start has keys of its own.
-        store = PrefixStore(f"pixmim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"pixmim/{_agree_on_name(store, info, timeout)}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
             store=PrefixStore("group", store),

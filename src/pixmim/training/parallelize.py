@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from pixmim.config import ParallelConfig
@@ -174,15 +175,21 @@ def batch_norm_notes(model: nn.Module, batch_size: int, parts: int) -> list[str]
 
 
 @contextmanager
-def trial_step(network: nn.Module) -> Iterator[None]:
-    """Run a forward and backward pass that reduces no gradients and leaves no trace in batch norms."""
+def trial_step(network: nn.Module, optimizer: Optimizer, reduces: bool = False) -> Iterator[None]:
+    """Run a forward and backward pass that leaves no trace in gradients and batch norms.
+
+    Gradients are reduced over the ranks only with `reduces`. DDP sums them in one bucket in its first such pass, and
+    from then on in buckets in the order in which gradients arrived. Three or more floats have another sum in another
+    order, so a run that resumes would differ from one that continues, unless such a pass comes first in both.
+    """
     norms = [norm for norm in batch_norms(network) if norm.training]
     for norm in norms:
         norm.eval()
     try:
-        with sync_last_microbatch(network, last=False):
+        with sync_last_microbatch(network, last=reduces):
             yield
     finally:
+        optimizer.zero_grad(set_to_none=True)
         for norm in norms:
             norm.train()
 

@@ -1,7 +1,10 @@
 """Remote shards: the same images as locally, complete files within a bound, and retries."""
 
+import dataclasses
 import os
 import shutil
+import socket
+import struct
 import sys
 import threading
 import time
@@ -15,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.runs import train
+from helpers.runs import equal, train
 from helpers.shards import colors, keys, shard
-from pixmim.config import PretrainConfig
+from pixmim.config import CheckpointConfig, PretrainConfig
 from pixmim.data import open_dataset
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
@@ -41,7 +44,11 @@ GIB = 2**30
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder, counts requests for files and ranges, and fails as often as `failures` lists."""
+    """Serves a folder, counts requests for files and ranges, and fails as often as `failures` lists.
+
+    The first answer to each GET request is one of the `faults`, in turn, and a repeated request succeeds. A path that
+    starts as one in `always` has that fault each time.
+    """
 
     daemon_threads = True
 
@@ -51,6 +58,9 @@ class Server(ThreadingHTTPServer):
         self.range_requests: Counter[str] = Counter()
         self.accepts_ranges = False  # like Python's own server, which sends complete files only
         self.failures: dict[str, list[int]] = {}
+        self.faults: list[str] = []
+        self.failed: list[tuple[str, str | None]] = []
+        self.always: dict[str, str] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -58,6 +68,8 @@ class Handler(SimpleHTTPRequestHandler):
     server: Any
 
     def do_GET(self) -> None:
+        if self.fails():
+            return
         name = self.path.rsplit("/", 1)[1]
         if "Range" in self.headers:
             self.server.range_requests[name] += 1
@@ -68,22 +80,60 @@ class Handler(SimpleHTTPRequestHandler):
         status = failures.pop(0) if failures else 200
         if status == 200:
             super().do_GET()
-        elif status == 206:  # the connection breaks in the middle
-            content = Path(self.translate_path(self.path)).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
+        elif status == 206:
+            self.fail("cut")
         else:
             self.send_error(status)
 
+    def do_HEAD(self) -> None:
+        if not self.fails():
+            super().do_HEAD()
+
+    def fails(self) -> bool:
+        """Answer with a fault, if one is due."""
+        fault = next((fault for top, fault in self.server.always.items() if self.path.startswith(top)), "")
+        request = self.path, self.headers.get("Range")
+        if self.command == "GET" and not fault and self.server.faults and request not in self.server.failed:
+            self.server.failed.append(request)
+            fault = self.server.faults[len(self.server.failed) % len(self.server.faults)]
+        if fault:
+            self.fail(fault)
+        return bool(fault)
+
+    def fail(self, fault: str) -> None:
+        path = Path(self.translate_path(self.path))
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            socket.close(self.connection.detach())
+            self.close_connection = True
+        elif fault.isdigit():
+            self.send_error(int(fault))
+        elif not path.exists():
+            self.send_error(404)
+        else:
+            content = path.read_bytes() if path.is_file() else b"<html>"
+            ranged = self.server.accepts_ranges and "Range" in self.headers
+            content = content[self.range()] if ranged else content
+            half = len(content) // 2
+            self.send_response(206 if ranged else 200)
+            self.send_header("Content-Length", str(half if fault == "wrong length" else len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content[:half])
+            if self.command == "GET" and fault == "slow":
+                time.sleep(0.1)
+                self.wfile.write(content[half:])
+
     def send_range(self) -> None:
-        first, last = (int(number) for number in self.headers["Range"].removeprefix("bytes=").split("-"))
-        content = Path(self.translate_path(self.path)).read_bytes()[first : last + 1]
+        content = Path(self.translate_path(self.path)).read_bytes()[self.range()]
         self.send_response(206)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def range(self) -> slice:
+        first, last = (int(number) for number in self.headers["Range"].removeprefix("bytes=").split("-"))
+        return slice(first, last + 1)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -208,6 +258,59 @@ def test_permanent_errors(server: Server, served: Path, memory: Path) -> None:
     server.server_close()
     with pytest.raises(UserError, match=r"settings.json cannot be read after 4 attempts: ClientConnectorError"):
         open_dataset(f"{server.url}/cached")
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_a_failing_server_changes_no_batch(server: Server, served: Path, memory: Path, ranges: bool) -> None:
+    """Shards are fetched completely, or image by image if the disk cache is too small."""
+    server.accepts_ranges = ranges
+
+    def batches(gib: float) -> torch.Tensor:
+        data = open_dataset(f"{server.url}/shards/*.tar", shard_cache_gib=gib)
+        skipped = BadImageLog(None, len(data), 0.0)
+        with Loader(data, SimpleResizedCrop(16), BatchShard(8), skipped=skipped, threads=2) as loader:
+            return torch.cat([next(loader).images.clone() for _ in range(4)])
+
+    expected = batches(50.0)
+    shutil.rmtree(memory)
+    server.faults = ["cut", "503", "wrong length", "reset", "500", "slow"]
+    assert torch.equal(batches(1e-6 if ranges else 50.0), expected)
+    assert len(server.failed) > (12 if ranges else 3) and bool(server.range_requests) == ranges
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(server: Server, served: Path) -> None:
+    for name in ("a", "b"):
+        shard(served / "tree" / name / "x-0.tar", range(4))
+    spec = f"{server.url}/tree/*/x-*.tar"
+    server.faults = ["reset", "503", "cut"]
+    assert len(open_dataset(spec)) == 8
+    for fault in ("reset", "503", "cut"):
+        server.always = {"/tree/b/": fault}
+        with pytest.raises(UserError, match="/tree/b/ cannot be read after 4 attempts"):
+            open_dataset(spec)
+    server.always = {"/tree/b/": "403"}
+    with pytest.raises(UserError, match=r"access to .*/tree/b/ denied"):
+        open_dataset(spec)
+
+
+def test_a_run_whose_signature_expires_ends_and_resumes(
+    server: Server, served: Path, tmp_path: Path, tiny_run: Make
+) -> None:
+    server.accepts_ranges = True
+    config = tiny_run(data=f"{server.url}/cached", shard_cache_gib=1e-6, checkpoint=CheckpointConfig(every=1))
+    config = dataclasses.replace(config, steps=12, cache_images="none")  # three batches are read ahead
+    train(config, tmp_path / "quiet")
+
+    def expire(step: int) -> None:
+        if step == 2:
+            server.always = {"/": "403"}
+
+    with pytest.raises(UserError, match=r"access to .*\.tar denied: .*403.* Set or renew .*--resume RUN --data URL"):
+        train(config, tmp_path / "broken", on_step_end=expire)
+    server.always = {}
+    assert "resuming from step" in train(config, tmp_path / "broken")
+    assert equal(tmp_path / "quiet", tmp_path / "broken")
+    assert not (tmp_path / "broken" / "skipped.csv").exists()
 
 
 def test_changes_on_the_server_are_detected(server: Server, served: Path) -> None:

@@ -79,7 +79,8 @@ class ShardDataset(ImageDataset):
         self._stored = form if kind == "shards" else replace(form, stretch="")  # a cache was stretched when it was made
         self.raw, self._names, self._store, self._entries = raw, names, store, entries
         self._starts: list[int] = [0, *np.cumsum(counts)[:-1].tolist()]
-        self._keys = lru_cache(maxsize=2)(lambda shard: _unpack_keys(indexes[shard].keys, int(counts[shard])))
+        keys = [index.keys for index in indexes]  # without the entries, which are kept once
+        self._keys = lru_cache(maxsize=2)(lambda shard: _unpack_keys(keys[shard], int(counts[shard])))
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:

@@ -10,6 +10,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -93,23 +94,42 @@ def file_version(name: str) -> FileVersion | None:
 
 
 def find_matching(pattern: str) -> dict[str, FileVersion | None]:
-    """Find the files that match a glob pattern, sorted, with their versions where a server's listing has them."""
+    """Find the files that match a glob pattern, sorted, with their versions where a server's listing has them.
+
+    Raises UserError if a folder of a server cannot be listed, rather than leave its files out.
+    """
     if not is_url(pattern):
         return dict.fromkeys(sorted(name for name in glob(pattern) if Path(name).is_file()))
     filesystem, path = _filesystem(pattern)
-    limit = _time_limit(pattern, RETRY_SECONDS)
-    listing: dict[str, dict[str, Any]] = (
-        with_retries(pattern, lambda: filesystem.glob(path, detail=True, **limit), RETRY_SECONDS) or {}
-    )
-    folder = str(filesystem.unstrip_protocol(re.split(r"[*\[]", path, maxsplit=1)[0].rpartition("/")[0])) + "/"
+    top = re.split(r"[*\[]", path, maxsplit=1)[0].rpartition("/")[0]
+    levels = path[len(top) + 1 :].split("/")
+    found: dict[str, dict[str, Any]] = {top: {}}
+    for depth, level in enumerate(levels, 1):
+        kind = "file" if depth == len(levels) else "directory"
+        entries = [entry for folder in found for entry in _list_folder(filesystem, pattern, folder).items()]
+        found = {
+            name: info for name, info in entries if info["type"] == kind and fnmatchcase(name.rpartition("/")[2], level)
+        }
     files: dict[str, FileVersion | None] = {}
-    for name, info in sorted(listing.items()):
-        url = str(filesystem.unstrip_protocol(name))  # below the folder, whatever the server lists
-        if info["type"] == "file" and url.startswith(folder) and ".." not in url.split("/"):
-            # A time has another format in a listing than for one file, so those versions are requested one by one.
-            complete = info.get("size") and any(info.get(tag) for tag in _CONTENT_TAGS)
-            files[url] = _version_from(url, info) if complete else None
+    for name, info in sorted(found.items()):
+        url = str(filesystem.unstrip_protocol(name))
+        # A time has another format in a listing than for one file, so those versions are requested one by one.
+        complete = info.get("size") and any(info.get(tag) for tag in _CONTENT_TAGS)
+        files[url] = _version_from(url, info) if complete else None
     return files
+
+
+def _list_folder(filesystem: Any, pattern: str, folder: str) -> dict[str, dict[str, Any]]:
+    """Return what fsspec knows of the entries of a folder, by name; empty if it does not exist. Raises UserError.
+
+    fsspec's own `glob` leaves out a folder whose listing fails.
+    """
+    path, limit = f"{folder}/" if _is_http(pattern) else folder, _time_limit(pattern, RETRY_SECONDS)
+    url = str(filesystem.unstrip_protocol(path))
+    listing = with_retries(url, lambda: filesystem.ls(path, detail=True, **limit), RETRY_SECONDS) or []
+    entries = {str(info["name"]).rstrip("/"): info for info in listing}
+    # A server may list what is elsewhere.
+    return {n: info for n, info in entries.items() if n.rpartition("/")[0] == folder and not n.endswith(("/.", "/.."))}
 
 
 def read_range(url: str, offset: int, length: int) -> bytes | None:
@@ -190,7 +210,10 @@ def with_retries(url: str, action: Callable[[], T], max_seconds: float = float("
                 return None
             reason = f"{type(cause).__name__}: {cause}".removesuffix(": ")
             if status in (401, 403) or isinstance(cause, PermissionError):
-                raise NoAccessError(f"access to {url} denied: {reason}. Set the credentials of this storage") from error
+                raise NoAccessError(
+                    f"access to {url} denied: {reason}. Set or renew the credentials of this storage; if the URL is "
+                    "signed, resume a run with --resume RUN --data URL"
+                ) from error
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(
                     f"no space to cache {url}: {cause}. Lower --shard-cache-gib, or set XDG_CACHE_HOME to a larger disk"
