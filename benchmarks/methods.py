@@ -168,11 +168,9 @@ def tables(out: Path, scale: Scale) -> list[str]:
 
     learned, changed = [], []
     for method in METHODS:
-        names = {
-            seed: [f"{slug(method)}-{form}-{seed}" for form in ("plain", "pixmim")] + [f"start-{slug(method)}-{seed}"]
-            for seed in SEEDS
-        }
-        complete = [[points(n) for n in of] for of in names.values() if all(is_finished(n, out) for n in of)]
+        name = slug(method)
+        runs = [(f"{name}-plain-{seed}", f"{name}-pixmim-{seed}", f"start-{name}-{seed}") for seed in SEEDS]
+        complete = [list(map(points, of)) for of in runs if all(is_finished(one, out) for one in of)]
         if len(complete) < 2:
             continue
         plain, pixmim_form, start = zip(*complete, strict=True)
@@ -192,8 +190,14 @@ def tables(out: Path, scale: Scale) -> list[str]:
             f"{np.median([one['processor_seconds'] for one in form]) / epochs:.0f}" for form in (plain, pixmim_form)
         ]
         changed.append([method, *effects, *cost, f"{np.median([one['memory_mb'] for one in plain]):.0f}"])
+    names = plan()
+    done = f"**{sum(is_finished(name, out) for name in names)} of {len(names)} runs are finished.**"
+    if not learned:
+        return [f"{done} A method has a row when two of its seeds are complete."]
     titles = [word for title in MEASURES.values() for word in (f"{title}: start", "plain", "with PixMIM")]
     return [
+        done,
+        "",
         *table(["method", "encoder", "loss: first, last", *titles], learned),
         "",
         "What PixMIM changed, and the cost:",
