@@ -79,9 +79,10 @@ def test_a_run_is_divided_into_equal_parts_with_the_same_relative_cut_off(tiny_r
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"first_sizes": "32"}, "32 must be smaller"),
-        ({"first_sizes": "16,64"}, "64 must be smaller"),
+        ({"first_sizes": "32"}, "32: must be smaller"),
+        ({"first_sizes": "16,64"}, "64: must be smaller"),
         ({"first_sizes": "16x24"}, "proportions"),
+        ({"first_sizes": "99999999"}, "first-sizes 99999999: "),
         ({"first_sizes": "20"}, "20: .*divisible"),
         ({"first_sizes": "8", "mask": MaskConfig(ratio=0.75)}, "8: .*visible"),
         ({"first_sizes": "24", "model": architecture("mae", decoder_stride=2)}, "24: .*divisible"),

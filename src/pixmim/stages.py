@@ -40,17 +40,17 @@ def build_stages(config: PretrainConfig, model: MaskedModel, steps: int) -> list
     first = [size for size in config.first_sizes.split(",") if size]
     if first and not model.any_size:
         raise UserError(f"--first-sizes: {config.model.backbone} with simmim works at one size")
+    (height, width), radius = config.image_size, config.target.radius
     stages = []
     for number, size in enumerate([*first, config.size], start=1):
-        (h, w), (height, width) = replace(config, size=size).image_size, config.image_size
-        if h * width != w * height or h > height or (number <= len(first) and h == height):
-            raise UserError(f"--first-sizes {size} must be smaller than --size {config.size}, in its proportions")
-        radius = config.target.radius
-        target = replace(config.target, radius=radius if isinstance(radius, str) else radius * h / height)
         try:
-            part, end = replace(config, size=size, target=target), steps * number // (len(first) + 1)
+            (h, w), end = replace(config, size=size).image_size, steps * number // (len(first) + 1)
+            if number <= len(first) and (h >= height or h * width != w * height):
+                raise UserError(f"must be smaller than --size {config.size}, in its proportions")
+            target = replace(config.target, radius=radius if isinstance(radius, str) else radius * h / height)
+            part = replace(config, size=size, target=target)
             grid_of((h, w), model.patch * config.model.decoder_stride)
             stages.append(Stage(end, (h, w), build_crop(part), build_mask_sampler(part, model.patch), build_loss(part)))
         except (UserError, ValueError) as error:
-            raise UserError(f"--first-sizes {size}: {error}" if first else str(error)) from error
+            raise UserError(f"--first-sizes {size}: {error}" if number <= len(first) else str(error)) from error
     return stages
