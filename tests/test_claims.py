@@ -223,3 +223,16 @@ def test_the_page_contains_the_smallest_differences_of_the_design(claims: Any, p
     cells = [re.findall(r"[\d.]+(?= \|)", row) for row in rows[3:]]
     for numbers in cells:
         assert re.search(r"\| " + r" \| ".join(map(re.escape, numbers)) + r" \|", text), numbers
+
+
+def test_the_readme_repeats_what_the_page_contains(claims: Any, page: Any, tmp_path: Path) -> None:
+    """Write the page from the results in the repository, and look for the numbers of the README in it."""
+    written, found = tmp_path / "claims.md", (ROOT / "docs" / "claims.md").read_text()
+    written.write_text(found)
+    page.write(ROOT / "benchmarks" / "results" / "claims", claims.SCALES["cpu"], written)
+    assert written.read_text() == found
+    readme = re.search(r"(?s)tested again\*\*.*?\n\n", (ROOT / "README.md").read_text())
+    assert readme is not None
+    numbers = re.findall(r"[-+]\d\.\d ± \d\.\d|\d+\.\d %|\+\d\.\d", readme[0])
+    assert len(numbers) == 4
+    assert all(number in found for number in numbers), numbers
