@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(claims_page.write(out, scale, options.page))
         return 0
-    objects = options.objects = str(Path(options.objects).resolve()) if options.objects else ""
+    objects = options.objects
     check_arms(scale, objects)
     runs = {run.name: run for run in plan()}
     names = [run.name for run in plan(tuple(options.only))]

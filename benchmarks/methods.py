@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,10 @@ def pretrain_config(method: str, pixmim_form: bool, seed: int, scale: Scale, obj
         | {"optim.base_lr": 2e-3, "optim.clip": 5.0}
         | changes,
     )
-    if pixmim_form:
-        crop = replace(with_pixmim(config).crop, interpolation=config.crop.interpolation)
-        config = replace(with_pixmim(config), crop=crop)
-    return config
+    if not pixmim_form:
+        return config
+    changed = with_pixmim(config)
+    return replace(changed, crop=replace(changed.crop, interpolation=config.crop.interpolation))
 
 
 def execute(name: str, scale: Scale, objects: str, out: Path, device: str) -> None:
@@ -136,9 +137,9 @@ def execute(name: str, scale: Scale, objects: str, out: Path, device: str) -> No
     began = time.process_time()
     result = pixmim.pretrain(config, work, report=False, console=Console(quiet=True))
     seconds, memory = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    losses = [line["loss"] for line in result.metrics if "loss" in line]
-    if len(losses) < scale.steps:
+    if not result.finished:
         raise KeyboardInterrupt
+    losses = [line["loss"] for line in result.metrics if "loss" in line]
     start = Record(out / f"start-{slug(method)}-{seed}.json", {"model": asdict(config.model), "sources": data}, objects)
     if not start.values["finished"]:
         encoder = encoder_from_module(config, build_model(config).encoder, device, "auto")
@@ -215,8 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.table:
         replace_generated(options.page, BEGIN, END, "\n".join(["", *tables(out, scale), ""]))
         return 0
-    objects = options.objects = str(Path(options.objects).resolve()) if options.objects else ""
-    return work_off(list(plan()), lambda name: execute(name, scale, objects, out, options.device), options, __file__)
+    run = partial(execute, scale=scale, objects=options.objects, out=out, device=options.device)
+    return work_off(list(plan()), run, options, __file__)
 
 
 if __name__ == "__main__":

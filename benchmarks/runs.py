@@ -81,7 +81,7 @@ def replace_generated(page: Path, begin: str, end: str, text: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser, scales: Mapping[str, Any]) -> None:
     """Add the arguments that `work_off` reads."""
-    parser.add_argument("--objects", default="", help="folder of the labeled shards")
+    parser.add_argument("--objects", type=_absolute, default="", help="folder of the labeled shards")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--scale", choices=scales, default="cpu", help="sizes of the runs")
     parser.add_argument(
@@ -92,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser, scales: Mapping[str, Any]) ->
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--table", action="store_true", help="write the page, and run nothing")
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).resolve()) if folder else ""
 
 
 def work_off(names: Sequence[str], execute: Callable[[str], None], options: argparse.Namespace, script: str) -> int:
