@@ -9,7 +9,6 @@ FOLDER holds caltech101-{train,test}.tar: labeled WebDataset shards, aspect kept
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import time
@@ -21,7 +20,17 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from runs import Record, add_arguments, is_finished, measure, replace_generated, table, work_off
+from runs import (
+    Record,
+    add_arguments,
+    is_finished,
+    measure,
+    peak_memory,
+    replace_generated,
+    reset_peak_memory,
+    table,
+    work_off,
+)
 from scipy import stats
 
 import pixmim
@@ -135,8 +144,11 @@ def execute(name: str, scale: Scale, objects: str, out: Path, device: str) -> No
     ]
     record = Record(out / f"{name}.json", {"config": asdict(config), "sources": data}, objects)
     began = time.process_time()
+    reset_peak_memory()
     result = pixmim.pretrain(config, work, report=False, console=Console(quiet=True))
-    seconds, memory = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds = record.values.get("processor_seconds", 0.0) + time.process_time() - began
+    memory = max(record.values.get("memory_mb", 0.0), peak_memory())
+    record.save(processor_seconds=seconds, memory_mb=memory)  # an interrupted run goes on from these
     if not result.finished:
         raise KeyboardInterrupt
     losses = [line["loss"] for line in result.metrics if "loss" in line]

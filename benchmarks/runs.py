@@ -5,11 +5,13 @@ import json
 import math
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,6 +65,20 @@ def measure(encoder: FrozenEncoder, parts: list[tuple[str, Any]]) -> dict[str, f
             found[f"{result.evaluation}/seconds"] = round(time.perf_counter() - began, 1)
             began = time.perf_counter()
     return found
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak of earlier work in this process, where the system allows it (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """Return the largest resident memory of this process since `reset_peak_memory`, or since its start, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.findall(r"VmHWM:\s*([0-9]+) kB", status.read_text())[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

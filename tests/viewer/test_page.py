@@ -21,7 +21,7 @@ from PIL import Image
 import pixmim
 from helpers.runs import train
 from pixmim.build import image_spec
-from pixmim.config import PretrainConfig
+from pixmim.config import ModelConfig, PretrainConfig
 from pixmim.evaluation.attentive_probe import AttentiveProbe, save_probe
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
 from pixmim.evaluation.visualize import heat_overlay, to_rgb
@@ -34,7 +34,7 @@ from pixmim.utils.errors import UserError
 from pixmim.viewer.images import ImageStore
 from pixmim.viewer.index import EncoderIndex
 from pixmim.viewer.page import Page
-from pixmim.viewer.runs import Run, random_mask, read_new_metrics
+from pixmim.viewer.runs import Run, low_passed, random_mask, read_new_metrics
 from pixmim.weights.load import build_with_weights, resolve_model
 
 DATA = "shapes:count=30,size=32"
@@ -100,6 +100,18 @@ def test_low_pass_splits_the_image(page: Page) -> None:
     expected = (kept.var(dim=(2, 3)) / run_std(run) ** 2).sum() / (image.var(dim=(2, 3)) / run_std(run) ** 2).sum()
     assert half["share"] == pytest.approx(float(expected), abs=1e-4)
     np.testing.assert_allclose(pixels(half["kept"]), (kept[0].permute(1, 2, 0) * 255).clip(0, 255), atol=1)
+
+
+@pytest.mark.parametrize(("channels", "bands"), [(3, "3,2,1"), (5, "4,3,2"), (5, "2"), (2, ""), (1, "")])
+def test_low_pass_draws_the_same_channels_on_both_sides(channels: int, bands: str) -> None:
+    config = ModelConfig(channels=channels, bands=bands, size="32")
+    crop = torch.randint(0, 256, (1, channels, 32, 32), dtype=torch.uint8)
+    both = low_passed(config, crop, 4)
+    assert both.kept.shape == both.removed.shape == (32, 32, len(config.drawn))
+    (removed,) = crop.double() / 255 - pixmim.low_pass(crop.double() / 255, 4)
+    span = 255 if channels in (1, 3) else int(crop.max()) - int(crop.min())  # others are shown over their own range
+    expected = (128 + removed[list(config.drawn)].permute(1, 2, 0) * (255 * 255 / span)).clip(0, 255)
+    np.testing.assert_allclose(both.removed, expected, atol=1)
 
 
 def run_std(run: Run) -> torch.Tensor:
