@@ -244,9 +244,8 @@ def low_passed(config: ModelConfig, crop: Shaped[Tensor, "1 c h w"], radius: flo
     variance = float(x.var(dim=(2, 3)).mean())
     share = float(kept.var(dim=(2, 3)).mean()) / variance if variance > 0 else 1.0
     shown = to_pixels({"image": x * std + mean, "kept": kept * std + mean}, config)
-    removed, span = ((x - kept) * std)[0, list(config.drawn)], 1.0
+    removed, span = ((x - kept) * std)[0, list(config.drawn)].permute(1, 2, 0), 1.0
     if config.dtype != "uint8" or config.channels not in (1, 3):  # stretched: relative to the range of the image
         span = float((x * std).amax() - (x * std).amin()) or 1.0
-    removed = 128 + removed.permute(1, 2, 0).numpy() * (255 / span)
-    pixels = np.asarray(removed.round().clip(0, 255), np.uint8)
+    pixels = np.asarray((128 + removed * (255 / span)).round().clip(0, 255), np.uint8)
     return LowPassed(shown["kept"][0], pixels, share, radial_spectrum(x).tolist())
