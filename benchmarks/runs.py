@@ -141,7 +141,8 @@ def work_off(names: Sequence[str], execute: Callable[[str], None], options: argp
             command = [sys.executable, script, *again, "--run", name]
             code = subprocess.run(command, env=threads | dict(os.environ)).returncode
         seconds = time.perf_counter() - began
-        print(f"{name}: {'failed' if code else 'finished'} after {seconds:.0f} s", flush=True)
+        outcome = "failed" if code else "finished" if is_finished(name, options.out) else "left"
+        print(f"{name}: {outcome} after {seconds:.0f} s", flush=True)
         return code == 0
 
     if options.jobs == 0:  # signals reach the main thread only
@@ -154,6 +155,9 @@ def _execute_once(name: str, execute: Callable[[str], None], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / f"{name}.lock", timeout=0):
-            execute(name)
+            if is_finished(name, out):  # by another process, since this one made its list
+                print(f"{name}: another process finished it", flush=True)
+            else:
+                execute(name)
     except Timeout:
         print(f"{name}: another process works on it", flush=True)

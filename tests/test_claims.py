@@ -1,5 +1,6 @@
 """The runner of docs/claims.md: arms that differ in the named values only, resumption, and statistics."""
 
+import argparse
 import json
 import re
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 from scipy import stats
 
@@ -117,6 +119,24 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_and_is_not_repeated(
     capsys.readouterr()
     assert claims.main([*command[:-2], "--limit", "0"]) == 0
     assert "1 of 12 runs" in capsys.readouterr().out
+
+
+def test_processes_share_a_folder(claims: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(run=None, objects="", out=tmp_path, scale="tiny", device="auto", jobs=0, limit=None)
+    executed, elsewhere = list[str](), FileLock(tmp_path / "third.lock")
+
+    def execute(name: str) -> None:
+        executed.append(name)
+        for done in (name, "second"):  # another process finishes the second run meanwhile, and works on the third
+            claims.Record(tmp_path / f"{done}.json", {}).save(finished=True)
+
+    with elsewhere:
+        assert claims.work_off(["first", "second", "third"], execute, options, "") == 0
+    assert executed == ["first"]
+    out = capsys.readouterr().out
+    assert "second: another process finished it" in out
+    assert "third: another process works on it" in out
+    assert "third: left" in out
 
 
 def test_supervised_runs_and_coverage_at_the_smallest_size(claims: Any, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class CNNSimMIM(MaskedModel):
         self.encoder.train(training)
         if not same:
             raise UserError(
-                f"{type(encoder).__name__} cannot be masked: its forward pass is no sequence of its modules"
+                f"{type(encoder).__name__} cannot be masked: its forward pass is not a sequence of its modules"
             )
         return width, int(x.shape[1])
 
