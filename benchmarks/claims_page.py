@@ -169,7 +169,7 @@ SWEEP = ("mae", *(f"radius-{r}" for r in RADII), "target")
 
 def shown(effect: Effect | None) -> str:
     """Return an effect with its interval as text."""
-    return "-" if effect is None else f"{effect[0]:+.1f} ± {effect[1]:.1f}"
+    return "-" if effect is None else f"{effect[0]:+z.1f} ± {effect[1]:.1f}"
 
 
 def verdict(effect: Effect | None, sign: int) -> str:

@@ -169,7 +169,7 @@ def interval(values: Sequence[float]) -> str:
     """Return a mean over seeds and half of its 95 % interval (Student's t) as text."""
     mean, n = float(np.mean(values)), len(values)
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
-    return f"{mean:+.1f} ± {half:.1f}"
+    return f"{mean:+z.1f} ± {half:.1f}"
 
 
 def tables(out: Path, scale: Scale) -> list[str]:

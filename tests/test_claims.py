@@ -152,6 +152,11 @@ def test_results_of_other_settings_are_refused(claims: Any, tmp_path: Path) -> N
         claims.Record(tmp_path / "a.json", {"steps": 5})
 
 
+def test_an_effect_that_rounds_to_zero_has_no_sign(page: Any) -> None:
+    assert page.shown((-0.04, 1.5, 3)) == "+0.0 ± 1.5"
+    assert page.shown((-0.06, 1.5, 3)) == "-0.1 ± 1.5"
+
+
 @pytest.mark.parametrize("seeds", [2, 3, 7])
 def test_an_interval_of_two_arms_is_that_of_the_paired_t_test(page: Any, seeds: int) -> None:
     values = np.random.default_rng(seeds).normal(50, 3, (2, seeds))

@@ -67,7 +67,7 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
     return (
         f"The encoder is {verdict} {start}: k-NN top-1 ({key.split('/')[1]}) on {images:,} images of "
         f"{label(config.knn.test, 120)} was {before} at the start and is {after} at step {last['step']:,}, a "
-        f"difference of {last[key] - first[key]:+.1f} points ({_range(low, high)}).{advice}"
+        f"difference of {last[key] - first[key]:+z.1f} points ({_range(low, high)}).{advice}"
     )
 
 
@@ -182,5 +182,5 @@ def _headlines(comparison: Comparison) -> Iterator[tuple[re.Match[str], str, Row
 
 def _gain(cell: Cell, start: Cell) -> str:
     gains = [a - b for a, b in zip(cell.each, start.each, strict=False)]
-    spread = f"; {min(gains):+.1f} to {max(gains):+.1f} over {len(gains)} draws" if len(gains) > 1 else ""
-    return f"{cell.value - start.value:+.1f}{spread}"
+    spread = f"; {min(gains):+z.1f} to {max(gains):+z.1f} over {len(gains)} draws" if len(gains) > 1 else ""
+    return f"{cell.value - start.value:+z.1f}{spread}"
