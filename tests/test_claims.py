@@ -250,14 +250,16 @@ def test_the_page_contains_the_smallest_differences_of_the_design(claims: Any, p
         assert re.search(r"\| " + r" \| ".join(map(re.escape, numbers)) + r" \|", text), numbers
 
 
-def test_the_readme_repeats_what_the_page_contains(claims: Any, page: Any, tmp_path: Path) -> None:
-    """Write the page from the results in the repository, and look for the numbers of the README in it."""
+def test_readme_and_summary_repeat_the_results(claims: Any, page: Any, tmp_path: Path) -> None:
+    """Write the page from the results in the repository, and look for the numbers of README and summary in it."""
     written, found = tmp_path / "claims.md", (ROOT / "docs" / "claims.md").read_text()
     written.write_text(found)
     page.write(ROOT / "benchmarks" / "results" / "claims", claims.SCALES["cpu"], written)
     assert written.read_text() == found
     readme = re.search(r"(?s)tested again\*\*.*?\n\n", (ROOT / "README.md").read_text())
     assert readme is not None
-    numbers = re.findall(r"[-+]\d\.\d ± \d\.\d|\d+\.\d %|\+\d\.\d", readme[0])
-    assert len(numbers) == 4
-    assert all(number in found for number in numbers), numbers
+    summary, results = found.split("## Design")[0], found.split(page.BEGIN)[1]
+    for text, count in ((readme[0], 7), (summary, 19)):
+        numbers = re.findall(r"[-+]\d\.\d ± \d\.\d|\d+\.\d %|\+\d\.\d", text)
+        assert len(numbers) == count
+        assert [number for number in numbers if number not in results] == []
