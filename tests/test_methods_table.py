@@ -72,3 +72,11 @@ def test_the_table_contains_paired_intervals(methods: Any, tmp_path: Path) -> No
     assert "| 9 | 9 | 900 |" in text  # 91 seconds for ten epochs
     assert "LSMAE" not in text
     assert text.startswith("Before") and text.endswith("After\n")
+
+
+def test_the_page_repeats_the_results(methods: Any, tmp_path: Path) -> None:
+    written, found = tmp_path / "methods.md", (ROOT / "docs" / "methods.md").read_text()
+    written.write_text(found)
+    results = ROOT / "benchmarks" / "results" / "methods"
+    assert methods.main(["--out", str(results), "--table", "--page", str(written)]) == 0
+    assert written.read_text() == found
