@@ -188,7 +188,8 @@ def tables(out: Path, scale: Scale) -> list[str]:
             continue
         plain, pixmim_form, start = zip(*complete, strict=True)
         first = plain[0]
-        row = [method, f"{start[0]['parameters'] / 1e6:.1f} M"]
+        title = method if len(complete) == len(SEEDS) else f"{method} ({len(complete)} seeds)"
+        row = [title, f"{start[0]['parameters'] / 1e6:.1f} M"]
         row += [
             f"{np.mean([one['first_loss'] for one in plain]):.2f}, {np.mean([one['last_loss'] for one in plain]):.2f}"
         ]
@@ -202,7 +203,7 @@ def tables(out: Path, scale: Scale) -> list[str]:
         cost = [
             f"{np.median([one['processor_seconds'] for one in form]) / epochs:.0f}" for form in (plain, pixmim_form)
         ]
-        changed.append([method, *effects, *cost, f"{np.median([one['memory_mb'] for one in plain]):.0f}"])
+        changed.append([title, *effects, *cost, f"{np.median([one['memory_mb'] for one in plain]):.0f}"])
     names = plan()
     done = f"**{sum(is_finished(name, out) for name in names)} of {len(names)} runs are finished.**"
     if not learned:
