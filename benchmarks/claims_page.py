@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from claims import ARMS, DATA, RADII, SEEDS, SETS, Run, Scale, plan
-from runs import is_finished, replace_generated, table
+from runs import is_finished, plus_minus, replace_generated, table
 from scipy import stats
 
 from pixmim.utils.plotting import PLOT_COLORS, Axes, Figure, matplotlib
@@ -169,7 +169,7 @@ SWEEP = ("mae", *(f"radius-{r}" for r in RADII), "target")
 
 def shown(effect: Effect | None) -> str:
     """Return an effect with its interval as text."""
-    return "-" if effect is None else f"{effect[0]:+z.1f} ± {effect[1]:.1f}"
+    return "-" if effect is None else plus_minus(*effect[:2])
 
 
 def verdict(effect: Effect | None, sign: int) -> str:

@@ -26,6 +26,7 @@ from runs import (
     is_finished,
     measure,
     peak_memory,
+    plus_minus,
     replace_generated,
     reset_peak_memory,
     table,
@@ -169,7 +170,7 @@ def interval(values: Sequence[float]) -> str:
     """Return a mean over seeds and half of its 95 % interval (Student's t) as text."""
     mean, n = float(np.mean(values)), len(values)
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
-    return f"{mean:+z.1f} ± {half:.1f}"
+    return plus_minus(mean, half)
 
 
 def tables(out: Path, scale: Scale) -> list[str]:

@@ -81,6 +81,11 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def plus_minus(mean: float, half: float) -> str:
+    """Return a difference and half of its interval as text; one that rounds to zero has no minus."""
+    return f"{mean:+z.1f} ± {half:.1f}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a table of Markdown in lines."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
