@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import resource
+import runpy
 import socket
 import sys
 import time
@@ -137,6 +138,13 @@ def command(*args: str) -> None:
     """Run a command as the shell does."""
     sys.argv = ["pixmim", *args]
     sys.exit(cli.main())
+
+
+def script(path: str, *args: str) -> None:
+    """Run a script as Python does."""
+    sys.path.insert(0, str(Path(path).parent))
+    sys.argv = [path, *args]
+    runpy.run_path(path, run_name="__main__")
 
 
 def command_without_report(*args: str) -> None:

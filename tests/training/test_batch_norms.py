@@ -39,7 +39,10 @@ def test_statistics_resume_bitwise_with_accumulated_gradients(tiny_run: Make, tm
     assert weights(tmp_path / "one")["layer4.0.bn2.num_batches_tracked"] == 4 * 2
 
 
-def test_flags_about_blocks_that_would_do_nothing_or_harm_are_refused(tiny_run: Make, tmp_path: Path) -> None:
+def test_flags_about_blocks_that_would_do_nothing_or_harm_are_refused(
+    tiny_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", None)  # refused before the compiler is tried, which takes seconds
     for backbone, options, message in (
         ("test_resnet", {"recompute": True}, "no blocks to recompute"),
         ("test_resnet", {"compile": "blocks"}, "no blocks to recompute or compile"),

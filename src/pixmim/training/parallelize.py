@@ -45,10 +45,20 @@ def choose_compilation(config: ParallelConfig, model: nn.Module, device: torch.d
 
     Returns:
         The configuration for `parallelize` and `step_context`, and a line to print if there is no working compiler.
+
+    Raises:
+        UserError: If a flag about blocks does not go with the model.
     """
-    kind = config.compile
+    kind, blocks = config.compile, list(transformer_blocks(model))
+    if not blocks and (config.recompute or kind == "blocks"):
+        raise UserError(
+            "this model has no blocks to recompute or compile: leave out --parallel.recompute, and use "
+            "--parallel.compile full or none"
+        )
+    if config.recompute and any(batch_norms(block) for block in blocks):
+        raise UserError("--parallel.recompute would count each image twice in batch norms: leave it out")
     if kind == "auto":
-        kind = "blocks" if device.type == "cuda" and any(transformer_blocks(model)) else "none"
+        kind = "blocks" if device.type == "cuda" and blocks else "none"
     if kind != "none":
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_path("compiled", torch.__version__)))
         try:
@@ -76,17 +86,10 @@ def parallelize(
     while another computes; weights are gathered in the precision of the run, and gradients are reduced in float32.
 
     Raises:
-        UserError: If the precision does not go with the strategy, or a flag about blocks with the model.
+        UserError: If the precision does not go with the strategy.
     """
     blocks = list(transformer_blocks(model))
-    if not blocks and (config.recompute or config.compile == "blocks"):
-        raise UserError(
-            "this model has no blocks to recompute or compile: leave out --parallel.recompute, and use "
-            "--parallel.compile full or none"
-        )
     if config.recompute:
-        if any(batch_norms(block) for block in blocks):
-            raise UserError("--parallel.recompute would count each image twice in batch norms: leave it out")
         for block in blocks:
             block.forward = recomputed(block.forward)
     parts = {"blocks": blocks, "full": [model]}
