@@ -108,7 +108,7 @@ def crop(image: Tensor) -> Tensor:
 def jpegs(cache: ShardDataset) -> Iterable[bytes]:
     """Yield the JPEG files of a cache."""
     for index in range(len(cache)):
-        path, start, size = cache.extent(index)
+        path, start, size = cache.extents(index)[0]
         with open(path, "rb") as tar:
             tar.seek(start)
             yield tar.read(size)
@@ -161,7 +161,7 @@ def write_files(cache: ShardDataset, folder: Path) -> list[str]:
 def webdataset(cache: ShardDataset, folder: Path, own: bool) -> Batches:
     import webdataset as wds
 
-    shards = sorted({cache.extent(index)[0] for index in range(len(cache))})  # already in WebDataset's format
+    shards = sorted({cache.extents(index)[0][0] for index in range(len(cache))})  # already in WebDataset's format
     data = wds.WebDataset(shards, shardshuffle=len(shards), select_files=is_jpeg, empty_check=False)
     data = data.shuffle(500).decode("torchrgb8") if own else data.shuffle(500)
     data = data.to_tuple("jpg").map_tuple(crop if own else decode_and_crop).batched(BATCH, collation_fn=stack_first)

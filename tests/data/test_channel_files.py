@@ -9,6 +9,7 @@ from PIL import Image
 from pixmim.data import open_dataset
 from pixmim.data.dataset import BadImage, ImageSpec
 from pixmim.data.decode.image import read
+from pixmim.data.duplicates import file_sizes
 from pixmim.data.statistics import choose_image_spec, count_formats
 from pixmim.data.uri import absolute
 from pixmim.transforms.crops import Array
@@ -67,6 +68,23 @@ def test_stretching_and_float_apply_to_each_channel(tmp_path: Path) -> None:
     data = open_dataset(f"{tmp_path},channels={{sample}}_c{{channel}}.npy", ImageSpec(2, "uint8", stretch="0,100"))
     assert np.array_equal(data.read_array(0)[..., 0], np.rint(low / low.max() * 255))
     assert not data.read_array(0)[..., 1].any()
+
+
+def test_files_are_read_as_one_file_would_be(tmp_path: Path) -> None:
+    """With all bits for percentiles, and refused where too much has no data."""
+    tifffile = pytest.importorskip("tifffile")
+    ramp = np.arange(12 * 16, dtype=np.uint16).reshape(12, 16)
+    for channel in (1, 2):
+        color = np.stack([ramp] * 3, axis=2)
+        tags = [(42113, "s", 0, "0", True)]
+        tifffile.imwrite(tmp_path / f"a_c{channel}.tif", color, photometric="rgb", extratags=tags)
+    data = open_dataset(f"{tmp_path},{PATTERN}", ImageSpec(6, stretch="0,100"))
+    assert len(np.unique(data.read_array(0)[..., 0])) == ramp.size - 1  # the one without data has the mean
+    assert len(data.extents(0)) == 2 and file_sizes(data)[0] == sum(f.stat().st_size for f in tmp_path.iterdir())  # type: ignore[attr-defined]
+    for channel in (1, 2):
+        tifffile.imwrite(tmp_path / f"a_c{channel}.tif", ramp // 96, photometric="minisblack", extratags=tags)
+    with pytest.raises(BadImage, match=r"50% of its pixels have no data .*--max-no-data 0\.4"):
+        open_dataset(f"{tmp_path},{PATTERN}", ImageSpec(2, "uint16", max_no_data=0.4)).read_array(0)
 
 
 def test_files_that_do_not_fit_are_a_broken_image(tmp_path: Path) -> None:

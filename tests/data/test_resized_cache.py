@@ -101,6 +101,22 @@ def test_several_processes_write_the_files_of_one(
     for name, value in (("TASK_ID", "7"), ("TASK_MIN", "5"), ("TASK_COUNT", "4")):
         monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
     assert shard_assignment() == (2, 4)
+    for task, first, last, count, expected in ((4, 0, 6, 4, (2, 4)), (7, 3, 7, 2, (1, 2)), (5, 5, 5, 1, (0, 1))):
+        for name, number in (("ID", task), ("MIN", first), ("MAX", last), ("COUNT", count)):
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(number))
+        assert shard_assignment() == expected
+    for task, first, last, count in ((3, 1, 8, 3), (2, 1, 5, 3)):
+        for name, number in (("ID", task), ("MIN", first), ("MAX", last), ("COUNT", count)):
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(number))
+        with pytest.raises(UserError, match=r"not evenly spaced: .*--array=0-2"):
+            shard_assignment()
+
+
+def test_images_that_become_too_long_are_left_out(pictures: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (1900, 20)).save(pictures / "cats" / "strip.png")
+    made = make_cache(open_dataset(str(pictures)), tmp_path / "cache", (768, 768))
+    assert made.complete and made.skipped == 1 and "65,500" in (tmp_path / "cache/skipped.csv").read_text()
+    assert len(open_dataset(str(tmp_path / "cache"))) == 10
 
 
 def test_other_images_and_settings_are_refused(pictures: Path, tmp_path: Path) -> None:

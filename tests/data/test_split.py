@@ -156,6 +156,35 @@ def test_groups_are_held_out_together() -> None:
         hold_out(data, 0.2, 0)
 
 
+def patients(folder: Path, name: str, rows: list[str]) -> str:
+    (folder / name).write_text("\n".join(["path,label,patient", *rows]))
+    return f"{folder}/{name}"
+
+
+def test_groups_of_a_mixture_are_those_of_its_parts_by_name(pictures: Path) -> None:
+    rows = [f"{c}/{i}.jpg,{c},{p}" for c in ("cats", "dogs") for i, p in enumerate(("ann", "bob", "", "cy", "cy"))]
+    a, b = patients(pictures, "a.csv", rows[:5]), patients(pictures, "b.csv", rows[5:])
+    data = open_dataset(f"{a}*2+{b}")
+    assert data.groups is not None
+    assert [data.group_names[i] for i in data.groups[:5]] == ["ann", "bob", "", "cy", "cy"]
+    assert np.array_equal(data.groups[:5], data.groups[5:10])  # copies, also of the image without a group
+    own, other = data.groups[:5], data.groups[10:]
+    assert (own[[0, 1, 3]] == other[[0, 1, 3]]).all() and own[2] != other[2]
+    for split in (assign_split(data, 0.5, 0), assign_folds(open_dataset(f"{a}+{b}"), 2, 0)):
+        parts: dict[str, set[str]] = {}
+        for _, _, group, part in split.rows(data if len(split.part) == 15 else open_dataset(f"{a}+{b}"))[1:]:
+            parts.setdefault(group, set()).add(part)
+        assert all(len(found) == 1 for group, found in parts.items() if group)
+    with pytest.raises(UserError, match=r"3 groups have images in both"):
+        check_labeled(data, open_dataset(f"{a}+{b}"))
+    rows = [f"{c}/{i}.jpg,{c},p{i}" for c in ("cats", "dogs") for i in range(5)]
+    a, b = patients(pictures, "a.csv", rows[:5]), patients(pictures, "b.csv", rows[5:])
+    for seed in range(5):
+        train, held = hold_out(open_dataset(f"{a}+{b}"), 0.2, seed)
+        sides = [{side.group_names[i] for i in side.groups} for side in (train, held)]  # type: ignore[union-attr]
+        assert not sides[0] & sides[1] and all(sides)
+
+
 def test_copies_in_a_mixture_are_held_out_together() -> None:
     data = open_dataset("shapes:count=30,size=16*3+shapes:count=10,size=16,seed=5")
     train, held = hold_out(data, 0.1, 0)
@@ -230,6 +259,9 @@ def test_images_with_the_same_bytes_stay_together(pictures: Path) -> None:
         assert all(part[f"{i}.jpg"] == part[f"copy{i}.jpg"] for i in range(5)) and len(set(part.values())) == len(parts)
         assert split.note == "5 images have the same bytes as another and are in its part"
     assert "5 images have the same bytes" in open_dataset(f"split:test:{pictures}").left_out
+    twice = open_dataset(f"{pictures}*2")
+    part_of = assign_folds(twice, 3, 0).part
+    assert np.array_equal(part_of[: len(twice) // 2], part_of[len(twice) // 2 :])
 
     names = [f"{name}{i}.jpg" for i in range(5) for name in ("cats/", "cats/copy", "dogs/")]
     rows = [f"{name},{name[:4]},{'ab'[j % 2]}{j // 4}" for j, name in enumerate(names)]

@@ -16,7 +16,7 @@ from pixmim.config import PretrainConfig
 from pixmim.config_io import from_json
 from pixmim.data import open_dataset
 from pixmim.data.build_resized_cache import make_cache
-from pixmim.data.dataset import ImageSpec
+from pixmim.data.dataset import ImageSpec, Subset
 from pixmim.data.statistics import (
     Stats,
     choose_image_spec,
@@ -112,6 +112,11 @@ def test_the_lossless_spec_of_most_images(pictures: Path, tmp_path: Path) -> Non
     assert choose_image_spec(count_formats(deep, [0, 3])) == ImageSpec(13, "uint16")
     heights = open_dataset(str(bands(tmp_path / "heights", np.int16, 1)))
     assert choose_image_spec(count_formats(heights, [0, 3])) == ImageSpec(1, "float32")
+    for spec in (f"{tmp_path}/deep+{tmp_path}/deep*2", f"shapes:count=1+{tmp_path}/deep"):
+        mixed = open_dataset(spec)
+        last = range(len(mixed) - 4, len(mixed))
+        assert choose_image_spec(count_formats(mixed, list(last))) == ImageSpec(13, "uint16")
+    assert choose_image_spec(count_formats(Subset(deep, [2, 1]), [0, 1])) == ImageSpec(13, "uint16")
     shapes = open_dataset("shapes:count=4", ImageSpec(5))
     assert choose_image_spec(count_formats(shapes, [0, 3])) == ImageSpec(5)
 
@@ -119,6 +124,8 @@ def test_the_lossless_spec_of_most_images(pictures: Path, tmp_path: Path) -> Non
 def test_saved_statistics_are_loaded(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = Stats((0.5, 0.25), (1.0, 2.0), 7, 9)
     path = save_statistics("/some/data", ImageSpec(2), saved)
+    others = (ImageSpec(2, stretch="1,99"), ImageSpec(2, tiff_pages="channels"), ImageSpec(2, max_no_data=0.5))
+    assert len({str(spec) for spec in (ImageSpec(2), *others)}) == 4  # each has a file of its own
     assert load_statistics("/some/data", ImageSpec(2)) == saved and path.is_relative_to(cache_path("stats", "x").parent)
     assert (
         load_statistics("/some/data", ImageSpec(2, "uint16")) is None
@@ -151,6 +158,10 @@ def test_a_constant_channel_has_std_one(tmp_path: Path) -> None:
     assert saved.std[0] == 1 and saved.std[1] == found.std[1] and saved.mean[0] == 7
     with pytest.raises(UserError, match="--std must be a number from 1e-12"):
         PretrainConfig(std=(1.0, 0.0, 1.0))
+    for value in range(1, 255, 7):  # the mean of 20 times k / 255 is rounded
+        for i in range(20):
+            np.save(tmp_path / "d" / f"{i}.npy", np.full((3, 5, 1), value, np.uint8))
+        assert measure(open_dataset(str(tmp_path / "d"), ImageSpec(1)), list(range(20))).stats(20).std == (1,)
 
 
 @pytest.mark.parametrize(("kind", "channels", "how"), [(np.uint16, 13, "cache"), (np.int16, 2, "random-resized")])

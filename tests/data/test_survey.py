@@ -38,7 +38,10 @@ def names(dataset_folder: Path) -> tuple[list[str], list[str]]:
     return images, masks
 
 
-@pytest.mark.parametrize("form", ["images/{}.jpg masks/{}.png", "{}.jpg {}_mask.png", "{}.jpg {}.png"])
+@pytest.mark.parametrize(
+    "form",
+    ["images/{}.jpg masks/{}.png", "{}.jpg {}_mask.png", "{}.jpg {}.png", "{}.jpg {}.bmp", "{}.jpg {}.PNG"],
+)
 def test_masks_are_found_by_folder_by_name_and_beside_a_jpeg(tmp_path: Path, form: str) -> None:
     image_name, mask_name = form.split()
     for i in range(6):
@@ -48,7 +51,10 @@ def test_masks_are_found_by_folder_by_name_and_beside_a_jpeg(tmp_path: Path, for
     assert images == [Path(image_name.format(i)).name for i in range(6)]
     assert masks == [Path(mask_name.format(i)).name for i in range(6)]
     found = examine(tmp_path)
-    assert (found.images, found.masks, found.examined) == (6, 6, 6) and found.mask_example.endswith(".png")
+    assert (found.images, found.masks, found.examined) == (6, 6, 6)
+    assert found.mask_example.endswith(mask_name.rpartition(".")[2])
+    twice = open_dataset(f"{tmp_path}*2")
+    assert [len(part) for part in split_masks(twice)] == [12, 12]
 
 
 def test_photographs_named_like_masks_are_images_and_a_folder_of_masks_is_a_dataset(tmp_path: Path) -> None:

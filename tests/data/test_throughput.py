@@ -98,6 +98,15 @@ def test_a_few_broken_images_are_reported_and_many_refused(pictures: Path) -> No
         measure(open_dataset(str(pictures)), SimpleResizedCrop(24), (24, 24), seconds=0.5)
 
 
+def test_a_missing_file_of_a_list_is_an_unreadable_image(pictures: Path) -> None:
+    paths = sorted(map(str, pictures.glob("*/*.jpg")))
+    (pictures / "list.TXT").write_text("\n".join([*paths, f"{pictures}/cats/none.jpg"]))
+    size = sum(Path(path).stat().st_size for path in paths) / len(paths)
+    for spec in (f"{pictures}/list.TXT", f"{pictures}/list.TXT*2"):
+        report = measure(open_dataset(spec), SimpleResizedCrop(24), (24, 24), seconds=0.01)
+        assert report.rows[0].name == DISK and report.rows[0].bytes == pytest.approx(size)
+
+
 def test_dropping_from_the_page_cache(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes(100))
     for name in ("x", "none"):

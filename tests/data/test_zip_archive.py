@@ -97,3 +97,15 @@ def test_other_compressions_cost_a_line(tmp_path: Path) -> None:
     archive = pack(make_folder(tmp_path / "photos"), tmp_path / "x.zip", zipfile.ZIP_BZIP2)
     with pytest.raises(BadImage, match="method 12"):
         open_dataset(archive).read_array(0)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_wrong_checksum_costs_a_line(tmp_path: Path, method: int) -> None:
+    archive = pack(make_folder(tmp_path / "photos"), tmp_path / "x.zip", method)
+    data = open_dataset(archive)
+    (_, first, size), *_ = data.extents(0)  # type: ignore[attr-defined]
+    content = bytearray(Path(archive).read_bytes())
+    content[first + size // 2] ^= 1
+    Path(archive).write_bytes(content)
+    with pytest.raises(BadImage, match="damaged"):
+        open_dataset(archive).read_array(0)

@@ -285,7 +285,12 @@ def test_classes_and_shared_images_are_printed(sets: Callable[..., str], tmp_pat
     (Path(test) / "a" / "link.png").symlink_to(Path(train) / "a" / "0-3.png")
     assert "warning: 2 of the 6 test images" in printed(train, test)
     assert "warning: all 8 test images" in printed(train, train)
+    for again in (f"{train}+shapes:count=9", f"{train}*2"):
+        assert "warning: 2 of the 6 test images" in printed(again, test)
+    assert "warning: 4 of the 12 test images" in printed(train, f"{test}*2")
+    assert "warning: all 2 test images" in printed(train, f"split:test:{train}")
     assert "warning: all 20 test images" in printed("shapes:count=30", "shapes:count=20")
+    assert "warning: all 20 test images" in printed("shapes:count=30+shapes:count=5,seed=2", "shapes:count=20")
     assert "warning" not in printed("shapes:count=30", "shapes:count=20,seed=1")
 
 

@@ -87,6 +87,15 @@ def test_crops_of_pil_images() -> None:
     one = SimpleResizedCrop(32)(image)
     torch.manual_seed(5)
     assert np.array_equal(one, SimpleResizedCrop(32)(image))
+    for mode in ("L", "LA", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"):
+        other = Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60)) if mode == "I;16" else None
+        other = other or (image.convert("RGB").convert(mode) if mode != "LAB" else Image.merge("LAB", image.split()))
+        found = CenterCrop(40)(other)
+        assert found.mode == mode, mode
+        assert np.array_equal(np.asarray(found), np.asarray(other)[:, 10:50])
+    for mode in ("1", "P"):
+        with pytest.raises(TypeError, match=f"mode {mode} has no values between"):
+            CenterCrop(32)(image.convert(mode))
 
 
 def test_flip_and_normalize() -> None:

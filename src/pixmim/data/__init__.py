@@ -74,7 +74,7 @@ def _open_part(spec: str, image_spec: ImageSpec, shard_cache_gib: float) -> Imag
         return open_webdataset(spec, tars, image_spec, shard_cache_gib, last_dot="key" in options)
     if is_label_table(path, options):
         return open_label_table(spec, image_spec)
-    if path.is_file() and path.suffix == ".txt":
+    if path.is_file() and path.suffix.lower() == ".txt":
         return open_list(spec, image_spec)
     if is_arrow_dataset(path):
         return open_huggingface(spec, image_spec)

@@ -20,12 +20,15 @@ import simplejpeg
 
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
+from pixmim.data.decode.limits import check_size
 from pixmim.data.resized_cache import CacheSettings, Chroma, Kind, checksum, read_index, read_settings, shard_name
 from pixmim.data.shards.dataset import INDEX_DTYPE
 from pixmim.transforms.crops import Interpolation, cover_size, resize
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import atomic_write, write_json, write_text_atomically
 from pixmim.utils.threads import ThreadPool, ordered_map
+
+_MAX_JPEG_SIDE = 65_500  # pixels, of libjpeg
 
 Sample = tuple[int, dict[str, bytes], int, tuple[int, int]]
 """Dataset index; files by extension, the image first; class or -1; (h, w) of the image."""
@@ -104,12 +107,12 @@ def make_cache(
             progress(done)
 
     def make_sample(index: int) -> Sample | None:
+        path, class_number = dataset.path_of(index), -1 if labels is None else int(labels[index])
         try:
-            image = dataset.read_array(index)
+            return _encode(dataset.read_array(index), index, path, class_number, settings)
         except BadImage as error:
-            skipped.record(index, dataset.path_of(index), str(error))
+            skipped.record(index, path, str(error))
             return None
-        return _encode(image, index, dataset.path_of(index), -1 if labels is None else int(labels[index]), settings)
 
     def indices() -> Iterator[int]:
         return chain.from_iterable(map(settings.images_of, missing))
@@ -135,13 +138,26 @@ def make_cache(
 
 
 def shard_assignment() -> tuple[int, int]:
-    """Return (rank, world size) under torchrun or in a Slurm array; (0, 1) otherwise."""
+    """Return (rank, world size) under torchrun or in a Slurm array; (0, 1) otherwise.
+
+    Raises:
+        UserError: If the numbers of an array are not evenly spaced, so that a task cannot tell its place.
+    """
     environment = os.environ
-    for rank, world_size in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
-        if rank in environment and world_size in environment:
-            first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0")) if rank.startswith("SLURM") else 0
-            return int(environment[rank]) - first, int(environment[world_size])
-    return 0, 1
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if "SLURM_ARRAY_TASK_ID" not in environment or "SLURM_ARRAY_TASK_COUNT" not in environment:
+        return 0, 1
+    task, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "COUNT"))
+    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+    last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + count - 1))
+    step = (last - first) // max(1, count - 1) if count > 1 else 1
+    if first + (count - 1) * step != last or (task - first) % max(1, step):
+        raise UserError(
+            f"the {count} tasks of this Slurm array, {first} to {last}, are not evenly spaced: submit a range such as "
+            f"--array=0-{count - 1}. Shards that exist are kept, so a failed array can be submitted again as a whole"
+        )
+    return (task - first) // max(1, step), count
 
 
 def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:
@@ -199,9 +215,14 @@ def _write_shard(folder: Path, shard: int, samples: Iterable[Sample]) -> tuple[i
 
 
 def _encode(image: npt.NDArray[np.generic], index: int, path: str, label: int, settings: CacheSettings) -> Sample:
-    """Resize an image (h w c) and encode it with its label and metadata."""
+    """Resize an image (h w c) and encode it with its label and metadata. Raises BadImage if that is too large."""
     height, width, channels = image.shape
     target = cover_size((height, width), (settings.size[0], settings.size[1]))
+    check_size(target[1], target[0])
+    if settings.kind == "jpeg" and max(target) > _MAX_JPEG_SIDE:
+        raise BadImage(
+            f"{width}x{height} pixels become {target[1]}x{target[0]}, and a JPEG has {_MAX_JPEG_SIDE:,} at most: cut it"
+        )
     pixels = np.ascontiguousarray(resize(image, target, settings.interpolation))
     files: dict[str, bytes] = {}
     if settings.kind == "raw":

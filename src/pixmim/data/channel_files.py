@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import RGB, BadImage, ImageSpec
+from pixmim.data.dataset import RGB, BadImage, Extent, ImageSpec
 from pixmim.data.decode.channels import convert
 from pixmim.data.decode.image import read
 from pixmim.data.decode.limits import check_bytes, max_bytes
@@ -29,9 +29,9 @@ class ChannelFiles(ImageFolder):
         super().__init__(*arguments)
         self._files = files
 
-    def extent(self, index: int) -> tuple[str, int, int]:
-        """Return the file of a sample's first channel."""
-        return self._files[self._paths[index]][0], 0, 0
+    def extents(self, index: int) -> list[Extent]:
+        """Return the files of a sample's channels."""
+        return [(path, 0, 0) for path in self._files[self._paths[index]]]
 
     def read(self, index: int) -> bytes:
         """Return a sample as an .npy file. Raises BadImage."""
@@ -46,7 +46,7 @@ class ChannelFiles(ImageFolder):
         arrays: list[Array] = []
         for path in self._files[self._paths[index]]:
             try:
-                arrays.append(read(read_file(path, max_bytes()), self.image_spec.tiff_pages, self.image_spec.dtype))
+                arrays.append(read(read_file(path, max_bytes()), self.image_spec))
             except (OSError, BadImage) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise BadImage(f"{os.path.basename(path)}: {reason}") from None

@@ -64,7 +64,9 @@ class ImageSpec:
     def __str__(self) -> str:
         pages = ", pages as channels" if self.tiff_pages == "channels" else ""
         stretch = f", percentiles {self.stretch} stretched" if self.stretch else ""
-        return f"{self.channels} {'channel' if self.channels == 1 else 'channels'} in {self.dtype}{pages}{stretch}"
+        no_data = f", at most {self.max_no_data:.4%} without data" if self.max_no_data < 1 else ""
+        count = f"{self.channels} {'channel' if self.channels == 1 else 'channels'}"
+        return f"{count} in {self.dtype}{pages}{stretch}{no_data}"
 
 
 RGB = ImageSpec()
@@ -139,6 +141,10 @@ class ImageDataset(ABC):
     def path_of(self, index: int) -> str:
         """Return the path of an image, for messages."""
 
+    def locate(self, index: int) -> "tuple[ImageDataset, int]":
+        """Return the dataset that reads an image, and its index there: a part of a mixture, or what a subset is of."""
+        return self, index
+
     def fingerprint(self) -> str:
         """Return a hash of the images in order, by their paths, to detect that a dataset has changed."""
         digest = hashlib.sha256()
@@ -148,6 +154,10 @@ class ImageDataset(ABC):
 
     def prefetch(self, shards: Sequence[int]) -> None:  # noqa: B027 (most datasets have nothing to prefetch)
         """Start to fetch these shards, in order. Does not wait for them."""
+
+
+Extent = tuple[str, int, int]
+"""File or URL, first byte and number of bytes (0: up to the end)."""
 
 
 @runtime_checkable
@@ -162,8 +172,8 @@ class HasBytes(Protocol):
 class HasExtent(Protocol):
     """A dataset whose images are files, or byte ranges of files."""
 
-    def extent(self, index: int) -> tuple[str, int, int]:
-        """Return the file or URL of an image, its first byte and its number of bytes (0: up to the end)."""
+    def extents(self, index: int) -> list[Extent]:
+        """Return the byte ranges of an image: one, unless its channels are in separate files."""
 
 
 def prefetch_in_order(dataset: ImageDataset, indices: Iterable[int]) -> Iterator[int]:
@@ -198,6 +208,9 @@ class DatasetWrapper(ImageDataset):
 
     def path_of(self, index: int) -> str:
         return self.source.path_of(index)
+
+    def locate(self, index: int) -> tuple[ImageDataset, int]:
+        return self.source.locate(index)
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
@@ -258,6 +271,9 @@ class Subset(DatasetWrapper):
     def path_of(self, index: int) -> str:
         return self.source.path_of(self.indices[index])
 
+    def locate(self, index: int) -> tuple[ImageDataset, int]:
+        return self.source.locate(self.indices[index])
+
     def fingerprint(self) -> str:
         return ImageDataset.fingerprint(self)
 
@@ -266,7 +282,8 @@ class ConcatDataset(ImageDataset):
     """Several datasets as one, each repeated as often as its weight.
 
     Copies of an image have different indices, so they are cropped differently. There are labels if all datasets have
-    them; classes are merged by name, in order of first appearance. All datasets have one `image_spec`.
+    them; classes are merged by name, in order of first appearance, and so are groups, if a dataset has any. All
+    datasets have one `image_spec`.
     """
 
     def __init__(self, spec: str, parts: Sequence[tuple[ImageDataset, int]]) -> None:
@@ -285,6 +302,22 @@ class ConcatDataset(ImageDataset):
             shard_sizes=self._repeat([_shard_sizes(part) for part, _ in parts]) if sharded else None,
         )
         self.left_out = "; ".join(part.left_out for part, _ in parts if part.left_out)
+        if any(part.groups is not None for part, _ in parts):
+            self.groups, self.group_names = self._merge_groups()
+
+    def _merge_groups(self) -> tuple[npt.NDArray[np.int64], list[str]]:
+        """Return the groups of all images, with their names. An image that is its own group is one with its copies."""
+        numbers, names, merged = dict[str, int](), list[str](), []
+        for part, _ in self.parts:
+            own = np.arange(len(part)) if part.groups is None else part.groups
+            of = [""] * len(part) if part.groups is None else part.group_names
+            new = np.empty(len(of), np.int64)
+            for group, name in enumerate(of):
+                new[group] = numbers.setdefault(name, len(names)) if name else len(names)
+                if new[group] == len(names):
+                    names.append(name)
+            merged.append(new[own])
+        return self._repeat(merged), names
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64] | None:
@@ -304,6 +337,10 @@ class ConcatDataset(ImageDataset):
     def path_of(self, index: int) -> str:
         part, inside = self._find(index)
         return part.path_of(inside)
+
+    def locate(self, index: int) -> tuple[ImageDataset, int]:
+        part, inside = self._find(index)
+        return part.locate(inside)
 
     def fingerprint(self) -> str:
         text = "+".join(f"{weight}*{part.fingerprint()}" for part, weight in self.parts)

@@ -1,8 +1,10 @@
 """Find images with the same bytes, and near-duplicates by a perceptual hash."""
 
 import hashlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
@@ -62,36 +64,46 @@ def group_duplicates(hashes: Bool[Array, "n bits"], max_distance: int = MAX_DIST
 def number_equal_images(data: ImageDataset) -> Int[Array, " n"]:
     """Return a number for each image (n): the index of the first image with the same bytes.
 
-    Of images in files, only those whose files have the same size are read. Images that are unreadable, at a URL or
-    synthetic count as different.
+    Of images in files, only those whose files have the same size are read, and the copies in a mixture are not. Images
+    that are unreadable, at a URL or synthetic count as different.
     """
-    numbers = np.arange(len(data))
-    if not isinstance(data, HasBytes):
-        return numbers
-    candidates = numbers
-    if isinstance(data, HasExtent):
-        sizes = np.fromiter(file_sizes(data), np.int64)
-        _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-        candidates = np.flatnonzero((counts[inverse] > 1) & (sizes > 0))
-    first: dict[bytes, int] = {}
-    for index in candidates.tolist():
-        if (content := digest(data, index)) is not None:
-            numbers[index] = first.setdefault(content, index)
-    return numbers
+    numbers, sizes = np.arange(len(data)), file_sizes(data)
+    _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    same_place: dict[tuple[int, int], int] = {}
+    for index in range(len(data)):
+        source, inside = data.locate(index)
+        numbers[index] = same_place.setdefault((id(source), inside), index)
+    candidates = (sizes < 0) | ((sizes > 0) & (counts[inverse] > 1))
+    same_bytes: dict[bytes, int] = {}
+    for index, content in digests(data, np.flatnonzero(candidates & (numbers == np.arange(len(data)))).tolist()):
+        numbers[index] = same_bytes.setdefault(content, index)
+    return numbers[numbers]
 
 
-def file_sizes(data: ImageDataset) -> Iterator[int]:
-    """Yield the bytes of each image; 0 if unknown or remote, and nothing for images that are not in files."""
-    for file, _, length in map(data.extent, range(len(data))) if isinstance(data, HasExtent) else ():
-        try:
-            yield 0 if "://" in file else length or os.stat(file).st_size
-        except (OSError, ValueError):
-            yield 0
+def file_sizes(data: ImageDataset) -> Int[Array, " n"]:
+    """Return the bytes of each image (n): 0 if it is remote, missing or not encoded, -1 if only reading shows them."""
+    sizes = np.zeros(len(data), np.int64)
+    for index in range(len(data)):
+        source, inside = data.locate(index)
+        if isinstance(source, HasExtent):
+            with suppress(OSError, ValueError):
+                sizes[index] = sum(
+                    0 if "://" in file else length or os.stat(file).st_size
+                    for file, _, length in source.extents(inside)
+                )
+        elif isinstance(source, HasBytes):
+            sizes[index] = -1
+    return sizes
 
 
-def digest(data: HasBytes, index: int) -> bytes | None:
-    """Return a hash of the bytes of an image; None if it cannot be read."""
-    try:
-        return hashlib.sha256(data.read(index)).digest()
-    except BadImage:
-        return None
+def digests(data: ImageDataset, indices: Sequence[int], max_bytes: float = math.inf) -> Iterator[tuple[int, bytes]]:
+    """Yield each index with a hash of the image's bytes, except for images that are not encoded or cannot be read.
+
+    Ends after `max_bytes`.
+    """
+    for source, inside, index in ((*data.locate(index), index) for index in indices):
+        if isinstance(source, HasBytes) and max_bytes > 0:
+            with suppress(BadImage):
+                content = source.read(inside)
+                max_bytes -= len(content)
+                yield index, hashlib.sha256(content).digest()

@@ -159,7 +159,7 @@ def is_arrow_dataset(path: Path) -> bool:
     also hold a table of features.
     """
     if path.is_file():
-        return path.suffix in _READERS
+        return _suffix(path.name) in _READERS
     if _is_saved(path):
         return True
     has_table = False
@@ -281,9 +281,10 @@ def _saved_files(path: Path, roots: list[Path]) -> Splits:
 def _find_tables(path: Path, roots: list[Path]) -> tuple[str, Splits]:
     """Return the extension of a dataset's tables and their files. Hidden files and folders are ignored."""
     if path.is_file():
-        if path.suffix not in _READERS:
+        suffix = _suffix(path.name)
+        if suffix not in _READERS:
             raise UserError(f"{path} is neither a {' nor a '.join(_READERS)} file")
-        return path.suffix, {"train": [_check_file(path, [path.parent, *roots])]}
+        return suffix, {"train": [_check_file(path, [path.parent, *roots])]}
     tables: dict[str, list[str]] = defaultdict(list)
     for folder, subfolders, files in os.walk(path):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import RGB, BadImage, ImageDataset, ImageSpec
+from pixmim.data.dataset import RGB, BadImage, Extent, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.kinds import describe_file, describe_first_file
 from pixmim.data.decode.limits import max_bytes
@@ -94,9 +94,9 @@ class ImageFolder(ImageDataset):
     def path_of(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])
 
-    def extent(self, index: int) -> tuple[str, int, int]:
-        """Return the path, the offset and the number of an image's bytes; 0 for all of the file."""
-        return self.path_of(index), 0, 0
+    def extents(self, index: int) -> list[Extent]:
+        """Return the whole file of an image."""
+        return [(self.path_of(index), 0, 0)]
 
     def read(self, index: int) -> bytes:
         """Return the content of an image's file. Raises BadImage."""
@@ -257,7 +257,7 @@ def _describe_missing_folder(root: Path) -> str:
     if root.exists():
         kinds = "a folder of images, a cache, tars, a .txt of paths or a .csv of labels"
         return f"{root} {describe_file(root)}. A dataset is {kinds}"
-    parent, is_file = root.parent, root.suffix in (".txt", ".csv", ".tsv", ".parquet", ".zip")
+    parent, is_file = root.parent, root.suffix.lower() in (".txt", ".csv", ".tsv", ".parquet", ".zip")
     names = [path.name for path in parent.iterdir() if path.is_dir() != is_file] if parent.is_dir() else []
     return f"the {'file' if is_file else 'folder'} {root} does not exist{did_you_mean(root.name, names)}"
 

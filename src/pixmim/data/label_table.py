@@ -66,7 +66,7 @@ def is_label_table(file: Path, options: Mapping[str, Sequence[str]]) -> bool:
     """
     if file.suffix.lower() in (".csv", ".tsv"):
         return file.is_file()
-    if file.suffix != ".parquet" or not file.is_file() or "image" in options:
+    if file.suffix.lower() != ".parquet" or not file.is_file() or "image" in options:
         return False
     if "path" in options or "group" in options:
         return True
@@ -97,7 +97,7 @@ def open_label_table(spec: str, form: ImageSpec = RGB) -> ImageFolder:
     name, options = read_options(spec, "a table of labels", ("path", "label", "group", "root"))
     file = Path(os.path.expanduser(name))
     root = read_root(options.get("root", [""])[0], spec) or file.parent
-    header, rows = (_open_parquet if file.suffix == ".parquet" else open_csv)(file)
+    header, rows = (_open_parquet if file.suffix.lower() == ".parquet" else open_csv)(file)
     if not any(header):
         raise UserError(f"{file} is empty: its first line must name the columns")
     if len(header) > _MAX_COLUMNS:

@@ -180,14 +180,27 @@ def hold_out(data: ImageDataset, share: float, seed: int) -> tuple[ImageDataset,
     """
     parts = data.parts if isinstance(data, ConcatDataset) else [(data, 1)]
     share = min(share, MAX_HELD_OUT / sum(len(part) for part, _ in parts))
-    sides = [(*_hold_out(part, share, seed), weight) for part, weight in parts]
+    held = [_choose_held_out(part, share, seed) for part, _ in parts]
+    if isinstance(data, ConcatDataset) and data.groups is not None:  # held out of one part, out of all
+        starts = np.cumsum([0, *(len(part) * weight for part, weight in parts)])
+        groups = [data.groups[start : start + len(part)] for start, (part, _) in zip(starts, parts, strict=False)]
+        all_held = np.concatenate([own[out] for own, out in zip(groups, held, strict=True)])
+        held = [np.isin(own, all_held) for own in groups]
+    for out, (part, _) in zip(held, parts, strict=True):
+        if out.all():
+            raise UserError(f"--hold-out leaves no image of {part.spec}: all its groups are held out of other data too")
+    kept = [
+        (Subset(part, np.flatnonzero(~out).tolist(), keep_shards=True), weight)
+        for out, (part, weight) in zip(held, parts, strict=True)
+    ]
+    left = [(Subset(part, np.flatnonzero(out).tolist()), 1) for out, (part, _) in zip(held, parts, strict=True)]
     if not isinstance(data, ConcatDataset):
-        return sides[0][:2]
-    train = ConcatDataset(data.spec, [(kept, weight) for kept, _, weight in sides])
-    return train, ConcatDataset(data.spec, [(held, 1) for _, held, _ in sides])
+        return kept[0][0], left[0][0]
+    return ConcatDataset(data.spec, kept), ConcatDataset(data.spec, left)
 
 
-def _hold_out(data: ImageDataset, share: float, seed: int) -> tuple[Subset, Subset]:
+def _choose_held_out(data: ImageDataset, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Return which images are held out (n). Raises UserError for a single image or group."""
     count = max(1, round(share * len(data)))
     _, group_of = np.unique(np.arange(len(data)) if data.groups is None else data.groups, return_inverse=True)
     sizes = np.bincount(group_of)
@@ -196,6 +209,4 @@ def _hold_out(data: ImageDataset, share: float, seed: int) -> tuple[Subset, Subs
     order = shuffled(seed, "hold-out", 0, len(sizes), np.arange(min(count, len(sizes) - 1)))
     fits = np.cumsum(sizes[order]) <= count
     fits[0] = True
-    held = np.isin(group_of, order[fits])
-    kept = Subset(data, np.flatnonzero(~held).tolist(), keep_shards=True)
-    return kept, Subset(data, np.flatnonzero(held).tolist())
+    return np.isin(group_of, order[fits])

@@ -74,14 +74,16 @@ def sample_indices(total: int, count: int) -> list[int]:
 def count_formats(dataset: ImageDataset, indices: list[int], tiff_pages: TiffPages = "first") -> Formats:
     """Count the channels and dtypes in the files of these images, except unreadable ones.
 
-    For a dataset that has no encoded files, it counts what the images are converted to.
+    For images that are not encoded files, it counts what they are converted to.
     """
-    if not isinstance(dataset, HasBytes):
-        return Counter({(dataset.image_spec.channels, str(dataset.image_spec.dtype)): len(indices)})
+    spec = ImageSpec(dtype="uint16", tiff_pages=tiff_pages)  # keeps all bits
 
     def read_format(index: int) -> tuple[int, str] | None:
+        source, inside = dataset.locate(index)
+        if not isinstance(source, HasBytes):
+            return source.image_spec.channels, source.image_spec.dtype
         try:
-            pixels = read(dataset.read(index), tiff_pages)
+            pixels = read(source.read(inside), spec)
         except BadImage:
             return None
         return pixels.shape[2], str(pixels.dtype)
@@ -132,19 +134,17 @@ def measure(
         unknown = np.full(channels, np.nan)
         return Measurement(unknown, unknown, unknown, unknown, all_sizes, bad)
     means, variances, minima, maxima = np.asarray(moments, np.float64).swapaxes(0, 1)
-    mean = means.mean(axis=0)
+    mean, minimum, maximum = means.mean(axis=0), minima.min(axis=0), maxima.max(axis=0)
     std = np.sqrt(variances.mean(axis=0) + ((means - mean) ** 2).mean(axis=0))
-    return Measurement(mean, std, minima.min(axis=0), maxima.max(axis=0), all_sizes, bad)
+    std[minimum == maximum] = 0.0  # the mean of equal numbers is rounded
+    return Measurement(mean, std, minimum, maximum, all_sizes, bad)
 
 
 def format_report(dataset: ImageDataset, formats: Formats, result: Measurement) -> list[str]:
     """Format a measurement as lines for a terminal; `formats` is the result of `count_formats`."""
-    if isinstance(dataset, HasBytes):
-        counts = [f"{n:,} of {c} {'channel' if c == 1 else 'channels'} in {t}" for (c, t), n in formats.most_common(5)]
-        readable = f"; of {formats.total():,} that could be read: {'; '.join(counts) or 'nothing'}"
-    else:
-        readable = f" of {dataset.image_spec}"
-    lines = [f"{len(dataset):,} images{readable}", *filter(None, [dataset.left_out])]
+    counts = [f"{n:,} of {c} {'channel' if c == 1 else 'channels'} in {t}" for (c, t), n in formats.most_common(5)]
+    readable = f"of {formats.total():,} that could be read: {'; '.join(counts) or 'nothing'}"
+    lines = [f"{len(dataset):,} images; {readable}", *filter(None, [dataset.left_out])]
     if len(result.sizes):
         low, median, high = result.sizes.min(0), np.median(result.sizes, 0).astype(int), result.sizes.max(0)
         height, width = (

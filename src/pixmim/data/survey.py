@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from pixmim.data.resized_cache import read_settings
 from pixmim.data.shards.dataset import ShardDataset
 from pixmim.data.spectrum import Spectrum, radial_spectrum
 from pixmim.data.statistics import choose_image_spec, count_formats, sample_indices
+from pixmim.data.uri import split_options
 from pixmim.transforms.crops import Array, CenterCrop
 from pixmim.utils.console import label, progress
 from pixmim.utils.errors import UserError
@@ -197,11 +199,10 @@ def split_masks(dataset: ImageDataset) -> tuple[Indices, Indices]:
     the same name. They are masks if most of a sample of them have few colors.
     """
     is_mask = np.zeros(len(dataset), np.bool_)
-    if isinstance(dataset, ImageFolder):
-        for candidates in _mask_candidates(dataset):
-            few = candidates[sample_indices(len(candidates), _FEW)] if len(candidates) else candidates
-            if len(few) and np.mean([_has_few_colors(dataset, int(index)) for index in few]) >= _MIN_MASKS:
-                is_mask[candidates] = True
+    for candidates in _mask_candidates(dataset):
+        few = candidates[sample_indices(len(candidates), _FEW)] if len(candidates) else candidates
+        if len(few) and np.mean([_has_few_colors(dataset, int(index)) for index in few]) >= _MIN_MASKS:
+            is_mask[candidates] = True
     if is_mask.all():
         is_mask[:] = False
     return np.flatnonzero(~is_mask), np.flatnonzero(is_mask)
@@ -244,22 +245,24 @@ def _side(dataset: ImageDataset, indices: list[int], size: int) -> int:
     return int(np.clip(np.median(sides) // 2 * 2, 8, size)) if sides else size
 
 
-def _mask_candidates(dataset: ImageFolder) -> Iterator[Indices]:
+def _mask_candidates(dataset: ImageDataset) -> Iterator[Indices]:
     """Yield the indices of files that may be masks, by folder, by name, and by a JPEG of the same name."""
-    root = Path(os.path.expanduser(dataset.spec))
     by_folder, by_name, by_twin = list[int](), list[int](), list[int]()
-    lossy = ""  # path without suffix of the last JPEG: paths are sorted, so a twin follows it
+    root_of = cache(lambda spec: Path(os.path.expanduser(split_options(spec)[0])))
+    files = list[tuple[int, Path, Path]]()  # index, path, and the path below the folder that the user named
     for index in range(len(dataset)):
-        path = Path(dataset.path_of(index))
-        inside = path.relative_to(root) if path.is_relative_to(root) else path
+        source, number = dataset.locate(index)
+        if isinstance(source, ImageFolder):
+            path, root = Path(source.path_of(number)), root_of(source.spec)
+            files.append((index, path, path.relative_to(root) if path.is_relative_to(root) else path))
+    lossy = {str(path.with_suffix("")) for _, path, _ in files if path.suffix.lower() in _LOSSY}
+    for index, path, inside in files:
         stem, suffix = str(path.with_suffix("")), path.suffix.lower()
-        if suffix in _LOSSY:
-            lossy = stem
         if any(part.lower() in _MASK_FOLDERS for part in inside.parts[:-1]):
             by_folder.append(index)
         elif _MASK_NAME.search(path.stem):
             by_name.append(index)
-        elif suffix in _LOSSLESS and stem == lossy:
+        elif suffix in _LOSSLESS and stem in lossy:
             by_twin.append(index)
     yield from (np.asarray(candidates, np.int64) for candidates in (by_folder, by_name, by_twin))
 

@@ -14,7 +14,8 @@ import numpy as np
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.build_resized_cache import make_cache
 from pixmim.data.caching import MEMORY_FRACTION, decoded_bytes
-from pixmim.data.dataset import HasExtent, ImageDataset, InMemoryDataset, Subset
+from pixmim.data.dataset import Extent, HasExtent, ImageDataset, InMemoryDataset, Subset
+from pixmim.data.duplicates import file_sizes
 from pixmim.data.loader import Loader
 from pixmim.data.resized_cache import Kind, open_cache
 from pixmim.data.sampler import BatchShard, ShuffledOrder
@@ -31,9 +32,6 @@ _PAGE_CACHE_FRACTION = 0.5  # of the RAM, in which files are expected to stay af
 _MIN_SPEEDUP = 1.3  # that is worth recommending
 
 DISK, MEMORY, DECODED = "originals, from disk", "originals, from memory", "decoded in memory"
-
-Extent = tuple[str, int, int]
-"""File, first byte and number of bytes of an image (0: up to the end)."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +90,11 @@ def measure(
         return rows[name].rate
 
     size, disk_bandwidth = None, float("inf")
-    if isinstance(dataset, HasExtent) and dataset.shard_sizes is None:
-        extents = [dataset.extent(i) for i in sample.indices]
-        size = statistics.fmean(count or os.stat(path).st_size for path, _, count in extents)
+    located = [sample.locate(i) for i in range(len(sample))]
+    extents = [e for source, i in located if isinstance(source, HasExtent) for e in source.extents(i)]
+    sizes = file_sizes(sample)
+    if dataset.shard_sizes is None and len(extents) >= len(sample) and (sizes > 0).any():
+        size = float(sizes[sizes > 0].mean())
         disk_bandwidth = add(DISK, sample, size, drop=extents) * size
     memory_rate = add(MEMORY, sample, size)
     skipped.check()  # also for images that were read ahead, but not used

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pixmim.data.dataset import RGB, BadImage, ImageSpec
+from pixmim.data.dataset import RGB, BadImage, Extent, ImageSpec
 from pixmim.data.decode.limits import check_bytes
 from pixmim.data.image_folder import EXTENSIONS, ImageFolder, Listing, name_filter, open_listing
 from pixmim.data.shards.fsspec_io import file_version, is_url
@@ -56,10 +56,10 @@ class ZipFolder(ImageFolder):
     def prefetch(self, shards: Sequence[int]) -> None:
         self._store.prefetch(shards)
 
-    def extent(self, index: int) -> tuple[str, int, int]:
+    def extents(self, index: int) -> list[Extent]:
         """Return the archive, the offset of an image's member, and the number of bytes of its file."""
         offset, _, size, *_ = self._members[index].item()
-        return self._archive, offset, size
+        return [(self._archive, offset, size)]
 
     def read(self, index: int) -> bytes:
         """Return the file of one image. Raises BadImage, and UserError if the archive has changed or is gone."""
@@ -78,12 +78,12 @@ class ZipFolder(ImageFolder):
                 data = inflate.decompress(data, size + 1)  # stops there, whatever follows
             except zlib.error as error:
                 raise BadImage(f"damaged: {error}") from None
-            if zlib.crc32(data) != crc:
-                raise BadImage("damaged: its checksum differs from the archive's table")
         elif method != zipfile.ZIP_STORED:
             raise BadImage(f"compressed with zip's method {method}: pack it again, stored or deflated")
-        if len(data) != size:  # a stored file has no other check, as in a folder
+        if len(data) != size:
             raise BadImage("damaged: its size differs from the archive's table")
+        if zlib.crc32(data) != crc:
+            raise BadImage("damaged: its checksum differs from the archive's table")
         return data
 
 

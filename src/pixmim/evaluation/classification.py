@@ -9,14 +9,15 @@ from functools import lru_cache
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixmim.data.dataset import HasBytes, HasExtent, ImageDataset
-from pixmim.data.duplicates import digest, file_sizes
+from pixmim.data.dataset import HasExtent, ImageDataset
+from pixmim.data.duplicates import digests, file_sizes
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.context import EvalContext, FeatureSet, Values, check_finite, read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
@@ -179,36 +180,46 @@ def shared_images(train: ImageDataset, test: ImageDataset) -> set[int]:
     """Return the indices of test images that are train images as well.
 
     These have the same path after resolving symbolic links, or the same bytes. Bytes are compared only if few images
-    have the same size.
+    have the same size, and only the first of images whose size is unknown until they are read, as in tables.
     """
-    if isinstance(train, SyntheticShapes) and isinstance(test, SyntheticShapes):
-        same = (train.seed, train.size, train.texture) == (test.seed, test.size, test.texture)
-        return set(range(min(len(train), len(test)))) if same else set()
     resolve = len(train) + len(test) <= _MAX_RESOLVED
     locations = set(_locations(train, resolve))
     shared = {index for index, location in enumerate(_locations(test, resolve)) if location in locations}
-    if not resolve or not isinstance(train, HasBytes) or not isinstance(test, HasBytes):
+    if not resolve:
         return shared
-    train_sizes = dict(enumerate(file_sizes(train)))
-    test_sizes = {index: size for index, size in enumerate(file_sizes(test)) if size and index not in shared}
-    common = set(train_sizes.values()) & set(test_sizes.values())
-    train_rest, test_rest = ([i for i, n in sizes.items() if n in common] for sizes in (train_sizes, test_sizes))
-    if sum(train_sizes[i] for i in train_rest) + sum(test_sizes[i] for i in test_rest) > _MAX_COMPARED_BYTES:
+    sizes, test_sizes = file_sizes(train), file_sizes(test)
+    test_sizes[list(shared)] = 0
+    chosen, test_chosen = _of_equal_size(sizes, test_sizes), _of_equal_size(test_sizes, sizes)
+    if sizes[chosen].sum() + test_sizes[test_chosen].sum() > _MAX_COMPARED_BYTES:
         return shared
-    digests = {digest(train, i) for i in train_rest} - {None}
-    return shared | {i for i in test_rest if digest(test, i) in digests}
+    known = {content for _, content in digests(train, chosen.tolist(), _MAX_COMPARED_BYTES)}
+    found = digests(test, test_chosen.tolist(), _MAX_COMPARED_BYTES) if known else ()
+    return shared | {index for index, content in found if content in known}
+
+
+def _of_equal_size(sizes: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return which images may have the bytes of one of the others. A size of 0 is none, and -1 may be any."""
+    if (others < 0).any():
+        return np.flatnonzero(sizes)
+    return np.flatnonzero((sizes < 0) | ((sizes > 0) & np.isin(sizes, others)))
 
 
 def _locations(data: ImageDataset, resolve: bool) -> Iterator[object]:
-    """Yield the location of each image: the real path of its file, or only of its folder; in a shard, with offset."""
+    """Yield the location of each image: the real path of its file, or only of its folder; in a shard, with offset.
+
+    Of synthetic images it is what they are drawn from.
+    """
     real = lru_cache(4096)(os.path.realpath)
     for index in range(len(data)):
-        if not isinstance(data, HasExtent):
-            yield data.path_of(index)
-            continue
-        file, first, _ = data.extent(index)
-        folder, name = os.path.split(file)
-        yield (os.path.realpath(file) if resolve else os.path.join(real(folder), name)), first
+        source, inside = data.locate(index)
+        if isinstance(source, SyntheticShapes):
+            yield source.seed, source.size, source.texture, inside
+        elif isinstance(source, HasExtent):
+            file, first, _ = source.extents(inside)[0]
+            folder, name = os.path.split(file)
+            yield (os.path.realpath(file) if resolve else os.path.join(real(folder), name)), first
+        else:
+            yield source.path_of(inside)
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:

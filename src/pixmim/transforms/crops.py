@@ -78,7 +78,7 @@ class Crop(ABC):
             raise TypeError(f"a crop takes a PIL image, a tensor or an array, not {type(image).__name__}")
         u = torch.rand(self.num_uniforms, dtype=torch.float64).tolist()
         if isinstance(image, Image.Image):
-            return V.to_pil_image(self.crop(V.pil_to_tensor(image), u))
+            return self._crop_pil(image, u)
         if isinstance(image, Tensor):
             return self.crop(image, u)
         if image.ndim not in (2, 3):
@@ -86,6 +86,17 @@ class Crop(ABC):
         out = np.empty((*self.shape, *image.shape[2:]), image.dtype)
         self.crop_into(image.reshape(*image.shape[:2], -1), u, out.reshape(*self.shape, -1))
         return out
+
+    def _crop_pil(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
+        """Crop an image of any mode whose values can be interpolated, band by band."""
+        if image.mode in ("1", "P", "PA"):
+            raise TypeError(f"a crop interpolates, and mode {image.mode} has no values between: image.convert('RGB')")
+        bands = [np.asarray(band) for band in image.split()]
+        values = np.stack([band.astype(band.dtype.newbyteorder("="), copy=False) for band in bands], axis=-1)
+        out = np.empty((*self.shape, len(bands)), values.dtype)
+        self.crop_into(values, u, out)
+        cropped = [Image.fromarray(np.ascontiguousarray(out[..., k])) for k in range(len(bands))]
+        return cropped[0] if len(bands) == 1 else Image.merge(image.mode, cropped)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,28 @@ def test_a_value_that_no_pixel_can_have_changes_nothing(value: str) -> None:
     assert np.array_equal(decode(written(pixels, value, photometric="rgb")), pixels)
 
 
+def test_values_are_compared_as_they_are_in_the_file() -> None:
+    """Before 16 bits become 8, indices become colors, and white that is stored as zero is inverted."""
+    for value, dtype in (("65535", "uint16"), ("0", "uint16"), ("0", "uint8")):
+        pixels, missing = holes(dtype, float(value))
+        found = decode(written(pixels, value, photometric="rgb"), ImageSpec(3, "uint8"))
+        means = [pixels[..., k][~missing[..., k]].mean() for k in range(3)]
+        assert abs(found - np.where(missing, means, pixels) / (257 if dtype == "uint16" else 1)).max() <= 0.51
+    shades, missing = holes("uint8", 0, 1)
+    for bits in (8, 16):
+        stored = shades.astype(f"u{bits // 8}")
+        data = written(stored[..., 0], "0", photometric="miniswhite")
+        mean = (2**bits - 1) - stored[~missing].mean()
+        found = decode(data, ImageSpec(1, "uint16"))[missing]
+        assert abs(found - mean * (257 if bits == 8 else 1)).max() <= (129 if bits == 8 else 0.5)
+    palette = np.zeros((3, 256), np.uint16)
+    palette[:, 1:4] = 65535 * np.eye(3, dtype=np.uint16)
+    indices = RNG.integers(0, 4, (20, 30), np.uint8)  # 0 is black, and no data
+    found = decode(written(indices, "0", photometric="palette", colormap=palette))
+    assert np.array_equal(found[indices > 0], 255 * np.eye(3, dtype=np.uint8)[indices[indices > 0] - 1])
+    assert (found[indices == 0] == np.rint(found[indices > 0].mean(axis=0))).all()
+
+
 def test_an_image_with_too_little_data_is_left_out() -> None:
     data = written(holes("uint8", 0)[0], "0", photometric="rgb")  # 61 of 600 pixels
     decode(data, ImageSpec(max_no_data=0.11))

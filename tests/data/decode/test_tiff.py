@@ -55,6 +55,28 @@ def test_16_bit_color_keeps_its_bits_unless_the_run_is_uint8() -> None:
     assert np.array_equal(decode(grey, ImageSpec(3, "uint16")), COLOR[..., :1].repeat(3, axis=2))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("compression", [None, "deflate"])
+@pytest.mark.parametrize("opacity", [None, "unassalpha", "assocalpha"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_planes_and_interleaved_channels_are_one_image(
+    dtype: str, compression: str | None, opacity: str | None, channels: int
+) -> None:
+    pixels = RNG.integers(0, np.iinfo(dtype).max, (16, 20, channels), dtype)
+    opaque = np.full((16, 20, 1), np.iinfo(dtype).max, dtype)
+    if opacity:
+        pixels = np.concatenate([pixels, opaque], axis=2)
+    options: dict[str, Any] = {"photometric": "rgb" if channels == 3 else "minisblack", "compression": compression}
+    options["extrasamples"] = [opacity] if opacity else None
+    expected = pixels[..., :channels] / np.float64(np.iinfo(dtype).max)
+    for layout in ("contig", "separate"):
+        stored = pixels if layout == "contig" else pixels.transpose(2, 0, 1)
+        data = written(stored if pixels.shape[2] > 1 else pixels[..., 0], planarconfig=layout, **options)
+        for kind, white in (("uint8", 255), ("uint16", 65535), ("float32", 1)):
+            found = decode(data, ImageSpec(channels, kind)) / np.float64(white)  # type: ignore[arg-type]
+            assert abs(found - expected).max() < 1 / 255 + 1e-9, (layout, kind)
+
+
 def test_min_is_white_is_inverted() -> None:
     for pixels in (COLOR[..., 0], COLOR[..., 0].astype(np.uint8)):
         data = written(pixels, photometric="miniswhite")

@@ -10,20 +10,21 @@ and Pillow everything else. Rules:
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-from pixmim.data.dataset import RGB, BadImage, DType, ImageSpec, TiffPages
+from pixmim.data.dataset import RGB, BadImage, ImageSpec, TiffPages
 from pixmim.data.decode import headers
 from pixmim.data.decode.channels import ChannelMismatch, apply_exif_orientation, convert
 from pixmim.data.decode.dicom import is_dicom, read_dicom
 from pixmim.data.decode.kinds import HEAD_BYTES, identify
 from pixmim.data.decode.limits import MAX_PIXELS_VARIABLE, check_size, max_pixels, run_with_time_limit
-from pixmim.data.decode.no_data import TAG, fill_no_data, parse_no_data
+from pixmim.data.decode.no_data import TAG, NoData, fill_no_data, parse_no_data
 from pixmim.data.decode.scientific import NPY_MAGIC, read_npy, read_png16, read_tiff
 from pixmim.transforms.crops import Array
 
@@ -32,6 +33,9 @@ _PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported to register them; `Ima
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")
 """Pillow's names of the formats that are read. No other format is ever opened."""
 
+ALL_BITS = ImageSpec(dtype="uint16")
+"""For `read`: no bit of color is dropped."""
+
 _BLOCK = 2**20  # pixels that Pillow converts at a time
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _DEPTH = 258, 262, 277, 284, 338, 339, 32997
 
@@ -39,11 +43,10 @@ _BITS, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _DEPTH =
 def decode(data: bytes, form: ImageSpec = RGB) -> Array:
     """Decode an image file to pixels (h w form.channels) of form.dtype. Raises BadImage."""
     if data.startswith(headers.JPEG_MAGIC) and form.channels in (1, 3):
-        pixels = _decode_jpeg(data, form.channels)
+        pixels = _decode_jpeg(data, 3 if form.stretch else form.channels)  # stretched first, then gray
         if pixels is not None:
             return convert(pixels, form)
-    keep = "uint16" if form.stretch and form.dtype == "uint8" else form.dtype  # all bits, for the percentiles
-    pixels = read(data, form.tiff_pages, keep, form.max_no_data)
+    pixels = read(data, form)
     try:
         return np.ascontiguousarray(convert(pixels, form))
     except ChannelMismatch as error:
@@ -53,20 +56,17 @@ def decode(data: bytes, form: ImageSpec = RGB) -> Array:
         raise BadImage(f"{error}{hint}") from None
 
 
-def read(data: bytes, pages: TiffPages = "first", dtype: DType = "uint16", max_no_data: float = 1.0) -> Array:
-    """Decode an image file to pixels (h w c) with its own channels and dtype.
+def read(data: bytes, form: ImageSpec = ALL_BITS) -> Array:
+    """Decode an image file to pixels (h w c) with its own channels and dtype, ready for `convert` to `form`.
 
-    Args:
-        data: The file's content.
-        pages: Which pages of a TIFF, or frames of a DICOM file.
-        dtype: Pixels of the run. For uint8, Pillow reads the upper 8 of 16 bits of color, and no other library is
-            needed. For float32, DICOM is read as measurements.
-        max_no_data: Largest share of the pixels of a TIFF that may have no data; they are filled.
+    Pages of TIFF and DICOM, and the largest share without data, are those of `form`. For uint8, unless its percentiles
+    are stretched, Pillow reads the upper 8 of 16 bits of color, and no other library is needed. For float32, DICOM is
+    read as measurements.
 
     Raises:
         BadImage: If that is not possible.
     """
-    return run_with_time_limit(lambda: _read(data, pages, dtype, max_no_data))
+    return run_with_time_limit(lambda: _read(data, form))
 
 
 def read_numbers(data: bytes, *, color: bool = False) -> Array:
@@ -125,8 +125,8 @@ def _decode_jpeg(data: bytes, channels: int) -> Array | None:
     return apply_exif_orientation(pixels, header.orientation)
 
 
-def _read(data: bytes, pages: TiffPages, dtype: DType, max_no_data: float) -> Array:
-    deep = dtype != "uint8"
+def _read(data: bytes, form: ImageSpec) -> Array:
+    deep = form.dtype != "uint8" or bool(form.stretch)
     if not data:
         raise BadImage("the file is empty")
     if data.startswith(NPY_MAGIC):
@@ -138,20 +138,22 @@ def _read(data: bytes, pages: TiffPages, dtype: DType, max_no_data: float) -> Ar
             orientation = _orientation(image)
         return read_png16(data, width, height, orientation)
     if is_dicom(data):  # before TIFF, whose header some files have in their preamble
-        return read_dicom(data, pages, dtype)
+        return read_dicom(data, form.tiff_pages, "uint16" if deep and form.dtype == "uint8" else form.dtype)
     if data[:4] in headers.TIFF_MAGIC:
-        return fill_no_data(*_read_tiff(headers.sanitize_tiff(data, pages), pages, deep), max_no_data)
+        tiff = headers.sanitize_tiff(data, form.tiff_pages)
+        return fill_no_data(*_read_tiff(tiff, form.tiff_pages, deep), form.max_no_data)
     with open_image(data) as image:
         if image.format == "PPM" and deep and image.mode == "RGB" and _ppm_max_value(image) > 255:
             raise BadImage("Pillow reads only 8 bits of 16-bit color PPM: save it as PNG or TIFF")
-        _load(image)
-        if image.format == "PPM" and image.mode == "I":  # 16-bit grey, which Pillow holds in 32 bits
-            return _map_blocks(lambda block: np.asarray(block, np.uint16)[..., None], image)
-        return apply_exif_orientation(_to_array(image), _orientation(image))
+        with _pillow_errors():
+            image.load()
+            if image.format == "PPM" and image.mode == "I":  # 16-bit grey, which Pillow holds in 32 bits
+                return _map_blocks(lambda block: np.asarray(block, np.uint16)[..., None], image)
+            return apply_exif_orientation(_to_array(image), _orientation(image))
 
 
-def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, float | None]:
-    """Read a sanitized TIFF, with Pillow if it supports all of it; also return the value of pixels without data."""
+def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, NoData]:
+    """Read a sanitized TIFF, with Pillow if it supports all of it; also return where it has no data."""
     try:
         image = _open_checked(data, ("TIFF",))
     except BadImage as error:
@@ -159,16 +161,20 @@ def _read_tiff(data: bytes, pages: TiffPages, deep: bool) -> tuple[Array, float 
             return read_tiff(data, pages)
         raise
     with image:
-        if not _pillow_supports(image, deep) or (pages == "channels" and headers.count_pages(data) > 1):
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        value = parse_no_data(tags.get(TAG))
+        if not _pillow_supports(image, tags, deep or value is not None):
             return read_tiff(data, pages)
-        value = parse_no_data(getattr(image, "tag_v2", {}).get(TAG))
-        _load(image)
-        return _to_array(image), value  # Pillow has applied the orientation
+        if pages == "channels" and headers.count_pages(data) > 1:
+            return read_tiff(data, pages)
+        with _pillow_errors():
+            image.load()  # applies the orientation, too
+            return _to_array(image), NoData.find(_stored_values(image, tags) if value is not None else None, value)
 
 
 def _read_numbers(data: bytes, color: bool) -> Array:
-    with open_image(data) as image:
-        _load(image)
+    with open_image(data) as image, _pillow_errors():
+        image.load()
         if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
             return _map_blocks(np.asarray, image)
         if not color:
@@ -176,10 +182,14 @@ def _read_numbers(data: bytes, color: bool) -> Array:
         return _map_blocks(lambda block: np.asarray(block.convert("L")), image)
 
 
-def _load(image: Image.Image) -> None:
+@contextmanager
+def _pillow_errors() -> Iterator[None]:
+    """Turn Pillow's errors into BadImage: on damaged files, it raises almost anything."""
     try:
-        image.load()
-    except Exception as error:  # Pillow raises almost anything on damaged files
+        yield
+    except BadImage:
+        raise
+    except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from None
 
 
@@ -224,7 +234,22 @@ def _values(image: Image.Image) -> Array:
     return values[..., None]
 
 
+def _stored_values(image: Image.Image, tags: Any) -> Array:
+    """Return the values (h w c) in a TIFF that Pillow has loaded, from which it made its pixels: without opacity."""
+    values: Array = np.asarray(image)
+    if image.mode in ("1", "L"):
+        largest = 2 ** tags.get(_BITS, (1,))[0] - 1
+        values = np.rint(values * (largest / (1 if image.mode == "1" else 255))).astype(np.uint8)
+        if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+            values = largest - values
+    if values.ndim == 2:
+        return values[..., None]
+    return values[..., :-1] if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") else values
+
+
 def _colors(image: Image.Image) -> Array:
+    if image.mode == "La":  # premultiplied: Pillow converts it to LA only
+        image = image.convert("LA")
     if image.mode == "LAB":
         lab, srgb = (ImageCms.ImageCmsProfile(ImageCms.createProfile(name)) for name in ("LAB", "sRGB"))
         image = ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB", ImageCms.Intent.PERCEPTUAL).apply(image)
@@ -238,11 +263,13 @@ def _colors(image: Image.Image) -> Array:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _pillow_supports(image: Image.Image, deep: bool) -> bool:
-    """Return True if Pillow reads all samples and bits of a TIFF, with the meaning that its tags give them."""
-    tags: Any = image.tag_v2  # type: ignore[attr-defined]
-    planar = tags.get(_PLANAR) == 2
-    if tags.get(_DEPTH, 1) != 1 or (planar and image.mode in ("YCbCr", "LAB")):
+def _pillow_supports(image: Image.Image, tags: Any, deep: bool) -> bool:
+    """Return True if Pillow reads all samples and bits of a TIFF, with the meaning that its tags give them.
+
+    Of planes, it reads the first bytes of 16-bit values, and some with opacity in the wrong order.
+    """
+    planar = tags.get(_PLANAR) == 2 and tags.get(_SAMPLES, 1) > 1
+    if tags.get(_DEPTH, 1) != 1 or (planar and (image.mode != "RGB" or max(tags.get(_BITS, (1,))) > 8)):
         return False
     if any(kind != 1 for kind in tags.get(_SAMPLE_FORMAT, (1,))) or tags.get(_SAMPLES, 1) != len(image.getbands()):
         return False

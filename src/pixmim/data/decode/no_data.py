@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -34,18 +35,33 @@ def parse_no_data(text: object) -> float | None:
         return None
 
 
-def fill_no_data(pixels: Array, value: float | None, max_share: float = 1.0) -> Array:
-    """Replace the values (h w c) without data, which are `value`, by the mean of the other values of the channel.
+@dataclass(frozen=True)
+class NoData:
+    """Where an image has no data, for each channel (h w c) or for all (h w 1); a shape of ones if that is nowhere."""
+
+    missing: npt.NDArray[np.bool_]
+    value: float = 0.0
+
+    @classmethod
+    def find(cls, stored: Array | None, value: float | None) -> "NoData":
+        """Compare the values (h w c) as they are in the file, before any conversion."""
+        if stored is None or value is None or not _fits(stored, value):
+            return cls(np.zeros((1, 1, 1), bool))
+        return cls(np.isnan(stored) if math.isnan(value) else stored == stored.dtype.type(value), value)
+
+
+def fill_no_data(pixels: Array, no_data: NoData, max_share: float = 1.0) -> Array:
+    """Replace the values (h w c) without data by the mean of the other values of the channel.
 
     Raises:
         BadImage: If the share of pixels without data is above `max_share`, or a channel has no data at all.
     """
-    missing = np.zeros((1, 1, pixels.shape[2]), bool)
-    if value is not None and _fits(pixels, value):
-        missing = np.isnan(pixels) if math.isnan(value) else pixels == pixels.dtype.type(value)
+    missing, value = no_data.missing, no_data.value
+    if missing.shape[2] != pixels.shape[2]:  # of a palette, or of other colors
+        missing = np.broadcast_to(missing.all(axis=2, keepdims=True), (*missing.shape[:2], pixels.shape[2]))
     if hasattr(_recorder, "shares"):
         _recorder.shares.append(1 - missing.mean(axis=(0, 1)))
-    if value is None or not missing.any():
+    if not missing.any():
         return pixels
     share = float(missing.any(axis=2).mean())
     if share > max_share:

@@ -11,6 +11,7 @@ Rules for TIFF:
 import io
 import math
 import struct
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from pixmim.data.dataset import BadImage, TiffPages
 from pixmim.data.decode.channels import apply_exif_orientation, composite_on_white
 from pixmim.data.decode.headers import read_jpeg_header
 from pixmim.data.decode.limits import check_bytes, check_size
-from pixmim.data.decode.no_data import TAG, parse_no_data
+from pixmim.data.decode.no_data import TAG, NoData, parse_no_data
 from pixmim.transforms.crops import Array
 from pixmim.utils.errors import first_line
 
@@ -33,10 +34,10 @@ _ORIENTATION = 274
 _OLD_JPEG, _JPEG, _LERC = 6, 7, 34887
 
 
-def read_tiff(data: bytes, pages: TiffPages) -> tuple[Array, float | None]:
-    """Read the first page of a TIFF, or all pages one after another, as (h w c), and the value of pixels without data.
+def read_tiff(data: bytes, pages: TiffPages) -> tuple[Array, NoData]:
+    """Read the first page of a TIFF, or all pages one after another, as (h w c), and where it has no data.
 
-    `data` was sanitized. The value is None if the file names none. Raises BadImage.
+    `data` was sanitized. Raises BadImage.
     """
     try:
         import tifffile
@@ -50,9 +51,12 @@ def read_tiff(data: bytes, pages: TiffPages) -> tuple[Array, float | None]:
                 same = [page for page in chosen if page.shape == first.shape and page.dtype == first.dtype]
                 chosen = [page for page in same if not page.is_reduced]
             _check_page(first, len(chosen))
-            parts = [_read_page(page, data) for page in chosen]
             value = parse_no_data(first.tags[TAG].value) if TAG in first.tags else None  # tifffile's is 0 for some
-            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2), value
+            parts = [_read_page(page, data, value) for page in chosen]
+            if len(parts) == 1:
+                return parts[0]
+            missing = np.concatenate([no_data.missing for _, no_data in parts], axis=2)
+            return np.concatenate([pixels for pixels, _ in parts], axis=2), NoData(missing, parts[0][1].value)
     except BadImage:
         raise
     except Exception as error:  # damaged files raise almost anything
@@ -75,8 +79,8 @@ def _check_page(page: Any, count: int) -> None:
     check_bytes(page.nbytes * count)
 
 
-def _read_page(page: Any, data: bytes) -> Array:
-    """Return one page as (h w c), with its orientation applied, and without transparency."""
+def _read_page(page: Any, data: bytes, no_data_value: float | None) -> tuple[Array, NoData]:
+    """Return one page as (h w c), with its orientation applied and without transparency, and where it has no data."""
     strip_pixels = page.tilewidth * page.tilelength if page.is_tiled else page.imagewidth * page.rowsperstrip
     if page.compression in (_JPEG, _LERC):
         for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
@@ -87,6 +91,7 @@ def _read_page(page: Any, data: bytes) -> Array:
         pixels = pixels[..., None]
     elif page.axes == "SYX":
         pixels = pixels.transpose(1, 2, 0)
+    no_data = NoData.find(pixels, no_data_value)
     unsigned, bits = pixels.dtype in (np.bool_, np.uint8, np.uint16), page.bitspersample
     if unsigned and page.photometric is not None and int(page.photometric) == _WHITE_IS_ZERO:
         pixels = ~pixels if bits in (1, 8, 16) else 2**bits - 1 - pixels
@@ -101,8 +106,12 @@ def _read_page(page: Any, data: bytes) -> Array:
         channel = pixels.shape[2] - len(extra) + alpha
         color = np.delete(pixels, channel, axis=2)
         pixels = composite_on_white(color, pixels[..., channel], premultiplied=extra[alpha] == _ASSOCIATED)
-    orientation = page.tags.get(_ORIENTATION)
-    return apply_exif_orientation(pixels, int(orientation.value)) if orientation is not None else pixels
+        if no_data.missing.shape[2] > 1:
+            no_data = replace(no_data, missing=np.delete(no_data.missing, channel, axis=2))
+    if (orientation := page.tags.get(_ORIENTATION)) is None:
+        return pixels, no_data
+    missing = apply_exif_orientation(no_data.missing, int(orientation.value))
+    return apply_exif_orientation(pixels, int(orientation.value)), replace(no_data, missing=missing)
 
 
 def _check_strip(data: bytes, compression: int, values: int) -> None:

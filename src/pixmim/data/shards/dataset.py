@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Shaped
 
-from pixmim.data.dataset import BadImage, ImageDataset, ImageSpec
+from pixmim.data.dataset import BadImage, Extent, ImageDataset, ImageSpec
 from pixmim.data.decode.image import decode
 from pixmim.data.decode.limits import check_bytes
 from pixmim.data.shards.local import ShardStore
@@ -98,10 +98,10 @@ class ShardDataset(ImageDataset):
         key = keys[index - self._starts[shard]] if keys else f"{self._entries[index]['image']:09d}".encode()
         return f"{self._names[shard]}:{key.decode('utf-8', 'surrogateescape')}"
 
-    def extent(self, index: int) -> tuple[str, int, int]:
+    def extents(self, index: int) -> list[Extent]:
         """Return the path or URL, the offset and the number of an image's bytes."""
         entry = self._entries[index]
-        return self._names[self._shard(index)], int(entry["offset"]), int(entry["length"])
+        return [(self._names[self._shard(index)], int(entry["offset"]), int(entry["length"]))]
 
     def read(self, index: int) -> bytes:
         """Return the file of one image; for raw pixels, an .npy file. Raises BadImage, and UserError as `open`."""
