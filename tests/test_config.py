@@ -6,6 +6,7 @@ import pytest
 from pixmim.build import build_model
 from pixmim.config import CropConfig, OptimConfig, PretrainConfig, TargetConfig
 from pixmim.config_io import from_json, to_json
+from pixmim.evaluation.settings import KnnSettings
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.utils.errors import UserError
 
@@ -90,6 +91,23 @@ def test_size_and_statistics() -> None:
     assert PretrainConfig(size="192x384").image_size == (192, 384) and PretrainConfig(size="96").image_size == (96, 96)
     assert PretrainConfig(channels=1).normalization == ((0.449,), (0.226,))
     assert PretrainConfig(mean=(0.1, 0.2, 0.3)).normalization == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+
+
+def test_sizes_and_lists_of_python_are_taken() -> None:
+    for size, text in ((96, "96"), ((96, 128), "96x128"), ([64, 96], "64x96")):
+        assert get_recipe("pixmim-vit-small", data="d", size=size).size == text
+        assert PretrainConfig(size=size).size == text  # type: ignore[arg-type]
+    assert KnnSettings("a", "b", k=[5, 20]).k == (5, 20)  # type: ignore[arg-type]
+    for wrong in (0, (96,), (1, 2, 3), 96.0, True, ("96", "96")):
+        with pytest.raises(UserError, match="--size must be a number of pixels"):
+            PretrainConfig(size=wrong)  # type: ignore[arg-type]
+
+
+def test_the_absolute_value_of_measurements_is_refused() -> None:
+    values = {"data": "d", "channels": 1, "dtype": "float32", "mean": (0.0,), "std": (400.0,)}
+    with pytest.raises(UserError, match=r"paper-code takes the absolute value.*--target\.variant exact"):
+        get_recipe("pixmim-vit-base", **values)
+    assert get_recipe("pixmim-vit-base", **values, **{"target.variant": "exact"}).dtype == "float32"
 
 
 def test_an_unknown_recipe_suggests_the_nearest() -> None:

@@ -7,7 +7,7 @@ import torch
 from helpers.masks import average_distance
 from pixmim import mask_patterns
 from pixmim.mask_patterns import BeitBlockMask, GreenNoiseMask, SquareMask
-from pixmim.masking import BlockwiseRandomMask, Mask, MaskGenerator, RandomMask
+from pixmim.masking import BlockwiseRandomMask, Mask, MaskGenerator, MaskSampler, RandomMask
 from pixmim.utils import rng
 from pixmim.utils.patches import hidden_pixels
 
@@ -100,6 +100,8 @@ def test_blocks_that_would_hide_everything_are_refused() -> None:
 def test_squares_are_centered_or_move() -> None:
     centered = SquareMask(0.5)(3, (14, 14)).hidden.view(3, 14, 14)
     assert centered.sum(dim=(1, 2)).tolist() == [100] * 3 and centered[:, 2:12, 2:12].all()
+    sampler = MaskSampler(SquareMask(0.25, moving=True), (12, 14), seed=0, batch_size=4096)
+    assert sampler(530, [3426]).hidden.sum() == 36  # one of its numbers is 1 when rounded to float32
     squares = SquareMask(0.25, moving=True)(400, (12, 14)).hidden.view(400, 12, 14)
     assert (squares.sum(dim=(1, 2)) == 36).all()
     tops = squares.any(dim=2).int().argmax(dim=1)

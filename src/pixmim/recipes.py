@@ -21,6 +21,7 @@ from pixmim.config import (
 )
 from pixmim.config_io import from_dict
 from pixmim.utils.errors import UserError, did_you_mean
+from pixmim.utils.validation import size_text
 
 _IMAGENET = 1_281_167  # training images of ImageNet-1k
 
@@ -336,8 +337,11 @@ def get_recipe(name: str, **overrides: Any) -> PretrainConfig:
         if overrides.get("steps") is not None:
             raise UserError("give the length of a run in epochs or in steps, not in both")
         values["steps"] = None
+    if any(overrides.get(key, values[key]) != values[key] for key in ("channels", "dtype", "stretch")):
+        values |= {"mean": None, "std": None, "bands": ""}  # those of the weights are of other values
     for key, value in overrides.items():
         _override(values, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
+    values["size"] = size_text(values["size"])
     return from_dict(PretrainConfig, values, f"get_recipe('{name}')")
 
 

@@ -18,7 +18,7 @@ from helpers.cli import say
 from helpers.models import CNNS, old_swin_layout
 from pixmim import load_encoder, load_model, patchify
 from pixmim.build import build_model
-from pixmim.config import ArchitectureConfig, OnlineKnnConfig, PretrainConfig
+from pixmim.config import ArchitectureConfig, OnlineKnnConfig, PretrainConfig, TargetConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.evaluation.evaluate import evaluate
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
@@ -57,6 +57,26 @@ MODELS = {
 }  # fmt: skip
 
 
+SWIN = MODELS["simmim-swin"][0]
+VARIANTS = {
+    "beit-mean": (replace(MODELS["simmim-beit"][0], options=NARROW | {"global_pool": "avg"}), "32"),
+    "swin-ratio": (replace(SWIN, options=SWIN.options | {"mlp_ratio": 2.0}), "32"),
+    "swin-windows": (
+        replace(
+            SWIN,
+            options={"embed_dim": 12, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 2, 2], "window_size": [4, 4, 2, 2]},
+        ),
+        "64",
+    ),
+    "registers": (
+        ArchitectureConfig("mae", "vit_tiny_patch16_224", **THIN, options=NARROW | {"reg_tokens": 1}),
+        "32x64",
+    ),
+    "pixio": (ArchitectureConfig("pixio", "vit_tiny_patch16_224", **THIN, options=NARROW), "64x32"),
+    "mff": (ArchitectureConfig("mff", "vit_tiny_patch16_224", **THIN, options=NARROW), "32"),
+}
+"""Models that differ from the usual ones in what shapes of tensors do not show."""
+
 MakeModel = Callable[[str], tuple[str, MaskedModel]]
 
 
@@ -65,7 +85,7 @@ def make_model(tiny_run: Make, tmp_path: Path) -> MakeModel:
     """Return a function that saves a random model of a kind, and returns its folder and the model."""
 
     def make(name: str) -> tuple[str, MaskedModel]:
-        model, size = MODELS[name]
+        model, size = (MODELS | VARIANTS)[name]
         config = tiny_run(model=model, size=size)
         module = build_model(config).eval()
         for parameter in module.parameters():
@@ -77,7 +97,7 @@ def make_model(tiny_run: Make, tmp_path: Path) -> MakeModel:
 
 
 def images_for(name: str, count: int = 2) -> torch.Tensor:
-    h, _, w = MODELS[name][1].partition("x")
+    h, _, w = (MODELS | VARIANTS)[name][1].partition("x")
     return torch.randn(count, 3, int(h), int(w or h))
 
 
@@ -122,18 +142,22 @@ def test_timm_needs_no_further_arguments_for_the_encoder_of_a_run(
 
 
 @pytest.mark.parametrize(
-    ("name", "to"),
+    ("name", "to", "dtype"),
     [
-        *((name, to) for name in MODELS if name not in ("convmae", *CNNS) for to in ("timm", "hf", "detectron2")),
-        *((name, "timm") for name in CNNS),
-        ("mae", "mmpretrain"),
-        ("mae-oblong", "mmpretrain"),
+        *((n, to, "uint8") for n in MODELS if n not in ("convmae", *CNNS) for to in ("timm", "hf", "detectron2")),
+        *((name, "timm", "uint8") for name in CNNS),
+        ("mae-oblong", "mmpretrain", "uint8"),
+        *((name, to, "uint8") for name in ("registers", "pixio", "swin-windows") for to in ("timm", "detectron2")),
+        *((name, to, "uint8") for name in ("beit-mean", "swin-ratio", "mff") for to in ("hf", "detectron2")),
+        *(("mae", to, "uint16") for to in ("hf", "mmpretrain", "detectron2")),
     ],
 )
-def test_every_export_is_read_back_without_hints(name: str, to: str, tiny_run: Make, tmp_path: Path) -> None:
-    """Read size, heads, mean and std from the folder; timm's without pixmim's metadata."""
-    model, size = MODELS[name]
-    config = tiny_run(model=model, size=size, mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.5))
+def test_every_export_is_read_back_without_hints(
+    name: str, to: str, dtype: str, tiny_run: Make, tmp_path: Path
+) -> None:
+    """Read size, heads, dtype, mean and std from the folder; timm's without pixmim's metadata."""
+    model, size = (MODELS | VARIANTS)[name]
+    config = tiny_run(model=model, size=size, dtype=dtype, mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.5))
     module = build_model(config).eval()
     import_weights(Weights(config, dict(module.state_dict()), "a test"), tmp_path / "run")
     export_model(str(tmp_path / "run"), to, tmp_path / "out")
@@ -141,7 +165,8 @@ def test_every_export_is_read_back_without_hints(name: str, to: str, tiny_run: M
         save_file(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "model.safetensors")
     weights = resolve_model(str(tmp_path / "out"))
     assert weights.config.image_size == config.image_size and not weights.notes
-    assert weights.config.normalization == config.normalization
+    assert weights.config.normalization == config.normalization and weights.config.dtype == dtype
+    assert '`pixmim.load_encoder(".")` reads it too' in (tmp_path / "out" / "README.md").read_text()
     images = images_for(name)
     with torch.no_grad():
         expected = module.encoder.forward_features(images)  # type: ignore[operator]
@@ -155,13 +180,16 @@ def test_every_export_is_read_back_without_hints(name: str, to: str, tiny_run: M
         assert "k-NN" in write_report([tmp_path / "out"], tmp_path / "page.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["mae", "mae-oblong", "simmim-vit", "simmim-beit", "simmim-swin"])
+@pytest.mark.parametrize(
+    "name",
+    ["mae", "mae-oblong", "mff", "simmim-vit", "simmim-beit", "beit-mean", "simmim-swin", "swin-ratio"],
+)
 def test_transformers_loads_its_layout(name: str, make_model: MakeModel, tmp_path: Path) -> None:
     folder, module = make_model(name)
     lines = export_model(folder, "hf", tmp_path / "out")
     kind = lines[1].split("transformers.")[1].split(".")[0]
     body = kind in ("BeitModel", "ViTModel")
-    options = {"add_pooling_layer": False} if body else {}
+    options = {"add_pooling_layer": False} if "add_pooling_layer=False" in lines[1] else {}
     loaded, info = getattr(transformers, kind).from_pretrained(tmp_path / "out", output_loading_info=True, **options)
     assert not any(info.values()), info
     images = images_for(name)
@@ -380,3 +408,49 @@ def test_push_uploads_the_folder_and_keeps_it_on_failure(
     with pytest.raises(UserError, match="was written, but not pushed to me/forbidden: 403"):
         export_model(folder, "timm", tmp_path / "two", push="me/forbidden")
     assert (tmp_path / "two" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "changes", "expected"),
+    [
+        (MODELS["mae"][0], "32", {"bins": 4}, "ViTModel"),
+        (MODELS["simmim-vit"][0], "32", {"bins": 4}, "ViTModel"),
+        (SWIN, "32", {"bins": 4}, "SwinModel"),
+        (MODELS["mae"][0], "32", {"no_embed_class": True}, "positions, unlike this model"),
+        (ArchitectureConfig("pixio", "vit_tiny_patch16_224", **THIN, options=NARROW), "64x32", {}, "squares only"),
+        (
+            ArchitectureConfig("pixio", "vit_tiny_patch16_224", **THIN, options=NARROW | {"mlp_ratio": 2.5}),
+            *("32", {}, "integer as mlp_ratio"),
+        ),
+        (
+            ArchitectureConfig("mae", "vit_base_patch16_xp_224", **THIN, options=NARROW),
+            *("32", {"no_embed_class": False}, "ParallelScaling"),
+        ),
+    ],
+)
+def test_transformers_loads_what_is_written_or_the_reason_is_named(
+    model: ArchitectureConfig, size: str, changes: dict[str, Any], expected: str, tiny_run: Make, tmp_path: Path
+) -> None:
+    model, target = replace(model, options=dict(model.options)), TargetConfig()
+    if bins := changes.get("bins"):
+        target = TargetConfig(distance="cross_entropy", bins=bins, normalize_patches=False)
+    else:
+        model.options.update(changes)
+    config = tiny_run(model=model, size=size, target=target)
+    module = build_model(config).eval()
+    import_weights(Weights(config, dict(module.state_dict()), "a test"), tmp_path / "run")
+    if not expected.endswith("Model"):
+        with pytest.raises(UserError, match=expected):
+            export_model(str(tmp_path / "run"), "hf", tmp_path / "out")
+        return
+    lines = export_model(str(tmp_path / "run"), "hf", tmp_path / "out")
+    assert f"transformers.{expected}." in lines[1]
+    loaded, info = getattr(transformers, expected).from_pretrained(
+        tmp_path / "out", output_loading_info=True, add_pooling_layer=False
+    )
+    assert not any(info.values()), info
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = module.encoder.forward_features(images)  # type: ignore[operator]
+        result = loaded.eval()(images).last_hidden_state
+    torch.testing.assert_close(result, tokens.flatten(1, 2) if tokens.ndim == 4 else tokens, atol=1e-4, rtol=0)

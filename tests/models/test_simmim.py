@@ -134,6 +134,12 @@ def test_timm_loads_the_encoder(options: dict[str, object]) -> None:
     assert torch.equal(other.eval().forward_features(images), model.encoder.forward_features(images))
 
 
+@pytest.mark.parametrize("size", [72, 100, (80, 112)])
+def test_a_size_that_the_last_stage_cannot_cover_is_refused(size: object) -> None:
+    with pytest.raises(UserError, match="choose multiples of 32"):
+        create_model("simmim", "swin_tiny_patch4_window7_224", embed_dim=24, window_size=4, img_size=size)
+
+
 def test_invalid_options_are_named() -> None:
     with pytest.raises(UserError, match="'linear', 'mlp', not 'deep'"):
         create_model("simmim", **VIT, head="deep")

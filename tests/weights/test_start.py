@@ -15,8 +15,10 @@ from torch import nn
 from helpers import official
 from helpers.models import MAE, OTHERS
 from pixmim.build import build_mask_sampler, build_model
+from pixmim.cli.pretrain import read_flags
 from pixmim.config import ArchitectureConfig, MaskConfig, PretrainConfig, TargetConfig
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
+from pixmim.export import export_model
 from pixmim.models import features
 from pixmim.recipes import get_recipe
 from pixmim.utils.errors import UserError
@@ -102,13 +104,20 @@ def test_a_methods_own_file_continues_bitwise_with_its_decoder(name: str, tmp_pa
     assert config.target.kind == "low-frequency" and config.target.distance == ("l1" if "simmim" in name else "mse")
 
 
-@pytest.mark.parametrize(("name", "model", "size"), [("mae", MAE, 32), *((n, *values) for n, values in OTHERS.items())])
+MFF = replace(MAE, name="mff")
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "size"), [("mae", MAE, 32), ("mff", MFF, 32), *((n, *values) for n, values in OTHERS.items())]
+)
 def test_a_run_with_its_decoder_continues_bitwise(
     name: str, model: ArchitectureConfig, size: int, tmp_path: Path
 ) -> None:
     mask = MaskConfig(ratio=0.6)
     run = PretrainConfig(data="shapes:", size=str(size), seed=3, model=model, mask=mask, target=TargetConfig("pixels"))
     trained = build_model(run)
+    for value in trained.state_dict().values():
+        value.add_(1)  # unlike any initialization
     import_weights(Weights(run, dict(trained.state_dict()), "a test"), tmp_path / "start")
     config = get_recipe("adapt", init=str(tmp_path / "start"), data="shapes:")
     assert config.model == model and config.mask == mask and config.optim.decoder_warmup == 0
@@ -127,6 +136,43 @@ def test_the_user_can_replace_what_the_weights_decide(tmp_path: Path) -> None:
     assert (config.size, config.target.kind, config.crop.kind, config.epochs) == ("96", "pixels", "random-resized", 3)
     model = build_model(config)
     assert any("positions interpolated from 4x4 to 6x6" in line for line in initialize_from(model, config))
+
+
+def test_images_are_prepared_as_those_of_the_weights_unless_they_are_others(tmp_path: Path) -> None:
+    run = PretrainConfig(
+        *(MAE, "32"), data="shapes:", stretch="1,99", max_no_data=0.3, bands="2", mean=(0.1, 0.2, 0.3), std=(1.0,) * 3
+    )
+    import_weights(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "start")
+    start = str(tmp_path / "start")
+    config = get_recipe("adapt", init=start)
+    for name in ("stretch", "max_no_data", "bands", "mean", "std", "dtype", "tiff_pages"):
+        assert getattr(config, name) == getattr(run, name), name
+    gray = get_recipe("adapt", init=start, channels=1)
+    assert (gray.mean, gray.std, gray.bands, gray.stretch) == (None, None, "", "1,99")
+    assert read_flags(["adapt", "--init", start, "--data", "shapes:", "--channels", "1"]).config == replace(
+        gray, data="shapes:"
+    )
+    assert get_recipe("adapt", init=start, stretch="2,98").mean is None  # of other values
+    assert get_recipe("adapt", init=start, channels=1, mean=(0.5,)).mean == (0.5,)
+    encoder: Any = load_encoder(start, in_chans=1)
+    assert encoder.pixmim_config.normalization == ((0.449,), (0.226,))
+
+
+def test_weights_with_other_attention_heads_are_refused_or_their_decoder_is(tmp_path: Path) -> None:
+    """The shapes of the tensors are the same."""
+    run = PretrainConfig(data="shapes:", size="32", model=MAE)
+    import_weights(Weights(run, dict(build_model(run).state_dict()), "a test"), tmp_path / "start")
+    start = str(tmp_path / "start")
+    other = replace(MAE, options=MAE.options | {"num_heads": 4})
+    config = PretrainConfig(data="shapes:", size="32", model=other, init=start)
+    with pytest.raises(UserError, match=r"encoder\.blocks\.0\.attn has 2 attention heads, expected 4"):
+        initialize_from(build_model(config), config)
+    config = PretrainConfig(data="shapes:", size="32", model=replace(MAE, decoder_heads=4), init=start)
+    lines = "\n".join(initialize_from(build_model(config), config))
+    assert "initialized randomly (it differs in the heads of decoder.blocks.0.attn)" in lines
+    export_model(start, "hf", tmp_path / "hf")
+    with pytest.raises(UserError, match="has 2 attention heads, expected 4"):
+        initialize_from(build_model(config := replace(config, model=other, init=str(tmp_path / "hf"))), config)
 
 
 def test_a_decoder_that_no_longer_fits_is_reported_with_the_flag(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def read_flags(args: list[str]) -> Flags:
     if resumed and recipe:
         raise UserError(f"--resume uses the recipe of {resumed}: leave out '{recipe}'")
     init = _value_of("--init", args)
-    base, text = load_config(Path(resumed) / "config.json") if resumed else _load_recipe(recipe, init)
+    channels = _value_of("--channels", args)  # decides whether mean and std of the weights are defaults
+    base, text = load_config(Path(resumed) / "config.json") if resumed else _load_recipe(recipe, init, channels)
     if _value_of("--epochs", args):  # a length in epochs replaces a recipe's length in steps
         if _value_of("--steps", args):
             raise UserError("--epochs and --steps both set the length of a run: pass one, not both")
@@ -110,14 +111,14 @@ def list_recipes(args: list[str]) -> int:
     return 0
 
 
-def _load_recipe(name: str, init: str) -> tuple[PretrainConfig, str]:
+def _load_recipe(name: str, init: str, channels: str) -> tuple[PretrainConfig, str]:
     """Return the configuration of a recipe, or of a file and its text; without a name the defaults, for --help."""
     if not name:
         return PretrainConfig(), ""
     if name.endswith(".json") or Path(name).is_file():
         config, text = load_config(Path(name))
         return replace(config, out=""), text
-    return get_recipe(name, init=init), ""
+    return get_recipe(name, init=init, **({"channels": int(channels)} if channels.isdecimal() else {})), ""
 
 
 def _value_of(flag: str, args: list[str]) -> str:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from pixmim.config import ModelConfig
 from pixmim.evaluation.attentive_probe import AttentiveProbe, load_newest_probe
 from pixmim.export.attentive import write_probe
 from pixmim.export.huggingface import to_hf
@@ -143,7 +145,8 @@ def export_model(
         with atomic_folder(folder) as temporary:
             usage = FORMATS[to](weights, encoder, temporary)
             code = [] if probe is None else write_probe(*probe, temporary, encoder)
-            card = model_card(weights, to, usage, run, description, notes, code)
+            readable = _is_read_back(temporary, encoder, weights.config)
+            card = model_card(weights, to, usage, run, description, notes, code, readable)
             write_text_atomically(temporary / "README.md", card)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from error
@@ -157,6 +160,21 @@ def export_model(
     if probe is not None:
         lines.append(f"  attentive.safetensors, attentive.json: the attentive probe, {len(probe[1]):,} classes")
     return [*lines, _push(folder, push)] if push else lines
+
+
+def _is_read_back(folder: Path, encoder: nn.Module, config: ModelConfig) -> bool:
+    """Return True if pixmim reads what was written as the same encoder of the same images, without further facts."""
+    try:
+        found: Any = build_encoder_with_weights(resolve_model(str(folder)))
+    except UserError:
+        return False
+    images, back = torch.rand(1, config.channels, *config.image_size, generator=torch.Generator()), found.pixmim_config
+    if (back.image_size, back.channels, back.dtype) != (config.image_size, config.channels, config.dtype):
+        return False
+    with torch.no_grad():
+        expected, features = encoder(images), found(images)
+    close = expected.shape == features.shape and (features - expected).norm() < 0.02 * expected.norm()
+    return close and np.allclose(back.normalization, config.normalization, rtol=1e-4)
 
 
 def _find_probe(run: Path, weights: Weights, to: str) -> tuple[AttentiveProbe, list[str]]:
@@ -185,7 +203,8 @@ def _meta(weights: Weights, encoder: nn.Module) -> dict[str, Any]:
     """Return the settings that `weights.infer_config` reads from a file, in addition to its tensors."""
     mean, std = weights.config.normalization
     blocks: Any = getattr(encoder, "blocks", None)
-    meta: dict[str, Any] = {"made_by": "pixmim", "img_size": weights.config.image_size, "mean": mean, "std": std}
+    meta: dict[str, Any] = {"made_by": "pixmim", "dtype": weights.config.dtype}
+    meta |= {"img_size": weights.config.image_size, "mean": mean, "std": std}
     if blocks is not None and hasattr(blocks[0], "attn") and hasattr(blocks[0].attn, "num_heads"):
         meta |= {"num_attention_heads": blocks[0].attn.num_heads, "layer_norm_eps": blocks[0].norm1.eps}
     if weights.has_decoder:

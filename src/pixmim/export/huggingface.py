@@ -1,5 +1,6 @@
 """Export to transformers: weights, config.json and preprocessor_config.json."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
     run = weights.config
     if run.model.options.get("num_classes"):
         raise UserError("classifiers cannot be exported to transformers, whose heads pool differently")
+    if weights.has_decoder and not _predicts_pixels(weights, encoder):  # color bins, or larger patches
+        weights = replace(weights, tensors={f"encoder.{key}": value for key, value in weights.encoder.items()})
     checkpoint_format, kind, config = _model(weights, encoder)
     if run.model.head == "mlp" and weights.has_decoder and run.model.name == "simmim":
         raise UserError("transformers' head for masked images is one convolution, but this model's is an MLP")
@@ -52,7 +55,8 @@ def to_hf(weights: Weights, encoder: nn.Module, folder: Path) -> list[str]:
         "image_std": std,
     }
     write_json(folder / "preprocessor_config.json", preprocessor)
-    pooler = ", add_pooling_layer=False" * (kind in _BODIES and kind != "PixioModel")
+    has_pooler = kind == "PixioModel" or config.get("use_mean_pooling")
+    pooler = ", add_pooling_layer=False" * (kind in _BODIES and not has_pooler)
     return [f'transformers.{kind}.from_pretrained("FOLDER"{pooler})']
 
 
@@ -67,12 +71,19 @@ def _model(weights: Weights, encoder: nn.Module) -> tuple[CheckpointFormat, str,
         kind = weights.config.model.backbone
         raise UserError(f"transformers' models do not have the layout of {kind}: use --to timm or --to onnx")
     if weights.config.model.name == "pixio":
+        if weights.config.image_size[0] != weights.config.image_size[1]:
+            raise UserError(f"transformers' Pixio takes squares only, but this model {weights.config.size} pixels")
         blocks = _blocks(encoder)
-        ratio = blocks.pop("intermediate_size") // encoder.embed_dim
+        ratio, rest = divmod(blocks.pop("intermediate_size"), encoder.embed_dim)
+        if rest:
+            raise UserError("transformers' Pixio takes an integer as mlp_ratio, unlike this model")
         config = {"model_type": "pixio", **blocks, "mlp_ratio": ratio, "n_cls_tokens": encoder.num_prefix_tokens}
         return HF_PIXIO, "PixioModel", config
-    if encoder.num_prefix_tokens != 1 or encoder.cls_token is None or encoder.pos_embed is None:
-        raise UserError("transformers' ViT has one class token and a table of positions, but this model does not")
+    rows = encoder.patch_embed.num_patches + 1
+    if encoder.cls_token is None or encoder.pos_embed is None or encoder.pos_embed.shape[1] != rows:
+        raise UserError(
+            "transformers' ViT has one class token and a table of its and all patches' positions, unlike this model"
+        )
     patch = encoder.patch_embed.patch_size[0]
     config = {"model_type": "vit", **_blocks(encoder), "encoder_stride": patch}
     h, w = weights.config.image_size
@@ -93,8 +104,19 @@ def _model(weights: Weights, encoder: nn.Module) -> tuple[CheckpointFormat, str,
     return HF_VIT, "ViTMAEForPreTraining", config
 
 
+def _predicts_pixels(weights: Weights, encoder: nn.Module) -> bool:
+    """Return True if a decoder predicts one number per value of the encoder's patches, as those of transformers do."""
+    if weights.config.model.name == "simmim":
+        return weights.config.target is None or weights.config.target.distance != "cross_entropy"
+    patch: Any = encoder.patch_embed.patch_size if isinstance(encoder, VisionTransformer) else (0,)
+    predicted = weights.tensors.get("decoder.predict.weight")
+    return predicted is not None and predicted.shape[0] == patch[0] ** 2 * weights.config.channels
+
+
 def _blocks(encoder: VisionTransformer | Beit) -> dict[str, Any]:
     blocks: Any = encoder.blocks
+    if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in blocks):
+        raise UserError(f"transformers has no blocks like {type(blocks[0]).__name__} of this model: use --to timm")
     return {
         "hidden_size": encoder.embed_dim,
         "num_hidden_layers": len(blocks),
@@ -118,6 +140,7 @@ def _swin(encoder: SwinTransformer) -> dict[str, Any]:
         "num_heads": [stage.blocks[0].attn.num_heads for stage in stages],
         "window_size": next(iter(windows))[0],
         "patch_size": patch[0],
+        "mlp_ratio": stages[0].blocks[0].mlp.fc1.out_features / encoder.embed_dim,
         "layer_norm_eps": encoder.norm.eps,
         "encoder_stride": patch[0] * 2 ** (len(stages) - 1),
         "use_absolute_embeddings": False,
@@ -134,5 +157,5 @@ def _beit(encoder: Beit) -> dict[str, Any]:
         "use_relative_position_bias": block.attn.relative_position_bias_table is not None,
         "use_absolute_position_embeddings": encoder.pos_embed is not None,
         "use_mask_token": False,
-        "use_mean_pooling": False,
+        "use_mean_pooling": isinstance(encoder.norm, nn.Identity),  # the norm is then that of the pooled feature
     }

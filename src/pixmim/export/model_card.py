@@ -45,13 +45,21 @@ _CONFIGURED = ("mmpretrain", "detectron2")
 
 
 def model_card(
-    weights: Weights, to: str, usage: list[str], run: Path, description: str, notes: list[str], probe: list[str]
+    weights: Weights,
+    to: str,
+    usage: list[str],
+    run: Path,
+    description: str,
+    notes: list[str],
+    probe: list[str],
+    readable: bool,
 ) -> str:
     """Return the text of a model card.
 
     `usage` and `probe` are lines on how the model and an attentive probe are loaded, with FOLDER for the exported
     folder. `run` is the folder of the run, which need not exist, for its results and unreadable images. An empty
-    `description` of the images becomes a placeholder; `notes` state what the export leaves out.
+    `description` of the images becomes a placeholder; `notes` state what the export leaves out. `readable`: pixmim
+    itself reads the export.
     """
     config = weights.config
     problems: list[str] = []
@@ -85,7 +93,9 @@ def model_card(
             "In the folder of this file:",
             "\n".join(["```python", *code, "```"]),
             f"Input: {config.image_size[0]} x {config.image_size[1]} pixels, {config.channels} channels, values "
-            f'{unit}, normalized with mean {mean} and std {std}. `pixmim.load_encoder(".")` reads it too.',
+            f"{unit}, normalized with mean {mean} and std {std}."
+            + ' `pixmim.load_encoder(".")` reads it too.'
+            * readable,
         ],
         "Classification": ["\n".join(["```python", *probe, "```"])] if probe else [],
         "Left out": ["\n".join(f"- {_text(note)}" for note in left_out)] if left_out else [],

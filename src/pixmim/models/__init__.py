@@ -62,7 +62,10 @@ def _simmim(backbone: str, head: str = "linear", outputs: int = 1, **options: An
         return model
     if not isinstance(encoder, SwinTransformer | Beit | VisionTransformer):
         raise UserError(f"SimMIM takes a Swin, Beit, ViT or convolutional network of timm, not '{backbone}'")
-    return SimMIM(encoder, head, outputs)  # type: ignore[arg-type]
+    simmim = SimMIM(encoder, head, outputs)  # type: ignore[arg-type]
+    embed: Any = encoder.patch_embed
+    _check_size(embed.img_size, simmim.stride, backbone)
+    return simmim
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl, a progress bar or plain lines, and the summaries at its start and end."""
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def parse_metrics(text: str, source: str) -> dict[str, Any]:
     for name, value in line.items():
         if value is not None and not isinstance(value, float) and not is_number(value):
             raise UserError(f"{source} has a '{name[:40]}' that is not a number")
-    return line
+    return {name: value for name, value in line.items() if value is None or is_number(value)}
 
 
 def is_number(value: object) -> bool:
@@ -114,7 +115,9 @@ class MetricLogger:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self._start_time = self._line_time = time.perf_counter()
-        self._start, self._waited, self._printed_at, self._seconds = start, 0.0, 0.0, 0.0
+        self._start, self._printed_at = start, 0.0
+        self._waited = self._waited_before = 0.0  # seconds of waiting: up to now, and before this line
+        self._line_seconds = self._line_waited = 0.0  # of all lines
         self._held_out = ""  # the last held-out loss
 
     def __enter__(self) -> "MetricLogger":
@@ -129,28 +132,26 @@ class MetricLogger:
         """Return True if a line is due after `step` steps; only then are values copied from the device."""
         return step % self._every == 0 or step == self._steps
 
-    def update(self, step: int, **values: Tensor) -> None:
-        """Add scalars of a step, on the device, to the means. Values that are not finite are left out."""
-        for name, value in values.items():
-            number = torch.stack([value.detach().nan_to_num(0.0, 0.0, 0.0), torch.isfinite(value).float()])
-            self._sums[name] = self._sums[name] + number if name in self._sums else number
-        self._count += 1
-        self._bar.update(self._task, completed=step)
-
-    def log(self, step: int, waited: float, **values: float) -> None:
-        """Write a line with the means since the last line.
+    def update(self, step: int, waited: float, **values: Tensor) -> None:
+        """Add scalars of a step, on the device, to the means. Values that are not finite are left out.
 
         `waited` is the number of seconds of waiting for data since the process started.
         """
+        for name, value in values.items():
+            number = torch.stack([value.detach().nan_to_num(0.0, 0.0, 0.0), torch.isfinite(value).float()])
+            self._sums[name] = self._sums[name] + number if name in self._sums else number
+        self._count, self._waited = self._count + 1, waited
+        self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, **values: float) -> None:
+        """Write a line with the means since the last line."""
         sums = self._total(torch.stack(list(self._sums.values()))).tolist() if self._sums else []
-        means = {
-            name: total / count if count else float("nan")
-            for name, (total, count) in zip(self._sums, sums, strict=True)
-        }
+        means = {name: total / count for name, (total, count) in zip(self._sums, sums, strict=True) if count}
         now = time.perf_counter()
         seconds = max(now - self._line_time, 1e-9)
-        self._seconds += seconds
-        rate, wait = self._count * self._images / seconds, min(1.0, (waited - self._waited) / seconds)
+        waited = min(seconds, self._waited - self._waited_before)
+        self._line_seconds, self._line_waited = self._line_seconds + seconds, self._line_waited + waited
+        rate, wait = self._count * self._images / seconds, waited / seconds
         position = {"step": step, "epoch": round(step * self._epoch, 6)}
         self.write({**position, **means, **values, "images_per_s": rate, "data_wait_fraction": wait})
         text = f"loss {means.get('loss', float('nan')):.4f}{self._held_out} · {rate:,.0f} images/s · {bound_by(wait)}"
@@ -159,15 +160,16 @@ class MetricLogger:
             left = (now - self._start_time) / max(1, step - self._start) * (self._steps - step)
             print_plain(self._console, f"step {step}/{self._steps} · {text} · {left / 60:.1f} min left")
             self._printed_at = now
-        self._sums, self._count, self._line_time, self._waited = {}, 0, now, waited
+        self._sums, self._count, self._line_time, self._waited_before = {}, 0, now, self._waited
 
     @property
     def data_wait(self) -> float:
         """Fraction of the time of all lines so far that was spent waiting for data."""
-        return min(1.0, self._waited / self._seconds) if self._seconds else 0.0
+        return self._line_waited / self._line_seconds if self._line_seconds else 0.0
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record as it is. If the disk is full, it is written with a later one."""
+        """Append the finite numbers of a record. If the disk is full, they are written with a later one."""
+        record = {name: value for name, value in record.items() if math.isfinite(value)}  # no number of JSON
         if "held_out_loss" in record:
             self._held_out = f", held out {record['held_out_loss']:.4f}"
         self._unwritten += json.dumps(record) + "\n"
@@ -185,9 +187,8 @@ class MetricLogger:
             print_plain(self._console, f"warning: cannot write {self._path} ({error}); retrying with the next line")
 
     def pause(self) -> None:
-        """Exclude the time since the last line from the throughput."""
-        self._line_time = time.perf_counter()
-        self._count = 0
+        """Exclude the time since the last line from the throughput, and what of it was waiting for data."""
+        self._line_time, self._count, self._waited_before = time.perf_counter(), 0, self._waited
 
 
 def start_summary(

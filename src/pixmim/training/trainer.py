@@ -229,7 +229,7 @@ class Trainer:
         return total, norm
 
     def _log(self, step: int, loss: Tensor, norm: Tensor, waited: float) -> None:
-        self.log.update(step, loss=loss, grad_norm=norm)
+        self.log.update(step, waited, loss=loss, grad_norm=norm)
         if not self.log.should_log(step):
             return
         self.world.barrier()  # it times out if a rank is stuck, unlike waiting for a device
@@ -239,7 +239,7 @@ class Trainer:
                 f"the gradient was not finite in the last {bad} steps (up to step {step}), which left the weights "
                 "unchanged. Try a lower learning rate, --optim.clip 1, or --precision fp32 (or bf16 instead of fp16)"
             )
-        self.log.log(step, waited, lr=self.lr(step - 1), skipped_steps=self.optimizer.state["skipped"].item())
+        self.log.log(step, lr=self.lr(step - 1), skipped_steps=self.optimizer.state["skipped"].item())
 
     def _is_milestone(self, step: int) -> bool:
         return is_multiple_of(step, self._checkpoint.keep_every_epochs / self.epoch)

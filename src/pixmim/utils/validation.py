@@ -193,10 +193,27 @@ def parse_stretch(text: str) -> tuple[float, float] | None:
 
 
 class Settings:
-    """Base of settings dataclasses, whose fields are checked against their annotations on construction."""
+    """Base of frozen settings dataclasses, whose fields are checked against their annotations on construction.
+
+    A size may also be given as an integer or a pair of integers (h, w), and several values as a list.
+    """
 
     def __post_init__(self) -> None:
+        cls: Any = self.__class__
+        for name, hint in hints_of(cls).items():
+            value = getattr(self, name)
+            if any(isinstance(mark, Sides) for mark in getattr(hint, "__metadata__", ())):
+                value = size_text(value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(self, name, value)
         check(self)
+
+
+def size_text(value: object) -> object:
+    """Return an integer or a pair of integers (h, w) as the text of a size, such as 192x384; others unchanged."""
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    return "x".join(map(str, sides)) if all(type(side) is int for side in sides) else value
 
 
 def check(settings: Any, prefix: str = "--") -> None:

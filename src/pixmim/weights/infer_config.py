@@ -30,6 +30,8 @@ class ModelHints:
     target_size: object = None  # (h, w) that the model will be used at: assumed for tables that are not square
     num_heads: object = None
     decoder_heads: object = None
+    likely_heads: object = None  # where the file states none
+    likely_decoder_heads: object = None
     norm_eps: object = None
     mean: object = None
     std: object = None
@@ -119,7 +121,7 @@ def _vit(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     prefix = int("encoder.cls_token" in tensors) + registers
     if "encoder.pos_embed" in tensors:
         rows = tensors["encoder.pos_embed"].shape[1]
-        prefix_rows = prefix if not registers or math.isqrt(rows - prefix) ** 2 == rows - prefix else 0
+        prefix_rows = prefix if not registers or _fits(rows - prefix, patch, hints) else 0
         size = _size_of_table(rows - prefix_rows, patch, hints)
         if registers:
             options |= {"reg_tokens": registers, "no_embed_class": prefix_rows == 0}
@@ -170,17 +172,22 @@ def _swin(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
     stages = range(_count(tensors, "encoder.layers"))
     depths = tuple(_count(tensors, f"encoder.layers.{stage}.blocks") for stage in stages)
     tables = [tensors[f"encoder.layers.{stage}.blocks.0.attn.relative_position_bias_table"] for stage in stages]
-    window = max((math.isqrt(table.shape[0]) + 1) // 2 for table in tables)
-    options: Options = {"window_size": window}
+    windows = [(math.isqrt(table.shape[0]) + 1) // 2 for table in tables]
+    window = max(windows)
+    one_window = window * patch * 2 ** (len(depths) - 1)  # by convention, the last stage's map is one window
+    size = _default_size(hints, SWIN_SIZES.get(window, one_window))
+    shrunk = [min(window, min(size) // patch // 2**stage) for stage in stages]  # to maps smaller than the window
+    options: Options = {"window_size": window if windows == shrunk else windows}
     name = SWINS.get((dim, depths))
     if name is None:
         name = SWINS[96, (2, 2, 6, 2)]
         options |= {"embed_dim": dim, "depths": list(depths), "num_heads": [table.shape[1] for table in tables]}
         options |= {} if patch == 4 else {"patch_size": patch}
+    ratio = tensors["encoder.layers.0.blocks.0.mlp.fc1.weight"].shape[0] / dim
+    options |= {} if ratio == 4 else {"mlp_ratio": ratio}
     if "encoder.head.fc.weight" in tensors:
         options["num_classes"] = tensors["encoder.head.fc.weight"].shape[0]
-    one_window = window * patch * 2 ** (len(depths) - 1)  # by convention, the last stage's map is one window
-    return name, options, _default_size(hints, SWIN_SIZES.get(window, one_window))
+    return name, options, size
 
 
 def _convmae(tensors: Tensors, hints: ModelHints) -> tuple[str, Options, Size]:
@@ -263,6 +270,7 @@ def _heads(
     dim: int, published: dict[int, int], hints: ModelHints, keyword: str = "num_heads", flag: str = "--heads"
 ) -> int:
     heads = getattr(hints, keyword)
+    heads = getattr(hints, f"likely_{keyword.removeprefix('num_')}") if heads is None else heads
     if heads is not None:
         return int(heads)
     if dim not in published:
@@ -318,6 +326,14 @@ def _size_of_table(rows: int, patch: int, hints: ModelHints, relative: bool = Fa
     return h, w
 
 
+def _fits(rows: int, patch: int, hints: ModelHints) -> bool:
+    """Return True if a table may have a row for each patch: of the known image size, or else of a square."""
+    if hints.img_size is None:
+        return math.isqrt(rows) ** 2 == rows
+    h, w = to_pair(hints.img_size)
+    return (h // patch) * (w // patch) == rows
+
+
 def _default_size(hints: ModelHints, default: int) -> Size:
     size = hints.img_size or hints.target_size
     if size is not None:
@@ -355,6 +371,8 @@ def read_settings(file: RawCheckpoint) -> dict[str, Any]:
         value = numbers(preprocessor, f"image_{name}") or numbers(content, name)
         value = (neutral,) if preprocessor.get("do_normalize") is False else value
         settings |= {} if value is None else {name: value}
+    if content.get("made_by") == "pixmim" and content.get("dtype") in ("uint8", "uint16", "float32"):
+        settings["dtype"] = content["dtype"]
     if preprocessor.get("do_rescale") is False:
         settings["dtype"] = "float32"
     elif isinstance(factor := preprocessor.get("rescale_factor"), float) and 0 < factor < 1 / 4096:

@@ -28,7 +28,15 @@ from pixmim.weights.infer_config import ModelHints
 from pixmim.weights.published import download_hub, download_timm
 from pixmim.weights.save import ENCODER_FOLDER, ENCODER_WEIGHTS, save_encoder, save_tensors, timm_config
 
-_DECODER = ("decoder.", "head.", "stage1_output_decode.", "stage2_output_decode.", "mask_token", "mask_scale")
+_DECODER = (
+    "decoder.",
+    "fusion.",
+    "head.",
+    "stage1_output_decode.",
+    "stage2_output_decode.",
+    "mask_token",
+    "mask_scale",
+)
 """Prefixes of tensors outside the encoder."""
 
 _CLASSIFIER = ("head.", "fc.", "classifier.", "fc_norm.", "norm.", "attn_pool.")
@@ -89,6 +97,8 @@ def _open(file: str | Path, options: dict[str, Any], with_decoder: bool = False)
         **{name: value for name, value in options.items() if name in own},
         options={**config.model.options, **{name: value for name, value in options.items() if name not in own}},
     )
+    if channels != config.channels:
+        config = replace(config, mean=None, std=None, bands="")  # those of other channels
     return weights, replace(config, model=model, size=f"{h}x{w}", channels=channels)
 
 
@@ -110,7 +120,7 @@ def build_encoder_with_weights(weights: Weights, trained_at: ModelConfig | None 
     """
     only = {name: value for name, value in weights.tensors.items() if name.startswith("encoder.")}
     weights = replace(weights, tensors=only)
-    module = _build(weights, lambda config: nn.ModuleDict({"encoder": build_encoder(config)}), trained_at)
+    module: Any = _build(weights, _encoder_only, trained_at)
     encoder: Any = module["encoder"].eval()
     config = timm_config(encoder, weights.config, list(weights.classes))
     cfg = {"architecture": config["architecture"], **config["pretrained_cfg"]}
@@ -204,8 +214,13 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
     to the number of channels, and a classifier's head; otherwise raises UserError. The decoder is used only if all of
     it matches.
     """
-    heads = next((module.num_heads for module in model.encoder.modules() if hasattr(module, "num_heads")), None)
-    hints = {"num_heads": heads, "decoder_heads": config.model.decoder_heads, "target_size": config.image_size}
+    own = _heads(model)
+    first = next(iter(_heads(model.encoder).values()), None)
+    hints = {
+        "likely_heads": first,
+        "likely_decoder_heads": config.model.decoder_heads,
+        "target_size": config.image_size,
+    }
     alternative = f"`pixmim import {quote(config.init)} --prefix NAME --to FOLDER` (or --ema), then --init FOLDER"
     try:
         weights = resolve_model(config.init, with_decoder=True, hints=hints)
@@ -230,6 +245,12 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
         name = mismatched[0]
         shapes = f"has shape {format_shape(encoder[name])}, expected {format_shape(state[name])}"
         raise UserError(f"{failure}: {original_key(weights, name)} {shapes}")
+    build: Callable[[ModelConfig], nn.Module] = build_model if weights.has_decoder else _encoder_only
+    heads = _heads(build_on_meta(lambda: build(weights.config), weights.config.model.backbone))
+    other_heads = [name for name in heads if heads[name] != own.get(name, heads[name])]
+    if other_heads and other_heads[0].startswith("encoder."):
+        name = other_heads[0]
+        raise UserError(f"{failure}: {name} has {heads[name]} attention heads, expected {own[name]}")
     if any(not name.startswith(_FINAL_NORM) for name in missing):
         raise UserError(f"{failure}: missing {', '.join(missing[:4])}")
     if unexpected:
@@ -242,10 +263,9 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
     decoder = {name: value for name, value in adapted.items() if name.startswith(_DECODER)}
     names = {*decoder, *(name for name in state if name.startswith(_DECODER))}
     differing = sorted(n for n in names if n not in decoder or n not in state or decoder[n].shape != state[n].shape)
-    if differing:
-        reason = (
-            f"it differs in {original_key(weights, differing[0])}" if decoder else "the file contains only an encoder"
-        )
+    if differing or other_heads:
+        differs = original_key(weights, differing[0]) if differing else f"the heads of {other_heads[0]}"
+        reason = f"it differs in {differs}" if decoder else "the file contains only an encoder"
         advice = "" if config.optim.decoder_warmup else "; --optim.decoder-warmup 5 trains it before the encoder"
         lines.append(f"  decoder: initialized randomly ({reason}){advice}")
     else:
@@ -253,6 +273,15 @@ def initialize_from(model: MaskedModel, config: PretrainConfig) -> list[str]:
         lines.append(f"  decoder: {len(decoder)} tensors")
     model.load_state_dict(used, strict=False)
     return lines
+
+
+def _encoder_only(config: ModelConfig) -> nn.Module:
+    return nn.ModuleDict({"encoder": build_encoder(config)})
+
+
+def _heads(model: nn.Module) -> dict[str, int]:
+    """Return the number of attention heads of each module that has any: no shape of a tensor shows it."""
+    return {name: module.num_heads for name, module in model.named_modules() if hasattr(module, "num_heads")}
 
 
 def import_weights(weights: Weights, folder: Path | None) -> list[str]:

@@ -46,6 +46,8 @@ def continue_from(recipe: PretrainConfig, init: str) -> PretrainConfig:
         channels=start.channels,
         dtype=start.dtype,
         tiff_pages=start.tiff_pages,
+        stretch=start.stretch,
+        max_no_data=start.max_no_data,
         bands=start.bands,
         mean=mean,
         std=std,
