@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from jaxtyping import TypeCheckError
 from PIL import Image
 from rich.console import Console
 
 import pixmim
+from pixmim import api
 from pixmim.config import ModelConfig, OnlineKnnConfig, OptimConfig, PretrainConfig
 from pixmim.config_io import from_json, to_json
 from pixmim.utils.errors import UserError
@@ -160,6 +162,65 @@ def test_a_timm_model_is_evaluated(result: pixmim.PretrainResult) -> None:
     assert "k20/mean/top1" in pixmim.evaluate(model, "knn", **LABELLED, device="cpu", console=QUIET)
     with pytest.raises(UserError, match="not a timm model"):
         pixmim.evaluate(torch.nn.Linear(2, 2), "knn", **LABELLED)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "convnext_atto"])
+def test_a_timm_model_of_other_channels_or_precision_is_evaluated(name: str) -> None:
+    options: Any = {"img_size": 32} if name.startswith("vit") else {}
+    module: Any = timm.create_model(name, in_chans=2, num_classes=0, **options)
+    rows, _ = pixmim.embed(module.half(), "shapes:count=3,size=32", device="cpu", precision="fp32", console=QUIET)
+    expected, _ = pixmim.embed(module.float(), "shapes:count=3,size=32", device="cpu", precision="fp32", console=QUIET)
+    assert rows.shape == (3, module.num_features) and np.array_equal(rows, expected)
+
+
+def test_wrong_values_are_refused_as_by_the_command(result: pixmim.PretrainResult, tmp_path: Path) -> None:
+    folder, data = str(result.folder), "shapes:count=4,size=32"
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("features must be one of", lambda: pixmim.embed(folder, data, features="Mean")),  # type: ignore[arg-type]
+        ("precision must be one of", lambda: pixmim.embed(folder, data, precision="float32")),  # type: ignore[arg-type]
+        ("batch_size must be", lambda: pixmim.embed(folder, data, batch_size=0)),
+        ("count must be", lambda: pixmim.reconstruct(folder, data, count=0)),
+        ("--images must be", lambda: pixmim.advise(data, images=0)),
+        ("no model is given", lambda: pixmim.evaluate_to_folder([], "knn", **LABELLED)),
+        ("not a module", lambda: pixmim.reconstruct(result.encoder, data)),  # type: ignore[arg-type]
+    ]
+    (tmp_path / "f.csv").write_text("mine")
+    file = tmp_path / "f.csv"
+    calls.append(("is not a folder", lambda: pixmim.evaluate(folder, "knn", out=file, **LABELLED)))
+    calls.append(("did you mean 'epochs'", lambda: pixmim.evaluate(folder, "finetune", epoch=1, **LABELLED)))
+    for message, call in calls:
+        with pytest.raises((UserError, TypeCheckError), match=f"{message}|violates type hint"):
+            call()
+
+
+def test_settings_of_python_are_those_of_the_command() -> None:
+    for settings in ({"epochs": 3, "mixup": 0.5}, {"changes": {"epochs": 3, "mixup": 0.5}}):
+        ((name, found),) = api._evaluations("finetune", {**LABELLED, **settings, "size": 48})
+        assert name == "finetune" and (found.changes.epochs, found.changes.mixup, found.size) == (3, 0.5, "48")
+    ((_, found),) = api._evaluations("knn", {**LABELLED, "k": [1, 5]})
+    assert found.k == (1, 5)
+    names = {name: settings for name, settings in api._evaluations("all", {"labelled": "shapes:count=40,size=32"})}
+    assert names["shape-bias"].train.startswith("split:train") and names["shape-bias"].train.endswith("texture=match")
+    mixed = {"train": "shapes:+shapes:seed=3*2", "test": "shapes:seed=1"}
+    ((_, bias),) = [one for one in api._evaluations("all", mixed) if one[0] == "shape-bias"]
+    assert (bias.train, bias.data) == (
+        "shapes:texture=match+shapes:seed=3,texture=match*2",
+        "shapes:seed=1,texture=conflict",
+    )
+
+
+def test_each_model_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["runs/模型一", "runs/模型二", "m_1", "m-1", "runs/a b", "runs/a-b", "runs/a/b", "..", "läuf/ä", "läuf/ö"]
+    folders = api._result_folders(names, tmp_path)
+    assert len({*folders.values()}) == len(names) and all(folder.parent == tmp_path for folder in folders.values())
+    assert folders["runs/模型一"].name == "runs-模型一" and tmp_path not in folders.values()
+    monkeypatch.chdir(tmp_path)
+    first = api._result_folders(["w_1.pth"], None)["w_1.pth"]
+    assert first == Path("evaluations/w_1.pth")
+    (first / "evaluations").mkdir(parents=True)
+    (first / "evaluations/knn.json").write_text('{"model": "w_1.pth"}')
+    assert api._result_folders(["w_1.pth"], None)["w_1.pth"] == first
+    assert api._result_folders(["/w_1.pth"], None)["/w_1.pth"] != first  # in a call of its own
 
 
 def test_embed_returns_a_row_for_each_readable_image(

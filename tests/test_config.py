@@ -6,9 +6,10 @@ import pytest
 from pixmim.build import build_model
 from pixmim.config import CropConfig, OptimConfig, PretrainConfig, TargetConfig
 from pixmim.config_io import from_json, to_json
-from pixmim.evaluation.settings import KnnSettings
+from pixmim.evaluation.settings import FinetuneSettings, KnnSettings
 from pixmim.recipes import RECIPES, get_recipe
 from pixmim.utils.errors import UserError
+from pixmim.utils.validation import from_python
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -96,11 +97,11 @@ def test_size_and_statistics() -> None:
 def test_sizes_and_lists_of_python_are_taken() -> None:
     for size, text in ((96, "96"), ((96, 128), "96x128"), ([64, 96], "64x96")):
         assert get_recipe("pixmim-vit-small", data="d", size=size).size == text
-        assert PretrainConfig(size=size).size == text  # type: ignore[arg-type]
-    assert KnnSettings("a", "b", k=[5, 20]).k == (5, 20)  # type: ignore[arg-type]
+    assert from_python(KnnSettings, {"train": "a", "k": [5, 20]}) == {"train": "a", "k": (5, 20)}
+    assert from_python(FinetuneSettings, {"size": (64, 96)}) == {"size": "64x96"}
     for wrong in (0, (96,), (1, 2, 3), 96.0, True, ("96", "96")):
         with pytest.raises(UserError, match="--size must be a number of pixels"):
-            PretrainConfig(size=wrong)  # type: ignore[arg-type]
+            get_recipe("pixmim-vit-small", data="d", size=wrong)
 
 
 def test_the_absolute_value_of_measurements_is_refused() -> None:

@@ -4,10 +4,12 @@ import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +38,10 @@ from pixmim.report.reconstruct import reconstruct as draw
 from pixmim.report.reconstruct import with_bands
 from pixmim.run_folder import PretrainResult
 from pixmim.training.precision import Precision
-from pixmim.utils.console import print_plain
+from pixmim.utils.console import print_plain, utf8
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.files import check_output, check_writable
+from pixmim.utils.files import check_output, check_writable, read_json
+from pixmim.utils.validation import Count, check_value, from_python, hints_of
 from pixmim.weights.detect import Weights
 from pixmim.weights.load import resolve_model
 
@@ -79,6 +82,8 @@ def evaluate(
     """
     check_name(evaluation)
     parts = _evaluations(evaluation, settings)
+    if out is not None:
+        _check_folder(Path(out))
     encoder = _encoder(model, device, precision)
     with TemporaryDirectory(prefix="pixmim-") as scratch:
         context = EvalContext(encoder, Path(out or scratch), "trained", console or Console())
@@ -124,12 +129,14 @@ def evaluate_to_folder(
     """
     parts, console = _evaluations(evaluation, settings), console or Console()
     names = list(dict.fromkeys(os.fspath(model) for model in models))
+    if not names:
+        raise UserError("no model is given: pass a run, a file of weights, timm:NAME or hf:NAME")
     root = Path(out) if out is not None else None
-    folders = {name: _result_folder(name, root, several=len(names) > 1) for name in names}
+    folders = _result_folders(names, root)
     page = report_path(list(folders.values()), root / "report.html" if root else None)
     check_output(page, mark=DATA_MARK)
     for folder in folders.values():
-        check_writable(folder / "evaluations" / "results.json")
+        _check_folder(folder)
     splits: dict[Path, None] = {}
     for result, folder in evaluate_many(
         folders,
@@ -179,6 +186,7 @@ def embed(
     Raises:
         UserError: If the encoder or the data cannot be opened, or no image can be read.
     """
+    _check_embedding(features, batch_size)
     encoder = _encoder(model, device, precision)
     dataset = _open(data, encoder.image_spec)
     skipped = BadImageLog(None, len(dataset), 1.0)
@@ -223,7 +231,8 @@ def embed_to_file(
     Raises:
         UserError: If the encoder or the data cannot be opened, no image can be read, or `out` exists.
     """
-    weights = model if isinstance(model, Weights) else resolve_model(_name(model))
+    _check_embedding(features, batch_size)
+    weights = model if isinstance(model, Weights) else resolve_model(_file(model))
     dataset, console = _open(data, image_spec(weights.config)), console or Console()
     options: Any = {"device": device, "precision": precision, "overwrite": overwrite, "console": console}
     options["thumbnails"] = thumbnails
@@ -250,7 +259,8 @@ def reconstruct(
     Raises:
         UserError: If the model has no decoder, its pre-training is unknown, or no image can be read.
     """
-    weights = model if isinstance(model, Weights) else resolve_model(_name(model), with_decoder=True)
+    check_value("count", count, Count)
+    weights = model if isinstance(model, Weights) else resolve_model(_file(model), with_decoder=True)
     weights = with_bands(weights, bands)
     drawing = draw(weights, _open(data, image_spec(weights.config)), count)
     return labeled_grid(drawing.columns, drawing.names)
@@ -261,25 +271,71 @@ def report_path(folders: list[Path], page: Path | None) -> Path:
     return page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
 
 
-def _result_folder(model: str, out: Path | None, *, several: bool) -> Path:
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
-    if out is not None:
-        return out / name if several else out
-    folder = Path(model).expanduser()
-    return folder if folder.is_dir() else Path("evaluations") / name
+def _result_folders(models: Sequence[str], out: Path | None) -> dict[str, Path]:
+    """Return a folder for each model's results: another one for each, whatever their names have in common."""
+    folders = dict[str, Path]()
+    for model in models:
+        own = Path(model).expanduser()
+        if out is None and own.is_dir():
+            folders[model] = own
+        elif out is not None and len(models) == 1:
+            folders[model] = out
+        else:
+            name = re.sub(r"[^\w.]+", "-", model).strip("-.") or "model"
+            folder = (out or Path("evaluations")) / name
+            if folder in folders.values() or _holds_another(folder, model):
+                folder = folder.with_name(f"{name}-{sha256(utf8(model).encode()).hexdigest()[:8]}")
+            folders[model] = folder
+    return folders
+
+
+def _holds_another(folder: Path, model: str) -> bool:
+    """Return True if a folder holds results of another model."""
+    for path in sorted(folder.glob("evaluations/*.json"))[:1]:
+        with suppress(UserError, OSError):
+            content = read_json(path)
+            return isinstance(content, dict) and content.get("model") not in (None, model)
+    return False
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UserError or OSError, before the work, if results cannot be written into a folder."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: pass another one as out")
+    check_writable(folder / "evaluations" / "results.json")
+
+
+def _check_embedding(features: object, batch_size: object) -> None:
+    check_value("features", features, Kind)
+    check_value("batch_size", batch_size, Count)
 
 
 def _evaluations(evaluation: str, settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return the evaluations by name, with their settings and absolute paths of data. Raises UserError."""
-    kind = EvaluateAllSettings if evaluation == "all" else EVALS[evaluation].settings
+    kind: Any = EvaluateAllSettings if evaluation == "all" else EVALS[evaluation].settings
     known = [field.name for field in fields(kind)]
-    values = dict(settings)
+    hints = {
+        name: get_args(hint)[0] if get_origin(hint) is Annotated else hint for name, hint in hints_of(kind).items()
+    }
+    parts: dict[str, Any] = {name: each for name, each in hints.items() if is_dataclass(get_origin(each) or each)}
+    part_of = {inner.name: name for name, part in parts.items() for inner in fields(get_origin(part) or part)}
+    values, nested = dict[str, Any](), {name: dict[str, Any]() for name in parts}
     for name, value in settings.items():
-        if name not in known:
-            raise UserError(f"{evaluation} has no setting '{name}'{did_you_mean(name, known)}")
-        if isinstance(value, os.PathLike):
-            values[name] = str(value)
-    checked = with_full_paths(kind(**values))
+        value = str(value) if isinstance(value, os.PathLike) else value
+        if name in part_of and name not in known:
+            nested[part_of[name]][name] = value
+        elif name not in known:
+            raise UserError(f"{evaluation} has no setting '{name}'{did_you_mean(name, [*known, *part_of])}")
+        elif name in parts and isinstance(value, Mapping):
+            nested[name] |= value
+        else:
+            values[name] = value
+    for name, part in parts.items():  # whose flags are those of the command
+        if unknown := [inner for inner in nested[name] if part_of.get(inner) != name]:
+            raise UserError(f"{name} has no setting '{unknown[0]}'{did_you_mean(unknown[0], part_of)}")
+        if nested[name]:
+            values[name] = part(**from_python(get_origin(part) or part, nested[name]))
+    checked = with_full_paths(kind(**from_python(kind, values)))
     if isinstance(checked, LabeledSettings):
         checked = checked.resolved()
     return checked.parts() if isinstance(checked, EvaluateAllSettings) else [(evaluation, checked)]
@@ -289,6 +345,13 @@ def with_full_paths(settings: Any) -> Any:
     """Return an evaluation's settings with absolute paths of data, which results are saved with."""
     data = [field.name for field in fields(settings) if field.name in DATA_FIELDS]
     return replace(settings, **{name: absolute(getattr(settings, name)) for name in data})
+
+
+def _file(model: AnyEncoder) -> str:
+    """Return the name of a model that is in files. Raises UserError for a module."""
+    if isinstance(model, nn.Module):
+        raise UserError(f"pass a run, a file of weights or opened weights, not a module ({type(model).__name__})")
+    return _name(model)
 
 
 def _name(model: AnyEncoder) -> str:
@@ -306,7 +369,7 @@ def _open(data: Images, spec: ImageSpec) -> ImageDataset:
 def _encoder(model: AnyEncoder, device: str, precision: Precision) -> FrozenEncoder:
     if isinstance(model, nn.Module):
         config = getattr(model, "pixmim_config", None) or _timm_config(model)
-        return encoder_from_module(config, copy.deepcopy(model), device, precision)
+        return encoder_from_module(config, copy.deepcopy(model).float(), device, precision)
     return load_frozen_encoder(_name(model), device=device, precision=precision)
 
 
@@ -316,12 +379,14 @@ def _timm_config(module: nn.Module) -> ModelConfig:
     if not cfg or "architecture" not in cfg:
         raise UserError(f"{type(module).__name__} is not a timm model: its pretrained_cfg names no architecture")
     channels, *size = cfg["input_size"]
+    first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+    own = channels if first is None else first.in_channels * first.groups
     h, w = getattr(getattr(module, "patch_embed", None), "img_size", None) or size
     classes = getattr(module, "num_classes", 0)
     return ModelConfig(
         model=ArchitectureConfig("timm", cfg["architecture"], options={"num_classes": classes} if classes else {}),
         size=f"{h}x{w}",
-        channels=channels,
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
+        channels=own,
+        mean=tuple(cfg["mean"]) if own == channels else None,
+        std=tuple(cfg["std"]) if own == channels else None,
     )

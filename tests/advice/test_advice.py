@@ -17,6 +17,9 @@ from helpers.cli import say
 from pixmim import cli, recipes
 from pixmim.advice.speed import measure_speed
 from pixmim.cli.pretrain import read_flags
+from pixmim.data import open_dataset
+from pixmim.data.build_resized_cache import make_cache
+from pixmim.data.dataset import ImageSpec
 from pixmim.data.split import split_labeled
 
 NOISE = np.random.default_rng(0)
@@ -184,6 +187,23 @@ def test_the_command_for_published_weights_trains_from_a_file(
     status, output = say(capsys, *words[1:], *more, report=False)
     assert status == 0, output
     assert "encoder: 150 tensors" in output and "positions interpolated" in output
+
+
+def test_what_a_cache_was_made_with_is_part_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in ({"stretch": "1,99"}, {"max_no_data": 0.5}):
+        folder = str(tmp_path / "-".join(flags))
+        make_cache(open_dataset("shapes:count=12,size=32", ImageSpec(**flags)), Path(folder), (32, 32))
+        config = pixmim.advise(folder, device="cpu", trial=False).config
+        assert all(getattr(config, name) == value for name, value in flags.items())
+
+
+def test_a_list_is_replaced_on_request(tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["advise", str(tiles), "--list", str(tmp_path / "l.txt"), "--no-trial", "--device", "cpu"]
+    assert cli.main(words) == 0
+    assert cli.main(words) == 1 and "--overwrite" in capsys.readouterr().err
+    assert cli.main([*words, "--overwrite"]) == 0
+    again = ["advise", str(tmp_path / "l.txt"), *words[2:], "--overwrite"]
+    assert cli.main(again) == 1 and "would replace the list that is examined" in capsys.readouterr().err
 
 
 def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,13 +167,37 @@ def test_embedding_resumes(model: str, pictures: Path, tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         return features(*args)  # type: ignore[arg-type]
 
+    (pictures / "cats/0.jpg").write_bytes(b"damaged")
     monkeypatch.setattr(embedding, "features", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not out.exists() and len(list((tmp_path / "f.npy.partial").glob("*.npz"))) == 2
     with pytest.raises(UserError, match="unfinished work of another model"):
         run(replace(weights, tensors={key: value + 1 for key, value in weights.tensors.items()}))
-    run()
+    with pytest.raises(UserError, match="other images, --features or --precision"):
+        embedding.embed(weights, data, out, batch=3, device="cpu", precision="bf16")
+    lines = embedding.embed(weights, data, out, batch=3, device="cpu", precision="fp32")
+    assert lines[1].startswith("1 images could not be read")  # before the interruption
     assert len(calls) == 3 + 2  # two of the four batches were done before
-    assert np.array_equal(np.load(out), np.load(tmp_path / "uninterrupted.npy"))
+    assert np.array_equal(np.load(out), np.load(tmp_path / "uninterrupted.npy")[1:])
     assert not (tmp_path / "f.npy.partial").exists()
+
+
+def test_the_data_themselves_are_never_replaced(model: str, pictures: Path) -> None:
+    table = pictures / "mine.csv"
+    table.write_text("path,label\ncats/0.jpg,cats\n")
+    weights, data = resolve_model(model), open_dataset(str(table))
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="would replace the data themselves"):
+            embedding.embed(weights, data, pictures / "mine.npy", device="cpu", precision="fp32", overwrite=overwrite)
+    assert table.read_text().startswith("path,label")
+
+
+def test_a_drawing_that_a_format_cannot_hold_is_refused(
+    model: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = say(capsys, "reconstruct", model, *[pictures] * 11, "--count", 110, "--out", tmp_path / "a.webp")
+    assert status == 1 and "Pass a .png" in text and not (tmp_path / "a.webp").exists()
+    assert (
+        "not the name of an image file" in say(capsys, "reconstruct", model, pictures, "--out", tmp_path / "a.ico")[1]
+    )

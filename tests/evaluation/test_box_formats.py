@@ -125,6 +125,40 @@ def test_lines_that_are_not_objects_are_counted(tmp_path: Path) -> None:
         open_detection(str(tmp_path), "", RGB)
 
 
+def test_files_of_other_programs_are_no_annotations(tmp_path: Path) -> None:
+    save_image(tmp_path / "images/a.png")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.5 0.5")
+    for name in (".idea/misc.xml", "images/a.png.aux.xml", "project.xml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("<project><size/></project>")
+    assert read_objects(str(tmp_path))[0][0].box == (10, 7.5, 30, 22.5)
+    with pytest.raises(UserError, match=r"--train-images .*: the images of .* are in"):
+        open_detection(str(tmp_path), str(tmp_path / "elsewhere"), RGB)
+    assert len(open_detection(str(tmp_path), str(tmp_path / "images"), RGB).images) == 1
+
+
+def test_objects_of_unreadable_images_are_left_out(tmp_path: Path) -> None:
+    for i in range(5):
+        save_image(tmp_path / f"images/{i}.png", 120, 30)
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / f"labels/{i}.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "images/0.png").write_bytes(b"damaged")
+    objects, left_out = read_objects(str(tmp_path))
+    assert left_out == 1 and {each.size for each in objects} == {(30, 120)}
+    data = open_detection(str(tmp_path), "", RGB)
+    assert "1 objects are in images that cannot be read: left out" in data.problems
+    (tmp_path / "images/1.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="more than a quarter"):
+        read_objects(str(tmp_path))
+
+
+def test_boxes_of_another_scale_are_refused(tmp_path: Path) -> None:
+    save_voc(tmp_path, "a", ("dog", 50, 50, 60, 60, 0), ("dog", 1, 1, 5, 5, 0))
+    with pytest.raises(UserError, match="1 boxes are outside their image"):
+        open_detection(str(tmp_path), "", RGB)
+
+
 def test_a_folder_without_boxes_says_so(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png")
     with pytest.raises(UserError, match="VOC or YOLO"):

@@ -16,9 +16,10 @@ from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
 
+from helpers import runs
 from helpers.evaluated import measured
 from pixmim.build import build_model
-from pixmim.config import PretrainConfig
+from pixmim.config import OnlineKnnConfig, PretrainConfig
 from pixmim.config_io import load_config, to_json
 from pixmim.data import open_dataset
 from pixmim.evaluation.classification import (
@@ -30,7 +31,7 @@ from pixmim.evaluation.classification import (
     tally,
     wilson_interval,
 )
-from pixmim.evaluation.context import EvalContext, FeatureSet, Values, extract_features
+from pixmim.evaluation.context import EvalContext, FeatureSet, Values, describe_labels, extract_features
 from pixmim.evaluation.evals import EVALS
 from pixmim.evaluation.evaluate import EVALUATIONS, State, evaluate, evaluate_many, online_knn
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, load_frozen_encoder, wrap_live_encoder
@@ -39,6 +40,7 @@ from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep
 from pixmim.evaluation.results import save
 from pixmim.evaluation.settings import EvaluateAllSettings
 from pixmim.report.results import ModelResults, circumstances, compare
+from pixmim.training.metric_logger import read_metrics
 from pixmim.training.precision import autocast
 from pixmim.transforms.crops import evaluation_crop
 from pixmim.utils.errors import UserError
@@ -299,6 +301,58 @@ def test_labels_have_as_many_stars_as_their_keys() -> None:
         item for protocol in EVALS.values() for item in [*protocol.display_names.items(), *protocol.class_names.items()]
     ]
     assert [key for key, title in shown if key.count("*") != title.count("*")] == []
+
+
+def test_the_newest_of_several_results_counts_and_older_ones_say_so() -> None:
+    def result(step: int, name: str = "knn", encoder: str = "trained", **values: float) -> dict[str, Any]:
+        settings = {"train": "/a", "test": "/b", "k": sorted(values)}
+        values = {f"{k}/mean/top1": value for k, value in values.items()}
+        return {"evaluation": name, "encoder": encoder, "step": step, "settings": settings, "values": values}
+
+    old, new, start = result(4, k1=5.0, k20=6.0), result(8, k1=8.0), result(0, encoder="untrained", k1=1.0, k20=2.0)
+    for order in ([old, new, start], [new, start, old]):
+        rows = {row.key: row.cells for row in compare([ModelResults("run", order)]).rows}
+        assert [cell and cell.text for cell in rows["k1/mean/top1"]] == ["1.0 %", "8.0 %"]
+        assert [cell and cell.text for cell in rows["k20/mean/top1"]] == ["2.0 %", None]  # not measured at step 8
+    linear = result(4, "linear") | {"values": {"top1": 7.0}}
+    found = {row.key: row.cells[0] for row in compare([ModelResults("run", [new, linear])]).rows}
+    assert found["top1"] is not None and found["top1"].text == "7.0 % (step 4)"
+
+
+def test_labels_are_part_of_what_work_is_resumed_from(pictures: Path, product: Path, tmp_path: Path) -> None:
+    rows = [f"{name}/{i}.jpg,{name}" for name in ("cats", "dogs") for i in range(5)]
+    texts, folders = set(), set()
+    context = EvalContext(load_frozen_encoder(str(product), device="cpu", precision="fp32"), tmp_path)
+    for labels in (rows, [row.replace("0.jpg,cats", "0.jpg,dogs") for row in rows]):
+        (pictures / "labels.csv").write_text("\n".join(["path,label", *labels]))
+        data = open_dataset(f"{pictures}/labels.csv")
+        texts.add(describe_labels(data))
+        folders.add(context.work_dir("finetune", "", describe_labels(data)))
+        assert context.work_dir("finetune", "", describe_labels(data)) in folders
+    assert len(texts) == len(folders) == 2
+    context.encoder = replace(context.encoder, precision="bf16")
+    assert context.work_dir("finetune", "", describe_labels(data)) not in folders
+
+
+def test_images_that_become_unreadable_cost_the_measurement_and_not_the_run(
+    tiny_run: Callable[..., PretrainConfig], pictures: Path, tmp_path: Path
+) -> None:
+    knn = OnlineKnnConfig(train=str(pictures), test=str(pictures), every=0.2)
+
+    def remove(step: int) -> None:
+        if step == 2:
+            shutil.rmtree(pictures / "cats")
+
+    text = runs.train(tiny_run(steps=6, knn=knn, hold_out=0.2), tmp_path / "run", on_step_end=remove)
+    assert "warning: k-NN is not measured" in text
+    measured = [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl") if "knn/images" in line]
+    assert measured[0] == 0 and max(measured) <= 2 and (tmp_path / "run/encoder").is_dir()
+    for path in (pictures / "dogs").iterdir():
+        path.write_bytes(b"damaged")
+    (pictures / "cats").mkdir()
+    Image.new("RGB", (32, 32)).save(pictures / "cats/0.png")
+    with pytest.raises(UserError, match=r"--knn\.train and --knn\.test: .*cannot be read"):
+        runs.train(tiny_run(steps=2, knn=knn), tmp_path / "start")
 
 
 def test_rows_of_other_settings_have_other_labels() -> None:

@@ -91,6 +91,17 @@ def test_a_mask_that_fills_its_box_counts_as_the_box(name: str) -> None:
     assert abs(each.mean() - wanted) <= 4 * each.std() / 1000**0.5 + 5e-4
 
 
+def test_masks_beside_a_folder_of_images_are_the_objects(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "images/0.jpg")
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:20, 5:15] = 255
+    Image.fromarray(mask).save(tmp_path / "masks/0.png")
+    (found,), _ = read_objects(str(tmp_path))
+    assert found.box == (5, 10, 15, 20)
+
+
 def test_means_of_images_and_of_objects(tmp_path: Path) -> None:
     table = tmp_path / "boxes.csv"
     table.write_text(

@@ -28,6 +28,7 @@ from pixmim.evaluation.frozen_encoder import load_frozen_encoder, wrap_live_enco
 from pixmim.evaluation.knn import knn
 from pixmim.evaluation.linear_probe import RATES, evaluate_probe, fit, fit_sweep, standardize
 from pixmim.evaluation.patch_tokens import extract_tokens
+from pixmim.evaluation.repeated import _summarize
 from pixmim.evaluation.settings import (
     AttentiveSettings,
     EvaluateAllSettings,
@@ -77,6 +78,15 @@ def tinted(tmp_path: Path) -> Path:
 
 def values_of(name: str, context: EvalContext, settings: LabeledSettings) -> dict[str, float]:
     return dict(EVALUATIONS[name].run(context, settings.resolved()))
+
+
+def test_only_ends_of_intervals_are_left_out_of_a_mean() -> None:
+    """A class may be called low."""
+    runs = [
+        {"top1": v, "top1/low": v - 1, "top1/high": v + 1, "recall/low": v, "recall/high": 2 * v} for v in (1.0, 3.0)
+    ]
+    found = dict(_summarize(runs, "fold"))
+    assert found["recall/low"] == 2 and found["recall/high"] == 4 and "top1/low" not in found
 
 
 def test_measures_are_those_of_scikit_learn() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pixmim.config import OnlineKnnConfig, PretrainConfig
 from pixmim.config_io import to_json
-from pixmim.evaluation.classification import difference_interval
+from pixmim.evaluation.classification import difference_interval, wilson_interval
 from pixmim.report.gain import describe_gain, gain_summary, verdict
 from pixmim.report.page import write_report
 from pixmim.report.results import ModelResults, compare
@@ -37,6 +37,12 @@ def wilson_ends(share: float, n: int) -> tuple[float, float]:
             inner, end = (middle, end) if inside else (inner, middle)
         ends.append(inner)
     return ends[0], ends[1]
+
+
+def test_an_interval_of_a_share_stays_between_zero_and_one() -> None:
+    for n in range(1, 200):
+        assert wilson_interval(0, n)[0] == 0 and wilson_interval(n, n)[1] <= 1
+        assert f"{100 * wilson_interval(0, n)[0]:.1f}" == "0.0"
 
 
 @pytest.mark.parametrize(("a", "n", "b", "m"), [(56, 70, 48, 80), (9, 10, 3, 10), (0, 20, 20, 20), (5, 9, 5, 9)])

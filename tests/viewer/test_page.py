@@ -20,8 +20,8 @@ from PIL import Image
 
 import pixmim
 from helpers.runs import train
-from pixmim.build import image_spec
-from pixmim.config import ModelConfig, PretrainConfig
+from pixmim.build import build_loss, image_spec
+from pixmim.config import ModelConfig, PretrainConfig, TargetConfig
 from pixmim.evaluation.attentive_probe import AttentiveProbe, save_probe
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
 from pixmim.evaluation.visualize import heat_overlay, to_rgb
@@ -29,12 +29,12 @@ from pixmim.export import export_model
 from pixmim.masking import Mask
 from pixmim.report import write_report
 from pixmim.report.reconstruct import draw
-from pixmim.transforms.crops import CenterCrop, evaluation_crop
+from pixmim.transforms.crops import CenterCrop, evaluation_crop, flip_and_normalize
 from pixmim.utils.errors import UserError
 from pixmim.viewer.images import ImageStore
 from pixmim.viewer.index import EncoderIndex
 from pixmim.viewer.page import Page
-from pixmim.viewer.runs import Run, low_passed, random_mask, read_new_metrics
+from pixmim.viewer.runs import Run, low_passed, random_mask, read_new_metrics, target_radius
 from pixmim.weights.load import build_with_weights, resolve_model
 
 DATA = "shapes:count=30,size=32"
@@ -100,6 +100,19 @@ def test_low_pass_splits_the_image(page: Page) -> None:
     expected = (kept.var(dim=(2, 3)) / run_std(run) ** 2).sum() / (image.var(dim=(2, 3)) / run_std(run) ** 2).sum()
     assert half["share"] == pytest.approx(float(expected), abs=1e-4)
     np.testing.assert_allclose(pixels(half["kept"]), (kept[0].permute(1, 2, 0) * 255).clip(0, 255), atol=1)
+
+
+@pytest.mark.parametrize("variant", ["exact", "paper-code"])
+def test_the_low_pass_of_the_targets_radius_is_the_target(variant: Any) -> None:
+    target = TargetConfig(variant=variant)
+    config = PretrainConfig(size="64x96", target=target, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    crop = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
+    found = low_passed(config, crop, target_radius(config))
+    x = flip_and_normalize(crop, None, *map(torch.tensor, config.normalization))
+    kept = build_loss(config).target(x)
+    assert found.share == pytest.approx(float(kept.var(dim=(2, 3)).mean() / x.var(dim=(2, 3)).mean()))
+    pixels = replace(config, target=TargetConfig("pixels"))
+    assert low_passed(pixels, crop, 20).share == low_passed(config, crop, 20).share  # an ellipse as well
 
 
 @pytest.mark.parametrize(("channels", "bands"), [(3, "3,2,1"), (5, "4,3,2"), (5, "2"), (2, ""), (1, "")])

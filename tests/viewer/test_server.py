@@ -66,6 +66,24 @@ def test_every_answer_has_a_policy_that_allows_no_other_host(client: TestClient)
     assert "innerHTML" not in text and "//" not in text.replace("http://www.w3.org/2000/svg", "").replace("// ", "")
 
 
+def test_an_address_of_ipv6_is_served(page: Page) -> None:
+    client = TestClient(build_app(page, "secret", "::1"), base_url="http://[::1]:8765")
+    assert client.get("/?token=secret").status_code == 200
+    assert client.get("/api/page", headers={"host": "attacker.example"}).status_code == 400
+
+
+def test_names_in_no_encoding_and_numbers_that_json_lacks_are_shown(client: TestClient, two_runs: list[Path]) -> None:
+    name = b"M\xfcller.jpg"
+    with open(two_runs[0] / "skipped.csv", "wb") as file:
+        file.write(b"image,reason\n" + name + b",damaged\n")
+    with open(two_runs[0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "epoch": 1.0, "loss": NaN, "lr": 0.5}\n{"step": 10, "epoch": 1.1, "loss": 1e999}\n')
+    status = client.get("/api/status?run=0")
+    assert status.status_code == 200 and "ller.jpg" in str(status.json()["skipped"][0])
+    records = client.get("/api/metrics?run=0&position=").json()["records"]
+    assert records[-2] == {"step": 9, "epoch": 1.0, "lr": 0.5} and records[-1] == {"step": 10, "epoch": 1.1}
+
+
 def test_answers_are_those_of_the_page(client: TestClient, page: Page) -> None:
     assert client.get("/api/page").json() == json.loads(json.dumps(page.describe()))
     thumbnail = Image.open(io.BytesIO(client.get("/api/thumbnail?image=d2&side=20").content))

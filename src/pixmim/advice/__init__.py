@@ -9,7 +9,7 @@ import os
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
@@ -21,7 +21,7 @@ from pixmim.config import PretrainConfig
 from pixmim.data.survey import MAX_SAMPLE, Survey, is_cache, open_unconverted, split_masks, survey
 from pixmim.recipes import get_recipe
 from pixmim.training.precision import choose_device
-from pixmim.utils.errors import UserError
+from pixmim.utils.validation import Integer, check_value
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def advise(
     *,
     images: int = 2_000,
     write_list: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     device: str = "auto",
     trial: bool = True,
     console: Console | None = None,
@@ -88,6 +89,7 @@ def advise(
         images: Images to examine (1 to 20,000), evenly distributed and always the same.
         write_list: A new file that lists the images without masks; the commands then use it. A .txt has their paths, a
             .csv also their class, if they have one, and near-duplicates as groups that a split keeps together.
+        overwrite: Replace an existing list.
         device: Device to train on: "auto", "cpu", "cuda" or "mps".
         trial: Measure the speed of training with a few steps.
         console: Shows progress.
@@ -98,13 +100,12 @@ def advise(
     Raises:
         UserError: If the dataset cannot be opened, no image can be read, or the list cannot be written.
     """
-    if not 1 <= images <= MAX_SAMPLE:
-        raise UserError(f"--images must be from 1 to {MAX_SAMPLE:,}, not {images:,}")
+    check_value("--images", images, Annotated[int, Integer(1, MAX_SAMPLE)])
     target = choose_device(device)
     dataset = open_unconverted(os.fspath(data))
     split = split_masks(dataset)
     if write_list is not None:
-        check_list(dataset, len(split[0]), images, Path(write_list))
+        check_list(dataset, len(split[0]), images, Path(write_list), overwrite)
     size = min(get_recipe(choose_recipe(len(split[0]), target)).image_size)
     found = replace(survey(dataset, split, size=size, sample=images, console=console), data=os.fspath(data))
     if write_list is not None:

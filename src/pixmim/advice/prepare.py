@@ -13,6 +13,7 @@ from pixmim.config import PretrainConfig
 from pixmim.data.dataset import RGB, ImageDataset
 from pixmim.data.image_folder import ImageFolder
 from pixmim.data.survey import MAX_SAMPLE, Survey
+from pixmim.data.uri import split_options
 from pixmim.utils.errors import UserError, shown
 from pixmim.utils.files import check_output, write_csv, write_text_atomically
 
@@ -46,12 +47,12 @@ def prepare_cache(found: Survey, config: PretrainConfig, *, cached: bool) -> tup
     return commands, source
 
 
-def check_list(dataset: ImageDataset, images: int, examined: int, file: Path) -> None:
+def check_list(dataset: ImageDataset, images: int, examined: int, file: Path, overwrite: bool = False) -> None:
     """Check that the `images` of a dataset can be listed in a file.
 
     Raises:
-        UserError: If the dataset has no files, the list has another suffix or exists, or some images will not be
-            examined, of which a .csv would lack the duplicates.
+        UserError: If the dataset has no files, the list has another suffix or exists (unless it is to be replaced),
+            or some images will not be examined, of which a .csv would lack the duplicates.
     """
     if file.suffix not in (".txt", ".csv"):
         raise UserError(f"--list {file} is not the name of a list: it must end in .txt or .csv")
@@ -62,7 +63,9 @@ def check_list(dataset: ImageDataset, images: int, examined: int, file: Path) ->
             f"--list {file} names near-duplicates, for which all {images:,} images must be examined: "
             + (f"add --images {images}" if images <= MAX_SAMPLE else f"at most {MAX_SAMPLE:,} can be; use a .txt list")
         )
-    check_output(file)
+    if os.path.realpath(file) == os.path.realpath(split_options(dataset.spec)[0]):
+        raise UserError(f"--list {file} would replace the list that is examined: choose another name")
+    check_output(file, overwrite)
 
 
 def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], found: Survey, file: Path) -> str:

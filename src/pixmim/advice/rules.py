@@ -1,6 +1,7 @@
 """Rules from a survey to settings. docs/my-images.md lists them with their sources."""
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -87,11 +88,15 @@ def configure(data: str, suggestions: list[Suggestion]) -> PretrainConfig:
     recipe, *flags = [flag for suggestion in suggestions for flag in suggestion.flags]
     values: dict[str, Any] = {"data": data}
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
-        values[flag.removeprefix("--").replace("-", "_")] = value if flag in _WORDS else int(value)
+        values[flag.removeprefix("--").replace("-", "_")] = _TYPES.get(flag, int)(value)
     return get_recipe(recipe, **values)
 
 
-_WORDS = ("--size", "--dtype", "--tiff-pages")
+_TYPES: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("--size", "--dtype", "--tiff-pages", "--stretch"), str),
+    "--max-no-data": float,
+}
+"""Types of the values of flags that are no integers."""
 
 
 def judge_speed(

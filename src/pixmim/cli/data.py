@@ -83,7 +83,7 @@ def advise(
             as groups, which --labelled keeps together.
         json_file: Write everything as JSON to a file, or to the standard output (-) instead of the text.
         out: Folder for a page with small images, index.html.
-        overwrite: Replace an existing file of --json.
+        overwrite: Replace existing files of --list and --json.
         device: Device to train on: auto, cpu, cuda, cuda:1, mps.
         trial: Measure the speed of training with a few steps.
     """
@@ -96,7 +96,15 @@ def advise(
         check_page(out)
     console = Console(stderr=json_file == "-")
     chosen = choice.choose(data)
-    advice = examine(chosen, images=images, write_list=list_file, device=device, trial=trial, console=console)
+    advice = examine(
+        chosen,
+        images=images,
+        write_list=list_file,
+        overwrite=overwrite,
+        device=device,
+        trial=trial,
+        console=console,
+    )
     if out is not None:
         print_plain(console, f"page: {advice.write_page(out)}")
     text = json.dumps(advice.to_dict(), indent=2)

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from pixmim.cli.flags import ChoiceFlags, ModelFlags, checked, command
 from pixmim.utils.console import print_plain
-from pixmim.utils.errors import UserError
+from pixmim.utils.errors import UserError, first_line
 from pixmim.utils.files import atomic_write, check_output
 from pixmim.utils.validation import Data, Device, Integer
 
@@ -90,7 +90,10 @@ def _draw_command(
         weights = _open_model(model, model_flags, with_decoder=prog == "pixmim reconstruct")
         image = draw(weights, images, count, bands)
         out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(out, partial(image.save, format=kind))
+        try:
+            atomic_write(out, partial(image.save, format=kind))
+        except (ValueError, OverflowError, RuntimeError) as error:  # too large for the format
+            raise UserError(f"{out} cannot be written: {first_line(error)}. Pass a .png, or less --count") from None
         print_plain(Console(), f"written to {out}")
         return 0
 
@@ -176,10 +179,10 @@ def _open_model(model: str, model_flags: ModelFlags, with_decoder: bool = False)
 
 
 def image_format(out: Path) -> str:
-    """Return Pillow's format for the suffix of a file. Raises UserError for an unknown one."""
+    """Return Pillow's format for the suffix of a file. Raises UserError for an unknown one, or one of small icons."""
     from PIL.Image import SAVE, registered_extensions
 
     kind = registered_extensions().get(out.suffix.lower(), "")
-    if kind not in SAVE:
+    if kind not in SAVE or kind in ("ICO", "ICNS"):
         raise UserError(f"--out {out} is not the name of an image file: pass one such as {out.stem}.png")
     return kind

@@ -14,7 +14,7 @@ from pixmim.data.image_folder import EXTENSIONS
 from pixmim.data.label_table import open_csv
 from pixmim.data.synthetic import SyntheticShapes
 from pixmim.evaluation.box_formats import read_boxes
-from pixmim.evaluation.mask_files import find_masks, read_mask
+from pixmim.evaluation.mask_files import MASK_FOLDERS, find_masks, read_mask
 from pixmim.utils.errors import UserError
 from pixmim.utils.files import read_file, readable
 from pixmim.utils.memory import free_memory
@@ -45,8 +45,8 @@ def read_objects(spec: str) -> tuple[list[ImageObject], int]:
 
     `spec` is a .csv file with the columns width, height, x, y, w, h (corner and size of the box in pixels), and `image`
     if an image has several boxes; a COCO .json file, whose crowds are ignored; a dataset in the layout of VOC or YOLO
-    (`box_formats`); a folder of masks, or of images with masks beside them (`mask_files`), in each of which all nonzero
-    pixels are one object; or shapes:. Raises UserError, naming the line or entry.
+    (`box_formats`); a folder of masks, of images/ and masks/, or of images with masks beside them (`mask_files`), in
+    each of which all nonzero pixels are one object; or shapes:. Raises UserError, naming the line or entry.
     """
     path, boxes = Path(spec).expanduser(), None
     if spec.startswith("shapes:"):
@@ -99,8 +99,10 @@ def _read_csv(path: Path) -> Iterator[ImageObject | None]:
 
 
 def _read_masks(path: Path) -> Iterator[ImageObject | None]:
-    files = [(file, file) for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS]
-    if files and (beside := find_masks(path)) is not None:
+    masks = next((path / name for name in MASK_FOLDERS if (path / name).is_dir()), None)
+    where = masks if masks is not None and (path / "images").is_dir() else path
+    files = [(file, file) for file in sorted(where.rglob("*")) if file.suffix.lower() in EXTENSIONS]
+    if files and where == path and (beside := find_masks(path)) is not None:
         files = [(path / mask, path / image) for image, masks in beside.masks.items() for mask in masks]
     if not files:
         raise UserError(f"{path} contains neither VOC .xml files, YOLO labels nor masks")
@@ -298,6 +300,8 @@ def _broken(entry: Any, index_of: Mapping[Any, int], label_of: Mapping[Any, int]
         if known is not None and (not _is_key(entry.get(key)) or entry[key] not in known):
             return f"annotations have a {key} that the file does not list"
     box = entry.get("bbox")
+    if box is None and entry.get("unreadable"):
+        return "objects are in images that cannot be read"
     if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
         return "annotations have a bbox that is not four numbers"
     return ""
@@ -310,8 +314,11 @@ def _read_annotation(
     size, problems, (x, y, w, h) = coco.images[index].size, coco.problems, entry["bbox"]
     height, width = size
     box = _clip(entry["bbox"], float(width), float(height))
+    if box is None and min(w, h) > 0:
+        problems.add("boxes are outside their image", name, broken=True)
+    elif box is None:
+        problems.add("boxes are empty", name)
     if box is None:
-        problems.add("boxes are empty, or outside their image", name)
         return None
     if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:  # otherwise a rounding error
         problems.add("boxes extend beyond their image", name, "clipped")

@@ -280,4 +280,7 @@ def load_newest_probe(run: Path, step: int) -> tuple[AttentiveProbe, list[str]]:
 
 def _check_count(images: int) -> None:
     if images < 3:
-        raise UserError(f"the attentive probe needs at least 3 train images: pass more than {images} as --train")
+        raise UserError(
+            f"the attentive probe needs at least 3 train images, and is to be fitted to {images}: pass more as "
+            "--train, or larger numbers as --shots"
+        )

@@ -21,7 +21,7 @@ from pixmim.data.decode.limits import max_bytes
 from pixmim.data.image_folder import check_inside, from_folder
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, first_line, shown
-from pixmim.utils.files import read_file, read_text, readable
+from pixmim.utils.files import open_regular, read_file, read_text, readable
 from pixmim.utils.process import killable
 from pixmim.utils.threads import ThreadPool, ordered_map
 
@@ -46,7 +46,7 @@ def read_boxes(path: Path, part: Part = "train", images: str = "") -> tuple[Cont
         files = [root / "Annotations" / f"{name}.xml" for name in names]
         check_inside(map(str, files), [root], str(path), len(files), "an entry is the name of an image")
         return _read_voc(files, Path(images) if images else root / "JPEGImages")
-    if path.is_dir() and (files := sorted((path / "Annotations").glob("*.xml")) or sorted(path.rglob("*.xml"))):
+    if path.is_dir() and (files := _find_voc(path)):
         folder = next((f for f in (path / "JPEGImages", path.parent / "JPEGImages") if f.is_dir()), files[0].parent)
         return _read_voc(files, Path(images) if images else folder)
     if path.suffix in (".yaml", ".yml") and path.is_file():
@@ -54,6 +54,23 @@ def read_boxes(path: Path, part: Part = "train", images: str = "") -> tuple[Cont
     if path.is_dir():
         return _read_yolo(path / "images" if (path / "labels").is_dir() else path, None)
     return None
+
+
+def _find_voc(path: Path) -> list[Path]:
+    """Return the annotations in a folder's Annotations/, or else all below it: not what other programs leave there."""
+    files = sorted((path / "Annotations").glob("*.xml"))
+    if files:
+        return [file for file in files if not file.name.startswith(".")]
+    found = (file.relative_to(path) for file in sorted(path.rglob("*.xml")))
+    shown = [path / file for file in found if not any(part.startswith(".") for part in file.parts)]
+    return [file for file in shown if not file.name.endswith(".aux.xml") and _is_annotation(file)]
+
+
+def _is_annotation(file: Path) -> bool:
+    """Return True if XML begins like VOC's."""
+    with suppress(OSError), open(open_regular(file), "rb") as content:
+        return b"<annotation" in content.read(4096).replace(b"\0", b"")  # also finds UTF-16
+    return False
 
 
 def _read_voc(files: list[Path], folder: Path) -> tuple[Content, Path]:
@@ -135,11 +152,13 @@ def _read_yolo(folder: Path, yaml_file: Path | None) -> tuple[Content, Path] | N
         return None
     images, annotations = list[Content](), list[Content]()
     with status_counter(f"reading the labels of {folder}", "images") as add, ThreadPool(0, "pixmim-read") as pool:
-        for path, (height, width) in zip(
+        for path, size in zip(
             paths, ordered_map(pool, _size_of, map(files.path_of, range(len(files))), 64), strict=True
         ):
+            height, width = size or (1, 1)
             images.append({"id": path, "file_name": path, "height": height, "width": width})
             for entry in _parse_yolo(label_of(path), height, width):
+                entry |= {} if size else {"bbox": None, "unreadable": True}
                 annotations.append({"id": f"{len(annotations)} ({path})", "image_id": path, **entry})
             add(1)
     names = _yolo_names(folder, yaml_file)
@@ -158,8 +177,8 @@ def _label_finder(folder: Path) -> Callable[[str], Path]:
     return lambda path: (base / path).with_suffix(".txt")
 
 
-def _size_of(path: str) -> tuple[int, int]:
-    """Return (h w) of an image as it is decoded; (1, 1) if it cannot be read, which is reported when it is used."""
+def _size_of(path: str) -> tuple[int, int] | None:
+    """Return (h w) of an image as it is decoded; None if it cannot be read."""
     try:
         data = read_file(path, max_bytes())
         if data.startswith(JPEG_MAGIC):
@@ -173,7 +192,7 @@ def _size_of(path: str) -> tuple[int, int]:
             height, width, _ = read(data).shape
             return height, width
     except (OSError, BadImage):
-        return 1, 1
+        return None
 
 
 def _parse_yolo(file: Path, height: int, width: int) -> Iterator[Content]:

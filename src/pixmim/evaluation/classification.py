@@ -229,7 +229,8 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     share = correct / total
     center = share + z * z / (2 * total)
     margin = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return (center - margin) / (1 + z * z / total), (center + margin) / (1 + z * z / total)
+    low, high = (center - margin) / (1 + z * z / total), (center + margin) / (1 + z * z / total)
+    return 0.0 if correct == 0 else low, 1.0 if correct == total else high  # exactly, where rounding leaves a rest
 
 
 def difference_interval(correct: int, total: int, correct2: int, total2: int) -> tuple[float, float]:

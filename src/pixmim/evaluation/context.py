@@ -111,10 +111,20 @@ class EvalContext:
         """Return a cached result that depends on the data and the encoder's image format only."""
         return _cached(self.shared, (*key, self.encoder.image_spec), compute)
 
-    def work_dir(self, name: str, settings: Any) -> Path:
-        """Return the folder for unfinished work of an evaluation with these settings, to resume from."""
-        key = sha256(repr((self.encoder_state, fingerprint(self.encoder), settings)).encode()).hexdigest()[:12]
+    def work_dir(self, name: str, settings: Any, truth: str) -> Path:
+        """Return the folder for unfinished work of an evaluation, to resume from.
+
+        `truth` describes the images with their labels, masks or boxes: see `describe_labels`.
+        """
+        parts = self.encoder_state, fingerprint(self.encoder), self.encoder.precision, settings, truth
+        key = sha256(repr(parts).encode()).hexdigest()[:12]
         return inside(self.folder, f"unfinished/{name}-{self.encoder_state}-{key}")
+
+
+def describe_labels(data: ImageDataset) -> str:
+    """Return a text that differs if the images, their labels or the names of the classes do."""
+    labels = sha256(b"" if data.labels is None else np.ascontiguousarray(data.labels, np.int64).tobytes()).hexdigest()
+    return f"{data.spec} {data.fingerprint()} {len(data)} {labels[:16]} {data.classes}"
 
 
 def checked_once(check: Callable[[EvalContext, S], T]) -> Callable[[EvalContext, S], T]:

@@ -1,6 +1,7 @@
 """Write the features of every image of a dataset to a file: embeddings for search, clustering or an external probe."""
 
 import io
+import os
 import shutil
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ from torch import Tensor
 from pixmim.config import ModelConfig
 from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import ImageDataset
+from pixmim.data.uri import read_parts, split_options
 from pixmim.evaluation.context import read_batches
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint, frozen_encoder_from_weights
 from pixmim.evaluation.visualize import to_image, to_rgb
@@ -75,12 +77,16 @@ def embed(
         if not resuming and any(path.name != LOCK_NAME for path in work.iterdir()):
             raise UserError(f"{work} is there already, and is not unfinished work: choose another --out")
         csv = [out.with_suffix(".csv")] if out.suffix == ".npy" else []
+        sources = {os.path.realpath(split_options(part.source)[0]) for part in read_parts(data.spec)}
         for path in [out, *csv, *([] if resuming else [skipped_path])]:
+            if os.path.realpath(path) in sources:
+                raise UserError(f"--out {out} would replace the data themselves, {path}: choose another name")
             check_output(path, overwrite)
         if overwrite and not resuming:
             skipped_path.unlink(missing_ok=True)
         encoder = frozen_encoder_from_weights(weights, device=device, precision=precision)
         identity = {"model": fingerprint(encoder), "features": kind, "data": data.spec, "files": data.fingerprint()}
+        identity["precision"] = encoder.precision
         first = _resume(work, identity)
         skipped = BadImageLog(skipped_path, len(data), 1.0)
         for rows, indices, end in embed_batches(encoder, data, skipped, batch, first, console, kind):
@@ -101,7 +107,8 @@ def embed(
         written = _write(out, table, data, more)
         shutil.rmtree(work)
     lines = [f"{len(table['index'])} rows: {', '.join(map(str, written))}", *lines]
-    return lines + ([f"{len(skipped)} images could not be read: see {skipped_path}"] if len(skipped) else [])
+    missing = len(data) - len(table["index"])
+    return lines + ([f"{missing:,} images could not be read: see {skipped_path}"] if missing else [])
 
 
 def embed_batches(
@@ -140,7 +147,7 @@ def _resume(work: Path, identity: dict[str, Any]) -> int:
         raise UserError(f"{path} is damaged: remove {work} first")
     if {key: state.get(key) for key in identity} != identity:
         raise UserError(
-            f"{work} holds unfinished work of another model, other images or other --features: remove it first"
+            f"{work} holds unfinished work of another model or other images, --features or --precision: remove it first"
         )
     for file in work.glob("*.npz"):  # written after the last saved state
         if not file.stem.isdecimal() or int(file.stem) >= done:

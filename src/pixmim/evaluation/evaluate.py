@@ -168,11 +168,19 @@ def online_knn(
         raise UserError(f"--knn.train and --knn.test: {error}") from None
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    warned: set[str] = set()
+    warned, measured = set[str](), False
 
     def evaluate_encoder(module: nn.Module) -> dict[str, float]:
+        nonlocal measured
         encoder = wrap_live_encoder(config, module, device, precision)
-        train, test = (extract_features(encoder, data) for data in (train_data, test_data))
+        try:
+            train, test = (extract_features(encoder, data) for data in (train_data, test_data))
+        except UserError as error:
+            if not measured:  # nothing is lost yet
+                raise UserError(f"--knn.train and --knn.test: {error}") from None
+            print_plain(console, f"warning: k-NN is not measured, since its images cannot be read: {error}")
+            return {}
+        measured = True
         if not all(bool(torch.isfinite(features.mean).all()) for features in (train, test)):
             return {}
         _, warning = usable_k(DEFAULT_K, len(train.labels))

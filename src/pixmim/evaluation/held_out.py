@@ -54,7 +54,7 @@ def online_held_out(
     batch = min(_BATCH, config.batch_size)
     rows = np.arange(len(data))
     rows = rows[rows // batch % world.size == world.rank]
-    own, warned = Subset(data, rows.tolist()), False
+    own, warned, measured = Subset(data, rows.tolist()), False, False
     skipped = BadImageLog(None, len(own), config.max_bad_fraction)
 
     def measure_own(model: MaskedModel) -> Iterator[tuple[int, float, int, Tensor]]:
@@ -71,16 +71,25 @@ def online_held_out(
 
     @torch.no_grad()
     def measure(model: MaskedModel) -> dict[str, float]:
-        nonlocal warned
-        training = model.training
+        nonlocal warned, measured
+        training, failure = model.training, ""
         model.eval()
         try:
             batches = list(measure_own(model))
+        except UserError as error:
+            batches, failure = [], str(error)
         finally:
             model.train(training)
-        batches = sorted(itertools.chain(*world.gather(batches)), key=lambda entry: entry[0])
-        if not batches:
-            raise UserError(f"none of the {len(data):,} images that --hold-out keeps can be read: {skipped.reasons}")
+        found, failures = zip(*world.gather((batches, failure)), strict=True)
+        batches = sorted(itertools.chain(*found), key=lambda entry: entry[0])
+        if not batches and not any(failures):
+            failures = (f"none of the {len(data):,} images that --hold-out keeps can be read: {skipped.reasons}",)
+        if failure := next(filter(None, failures), ""):
+            if not measured:  # nothing is lost yet
+                raise UserError(failure)
+            print_plain(console, f"warning: the held-out images are not measured: {failure}")
+            return {}
+        measured = True
         _, losses, hidden, vectors = zip(*batches, strict=True)
         x = torch.cat(vectors)
         if len(x) < len(data) and not warned:

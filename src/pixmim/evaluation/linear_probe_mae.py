@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import LabeledSplits, evaluate_classifier, open_labeled
-from pixmim.evaluation.context import EvalContext, Values, discard
+from pixmim.evaluation.context import EvalContext, Values, describe_labels, discard
 from pixmim.evaluation.frozen_encoder import FrozenEncoder
 from pixmim.evaluation.settings import LinearSettings
 from pixmim.models import features
@@ -81,7 +81,7 @@ def evaluate_linear_mae(context: EvalContext, settings: LinearSettings) -> Value
         scores = head(frozen_feature(encoder, kind, encoder.preprocess(batch.images, batch.flip)))
         return F.cross_entropy(scores, data.train_labels[batch.indices].to(encoder.device, non_blocking=True))
 
-    work = context.work_dir("linear-mae", settings)
+    work = context.work_dir("linear-mae", settings, describe_labels(data.train))
     trainer = Trainer(
         head,
         SyncFreeOptimizer(LARS(head.parameters(), lr=schedule.peak), None, scaling=False, device=encoder.device),

@@ -23,6 +23,8 @@ from pixmim.utils.files import read_file
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")  # formats that keep numbers as they are
 
+MASK_FOLDERS = ("masks", "annotations")  # next to images/
+
 _MASK_STEM = re.compile(rf"(.+?)[_\-. ]{MASK_WORDS}", re.IGNORECASE)
 _LOSSY = (".jpg", ".jpeg")
 

@@ -1,5 +1,6 @@
 """Repeat an evaluation of frozen features: over folds, numbers of labels per class, or blocks of the encoder."""
 
+import re
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any, TypeVar
@@ -100,7 +101,8 @@ def _summarize(runs: Sequence[dict[str, float]], name: str) -> Values:
     if len(runs) == 1:
         yield from runs[0].items()
         return
-    for key in dict.fromkeys(key for run in runs for key in run if not key.endswith(("/low", "/high"))):
+    is_end = re.compile("(.+)/(?:low|high)", re.DOTALL)  # of the interval of another value
+    for key in dict.fromkeys(k for run in runs for k in run if not ((end := is_end.fullmatch(k)) and end[1] in run)):
         values = [run[key] for run in runs if key in run]  # a fold may lack a class
         if not key.startswith("setting/"):
             yield key, mean(values)

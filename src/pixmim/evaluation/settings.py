@@ -3,6 +3,7 @@
 Imports no torch, so that `pixmim evaluate NAME --help` is fast.
 """
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -452,12 +453,18 @@ class EvaluateAllSettings(FrozenSettings):
             parts.append(
                 ("robustness", RobustnessSettings(*imagenet, self.test, self.train, severities=self.severities))
             )
-        synthetic = all(data.startswith("shapes:") and "texture=" not in data for data in (self.train, self.test))
+        from pixmim.data.uri import read_parts
+
+        sources = [part.source for data in (self.train, self.test) if data for part in read_parts(data)]
+        synthetic = bool(sources) and all(s.startswith("shapes:") and "texture=" not in s for s in sources)
         if self.stimuli:
             parts.append(("shape-bias", ShapeBiasSettings(self.stimuli, self.train)))
         elif synthetic:  # train where both cues agree, test where they conflict
-            train, test = (f"{data}{'' if data.endswith(':') else ','}texture=" for data in (self.train, self.test))
-            parts.append(("shape-bias", ShapeBiasSettings(f"{test}conflict", f"{train}match")))
+            train, test = (
+                re.sub(r"shapes:([^+*]*)", lambda m, cue=cue: f"shapes:{m[1]}{',' * bool(m[1])}texture={cue}", data)  # type: ignore[misc]
+                for data, cue in ((self.train, "match"), (self.test, "conflict"))
+            )
+            parts.append(("shape-bias", ShapeBiasSettings(test, train)))
         if self.finetune:
             parts.append(("finetune", FinetuneSettings(self.train, self.test)))
         if self.pairs:

@@ -47,11 +47,13 @@ class Cell:
     high: float | None = None
     deviation: float | None = None
     each: tuple[float, ...] = ()
+    older_step: int | None = None  # training step of the weights, if other values are of a later one
 
     @property
     def text(self) -> str:
         deviation = "" if self.deviation is None else f" ± {self.deviation:.1f}"
-        return f"{self.value:.1f}{deviation} {self.unit}".strip()
+        step = "" if self.older_step is None else f" (step {self.older_step:,})"
+        return f"{self.value:.1f}{deviation} {self.unit}".strip() + step
 
     @property
     def range(self) -> str:
@@ -129,7 +131,9 @@ def _validate(content: Any) -> tuple[dict[str, Any], list[str]]:
     for key, part in parts.items():
         if not isinstance(part, dict):
             raise UserError(f"its {key} are not an object")
-    result, bad = {"evaluation": name, "encoder": encoder, "settings": parts["settings"]}, list[str]()
+    step = content.get("step")
+    step = step if type(step) is int and 0 <= step < _MAX_VALUE else 0
+    result, bad = {"evaluation": name, "encoder": encoder, "step": step, "settings": parts["settings"]}, list[str]()
     for key, is_valid in (("values", _is_value), ("pictures", lambda value: isinstance(value, str))):
         result[key] = {name: value for name, value in parts[key].items() if is_valid(value)}
         bad += [f"{key} '{n[:40]}' is {str(v)[:40]!r}" for n, v in parts[key].items() if not is_valid(v)]
@@ -145,7 +149,8 @@ def compare(models: list[ModelResults]) -> Comparison:
 
     Values measured with the same settings share a row; rows of different settings have different labels. A baseline of
     several evaluations has one row. Encoders without results have no column, and untrained ones with equal values share
-    one.
+    one. Of several results with the same settings, that of the latest step counts; the step is shown where others are
+    of a later one.
     """
     columns = [(model, state) for model in models for state in ("untrained", "trained")]
     merged: dict[tuple[str, str, bool], list[Row]] = {}
@@ -176,13 +181,17 @@ def _rows(
     keys = [key for key in every if parts.get(key) not in every]
 
     def find_cell(model: ModelResults, state: str, key: str) -> Cell | None:
-        for owner, result in results:
+        of_state = [result for owner, result in results if owner is model and result["encoder"] == state]
+        latest = max((result.get("step", 0) for result in of_state), default=0)
+        newest = max((each.get("step", 0) for each in model.results if each["encoder"] == state), default=0)
+        for result in of_state:
             values = result["values"]
-            if owner is model and result["encoder"] == state and values.get(key) is not None:
+            if result.get("step", 0) == latest and values.get(key) is not None:
                 low, high, deviation = (values.get(f"{key}/{end}") for end in ("low", "high", "std"))
                 numbered = (map(values.get, (f"{key}/{part}/{i}" for i in count(1))) for part in ("fold", "draw"))
                 each = [value for part in numbered for value in takewhile(lambda value: value is not None, part)]
-                return Cell(values[key], evaluation.unit, low, high, deviation, tuple(each))
+                older = latest if latest < newest else None
+                return Cell(values[key], evaluation.unit, low, high, deviation, tuple(each), older)
         return None
 
     for pattern, title in [*evaluation.display_names.items(), *evaluation.class_names.items()]:

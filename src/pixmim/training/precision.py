@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pixmim.utils.errors import UserError, first_line
+from pixmim.utils.validation import check_value
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -27,8 +28,9 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     """Resolve "auto": bf16 if the device supports it natively, else fp16 on a CUDA GPU, else fp32.
 
     Raises:
-        UserError: For fp16 on any other device.
+        UserError: For fp16 on any other device, and for an unknown name.
     """
+    check_value("--precision", name, Precision)
     if name != "auto":
         if name == "fp16" and device.type != "cuda":
             raise UserError(f"--precision fp16 needs a CUDA device, not {device.type}: choose bf16 or fp32")

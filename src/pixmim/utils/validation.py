@@ -193,21 +193,19 @@ def parse_stretch(text: str) -> tuple[float, float] | None:
 
 
 class Settings:
-    """Base of frozen settings dataclasses, whose fields are checked against their annotations on construction.
-
-    A size may also be given as an integer or a pair of integers (h, w), and several values as a list.
-    """
+    """Base of settings dataclasses, whose fields are checked against their annotations on construction."""
 
     def __post_init__(self) -> None:
-        cls: Any = self.__class__
-        for name, hint in hints_of(cls).items():
-            value = getattr(self, name)
-            if any(isinstance(mark, Sides) for mark in getattr(hint, "__metadata__", ())):
-                value = size_text(value)
-            elif isinstance(value, list):
-                value = tuple(value)
-            object.__setattr__(self, name, value)
         check(self)
+
+
+def from_python(cls: Any, values: Mapping[str, object]) -> dict[str, Any]:
+    """Return keywords of a settings class as its fields are typed: sizes may be numbers, and several values a list."""
+    hints, result = hints_of(cls), dict[str, Any]()
+    for name, value in values.items():
+        is_size = any(isinstance(mark, Sides) for mark in getattr(hints.get(name), "__metadata__", ()))
+        result[name] = size_text(value) if is_size else tuple(value) if isinstance(value, list) else value
+    return result
 
 
 def size_text(value: object) -> object:

@@ -55,7 +55,7 @@ def view(
     page = Page([Path(run) for run in runs], data, device)
     with _listen(host, port) as listener:
         port = listener.getsockname()[1]
-        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/?token={token}"
         if host not in LOOPBACK:
             print_plain(

@@ -17,14 +17,13 @@ from pixmim.masking import Mask
 from pixmim.report.attention import draw_attention, draw_query_attention
 from pixmim.report.page import compare_settings, data_url, open_run_data, unique_names
 from pixmim.report.reconstruct import COLUMNS, choose_crops
-from pixmim.targets import resolve_radius
 from pixmim.utils.console import csv_cell, label, printable
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import inside
 from pixmim.viewer.atlas import Atlas
 from pixmim.viewer.images import ImageStore, png
 from pixmim.viewer.index import EncoderIndex
-from pixmim.viewer.runs import Models, Run, low_passed, painted_mask, random_mask, read_new_metrics
+from pixmim.viewer.runs import Models, Run, low_passed, painted_mask, random_mask, read_new_metrics, target_radius
 
 _MAX_ROWS = 200  # of skipped images, duplicates and outliers on the page; the CSV has all
 _SHEET = 6  # images in the reconstruction of a checkpoint
@@ -83,7 +82,6 @@ class Page:
     def _describe(self, run: Run) -> dict[str, Any]:
         config, (rows, columns), (h, w) = run.config, run.grid, run.config.image_size
         target, mask = config.target, config.mask
-        radius = resolve_radius(target.radius, config.image_size) if target is not None else 0
         return {
             "name": run.name,
             "about": f"{config.model.name} on {config.model.backbone}, {h} × {w} px",
@@ -91,7 +89,7 @@ class Page:
             "grid": [rows, columns],
             "patch": h // rows,
             "ratio": mask.ratio if mask is not None else 0.75,
-            "radius": min(radius) if isinstance(radius, tuple) else radius,
+            "radius": target_radius(config),
             "target": target.kind if target is not None else "unknown",
         }
 

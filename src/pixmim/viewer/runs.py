@@ -21,7 +21,7 @@ from pixmim.evaluation.visualize import Pixels, to_pixels
 from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
 from pixmim.report.reconstruct import Reconstruction, draw, radial_spectrum
-from pixmim.targets import low_pass
+from pixmim.targets import LowFrequency, low_pass, resolve_radius
 from pixmim.training.checkpoint import CheckpointManager
 from pixmim.training.metric_logger import parse_metrics
 from pixmim.transforms.crops import flip_and_normalize
@@ -236,11 +236,26 @@ class LowPassed:
     spectrum: list[float]
 
 
+def target_radius(config: ModelConfig) -> float:
+    """Return the radius of a run's target along the shorter side, in bins; 0 if the target is unknown."""
+    radius = resolve_radius(config.target.radius, config.image_size) if config.target is not None else 0.0
+    return min(radius) if isinstance(radius, tuple) else radius
+
+
 def low_passed(config: ModelConfig, crop: Shaped[Tensor, "1 c h w"], radius: float) -> LowPassed:
-    """Split an image by the exact low-pass of PixMIM. Radius in bins of frequency."""
+    """Split an image by the low-pass of PixMIM. Radius in bins of the shorter side's frequency.
+
+    The cut-off has the same cycles per pixel in both directions. At the radius of the run's own target, it is that
+    target, which may be the paper's code.
+    """
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in config.normalization)
     x = flip_and_normalize(crop, None, mean.flatten(), std.flatten())
-    kept = low_pass(x, radius)
+    target = config.target
+    if target is not None and target.kind == "low-frequency" and radius == target_radius(config):
+        kept = LowFrequency(target.radius, target.variant, *config.normalization)(x)
+    else:
+        vertical, horizontal = (radius * side / min(config.image_size) for side in config.image_size)
+        kept = low_pass(x, radius if vertical == horizontal or not radius else (vertical, horizontal))
     variance = float(x.var(dim=(2, 3)).mean())
     share = float(kept.var(dim=(2, 3)).mean()) / variance if variance > 0 else 1.0
     shown = to_pixels({"image": x * std + mean, "kept": kept * std + mean}, config)

@@ -18,9 +18,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
+from pixmim.utils.console import utf8
 from pixmim.utils.errors import UserError
 from pixmim.viewer.images import MAX_UPLOAD_BYTES
 from pixmim.viewer.page import Page
+
+
+class _JSON(JSONResponse):
+    """JSON in ASCII: names of files may contain bytes that no encoding has."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -68,8 +77,10 @@ def build_app(page: Page, token: str, host: str = "127.0.0.1") -> Starlette:
             try:
                 result = await run_in_threadpool(answer, **await _arguments(request, answer))
             except (UserError, OSError) as error:
-                return JSONResponse({"error": str(error)}, 400)
-            return Response(result, media_type=kind) if kind else JSONResponse(result)
+                return _JSON({"error": str(error)}, 400)
+            if not kind:
+                return _JSON(result)
+            return Response(utf8(result) if isinstance(result, str) else result, media_type=kind)
 
         return Route(path, _with_headers(endpoint), methods=[method])
 
@@ -93,7 +104,9 @@ def build_app(page: Page, token: str, host: str = "127.0.0.1") -> Starlette:
         response.headers["Content-Security-Policy"] = _MAP_POLICY
         return response
 
-    hosts = ["*"] if host in ("0.0.0.0", "::") else [host, *LOOPBACK]
+    # Of an IPv6 address, older Starlettes compare what is before its first colon, "[": no web site has such a name.
+    ipv6 = [f"[{host}]", "["] if ":" in host else []
+    hosts = ["*"] if host in ("0.0.0.0", "::") else [host, *LOOPBACK, *ipv6]
     files = {name: (_STATIC / name).read_text("utf-8") for name in _FILES}
     static = [route(f"/static/{name}", partial(_constant, files[name]), kind) for name, kind in _FILES.items()]
     return Starlette(

@@ -180,7 +180,7 @@ def coco_set(tmp_path: Path) -> Path:
 def test_coco_file_with_gaps_crowds_and_images_without_boxes(coco_set: Path) -> None:
     data = open_detection(str(coco_set / "annotations" / "instances_few.json"), "", RGB)
     assert data.classes == ["bicycle", "tooth"] and not data.unmasked and len(data.images) == 3
-    assert "1 boxes extend beyond" in data.problems and "2 boxes are empty, or outside" in data.problems
+    assert "1 boxes extend beyond" in data.problems and "1 boxes are outside" in data.problems
     first, second, third = (data.objects(i) for i in range(3))
     assert first.boxes.tolist() == [[2, 2, 12, 12]] and first.labels.tolist() == [1]
     assert second.boxes.tolist() == [[0, 4, 10, 20], [0, 0, 1, 20]] and second.labels.tolist() == [0, 1]
@@ -240,8 +240,8 @@ RUNS = {"size": [20, 30], "counts": [0, 20, 580]}
         ({"category_id": None}, "annotations have a category_id", None),
         ({"bbox": [1, 2, 3]}, "1 annotations have a bbox that is not four numbers: left out", None),
         ({"bbox": [1, 2, math.nan, 3]}, "bbox that is not four numbers", None),
-        ({"bbox": [40, 1, 5, 5]}, "1 boxes are empty, or outside their image: left out", None),
-        ({"bbox": [4, 4, -2, 5]}, "1 boxes are empty, or outside their image: left out", None),
+        ({"bbox": [40, 1, 5, 5]}, "1 boxes are outside their image: left out", None),
+        ({"bbox": [4, 4, -2, 5]}, "1 boxes are empty: left out", None),
         ({"bbox": [-5, 4, 15, 40]}, "1 boxes extend beyond their image: clipped", True),
         ({"area": "large"}, "1 areas are not numbers from 0: the area of the box is used", True),
         ({"id": 1}, "1 annotations have the id of another one: all are used", True),
@@ -321,7 +321,7 @@ def test_summary_of_classes_and_problems(coco_set: Path) -> None:
     _print_summary(data, replace(data, counts=[1, 0]), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "train data: 2 objects in 3 images of 2 classes: bicycle 50.0 %, tooth 50.0 %" in text
-    assert "  2 boxes are empty, or outside their image: left out" in text
+    assert "  1 boxes are outside their image: left out" in text and "  1 boxes are empty: left out" in text
     assert "warning: all 3 test images" in text
     _print_summary(replace(data, counts=[0, 1]), data, console)
     assert "warning: 1 test classes have no train object, and will have an AP of 0: bicycle" in console.file.getvalue()  # type: ignore[attr-defined]

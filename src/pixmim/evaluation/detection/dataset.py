@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ class DetectionDataset:
     unmasked: list[Any]  # names of the objects without a usable mask
     problems: str = ""  # problems of the file and their consequences, one per line
 
+    def truth(self) -> str:
+        """Return a digest of the images' names and of all objects."""
+        digest = sha256(f"{self.images.fingerprint()} {self.classes}".encode())
+        for index in range(len(self.images)):
+            objects = self.objects(index)
+            for values in (objects.boxes, objects.labels, objects.crowd, objects.areas):
+                digest.update(values.tobytes())
+            digest.update(
+                b"".join(m.tobytes() if isinstance(m, np.ndarray) else repr(m).encode() for m in objects.masks)
+            )
+        return digest.hexdigest()
+
     def read(self, index: int) -> Tensor:
         """Read an image (c h w), 16 bits as floats in [0, 1]. Raises BadImage, also for another size."""
         image = self.images.image(index)
@@ -77,6 +90,8 @@ def open_detection(spec: str, folder: str, image_spec: ImageSpec, flag: str = "-
             raise UserError(f"{file} has no boxes in the layout of VOC or YOLO: see docs/evaluate.md")
     if boxes is not None:
         root = boxes[1]
+        if folder and root.resolve() != Path(folder).expanduser().resolve():
+            raise UserError(f"{flag} {folder}: the images of {file} are in {root}: leave the flag out")
     elif folder:
         root = Path(folder).expanduser()
     elif file.parent.name == "annotations" and file.stem.startswith("instances_"):

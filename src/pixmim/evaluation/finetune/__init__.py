@@ -21,7 +21,7 @@ from pixmim.data.dataset import ImageDataset
 from pixmim.data.loader import Batch, Loader
 from pixmim.data.sampler import BatchShard
 from pixmim.evaluation.classification import LabeledSplits, evaluate_classifier, open_labeled, shortened_list
-from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
+from pixmim.evaluation.context import EvalContext, Values, checked_once, describe_labels, discard
 from pixmim.evaluation.finetune.model import build, classifier_config, load_encoder_weights
 from pixmim.evaluation.finetune.recipes import FINETUNE_RECIPES, Recipe, apply_overrides, choose, describe
 from pixmim.evaluation.frozen_encoder import FrozenEncoder, fingerprint
@@ -80,7 +80,7 @@ def check_finetune(context: EvalContext, settings: FinetuneSettings) -> Finetune
     state = "" if context.encoder_state == "trained" else f"-{context.encoder_state}"
     folder = inside(context.folder, f"classifier{'-from-scratch' if settings.from_scratch else state}")
     provenance = _provenance(encoder, resolved, recipe, config, data)
-    work = context.work_dir("finetune", resolved)
+    work = context.work_dir("finetune", resolved, describe_labels(data.train))
     finished = not context.overwrite and _is_finished(folder, provenance, work)
     return FinetunePlan(data, name, recipe, resolved, config, folder, work, provenance, finished)
 
@@ -162,10 +162,9 @@ def _provenance(
         if settings.from_scratch
         else fingerprint(encoder)
     )
-    images = f"{data.train.spec} {data.train.fingerprint()} {len(data.train)} {data.classes}"
     digests = {
         flag: sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        for flag, text in (("MODEL", initial), ("--train", images))
+        for flag, text in (("MODEL", initial), ("--train", describe_labels(data.train)))
     }
     values = {
         "--size": config.size,

@@ -29,7 +29,7 @@ from pixmim.evaluation.classifiers import (
     probe_classifier,
     subset_wnids,
 )
-from pixmim.evaluation.context import EvalContext, Values, checked_once, discard
+from pixmim.evaluation.context import EvalContext, Values, checked_once, describe_labels, discard
 from pixmim.evaluation.robustness.corruptions import CORRUPTIONS, SEVERITIES, check_channels, check_corruption
 from pixmim.evaluation.robustness.count import CLEAN, CountsFile, LabeledImages, count_correct
 from pixmim.evaluation.settings import RobustnessSettings
@@ -77,7 +77,8 @@ def check_robustness(context: EvalContext, settings: RobustnessSettings) -> tupl
 def evaluate_robustness(context: EvalContext, settings: RobustnessSettings) -> Values:
     """Evaluate on all data of the settings; resumes an interrupted evaluation. Raises UserError."""
     in_memory = check_robustness(context, settings)
-    file = CountsFile(context.work_dir("robustness", settings), context.console)
+    truth = describe_labels(context.data(settings.train)) if settings.train else ""
+    file = CountsFile(context.work_dir("robustness", settings, truth), context.console)
     if settings.imagenet_c:
         yield from _imagenet_c(context, settings, file)
     for name, folder in _relatives(settings).items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixmim.data.dataset import ImageDataset
 from pixmim.evaluation.classifiers import ImageClassifier
-from pixmim.evaluation.context import EvalContext, read_batches
+from pixmim.evaluation.context import EvalContext, describe_labels, read_batches
 from pixmim.evaluation.robustness.corruptions import VERSION, corrupt
 from pixmim.transforms.crops import Crop
 from pixmim.utils.console import print_plain
@@ -84,7 +84,7 @@ def count_correct(
 ) -> tuple[Int[Tensor, "v k"], Int[Tensor, " k"]]:
     """Count correct predictions by variant and class, and readable images by class; saved after each batch."""
     data, classes = images.data, len(images.classes)
-    key = f"version {VERSION}, {len(variants)} variants: {data.spec} {data.fingerprint()}"
+    key = f"version {VERSION}, {len(variants)} variants: {describe_labels(data)}"
     first, *counts = file.load(key, 1 + (1 + len(variants)) * classes, len(data))
     total, *correct = torch.tensor(counts).view(-1, classes)
     skipped, title = context.skipped(data), f"{len(variants)} variants of"

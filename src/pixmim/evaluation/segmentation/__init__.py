@@ -5,6 +5,7 @@ The defaults are MAE's protocol on ADE20K (arXiv 2111.06377, appendix A.4): UPer
 
 import math
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 _DRAWN = 6  # test images in the report
 
-Checked = tuple[SegmentationDataset, SegmentationDataset, BadImageLog, BadImageLog]
-"""Train and test images, all read once, with the logs of those that cannot be used."""
+Checked = tuple[SegmentationDataset, SegmentationDataset, BadImageLog, BadImageLog, str]
+"""Train and test images, all read once, with the logs of those that cannot be used; and a digest of the train masks."""
 
 
 @checked_once
@@ -40,17 +41,17 @@ def check_segmentation(context: EvalContext, settings: SegmentationSettings) -> 
     build(context.encoder, settings, len(train.classes))
     warn_shared(train.source, test.source, console)
     skipped = context.skipped(train), context.skipped(test)
-    check_masks(train, skipped[0], "train", console)
+    digest = check_masks(train, skipped[0], "train", console)
     check_masks(test, skipped[1], "test", console)
-    return train, test, *skipped
+    return train, test, *skipped, digest
 
 
 def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) -> Values:
     """Train a head and yield `segmentation_metrics` over the pixels of all test images, and the number of these."""
     encoder, console = context.encoder, context.console
-    train, test, train_skipped, skipped = check_segmentation(context, settings)
+    train, test, train_skipped, skipped, digest = check_segmentation(context, settings)
     model, size = build(encoder, settings, len(train.classes))
-    folder = context.work_dir("segmentation", settings)
+    folder = context.work_dir("segmentation", settings, digest)
     fit(model, encoder, settings, train, size, folder=folder, skipped=train_skipped, console=console)
     model.eval()
 
@@ -73,12 +74,16 @@ def evaluate_segmentation(context: EvalContext, settings: SegmentationSettings) 
     yield "images", len(test) - len(skipped)
 
 
-def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console | None) -> None:
-    """Read all images and masks; print classes, their shares of the pixels, and what is left out. Raises UserError."""
-    counts = torch.zeros(256, dtype=torch.int64)
+def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, console: Console | None) -> str:
+    """Read all images and masks; print classes, their shares of the pixels, and what is left out.
+
+    Returns a digest of the images' names and of all masks. Raises UserError.
+    """
+    counts, digest = torch.zeros(256, dtype=torch.int64), sha256(f"{pairs.fingerprint()} {pairs.classes}".encode())
     with progress(f"checks {pairs.spec}", len(pairs), console) as advance:
         for index, pair in iterate_pairs(pairs, skipped):
             counts += torch.bincount(pair[-1].to(torch.int64).flatten(), minlength=256)
+            digest.update(pair[-1].numpy().tobytes())
             advance(index + 1)
     pixels, ignored = counts[: len(pairs.classes)].tolist(), int(counts[IGNORE])
     share = f"; {100 * ignored / int(counts.sum()):.1f} % of the pixels do not count" if ignored else ""
@@ -97,6 +102,7 @@ def check_masks(pairs: SegmentationDataset, skipped: BadImageLog, split: str, co
     if empty:
         mark, effect = ("warning: ", "cannot be learned") if split == "train" else ("  ", "have no IoU")
         print_plain(console, f"{mark}{len(empty)} classes without a pixel {effect}: {shortened_list(empty)}")
+    return digest.hexdigest()
 
 
 def iterate_pairs(

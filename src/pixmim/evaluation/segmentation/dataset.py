@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from pixmim.data.dataset import BadImage, DatasetWrapper, ImageDataset, ImageSpec
 from pixmim.data.image_folder import ImageFolder, from_folder
 from pixmim.data.synthetic import SHAPES, SyntheticShapes
-from pixmim.evaluation.mask_files import MASK_SUFFIXES, MaskFiles, find_masks, read_mask
+from pixmim.evaluation.mask_files import MASK_FOLDERS, MASK_SUFFIXES, MaskFiles, find_masks, read_mask
 from pixmim.transforms.crops import Array
 from pixmim.utils.console import status_counter
 from pixmim.utils.errors import UserError, did_you_mean
@@ -183,7 +183,7 @@ def _find_layout(spec: str, split: Split) -> _Layout:
         siblings = [path.name for path in root.parent.iterdir()] if root.parent.is_dir() else []
         raise UserError(f"there is no folder {root}{did_you_mean(root.name, siblings)}")
     images = root / "images"
-    masks = next((root / name for name in ("masks", "annotations") if (root / name).is_dir()), None)
+    masks = next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
     if masks is None or not images.is_dir():
         if (beside := find_masks(root)) is not None:
             return _Layout(root, root, root, ignore_zero=False, beside=beside)

@@ -86,8 +86,9 @@ function chart(title, series, { x = "epoch", log = false, mark = null } = {}) {
   if (!points.length) return figure;
   const scale = (y) => (log ? Math.log10(y) : y);
   const xs = points.map((p) => p[0]), ys = points.map((p) => scale(p[1]));
-  const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
-  let [y0, y1] = [ys.reduce((a, b) => Math.min(a, b)), ys.reduce((a, b) => Math.max(a, b))];
+  const range = (values) => [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
+  const [x0, x1] = range(xs);
+  let [y0, y1] = range(ys);
   if (log) y0 = Math.max(y0, y1 - 5);
   if (y0 === y1) [y0, y1] = [y0 - (Math.abs(y0) || 1) * 0.05, y1 + (Math.abs(y1) || 1) * 0.05];
   const px = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (width - left - 10);
@@ -142,7 +143,7 @@ async function poll() {
     const answer = await ask("/api/metrics", { run, position: log.position });
     if (answer.restarted) { log.records = []; log.broken = 0; }
     if (answer.records.length || answer.restarted) { changed = true; log.seen = log.position ? Date.now() : 0; }
-    log.records.push(...answer.records);
+    for (const record of answer.records) log.records.push(record);
     log.position = answer.position;
     log.broken += answer.broken;
   }
@@ -369,7 +370,8 @@ const reconstructSoon = debounce(reconstruct, 150);
 
 const drawLowPass = latest("low-pass", async (current) => {
   const radius = Number($("radius").value);
-  $("radius-label").textContent = `${radius} bins${radius === page.runs[0].radius ? `, the target of ${page.runs[0].name}` : ""}`;
+  const isTarget = page.runs[0].target === "low-frequency" && radius === page.runs[0].radius;
+  $("radius-label").textContent = `${radius} bins${isTarget ? `, the target of ${page.runs[0].name}` : ""}`;
   if (!chosen.reconstruct) return;
   const answer = await ask("/api/low-pass", { image: chosen.reconstruct, run: 0, radius });
   if (!current()) return;
