@@ -106,7 +106,7 @@ def test_sizes_and_lists_of_python_are_taken() -> None:
 
 def test_the_absolute_value_of_measurements_is_refused() -> None:
     values = {"data": "d", "channels": 1, "dtype": "float32", "mean": (0.0,), "std": (400.0,)}
-    with pytest.raises(UserError, match=r"paper-code takes the absolute value.*--target\.variant exact"):
+    with pytest.raises(UserError, match=r"paper-code would mirror negative .*--target\.variant exact"):
         get_recipe("pixmim-vit-base", **values)
     assert get_recipe("pixmim-vit-base", **values, **{"target.variant": "exact"}).dtype == "float32"
 

@@ -409,10 +409,7 @@ def _check_target(target: TargetConfig, dtype: str) -> None:
     if target.normalize_patches and window:
         raise UserError("--target.normalize-window replaces patches: add --target.no-normalize-patches")
     if target.kind == "low-frequency" and target.variant == "paper-code" and dtype == "float32":
-        raise UserError(
-            "--target.variant paper-code takes the absolute value, which would mirror negative measurements of --dtype "
-            "float32: pass --target.variant exact"
-        )
+        raise UserError("paper-code would mirror negative values of --dtype float32: pass --target.variant exact")
     if binned and dtype == "float32":
         raise UserError("--target.distance cross_entropy needs values in [0, 1], so it excludes --dtype float32")
 

@@ -117,9 +117,6 @@ class MaskGenerator(ABC):
         return self.sample(torch.rand(batch, self.num_uniforms(shape), generator=generator, device=device), shape)
 
 
-_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
-
-
 @dataclass(frozen=True)
 class RandomMask(MaskGenerator):
     """Hide random patches, keeping int(n * (1 - ratio)) visible: MAE's random_masking (arXiv 2111.06377, section 3).
@@ -195,8 +192,7 @@ class MaskSampler:
 
     def __call__(self, step: int, rows: npt.ArrayLike) -> Mask:
         """Sample the masks of some rows of a step's batch."""
-        u = rng.uniform(self._seed, "mask", step, rows, self._generator.num_uniforms(self._grid))
-        u = np.minimum(u.astype(np.float32), _BELOW_ONE)  # one of 2^25 would be rounded to 1
+        u = rng.uniform32(self._seed, "mask", step, rows, self._generator.num_uniforms(self._grid))
         return self._generator.sample(torch.from_numpy(u), self._grid)
 
     def at(self, positions: npt.NDArray[np.int64]) -> tuple[Mask, float]:

@@ -21,7 +21,7 @@ from pixmim.config import (
 )
 from pixmim.config_io import from_dict
 from pixmim.utils.errors import UserError, did_you_mean
-from pixmim.utils.validation import size_text
+from pixmim.utils.validation import from_python
 
 _IMAGENET = 1_281_167  # training images of ImageNet-1k
 
@@ -339,9 +339,8 @@ def get_recipe(name: str, **overrides: Any) -> PretrainConfig:
         values["steps"] = None
     if any(overrides.get(key, values[key]) != values[key] for key in ("channels", "dtype", "stretch")):
         values |= {"mean": None, "std": None, "bands": ""}  # those of the weights are of other values
-    for key, value in overrides.items():
+    for key, value in from_python(PretrainConfig, overrides).items():
         _override(values, key, os.fspath(value) if isinstance(value, os.PathLike) else value)
-    values["size"] = size_text(values["size"])
     return from_dict(PretrainConfig, values, f"get_recipe('{name}')")
 
 

@@ -35,8 +35,10 @@ def read_flags(args: list[str]) -> Flags:
     if resumed and recipe:
         raise UserError(f"--resume uses the recipe of {resumed}: leave out '{recipe}'")
     init = _value_of("--init", args)
-    channels = _value_of("--channels", args)  # decides whether mean and std of the weights are defaults
-    base, text = load_config(Path(resumed) / "config.json") if resumed else _load_recipe(recipe, init, channels)
+    base, text = load_config(Path(resumed) / "config.json") if resumed else _load_recipe(recipe, init)
+    given = ((_value_of(f"--{name}", args), str(getattr(base, name))) for name in ("channels", "dtype", "stretch"))
+    if not resumed and any(value not in ("", of_base) for value, of_base in given):
+        base = replace(base, mean=None, std=None, bands="")  # as `get_recipe`: those of weights are of other values
     if _value_of("--epochs", args):  # a length in epochs replaces a recipe's length in steps
         if _value_of("--steps", args):
             raise UserError("--epochs and --steps both set the length of a run: pass one, not both")
@@ -111,14 +113,14 @@ def list_recipes(args: list[str]) -> int:
     return 0
 
 
-def _load_recipe(name: str, init: str, channels: str) -> tuple[PretrainConfig, str]:
+def _load_recipe(name: str, init: str) -> tuple[PretrainConfig, str]:
     """Return the configuration of a recipe, or of a file and its text; without a name the defaults, for --help."""
     if not name:
         return PretrainConfig(), ""
     if name.endswith(".json") or Path(name).is_file():
         config, text = load_config(Path(name))
         return replace(config, out=""), text
-    return get_recipe(name, init=init, **({"channels": int(channels)} if channels.isdecimal() else {})), ""
+    return get_recipe(name, init=init), ""
 
 
 def _value_of(flag: str, args: list[str]) -> str:

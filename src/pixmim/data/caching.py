@@ -16,7 +16,8 @@ from pixmim.data.dataset import BadImage, ImageDataset, InMemoryDataset, prefetc
 from pixmim.data.loader import Batch, BatchLoader, Finish, Loader, LoaderOptions
 from pixmim.data.sampler import BatchShard, SampleBatch
 from pixmim.masking import Mask
-from pixmim.transforms.crops import Crop, as_int16_view, reflect_indices
+from pixmim.transforms.crops import Crop, reflect_indices
+from pixmim.transforms.images import as_int16_view
 from pixmim.utils.errors import UserError
 from pixmim.utils.memory import total_memory
 from pixmim.utils.threads import ordered_map

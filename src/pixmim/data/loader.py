@@ -24,7 +24,8 @@ from pixmim.data.bad_images import BadImageLog
 from pixmim.data.dataset import BadImage, ImageDataset, prefetch_in_order
 from pixmim.data.sampler import BatchShard, CropSampler, Indices, SampleBatch
 from pixmim.masking import Mask
-from pixmim.transforms.crops import Array, Crop, stack_images
+from pixmim.transforms.crops import Array, Crop
+from pixmim.transforms.images import stack_images
 from pixmim.utils.threads import ThreadPool, num_threads, ordered_map
 
 T = TypeVar("T")  # an image as a loader reads it

@@ -25,7 +25,8 @@ from pixmim.losses import patch_size
 from pixmim.masking import Mask
 from pixmim.models.base import MaskedModel
 from pixmim.targets import ColorBins
-from pixmim.transforms.crops import CenterCrop, flip_and_normalize, stack_images
+from pixmim.transforms.crops import CenterCrop, flip_and_normalize
+from pixmim.transforms.images import stack_images
 from pixmim.utils import rng
 from pixmim.utils.errors import UserError
 from pixmim.utils.patches import hidden_pixels, unpatchify

@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
+from pixmim.transforms.images import map_bands
+
 Size = int | tuple[int, int]
 """Side, or (h, w), in pixels."""
 
@@ -78,7 +80,7 @@ class Crop(ABC):
             raise TypeError(f"a crop takes a PIL image, a tensor or an array, not {type(image).__name__}")
         u = torch.rand(self.num_uniforms, dtype=torch.float64).tolist()
         if isinstance(image, Image.Image):
-            return self._crop_pil(image, u)
+            return map_bands(image, lambda tensor: self.crop(tensor, u))
         if isinstance(image, Tensor):
             return self.crop(image, u)
         if image.ndim not in (2, 3):
@@ -86,17 +88,6 @@ class Crop(ABC):
         out = np.empty((*self.shape, *image.shape[2:]), image.dtype)
         self.crop_into(image.reshape(*image.shape[:2], -1), u, out.reshape(*self.shape, -1))
         return out
-
-    def _crop_pil(self, image: Image.Image, u: Sequence[float]) -> Image.Image:
-        """Crop an image of any mode whose values can be interpolated, band by band."""
-        if image.mode in ("1", "P", "PA"):
-            raise TypeError(f"a crop interpolates, and mode {image.mode} has no values between: image.convert('RGB')")
-        bands = [np.asarray(band) for band in image.split()]
-        values = np.stack([band.astype(band.dtype.newbyteorder("="), copy=False) for band in bands], axis=-1)
-        out = np.empty((*self.shape, len(bands)), values.dtype)
-        self.crop_into(values, u, out)
-        cropped = [Image.fromarray(np.ascontiguousarray(out[..., k])) for k in range(len(bands))]
-        return cropped[0] if len(bands) == 1 else Image.merge(image.mode, cropped)
 
 
 @dataclass(frozen=True)
@@ -268,16 +259,6 @@ def flip_and_normalize(
     shape = (1, -1, 1, 1)
     x = (images.float() - (mean * scale).view(shape)) / (std * scale).view(shape)
     return x if flip is None else torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
-
-
-def stack_images(images: Sequence[Shaped[Tensor, "c h w"]]) -> Shaped[Tensor, "n c h w"]:
-    """Stack images of one size to a batch."""
-    return torch.stack([as_int16_view(image) for image in images]).view(images[0].dtype)
-
-
-def as_int16_view(image: Tensor) -> Tensor:
-    """View uint16 as int16, because torch implements few operators for uint16."""
-    return image.view(torch.int16) if image.dtype == torch.uint16 else image
 
 
 def _resize(image: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:

@@ -54,6 +54,14 @@ def uniform(
     return np.multiply(bits(seed, stream, epoch, indices, count) >> np.uint64(11), 2.0**-53, dtype=np.float64)
 
 
+def uniform32(
+    seed: int, stream: str, epoch: npt.ArrayLike, indices: npt.ArrayLike, count: int
+) -> npt.NDArray[np.float32]:
+    """Return the numbers of `uniform` in single precision, still below 1, to which one of 2^25 would be rounded."""
+    u = uniform(seed, stream, epoch, indices, count).astype(np.float32)
+    return np.minimum(u, np.nextafter(np.float32(1), np.float32(0)))
+
+
 def key(seed: int, stream: str, epoch: int) -> int:
     """Return a seed of 63 bits for another library's generator."""
     return int(bits(seed, stream, epoch, [0], 1)[0, 0] >> np.uint64(1))
