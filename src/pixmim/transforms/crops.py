@@ -240,9 +240,8 @@ def as_image(array: Shaped[Array, "h w c"]) -> Shaped[Tensor, "c h w"]:
 
 
 def cover_size(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Return the smallest (h, w) of an image that covers `size`, keeping the aspect ratio."""
+    """Return the smallest (h, w) of an image that covers `size`; the longer side is truncated, as in torchvision."""
     (height, width), (h, w) = image, size
-    # Like torchvision, truncate the longer edge instead of rounding it.
     if height * w >= width * h:
         return max(h, height * w // width), w
     return h, max(w, width * h // height)
