@@ -22,8 +22,8 @@ from pixmim.transforms.crops import (
     SimpleResizedCrop,
     flip_and_normalize,
     resize_to_cover,
-    stack_images,
 )
+from pixmim.transforms.images import stack_images
 
 RNG = np.random.default_rng(0)
 DEEP = RNG.integers(0, 65536, (20, 30, 3), np.uint16)
