@@ -380,7 +380,7 @@ def _timm_config(module: nn.Module) -> ModelConfig:
         raise UserError(f"{type(module).__name__} is not a timm model: its pretrained_cfg names no architecture")
     channels, *size = cfg["input_size"]
     first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
-    own = channels if first is None else first.in_channels * first.groups
+    own = channels if first is None else first.in_channels
     h, w = getattr(getattr(module, "patch_embed", None), "img_size", None) or size
     classes = getattr(module, "num_classes", 0)
     return ModelConfig(
