@@ -141,7 +141,7 @@ def shard_assignment() -> tuple[int, int]:
     """Return (rank, world size) under torchrun or in a Slurm array; (0, 1) otherwise.
 
     Raises:
-        UserError: If the numbers of an array are not evenly spaced, so that a task cannot tell its place.
+        UserError: If the numbers of an array are not evenly spaced, so that the rank is unknown.
     """
     environment = os.environ
     if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -155,7 +155,7 @@ def shard_assignment() -> tuple[int, int]:
     if first + (count - 1) * step != last or (task - first) % max(1, step):
         raise UserError(
             f"the {count} tasks of this Slurm array, {first} to {last}, are not evenly spaced: submit a range such as "
-            f"--array=0-{count - 1}. Shards that exist are kept, so a failed array can be submitted again as a whole"
+            f"--array=0-{count - 1}. Shards that exist are kept, so a failed array can be submitted again"
         )
     return (task - first) // max(1, step), count
 

@@ -95,7 +95,7 @@ class ImageFolder(ImageDataset):
         return os.path.join(self._root, self._paths[index])
 
     def extents(self, index: int) -> list[Extent]:
-        """Return the whole file of an image."""
+        """Return the file of an image."""
         return [(self.path_of(index), 0, 0)]
 
     def read(self, index: int) -> bytes:

@@ -198,7 +198,7 @@ def shared_images(train: ImageDataset, test: ImageDataset) -> set[int]:
 
 
 def _of_equal_size(sizes: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return which images may have the bytes of one of the others. A size of 0 is none, and -1 may be any."""
+    """Return which images may have the bytes of one of the others. Size 0: nothing to compare; -1: unknown."""
     if (others < 0).any():
         return np.flatnonzero(sizes)
     return np.flatnonzero((sizes < 0) | ((sizes > 0) & np.isin(sizes, others)))

@@ -37,7 +37,7 @@ def parse_no_data(text: object) -> float | None:
 
 @dataclass(frozen=True)
 class NoData:
-    """Where an image has no data, for each channel (h w c) or for all (h w 1); a shape of ones if that is nowhere."""
+    """Mask of the pixels without data, per channel (h w c) or for all (h w 1); of shape (1 1 1) if there are none."""
 
     missing: npt.NDArray[np.bool_]
     value: float = 0.0
