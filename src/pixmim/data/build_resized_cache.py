@@ -151,13 +151,13 @@ def shard_assignment() -> tuple[int, int]:
     task, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "COUNT"))
     first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
     last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + count - 1))
-    step = (last - first) // max(1, count - 1) if count > 1 else 1
-    if first + (count - 1) * step != last or (task - first) % max(1, step):
+    step = max(1, (last - first) // max(1, count - 1))
+    if first + (count - 1) * step != last or (task - first) % step:
         raise UserError(
             f"the {count} tasks of this Slurm array, {first} to {last}, are not evenly spaced: submit a range such as "
             f"--array=0-{count - 1}. Shards that exist are kept, so a failed array can be submitted again"
         )
-    return (task - first) // max(1, step), count
+    return (task - first) // step, count
 
 
 def _write_or_check_settings(folder: Path, settings: CacheSettings) -> None:

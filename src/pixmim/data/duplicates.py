@@ -101,8 +101,11 @@ def digests(data: ImageDataset, indices: Sequence[int], max_bytes: float = math.
 
     Ends after `max_bytes`.
     """
-    for source, inside, index in ((*data.locate(index), index) for index in indices):
-        if isinstance(source, HasBytes) and max_bytes > 0:
+    for index in indices:
+        if max_bytes <= 0:
+            return
+        source, inside = data.locate(index)
+        if isinstance(source, HasBytes):
             with suppress(BadImage):
                 content = source.read(inside)
                 max_bytes -= len(content)

@@ -8,7 +8,7 @@ that of all pixels around it. Full images are measured, in float64. Pixels of a 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pixmim.data.dataset import BadImage, DType, HasBytes, ImageDataset, ImageSpec, TiffPages
-from pixmim.data.decode.image import read
+from pixmim.data.decode.image import ALL_BITS, read
 from pixmim.data.decode.no_data import recorded_shares
 from pixmim.data.resized_cache import read_settings
 from pixmim.data.shards.fsspec_io import is_url, read_small_file
@@ -76,7 +76,7 @@ def count_formats(dataset: ImageDataset, indices: list[int], tiff_pages: TiffPag
 
     For images that are not encoded files, it counts what they are converted to.
     """
-    spec = ImageSpec(dtype="uint16", tiff_pages=tiff_pages)  # keeps all bits
+    spec = replace(ALL_BITS, tiff_pages=tiff_pages)
 
     def read_format(index: int) -> tuple[int, str] | None:
         source, inside = dataset.locate(index)

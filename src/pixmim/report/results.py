@@ -180,17 +180,23 @@ def _rows(
     parts = {key: match[1] for key in every if (match := _PART.fullmatch(key))}
     keys = [key for key in every if parts.get(key) not in every]
 
-    def find_cell(model: ModelResults, state: str, key: str) -> Cell | None:
-        of_state = [result for owner, result in results if owner is model and result["encoder"] == state]
-        latest = max((result.get("step", 0) for result in of_state), default=0)
+    # Of each column: values, and their step if others are of a later one.
+    latest = list[tuple[list[dict[str, Any]], int | None]]()
+    for model, state in columns:
+        own = [result for owner, result in results if owner is model and result["encoder"] == state]
+        step = max((result.get("step", 0) for result in own), default=0)
         newest = max((each.get("step", 0) for each in model.results if each["encoder"] == state), default=0)
-        for result in of_state:
-            values = result["values"]
-            if result.get("step", 0) == latest and values.get(key) is not None:
+        chosen = [result["values"] for result in own if result.get("step", 0) == step]
+        latest.append((chosen, step if step < newest else None))
+
+    def find_cell(each_values: list[dict[str, Any]], older: int | None, key: str) -> Cell | None:
+        for values in each_values:
+            if values.get(key) is not None:
                 low, high, deviation = (values.get(f"{key}/{end}") for end in ("low", "high", "std"))
                 numbered = (map(values.get, (f"{key}/{part}/{i}" for i in count(1))) for part in ("fold", "draw"))
-                each = [value for part in numbered for value in takewhile(lambda value: value is not None, part)]
-                older = latest if latest < newest else None
+                each: list[Any] = [
+                    value for part in numbered for value in takewhile(lambda value: value is not None, part)
+                ]
                 return Cell(values[key], evaluation.unit, low, high, deviation, tuple(each), older)
         return None
 
@@ -202,7 +208,7 @@ def _rows(
                 words = iter([labels_per_class(first) if key.startswith("shots/") else first, *rest])
                 name = re.sub(r"\*", lambda _, words=words: next(words).replace("_", " "), title)  # type: ignore[misc]
                 text = label(name + suffix * (MAJORITY not in title), _MAX_LABEL)
-                cells = [find_cell(model, state, key) for model, state in columns]
+                cells = [find_cell(values, older, key) for values, older in latest]
                 yield Row(text, on, cells, pattern in evaluation.class_names, key)
 
 
