@@ -1,5 +1,6 @@
 """Test the sentence that compares a run with its start, and its interval."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from pixmim.config import OnlineKnnConfig, PretrainConfig
 from pixmim.config_io import to_json
 from pixmim.evaluation.classification import difference_interval, wilson_interval
-from pixmim.report.gain import describe_gain, gain_summary, verdict
+from pixmim.report.gain import answers, describe_gain, figures, gain_summary, verdict
 from pixmim.report.page import write_report
 from pixmim.report.results import ModelResults, compare
 
@@ -95,7 +96,7 @@ def result(encoder: str, value: float | None, name: str = "linear", **values: fl
 
 
 def judge(*results: dict[str, Any], metrics: list[dict[str, Any]] | None = None) -> str:
-    return verdict(CONFIG, metrics or [], compare([ModelResults("a", list(results))]), "a", Path("runs/a b"))
+    return verdict(CONFIG, metrics or [], compare([ModelResults("a", list(results))]), 0, Path("runs/a b"))
 
 
 @pytest.mark.parametrize(
@@ -155,3 +156,63 @@ def test_the_page_begins_with_the_sentence_and_draws_the_start(tmp_path: Path) -
 def test_a_measure_without_values_keeps_nothing_and_says_so(tmp_path: Path) -> None:
     (line,) = gain_summary(replace(CONFIG, keep_best="knn"), tmp_path)
     assert "--keep-best knn" in line and gain_summary(CONFIG, tmp_path) == []
+
+
+def by_labels(encoder: str, **values: float) -> dict[str, Any]:
+    """Return a result whose settings name its numbers of labels."""
+    found = result(encoder, None, **{f"shots/{count.strip('_')}/top1": value for count, value in values.items()})
+    return found | {"settings": found["settings"] | {"shots": ",".join(values)}}
+
+
+def test_only_a_models_own_initial_weights_are_its_start() -> None:
+    """Two models share theirs, and those of the third were not measured; a folder may be called untrained."""
+    shared = by_labels("untrained", all=20.0)
+    models = [
+        ModelResults("one", [shared, by_labels("trained", all=40.0)]),
+        ModelResults("untrained", [shared, by_labels("trained", all=50.0)]),
+        ModelResults("other", [by_labels("trained", all=60.0)]),
+    ]
+    comparison = compare(models)
+    assert comparison.columns == ["untrained", "one", "untrained", "other"]
+    title = "linear probe with all labels"
+    assert answers(comparison) == [
+        f"one, {title}: 40.0 % (start 20.0 %, +20.0)",
+        f"untrained, {title}: 50.0 % (start 20.0 %, +30.0)",
+        f"other, {title}: 60.0 %",
+    ]
+    sentences = [verdict(None, [], comparison, i, Path("runs/a")) for i in range(3)]
+    assert all("20.0 % with the initial weights" in sentence for sentence in sentences[:2])
+    assert "50.0 %" in sentences[1] and "60.0 %" in sentences[2] and "was not measured" in sentences[2]
+
+
+def test_values_of_several_results_are_in_the_order_of_labels() -> None:
+    few, more = by_labels("trained", _1=10.0, _5=20.0, all=50.0), by_labels("trained", _20=40.0, _3=15.0, all=50.0)
+    for results in ([few, more], [more, few]):
+        comparison = compare([ModelResults("a", results)])
+        assert [row.key.split("/")[1] for row in comparison.rows] == ["1", "3", "5", "20", "all"]
+        assert verdict(None, [], comparison, 0, Path("a")).startswith("all labels: linear probe: 50.0 %")
+    ((_, svg),) = figures(comparison)
+    places = [svg.index(f">{tick}<") for tick in ("1", "3", "5", "20", "all")]
+    assert places == sorted(places)
+    values = {f"block/{number}/top1": float(number) for number in (2, 10, 1)}
+    rows = compare([ModelResults("a", [result("trained", None, **values)])]).rows
+    assert [row.cells[0] and row.cells[0].value for row in rows] == [1, 2, 10]
+
+
+def test_the_best_error_is_the_lowest() -> None:
+    def measured(encoder: str, key: str, value: float) -> dict[str, Any]:
+        values = {key: value, f"{key}/low": value - 2, f"{key}/high": value + 2}
+        return result(encoder, None, "robustness", **values)
+
+    for key, best in (("in_memory/probe/clean", 1), ("imagenet_a/top1", 0)):
+        (row,) = compare([ModelResults("a", [measured("trained", key, 30), measured("untrained", key, 70)])]).rows
+        assert [row.is_significant(cell) for cell in row.cells] == [best == 0, best == 1]
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 0)])
+def test_only_a_measured_start_is_drawn(first: int, count: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(to_json(CONFIG))
+    lines = [{"step": i, "epoch": float(i), "knn/k20/mean/top1": 40.0 + i} for i in (first, 5, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = write_report([tmp_path], tmp_path / "report.html", warn=lambda _: None).read_text()
+    assert html.count("k = 20, start<") == count

@@ -72,23 +72,22 @@ def describe_gain(config: ModelConfig | None, metrics: list[dict[str, Any]]) -> 
 
 
 def verdict(
-    config: ModelConfig | None, metrics: list[dict[str, Any]], comparison: Comparison, name: str, folder: Path
+    config: ModelConfig | None, metrics: list[dict[str, Any]], comparison: Comparison, model: int, folder: Path
 ) -> str:
     """Return one or two sentences: whether a run learned something, by the best evidence there is; empty without any.
 
     That is, in this order: k-NN at its start and at its end; an evaluation of the trained and the untrained encoder; an
-    evaluation of the trained one; the loss. `name` is that of the run in the comparison of all runs.
+    evaluation of the trained one; the loss. `model` is the run's number in the comparison of all runs.
     """
     gain = describe_gain(config, metrics)
     if gain:
         return gain
-    columns = comparison.columns
-    trained = next((columns.index(each) for each in (name, "trained") if each in columns), None)
+    trained, start = comparison.pairs[model]
     for title in _HEADLINES:
-        rows = [row for row in comparison.rows if title.fullmatch(_title(row))]  # the most labels come last
-        row = next((row for row in reversed(rows) if trained is not None and row.cells[trained] is not None), None)
-        if row is not None and trained is not None and (cell := row.cells[trained]) is not None:
-            return _judge(row, cell, initial_cell(comparison, row, name))
+        for row in reversed(comparison.rows):  # the most labels come last
+            cell = None if trained is None else row.cells[trained]
+            if cell is not None and title.fullmatch(_title(row)):
+                return _judge(row, cell, None if start is None else row.cells[start])
     losses = [line["loss"] for line in metrics if is_number(line.get("loss"))]
     if len(losses) < 2:
         return ""
@@ -104,7 +103,7 @@ def _title(row: Row) -> str:
 
 
 def _judge(row: Row, cell: Cell, start: Cell | None) -> str:
-    """Say whether a value is better than that of the initial weights: if their 95 % intervals do not overlap."""
+    """Say whether a value is better than that of the initial weights: if their bands do not overlap."""
 
     def shown(value: Cell) -> str:
         return value.text + f" ({value.range})" * bool(value.range)
@@ -149,20 +148,14 @@ def answers(comparison: Comparison) -> list[str]:
     """
     lines = []
     for match, title, row in _headlines(comparison):
-        for name, cell in zip(comparison.columns, row.cells, strict=True):
-            if match[1] != "shots" or cell is None or name.endswith("untrained"):
+        for trained, initial in comparison.pairs if match[1] == "shots" else ():
+            if trained is None or (cell := row.cells[trained]) is None:
                 continue
-            start = initial_cell(comparison, row, name)
+            start = None if initial is None else row.cells[initial]
             gain = f" (start {start.value:.1f} %, {_gain(cell, start)})" if start is not None else ""
-            model = "" if name == "trained" else f"{name}, "
+            model = f"{comparison.columns[trained]}, " if len(comparison.pairs) > 1 else ""
             lines.append(f"{model}{title} with {labels_per_class(match[2])}: {cell.value:.1f} %{gain}")
     return lines
-
-
-def initial_cell(comparison: Comparison, row: Row, name: str) -> Cell | None:
-    """Return the cell of the initial weights of a model; several models may share them."""
-    own = [f"{name}, untrained", "untrained"]
-    return next((row.cells[comparison.columns.index(each)] for each in own if each in comparison.columns), None)
 
 
 def _headlines(comparison: Comparison) -> Iterator[tuple[re.Match[str], str, Row]]:

@@ -127,7 +127,7 @@ def write_report(
         repeated=figures(results),
         drawings=[drawing for entry in entries for drawing in entry.drawings],
         settings=compare_settings([config for _, config in configs]),
-        verdicts=[(e, verdict(e.config, e.metrics, results, e.name, e.folder)) for e in entries],
+        verdicts=[(e, verdict(e.config, e.metrics, results, i, e.folder)) for i, e in enumerate(entries)],
         curves=_curves(entries),
         first=_first_pictures(entries),
         columns=COLUMNS,
@@ -352,8 +352,8 @@ def _curves(entries: list[ReportEntry]) -> list[tuple[str, str]]:
                 if isinstance(entry.config, PretrainConfig) and len(series[0]) > 1:
                     group = groups.setdefault(data_of(entry.config), {})
                     group[entry.name + suffix] = series
-                    if entry.config.init and "k-NN" in axis and suffix != _MAJORITY:
-                        x, y = series
+                    x, y = series
+                    if entry.config.init and "k-NN" in axis and suffix != _MAJORITY and not x[0]:
                         group[entry.name + suffix + _START] = [x[0], x[-1]], [y[0], y[0]]
         for data, group in groups.items():
             measured_on = f" Measured on {label(data, 120)}." if data else ""

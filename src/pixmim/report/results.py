@@ -26,6 +26,8 @@ _MAX_VALUE = 1e15
 _MAX_LABEL = 300  # characters
 _MAX_EACH = 10  # values of repetitions in a cell
 _PART = re.compile(r"(.+)/(?:low|high|std|(?:fold|draw)/\d+)", re.DOTALL)  # belongs to another value
+_REPEATED = re.compile(r"(shots|block)/([^/]+)/")
+_ERROR = re.compile(r"in_memory/(?:head|probe)/clean")  # the values with an interval of which less is better
 _IN_LABEL = ("changes", "shots", "layers")  # settings that need no mention, because labels show them
 
 
@@ -81,9 +83,11 @@ class Row:
     key: str = ""  # name of the value in the JSON
 
     def is_significant(self, cell: Cell | None) -> bool:
-        """Return True if all other values are below this cell's interval."""
+        """Return True if all other values are worse than this cell's interval."""
         others = [c.value for c in self.cells if c is not None and c is not cell]
-        return cell is not None and cell.low is not None and bool(others) and cell.low > max(others)
+        if cell is None or cell.low is None or cell.high is None or not others:
+            return False
+        return cell.high < min(others) if _ERROR.fullmatch(self.key) else cell.low > max(others)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Comparison:
     columns: list[str]
     rows: list[Row]
     per_class: list[Row]
+    pairs: list[tuple[int | None, int | None]]  # columns of each model, trained and initial; None if not measured
 
 
 def read_results(folder: Path, warn: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
@@ -148,7 +153,7 @@ def compare(models: list[ModelResults]) -> Comparison:
     """Build a row for each value that its evaluation displays.
 
     Values measured with the same settings share a row; rows of different settings have different labels. A baseline of
-    several evaluations has one row. Encoders without results have no column, and untrained ones with equal values share
+    several evaluations has one row. Rows are in the order of labels per class, or of blocks. Encoders without results have no column, and untrained ones with equal values share
     one. Of several results with the same settings, that of the latest step counts; the step is shown where others are
     of a later one.
     """
@@ -165,7 +170,22 @@ def compare(models: list[ModelResults]) -> Comparison:
         for key, on, suffix in zip(sorted(groups), map(_data, settings), _differences(settings), strict=True):
             for row in _rows(evaluation, groups[key], columns, label(on, _MAX_LABEL), suffix):
                 _merge(row, merged.setdefault((row.label, row.on, row.per_class), []))
-    return _drop_columns(columns, [row for rows in merged.values() for row in rows])
+    return _drop_columns(columns, _in_order([row for rows in merged.values() for row in rows]))
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """Sort the values of one probe by labels per class, or by block: several results may have measured them."""
+    first: dict[tuple[str, str, str], int] = {}
+
+    def position(item: tuple[int, Row]) -> tuple[int, float]:
+        i, row = item
+        match = _REPEATED.match(row.key)
+        if match is None:
+            return i, 0.0
+        number = float(match[2]) if match[2].isascii() and match[2].isdigit() else float("inf")  # "all"
+        return first.setdefault((match[1], row.label.partition(": ")[2], row.on), i), number
+
+    return [row for _, row in sorted(enumerate(rows), key=position)]
 
 
 def _rows(
@@ -255,21 +275,24 @@ def _differences(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 def _drop_columns(columns: list[tuple[ModelResults, str]], rows: list[Row]) -> Comparison:
     """Drop columns that are empty or repeat another untrained one, and name the others."""
-    names: dict[int, str] = {}
+    names, shown_as = dict[int, str](), dict[int, int]()
     for i, (model, state) in enumerate(columns):
         cells = [row.cells[i] for row in rows]
         twins = [k for k in names if columns[k][1] == state == "untrained" and [row.cells[k] for row in rows] == cells]
         if not any(cells):
             continue
+        shown_as[i] = twins[0] if twins else i
         if twins:
             names[twins[0]] = state
         elif len(columns) == 2:
             names[i] = state
         else:
             names[i] = model.name if state == "trained" else f"{model.name}, {state}"
+    number = {i: list(names).index(k) for i, k in shown_as.items()}
+    pairs = [(number.get(i + 1), number.get(i)) for i in range(0, len(columns), 2)]
     rows = [replace(row, cells=[row.cells[i] for i in names]) for row in rows]
     per_class = [row for row in rows if row.per_class]
-    return Comparison(list(names.values()), [row for row in rows if not row.per_class], per_class)
+    return Comparison(list(names.values()), [row for row in rows if not row.per_class], per_class, pairs)
 
 
 def _data(settings: dict[str, Any]) -> str:
