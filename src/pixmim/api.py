@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
@@ -256,6 +257,9 @@ def reconstruct(
     Returns:
         The drawing, with a column for each of `pixmim.report.reconstruct.COLUMNS`.
 
+    Warns:
+        UserWarning: For each unreadable image.
+
     Raises:
         UserError: If the model has no decoder, its pre-training is unknown, or no image can be read.
     """
@@ -263,6 +267,8 @@ def reconstruct(
     weights = model if isinstance(model, Weights) else resolve_model(_file(model), with_decoder=True)
     weights = with_bands(weights, bands)
     drawing = draw(weights, _open(data, image_spec(weights.config)), count)
+    for line in drawing.errors:
+        warnings.warn(f"left out: {line}", stacklevel=2)
     return labeled_grid(drawing.columns, drawing.names)
 
 

@@ -198,6 +198,12 @@ def test_a_drawing_that_a_format_cannot_hold_is_refused(
 ) -> None:
     status, text = say(capsys, "reconstruct", model, *[pictures] * 11, "--count", 110, "--out", tmp_path / "a.webp")
     assert status == 1 and "Pass a .png" in text and not (tmp_path / "a.webp").exists()
-    assert (
-        "not the name of an image file" in say(capsys, "reconstruct", model, pictures, "--out", tmp_path / "a.ico")[1]
-    )
+    for suffix in (".jpg", ".sgi"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pixmim.evaluation.visualize.labeled_grid", lambda *_: Image.new("RGB", (1, 70_000)))
+            status, text = say(capsys, "attention", model, pictures, "--out", tmp_path / f"a{suffix}")
+        assert status == 1 and "Pass a .png" in text
+    for suffix in (".ico", ".grib", ".xbm", ".txt", ""):  # of icons, without a writer, of two colors, and no format
+        out = tmp_path / f"b{suffix}"
+        assert "not the name of an image file" in say(capsys, "reconstruct", model, pictures, "--out", out)[1]
+    assert not list(tmp_path.glob("[ab]*"))

@@ -1,5 +1,7 @@
 """The page of runs: its contents, its table, and its reconstructions."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -13,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import pixmim
+from helpers.cli import say
 from helpers.evaluated import measured
 from helpers.runs import train
 from pixmim.build import build_model
@@ -23,6 +27,7 @@ from pixmim.evaluation.visualize import hatch
 from pixmim.models.mae import MAE
 from pixmim.report import results_table, write_report
 from pixmim.report.reconstruct import draw, radial_spectrum, reconstruct
+from pixmim.targets import low_pass
 from pixmim.transforms.crops import CenterCrop
 from pixmim.utils.errors import UserError
 from pixmim.weights.load import resolve_model
@@ -185,6 +190,36 @@ def test_radial_spectrum_of_one_wave() -> None:
     assert power[np.arange(17) != 5].max() < 1e-9 < power[5]
     noise = radial_spectrum(torch.randn(50, 3, 32, 32))
     assert np.abs(noise - 1).max() < 0.1  # the power of white noise of variance one
+
+
+@pytest.mark.parametrize("size", [(32, 72), (72, 32), (32, 32)])
+def test_the_spectrum_of_a_target_ends_at_its_cut_off(size: tuple[int, int]) -> None:
+    """The cut-off of a shape that is not square has the same cycles per pixel in both directions."""
+    power = radial_spectrum(low_pass(torch.randn(8, 3, *size), "auto"))
+    assert len(power) == 17 and power[:6].min() > 0.3 and power[8:].max() < 1e-9
+
+
+@pytest.mark.parametrize("command", [True, False])
+def test_unreadable_images_of_a_reconstruction_are_named(
+    command: bool, runs: list[Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = pictures / "bad.png"
+    bad.write_bytes(b"no")
+    files = [bad, pictures / "cats" / "0.jpg"]
+    if command:
+        status, text = say(capsys, "reconstruct", runs[0], *files, "--out", tmp_path / "r.png")
+        assert status == 0 and f"left out: {bad}: " in text
+    else:
+        with pytest.warns(UserWarning, match="left out: .*bad.png: "):
+            pixmim.reconstruct(str(runs[0]), files)
+
+
+def test_all_parts_of_the_page_draw_the_bands(runs: list[Path], tmp_path: Path) -> None:
+    html = write_report(runs[:1], tmp_path / "page.html", neighbors=True, bands="2").read_text()
+    urls = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', html)
+    assert len(urls) > 150
+    for image in (np.asarray(Image.open(io.BytesIO(base64.b64decode(url)))) for url in urls):
+        assert image.ndim == 2 or not np.ptp(image, axis=2).any()  # one channel, in gray
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

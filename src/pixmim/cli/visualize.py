@@ -1,9 +1,11 @@
 """pixmim reconstruct, attention, embed and view."""
 
+import io
+import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 from rich.console import Console
@@ -16,21 +18,23 @@ from pixmim.utils.files import atomic_write, check_output
 from pixmim.utils.validation import Data, Device, Integer
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from pixmim.data.dataset import ImageDataset
+    from pixmim.evaluation.visualize import Pixels
     from pixmim.weights.detect import Weights
+
+Sheet: TypeAlias = "tuple[dict[str, Pixels], list[str], list[str]]"
+"""Images by column, the names of the rows, and a line for each unreadable image."""
 
 
 def reconstruct(args: list[str]) -> int:
     """Draw what a model predicts of hidden patches."""
 
-    def draw(weights: "Weights", images: tuple[Path, ...], count: int, bands: str) -> "Image":
-        from pixmim.api import reconstruct
-        from pixmim.report.reconstruct import COLUMNS
+    def draw(weights: "Weights", data: "ImageDataset", count: int) -> Sheet:
+        from pixmim.report.reconstruct import COLUMNS, reconstruct
 
-        image = reconstruct(weights, images, count=count, bands=bands)
+        drawing = reconstruct(weights, data, count)
         print_plain(Console(), "\n".join(f"{name:<12}{text}" for name, text in COLUMNS.items()))
-        return image
+        return drawing.columns, drawing.names, drawing.errors
 
     about = (
         "Hide patches of images, and draw the prediction with the input and the target. The model needs its decoder."
@@ -41,25 +45,17 @@ def reconstruct(args: list[str]) -> int:
 def attention(args: list[str]) -> int:
     """Draw the attention of the last block of a ViT."""
 
-    def draw(weights: "Weights", images: tuple[Path, ...], count: int, bands: str) -> "Image":
-        from pixmim.build import image_spec
-        from pixmim.data.image_folder import from_paths
-        from pixmim.evaluation.visualize import labeled_grid
+    def draw(weights: "Weights", data: "ImageDataset", count: int) -> Sheet:
         from pixmim.report.attention import attention_sheet
-        from pixmim.report.reconstruct import with_bands
 
-        weights = with_bands(weights, bands)
-        columns, names, errors = attention_sheet(weights, from_paths(images, image_spec(weights.config)), count)
-        for line in errors:
-            print_plain(Console(stderr=True), f"left out: {line}")
-        return labeled_grid(columns, names)
+        return attention_sheet(weights, data, count)
 
     about = "Draw the attention of a ViT's last block over images: the mean of all heads, and each head."
     return _draw_command(args, "pixmim attention", about, Path("attention.png"), 8, draw)
 
 
 def _draw_command(
-    args: list[str], prog: str, about: str, default_out: Path, default_count: int, draw: Callable[..., "Image"]
+    args: list[str], prog: str, about: str, default_out: Path, default_count: int, draw: Callable[..., Sheet]
 ) -> int:
     def run(
         model: Positional[str],
@@ -87,12 +83,21 @@ def _draw_command(
             raise UserError("no images given: add image files or folders after MODEL")
         kind = image_format(out)
         check_output(out, overwrite)
-        weights = _open_model(model, model_flags, with_decoder=prog == "pixmim reconstruct")
-        image = draw(weights, images, count, bands)
+        from pixmim.build import image_spec
+        from pixmim.data.image_folder import from_paths
+        from pixmim.evaluation.visualize import labeled_grid
+        from pixmim.report.reconstruct import with_bands
+
+        weights = with_bands(_open_model(model, model_flags, with_decoder=prog == "pixmim reconstruct"), bands)
+        columns, names, errors = draw(weights, from_paths(images, image_spec(weights.config)), count)
+        for line in errors:
+            print_plain(Console(stderr=True), f"left out: {line}")
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            atomic_write(out, partial(image.save, format=kind))
-        except (ValueError, OverflowError, RuntimeError) as error:  # too large for the format
+            atomic_write(out, partial(labeled_grid(columns, names).save, format=kind))
+        except (OSError, ValueError, OverflowError, RuntimeError, struct.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk; the others mean that the drawing is too large for the format
             raise UserError(f"{out} cannot be written: {first_line(error)}. Pass a .png, or less --count") from None
         print_plain(Console(), f"written to {out}")
         return 0
@@ -179,10 +184,14 @@ def _open_model(model: str, model_flags: ModelFlags, with_decoder: bool = False)
 
 
 def image_format(out: Path) -> str:
-    """Return Pillow's format for the suffix of a file. Raises UserError for an unknown one, or one of small icons."""
-    from PIL.Image import SAVE, registered_extensions
+    """Return Pillow's format for the suffix of a file. Raises UserError for one that cannot hold a color drawing."""
+    from PIL import Image
 
-    kind = registered_extensions().get(out.suffix.lower(), "")
-    if kind not in SAVE or kind in ("ICO", "ICNS"):
+    kind = Image.registered_extensions().get(out.suffix.lower(), "")
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError, RuntimeError):  # an unknown format, or one that lacks a writer or color
+        kind = ""
+    if kind in ("", "ICO", "ICNS"):  # icons are small
         raise UserError(f"--out {out} is not the name of an image file: pass one such as {out.stem}.png")
     return kind

@@ -110,7 +110,8 @@ def write_report(
         if neighbors and entry.config is not None:
             with _warning(entry.warnings, "no neighbors: "):
                 images = open_run_data(entry.folder, entry.config, (read_config(entry.folder) or ("", ""))[1], data)
-                entry.neighbors = draw_neighbors(entry.folder, entry.config, images, console=console)
+                config = dataclasses.replace(entry.config, bands=bands or entry.config.bands)
+                entry.neighbors = draw_neighbors(entry.folder, config, images, console=console)
         for line in [*entry.warnings, *[f"no reconstructions: {entry.problem}"] * bool(entry.problem)]:
             warn(line)
         if entry.reconstruction is not None:
@@ -381,7 +382,7 @@ def _spectrum(entry: ReportEntry) -> str:
         name: (list(range(1, len(power))), power[1:].clip(1e-9).tolist())
         for name, power in entry.reconstruction.spectra.items()
     }
-    return plot_curves(series, x="frequency (cycles per image)", y="power", log=True, dashed=("prediction",), line=line)
+    return plot_curves(series, x="frequency (cycles per shorter side)", y="power", log=True, dashed=("prediction",), line=line)
 
 
 def _printable(value: Any) -> Any:

@@ -52,6 +52,7 @@ class Reconstruction:
     names: list[str]  # file names of the images
     # mean radial power spectra (radii) of image, target and prediction
     spectra: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)  # a line for each unreadable image that was left out
 
 
 def with_bands(weights: Weights, bands: str) -> Weights:
@@ -61,17 +62,19 @@ def with_bands(weights: Weights, bands: str) -> Weights:
 
 def reconstruct(weights: Weights, data: ImageDataset, count: int = 6) -> Reconstruction:
     """Draw center crops of `count` images in an order that no epoch uses. Raises UserError without a decoder."""
-    images, names = choose_crops(weights.config, data, count)
-    return draw(build_with_weights(weights), weights.config, images, weights.step, names)
+    images, names, errors = choose_crops(weights.config, data, count)
+    drawing = draw(build_with_weights(weights), weights.config, images, weights.step, names)
+    return replace(drawing, errors=errors)
 
 
-def choose_crops(config: ModelConfig, data: ImageDataset, count: int) -> tuple[Shaped[Tensor, "b c h w"], list[str]]:
-    """Read the center crops of `count` images, always the same, and the names of their files. Raises UserError."""
+def choose_crops(
+    config: ModelConfig, data: ImageDataset, count: int
+) -> tuple[Shaped[Tensor, "b c h w"], list[str], list[str]]:
+    """Read the center crops of `count` images, always the same, as `load_crops`."""
     order = range(len(data))
     seed = config.seed if isinstance(config, PretrainConfig) else 0
     shuffled = (int(rng.shuffled(seed, "order", 2**31, len(data), [position])[0]) for position in order)
-    images, names, _ = load_crops(config, data, count, order if len(data) <= count else shuffled)
-    return images, names
+    return load_crops(config, data, count, order if len(data) <= count else shuffled)
 
 
 def load_crops(
@@ -144,15 +147,16 @@ def draw(
 def radial_spectrum(images: Float[Tensor, "b c h w"]) -> npt.NDArray[np.float64]:
     """Compute the radial power spectrum, averaged over images and channels: float64 (r).
 
-    Entry r is the mean of |DFT|^2 / (h w) over frequencies whose distance from zero rounds to r, up to half the shorter
-    side. The constant (r = 0) is included.
+    Entry r is the mean of |DFT|^2 / (h w) over frequencies of about r cycles per shorter side in any direction, up to
+    half the shorter side. The constant (r = 0) is included.
     """
     h, w = images.shape[-2:]
+    side = min(h, w)
     power = torch.fft.fft2(images.double()).abs().square().mean(dim=(0, 1)) / (h * w)
-    v, u = torch.fft.fftfreq(h, 1 / h), torch.fft.fftfreq(w, 1 / w)
+    v, u = torch.fft.fftfreq(h, 1 / side), torch.fft.fftfreq(w, 1 / side)
     radius = (v[:, None] ** 2 + u[None, :] ** 2).sqrt().round().long().flatten()
     mean = torch.bincount(radius, power.flatten()) / torch.bincount(radius)
-    return np.asarray(mean[: min(h, w) // 2 + 1])
+    return np.asarray(mean[: side // 2 + 1])
 
 
 def _masked_mean(images: Tensor, where: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class Page:
     def checkpoint(self, run: int, step: int) -> bytes:
         """Return a PNG of the reconstructions by a checkpoint; images and masks are the same for all checkpoints."""
         config = self._run(run).config
-        crops, names = choose_crops(config, self._images.data(image_spec(config)), _SHEET)
+        crops, names, _ = choose_crops(config, self._images.data(image_spec(config)), _SHEET)
         drawn = self._models.checkpoint(run, step, crops, names)
         return png(labeled_grid(drawn.columns, drawn.names, 176))
 

@@ -380,7 +380,7 @@ const drawLowPass = latest("low-pass", async (current) => {
   $("low-pass").replaceChildren(
     picture(answer.kept, "kept", `${(100 * answer.share).toFixed(1)} % of the variance`),
     picture(answer.removed, "removed", "around gray"),
-    chart("Spectrum of the image", [{ name: "power", points, color: COLORS[0] }], { x: "frequency (cycles per image)", log: true, mark: { at: radius, text: `r = ${radius}` } }),
+    chart("Spectrum of the image", [{ name: "power", points, color: COLORS[0] }], { x: "frequency (cycles per shorter side)", log: true, mark: { at: radius, text: `r = ${radius}` } }),
   );
 });
 
