@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pixmim.advice.rules import Suggestion, apply_rules, choose_recipe, configure, judge_speed
+from pixmim.build import image_spec
 from pixmim.cli.pretrain import read_flags
 from pixmim.data.dataset import ImageSpec
 from pixmim.data.spectrum import Spectrum
@@ -97,6 +98,11 @@ def test_channels_that_rgb_would_lose_are_kept() -> None:
     assert rules(image_spec=ImageSpec(4, "uint16"))["channels"].flags == ["--channels", "4", "--dtype", "uint16"]
     gray = rules(image_spec=ImageSpec(1))["channels"]
     assert gray.flags == [] and "--channels 1" in gray.reason
+    for spec in (ImageSpec(4, "uint16"), ImageSpec(1), ImageSpec(2, tiff_pages="channels"), ImageSpec(stretch="1,99")):
+        found = rules(image_spec=spec)  # the alternative reads the images as the command does
+        words = shlex.split(found["start"].reason.split("`")[1])
+        own, alternative = configure("photos", list(found.values())), read_flags(["pixmim-vit-tiny", *words[3:]]).config
+        assert image_spec(alternative) == image_spec(own)
 
 
 def test_the_share_that_the_low_pass_keeps_is_judged() -> None:

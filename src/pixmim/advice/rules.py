@@ -208,6 +208,8 @@ def _start(found: Survey, data: str, device: torch.device) -> Suggestion:
     flags = ["--init", "timm:vit_small_patch16_224"]
     if device.type == "cpu":
         flags = ["--init", "timm:vit_tiny_patch16_224", "--size", "96"]
+    channels = _channels(found)
+    flags += channels.flags if channels is not None else []
     command = shlex.join(["pixmim", "pretrain", "adapt", *flags, "--data", data])
     reason = (
         f"{found.usable:,} images are few for random weights. Also try published weights, and compare on your labels: "
