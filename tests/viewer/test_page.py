@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from pixmim.build import build_loss, image_spec
 from pixmim.config import ModelConfig, PretrainConfig, TargetConfig
 from pixmim.evaluation.attentive_probe import AttentiveProbe, save_probe
 from pixmim.evaluation.frozen_encoder import load_frozen_encoder
+from pixmim.evaluation.neighbors import Index
 from pixmim.evaluation.visualize import heat_overlay, to_rgb
 from pixmim.export import export_model
 from pixmim.masking import Mask
@@ -31,8 +33,9 @@ from pixmim.report import write_report
 from pixmim.report.reconstruct import draw
 from pixmim.transforms.crops import CenterCrop, evaluation_crop, flip_and_normalize
 from pixmim.utils.errors import UserError
+from pixmim.viewer.atlas import Atlas
 from pixmim.viewer.images import ImageStore
-from pixmim.viewer.index import EncoderIndex
+from pixmim.viewer.index import EncoderIndex, Progress
 from pixmim.viewer.page import Page
 from pixmim.viewer.runs import Run, low_passed, random_mask, read_new_metrics, target_radius
 from pixmim.weights.load import build_with_weights, resolve_model
@@ -230,6 +233,34 @@ def test_a_failing_index_says_why(two_runs: list[Path], tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     assert progress is not None and "nothing" in progress["error"]
+    page._data = DATA
+    finished(page, 0)  # the next attempt
+
+
+@pytest.mark.parametrize("error", [ValueError("too few"), KeyError()])
+def test_the_page_never_waits_for_what_failed(
+    error: Exception, two_runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise error
+
+    index, atlas = EncoderIndex(two_runs[0], False, fail, "cpu"), Atlas()
+    index.progress = Progress()
+    index._run()
+    monkeypatch.setattr("pixmim.viewer.atlas.write_table", fail)
+    vectors, rows = torch.eye(2), torch.arange(2)
+    atlas._run(Index(vectors, rows, vectors[0], rows), pixmim.open_dataset(DATA), ModelConfig(size="32"))
+    for message in (index.progress and index.progress.error, atlas.state):
+        assert message == (str(error) or "KeyError")
+
+
+def test_attention_is_that_of_its_image_under_concurrent_requests(page: Page) -> None:
+    """The attention of one image could be recorded while that of another is computed."""
+    images = [f"d{i}" for i in range(8)] * 6
+    expected = {image: page.attention(image, 0) for image in images[:8]}
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda image: page.attention(image, 0), images))
+    assert all(answer == expected[image] for image, answer in zip(images, answers, strict=True))
 
 
 def test_new_metrics_are_read_as_they_are_written(tmp_path: Path) -> None:

@@ -382,7 +382,8 @@ def _spectrum(entry: ReportEntry) -> str:
         name: (list(range(1, len(power))), power[1:].clip(1e-9).tolist())
         for name, power in entry.reconstruction.spectra.items()
     }
-    return plot_curves(series, x="frequency (cycles per shorter side)", y="power", log=True, dashed=("prediction",), line=line)
+    x = "frequency (cycles per shorter side)"
+    return plot_curves(series, x=x, y="power", log=True, dashed=("prediction",), line=line)
 
 
 def _printable(value: Any) -> Any:

@@ -153,9 +153,9 @@ def compare(models: list[ModelResults]) -> Comparison:
     """Build a row for each value that its evaluation displays.
 
     Values measured with the same settings share a row; rows of different settings have different labels. A baseline of
-    several evaluations has one row. Rows are in the order of labels per class, or of blocks. Encoders without results have no column, and untrained ones with equal values share
-    one. Of several results with the same settings, that of the latest step counts; the step is shown where others are
-    of a later one.
+    several evaluations has one row. Rows of one probe are in the order of labels per class, or of blocks. Encoders
+    without results have no column, and untrained ones with equal values share one. Of several results with the same
+    settings, that of the latest step counts; the step is shown where others are of a later one.
     """
     columns = [(model, state) for model in models for state in ("untrained", "trained")]
     merged: dict[tuple[str, str, bool], list[Row]] = {}

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pixmim.config import ModelConfig
-from pixmim.data.dataset import BadImage, ImageDataset
+from pixmim.data.dataset import ImageDataset
 from pixmim.evaluation.embed import file_columns, import_parquet, project, thumbnail_column
 from pixmim.evaluation.neighbors import Index
 from pixmim.utils.console import utf8
@@ -50,8 +50,8 @@ class Atlas:
             write_table(table, index, data, config)
             export_page(table, self.folder)
             self.state = "ready"
-        except (UserError, OSError, BadImage) as error:
-            self.state = str(error)
+        except Exception as error:  # of any kind, such as UMAP's: the page waits for the end
+            self.state = str(error) or type(error).__name__
 
 
 def write_table(out: Path, index: Index, data: ImageDataset, config: ModelConfig) -> None:

@@ -64,8 +64,8 @@ class EncoderIndex:
         assert self.progress is not None
         try:
             self.compute()
-        except (UserError, OSError, RuntimeError, MemoryError) as error:
-            self.progress.error = str(error)
+        except Exception as error:  # of any kind: the page waits for the end
+            self.progress.error = str(error) or type(error).__name__
 
     def compute(self) -> Index:
         """Read or compute the index. Raises UserError if the encoder or the data cannot be opened."""

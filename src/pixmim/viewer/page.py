@@ -169,15 +169,16 @@ class Page:
 
         Without a probe of the newest weights it is that of the last block. Raises UserError if it has no maps either.
         """
-        config, (encoder, step) = self._run(run).config, self._models.encoder(run)
-        try:
-            probe, classes = load_newest_probe(self._run(run).folder, step)
-            crop = self._images.crop(image, config, evaluation=True)
-            drawn = draw_query_attention(encoder, config, crop, probe)
-            about = f"queries of its attentive probe of {len(classes):,} classes, those of the largest weight"
-        except (UserError, OSError):  # as a rule there is no probe
-            maps = draw_attention(encoder, config, self._images.crop(image, config))
-            drawn, about = {"all heads": maps["all heads"]}, "last block, mean of all heads"
+        config = self._run(run).config
+        with self._models.encoder(run) as (encoder, step):
+            try:
+                probe, classes = load_newest_probe(self._run(run).folder, step)
+                crop = self._images.crop(image, config, evaluation=True)
+                drawn = draw_query_attention(encoder, config, crop, probe)
+                about = f"queries of its attentive probe of {len(classes):,} classes, those of the largest weight"
+            except (UserError, OSError):  # as a rule there is no probe
+                maps = draw_attention(encoder, config, self._images.crop(image, config))
+                drawn, about = {"all heads": maps["all heads"]}, "last block, mean of all heads"
         columns = {name: data_url(pixels[0], optimize=False) for name, pixels in drawn.items()}
         note = self._models.notes[run]
         return {"about": f"{about}. {note}" if note else about, "columns": columns}

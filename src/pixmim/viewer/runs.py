@@ -4,7 +4,8 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -152,10 +153,14 @@ class Models:
             model, step = self._load(run, self._version(run))
             return draw(model, self._runs[run].config, crop, step, mask=mask)
 
-    def encoder(self, run: int) -> tuple[nn.Module, int]:
-        """Return the encoder of a run's newest weights, in evaluation mode, and their training step."""
+    @contextmanager
+    def encoder(self, run: int) -> Iterator[tuple[nn.Module, int]]:
+        """Yield the encoder of a run's newest weights, in evaluation mode, and their training step.
+
+        Only one thread at a time has it, because attention is recorded in its modules.
+        """
         with self._lock:
-            return self._load_encoder(run, self._version(run))
+            yield self._load_encoder(run, self._version(run))
 
     def checkpoint(self, run: int, step: int, crops: Shaped[Tensor, "b c h w"], names: Sequence[str]) -> Reconstruction:
         """Draw what the weights of a checkpoint predict of the hidden patches of crops, each time under the same masks.

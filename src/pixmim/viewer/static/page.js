@@ -396,7 +396,8 @@ let indexes = [];
 
 function drawEncoders() {
   const boxes = page.encoders.map((name, i) => {
-    const status = indexes[i], box = element("input", { type: "checkbox", value: i, checked: Boolean(status), disabled: Boolean(status), onchange: () => startIndex(i) });
+    const status = indexes[i], started = Boolean(status && !status.error); // what failed can be tried again
+    const box = element("input", { type: "checkbox", value: i, checked: started, disabled: started, onchange: () => startIndex(i) });
     const parts = [box, ` ${name} `];
     if (status && status.error) parts.push(element("span", { class: "soft" }, status.error));
     else if (status && !status.complete) parts.push(element("progress", { value: status.done, max: status.total || 1, "aria-label": `index of ${name}` }), ` ${status.total ? Math.round((100 * status.done) / status.total) : 0} %`);
@@ -469,19 +470,19 @@ picked.neighbors = async () => { await findNeighbors(); await drawAttention(); }
 
 // Map
 
-async function drawMap() {
+async function drawMap(_, again = false) { // again: an attempt that waits for the one that a click started
   const encoder = Number($("map-encoder").value), say = (text) => { $("map-state").textContent = text; };
+  const wait = (text) => { say(text); setTimeout(() => startMap(true), 700); };
   indexes = await ask("/api/indexes");
   const index = indexes[encoder];
-  if (index && index.error) return say(index.error);
-  if (!index) await send("/api/index", { encoder });
+  if (again && index && index.error) return say(index.error);
+  if (!index || index.error) await send("/api/index", { encoder });
   if (!index || !index.complete) {
-    say(index && index.total ? `features of all images: ${Math.round((100 * index.done) / index.total)} %` : "features of all images: starting");
-    return setTimeout(startMap, 700);
+    return wait(index && index.total ? `features of all images: ${Math.round((100 * index.done) / index.total)} %` : "features of all images: starting");
   }
-  const state = (await ask("/api/maps"))[encoder];
-  if (state === "") await send("/api/map", { encoder });
-  if (state === "" || state === "working") { say("projecting, and writing thumbnails"); return setTimeout(startMap, 700); }
+  const state = (await ask("/api/maps"))[encoder], failed = !["", "working", "ready"].includes(state);
+  if (state === "" || (failed && !again)) await send("/api/map", { encoder });
+  if (state === "" || state === "working" || (failed && !again)) return wait("projecting, and writing thumbnails");
   if (state !== "ready") return say(state);
   say("");
   $("map-frame").src = `/map/${encoder}/`;
@@ -541,7 +542,7 @@ async function start() {
   $("radius").max = Math.floor(Math.min(...first.size) / 2);
   $("radius").value = first.radius || Math.round((40 * Math.min(...first.size)) / 224);
   $("map-encoder").append(...page.encoders.map((name, i) => element("option", { value: i }, name)));
-  $("map-start").addEventListener("click", startMap);
+  $("map-start").addEventListener("click", () => startMap());
   $("checkpoint-run").addEventListener("change", drawCheckpoint);
   $("checkpoint-step").addEventListener("input", drawCheckpoint);
   $("mask-ratio").addEventListener("input", () => {
