@@ -162,11 +162,20 @@ def test_a_map_is_served_from_its_folder_only(client: TestClient, page: Page, tm
         assert client.get(path).status_code == 404, path
 
 
-def test_view_refuses_what_it_cannot_open(two_runs: list[Path], tmp_path: Path) -> None:
+def test_view_refuses_what_it_cannot_open(
+    two_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quiet = Console(quiet=True)
-    with pytest.raises(UserError, match="is not a run"):
-        pixmim.view([tmp_path], console=quiet)
+    for runs in ([tmp_path], tmp_path, str(tmp_path)):
+        with pytest.raises(UserError, match=f"{tmp_path} is not a run"):
+            pixmim.view(runs, console=quiet)
     with pytest.raises(UserError, match="no run given"):
         pixmim.view([], console=quiet)
+    opened: list[str | None] = []
+    monkeypatch.setattr("pixmim.viewer.page.Page", lambda runs, data, device: opened.append(data))
+    with pytest.raises(UserError, match="--host"):
+        pixmim.view(two_runs, data=tmp_path, host="203.0.113.7", console=quiet, open_browser=False)
+    assert opened == [str(tmp_path)]
+    monkeypatch.undo()
     with pytest.raises(UserError, match="--host"):
         pixmim.view(two_runs, data="shapes:count=3,size=32", host="203.0.113.7", console=quiet, open_browser=False)

@@ -1,5 +1,6 @@
 """A local page for runs, their encoders and one's own images: `pixmim view`."""
 
+import os
 import secrets
 import socket
 import threading
@@ -16,9 +17,9 @@ __all__ = ["view"]
 
 
 def view(
-    runs: Sequence[str | Path],
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
-    data: str | None = None,
+    data: str | os.PathLike[str] | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
     open_browser: bool = True,
@@ -31,7 +32,7 @@ def view(
     address, also on this machine, which may have other users.
 
     Args:
-        runs: Folders of runs, finished or not, or of imported weights.
+        runs: Folder of a run, finished or not, or of imported weights; or several of them.
         data: Images to choose from, in the syntax of --data; by default those of the first run.
         host: Address to listen on. Others than 127.0.0.1 make the page reachable from other machines.
         port: Port to listen on; 0: a free one.
@@ -52,7 +53,8 @@ def view(
             raise
         raise UserError("the page needs Starlette and uvicorn: pip install 'pixmim[view]'") from error
     console, token = console or Console(), secrets.token_urlsafe(24)
-    page = Page([Path(run) for run in runs], data, device)
+    folders = [runs] if isinstance(runs, str | os.PathLike) else runs
+    page = Page([Path(folder) for folder in folders], None if data is None else os.fspath(data), device)
     with _listen(host, port) as listener:
         port = listener.getsockname()[1]
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -113,6 +113,7 @@ function chart(title, series, { x = "epoch", log = false, mark = null } = {}) {
     plot.append(svg("text", { x: px(mark.at) + 4, y: top + 10 }, mark.text));
   }
   figure.append(plot);
+  if (mark) return figure; // one curve, whose last value means nothing
   const legend = element("div", { class: "legend" });
   for (const one of series) {
     if (!one.points.length) continue;
