@@ -185,6 +185,15 @@ def test_only_a_models_own_initial_weights_are_its_start() -> None:
     assert "50.0 %" in sentences[1] and "60.0 %" in sentences[2] and "was not measured" in sentences[2]
 
 
+def test_lines_of_several_test_sets_name_them() -> None:
+    one = by_labels("trained", all=40.0)
+    two = one | {"settings": one["settings"] | {"test": "others"}}
+    title = "linear probe with all labels"
+    assert answers(compare([ModelResults("a", [one])])) == [f"{title}: 40.0 %"]
+    expected = [f"{title} on labeled: 40.0 %", f"{title} on others: 40.0 %"]
+    assert answers(compare([ModelResults("a", [two, one])])) == expected
+
+
 def test_values_of_several_results_are_in_the_order_of_labels() -> None:
     few, more = by_labels("trained", _1=10.0, _5=20.0, all=50.0), by_labels("trained", _20=40.0, _3=15.0, all=50.0)
     for results in ([few, more], [more, few]):

@@ -37,7 +37,7 @@ def write_page(advice: "Advice", folder: Path) -> Path:
     page, found = check_page(folder), advice.survey
     groups = [group[:_MAX_OF_GROUP] for group in found.duplicates[:_MAX_GROUPS]]
     flat = found.flat[:_MAX_FLAT]
-    urls = _pictures(found, {path for paths in [*groups, flat] for path in paths})
+    urls = _thumbnails(found, {path for paths in [*groups, flat] for path in paths})
 
     def drawn(paths: list[str]) -> list[tuple[str, str]]:
         return [(found.short(path), urls.get(path, "")) for path in paths]
@@ -55,7 +55,7 @@ def write_page(advice: "Advice", folder: Path) -> Path:
     return page
 
 
-def _pictures(found: Survey, paths: set[str]) -> dict[str, str]:
+def _thumbnails(found: Survey, paths: set[str]) -> dict[str, str]:
     """Return the center crops of these images as data URLs, without those that have become unreadable."""
     dataset, spec, urls = open_dataset(found.data, found.image_spec), found.image_spec, dict[str, str]()
     config, crop = ModelConfig(channels=spec.channels, dtype=spec.dtype, tiff_pages=spec.tiff_pages), CenterCrop(_SIDE)

@@ -91,7 +91,7 @@ def write_image_list(dataset: ImageDataset, images: npt.NDArray[np.int64], found
     for path in paths:
         if path.strip() != path or "\n" in path:
             raise UserError(f"--list cannot contain the name {shown(path)}, which has line breaks or blanks at its end")
-    if _is_inside(root, folder):
+    if Path(root).is_relative_to(folder):
         paths = [os.path.relpath(path, folder) for path in paths]
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".txt":
@@ -115,14 +115,10 @@ def _name(data: str) -> str:
 def _list_spec(dataset: ImageDataset, file: Path) -> str:
     """Return the --data that reads a list of the dataset's files, which must be below the list's folder or root=."""
     root = _root(dataset)
-    return str(file) if _is_inside(root, os.path.abspath(file.parent)) else f"{file},root={root}"
+    return str(file) if Path(root).is_relative_to(os.path.abspath(file.parent)) else f"{file},root={root}"
 
 
 def _root(dataset: ImageDataset) -> str:
     """Return the folder that contains all files."""
     folders = {os.path.dirname(os.path.abspath(dataset.path_of(index))) for index in range(len(dataset))}
     return os.path.commonpath(folders)
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return Path(path).is_relative_to(folder)

@@ -144,17 +144,20 @@ def figures(comparison: Comparison) -> list[tuple[str, str]]:
 def answers(comparison: Comparison) -> list[str]:
     """Return a line for each number of labels and each encoder: its accuracy, and what it gained over its start.
 
-    The range in a line is over draws: each draw compares both encoders on the same labels.
+    The range in a line is over draws: each draw compares both encoders on the same labels. The data are named if there
+    are several.
     """
-    lines = []
-    for match, title, row in _headlines(comparison):
-        for trained, initial in comparison.pairs if match[1] == "shots" else ():
+    lines, found = [], [each for each in _headlines(comparison) if each[0][1] == "shots"]
+    several = len({row.on for _, _, row in found}) > 1
+    for match, title, row in found:
+        labels = labels_per_class(match[2]) + f" on {row.on}" * several
+        for trained, initial in comparison.pairs:
             if trained is None or (cell := row.cells[trained]) is None:
                 continue
             start = None if initial is None else row.cells[initial]
             gain = f" (start {start.value:.1f} %, {_gain(cell, start)})" if start is not None else ""
             model = f"{comparison.columns[trained]}, " if len(comparison.pairs) > 1 else ""
-            lines.append(f"{model}{title} with {labels_per_class(match[2])}: {cell.value:.1f} %{gain}")
+            lines.append(f"{model}{title} with {labels}: {cell.value:.1f} %{gain}")
     return lines
 
 

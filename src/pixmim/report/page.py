@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -130,7 +131,7 @@ def write_report(
         settings=compare_settings([config for _, config in configs]),
         verdicts=[(e, verdict(e.config, e.metrics, results, i, e.folder)) for i, e in enumerate(entries)],
         curves=_curves(entries),
-        first=_first_pictures(entries),
+        first=_first_images(entries),
         columns=COLUMNS,
         shown=_shown,
         data_url=data_url,
@@ -239,7 +240,7 @@ def open_run_data(
         raise UserError(f"the images of {folder}: {error}. If they have moved: `{command}`") from error
 
 
-def _first_pictures(entries: list[ReportEntry]) -> list[tuple[str, str, Pixels, Pixels]]:
+def _first_images(entries: list[ReportEntry]) -> list[tuple[str, str, Pixels, Pixels]]:
     """Return run, name, masked image and reconstruction of six images; of several runs, of fewer images of each."""
     drawn = [(entry.name, entry.reconstruction) for entry in entries if entry.reconstruction is not None]
     count = max(1, _FIRST // max(1, len(drawn)))
@@ -292,11 +293,16 @@ def _read_png(path: Path, max_pixels: int) -> Pixels:
         raise BadImage(f"{path} is damaged: {error}") from error
 
 
-def data_url(pixels: Pixels, *, optimize: bool = True) -> str:
-    """Return an image (h w c) as the data URL of a PNG; without `optimize` faster, and larger."""
+def png(image: Image.Image, *, optimize: bool = False) -> bytes:
+    """Encode an image as a PNG; with `optimize` slower, and smaller."""
     buffer = io.BytesIO()
-    to_image(pixels).save(buffer, "PNG", optimize=optimize)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, "PNG", optimize=optimize)
+    return buffer.getvalue()
+
+
+def data_url(pixels: Pixels, *, optimize: bool = True) -> str:
+    """Return an image (h w c) as the data URL of a PNG, as `png`."""
+    return "data:image/png;base64," + base64.b64encode(png(to_image(pixels), optimize=optimize)).decode()
 
 
 def compare_settings(configs: list[ModelConfig]) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def view(
         address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/?token={token}"
         if host not in LOOPBACK:
             print_plain(
-                console, f"listening on {host}: who knows this address and its token sees your images, unencrypted"
+                console, f"listening on {host}: anyone with this address and its token can see your images, unencrypted"
             )
         print_plain(console, f"{address}\nCtrl-C ends it")
         if open_browser:  # in a thread: a browser in the terminal returns when it is closed

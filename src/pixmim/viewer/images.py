@@ -1,14 +1,12 @@
 """The images of the page: those of a dataset by number, and uploaded ones, decoded for each run's own format."""
 
 import hashlib
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 
 from jaxtyping import Shaped
-from PIL import Image
 from torch import Tensor
 
 from pixmim.build import image_spec
@@ -92,10 +90,3 @@ class ImageStore:
     def thumbnail(self, key: str, config: ModelConfig, side: int) -> bytes:
         """Return a JPEG of an image, at most `side` pixels wide and high."""
         return thumbnail(self.read(key, image_spec(config)), config, side)
-
-
-def png(image: Image.Image) -> bytes:
-    """Encode an image as a PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

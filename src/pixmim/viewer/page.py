@@ -15,13 +15,13 @@ from pixmim.evaluation.attentive_probe import load_newest_probe
 from pixmim.evaluation.visualize import labeled_grid
 from pixmim.masking import Mask
 from pixmim.report.attention import draw_attention, draw_query_attention
-from pixmim.report.page import compare_settings, data_url, open_run_data, unique_names
+from pixmim.report.page import compare_settings, data_url, open_run_data, png, unique_names
 from pixmim.report.reconstruct import COLUMNS, choose_crops
 from pixmim.utils.console import csv_cell, label, printable
 from pixmim.utils.errors import UserError
 from pixmim.utils.trust import inside
 from pixmim.viewer.atlas import Atlas
-from pixmim.viewer.images import ImageStore, png
+from pixmim.viewer.images import ImageStore
 from pixmim.viewer.index import EncoderIndex
 from pixmim.viewer.runs import Models, Run, low_passed, painted_mask, random_mask, read_new_metrics, target_radius
 

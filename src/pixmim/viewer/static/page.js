@@ -255,8 +255,8 @@ function makePicker(place) {
 }
 
 function thumbnail(image, text, side, action) {
-  const picture = element("img", { src: `/api/thumbnail?image=${image}&side=${2 * side}`, alt: text, loading: "lazy", width: side, height: side });
-  return element("button", { title: text, "data-image": image, "aria-pressed": "false", onclick: action }, picture);
+  const preview = element("img", { src: `/api/thumbnail?image=${image}&side=${2 * side}`, alt: text, loading: "lazy", width: side, height: side });
+  return element("button", { title: text, "data-image": image, "aria-pressed": "false", onclick: action }, preview);
 }
 
 const upload = latest("image", async (current, tab, file) => {
@@ -350,6 +350,10 @@ const drawNewMask = latest("mask", async (current) => {
   await reconstruct();
 });
 
+function drawing(url, name, text) {
+  return element("figure", {}, element("img", { src: url, alt: `${name}: ${text}` }), element("figcaption", {}, element("strong", {}, name), ` ${text}`));
+}
+
 const reconstruct = latest("reconstruction", async (current) => {
   const runs = [...document.querySelectorAll("#models input:checked")].map((box) => Number(box.value));
   if (!chosen.reconstruct || !mask.hidden.length || !runs.length) return;
@@ -361,8 +365,7 @@ const reconstruct = latest("reconstruction", async (current) => {
   $("predictions").replaceChildren(...answers.flatMap((one) => [
     element("h3", {}, one.error ? one.name : `${one.name}, step ${one.step.toLocaleString("en")}`),
     ...(one.note ? [element("p", { class: "soft" }, one.note)] : []),
-    one.error ? element("p", { class: "soft" }, one.error) : element("div", { class: "strip" }, ...Object.entries(one.columns).map(([name, url]) =>
-      element("figure", {}, element("img", { src: url, alt: `${name}: ${page.columns[name]}` }), element("figcaption", {}, element("strong", {}, name), ` ${page.columns[name]}`)))),
+    one.error ? element("p", { class: "soft" }, one.error) : element("div", { class: "strip" }, ...Object.entries(one.columns).map(([name, url]) => drawing(url, name, page.columns[name]))),
   ]));
   $("predictions").removeAttribute("aria-busy");
 });
@@ -376,11 +379,10 @@ const drawLowPass = latest("low-pass", async (current) => {
   if (!chosen.reconstruct) return;
   const answer = await ask("/api/low-pass", { image: chosen.reconstruct, run: 0, radius });
   if (!current()) return;
-  const picture = (url, name, text) => element("figure", {}, element("img", { src: url, alt: name }), element("figcaption", {}, element("strong", {}, name), ` ${text}`));
   const points = answer.spectrum.map((power, r) => [r, power]).slice(1);
   $("low-pass").replaceChildren(
-    picture(answer.kept, "kept", `${(100 * answer.share).toFixed(1)} % of the variance`),
-    picture(answer.removed, "removed", "around gray"),
+    drawing(answer.kept, "kept", `${(100 * answer.share).toFixed(1)} % of the variance`),
+    drawing(answer.removed, "removed", "around gray"),
     chart("Spectrum of the image", [{ name: "power", points, color: COLORS[0] }], { x: "frequency (cycles per shorter side)", log: true, mark: { at: radius, text: `r = ${radius}` } }),
   );
 });
